@@ -1,0 +1,1 @@
+"""What is written is verified before it is called saved."""
