@@ -49,9 +49,7 @@ def parse_text(text: str, train_on: TrainOn = "all") -> Conversation:
     """
     headers = list(HEADER.finditer(text))
     ends = [header.start() for header in headers[1:]] + [len(text)]
-    turns = [
-        (header.end(), end, header.group(1) == "Assistant") for header, end in zip(headers, ends, strict=True)
-    ]
+    turns = [(header.end(), end, header.group(1) == "Assistant") for header, end in zip(headers, ends, strict=True)]
     return _end_at_last_answer(text, turns, train_on)
 
 

@@ -26,9 +26,10 @@ def load_hub_dataset(dataset_name: str, split: str, *, key: str) -> "Dataset":
         UserError: no network and no cached copy, no such data set, or no such split.
     """
     import datasets
+    from datasets import config
     from datasets.exceptions import DatasetNotFoundError
 
-    offline = datasets.config.HF_HUB_OFFLINE
+    offline = config.HF_HUB_OFFLINE
     if not offline and not hub_answers():
         raise UserError(f"{key}: {dataset_name!r} is a Hub id and the Hugging Face Hub is out of reach: {OFFLINE_WAYS}")
     try:

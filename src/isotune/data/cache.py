@@ -1,0 +1,141 @@
+"""Prepared documents on disk, written once however many processes start at once and however they are killed.
+
+    $ISOTUNE_CACHE/prepared/FINGERPRINT/   input_ids.npy  supervised.npy  starts.npy  source_rows.npy  meta.json
+    $ISOTUNE_CACHE/prepared/FINGERPRINT.lock
+    $ISOTUNE_CACHE/prepared/FINGERPRINT.partial-*/      being written; whoever next holds the lock removes it
+
+An entry appears by one rename, after its files have reached the disk. meta.json holds a digest of every array, so an
+entry that was damaged later is noticed and written anew.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from isotune.data.documents import Documents
+from isotune.errors import UserError
+
+ARRAYS = tuple(field.name for field in fields(Documents))
+NO_ROOM = {errno.ENOSPC: "is full", errno.EDQUOT: "has reached your quota", errno.EROFS: "is read-only"}
+
+Content = tuple[Documents, dict[str, Any]]
+
+
+def cache_folder() -> Path:
+    """Where prepared data lies: `$ISOTUNE_CACHE/prepared`, by default `~/.cache/isotune/prepared`."""
+    root = os.environ.get("ISOTUNE_CACHE") or Path.home() / ".cache" / "isotune"
+    return Path(root).expanduser() / "prepared"
+
+
+def load_or_build(fingerprint: str, build: Callable[[], Content]) -> Content:
+    """The entry of this fingerprint, built by exactly one of the processes that ask for it.
+
+    Args:
+        build: gives the documents and whatever JSON-ready counts belong to them.
+
+    Returns:
+        The documents, mapped from disk, and the counts.
+
+    Raises:
+        UserError: the folder cannot be written, or the disk has no room.
+    """
+    folder = cache_folder()
+    entry = folder / fingerprint
+    found = load(entry)
+    if found is not None:
+        return found
+    lock = FileLock(folder / f"{fingerprint}.lock")
+    with disk_errors_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        found = load(entry)
+        if found is None:
+            # Nobody else writes while the lock is held: what is half written here was killed.
+            for leftover in [*folder.glob(f"{fingerprint}.partial-*"), entry]:
+                shutil.rmtree(leftover, ignore_errors=True)
+            documents, counts = build()
+            with disk_errors_named(folder):
+                save(entry, documents, counts)
+            found = load(entry)
+    finally:
+        lock.release()
+    assert found is not None, f"{entry} cannot be read back"
+    return found
+
+
+def save(entry: Path, documents: Documents, counts: dict[str, Any]) -> None:
+    """Write an entry so that it is there as a whole or not at all."""
+    partial = entry.with_name(f"{entry.name}.partial-{uuid.uuid4().hex}")
+    partial.mkdir()
+    try:
+        digests = {name: write_array(partial / f"{name}.npy", getattr(documents, name)) for name in ARRAYS}
+        meta = json.dumps({"sha256": digests, "counts": counts}, indent=1)
+        with (partial / "meta.json").open("w", encoding="utf-8") as file:
+            file.write(meta)
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_folder(partial)
+        partial.rename(entry)
+        _sync_folder(entry.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def load(entry: Path) -> Content | None:
+    """An entry's content with the arrays mapped from disk, or None where it is absent or damaged."""
+    try:
+        meta = json.loads((entry / "meta.json").read_text("utf-8"))
+        for name in ARRAYS:
+            with (entry / f"{name}.npy").open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != meta["sha256"][name]:
+                    return None
+        arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS}
+        return Documents(**arrays), meta["counts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_array(path: Path, array: np.ndarray) -> str:
+    """Write one array, wait until the disk has it, and return the digest of the file."""
+    with path.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def disk_errors_named(folder: Path) -> Iterator[None]:
+    """Turn a disk's refusal into the sentence that names the folder and the way out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            reason = f"the disk of {folder} {NO_ROOM[error.errno]}"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            reason = f"the folder {folder} cannot be written ({error.strerror})"
+        else:
+            raise
+        raise UserError(f"{reason}: make room or set ISOTUNE_CACHE to another folder") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
