@@ -17,7 +17,7 @@ ROLE_HEADERS = {
     "gpt": ASSISTANT_HEADER,
 }
 # Real data has headers after a line end, after a space and directly after text, with and without the space.
-HEADER = re.compile(r"(?<!#)### ?(Human|Assistant):")
+HEADER = re.compile(r"### ?(Human|Assistant):")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ def parse_text(text: str, train_on: TrainOn = "all") -> Conversation:
     first header belongs to no turn and is kept as it is. Headers that somebody typed within an answer cannot be told
     from turns in this form; in the `messages` form they can.
     """
-    headers = list(HEADER.finditer(text))
+    # Checked here and not by a look-behind, which would keep the search from jumping to the next "###".
+    headers = [header for header in HEADER.finditer(text) if text[header.start() - 1 : header.start()] != "#"]
     ends = [header.start() for header in headers[1:]] + [len(text)]
     turns = [(header.end(), end, header.group(1) == "Assistant") for header, end in zip(headers, ends, strict=True)]
     return _end_at_last_answer(text, turns, train_on)

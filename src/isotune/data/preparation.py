@@ -2,9 +2,11 @@
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from typing import Any, get_args
 
 import numpy as np
@@ -21,7 +23,8 @@ from isotune.data.tokenization import ConversationEncoder, Encoded
 from isotune.errors import UserError
 
 FORMAT_VERSION = 1  # raised when the same input gives other documents
-BATCH_ROWS = 1_000
+BATCH_ROWS = 256
+ENCODING_THREADS = 2
 MESSAGES_COLUMNS = ("messages", "conversations")
 
 NO_ANSWER = "no assistant answer"
@@ -68,6 +71,16 @@ class PreparedData:
     rows: Rows
     table: PreparationTable
     fingerprint: str
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows of a source that were read together: those with an answer, and where they stood."""
+
+    read: int
+    rows: np.ndarray
+    conversations: list[Conversation]
+    turns_cut: int
 
 
 def prepare(
@@ -130,20 +143,20 @@ def _build(
     whole_lengths: list[np.ndarray] = []
     tally: Counter[str] = Counter()
     with tqdm(desc="preparing", unit=" documents", disable=not show_progress) as bar:
-        for first_row, conversations in _conversations(source, settings):
-            tally["read"] += len(conversations)
-            tally["turns_cut"] += sum(conversation.turns_cut for conversation in conversations if conversation.answers)
-            answered = [number for number, conversation in enumerate(conversations) if conversation.answers]
-            encoded = encoder.encode([conversations[number] for number in answered])
-            rows = np.array(answered, np.int64) + first_row
-            fitted, fit_counts = fit(encoded, rows, encoder.prefix, settings.max_seq_length, settings.overlong)
+        for batch, encoded in _encoded_ahead(encoder, _batches(source, settings)):
+            fitted, fit_counts = fit(encoded, batch.rows, encoder.prefix, settings.max_seq_length, settings.overlong)
+            tally.update({"read": batch.read, "turns_cut": batch.turns_cut})
             tally.update(_tally(encoded, fit_counts))
-            tally["no_answer"] += len(conversations) - len(answered)
             parts.append(fitted)
             whole_lengths.append(np.diff(encoded.starts) + len(encoder.prefix))
-            bar.update(len(conversations))
+            bar.update(batch.read)
     documents = _join(parts)
-    dropped = {NO_ANSWER: tally["no_answer"], ANSWER_CUT: tally["answer_cut"], TOO_LONG: tally["too_long"]}
+    answered = sum(map(len, whole_lengths))
+    dropped = {
+        NO_ANSWER: tally["read"] - answered,
+        ANSWER_CUT: tally["answer_cut"],
+        TOO_LONG: tally["too_long"],
+    }
     if not len(documents):
         reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items() if number)
         raise UserError(f"none of the {tally['read']} rows of {source.name} can be trained on: {reasons}")
@@ -178,24 +191,42 @@ def _tally(encoded: Encoded, fitted: FitCounts) -> dict[str, int]:
     }
 
 
-def _conversations(source: Source, settings: PreparationSettings) -> Iterator[tuple[int, list[Conversation]]]:
-    """Yield the conversations of a source in batches, each with the number of its first row."""
+def _encoded_ahead(encoder: ConversationEncoder, batches: Iterator[_Batch]) -> Iterator[tuple[_Batch, Encoded]]:
+    """Tokenise batches in order, in threads: while Rust works on one, Python reads and lays out its neighbours."""
+    with ThreadPoolExecutor(ENCODING_THREADS) as threads:
+        under_way: deque[tuple[_Batch, Future[Encoded]]] = deque()
+        for batch in batches:
+            under_way.append((batch, threads.submit(encoder.encode, batch.conversations)))
+            if len(under_way) > ENCODING_THREADS:
+                oldest, future = under_way.popleft()
+                yield oldest, future.result()
+        for oldest, future in under_way:
+            yield oldest, future.result()
+
+
+def _batches(source: Source, settings: PreparationSettings) -> Iterator[_Batch]:
+    """Read and parse a source, BATCH_ROWS at a time."""
+    rows = enumerate(source.rows())
     column = None
-    batch: list[Conversation] = []
-    row_number = 0
-    for row_number, row in enumerate(source.rows()):
-        column = column or _conversation_column(row, source, settings.dataset_text_field)
-        if column not in row:
-            raise UserError(f"{source.where(row_number)} lacks the column {column!r}; it has {', '.join(row)}")
-        try:
-            batch.append(_conversation(row[column], settings.train_on))
-        except ValueError as error:
-            raise UserError(f"{source.where(row_number)}, column {column!r}: {error}") from error
-        if len(batch) == BATCH_ROWS:
-            yield row_number + 1 - len(batch), batch
-            batch = []
-    if batch:
-        yield row_number + 1 - len(batch), batch
+    while some := list(islice(rows, BATCH_ROWS)):
+        answered: list[tuple[int, Conversation]] = []
+        for number, row in some:
+            column = column or _conversation_column(row, source, settings.dataset_text_field)
+            if column not in row:
+                raise UserError(f"{source.where(number)} lacks the column {column!r}; it has {', '.join(row)}")
+            try:
+                conversation = _conversation(row[column], settings.train_on)
+            except ValueError as error:
+                raise UserError(f"{source.where(number)}, column {column!r}: {error}") from error
+            if conversation.answers:
+                answered.append((number, conversation))
+        conversations = [conversation for _, conversation in answered]
+        yield _Batch(
+            read=len(some),
+            rows=np.array([number for number, _ in answered], np.int64),
+            conversations=conversations,
+            turns_cut=sum(conversation.turns_cut for conversation in conversations),
+        )
 
 
 def _conversation_column(first_row: Row, source: Source, text_field: str) -> str:

@@ -8,12 +8,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from isotune.data.conversations import Conversation
+from isotune.data.offsets import LocatedTokens, TokenLocator
 from isotune.errors import UserError
 
 
@@ -78,31 +78,21 @@ class ConversationEncoder:
         # The prefix is added after cutting; without a post-processor no offset is trimmed of its leading space.
         backend.post_processor = None
         backend.encode_special_tokens = True
-        self._backend = backend
+        self._locator = TokenLocator(backend)
         self._eos_token = str(tokenizer.eos_token)
 
     def encode(self, conversations: Sequence[Conversation]) -> Encoded:
         """Tokenise conversations that have an answer each; the texts run on all cores at once, in Rust."""
         texts = [conversation.text for conversation in conversations]
-        encodings = self._backend.encode_batch(texts, add_special_tokens=False)
-        ids_of_texts = [encoding.ids for encoding in encodings]
-        counts = np.fromiter(map(len, ids_of_texts), np.int64, len(texts))
-        tokens = int(counts.sum())
-        ids = np.fromiter(chain.from_iterable(ids_of_texts), np.int32, tokens)
-        pairs = chain.from_iterable(encoding.offsets for encoding in encodings)
-        offsets = np.fromiter(chain.from_iterable(pairs), np.int64, 2 * tokens).reshape(tokens, 2)
+        tokens = self._locator.locate(texts)
+        answered_until = _answered_until(conversations, tokens)
+        answered = answered_until[tokens.ends] - answered_until[tokens.begins]
+        supervised = (answered > 0) & (tokens.ids != self.eos_token_id)
+        straddling = supervised & (answered < tokens.ends - tokens.begins)
 
-        # All texts of the batch are laid end to end, and answer characters counted up to each character.
-        text_starts = np.cumsum([0, *map(len, texts)])
-        answers_until = _answer_characters_until(conversations, text_starts)
-        offsets += np.repeat(text_starts[:-1], counts)[:, None]
-        answer_characters = answers_until[offsets[:, 1]] - answers_until[offsets[:, 0]]
-        supervised = (answer_characters > 0) & (ids != self.eos_token_id)
-        straddling = supervised & (answer_characters < offsets[:, 1] - offsets[:, 0])
-
-        ends = np.cumsum(counts)
+        ends = np.cumsum(tokens.counts)
         return Encoded(
-            input_ids=np.insert(ids, ends, self.eos_token_id),
+            input_ids=np.insert(tokens.ids, ends, self.eos_token_id),
             supervised=np.insert(supervised, ends, True),
             starts=np.concatenate([np.zeros(1, np.int64), ends + np.arange(1, len(ends) + 1)]),
             straddling_tokens=int(straddling.sum()),
@@ -110,15 +100,16 @@ class ConversationEncoder:
         )
 
 
-def _answer_characters_until(conversations: Sequence[Conversation], text_starts: np.ndarray) -> np.ndarray:
-    """How many characters of answers stand before each character of the joined texts: int64 [characters + 1]."""
-    edges = np.zeros(int(text_starts[-1]) + 1, np.int64)
-    for text_start, conversation in zip(text_starts.tolist(), conversations, strict=False):
+def _answered_until(conversations: Sequence[Conversation], tokens: LocatedTokens) -> np.ndarray:
+    """How much of the joined texts before each place belongs to answers: int64 [bytes or characters + 1]."""
+    edges = np.zeros(int(tokens.text_starts[-1]) + 1, np.int8)
+    for number, conversation in enumerate(conversations):
         for start, end in conversation.answers:
-            edges[text_start + start] += 1
-            edges[text_start + end] -= 1
-    in_answer = np.cumsum(edges[:-1])
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(in_answer)])
+            # Answers never touch, because a header stands between them: no place is an edge twice.
+            edges[tokens.position(number, conversation.text, start)] += 1
+            edges[tokens.position(number, conversation.text, end)] -= 1
+    in_answer = np.cumsum(edges[:-1], dtype=np.int8)
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(in_answer, dtype=np.int64)])
 
 
 def _digest(*parts: Any) -> str:
