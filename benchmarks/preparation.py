@@ -10,7 +10,6 @@ mask, packs, and writes its cache to disk. `ratio` is preparation's tokens/s div
 import argparse
 import json
 import os
-import shutil
 import statistics
 import tempfile
 import time
@@ -33,6 +32,7 @@ def main() -> None:
             parser.error(f"{needed} is not there: set ISOTUNE_TEST_DATA or name another")
 
     import datasets
+    import numpy as np
     from transformers import AutoTokenizer
 
     from isotune.data.preparation import PreparationSettings, prepare
@@ -48,37 +48,30 @@ def main() -> None:
         source = Path(scratch) / "train.jsonl"
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
 
-        def ours() -> int:
+        def ours() -> np.ndarray:
             os.environ["ISOTUNE_CACHE"] = tempfile.mkdtemp(dir=scratch)
-            table = prepare(str(source), "train", our_tokenizer, settings, show_progress=False).table
-            return table.documents.tokens
+            return prepare(str(source), "train", our_tokenizer, settings, show_progress=False).documents.lengths
 
-        def peer() -> int:
+        def peer() -> datasets.Dataset:
             # A fresh folder each time: neither the read file nor the mapped result may come from a cache.
             cache = tempfile.mkdtemp(dir=scratch)
             read = datasets.load_dataset("json", data_files=str(source), split="train", cache_dir=cache)
-            mapped = read.map(
+            return read.map(
                 lambda batch: peer_tokenizer(batch["text"], truncation=True, max_length=given.max_seq_length),
                 batched=True,
                 remove_columns=["text"],
                 load_from_cache_file=False,
             )
-            # Its tokens are summed outside the timing, by the caller.
-            counted.append(mapped)
-            return -1
 
-        counted: list[datasets.Dataset] = []
         rates: dict[str, list[float]] = {"isotune": [], "datasets_map": []}
         for round_number in range(given.rounds):
             for side, work in (("isotune", ours), ("datasets_map", peer)):
                 started = time.perf_counter()
-                tokens = work()
+                made = work()
                 seconds = time.perf_counter() - started
-                if tokens < 0:
-                    tokens = sum(map(len, counted.pop()["input_ids"]))
+                tokens = int(made.sum()) if isinstance(made, np.ndarray) else sum(map(len, made["input_ids"]))
                 rates[side].append(tokens / seconds)
                 print(f"round {round_number} {side}: {tokens:,} tokens in {seconds:.2f} s")
-        shutil.rmtree(scratch, ignore_errors=True)
 
     medians = {side: statistics.median(of_rounds) for side, of_rounds in rates.items()}
     ratios = [ours / peers for ours, peers in zip(rates["isotune"], rates["datasets_map"], strict=True)]

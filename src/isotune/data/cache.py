@@ -27,7 +27,12 @@ from isotune.data.documents import Documents
 from isotune.errors import UserError
 
 ARRAYS = tuple(field.name for field in fields(Documents))
-NO_ROOM = {errno.ENOSPC: "is full", errno.EDQUOT: "has reached your quota", errno.EROFS: "is read-only"}
+NO_ROOM = {
+    errno.ENOSPC: "is full",
+    errno.EDQUOT: "has reached your quota",
+    errno.EROFS: "is read-only",
+    errno.EFBIG: "takes no file so large",
+}
 
 Content = tuple[Documents, dict[str, Any]]
 

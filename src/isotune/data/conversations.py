@@ -49,8 +49,10 @@ def parse_text(text: str, train_on: TrainOn = "all") -> Conversation:
     """
     # Checked here and not by a look-behind, which would keep the search from jumping to the next "###".
     headers = [header for header in HEADER.finditer(text) if text[header.start() - 1 : header.start()] != "#"]
-    ends = [header.start() for header in headers[1:]] + [len(text)]
-    turns = [(header.end(), end, header.group(1) == "Assistant") for header, end in zip(headers, ends, strict=True)]
+    borders = [*(header.start() for header in headers), len(text)]
+    turns = [
+        (header.end(), end, header.group(1) == "Assistant") for header, end in zip(headers, borders[1:], strict=True)
+    ]
     return _end_at_last_answer(text, turns, train_on)
 
 

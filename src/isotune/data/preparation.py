@@ -5,27 +5,25 @@ import json
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
-from itertools import islice
+from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 import numpy as np
 from tqdm import tqdm
 
+from isotune.data.batches import TEXT_FIELD, Batch, read_batches
 from isotune.data.cache import Content, load_or_build
-from isotune.data.conversations import Conversation, TrainOn, parse_text, render_messages
+from isotune.data.conversations import TrainOn
 from isotune.data.documents import Documents, Rows
 from isotune.data.overlong import FitCounts, Overlong, fit
 from isotune.data.packing import each_alone, pack
-from isotune.data.sources import Row, Source, read_rows
+from isotune.data.sources import Source, read_rows
 from isotune.data.table import DocumentCounts, PreparationTable, length_quantiles
 from isotune.data.tokenization import ConversationEncoder, Encoded
 from isotune.errors import UserError
 
 FORMAT_VERSION = 1  # raised when the same input gives other documents
-BATCH_ROWS = 256
 ENCODING_THREADS = 2
-MESSAGES_COLUMNS = ("messages", "conversations")
 
 NO_ANSWER = "no assistant answer"
 ANSWER_CUT = "no answer within max_seq_length"
@@ -49,7 +47,7 @@ class PreparationSettings:
     packing: bool = True
     overlong: Overlong = "truncate"
     train_on: TrainOn = "all"
-    dataset_text_field: str = "text"
+    dataset_text_field: str = TEXT_FIELD
     seed: int = 0
 
     def check(self, prefix_tokens: int) -> None:
@@ -71,16 +69,6 @@ class PreparedData:
     rows: Rows
     table: PreparationTable
     fingerprint: str
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Rows of a source that were read together: those with an answer, and where they stood."""
-
-    read: int
-    rows: np.ndarray
-    conversations: list[Conversation]
-    turns_cut: int
 
 
 def prepare(
@@ -143,7 +131,9 @@ def _build(
     whole_lengths: list[np.ndarray] = []
     tally: Counter[str] = Counter()
     with tqdm(desc="preparing", unit=" documents", disable=not show_progress) as bar:
-        for batch, encoded in _encoded_ahead(encoder, _batches(source, settings)):
+        for batch, encoded in _encoded_ahead(
+            encoder, read_batches(source, settings.dataset_text_field, settings.train_on)
+        ):
             fitted, fit_counts = fit(encoded, batch.rows, encoder.prefix, settings.max_seq_length, settings.overlong)
             tally.update({"read": batch.read, "turns_cut": batch.turns_cut})
             tally.update(_tally(encoded, fit_counts))
@@ -191,10 +181,10 @@ def _tally(encoded: Encoded, fitted: FitCounts) -> dict[str, int]:
     }
 
 
-def _encoded_ahead(encoder: ConversationEncoder, batches: Iterator[_Batch]) -> Iterator[tuple[_Batch, Encoded]]:
+def _encoded_ahead(encoder: ConversationEncoder, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Encoded]]:
     """Tokenise batches in order, in threads: while Rust works on one, Python reads and lays out its neighbours."""
     with ThreadPoolExecutor(ENCODING_THREADS) as threads:
-        under_way: deque[tuple[_Batch, Future[Encoded]]] = deque()
+        under_way: deque[tuple[Batch, Future[Encoded]]] = deque()
         for batch in batches:
             under_way.append((batch, threads.submit(encoder.encode, batch.conversations)))
             if len(under_way) > ENCODING_THREADS:
@@ -202,59 +192,6 @@ def _encoded_ahead(encoder: ConversationEncoder, batches: Iterator[_Batch]) -> I
                 yield oldest, future.result()
         for oldest, future in under_way:
             yield oldest, future.result()
-
-
-def _batches(source: Source, settings: PreparationSettings) -> Iterator[_Batch]:
-    """Read and parse a source, BATCH_ROWS at a time."""
-    rows = enumerate(source.rows())
-    column = None
-    while some := list(islice(rows, BATCH_ROWS)):
-        answered: list[tuple[int, Conversation]] = []
-        for number, row in some:
-            column = column or _conversation_column(row, source, settings.dataset_text_field)
-            if column not in row:
-                raise UserError(f"{source.where(number)} lacks the column {column!r}; it has {', '.join(row)}")
-            try:
-                conversation = _conversation(row[column], settings.train_on)
-            except ValueError as error:
-                raise UserError(f"{source.where(number)}, column {column!r}: {error}") from error
-            if conversation.answers:
-                answered.append((number, conversation))
-        conversations = [conversation for _, conversation in answered]
-        yield _Batch(
-            read=len(some),
-            rows=np.array([number for number, _ in answered], np.int64),
-            conversations=conversations,
-            turns_cut=sum(conversation.turns_cut for conversation in conversations),
-        )
-
-
-def _conversation_column(first_row: Row, source: Source, text_field: str) -> str:
-    default = next(field.default for field in fields(PreparationSettings) if field.name == "dataset_text_field")
-    wanted = (text_field, *MESSAGES_COLUMNS) if text_field == default else (text_field,)
-    for column in wanted:
-        if column in first_row:
-            return column
-    raise UserError(
-        f"{source.name} has the columns {', '.join(first_row)}, but none called {' or '.join(wanted)}: "
-        "name the one that holds the conversations by dataset_text_field"
-    )
-
-
-def _conversation(value: Any, train_on: TrainOn) -> Conversation:
-    """A row's conversation in whichever form it stands; ValueError says what is wrong with it."""
-    if isinstance(value, str):
-        conversation = parse_text(value, train_on)
-    elif isinstance(value, list):
-        conversation = render_messages(value, train_on)
-    else:
-        kind = "null" if value is None else f"a {type(value).__name__}"
-        raise ValueError(f"holds {kind}, neither a text nor a list of messages")
-    try:
-        conversation.text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"holds half of a surrogate pair at character {error.start}, which is no text") from error
-    return conversation
 
 
 def _join(parts: list[Documents]) -> Documents:
