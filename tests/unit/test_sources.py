@@ -1,0 +1,243 @@
+"""Every way that rows can be named, and every way in which that can go wrong."""
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from isotune.data.builtin import CORPORA
+from isotune.data.sources import read_rows
+from isotune.errors import UserError
+
+ROWS = [{"text": '### Human: a,\n"b"\n### Assistant: é 😀', "label": 1}, {"text": "second", "label": 0}]
+
+
+def write_jsonl(path: Path, rows=ROWS) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def write_csv(path: Path) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["text", "label"])
+        writer.writeheader()
+        writer.writerows(ROWS)
+    return path
+
+
+def write_parquet(path: Path, rows=ROWS) -> Path:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def mistake(dataset_name, split="train") -> str:
+    """The one sentence that reading this ends in."""
+    with pytest.raises(UserError) as caught:
+        list(read_rows(str(dataset_name), split).rows())
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_csv, write_parquet])
+def test_each_kind_of_file_gives_the_same_rows(tmp_path, write):
+    path = write(tmp_path / f"data.{write.__name__.removeprefix('write_')}")
+    assert list(read_rows(str(path), "whatever").rows()) == ROWS
+    assert read_rows(str(path)).where(1) == f"row 2 of {path}"
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_csv, write_parquet])
+def test_a_folder_gives_the_file_of_the_split(tmp_path, write):
+    suffix = write.__name__.removeprefix("write_")
+    write(tmp_path / f"test.{suffix}")
+    (tmp_path / f"train.{suffix}").write_text("not read")
+    assert list(read_rows(str(tmp_path), "test").rows()) == ROWS
+
+
+def test_a_cloned_hub_folder_gives_its_shards_in_order(tmp_path):
+    (tmp_path / "data").mkdir()
+    for number, row in enumerate(ROWS):
+        write_parquet(tmp_path / "data" / f"train-{number:05d}-of-00002.parquet", [row])
+    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", [{"text": "other", "label": 2}])
+    assert list(read_rows(str(tmp_path)).rows()) == ROWS
+
+
+def test_a_saved_data_set_gives_its_rows(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "several")
+    assert list(read_rows(str(tmp_path / "one")).rows()) == ROWS
+    assert list(read_rows(str(tmp_path / "several")).rows()) == ROWS
+    assert "no split 'test'; it has train" in mistake(tmp_path / "several", "test")
+
+
+def test_a_cached_hub_data_set_is_read_offline(tmp_path):
+    cache = tmp_path / "cache"
+    place = cache / "someone___talks" / "default" / "0.0.0" / "0123456789abcdef"
+    place.mkdir(parents=True)
+    made = datasets.load_dataset("json", data_files=str(write_jsonl(tmp_path / "x.jsonl")), cache_dir=tmp_path / "made")
+    (arrow,) = (Path(file["filename"]) for file in made["train"].cache_files)
+    (place / "talks-train.arrow").write_bytes(arrow.read_bytes())
+    info = json.loads((arrow.parent / "dataset_info.json").read_text())
+    info |= {"config_name": "default", "dataset_name": "talks"}
+    (place / "dataset_info.json").write_text(json.dumps(info))
+    report = in_new_process("someone/talks", HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(cache))
+    assert json.loads(report.stdout) == ROWS, report.stderr
+
+
+def in_new_process(dataset_name: str, **environment: str) -> subprocess.CompletedProcess:
+    """Read in a process of its own: the Hub's libraries read their environment when they are imported."""
+    program = (
+        "import json, sys\nfrom isotune.data.sources import read_rows\nfrom isotune.errors import run_script\n"
+        "run_script(lambda: print(json.dumps(list(read_rows(sys.argv[1]).rows()))))"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", program, dataset_name],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("hub", ["refuses", "is silent", "is switched off"])
+def test_a_hub_id_without_the_hub_fails_at_once_and_names_the_offline_ways(tmp_path, hub):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        if hub == "is silent":
+            listener.listen()
+        environment = {"HF_HUB_OFFLINE": "1"} if hub == "is switched off" else {}
+        endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        started = time.monotonic()
+        report = in_new_process("someone/talks", HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path), **environment)
+        seconds = time.monotonic() - started
+    assert report.returncode == 2
+    assert report.stdout == ""
+    (line,) = report.stderr.splitlines()
+    assert "someone/talks" in line
+    for way in ("folder", ".jsonl", ".csv", ".parquet", "builtin:NAME", "HF_HUB_OFFLINE=1"):
+        assert way in line
+    assert seconds < 30, "imports and one short request, no retries"
+
+
+def test_broken_json_names_the_file_and_the_line(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "a"}\n\n{"text": \n')
+    assert mistake(path).startswith(f"{path} line 3 is not JSON: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b'["a"]\n', "line 1 is a JSON list, not an object"),
+        (b'{"text": "\xff"}\n', "line 1 is not JSON: 'utf-8' codec can't decode"),
+        (b"[" * 200_000, "line 1 is"),
+    ],
+)
+def test_a_line_that_is_no_row_is_named(tmp_path, content, sentence):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    assert sentence in mistake(path)
+
+
+def test_a_byte_order_mark_and_blank_lines_are_no_mistake(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}')
+    assert list(read_rows(str(path)).rows()) == [{"text": "a"}, {"text": "b"}]
+
+
+def test_broken_csv_and_parquet_name_the_file(tmp_path):
+    ragged, torn = tmp_path / "ragged.csv", tmp_path / "torn.parquet"
+    ragged.write_text("a,b\n1,2\n1,2,3\n")
+    write_parquet(torn)
+    torn.write_bytes(torn.read_bytes()[:-20])
+    assert mistake(ragged).startswith(f"{ragged} is not readable as CSV: ")
+    assert mistake(torn).startswith(f"{torn} is not readable as Parquet: ")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_an_empty_file_is_named(tmp_path, suffix):
+    path = tmp_path / f"data.{suffix}"
+    path.touch()
+    assert mistake(path) == f"{path} is empty"
+
+
+def test_a_file_without_rows_is_named(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text("text,label\n")
+    assert mistake(path) == f"{path} holds no rows"
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "some/where/data.csv", "./folder", "~/no such folder", "a/b/c"])
+def test_a_missing_file_or_folder_is_named(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert mistake(name) == f"dataset_name: there is no file or folder {name}"
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "data.pkl").write_bytes(b"\x80\x04N.")
+    assert "is none of .jsonl, .csv, .parquet" in mistake(tmp_path / "data.pkl")
+
+
+def test_a_folder_without_the_split_says_what_it_has(tmp_path):
+    assert "it has no .jsonl, .csv, .parquet file at all" in mistake(tmp_path)
+    write_csv(tmp_path / "test.csv")
+    write_csv(tmp_path / "test_labels.csv")
+    assert "has no file for the split 'train'; it has test, test_labels" in mistake(tmp_path)
+
+
+def test_a_split_that_lies_twice_in_a_folder_is_refused(tmp_path):
+    write_csv(tmp_path / "train.csv")
+    write_jsonl(tmp_path / "train.jsonl")
+    assert "more than once (train.csv, train.jsonl): name one file" in mistake(tmp_path)
+
+
+def test_an_unknown_builtin_names_the_nearest():
+    assert "did you mean builtin:greetings?" in mistake("builtin:greting")
+    assert "has no split 'dev'; it has train, test" in mistake("builtin:greetings", "dev")
+
+
+@pytest.mark.parametrize("name", sorted(CORPORA))
+def test_no_row_of_a_built_in_test_split_is_in_its_train_split(name):
+    train, test = (list(read_rows(f"builtin:{name}", split).rows()) for split in ("train", "test"))
+    assert {"train": len(train), "test": len(test)} == CORPORA[name].split_rows
+    assert not [row for row in test if row in train]
+
+
+def test_a_fingerprint_follows_the_content_and_not_the_name(tmp_path):
+    one, same, other = (tmp_path / f"{name}.jsonl" for name in ("one", "same", "other"))
+    write_jsonl(one), write_jsonl(same), write_jsonl(other, ROWS[:1])
+    prints = [read_rows(str(path)).fingerprint for path in (one, same, other)]
+    assert prints[0] == prints[1] != prints[2]
+    builtin = {read_rows("builtin:greetings", split).fingerprint for split in ("train", "test", "train")}
+    assert len(builtin) == 2
+
+
+def test_a_saved_data_set_whose_bytes_changed_has_another_fingerprint(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path)
+    before = read_rows(str(tmp_path)).fingerprint
+    (arrow,) = tmp_path.glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes().replace(b"second", b"thirds"))
+    assert read_rows(str(tmp_path)).fingerprint != before
+
+
+def test_real_files_of_each_kind_are_read_as_they_stand(shared_data):
+    counts = {
+        "guanaco": (("train", 707), ("test", 90)),
+        "arena": (("train", 3_307), ("test", 674)),
+        "yelp": (("train", 6_000), ("test", 1_000)),
+    }
+    for folder, splits in counts.items():
+        for split, count in splits:
+            assert sum(1 for _ in read_rows(str(shared_data / folder), split).rows()) == count
+    with (shared_data / "arena" / "train.csv").open(newline="", encoding="utf-8") as file:
+        cells = [{name: str(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+    read = [{name: str(cell) for name, cell in row.items()} for row in read_rows(str(shared_data / "arena")).rows()]
+    assert read == cells
