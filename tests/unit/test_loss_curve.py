@@ -1,0 +1,113 @@
+"""The loss curve shows what metrics.jsonl says, whatever state a run left it in."""
+
+import json
+import math
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from isotune.errors import UserError
+from isotune.report.loss_curve import _figure, draw_loss_curve, read_curves, smoothed
+
+
+def write_metrics(folder, entries, tail=""):
+    text = "".join(json.dumps(entry) + "\n" for entry in entries) + tail
+    (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+
+
+def training_line(step, loss, learning_rate=1e-4):
+    return {"step": step, "epoch": step / 10, "loss": loss, "grad_norm": 1.0, "learning_rate": learning_rate}
+
+
+def test_every_line_is_drawn_at_its_step_and_value(tmp_path):
+    evaluations = [{"step": 5, "eval_loss": 2.5, "eval_perplexity": 12.2}, {"step": 20, "eval_loss": 1.5}]
+    write_metrics(tmp_path, [training_line(step, 4.0 / step, 1e-3 * step) for step in range(1, 21)] + evaluations)
+
+    figure = _figure(read_curves(tmp_path / "metrics.jsonl"), "run")
+
+    losses, rates = figure.axes
+    drawn = {line.get_label(): line.get_xydata() for line in losses.get_lines()}
+    np.testing.assert_allclose(drawn["training"], [(step, 4.0 / step) for step in range(1, 21)])
+    np.testing.assert_allclose(drawn["evaluation"], [(5, 2.5), (20, 1.5)])
+    np.testing.assert_allclose(rates.get_lines()[0].get_ydata(), [1e-3 * step for step in range(1, 21)])
+    assert "nats per supervised token" in losses.get_ylabel()
+    assert "step" in rates.get_xlabel()
+    assert "learning rate" in rates.get_ylabel()
+
+
+def test_the_picture_is_a_png_that_is_not_blank(tmp_path):
+    write_metrics(tmp_path, [training_line(step, 3.0 / step) for step in range(1, 40)])
+
+    picture = draw_loss_curve(tmp_path)
+
+    assert picture == tmp_path / "loss_curve.png"
+    pixels = matplotlib.image.imread(picture)
+    assert pixels.shape[1] >= 800
+    assert (pixels[..., :3] < 0.9).any(axis=-1).mean() > 0.005
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["loss_curve.png", "metrics.jsonl"]
+
+
+def test_a_run_of_one_step_is_drawn(tmp_path):
+    write_metrics(tmp_path, [training_line(1, 10.8)])
+    assert draw_loss_curve(tmp_path).is_file()
+
+
+@pytest.mark.parametrize("lost", [None, math.nan, math.inf, "NaN"])
+def test_a_step_without_a_finite_loss_leaves_a_gap_and_a_mark(tmp_path, lost):
+    write_metrics(tmp_path, [training_line(1, 2.0), training_line(2, lost), training_line(3, 1.0)])
+
+    figure = _figure(read_curves(tmp_path / "metrics.jsonl"), "run")
+
+    drawn = {line.get_label(): line.get_xydata() for line in figure.axes[0].get_lines()}
+    np.testing.assert_array_equal(drawn["training"][:, 1], [2.0, np.nan, 1.0])
+    assert drawn["loss not finite (1 step)"][:, 0].tolist() == [2]
+    assert draw_loss_curve(tmp_path).is_file()
+
+
+def test_a_run_whose_every_loss_is_lost_is_drawn(tmp_path):
+    write_metrics(tmp_path, [training_line(step, None, None) for step in range(1, 4)])
+    assert draw_loss_curve(tmp_path).is_file()
+
+
+def test_a_last_line_that_a_killed_run_cut_off_is_passed_over(tmp_path):
+    write_metrics(tmp_path, [training_line(1, 2.0), training_line(2, 1.5)], tail='{"step": 3, "lo')
+    assert read_curves(tmp_path / "metrics.jsonl").steps == [1, 2]
+
+
+def test_lines_that_are_no_objects_are_passed_over(tmp_path):
+    write_metrics(tmp_path, [training_line(1, 2.0), 7, [], {"note": "resumed"}, {"step": "2", "loss": 1.0}])
+    assert read_curves(tmp_path / "metrics.jsonl").losses == [2.0]
+
+
+def test_a_step_that_a_resumed_run_repeated_counts_as_it_was_written_last(tmp_path):
+    write_metrics(tmp_path, [training_line(1, 3.0), training_line(2, 2.0), training_line(2, 1.9)])
+    curves = read_curves(tmp_path / "metrics.jsonl")
+    assert (curves.steps, curves.losses) == ([1, 2], [3.0, 1.9])
+
+
+def test_smoothing_is_the_weighted_mean_of_the_window():
+    values = [1.0, 5.0, math.nan, 2.0, 8.0]
+    expected = []
+    for i in range(5):
+        weights = {j: math.exp(-0.5 * (j - i) ** 2) for j in (0, 1, 3, 4) if abs(j - i) <= 2}
+        expected.append(sum(w * values[j] for j, w in weights.items()) / sum(weights.values()))
+    expected[2] = math.nan
+    np.testing.assert_allclose(smoothed(values, width=4.0), expected, rtol=1e-12)
+
+
+def test_a_straight_line_stays_one_away_from_its_ends_so_a_fall_is_not_shown_late():
+    values = [10.0 - 0.1 * step for step in range(100)]
+    np.testing.assert_allclose(smoothed(values, width=10.0)[5:-5], values[5:-5], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [(None, "cannot be read"), ("", "has no line"), ('{"step": 1', "has no line")]
+)
+def test_a_folder_without_losses_is_named_in_one_sentence(tmp_path, content, says):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(UserError, match=says) as mistake:
+        draw_loss_curve(tmp_path)
+    assert str(tmp_path / "metrics.jsonl") in str(mistake.value)
+    assert not (tmp_path / "loss_curve.png").exists()
