@@ -377,6 +377,18 @@ def test_a_tokenizer_without_eos_or_pad_is_refused(talks, role):
         quietly(talks, tokenizer=byte_tokenizer(without=role))
 
 
+def test_where_unknown_words_become_the_eos_only_the_closing_one_is_supervised(tmp_path):
+    vocabulary = {word: number for number, word in enumerate(["<eos>", "<pad>", "###", "Assistant", ":", "known"])}
+    backend = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<eos>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "### Assistant: known strange known"}))
+    documents = quietly(path, tokenizer=tokenizer).documents
+    assert documents.input_ids.tolist() == [2, 3, 4, 5, 0, 5, 0]
+    assert documents.supervised.tolist() == [False, False, False, True, False, True, True]
+
+
 def test_preparing_leaves_the_tokenizer_as_it_was(talks):
     tokenizer = byte_tokenizer()
     before = tokenizer("### Human: <eos>")["input_ids"]
