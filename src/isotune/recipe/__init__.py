@@ -1,1 +1,5 @@
 """What a user may say of a run, and what contradicts: the layer that everything else reads from."""
+
+from isotune.recipe.recipes import Recipe, RunRecipe, read_recipe
+
+__all__ = ["Recipe", "RunRecipe", "read_recipe"]

@@ -1,0 +1,132 @@
+"""A recipe is said in layers, a file and then the command line: the later wins, and mistakes are told with their place."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from isotune.errors import UserError
+from isotune.recipe.engine import ALIASES
+from isotune.recipe.refused import REFUSED
+from isotune.recipe.schema import Contradiction, Key
+from isotune.recipe.values import parse
+
+# One of each pair is enough: a later layer that gives one puts the other of an earlier layer out of force.
+ALTERNATIVES = (("max_steps", "num_train_epochs"),)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Values given in one place.
+
+    `file` names a recipe file, `lines` the line of every key in it; `flags` marks the command line.
+    """
+
+    given: Mapping[str, Any]
+    file: str | None = None
+    lines: Mapping[str, int] = field(default_factory=dict)
+    flags: bool = False
+
+    def name_of(self, name: str) -> str:
+        """A key as it was written here, with its place."""
+        if self.file is not None:
+            line = self.lines.get(name)
+            return f"{self.file}{f', line {line}' if line else ''}: {name}"
+        return f"--{name}" if self.flags else name
+
+
+def settle(
+    keys: Mapping[str, Key], layers: Sequence[Layer], contradictions: Sequence[Contradiction]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The value of every key after all layers, and the part of it that was given rather than filled in.
+
+    A key that has no effect among the final values is an error where it was given in the last place that spoke, or
+    had no effect in its own file either. Where only a later layer took its effect away (`--tune full` over a LoRA
+    recipe), it is dropped.
+
+    Raises:
+        UserError: an unknown, refused, missing or ineffective key, a value that is not allowed, a contradiction.
+    """
+    given: dict[str, Any] = {}
+    origin: dict[str, Layer] = {}
+    effective_before: set[str] = set()
+    for layer in layers:
+        spoken = _read(keys, layer)
+        for one, other in (*ALTERNATIVES, *((b, a) for a, b in ALTERNATIVES)):
+            if _says(keys, spoken, one):
+                given.pop(other, None)
+        for name, value in spoken.items():
+            given.pop(name, None)
+            if value != keys[name].unset:
+                given[name] = value
+                origin[name] = layer
+        values = fill(keys, given)
+        if layer is not layers[-1]:
+            effective_before |= {name for name in given if keys[name].in_effect(values)}
+    values = fill(keys, given)
+    for name in [name for name in given if not keys[name].in_effect(values)]:
+        need = keys[name].needs
+        if need and (origin[name] is layers[-1] or name not in effective_before):
+            raise UserError(f"{origin[name].name_of(name)} has no effect: {need.otherwise}")
+        del given[name]
+    values = fill(keys, given)
+    _require(keys, values, layers)
+    for contradiction in contradictions:
+        if contradiction.holds(values):
+            places = [origin[name].name_of(name) if name in given else name for name in contradiction.keys]
+            said = [f"{place} ({values[name]})" for place, name in zip(places, contradiction.keys, strict=True)]
+            raise UserError(f"{' and '.join(said)} contradict each other: {contradiction.remedy}")
+    return values, given
+
+
+def fill(keys: Mapping[str, Key], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Given values and, for the rest, defaults; a required key that is missing is None."""
+    values = {name: given.get(name, None if key.required else key.default) for name, key in keys.items()}
+    for name, key in keys.items():
+        if key.default_from is not None and name not in given:
+            values[name] = key.default_from(values)
+    return values
+
+
+def _read(keys: Mapping[str, Key], layer: Layer) -> dict[str, Any]:
+    """The values of one layer under their proper names, each as its key takes it."""
+    spoken: dict[str, Any] = {}
+    written_as: dict[str, str] = {}
+    for written, value in layer.given.items():
+        name = ALIASES.get(written, written)
+        if name not in keys:
+            raise UserError(f"{layer.name_of(written)} {_why_not_a_key(keys, written, layer)}")
+        if name in written_as:
+            raise UserError(f"{layer.name_of(written)} is another name of {written_as[name]}: keep one of them")
+        written_as[name] = written
+        try:
+            spoken[name] = parse(keys[name], value)
+        except ValueError as error:
+            shown = "empty" if value is None else repr(value)
+            raise UserError(f"{layer.name_of(written)} is {shown}: {error}") from None
+    for one, other in ALTERNATIVES:
+        if _says(keys, spoken, one) and _says(keys, spoken, other):
+            raise UserError(f"{layer.name_of(one)} and {other} contradict each other: keep one of them")
+    return spoken
+
+
+def _says(keys: Mapping[str, Key], spoken: Mapping[str, Any], name: str) -> bool:
+    return name in spoken and spoken[name] != keys[name].unset
+
+
+def _why_not_a_key(keys: Mapping[str, Key], written: str, layer: Layer) -> str:
+    if written in REFUSED:
+        return f"is not a key here: {REFUSED[written]}"
+    near = difflib.get_close_matches(written, [*keys, *ALIASES], n=1)
+    dashes = "--" if layer.flags else ""
+    return f"is not a key: did you mean {dashes}{near[0]}?" if near else "is not a key: --help-all lists them"
+
+
+def _require(keys: Mapping[str, Key], values: Mapping[str, Any], layers: Sequence[Layer]) -> None:
+    missing = [name for name, key in keys.items() if key.required and values[name] is None]
+    if missing:
+        file = next((layer.file for layer in layers if layer.file is not None), None)
+        where = f"{file}: " if file else ""
+        verb = "is" if len(missing) == 1 else "are"
+        flags = " ".join(f"--{name} ..." for name in missing)
+        raise UserError(f"{where}{', '.join(missing)} {verb} missing: add to the recipe, or give {flags}")

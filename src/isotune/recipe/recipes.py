@@ -1,0 +1,231 @@
+"""What a run is: every key of a recipe with its type, its default and what it contradicts."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, TypeVar
+
+from isotune.recipe.command_line import read_flags
+from isotune.recipe.engine import ENGINE_KEYS, WITH_EVALUATION, evaluates
+from isotune.recipe.layers import Layer, settle
+from isotune.recipe.recipe_file import read_file, write_file
+from isotune.recipe.schema import (
+    ADAPTER,
+    AT_LEAST_ONE,
+    DATA,
+    GROUPS,
+    MEMORY,
+    MODEL,
+    OUTPUT,
+    POSITIVE,
+    REQUIRED,
+    SCHEDULE,
+    SHARE,
+    Contradiction,
+    Key,
+    Need,
+    Range,
+    key,
+    keys_of,
+)
+
+_ADAPTER = Need(lambda values: values["tune"] != "full", "it needs tune: lora or tune: qlora")
+_FOUR_BIT = Need(lambda values: values["tune"] == "qlora", "it needs tune: qlora")
+_NO_LIMIT = Need(lambda values: values["max_steps"] < 1, "max_steps says where the run ends")
+_EVALUATION_ON = Need(lambda values: values["eval_strategy"] != "no", "eval_strategy is no")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecipe:
+    """The keys that every kind of run has. All values are checked: make one with `from_values` or `read_recipe`.
+
+    `training_arguments` holds the values for transformers.TrainingArguments, by its own names. A key that has no
+    effect beside the others (`r` in full tuning) holds its default.
+    """
+
+    model_name_or_path: str = key(REQUIRED, MODEL, "Hub id, folder, or builtin:NAME")
+    model_init: Literal["pretrained", "random"] = key(
+        "pretrained", MODEL, "take the model's weights, or its geometry with random weights"
+    )
+    tokenizer_name_or_path: str | None = key(None, MODEL, "another tokenizer", default_text="the model's")
+    tune: Literal["full", "lora", "qlora"] = key("lora", MODEL, "what is trained: all weights, or adapters on top")
+
+    dataset_name: str = key(REQUIRED, DATA, "Hub id, folder, .jsonl/.csv/.parquet file, or builtin:NAME")
+    dataset_split: str = key("train", DATA, "split to train on")
+    eval_dataset_name: str | None = key(None, DATA, "data set to evaluate on", needs=_EVALUATION_ON)
+    eval_dataset_split: str = key("test", DATA, "split to evaluate on", needs=WITH_EVALUATION)
+    max_seq_length: int = key(1024, DATA, "longest row, in tokens", allowed=Range(2))
+
+    global_batch_size: int = key(16, SCHEDULE, "rows in one step, on any hardware", allowed=AT_LEAST_ONE)
+    num_train_epochs: float = key(3.0, SCHEDULE, "passes over the data", allowed=POSITIVE, needs=_NO_LIMIT)
+    max_steps: int = key(
+        -1, SCHEDULE, "stop after this many steps instead", allowed=Range(1, also=-1), unset=-1, default_text="none"
+    )
+    seed: int = key(42, SCHEDULE, "seed of order, dropout and new weights", allowed=Range(0, 2**32 - 1))
+
+    r: int = key(16, ADAPTER, "rank of the LoRA matrices", allowed=AT_LEAST_ONE, needs=_ADAPTER)
+    lora_alpha: int = key(32, ADAPTER, "LoRA's scale is lora_alpha / r", allowed=AT_LEAST_ONE, needs=_ADAPTER)
+    lora_dropout: float = key(0.05, ADAPTER, "dropout before the LoRA matrices", allowed=SHARE, needs=_ADAPTER)
+    target_modules: list[str] | None = key(  # noqa: RUF009 - it makes a dataclass field
+        None, ADAPTER, "linear layers that get LoRA", needs=_ADAPTER, default_text="those known for the model's type"
+    )
+    bias: Literal["none", "all", "lora_only"] = key("none", ADAPTER, "biases to train beside LoRA", needs=_ADAPTER)
+    use_rslora: bool = key(False, ADAPTER, "scale by lora_alpha / sqrt(r)", needs=_ADAPTER)
+    use_dora: bool = key(False, ADAPTER, "train magnitudes apart from directions (DoRA)", needs=_ADAPTER)
+    init_lora_weights: bool | Literal["gaussian"] = key(
+        True, ADAPTER, "true: the adapter starts as no change", needs=_ADAPTER
+    )
+    modules_to_save: list[str] | None = key(  # noqa: RUF009 - it makes a dataclass field
+        None, ADAPTER, "modules to train whole and save", needs=_ADAPTER
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = key("nf4", ADAPTER, "4-bit type of frozen weights", needs=_FOUR_BIT)
+    bnb_4bit_use_double_quant: bool = key(True, ADAPTER, "quantise the quantisation's scales too", needs=_FOUR_BIT)
+
+    bf16: bool = key(False, MEMORY, "compute in bfloat16")
+    fp16: bool = key(False, MEMORY, "compute in float16, with a scaled loss")
+    exact_gradients: bool | Literal["auto"] = key(
+        "auto", MEMORY, "sum gradients as integers: the same bits on any number of processes"
+    )
+    on_nonfinite: Literal["stop", "skip"] = key("stop", MEMORY, "what a loss or gradient that is not finite does")
+
+    output_dir: str = key(REQUIRED, OUTPUT, "folder of the run", changes_result=False)
+    resume: str = key(
+        "auto", OUTPUT, "auto: go on where the run stopped; never; or a checkpoint's path", changes_result=False
+    )
+    training_arguments: dict[str, Any] = field(default_factory=dict)
+    given: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    contradictions: ClassVar[tuple[Contradiction, ...]] = (
+        Contradiction(("bf16", "fp16"), lambda values: values["bf16"] and values["fp16"], "set one of them to false"),
+        Contradiction(
+            ("eval_strategy", "eval_steps"),
+            lambda values: evaluates(values) and values["eval_strategy"] == "steps" and values["eval_steps"] is None,
+            "say after how many steps, by eval_steps",
+        ),
+        Contradiction(
+            ("model_init", "tune"),
+            lambda values: values["model_init"] == "random" and values["tune"] == "qlora",
+            "only pretrained weights are quantised",
+        ),
+    )
+
+    @classmethod
+    def keys(cls) -> dict[str, Key]:
+        """Every key of this kind of recipe by its name: its own, then the engine's."""
+        return keys_of(cls) | ENGINE_KEYS
+
+    @classmethod
+    def from_layers(cls, layers: Sequence[Layer]) -> Self:
+        """The recipe that layers of values say together, the last one winning.
+
+        Raises:
+            UserError: what is wrong, and where.
+        """
+        own = keys_of(cls)
+        values, given = settle(cls.keys(), layers, cls.contradictions)
+        arguments = {name: values[name] for name in ENGINE_KEYS if values[name] is not None}
+        return cls(**{name: values[name] for name in own}, training_arguments=arguments, given=given)
+
+    @classmethod
+    def from_values(cls, **values: Any) -> Self:
+        """A recipe from Python: `Recipe.from_values(model_name_or_path=..., learning_rate=1e-4, ...)`."""
+        return cls.from_layers([Layer(values)])
+
+    def with_values(self, **changes: Any) -> Self:
+        """This recipe with other values, which win as flags win over a file."""
+        return self.from_layers([Layer(self.given), Layer(changes)])
+
+    def resolved(self) -> dict[str, Any]:
+        """Every value in effect, given or default, by its key; a recipe of just these says the same run."""
+        keys = self.keys()
+        values = {name: getattr(self, name, self.training_arguments.get(name)) for name in keys}
+        return {
+            name: values[name]
+            for name, key in keys.items()
+            if values[name] is not None and values[name] != key.unset and key.in_effect(values)
+        }
+
+    def fingerprint(self) -> str:
+        """Digest of the keys that change the result: two runs may share it and differ in logging, memory and place."""
+        keys = self.keys()
+        what = {name: value for name, value in self.resolved().items() if keys[name].changes_result}
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+    def write(self, path: Path) -> None:
+        """Write the resolved recipe, grouped as --help is; `--config PATH` runs it again.
+
+        Raises:
+            UserError: the place cannot be written to.
+        """
+        keys, resolved = self.keys(), self.resolved()
+        write_file(path, {g: {name: v for name, v in resolved.items() if keys[name].group == g} for g in GROUPS})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(RunRecipe):
+    """A recipe of packed instruction tuning: a step sees `global_batch_size` rows of `max_seq_length` tokens."""
+
+    dataset_text_field: str = key("text", DATA, "column that holds the conversation")
+    train_on: Literal["all", "last"] = key("all", DATA, "answers to learn from: all of a conversation, or the last")
+    overlong: Literal["truncate", "split", "drop"] = key(
+        "truncate", DATA, "what happens to a conversation longer than max_seq_length"
+    )
+    packing: bool = key(True, DATA, "pack several conversations into a row; they never see each other")
+    microbatch_tokens: int = key(
+        None,
+        MEMORY,
+        "tokens in one forward pass: the memory knob",
+        allowed=AT_LEAST_ONE,
+        default_from=lambda values: values["max_seq_length"],
+        default_text="max_seq_length",
+        changes_result=False,
+    )
+    eval_microbatch_tokens: int = key(
+        None,
+        MEMORY,
+        "the same in evaluation",
+        allowed=AT_LEAST_ONE,
+        needs=WITH_EVALUATION,
+        default_from=lambda values: values["microbatch_tokens"],
+        default_text="microbatch_tokens",
+        changes_result=False,
+    )
+    sample_prompt: str = key(
+        "What makes a good friend?", OUTPUT, "question to answer at the end; empty asks none", changes_result=False
+    )
+
+    contradictions: ClassVar[tuple[Contradiction, ...]] = (
+        *RunRecipe.contradictions,
+        *(
+            Contradiction(
+                (knob, "max_seq_length"),
+                lambda values, knob=knob: values[knob] < values["max_seq_length"],
+                "a forward pass holds at least one row, so raise the first or lower the second",
+            )
+            for knob in ("microbatch_tokens", "eval_microbatch_tokens")
+        ),
+    )
+
+
+AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
+
+
+def read_recipe(
+    argv: Sequence[str],
+    *,
+    default_config: Path | None,
+    prog: str,
+    description: str,
+    kind: type[AnyRecipe] = Recipe,
+) -> AnyRecipe:
+    """The recipe that a command line says: a file (`--config`, else `default_config`) and a flag for every key.
+
+    `--help` and `--help-all` print and end the program.
+
+    Raises:
+        UserError: anything in the file or the flags that is wrong, with its place and what to do.
+    """
+    file, flags = read_flags(argv, kind.keys(), default_config=default_config, prog=prog, description=description)
+    return kind.from_layers([flags] if file is None else [read_file(file), flags])

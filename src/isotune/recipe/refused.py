@@ -1,0 +1,100 @@
+"""Keys of the ecosystem that would do nothing here, or that have another name, and what to say instead."""
+
+_MEMORY_KNOB = "the batch of a step is global_batch_size on any hardware, and microbatch_tokens bounds the memory"
+_PLAN = "the plan lays out every row of every step, and nothing is dropped"
+_EVALUATION = "evaluation sums its exact loss over all supervised tokens, whatever the batch"
+_SAVING = "a run writes its model to OUTPUT_DIR/model at its end, and checkpoints within a run are not there yet"
+_LAUNCH = "choose the engine by `accelerate launch --config_file accelerate_configs/...`"
+_DEVICE = "the script chooses the device and the backend; an empty CUDA_VISIBLE_DEVICES hides GPUs"
+_COMPILE = "rows of many lengths would each be compiled anew, and packed attention is not compiled"
+_LOSS = "the loss is the exact cross-entropy over the supervised tokens of a step"
+_HUB = "upload OUTPUT_DIR/model after the run with `hf upload`"
+_LIGER = "the packed attention and the chunked loss take the place of Liger's kernels"
+_MODE = "train/ trains, and evaluates when eval_dataset_name is given"
+_TOKENIZER = "special tokens belong to the tokenizer: set them in its folder"
+
+# Keys that mean the same under another name here.
+_RENAMED = {
+    "max_length": "max_seq_length",
+    "lora_r": "r",
+    "lora_target_modules": "target_modules",
+    "lora_modules_to_save": "modules_to_save",
+    "data_seed": "seed",
+    "resume_from_checkpoint": "resume",
+    "tokenizer_name": "tokenizer_name_or_path",
+    "model": "model_name_or_path",
+    "model_name": "model_name_or_path",
+    "dataset": "dataset_name",
+    "train_file": "dataset_name",
+    "validation_file": "eval_dataset_name",
+    "dataset_train_split": "dataset_split",
+    "dataset_test_split": "eval_dataset_split",
+    "evaluation_strategy": "eval_strategy",
+    "truncation_mode": "overlong",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "batch_size": "global_batch_size",
+    "train_batch_size": "global_batch_size",
+}
+
+_GROUPS = {
+    _MEMORY_KNOB: ("per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size"),
+    f"{_EVALUATION}; eval_microbatch_tokens bounds the memory": ("per_device_eval_batch_size",),
+    _PLAN: (
+        "remove_unused_columns", "label_names", "train_sampling_strategy", "group_by_length", "length_column_name",
+        "dataloader_drop_last", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
+        "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order", "shuffle_dataset",
+        "pad_to_multiple_of",
+    ),
+    f"say packing: true or false; {_PLAN}": ("padding_free", "packing_strategy", "eval_packing"),
+    "say train_on: all or last": ("completion_only_loss", "assistant_only_loss"),
+    _DEVICE: ("use_cpu", "no_cuda", "ddp_backend", "ddp_timeout", "local_rank"),
+    _LAUNCH: ("deepspeed", "fsdp", "fsdp_config", "accelerator_config", "parallelism_config", "ddp_static_graph"),
+    "say on_nonfinite: stop or skip; a non-finite loss is never hidden": ("logging_nan_inf_filter", "debug"),
+    _LOSS: ("label_smoothing_factor", "loss_type", "average_tokens_across_devices", "router_aux_loss_coef"),
+    f"{_EVALUATION}, in the precision of training": ("bf16_full_eval", "fp16_full_eval"),
+    _EVALUATION: (
+        "prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps",
+        "include_for_metrics", "batch_eval_metrics", "do_predict",
+    ),
+    _SAVING: (
+        "save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node", "save_safetensors",
+        "enable_jit_checkpoint", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+        "ignore_data_skip", "restore_callback_states_from_checkpoint",
+    ),
+    "choose another output_dir, or remove the folder": ("overwrite_output_dir",),
+    _HUB: (
+        "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push",
+        "hub_revision",
+    ),
+    _COMPILE: ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+    _LIGER: ("use_liger_kernel", "liger_kernel_config"),
+    _MODE: ("do_train", "do_eval"),
+    "packed attention is the one for every architecture": ("attn_implementation",),
+    "say bf16: true or fp16: true, or neither for fp32": (
+        "dtype", "torch_dtype", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage",
+    ),
+    "say tune: lora": ("use_peft",),
+    "say tune: qlora": ("load_in_4bit",),
+    "8-bit weights are not offered; tune: qlora has 4-bit ones": ("load_in_8bit",),
+    "say warmup_steps: a number below 1 is a share of the run": ("warmup_ratio",),
+    "metrics.jsonl has input_tokens and peak_memory_bytes of every step": (
+        "include_num_input_tokens_seen", "skip_memory_metrics",
+    ),
+    "a tracker keeps its files where its own environment variables say": ("logging_dir",),
+    "training never keeps a cache of keys and values": ("use_cache",),
+    "its noise depends on the length of a row, so packing would change the result": ("neftune_noise_alpha",),
+    "microbatch_tokens and gradient_checkpointing bound the memory": (
+        "torch_empty_cache_steps", "activation_offloading",
+    ),
+    "only optimisers that train the modules of tune are offered": ("optim_target_modules",),
+    "preparation uses every core by itself": ("dataset_num_proc",),
+    _TOKENIZER: ("eos_token", "pad_token", "chat_template_path"),
+    "a model's folder says how it is made": ("model_init_kwargs", "dataset_kwargs"),
+    "code from the Hub is never run": ("trust_remote_code",),
+}  # fmt: skip
+
+REFUSED: dict[str, str] = {name: f"say {instead}" for name, instead in _RENAMED.items()} | {
+    name: reason for reason, names in _GROUPS.items() for name in names
+}

@@ -1,0 +1,115 @@
+"""A key of a recipe is one record: its type, default, range, help and when it has an effect all stand in one place."""
+
+import dataclasses
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MODEL = "Model"
+DATA = "Data"
+SCHEDULE = "Batch and schedule"
+OPTIMISER = "Optimiser"
+ADAPTER = "Adapter"
+MEMORY = "Precision and memory"
+OUTPUT = "Output and logging"
+GROUPS = (MODEL, DATA, SCHEDULE, OPTIMISER, ADAPTER, MEMORY, OUTPUT)
+
+REQUIRED = dataclasses.MISSING
+
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`; an open end is itself not allowed, `also` names one number outside."""
+
+    low: float
+    high: float = float("inf")
+    low_open: bool = False
+    high_open: bool = False
+    also: float | None = None
+
+    def __contains__(self, number: float) -> bool:
+        above = number > self.low if self.low_open else number >= self.low
+        below = number < self.high if self.high_open else number <= self.high
+        return (above and below) or number == self.also
+
+    def __str__(self) -> str:
+        text = f"{'above' if self.low_open else 'of at least'} {self.low:g}"
+        if self.high != float("inf"):
+            text += f" and {'below' if self.high_open else 'at most'} {self.high:g}"
+        return text if self.also is None else f"{text}, or {self.also:g}"
+
+
+AT_LEAST_ONE = Range(1)
+NOT_NEGATIVE = Range(0)
+POSITIVE = Range(0, low_open=True)
+SHARE = Range(0, 1, high_open=True)
+
+
+@dataclass(frozen=True)
+class Need:
+    """When a key has an effect, and what to say of one that has none."""
+
+    met: Callable[[Values], bool]
+    otherwise: str
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a recipe, which is also the flag `--NAME`.
+
+    `takes` is the annotation of its value. `unset` is the value that says "not given". `default_from` computes the
+    default from the other values, and `default_text` says in words what it then is. `step_count` marks a number of
+    steps that may also be a share of the run: whole from 1 on, any fraction below. `common` keys stand in --help,
+    the others in --help-all only. A key with `changes_result` false may differ between two runs of one experiment.
+    """
+
+    name: str
+    takes: Any
+    default: Any
+    group: str
+    help: str
+    allowed: Range | None = None
+    needs: Need | None = None
+    unset: Any = None
+    default_from: Callable[[Values], Any] | None = None
+    default_text: str | None = None
+    step_count: bool = False
+    common: bool = True
+    changes_result: bool = True
+
+    @property
+    def required(self) -> bool:
+        """Whether a recipe without it is refused."""
+        return self.default is REQUIRED
+
+    def in_effect(self, values: Values) -> bool:
+        """Whether the key does anything among these values."""
+        return self.needs is None or self.needs.met(values)
+
+
+def key(default: Any, group: str, help: str, **more: Any) -> Any:
+    """A dataclass field that is a key of the recipe; `more` are further attributes of `Key`."""
+    metadata = {"key": {"default": default, "group": group, "help": help, **more}}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def keys_of(recipe_class: type) -> dict[str, Key]:
+    """The keys that a recipe's dataclass declares, in the order in which it declares them."""
+    annotations = typing.get_type_hints(recipe_class)
+    return {
+        field.name: Key(name=field.name, takes=annotations[field.name], **field.metadata["key"])
+        for field in dataclasses.fields(recipe_class)
+        if "key" in field.metadata
+    }
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """Keys whose values cannot hold together, and what to do about it."""
+
+    keys: tuple[str, ...]
+    holds: Callable[[Values], bool]
+    remedy: str

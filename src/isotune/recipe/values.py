@@ -1,0 +1,161 @@
+"""Values become what a key takes, by one rule for a file, a flag and Python; what is not allowed is said in words."""
+
+import json
+import math
+import os
+import types
+import typing
+from typing import Any, Literal
+
+from isotune.recipe.schema import Key
+
+_TRUE = frozenset({"true", "yes", "on", "1"})
+_FALSE = frozenset({"false", "no", "off", "0"})
+_NOTHING = frozenset({"none", "null"})
+
+
+def parse(key: Key, value: Any) -> Any:
+    """The value of `key`, from the text of a file or flag or from a Python value.
+
+    Raises:
+        ValueError: the value is not allowed; its message says what is.
+    """
+    kinds, choices, optional = _taken(key.takes)
+    word = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if value is None or (optional and isinstance(word, str) and word.lower() in _NOTHING):
+        if optional:
+            return None
+        raise ValueError(f"it takes {describe(key)}")
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, str) and value in choices:
+        return value
+    for kind in kinds:
+        parsed = _READERS[kind](value)
+        if parsed is not None and _is_allowed(key, parsed):
+            if key.step_count and float(parsed).is_integer():
+                return int(parsed)
+            return parsed
+    raise ValueError(f"it takes {describe(key)}")
+
+
+def describe(key: Key) -> str:
+    """What a key takes, in words."""
+    kinds, choices, _ = _taken(key.takes)
+    parts = []
+    for kind in kinds:
+        words = _WORDS[kind]
+        if key.step_count:
+            words = f"a number of steps {key.allowed}: a whole number, or a share of the run below 1"
+        elif key.allowed is not None:
+            words = f"{words} {key.allowed}"
+        parts.append(words)
+    return " or ".join([*parts, ", ".join(choices)] if choices else parts)
+
+
+def metavar(key: Key) -> str:
+    """The short form of what a key takes, for --help."""
+    kinds, choices, _ = _taken(key.takes)
+    short = {bool: "BOOL", int: "N", float: "X", str: "TEXT", list: "NAME", dict: "JSON"}
+    return "|".join([*(short[kind] for kind in kinds), *choices])
+
+
+def takes(key: Key, kind: type) -> bool:
+    """Whether the key's value may be of this kind."""
+    return kind in _taken(key.takes)[0]
+
+
+def _taken(annotation: Any) -> tuple[tuple[type, ...], tuple[str, ...], bool]:
+    """An annotation as (plain kinds, choices, whether None is one)."""
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    members = typing.get_args(annotation) if is_union else (annotation,)
+    kinds: list[type] = []
+    choices: list[str] = []
+    for member in members:
+        if typing.get_origin(member) is Literal:
+            choices += typing.get_args(member)
+        elif member is not types.NoneType:
+            kinds.append(typing.get_origin(member) or member)
+    return tuple(kinds), tuple(choices), types.NoneType in members
+
+
+def _is_allowed(key: Key, value: Any) -> bool:
+    if key.allowed is not None and value not in key.allowed:
+        return False
+    return not key.step_count or value < 1 or float(value).is_integer()
+
+
+def _bool(value: Any) -> bool | None:
+    if isinstance(value, str):
+        return True if value.lower() in _TRUE else False if value.lower() in _FALSE else None
+    return value if isinstance(value, bool) else None
+
+
+def _float(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _int(value: Any) -> int | None:
+    if isinstance(value, str):
+        try:
+            return int(value)
+        except ValueError:
+            pass
+    elif isinstance(value, int) and not isinstance(value, bool):
+        return value
+    number = _float(value)
+    return int(number) if number is not None and number.is_integer() else None
+
+
+def _str(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _list(value: Any) -> list[str] | None:
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
+        return None
+    words = [word for item in items for word in item.replace(",", " ").split()]
+    return words or None
+
+
+def _dict(value: Any) -> dict[str, Any] | None:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            return None
+    return {name: _natural(item) for name, item in value.items()} if isinstance(value, dict) else None
+
+
+def _natural(value: Any) -> Any:
+    """What a value inside a mapping looks like, where no key says what it should be."""
+    if isinstance(value, list):
+        return [_natural(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _natural(item) for name, item in value.items()}
+    if not isinstance(value, str):
+        return value
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    for reader in (_int, _float):
+        if (number := reader(value)) is not None:
+            return number
+    return value
+
+
+_READERS = {bool: _bool, int: _int, float: _float, str: _str, list: _list, dict: _dict}
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list of names",
+    dict: "a mapping",
+}
