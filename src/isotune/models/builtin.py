@@ -1,0 +1,63 @@
+"""Small models and a tokenizer made by code, so that the whole way can be tried without a network."""
+
+import difflib
+from typing import Any
+
+from transformers import OPTConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from isotune.errors import UserError
+
+BUILTIN_PREFIX = "builtin:"
+
+# OPT's own layout: pad 1, bos = eos = 2, a head tied to the embedding.
+_GEOMETRIES: dict[str, dict[str, Any]] = {
+    "opt-tiny": {
+        "hidden_size": 128,
+        "word_embed_proj_dim": 128,
+        "ffn_dim": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+    },
+}
+_SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]
+
+
+def builtin_config(name: str) -> OPTConfig:
+    """The configuration of a built-in model, `builtin:opt-tiny`.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    geometry = _GEOMETRIES.get(_known(name))
+    assert geometry is not None
+    return OPTConfig(
+        vocab_size=len(builtin_tokenizer(name)), pad_token_id=1, bos_token_id=2, eos_token_id=2, **geometry
+    )
+
+
+def builtin_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A byte-level tokenizer, one token a byte: it needs no training data and knows every text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    _known(name)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(_SPECIAL_TOKENS + alphabet)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def _known(name: str) -> str:
+    short = name.removeprefix(BUILTIN_PREFIX)
+    if short not in _GEOMETRIES:
+        near = difflib.get_close_matches(short, _GEOMETRIES, n=1)
+        hint = f"did you mean '{BUILTIN_PREFIX}{near[0]}'?" if near else f"there are {', '.join(_GEOMETRIES)}"
+        raise UserError(f"model_name_or_path '{name}' is not built in: {hint}")
+    return short

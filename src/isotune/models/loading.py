@@ -1,0 +1,170 @@
+"""Models and tokenizers by name, with every way in which a name or a file can be wrong said in one sentence."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase
+
+from isotune.data.hub import hub_answers
+from isotune.errors import UserError
+from isotune.models.builtin import BUILTIN_PREFIX, builtin_config, builtin_tokenizer
+from isotune.recipe import Recipe
+
+OFFLINE_WAYS = "a local folder that holds the model, `builtin:NAME`, or a copy in the Hub cache"
+
+
+def compute_dtype(recipe: Recipe) -> torch.dtype:
+    """The type of matrix products that the recipe asks for."""
+    return torch.bfloat16 if recipe.bf16 else torch.float16 if recipe.fp16 else torch.float32
+
+
+def weights_dtype(recipe: Recipe) -> torch.dtype:
+    """The type in which the base model's weights lie.
+
+    Trained weights stay in fp32 (autocast computes in 16 bits from them); frozen ones are never updated, so they lie
+    in the compute type and cost half the memory and no casts.
+    """
+    return torch.float32 if recipe.tune == "full" else compute_dtype(recipe)
+
+
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer of the recipe; refused without an end-of-sequence or padding token.
+
+    Raises:
+        UserError: no such tokenizer, or one that lacks eos or pad.
+    """
+    name = recipe.tokenizer_name_or_path or recipe.model_name_or_path
+    if name.startswith(BUILTIN_PREFIX):
+        return builtin_tokenizer(name)
+    _check_reachable(name, "tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer '{name}' cannot be loaded: {_first_line(error)}") from error
+    for role in ("eos", "pad"):
+        if getattr(tokenizer, f"{role}_token_id") is None:
+            raise UserError(
+                f"the tokenizer of '{name}' has no {role} token: add `{role}_token` to its tokenizer_config.json"
+            )
+    return tokenizer
+
+
+def load_config(recipe: Recipe) -> PreTrainedConfig:
+    """The model's configuration, checked against the recipe's `max_seq_length`.
+
+    Raises:
+        UserError: no such model, or rows longer than the model has positions for.
+    """
+    name = recipe.model_name_or_path
+    if name.startswith(BUILTIN_PREFIX):
+        config = builtin_config(name)
+    else:
+        _check_reachable(name, "model")
+        try:
+            config = AutoConfig.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise UserError(f"model_name_or_path '{name}' cannot be loaded: {_first_line(error)}") from error
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and recipe.max_seq_length > positions:
+        raise UserError(
+            f"max_seq_length {recipe.max_seq_length} is beyond the {positions} positions of '{name}': "
+            f"lower max_seq_length to {positions} or less"
+        )
+    return config
+
+
+def load_causal_lm(recipe: Recipe, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
+    """The base model of a recipe on `device`, before adapters.
+
+    Args:
+        recipe: says what to load, from where and in which precision.
+        config: what `load_config` returned.
+        device: of this rank; 4-bit weights are quantised right there.
+
+    Raises:
+        UserError: unreadable or incomplete weights, or a device that cannot hold 4-bit weights.
+    """
+    if recipe.model_init == "random" or recipe.model_name_or_path.startswith(BUILTIN_PREFIX):
+        torch.manual_seed(recipe.seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return model.to(device=device, dtype=weights_dtype(recipe))
+    if recipe.tune == "qlora":
+        model = _from_pretrained(recipe, config, quantization_config=_four_bit(recipe, device), device_map={"": device})
+        return model
+    return _from_pretrained(recipe, config).to(device)
+
+
+def _four_bit(recipe: Recipe, device: torch.device) -> Any:
+    try:
+        import bitsandbytes  # noqa: F401  (slow to import, and only QLoRA needs it)
+    except Exception as error:
+        raise UserError(f"tune: qlora needs bitsandbytes, which cannot be loaded: {_first_line(error)}") from error
+    if device.type not in ("cuda", "cpu", "xpu"):
+        raise UserError(f"tune: qlora cannot run on a {device.type} device: use tune: lora")
+    if recipe.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError("this GPU has no bf16: say bf16: false and fp16: true for tune: qlora")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=recipe.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=recipe.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=compute_dtype(recipe),
+        # a sharded engine can only flatten 4-bit weights together with others of the same storage type
+        bnb_4bit_quant_storage=compute_dtype(recipe),
+    )
+
+
+def _from_pretrained(recipe: Recipe, config: PreTrainedConfig, **how: Any) -> PreTrainedModel:
+    name = recipe.model_name_or_path
+    _check_weight_files(Path(name))
+    try:
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=weights_dtype(recipe), output_loading_info=True, **how
+        )
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"the weights of '{name}' cannot be loaded: {_first_line(error)}") from error
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        raise UserError(
+            f"the weights of '{name}' lack {len(missing)} tensors of {type(model).__name__}, {missing[0]} first: "
+            "training would start them at random"
+        )
+    return model
+
+
+def _check_weight_files(folder: Path) -> None:
+    """Open every safetensors file of a local model, so that a truncated one is named before minutes are spent."""
+    if not folder.is_dir():
+        return
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                tensors.keys()
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is not a whole safetensors file: {_first_line(error)}") from error
+
+
+def _check_reachable(name: str, what: str) -> None:
+    """Fail at once where a Hub name cannot be reached, instead of half way in."""
+    if os.path.isdir(name):
+        return
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"the {what} folder '{name}' does not exist")
+    if hub_answers():
+        return
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = "config.json" if what == "model" else "tokenizer_config.json"
+    if not isinstance(try_to_load_from_cache(name, cached), str):
+        raise UserError(f"the {what} '{name}' is on the Hugging Face Hub, which cannot be reached: give {OFFLINE_WAYS}")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,37 @@
+"""The recipe in the words of transformers' TrainingArguments."""
+
+import torch
+from transformers import TrainingArguments
+
+from isotune.recipe import Recipe
+from isotune.training.launch import Process
+
+
+def training_arguments(recipe: Recipe, process: Process) -> TrainingArguments:
+    """TrainingArguments for the plan: an item of the loader is a whole update, so batch and accumulation are 1.
+
+    Must be made after `start_process`, whose state it takes over.
+    """
+    return TrainingArguments(
+        **recipe.training_arguments,
+        output_dir=recipe.output_dir,
+        max_steps=recipe.max_steps,
+        num_train_epochs=recipe.num_train_epochs,
+        seed=recipe.seed,
+        bf16=recipe.bf16,
+        fp16=recipe.fp16,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        use_cpu=process.use_cpu,
+        accelerator_config={"use_configured_state": True},
+        save_strategy="no",
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        # the non-reentrant form needs no gradient at the model's input, which LoRA does not have
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        # every parameter that is trained takes part in every pass
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=process.device.type == "cuda",
+        # TF32 would make fp32 another number on other hardware
+        tf32=False if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0) else None,
+    )

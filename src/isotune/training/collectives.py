@@ -1,0 +1,35 @@
+"""The few numbers that ranks exchange in a step, summed so that their order does not matter."""
+
+import math
+
+import torch
+import torch.distributed as dist
+
+
+def gather_by_number(values: dict[int, torch.Tensor], count: int, device: torch.device) -> list[float]:
+    """Every microbatch's number from whichever rank has it.
+
+    Args:
+        values: scalars of this rank by microbatch number, weight-zero passes left out.
+        count: microbatches in the step.
+        device: of the collective.
+
+    Returns:
+        `count` floats, the same on every rank; each entry came from one rank and was added to zeros only, so the
+        list does not depend on the number of ranks.
+    """
+    table = torch.zeros(count, dtype=torch.float64, device=device)
+    if values:
+        numbers = torch.tensor(list(values), device=device)
+        table[numbers] = torch.stack([v.detach().double().reshape(()) for v in values.values()]).to(device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(table)
+    return table.tolist()
+
+
+def ordered_sum(values: list[float]) -> float:
+    """The sum, correctly rounded, hence the same in any order; NaN and infinity pass through.
+
+    Source: Shewchuk 1997, through `math.fsum`.
+    """
+    return math.fsum(values) if all(math.isfinite(v) for v in values) else sum(values)

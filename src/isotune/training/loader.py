@@ -1,0 +1,43 @@
+"""One item of the training loader is one optimizer update: this rank's share of a step of the plan."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from isotune.data.collate import collate
+from isotune.data.documents import Documents
+from isotune.data.plan import Plan, Step, assign
+
+
+class StepLoader:
+    """Iterates over the steps of an epoch and lays out this rank's microbatches.
+
+    It stands where Trainer expects a DataLoader; because an item is a whole update, Trainer's accumulation is 1 and
+    its count of steps is the plan's.
+    """
+
+    def __init__(self, plan: Plan, documents: Documents, rank: int, world_size: int) -> None:
+        self.plan = plan
+        self.documents = documents
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.plan.steps_per_epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Trainer at the start of each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        first = self.epoch * self.plan.steps_per_epoch
+        for number in range(first, first + self.plan.steps_per_epoch):
+            step = self.plan.step(number)
+            share = assign(self.plan.step(number), self.world_size)[self.rank]
+            passes = [{"number": m.number, "weight": m.weight, "inputs": collate(self.documents, m)} for m in share]
+            yield {"step": number, "passes": passes}
+
+
+def documents_of(step: Step, number: int) -> tuple[int, ...]:
+    """The documents of microbatch `number`, to name them when something is wrong there."""
+    return next(m.documents for m in step.microbatches if m.number == number)

@@ -1,0 +1,49 @@
+"""The progress bar of a run: loss, supervised tokens a second, and the time that is left."""
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class ProgressBar(TrainerCallback):
+    """A bar over optimizer updates on the main process's stderr; evaluation results go above it as lines."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Open the bar where the run begins or goes on."""
+        if not self.quiet and state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True, file=sys.stderr
+            )
+
+    def show(self, loss: float, supervised_tokens_per_second: float, skipped: int) -> None:
+        """One update further."""
+        if self.bar is None:
+            return
+        facts = {"loss": f"{loss:.4f}", "supervised_tokens_per_s": f"{supervised_tokens_per_second:.0f}"}
+        if skipped:
+            facts["skipped_steps"] = str(skipped)
+        self.bar.set_postfix(facts, refresh=False)
+        self.bar.update(1)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Print what an evaluation found."""
+        found = kwargs["metrics"]
+        if state.is_world_process_zero:
+            loss, perplexity = found["eval_loss"], found["eval_perplexity"]
+            self.say(f"step {state.global_step}: eval_loss {loss:.4f}, perplexity {perplexity:.2f}")
+
+    def say(self, line: str) -> None:
+        """A line above the bar, or a plain line where there is none."""
+        tqdm.write(line, file=sys.stderr)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leave the finished bar on the screen."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

@@ -1,0 +1,110 @@
+"""The run's folder: claimed before anything is written, and never another run's."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from isotune.errors import UserError
+from isotune.recipe import Recipe
+
+RECIPE = "recipe.yaml"
+FINGERPRINT_KEY = "recipe_fingerprint"
+ENVIRONMENT = "environment.json"
+METRICS = "metrics.jsonl"
+MODEL = "model"
+BASE_MODEL = "base_model"
+
+
+class RunFolder:
+    """RUN of a recipe: `check` looks without touching, `begin` writes the first files.
+
+    Raises:
+        UserError: the folder holds another recipe's run or something else, cannot be written, or has no room.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.path = Path(recipe.output_dir)
+
+    @property
+    def model(self) -> Path:
+        """Where the final model or adapter goes."""
+        return self.path / MODEL
+
+    @property
+    def base_model(self) -> Path:
+        """Where a base goes that exists nowhere else, because it was made at random."""
+        return self.path / BASE_MODEL
+
+    def check(self) -> None:
+        """Refuse what would be mixed up or lost, before any work is done."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"output_dir '{self.path}' is a file")
+        self._check_writable()
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return
+        recorded = self.path / ENVIRONMENT
+        if not recorded.is_file():
+            raise UserError(f"output_dir '{self.path}' is not empty and holds no run: choose another --output_dir")
+        earlier = _read_environment(recorded)
+        if earlier.get(FINGERPRINT_KEY) != self.recipe.fingerprint():
+            raise UserError(
+                f"output_dir '{self.path}' holds the run of another recipe{self._differing_key()}: "
+                "choose another --output_dir or remove it"
+            )
+        if self.model.is_dir() and self.recipe.resume != "never":
+            raise UserError(
+                f"output_dir '{self.path}' holds a finished run of this recipe: choose another --output_dir, "
+                "or say --resume never to run it again from the start"
+            )
+
+    def _differing_key(self) -> str:
+        try:
+            earlier = yaml.safe_load((self.path / RECIPE).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError):
+            return ""
+        for key, value in self.recipe.resolved().items():
+            if key != "output_dir" and isinstance(earlier, dict) and key in earlier and earlier[key] != value:
+                return f" ({key}: {earlier[key]} there, {value} here)"
+        return ""
+
+    def _check_writable(self) -> None:
+        existing = self.path
+        while not existing.exists():
+            existing = existing.parent
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise UserError(f"output_dir '{self.path}' cannot be written: no permission in {existing}")
+
+    def check_room(self, needed_bytes: int) -> None:
+        """Refuse to train for hours what the disk cannot hold at the end."""
+        existing = self.path
+        while not existing.exists():
+            existing = existing.parent
+        free = shutil.disk_usage(existing).free
+        if free < needed_bytes:
+            raise UserError(
+                f"output_dir '{self.path}' has {free / 1e6:.0f} MB free, and the model to be saved there "
+                f"needs {needed_bytes / 1e6:.0f} MB"
+            )
+
+    def begin(self, environment: dict[str, Any]) -> None:
+        """Write recipe.yaml and environment.json; metrics of an unfinished earlier try are begun anew."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / METRICS).unlink(missing_ok=True)
+            self.recipe.write(self.path / RECIPE)
+            text = json.dumps({FINGERPRINT_KEY: self.recipe.fingerprint(), **environment}, indent=2)
+            (self.path / ENVIRONMENT).write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"output_dir '{self.path}' cannot be written: {error.strerror}") from error
+
+
+def _read_environment(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: choose another --output_dir or remove the folder") from error

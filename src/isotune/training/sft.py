@@ -1,0 +1,152 @@
+"""The parts of an instruction-tuning run, each built by one function that the launch script calls in order."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from isotune.checkpoints.final_model import FinalModelReport, save_and_verify
+from isotune.data.plan import Plan
+from isotune.data.preparation import PreparationSettings, PreparedData, prepare
+from isotune.models.adapters import add_adapters
+from isotune.models.loading import load_causal_lm, load_config
+from isotune.models.packed_attention import set_packed_attention
+from isotune.models.speedups import enable_speedups
+from isotune.models.supervised_loss import install_supervised_loss
+from isotune.recipe import Recipe
+from isotune.training.arguments import training_arguments
+from isotune.training.launch import Process
+from isotune.training.run_folder import RunFolder
+from isotune.training.startup import StartUp
+from isotune.training.trainer import PlanTrainer
+
+
+@dataclass(frozen=True)
+class Data:
+    """The prepared training documents, and those of the evaluation loss where the recipe names any."""
+
+    train: PreparedData
+    evaluation: PreparedData | None
+
+
+def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, process: Process) -> Data:
+    """Read, mask and pack what the recipe names; the main process shows progress and the table."""
+    settings = PreparationSettings(
+        max_seq_length=recipe.max_seq_length,
+        packing=recipe.packing,
+        overlong=recipe.overlong,  # type: ignore[arg-type]
+        train_on=recipe.train_on,  # type: ignore[arg-type]
+        dataset_text_field=recipe.dataset_text_field,
+        seed=recipe.seed,
+    )
+    show = process.is_main
+    train = prepare(recipe.dataset_name, recipe.dataset_split, tokenizer, settings, show_progress=show)
+    evaluation = None
+    if recipe.eval_dataset_name:
+        evaluation = prepare(
+            recipe.eval_dataset_name,
+            recipe.eval_dataset_split,
+            tokenizer,
+            settings,
+            name="eval_dataset_name",
+            show_progress=show,
+        )
+    if show:
+        for prepared in filter(None, (train, evaluation)):
+            print(prepared.table, flush=True)
+    return Data(train, evaluation)
+
+
+def build_model(recipe: Recipe, config: PreTrainedConfig, device: torch.device) -> nn.Module:
+    """The model ready for packed training: attention, loss head and adapters in place.
+
+    Built from the seed alone, so every rank has the same weights before any communication.
+    """
+    base = load_causal_lm(recipe, config, device)
+    set_packed_attention(base)
+    install_supervised_loss(base)
+    model = base if recipe.tune == "full" else add_adapters(base, recipe)
+    enable_speedups(model)
+    return model
+
+
+def build_trainer(
+    recipe: Recipe,
+    process: Process,
+    run: RunFolder,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+) -> PlanTrainer:
+    """The plan, and the trainer that carries it out; checks run when training begins."""
+    run.check_room(saved_bytes(model))
+    plan = Plan(
+        data.train.documents,
+        data.train.rows,
+        global_batch_size=recipe.global_batch_size,
+        microbatch_tokens=recipe.microbatch_tokens or recipe.max_seq_length,
+        seed=recipe.seed,
+    )
+    eval_plan = data.evaluation and Plan(
+        data.evaluation.documents,
+        data.evaluation.rows,
+        global_batch_size=len(data.evaluation.rows),
+        microbatch_tokens=recipe.eval_microbatch_tokens or plan.microbatch_tokens,
+        seed=recipe.seed,
+        shuffle=False,
+    )
+    trainer = PlanTrainer(
+        model=model,
+        args=training_arguments(recipe, process),
+        recipe=recipe,
+        process=process,
+        plan=plan,
+        train=data.train,
+        eval_plan=eval_plan,
+        evaluation=data.evaluation,
+        exact=uses_exact_gradients(recipe, process),
+        tokenizer=tokenizer,
+    )
+    fingerprints = {"train": data.train.fingerprint}
+    if data.evaluation is not None:
+        fingerprints["evaluation"] = data.evaluation.fingerprint
+    start = StartUp(run, fingerprints)
+    start.trainer = trainer
+    trainer.add_callback(start)
+    return trainer
+
+
+def uses_exact_gradients(recipe: Recipe, process: Process) -> bool:
+    """`auto` is on where few parameters are trained and no engine shards them."""
+    if process.deepspeed or process.fsdp:
+        return False
+    return recipe.tune != "full" if recipe.exact_gradients == "auto" else recipe.exact_gradients == "true"
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """What the trained tensors take on disk."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
+def save(recipe: Recipe, run: RunFolder, trainer: PlanTrainer, tokenizer: Any) -> FinalModelReport | None:
+    """Write RUN/model on the main process, reopened and compared before it is called saved.
+
+    The base of an adapter that exists nowhere else, because it was made at random, is written beside it.
+    """
+    trainer.accelerator.wait_for_everyone()
+    report = None
+    if trainer.process.is_main:
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        made_here = recipe.model_init == "random" or recipe.model_name_or_path.startswith("builtin:")
+        if recipe.tune != "full" and made_here:
+            base = load_causal_lm(recipe, load_config(recipe), torch.device("cpu"))
+            save_and_verify(base, tokenizer, run.base_model)
+            model.peft_config["default"].base_model_name_or_path = str(run.base_model.resolve())
+        report = save_and_verify(model, tokenizer, run.model)
+        if trainer.metrics_file is not None:
+            trainer.metrics_file.close()
+    trainer.accelerator.wait_for_everyone()
+    return report
+

@@ -1,0 +1,87 @@
+"""Between preparation and the first step: look at what is really there, refuse what is wrong, and write it down."""
+
+import os
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from isotune.errors import RunFault
+from isotune.models.isolation import check_isolation
+from isotune.models.loading import compute_dtype
+from isotune.training import environment
+from isotune.training.metrics import MetricsFile
+from isotune.training.run_folder import METRICS, RunFolder
+
+
+class StartUp(TrainerCallback):
+    """Runs the self-tests on the prepared model, prints what is in effect and begins the run folder.
+
+    Args:
+        run: the folder, still untouched.
+        data_fingerprints: of the prepared data, by role.
+    """
+
+    def __init__(self, run: RunFolder, data_fingerprints: dict[str, str]) -> None:
+        self.run = run
+        self.data_fingerprints = data_fingerprints
+        self.trainer: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The last moment at which nothing has been trained or written."""
+        trainer = self.trainer
+        found = environment.in_effect(trainer)
+        self._compare(found)
+        config = trainer.accelerator.unwrap_model(trainer.model_wrapped).config
+        isolation = check_isolation(
+            trainer.model_wrapped, config.vocab_size, args.device, compute_dtype(self.run.recipe)
+        )
+        if not trainer.process.is_main:
+            return
+        record = {
+            "versions": environment.versions(),
+            "git_commit": environment.git_commit(),
+            "command": environment.command(),
+            **environment.devices(trainer.process),
+            "in_effect": found,
+            "isolation": isolation.as_dict(),
+            "data_fingerprints": self.data_fingerprints,
+        }
+        self.run.begin(record)
+        trainer.metrics_file = MetricsFile(self.run.path / METRICS)
+        self._print(record)
+
+    def _compare(self, found: dict[str, Any]) -> None:
+        recipe, trainer = self.run.recipe, self.trainer
+        asked = int(os.environ.get("WORLD_SIZE", "1"))
+        precision = "bf16" if recipe.bf16 else "fp16" if recipe.fp16 else "no"
+        for key, is_so, should_be in (
+            ("attention", found["attention"], "packed"),
+            ("precision", found["precision"], precision),
+            ("world size", trainer.accelerator.num_processes, asked),
+        ):
+            if is_so != should_be:
+                raise RunFault(f"{key} is {is_so} after preparation, and {should_be} was asked; nothing was trained")
+        if not found["trained_parameters"]:
+            raise RunFault("no parameter of the prepared model is trained; nothing was done")
+
+    def _print(self, record: dict[str, Any]) -> None:
+        found, plan, process = record["in_effect"], self.trainer.plan, self.trainer.process
+        share = found["trained_parameters"] / found["all_parameters"]
+        first = plan.step(0)
+        print(
+            f"engine      {found['engine']} ({found['distributed_type']}) on {process.world_size} x "
+            f"{record['device_name'] or record['device']}, {record['threads_per_process']} threads each\n"
+            f"precision   {found['precision']}, weights {found['weights_dtype']}, clipping {found['max_grad_norm']}\n"
+            f"attention   {found['attention']} by {found['attention_kernel']}; leak {record['isolation']['leak']:.1g}\n"
+            f"trained     {found['trained_parameters']:,} of {found['all_parameters']:,} parameters ({share:.2%}), "
+            f"exact_gradients {str(found['exact_gradients']).lower()}\n"
+            f"plan        {self.trainer.state.max_steps} steps of {plan.global_batch_size} rows; the first: "
+            f"{len(first.microbatches)} passes, {first.documents} documents, {first.supervised_tokens} supervised tokens",
+            flush=True,
+        )
+        idle = process.world_size - len(first.microbatches)
+        if idle > 0:
+            print(f"note        {idle} of {process.world_size} processes have nothing to do: raise global_batch_size")
+        cores = os.cpu_count() or 1
+        if process.device.type == "cpu" and process.world_size == 1 and record["threads_per_process"] < cores:
+            print(f"note        one thread of {cores} cores in use: set OMP_NUM_THREADS={cores} to use them all")

@@ -1,0 +1,294 @@
+"""transformers' Trainer, carrying out a plan: global denominators, counted randomness, exact sums.
+
+What differs from the stock Trainer, and why:
+- an item of the loader is one whole optimizer update, so accumulation and the scheduler cannot disagree about steps;
+- every loss is a sum divided by the count of the global batch, which the plan knows: no mean of means, and no
+  communication for it;
+- before each pass its generators are seeded from (seed, step, microbatch number): dropout is the same on any world
+  size and needs no saved state;
+- losses are summed in a fixed order, and with `exact_gradients` gradients without one;
+- a loss or gradient that is not finite names its step, microbatch and documents.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from isotune.data.collate import collate
+from isotune.data.plan import Plan, Step, assign
+from isotune.data.preparation import PreparedData
+from isotune.errors import RunFault
+from isotune.models.speedups import training_pass
+from isotune.recipe import Recipe
+from isotune.training.collectives import gather_by_number, ordered_sum
+from isotune.training.exact_gradients import ExactGradients
+from isotune.training.launch import Process
+from isotune.training.loader import StepLoader, documents_of
+from isotune.training.metrics import MetricsFile, peak_memory_bytes
+from isotune.training.progress import ProgressBar
+from isotune.training.randomness import seed_microbatch
+
+
+class PlanTrainer(Trainer):
+    """Carries out `plan` over `train` on this launch's processes.
+
+    Args:
+        model: patched by the models layer: its forward takes packed inputs and returns the summed loss.
+        args: from `training_arguments`.
+        recipe, process: what was asked, and where this process stands.
+        plan, train: the steps, and the documents that they name.
+        eval_plan, evaluation: the same for the evaluation loss, or None.
+        exact: sum gradients as integers (plain and DDP only).
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        args: TrainingArguments,
+        recipe: Recipe,
+        process: Process,
+        plan: Plan,
+        train: PreparedData,
+        eval_plan: Plan | None,
+        evaluation: PreparedData | None,
+        exact: bool,
+        tokenizer: Any,
+    ) -> None:
+        self.progress = ProgressBar(quiet=bool(args.disable_tqdm))
+        super().__init__(  # type: ignore[call-arg]
+            model=model,
+            args=args,
+            eval_dataset=evaluation,  # type: ignore[arg-type]  (only asked whether there is one)
+            processing_class=tokenizer,
+            callbacks=[self.progress],
+        )
+        for stock in (PrinterCallback, ProgressCallback):
+            self.remove_callback(stock)
+        self.recipe = recipe
+        self.process = process
+        self.plan = plan
+        self.train_data = train
+        self.eval_plan = eval_plan
+        self.evaluation = evaluation
+        self.metrics_file: MetricsFile | None = None  # opened on the main process when training begins
+        self.loss_is_scaled_for_ga = True
+        self.skipped_steps = 0
+        self.names = {p: name for name, p in model.named_parameters()}
+        self.exact = ExactGradients(model) if exact else None
+        self._step: Step = plan.step(0)
+        self._passes: list[dict[str, Any]] = []
+        self._loss = math.nan
+        self._norm = math.nan
+        self._skip = False
+        self._recorded = 0
+        self._started = time.perf_counter()
+
+    # ---- what the stock Trainer asks for ----
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the stock one, but fp16 on CPU really runs in fp16: accelerate 1.15 silently computes in fp32 there."""
+        super().create_accelerator_and_postprocess()
+        plain = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        if self.args.fp16 and self.accelerator.device.type == "cpu" and plain:
+            self.accelerator.native_amp = True
+            self.accelerator.scaler = torch.amp.GradScaler("cpu")
+
+    def get_train_dataloader(self) -> Any:
+        """This rank's share of every step."""
+        return StepLoader(self.plan, self.train_data.documents, self.process.rank, self.process.world_size)
+
+    def num_examples(self, dataloader: Any) -> int:
+        """Rows in an epoch, for Trainer's summary."""
+        return len(self.plan.rows)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
+        """The plan knows the denominators; nothing is counted from tensors."""
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not estimated: Trainer's formula assumes padded batches."""
+        return 0
+
+    # ---- one optimizer update ----
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """All passes of this rank's share, forward and backward.
+
+        Returns:
+            the loss of the whole global batch, the same on every rank.
+        """
+        self._started = time.perf_counter()
+        model.train()
+        self._step = self.plan.step(inputs["step"])
+        self._passes = self._prepare_inputs(inputs)["passes"]  # type: ignore[index]
+        scaler = self.accelerator.scaler
+        if self.exact is not None:
+            self.exact.loss_scale = scaler.get_scale() if scaler is not None else 1.0
+        losses = {}
+        for position, one in enumerate(self._passes):
+            last = position == len(self._passes) - 1
+            loss = self._forward_backward(model, one, synchronise=last)
+            if one["weight"]:
+                losses[one["number"]] = loss
+        sums = gather_by_number(losses, len(self._step.microbatches), self.args.device)
+        self._loss = ordered_sum(sums) / self._step.supervised_tokens
+        self._skip = False
+        for number, value in enumerate(sums):
+            if not math.isfinite(value):
+                self._nonfinite(model, "loss", number)
+                break
+        if self.exact is not None and not self._skip:
+            self.exact.reduce(self.names)
+        return torch.tensor(self._loss, device=self.args.device)
+
+    def _forward_backward(self, model: nn.Module, one: dict[str, Any], *, synchronise: bool) -> torch.Tensor:
+        """One pass; returns its summed loss. Gradients travel between ranks only where `synchronise` says so."""
+        seed_microbatch(self.recipe.seed, self._step.number, one["number"])
+        # engines average gradients over the ranks, integers are added up
+        shares = 1 if self.exact is not None else self.process.world_size
+        factor = one["weight"] * shares / self._step.supervised_tokens
+        with self._communication(model, synchronise), training_pass(model):
+            loss = model(**one["inputs"], use_cache=False).loss
+            self.accelerator.backward(loss * factor)
+        return loss.detach()
+
+    @contextlib.contextmanager
+    def _communication(self, model: nn.Module, synchronise: bool) -> Iterator[None]:
+        """One reduction an update, in its last pass; none at all where integers are reduced instead."""
+        state = self.accelerator.gradient_state
+        state._set_sync_gradients(synchronise)
+        engine_decides = self.is_deepspeed_enabled  # its boundary follows sync_gradients in accelerator.backward
+        quiet = not engine_decides and (self.exact is not None or not synchronise)
+        try:
+            with self.accelerator.no_sync(model) if quiet else contextlib.nullcontext():
+                yield
+        finally:
+            state._set_sync_gradients(True)
+
+    # ---- numbers that are none ----
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As the stock one, and an update with a gradient that is not finite is stopped or skipped."""
+        if self._skip:
+            return math.nan
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._norm = float(norm)
+        # with loss scaling an overflow is an everyday event: the scaler skips the step and lowers the scale
+        if not math.isfinite(self._norm) and not self.args.fp16:
+            self._nonfinite(model, "gradient", self._find_nonfinite_gradient(model))
+        return norm
+
+    def _nonfinite(self, model: nn.Module, what: str, number: int | None) -> None:
+        """Stop, or drop this update, as `on_nonfinite` says; every rank comes here together."""
+        where = f"step {self._step.number + 1}"
+        if number is not None:
+            rows = [int(self.train_data.documents.source_rows[d]) for d in documents_of(self._step, number)]
+            where += f", microbatch {number}, documents of rows {', '.join(map(str, rows))} of {self.recipe.dataset_name}"
+        if self.recipe.on_nonfinite == "stop":
+            raise RunFault(f"the {what} of {where} is not finite; on_nonfinite: skip would leave such updates out")
+        self._skip = True
+        self._norm = math.nan
+        self.skipped_steps += 1
+        if self.exact is not None:
+            self.exact.clear()
+        for parameter in model.parameters():
+            parameter.grad = None  # the optimizer passes over parameters without one
+        if self.process.is_main:
+            self.progress.say(f"skipped: the {what} of {where} is not finite")
+
+    def _find_nonfinite_gradient(self, model: nn.Module) -> int | None:
+        """Run the passes of this update once more, one by one, to name the one whose gradient broke.
+
+        Counted randomness makes the second run the same as the first.
+        """
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return None
+        broken = {}
+        for one in self._passes:
+            model.zero_grad()
+            if self.exact is not None:
+                self.exact.clear()
+            self._forward_backward(model, one, synchronise=False)
+            finite = all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+            if self.exact is not None:
+                finite = self.exact.is_finite()
+            if one["weight"]:
+                broken[one["number"]] = torch.tensor(0.0 if finite else 1.0)
+        flags = gather_by_number(broken, len(self._step.microbatches), self.args.device)
+        return flags.index(1.0) if 1.0 in flags else None
+
+    # ---- what is written ----
+
+    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *rest: Any, **more: Any) -> None:
+        """Write the step's line before anything else is said about it."""
+        if self.state.global_step > self._recorded:
+            self._recorded = self.state.global_step
+            self._record(more["learning_rate"])
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *rest, **more)
+
+    def _record(self, learning_rate: float) -> None:
+        seconds = time.perf_counter() - self._started
+        step = self._step
+        if self.args.fp16 and self.accelerator.optimizer_step_was_skipped:
+            self.skipped_steps += 1
+        line = {
+            "step": self.state.global_step,
+            "epoch": self.state.epoch,
+            "loss": self._loss,
+            "grad_norm": self._norm,
+            "learning_rate": learning_rate,
+            "supervised_tokens": step.supervised_tokens,
+            "input_tokens": step.input_tokens,
+            "documents": step.documents,
+            "step_seconds": seconds,
+            "tokens_per_second": step.input_tokens / seconds,
+            "peak_memory_bytes": peak_memory_bytes(self.args.device),
+        }
+        if self.args.fp16 or self.skipped_steps:
+            line["skipped_steps"] = self.skipped_steps
+        if self.metrics_file is not None:
+            self.metrics_file.write(line)
+        self.progress.show(self._loss, step.supervised_tokens / seconds, self.skipped_steps)
+
+    # ---- evaluation loss ----
+
+    @torch.no_grad()
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:  # type: ignore[override]
+        """The token-weighted loss and perplexity of the evaluation documents, whatever the evaluation batch.
+
+        Returns:
+            eval_loss in nats per supervised token, eval_perplexity, eval_supervised_tokens, eval_seconds.
+        """
+        assert self.eval_plan is not None and self.evaluation is not None
+        started = time.perf_counter()
+        model = self.model_wrapped
+        mode = model.training
+        model.eval()
+        step = self.eval_plan.step(0)
+        losses = {}
+        for microbatch in assign(step, self.process.world_size)[self.process.rank]:
+            inputs = self._prepare_inputs(collate(self.evaluation.documents, microbatch))  # type: ignore[arg-type]
+            loss = model(**inputs, use_cache=False).loss
+            if microbatch.weight:
+                losses[microbatch.number] = loss
+        model.train(mode)
+        sums = gather_by_number(losses, len(step.microbatches), self.args.device)
+        loss = ordered_sum(sums) / step.supervised_tokens
+        found = {
+            "eval_loss": loss,
+            "eval_perplexity": math.exp(min(loss, 700.0)),
+            "eval_supervised_tokens": step.supervised_tokens,
+            "eval_seconds": time.perf_counter() - started,
+        }
+        if self.metrics_file is not None:
+            self.metrics_file.write({"step": self.state.global_step, "epoch": self.state.epoch, **found})
+        self.log(dict(found))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found

@@ -1,0 +1,131 @@
+"""The plan is a pure function of (seed, lengths, recipe); ranks only share it out."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from isotune.data.collate import collate
+from isotune.data.documents import Documents, Rows
+from isotune.data.packing import each_alone, pack
+from isotune.data.plan import Plan, assign
+
+ROW_TOKENS = 32
+
+
+def made_documents(lengths: list[int], seed: int = 0) -> Documents:
+    draw = np.random.default_rng(seed)
+    tokens = int(sum(lengths))
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    supervised = draw.random(tokens) < 0.5
+    supervised[starts[:-1]] = False
+    return Documents(
+        input_ids=draw.integers(0, 1000, tokens).astype(np.int32),
+        supervised=supervised,
+        starts=starts,
+        source_rows=np.arange(len(lengths), dtype=np.int64),
+    )
+
+
+def made_plan(documents: Documents, rows: Rows, batch: int = 3, tokens: int = ROW_TOKENS, seed: int = 7) -> Plan:
+    return Plan(documents, rows, global_batch_size=batch, microbatch_tokens=tokens, seed=seed)
+
+
+lengths_lists = st.lists(st.integers(2, ROW_TOKENS), min_size=1, max_size=60)
+
+
+@settings(deadline=None, max_examples=60)
+@given(lengths_lists, st.integers(1, 9), st.integers(1, 4))
+def test_every_document_is_seen_once_an_epoch_and_nothing_is_dropped(lengths, batch, passes):
+    documents = made_documents(lengths)
+    plan = made_plan(documents, pack(documents.lengths, ROW_TOKENS, seed=1), batch, passes * ROW_TOKENS)
+    for epoch in (0, 1):
+        steps = [plan.step(epoch * plan.steps_per_epoch + k) for k in range(plan.steps_per_epoch)]
+        seen = [d for step in steps for m in step.microbatches for d in m.documents]
+        assert sorted(seen) == list(range(len(lengths)))
+        assert {step.epoch for step in steps} == {epoch}
+        assert sum(step.supervised_tokens for step in steps) == int(documents.supervised.sum())
+        assert max(m.tokens for step in steps for m in step.microbatches) <= passes * ROW_TOKENS
+
+
+@settings(deadline=None, max_examples=60)
+@given(lengths_lists, st.integers(1, 9), st.integers(1, 7))
+def test_ranks_share_a_step_out_completely_with_equal_numbers_of_passes(lengths, batch, world_size):
+    documents = made_documents(lengths)
+    step = made_plan(documents, each_alone(len(documents)), batch).step(0)
+    shares = assign(step, world_size)
+    assert len(shares) == world_size
+    assert len({len(share) for share in shares}) == 1
+    carried = sorted(m.number for share in shares for m in share if m.weight)
+    assert carried == [m.number for m in step.microbatches]
+    assert all(m.supervised_tokens == 0 for share in shares for m in share if not m.weight)
+
+
+def test_two_plans_of_one_seed_are_equal_and_of_two_seeds_are_not():
+    documents = made_documents(list(range(2, 30)))
+    rows = pack(documents.lengths, ROW_TOKENS, seed=1)
+    one, same, other = (made_plan(documents, rows, seed=seed) for seed in (1, 1, 2))
+    numbers = range(one.steps_per_epoch)
+    assert [one.step(k) for k in reversed(numbers)] == [same.step(k) for k in reversed(numbers)]
+    assert [one.step(k) for k in numbers] != [other.step(k) for k in numbers]
+
+
+def test_each_epoch_has_its_own_order():
+    documents = made_documents([5] * 40)
+    plan = made_plan(documents, each_alone(40))
+    first, second = ([plan.step(e * plan.steps_per_epoch + k) for k in range(plan.steps_per_epoch)] for e in (0, 1))
+    assert [s.microbatches for s in first] != [s.microbatches for s in second]
+
+
+def test_the_last_step_of_an_epoch_may_be_smaller():
+    documents = made_documents([ROW_TOKENS] * 7)
+    plan = made_plan(documents, each_alone(7), batch=3)
+    assert [plan.step(k).documents for k in range(4)] == [3, 3, 1, 3]
+
+
+def test_a_bigger_microbatch_changes_neither_documents_nor_denominator_of_a_step():
+    documents = made_documents([5, 9, 13, 21, 30, 2, 17, 8])
+    rows = pack(documents.lengths, ROW_TOKENS, seed=1)
+    small, big = made_plan(documents, rows, tokens=ROW_TOKENS), made_plan(documents, rows, tokens=4 * ROW_TOKENS)
+    for k in range(small.steps_per_epoch):
+        assert len(big.step(k).microbatches) <= len(small.step(k).microbatches)
+        assert big.step(k).supervised_tokens == small.step(k).supervised_tokens
+        documents_of = [sorted(d for m in p.step(k).microbatches for d in m.documents) for p in (small, big)]
+        assert documents_of[0] == documents_of[1]
+
+
+def test_ranks_are_balanced_by_cost():
+    documents = made_documents([32, 32, 16, 16, 8, 8, 8, 8])
+    step = Plan(documents, each_alone(8), global_batch_size=8, microbatch_tokens=32, seed=0).step(0)
+    loads = [sum(m.tokens for m in share if m.weight) for share in assign(step, 2)]
+    assert loads == [64, 64]
+
+
+@settings(deadline=None, max_examples=60)
+@given(lengths_lists)
+def test_collated_targets_are_predicted_from_the_token_before_them(lengths):
+    documents = made_documents(lengths)
+    microbatch = Plan(
+        documents, each_alone(len(lengths)), global_batch_size=len(lengths), microbatch_tokens=sum(lengths), seed=3
+    ).step(0).microbatches[0]
+    inputs = collate(documents, microbatch)
+    position, expected = 0, []
+    for d in microbatch.documents:  # token by token
+        a, b = documents.starts[d], documents.starts[d + 1]
+        for offset, t in enumerate(range(a, b)):
+            assert inputs["input_ids"][0, position] == documents.input_ids[t]
+            assert inputs["position_ids"][0, position] == offset
+            if documents.supervised[t]:
+                expected.append((position - 1, int(documents.input_ids[t])))
+            position += 1
+    found = list(zip(inputs["supervised_positions"].tolist(), inputs["targets"].tolist(), strict=True))
+    assert found == expected
+    ends = np.cumsum([0] + [int(documents.lengths[d]) for d in microbatch.documents]).tolist()
+    assert inputs["cu_seq_lens_q"].tolist() == ends
+    assert inputs["max_length_q"] == max(lengths)
+
+
+def test_a_row_longer_than_a_microbatch_is_a_bug_and_not_cut():
+    documents = made_documents([ROW_TOKENS])
+    with pytest.raises(AssertionError, match="must fit"):
+        made_plan(documents, each_alone(1), tokens=ROW_TOKENS - 1)

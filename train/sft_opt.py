@@ -1,0 +1,53 @@
+"""Instruction tuning of a causal language model, packed and exact, on whatever this is launched on.
+
+    accelerate launch train/sft_opt.py
+    accelerate launch train/sft_opt.py --config train/configs/opt350m_full.yaml --learning_rate 1e-5
+    python train/sft_opt.py --config train/configs/demo.yaml
+"""
+
+import sys
+from pathlib import Path
+
+from isotune.errors import run_script
+from isotune.recipe import read_recipe
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "opt350m_lora.yaml"
+
+
+def main() -> None:
+    """Recipe, data, model, trainer; train, save, show."""
+    recipe = read_recipe(
+        sys.argv[1:],
+        default_config=DEFAULT_CONFIG,
+        prog="train/sft_opt.py",
+        description="Instruction tuning of a causal language model, packed and exact.",
+    )
+    # the engine takes seconds to import: a mistake in the recipe has been answered by now
+    from isotune.evaluation.generation import print_sample_answer
+    from isotune.models.loading import load_config, load_tokenizer
+    from isotune.report.loss_curve import draw_loss_curve
+    from isotune.training import sft
+    from isotune.training.launch import start_process
+    from isotune.training.run_folder import RunFolder
+
+    process = start_process()
+    run = RunFolder(recipe)
+    run.check()
+    config = load_config(recipe)
+    tokenizer = load_tokenizer(recipe)
+    data = sft.prepare_data(recipe, tokenizer, process)
+
+    model = sft.build_model(recipe, config, process.device)
+    trainer = sft.build_trainer(recipe, process, run, model, tokenizer, data)
+    trainer.train()
+
+    saved = sft.save(recipe, run, trainer, tokenizer)
+    if saved is not None:
+        print(f"model       {run.model}: {saved}")
+        print(f"loss curve  {draw_loss_curve(run.path)}")
+        if recipe.sample_prompt:
+            print_sample_answer(run.path, recipe.sample_prompt)
+
+
+if __name__ == "__main__":
+    run_script(main)
