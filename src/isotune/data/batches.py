@@ -70,8 +70,9 @@ def _conversation_column(first_row: Row, source: Source, text_field: str) -> str
     for column in wanted:
         if column in first_row:
             return column
+    held = ", ".join(first_row) or "of an empty object"
     raise UserError(
-        f"{source.name} has the columns {', '.join(first_row) or 'of an empty object'}, but none called {' or '.join(wanted)}: "
+        f"{source.name} has the columns {held}, but none called {' or '.join(wanted)}: "
         "name the one that holds the conversations by dataset_text_field"
     )
 
