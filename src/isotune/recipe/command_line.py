@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,7 +14,7 @@ from isotune.recipe.engine import ALIASES
 from isotune.recipe.layers import Layer
 from isotune.recipe.refused import REFUSED
 from isotune.recipe.schema import GROUPS, Key
-from isotune.recipe.values import metavar, takes
+from isotune.recipe.values import describe, metavar, takes
 
 
 class _Parser(argparse.ArgumentParser):
@@ -76,8 +77,14 @@ def _parser(
 
 
 def _refused() -> str:
-    lines = "\n".join(f"  {name}: {reason}" for name, reason in sorted(REFUSED.items()))
-    return f"\nKeys of other tools, and what holds here:\n{lines}"
+    names: dict[str, list[str]] = {}
+    for name, reason in REFUSED.items():
+        names.setdefault(reason, []).append(name)
+    paragraphs = [
+        textwrap.fill(f"{', '.join(alike)}: {reason}", width=120, initial_indent="  ", subsequent_indent="      ")
+        for reason, alike in names.items()
+    ]
+    return "\n".join(["", "Keys of other tools, and what holds here:", *paragraphs])
 
 
 def _add(section: Any, key: Key, *, shown: bool) -> None:
@@ -95,5 +102,6 @@ def _add(section: Any, key: Key, *, shown: bool) -> None:
     else:
         value = " ".join(key.default) if isinstance(key.default, list) else key.default
         default = f"default: {str(value).lower() if isinstance(value, bool) else value}"
-    text = f"{key.help} ({default})".replace("%", "%%")
+    what = f"{key.help}: {describe(key)}" if metavar(key) == "NAME" and not takes(key, list) else key.help
+    text = f"{what} ({default})".replace("%", "%%")
     section.add_argument(f"--{key.name}", metavar=metavar(key), help=text if shown else argparse.SUPPRESS, **nargs)

@@ -20,11 +20,8 @@ from isotune.recipe.schema import (
     Values,
 )
 
-# The library's newer names of the same thing; the recipe keeps the name that every tutorial uses.
-ALIASES = {
-    "activation_checkpointing": "gradient_checkpointing",
-    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
-}
+# The library's newer name of the same thing; the recipe keeps the one that every tutorial uses.
+ALIASES = {"activation_checkpointing": "gradient_checkpointing"}
 
 # Schedules that follow evaluation metrics are left out: how often one evaluates would then change the weights.
 Schedule = Literal[
@@ -68,7 +65,6 @@ _WARMUP = Need(
     lambda values: values["lr_scheduler_type"] != "constant",
     "lr_scheduler_type: constant has no warm-up (constant_with_warmup has)",
 )
-_CHECKPOINTING = Need(lambda values: bool(values["gradient_checkpointing"]), "it needs gradient_checkpointing: true")
 _BY_STEPS = Need(lambda values: values["logging_strategy"] == "steps", "logging_strategy is not steps")
 _SPARSE_LOGGING = Need(
     lambda values: values["logging_strategy"] != "steps" or values["logging_steps"] != 1,
@@ -99,12 +95,7 @@ _KEYS = (
     _rest("optim_args", str | None, None, OPTIMISER, "further arguments of the optimiser, as name=value,name=value"),
     _key("gradient_checkpointing", bool, False, MEMORY, "recompute activations in backward: less memory, slower",
          changes_result=False),
-    _rest("gradient_checkpointing_kwargs", dict[str, Any] | None, None, MEMORY, "arguments of gradient checkpointing",
-          needs=_CHECKPOINTING, changes_result=False),
-    _rest("tf32", bool | None, None, MEMORY, "TF32 matrix products on Ampere and newer GPUs"),
     _rest("full_determinism", bool, False, MEMORY, "only deterministic kernels: slower"),
-    _rest("ddp_find_unused_parameters", bool | None, None, MEMORY, "DDP looks for parameters without a gradient",
-          changes_result=False),
     _rest("ddp_bucket_cap_mb", int | None, None, MEMORY, "megabytes that DDP sends at once", allowed=AT_LEAST_ONE,
           changes_result=False),
     _rest("ddp_broadcast_buffers", bool | None, None, MEMORY, "DDP copies buffers from rank 0", changes_result=False),
@@ -114,7 +105,7 @@ _KEYS = (
          changes_result=False),
     _key("eval_steps", float | None, None, OUTPUT, "steps between evaluations; below 1, a share of the run",
          allowed=POSITIVE, step_count=True, needs=_EVAL_STEPS, changes_result=False),
-    _rest("eval_delay", float, 0, OUTPUT, "epochs or steps before the first evaluation", allowed=NOT_NEGATIVE,
+    _rest("eval_delay", float, 0.0, OUTPUT, "epochs or steps before the first evaluation", allowed=NOT_NEGATIVE,
           needs=WITH_EVALUATION, changes_result=False),
     _rest("eval_on_start", bool, False, OUTPUT, "evaluate before the first step", needs=WITH_EVALUATION,
           changes_result=False),

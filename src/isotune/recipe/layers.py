@@ -1,4 +1,4 @@
-"""A recipe is said in layers, a file and then the command line: the later wins, and mistakes are told with their place."""
+"""A recipe is said in layers, a file and then the command line: the later wins, and a mistake names its place."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -74,7 +74,7 @@ def settle(
     for contradiction in contradictions:
         if contradiction.holds(values):
             places = [origin[name].name_of(name) if name in given else name for name in contradiction.keys]
-            said = [f"{place} ({values[name]})" for place, name in zip(places, contradiction.keys, strict=True)]
+            said = [f"{place} ({_shown(values[name])})" for place, name in zip(places, contradiction.keys, strict=True)]
             raise UserError(f"{' and '.join(said)} contradict each other: {contradiction.remedy}")
     return values, given
 
@@ -114,6 +114,10 @@ def _says(keys: Mapping[str, Key], spoken: Mapping[str, Any], name: str) -> bool
     return name in spoken and spoken[name] != keys[name].unset
 
 
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+
+
 def _why_not_a_key(keys: Mapping[str, Key], written: str, layer: Layer) -> str:
     if written in REFUSED:
         return f"is not a key here: {REFUSED[written]}"
@@ -123,7 +127,7 @@ def _why_not_a_key(keys: Mapping[str, Key], written: str, layer: Layer) -> str:
 
 
 def _require(keys: Mapping[str, Key], values: Mapping[str, Any], layers: Sequence[Layer]) -> None:
-    missing = [name for name, key in keys.items() if key.required and values[name] is None]
+    missing = [name for name, key in keys.items() if key.required and not values[name]]
     if missing:
         file = next((layer.file for layer in layers if layer.file is not None), None)
         where = f"{file}: " if file else ""

@@ -1,5 +1,6 @@
 """Recipe files: flat YAML in which every value is text until its key says what it is, so 1e-4 is a number."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -77,5 +78,6 @@ def write_file(path: Path, groups: dict[str, dict[str, Any]]) -> None:
         unfinished.write_text("\n".join(sections), encoding="utf-8")
         unfinished.replace(path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
         raise UserError(f"{path} cannot be written: {error.strerror}") from None

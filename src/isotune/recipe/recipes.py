@@ -45,16 +45,16 @@ class RunRecipe:
     effect beside the others (`r` in full tuning) holds its default.
     """
 
-    model_name_or_path: str = key(REQUIRED, MODEL, "Hub id, folder, or builtin:NAME")
+    model_name_or_path: str = key(REQUIRED, MODEL, "Hub id, folder, or builtin:NAME", is_path=True)
     model_init: Literal["pretrained", "random"] = key(
         "pretrained", MODEL, "take the model's weights, or its geometry with random weights"
     )
-    tokenizer_name_or_path: str | None = key(None, MODEL, "another tokenizer", default_text="the model's")
+    tokenizer_name_or_path: str | None = key(None, MODEL, "another tokenizer", default_text="the model's", is_path=True)
     tune: Literal["full", "lora", "qlora"] = key("lora", MODEL, "what is trained: all weights, or adapters on top")
 
-    dataset_name: str = key(REQUIRED, DATA, "Hub id, folder, .jsonl/.csv/.parquet file, or builtin:NAME")
+    dataset_name: str = key(REQUIRED, DATA, "Hub id, folder, .jsonl/.csv/.parquet file, or builtin:NAME", is_path=True)
     dataset_split: str = key("train", DATA, "split to train on")
-    eval_dataset_name: str | None = key(None, DATA, "data set to evaluate on", needs=_EVALUATION_ON)
+    eval_dataset_name: str | None = key(None, DATA, "data set to evaluate on", needs=_EVALUATION_ON, is_path=True)
     eval_dataset_split: str = key("test", DATA, "split to evaluate on", needs=WITH_EVALUATION)
     max_seq_length: int = key(1024, DATA, "longest row, in tokens", allowed=Range(2))
 
@@ -90,9 +90,13 @@ class RunRecipe:
     )
     on_nonfinite: Literal["stop", "skip"] = key("stop", MEMORY, "what a loss or gradient that is not finite does")
 
-    output_dir: str = key(REQUIRED, OUTPUT, "folder of the run", changes_result=False)
+    output_dir: str = key(REQUIRED, OUTPUT, "folder of the run", changes_result=False, is_path=True)
     resume: str = key(
-        "auto", OUTPUT, "auto: go on where the run stopped; never; or a checkpoint's path", changes_result=False
+        "auto",
+        OUTPUT,
+        "auto: go on where the run stopped; never; or a checkpoint's path",
+        changes_result=False,
+        is_path=True,
     )
     training_arguments: dict[str, Any] = field(default_factory=dict)
     given: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)

@@ -50,13 +50,13 @@ _GROUPS = {
     f"say packing: true or false; {_PLAN}": ("padding_free", "packing_strategy", "eval_packing"),
     "say train_on: all or last": ("completion_only_loss", "assistant_only_loss"),
     _DEVICE: ("use_cpu", "no_cuda", "ddp_backend", "ddp_timeout", "local_rank"),
-    _LAUNCH: ("deepspeed", "fsdp", "fsdp_config", "accelerator_config", "parallelism_config", "ddp_static_graph"),
+    _LAUNCH: ("deepspeed", "fsdp", "fsdp_config", "accelerator_config", "parallelism_config"),
     "say on_nonfinite: stop or skip; a non-finite loss is never hidden": ("logging_nan_inf_filter", "debug"),
     _LOSS: ("label_smoothing_factor", "loss_type", "average_tokens_across_devices", "router_aux_loss_coef"),
     f"{_EVALUATION}, in the precision of training": ("bf16_full_eval", "fp16_full_eval"),
     _EVALUATION: (
         "prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps",
-        "include_for_metrics", "batch_eval_metrics", "do_predict",
+        "include_for_metrics", "batch_eval_metrics",
     ),
     _SAVING: (
         "save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node", "save_safetensors",
@@ -70,7 +70,7 @@ _GROUPS = {
     ),
     _COMPILE: ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
     _LIGER: ("use_liger_kernel", "liger_kernel_config"),
-    _MODE: ("do_train", "do_eval"),
+    _MODE: ("do_train", "do_eval", "do_predict"),
     "packed attention is the one for every architecture": ("attn_implementation",),
     "say bf16: true or fp16: true, or neither for fp32": (
         "dtype", "torch_dtype", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage",
@@ -89,9 +89,17 @@ _GROUPS = {
         "torch_empty_cache_steps", "activation_offloading",
     ),
     "only optimisers that train the modules of tune are offered": ("optim_target_modules",),
-    "preparation uses every core by itself": ("dataset_num_proc",),
-    _TOKENIZER: ("eos_token", "pad_token", "chat_template_path"),
-    "a model's folder says how it is made": ("model_init_kwargs", "dataset_kwargs"),
+    "gradient checkpointing is always of the non-reentrant form": (
+        "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs",
+    ),
+    "every trained parameter takes part in every pass": ("ddp_find_unused_parameters",),
+    "fp32 is the same number on every GPU, and bf16: true is the faster way": ("tf32",),
+    "a rank may run an empty microbatch, so the graph is not static": ("ddp_static_graph",),
+    "preparation tokenises in threads by itself": ("dataset_num_proc",),
+    _TOKENIZER: ("eos_token", "pad_token"),
+    "conversations are laid out as Human and Assistant turns": ("chat_template_path",),
+    "a model's folder says how it is made": ("model_init_kwargs",),
+    "dataset_name and dataset_split say what is read": ("dataset_kwargs",),
     "code from the Hub is never run": ("trust_remote_code",),
 }  # fmt: skip
 

@@ -64,6 +64,7 @@ class Key:
     default from the other values, and `default_text` says in words what it then is. `step_count` marks a number of
     steps that may also be a share of the run: whole from 1 on, any fraction below. `common` keys stand in --help,
     the others in --help-all only. A key with `changes_result` false may differ between two runs of one experiment.
+    In an `is_path` key a leading ~ is the home folder.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Key:
     step_count: bool = False
     common: bool = True
     changes_result: bool = True
+    is_path: bool = False
 
     @property
     def required(self) -> bool:

@@ -11,7 +11,7 @@ from isotune.recipe.schema import Key
 
 _TRUE = frozenset({"true", "yes", "on", "1"})
 _FALSE = frozenset({"false", "no", "off", "0"})
-_NOTHING = frozenset({"none", "null"})
+_NOTHING = frozenset({"none", "null", ""})
 
 
 def parse(key: Key, value: Any) -> Any:
@@ -28,6 +28,8 @@ def parse(key: Key, value: Any) -> Any:
         raise ValueError(f"it takes {describe(key)}")
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
+    if key.is_path and isinstance(value, str):
+        value = os.path.expanduser(value)
     if isinstance(value, str) and value in choices:
         return value
     for kind in kinds:
@@ -56,6 +58,8 @@ def describe(key: Key) -> str:
 def metavar(key: Key) -> str:
     """The short form of what a key takes, for --help."""
     kinds, choices, _ = _taken(key.takes)
+    if len(choices) > 4:
+        return "NAME"
     short = {bool: "BOOL", int: "N", float: "X", str: "TEXT", list: "NAME", dict: "JSON"}
     return "|".join([*(short[kind] for kind in kinds), *choices])
 

@@ -1,0 +1,87 @@
+"""The recipe's table of the ecosystem's keys is held to the libraries that are installed."""
+
+import dataclasses
+import enum
+import inspect
+import typing
+
+import pytest
+
+from isotune.recipe import Recipe
+from isotune.recipe.engine import ALIASES, ENGINE_KEYS
+from isotune.recipe.refused import REFUSED
+from isotune.recipe.values import parse
+
+REQUIRED = {"model_name_or_path": "a/model", "dataset_name": "a/dataset", "output_dir": "runs/x"}
+
+
+@pytest.fixture(scope="module")
+def engine_fields() -> dict[str, dataclasses.Field]:
+    from transformers import TrainingArguments
+
+    return {field.name: field for field in dataclasses.fields(TrainingArguments)}
+
+
+def test_every_argument_of_the_engine_has_been_decided(engine_fields):
+    decided = set(Recipe.keys()) | set(ALIASES) | set(REFUSED)
+    assert set(engine_fields) - decided == set()
+
+
+def test_every_argument_of_trls_sft_config_has_been_decided():
+    from trl import SFTConfig
+
+    decided = set(Recipe.keys()) | set(ALIASES) | set(REFUSED)
+    assert {field.name for field in dataclasses.fields(SFTConfig)} - decided == set()
+
+
+def test_no_key_is_both_accepted_and_refused():
+    assert not (set(Recipe.keys()) | set(ALIASES)) & set(REFUSED)
+
+
+def test_every_engine_key_is_an_argument_of_the_engine_and_its_choices_are_the_engines(engine_fields):
+    assert set(ENGINE_KEYS) | set(ALIASES) <= set(engine_fields)
+    for name, key in ENGINE_KEYS.items():
+        members = typing.get_args(engine_fields[name].type) or (engine_fields[name].type,)
+        known = {item.value for kind in members if isinstance(kind, enum.EnumMeta) for item in kind}
+        if known:
+            chosen = {word for part in (key.takes, *typing.get_args(key.takes)) for word in typing.get_args(part)}
+            assert {word for word in chosen if isinstance(word, str)} <= known, name
+
+
+def test_the_engine_takes_the_arguments_of_a_recipe_as_they_are(tmp_path):
+    from transformers import TrainingArguments
+
+    recipe = Recipe.from_values(
+        **REQUIRED, eval_dataset_name="d", eval_steps=5, warmup_steps=0.1, report_to="tensorboard", log_level="error"
+    )
+    with pytest.warns(FutureWarning, match="gradient_checkpointing"):
+        arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **recipe.training_arguments)
+    for name, value in recipe.training_arguments.items():
+        assert getattr(arguments, name) == value, name
+
+
+def test_a_recipes_default_is_the_engines_own_unless_it_is_meant_to_differ(engine_fields):
+    differing = {
+        name
+        for name, key in ENGINE_KEYS.items()
+        if key.default is not None and key.default_from is None and key.default != engine_fields[name].default
+    }
+    assert differing == {"learning_rate", "logging_steps", "report_to", "disable_tqdm", "gradient_checkpointing"}
+
+
+def test_adapter_keys_are_spelled_as_in_peft_and_bitsandbytes():
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
+
+    names = {name for name, key in Recipe.keys().items() if key.group == "Adapter"}
+    lora = {field.name for field in dataclasses.fields(LoraConfig)}
+    quantisation = set(inspect.signature(BitsAndBytesConfig.__init__).parameters)
+    assert {name for name in names if not name.startswith("bnb_")} <= lora
+    assert {name for name in names if name.startswith("bnb_")} <= quantisation
+
+
+def test_every_default_is_a_value_that_its_own_key_allows():
+    for key in Recipe.keys().values():
+        if not key.required and key.default is not None:
+            parsed = parse(key, key.default)
+            assert (parsed, type(parsed)) == (key.default, type(key.default)), key.name
