@@ -8,20 +8,13 @@ python eval/generate.py --model facebook/opt-350m --prompt "What is a winglet?"
 import argparse
 import sys
 
-from isotune.errors import UserError, run_script
-
-
-class Parser(argparse.ArgumentParser):
-    """Says a mistake in the one sentence that every script of this repository says it in."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        """Raise instead of printing the usage too."""
-        raise UserError(f"{message} (see python eval/generate.py --help)")
+from isotune.cli import OneSentenceParser
+from isotune.errors import run_script
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneSentenceParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run_dir", metavar="RUN", help="the folder of a finished run")
     source.add_argument("--model", metavar="NAME", help="or any model: a folder or a Hub id")

@@ -106,7 +106,7 @@ def test_an_empty_tensor_is_refused_and_the_older_model_stays(tmp_path, tokenize
     adapted = with_adapter(tiny_opt())
     layer = adapted.base_model.model.model.decoder.layers[0].self_attn.q_proj
     layer.lora_A["default"].weight = torch.nn.Parameter(torch.empty(0))
-    with pytest.raises((RunFault, ValueError), match=r"lora_A|empty"):
+    with pytest.raises(RunFault, match=r"layers.0.self_attn.q_proj.lora_A.default.weight is empty"):
         save_and_verify(adapted, tokenizer, tmp_path / "model")
     kept = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert torch.equal(kept.lm_head.weight, older.lm_head.weight)

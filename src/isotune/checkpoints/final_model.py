@@ -68,8 +68,15 @@ def save_and_verify(model: nn.Module, tokenizer: Any, folder: str | Path) -> Fin
     """
     folder = Path(folder)
     staging = folder.with_name(f"{folder.name}.unverified")
+    with quiet_libraries():
+        expected = _trained_adapter(model) if _is_adapter(model) else _whole_state(model)
+    empty = next((name for name, tensor in expected.items() if tensor.numel() == 0), None)
+    if empty is not None:
+        raise RunFault(
+            f"{empty} is empty in memory, so {folder} was not written: a sharded engine has to gather it before saving"
+        )
     try:
-        with quiet_libraries(), _no_room_is_an_error(folder):
+        with quiet_libraries(), no_room_is_an_error(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(staging, ignore_errors=True)
             _write(model, tokenizer, staging)
@@ -78,7 +85,6 @@ def save_and_verify(model: nn.Module, tokenizer: Any, folder: str | Path) -> Fin
         shutil.rmtree(staging, ignore_errors=True)
         raise
     with quiet_libraries():
-        expected = _trained_adapter(model) if _is_adapter(model) else _whole_state(model)
         try:
             _compare_files(model, expected, staging)
             _compare_reopened(model, expected, staging)
@@ -128,7 +134,7 @@ def replace_folder(staging: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _no_room_is_an_error(folder: Path) -> Iterator[None]:
+def no_room_is_an_error(folder: Path) -> Iterator[None]:
     """A full disk is the user's to clear: safetensors says it in its own error class, with the number in its text."""
     try:
         yield
@@ -195,9 +201,6 @@ def _compare_files(model: nn.Module, expected: Mapping[str, Tensor], staging: Pa
     """Compare the raw tensors of the files with those in memory, where their names are the same."""
     if not expected:
         raise _Difference("there is no tensor to save")
-    for name, tensor in expected.items():
-        if tensor.numel() == 0:
-            raise _Difference(f"{name} is empty in memory: a sharded engine has to gather it before saving")
     in_memory = {_name_in_file(model, name): tensor for name, tensor in expected.items()}
     files = sorted(staging.glob("*.safetensors"))
     if not files:

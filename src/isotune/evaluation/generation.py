@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from isotune.data.conversations import HEADER, HUMAN_HEADER, render_prompt
-from isotune.data.hub import first_line
+from isotune.data.hub import first_line, is_hub_id
 from isotune.errors import UserError
 from isotune.models.finished_run import LOADING_ERRORS, load_run_model, load_run_tokenizer, load_weights, read_run
 from isotune.models.quiet import quiet_libraries
@@ -71,6 +71,8 @@ def load_model_generator(name: str) -> Any:
 
     if (Path(name) / "adapter_config.json").is_file():
         raise UserError(f"--model {name} is an adapter without its base: give the folder of its run with --run_dir")
+    if not Path(name).is_dir() and not is_hub_id(name):
+        raise UserError(f"there is no model folder {name}")
     model = load_weights(name, dtype="auto").to(best_device()).eval()
     try:
         with quiet_libraries():
@@ -132,12 +134,15 @@ def first_turn(text: str) -> str:
 
 
 def fit_history(generator: Any, messages: Messages, max_new_tokens: int) -> list[Mapping[str, str]]:
-    """The newest messages whose prompt leaves `max_new_tokens` of the model's positions; the last one always stays.
+    """The newest messages whose prompt leaves room for an answer; the last one always stays.
 
-    Whole exchanges are dropped, the oldest first, so that a prompt begins with a question as in training.
+    The room is `max_new_tokens`, but at most a quarter of the model's positions: a longer allowance is for the model
+    to use where it can, not a reason to forget what was said. Whole exchanges are dropped, the oldest first, so that
+    a prompt begins with a question as in training.
     """
     kept = list(messages)
-    room = position_count(generator) - max_new_tokens
+    positions = position_count(generator)
+    room = positions - min(max_new_tokens, positions // 4)
     while len(kept) > 1 and len(generator.tokenizer(render_prompt(kept))["input_ids"]) > room:
         kept = kept[2:]
     return kept
@@ -172,10 +177,10 @@ def _next_turn_criterion(tokenizer: Any, prompt_tokens: int) -> Any:
     from transformers import StoppingCriteria
 
     class NextTurn(StoppingCriteria):
-        def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
             # input_ids: [1, prompt and answer so far]; only the end can hold a header that was not there before.
             newest = input_ids[0, max(prompt_tokens, input_ids.shape[1] - _HEADER_TOKENS) :]
             ended = _header_start(tokenizer.decode(newest, skip_special_tokens=True)) is not None
-            return torch.tensor([ended], device=input_ids.device)  # type: ignore[return-value]
+            return torch.tensor([ended], device=input_ids.device)
 
     return NextTurn()

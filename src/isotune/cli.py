@@ -1,0 +1,86 @@
+"""The `isotune` command: what is done with a run besides training and evaluating it."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from isotune import __version__
+from isotune.errors import UserError, run_script
+
+
+class OneSentenceParser(argparse.ArgumentParser):
+    """A parser whose complaint is one sentence, as that of every other mistake, and not the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the complaint with where to look.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Entry of the console script: leaves the process with the status that the contract promises."""
+    run_script(lambda: _run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: Sequence[str]) -> int | None:
+    parser = _parser()
+    if not arguments:
+        parser.print_help()
+        raise UserError("a command is missing")
+    chosen = parser.parse_args(arguments)
+    return chosen.run(chosen)
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The command line. A command adds itself by one function here and imports its libraries when it runs."""
+    parser = OneSentenceParser(
+        prog="isotune",
+        description="Fine-tuning whose result does not depend on how it was run.",
+        epilog="Training and evaluation are scripts: see train/ and eval/.",
+    )
+    parser.add_argument("--version", action="version", version=f"isotune {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_export(commands)
+    return parser
+
+
+def _add_export(commands: "argparse._SubParsersAction[OneSentenceParser]") -> None:
+    export = commands.add_parser(
+        "export",
+        help="write a run's model for use elsewhere, an adapter merged into its base",
+        description="Write a run's model for use elsewhere. What was written is read back and compared.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=(
+            "examples:\n"
+            "  isotune export runs/opt350m_lora                        the adapter, for peft\n"
+            "  isotune export runs/opt350m_lora --merge                a Hugging Face folder\n"
+            "  isotune export runs/opt350m_lora --merge --format pt    model.pt, for load_state_dict"
+        ),
+    )
+    export.add_argument("run_dir", metavar="RUN", help="the folder of a finished run")
+    export.add_argument("--merge", action="store_true", help="merge the adapter into its base model, and say how well")
+    export.add_argument("--format", default="safetensors", help="safetensors (default) or pt")
+    export.add_argument("--output", metavar="DIR", help="a folder that is absent or empty (default: in RUN/export)")
+    export.add_argument("--dtype", help="of merged weights: float32, float16 or bfloat16 (default: as trained)")
+    export.set_defaults(run=_export)
+
+
+def _export(chosen: argparse.Namespace) -> None:
+    from isotune.checkpoints.exported import STATE_DICT, export_run
+
+    done = export_run(
+        chosen.run_dir, merge=chosen.merge, format=chosen.format, output=chosen.output, dtype=chosen.dtype
+    )
+    if done.parity is not None:
+        print(done.parity)
+    elif chosen.merge:
+        print(f"{chosen.run_dir} trained the whole model: there is nothing to merge")
+    print(f"wrote the {done.kind} to {done.folder / STATE_DICT if done.format == 'pt' else done.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""The `isotune` command says what it can do, and says a mistake in one sentence."""
+
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+
+from isotune.cli import main
+
+
+def run(capsys, *arguments):
+    """Exit status, stdout and stderr of `isotune ARGUMENTS`."""
+    with pytest.raises(SystemExit) as leaving:
+        main(arguments)
+    printed = capsys.readouterr()
+    return leaving.value.code or 0, printed.out, printed.err
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert run(capsys, "--version") == (0, f"isotune {importlib.metadata.version('isotune')}\n", "")
+
+
+def test_help_names_every_command_with_what_it_is_for(capsys):
+    status, help_text, _ = run(capsys, "--help")
+    assert status == 0
+    assert "export" in help_text
+    assert "write a run's model for use elsewhere" in help_text
+
+
+def test_the_help_of_export_shows_the_formats_and_an_example(capsys):
+    status, help_text, _ = run(capsys, "export", "--help")
+    assert status == 0
+    for part in ("--merge", "--format", "safetensors", "pt", "--output", "isotune export runs/"):
+        assert part in help_text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["exprt", "run"], "'exprt'"),
+        (["export"], "RUN"),
+        (["export", "run", "--format"], "--format: expected one argument (see isotune export --help)"),
+        (["export", "run", "--formt", "pt"], "--formt"),
+        (["export", "/nowhere/run"], "/nowhere/run"),
+        (["export", "/nowhere/run", "--format", "gguf"], "--format gguf is unknown: it may be safetensors or pt"),
+        ([], "a command is missing"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_status_2(capsys, arguments, says):
+    status, _, complaint = run(capsys, *arguments)
+    assert status == 2
+    assert complaint.startswith("error: ")
+    assert complaint.count("\n") == 1
+    assert says in complaint
+
+
+def test_the_command_runs_as_a_module_and_as_a_console_script():
+    as_module = subprocess.run(
+        [sys.executable, "-m", "isotune.cli", "--version"], capture_output=True, text=True, check=True
+    )
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="isotune")
+    assert script.load() is main
+    assert as_module.stdout.startswith("isotune ")
+
+
+def test_help_is_answered_without_loading_torch():
+    code = "import sys, isotune.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
