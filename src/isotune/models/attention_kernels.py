@@ -95,7 +95,7 @@ class _DocumentAttention(torch.autograd.Function):
                 out_grad = _by_key_head(upstream, rows, len(k))
                 value_sum[:, :seen] += torch.bmm(drop(weights, mask).to(v.dtype).transpose(1, 2), out_grad)
                 weight_grad = drop(torch.bmm(out_grad, v[:, :seen].transpose(1, 2)).to(weights.dtype), mask)
-                score_grad = torch._softmax_backward_data(weight_grad, weights, -1, weights.dtype).to(q.dtype)
+                score_grad = torch.ops.aten._softmax_backward_data(weight_grad, weights, -1, weights.dtype).to(q.dtype)
                 query_grad = torch.bmm(score_grad, k[:, :seen]).view(len(q), -1, q.shape[2])
                 here = slice(document.start + rows.start, document.start + rows.stop)
                 grad_query[0, :, here] = query_grad.mul_(ctx.scale)

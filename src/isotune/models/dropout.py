@@ -11,35 +11,35 @@ not, gradient checkpointing (which restores torch's generator) draws the same ma
 keep nothing but the seed.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 RESOLUTION = 2**15
 _BITS_OF_BYTES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_stock_dropout = functional.dropout
 
 
-class FastDropout(TorchFunctionMode):
+@contextlib.contextmanager
+def fast_dropout() -> Iterator[None]:
     """Within it `torch.nn.functional.dropout` on CPU tensors is `dropout`, in any model, without touching its code.
 
     Hold it around the forward and the backward pass: with gradient checkpointing the backward pass runs the forward
-    pass again, and that must draw its masks in the same way.
+    pass again, and that must draw its masks in the same way. (A TorchFunctionMode would not do: it is switched off
+    while `Tensor.backward` runs, because that is a torch function itself.)
     """
-
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Divert dropout, let everything else pass."""
-        kwargs = kwargs or {}
-        if func is functional.dropout:
-            return _divert(*args, **kwargs)
-        return func(*args, **kwargs)
+    before = functional.dropout
+    functional.dropout = _divert
+    try:
+        yield
+    finally:
+        functional.dropout = before
 
 
 def dropout(input: torch.Tensor, p: float) -> torch.Tensor:
@@ -115,5 +115,5 @@ class _Dropout(torch.autograd.Function):
 def _divert(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
     fast = training and not inplace and input.device.type == "cpu" and input.is_floating_point()
     if not fast or input.element_size() not in _BITS_OF_BYTES:
-        return functional.dropout(input, p, training, inplace)
+        return _stock_dropout(input, p, training, inplace)
     return dropout(input, p)

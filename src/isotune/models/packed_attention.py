@@ -269,6 +269,17 @@ def _run_torch_varlen(
     options = _torch_varlen_options() or {}
     grouped = by_token[0].shape[1] != by_token[1].shape[1]
     window = (-1, 0) if causal else (-1, -1)
-    return varlen_attn(
-        *by_token, bounds, bounds, longest, longest, scale=scale, window_size=window, enable_gqa=grouped, **options
-    )  # type: ignore[return-value]
+    query, key, value = by_token
+    return varlen_attn(  # type: ignore[return-value]  (a tensor, as no auxiliary output is asked for)
+        query,
+        key,
+        value,
+        bounds,
+        bounds,
+        longest,
+        longest,
+        scale=scale,
+        window_size=window,
+        enable_gqa=grouped,
+        **options,
+    )

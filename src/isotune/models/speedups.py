@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from isotune.models.dropout import FastDropout
+from isotune.models.dropout import fast_dropout
 
 
 def enable_speedups(model: nn.Module) -> None:
@@ -21,5 +21,5 @@ def training_pass(model: nn.Module) -> Iterator[None]:
     if next(model.parameters()).device.type != "cpu":
         yield
         return
-    with FastDropout():
+    with fast_dropout():
         yield
