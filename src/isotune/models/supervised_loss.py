@@ -163,10 +163,10 @@ def install_supervised_loss(model: nn.Module) -> None:
             f"supervised positions alone: choose one of {', '.join(sorted(PLAIN_HEADS))}"
         )
     head = _plain_head(base)
-    if getattr(head, "_plain_forward", None) is None:
+    if "_plain_forward" not in vars(head):
         head._plain_forward = head.forward
         head.forward = types.MethodType(_head_forward, head)
-    if getattr(base, "_plain_forward", None) is None:
+    if "_plain_forward" not in vars(base):
         base._plain_forward = base.forward  # type: ignore[assignment]
         base.forward = types.MethodType(_model_forward, base)
 
@@ -198,10 +198,8 @@ def _model_forward(
     if supervised_positions is None:
         return self._plain_forward(*args, labels=labels, **kwargs)
     assert targets is not None and labels is None, "supervised_positions come with targets and without labels"
-    head = self.get_output_embeddings()
-    if getattr(head, "_plain_forward", None) is None:
-        _plain_head(self)
-        raise AssertionError("the head was replaced after install_supervised_loss")
+    head = _plain_head(self)
+    assert "_plain_forward" in vars(head), "the head was replaced after install_supervised_loss"
     kwargs["return_dict"] = True
     hidden = self.base_model(*args, **kwargs).last_hidden_state
     selected = hidden.flatten(0, 1).index_select(0, supervised_positions)

@@ -1,0 +1,256 @@
+"""The loss of supervised positions against plain logits and cross-entropy, and what it never allocates."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedModel
+
+from isotune.errors import UserError
+from isotune.models import supervised_loss as module
+from isotune.models.packed_attention import document_position_ids, set_packed_attention
+from isotune.models.supervised_loss import PLAIN_HEADS, install_supervised_loss, supervised_loss
+
+VOCABULARY = 211
+LENGTHS = (40, 3, 150)
+
+
+def _build(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    small = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY, "hidden_size": 64}
+    if name == "opt":
+        config: Any = OPTConfig(word_embed_proj_dim=32, ffn_dim=128, do_layer_norm_before=False, init_std=0.1, **small)
+    else:
+        config = LlamaConfig(intermediate_size=128, num_key_value_heads=2, initializer_range=0.1, **small)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    install_supervised_loss(model)
+    return model
+
+
+def _with_lora(model: PreTrainedModel, **options: Any) -> nn.Module:
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **options))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:  # starts at zero, where half of the gradients would be zero too
+            nn.init.normal_(parameter, std=0.1)
+    return adapted
+
+
+def _batch(config: Any) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(4, VOCABULARY, (1, sum(LENGTHS)), generator=generator)
+    bounds = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    inputs = {"input_ids": ids, "position_ids": document_position_ids(config, bounds), "use_cache": False}
+    inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds)
+    inputs |= dict.fromkeys(("max_length_q", "max_length_k"), max(LENGTHS))
+    supervised = torch.rand(sum(LENGTHS), generator=generator) < 0.6
+    supervised[bounds[:-1].long()] = False
+    places = supervised.nonzero()[:, 0]
+    return inputs, places - 1, ids[0, places]
+
+
+def _gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_loss_and_every_gradient_equal_plain_logits_and_cross_entropy(name: str, tune: str):
+    """The reference is a loop over documents, stock attention, stock forward: nothing of ours is in it."""
+    model: nn.Module = _build(name)
+    config = model.config
+    if tune == "lora":
+        model = _with_lora(model)  # type: ignore[arg-type]
+    inputs, positions, targets = _batch(config)
+    start, expected = 0, torch.zeros(())
+    for length in LENGTHS:
+        logits = model(input_ids=inputs["input_ids"][:, start : start + length], use_cache=False).logits[0]
+        inside = (positions >= start) & (positions < start + length)
+        expected = expected + cross_entropy(logits[positions[inside] - start], targets[inside], reduction="sum")
+        start += length
+    reference = _gradients(model, expected)
+    set_packed_attention(model)
+    out = model(**inputs, supervised_positions=positions, targets=targets)
+    assert out.logits is None and out.loss.dtype == torch.float32
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    ours = _gradients(model, out.loss)
+    assert ours.keys() == reference.keys() and len(ours) >= 8
+    largest = max(gradient.abs().max() for gradient in reference.values())
+    for parameter, gradient in reference.items():
+        if "k_proj.bias" in parameter:  # zero on paper: a shift of all scores of a row changes no weight
+            assert ours[parameter].abs().max() <= 1e-6 * largest
+            continue
+        assert (ours[parameter] - gradient).norm() <= 1e-5 * gradient.norm(), parameter
+
+
+@pytest.mark.parametrize("kind", sorted(PLAIN_HEADS))
+def test_model_types_called_plain_have_nothing_between_decoder_and_head(kind: str):
+    config = AutoConfig.for_model(
+        kind, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4,
+        vocab_size=VOCABULARY, head_dim=8, pad_token_id=1, bos_token_id=2, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    head = model.get_output_embeddings()
+    if head.bias is not None:
+        nn.init.normal_(head.bias)
+    ids = torch.randint(4, VOCABULARY, (1, 20), generator=torch.Generator().manual_seed(1))
+    expected = cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum")
+    install_supervised_loss(model)
+    loss = model(input_ids=ids, supervised_positions=torch.arange(19), targets=ids[0, 1:], use_cache=False).loss
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def _head(dtype: torch.dtype = torch.float32, positions: int = 300, bias: bool = True) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(positions, 24, generator=generator)
+    weight = torch.randn(VOCABULARY, 24, generator=generator)
+    offset = torch.randn(VOCABULARY, generator=generator)
+    return [t.to(dtype).requires_grad_() for t in ((hidden, weight, offset) if bias else (hidden, weight))]
+
+
+def _targets(positions: int = 300) -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (positions,), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("positions", [1, 255, 256, 257, 1300])
+def test_pieces_of_any_size_give_the_gradient_of_the_closed_form(positions: int):
+    tensors, targets = _head(torch.float64, positions), _targets(positions)
+    reference = cross_entropy(tensors[0] @ tensors[1].t() + tensors[2], targets, reduction="sum")
+    loss = supervised_loss(*tensors, targets)
+    torch.testing.assert_close(loss, reference, rtol=1e-12, atol=0)
+    pairs = zip(torch.autograd.grad(3.0 * loss, tensors), torch.autograd.grad(3.0 * reference, tensors), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_certain_and_hopeless_predictions_have_a_finite_exact_loss():
+    weight, hidden = torch.eye(4), torch.tensor([[200.0, 0, 0, 0]] * 2, requires_grad=True)
+    loss = supervised_loss(hidden, weight, None, torch.tensor([0, 1]))
+    loss.backward()
+    assert loss.item() == 200.0
+    assert hidden.grad is not None
+    assert torch.equal(hidden.grad, torch.tensor([[0.0, 0, 0, 0], [1, -1, 0, 0]]))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.01), (torch.float16, 0.002)])
+@pytest.mark.parametrize("weights", ["fp32 under autocast", "16 bits"])
+def test_half_precision_and_loss_scaling_lose_only_rounding(dtype: torch.dtype, tolerance: float, weights: str):
+    exact, targets = _head(torch.float64, bias=False), _targets()
+    reference = cross_entropy(exact[0] @ exact[1].t(), targets, reduction="sum")
+    expected = torch.autograd.grad(reference, exact)
+    under_autocast = weights == "fp32 under autocast"
+    tensors = _head(torch.float32 if under_autocast else dtype, bias=False)
+    scale = 2.0**16 / len(targets) if dtype == torch.float16 else 1.0  # what GradScaler and the mean begin with
+    with torch.autocast("cpu", dtype, enabled=under_autocast):
+        loss = supervised_loss(tensors[0], tensors[1], None, targets)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(reference.item(), rel=tolerance)
+    gradients = torch.autograd.grad(loss * scale, tensors)
+    for tensor, gradient, other in zip(tensors, gradients, expected, strict=True):
+        assert gradient.dtype == tensor.dtype
+        assert gradient.isfinite().all()
+        assert (gradient.double() / scale - other).norm() <= tolerance * other.norm()
+
+
+def test_a_small_fp16_gradient_does_not_vanish():
+    """50,000 equally likely tokens have a probability of 2e-5 each, where fp16 has one significant digit left."""
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(50_000, 8, generator=generator).half()
+    hidden = (1e-3 * torch.randn(4, 8, generator=generator)).half().requires_grad_()
+    targets = torch.arange(4)
+    exact = hidden.detach().double().requires_grad_()
+    cross_entropy(exact @ weight.double().t(), targets, reduction="sum").backward()
+    supervised_loss(hidden, weight, None, targets).backward()
+    assert hidden.grad is not None and exact.grad is not None
+    # every token but the target adds a little: left out, they would miss the mean of the embeddings
+    assert (hidden.grad.double() - exact.grad).norm() <= 2e-3 * exact.grad.norm()
+
+
+class _Allocations(TorchDispatchMode):
+    """Remembers the size of the largest fp32 tensor that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("trains_head", [True, False])
+def test_logits_of_all_positions_never_exist(trains_head: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "SOFTMAX_ELEMENTS", 16 * VOCABULARY)
+    positions = 2048
+    hidden, weight = _head(torch.bfloat16, positions, bias=False)
+    weight.requires_grad_(trains_head)
+    with _Allocations() as seen:
+        supervised_loss(hidden, weight, None, _targets(positions)).backward()
+    assert 0 < seen.elements <= max(16 * VOCABULARY, hidden.numel(), weight.numel())
+    assert seen.elements < positions * VOCABULARY // 4
+
+
+def test_no_supervised_position_gives_a_zero_that_is_connected():
+    model = _build("opt")
+    inputs, positions, targets = _batch(model.config)
+    set_packed_attention(model)
+    loss = model(**inputs, supervised_positions=positions[:0], targets=targets[:0]).loss
+    gradients = _gradients(model, loss)
+    assert loss.item() == 0.0
+    assert gradients.keys() == {name for name, _ in model.named_parameters()}
+    assert not any(gradient.any() for gradient in gradients.values())
+
+
+def test_without_positions_the_models_own_forward_runs():
+    model = _build("llama")
+    inputs, _, _ = _batch(model.config)
+    ids = inputs["input_ids"][:, :40]
+    out = model(input_ids=ids, labels=ids)
+    assert out.logits.shape == (1, 40, VOCABULARY)
+    assert out.loss.item() == pytest.approx(cross_entropy(out.logits[0, :-1], ids[0, 1:]).item(), rel=1e-5)
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 43)
+
+
+def test_gradient_checkpointing_changes_no_bit():
+    model = _build("opt").train()
+    set_packed_attention(model)
+    inputs, positions, targets = _batch(model.config)
+    runs = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        torch.manual_seed(3)
+        runs.append(_gradients(model, model(**inputs, supervised_positions=positions, targets=targets).loss))
+    assert all(torch.equal(gradient, runs[1][name]) for name, gradient in runs[0].items())
+
+
+def test_evaluation_computes_no_gradient():
+    hidden, weight = _head(bias=False)
+    with torch.no_grad(), _Allocations() as seen:
+        loss = supervised_loss(hidden, weight, None, _targets())
+    assert not loss.requires_grad
+    assert seen.elements <= 300 * VOCABULARY
+
+
+def test_a_model_that_scales_its_logits_is_refused_by_name():
+    config = AutoConfig.for_model("granite", hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=99)
+    with pytest.raises(UserError, match="'granite'"):
+        install_supervised_loss(AutoModelForCausalLM.from_config(config))
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}])
+def test_an_adapter_on_the_head_is_refused(options: dict[str, list[str]]):
+    model = _build("llama")
+    adapted = get_peft_model(model, LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options}))
+    inputs, positions, targets = _batch(model.config)
+    with pytest.raises(UserError, match="lm_head"):
+        adapted(**inputs, supervised_positions=positions, targets=targets)
+    with pytest.raises(UserError, match="lm_head"):
+        install_supervised_loss(adapted)
