@@ -129,6 +129,13 @@ def test_the_memory_knob_follows_the_length_of_a_row_until_it_is_given():
     assert (wider.microbatch_tokens, wider.eval_microbatch_tokens) == (2048, 8192)
 
 
+def test_the_learning_rate_follows_what_is_trained_until_it_is_given():
+    recipe = Recipe.from_values(**REQUIRED)
+    assert recipe.training_arguments["learning_rate"] == 2e-4
+    assert recipe.with_values(tune="full").training_arguments["learning_rate"] == 2e-5
+    assert recipe.with_values(tune="full", learning_rate=1e-3).training_arguments["learning_rate"] == 1e-3
+
+
 def test_a_tilde_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     recipe = Recipe.from_values(**REQUIRED | {"output_dir": "~/runs"})

@@ -8,8 +8,9 @@ import typing
 import pytest
 
 from isotune.recipe import Recipe
-from isotune.recipe.engine import ALIASES, ENGINE_KEYS
+from isotune.recipe.engine import ALIASES, ENGINE_KEYS, Schedule, Tracker
 from isotune.recipe.refused import REFUSED
+from isotune.recipe.schedules import SCHEDULE_ARGUMENTS
 from isotune.recipe.values import parse
 
 REQUIRED = {"model_name_or_path": "a/model", "dataset_name": "a/dataset", "output_dir": "runs/x"}
@@ -36,6 +37,35 @@ def test_every_argument_of_trls_sft_config_has_been_decided():
 
 def test_no_key_is_both_accepted_and_refused():
     assert not (set(Recipe.keys()) | set(ALIASES)) & set(REFUSED)
+
+
+def test_every_tracker_of_the_engine_may_be_named_and_no_other():
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    assert set(typing.get_args(Tracker)) == {"none", "all", *INTEGRATION_TO_CALLBACK}
+
+
+def test_the_arguments_of_every_schedule_are_those_of_the_engines_function():
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+    assert set(SCHEDULE_ARGUMENTS) == set(typing.get_args(Schedule))
+    filled_in = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    for name, (needed, optional) in SCHEDULE_ARGUMENTS.items():
+        known = set(inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[name]).parameters) - filled_in
+        assert known == {*needed, *optional}, name
+
+
+@pytest.mark.parametrize("schedule", sorted(SCHEDULE_ARGUMENTS))
+def test_the_engine_makes_a_schedule_from_the_least_that_a_recipe_must_say(schedule):
+    import torch
+    from transformers import get_scheduler
+
+    needed, _ = SCHEDULE_ARGUMENTS[schedule]
+    least = {needed[0]: 1e-5 if needed[0] == "min_lr" else 2} if needed else None
+    recipe = Recipe.from_values(**REQUIRED, lr_scheduler_type=schedule, lr_scheduler_kwargs=least)
+    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    chosen = recipe.training_arguments.get("lr_scheduler_kwargs")
+    assert get_scheduler(schedule, optimiser, 2, 10, scheduler_specific_kwargs=chosen).get_last_lr()
 
 
 def test_every_engine_key_is_an_argument_of_the_engine_and_its_choices_are_the_engines(engine_fields):
@@ -66,7 +96,7 @@ def test_a_recipes_default_is_the_engines_own_unless_it_is_meant_to_differ(engin
         for name, key in ENGINE_KEYS.items()
         if key.default is not None and key.default_from is None and key.default != engine_fields[name].default
     }
-    assert differing == {"learning_rate", "logging_steps", "report_to", "disable_tqdm", "gradient_checkpointing"}
+    assert differing == {"logging_steps", "report_to", "disable_tqdm", "gradient_checkpointing"}
 
 
 def test_adapter_keys_are_spelled_as_in_peft_and_bitsandbytes():

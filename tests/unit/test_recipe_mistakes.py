@@ -33,6 +33,7 @@ def refusal_of_file(folder: Path, text: str, *argv: str) -> str:
     [
         ("learning_rat: 1e-4", "line 4: learning_rat is not a key: did you mean learning_rate?"),
         ("zzz: 1", "zzz is not a key: --help-all"),
+        ("per_device_train_batchsize: 8", "nor is per_device_train_batch_size: the batch of a step is global_batch"),
         ("learning_rate: fast", "learning_rate is 'fast': it takes a number of at least 0"),
         ("learning_rate: .nan", "it takes a number"),
         ("learning_rate: inf", "it takes a number"),
@@ -52,6 +53,13 @@ def refusal_of_file(folder: Path, text: str, *argv: str) -> str:
         ("optim: lomo", "optim is 'lomo'"),
         ("seed: 1\nseed: 2", "line 5: seed is given twice"),
         ("? [a, b]\n: 1", "line 4: a key is one word"),
+        ("lr_scheduler_kwargs: &a {x: *a}", "line 4: a value holds itself by an alias"),
+        ("report_to: tensorbord", "report_to is 'tensorbord': it takes a list of none, all, tensorboard"),
+        ("report_to: [none, wandb]", "line 4: report_to (none, wandb) cannot be: none and all stand alone"),
+        ("resume: runs/x/checkpoints/step-00000100", "it takes auto, never"),
+        ("lr_scheduler_kwargs: {num_cycles: 2}", "contradict each other: linear takes no arguments"),
+        ("lr_scheduler_type: cosine_with_min_lr", "cosine_with_min_lr needs one of min_lr, min_lr_rate and takes"),
+        ("eval_dataset_name: d.csv\neval_dataset_split: valid", "eval_dataset_split has no effect"),
         ("r: 8\ntune: full", "line 4: r has no effect: it needs tune: lora"),
         ("bnb_4bit_quant_type: nf4", "has no effect: it needs tune: qlora"),
         ("eval_steps: 5", "eval_steps has no effect"),
@@ -118,6 +126,14 @@ def test_a_key_of_another_tool_is_answered_with_what_to_say_here(tmp_path, key, 
     for message in (from_file, refusal(*FLAGS, f"--{key}", "1")):
         assert f"{key} is not a key here: " in message
         assert instead in message.split("not a key here: ")[1]
+
+
+def test_a_split_of_a_single_file_is_refused_but_for_the_one_that_it_is(tmp_path):
+    one_file = yaml.safe_dump(REQUIRED | {"dataset_name": "data/train.jsonl"})
+    said = refusal_of_file(tmp_path, one_file + "dataset_split: test\n")
+    assert "line 4: dataset_split has no effect: dataset_name is one file" in said
+    recipe = Recipe.from_values(**REQUIRED | {"dataset_name": "data/train.jsonl", "dataset_split": "train"})
+    assert recipe.dataset_split == "train"
 
 
 def test_a_file_that_contradicts_a_flag_is_named_beside_the_flag(tmp_path):

@@ -42,7 +42,7 @@ def read_flags(
     config = given.pop("config", None)
     for word in rest:
         if not word.startswith("--"):
-            raise UserError(f"'{word}' belongs to no flag: write --KEY VALUE")
+            raise UserError(f"{word!r} belongs to no flag: write --KEY VALUE")
         name, _, value = word[2:].partition("=")
         given[name] = value
         break

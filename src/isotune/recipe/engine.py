@@ -34,6 +34,10 @@ Optimiser = Literal[
     "ademamix", "ademamix_8bit", "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit",
     "adafactor", "adagrad", "rmsprop", "sgd",
 ]  # fmt: skip
+Tracker = Literal[
+    "none", "all", "tensorboard", "wandb", "mlflow", "trackio", "swanlab", "comet_ml", "clearml", "neptune", "dvclive",
+    "dagshub", "azure_ml", "codecarbon", "flyte", "kubeflow",
+]  # fmt: skip
 LogLevel = Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
 
 
@@ -85,7 +89,9 @@ _KEYS = (
     _key("warmup_steps", float, 0, SCHEDULE, "steps of linear warm-up; below 1, a share of the run",
          allowed=NOT_NEGATIVE, step_count=True, needs=_WARMUP),
     _rest("lr_scheduler_kwargs", dict[str, Any] | None, None, SCHEDULE, "further arguments of the scheduler"),
-    _key("learning_rate", float, 2e-4, OPTIMISER, "highest learning rate", allowed=NOT_NEGATIVE),
+    _key("learning_rate", float, None, OPTIMISER, "highest learning rate", allowed=NOT_NEGATIVE,
+         default_from=lambda values: 2e-5 if values["tune"] == "full" else 2e-4,
+         default_text="2e-4 for adapters, 2e-5 with tune: full"),
     _key("optim", Optimiser, "adamw_torch_fused", OPTIMISER, "optimiser"),
     _key("weight_decay", float, 0.0, OPTIMISER, "weight decay, not of biases and norms", allowed=NOT_NEGATIVE),
     _key("adam_beta1", float, 0.9, OPTIMISER, "decay of the first moment", allowed=SHARE, needs=_BETAS),
@@ -115,7 +121,7 @@ _KEYS = (
           changes_result=False),
     _rest("logging_first_step", bool, False, OUTPUT, "report the first step too", needs=_SPARSE_LOGGING,
           changes_result=False),
-    _key("report_to", list[str], ["none"], OUTPUT, "trackers: tensorboard, wandb, mlflow, ...; none; all",
+    _key("report_to", list[Tracker], ["none"], OUTPUT, "trackers: tensorboard, wandb, mlflow, ...; none; all",
          changes_result=False),
     _key("run_name", str | None, None, OUTPUT, "name of the run in trackers", changes_result=False),
     _key("disable_tqdm", bool, False, OUTPUT, "no progress bar", changes_result=False),

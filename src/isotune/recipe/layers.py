@@ -75,7 +75,8 @@ def settle(
         if contradiction.holds(values):
             places = [origin[name].name_of(name) if name in given else name for name in contradiction.keys]
             said = [f"{place} ({_shown(values[name])})" for place, name in zip(places, contradiction.keys, strict=True)]
-            raise UserError(f"{' and '.join(said)} contradict each other: {contradiction.remedy}")
+            verb = "cannot be" if len(said) == 1 else "contradict each other"
+            raise UserError(f"{' and '.join(said)} {verb}: {contradiction.remedy_for(values)}")
     return values, given
 
 
@@ -115,15 +116,20 @@ def _says(keys: Mapping[str, Key], spoken: Mapping[str, Any], name: str) -> bool
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(value)
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
 def _why_not_a_key(keys: Mapping[str, Key], written: str, layer: Layer) -> str:
     if written in REFUSED:
         return f"is not a key here: {REFUSED[written]}"
-    near = difflib.get_close_matches(written, [*keys, *ALIASES], n=1)
-    dashes = "--" if layer.flags else ""
-    return f"is not a key: did you mean {dashes}{near[0]}?" if near else "is not a key: --help-all lists them"
+    near = difflib.get_close_matches(written, [*keys, *ALIASES, *REFUSED], n=1)
+    if not near:
+        return "is not a key: --help-all lists them"
+    if near[0] in REFUSED:
+        return f"is not a key, nor is {near[0]}: {REFUSED[near[0]]}"
+    return f"is not a key: did you mean {'--' if layer.flags else ''}{near[0]}?"
 
 
 def _require(keys: Mapping[str, Key], values: Mapping[str, Any], layers: Sequence[Layer]) -> None:

@@ -45,11 +45,14 @@ def read_file(path: Path) -> Layer:
     return Layer(_value(root, name), file=name, lines=lines)
 
 
-def _value(node: yaml.Node, file: str) -> Any:
+def _value(node: yaml.Node, file: str, within: tuple[yaml.Node, ...] = ()) -> Any:
     if isinstance(node, yaml.ScalarNode):
         return None if node.style is None and node.value in _EMPTY else node.value
+    if node in within:
+        raise UserError(f"{file}, line {node.start_mark.line + 1}: a value holds itself by an alias")
+    within = (*within, node)
     if isinstance(node, yaml.SequenceNode):
-        return [_value(item, file) for item in node.value]
+        return [_value(item, file, within) for item in node.value]
     values: dict[str, Any] = {}
     for key, item in node.value:
         line = key.start_mark.line + 1
@@ -57,7 +60,7 @@ def _value(node: yaml.Node, file: str) -> Any:
             raise UserError(f"{file}, line {line}: a key is one word, not a list or a mapping")
         if key.value in values:
             raise UserError(f"{file}, line {line}: {key.value} is given twice: keep one of them")
-        values[key.value] = _value(item, file)
+        values[key.value] = _value(item, file, within)
     return values
 
 

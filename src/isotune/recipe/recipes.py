@@ -11,6 +11,7 @@ from isotune.recipe.command_line import read_flags
 from isotune.recipe.engine import ENGINE_KEYS, WITH_EVALUATION, evaluates
 from isotune.recipe.layers import Layer, settle
 from isotune.recipe.recipe_file import read_file, write_file
+from isotune.recipe.schedules import arguments_in_words, is_wrongly_called
 from isotune.recipe.schema import (
     ADAPTER,
     AT_LEAST_ONE,
@@ -34,6 +35,18 @@ from isotune.recipe.schema import (
 _ADAPTER = Need(lambda values: values["tune"] != "full", "it needs tune: lora or tune: qlora")
 _FOUR_BIT = Need(lambda values: values["tune"] == "qlora", "it needs tune: qlora")
 _NO_LIMIT = Need(lambda values: values["max_steps"] < 1, "max_steps says where the run ends")
+_ONE_FILE = (".jsonl", ".csv", ".parquet")
+_SPLIT = Need(
+    lambda values: values["dataset_split"] == "train" or not values["dataset_name"].endswith(_ONE_FILE),
+    "dataset_name is one file, which is one split",
+)
+_EVAL_SPLIT = Need(
+    lambda values: (
+        evaluates(values)
+        and (values["eval_dataset_split"] == "test" or not values["eval_dataset_name"].endswith(_ONE_FILE))
+    ),
+    f"{WITH_EVALUATION.otherwise}, and one file is one split",
+)
 _EVALUATION_ON = Need(lambda values: values["eval_strategy"] != "no", "eval_strategy is no")
 
 
@@ -53,9 +66,9 @@ class RunRecipe:
     tune: Literal["full", "lora", "qlora"] = key("lora", MODEL, "what is trained: all weights, or adapters on top")
 
     dataset_name: str = key(REQUIRED, DATA, "Hub id, folder, .jsonl/.csv/.parquet file, or builtin:NAME", is_path=True)
-    dataset_split: str = key("train", DATA, "split to train on")
+    dataset_split: str = key("train", DATA, "split to train on", needs=_SPLIT)
     eval_dataset_name: str | None = key(None, DATA, "data set to evaluate on", needs=_EVALUATION_ON, is_path=True)
-    eval_dataset_split: str = key("test", DATA, "split to evaluate on", needs=WITH_EVALUATION)
+    eval_dataset_split: str = key("test", DATA, "split to evaluate on", needs=_EVAL_SPLIT)
     max_seq_length: int = key(1024, DATA, "longest row, in tokens", allowed=Range(2))
 
     global_batch_size: int = key(16, SCHEDULE, "rows in one step, on any hardware", allowed=AT_LEAST_ONE)
@@ -91,12 +104,8 @@ class RunRecipe:
     on_nonfinite: Literal["stop", "skip"] = key("stop", MEMORY, "what a loss or gradient that is not finite does")
 
     output_dir: str = key(REQUIRED, OUTPUT, "folder of the run", changes_result=False, is_path=True)
-    resume: str = key(
-        "auto",
-        OUTPUT,
-        "auto: go on where the run stopped; never; or a checkpoint's path",
-        changes_result=False,
-        is_path=True,
+    resume: Literal["auto", "never"] = key(
+        "auto", OUTPUT, "never: begin anew where output_dir holds this recipe's run", changes_result=False
     )
     training_arguments: dict[str, Any] = field(default_factory=dict)
     given: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -108,6 +117,12 @@ class RunRecipe:
             lambda values: evaluates(values) and values["eval_strategy"] == "steps" and values["eval_steps"] is None,
             "say after how many steps, by eval_steps",
         ),
+        Contradiction(
+            ("report_to",),
+            lambda values: len(values["report_to"]) > 1 and bool({"none", "all"} & set(values["report_to"])),
+            "none and all stand alone",
+        ),
+        Contradiction(("lr_scheduler_kwargs", "lr_scheduler_type"), is_wrongly_called, arguments_in_words),
         Contradiction(
             ("model_init", "tune"),
             lambda values: values["model_init"] == "random" and values["tune"] == "qlora",

@@ -110,8 +110,12 @@ def keys_of(recipe_class: type) -> dict[str, Key]:
 
 @dataclass(frozen=True)
 class Contradiction:
-    """Keys whose values cannot hold together, and what to do about it."""
+    """Keys whose values cannot hold together, and what to do about it, in words or as words made from the values."""
 
     keys: tuple[str, ...]
     holds: Callable[[Values], bool]
-    remedy: str
+    remedy: str | Callable[[Values], str]
+
+    def remedy_for(self, values: Values) -> str:
+        """What to do about it, for a recipe of these values."""
+        return self.remedy if isinstance(self.remedy, str) else self.remedy(values)

@@ -47,6 +47,8 @@ def describe(key: Key) -> str:
     parts = []
     for kind in kinds:
         words = _WORDS[kind]
+        if kind is list and (known := _known_items(key)):
+            words = f"a list of {', '.join(known)}"
         if key.step_count:
             words = f"a number of steps {key.allowed}: a whole number, or a share of the run below 1"
         elif key.allowed is not None:
@@ -83,8 +85,17 @@ def _taken(annotation: Any) -> tuple[tuple[type, ...], tuple[str, ...], bool]:
     return tuple(kinds), tuple(choices), types.NoneType in members
 
 
+def _known_items(key: Key) -> tuple[str, ...]:
+    """The words that a list may hold, where its key names them: `list[Literal["a", "b"]]`."""
+    items = typing.get_args(key.takes) if typing.get_origin(key.takes) is list else ()
+    return tuple(word for item in items for word in typing.get_args(item))
+
+
 def _is_allowed(key: Key, value: Any) -> bool:
     if key.allowed is not None and value not in key.allowed:
+        return False
+    known = _known_items(key)
+    if known and not set(value) <= set(known):
         return False
     return not key.step_count or value < 1 or float(value).is_integer()
 
