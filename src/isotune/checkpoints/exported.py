@@ -137,7 +137,7 @@ def _save_state_dict(model: Any, tokenizer: Any, folder: Path) -> None:
             model.generation_config.save_pretrained(str(staging))
             tokenizer.save_pretrained(str(staging))
             # Tied tensors share one storage in the file and both of their names: `load_state_dict` asks for both.
-            # Through Python's own file, because torch's says nothing of a full disk but that a write failed.
+            # Through Python's own file: torch's does not say why a write failed.
             with (staging / STATE_DICT).open("wb") as file:
                 torch.save(state, file)
             sync_folder(staging)

@@ -135,18 +135,27 @@ def replace_folder(staging: Path, folder: Path) -> None:
 
 @contextmanager
 def no_room_is_an_error(folder: Path) -> Iterator[None]:
-    """A full disk is the user's to clear: safetensors says it in its own error class, with the number in its text."""
+    """A full disk is the user's to clear, whichever class of error a library makes of it.
+
+    safetensors has its own, with the number in its text; torch.save raises another on the way out of the first.
+    """
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        number = getattr(error, "errno", None)
-        if number in NO_ROOM or any(f"(os error {code})" in str(error) for code in NO_ROOM):
+    except (OSError, SafetensorError, RuntimeError) as error:
+        causes: list[BaseException] = [error]
+        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+            causes.append(cause)
+        if any(_says_no_room(cause) for cause in causes):
             raise UserError(
-                f"no room on the disk for the model in {folder}: free some space or choose another output_dir"
+                f"no room on the disk for the model in {folder}: free some space or choose another folder"
             ) from error
-        if isinstance(error, OSError) and number is not None:
-            raise UserError(f"the model cannot be written to {folder}: {os.strerror(number)}") from error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise UserError(f"the model cannot be written to {folder}: {os.strerror(error.errno)}") from error
         raise
+
+
+def _says_no_room(error: BaseException) -> bool:
+    return getattr(error, "errno", None) in NO_ROOM or any(f"(os error {code})" in str(error) for code in NO_ROOM)
 
 
 def _is_adapter(model: nn.Module) -> bool:
