@@ -241,6 +241,18 @@ def test_help_is_short_and_help_all_is_complete(capsys):
     assert "warmup_ratio" in texts["--help-all"]
 
 
+def test_help_may_be_cut_short_by_its_reader():
+    program = (
+        "from isotune.recipe import read_recipe; "
+        "read_recipe(['--help-all'], default_config=None, prog='sft', description='A test.')"
+    )
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.close()
+    _, complaint = child.communicate()
+    assert (child.returncode, complaint) == (0, b"")
+
+
 def test_reading_a_recipe_imports_no_heavy_library():
     program = (
         "import sys; from isotune.recipe import Recipe; "

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 import re
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ def read_flags(
     parser = _parser(keys, default_config, prog, description, everything)
     if everything or "--help" in words or "-h" in words:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(parser.format_help() + (_refused() if everything else ""))
+            _show(parser.format_help() + (_refused() if everything else ""))
         raise SystemExit(0)
     known, rest = parser.parse_known_args(words)
     given: dict[str, Any] = vars(known)
@@ -74,6 +75,14 @@ def _parser(
     for alias, name in ALIASES.items():
         _add(parser, dataclasses.replace(keys[name], name=alias), shown=False)
     return parser
+
+
+def _show(text: str) -> None:
+    """Print help, which a reader such as `head` may leave before its end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refused() -> str:
