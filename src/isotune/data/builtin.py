@@ -68,6 +68,8 @@ def find_corpus(dataset_name: str) -> Corpus:
     Raises:
         UserError: there is none of that name; the sentence names the nearest.
     """
+    from isotune.data import capitals  # noqa: F401  (registers its corpora; it imports this module)
+
     name = dataset_name.removeprefix(PREFIX)
     if name not in CORPORA:
         nearest = difflib.get_close_matches(name, CORPORA, n=1, cutoff=0.0)

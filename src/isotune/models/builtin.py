@@ -1,13 +1,17 @@
 """Small models and a tokenizer made by code, so that the whole way can be tried without a network."""
 
 import difflib
+import random
+from functools import cache
 from typing import Any
 
 from transformers import OPTConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from isotune.data.capitals import capitals, pirate
 from isotune.errors import UserError
 
 BUILTIN_PREFIX = "builtin:"
+TOKENIZER_ROWS = 500
 
 # OPT's own layout: pad 1, bos = eos = 2, a head tied to the embedding.
 _GEOMETRIES: dict[str, dict[str, Any]] = {
@@ -15,7 +19,7 @@ _GEOMETRIES: dict[str, dict[str, Any]] = {
         "hidden_size": 128,
         "word_embed_proj_dim": 128,
         "ffn_dim": 512,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "max_position_embeddings": 512,
         "dropout": 0.0,
@@ -38,19 +42,38 @@ def builtin_config(name: str) -> OPTConfig:
     )
 
 
-def builtin_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A byte-level tokenizer, one token a byte: it needs no training data and knows every text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+@cache
+def _trained_backend() -> str:
+    """A byte-level BPE over the words of the demo's corpora, as JSON: every text has tokens, theirs has few."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-    _known(name)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(_SPECIAL_TOKENS + alphabet)}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(
+        [row["text"] for corpus in (capitals, pirate) for row in corpus(random.Random(0), TOKENIZER_ROWS)],
+        trainers.BpeTrainer(
+            vocab_size=1024,
+            special_tokens=_SPECIAL_TOKENS,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     backend.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
+    return backend.to_str()
+
+
+def builtin_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of the built-in models: pad 1, bos = eos = 2 and bos prepended, as OPT's."""
+    from tokenizers import Tokenizer
+
+    _known(name)
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+        tokenizer_object=Tokenizer.from_str(_trained_backend()),
+        bos_token="</s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
     )
 
 

@@ -12,8 +12,13 @@ def training_arguments(recipe: Recipe, process: Process) -> TrainingArguments:
 
     Must be made after `start_process`, whose state it takes over.
     """
+    engine = dict(recipe.training_arguments)
+    checkpointing = bool(engine.pop("gradient_checkpointing", False))
     return TrainingArguments(
-        **recipe.training_arguments,
+        **engine,
+        # the engine's new name for the same; non-reentrant, as LoRA has no gradient at the model's input
+        activation_checkpointing=checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         output_dir=recipe.output_dir,
         max_steps=recipe.max_steps,
         num_train_epochs=recipe.num_train_epochs,
@@ -27,8 +32,6 @@ def training_arguments(recipe: Recipe, process: Process) -> TrainingArguments:
         save_strategy="no",
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
-        # the non-reentrant form needs no gradient at the model's input, which LoRA does not have
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         # every parameter that is trained takes part in every pass
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=process.device.type == "cuda",

@@ -66,7 +66,7 @@ def in_effect(trainer: Any) -> dict[str, Any]:
         "exact_gradients": trainer.exact is not None,
         "trained_parameters": trained,
         "all_parameters": sum(p.numel() for p in inner.parameters()),
-        "gradient_checkpointing": bool(getattr(inner, "is_gradient_checkpointing", False)),
+        "gradient_checkpointing": bool(getattr(inner, "is_activation_checkpointing", False)),
     }
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from isotune.checkpoints.final_model import FinalModelReport, save_and_verify
 from isotune.data.plan import Plan
 from isotune.data.preparation import PreparationSettings, PreparedData, prepare
+from isotune.errors import UserError
 from isotune.models.adapters import add_adapters
 from isotune.models.loading import load_causal_lm, load_config
 from isotune.models.packed_attention import set_packed_attention
@@ -119,10 +120,17 @@ def build_trainer(
 
 
 def uses_exact_gradients(recipe: Recipe, process: Process) -> bool:
-    """`auto` is on where few parameters are trained and no engine shards them."""
+    """`auto` is on where few parameters are trained and no engine shards them.
+
+    Raises:
+        UserError: asked for under an engine that reduces gradients by itself.
+    """
     if process.deepspeed or process.fsdp:
+        if recipe.exact_gradients is True:
+            engine = "DeepSpeed" if process.deepspeed else "FSDP"
+            raise UserError(f"exact_gradients: true cannot hold under {engine}, which sums gradients itself: use DDP")
         return False
-    return recipe.tune != "full" if recipe.exact_gradients == "auto" else recipe.exact_gradients == "true"
+    return recipe.tune != "full" if recipe.exact_gradients == "auto" else bool(recipe.exact_gradients)
 
 
 def saved_bytes(model: nn.Module) -> int:

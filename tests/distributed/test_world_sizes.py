@@ -1,0 +1,55 @@
+"""The hardware changes, the experiment does not: real processes over gloo, started as users start them."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tests.launching import TINY, Finished, start
+
+# dropout on, and a global batch that two and three processes do not divide
+LORA = {**TINY, "tune": "lora", "lora_dropout": 0.1, "learning_rate": 1e-2}
+
+
+def weights_hash(finished: Finished) -> str:
+    (file,) = finished.run.glob("model/*.safetensors")
+    tensors = load_file(file)
+    return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()
+
+
+def figures(finished: Finished) -> list[tuple]:
+    return [(line["step"], line["loss"], line["grad_norm"], line["learning_rate"]) for line in finished.steps]
+
+
+@pytest.mark.parametrize("recipe", [LORA, {**TINY, "exact_gradients": True}], ids=["lora", "full"])
+def test_exact_gradients_give_the_same_bits_on_one_two_and_three_processes(tmp_path: Path, recipe):
+    one = start(tmp_path / "1", recipe)
+    for processes in (2, 3):
+        several = start(tmp_path / str(processes), recipe, processes=processes)
+        assert several.environment["world_size"] == processes
+        assert several.environment["in_effect"]["engine"] == "DistributedDataParallel"
+        assert several.environment["in_effect"]["exact_gradients"] is True
+        assert figures(several) == figures(one)
+        assert weights_hash(several) == weights_hash(one)
+
+
+def test_without_them_ddp_agrees_with_one_process_to_rounding(tmp_path: Path):
+    recipe = {**TINY, "exact_gradients": False, "eval_dataset_name": "builtin:greetings", "eval_steps": 3}
+    one = start(tmp_path / "1", recipe)
+    two = start(tmp_path / "2", recipe, processes=2)
+    assert len(one.steps) == len(two.steps) == 6
+    for a, b in zip(one.steps, two.steps, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert (a["supervised_tokens"], a["documents"]) == (b["supervised_tokens"], b["documents"])
+    for a, b in zip(one.steps[:3], two.steps[:3], strict=True):
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+    for a, b in zip(one.evaluations, two.evaluations, strict=True):
+        assert a["eval_loss"] == pytest.approx(b["eval_loss"], rel=1e-5)
+
+
+def test_more_processes_than_microbatches_run_and_say_who_idles(tmp_path: Path):
+    recipe = {**LORA, "global_batch_size": 1, "max_steps": 3}
+    one = start(tmp_path / "1", recipe)
+    three = start(tmp_path / "3", recipe, processes=3)
+    assert "2 of 3 processes have nothing to do" in three.stdout
+    assert figures(three) == figures(one)
