@@ -267,12 +267,13 @@ def test_an_adapter_with_nan_is_refused(base, tokenizer, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_prints_the_parity_figure_and_where_the_model_lies(lora_run, tmp_path):
-    done = isotune("export", lora_run, "--merge", "--format", "pt", "--output", tmp_path / "out")
+@pytest.mark.parametrize(("format", "file"), [("pt", "model.pt"), ("safetensors", "")])
+def test_the_command_prints_the_parity_figure_and_where_the_model_lies(lora_run, tmp_path, format, file):
+    done = isotune("export", lora_run, "--merge", "--format", format, "--output", tmp_path / "out")
     assert (done.returncode, done.stderr) == (0, "")
     figure = re.search(r"largest absolute logit difference (\S+) \(tolerance (\S+),", done.stdout)
     assert float(figure[1]) < float(figure[2])
-    assert str(tmp_path / "out" / "model.pt") in done.stdout
+    assert done.stdout.endswith(f"wrote the model to {tmp_path / 'out' / file}\n")
 
 
 def truncate(file: Path) -> None:

@@ -48,6 +48,12 @@ class FinalModelReport:
     dtypes: tuple[str, ...]
     bytes_on_disk: int
 
+    def __str__(self) -> str:
+        return (
+            f"{self.kind}, {self.tensors} tensors, {self.parameters:,} parameters in {' and '.join(self.dtypes)}, "
+            f"{self.bytes_on_disk / 1e6:.1f} MB; read back equal bit for bit"
+        )
+
 
 def save_and_verify(model: nn.Module, tokenizer: Any, folder: str | Path) -> FinalModelReport:
     """Write a model or a peft adapter with its tokenizer, reopen it, compare every tensor, and rename it into place.
