@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from torch import nn
 
 from isotune.models.dropout import fast_dropout
+from isotune.models.fused_lora import fuse_lora
 
 
 def enable_speedups(model: nn.Module) -> None:
     """Replace what is slow in `model` by the same computation in fewer passes over memory."""
+    if any(name.endswith("lora_A") for name, _ in model.named_modules()):
+        fuse_lora(model)
 
 
 @contextlib.contextmanager

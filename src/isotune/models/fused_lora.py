@@ -1,0 +1,99 @@
+"""peft's LoRA branch in one autograd function, because on CPU its elementwise passes cost more than its products.
+
+For `result + lora_B(lora_A(dropout(x))) * scaling` with fp32 adapters under bf16 autocast, peft casts the input to
+fp32, drops out in fp32, casts back, and writes three tensors of the output's size. Here the input stays in its type,
+the second product adds into the base layer's output as it is computed, and both scalings ride on it for free. The base
+layer is called as a module, so a 4-bit one works as well.
+
+Only the plainest case is taken over; every other goes through peft's own forward, which is kept.
+"""
+
+import types
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from isotune.models.dropout import draw_seed, keep_mask, mask_generator, masked, quantised_drop
+
+
+def fuse_lora(model: nn.Module) -> int:
+    """Give every plain LoRA linear layer below `model` the fused forward.
+
+    Returns:
+        how many layers were changed.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    plain: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and _is_plain(layer)]
+    for layer in plain:
+        layer._peft_forward = layer.forward
+        layer.forward = types.MethodType(_forward, layer)
+    return len(plain)
+
+
+def _is_plain(layer: Any) -> bool:
+    """One vanilla adapter on a linear layer. peft's own 4-bit class is `Linear4bit`."""
+    return (
+        type(layer).__name__ in ("Linear", "Linear4bit")
+        and len(layer.lora_A) == 1
+        and not layer.lora_variant
+        and not any(layer.lora_bias.values())
+        and not getattr(layer, "fan_in_fan_out", False)
+        and "_peft_forward" not in vars(layer)
+    )
+
+
+def _forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if args or kwargs or self.disable_adapters or self.merged or len(self.lora_A) != 1:
+        return self._peft_forward(x, *args, **kwargs)
+    (name,) = self.lora_A
+    down, up = self.lora_A[name].weight, self.lora_B[name].weight
+    autocast = torch.is_autocast_enabled("cpu")
+    compute = torch.get_autocast_dtype("cpu") if autocast else down.dtype
+    whole = type(down) is nn.Parameter and not hasattr(down, "ds_id")  # an engine that shards must see modules called
+    if name not in self.active_adapters or x.device.type != "cpu" or not whole or not (autocast or x.dtype == compute):
+        return self._peft_forward(x)
+    result = self.base_layer(x)
+    if result.dtype != compute:
+        return self._peft_forward(x)
+    drop = self.lora_dropout[name]
+    p = drop.p if isinstance(drop, nn.Dropout) and self.training else 0.0
+    return _AddLora.apply(result, x, down, up, self.scaling[name], p, compute)
+
+
+class _AddLora(torch.autograd.Function):
+    """result [..., out] += scaling * dropout(x [..., in]) @ down.T @ up.T, with down [r, in] and up [out, r]."""
+
+    @staticmethod
+    @torch.autocast("cpu", enabled=False)
+    def forward(ctx: Any, result, x, down, up, scaling, p, compute) -> torch.Tensor:  # type: ignore[override]
+        threshold, keep_scale = quantised_drop(p)
+        rows = x.to(compute).reshape(-1, x.shape[-1])
+        ctx.mask = keep_mask(rows.shape, threshold, mask_generator(draw_seed())) if threshold else None
+        ctx.factor, ctx.input_type, ctx.compute = scaling * keep_scale, x.dtype, compute
+        inner = _kept(rows, ctx.mask) @ down.to(compute).t()
+        result.view(-1, result.shape[-1]).addmm_(inner, up.to(compute).t(), alpha=ctx.factor)
+        ctx.mark_dirty(result)
+        ctx.save_for_backward(rows, inner, down, up)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    @torch.autocast("cpu", enabled=False)
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:  # type: ignore[override]
+        rows, inner, down, up = ctx.saved_tensors
+        upstream = grad.reshape(-1, grad.shape[-1])
+        inner_grad = (upstream @ up.to(ctx.compute)).mul_(ctx.factor)
+        up_grad = (inner.t() @ upstream).t().to(up.dtype) * ctx.factor
+        down_grad = (inner_grad.t() @ _kept(rows, ctx.mask)).to(down.dtype)
+        x_grad = None
+        if ctx.needs_input_grad[1]:
+            x_grad = _kept(inner_grad @ down.to(ctx.compute), ctx.mask).to(ctx.input_type)
+            x_grad = x_grad.view(*grad.shape[:-1], -1)
+        return grad, x_grad, down_grad, up_grad, None, None, None
+
+
+def _kept(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return rows if mask is None else masked(rows, mask)
