@@ -18,7 +18,16 @@ $(STAMP): pyproject.toml constraints.txt
 install: $(STAMP) ## make .venv with the versions of constraints.txt
 
 demo: $(STAMP) ## train, evaluate and answer offline, in a few minutes on two cores
-	$(BIN)/python -m isotune.cli demo
+	rm -rf runs/demo-base runs/demo
+	@echo "== 1 of 4: a small base model learns the world's capitals" && \
+	$(BIN)/python train/sft_opt.py --config train/configs/demo_base.yaml
+	@echo "== 2 of 4: held-out questions, before" && \
+	$(BIN)/python eval/generate.py --run_dir runs/demo-base --dataset_name builtin:pirate --max_new_tokens 32
+	@echo "== 3 of 4: LoRA teaches it to answer as a pirate" && \
+	$(BIN)/python train/sft_opt.py --config train/configs/demo.yaml
+	@echo "== 4 of 4: held-out questions, after" && \
+	$(BIN)/python eval/generate.py --run_dir runs/demo --dataset_name builtin:pirate --max_new_tokens 32
+	@cat train/configs/demo_next.txt
 
 test: $(STAMP) ## every test this machine can run, but for the long proofs
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow"
