@@ -4,6 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+define DEMO_ENDS
+
+Everything lies in runs/demo: recipe.yaml, environment.json, metrics.jsonl, loss_curve.png, model/ and eval/.
+Type next, after `source .venv/bin/activate`:
+  python eval/generate.py --run_dir runs/demo      talk to it
+  isotune export runs/demo --merge                 one plain Hugging Face folder
+  accelerate launch --config_file accelerate_configs/ddp.yaml train/sft_opt.py \\
+      --config train/configs/demo.yaml --output_dir runs/demo-ddp     the same on two processes
+  python train/sft_opt.py --help                   your own data and model
+endef
+export DEMO_ENDS
+
 .PHONY: help install demo test test-all lint bench clean
 
 help: ## list the targets
@@ -27,7 +39,7 @@ demo: $(STAMP) ## train, evaluate and answer offline, in a few minutes on two co
 	$(BIN)/python train/sft_opt.py --config train/configs/demo.yaml
 	@echo "== 4 of 4: held-out questions, after" && \
 	$(BIN)/python eval/generate.py --run_dir runs/demo --dataset_name builtin:pirate --max_new_tokens 32
-	@cat train/configs/demo_next.txt
+	@echo "$$DEMO_ENDS"
 
 test: $(STAMP) ## every test this machine can run, but for the long proofs
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow"

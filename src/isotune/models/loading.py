@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from isotune.data.hub import hub_answers
 from isotune.errors import UserError
 from isotune.models.builtin import BUILTIN_PREFIX, builtin_config, builtin_tokenizer
+from isotune.models.quiet import quiet_libraries
 from isotune.recipe import Recipe
 
 OFFLINE_WAYS = "a local folder that holds the model, `builtin:NAME`, or a copy in the Hub cache"
@@ -123,9 +124,10 @@ def _from_pretrained(recipe: Recipe, config: PreTrainedConfig, **how: Any) -> Pr
     name = recipe.model_name_or_path
     _check_weight_files(Path(name))
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=weights_dtype(recipe), output_loading_info=True, **how
-        )
+        with quiet_libraries():
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                name, config=config, dtype=weights_dtype(recipe), output_loading_info=True, **how
+            )
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
         raise UserError(f"the weights of '{name}' cannot be loaded: {_first_line(error)}") from error
     missing = sorted(loaded["missing_keys"])

@@ -41,10 +41,11 @@ def start_process() -> Process:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
     fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported, which else looks for one and warns
     if torch.cuda.is_available():
         state = PartialState()
     elif deepspeed:
-        os.environ["DS_ACCELERATOR"] = "cpu"
         state = PartialState(backend="gloo")
     else:
         state = PartialState(cpu=True, backend="gloo") if world_size > 1 else PartialState(cpu=True)

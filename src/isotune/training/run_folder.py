@@ -67,8 +67,11 @@ class RunFolder:
             earlier = yaml.safe_load((self.path / RECIPE).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError):
             return ""
+        keys = self.recipe.keys()
         for key, value in self.recipe.resolved().items():
-            if key != "output_dir" and isinstance(earlier, dict) and key in earlier and earlier[key] != value:
+            if not keys[key].changes_result or not isinstance(earlier, dict):
+                continue
+            if key in earlier and earlier[key] != value:
                 return f" ({key}: {earlier[key]} there, {value} here)"
         return ""
 
