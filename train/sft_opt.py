@@ -1,8 +1,8 @@
 """Instruction tuning of a causal language model, packed and exact, on whatever this is launched on.
 
-    accelerate launch train/sft_opt.py
-    accelerate launch train/sft_opt.py --config train/configs/opt350m_full.yaml --learning_rate 1e-5
-    python train/sft_opt.py --config train/configs/demo.yaml
+accelerate launch train/sft_opt.py
+accelerate launch train/sft_opt.py --config train/configs/opt350m_full.yaml --learning_rate 1e-5
+python train/sft_opt.py --config train/configs/demo.yaml
 """
 
 import sys

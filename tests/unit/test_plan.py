@@ -105,9 +105,13 @@ def test_ranks_are_balanced_by_cost():
 @given(lengths_lists)
 def test_collated_targets_are_predicted_from_the_token_before_them(lengths):
     documents = made_documents(lengths)
-    microbatch = Plan(
-        documents, each_alone(len(lengths)), global_batch_size=len(lengths), microbatch_tokens=sum(lengths), seed=3
-    ).step(0).microbatches[0]
+    microbatch = (
+        Plan(
+            documents, each_alone(len(lengths)), global_batch_size=len(lengths), microbatch_tokens=sum(lengths), seed=3
+        )
+        .step(0)
+        .microbatches[0]
+    )
     inputs = collate(documents, microbatch)
     position, expected = 0, []
     for d in microbatch.documents:  # token by token

@@ -8,9 +8,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from isotune.errors import UserError
+from isotune.models.quiet import quiet_libraries
 from isotune.recipe import Recipe
 
-# "all-linear" would hit OPT's project_in and project_out, and nobody means those: the blocks' own projections are named.
+# "all-linear" would hit OPT's project_in and project_out, and nobody means those: blocks' projections are named.
 DEFAULT_TARGETS = {
     "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -30,21 +31,22 @@ def add_adapters(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
     targets = _targets(model, recipe)
     model.requires_grad_(False)
     torch.manual_seed(recipe.seed)
-    adapted = get_peft_model(
-        model,
-        LoraConfig(
-            task_type=TaskType.CAUSAL_LM,
-            r=recipe.r,
-            lora_alpha=recipe.lora_alpha,
-            lora_dropout=recipe.lora_dropout,
-            target_modules=targets,
-            bias=recipe.bias,  # type: ignore[arg-type]
-            use_rslora=recipe.use_rslora,
-            use_dora=recipe.use_dora,
-            init_lora_weights=recipe.init_lora_weights,  # type: ignore[arg-type]
-            modules_to_save=recipe.modules_to_save,
-        ),
-    )
+    with quiet_libraries():  # peft 0.21 asks transformers 5.23 by a deprecated name
+        adapted = get_peft_model(
+            model,
+            LoraConfig(
+                task_type=TaskType.CAUSAL_LM,
+                r=recipe.r,
+                lora_alpha=recipe.lora_alpha,
+                lora_dropout=recipe.lora_dropout,
+                target_modules=targets,
+                bias=recipe.bias,  # type: ignore[arg-type]
+                use_rslora=recipe.use_rslora,
+                use_dora=recipe.use_dora,
+                init_lora_weights=recipe.init_lora_weights,  # type: ignore[arg-type]
+                modules_to_save=recipe.modules_to_save,
+            ),
+        )
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

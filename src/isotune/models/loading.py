@@ -6,8 +6,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from isotune.data.hub import hub_answers
 from isotune.errors import UserError
@@ -94,9 +100,8 @@ def load_causal_lm(recipe: Recipe, config: PreTrainedConfig, device: torch.devic
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         return model.to(device=device, dtype=weights_dtype(recipe))
     if recipe.tune == "qlora":
-        model = _from_pretrained(recipe, config, quantization_config=_four_bit(recipe, device), device_map={"": device})
-        return model
-    return _from_pretrained(recipe, config).to(device)
+        return _from_pretrained(recipe, config, quantization_config=_four_bit(recipe, device), device_map={"": device})
+    return _from_pretrained(recipe, config).to(device)  # type: ignore[arg-type]
 
 
 def _four_bit(recipe: Recipe, device: torch.device) -> Any:
@@ -125,7 +130,7 @@ def _from_pretrained(recipe: Recipe, config: PreTrainedConfig, **how: Any) -> Pr
     _check_weight_files(Path(name))
     try:
         with quiet_libraries():
-            model, loaded = AutoModelForCausalLM.from_pretrained(
+            model, loaded = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
                 name, config=config, dtype=weights_dtype(recipe), output_loading_info=True, **how
             )
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:

@@ -5,6 +5,7 @@ integers. Integer sums do not depend on their order, floating-point sums do.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ class ExactGradients:
         self._hooks = [p.register_post_accumulate_grad_hook(self._absorb) for p in self.sums]
 
     @torch.no_grad()
-    def _absorb(self, parameter: torch.Tensor) -> None:
+    def _absorb(self, parameter: Any) -> None:
         assert parameter.grad is not None
         gradient = parameter.grad.double() / self.loss_scale
         self.largest[parameter] += gradient.abs().max() if gradient.numel() else 0.0
@@ -39,7 +40,7 @@ class ExactGradients:
         parameter.grad = None
 
     @torch.no_grad()
-    def reduce(self, names: dict[torch.Tensor, str]) -> None:
+    def reduce(self, names: dict[nn.Parameter, str]) -> None:
         """Sum over the ranks and put the result where the optimizer looks for it.
 
         Raises:

@@ -55,7 +55,7 @@ def start_process() -> Process:
         rank=state.process_index,
         world_size=state.num_processes,
         local_rank=state.local_process_index,
-        device=torch.device(state.device),
+        device=torch.device(state.device),  # type: ignore[arg-type]
         deepspeed=deepspeed,
         fsdp=fsdp,
     )

@@ -32,7 +32,6 @@ class StepLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         first = self.epoch * self.plan.steps_per_epoch
         for number in range(first, first + self.plan.steps_per_epoch):
-            step = self.plan.step(number)
             share = assign(self.plan.step(number), self.world_size)[self.rank]
             passes = [{"number": m.number, "weight": m.weight, "inputs": collate(self.documents, m)} for m in share]
             yield {"step": number, "passes": passes}

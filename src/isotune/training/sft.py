@@ -98,6 +98,10 @@ def build_trainer(
         seed=recipe.seed,
         shuffle=False,
     )
+    fingerprints = {"train": data.train.fingerprint}
+    if data.evaluation is not None:
+        fingerprints["evaluation"] = data.evaluation.fingerprint
+    start_up = StartUp(run, fingerprints)
     trainer = PlanTrainer(
         model=model,
         args=training_arguments(recipe, process),
@@ -109,13 +113,9 @@ def build_trainer(
         evaluation=data.evaluation,
         exact=uses_exact_gradients(recipe, process),
         tokenizer=tokenizer,
+        start_up=start_up,
     )
-    fingerprints = {"train": data.train.fingerprint}
-    if data.evaluation is not None:
-        fingerprints["evaluation"] = data.evaluation.fingerprint
-    start = StartUp(run, fingerprints)
-    start.trainer = trainer
-    trainer.add_callback(start)
+    start_up.trainer = trainer
     return trainer
 
 
@@ -146,7 +146,7 @@ def save(recipe: Recipe, run: RunFolder, trainer: PlanTrainer, tokenizer: Any) -
     trainer.accelerator.wait_for_everyone()
     report = None
     if trainer.process.is_main:
-        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        model: Any = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         made_here = recipe.model_init == "random" or recipe.model_name_or_path.startswith("builtin:")
         if recipe.tune != "full" and made_here:
             base = load_causal_lm(recipe, load_config(recipe), torch.device("cpu"))
@@ -157,4 +157,3 @@ def save(recipe: Recipe, run: RunFolder, trainer: PlanTrainer, tokenizer: Any) -
             trainer.metrics_file.close()
     trainer.accelerator.wait_for_everyone()
     return report
-

@@ -76,7 +76,8 @@ class StartUp(TrainerCallback):
             f"trained     {found['trained_parameters']:,} of {found['all_parameters']:,} parameters ({share:.2%}), "
             f"exact_gradients {str(found['exact_gradients']).lower()}\n"
             f"plan        {self.trainer.state.max_steps} steps of {plan.global_batch_size} rows; the first: "
-            f"{len(first.microbatches)} passes, {first.documents} documents, {first.supervised_tokens} supervised tokens",
+            f"{len(first.microbatches)} passes, {first.documents} documents, "
+            f"{first.supervised_tokens} supervised tokens",
             flush=True,
         )
         idle = process.world_size - len(first.microbatches)

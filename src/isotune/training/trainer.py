@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from isotune.data.collate import collate
@@ -46,6 +46,7 @@ class PlanTrainer(Trainer):
         plan, train: the steps, and the documents that they name.
         eval_plan, evaluation: the same for the evaluation loss, or None.
         exact: sum gradients as integers (plain and DDP only).
+        start_up: checks and announces what is in effect, before the bar appears.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class PlanTrainer(Trainer):
         evaluation: PreparedData | None,
         exact: bool,
         tokenizer: Any,
+        start_up: TrainerCallback,
     ) -> None:
         self.progress = ProgressBar(quiet=bool(args.disable_tqdm))
         super().__init__(  # type: ignore[call-arg]
@@ -68,7 +70,7 @@ class PlanTrainer(Trainer):
             args=args,
             eval_dataset=evaluation,  # type: ignore[arg-type]  (only asked whether there is one)
             processing_class=tokenizer,
-            callbacks=[self.progress],
+            callbacks=[start_up, self.progress],
         )
         for stock in (PrinterCallback, ProgressCallback):
             self.remove_callback(stock)
@@ -178,7 +180,7 @@ class PlanTrainer(Trainer):
         """As the stock one, and an update with a gradient that is not finite is stopped or skipped."""
         if self._skip:
             return math.nan
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
         self._norm = float(norm)
         # with loss scaling an overflow is an everyday event: the scaler skips the step and lowers the scale
         if not math.isfinite(self._norm) and not self.args.fp16:
@@ -190,7 +192,9 @@ class PlanTrainer(Trainer):
         where = f"step {self._step.number + 1}"
         if number is not None:
             rows = [int(self.train_data.documents.source_rows[d]) for d in documents_of(self._step, number)]
-            where += f", microbatch {number}, documents of rows {', '.join(map(str, rows))} of {self.recipe.dataset_name}"
+            where += (
+                f", microbatch {number}, documents of rows {', '.join(map(str, rows))} of {self.recipe.dataset_name}"
+            )
         if self.recipe.on_nonfinite == "stop":
             raise RunFault(f"the {what} of {where} is not finite; on_nonfinite: skip would leave such updates out")
         self._skip = True
@@ -268,7 +272,7 @@ class PlanTrainer(Trainer):
         """
         assert self.eval_plan is not None and self.evaluation is not None
         started = time.perf_counter()
-        model = self.model_wrapped
+        model: Any = self.model_wrapped
         mode = model.training
         model.eval()
         step = self.eval_plan.step(0)
