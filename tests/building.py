@@ -1,0 +1,97 @@
+"""How the tests build a run in their own process: the same functions in the same order as train/sft_opt.py."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from tests.launching import TINY
+from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
+
+from isotune.data.documents import Documents
+from isotune.models.builtin import builtin_tokenizer
+from isotune.models.loading import load_config, load_tokenizer
+from isotune.recipe import Recipe
+from isotune.training import sft
+from isotune.training.launch import start_process
+from isotune.training.run_folder import RunFolder
+from isotune.training.trainer import PlanTrainer
+
+BIASES_WITHOUT_GRADIENT = "k_proj.bias"  # a shift that all keys share leaves every softmax as it is: zero on paper
+
+
+@dataclass(frozen=True)
+class Built:
+    """A run that is ready to train, and its parts."""
+
+    recipe: Recipe
+    run: RunFolder
+    model: nn.Module
+    tokenizer: Any
+    trainer: PlanTrainer
+
+    def train(self) -> list[dict[str, Any]]:
+        """Train; returns the lines of metrics.jsonl."""
+        self.trainer.train()
+        return self.lines
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """Every line of metrics.jsonl."""
+        return [json.loads(line) for line in (self.run.path / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """The training lines of metrics.jsonl."""
+        return [line for line in self.lines if "loss" in line]
+
+
+def build(folder: Path, **values: Any) -> Built:
+    """Build the run of TINY with `values` in `folder/run`, on this machine's one process."""
+    # an engine's state outlives its Trainer in a process; a run of another precision needs a new one
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    recipe = Recipe.from_values(**{**TINY, "output_dir": str(folder / "run"), **values})
+    process = start_process()
+    run = RunFolder(recipe)
+    run.check()
+    config = load_config(recipe)
+    tokenizer = load_tokenizer(recipe)
+    data = sft.prepare_data(recipe, tokenizer, process)
+    model = sft.build_model(recipe, config, process.device)
+    trainer = sft.build_trainer(recipe, process, run, model, tokenizer, data)
+    return Built(recipe, run, model, tokenizer, trainer)
+
+
+def small_opt(folder: Path, **config: Any) -> str:
+    """A random OPT of a few thousand parameters, saved as a user's local model with the built-in tokenizer."""
+    tokenizer = builtin_tokenizer("builtin:opt-tiny")
+    small = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 4, "max_position_embeddings": 256, "vocab_size": len(tokenizer)}
+    small |= {"dropout": 0.0, "attention_dropout": 0.0, "init_std": 0.1}
+    torch.manual_seed(7)
+    model = OPTForCausalLM(OPTConfig(**{**small, **config}))
+    for parameter in model.parameters():  # biases start at zero, which would hide what depends on them
+        if parameter.ndim == 1:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def each_document(documents: Documents) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Token ids, int64 [tokens], and the mask of targets, bool [tokens], of one document after the other."""
+    for start, stop in zip(documents.starts[:-1], documents.starts[1:], strict=True):
+        ids = torch.tensor(documents.input_ids[start:stop].tolist())
+        yield ids, torch.tensor(documents.supervised[start:stop].tolist())
+
+
+def loss_of_document(model: Any, ids: torch.Tensor, supervised: torch.Tensor) -> torch.Tensor:
+    """Summed cross-entropy of a document's targets, by the model's plain forward over this document alone."""
+    logits = model(input_ids=ids[None].to(model.device)).logits[0, :-1].float()
+    losses = nn.functional.cross_entropy(logits, ids[1:].to(model.device), reduction="none")
+    return losses[supervised[1:].to(model.device)].sum()
