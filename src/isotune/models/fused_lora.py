@@ -2,8 +2,8 @@
 
 For `result + lora_B(lora_A(dropout(x))) * scaling` with fp32 adapters under bf16 autocast, peft casts the input to
 fp32, drops out in fp32, casts back, and writes three tensors of the output's size. Here the input stays in its type,
-the second product adds into the base layer's output as it is computed, and both scalings ride on it for free. The base
-layer is called as a module, so a 4-bit one works as well.
+the second product adds into the base layer's output as it is computed, and both scalings ride on it for free. A 4-bit base
+layer returns a view that must not be added into, so it keeps peft's forward.
 
 Only the plainest case is taken over; every other goes through peft's own forward, which is kept.
 """
@@ -34,9 +34,9 @@ def fuse_lora(model: nn.Module) -> int:
 
 
 def _is_plain(layer: Any) -> bool:
-    """One vanilla adapter on a linear layer. peft's own 4-bit class is `Linear4bit`."""
+    """One vanilla adapter on a linear layer that is not quantised."""
     return (
-        type(layer).__name__ in ("Linear", "Linear4bit")
+        type(layer).__name__ == "Linear"
         and len(layer.lora_A) == 1
         and not layer.lora_variant
         and not any(layer.lora_bias.values())

@@ -100,7 +100,8 @@ def load_causal_lm(recipe: Recipe, config: PreTrainedConfig, device: torch.devic
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         return model.to(device=device, dtype=weights_dtype(recipe))
     if recipe.tune == "qlora":
-        return _from_pretrained(recipe, config, quantization_config=_four_bit(recipe, device), device_map={"": device})
+        how = {"quantization_config": _four_bit(recipe, device), "device_map": {"": device}}
+        return _keep_trainable(_from_pretrained(recipe, config, **how))
     return _from_pretrained(recipe, config).to(device)  # type: ignore[arg-type]
 
 
@@ -123,6 +124,14 @@ def _four_bit(recipe: Recipe, device: torch.device) -> Any:
         # a sharded engine can only flatten 4-bit weights together with others of the same storage type
         bnb_4bit_quant_storage=compute_dtype(recipe),
     )
+
+
+def _keep_trainable(model: PreTrainedModel) -> PreTrainedModel:
+    """bitsandbytes 0.50 repacks 4-bit weights on CPU at the first evaluation, for a kernel that cannot be trained."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    return model
 
 
 def _from_pretrained(recipe: Recipe, config: PreTrainedConfig, **how: Any) -> PreTrainedModel:
