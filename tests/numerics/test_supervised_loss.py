@@ -129,6 +129,14 @@ def test_pieces_of_any_size_give_the_gradient_of_the_closed_form(positions: int)
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
+def test_a_second_backward_pass_is_refused_rather_than_wrong():
+    tensors = _head()
+    loss = supervised_loss(*tensors, _targets())
+    loss.backward(retain_graph=True)
+    with pytest.raises(AssertionError, match="one backward pass"):
+        loss.backward()
+
+
 def test_certain_and_hopeless_predictions_have_a_finite_exact_loss():
     weight, hidden = torch.eye(4), torch.tensor([[200.0, 0, 0, 0]] * 2, requires_grad=True)
     loss = supervised_loss(hidden, weight, None, torch.tensor([0, 1]))

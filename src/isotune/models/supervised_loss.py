@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -61,15 +62,16 @@ class _SupervisedLoss(torch.autograd.Function):
             needed = [with_gradients and need for need in ctx.needs_input_grad[:3]]
             loss, gradients = _loss_and_gradients(hidden, weight, bias, targets, compute, needed)
         ctx.types = [None if t is None else t.dtype for t in (hidden, weight, bias)]
-        ctx.save_for_backward(*gradients)
+        ctx.gradients = gradients
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple:
-        scaled = (
-            None if gradient is None else (gradient * grads[0]).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.types, strict=True)
-        )
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:  # type: ignore[override]
+        assert ctx.gradients is not None, "the gradients were scaled in place: one backward pass for a forward pass"
+        gradients, ctx.gradients = ctx.gradients, None
+        # in place, because the head's is as large as the head: 103 MB of fp32 for 512 x 50,272
+        scaled = [None if one is None else one.mul_(grad).to(t) for one, t in zip(gradients, ctx.types, strict=True)]
         return (*scaled, None, None, None)
 
 
@@ -89,7 +91,7 @@ def _loss_and_gradients(
     hidden_gradient = torch.empty_like(hidden, dtype=accumulate) if needed[0] else None
     weight_gradient = None
     bias_gradient = torch.zeros_like(bias, dtype=accumulate) if needed[2] and bias is not None else None
-    step = POSITIONS_PER_WEIGHT_GRADIENT if needed[1] else POSITIONS_PER_PRODUCT
+    step = POSITIONS_PER_WEIGHT_GRADIENT if needed[1] or hidden.device.type != "cpu" else POSITIONS_PER_PRODUCT
     for start in range(0, len(targets), step):
         rows = slice(start, start + step)
         logits = torch.nn.functional.linear(states[rows], head)
@@ -102,10 +104,10 @@ def _loss_and_gradients(
                 weight_gradient = product.to(accumulate)
             else:
                 weight_gradient += product
-    if needed[1]:
-        weight_gradient = (
-            torch.zeros_like(weight, dtype=accumulate) if weight_gradient is None else weight_gradient.div_(scale)
-        )
+    if needed[1] and weight_gradient is None:
+        weight_gradient = torch.zeros_like(weight, dtype=accumulate)
+    if weight_gradient is not None and scale != 1.0:
+        weight_gradient.div_(scale)
     return loss, [hidden_gradient, weight_gradient, bias_gradient]
 
 
