@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from isotune.data.hub import hub_answers
+from isotune.data.hub import first_line, hub_answers, is_hub_id
 from isotune.errors import UserError
 from isotune.models.builtin import BUILTIN_PREFIX, builtin_config, builtin_tokenizer
 from isotune.models.quiet import quiet_libraries
@@ -51,7 +51,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer '{name}' cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"tokenizer '{name}' cannot be loaded: {first_line(error)}") from error
     for role in ("eos", "pad"):
         if getattr(tokenizer, f"{role}_token_id") is None:
             raise UserError(
@@ -74,7 +74,7 @@ def load_config(recipe: Recipe) -> PreTrainedConfig:
         try:
             config = AutoConfig.from_pretrained(name)
         except (OSError, ValueError) as error:
-            raise UserError(f"model_name_or_path '{name}' cannot be loaded: {_first_line(error)}") from error
+            raise UserError(f"model_name_or_path '{name}' cannot be loaded: {first_line(error)}") from error
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and recipe.max_seq_length > positions:
         raise UserError(
@@ -109,7 +109,7 @@ def _four_bit(recipe: Recipe, device: torch.device) -> Any:
     try:
         import bitsandbytes  # noqa: F401  (slow to import, and only QLoRA needs it)
     except Exception as error:
-        raise UserError(f"tune: qlora needs bitsandbytes, which cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"tune: qlora needs bitsandbytes, which cannot be loaded: {first_line(error)}") from error
     if device.type not in ("cuda", "cpu", "xpu"):
         raise UserError(f"tune: qlora cannot run on a {device.type} device: use tune: lora")
     if recipe.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -143,7 +143,7 @@ def _from_pretrained(recipe: Recipe, config: PreTrainedConfig, **how: Any) -> Pr
                 name, config=config, dtype=weights_dtype(recipe), output_loading_info=True, **how
             )
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"the weights of '{name}' cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"the weights of '{name}' cannot be loaded: {first_line(error)}") from error
     missing = sorted(loaded["missing_keys"])
     if missing:
         raise UserError(
@@ -162,14 +162,14 @@ def _check_weight_files(folder: Path) -> None:
             with safe_open(file, framework="pt") as tensors:
                 tensors.keys()
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is not a whole safetensors file: {_first_line(error)}") from error
+            raise UserError(f"{file} is not a whole safetensors file: {first_line(error)}") from error
 
 
 def _check_reachable(name: str, what: str) -> None:
     """Fail at once where a Hub name cannot be reached, instead of half way in."""
     if os.path.isdir(name):
         return
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if not is_hub_id(name):
         raise UserError(f"the {what} folder '{name}' does not exist")
     if hub_answers():
         return
@@ -179,8 +179,3 @@ def _check_reachable(name: str, what: str) -> None:
     if not isinstance(try_to_load_from_cache(name, cached), str):
         raise UserError(f"the {what} '{name}' is on the Hugging Face Hub, which cannot be reached: give {OFFLINE_WAYS}")
     os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
