@@ -1,0 +1,40 @@
+"""isotune's own trainer, built by the functions that train/sft_opt.py calls."""
+
+from argparse import Namespace
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from isotune.data.collate import collate
+from isotune.data.plan import Microbatch
+from isotune.training import sft
+from isotune.training.launch import start_process
+from isotune.training.run_folder import RunFolder
+from sft_sides.material import ROW_TOKENS, facts_of_training, geometry, rows_of_a_round, shipped_recipe
+from sft_sides.process import Metronome
+
+
+def run(metronome: Metronome, side: str, mode: str, given: Namespace, scratch: str) -> None:
+    """Train until the metronome ends it."""
+    recipe = shipped_recipe(mode, side, given, scratch)
+    process = start_process()
+    tokenizer, data, alone = rows_of_a_round(recipe, given)
+    model = sft.build_model(recipe, geometry(given), process.device)
+    trainer = sft.build_trainer(recipe, process, RunFolder(recipe), model, tokenizer, sft.Data(data, None))
+
+    @torch.no_grad()
+    def facts() -> dict[str, Any]:
+        one = collate(data.documents, Microbatch(0, (alone,), ROW_TOKENS, 0, 0.0))
+        inputs = trainer._prepare_inputs(one)  # type: ignore[arg-type]
+        model: Any = trainer.model_wrapped
+        loss = model.eval()(**inputs, use_cache=False).loss.item() / len(one["targets"])
+        steps = [trainer.plan.step(number) for number in range(given.steps_per_round)]
+        return facts_of_training(loss, sum(s.input_tokens for s in steps), sum(s.supervised_tokens for s in steps))
+
+    class Hold(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            metronome.beat(facts)
+
+    trainer.add_callback(Hold())
+    trainer.train()
