@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from tests.launching import TINY
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
@@ -20,6 +19,7 @@ from isotune.training import sft
 from isotune.training.launch import start_process
 from isotune.training.run_folder import RunFolder
 from isotune.training.trainer import PlanTrainer
+from tests.launching import TINY
 
 BIASES_WITHOUT_GRADIENT = "k_proj.bias"  # a shift that all keys share leaves every softmax as it is: zero on paper
 
