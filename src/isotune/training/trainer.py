@@ -103,6 +103,16 @@ class PlanTrainer(Trainer):
             self.accelerator.native_amp = True
             self.accelerator.scaler = torch.amp.GradScaler("cpu")
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As the stock one, but fp16's scaler asks before each step: a fused optimizer would swallow an overflow.
+
+        accelerate 1.15 then takes the step for done, so nothing counts it and the schedule moves on.
+        """
+        optimizer: Any = super().create_optimizer(model)
+        if self.args.fp16:
+            optimizer._step_supports_amp_scaling = False
+        return optimizer
+
     def get_train_dataloader(self) -> Any:
         """This rank's share of every step."""
         return StepLoader(self.plan, self.train_data.documents, self.process.rank, self.process.world_size)
@@ -176,9 +186,15 @@ class PlanTrainer(Trainer):
 
     # ---- numbers that are none ----
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """As the stock one; an update that is left out has nothing to clip."""
+        return math.nan if self._skip else super()._clip_grad_norm(model)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """As the stock one, and an update with a gradient that is not finite is stopped or skipped."""
         if self._skip:
+            # the optimizer's step then does nothing: fp16's scaler cannot step without a single gradient
+            self.accelerator.gradient_state._set_sync_gradients(False)
             return math.nan
         norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
         self._norm = float(norm)
@@ -240,7 +256,7 @@ class PlanTrainer(Trainer):
     def _record(self, learning_rate: float) -> None:
         seconds = time.perf_counter() - self._started
         step = self._step
-        if self.args.fp16 and self.accelerator.optimizer_step_was_skipped:
+        if self.args.fp16 and not self._skip and self.accelerator.optimizer_step_was_skipped:
             self.skipped_steps += 1
         line = {
             "step": self.state.global_step,
