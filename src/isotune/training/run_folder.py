@@ -108,6 +108,9 @@ class RunFolder:
 
 def _read_environment(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError("not a mapping")
+        return record
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: choose another --output_dir or remove the folder") from error

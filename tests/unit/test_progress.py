@@ -1,0 +1,43 @@
+"""The bar shows what a person waits for: loss, supervised tokens a second, steps left; results stay as lines."""
+
+import math
+from types import SimpleNamespace
+
+from transformers import TrainerControl, TrainerState
+
+from isotune.training.progress import ProgressBar
+
+
+def begun(quiet: bool = False, main: bool = True) -> tuple[ProgressBar, TrainerState]:
+    progress = ProgressBar(quiet=quiet)
+    state = TrainerState(max_steps=10, global_step=4, is_world_process_zero=main)
+    progress.on_train_begin(SimpleNamespace(), state, TrainerControl())  # type: ignore[arg-type]
+    return progress, state
+
+
+def test_the_bar_counts_from_where_the_run_goes_on_and_shows_loss_and_speed(capsys):
+    progress, state = begun()
+    progress.show(1.23456, 7890.4, skipped=0)
+    assert progress.bar is not None and (progress.bar.n, progress.bar.total) == (5, 10)
+    progress.bar.refresh()
+    shown = capsys.readouterr().err
+    assert "loss=1.2346" in shown and "supervised_tokens_per_s=7890" in shown and "skipped" not in shown
+    progress.show(math.nan, 1.0, skipped=2)
+    progress.bar.refresh()
+    assert "skipped_steps=2" in capsys.readouterr().err
+    progress.on_train_end(SimpleNamespace(), state, TrainerControl())  # type: ignore[arg-type]
+    assert progress.bar is None
+
+
+def test_an_evaluation_is_a_line_of_its_own(capsys):
+    progress, state = begun(quiet=True)
+    found = {"eval_loss": 2.0, "eval_perplexity": math.exp(2.0)}
+    progress.on_evaluate(SimpleNamespace(), state, TrainerControl(), metrics=found)  # type: ignore[arg-type]
+    assert capsys.readouterr().err == "step 4: eval_loss 2.0000, perplexity 7.39\n"
+
+
+def test_quiet_runs_and_other_ranks_draw_no_bar(capsys):
+    for progress, _ in (begun(quiet=True), begun(main=False)):
+        progress.show(1.0, 1.0, skipped=0)
+        assert progress.bar is None
+    assert capsys.readouterr().err == ""
