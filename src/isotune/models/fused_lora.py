@@ -2,8 +2,8 @@
 
 For `result + lora_B(lora_A(dropout(x))) * scaling` with fp32 adapters under bf16 autocast, peft casts the input to
 fp32, drops out in fp32, casts back, and writes three tensors of the output's size. Here the input stays in its type,
-the second product adds into the base layer's output as it is computed, and both scalings ride on it for free. A 4-bit base
-layer returns a view that must not be added into, so it keeps peft's forward.
+the second product adds into the base layer's output as it is computed, and both scalings ride on it for free. A 4-bit
+base layer returns a view that must not be added into, so it keeps peft's forward.
 
 Only the plainest case is taken over; every other goes through peft's own forward, which is kept.
 """
