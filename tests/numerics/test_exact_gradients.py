@@ -15,9 +15,10 @@ NUMBERS = 257
 
 
 def gradients_of_many_sizes(count: int, seed: int = 0) -> list[torch.Tensor]:
-    """fp32 gradients from 1e-13 to 400, whose sums round in floating point."""
+    """fp32 gradients from 1e-15 to 400, whose sums round in floating point."""
     generator = np.random.default_rng(seed)
-    sizes = 10.0 ** generator.uniform(-13, 2.6, size=(count, NUMBERS))
+    # a column keeps its size within a factor of ten, so that the smallest are not lost beside larger ones
+    sizes = 10.0 ** (np.linspace(-15, 1.6, NUMBERS) + generator.uniform(0, 1, size=(count, NUMBERS)))
     return list(torch.tensor(sizes * generator.choice([-1, 1], size=sizes.shape), dtype=torch.float32))
 
 

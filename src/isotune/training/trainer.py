@@ -193,15 +193,18 @@ class PlanTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """As the stock one, and an update with a gradient that is not finite is stopped or skipped."""
         if self._skip:
-            # the optimizer's step then does nothing: fp16's scaler cannot step without a single gradient
-            self.accelerator.gradient_state._set_sync_gradients(False)
             return math.nan
         norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
         self._norm = float(norm)
-        # with loss scaling an overflow is an everyday event: the scaler skips the step and lowers the scale
-        if not math.isfinite(self._norm) and not self.args.fp16:
+        if not math.isfinite(self._norm) and not self._is_overflow():
             self._nonfinite(model, "gradient", self._find_nonfinite_gradient(model))
         return norm
+
+    def _is_overflow(self) -> bool:
+        """Whether fp16's loss scaling is to blame: the scaler skips the step and halves the scale, down to 1."""
+        if not self.args.fp16 or self.accelerator.scaler is None:
+            return self.args.fp16
+        return self.recipe.on_nonfinite == "skip" or self.accelerator.scaler.get_scale() > 1.0
 
     def _nonfinite(self, model: nn.Module, what: str, number: int | None) -> None:
         """Stop, or drop this update, as `on_nonfinite` says; every rank comes here together."""
@@ -218,8 +221,8 @@ class PlanTrainer(Trainer):
         self.skipped_steps += 1
         if self.exact is not None:
             self.exact.clear()
-        for parameter in model.parameters():
-            parameter.grad = None  # the optimizer passes over parameters without one
+        # the optimizer's step then does nothing, and fp16's scaler, which fails without gradients, is not asked
+        self.accelerator.gradient_state._set_sync_gradients(False)
         if self.process.is_main:
             self.progress.say(f"skipped: the {what} of {where} is not finite")
 
