@@ -99,21 +99,18 @@ def test_with_exact_gradients_the_loss_scale_changes_no_more_than_fp16s_rounding
         assert norm == pytest.approx(other_norm, rel=1e-2)
 
 
-def test_an_fp16_loss_that_is_no_number_is_skipped_too(tmp_path):
+def test_an_fp16_loss_that_is_no_number_is_skipped_too_and_counted_once(tmp_path):
     built = fine_tune(tmp_path, fp16=True, on_nonfinite="skip")
-    # beyond 65,504 there is no fp16 number: the first pass through this layer is lost, the others are not
-    lost = []
+    # the first step overflows; at any scale, the second has a loss that is no number
+    built.trainer.accelerator.scaler = torch.amp.GradScaler(built.trainer.args.device.type, init_scale=2.0**40)
 
-    def overflow_once(module, inputs, output):
-        if module.training and not lost:
-            lost.append(True)
-            return output * float("nan")
-        return output
+    def lose_the_second_step(module, inputs, output):
+        return output * float("nan") if module.training and built.trainer.state.global_step == 1 else output
 
-    built.model.get_decoder().layers[0].fc1.register_forward_hook(overflow_once)
+    built.model.get_decoder().layers[0].fc1.register_forward_hook(lose_the_second_step)
     steps = built.train()
-    assert steps[0]["loss"] is None and steps[0]["skipped_steps"] == 1
-    assert all(line["loss"] is not None for line in steps[1:])
+    assert [line["skipped_steps"] for line in steps[:3]] == [1, 2, 3], "at 2^39 the third overflows again"
+    assert [line["loss"] is None for line in steps[:3]] == [False, True, False]
     assert all(p.isfinite().all() for p in built.model.parameters())
 
 
