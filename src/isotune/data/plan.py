@@ -145,8 +145,3 @@ def assign(step: Step, world_size: int) -> list[list[Microbatch]]:
     cheapest = min(step.microbatches, key=lambda m: (m.cost, m.number))
     idle = Microbatch(cheapest.number, cheapest.documents, cheapest.tokens, 0, cheapest.cost, weight=0.0)
     return [sorted(share, key=lambda m: m.number) + [idle] * (passes - len(share)) for share in shares]
-
-
-def idle_ranks(plan: Plan, world_size: int) -> int:
-    """Ranks that have nothing to do in the plan's first step, which the user is told and not refused."""
-    return max(0, world_size - len(plan.step(0).microbatches))

@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import OPTConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from isotune.data.builtin import PREFIX
 from isotune.data.capitals import capitals, pirate
 from isotune.errors import UserError
 
-BUILTIN_PREFIX = "builtin:"
 TOKENIZER_ROWS = 500
 
 # OPT's own layout: pad 1, bos = eos = 2, a head tied to the embedding.
@@ -78,9 +78,9 @@ def builtin_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _known(name: str) -> str:
-    short = name.removeprefix(BUILTIN_PREFIX)
+    short = name.removeprefix(PREFIX)
     if short not in _GEOMETRIES:
         near = difflib.get_close_matches(short, _GEOMETRIES, n=1)
-        hint = f"did you mean '{BUILTIN_PREFIX}{near[0]}'?" if near else f"there are {', '.join(_GEOMETRIES)}"
+        hint = f"did you mean '{PREFIX}{near[0]}'?" if near else f"there are {', '.join(_GEOMETRIES)}"
         raise UserError(f"model_name_or_path '{name}' is not built in: {hint}")
     return short

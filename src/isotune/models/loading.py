@@ -15,9 +15,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from isotune.data.builtin import PREFIX
 from isotune.data.hub import first_line, hub_answers, is_hub_id
 from isotune.errors import UserError
-from isotune.models.builtin import BUILTIN_PREFIX, builtin_config, builtin_tokenizer
+from isotune.models.builtin import builtin_config, builtin_tokenizer
 from isotune.models.quiet import quiet_libraries
 from isotune.recipe import Recipe
 
@@ -45,7 +46,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         UserError: no such tokenizer, or one that lacks eos or pad.
     """
     name = recipe.tokenizer_name_or_path or recipe.model_name_or_path
-    if name.startswith(BUILTIN_PREFIX):
+    if name.startswith(PREFIX):
         return builtin_tokenizer(name)
     _check_reachable(name, "tokenizer")
     try:
@@ -67,7 +68,7 @@ def load_config(recipe: Recipe) -> PreTrainedConfig:
         UserError: no such model, or rows longer than the model has positions for.
     """
     name = recipe.model_name_or_path
-    if name.startswith(BUILTIN_PREFIX):
+    if name.startswith(PREFIX):
         config = builtin_config(name)
     else:
         _check_reachable(name, "model")
@@ -84,6 +85,11 @@ def load_config(recipe: Recipe) -> PreTrainedConfig:
     return config
 
 
+def is_made_here(recipe: Recipe) -> bool:
+    """Whether the base model's weights are drawn from the seed, and so exist in no file."""
+    return recipe.model_init == "random" or recipe.model_name_or_path.startswith(PREFIX)
+
+
 def load_causal_lm(recipe: Recipe, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
     """The base model of a recipe on `device`, before adapters.
 
@@ -95,7 +101,7 @@ def load_causal_lm(recipe: Recipe, config: PreTrainedConfig, device: torch.devic
     Raises:
         UserError: unreadable or incomplete weights, or a device that cannot hold 4-bit weights.
     """
-    if recipe.model_init == "random" or recipe.model_name_or_path.startswith(BUILTIN_PREFIX):
+    if is_made_here(recipe):
         torch.manual_seed(recipe.seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         return model.to(device=device, dtype=weights_dtype(recipe))

@@ -12,7 +12,7 @@ from isotune.data.plan import Plan
 from isotune.data.preparation import PreparationSettings, PreparedData, prepare
 from isotune.errors import UserError
 from isotune.models.adapters import add_adapters
-from isotune.models.loading import load_causal_lm, load_config
+from isotune.models.loading import is_made_here, load_causal_lm, load_config
 from isotune.models.packed_attention import set_packed_attention
 from isotune.models.speedups import enable_speedups
 from isotune.models.supervised_loss import install_supervised_loss
@@ -147,8 +147,7 @@ def save(recipe: Recipe, run: RunFolder, trainer: PlanTrainer, tokenizer: Any) -
     report = None
     if trainer.process.is_main:
         model: Any = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        made_here = recipe.model_init == "random" or recipe.model_name_or_path.startswith("builtin:")
-        if recipe.tune != "full" and made_here:
+        if recipe.tune != "full" and is_made_here(recipe):
             base = load_causal_lm(recipe, load_config(recipe), torch.device("cpu"))
             save_and_verify(base, tokenizer, run.base_model)
             model.peft_config["default"].base_model_name_or_path = str(run.base_model.resolve())
