@@ -7,6 +7,7 @@ from typing import NoReturn
 
 EXIT_USER_ERROR = 2
 EXIT_FAULT = 1
+EXIT_PREEMPTED = 75
 
 
 class UserError(Exception):
@@ -17,17 +18,35 @@ class RunFault(Exception):
     """The run cannot go on as it was asked, and no input is at fault: one sentence that says what was seen."""
 
 
+class Preempted(Exception):
+    """The run was told to stop and has written a checkpoint: one sentence that says how to go on."""
+
+
+class AlreadyDone(Exception):
+    """What was asked for is there already: one sentence that says where. It is a success."""
+
+
+def exit_status(error: BaseException) -> int:
+    """The exit status that an error stands for."""
+    return {UserError: EXIT_USER_ERROR, Preempted: EXIT_PREEMPTED}.get(type(error), EXIT_FAULT)
+
+
 def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's `main` and leave the process with the exit status that the contract promises.
 
-    A `UserError` becomes one line on stderr and status 2, a `RunFault` one line and status 1. Every rank meets the
-    same one, so only local rank 0 prints it.
+    A `UserError` becomes one line on stderr and status 2, a `RunFault` one line and status 1, `Preempted` one line and
+    status 75. Every rank meets the same one, so only local rank 0 prints it.
     """
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         status = main() or 0
-    except (UserError, RunFault) as known:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {known}", file=sys.stderr, flush=True)
-        status = EXIT_USER_ERROR if isinstance(known, UserError) else EXIT_FAULT
+    except (UserError, RunFault, Preempted) as known:
+        status = exit_status(known)
+        if speaks:
+            print(known if status == EXIT_PREEMPTED else f"error: {known}", file=sys.stderr, flush=True)
+    except AlreadyDone as done:
+        status = 0
+        if speaks:
+            print(done)
     sys.stdout.flush()
     sys.exit(status)

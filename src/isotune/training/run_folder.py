@@ -8,13 +8,17 @@ from typing import Any
 
 import yaml
 
-from isotune.errors import UserError
+from isotune.checkpoints.manifest import replace_file
+from isotune.errors import AlreadyDone, UserError
 from isotune.recipe import Recipe
+from isotune.training.resume import NEWEST, check_named_checkpoint
 
 RECIPE = "recipe.yaml"
 FINGERPRINT_KEY = "recipe_fingerprint"
 ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
+STATUS = "status.json"
+CHECKPOINTS = "checkpoints"
 MODEL = "model"
 BASE_MODEL = "base_model"
 
@@ -29,6 +33,7 @@ class RunFolder:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.path = Path(recipe.output_dir)
+        self.status: Any = None  # kept while the run is supervised
 
     @property
     def model(self) -> Path:
@@ -41,11 +46,18 @@ class RunFolder:
         return self.path / BASE_MODEL
 
     def check(self) -> None:
-        """Refuse what would be mixed up or lost, before any work is done."""
+        """Refuse what would be mixed up or lost, before any work is done.
+
+        Raises:
+            UserError: see the class, and a checkpoint named by `resume` that is none, or of another recipe.
+            AlreadyDone: the run is finished, and was not asked to begin anew.
+        """
+        check_named_checkpoint(self.recipe)
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output_dir '{self.path}' is a file")
         self._check_writable()
-        if not self.path.is_dir() or not any(self.path.iterdir()):
+        # a file that was being put in its place when its process was killed has a name with a dot
+        if not self.path.is_dir() or all(path.name.startswith(".") for path in self.path.iterdir()):
             return
         recorded = self.path / ENVIRONMENT
         if not recorded.is_file():
@@ -56,10 +68,10 @@ class RunFolder:
                 f"output_dir '{self.path}' holds the run of another recipe{self._differing_key()}: "
                 "choose another --output_dir or remove it"
             )
-        if self.model.is_dir() and self.recipe.resume != "never":
-            raise UserError(
-                f"output_dir '{self.path}' holds a finished run of this recipe: choose another --output_dir, "
-                "or say --resume never to run it again from the start"
+        if self.model.is_dir() and self.recipe.resume == NEWEST:
+            raise AlreadyDone(
+                f"output_dir '{self.path}' holds the finished run of this recipe: nothing is left to do "
+                "(--resume never runs it again from the start)"
             )
 
     def _differing_key(self) -> str:
@@ -94,14 +106,27 @@ class RunFolder:
                 f"needs {needed_bytes / 1e6:.0f} MB"
             )
 
-    def begin(self, environment: dict[str, Any]) -> None:
-        """Write recipe.yaml and environment.json; metrics of an unfinished earlier try are begun anew."""
+    def begin(self, environment: dict[str, Any], metrics: str | None = None) -> None:
+        """Write environment.json and recipe.yaml, each at one stroke, and begin the metrics.
+
+        Args:
+            environment: what is in effect.
+            metrics: the lines of the checkpoint that this life goes on from; without one they are begun anew.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / METRICS).unlink(missing_ok=True)
-            self.recipe.write(self.path / RECIPE)
+            # first: it says whose folder this is, should a kill come in between
             text = json.dumps({FINGERPRINT_KEY: self.recipe.fingerprint(), **environment}, indent=2)
-            (self.path / ENVIRONMENT).write_text(text + "\n", encoding="utf-8")
+            replace_file(self.path / ENVIRONMENT, text + "\n")
+            staging = self.path / f".{RECIPE}.tmp"
+            self.recipe.write(staging)
+            staging.replace(self.path / RECIPE)
+            if metrics is None:
+                (self.path / METRICS).unlink(missing_ok=True)
+            else:
+                replace_file(self.path / METRICS, metrics)
+            if self.status is not None:
+                self.status.reached(0)
         except OSError as error:
             raise UserError(f"output_dir '{self.path}' cannot be written: {error.strerror}") from error
 

@@ -1,0 +1,120 @@
+"""A run that is told to stop writes a checkpoint and says so; how it ended stands in RUN/status.json.
+
+SIGTERM, SIGUSR1 and SIGINT only set a flag here. The ranks exchange their flags with the losses of the step, so all
+of them stop after the same step, whichever one heard. A launcher passes SIGTERM and SIGINT on to its ranks (SIGKILL
+follows 30 s later); SIGUSR1 and SIGKILL end it at once, and the kernel then sends each rank SIGTERM.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from isotune.checkpoints.manifest import replace_file
+from isotune.errors import Preempted, exit_status
+from isotune.training.launch import Process
+from isotune.training.run_folder import STATUS, RunFolder
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SAME_KEYSTROKE_SECONDS = 1.0  # a launcher passes on the SIGINT that the terminal also sent
+PR_SET_PDEATHSIG = 1
+
+
+class StopRequest:
+    """What this process has been told.
+
+    Attributes:
+        by: the name of the signal, None while there was none.
+    """
+
+    def __init__(self) -> None:
+        self.by: str | None = None
+        self._first_interrupt: float | None = None
+
+    def hear(self, number: int, frame: FrameType | None = None) -> None:
+        """The signal handler. A second SIGINT ends the process at once, as an impatient user expects."""
+        now = time.monotonic()
+        if number == signal.SIGINT:
+            if self._first_interrupt is not None and now - self._first_interrupt > SAME_KEYSTROKE_SECONDS:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                os.kill(os.getpid(), signal.SIGINT)
+            self._first_interrupt = self._first_interrupt or now
+        self.by = self.by or signal.Signals(number).name
+
+
+stop_request = StopRequest()
+
+
+class RunStatus:
+    """RUN/status.json: what a scheduler's script judges a run by, since launchers report every status as 1.
+
+    Keys: `status` (running, preempted, finished, failed), `step`, `exit_status`, `message`, `time`. A file that says
+    `running` after its processes are gone is that of a run that was killed.
+    """
+
+    def __init__(self, folder: Path, *, is_main: bool) -> None:
+        self.path = folder / STATUS
+        self.is_main = is_main
+        self.step = 0
+
+    def write(self, status: str, exit_status: int | None = None, message: str | None = None) -> None:
+        """Replace the file at one stroke; before the run folder exists, and on other ranks, do nothing."""
+        if not self.is_main or not self.path.parent.is_dir():
+            return
+        content: dict[str, Any] = {"status": status, "step": self.step, "exit_status": exit_status}
+        content |= {"message": message, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid()}
+        with contextlib.suppress(OSError):  # a full disk is said by what needed the room
+            replace_file(self.path, json.dumps(content, indent=2) + "\n")
+
+    def reached(self, step: int) -> None:
+        """The run goes on, and would not lose what comes before `step`."""
+        self.step = step
+        self.write("running")
+
+
+@contextlib.contextmanager
+def supervised(run: RunFolder, process: Process) -> Iterator[None]:
+    """Hear signals while the body trains and saves, and write down how it ends."""
+    status = run.status = RunStatus(run.path, is_main=process.is_main)
+    before = _install()
+    try:
+        yield
+    except Preempted as stopped:
+        status.write("preempted", exit_status(stopped), str(stopped))
+        raise
+    except BaseException as error:
+        number = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else exit_status(error)
+        status.write("failed", number, str(error) or type(error).__name__)
+        raise
+    else:
+        status.write("finished", 0)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _install() -> dict[int, Any]:
+    """Put the handlers in place; returns the ones before."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    _outlive_no_launcher()
+    return {number: signal.signal(number, stop_request.hear) for number in SIGNALS}
+
+
+def _outlive_no_launcher() -> None:
+    """Have the kernel send SIGTERM when the process dies that started this one: no rank is left behind."""
+    launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if not sys.platform.startswith("linux") or not launched:
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    if os.getppid() != parent:  # it went in between
+        stop_request.hear(signal.SIGTERM)
