@@ -56,7 +56,7 @@ def build(folder: Path, **values: Any) -> Built:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     recipe = Recipe.from_values(**{**TINY, "output_dir": str(folder / "run"), **values})
-    process = start_process()
+    process = start_process(recipe)
     run = RunFolder(recipe)
     run.check()
     config = load_config(recipe)

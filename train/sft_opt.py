@@ -28,20 +28,21 @@ def main() -> None:
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.training import sft
     from isotune.training.launch import start_process
+    from isotune.training.preemption import supervised
     from isotune.training.run_folder import RunFolder
 
-    process = start_process()
+    process = start_process(recipe)
     run = RunFolder(recipe)
     run.check()
     config = load_config(recipe)
     tokenizer = load_tokenizer(recipe)
     data = sft.prepare_data(recipe, tokenizer, process)
 
-    model = sft.build_model(recipe, config, process.device)
+    model = sft.build_model(recipe, config, process.loading_device(recipe))
     trainer = sft.build_trainer(recipe, process, run, model, tokenizer, data)
-    trainer.train()
-
-    saved = sft.save(recipe, run, trainer, tokenizer)
+    with supervised(run, process):
+        trainer.train()
+        saved = sft.save(recipe, run, trainer, tokenizer)
     if saved is not None:
         print(f"model       {run.model}: {saved}")
         print(f"loss curve  {draw_loss_curve(run.path)}")

@@ -18,7 +18,7 @@ from sft_sides.process import Metronome
 def run(metronome: Metronome, side: str, mode: str, given: Namespace, scratch: str) -> None:
     """Train until the metronome ends it."""
     recipe = shipped_recipe(mode, side, given, scratch)
-    process = start_process()
+    process = start_process(recipe)
     tokenizer, data, alone = rows_of_a_round(recipe, given)
     model = sft.build_model(recipe, geometry(given), process.device)
     trainer = sft.build_trainer(recipe, process, RunFolder(recipe), model, tokenizer, sft.Data(data, None))

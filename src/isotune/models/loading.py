@@ -1,6 +1,8 @@
 """Models and tokenizers by name, with every way in which a name or a file can be wrong said in one sentence."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +105,29 @@ def load_causal_lm(recipe: Recipe, config: PreTrainedConfig, device: torch.devic
     """
     if is_made_here(recipe):
         torch.manual_seed(recipe.seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with _whole_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         return model.to(device=device, dtype=weights_dtype(recipe))
     if recipe.tune == "qlora":
         how = {"quantization_config": _four_bit(recipe, device), "device_map": {"": device}}
         return _keep_trainable(_from_pretrained(recipe, config, **how))
     return _from_pretrained(recipe, config).to(device)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _whole_weights() -> Iterator[None]:
+    """Within it a model is made whole under ZeRO-3 too, so that its weights are drawn as under every other engine.
+
+    transformers 5.23 would make it in shares, each drawn by itself. The engine shards it when it is prepared.
+    """
+    from transformers.integrations import deepspeed as integration
+
+    announced = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = announced
 
 
 def _four_bit(recipe: Recipe, device: torch.device) -> Any:

@@ -69,6 +69,12 @@ _WARMUP = Need(
     lambda values: values["lr_scheduler_type"] != "constant",
     "lr_scheduler_type: constant has no warm-up (constant_with_warmup has)",
 )
+_SAVES = Need(lambda values: values["save_strategy"] != "no", "save_strategy is no")
+_SAVES_BY_STEPS = Need(lambda values: values["save_strategy"] == "steps", "save_strategy is not steps")
+_BEST = Need(
+    lambda values: evaluates(values) and values["save_strategy"] != "no",
+    "it needs eval_dataset_name, and a save_strategy and eval_strategy that are not no",
+)
 _BY_STEPS = Need(lambda values: values["logging_strategy"] == "steps", "logging_strategy is not steps")
 _SPARSE_LOGGING = Need(
     lambda values: values["logging_strategy"] != "steps" or values["logging_steps"] != 1,
@@ -104,6 +110,8 @@ _KEYS = (
     _rest("full_determinism", bool, False, MEMORY, "only deterministic kernels: slower"),
     _rest("ddp_bucket_cap_mb", int | None, None, MEMORY, "megabytes that DDP sends at once", allowed=AT_LEAST_ONE,
           changes_result=False),
+    _rest("ddp_timeout", int, 1800, MEMORY, "seconds without any progress after which the processes give up",
+          allowed=AT_LEAST_ONE, changes_result=False),
     _rest("ddp_broadcast_buffers", bool | None, None, MEMORY, "DDP copies buffers from rank 0", changes_result=False),
     _key("eval_strategy", Literal["no", "steps", "epoch"] | None, None, OUTPUT, "when to evaluate",
          needs=_EVAL_STRATEGY, default_from=_eval_strategy,
@@ -115,6 +123,18 @@ _KEYS = (
           needs=WITH_EVALUATION, changes_result=False),
     _rest("eval_on_start", bool, False, OUTPUT, "evaluate before the first step", needs=WITH_EVALUATION,
           changes_result=False),
+    _key("save_strategy", Literal["no", "steps", "epoch"], "steps", OUTPUT, "when to write a checkpoint",
+         changes_result=False),
+    _key("save_steps", float, 500, OUTPUT, "steps between checkpoints; below 1, a share of the run; the last step too",
+         allowed=POSITIVE, step_count=True, needs=_SAVES_BY_STEPS, changes_result=False),
+    _key("save_total_limit", int, 2, OUTPUT, "checkpoints to keep, the best among them",
+         allowed=AT_LEAST_ONE, needs=_SAVES, changes_result=False),
+    _key("load_best_model_at_end", bool, False, OUTPUT, "the final model is that of the best evaluation",
+         needs=_BEST),
+    _rest("metric_for_best_model", Literal["eval_loss", "eval_perplexity"] | None, None, OUTPUT,
+          "keep the checkpoint of the best evaluation, by this", needs=_BEST, changes_result=False,
+          default_from=lambda values: "eval_loss" if values["load_best_model_at_end"] else None,
+          default_text="eval_loss with load_best_model_at_end"),
     _key("logging_steps", float, 1, OUTPUT, "steps between two reports to the trackers", allowed=POSITIVE,
          step_count=True, needs=_BY_STEPS, changes_result=False),
     _rest("logging_strategy", Literal["no", "steps", "epoch"], "steps", OUTPUT, "when to report to the trackers",

@@ -101,11 +101,21 @@ class RunRecipe:
     exact_gradients: bool | Literal["auto"] = key(
         "auto", MEMORY, "sum gradients as integers: the same bits on any number of processes"
     )
+    gradient_reduction: Literal["step", "pass"] = key(
+        "step",
+        MEMORY,
+        "how often ZeRO-2 and 3 send gradients: once a step, or after each pass, which needs less memory",
+        changes_result=False,
+    )
     on_nonfinite: Literal["stop", "skip"] = key("stop", MEMORY, "what a loss or gradient that is not finite does")
 
     output_dir: str = key(REQUIRED, OUTPUT, "folder of the run", changes_result=False, is_path=True)
-    resume: Literal["auto", "never"] = key(
-        "auto", OUTPUT, "never: begin anew where output_dir holds this recipe's run", changes_result=False
+    resume: Literal["auto", "never"] | str = key(
+        "auto",
+        OUTPUT,
+        "go on from the newest whole checkpoint in output_dir (auto), from a checkpoint's folder, or begin anew (never)",
+        changes_result=False,
+        is_path=True,
     )
     training_arguments: dict[str, Any] = field(default_factory=dict)
     given: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)

@@ -3,7 +3,7 @@
 _MEMORY_KNOB = "the batch of a step is global_batch_size on any hardware, and microbatch_tokens bounds the memory"
 _PLAN = "the plan lays out every row of every step, and nothing is dropped"
 _EVALUATION = "evaluation sums its exact loss over all supervised tokens, whatever the batch"
-_SAVING = "a run writes its model to OUTPUT_DIR/model at its end, and checkpoints within a run are not there yet"
+_SAVING = "a checkpoint holds everything that a run needs to go on, and OUTPUT_DIR/model is the final model"
 _LAUNCH = "choose the engine by `accelerate launch --config_file accelerate_configs/...`"
 _DEVICE = "the script chooses the device and the backend; an empty CUDA_VISIBLE_DEVICES hides GPUs"
 _COMPILE = "rows of many lengths would each be compiled anew, and packed attention is not compiled"
@@ -49,7 +49,7 @@ _GROUPS = {
     ),
     f"say packing: true or false; {_PLAN}": ("padding_free", "packing_strategy", "eval_packing"),
     "say train_on: all or last": ("completion_only_loss", "assistant_only_loss"),
-    _DEVICE: ("use_cpu", "no_cuda", "ddp_backend", "ddp_timeout", "local_rank"),
+    _DEVICE: ("use_cpu", "no_cuda", "ddp_backend", "local_rank"),
     _LAUNCH: ("deepspeed", "fsdp", "fsdp_config", "accelerator_config", "parallelism_config"),
     "say on_nonfinite: stop or skip; a non-finite loss is never hidden": ("logging_nan_inf_filter", "debug"),
     _LOSS: ("label_smoothing_factor", "loss_type", "average_tokens_across_devices", "router_aux_loss_coef"),
@@ -59,10 +59,11 @@ _GROUPS = {
         "include_for_metrics", "batch_eval_metrics",
     ),
     _SAVING: (
-        "save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node", "save_safetensors",
-        "enable_jit_checkpoint", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
-        "ignore_data_skip", "restore_callback_states_from_checkpoint",
+        "save_only_model", "save_on_each_node", "save_safetensors", "ignore_data_skip",
+        "restore_callback_states_from_checkpoint",
     ),
+    "a run that is told to stop always writes a checkpoint": ("enable_jit_checkpoint",),
+    "it follows from metric_for_best_model": ("greater_is_better",),
     "choose another output_dir, or remove the folder": ("overwrite_output_dir",),
     _HUB: (
         "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push",

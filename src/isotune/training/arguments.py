@@ -14,7 +14,8 @@ def training_arguments(recipe: Recipe, process: Process) -> TrainingArguments:
     """
     engine = dict(recipe.training_arguments)
     checkpointing = bool(engine.pop("gradient_checkpointing", False))
-    return TrainingArguments(
+    load_best = engine.pop("load_best_model_at_end", False)
+    arguments = TrainingArguments(
         **engine,
         # the engine's new name for the same; non-reentrant, as LoRA has no gradient at the model's input
         activation_checkpointing=checkpointing,
@@ -29,7 +30,8 @@ def training_arguments(recipe: Recipe, process: Process) -> TrainingArguments:
         gradient_accumulation_steps=1,
         use_cpu=process.use_cpu,
         accelerator_config={"use_configured_state": True},
-        save_strategy="no",
+        deepspeed=process.deepspeed_config,
+        greater_is_better=False,  # every metric_for_best_model is a loss
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
         # every parameter that is trained takes part in every pass
@@ -38,3 +40,6 @@ def training_arguments(recipe: Recipe, process: Process) -> TrainingArguments:
         # TF32 would make fp32 another number on other hardware
         tf32=False if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0) else None,
     )
+    # the library would insist on saving and evaluating at the same steps, but the best is saved whenever it comes
+    arguments.load_best_model_at_end = load_best
+    return arguments

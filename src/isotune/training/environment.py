@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from isotune.models.packed_attention import kernel_in_effect
+from isotune.training.engines import EngineInEffect, whole_numel
 from isotune.training.launch import Process
 
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets", "numpy")
@@ -48,30 +49,26 @@ def devices(process: Process) -> dict[str, Any]:
     }
 
 
-def in_effect(trainer: Any) -> dict[str, Any]:
+def in_effect(trainer: Any, engine: EngineInEffect) -> dict[str, Any]:
     """What training runs with, read from the prepared model and optimizer and not from what was asked."""
-    model: nn.Module = trainer.model_wrapped
-    inner = trainer.accelerator.unwrap_model(model)
-    trained = sum(p.numel() for p in inner.parameters() if p.requires_grad)
+    inner: nn.Module = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    trained = sum(whole_numel(p) for p in inner.parameters() if p.requires_grad)
     base = getattr(inner, "base_model", inner)
     config = getattr(base, "model", base).config if hasattr(inner, "peft_config") else inner.config
     return {
-        "engine": type(model).__name__,
-        "distributed_type": trainer.accelerator.distributed_type.value,
-        "precision": trainer.accelerator.mixed_precision,
+        **engine.as_dict(),
         "weights_dtype": str(next(p.dtype for p in inner.parameters() if p.is_floating_point())).removeprefix("torch."),
         "attention": config._attn_implementation,
-        "attention_kernel": kernel_in_effect(trainer.args.device, _product_dtype(trainer)),
-        "max_grad_norm": trainer.args.max_grad_norm,
+        "attention_kernel": kernel_in_effect(trainer.args.device, _product_dtype(engine)),
         "exact_gradients": trainer.exact is not None,
         "trained_parameters": trained,
-        "all_parameters": sum(p.numel() for p in inner.parameters()),
+        "all_parameters": sum(whole_numel(p) for p in inner.parameters()),
         "gradient_checkpointing": bool(getattr(inner, "is_activation_checkpointing", False)),
     }
 
 
-def _product_dtype(trainer: Any) -> torch.dtype:
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision, torch.float32)
+def _product_dtype(engine: EngineInEffect) -> torch.dtype:
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(engine.precision, torch.float32)
 
 
 def command() -> list[str]:

@@ -7,16 +7,29 @@ The workarounds for accelerate 1.15 stand here, so that they can be dropped toge
 """
 
 import os
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
+from isotune.errors import UserError
+from isotune.recipe import Recipe
+from isotune.training.deepspeed_config import INLINE, read_deepspeed_config, stage_of
+from isotune.training.launcher import check_launch, read_request
+
 
 @dataclass(frozen=True)
 class Process:
-    """Where this process stands in its launch."""
+    """Where this process stands in its launch, and what was asked of the engine.
+
+    Attributes:
+        deepspeed_config: complete, with nothing left to fill in; None under every other engine.
+        keep_alive: what transformers only holds weakly, and needs while a model is made.
+    """
 
     rank: int
     world_size: int
@@ -24,6 +37,8 @@ class Process:
     device: torch.device
     deepspeed: bool
     fsdp: bool
+    deepspeed_config: dict[str, Any] | None = None
+    keep_alive: Any = field(default=None, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -35,22 +50,44 @@ class Process:
         """TrainingArguments' use_cpu: it silently drops DeepSpeed and FSDP, so it is said for plain and DDP only."""
         return self.device.type == "cpu" and not (self.deepspeed or self.fsdp)
 
+    def loading_device(self, recipe: Recipe) -> torch.device:
+        """Where a model is made: in host memory where the engine puts only shares of it on the device.
 
-def start_process() -> Process:
-    """Make the one process group that everything else shares. Call it before TrainingArguments are made."""
+        4-bit weights are made where they will lie, whatever the engine.
+        """
+        return torch.device("cpu") if self.shards_weights and recipe.tune != "qlora" else self.device
+
+    @property
+    def zero_stage(self) -> int | None:
+        """The ZeRO stage that was asked, None without DeepSpeed."""
+        return stage_of(self.deepspeed_config) if self.deepspeed else None
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether a process holds only its share of the weights."""
+        return self.fsdp or self.zero_stage == 3
+
+
+def start_process(recipe: Recipe) -> Process:
+    """Make the one process group that everything else shares. Call it before the model and TrainingArguments are made.
+
+    Raises:
+        UserError: the launch is not what was asked, or its configuration contradicts the recipe.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
     fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
-    if not torch.cuda.is_available():
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported, which else looks for one and warns
-    if torch.cuda.is_available():
-        state = PartialState()
-    elif deepspeed:
-        state = PartialState(backend="gloo")
-    else:
-        state = PartialState(cpu=True, backend="gloo") if world_size > 1 else PartialState(cpu=True)
-        if fsdp:
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    request = read_request()
+    check_launch(request, recipe)
+    if fsdp and on_cpu and world_size == 1:
+        raise UserError("FSDP on one CPU process has nothing to shard: say --num_processes 2 or more")
+    config = None
+    if deepspeed:
+        config = read_deepspeed_config(recipe, world_size, name=request.name if request else INLINE)
+    state = _make_state(recipe, world_size, deepspeed=deepspeed, fsdp=fsdp, on_cpu=on_cpu)
     return Process(
         rank=state.process_index,
         world_size=state.num_processes,
@@ -58,4 +95,31 @@ def start_process() -> Process:
         device=torch.device(state.device),  # type: ignore[arg-type]
         deepspeed=deepspeed,
         fsdp=fsdp,
+        deepspeed_config=config,
+        keep_alive=_announce(config),
     )
+
+
+def _make_state(recipe: Recipe, world_size: int, *, deepspeed: bool, fsdp: bool, on_cpu: bool) -> PartialState:
+    limit = {"timeout": timedelta(seconds=recipe.training_arguments["ddp_timeout"])}
+    if not on_cpu:
+        return PartialState(**limit) if "LOCAL_RANK" in os.environ else PartialState()
+    if deepspeed:
+        return PartialState(backend="gloo", **limit)
+    if world_size == 1:
+        return PartialState(cpu=True)
+    state = PartialState(cpu=True, backend="gloo", **limit)
+    if fsdp:
+        # torch 2.13 warns of blocks that return views, lest they be changed in place; OPT's are not
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return state
+
+
+def _announce(config: dict[str, Any] | None) -> Any:
+    """Tell transformers of ZeRO-3 before a model is made, so that pretrained weights load in shares."""
+    if stage_of(config) != 3:
+        return None
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(config)

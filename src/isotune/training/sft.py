@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from isotune.checkpoints.final_model import FinalModelReport, save_and_verify
+from isotune.checkpoints.gathering import plain_model
 from isotune.data.plan import Plan
 from isotune.data.preparation import PreparationSettings, PreparedData, prepare
 from isotune.errors import UserError
@@ -139,14 +140,15 @@ def saved_bytes(model: nn.Module) -> int:
 
 
 def save(recipe: Recipe, run: RunFolder, trainer: PlanTrainer, tokenizer: Any) -> FinalModelReport | None:
-    """Write RUN/model on the main process, reopened and compared before it is called saved.
+    """Write RUN/model on the main process, reopened and compared before it is called saved; every rank must call it.
 
     The base of an adapter that exists nowhere else, because it was made at random, is written beside it.
     """
     trainer.accelerator.wait_for_everyone()
     report = None
-    if trainer.process.is_main:
-        model: Any = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    inner: Any = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    model: Any = plain_model(inner, keep=trainer.process.is_main)
+    if model is not None:
         if recipe.tune != "full" and is_made_here(recipe):
             base = load_causal_lm(recipe, load_config(recipe), torch.device("cpu"))
             save_and_verify(base, tokenizer, run.base_model)

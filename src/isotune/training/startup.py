@@ -9,6 +9,7 @@ from isotune.errors import RunFault
 from isotune.models.isolation import check_isolation
 from isotune.models.loading import compute_dtype
 from isotune.training import environment
+from isotune.training.engines import check_engine, read_back
 from isotune.training.metrics import MetricsFile
 from isotune.training.run_folder import METRICS, RunFolder
 
@@ -29,7 +30,9 @@ class StartUp(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The last moment at which nothing has been trained or written."""
         trainer = self.trainer
-        found = environment.in_effect(trainer)
+        engine = read_back(trainer)
+        check_engine(engine, trainer, self.run.recipe, trainer.process)
+        found = environment.in_effect(trainer, engine)
         self._compare(found)
         config = trainer.accelerator.unwrap_model(trainer.model_wrapped).config
         isolation = check_isolation(
@@ -46,21 +49,13 @@ class StartUp(TrainerCallback):
             "isolation": isolation.as_dict(),
             "data_fingerprints": self.data_fingerprints,
         }
-        self.run.begin(record)
+        self.run.begin(record, metrics=trainer.resumption and trainer.resumption.metrics)
         trainer.metrics_file = MetricsFile(self.run.path / METRICS)
         self._print(record)
 
     def _compare(self, found: dict[str, Any]) -> None:
-        recipe, trainer = self.run.recipe, self.trainer
-        asked = int(os.environ.get("WORLD_SIZE", "1"))
-        precision = "bf16" if recipe.bf16 else "fp16" if recipe.fp16 else "no"
-        for key, is_so, should_be in (
-            ("attention", found["attention"], "packed"),
-            ("precision", found["precision"], precision),
-            ("world size", trainer.accelerator.num_processes, asked),
-        ):
-            if is_so != should_be:
-                raise RunFault(f"{key} is {is_so} after preparation, and {should_be} was asked; nothing was trained")
+        if found["attention"] != "packed":
+            raise RunFault(f"attention is {found['attention']} after preparation, and packed was asked")
         if not found["trained_parameters"]:
             raise RunFault("no parameter of the prepared model is trained; nothing was done")
 
@@ -69,8 +64,10 @@ class StartUp(TrainerCallback):
         share = found["trained_parameters"] / found["all_parameters"]
         first = plan.step(0)
         print(
-            f"engine      {found['engine']} ({found['distributed_type']}) on {process.world_size} x "
+            f"engine      {_engine_in_words(found)} on {process.world_size} x "
             f"{record['device_name'] or record['device']}, {record['threads_per_process']} threads each\n"
+            f"each rank   {found['parameter_bytes_per_rank'] / 1e6:,.1f} MB of weights, "
+            f"{found['optimized_numbers_per_rank']:,} numbers in {found['optimizer']}\n"
             f"precision   {found['precision']}, weights {found['weights_dtype']}, clipping {found['max_grad_norm']}\n"
             f"attention   {found['attention']} by {found['attention_kernel']}; leak {record['isolation']['leak']:.1g}\n"
             f"trained     {found['trained_parameters']:,} of {found['all_parameters']:,} parameters ({share:.2%}), "
@@ -86,3 +83,12 @@ class StartUp(TrainerCallback):
         cores = os.cpu_count() or 1
         if process.device.type == "cpu" and process.world_size == 1 and record["threads_per_process"] < cores:
             print(f"note        one thread of {cores} cores in use: set OMP_NUM_THREADS={cores} to use them all")
+
+
+def _engine_in_words(found: dict[str, Any]) -> str:
+    words = [found["engine"]]
+    if found["zero_stage"] is not None:
+        words.append(f"ZeRO-{found['zero_stage']}")
+    if found["offload"]:
+        words.append(f"{' and '.join(found['offload'])} in host memory")
+    return ", ".join(words)

@@ -10,15 +10,13 @@ What differs from the stock Trainer, and why:
 - a loss or gradient that is not finite names its step, microbatch and documents.
 """
 
-import contextlib
 import math
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from isotune.data.collate import collate
@@ -29,14 +27,17 @@ from isotune.models.speedups import training_pass
 from isotune.recipe import Recipe
 from isotune.training.collectives import gather_by_number, ordered_sum
 from isotune.training.exact_gradients import ExactGradients
+from isotune.training.exchange import Exchange, ZeroExchange, poisoned
 from isotune.training.launch import Process
 from isotune.training.loader import StepLoader, documents_of
 from isotune.training.metrics import MetricsFile, peak_memory_bytes
 from isotune.training.progress import ProgressBar
 from isotune.training.randomness import seed_microbatch
+from isotune.training.saving import CheckpointingTrainer
+from isotune.training.startup import StartUp
 
 
-class PlanTrainer(Trainer):
+class PlanTrainer(CheckpointingTrainer):
     """Carries out `plan` over `train` on this launch's processes.
 
     Args:
@@ -62,7 +63,7 @@ class PlanTrainer(Trainer):
         evaluation: PreparedData | None,
         exact: bool,
         tokenizer: Any,
-        start_up: TrainerCallback,
+        start_up: StartUp,
     ) -> None:
         self.progress = ProgressBar(quiet=bool(args.disable_tqdm))
         super().__init__(  # type: ignore[call-arg]
@@ -76,15 +77,16 @@ class PlanTrainer(Trainer):
             self.remove_callback(stock)
         self.recipe = recipe
         self.process = process
+        self.set_up_checkpoints(start_up.run, start_up.data_fingerprints)
         self.plan = plan
         self.train_data = train
         self.eval_plan = eval_plan
         self.evaluation = evaluation
         self.metrics_file: MetricsFile | None = None  # opened on the main process when training begins
         self.loss_is_scaled_for_ga = True
-        self.skipped_steps = 0
         self.names = {p: name for name, p in model.named_parameters()}
         self.exact = ExactGradients(model) if exact else None
+        self.exchange = self._exchange()
         self._step: Step = plan.step(0)
         self._passes: list[dict[str, Any]] = []
         self._loss = math.nan
@@ -112,6 +114,12 @@ class PlanTrainer(Trainer):
         if self.args.fp16:
             optimizer._step_supports_amp_scaling = False
         return optimizer
+
+    def _exchange(self) -> Exchange:
+        if self.process.zero_stage is None:
+            return Exchange(self.accelerator, silent=self.exact is not None)
+        once = self.recipe.gradient_reduction == "step"
+        return ZeroExchange(self.accelerator, stage=self.process.zero_stage, once=once)
 
     def get_train_dataloader(self) -> Any:
         """This rank's share of every step."""
@@ -143,61 +151,65 @@ class PlanTrainer(Trainer):
         scaler = self.accelerator.scaler
         if self.exact is not None:
             self.exact.loss_scale = scaler.get_scale() if scaler is not None else 1.0
-        losses = {}
-        for position, one in enumerate(self._passes):
-            last = position == len(self._passes) - 1
-            loss = self._forward_backward(model, one, synchronise=last)
-            if one["weight"]:
-                losses[one["number"]] = loss
-        sums = gather_by_number(losses, len(self._step.microbatches), self.args.device)
-        self._loss = ordered_sum(sums) / self._step.supervised_tokens
+        losses: dict[int, torch.Tensor] = {}
         self._skip = False
-        for number, value in enumerate(sums):
-            if not math.isfinite(value):
-                self._nonfinite(model, "loss", number)
-                break
-        if self.exact is not None and not self._skip:
+        with self.exchange.update(model):
+            for position, one in enumerate(self._passes):
+                self._run_pass(model, one, losses, last=position == len(self._passes) - 1)
+        self.exchange.finish(model)
+        if self._skip:
+            self._discard(model)
+        elif self.exact is not None:
             self.exact.reduce(self.names)
         return torch.tensor(self._loss, device=self.args.device)
 
-    def _forward_backward(self, model: nn.Module, one: dict[str, Any], *, synchronise: bool) -> torch.Tensor:
-        """One pass; returns its summed loss. Gradients travel between ranks only where `synchronise` says so."""
+    def _run_pass(
+        self, model: nn.Module, one: dict[str, Any], losses: dict[int, torch.Tensor], *, last: bool
+    ) -> torch.Tensor:
+        """One forward and backward pass, its summed loss added to `losses`; before the last one goes back, judge them.
+
+        An engine may step in its last backward pass, so what is wrong with the losses must be known before it.
+        """
         seed_microbatch(self.recipe.seed, self._step.number, one["number"])
         # engines average gradients over the ranks, integers are added up
         shares = 1 if self.exact is not None else self.process.world_size
         factor = one["weight"] * shares / self._step.supervised_tokens
-        with self._communication(model, synchronise), training_pass(model):
+        with self.exchange.one_pass(model, last=last), training_pass(model):
             loss = model(**one["inputs"], use_cache=False).loss
-            self.accelerator.backward(loss * factor)
+            if one["weight"]:
+                losses[one["number"]] = loss.detach()
+            if last:
+                self._judge(losses)
+            self.exchange.backward(model, poisoned(loss) if self._skip else loss * factor)
         return loss.detach()
 
-    @contextlib.contextmanager
-    def _communication(self, model: nn.Module, synchronise: bool) -> Iterator[None]:
-        """One reduction an update, in its last pass; none at all where integers are reduced instead."""
-        state = self.accelerator.gradient_state
-        state._set_sync_gradients(synchronise)
-        engine_decides = self.is_deepspeed_enabled  # its boundary follows sync_gradients in accelerator.backward
-        quiet = not engine_decides and (self.exact is not None or not synchronise)
-        try:
-            with self.accelerator.no_sync(model) if quiet else contextlib.nullcontext():
-                yield
-        finally:
-            state._set_sync_gradients(True)
+    def _judge(self, losses: dict[int, torch.Tensor]) -> None:
+        """The loss of the update, from the losses of all ranks; one that is no number stops or skips the update."""
+        sums = self.gather_step(losses, len(self._step.microbatches))
+        self._loss = ordered_sum(sums) / self._step.supervised_tokens
+        broken = [number for number, value in enumerate(sums) if not math.isfinite(value)]
+        if broken:
+            self._nonfinite("loss", broken[0])
 
     # ---- numbers that are none ----
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """As the stock one; an update that is left out has nothing to clip."""
-        return math.nan if self._skip else super()._clip_grad_norm(model)
+        """As the stock one; an update that is left out has nothing to clip, and DeepSpeed has clipped already."""
+        if self._skip:
+            return math.nan
+        return self.exchange.norm if self.exchange.norm is not None else super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """As the stock one, and an update with a gradient that is not finite is stopped or skipped."""
         if self._skip:
             return math.nan
-        norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm: Any = self.exchange.norm
+        if norm is None:
+            norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self._norm = float(norm)
         if not math.isfinite(self._norm) and not self._is_overflow():
-            self._nonfinite(model, "gradient", self._find_nonfinite_gradient(model))
+            self._nonfinite("gradient", self._find_nonfinite_gradient(model))
+            self._discard(model)
         return norm
 
     def _is_overflow(self) -> bool:
@@ -206,7 +218,7 @@ class PlanTrainer(Trainer):
             return self.args.fp16
         return self.recipe.on_nonfinite == "skip" or self.accelerator.scaler.get_scale() > 1.0
 
-    def _nonfinite(self, model: nn.Module, what: str, number: int | None) -> None:
+    def _nonfinite(self, what: str, number: int | None) -> None:
         """Stop, or drop this update, as `on_nonfinite` says; every rank comes here together."""
         where = f"step {self._step.number + 1}"
         if number is not None:
@@ -219,12 +231,14 @@ class PlanTrainer(Trainer):
         self._skip = True
         self._norm = math.nan
         self.skipped_steps += 1
-        if self.exact is not None:
-            self.exact.clear()
-        # the optimizer's step then does nothing, and fp16's scaler, which fails without gradients, is not asked
-        self.accelerator.gradient_state._set_sync_gradients(False)
         if self.process.is_main:
             self.progress.say(f"skipped: the {what} of {where} is not finite")
+
+    def _discard(self, model: nn.Module) -> None:
+        """Leave the weights as they are in this update, and forget its gradients."""
+        self.exchange.discard(model)
+        if self.exact is not None:
+            self.exact.clear()
 
     def _find_nonfinite_gradient(self, model: nn.Module) -> int | None:
         """Run the passes of this update once more, one by one, to name the one whose gradient broke.
@@ -238,7 +252,7 @@ class PlanTrainer(Trainer):
             model.zero_grad()
             if self.exact is not None:
                 self.exact.clear()
-            self._forward_backward(model, one, synchronise=False)
+            self._run_pass(model, one, {}, last=False)
             finite = all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
             if self.exact is not None:
                 finite = self.exact.is_finite()
