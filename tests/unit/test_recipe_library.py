@@ -96,7 +96,7 @@ def test_a_recipes_default_is_the_engines_own_unless_it_is_meant_to_differ(engin
         for name, key in ENGINE_KEYS.items()
         if key.default is not None and key.default_from is None and key.default != engine_fields[name].default
     }
-    assert differing == {"logging_steps", "report_to", "disable_tqdm", "gradient_checkpointing"}
+    assert differing == {"logging_steps", "report_to", "disable_tqdm", "gradient_checkpointing", "save_total_limit"}
 
 
 def test_adapter_keys_are_spelled_as_in_peft_and_bitsandbytes():
