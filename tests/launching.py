@@ -50,6 +50,12 @@ class Finished:
         return [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
 
     @property
+    def collectives(self) -> list[dict[str, int]]:
+        """What each rank's counted step sent, by name, with its number of passes."""
+        files = sorted(self.run.parent.glob("collectives-*.jsonl"))
+        return [json.loads(file.read_text().splitlines()[-1]) for file in files]
+
+    @property
     def environment(self) -> dict[str, Any]:
         """environment.json."""
         return json.loads((self.run / "environment.json").read_text())
@@ -68,24 +74,60 @@ def start(
 
     `recipe` is written to a file beside the run folder `folder/run`; asserts the exit status `expect`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    run = folder / "run"
-    file = folder / "recipe.yaml"
-    file.write_text(yaml.safe_dump({"output_dir": str(run), **recipe}))
+    file = write_recipe(folder, recipe)
     command = [sys.executable, "train/sft_opt.py"]
     if processes:
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}"]
-        command = [*launcher, "--num_processes", str(processes), "--main_process_port", "0", command[1]]
-    surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", **(environment or {})}
-    done = subprocess.run(
-        [*command, "--config", str(file), *flags],
+        command = [*launcher(config, processes), command[1]]
+    done = run_command([*command, "--config", str(file), *flags], environment)
+    finished = Finished(done.returncode, done.stdout, done.stderr, folder / "run")
+    assert expect is None or done.returncode == expect, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+    return finished
+
+
+def start_together(
+    folder: Path,
+    recipes: dict[str, dict[str, Any]],
+    *,
+    processes: int = 0,
+    config: str = "ddp.yaml",
+    counted_step: int = 0,
+) -> dict[str, Finished]:
+    """Run train/sft_opt.py once for each of `recipes`, one after the other in the processes of one launch.
+
+    The run of `name` lies in `folder/name/run`. `counted_step` is the training step, from 1, whose collectives are
+    counted: `Finished.collectives` has them.
+    """
+    files = [str(write_recipe(folder / name, recipe)) for name, recipe in recipes.items()]
+    script = "tests/distributed/one_after_the_other.py"
+    command = [*launcher(config, processes), script] if processes else [sys.executable, script]
+    done = run_command([*command, "train/sft_opt.py", str(counted_step), *files])
+    assert done.returncode == 0, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+    return {name: Finished(0, done.stdout, done.stderr, folder / name / "run") for name in recipes}
+
+
+def write_recipe(folder: Path, recipe: dict[str, Any]) -> Path:
+    """`recipe` in a file of its own, with its run in `folder/run`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"output_dir": str(folder / "run"), **recipe}))
+    return file
+
+
+def launcher(config: str, processes: int) -> list[str]:
+    """`accelerate launch` with a shipped configuration, or with one at an absolute path."""
+    file = str(Path("accelerate_configs") / config)
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file]
+    return [*start, "--num_processes", str(processes), "--main_process_port", "0"]
+
+
+def run_command(command: list[str], environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command in the checkout, one thread a process, and wait for it."""
+    return subprocess.run(
+        command,
         cwd=REPOSITORY,
-        env=surroundings,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", **(environment or {})},
         capture_output=True,
         text=True,
         timeout=600,
         check=False,
     )
-    finished = Finished(done.returncode, done.stdout, done.stderr, run)
-    assert expect is None or done.returncode == expect, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
-    return finished

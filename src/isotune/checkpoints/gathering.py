@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 
 def plain_model(model: nn.Module, *, keep: bool) -> nn.Module | None:
@@ -25,6 +26,7 @@ def plain_model(model: nn.Module, *, keep: bool) -> nn.Module | None:
         A `PreTrainedModel` or `PeftModel` for `save_and_verify`: of an adapter's copy only the trained tensors exist.
         None where `keep` is False.
     """
+    reshard(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not any(_in_shares(p) or _has_master(p) for p in trained.values()):
         return model if keep else None
@@ -35,6 +37,13 @@ def plain_model(model: nn.Module, *, keep: bool) -> nn.Module | None:
             tensors[name] = whole.detach().to("cpu", copy=True)
         del whole
     return _copy_with(model, tensors) if keep else None
+
+
+def reshard(model: nn.Module) -> None:
+    """FSDP2 leaves the outermost weights whole after a forward pass that no backward pass follows: share them again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _in_shares(parameter: Any) -> bool:
@@ -52,7 +61,7 @@ def _whole(parameter: Any) -> torch.Tensor:
         return parameter.full_tensor()
     if hasattr(parameter, "ds_tensor"):
         return parameter._z3_optimizer.get_full_hp_param(parameter)
-    return parameter.get_full_hp_param()
+    return parameter.get_full_hp_param() if _has_master(parameter) else parameter
 
 
 def _copy_with(model: Any, tensors: dict[str, torch.Tensor]) -> nn.Module:

@@ -123,11 +123,18 @@ def _whole_weights() -> Iterator[None]:
     from transformers.integrations import deepspeed as integration
 
     announced = integration._hf_deepspeed_config_weak_ref
-    integration.unset_hf_deepspeed_config()
+    load_whole_models()
     try:
         yield
     finally:
         integration._hf_deepspeed_config_weak_ref = announced
+
+
+def load_whole_models() -> None:
+    """From here on a model that is loaded is whole, on the rank that loads it: transformers forgets about ZeRO-3."""
+    from transformers.integrations import deepspeed as integration
+
+    integration.unset_hf_deepspeed_config()
 
 
 def _four_bit(recipe: Recipe, device: torch.device) -> Any:

@@ -13,7 +13,7 @@ from isotune.data.plan import Plan
 from isotune.data.preparation import PreparationSettings, PreparedData, prepare
 from isotune.errors import UserError
 from isotune.models.adapters import add_adapters
-from isotune.models.loading import is_made_here, load_causal_lm, load_config
+from isotune.models.loading import is_made_here, load_causal_lm, load_config, load_whole_models
 from isotune.models.packed_attention import set_packed_attention
 from isotune.models.speedups import enable_speedups
 from isotune.models.supervised_loss import install_supervised_loss
@@ -148,6 +148,7 @@ def save(recipe: Recipe, run: RunFolder, trainer: PlanTrainer, tokenizer: Any) -
     report = None
     inner: Any = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     model: Any = plain_model(inner, keep=trainer.process.is_main)
+    load_whole_models()  # to be reopened, and to answer the sample question
     if model is not None:
         if recipe.tune != "full" and is_made_here(recipe):
             base = load_causal_lm(recipe, load_config(recipe), torch.device("cpu"))

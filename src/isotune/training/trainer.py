@@ -19,6 +19,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from isotune.checkpoints.gathering import reshard
 from isotune.data.collate import collate
 from isotune.data.plan import Plan, Step, assign
 from isotune.data.preparation import PreparedData
@@ -316,6 +317,7 @@ class PlanTrainer(CheckpointingTrainer):
             if microbatch.weight:
                 losses[microbatch.number] = loss
         model.train(mode)
+        reshard(model)
         sums = gather_by_number(losses, len(step.microbatches), self.args.device)
         loss = ordered_sum(sums) / step.supervised_tokens
         found = {

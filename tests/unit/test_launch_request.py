@@ -1,0 +1,193 @@
+"""A launch that became another one, or whose files contradict the recipe, is refused with the key and the file."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.launching import REPOSITORY, TINY
+
+from isotune.errors import UserError
+from isotune.recipe import Recipe
+from isotune.training.deepspeed_config import complete, find_file, offloaded, read_deepspeed_config, stage_of
+from isotune.training.launcher import Request, _launch_arguments, check_launch
+
+ONE = {"WORLD_SIZE": "1"}
+
+
+def recipe(**values) -> Recipe:
+    return Recipe.from_values(**{**TINY, "output_dir": "runs/unused", **values})
+
+
+def zero(stage: int = 2, **more) -> dict:
+    return {"zero_optimization": {"stage": stage}, **more}
+
+
+def refusal(config: dict, **values) -> str:
+    with pytest.raises(UserError) as refused:
+        complete(config, recipe(**values), 2, "zero2.json")
+    return str(refused.value)
+
+
+def test_everything_left_open_comes_from_the_recipe():
+    config = complete(zero(bf16={"enabled": "auto"}), recipe(bf16=True, max_grad_norm=0.7), 3, "zero2.json")
+    assert config["gradient_clipping"] == 0.7, "absent, DeepSpeed would clip nothing"
+    assert config["bf16"]["enabled"] is True and config["fp16"]["enabled"] is False
+    assert (config["train_batch_size"], config["gradient_accumulation_steps"]) == (3, 1)
+    assert "auto" not in json.dumps(config)
+
+
+def test_every_shipped_file_is_complete_with_numbers_for_its_buckets():
+    for file in sorted((REPOSITORY / "ds_configs").glob("*.json")):
+        config = complete(json.loads(file.read_text()), recipe(), 2, file.name)
+        assert all(isinstance(v, int) for k, v in config["zero_optimization"].items() if "bucket_size" in k)
+        assert config["zero_force_ds_cpu_optimizer"] is False
+        assert str(stage_of(config)) in file.name
+        assert bool(offloaded(config)) is ("offload" in file.name)
+
+
+@pytest.mark.parametrize(
+    ("config", "values", "sentence"),
+    [
+        (
+            zero(gradient_clippping=1.0),
+            {},
+            "zero2.json: 'gradient_clippping' is not a key of DeepSpeed's: did you mean 'gradient_clipping'?",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_bucket_sise": 5}},
+            {},
+            "'zero_optimization.reduce_bucket_sise' is not a key of DeepSpeed's: did you mean 'reduce_bucket_size'?",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"devise": "cpu"}}},
+            {},
+            "'zero_optimization.offload_param.devise' is not a key of DeepSpeed's: did you mean 'device'?",
+        ),
+        (zero(gradient_clipping=0.5), {}, "says gradient_clipping: 0.5, and the recipe max_grad_norm: 1: say"),
+        (zero(bf16={"enabled": True}), {}, "says bf16.enabled: true, and the recipe bf16: false: say"),
+        (zero(fp16={"enabled": False}), {"fp16": True}, "says fp16.enabled: false, and the recipe fp16: true: say"),
+        (zero(torch_autocast={"enabled": True}), {}, "enables torch_autocast, and the recipe says the precision"),
+        (zero(train_batch_size=8), {}, "says train_batch_size: 8, and a step sees global_batch_size rows"),
+        (zero(gradient_accumulation_steps=4), {}, "says gradient_accumulation_steps: 4, and the plan lays out"),
+        (zero(optimizer={"type": "AdamW"}), {}, "has a section 'optimizer', and the recipe says optim, learning_rate"),
+        (zero(scheduler={"type": "WarmupLR"}), {}, "has a section 'scheduler', and the recipe says lr_scheduler_type"),
+        (zero(tensor_parallel={"autotp_size": 2}), {}, "asks for tensor_parallel, and processes here share data only"),
+        ({"bf16": {"enabled": "auto"}}, {}, "has no zero_optimization: say at least"),
+        (zero(stage=7), {}, "zero2.json: zero_optimization.stage is 7: "),
+        ({"zero_optimization": True}, {}, "zero_optimization is true: it takes a section of keys"),
+    ],
+)
+def test_a_wrong_or_contradicting_key_is_named_with_its_file(config, values, sentence):
+    said = refusal(config, **values)
+    assert sentence in said and said.count("\n") == 0 and "zero2.json" in said
+
+
+def read(file: str, fields: str = "") -> dict:
+    given = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": file, "ACCELERATE_CONFIG_DS_FIELDS": fields}
+    return read_deepspeed_config(recipe(), 2, given)
+
+
+def test_a_missing_broken_or_doubled_file_is_one_sentence(tmp_path: Path):
+    with pytest.raises(UserError, match=r"deepspeed_config_file 'ds_configs/zero9\.json' does not exist, neither here"):
+        read("ds_configs/zero9.json")
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"zero_optimization": {\n  "stage": 2,,\n}}')
+    with pytest.raises(UserError, match=r"broken\.json, line 2, is not JSON"):
+        read(str(broken))
+    broken.write_text('{"zero_optimization": {"stage": 2, "stage": 3}}')
+    with pytest.raises(UserError, match=r"broken\.json says stage twice"):
+        read(str(broken))
+    broken.write_text("[]")
+    with pytest.raises(UserError, match=r"broken\.json is not a JSON object"):
+        read(str(broken))
+
+
+def test_what_stands_beside_the_file_in_accelerates_configuration_is_refused():
+    with pytest.raises(UserError, match=r"says gradient_clipping, and so may .*zero2\.json: take it out of the first"):
+        read(str(REPOSITORY / "ds_configs/zero2.json"), "deepspeed_config_file,gradient_clipping")
+
+
+def test_the_file_is_found_from_another_folder_beside_the_script(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [str(REPOSITORY / "train/sft_opt.py")])
+    assert find_file("ds_configs/zero2.json") == REPOSITORY / "ds_configs/zero2.json"
+
+
+def test_without_a_file_accelerates_own_keys_say_the_same():
+    given = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}
+    config = read_deepspeed_config(recipe(), 2, given)
+    assert stage_of(config) == 3 and offloaded(config) == ["param"] and config["gradient_clipping"] == 1.0
+    with pytest.raises(UserError, match=r"the accelerate configuration says gradient_clipping: 0\.3"):
+        read_deepspeed_config(recipe(), 2, {**given, "ACCELERATE_GRADIENT_CLIPPING": "0.3"})
+    with pytest.raises(UserError, match="says gradient_accumulation_steps: 4"):
+        read_deepspeed_config(recipe(), 2, {**given, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"})
+
+
+def asked(engine: str = "DDP", processes: int | None = 2, on_cpu: bool = False, **written) -> Request:
+    return Request("mine.yaml", engine, processes, on_cpu, written)
+
+
+def test_a_launch_that_is_what_was_asked_passes():
+    check_launch(asked(), recipe(), {"WORLD_SIZE": "2"})
+    check_launch(None, recipe(), {})
+    check_launch(asked("DeepSpeed"), recipe(), {"WORLD_SIZE": "2", "ACCELERATE_USE_DEEPSPEED": "true"})
+    check_launch(asked(), recipe(bf16=True), {"WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "bf16"})
+
+
+@pytest.mark.parametrize(
+    ("request_", "environment", "values", "sentence"),
+    [
+        (asked(on_cpu=True), ONE, {}, r"2 processes were asked \(num_processes\) and 1 started: --cpu, use_cpu: true"),
+        (asked("plain"), ONE, {}, "2 processes were asked .* 1 started: mine.yaml is for one process"),
+        (asked("DeepSpeed"), {"WORLD_SIZE": "2"}, {}, "mine.yaml asks for DeepSpeed, and accelerate started a plain"),
+        (asked("FSDP"), ONE, {}, "mine.yaml asks for FSDP, and accelerate started a plain process"),
+        (
+            asked(),
+            {"WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "bf16"},
+            {},
+            r"mine.yaml: mixed_precision \(bf16\) and the recipe \(neither bf16 nor fp16\) contradict each other",
+        ),
+        (
+            asked(),
+            {"WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "fp16"},
+            {"bf16": True},
+            r"mixed_precision \(fp16\) and the recipe \(bf16: true\) contradict each other",
+        ),
+        (
+            asked("DeepSpeed", deepspeed_config={"zero_stagee": 2}),
+            {"WORLD_SIZE": "2", "ACCELERATE_USE_DEEPSPEED": "true"},
+            {},
+            "mine.yaml: deepspeed_config has no key 'zero_stagee': did you mean 'zero_stage'?",
+        ),
+        (
+            asked("FSDP", fsdp_config={"fsdp_reshard_after_forwards": True}),
+            {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"},
+            {},
+            "fsdp_config has no key 'fsdp_reshard_after_forwards': did you mean 'fsdp_reshard_after_forward'?",
+        ),
+        (
+            asked(rdzv_backend="c10d"),
+            {"WORLD_SIZE": "2"},
+            {},
+            "mine.yaml: rdzv_backend has no effect in a file: give it to accelerate launch as the flag --rdzv_backend",
+        ),
+    ],
+)
+def test_a_launch_that_became_another_one_is_refused(request_, environment, values, sentence):
+    with pytest.raises(UserError, match=sentence):
+        check_launch(request_, recipe(**values), environment)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["python", "/x/bin/accelerate", "launch", "--num_processes", "2", "s.py"],
+        ["python", "-m", "accelerate.commands.launch", "--num_processes", "2", "s.py"],
+        ["python", "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2", "s.py"],
+        ["/x/bin/accelerate-launch", "--num_processes", "2", "s.py"],
+    ],
+)
+def test_the_launchers_command_line_is_known_in_each_of_its_spellings(command):
+    assert _launch_arguments(command) == ["--num_processes", "2", "s.py"]
+    assert _launch_arguments(["torchrun", "--nproc_per_node", "2", "s.py"]) is None
+    assert _launch_arguments(["bash"]) is None
