@@ -21,6 +21,8 @@ from isotune.recipe import Recipe
 from isotune.training.deepspeed_config import INLINE, read_deepspeed_config, stage_of
 from isotune.training.launcher import check_launch, read_request
 
+AFTER_THE_WATCHDOG_SECONDS = 60
+
 
 @dataclass(frozen=True)
 class Process:
@@ -101,7 +103,8 @@ def start_process(recipe: Recipe) -> Process:
 
 
 def _make_state(recipe: Recipe, world_size: int, *, deepspeed: bool, fsdp: bool, on_cpu: bool) -> PartialState:
-    limit = {"timeout": timedelta(seconds=recipe.training_arguments["ddp_timeout"])}
+    # the watchdog, which can name the rank that hangs, comes first
+    limit = {"timeout": timedelta(seconds=recipe.training_arguments["ddp_timeout"] + AFTER_THE_WATCHDOG_SECONDS)}
     if not on_cpu:
         return PartialState(**limit) if "LOCAL_RANK" in os.environ else PartialState()
     if deepspeed:

@@ -145,6 +145,7 @@ def save(recipe: Recipe, run: RunFolder, trainer: PlanTrainer, tokenizer: Any) -
     The base of an adapter that exists nowhere else, because it was made at random, is written beside it.
     """
     trainer.accelerator.wait_for_everyone()
+    trainer.watchdog.stop()
     report = None
     inner: Any = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     model: Any = plain_model(inner, keep=trainer.process.is_main)

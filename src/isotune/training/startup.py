@@ -38,6 +38,7 @@ class StartUp(TrainerCallback):
         isolation = check_isolation(
             trainer.model_wrapped, config.vocab_size, args.device, compute_dtype(self.run.recipe)
         )
+        trainer.watchdog.start()
         if not trainer.process.is_main:
             return
         record = {

@@ -36,6 +36,7 @@ from isotune.training.progress import ProgressBar
 from isotune.training.randomness import seed_microbatch
 from isotune.training.saving import CheckpointingTrainer
 from isotune.training.startup import StartUp
+from isotune.training.watchdog import Watchdog
 
 
 class PlanTrainer(CheckpointingTrainer):
@@ -88,6 +89,7 @@ class PlanTrainer(CheckpointingTrainer):
         self.names = {p: name for name, p in model.named_parameters()}
         self.exact = ExactGradients(model) if exact else None
         self.exchange = self._exchange()
+        self.watchdog = Watchdog(recipe.training_arguments["ddp_timeout"])
         self._step: Step = plan.step(0)
         self._passes: list[dict[str, Any]] = []
         self._loss = math.nan
@@ -182,6 +184,7 @@ class PlanTrainer(CheckpointingTrainer):
             if last:
                 self._judge(losses)
             self.exchange.backward(model, poisoned(loss) if self._skip else loss * factor)
+        self.watchdog.progress(f"step {self._step.number + 1}")
         return loss.detach()
 
     def _judge(self, losses: dict[int, torch.Tensor]) -> None:
@@ -316,6 +319,7 @@ class PlanTrainer(CheckpointingTrainer):
             loss = model(**inputs, use_cache=False).loss
             if microbatch.weight:
                 losses[microbatch.number] = loss
+            self.watchdog.progress(f"the evaluation after step {self.state.global_step}")
         model.train(mode)
         reshard(model)
         sums = gather_by_number(losses, len(step.microbatches), self.args.device)

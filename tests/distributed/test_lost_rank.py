@@ -1,0 +1,75 @@
+"""A rank that dies or hangs takes the launch down, within a bound and with a status that is not zero."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.launching import REPOSITORY, TINY, launcher, write_recipe
+
+ENDLESS = {**TINY, "max_steps": 100_000, "save_strategy": "no", "tune": "lora"}
+
+
+def rank_of(recipe: Path, rank: int) -> int:
+    """The process id of a rank of the launch that runs this recipe."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+            environment = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(recipe).encode() in command and f"RANK={rank}".encode() in environment:
+            return int(folder.name)
+    raise AssertionError(f"rank {rank} is not there")
+
+
+def lose_rank_1(folder: Path, how: signal.Signals, flags: list[str], limit_seconds: float) -> tuple[int, str]:
+    """Start two ranks, send `how` to rank 1 when both train; returns the launch's status and what it printed."""
+    recipe = write_recipe(folder, ENDLESS)
+    with (folder / "said.txt").open("w") as said:
+        launch = subprocess.Popen(
+            [*launcher("ddp.yaml", 2), "train/sft_opt.py", "--config", str(recipe), *flags],
+            cwd=REPOSITORY,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
+            stdout=said,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            metrics = folder / "run" / "metrics.jsonl"
+            for _ in range(600):
+                if metrics.is_file() and len(metrics.read_text().splitlines()) > 2:
+                    break
+                assert launch.poll() is None, (folder / "said.txt").read_text()
+                time.sleep(0.1)
+            lost = rank_of(recipe, 1)
+            os.kill(lost, how)
+            status = launch.wait(timeout=limit_seconds)
+        finally:
+            launch.kill()
+    for _ in range(50):
+        if not Path(f"/proc/{lost}/cmdline").is_file() or not Path(f"/proc/{lost}/cmdline").read_bytes():
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("the lost rank is still there")
+    return status, (folder / "said.txt").read_text()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the rank in /proc")
+def test_a_rank_that_dies_ends_the_launch_and_is_named(tmp_path: Path):
+    status, said = lose_rank_1(tmp_path, signal.SIGKILL, [], limit_seconds=45)
+    assert status != 0
+    assert "rank      : 1" in said and "SIGKILL" in said
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the rank in /proc")
+def test_a_rank_that_hangs_is_named_and_everybody_ends_within_the_bound(tmp_path: Path):
+    # the launcher gives a stopped process another 30 s before it kills it
+    status, said = lose_rank_1(tmp_path, signal.SIGSTOP, ["--ddp_timeout", "8"], limit_seconds=8 + 30 + 20)
+    assert status != 0
+    assert "error: no rank has made progress for 8 s (ddp_timeout): rank 1 hangs in step" in said
