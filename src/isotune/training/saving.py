@@ -20,6 +20,7 @@ from transformers import Trainer, TrainingArguments
 
 from isotune.checkpoints.engine_state import EngineState, OptimizerNumbers
 from isotune.checkpoints.flat_tensors import host_copy, read_tensors
+from isotune.checkpoints.gathering import reshard
 from isotune.checkpoints.manifest import Manifest
 from isotune.checkpoints.store import CheckpointStore, name_of
 from isotune.checkpoints.writer import TENSORS, CheckpointWriter, Snapshot
@@ -212,7 +213,9 @@ class CheckpointingTrainer(Trainer):
     def _engine_state(self) -> EngineState:
         wrapped: Any = self.model_wrapped
         optimizer = wrapped.optimizer if self.is_deepspeed_enabled else getattr(self.optimizer, "optimizer", None)
-        return state_of(self.accelerator.unwrap_model(wrapped), optimizer)
+        model = self.accelerator.unwrap_model(wrapped)
+        reshard(model)  # an evaluation may have left parameters whole that the optimizer knows in shares
+        return state_of(model, optimizer)
 
     # ---- reading ----
 

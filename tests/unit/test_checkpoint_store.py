@@ -1,0 +1,198 @@
+"""A checkpoint is resumed from only if every byte is what its manifest says, and goes only when a later one is valid."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from isotune.checkpoints.flat_tensors import FlatTensor
+from isotune.checkpoints.manifest import MANIFEST, InvalidCheckpoint, Manifest, replace_file, verify
+from isotune.checkpoints.store import CheckpointStore, find_checkpoint
+from isotune.checkpoints.writer import CheckpointWriter, Snapshot
+
+
+def manifest(step: int, best: int | None = None) -> Manifest:
+    return Manifest(
+        step=step,
+        world_size=1,
+        engine="Model",
+        recipe_fingerprint="f",
+        recipe={"seed": 1},
+        data_fingerprints={"train": "d"},
+        versions={"torch": "2"},
+        best_step=best,
+        best_metric=None,
+    )
+
+
+def write(store: CheckpointStore, step: int, best: int | None = None) -> Path:
+    writer = CheckpointWriter(store, lambda folder, manifest: None)
+    tensors = {"model/w": FlatTensor.whole(torch.full((1000,), float(step)))}
+    writer.start(Snapshot(tensors, {"state.json": json.dumps({"step": step})}, manifest(step, best)))
+    writer.wait()
+    return store.path / f"step-{step:08d}"
+
+
+@pytest.fixture
+def store(tmp_path) -> CheckpointStore:
+    store = CheckpointStore(tmp_path / "checkpoints", limit=10)
+    write(store, 1)
+    write(store, 2)
+    return store
+
+
+def names(store: CheckpointStore) -> list[str]:
+    return sorted(path.name for path in store.path.iterdir())
+
+
+def test_what_was_written_verifies_and_nothing_else_lies_there(store):
+    assert names(store) == ["step-00000001", "step-00000002"]
+    found = store.newest_valid()
+    assert found.folder == store.path / "step-00000002" and not found.passed_over
+    assert found.manifest is not None
+    listed = {file.name for file in found.manifest.files}
+    there = {path.relative_to(found.folder).as_posix() for path in found.folder.rglob("*") if path.is_file()}
+    assert there == listed | {MANIFEST}
+
+
+def _truncate(folder: Path) -> None:
+    file = next((folder / "tensors").iterdir())
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _flip(folder: Path) -> None:
+    file = next((folder / "tensors").iterdir())
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def _flip_state(folder: Path) -> None:
+    (folder / "state.json").write_text((folder / "state.json").read_text().replace("2", "3"))
+
+
+def _lose_shard(folder: Path) -> None:
+    next((folder / "tensors").iterdir()).unlink()
+
+
+def _lose_manifest(folder: Path) -> None:
+    (folder / MANIFEST).unlink()
+
+
+def _half_manifest(folder: Path) -> None:
+    (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:100])
+
+
+def _edit_manifest(folder: Path) -> None:
+    (folder / MANIFEST).write_text((folder / MANIFEST).read_text().replace('"seed": 1', '"seed": 2'))
+
+
+def _add_shard(folder: Path) -> None:
+    file = next((folder / "tensors").iterdir())
+    shutil.copy(file, file.with_name("shard-00002-model-00001-of-00001.safetensors"))
+
+
+FAULTS = [
+    (_truncate, r"has \d+ bytes and not \d+"),
+    (_flip, "is not what was written"),
+    (_flip_state, "state.json is not what was written"),
+    (_lose_shard, "is missing"),
+    (_lose_manifest, "has no MANIFEST.json"),
+    (_half_manifest, "MANIFEST.json is broken"),
+    (_edit_manifest, "MANIFEST.json was changed"),
+    (_add_shard, "does not belong to it"),
+]
+
+
+@pytest.mark.parametrize(("harm", "why"), FAULTS, ids=lambda value: getattr(value, "__name__", None))
+def test_a_harmed_checkpoint_is_passed_over_with_the_reason_and_the_one_before_it_taken(store, harm, why):
+    newest = store.path / "step-00000002"
+    harm(newest)
+    found = store.newest_valid()
+    assert found.folder == store.path / "step-00000001"
+    ((passed, reason),) = found.passed_over
+    assert passed == newest
+    with pytest.raises(InvalidCheckpoint, match=why):
+        verify(newest)
+    with pytest.raises(InvalidCheckpoint, match=why):
+        find_checkpoint(newest)
+    assert reason
+
+
+def test_nothing_is_chosen_where_nothing_is_whole(store):
+    for folder in store.folders():
+        _lose_manifest(folder)
+    found = store.newest_valid()
+    assert found.folder is None and len(found.passed_over) == 2
+
+
+def test_a_folder_that_was_being_written_is_no_checkpoint_and_is_cleaned_up(store):
+    staging = store.stage(3)
+    (staging / "half").write_text("")
+    assert store.newest_valid().folder == store.path / "step-00000002"
+    store.clean()
+    assert names(store) == ["step-00000001", "step-00000002"]
+
+
+def test_a_replacement_that_was_killed_half_way_is_undone(store):
+    (store.path / "step-00000002").rename(store.path / ".step-00000002.before")
+    store.clean()
+    assert store.newest_valid().folder == store.path / "step-00000002"
+    verify(store.path / "step-00000002")
+
+
+def test_a_step_that_is_written_again_takes_the_place_of_the_first(store):
+    before = verify(store.path / "step-00000002")
+    writer = CheckpointWriter(store, lambda folder, manifest: None)
+    writer.start(Snapshot({"model/w": FlatTensor.whole(torch.ones(3))}, {}, manifest(2)))
+    writer.wait()
+    assert verify(store.path / "step-00000002") != before
+    assert names(store) == ["step-00000001", "step-00000002"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "kept"), [(1, None, [4]), (2, None, [3, 4]), (2, 1, [1, 4]), (3, 1, [1, 3, 4]), (1, 1, [1, 4])]
+)
+def test_the_newest_and_the_best_are_kept_under_the_limit(tmp_path, limit, best, kept):
+    store = CheckpointStore(tmp_path, limit)
+    for step in (1, 2, 3, 4):
+        write(store, step, best)
+    assert names(store) == [f"step-{step:08d}" for step in kept]
+
+
+def test_no_checkpoint_is_removed_before_the_next_one_is_valid(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path, limit=1)
+    write(store, 1)
+    valid_at_removal = []
+    remove = shutil.rmtree
+    monkeypatch.setattr(
+        shutil, "rmtree", lambda path, **how: (valid_at_removal.append(store.newest_valid().folder), remove(path, **how))
+    )
+    write(store, 2)
+    assert valid_at_removal and all(folder is not None for folder in valid_at_removal)
+    assert names(store) == ["step-00000002"]
+
+
+def test_checkpoints_of_an_abandoned_life_go_first(tmp_path):
+    store = CheckpointStore(tmp_path, limit=2)
+    for step in (1, 9):
+        write(store, step)
+    write(store, 2)
+    assert names(store) == ["step-00000001", "step-00000002"]
+
+
+def test_a_file_is_replaced_at_one_stroke(tmp_path):
+    file = tmp_path / "status.json"
+    replace_file(file, "one")
+    replace_file(file, "two")
+    assert file.read_text() == "two" and names(CheckpointStore(tmp_path)) == ["status.json"]
+
+
+def test_a_manifest_of_another_format_is_refused(store):
+    folder = store.path / "step-00000002"
+    dataclasses.replace(verify(folder), format=99).write(folder)
+    with pytest.raises(InvalidCheckpoint, match="its format is 99"):
+        verify(folder)

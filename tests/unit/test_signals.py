@@ -1,0 +1,97 @@
+"""Signals set a flag, a second interrupt ends the process, and status.json says how a run ended."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from isotune.errors import Preempted, RunFault, UserError
+from isotune.training.launch import Process
+from isotune.training.preemption import SAME_KEYSTROKE_SECONDS, RunStatus, StopRequest, supervised
+
+LISTENER = """
+import signal, sys, time
+from isotune.training.preemption import SIGNALS, stop_request
+for number in SIGNALS:
+    signal.signal(number, stop_request.hear)
+print("ready", flush=True)
+while True:
+    time.sleep(0.01)
+    if stop_request.by:
+        heard, stop_request.by = stop_request.by, None
+        print(heard, flush=True)
+"""
+
+
+class Run:
+    """What `supervised` needs of a run folder."""
+
+    def __init__(self, path):
+        self.path = path
+        self.status = None
+
+
+def process(rank: int = 0) -> Process:
+    import torch
+
+    return Process(rank, 1, rank, torch.device("cpu"), deepspeed=False, fsdp=False)
+
+
+def test_an_interrupt_and_its_echo_are_one_and_a_second_one_ends_the_process():
+    listener = subprocess.Popen([sys.executable, "-c", LISTENER], stdout=subprocess.PIPE, text=True)
+    assert listener.stdout is not None and listener.stdout.readline() == "ready\n"
+    for _ in range(2):  # the terminal's, and the launcher's echo
+        listener.send_signal(signal.SIGINT)
+        assert listener.stdout.readline() == "SIGINT\n"
+    listener.send_signal(signal.SIGTERM)
+    assert listener.stdout.readline() == "SIGTERM\n"
+    time.sleep(SAME_KEYSTROKE_SECONDS + 0.1)
+    listener.send_signal(signal.SIGINT)
+    assert listener.wait(10) == -signal.SIGINT
+
+
+def test_the_first_signal_is_the_one_that_is_remembered():
+    request = StopRequest()
+    request.hear(signal.SIGUSR1)
+    request.hear(signal.SIGTERM)
+    assert request.by == "SIGUSR1"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "number"),
+    [
+        (None, "finished", 0),
+        (Preempted("stopped after step 3"), "preempted", 75),
+        (UserError("no room"), "failed", 2),
+        (RunFault("not finite"), "failed", 1),
+        (MemoryError("gone"), "failed", 1),
+    ],
+)
+def test_status_json_says_how_a_run_ended(tmp_path, error, status, number):
+    run = Run(tmp_path)
+
+    def body() -> None:
+        with supervised(run, process()):  # type: ignore[arg-type]
+            run.status.reached(3)
+            assert json.loads((tmp_path / "status.json").read_text())["status"] == "running"
+            if error is not None:
+                raise error
+
+    if error is None:
+        body()
+    else:
+        with pytest.raises(type(error)):
+            body()
+    found = json.loads((tmp_path / "status.json").read_text())
+    assert (found["status"], found["exit_status"], found["step"]) == (status, number, 3)
+    assert found["message"] == (str(error) if error else None)
+    assert signal.getsignal(signal.SIGUSR1) is not None and "hear" not in repr(signal.getsignal(signal.SIGUSR1))
+
+
+def test_other_ranks_and_folders_that_are_not_there_are_left_alone(tmp_path):
+    RunStatus(tmp_path, is_main=False).reached(1)
+    RunStatus(tmp_path / "absent", is_main=True).reached(1)
+    assert not list(tmp_path.iterdir())
