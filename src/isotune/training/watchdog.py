@@ -63,7 +63,7 @@ class Watchdog:
         pause = min(self.timeout_seconds / _LOOKS_PER_TIMEOUT, _LONGEST_PAUSE_SECONDS)
         beats = 0
         others = [_Seen() for _ in range(world_size)]
-        while not self._stopped.wait(pause):
+        while True:
             beats += 1
             try:
                 store.set(str(rank), f"{beats} {self._done} {self._place}")
@@ -76,6 +76,8 @@ class Watchdog:
             if now - max(seen.moved for seen in others) > self.timeout_seconds:
                 silent = [now - seen.alive > max(3 * pause, self.timeout_seconds / 2) for seen in others]
                 self._end(self._sentence(others, silent))
+                return
+            if self._stopped.wait(pause):
                 return
 
     def _sentence(self, ranks: "list[_Seen]", silent: list[bool]) -> str:
