@@ -16,7 +16,9 @@ faster and, where scores reach 20, four to seven times further from the truth th
 again from the same seed (recomputation: Chen et al. 2016; Dao et al. 2022, arXiv:2205.14135).
 """
 
-from collections.abc import Iterator
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -25,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from isotune.models.dropout import draw_seed, keep_mask, mask_generator, masked, quantised_drop
 
-QUERIES_PER_BLOCK = 96  # of 48 to 256, the fastest for documents of some hundred tokens
+QUERIES_PER_BLOCK = 128  # of 64 to 256, as fast as any and the least memory
 
 
 def document_attention(
@@ -70,9 +72,9 @@ class _DocumentAttention(torch.autograd.Function):
         by_head = out.transpose(1, 2)[0]
         for document in _spans(bounds):
             q, k, v = (t[0, :, document].contiguous() for t in (query, key, value))
-            scores = _Scores(q, k, scale, causal)
+            scores = _Scores(q, k, v.dtype, scale, causal)
             for rows, seen in _blocks(q.shape[1], causal):
-                weights = scores.softmax(rows, seen).to(v.dtype)
+                weights = scores.softmax(rows, seen)
                 product = torch.bmm(drop(weights, drop.next_mask(weights)), v[:, :seen])
                 here = slice(document.start + rows.start, document.start + rows.stop)
                 by_head[:, here] = product.view(q.shape[0], -1, v.shape[2])
@@ -88,14 +90,16 @@ class _DocumentAttention(torch.autograd.Function):
         drop = _WeightDropout(ctx.dropout, ctx.seed)
         for document in _spans(ctx.bounds):
             q, k, v, upstream = (t[0, :, document].contiguous() for t in (query, key, value, grad_by_head))
-            scores = _Scores(q, k, ctx.scale, ctx.causal)
+            scores = _Scores(q, k, v.dtype, ctx.scale, ctx.causal)
+            gradients = _Workspace()
             key_sum, value_sum = torch.zeros_like(_in_fp32(k)), torch.zeros_like(_in_fp32(v))
             for rows, seen in _blocks(q.shape[1], ctx.causal):
-                weights = scores.softmax(rows, seen).to(v.dtype)
+                weights = scores.softmax(rows, seen)
                 mask = drop.next_mask(weights)
                 out_grad = _by_key_head(upstream, rows, len(k))
                 value_sum[:, :seen] += torch.bmm(drop(weights, mask).transpose(1, 2), out_grad)
-                weight_grad = drop(torch.bmm(out_grad, v[:, :seen].transpose(1, 2)), mask)
+                held = gradients.like(weights)
+                weight_grad = drop(torch.bmm(out_grad, v[:, :seen].contiguous().transpose(1, 2), out=held), mask)
                 score_grad = torch.ops.aten._softmax_backward_data(weight_grad, weights, -1, weights.dtype)
                 query_grad = torch.bmm(score_grad, k[:, :seen]).view(len(q), -1, q.shape[2])
                 here = slice(document.start + rows.start, document.start + rows.stop)
@@ -147,21 +151,60 @@ def _laid_out_by_token(like: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(like.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
+class _Workspace:
+    """Memory for one tensor of a document at a time: blocks of many megabytes would be fresh pages every time."""
+
+    def __init__(self) -> None:
+        self.held = torch.empty(0)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialised; what was given before is overwritten."""
+        elements = math.prod(shape)
+        if self.held.dtype != dtype or self.held.numel() < elements:
+            self.held = torch.empty(elements, dtype=dtype)
+        return self.held[:elements].view(*shape)
+
+    def like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`empty` of another tensor's shape and type."""
+        return self.empty(tensor.shape, tensor.dtype)
+
+
 class _Scores:
     """Attention weights of one document, a block of queries at a time."""
 
-    def __init__(self, query: torch.Tensor, key: torch.Tensor, scale: float, causal: bool) -> None:
+    def __init__(
+        self, query: torch.Tensor, key: torch.Tensor, dtype: torch.dtype, scale: float, causal: bool
+    ) -> None:
         # fp32 from the product on: rounded to bf16, a score of 20 would be off by up to 0.06
-        self.queries = _in_fp32(query) * scale
-        self.keys = _in_fp32(key).transpose(1, 2)
-        self.causal = causal
+        self.queries = _in_fp32(query)
+        self.keys = _in_fp32(key.transpose(1, 2).contiguous())
+        self.dtype, self.scale, self.causal = dtype, scale, causal
+        # numbers that came from bf16 may go through bf16 units: their products are exact, and are added up in fp32
+        self.units = _bf16_units if query.dtype == torch.bfloat16 else contextlib.nullcontext
         side = min(QUERIES_PER_BLOCK, query.shape[1])
         self.future = torch.full((side, side), -torch.inf, dtype=self.queries.dtype).triu_(1)
+        self.scores, self.weights = _Workspace(), _Workspace()
 
     def softmax(self, rows: slice, seen: int) -> torch.Tensor:
-        """Weights [key_heads, group * rows, seen] in fp32 (fp64 for fp64 inputs)."""
-        scores = torch.bmm(_by_key_head(self.queries, rows, len(self.keys)), self.keys[:, :, :seen])
+        """Weights [key_heads, group * rows, seen] of a block, overwritten by those of the next."""
+        queries = _by_key_head(self.queries, rows, len(self.keys))
+        scores = self.scores.empty((*queries.shape[:2], seen), queries.dtype)
+        with self.units():
+            torch.bmm(queries, self.keys[:, :, :seen], out=scores)
+        scores.mul_(self.scale)
         if self.causal:
             count = rows.stop - rows.start
             scores.view(len(scores), -1, count, seen)[..., rows.start :] += self.future[:count, :count]
-        return torch.softmax(scores, dim=-1)
+        torch.softmax(scores, dim=-1, out=scores)
+        return scores if scores.dtype == self.dtype else self.weights.empty(scores.shape, self.dtype).copy_(scores)
+
+
+@contextlib.contextmanager
+def _bf16_units() -> Iterator[None]:
+    """Within it oneDNN may round the inputs of fp32 products to bf16; on the processors that have such units it does."""
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before

@@ -21,7 +21,7 @@ from isotune.errors import UserError
 # times as fast while its slice stays in the cache. A weight gradient wants wider products.
 POSITIONS_PER_PRODUCT = 256
 POSITIONS_PER_WEIGHT_GRADIENT = 512
-SOFTMAX_ELEMENTS = 4 * 2**20
+SOFTMAX_ELEMENTS = 2**20
 # fp16 holds nothing below 6e-8, and most probabilities of a large vocabulary are smaller: gradients of logits are
 # scaled up by this before they are rounded. Each row's absolute sum is 2 at most, so products stay far from 65504.
 FP16_SCALE = 256.0
@@ -94,7 +94,8 @@ def _loss_and_gradients(
     step = POSITIONS_PER_WEIGHT_GRADIENT if needed[1] or hidden.device.type != "cpu" else POSITIONS_PER_PRODUCT
     for start in range(0, len(targets), step):
         rows = slice(start, start + step)
-        logits = torch.nn.functional.linear(states[rows], head)
+        held = _workspace("logits", min(step, len(targets) - start), len(head), compute, hidden.device)
+        logits = torch.mm(states[rows], head.t(), out=held)
         loss += _into_gradient(logits, targets[rows], bias, bias_gradient, scale, any(needed))
         if hidden_gradient is not None:
             torch.mul(logits @ head, 1.0 / scale, out=hidden_gradient[rows])
@@ -125,20 +126,34 @@ def _into_gradient(
     step = max(1, SOFTMAX_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(targets)
     for start in range(0, len(targets), step):
         part, wished = logits[start : start + step], targets[start : start + step, None]
-        exact = part.to(accumulate)
+        exact = _workspace("exact", *part.shape, accumulate, part.device).copy_(part)
         if bias is not None:
-            exact = exact + bias
+            exact += bias
         # From the softmax alone: at the largest logit x_m, log p_m = x_m - logsumexp(x), and p_m is never tiny.
-        largest, where = exact.max(dim=1, keepdim=True)
-        chosen = exact.gather(1, wished)
-        probabilities = torch.softmax(exact, dim=1)
-        loss += (largest - probabilities.gather(1, where).log() - chosen).sum()
+        largest, chosen = exact.amax(dim=1, keepdim=True), exact.gather(1, wished)
+        held = _workspace("probabilities", *part.shape, accumulate, part.device)
+        probabilities = torch.softmax(exact, dim=1, out=held)
+        loss += (largest - probabilities.amax(dim=1, keepdim=True).log() - chosen).sum()
         if wanted:
             probabilities.scatter_add_(1, wished, probabilities.new_full(wished.shape, -1.0))
             if bias_gradient is not None:
                 bias_gradient += probabilities.sum(dim=0)
             part.copy_(probabilities.mul_(scale) if scale != 1.0 else probabilities)
     return loss
+
+
+# Tens of megabytes that come and go with every chunk would be fresh pages each time, which cost more than the softmax.
+_held: dict[str, torch.Tensor] = {}
+
+
+def _workspace(name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An uninitialised [rows, columns]: on CPU the same memory at every call, elsewhere from the device's own cache."""
+    if device.type != "cpu":
+        return torch.empty(rows, columns, dtype=dtype, device=device)
+    held = _held.get(name)
+    if held is None or held.dtype != dtype or held.numel() < rows * columns:
+        held = _held[name] = torch.empty(rows * columns, dtype=dtype)
+    return held[: rows * columns].view(rows, columns)
 
 
 def install_supervised_loss(model: nn.Module) -> None:
