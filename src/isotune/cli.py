@@ -58,10 +58,11 @@ def _add_export(commands: "argparse._SubParsersAction[OneSentenceParser]") -> No
             "examples:\n"
             "  isotune export runs/opt350m_lora                        the adapter, for peft\n"
             "  isotune export runs/opt350m_lora --merge                a Hugging Face folder\n"
-            "  isotune export runs/opt350m_lora --merge --format pt    model.pt, for load_state_dict"
+            "  isotune export runs/opt350m_lora --merge --format pt    model.pt, for load_state_dict\n"
+            "  isotune export runs/opt350m_lora/checkpoints/step-00000500    a checkpoint, whichever engine wrote it"
         ),
     )
-    export.add_argument("run_dir", metavar="RUN", help="the folder of a finished run")
+    export.add_argument("run_dir", metavar="RUN", help="the folder of a finished run, or of a checkpoint")
     export.add_argument("--merge", action="store_true", help="merge the adapter into its base model, and say how well")
     export.add_argument("--format", default="safetensors", help="safetensors (default) or pt")
     export.add_argument("--output", metavar="DIR", help="a folder that is absent or empty (default: in RUN/export)")

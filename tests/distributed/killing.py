@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 RANKS = 2
-LIFE_SECONDS = 60
+LIFE_SECONDS = 150
 
 
 def main(recipe: str, run: Path, kills: int, seed: int) -> None:
@@ -94,7 +94,7 @@ def _live(ranks: list[int], run: Path, before: int, chance: random.Random) -> li
         if len(ended) == RANKS or any(status != 0 for status in ended.values()):
             return [ended.get(rank, -99) for rank in ranks]
         if moment is None and _lines(run) > before and (run / "status.json").stat().st_mtime > 0:
-            moment = time.monotonic() + chance.uniform(0, 0.3)
+            moment = time.monotonic() + chance.uniform(0, 0.15)
         if moment is not None and time.monotonic() >= moment:
             return None
         if time.monotonic() - start > LIFE_SECONDS:

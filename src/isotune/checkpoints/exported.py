@@ -3,12 +3,16 @@
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
+from isotune.checkpoints.checkpoint_run import is_checkpoint, write_run_of
 from isotune.checkpoints.final_model import no_room_is_an_error, replace_folder, save_and_verify, sync_folder
 from isotune.errors import RunFault, UserError
 from isotune.models.export import Parity, merge_run
@@ -53,10 +57,11 @@ def export_run(
     make the model to load it into. The run of a whole model has nothing to merge and is written as it is.
 
     Args:
-        run_dir: RUN.
+        run_dir: RUN, or a checkpoint in RUN/checkpoints, whichever engine wrote it.
         merge: merge an adapter into its base.
         format: `safetensors` or `pt`.
-        output: an empty or absent folder; None is RUN/export/KIND-FORMAT.
+        output: an empty or absent folder; None is RUN/export/KIND-FORMAT, and RUN/export/STEP-KIND-FORMAT of a
+            checkpoint.
         dtype: of merged weights, `float32`, `float16` or `bfloat16`; None is the one that the base was trained in.
 
     Raises:
@@ -68,14 +73,43 @@ def export_run(
         raise UserError(f"--format {format} is unknown: it may be {' or '.join(get_args(Format))}")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype} is unknown: it may be {', '.join(DTYPES)}")
-    run = read_run(run_dir)
+    place = Path(run_dir).expanduser()
+    if output:
+        _check_output(Path(output).expanduser())
+    if not is_checkpoint(place):
+        return _export(read_run(place), place / "export", "", merge, format, output, dtype)
+    home = place.resolve().parents[1]
+    with _scratch(Path(output).expanduser().parent if output else home / "export") as scratch:
+        write_run_of(place, scratch)
+        return _export(read_run(scratch), home / "export", f"{place.name}-", merge, format, output, dtype)
+
+
+@contextmanager
+def _scratch(beside: Path) -> Iterator[Path]:
+    """A folder for what is needed only in between, on the disk that the result goes to."""
+    with no_room_is_an_error(beside):
+        beside.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=beside, prefix=".checkpoint-")
+    with folder as path:
+        yield Path(path)
+
+
+def _export(
+    run: FinishedRun,
+    exports: Path,
+    prefix: str,
+    merge: bool,
+    format: str,
+    output: str | Path | None,
+    dtype: str | None,
+) -> Export:
     if run.is_adapter and not merge and format == "pt":
         raise UserError(f"{run.model} is an adapter, which no model loads as a state dict: add --merge")
     if dtype is not None and not (run.is_adapter and merge):
         raise UserError("--dtype is for merged weights: without an adapter to merge they are copied as they are")
     kind = "adapter" if run.is_adapter and not merge else "model"
     name = "merged" if run.is_adapter and merge else kind
-    folder = Path(output).expanduser() if output else run.folder / "export" / f"{name}-{format}"
+    folder = Path(output).expanduser() if output else exports / f"{prefix}{name}-{format}"
     _check_output(folder)
     if kind == "adapter":
         _copy_adapter(run, folder)

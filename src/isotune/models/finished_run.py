@@ -70,7 +70,9 @@ def read_run(run_dir: str | Path) -> FinishedRun:
         raise UserError(f"{recipe} is no recipe: it holds no keys")
     model = folder / "model"
     if not model.is_dir():
-        raise UserError(f"the run {folder} has no model: {model} is missing, so its training has not finished")
+        found = sorted(path.name for path in folder.glob("checkpoints/step-*"))
+        hint = f"; {folder / 'checkpoints' / found[-1]} is its last checkpoint" if found else ""
+        raise UserError(f"the run {folder} has no model: {model} is missing, so its training has not finished{hint}")
     base, made_here = _find_base(folder, model, settings) if (model / ADAPTER_CONFIG).is_file() else (None, False)
     check_weights(model, ADAPTER_WEIGHTS if base is not None else None)
     if made_here:
