@@ -110,15 +110,16 @@ def load_causal_lm(recipe: Recipe, config: PreTrainedConfig, device: torch.devic
         return model.to(device=device, dtype=weights_dtype(recipe))
     if recipe.tune == "qlora":
         how = {"quantization_config": _four_bit(recipe, device), "device_map": {"": device}}
-        return _keep_trainable(_from_pretrained(recipe, config, **how))
+        with _whole_weights():
+            return _keep_trainable(_from_pretrained(recipe, config, **how))
     return _from_pretrained(recipe, config).to(device)  # type: ignore[arg-type]
 
 
 @contextmanager
 def _whole_weights() -> Iterator[None]:
-    """Within it a model is made whole under ZeRO-3 too, so that its weights are drawn as under every other engine.
+    """Within it a model is made whole under ZeRO-3 too; the engine shards it when it is prepared.
 
-    transformers 5.23 would make it in shares, each drawn by itself. The engine shards it when it is prepared.
+    transformers 5.23 would draw random weights in shares, each by itself, and cannot place 4-bit ones.
     """
     from transformers.integrations import deepspeed as integration
 

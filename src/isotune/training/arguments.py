@@ -1,7 +1,12 @@
 """The recipe in the words of transformers' TrainingArguments."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from transformers import TrainingArguments
+from transformers import training_args as library
 
 from isotune.recipe import Recipe
 from isotune.training.launch import Process
@@ -15,7 +20,27 @@ def training_arguments(recipe: Recipe, process: Process) -> TrainingArguments:
     engine = dict(recipe.training_arguments)
     checkpointing = bool(engine.pop("gradient_checkpointing", False))
     load_best = engine.pop("load_best_model_at_end", False)
-    arguments = TrainingArguments(
+    with _bf16_without_a_gpu():
+        arguments = _arguments(recipe, process, engine, checkpointing)
+    # the library would insist on saving and evaluating at the same steps, but the best is saved whenever it comes
+    arguments.load_best_model_at_end = load_best
+    return arguments
+
+
+@contextmanager
+def _bf16_without_a_gpu() -> Iterator[None]:
+    """transformers 5.23 refuses bf16 on a CPU unless `use_cpu` is said, which would drop DeepSpeed and FSDP."""
+    asks = library.is_torch_bf16_gpu_available
+    if not torch.cuda.is_available():
+        library.is_torch_bf16_gpu_available = lambda: True
+    try:
+        yield
+    finally:
+        library.is_torch_bf16_gpu_available = asks
+
+
+def _arguments(recipe: Recipe, process: Process, engine: dict[str, Any], checkpointing: bool) -> TrainingArguments:
+    return TrainingArguments(
         **engine,
         # the engine's new name for the same; non-reentrant, as LoRA has no gradient at the model's input
         activation_checkpointing=checkpointing,
@@ -40,6 +65,3 @@ def training_arguments(recipe: Recipe, process: Process) -> TrainingArguments:
         # TF32 would make fp32 another number on other hardware
         tf32=False if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0) else None,
     )
-    # the library would insist on saving and evaluating at the same steps, but the best is saved whenever it comes
-    arguments.load_best_model_at_end = load_best
-    return arguments

@@ -86,6 +86,8 @@ def start_process(recipe: Recipe) -> Process:
     check_launch(request, recipe)
     if fsdp and on_cpu and world_size == 1:
         raise UserError("FSDP on one CPU process has nothing to shard: say --num_processes 2 or more")
+    if deepspeed and on_cpu and recipe.fp16:
+        raise UserError("fp16 under DeepSpeed needs a GPU: say bf16: true, or neither, to try it on the CPU")
     config = None
     if deepspeed:
         config = read_deepspeed_config(recipe, world_size, name=request.name if request else INLINE)

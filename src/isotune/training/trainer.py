@@ -103,8 +103,7 @@ class PlanTrainer(CheckpointingTrainer):
     def create_accelerator_and_postprocess(self) -> None:
         """As the stock one, but fp16 on CPU really runs in fp16: accelerate 1.15 silently computes in fp32 there."""
         super().create_accelerator_and_postprocess()
-        plain = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
-        if self.args.fp16 and self.accelerator.device.type == "cpu" and plain:
+        if self.args.fp16 and self.accelerator.device.type == "cpu" and not self.is_deepspeed_enabled:
             self.accelerator.native_amp = True
             self.accelerator.scaler = torch.amp.GradScaler("cpu")
 
