@@ -62,7 +62,7 @@ class CheckpointingTrainer(Trainer):
         self.stall_seconds: list[float] = []
         self._writer: CheckpointWriter | None = None
         self._stop_agreed = self._write_failed = False
-        self._ended_step = 0  # the step whose end was last seen by `_maybe_log_save_evaluate`
+        self._ended_step = 0  # the last step whose end was seen, by this life or the one before
         self._epoch_end_done = self._evaluation_due = self._catching_up = False
 
     # ---- the whole of training ----

@@ -95,7 +95,6 @@ class PlanTrainer(CheckpointingTrainer):
         self._loss = math.nan
         self._norm = math.nan
         self._skip = False
-        self._recorded = 0
         self._started = time.perf_counter()
 
     # ---- what the stock Trainer asks for ----
@@ -268,8 +267,7 @@ class PlanTrainer(CheckpointingTrainer):
 
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *rest: Any, **more: Any) -> None:
         """Write the step's line before anything else is said about it."""
-        if self.state.global_step > self._recorded:
-            self._recorded = self.state.global_step
+        if self.state.global_step > self._ended_step:
             self._record(more["learning_rate"])
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *rest, **more)
 

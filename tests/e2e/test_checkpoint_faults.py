@@ -1,0 +1,244 @@
+"""What can go wrong with a folder of checkpoints ends in one sentence or in the checkpoint before, never in a loss."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.building import build, small_opt
+from tests.launching import TINY, start
+
+from isotune.checkpoints.exported import export_run
+from isotune.checkpoints.manifest import verify
+from isotune.errors import AlreadyDone, UserError
+
+TIMED = {"step_seconds", "tokens_per_second", "peak_memory_bytes", "eval_seconds"}
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMED} for line in found]
+
+
+def weights(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def same(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    return all(one.equal(other) for one, other in zip(some, others, strict=True))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return small_opt(tmp_path_factory.mktemp("model"), dropout=0.1)
+
+
+@pytest.fixture
+def recipe(model) -> dict[str, Any]:
+    """Six steps over two epochs of three, an evaluation at each epoch's end, a checkpoint of every step."""
+    return {
+        "model_name_or_path": model,
+        "max_seq_length": 128,
+        "global_batch_size": 24,
+        "max_steps": 6,
+        "save_steps": 1,
+        "save_total_limit": 100,
+        "eval_dataset_name": "builtin:greetings",
+    }
+
+
+def checkpoints(run: Path) -> list[Path]:
+    return sorted(run.glob("checkpoints/step-*"))
+
+
+def unfinished(folder: Path, source: Path, steps: int) -> Path:
+    """A copy of a run as it would lie there, had it been killed after that step's checkpoint."""
+    shutil.copytree(source, folder / "run")
+    for checkpoint in checkpoints(folder / "run")[steps:]:
+        shutil.rmtree(checkpoint)
+    return folder / "run"
+
+
+def test_a_run_goes_on_from_every_one_of_its_steps_with_the_same_bits(tmp_path, recipe):
+    whole = build(tmp_path / "whole", **recipe)
+    whole.train()
+    expected = weights(whole.model)
+    assert len(checkpoints(whole.run.path)) == 6
+    assert [line["step"] for line in lines(whole.run.path)] == [1, 2, 3, 3, 4, 5, 6, 6]  # with the evaluations
+    for steps in range(1, 7):
+        folder = tmp_path / str(steps)
+        run = unfinished(folder, whole.run.path, steps)
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 99, "lo')  # what a kill in the middle of a line leaves
+        again = build(folder, **recipe)
+        again.train()
+        assert again.trainer.resumption is not None and again.trainer.resumption.step == steps
+        assert lines(run) == lines(whole.run.path), steps
+        assert same(weights(again.model), expected), steps
+
+
+def test_a_harmed_checkpoint_is_passed_over_and_the_run_ends_with_the_same_bits(tmp_path, recipe, capsys):
+    whole = build(tmp_path / "whole", **recipe)
+    whole.train()
+    run = unfinished(tmp_path / "again", whole.run.path, 5)
+    third, fourth, fifth = checkpoints(run)[2:]
+    (fifth / "MANIFEST.json").unlink()
+    file = next((fourth / "tensors").iterdir())
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 16
+    file.write_bytes(content)
+    again = build(tmp_path / "again", **recipe)
+    again.train()
+    said = capsys.readouterr().out
+    assert f"passed over {fifth}: it has no MANIFEST.json" in said
+    assert f"passed over {fourth}: {file.relative_to(fourth)} is not what was written" in said
+    assert f"resumed     after step 3, from {third}" in said
+    assert lines(run) == lines(whole.run.path)
+    assert same(weights(again.model), weights(whole.model))
+    for folder in checkpoints(run):
+        verify(folder)
+
+
+def test_another_recipe_is_refused_with_the_keys_that_differ_and_a_named_checkpoint_must_be_whole(tmp_path, recipe):
+    first = build(tmp_path, **recipe)
+    first.train()
+    third = checkpoints(first.run.path)[2]
+    with pytest.raises(UserError, match=r"another recipe \(learning_rate: 0.001 there, 0.5 here, seed: 42 there, 1"):
+        build(tmp_path / "b", **recipe | {"resume": str(third), "seed": 1, "learning_rate": 0.5})
+    with pytest.raises(UserError, match=r"no folder .*step-9"):
+        build(tmp_path / "b", **recipe | {"resume": str(tmp_path / "step-9")})
+    with pytest.raises(UserError, match="is a run: name one of the folders in"):
+        build(tmp_path / "b", **recipe | {"resume": str(first.run.path)})
+    (third / "state.json").unlink()
+    broken = build(tmp_path / "b", **recipe | {"resume": str(third)})
+    with pytest.raises(UserError, match="is no whole checkpoint: state.json is missing"):
+        broken.train()
+    assert not list((tmp_path / "b" / "run").iterdir())
+
+
+def test_a_checkpoint_of_another_run_is_gone_on_from_with_its_metrics(tmp_path, recipe):
+    first = build(tmp_path, **recipe)
+    first.train()
+    other = build(tmp_path / "b", **recipe | {"resume": str(checkpoints(first.run.path)[3])})
+    other.train()
+    assert lines(other.run.path) == lines(first.run.path)
+    assert same(weights(other.model), weights(first.model))
+    assert [folder.name for folder in checkpoints(other.run.path)] == ["step-00000005", "step-00000006"]
+
+
+def test_other_data_under_the_same_name_is_refused(tmp_path, recipe):
+    data = tmp_path / "data.jsonl"
+    rows = [{"text": f"### Human: What is {n}?\n### Assistant: {n} is a number."} for n in range(60)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = recipe | {"dataset_name": str(data)}
+    first = build(tmp_path, **values)
+    first.train()
+    rows[0]["text"] = rows[0]["text"].replace("What", "Which")
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changed = build(tmp_path, **values)
+    with pytest.raises(UserError, match=r"checkpoint of other data: the contents of dataset_name .* have changed"):
+        changed.train()
+
+
+def test_never_begins_anew_and_a_finished_run_has_nothing_left_to_do(tmp_path, recipe):
+    first = build(tmp_path, **recipe)
+    first.train()
+    anew = build(tmp_path, **recipe | {"resume": "never"})
+    anew.train()
+    assert anew.trainer.resumption is None
+    assert lines(anew.run.path) == lines(first.run.path)
+    anew.run.model.mkdir()
+    with pytest.raises(AlreadyDone, match="nothing is left to do"):
+        build(tmp_path, **recipe)
+
+
+def test_the_best_evaluation_is_kept_and_can_be_the_final_model(tmp_path, recipe):
+    values = recipe | {"save_total_limit": 1, "save_steps": 2, "eval_steps": 1, "learning_rate": 3.0}
+    values |= {"lr_scheduler_type": "constant", "load_best_model_at_end": True}
+    built = build(tmp_path, **values)
+    built.train()
+    losses = {line["step"]: line["eval_loss"] for line in built.lines if "eval_loss" in line}
+    best = min(losses, key=losses.__getitem__)
+    assert best < 6, "the test needs a run that gets worse"
+    names = [folder.name for folder in checkpoints(built.run.path)]
+    assert names == [f"step-{best:08d}", "step-00000006"]
+    assert built.trainer.evaluate()["eval_loss"] == losses[best]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small disk of one's own can be mounted by root only")
+def test_a_full_disk_ends_the_run_with_one_sentence_and_the_checkpoint_before_stays(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)], check=False)
+    if mounted.returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        # 3.2 MB of weights, 9.5 MB a checkpoint: one fits, and not a second
+        full = start(disk, TINY | {"save_steps": 2, "disable_tqdm": True}, expect=2)
+        (sentence,) = [line for line in full.stderr.splitlines() if line.startswith("error")]
+        assert "the checkpoint of step 4 was not written to" in sentence
+        assert "no room on the disk; free some space and run again" in sentence
+        assert "Traceback" not in full.stderr
+        assert [folder.name for folder in (full.run / "checkpoints").iterdir()] == ["step-00000002"]
+        verify(full.run / "checkpoints" / "step-00000002")
+        status = json.loads((full.run / "status.json").read_text())
+        assert (status["status"], status["exit_status"]) == ("failed", 2)
+        subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+        resumed = start(disk, TINY | {"save_steps": 2})
+        assert "resumed     after step 2" in resumed.stdout
+        assert [line["step"] for line in resumed.steps] == [1, 2, 3, 4, 5, 6]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a folder of one's own can be mounted read-only by root only")
+def test_a_folder_that_becomes_read_only_ends_the_run_with_one_sentence(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,ro", "tmpfs", str(folder)], check=False)
+    if mounted.returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        (tmp_path / "run" / ".placeholder").touch()
+        built = build(tmp_path / "new", max_steps=2, save_steps=1)
+        built.trainer.store.path = folder
+        with pytest.raises(UserError, match=r"checkpoint of step 1 was not written to .*: Read-only file system"):
+            built.train()
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_a_checkpoint_is_exported_as_the_model_that_was_trained_to_that_step(tmp_path, recipe, tune):
+    from transformers import AutoModelForCausalLM
+
+    values = recipe | {"tune": tune}
+    built = build(tmp_path, **values)
+    built.train()
+    last = checkpoints(built.run.path)[-1]
+    done = export_run(last, merge=tune == "lora")
+    assert done.folder.name.startswith("step-00000006-")
+    exported = AutoModelForCausalLM.from_pretrained(done.folder)
+    trained = built.model.merge_and_unload(safe_merge=True) if tune == "lora" else built.model
+    for (name, one), (_, other) in zip(exported.state_dict().items(), trained.state_dict().items(), strict=True):
+        assert torch.equal(one, other) if tune == "full" else torch.allclose(one, other, atol=1e-6), name
+    assert exported.get_output_embeddings().weight is exported.get_input_embeddings().weight
+    state = export_run(last, merge=tune == "lora", format="pt").folder / "model.pt"
+    read = torch.load(state, weights_only=True)
+    assert all(read[name].equal(tensor) for name, tensor in exported.state_dict().items())
+    assert not list(built.run.path.glob("export/.*"))
+
+
+def test_a_broken_checkpoint_is_not_exported(tmp_path, recipe):
+    built = build(tmp_path, **recipe)
+    built.train()
+    last = checkpoints(built.run.path)[-1]
+    next((last / "tensors").iterdir()).unlink()
+    with pytest.raises(UserError, match="is no whole checkpoint: tensors/.* is missing"):
+        export_run(last, merge=False)
+    with pytest.raises(UserError, match=r"has no model.*step-00000006 is its last checkpoint"):
+        export_run(built.run.path, merge=False)
