@@ -69,15 +69,17 @@ def start(
     config: str = "ddp.yaml",
     expect: int | None = 0,
     environment: dict[str, str] | None = None,
+    port: int = 0,
 ) -> Finished:
     """Run train/sft_opt.py: as plain `python` (processes 0), or by `accelerate launch` with a shipped config.
 
-    `recipe` is written to a file beside the run folder `folder/run`; asserts the exit status `expect`.
+    `recipe` is written to a file beside the run folder `folder/run`; port 0 takes a free one; asserts the exit status
+    `expect`.
     """
     file = write_recipe(folder, recipe)
     command = [sys.executable, "train/sft_opt.py"]
     if processes:
-        command = [*launcher(config, processes), command[1]]
+        command = [*launcher(config, processes, port), command[1]]
     done = run_command([*command, "--config", str(file), *flags], environment)
     finished = Finished(done.returncode, done.stdout, done.stderr, folder / "run")
     assert expect is None or done.returncode == expect, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -113,11 +115,11 @@ def write_recipe(folder: Path, recipe: dict[str, Any]) -> Path:
     return file
 
 
-def launcher(config: str, processes: int) -> list[str]:
-    """`accelerate launch` with a shipped configuration, or with one at an absolute path."""
+def launcher(config: str, processes: int, port: int = 0) -> list[str]:
+    """`accelerate launch` with a shipped configuration, or with one at an absolute path; port 0 takes a free one."""
     file = str(Path("accelerate_configs") / config)
     start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file]
-    return [*start, "--num_processes", str(processes), "--main_process_port", "0"]
+    return [*start, "--num_processes", str(processes), "--main_process_port", str(port)]
 
 
 def run_command(command: list[str], environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

@@ -62,7 +62,7 @@ def config_of(one: Engine, folder: Path) -> str:
 
 
 def recipes(folder: Path, **values: Any) -> dict[str, dict[str, Any]]:
-    """Full and LoRA on a saved model with dropout, and a global batch that 2, 3 and 4 do not divide."""
+    """Full, LoRA and QLoRA on a saved model with dropout, and a global batch that 2, 3 and 4 do not divide."""
     model = small_opt(folder / "opt", **GEOMETRY, **DROPOUT)
     shared = {
         **TINY,
@@ -75,6 +75,7 @@ def recipes(folder: Path, **values: Any) -> dict[str, dict[str, Any]]:
     return {
         "full": {**shared, "tune": "full", "learning_rate": 1e-3},
         "lora": {**shared, "tune": "lora", "lora_dropout": 0.1, "learning_rate": 1e-2},
+        "qlora": {**shared, "tune": "qlora", "lora_dropout": 0.1, "learning_rate": 1e-2},
     }
 
 

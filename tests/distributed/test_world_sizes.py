@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tests.launching import TINY, Finished, start
+from tests.launching import TINY, Finished, start, start_together
 
 # dropout on, and a global batch that two and three processes do not divide
 LORA = {**TINY, "tune": "lora", "lora_dropout": 0.1, "learning_rate": 1e-2}
@@ -21,16 +21,23 @@ def figures(finished: Finished) -> list[tuple]:
     return [(line["step"], line["loss"], line["grad_norm"], line["learning_rate"]) for line in finished.steps]
 
 
-@pytest.mark.parametrize("recipe", [LORA, {**TINY, "exact_gradients": True}], ids=["lora", "full"])
-def test_exact_gradients_give_the_same_bits_on_one_two_and_three_processes(tmp_path: Path, recipe):
-    one = start(tmp_path / "1", recipe)
-    for processes in (2, 3):
-        several = start(tmp_path / str(processes), recipe, processes=processes)
+EXACT = {"lora": LORA, "full": {**TINY, "exact_gradients": True}}
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory) -> dict[str, Finished]:
+    """Full and LoRA on one plain process."""
+    return start_together(tmp_path_factory.mktemp("one"), EXACT)
+
+
+@pytest.mark.parametrize("processes", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+def test_exact_gradients_give_the_same_bits_on_any_number_of_processes(tmp_path: Path, one_process, processes):
+    for tune, several in start_together(tmp_path, EXACT, processes=processes).items():
         assert several.environment["world_size"] == processes
         assert several.environment["in_effect"]["engine"] == "DistributedDataParallel"
         assert several.environment["in_effect"]["exact_gradients"] is True
-        assert figures(several) == figures(one)
-        assert weights_hash(several) == weights_hash(one)
+        assert figures(several) == figures(one_process[tune])
+        assert weights_hash(several) == weights_hash(one_process[tune])
 
 
 def test_without_them_ddp_agrees_with_one_process_to_rounding(tmp_path: Path):
