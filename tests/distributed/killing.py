@@ -30,17 +30,16 @@ def main(recipe: str, run: Path, kills: int, seed: int) -> None:
         before = _lines(run)
         log = run.parent / f"life-{seen['lives']}.log"
         ranks = _fork(recipe, log)
-        doomed = seen["kills"] < kills
-        if doomed and (ended := _live(ranks, run, before, chance)) is None:
+        ended = _live(ranks, run, before, chance) if seen["kills"] < kills else _wait(ranks, LIFE_SECONDS)
+        if ended is None:
             seen["kills"] += 1
             seen["in_a_write"] += any(run.glob("checkpoints/.step-*.tmp-*"))
             seen["before_a_step"] += _lines(run) <= before
             _kill(ranks, chance)
             continue
-        statuses = ended if doomed else _wait(ranks, LIFE_SECONDS)
-        if statuses == [0] * RANKS:
+        if ended == [0] * RANKS:
             break
-        sys.exit(f"a life ended with {statuses}\n{log.read_text()}")
+        sys.exit(f"a life ended with {ended}\n{log.read_text()}")
     print(json.dumps(seen))
 
 

@@ -69,20 +69,62 @@ def test_the_same_number_of_processes_goes_on_with_the_same_bits(ddp, folder):
     assert_same_run(resumed, ddp)
 
 
+ENGINES = {"ddp.yaml": 2, "zero1.yaml": 2, "zero2.yaml": 2, "zero3.yaml": 2, "fsdp2.yaml": 2, "single.yaml": 1}
 CHAIN = [("zero2.yaml", 1), ("zero3.yaml", 2), ("fsdp2.yaml", 3), ("single.yaml", 4)]
 
 
-def test_every_engine_reads_the_checkpoint_of_every_other(ddp, folder):
+def go_on(folder: Path, recipe: dict[str, Any], config: str, before: Finished, step: int, **more: Any) -> Finished:
+    """A run of its own that goes on from another one's checkpoint under the engine of `config`."""
+    processes = more.pop("processes", ENGINES[config])
+    after = start(folder, recipe, "--resume", checkpoint(before, step), processes=processes, config=config)
+    assert f"resumed     after step {step}" in after.stdout, config
+    return after
+
+
+def test_every_engine_reads_the_checkpoint_of_the_one_before_it(ddp, folder):
     before = ddp
     for config, step in CHAIN:
-        after = start(
-            folder / config,
-            EVERY_STEP,
-            "--resume",
-            checkpoint(before, step),
-            processes=1 if config == "single.yaml" else 2,
-            config=config,
-        )
-        assert f"resumed     after step {step}" in after.stdout, config
+        before = go_on(folder / config, EVERY_STEP, config, before, step)
+        assert_same_figures(before, ddp)
+
+
+def test_exact_gradients_on_three_processes_gone_on_with_on_two_is_one_run(folder):
+    recipe = EVERY_STEP | {"tune": "lora", "lora_dropout": 0.1, "bf16": False, "exact_gradients": True}
+    three = start(folder / "three", recipe, processes=3)
+    two = go_on(folder / "two", recipe, "ddp.yaml", three, 3)
+    assert_same_run(two, three)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_every_engine_reads_the_checkpoint_of_every_engine(tmp_path, tune):
+    recipe = EVERY_STEP | {"tune": tune, "exact_gradients": False}
+    runs = {config: start(tmp_path / config, recipe, processes=n, config=config) for config, n in ENGINES.items()}
+    for writer, written in runs.items():
+        for reader in ENGINES:
+            after = go_on(tmp_path / f"{writer}-{reader}", recipe, reader, written, 3)
+            assert_same_figures(after, runs["single.yaml"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["zero1.yaml", "zero2.yaml", "zero3.yaml", "fsdp2.yaml"])
+def test_the_same_engine_and_world_size_goes_on_with_the_same_bits(tmp_path, config):
+    whole = start(tmp_path / "whole", EVERY_STEP, processes=2, config=config)
+    assert_same_run(go_on(tmp_path / "again", EVERY_STEP, config, whole, 3), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "precision"), [("zero2.yaml", "bf16"), ("zero3.yaml", "bf16"), ("zero2.yaml", "fp16")]
+)
+def test_master_weights_and_the_loss_scale_survive_under_16_bit_engines(tmp_path, config, precision):
+    recipe = EVERY_STEP | {precision: True}
+    whole = start(tmp_path / "whole", recipe, processes=2, config=config)
+    assert_same_run(go_on(tmp_path / "again", recipe, config, whole, 3), whole)
+
+
+@pytest.mark.slow
+def test_more_ranks_and_fewer_read_the_same_checkpoint(tmp_path, ddp):
+    for config, processes in (("zero2.yaml", 3), ("zero3.yaml", 4), ("fsdp2.yaml", 3), ("ddp.yaml", 4)):
+        after = go_on(tmp_path / f"{config}-{processes}", EVERY_STEP, config, ddp, 2, processes=processes)
         assert_same_figures(after, ddp)
-        before = after

@@ -115,7 +115,7 @@ def test_another_recipe_is_refused_with_the_keys_that_differ_and_a_named_checkpo
         build(tmp_path / "b", **recipe | {"resume": str(first.run.path)})
     (third / "state.json").unlink()
     broken = build(tmp_path / "b", **recipe | {"resume": str(third)})
-    with pytest.raises(UserError, match="is no whole checkpoint: state.json is missing"):
+    with pytest.raises(UserError, match=r"is no whole checkpoint: state\.json is missing"):
         broken.train()
     assert not list((tmp_path / "b" / "run").iterdir())
 
@@ -222,8 +222,9 @@ def test_a_checkpoint_is_exported_as_the_model_that_was_trained_to_that_step(tmp
     last = checkpoints(built.run.path)[-1]
     done = export_run(last, merge=tune == "lora")
     assert done.folder.name.startswith("step-00000006-")
-    exported = AutoModelForCausalLM.from_pretrained(done.folder)
-    trained = built.model.merge_and_unload(safe_merge=True) if tune == "lora" else built.model
+    exported: Any = AutoModelForCausalLM.from_pretrained(done.folder)
+    model: Any = built.model
+    trained = model.merge_and_unload(safe_merge=True) if tune == "lora" else model
     for (name, one), (_, other) in zip(exported.state_dict().items(), trained.state_dict().items(), strict=True):
         assert torch.equal(one, other) if tune == "full" else torch.allclose(one, other, atol=1e-6), name
     assert exported.get_output_embeddings().weight is exported.get_input_embeddings().weight
@@ -238,7 +239,7 @@ def test_a_broken_checkpoint_is_not_exported(tmp_path, recipe):
     built.train()
     last = checkpoints(built.run.path)[-1]
     next((last / "tensors").iterdir()).unlink()
-    with pytest.raises(UserError, match="is no whole checkpoint: tensors/.* is missing"):
+    with pytest.raises(UserError, match=r"is no whole checkpoint: tensors/.* is missing"):
         export_run(last, merge=False)
     with pytest.raises(UserError, match=r"has no model.*step-00000006 is its last checkpoint"):
         export_run(built.run.path, merge=False)

@@ -1,4 +1,4 @@
-"""A checkpoint is resumed from only if every byte is what its manifest says, and goes only when a later one is valid."""
+"""A checkpoint is taken only if every byte is what its manifest says, and goes only when a later one is valid."""
 
 import dataclasses
 import json
@@ -168,9 +168,12 @@ def test_no_checkpoint_is_removed_before_the_next_one_is_valid(tmp_path, monkeyp
     write(store, 1)
     valid_at_removal = []
     remove = shutil.rmtree
-    monkeypatch.setattr(
-        shutil, "rmtree", lambda path, **how: (valid_at_removal.append(store.newest_valid().folder), remove(path, **how))
-    )
+
+    def watched(path: Path, **how) -> None:
+        valid_at_removal.append(store.newest_valid().folder)
+        remove(path, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
     write(store, 2)
     assert valid_at_removal and all(folder is not None for folder in valid_at_removal)
     assert names(store) == ["step-00000002"]

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from tests.launching import TINY
 
-from isotune.errors import UserError
+from isotune.errors import AlreadyDone, UserError
 from isotune.recipe import Recipe
 from isotune.training.run_folder import RunFolder
 
@@ -36,6 +36,21 @@ def test_an_unfinished_try_of_the_same_recipe_begins_anew(tmp_path):
     assert not (run.path / "metrics.jsonl").exists()
 
 
+def test_a_life_that_goes_on_begins_with_the_metrics_of_its_checkpoint(tmp_path):
+    run = RunFolder(recipe(tmp_path / "run"))
+    run.begin({})
+    (run.path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    run.begin({}, metrics='{"step": 1}\n')
+    assert (run.path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_a_life_that_was_killed_before_its_first_file_was_whole_leaves_a_folder_to_begin_in(tmp_path):
+    run = RunFolder(recipe(tmp_path / "run"))
+    run.path.mkdir()
+    (run.path / ".environment.json.tmp").write_text("{")
+    run.check()
+
+
 def test_keys_that_change_no_result_may_differ_and_others_are_named(tmp_path):
     RunFolder(recipe(tmp_path / "run")).begin({})
     RunFolder(recipe(tmp_path / "run", microbatch_tokens=512, run_name="other")).check()
@@ -43,11 +58,11 @@ def test_keys_that_change_no_result_may_differ_and_others_are_named(tmp_path):
         RunFolder(recipe(tmp_path / "run", seed=43)).check()
 
 
-def test_a_finished_run_is_refused_unless_it_shall_never_resume(tmp_path):
+def test_a_finished_run_has_nothing_left_to_do_unless_it_shall_never_resume(tmp_path):
     run = RunFolder(recipe(tmp_path / "run"))
     run.begin({})
     run.model.mkdir()
-    with pytest.raises(UserError, match=r"holds a finished run.*--resume never"):
+    with pytest.raises(AlreadyDone, match=r"holds the finished run.*--resume never"):
         run.check()
     RunFolder(recipe(tmp_path / "run", resume="never")).check()
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,7 @@ class Run:
 
     def __init__(self, path):
         self.path = path
-        self.status = None
+        self.status: Any = None
 
 
 def process(rank: int = 0) -> Process:

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 FILE_BYTES = 2**30  # of the whole state in one file of each rank: the writer holds a file in memory before it writes
 
@@ -38,7 +39,7 @@ class FlatTensor(Tensor):
 
     @staticmethod
     def __new__(cls, local: Tensor, offset: int, size: int) -> "FlatTensor":
-        assert local.ndim == 1 and 0 <= offset and offset + local.numel() <= size
+        assert local.ndim == 1 and offset >= 0 and offset + local.numel() <= size
         shell = Tensor._make_wrapper_subclass(cls, (size,), dtype=local.dtype, device="cpu")  # type: ignore
         shell.local = local
         shell.offset = offset
@@ -57,7 +58,7 @@ class FlatTensor(Tensor):
     def _chunk(self) -> ChunkStorageMetadata:
         return ChunkStorageMetadata(torch.Size([self.offset]), torch.Size([self.local.numel()]))
 
-    def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:  # noqa: PLW3201 (torch's protocol)
+    def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
         """What this rank writes: its slice."""
         if not self.local.numel():
             return []
@@ -66,11 +67,11 @@ class FlatTensor(Tensor):
         )
         return [WriteItem(MetadataIndex(fqn, torch.Size([self.offset])), WriteItemType.SHARD, tensor_data=data)]
 
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:  # noqa: PLW3201
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         """What this rank wants to read: its slice."""
         return [self._chunk()] if self.local.numel() else []
 
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:  # noqa: PLW3201
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         """The memory behind the slice."""
         assert index.offset is None or tuple(index.offset) == (self.offset,)
         return self.local
@@ -107,7 +108,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, FlatTensor], group: dist.P
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that one process is one process
-        written: Any = dcp.save(
+        written: Any = save(
             dict(tensors), storage_writer=writer, planner=planner, process_group=group, no_dist=group is None
         ).state_dict_metadata
     for name, tensor in tensors.items():
@@ -144,7 +145,7 @@ def read_tensors(folder: Path, tensors: Mapping[str, FlatTensor]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         try:
-            dcp.load(dict(wanted), storage_reader=_reader(folder), planner=planner, no_dist=True)
+            load(dict(wanted), storage_reader=_reader(folder), planner=planner, no_dist=True)
         except CheckpointException as failure:  # no Exception in torch 2.13, and one process fails only once
             cause = next(iter(failure.failures.values()))[0]
             raise RuntimeError(f"{folder}: {cause}") from cause

@@ -113,7 +113,7 @@ class RunRecipe:
     resume: Literal["auto", "never"] | str = key(
         "auto",
         OUTPUT,
-        "go on from the newest whole checkpoint in output_dir (auto), from a checkpoint's folder, or begin anew (never)",
+        "auto goes on from the newest whole checkpoint in output_dir, never begins anew; or a checkpoint's folder",
         changes_result=False,
         is_path=True,
     )

@@ -55,4 +55,4 @@ def _skip_first(loader: Any, steps: int) -> Any:
 
 
 # Trainer calls this when it resumes within an epoch, and accelerate 1.15's own knows torch's DataLoaders only.
-transformers.trainer.skip_first_batches = _skip_first
+transformers.trainer.skip_first_batches = _skip_first  # type: ignore

@@ -93,7 +93,7 @@ class CheckpointingTrainer(Trainer):
             self._restore(self.resumption)
         return prepared
 
-    def _init_training_state(
+    def _init_training_state(  # type: ignore[override]
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *rest: Any
     ) -> tuple[int, int]:
         """As the stock one, but an epoch whose end was not reached is entered again, though no step of it is left.
@@ -127,7 +127,7 @@ class CheckpointingTrainer(Trainer):
     def _load_from_checkpoint(self, *_: Any, **__: Any) -> None:
         """Not from the stock format; see `_restore`."""
 
-    def _load_rng_state(self, *_: Any) -> None:
+    def _load_rng_state(self, *_: Any) -> None:  # type: ignore[override]
         """Randomness is counted, not carried."""
 
     # ---- at the end of each step ----
@@ -213,7 +213,7 @@ class CheckpointingTrainer(Trainer):
     def _engine_state(self) -> EngineState:
         wrapped: Any = self.model_wrapped
         optimizer = wrapped.optimizer if self.is_deepspeed_enabled else getattr(self.optimizer, "optimizer", None)
-        model = self.accelerator.unwrap_model(wrapped)
+        model: Any = self.accelerator.unwrap_model(wrapped)
         reshard(model)  # an evaluation may have left parameters whole that the optimizer knows in shares
         return state_of(model, optimizer)
 
@@ -239,7 +239,7 @@ class CheckpointingTrainer(Trainer):
             raise RunFault(f"the checkpoint does not fit what was built from its own recipe: {error}") from error
         engine.after_reading()
 
-    def _finalize_training(self, *arguments: Any) -> Any:
+    def _finalize_training(self, *arguments: Any) -> Any:  # type: ignore[override]
         """As the stock one, once everything is on the disk."""
         assert self._writer is not None
         self._writer.wait()
