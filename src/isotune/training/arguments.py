@@ -5,8 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
-from transformers import training_args as library
+from transformers import TrainingArguments, training_args
 
 from isotune.recipe import Recipe
 from isotune.training.launch import Process
@@ -30,6 +29,7 @@ def training_arguments(recipe: Recipe, process: Process) -> TrainingArguments:
 @contextmanager
 def _bf16_without_a_gpu() -> Iterator[None]:
     """transformers 5.23 refuses bf16 on a CPU unless `use_cpu` is said, which would drop DeepSpeed and FSDP."""
+    library: Any = training_args
     asks = library.is_torch_bf16_gpu_available
     if not torch.cuda.is_available():
         library.is_torch_bf16_gpu_available = lambda: True

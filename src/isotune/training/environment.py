@@ -8,7 +8,6 @@ import sys
 from typing import Any
 
 import torch
-from torch import nn
 
 from isotune.models.packed_attention import kernel_in_effect
 from isotune.training.engines import EngineInEffect, whole_numel
@@ -51,7 +50,7 @@ def devices(process: Process) -> dict[str, Any]:
 
 def in_effect(trainer: Any, engine: EngineInEffect) -> dict[str, Any]:
     """What training runs with, read from the prepared model and optimizer and not from what was asked."""
-    inner: nn.Module = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    inner: Any = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     trained = sum(whole_numel(p) for p in inner.parameters() if p.requires_grad)
     base = getattr(inner, "base_model", inner)
     config = getattr(base, "model", base).config if hasattr(inner, "peft_config") else inner.config

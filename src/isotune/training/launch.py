@@ -106,7 +106,9 @@ def start_process(recipe: Recipe) -> Process:
 
 def _make_state(recipe: Recipe, world_size: int, *, deepspeed: bool, fsdp: bool, on_cpu: bool) -> PartialState:
     # the watchdog, which can name the rank that hangs, comes first
-    limit = {"timeout": timedelta(seconds=recipe.training_arguments["ddp_timeout"] + AFTER_THE_WATCHDOG_SECONDS)}
+    limit: dict[str, Any] = {
+        "timeout": timedelta(seconds=recipe.training_arguments["ddp_timeout"] + AFTER_THE_WATCHDOG_SECONDS)
+    }
     if not on_cpu:
         return PartialState(**limit) if "LOCAL_RANK" in os.environ else PartialState()
     if deepspeed:
@@ -125,6 +127,6 @@ def _announce(config: dict[str, Any] | None) -> Any:
     """Tell transformers of ZeRO-3 before a model is made, so that pretrained weights load in shares."""
     if stage_of(config) != 3:
         return None
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     return HfDeepSpeedConfig(config)

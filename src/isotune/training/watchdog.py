@@ -14,6 +14,8 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import Store
 
 from isotune.errors import EXIT_FAULT
 
@@ -40,10 +42,11 @@ class Watchdog:
     def start(self) -> None:
         """Begin to watch, in the store of the launch."""
         if dist.is_initialized() and dist.get_world_size() > 1:
-            store = dist.distributed_c10d._get_default_store().clone()
-            self.watch(dist.PrefixStore("isotune/progress", store), dist.get_rank(), dist.get_world_size())
+            store: Any = distributed_c10d._get_default_store()
+            private = distributed_c10d.PrefixStore("isotune/progress", store.clone())
+            self.watch(private, dist.get_rank(), dist.get_world_size())
 
-    def watch(self, store: dist.Store, rank: int, world_size: int) -> None:
+    def watch(self, store: Store, rank: int, world_size: int) -> None:
         """Begin to watch `world_size` ranks, this one being `rank`, in a store that all of them reach."""
         self._thread = threading.Thread(target=self._watch, args=(store, rank, world_size), daemon=True)
         self._thread.start()
@@ -59,7 +62,7 @@ class Watchdog:
         if self._thread is not None:
             self._thread.join(timeout=_LONGEST_PAUSE_SECONDS)
 
-    def _watch(self, store: dist.Store, rank: int, world_size: int) -> None:
+    def _watch(self, store: Store, rank: int, world_size: int) -> None:
         pause = min(self.timeout_seconds / _LOOKS_PER_TIMEOUT, _LONGEST_PAUSE_SECONDS)
         beats = 0
         others = [_Seen() for _ in range(world_size)]
