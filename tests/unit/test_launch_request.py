@@ -178,6 +178,12 @@ def test_a_launch_that_became_another_one_is_refused(request_, environment, valu
         check_launch(request_, recipe(**values), environment)
 
 
+def test_tasks_of_srun_that_would_each_train_alone_are_refused():
+    with pytest.raises(UserError, match="srun started 2 tasks that know nothing of each other"):
+        check_launch(None, recipe(), {"SLURM_STEP_NUM_TASKS": "2"})
+    check_launch(None, recipe(), {"SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "2"})
+
+
 @pytest.mark.parametrize(
     "command",
     [

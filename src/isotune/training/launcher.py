@@ -86,6 +86,12 @@ def check_launch(request: Request | None, recipe: Recipe, environment: Mapping[s
     """
     name = request.name if request is not None else "the accelerate configuration"
     started = int(environment.get("WORLD_SIZE", "1"))
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and "WORLD_SIZE" not in environment:
+        raise UserError(
+            f"srun started {tasks} tasks that know nothing of each other, and each would train alone: start one "
+            "`accelerate launch` or `torchrun` on each node"
+        )
     if request is not None:
         _check_keys(request)
         running = _engine_of(environment)
