@@ -126,7 +126,7 @@ class RunFolder:
             else:
                 replace_file(self.path / METRICS, metrics)
             if self.status is not None:
-                self.status.reached(0)
+                self.status.reached(self.status.step)
         except OSError as error:
             raise UserError(f"output_dir '{self.path}' cannot be written: {error.strerror}") from error
 

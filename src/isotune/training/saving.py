@@ -75,6 +75,8 @@ class CheckpointingTrainer(Trainer):
             UserError, RunFault: see `find_resumption` and `CheckpointWriter`.
         """
         self.resumption = find_resumption(self.store, self.recipe, self.data_fingerprints, self.process)
+        if self.resumption is not None and self.run.status is not None:
+            self.run.status.step = self.resumption.step
         self._writer = CheckpointWriter(self.store, self._published)
         try:
             done = super().train(resume_from_checkpoint=self.resumption and str(self.resumption.folder))
