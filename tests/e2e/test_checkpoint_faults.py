@@ -81,6 +81,21 @@ def test_a_run_goes_on_from_every_one_of_its_steps_with_the_same_bits(tmp_path, 
         assert same(weights(again.model), expected), steps
 
 
+@pytest.mark.parametrize("values", [{"fp16": True}, {"bf16": True, "tune": "lora"}, {"optim": "adafactor"}], ids=str)
+def test_loss_scale_adapters_and_other_optimizers_go_on_with_the_same_bits(tmp_path, recipe, values):
+    whole = build(tmp_path / "whole", **recipe, **values)
+    whole.train()
+    run = unfinished(tmp_path / "again", whole.run.path, 4)
+    again = build(tmp_path / "again", **recipe, **values)
+    again.train()
+    assert again.trainer.resumption is not None and again.trainer.resumption.step == 4
+    assert lines(run) == lines(whole.run.path)
+    assert same(weights(again.model), weights(whole.model))
+    scalers = [built.trainer.accelerator.scaler for built in (whole, again)]
+    assert (scalers[0] is not None) == ("fp16" in values)
+    assert scalers[0] is None or scalers[0].state_dict() == scalers[1].state_dict()
+
+
 def test_a_harmed_checkpoint_is_passed_over_and_the_run_ends_with_the_same_bits(tmp_path, recipe, capsys):
     whole = build(tmp_path / "whole", **recipe)
     whole.train()
