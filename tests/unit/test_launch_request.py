@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tests.launching import REPOSITORY, TINY
 
 from isotune.errors import UserError
 from isotune.recipe import Recipe
 from isotune.training.deepspeed_config import complete, find_file, offloaded, read_deepspeed_config, stage_of
+from isotune.training.launch import Process
 from isotune.training.launcher import Request, _launch_arguments, check_launch
+from isotune.training.sft import uses_exact_gradients
 
 ONE = {"WORLD_SIZE": "1"}
 
@@ -197,3 +200,26 @@ def test_the_launchers_command_line_is_known_in_each_of_its_spellings(command):
     assert _launch_arguments(command) == ["--num_processes", "2", "s.py"]
     assert _launch_arguments(["torchrun", "--nproc_per_node", "2", "s.py"]) is None
     assert _launch_arguments(["bash"]) is None
+
+
+def process_under(stage: int) -> Process:
+    return Process(0, 2, 0, torch.device("cpu"), True, False, {"zero_optimization": {"stage": stage}})
+
+
+@pytest.mark.parametrize(
+    ("stage", "values", "sentence"),
+    [
+        (3, {}, "exact_gradients: true cannot hold under ZeRO-3: use DDP, ZeRO-1 or ZeRO-2"),
+        (2, {"bf16": True}, "exact_gradients: true cannot hold under DeepSpeed in 16 bits"),
+        (1, {}, "needs optim: adamw_torch or sgd, because adamw_torch_fused rounds a number by where it lies"),
+    ],
+)
+def test_exact_gradients_are_refused_where_an_engine_cannot_keep_them(stage, values, sentence):
+    with pytest.raises(UserError, match=sentence):
+        uses_exact_gradients(recipe(exact_gradients=True, **values), process_under(stage))
+
+
+def test_exact_gradients_under_zero_are_for_those_who_ask():
+    asked_for = recipe(exact_gradients=True, optim="adamw_torch")
+    assert uses_exact_gradients(asked_for, process_under(2))
+    assert not uses_exact_gradients(recipe(tune="lora"), process_under(2))

@@ -9,12 +9,13 @@
 | ZeRO 2, 3 | `coalesce_grad_reduction` (DeepSpeed 0.19) | one reduction; with `gradient_reduction: pass`, one a pass |
 
 Coalescing keeps a whole gradient on each rank until the end of the update; `gradient_reduction: pass` keeps only a
-share, for more communication.
+share, for more communication. With `exact_gradients` ZeRO 1 and 2 reduce integers first, and the engine's own sum
+then adds zeros to them.
 """
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -72,28 +73,45 @@ class ZeroExchange(Exchange):
         accelerator: accelerate's.
         stage: of ZeRO.
         once: reduce once an update, where the stage would do so after each pass.
+        whole_gradient: stages 1 and 2 in fp32 only: puts the whole, clipped gradient of the update into `.grad` of
+            every rank and returns its norm; the engine then only shares it out, and neither averages nor clips.
     """
 
-    def __init__(self, accelerator: Any, *, stage: int, once: bool) -> None:
+    def __init__(
+        self, accelerator: Any, *, stage: int, once: bool, whole_gradient: Callable[[], float] | None = None
+    ) -> None:
         super().__init__(accelerator, silent=False)
         self.stage = stage
-        self.once = once
+        self.once = once or whole_gradient is not None
+        self.whole_gradient = whole_gradient
 
     @contextlib.contextmanager
     def update(self, model: Any) -> Iterator[None]:
         """Stages 2 and 3 reduce after each pass unless they are asked to wait."""
-        if self.stage < 2 or not self.once:
+        if self.whole_gradient is None and (self.stage < 2 or not self.once):
             yield
             return
         with model.coalesce_grad_reduction():
             try:
                 yield
+                if self.whole_gradient is not None:
+                    self.norm = self.whole_gradient()
+                    self._hand_out(model)
             except BaseException:
                 # DeepSpeed 0.19.8 reduces on the way out of an exception too, and would wait for ranks that have none
                 model._flush_coalesced_reduction_zero12 = model._flush_coalesced_reduction_zero3 = lambda optimizer: (
                     None
                 )
                 raise
+
+    def _hand_out(self, model: Any) -> None:
+        """Let the engine's sum over ranks be the gradient of rank 0 and zeros: exact in any order."""
+        model.optimizer.gradient_average = False
+        model.optimizer.clip_grad = 0.0
+        if torch.distributed.get_rank() > 0:
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
 
     @contextlib.contextmanager
     def one_pass(self, model: Any, *, last: bool) -> Iterator[None]:
@@ -130,7 +148,8 @@ class ZeroExchange(Exchange):
             raise RunFault(
                 "a gradient is not finite at fp16's smallest loss scale: bf16 or fp32 may hold it"
             ) from error
-        self.norm = float(model.get_global_grad_norm())
+        if self.whole_gradient is None:
+            self.norm = float(model.get_global_grad_norm())
 
     def discard(self, model: Any) -> None:
         """The engine has left it out; the schedule moves on as under every other engine."""

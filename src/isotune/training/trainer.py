@@ -120,7 +120,14 @@ class PlanTrainer(CheckpointingTrainer):
         if self.process.zero_stage is None:
             return Exchange(self.accelerator, silent=self.exact is not None)
         once = self.recipe.gradient_reduction == "step"
-        return ZeroExchange(self.accelerator, stage=self.process.zero_stage, once=once)
+        whole = self._whole_gradient if self.exact is not None else None
+        return ZeroExchange(self.accelerator, stage=self.process.zero_stage, once=once, whole_gradient=whole)
+
+    def _whole_gradient(self) -> float:
+        """The exact gradient of the update on every rank, clipped as under plain and DDP; returns its norm."""
+        assert self.exact is not None
+        self.exact.reduce(self.names)
+        return float(nn.utils.clip_grad_norm_(list(self.names), self.args.max_grad_norm or math.inf))
 
     def get_train_dataloader(self) -> Any:
         """This rank's share of every step."""
@@ -160,7 +167,7 @@ class PlanTrainer(CheckpointingTrainer):
         self.exchange.finish(model)
         if self._skip:
             self._discard(model)
-        elif self.exact is not None:
+        elif self.exact is not None and not self.is_deepspeed_enabled:
             self.exact.reduce(self.names)
         return torch.tensor(self._loss, device=self.args.device)
 
