@@ -64,6 +64,8 @@ class RunStatus:
         self.path = folder / STATUS
         self.is_main = is_main
         self.step = 0
+        self._lock = threading.Lock()  # the thread that writes checkpoints tells of them
+        self._ended = False
 
     def write(self, status: str, exit_status: int | None = None, message: str | None = None) -> None:
         """Replace the file at one stroke; before the run folder exists, and on other ranks, do nothing."""
@@ -71,8 +73,10 @@ class RunStatus:
             return
         content: dict[str, Any] = {"status": status, "step": self.step, "exit_status": exit_status}
         content |= {"message": message, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid()}
-        with contextlib.suppress(OSError):  # a full disk is said by what needed the room
-            replace_file(self.path, json.dumps(content, indent=2) + "\n")
+        with self._lock, contextlib.suppress(OSError):  # a full disk is said by what needed the room
+            if not self._ended:  # a checkpoint that was still on its way changes nothing about how the run ended
+                self._ended = exit_status is not None
+                replace_file(self.path, json.dumps(content, indent=2) + "\n")
 
     def reached(self, step: int) -> None:
         """The run goes on, and would not lose what comes before `step`."""
