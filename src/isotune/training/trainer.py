@@ -19,14 +19,13 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from isotune.checkpoints.gathering import reshard
-from isotune.data.collate import collate
-from isotune.data.plan import Plan, Step, assign
+from isotune.data.plan import Plan, Step
 from isotune.data.preparation import PreparedData
 from isotune.errors import RunFault
 from isotune.models.speedups import training_pass
 from isotune.recipe import Recipe
 from isotune.training.collectives import gather_by_number, ordered_sum
+from isotune.training.evaluation_loss import evaluation_loss
 from isotune.training.exact_gradients import ExactGradients
 from isotune.training.exchange import Exchange, ZeroExchange, poisoned
 from isotune.training.launch import Process
@@ -304,36 +303,9 @@ class PlanTrainer(CheckpointingTrainer):
 
     # ---- evaluation loss ----
 
-    @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:  # type: ignore[override]
-        """The token-weighted loss and perplexity of the evaluation documents, whatever the evaluation batch.
-
-        Returns:
-            eval_loss in nats per supervised token, eval_perplexity, eval_supervised_tokens, eval_seconds.
-        """
-        assert self.eval_plan is not None and self.evaluation is not None
-        started = time.perf_counter()
-        model: Any = self.model_wrapped
-        mode = model.training
-        model.eval()
-        step = self.eval_plan.step(0)
-        losses = {}
-        for microbatch in assign(step, self.process.world_size)[self.process.rank]:
-            inputs = self._prepare_inputs(collate(self.evaluation.documents, microbatch))  # type: ignore[arg-type]
-            loss = model(**inputs, use_cache=False).loss
-            if microbatch.weight:
-                losses[microbatch.number] = loss
-            self.watchdog.progress(f"the evaluation after step {self.state.global_step}")
-        model.train(mode)
-        reshard(model)
-        sums = gather_by_number(losses, len(step.microbatches), self.args.device)
-        loss = ordered_sum(sums) / step.supervised_tokens
-        found = {
-            "eval_loss": loss,
-            "eval_perplexity": math.exp(min(loss, 700.0)),
-            "eval_supervised_tokens": step.supervised_tokens,
-            "eval_seconds": time.perf_counter() - started,
-        }
+        """Measure, write and report `evaluation_loss`; returns it."""
+        found = evaluation_loss(self)
         if self.metrics_file is not None:
             self.metrics_file.write({"step": self.state.global_step, "epoch": self.state.epoch, **found})
         self.log(dict(found))
