@@ -11,9 +11,10 @@ The causal triangle is cut into blocks of query rows, and each block stops at it
     queries 192-250  [########\\   ]
 
 Scores and softmax are fp32; the other products run in the inputs' type. With bf16 scores the kernel would be a fifth
-faster and, where scores reach 20, four to seven times further from the truth than torch's own. Nothing of size
-[heads, tokens, tokens] outlives a block: the backward pass computes the weights again, and draws the same dropout mask
-again from the same seed (recomputation: Chen et al. 2016; Dao et al. 2022, arXiv:2205.14135).
+faster and, where scores reach 20, four to seven times further from the truth than torch's own. The weights of a
+document of up to 1,024 tokens wait for the backward pass, which bounds what they take to 1 KiB a head and token in
+16 bits; those of a longer one are computed again, as is every dropout mask, from its seed (recomputation: Chen et al.
+2016; Dao et al. 2022, arXiv:2205.14135).
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from isotune.models.dropout import draw_seed, keep_mask, mask_generator, masked, quantised_drop
 
 QUERIES_PER_BLOCK = 128  # of 64 to 256, as fast as any and the least memory
+KEPT_UP_TO_TOKENS = 1_024
 
 
 def document_attention(
@@ -56,25 +58,32 @@ def document_attention(
     """
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
-    return _DocumentAttention.apply(query, key, value, bounds, scale, causal, dropout)
+    with_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    return _DocumentAttention.apply(query, key, value, bounds, scale, causal, dropout, with_gradients)
 
 
 class _DocumentAttention(torch.autograd.Function):
     # Autocast stays on inside a Function, where it would turn the fp32 scores into 16 bits.
     @staticmethod
     @torch.autocast("cpu", enabled=False)
-    def forward(ctx: Any, query, key, value, bounds, scale, causal, dropout) -> torch.Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, query, key, value, bounds, scale, causal, dropout, with_gradients
+    ) -> torch.Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.bounds, ctx.scale, ctx.causal = bounds, scale, causal
         ctx.dropout, ctx.seed = dropout, draw_seed() if dropout else 0
         drop = _WeightDropout(ctx.dropout, ctx.seed)
         out = value.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
         by_head = out.transpose(1, 2)[0]
+        ctx.kept = []  # weights of the blocks of short documents, in order
         for document in _spans(bounds):
             q, k, v = (t[0, :, document].contiguous() for t in (query, key, value))
             scores = _Scores(q, k, v.dtype, scale, causal)
+            keeps = with_gradients and q.shape[1] <= KEPT_UP_TO_TOKENS
             for rows, seen in _blocks(q.shape[1], causal):
-                weights = scores.softmax(rows, seen)
+                weights = scores.softmax(rows, seen, in_own_memory=keeps)
+                if keeps:
+                    ctx.kept.append(weights)
                 product = torch.bmm(drop(weights, drop.next_mask(weights)), v[:, :seen])
                 here = slice(document.start + rows.start, document.start + rows.stop)
                 by_head[:, here] = product.view(q.shape[0], -1, v.shape[2])
@@ -88,13 +97,14 @@ class _DocumentAttention(torch.autograd.Function):
         grad_by_head = grad.transpose(1, 2)
         grad_query, grad_key, grad_value = (_laid_out_by_token(t) for t in (query, key, value))
         drop = _WeightDropout(ctx.dropout, ctx.seed)
+        kept = iter(ctx.kept)
         for document in _spans(ctx.bounds):
             q, k, v, upstream = (t[0, :, document].contiguous() for t in (query, key, value, grad_by_head))
-            scores = _Scores(q, k, v.dtype, ctx.scale, ctx.causal)
+            again = None if q.shape[1] <= KEPT_UP_TO_TOKENS else _Scores(q, k, v.dtype, ctx.scale, ctx.causal)
             gradients = _Workspace()
             key_sum, value_sum = torch.zeros_like(_in_fp32(k)), torch.zeros_like(_in_fp32(v))
             for rows, seen in _blocks(q.shape[1], ctx.causal):
-                weights = scores.softmax(rows, seen)
+                weights = next(kept) if again is None else again.softmax(rows, seen)
                 mask = drop.next_mask(weights)
                 out_grad = _by_key_head(upstream, rows, len(k))
                 value_sum[:, :seen] += torch.bmm(drop(weights, mask).transpose(1, 2), out_grad)
@@ -107,7 +117,7 @@ class _DocumentAttention(torch.autograd.Function):
                 key_sum[:, :seen] += torch.bmm(score_grad.transpose(1, 2), _by_key_head(q, rows, len(k)))
             grad_key[0, :, document] = key_sum.mul_(ctx.scale)
             grad_value[0, :, document] = value_sum
-        return grad_query, grad_key, grad_value, None, None, None, None
+        return grad_query, grad_key, grad_value, None, None, None, None, None
 
 
 class _WeightDropout:
@@ -172,9 +182,7 @@ class _Workspace:
 class _Scores:
     """Attention weights of one document, a block of queries at a time."""
 
-    def __init__(
-        self, query: torch.Tensor, key: torch.Tensor, dtype: torch.dtype, scale: float, causal: bool
-    ) -> None:
+    def __init__(self, query: torch.Tensor, key: torch.Tensor, dtype: torch.dtype, scale: float, causal: bool) -> None:
         # fp32 from the product on: rounded to bf16, a score of 20 would be off by up to 0.06
         self.queries = _in_fp32(query)
         self.keys = _in_fp32(key.transpose(1, 2).contiguous())
@@ -185,8 +193,8 @@ class _Scores:
         self.future = torch.full((side, side), -torch.inf, dtype=self.queries.dtype).triu_(1)
         self.scores, self.weights = _Workspace(), _Workspace()
 
-    def softmax(self, rows: slice, seen: int) -> torch.Tensor:
-        """Weights [key_heads, group * rows, seen] of a block, overwritten by those of the next."""
+    def softmax(self, rows: slice, seen: int, *, in_own_memory: bool = False) -> torch.Tensor:
+        """Weights [key_heads, group * rows, seen] of a block; not `in_own_memory`, the next block overwrites them."""
         queries = _by_key_head(self.queries, rows, len(self.keys))
         scores = self.scores.empty((*queries.shape[:2], seen), queries.dtype)
         with self.units():
@@ -196,15 +204,18 @@ class _Scores:
             count = rows.stop - rows.start
             scores.view(len(scores), -1, count, seen)[..., rows.start :] += self.future[:count, :count]
         torch.softmax(scores, dim=-1, out=scores)
+        if in_own_memory:
+            return scores.to(self.dtype, copy=True)
         return scores if scores.dtype == self.dtype else self.weights.empty(scores.shape, self.dtype).copy_(scores)
 
 
 @contextlib.contextmanager
 def _bf16_units() -> Iterator[None]:
-    """Within it oneDNN may round the inputs of fp32 products to bf16; on the processors that have such units it does."""
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    """Within it oneDNN may round the inputs of fp32 products to bf16, and does on processors with such units."""
+    products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  (its stub does not know it)
+    before = products.fp32_precision
+    products.fp32_precision = "bf16"
     try:
         yield
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+        products.fp32_precision = before

@@ -7,8 +7,7 @@ is exact; torch's own bf16 mask rounds that factor to 8 bits, which is 0.16% off
 
 Randomness: torch's default CPU generator yields one seed for a mask, and the mask's bits come from numpy's SFC64, whose
 stream is guaranteed not to change between versions. So `torch.manual_seed` decides the mask, the number of threads does
-not, gradient checkpointing (which restores torch's generator) draws the same mask again, and a backward pass needs to
-keep nothing but the seed.
+not, and gradient checkpointing (which restores torch's generator) draws the same mask again.
 """
 
 import contextlib
@@ -101,15 +100,14 @@ def masked(input: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: torch.Tensor, threshold: int, scale: float) -> torch.Tensor:  # type: ignore[override]
-        ctx.threshold, ctx.scale = threshold, scale
-        ctx.seed = draw_seed()
-        return masked(input, keep_mask(input.shape, threshold, mask_generator(ctx.seed))).mul_(scale)
+        ctx.scale = scale
+        ctx.mask = keep_mask(input.shape, threshold, mask_generator(draw_seed()))
+        return masked(input, ctx.mask).mul_(scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:  # type: ignore[override]
-        mask = keep_mask(grad.shape, ctx.threshold, mask_generator(ctx.seed))
-        return masked(grad, mask).mul_(ctx.scale), None, None
+        return masked(grad, ctx.mask).mul_(ctx.scale), None, None
 
 
 def _divert(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:

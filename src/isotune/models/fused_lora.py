@@ -1,9 +1,9 @@
-"""peft's LoRA branch in one autograd function, because on CPU its elementwise passes cost more than its products.
+"""peft's LoRA layer in one autograd function, because on CPU its elementwise passes cost more than its products.
 
-For `result + lora_B(lora_A(dropout(x))) * scaling` with fp32 adapters under bf16 autocast, peft casts the input to
-fp32, drops out in fp32, casts back, and writes three tensors of the output's size. Here the input stays in its type,
-the second product adds into the base layer's output as it is computed, and both scalings ride on it for free. A 4-bit
-base layer returns a view that must not be added into, so it keeps peft's forward.
+For `base(x) + lora_B(lora_A(dropout(x))) * scaling` with fp32 adapters under bf16 autocast, peft casts the input to
+fp32, drops out in fp32, casts back, and writes three tensors of the output's size; the two branches' gradients of the
+input are cast and added up again. Here the input stays in its type, the adapter's product adds into the base's output
+as it is computed, the base's gradient of the input into the adapter's, and both scalings ride on a product for free.
 
 Only the plainest case is taken over; every other goes through peft's own forward, which is kept.
 """
@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
+from isotune.models.cast_linear import cast_once, is_whole
 from isotune.models.dropout import draw_seed, keep_mask, mask_generator, masked, quantised_drop
 
 
@@ -49,50 +51,52 @@ def _forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Ten
     if args or kwargs or self.disable_adapters or self.merged or len(self.lora_A) != 1:
         return self._peft_forward(x, *args, **kwargs)
     (name,) = self.lora_A
-    down, up = self.lora_A[name].weight, self.lora_B[name].weight
+    base, down, up = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
     autocast = torch.is_autocast_enabled("cpu")
     compute = torch.get_autocast_dtype("cpu") if autocast else down.dtype
-    whole = type(down) is nn.Parameter and not hasattr(down, "ds_id")  # an engine that shards must see modules called
-    if name not in self.active_adapters or x.device.type != "cpu" or not whole or not (autocast or x.dtype == compute):
-        return self._peft_forward(x)
-    result = self.base_layer(x)
-    if result.dtype != compute:
+    same_type = autocast or x.dtype == compute == base.weight.dtype
+    simple = type(base) is nn.Linear and not base.weight.requires_grad
+    whole = simple and all(is_whole(p) for p in (base.weight, base.bias, down, up))
+    if name not in self.active_adapters or x.device.type != "cpu" or not whole or not same_type:
         return self._peft_forward(x)
     drop = self.lora_dropout[name]
     p = drop.p if isinstance(drop, nn.Dropout) and self.training else 0.0
-    return _AddLora.apply(result, x, down, up, self.scaling[name], p, compute)
+    return _LoraLinear.apply(x, base.weight, base.bias, down, up, self.scaling[name], p, compute)
 
 
-class _AddLora(torch.autograd.Function):
-    """result [..., out] += scaling * dropout(x [..., in]) @ down.T @ up.T, with down [r, in] and up [out, r]."""
+class _LoraLinear(torch.autograd.Function):
+    """x @ weight.T + bias + scaling * dropout(x) @ down.T @ up.T, with weight [out, in], down [r, in] and up [out, r].
+
+    No gradient of weight and bias: they are frozen.
+    """
 
     @staticmethod
     @torch.autocast("cpu", enabled=False)
-    def forward(ctx: Any, result, x, down, up, scaling, p, compute) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x, weight, bias, down, up, scaling, p, compute) -> torch.Tensor:  # type: ignore[override]
         threshold, keep_scale = quantised_drop(p)
-        rows = x.to(compute).reshape(-1, x.shape[-1])
+        rows = cast_once(x, compute).reshape(-1, x.shape[-1])
         ctx.mask = keep_mask(rows.shape, threshold, mask_generator(draw_seed())) if threshold else None
         ctx.factor, ctx.input_type, ctx.compute = scaling * keep_scale, x.dtype, compute
+        result = functional.linear(rows, weight.to(compute), None if bias is None else bias.to(compute))
         inner = _kept(rows, ctx.mask) @ down.to(compute).t()
-        result.view(-1, result.shape[-1]).addmm_(inner, up.to(compute).t(), alpha=ctx.factor)
-        ctx.mark_dirty(result)
-        ctx.save_for_backward(rows, inner, down, up)
-        return result
+        result.addmm_(inner, up.to(compute).t(), alpha=ctx.factor)
+        ctx.save_for_backward(rows, inner, weight, down, up)
+        return result.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:  # type: ignore[override]
-        rows, inner, down, up = ctx.saved_tensors
+        rows, inner, weight, down, up = ctx.saved_tensors
         upstream = grad.reshape(-1, grad.shape[-1])
         inner_grad = (upstream @ up.to(ctx.compute)).mul_(ctx.factor)
         up_grad = (inner.t() @ upstream).t().to(up.dtype) * ctx.factor
         down_grad = (inner_grad.t() @ _kept(rows, ctx.mask)).to(down.dtype)
         x_grad = None
-        if ctx.needs_input_grad[1]:
-            x_grad = _kept(inner_grad @ down.to(ctx.compute), ctx.mask).to(ctx.input_type)
-            x_grad = x_grad.view(*grad.shape[:-1], -1)
-        return grad, x_grad, down_grad, up_grad, None, None, None
+        if ctx.needs_input_grad[0]:
+            x_grad = _kept(inner_grad @ down.to(ctx.compute), ctx.mask).addmm_(upstream, weight.to(ctx.compute))
+            x_grad = x_grad.to(ctx.input_type).view(*grad.shape[:-1], -1)
+        return x_grad, None, None, down_grad, up_grad, None, None, None
 
 
 def _kept(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from isotune.models.cast_linear import cast_linear_layers, forget_cast
 from isotune.models.dropout import fast_dropout
 from isotune.models.fused_lora import fuse_lora
 
@@ -31,6 +32,8 @@ def enable_speedups(model: nn.Module) -> None:
     keep_freed_memory()
     if any(name.endswith("lora_A") for name, _ in model.named_modules()):
         fuse_lora(model)
+    else:
+        cast_linear_layers(model)
 
 
 @contextlib.contextmanager
@@ -38,6 +41,7 @@ def training_pass(model: nn.Module) -> Iterator[None]:
     """Hold it around a forward pass and its backward pass: dropout on CPU is drawn the cheap way."""
     with fast_dropout() if _on_cpu(model) else contextlib.nullcontext():
         yield
+    forget_cast()
 
 
 @functools.cache

@@ -6,7 +6,9 @@ known as soon as the logits are, so the forward pass keeps it (one row of the hi
 and the backward pass only multiplies by what arrives: no logits are kept, and none are computed twice.
 """
 
+import math
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -94,7 +96,7 @@ def _loss_and_gradients(
     step = POSITIONS_PER_WEIGHT_GRADIENT if needed[1] or hidden.device.type != "cpu" else POSITIONS_PER_PRODUCT
     for start in range(0, len(targets), step):
         rows = slice(start, start + step)
-        held = _workspace("logits", min(step, len(targets) - start), len(head), compute, hidden.device)
+        held = _workspace("logits", (min(step, len(targets) - start), len(head)), compute, hidden.device)
         logits = torch.mm(states[rows], head.t(), out=held)
         loss += _into_gradient(logits, targets[rows], bias, bias_gradient, scale, any(needed))
         if hidden_gradient is not None:
@@ -126,12 +128,12 @@ def _into_gradient(
     step = max(1, SOFTMAX_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(targets)
     for start in range(0, len(targets), step):
         part, wished = logits[start : start + step], targets[start : start + step, None]
-        exact = _workspace("exact", *part.shape, accumulate, part.device).copy_(part)
+        exact = _workspace("exact", part.shape, accumulate, part.device).copy_(part)
         if bias is not None:
             exact += bias
         # From the softmax alone: at the largest logit x_m, log p_m = x_m - logsumexp(x), and p_m is never tiny.
         largest, chosen = exact.amax(dim=1, keepdim=True), exact.gather(1, wished)
-        held = _workspace("probabilities", *part.shape, accumulate, part.device)
+        held = _workspace("probabilities", part.shape, accumulate, part.device)
         probabilities = torch.softmax(exact, dim=1, out=held)
         loss += (largest - probabilities.amax(dim=1, keepdim=True).log() - chosen).sum()
         if wanted:
@@ -146,14 +148,14 @@ def _into_gradient(
 _held: dict[str, torch.Tensor] = {}
 
 
-def _workspace(name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An uninitialised [rows, columns]: on CPU the same memory at every call, elsewhere from the device's own cache."""
+def _workspace(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An uninitialised tensor: on CPU in the same memory at every call, elsewhere from the device's own cache."""
     if device.type != "cpu":
-        return torch.empty(rows, columns, dtype=dtype, device=device)
-    held = _held.get(name)
-    if held is None or held.dtype != dtype or held.numel() < rows * columns:
-        held = _held[name] = torch.empty(rows * columns, dtype=dtype)
-    return held[: rows * columns].view(rows, columns)
+        return torch.empty(shape, dtype=dtype, device=device)
+    elements, held = math.prod(shape), _held.get(name)
+    if held is None or held.dtype != dtype or held.numel() < elements:
+        held = _held[name] = torch.empty(elements, dtype=dtype)
+    return held[:elements].view(*shape)
 
 
 def install_supervised_loss(model: nn.Module) -> None:
