@@ -66,6 +66,26 @@ def test_the_gradient_with_dropout_is_that_of_the_masks_that_were_dealt():
     assert torch.autograd.gradcheck(attend, tensors)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_kept_give_the_same_bits_as_weights_computed_again(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(attention_kernels, "KEPT_UP_TO_TOKENS", 200)  # one document below it, one above, one at it
+    bounds = _bounds([150, 260, 200])
+    tensors = [t.detach().to(dtype).requires_grad_() for t in _tensors(bounds[-1], 2, torch.float32)]
+    found = []
+    for keep in (False, True):
+        torch.manual_seed(5)
+        out = document_attention(*tensors, bounds, scale=0.3, causal=True, dropout=0.1, keep_weights=keep)
+        assert len(out.grad_fn.kept) == (2 + 2 if keep else 0)  # type: ignore[union-attr]  blocks of 128 queries
+        found.append([out, *torch.autograd.grad(out.float().square().sum(), tensors)])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    with torch.no_grad():  # nothing waits where no backward pass will come
+        assert torch.equal(document_attention(*tensors, bounds, scale=0.3, causal=True, keep_weights=True),
+                           document_attention(*tensors, bounds, scale=0.3, causal=True))  # fmt: skip
+
+
 def test_dropout_keeps_the_mean_and_drops_everything_at_one():
     query, key, value = (t.detach() for t in _tensors(64, HEADS, torch.float32))
     torch.manual_seed(0)

@@ -6,15 +6,15 @@ alone, so nothing that a neighbour holds can reach it, not even through rounding
 
 The causal triangle is cut into blocks of query rows, and each block stops at its last visible key:
 
-    queries 0-95     [#\\          ]
-    queries 96-191   [####\\       ]      # computed    \\ masked on the diagonal    blank: never computed
-    queries 192-250  [########\\   ]
+    queries 0-127    [#\\          ]
+    queries 128-255  [####\\       ]      # computed    \\ masked on the diagonal    blank: never computed
+    queries 256-320  [########\\   ]
 
-Scores and softmax are fp32; the other products run in the inputs' type. With bf16 scores the kernel would be a fifth
-faster and, where scores reach 20, four to seven times further from the truth than torch's own. The weights of a
-document of up to 1,024 tokens wait for the backward pass, which bounds what they take to 1 KiB a head and token in
-16 bits; those of a longer one are computed again, as is every dropout mask, from its seed (recomputation: Chen et al.
-2016; Dao et al. 2022, arXiv:2205.14135).
+Scores and softmax are fp32; the other products run in the inputs' type. With scores rounded to bf16 the kernel would
+be, where scores reach 20, four to seven times further from the truth than torch's own. Nothing of size
+[heads, tokens, tokens] outlives a block unless the caller says `keep_weights`: the backward pass computes the weights
+again, and draws the same dropout mask again from the same seed (recomputation: Chen et al. 2016; Dao et al. 2022,
+arXiv:2205.14135).
 """
 
 import contextlib
@@ -41,6 +41,7 @@ def document_attention(
     scale: float,
     causal: bool,
     dropout: float = 0.0,
+    keep_weights: bool = False,
 ) -> torch.Tensor:
     """Softmax attention of every document with itself.
 
@@ -52,14 +53,16 @@ def document_attention(
         scale: multiplies the scores.
         causal: a token sees itself and what stands before it in its document.
         dropout: probability of dropping an attention weight; its seed comes from torch's default CPU generator.
+        keep_weights: let the weights of documents of up to 1,024 tokens wait for the backward pass, in the type of
+            `value`: faster, for at most 1 KiB a head and token in 16 bits where `causal`, and twice that where not.
 
     Returns:
         [1, tokens, heads, head_size], in the type of `value`. Under autocast, all three are taken in its type.
     """
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
-    with_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    return _DocumentAttention.apply(query, key, value, bounds, scale, causal, dropout, with_gradients)
+    kept_up_to = KEPT_UP_TO_TOKENS if keep_weights and torch.is_grad_enabled() else 0
+    return _DocumentAttention.apply(query, key, value, bounds, scale, causal, dropout, kept_up_to)
 
 
 class _DocumentAttention(torch.autograd.Function):
@@ -67,7 +70,7 @@ class _DocumentAttention(torch.autograd.Function):
     @staticmethod
     @torch.autocast("cpu", enabled=False)
     def forward(  # type: ignore[override]
-        ctx: Any, query, key, value, bounds, scale, causal, dropout, with_gradients
+        ctx: Any, query, key, value, bounds, scale, causal, dropout, kept_up_to
     ) -> torch.Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.bounds, ctx.scale, ctx.causal = bounds, scale, causal
@@ -75,11 +78,11 @@ class _DocumentAttention(torch.autograd.Function):
         drop = _WeightDropout(ctx.dropout, ctx.seed)
         out = value.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
         by_head = out.transpose(1, 2)[0]
-        ctx.kept = []  # weights of the blocks of short documents, in order
+        ctx.kept_up_to, ctx.kept = kept_up_to, []  # weights of the blocks of short documents, in order
         for document in _spans(bounds):
             q, k, v = (t[0, :, document].contiguous() for t in (query, key, value))
             scores = _Scores(q, k, v.dtype, scale, causal)
-            keeps = with_gradients and q.shape[1] <= KEPT_UP_TO_TOKENS
+            keeps = q.shape[1] <= kept_up_to
             for rows, seen in _blocks(q.shape[1], causal):
                 weights = scores.softmax(rows, seen, in_own_memory=keeps)
                 if keeps:
@@ -100,7 +103,7 @@ class _DocumentAttention(torch.autograd.Function):
         kept = iter(ctx.kept)
         for document in _spans(ctx.bounds):
             q, k, v, upstream = (t[0, :, document].contiguous() for t in (query, key, value, grad_by_head))
-            again = None if q.shape[1] <= KEPT_UP_TO_TOKENS else _Scores(q, k, v.dtype, ctx.scale, ctx.causal)
+            again = None if q.shape[1] <= ctx.kept_up_to else _Scores(q, k, v.dtype, ctx.scale, ctx.causal)
             gradients = _Workspace()
             key_sum, value_sum = torch.zeros_like(_in_fp32(k)), torch.zeros_like(_in_fp32(v))
             for rows, seen in _blocks(q.shape[1], ctx.causal):

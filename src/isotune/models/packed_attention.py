@@ -41,6 +41,7 @@ FLASH_ATTENTION = "flash_attn_varlen"
 TORCH_VARLEN = "torch_varlen"
 DOCUMENT_SDPA = "per_document_sdpa"
 DOCUMENT_PRODUCTS = "per_document_products"
+KEEP_WEIGHTS = "keep_attention_weights"  # an attention module that has it true trades memory for time on CPU
 
 # RoBERTa's family counts positions from padding_idx + 1, a habit of fairseq.
 POSITIONS_AFTER_PADDING = frozenset(
@@ -119,7 +120,11 @@ def packed_attention(
     bounds = cu_seq_lens_q.tolist()
     assert bounds[0] == 0 and bounds[-1] == query.shape[2], "the documents cover the row"
     if kernel == DOCUMENT_PRODUCTS:
-        return document_attention(query, key, value, bounds, scale=scale, causal=causal, dropout=dropout), None
+        keep = getattr(module, KEEP_WEIGHTS, False)
+        out = document_attention(
+            query, key, value, bounds, scale=scale, causal=causal, dropout=dropout, keep_weights=keep
+        )
+        return out, None
     outs = [
         functional.scaled_dot_product_attention(
             *(t[:, :, start:stop] for t in (query, key, value)),

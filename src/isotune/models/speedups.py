@@ -16,6 +16,7 @@ from torch import nn
 from isotune.models.cast_linear import cast_linear_layers, forget_cast
 from isotune.models.dropout import fast_dropout
 from isotune.models.fused_lora import fuse_lora
+from isotune.models.packed_attention import KEEP_WEIGHTS
 
 # Parameters of glibc's mallopt(3), and the largest block that it lets come from the heap.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
@@ -32,6 +33,9 @@ def enable_speedups(model: nn.Module) -> None:
     keep_freed_memory()
     if any(name.endswith("lora_A") for name, _ in model.named_modules()):
         fuse_lora(model)
+        # full tuning holds gradients and moments of every weight: there memory decides what fits
+        for module in model.modules():
+            setattr(module, KEEP_WEIGHTS, True)
     else:
         cast_linear_layers(model)
 
