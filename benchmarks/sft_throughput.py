@@ -25,73 +25,20 @@ counts the products of `floor` and causal attention within documents.
 """
 
 import argparse
-import contextlib
 import json
-import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 from collections import defaultdict
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
-from sft_sides.process import run_side
+from sft_sides.parent import Side, SideFailed, data_arguments, require_data
 
-DATA = Path(os.environ.get("ISOTUNE_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 PEERS = ("trl_stock", "trl_own_loss", "trl_compiled")
 # Full tuning keeps 4 GB of weights and moments in each process while it waits, adapters 2 GB.
 PEERS_AT_ONCE = {"lora": 3, "full": 1}
 LOSS_TOLERANCE = 2e-4  # relative; bf16 rounds by a tenth of it, another choice of tokens would show
-ANSWER_SECONDS = 1_800
-
-
-class Side:
-    """A side's process as the parent sees it.
-
-    Raises:
-        SideFailed: it cannot be built, now or in `steps`.
-    """
-
-    def __init__(self, name: str, mode: str, given: argparse.Namespace, scratch: str) -> None:
-        self.name = name
-        self.log = Path(scratch) / f"{mode}-{name}.log"
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=run_side, args=(theirs, name, mode, given, scratch), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.facts = self._answer(self.pipe)
-
-    def steps(self, number: int) -> dict[str, Any]:
-        """Let it train; its answer has `seconds` of every step and `peak_memory_bytes`."""
-        self.pipe.send(number)
-        return self._answer(self.pipe)
-
-    def _answer(self, pipe: Connection) -> dict[str, Any]:
-        try:
-            if not pipe.poll(ANSWER_SECONDS):
-                raise SideFailed(f"no answer within {ANSWER_SECONDS} s")
-            answer = pipe.recv()
-        except EOFError:
-            self.process.join()
-            raise SideFailed(f"its process ended with {self.process.exitcode} (-9: out of memory?)") from None
-        if "failed" in answer:
-            raise SideFailed(answer["failed"])
-        return answer
-
-    def close(self) -> None:
-        """End its process, kindly first: a killed one leaves its semaphores to the resource tracker's complaints."""
-        with contextlib.suppress(OSError):  # it may have failed and gone
-            self.pipe.send(0)
-        self.process.join(timeout=30)
-        self.process.kill()
-        self.process.join()
-
-
-class SideFailed(Exception):
-    """A side that cannot run, and why."""
 
 
 def main() -> int:
@@ -121,12 +68,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=24, help="fewer for a quick look")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations on every side")
     parser.add_argument("--peers_at_once", type=int, help="peers alive beside isotune; fewer need less memory")
-    parser.add_argument("--conversations", type=Path, default=DATA / "guanaco" / "train.jsonl")
-    parser.add_argument("--tokenizer", type=Path, default=DATA / "tokenizers" / "opt")
+    data_arguments(parser)
     given = parser.parse_args()
-    for needed in (given.conversations, given.tokenizer):
-        if not needed.exists():
-            parser.error(f"{needed} is not there: set ISOTUNE_TEST_DATA or name another")
+    require_data(parser, given)
     return given
 
 

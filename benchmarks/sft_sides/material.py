@@ -44,7 +44,10 @@ def shipped_recipe(mode: str, side: str, given: Namespace, scratch: str) -> Reci
         "max_steps": 1_000_000,
         "disable_tqdm": True,
         "output_dir": str(Path(scratch) / f"{mode}-{side}-{os.getpid()}"),
+        "save_strategy": "no",
     }
+    if (exact := getattr(given, "exact_gradients", None)) is not None:
+        values["exact_gradients"] = exact
     return Recipe.from_values(**values)
 
 

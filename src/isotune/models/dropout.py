@@ -83,12 +83,13 @@ def mask_generator(seed: int) -> np.random.BitGenerator:
 def keep_mask(shape: Sequence[int], threshold: int, generator: np.random.BitGenerator) -> torch.Tensor:
     """Draw an int16 mask: -1 (all ones in binary) where an element is kept, 0 where it is dropped."""
     elements = math.prod(shape)
+    if threshold == RESOLUTION:  # does not fit into int16
+        return torch.zeros(*shape, dtype=torch.int16)
     draws = generator.random_raw((elements + 3) // 4)
     bits = torch.from_numpy(draws.view(np.int16))[:elements].bitwise_and_(RESOLUTION - 1)
-    if threshold == RESOLUTION:  # does not fit into int16
-        return bits.zero_().view(*shape)
     # threshold - 1 - bits is negative exactly where bits >= threshold, and the shift spreads its sign over all bits
-    return bits.neg_().add_(threshold - 1).bitwise_right_shift_(15).view(*shape)
+    torch.sub(torch.tensor(threshold - 1, dtype=torch.int16), bits, out=bits)
+    return bits.bitwise_right_shift_(15).view(*shape)
 
 
 def masked(input: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

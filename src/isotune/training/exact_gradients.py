@@ -33,10 +33,13 @@ class ExactGradients:
 
     @torch.no_grad()
     def _absorb(self, parameter: Any) -> None:
-        assert parameter.grad is not None
-        gradient = parameter.grad.double() / self.loss_scale
-        self.largest[parameter] += gradient.abs().max() if gradient.numel() else 0.0
-        self.sums[parameter] += (gradient * 2.0**SCALE_BITS).round_().to(torch.int64)
+        gradient = parameter.grad
+        assert gradient is not None
+        if gradient.numel():
+            self.largest[parameter] += torch.linalg.vector_norm(gradient, math.inf).double() / self.loss_scale
+        # powers of two: the product is exact
+        fixed = gradient.double().mul_(2.0**SCALE_BITS / self.loss_scale).round_()
+        self.sums[parameter] += fixed.to(torch.int64)
         parameter.grad = None
 
     @torch.no_grad()
