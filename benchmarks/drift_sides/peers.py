@@ -1,8 +1,8 @@
 """The stock trainers as their documentation uses them, several runs one after the other in the processes of one launch.
 
-    python -m torch.distributed.run --nproc_per_node 2 peers.py MATERIAL ENGINE RUNS.json
+    python -m torch.distributed.run --nproc_per_node 2 peers.py MATERIAL RUNS.json
 
-RUNS.json is a list of {side, dropout, batch, accumulation, steps, folder}; ENGINE is `ddp` or `zero2`. A run leaves in
+RUNS.json is a list of {side, dropout, batch, accumulation, steps, folder}. A run leaves in
 its folder result.json (losses, grad_norms, eval_loss), model/, and documents-RANK.json: digests of the documents that
 this rank saw in each update.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -32,12 +32,6 @@ from trl.trainer.sft_trainer import SFTTrainer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from drift_sides.material import OPTIMIZER, ROW_TOKENS, TOKENIZER
 from isotune.models.builtin import builtin_tokenizer
-
-ZERO2 = {
-    "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto", "zero_force_ds_cpu_optimizer": False,
-    "zero_optimization": {"stage": 2, "reduce_bucket_size": 5_000_000, "allgather_bucket_size": 5_000_000},
-}  # fmt: skip
 
 
 class Watched:
@@ -72,29 +66,21 @@ def documents_of(batch: Any) -> list[str]:
 
 def main() -> None:
     """Every run in its turn."""
-    material, engine, runs = Path(sys.argv[1]), sys.argv[2], json.loads(Path(sys.argv[3]).read_text())
+    material, runs = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     for run in runs:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        if engine == "zero2":  # on CPU DeepSpeed runs only where the state was made before the arguments
-            os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-            PartialState(backend="gloo")
-        train(run, material, engine)
+        train(run, material)
 
 
-def train(run: dict[str, Any], material: Path, engine: str) -> None:
+def train(run: dict[str, Any], material: Path) -> None:
     """One run of one side."""
     folder = Path(run["folder"])
-    where = (
-        {"deepspeed": ZERO2, "accelerator_config": {"use_configured_state": True}}
-        if engine == "zero2"
-        else {"use_cpu": True}
-    )
     settings: dict[str, Any] = {
         "output_dir": str(folder), "max_steps": run["steps"], "per_device_train_batch_size": run["batch"],
         "gradient_accumulation_steps": run["accumulation"], "logging_steps": 1, "logging_first_step": True,
         "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "bf16": False,
-        "gradient_checkpointing": False, **OPTIMIZER, **where,
+        "gradient_checkpointing": False, "use_cpu": True, **OPTIMIZER,
     }  # fmt: skip
     set_seed(OPTIMIZER["seed"])
     build = build_trl if run["side"].startswith("trl") else build_transformers
