@@ -28,6 +28,8 @@ for number, case in enumerate(cases):
         whole = torch.arange(size, dtype=torch.float32) + ord(name)
         tensors[name] = FlatTensor(whole[start:stop], start, size)
     write_tensors(folder / str(number), tensors, dist.group.WORLD)
+dist.barrier()  # gloo aborts a rank whose neighbours have gone before it
+dist.destroy_process_group()
 """
 
 
