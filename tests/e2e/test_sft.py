@@ -49,7 +49,8 @@ def test_another_architecture_learns_packed_with_the_same_script(llama):
 def test_the_run_folder_holds_what_is_promised(llama):
     found = {p.name for p in llama.run.iterdir()}
     trackers = {"runs"}
-    assert found - trackers == {"recipe.yaml", "environment.json", "metrics.jsonl", "model", "loss_curve.png"}
+    of_a_run = {"recipe.yaml", "environment.json", "metrics.jsonl", "status.json", "checkpoints"}
+    assert found - trackers == {*of_a_run, "model", "loss_curve.png"}
     for number, line in enumerate(llama.steps, start=1):
         assert list(line) == STEP_KEYS
         assert line["step"] == number
