@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import AutoConfig, AutoModel, OPTConfig, OPTForCausalLM
 
 from isotune.data.documents import Documents
 from isotune.models.builtin import builtin_tokenizer
 from isotune.models.loading import load_config, load_tokenizer
-from isotune.recipe import Recipe
-from isotune.training import sft
+from isotune.recipe import ClassificationRecipe, Recipe, RunRecipe
+from isotune.training import classification, sft
 from isotune.training.launch import start_process
 from isotune.training.run_folder import RunFolder
 from isotune.training.trainer import PlanTrainer
-from tests.launching import TINY
+from tests.launching import TINY, TINY_CLASSIFIER
 
 BIASES_WITHOUT_GRADIENT = "k_proj.bias"  # a shift that all keys share leaves every softmax as it is: zero on paper
 
@@ -28,7 +28,7 @@ BIASES_WITHOUT_GRADIENT = "k_proj.bias"  # a shift that all keys share leaves ev
 class Built:
     """A run that is ready to train, and its parts."""
 
-    recipe: Recipe
+    recipe: RunRecipe
     run: RunFolder
     model: nn.Module
     tokenizer: Any
@@ -65,6 +65,43 @@ def build(folder: Path, **values: Any) -> Built:
     model = sft.build_model(recipe, config, process.device)
     trainer = sft.build_trainer(recipe, process, run, model, tokenizer, data)
     return Built(recipe, run, model, tokenizer, trainer)
+
+
+def build_classifier(folder: Path, **values: Any) -> Built:
+    """The same of train/imdb.py: the run of TINY_CLASSIFIER with `values`."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    recipe = ClassificationRecipe.from_values(**{**TINY_CLASSIFIER, "output_dir": str(folder / "run"), **values})
+    process = start_process(recipe)
+    run = RunFolder(recipe)
+    run.check()
+    config = load_config(recipe)
+    tokenizer = load_tokenizer(recipe, needed=("pad",))
+    data = classification.prepare_data(recipe, tokenizer, process)
+    model = classification.build_model(recipe, config, data, process)
+    trainer = classification.build_trainer(recipe, process, run, model, tokenizer, data)
+    return Built(recipe, run, model, tokenizer, trainer)
+
+
+def small_encoder(folder: Path, kind: str, **config: Any) -> str:
+    """A random encoder of a few thousand parameters without a head, saved with the built-in tokenizer."""
+    tokenizer = builtin_tokenizer("builtin:bert-tiny")
+    small: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small |= {"intermediate_size": 64, "max_position_embeddings": 130}
+    if kind == "distilbert":
+        small = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 130}
+    if kind == "albert":
+        small |= {"embedding_size": 16}
+    torch.manual_seed(7)
+    model = AutoModel.from_config(
+        AutoConfig.for_model(kind, vocab_size=len(tokenizer), pad_token_id=1, initializer_range=0.1, **small, **config)
+    )
+    for parameter in model.parameters():  # biases start at zero, which would hide what depends on them
+        if parameter.ndim == 1:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def small_opt(folder: Path, **config: Any) -> str:

@@ -24,6 +24,19 @@ TINY: dict[str, Any] = {
     "disable_tqdm": True,
 }
 
+TINY_CLASSIFIER: dict[str, Any] = {
+    "model_name_or_path": "builtin:bert-tiny",
+    "dataset_name": "builtin:opinions",
+    "eval_dataset_name": "builtin:opinions",
+    "max_seq_length": 64,
+    "microbatch_tokens": 128,
+    "global_batch_size": 7,
+    "tune": "full",
+    "learning_rate": 1e-3,
+    "max_steps": 6,
+    "disable_tqdm": True,
+}
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -70,14 +83,15 @@ def start(
     expect: int | None = 0,
     environment: dict[str, str] | None = None,
     port: int = 0,
+    script: str = "train/sft_opt.py",
 ) -> Finished:
-    """Run train/sft_opt.py: as plain `python` (processes 0), or by `accelerate launch` with a shipped config.
+    """Run `script`: as plain `python` (processes 0), or by `accelerate launch` with a shipped config.
 
     `recipe` is written to a file beside the run folder `folder/run`; port 0 takes a free one; asserts the exit status
     `expect`.
     """
     file = write_recipe(folder, recipe)
-    command = [sys.executable, "train/sft_opt.py"]
+    command = [sys.executable, script]
     if processes:
         command = [*launcher(config, processes, port), command[1]]
     done = run_command([*command, "--config", str(file), *flags], environment)
@@ -93,16 +107,17 @@ def start_together(
     processes: int = 0,
     config: str = "ddp.yaml",
     counted_step: int = 0,
+    script: str = "train/sft_opt.py",
 ) -> dict[str, Finished]:
-    """Run train/sft_opt.py once for each of `recipes`, one after the other in the processes of one launch.
+    """Run `script` once for each of `recipes`, one after the other in the processes of one launch.
 
     The run of `name` lies in `folder/name/run`. `counted_step` is the training step, from 1, whose collectives are
     counted: `Finished.collectives` has them.
     """
     files = [str(write_recipe(folder / name, recipe)) for name, recipe in recipes.items()]
-    script = "tests/distributed/one_after_the_other.py"
-    command = [*launcher(config, processes), script] if processes else [sys.executable, script]
-    done = run_command([*command, "train/sft_opt.py", str(counted_step), *files])
+    runner = "tests/distributed/one_after_the_other.py"
+    command = [*launcher(config, processes), runner] if processes else [sys.executable, runner]
+    done = run_command([*command, script, str(counted_step), *files])
     assert done.returncode == 0, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     return {name: Finished(0, done.stdout, done.stderr, folder / name / "run") for name in recipes}
 

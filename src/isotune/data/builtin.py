@@ -68,7 +68,7 @@ def find_corpus(dataset_name: str) -> Corpus:
     Raises:
         UserError: there is none of that name; the sentence names the nearest.
     """
-    from isotune.data import capitals  # noqa: F401  (registers its corpora; it imports this module)
+    from isotune.data import capitals, opinions  # noqa: F401  (register their corpora; they import this module)
 
     name = dataset_name.removeprefix(PREFIX)
     if name not in CORPORA:

@@ -1,6 +1,7 @@
 """Prepared documents on disk, written once however many processes start at once and however they are killed.
 
     $ISOTUNE_CACHE/prepared/FINGERPRINT/   input_ids.npy  supervised.npy  starts.npy  source_rows.npy  meta.json
+                                           (labels.npy in place of supervised.npy where documents have a class)
     $ISOTUNE_CACHE/prepared/FINGERPRINT.lock
     $ISOTUNE_CACHE/prepared/FINGERPRINT.partial-*/      being written; whoever next holds the lock removes it
 
@@ -18,15 +19,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from filelock import FileLock
 
-from isotune.data.documents import Documents
+from isotune.data.documents import Documents, LabelledDocuments
 from isotune.errors import UserError
 
-ARRAYS = tuple(field.name for field in fields(Documents))
 NO_ROOM = {
     errno.ENOSPC: "is full",
     errno.EDQUOT: "has reached your quota",
@@ -34,7 +34,8 @@ NO_ROOM = {
     errno.EFBIG: "takes no file so large",
 }
 
-Content = tuple[Documents, dict[str, Any]]
+Kind = TypeVar("Kind", Documents, LabelledDocuments)
+Content = tuple[Kind, dict[str, Any]]
 
 
 def cache_folder() -> Path:
@@ -43,11 +44,16 @@ def cache_folder() -> Path:
     return Path(root).expanduser() / "prepared"
 
 
-def load_or_build(fingerprint: str, build: Callable[[], Content]) -> Content:
+def load_or_build(
+    fingerprint: str,
+    build: Callable[[], Content[Kind]],
+    kind: type[Kind] = Documents,  # type: ignore[assignment]  (what `build` gives by default)
+) -> Content[Kind]:
     """The entry of this fingerprint, built by exactly one of the processes that ask for it.
 
     Args:
         build: gives the documents and whatever JSON-ready counts belong to them.
+        kind: of the documents that `build` gives.
 
     Returns:
         The documents, mapped from disk, and the counts.
@@ -57,7 +63,7 @@ def load_or_build(fingerprint: str, build: Callable[[], Content]) -> Content:
     """
     folder = cache_folder()
     entry = folder / fingerprint
-    found = load(entry)
+    found = load(entry, kind)
     if found is not None:
         return found
     lock = FileLock(folder / f"{fingerprint}.lock")
@@ -65,7 +71,7 @@ def load_or_build(fingerprint: str, build: Callable[[], Content]) -> Content:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     try:
-        found = load(entry)
+        found = load(entry, kind)
         if found is None:
             # Nobody else writes while the lock is held: what is half written here was killed.
             for leftover in [*folder.glob(f"{fingerprint}.partial-*"), entry]:
@@ -73,19 +79,21 @@ def load_or_build(fingerprint: str, build: Callable[[], Content]) -> Content:
             documents, counts = build()
             with disk_errors_named(folder):
                 save(entry, documents, counts)
-            found = load(entry)
+            found = load(entry, kind)
     finally:
         lock.release()
     assert found is not None, f"{entry} cannot be read back"
     return found
 
 
-def save(entry: Path, documents: Documents, counts: dict[str, Any]) -> None:
+def save(entry: Path, documents: Documents | LabelledDocuments, counts: dict[str, Any]) -> None:
     """Write an entry so that it is there as a whole or not at all."""
     partial = entry.with_name(f"{entry.name}.partial-{uuid.uuid4().hex}")
     partial.mkdir()
     try:
-        digests = {name: write_array(partial / f"{name}.npy", getattr(documents, name)) for name in ARRAYS}
+        digests = {
+            name: write_array(partial / f"{name}.npy", getattr(documents, name)) for name in _arrays(type(documents))
+        }
         meta = json.dumps({"sha256": digests, "counts": counts}, indent=1)
         with (partial / "meta.json").open("w", encoding="utf-8") as file:
             file.write(meta)
@@ -99,18 +107,23 @@ def save(entry: Path, documents: Documents, counts: dict[str, Any]) -> None:
         raise
 
 
-def load(entry: Path) -> Content | None:
+def load(entry: Path, kind: type[Kind]) -> Content[Kind] | None:
     """An entry's content with the arrays mapped from disk, or None where it is absent or damaged."""
     try:
         meta = json.loads((entry / "meta.json").read_text("utf-8"))
-        for name in ARRAYS:
+        names = _arrays(kind)
+        for name in names:
             with (entry / f"{name}.npy").open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != meta["sha256"][name]:
                     return None
-        arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS}
-        return Documents(**arrays), meta["counts"]
+        arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
+        return kind(**arrays), meta["counts"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _arrays(kind: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))
 
 
 def write_array(path: Path, array: np.ndarray) -> str:

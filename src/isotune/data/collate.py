@@ -5,7 +5,7 @@ from typing import TypedDict
 import numpy as np
 import torch
 
-from isotune.data.documents import Documents
+from isotune.data.documents import AnyDocuments, Documents, LabelledDocuments
 from isotune.data.plan import Microbatch
 
 
@@ -26,6 +26,43 @@ class PackedInputs(TypedDict):
     max_length_k: int
     supervised_positions: torch.Tensor
     targets: torch.Tensor
+
+
+class LabelledInputs(TypedDict):
+    """The keyword arguments of a packed forward pass of a classifier; those of the same name as in PackedInputs.
+
+    targets: int64 [documents], the class of each.
+    """
+
+    input_ids: torch.Tensor
+    cu_seq_lens_q: torch.Tensor
+    cu_seq_lens_k: torch.Tensor
+    max_length_q: int
+    max_length_k: int
+    targets: torch.Tensor
+
+
+def lay_out(documents: AnyDocuments, microbatch: Microbatch) -> PackedInputs | LabelledInputs:
+    """The documents of a microbatch end to end, with their targets."""
+    if isinstance(documents, LabelledDocuments):
+        return collate_labelled(documents, microbatch)
+    return collate(documents, microbatch)
+
+
+def collate_labelled(documents: LabelledDocuments, microbatch: Microbatch) -> LabelledInputs:
+    """Lay the documents of a microbatch end to end; the model itself knows how it counts positions."""
+    spans = [(int(documents.starts[d]), int(documents.starts[d + 1])) for d in microbatch.documents]
+    input_ids = np.concatenate([documents.input_ids[a:b] for a, b in spans]).astype(np.int64)
+    lengths = [b - a for a, b in spans]
+    bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    return LabelledInputs(
+        input_ids=torch.from_numpy(input_ids)[None],
+        cu_seq_lens_q=bounds,
+        cu_seq_lens_k=bounds,
+        max_length_q=max(lengths),
+        max_length_k=max(lengths),
+        targets=torch.from_numpy(documents.labels[list(microbatch.documents)].astype(np.int64)),
+    )
 
 
 def collate(documents: Documents, microbatch: Microbatch) -> PackedInputs:

@@ -46,6 +46,43 @@ class Documents:
 
 
 @dataclass(frozen=True)
+class LabelledDocuments:
+    """Tokenised texts with a class each; special tokens are in place, so the first token is the one a head reads.
+
+        starts      0           3       5
+        input_ids   C   8   S | C   S |            two documents, the second of an empty text
+        labels      1           0
+
+    Attributes:
+        input_ids: int32 [tokens].
+        labels: int32 [documents]; the class of each, from 0.
+        starts: int64 [documents + 1].
+        source_rows: int64 [documents]; the row of the source, counted from 0, that the document comes from.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    starts: np.ndarray
+    source_rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.source_rows)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document: int64 [documents]."""
+        return np.diff(self.starts)
+
+    @property
+    def supervised_counts(self) -> np.ndarray:
+        """Targets of each document, int64 [documents]: its label is the only one."""
+        return np.ones(len(self), np.int64)
+
+
+AnyDocuments = Documents | LabelledDocuments
+
+
+@dataclass(frozen=True)
 class Rows:
     """Which documents share a row.
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from isotune.data.documents import Documents, Rows
+from isotune.data.documents import AnyDocuments, Rows
 from isotune.data.packing import pack
 
 # Attention costs as much as all matrix products together at about 12 x hidden size tokens (24 d^2 multiplications a
@@ -47,7 +47,10 @@ class Step:
 
     @property
     def supervised_tokens(self) -> int:
-        """The denominator of the loss: targets in the whole global batch, over all ranks."""
+        """The denominator of the loss: targets in the whole global batch, over all ranks.
+
+        In classification a document's label is its one target, so this is the number of documents.
+        """
         return sum(m.supervised_tokens for m in self.microbatches)
 
     @property
@@ -75,7 +78,7 @@ class Plan:
 
     def __init__(
         self,
-        documents: Documents,
+        documents: AnyDocuments,
         rows: Rows,
         *,
         global_batch_size: int,

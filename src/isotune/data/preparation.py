@@ -96,7 +96,7 @@ def prepare(
     encoder = ConversationEncoder(tokenizer)
     settings.check(len(encoder.prefix))
     source = read_rows(dataset_name, split, name=name)
-    documents_digest = _digest(
+    documents_digest = digest(
         FORMAT_VERSION,
         source.fingerprint,
         encoder.fingerprint,
@@ -119,13 +119,13 @@ def prepare(
         row_capacity=settings.max_seq_length,
         packing=settings.packing,
     )
-    fingerprint = _digest(documents_digest, settings.packing, settings.seed if settings.packing else None)
+    fingerprint = digest(documents_digest, settings.packing, settings.seed if settings.packing else None)
     return PreparedData(documents, rows, table, fingerprint)
 
 
 def _build(
     source: Source, encoder: ConversationEncoder, settings: PreparationSettings, *, show_progress: bool
-) -> Content:
+) -> Content[Documents]:
     """Tokenise a whole source and count what became of it."""
     parts: list[Documents] = []
     whole_lengths: list[np.ndarray] = []
@@ -204,5 +204,6 @@ def _join(parts: list[Documents]) -> Documents:
     )
 
 
-def _digest(*parts: Any) -> str:
+def digest(*parts: Any) -> str:
+    """Hexadecimal digest of parts that JSON can say."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 import difflib
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -9,19 +10,27 @@ from transformers import PreTrainedModel
 
 from isotune.errors import UserError
 from isotune.models.quiet import quiet_libraries
-from isotune.recipe import Recipe
+from isotune.recipe import RunRecipe
 
 # "all-linear" would hit OPT's project_in and project_out, and nobody means those: blocks' projections are named.
 DEFAULT_TARGETS = {
     "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "bert": ["query", "key", "value", "intermediate.dense", "output.dense"],
+    "roberta": ["query", "key", "value", "intermediate.dense", "output.dense"],
+    "xlm-roberta": ["query", "key", "value", "intermediate.dense", "output.dense"],
+    "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"],
+    "albert": ["query", "key", "value", "attention.dense", "ffn", "ffn_output"],
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
 
 
-def add_adapters(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
+def add_adapters(model: PreTrainedModel, recipe: RunRecipe, head: Sequence[str] = ()) -> nn.Module:
     """Wrap `model` with the recipe's LoRA adapters; everything else is frozen.
 
     Adapter weights are fp32 and start from the recipe's seed, whichever process makes them.
+
+    Args:
+        head: of a classifier, the modules that are trained whole and saved with the adapter.
 
     Raises:
         UserError: a target that the model does not have, or none named for a model without known ones.
@@ -35,7 +44,7 @@ def add_adapters(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
         adapted = get_peft_model(
             model,
             LoraConfig(
-                task_type=TaskType.CAUSAL_LM,
+                task_type=TaskType.SEQ_CLS if head else TaskType.CAUSAL_LM,
                 r=recipe.r,
                 lora_alpha=recipe.lora_alpha,
                 lora_dropout=recipe.lora_dropout,
@@ -44,7 +53,7 @@ def add_adapters(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
                 use_rslora=recipe.use_rslora,
                 use_dora=recipe.use_dora,
                 init_lora_weights=recipe.init_lora_weights,  # type: ignore[arg-type]
-                modules_to_save=recipe.modules_to_save,
+                modules_to_save=[*(recipe.modules_to_save or ()), *head] or None,
             ),
         )
     for parameter in adapted.parameters():
@@ -53,7 +62,7 @@ def add_adapters(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
     return adapted
 
 
-def _targets(model: PreTrainedModel, recipe: Recipe) -> list[str]:
+def _targets(model: PreTrainedModel, recipe: RunRecipe) -> list[str]:
     linear = Counter(
         name.rsplit(".", 1)[-1]
         for name, module in model.named_modules()

@@ -5,7 +5,7 @@ import random
 from functools import cache
 from typing import Any
 
-from transformers import OPTConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import BertConfig, OPTConfig, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from isotune.data.builtin import PREFIX
 from isotune.data.capitals import capitals, pirate
@@ -25,18 +25,27 @@ _GEOMETRIES: dict[str, dict[str, Any]] = {
         "dropout": 0.0,
         "attention_dropout": 0.0,
     },
+    "bert-tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+    },
 }
 _SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]
 
 
-def builtin_config(name: str) -> OPTConfig:
-    """The configuration of a built-in model, `builtin:opt-tiny`.
+def builtin_config(name: str) -> PreTrainedConfig:
+    """The configuration of a built-in model, `builtin:opt-tiny` or `builtin:bert-tiny`.
 
     Raises:
         UserError: there is none of this name.
     """
-    geometry = _GEOMETRIES.get(_known(name))
-    assert geometry is not None
+    short = _known(name)
+    geometry = _GEOMETRIES[short]
+    if short == "bert-tiny":
+        return BertConfig(vocab_size=len(builtin_tokenizer(name)), pad_token_id=1, **geometry)
     return OPTConfig(
         vocab_size=len(builtin_tokenizer(name)), pad_token_id=1, bos_token_id=2, eos_token_id=2, **geometry
     )
@@ -64,10 +73,24 @@ def _trained_backend() -> str:
 
 
 def builtin_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of the built-in models: pad 1, bos = eos = 2 and bos prepended, as OPT's."""
-    from tokenizers import Tokenizer
+    """The tokenizer of the built-in models: pad 1, bos = eos = 2 and bos prepended, as OPT's.
 
-    _known(name)
+    For an encoder `<s>` and `</s>` stand around a text, as RoBERTa's do.
+    """
+    from tokenizers import Tokenizer, processors
+
+    if _known(name) == "bert-tiny":
+        backend = Tokenizer.from_str(_trained_backend())
+        around = [("<s>", 0), ("</s>", 2)]
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=around)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            cls_token="<s>",
+            sep_token="</s>",
+            pad_token="<pad>",
+            unk_token="<unk>",
+            model_input_names=["input_ids", "attention_mask"],
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_trained_backend()),
         bos_token="</s>",

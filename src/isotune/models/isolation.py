@@ -34,7 +34,9 @@ class IsolationReport:
 
 
 @torch.no_grad()
-def check_isolation(model: nn.Module, vocabulary: int, device: torch.device, dtype: torch.dtype) -> IsolationReport:
+def check_isolation(
+    model: nn.Module, vocabulary: int, device: torch.device, dtype: torch.dtype, *, classifier: bool = False
+) -> IsolationReport:
     """Run three random documents packed, with the middle one replaced, and each alone.
 
     Args:
@@ -42,10 +44,12 @@ def check_isolation(model: nn.Module, vocabulary: int, device: torch.device, dty
         vocabulary: token ids are drawn below it.
         device: where the model lies.
         dtype: of its matrix products, which decides how far rounding may go.
+        classifier: the model gives logits for each document, not for each token.
 
     Raises:
         RunFault: a document saw its neighbour, or the loss is not that of the logits.
     """
+    logits_of, losses_of = (_class_logits, _class_losses) if classifier else (_logits, _losses)
     generator = torch.Generator().manual_seed(0)
     draw = lambda n: torch.randint(min(8, vocabulary // 2), vocabulary, (n,), generator=generator)  # noqa: E731
     documents = [draw(n) for n in LENGTHS]
@@ -53,10 +57,10 @@ def check_isolation(model: nn.Module, vocabulary: int, device: torch.device, dty
     mode = model.training
     model.eval()
     try:
-        together = _logits(model, documents, device)
-        perturbed = _logits(model, replaced, device)
-        alone = [_logits(model, [document], device)[0] for document in documents]
-        loss, reference = _losses(model, documents, together, device)
+        together = logits_of(model, documents, device)
+        perturbed = logits_of(model, replaced, device)
+        alone = [logits_of(model, [document], device)[0] for document in documents]
+        loss, reference = losses_of(model, documents, together, device)
     finally:
         model.train(mode)
     leak = max((together[i] - perturbed[i]).abs().max().item() for i in (0, 2))
@@ -107,4 +111,21 @@ def _losses(model: nn.Module, documents: list, logits: list, device: torch.devic
         torch.nn.functional.cross_entropy(one[:-1], document[1:].to(device), reduction="sum")
         for one, document in zip(logits, documents, strict=True)
     )
+    return float(loss), float(reference)
+
+
+def _class_inputs(documents: list[torch.Tensor], device: torch.device) -> dict:
+    inputs = _inputs(documents, device)
+    del inputs["position_ids"]  # the classifier counts them itself
+    return inputs
+
+
+def _class_logits(model: nn.Module, documents: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    return list(model(**_class_inputs(documents, device)).logits.float())
+
+
+def _class_losses(model: nn.Module, documents: list, logits: list, device: torch.device) -> tuple[float, float]:
+    targets = torch.zeros(len(documents), dtype=torch.int64, device=device)
+    loss = model(**_class_inputs(documents, device), targets=targets).loss
+    reference = sum(-torch.log_softmax(one, dim=-1)[0] for one in logits)
     return float(loss), float(reference)

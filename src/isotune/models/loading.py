@@ -1,7 +1,7 @@
 """Models and tokenizers by name, with every way in which a name or a file can be wrong said in one sentence."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,19 @@ from isotune.data.builtin import PREFIX
 from isotune.data.hub import first_line, hub_answers, is_hub_id
 from isotune.errors import UserError
 from isotune.models.builtin import builtin_config, builtin_tokenizer
+from isotune.models.packed_attention import POSITIONS_AFTER_PADDING
 from isotune.models.quiet import quiet_libraries
-from isotune.recipe import Recipe
+from isotune.recipe import RunRecipe
 
 OFFLINE_WAYS = "a local folder that holds the model, `builtin:NAME`, or a copy in the Hub cache"
 
 
-def compute_dtype(recipe: Recipe) -> torch.dtype:
+def compute_dtype(recipe: RunRecipe) -> torch.dtype:
     """The type of matrix products that the recipe asks for."""
     return torch.bfloat16 if recipe.bf16 else torch.float16 if recipe.fp16 else torch.float32
 
 
-def weights_dtype(recipe: Recipe) -> torch.dtype:
+def weights_dtype(recipe: RunRecipe) -> torch.dtype:
     """The type in which the base model's weights lie.
 
     Trained weights stay in fp32 (autocast computes in 16 bits from them); frozen ones are never updated, so they lie
@@ -41,11 +42,11 @@ def weights_dtype(recipe: Recipe) -> torch.dtype:
     return torch.float32 if recipe.tune == "full" else compute_dtype(recipe)
 
 
-def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The tokenizer of the recipe; refused without an end-of-sequence or padding token.
+def load_tokenizer(recipe: RunRecipe, needed: Sequence[str] = ("eos", "pad")) -> PreTrainedTokenizerBase:
+    """The tokenizer of the recipe; refused without the special tokens that are `needed`, by default eos and pad.
 
     Raises:
-        UserError: no such tokenizer, or one that lacks eos or pad.
+        UserError: no such tokenizer, or one that lacks them.
     """
     name = recipe.tokenizer_name_or_path or recipe.model_name_or_path
     if name.startswith(PREFIX):
@@ -55,7 +56,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True)
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer '{name}' cannot be loaded: {first_line(error)}") from error
-    for role in ("eos", "pad"):
+    for role in needed:
         if getattr(tokenizer, f"{role}_token_id") is None:
             raise UserError(
                 f"the tokenizer of '{name}' has no {role} token: add `{role}_token` to its tokenizer_config.json"
@@ -63,7 +64,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_config(recipe: Recipe) -> PreTrainedConfig:
+def load_config(recipe: RunRecipe) -> PreTrainedConfig:
     """The model's configuration, checked against the recipe's `max_seq_length`.
 
     Raises:
@@ -79,6 +80,8 @@ def load_config(recipe: Recipe) -> PreTrainedConfig:
         except (OSError, ValueError) as error:
             raise UserError(f"model_name_or_path '{name}' cannot be loaded: {first_line(error)}") from error
     positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and config.model_type in POSITIONS_AFTER_PADDING:
+        positions -= config.pad_token_id + 1
     if positions is not None and recipe.max_seq_length > positions:
         raise UserError(
             f"max_seq_length {recipe.max_seq_length} is beyond the {positions} positions of '{name}': "
@@ -87,18 +90,27 @@ def load_config(recipe: Recipe) -> PreTrainedConfig:
     return config
 
 
-def is_made_here(recipe: Recipe) -> bool:
+def is_made_here(recipe: RunRecipe) -> bool:
     """Whether the base model's weights are drawn from the seed, and so exist in no file."""
     return recipe.model_init == "random" or recipe.model_name_or_path.startswith(PREFIX)
 
 
-def load_causal_lm(recipe: Recipe, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
+def load_causal_lm(recipe: RunRecipe, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
+    """The base model of an instruction-tuning recipe; see `load_base`."""
+    return load_base(recipe, config, device, AutoModelForCausalLM)
+
+
+def load_base(
+    recipe: RunRecipe, config: PreTrainedConfig, device: torch.device, auto: Any, may_be_new: Sequence[str] = ()
+) -> PreTrainedModel:
     """The base model of a recipe on `device`, before adapters.
 
     Args:
         recipe: says what to load, from where and in which precision.
         config: what `load_config` returned.
         device: of this rank; 4-bit weights are quantised right there.
+        auto: transformers' auto class of the model.
+        may_be_new: modules whose weights a file may lack; they are drawn from the recipe's seed then.
 
     Raises:
         UserError: unreadable or incomplete weights, or a device that cannot hold 4-bit weights.
@@ -106,13 +118,17 @@ def load_causal_lm(recipe: Recipe, config: PreTrainedConfig, device: torch.devic
     if is_made_here(recipe):
         torch.manual_seed(recipe.seed)
         with _whole_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = auto.from_config(config, dtype=torch.float32)
         return model.to(device=device, dtype=weights_dtype(recipe))
     if recipe.tune == "qlora":
         how = {"quantization_config": _four_bit(recipe, device), "device_map": {"": device}}
         with _whole_weights():
-            return _keep_trainable(_from_pretrained(recipe, config, **how))
-    return _from_pretrained(recipe, config).to(device)  # type: ignore[arg-type]
+            return _keep_trainable(_from_pretrained(recipe, config, auto, may_be_new, **how))
+    if may_be_new:
+        torch.manual_seed(recipe.seed)
+        with _whole_weights():
+            return _from_pretrained(recipe, config, auto, may_be_new).to(device)  # type: ignore[arg-type]
+    return _from_pretrained(recipe, config, auto).to(device)  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -138,7 +154,7 @@ def load_whole_models() -> None:
     integration.unset_hf_deepspeed_config()
 
 
-def _four_bit(recipe: Recipe, device: torch.device) -> Any:
+def _four_bit(recipe: RunRecipe, device: torch.device) -> Any:
     try:
         import bitsandbytes  # noqa: F401  (slow to import, and only QLoRA needs it)
     except Exception as error:
@@ -167,17 +183,19 @@ def _keep_trainable(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _from_pretrained(recipe: Recipe, config: PreTrainedConfig, **how: Any) -> PreTrainedModel:
+def _from_pretrained(
+    recipe: RunRecipe, config: PreTrainedConfig, auto: Any, may_be_new: Sequence[str] = (), **how: Any
+) -> PreTrainedModel:
     name = recipe.model_name_or_path
     _check_weight_files(Path(name))
     try:
         with quiet_libraries():
-            model, loaded = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+            model, loaded = auto.from_pretrained(
                 name, config=config, dtype=weights_dtype(recipe), output_loading_info=True, **how
             )
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
         raise UserError(f"the weights of '{name}' cannot be loaded: {first_line(error)}") from error
-    missing = sorted(loaded["missing_keys"])
+    missing = sorted(key for key in loaded["missing_keys"] if not set(key.split(".")) & set(may_be_new))
     if missing:
         raise UserError(
             f"the weights of '{name}' lack {len(missing)} tensors of {type(model).__name__}, {missing[0]} first: "

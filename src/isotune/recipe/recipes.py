@@ -98,6 +98,25 @@ class RunRecipe:
 
     bf16: bool = key(False, MEMORY, "compute in bfloat16")
     fp16: bool = key(False, MEMORY, "compute in float16, with a scaled loss")
+    microbatch_tokens: int = key(
+        None,
+        MEMORY,
+        "tokens in one forward pass: the memory knob",
+        allowed=AT_LEAST_ONE,
+        default_from=lambda values: values["max_seq_length"],
+        default_text="max_seq_length",
+        changes_result=False,
+    )
+    eval_microbatch_tokens: int = key(
+        None,
+        MEMORY,
+        "the same in evaluation",
+        allowed=AT_LEAST_ONE,
+        needs=WITH_EVALUATION,
+        default_from=lambda values: values["microbatch_tokens"],
+        default_text="microbatch_tokens",
+        changes_result=False,
+    )
     exact_gradients: bool | Literal["auto"] = key(
         "auto", MEMORY, "sum gradients as integers: the same bits on any number of processes"
     )
@@ -137,6 +156,14 @@ class RunRecipe:
             ("model_init", "tune"),
             lambda values: values["model_init"] == "random" and values["tune"] == "qlora",
             "only pretrained weights are quantised",
+        ),
+        *(
+            Contradiction(
+                (knob, "max_seq_length"),
+                lambda values, knob=knob: values[knob] < values["max_seq_length"],
+                "a forward pass holds at least one row, so raise the first or lower the second",
+            )
+            for knob in ("microbatch_tokens", "eval_microbatch_tokens")
         ),
     )
 
@@ -202,40 +229,25 @@ class Recipe(RunRecipe):
         "truncate", DATA, "what happens to a conversation longer than max_seq_length"
     )
     packing: bool = key(True, DATA, "pack several conversations into a row; they never see each other")
-    microbatch_tokens: int = key(
-        None,
-        MEMORY,
-        "tokens in one forward pass: the memory knob",
-        allowed=AT_LEAST_ONE,
-        default_from=lambda values: values["max_seq_length"],
-        default_text="max_seq_length",
-        changes_result=False,
-    )
-    eval_microbatch_tokens: int = key(
-        None,
-        MEMORY,
-        "the same in evaluation",
-        allowed=AT_LEAST_ONE,
-        needs=WITH_EVALUATION,
-        default_from=lambda values: values["microbatch_tokens"],
-        default_text="microbatch_tokens",
-        changes_result=False,
-    )
     sample_prompt: str = key(
         "What makes a good friend?", OUTPUT, "question to answer at the end; empty asks none", changes_result=False
     )
 
-    contradictions: ClassVar[tuple[Contradiction, ...]] = (
-        *RunRecipe.contradictions,
-        *(
-            Contradiction(
-                (knob, "max_seq_length"),
-                lambda values, knob=knob: values[knob] < values["max_seq_length"],
-                "a forward pass holds at least one row, so raise the first or lower the second",
-            )
-            for knob in ("microbatch_tokens", "eval_microbatch_tokens")
-        ),
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationRecipe(RunRecipe):
+    """A recipe of unpadded classification: a step sees `global_batch_size` documents."""
+
+    dataset_text_field: str = key("text", DATA, "column that holds the text")
+    dataset_label_field: str = key("label", DATA, "column that holds the class, a whole number from 0")
+    num_labels: int | None = key(
+        None, DATA, "classes; data with another number is refused", allowed=Range(2), default_text="those of the data"
     )
+    overlong: Literal["head", "tail", "head_tail"] = key(
+        "head", DATA, "what is kept of a text longer than max_seq_length; head_tail: a quarter, and the end"
+    )
+    max_seq_length: int = key(512, DATA, "longest document, in tokens", allowed=Range(3))
+    global_batch_size: int = key(32, SCHEDULE, "documents in one step, on any hardware", allowed=AT_LEAST_ONE)
 
 
 AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)

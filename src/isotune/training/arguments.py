@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from transformers import TrainingArguments, training_args
 
-from isotune.recipe import Recipe
+from isotune.recipe import RunRecipe
 from isotune.training.launch import Process
 
 
-def training_arguments(recipe: Recipe, process: Process) -> TrainingArguments:
+def training_arguments(recipe: RunRecipe, process: Process) -> TrainingArguments:
     """TrainingArguments for the plan: an item of the loader is a whole update, so batch and accumulation are 1.
 
     Must be made after `start_process`, whose state it takes over.
@@ -39,7 +39,7 @@ def _bf16_without_a_gpu() -> Iterator[None]:
         library.is_torch_bf16_gpu_available = asks
 
 
-def _arguments(recipe: Recipe, process: Process, engine: dict[str, Any], checkpointing: bool) -> TrainingArguments:
+def _arguments(recipe: RunRecipe, process: Process, engine: dict[str, Any], checkpointing: bool) -> TrainingArguments:
     return TrainingArguments(
         **engine,
         # the engine's new name for the same; non-reentrant, as LoRA has no gradient at the model's input

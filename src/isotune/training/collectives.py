@@ -27,6 +27,21 @@ def gather_by_number(values: dict[int, torch.Tensor], count: int, device: torch.
     return table.tolist()
 
 
+def gather_vectors(values: dict[int, torch.Tensor], count: int, size: int, device: torch.device) -> torch.Tensor:
+    """`gather_by_number` of vectors: float64 [count, size] on the CPU, the same on every rank.
+
+    Args:
+        values: [size] by number, each number on one rank only; a row that nobody has is zero.
+    """
+    table = torch.zeros(count, size, dtype=torch.float64, device=device)
+    if values:
+        numbers = torch.tensor(list(values), device=device)
+        table[numbers] = torch.stack([v.detach().double() for v in values.values()]).to(device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(table)
+    return table.cpu()
+
+
 def ordered_sum(values: list[float]) -> float:
     """The sum, correctly rounded, hence the same in any order; NaN and infinity pass through.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from isotune.errors import UserError
-from isotune.recipe import Recipe
+from isotune.recipe import RunRecipe
 from isotune.training.launcher import nearest
 
 INLINE = "the accelerate configuration"
@@ -26,7 +26,7 @@ _OTHER_PARALLELISM = ("tensor_parallel", "expert_parallel", "sequence_parallel_s
 
 
 def read_deepspeed_config(
-    recipe: Recipe, world_size: int, environment: Mapping[str, str] = os.environ, name: str = INLINE
+    recipe: RunRecipe, world_size: int, environment: Mapping[str, str] = os.environ, name: str = INLINE
 ) -> dict[str, Any]:
     """The whole configuration of a launch under DeepSpeed: the named JSON file, or the keys of the accelerate file.
 
@@ -53,7 +53,7 @@ def read_deepspeed_config(
     return complete(config, recipe, world_size, name)
 
 
-def complete(config: dict[str, Any], recipe: Recipe, world_size: int, name: str) -> dict[str, Any]:
+def complete(config: dict[str, Any], recipe: RunRecipe, world_size: int, name: str) -> dict[str, Any]:
     """`config` with everything filled in from the recipe, after its keys and values have been checked.
 
     Raises:
@@ -146,7 +146,7 @@ def _inline(environment: Mapping[str, str]) -> dict[str, Any]:
     return config
 
 
-def _check_contradictions(config: Mapping[str, Any], recipe: Recipe, name: str) -> None:
+def _check_contradictions(config: Mapping[str, Any], recipe: RunRecipe, name: str) -> None:
     for key, ours in _RECIPE_SAYS.items():
         if key in config:
             raise UserError(f"{name} has a section '{key}', and the recipe says {ours}: take the section out")

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from isotune.errors import RunFault
-from isotune.recipe import Recipe
+from isotune.recipe import RunRecipe
 from isotune.training.deepspeed_config import offloaded
 from isotune.training.launch import Process
 
@@ -84,7 +84,7 @@ def read_back(trainer: Any) -> EngineInEffect:
     )
 
 
-def check_engine(found: EngineInEffect, trainer: Any, recipe: Recipe, process: Process) -> None:
+def check_engine(found: EngineInEffect, trainer: Any, recipe: RunRecipe, process: Process) -> None:
     """Stop where what runs is not what was asked.
 
     Raises:

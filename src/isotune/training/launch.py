@@ -17,7 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 
 from isotune.errors import UserError
-from isotune.recipe import Recipe
+from isotune.recipe import RunRecipe
 from isotune.training.deepspeed_config import INLINE, read_deepspeed_config, stage_of
 from isotune.training.launcher import check_launch, read_request
 
@@ -52,7 +52,7 @@ class Process:
         """TrainingArguments' use_cpu: it silently drops DeepSpeed and FSDP, so it is said for plain and DDP only."""
         return self.device.type == "cpu" and not (self.deepspeed or self.fsdp)
 
-    def loading_device(self, recipe: Recipe) -> torch.device:
+    def loading_device(self, recipe: RunRecipe) -> torch.device:
         """Where a model is made: in host memory where the engine puts only shares of it on the device.
 
         4-bit weights are made where they will lie, whatever the engine.
@@ -70,7 +70,7 @@ class Process:
         return self.fsdp or self.zero_stage == 3
 
 
-def start_process(recipe: Recipe) -> Process:
+def start_process(recipe: RunRecipe) -> Process:
     """Make the one process group that everything else shares. Call it before the model and TrainingArguments are made.
 
     Raises:
@@ -104,7 +104,7 @@ def start_process(recipe: Recipe) -> Process:
     )
 
 
-def _make_state(recipe: Recipe, world_size: int, *, deepspeed: bool, fsdp: bool, on_cpu: bool) -> PartialState:
+def _make_state(recipe: RunRecipe, world_size: int, *, deepspeed: bool, fsdp: bool, on_cpu: bool) -> PartialState:
     # the watchdog, which can name the rank that hangs, comes first
     limit: dict[str, Any] = {
         "timeout": timedelta(seconds=recipe.training_arguments["ddp_timeout"] + AFTER_THE_WATCHDOG_SECONDS)
@@ -112,6 +112,7 @@ def _make_state(recipe: Recipe, world_size: int, *, deepspeed: bool, fsdp: bool,
     if not on_cpu:
         return PartialState(**limit) if "LOCAL_RANK" in os.environ else PartialState()
     if deepspeed:
+        _let_gloo_carry()
         return PartialState(backend="gloo", **limit)
     if world_size == 1:
         return PartialState(cpu=True)
@@ -121,6 +122,17 @@ def _make_state(recipe: Recipe, world_size: int, *, deepspeed: bool, fsdp: bool,
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return state
+
+
+def _let_gloo_carry() -> None:
+    """Keep DeepSpeed from compiling its own transport between CPU processes.
+
+    DeepSpeed 0.19 does so at its first start, which asks for a compiler; and a process that is killed meanwhile leaves
+    a lock behind (torch's FileBaton) at which every later start of this user waits for ever.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
 
 
 def _announce(config: dict[str, Any] | None) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from isotune.errors import UserError
-from isotune.recipe import Recipe
+from isotune.recipe import RunRecipe
 
 FLAGS_ONLY = {"rdzv_backend": "static", "same_network": False}  # accelerate 1.15 reads these from its flags alone
 
@@ -73,7 +73,7 @@ def read_request() -> Request | None:
     return Request(file, engine, processes, on_cpu, written)
 
 
-def check_launch(request: Request | None, recipe: Recipe, environment: Mapping[str, str] = os.environ) -> None:
+def check_launch(request: Request | None, recipe: RunRecipe, environment: Mapping[str, str] = os.environ) -> None:
     """Refuse a launch that became another one, or whose configuration contradicts the recipe.
 
     Args:
@@ -109,7 +109,7 @@ def check_launch(request: Request | None, recipe: Recipe, environment: Mapping[s
     _check_precision(name, recipe, environment)
 
 
-def _check_precision(name: str, recipe: Recipe, environment: Mapping[str, str]) -> None:
+def _check_precision(name: str, recipe: RunRecipe, environment: Mapping[str, str]) -> None:
     theirs = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     ours = "bf16" if recipe.bf16 else "fp16" if recipe.fp16 else "no"
     if theirs not in ("no", ours):

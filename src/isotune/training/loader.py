@@ -6,8 +6,8 @@ from typing import Any
 import transformers.trainer
 from accelerate import skip_first_batches
 
-from isotune.data.collate import collate
-from isotune.data.documents import Documents
+from isotune.data.collate import lay_out
+from isotune.data.documents import AnyDocuments
 from isotune.data.plan import Plan, Step, assign
 
 
@@ -18,7 +18,7 @@ class StepLoader:
     its count of steps is the plan's.
     """
 
-    def __init__(self, plan: Plan, documents: Documents, rank: int, world_size: int, skipped: int = 0) -> None:
+    def __init__(self, plan: Plan, documents: AnyDocuments, rank: int, world_size: int, skipped: int = 0) -> None:
         self.plan = plan
         self.documents = documents
         self.rank = rank
@@ -41,7 +41,7 @@ class StepLoader:
         first = self.epoch * self.plan.steps_per_epoch
         for number in range(first + self.skipped, first + self.plan.steps_per_epoch):
             share = assign(self.plan.step(number), self.world_size)[self.rank]
-            passes = [{"number": m.number, "weight": m.weight, "inputs": collate(self.documents, m)} for m in share]
+            passes = [{"number": m.number, "weight": m.weight, "inputs": lay_out(self.documents, m)} for m in share]
             yield {"step": number, "passes": passes}
 
 

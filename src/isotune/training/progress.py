@@ -1,4 +1,4 @@
-"""The progress bar of a run: loss, supervised tokens a second, and the time that is left."""
+"""The progress bar of a run: loss, speed, and the time that is left."""
 
 import sys
 from typing import Any
@@ -21,11 +21,11 @@ class ProgressBar(TrainerCallback):
                 total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True, file=sys.stderr
             )
 
-    def show(self, loss: float, supervised_tokens_per_second: float, skipped: int) -> None:
-        """One update further."""
+    def show(self, loss: float, speed: dict[str, float], skipped: int) -> None:
+        """One update further; `speed` is a rate by its name."""
         if self.bar is None:
             return
-        facts = {"loss": f"{loss:.4f}", "supervised_tokens_per_s": f"{supervised_tokens_per_second:.0f}"}
+        facts = {"loss": f"{loss:.4f}", **{name: f"{rate:.0f}" for name, rate in speed.items()}}
         if skipped:
             facts["skipped_steps"] = str(skipped)
         self.bar.set_postfix(facts, refresh=False)
@@ -35,8 +35,12 @@ class ProgressBar(TrainerCallback):
         """Print what an evaluation found."""
         found = kwargs["metrics"]
         if state.is_world_process_zero:
-            loss, perplexity = found["eval_loss"], found["eval_perplexity"]
-            self.say(f"step {state.global_step}: eval_loss {loss:.4f}, perplexity {perplexity:.2f}")
+            line = f"step {state.global_step}: eval_loss {found['eval_loss']:.4f}"
+            if "eval_perplexity" in found:
+                line += f", perplexity {found['eval_perplexity']:.2f}"
+            if "eval_accuracy" in found:
+                line += f", accuracy {found['eval_accuracy']:.4f}"
+            self.say(line)
 
     def say(self, line: str) -> None:
         """A line above the bar, or a plain line where there is none."""

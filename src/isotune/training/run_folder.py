@@ -10,7 +10,7 @@ import yaml
 
 from isotune.checkpoints.manifest import replace_file
 from isotune.errors import AlreadyDone, UserError
-from isotune.recipe import Recipe
+from isotune.recipe import RunRecipe
 from isotune.training.resume import NEWEST, check_named_checkpoint
 
 RECIPE = "recipe.yaml"
@@ -30,7 +30,7 @@ class RunFolder:
         UserError: the folder holds another recipe's run or something else, cannot be written, or has no room.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: RunRecipe) -> None:
         self.recipe = recipe
         self.path = Path(recipe.output_dir)
         self.status: Any = None  # kept while the run is supervised

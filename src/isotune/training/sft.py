@@ -1,14 +1,16 @@
 """The parts of an instruction-tuning run, each built by one function that the launch script calls in order."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from isotune.checkpoints.final_model import FinalModelReport, save_and_verify
 from isotune.checkpoints.gathering import plain_model
+from isotune.data.labelled import PreparedLabels
 from isotune.data.plan import Plan
 from isotune.data.preparation import PreparationSettings, PreparedData, prepare
 from isotune.errors import UserError
@@ -17,7 +19,7 @@ from isotune.models.loading import is_made_here, load_causal_lm, load_config, lo
 from isotune.models.packed_attention import set_packed_attention
 from isotune.models.speedups import enable_speedups
 from isotune.models.supervised_loss import install_supervised_loss
-from isotune.recipe import Recipe
+from isotune.recipe import Recipe, RunRecipe
 from isotune.training.arguments import training_arguments
 from isotune.training.launch import Process
 from isotune.training.run_folder import RunFolder
@@ -31,10 +33,10 @@ POSITION_FREE_OPTIMISERS = ("adamw_torch", "sgd")
 
 @dataclass(frozen=True)
 class Data:
-    """The prepared training documents, and those of the evaluation loss where the recipe names any."""
+    """The prepared training documents, and those of the evaluation where the recipe names any."""
 
-    train: PreparedData
-    evaluation: PreparedData | None
+    train: PreparedData | PreparedLabels
+    evaluation: PreparedData | PreparedLabels | None
 
 
 def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, process: Process) -> Data:
@@ -79,12 +81,13 @@ def build_model(recipe: Recipe, config: PreTrainedConfig, device: torch.device) 
 
 
 def build_trainer(
-    recipe: Recipe,
+    recipe: RunRecipe,
     process: Process,
     run: RunFolder,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     data: Data,
+    kind: type[PlanTrainer] = PlanTrainer,
 ) -> PlanTrainer:
     """The plan, and the trainer that carries it out; checks run when training begins."""
     run.check_room(saved_bytes(model))
@@ -107,7 +110,7 @@ def build_trainer(
     if data.evaluation is not None:
         fingerprints["evaluation"] = data.evaluation.fingerprint
     start_up = StartUp(run, fingerprints)
-    trainer = PlanTrainer(
+    trainer = kind(
         model=model,
         args=training_arguments(recipe, process),
         recipe=recipe,
@@ -124,7 +127,7 @@ def build_trainer(
     return trainer
 
 
-def uses_exact_gradients(recipe: Recipe, process: Process) -> bool:
+def uses_exact_gradients(recipe: RunRecipe, process: Process) -> bool:
     """`auto` is on where few parameters are trained, under plain and DDP; ZeRO-1 and 2 in fp32 are asked for it.
 
     Raises:
@@ -153,10 +156,22 @@ def saved_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
-def save(recipe: Recipe, run: RunFolder, trainer: PlanTrainer, tokenizer: Any) -> FinalModelReport | None:
+def load_base_again(recipe: RunRecipe) -> PreTrainedModel:
+    """The base model of a recipe as training began with it."""
+    return load_causal_lm(recipe, load_config(recipe), torch.device("cpu"))
+
+
+def save(
+    recipe: RunRecipe,
+    run: RunFolder,
+    trainer: PlanTrainer,
+    tokenizer: Any,
+    load_again: Callable[[Any], PreTrainedModel] = load_base_again,
+) -> FinalModelReport | None:
     """Write RUN/model on the main process, reopened and compared before it is called saved; every rank must call it.
 
-    The base of an adapter that exists nowhere else, because it was made at random, is written beside it.
+    The base of an adapter that exists nowhere else, because it was made at random, is written beside it: `load_again`
+    makes it from the recipe.
     """
     trainer.accelerator.wait_for_everyone()
     trainer.watchdog.stop()
@@ -166,8 +181,7 @@ def save(recipe: Recipe, run: RunFolder, trainer: PlanTrainer, tokenizer: Any) -
     load_whole_models()  # to be reopened, and to answer the sample question
     if model is not None:
         if recipe.tune != "full" and is_made_here(recipe):
-            base = load_causal_lm(recipe, load_config(recipe), torch.device("cpu"))
-            save_and_verify(base, tokenizer, run.base_model)
+            save_and_verify(load_again(recipe), tokenizer, run.base_model)
             model.peft_config["default"].base_model_name_or_path = str(run.base_model.resolve())
         report = save_and_verify(model, tokenizer, run.model)
         if trainer.metrics_file is not None:

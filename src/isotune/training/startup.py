@@ -36,7 +36,11 @@ class StartUp(TrainerCallback):
         self._compare(found)
         config = trainer.accelerator.unwrap_model(trainer.model_wrapped).config
         isolation = check_isolation(
-            trainer.model_wrapped, config.vocab_size, args.device, compute_dtype(self.run.recipe)
+            trainer.model_wrapped,
+            config.vocab_size,
+            args.device,
+            compute_dtype(self.run.recipe),
+            classifier=trainer.item == "documents",
         )
         trainer.watchdog.start()
         if not trainer.process.is_main:
@@ -55,8 +59,9 @@ class StartUp(TrainerCallback):
         self._print(record)
 
     def _compare(self, found: dict[str, Any]) -> None:
-        if found["attention"] != "packed":
-            raise RunFault(f"attention is {found['attention']} after preparation, and packed was asked")
+        wanted = self.trainer.attention
+        if found["attention"] != wanted:
+            raise RunFault(f"attention is {found['attention']} after preparation, and {wanted} was asked")
         if not found["trained_parameters"]:
             raise RunFault("no parameter of the prepared model is trained; nothing was done")
 
@@ -64,6 +69,8 @@ class StartUp(TrainerCallback):
         found, plan, process = record["in_effect"], self.trainer.plan, self.trainer.process
         share = found["trained_parameters"] / found["all_parameters"]
         first = plan.step(0)
+        tokens = self.trainer.target == "supervised_tokens"
+        targets = f", {first.supervised_tokens} supervised tokens" if tokens else ""
         print(
             f"engine      {_engine_in_words(found)} on {process.world_size} x "
             f"{record['device_name'] or record['device']}, {record['threads_per_process']} threads each\n"
@@ -73,9 +80,8 @@ class StartUp(TrainerCallback):
             f"attention   {found['attention']} by {found['attention_kernel']}; leak {record['isolation']['leak']:.1g}\n"
             f"trained     {found['trained_parameters']:,} of {found['all_parameters']:,} parameters ({share:.2%}), "
             f"exact_gradients {str(found['exact_gradients']).lower()}\n"
-            f"plan        {self.trainer.state.max_steps} steps of {plan.global_batch_size} rows; the first: "
-            f"{len(first.microbatches)} passes, {first.documents} documents, "
-            f"{first.supervised_tokens} supervised tokens",
+            f"plan        {self.trainer.state.max_steps} steps of {plan.global_batch_size} {self.trainer.item}; "
+            f"the first: {len(first.microbatches)} passes, {first.documents} documents{targets}",
             flush=True,
         )
         idle = process.world_size - len(first.microbatches)

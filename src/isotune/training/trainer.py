@@ -19,11 +19,12 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from isotune.data.labelled import PreparedLabels
 from isotune.data.plan import Plan, Step
 from isotune.data.preparation import PreparedData
 from isotune.errors import RunFault
 from isotune.models.speedups import training_pass
-from isotune.recipe import Recipe
+from isotune.recipe import RunRecipe
 from isotune.training.collectives import gather_by_number, ordered_sum
 from isotune.training.evaluation_loss import evaluation_loss
 from isotune.training.exact_gradients import ExactGradients
@@ -49,19 +50,26 @@ class PlanTrainer(CheckpointingTrainer):
         eval_plan, evaluation: the same for the evaluation loss, or None.
         exact: sum gradients as integers (plain and DDP only).
         start_up: checks and announces what is in effect, before the bar appears.
+
+    Attributes:
+        attention: what the model must attend by when training begins.
+        item, target: what the plan's rows and the loss's targets are called in what is printed and written.
     """
+
+    attention = "packed"
+    item, target = "rows", "supervised_tokens"
 
     def __init__(
         self,
         *,
         model: nn.Module,
         args: TrainingArguments,
-        recipe: Recipe,
+        recipe: RunRecipe,
         process: Process,
         plan: Plan,
-        train: PreparedData,
+        train: PreparedData | PreparedLabels,
         eval_plan: Plan | None,
-        evaluation: PreparedData | None,
+        evaluation: PreparedData | PreparedLabels | None,
         exact: bool,
         tokenizer: Any,
         start_up: StartUp,
@@ -288,7 +296,7 @@ class PlanTrainer(CheckpointingTrainer):
             "loss": self._loss,
             "grad_norm": self._norm,
             "learning_rate": learning_rate,
-            "supervised_tokens": step.supervised_tokens,
+            self.target: step.supervised_tokens,
             "input_tokens": step.input_tokens,
             "documents": step.documents,
             "step_seconds": seconds,
@@ -299,13 +307,17 @@ class PlanTrainer(CheckpointingTrainer):
             line["skipped_steps"] = self.skipped_steps
         if self.metrics_file is not None:
             self.metrics_file.write(line)
-        self.progress.show(self._loss, step.supervised_tokens / seconds, self.skipped_steps)
+        self.progress.show(self._loss, {f"{self.target}_per_s": step.supervised_tokens / seconds}, self.skipped_steps)
 
-    # ---- evaluation loss ----
+    # ---- evaluation ----
+
+    def measure(self) -> dict[str, float]:
+        """What an evaluation finds; every rank calls it."""
+        return evaluation_loss(self)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:  # type: ignore[override]
-        """Measure, write and report `evaluation_loss`; returns it."""
-        found = evaluation_loss(self)
+        """Measure, write and report; returns what `measure` found."""
+        found = self.measure()
         if self.metrics_file is not None:
             self.metrics_file.write({"step": self.state.global_step, "epoch": self.state.epoch, **found})
         self.log(dict(found))

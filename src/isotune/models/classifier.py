@@ -1,0 +1,145 @@
+"""Sequence classifiers on unpadded rows: every architecture's own head, applied at each document's start.
+
+A stock head reads the hidden state at position 0 of each padded text. In a packed row those states stand at the
+documents' starts, so they are picked out where the encoder ends:
+
+    hidden states   [ a0 a1 a2 | b0 b1 | c0 c1 c2 c3 ]   ->   [ a0 ]   one row a document, of one state each: whatever
+    cu_seq_lens_q   [ 0, 3, 5, 9 ]                            [ b0 ]   stands above (BERT's pooler, DistilBERT's
+                                                              [ c0 ]   pre_classifier, RoBERTa's dense) is unchanged
+
+A model type that is not known to work so is given padded texts, made from the same row, and a line says it.
+"""
+
+import types
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from isotune.errors import UserError
+from isotune.models.loading import load_base
+from isotune.models.packed_attention import PACKED, document_position_ids, restore_attention, set_packed_attention
+from isotune.recipe import ClassificationRecipe
+
+# Where the encoder of a model type stands in its body; its output is a row of hidden states.
+ENCODERS = {
+    "albert": "encoder",
+    "bert": "encoder",
+    "camembert": "encoder",
+    "distilbert": "transformer",
+    "roberta": "encoder",
+    "xlm-roberta": "encoder",
+}
+# Modules above the encoder: they may be new, and beside LoRA they are trained whole.
+HEADS = {"albert": ["pooler", "classifier"], "bert": ["pooler", "classifier"],
+         "distilbert": ["pre_classifier", "classifier"]}  # fmt: skip
+OTHER_HEADS = ["classifier"]
+PADDED = "padded"
+
+
+def head_of(config: PreTrainedConfig) -> list[str]:
+    """The modules of the classification head, which stand above the encoder."""
+    return HEADS.get(config.model_type, OTHER_HEADS)
+
+
+def load_classifier(recipe: ClassificationRecipe, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
+    """The base model with a head for `config.num_labels` classes; a head that no file has is drawn from the seed.
+
+    Raises:
+        UserError: see `isotune.models.loading.load_base`, or the architecture has no classifier.
+    """
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise UserError(f"model type '{config.model_type}' has no classifier in transformers: choose an encoder")
+    return load_base(recipe, config, device, AutoModelForSequenceClassification, may_be_new=head_of(config))
+
+
+def install_classification(model: PreTrainedModel) -> str:
+    """Teach a stock classifier the packed row of `isotune.data.collate.LabelledInputs`.
+
+    With it, `model(input_ids=..., cu_seq_lens_q=..., targets=...)` returns `.logits`, [documents, classes], and as
+    `.loss` the sum of the documents' cross-entropies in fp32; without bounds its own forward runs as ever. Call it
+    before peft wraps the model.
+
+    Returns:
+        how it attends: `packed`, or `padded` where the model type is not known to work without padding.
+    """
+    kind = _attend(model)
+    plain: Any = model
+    plain._plain_forward = model.forward
+    plain.forward = types.MethodType(_packed_forward if kind == PACKED else _padded_forward, model)
+    if kind == PACKED:
+        encoder = getattr(model.base_model, ENCODERS[model.config.model_type])
+        encoder.register_forward_hook(_keep_first_states, with_kwargs=True)
+    return kind
+
+
+def _attend(model: PreTrainedModel) -> str:
+    if model.config.model_type not in ENCODERS:
+        return PADDED
+    try:
+        set_packed_attention(model)
+    except UserError:
+        restore_attention(model)
+        return PADDED
+    return PACKED
+
+
+def _keep_first_states(encoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    bounds = kwargs.get("cu_seq_lens_q")
+    if bounds is not None:
+        output.last_hidden_state = output.last_hidden_state[0, bounds[:-1].long()][:, None]
+    return output
+
+
+def _packed_forward(
+    self: Any,
+    input_ids: torch.Tensor,
+    *args: Any,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    targets: torch.Tensor | None = None,
+    use_cache: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    if cu_seq_lens_q is None:
+        return self._plain_forward(input_ids, *args, **kwargs)
+    positions = document_position_ids(self.config, cu_seq_lens_q)
+    found = self._plain_forward(
+        input_ids, position_ids=positions, cu_seq_lens_q=cu_seq_lens_q, **_said(kwargs), return_dict=True
+    )
+    return _with_loss(found.logits, targets)
+
+
+def _padded_forward(
+    self: Any,
+    input_ids: torch.Tensor,
+    *args: Any,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    targets: torch.Tensor | None = None,
+    use_cache: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    if cu_seq_lens_q is None:
+        return self._plain_forward(input_ids, *args, **kwargs)
+    lengths = cu_seq_lens_q.diff().tolist()
+    texts = input_ids[0].split(lengths)
+    pad = self.config.pad_token_id or 0
+    batch = nn.utils.rnn.pad_sequence(list(texts), batch_first=True, padding_value=pad)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+    found = self._plain_forward(batch, attention_mask=mask, return_dict=True)
+    return _with_loss(found.logits, targets)
+
+
+def _said(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """peft's wrapper passes on every argument of its own signature, given or not."""
+    return {name: value for name, value in kwargs.items() if value is not None and name != "return_dict"}
+
+
+def _with_loss(logits: torch.Tensor, targets: torch.Tensor | None) -> SequenceClassifierOutput:
+    loss = None if targets is None else functional.cross_entropy(logits.float(), targets, reduction="sum")
+    return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]

@@ -1,0 +1,169 @@
+"""The parts of a classification run that differ from instruction tuning; the others are those of `training.sft`."""
+
+import json
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from isotune.checkpoints.final_model import FinalModelReport
+from isotune.checkpoints.gathering import reshard
+from isotune.checkpoints.manifest import replace_file
+from isotune.data.collate import lay_out
+from isotune.data.documents import LabelledDocuments
+from isotune.data.labelled import LabelSettings, prepare_labelled
+from isotune.data.plan import assign
+from isotune.models.adapters import add_adapters
+from isotune.models.classifier import PADDED, head_of, install_classification, load_classifier
+from isotune.models.loading import load_config
+from isotune.models.speedups import enable_speedups
+from isotune.recipe import ClassificationRecipe
+from isotune.training import sft
+from isotune.training.collectives import gather_by_number, gather_vectors, ordered_sum
+from isotune.training.launch import Process
+from isotune.training.run_folder import RunFolder
+from isotune.training.trainer import PlanTrainer
+
+PREDICTIONS = "predictions.jsonl"
+
+
+def prepare_data(recipe: ClassificationRecipe, tokenizer: PreTrainedTokenizerBase, process: Process) -> sft.Data:
+    """Read and tokenise what the recipe names; the main process shows progress and the table.
+
+    The evaluation data must not have a class that the training data does not have.
+    """
+    found: dict[str, Any] = {"evaluation": None}
+    classes = recipe.num_labels
+    for role, name, split in (
+        ("train", recipe.dataset_name, recipe.dataset_split),
+        ("evaluation", recipe.eval_dataset_name, recipe.eval_dataset_split),
+    ):
+        if name is None:
+            continue
+        settings = LabelSettings(
+            max_seq_length=recipe.max_seq_length,
+            overlong=recipe.overlong,  # type: ignore[arg-type]
+            dataset_text_field=recipe.dataset_text_field,
+            dataset_label_field=recipe.dataset_label_field,
+            num_labels=classes,
+        )
+        found[role] = prepare_labelled(
+            name,
+            split,
+            tokenizer,
+            settings,
+            name="dataset_name" if role == "train" else "eval_dataset_name",
+            evaluation=role == "evaluation",
+            show_progress=process.is_main,
+        )
+        classes = found["train"].num_labels
+        if process.is_main:
+            print(found[role].table, flush=True)
+    return sft.Data(**found)
+
+
+def build_model(recipe: ClassificationRecipe, config: PreTrainedConfig, data: sft.Data, process: Process) -> nn.Module:
+    """The classifier ready for unpadded training, for the classes of `data`: attention, loss and adapters in place.
+
+    Built from the seed alone, so every rank has the same weights before any communication.
+    """
+    config.num_labels = data.train.num_labels  # type: ignore[union-attr]
+    base = load_classifier(recipe, config, process.loading_device(recipe))
+    if install_classification(base) == PADDED and process.is_main:
+        print(f"note        model type '{config.model_type}' is not known to work without padding: texts are padded")
+    model = base if recipe.tune == "full" else add_adapters(base, recipe, head=head_of(config))
+    enable_speedups(model)
+    return model
+
+
+def build_trainer(
+    recipe: ClassificationRecipe,
+    process: Process,
+    run: RunFolder,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    data: sft.Data,
+) -> PlanTrainer:
+    """The plan, and the trainer that carries it out; checks run when training begins."""
+    return sft.build_trainer(recipe, process, run, model, tokenizer, data, ClassificationTrainer)
+
+
+def save(recipe: ClassificationRecipe, run: RunFolder, trainer: PlanTrainer, tokenizer: Any) -> FinalModelReport | None:
+    """Write RUN/model as `isotune.training.sft.save` does; an adapter holds its head."""
+    num_labels = trainer.train_data.num_labels  # type: ignore[union-attr]
+
+    def load_again(recipe: ClassificationRecipe) -> PreTrainedModel:
+        config = load_config(recipe)
+        config.num_labels = num_labels
+        return load_classifier(recipe, config, torch.device("cpu"))
+
+    return sft.save(recipe, run, trainer, tokenizer, load_again)
+
+
+class ClassificationTrainer(PlanTrainer):
+    """Carries out a plan over labelled documents: a document is a row, and its label is its one target."""
+
+    item, target = "documents", "documents"
+
+    def __init__(self, *, model: nn.Module, **parts: Any) -> None:
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        self.attention = base.config._attn_implementation
+        super().__init__(model=model, **parts)
+
+    def measure(self) -> dict[str, float]:
+        """Loss and accuracy of the evaluation documents, each exact; every prediction goes to RUN/eval/STEP.
+
+        Returns:
+            eval_loss in nats per document, eval_accuracy, eval_documents, eval_seconds.
+        """
+        started = time.perf_counter()
+        losses, logits = predict(self)
+        documents: Any = self.evaluation.documents  # type: ignore[union-attr]
+        chosen = logits.argmax(dim=1)
+        correct = int((chosen == torch.from_numpy(documents.labels[:].astype("int64"))).sum())
+        if self.process.is_main:
+            folder = self.run.path / "eval" / f"step-{self.state.global_step:08d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_file(folder / PREDICTIONS, _lines(documents, logits))
+        return {
+            "eval_loss": ordered_sum(losses) / len(documents),
+            "eval_accuracy": correct / len(documents),
+            "eval_documents": len(documents),
+            "eval_seconds": time.perf_counter() - started,
+        }
+
+
+@torch.no_grad()
+def predict(trainer: PlanTrainer) -> tuple[list[float], torch.Tensor]:
+    """The summed loss of each pass over the evaluation documents, and float64 [documents, classes] logits on CPU."""
+    assert trainer.eval_plan is not None and trainer.evaluation is not None
+    model: Any = trainer.model_wrapped
+    mode = model.training
+    model.eval()
+    step = trainer.eval_plan.step(0)
+    losses: dict[int, torch.Tensor] = {}
+    scores: dict[int, torch.Tensor] = {}
+    classes = int(trainer.train_data.num_labels)  # type: ignore[union-attr]
+    process = trainer.process
+    for microbatch in assign(step, process.world_size)[process.rank]:
+        inputs: Any = trainer._prepare_inputs(lay_out(trainer.evaluation.documents, microbatch))  # type: ignore[arg-type]
+        found = model(**inputs, use_cache=False)
+        if microbatch.weight:
+            losses[microbatch.number] = found.loss
+            scores.update(zip(microbatch.documents, found.logits, strict=True))
+        trainer.watchdog.progress(f"the evaluation after step {trainer.state.global_step}")
+    model.train(mode)
+    reshard(model)
+    device = trainer.args.device
+    logits = gather_vectors(scores, len(trainer.evaluation.documents), classes, device)
+    return gather_by_number(losses, len(step.microbatches), device), logits
+
+
+def _lines(documents: LabelledDocuments, logits: torch.Tensor) -> str:
+    """A line a row of the source: its number counted from 0, its class, and what was predicted."""
+    chosen, shares = logits.argmax(dim=1).tolist(), logits.softmax(dim=1).tolist()
+    columns = zip(documents.source_rows.tolist(), documents.labels.tolist(), chosen, shares, strict=True)
+    names = ("id", "label", "prediction", "probabilities")
+    return "".join(json.dumps(dict(zip(names, column, strict=True))) + "\n" for column in columns)
