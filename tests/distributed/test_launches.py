@@ -53,6 +53,16 @@ def test_a_misspelled_key_in_a_launched_file_is_refused(tmp_path: Path):
     assert "deepspeed_config has no key 'zero3_init_flagg': did you mean 'zero3_init_flag'?" in said
 
 
+def test_a_build_that_was_killed_does_not_stop_later_launches(tmp_path: Path):
+    lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    surroundings = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    done = start(tmp_path, {**LORA, "max_steps": 1}, processes=2, config="zero2.yaml", environment=surroundings)
+    assert len(done.steps) == 1
+    assert [path.name for path in lock.parent.iterdir()] == ["lock"]  # nothing was compiled
+
+
 @pytest.mark.slow
 def test_a_port_in_use_is_no_obstacle_on_one_machine(tmp_path: Path):
     with socket.socket() as taken:
