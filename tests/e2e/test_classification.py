@@ -46,3 +46,17 @@ def test_data_that_does_not_fit_the_recipe_is_one_sentence_and_nothing_is_writte
     (line,) = [line for line in mistaken.stderr.splitlines() if "num_labels" in line]
     assert "row 2 of" in line and "rows.jsonl is of class 3, and num_labels is 2: 0 to 1" in line
     assert "Traceback" not in mistaken.stderr and not mistaken.run.exists()
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_a_run_goes_on_from_a_checkpoint_with_the_same_steps_and_the_same_predictions(tmp_path, tune):
+    values = {"tune": tune, "save_steps": 3, "eval_steps": 3, "exact_gradients": True}
+    whole = build_classifier(tmp_path / "whole", **values)
+    whole.train()
+    checkpoint = tmp_path / "whole" / "run" / "checkpoints" / "step-00000003"
+    rest = build_classifier(tmp_path / "rest", resume=str(checkpoint), **values)
+    rest.train()
+    told = ("step", "loss", "grad_norm", "learning_rate")
+    assert [[line[k] for k in told] for line in rest.steps] == [[line[k] for k in told] for line in whole.steps]
+    last = [run.run.path / "eval" / "step-00000006" / "predictions.jsonl" for run in (whole, rest)]
+    assert last[0].read_bytes() == last[1].read_bytes()
