@@ -3,6 +3,7 @@
 Written against DeepSpeed 0.19, whose own checkpoints are pickles that only as many ranks can read.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from isotune.checkpoints.flat_tensors import FlatTensor
 from isotune.errors import UserError
 
 
-class _FlatGroups:
+class _FlatGroups(ABC):
     """What both kinds share: torch's optimizer steps over long flat tensors, each of many parameters' slices."""
 
     def __init__(self, model: nn.Module, zero: Any) -> None:
@@ -34,11 +35,13 @@ class _FlatGroups:
         self.names = trained_parameters(model)
         self._group_of = {id(p): number for number, group in enumerate(self._members()) for p in group}
 
+    @abstractmethod
     def _members(self) -> list[list[nn.Parameter]]:
-        raise NotImplementedError
+        """The parameters of each flat tensor."""
 
+    @abstractmethod
     def _flats(self) -> list[Tensor]:
-        raise NotImplementedError
+        """This rank's share of each."""
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         return self.zero.optimizer.state.get(self._flats()[self._group_of[id(parameter)]], {})
