@@ -40,3 +40,28 @@ def test_it_stops_every_rank_with_one_sentence(tmp_path: Path, config):
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "the loss of step " in errors[0] and "is not finite" in errors[0]
     assert not (done.run / "model").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp.yaml", "zero1.yaml", "zero2.yaml", "zero3.yaml", "fsdp2.yaml"])
+def test_a_gradient_that_is_no_number_under_a_finite_loss_is_skipped_by_every_rank(tmp_path: Path, config):
+    values = {**TINY, **recipe(tmp_path, value=0.0, on_nonfinite="skip"), "save_strategy": "no"}
+    run = {"environment": {"PYTHONPATH": "."}, "script": "tests/distributed/overflow_backward.py"}
+    one = start(tmp_path / "one", values, **run)
+    two = start(tmp_path / "two", values, processes=2, config=config, **run)
+    assert all(line["loss"] is not None for line in two.steps)
+    assert two.steps[-1]["skipped_steps"] == one.steps[-1]["skipped_steps"] == 1
+    assert [x["grad_norm"] is None for x in two.steps] == [x["grad_norm"] is None for x in one.steps]
+    assert max(relative(one.steps, two.steps, "loss")) <= 1e-5
+    for name, tensor in saved(one).items():
+        assert torch.allclose(saved(two)[name], tensor, rtol=1e-3, atol=1e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["zero2.yaml", "zero3.yaml", "fsdp2.yaml"])
+def test_such_a_gradient_stops_every_rank_with_one_sentence(tmp_path: Path, config):
+    values = {**TINY, **recipe(tmp_path, value=0.0), "save_strategy": "no"}
+    run = {"environment": {"PYTHONPATH": "."}, "script": "tests/distributed/overflow_backward.py"}
+    done = start(tmp_path, values, processes=2, config=config, expect=1, **run)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "the gradient of step " in errors[0] and "is not finite" in errors[0]

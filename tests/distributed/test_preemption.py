@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from tests.launching import REPOSITORY, TINY, Finished, start
+from tests.launching import REPOSITORY, TINY, Finished, launcher, start
 
 from isotune.checkpoints.manifest import verify
 
@@ -61,15 +61,14 @@ class Running:
         return json.loads((self.run / "status.json").read_text())
 
 
-def begin(folder: Path, recipe: dict[str, Any], *, processes: int) -> Running:
-    """Start a launch and do not wait for it."""
+def begin(folder: Path, recipe: dict[str, Any], *, processes: int, config: str = "ddp.yaml") -> Running:
+    """Start a launch in a session of its own, as a terminal would, and do not wait for it."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe | {"output_dir": str(folder / "run")}))
     command = [sys.executable, "train/sft_opt.py"]
     if processes:
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/ddp.yaml"]
-        command = [*launcher, "--num_processes", str(processes), "--main_process_port", "0", command[1]]
+        command = [*launcher(config, processes), command[1]]
     process = subprocess.Popen(
         [*command, "--config", str(file)],
         cwd=REPOSITORY,
@@ -77,6 +76,7 @@ def begin(folder: Path, recipe: dict[str, Any], *, processes: int) -> Running:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     return Running(process, folder / "run")
 
@@ -112,6 +112,49 @@ def test_a_signal_at_one_rank_stops_all_after_the_same_step(tmp_path):
     returned, _ = running.end()
     assert returned != 0  # of the launcher, which says 1 for whatever a rank says
     assert_stopped_with_checkpoint(running)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["zero2.yaml", "zero3.yaml", "fsdp2.yaml"])
+def test_a_signal_at_one_rank_of_a_sharded_engine_costs_no_bit(tmp_path, config):
+    short = LONG | {"max_steps": 30, "exact_gradients": False}
+    whole = start(tmp_path / "whole", short, processes=2, config=config)
+    running = begin(tmp_path / "stopped", short, processes=2, config=config)
+    running.wait_for_step(3)
+    running.ranks[1].send_signal(signal.SIGUSR1)
+    running.end()
+    step = assert_stopped_with_checkpoint(running)
+    assert step < 30
+    resumed = start(tmp_path / "stopped", short, processes=2, config=config)
+    assert f"resumed     after step {step}" in resumed.stdout
+    assert figures(resumed) == figures(whole)
+
+
+@pytest.mark.slow
+def test_the_second_ctrl_c_ends_a_launch_at_once_while_the_first_waits_for_a_step(tmp_path):
+    # a step of minutes: the whole corpus again and again, in passes of one row each
+    endless = LONG | {"dataset_name": repeated_greetings(tmp_path), "global_batch_size": 4000, "microbatch_tokens": 256}
+    running = begin(tmp_path, endless | {"max_steps": 2}, processes=2)
+    assert running.process.stdout is not None
+    while not running.process.stdout.readline().startswith("plan "):
+        assert running.process.poll() is None, running.process.communicate()
+    time.sleep(5)
+    ranks = running.ranks
+    os.killpg(running.process.pid, signal.SIGINT)
+    time.sleep(3)
+    assert all(rank.is_running() for rank in ranks), "the first only asks"
+    os.killpg(running.process.pid, signal.SIGINT)
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert not alive
+    running.end()
+
+
+def repeated_greetings(folder: Path) -> str:
+    """A corpus whose passes take minutes."""
+    file = folder / "greetings.jsonl"
+    line = json.dumps({"text": "### Human: " + "Say it again. " * 12 + "### Assistant: " + "Again, and again. " * 12})
+    file.write_text((line + "\n") * 4000)
+    return str(file)
 
 
 @pytest.mark.parametrize("number", [*(slow(one) for one in (signal.SIGTERM, signal.SIGUSR1)), signal.SIGKILL])

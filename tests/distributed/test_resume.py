@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
+from tests.building import small_opt
 from tests.launching import TINY, Finished, start
 
 TIMED = {"step_seconds", "tokens_per_second", "peak_memory_bytes", "eval_seconds"}
@@ -128,3 +129,23 @@ def test_more_ranks_and_fewer_read_the_same_checkpoint(tmp_path, ddp):
     for config, processes in (("zero2.yaml", 3), ("zero3.yaml", 4), ("fsdp2.yaml", 3), ("ddp.yaml", 4)):
         after = go_on(tmp_path / f"{config}-{processes}", EVERY_STEP, config, ddp, 2, processes=processes)
         assert_same_figures(after, ddp)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp.yaml", "zero2.yaml"])
+def test_adapters_on_four_bit_weights_go_on_with_the_same_bits(tmp_path, config):
+    recipe = EVERY_STEP | {"tune": "qlora", "lora_dropout": 0.1, "model_name_or_path": small_opt(tmp_path / "opt")}
+    whole = start(tmp_path / "whole", recipe, processes=2, config=config)
+    assert_same_run(go_on(tmp_path / "again", recipe, config, whole, 3), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optim", ["adafactor", "adamw_8bit", "lion_32bit"])
+def test_other_optimizers_go_on_with_the_same_bits_or_say_that_they_cannot(tmp_path, optim):
+    recipe = EVERY_STEP | {"optim": optim}
+    whole = start(tmp_path / "whole", recipe, processes=2, expect=None)
+    if whole.status:
+        errors = [line for line in whole.stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and "optim" in errors[0], whole.stderr
+        return
+    assert_same_run(go_on(tmp_path / "again", recipe, "ddp.yaml", whole, 3), whole)
