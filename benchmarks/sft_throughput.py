@@ -11,7 +11,8 @@ shipped recipes. A step is a whole optimizer update: batch, forward, backward, c
     trl_stock      TRL's SFTTrainer, packed and hence padding-free, with the loss that it brings
     trl_own_loss   the same, compute_loss overridden by the model's own loss
     trl_compiled   that with torch_compile
-    floor          the products of all linear layers alone
+    floor          the matrix products of the step alone: linear layers, adapters, attention within documents
+    floor_linear   those of the linear layers alone
 
 Every side trains on the same rows with the same supervised tokens. Each counts them itself, and the losses of a row of
 one document, without dropout and before any update, are compared. (Rows of several cannot be: under TRL's packing OPT's
@@ -21,7 +22,7 @@ all do.
 A side is a process of its own that waits on a pipe between its rounds; a round is one pass over the rows by each side
 in turn, and the next goes through the sides in the opposite order. Ratios are taken within a round, then their median.
 Peak memory is that of the timed steps, without building the model and compiling. On CUDA, model FLOPs utilisation
-counts the products of `floor` and causal attention within documents.
+counts the products of `floor_linear` and causal attention within documents.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from typing import Any
 from sft_sides.parent import Side, SideFailed, data_arguments, require_data
 
 PEERS = ("trl_stock", "trl_own_loss", "trl_compiled")
+FLOORS = ("floor", "floor_linear")
 # Full tuning keeps 4 GB of weights and moments in each process while it waits, adapters 2 GB.
 PEERS_AT_ONCE = {"lora": 3, "full": 1}
 LOSS_TOLERANCE = 2e-4  # relative; bf16 rounds by a tenth of it, another choice of tokens would show
@@ -88,7 +90,7 @@ def measure_mode(mode: str, given: argparse.Namespace, scratch: str) -> dict[str
     for group in groups:
         sides: dict[str, Side] = {}
         try:
-            for name in ("isotune", "floor", *group):
+            for name in ("isotune", *FLOORS, *group):
                 try:
                     sides[name] = Side(name, mode, given, scratch)
                     # one pass to warm up: first touches, moments of AdamW, compiling
@@ -121,7 +123,7 @@ def check_equal_work(mode: str, facts: dict[str, dict[str, Any]]) -> None:
     """End the program where a side trains on other tokens, or its loss is another."""
     ours = facts["isotune"]
     for name, theirs in facts.items():
-        if name == "floor":
+        if name in FLOORS:
             continue
         for count in ("input_tokens", "supervised_tokens"):
             if theirs[count] != ours[count]:
@@ -146,8 +148,8 @@ def summarise(
         name: statistics.median(r[name] / r["isotune"] for r in rounds if name in r) for name in facts if name in PEERS
     }
     best_peer = min(ratios, key=lambda name: ratios[name]) if ratios else None
-    ours, floor = facts["isotune"], facts["floor"]
-    trained = [name for name in facts if name != "floor"]
+    ours, floor = facts["isotune"], facts["floor_linear"]
+    trained = [name for name in facts if name not in FLOORS]
 
     def rate(count: str) -> dict[str, float]:
         return {name: round(ours[count] / given.steps_per_round / medians[name], 1) for name in trained}
@@ -167,7 +169,8 @@ def summarise(
         "ratio_best": round(ratios[best_peer], 3) if best_peer else None,
         "best_peer": best_peer,
         "floor_share": round(statistics.median(r["floor"] / r["isotune"] for r in rounds), 3),
-        "floor_flops_per_second": round(floor["product_flops"] / given.steps_per_round / medians["floor"]),
+        "floor_linear_share": round(statistics.median(r["floor_linear"] / r["isotune"] for r in rounds), 3),
+        "floor_flops_per_second": round(floor["product_flops"] / given.steps_per_round / medians["floor_linear"]),
         "model_flops_per_second": round(flops_per_second),
         "model_flops_utilisation": round(flops_per_second / peak, 4) if peak else None,
         "peak_flops_per_second": peak,
@@ -185,12 +188,13 @@ def print_table(mode: str, found: dict[str, Any]) -> None:
     for name, times in found["step_seconds"].items():
         spread = f"{times['least']:.3f} - {times['most']:.3f}"
         line = f"  {name:<14}{times['median']:>10.3f}{spread:>18}"
-        if name != "floor":
+        if name not in FLOORS:
             line += f"{found['tokens_per_second'][name]:>10.0f}{found['supervised_tokens_per_second'][name]:>14.0f}"
             line += f"{found['peak_memory_bytes'][name] / 1e9:>9.2f}{found['first_loss'][name]:>10.4f}"
         print(line)
     print(f"  against stock {found['ratio_stock']}, against {found['best_peer']} {found['ratio_best']}", end="")
     print(f", floor share {found['floor_share']}", end="")
+    print(f" (linear layers alone {found['floor_linear_share']})", end="")
     if found["model_flops_utilisation"] is not None:
         print(f", model FLOPs utilisation {found['model_flops_utilisation']:.1%} ({found['peak_source']})", end="")
     print("\n", flush=True)

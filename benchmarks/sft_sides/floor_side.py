@@ -1,7 +1,9 @@
 """The matrix products of a step and nothing else, in bf16, on weights and activations of their own.
 
-Counted: every linear layer's product forward and for the gradient of its input, in full tuning also for that of its
-weight; the head at supervised positions only. Not counted: attention, the adapters, and whatever is no product.
+`floor_linear` multiplies by every linear layer forward and for the gradient of its input, in full tuning also for that
+of its weight; by the head at supervised positions only. `floor` adds the two other kinds of product that no trainer
+can leave out: the adapters', and attention's six within each document, a causal block of queries at a time. Not
+counted: whatever is no product, and products done a second time.
 """
 
 import math
@@ -9,9 +11,12 @@ import time
 from argparse import Namespace
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from isotune.models.adapters import DEFAULT_TARGETS
+from sft_sides.inner_products import AdapterProducts, AttentionProducts, random
 from sft_sides.material import ROW_TOKENS, geometry, rows_of_a_round, shipped_recipe
 from sft_sides.process import Metronome
 
@@ -21,7 +26,8 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "R
 
 def run(metronome: Metronome, side: str, mode: str, given: Namespace, scratch: str) -> None:
     """Multiply until the metronome ends it; its facts are the FLOPs of a round, with and without attention."""
-    _, data, _ = rows_of_a_round(shipped_recipe(mode, side, given, scratch), given)
+    recipe = shipped_recipe(mode, side, given, scratch)
+    _, data, _ = rows_of_a_round(recipe, given)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = geometry(given)
     with torch.device("meta"):
@@ -60,18 +66,27 @@ def run(metronome: Metronome, side: str, mode: str, given: Namespace, scratch: s
         return {"product_flops": products, "model_flops": products + attention, "device": name,
                 "peak_flops_per_second": peak, "peak_source": source}  # fmt: skip
 
+    adapters, attention = None, []
+    if side == "floor":
+        starts = range(0, len(data.rows), given.rows_per_step)
+        by_step = [np.concatenate([data.rows[row] for row in range(i, i + given.rows_per_step)]) for i in starts]
+        attention = [AttentionProducts(config, data.documents.lengths[of].tolist(), device) for of in by_step]
+        if mode == "lora":
+            targets = recipe.target_modules or DEFAULT_TARGETS["opt"]
+            shapes = [m.weight.shape for name, m in model.named_modules() if name.rsplit(".", 1)[-1] in targets]
+            adapters = AdapterProducts(shapes, recipe.r, tokens, device)
+
     step = 0
     while True:
         metronome.beat(facts)
         for weight in weights:
             multiply(weight, tokens)
         multiply(head_weight, supervised[step % len(supervised)])
+        if adapters:
+            adapters.multiply()
+        if attention:
+            attention[step % len(attention)].multiply()
         step += 1
-
-
-def random(shape: Any, device: torch.device) -> torch.Tensor:
-    """Normal bf16 numbers: products of zeros may run faster."""
-    return torch.randn(shape, device=device).to(torch.bfloat16)
 
 
 def peak_flops(device_name: str) -> tuple[float, str]:
