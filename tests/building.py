@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -15,7 +15,7 @@ from isotune.data.documents import Documents
 from isotune.models.builtin import builtin_tokenizer
 from isotune.models.loading import load_config, load_tokenizer
 from isotune.recipe import ClassificationRecipe, Recipe, RunRecipe
-from isotune.training import classification, sft
+from isotune.training import classification, classifier_run, sft
 from isotune.training.launch import start_process
 from isotune.training.run_folder import RunFolder
 from isotune.training.trainer import PlanTrainer
@@ -72,15 +72,10 @@ def build_classifier(folder: Path, **values: Any) -> Built:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     recipe = ClassificationRecipe.from_values(**{**TINY_CLASSIFIER, "output_dir": str(folder / "run"), **values})
-    process = start_process(recipe)
-    run = RunFolder(recipe)
-    run.check()
-    config = load_config(recipe)
-    tokenizer = load_tokenizer(recipe, needed=("pad",))
-    data = classification.prepare_data(recipe, tokenizer, process)
-    model = classification.build_model(recipe, config, data, process)
-    trainer = classification.build_trainer(recipe, process, run, model, tokenizer, data)
-    return Built(recipe, run, model, tokenizer, trainer)
+    start = classifier_run.start_classifier(recipe)
+    data = classification.prepare_data(recipe, start.tokenizer, start.process)
+    trainer = classifier_run.build_classifier(start, data)
+    return Built(recipe, start.run, cast(nn.Module, trainer.model), start.tokenizer, trainer)
 
 
 def small_encoder(folder: Path, kind: str, **config: Any) -> str:

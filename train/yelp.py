@@ -15,7 +15,7 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "yelp_bert.yaml"
 
 
 def main() -> None:
-    """Recipe, data, model, trainer; train, save, show."""
+    """Recipe, processes, data; model, trainer, steps; picture."""
     recipe = read_recipe(
         sys.argv[1:],
         default_config=DEFAULT_CONFIG,
@@ -24,28 +24,15 @@ def main() -> None:
         kind=ClassificationRecipe,
     )
     # the engine takes seconds to import: a mistake in the recipe has been answered by now
-    from isotune.models.loading import load_config, load_tokenizer
     from isotune.report.loss_curve import draw_loss_curve
-    from isotune.training import classification
-    from isotune.training.launch import start_process
-    from isotune.training.preemption import supervised
-    from isotune.training.run_folder import RunFolder
+    from isotune.training.classification import prepare_data
+    from isotune.training.classifier_run import start_classifier, train_classifier
 
-    process = start_process(recipe)
-    run = RunFolder(recipe)
-    run.check()
-    config = load_config(recipe)
-    tokenizer = load_tokenizer(recipe, needed=("pad",))
-    data = classification.prepare_data(recipe, tokenizer, process)
-
-    model = classification.build_model(recipe, config, data, process)
-    trainer = classification.build_trainer(recipe, process, run, model, tokenizer, data)
-    with supervised(run, process):
-        trainer.train()
-        saved = classification.save(recipe, run, trainer, tokenizer)
-    if saved is not None:
-        print(f"model       {run.model}: {saved}")
-        print(f"loss curve  {draw_loss_curve(run.path)}")
+    start = start_classifier(recipe)
+    data = prepare_data(recipe, start.tokenizer, start.process)
+    trained = train_classifier(start, data)
+    if trained.saved is not None:
+        print(f"loss curve  {draw_loss_curve(trained.run.path)}")
 
 
 if __name__ == "__main__":

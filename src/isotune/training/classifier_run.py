@@ -1,0 +1,74 @@
+"""The frame of every classification script: what stands before its data, and what comes after.
+
+start = start_classifier(recipe)        processes, run folder, tokenizer
+data = ...                              the script's own: documents with a class each
+trained = train_classifier(start, data) model, trainer, steps, RUN/model
+"""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from isotune.checkpoints.final_model import FinalModelReport
+from isotune.models.loading import load_config, load_tokenizer
+from isotune.recipe import ClassificationRecipe
+from isotune.training import classification
+from isotune.training.launch import Process, start_process
+from isotune.training.preemption import supervised
+from isotune.training.run_folder import RunFolder
+from isotune.training.sft import Data
+from isotune.training.trainer import PlanTrainer
+
+
+@dataclass(frozen=True)
+class Start:
+    """A classification run before its data: its processes stand, its folder is free, nothing is written yet."""
+
+    recipe: ClassificationRecipe
+    process: Process
+    run: RunFolder
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run: the trainer with the final model, and what was saved (None but on the main process)."""
+
+    run: RunFolder
+    trainer: PlanTrainer
+    saved: FinalModelReport | None
+
+
+def start_classifier(recipe: ClassificationRecipe) -> Start:
+    """Join this launch's processes, look at the run folder and load what reads texts.
+
+    Raises:
+        UserError: the launch, the folder, the model's configuration or its tokenizer is not what the recipe says.
+        AlreadyDone: the run is finished.
+    """
+    process = start_process(recipe)
+    run = RunFolder(recipe)
+    run.check()
+    return Start(recipe, process, run, load_config(recipe), load_tokenizer(recipe, needed=("pad",)))
+
+
+def build_classifier(start: Start, data: Data) -> PlanTrainer:
+    """The model, and the trainer that carries out the plan over `data`."""
+    model = classification.build_model(start.recipe, start.config, data, start.process)
+    return classification.build_trainer(start.recipe, start.process, start.run, model, start.tokenizer, data)
+
+
+def train_classifier(start: Start, data: Data) -> Trained:
+    """Build, train and save; the main process says where the model is. Every rank must call it.
+
+    Raises:
+        Preempted, RunFault, UserError: see `PlanTrainer.train`; RUN/status.json says which.
+    """
+    trainer = build_classifier(start, data)
+    with supervised(start.run, start.process):
+        trainer.train()
+        saved = classification.save(start.recipe, start.run, trainer, start.tokenizer)
+    if saved is not None:
+        print(f"model       {start.run.model}: {saved}")
+    return Trained(start.run, trainer, saved)
