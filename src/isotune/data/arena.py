@@ -134,7 +134,7 @@ def read_table(file: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[
             for number, cells in enumerate((cells for cells in rows if cells), start=1):
                 if len(cells) != len(header):
                     raise UserError(
-                        f"{file}, row {number} (to line {rows.line_num}): {len(cells)} cells, the header has {len(header)}"
+                        f"{file}, row {number} (to line {rows.line_num}): {len(cells)} cells, {len(header)} columns"
                     )
                 yield number, dict(zip(header, cells, strict=True))
     except OSError as error:
