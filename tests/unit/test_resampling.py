@@ -1,0 +1,86 @@
+"""The bootstrap draws exactly what a bootstrap draws, whatever the number of rows, and the same for the same seed."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from isotune.evaluation.resampling import (
+    OfSums,
+    OfWeights,
+    bootstrap_draws,
+    bootstrap_intervals,
+    draw_weights,
+    mean,
+    ratio,
+    resampled_sums,
+    values,
+)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 24, 25, 26, 100, 997])
+def test_every_resample_draws_as_many_rows_as_there_are(rows):
+    weights = np.concatenate(list(draw_weights(rows, 500, seed=3)))
+    assert weights.shape == (500, rows) and (weights.sum(axis=1) == rows).all()
+
+
+@pytest.mark.parametrize("rows", [5, 40, 1000])
+def test_how_often_a_row_is_drawn_is_binomial(rows):
+    drawn = np.concatenate(list(draw_weights(rows, 200_000 // rows, seed=5))).ravel()
+    highest = 6
+    found = np.bincount(np.minimum(drawn, highest), minlength=highest + 1)
+    binomial = stats.binom(rows, 1 / rows)
+    expected = len(drawn) * np.append(binomial.pmf(np.arange(highest)), binomial.sf(highest - 1))
+    held = expected > 5
+    # rows of one resample are all but independent, so chi-squared may be taken as it is
+    assert stats.chisquare(found[held], expected[held] * found[held].sum() / expected[held].sum()).pvalue > 1e-3
+
+
+def test_two_rows_of_a_resample_are_correlated_as_in_a_multinomial():
+    weights = np.concatenate(list(draw_weights(30, 40_000, seed=8))).astype(float)
+    covariance = np.cov(weights.T)
+    assert np.allclose(np.diag(covariance), 1 - 1 / 30, atol=0.05)
+    assert abs(covariance[~np.eye(30, dtype=bool)].mean() + 1 / 30) < 1e-3
+
+
+def test_more_resamples_leave_the_first_as_they_were_and_another_seed_changes_them():
+    first = np.concatenate(list(draw_weights(5000, 700, seed=1)))
+    assert (np.concatenate(list(draw_weights(5000, 1500, seed=1)))[:700] == first).all()
+    assert (np.concatenate(list(draw_weights(5000, 700, seed=2))) != first).any()
+
+
+def test_sums_and_weights_are_two_ways_to_the_same_draws():
+    numbers = np.random.default_rng(0).random((800, 2))
+    by_sums = [mean("mean", numbers[:, 0]), ratio("ratio", numbers[:, 0], numbers[:, 1])]
+
+    def naive(weights):
+        rows = [np.repeat(np.arange(800), w) for w in weights]
+        return np.array([[numbers[r, 0].mean(), numbers[r, 0].sum() / numbers[r, 1].sum()] for r in rows])
+
+    found = bootstrap_draws([*by_sums, OfWeights(("naive_mean", "naive_ratio"), 800, naive)], 800, 300, seed=4)
+    assert np.allclose(found["mean"], found["naive_mean"], rtol=1e-6)
+    assert np.allclose(found["ratio"], found["naive_ratio"], rtol=1e-6)
+    sums = resampled_sums(numbers, resamples=300, seed=4)
+    assert np.allclose(sums[:, 0] / sums[:, 1], found["naive_ratio"], rtol=1e-12)
+    assert values(by_sums) == pytest.approx(
+        {"mean": numbers[:, 0].mean(), "ratio": numbers[:, 0].sum() / numbers[:, 1].sum()}
+    )
+
+
+def test_an_interval_is_scipys_percentile_bootstrap_to_the_noise_of_drawing():
+    numbers = np.random.default_rng(1).exponential(size=400)
+    found = bootstrap_intervals([mean("mean", numbers)], 400, resamples=20_000, seed=0)["mean"]
+    theirs = stats.bootstrap((numbers,), np.mean, n_resamples=20_000, method="percentile", rng=0).confidence_interval
+    width = theirs.high - theirs.low
+    assert abs(found[0] - theirs.low) < 0.03 * width and abs(found[1] - theirs.high) < 0.03 * width
+
+
+def test_a_statistic_that_some_resamples_lack_is_judged_by_the_others_and_one_that_all_lack_has_no_interval():
+    marked = np.zeros(6)
+    marked[0] = 1
+    found = bootstrap_intervals([ratio("some", marked, marked), ratio("none", marked, np.zeros(6))], 6)
+    assert found == {"some": (1.0, 1.0)}
+
+
+def test_no_statistics_give_no_intervals():
+    assert bootstrap_intervals([], 5) == {}
+    assert values([OfSums(("total",), np.ones((3, 1)), lambda sums: sums)]) == {"total": 3.0}
