@@ -17,7 +17,7 @@ _BLOCK_NUMBERS = 2**22  # of a block of exchanges: 32 MB
 
 @dataclass(frozen=True)
 class McNemar:
-    """`p` is exact: it never rejects a true null too often, and where few rows changed too seldom, which `mid_p` mends."""
+    """`p` is exact: it rejects no true null too often, and where few rows changed too seldom, which `mid_p` mends."""
 
     p: float
     mid_p: float
