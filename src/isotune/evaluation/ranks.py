@@ -2,7 +2,6 @@
 
 An evaluation does not need an engine: every process holds the whole model and takes its share of the rows, so any
 accelerate configuration serves, a DeepSpeed or FSDP one too, and a process without a row only waits for the others.
-A model too large for that is sharded by DeepSpeed where the caller asks to keep it.
 """
 
 import heapq
@@ -20,7 +19,7 @@ from isotune.errors import RunFault, UserError
 
 T = TypeVar("T")
 
-DEEPSPEED, FSDP = "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"
+ENGINES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 LONGEST_WAIT = timedelta(hours=12)  # for the slowest rank; the launcher ends the others of a rank that died
 
 
@@ -81,14 +80,10 @@ class Ranks:
         return dict(sorted(found.items()))
 
 
-def start_ranks(*, keep_deepspeed: bool = False) -> Ranks:
+def start_ranks() -> Ranks:
     """Join the processes of the launch, on the GPU where there is one, else on the CPU over gloo.
 
-    Call it before a model is loaded.
-
-    Args:
-        keep_deepspeed: leave DeepSpeed on where the launcher's configuration asks for it; it and FSDP are otherwise
-            left aside.
+    Call it before a model is loaded. What the launcher's configuration says of DeepSpeed or FSDP is left aside.
 
     Raises:
         UserError: srun started several tasks that know nothing of each other.
@@ -99,27 +94,15 @@ def start_ranks(*, keep_deepspeed: bool = False) -> Ranks:
             "srun started several tasks that know nothing of each other, and each would evaluate everything: start one "
             "`accelerate launch` on each node"
         )
-    os.environ.pop(FSDP, None)
-    deepspeed = keep_deepspeed and os.environ.get(DEEPSPEED, "false") == "true"
-    if not deepspeed:
-        os.environ.pop(DEEPSPEED, None)
+    for engine in ENGINES:
+        os.environ.pop(engine, None)
     launched = "LOCAL_RANK" in os.environ
     how: dict[str, Any] = {"timeout": LONGEST_WAIT} if launched else {}
     if not torch.cuda.is_available():
         # accelerate 1.15 looks for NCCL, or lets each process believe that it is alone, unless told before all else
-        how |= {"backend": "gloo"} if launched else {}
-        how |= {"cpu": True} if not deepspeed else {}
-        if deepspeed:
-            _let_gloo_carry()
+        how |= {"cpu": True, **({"backend": "gloo"} if launched else {})}
     state = PartialState(**how)
     if state.num_processes != world_size:
         raise RunFault(f"the launcher started {world_size} processes, and accelerate sees {state.num_processes}")
     return Ranks(state.process_index, state.num_processes, torch.device(state.device))  # type: ignore[arg-type]
 
-
-def _let_gloo_carry() -> None:
-    """Keep DeepSpeed 0.19 on the CPU from compiling a transport of its own, which a killed process leaves locked."""
-    os.environ["DS_ACCELERATOR"] = "cpu"  # before it is imported, or it looks for a device and warns
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]

@@ -1,0 +1,70 @@
+"""Every classification metric of a set of predictions with its interval: one list for scripts, files and reports."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from isotune.errors import UserError
+from isotune.evaluation.metrics_labels import label_statistics, ordinal_statistics
+from isotune.evaluation.metrics_probabilities import probability_statistics
+from isotune.evaluation.resampling import RESAMPLES, Statistic, bootstrap_intervals, values
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Metrics and their 95% intervals by name; `undefined` names those that these rows cannot have."""
+
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    undefined: list[str]
+
+
+def classification_statistics(
+    labels: np.ndarray, probabilities: np.ndarray, *, ordinal: bool = False
+) -> list[Statistic]:
+    """All statistics of labels, integer [rows], and probabilities, float64 [rows, classes]; see `metrics_*.py`.
+
+    The prediction of a row is its likeliest class, the lowest of equally likely ones. `ordinal` adds those of ordered
+    classes.
+    """
+    predictions = probabilities.argmax(axis=1)
+    return [
+        *label_statistics(labels, predictions, probabilities.shape[1]),
+        *probability_statistics(labels, probabilities),
+        *(ordinal_statistics(labels, predictions) if ordinal else []),
+    ]
+
+
+def score(
+    statistics: Sequence[Statistic],
+    rows: int,
+    *,
+    only: Iterable[str] = (),
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Scores:
+    """Values and intervals of statistics.
+
+    Args:
+        only: the metrics to keep, by name, or by the name that stands before `_class_k`; all where there is none.
+
+    Raises:
+        UserError: `only` names a metric that there is not.
+    """
+    found = values(statistics)
+    wanted = set(only) or set(found)
+    kept = {name for name in found if name in wanted or name.split("_class_")[0] in wanted}
+    unknown = sorted(wanted - kept - {name.split("_class_")[0] for name in found})
+    if unknown:
+        there = ", ".join(sorted({name.split("_class_")[0] for name in found}))
+        raise UserError(f"metrics: there is no {unknown[0]!r} here; there are {there}")
+    metrics = {name: value for name, value in found.items() if name in kept and math.isfinite(value)}
+    needed = [one for one in statistics if metrics.keys() & set(one.names)]
+    intervals = bootstrap_intervals(needed, rows, resamples, seed)
+    return Scores(
+        metrics,
+        {name: intervals[name] for name in metrics if name in intervals},
+        sorted(kept - metrics.keys()),
+    )
