@@ -176,7 +176,7 @@ def test_an_evaluation_split_may_lack_a_class_but_not_have_a_new_one(write):
 def test_a_broken_row_of_a_csv_is_named(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("text,label\none,0\ntwo,1,surplus\n")
-    with pytest.raises(UserError, match=r"rows\.csv is not readable as CSV: .*two,1,surplus"):
+    with pytest.raises(UserError, match=r"rows\.csv line 3 has 3 cells, and line 1 names 2 columns: two,1,surplus"):
         quietly(str(path))
 
 

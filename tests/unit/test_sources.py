@@ -158,7 +158,7 @@ def test_broken_csv_and_parquet_name_the_file(tmp_path):
     ragged.write_text("a,b\n1,2\n1,2,3\n")
     write_parquet(torn)
     torn.write_bytes(torn.read_bytes()[:-20])
-    assert mistake(ragged).startswith(f"{ragged} is not readable as CSV: ")
+    assert mistake(ragged).startswith(f"{ragged} line ")
     assert mistake(torn).startswith(f"{torn} is not readable as Parquet: ")
 
 

@@ -1,7 +1,7 @@
 """Prepared documents on disk, written once however many processes start at once and however they are killed.
 
     $ISOTUNE_CACHE/prepared/FINGERPRINT/   input_ids.npy  supervised.npy  starts.npy  source_rows.npy  meta.json
-                                           (labels.npy in place of supervised.npy where documents have a class)
+                                           (what has other arrays, such as labels, has their files)
     $ISOTUNE_CACHE/prepared/FINGERPRINT.lock
     $ISOTUNE_CACHE/prepared/FINGERPRINT.partial-*/      being written; whoever next holds the lock removes it
 
@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 from filelock import FileLock
 
-from isotune.data.documents import Documents, LabelledDocuments
+from isotune.data.documents import Documents
 from isotune.errors import UserError
 
 NO_ROOM = {
@@ -34,7 +34,7 @@ NO_ROOM = {
     errno.EFBIG: "takes no file so large",
 }
 
-Kind = TypeVar("Kind", Documents, LabelledDocuments)
+Kind = TypeVar("Kind")  # a dataclass of arrays
 Content = tuple[Kind, dict[str, Any]]
 
 
@@ -53,7 +53,7 @@ def load_or_build(
 
     Args:
         build: gives the documents and whatever JSON-ready counts belong to them.
-        kind: of the documents that `build` gives.
+        kind: the dataclass of arrays that `build` gives.
 
     Returns:
         The documents, mapped from disk, and the counts.
@@ -86,7 +86,7 @@ def load_or_build(
     return found
 
 
-def save(entry: Path, documents: Documents | LabelledDocuments, counts: dict[str, Any]) -> None:
+def save(entry: Path, documents: Any, counts: dict[str, Any]) -> None:
     """Write an entry so that it is there as a whole or not at all."""
     partial = entry.with_name(f"{entry.name}.partial-{uuid.uuid4().hex}")
     partial.mkdir()

@@ -58,12 +58,15 @@ class LabelledDocuments:
         labels: int32 [documents]; the class of each, from 0.
         starts: int64 [documents + 1].
         source_rows: int64 [documents]; the row of the source, counted from 0, that the document comes from.
+        ids: int64 or text [documents], each once; what predictions name the document by: the data set's own id where
+            it has one, else the source row.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     starts: np.ndarray
     source_rows: np.ndarray
+    ids: np.ndarray
 
     def __len__(self) -> int:
         return len(self.source_rows)

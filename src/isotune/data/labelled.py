@@ -1,26 +1,29 @@
 """The whole way from a named data set of labelled texts to documents with a class, kept on disk as others are."""
 
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from itertools import islice
-from typing import Any, get_args
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 from tqdm import tqdm
 
-from isotune.data.batches import BATCH_ROWS
 from isotune.data.cache import Content, load_or_build
+from isotune.data.clean_text import clean, content_digest, normalised
+from isotune.data.content_chance import coin
 from isotune.data.documents import LabelledDocuments, Rows
-from isotune.data.labelled_table import LabelCounts, LabelTable
+from isotune.data.labelled_rows import Columns, Id, LabelledRows, as_ids, read_labelled, texts_of
+from isotune.data.labelled_table import LabelTable, count_labels
 from isotune.data.packing import each_alone
 from isotune.data.preparation import digest
-from isotune.data.sources import Row, Source, read_rows
-from isotune.data.table import length_quantiles
+from isotune.data.sentence_kinds import KINDS, sentence_kind
+from isotune.data.sources import Source, read_rows
 from isotune.data.text_encoding import OverlongText, TextEncoder
 from isotune.errors import UserError
+from isotune.recipe import ClassificationRecipe
 
-LABELLED_FORMAT_VERSION = 1  # raised when the same input gives other documents
+LABELLED_FORMAT_VERSION = 2  # raised when the same input gives other documents
+
+LabelSource = Literal["column", "rules", "random"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,10 @@ class LabelSettings:
     Attributes:
         max_seq_length: tokens of a document at most, special tokens included.
         overlong: which end of a longer text is kept, or both.
-        dataset_text_field, dataset_label_field: the columns.
+        dataset_text_field, dataset_label_field, dataset_id_field: the columns; no id field: `id` where there is one.
+        clean_text: undo HTML and escapes (isotune.data.clean_text).
+        label_source: the column; the rules of isotune.data.sentence_kinds; or a coin of the seed and the content.
+        seed: of that coin.
         num_labels: classes; None takes as many as there are.
     """
 
@@ -38,7 +44,21 @@ class LabelSettings:
     overlong: OverlongText = "head"
     dataset_text_field: str = "text"
     dataset_label_field: str = "label"
+    dataset_id_field: str | None = None
+    clean_text: bool = False
+    label_source: LabelSource = "column"
+    seed: int = 0
     num_labels: int | None = None
+
+    @classmethod
+    def of(cls, recipe: ClassificationRecipe) -> Self:
+        """The settings of a recipe: both of a run and of whatever is later predicted with its model."""
+        return cls(**{field.name: getattr(recipe, field.name) for field in fields(cls)})
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        """The names of the classes, where the source of the labels gives any."""
+        return {"rules": KINDS, "random": ("heads", "tails")}.get(self.label_source)
 
     def check(self, special_tokens: int) -> None:
         """Raise UserError for a value that no data could be prepared with."""
@@ -46,23 +66,109 @@ class LabelSettings:
             raise UserError(
                 f"max_seq_length is {self.max_seq_length}: a document needs at least {special_tokens + 1} tokens"
             )
-        if self.overlong not in get_args(OverlongText):
-            raise UserError(f"overlong is {self.overlong!r}; it may be {', '.join(get_args(OverlongText))}")
+        for key, choices in (("overlong", get_args(OverlongText)), ("label_source", get_args(LabelSource))):
+            if getattr(self, key) not in choices:
+                raise UserError(f"{key} is {getattr(self, key)!r}; it may be {', '.join(choices)}")
+        if self.label_names and self.num_labels not in (None, len(self.label_names)):
+            raise UserError(
+                f"num_labels is {self.num_labels}, and label_source: {self.label_source} has {len(self.label_names)} "
+                f"classes ({', '.join(self.label_names)})"
+            )
+
+
+@dataclass(frozen=True)
+class LabelledTexts(LabelledDocuments):
+    """Labelled documents and what only their preparation looks at.
+
+    Attributes:
+        contents: uint64 [documents]; digest of the normalised text: equal where two texts say the same.
+        whole_lengths: int64 [documents]; tokens before anything was cut.
+        marked: bool [documents]; whether the text holds HTML breaks, entities or escapes.
+    """
+
+    contents: np.ndarray
+    whole_lengths: np.ndarray
+    marked: np.ndarray
+
+    def subset(self, kept: np.ndarray) -> Self:
+        """Some of the documents, in their order; `kept`: bool [documents]."""
+        values = {field.name: getattr(self, field.name)[kept] for field in fields(self) if field.name not in FLAT}
+        lengths = self.lengths
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[kept])])
+        return type(self)(input_ids=self.input_ids[np.repeat(kept, lengths)], starts=starts, **values)
+
+
+FLAT = ("input_ids", "starts")  # the arrays that do not have one entry a document
 
 
 @dataclass(frozen=True)
 class PreparedLabels:
-    """Labelled documents, a row for each, the counts to print, and a digest of all that decided them."""
+    """Labelled documents, a row for each, the counts to print, and a digest of all that decided them.
+
+    `texts()` reads the texts once more, as they stand in the source, in the order of the documents.
+    """
 
     documents: LabelledDocuments
     rows: Rows
     table: LabelTable
     fingerprint: str
+    texts: Callable[[], Iterator[str]]
 
     @property
     def num_labels(self) -> int:
         """Classes, from 0 to the largest."""
         return len(self.table.counts.classes)
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """One split of a data set, read and tokenised, before it is decided which of its documents are used."""
+
+    texts: LabelledTexts
+    source: Source
+    settings: LabelSettings
+    special_tokens: int
+    fingerprint: str
+
+    @property
+    def num_labels(self) -> int:
+        """Classes: as the recipe or the source of the labels says, else from 0 to the largest."""
+        settings = self.settings
+        return settings.num_labels or len(settings.label_names or ()) or int(self.texts.labels.max()) + 1
+
+    def check_classes(self, *, evaluation: bool) -> None:
+        """Raise UserError for classes that are not 0 to K - 1, each with rows; evaluation data may lack some."""
+        _check_classes(self.texts, self.source, self.settings, evaluation=evaluation)
+
+    def read_texts(self) -> Iterator[str]:
+        """The texts once more, as they stand in the source, in the order of the documents."""
+        return texts_of(self.source, self.settings.dataset_text_field, self.texts.source_rows)
+
+    def subset(self, kept: np.ndarray, *why: Any) -> Self:
+        """Some of the documents; `kept`: bool [documents], `why`: what decided it, for the fingerprint."""
+        return replace(self, texts=self.texts.subset(kept), fingerprint=digest(self.fingerprint, *why))
+
+    def prepared(self, num_labels: int | None = None, **remarks: Any) -> PreparedLabels:
+        """Rows and the table; `remarks` are further fields of `isotune.data.labelled_table.LabelCounts`."""
+        settings, texts = self.settings, self.texts
+        counts = count_labels(
+            texts,
+            source=self.source.name,
+            overlong=settings.overlong,
+            max_seq_length=settings.max_seq_length,
+            special_tokens=self.special_tokens,
+            cleaned=settings.clean_text,
+            num_labels=num_labels or settings.num_labels,
+            label_names=settings.label_names,
+            **remarks,
+        )
+        return PreparedLabels(
+            documents=texts,
+            rows=each_alone(len(texts)),
+            table=LabelTable(counts, settings.max_seq_length),
+            fingerprint=self.fingerprint,
+            texts=self.read_texts,
+        )
 
 
 def prepare_labelled(
@@ -75,7 +181,7 @@ def prepare_labelled(
     evaluation: bool = False,
     show_progress: bool = True,
 ) -> PreparedLabels:
-    """Read and tokenise one split of a data set of labelled texts.
+    """Read and tokenise one split of a data set of labelled texts, and use all of it.
 
     An empty text is kept, as the special tokens alone, and counted: to drop it would make a prediction missing.
 
@@ -88,9 +194,23 @@ def prepare_labelled(
     Raises:
         UserError: whatever the user can put right, in one sentence; nothing is written then.
     """
+    found = read_labelled_set(dataset_name, split, tokenizer, settings, name=name, show_progress=show_progress)
+    found.check_classes(evaluation=evaluation)
+    return found.prepared()
+
+
+def read_labelled_set(
+    dataset_name: str, split: str, tokenizer: Any, settings: LabelSettings, *, name: str, show_progress: bool
+) -> LabelledSet:
+    """Read and tokenise one split: the first half of `prepare_labelled`, which says the rest."""
     encoder = TextEncoder(tokenizer)
     settings.check(encoder.special_tokens)
     source = read_rows(dataset_name, split, name=name)
+    labels_from = {
+        "column": settings.dataset_label_field,
+        "rules": "",
+        "random": settings.seed,
+    }[settings.label_source]
     fingerprint = digest(
         "labelled",
         LABELLED_FORMAT_VERSION,
@@ -99,113 +219,80 @@ def prepare_labelled(
         settings.max_seq_length,
         settings.overlong,
         settings.dataset_text_field,
-        settings.dataset_label_field,
+        settings.dataset_id_field,
+        settings.clean_text,
+        settings.label_source,
+        labels_from,
     )
-    documents, counts = load_or_build(
-        fingerprint, lambda: _build(source, encoder, settings, show_progress=show_progress), LabelledDocuments
+    texts, _ = load_or_build(
+        fingerprint, lambda: _build(source, encoder, settings, show_progress=show_progress), LabelledTexts
     )
-    _check_classes(documents, source, settings.num_labels, evaluation=evaluation)
-    classes = np.bincount(documents.labels, minlength=settings.num_labels or 0).tolist()
-    table = LabelTable(LabelCounts(**{**counts, "source": source.name, "classes": classes}), settings.max_seq_length)
-    return PreparedLabels(documents, each_alone(len(documents)), table, fingerprint)
+    return LabelledSet(texts, source, settings, encoder.special_tokens, fingerprint)
 
 
 def _build(
     source: Source, encoder: TextEncoder, settings: LabelSettings, *, show_progress: bool
-) -> Content[LabelledDocuments]:
-    parts: list[np.ndarray] = []
-    lengths: list[np.ndarray] = []
-    whole_lengths: list[np.ndarray] = []
-    labels: list[int] = []
-    tally: Counter[str] = Counter()
+) -> Content[LabelledTexts]:
+    columns = Columns(
+        text=settings.dataset_text_field,
+        label=settings.dataset_label_field if settings.label_source == "column" else None,
+        id=settings.dataset_id_field,
+    )
+    parts: dict[str, list[np.ndarray]] = {}
+    ids: list[Id] = []
     with tqdm(desc="preparing", unit=" documents", disable=not show_progress) as bar:
-        for texts, classes in _read(source, settings):
-            encoded = encoder.encode(texts, settings.max_seq_length, settings.overlong)
-            parts.append(encoded.input_ids)
-            lengths.append(encoded.lengths)
-            whole_lengths.append(encoded.whole_lengths)
-            labels.extend(classes)
-            tally["empty"] += encoded.empty
-            tally["cut"] += int((encoded.whole_lengths > settings.max_seq_length).sum())
-            bar.update(len(texts))
-    documents = LabelledDocuments(
-        input_ids=np.concatenate(parts),
-        labels=np.array(labels, np.int32),
-        starts=np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths))]),
-        source_rows=np.arange(len(labels)),
+        for rows in read_labelled(source, columns):
+            for name, values in _prepare_rows(rows, encoder, settings).items():
+                parts.setdefault(name, []).append(values)
+            ids += rows.ids or []
+            bar.update(len(rows.texts))
+    arrays = {name: np.concatenate(values) for name, values in parts.items()}
+    lengths = arrays.pop("lengths")
+    documents = LabelledTexts(
+        starts=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+        source_rows=np.arange(len(lengths)),
+        ids=as_ids(ids, len(lengths), source),
+        **arrays,
     )
-    counts = LabelCounts(
-        source=source.name,
-        documents=len(documents),
-        cut=tally["cut"],
-        overlong=settings.overlong,
-        empty=tally["empty"],
-        tokens=len(documents.input_ids),
-        classes=[],
-        whole_lengths=length_quantiles(np.concatenate(whole_lengths)),
-    )
-    return documents, asdict(counts)
+    return documents, {}
 
 
-def _read(source: Source, settings: LabelSettings) -> Iterator[tuple[list[str], list[int]]]:
-    """The texts and classes of a source, some at a time; the sentence of a UserError names the row."""
-    rows = enumerate(source.rows())
-    columns = {
-        "dataset_text_field": settings.dataset_text_field,
-        "dataset_label_field": settings.dataset_label_field,
+def _prepare_rows(rows: LabelledRows, encoder: TextEncoder, settings: LabelSettings) -> dict[str, np.ndarray]:
+    cleaned = [clean(text) for text in rows.texts]
+    encoded = encoder.encode(cleaned if settings.clean_text else rows.texts, settings.max_seq_length, settings.overlong)
+    contents = np.array([content_digest(normalised(text)) for text in rows.texts], np.uint64)
+    if settings.label_source == "random":
+        labels = coin(settings.seed, contents)
+    else:
+        labels = np.array(rows.labels or [sentence_kind(text) for text in cleaned], np.int32)
+    return {
+        "input_ids": encoded.input_ids,
+        "lengths": encoded.lengths,
+        "whole_lengths": encoded.whole_lengths,
+        "labels": labels,
+        "contents": contents,
+        "marked": np.array([text != raw for text, raw in zip(cleaned, rows.texts, strict=True)]),
     }
-    while some := list(islice(rows, BATCH_ROWS)):
-        texts, labels = [], []
-        for number, row in some:
-            for key, column in columns.items():
-                if column not in row:
-                    held = ", ".join(row) or "none"
-                    raise UserError(
-                        f"{source.where(number)} lacks the column {column!r}; it has {held}: name it by {key}"
-                    )
-            texts.append(_text(row, source, number, settings.dataset_text_field))
-            labels.append(_label(row, source, number, settings.dataset_label_field))
-        yield texts, labels
 
 
-def _text(row: Row, source: Source, number: int, column: str) -> str:
-    text = row[column]
-    if not isinstance(text, str):
-        kind = "null" if text is None else f"a {type(text).__name__}"
-        raise UserError(f"{source.where(number)}, column {column!r}, holds {kind}, not a text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{source.where(number)}, column {column!r}, holds half of a surrogate pair at character {error.start}, "
-            "which is no text"
-        ) from error
-    return text
-
-
-def _label(row: Row, source: Source, number: int, column: str) -> int:
-    label = row[column]
-    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < 2**31:
-        said = "null" if label is None else repr(label)[:40]
-        raise UserError(f"{source.where(number)}, column {column!r}, holds {said}: a class is a whole number from 0")
-    return label
-
-
-def _check_classes(documents: LabelledDocuments, source: Source, num_labels: int | None, *, evaluation: bool) -> None:
-    largest = int(documents.labels.max())
+def _check_classes(texts: LabelledTexts, source: Source, settings: LabelSettings, *, evaluation: bool) -> None:
+    num_labels = settings.num_labels
+    if not len(texts):
+        raise UserError(f"no document of {source.name} is left to {'evaluate on' if evaluation else 'train on'}")
+    largest = int(texts.labels.max())
     if num_labels is not None and largest >= num_labels:
-        row = int(documents.source_rows[np.argmax(documents.labels >= num_labels)])
-        label = int(documents.labels[row])
+        document = int(np.argmax(texts.labels >= num_labels))
         raise UserError(
-            f"{source.where(row)} is of class {label}, and num_labels is {num_labels}: 0 to {num_labels - 1}"
+            f"{source.where(int(texts.source_rows[document]))} is of class {int(texts.labels[document])}, and "
+            f"num_labels is {num_labels}: 0 to {num_labels - 1}"
         )
     if evaluation:
         return
-    present = np.unique(documents.labels)
+    present = np.unique(texts.labels)
     if len(present) == 1:
         raise UserError(f"every row of {source.name} is of class {largest}: there is nothing to tell apart")
     count = num_labels or largest + 1
-    if len(present) < count:
+    if len(present) < count and settings.label_names is None:
         absent = int(np.setdiff1d(np.arange(min(count, len(present) + 1)), present)[0])
         said = f"num_labels is {num_labels}" if num_labels else f"the largest class is {largest}"
         raise UserError(

@@ -8,10 +8,12 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from isotune.data.builtin import PREFIX, find_corpus
+from isotune.data.csv_rows import read_csv
 from isotune.data.hub import first_line, is_hub_id, load_hub_dataset
 from isotune.errors import UserError
 
@@ -91,7 +93,7 @@ def _builtin_source(dataset_name: str, split: str) -> Source:
 
 
 def _files_source(source_name: str, paths: list[Path]) -> Source:
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+    readers = {".jsonl": _read_jsonl, ".csv": partial(read_csv, rows_at_once=ROWS_AT_ONCE), ".parquet": _read_parquet}
     for path in paths:
         if path.stat().st_size == 0:
             raise UserError(f"{path} is empty")
@@ -175,24 +177,6 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             if not isinstance(row, dict):
                 raise UserError(f"{path} line {number} is a JSON {type(row).__name__}, not an object with columns")
             yield row
-
-
-def _read_csv(path: Path) -> Iterator[Row]:
-    import pyarrow as pa
-    from pyarrow import csv
-
-    # One block for the whole file: quoted cells may hold line ends, and types are then judged by every row.
-    block_bytes = min(path.stat().st_size + 1, 2**31 - 1)
-    try:
-        table = csv.read_csv(
-            path,
-            read_options=csv.ReadOptions(block_size=block_bytes),
-            parse_options=csv.ParseOptions(newlines_in_values=True),
-        )
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path} is not readable as CSV: {first_line(error)}") from error
-    for batch in table.to_batches(ROWS_AT_ONCE):
-        yield from batch.to_pylist()
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
