@@ -19,9 +19,9 @@ AVERAGES = ("macro", "micro", "weighted")
 
 
 @st.composite
-def predictions(draw, classes=st.integers(2, 5)):
+def predictions(draw):
     """Labels and probabilities with ties, classes that nothing has, rows of one class, and certainty."""
-    count, rows = draw(classes), draw(st.integers(1, 40))
+    count, rows = draw(st.integers(2, 5)), draw(st.integers(1, 40))
     labels = draw(of_numpy.arrays(np.int64, rows, elements=st.integers(0, count - 1)))
     weights = draw(of_numpy.arrays(np.int64, (rows, count), elements=st.integers(0, 6)))
     weights[weights.sum(axis=1) == 0] = 1

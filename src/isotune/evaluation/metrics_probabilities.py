@@ -81,29 +81,38 @@ def ranking_statistics(labels: np.ndarray, probabilities: np.ndarray) -> OfWeigh
 
 
 def _areas(scores: np.ndarray, positive: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """A function of weights [block, rows]: both areas, [block, 2], over the groups of rows with equal scores."""
+    """A function of weights [block, rows]: both areas, [block, 2].
+
+    Each positive row, from the highest score down, sees the weight of the positives so far and of the negatives above
+    it; rows of its own score count as if they all stood in one place. Nothing else of the negatives matters.
+    """
     order = np.argsort(-scores, kind="stable")
-    descending, is_positive = scores[order], positive[order]
-    first = np.flatnonzero(np.append(True, descending[1:] != descending[:-1]))
-    alone = len(first) == len(scores)
+    positives, negatives = order[positive[order]], order[~positive[order]]
+    at, below_zero = -scores[positives], -scores[negatives]
+    above = np.searchsorted(below_zero, at, side="left")  # negatives with a higher score than each positive
+    through = np.searchsorted(below_zero, at, side="right")  # and with its own
+    last = np.searchsorted(at, at, side="right") - 1  # the last positive of each one's score
+    ties = bool((above != through).any() or (last != np.arange(len(at))).any())
 
     def of_weights(weights: np.ndarray) -> np.ndarray:
-        everyone = weights[:, order]
-        hits = everyone * is_positive
-        hits, everyone = (
-            part.astype(np.float32) if alone else np.add.reduceat(part, first, axis=1, dtype=np.float32)
-            for part in (hits, everyone)
-        )  # [block, groups]; counts below 2^24 are exact
-        hits_so_far = np.cumsum(hits, axis=1)
-        so_far = np.cumsum(everyone, axis=1)
-        positives = hits_so_far[:, -1].astype(np.float64)
-        negatives = so_far[:, -1] - positives
-        before = np.einsum("bg,bg->b", everyone - hits, hits_so_far - hits / 2, dtype=np.float64)
-        precision = np.divide(hits_so_far, so_far, out=np.zeros_like(hits), where=so_far > 0)
-        precise = np.einsum("bg,bg->b", hits, precision, dtype=np.float64)
+        exact = np.float64 if len(weights) == 1 else np.float32  # counts below 2^24 are exact in both
+        hits = np.take(weights, positives, axis=1)
+        misses = np.zeros((len(weights), len(negatives) + 1), exact)
+        np.cumsum(np.take(weights, negatives, axis=1), axis=1, dtype=exact, out=misses[:, 1:])
+        so_far = np.cumsum(hits, axis=1, dtype=exact)
+        all_hits = hits.sum(axis=1, dtype=np.float64)
+        all_misses = misses[:, -1].astype(np.float64)
+        missed = half_missed = np.take(misses, through, axis=1)
+        if ties:
+            so_far = np.take(so_far, last, axis=1)
+            half_missed = (missed + np.take(misses, above, axis=1)) / 2
+        precision = so_far / np.maximum(so_far + missed, 1)
+        wrongly_above = np.einsum("bp,bp->b", hits, half_missed, dtype=np.float64)
         with np.errstate(divide="ignore", invalid="ignore"):
-            areas = np.stack([before / (positives * negatives), precise / positives], axis=1)
-        areas[(positives == 0) | (negatives == 0)] = np.nan
+            roc = 1 - wrongly_above / (all_hits * all_misses)
+            average_precision = np.einsum("bp,bp->b", hits, precision, dtype=np.float64) / all_hits
+        areas = np.stack([roc, average_precision], axis=1)
+        areas[(all_hits == 0) | (all_misses == 0)] = np.nan
         return areas
 
     return of_weights
