@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"isotune {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_export(commands)
+    _add_compare(commands)
     return parser
 
 
@@ -81,6 +82,52 @@ def _export(chosen: argparse.Namespace) -> None:
     elif chosen.merge:
         print(f"{chosen.run_dir} trained the whole model: there is nothing to merge")
     print(f"wrote the {done.kind} to {done.folder / STATE_DICT if done.format == 'pt' else done.folder}")
+
+
+def _add_compare(commands: "argparse._SubParsersAction[OneSentenceParser]") -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="say whether runs differ on the same evaluated rows, beyond chance",
+        description=(
+            "Compare evaluated runs on the same rows, each with the first: McNemar's exact test of the rows\n"
+            "that are right, a swap test of other metrics, 95% intervals by paired bootstrap, and Holm's\n"
+            "correction over all of them. Runs that were evaluated on other rows are refused."
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=(
+            "examples:\n"
+            "  isotune compare runs/demo-base runs/demo\n"
+            "  isotune compare runs/bert runs/distilbert runs/albert --all_pairs --name test\n"
+            "  isotune compare runs/yelp/eval/step-100 runs/yelp/eval/step-200 --metrics accuracy log_loss --json"
+        ),
+    )
+    compare.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, or of results: RUN/eval/NAME")
+    compare.add_argument("--name", help="of the evaluation, where the runs have several in common")
+    compare.add_argument("--metrics", nargs="+", default=[], metavar="METRIC", help="which to test (a few that matter)")
+    compare.add_argument("--all_pairs", action="store_true", help="compare each with each, and not with the first")
+    compare.add_argument("--examples", type=int, default=3, metavar="N", help="rows to show each way (%(default)s)")
+    compare.add_argument("--resamples", type=int, default=10_000, metavar="N", help="of rows (%(default)s)")
+    compare.add_argument("--seed", type=int, default=0, metavar="N", help="of the resamples (%(default)s)")
+    compare.add_argument("--json", action="store_true", help="print JSON, and no table")
+    compare.set_defaults(run=_compare)
+
+
+def _compare(chosen: argparse.Namespace) -> None:
+    import json
+
+    from isotune.evaluation.comparison import compare_runs
+    from isotune.report.comparison_text import comparison_text
+
+    comparison = compare_runs(
+        chosen.runs,
+        name=chosen.name,
+        metrics=chosen.metrics,
+        all_pairs=chosen.all_pairs,
+        resamples=chosen.resamples,
+        seed=chosen.seed,
+        examples=chosen.examples,
+    )
+    print(json.dumps(comparison.as_dict(), indent=2) if chosen.json else comparison_text(comparison))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ def choose_results(runs: Sequence[str | Path], name: str | None = None) -> list[
     candidates = [_candidates(Path(run)) for run in runs]
     folders = [_named(run, found, name) for run, found in candidates] if name else _common(candidates)
     first, *others = [read_result(folder) for folder in folders]
+    if not first.predictions:
+        raise UserError(f"{first.folder} has no rows: there is nothing to compare")
     return [first, *(_in_order(first, other) for other in others)]
 
 
@@ -57,9 +59,7 @@ def _common(candidates: list[tuple[Path, list[Path]]]) -> list[Path]:
     if len(names) == 1:
         return [_named(run, found, next(iter(names))) for run, found in candidates]
     if names:
-        raise UserError(
-            f"the runs have several evaluations in common, {', '.join(sorted(names))}: choose one by --name"
-        )
+        raise UserError(f"the runs have several evaluations in common: {', '.join(sorted(names))}; choose by --name")
     by_rows = _by_rows(candidates)
     if by_rows is None:
         held = "; ".join(f"{run} has {_list(found)}" for run, found in candidates)
