@@ -203,9 +203,14 @@ def read_labelled_set(
     dataset_name: str, split: str, tokenizer: Any, settings: LabelSettings, *, name: str, show_progress: bool
 ) -> LabelledSet:
     """Read and tokenise one split: the first half of `prepare_labelled`, which says the rest."""
+    settings.check(TextEncoder(tokenizer).special_tokens)
+    return tokenise(read_rows(dataset_name, split, name=name), tokenizer, settings, show_progress=show_progress)
+
+
+def tokenise(source: Source, tokenizer: Any, settings: LabelSettings, *, show_progress: bool) -> LabelledSet:
+    """Read and tokenise any source of rows."""
     encoder = TextEncoder(tokenizer)
     settings.check(encoder.special_tokens)
-    source = read_rows(dataset_name, split, name=name)
     labels_from = {
         "column": settings.dataset_label_field,
         "rules": "",

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,47 +128,55 @@ def load_run_model(run: FinishedRun, device: torch.device) -> Any:
     return add_run_adapter(run, load_run_base(run, device, dequantised=device.type == "cpu")).eval()
 
 
-def load_run_base(run: FinishedRun, device: torch.device, *, dequantised: bool) -> Any:
+def load_run_base(run: FinishedRun, device: torch.device, *, dequantised: bool, **kind: Any) -> Any:
     """The base of a run's adapter, with the weights that the adapter was trained on top of.
 
     Args:
         run: of an adapter.
         device: where the base goes.
         dequantised: give a base that was trained in 4 bits as the numbers that those bits stand for.
+        kind: `auto`, `may_lack` and `config` of `load_weights`.
 
     Raises:
         UserError: it cannot be loaded whole.
     """
     if run.base_made_here:
-        return load_weights(str(run.base), dtype="auto").to(device)
+        return load_weights(str(run.base), dtype="auto", **kind).to(device)
     if run.settings.get("tune") != "qlora":
-        return load_weights(str(run.base), dtype=run.training_dtype).to(device)
+        return load_weights(str(run.base), dtype=run.training_dtype, **kind).to(device)
     with quiet_libraries():
         base = load_weights(
-            str(run.base), dtype=run.training_dtype, quantization_config=_four_bit(run), device_map={"": device}
+            str(run.base), dtype=run.training_dtype, quantization_config=_four_bit(run), device_map={"": device}, **kind
         )
         return base.dequantize() if dequantised else base
 
 
-def load_weights(name: str, **how: Any) -> Any:
-    """A causal language model of a folder or the Hub, refused where a tensor is missing.
+def load_weights(name: str, *, auto: Any = None, may_lack: Sequence[str] = (), **how: Any) -> Any:
+    """A model of a folder or the Hub, refused where a tensor is missing.
+
+    Args:
+        name: of the folder, or its Hub id.
+        auto: transformers' auto class of the model; a causal language model where not given.
+        may_lack: modules whose weights come from elsewhere.
+        how: of `from_pretrained`.
 
     Raises:
         UserError: it cannot be loaded whole.
     """
     from transformers import AutoModelForCausalLM
 
+    auto = auto or AutoModelForCausalLM
     _check_reachable(name)
     if os.path.isdir(name) and list(Path(name).glob("*.safetensors")):
         check_weights(Path(name))
         how["use_safetensors"] = True
     try:
         with quiet_libraries():
-            loading: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **how)
+            loading: Any = auto.from_pretrained(name, output_loading_info=True, **how)
             model, loaded = loading
     except LOADING_ERRORS as error:
         raise UserError(f"the weights of {name} cannot be loaded: {first_line(error)}") from error
-    missing = sorted(loaded["missing_keys"])
+    missing = sorted(key for key in loaded["missing_keys"] if not set(key.split(".")) & set(may_lack))
     if missing:
         raise UserError(f"the weights of {name} lack {len(missing)} tensors of {type(model).__name__}: {missing[0]}")
     return model
