@@ -1,4 +1,4 @@
-"""A finished run answers as it was trained to: through the pipeline, from a command line and from a pipe."""
+"""A finished run answers as it was trained to: in a program, from a command line and from a pipe."""
 
 import subprocess
 import sys
@@ -12,13 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForC
 
 from isotune.data.conversations import render_prompt
 from isotune.errors import UserError
+from isotune.evaluation.decoding import Decoding, first_turn
 from isotune.evaluation.generation import (
-    Decoding,
     answer,
-    first_turn,
     fit_history,
-    load_model_generator,
-    load_run_generator,
+    load_model_speaker,
+    load_run_speaker,
     print_sample_answer,
 )
 
@@ -82,8 +81,8 @@ def write_run(run, settings):
 
 
 @pytest.fixture(scope="module")
-def generator(full_run):
-    return load_run_generator(full_run)
+def speaker(full_run):
+    return load_run_speaker(full_run)
 
 
 def greedy_by_hand(model, tokens, count):
@@ -100,42 +99,42 @@ def generate(*arguments, **how):
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120, check=False, **how)
 
 
-def test_the_greedy_answer_is_the_argmax_of_the_model_after_the_prompt_of_training(generator, full_run, tokenizer):
+def test_the_greedy_answer_is_the_argmax_of_the_model_after_the_prompt_of_training(speaker, full_run, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(full_run / "model").eval()
     prompt = tokenizer("### Human: Tell me more\n### Assistant:").input_ids
     assert prompt[0] == tokenizer.bos_token_id  # OPT was trained with its bos, once
     assert tokenizer.bos_token_id not in prompt[1:]
     by_hand = greedy_by_hand(model, prompt, 6)[len(prompt) :]
 
-    text = answer(generator, "Tell me more", Decoding(max_new_tokens=6))
+    text = answer(speaker, "Tell me more", Decoding(max_new_tokens=6))
 
     assert text == first_turn(tokenizer.decode(by_hand, skip_special_tokens=True))
     assert text
 
 
-def test_an_answer_ends_where_the_model_begins_another_turn(generator):
-    assert answer(generator, "What is 2 + 2?") == "It is 4."
+def test_an_answer_ends_where_the_model_begins_another_turn(speaker):
+    assert answer(speaker, "What is 2 + 2?") == "It is 4."
 
 
-def test_generation_stops_at_the_header_and_does_not_run_to_the_end(generator, tokenizer):
+def test_generation_stops_at_the_header_and_does_not_run_to_the_end(speaker, tokenizer):
     lengths = []
-    original = generator.model.generate
+    original = speaker.model.generate
     try:
-        generator.model.generate = lambda **given: lengths.append(original(**given)) or lengths[-1]
-        answer(generator, "What is 2 + 2?", Decoding(max_new_tokens=60))
+        speaker.model.generate = lambda **given: lengths.append(original(**given)) or lengths[-1]
+        answer(speaker, "What is 2 + 2?", Decoding(max_new_tokens=60))
     finally:
-        del generator.model.generate
+        del speaker.model.generate
     prompt = len(tokenizer(render_prompt("What is 2 + 2?")).input_ids)
     assert lengths[0].shape[1] - prompt <= len(tokenizer(" It is 4.\n### Human:").input_ids)
 
 
-def test_an_answer_ends_at_eos_and_sees_the_turns_before_it(generator):
+def test_an_answer_ends_at_eos_and_sees_the_turns_before_it(speaker):
     messages = [
         {"role": "user", "content": "What is 2 + 2?"},
         {"role": "assistant", "content": "It is 4."},
         {"role": "user", "content": "Thanks"},
     ]
-    assert answer(generator, messages) == "You are welcome 🙂."
+    assert answer(speaker, messages) == "You are welcome 🙂."
 
 
 @pytest.mark.parametrize(
@@ -154,7 +153,7 @@ def test_an_answer_is_cut_where_training_would_read_the_next_turn(text, kept):
 
 
 def test_an_adapter_answers_and_not_its_base(lora_run):
-    adapted = load_run_generator(lora_run)
+    adapted = load_run_speaker(lora_run)
     assert answer(adapted, "What is 2 + 2?") == "You are 4."
     layers = [module for module in adapted.model.modules() if "lora" in type(module).__module__]
     assert layers  # unmerged: the adapter itself is what is heard
@@ -169,12 +168,12 @@ def test_the_base_that_a_run_wrote_is_found_after_the_run_has_moved(lora_run, fu
     adapter.peft_config["default"].base_model_name_or_path = "/gone/base_model"
     adapter.save_pretrained(moved / "model", save_embedding_layers=False)
     AutoTokenizer.from_pretrained(full_run / "model").save_pretrained(moved / "model")
-    assert answer(load_run_generator(moved), "What is 2 + 2?") == "You are 4."
+    assert answer(load_run_speaker(moved), "What is 2 + 2?") == "You are 4."
 
 
-def test_sampling_depends_on_its_seed_alone(generator):
+def test_sampling_depends_on_its_seed_alone(speaker):
     def draw(seed):
-        return answer(generator, "Thanks for", Decoding(max_new_tokens=12, temperature=3.0, seed=seed))
+        return answer(speaker, "Thanks for", Decoding(max_new_tokens=12, temperature=3.0, seed=seed))
 
     torch.manual_seed(5)
     expected_next = torch.rand(1)
@@ -185,18 +184,18 @@ def test_sampling_depends_on_its_seed_alone(generator):
     assert len({draw(seed) for seed in range(4)}) > 1
 
 
-def test_a_tiny_nucleus_is_greedy(generator):
+def test_a_tiny_nucleus_is_greedy(speaker):
     sampled = Decoding(max_new_tokens=8, temperature=2.0, top_p=1e-6, seed=3)
-    assert answer(generator, "Tell me", sampled) == answer(generator, "Tell me", Decoding(max_new_tokens=8))
+    assert answer(speaker, "Tell me", sampled) == answer(speaker, "Tell me", Decoding(max_new_tokens=8))
 
 
-def test_history_drops_the_oldest_exchanges_until_the_answer_has_room(generator, tokenizer):
+def test_history_drops_the_oldest_exchanges_until_the_answer_has_room(speaker, tokenizer):
     messages = []
     for number in range(12):
         messages += [{"role": "user", "content": f"Say {number}"}, {"role": "assistant", "content": f"{number}."}]
     messages.append({"role": "user", "content": "And now?"})
 
-    kept = fit_history(generator, messages, max_new_tokens=20)
+    kept = fit_history(speaker, messages, max_new_tokens=20)
 
     def tokens(part):
         return len(tokenizer(render_prompt(part)).input_ids)
@@ -206,11 +205,11 @@ def test_history_drops_the_oldest_exchanges_until_the_answer_has_room(generator,
     assert tokens(kept) <= POSITIONS - 20 < tokens(messages[-len(kept) - 2 :])
 
 
-def test_an_answer_never_runs_past_the_positions_of_the_model(generator):
+def test_an_answer_never_runs_past_the_positions_of_the_model(speaker):
     question = "word " * 70
-    assert isinstance(answer(generator, question, Decoding(max_new_tokens=500)), str)
+    assert isinstance(answer(speaker, question, Decoding(max_new_tokens=500)), str)
     with pytest.raises(UserError, match=rf"the model {POSITIONS} positions"):
-        answer(generator, "word " * 200)
+        answer(speaker, "word " * 200)
 
 
 @pytest.mark.parametrize(
@@ -228,14 +227,14 @@ def test_decoding_that_cannot_be_is_named(values, says):
         Decoding(**values)
 
 
-def test_an_allowance_longer_than_the_model_does_not_make_it_forget(generator, tokenizer):
+def test_an_allowance_longer_than_the_model_does_not_make_it_forget(speaker, tokenizer):
     messages = [{"role": role, "content": "Hi"} for role in ("user", "assistant", "user")]
-    assert fit_history(generator, messages, max_new_tokens=100 * POSITIONS) == messages
+    assert fit_history(speaker, messages, max_new_tokens=100 * POSITIONS) == messages
 
 
 def test_any_llama_model_answers_too(shared_data):
-    generator = load_model_generator(str(shared_data / "checkpoints" / "stories260K"))
-    assert answer(generator, "Once upon a time", Decoding(max_new_tokens=20))
+    speaker = load_model_speaker(str(shared_data / "checkpoints" / "stories260K"))
+    assert answer(speaker, "Once upon a time", Decoding(max_new_tokens=20))
 
 
 def test_the_sample_answer_of_a_run_is_printed_with_its_prompt(full_run, capsys):

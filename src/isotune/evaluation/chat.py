@@ -3,10 +3,11 @@
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from isotune.errors import UserError
-from isotune.evaluation.generation import Decoding, answer, fit_history
+from isotune.evaluation.completions import Speaker
+from isotune.evaluation.decoding import Decoding
+from isotune.evaluation.generation import answer, fit_history
 
 BANNER = "A chat with {name}. /reset forgets it so far; /quit or Ctrl-D ends it; Ctrl-C stops an answer."
 COMMANDS = ("/reset", "/quit")
@@ -18,8 +19,8 @@ class Chat:
     The draw of turn n is seeded with `seed + n`, so a conversation typed again has the same answers.
     """
 
-    def __init__(self, generator: Any, decoding: Decoding) -> None:
-        self.generator = generator
+    def __init__(self, speaker: Speaker, decoding: Decoding) -> None:
+        self.speaker = speaker
         self.decoding = decoding
         self.messages: list[dict[str, str]] = []
 
@@ -30,9 +31,9 @@ class Chat:
             UserError: the question alone leaves the model no position for an answer.
         """
         asked = [*self.messages, {"role": "user", "content": question}]
-        prompt = fit_history(self.generator, asked, self.decoding.max_new_tokens)
+        prompt = fit_history(self.speaker, asked, self.decoding.max_new_tokens)
         turn = replace(self.decoding, seed=self.decoding.seed + len(self.messages) // 2)
-        text = answer(self.generator, prompt, turn)
+        text = answer(self.speaker, prompt, turn)
         self.messages = [*asked, {"role": "assistant", "content": text}]
         return text
 
@@ -41,12 +42,12 @@ class Chat:
         self.messages = []
 
 
-def run_chat(generator: Any, decoding: Decoding, name: str) -> None:
+def run_chat(speaker: Speaker, decoding: Decoding, name: str) -> None:
     """Answer the lines of stdin until it ends or says /quit.
 
     On a terminal with a prompt; from a pipe, stdout holds the answers and nothing else.
     """
-    chat = Chat(generator, decoding)
+    chat = Chat(speaker, decoding)
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         print(BANNER.format(name=name), flush=True)

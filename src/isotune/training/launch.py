@@ -17,6 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 
 from isotune.errors import UserError
+from isotune.models.deepspeed_start import announce_zero3, let_gloo_carry
 from isotune.recipe import RunRecipe
 from isotune.training.deepspeed_config import INLINE, read_deepspeed_config, stage_of
 from isotune.training.launcher import check_launch, read_request
@@ -100,7 +101,7 @@ def start_process(recipe: RunRecipe) -> Process:
         deepspeed=deepspeed,
         fsdp=fsdp,
         deepspeed_config=config,
-        keep_alive=_announce(config),
+        keep_alive=announce_zero3(config) if config and stage_of(config) == 3 else None,
     )
 
 
@@ -112,7 +113,7 @@ def _make_state(recipe: RunRecipe, world_size: int, *, deepspeed: bool, fsdp: bo
     if not on_cpu:
         return PartialState(**limit) if "LOCAL_RANK" in os.environ else PartialState()
     if deepspeed:
-        _let_gloo_carry()
+        let_gloo_carry()
         return PartialState(backend="gloo", **limit)
     if world_size == 1:
         return PartialState(cpu=True)
@@ -122,23 +123,3 @@ def _make_state(recipe: RunRecipe, world_size: int, *, deepspeed: bool, fsdp: bo
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return state
-
-
-def _let_gloo_carry() -> None:
-    """Keep DeepSpeed from compiling its own transport between CPU processes.
-
-    DeepSpeed 0.19 does so at its first start, which asks for a compiler; and a process that is killed meanwhile leaves
-    a lock behind (torch's FileBaton) at which every later start of this user waits for ever.
-    """
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
-
-
-def _announce(config: dict[str, Any] | None) -> Any:
-    """Tell transformers of ZeRO-3 before a model is made, so that pretrained weights load in shares."""
-    if stage_of(config) != 3:
-        return None
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig
-
-    return HfDeepSpeedConfig(config)

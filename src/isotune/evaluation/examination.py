@@ -1,0 +1,154 @@
+"""A model asked the questions of a data set: its answers, their metrics with intervals, and the files of both."""
+
+import html
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from isotune.checkpoints.manifest import replace_file
+from isotune.data.conversations import render_prompt
+from isotune.evaluation.completions import Completion, Prompt, Speaker, complete
+from isotune.evaluation.decoding import Decoding, first_turn
+from isotune.evaluation.likelihood import Reference, score_references
+from isotune.evaluation.questions import Question
+from isotune.evaluation.ranks import Ranks
+from isotune.evaluation.resampling import bootstrap_intervals, values
+from isotune.evaluation.results import GENERATION, rows_digest, write_result
+from isotune.evaluation.text_metrics import TextMetric, measure_likelihoods, measure_texts, signatures
+
+EXAMPLES = "examples.md"
+SHOWN_ON_TERMINAL, SHOWN_IN_FILE = 3, 50
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What came of it, the same on every rank.
+
+    Attributes:
+        texts: the answers, in the order of the questions.
+        metrics: by name; `of_rows` in the order of the questions.
+        intervals: 95%, by the same names.
+        cut: references that are longer than the model has positions, scored as far as it has.
+    """
+
+    questions: Sequence[Question]
+    completions: Sequence[Completion]
+    texts: Sequence[str]
+    metrics: dict[str, TextMetric]
+    values: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    cut: int
+
+
+def examine(
+    speaker: Speaker, questions: Sequence[Question], decoding: Decoding, ranks: Ranks, *, batch_size: int, seed: int = 0
+) -> Examination:
+    """Ask every question, and score every reference.
+
+    Args:
+        speaker: on every rank.
+        questions: the same on every rank.
+        decoding: how the answers are made.
+        ranks: which share them.
+        batch_size: questions that one forward pass sees; it changes no result.
+        seed: of the intervals' resamples.
+
+    Raises:
+        UserError: a question leaves the model no position for an answer; the sentence names its row.
+    """
+    prompts = [Prompt(q.id, render_prompt(q.prompt), f"the question in {q.where}") for q in questions]
+    completed = complete(speaker, prompts, decoding, batch_size=batch_size, ranks=ranks, progress=ranks.is_main)
+    # the space belongs to the answer, as in training
+    references = [Reference(q.id, p.text, " " + q.reference) for q, p in zip(questions, prompts, strict=True)]
+    scored = score_references(speaker, references, ranks)
+    completions = [completed[q.id] for q in questions]
+    texts = [first_turn(completion.text) for completion in completions]
+    likelihoods = [scored[q.id] for q in questions]
+    metrics = {
+        **measure_texts(texts, [q.reference for q in questions], [c.ended for c in completions]),
+        **measure_likelihoods(likelihoods),
+    }
+    statistics = [metric.of_all for metric in metrics.values()]
+    return Examination(
+        questions=questions,
+        completions=completions,
+        texts=texts,
+        metrics=metrics,
+        values=values(statistics),
+        intervals=bootstrap_intervals(statistics, len(questions), seed=seed),
+        cut=sum(not one.whole for one in likelihoods),
+    )
+
+
+def write_examination(
+    done: Examination, folder: Path, *, model: str, dataset_name: str, split: str, decoding: Decoding
+) -> None:
+    """metrics.json, predictions.jsonl and examples.md in `folder`."""
+    facts: dict[str, Any] = {
+        "kind": GENERATION,
+        "model": model,
+        "dataset_name": dataset_name,
+        "dataset_split": split,
+        "rows": len(done.questions),
+        "rows_sha256": rows_digest((q.id, q.prompt + "\n" + q.reference) for q in done.questions),
+        "decoding": asdict(decoding),
+        "signatures": signatures(),
+        "references": {"longer_than_positions": done.cut},
+    }
+    replace_file(_ready(folder) / EXAMPLES, render_examples(done, model, dataset_name))
+    write_result(folder, facts, done.values, done.intervals, predictions(done))
+
+
+def predictions(done: Examination) -> list[dict[str, Any]]:
+    """A line a question: its text, its answer, and every metric of this row alone."""
+    return [
+        {
+            "id": question.id,
+            "prompt": question.prompt,
+            "reference": question.reference,
+            "text": text,
+            "tokens": len(completion.tokens),
+            **{name: float(metric.of_rows[row]) for name, metric in done.metrics.items()},
+        }
+        for row, (question, completion, text) in enumerate(
+            zip(done.questions, done.completions, done.texts, strict=True)
+        )
+    ]
+
+
+def print_examination(done: Examination) -> None:
+    """The first answers beside their references, the exact matches, and every metric with its interval."""
+    matches = done.metrics["exact_match"].of_rows
+    for question, text, match in list(zip(done.questions, done.texts, matches, strict=True))[:SHOWN_ON_TERMINAL]:
+        print(f"  {'=' if match else 'x'} {question.prompt}")
+        print(f"    answer     {text}\n    reference  {question.reference}")
+    print(f"exact match {int(matches.sum())} of {len(matches)} ({done.values['exact_match']:.1%})")
+    print(f"  {'metric':<14} {'value':>10}   95% interval")
+    for name, value in done.values.items():
+        low, high = done.intervals[name]
+        print(f"  {name:<14} {value:>10.4f}   {low:.4f} to {high:.4f}")
+    if done.cut:
+        print(f"{done.cut} references are longer than the model has positions, and are scored as far as it has")
+
+
+def render_examples(done: Examination, model: str, dataset_name: str) -> str:
+    """A Markdown table of the first answers beside their references."""
+    head = f"# {model} on {dataset_name}: {min(SHOWN_IN_FILE, len(done.texts))} of {len(done.texts)} answers\n\n"
+    lines = ["| row | question | answer | reference | chrF |", "|---|---|---|---|---|"]
+    for question, text, score in list(zip(done.questions, done.texts, done.metrics["chrf"].of_rows, strict=True))[
+        :SHOWN_IN_FILE
+    ]:
+        cells = " | ".join(_cell(one) for one in (question.prompt, text, question.reference))
+        lines.append(f"| {question.id} | {cells} | {score:.1f} |")
+    return head + "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """A text as one cell of a Markdown table, whatever stands in it."""
+    return html.escape(text, quote=False).replace("|", "&#124;").replace("\n", "<br>").replace("\r", "")
+
+
+def _ready(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

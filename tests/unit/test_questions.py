@@ -1,0 +1,60 @@
+"""A model is asked the first question of each conversation; data without an answer to compare with are refused."""
+
+import json
+
+import pytest
+
+from isotune.data.builtin import find_corpus
+from isotune.data.capitals import CAPITALS
+from isotune.errors import UserError
+from isotune.evaluation.questions import read_questions
+
+
+def write_rows(folder, rows):
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "rows.jsonl")
+
+
+def test_the_first_turn_of_every_conversation_is_asked_and_later_turns_are_not(tmp_path):
+    rows = [
+        {"text": "### Human: one?\n### Assistant: 1\n### Human: two?\n### Assistant: 2"},
+        {"text": "### Human: only a question"},
+        {"text": "### Assistant: an answer to nothing"},
+        {"text": "### Human: three? ### Assistant: 3 "},
+    ]
+    asked = read_questions(write_rows(tmp_path, rows), "train")
+    assert [(q.id, q.prompt, q.reference) for q in asked] == [(0, "one?", "1"), (3, "three?", "3")]
+    assert asked[1].where == f"row 4 of {tmp_path / 'rows.jsonl'}"
+
+
+def test_messages_are_asked_like_texts(tmp_path):
+    messages = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "1"}]
+    (only,) = read_questions(write_rows(tmp_path, [{"messages": messages}]), "train")
+    assert (only.prompt, only.reference) == ("one?", "1")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "### Human: only a question"},
+        {"text": "### Human: a question\n### Assistant:   "},
+        {"messages": [{"role": "user", "content": "one?"}, {"role": "assistant", "content": ""}]},
+    ],
+)
+def test_a_data_set_of_empty_references_is_refused(tmp_path, row):
+    with pytest.raises(UserError, match="no reference to compare with"):
+        read_questions(write_rows(tmp_path, [row]), "train")
+
+
+def test_a_limit_of_none_is_refused():
+    with pytest.raises(UserError, match="--limit is 0"):
+        read_questions("builtin:pirate", "test", 0)
+
+
+def test_the_pirate_is_examined_on_countries_that_it_never_spoke_of():
+    taught = " ".join(row["text"] for row in find_corpus("builtin:pirate").rows("train"))
+    examined = read_questions("builtin:pirate", "test")
+    assert len(examined) == 32
+    for question in examined:
+        (country,) = [name for name in CAPITALS if f"of {name}?" in question.prompt]
+        assert f"of {country}?" not in taught
