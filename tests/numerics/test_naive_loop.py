@@ -2,11 +2,16 @@
 
 import json
 import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchmetrics
-from tests.building import build_classifier, small_encoder
+from sklearn.utils.class_weight import compute_class_weight
+from tests.building import Built, build_classifier, small_encoder
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -23,8 +28,18 @@ NO_DROPOUT = {
 }
 
 
-def naive_loop(folder: str, batches: list[list[dict]], test: list[dict], state: dict) -> tuple[list, list, float]:
-    """Losses and gradient norms of the steps, and the accuracy on `test` at the end."""
+@dataclass
+class Found:
+    """What the naive loop finds: loss, gradient norm and accuracy of each step, and the accuracy on the test rows."""
+
+    losses: list[float]
+    norms: list[float]
+    accuracies: list[float]
+    test_accuracy: float
+
+
+def naive_loop(folder: str, batches: list[list[dict]], test: list[dict], state: dict, **loss: Any) -> Found:
+    """Train on `batches` by torch's cross-entropy with the further arguments `loss`, and examine on `test`."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
     model.load_state_dict(state)
@@ -40,64 +55,111 @@ def naive_loop(folder: str, batches: list[list[dict]], test: list[dict], state: 
         texts = [row["text"] for row in rows]
         return tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
 
-    losses, norms = [], []
+    found = Found([], [], [], 0.0)
     model.train()
     for rows in batches:
         labels = torch.tensor([row["label"] for row in rows])
-        loss = nn.functional.cross_entropy(model(**padded(rows)).logits, labels)
+        logits = model(**padded(rows)).logits
+        mean = nn.functional.cross_entropy(logits, labels, **loss)
         optimizer.zero_grad()
-        loss.backward()
-        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+        mean.backward()
+        found.norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
         optimizer.step()
         schedule.step()
-        losses.append(loss.item())
+        found.losses.append(mean.item())
+        step_accuracy = torchmetrics.Accuracy(task="multiclass", num_classes=3)
+        found.accuracies.append(float(step_accuracy(logits, labels)))
     accuracy = torchmetrics.Accuracy(task="multiclass", num_classes=3)
     model.eval()
     with torch.no_grad():
         for start in range(0, len(test), 16):
             rows = test[start : start + 16]
             accuracy.update(model(**padded(rows)).logits, torch.tensor([row["label"] for row in rows]))
-    return losses, norms, float(accuracy.compute())
+    found.test_accuracy = float(accuracy.compute())
+    return found
 
 
-@pytest.mark.parametrize("kind", NO_DROPOUT)
-def test_an_unpadded_run_is_the_plain_padded_loop(tmp_path, capsys, kind):
+def run_and_judge(tmp_path, kind: str, train: list[dict], judge: dict[str, Any], **values: Any) -> tuple[Built, dict]:
+    """Train on `train` unpadded, hold every step to the naive loop, and return the run with its last evaluation."""
     folder = small_encoder(tmp_path / "model", kind, **NO_DROPOUT[kind])
     built = build_classifier(
         tmp_path, model_name_or_path=folder, max_steps=STEPS, warmup_steps=WARMUP, global_batch_size=BATCH,
-        learning_rate=RATE, weight_decay=DECAY, optim="adamw_torch",
+        learning_rate=RATE, weight_decay=DECAY, optim="adamw_torch", **values,
     )  # fmt: skip
     state = {name: tensor.clone() for name, tensor in built.model.state_dict().items()}
-    train, test = (find_corpus("builtin:opinions").rows(split) for split in ("train", "test"))
     plan = built.trainer.plan
     batches = [[train[d] for m in plan.step(n).microbatches for d in m.documents] for n in range(STEPS)]
     assert min(len(plan.step(n).microbatches) for n in range(STEPS)) > 1
     built.train()
     found = built.trainer.measure()
-
-    losses, norms, accuracy = naive_loop(folder, batches, test, state)
-    assert [line["loss"] for line in built.steps] == pytest.approx(losses, rel=1e-5)
-    assert [line["grad_norm"] for line in built.steps] == pytest.approx(norms, rel=1e-5)
-    assert found["eval_accuracy"] == pytest.approx(accuracy, abs=1e-7)  # torchmetrics computes in fp32
+    test = find_corpus("builtin:opinions").rows("test")
+    naive = naive_loop(folder, batches, test, state, **judge)
+    assert [line["loss"] for line in built.steps] == pytest.approx(naive.losses, rel=1e-5)
+    assert [line["grad_norm"] for line in built.steps] == pytest.approx(naive.norms, rel=1e-5)
+    assert [line["accuracy"] for line in built.steps] == pytest.approx(naive.accuracies, abs=1e-7)
+    assert found["eval_accuracy"] == pytest.approx(naive.test_accuracy, abs=1e-7)  # torchmetrics computes in fp32
     assert found["eval_documents"] == len(test)
+    return built, found
+
+
+@pytest.mark.parametrize("kind", NO_DROPOUT)
+def test_an_unpadded_run_is_the_plain_padded_loop(tmp_path, capsys, kind):
+    built, _ = run_and_judge(tmp_path, kind, find_corpus("builtin:opinions").rows("train"), {})
     padded = "is not known to work without padding: texts are padded" in capsys.readouterr().out
     assert padded == (kind == "electra")
     assert built.trainer.attention == ("sdpa" if kind == "electra" else "packed")
+
+
+def uneven_rows(folder: Path) -> list[dict]:
+    """The opinions with two of three rows of class 0 and one of three of class 1 left out, in a file in `folder`."""
+    rows = find_corpus("builtin:opinions").rows("train")
+    kept = [row for number, row in enumerate(rows) if number // 3 % 3 >= 2 - row["label"]]
+    (folder / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("class_weights", "smoothing"), [("balanced", 0.1), ([0.5, 4.0, 1.0], 0.0), (None, 0.3)], ids=str
+)
+def test_weights_and_smoothing_are_torchs_over_the_whole_global_batch(tmp_path, class_weights, smoothing):
+    rows = uneven_rows(tmp_path)
+    labels = [row["label"] for row in rows]
+    weights = class_weights
+    if class_weights == "balanced":
+        weights = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+        assert max(weights) > 2 * min(weights)
+    judge = {"weight": None if weights is None else torch.tensor(weights, dtype=torch.float32)}
+    values = {"class_weights": class_weights, "label_smoothing_factor": smoothing}
+    file = str(tmp_path / "uneven.jsonl")
+    judge["label_smoothing"] = smoothing
+    built, found = run_and_judge(tmp_path, "bert", rows, judge, dataset_name=file, **values)
+    # the evaluation's loss stays the plain one, so that runs of other weights compare
+    assert found["eval_loss"] == pytest.approx(plain_loss(built), rel=1e-6)
+
+
+def predictions(built: Built) -> list[dict]:
+    """The lines of the last evaluation's predictions."""
+    file = max(built.run.path.glob("eval/*/predictions.jsonl"))
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def plain_loss(built: Built) -> float:
+    """The mean of the labels' negative log probabilities, from the predictions of the last evaluation."""
+    lines = predictions(built)
+    return -sum(math.log(line["probabilities"][line["label"]]) for line in lines) / len(lines)
 
 
 def test_predictions_are_one_a_row_with_its_id_and_add_up_to_the_loss_and_the_accuracy(tmp_path):
     built = build_classifier(tmp_path, max_steps=2)
     built.train()
     found = built.trainer.measure()
-    file = tmp_path / "run" / "eval" / "step-00000002" / "predictions.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines = predictions(built)
     test = find_corpus("builtin:opinions").rows("test")
     assert [line["id"] for line in lines] == list(range(len(test)))
     assert [line["label"] for line in lines] == [row["label"] for row in test]
     correct = sum(line["prediction"] == line["label"] for line in lines)
     assert found["eval_accuracy"] == correct / len(test)
-    mean = -sum(math.log(line["probabilities"][line["label"]]) for line in lines) / len(test)
-    assert found["eval_loss"] == pytest.approx(mean, rel=1e-6)
+    assert found["eval_loss"] == pytest.approx(plain_loss(built), rel=1e-6)
 
 
 def test_the_loss_does_not_depend_on_the_size_of_the_passes(tmp_path):

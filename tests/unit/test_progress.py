@@ -17,12 +17,17 @@ def begun(quiet: bool = False, main: bool = True) -> tuple[ProgressBar, TrainerS
 
 def test_the_bar_counts_from_where_the_run_goes_on_and_shows_loss_and_speed(capsys):
     progress, state = begun()
-    progress.show(1.23456, {"supervised_tokens_per_s": 7890.4}, skipped=0)
+    progress.show({"loss": 1.23456, "accuracy": 0.5}, {"supervised_tokens_per_s": 7890.4}, skipped=0)
     assert progress.bar is not None and (progress.bar.n, progress.bar.total) == (5, 10)
     progress.bar.refresh()
     shown = capsys.readouterr().err
-    assert "loss=1.2346" in shown and "supervised_tokens_per_s=7890" in shown and "skipped" not in shown
-    progress.show(math.nan, {"supervised_tokens_per_s": 1.0}, skipped=2)
+    assert (
+        "loss=1.2346" in shown
+        and "accuracy=0.5000" in shown
+        and "supervised_tokens_per_s=7890" in shown
+        and "skipped" not in shown
+    )
+    progress.show({"loss": math.nan}, {"supervised_tokens_per_s": 1.0}, skipped=2)
     progress.bar.refresh()
     assert "skipped_steps=2" in capsys.readouterr().err
     progress.on_train_end(SimpleNamespace(), state, TrainerControl())  # type: ignore[arg-type]
@@ -38,6 +43,6 @@ def test_an_evaluation_is_a_line_of_its_own(capsys):
 
 def test_quiet_runs_and_other_ranks_draw_no_bar(capsys):
     for progress, _ in (begun(quiet=True), begun(main=False)):
-        progress.show(1.0, {"supervised_tokens_per_s": 1.0}, skipped=0)
+        progress.show({"loss": 1.0}, {"supervised_tokens_per_s": 1.0}, skipped=0)
         assert progress.bar is None
     assert capsys.readouterr().err == ""

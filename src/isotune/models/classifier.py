@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from isotune.errors import UserError
+from isotune.models.class_loss import ClassLoss
 from isotune.models.loading import load_base
 from isotune.models.packed_attention import PACKED, document_position_ids, restore_attention, set_packed_attention
 from isotune.recipe import ClassificationRecipe
@@ -38,6 +38,7 @@ HEADS = {"albert": ["pooler", "classifier"], "bert": ["pooler", "classifier"],
          "distilbert": ["pre_classifier", "classifier"]}  # fmt: skip
 OTHER_HEADS = ["classifier"]
 PADDED = "padded"
+PLAIN_LOSS = ClassLoss()
 
 
 def head_of(config: PreTrainedConfig) -> list[str]:
@@ -56,12 +57,13 @@ def load_classifier(recipe: ClassificationRecipe, config: PreTrainedConfig, devi
     return load_base(recipe, config, device, AutoModelForSequenceClassification, may_be_new=head_of(config))
 
 
-def install_classification(model: PreTrainedModel) -> str:
+def install_classification(model: PreTrainedModel, class_loss: ClassLoss | None = None) -> str:
     """Teach a stock classifier the packed row of `isotune.data.collate.LabelledInputs`.
 
     With it, `model(input_ids=..., cu_seq_lens_q=..., targets=...)` returns `.logits`, [documents, classes], and as
-    `.loss` the sum of the documents' cross-entropies in fp32; without bounds its own forward runs as ever. Call it
-    before peft wraps the model.
+    `.loss` the sum over the documents in fp32: of `class_loss` in training, of the plain cross-entropies in
+    evaluation, so that runs of different weights compare. Without bounds its own forward runs as ever. Call it before
+    peft wraps the model.
 
     Returns:
         how it attends: `packed`, or `padded` where the model type is not known to work without padding.
@@ -69,6 +71,7 @@ def install_classification(model: PreTrainedModel) -> str:
     kind = _attend(model)
     plain: Any = model
     plain._plain_forward = model.forward
+    plain._class_loss = class_loss or PLAIN_LOSS
     plain.forward = types.MethodType(_packed_forward if kind == PACKED else _padded_forward, model)
     if kind == PACKED:
         encoder = getattr(model.base_model, ENCODERS[model.config.model_type])
@@ -109,7 +112,7 @@ def _packed_forward(
     found = self._plain_forward(
         input_ids, position_ids=positions, cu_seq_lens_q=cu_seq_lens_q, **_said(kwargs), return_dict=True
     )
-    return _with_loss(found.logits, targets)
+    return _with_loss(self, found.logits, targets)
 
 
 def _padded_forward(
@@ -132,7 +135,7 @@ def _padded_forward(
     batch = nn.utils.rnn.pad_sequence(list(texts), batch_first=True, padding_value=pad)
     mask = nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
     found = self._plain_forward(batch, attention_mask=mask, return_dict=True)
-    return _with_loss(found.logits, targets)
+    return _with_loss(self, found.logits, targets)
 
 
 def _said(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -140,6 +143,7 @@ def _said(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if value is not None and name != "return_dict"}
 
 
-def _with_loss(logits: torch.Tensor, targets: torch.Tensor | None) -> SequenceClassifierOutput:
-    loss = None if targets is None else functional.cross_entropy(logits.float(), targets, reduction="sum")
+def _with_loss(model: Any, logits: torch.Tensor, targets: torch.Tensor | None) -> SequenceClassifierOutput:
+    class_loss = model._class_loss if model.training else PLAIN_LOSS
+    loss = None if targets is None else class_loss.summed(logits, targets)
     return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]

@@ -36,7 +36,7 @@ def read_flags(
     parser = _parser(keys, default_config, prog, description, everything)
     if everything or "--help" in words or "-h" in words:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            _show(parser.format_help() + (_refused() if everything else ""))
+            _show(parser.format_help() + (_refused(keys) if everything else ""))
         raise SystemExit(0)
     known, rest = parser.parse_known_args(words)
     given: dict[str, Any] = vars(known)
@@ -85,10 +85,11 @@ def _show(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _refused() -> str:
+def _refused(keys: Mapping[str, Key]) -> str:
     names: dict[str, list[str]] = {}
     for name, reason in REFUSED.items():
-        names.setdefault(reason, []).append(name)
+        if name not in keys:
+            names.setdefault(reason, []).append(name)
     paragraphs = [
         textwrap.fill(f"{', '.join(alike)}: {reason}", width=120, initial_indent="  ", subsequent_indent="      ")
         for reason, alike in names.items()
@@ -100,7 +101,7 @@ def _add(section: Any, key: Key, *, shown: bool) -> None:
     nargs: dict[str, Any] = {}
     if takes(key, bool):
         nargs = {"nargs": "?", "const": "true"}
-    elif takes(key, list):
+    elif takes(key, list) or takes(key, tuple):
         nargs = {"nargs": "+"}
     if key.required:
         default = "required"

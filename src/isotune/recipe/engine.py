@@ -41,20 +41,25 @@ Tracker = Literal[
 LogLevel = Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
 
 
+def has_evaluation_data(values: Values) -> bool:
+    """Whether the recipe names evaluation data, or keeps a share of its own for it."""
+    return values["eval_dataset_name"] is not None or bool(values.get("eval_split_share"))
+
+
 def evaluates(values: Values) -> bool:
     """Whether the run evaluates while it trains."""
-    return values["eval_dataset_name"] is not None and values["eval_strategy"] != "no"
+    return has_evaluation_data(values) and values["eval_strategy"] != "no"
 
 
 def _eval_strategy(values: Values) -> str:
-    if values["eval_dataset_name"] is None:
+    if not has_evaluation_data(values):
         return "no"
     return "epoch" if values["eval_steps"] is None else "steps"
 
 
 WITH_EVALUATION = Need(evaluates, "there is no evaluation without eval_dataset_name, nor with eval_strategy: no")
 _EVAL_STRATEGY = Need(
-    lambda values: values["eval_dataset_name"] is not None or values["eval_strategy"] == "no",
+    lambda values: has_evaluation_data(values) or values["eval_strategy"] == "no",
     "there is no evaluation without eval_dataset_name",
 )
 _EVAL_STEPS = Need(
@@ -75,11 +80,19 @@ _BEST = Need(
     lambda values: evaluates(values) and values["save_strategy"] != "no",
     "it needs eval_dataset_name, and a save_strategy and eval_strategy that are not no",
 )
+_BEST_METRIC = Need(
+    lambda values: evaluates(values) and (values["save_strategy"] != "no" or bool(values["early_stopping_patience"])),
+    "it needs eval_dataset_name, an eval_strategy that is not no, and a save_strategy or early_stopping_patience",
+)
 _BY_STEPS = Need(lambda values: values["logging_strategy"] == "steps", "logging_strategy is not steps")
 _SPARSE_LOGGING = Need(
     lambda values: values["logging_strategy"] != "steps" or values["logging_steps"] != 1,
     "logging_steps: 1 logs every step",
 )
+
+
+def _best_metric(values: Values) -> str | None:
+    return "eval_loss" if values["load_best_model_at_end"] or values["early_stopping_patience"] else None
 
 
 def _key(name: str, takes: Any, default: Any, group: str, help: str, **more: Any) -> Key:
@@ -131,10 +144,9 @@ _KEYS = (
          allowed=AT_LEAST_ONE, needs=_SAVES, changes_result=False),
     _key("load_best_model_at_end", bool, False, OUTPUT, "the final model is that of the best evaluation",
          needs=_BEST),
-    _rest("metric_for_best_model", Literal["eval_loss", "eval_perplexity"] | None, None, OUTPUT,
-          "keep the checkpoint of the best evaluation, by this", needs=_BEST, changes_result=False,
-          default_from=lambda values: "eval_loss" if values["load_best_model_at_end"] else None,
-          default_text="eval_loss with load_best_model_at_end"),
+    _rest("metric_for_best_model", str | None, None, OUTPUT,
+          "keep the checkpoint of the best evaluation, by this", needs=_BEST_METRIC, changes_result=False,
+          default_from=_best_metric, default_text="eval_loss with load_best_model_at_end or early_stopping_patience"),
     _key("logging_steps", float, 1, OUTPUT, "steps between two reports to the trackers", allowed=POSITIVE,
          step_count=True, needs=_BY_STEPS, changes_result=False),
     _rest("logging_strategy", Literal["no", "steps", "epoch"], "steps", OUTPUT, "when to report to the trackers",
@@ -153,5 +165,10 @@ _KEYS = (
     _rest("trackio_bucket_id", str | None, None, OUTPUT, "bucket behind a Trackio Space", changes_result=False),
     _rest("trackio_static_space_id", str | None, None, OUTPUT, "static Space of Trackio", changes_result=False),
 )  # fmt: skip
+
+# Of the figures that an evaluation gives, those that are better where they are higher.
+HIGHER_IS_BETTER = frozenset({"eval_accuracy", "eval_macro_f1"})
+# What decides which evaluation is the best, or how many there are: with them a result may hang on it.
+CHOOSES_THE_BEST = frozenset({"metric_for_best_model", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start"})
 
 ENGINE_KEYS: dict[str, Key] = {key.name: key for key in _KEYS}

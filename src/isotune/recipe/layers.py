@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from isotune.errors import UserError
+from isotune.errors import Complain, refuse
 from isotune.recipe.engine import ALIASES
 from isotune.recipe.refused import REFUSED
 from isotune.recipe.schema import Contradiction, Key
@@ -36,13 +36,16 @@ class Layer:
 
 
 def settle(
-    keys: Mapping[str, Key], layers: Sequence[Layer], contradictions: Sequence[Contradiction]
+    keys: Mapping[str, Key],
+    layers: Sequence[Layer],
+    contradictions: Sequence[Contradiction],
+    complain: Complain = refuse,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The value of every key after all layers, and the part of it that was given rather than filled in.
 
     A key that has no effect among the final values is an error where it was given in the last place that spoke, or
     had no effect in its own file either. Where only a later layer took its effect away (`--tune full` over a LoRA
-    recipe), it is dropped.
+    recipe), it is dropped. With a `complain` that returns, what is wrong is left out and the rest is looked at too.
 
     Raises:
         UserError: an unknown, refused, missing or ineffective key, a value that is not allowed, a contradiction.
@@ -51,7 +54,7 @@ def settle(
     origin: dict[str, Layer] = {}
     effective_before: set[str] = set()
     for layer in layers:
-        spoken = _read(keys, layer)
+        spoken = _read(keys, layer, complain)
         for one, other in (*ALTERNATIVES, *((b, a) for a, b in ALTERNATIVES)):
             if _says(keys, spoken, one):
                 given.pop(other, None)
@@ -63,20 +66,21 @@ def settle(
         values = fill(keys, given)
         if layer is not layers[-1]:
             effective_before |= {name for name in given if keys[name].in_effect(values)}
+    missing = _require(keys, fill(keys, given), layers, complain)
+    given |= dict.fromkeys(missing, "")
     values = fill(keys, given)
     for name in [name for name in given if not keys[name].in_effect(values)]:
         need = keys[name].needs
         if need and (origin[name] is layers[-1] or name not in effective_before):
-            raise UserError(f"{origin[name].name_of(name)} has no effect: {need.otherwise}")
+            complain(f"{origin[name].name_of(name)} has no effect: {need.otherwise}")
         del given[name]
     values = fill(keys, given)
-    _require(keys, values, layers)
     for contradiction in contradictions:
-        if contradiction.holds(values):
+        if not missing & set(contradiction.keys) and contradiction.holds(values):
             places = [origin[name].name_of(name) if name in given else name for name in contradiction.keys]
             said = [f"{place} ({_shown(values[name])})" for place, name in zip(places, contradiction.keys, strict=True)]
             verb = "cannot be" if len(said) == 1 else "contradict each other"
-            raise UserError(f"{' and '.join(said)} {verb}: {contradiction.remedy_for(values)}")
+            complain(f"{' and '.join(said)} {verb}: {contradiction.remedy_for(values)}")
     return values, given
 
 
@@ -89,25 +93,26 @@ def fill(keys: Mapping[str, Key], given: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _read(keys: Mapping[str, Key], layer: Layer) -> dict[str, Any]:
+def _read(keys: Mapping[str, Key], layer: Layer, complain: Complain) -> dict[str, Any]:
     """The values of one layer under their proper names, each as its key takes it."""
     spoken: dict[str, Any] = {}
     written_as: dict[str, str] = {}
     for written, value in layer.given.items():
         name = ALIASES.get(written, written)
         if name not in keys:
-            raise UserError(f"{layer.name_of(written)} {_why_not_a_key(keys, written, layer)}")
+            complain(f"{layer.name_of(written)} {_why_not_a_key(keys, written, layer)}")
+            continue
         if name in written_as:
-            raise UserError(f"{layer.name_of(written)} is another name of {written_as[name]}: keep one of them")
+            complain(f"{layer.name_of(written)} is another name of {written_as[name]}: keep one of them")
         written_as[name] = written
         try:
             spoken[name] = parse(keys[name], value)
         except ValueError as error:
             shown = "empty" if value is None else repr(value)
-            raise UserError(f"{layer.name_of(written)} is {shown}: {error}") from None
+            complain(f"{layer.name_of(written)} is {shown}: {error}")
     for one, other in ALTERNATIVES:
         if _says(keys, spoken, one) and _says(keys, spoken, other):
-            raise UserError(f"{layer.name_of(one)} and {other} contradict each other: keep one of them")
+            complain(f"{layer.name_of(one)} and {other} contradict each other: keep one of them")
     return spoken
 
 
@@ -117,7 +122,7 @@ def _says(keys: Mapping[str, Key], spoken: Mapping[str, Any], name: str) -> bool
 
 def _shown(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(value)
+        return ", ".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
@@ -127,16 +132,20 @@ def _why_not_a_key(keys: Mapping[str, Key], written: str, layer: Layer) -> str:
     near = difflib.get_close_matches(written, [*keys, *ALIASES, *REFUSED], n=1)
     if not near:
         return "is not a key: --help-all lists them"
-    if near[0] in REFUSED:
+    if near[0] in REFUSED and near[0] not in keys:
         return f"is not a key, nor is {near[0]}: {REFUSED[near[0]]}"
     return f"is not a key: did you mean {'--' if layer.flags else ''}{near[0]}?"
 
 
-def _require(keys: Mapping[str, Key], values: Mapping[str, Any], layers: Sequence[Layer]) -> None:
+def _require(
+    keys: Mapping[str, Key], values: Mapping[str, Any], layers: Sequence[Layer], complain: Complain
+) -> set[str]:
+    """The required keys that are missing, after they have been complained of."""
     missing = [name for name, key in keys.items() if key.required and not values[name]]
     if missing:
         file = next((layer.file for layer in layers if layer.file is not None), None)
         where = f"{file}: " if file else ""
         verb = "is" if len(missing) == 1 else "are"
         flags = " ".join(f"--{name} ..." for name in missing)
-        raise UserError(f"{where}{', '.join(missing)} {verb} missing: add to the recipe, or give {flags}")
+        complain(f"{where}{', '.join(missing)} {verb} missing: add to the recipe, or give {flags}")
+    return set(missing)

@@ -3,12 +3,13 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
+from isotune.errors import Complain, refuse
 from isotune.recipe.command_line import read_flags
-from isotune.recipe.engine import ENGINE_KEYS, WITH_EVALUATION, evaluates
+from isotune.recipe.engine import CHOOSES_THE_BEST, ENGINE_KEYS, WITH_EVALUATION, evaluates
 from isotune.recipe.layers import Layer, settle
 from isotune.recipe.recipe_file import read_file, write_file
 from isotune.recipe.schedules import arguments_in_words, is_wrongly_called
@@ -19,6 +20,7 @@ from isotune.recipe.schema import (
     GROUPS,
     MEMORY,
     MODEL,
+    NOT_NEGATIVE,
     OUTPUT,
     POSITIVE,
     REQUIRED,
@@ -43,11 +45,13 @@ _SPLIT = Need(
 _EVAL_SPLIT = Need(
     lambda values: (
         evaluates(values)
+        and values["eval_dataset_name"] is not None
         and (values["eval_dataset_split"] == "test" or not values["eval_dataset_name"].endswith(_ONE_FILE))
     ),
     f"{WITH_EVALUATION.otherwise}, and one file is one split",
 )
 _EVALUATION_ON = Need(lambda values: values["eval_strategy"] != "no", "eval_strategy is no")
+_LABEL_COLUMN = Need(lambda values: values["label_source"] == "column", "label_source is not column")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +79,21 @@ class RunRecipe:
     num_train_epochs: float = key(3.0, SCHEDULE, "passes over the data", allowed=POSITIVE, needs=_NO_LIMIT)
     max_steps: int = key(
         -1, SCHEDULE, "stop after this many steps instead", allowed=Range(1, also=-1), unset=-1, default_text="none"
+    )
+    early_stopping_patience: int | None = key(
+        None,
+        SCHEDULE,
+        "end training after this many evaluations without a better metric_for_best_model",
+        allowed=AT_LEAST_ONE,
+        needs=WITH_EVALUATION,
+    )
+    early_stopping_threshold: float = key(
+        0.0,
+        SCHEDULE,
+        "a better one is better by more than this",
+        allowed=NOT_NEGATIVE,
+        needs=Need(lambda values: bool(values["early_stopping_patience"]), "it needs early_stopping_patience"),
+        common=False,
     )
     seed: int = key(42, SCHEDULE, "seed of order, dropout and new weights", allowed=Range(0, 2**32 - 1))
 
@@ -139,6 +158,7 @@ class RunRecipe:
     training_arguments: dict[str, Any] = field(default_factory=dict)
     given: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
+    eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss",)  # what an evaluation gives that one may choose the best by
     contradictions: ClassVar[tuple[Contradiction, ...]] = (
         Contradiction(("bf16", "fp16"), lambda values: values["bf16"] and values["fp16"], "set one of them to false"),
         Contradiction(
@@ -170,17 +190,22 @@ class RunRecipe:
     @classmethod
     def keys(cls) -> dict[str, Key]:
         """Every key of this kind of recipe by its name: its own, then the engine's."""
-        return keys_of(cls) | ENGINE_KEYS
+        best = replace(ENGINE_KEYS["metric_for_best_model"], takes=Literal[cls.eval_metrics] | None)  # type: ignore[operator]
+        return keys_of(cls) | ENGINE_KEYS | {best.name: best}
 
     @classmethod
-    def from_layers(cls, layers: Sequence[Layer]) -> Self:
+    def from_layers(cls, layers: Sequence[Layer], complain: Complain = refuse) -> Self:
         """The recipe that layers of values say together, the last one winning.
+
+        Args:
+            layers: file, flags.
+            complain: takes each mistake; where it returns, the recipe is made of the rest.
 
         Raises:
             UserError: what is wrong, and where.
         """
         own = keys_of(cls)
-        values, given = settle(cls.keys(), layers, cls.contradictions)
+        values, given = settle(cls.keys(), layers, cls.contradictions, complain)
         arguments = {name: values[name] for name in ENGINE_KEYS if values[name] is not None}
         return cls(**{name: values[name] for name in own}, training_arguments=arguments, given=given)
 
@@ -203,11 +228,22 @@ class RunRecipe:
             if values[name] is not None and values[name] != key.unset and key.in_effect(values)
         }
 
-    def fingerprint(self) -> str:
-        """Digest of the keys that change the result: two runs may share it and differ in logging, memory and place."""
+    def result_values(self) -> dict[str, Any]:
+        """The values in effect that change the result: two runs may share them and differ in logging, memory and place.
+
+        When one evaluates is among them where the best evaluation decides what is kept, or when training ends.
+        """
         keys = self.keys()
-        what = {name: value for name, value in self.resolved().items() if keys[name].changes_result}
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+        chosen = self.training_arguments.get("load_best_model_at_end") or self.early_stopping_patience
+        return {
+            name: value
+            for name, value in self.resolved().items()
+            if keys[name].changes_result or (chosen and name in CHOOSES_THE_BEST)
+        }
+
+    def fingerprint(self) -> str:
+        """Digest of `result_values`."""
+        return hashlib.sha256(json.dumps(self.result_values(), sort_keys=True).encode()).hexdigest()
 
     def write(self, path: Path) -> None:
         """Write the resolved recipe, grouped as --help is; `--config PATH` runs it again.
@@ -222,6 +258,8 @@ class RunRecipe:
 @dataclass(frozen=True, kw_only=True)
 class Recipe(RunRecipe):
     """A recipe of packed instruction tuning: a step sees `global_batch_size` rows of `max_seq_length` tokens."""
+
+    eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_perplexity")
 
     dataset_text_field: str = key("text", DATA, "column that holds the conversation")
     train_on: Literal["all", "last"] = key("all", DATA, "answers to learn from: all of a conversation, or the last")
@@ -238,8 +276,34 @@ class Recipe(RunRecipe):
 class ClassificationRecipe(RunRecipe):
     """A recipe of unpadded classification: a step sees `global_batch_size` documents."""
 
+    eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_accuracy", "eval_macro_f1")
+
     dataset_text_field: str = key("text", DATA, "column that holds the text")
-    dataset_label_field: str = key("label", DATA, "column that holds the class, a whole number from 0")
+    dataset_label_field: str = key(
+        "label", DATA, "column that holds the class, a whole number from 0", needs=_LABEL_COLUMN
+    )
+    dataset_id_field: str | None = key(
+        None, DATA, "column that names a row in predictions", default_text="id where there is one, else row numbers"
+    )
+    clean_text: bool = key(False, DATA, "undo HTML breaks and entities, and escapes such as a written-out \\n")
+    label_source: Literal["column", "rules", "random"] = key(
+        "column", DATA, "where classes come from; rules: command, statement, question; random: a coin, as a control"
+    )
+    eval_split_share: float = key(
+        0.0,
+        DATA,
+        "share of the training data that is kept for evaluation instead, chosen by content and seed",
+        allowed=SHARE,
+        needs=_EVALUATION_ON,
+        unset=0.0,
+        default_text="none",
+    )
+    drop_leaked: bool = key(
+        False,
+        DATA,
+        "leave out of training what the evaluation data holds too, exactly or nearly",
+        needs=WITH_EVALUATION,
+    )
     num_labels: int | None = key(
         None, DATA, "classes; data with another number is refused", allowed=Range(2), default_text="those of the data"
     )
@@ -248,6 +312,36 @@ class ClassificationRecipe(RunRecipe):
     )
     max_seq_length: int = key(512, DATA, "longest document, in tokens", allowed=Range(3))
     global_batch_size: int = key(32, SCHEDULE, "documents in one step, on any hardware", allowed=AT_LEAST_ONE)
+    class_weights: list[float] | Literal["balanced"] | None = key(  # noqa: RUF009 - it makes a dataclass field
+        None,
+        SCHEDULE,
+        "weight of each class in the training loss; balanced: every class weighs the same in all",
+        allowed=POSITIVE,
+        default_text="none: all alike",
+    )
+    label_smoothing_factor: float = key(
+        0.0, SCHEDULE, "share of each target that is spread over all classes, in the training loss", allowed=SHARE
+    )
+    sentences: tuple[str, ...] | None = key(
+        None, OUTPUT, "texts to classify at the end, with what was true where it is known", changes_result=False
+    )
+
+    contradictions: ClassVar[tuple[Contradiction, ...]] = (
+        *RunRecipe.contradictions,
+        Contradiction(
+            ("class_weights", "num_labels"),
+            lambda values: (
+                isinstance(values["class_weights"], list)
+                and values["num_labels"] not in (None, len(values["class_weights"]))
+            ),
+            "say one number for each class",
+        ),
+        Contradiction(
+            ("eval_dataset_name", "eval_split_share"),
+            lambda values: values["eval_dataset_name"] is not None and values["eval_split_share"] > 0,
+            "evaluate on the one or on the other",
+        ),
+    )
 
 
 AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)

@@ -1,5 +1,6 @@
 """Values become what a key takes, by one rule for a file, a flag and Python; what is not allowed is said in words."""
 
+import difflib
 import json
 import math
 import os
@@ -7,11 +8,15 @@ import types
 import typing
 from typing import Any, Literal
 
-from isotune.recipe.schema import Key
+from isotune.recipe.schema import Key, Range
 
 _TRUE = frozenset({"true", "yes", "on", "1"})
 _FALSE = frozenset({"false", "no", "off", "0"})
 _NOTHING = frozenset({"none", "null", ""})
+
+
+class _Numbers(list[float]):
+    """What `list[float]` in a key's annotation stands for, beside a list of names."""
 
 
 def parse(key: Key, value: Any) -> Any:
@@ -32,13 +37,16 @@ def parse(key: Key, value: Any) -> Any:
         value = os.path.expanduser(value)
     if isinstance(value, str) and value in choices:
         return value
+    if takes(key, list) and isinstance(word, str) and word in choices:  # a flag of several words, given one
+        return word
     for kind in kinds:
         parsed = _READERS[kind](value)
         if parsed is not None and _is_allowed(key, parsed):
             if key.step_count and float(parsed).is_integer():
                 return int(parsed)
             return parsed
-    raise ValueError(f"it takes {describe(key)}")
+    near = difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) else []
+    raise ValueError(f"it takes {describe(key)}{f': did you mean {near[0]}?' if near else ''}")
 
 
 def describe(key: Key) -> str:
@@ -62,13 +70,13 @@ def metavar(key: Key) -> str:
     kinds, choices, _ = _taken(key.takes)
     if len(choices) > 4:
         return "NAME"
-    short = {bool: "BOOL", int: "N", float: "X", str: "TEXT", list: "NAME", dict: "JSON"}
+    short = {bool: "BOOL", int: "N", float: "X", str: "TEXT", list: "NAME", _Numbers: "X", tuple: "TEXT", dict: "JSON"}
     return "|".join([*(short[kind] for kind in kinds), *choices])
 
 
 def takes(key: Key, kind: type) -> bool:
     """Whether the key's value may be of this kind."""
-    return kind in _taken(key.takes)[0]
+    return any(taken is kind or (kind is list and taken is _Numbers) for taken in _taken(key.takes)[0])
 
 
 def _taken(annotation: Any) -> tuple[tuple[type, ...], tuple[str, ...], bool]:
@@ -81,7 +89,7 @@ def _taken(annotation: Any) -> tuple[tuple[type, ...], tuple[str, ...], bool]:
         if typing.get_origin(member) is Literal:
             choices += typing.get_args(member)
         elif member is not types.NoneType:
-            kinds.append(typing.get_origin(member) or member)
+            kinds.append(_Numbers if member == list[float] else typing.get_origin(member) or member)
     return tuple(kinds), tuple(choices), types.NoneType in members
 
 
@@ -92,12 +100,16 @@ def _known_items(key: Key) -> tuple[str, ...]:
 
 
 def _is_allowed(key: Key, value: Any) -> bool:
-    if key.allowed is not None and value not in key.allowed:
+    if key.allowed is not None and not _within(key.allowed, value):
         return False
     known = _known_items(key)
     if known and not set(value) <= set(known):
         return False
     return not key.step_count or value < 1 or float(value).is_integer()
+
+
+def _within(allowed: Range, value: Any) -> bool:
+    return all(number in allowed for number in value) if isinstance(value, list) else value in allowed
 
 
 def _bool(value: Any) -> bool | None:
@@ -140,6 +152,19 @@ def _list(value: Any) -> list[str] | None:
     return words or None
 
 
+def _tuple(value: Any) -> list[str] | None:
+    items = [value] if isinstance(value, str) else value
+    whole = isinstance(items, list | tuple) and all(isinstance(item, str) for item in items)
+    return list(items) if whole and items else None
+
+
+def _numbers(value: Any) -> list[float] | None:
+    items = value.replace(",", " ").split() if isinstance(value, str) else value
+    items = items if isinstance(items, list | tuple) else [items]
+    numbers = [_float(part) for item in items for part in (item.split(",") if isinstance(item, str) else [item])]
+    return numbers if numbers and None not in numbers else None  # type: ignore[return-value]
+
+
 def _dict(value: Any) -> dict[str, Any] | None:
     if isinstance(value, str):
         try:
@@ -165,12 +190,23 @@ def _natural(value: Any) -> Any:
     return value
 
 
-_READERS = {bool: _bool, int: _int, float: _float, str: _str, list: _list, dict: _dict}
+_READERS = {
+    bool: _bool,
+    int: _int,
+    float: _float,
+    str: _str,
+    list: _list,
+    _Numbers: _numbers,
+    tuple: _tuple,
+    dict: _dict,
+}
 _WORDS = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
     str: "text",
     list: "a list of names",
+    _Numbers: "a list of numbers",
+    tuple: "a list of texts",
     dict: "a mapping",
 }

@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments, training_args
 
 from isotune.recipe import RunRecipe
+from isotune.recipe.engine import HIGHER_IS_BETTER
 from isotune.training.launch import Process
 
 
@@ -56,7 +57,8 @@ def _arguments(recipe: RunRecipe, process: Process, engine: dict[str, Any], chec
         use_cpu=process.use_cpu,
         accelerator_config={"use_configured_state": True},
         deepspeed=process.deepspeed_config,
-        greater_is_better=False,  # every metric_for_best_model is a loss
+        # the library would take eval_perplexity, whose name does not end in loss, for better where it is higher
+        greater_is_better=engine.get("metric_for_best_model") in HIGHER_IS_BETTER,
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
         # every parameter that is trained takes part in every pass

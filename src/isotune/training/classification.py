@@ -4,6 +4,7 @@ import json
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -13,9 +14,10 @@ from isotune.checkpoints.gathering import reshard
 from isotune.checkpoints.manifest import replace_file
 from isotune.data.collate import lay_out
 from isotune.data.documents import LabelledDocuments
-from isotune.data.labelled import LabelSettings, prepare_labelled
-from isotune.data.plan import assign
+from isotune.data.labelled_split import prepare_both
+from isotune.data.plan import Step, assign
 from isotune.models.adapters import add_adapters
+from isotune.models.class_loss import ClassLoss, choose_weights
 from isotune.models.classifier import PADDED, head_of, install_classification, load_classifier
 from isotune.models.loading import load_config
 from isotune.models.speedups import enable_speedups
@@ -23,59 +25,53 @@ from isotune.recipe import ClassificationRecipe
 from isotune.training import sft
 from isotune.training.collectives import gather_by_number, gather_vectors, ordered_sum
 from isotune.training.launch import Process
+from isotune.training.resume import Resumption
 from isotune.training.run_folder import RunFolder
 from isotune.training.trainer import PlanTrainer
+from isotune.training.training_figures import TrainingFigures
 
 PREDICTIONS = "predictions.jsonl"
 
 
 def prepare_data(recipe: ClassificationRecipe, tokenizer: PreTrainedTokenizerBase, process: Process) -> sft.Data:
-    """Read and tokenise what the recipe names; the main process shows progress and the table.
+    """Read and tokenise what the recipe names; the main process shows progress and the tables.
 
     The evaluation data must not have a class that the training data does not have.
     """
-    found: dict[str, Any] = {"evaluation": None}
-    classes = recipe.num_labels
-    for role, name, split in (
-        ("train", recipe.dataset_name, recipe.dataset_split),
-        ("evaluation", recipe.eval_dataset_name, recipe.eval_dataset_split),
-    ):
-        if name is None:
-            continue
-        settings = LabelSettings(
-            max_seq_length=recipe.max_seq_length,
-            overlong=recipe.overlong,  # type: ignore[arg-type]
-            dataset_text_field=recipe.dataset_text_field,
-            dataset_label_field=recipe.dataset_label_field,
-            num_labels=classes,
-        )
-        found[role] = prepare_labelled(
-            name,
-            split,
-            tokenizer,
-            settings,
-            name="dataset_name" if role == "train" else "eval_dataset_name",
-            evaluation=role == "evaluation",
-            show_progress=process.is_main,
-        )
-        classes = found["train"].num_labels
+    train, evaluation = prepare_both(recipe, tokenizer, show_progress=process.is_main)
+    for prepared in filter(None, (train, evaluation)):
         if process.is_main:
-            print(found[role].table, flush=True)
-    return sft.Data(**found)
+            print(prepared.table, flush=True)
+    return sft.Data(train, evaluation)
 
 
 def build_model(recipe: ClassificationRecipe, config: PreTrainedConfig, data: sft.Data, process: Process) -> nn.Module:
     """The classifier ready for unpadded training, for the classes of `data`: attention, loss and adapters in place.
 
     Built from the seed alone, so every rank has the same weights before any communication.
+
+    Raises:
+        UserError: see `load_classifier`, or class_weights does not fit the classes.
     """
+    class_loss = class_loss_of(recipe, data.train)
     config.num_labels = data.train.num_labels  # type: ignore[union-attr]
     base = load_classifier(recipe, config, process.loading_device(recipe))
-    if install_classification(base) == PADDED and process.is_main:
+    if install_classification(base, class_loss) == PADDED and process.is_main:
         print(f"note        model type '{config.model_type}' is not known to work without padding: texts are padded")
     model = base if recipe.tune == "full" else add_adapters(base, recipe, head=head_of(config))
     enable_speedups(model)
     return model
+
+
+def class_loss_of(recipe: ClassificationRecipe, train: Any) -> ClassLoss:
+    """The loss that the recipe asks for, over the labels of the training data.
+
+    Raises:
+        UserError: class_weights does not fit the classes.
+    """
+    labels = np.asarray(train.documents.labels)
+    weights = choose_weights(recipe.class_weights, labels, train.num_labels)
+    return ClassLoss(weights, recipe.label_smoothing_factor)
 
 
 def build_trainer(
@@ -111,6 +107,25 @@ class ClassificationTrainer(PlanTrainer):
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self.attention = base.config._attn_implementation
         super().__init__(model=model, **parts)
+        self.class_loss = class_loss_of(parts["recipe"], parts["train"])
+        self.training_figures = TrainingFigures()
+
+    def _restore(self, resumption: Resumption) -> None:
+        super()._restore(resumption)
+        self.training_figures = TrainingFigures(resumption.metrics)
+
+    def denominator(self, step: Step) -> float:
+        """The summed class weights of the global batch; without weights, its documents."""
+        documents = [document for microbatch in step.microbatches for document in microbatch.documents]
+        return self.class_loss.denominator(self.train_data.documents.labels[documents])  # type: ignore[union-attr]
+
+    def count(self, found: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Documents whose class the pass gave the highest logit, dropout and all."""
+        return (found.logits.detach().argmax(dim=1) == inputs["targets"]).sum()
+
+    def figures(self, step: Step, count: int) -> dict[str, float]:
+        """The share of the step's documents that training itself got right."""
+        return {"accuracy": count / step.documents}
 
     def measure(self) -> dict[str, float]:
         """Loss and accuracy of the evaluation documents, each exact; every prediction goes to RUN/eval/STEP.
@@ -162,8 +177,8 @@ def predict(trainer: PlanTrainer) -> tuple[list[float], torch.Tensor]:
 
 
 def _lines(documents: LabelledDocuments, logits: torch.Tensor) -> str:
-    """A line a row of the source: its number counted from 0, its class, and what was predicted."""
+    """A line a document: its id, its class, and what was predicted."""
     chosen, shares = logits.argmax(dim=1).tolist(), logits.softmax(dim=1).tolist()
-    columns = zip(documents.source_rows.tolist(), documents.labels.tolist(), chosen, shares, strict=True)
+    columns = zip(documents.ids.tolist(), documents.labels.tolist(), chosen, shares, strict=True)
     names = ("id", "label", "prediction", "probabilities")
     return "".join(json.dumps(dict(zip(names, column, strict=True))) + "\n" for column in columns)

@@ -21,11 +21,12 @@ class ProgressBar(TrainerCallback):
                 total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True, file=sys.stderr
             )
 
-    def show(self, loss: float, speed: dict[str, float], skipped: int) -> None:
-        """One update further; `speed` is a rate by its name."""
+    def show(self, figures: dict[str, float], speed: dict[str, float], skipped: int) -> None:
+        """One update further; `figures` are its loss and the like, `speed` rates, by their names."""
         if self.bar is None:
             return
-        facts = {"loss": f"{loss:.4f}", **{name: f"{rate:.0f}" for name, rate in speed.items()}}
+        facts = {name: f"{value:.4f}" for name, value in figures.items()}
+        facts |= {name: f"{rate:.0f}" for name, rate in speed.items()}
         if skipped:
             facts["skipped_steps"] = str(skipped)
         self.bar.set_postfix(facts, refresh=False)
@@ -40,6 +41,8 @@ class ProgressBar(TrainerCallback):
                 line += f", perplexity {found['eval_perplexity']:.2f}"
             if "eval_accuracy" in found:
                 line += f", accuracy {found['eval_accuracy']:.4f}"
+            if "train_loss" in found:
+                line += f" (training: loss {found['train_loss']:.4f}, accuracy {found['train_accuracy']:.4f})"
             self.say(line)
 
     def say(self, line: str) -> None:

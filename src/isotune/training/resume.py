@@ -123,16 +123,10 @@ def check_same_recipe(folder: Path, manifest: Manifest, recipe: RunRecipe) -> No
     """
     if manifest.recipe_fingerprint == recipe.fingerprint():
         return
-    here = result_keys(recipe)
+    here = recipe.result_values()
     names = [name for name in {**manifest.recipe, **here} if manifest.recipe.get(name) != here.get(name)]
     said = ", ".join(f"{name}: {manifest.recipe.get(name)} there, {here.get(name)} here" for name in sorted(names))
     raise UserError(f"{folder} is a checkpoint of another recipe ({said}): choose another --output_dir or --resume")
-
-
-def result_keys(recipe: RunRecipe) -> dict[str, Any]:
-    """The keys in effect that change the result: what a checkpoint's reader must have in common with its writer."""
-    keys = recipe.keys()
-    return {name: value for name, value in recipe.resolved().items() if keys[name].changes_result}
 
 
 def _check_same_data(folder: Path, manifest: Manifest, recipe: RunRecipe, fingerprints: dict[str, str]) -> None:

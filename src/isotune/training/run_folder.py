@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from isotune.checkpoints.manifest import replace_file
+from isotune.checkpoints.fence import Fence
+from isotune.checkpoints.life import slurm_ids
 from isotune.errors import AlreadyDone, UserError
 from isotune.recipe import RunRecipe
 from isotune.training.resume import NEWEST, check_named_checkpoint
@@ -34,6 +35,7 @@ class RunFolder:
         self.recipe = recipe
         self.path = Path(recipe.output_dir)
         self.status: Any = None  # kept while the run is supervised
+        self.fence = Fence(self.path)
 
     @property
     def model(self) -> Path:
@@ -49,7 +51,8 @@ class RunFolder:
         """Refuse what would be mixed up or lost, before any work is done.
 
         Raises:
-            UserError: see the class, and a checkpoint named by `resume` that is none, or of another recipe.
+            UserError: see the class, a checkpoint named by `resume` that is none, or of another recipe, and a folder in
+                use; that is looked up by the first process alone, for the others may come when it has taken it.
             AlreadyDone: the run is finished, and was not asked to begin anew.
         """
         check_named_checkpoint(self.recipe)
@@ -57,6 +60,8 @@ class RunFolder:
             raise UserError(f"output_dir '{self.path}' is a file")
         self._check_writable()
         # a file that was being put in its place when its process was killed has a name with a dot
+        if os.environ.get("RANK", "0") == "0":
+            self.fence.look()
         if not self.path.is_dir() or all(path.name.startswith(".") for path in self.path.iterdir()):
             return
         recorded = self.path / ENVIRONMENT
@@ -79,11 +84,8 @@ class RunFolder:
             earlier = yaml.safe_load((self.path / RECIPE).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError):
             return ""
-        keys = self.recipe.keys()
-        for key, value in self.recipe.resolved().items():
-            if not keys[key].changes_result or not isinstance(earlier, dict):
-                continue
-            if key in earlier and earlier[key] != value:
+        for key, value in self.recipe.result_values().items():
+            if isinstance(earlier, dict) and key in earlier and earlier[key] != value:
                 return f" ({key}: {earlier[key]} there, {value} here)"
         return ""
 
@@ -106,6 +108,17 @@ class RunFolder:
                 f"needs {needed_bytes / 1e6:.0f} MB"
             )
 
+    def hold(self, processes: int) -> None:
+        """Become the run's newest life, on the main process; what an older one still appends is cut off.
+
+        Raises:
+            UserError, Superseded: see `Fence.look`.
+        """
+        self.fence.take(processes=processes, slurm=slurm_ids())
+        metrics = self.path / METRICS
+        if metrics.is_file():
+            self.fence.put(metrics, metrics.read_text("utf-8", errors="replace"))
+
     def begin(self, environment: dict[str, Any], metrics: str | None = None) -> None:
         """Write environment.json and recipe.yaml, each at one stroke, and begin the metrics.
 
@@ -117,14 +130,14 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             # first: it says whose folder this is, should a kill come in between
             text = json.dumps({FINGERPRINT_KEY: self.recipe.fingerprint(), **environment}, indent=2)
-            replace_file(self.path / ENVIRONMENT, text + "\n")
-            staging = self.path / f".{RECIPE}.tmp"
+            self.fence.put(self.path / ENVIRONMENT, text + "\n")
+            staging = (self.fence.folder or self.path) / f".{RECIPE}.tmp"
             self.recipe.write(staging)
             staging.replace(self.path / RECIPE)
             if metrics is None:
                 (self.path / METRICS).unlink(missing_ok=True)
             else:
-                replace_file(self.path / METRICS, metrics)
+                self.fence.put(self.path / METRICS, metrics)
             if self.status is not None:
                 self.status.reached(self.status.step)
         except OSError as error:

@@ -29,10 +29,11 @@ from isotune.errors import Preempted, RunFault, UserError
 from isotune.recipe import RunRecipe
 from isotune.training import schedule_state
 from isotune.training.collectives import gather_by_number
+from isotune.training.early_stopping import EarlyStop
 from isotune.training.environment import versions
 from isotune.training.launch import Process
 from isotune.training.preemption import stop_request
-from isotune.training.resume import STATE, TRAINER_STATE, Resumption, find_resumption, result_keys
+from isotune.training.resume import STATE, TRAINER_STATE, Resumption, find_resumption
 from isotune.training.run_folder import CHECKPOINTS, METRICS, RunFolder
 
 
@@ -51,13 +52,14 @@ class CheckpointingTrainer(Trainer):
     process: Process
     args: TrainingArguments
     skipped_steps: int = 0
+    early_stop: EarlyStop | None = None
 
     def set_up_checkpoints(self, run: RunFolder, data_fingerprints: dict[str, str]) -> None:
         """Say where checkpoints go and which data they belong to. Nothing is written."""
         self.run = run
         self.data_fingerprints = data_fingerprints
         limit = self.recipe.training_arguments.get("save_total_limit")
-        self.store = CheckpointStore(run.path / CHECKPOINTS, limit)
+        self.store = CheckpointStore(run.path / CHECKPOINTS, limit, run.fence)
         self.resumption: Resumption | None = None
         self.stall_seconds: list[float] = []
         self._writer: CheckpointWriter | None = None
@@ -108,6 +110,10 @@ class CheckpointingTrainer(Trainer):
             return found
         self.state.compute_steps(self.args, max_steps)  # how often to save or log may have been changed
         step = self._ended_step = self.resumption.step
+        if self.early_stop is not None:
+            self.early_stop.early_stopping_patience_counter = self.resumption.state["evaluations_without_better"]
+            if self.early_stop.has_stopped and self.resumption.state["epoch_end_done"]:
+                return num_train_epochs, 0
         if self.resumption.state["epoch_end_done"]:
             return -(-step // num_update_steps_per_epoch), 0
         epoch = (step - 1) // num_update_steps_per_epoch
@@ -120,7 +126,10 @@ class CheckpointingTrainer(Trainer):
             self._catching_up = True
             self._determine_best_metric(self._evaluate(trial, ignore_keys_for_eval), trial)
             self._catching_up = False
-        if self.state.global_step >= self.state.max_steps:  # only the end of its last epoch is left
+        if self.early_stop is not None and self.early_stop.has_stopped:
+            self.control.should_training_stop = True
+        # only the end of its last epoch is left
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             train_dataloader = train_dataloader.skipping(len(train_dataloader))
         super()._run_epoch(
             train_dataloader=train_dataloader, ignore_keys_for_eval=ignore_keys_for_eval, trial=trial, **rest
@@ -162,7 +171,7 @@ class CheckpointingTrainer(Trainer):
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """As the stock one; the best so far is saved whenever it comes."""
         is_best = super()._determine_best_metric(metrics, trial)
-        if is_best and not self._catching_up:
+        if is_best and not self._catching_up and self.args.save_strategy != "no":
             self.control.should_save = True
         return is_best
 
@@ -186,7 +195,7 @@ class CheckpointingTrainer(Trainer):
             world_size=self.process.world_size,
             engine=type(self.model_wrapped).__name__,
             recipe_fingerprint=self.recipe.fingerprint(),
-            recipe=result_keys(self.recipe),
+            recipe=self.recipe.result_values(),
             data_fingerprints=self.data_fingerprints,
             versions=versions(),
             best_step=state.best_global_step,
@@ -197,6 +206,7 @@ class CheckpointingTrainer(Trainer):
             "epoch_end_done": self._epoch_end_done,
             "evaluation_due": self._evaluation_due,
             "skipped_steps": self.skipped_steps,
+            "evaluations_without_better": self.early_stop.early_stopping_patience_counter if self.early_stop else 0,
             "optimizer": engine.numbers().as_dict(),
             **schedule_state.capture(self),
         }

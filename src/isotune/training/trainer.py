@@ -26,6 +26,7 @@ from isotune.errors import RunFault
 from isotune.models.speedups import training_pass
 from isotune.recipe import RunRecipe
 from isotune.training.collectives import gather_by_number, ordered_sum
+from isotune.training.early_stopping import EarlyStop
 from isotune.training.evaluation_loss import evaluation_loss
 from isotune.training.exact_gradients import ExactGradients
 from isotune.training.exchange import Exchange, ZeroExchange, poisoned
@@ -36,6 +37,7 @@ from isotune.training.progress import ProgressBar
 from isotune.training.randomness import seed_microbatch
 from isotune.training.saving import CheckpointingTrainer
 from isotune.training.startup import StartUp
+from isotune.training.training_figures import TrainingFigures
 from isotune.training.watchdog import Watchdog
 
 
@@ -54,10 +56,12 @@ class PlanTrainer(CheckpointingTrainer):
     Attributes:
         attention: what the model must attend by when training begins.
         item, target: what the plan's rows and the loss's targets are called in what is printed and written.
+        training_figures: what an evaluation's line tells of the steps before it, where the kind has any.
     """
 
     attention = "packed"
     item, target = "rows", "supervised_tokens"
+    training_figures: TrainingFigures | None = None
 
     def __init__(
         self,
@@ -82,6 +86,9 @@ class PlanTrainer(CheckpointingTrainer):
             processing_class=tokenizer,
             callbacks=[start_up, self.progress],
         )
+        if recipe.early_stopping_patience is not None:
+            self.early_stop = EarlyStop(recipe, self.progress.say)
+            self.add_callback(self.early_stop)
         for stock in (PrinterCallback, ProgressCallback):
             self.remove_callback(stock)
         self.recipe = recipe
@@ -100,9 +107,33 @@ class PlanTrainer(CheckpointingTrainer):
         self._step: Step = plan.step(0)
         self._passes: list[dict[str, Any]] = []
         self._loss = math.nan
+        self._count = 0
         self._norm = math.nan
         self._skip = False
         self._started = time.perf_counter()
+
+    # ---- what a kind of training says for itself ----
+
+    def denominator(self, step: Step) -> float:
+        """What the summed loss of the global batch is divided by: its targets, over all ranks."""
+        return step.supervised_tokens
+
+    def count(self, found: Any, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """A whole number of one training pass, int64 [], to be added up over the step and all ranks; None is zero.
+
+        Args:
+            found: what the model returned, with its loss.
+            inputs: of the pass.
+        """
+        return None
+
+    def figures(self, step: Step, count: int) -> dict[str, float]:
+        """What the step's line has beside its loss, from the added counts."""
+        return {}
+
+    def measure(self) -> dict[str, float]:
+        """What an evaluation finds; every rank calls it."""
+        return evaluation_loss(self)
 
     # ---- what the stock Trainer asks for ----
 
@@ -166,11 +197,13 @@ class PlanTrainer(CheckpointingTrainer):
         scaler = self.accelerator.scaler
         if self.exact is not None:
             self.exact.loss_scale = scaler.get_scale() if scaler is not None else 1.0
+        self._denominator = self.denominator(self._step)
         losses: dict[int, torch.Tensor] = {}
+        counts: dict[int, torch.Tensor] = {}
         self._skip = False
         with self.exchange.update(model):
             for position, one in enumerate(self._passes):
-                self._run_pass(model, one, losses, last=position == len(self._passes) - 1)
+                self._run_pass(model, one, losses, counts, last=position == len(self._passes) - 1)
         self.exchange.finish(model)
         if self._skip:
             self._discard(model)
@@ -179,30 +212,42 @@ class PlanTrainer(CheckpointingTrainer):
         return torch.tensor(self._loss, device=self.args.device)
 
     def _run_pass(
-        self, model: nn.Module, one: dict[str, Any], losses: dict[int, torch.Tensor], *, last: bool
+        self,
+        model: nn.Module,
+        one: dict[str, Any],
+        losses: dict[int, torch.Tensor],
+        counts: dict[int, torch.Tensor],
+        *,
+        last: bool,
     ) -> torch.Tensor:
-        """One forward and backward pass, its summed loss added to `losses`; before the last one goes back, judge them.
+        """One forward and backward pass, its loss and count added to the others; before the last goes back, judge them.
 
         An engine may step in its last backward pass, so what is wrong with the losses must be known before it.
         """
         seed_microbatch(self.recipe.seed, self._step.number, one["number"])
         # engines average gradients over the ranks, integers are added up
         shares = 1 if self.exact is not None else self.process.world_size
-        factor = one["weight"] * shares / self._step.supervised_tokens
+        factor = one["weight"] * shares / self._denominator
         with self.exchange.one_pass(model, last=last), training_pass(model):
-            loss = model(**one["inputs"], use_cache=False).loss
+            found = model(**one["inputs"], use_cache=False)
+            loss = found.loss
             if one["weight"]:
                 losses[one["number"]] = loss.detach()
+                if (count := self.count(found, one["inputs"])) is not None:
+                    counts[one["number"]] = count
+            del found  # what it holds beside the loss need not outlive the forward pass
             if last:
-                self._judge(losses)
+                self._judge(losses, counts)
             self.exchange.backward(model, poisoned(loss) if self._skip else loss * factor)
         self.watchdog.progress(f"step {self._step.number + 1}")
         return loss.detach()
 
-    def _judge(self, losses: dict[int, torch.Tensor]) -> None:
+    def _judge(self, losses: dict[int, torch.Tensor], counts: dict[int, torch.Tensor]) -> None:
         """The loss of the update, from the losses of all ranks; one that is no number stops or skips the update."""
-        sums = self.gather_step(losses, len(self._step.microbatches))
-        self._loss = ordered_sum(sums) / self._step.supervised_tokens
+        passes = len(self._step.microbatches)
+        table = self.gather_step({**losses, **{passes + number: count for number, count in counts.items()}}, 2 * passes)
+        sums, self._count = table[:passes], int(sum(table[passes:]))
+        self._loss = ordered_sum(sums) / self._denominator
         broken = [number for number, value in enumerate(sums) if not math.isfinite(value)]
         if broken:
             self._nonfinite("loss", broken[0])
@@ -268,7 +313,7 @@ class PlanTrainer(CheckpointingTrainer):
             model.zero_grad()
             if self.exact is not None:
                 self.exact.clear()
-            self._run_pass(model, one, {}, last=False)
+            self._run_pass(model, one, {}, {}, last=False)
             finite = all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
             if self.exact is not None:
                 finite = self.exact.is_finite()
@@ -294,6 +339,7 @@ class PlanTrainer(CheckpointingTrainer):
             "step": self.state.global_step,
             "epoch": self.state.epoch,
             "loss": self._loss,
+            **(figures := self.figures(step, self._count)),
             "grad_norm": self._norm,
             "learning_rate": learning_rate,
             self.target: step.supervised_tokens,
@@ -307,17 +353,18 @@ class PlanTrainer(CheckpointingTrainer):
             line["skipped_steps"] = self.skipped_steps
         if self.metrics_file is not None:
             self.metrics_file.write(line)
-        self.progress.show(self._loss, {f"{self.target}_per_s": step.supervised_tokens / seconds}, self.skipped_steps)
+        if self.training_figures is not None:
+            self.training_figures.add(line)
+        speed = {f"{self.target}_per_s": step.supervised_tokens / seconds}
+        self.progress.show({"loss": self._loss, **figures}, speed, self.skipped_steps)
 
     # ---- evaluation ----
-
-    def measure(self) -> dict[str, float]:
-        """What an evaluation finds; every rank calls it."""
-        return evaluation_loss(self)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:  # type: ignore[override]
         """Measure, write and report; returns what `measure` found."""
         found = self.measure()
+        if self.training_figures is not None:
+            found |= self.training_figures.take()
         if self.metrics_file is not None:
             self.metrics_file.write({"step": self.state.global_step, "epoch": self.state.epoch, **found})
         self.log(dict(found))
