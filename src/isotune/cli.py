@@ -3,10 +3,11 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from isotune import __version__
-from isotune.errors import UserError, run_script
+from isotune.errors import EXIT_USER_ERROR, UserError, run_script
 
 
 class OneSentenceParser(argparse.ArgumentParser):
@@ -46,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_export(commands)
     _add_compare(commands)
+    _add_validate_submission(commands)
     return parser
 
 
@@ -128,6 +130,28 @@ def _compare(chosen: argparse.Namespace) -> None:
         examples=chosen.examples,
     )
     print(json.dumps(comparison.as_dict(), indent=2) if chosen.json else comparison_text(comparison))
+
+
+def _add_validate_submission(commands: "argparse._SubParsersAction[OneSentenceParser]") -> None:
+    validate = commands.add_parser(
+        "validate-submission",
+        help="say everything that is wrong with a submission.csv",
+        description="Say everything that is wrong with a submission: columns, order, ids, numbers and their sums.",
+    )
+    validate.add_argument("file", metavar="FILE", help="the submission")
+    validate.add_argument("--sample", metavar="FILE", required=True, help="the competition's sample_submission.csv")
+    validate.set_defaults(run=_validate_submission)
+
+
+def _validate_submission(chosen: argparse.Namespace) -> int:
+    from isotune.evaluation.submission import check_submission
+
+    problems, rows = check_submission(Path(chosen.file), Path(chosen.sample))
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if not problems:
+        print(f"{chosen.file}: {rows:,} rows, nothing is wrong")
+    return EXIT_USER_ERROR if problems else 0
 
 
 if __name__ == "__main__":
