@@ -2,78 +2,24 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 import numpy as np
 from tqdm import tqdm
 
 from isotune.data.cache import Content, load_or_build
-from isotune.data.clean_text import clean, content_digest, normalised
-from isotune.data.content_chance import coin
+from isotune.data.clean_text import clean
 from isotune.data.documents import LabelledDocuments, Rows
+from isotune.data.label_settings import LabelSettings, contents_of, labels_of
 from isotune.data.labelled_rows import Columns, Id, LabelledRows, as_ids, read_labelled, texts_of
 from isotune.data.labelled_table import LabelTable, count_labels
 from isotune.data.packing import each_alone
 from isotune.data.preparation import digest
-from isotune.data.sentence_kinds import KINDS, sentence_kind
 from isotune.data.sources import Source, read_rows
-from isotune.data.text_encoding import OverlongText, TextEncoder
+from isotune.data.text_encoding import TextEncoder
 from isotune.errors import UserError
-from isotune.recipe import ClassificationRecipe
 
 LABELLED_FORMAT_VERSION = 2  # raised when the same input gives other documents
-
-LabelSource = Literal["column", "rules", "random"]
-
-
-@dataclass(frozen=True)
-class LabelSettings:
-    """What a recipe says about its labelled data.
-
-    Attributes:
-        max_seq_length: tokens of a document at most, special tokens included.
-        overlong: which end of a longer text is kept, or both.
-        dataset_text_field, dataset_label_field, dataset_id_field: the columns; no id field: `id` where there is one.
-        clean_text: undo HTML and escapes (isotune.data.clean_text).
-        label_source: the column; the rules of isotune.data.sentence_kinds; or a coin of the seed and the content.
-        seed: of that coin.
-        num_labels: classes; None takes as many as there are.
-    """
-
-    max_seq_length: int = 512
-    overlong: OverlongText = "head"
-    dataset_text_field: str = "text"
-    dataset_label_field: str = "label"
-    dataset_id_field: str | None = None
-    clean_text: bool = False
-    label_source: LabelSource = "column"
-    seed: int = 0
-    num_labels: int | None = None
-
-    @classmethod
-    def of(cls, recipe: ClassificationRecipe) -> Self:
-        """The settings of a recipe: both of a run and of whatever is later predicted with its model."""
-        return cls(**{field.name: getattr(recipe, field.name) for field in fields(cls)})
-
-    @property
-    def label_names(self) -> tuple[str, ...] | None:
-        """The names of the classes, where the source of the labels gives any."""
-        return {"rules": KINDS, "random": ("heads", "tails")}.get(self.label_source)
-
-    def check(self, special_tokens: int) -> None:
-        """Raise UserError for a value that no data could be prepared with."""
-        if self.max_seq_length < special_tokens + 1:
-            raise UserError(
-                f"max_seq_length is {self.max_seq_length}: a document needs at least {special_tokens + 1} tokens"
-            )
-        for key, choices in (("overlong", get_args(OverlongText)), ("label_source", get_args(LabelSource))):
-            if getattr(self, key) not in choices:
-                raise UserError(f"{key} is {getattr(self, key)!r}; it may be {', '.join(choices)}")
-        if self.label_names and self.num_labels not in (None, len(self.label_names)):
-            raise UserError(
-                f"num_labels is {self.num_labels}, and label_source: {self.label_source} has {len(self.label_names)} "
-                f"classes ({', '.join(self.label_names)})"
-            )
 
 
 @dataclass(frozen=True)
@@ -265,11 +211,8 @@ def _build(
 def _prepare_rows(rows: LabelledRows, encoder: TextEncoder, settings: LabelSettings) -> dict[str, np.ndarray]:
     cleaned = [clean(text) for text in rows.texts]
     encoded = encoder.encode(cleaned if settings.clean_text else rows.texts, settings.max_seq_length, settings.overlong)
-    contents = np.array([content_digest(normalised(text)) for text in rows.texts], np.uint64)
-    if settings.label_source == "random":
-        labels = coin(settings.seed, contents)
-    else:
-        labels = np.array(rows.labels or [sentence_kind(text) for text in cleaned], np.int32)
+    contents = contents_of(rows.texts)
+    labels = np.array(rows.labels, np.int32) if rows.labels else labels_of(rows.texts, settings)
     return {
         "input_ids": encoded.input_ids,
         "lengths": encoded.lengths,
