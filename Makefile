@@ -42,16 +42,19 @@ demo: $(STAMP) ## train, evaluate and answer offline, in a few minutes on two co
 	@echo "$$DEMO_ENDS"
 
 test: $(STAMP) ## every test this machine can run, but for the long proofs
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slurm and not slow" tests/slurm  # alone: a cluster has the machine for itself
 
 test-all: $(STAMP) ## the long proofs too
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slurm tests/slurm
 
 lint: $(STAMP) ## style, types and the order of the layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck -x slurm/* .ci/run
 
 bench: $(STAMP) ## every benchmark; each prints one JSON line last
 	@for question in benchmarks/*.py; do echo "== $$question"; $(BIN)/python $$question || exit 1; done

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from isotune.verdict import EXIT_STOPPED, EXIT_USER_ERROR, hear_early_stops, write_verdict
+from isotune.verdict import EXIT_STOPPED, EXIT_USER_ERROR, hear_early_stops, is_read_by_a_script, write_verdict
 
 EXIT_FAULT = 1
 EXIT_PREEMPTED = EXIT_STOPPED
@@ -69,14 +69,18 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         write_verdict(status=word_for(known), exit_status=status, message=str(known))
         if speaks:
             print(known if status == EXIT_PREEMPTED else f"error: {known}", file=sys.stderr, flush=True)
+        if status == EXIT_PREEMPTED and is_read_by_a_script():
+            status = 0
     except AlreadyDone as done:
         status = 0
+        write_verdict(status="finished", exit_status=0, message=str(done))
         if speaks:
             print(done)
     except Exception as unknown:
         write_verdict(status="failed", exit_status=EXIT_FAULT, message=str(unknown) or type(unknown).__name__)
         raise
-    if status == 0:
-        write_verdict(status="finished", exit_status=0, message=None)
+    else:
+        if status == 0:
+            write_verdict(status="finished", exit_status=0, message=None)
     sys.stdout.flush()
     sys.exit(status)

@@ -42,6 +42,15 @@ def write_verdict(**content: Any) -> None:
         print(f"note        {file} cannot be written: {error.strerror}", file=sys.stderr)
 
 
+def is_read_by_a_script() -> bool:
+    """Whether this rank's launcher was started by a script that reads the verdict.
+
+    A launcher answers a status of 75 with a page of tracebacks on every node, and srun then ends the other nodes; the
+    ranks of such a launch say in the verdict that they were stopped, and leave with 0.
+    """
+    return bool(os.environ.get(VARIABLE)) and "LOCAL_RANK" in os.environ
+
+
 def read_verdict(file: Path) -> dict[str, Any]:
     """What the file says; nothing where it is absent or broken."""
     try:
@@ -67,4 +76,4 @@ def _stop_early(number: int, frame: FrameType | None) -> None:
     message = f"stopped by {signal.Signals(number).name} before the first step: the same command begins again"
     write_verdict(status="preempted", exit_status=EXIT_STOPPED, message=message)
     os.write(2, f"{message}\n".encode())
-    os._exit(EXIT_STOPPED)
+    os._exit(EXIT_STOPPED)  # not 0: another rank may be further, and the launcher must not let it wait for this one

@@ -33,7 +33,7 @@ def main(recipe: str, run: Path, kills: int, seed: int) -> None:
         ended = _live(ranks, run, before, chance) if seen["kills"] < kills else _wait(ranks, LIFE_SECONDS)
         if ended is None:
             seen["kills"] += 1
-            seen["in_a_write"] += any(run.glob("checkpoints/.step-*.tmp-*"))
+            seen["in_a_write"] += any(run.glob(".lives/*/.step-*.tmp-*"))
             seen["before_a_step"] += _lines(run) <= before
             _kill(ranks, chance)
             continue

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from isotune.checkpoints.fence import Fence
 from isotune.errors import Preempted, RunFault, UserError
 from isotune.training.launch import Process
 from isotune.training.preemption import SAME_KEYSTROKE_SECONDS, RunStatus, StopRequest, supervised
@@ -33,6 +34,11 @@ class Run:
     def __init__(self, path):
         self.path = path
         self.status: Any = None
+        self.fence = Fence(path)
+
+    def hold(self, processes: int) -> None:
+        """As a run folder is held."""
+        self.fence.take()
 
 
 def process(rank: int = 0) -> Process:
@@ -73,6 +79,7 @@ def test_the_first_signal_is_the_one_that_is_remembered():
 )
 def test_status_json_says_how_a_run_ended(tmp_path, error, status, number):
     run = Run(tmp_path)
+    (tmp_path / "environment.json").write_text("{}")  # the run has begun
 
     def body() -> None:
         with supervised(run, process()):  # type: ignore[arg-type]

@@ -1,6 +1,5 @@
 """RUN/checkpoints: a folder appears there by one rename when it is whole, and goes only when a later one is valid."""
 
-import contextlib
 import os
 import re
 import secrets
@@ -9,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from isotune.checkpoints.fence import Fence
 from isotune.checkpoints.manifest import InvalidCheckpoint, Manifest, verify
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -36,11 +36,20 @@ class CheckpointStore:
     Attributes:
         path: RUN/checkpoints, which need not exist.
         limit: how many to keep, or None for all.
+        fence: who may change anything here; None where nobody else can be.
     """
 
-    def __init__(self, path: Path, limit: int | None = None) -> None:
+    def __init__(self, path: Path, limit: int | None = None, fence: Fence | None = None) -> None:
         self.path = path
         self.limit = limit
+        self.fence = fence
+
+    def check_fence(self) -> None:
+        """Raises:
+        Superseded: another life has taken over, and this one changes nothing any more.
+        """
+        if self.fence is not None:
+            self.fence.check()
 
     def folders(self) -> list[Path]:
         """Every published checkpoint, whole or not, from the oldest step to the newest."""
@@ -74,19 +83,28 @@ class CheckpointStore:
 
     def stage(self, step: int) -> Path:
         """Make the folder that a checkpoint is written into; its name is nobody else's."""
-        staging = self.path / f".{name_of(step)}.tmp-{secrets.token_hex(4)}"
-        staging.mkdir(parents=True)
+        self.check_fence()
+        self.path.mkdir(parents=True, exist_ok=True)
+        place = (self.fence and self.fence.folder) or self.path
+        staging = place / f".{name_of(step)}.tmp-{secrets.token_hex(4)}"
+        staging.mkdir()
         return staging
 
     def publish(self, staging: Path, step: int) -> Path:
         """Give a folder that is whole and synced its name, by one rename that is itself synced."""
         folder = self.path / name_of(step)
         sync_tree(staging)
+        self.check_fence()
         aside = self.path / f".{folder.name}.before"
         if folder.exists():  # of an earlier life that went further than this one has
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
-        staging.rename(folder)
+        try:
+            staging.rename(folder)
+        except FileNotFoundError:  # the folder of this life was taken away, and all in it
+            if aside.exists() and not folder.exists():
+                aside.rename(folder)
+            raise
         sync_entry(self.path)
         shutil.rmtree(aside, ignore_errors=True)
         return folder
@@ -107,22 +125,24 @@ class CheckpointStore:
         room = max(self.limit - (len(folders) - len(spare)), 0)
         doomed = spare[: max(len(spare) - room, 0)]
         for folder in doomed:
-            remove_checkpoint(folder)
+            self._remove(folder)
         return doomed
 
     def forget_all(self) -> None:
         """Remove every checkpoint: the user said that the run begins anew."""
         for folder in self.folders():
-            remove_checkpoint(folder)
+            self._remove(folder)
 
-
-def remove_checkpoint(folder: Path) -> None:
-    """Take a checkpoint's name away first, so that a kill meanwhile leaves no half of one under it."""
-    doomed = folder.with_name(f".{folder.name}.tmp-removed")
-    shutil.rmtree(doomed, ignore_errors=True)
-    with contextlib.suppress(FileNotFoundError):
-        folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    def _remove(self, folder: Path) -> None:
+        """Take a checkpoint's name away first, so that a kill meanwhile leaves no half of one under it."""
+        place = (self.fence and self.fence.folder) or self.path
+        doomed = place / f".{folder.name}.tmp-removed"
+        shutil.rmtree(doomed, ignore_errors=True)
+        try:
+            folder.rename(doomed)
+        except FileNotFoundError:
+            self.check_fence()
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def find_checkpoint(folder: Path) -> Manifest:

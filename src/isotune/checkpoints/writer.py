@@ -80,7 +80,7 @@ class CheckpointWriter:
 
         Raises:
             UserError: no room, or no permission; the same on every rank.
-            RunFault: anything else.
+            RunFault: anything else, such as another life that has taken over.
         """
         if self._thread is not None:
             self._thread.join()
@@ -108,6 +108,7 @@ class CheckpointWriter:
         except _Failure as failure:
             if staging is not None and self.rank == 0:
                 shutil.rmtree(staging, ignore_errors=True)
+            self.store.check_fence()
             raise failure.as_known(self.store.path, step) from failure
 
     def _record_own(self, staging: Path) -> list[FileRecord]:

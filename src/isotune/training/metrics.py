@@ -10,17 +10,33 @@ from typing import Any
 
 import torch
 
+from isotune.checkpoints.fence import Fence
+
 
 class MetricsFile:
-    """Appends JSON lines; only the main process has one."""
+    """Appends JSON lines; only the main process has one.
 
-    def __init__(self, path: Path) -> None:
+    A life that takes the run over puts another file under this name, so what was opened by the life before, whose
+    fence still held then, is nobody's from that moment on.
+
+    Raises:
+        Superseded: this is not the run's newest life, when it opens the file or writes a line.
+    """
+
+    def __init__(self, path: Path, fence: Fence | None = None) -> None:
         self.path = path
+        self.fence = fence
         self._file = path.open("a", encoding="utf-8")
+        self._check()
+
+    def _check(self) -> None:
+        if self.fence is not None:
+            self.fence.check()
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Write one line. NaN and infinity, which JSON does not know, are written as null."""
+        """Write one line, if this life still holds the run; NaN and infinity, which JSON does not know, as null."""
         line = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+        self._check()
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 

@@ -18,10 +18,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from isotune.checkpoints.manifest import replace_file
-from isotune.errors import Preempted, exit_status
+import torch.distributed as dist
+
+from isotune.checkpoints.fence import Fence
+from isotune.checkpoints.life import slurm_ids
+from isotune.errors import Superseded, UserError, exit_status, word_for
 from isotune.training.launch import Process
-from isotune.training.run_folder import STATUS, RunFolder
+from isotune.training.run_folder import ENVIRONMENT, STATUS, RunFolder
+from isotune.verdict import write_verdict
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_KEYSTROKE_SECONDS = 1.0  # a launcher passes on the SIGINT that the terminal also sent
@@ -57,26 +61,30 @@ class RunStatus:
     """RUN/status.json: what a scheduler's script judges a run by, since launchers report every status as 1.
 
     Keys: `status` (running, preempted, finished, failed), `step`, `exit_status`, `message`, `time`. A file that says
-    `running` after its processes are gone is that of a run that was killed.
+    `running` after its processes are gone is that of a run that was killed. On SLURM also `slurm`: job, restart.
     """
 
-    def __init__(self, folder: Path, *, is_main: bool) -> None:
+    def __init__(self, folder: Path, *, is_main: bool, fence: Fence | None = None) -> None:
         self.path = folder / STATUS
+        self.fence = fence or Fence(folder)
         self.is_main = is_main
         self.step = 0
         self._lock = threading.Lock()  # the thread that writes checkpoints tells of them
         self._ended = False
 
     def write(self, status: str, exit_status: int | None = None, message: str | None = None) -> None:
-        """Replace the file at one stroke; before the run folder exists, and on other ranks, do nothing."""
-        if not self.is_main or not self.path.parent.is_dir():
+        """Replace the file at one stroke; before the run has begun, and on other ranks, do nothing."""
+        if not self.is_main or not (self.path.parent / ENVIRONMENT).is_file():
             return
         content: dict[str, Any] = {"status": status, "step": self.step, "exit_status": exit_status}
         content |= {"message": message, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid()}
+        if (ids := slurm_ids()) is not None:
+            content["slurm"] = ids
         with self._lock, contextlib.suppress(OSError):  # a full disk is said by what needed the room
             if not self._ended:  # a checkpoint that was still on its way changes nothing about how the run ended
                 self._ended = exit_status is not None
-                replace_file(self.path, json.dumps(content, indent=2) + "\n")
+                self.fence.put(self.path, json.dumps(content, indent=2) + "\n")
+                write_verdict(**content, run=str(self.path.parent.resolve()))
 
     def reached(self, step: int) -> None:
         """The run goes on, and would not lose what comes before `step`."""
@@ -86,23 +94,47 @@ class RunStatus:
 
 @contextlib.contextmanager
 def supervised(run: RunFolder, process: Process) -> Iterator[None]:
-    """Hear signals while the body trains and saves, and write down how it ends."""
-    status = run.status = RunStatus(run.path, is_main=process.is_main)
+    """Hold the run folder, hear signals while the body trains and saves, and write down how it ends.
+
+    Raises:
+        UserError: another process holds the folder; the same on every rank.
+        Superseded: another life has taken it over; status.json is that one's, and is left alone.
+    """
+    _hold(run, process)
+    status = run.status = RunStatus(run.path, is_main=process.is_main, fence=run.fence)
     before = _install()
     try:
         yield
-    except Preempted as stopped:
-        status.write("preempted", exit_status(stopped), str(stopped))
+    except Superseded:
         raise
     except BaseException as error:
         number = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else exit_status(error)
-        status.write("failed", number, str(error) or type(error).__name__)
+        with contextlib.suppress(Superseded):
+            status.write(word_for(error), number, str(error) or type(error).__name__)
         raise
     else:
         status.write("finished", 0)
     finally:
+        if process.is_main:
+            run.fence.release()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _hold(run: RunFolder, process: Process) -> None:
+    """The main process takes the folder, and all ranks know whether it could, and of which life they are."""
+    answer: list[Any] = [None]
+    if process.is_main:
+        try:
+            run.hold(process.world_size)
+            answer = [run.fence.folder]
+        except (UserError, Superseded) as error:
+            answer = [error]
+    if process.world_size > 1:
+        dist.broadcast_object_list(answer, src=0, device=process.device)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    run.fence.folder = answer[0]
 
 
 def _install() -> dict[int, Any]:

@@ -10,6 +10,7 @@ import yaml
 
 from isotune.checkpoints.fence import Fence
 from isotune.checkpoints.life import slurm_ids
+from isotune.checkpoints.upload import is_first_process, upload_record, upload_run
 from isotune.errors import AlreadyDone, UserError
 from isotune.recipe import RunRecipe
 from isotune.training.resume import NEWEST, check_named_checkpoint
@@ -78,6 +79,23 @@ class RunFolder:
                 f"output_dir '{self.path}' holds the finished run of this recipe: nothing is left to do "
                 "(--resume never runs it again from the start)"
             )
+
+    def check_or_upload(self) -> None:
+        """`check`; a finished run whose upload was asked for and is still missing is uploaded, by the first process.
+
+        Raises:
+            UserError: see `check`, and `isotune.checkpoints.upload.upload_model`.
+            AlreadyDone: the run is finished, and uploaded where that was asked for.
+        """
+        try:
+            self.check()
+        except AlreadyDone as done:
+            recipe, before = self.recipe, upload_record(self.path)
+            if not recipe.push_to_hub or not is_first_process():
+                raise
+            if before is None or before.repository.rsplit("/", 1)[-1] != recipe.hub_model_id.rsplit("/", 1)[-1]:
+                before = upload_run(recipe)
+            raise AlreadyDone(f"{done}; it is uploaded to {before.url}") from None
 
     def _differing_key(self) -> str:
         try:

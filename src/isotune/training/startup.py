@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from isotune.checkpoints.life import slurm_ids
 from isotune.errors import RunFault
 from isotune.models.isolation import check_isolation
 from isotune.models.loading import compute_dtype
@@ -48,14 +49,15 @@ class StartUp(TrainerCallback):
         record = {
             "versions": environment.versions(),
             "git_commit": environment.git_commit(),
-            "command": environment.command(),
+            "command": environment.command([name for name, key in self.run.recipe.keys().items() if key.secret]),
             **environment.devices(trainer.process),
+            "slurm": slurm_ids(),
             "in_effect": found,
             "isolation": isolation.as_dict(),
             "data_fingerprints": self.data_fingerprints,
         }
         self.run.begin(record, metrics=trainer.resumption and trainer.resumption.metrics)
-        trainer.metrics_file = MetricsFile(self.run.path / METRICS)
+        trainer.metrics_file = MetricsFile(self.run.path / METRICS, self.run.fence)
         self._print(record)
 
     def _compare(self, found: dict[str, Any]) -> None:

@@ -1,0 +1,105 @@
+# shellcheck shell=bash
+# Sourced by the batch scripts: `launch SCRIPT [FLAGS]` runs a script of this checkout on every node of the job, and
+# sees it through time limits, preemptions and lost nodes. docs/slurm.md tells the whole story.
+#
+# Set before sbatch, all optional (and see environment.sh):
+#   ENGINE              a name in accelerate_configs/; unset: single for one process, else ddp
+#   PROCESSES_PER_NODE  unset: the GPUs of a node, without any its --ntasks-per-node
+#   MAX_RESTARTS        lives of a job after its first (100)
+#   LOGS                folder for logs by job, life and node (slurm-logs)
+#   NODE_CACHE          folder on each node's own disk for prepared data and downloads
+#   MEETING_SECONDS     how long ranks may look for each other before the one that is missing is named (60)
+#   ISOTUNE_SRUN        more flags for srun
+#   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, NCCL_*, HF_HUB_OFFLINE, ... reach every rank as they are
+cd "${ISOTUNE_HOME:-$SLURM_SUBMIT_DIR}" || exit 2
+. slurm/environment.sh
+
+life=${SLURM_RESTART_COUNT:-0} # unset in the first one
+stop='' ended='' step=''
+
+say() { printf '[slurm %(%F %T)T] %s\n' -1 "$*"; }
+
+launch() {
+    export NODES=$SLURM_JOB_NUM_NODES PROCESSES HOST PORT ENGINE LOGS ISOTUNE_VERDICT MEETING_SECONDS=${MEETING_SECONDS:-60}
+    PROCESSES=${SLURM_NTASKS_PER_NODE:-1}
+    if [ "${SLURM_GPUS_ON_NODE:-0}" -gt 0 ]; then PROCESSES=$SLURM_GPUS_ON_NODE; fi
+    PROCESSES=${PROCESSES_PER_NODE:-$PROCESSES}
+    HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    PORT=$(free_port)
+    ENGINE=${ENGINE:-$([ $((NODES * PROCESSES)) -eq 1 ] && echo single || echo ddp)}
+    LOGS=$(realpath -m "${LOGS:-slurm-logs}")/$SLURM_JOB_NAME-$SLURM_JOB_ID
+    ISOTUNE_VERDICT=$LOGS/life-$life.json
+    mkdir -p "$LOGS" && rm -f "$ISOTUNE_VERDICT" || exit 2
+    if [ ! -f "accelerate_configs/$ENGINE.yaml" ]; then
+        say "ENGINE=$ENGINE is none of: $(basename -s .yaml -a accelerate_configs/*.yaml | xargs)"
+        exit 2
+    fi
+    say "job $SLURM_JOB_ID, life $life: $NODES nodes ($SLURM_JOB_NODELIST) x $PROCESSES processes, $ENGINE, meeting at $HOST:$PORT"
+    say "logs $LOGS/life-$life-*.log"
+
+    trap 'stop=1' USR1  # the time limit is near (--signal=B:USR1@...), or the user wants a checkpoint and a new life
+    trap 'ended=1' TERM # scancel, or the end of a preemption's grace time: not ours to requeue
+    read -ra more <<<"${ISOTUNE_SRUN:-}"
+    # One launcher a node, with all that the job has there, whatever --ntasks-per-node or --gpus-per-task was asked.
+    # In the background, for a trap waits for whatever runs in the foreground.
+    unset SLURM_GPUS_PER_TASK SLURM_GPU_BIND SLURM_TRES_PER_TASK
+    srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --export=ALL --kill-on-bad-exit=1 --wait=300 \
+        "${more[@]}" bash slurm/node.sh "$@" &
+    step=$!
+    while kill -0 "$step" 2>/dev/null; do
+        wait "$step" # a signal ends it early
+        if [ -n "$stop" ] && kill -USR1 "$step" 2>/dev/null; then sleep 2; fi # again: ranks may not have listened yet
+    done
+    conclude
+}
+
+# A port of this job's own. The batch script runs on the first node, so it can see what is taken there.
+free_port() {
+    local port=$((20000 + (SLURM_JOB_ID * 7 + life) % 10000)) tries
+    for ((tries = 0; tries < 1000; tries++)); do
+        (: </dev/tcp/localhost/"$port") 2>/dev/null || (: </dev/tcp/"$HOST"/"$port") 2>/dev/null || break
+        port=$((20000 + (port + 1 - 20000) % 10000))
+    done
+    echo "$port"
+}
+
+# What the run itself wrote. srun's status tells nothing: launchers make 1 of everything, a signal or lost node makes 0.
+told() { sed -n "s/^ *\"$1\": \"\{0,1\}\(.*[^\",]\)\"\{0,1\},\{0,1\}\$/\1/p" "$ISOTUNE_VERDICT" 2>/dev/null; }
+
+conclude() {
+    local run status
+    run=$(told run) status=$(told status)
+    case $status:$(told exit_status) in
+    finished:0)
+        if [ -f "$run/metrics.jsonl" ]; then ISOTUNE_VERDICT='' in_environment python -m isotune.report.job "$run"; fi
+        exit 0
+        ;;
+    preempted:75) go_on "it stopped for a preemption or the time limit" 75 ;;
+    superseded:*) say "$(told message)" && exit 1 ;;
+    failed:2) say "$(told message): not requeued" && exit 2 ;;
+    esac
+    [ -z "$stop" ] || go_on "it ended before it could say how, after it was told to stop" 75
+    # A fault of the program would come again. A node that is gone is no fault, and Slurm may not have noticed yet.
+    if [ -z "$ended" ] && ! nodes_answer; then go_on "a node does not answer" 1; fi
+    say "${status:-killed}, exit status $(told exit_status), not requeued: $(told message); see $LOGS"
+    exit 1
+}
+
+nodes_answer() {
+    timeout 60 srun --overlap --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 true 2>/dev/null
+}
+
+# Requeue this job, unless it is over for everybody else: go_on REASON STATUS
+go_on() {
+    if [ -n "$ended" ] || ! scontrol -o show job "$SLURM_JOB_ID" | grep -q "JobState=RUNNING .* Restarts=$life "; then
+        say "$1, and Slurm has ended this life of the job: not requeued from here"
+    elif [ "$life" -ge "${MAX_RESTARTS:-100}" ]; then
+        say "$1; $life restarts are enough (MAX_RESTARTS): submit it again and it goes on"
+    elif scontrol requeue "$SLURM_JOB_ID"; then
+        say "$1: requeued"
+        exit 0
+    else
+        say "$1, and this cluster does not requeue: submit it again and it goes on"
+    fi
+    exit "$2"
+}

@@ -1,0 +1,100 @@
+"""A job on one node or many gives what a plain local run gives, stopped in the middle or not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.launching import TINY_CLASSIFIER, Finished, start, write_recipe
+from tests.slurm.conftest import Site, verdicts
+
+# with integer sums the bits are those of any number of processes, so one plain run is what all jobs are compared with
+EXACT: dict[str, Any] = TINY_CLASSIFIER | {"exact_gradients": True, "max_steps": 60, "save_steps": 25}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Finished:
+    """The recipe EXACT on one local process."""
+    return start(tmp_path_factory.mktemp("plain"), EXACT, script="train/yelp.py")
+
+
+def bits(run: Path) -> tuple[Any, ...]:
+    """Everything that a run computed: each step, the evaluations, the final weights, each prediction."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    figures = [(one["step"], one["loss"], one["grad_norm"]) for one in lines if "loss" in one]
+    evaluations = [(one["step"], one["eval_loss"], one["eval_accuracy"]) for one in lines if "eval_loss" in one]
+    weights = (run / "model" / "model.safetensors").read_bytes()
+    predictions = {file.parent.name: file.read_text() for file in run.glob("eval/*/predictions.jsonl")}
+    return figures, evaluations, predictions, weights
+
+
+@pytest.mark.slurm
+def test_a_job_on_two_nodes_that_an_urgent_one_pushed_out_ends_with_the_bits_of_a_plain_run(
+    cluster: Site, plain: Finished, tmp_path
+):
+    recipe = write_recipe(tmp_path, EXACT)
+    job = cluster.submit(tmp_path, "slurm/yelp.sbatch", "--config", str(recipe), nodes=2)
+    job.wait_for_step(3)
+    cluster.ask("sbatch", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    done = job.wait()
+    assert (done.status, done.stderr) == (0, "COMPLETED"), done.stdout
+    assert [one["status"] for one in verdicts(job)] == ["preempted", "finished"], done.stdout
+    stopped = verdicts(job)[0]["step"]
+    assert 3 <= stopped < EXACT["max_steps"]
+    assert f"resumed     after step {stopped}, from " in done.stdout
+    assert bits(done.run) == bits(plain.run)
+    assert done.environment["world_size"] == 4
+    assert done.environment["slurm"] == {
+        "job_id": job.number,
+        "job_name": "isotune-yelp",
+        "partition": "main",
+        "nodes": done.environment["slurm"]["nodes"],
+        "restart": 1,
+    }
+    assert "restarts    1 (led by node" in done.stdout
+    assert "engine      DistributedDataParallel on 4 x" in done.stdout
+    assert {file.name for file in job.lives[0].parent.glob("life-1-*.log")} == {"life-1-node1.log", "life-1-node2.log"}
+
+
+@pytest.mark.slurm
+def test_a_recipe_that_is_wrong_fails_once_with_its_sentence_and_is_not_requeued(cluster: Site, tmp_path):
+    job = cluster.submit(tmp_path, "slurm/yelp.sbatch", "--learning_rat", "1", nodes=2)
+    done = job.wait()
+    assert (done.status, done.stderr) == (2, "FAILED")
+    assert "error: --learning_rat is not a key: did you mean --learning_rate?" in done.stdout
+    assert "not requeued" in done.stdout and 'Traceback (most recent call last):\n  File "train' not in done.stdout
+    assert [(one["status"], one["exit_status"]) for one in verdicts(job)] == [("failed", 2)]
+    assert not job.run.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+@pytest.mark.parametrize(("nodes", "engine"), [(1, "ddp"), (2, "ddp"), (3, "ddp"), (2, "zero2"), (2, "zero3")])
+def test_losses_and_predictions_are_those_of_a_plain_run_on_any_number_of_nodes(
+    cluster: Site, plain_without: Finished, tmp_path, nodes, engine
+):
+    recipe = write_recipe(tmp_path, TINY_CLASSIFIER)
+    job = cluster.submit(
+        tmp_path, "slurm/yelp.sbatch", "--config", str(recipe), nodes=nodes, environment={"ENGINE": engine}
+    )
+    done = job.wait()
+    assert done.status == 0, done.stdout
+    assert done.environment["world_size"] == 2 * nodes
+    assert done.environment["in_effect"].get("zero_stage") == {"zero2": 2, "zero3": 3}.get(engine)
+    for one, other in zip(done.steps, plain_without.steps, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    for one, other in zip(predictions(done), predictions(plain_without), strict=True):
+        assert (one["id"], one["prediction"]) == (other["id"], other["prediction"])
+        assert one["probabilities"] == pytest.approx(other["probabilities"], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def plain_without(tmp_path_factory) -> Finished:
+    """The recipe TINY_CLASSIFIER, which sums gradients in floating point, on one local process."""
+    return start(tmp_path_factory.mktemp("plain"), TINY_CLASSIFIER, script="train/yelp.py")
+
+
+def predictions(finished: Finished) -> list[dict[str, Any]]:
+    """Of the last evaluation."""
+    (file,) = sorted(finished.run.glob("eval/*/predictions.jsonl"))[-1:]
+    return [json.loads(line) for line in file.read_text().splitlines()]
