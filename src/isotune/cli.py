@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_export(commands)
     _add_compare(commands)
+    _add_report(commands)
     _add_validate_submission(commands)
     return parser
 
@@ -152,6 +153,28 @@ def _validate_submission(chosen: argparse.Namespace) -> int:
     if not problems:
         print(f"{chosen.file}: {rows:,} rows, nothing is wrong")
     return EXIT_USER_ERROR if problems else 0
+
+
+def _add_report(commands: "argparse._SubParsersAction[OneSentenceParser]") -> None:
+    report = commands.add_parser(
+        "report",
+        help="write one self-contained HTML file of a run, or of several side by side",
+        description=(
+            "Write one HTML file: what ran, curves, metrics with intervals, pictures, examples; of several runs\n"
+            "also what differs between them and whether one is better beyond chance. It loads nothing."
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  isotune report runs/demo\n  isotune report runs/demo-base runs/demo --output two.html",
+    )
+    report.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, finished or not")
+    report.add_argument("--output", metavar="FILE", help="where it goes (report.html in the first RUN)")
+    report.set_defaults(run=_report)
+
+
+def _report(chosen: argparse.Namespace) -> None:
+    from isotune.report.html_report import write_report
+
+    print(f"report      {write_report(chosen.runs, chosen.output)}")
 
 
 if __name__ == "__main__":

@@ -12,16 +12,17 @@ LONGEST_TEXT = 100
 
 def comparison_text(comparison: Comparison) -> str:
     """The runs, a table for each pair, the rows that changed, and the verdict."""
-    names = [f"{letter(i)}  {folder}" for i, folder in enumerate(comparison.results)]
+    names = [letter(i) for i in range(len(comparison.results))]
+    folders = [f"{name}  {folder}" for name, folder in zip(names, comparison.results, strict=True)]
     head = f"{comparison.rows:,} rows of {comparison.dataset_name} ({comparison.dataset_split})"
-    blocks = [[head, *names]]
+    blocks = [[head, *folders]]
     for pair in comparison.pairs:
-        blocks.append([*_table(pair), "", *_changes(pair, comparison.kind), verdict_of_pair(pair)])
+        blocks.append([*_table(pair, names), "", *_changes(pair, names, comparison.kind), verdict_of_pair(pair, names)])
     return "\n\n".join("\n".join(block) for block in [*blocks, [tests_in_words(comparison)]])
 
 
-def _table(pair: Pair) -> list[str]:
-    a, b = letter(pair.a), letter(pair.b)
+def _table(pair: Pair, names: Sequence[str]) -> list[str]:
+    a, b = names[pair.a], names[pair.b]
     rows = [["metric", a, b, f"{b} - {a}", "95% interval", "test", "p", "p (Holm)", ""]]
     rows += [
         [
@@ -33,7 +34,7 @@ def _table(pair: Pair) -> list[str]:
             one.test,
             p_value(one.p),
             p_value(one.p_holm),
-            verdict(one, pair),
+            verdict(one, pair, names),
         ]
         for one in pair.differences
     ]
@@ -52,8 +53,8 @@ def aligned(rows: Sequence[Sequence[str]], right: set[int]) -> list[str]:
     ]
 
 
-def _changes(pair: Pair, kind: str) -> list[str]:
-    a, b = letter(pair.a), letter(pair.b)
+def _changes(pair: Pair, names: Sequence[str], kind: str) -> list[str]:
+    a, b = names[pair.a], names[pair.b]
     lines = [f"{pair.right_means}: {pair.only_b:,} rows right in {b} only, {pair.only_a:,} in {a} only"]
     for sign, rows in (("+", pair.gained), ("-", pair.lost)):
         for row in rows:

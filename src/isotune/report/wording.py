@@ -2,6 +2,7 @@
 
 import math
 import string
+from collections.abc import Sequence
 from typing import Any
 
 from isotune.evaluation.comparison import Comparison, MetricDifference, Pair
@@ -22,7 +23,9 @@ def number(value: Any) -> str:
         return "not finite"
     if isinstance(value, int) or (value.is_integer() and abs(value) >= 1000):
         return f"{int(value):,}"
-    if value == 0 or 1e-3 <= abs(value) < 1e3:
+    if value == 0:
+        return "0"
+    if 1e-3 <= abs(value) < 1e3:
         return f"{value:.4f}"
     return f"{value:,.1f}" if 1e3 <= abs(value) < 1e7 else f"{value:.3g}"
 
@@ -37,18 +40,18 @@ def p_value(p: float) -> str:
     return f"{p:.3f}" if p >= 0.001 else f"{p:.1e}"
 
 
-def verdict(difference: MetricDifference, pair: Pair) -> str:
-    """What a row of the table comes to."""
+def verdict(difference: MetricDifference, pair: Pair, names: Sequence[str]) -> str:
+    """What a row of the table comes to; `names` are the runs' by their number."""
     if not difference.shown:
         return NO_DIFFERENCE
     if difference.better is None:
         return "they differ"
-    return f"{letter(pair.b if difference.better == 'b' else pair.a)} is better"
+    return f"{names[pair.b if difference.better == 'b' else pair.a]} is better"
 
 
-def verdict_of_pair(pair: Pair) -> str:
+def verdict_of_pair(pair: Pair, names: Sequence[str]) -> str:
     """What all metrics of a pair come to, in a sentence."""
-    a, b = letter(pair.a), letter(pair.b)
+    a, b = names[pair.a], names[pair.b]
     if not pair.shown:
         return f"{NO_DIFFERENCE} between {a} and {b}: nothing here is more than chance explains"
     parts = []
