@@ -158,6 +158,11 @@ def _workspace(name: str, shape: Sequence[int], dtype: torch.dtype, device: torc
     return held[:elements].view(*shape)
 
 
+def forget_workspaces() -> None:
+    """Give the memory back that waits for the next loss."""
+    _held.clear()
+
+
 def install_supervised_loss(model: nn.Module) -> None:
     """Teach a causal language model the arguments `supervised_positions` and `targets`.
 

@@ -108,7 +108,7 @@ def _read(keys: Mapping[str, Key], layer: Layer, complain: Complain) -> dict[str
         try:
             spoken[name] = parse(keys[name], value)
         except ValueError as error:
-            shown = "empty" if value is None else repr(value)
+            shown = "empty" if value is None else "a secret" if keys[name].secret else repr(value)
             complain(f"{layer.name_of(written)} is {shown}: {error}")
     for one, other in ALTERNATIVES:
         if _says(keys, spoken, one) and _says(keys, spoken, other):

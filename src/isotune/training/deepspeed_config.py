@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from isotune.errors import UserError
+from isotune.errors import Complain, UserError, refuse
 from isotune.recipe import RunRecipe
 from isotune.training.launcher import nearest
 
@@ -26,7 +26,11 @@ _OTHER_PARALLELISM = ("tensor_parallel", "expert_parallel", "sequence_parallel_s
 
 
 def read_deepspeed_config(
-    recipe: RunRecipe, world_size: int, environment: Mapping[str, str] = os.environ, name: str = INLINE
+    recipe: RunRecipe,
+    world_size: int,
+    environment: Mapping[str, str] = os.environ,
+    name: str = INLINE,
+    complain: Complain = refuse,
 ) -> dict[str, Any]:
     """The whole configuration of a launch under DeepSpeed: the named JSON file, or the keys of the accelerate file.
 
@@ -47,20 +51,22 @@ def read_deepspeed_config(
         name = str(path)
         for key in ("gradient_accumulation_steps", "gradient_clipping", "zero_stage", "mixed_precision"):
             if key in given:
-                raise UserError(f"the accelerate configuration says {key}, and so may {path}: take it out of the first")
+                complain(f"the accelerate configuration says {key}, and so may {path}: take it out of the first")
     else:
         config = _inline(environment)
-    return complete(config, recipe, world_size, name)
+    return complete(config, recipe, world_size, name, complain)
 
 
-def complete(config: dict[str, Any], recipe: RunRecipe, world_size: int, name: str) -> dict[str, Any]:
+def complete(
+    config: dict[str, Any], recipe: RunRecipe, world_size: int, name: str, complain: Complain = refuse
+) -> dict[str, Any]:
     """`config` with everything filled in from the recipe, after its keys and values have been checked.
 
     Raises:
         UserError: an unknown key, or one that contradicts the recipe; `name` is the file that says so.
     """
-    _check_keys(config, name)
-    _check_contradictions(config, recipe, name)
+    _check_keys(config, name, complain)
+    _check_contradictions(config, recipe, name, complain)
     precision = {"bf16": recipe.bf16, "fp16": recipe.fp16}
     filled = {
         **config,
@@ -76,7 +82,7 @@ def complete(config: dict[str, Any], recipe: RunRecipe, world_size: int, name: s
     if recipe.bf16 and stage > 0 and "data_types" not in config:
         # microbatches would else be added up with 8 bits
         filled["data_types"] = {"grad_accum_dtype": "fp32"}
-    _check_values(filled, name)
+    _check_values(filled, name, complain)
     return filled
 
 
@@ -146,46 +152,46 @@ def _inline(environment: Mapping[str, str]) -> dict[str, Any]:
     return config
 
 
-def _check_contradictions(config: Mapping[str, Any], recipe: RunRecipe, name: str) -> None:
+def _check_contradictions(config: Mapping[str, Any], recipe: RunRecipe, name: str, complain: Complain) -> None:
     for key, ours in _RECIPE_SAYS.items():
         if key in config:
-            raise UserError(f"{name} has a section '{key}', and the recipe says {ours}: take the section out")
+            complain(f"{name} has a section '{key}', and the recipe says {ours}: take the section out")
     for key in _OTHER_PARALLELISM:
         if config.get(key):
-            raise UserError(f"{name} asks for {key}, and processes here share data only: take it out")
+            complain(f"{name} asks for {key}, and processes here share data only: take it out")
     if config.get("managed_gradient_accumulation", True) is not True:
-        raise UserError(f"{name} says managed_gradient_accumulation: false, and the plan accumulates: take it out")
+        complain(f"{name} says managed_gradient_accumulation: false, and the plan accumulates: take it out")
     for key in _BATCH:
         if config.get(key, AUTO) != AUTO:
-            raise UserError(
+            complain(
                 f'{name} says {key}: {config[key]}, and a step sees global_batch_size rows on any hardware: say "auto"'
             )
     if config.get("gradient_accumulation_steps", AUTO) not in (AUTO, 1):
-        raise UserError(
+        complain(
             f"{name} says gradient_accumulation_steps: {config['gradient_accumulation_steps']}, and the plan lays out "
             'the microbatches of a step: say "auto"'
         )
     clipping, ours = config.get("gradient_clipping", AUTO), recipe.training_arguments["max_grad_norm"]
     if clipping not in (AUTO, ours):
-        raise UserError(
+        complain(
             f"{name} says gradient_clipping: {clipping}, and the recipe max_grad_norm: {ours:g}: "
             'say "auto" in the first'
         )
     for key, on in (("bf16", recipe.bf16), ("fp16", recipe.fp16)):
         theirs = (config.get(key) or {}).get("enabled", AUTO)
         if theirs not in (AUTO, on):
-            raise UserError(
+            complain(
                 f"{name} says {key}.enabled: {json.dumps(theirs)}, and the recipe {key}: {json.dumps(on)}: "
                 'say "auto" in the first'
             )
     for key in ("amp", "torch_autocast"):
         if (config.get(key) or {}).get("enabled"):
-            raise UserError(f"{name} enables {key}, and the recipe says the precision by bf16 and fp16: take it out")
+            complain(f"{name} enables {key}, and the recipe says the precision by bf16 and fp16: take it out")
     if "zero_optimization" not in config:
-        raise UserError(f'{name} has no zero_optimization: say at least "zero_optimization": {{"stage": 0}}')
+        complain(f'{name} has no zero_optimization: say at least "zero_optimization": {{"stage": 0}}')
 
 
-def _check_keys(config: Mapping[str, Any], name: str) -> None:
+def _check_keys(config: Mapping[str, Any], name: str, complain: Complain) -> None:
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from deepspeed.runtime.zero.offload_config import (
@@ -193,7 +199,7 @@ def _check_keys(config: Mapping[str, Any], name: str) -> None:
         DeepSpeedZeroOffloadParamConfig,
     )
 
-    _compare_keys(config, _asked_keys(), name, "")
+    _compare_keys(config, _asked_keys(), name, "", complain)
     for section, model in (
         ("zero_optimization", DeepSpeedZeroConfig),
         ("zero_optimization.offload_optimizer", DeepSpeedZeroOffloadOptimizerConfig),
@@ -207,15 +213,16 @@ def _check_keys(config: Mapping[str, Any], name: str) -> None:
         if inner is None:
             continue
         if not isinstance(inner, dict):
-            raise UserError(f"{name}: {section} is {json.dumps(inner)}: it takes a section of keys")
+            complain(f"{name}: {section} is {json.dumps(inner)}: it takes a section of keys")
+            continue
         known = {name for key, f in model.model_fields.items() for name in (key, f.alias) if name}
-        _compare_keys(inner, known | ({"auto_cast"} if section == "fp16" else set()), name, f"{section}.")
+        _compare_keys(inner, known | ({"auto_cast"} if section == "fp16" else set()), name, f"{section}.", complain)
 
 
-def _compare_keys(written: Mapping[str, Any], known: set[str], name: str, prefix: str) -> None:
+def _compare_keys(written: Mapping[str, Any], known: set[str], name: str, prefix: str, complain: Complain) -> None:
     for key in written:
         if key not in known:
-            raise UserError(f"{name}: '{prefix}{key}' is not a key of DeepSpeed's{nearest(key, known)}")
+            complain(f"{name}: '{prefix}{key}' is not a key of DeepSpeed's{nearest(key, known)}")
 
 
 def _asked_keys() -> set[str]:
@@ -244,7 +251,7 @@ def _asked_keys() -> set[str]:
     return asked
 
 
-def _check_values(config: dict[str, Any], name: str) -> None:
+def _check_values(config: dict[str, Any], name: str, complain: Complain) -> None:
     """Let DeepSpeed's own models read the sections; what they say becomes a sentence."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
@@ -255,4 +262,4 @@ def _check_values(config: dict[str, Any], name: str) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in ("zero_optimization", *first["loc"]))
-        raise UserError(f"{name}: {where} is {json.dumps(first.get('input'), default=str)}: {first['msg']}") from error
+        complain(f"{name}: {where} is {json.dumps(first.get('input'), default=str)}: {first['msg']}")

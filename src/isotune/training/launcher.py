@@ -7,14 +7,14 @@ made of the request; the request itself stands in the command line of their pare
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from isotune.errors import UserError
+from isotune.errors import Complain, UserError, refuse
 from isotune.recipe import RunRecipe
 
 FLAGS_ONLY = {"rdzv_backend": "static", "same_network": False}  # accelerate 1.15 reads these from its flags alone
@@ -47,13 +47,16 @@ class Request:
 def read_request() -> Request | None:
     """The `accelerate launch` that started this process, or None: torchrun, plain python, or not visible."""
     arguments = _launch_arguments(_command_line(os.getppid()))
-    if arguments is None:
-        return None
+    return None if arguments is None else request_of(arguments)
+
+
+def request_of(arguments: Sequence[str]) -> Request | None:
+    """What the words after `accelerate launch` ask for, or None where accelerate does not understand them."""
     from accelerate.commands.config.config_args import default_config_file
     from accelerate.commands.launch import launch_command_parser
 
     try:
-        args, _ = launch_command_parser().parse_known_args(arguments)
+        args, _ = launch_command_parser().parse_known_args(list(arguments))
     except SystemExit:
         return None
     file = args.config_file
@@ -93,7 +96,7 @@ def check_launch(request: Request | None, recipe: RunRecipe, environment: Mappin
             "`accelerate launch` or `torchrun` on each node"
         )
     if request is not None:
-        _check_keys(request)
+        check_keys(request)
         running = _engine_of(environment)
         if request.engine in ("DeepSpeed", "FSDP") and running != request.engine:
             raise UserError(
@@ -106,21 +109,21 @@ def check_launch(request: Request | None, recipe: RunRecipe, environment: Mappin
                 f"{request.processes} processes were asked (num_processes) and {started} started: {why}; say "
                 "--config_file accelerate_configs/ddp.yaml, which finds the CPU by itself where there is no GPU"
             )
-    _check_precision(name, recipe, environment)
+    check_precision(name, recipe, environment.get("ACCELERATE_MIXED_PRECISION", "no").lower())
 
 
-def _check_precision(name: str, recipe: RunRecipe, environment: Mapping[str, str]) -> None:
-    theirs = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+def check_precision(name: str, recipe: RunRecipe, theirs: str, complain: Complain = refuse) -> None:
+    """Complain where accelerate's mixed_precision is neither `no` nor what the recipe says."""
     ours = "bf16" if recipe.bf16 else "fp16" if recipe.fp16 else "no"
     if theirs not in ("no", ours):
         said = f"{ours}: true" if ours != "no" else "neither bf16 nor fp16"
-        raise UserError(
+        complain(
             f"{name}: mixed_precision ({theirs}) and the recipe ({said}) contradict each other: leave mixed_precision "
             f"out and say {theirs}: true or false in the recipe"
         )
 
 
-def _check_keys(request: Request) -> None:
+def check_keys(request: Request, complain: Complain = refuse) -> None:
     """Keys of the file that accelerate drops without a word."""
     from accelerate.commands.launch import launch_command_parser
 
@@ -132,12 +135,10 @@ def _check_keys(request: Request) -> None:
         known = [action.dest for action in groups[title]._group_actions]
         for key in request.written.get(section) or {}:
             if key not in known and f"{prefix}{key}" not in known:
-                raise UserError(f"{request.name}: {section} has no key '{key}'{nearest(key, known)}")
+                complain(f"{request.name}: {section} has no key '{key}'{nearest(key, known)}")
     for key, default in FLAGS_ONLY.items():
         if request.written.get(key, default) != default:
-            raise UserError(
-                f"{request.name}: {key} has no effect in a file: give it to accelerate launch as the flag --{key}"
-            )
+            complain(f"{request.name}: {key} has no effect in a file: give it to accelerate launch as the flag --{key}")
 
 
 def nearest(written: str, known: Iterable[str]) -> str:
