@@ -20,7 +20,7 @@ _AFTER_THE_MARK = " \t\r\n\"'”’»)]}.*`"
 _OPENING = re.compile(r"""[\s"'“‘«(\[{*`#>-]+""")
 _GREETING = re.compile(r"(?:hello|hi|hey|dear|ok|okay)\b[^.,!?\n]{0,30}[.,!]\s*", re.I)
 _ASKING = re.compile(
-    r"(?:what|why|who|whom|whose|which|when|where|how)\b(?!ever)"
+    r"(?:what(?! an? )|why|who|whom|whose|which|when|where|how)\b"  # "What a pity" asks nothing
     r"|(?:is|are|am|was|were|do|does|did|has|have|had|can|could|will|would|shall|should|may|might|must)"
     r" (?:i|you|he|she|it|we|they|there|this|that|these|those|anyone|anybody|someone|somebody|the|a|an|my|your|our)\b"
     r"|what's\b|who's\b|where's\b|how's\b|isn't\b|aren't\b|don't you\b|can't you\b",
