@@ -5,6 +5,7 @@ data = ...                              the script's own: documents with a class
 trained = train_classifier(start, data) model, trainer, steps, RUN/model
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -49,7 +50,7 @@ def start_classifier(recipe: ClassificationRecipe) -> Start:
     """
     process = start_process(recipe)
     run = RunFolder(recipe)
-    run.check()
+    run.check_or_upload()
     return Start(recipe, process, run, load_config(recipe), load_tokenizer(recipe, needed=("pad",)))
 
 
@@ -59,8 +60,13 @@ def build_classifier(start: Start, data: Data) -> PlanTrainer:
     return classification.build_trainer(start.recipe, start.process, start.run, model, start.tokenizer, data)
 
 
-def train_classifier(start: Start, data: Data) -> Trained:
+def train_classifier(start: Start, data: Data, examine: Callable[[Trained], None] | None = None) -> Trained:
     """Build, train and save; the main process says where the model is. Every rank must call it.
+
+    Args:
+        start, data: the frame and the documents.
+        examine: what the main process does with the saved model before the run counts as finished; a RunFault of it is
+            the run's.
 
     Raises:
         Preempted, RunFault, UserError: see `PlanTrainer.train`; RUN/status.json says which.
@@ -69,6 +75,9 @@ def train_classifier(start: Start, data: Data) -> Trained:
     with supervised(start.run, start.process):
         trainer.train()
         saved = classification.save(start.recipe, start.run, trainer, start.tokenizer)
-    if saved is not None:
-        print(f"model       {start.run.model}: {saved}")
-    return Trained(start.run, trainer, saved)
+        trained = Trained(start.run, trainer, saved)
+        if saved is not None:
+            print(f"model       {start.run.model}: {saved}")
+            if examine is not None:
+                examine(trained)
+    return trained

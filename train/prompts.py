@@ -1,0 +1,47 @@
+"""Classification of prompts as commands, statements and questions, with a negative control.
+
+accelerate launch train/prompts.py
+accelerate launch train/prompts.py --label_source random --output_dir runs/prompts_control
+python train/prompts.py --model_name_or_path ~/models/bert --dataset_name ~/data/prompts.csv --sentences "Is it late?"
+"""
+
+import sys
+from pathlib import Path
+
+from isotune.errors import run_script
+from isotune.recipe import ClassificationRecipe, read_recipe
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "prompts_bert.yaml"
+
+
+def main() -> None:
+    """Recipe, processes, data; model, trainer, steps; verdict, sentences, picture."""
+    recipe = read_recipe(
+        sys.argv[1:],
+        default_config=DEFAULT_CONFIG,
+        prog="train/prompts.py",
+        description="Classification of prompts as commands, statements and questions, with a negative control.",
+        kind=ClassificationRecipe,
+    )
+    # the engine takes seconds to import: a mistake in the recipe has been answered by now
+    from isotune.evaluation.chance import judge_run
+    from isotune.evaluation.sentences import show_sentences
+    from isotune.report.loss_curve import draw_loss_curve
+    from isotune.training.classification import prepare_data
+    from isotune.training.classifier_run import Trained, start_classifier, train_classifier
+
+    start = start_classifier(recipe)
+    data = prepare_data(recipe, start.tokenizer, start.process)
+
+    def examine(trained: Trained) -> None:
+        if recipe.sentences:
+            show_sentences(trained.run.path, recipe.sentences, start.process.device)
+        print(f"loss curve  {draw_loss_curve(trained.run.path)}")
+        if data.evaluation is not None:
+            print(f"verdict     {judge_run(trained.run.path, recipe, data.evaluation)}")
+
+    train_classifier(start, data, examine)
+
+
+if __name__ == "__main__":
+    run_script(main)
