@@ -25,6 +25,7 @@ def main() -> None:
     )
     # the engine takes seconds to import: a mistake in the recipe has been answered by now
     from isotune.report.loss_curve import draw_loss_curve
+    from isotune.report.sharing import share
     from isotune.training.classification import prepare_data
     from isotune.training.classifier_run import start_classifier, train_classifier
 
@@ -33,6 +34,7 @@ def main() -> None:
     trained = train_classifier(start, data)
     if trained.saved is not None:
         print(f"loss curve  {draw_loss_curve(trained.run.path)}")
+        share(recipe)
 
 
 if __name__ == "__main__":

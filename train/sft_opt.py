@@ -26,6 +26,7 @@ def main() -> None:
     from isotune.evaluation.generation import print_sample_answer
     from isotune.models.loading import load_config, load_tokenizer
     from isotune.report.loss_curve import draw_loss_curve
+    from isotune.report.sharing import share
     from isotune.training import sft
     from isotune.training.launch import start_process
     from isotune.training.preemption import supervised
@@ -33,7 +34,7 @@ def main() -> None:
 
     process = start_process(recipe)
     run = RunFolder(recipe)
-    run.check()
+    run.check_or_upload()
     config = load_config(recipe)
     tokenizer = load_tokenizer(recipe)
     data = sft.prepare_data(recipe, tokenizer, process)
@@ -48,6 +49,7 @@ def main() -> None:
         print(f"loss curve  {draw_loss_curve(run.path)}")
         if recipe.sample_prompt:
             print_sample_answer(run.path, recipe.sample_prompt)
+        share(recipe)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
@@ -50,6 +50,7 @@ _EVAL_SPLIT = Need(
     ),
     f"{WITH_EVALUATION.otherwise}, and one file is one split",
 )
+_UPLOADS = Need(lambda values: bool(values["push_to_hub"]), "it needs push_to_hub: true")
 _EVALUATION_ON = Need(lambda values: values["eval_strategy"] != "no", "eval_strategy is no")
 _LABEL_COLUMN = Need(lambda values: values["label_source"] == "column", "label_source is not column")
 
@@ -155,6 +156,31 @@ class RunRecipe:
         changes_result=False,
         is_path=True,
     )
+    push_to_hub: bool = key(
+        False, OUTPUT, "upload the saved model with its card to the Hugging Face Hub", changes_result=False
+    )
+    hub_model_id: str = key(
+        None,
+        OUTPUT,
+        "its repository on the Hub, NAME or OWNER/NAME",
+        needs=_UPLOADS,
+        default_from=lambda values: Path(values["output_dir"] or "").name,
+        default_text="the name of output_dir",
+        changes_result=False,
+    )
+    hub_private_repo: bool | None = key(
+        None,
+        OUTPUT,
+        "whether a new repository is private",
+        needs=_UPLOADS,
+        default_text="as the owner's are",
+        changes_result=False,
+        common=False,
+    )
+    hub_token: str | None = key(
+        None, OUTPUT, "token of the Hub; never shown nor written", needs=_UPLOADS, changes_result=False, common=False,
+        secret=True, default_text="that of `hf auth login` or HF_TOKEN",
+    )  # fmt: skip
     training_arguments: dict[str, Any] = field(default_factory=dict)
     given: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -219,13 +245,13 @@ class RunRecipe:
         return self.from_layers([Layer(self.given), Layer(changes)])
 
     def resolved(self) -> dict[str, Any]:
-        """Every value in effect, given or default, by its key; a recipe of just these says the same run."""
+        """Every value in effect, given or default, by its key, without secrets; just these say the same run."""
         keys = self.keys()
         values = {name: getattr(self, name, self.training_arguments.get(name)) for name in keys}
         return {
             name: values[name]
             for name, key in keys.items()
-            if values[name] is not None and values[name] != key.unset and key.in_effect(values)
+            if values[name] is not None and values[name] != key.unset and key.in_effect(values) and not key.secret
         }
 
     def result_values(self) -> dict[str, Any]:
@@ -276,7 +302,7 @@ class Recipe(RunRecipe):
 class ClassificationRecipe(RunRecipe):
     """A recipe of unpadded classification: a step sees `global_batch_size` documents."""
 
-    eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_accuracy", "eval_macro_f1")
+    eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_accuracy", "eval_f1_macro")
 
     dataset_text_field: str = key("text", DATA, "column that holds the text")
     dataset_label_field: str = key(
@@ -342,6 +368,11 @@ class ClassificationRecipe(RunRecipe):
             "evaluate on the one or on the other",
         ),
     )
+
+
+def kind_of(values: Mapping[str, Any]) -> type[Recipe | ClassificationRecipe]:
+    """The kind of recipe that resolved values belong to: only instruction tuning has rows to pack."""
+    return Recipe if "packing" in values else ClassificationRecipe
 
 
 AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)

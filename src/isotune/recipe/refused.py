@@ -8,7 +8,7 @@ _LAUNCH = "choose the engine by `accelerate launch --config_file accelerate_conf
 _DEVICE = "the script chooses the device and the backend; an empty CUDA_VISIBLE_DEVICES hides GPUs"
 _COMPILE = "rows of many lengths would each be compiled anew, and packed attention is not compiled"
 _LOSS = "the loss is the exact cross-entropy over the supervised tokens of a step"
-_HUB = "upload OUTPUT_DIR/model after the run with `hf upload`"
+_HUB = "push_to_hub: true uploads OUTPUT_DIR/model once, after it is saved"
 _LIGER = "the packed attention and the chunked loss take the place of Liger's kernels"
 _MODE = "train/ trains, and evaluates when eval_dataset_name is given"
 _TOKENIZER = "special tokens belong to the tokenizer: set them in its folder"
@@ -65,10 +65,7 @@ _GROUPS = {
     "a run that is told to stop always writes a checkpoint": ("enable_jit_checkpoint",),
     "it follows from metric_for_best_model": ("greater_is_better",),
     "choose another output_dir, or remove the folder": ("overwrite_output_dir",),
-    _HUB: (
-        "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push",
-        "hub_revision",
-    ),
+    _HUB: ("hub_strategy", "hub_always_push", "hub_revision"),
     _COMPILE: ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
     _LIGER: ("use_liger_kernel", "liger_kernel_config"),
     _MODE: ("do_train", "do_eval", "do_predict"),

@@ -64,7 +64,7 @@ class Key:
     default from the other values, and `default_text` says in words what it then is. `step_count` marks a number of
     steps that may also be a share of the run: whole from 1 on, any fraction below. `common` keys stand in --help,
     the others in --help-all only. A key with `changes_result` false may differ between two runs of one experiment.
-    In an `is_path` key a leading ~ is the home folder.
+    In an `is_path` key a leading ~ is the home folder. A `secret` value is never shown and never written.
     """
 
     name: str
@@ -81,6 +81,7 @@ class Key:
     common: bool = True
     changes_result: bool = True
     is_path: bool = False
+    secret: bool = False
 
     @property
     def required(self) -> bool:
@@ -95,7 +96,7 @@ class Key:
 def key(default: Any, group: str, help: str, **more: Any) -> Any:
     """A dataclass field that is a key of the recipe; `more` are further attributes of `Key`."""
     metadata = {"key": {"default": default, "group": group, "help": help, **more}}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata, repr=not more.get("secret", False))
 
 
 def keys_of(recipe_class: type) -> dict[str, Key]:

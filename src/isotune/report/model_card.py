@@ -18,8 +18,8 @@ from isotune.report.wording import number
 CARD = "README.md"
 ADAPTER = "adapter_config.json"
 # What an evaluation line holds, by the Hub's name of the metric.
-METRICS = {"eval_accuracy": "accuracy", "eval_macro_f1": "f1", "eval_loss": "loss", "eval_perplexity": "perplexity"}
-HIGHER_IS_BETTER = ("eval_accuracy", "eval_macro_f1")
+METRICS = {"eval_accuracy": "accuracy", "eval_f1_macro": "f1", "eval_loss": "loss", "eval_perplexity": "perplexity"}
+HIGHER_IS_BETTER = ("eval_accuracy", "eval_f1_macro")
 PATHS = ("model_name_or_path", "tokenizer_name_or_path", "dataset_name", "eval_dataset_name")
 NOT_OF_INTEREST = "Output and logging"
 
@@ -123,7 +123,7 @@ def _eval_results(record: RunRecord, line: dict[str, Any]) -> list[EvalResult]:
 
 
 def _in_words(key: str) -> str:
-    return key.removeprefix("eval_").replace("_", " ").replace("f1", "F1")
+    return {"eval_f1_macro": "macro F1"}.get(key, key.removeprefix("eval_"))
 
 
 def _introduction(record: RunRecord) -> str:

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -70,6 +71,12 @@ def _product_dtype(engine: EngineInEffect) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(engine.precision, torch.float32)
 
 
-def command() -> list[str]:
-    """The command line of this process."""
-    return [os.path.basename(sys.executable), *sys.argv]
+def command(secrets: Collection[str]) -> list[str]:
+    """The command line of this process, with *** in the place of what was given to a flag of `secrets`."""
+    told, hide = [os.path.basename(sys.executable)], False
+    for word in sys.argv:
+        flag = word.removeprefix("--").split("=", 1)[0].replace("-", "_")
+        is_secret = word.startswith("--") and flag in secrets
+        told.append("***" if hide else f"--{flag}=***" if is_secret and "=" in word else word)
+        hide = is_secret and "=" not in word
+    return told
