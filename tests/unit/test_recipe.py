@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isotune.recipe import ClassificationRecipe, Recipe, RunRecipe, read_recipe
+from isotune.recipe.arena_recipes import BaselinesRecipe, read_arena_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((REPOSITORY / "train" / "configs").glob("*.yaml"))
@@ -24,11 +25,13 @@ def read(*argv: str, default: Path | None = None) -> Recipe:
 KINDS = {"sft_opt": Recipe, "yelp": ClassificationRecipe, "imdb": ClassificationRecipe}
 
 
-def read_shipped(path: Path, head_of: Path) -> RunRecipe:
+def read_shipped(path: Path, head_of: Path) -> RunRecipe | BaselinesRecipe:
     """A recipe as the script reads it that the head of `head_of` names in its command."""
     named = re.search(r"train/(\w+)\.py", head_of.read_text())
     assert named
     argv = ["--config", str(path)]
+    if named[1] == "arena":
+        return read_arena_recipe(argv, default_config=path, prog="p")
     return read_recipe(argv, default_config=None, prog="p", description="A test.", kind=KINDS[named[1]])
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 
 from isotune.errors import UserError
 
+ID = "id"
 TEXTS = ("prompt", "response_a", "response_b")
 CLASSES = ("winner_model_a", "winner_model_b", "winner_tie")
 WINS_A, WINS_B, TIE = range(3)
@@ -70,6 +71,15 @@ class Battles:
         """The class of every row: int64 [rows]."""
         return np.array([battle.label for battle in self.battles], np.int64)
 
+    def with_labels(self, labels: Sequence[int]) -> "Battles":
+        """The same rows with a class each."""
+        pairs = zip(self.battles, labels, strict=True)
+        return replace(self, battles=tuple(replace(battle, label=label) for battle, label in pairs))
+
+    def subset(self, rows: Sequence[int]) -> "Battles":
+        """Some rows, by number, in that order; what was put right is still counted over all."""
+        return replace(self, battles=tuple(self.battles[row] for row in rows))
+
     def table(self) -> str:
         """What was read, as lines to print."""
         lines = [("rows", f"{len(self):,}"), ("prompts", f"{len({b.group() for b in self.battles}):,}")]
@@ -81,6 +91,32 @@ class Battles:
             lines += [(name, f"{count:,}")] if count else []
         width = max(len(name) for name, _ in lines)
         return "\n".join([self.name, *(f"  {name:<{width}}  {value}" for name, value in lines)])
+
+
+@dataclass(frozen=True)
+class Competition:
+    """The files of a folder: labelled rows, those to predict, and the sample submission (None where there is none)."""
+
+    train: Battles
+    test: Battles
+    sample: Path | None
+
+
+def read_competition(folder: Path, *, name: str = "dataset_name") -> Competition:
+    """Read the competition's files; `name` is the recipe key that error sentences name.
+
+    Raises:
+        UserError: a file is missing or a row is broken, see `read_battles`.
+    """
+    for needed in (TRAIN, TEST):
+        if not (folder / needed).is_file():
+            raise UserError(f"{name}: {folder} has no {needed}: name the folder of the competition's files")
+    sample = folder / SAMPLE
+    return Competition(
+        read_battles(folder / TRAIN, labelled=True),
+        read_battles(folder / TEST, labelled=False),
+        sample if sample.is_file() else None,
+    )
 
 
 def read_battles(file: Path, *, labelled: bool) -> Battles:
@@ -97,7 +133,7 @@ def read_battles(file: Path, *, labelled: bool) -> Battles:
     battles: list[Battle] = []
     first_row: dict[str, int] = {}
     counts = {"null_turns": 0, "lone_surrogates": 0}
-    for number, row in read_table(file, ("id", *TEXTS, *(CLASSES if labelled else ()))):
+    for number, row in read_table(file, (ID, *TEXTS, *(CLASSES if labelled else ()))):
         where = f"{file}, row {number} (id {row['id']})"
         if not row["id"]:
             raise UserError(f"{file}, row {number}: the id is empty")
@@ -109,7 +145,7 @@ def read_battles(file: Path, *, labelled: bool) -> Battles:
             raise UserError(
                 f"{where}: {len(prompt)} turns of prompt, {len(answer_a)} of response_a, {len(answer_b)} of response_b"
             )
-        label = _winner(row, where) if labelled else None
+        label = label_of(row, where) if labelled else None
         battles.append(Battle(row["id"], prompt, answer_a, answer_b, label))
     if not battles:
         raise UserError(f"{file} holds no rows")
@@ -162,7 +198,12 @@ def _turns(cell: str, where: str, counts: dict[str, int]) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _winner(row: dict[str, str], where: str) -> int:
+def label_of(row: dict[str, str], where: str) -> int:
+    """The class that a row's flags say.
+
+    Raises:
+        UserError: not exactly one of them is 1; `where` names the row.
+    """
     flags = [row[column].strip() for column in CLASSES]
     if sorted(flags) != ["0", "0", "1"]:
         said = ", ".join(f"{column} {flag!r}" for column, flag in zip(CLASSES, flags, strict=True))

@@ -76,6 +76,11 @@ class TextEncoder:
         """Tokens that every text gets beside its own."""
         return len(self.prefix) + len(self.suffix)
 
+    def tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The tokens of each text alone, int32, whole and without special tokens."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
     def encode(self, texts: Sequence[str], max_seq_length: int, overlong: OverlongText) -> EncodedTexts:
         """Tokenise texts on all cores at once, and cut what is longer than `max_seq_length` tokens.
 

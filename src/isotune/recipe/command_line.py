@@ -73,7 +73,8 @@ def _parser(
             if key.group == group:
                 _add(section, key, shown=everything or key.common)
     for alias, name in ALIASES.items():
-        _add(parser, dataclasses.replace(keys[name], name=alias), shown=False)
+        if name in keys:
+            _add(parser, dataclasses.replace(keys[name], name=alias), shown=False)
     return parser
 
 

@@ -1,0 +1,162 @@
+"""What a user types for the Arena, on real rows: baselines and encoder, their files, and what is said of a mistake."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.launching import start, write_recipe
+
+from isotune.baselines.run import run_baselines
+from isotune.errors import AlreadyDone, UserError
+from isotune.evaluation.results import read_result
+from isotune.evaluation.submission import check_submission
+from isotune.recipe.arena_recipes import read_arena_recipe
+
+SCRIPT = "train/arena.py"
+TRAINED_ROWS, TEST_ROWS = 48, 10
+SMALL_GRIDS = {
+    "logistic_regression": {"C": [0.001, 0.003]},
+    "gradient_boosting": {"max_iter": [5], "max_leaf_nodes": [3]},
+}
+ENCODER = {
+    "method": "encoder", "model_name_or_path": "builtin:bert-tiny", "tune": "lora", "max_seq_length": 64,
+    "global_batch_size": 16, "microbatch_tokens": 512, "num_train_epochs": 1, "learning_rate": 1e-3,
+    "eval_split_share": 0.25, "disable_tqdm": True,
+}  # fmt: skip
+
+
+def first_rows(source, target, count):
+    with source.open(encoding="utf-8", newline="") as lines:
+        rows = [row for row, _ in zip(csv.reader(lines), range(count + 1), strict=False)]
+    with target.open("w", encoding="utf-8", newline="") as lines:
+        csv.writer(lines).writerows(rows)
+
+
+@pytest.fixture(scope="module")
+def competition(shared_data_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("arena")
+    for name, count in (("train", TRAINED_ROWS), ("test", TEST_ROWS), ("sample_submission", TEST_ROWS),
+                        ("test_labels", TEST_ROWS)):  # fmt: skip
+        first_rows(shared_data_folder / "arena" / f"{name}.csv", folder / f"{name}.csv", count)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared_data_folder():
+    from tests.conftest import SHARED_DATA
+
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no real data at {SHARED_DATA}: set ISOTUNE_TEST_DATA to a folder that has it")
+    return SHARED_DATA
+
+
+def baselines_recipe(competition, **more):
+    return {"method": "baselines", "dataset_name": str(competition), "folds": 2, "grids": SMALL_GRIDS, **more}
+
+
+@pytest.fixture(scope="module")
+def baselines(competition, tmp_path_factory):
+    recipe = baselines_recipe(competition, test_labels=str(competition / "test_labels.csv"))
+    return start(tmp_path_factory.mktemp("baselines"), recipe, script=SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def encoder(competition, tmp_path_factory):
+    recipe = {**ENCODER, "dataset_name": str(competition), "test_labels": str(competition / "test_labels.csv")}
+    return start(tmp_path_factory.mktemp("encoder"), recipe, script=SCRIPT)
+
+
+@pytest.mark.parametrize("which", ["baselines", "encoder"])
+def test_a_run_leaves_a_right_submission_and_predictions_that_give_the_log_loss_it_says(competition, which, request):
+    finished = request.getfixturevalue(which)
+    submission = finished.run / "submission.csv"
+    assert check_submission(submission, competition / "sample_submission.csv") == ([], TEST_ROWS)
+    with submission.open(newline="") as lines:
+        _, *rows = csv.reader(lines)
+    submitted = {row[0]: [float(cell) for cell in row[1:]] for row in rows}
+    with (competition / "test_labels.csv").open(newline="") as lines:
+        _, *answers = csv.reader(lines)
+    losses = [-np.log(submitted[row[0]][row[1:].index("1")]) for row in answers]
+    scored = read_result(finished.run / "eval" / "arena_test")
+    assert scored.metrics["log_loss"] == pytest.approx(np.mean(losses), rel=1e-9)
+    assert {one["id"]: one["probabilities"] for one in scored.predictions} == submitted
+    held_out = read_result(finished.run / "eval" / "arena")
+    truths = [one["probabilities"][one["label"]] for one in held_out.predictions]
+    assert held_out.metrics["log_loss"] == pytest.approx(-np.log(truths).mean(), rel=1e-9)
+    low, high = held_out.intervals["log_loss"]
+    assert low < held_out.metrics["log_loss"] < high
+    assert held_out.facts["label_names"] == ["a", "b", "tie"] and held_out.facts["kind"] == "classification"
+
+
+def test_baselines_print_every_model_with_its_interval_and_predict_every_training_row(baselines):
+    for name in ("class_prior", "logistic_regression", "gradient_boosting", "blend"):
+        assert any(line.startswith(name) for line in baselines.stdout.splitlines())
+    held_out = read_result(baselines.run / "eval" / "arena")
+    assert len(held_out.predictions) == TRAINED_ROWS
+    chosen = json.loads((baselines.run / "chosen.json").read_text())
+    assert sum(one["weight"] for one in chosen.values()) == pytest.approx(1)
+    assert chosen["logistic_regression"]["parameters"]["C"] in (0.001, 0.003)
+
+
+def test_a_written_recipe_of_baselines_is_the_same_run_and_so_nothing_is_left_to_do(baselines, tmp_path):
+    again = ["--config", str(baselines.run / "recipe.yaml")]
+    with pytest.raises(AlreadyDone, match="holds the finished run of this recipe"):
+        run_baselines(read(*again))
+    with pytest.raises(UserError, match="holds the run of another recipe"):
+        run_baselines(read(*again, "--seed", "3"))
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(UserError, match="is not empty and holds no run of baselines"):
+        run_baselines(read(*again, "--output_dir", str(tmp_path)))
+
+
+def test_an_encoder_is_trained_on_both_orders_of_every_row_that_is_not_kept(encoder):
+    kept = len(read_result(encoder.run / "eval" / "arena").predictions)
+    assert 0 < kept < TRAINED_ROWS
+    assert sum(line["documents"] for line in encoder.steps) == 2 * (TRAINED_ROWS - kept)
+    assert encoder.evaluations[-1]["eval_documents"] == 2 * kept
+
+
+def test_an_encoders_prediction_is_equivariant_to_the_bit(encoder, competition):
+    import torch
+
+    from isotune.data.arena import read_battles
+    from isotune.evaluation.arena_encoder import predict_battles
+    from isotune.evaluation.classification_models import load_run_classifier
+
+    classifier = load_run_classifier(encoder.run, torch.device("cpu"), torch.float32)
+    rows = read_battles(competition / "train.csv", labelled=True)
+    given = predict_battles(classifier, rows, 64)
+    swapped = type(rows)("swapped", tuple(battle.swapped() for battle in rows.battles), 0, 0)
+    exchanged = predict_battles(classifier, swapped, 64)
+    assert given[:, [1, 0, 2]].tobytes() == exchanged.tobytes()
+    assert np.ptp(given[:, 0]) > 0
+
+
+def test_a_broken_row_is_one_sentence_with_status_2_and_nothing_is_written(competition, tmp_path):
+    broken = tmp_path / "data"
+    shutil.copytree(competition, broken)
+    text = (broken / "train.csv").read_text(encoding="utf-8")
+    (broken / "train.csv").write_text(text + '99,x,y,"[""cut","[""a""]","[""b""]",1,0,0\n', encoding="utf-8")
+    finished = start(tmp_path, baselines_recipe(broken), script=SCRIPT, expect=2)
+    (line,) = finished.stderr.splitlines()
+    assert line.startswith("error: ") and f"row {TRAINED_ROWS + 1} (id 99), column prompt: no JSON list" in line
+    assert not finished.run.exists()
+
+
+def test_keys_that_mean_nothing_here_and_grids_of_no_model_are_refused(competition, tmp_path):
+    said = write_recipe(tmp_path, baselines_recipe(competition, grids={"forest": {}}))
+    with pytest.raises(UserError, match="there is no model 'forest'"):
+        run_baselines(read("--config", str(said)))
+    said = write_recipe(tmp_path, {**ENCODER, "dataset_name": str(competition), "dataset_text_field": "prompt"})
+    with pytest.raises(UserError, match="dataset_text_field has no effect: the Arena's files have their own columns"):
+        read("--config", str(said))
+    said = write_recipe(tmp_path, baselines_recipe(competition, learning_rate=1))
+    with pytest.raises(UserError, match="learning_rate is not a key"):
+        read("--config", str(said))
+
+
+def read(*argv):
+    return read_arena_recipe(argv, default_config=Path("train/configs/arena_bert.yaml"), prog="train/arena.py")

@@ -1,0 +1,55 @@
+"""Which of two answers people prefer: an encoder, or the classical baselines that it must beat.
+
+accelerate launch train/arena.py
+python train/arena.py --config train/configs/arena_baselines.yaml
+python train/arena.py --config train/configs/arena_baselines.yaml --dataset_name FOLDER --output_dir runs/mine
+"""
+
+import sys
+from pathlib import Path
+
+from isotune.errors import run_script
+from isotune.recipe.arena_recipes import ArenaRecipe, BaselinesRecipe, read_arena_recipe
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "arena_bert.yaml"
+
+
+def main() -> None:
+    """The recipe says by which method."""
+    recipe = read_arena_recipe(sys.argv[1:], default_config=DEFAULT_CONFIG, prog="train/arena.py")
+    if isinstance(recipe, BaselinesRecipe):
+        from isotune.baselines.run import run_baselines
+
+        run_baselines(recipe)
+    else:
+        train_encoder(recipe)
+
+
+def train_encoder(recipe: ArenaRecipe) -> None:
+    """Processes, data; model, trainer, steps; submission, scores, picture."""
+    # the engine takes seconds to import: a mistake in the recipe has been answered by now
+    from isotune.data.arena import read_competition
+    from isotune.data.arena_documents import prepare_competition
+    from isotune.evaluation.arena_encoder import examine_encoder
+    from isotune.report.loss_curve import draw_loss_curve
+    from isotune.report.sharing import share
+    from isotune.training.classifier_run import Trained, start_classifier, train_classifier
+    from isotune.training.sft import Data
+
+    start = start_classifier(recipe)
+    files = read_competition(Path(recipe.dataset_name))
+    prepared = prepare_competition(files, recipe, start.tokenizer)
+    if start.process.is_main:
+        print(prepared.table(), flush=True)
+
+    def examine(trained: Trained) -> None:
+        examine_encoder(trained.run.path, recipe, files, prepared.kept, start.process.device)
+        print(f"loss curve  {draw_loss_curve(trained.run.path)}")
+
+    trained = train_classifier(start, Data(prepared.train, prepared.evaluation), examine)
+    if trained.saved is not None:
+        share(recipe)
+
+
+if __name__ == "__main__":
+    run_script(main)
