@@ -32,7 +32,11 @@ def _run(arguments: Sequence[str]) -> int | None:
     if not arguments:
         parser.print_help()
         raise UserError("a command is missing")
-    chosen = parser.parse_args(arguments)
+    chosen, rest = parser.parse_known_args(arguments)
+    if hasattr(chosen, "takes_recipe_keys"):
+        return chosen.run(chosen, rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return chosen.run(chosen)
 
 
@@ -49,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_compare(commands)
     _add_report(commands)
     _add_validate_submission(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -153,6 +158,24 @@ def _validate_submission(chosen: argparse.Namespace) -> int:
     if not problems:
         print(f"{chosen.file}: {rows:,} rows, nothing is wrong")
     return EXIT_USER_ERROR if problems else 0
+
+
+def _add_plan(commands: "argparse._SubParsersAction[OneSentenceParser]") -> None:
+    from isotune.planner import command
+
+    plan = commands.add_parser(
+        "plan",
+        help="say what a run will do, and what it needs of memory, time and money, before it begins",
+        description=(
+            "Say everything that is wrong with a recipe and its launch, and what the run would do and need.\n"
+            "Nothing is trained and no weights are loaded: a config.json is enough, and no GPU is needed."
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=command.EXAMPLES,
+        allow_abbrev=False,
+    )
+    command.add_arguments(plan)
+    plan.set_defaults(run=command.run, takes_recipe_keys=True)
 
 
 def _add_report(commands: "argparse._SubParsersAction[OneSentenceParser]") -> None:

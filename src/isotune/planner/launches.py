@@ -1,10 +1,12 @@
 """How a run would be launched, read from accelerate's and DeepSpeed's files without starting anything."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from isotune.errors import Complain
@@ -103,6 +105,8 @@ def _deepspeed(
 ) -> dict[str, Any]:
     environment = {_HANDED_OVER[key]: str(value) for key, value in section.items() if key in _HANDED_OVER}
     environment["ACCELERATE_CONFIG_DS_FIELDS"] = ",".join(section)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for a GPU, and warn
     return read_deepspeed_config(recipe, world_size, environment, file, complain)
 
 

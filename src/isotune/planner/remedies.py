@@ -1,0 +1,76 @@
+"""The smallest changes that make a run fit, each with the memory that it would then need."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from isotune.errors import UserError
+from isotune.planner.launches import DEEPSPEED, FSDP, Launch
+from isotune.planner.memory import Memory
+from isotune.recipe import RunRecipe
+
+# from the one that changes least to the one that changes the experiment
+_HALVES = (2, 4)
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change, in the words of flags, and the bytes that it leads to; `same_result` to rounding or not."""
+
+    change: str
+    total: int
+    same_result: bool
+
+
+def find_remedies(
+    recipe: RunRecipe, launch: Launch, limit: int, plan: Callable[[RunRecipe, Launch], Memory]
+) -> list[Remedy]:
+    """Changes after which a process needs at most `limit` bytes, those that leave the result alone first.
+
+    Args:
+        plan: the memory of another recipe or launch.
+    """
+    found = []
+    for change, same_result, other, launched in _changes(recipe, launch):
+        total = plan(other, launched).total
+        if total <= limit:
+            found.append(Remedy(change, total, same_result))
+    return sorted(found, key=lambda remedy: (not remedy.same_result, -remedy.total))
+
+
+def _changes(recipe: RunRecipe, launch: Launch) -> Iterator[tuple[str, bool, RunRecipe, Launch]]:
+    least = recipe.max_seq_length
+    for half in _HALVES:
+        fewer = recipe.microbatch_tokens // half
+        if fewer >= least:
+            yield from _said(f"--microbatch_tokens {fewer}", True, recipe, launch, microbatch_tokens=fewer)
+    if recipe.microbatch_tokens > least and recipe.microbatch_tokens // 2 < least:
+        yield from _said(f"--microbatch_tokens {least}", True, recipe, launch, microbatch_tokens=least)
+    if not recipe.training_arguments.get("gradient_checkpointing"):
+        both: dict[str, Any] = {"gradient_checkpointing": True}
+        yield from _said("--gradient_checkpointing true", True, recipe, launch, **both)
+        if recipe.microbatch_tokens > least:
+            both["microbatch_tokens"] = least
+            yield from _said(f"--gradient_checkpointing true --microbatch_tokens {least}", True, recipe, launch, **both)
+    for stage, file in ((1, "zero1"), (2, "zero2"), (3, "zero3")):
+        if launch.world_size > 1 and (launch.zero_stage or 0) < stage and launch.engine != FSDP:
+            config = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 50_000_000}}
+            other = Launch(DEEPSPEED, launch.world_size, f"accelerate_configs/{file}.yaml", config)
+            yield f"--config_file accelerate_configs/{file}.yaml", True, recipe, other
+    if recipe.tune == "full":
+        yield from _said("--tune lora", False, recipe, launch, tune="lora")
+    if recipe.tune != "qlora":
+        yield from _said("--tune qlora", False, recipe, launch, tune="qlora")
+        yield from _said(
+            "--tune qlora --gradient_checkpointing true", False, recipe, launch,
+            tune="qlora", gradient_checkpointing=True,
+        )  # fmt: skip
+
+
+def _said(
+    change: str, same_result: bool, recipe: RunRecipe, launch: Launch, **values: Any
+) -> Iterator[tuple[str, bool, RunRecipe, Launch]]:
+    try:
+        yield change, same_result, recipe.with_values(**values), launch
+    except UserError:  # it would contradict another key: no remedy
+        return
