@@ -4,9 +4,11 @@ accelerate launch eval/generate.py --run_dir runs/demo --dataset_name builtin:pi
 python eval/generate.py --run_dir runs/opt350m_lora --prompt "What is a winglet?"
 python eval/generate.py --run_dir runs/opt350m_lora --interactive --temperature 0.7 --top_p 0.9
 python eval/generate.py --model facebook/opt-350m --prompt "What is a winglet?"
+python eval/generate.py --run_dir runs/opt350m_lora --lm_eval_tasks arc_easy,my_task.yaml
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -27,20 +29,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output_dir", metavar="DIR", help="where the result goes (RUN/eval/NAME of the data set)")
     parser.add_argument("--prompt", metavar="TEXT", help="ask this one question")
     parser.add_argument("--interactive", action="store_true", help="a chat, as without --prompt and --dataset_name")
+    parser.add_argument("--lm_eval_tasks", metavar="A,B", help="tasks of lm-evaluation-harness: YAML files or names")
     parser.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="longest answer (%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (%(default)s)")
     parser.add_argument("--top_p", type=float, default=1.0, metavar="P", help="nucleus sampling (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling and intervals (%(default)s)")
     given = parser.parse_args()
-    asked = {
-        "--prompt": given.prompt is not None,
-        "--dataset_name": given.dataset_name,
-        "--interactive": given.interactive,
-    }
+    asked = {"--prompt": given.prompt is not None, "--dataset_name": given.dataset_name}
+    asked |= {"--interactive": given.interactive, "--lm_eval_tasks": given.lm_eval_tasks}
     if sum(map(bool, asked.values())) > 1:
         raise UserError(f"{' and '.join(name for name, on in asked.items() if on)} exclude each other: ask in one way")
     if given.batch_size < 1:
         raise UserError(f"--batch_size is {given.batch_size}: it takes at least 1")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not given.dataset_name and given.prompt is None:
+        what = "--lm_eval_tasks takes" if given.lm_eval_tasks else "a chat takes"
+        raise UserError(f"{what} one process: start it with python and without a launcher")
+    given.name = given.run_dir or given.model
     return given
 
 
@@ -52,36 +56,48 @@ def main() -> None:
     from isotune.evaluation.decoding import Decoding
     from isotune.evaluation.examination import examine, print_examination, write_examination
     from isotune.evaluation.generation import answer, load_model_speaker, load_run_speaker
+    from isotune.evaluation.lm_eval_bridge import check_tasks, print_harness, run_tasks, write_harness
     from isotune.evaluation.questions import read_questions
     from isotune.evaluation.ranks import start_ranks
     from isotune.evaluation.sharding import read_shards
 
     decoding = Decoding(given.max_new_tokens, given.temperature, given.top_p, given.seed)
+    tasks = check_tasks(given.lm_eval_tasks) if given.lm_eval_tasks else []
+    questions = read_questions(given.dataset_name, given.dataset_split, given.limit) if given.dataset_name else []
     shards = read_shards()
     ranks = start_ranks()
-    name = given.run_dir or given.model
-    if ranks.world_size > 1 and not given.dataset_name and given.prompt is None:
-        raise UserError("a chat takes one process: start it with python, without a launcher")
-    asked = read_questions(given.dataset_name, given.dataset_split, given.limit) if given.dataset_name else []
+    if ranks.world_size > 1 and not questions and given.prompt is None:
+        raise UserError(f"{'--lm_eval_tasks' if tasks else 'a chat'} takes one process: start it without a launcher")
     load = load_run_speaker if given.run_dir else load_model_speaker
-    speaker = load(name, ranks.device, shards)
-    if asked:
-        done = examine(speaker, asked, decoding, ranks, batch_size=given.batch_size, seed=given.seed)
+    speaker = load(given.name, ranks.device, shards)
+    if questions:
+        done = examine(speaker, questions, decoding, ranks, batch_size=given.batch_size, seed=given.seed)
         if ranks.is_main:
             print_examination(done)
-            if given.run_dir or given.output_dir:
-                data = Path(given.dataset_name.replace("builtin:", "")).stem
-                folder = Path(given.output_dir or Path(given.run_dir) / "eval" / data)
-                about = {"model": name, "dataset_name": given.dataset_name, "split": given.dataset_split}
+            if folder := result_folder(given, Path(given.dataset_name.replace("builtin:", "")).stem):
+                about = {"model": given.name, "dataset_name": given.dataset_name, "split": given.dataset_split}
                 write_examination(done, folder, decoding=decoding, **about)
                 print(f"written to {folder}")
+    elif tasks:
+        found = run_tasks(speaker, tasks, limit=given.limit, batch_size=given.batch_size)
+        print_harness(found)
+        if folder := result_folder(given, "lm_eval"):
+            write_harness(found, folder, model=given.name, tasks=tasks)
+            print(f"written to {folder}")
     elif given.prompt is not None:
         text = answer(speaker, given.prompt, decoding)
         if ranks.is_main:
             print(text)
     else:
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
-        run_chat(speaker, decoding, name=name)
+        run_chat(speaker, decoding, name=given.name)
+
+
+def result_folder(given: argparse.Namespace, name: str) -> Path | None:
+    """Where the result goes; None for a model that is no run, unless it is said."""
+    if given.output_dir:
+        return Path(given.output_dir)
+    return Path(given.run_dir) / "eval" / name if given.run_dir else None
 
 
 if __name__ == "__main__":
