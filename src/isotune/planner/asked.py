@@ -1,7 +1,7 @@
 """What a plan is asked for: a recipe and a launch, read to the end even where they are wrong."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from isotune.errors import UserError
@@ -9,6 +9,7 @@ from isotune.models.loading import load_config
 from isotune.models.supervised_loss import PLAIN_HEADS
 from isotune.planner.launches import Launch, read_launch
 from isotune.recipe import ClassificationRecipe, Recipe, RunRecipe
+from isotune.recipe.arena_recipes import ArenaRecipe
 from isotune.recipe.engine import ALIASES
 from isotune.recipe.layers import Layer
 from isotune.recipe.recipe_file import read_file
@@ -42,6 +43,8 @@ def read_asked(
         raise UserError(f"--world_size is {world_size}: a launch has at least one process")
     layers = [read_file(config)] if config is not None else []
     layers.append(_flags(flags))
+    if any(layer.given.get("method") == "baselines" for layer in layers):
+        raise UserError("method: baselines trains no network, so there is no launch and no memory to plan")
     problems: list[str] = []
     recipe = _read(layers, problems)
     launch = read_launch(accelerate_config, world_size, recipe, problems.append)
@@ -49,8 +52,13 @@ def read_asked(
 
 
 def _read(layers: Sequence[Layer], problems: list[str]) -> RunRecipe:
-    """The recipe as the kind that knows most of its keys; its model decides between kinds that know as many."""
+    """The recipe as the kind that knows most of its keys; its model decides between kinds that know as many.
+
+    The Arena's recipes alone say a method.
+    """
     written = {ALIASES.get(name, name) for layer in layers for name in layer.given}
+    if "method" in written:
+        return ArenaRecipe.from_layers(layers, problems.append)
     unknown = {kind: len(written - kind.keys().keys()) for kind in KINDS}
     kinds = [kind for kind in KINDS if unknown[kind] == min(unknown.values())]
     for kind in kinds:
@@ -65,7 +73,7 @@ def _read(layers: Sequence[Layer], problems: list[str]) -> RunRecipe:
 def _suits(recipe: RunRecipe) -> bool:
     """Whether the recipe's model writes text, as instruction tuning needs; a name that leads nowhere may."""
     try:
-        return load_config(recipe).model_type in PLAIN_HEADS
+        return load_config(replace(recipe, max_seq_length=1)).model_type in PLAIN_HEADS
     except UserError:
         return True
 

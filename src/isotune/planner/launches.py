@@ -90,7 +90,7 @@ def read_launch(file: str | None, world_size: int | None, recipe: RunRecipe, com
     count = world_size or request.processes or 1
     engine = request.engine
     if engine == PLAIN and count > 1:
-        complain(f"{file} is for one process, and {count} are asked: take accelerate_configs/ddp.yaml")
+        complain(f"{file} is for one process, and num_processes is {count}: take accelerate_configs/ddp.yaml")
     if engine in (DDP, FSDP) and count == 1:
         engine = PLAIN if engine == DDP else FSDP
     if engine == DEEPSPEED:

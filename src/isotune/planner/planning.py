@@ -18,6 +18,7 @@ from isotune.planner.remedies import Remedy, find_remedies
 from isotune.planner.traced import PassMemory, trace_pass
 from isotune.planner.work import Work, checkpoint_bytes, count_work, most_checkpoints_at_once
 from isotune.recipe import ClassificationRecipe, Recipe, RunRecipe
+from isotune.recipe.arena_recipes import ArenaRecipe
 from isotune.training.launch import Process
 
 ENGINES = ("plain", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
@@ -151,6 +152,14 @@ def _data(recipe: RunRecipe, show_progress: bool) -> tuple[Any, str | None]:
     """The prepared data, or why there are none."""
     process = Process(0 if show_progress else 1, 1, 0, torch.device("cpu"), deepspeed=False, fsdp=False)
     try:
+        if isinstance(recipe, ArenaRecipe):
+            from isotune.data.arena import read_competition
+            from isotune.data.arena_documents import prepare_competition
+            from isotune.training.sft import Data
+
+            files = read_competition(Path(recipe.dataset_name))
+            prepared = prepare_competition(files, recipe, load_tokenizer(recipe, needed=("pad",)))
+            return Data(prepared.train, prepared.evaluation), None
         if isinstance(recipe, ClassificationRecipe):
             from isotune.training.classification import prepare_data
 

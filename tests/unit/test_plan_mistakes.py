@@ -1,0 +1,84 @@
+"""A plan finds every mistake at once, in recipe, accelerate file and DeepSpeed file, and none in what is shipped."""
+
+from pathlib import Path
+
+import pytest
+from benchmarks.mistakes.cases import CASES, RECIPE, write_case
+from tests.launching import REPOSITORY
+
+from isotune.errors import UserError
+from isotune.planner.asked import read_asked
+
+BASELINES = REPOSITORY / "train" / "configs" / "arena_baselines.yaml"
+RECIPES = sorted(set((REPOSITORY / "train" / "configs").glob("*.yaml")) - {BASELINES})
+LAUNCHES = sorted((REPOSITORY / "accelerate_configs").glob("*.yaml"))
+
+
+def flags(**values) -> list[str]:
+    return [word for key, value in values.items() for word in (f"--{key}", str(value))]
+
+
+def test_the_corpus_is_large_enough():
+    assert len(CASES) >= 40
+    assert {case.kind for case in CASES} == {"misspelt", "ineffective", "contradicting", "impossible"}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kind}-{case.expects}")
+def test_a_mistake_is_found_and_its_key_named(case, tmp_path):
+    recipe, accelerate = write_case(case, tmp_path)
+    try:
+        problems = read_asked(recipe, [], str(accelerate), None).problems
+    except UserError as refused:
+        problems = (str(refused),)
+    assert any(case.expects in problem for problem in problems), problems
+
+
+def test_a_right_recipe_under_a_right_launch_has_no_problem(tmp_path):
+    assert read_asked(None, flags(**RECIPE), str(REPOSITORY / "accelerate_configs" / "zero2.yaml"), 3).problems == ()
+
+
+@pytest.mark.parametrize("launch", LAUNCHES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
+def test_every_shipped_recipe_suits_every_shipped_launch(recipe, launch, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    asked = read_asked(recipe, [], str(launch), None)
+    assert asked.problems == ()
+    assert asked.launch.world_size == (1 if launch.stem == "single" else 2)
+
+
+def test_all_mistakes_are_said_at_once(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model_name_or_path: builtin:opt-tiny\nlearning_rat: 1\ntune: full\nr: 8\nbf16: true\nfp16: true\n"
+    )
+    found = read_asked(recipe, ["--optim", "adamv"], None, None).problems
+    assert len(found) == 5
+    for key in ("learning_rate", "dataset_name", "r has no effect", "bf16", "--optim"):
+        assert any(key in sentence for sentence in found), (key, found)
+
+
+def test_a_recipe_is_known_by_its_keys_and_else_by_its_model():
+    own = {"output_dir": "runs/x", "model_name_or_path": "builtin:opt-tiny", "dataset_name": "builtin:greetings"}
+    assert type(read_asked(None, flags(**own), None, None).recipe).__name__ == "Recipe"
+    bert = own | {"model_name_or_path": "builtin:bert-tiny"}
+    assert type(read_asked(None, flags(**bert), None, None).recipe).__name__ == "ClassificationRecipe"
+    labels = own | {"num_labels": 3}
+    assert type(read_asked(None, flags(**labels), None, None).recipe).__name__ == "ClassificationRecipe"
+
+
+@pytest.mark.parametrize("file", ["missing.yaml", "list.yaml", "broken.yaml"])
+def test_a_launch_file_that_is_none_is_one_of_the_problems(file, tmp_path: Path):
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    asked = read_asked(None, flags(**RECIPE), str(tmp_path / file), None)
+    assert len(asked.problems) == 1 and file in asked.problems[0]
+
+
+def test_no_process_is_refused():
+    with pytest.raises(UserError, match="--world_size is 0"):
+        read_asked(None, flags(**RECIPE), None, 0)
+
+
+def test_baselines_have_nothing_to_plan():
+    with pytest.raises(UserError, match="method: baselines trains no network"):
+        read_asked(BASELINES, [], None, None)
