@@ -1,6 +1,7 @@
 """What the evaluations of one or several runs found, name by name: metrics, pictures, examples, and who is better."""
 
 import base64
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from isotune.evaluation.results import CLASSIFICATION, Result
 from isotune.report.run_record import RunRecord
 from isotune.report.wording import letter, number
 
+TEXTS = "examples.jsonl"
 EXAMPLES = 10
 LONGEST_TEXT = 2_000
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -36,10 +38,11 @@ class MetricRow:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG as a data URI, with what it shows in words."""
+    """A PNG as a data URI, what it shows in a sentence, and more of that where there is more."""
 
     uri: str
     description: str
+    details: list[str]
     run: str
 
 
@@ -69,6 +72,7 @@ class Evaluation:
     Attributes:
         runs, letters: long and short names of the runs that have it, in the order of the columns.
         per_class: rows of the metrics of single classes.
+        truth: what the examples call what is true.
         comparison: where several runs have it and their rows are the same; else `not_compared` says why.
     """
 
@@ -80,6 +84,7 @@ class Evaluation:
     per_class: list[MetricRow]
     pictures: list[Picture]
     examples_title: str
+    truth: str
     examples: list[Example]
     comparison: Comparison | None
     not_compared: str
@@ -115,6 +120,7 @@ def _evaluation(name: str, records: Sequence[RunRecord], notes: list[str]) -> Ev
         per_class=[row for row in rows if "_class_" in row.name],
         pictures=[one for run, result in results.items() for one in _pictures(run, result, notes)],
         examples_title=title,
+        truth="Actual" if facts["kind"] == CLASSIFICATION else "Reference",
         examples=examples,
         comparison=comparison,
         not_compared=why_not,
@@ -143,21 +149,19 @@ def _pictures(run: str, result: Result, notes: list[str]) -> list[Picture]:
         content = file.read_bytes()
         if content.startswith(_PNG):
             uri = "data:image/png;base64," + base64.b64encode(content).decode()
-            found.append(Picture(uri, _description(file, result), run))
+            description, *details = _words(file, result)
+            found.append(Picture(uri, description, details, run))
         else:
             notes.append(f"{file} is left out: it is no PNG picture.")
     return found
 
 
-def _description(file: Path, result: Result) -> str:
-    """What the evaluation says of its picture, else the picture's name."""
-    said = (result.facts.get("pictures") or {}).get(file.name)
+def _words(file: Path, result: Result) -> list[str]:
+    """What stands beside a picture in a file .txt: a sentence, then more; else what its name says."""
     beside = file.with_suffix(".txt")
-    if isinstance(said, str) and said.strip():
-        return said.strip()
-    if beside.is_file() and (text := beside.read_text(encoding="utf-8", errors="replace").strip()):
-        return text
-    return f"{file.stem.replace('_', ' ').replace('-', ' ').capitalize()}, evaluation {result.folder.name}"
+    lines = beside.read_text(encoding="utf-8", errors="replace").splitlines() if beside.is_file() else []
+    said = [line.strip() for line in lines if line.strip()]
+    return said or [f"{file.stem.replace('_', ' ').replace('-', ' ')}, of the evaluation {result.folder.name}"]
 
 
 def _examples(results: dict[str, Result]) -> tuple[str, list[Example]]:
@@ -169,6 +173,7 @@ def _examples(results: dict[str, Result]) -> tuple[str, list[Example]]:
 
 def _errors(run: str, result: Result) -> list[Example]:
     """The wrong rows of which the model was surest, the surest first."""
+    texts = _texts(result.folder / TEXTS)
     wrong = []
     for row in result.predictions:
         shares, label = row.get("probabilities") or [], row.get("label")
@@ -179,7 +184,7 @@ def _errors(run: str, result: Result) -> list[Example]:
     return [
         Example(
             id=str(row["id"]),
-            question=_cut(row.get("text")),
+            question=_cut(texts.get(row["id"])),
             reference=_class(row.get("label"), result),
             answers=[Answer(run, f"{_class(chosen, result)}, probability {-minus:.3f}", False)],
         )
@@ -187,8 +192,17 @@ def _errors(run: str, result: Result) -> list[Example]:
     ]
 
 
+def _texts(file: Path) -> dict[Any, str]:
+    """The texts of the rows worth reading by id; predictions hold none."""
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return {row["id"]: row["text"] for row in rows}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
 def _class(label: Any, result: Result) -> str:
-    names = result.facts.get("class_names")
+    names = result.facts.get("label_names")
     if isinstance(names, list) and isinstance(label, int) and 0 <= label < len(names):
         return str(names[label])
     return f"class {label}"

@@ -72,4 +72,4 @@ def render_report(runs: Sequence[str | Path]) -> str:
         notes=notes,
         wording=wording,
     )
-    return html.translate(_FORBIDDEN)
+    return html.lstrip().translate(_FORBIDDEN)
