@@ -106,10 +106,12 @@ def build_trainer(
         seed=recipe.seed,
         shuffle=False,
     )
-    fingerprints = {"train": data.train.fingerprint}
-    if data.evaluation is not None:
-        fingerprints["evaluation"] = data.evaluation.fingerprint
-    start_up = StartUp(run, fingerprints)
+    roles = {role: found for role, found in (("train", data.train), ("evaluation", data.evaluation)) if found}
+    start_up = StartUp(
+        run,
+        {role: found.fingerprint for role, found in roles.items()},
+        {role: found.table.as_dict() for role, found in roles.items()},
+    )
     trainer = kind(
         model=model,
         args=training_arguments(recipe, process),
@@ -175,6 +177,7 @@ def save(
     """
     trainer.accelerator.wait_for_everyone()
     trainer.watchdog.stop()
+    run.fence.check()
     report = None
     inner: Any = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     model: Any = plain_model(inner, keep=trainer.process.is_main)

@@ -21,11 +21,15 @@ class StartUp(TrainerCallback):
     Args:
         run: the folder, still untouched.
         data_fingerprints: of the prepared data, by role.
+        data_counts: what preparation did to the data, counted, by role.
     """
 
-    def __init__(self, run: RunFolder, data_fingerprints: dict[str, str]) -> None:
+    def __init__(
+        self, run: RunFolder, data_fingerprints: dict[str, str], data_counts: dict[str, dict[str, Any]]
+    ) -> None:
         self.run = run
         self.data_fingerprints = data_fingerprints
+        self.data_counts = data_counts
         self.trainer: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -55,6 +59,7 @@ class StartUp(TrainerCallback):
             "in_effect": found,
             "isolation": isolation.as_dict(),
             "data_fingerprints": self.data_fingerprints,
+            "data": self.data_counts,
         }
         self.run.begin(record, metrics=trainer.resumption and trainer.resumption.metrics)
         trainer.metrics_file = MetricsFile(self.run.path / METRICS, self.run.fence)
