@@ -62,7 +62,7 @@ def main() -> None:
     from isotune.evaluation.classification_models import load_model_classifier, load_run_classifier, task_of_run
     from isotune.evaluation.classification_result import evaluate_rows, print_scores, read_task_rows, write_evaluation
     from isotune.evaluation.pictures import draw_pictures
-    from isotune.evaluation.pictures_attention import draw_attention
+    from isotune.evaluation.pictures_attention import chosen_rows, draw_attention
     from isotune.evaluation.ranks import start_ranks
     from isotune.report.loss_curve import METRICS, draw_loss_curve
 
@@ -86,6 +86,7 @@ def main() -> None:
     )
     if done is None:
         return
+    pictured = chosen_rows(done, given.attention_ids)
     home = Path(given.run_dir or Path("runs") / Path(given.model).name)
     folder = Path(given.output_dir or home / "eval" / task.name)
     settings: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "resamples": given.resamples}
@@ -93,7 +94,7 @@ def main() -> None:
     write_examples(done.examples, folder)
     if not given.no_pictures:
         draw_pictures(done, folder)
-        draw_attention(classifier, done, folder, given.attention_ids)
+        draw_attention(classifier, done, folder, pictured)
         if given.run_dir and (home / METRICS).is_file():
             print(f"loss curve  {draw_loss_curve(home)}")
     write_evaluation(done, folder, classifier, task, settings)

@@ -1,5 +1,6 @@
 """A classifier ready to be asked: of a finished run, whole or an adapter, or any other that transformers can load."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -142,7 +143,7 @@ def _check_kind(folder: Path, name: str) -> None:
 
 def _load_adapted_base(run: FinishedRun, device: torch.device) -> Any:
     """The base of an adapter with a head of the adapter's size; the adapter brings the head's weights."""
-    if run.settings.get("tune") not in ("lora", "qlora") or "num_labels" not in run.settings:
+    if json.loads((run.model / ADAPTER_CONFIG).read_text("utf-8")).get("task_type") != "SEQ_CLS":
         raise UserError(f"{run.folder} is no run of a classifier: eval/generate.py evaluates a language model")
     try:
         config = AutoConfig.from_pretrained(str(run.base))

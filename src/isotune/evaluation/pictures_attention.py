@@ -41,16 +41,10 @@ class Attention:
     rolled: np.ndarray
 
 
-def draw_attention(
-    classifier: Classifier, done: Evaluation, folder: Path, ids: Sequence[str] | None = None
-) -> list[Path]:
-    """attention_heads_ID.png and attention_words_ID.png of the rows with these ids, or of three telling short ones.
-
-    Raises:
-        UserError: an id that there is not.
-    """
+def draw_attention(classifier: Classifier, done: Evaluation, folder: Path, rows: Sequence[int]) -> list[Path]:
+    """attention_heads_ID.png and attention_words_ID.png of these rows; nothing where the model gives no weights."""
     pictures: list[Path] = []
-    for row in chosen_rows(done, ids):
+    for row in rows:
         found = attention_of(classifier, done.rows, row)
         if found is None:
             print(f"note        {classifier.name} gives no attention weights: they are not drawn")
@@ -68,7 +62,11 @@ def draw_attention(
 
 
 def chosen_rows(done: Evaluation, ids: Sequence[str] | None) -> list[int]:
-    """The rows of these ids; else the most confident errors of readable length, or the shortest texts."""
+    """The rows of these ids; else the most confident errors of readable length, or the shortest texts.
+
+    Raises:
+        UserError: an id that there is not.
+    """
     if ids is not None:
         places = {str(one): row for row, one in enumerate(done.rows.ids)}
         unknown = [one for one in ids if one not in places]
@@ -77,9 +75,8 @@ def chosen_rows(done: Evaluation, ids: Sequence[str] | None) -> list[int]:
         return [places[one] for one in ids]
     lengths = done.rows.documents.lengths
     order = worth_reading(done.rows.labels, done.probabilities)
-    readable = order[lengths[order] <= max(READABLE_TOKENS, np.partition(lengths, min(EXAMPLES, len(lengths)) - 1)[
-        min(EXAMPLES, len(lengths)) - 1])]  # fmt: skip
-    return readable[:EXAMPLES].tolist()
+    longest = max(READABLE_TOKENS, np.sort(lengths)[: 2 * EXAMPLES].max())
+    return order[lengths[order] <= longest][:EXAMPLES].tolist()
 
 
 @torch.no_grad()
@@ -139,9 +136,9 @@ def words_of(tokenizer: Any, ids: Sequence[int]) -> tuple[list[str], np.ndarray]
         if goes_on:
             words[-1] += text.removeprefix("##")
         else:
-            words.append(text.strip() or text)
+            words.append(text)
         word_of.append(len(words) - 1)
-    return words, np.array(word_of)
+    return [word.strip() or word for word in words], np.array(word_of)
 
 
 def _draw_heads(found: Attention, title: str, file: Path) -> Path:
@@ -151,14 +148,15 @@ def _draw_heads(found: Attention, title: str, file: Path) -> Path:
     for layer in range(rows):
         for head in range(columns):
             panel = panels[layer][head]
-            panel.imshow(found.weights[layer, head], cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+            panel.imshow(np.sqrt(found.weights[layer, head]), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
             panel.set_xticks([])
             panel.set_yticks([])
             if layer == 0:
                 panel.set_title(f"head {head + 1}", fontsize=8)
             if head == 0:
                 panel.set_ylabel(f"layer {layer + 1}", fontsize=8)
-    figure.suptitle(f"{title}\na row: a token that looks; a column: what it looks at, {count} tokens", fontsize=9)
+    key = f"rows look at columns; {count} tokens; shaded by the square root of the weight"
+    figure.suptitle(f"{title}\n{key}", fontsize=9)
     words = [f"Attention of {layers} layers with {heads} heads over {count} tokens. {title}."]
     for layer in range(layers):
         from_head = found.weights[layer, :, 0]
@@ -181,7 +179,7 @@ def _grid_of(rows: int, columns: int) -> tuple[Any, Any]:
 def _draw_words(found: Attention, title: str, file: Path) -> Path:
     """The text, each word shaded by its share; the darkest is the one with the largest share."""
     lines = _lines(found.words)
-    figure, panel = new_figure(8.4, 0.9 + 0.27 * len(lines))
+    figure, panel = new_figure(7.2, 0.75 + 0.26 * len(lines))
     panel.set_axis_off()
     character, largest = 1 / LINE_CHARACTERS, max(float(found.rolled.max()), 1e-9)
     for line, words in enumerate(lines):
@@ -189,10 +187,8 @@ def _draw_words(found: Attention, title: str, file: Path) -> Path:
         for word in words:
             shade = float(found.rolled[word]) / largest
             box = {"facecolor": COLOURS[5], "alpha": 0.85 * shade, "pad": 1.2, "linewidth": 0}
-            panel.text(
-                x, 1 - (line + 0.5) / len(lines), _mono(found.words[word]), family="monospace", fontsize=9, va="center",
-                transform=panel.transAxes, bbox=box,
-            )  # fmt: skip
+            style: dict[str, Any] = {"family": "monospace", "fontsize": 10.5, "va": "center", "bbox": box}
+            panel.text(x, 1 - (line + 0.5) / len(lines), _mono(found.words[word]), transform=panel.transAxes, **style)
             x += (len(_mono(found.words[word])) + 1) * character
     panel.set_title(f"{title}\nattention rolled out from the first token over words", loc="left", fontsize=9)
     order = np.argsort(-found.rolled, kind="stable")[:WORDS_SAID]

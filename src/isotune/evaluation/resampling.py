@@ -22,7 +22,7 @@ import numpy as np
 from scipy.special import ndtr, ndtri
 
 RESAMPLES, LEVEL = 2_000, 0.95
-BLOCK_WEIGHTS = 2**21  # a block's weights and their fp32 copy stay in or near the cache
+BLOCK_WEIGHTS = 2**19  # a block and its fp32 copy stay in or near the caches
 _OPEN = 255  # a byte for which the table has no answer
 _SPARE_DEVIATIONS = 5.0  # the Poisson sum exceeds n once in three million resamples, which are drawn again
 _LARGEST_POISSON = 40  # its probability is below 1e-48
