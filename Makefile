@@ -54,9 +54,10 @@ lint: $(STAMP) ## style, types and the order of the layers
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	$(BIN)/shellcheck -x slurm/* .ci/run
+	$(BIN)/shellcheck -x slurm/*.sh slurm/*.sbatch .ci/run
 
 bench: $(STAMP) ## every benchmark; each prints one JSON line last
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
 	@for question in benchmarks/*.py; do echo "== $$question"; $(BIN)/python $$question || exit 1; done
 
 clean: ## remove the environment and the runs

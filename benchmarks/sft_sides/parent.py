@@ -21,12 +21,14 @@ class Side:
         SideFailed: it cannot be built, now or in `steps`.
     """
 
-    def __init__(self, name: str, mode: str, given: argparse.Namespace, scratch: str) -> None:
+    def __init__(
+        self, name: str, mode: str, given: argparse.Namespace, scratch: str, module: str | None = None
+    ) -> None:
         self.name = name
         self.log = Path(scratch) / f"{mode}-{name}.log"
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=run_side, args=(theirs, name, mode, given, scratch), daemon=True)
+        self.process = context.Process(target=run_side, args=(theirs, name, mode, given, scratch, module), daemon=True)
         self.process.start()
         theirs.close()
         self.facts = self._answer(self.pipe)

@@ -20,8 +20,8 @@ class Finished(SystemExit):
     """Unwinds a training loop that is not needed any more."""
 
 
-def run_side(pipe: Connection, side: str, mode: str, given: Namespace, scratch: str) -> None:
-    """The main function of a side's process.
+def run_side(pipe: Connection, side: str, mode: str, given: Namespace, scratch: str, module: str | None = None) -> None:
+    """The main function of a side's process; `module` holds the side, by default the one in this package.
 
     Sends `{"failed": reason}` where the side cannot run; else what `Metronome` sends.
     """
@@ -29,9 +29,8 @@ def run_side(pipe: Connection, side: str, mode: str, given: Namespace, scratch: 
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     try:
-        importlib.import_module(f"sft_sides.{MODULES.get(side, 'trl_side')}").run(
-            Metronome(pipe), side, mode, given, scratch
-        )
+        module = module or f"sft_sides.{MODULES.get(side, 'trl_side')}"
+        importlib.import_module(module).run(Metronome(pipe), side, mode, given, scratch)
     except Finished:
         return
     except BaseException as error:

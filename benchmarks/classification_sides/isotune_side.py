@@ -1,0 +1,50 @@
+"""isotune's own trainer, built by the functions that train/imdb.py calls, on the documents of a round."""
+
+from argparse import Namespace
+from dataclasses import replace
+from typing import Any
+
+import torch
+from sft_sides.process import Metronome
+from transformers import TrainerCallback
+
+from classification_sides.material import DOCUMENTS_PER_STEP, facts_of_training, geometry, material
+from isotune.data.collate import lay_out
+from isotune.data.documents import Rows
+from isotune.data.plan import Plan
+from isotune.training import classification, sft
+from isotune.training.launch import start_process
+from isotune.training.run_folder import RunFolder
+
+
+def run(metronome: Metronome, side: str, mode: str, given: Namespace, scratch: str) -> None:
+    """Train until the metronome ends it."""
+    shared = material(mode, side, given, scratch)
+    recipe, process = shared.recipe, start_process(shared.recipe)
+    rows = Rows(torch.tensor(shared.mixed).numpy(), torch.arange(len(shared.mixed) + 1).numpy())
+    data = sft.Data(replace(shared.prepared, rows=rows), None)
+    config = geometry(recipe, shared.tokenizer, given)
+    model = classification.build_model(recipe, config, data, process)
+    trainer = classification.build_trainer(recipe, process, RunFolder(recipe), model, shared.tokenizer, data)
+    # every pass over the documents in the same order, as on the other sides
+    trainer.plan = Plan(
+        data.train.documents, rows, global_batch_size=DOCUMENTS_PER_STEP, microbatch_tokens=recipe.microbatch_tokens,
+        seed=recipe.seed, shuffle=False,
+    )  # fmt: skip
+
+    @torch.no_grad()
+    def facts() -> dict[str, Any]:
+        first, documents = trainer.plan.step(0), data.train.documents
+        model: Any = trainer.model_wrapped
+        model.eval()
+        passes: list[Any] = [lay_out(documents, microbatch) for microbatch in first.microbatches]
+        loss = sum(float(model(**trainer._prepare_inputs(one), use_cache=False).loss) for one in passes)
+        tokens = int(documents.lengths[shared.mixed].sum())
+        return facts_of_training(loss / DOCUMENTS_PER_STEP, len(shared.mixed), tokens, tokens, 0.0)
+
+    class Hold(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            metronome.beat(facts)
+
+    trainer.add_callback(Hold())
+    trainer.train()
