@@ -94,16 +94,16 @@ def raises(reader: Callable[[], Any]) -> bool:
 def read_arguments(recipe: Path) -> Any:
     """TRL's parser over the arguments of SFTTrainer and of its model; `tune` becomes its own switches."""
     from transformers import HfArgumentParser
-    from trl import ModelConfig, SFTConfig
+    from trl.trainer.model_config import ModelConfig
+    from trl.trainer.sft_config import SFTConfig
 
     values = yaml.safe_load(recipe.read_text())
     theirs = {key: value for key, value in values.items() if key not in OURS}
     theirs |= {"use_peft": values.get("tune") != "full", "load_in_4bit": values.get("tune") == "qlora"}
     theirs |= {"use_cpu": True, "bf16": values.get("bf16", False)}
     renamed = {"r": "lora_r", "target_modules": "lora_target_modules"}
-    return HfArgumentParser([SFTConfig, ModelConfig]).parse_dict(  # type: ignore[arg-type]
-        {renamed.get(key, key): value for key, value in theirs.items()}
-    )
+    words = {renamed.get(str(key), str(key)): value for key, value in theirs.items()}
+    return HfArgumentParser([SFTConfig, ModelConfig]).parse_dict(words)  # type: ignore[arg-type]
 
 
 def read_accelerate(file: Path) -> Any:

@@ -44,12 +44,16 @@ class StopRequest:
         self._first_interrupt: float | None = None
 
     def hear(self, number: int, frame: FrameType | None = None) -> None:
-        """The signal handler. A second SIGINT ends the process at once, as an impatient user expects."""
+        """The signal handler. A second SIGINT ends the process at once, as an impatient user expects.
+
+        A launcher passes on the first SIGINT as such, and the second as a SIGTERM.
+        """
         now = time.monotonic()
+        again = self._first_interrupt is not None and now - self._first_interrupt > SAME_KEYSTROKE_SECONDS
+        if again and number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         if number == signal.SIGINT:
-            if self._first_interrupt is not None and now - self._first_interrupt > SAME_KEYSTROKE_SECONDS:
-                signal.signal(signal.SIGINT, signal.SIG_DFL)
-                os.kill(os.getpid(), signal.SIGINT)
             self._first_interrupt = self._first_interrupt or now
         self.by = self.by or signal.Signals(number).name
 
