@@ -81,8 +81,16 @@ def test_a_share_that_leaves_a_side_empty_is_refused(tmp_path, reviews):
 
 
 def test_a_split_beside_an_evaluation_set_is_a_contradiction(tmp_path):
-    with pytest.raises(UserError, match=r"eval_dataset_name .* and eval_split_share .* contradict each other"):
+    with pytest.raises(UserError, match="eval_dataset_name and eval_split_share contradict each other"):
         prepare(tmp_path, [], eval_split_share=0.1, eval_dataset_name="builtin:opinions")
+
+
+def test_a_flag_for_the_one_puts_the_other_of_a_recipe_out_of_force():
+    least = {"model_name_or_path": "a/b", "dataset_name": "c/d", "output_dir": "e"}
+    by_share = ClassificationRecipe.from_values(**least, eval_split_share=0.1)
+    named = by_share.with_values(eval_dataset_name="f/g")
+    assert (named.eval_dataset_name, named.eval_split_share) == ("f/g", 0.0)
+    assert named.with_values(eval_split_share=0.2).eval_dataset_name is None
 
 
 def test_chance_is_even_and_one_purpose_says_nothing_about_another(contents):

@@ -116,7 +116,8 @@ def judge_run(run: Path, recipe: ClassificationRecipe, evaluation: PreparedLabel
             "rows_sha256": rows_digest(zip(documents.ids.tolist(), evaluation.texts(), strict=True)),
             "judged": folders[-1].parent.name,
             "label_source": recipe.label_source,
-            "verdict": DIFFERS if verdict.differs else SAME,
+            "label_names": evaluation.table.counts.class_names,
+            "verdict": str(verdict),
             "alarm": "the pipeline leaks" if alarm else None,
         },
         {

@@ -12,7 +12,7 @@ from isotune.recipe.schema import Contradiction, Key
 from isotune.recipe.values import parse
 
 # One of each pair is enough: a later layer that gives one puts the other of an earlier layer out of force.
-ALTERNATIVES = (("max_steps", "num_train_epochs"),)
+ALTERNATIVES = (("max_steps", "num_train_epochs"), ("eval_dataset_name", "eval_split_share"))
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,8 @@ def _evaluation(name: str, records: Sequence[RunRecord], notes: list[str]) -> Ev
     rows = [MetricRow(metric, [_cell(result, metric) for result in results.values()]) for metric in metrics]
     return Evaluation(
         name=name,
-        facts=f"{facts['kind']}, {len(first.predictions):,} rows of {facts['dataset_name']} ({facts['dataset_split']})",
+        facts=f"{facts['kind']}, {len(first.predictions):,} rows of {facts['dataset_name']} ({facts['dataset_split']})"
+        + "".join(_verdict(run if several else "", result) for run, result in results.items()),
         runs=list(results),
         letters=letters,
         metrics=[row for row in rows if "_class_" not in row.name],
@@ -125,6 +126,14 @@ def _evaluation(name: str, records: Sequence[RunRecord], notes: list[str]) -> Ev
         comparison=comparison,
         not_compared=why_not,
     )
+
+
+def _verdict(run: str, result: Result) -> str:
+    """What an evaluation that was judged against chance was found to be; an alarm first."""
+    if "verdict" not in result.facts:
+        return ""
+    alarm = f"ALARM, {result.facts['alarm']}: " if result.facts.get("alarm") else ""
+    return f". {run and run + ': '}{alarm}{result.facts['verdict']}"
 
 
 def _compare(results: list[Result]) -> tuple[Comparison | None, str]:
