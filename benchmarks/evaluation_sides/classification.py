@@ -1,0 +1,89 @@
+"""Documents a second from texts to probabilities: eval/classify.py's way beside transformers' pipeline.
+
+The same random model in fp32, the same real reviews cut to 512 tokens, the same threads, turn by turn in one process.
+The pipeline is given the sizes of batch below, and its best one counts. Both sides tokenise within the measured time.
+"""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, pipeline
+
+from isotune.data.labelled import LabelSettings, tokenise
+from isotune.data.sources import read_rows
+from isotune.evaluation.classification import classify, probabilities_of
+from isotune.evaluation.classification_models import Classifier
+from isotune.evaluation.ranks import Ranks
+from isotune.models.classifier import install_classification
+
+GEOMETRIES = {
+    "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
+    "bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+}
+MAX_TOKENS, TO_REACH = 512, 1.5
+TOLERANCE = 1e-5
+
+
+def measure(given: Namespace) -> dict[str, Any]:
+    """Rounds of both sides over the same documents; the ratio is the median over rounds."""
+    tokenizer = AutoTokenizer.from_pretrained(given.data / "tokenizers" / "bert-base-uncased")
+    config = BertConfig(vocab_size=len(tokenizer), **GEOMETRIES[given.geometry])
+    torch.manual_seed(0)
+    stock, ours = (BertForSequenceClassification(config).eval() for _ in range(2))
+    ours.load_state_dict(stock.state_dict())
+    install_classification(ours)
+    settings = LabelSettings(MAX_TOKENS, num_labels=2)
+    classifier = Classifier("random", ours, tokenizer, settings, None)
+    pipe: Any = pipeline("text-classification", model=stock, tokenizer=tokenizer, top_k=None, device="cpu")
+    lines = (given.data / "imdb" / "test.jsonl").read_text("utf-8").splitlines()
+    rows = [json.loads(lines[i]) for i in np.random.default_rng(0).permutation(len(lines))[: given.documents]]
+    rates: dict[str, list[float]] = {}
+    found: dict[str, np.ndarray] = {}
+    for number in range(given.rounds):
+        sides = ["isotune", *(f"pipeline {size}" for size in given.batch_sizes)]
+        for side in sides if number % 2 == 0 else sides[::-1]:
+            started = time.perf_counter()
+            if side == "isotune":
+                found[side] = _by_isotune(classifier, rows)
+            else:
+                found[side] = _by_pipeline(pipe, rows, int(side.split()[1]))
+            rates.setdefault(side, []).append(len(rows) / (time.perf_counter() - started))
+            print(f"round {number}: {side:<12} {rates[side][-1]:.1f} documents/s", flush=True)
+    apart = max(float(np.abs(one - found["isotune"]).max()) for one in found.values())
+    assert apart < TOLERANCE, f"the sides differ by {apart}"
+    middle = {side: statistics.median(of_rounds) for side, of_rounds in rates.items()}
+    best = max((side for side in middle if side != "isotune"), key=lambda side: middle[side])
+    ratio = statistics.median(a / b for a, b in zip(rates["isotune"], rates[best], strict=True))
+    return {
+        "geometry": given.geometry,
+        "documents": len(rows),
+        "threads": torch.get_num_threads(),
+        "documents_per_second": {side: round(rate, 2) for side, rate in middle.items()},
+        "pipeline_best": best,
+        "largest_difference": apart,
+        "ratio": round(ratio, 3),
+        "reached": ratio >= TO_REACH,
+    }
+
+
+def _by_isotune(classifier: Classifier, rows: list[dict[str, Any]]) -> np.ndarray:
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["ISOTUNE_CACHE"] = scratch  # what was prepared in another round is not taken from there
+        file = Path(scratch) / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        source = read_rows(str(file), "test")
+        documents = tokenise(source, classifier.tokenizer, classifier.settings, show_progress=False).texts
+        return probabilities_of(classify(classifier, documents, Ranks(0, 1, torch.device("cpu"))))
+
+
+def _by_pipeline(pipe: Any, rows: list[dict[str, Any]], batch_size: int) -> np.ndarray:
+    said = pipe([row["text"] for row in rows], batch_size=batch_size, truncation=True, max_length=MAX_TOKENS)
+    return np.array([[one["score"] for one in sorted(row, key=lambda one: one["label"])] for row in said])

@@ -1,0 +1,47 @@
+"""How fast is an evaluation: classification beside transformers' pipeline, and the bootstrap behind every interval?
+
+    python benchmarks/evaluation_throughput.py
+    python benchmarks/evaluation_throughput.py --parts bootstrap
+    python benchmarks/evaluation_throughput.py --parts classification --geometry bert-base --documents 40
+
+To reach: 1.5 times the documents a second of the pipeline at its best batch size, on IMDb's lengths; 10,000 resamples
+of 50,000 rows in 3 s. `evaluation_sides/` says how each part is measured. The last line is JSON.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+DATA = Path(os.environ.get("ISOTUNE_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+PARTS = ("classification", "bootstrap")
+
+
+def main() -> None:
+    """Measure the parts that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--documents", type=int, default=96, help="reviews a round")
+    parser.add_argument("--geometry", choices=("minilm", "bert-base"), default="minilm")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="of the pipeline")
+    parser.add_argument("--data", type=Path, default=DATA, help="the folder of real data")
+    given = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    result: dict[str, Any] = {"benchmark": "evaluation_throughput"}
+    for part in given.parts:
+        result[part] = measure(part, given)
+    print(json.dumps(result))
+
+
+def measure(part: str, given: argparse.Namespace) -> dict[str, Any]:
+    """A part's figures; its libraries are imported by then."""
+    from evaluation_sides import bootstrap, classification
+
+    return {"classification": classification, "bootstrap": bootstrap}[part].measure(given)
+
+
+if __name__ == "__main__":
+    main()
