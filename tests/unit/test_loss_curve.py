@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from isotune.errors import UserError
-from isotune.report.loss_curve import _figure, draw_loss_curve, read_curves, smoothed
+from isotune.report.curves import read_curves, smoothed
+from isotune.report.loss_curve import _figure, draw_loss_curve
 
 
 def write_metrics(folder, entries, tail=""):
@@ -34,6 +35,29 @@ def test_every_line_is_drawn_at_its_step_and_value(tmp_path):
     assert "nats per supervised token" in losses.get_ylabel()
     assert "step" in rates.get_xlabel()
     assert "learning rate" in rates.get_ylabel()
+
+
+def test_a_classifier_has_its_accuracy_beside_its_loss_by_step_by_epoch_and_in_evaluation(tmp_path):
+    counts, correct, losses = [7, 7, 6, 7, 7, 6, 7], [1, 2, 3, 4, 5, 6, 7], [3.0, 2.5, 2.0, 1.5, 1.0, 0.5, 0.4]
+    lines = [
+        {**training_line(step, loss), "epoch": step / 3, "documents": n, "accuracy": right / n}
+        for step, (n, right, loss) in enumerate(zip(counts, correct, losses, strict=True), start=1)
+    ]
+    lines += [{"step": 3, "eval_loss": 2.5, "eval_accuracy": 0.4}, {"step": 6, "eval_loss": 1.5, "eval_accuracy": 0.7}]
+    write_metrics(tmp_path, lines)
+
+    figure = _figure(read_curves(tmp_path / "metrics.jsonl"), "run")
+
+    panels = dict(zip(("loss", "accuracy", "rate"), figure.axes, strict=True))
+    drawn = {n: {line.get_label(): line.get_xydata() for line in p.get_lines()} for n, p in panels.items()}
+    steps = [(step, right / n) for step, (n, right) in enumerate(zip(counts, correct, strict=True), start=1)]
+    np.testing.assert_allclose(drawn["accuracy"]["training"], steps)
+    np.testing.assert_allclose(drawn["accuracy"]["evaluation"], [(3, 0.4), (6, 0.7)])
+    # six of twenty in the first epoch, fifteen of twenty in the second; the third is not over
+    np.testing.assert_allclose(drawn["accuracy"]["training, mean of the epoch"], [(3, 6 / 20), (6, 15 / 20)])
+    means = [(3.0 * 7 + 2.5 * 7 + 2.0 * 6) / 20, (1.5 * 7 + 1.0 * 7 + 0.5 * 6) / 20]
+    np.testing.assert_allclose(drawn["loss"]["training, mean of the epoch"], [(3, means[0]), (6, means[1])])
+    assert "nats per document" in panels["loss"].get_ylabel() and panels["accuracy"].get_ylabel() == "accuracy"
 
 
 def test_the_picture_is_a_png_that_is_not_blank(tmp_path):
@@ -72,18 +96,18 @@ def test_a_run_whose_every_loss_is_lost_is_drawn(tmp_path):
 
 def test_a_last_line_that_a_killed_run_cut_off_is_passed_over(tmp_path):
     write_metrics(tmp_path, [training_line(1, 2.0), training_line(2, 1.5)], tail='{"step": 3, "lo')
-    assert read_curves(tmp_path / "metrics.jsonl").steps == [1, 2]
+    assert read_curves(tmp_path / "metrics.jsonl").loss.steps == [1, 2]
 
 
 def test_lines_that_are_no_objects_are_passed_over(tmp_path):
     write_metrics(tmp_path, [training_line(1, 2.0), 7, [], {"note": "resumed"}, {"step": "2", "loss": 1.0}])
-    assert read_curves(tmp_path / "metrics.jsonl").losses == [2.0]
+    assert read_curves(tmp_path / "metrics.jsonl").loss.values == [2.0]
 
 
 def test_a_step_that_a_resumed_run_repeated_counts_as_it_was_written_last(tmp_path):
     write_metrics(tmp_path, [training_line(1, 3.0), training_line(2, 2.0), training_line(2, 1.9)])
-    curves = read_curves(tmp_path / "metrics.jsonl")
-    assert (curves.steps, curves.losses) == ([1, 2], [3.0, 1.9])
+    curve = read_curves(tmp_path / "metrics.jsonl").loss
+    assert (curve.steps, curve.values) == ([1, 2], [3.0, 1.9])
 
 
 def test_smoothing_is_the_weighted_mean_of_the_window():

@@ -72,7 +72,8 @@ def _copy_with(model: Any, tensors: dict[str, torch.Tensor]) -> nn.Module:
     config._attn_implementation = "eager"
     with torch.device("meta"):
         fresh: Any = _plain_class(base)(config)
-    fresh.generation_config = base.generation_config
+    if hasattr(base, "generation_config"):  # a classifier generates nothing
+        fresh.generation_config = base.generation_config
     if adapter:
         from peft import get_peft_model
 

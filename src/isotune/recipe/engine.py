@@ -167,7 +167,7 @@ _KEYS = (
 )  # fmt: skip
 
 # Of the figures that an evaluation gives, those that are better where they are higher.
-HIGHER_IS_BETTER = frozenset({"eval_accuracy", "eval_macro_f1"})
+HIGHER_IS_BETTER = frozenset({"eval_accuracy", "eval_f1_macro"})
 # What decides which evaluation is the best, or how many there are: with them a result may hang on it.
 CHOOSES_THE_BEST = frozenset({"metric_for_best_model", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start"})
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
@@ -362,17 +362,7 @@ class ClassificationRecipe(RunRecipe):
             ),
             "say one number for each class",
         ),
-        Contradiction(
-            ("eval_dataset_name", "eval_split_share"),
-            lambda values: values["eval_dataset_name"] is not None and values["eval_split_share"] > 0,
-            "evaluate on the one or on the other",
-        ),
     )
-
-
-def kind_of(values: Mapping[str, Any]) -> type[Recipe | ClassificationRecipe]:
-    """The kind of recipe that resolved values belong to: only instruction tuning has rows to pack."""
-    return Recipe if "packing" in values else ClassificationRecipe
 
 
 AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)

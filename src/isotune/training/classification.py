@@ -11,7 +11,6 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from isotune.checkpoints.final_model import FinalModelReport
 from isotune.checkpoints.gathering import reshard
-from isotune.checkpoints.manifest import replace_file
 from isotune.data.collate import lay_out
 from isotune.data.documents import LabelledDocuments
 from isotune.data.labelled_split import prepare_both
@@ -54,7 +53,11 @@ def build_model(recipe: ClassificationRecipe, config: PreTrainedConfig, data: sf
         UserError: see `load_classifier`, or class_weights does not fit the classes.
     """
     class_loss = class_loss_of(recipe, data.train)
+    if class_loss.class_weights is not None and process.is_main:
+        print(f"weights     of classes 0 to K - 1: {', '.join(f'{weight:.4g}' for weight in class_loss.class_weights)}")
     config.num_labels = data.train.num_labels  # type: ignore[union-attr]
+    if names := data.train.table.counts.class_names:  # type: ignore[union-attr]
+        config.id2label, config.label2id = dict(enumerate(names)), {name: k for k, name in enumerate(names)}
     base = load_classifier(recipe, config, process.loading_device(recipe))
     if install_classification(base, class_loss) == PADDED and process.is_main:
         print(f"note        model type '{config.model_type}' is not known to work without padding: texts are padded")
@@ -128,26 +131,37 @@ class ClassificationTrainer(PlanTrainer):
         return {"accuracy": count / step.documents}
 
     def measure(self) -> dict[str, float]:
-        """Loss and accuracy of the evaluation documents, each exact; every prediction goes to RUN/eval/STEP.
+        """Figures of the evaluation documents, each exact; every prediction goes to RUN/eval/STEP.
 
         Returns:
-            eval_loss in nats per document, eval_accuracy, eval_documents, eval_seconds.
+            eval_loss in nats per document, without weights or smoothing; eval_accuracy, eval_f1_macro,
+            eval_documents, eval_seconds.
         """
         started = time.perf_counter()
         losses, logits = predict(self)
         documents: Any = self.evaluation.documents  # type: ignore[union-attr]
-        chosen = logits.argmax(dim=1)
-        correct = int((chosen == torch.from_numpy(documents.labels[:].astype("int64"))).sum())
+        labels, chosen = np.asarray(documents.labels), logits.argmax(dim=1).numpy()
         if self.process.is_main:
             folder = self.run.path / "eval" / f"step-{self.state.global_step:08d}"
             folder.mkdir(parents=True, exist_ok=True)
-            replace_file(folder / PREDICTIONS, _lines(documents, logits))
+            self.run.fence.put(folder / PREDICTIONS, _lines(documents, logits))
         return {
             "eval_loss": ordered_sum(losses) / len(documents),
-            "eval_accuracy": correct / len(documents),
+            "eval_accuracy": int((chosen == labels).sum()) / len(documents),
+            "eval_f1_macro": f1_macro(labels, chosen),
             "eval_documents": len(documents),
             "eval_seconds": time.perf_counter() - started,
         }
+
+
+def f1_macro(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """The mean F1 of the classes that stand among labels or predictions, int [documents] each; as scikit-learn's."""
+    classes = int(max(labels.max(), predictions.max())) + 1
+    hits, wanted, said = (
+        np.bincount(values, minlength=classes) for values in (labels[labels == predictions], labels, predictions)
+    )
+    present = wanted + said > 0
+    return float(np.mean(2 * hits[present] / (wanted + said)[present]))
 
 
 @torch.no_grad()

@@ -35,9 +35,9 @@ class EarlyStop(EarlyStoppingCallback):
     ) -> None:
         """As the stock one, and a line where it ends training."""
         super().on_evaluate(args, state, control, metrics, **more)
-        if self.has_stopped and state.is_world_process_zero:
+        if self.has_stopped and state.is_world_process_zero and state.global_step < state.max_steps:
             times = self.early_stopping_patience
-            final = "that model is kept" if self.keeps_best else "the model is kept as it is now"
+            final = "the best model is kept" if self.keeps_best else "the model is kept as it is now"
             self.say(
                 f"stopped     early after step {state.global_step}: {args.metric_for_best_model} has not been better "
                 f"than {state.best_metric:.6g} for {times} evaluation{'s' if times > 1 else ''}; {final}"
