@@ -42,7 +42,7 @@ def check_tasks(tasks: str) -> list[str]:
         UserError: lm-eval is not installed, a file is missing, or no task has this name.
     """
     try:
-        from lm_eval.tasks import TaskManager
+        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError("--lm_eval_tasks needs lm-evaluation-harness: pip install 'isotune[lm-eval]'") from error
     named = [task.strip() for task in tasks.split(",") if task.strip()]
@@ -69,8 +69,8 @@ def run_tasks(speaker: Speaker, tasks: Sequence[str], *, limit: int | None, batc
     Raises:
         UserError: a task or its data cannot be loaded.
     """
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
+    import lm_eval  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
     try:
         with quiet_libraries():
