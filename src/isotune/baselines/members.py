@@ -113,8 +113,14 @@ class SwapAveraged:
 
     def predict(self, given: Views, swapped: Views) -> np.ndarray:
         """Probabilities of a, b and tie: float64 [rows, 3], each row summing to 1."""
-        one, other = (self.model.predict_proba(getattr(views, self.view)) for views in (given, swapped))
+        one, other = (self._shares(getattr(views, self.view)) for views in (given, swapped))
         return normalised(np.maximum((one + other[:, SWAPPED_CLASSES]) / 2, SMALLEST_PROBABILITY))
+
+    def _shares(self, matrix: Any) -> np.ndarray:
+        """What the model says of every class; of one that stood in none of its rows it says nothing: [rows, 3]."""
+        shares = np.zeros((matrix.shape[0], len(SWAPPED_CLASSES)))
+        shares[:, self.model.classes_] = self.model.predict_proba(matrix)
+        return shares
 
 
 def normalised(shares: np.ndarray) -> np.ndarray:

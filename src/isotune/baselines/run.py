@@ -4,11 +4,12 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from isotune.baselines.members import check_grids
 from isotune.baselines.preference import BLEND, Baselines, fit_baselines
-from isotune.data.arena import Competition, read_competition
+from isotune.data.arena import CLASSES, Battles, Competition, read_competition
 from isotune.errors import AlreadyDone, UserError
 from isotune.evaluation.preference import read_answers, score_preferences, write_preferences
 from isotune.evaluation.submission import write_submission
@@ -16,6 +17,7 @@ from isotune.recipe.arena_recipes import BaselinesRecipe
 from isotune.recipe.layers import Layer
 
 RECIPE, SUBMISSION, CHOSEN = "recipe.yaml", "submission.csv", "chosen.json"
+PROMPTS_A_FOLD = 3  # what calibration inside a fold needs
 ROWS_WORTH_A_PROCESS = 500  # each process takes seconds to import what it needs
 HELD_OUT, TEST = "arena", "arena_test"
 
@@ -32,6 +34,7 @@ def run_baselines(recipe: BaselinesRecipe) -> None:
     run = Path(recipe.output_dir)
     _check_folder(run, recipe)
     files = read_competition(Path(recipe.dataset_name))
+    _check_enough(files.train, recipe.folds)
     answered = read_answers(Path(recipe.test_labels), files.test) if recipe.test_labels else None
     for battles in (files.train, files.test):
         print(battles.table(), flush=True)
@@ -73,6 +76,18 @@ def _chosen(fitted: Baselines) -> dict[str, dict]:
         name: {"weight": fitted.weights[name], "log_loss": one.log_loss, "parameters": one.parameters}
         for name, one in fitted.chosen.items()
     }
+
+
+def _check_enough(battles: Battles, folds: int) -> None:
+    """Refuse rows from which nothing can be learned or judged."""
+    prompts = len({battle.group() for battle in battles.battles})
+    if prompts < PROMPTS_A_FOLD * folds:
+        raise UserError(
+            f"folds: {folds} folds need {PROMPTS_A_FOLD * folds} different prompts, {battles.name} has {prompts}"
+        )
+    for name, count in zip(CLASSES, np.bincount(battles.labels, minlength=3), strict=True):
+        if not count:
+            raise UserError(f"{battles.name} has no row with {name}: there is nothing to tell apart")
 
 
 def _check_folder(run: Path, recipe: BaselinesRecipe) -> None:
