@@ -173,6 +173,25 @@ def test_an_evaluation_split_may_lack_a_class_but_not_have_a_new_one(write):
         quietly(write(*rows(("1", 2)), name="new.jsonl"), num_labels=2, evaluation=True)
 
 
+def test_a_documents_id_is_the_data_sets_own_where_it_has_one(write):
+    named = [{"id": f"review-{n}", "text": str(n), "label": n % 2} for n in (3, 1, 2)]
+    assert quietly(write(*named)).documents.ids.tolist() == ["review-3", "review-1", "review-2"]
+    numbered = [{**row, "id": 10**15 + n, "key": n} for n, row in enumerate(named)]
+    assert quietly(write(*numbered)).documents.ids.tolist() == [10**15, 10**15 + 1, 10**15 + 2]
+    assert quietly(write(*numbered), dataset_id_field="key").documents.ids.tolist() == [0, 1, 2]
+    assert quietly(write(*rows(("1", 0), ("2", 1)))).documents.ids.tolist() == [0, 1]
+
+
+def test_texts_are_cleaned_where_the_recipe_says_so_and_counted_where_not(write):
+    path = write(*rows((r"1\n2 <br />3", 0), ("1 2 3", 1), ("4", 0)))
+    left, undone = quietly(path), quietly(path, clean_text=True)
+    assert words_of(left, 0) != words_of(left, 1) and words_of(undone, 0) == words_of(undone, 1) == [40, 1, 2, 3, 41]
+    assert left.table.counts.marked == undone.table.counts.marked == 1
+    assert "HTML or escapes, left (clean_text" in str(left.table) and "escapes, undone" in str(undone.table)
+    assert list(undone.texts()) == [r"1\n2 <br />3", "1 2 3", "4"]  # as the source has them
+    assert left.fingerprint != undone.fingerprint
+
+
 def test_a_broken_row_of_a_csv_is_named(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("text,label\none,0\ntwo,1,surplus\n")

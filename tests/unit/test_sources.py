@@ -153,6 +153,33 @@ def test_a_byte_order_mark_and_blank_lines_are_no_mistake(tmp_path):
     assert list(read_rows(str(path)).rows()) == [{"text": "a"}, {"text": "b"}]
 
 
+def test_blanks_before_quoted_cells_are_left_out_where_a_csv_is_unreadable_with_them(tmp_path, shared_data):
+    prompts = [row["prompt"] for row in read_rows(str(shared_data / "prompts" / "prompts.csv")).rows()]
+    assert len(prompts) == 153 and prompts[0].startswith("I want you to act as a linux terminal. I will type")
+    assert prompts[-1].startswith("I want you to act as the Buddha (a.k.a. Siddhārtha Gautama or Buddha Shakyamuni)")
+    assert prompts[-1].endswith("supreme perfect awakening?")
+    plain, blanks = tmp_path / "plain.csv", tmp_path / "blanks.csv"
+    plain.write_text("a,b\n x, 1\n")
+    blanks.write_text('a,b\n x, 1\n"y, z", "2, 3"\n')
+    assert list(read_rows(str(plain)).rows()) == [{"a": " x", "b": 1}]
+    assert list(read_rows(str(blanks)).rows()) == [{"a": "x", "b": "1"}, {"a": "y, z", "b": "2, 3"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("a,b\n1,2\n\n1,2,3\n", "line 4 has 3 cells, and line 1 names 2 columns: 1,2,3"),
+        ('a,b\n"1\n1",2\n3\n', "line 4 has 1 cells, and line 1 names 2 columns: 3"),
+        ('a,b\n1,2\n3,"4\n5,6\n', "line 3 is not readable as CSV: unexpected end of data"),
+        ("a,b\n1,2\n\xff,3,4\n", "is not readable as CSV: its byte 8 is not UTF-8"),
+    ],
+)
+def test_a_broken_row_of_a_csv_is_named_by_the_line_where_it_begins(tmp_path, content, sentence):
+    path = tmp_path / "broken.csv"
+    path.write_bytes(content.encode("latin-1"))
+    assert mistake(path) == f"{path} {sentence}"
+
+
 def test_broken_csv_and_parquet_name_the_file(tmp_path):
     ragged, torn = tmp_path / "ragged.csv", tmp_path / "torn.parquet"
     ragged.write_text("a,b\n1,2\n1,2,3\n")

@@ -34,6 +34,8 @@ def read_csv(path: Path, rows_at_once: int) -> Iterator[dict[str, Any]]:
             table = _parse(io.BytesIO(plain))
         except pa.ArrowInvalid:
             raise UserError(f"{path} is not readable as CSV: {str(error).splitlines()[0]}") from error
+    if _has_odd_quotes(path):
+        _without_leading_blanks(path)  # Arrow takes a quote that is never closed for one cell to the end of the file
     names = table.column_names
     twice = [name for number, name in enumerate(names) if name in names[:number]]
     if twice:
@@ -52,6 +54,11 @@ def _parse(file: Any) -> Any:
         read_options=arrow_csv.ReadOptions(block_size=min(size + 1, 2**31 - 1)),
         parse_options=arrow_csv.ParseOptions(newlines_in_values=True),
     )
+
+
+def _has_odd_quotes(path: Path) -> bool:
+    with path.open("rb") as file:
+        return bool(sum(block.count(b'"') for block in iter(lambda: file.read(2**24), b"")) % 2)
 
 
 def _without_leading_blanks(path: Path) -> bytes:

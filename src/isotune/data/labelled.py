@@ -138,7 +138,7 @@ def prepare_labelled(
         show_progress: a bar of documents on stderr; one process of a launch should say True.
 
     Raises:
-        UserError: whatever the user can put right, in one sentence; nothing is written then.
+        UserError: whatever the user can put right, in one sentence.
     """
     found = read_labelled_set(dataset_name, split, tokenizer, settings, name=name, show_progress=show_progress)
     found.check_classes(evaluation=evaluation)

@@ -27,7 +27,7 @@ def prepare_both(
         show_progress: a bar on stderr; one process of a launch should say True.
 
     Raises:
-        UserError: whatever the user can put right, in one sentence; nothing is written then.
+        UserError: whatever the user can put right, in one sentence.
     """
     train = _read(recipe, tokenizer, "dataset_name", show_progress=show_progress)
     train.check_classes(evaluation=False)
