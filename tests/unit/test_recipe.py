@@ -22,7 +22,7 @@ def read(*argv: str, default: Path | None = None) -> Recipe:
     return read_recipe(argv, default_config=default, prog="sft", description="A test.")
 
 
-KINDS = {"sft_opt": Recipe, "yelp": ClassificationRecipe, "imdb": ClassificationRecipe}
+KINDS = {"sft_opt": Recipe} | dict.fromkeys(("yelp", "imdb", "prompts"), ClassificationRecipe)
 
 
 def read_shipped(path: Path, head_of: Path) -> RunRecipe | BaselinesRecipe:
