@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,14 @@ def opened(browser: Any, file: Path, width: int = DESK, height: int = 900, dark:
 
 
 def main() -> None:
-    """Take the picture."""
-    report, picture, *height = sys.argv[1:]
-    with started_browser() as browser, opened(browser, Path(report), height=int(height[0]) if height else 900) as seen:
-        seen.page.screenshot(path=picture)
+    """Take the picture, in few enough colours for a small file."""
+    from PIL import Image
+
+    report, picture = sys.argv[1:]
+    with started_browser() as browser, opened(browser, Path(report), height=1760) as seen:
+        content = seen.page.screenshot()
+    Path(picture).parent.mkdir(parents=True, exist_ok=True)
+    Image.open(BytesIO(content)).convert("RGB").quantize(128).save(picture, optimize=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from isotune.errors import UserError
 from isotune.evaluation.metrics import classification_statistics
 from isotune.evaluation.resampling import Statistic
 from isotune.evaluation.results import CLASSIFICATION, GENERATION, PREDICTIONS, Result
+from isotune.evaluation.text_metrics import measure_likelihoods, measure_texts
 
 # What is compared unless other metrics are named: few, because every further test weakens all others.
 COMPARED = {
@@ -91,26 +93,29 @@ def _labels_and_probabilities(result: Result) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _of_texts(result: Result) -> list[Statistic]:
-    # torch, which scores likelihoods, comes with these and takes seconds to import
-    from isotune.evaluation.likelihood import Likelihood
-    from isotune.evaluation.text_metrics import measure_likelihoods, measure_texts
-
     rows = result.predictions
     try:
         texts, references = [row["text"] for row in rows], [row["reference"] for row in rows]
     except KeyError as missing:
         raise UserError(f"{result.folder / PREDICTIONS}: a row has no {missing}") from None
     measured = measure_texts(texts, references, [row.get("ended", 0.0) for row in rows])
-    likelihoods = [_likelihood(row) for row in rows]
-    if None not in likelihoods:
-        measured |= measure_likelihoods([Likelihood(*one) for one in likelihoods if one])
+    scored = [one for row in rows if (one := _scored(row)) is not None]
+    if len(scored) == len(rows):
+        measured |= measure_likelihoods(scored)
     return [metric.of_all for metric in measured.values()]
 
 
-def _likelihood(row: dict[str, Any]) -> tuple[float, int, int, bool] | None:
-    """nll, tokens, bytes, whole of a reference, from what its line says; None where that does not say it."""
+@dataclass(frozen=True)
+class _Scored:
+    nll: float
+    tokens: int
+    bytes: int
+
+
+def _scored(row: dict[str, Any]) -> _Scored | None:
+    """How likely a reference is, from what its line says; None where that does not say it."""
     try:
         nll, perplexity, bits = row["nll"], row["perplexity"], row["bits_per_byte"]
-        return nll, round(nll / math.log(perplexity)), round(nll / (bits * math.log(2))), True
+        return _Scored(nll, round(nll / math.log(perplexity)), round(nll / (bits * math.log(2))))
     except (KeyError, ValueError, ZeroDivisionError):
         return None

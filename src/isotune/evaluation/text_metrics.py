@@ -9,11 +9,11 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from isotune.evaluation import resampling
-from isotune.evaluation.likelihood import Likelihood
 from isotune.evaluation.resampling import OfSums
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -60,7 +60,26 @@ def measure_texts(texts: Sequence[str], references: Sequence[str], ended: Sequen
     }
 
 
-def measure_likelihoods(found: Sequence[Likelihood]) -> dict[str, TextMetric]:
+class Scored(Protocol):
+    """How likely a reference is: `isotune.evaluation.likelihood.Likelihood`, or its numbers read back without torch."""
+
+    @property
+    def nll(self) -> float:
+        """Nats."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """That were scored."""
+        ...
+
+    @property
+    def bytes(self) -> int:
+        """Of their text."""
+        ...
+
+
+def measure_likelihoods(found: Sequence[Scored]) -> dict[str, TextMetric]:
     """nll (mean nats of a reference), perplexity (a token of all) and bits_per_byte (of all), by name."""
     nats = [one.nll for one in found]
     return {
