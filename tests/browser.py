@@ -71,6 +71,8 @@ def main() -> None:
     from PIL import Image
 
     report, picture = sys.argv[1:]
+    if find_browser() is None:
+        sys.exit(f"error: none of {', '.join(BROWSERS)} is installed")
     with started_browser() as browser, opened(browser, Path(report), height=1760) as seen:
         content = seen.page.screenshot()
     Path(picture).parent.mkdir(parents=True, exist_ok=True)

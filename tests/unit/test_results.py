@@ -59,6 +59,12 @@ def test_a_folder_without_a_result_is_named(tmp_path):
         read_result(tmp_path)
 
 
+def test_a_result_of_another_form_is_refused_with_what_it_lacks(folder):
+    (folder / "metrics.json").write_text('{"accuracy": 0.5, "kind": "classification", "rows": 2}')
+    with pytest.raises(UserError, match="does not say model, dataset_name, dataset_split, rows_sha256"):
+        read_result(folder)
+
+
 def test_a_metric_cannot_take_the_name_of_a_fact(tmp_path):
     with pytest.raises(ValueError, match="rows"):
         write_result(tmp_path, FACTS, {"rows": 2.0}, {}, PREDICTIONS)

@@ -72,6 +72,9 @@ def read_result(folder: Path) -> Result:
         UserError: a file is missing, truncated or broken, an id stands twice, or a number is none.
     """
     whole = _read_metrics(folder / METRICS)
+    missing = [name for name in FACTS if name not in whole]
+    if missing:
+        raise UserError(f"{folder / METRICS}: it does not say {', '.join(missing)}: evaluate again with this version")
     predictions = _read_predictions(folder / PREDICTIONS)
     if whole.get("rows") != len(predictions):
         raise UserError(f"{folder / PREDICTIONS}: {len(predictions)} rows, {METRICS} says {whole.get('rows')}")
