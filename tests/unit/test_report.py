@@ -208,6 +208,14 @@ def test_an_evaluation_without_a_run_has_a_report(tmp_path):
     assert ["accuracy", "0.5000", "0.2500 to 0.5000"] in Page(render_report([tmp_path / "model"])).rows()
 
 
+def test_an_evaluation_of_another_kind_shows_its_metrics(tmp_path):
+    where = tmp_path / "model" / "eval" / "tasks"
+    write_result(where, facts("lm_eval", 1), {"boolq/acc": 0.625}, {}, [{"id": 0, "document": "d"}])
+    page = Page(render_report([tmp_path / "model", tmp_path / "model"]))
+    assert ["boolq/acc", "0.6250", "", "0.6250", ""] in page.rows()
+    assert any("of the kind 'lm_eval' cannot be compared" in text for text in page.text("p"))
+
+
 def test_nothing_in_the_files_becomes_markup(tmp_path):
     first = write_run(tmp_path / "runs" / "<b>one", model_name_or_path=HOSTILE.replace("\x00", ""), steps=3)
     generate(first, [HOSTILE, "Yes."], prompt=HOSTILE, reference=HOSTILE)

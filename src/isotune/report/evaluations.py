@@ -10,7 +10,7 @@ from typing import Any
 
 from isotune.errors import UserError
 from isotune.evaluation.comparison import Comparison, compare_runs
-from isotune.evaluation.results import CLASSIFICATION, Result
+from isotune.evaluation.results import CLASSIFICATION, GENERATION, Result
 from isotune.report.run_record import RunRecord
 from isotune.report.wording import letter, number
 
@@ -177,7 +177,7 @@ def _examples(results: dict[str, Result]) -> tuple[str, list[Example]]:
     first = next(iter(results.values()))
     if first.facts["kind"] == CLASSIFICATION:
         return "Most confident errors", [one for run, result in results.items() for one in _errors(run, result)]
-    return "Answers beside their references", _side_by_side(results)
+    return "Answers beside their references", _side_by_side(results) if first.facts["kind"] == GENERATION else []
 
 
 def _errors(run: str, result: Result) -> list[Example]:
