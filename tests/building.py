@@ -89,7 +89,9 @@ def small_encoder(folder: Path, kind: str, **config: Any) -> str:
         small |= {"embedding_size": 16}
     torch.manual_seed(7)
     model = AutoModel.from_config(
-        AutoConfig.for_model(kind, vocab_size=len(tokenizer), pad_token_id=1, initializer_range=0.1, **small, **config)
+        AutoConfig.for_model(
+            kind, vocab_size=len(tokenizer), pad_token_id=1, initializer_range=0.1, **{**small, **config}
+        )
     )
     for parameter in model.parameters():  # biases start at zero, which would hide what depends on them
         if parameter.ndim == 1:

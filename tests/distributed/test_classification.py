@@ -10,7 +10,9 @@ from tests.launching import TINY_CLASSIFIER, Finished, start_together
 
 # dropout on (0.1 is BERT's own), and a global batch that two processes do not divide
 COMMON = {**TINY_CLASSIFIER, "exact_gradients": True, "optim": "adamw_torch", "eval_steps": 3, "save_strategy": "no"}
-RUNS = {"full": COMMON, "lora": {**COMMON, "tune": "lora", "learning_rate": 1e-2, "lora_dropout": 0.1}}
+LORA = {"tune": "lora", "learning_rate": 1e-2, "lora_dropout": 0.1}
+WEIGHTED = {"class_weights": [0.5, 3.0, 1.0], "label_smoothing_factor": 0.1}
+RUNS = {"full": COMMON, "lora": {**COMMON, **LORA, **WEIGHTED}}
 
 
 @pytest.fixture(scope="module")
@@ -20,11 +22,14 @@ def one_process(tmp_path_factory) -> dict[str, Finished]:
 
 
 def figures(finished: Finished) -> list[tuple]:
-    return [(line["step"], line["loss"], line["grad_norm"], line["documents"]) for line in finished.steps]
+    return [
+        (line["step"], line["loss"], line["accuracy"], line["grad_norm"], line["documents"]) for line in finished.steps
+    ]
 
 
 def found(finished: Finished) -> list[tuple]:
-    return [(line["step"], line["eval_loss"], line["eval_accuracy"]) for line in finished.evaluations]
+    names = ("step", "eval_loss", "eval_accuracy", "eval_f1_macro", "train_loss", "train_accuracy")
+    return [tuple(line[name] for name in names) for line in finished.evaluations]
 
 
 def predictions(finished: Finished) -> list[list[dict]]:
@@ -32,17 +37,65 @@ def predictions(finished: Finished) -> list[list[dict]]:
     return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
 
 
-@pytest.mark.parametrize("config", ["ddp.yaml", "zero2.yaml"])
-def test_two_processes_give_the_same_losses_and_exactly_the_same_predictions(tmp_path: Path, one_process, config):
-    for tune, two in start_together(tmp_path, RUNS, processes=2, config=config, script="train/imdb.py").items():
+@pytest.mark.parametrize(
+    ("config", "processes"),
+    [
+        ("ddp.yaml", 2),
+        ("zero2.yaml", 2),
+        pytest.param("ddp.yaml", 3, marks=pytest.mark.slow),
+        pytest.param("zero2.yaml", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_several_processes_give_the_same_losses_and_exactly_the_same_predictions(
+    tmp_path: Path, one_process, config, processes
+):
+    started = start_together(tmp_path, RUNS, processes=processes, config=config, script="train/imdb.py")
+    for tune, several in started.items():
         one = one_process[tune]
-        assert two.environment["world_size"] == 2
-        assert two.environment["in_effect"]["zero_stage"] == (2 if config == "zero2.yaml" else None)
-        assert [line["documents"] for line in two.steps] == [7] * 6
-        assert figures(two) == figures(one)
-        assert found(two) == found(one) and [step for step, *_ in found(two)] == [3, 6]
-        assert predictions(two) == predictions(one)
-        assert [[line["id"] for line in lines] for lines in predictions(two)] == [list(range(120))] * 2
+        assert several.environment["world_size"] == processes
+        assert several.environment["in_effect"]["zero_stage"] == (2 if config == "zero2.yaml" else None)
+        assert [line["documents"] for line in several.steps] == [7] * 6
+        assert figures(several) == figures(one)
+        assert found(several) == found(one) and [step for step, *_ in found(several)] == [3, 6]
+        assert predictions(several) == predictions(one)
+        assert [[line["id"] for line in lines] for lines in predictions(several)] == [list(range(120))] * 2
+
+
+@pytest.mark.parametrize(
+    ("config", "processes"),
+    [
+        ("zero3.yaml", 2),
+        ("fsdp2.yaml", 2),
+        pytest.param("zero3.yaml", 3, marks=pytest.mark.slow),
+        pytest.param("fsdp2.yaml", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_where_weights_are_shared_out_losses_agree_to_rounding_and_every_row_is_predicted_alike(
+    tmp_path: Path, one_process, config, processes
+):
+    runs = {tune: {**recipe, "exact_gradients": False} for tune, recipe in RUNS.items()}
+    started = start_together(tmp_path, runs, processes=processes, config=config, script="train/imdb.py")
+    for tune, several in started.items():
+        one = one_process[tune]
+        in_effect = several.environment["in_effect"]
+        assert (several.environment["world_size"], in_effect["exact_gradients"]) == (processes, False)
+        assert (in_effect["kind"], in_effect["zero_stage"]) == (
+            ("DeepSpeed", 3) if config == "zero3.yaml" else ("FSDP", None)
+        )
+        for ours, theirs in zip(several.steps, one.steps, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+            assert (ours["accuracy"], ours["documents"]) == (theirs["accuracy"], theirs["documents"])
+        assert [line["grad_norm"] for line in several.steps[:3]] == pytest.approx(
+            [line["grad_norm"] for line in one.steps[:3]], rel=1e-5
+        )
+        for ours, theirs in zip(found(several), found(one), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)
+        for ours, theirs in zip(predictions(several), predictions(one), strict=True):
+            assert [(row["id"], row["label"], row["prediction"]) for row in ours] == [
+                (row["id"], row["label"], row["prediction"]) for row in theirs
+            ]
+            for mine, other in zip(ours, theirs, strict=True):
+                assert mine["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
 
 
 def test_an_adapter_is_saved_with_its_trained_head_and_opens_in_stock_libraries(one_process):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
+from sklearn.metrics import f1_score
 from sklearn.utils.class_weight import compute_class_weight
 from tests.building import Built, build_classifier, small_encoder
 from torch import nn
@@ -159,6 +160,8 @@ def test_predictions_are_one_a_row_with_its_id_and_add_up_to_the_loss_and_the_ac
     assert [line["label"] for line in lines] == [row["label"] for row in test]
     correct = sum(line["prediction"] == line["label"] for line in lines)
     assert found["eval_accuracy"] == correct / len(test)
+    labels, chosen = ([line[name] for line in lines] for name in ("label", "prediction"))
+    assert found["eval_f1_macro"] == pytest.approx(f1_score(labels, chosen, average="macro"), rel=1e-12)
     assert found["eval_loss"] == pytest.approx(plain_loss(built), rel=1e-6)
 
 

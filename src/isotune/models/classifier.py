@@ -70,6 +70,7 @@ def install_classification(model: PreTrainedModel, class_loss: ClassLoss | None 
     """
     kind = _attend(model)
     plain: Any = model
+    plain._no_split_modules = _blocks(model)
     plain._plain_forward = model.forward
     plain._class_loss = class_loss or PLAIN_LOSS
     plain.forward = types.MethodType(_packed_forward if kind == PACKED else _padded_forward, model)
@@ -77,6 +78,16 @@ def install_classification(model: PreTrainedModel, class_loss: ClassLoss | None 
         encoder = getattr(model.base_model, ENCODERS[model.config.model_type])
         encoder.register_forward_hook(_keep_first_states, with_kwargs=True)
     return kind
+
+
+def _blocks(model: PreTrainedModel) -> list[str]:
+    """The classes of the encoder's blocks, which FSDP2 shards one by one.
+
+    accelerate 1.15 shards the input embeddings apart from them, and fails where transformers 5.23 names a module around
+    those as a block too (BertEmbeddings); for DistilBERT and ALBERT transformers names none.
+    """
+    stacks = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    return sorted({type(block).__name__ for block in stacks[0]}) if stacks else []
 
 
 def _attend(model: PreTrainedModel) -> str:

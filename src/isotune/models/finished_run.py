@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from isotune.data.hub import first_line, hub_answers, is_hub_id
 from isotune.errors import UserError
+from isotune.models.loading import kept_whole
 from isotune.models.quiet import quiet_libraries
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -144,9 +145,10 @@ def load_run_base(run: FinishedRun, device: torch.device, *, dequantised: bool, 
         return load_weights(str(run.base), dtype="auto", **kind).to(device)
     if run.settings.get("tune") != "qlora":
         return load_weights(str(run.base), dtype=run.training_dtype, **kind).to(device)
+    four_bit = _four_bit(run, kind.get("may_lack", ()))
     with quiet_libraries():
         base = load_weights(
-            str(run.base), dtype=run.training_dtype, quantization_config=_four_bit(run), device_map={"": device}, **kind
+            str(run.base), dtype=run.training_dtype, quantization_config=four_bit, device_map={"": device}, **kind
         )
         return base.dequantize() if dequantised else base
 
@@ -229,7 +231,7 @@ def _check_reachable(name: str) -> None:
         )
 
 
-def _four_bit(run: FinishedRun) -> Any:
+def _four_bit(run: FinishedRun, whole: Sequence[str]) -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -237,4 +239,5 @@ def _four_bit(run: FinishedRun) -> Any:
         bnb_4bit_quant_type=run.settings.get("bnb_4bit_quant_type", "nf4"),
         bnb_4bit_use_double_quant=run.settings.get("bnb_4bit_use_double_quant", True),
         bnb_4bit_compute_dtype=run.training_dtype,
+        llm_int8_skip_modules=kept_whole(whole),
     )

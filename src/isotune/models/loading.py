@@ -121,7 +121,7 @@ def load_base(
             model = auto.from_config(config, dtype=torch.float32)
         return model.to(device=device, dtype=weights_dtype(recipe))
     if recipe.tune == "qlora":
-        how = {"quantization_config": _four_bit(recipe, device), "device_map": {"": device}}
+        how = {"quantization_config": _four_bit(recipe, device, may_be_new), "device_map": {"": device}}
         with _whole_weights():
             return _keep_trainable(_from_pretrained(recipe, config, auto, may_be_new, **how))
     if may_be_new:
@@ -154,7 +154,16 @@ def load_whole_models() -> None:
     integration.unset_hf_deepspeed_config()
 
 
-def _four_bit(recipe: RunRecipe, device: torch.device) -> Any:
+def kept_whole(modules: Sequence[str]) -> list[str] | None:
+    """BitsAndBytesConfig's `llm_int8_skip_modules`, for 4 bits too: modules of these names, wherever they stand.
+
+    None leaves it to transformers 5.23, which knows output layers and nothing of a pooler. What is trained whole, such
+    as a classifier's head, must not be quantised.
+    """
+    return [rf"(.*\.)?{name}" for name in modules] or None
+
+
+def _four_bit(recipe: RunRecipe, device: torch.device, whole: Sequence[str]) -> Any:
     try:
         import bitsandbytes  # noqa: F401  (slow to import, and only QLoRA needs it)
     except Exception as error:
@@ -172,6 +181,7 @@ def _four_bit(recipe: RunRecipe, device: torch.device) -> Any:
         bnb_4bit_compute_dtype=compute_dtype(recipe),
         # a sharded engine can only flatten 4-bit weights together with others of the same storage type
         bnb_4bit_quant_storage=compute_dtype(recipe),
+        llm_int8_skip_modules=kept_whole(whole),
     )
 
 

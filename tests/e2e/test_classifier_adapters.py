@@ -1,0 +1,67 @@
+"""A classifier on 4-bit weights and in bf16: the base lies as asked, the head is trained, and it learns."""
+
+import json
+
+import pytest
+import torch
+from peft import AutoPeftModelForSequenceClassification
+from safetensors.torch import load_file
+from tests.building import build_classifier, small_encoder
+from transformers import BitsAndBytesConfig
+
+from isotune.data.builtin import find_corpus
+from isotune.training import classification
+
+# multiples of bitsandbytes' block of 64, without which its own inference on CPU fails
+GEOMETRY = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4}
+RECIPE = {"max_steps": 40, "learning_rate": 5e-3, "warmup_steps": 4, "global_batch_size": 16, "bf16": True}
+
+
+def test_a_classifier_learns_on_4_bit_weights_and_loads_again_with_its_trained_head(tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = small_encoder(tmp_path / "bert", "bert", **GEOMETRY)
+    built = build_classifier(
+        tmp_path, model_name_or_path=model, tune="qlora", lora_dropout=0.0, r=8, save_strategy="no", **RECIPE
+    )
+    four_bit = [name for name, m in built.model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert four_bit and not any("classifier" in name or "pooler" in name for name in four_bit)
+    before = built.model.get_submodule("base_model.model.classifier").modules_to_save["default"].weight.detach().clone()
+    lines = built.train()
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert sum(losses[-5:]) < sum(losses[:5]) - 0.5
+    classification.save(built.recipe, built.run, built.trainer, built.tokenizer)  # type: ignore[arg-type]
+    in_effect = json.loads((built.run.path / "environment.json").read_text())["in_effect"]
+    assert (in_effect["precision"], in_effect["exact_gradients"]) == ("bf16", True)
+    saved = load_file(built.run.model / "adapter_model.safetensors")
+    (head,) = [tensor for name, tensor in saved.items() if name.endswith("classifier.weight")]
+    assert not torch.equal(head.float(), before.float())
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(
+        str(built.run.model),
+        num_labels=3,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=["bert.pooler", "classifier"],
+        ),
+        dtype=torch.bfloat16,
+        device_map={"": "cpu"},
+    ).eval()
+    last = [json.loads(line) for line in (built.run.path / "eval/step-00000040/predictions.jsonl").open()]
+    rows = find_corpus("builtin:opinions").rows("test")
+    for line, row in list(zip(last, rows, strict=True))[:20]:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            inputs = built.tokenizer(row["text"], truncation=True, max_length=64, return_tensors="pt")
+            shares = loaded(**inputs).logits.float().softmax(dim=1)[0]
+        assert shares.tolist() == pytest.approx(line["probabilities"], abs=0.05)
+
+
+def test_a_classifier_learns_in_bf16_and_is_saved_in_fp32(tmp_path):
+    model = small_encoder(tmp_path / "bert", "bert", **GEOMETRY)
+    built = build_classifier(tmp_path, model_name_or_path=model, tune="full", save_strategy="no", **RECIPE)
+    losses = [line["loss"] for line in built.train() if "loss" in line]
+    assert sum(losses[-5:]) < sum(losses[:5]) - 0.5
+    report = classification.save(built.recipe, built.run, built.trainer, built.tokenizer)  # type: ignore[arg-type]
+    assert report is not None and report.kind == "model"
+    assert {tensor.dtype for tensor in load_file(built.run.model / "model.safetensors").values()} == {torch.float32}
