@@ -1,0 +1,88 @@
+"""What a plan says beforehand is what a real launch then does: bytes and numbers of each rank, steps and tokens."""
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.launching import REPOSITORY, TINY, Finished, start, write_recipe
+
+from isotune.planner.asked import read_asked
+from isotune.planner.planning import RunPlan, plan_run
+
+RECIPE = TINY | {"global_batch_size": 5, "microbatch_tokens": 256, "max_steps": 4, "save_strategy": "no"}
+
+
+def planned(folder: Path, recipe: dict[str, Any], config: str, processes: int) -> RunPlan:
+    file = write_recipe(folder / "planned", recipe)
+    launch = str(REPOSITORY / "accelerate_configs" / config)
+    asked = read_asked(file, [], launch, processes)
+    assert asked.problems == ()
+    return plan_run(asked, show_progress=False)
+
+
+def in_effect(run: Finished) -> dict[str, Any]:
+    return run.environment["in_effect"]
+
+
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("config", "processes", "values"),
+    [
+        ("zero2.yaml", 3, {"bf16": True}),
+        slow("ddp.yaml", 2, {}),
+        slow("ddp.yaml", 2, {"tune": "lora"}),
+        slow("zero1.yaml", 3, {}),
+        slow("zero2.yaml", 2, {"tune": "lora"}),
+        slow("zero3.yaml", 3, {}),
+        slow("zero3.yaml", 2, {"bf16": True}),
+        slow("fsdp2.yaml", 3, {}),
+        slow("fsdp2.yaml", 2, {"tune": "lora", "bf16": True}),
+    ],
+)
+def test_weights_optimizer_and_work_are_as_planned(tmp_path, config, processes, values, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    recipe = RECIPE | values
+    plan = planned(tmp_path, recipe, config, processes)
+    run = start(tmp_path, recipe, processes=processes, config=config)
+    found = in_effect(run)
+    assert plan.memory.weights == found["parameter_bytes_per_rank"]
+    assert plan.memory.optimized_numbers == found["optimized_numbers_per_rank"]
+    assert plan.model.trained == found["trained_parameters"]
+    assert plan.model.numbers == found["all_parameters"]
+    assert_work(plan, run)
+
+
+def assert_work(plan: RunPlan, run: Finished) -> None:
+    """The counts of the plan's steps against the lines that the run wrote."""
+    work = plan.work
+    assert work is not None
+    assert work.steps == len(run.steps)
+    seen = list(islice(run.steps, work.steps))
+    assert work.tokens_per_step == pytest.approx(sum(line["input_tokens"] for line in seen) / len(seen), rel=1e-12)
+    assert work.targets_per_step == pytest.approx(sum(x["supervised_tokens"] for x in seen) / len(seen), rel=1e-12)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_real_conversations_are_counted_as_the_plan_of_training_counts_them(shared_data, tmp_path, processes):
+    """An independent count: the documents' own lengths, packed by hand into passes."""
+    flags = {
+        "model_name_or_path": "builtin:opt-tiny",
+        "tokenizer_name_or_path": str(shared_data / "tokenizers" / "opt"),
+        "dataset_name": str(shared_data / "guanaco"),
+        "max_seq_length": 512,
+        "global_batch_size": 7,
+        "num_train_epochs": 2,
+        "output_dir": str(tmp_path),
+    }
+    words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+    work = plan_run(read_asked(None, words, None, processes), show_progress=False).work
+    assert work is not None
+    assert work.steps_per_epoch == -(-work.rows // 7) and work.steps == 2 * work.steps_per_epoch
+    assert work.passes_per_step == 7, "a row of 512 tokens is a pass"
+    assert work.passes_per_rank == -(-7 // processes)
+    assert work.packing_efficiency == pytest.approx(work.tokens / (work.rows * 512))
+    assert 0 <= work.imbalance < processes

@@ -1,0 +1,138 @@
+"""A plan's figures against independent counts: parameters, bytes, products, what is sent, what fits."""
+
+import json
+
+import pytest
+import torch
+from tests.launching import REPOSITORY
+from transformers import OPTConfig, OPTForCausalLM
+
+from isotune.errors import UserError
+from isotune.planner.asked import read_asked
+from isotune.planner.compute import bytes_sent, find_device, flops_per_step
+from isotune.planner.memory import parse_bytes
+from isotune.planner.page import as_json, page, short_lines
+from isotune.planner.planning import plan_run
+
+TINY = {
+    "model_name_or_path": "builtin:opt-tiny",
+    "dataset_name": "builtin:greetings",
+    "output_dir": "runs/planned",
+    "max_seq_length": 128,
+    "global_batch_size": 4,
+    "max_steps": 3,
+}
+
+
+def words(**values) -> list[str]:
+    return [word for key, value in (TINY | values).items() for word in (f"--{key}", str(value))]
+
+
+def plan(*, launch: str | None = None, world_size: int | None = None, limit: int | None = None, **values):
+    file = launch and str(REPOSITORY / "accelerate_configs" / f"{launch}.yaml")
+    more = {name: values.pop(name) for name in ("device", "compare", "world_sizes") if name in values}
+    return plan_run(
+        read_asked(None, words(**values), file, world_size), limit=limit, show_progress=False, **more
+    )  # fmt: skip
+
+
+@pytest.fixture
+def opt_350m(tmp_path):
+    """OPT-350M's configuration in a folder, without weights; returns what transformers itself counts, too."""
+    config = OPTConfig(hidden_size=1024, word_embed_proj_dim=512, ffn_dim=4096, num_hidden_layers=24,
+                       num_attention_heads=16, vocab_size=50272, max_position_embeddings=2048,
+                       do_layer_norm_before=False)  # fmt: skip
+    config.save_pretrained(tmp_path / "opt")
+    with torch.device("meta"):
+        numbers = sum(p.numel() for p in OPTForCausalLM(config).parameters())
+    return str(tmp_path / "opt"), numbers
+
+
+def test_a_config_is_enough_and_data_that_are_not_there_cost_the_work_alone(opt_350m, tmp_path):
+    folder, numbers = opt_350m
+    found = plan(model_name_or_path=folder, dataset_name=str(tmp_path / "nowhere.jsonl"), tune="full")
+    assert found.model.numbers == found.model.trained == numbers
+    assert found.memory.weights == 4 * numbers and found.memory.optimizer == 8 * numbers
+    assert found.work is None and found.why_no_work
+    assert found.memory.activations > 0
+    assert "not counted" in page(found, None)
+
+
+def test_lora_and_four_bit_weights_weigh_what_their_formats_say(opt_350m):
+    folder, numbers = opt_350m
+    lora = plan(model_name_or_path=folder, tune="lora", r=16, bf16=True)
+    # A and B of six targets in each of 24 blocks
+    adapters = 24 * 16 * (4 * (1024 + 1024) + 2 * (1024 + 4096))
+    assert lora.model.trained == adapters
+    assert lora.memory.weights == 2 * numbers + 4 * adapters
+    assert lora.memory.gradients == (4 + 8) * adapters, "exact_gradients: auto is on for LoRA"
+    qlora = plan(model_name_or_path=folder, tune="qlora", r=16, bf16=True)
+    linear = 24 * (4 * 1024**2 + 2 * 1024 * 4096) + 2 * 512 * 1024  # blocks, project_in and project_out
+    four_bits = linear // 2 + linear // 64 + 4 * linear // 64 // 256
+    assert qlora.memory.weights == pytest.approx(2 * (numbers - linear) + four_bits + 4 * adapters, rel=1e-6)
+
+
+def test_the_products_of_a_step_are_those_of_the_formula(opt_350m):
+    folder, _ = opt_350m
+    found = plan(model_name_or_path=folder, tune="full", tokenizer_name_or_path="builtin:opt-tiny")
+    work = found.work
+    linear = 24 * (4 * 1024**2 + 2 * 1024 * 4096) + 2 * 512 * 1024
+    by_hand = 6 * linear * work.tokens_per_step + 6 * 50272 * 512 * work.targets_per_step
+    by_hand += 3 * 2 * work.attention_squares_per_step * 1024 * 24  # causal: half of 4 n^2 d, and twice that backward
+    assert flops_per_step(found.asked.recipe, found.model, work) == pytest.approx(by_hand, rel=1e-12)
+
+
+def test_shares_shrink_with_processes_and_what_is_sent_follows_the_rings():
+    two, four = (plan(tune="full", launch="zero3", world_size=n) for n in (2, 4))
+    assert two.memory.weights == pytest.approx(2 * four.memory.weights, rel=1e-3)
+    assert two.memory.optimized_numbers == pytest.approx(2 * four.memory.optimized_numbers, rel=1e-3)
+    ddp = plan(tune="full", launch="ddp", world_size=4)
+    sent = bytes_sent(ddp.asked.recipe, ddp.model, ddp.asked.launch, ddp.work)
+    assert sent == pytest.approx(2 * 3 / 4 * 4 * ddp.model.trained)
+    alone = plan(tune="full")
+    assert bytes_sent(alone.asked.recipe, alone.model, alone.asked.launch, alone.work) == 0
+
+
+def test_what_does_not_fit_is_told_with_changes_that_do():
+    many = {"tune": "full", "bf16": True, "dataset_name": "builtin:capitals", "global_batch_size": 16}
+    roomy = plan(**many, microbatch_tokens=2048, limit=10**12)
+    assert roomy.fits and not roomy.remedies
+    limit = plan(**many, microbatch_tokens=512, limit=10**12).memory.total
+    assert limit < roomy.memory.total
+    tight = plan(**many, microbatch_tokens=2048, limit=limit)
+    assert tight.fits is False
+    assert all(remedy.total <= limit for remedy in tight.remedies)
+    assert {"--microbatch_tokens 512": limit}.items() <= {r.change: r.total for r in tight.remedies}.items()
+    assert [r.same_result for r in tight.remedies] == sorted((r.same_result for r in tight.remedies), reverse=True)
+    assert "fits not" in page(tight, None)
+
+
+def test_engines_and_numbers_of_processes_stand_side_by_side():
+    found = plan(tune="full", device=find_device("A100-80"), compare=["ddp", "zero2", "zero3"], world_sizes=[1, 4, 16])
+    assert [row.launch.world_size for row in found.rows] == [1, 4, 16] * 3
+    zero3 = found.rows[6:]
+    assert zero3[0].memory.weights > zero3[1].memory.weights > zero3[2].memory.weights
+    assert all(row.time is not None and row.time.floor > 0 for row in found.rows)
+    assert "ZeRO-3 on 16 processes" in page(found, 2.0)
+    assert json.loads(json.dumps(as_json(found, 2.0)))["price"] > 0
+    assert short_lines(found)[0].startswith("work ")
+
+
+@pytest.mark.parametrize(("text", "bytes_"), [("24GiB", 24 * 2**30), ("80 GB", 80 * 10**9), ("512mib", 2**29)])
+def test_sizes_have_units(text, bytes_):
+    assert parse_bytes(text, "--gpu_memory") == bytes_
+
+
+@pytest.mark.parametrize("text", ["24", "GiB", "24 cows", "-1GiB", "24G"])
+def test_a_size_without_a_unit_is_refused(text):
+    with pytest.raises(UserError, match="--gpu_memory"):
+        parse_bytes(text, "--gpu_memory")
+
+
+def test_names_that_are_none_are_refused():
+    with pytest.raises(UserError, match="--device H3000 is not known"):
+        find_device("H3000")
+    with pytest.raises(UserError, match="--compare zero9"):
+        plan(compare=["zero9"])
+    with pytest.raises(UserError, match="does not exist"):
+        plan(model_name_or_path="./nowhere/at/all")
