@@ -327,6 +327,16 @@ def test_what_is_broken_is_named_and_the_rest_is_shown(run, name, content, says)
     assert page.all("svg")
 
 
+def test_values_of_another_form_cost_nothing_else(run):
+    with (run / "metrics.jsonl").open("a") as file:
+        for entry in ({"loss": "x"}, {"loss": [1], "step_seconds": "long", "input_tokens": None}, {"eval_loss": {}}):
+            file.write(json.dumps({"step": 50, **entry}) + "\n")
+    (run / "environment.json").write_text(json.dumps({"in_effect": [], "versions": "1", "data": {"train": 3}}))
+    page = Page(render_report([run]))
+    assert ["exact_match", "0.5000", "0.1000 to 0.9000"] in page.rows()
+    assert page.all("svg")
+
+
 def test_the_same_files_give_the_same_report(run):
     assert render_report([run]) == render_report([run])
 

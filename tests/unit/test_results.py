@@ -46,6 +46,7 @@ def test_the_metrics_stand_flat_in_the_file(folder):
         ('{"id": 0}\n{"id": 0}\n', "line 2: id 0 stands twice"),
         ('{"id": 0}\n{"label": 0}\n', "line 2 has no id"),
         ('{"id": 0}\n{"id": 1, "probabilities": [NaN, 1.0]}\n', "line 2: a probability is not a finite number"),
+        ('{"id": 0}\n{"id": 1, "probabilities": ["a", 1.0]}\n', "line 2: a probability is not a finite number"),
     ],
 )
 def test_broken_predictions_are_refused(folder, text, complaint):
@@ -62,6 +63,14 @@ def test_a_folder_without_a_result_is_named(tmp_path):
 def test_a_result_of_another_form_is_refused_with_what_it_lacks(folder):
     (folder / "metrics.json").write_text('{"accuracy": 0.5, "kind": "classification", "rows": 2}')
     with pytest.raises(UserError, match="does not say model, dataset_name, dataset_split, rows_sha256"):
+        read_result(folder)
+
+
+@pytest.mark.parametrize("intervals", [[], {"accuracy": [0.5]}, {"accuracy": "ab"}, {"accuracy": [0.1, None]}])
+def test_an_interval_that_is_none_is_refused(folder, intervals):
+    whole = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps({**whole, "intervals": intervals}))
+    with pytest.raises(UserError, match="not each of them is a pair of numbers"):
         read_result(folder)
 
 

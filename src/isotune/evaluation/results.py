@@ -79,6 +79,8 @@ def read_result(folder: Path) -> Result:
     if whole.get("rows") != len(predictions):
         raise UserError(f"{folder / PREDICTIONS}: {len(predictions)} rows, {METRICS} says {whole.get('rows')}")
     intervals = whole.pop("intervals", {})
+    if not isinstance(intervals, dict) or not all(_is_interval(pair) for pair in intervals.values()):
+        raise UserError(f"{folder / METRICS}: intervals: not each of them is a pair of numbers")
     numbers = {n: float(v) for n, v in whole.items() if n not in FACTS and type(v) in (int, float)}
     return Result(
         folder=folder,
@@ -122,8 +124,16 @@ def _read_predictions(file: Path) -> list[dict[str, Any]]:
             raise UserError(f"{file}: line {number} has no id")
         if one["id"] in seen:
             raise UserError(f"{file}: line {number}: id {one['id']!r} stands twice")
-        if any(not math.isfinite(p) for p in one.get("probabilities", ())):
+        if not all(_is_number(share) for share in one.get("probabilities") or ()):
             raise UserError(f"{file}: line {number}: a probability is not a finite number")
         seen.add(one["id"])
         found.append(one)
     return found
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_interval(pair: Any) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair))

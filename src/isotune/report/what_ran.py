@@ -34,10 +34,10 @@ class Table:
 
 def summary(record: RunRecord) -> list[tuple[str, str]]:
     """The few facts of a run that a reader looks for first."""
-    keys, found = record.keys, record.environment.get("in_effect", {})
+    keys, found = record.keys, _part(record.environment, "in_effect")
     facts = [("State", _state(record)), ("Model", keys.get("model_name_or_path")), ("Data", keys.get("dataset_name"))]
-    if found.get("all_parameters"):
-        trained, whole = found["trained_parameters"], found["all_parameters"]
+    trained, whole = _amount(found, "trained_parameters"), _amount(found, "all_parameters")
+    if whole:
         facts.append(
             ("Trained", f"{keys.get('tune', '')}: {trained:,} of {whole:,} parameters ({trained / whole:.1%})")
         )
@@ -45,12 +45,12 @@ def summary(record: RunRecord) -> list[tuple[str, str]]:
         last, line = next(reversed(record.steps.items()))
         facts.append(("Steps", f"{last:,}"))
         facts.append(("Loss of the last step", number(line["loss"]) if line["loss"] is not None else "not finite"))
-    losses = {step: line["eval_loss"] for step, line in record.evaluations.items() if line.get("eval_loss") is not None}
+    losses = {step: value for step, line in record.evaluations.items() if (value := _amount(line, "eval_loss"))}
     if losses:
         best = min(losses, key=losses.__getitem__)
         facts.append(("Lowest evaluation loss", f"{number(losses[best])} at step {best:,}"))
-    tokens = sum(line.get("input_tokens") or 0 for line in record.steps.values())
-    seconds = sum(line.get("step_seconds") or 0 for line in record.steps.values())
+    tokens = sum(_amount(line, "input_tokens") for line in record.steps.values())
+    seconds = sum(_amount(line, "step_seconds") for line in record.steps.values())
     if seconds:
         facts.append(("Time in steps", _duration(seconds)))
     if tokens:
@@ -68,11 +68,11 @@ def tables(records: Sequence[RunRecord]) -> list[Table]:
     for role in ("train", "evaluation"):
         data = [_data(of, role) for of in environments]
         found.append(_table(f"Data: {'training' if role == 'train' else role}", data))
-    found.append(_table("Engine in effect", [_readable(of.get("in_effect", {})) for of in environments]))
-    found.append(_table(SELF_TEST, [_readable(of.get("isolation", {})) for of in environments]))
+    found.append(_table("Engine in effect", [_readable(_part(of, "in_effect")) for of in environments]))
+    found.append(_table(SELF_TEST, [_readable(_part(of, "isolation")) for of in environments]))
     machine = ("device", "device_name", "threads_per_process", "world_size", "git_commit", "command")
     found.append(_table("Machine and command", [_readable(_only(of, machine)) for of in environments]))
-    found.append(_table("Versions", [_readable(of.get("versions", {})) for of in environments]))
+    found.append(_table("Versions", [_readable(_part(of, "versions")) for of in environments]))
     return [table for table in found if table.rows]
 
 
@@ -95,9 +95,21 @@ def _state(record: RunRecord) -> str:
 
 
 def _data(environment: dict[str, Any], role: str) -> dict[str, str]:
-    found = _readable((environment.get("data") or {}).get(role) or {})
-    fingerprint = (environment.get("data_fingerprints") or {}).get(role)
-    return {**found, "fingerprint": fingerprint[:16]} if fingerprint else found
+    found = _readable(_part(_part(environment, "data"), role))
+    fingerprint = _part(environment, "data_fingerprints").get(role)
+    return {**found, "fingerprint": str(fingerprint)[:16]} if fingerprint else found
+
+
+def _part(of: dict[str, Any], name: str) -> dict[str, Any]:
+    """A mapping within a mapping; empty where a file says something else."""
+    found = of.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _amount(line: dict[str, Any], name: str) -> float:
+    """A number of a line; 0 where it is absent or none."""
+    found = line.get(name)
+    return found if isinstance(found, int | float) and not isinstance(found, bool) else 0
 
 
 def _only(of: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
