@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from isotune.report.loss_curve import smoothed
+from isotune.report.curves import smoothed
 from isotune.report.run_record import RunRecord
 from isotune.report.wording import letter, number
 

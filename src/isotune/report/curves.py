@@ -1,6 +1,5 @@
 """What metrics.jsonl says of a run, as numbers to draw: by step, by epoch, and where it was evaluated."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from isotune.errors import UserError
-
-METRICS = "metrics.jsonl"
+from isotune.report.metrics_lines import read_metrics
 
 
 @dataclass
@@ -44,35 +42,18 @@ class Curves:
 
 
 def read_curves(metrics: Path) -> Curves:
-    """Read the training and evaluation lines; a line that is no JSON object is passed over.
-
-    The last line of a killed run may be cut off, and one bad line must not cost the picture of all others. A step
-    that was written twice, because a killed run resumed before it, counts as it was written last.
+    """The curves of the file, as `isotune.report.metrics_lines.read_metrics` reads it.
 
     Raises:
         UserError: the file cannot be read, or holds no loss.
     """
     try:
-        text = metrics.read_text(encoding="utf-8", errors="replace")
+        lines = read_metrics(metrics)
     except OSError as error:
         raise UserError(f"{metrics} cannot be read: {error.strerror}; give the folder of a run") from error
-    training: dict[int, dict[str, Any]] = {}
-    evaluations: dict[int, dict[str, Any]] = {}
-    for line in text.splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-            continue
-        if "loss" in entry:
-            training[entry["step"]] = entry
-        if "eval_loss" in entry:
-            evaluations[entry["step"]] = entry
-    if not training and not evaluations:
+    steps, found = list(lines.steps.values()), list(lines.evaluations.values())
+    if not steps and not found:
         raise UserError(f"{metrics} has no line with a step and a loss: the run has not made a step yet")
-    steps = [training[step] for step in sorted(training)]
-    found = [evaluations[step] for step in sorted(evaluations)]
     per_document = any("accuracy" in line or "eval_accuracy" in line for line in [*steps, *found])
     return Curves(
         loss=_curve(steps, found, "loss"),

@@ -11,8 +11,8 @@ import yaml
 
 from isotune.errors import UserError
 from isotune.evaluation.results import Result, find_results, read_result
+from isotune.report.metrics_lines import METRICS, MetricsLines, read_metrics
 
-METRICS = "metrics.jsonl"
 _KEY = re.compile(r"([A-Za-z_][\w.]*):")
 
 
@@ -64,7 +64,7 @@ def read_record(run: str | Path) -> RunRecord:
     if not ((folder / "recipe.yaml").is_file() or (folder / METRICS).is_file() or evaluated):
         raise UserError(f"{folder} is no run folder: it has no recipe.yaml, no {METRICS} and no eval/NAME/metrics.json")
     notes: list[str] = []
-    steps, evaluations = read_metrics(folder / METRICS, notes)
+    metrics = _read_metrics(folder / METRICS, notes)
     results = []
     for result in evaluated:
         try:
@@ -76,48 +76,27 @@ def read_record(run: str | Path) -> RunRecord:
         recipe=_read(folder / "recipe.yaml", _recipe_groups, notes),
         environment=_read(folder / "environment.json", json.loads, notes),
         status=_read(folder / "status.json", json.loads, notes),
-        steps=steps,
-        evaluations=evaluations,
+        steps=metrics.steps,
+        evaluations=metrics.evaluations,
         results=results,
         notes=notes,
     )
 
 
-def read_metrics(file: Path, notes: list[str]) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]]]:
-    """The training and the evaluation lines of metrics.jsonl by step; lines that are none are counted in `notes`.
-
-    The last line of a run that was killed may be cut off, and it must not cost the others.
-    """
-    steps: dict[int, dict[str, Any]] = {}
-    evaluations: dict[int, dict[str, Any]] = {}
+def _read_metrics(file: Path, notes: list[str]) -> MetricsLines:
+    """The lines of a run that has any; what is no line is said in `notes`."""
     if not file.exists():
-        return steps, evaluations
+        return MetricsLines({}, {}, [])
     try:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        found = read_metrics(file)
     except OSError as error:
         notes.append(f"{file} cannot be read: {error.strerror}.")
-        return steps, evaluations
-    broken = []
-    for number, line in enumerate(lines, start=1):
-        entry = _entry(line)
-        if entry is None:
-            broken.append(number)
-        elif "loss" in entry:
-            steps[entry["step"]] = entry
-        elif "eval_loss" in entry:
-            evaluations[entry["step"]] = entry
-    if broken:
-        where = f"line {broken[0]}" if len(broken) == 1 else f"{len(broken)} lines, the first of them {broken[0]},"
+        return MetricsLines({}, {}, [])
+    if found.broken:
+        first, more = found.broken[0], len(found.broken) - 1
+        where = f"line {first}" if not more else f"{more + 1} lines, the first of them {first},"
         notes.append(f"{file}: {where} cannot be read and is passed over; a run that was killed may cut its last line.")
-    return dict(sorted(steps.items())), dict(sorted(evaluations.items()))
-
-
-def _entry(line: str) -> dict[str, Any] | None:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
+    return found
 
 
 def _read(file: Path, parse: Callable[[str], Any], notes: list[str]) -> dict[str, Any]:
