@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the batch scripts: `launch SCRIPT [FLAGS]` runs a script of this checkout on every node of the job, and
-# sees it through time limits, preemptions and lost nodes. docs/slurm.md tells the whole story.
+# sees it through time limits, preemptions and lost nodes; it returns when the script has finished, and ends the job in
+# every other case. docs/slurm.md tells the whole story.
 #
 # Set before sbatch, all optional (and see environment.sh):
 #   ENGINE              a name in accelerate_configs/; unset: single for one process, else ddp
@@ -14,8 +15,9 @@
 cd "${ISOTUNE_HOME:-$SLURM_SUBMIT_DIR}" || exit 2
 . slurm/environment.sh
 
+logs_here=$(realpath -m "${LOGS:-slurm-logs}")
 life=${SLURM_RESTART_COUNT:-0} # unset in the first one
-stop='' ended='' step=''
+stop='' told_ranks='' ended='' step='' launches=0
 
 say() { printf '[slurm %(%F %T)T] %s\n' -1 "$*"; }
 
@@ -27,8 +29,9 @@ launch() {
     HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     PORT=$(free_port)
     ENGINE=${ENGINE:-$([ $((NODES * PROCESSES)) -eq 1 ] && echo single || echo ddp)}
-    LOGS=$(realpath -m "${LOGS:-slurm-logs}")/$SLURM_JOB_NAME-$SLURM_JOB_ID
-    ISOTUNE_VERDICT=$LOGS/life-$life.json
+    LOGS=$logs_here/$SLURM_JOB_NAME-$SLURM_JOB_ID
+    launches=$((launches + 1))
+    ISOTUNE_VERDICT=$LOGS/life-$life-launch-$launches.json
     mkdir -p "$LOGS" && rm -f "$ISOTUNE_VERDICT" || exit 2
     if [ ! -f "accelerate_configs/$ENGINE.yaml" ]; then
         say "ENGINE=$ENGINE is none of: $(basename -s .yaml -a accelerate_configs/*.yaml | xargs)"
@@ -48,7 +51,10 @@ launch() {
     step=$!
     while kill -0 "$step" 2>/dev/null; do
         wait "$step" # a signal ends it early
-        if [ -n "$stop" ] && kill -USR1 "$step" 2>/dev/null; then sleep 2; fi # again: ranks may not have listened yet
+        [ -n "$stop" ] || continue
+        [ -n "$told_ranks" ] || say "the ranks are told to stop"
+        told_ranks=1
+        if kill -USR1 "$step" 2>/dev/null; then sleep 2; fi # and again: they may not have listened yet
     done
     conclude
 }
@@ -72,7 +78,7 @@ conclude() {
     case $status:$(told exit_status) in
     finished:0)
         if [ -f "$run/metrics.jsonl" ]; then ISOTUNE_VERDICT='' in_environment python -m isotune.report.job "$run"; fi
-        exit 0
+        return 0 # what comes next in the batch script
         ;;
     preempted:75) go_on "it stopped for a preemption or the time limit" 75 ;;
     superseded:*) say "$(told message)" && exit 1 ;;

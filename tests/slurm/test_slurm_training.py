@@ -1,34 +1,13 @@
 """A job on one node or many gives what a plain local run gives, stopped in the middle or not."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.launching import TINY_CLASSIFIER, Finished, start, write_recipe
-from tests.slurm.conftest import Site, verdicts
-
-# with integer sums the bits are those of any number of processes, so one plain run is what all jobs are compared with
-EXACT: dict[str, Any] = TINY_CLASSIFIER | {"exact_gradients": True, "max_steps": 60, "save_steps": 25}
+from tests.slurm.jobs import EXACT, Site, bits, verdicts
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory) -> Finished:
-    """The recipe EXACT on one local process."""
-    return start(tmp_path_factory.mktemp("plain"), EXACT, script="train/yelp.py")
-
-
-def bits(run: Path) -> tuple[Any, ...]:
-    """Everything that a run computed: each step, the evaluations, the final weights, each prediction."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    figures = [(one["step"], one["loss"], one["grad_norm"]) for one in lines if "loss" in one]
-    evaluations = [(one["step"], one["eval_loss"], one["eval_accuracy"]) for one in lines if "eval_loss" in one]
-    weights = (run / "model" / "model.safetensors").read_bytes()
-    predictions = {file.parent.name: file.read_text() for file in run.glob("eval/*/predictions.jsonl")}
-    return figures, evaluations, predictions, weights
-
-
-@pytest.mark.slurm
 def test_a_job_on_two_nodes_that_an_urgent_one_pushed_out_ends_with_the_bits_of_a_plain_run(
     cluster: Site, plain: Finished, tmp_path
 ):
@@ -56,7 +35,6 @@ def test_a_job_on_two_nodes_that_an_urgent_one_pushed_out_ends_with_the_bits_of_
     assert {file.name for file in job.lives[0].parent.glob("life-1-*.log")} == {"life-1-node1.log", "life-1-node2.log"}
 
 
-@pytest.mark.slurm
 def test_a_recipe_that_is_wrong_fails_once_with_its_sentence_and_is_not_requeued(cluster: Site, tmp_path):
     job = cluster.submit(tmp_path, "slurm/yelp.sbatch", "--learning_rat", "1", nodes=2)
     done = job.wait()
@@ -68,7 +46,6 @@ def test_a_recipe_that_is_wrong_fails_once_with_its_sentence_and_is_not_requeued
 
 
 @pytest.mark.slow
-@pytest.mark.slurm
 @pytest.mark.parametrize(("nodes", "engine"), [(1, "ddp"), (2, "ddp"), (3, "ddp"), (2, "zero2"), (2, "zero3")])
 def test_losses_and_predictions_are_those_of_a_plain_run_on_any_number_of_nodes(
     cluster: Site, plain_without: Finished, tmp_path, nodes, engine

@@ -20,6 +20,7 @@ from isotune.errors import UserError
 from isotune.models.deepspeed_start import announce_zero3, let_gloo_carry
 from isotune.recipe import RunRecipe
 from isotune.training.deepspeed_config import INLINE, read_deepspeed_config, stage_of
+from isotune.training.first_contact import first_contact
 from isotune.training.launcher import check_launch, read_request
 
 AFTER_THE_WATCHDOG_SECONDS = 60
@@ -76,6 +77,7 @@ def start_process(recipe: RunRecipe) -> Process:
 
     Raises:
         UserError: the launch is not what was asked, or its configuration contradicts the recipe.
+        RunFault: the ranks do not find each other; says which, and where they were looked for.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
@@ -92,7 +94,8 @@ def start_process(recipe: RunRecipe) -> Process:
     config = None
     if deepspeed:
         config = read_deepspeed_config(recipe, world_size, name=request.name if request else INLINE)
-    state = _make_state(recipe, world_size, deepspeed=deepspeed, fsdp=fsdp, on_cpu=on_cpu)
+    with first_contact():
+        state = _make_state(recipe, world_size, deepspeed=deepspeed, fsdp=fsdp, on_cpu=on_cpu)
     return Process(
         rank=state.process_index,
         world_size=state.num_processes,
