@@ -14,7 +14,7 @@ from isotune.errors import UserError
 from isotune.evaluation.classification import check_finite, classify, probabilities_of
 from isotune.evaluation.classification_examples import Example, examples_of, worth_reading
 from isotune.evaluation.classification_models import Classifier, positions_of
-from isotune.evaluation.metrics import Scores, classification_statistics, score
+from isotune.evaluation.metrics import Scores, chosen_names, classification_statistics, score
 from isotune.evaluation.ranks import Ranks
 from isotune.evaluation.resampling import RESAMPLES
 from isotune.evaluation.results import CLASSIFICATION, rows_digest, write_result
@@ -128,6 +128,10 @@ def evaluate_rows(
     Raises:
         UserError: a logit is not finite, or the task names a metric that there is not.
     """
+    one_row = classification_statistics(
+        np.zeros(1, np.int64), np.full((1, classifier.num_labels), 1 / classifier.num_labels), ordinal=task.ordinal
+    )
+    chosen_names(one_row, task.metrics)  # a misspelled metric is named before the model has read anything
     logits = classify(
         classifier, rows.documents, ranks, batch_tokens=batch_tokens, batch_size=batch_size, progress=ranks.is_main
     )

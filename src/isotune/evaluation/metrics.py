@@ -37,6 +37,17 @@ def classification_statistics(
     ]
 
 
+def chosen_names(statistics: Sequence[Statistic], only: Iterable[str]) -> set[str]:
+    """The names among those of `statistics` that `only` asks for, all where it asks for none; see `score`."""
+    names = {name: name.split("_class_")[0] for one in statistics for name in one.names}
+    wanted = set(only) or set(names)
+    unknown = sorted(wanted - names.keys() - set(names.values()))
+    if unknown:
+        there = ", ".join(sorted(set(names.values())))
+        raise UserError(f"metrics: there is no {unknown[0]!r} here; there are {there}")
+    return {name for name, kind in names.items() if name in wanted or kind in wanted}
+
+
 def score(
     statistics: Sequence[Statistic],
     rows: int,
@@ -54,12 +65,7 @@ def score(
         UserError: `only` names a metric that there is not.
     """
     found = values(statistics)
-    wanted = set(only) or set(found)
-    kept = {name for name in found if name in wanted or name.split("_class_")[0] in wanted}
-    unknown = sorted(wanted - kept - {name.split("_class_")[0] for name in found})
-    if unknown:
-        there = ", ".join(sorted({name.split("_class_")[0] for name in found}))
-        raise UserError(f"metrics: there is no {unknown[0]!r} here; there are {there}")
+    kept = chosen_names(statistics, only)
     metrics = {name: value for name, value in found.items() if name in kept and math.isfinite(value)}
     needed = [one for one in statistics if metrics.keys() & set(one.names)]
     intervals = bootstrap_intervals(needed, rows, resamples, seed)
