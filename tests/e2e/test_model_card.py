@@ -96,6 +96,7 @@ def test_the_figures_of_the_text_are_those_of_the_files(runs, kind):
     (recipe,) = re.findall(r"```yaml\n(.*?)```", run.text, re.DOTALL)
     said = yaml.safe_load(recipe)
     written = yaml.safe_load((run.built.run.path / "recipe.yaml").read_text())
+    assert f"| documents | {environment['data']['train']['documents']:,} |" in run.text.split("## Data")[1]
     assert said["learning_rate"] == written["learning_rate"] and said["tune"] == written["tune"]
     assert "output_dir" not in said
     table = [line.split("|")[1:-1] for line in run.text.split("## Results")[1].splitlines() if line.startswith("| ")]

@@ -16,13 +16,13 @@ from isotune.checkpoints.checkpoint_run import is_checkpoint, write_run_of
 from isotune.checkpoints.final_model import no_room_is_an_error, replace_folder, save_and_verify, sync_folder
 from isotune.errors import RunFault, UserError
 from isotune.models.export import Parity, merge_run
+from isotune.models.finished_classifier import load_whole_model
 from isotune.models.finished_run import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     FinishedRun,
     check_weights,
     load_run_tokenizer,
-    load_weights,
     read_run,
 )
 from isotune.models.quiet import quiet_libraries
@@ -126,7 +126,7 @@ def _whole_model(run: FinishedRun, dtype: torch.dtype | None) -> tuple[Any, Any,
     if run.is_adapter:
         merged = merge_run(run, dtype)
         return merged.model, merged.tokenizer, merged.parity
-    return load_weights(str(run.model), dtype="auto"), load_run_tokenizer(run), None
+    return load_whole_model(run), load_run_tokenizer(run), None
 
 
 def _check_output(folder: Path) -> None:
@@ -164,11 +164,13 @@ def _save_state_dict(model: Any, tokenizer: Any, folder: Path) -> None:
         with quiet_libraries(), no_room_is_an_error(folder):
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
-            model.config.use_cache = True
+            if getattr(model.config, "use_cache", None) is not None:
+                model.config.use_cache = True
             model.config.architectures = [type(model).__name__]
             model.config.dtype = model.dtype
             model.config.save_pretrained(str(staging))
-            model.generation_config.save_pretrained(str(staging))
+            if model.can_generate():
+                model.generation_config.save_pretrained(str(staging))
             tokenizer.save_pretrained(str(staging))
             # Tied tensors share one storage in the file and both of their names: `load_state_dict` asks for both.
             # Through Python's own file: torch's does not say why a write failed.

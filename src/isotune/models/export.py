@@ -9,7 +9,8 @@ from torch import Tensor
 from isotune.data.conversations import render_prompt
 from isotune.data.hub import first_line
 from isotune.errors import UserError
-from isotune.models.finished_run import FinishedRun, add_run_adapter, load_run_base, load_run_tokenizer
+from isotune.models.finished_classifier import load_base_of
+from isotune.models.finished_run import FinishedRun, add_run_adapter, load_run_tokenizer
 from isotune.models.quiet import quiet_libraries
 
 # Of the largest logit. Merging itself rounds in fp32; the merged weights are then rounded to the dtype they are
@@ -51,7 +52,7 @@ class Parity:
 
 @dataclass(frozen=True)
 class MergedModel:
-    """A stock model that answers as the adapter on its base does, its tokenizer, and the proof."""
+    """A stock model that answers or classifies as the adapter on its base does, its tokenizer, and the proof."""
 
     model: Any
     tokenizer: Any
@@ -74,7 +75,7 @@ def merge_run(run: FinishedRun, dtype: torch.dtype | None = None) -> MergedModel
     """
     assert run.is_adapter, "only an adapter can be merged"
     tokenizer = load_run_tokenizer(run)
-    base = load_run_base(run, torch.device("cpu"), dequantised=True)
+    base = load_base_of(run, torch.device("cpu"), dequantised=True)
     written = dtype or base.dtype
     adapted = add_run_adapter(run, base.float()).eval()
     probe = probe_tokens(tokenizer, base.config.vocab_size)
@@ -108,7 +109,7 @@ def probe_tokens(tokenizer: Any, vocabulary: int) -> Tensor:
 
 
 def probe_logits(model: Any, probe: Tensor) -> Tensor:
-    """The logits of the probe: float32 [2, tokens, vocabulary], on the CPU."""
+    """The logits of the probe: float32 [2, tokens, vocabulary], or [2, classes], on the CPU."""
     positions = getattr(model.config, "max_position_embeddings", None) or probe.shape[1]
     tokens = probe[:, :positions].to(model.device)
     with torch.no_grad():

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from isotune.checkpoints.manifest import replace_file
 from isotune.data.hub import is_hub_id
 from isotune.report.run_record import RunRecord, read_record
+from isotune.report.what_ran import tables
 from isotune.report.wording import number
 
 CARD = "README.md"
@@ -22,6 +23,7 @@ METRICS = {"eval_accuracy": "accuracy", "eval_f1_macro": "f1", "eval_loss": "los
 HIGHER_IS_BETTER = ("eval_accuracy", "eval_f1_macro")
 PATHS = ("model_name_or_path", "tokenizer_name_or_path", "dataset_name", "eval_dataset_name")
 NOT_OF_INTEREST = "Output and logging"
+NOT_OF_DATA = ("source", "fingerprint")
 
 
 def write_model_card(run: str | Path, repository: str | None = None) -> Path:
@@ -51,6 +53,7 @@ def model_card(record: RunRecord, repository: str | None = None) -> ModelCard:
             _introduction(record),
             "## Load it\n\n" + _loading(record, repository or str(record.folder / "model")),
             "## Results\n\n" + _results(record),
+            "## Data\n\n" + _data(record),
             "## Training\n\n" + _training(record),
             "## Recipe\n\n" + _recipe(record),
         )
@@ -183,6 +186,24 @@ def _results(record: RunRecord) -> str:
     return f"{on}\n\n{_table(rows)}\n\n{saved}"
 
 
+def _data(record: RunRecord) -> str:
+    """What preparation counted; the sources are named as the recipe names them, without their folders."""
+    keys = record.keys
+    columns = {"training": (keys.get("dataset_name"), keys.get("dataset_split"))}
+    if record.evaluations:
+        held_out = f"a share of {_shown(keys.get('dataset_name', ''))}"
+        columns["evaluation"] = (keys.get("eval_dataset_name") or held_out, keys.get("eval_dataset_split"))
+    counted = {table.caption.removeprefix("Data: "): table for table in tables([record])}
+    found = [
+        {"source": f"{_shown(source or '')}{f', {split}' if split else ''}"}
+        | {row.name: row.values[0] for row in getattr(counted.get(role), "rows", ()) if row.name not in NOT_OF_DATA}
+        for role, (source, split) in columns.items()
+    ]
+    names = dict.fromkeys(name for column in found for name in column)
+    rows = [[name.replace("_", " "), *(column.get(name, "") for column in found)] for name in names]
+    return _table([["", *columns], *rows])
+
+
 def _training(record: RunRecord) -> str:
     found, lines = record.environment.get("in_effect", {}), list(record.steps.values())
     facts: list[tuple[str, Any]] = []
@@ -209,7 +230,7 @@ def _training(record: RunRecord) -> str:
 
 def _recipe(record: RunRecord) -> str:
     values = {
-        key: _shown(value) if key in PATHS else value
+        key: _shown(value) if key in PATHS or (isinstance(value, str) and Path(value).is_absolute()) else value
         for title, group in record.recipe.items()
         for key, value in group.items()
         if title != NOT_OF_INTEREST
