@@ -12,6 +12,7 @@ from typing import Any
 
 from isotune.checkpoints.fence import HEARTBEAT, LIVES, RECORD, last_beat_time
 from isotune.errors import UserError, run_script
+from isotune.report.metrics_lines import METRICS, read_metrics
 
 
 def job_report(run: Path) -> str:
@@ -26,12 +27,11 @@ def job_report(run: Path) -> str:
     try:
         environment = json.loads((run / "environment.json").read_text("utf-8"))
         status = json.loads((run / "status.json").read_text("utf-8"))
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+        steps = list(read_metrics(run / METRICS).steps.values())
     except (OSError, ValueError) as error:
         raise UserError(f"{run} holds no run that has begun: {error}") from error
     found = environment["in_effect"]
     engine = found["engine"] + (f", ZeRO-{found['zero_stage']}" if found.get("zero_stage") is not None else "")
-    steps = [line for line in lines if "loss" in line]
     seconds = sum(line["step_seconds"] for line in steps)
     tokens = sum(line["input_tokens"] for line in steps)
     lives = list(_lives(run))
