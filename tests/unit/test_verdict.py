@@ -1,0 +1,119 @@
+"""How a script ended is written down for a scheduler's script: by the first process, or another where that is gone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from isotune.errors import AlreadyDone, Preempted, RunFault, Superseded, UserError, run_script
+from isotune.verdict import write_verdict
+
+STARTING = """
+import time
+from isotune.errors import run_script
+def main():
+    print("starting", flush=True)
+    time.sleep(60)
+run_script(main)
+"""
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("ISOTUNE_VERDICT", str(tmp_path / "verdict.json"))
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    return tmp_path / "verdict.json"
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """`run_script` hears signals; a test leaves them as they were."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def told(file: Path) -> tuple[str, int]:
+    said = json.loads(file.read_text())
+    return said["status"], said["exit_status"]
+
+
+@pytest.mark.parametrize(
+    ("error", "verdict"),
+    [
+        (None, ("finished", 0)),
+        (AlreadyDone("there"), ("finished", 0)),
+        (UserError("row 3"), ("failed", 2)),
+        (RunFault("leaks"), ("failed", 1)),
+        (Superseded("by another"), ("superseded", 1)),
+        (Preempted("after step 3"), ("preempted", 75)),
+        (KeyError("a bug"), ("failed", 1)),
+    ],
+)
+def test_every_end_has_its_word_and_number(file, error, verdict):
+    def main() -> None:
+        if error is not None:
+            raise error
+
+    with pytest.raises((SystemExit, KeyError)):
+        run_script(main)
+    assert told(file) == verdict
+
+
+@pytest.mark.parametrize(("launched", "status"), [(False, 75), (True, 0)])
+def test_ranks_of_a_launcher_leave_a_preemption_to_the_verdict(file, monkeypatch, launched, status):
+    if launched:
+        monkeypatch.setenv("LOCAL_RANK", "0")
+
+    def main() -> None:
+        raise Preempted("after step 3")
+
+    with pytest.raises(SystemExit) as leaving:
+        run_script(main)
+    assert leaving.value.code == status and told(file) == ("preempted", 75)
+
+
+def test_the_first_process_speaks_and_another_one_only_where_it_is_silent(file, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    write_verdict(status="finished", exit_status=0)
+    assert not file.exists()
+    write_verdict(status="failed", exit_status=1)
+    assert told(file) == ("failed", 1)
+    monkeypatch.setenv("RANK", "0")
+    write_verdict(status="preempted", exit_status=75)
+    monkeypatch.setenv("RANK", "3")
+    write_verdict(status="failed", exit_status=1)
+    assert told(file) == ("preempted", 75)
+
+
+def test_a_mistake_in_the_input_stays_one_whatever_breaks_because_of_it(file, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    write_verdict(status="failed", exit_status=2, message="no such file on this node")
+    monkeypatch.setenv("RANK", "0")
+    write_verdict(status="failed", exit_status=1, message="connection closed by peer")
+    assert told(file) == ("failed", 2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_training_is_a_preemption_even_where_the_launcher_ignores_it(file, number):
+    ignoring = f"import signal, subprocess, sys; signal.signal({int(number)}, signal.SIG_IGN)\n"
+    script = ignoring + f"sys.exit(subprocess.call([sys.executable, '-c', {STARTING!r}]))"
+    launcher = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, start_new_session=True)
+    assert launcher.stdout is not None and launcher.stdout.readline() == b"starting\n"
+    os.killpg(launcher.pid, number)
+    assert launcher.wait(20) == 75
+    assert told(file) == ("preempted", 75)
+
+
+def test_without_the_variable_nothing_is_written_and_signals_are_left_alone(file, monkeypatch, tmp_path):
+    monkeypatch.delenv("ISOTUNE_VERDICT")
+    before = signal.getsignal(signal.SIGUSR1)
+    with pytest.raises(SystemExit):
+        run_script(lambda: None)
+    assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGUSR1) == before
