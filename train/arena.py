@@ -31,6 +31,7 @@ def train_encoder(recipe: ArenaRecipe) -> None:
     from isotune.data.arena import read_competition
     from isotune.data.arena_documents import prepare_competition
     from isotune.evaluation.arena_encoder import examine_encoder
+    from isotune.planner.before import plan_before
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.report.sharing import share
     from isotune.training.classifier_run import Trained, start_classifier, train_classifier
@@ -41,12 +42,15 @@ def train_encoder(recipe: ArenaRecipe) -> None:
     prepared = prepare_competition(files, recipe, start.tokenizer)
     if start.process.is_main:
         print(prepared.table(), flush=True)
+    data = Data(prepared.train, prepared.evaluation)
+    if plan_before(recipe, start.config, data, start.process):
+        return
 
     def examine(trained: Trained) -> None:
         examine_encoder(trained.run.path, recipe, files, prepared.kept, start.process.device)
         print(f"loss curve  {draw_loss_curve(trained.run.path)}")
 
-    trained = train_classifier(start, Data(prepared.train, prepared.evaluation), examine)
+    trained = train_classifier(start, data, examine)
     if trained.saved is not None:
         share(recipe)
 

@@ -26,12 +26,15 @@ def main() -> None:
     # the engine takes seconds to import: a mistake in the recipe has been answered by now
     from isotune.evaluation.chance import judge_run
     from isotune.evaluation.sentences import show_sentences
+    from isotune.planner.before import plan_before
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.training.classification import prepare_data
     from isotune.training.classifier_run import Trained, start_classifier, train_classifier
 
     start = start_classifier(recipe)
     data = prepare_data(recipe, start.tokenizer, start.process)
+    if plan_before(recipe, start.config, data, start.process):
+        return
 
     def examine(trained: Trained) -> None:
         if recipe.sentences:

@@ -25,6 +25,7 @@ def main() -> None:
     # the engine takes seconds to import: a mistake in the recipe has been answered by now
     from isotune.evaluation.generation import print_sample_answer
     from isotune.models.loading import load_config, load_tokenizer
+    from isotune.planner.before import plan_before
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.report.sharing import share
     from isotune.training import sft
@@ -38,6 +39,8 @@ def main() -> None:
     config = load_config(recipe)
     tokenizer = load_tokenizer(recipe)
     data = sft.prepare_data(recipe, tokenizer, process)
+    if plan_before(recipe, config, data, process):
+        return
 
     model = sft.build_model(recipe, config, process.loading_device(recipe))
     trainer = sft.build_trainer(recipe, process, run, model, tokenizer, data)

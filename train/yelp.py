@@ -24,6 +24,7 @@ def main() -> None:
         kind=ClassificationRecipe,
     )
     # the engine takes seconds to import: a mistake in the recipe has been answered by now
+    from isotune.planner.before import plan_before
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.report.sharing import share
     from isotune.training.classification import prepare_data
@@ -31,6 +32,8 @@ def main() -> None:
 
     start = start_classifier(recipe)
     data = prepare_data(recipe, start.tokenizer, start.process)
+    if plan_before(recipe, start.config, data, start.process):
+        return
     trained = train_classifier(start, data)
     if trained.saved is not None:
         print(f"loss curve  {draw_loss_curve(trained.run.path)}")

@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_report(commands)
     _add_validate_submission(commands)
     _add_plan(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -176,6 +177,29 @@ def _add_plan(commands: "argparse._SubParsersAction[OneSentenceParser]") -> None
     )
     command.add_arguments(plan)
     plan.set_defaults(run=command.run, takes_recipe_keys=True)
+
+
+def _add_doctor(commands: "argparse._SubParsersAction[OneSentenceParser]") -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what about this machine or launch could spoil a run",
+        description="Look at versions, devices, kernels, compilers, disks, caches, the Hub, SLURM and the network.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=(
+            "examples:\n"
+            "  isotune doctor\n"
+            "  isotune doctor --output_dir /scratch/me/runs\n"
+            "  accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 8 -m isotune.cli doctor"
+        ),
+    )
+    doctor.add_argument("--output_dir", default="runs", metavar="DIR", help="where runs would go (%(default)s)")
+    doctor.set_defaults(run=_doctor)
+
+
+def _doctor(chosen: argparse.Namespace) -> int:
+    from isotune.planner.doctor import run_doctor
+
+    return run_doctor(Path(chosen.output_dir))
 
 
 def _add_report(commands: "argparse._SubParsersAction[OneSentenceParser]") -> None:

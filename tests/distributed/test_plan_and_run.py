@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.launching import REPOSITORY, TINY, Finished, start, write_recipe
+from tests.launching import REPOSITORY, TINY, TINY_CLASSIFIER, Finished, start, write_recipe
 
 from isotune.planner.asked import read_asked
 from isotune.planner.planning import RunPlan, plan_run
@@ -86,3 +86,17 @@ def test_real_conversations_are_counted_as_the_plan_of_training_counts_them(shar
     assert work.passes_per_rank == -(-7 // processes)
     assert work.packing_efficiency == pytest.approx(work.tokens / (work.rows * 512))
     assert 0 <= work.imbalance < processes
+
+
+@pytest.mark.parametrize(("script", "recipe"), [("train/sft_opt.py", TINY), ("train/yelp.py", TINY_CLASSIFIER)])
+def test_plan_only_prints_the_plan_and_leaves_nothing(tmp_path, script, recipe):
+    run = start(tmp_path, recipe, "--plan_only", script=script)
+    assert "work        6 steps" in run.stdout and "activations and loss" in run.stdout
+    assert not run.run.exists()
+
+
+def test_a_run_says_beforehand_what_it_will_hold(tmp_path):
+    run = start(tmp_path, TINY | {"max_steps": 1, "save_strategy": "no"})
+    line = next(line for line in run.stdout.splitlines() if line.startswith("memory "))
+    held = in_effect(run)["parameter_bytes_per_rank"] / 2**20
+    assert f"weights {held:.2f} MiB" in line

@@ -80,6 +80,7 @@ def plan_run(
     compare: Sequence[str] = (),
     world_sizes: Sequence[int] = (),
     show_progress: bool = True,
+    prepared: Any = None,
 ) -> RunPlan:
     """Plan a run whose recipe names at least a model and data.
 
@@ -90,13 +91,14 @@ def plan_run(
         per_node: processes of a node.
         compare, world_sizes: engines and numbers of processes to put side by side.
         show_progress: of preparing the data.
+        prepared: the data, where they are prepared already.
 
     Raises:
         UserError: no such model, or a name that is none.
     """
     recipe, launch = asked.recipe, asked.launch
     config = load_config(recipe)
-    data, why = _data(recipe, show_progress)
+    data, why = (prepared, None) if prepared is not None else _data(recipe, show_progress)
     labels = getattr(getattr(data, "train", None), "num_labels", None)
     build = builder(recipe, config, labels)
     facts = model_facts(recipe, config, build(config.num_hidden_layers))

@@ -181,6 +181,9 @@ class RunRecipe:
         None, OUTPUT, "token of the Hub; never shown nor written", needs=_UPLOADS, changes_result=False, common=False,
         secret=True, default_text="that of `hf auth login` or HF_TOKEN",
     )  # fmt: skip
+    plan_only: bool = key(
+        False, OUTPUT, "prepare the data, print the whole plan and stop", unset=False, changes_result=False
+    )
     training_arguments: dict[str, Any] = field(default_factory=dict)
     given: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
