@@ -91,8 +91,8 @@ def fit_baselines(
 
 
 def class_prior(labels: np.ndarray) -> np.ndarray:
-    """The shares of the classes, a and b alike because their places mean nothing: float64 [3]."""
-    shares = np.bincount(labels, minlength=3) / len(labels)
+    """The shares of the classes, each counted once more than it is there (Laplace), a and b alike: float64 [3]."""
+    shares = (np.bincount(labels, minlength=3) + 1) / (len(labels) + 3)
     either = (shares[0] + shares[1]) / 2
     return np.array([either, either, shares[2]])
 
