@@ -34,14 +34,15 @@ def run(data: str, folder: Path, given: Namespace) -> None:
     )
     from transformers.trainer_utils import get_last_checkpoint
 
-    from isotune.data.labelled import LabelSettings, prepare_labelled
+    from isotune.data.label_settings import LabelSettings
+    from isotune.data.labelled import prepare_labelled
     from isotune.models.loading import load_tokenizer
     from isotune.recipe import ClassificationRecipe
 
     started = time.monotonic()
     recipe = ClassificationRecipe.from_values(**recipe_values(data, folder, given))
     tokenizer = load_tokenizer(recipe, needed=("pad",))
-    settings = LabelSettings(recipe.max_seq_length, recipe.overlong, num_labels=recipe.num_labels)  # type: ignore[arg-type]
+    settings = LabelSettings.of(recipe)
 
     def rows_of(split: str) -> Dataset:
         documents = prepare_labelled(recipe.dataset_name, split, tokenizer, settings, show_progress=False).documents

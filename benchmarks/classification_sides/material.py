@@ -17,7 +17,8 @@ import yaml
 from transformers import BertConfig
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from isotune.data.labelled import LabelSettings, PreparedLabels, prepare_labelled
+from isotune.data.label_settings import LabelSettings
+from isotune.data.labelled import PreparedLabels, prepare_labelled
 from isotune.models.loading import load_tokenizer
 from isotune.recipe import ClassificationRecipe
 
@@ -48,7 +49,9 @@ class Material:
 
 def geometry(recipe: ClassificationRecipe, tokenizer: Any, given: Namespace) -> BertConfig:
     """BERT-base's configuration for the recipe's classes."""
-    return BertConfig(vocab_size=len(tokenizer), num_hidden_layers=given.layers, num_labels=recipe.num_labels)
+    config = BertConfig(vocab_size=len(tokenizer), num_hidden_layers=given.layers)
+    config.num_labels = recipe.num_labels  # type: ignore[assignment]
+    return config
 
 
 def material(data: str, side: str, given: Namespace, scratch: str) -> Material:
@@ -72,7 +75,7 @@ def material(data: str, side: str, given: Namespace, scratch: str) -> Material:
     }
     recipe = ClassificationRecipe.from_values(**values)
     tokenizer = load_tokenizer(recipe, needed=("pad",))
-    settings = LabelSettings(MAX_TOKENS, recipe.overlong, num_labels=recipe.num_labels)  # type: ignore[arg-type]
+    settings = LabelSettings.of(recipe)
     prepared = prepare_labelled(recipe.dataset_name, "train", tokenizer, settings, show_progress=False)
     lengths = prepared.documents.lengths
     generator = torch.Generator().manual_seed(recipe.seed)
