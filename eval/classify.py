@@ -64,7 +64,8 @@ def main() -> None:
     from isotune.evaluation.pictures import draw_pictures
     from isotune.evaluation.pictures_attention import chosen_rows, draw_attention
     from isotune.evaluation.ranks import start_ranks
-    from isotune.report.loss_curve import METRICS, draw_loss_curve
+    from isotune.report.loss_curve import draw_loss_curve
+    from isotune.report.metrics_lines import METRICS
 
     ranks = start_ranks()
     dtype = torch.bfloat16 if given.bf16 else torch.float32
