@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 from tests.building import small_opt
 from tests.launching import TINY, Finished, start
@@ -116,7 +117,16 @@ def test_the_same_engine_and_world_size_goes_on_with_the_same_bits(tmp_path, con
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "precision"), [("zero2.yaml", "bf16"), ("zero3.yaml", "bf16"), ("zero2.yaml", "fp16")]
+    ("config", "precision"),
+    [
+        ("zero2.yaml", "bf16"),
+        ("zero3.yaml", "bf16"),
+        pytest.param(
+            "zero2.yaml",
+            "fp16",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 under DeepSpeed needs a GPU"),
+        ),
+    ],
 )
 def test_master_weights_and_the_loss_scale_survive_under_16_bit_engines(tmp_path, config, precision):
     recipe = EVERY_STEP | {precision: True}

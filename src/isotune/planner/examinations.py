@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from packaging.requirements import Requirement
@@ -92,14 +93,15 @@ def kernels() -> Iterator[Finding]:
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     bounds = [0, 37, 101]
-    wide = [torch.randn(1, 4, bounds[-1], 64) for _ in range(3)]
+    wide: Any = [torch.randn(1, 4, bounds[-1], 64) for _ in range(3)]
     try:
-        narrow = [t.to(place, torch.bfloat16) for t in wide]
+        narrow: Any = [t.to(place, torch.bfloat16) for t in wide]
         cumulated = torch.tensor(bounds, dtype=torch.int32, device=place)
         name = kernel_in_effect(place, torch.bfloat16)
         found, _ = packed_attention(torch.nn.Module(), *narrow, None, cu_seq_lens_q=cumulated, cu_seq_lens_k=cumulated,
                                     max_length_q=64, max_length_k=64, is_causal=True)  # fmt: skip
-        exact = document_attention(*(t.to(torch.bfloat16).float() for t in wide), bounds, scale=64**-0.5, causal=True)
+        rounded: Any = [t.to(torch.bfloat16).float() for t in wide]
+        exact = document_attention(*rounded, bounds, scale=64**-0.5, causal=True)
     except Exception as error:
         yield Finding(WRONG, "attention", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
                       "no packed run can begin", "another torch build, or fp32")  # fmt: skip

@@ -143,9 +143,10 @@ def _memory_lines(plan: RunPlan) -> Iterator[str]:
         yield f"fits        {size(memory.total)} of {size(plan.limit)}"
         return
     yield f"fits not    {size(memory.total)} of {size(plan.limit)}; what would fit, the same result first:"
+    widest = max((len(remedy.change) for remedy in plan.remedies), default=0)
     for remedy in plan.remedies:
         other = "" if remedy.same_result else "   another experiment"
-        yield f"  {remedy.change:<58}{size(remedy.total):>12}{other}"
+        yield f"  {remedy.change:<{widest}}{size(remedy.total):>12}{other}"
     if not plan.remedies:
         yield "  none of the changes that a plan tries: a smaller model, or more processes that shard"
 

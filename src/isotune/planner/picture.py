@@ -25,12 +25,14 @@ def draw_scaling(plan: RunPlan, file: Path) -> Path:
             panels[0][1].plot(sizes, [row.time.expected for row in rows if row.time], marker="o", label=name)
     panels[0][0].set_ylabel("GiB on a process")
     if plan.limit is not None:
-        panels[0][0].axhline(plan.limit / 2**30, linestyle="--", color="black", label="a process has")
+        panels[0][0].axhline(plan.limit / 2**30, linestyle="--", color="black", label="memory of a process")
     if timed:
         panels[0][1].set_ylabel("expected seconds a step")
         panels[0][1].set_yscale("log")
+    counts = sorted({row.launch.world_size for row in plan.rows})
     for panel in panels[0]:
         panel.set_xscale("log", base=2)
+        panel.set_xticks(counts, [str(count) for count in counts])
         panel.set_xlabel("processes")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)

@@ -9,7 +9,6 @@ from isotune.planner.launches import DEEPSPEED, FSDP, Launch
 from isotune.planner.memory import Memory
 from isotune.recipe import RunRecipe
 
-# from the one that changes least to the one that changes the experiment
 _HALVES = (2, 4)
 
 
@@ -52,11 +51,20 @@ def _changes(recipe: RunRecipe, launch: Launch) -> Iterator[tuple[str, bool, Run
         if recipe.microbatch_tokens > least:
             both["microbatch_tokens"] = least
             yield from _said(f"--gradient_checkpointing true --microbatch_tokens {least}", True, recipe, launch, **both)
-    for stage, file in ((1, "zero1"), (2, "zero2"), (3, "zero3")):
-        if launch.world_size > 1 and (launch.zero_stage or 0) < stage and launch.engine != FSDP:
+    if launch.world_size > 1 and launch.engine != FSDP:
+        for file in ("zero1", "zero2", "zero3", "zero3_offload"):
+            stage = int(file.removeprefix("zero")[0])
+            if (launch.zero_stage or 0) >= stage and "offload" not in file:
+                continue
             config = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 50_000_000}}
-            other = Launch(DEEPSPEED, launch.world_size, f"accelerate_configs/{file}.yaml", config)
-            yield f"--config_file accelerate_configs/{file}.yaml", True, recipe, other
+            offload = ("optimizer", "param") if "offload" in file else ()
+            other = Launch(DEEPSPEED, launch.world_size, f"accelerate_configs/{file}.yaml", config, offload)
+            change = f"--config_file accelerate_configs/{file}.yaml"
+            yield change, True, recipe, other
+            if stage == 3:
+                yield from _said(
+                    f"{change} --gradient_checkpointing true", True, recipe, other, gradient_checkpointing=True
+                )
     if recipe.tune == "full":
         yield from _said("--tune lora", False, recipe, launch, tune="lora")
     if recipe.tune != "qlora":

@@ -73,7 +73,7 @@ def trace_pass(
     def trace(blocks: int) -> PassMemory:
         model = build(blocks)
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         return _trace(model, _inputs(lengths, targets, is_classifier), autocast, on_cpu)
 
     few = [trace(blocks) for blocks in FEW_BLOCKS if blocks < layers]
