@@ -84,7 +84,7 @@ conclude() {
     superseded:*) say "$(told message)" && exit 1 ;;
     failed:2) say "$(told message): not requeued" && exit 2 ;;
     esac
-    [ -z "$stop" ] || go_on "it ended before it could say how, after it was told to stop" 75
+    if [ -n "$stop" ] && [ "$status" != failed ]; then go_on "it was told to stop and could not say how it ended" 75; fi
     # A fault of the program would come again. A node that is gone is no fault, and Slurm may not have noticed yet.
     if [ -z "$ended" ] && ! nodes_answer; then go_on "a node does not answer" 1; fi
     say "${status:-killed}, exit status $(told exit_status), not requeued: $(told message); see $LOGS"
