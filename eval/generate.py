@@ -1,6 +1,7 @@
 """What a model says: its answers to a data set with every metric, to one --prompt, or in a chat on the terminal.
 
 accelerate launch eval/generate.py --run_dir runs/demo --dataset_name builtin:pirate
+accelerate launch eval/generate.py --run_dir runs/opt350m_lora --task eval/configs/guanaco.yaml
 python eval/generate.py --run_dir runs/opt350m_lora --prompt "What is a winglet?"
 python eval/generate.py --run_dir runs/opt350m_lora --interactive --temperature 0.7 --top_p 0.9
 python eval/generate.py --model facebook/opt-350m --prompt "What is a winglet?"
@@ -23,25 +24,28 @@ def arguments() -> argparse.Namespace:
     source.add_argument("--run_dir", metavar="RUN", help="the folder of a finished run")
     source.add_argument("--model", metavar="NAME", help="or any model: a folder or a Hub id")
     parser.add_argument("--dataset_name", metavar="NAME", help="ask the first question of each of its conversations")
-    parser.add_argument("--dataset_split", default="test", metavar="SPLIT", help="of that data set (%(default)s)")
+    parser.add_argument("--dataset_split", metavar="SPLIT", help="of that data set (test)")
+    parser.add_argument("--task", metavar="YAML", help="or what to ask and to measure: see eval/configs/")
     parser.add_argument("--limit", type=int, metavar="N", help="ask the first N only")
     parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="asked at once (%(default)s)")
     parser.add_argument("--output_dir", metavar="DIR", help="where the result goes (RUN/eval/NAME of the data set)")
     parser.add_argument("--prompt", metavar="TEXT", help="ask this one question")
     parser.add_argument("--interactive", action="store_true", help="a chat, as without --prompt and --dataset_name")
     parser.add_argument("--lm_eval_tasks", metavar="A,B", help="tasks of lm-evaluation-harness: YAML files or names")
-    parser.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="longest answer (%(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, metavar="N", help="longest answer (256)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (%(default)s)")
     parser.add_argument("--top_p", type=float, default=1.0, metavar="P", help="nucleus sampling (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling and intervals (%(default)s)")
     given = parser.parse_args()
-    asked = {"--prompt": given.prompt is not None, "--dataset_name": given.dataset_name}
+    given.measured = given.dataset_name or given.task
+    asked = {"--prompt": given.prompt is not None, "--task" if given.task else "--dataset_name": given.measured}
     asked |= {"--interactive": given.interactive, "--lm_eval_tasks": given.lm_eval_tasks}
     if sum(map(bool, asked.values())) > 1:
         raise UserError(f"{' and '.join(name for name, on in asked.items() if on)} exclude each other: ask in one way")
-    if given.batch_size < 1:
-        raise UserError(f"--batch_size is {given.batch_size}: it takes at least 1")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not given.dataset_name and given.prompt is None:
+    for name in ("batch_size", "limit"):
+        if getattr(given, name) is not None and getattr(given, name) < 1:
+            raise UserError(f"--{name} is {getattr(given, name)}: it takes at least 1")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not given.measured and given.prompt is None:
         what = "--lm_eval_tasks takes" if given.lm_eval_tasks else "a chat takes"
         raise UserError(f"{what} one process: start it with python and without a launcher")
     given.name = given.run_dir or given.model
@@ -56,27 +60,27 @@ def main() -> None:
     from isotune.evaluation.decoding import Decoding
     from isotune.evaluation.examination import examine, print_examination, write_examination
     from isotune.evaluation.generation import answer, load_model_speaker, load_run_speaker
+    from isotune.evaluation.generation_tasks import DEFAULT_MAX_NEW_TOKENS, read_generation_task
     from isotune.evaluation.lm_eval_bridge import check_tasks, print_harness, run_tasks, write_harness
-    from isotune.evaluation.questions import read_questions
     from isotune.evaluation.ranks import start_ranks
     from isotune.evaluation.sharding import read_shards
 
-    decoding = Decoding(given.max_new_tokens, given.temperature, given.top_p, given.seed)
+    flags = {key: getattr(given, key) for key in ("dataset_name", "dataset_split", "max_new_tokens")}
+    task = read_generation_task(given.task, flags) if given.measured else None
+    longest = DEFAULT_MAX_NEW_TOKENS if given.max_new_tokens is None else given.max_new_tokens
+    decoding = Decoding(task.max_new_tokens if task else longest, given.temperature, given.top_p, given.seed)
     tasks = check_tasks(given.lm_eval_tasks) if given.lm_eval_tasks else []
-    questions = read_questions(given.dataset_name, given.dataset_split, given.limit) if given.dataset_name else []
+    questions = task.questions(given.limit) if task else []
     shards = read_shards()
     ranks = start_ranks()
-    if ranks.world_size > 1 and not questions and given.prompt is None:
-        raise UserError(f"{'--lm_eval_tasks' if tasks else 'a chat'} takes one process: start it without a launcher")
     load = load_run_speaker if given.run_dir else load_model_speaker
     speaker = load(given.name, ranks.device, shards)
-    if questions:
-        done = examine(speaker, questions, decoding, ranks, batch_size=given.batch_size, seed=given.seed)
+    if task:
+        done = examine(speaker, questions, decoding, ranks, batch_size=given.batch_size, metrics=task.metrics)
         if ranks.is_main:
             print_examination(done)
-            if folder := result_folder(given, Path(given.dataset_name.replace("builtin:", "")).stem):
-                about = {"model": given.name, "dataset_name": given.dataset_name, "split": given.dataset_split}
-                write_examination(done, folder, decoding=decoding, **about)
+            if folder := result_folder(given, task.name):
+                write_examination(done, folder, model=given.name, task=task, decoding=decoding)
                 print(f"written to {folder}")
     elif tasks:
         found = run_tasks(speaker, tasks, limit=given.limit, batch_size=given.batch_size)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from isotune.data.conversations import Conversation, render_prompt
 from isotune.data.tokenization import ConversationEncoder
+from isotune.errors import UserError
 from isotune.evaluation import likelihood
 from isotune.evaluation.completions import Speaker
 from isotune.evaluation.generation import load_model_speaker
@@ -77,6 +78,16 @@ def test_a_reference_longer_than_the_model_is_scored_as_far_as_it_has_positions(
     assert found[1].whole
     assert found[0].tokens == speaker.positions - prompt_tokens
     assert found[0].bytes == len(" word") * found[0].tokens
+
+
+def test_scores_that_are_not_finite_are_counted_and_refused(speaker, monkeypatch):
+    broken = load_model_speaker(speaker.model.name_or_path)
+    with torch.no_grad():
+        broken.model.model.decoder.embed_positions.weight[60] = float("nan")
+    monkeypatch.setattr(likelihood, "PASS_TOKENS", 1)  # each reference alone: only the long one comes to that position
+    prompt = "### Human: Hi\n### Assistant:"
+    with pytest.raises(UserError, match="not finite for 1 of 2 references, row 4 first"):
+        score_references(broken, [Reference(7, prompt, " Hello"), Reference(3, prompt, " word" * 80)])
 
 
 def test_any_llama_tokenizer_is_scored_too(shared_data):

@@ -46,11 +46,6 @@ def test_a_data_set_of_empty_references_is_refused(tmp_path, row):
         read_questions(write_rows(tmp_path, [row]), "train")
 
 
-def test_a_limit_of_none_is_refused():
-    with pytest.raises(UserError, match="--limit is 0"):
-        read_questions("builtin:pirate", "test", 0)
-
-
 def test_the_pirate_is_examined_on_countries_that_it_never_spoke_of():
     taught = " ".join(row["text"] for row in find_corpus("builtin:pirate").rows("train"))
     examined = read_questions("builtin:pirate", "test")

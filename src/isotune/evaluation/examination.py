@@ -10,6 +10,7 @@ from isotune.checkpoints.manifest import replace_file
 from isotune.data.conversations import render_prompt
 from isotune.evaluation.completions import Completion, Prompt, Speaker, complete
 from isotune.evaluation.decoding import Decoding, first_turn
+from isotune.evaluation.generation_tasks import METRICS, GenerationTask
 from isotune.evaluation.likelihood import Reference, score_references
 from isotune.evaluation.questions import Question
 from isotune.evaluation.ranks import Ranks
@@ -42,7 +43,13 @@ class Examination:
 
 
 def examine(
-    speaker: Speaker, questions: Sequence[Question], decoding: Decoding, ranks: Ranks, *, batch_size: int, seed: int = 0
+    speaker: Speaker,
+    questions: Sequence[Question],
+    decoding: Decoding,
+    ranks: Ranks,
+    *,
+    batch_size: int,
+    metrics: Sequence[str] = METRICS,
 ) -> Examination:
     """Ask every question, and score every reference.
 
@@ -52,7 +59,7 @@ def examine(
         decoding: how the answers are made.
         ranks: which share them.
         batch_size: questions that one forward pass sees; it changes no result.
-        seed: of the intervals' resamples.
+        metrics: which to keep.
 
     Raises:
         UserError: a question leaves the model no position for an answer; the sentence names its row.
@@ -65,38 +72,37 @@ def examine(
     completions = [completed[q.id] for q in questions]
     texts = [first_turn(completion.text) for completion in completions]
     likelihoods = [scored[q.id] for q in questions]
-    metrics = {
+    measured = {
         **measure_texts(texts, [q.reference for q in questions], [c.ended for c in completions]),
         **measure_likelihoods(likelihoods),
     }
-    statistics = [metric.of_all for metric in metrics.values()]
+    kept = {name: metric for name, metric in measured.items() if name in metrics}
+    statistics = [metric.of_all for metric in kept.values()]
     return Examination(
         questions=questions,
         completions=completions,
         texts=texts,
-        metrics=metrics,
+        metrics=kept,
         values=values(statistics),
-        intervals=bootstrap_intervals(statistics, len(questions), seed=seed),
+        intervals=bootstrap_intervals(statistics, len(questions), seed=decoding.seed),
         cut=sum(not one.whole for one in likelihoods),
     )
 
 
-def write_examination(
-    done: Examination, folder: Path, *, model: str, dataset_name: str, split: str, decoding: Decoding
-) -> None:
+def write_examination(done: Examination, folder: Path, *, model: str, task: GenerationTask, decoding: Decoding) -> None:
     """metrics.json, predictions.jsonl and examples.md in `folder`."""
     facts: dict[str, Any] = {
         "kind": GENERATION,
         "model": model,
-        "dataset_name": dataset_name,
-        "dataset_split": split,
+        "dataset_name": task.dataset_name,
+        "dataset_split": task.dataset_split,
         "rows": len(done.questions),
         "rows_sha256": rows_digest((q.id, q.prompt + "\n" + q.reference) for q in done.questions),
         "decoding": asdict(decoding),
         "signatures": signatures(),
         "references": {"longer_than_positions": done.cut},
     }
-    replace_file(_ready(folder) / EXAMPLES, render_examples(done, model, dataset_name))
+    replace_file(_ready(folder) / EXAMPLES, render_examples(done, model, task.dataset_name))
     write_result(folder, facts, done.values, done.intervals, predictions(done))
 
 
@@ -119,11 +125,11 @@ def predictions(done: Examination) -> list[dict[str, Any]]:
 
 def print_examination(done: Examination) -> None:
     """The first answers beside their references, the exact matches, and every metric with its interval."""
-    matches = done.metrics["exact_match"].of_rows
+    matches = [text == question.reference for question, text in zip(done.questions, done.texts, strict=True)]
     for question, text, match in list(zip(done.questions, done.texts, matches, strict=True))[:SHOWN_ON_TERMINAL]:
         print(f"  {'=' if match else 'x'} {question.prompt}")
         print(f"    answer     {text}\n    reference  {question.reference}")
-    print(f"exact match {int(matches.sum())} of {len(matches)} ({done.values['exact_match']:.1%})")
+    print(f"exact match {sum(matches)} of {len(matches)} ({sum(matches) / len(matches):.1%})")
     print(f"  {'metric':<14} {'value':>10}   95% interval")
     for name, value in done.values.items():
         low, high = done.intervals[name]
@@ -135,12 +141,10 @@ def print_examination(done: Examination) -> None:
 def render_examples(done: Examination, model: str, dataset_name: str) -> str:
     """A Markdown table of the first answers beside their references."""
     head = f"# {model} on {dataset_name}: {min(SHOWN_IN_FILE, len(done.texts))} of {len(done.texts)} answers\n\n"
-    lines = ["| row | question | answer | reference | chrF |", "|---|---|---|---|---|"]
-    for question, text, score in list(zip(done.questions, done.texts, done.metrics["chrf"].of_rows, strict=True))[
-        :SHOWN_IN_FILE
-    ]:
+    lines = ["| row | question | answer | reference |", "|---|---|---|---|"]
+    for question, text in list(zip(done.questions, done.texts, strict=True))[:SHOWN_IN_FILE]:
         cells = " | ".join(_cell(one) for one in (question.prompt, text, question.reference))
-        lines.append(f"| {question.id} | {cells} | {score:.1f} |")
+        lines.append(f"| {question.id} | {cells} |")
     return head + "\n".join(lines) + "\n"
 
 

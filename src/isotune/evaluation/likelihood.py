@@ -61,7 +61,7 @@ def score_references(
     """The likelihood of each reference by its row; with `ranks` each process scores its share and gets them all.
 
     Raises:
-        UserError: the tokenizer gives no character offsets.
+        UserError: the tokenizer gives no character offsets, or the model's scores are not finite.
     """
     encoded = [_encode(speaker, reference) for reference in references]
     passes = _passes([len(one.input_ids) for one in encoded])
@@ -72,7 +72,14 @@ def score_references(
         for i, nll in zip(rows, _score_pass(speaker, [encoded[i] for i in rows]), strict=True):
             one = encoded[i]
             found[references[i].row] = Likelihood(nll, len(one.input_ids) - one.first, one.bytes, one.whole)
-    return ranks.gather(found) if ranks else found
+    whole = ranks.gather(found) if ranks else found
+    broken = sorted(row for row, one in whole.items() if not math.isfinite(one.nll))
+    if broken:
+        raise UserError(
+            f"the model's scores are not finite for {len(broken)} of {len(whole)} references, row {broken[0] + 1} "
+            "first: its weights are broken, or its precision is too small for them"
+        )
+    return whole
 
 
 @dataclass(frozen=True)

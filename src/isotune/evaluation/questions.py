@@ -32,8 +32,6 @@ def read_questions(dataset_name: str, split: str, limit: int | None = None) -> l
     Raises:
         UserError: no such data, or none with a question and an answer at its start.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit is {limit}: ask at least one question")
     source = read_rows(dataset_name, split)
     found = list(_questions(source))[:limit]
     if not found:

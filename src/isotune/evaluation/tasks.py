@@ -75,7 +75,7 @@ class Task:
         return replace(plain, fingerprint=fingerprint, read=lambda: self._rows(plain, limit))
 
     def _rows(self, plain: Source, limit: int | None) -> Iterator[Row]:
-        columns = _columns(self.template) if self.template is not None else []
+        columns = template_columns(self.template) if self.template is not None else []
         for number, row in enumerate(islice(plain.rows(), limit)):
             made = dict(row)
             if self.template is not None:
@@ -106,7 +106,7 @@ def read_task(file: str | Path | None, given: Mapping[str, Any]) -> Task:
     Raises:
         UserError: no such file, no YAML, a key that there is not or of another kind, or nothing to evaluate on.
     """
-    written = _read_yaml(Path(file)) if file is not None else {}
+    written = read_task_file(Path(file)) if file is not None else {}
     known = {field.name: field for field in fields(Task)}
     for key, value in written.items():
         if key not in known:
@@ -119,11 +119,16 @@ def read_task(file: str | Path | None, given: Mapping[str, Any]) -> Task:
     if not values.get("dataset_name"):
         raise UserError("there is nothing to evaluate on: say --dataset_name or --task")
     if values.get("template") is not None:
-        _columns(values["template"])
+        template_columns(values["template"])
     return Task(**values)
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def read_task_file(file: Path) -> dict[str, Any]:
+    """The keys of a task's file, whatever the task is.
+
+    Raises:
+        UserError: no such file, no YAML, or no keys.
+    """
     try:
         written = yaml.safe_load(file.read_text("utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
@@ -150,7 +155,7 @@ def _check(key: str, value: Any, where: str) -> None:
         raise UserError(f"{where} is {str(value)[:40]!r}: it is {kind}")
 
 
-def _columns(template: str) -> list[str]:
+def template_columns(template: str) -> list[str]:
     """The columns that a template names.
 
     Raises:
