@@ -15,26 +15,29 @@
 cd "${ISOTUNE_HOME:-$SLURM_SUBMIT_DIR}" || exit 2
 . slurm/environment.sh
 
-logs_here=$(realpath -m "${LOGS:-slurm-logs}")
 life=${SLURM_RESTART_COUNT:-0} # unset in the first one
 stop='' told_ranks='' ended='' step='' launches=0
 
 say() { printf '[slurm %(%F %T)T] %s\n' -1 "$*"; }
 
+export NODES=$SLURM_JOB_NUM_NODES PROCESSES HOST PORT ENGINE LOGS ISOTUNE_VERDICT MEETING_SECONDS=${MEETING_SECONDS:-60}
+PROCESSES=${SLURM_NTASKS_PER_NODE:-1}
+if [ "${SLURM_GPUS_ON_NODE:-0}" -gt 0 ]; then PROCESSES=$SLURM_GPUS_ON_NODE; fi
+PROCESSES=${PROCESSES_PER_NODE:-$PROCESSES}
+HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+LOGS=$(realpath -m "${LOGS:-slurm-logs}")/$SLURM_JOB_NAME-$SLURM_JOB_ID
+if [ -z "${ENGINE:-}" ]; then
+    if [ $((NODES * PROCESSES)) -eq 1 ]; then ENGINE=single; else ENGINE=ddp; fi
+fi
+
+# From here on no $(...): bash 5.2 loses a trapped signal, or ends, when it comes while one is being read.
 launch() {
-    export NODES=$SLURM_JOB_NUM_NODES PROCESSES HOST PORT ENGINE LOGS ISOTUNE_VERDICT MEETING_SECONDS=${MEETING_SECONDS:-60}
-    PROCESSES=${SLURM_NTASKS_PER_NODE:-1}
-    if [ "${SLURM_GPUS_ON_NODE:-0}" -gt 0 ]; then PROCESSES=$SLURM_GPUS_ON_NODE; fi
-    PROCESSES=${PROCESSES_PER_NODE:-$PROCESSES}
-    HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    PORT=$(free_port)
-    ENGINE=${ENGINE:-$([ $((NODES * PROCESSES)) -eq 1 ] && echo single || echo ddp)}
-    LOGS=$logs_here/$SLURM_JOB_NAME-$SLURM_JOB_ID
     launches=$((launches + 1))
+    find_port
     ISOTUNE_VERDICT=$LOGS/life-$life-launch-$launches.json
     mkdir -p "$LOGS" && rm -f "$ISOTUNE_VERDICT" || exit 2
     if [ ! -f "accelerate_configs/$ENGINE.yaml" ]; then
-        say "ENGINE=$ENGINE is none of: $(basename -s .yaml -a accelerate_configs/*.yaml | xargs)"
+        say "there is no accelerate_configs/$ENGINE.yaml: ENGINE names one of" accelerate_configs/*.yaml
         exit 2
     fi
     say "job $SLURM_JOB_ID, life $life: $NODES nodes ($SLURM_JOB_NODELIST) x $PROCESSES processes, $ENGINE, meeting at $HOST:$PORT"
@@ -60,34 +63,41 @@ launch() {
 }
 
 # A port of this job's own. The batch script runs on the first node, so it can see what is taken there.
-free_port() {
-    local port=$((20000 + (SLURM_JOB_ID * 7 + life) % 10000)) tries
+find_port() {
+    local tries
+    PORT=$((20000 + (SLURM_JOB_ID * 7 + life) % 10000))
     for ((tries = 0; tries < 1000; tries++)); do
-        (: </dev/tcp/localhost/"$port") 2>/dev/null || (: </dev/tcp/"$HOST"/"$port") 2>/dev/null || break
-        port=$((20000 + (port + 1 - 20000) % 10000))
+        (: </dev/tcp/localhost/"$PORT") 2>/dev/null || (: </dev/tcp/"$HOST"/"$PORT") 2>/dev/null || return
+        PORT=$((20000 + (PORT + 1 - 20000) % 10000))
     done
-    echo "$port"
 }
 
 # What the run itself wrote. srun's status tells nothing: launchers make 1 of everything, a signal or lost node makes 0.
-told() { sed -n "s/^ *\"$1\": \"\{0,1\}\(.*[^\",]\)\"\{0,1\},\{0,1\}\$/\1/p" "$ISOTUNE_VERDICT" 2>/dev/null; }
+read_verdict() {
+    local line entry='^ *"(status|exit_status|message|run)": "?(.*[^",])"?,?$'
+    status='' exit_status='' message='' run=''
+    [ -f "$ISOTUNE_VERDICT" ] || return
+    while IFS= read -r line; do
+        if [[ $line =~ $entry ]]; then printf -v "${BASH_REMATCH[1]}" %s "${BASH_REMATCH[2]}"; fi
+    done <"$ISOTUNE_VERDICT"
+}
 
 conclude() {
-    local run status
-    run=$(told run) status=$(told status)
-    case $status:$(told exit_status) in
+    local status exit_status message run
+    read_verdict
+    case $status:$exit_status in
     finished:0)
         if [ -f "$run/metrics.jsonl" ]; then ISOTUNE_VERDICT='' in_environment python -m isotune.report.job "$run"; fi
         return 0 # what comes next in the batch script
         ;;
     preempted:75) go_on "it stopped for a preemption or the time limit" 75 ;;
-    superseded:*) say "$(told message)" && exit 1 ;;
-    failed:2) say "$(told message): not requeued" && exit 2 ;;
+    superseded:*) say "$message" && exit 1 ;;
+    failed:2) say "$message: not requeued" && exit 2 ;;
     esac
     if [ -n "$stop" ] && [ "$status" != failed ]; then go_on "it was told to stop and could not say how it ended" 75; fi
     # A fault of the program would come again. A node that is gone is no fault, and Slurm may not have noticed yet.
     if [ -z "$ended" ] && ! nodes_answer; then go_on "a node does not answer" 1; fi
-    say "${status:-killed}, exit status $(told exit_status), not requeued: $(told message); see $LOGS"
+    say "${status:-killed} (exit status ${exit_status:-unknown}), not requeued: ${message:-no word}; see $LOGS"
     exit 1
 }
 

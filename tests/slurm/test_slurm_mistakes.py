@@ -66,7 +66,7 @@ def test_a_machine_rank_expanded_on_the_batch_host_is_0_on_every_node_and_nobody
 
 @pytest.mark.slow
 def test_with_a_fixed_port_the_second_job_of_the_same_nodes_fails(submit):
-    fixed = ("launch.sh", "PORT=$(free_port)", "PORT=29500")
+    fixed = ("launch.sh", "    find_port\n", "    PORT=29500\n")
     first = submit(fixed, name="one", stay=40)
     first.wait_for("ranks", lambda: len(ranks(first)) == 4)
     second = submit(fixed, name="two").wait()
