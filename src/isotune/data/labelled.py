@@ -82,9 +82,13 @@ class LabelledSet:
         settings = self.settings
         return settings.num_labels or len(settings.label_names or ()) or int(self.texts.labels.max()) + 1
 
-    def check_classes(self, *, evaluation: bool) -> None:
-        """Raise UserError for classes that are not 0 to K - 1, each with rows; evaluation data may lack some."""
-        _check_classes(self.texts, self.source, self.settings, evaluation=evaluation)
+    def check_classes(self, *, evaluation: bool, left_by: str = "") -> None:
+        """Raise UserError for classes that are not 0 to K - 1, each with rows; evaluation data may lack some.
+
+        `left_by` is the recipe's key that took documents away.
+        """
+        left = f" that {left_by} left to train on" if left_by else ""
+        _check_classes(self.texts, self.source, self.settings, evaluation=evaluation, left=left)
 
     def read_texts(self) -> Iterator[str]:
         """The texts once more, as they stand in the source, in the order of the documents."""
@@ -223,7 +227,9 @@ def _prepare_rows(rows: LabelledRows, encoder: TextEncoder, settings: LabelSetti
     }
 
 
-def _check_classes(texts: LabelledTexts, source: Source, settings: LabelSettings, *, evaluation: bool) -> None:
+def _check_classes(
+    texts: LabelledTexts, source: Source, settings: LabelSettings, *, evaluation: bool, left: str
+) -> None:
     num_labels = settings.num_labels
     if not len(texts):
         raise UserError(f"no document of {source.name} is left to {'evaluate on' if evaluation else 'train on'}")
@@ -238,11 +244,11 @@ def _check_classes(texts: LabelledTexts, source: Source, settings: LabelSettings
         return
     present = np.unique(texts.labels)
     if len(present) == 1:
-        raise UserError(f"every row of {source.name} is of class {largest}: there is nothing to tell apart")
+        raise UserError(f"every row of {source.name}{left} is of class {largest}: there is nothing to tell apart")
     count = num_labels or largest + 1
     if len(present) < count and settings.label_names is None:
         absent = int(np.setdiff1d(np.arange(min(count, len(present) + 1)), present)[0])
         said = f"num_labels is {num_labels}" if num_labels else f"the largest class is {largest}"
         raise UserError(
-            f"{source.name} has no row of class {absent}, and {said}: classes are 0 to K - 1, each with rows"
+            f"{source.name} has no row of class {absent}{left}, and {said}: classes are 0 to K - 1, each with rows"
         )

@@ -54,8 +54,8 @@ def prepare_both(
             )
     else:
         remarks |= {"in_the_other": Overlap.counted(overlap.train)}
-    if remarks:
-        train.check_classes(evaluation=False)
+    if "held_out" in remarks or "dropped" in remarks:
+        train.check_classes(evaluation=False, left_by="drop_leaked" if "dropped" in remarks else "eval_split_share")
     return (
         train.prepared(classes, **remarks),
         evaluation.prepared(classes, in_the_other=Overlap.counted(overlap.evaluation)),
