@@ -19,6 +19,7 @@ def rows(tmp_path):
 
 def test_every_shipped_task_is_whole(repository):
     files = sorted((repository / "eval" / "configs").glob("*.yaml"))
+    files = [file for file in files if "\nlabels:" in file.read_text()]  # the others ask a model for texts
     names = [read_task(file, {}).name for file in files]
     assert names == ["imdb-test", "opinions-test", "yelp_review_full-test"]
 
