@@ -30,7 +30,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     asked = read_questions(str(given.data / "guanaco" / "train.jsonl"), "train")
     prompts = [Prompt(q.id, render_prompt(q.prompt)) for q in asked]
     prompts = [p for p in prompts if speaker.token_count(p.text) <= LONGEST_PROMPT_TOKENS][: given.prompts]
-    alone = pipeline("text-generation", model=speaker.model, tokenizer=tokenizer)
+    alone: Any = pipeline("text-generation", model=speaker.model, tokenizer=tokenizer)
 
     def in_batches() -> dict[int, list[int]]:
         found = complete(speaker, prompts, Decoding(given.new_tokens), batch_size=given.batch_size, turns=False)
@@ -76,6 +76,6 @@ def random_opt(vocabulary: int, layers: int) -> OPTForCausalLM:
         vocab_size=vocabulary, hidden_size=768, word_embed_proj_dim=768, ffn_dim=3072, num_hidden_layers=layers,
         num_attention_heads=12, max_position_embeddings=2048, pad_token_id=1, init_std=0.1,
     )  # fmt: skip
-    model = OPTForCausalLM(config).eval()
+    model: Any = OPTForCausalLM(config).eval()
     model.generation_config.eos_token_id = 2
     return model

@@ -27,6 +27,7 @@ METRICS = (
     "length_ratio", "ended", "empty", "nll", "perplexity", "bits_per_byte",
 )  # fmt: skip
 DEFAULT_MAX_NEW_TOKENS = 256
+_KINDS: dict[str, tuple[type, str]] = {"metrics": (list, "a list"), "max_new_tokens": (int, "a whole number")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +85,9 @@ def read_generation_task(file: str | Path | None, given: Mapping[str, Any]) -> G
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f": did you mean {near[0]!r}?" if near else f"; it may have {', '.join(known)}"
             raise UserError(f"{file}: there is no key {key!r}{hint}")
-        kind = {"metrics": list, "max_new_tokens": int}.get(key, str)
+        kind, said = _KINDS.get(key, (str, "a text"))
         if type(value) is not kind:
-            names = {list: "a list", int: "a whole number", str: "a text"}
-            raise UserError(f"{file}: {key} is {str(value)[:40]!r}: it is {names[kind]}")
+            raise UserError(f"{file}: {key} is {str(value)[:40]!r}: it is {said}")
     values = {**written, **{key: value for key, value in given.items() if value is not None}}
     if not values.get("dataset_name"):
         raise UserError("there is nothing to ask: say --dataset_name or --task")
