@@ -105,4 +105,3 @@ def start_ranks() -> Ranks:
     if state.num_processes != world_size:
         raise RunFault(f"the launcher started {world_size} processes, and accelerate sees {state.num_processes}")
     return Ranks(state.process_index, state.num_processes, torch.device(state.device))  # type: ignore[arg-type]
-
