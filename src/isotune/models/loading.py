@@ -117,22 +117,22 @@ def load_base(
     """
     if is_made_here(recipe):
         torch.manual_seed(recipe.seed)
-        with _whole_weights():
+        with whole_weights():
             model = auto.from_config(config, dtype=torch.float32)
         return model.to(device=device, dtype=weights_dtype(recipe))
     if recipe.tune == "qlora":
         how = {"quantization_config": _four_bit(recipe, device, may_be_new), "device_map": {"": device}}
-        with _whole_weights():
+        with whole_weights():
             return _keep_trainable(_from_pretrained(recipe, config, auto, may_be_new, **how))
     if may_be_new:
         torch.manual_seed(recipe.seed)
-        with _whole_weights():
+        with whole_weights():
             return _from_pretrained(recipe, config, auto, may_be_new).to(device)  # type: ignore[arg-type]
     return _from_pretrained(recipe, config, auto).to(device)  # type: ignore[arg-type]
 
 
 @contextmanager
-def _whole_weights() -> Iterator[None]:
+def whole_weights() -> Iterator[None]:
     """Within it a model is made whole under ZeRO-3 too; the engine shards it when it is prepared.
 
     transformers 5.23 would draw random weights in shares, each by itself, and cannot place 4-bit ones.

@@ -12,7 +12,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from isotune.models.adapters import add_adapters
 from isotune.models.classifier import head_of, install_classification
-from isotune.models.loading import weights_dtype
+from isotune.models.loading import weights_dtype, whole_weights
 from isotune.models.packed_attention import set_packed_attention
 from isotune.models.supervised_loss import install_supervised_loss
 from isotune.recipe import ClassificationRecipe, Recipe, RunRecipe
@@ -80,7 +80,8 @@ def builder(recipe: RunRecipe, config: PreTrainedConfig, num_labels: int | None 
         setattr(smaller, name, layers)
         if getattr(smaller, "layer_types", None):
             smaller.layer_types = smaller.layer_types[:layers]
-        with torch.device("meta"):
+        # under ZeRO-3 transformers would fill the weights in shares, and a model without weights has none
+        with whole_weights(), torch.device("meta"):
             if isinstance(recipe, ClassificationRecipe):
                 smaller.num_labels = num_labels or recipe.num_labels or 2
                 base: Any = AutoModelForSequenceClassification.from_config(smaller, dtype=weights_dtype(recipe))
