@@ -43,7 +43,7 @@ def measure(given: Namespace) -> dict[str, Any]:
     settings = LabelSettings(MAX_TOKENS, num_labels=2)
     classifier = Classifier("random", ours, tokenizer, settings, None)
     pipe: Any = pipeline("text-classification", model=stock, tokenizer=tokenizer, top_k=None, device="cpu")
-    lines = (given.data / "imdb" / "test.jsonl").read_text("utf-8").splitlines()
+    lines = (given.data / "imdb" / "test.jsonl").read_text("utf-8").rstrip("\n").split("\n")
     rows = [json.loads(lines[i]) for i in np.random.default_rng(0).permutation(len(lines))[: given.documents]]
     rates: dict[str, list[float]] = {}
     found: dict[str, np.ndarray] = {}

@@ -22,7 +22,7 @@ import numpy as np
 from scipy.special import ndtr, ndtri
 
 RESAMPLES, LEVEL = 2_000, 0.95
-BLOCK_WEIGHTS = 2**19  # a block and its fp32 copy stay in or near the caches
+BLOCK_WEIGHTS, BLOCK_RESAMPLES = 2**21, 512  # fewer rows a block are slow to multiply, more leave the caches
 _OPEN = 255  # a byte for which the table has no answer
 _SPARE_DEVIATIONS = 5.0  # the Poisson sum exceeds n once in three million resamples, which are drawn again
 _LARGEST_POISSON = 40  # its probability is below 1e-48
@@ -158,7 +158,7 @@ def resampled_sums(columns: np.ndarray, *, resamples: int = RESAMPLES, seed: int
 def draw_weights(rows: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """How often each row stands in each resample: blocks of uint8 [block, rows], every row of which sums to `rows`."""
     assert rows > 0 and resamples > 0
-    block = max(1, BLOCK_WEIGHTS // rows)
+    block = max(1, min(BLOCK_RESAMPLES, BLOCK_WEIGHTS // rows))
     for number, start in enumerate(range(0, resamples, block)):
         generator = np.random.Generator(np.random.SFC64((seed, rows, number)))
         # a last, smaller block is the beginning of a whole one: more resamples never change the first
