@@ -7,6 +7,7 @@ python train/prompts.py --model_name_or_path ~/models/bert --dataset_name ~/data
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from isotune.errors import run_script
 from isotune.recipe import ClassificationRecipe, read_recipe
@@ -40,8 +41,9 @@ def main() -> None:
         if recipe.sentences:
             show_sentences(trained.run.path, recipe.sentences, start.process.device)
         print(f"loss curve  {draw_loss_curve(trained.run.path)}")
-        if data.evaluation is not None:
-            print(f"verdict     {judge_run(trained.run.path, recipe, data.evaluation)}")
+        evaluation: Any = data.evaluation
+        if evaluation is not None:
+            print(f"verdict     {judge_run(trained.run.path, recipe, evaluation)}")
 
     train_classifier(start, data, examine)
 

@@ -35,7 +35,8 @@ TOLERANCE = 1e-5
 def measure(given: Namespace) -> dict[str, Any]:
     """Rounds of both sides over the same documents; the ratio is the median over rounds."""
     tokenizer = AutoTokenizer.from_pretrained(given.data / "tokenizers" / "bert-base-uncased")
-    config = BertConfig(vocab_size=len(tokenizer), **GEOMETRIES[given.geometry])
+    geometry: dict[str, Any] = GEOMETRIES[given.geometry]
+    config = BertConfig(vocab_size=len(tokenizer), **geometry)
     torch.manual_seed(0)
     stock, ours = (BertForSequenceClassification(config).eval() for _ in range(2))
     ours.load_state_dict(stock.state_dict())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from tests.building import small_opt
-from tests.launching import TINY, Finished, start
+from tests.launching import TINY, Finished, start, start_together
 
 TIMED = {"step_seconds", "tokens_per_second", "peak_memory_bytes", "eval_seconds"}
 STEPS = 6
@@ -102,9 +102,11 @@ def test_exact_gradients_on_three_processes_gone_on_with_on_two_is_one_run(folde
 def test_every_engine_reads_the_checkpoint_of_every_engine(tmp_path, tune):
     recipe = EVERY_STEP | {"tune": tune, "exact_gradients": False}
     runs = {config: start(tmp_path / config, recipe, processes=n, config=config) for config, n in ENGINES.items()}
-    for writer, written in runs.items():
-        for reader in ENGINES:
-            after = go_on(tmp_path / f"{writer}-{reader}", recipe, reader, written, 3)
+    going_on = {writer: recipe | {"resume": checkpoint(run, 3)} for writer, run in runs.items()}
+    for reader, processes in ENGINES.items():
+        read = start_together(tmp_path / f"read-by-{reader}", going_on, processes=processes, config=reader)
+        for after in read.values():
+            assert after.stdout.count("resumed     after step 3") == len(ENGINES)
             assert_same_figures(after, runs["single.yaml"])
 
 

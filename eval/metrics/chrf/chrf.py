@@ -16,5 +16,5 @@ class Chrf(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return text_info(__doc__)
 
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:  # type: ignore[override]
         return of_texts(predictions, references, "chrf")

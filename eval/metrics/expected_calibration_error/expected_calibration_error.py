@@ -16,5 +16,5 @@ class ExpectedCalibrationError(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return probability_info(__doc__)
 
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:  # type: ignore[override]
         return {"expected_calibration_error": of_probabilities(predictions, references)["expected_calibration_error"]}

@@ -16,5 +16,5 @@ class MeanAbsoluteError(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return label_info(__doc__)
 
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:  # type: ignore[override]
         return {"mean_absolute_error": of_order(predictions, references)["mean_absolute_error"]}

@@ -18,6 +18,6 @@ class Perplexity(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return likelihood_info(__doc__, TOKENS)
 
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:  # type: ignore[override]
         found = of_likelihoods(predictions, references, [1] * len(references))
         return {"perplexity": found["perplexity"]}

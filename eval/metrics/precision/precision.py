@@ -18,5 +18,5 @@ class Precision(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return label_info(__doc__)
 
-    def _compute(self, predictions: Any, references: Any, average: str = "binary") -> dict[str, float]:
+    def _compute(self, predictions: Any, references: Any, average: str = "binary") -> dict[str, float]:  # type: ignore[override]
         return averaged("precision", predictions, references, average)

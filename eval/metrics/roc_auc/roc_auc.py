@@ -16,5 +16,5 @@ class RocAuc(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return probability_info(__doc__)
 
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:  # type: ignore[override]
         return {"roc_auc": of_probabilities(predictions, references)["roc_auc"]}

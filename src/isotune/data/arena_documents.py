@@ -104,7 +104,8 @@ def in_both_orders(battles: Sequence[Battle], encoder: TextEncoder, max_seq_leng
     identical: list[bool] = []
     for start in range(0, len(battles), BATTLES_AT_ONCE):
         for triple in _token_triples(battles[start : start + BATTLES_AT_ONCE], encoder):
-            kept = share_tokens(*map(len, triple), max_seq_length - special)
+            of_prompt, of_a, of_b = map(len, triple)
+            kept = share_tokens(of_prompt, of_a, of_b, max_seq_length - special)
             prompt, a, b = (_cut(tokens, count) for tokens, count in zip(triple, kept, strict=True))
             whole_lengths.append(special + sum(map(len, triple)))
             exchanged.append(b.tobytes() < a.tobytes())
@@ -164,7 +165,7 @@ def prepare_competition(files: Competition, recipe: ArenaRecipe, tokenizer: Any)
 
 
 def _prepare(
-    battles: Battles, encoder: TextEncoder, recipe: ArenaRecipe, orders: str, remarks: dict[str, int]
+    battles: Battles, encoder: TextEncoder, recipe: ArenaRecipe, orders: str, remarks: dict[str, Any]
 ) -> PreparedLabels:
     both = in_both_orders(battles.battles, encoder, recipe.max_seq_length)
     documents = both.documents

@@ -80,7 +80,9 @@ def judge(right: np.ndarray, contents: np.ndarray, chance: float) -> Verdict:
     counted = np.asarray(right)[first]
     found = binomtest(int(counted.sum()), len(counted), chance)
     interval = found.proportion_ci(CONFIDENCE, method="exact")
-    return Verdict(int(counted.sum()), len(counted), chance, (float(interval.low), float(interval.high)), found.pvalue)
+    return Verdict(
+        int(counted.sum()), len(counted), chance, (float(interval.low), float(interval.high)), float(found.pvalue)
+    )
 
 
 def judge_run(run: Path, recipe: ClassificationRecipe, evaluation: PreparedLabels) -> Verdict:

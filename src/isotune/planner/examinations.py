@@ -98,10 +98,11 @@ def kernels() -> Iterator[Finding]:
         narrow: Any = [t.to(place, torch.bfloat16) for t in wide]
         cumulated = torch.tensor(bounds, dtype=torch.int32, device=place)
         name = kernel_in_effect(place, torch.bfloat16)
-        found, _ = packed_attention(torch.nn.Module(), *narrow, None, cu_seq_lens_q=cumulated, cu_seq_lens_k=cumulated,
-                                    max_length_q=64, max_length_k=64, is_causal=True)  # fmt: skip
-        rounded: Any = [t.to(torch.bfloat16).float() for t in wide]
-        exact = document_attention(*rounded, bounds, scale=64**-0.5, causal=True)
+        query, key, value = narrow
+        where: Any = {"cu_seq_lens_q": cumulated, "cu_seq_lens_k": cumulated, "max_length_q": 64, "max_length_k": 64}
+        found, _ = packed_attention(torch.nn.Module(), query, key, value, None, is_causal=True, **where)
+        query, key, value = (t.to(torch.bfloat16).float() for t in wide)
+        exact = document_attention(query, key, value, bounds, scale=64**-0.5, causal=True)
     except Exception as error:
         yield Finding(WRONG, "attention", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
                       "no packed run can begin", "another torch build, or fp32")  # fmt: skip
