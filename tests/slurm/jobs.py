@@ -71,9 +71,11 @@ class Job:
     def wait_for(self, what: str, is_so: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> None:
         """Until `is_so`; fails with the log where the job ends before."""
         deadline = time.monotonic() + seconds
+        over = 0  # times in a row: the controller may not answer, or the job be between two lives
         while not is_so():
-            over = self.facts().get("JobState", "GONE") not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
-            if (over and not is_so()) or time.monotonic() > deadline:
+            here = self.facts().get("JobState", "GONE") in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
+            over = 0 if here else over + 1
+            if (over > 10 and not is_so()) or time.monotonic() > deadline:
                 raise AssertionError(f"job {self.number} {self.facts()}: no {what}\n{self.text}")
             time.sleep(0.2)
 
