@@ -31,7 +31,9 @@ def restore(trainer: Any, state: dict[str, Any]) -> None:
         if len(set(rates)) != 1:
             raise RunFault(f"the checkpoint has {len(rates)} parameter groups, and the optimizer {len(groups)}")
         rates = rates[:1] * len(groups)
-    scheduler.load_state_dict({**state["scheduler"], "_last_lr": rates, "base_lrs": wanted["base_lrs"]})
+    # what belongs to a group is the recipe's own: its highest rate, and the function of the step
+    own = {name: wanted[name] for name in ("base_lrs", "lr_lambdas") if name in wanted}
+    scheduler.load_state_dict({**state["scheduler"], "_last_lr": rates, **own})
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
     _restore_scaler(trainer, state["scaler"])
