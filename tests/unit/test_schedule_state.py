@@ -1,0 +1,59 @@
+"""A schedule goes on where it was, also where another engine splits the parameters into other groups."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_linear_schedule_with_warmup
+
+from isotune.errors import RunFault
+from isotune.training import schedule_state
+
+STEPS = 10
+
+
+def trainer(groups: int, rates: tuple[float, ...] = (0.1, 0.1)) -> Any:
+    """What `schedule_state` sees of a trainer whose optimizer has that many groups; none of it is scaled."""
+    weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(groups)]
+    optimizer = torch.optim.SGD([{"params": [w], "lr": rate} for w, rate in zip(weights, rates, strict=False)])
+    schedule = get_linear_schedule_with_warmup(optimizer, 2, STEPS)
+    plain = {"accelerator": SimpleNamespace(scaler=None), "is_deepspeed_enabled": False}
+    return SimpleNamespace(lr_scheduler=schedule, optimizer=optimizer, **plain)
+
+
+def after(one: Any, steps: int) -> list[float]:
+    """The learning rates of the steps that follow."""
+    found = []
+    for _ in range(steps):
+        one.optimizer.step()
+        one.lr_scheduler.step()
+        found.append(one.optimizer.param_groups[-1]["lr"])
+    return found
+
+
+@pytest.mark.parametrize(("written", "read"), [(2, 2), (2, 1), (1, 2)])
+def test_the_learning_rate_goes_on_whatever_the_groups(written, read):
+    whole = after(trainer(1), STEPS)
+    first = trainer(written)
+    assert after(first, 4) == whole[:4]
+    second = trainer(read)
+    schedule_state.restore(second, schedule_state.capture(first))
+    assert all(group["lr"] == whole[3] for group in second.optimizer.param_groups)
+    assert after(second, 4) == whole[4:8]
+
+
+def test_groups_of_different_rates_cannot_become_one():
+    first = trainer(2, rates=(0.1, 0.2))
+    after(first, 4)
+    with pytest.raises(RunFault, match="2 parameter groups"):
+        schedule_state.restore(trainer(1), schedule_state.capture(first))
+
+
+def test_another_kind_of_schedule_is_refused():
+    first, second = trainer(1), trainer(1)
+    second.lr_scheduler = torch.optim.lr_scheduler.StepLR(second.optimizer, 3)
+    assert isinstance(first.lr_scheduler, LambdaLR)
+    with pytest.raises(RunFault, match="does not fit StepLR"):
+        schedule_state.restore(second, schedule_state.capture(first))
