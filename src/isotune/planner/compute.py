@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from isotune.errors import UserError
-from isotune.planner.launches import DEEPSPEED, FSDP, Launch
+from isotune.planner.launches import DEEPSPEED, Launch
 from isotune.planner.model_facts import ModelFacts
 from isotune.planner.work import Work
 from isotune.recipe import Recipe, RunRecipe
@@ -151,8 +151,3 @@ def measured_share(run: Path, recipe: RunRecipe, model: ModelFacts, work: Work, 
         raise UserError(f"--measured {run}: metrics.jsonl has no step")
     peak = device.flops_16_bit if recipe.bf16 or recipe.fp16 else device.flops_32_bit
     return statistics.median(rates) / processes * flops_per_step(recipe, model, work) / work.tokens_per_step / peak
-
-
-def engines_that_shard(launch: Launch) -> bool:
-    """Whether more processes make a process smaller."""
-    return launch.engine == FSDP or bool(launch.zero_stage)
