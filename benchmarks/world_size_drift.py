@@ -38,7 +38,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PEERS = ("trl_packed", "trl_unpacked", "trainer_causal", "trainer_classifier")
 OURS = {"isotune": False, "isotune_exact": True}
 BASE = "1 process"
-LAUNCH_SECONDS = 300
+LAUNCH_SECONDS = 900
 
 
 @dataclass(frozen=True)
