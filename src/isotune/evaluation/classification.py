@@ -13,7 +13,7 @@ from isotune.data.plan import ATTENTION_PARITY_TOKENS, Microbatch
 from isotune.errors import UserError
 from isotune.evaluation.classification_models import Classifier
 from isotune.evaluation.ranks import Ranks
-from isotune.models.speedups import keep_freed_memory
+from isotune.models.classifier import fast_evaluation
 
 # tokens of a forward pass: more only leave a CPU's caches, and fewer leave a GPU idle
 BATCH_TOKENS = {"cpu": 4_096, "cuda": 65_536}
@@ -38,14 +38,14 @@ def classify(
         RunFault: a row came from no process or from two.
     """
     device = next(classifier.model.parameters()).device
-    keep_freed_memory()
     lengths = documents.lengths
     limit = batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
     passes = list(_passes(lengths, limit, batch_size or len(documents)))
     costs = [float((lengths[p] * (1 + lengths[p] / ATTENTION_PARITY_TOKENS)).sum()) for p in passes]
     found: dict[int, np.ndarray] = {}
     mine = ranks.share(costs)
-    with tqdm(total=sum(len(passes[i]) for i in mine), unit=" documents", disable=not progress) as bar:
+    bar = tqdm(total=sum(len(passes[i]) for i in mine), unit=" documents", disable=not progress)
+    with bar, fast_evaluation(classifier.model):
         for number in mine:
             chosen = tuple(passes[number].tolist())
             tokens = int(lengths[passes[number]].sum())

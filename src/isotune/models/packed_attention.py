@@ -119,7 +119,7 @@ def packed_attention(
         return run(by_token, cu_seq_lens_q, longest, scale, causal, dropout)[None], None
     bounds = cu_seq_lens_q.tolist()
     assert bounds[0] == 0 and bounds[-1] == query.shape[2], "the documents cover the row"
-    if kernel == DOCUMENT_PRODUCTS:
+    if kernel == DOCUMENT_PRODUCTS and not _never_learns(query):
         keep = getattr(module, KEEP_WEIGHTS, False)
         out = document_attention(
             query, key, value, bounds, scale=scale, causal=causal, dropout=dropout, keep_weights=keep
@@ -201,6 +201,11 @@ def document_position_ids(config: PreTrainedConfig, cu_seq_lens: torch.Tensor) -
     bounds = cu_seq_lens.long()
     starts = torch.repeat_interleave(bounds[:-1], bounds.diff())
     return (torch.arange(int(bounds[-1]), device=bounds.device) - starts + first)[None]
+
+
+def _never_learns(query: torch.Tensor) -> bool:
+    """Whether torch's fused kernel is the faster one on CPU: in fp32, without a backward pass ever (an evaluation)."""
+    return torch.is_inference_mode_enabled() and query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 
 def _transformer(model: Any) -> Any:
