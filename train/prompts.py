@@ -29,6 +29,7 @@ def main() -> None:
     from isotune.evaluation.sentences import show_sentences
     from isotune.planner.before import plan_before
     from isotune.report.loss_curve import draw_loss_curve
+    from isotune.report.sharing import share
     from isotune.training.classification import prepare_data
     from isotune.training.classifier_run import Trained, start_classifier, train_classifier
 
@@ -45,7 +46,8 @@ def main() -> None:
         if evaluation is not None:
             print(f"verdict     {judge_run(trained.run.path, recipe, evaluation)}")
 
-    train_classifier(start, data, examine)
+    if train_classifier(start, data, examine).saved is not None:
+        share(recipe)
 
 
 if __name__ == "__main__":

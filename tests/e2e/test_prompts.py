@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import pytest
+import yaml
+from huggingface_hub import ModelCard
 from tests.building import Built, build_classifier
 from tests.launching import TINY_CLASSIFIER, Finished, start
 
@@ -78,6 +80,11 @@ def test_the_verdict_compares_the_last_evaluation_with_the_commonest_class(by_ru
     assert {row["id"] for row in found.predictions} < set(range(153))
 
 
+def test_the_run_has_a_model_card(by_rules):
+    card = ModelCard.load(by_rules.run / "model" / "README.md")
+    assert card.data.eval_results and "model card" in by_rules.stdout
+
+
 def test_random_labels_are_found_not_different_from_chance(tmp_path, shared_data):
     built = build_classifier(tmp_path, **prompts_recipe(shared_data, label_source="random", num_train_epochs=1))
     built.train()
@@ -101,6 +108,13 @@ def test_evaluation_rows_in_training_raise_the_alarm(leaking):
     assert found.metrics["accuracy"] > 0.9 and (leaking.run / "model" / "model.safetensors").is_file()
     assert "exactly in the other data too" in leaking.stdout
     assert "ALARM, the pipeline leaks: accuracy" in render_report([leaking.run])
+
+
+def test_a_restart_repeats_the_alarm_instead_of_calling_the_run_finished(leaking):
+    recipe = yaml.safe_load((leaking.run.parent / "recipe.yaml").read_text())
+    again = start(leaking.run.parent, recipe, script="train/prompts.py", expect=1)
+    (said,) = [line for line in again.stderr.splitlines() if "negative control" in line]
+    assert "failed at its end" in said and "Traceback" not in again.stderr
 
 
 def test_labels_made_from_texts_raise_the_alarm(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import yaml
 from isotune.checkpoints.fence import Fence
 from isotune.checkpoints.life import slurm_ids
 from isotune.checkpoints.upload import is_first_process, upload_record, upload_run
-from isotune.errors import AlreadyDone, UserError
+from isotune.errors import EXIT_FAULT, AlreadyDone, RunFault, UserError
 from isotune.recipe import RunRecipe
 from isotune.training.resume import NEWEST, check_named_checkpoint
 
@@ -55,6 +55,7 @@ class RunFolder:
             UserError: see the class, a checkpoint named by `resume` that is none, or of another recipe, and a folder in
                 use; that is looked up by the first process alone, for the others may come when it has taken it.
             AlreadyDone: the run is finished, and was not asked to begin anew.
+            RunFault: the same, and what was judged at its end failed (a negative control's alarm).
         """
         check_named_checkpoint(self.recipe)
         if self.path.exists() and not self.path.is_dir():
@@ -75,9 +76,13 @@ class RunFolder:
                 "choose another --output_dir or remove it"
             )
         if self.model.is_dir() and self.recipe.resume == NEWEST:
+            again = "(--resume never runs it again from the start)"
+            if (failure := self._failure()) is not None:
+                raise RunFault(
+                    f"output_dir '{self.path}' holds a run of this recipe that failed at its end: {failure} {again}"
+                )
             raise AlreadyDone(
-                f"output_dir '{self.path}' holds the finished run of this recipe: nothing is left to do "
-                "(--resume never runs it again from the start)"
+                f"output_dir '{self.path}' holds the finished run of this recipe: nothing is left to do {again}"
             )
 
     def check_or_upload(self) -> None:
@@ -96,6 +101,15 @@ class RunFolder:
             if before is None or before.repository.rsplit("/", 1)[-1] != recipe.hub_model_id.rsplit("/", 1)[-1]:
                 before = upload_run(recipe)
             raise AlreadyDone(f"{done}; it is uploaded to {before.url}") from None
+
+    def _failure(self) -> str | None:
+        """What a run that saved its model failed by, from its status.json; None where it did not."""
+        try:
+            status = json.loads((self.path / STATUS).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        failed = isinstance(status, dict) and status.get("exit_status") == EXIT_FAULT
+        return str(status.get("message")) if failed else None
 
     def _differing_key(self) -> str:
         try:
