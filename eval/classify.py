@@ -33,7 +33,8 @@ def arguments() -> argparse.Namespace:
     how.add_argument("--batch_tokens", type=int, metavar="N", help="of one forward pass (4096 on a CPU, else 65536)")
     how.add_argument("--batch_size", type=int, metavar="N", help="texts of one forward pass at most")
     how.add_argument("--bf16", action="store_true", help="faster where the device has it; metrics move by its rounding")
-    how.add_argument("--resamples", type=int, default=2000, metavar="N", help="behind the intervals (%(default)s)")
+    behind = "behind the intervals; a share of rows that is 0 or 1 has the exact one (%(default)s)"
+    how.add_argument("--resamples", type=int, default=2000, metavar="N", help=behind)
     how.add_argument("--seed", type=int, default=0, metavar="N", help="of the resamples (%(default)s)")
     out = parser.add_argument_group("output")
     out.add_argument("--output_dir", metavar="DIR", help="where the files go (RUN/eval/NAME; runs/MODEL/eval/NAME)")

@@ -26,7 +26,7 @@ def shares(seed, strength):
     return scores / scores.sum(axis=1, keepdims=True)
 
 
-def write_classifier(run, probabilities, name="test", labels=LABELS, ids=None, text="text", split="test"):
+def write_classifier(run, probabilities, name="test", labels=LABELS, ids=None, text="text", split="test", groups=None):
     ids = list(range(len(labels))) if ids is None else ids
     facts = {"kind": "classification", "model": str(run), "dataset_name": "builtin:opinions", "dataset_split": split}
     facts |= {"rows": len(ids), "rows_sha256": rows_digest((i, f"{text} {i}") for i in ids)}
@@ -34,6 +34,8 @@ def write_classifier(run, probabilities, name="test", labels=LABELS, ids=None, t
         {"id": i, "label": int(label), "probabilities": list(map(float, row))}
         for i, label, row in zip(ids, labels, probabilities, strict=True)
     ]
+    for row, group in zip(rows, groups or [], strict=False):
+        row["group"] = group
     write_result(run / "eval" / name, facts, {}, {}, rows)
     return run
 
@@ -129,6 +131,30 @@ def test_a_metric_of_ranks_is_tested_by_the_bootstrap(runs):
 
 
 REFERENCES = [f"Arr, the number be {n}, matey!" for n in range(40)]
+
+
+def test_rows_of_one_group_count_once(runs, tmp_path, capsys):
+    """Every row four times over, as answers to one prompt, tells no more than the rows themselves."""
+    times, metrics = 4, ["log_loss", "f1_macro", "roc_auc", "accuracy"]
+    groups = [f"{row:04}" for row in range(ROWS)] * times
+    repeated = [
+        write_classifier(
+            tmp_path / f"four {name}",
+            np.tile(shares(seed, 1.0), (times, 1)),
+            labels=np.tile(LABELS, times),
+            groups=groups,
+        )
+        for name, seed in (("a", 2), ("b", 3))
+    ]
+    once, grouped = compare_runs(runs[:2], metrics=metrics), compare_runs(repeated, metrics=metrics)
+    assert (once.groups, grouped.groups, grouped.rows) == (None, ROWS, ROWS * times)
+    for single, one in zip(once.pairs[0].differences, grouped.pairs[0].differences, strict=True):
+        assert (one.low, one.high) == pytest.approx((single.low, single.high), rel=1e-5, abs=1e-9), one.metric
+        if one.metric == "accuracy":  # McNemar's test would take the rows for independent ones
+            assert one.test == "swap test" and one.p == pytest.approx(single.p, abs=0.05)
+        else:
+            assert one.test == single.test and one.p == pytest.approx(single.p, abs=1e-3)
+    assert cli(capsys, *repeated, "--metrics", "log_loss")[0] == 0
 
 
 def test_generated_texts_are_compared_by_their_texts(tmp_path):

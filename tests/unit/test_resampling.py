@@ -4,15 +4,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from isotune.evaluation.metrics import classification_statistics
 from isotune.evaluation.resampling import (
     OfSums,
     OfWeights,
     bootstrap_draws,
     bootstrap_intervals,
+    by_group,
     draw_weights,
     mean,
     ratio,
     resampled_sums,
+    share,
     values,
 )
 
@@ -84,3 +87,57 @@ def test_a_statistic_that_some_resamples_lack_is_judged_by_the_others_and_one_th
 def test_no_statistics_give_no_intervals():
     assert bootstrap_intervals([], 5) == {}
     assert values([OfSums(("total",), np.ones((3, 1)), lambda sums: sums)]) == {"total": 3.0}
+
+
+def none_of(rows: int) -> float:
+    """What nothing seen in so many rows leaves possible: the share whose chance of showing itself is 97.5%."""
+    return 1 - 0.025 ** (1 / rows)
+
+
+@pytest.mark.parametrize("rows", [1, 32, 1000])
+def test_a_share_of_0_or_1_has_the_exact_interval(rows):
+    shares = [share("none", np.zeros(rows)), share("all", np.ones(rows)), mean("mean", np.zeros(rows))]
+    found = bootstrap_intervals(shares, rows, resamples=50)
+    assert found["none"] == pytest.approx((0, none_of(rows)), rel=1e-9)
+    assert found["all"] == pytest.approx((1 - none_of(rows), 1), rel=1e-9)
+    assert found["mean"] == (0, 0)  # nobody said that it cannot lie above 1
+    wider = bootstrap_intervals(shares[:1], rows, resamples=50, level=0.99)["none"]
+    assert wider == pytest.approx((0, 1 - 0.005 ** (1 / rows)), rel=1e-9)
+
+
+def test_any_other_share_has_the_interval_of_its_resamples():
+    for values_of_rows in (np.repeat([1.0, 0.0], [1, 31]), np.full(32, 0.5), np.linspace(0, 1, 32)):
+        found = bootstrap_intervals([share("s", values_of_rows)], 32, resamples=200)
+        assert found == bootstrap_intervals([mean("s", values_of_rows)], 32, resamples=200)
+
+
+def test_precision_and_recall_count_their_own_rows():
+    labels = np.repeat([0, 1, 2], [20, 12, 8])
+    predictions = np.repeat([0, 2, 1, 2], [14, 6, 12, 8])  # six of class 0 are taken for class 2
+    statistics = classification_statistics(labels, np.eye(3)[predictions])
+    found = bootstrap_intervals(statistics, 40, resamples=200)
+    assert found["precision_class_0"] == pytest.approx((1 - none_of(14), 1), rel=1e-9)
+    assert found["recall_class_1"] == found["precision_class_1"] == pytest.approx((1 - none_of(12), 1), rel=1e-9)
+    assert found["recall_class_2"] == pytest.approx((1 - none_of(8), 1), rel=1e-9)
+    assert found["accuracy"][0] < 0.85 < found["accuracy"][1] < 1
+    perfect = bootstrap_intervals(classification_statistics(labels, np.eye(3)[labels]), 40, resamples=200)
+    assert perfect["accuracy"] == perfect["f1_micro"] == pytest.approx((1 - none_of(40), 1), rel=1e-9)
+
+
+def test_of_groups_each_is_one_witness():
+    grouped = by_group(share("right", np.ones(12)), np.repeat(np.arange(4), 3))
+    assert bootstrap_intervals([grouped], 4)["right"] == pytest.approx((1 - none_of(4), 1), rel=1e-9)
+
+
+def test_groups_are_drawn_as_wholes_whatever_the_statistic():
+    groups, numbers = np.array([2, 0, 0, 1, 2, 0]), np.array([5.0, 1, 2, 7, 11, 3])
+
+    def weighted_mean(weights):
+        return (weights @ numbers / weights.sum(axis=1))[:, None]
+
+    rows = [mean("sums", numbers), OfWeights(("weights",), 6, weighted_mean)]
+    drawn = np.concatenate(list(draw_weights(3, 400, seed=7)))
+    sums, counts = np.array([6.0, 7, 16]), np.array([3, 1, 2])  # of groups 0, 1 and 2, by hand
+    found = bootstrap_draws([by_group(one, groups) for one in rows], 3, 400, seed=7)
+    assert np.allclose(found["sums"], drawn @ sums / (drawn @ counts), rtol=1e-6)
+    assert np.allclose(found["weights"], found["sums"], rtol=1e-6)

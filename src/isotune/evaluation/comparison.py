@@ -19,8 +19,8 @@ from isotune.evaluation.paired_metrics import (
     statistics_of,
 )
 from isotune.evaluation.paired_tests import RESAMPLES, holm, mcnemar, paired_bootstrap, swap_test
-from isotune.evaluation.pairing import choose_results
-from isotune.evaluation.resampling import OfSums, Statistic, values
+from isotune.evaluation.pairing import choose_results, groups_of
+from isotune.evaluation.resampling import OfSums, Statistic, by_group, values
 from isotune.evaluation.results import Result
 
 LEVEL = 0.05
@@ -91,7 +91,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs on the same rows; `tests` is how many p-values Holm's correction is for."""
+    """Runs on the same rows; `tests` is how many p-values Holm's correction is for.
+
+    `groups` is how many groups the rows are of, where some have several: these are resampled and swapped as wholes.
+    """
 
     runs: list[str]
     results: list[str]
@@ -103,6 +106,7 @@ class Comparison:
     seed: int
     resamples: int
     tests: int
+    groups: int | None = None
     pairs: list[Pair] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -140,13 +144,14 @@ def compare_runs(
             raise UserError(f"{option} is {number}: it takes at least {least}")
     results = choose_results(runs, name)
     check_classes(results)
-    statistics = [statistics_of(result) for result in results]
+    groups = groups_of(results)
+    statistics = [_grouped(statistics_of(result), groups) for result in results]
     chosen = _choose_metrics(results, statistics, metrics)
     numbers = list(combinations(range(len(runs)), 2)) if all_pairs else [(0, b) for b in range(1, len(runs))]
     pairs = []
     for a, b in numbers:
         changed = _ChangedRows(results[a], results[b])
-        differences = _differences(statistics[a], statistics[b], chosen, changed, resamples, seed)
+        differences = _differences(statistics[a], statistics[b], chosen, changed, resamples, seed, groups)
         pairs.append(Pair(a, b, differences, *changed.counts(), *changed.examples(examples)))
     facts = results[0].facts
     return Comparison(
@@ -160,8 +165,17 @@ def compare_runs(
         seed=seed,
         resamples=resamples,
         tests=sum(len(pair.differences) for pair in pairs),
+        groups=None if groups is None else int(groups.max()) + 1,
         pairs=_corrected(pairs),
     )
+
+
+def _grouped(statistics: dict[str, Statistic], groups: np.ndarray | None) -> dict[str, Statistic]:
+    """The statistics over groups of rows, where there are groups; names of one statistic still share it."""
+    if groups is None:
+        return statistics
+    made = {id(one): by_group(one, groups) for one in statistics.values()}
+    return {name: made[id(one)] for name, one in statistics.items()}
 
 
 class _ChangedRows:
@@ -207,11 +221,13 @@ def _differences(
     changed: _ChangedRows,
     resamples: int,
     seed: int,
+    groups: np.ndarray | None,
 ) -> list[MetricDifference]:
-    """Every metric that both sides have a value of."""
+    """Every metric that both sides have a value of. McNemar's test is for rows that are independent of each other."""
     needed = list({id(a[name]): name for name in metrics}.values())
+    witnesses = len(changed.gain) if groups is None else int(groups.max()) + 1
     intervals = paired_bootstrap(
-        [a[n] for n in needed], [b[n] for n in needed], len(changed.gain), seed=seed, resamples=resamples
+        [a[n] for n in needed], [b[n] for n in needed], witnesses, seed=seed, resamples=resamples
     )
     values_a, values_b = (values([of[name] for name in needed]) for of in (a, b))
     swapped: dict[str, float] = {}
@@ -222,7 +238,7 @@ def _differences(
             continue
         low, high, p = intervals[name].low, intervals[name].high, intervals[name].p
         test, mid_p, (one, other) = BOOTSTRAP, None, (a[name], b[name])
-        if name == changed.right_means:
+        if name == changed.right_means and groups is None:
             exact = mcnemar(int(changed.only_a.sum()), int(changed.only_b.sum()))
             test, p, mid_p = MCNEMAR, exact.p, exact.mid_p
         elif isinstance(one, OfSums) and isinstance(other, OfSums):

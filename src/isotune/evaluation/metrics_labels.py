@@ -25,7 +25,11 @@ def label_statistics(labels: np.ndarray, predictions: np.ndarray, classes: int) 
     columns = np.hstack([is_label & is_prediction, is_label, is_prediction]).astype(np.float64)
     per_class = [f"{kind}_class_{k}" for kind in KINDS for k in numbers]
     means = [f"{kind}_{average}" for kind in KINDS for average in AVERAGES]
-    return [OfSums(("accuracy", *means, *per_class), columns, _of_counts)]
+    hits, of_label, of_prediction = ([start + k for k in range(classes)] for start in (0, classes, 2 * classes))
+    shares = dict.fromkeys(["accuracy", *(f"{kind}_micro" for kind in KINDS)], (hits, of_label))
+    shares |= {f"precision_class_{k}": ([hits[k]], [of_prediction[k]]) for k in range(classes)}
+    shares |= {f"recall_class_{k}": ([hits[k]], [of_label[k]]) for k in range(classes)}
+    return [OfSums(("accuracy", *means, *per_class), columns, _of_counts, shares)]
 
 
 def ordinal_statistics(labels: np.ndarray, predictions: np.ndarray) -> list[Statistic]:

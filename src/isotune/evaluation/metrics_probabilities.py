@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from isotune.evaluation.resampling import OfSums, OfWeights, Statistic, mean
+from isotune.evaluation.resampling import OfSums, OfWeights, Statistic, mean, share
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017, arXiv:1706.04599
 SMALLEST = np.finfo(np.float64).eps  # a probability of 0 for what is true would cost infinitely many nats
@@ -33,7 +33,7 @@ def probability_statistics(labels: np.ndarray, probabilities: np.ndarray) -> lis
     true_probability = np.clip(probabilities[np.arange(rows), labels], SMALLEST, 1 - SMALLEST)
     return [
         mean("log_loss", -np.log(true_probability)),
-        mean("brier", squared / 2 if classes == 2 else squared),
+        share("brier", squared / 2) if classes == 2 else mean("brier", squared),
         calibration_error(labels, probabilities),
         ranking_statistics(labels, probabilities),
     ]

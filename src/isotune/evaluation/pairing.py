@@ -5,10 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from isotune.errors import UserError
 from isotune.evaluation.results import METRICS, Result, find_results, read_result
 
-SAID_OF_A_ROW = ("label", "reference", "prompt", "text_sha256")  # what the data say, and no model
+SAID_OF_A_ROW = ("label", "reference", "prompt", "text_sha256", "group")  # what the data say, and no model
 
 
 def choose_results(runs: Sequence[str | Path], name: str | None = None) -> list[Result]:
@@ -27,6 +29,16 @@ def choose_results(runs: Sequence[str | Path], name: str | None = None) -> list[
     if not first.predictions:
         raise UserError(f"{first.folder} has no rows: there is nothing to compare")
     return [first, *(_in_order(first, other) for other in others)]
+
+
+def groups_of(results: Sequence[Result]) -> np.ndarray | None:
+    """The group of each row, int64 [rows] from 0, where the results name groups and one of them has several rows."""
+    for result in results:
+        named = [row.get("group") for row in result.predictions]
+        if None not in named:
+            groups, numbers = np.unique([str(one) for one in named], return_inverse=True)
+            return numbers if len(groups) < len(named) else None
+    return None
 
 
 def common_names(runs: Sequence[Path]) -> list[str]:

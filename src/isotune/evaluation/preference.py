@@ -11,9 +11,10 @@ from isotune.data.arena import CLASSES, ID, Battles, label_of, read_table
 from isotune.errors import UserError
 from isotune.evaluation.metrics_labels import label_statistics
 from isotune.evaluation.metrics_probabilities import calibration_error
-from isotune.evaluation.resampling import OfSums, Statistic, bootstrap_intervals, mean, values
+from isotune.evaluation.resampling import Statistic, bootstrap_intervals, by_group, mean, share, values
 from isotune.evaluation.results import CLASSIFICATION, rows_digest, write_result
 
+GROUP_DIGITS = 16  # of a prompt's digest: two prompts in a million share them once in 40 million data sets
 UNIFORM_LOG_LOSS = math.log(3)
 SMALLEST = np.finfo(np.float64).eps  # a probability of 0 for what is true would cost infinitely many nats
 
@@ -66,7 +67,7 @@ def score_preferences(
     for name, probabilities in predictions.items():
         of_truth = np.clip(probabilities[np.arange(len(labels)), labels], SMALLEST, 1.0)
         statistics.append(by_group(mean(f"log_loss_{name}", -np.log(of_truth)), groups))
-        statistics.append(by_group(mean(f"accuracy_{name}", probabilities.argmax(axis=1) == labels), groups))
+        statistics.append(by_group(share(f"accuracy_{name}", probabilities.argmax(axis=1) == labels), groups))
     probabilities = predictions[main]
     of_labels = label_statistics(labels, probabilities.argmax(axis=1), 3)
     for one in [*of_labels, calibration_error(labels, probabilities)]:
@@ -77,14 +78,6 @@ def score_preferences(
     return PreferenceScores(
         main, tuple(predictions), metrics, {name: pair for name, pair in intervals.items() if name in metrics}
     )
-
-
-def by_group(statistic: Statistic, groups: np.ndarray) -> OfSums:
-    """A statistic of sums over rows as one of sums over groups; `groups`: int64 [rows], from 0."""
-    assert isinstance(statistic, OfSums)
-    summed = np.zeros((int(groups.max()) + 1, statistic.columns.shape[1]))
-    np.add.at(summed, groups, statistic.columns)
-    return OfSums(statistic.names, summed, statistic.function)
 
 
 def write_preferences(
@@ -99,6 +92,8 @@ def write_preferences(
 ) -> None:
     """metrics.json and predictions.jsonl of the main model in `folder`; `facts` are noted beside.
 
+    A row names its prompt as its `group`, so that a comparison too takes rows of one prompt together.
+
     Args:
         model: what predicted.
         split: which rows these are, in words.
@@ -106,7 +101,9 @@ def write_preferences(
     probabilities = predictions[scores.main]
     ids = [battle.id for battle in battles.battles]
     texts = ["\n".join([*b.prompt, *b.answer_a, *b.answer_b]) for b in battles.battles]
-    columns = zip(ids, battles.labels.tolist(), probabilities.argmax(1).tolist(), probabilities.tolist(), strict=True)
+    groups = [battle.group()[:GROUP_DIGITS] for battle in battles.battles]
+    chosen, labels = probabilities.argmax(1).tolist(), battles.labels.tolist()
+    columns = zip(ids, labels, chosen, probabilities.tolist(), groups, strict=True)
     verdict = scores.verdict(scores.main)
     write_result(
         folder,
@@ -123,7 +120,7 @@ def write_preferences(
         },
         scores.metrics,
         scores.intervals,
-        [dict(zip(("id", "label", "prediction", "probabilities"), one, strict=True)) for one in columns],
+        [dict(zip(("id", "label", "prediction", "probabilities", "group"), one, strict=True)) for one in columns],
     )
 
 

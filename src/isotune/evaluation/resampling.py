@@ -13,10 +13,13 @@ of the distribution (the mixture method: Marsaglia 1963).
 
 The weights depend on (seed, rows) alone and a resample on its number, so statistics of two models over the same rows
 are paired by themselves.
+
+Rows that are all right, or all wrong, give the same share in every resample, as if it were known for certain. There
+the interval is the exact one of Clopper and Pearson (1934).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy.special import ndtr, ndtri
@@ -36,11 +39,14 @@ class OfSums:
         names: of the statistics.
         columns: float [rows, sums]; what each row adds to each sum.
         function: float64 [block, sums] -> float [block, names]; NaN where a statistic does not exist.
+        shares: by name, of statistics that are a mean of values from 0 to 1: which columns add up to the values and
+            which to their number, at most one a row.
     """
 
     names: tuple[str, ...]
     columns: np.ndarray
     function: Callable[[np.ndarray], np.ndarray]
+    shares: Mapping[str, tuple[list[int], list[int]]] = field(default_factory=dict)
 
     def value(self) -> np.ndarray:
         """The statistics of the rows themselves: float64 [names]."""
@@ -74,9 +80,25 @@ def mean(name: str, values: np.ndarray) -> OfSums:
     return ratio(name, values, np.ones(len(values)))
 
 
+def share(name: str, values: np.ndarray) -> OfSums:
+    """The mean of a value from 0 to 1 per row, [rows]; where all are 0, or all 1, its interval is exact."""
+    return replace(mean(name, values), shares={name: ([0], [1])})
+
+
 def ratio(name: str, numerator: np.ndarray, denominator: np.ndarray) -> OfSums:
     """The sum of one value per row over the sum of another, [rows] each; NaN where the latter is 0."""
     return OfSums((name,), np.column_stack([numerator, denominator]), _divide)
+
+
+def by_group(statistic: Statistic, groups: np.ndarray) -> Statistic:
+    """A statistic of rows as one of groups of rows, which are then resampled as wholes; groups: int [rows], from 0."""
+    count = int(groups.max()) + 1
+    if isinstance(statistic, OfWeights):
+        of_rows = statistic.function
+        return OfWeights(statistic.names, count, lambda weights: of_rows(weights[:, groups]))
+    summed = np.zeros((count, statistic.columns.shape[1]))
+    np.add.at(summed, groups, statistic.columns)
+    return replace(statistic, columns=summed)
 
 
 def values(statistics: Sequence[Statistic]) -> dict[str, float]:
@@ -99,6 +121,9 @@ def bootstrap_intervals(
     hold its value. So the percentiles are moved by twice the share of the resamples that lie below it, in standard
     deviations of a normal; where that share is a half they stay. An interval always holds the value.
 
+    A share of rows (`OfSums.shares`) that is exactly 0 or 1 has the exact binomial interval instead. For values between
+    0 and 1 that are all 0, or all 1, it is on the safe side: their mean is at most the share of those that are not 0.
+
     A statistic that does not exist in a resample (no row of a class was drawn) is judged by the others; one that
     exists in none has no interval.
 
@@ -115,7 +140,25 @@ def bootstrap_intervals(
         known = draws[np.isfinite(draws)]
         if len(known) and np.isfinite(found[name]):
             intervals[name] = _corrected(known, found[name], level)
+    for one in statistics:
+        if isinstance(one, OfSums):
+            intervals |= _of_certain_shares(one, level)
     return intervals
+
+
+def _of_certain_shares(one: OfSums, level: float) -> dict[str, tuple[float, float]]:
+    """Exact intervals of the shares that are 0 or 1, by name."""
+    from scipy.stats import binomtest
+
+    found = {}
+    for name, (of_values, of_number) in one.shares.items():
+        number = one.columns[:, of_number].sum(axis=1)
+        total, most = one.columns[:, of_values].sum(), number.sum()
+        trials = int((number > 0).sum())  # of rows that stand for several, each is one witness
+        if trials and total in (0, most):
+            exact = binomtest(trials if total else 0, trials).proportion_ci(level, method="exact")
+            found[name] = (float(exact.low), float(exact.high))
+    return found
 
 
 def _corrected(draws: np.ndarray, value: float, level: float) -> tuple[float, float]:

@@ -4,7 +4,8 @@ A result is a folder with two files:
 
     metrics.json        flat: the facts (kind, model, dataset_name, dataset_split, rows, rows_sha256), every metric by
                         its name as a number, and `intervals`: its 95% interval [low, high] by the same name
-    predictions.jsonl   a line a row, in the order of the data set: id, then what the kind of evaluation says
+    predictions.jsonl   a line a row, in the order of the data set: id, then what the kind of evaluation says; rows of
+                        one `group` (the answers to one prompt) are no independent witnesses
 """
 
 import hashlib

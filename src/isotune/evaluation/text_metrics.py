@@ -48,15 +48,15 @@ def measure_texts(texts: Sequence[str], references: Sequence[str], ended: Sequen
     """
     pairs = list(zip(texts, references, strict=True))
     return {
-        "exact_match": _mean("exact_match", [text == reference for text, reference in pairs]),
+        "exact_match": _share("exact_match", [text == reference for text, reference in pairs]),
         **_rouge(pairs),
         **_sacrebleu(texts, references),
-        "distinct_1": _mean("distinct_1", [_different(text, 1) or 0.0 for text in texts]),
-        "distinct_2": _mean("distinct_2", [_different(text, 2) or 0.0 for text in texts]),
-        "repetition": _mean("repetition", [1 - (_different(text, REPETITION_ORDER) or 1.0) for text in texts]),
+        "distinct_1": _share("distinct_1", [_different(text, 1) or 0.0 for text in texts]),
+        "distinct_2": _share("distinct_2", [_different(text, 2) or 0.0 for text in texts]),
+        "repetition": _share("repetition", [1 - (_different(text, REPETITION_ORDER) or 1.0) for text in texts]),
         "length_ratio": _ratio("length_ratio", [len(text) for text, _ in pairs], [len(wanted) for _, wanted in pairs]),
-        "ended": _mean("ended", ended),
-        "empty": _mean("empty", [not text for text in texts]),
+        "ended": _share("ended", ended),
+        "empty": _share("empty", [not text for text in texts]),
     }
 
 
@@ -94,6 +94,11 @@ def _mean(name: str, values: Sequence[float]) -> TextMetric:
     return TextMetric(of_rows, resampling.mean(name, of_rows))
 
 
+def _share(name: str, values: Sequence[float]) -> TextMetric:
+    of_rows = np.asarray(values, np.float64)
+    return TextMetric(of_rows, resampling.share(name, of_rows))
+
+
 def _ratio(
     name: str, above: Sequence[float], below: Sequence[float], then: Callable[[np.ndarray], np.ndarray] = np.asarray
 ) -> TextMetric:
@@ -122,7 +127,7 @@ def _rouge(pairs: Sequence[tuple[str, str]]) -> dict[str, TextMetric]:
         scores = [scorer.score(reference, text) for text, reference in pairs]
     finally:
         logging.disable(silenced)
-    return {name: _mean(name, [score[name].fmeasure for score in scores]) for name in ROUGE}
+    return {name: _share(name, [score[name].fmeasure for score in scores]) for name in ROUGE}
 
 
 def _sacrebleu(texts: Sequence[str], references: Sequence[str]) -> dict[str, TextMetric]:

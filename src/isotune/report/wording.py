@@ -67,7 +67,8 @@ def verdict_of_pair(pair: Pair, names: Sequence[str]) -> str:
 def tests_in_words(comparison: Comparison) -> str:
     """What the columns of a comparison are."""
     tests = "1 test" if comparison.tests == 1 else f"{comparison.tests} tests"
+    groups = f"; rows of one of {comparison.groups:,} prompts go together" if comparison.groups else ""
     return (
         f"Differences on the same rows with 95% intervals by paired bootstrap ({comparison.resamples:,} resamples, "
-        f"seed {comparison.seed}). p (Holm) is adjusted for all {tests} here; at most 0.05 shows a difference."
+        f"seed {comparison.seed}{groups}). p (Holm) is adjusted for all {tests} here; at most 0.05 shows a difference."
     )
