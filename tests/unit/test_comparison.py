@@ -11,9 +11,12 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
 from isotune.cli import main
+from isotune.data.arena import Battle, Battles
 from isotune.errors import UserError
 from isotune.evaluation.comparison import compare_runs
+from isotune.evaluation.preference import score_preferences, write_preferences
 from isotune.evaluation.results import rows_digest, write_result
+from isotune.report import wording
 
 ROWS = 200
 LABELS = np.random.default_rng(0).integers(0, 3, ROWS)
@@ -155,6 +158,24 @@ def test_rows_of_one_group_count_once(runs, tmp_path, capsys):
         else:
             assert one.test == single.test and one.p == pytest.approx(single.p, abs=1e-3)
     assert cli(capsys, *repeated, "--metrics", "log_loss")[0] == 0
+
+
+def test_answers_to_one_prompt_of_the_arena_are_one_group(tmp_path):
+    chance = np.random.default_rng(0)
+    asked = [(f"Question {row % 9}?" if row % 2 else f"question  {row % 9}?",) for row in range(60)]
+    battles = Battles(
+        "train.csv",
+        tuple(Battle(str(row), asked[row], ("yes",), (f"no {row}",), row % 3) for row in range(60)),
+        null_turns=0,
+        lone_surrogates=0,
+    )
+    for name in ("one", "other"):
+        predictions = {name: chance.dirichlet(np.ones(3), 60)}
+        scores = score_preferences(battles, predictions, main=name)
+        write_preferences(tmp_path / name, battles, predictions, scores, model=name, split="kept")
+    found = compare_runs([tmp_path / "one", tmp_path / "other"], resamples=200)
+    assert (found.rows, found.groups) == (60, 9)  # letter case and white space tell no prompts apart
+    assert "one of 9 prompts go together" in wording.tests_in_words(found)
 
 
 def test_generated_texts_are_compared_by_their_texts(tmp_path):
