@@ -42,7 +42,10 @@ class Job:
     @property
     def lives(self) -> list[Path]:
         """The folder of the job's logs and verdicts: one verdict a life."""
-        return sorted(self.log.parent.glob(f"*-{self.number}/life-*-launch-1.json"))
+        return sorted(
+            self.log.parent.glob(f"*-{self.number}/life-*-launch-1.json"),
+            key=lambda file: int(file.name.split("-")[1]),  # the tenth comes after the ninth
+        )
 
     def facts(self) -> dict[str, str]:
         """What the controller knows of the job; nothing once it has forgotten it."""
