@@ -136,6 +136,13 @@ def test_a_metric_of_ranks_is_tested_by_the_bootstrap(runs):
 REFERENCES = [f"Arr, the number be {n}, matey!" for n in range(40)]
 
 
+def test_rows_are_paired_by_their_ids_wherever_they_stand_in_the_file(runs):
+    expected = compare_runs(runs[:2], resamples=200)
+    file = runs[1] / "eval" / "test" / "predictions.jsonl"
+    file.write_text("".join(f"{line}\n" for line in reversed(file.read_text().splitlines())))
+    assert compare_runs(runs[:2], resamples=200) == expected
+
+
 def test_rows_of_one_group_count_once(runs, tmp_path, capsys):
     """Every row four times over, as answers to one prompt, tells no more than the rows themselves."""
     times, metrics = 4, ["log_loss", "f1_macro", "roc_auc", "accuracy"]
