@@ -3,39 +3,131 @@
     accelerate launch --config_file ... tests/distributed/one_after_the_other.py SCRIPT COUNTED RUN.yaml RUN.yaml ...
 
 In the training step COUNTED (from 1; 0 for none) the collectives of this rank are counted, by the names that the
-backend gives them, and appended to `collectives-RANK.jsonl` beside the run.
+backend gives them, and appended to `collectives-RANK.jsonl` beside the run, with the bytes of the tensors (what is
+summed, what is scattered, what is gathered, each whole) and with what the rank holds: whole gradients, the engine's own
+copies of them, the optimizer's state, and its copies of weights.
 """
 
 import collections
 import json
+import math
 import os
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
+
+SIZES = {"float": 4, "double": 8, "long int": 8, "int": 4, "c10::BFloat16": 2, "c10::Half": 2}
+# where DeepSpeed's optimizers keep gradients and the weights that they update
+ENGINE_GRADIENTS = ("averaged_gradients", "grad_partitions_flat_buffer", "fp32_groups_gradients_flat")
+ENGINE_COPIES = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
+ENGINE_COPIES += ("fp32_groups_flat",)
 
 
 def count_collectives(step: int) -> None:
     """Profile one training step of every run that follows."""
     from isotune.training.trainer import PlanTrainer
 
-    stock = PlanTrainer.training_step
+    stock, stock_pass = PlanTrainer.training_step, PlanTrainer._run_pass
+    held: Held | None = None
 
     def counted(self, model, inputs, *rest, **more):
+        nonlocal held
         if inputs["step"] + 1 != step:
             return stock(self, model, inputs, *rest, **more)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        held, finish = Held(), self.exchange.finish
+        self.exchange.finish = lambda engine: (held.look(self, model), finish(engine))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
             loss = stock(self, model, inputs, *rest, **more)
-        names = [e.name.removeprefix("gloo:") for e in profile.events() if e.name.startswith("gloo:")]
-        record = {"passes": len(inputs["passes"]), **collections.Counter(names)}
+        self.exchange.finish = finish
+        held.look(self, model)
+        events = profile.profiler.kineto_results.events()
+        names = [e.name().removeprefix("gloo:") for e in events if e.name().startswith("gloo:")]
+        record = {"passes": len(inputs["passes"]), "bytes": bytes_of(events), **collections.Counter(names)}
+        record["held"] = held.bytes | optimizer_bytes(self, model)
         folder = Path(self.args.output_dir).parent
         with (folder / f"collectives-{self.process.rank}.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
         return loss
 
+    def one_pass(self, model, *rest, **more):
+        loss = stock_pass(self, model, *rest, **more)
+        if held is not None:
+            held.look(self, model)
+        return loss
+
     PlanTrainer.training_step = counted
+    PlanTrainer._run_pass = one_pass
+
+
+class Held:
+    """The most bytes that were seen of whole gradients, of the engine's own, and of both at one moment."""
+
+    def __init__(self) -> None:
+        self.bytes = {"gradients": 0, "engine": 0, "together": 0}
+
+    def look(self, trainer, model) -> None:
+        whole = storages(p.grad for p in model.parameters())
+        sums = trainer.exact.sums if trainer.exact is not None else {}
+        engine = getattr(model, "optimizer", None)
+        own = storages(tensors([sums, *(getattr(engine, name, None) for name in ENGINE_GRADIENTS)]))
+        for name, found in (("gradients", whole), ("engine", own), ("together", whole | own)):
+            self.bytes[name] = max(self.bytes[name], sum(found.values()))
+
+
+def optimizer_bytes(trainer, model) -> dict[str, int]:
+    """What this rank's optimizer keeps, but for its counts of steps, and the copies of weights that it updates."""
+    engine = getattr(model, "optimizer", None)
+    bare = trainer.optimizer
+    while hasattr(bare, "optimizer"):
+        bare = bare.optimizer
+    state = [tensor for tensor in tensors(list(bare.state.values())) if tensor.dim()]
+    copies = tensors([getattr(engine, name, None) for name in ENGINE_COPIES])
+    return {"optimizer": sum(storages(state).values()), "master_copies": sum(storages(copies).values())}
+
+
+def tensors(found) -> Iterator[torch.Tensor]:
+    """Every tensor in nested lists and dictionaries."""
+    if isinstance(found, torch.Tensor):
+        yield found
+    elif isinstance(found, dict | list | tuple):
+        for one in found.values() if isinstance(found, dict) else found:
+            yield from tensors(one)
+
+
+def storages(found) -> dict[int, int]:
+    """Bytes of each distinct storage of tensors."""
+    kept = {}
+    for tensor in found:
+        if tensor is not None:
+            storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()  # FSDP2's are this rank's shares
+            kept[storage.data_ptr()] = storage.nbytes()
+    return kept
+
+
+def bytes_of(events: list) -> dict[str, int]:
+    """Bytes by collective, of one rank's profile.
+
+    gloo scatters by an all-reduce of the whole, and tells the size of lists of tensors, which torch.distributed's own
+    events do not; these tell the two apart.
+    """
+    counted: collections.Counter[str] = collections.Counter()
+    for event in events:
+        kind, name = event.name().partition(":")[::2]
+        sizes = [
+            math.prod(shape) * SIZES.get(dtype, 0) for shape, dtype in zip(event.shapes(), event.dtypes(), strict=False)
+        ]
+        if kind == "gloo":
+            counted[name] += sum(sizes) * (dist.get_world_size() if name == "all_gather" else 1)
+        elif name.startswith(":_reduce_scatter"):
+            whole = max(sizes)
+            counted["reduce_scatter"] += whole
+            counted["all_reduce"] -= whole
+    return dict(counted)
 
 
 def main() -> None:

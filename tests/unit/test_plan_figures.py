@@ -1,6 +1,7 @@
 """A plan's figures against independent counts: parameters, bytes, products, what is sent, what fits."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from tests.launching import REPOSITORY
 from transformers import OPTConfig, OPTForCausalLM
 
 from isotune.errors import UserError
+from isotune.planner import planning
 from isotune.planner.asked import read_asked
-from isotune.planner.compute import bytes_sent, find_device, flops_per_step
+from isotune.planner.communication import bytes_sent, collectives, gathered_bytes
+from isotune.planner.compute import find_device, flops_per_step
 from isotune.planner.memory import parse_bytes
 from isotune.planner.page import as_json, page, short_lines
 from isotune.planner.planning import plan_run
@@ -87,10 +90,10 @@ def test_shares_shrink_with_processes_and_what_is_sent_follows_the_rings():
     assert two.memory.weights == pytest.approx(2 * four.memory.weights, rel=1e-3)
     assert two.memory.optimized_numbers == pytest.approx(2 * four.memory.optimized_numbers, rel=1e-3)
     ddp = plan(tune="full", launch="ddp", world_size=4)
-    sent = bytes_sent(ddp.asked.recipe, ddp.model, ddp.asked.launch, ddp.work)
+    sent = bytes_sent(ddp.asked.recipe, ddp.model, ddp.asked.launch, ddp.work.passes_per_rank)
     assert sent == pytest.approx(2 * 3 / 4 * 4 * ddp.model.trained)
     alone = plan(tune="full")
-    assert bytes_sent(alone.asked.recipe, alone.model, alone.asked.launch, alone.work) == 0
+    assert bytes_sent(alone.asked.recipe, alone.model, alone.asked.launch, alone.work.passes_per_rank) == 0
 
 
 def test_what_does_not_fit_is_told_with_changes_that_do():
@@ -116,6 +119,32 @@ def test_engines_and_numbers_of_processes_stand_side_by_side():
     assert "ZeRO-3 on 16 processes" in page(found, 2.0)
     assert json.loads(json.dumps(as_json(found, 2.0)))["price"] > 0
     assert short_lines(found)[0].startswith("work ")
+
+
+def test_the_work_is_counted_once_for_each_number_of_processes(monkeypatch):
+    counted = []
+    stock = planning.count_work
+    monkeypatch.setattr(planning, "count_work", lambda *given: counted.append(given[-1]) or stock(*given))
+    found = plan(tune="full", device=find_device("A100-80"), compare=["ddp", "zero2", "zero3"], world_sizes=[1, 4, 16])
+    assert len(found.rows) == 9
+    assert sorted(counted) == [1, 4, 16]
+
+
+def test_zero3_gathers_again_what_it_could_not_keep():
+    """Forward and backward where nothing may wait; once a pass where the whole model may."""
+    plans = {}
+    for distance in (0, 10**9):
+        asked = plan(tune="full", launch="zero3", world_size=2).asked
+        section = {"stage": 3, "stage3_param_persistence_threshold": 10_000, "stage3_max_reuse_distance": distance}
+        plans[distance] = replace(asked.launch, deepspeed_config={"zero_optimization": section})
+    found = plan(tune="full")
+    small = sum(4 * p.numbers for p in found.model.parameters if p.numbers <= 10_000)
+    others = 4 * found.model.numbers - small
+    for distance, times in ((0, 2), (10**9, 1)):
+        sent = collectives(found.asked.recipe, found.model, plans[distance], 3)
+        assert sent == {"reduce_scatter": 4 * found.model.numbers, "all_gather": small + 3 * times * others}
+    held = [gathered_bytes(found.asked.recipe, found.model, plans[distance]) for distance in (0, 10**9)]
+    assert held == [min(small + 2 * found.model.largest_block_bytes, small + others), small + others]
 
 
 @pytest.mark.parametrize(("text", "bytes_"), [("24GiB", 24 * 2**30), ("80 GB", 80 * 10**9), ("512mib", 2**29)])

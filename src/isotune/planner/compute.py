@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from isotune.errors import UserError
-from isotune.planner.launches import DEEPSPEED, Launch
+from isotune.planner.communication import bytes_sent
+from isotune.planner.launches import Launch
 from isotune.planner.model_facts import ModelFacts
 from isotune.planner.work import Work
 from isotune.recipe import Recipe, RunRecipe
@@ -97,24 +98,6 @@ def flops_per_step(recipe: RunRecipe, model: ModelFacts, work: Work) -> float:
     return linear + head + adapters + square * (3 + again / 2)
 
 
-def bytes_sent(recipe: RunRecipe, model: ModelFacts, launch: Launch, work: Work) -> float:
-    """What the slowest process sends and receives in a step, by rings: (N - 1) / N of a tensor for each collective.
-
-    A reduction of the gradients, which is two collectives where every process needs the sum; under ZeRO-3 and FSDP2
-    the weights besides, forward and backward in every pass.
-    """
-    n = launch.world_size
-    if n == 1:
-        return 0.0
-    ring = (n - 1) / n
-    gradients = 2 * ring * 4 * model.trained
-    if not launch.shards_weights:
-        return gradients
-    sixteen = launch.engine == DEEPSPEED and (recipe.bf16 or recipe.fp16)
-    weights = 2 * model.numbers if sixteen else model.bytes
-    return gradients / 2 + 2 * ring * weights * work.passes_per_rank
-
-
 def step_time(
     recipe: RunRecipe, model: ModelFacts, launch: Launch, work: Work, device: Device, share: float, per_node: int
 ) -> StepTime:
@@ -132,7 +115,7 @@ def step_time(
     own = all_flops * work.passes_per_rank / work.passes_per_step
     own = max(own, all_flops / launch.world_size * (1 + work.imbalance))
     link = device.link_bytes_per_second if launch.world_size <= per_node else device.network_bytes_per_second
-    return StepTime(own / peak, own / peak / share, bytes_sent(recipe, model, launch, work) / link)
+    return StepTime(own / peak, own / peak / share, bytes_sent(recipe, model, launch, work.passes_per_rank) / link)
 
 
 def measured_share(run: Path, recipe: RunRecipe, model: ModelFacts, work: Work, device: Device) -> float:

@@ -54,6 +54,10 @@ class Launch:
         """Whether a process holds only its share of the weights."""
         return self.engine == FSDP or self.zero_stage == 3
 
+    def casts_weights(self, recipe: RunRecipe) -> bool:
+        """Whether the engine turns the weights themselves into the recipe's 16 bits, and computes without autocast."""
+        return self.engine == DEEPSPEED and bool(recipe.bf16 or recipe.fp16)
+
     @property
     def in_words(self) -> str:
         """`ZeRO-2 on 4 processes`."""

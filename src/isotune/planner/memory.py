@@ -3,14 +3,18 @@
 Weights, gradients and optimizer state are counted tensor by tensor as the engine cuts them. Activations come from a
 traced pass. N is the number of processes, T the trained numbers:
 
-    engine      weights             gradients                      optimizer state
-    plain       whole               4 T (8 T more: exact)          T
-    DDP         whole               plain's, and buckets of 4 T    T
-    ZeRO-1      whole               4 T                            T / N, and an fp32 copy of the share
-    ZeRO-2      whole               4 T, or T / N a pass           the same
-    ZeRO-3      share of each       the same                       the same
-    FSDP2       share of the rows   4 T while a step adds up       T / N
+    engine      weights             gradients                       optimizer state
+    plain       whole               4 T (8 T more: exact)           T
+    DDP         whole               plain's, and buckets of 4 T     T
+    ZeRO-0      whole               g T                             T
+    ZeRO-1      whole               4 T; in bf16 2 T and fp32 sums  T / N, and an fp32 copy of the share
+                                    of 4 T that are always there
+    ZeRO-2      whole               4 T; in 16 bits 2 T and the     the same
+                                    fp32 share, 4 T / N
+    ZeRO-3      share of each       g T, and the fp32 share         the same
+    FSDP2       share of the rows   4 T while a step adds up        T / N
 
+g is 2 in 16 bits and 4 in fp32. With `gradient_reduction: pass` ZeRO-2 and 3 hold shares only.
 (Rajbhandari et al. 2020, arXiv:1910.02054; the copy of the share is made in fp32 training too.)
 """
 
@@ -18,13 +22,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from isotune.errors import UserError
-from isotune.planner.launches import DDP, DEEPSPEED, FSDP, PLAIN, Launch
-from isotune.planner.model_facts import ModelFacts, Parameter
+from isotune.planner.communication import (
+    EXACT_BYTES,
+    exact_gradients,
+    gathered_bytes,
+    gradient_bytes,
+    held_numbers,
+    optimized_numbers,
+    weight_bytes,
+)
+from isotune.planner.launches import DDP, DEEPSPEED, FSDP, Launch
+from isotune.planner.model_facts import ModelFacts
 from isotune.planner.traced import PassMemory
 from isotune.recipe import RunRecipe
 
 GRADIENT_BYTES = 4
-EXACT_BYTES = 8
 # bytes that an optimizer keeps for a number; 8-bit ones add a scale for a block of 256
 STATE_BYTES: Mapping[str, float] = {
     "adamw_torch": 8, "adamw_torch_fused": 8, "paged_adamw_32bit": 8, "ademamix": 12, "lion_32bit": 4, "sgd": 0,
@@ -32,7 +44,6 @@ STATE_BYTES: Mapping[str, float] = {
     "paged_adamw_8bit": 2 + 8 / 256, "ademamix_8bit": 3 + 12 / 256, "lion_8bit": 1 + 4 / 256,
     "paged_lion_8bit": 1 + 4 / 256,
 }  # fmt: skip
-ALIGNMENT = 2  # DeepSpeed pads each flat group to a multiple of twice the processes
 # What allocators hold beyond what is asked for, as a share of what comes and goes. On CPU glibc keeps freed blocks of
 # up to 32 MiB (isotune.models.speedups): measured at three lengths of OPT-350M and BERT-base, resident against live.
 MARGIN_ON_GPU, MARGIN_ON_CPU = 0.1, {"lora": 0.15, "qlora": 0.15, "full": 0.5}
@@ -80,45 +91,37 @@ def plan_memory(
         on_cpu: whose allocator keeps more.
     """
     zero = launch.zero_stage or 0
-    sixteen_bit_weights = launch.engine == DEEPSPEED and (recipe.bf16 or recipe.fp16)
-    size = (lambda p: 2 * p.numbers if p.trained else p.bytes) if sixteen_bit_weights else (lambda p: p.bytes)
-    weights = sum(int(size(p) * _held(p, launch) / max(p.numbers, 1)) for p in model.parameters)
+    weights = sum(
+        int(weight_bytes(p, recipe, launch) * held_numbers(p, launch) / max(p.numbers, 1)) for p in model.parameters
+    )
     optimized = optimized_numbers(model, launch)
-    gradients = GRADIENT_BYTES * model.trained
-    exact = exact_gradients(recipe, launch)
     notes: list[str] = []
-    if exact:
-        gradients += EXACT_BYTES * model.trained
-        notes.append(f"gradients: {EXACT_BYTES} bytes more a trained number for exact_gradients")
+    gradients = _gradients(recipe, model, launch, notes)
     communication = 0
     if launch.engine == DDP:
         communication = GRADIENT_BYTES * model.trained
     if launch.engine == DEEPSPEED and zero:
         section = (launch.deepspeed_config or {}).get("zero_optimization", {})
         bucket = min(int(section.get("reduce_bucket_size", 5e8)), model.trained)
-        communication = GRADIENT_BYTES * bucket * (2 if section.get("overlap_comm") else 1)
-        if zero >= 2 and recipe.gradient_reduction == "pass":
-            gradients = 0
-        gradients += GRADIENT_BYTES * optimized  # the reduced share
+        communication = gradient_bytes(recipe, launch) * bucket * (2 if section.get("overlap_comm") else 1)
         if zero == 3:
-            gathered = min(int(section.get("stage3_max_live_parameters", 1e9)), model.numbers)
-            communication += min(gathered * _bytes_a_number(model, sixteen_bit_weights), 2 * model.largest_block_bytes)
-            notes.append("communication: two blocks gathered whole, beside the buckets")
+            communication += gathered_bytes(recipe, model, launch)
+            notes.append("communication: weights gathered whole, beside the buckets")
     if launch.engine == FSDP:
-        communication = 2 * model.largest_block_bytes + GRADIENT_BYTES * optimized
-        notes.append("communication: two blocks gathered whole, and the reduced share of the gradients")
+        communication = gathered_bytes(recipe, model, launch) + GRADIENT_BYTES * optimized
+        notes.append("communication: weights gathered whole, and the reduced share of the gradients")
     state = round(optimized * STATE_BYTES.get(recipe.training_arguments["optim"], 8))
     if recipe.training_arguments["optim"] not in STATE_BYTES:
         notes.append("optimizer: factored, counted as AdamW's, an upper bound")
-    master = 4 * optimized if launch.engine == DEEPSPEED and (zero or sixteen_bit_weights) else 0
+    master = 4 * optimized if launch.engine == DEEPSPEED and (zero or launch.casts_weights(recipe)) else 0
     host = 0
     if "optimizer" in launch.offload:
         host, state, master = state + master, 0, 0
     if "param" in launch.offload:
         host, weights = host + weights, 0
     # In a step of one pass the gradients appear while activations go; in a later pass they are all there before.
-    activations = traced.activations if passes > 1 or exact else max(
-        traced.with_gradients - GRADIENT_BYTES * model.trained, 0
+    activations = traced.activations if passes > 1 or exact_gradients(recipe, launch) else max(
+        traced.with_gradients - gradient_bytes(recipe, launch) * model.trained, 0
     )  # fmt: skip
     share = MARGIN_ON_CPU[recipe.tune] if on_cpu else MARGIN_ON_GPU
     margin = round(share * (activations + communication + gradients))
@@ -127,23 +130,21 @@ def plan_memory(
     )  # fmt: skip
 
 
-def exact_gradients(recipe: RunRecipe, launch: Launch) -> bool:
-    """Whether the run would sum gradients as integers."""
-    if recipe.exact_gradients == "auto":
-        return recipe.tune != "full" and launch.engine in (PLAIN, DDP)
-    return bool(recipe.exact_gradients)
-
-
-def optimized_numbers(model: ModelFacts, launch: Launch) -> int:
-    """Numbers that the optimizer of the fullest process updates, padding included."""
-    trained = [p for p in model.parameters if p.trained]
-    n, zero = launch.world_size, launch.zero_stage
-    if launch.engine == FSDP or zero == 3:
-        return sum(_held(p, launch) for p in trained)
-    if not zero:
-        return model.trained
-    groups = [sum(p.numbers for p in trained if p.decayed is decayed) for decayed in (True, False)]
-    return sum(-(-group // (ALIGNMENT * n)) * ALIGNMENT for group in groups)
+def _gradients(recipe: RunRecipe, model: ModelFacts, launch: Launch, notes: list[str]) -> int:
+    """Bytes of gradients at their most, on the fullest process; `notes` take what is there besides the obvious."""
+    own, share = gradient_bytes(recipe, launch), GRADIENT_BYTES * optimized_numbers(model, launch)
+    zero = launch.zero_stage or 0
+    whole = own * model.trained
+    if zero >= 2 and recipe.gradient_reduction == "pass":
+        return share
+    if exact_gradients(recipe, launch):
+        notes.append(f"gradients: {EXACT_BYTES} bytes more a trained number for exact_gradients")
+        return whole + EXACT_BYTES * model.trained
+    if zero == 1 and recipe.bf16 and "optimizer" not in launch.offload:
+        notes.append("gradients: DeepSpeed adds up ZeRO-1's bf16 gradients in fp32, whole on every process")
+        return whole + share * launch.world_size
+    # fp32 shares of ZeRO-1 and 2 are views of what is there, and both are there while the optimizer steps
+    return whole + share if zero == 3 or (zero and own == 2) else max(whole, 2 * share if zero else 0)
 
 
 def parse_bytes(text: str, key: str) -> int:
@@ -161,14 +162,3 @@ def parse_bytes(text: str, key: str) -> int:
     if unit is None or number is None or not number > 0:
         raise UserError(f"{key} is '{text}': say a number with a unit, {', '.join(_UNITS)}, such as 24GiB")
     return int(number * _UNITS[unit])
-
-
-def _held(p: Parameter, launch: Launch) -> int:
-    """Numbers of a parameter on the fullest process between two steps."""
-    if launch.engine == FSDP:
-        return -(-p.rows // launch.world_size) * (p.numbers // max(p.rows, 1))
-    return -(-p.numbers // launch.world_size) if launch.zero_stage == 3 else p.numbers
-
-
-def _bytes_a_number(model: ModelFacts, sixteen_bit_weights: bool) -> int:
-    return 2 if sixteen_bit_weights else max(1, round(model.bytes / max(model.numbers, 1)))

@@ -24,13 +24,18 @@ _NORMS = (nn.LayerNorm,)
 
 @dataclass(frozen=True)
 class Parameter:
-    """One tensor: its numbers, its rows (the first dimension), bytes in memory, and whether training changes it."""
+    """One tensor: its numbers, its rows (the first dimension), bytes in memory, and whether training changes it.
+
+    Attributes:
+        in_block: of one of the model's blocks, not of what stands before and after them.
+    """
 
     numbers: int
     rows: int
     bytes: int
     trained: bool
     decayed: bool
+    in_block: bool
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,16 @@ class ModelFacts:
     def trained(self) -> int:
         """Parameters that are trained."""
         return sum(p.numbers for p in self.parameters if p.trained)
+
+    @property
+    def block_numbers(self) -> int:
+        """Of all blocks together."""
+        return sum(p.numbers for p in self.parameters if p.in_block)
+
+    @property
+    def block_bytes(self) -> int:
+        """Of all blocks together."""
+        return sum(p.bytes for p in self.parameters if p.in_block)
 
     @property
     def bytes(self) -> int:
@@ -103,19 +118,21 @@ def model_facts(recipe: RunRecipe, config: PreTrainedConfig, model: nn.Module) -
     head = base.get_output_embeddings() if isinstance(recipe, Recipe) else None
     decayed = set(get_parameter_names(model, list(_NORMS), ["bias", "layernorm", "rmsnorm"]))
     four_bit = _four_bit_weights(recipe, model, head)
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == _layers(config)]
+    blocks = list(lists[0]) if lists else []
+    block = max((sum(p.numel() * p.element_size() for p in b.parameters()) for b in blocks), default=0)
+    in_blocks = {id(p) for b in blocks for p in b.parameters()}
     kept: list[Parameter] = []
     linear = adapters = 0
     for name, parameter in model.named_parameters():
         numbers = parameter.numel()
         size = _four_bit_bytes(recipe, numbers) if id(parameter) in four_bit else numbers * parameter.element_size()
-        kept.append(Parameter(numbers, parameter.shape[0], size, parameter.requires_grad, name in decayed))
+        in_block = id(parameter) in in_blocks
+        kept.append(Parameter(numbers, parameter.shape[0], size, parameter.requires_grad, name in decayed, in_block))
         adapters += numbers if "lora_" in name else 0
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not head and "lora_" not in name:
             linear += module.weight.numel()
-    blocks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == _layers(config)]
-    block = max((sum(p.numel() * p.element_size() for p in b.parameters()) for b in (blocks[0] if blocks else [])),
-                default=0)  # fmt: skip
     return ModelFacts(
         parameters=tuple(kept),
         layers=_layers(config),

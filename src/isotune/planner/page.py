@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from isotune.planner.compute import bytes_sent, flops_per_step
+from isotune.planner.communication import bytes_sent, collectives
+from isotune.planner.compute import flops_per_step
 from isotune.planner.planning import RunPlan
 
 _PARTS = {
@@ -70,7 +71,8 @@ def as_json(plan: RunPlan, price_per_hour: float | None) -> dict[str, Any]:
     }  # fmt: skip
     if plan.work is not None:
         found["flops_per_step"] = flops_per_step(recipe, plan.model, plan.work)
-        found["bytes_sent_per_step"] = bytes_sent(recipe, plan.model, launch, plan.work)
+        found["bytes_sent_per_step"] = bytes_sent(recipe, plan.model, launch, plan.work.passes_per_rank)
+        found["collectives_per_step"] = collectives(recipe, plan.model, launch, plan.work.passes_per_rank)
     if plan.time is not None and plan.device is not None:
         found["device"] = plan.device.name
         found["step_seconds"] = {"floor": plan.time.floor, "compute": plan.time.compute,
@@ -157,7 +159,7 @@ def _time_lines(plan: RunPlan, price_per_hour: float | None) -> Iterator[str]:
     recipe, launch = plan.asked.recipe, plan.asked.launch
     yield (
         f"compute     {flops_per_step(recipe, plan.model, plan.work):.4g} FLOPs a step, "
-        f"{size(bytes_sent(recipe, plan.model, launch, plan.work))} sent by a process"
+        f"{size(bytes_sent(recipe, plan.model, launch, plan.work.passes_per_rank))} sent by a process"
     )
     if plan.time is None or plan.device is None:
         yield "time        say --device NAME for seconds and hours"

@@ -102,7 +102,17 @@ def plan_run(
     labels = getattr(getattr(data, "train", None), "num_labels", None)
     build = builder(recipe, config, labels)
     facts = model_facts(recipe, config, build(config.num_hidden_layers))
-    work = count_work(recipe, data, launch.world_size) if data is not None else None
+    works: dict[int, Work] = {}
+
+    def counted_work(other: RunRecipe, world_size: int) -> Work | None:
+        """The recipe's own is counted once for each number of processes, whatever the engine."""
+        if data is None or other is not recipe:
+            return None if data is None else count_work(other, data, world_size)
+        if world_size not in works:
+            works[world_size] = count_work(recipe, data, world_size)
+        return works[world_size]
+
+    work = counted_work(recipe, launch.world_size)
     on_cpu = device is None and limit is None
     traced: dict[tuple, PassMemory] = {}
 
@@ -111,12 +121,12 @@ def plan_run(
         counted = facts if same else model_facts(other, config, builder(other, config, labels)(facts.layers))
         passes = 2
         longest = _fullest_pass(other)
-        if work is not None and data is not None:
-            counts = count_work(other, data, launched.world_size)
+        if (counts := counted_work(other, launched.world_size)) is not None:
             passes, longest = counts.passes_per_rank, counts.longest_pass
-        what = (longest, other.tune, other.training_arguments.get("gradient_checkpointing"))
+        cast = launched.casts_weights(other)
+        what = (longest, other.tune, other.training_arguments.get("gradient_checkpointing"), cast)
         if what not in traced:
-            traced[what] = _trace(other, config, labels, facts.layers, longest, on_cpu)
+            traced[what] = _trace(other, config, labels, facts.layers, longest, on_cpu=on_cpu, cast=cast)
         return plan_memory(other, launched, counted, traced[what], passes, on_cpu=on_cpu)
 
     planned = memory(recipe, launch)
@@ -128,7 +138,7 @@ def plan_run(
     once = checkpoint_bytes(recipe, facts, STATE_BYTES.get(recipe.training_arguments["optim"], 8))
     rows = []
     for other in _launches(recipe, launch, compare, world_sizes):
-        counts = count_work(recipe, data, other.world_size) if data is not None else None
+        counts = counted_work(recipe, other.world_size)
         seconds = step_time(recipe, facts, other, counts, device, share, per_node) if counts and device else None
         rows.append(Row(other, memory(recipe, other), seconds))
     does_not_fit = limit is not None and planned.total > limit
@@ -182,15 +192,24 @@ def _fullest_pass(recipe: RunRecipe) -> tuple[tuple[int, ...], int]:
 
 
 def _trace(
-    recipe: RunRecipe, config: Any, labels: int | None, layers: int, longest: tuple[tuple[int, ...], int], on_cpu: bool
+    recipe: RunRecipe,
+    config: Any,
+    labels: int | None,
+    layers: int,
+    longest: tuple[tuple[int, ...], int],
+    *,
+    on_cpu: bool,
+    cast: bool,
 ) -> PassMemory:
-    autocast = compute_dtype(recipe)
+    """The memory of a pass; `cast` where the engine turns all weights into the 16 bits in which others autocast."""
+    compute = compute_dtype(recipe)
+    build = builder(recipe, config, labels)
     return trace_pass(
-        builder(recipe, config, labels),
+        (lambda blocks: build(blocks).to(compute)) if cast else build,
         layers,
         *longest,
         is_classifier=isinstance(recipe, ClassificationRecipe),
-        autocast=None if autocast == torch.float32 else autocast,
+        autocast=None if cast or compute == torch.float32 else compute,
         on_cpu=on_cpu,
         checkpointing=bool(recipe.training_arguments.get("gradient_checkpointing")),
     )

@@ -9,6 +9,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import accumulate
 from typing import Any
 
@@ -26,9 +27,9 @@ from isotune.models import (
     dropout,
     fused_lora,
     packed_attention,
-    supervised_loss,
 )
 from isotune.models.speedups import enable_speedups, training_pass
+from isotune.models.supervised_loss import forget_workspaces
 
 FEW_BLOCKS = (2, 3)
 
@@ -70,7 +71,7 @@ def trace_pass(
         checkpointing: recompute each block's activations in the backward pass.
     """
 
-    def trace(blocks: int) -> PassMemory:
+    def trace(blocks: int) -> tuple[int, ...]:
         model = build(blocks)
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
@@ -78,12 +79,10 @@ def trace_pass(
 
     few = [trace(blocks) for blocks in FEW_BLOCKS if blocks < layers]
     if len(few) < len(FEW_BLOCKS):
-        return trace(layers)
-    (low, high), more = few, layers - FEW_BLOCKS[0]
-    return PassMemory(
-        activations=low.activations + more * (high.activations - low.activations),
-        with_gradients=low.with_gradients + more * (high.with_gradients - low.with_gradients),
-    )
+        besides, early, late = trace(layers)
+    else:
+        besides, early, late = (low + (layers - FEW_BLOCKS[0]) * (high - low) for low, high in zip(*few, strict=True))
+    return PassMemory(besides, max(early, late))
 
 
 def _inputs(lengths: Sequence[int], targets: int, is_classifier: bool) -> dict[str, Any]:
@@ -103,27 +102,35 @@ def _inputs(lengths: Sequence[int], targets: int, is_classifier: bool) -> dict[s
     return inputs
 
 
-def _trace(model: nn.Module, inputs: dict[str, Any], autocast: torch.dtype | None, on_cpu: bool) -> PassMemory:
+def _trace(model: nn.Module, inputs: dict[str, Any], autocast: torch.dtype | None, on_cpu: bool) -> tuple[int, ...]:
+    """The most beside whole gradients, and with gradients while fewer than half of them are there, and after.
+
+    Activations go as gradients come, so the most is at one end of the backward pass; which, depends on the blocks.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True), _without_contents(inputs["input_ids"].numel(), on_cpu):
         _give_storage(model)
         if on_cpu:
             enable_speedups(model)
         model.train()
-        live = _LiveBytes(p for p in model.parameters() if p.requires_grad)
+        live = _LiveBytes((p for p in model.parameters() if p.requires_grad), on_cpu)
         products = torch.autocast("cpu", dtype=autocast) if autocast else contextlib.nullcontext()
         with live, products, training_pass(model) if on_cpu else contextlib.nullcontext():
             model(**inputs, use_cache=False).loss.backward()
-    return PassMemory(live.most_besides_gradients, live.most)
+    return live.most_besides_gradients, *live.most
 
 
 class _LiveBytes(TorchDispatchMode):
     """Counts the storages that operations make, while they live; a parameter's gradient is counted apart."""
 
-    def __init__(self, trained: Iterator[nn.Parameter]) -> None:
+    def __init__(self, trained: Iterator[nn.Parameter], on_cpu: bool) -> None:
         super().__init__()
-        self.now = self.gradients = self.most = self.most_besides_gradients = 0
+        self.on_cpu = on_cpu
+        self.now = self.gradients = self.most_besides_gradients = 0
+        self.most = [0, 0]
         self._seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        for parameter in trained:
+        parameters = list(trained)
+        self.half = sum(parameter.nbytes for parameter in parameters) / 2
+        for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._is_gradient)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -139,6 +146,8 @@ class _LiveBytes(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 if storage not in self._seen and id(storage) not in given:
                     self._count(storage)
+        if self.on_cpu and torch.Tag.pointwise in func.tags:
+            self._most_is_at_least(self.now + _casts(args))
         return results
 
     def _count(self, storage: Any) -> None:
@@ -146,8 +155,12 @@ class _LiveBytes(TorchDispatchMode):
         self._seen[storage] = size
         self.now += size
         weakref.finalize(storage, self._gone, size)
-        self.most = max(self.most, self.now)
-        self.most_besides_gradients = max(self.most_besides_gradients, self.now - self.gradients)
+        self._most_is_at_least(self.now)
+
+    def _most_is_at_least(self, size: int) -> None:
+        late = self.gradients > self.half
+        self.most[late] = max(self.most[late], size)
+        self.most_besides_gradients = max(self.most_besides_gradients, size - self.gradients)
 
     def _gone(self, size: int) -> None:
         self.now -= size
@@ -155,6 +168,15 @@ class _LiveBytes(TorchDispatchMode):
     def _is_gradient(self, parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
             self.gradients += parameter.grad.untyped_storage().nbytes()
+
+
+def _casts(args: Any) -> int:
+    """Bytes that torch on CPU fills for a moment inside an elementwise operation on numbers of several types."""
+    tensors = [t for t in tree_iter(args) if isinstance(t, torch.Tensor) and t.dim()]
+    if len({t.dtype for t in tensors}) < 2:
+        return 0
+    common = reduce(torch.promote_types, (t.dtype for t in tensors))
+    return sum(t.numel() * common.itemsize for t in tensors if t.dtype != common)
 
 
 def _give_storage(model: nn.Module) -> None:
@@ -194,13 +216,13 @@ def _without_contents(tokens: int, on_cpu: bool) -> Iterator[None]:
     if not on_cpu:
         replace(packed_attention, "kernel_in_effect", lambda *_, **__: packed_attention.DOCUMENT_SDPA)
         replace(functional, "dropout", _dropout_as_on_gpu)
-    supervised_loss.forget_workspaces()
+    forget_workspaces()
     try:
         yield
     finally:
         for owner, name, value in replaced:
             setattr(owner, name, value)
-        supervised_loss.forget_workspaces()
+        forget_workspaces()
 
 
 def _dropout_as_on_gpu(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:

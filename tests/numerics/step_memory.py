@@ -1,0 +1,90 @@
+"""Measures what a real training step holds beside what is always there, in a process of its own and without a formula.
+
+    python tests/numerics/step_memory.py RECIPE.yaml RECIPE.yaml ...
+
+trains two optimizer updates of each recipe and prints a JSON line: by how many bytes the second rose above what was
+there before it began (weights, moments, integer sums), passes, reduction, clipping and the optimizer's own step
+included; and how many of them are the whole gradients that one pass hands to the next.
+
+Every block that torch's CPU allocator hands out and takes back is an event of torch.profiler, those inside operations
+too. Dropout's masks are drawn by numpy, whose memory torch does not see: each is given a torch tensor of its size that
+lives as long. Resident memory would be too coarse: glibc keeps freed blocks, and pages of libraries come and go in it.
+"""
+
+import gc
+import json
+import sys
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from tests.building import build, build_classifier
+from torch.profiler import ProfilerActivity, profile
+
+from isotune.models import attention_kernels, dropout, fused_lora
+from isotune.models.supervised_loss import forget_workspaces
+from isotune.training.trainer import PlanTrainer
+
+MEASURED_STEP = 2  # moments are there by then
+
+
+class CountedMasks(np.random.SFC64):
+    """The generator of masks; each array that it draws has a twin of torch's."""
+
+    def random_raw(self, size: Any = None, output: Any = True) -> Any:
+        """As numpy's."""
+        drawn = super().random_raw(size, output)
+        weakref.finalize(drawn, list.clear, [torch.empty(drawn.nbytes, dtype=torch.uint8)])
+        return drawn
+
+
+def measure(values: dict[str, Any]) -> dict[str, int]:
+    """Train two steps of the recipe `values`; returns the bytes of the second: `rise`, and `gradients` within it."""
+    for module in (dropout, fused_lora, attention_kernels):
+        module.mask_generator = CountedMasks  # type: ignore[assignment]
+    with tempfile.TemporaryDirectory() as folder:
+        make = build_classifier if "num_labels" in values else build
+        trainer = make(Path(folder), **{**values, "output_dir": f"{folder}/run", "eval_dataset_name": None}).trainer
+        seen = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        found: dict[str, int] = {}
+
+        def training_step(model: Any, inputs: Any, *rest: Any) -> Any:
+            if inputs["step"] + 1 == MEASURED_STEP:
+                forget_workspaces()
+                gc.collect()
+                seen.start()
+            loss = PlanTrainer.training_step(trainer, model, inputs, *rest)
+            found["gradients"] = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+            return loss
+
+        def step_is_over(*rest: Any, **more: Any) -> None:
+            if trainer.state.global_step == MEASURED_STEP and "rise" not in found:  # it is called once more at the end
+                seen.stop()
+                found["rise"] = _rise(seen)
+            PlanTrainer._maybe_log_save_evaluate(trainer, *rest, **more)
+
+        trainer.training_step = training_step  # type: ignore[method-assign]
+        trainer._maybe_log_save_evaluate = step_is_over  # type: ignore[method-assign]
+        trainer.train()
+        if trainer.exact is not None:  # each gradient is absorbed as it comes, and none is handed to the next pass
+            found["gradients"] = 0
+    forget_workspaces()
+    return found
+
+
+def _rise(seen: profile) -> int:
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+if __name__ == "__main__":
+    for file in sys.argv[1:]:
+        print(json.dumps(measure(yaml.safe_load(Path(file).read_text()))), flush=True)
