@@ -25,7 +25,7 @@ SIZES = {"float": 4, "double": 8, "long int": 8, "int": 4, "c10::BFloat16": 2, "
 # where DeepSpeed's optimizers keep gradients and the weights that they update
 ENGINE_GRADIENTS = ("averaged_gradients", "grad_partitions_flat_buffer", "fp32_groups_gradients_flat")
 ENGINE_COPIES = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
-ENGINE_COPIES += ("fp32_groups_flat",)
+ENGINE_COPIES += ("fp32_groups_flat", "fp32_groups")
 
 
 def count_collectives(step: int) -> None:
