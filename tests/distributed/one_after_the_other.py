@@ -39,13 +39,13 @@ def count_collectives(step: int) -> None:
         nonlocal held
         if inputs["step"] + 1 != step:
             return stock(self, model, inputs, *rest, **more)
-        held, finish = Held(), self.exchange.finish
-        self.exchange.finish = lambda engine: (held.look(self, model), finish(engine))
+        held, finish = (now := Held()), self.exchange.finish
+        self.exchange.finish = lambda engine: (now.look(self, model), finish(engine))
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
             loss = stock(self, model, inputs, *rest, **more)
         self.exchange.finish = finish
         held.look(self, model)
-        events = profile.profiler.kineto_results.events()
+        events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
         names = [e.name().removeprefix("gloo:") for e in events if e.name().startswith("gloo:")]
         record = {"passes": len(inputs["passes"]), "bytes": bytes_of(events), **collections.Counter(names)}
         record["held"] = held.bytes | optimizer_bytes(self, model)

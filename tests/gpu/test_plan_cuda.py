@@ -19,11 +19,11 @@ pytestmark = [
 ]
 
 LIMIT = 0.10
-SHARED = {"dataset_name": "builtin:capitals", "max_seq_length": 1024, "bf16": True, "max_steps": 2}
+SHARED: dict[str, Any] = {"dataset_name": "builtin:capitals", "max_seq_length": 1024, "bf16": True, "max_steps": 2}
 SHARED |= {"save_strategy": "no"}
-OPT_350M = {"hidden_size": 1024, "word_embed_proj_dim": 512, "ffn_dim": 4096, "num_hidden_layers": 24}
+OPT_350M: dict[str, Any] = {"hidden_size": 1024, "word_embed_proj_dim": 512, "ffn_dim": 4096, "num_hidden_layers": 24}
 OPT_350M |= {"num_attention_heads": 16, "do_layer_norm_before": False}
-OPT_6_7B = {"hidden_size": 4096, "word_embed_proj_dim": 4096, "ffn_dim": 16384, "num_hidden_layers": 32}
+OPT_6_7B: dict[str, Any] = {"hidden_size": 4096, "word_embed_proj_dim": 4096, "ffn_dim": 16384, "num_hidden_layers": 32}
 OPT_6_7B |= {"num_attention_heads": 32}
 
 

@@ -35,7 +35,7 @@ MEASURED_STEP = 2  # moments are there by then
 class CountedMasks(np.random.SFC64):
     """The generator of masks; each array that it draws has a twin of torch's."""
 
-    def random_raw(self, size: Any = None, output: Any = True) -> Any:
+    def random_raw(self, size: Any = None, output: Any = True) -> Any:  # type: ignore[override]
         """As numpy's."""
         drawn = super().random_raw(size, output)
         weakref.finalize(drawn, list.clear, [torch.empty(drawn.nbytes, dtype=torch.uint8)])
@@ -77,7 +77,7 @@ def measure(values: dict[str, Any]) -> dict[str, int]:
 
 
 def _rise(seen: profile) -> int:
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    events: list[Any] = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
     held = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()

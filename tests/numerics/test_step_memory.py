@@ -22,7 +22,7 @@ LIMIT = 0.15
 STEPS = {"max_steps": 2, "save_strategy": "no", "bf16": True, "disable_tqdm": True}
 PASSES = 2
 
-OPT_350M = {"hidden_size": 1024, "word_embed_proj_dim": 512, "ffn_dim": 4096, "num_hidden_layers": 24}
+OPT_350M: dict[str, Any] = {"hidden_size": 1024, "word_embed_proj_dim": 512, "ffn_dim": 4096, "num_hidden_layers": 24}
 OPT_350M |= {"num_attention_heads": 16, "do_layer_norm_before": False}
 GEOMETRIES: dict[str, Any] = {
     "opt-125m": OPTConfig(),
