@@ -46,7 +46,8 @@ def test_a_recipe_that_is_wrong_fails_once_with_its_sentence_and_is_not_requeued
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("nodes", "engine"), [(1, "ddp"), (2, "ddp"), (3, "ddp"), (2, "zero2")])
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("nodes", [1, 2, 3])
 def test_losses_and_predictions_are_those_of_a_plain_run_on_any_number_of_nodes(
     cluster: Site, plain_without: Finished, tmp_path, nodes, engine
 ):
@@ -57,7 +58,7 @@ def test_losses_and_predictions_are_those_of_a_plain_run_on_any_number_of_nodes(
     done = job.wait()
     assert done.status == 0, done.stdout
     assert done.environment["world_size"] == 2 * nodes
-    assert done.environment["in_effect"].get("zero_stage") == {"zero2": 2}.get(engine)
+    assert done.environment["in_effect"].get("zero_stage") == {"zero2": 2, "zero3": 3}.get(engine)
     for one, other in zip(done.steps, plain_without.steps, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
     for one, other in zip(predictions(done), predictions(plain_without), strict=True):
@@ -76,6 +77,29 @@ def test_instruction_tuning_under_zero3_on_two_nodes_has_the_losses_of_a_plain_r
     plain = start(tmp_path / "plain", TINY)
     for one, other in zip(done.steps, plain.steps, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_a_cancelled_job_under_zero_goes_on_on_fewer_nodes_with_the_losses_of_a_plain_run(
+    cluster: Site, tmp_path, engine
+):
+    values = TINY_CLASSIFIER | {"max_steps": 40, "save_steps": 25}
+    flags = ("--config", str(write_recipe(tmp_path, values)))
+    job = cluster.submit(tmp_path, "slurm/yelp.sbatch", *flags, nodes=2, environment={"ENGINE": engine})
+    job.wait_for_step(3)
+    cluster.ask("scancel", job.number)
+    assert job.wait().stderr == "CANCELLED"
+    stopped = verdicts(job)[0]["step"]
+    assert 3 <= stopped < values["max_steps"]
+
+    done = cluster.submit(tmp_path, "slurm/yelp.sbatch", *flags, nodes=1, environment={"ENGINE": engine}).wait()
+    assert done.status == 0 and f"resumed     after step {stopped}, from " in done.stdout, done.stdout
+    assert done.environment["world_size"] == 2
+    plain = start(tmp_path / "plain", values, script="train/yelp.py")
+    assert [one["step"] for one in done.steps] == list(range(1, values["max_steps"] + 1))
+    for one, other in zip(done.steps, plain.steps, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5), one["step"]
 
 
 @pytest.fixture(scope="module")
