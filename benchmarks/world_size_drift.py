@@ -76,7 +76,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="four updates, on 1 and 2 processes")
     given = parser.parse_args()
     steps, layouts = (4, QUICK) if given.quick else (given.steps, LAYOUTS)
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": ""}
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ["PYTHONPATH"] = str(REPOSITORY / "benchmarks")  # nothing of the caller's, and the peers' own package
     os.environ["DS_ACCELERATOR"] = "cpu"  # every side runs there, also where there is a GPU
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     started = time.perf_counter()
@@ -121,8 +122,8 @@ def run_peers(layouts: list[Layout], steps: int, place: Path) -> None:
     file = place / "runs.json"
     file.write_text(json.dumps(runs))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(first.processes)]
-    script = "benchmarks/drift_sides/peers.py"
-    start = [*torchrun, script] if first.processes > 1 else [script]
+    module = ["-m", "drift_sides.peers"]
+    start = [*torchrun, *module] if first.processes > 1 else module
     launch([*start, str(place / "material"), str(file)])
 
 

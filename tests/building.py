@@ -21,6 +21,8 @@ from isotune.training.run_folder import RunFolder
 from isotune.training.trainer import PlanTrainer
 from tests.launching import TINY, TINY_CLASSIFIER
 
+OPT_350M: dict[str, Any] = {"hidden_size": 1024, "word_embed_proj_dim": 512, "ffn_dim": 4096, "num_hidden_layers": 24}
+OPT_350M |= {"num_attention_heads": 16, "do_layer_norm_before": False}
 BIASES_WITHOUT_GRADIENT = "k_proj.bias"  # a shift that all keys share leaves every softmax as it is: zero on paper
 
 

@@ -1,6 +1,6 @@
 """The stock trainers as their documentation uses them, several runs one after the other in the processes of one launch.
 
-    python -m torch.distributed.run --nproc_per_node 2 peers.py MATERIAL RUNS.json
+    PYTHONPATH=benchmarks python -m torch.distributed.run --nproc_per_node 2 -m drift_sides.peers MATERIAL RUNS.json
 
 RUNS.json is a list of {side, dropout, batch, accumulation, steps, folder}. A run leaves in
 its folder result.json (losses, grad_norms, eval_loss), model/, and documents-RANK.json: digests of the documents that
@@ -29,7 +29,6 @@ from transformers import (
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from drift_sides.material import OPTIMIZER, ROW_TOKENS, TOKENIZER
 from isotune.models.builtin import builtin_tokenizer
 

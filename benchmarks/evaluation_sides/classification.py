@@ -11,6 +11,7 @@ sides' implementations of them, beside the time of the side that uses it.
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -34,6 +35,7 @@ GEOMETRIES = {
     "bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
 }
 MAX_TOKENS, TO_REACH = 512, 1.5
+WARM_UP = 4  # reviews that are not counted
 TOLERANCE = 1e-5
 
 
@@ -50,8 +52,10 @@ def measure(given: Namespace) -> dict[str, Any]:
     classifier = Classifier("random", ours, tokenizer, settings, None)
     pipe: Any = pipeline("text-classification", model=stock, tokenizer=tokenizer, top_k=None, device="cpu")
     lines = (given.data / "imdb" / "test.jsonl").read_text("utf-8").rstrip("\n").split("\n")
+    if WARM_UP + given.rounds * given.documents > len(lines):
+        sys.exit(f"{len(lines)} reviews are not enough for {given.rounds} rounds of {given.documents}: ask for fewer")
     order = iter(np.random.default_rng(0).permutation(len(lines)).tolist())
-    warm = [json.loads(lines[next(order)]) for _ in range(4)]
+    warm = [json.loads(lines[next(order)]) for _ in range(WARM_UP)]
     _by_isotune(classifier, warm)
     _by_pipeline(pipe, warm, 1)
     rates: dict[str, list[float]] = {}

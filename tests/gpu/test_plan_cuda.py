@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.building import Built, build
+from tests.building import OPT_350M, Built, build
 from transformers import OPTConfig
 
 from isotune.models.builtin import builtin_tokenizer
@@ -21,8 +21,6 @@ pytestmark = [
 LIMIT = 0.10
 SHARED: dict[str, Any] = {"dataset_name": "builtin:capitals", "max_seq_length": 1024, "bf16": True, "max_steps": 2}
 SHARED |= {"save_strategy": "no"}
-OPT_350M: dict[str, Any] = {"hidden_size": 1024, "word_embed_proj_dim": 512, "ffn_dim": 4096, "num_hidden_layers": 24}
-OPT_350M |= {"num_attention_heads": 16, "do_layer_norm_before": False}
 OPT_6_7B: dict[str, Any] = {"hidden_size": 4096, "word_embed_proj_dim": 4096, "ffn_dim": 16384, "num_hidden_layers": 32}
 OPT_6_7B |= {"num_attention_heads": 32}
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.building import OPT_350M
 from tests.launching import REPOSITORY
 from transformers import OPTConfig, OPTForCausalLM
 
@@ -42,9 +43,7 @@ def plan(*, launch: str | None = None, world_size: int | None = None, limit: int
 @pytest.fixture
 def opt_350m(tmp_path):
     """OPT-350M's configuration in a folder, without weights; returns what transformers itself counts, too."""
-    config = OPTConfig(hidden_size=1024, word_embed_proj_dim=512, ffn_dim=4096, num_hidden_layers=24,
-                       num_attention_heads=16, vocab_size=50272, max_position_embeddings=2048,
-                       do_layer_norm_before=False)  # fmt: skip
+    config = OPTConfig(**OPT_350M, vocab_size=50272, max_position_embeddings=2048)
     config.save_pretrained(tmp_path / "opt")
     with torch.device("meta"):
         numbers = sum(p.numel() for p in OPTForCausalLM(config).parameters())

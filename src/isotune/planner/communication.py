@@ -32,9 +32,7 @@ _PERSISTENCE_THRESHOLD, _REUSE_DISTANCE = 10**5, 10**9
 
 def exact_gradients(recipe: RunRecipe, launch: Launch) -> bool:
     """Whether the run would sum gradients as integers."""
-    if recipe.exact_gradients == "auto":
-        return recipe.tune != "full" and launch.engine in (PLAIN, DDP)
-    return bool(recipe.exact_gradients)
+    return recipe.sums_exactly(plain_or_ddp=launch.engine in (PLAIN, DDP))
 
 
 def gradient_bytes(recipe: RunRecipe, launch: Launch) -> int:

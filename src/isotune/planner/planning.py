@@ -106,8 +106,10 @@ def plan_run(
 
     def counted_work(other: RunRecipe, world_size: int) -> Work | None:
         """The recipe's own is counted once for each number of processes, whatever the engine."""
-        if data is None or other is not recipe:
-            return None if data is None else count_work(other, data, world_size)
+        if data is None:
+            return None
+        if other is not recipe:
+            return count_work(other, data, world_size)
         if world_size not in works:
             works[world_size] = count_work(recipe, data, world_size)
         return works[world_size]

@@ -245,6 +245,12 @@ class RunRecipe:
         """This recipe with other values, which win as flags win over a file."""
         return self.from_layers([Layer(self.given), Layer(changes)])
 
+    def sums_exactly(self, *, plain_or_ddp: bool) -> bool:
+        """Whether `exact_gradients` asks for integers: `auto` does where few parameters are trained."""
+        if self.exact_gradients == "auto":
+            return self.tune != "full" and plain_or_ddp
+        return self.exact_gradients
+
     def resolved(self) -> dict[str, Any]:
         """Every value in effect, given or default, by its key, without secrets; just these say the same run."""
         keys = self.keys()

@@ -148,9 +148,7 @@ def uses_exact_gradients(recipe: RunRecipe, process: Process) -> bool:
             f"exact_gradients: true under ZeRO needs optim: {' or '.join(POSITION_FREE_OPTIMISERS)}, because "
             f"{optimiser} rounds a number by where it lies in a share: say so on every number of processes"
         )
-    if recipe.exact_gradients == "auto":
-        return recipe.tune != "full" and not (process.deepspeed or process.fsdp)
-    return bool(recipe.exact_gradients)
+    return recipe.sums_exactly(plain_or_ddp=not (process.deepspeed or process.fsdp))
 
 
 def saved_bytes(model: nn.Module) -> int:
