@@ -113,6 +113,7 @@ def measure_saves(values: dict[str, Any], rounds: int) -> dict[str, Any]:
     """In turns: the stall of a checkpoint, the same while training waits, torch.save of the same tensors."""
     import torch
 
+    from isotune.data.run_data import prepare_run_data
     from isotune.models.loading import load_config, load_tokenizer
     from isotune.recipe import Recipe
     from isotune.training import sft
@@ -123,7 +124,7 @@ def measure_saves(values: dict[str, Any], rounds: int) -> dict[str, Any]:
     process = start_process(recipe)
     run = RunFolder(recipe)
     tokenizer = load_tokenizer(recipe)
-    data = sft.prepare_data(recipe, tokenizer, process)
+    data = prepare_run_data(recipe, tokenizer, show=process.is_main)
     model = sft.build_model(recipe, load_config(recipe), process.device)
     trainer = sft.build_trainer(recipe, process, run, model, tokenizer, data)
     trainer.train()

@@ -12,10 +12,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, OPTConfig, OPTForCausalLM
 
 from isotune.data.documents import Documents
+from isotune.data.run_data import prepare_run_data
 from isotune.models.builtin import builtin_tokenizer
 from isotune.models.loading import load_config, load_tokenizer
 from isotune.recipe import ClassificationRecipe, Recipe, RunRecipe
-from isotune.training import classification, classifier_run, sft
+from isotune.training import classifier_run, sft
 from isotune.training.launch import start_process
 from isotune.training.run_folder import RunFolder
 from isotune.training.trainer import PlanTrainer
@@ -63,7 +64,7 @@ def build(folder: Path, **values: Any) -> Built:
     run.check()
     config = load_config(recipe)
     tokenizer = load_tokenizer(recipe)
-    data = sft.prepare_data(recipe, tokenizer, process)
+    data = prepare_run_data(recipe, tokenizer, show=process.is_main)
     model = sft.build_model(recipe, config, process.device)
     trainer = sft.build_trainer(recipe, process, run, model, tokenizer, data)
     return Built(recipe, run, model, tokenizer, trainer)
@@ -75,7 +76,7 @@ def build_classifier(folder: Path, **values: Any) -> Built:
     GradientState._reset_state()
     recipe = ClassificationRecipe.from_values(**{**TINY_CLASSIFIER, "output_dir": str(folder / "run"), **values})
     start = classifier_run.start_classifier(recipe)
-    data = classification.prepare_data(recipe, start.tokenizer, start.process)
+    data = prepare_run_data(recipe, start.tokenizer, show=start.process.is_main)
     trainer = classifier_run.build_classifier(start, data)
     return Built(recipe, start.run, cast(nn.Module, trainer.model), start.tokenizer, trainer)
 

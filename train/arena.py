@@ -30,19 +30,19 @@ def train_encoder(recipe: ArenaRecipe) -> None:
     # the engine takes seconds to import: a mistake in the recipe has been answered by now
     from isotune.data.arena import read_competition
     from isotune.data.arena_documents import prepare_competition
+    from isotune.data.run_data import RunData
     from isotune.evaluation.arena_encoder import examine_encoder
     from isotune.planner.before import plan_before
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.report.sharing import share
     from isotune.training.classifier_run import Trained, start_classifier, train_classifier
-    from isotune.training.sft import Data
 
     start = start_classifier(recipe)
     files = read_competition(Path(recipe.dataset_name))
     prepared = prepare_competition(files, recipe, start.tokenizer)
     if start.process.is_main:
         print(prepared.table(), flush=True)
-    data = Data(prepared.train, prepared.evaluation)
+    data = RunData(prepared.train, prepared.evaluation)
     if plan_before(recipe, start.config, data, start.process):
         return
 

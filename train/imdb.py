@@ -24,14 +24,14 @@ def main() -> None:
         kind=ClassificationRecipe,
     )
     # the engine takes seconds to import: a mistake in the recipe has been answered by now
+    from isotune.data.run_data import prepare_run_data
     from isotune.planner.before import plan_before
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.report.sharing import share
-    from isotune.training.classification import prepare_data
     from isotune.training.classifier_run import start_classifier, train_classifier
 
     start = start_classifier(recipe)
-    data = prepare_data(recipe, start.tokenizer, start.process)
+    data = prepare_run_data(recipe, start.tokenizer, show=start.process.is_main)
     if plan_before(recipe, start.config, data, start.process):
         return
     trained = train_classifier(start, data)

@@ -23,6 +23,7 @@ def main() -> None:
         description="Instruction tuning of a causal language model, packed and exact.",
     )
     # the engine takes seconds to import: a mistake in the recipe has been answered by now
+    from isotune.data.run_data import prepare_run_data
     from isotune.evaluation.generation import print_sample_answer
     from isotune.models.loading import load_config, load_tokenizer
     from isotune.planner.before import plan_before
@@ -38,7 +39,7 @@ def main() -> None:
     run.check_or_upload()
     config = load_config(recipe)
     tokenizer = load_tokenizer(recipe)
-    data = sft.prepare_data(recipe, tokenizer, process)
+    data = prepare_run_data(recipe, tokenizer, show=process.is_main)
     if plan_before(recipe, config, data, process):
         return
 

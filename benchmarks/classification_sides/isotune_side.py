@@ -12,7 +12,8 @@ from classification_sides.material import DOCUMENTS_PER_STEP, facts_of_training,
 from isotune.data.collate import lay_out
 from isotune.data.documents import Rows
 from isotune.data.plan import Plan
-from isotune.training import classification, sft
+from isotune.data.run_data import RunData
+from isotune.training import classification
 from isotune.training.launch import start_process
 from isotune.training.run_folder import RunFolder
 
@@ -22,7 +23,7 @@ def run(metronome: Metronome, side: str, mode: str, given: Namespace, scratch: s
     shared = material(mode, side, given, scratch)
     recipe, process = shared.recipe, start_process(shared.recipe)
     rows = Rows(torch.tensor(shared.mixed).numpy(), torch.arange(len(shared.mixed) + 1).numpy())
-    data = sft.Data(replace(shared.prepared, rows=rows), None)
+    data = RunData(replace(shared.prepared, rows=rows), None)
     config = geometry(recipe, shared.tokenizer, given)
     model = classification.build_model(recipe, config, data, process)
     trainer = classification.build_trainer(recipe, process, RunFolder(recipe), model, shared.tokenizer, data)

@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from isotune.data.collate import collate
 from isotune.data.plan import Microbatch
+from isotune.data.run_data import RunData
 from isotune.training import sft
 from isotune.training.launch import start_process
 from isotune.training.run_folder import RunFolder
@@ -21,7 +22,7 @@ def run(metronome: Metronome, side: str, mode: str, given: Namespace, scratch: s
     process = start_process(recipe)
     tokenizer, data, alone = rows_of_a_round(recipe, given)
     model = sft.build_model(recipe, geometry(given), process.device)
-    trainer = sft.build_trainer(recipe, process, RunFolder(recipe), model, tokenizer, sft.Data(data, None))
+    trainer = sft.build_trainer(recipe, process, RunFolder(recipe), model, tokenizer, RunData(data, None))
 
     @torch.no_grad()
     def facts() -> dict[str, Any]:

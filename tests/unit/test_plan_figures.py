@@ -1,12 +1,13 @@
 """A plan's figures against independent counts: parameters, bytes, products, what is sent, what fits."""
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from tests.building import OPT_350M
-from tests.launching import REPOSITORY
+from tests.launching import REPOSITORY, run_command
 from transformers import OPTConfig, OPTForCausalLM
 
 from isotune.errors import UserError
@@ -144,6 +145,18 @@ def test_zero3_gathers_again_what_it_could_not_keep():
         assert sent == {"reduce_scatter": 4 * found.model.numbers, "all_gather": small + 3 * times * others}
     held = [gathered_bytes(found.asked.recipe, found.model, plans[distance]) for distance in (0, 10**9)]
     assert held == [min(small + 2 * found.model.largest_block_bytes, small + others), small + others]
+
+
+def test_a_plan_imports_no_library_that_only_training_needs():
+    recipe = "--model_name_or_path builtin:opt-tiny --dataset_name builtin:greetings --max_seq_length 256"
+    words = ["plan", *recipe.split(), "--output_dir", "x"]
+    show = "import atexit, sys; atexit.register(lambda: print(*sys.modules))"
+    code = f"{show}; from isotune.cli import main; main({words})"
+    result = run_command([sys.executable, "-c", code])
+    assert result.returncode == 0, result.stderr
+    loaded = set(result.stdout.splitlines()[-1].split())
+    assert "isotune.planner.planning" in loaded
+    assert loaded.isdisjoint({"transformers.trainer", "deepspeed", "trl"})
 
 
 @pytest.mark.parametrize(("text", "bytes_"), [("24GiB", 24 * 2**30), ("80 GB", 80 * 10**9), ("512mib", 2**29)])

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from isotune.data.run_data import RunData, prepare_run_data
 from isotune.errors import UserError
 from isotune.models.loading import compute_dtype, load_config, load_tokenizer
 from isotune.planner.asked import Asked
@@ -19,7 +20,6 @@ from isotune.planner.traced import PassMemory, trace_pass
 from isotune.planner.work import Work, checkpoint_bytes, count_work, most_checkpoints_at_once
 from isotune.recipe import ClassificationRecipe, Recipe, RunRecipe
 from isotune.recipe.arena_recipes import ArenaRecipe
-from isotune.training.launch import Process
 
 ENGINES = ("plain", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
 
@@ -164,24 +164,17 @@ def plan_run(
 
 def _data(recipe: RunRecipe, show_progress: bool) -> tuple[Any, str | None]:
     """The prepared data, or why there are none."""
-    process = Process(0 if show_progress else 1, 1, 0, torch.device("cpu"), deepspeed=False, fsdp=False)
     try:
         if isinstance(recipe, ArenaRecipe):
             from isotune.data.arena import read_competition
             from isotune.data.arena_documents import prepare_competition
-            from isotune.training.sft import Data
 
             files = read_competition(Path(recipe.dataset_name))
             prepared = prepare_competition(files, recipe, load_tokenizer(recipe, needed=("pad",)))
-            return Data(prepared.train, prepared.evaluation), None
-        if isinstance(recipe, ClassificationRecipe):
-            from isotune.training.classification import prepare_data
-
-            return prepare_data(recipe, load_tokenizer(recipe, needed=("pad",)), process), None
-        from isotune.training.sft import prepare_data
-
-        assert isinstance(recipe, Recipe)
-        return prepare_data(recipe, load_tokenizer(recipe), process), None
+            return RunData(prepared.train, prepared.evaluation), None
+        assert isinstance(recipe, Recipe | ClassificationRecipe)
+        needed = ("pad",) if isinstance(recipe, ClassificationRecipe) else ("eos", "pad")
+        return prepare_run_data(recipe, load_tokenizer(recipe, needed), show=show_progress), None
     except UserError as reason:
         return None, str(reason)
 

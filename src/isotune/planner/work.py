@@ -43,7 +43,7 @@ class Work:
 
 
 def count_work(recipe: RunRecipe, data: Any, world_size: int) -> Work:
-    """What training would do with prepared `data` (`isotune.training.sft.Data`) on that many processes."""
+    """What training would do with prepared `data` (`isotune.data.run_data.RunData`) on that many processes."""
     documents, rows = data.train.documents, data.train.rows
     plan = Plan(
         documents,

@@ -13,8 +13,8 @@ from isotune.checkpoints.final_model import FinalModelReport
 from isotune.checkpoints.gathering import reshard
 from isotune.data.collate import lay_out
 from isotune.data.documents import LabelledDocuments
-from isotune.data.labelled_split import prepare_both
 from isotune.data.plan import Step, assign
+from isotune.data.run_data import RunData
 from isotune.models.adapters import add_adapters
 from isotune.models.class_loss import ClassLoss, choose_weights
 from isotune.models.classifier import PADDED, head_of, install_classification, load_classifier
@@ -32,19 +32,7 @@ from isotune.training.training_figures import TrainingFigures
 PREDICTIONS = "predictions.jsonl"
 
 
-def prepare_data(recipe: ClassificationRecipe, tokenizer: PreTrainedTokenizerBase, process: Process) -> sft.Data:
-    """Read and tokenise what the recipe names; the main process shows progress and the tables.
-
-    The evaluation data must not have a class that the training data does not have.
-    """
-    train, evaluation = prepare_both(recipe, tokenizer, show_progress=process.is_main)
-    for prepared in filter(None, (train, evaluation)):
-        if process.is_main:
-            print(prepared.table, flush=True)
-    return sft.Data(train, evaluation)
-
-
-def build_model(recipe: ClassificationRecipe, config: PreTrainedConfig, data: sft.Data, process: Process) -> nn.Module:
+def build_model(recipe: ClassificationRecipe, config: PreTrainedConfig, data: RunData, process: Process) -> nn.Module:
     """The classifier ready for unpadded training, for the classes of `data`: attention, loss and adapters in place.
 
     Built from the seed alone, so every rank has the same weights before any communication.
@@ -83,7 +71,7 @@ def build_trainer(
     run: RunFolder,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    data: sft.Data,
+    data: RunData,
 ) -> PlanTrainer:
     """The plan, and the trainer that carries it out; checks run when training begins."""
     return sft.build_trainer(recipe, process, run, model, tokenizer, data, ClassificationTrainer)

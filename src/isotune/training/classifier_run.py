@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from isotune.checkpoints.final_model import FinalModelReport
+from isotune.data.run_data import RunData
 from isotune.models.loading import load_config, load_tokenizer
 from isotune.recipe import ClassificationRecipe
 from isotune.training import classification
 from isotune.training.launch import Process, start_process
 from isotune.training.preemption import supervised
 from isotune.training.run_folder import RunFolder
-from isotune.training.sft import Data
 from isotune.training.trainer import PlanTrainer
 
 
@@ -54,13 +54,13 @@ def start_classifier(recipe: ClassificationRecipe) -> Start:
     return Start(recipe, process, run, load_config(recipe), load_tokenizer(recipe, needed=("pad",)))
 
 
-def build_classifier(start: Start, data: Data) -> PlanTrainer:
+def build_classifier(start: Start, data: RunData) -> PlanTrainer:
     """The model, and the trainer that carries out the plan over `data`."""
     model = classification.build_model(start.recipe, start.config, data, start.process)
     return classification.build_trainer(start.recipe, start.process, start.run, model, start.tokenizer, data)
 
 
-def train_classifier(start: Start, data: Data, examine: Callable[[Trained], None] | None = None) -> Trained:
+def train_classifier(start: Start, data: RunData, examine: Callable[[Trained], None] | None = None) -> Trained:
     """Build, train and save; the main process says where the model is. Every rank must call it.
 
     Args:

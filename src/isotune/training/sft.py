@@ -1,7 +1,6 @@
 """The parts of an instruction-tuning run, each built by one function that the launch script calls in order."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,9 +9,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from isotune.checkpoints.final_model import FinalModelReport, save_and_verify
 from isotune.checkpoints.gathering import plain_model
-from isotune.data.labelled import PreparedLabels
 from isotune.data.plan import Plan
-from isotune.data.preparation import PreparationSettings, PreparedData, prepare
+from isotune.data.run_data import RunData
 from isotune.errors import UserError
 from isotune.models.adapters import add_adapters
 from isotune.models.loading import is_made_here, load_causal_lm, load_config, load_whole_models
@@ -29,42 +27,6 @@ from isotune.training.trainer import PlanTrainer
 # torch 2.13's fused AdamW rounds the last few numbers of a tensor otherwise on CPU (44 of 14,000 in ten steps, on
 # tensors of 7), 8-bit optimisers quantise blocks, Adafactor factors matrices: to them a share is another tensor.
 POSITION_FREE_OPTIMISERS = ("adamw_torch", "sgd")
-
-
-@dataclass(frozen=True)
-class Data:
-    """The prepared training documents, and those of the evaluation where the recipe names any."""
-
-    train: PreparedData | PreparedLabels
-    evaluation: PreparedData | PreparedLabels | None
-
-
-def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, process: Process) -> Data:
-    """Read, mask and pack what the recipe names; the main process shows progress and the table."""
-    settings = PreparationSettings(
-        max_seq_length=recipe.max_seq_length,
-        packing=recipe.packing,
-        overlong=recipe.overlong,  # type: ignore[arg-type]
-        train_on=recipe.train_on,  # type: ignore[arg-type]
-        dataset_text_field=recipe.dataset_text_field,
-        seed=recipe.seed,
-    )
-    show = process.is_main
-    train = prepare(recipe.dataset_name, recipe.dataset_split, tokenizer, settings, show_progress=show)
-    evaluation = None
-    if recipe.eval_dataset_name:
-        evaluation = prepare(
-            recipe.eval_dataset_name,
-            recipe.eval_dataset_split,
-            tokenizer,
-            settings,
-            name="eval_dataset_name",
-            show_progress=show,
-        )
-    if show:
-        for prepared in filter(None, (train, evaluation)):
-            print(prepared.table, flush=True)
-    return Data(train, evaluation)
 
 
 def build_model(recipe: Recipe, config: PreTrainedConfig, device: torch.device) -> nn.Module:
@@ -86,7 +48,7 @@ def build_trainer(
     run: RunFolder,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    data: Data,
+    data: RunData,
     kind: type[PlanTrainer] = PlanTrainer,
 ) -> PlanTrainer:
     """The plan, and the trainer that carries it out; checks run when training begins."""
