@@ -2,6 +2,7 @@
 
     python benchmarks/classification_throughput.py
     python benchmarks/classification_throughput.py --data_sets imdb --sides trainer_default --rounds 2
+    python benchmarks/classification_throughput.py --peer_batch 16     # where 32 padded reviews do not fit into memory
 
 BERT-base's geometry with random weights, all of them trained, real reviews (IMDb, Yelp) of up to 512 tokens, steps of
 32 documents, bf16, by the shipped recipes imdb_bert.yaml and yelp_bert.yaml. A step is a whole optimizer update: batch,
@@ -37,7 +38,7 @@ def main() -> int:
     """Run the rounds of every data set, print a table and the JSON line."""
     given = read_arguments()
     result: dict[str, Any] = {"benchmark": "classification_throughput", "layers": given.layers}
-    result |= {"steps_per_round": given.steps_per_round, "rounds": given.rounds}
+    result |= {"steps_per_round": given.steps_per_round, "rounds": given.rounds, "peer_batch": given.peer_batch}
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["ISOTUNE_CACHE"] = scratch
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -58,6 +59,10 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--steps_per_round", type=int, default=4)
     parser.add_argument("--layers", type=int, default=12, help="fewer for a quick look")
     parser.add_argument("--microbatch_tokens", type=int, default=8_192, help="the recipes' own")
+    parser.add_argument(
+        "--peer_batch", type=int, default=32, choices=(1, 2, 4, 8, 16, 32),
+        help="documents in one pass of Trainer; with fewer than a step's 32 it accumulates (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--data", type=Path, default=DATA, help="folder that holds imdb/, yelp/ and tokenizers/")
     given = parser.parse_args()
     for needed in (*given.data_sets, "tokenizers"):

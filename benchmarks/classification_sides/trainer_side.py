@@ -1,4 +1,4 @@
-"""Stock Trainer: DataCollatorWithPadding, its own loss, optimizer and logging, on batches of 32 documents.
+"""Stock Trainer: DataCollatorWithPadding, its own loss, optimizer and logging, on steps of 32 documents.
 
 `trainer_default` has them in random order, as its default sampler would; `trainer_grouped` as its length-grouped
 sampler made them of the whole training set.
@@ -36,7 +36,8 @@ def run(metronome: Metronome, side: str, mode: str, given: Namespace, scratch: s
         output_dir=recipe.output_dir,
         max_steps=recipe.max_steps,
         seed=recipe.seed,
-        per_device_train_batch_size=DOCUMENTS_PER_STEP,
+        per_device_train_batch_size=given.peer_batch,
+        gradient_accumulation_steps=DOCUMENTS_PER_STEP // given.peer_batch,
         train_sampling_strategy="sequential",  # the order is made here
         bf16=True,
         use_cpu=not torch.cuda.is_available(),
@@ -68,7 +69,7 @@ def run(metronome: Metronome, side: str, mode: str, given: Namespace, scratch: s
         first = trainer._prepare_inputs(trainer.data_collator(rows_of(shared.mixed[:DOCUMENTS_PER_STEP])))
         loss: Any = trainer.compute_loss(model, first)
         lengths = documents.lengths
-        batches = [order[i : i + DOCUMENTS_PER_STEP] for i in range(0, len(order), DOCUMENTS_PER_STEP)]
+        batches = [order[i : i + given.peer_batch] for i in range(0, len(order), given.peer_batch)]
         tokens = int(lengths[order].sum())
         positions = round(tokens / (1 - padding(lengths, batches)))
         return facts_of_training(loss.item(), len(order), tokens, positions, shared.epoch[side])
