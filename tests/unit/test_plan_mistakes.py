@@ -3,11 +3,15 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from benchmarks.mistakes.cases import CASES, RECIPE, write_case
 from tests.launching import REPOSITORY
+from transformers import AutoConfig
 
 from isotune.errors import UserError
 from isotune.planner.asked import read_asked
+from isotune.planner.page import page
+from isotune.planner.planning import plan_run
 
 BASELINES = REPOSITORY / "train" / "configs" / "arena_baselines.yaml"
 RECIPES = sorted(set((REPOSITORY / "train" / "configs").glob("*.yaml")) - {BASELINES})
@@ -37,6 +41,18 @@ def test_a_right_recipe_under_a_right_launch_has_no_problem(tmp_path):
     assert read_asked(None, flags(**RECIPE), str(REPOSITORY / "accelerate_configs" / "zero2.yaml"), 3).problems == ()
 
 
+def small_config(recipe: Path, folder: Path) -> list[str]:
+    """Flags that give a recipe a configuration of its own model's kind, where it names one of the Hub."""
+    name = yaml.safe_load(recipe.read_text("utf-8"))["model_name_or_path"]
+    if name.startswith("builtin:"):
+        return []
+    kinds = (kind for kind in ("distilbert", "roberta", "albert", "bert", "opt") if kind in name.lower())
+    kind = next(kinds, "opt")  # the demo continues from a run
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 500}
+    AutoConfig.for_model(kind, **small, max_position_embeddings=1100).save_pretrained(folder)
+    return ["--model_name_or_path", str(folder)]
+
+
 @pytest.mark.parametrize("launch", LAUNCHES, ids=lambda file: file.stem)
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
 def test_every_shipped_recipe_suits_every_shipped_launch(recipe, launch, monkeypatch):
@@ -44,6 +60,20 @@ def test_every_shipped_recipe_suits_every_shipped_launch(recipe, launch, monkeyp
     asked = read_asked(recipe, [], str(launch), None)
     assert asked.problems == ()
     assert asked.launch.world_size == (1 if launch.stem == "single" else 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", LAUNCHES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
+def test_every_shipped_recipe_is_planned_under_every_shipped_launch(recipe, launch, monkeypatch, tmp_path):
+    monkeypatch.chdir(REPOSITORY)
+    asked = read_asked(recipe, small_config(recipe, tmp_path), str(launch), None)
+    found = plan_run(asked, limit=24 * 2**30, show_progress=False)
+    assert found.fits
+    assert found.memory.activations > 0
+    assert found.memory.weights > 0 or launch.stem == "zero3_offload"
+    assert (found.memory.in_host_memory > 0) == (launch.stem == "zero3_offload")
+    assert f"launch      {asked.launch.in_words} " in page(found, None)
 
 
 def test_all_mistakes_are_said_at_once(tmp_path):
