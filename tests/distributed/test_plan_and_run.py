@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.launching import REPOSITORY, TINY, TINY_CLASSIFIER, Finished, start, write_recipe
+from tests.launching import REPOSITORY, TINY, TINY_CLASSIFIER, Finished, start, start_together, write_recipe
 
 from isotune.planner.asked import read_asked
 from isotune.planner.planning import RunPlan, plan_run
@@ -63,7 +63,8 @@ def assert_work(plan: RunPlan, run: Finished) -> None:
     assert work.steps == len(run.steps)
     seen = list(islice(run.steps, work.steps))
     assert work.tokens_per_step == pytest.approx(sum(line["input_tokens"] for line in seen) / len(seen), rel=1e-12)
-    assert work.targets_per_step == pytest.approx(sum(x["supervised_tokens"] for x in seen) / len(seen), rel=1e-12)
+    targets = "supervised_tokens" if "supervised_tokens" in seen[0] else "documents"  # a document has one class
+    assert work.targets_per_step == pytest.approx(sum(line[targets] for line in seen) / len(seen), rel=1e-12)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -86,6 +87,36 @@ def test_real_conversations_are_counted_as_the_plan_of_training_counts_them(shar
     assert work.passes_per_rank == -(-7 // processes)
     assert work.packing_efficiency == pytest.approx(work.tokens / (work.rows * 512))
     assert 0 <= work.imbalance < processes
+
+
+REAL = {
+    "guanaco": ("train/sft_opt.py", TINY | {"max_seq_length": 256, "microbatch_tokens": 512, "global_batch_size": 11}),
+    "imdb": ("train/imdb.py", TINY_CLASSIFIER | {"microbatch_tokens": 256, "global_batch_size": 23}),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "processes"),
+    [
+        ("imdb", 3),
+        *(slow(*case) for case in [("imdb", 1), ("imdb", 2), ("guanaco", 1), ("guanaco", 2), ("guanaco", 3)]),
+    ],
+)
+def test_a_run_on_real_texts_does_what_its_plan_counted(shared_data, tmp_path, name, processes, monkeypatch):
+    """Steps, tokens and targets of all steps; in the first, the passes that each rank makes."""
+    monkeypatch.chdir(REPOSITORY)
+    script, recipe = REAL[name]
+    recipe |= {"dataset_name": str(shared_data / name), "save_strategy": "no"}
+    recipe = {key: value for key, value in recipe.items() if key != "eval_dataset_name"}
+    recipes = {"three": recipe | {"max_steps": 3}, "one": recipe | {"max_steps": 1}}
+    plans = {key: planned(tmp_path / key, value, "ddp.yaml", processes) for key, value in recipes.items()}
+    runs = start_together(tmp_path, recipes, processes=processes, counted_step=1, script=script)
+    for key, run in runs.items():
+        assert_work(plans[key], run)
+    work = plans["one"].work
+    assert work is not None and work.passes_per_step > 1
+    assert [rank["passes"] for rank in runs["one"].collectives] == [work.passes_per_rank] * processes
+    assert f"the first: {work.passes_per_step} passes" in runs["one"].stdout
 
 
 @pytest.mark.parametrize(("script", "recipe"), [("train/sft_opt.py", TINY), ("train/yelp.py", TINY_CLASSIFIER)])
