@@ -11,6 +11,8 @@ from tests.launching import REPOSITORY, run_command
 from transformers import OPTConfig, OPTForCausalLM
 
 from isotune.errors import UserError
+from isotune.models.packed_attention import set_packed_attention
+from isotune.models.supervised_loss import install_supervised_loss
 from isotune.planner import planning
 from isotune.planner.asked import read_asked
 from isotune.planner.communication import bytes_sent, collectives, gathered_bytes
@@ -18,6 +20,7 @@ from isotune.planner.compute import find_device, flops_per_step
 from isotune.planner.memory import parse_bytes
 from isotune.planner.page import as_json, page, short_lines
 from isotune.planner.planning import plan_run
+from isotune.planner.traced import trace_pass
 
 TINY = {
     "model_name_or_path": "builtin:opt-tiny",
@@ -147,8 +150,30 @@ def test_zero3_gathers_again_what_it_could_not_keep():
     assert held == [min(small + 2 * found.model.largest_block_bytes, small + others), small + others]
 
 
+def test_a_gpus_loss_is_planned_in_the_steps_that_it_takes():
+    """512 positions at once on a GPU, in fp32: logits, their copy, probabilities; a CPU has pieces of the last two."""
+    small = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_attention_heads": 4}
+
+    def build(layers):
+        with torch.device("meta"):
+            model = OPTForCausalLM(OPTConfig(vocab_size=50_000, num_hidden_layers=layers, **small))
+        set_packed_attention(model)
+        install_supervised_loss(model)
+        return model
+
+    def held(on_cpu):
+        traced = trace_pass(
+            build, 1, (600,), 600, is_classifier=False, autocast=None, on_cpu=on_cpu, checkpointing=False
+        )
+        return traced.activations
+
+    chunk, head, piece = 512 * 50_000 * 4, 32 * 50_000 * 4, 2**20 * 4
+    assert held(on_cpu=False) == pytest.approx(3 * chunk, rel=0.1)
+    assert held(on_cpu=True) == pytest.approx(chunk + 2 * head + 2 * piece, rel=0.02)
+
+
 def test_a_plan_imports_no_library_that_only_training_needs():
-    recipe = "--model_name_or_path builtin:opt-tiny --dataset_name builtin:greetings --max_seq_length 256"
+    recipe = "--model_name_or_path builtin:opt-tiny --dataset_name builtin:greetings --max_seq_length 256 --tune lora"
     words = ["plan", *recipe.split(), "--output_dir", "x"]
     show = "import atexit, sys; atexit.register(lambda: print(*sys.modules))"
     code = f"{show}; from isotune.cli import main; main({words})"
@@ -156,7 +181,7 @@ def test_a_plan_imports_no_library_that_only_training_needs():
     assert result.returncode == 0, result.stderr
     loaded = set(result.stdout.splitlines()[-1].split())
     assert "isotune.planner.planning" in loaded
-    assert loaded.isdisjoint({"transformers.trainer", "deepspeed", "trl"})
+    assert loaded.isdisjoint({"transformers.trainer", "deepspeed", "trl", "torch._inductor.lowering"})
 
 
 @pytest.mark.parametrize(("text", "bytes_"), [("24GiB", 24 * 2**30), ("80 GB", 80 * 10**9), ("512mib", 2**29)])

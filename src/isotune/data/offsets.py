@@ -104,6 +104,6 @@ def _bytes_of_tokens(backend: Tokenizer) -> np.ndarray | None:
 
 
 def _cuts_bytes(backend: Tokenizer) -> bool:
-    steps = json.loads(backend.to_str())["pre_tokenizer"] or {}
+    steps = json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer else {}
     steps = steps.get("pretokenizers", [steps])
     return steps[-1].get("type") == "ByteLevel" and not any(step.get("add_prefix_space") for step in steps)

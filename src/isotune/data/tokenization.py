@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -78,8 +79,13 @@ class ConversationEncoder:
         # The prefix is added after cutting; without a post-processor no offset is trimmed of its leading space.
         backend.post_processor = None
         backend.encode_special_tokens = True
-        self._locator = TokenLocator(backend)
+        self._backend = backend
         self._eos_token = str(tokenizer.eos_token)
+
+    @cached_property
+    def _locator(self) -> TokenLocator:
+        """Made when there is something to tokenise: prepared data need only the fingerprint."""
+        return TokenLocator(self._backend)
 
     def encode(self, conversations: Sequence[Conversation]) -> Encoded:
         """Tokenise conversations that have an answer each; the texts run on all cores at once, in Rust."""

@@ -37,6 +37,11 @@ PLAIN_HEADS = frozenset(
 )  # fmt: skip
 
 
+def is_cpu(device: torch.device) -> bool:
+    """Whether the loss goes in the small steps that suit a CPU's caches; a plan for a GPU, which has none, says no."""
+    return device.type == "cpu"
+
+
 def supervised_loss(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
 ) -> torch.Tensor:
@@ -93,7 +98,7 @@ def _loss_and_gradients(
     hidden_gradient = torch.empty_like(hidden, dtype=accumulate) if needed[0] else None
     weight_gradient = None
     bias_gradient = torch.zeros_like(bias, dtype=accumulate) if needed[2] and bias is not None else None
-    step = POSITIONS_PER_WEIGHT_GRADIENT if needed[1] or hidden.device.type != "cpu" else POSITIONS_PER_PRODUCT
+    step = POSITIONS_PER_WEIGHT_GRADIENT if needed[1] or not is_cpu(hidden.device) else POSITIONS_PER_PRODUCT
     for start in range(0, len(targets), step):
         rows = slice(start, start + step)
         held = _workspace("logits", (min(step, len(targets) - start), len(head)), compute, hidden.device)
@@ -125,7 +130,7 @@ def _into_gradient(
     """Turn logits [positions, vocabulary] in place into `scale` times the gradient of their loss; returns the loss."""
     accumulate = torch.float64 if logits.dtype == torch.float64 else torch.float32
     loss = torch.zeros((), dtype=accumulate, device=logits.device)
-    step = max(1, SOFTMAX_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(targets)
+    step = max(1, SOFTMAX_ELEMENTS // logits.shape[1]) if is_cpu(logits.device) else len(targets)
     for start in range(0, len(targets), step):
         part, wished = logits[start : start + step], targets[start : start + step, None]
         exact = _workspace("exact", part.shape, accumulate, part.device).copy_(part)
@@ -150,7 +155,7 @@ _held: dict[str, torch.Tensor] = {}
 
 def _workspace(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """An uninitialised tensor: on CPU in the same memory at every call, elsewhere from the device's own cache."""
-    if device.type != "cpu":
+    if not is_cpu(device):
         return torch.empty(shape, dtype=dtype, device=device)
     elements, held = math.prod(shape), _held.get(name)
     if held is None or held.dtype != dtype or held.numel() < elements:

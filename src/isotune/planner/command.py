@@ -4,6 +4,7 @@ import argparse
 import gc
 import json
 from pathlib import Path
+from typing import Any
 
 from isotune.errors import EXIT_USER_ERROR, UserError
 
@@ -62,6 +63,8 @@ def run(chosen: argparse.Namespace, flags: list[str]) -> int:
     asked = read_asked(
         Path(chosen.config) if chosen.config else None, flags, chosen.accelerate_config, chosen.world_size
     )
+    if asked.recipe.tune != "full":
+        _import_peft()
     if not asked.recipe.model_name_or_path or not asked.recipe.dataset_name:
         raise UserError("; ".join(asked.problems))
     try:
@@ -82,6 +85,23 @@ def run(chosen: argparse.Namespace, flags: list[str]) -> int:
     if chosen.picture:
         print(f"picture     {draw_scaling(plan, Path(chosen.picture))}")
     return EXIT_USER_ERROR if asked.problems else 0
+
+
+def _import_peft() -> None:
+    """Import it without torch's compiler, whose import takes longer than all of peft's.
+
+    bitsandbytes, which peft imports, has two functions compiled at once; a plan calls neither.
+    """
+    import torch
+
+    def as_it_is(function: Any = None, **_: Any) -> Any:
+        return function if function is not None else as_it_is
+
+    stock, torch.compile = torch.compile, as_it_is
+    try:
+        import peft  # noqa: F401  (found where adapters are added)
+    finally:
+        torch.compile = stock
 
 
 def _numbers(text: str, key: str) -> list[int]:

@@ -27,9 +27,9 @@ from isotune.models import (
     dropout,
     fused_lora,
     packed_attention,
+    supervised_loss,
 )
 from isotune.models.speedups import enable_speedups, training_pass
-from isotune.models.supervised_loss import forget_workspaces
 
 FEW_BLOCKS = (2, 3)
 
@@ -216,13 +216,14 @@ def _without_contents(tokens: int, on_cpu: bool) -> Iterator[None]:
     if not on_cpu:
         replace(packed_attention, "kernel_in_effect", lambda *_, **__: packed_attention.DOCUMENT_SDPA)
         replace(functional, "dropout", _dropout_as_on_gpu)
-    forget_workspaces()
+        replace(supervised_loss, "is_cpu", lambda _: False)
+    supervised_loss.forget_workspaces()
     try:
         yield
     finally:
         for owner, name, value in replaced:
             setattr(owner, name, value)
-        forget_workspaces()
+        supervised_loss.forget_workspaces()
 
 
 def _dropout_as_on_gpu(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
