@@ -127,7 +127,8 @@ def _asked_kind(process: Process) -> str:
         return "DeepSpeed"
     if process.fsdp:
         return "FSDP"
-    return "DDP" if process.world_size > 1 else "plain"
+    # a launch of one process has a group too where its configuration is for several, and accelerate wraps for a group
+    return "DDP" if torch.distributed.is_initialized() else "plain"
 
 
 def _world_size(model: Any, kind: str, accelerator: Any) -> int:
