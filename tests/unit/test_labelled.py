@@ -4,13 +4,16 @@ import json
 
 import numpy as np
 import pytest
+from tests.launching import TINY_CLASSIFIER
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from isotune.data.collate import lay_out
 from isotune.data.labelled import LabelSettings, PreparedLabels, prepare_labelled
 from isotune.data.plan import Plan
 from isotune.errors import UserError
+from isotune.models.loading import load_tokenizer
+from isotune.recipe import ClassificationRecipe
 
 WORDS = [str(number) for number in range(1, 40)]
 TEN = " ".join(WORDS[:10])
@@ -202,3 +205,10 @@ def test_a_broken_row_of_a_csv_is_named(tmp_path):
 def test_a_tokenizer_without_a_token_before_the_text_is_refused(write):
     with pytest.raises(UserError, match="puts no special token before a text"):
         quietly(write(*rows(("1", 0), ("2", 1))), word_tokenizer(special=False))
+
+
+def test_a_folder_without_a_tokenizers_files_is_refused(tmp_path):
+    AutoConfig.for_model("roberta").save_pretrained(tmp_path / "roberta")
+    values = TINY_CLASSIFIER | {"model_name_or_path": str(tmp_path / "roberta"), "output_dir": str(tmp_path / "run")}
+    with pytest.raises(UserError, match=r"roberta' makes no token of a letter: is its tokenizer\.json there"):
+        load_tokenizer(ClassificationRecipe.from_values(**values), needed=("pad",))

@@ -56,6 +56,9 @@ def load_tokenizer(recipe: RunRecipe, needed: Sequence[str] = ("eos", "pad")) ->
         tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True)
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer '{name}' cannot be loaded: {first_line(error)}") from error
+    if not tokenizer.encode("a", add_special_tokens=False):
+        # transformers makes an empty one of some kinds where the files are missing
+        raise UserError(f"tokenizer '{name}' makes no token of a letter: is its tokenizer.json there?")
     for role in needed:
         if getattr(tokenizer, f"{role}_token_id") is None:
             raise UserError(
