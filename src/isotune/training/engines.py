@@ -128,7 +128,8 @@ def _asked_kind(process: Process) -> str:
     if process.fsdp:
         return "FSDP"
     # a launch of one process has a group too where its configuration is for several, and accelerate wraps for a group
-    return "DDP" if torch.distributed.is_initialized() else "plain"
+    grouped = process.world_size > 1 or ("WORLD_SIZE" in os.environ and torch.distributed.is_initialized())
+    return "DDP" if grouped else "plain"
 
 
 def _world_size(model: Any, kind: str, accelerator: Any) -> int:
