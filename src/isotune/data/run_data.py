@@ -36,8 +36,8 @@ def prepare_run_data(
         data = RunData(*prepare_both(recipe, tokenizer, show_progress=show))
     else:
         data = _conversations(recipe, tokenizer, show)
-    for prepared in filter(None, (data.train, data.evaluation)):
-        if show:
+    if show:
+        for prepared in filter(None, (data.train, data.evaluation)):
             print(prepared.table, flush=True)
     return data
 
