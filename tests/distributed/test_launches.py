@@ -72,6 +72,18 @@ def test_a_port_in_use_is_no_obstacle_on_one_machine(tmp_path: Path):
     assert done.environment["world_size"] == 2
 
 
+def test_a_port_in_use_is_named_where_no_launcher_looks_for_another(tmp_path: Path):
+    recipe = write_recipe(tmp_path, TINY)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        done = run_command([sys.executable, "train/sft_opt.py", "--config", str(recipe)], place)
+    assert done.returncode == 2, done.stderr
+    assert f"error: MASTER_PORT {port} is in use on {socket.gethostname()}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rendezvous", ["static", "c10d"])
 def test_two_launchers_as_on_two_machines_give_the_figures_of_one_process(tmp_path: Path, rendezvous):

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import TCPStore  # type: ignore[attr-defined]
 
-from isotune.errors import EXIT_FAULT, RunFault
+from isotune.errors import EXIT_FAULT, RunFault, UserError
 from isotune.verdict import write_verdict
 
 SECONDS_VARIABLE = "MEETING_SECONDS"
@@ -37,6 +37,7 @@ def first_contact(environment: Mapping[str, str] = os.environ) -> Iterator[None]
     Does nothing for a single rank, and nothing where the launcher gave no store.
 
     Raises:
+        UserError: the port at which this rank should hold the launch's store is another program's.
         RunFault: the group could not be made, because ranks are out of reach, or the sum is wrong. Where nothing comes
             back in time the process ends itself, with the same sentence and status 1.
     """
@@ -61,6 +62,11 @@ def first_contact(environment: Mapping[str, str] = os.environ) -> Iterator[None]
             dist.all_reduce(total)
             heard = int(total.item())
         except RuntimeError as error:
+            if "EADDRINUSE" in str(error):  # torch has no class of its own for it
+                raise UserError(
+                    f"MASTER_PORT {environment['MASTER_PORT']} is in use on {socket.gethostname()}, by another run or "
+                    "program: give this launch a free port"
+                ) from error
             if not meeting.out_of_reach():
                 raise
             raise RunFault(f"{meeting.diagnosis()} [{str(error).splitlines()[0]}]") from error
