@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=24, help="fewer for a quick look")
     data_arguments(parser)
     given = parser.parse_args()
-    given.gradient_checkpointing = False
+    given.gradient_checkpointing, given.rows_per_pass = False, given.rows_per_step
     require_data(parser, given)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -3,6 +3,7 @@
     python benchmarks/sft_throughput.py
     python benchmarks/sft_throughput.py --modes lora --layers 2 --rounds 2     # a quick look
     python benchmarks/sft_throughput.py --rows_per_step 16                     # on a GPU
+    python benchmarks/sft_throughput.py --rows_per_step 4 --rows_per_pass 1    # gradients of four passes added up
 
 OPT-350M's geometry with random weights, real conversations (Guanaco's) in full rows of 1,024 tokens, bf16, by the
 shipped recipes. A step is a whole optimizer update: batch, forward, backward, clipping, AdamW.
@@ -47,7 +48,8 @@ def main() -> int:
     """Run the rounds of every mode, print a table and the JSON line."""
     given = read_arguments()
     result: dict[str, Any] = {"benchmark": "sft_throughput", "layers": given.layers}
-    result |= {"rows_per_step": given.rows_per_step, "gradient_checkpointing": given.gradient_checkpointing}
+    result |= {"rows_per_step": given.rows_per_step, "rows_per_pass": given.rows_per_pass}
+    result["gradient_checkpointing"] = given.gradient_checkpointing
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["ISOTUNE_CACHE"] = scratch
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -67,11 +69,15 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps_per_round", type=int, default=4)
     parser.add_argument("--rows_per_step", type=int, default=1)
+    parser.add_argument("--rows_per_pass", type=int, help="fewer than --rows_per_step: the step has several passes")
     parser.add_argument("--layers", type=int, default=24, help="fewer for a quick look")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations on every side")
     parser.add_argument("--peers_at_once", type=int, help="peers alive beside isotune; fewer need less memory")
     data_arguments(parser)
     given = parser.parse_args()
+    given.rows_per_pass = given.rows_per_pass or given.rows_per_step
+    if given.rows_per_step % given.rows_per_pass:
+        parser.error("--rows_per_step must be a multiple of --rows_per_pass")
     require_data(parser, given)
     return given
 

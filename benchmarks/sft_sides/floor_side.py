@@ -6,6 +6,7 @@ can leave out: the adapters', and attention's six within each document, a causal
 counted: whatever is no product, and products done a second time.
 """
 
+import itertools
 import math
 import time
 from argparse import Namespace
@@ -36,7 +37,7 @@ def run(metronome: Metronome, side: str, mode: str, given: Namespace, scratch: s
     inner = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     weights = [random(module.weight.shape, device).mul_(0.02) for module in inner]
     head_weight = random(head.weight.shape, device).mul_(0.02)
-    tokens = given.rows_per_step * ROW_TOKENS
+    tokens = given.rows_per_pass * ROW_TOKENS
     sizes = {size for weight in (*weights, head_weight) for size in weight.shape}
     activations = {size: random((tokens, size), device) for size in sizes}
     results = {size: torch.empty_like(tensor) for size, tensor in activations.items()}
@@ -45,7 +46,7 @@ def run(metronome: Metronome, side: str, mode: str, given: Namespace, scratch: s
 
     counts = data.documents.supervised_counts
     per_row = [int(counts[data.rows[row]].sum()) for row in range(len(data.rows))]
-    supervised = [sum(per_row[i : i + given.rows_per_step]) for i in range(0, len(per_row), given.rows_per_step)]
+    supervised = [sum(per_row[i : i + given.rows_per_pass]) for i in range(0, len(per_row), given.rows_per_pass)]
 
     def multiply(weight: torch.Tensor, positions: int) -> None:
         outputs, inputs = weight.shape
@@ -68,25 +69,25 @@ def run(metronome: Metronome, side: str, mode: str, given: Namespace, scratch: s
 
     adapters, attention = None, []
     if side == "floor":
-        starts = range(0, len(data.rows), given.rows_per_step)
-        by_step = [np.concatenate([data.rows[row] for row in range(i, i + given.rows_per_step)]) for i in starts]
-        attention = [AttentionProducts(config, data.documents.lengths[of].tolist(), device) for of in by_step]
+        starts = range(0, len(data.rows), given.rows_per_pass)
+        by_pass = [np.concatenate([data.rows[row] for row in range(i, i + given.rows_per_pass)]) for i in starts]
+        attention = [AttentionProducts(config, data.documents.lengths[of].tolist(), device) for of in by_pass]
         if mode == "lora":
             targets = recipe.target_modules or DEFAULT_TARGETS["opt"]
             shapes = [m.weight.shape for name, m in model.named_modules() if name.rsplit(".", 1)[-1] in targets]
             adapters = AdapterProducts(shapes, recipe.r, tokens, device)
 
-    step = 0
-    while True:
-        metronome.beat(facts)
+    passes = given.rows_per_step // given.rows_per_pass
+    for done in itertools.count():
+        if done % passes == 0:
+            metronome.beat(facts)
         for weight in weights:
             multiply(weight, tokens)
-        multiply(head_weight, supervised[step % len(supervised)])
+        multiply(head_weight, supervised[done % len(supervised)])
         if adapters:
             adapters.multiply()
         if attention:
-            attention[step % len(attention)].multiply()
-        step += 1
+            attention[done % len(attention)].multiply()
 
 
 def peak_flops(device_name: str) -> tuple[float, str]:

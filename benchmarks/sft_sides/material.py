@@ -39,7 +39,7 @@ def shipped_recipe(mode: str, side: str, given: Namespace, scratch: str) -> Reci
         "tokenizer_name_or_path": str(given.tokenizer),
         "dataset_name": str(given.conversations),
         "global_batch_size": given.rows_per_step,
-        "microbatch_tokens": given.rows_per_step * ROW_TOKENS,
+        "microbatch_tokens": given.rows_per_pass * ROW_TOKENS,
         "gradient_checkpointing": given.gradient_checkpointing,
         "max_steps": 1_000_000,
         "disable_tqdm": True,
