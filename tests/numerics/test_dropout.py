@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from isotune.models.dropout import dropout, fast_dropout, keep_mask, mask_generator, masked, quantised_drop
+from isotune.models.dropout import (
+    dropout,
+    fast_dropout,
+    keep_mask,
+    mask_generator,
+    masked,
+    pack_mask,
+    quantised_drop,
+    unpack_mask,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -55,6 +64,16 @@ def test_kept_elements_are_scaled_and_dropped_ones_are_zero(dtype: torch.dtype):
     assert set(mask.unique().tolist()) == {-1, 0}
     strided = masked(x.t(), mask.t())
     assert torch.equal(strided.nan_to_num(), expected.t().nan_to_num())
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (3, 5), (2, 37, 53), (0, 4)])
+@pytest.mark.parametrize("p", [0.1, 0.9, 1.0])
+def test_a_packed_mask_comes_back_as_it_was_and_takes_a_bit_an_element(shape: tuple[int, ...], p: float):
+    mask = keep_mask(shape, quantised_drop(p)[0], mask_generator(3))
+    packed = pack_mask(mask)
+    assert packed.nbytes == -(-mask.numel() // 8)
+    again = unpack_mask(packed, shape)
+    assert again.dtype == torch.int16 and torch.equal(again, mask)
 
 
 def test_zero_returns_the_input_and_one_returns_zeros():

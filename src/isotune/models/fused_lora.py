@@ -17,7 +17,15 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from isotune.models.cast_linear import cast_once, is_whole
-from isotune.models.dropout import draw_seed, keep_mask, mask_generator, masked, quantised_drop
+from isotune.models.dropout import (
+    draw_seed,
+    keep_mask,
+    mask_generator,
+    masked,
+    pack_mask,
+    quantised_drop,
+    unpack_mask,
+)
 
 
 def fuse_lora(model: nn.Module) -> int:
@@ -75,10 +83,11 @@ class _LoraLinear(torch.autograd.Function):
     def forward(ctx: Any, x, weight, bias, down, up, scaling, p, compute) -> torch.Tensor:  # type: ignore[override]
         threshold, keep_scale = quantised_drop(p)
         rows = cast_once(x, compute).reshape(-1, x.shape[-1])
-        ctx.mask = keep_mask(rows.shape, threshold, mask_generator(draw_seed())) if threshold else None
+        mask = keep_mask(rows.shape, threshold, mask_generator(draw_seed())) if threshold else None
+        ctx.packed = None if mask is None else pack_mask(mask)
         ctx.factor, ctx.input_type, ctx.compute = scaling * keep_scale, x.dtype, compute
         result = functional.linear(rows, weight.to(compute), None if bias is None else bias.to(compute))
-        inner = _kept(rows, ctx.mask) @ down.to(compute).t()
+        inner = _kept(rows, mask) @ down.to(compute).t()
         result.addmm_(inner, up.to(compute).t(), alpha=ctx.factor)
         ctx.save_for_backward(rows, inner, weight, down, up)
         return result.view(*x.shape[:-1], -1)
@@ -88,13 +97,14 @@ class _LoraLinear(torch.autograd.Function):
     @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:  # type: ignore[override]
         rows, inner, weight, down, up = ctx.saved_tensors
+        mask = None if ctx.packed is None else unpack_mask(ctx.packed, rows.shape)
         upstream = grad.reshape(-1, grad.shape[-1])
         inner_grad = (upstream @ up.to(ctx.compute)).mul_(ctx.factor)
         up_grad = (inner.t() @ upstream).t().to(up.dtype) * ctx.factor
-        down_grad = (inner_grad.t() @ _kept(rows, ctx.mask)).to(down.dtype)
+        down_grad = (inner_grad.t() @ _kept(rows, mask)).to(down.dtype)
         x_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = _kept(inner_grad @ down.to(ctx.compute), ctx.mask).addmm_(upstream, weight.to(ctx.compute))
+            x_grad = _kept(inner_grad @ down.to(ctx.compute), mask).addmm_(upstream, weight.to(ctx.compute))
             x_grad = x_grad.to(ctx.input_type).view(*grad.shape[:-1], -1)
         return x_grad, None, None, down_grad, up_grad, None, None, None
 

@@ -17,6 +17,7 @@ from isotune.models.cast_linear import cast_linear_layers, forget_cast
 from isotune.models.dropout import fast_dropout
 from isotune.models.fused_lora import fuse_lora
 from isotune.models.packed_attention import KEEP_WEIGHTS
+from isotune.models.tied_embedding import slim_tied_embedding
 
 # Parameters of glibc's mallopt(3), and the largest block that it lets come from the heap.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
@@ -38,6 +39,7 @@ def enable_speedups(model: nn.Module) -> None:
             setattr(module, KEEP_WEIGHTS, True)
     else:
         cast_linear_layers(model)
+        slim_tied_embedding(model)
 
 
 @contextlib.contextmanager

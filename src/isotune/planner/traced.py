@@ -28,6 +28,7 @@ from isotune.models import (
     fused_lora,
     packed_attention,
     supervised_loss,
+    tied_embedding,
 )
 from isotune.models.speedups import enable_speedups, training_pass
 
@@ -112,7 +113,7 @@ def _trace(model: nn.Module, inputs: dict[str, Any], autocast: torch.dtype | Non
         if on_cpu:
             enable_speedups(model)
         model.train()
-        live = _LiveBytes((p for p in model.parameters() if p.requires_grad), on_cpu)
+        live = _LiveBytes(model, on_cpu)
         products = torch.autocast("cpu", dtype=autocast) if autocast else contextlib.nullcontext()
         with live, products, training_pass(model) if on_cpu else contextlib.nullcontext():
             model(**inputs, use_cache=False).loss.backward()
@@ -122,14 +123,16 @@ def _trace(model: nn.Module, inputs: dict[str, Any], autocast: torch.dtype | Non
 class _LiveBytes(TorchDispatchMode):
     """Counts the storages that operations make, while they live; a parameter's gradient is counted apart."""
 
-    def __init__(self, trained: Iterator[nn.Parameter], on_cpu: bool) -> None:
+    def __init__(self, model: nn.Module, on_cpu: bool) -> None:
         super().__init__()
         self.on_cpu = on_cpu
         self.now = self.gradients = self.most_besides_gradients = 0
         self.most = [0, 0]
         self._seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        parameters = list(trained)
-        self.half = sum(parameter.nbytes for parameter in parameters) / 2
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # the embedding's gradient is the last of all, and does not count in what the blocks have made
+        embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+        self.half = sum(parameter.nbytes for parameter in parameters if parameter is not embedding.weight) / 2
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._is_gradient)
 
@@ -210,7 +213,11 @@ def _without_contents(tokens: int, on_cpu: bool) -> Iterator[None]:
     for module in (dropout, fused_lora, attention_kernels):
         replace(module, "draw_seed", lambda: 0)
         replace(module, "keep_mask", lambda shape, *_: torch.empty(*shape, dtype=torch.int16))
-    for module in (cast_linear, fused_lora):
+    for module in (dropout, fused_lora):
+        replace(module, "pack_mask", lambda mask: torch.empty((mask.numel() + 7) // 8, dtype=torch.uint8))
+        replace(module, "unpack_mask", lambda _, shape: torch.empty(*shape, dtype=torch.int16))
+    replace(tied_embedding, "occurring_rows", lambda ids, grad: (ids, grad.clone()))  # at most as many as tokens
+    for module in (cast_linear, fused_lora, tied_embedding):
         replace(module, "is_whole", lambda _: True)  # a fake parameter has a type of its own
     replace(classifier, "document_position_ids", lambda *_: torch.zeros(1, tokens, dtype=torch.int64))
     if not on_cpu:
