@@ -10,6 +10,7 @@ from pathlib import Path
 
 from isotune.errors import run_script
 from isotune.recipe.arena_recipes import ArenaRecipe, BaselinesRecipe, read_arena_recipe
+from isotune.training.lean_heap import restart_on_lean_heap
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "arena_bert.yaml"
 
@@ -56,4 +57,5 @@ def train_encoder(recipe: ArenaRecipe) -> None:
 
 
 if __name__ == "__main__":
+    restart_on_lean_heap()
     run_script(main)

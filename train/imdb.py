@@ -10,6 +10,7 @@ from pathlib import Path
 
 from isotune.errors import run_script
 from isotune.recipe import ClassificationRecipe, read_recipe
+from isotune.training.lean_heap import restart_on_lean_heap
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "imdb_distilbert.yaml"
 
@@ -41,4 +42,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_on_lean_heap()
     run_script(main)

@@ -11,6 +11,7 @@ from typing import Any
 
 from isotune.errors import run_script
 from isotune.recipe import ClassificationRecipe, read_recipe
+from isotune.training.lean_heap import restart_on_lean_heap
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "prompts_bert.yaml"
 
@@ -51,4 +52,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_on_lean_heap()
     run_script(main)

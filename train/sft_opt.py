@@ -10,6 +10,7 @@ from pathlib import Path
 
 from isotune.errors import run_script
 from isotune.recipe import read_recipe
+from isotune.training.lean_heap import restart_on_lean_heap
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "opt350m_lora.yaml"
 
@@ -57,4 +58,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_on_lean_heap()
     run_script(main)

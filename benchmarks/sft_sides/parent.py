@@ -4,10 +4,12 @@ import argparse
 import contextlib
 import multiprocessing
 import os
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from isotune.training.lean_heap import VARIABLE, lean_tunables
 from sft_sides.process import run_side
 
 DATA = Path(os.environ.get("ISOTUNE_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
@@ -29,7 +31,8 @@ class Side:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=run_side, args=(theirs, name, mode, given, scratch, module), daemon=True)
-        self.process.start()
+        with heap_of(name):
+            self.process.start()
         theirs.close()
         self.facts = self._answer(self.pipe)
 
@@ -57,6 +60,21 @@ class Side:
         self.process.join(timeout=30)
         self.process.kill()
         self.process.join()
+
+
+@contextlib.contextmanager
+def heap_of(side: str) -> Iterator[None]:
+    """Within it a process begins on the heap on which isotune's scripts begin, where it is isotune's."""
+    before = os.environ.get(VARIABLE)
+    tunables = lean_tunables(os.environ) if side == "isotune" else None
+    if tunables is not None:
+        os.environ[VARIABLE] = tunables
+    try:
+        yield
+    finally:
+        if tunables is not None:
+            os.environ.pop(VARIABLE)
+            os.environ |= {VARIABLE: before} if before is not None else {}
 
 
 class SideFailed(Exception):

@@ -10,6 +10,8 @@ from tests.conftest import SHARED_DATA
 from tests.launching import TINY, Finished, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from isotune.training.lean_heap import lean_tunables
+
 STEP_KEYS = [
     *("step", "epoch", "loss", "grad_norm", "learning_rate", "supervised_tokens", "input_tokens", "documents"),
     *("step_seconds", "tokens_per_second", "peak_memory_bytes"),
@@ -59,6 +61,7 @@ def test_the_run_folder_holds_what_is_promised(llama):
     record = llama.environment
     assert {"versions", "git_commit", "world_size", "device", "in_effect", "data_fingerprints"} <= record.keys()
     assert record["world_size"] == 1 and record["threads_per_process"] == 1
+    assert record["heap_settings"] == lean_tunables({}), "the script began anew on a lean heap"
     assert record["versions"]["torch"] == torch.__version__
     assert record["in_effect"]["trained_parameters"] == record["in_effect"]["all_parameters"] > 200_000
     assert set(record["data_fingerprints"]) == {"train", "evaluation"}

@@ -13,6 +13,7 @@ import torch
 from isotune.models.packed_attention import kernel_in_effect
 from isotune.training.engines import EngineInEffect, whole_numel
 from isotune.training.launch import Process
+from isotune.training.lean_heap import VARIABLE
 
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets", "numpy")
 
@@ -39,12 +40,13 @@ def git_commit() -> str | None:
 
 
 def devices(process: Process) -> dict[str, Any]:
-    """The kind of device, its name and the threads a process, which decide how sums round."""
+    """The kind of device, its name and the threads a process, which decide how sums round; what glibc was told."""
     name = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else platform.processor()
     return {
         "device": process.device.type,
         "device_name": name or platform.machine(),
         "threads_per_process": torch.get_num_threads(),
+        "heap_settings": os.environ.get(VARIABLE),
         "world_size": process.world_size,
     }
 

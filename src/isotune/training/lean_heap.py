@@ -1,0 +1,44 @@
+"""A heap in which a step's gradients take the place of its activations: glibc takes its settings at a process's start.
+
+torch wants every tensor at an address divisible by 64. glibc cuts such a block out of one that is up to 96 bytes larger
+and keeps the two clippings in caches for small objects, where autograd's graph finds them at once. What a freed tensor
+leaves is then too small, by its clippings, for the next tensor of its own size: in a step of full tuning of OPT-350M
+1.2 GB of freed activations lay idle while gradients were given new memory. Without the caches a clipping joins the
+block beside it when that is freed. (glibc 2.26 to 2.41; sysdeps of other C libraries do not read the settings.)
+
+Nothing heavy is imported here: a script calls `restart_on_lean_heap` before it does anything else.
+"""
+
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+VARIABLE = "GLIBC_TUNABLES"
+TUNABLES = {"glibc.malloc.tcache_count": "0", "glibc.malloc.mxfast": "0"}
+GPU_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
+
+
+def restart_on_lean_heap() -> None:
+    """Begin this Python process anew, with the same command line and process id, where that makes its heap lean.
+
+    It returns where there is nothing to do: the settings are there already, the user has set one of them, the C library
+    is not glibc, or there is a GPU, on which tensors do not lie in this heap.
+    """
+    tunables = lean_tunables(os.environ)
+    if tunables is None:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, VARIABLE: tunables})
+
+
+def lean_tunables(environment: Mapping[str, str]) -> str | None:
+    """What GLIBC_TUNABLES must be for a lean heap in a process of this environment; None: leave it alone."""
+    given = environment.get(VARIABLE, "")
+    if any(name in given for name in TUNABLES) or platform.libc_ver()[0] != "glibc":
+        return None
+    if any(driver.exists() for driver in GPU_DRIVERS):
+        return None
+    return ":".join([*([given] if given else []), *(f"{name}={value}" for name, value in TUNABLES.items())])
