@@ -76,8 +76,9 @@ def run(code: str, folder: Path, *arguments: str, tunables: str | None = None, s
 @on_glibc
 @needs_bare_cpu
 def test_the_process_that_begins_anew_is_the_same_but_for_its_heap(tmp_path):
+    (tmp_path / "script.py").write_text(SAY_WHAT_I_AM)
     process = subprocess.Popen(
-        [sys.executable, "-X", "utf8", "-c", SAY_WHAT_I_AM, "--a", "b c"],
+        [sys.executable, "-X", "utf8", "script.py", "--a", "b c"],
         env={name: value for name, value in os.environ.items() if name != VARIABLE},
         cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -86,6 +87,18 @@ def test_the_process_that_begins_anew_is_the_same_but_for_its_heap(tmp_path):
     first, second, last = out.splitlines()
     assert (first, second) == ("begun", "begun")
     assert last == f"{process.pid} {['--a', 'b c']} 1 typed {BOTH} {tmp_path}"
+
+
+@on_glibc
+@needs_bare_cpu
+@pytest.mark.parametrize("arguments", [(), ("inner.py",)], ids=["alone", "named"])
+def test_a_program_that_runs_a_script_inside_itself_goes_on(tmp_path, arguments):
+    (tmp_path / "inner.py").write_text(SAY_WHAT_I_AM.replace('os.environ["GLIBC_TUNABLES"]', "'as it was'"))
+    around = "import runpy, sys; print('around'); sys.argv = ['inner.py', '--b']; "
+    around += "runpy.run_path('inner.py', run_name='__main__')"
+    first, second, last = run(around, tmp_path, *arguments).splitlines()
+    assert (first, second) == ("around", "begun")
+    assert "['--b']" in last and "as it was" in last
 
 
 @on_glibc

@@ -24,10 +24,12 @@ def restart_on_lean_heap() -> None:
     """Begin this Python process anew, with the same command line and process id, where that makes its heap lean.
 
     It returns where there is nothing to do: the settings are there already, the user has set one of them, the C library
-    is not glibc, or there is a GPU, on which tensors do not lie in this heap.
+    is not glibc, or there is a GPU, on which tensors do not lie in this heap. And where the script is not what the
+    process was started for, but runs inside another program (runpy, a test), which would be lost.
     """
     tunables = lean_tunables(os.environ)
-    if tunables is None:
+    is_the_program = sys.orig_argv[-len(sys.argv) :] == sys.argv
+    if tunables is None or not is_the_program or not sys.executable:
         return
     sys.stdout.flush()
     sys.stderr.flush()
