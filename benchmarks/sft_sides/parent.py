@@ -4,10 +4,10 @@ import argparse
 import contextlib
 import multiprocessing
 import os
-from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from isotune.training.lean_heap import VARIABLE, lean_tunables
 from sft_sides.process import run_side
@@ -31,7 +31,7 @@ class Side:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=run_side, args=(theirs, name, mode, given, scratch, module), daemon=True)
-        with heap_of(name):
+        with mock.patch.dict(os.environ, heap_of(name)):
             self.process.start()
         theirs.close()
         self.facts = self._answer(self.pipe)
@@ -62,19 +62,10 @@ class Side:
         self.process.join()
 
 
-@contextlib.contextmanager
-def heap_of(side: str) -> Iterator[None]:
-    """Within it a process begins on the heap on which isotune's scripts begin, where it is isotune's."""
-    before = os.environ.get(VARIABLE)
+def heap_of(side: str) -> dict[str, str]:
+    """The variable that gives isotune's process the heap on which its scripts begin; nothing for another side."""
     tunables = lean_tunables(os.environ) if side == "isotune" else None
-    if tunables is not None:
-        os.environ[VARIABLE] = tunables
-    try:
-        yield
-    finally:
-        if tunables is not None:
-            os.environ.pop(VARIABLE)
-            os.environ |= {VARIABLE: before} if before is not None else {}
+    return {} if tunables is None else {VARIABLE: tunables}
 
 
 class SideFailed(Exception):

@@ -60,7 +60,7 @@ print(held("VmHWM") - before - 3 * 4 * sum(p.numel() for p in model.parameters()
 """
 
 
-def run(code: str, folder: Path, *arguments: str, tunables: str | None = None, stdin: str = "") -> str:
+def run(code: str, folder: Path, *arguments: str, tunables: str | None = None) -> str:
     script = folder / "script.py"
     script.write_text(code)
     environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
@@ -68,7 +68,7 @@ def run(code: str, folder: Path, *arguments: str, tunables: str | None = None, s
     environment |= {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-X", "utf8", str(script), *arguments]
     done = subprocess.run(
-        command, env=environment, cwd=folder, input=stdin, capture_output=True, text=True, check=True, timeout=300
+        command, env=environment, cwd=folder, input="", capture_output=True, text=True, check=True, timeout=300
     )
     return done.stdout
 

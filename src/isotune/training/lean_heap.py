@@ -1,10 +1,9 @@
 """A heap in which a step's gradients take the place of its activations: glibc takes its settings at a process's start.
 
-torch wants every tensor at an address divisible by 64. glibc cuts such a block out of one that is up to 96 bytes larger
-and keeps the two clippings in caches for small objects, where autograd's graph finds them at once. What a freed tensor
-leaves is then too small, by its clippings, for the next tensor of its own size: in a step of full tuning of OPT-350M
-1.2 GB of freed activations lay idle while gradients were given new memory. Without the caches a clipping joins the
-block beside it when that is freed. (glibc 2.26 to 2.41; sysdeps of other C libraries do not read the settings.)
+torch wants every tensor at an address divisible by 64. glibc 2.36 cuts such a block out of one that is up to 96 bytes
+larger and keeps the clippings in caches for small objects, so that they do not join the block beside them when that is
+freed, and a gap may be just too small for the next tensor of its own size. Measured in full tuning of OPT-350M: at the
+end of the backward pass 1.17 GB of the heap are free and unusable with these caches, and 0.64 GB without them.
 
 Nothing heavy is imported here: a script calls `restart_on_lean_heap` before it does anything else.
 """
