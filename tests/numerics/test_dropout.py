@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,12 +14,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from isotune.models.dropout import (
+    SHARING,
+    as_mask,
+    draw_kept,
     dropout,
     fast_dropout,
     keep_mask,
     mask_generator,
     masked,
-    pack_mask,
+    pack_kept,
     quantised_drop,
     unpack_mask,
 )
@@ -37,11 +42,34 @@ def test_the_share_of_dropped_elements_and_the_mean_are_as_asked(p: float):
     assert abs(out.double().var().item() - p / (1 - p)) < 0.01 * p / (1 - p)
 
 
-def test_neighbouring_elements_are_dropped_independently():
+class _EveryDraw(np.random.SFC64):
+    """Deals each pair of a byte and the seven bits of a bound exactly once, over 512 bounds of 64 bytes."""
+
+    def random_raw(self, size: Any = None, output: Any = True) -> Any:  # type: ignore[override]
+        column = np.arange(512)
+        bytes_ = np.arange(SHARING)[:, None] + SHARING * (column // 128)
+        drawn = np.concatenate([bytes_.ravel(), column % 128]).astype(np.uint8)
+        assert drawn.nbytes == 8 * size
+        return drawn.view(np.uint64)
+
+
+@pytest.mark.parametrize("threshold", [0, 1, 100, 127, 128, 129, 1638, 3277, 16383, 16384, 16385, 29491, 32639, 32640,
+                                       32641, 32767, 32768])  # fmt: skip
+def test_of_all_draws_exactly_as_many_drop_an_element_as_the_threshold_says(threshold: int):
+    kept = draw_kept((8, 4096), threshold, _EveryDraw())
+    assert kept.shape == (8, 4096) and kept.dtype == torch.bool
+    assert kept.sum().item() == 32768 - threshold
+
+
+@pytest.mark.parametrize("p", [0.02, 0.1, 0.5])  # of 0.02, more than half lies in the bounds
+def test_elements_are_dropped_independently(p: float):
     torch.manual_seed(1)
-    kept = (dropout(torch.ones(4_000_000), 0.5) != 0).double() - 0.5
-    for distance in (1, 2, 3, 4, 8, 1024):  # four elements share a draw
-        correlation = 4 * (kept[:-distance] * kept[distance:]).mean().item()
+    count = 4_000_000
+    out = dropout(torch.ones(count), p)
+    kept = ((out != 0).double() - (1 - p)) / (p * (1 - p)) ** 0.5
+    # eight elements share a draw, and every 62,500th a bound
+    for distance in (1, 2, 3, 4, 7, 8, 64, 1024, count // SHARING, 2 * count // SHARING):
+        correlation = (kept[:-distance] * kept[distance:]).mean().item()
         assert abs(correlation) < 5 / 2000
 
 
@@ -69,11 +97,11 @@ def test_kept_elements_are_scaled_and_dropped_ones_are_zero(dtype: torch.dtype):
 @pytest.mark.parametrize("shape", [(1,), (7,), (3, 5), (2, 37, 53), (0, 4)])
 @pytest.mark.parametrize("p", [0.1, 0.9, 1.0])
 def test_a_packed_mask_comes_back_as_it_was_and_takes_a_bit_an_element(shape: tuple[int, ...], p: float):
-    mask = keep_mask(shape, quantised_drop(p)[0], mask_generator(3))
-    packed = pack_mask(mask)
-    assert packed.nbytes == -(-mask.numel() // 8)
+    kept = draw_kept(shape, quantised_drop(p)[0], mask_generator(3))
+    packed = pack_kept(kept)
+    assert packed.nbytes == -(-kept.numel() // 8)
     again = unpack_mask(packed, shape)
-    assert again.dtype == torch.int16 and torch.equal(again, mask)
+    assert again.dtype == torch.int16 and torch.equal(again, as_mask(kept))
 
 
 def test_zero_returns_the_input_and_one_returns_zeros():

@@ -8,6 +8,7 @@ as it is computed, the base's gradient of the input into the adapter's, and both
 Only the plainest case is taken over; every other goes through peft's own forward, which is kept.
 """
 
+import functools
 import types
 from typing import Any
 
@@ -18,11 +19,12 @@ from torch.nn import functional
 
 from isotune.models.cast_linear import cast_once, is_whole
 from isotune.models.dropout import (
+    as_mask,
+    draw_kept,
     draw_seed,
-    keep_mask,
     mask_generator,
     masked,
-    pack_mask,
+    pack_kept,
     quantised_drop,
     unpack_mask,
 )
@@ -83,11 +85,11 @@ class _LoraLinear(torch.autograd.Function):
     def forward(ctx: Any, x, weight, bias, down, up, scaling, p, compute) -> torch.Tensor:  # type: ignore[override]
         threshold, keep_scale = quantised_drop(p)
         rows = cast_once(x, compute).reshape(-1, x.shape[-1])
-        mask = keep_mask(rows.shape, threshold, mask_generator(draw_seed())) if threshold else None
-        ctx.packed = None if mask is None else pack_mask(mask)
+        kept = draw_kept(rows.shape, threshold, mask_generator(draw_seed())) if threshold else None
+        ctx.packed = None if kept is None else pack_kept(kept)
         ctx.factor, ctx.input_type, ctx.compute = scaling * keep_scale, x.dtype, compute
-        result = functional.linear(rows, weight.to(compute), None if bias is None else bias.to(compute))
-        inner = _kept(rows, mask) @ down.to(compute).t()
+        result = _product(rows, weight.to(compute), None if bias is None else bias.to(compute))
+        inner = _masked(rows, None if kept is None else as_mask(kept)) @ down.to(compute).t()
         result.addmm_(inner, up.to(compute).t(), alpha=ctx.factor)
         ctx.save_for_backward(rows, inner, weight, down, up)
         return result.view(*x.shape[:-1], -1)
@@ -101,13 +103,29 @@ class _LoraLinear(torch.autograd.Function):
         upstream = grad.reshape(-1, grad.shape[-1])
         inner_grad = (upstream @ up.to(ctx.compute)).mul_(ctx.factor)
         up_grad = (inner.t() @ upstream).t().to(up.dtype) * ctx.factor
-        down_grad = (inner_grad.t() @ _kept(rows, mask)).to(down.dtype)
+        down_grad = (inner_grad.t() @ _masked(rows, mask)).to(down.dtype)
         x_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = _kept(inner_grad @ down.to(ctx.compute), mask).addmm_(upstream, weight.to(ctx.compute))
+            x_grad = _masked(inner_grad @ down.to(ctx.compute), mask).addmm_(upstream, weight.to(ctx.compute))
             x_grad = x_grad.to(ctx.input_type).view(*grad.shape[:-1], -1)
         return x_grad, None, None, down_grad, up_grad, None, None, None
 
 
-def _kept(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`functional.linear`, which on CPU writes a bias out over the result and then adds the product to it.
+
+    oneDNN adds a bias while it writes the product: a tenth less time in bf16, and one rounding less.
+    """
+    if bias is None or rows.dtype != torch.bfloat16 or not _adds_bias_in_passing():
+        return functional.linear(rows, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+@functools.cache
+def _adds_bias_in_passing() -> bool:
+    built = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return built and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _masked(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return rows if mask is None else masked(rows, mask)

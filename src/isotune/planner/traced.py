@@ -212,9 +212,10 @@ def _without_contents(tokens: int, on_cpu: bool) -> Iterator[None]:
 
     for module in (dropout, fused_lora, attention_kernels):
         replace(module, "draw_seed", lambda: 0)
-        replace(module, "keep_mask", lambda shape, *_: torch.empty(*shape, dtype=torch.int16))
+    replace(attention_kernels, "keep_mask", lambda shape, *_: torch.empty(*shape, dtype=torch.int16))
     for module in (dropout, fused_lora):
-        replace(module, "pack_mask", lambda mask: torch.empty((mask.numel() + 7) // 8, dtype=torch.uint8))
+        replace(module, "draw_kept", lambda shape, *_: torch.empty(*shape, dtype=torch.bool))
+        replace(module, "pack_kept", lambda kept: torch.empty((kept.numel() + 7) // 8, dtype=torch.uint8))
         replace(module, "unpack_mask", lambda _, shape: torch.empty(*shape, dtype=torch.int16))
     replace(tied_embedding, "occurring_rows", lambda ids, grad: (ids, grad.clone()))  # at most as many as tokens
     for module in (cast_linear, fused_lora, tied_embedding):

@@ -36,7 +36,8 @@ class ExactGradients:
         gradient = parameter.grad
         assert gradient is not None
         if gradient.numel():
-            self.largest[parameter] += torch.linalg.vector_norm(gradient, math.inf).double() / self.loss_scale
+            lowest, highest = gradient.aminmax()  # a NaN makes both NaN
+            self.largest[parameter] += torch.maximum(-lowest, highest).double() / self.loss_scale
         # powers of two: the product is exact
         fixed = gradient.double().mul_(2.0**SCALE_BITS / self.loss_scale).round_()
         self.sums[parameter] += fixed.to(torch.int64)
