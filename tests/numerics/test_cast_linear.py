@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from isotune.models import cast_linear
-from isotune.models.cast_linear import cast_linear_layers, cast_once, forget_cast
+from isotune.models.cast_linear import cast_linear_layers, cast_once, forget_cast, linear
 
 TYPES = (torch.bfloat16, torch.float16)
 
@@ -54,6 +55,15 @@ def test_outputs_and_gradients_are_autocasts_to_the_bit(shape: tuple[int, ...], 
             torch.testing.assert_close(tensor, expected[name], rtol=2.0**-7, atol=0.0)
         else:
             assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 24, 40), (257, 768, 3072), (2, 100, 512, 1000)])
+def test_a_bias_added_in_passing_changes_no_bit(shape: tuple[int, ...], dtype: torch.dtype):
+    rows, weight, bias = (torch.randn(*size).to(dtype) for size in (shape[:-1], shape[:-3:-1], shape[-1:]))
+    assert torch.equal(linear(rows, weight, bias), functional.linear(rows, weight, bias))
+    across = rows.transpose(0, -2) if rows.dim() > 2 else rows
+    assert torch.equal(linear(across, weight, bias), functional.linear(across, weight, bias))
 
 
 def test_no_copy_of_the_weights_waits_for_the_backward_pass():

@@ -8,6 +8,7 @@ three times for query, key and value; `cast_once` does it once.
 What is computed is the same, to the bit in outputs and in the gradients of inputs and weights.
 """
 
+import functools
 import types
 import weakref
 from typing import Any
@@ -43,6 +44,23 @@ def is_whole(parameter: torch.Tensor | None) -> bool:
     return parameter is None or (type(parameter) is nn.Parameter and not hasattr(parameter, "ds_id"))
 
 
+def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`functional.linear` on CPU; in bf16 with a bias, the same bits in a tenth less time.
+
+    torch writes the bias out over the result and adds the product to it; oneDNN adds the bias as it writes the product.
+    """
+    quicker = bias is not None and rows.dtype == torch.bfloat16 and rows.is_contiguous()  # else torch rounds twice
+    if not quicker or not _adds_bias_in_passing():
+        return functional.linear(rows, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+@functools.cache
+def _adds_bias_in_passing() -> bool:
+    built = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return built and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def cast_linear_layers(model: nn.Module) -> int:
     """Give every trained plain linear layer below `model` the leaner forward.
 
@@ -75,7 +93,7 @@ class _CastLinear(torch.autograd.Function):
         ctx.input_type, ctx.compute = x.dtype, compute
         ctx.bias_type = None if bias is None else bias.dtype
         ctx.save_for_backward(rows, weight)
-        return functional.linear(rows, weight.to(compute), None if bias is None else bias.to(compute))
+        return linear(rows, weight.to(compute), None if bias is None else bias.to(compute))
 
     @staticmethod
     @once_differentiable

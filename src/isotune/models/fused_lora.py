@@ -8,16 +8,14 @@ as it is computed, the base's gradient of the input into the adapter's, and both
 Only the plainest case is taken over; every other goes through peft's own forward, which is kept.
 """
 
-import functools
 import types
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
-from isotune.models.cast_linear import cast_once, is_whole
+from isotune.models.cast_linear import cast_once, is_whole, linear
 from isotune.models.dropout import (
     as_mask,
     draw_kept,
@@ -88,7 +86,7 @@ class _LoraLinear(torch.autograd.Function):
         kept = draw_kept(rows.shape, threshold, mask_generator(draw_seed())) if threshold else None
         ctx.packed = None if kept is None else pack_kept(kept)
         ctx.factor, ctx.input_type, ctx.compute = scaling * keep_scale, x.dtype, compute
-        result = _product(rows, weight.to(compute), None if bias is None else bias.to(compute))
+        result = linear(rows, weight.to(compute), None if bias is None else bias.to(compute))
         inner = _masked(rows, None if kept is None else as_mask(kept)) @ down.to(compute).t()
         result.addmm_(inner, up.to(compute).t(), alpha=ctx.factor)
         ctx.save_for_backward(rows, inner, weight, down, up)
@@ -109,22 +107,6 @@ class _LoraLinear(torch.autograd.Function):
             x_grad = _masked(inner_grad @ down.to(ctx.compute), mask).addmm_(upstream, weight.to(ctx.compute))
             x_grad = x_grad.to(ctx.input_type).view(*grad.shape[:-1], -1)
         return x_grad, None, None, down_grad, up_grad, None, None, None
-
-
-def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`functional.linear`, which on CPU writes a bias out over the result and then adds the product to it.
-
-    oneDNN adds a bias while it writes the product: a tenth less time in bf16, and one rounding less.
-    """
-    if bias is None or rows.dtype != torch.bfloat16 or not _adds_bias_in_passing():
-        return functional.linear(rows, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-
-
-@functools.cache
-def _adds_bias_in_passing() -> bool:
-    built = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return built and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _masked(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
