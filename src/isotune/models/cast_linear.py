@@ -18,6 +18,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from isotune.models.fast_products import has_onednn_linear, onednn_linear
+
 _last: tuple[weakref.ref, int, torch.Tensor] | None = None
 
 
@@ -52,13 +54,12 @@ def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
     quicker = bias is not None and rows.dtype == torch.bfloat16 and rows.is_contiguous()  # else torch rounds twice
     if not quicker or not _adds_bias_in_passing():
         return functional.linear(rows, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return onednn_linear(rows, weight, bias)
 
 
 @functools.cache
 def _adds_bias_in_passing() -> bool:
-    built = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return built and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return has_onednn_linear() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def cast_linear_layers(model: nn.Module) -> int:

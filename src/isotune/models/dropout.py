@@ -86,8 +86,6 @@ def mask_generator(seed: int) -> np.random.BitGenerator:
 
 def draw_kept(shape: Sequence[int], threshold: int, generator: np.random.BitGenerator) -> torch.Tensor:
     """Draw which elements are kept: a bool tensor of that shape, true with probability 1 - threshold / 32768."""
-    if threshold in (0, RESOLUTION):
-        return torch.full(tuple(shape), threshold == 0)
     elements = math.prod(shape)
     columns = -(-elements // SHARING)
     draws = generator.random_raw((columns * (SHARING + 1) + 7) // 8)

@@ -15,6 +15,16 @@ from torch.nn import functional
 _stock_linear = functional.linear
 
 
+def has_onednn_linear() -> bool:
+    """Whether this build of torch has `onednn_linear`."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """input [..., in] @ weight.T + bias by oneDNN, with weight [out, in]; the input contiguous."""
+    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+
+
 @contextlib.contextmanager
 def fast_products() -> Iterator[None]:
     """Within it, and where gradients are off, `torch.nn.functional.linear` of fp32 on CPU is oneDNN's, in any model.
@@ -22,7 +32,7 @@ def fast_products() -> Iterator[None]:
     Where this build of torch has no oneDNN, nothing changes.
     """
     before = functional.linear
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if has_onednn_linear():
         functional.linear = _divert
     try:
         yield
@@ -34,7 +44,7 @@ def _divert(input: Any, weight: Any, bias: Any = None) -> torch.Tensor:
     if not _fits(input, weight, bias):
         return _stock_linear(input, weight, bias)
     # an input or a weight that is not contiguous would go through a loop without vectors, 200 times slower
-    return torch.ops.mkldnn._linear_pointwise(input.contiguous(), weight, bias, "none", [], "")
+    return onednn_linear(input.contiguous(), weight, bias)
 
 
 def _fits(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
