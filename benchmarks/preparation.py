@@ -35,7 +35,7 @@ def main() -> None:
     import numpy as np
     from transformers import AutoTokenizer
 
-    from isotune.data.preparation import PreparationSettings, prepare
+    from isotune.data.sft.preparation import PreparationSettings, prepare
 
     datasets.disable_progress_bars()
     lines = given.conversations.read_text("utf-8").splitlines()

@@ -10,8 +10,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from isotune.cli import OneSentenceParser
-from isotune.errors import UserError, run_script
+from isotune.io.argument_parser import OneSentenceParser
+from isotune.io.errors import UserError, run_script
 
 
 def arguments() -> argparse.Namespace:
@@ -52,19 +52,19 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Model, rows, predictions on all processes; scores, files and pictures on one."""
     given = arguments()
-    from isotune.evaluation.tasks import FLAGS, read_task
+    from isotune.evaluation.classification.tasks import FLAGS, read_task
 
     flags = {name: getattr(given, name) for name in FLAGS}
     task = read_task(given.task, flags) if given.task or given.dataset_name or given.model else None
     # torch takes seconds to import: a mistake on the command line has been answered by now
     import torch
 
-    from isotune.evaluation.classification_examples import print_examples, write_examples
-    from isotune.evaluation.classification_models import load_model_classifier, load_run_classifier, task_of_run
-    from isotune.evaluation.classification_result import evaluate_rows, print_scores, read_task_rows, write_evaluation
-    from isotune.evaluation.pictures import draw_pictures
-    from isotune.evaluation.pictures_attention import chosen_rows, draw_attention
-    from isotune.evaluation.ranks import start_ranks
+    from isotune.evaluation.classification.attention_plots import chosen_rows, draw_attention
+    from isotune.evaluation.classification.examples import print_examples, write_examples
+    from isotune.evaluation.classification.models import load_model_classifier, load_run_classifier, task_of_run
+    from isotune.evaluation.classification.plots import draw_pictures
+    from isotune.evaluation.classification.result import evaluate_rows, print_scores, read_task_rows, write_evaluation
+    from isotune.evaluation.distributed_eval import start_ranks
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.report.metrics_lines import METRICS
 

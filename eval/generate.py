@@ -13,8 +13,8 @@ import os
 import sys
 from pathlib import Path
 
-from isotune.cli import OneSentenceParser
-from isotune.errors import UserError, run_script
+from isotune.io.argument_parser import OneSentenceParser
+from isotune.io.errors import UserError, run_script
 
 
 def arguments() -> argparse.Namespace:
@@ -56,14 +56,18 @@ def main() -> None:
     """Load the model; measure, answer or chat."""
     given = arguments()
     # torch takes seconds to import: a mistake on the command line has been answered by now
-    from isotune.evaluation.chat import run_chat
-    from isotune.evaluation.decoding import Decoding
-    from isotune.evaluation.examination import examine, print_examination, write_examination
-    from isotune.evaluation.generation import answer, load_model_speaker, load_run_speaker
-    from isotune.evaluation.generation_tasks import DEFAULT_MAX_NEW_TOKENS, read_generation_task
-    from isotune.evaluation.lm_eval_bridge import check_tasks, print_harness, run_tasks, write_harness
-    from isotune.evaluation.ranks import start_ranks
-    from isotune.evaluation.sharding import read_shards
+    from isotune.evaluation.distributed_eval import start_ranks
+    from isotune.evaluation.generation.chat import run_chat
+    from isotune.evaluation.generation.decoding import Decoding
+    from isotune.evaluation.generation.generation_evaluator import (
+        evaluate_generation,
+        print_generation_result,
+        write_generation_result,
+    )
+    from isotune.evaluation.generation.generation_models import answer, generation_model_named, generation_model_of_run
+    from isotune.evaluation.generation.lm_eval_bridge import check_tasks, print_harness, run_tasks, write_harness
+    from isotune.evaluation.generation.tasks import DEFAULT_MAX_NEW_TOKENS, read_generation_task
+    from isotune.evaluation.generation.zero3 import read_shards
 
     flags = {key: getattr(given, key) for key in ("dataset_name", "dataset_split", "max_new_tokens")}
     task = read_generation_task(given.task, flags) if given.measured else None
@@ -73,14 +77,16 @@ def main() -> None:
     questions = task.questions(given.limit) if task else []
     shards = read_shards()
     ranks = start_ranks()
-    load = load_run_speaker if given.run_dir else load_model_speaker
+    load = generation_model_of_run if given.run_dir else generation_model_named
     speaker = load(given.name, ranks.device, shards)
     if task:
-        done = examine(speaker, questions, decoding, ranks, batch_size=given.batch_size, metrics=task.metrics)
+        done = evaluate_generation(
+            speaker, questions, decoding, ranks, batch_size=given.batch_size, metrics=task.metrics
+        )
         if ranks.is_main:
-            print_examination(done)
+            print_generation_result(done)
             if folder := result_folder(given, task.name):
-                write_examination(done, folder, model=given.name, task=task, decoding=decoding)
+                write_generation_result(done, folder, model=given.name, task=task, decoding=decoding)
                 print(f"written to {folder}")
     elif tasks:
         found = run_tasks(speaker, tasks, limit=given.limit, batch_size=given.batch_size)

@@ -11,14 +11,15 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from transformers import AutoConfig, AutoModel, OPTConfig, OPTForCausalLM
 
+from isotune.checkpoint.resume import open_run
+from isotune.config import ClassificationRecipe, Recipe, RunRecipe
 from isotune.data.documents import Documents
 from isotune.data.run_data import prepare_run_data
-from isotune.models.builtin import builtin_tokenizer
-from isotune.models.loading import load_config, load_tokenizer
-from isotune.recipe import ClassificationRecipe, Recipe, RunRecipe
+from isotune.distributed.launch import start_process
+from isotune.models.builtin_models import builtin_tokenizer
+from isotune.models.opening import load_config, load_tokenizer
+from isotune.run.run_dir import RunDir
 from isotune.training import classifier_run, sft
-from isotune.training.launch import start_process
-from isotune.training.run_folder import RunFolder
 from isotune.training.trainer import PlanTrainer
 from tests.launching import TINY, TINY_CLASSIFIER
 
@@ -32,7 +33,7 @@ class Built:
     """A run that is ready to train, and its parts."""
 
     recipe: RunRecipe
-    run: RunFolder
+    run: RunDir
     model: nn.Module
     tokenizer: Any
     trainer: PlanTrainer
@@ -60,8 +61,7 @@ def build(folder: Path, **values: Any) -> Built:
     GradientState._reset_state()
     recipe = Recipe.from_values(**{**TINY, "output_dir": str(folder / "run"), **values})
     process = start_process(recipe)
-    run = RunFolder(recipe)
-    run.check()
+    run = open_run(recipe)
     config = load_config(recipe)
     tokenizer = load_tokenizer(recipe)
     data = prepare_run_data(recipe, tokenizer, show=process.is_main)

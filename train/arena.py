@@ -8,9 +8,9 @@ python train/arena.py --config train/configs/arena_baselines.yaml --dataset_name
 import sys
 from pathlib import Path
 
-from isotune.errors import run_script
-from isotune.recipe.arena_recipes import ArenaRecipe, BaselinesRecipe, read_arena_recipe
-from isotune.training.lean_heap import restart_on_lean_heap
+from isotune.io.errors import run_script
+from isotune.projects.arena.recipes import ArenaRecipe, BaselinesRecipe, read_arena_recipe
+from isotune.run.malloc_tuning import restart_with_malloc_tuning
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "arena_bert.yaml"
 
@@ -19,7 +19,7 @@ def main() -> None:
     """The recipe says by which method."""
     recipe = read_arena_recipe(sys.argv[1:], default_config=DEFAULT_CONFIG, prog="train/arena.py")
     if isinstance(recipe, BaselinesRecipe):
-        from isotune.baselines.run import run_baselines
+        from isotune.projects.arena.baselines.run import run_baselines
 
         run_baselines(recipe)
     else:
@@ -29,11 +29,11 @@ def main() -> None:
 def train_encoder(recipe: ArenaRecipe) -> None:
     """Processes, data; model, trainer, steps; submission, scores, picture."""
     # the engine takes seconds to import: a mistake in the recipe has been answered by now
-    from isotune.data.arena import read_competition
-    from isotune.data.arena_documents import prepare_competition
     from isotune.data.run_data import RunData
-    from isotune.evaluation.arena_encoder import examine_encoder
-    from isotune.planner.before import plan_before
+    from isotune.preflight.startup_check import startup_check
+    from isotune.projects.arena.battles import read_competition
+    from isotune.projects.arena.documents import prepare_competition
+    from isotune.projects.arena.encoder import examine_encoder
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.report.sharing import share
     from isotune.training.classifier_run import Trained, start_classifier, train_classifier
@@ -44,18 +44,18 @@ def train_encoder(recipe: ArenaRecipe) -> None:
     if start.process.is_main:
         print(prepared.table(), flush=True)
     data = RunData(prepared.train, prepared.evaluation)
-    if plan_before(recipe, start.config, data, start.process):
+    if startup_check(recipe, start.config, data, start.process):
         return
 
-    def examine(trained: Trained) -> None:
+    def before_finishing(trained: Trained) -> None:
         examine_encoder(trained.run.path, recipe, files, prepared.kept, start.process.device)
         print(f"loss curve  {draw_loss_curve(trained.run.path)}")
 
-    trained = train_classifier(start, data, examine)
+    trained = train_classifier(start, data, before_finishing)
     if trained.saved is not None:
         share(recipe)
 
 
 if __name__ == "__main__":
-    restart_on_lean_heap()
+    restart_with_malloc_tuning()
     run_script(main)

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from isotune.errors import run_script
-from isotune.recipe import ClassificationRecipe, read_recipe
-from isotune.training.lean_heap import restart_on_lean_heap
+from isotune.config import ClassificationRecipe, read_recipe
+from isotune.io.errors import run_script
+from isotune.run.malloc_tuning import restart_with_malloc_tuning
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "prompts_bert.yaml"
 
@@ -27,19 +27,19 @@ def main() -> None:
     )
     # the engine takes seconds to import: a mistake in the recipe has been answered by now
     from isotune.data.run_data import prepare_run_data
-    from isotune.evaluation.chance import judge_run
-    from isotune.evaluation.sentences import show_sentences
-    from isotune.planner.before import plan_before
+    from isotune.evaluation.classification.sentences import show_sentences
+    from isotune.evaluation.statistics.chance_test import judge_run
+    from isotune.preflight.startup_check import startup_check
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.report.sharing import share
     from isotune.training.classifier_run import Trained, start_classifier, train_classifier
 
     start = start_classifier(recipe)
     data = prepare_run_data(recipe, start.tokenizer, show=start.process.is_main)
-    if plan_before(recipe, start.config, data, start.process):
+    if startup_check(recipe, start.config, data, start.process):
         return
 
-    def examine(trained: Trained) -> None:
+    def before_finishing(trained: Trained) -> None:
         if recipe.sentences:
             show_sentences(trained.run.path, recipe.sentences, start.process.device)
         print(f"loss curve  {draw_loss_curve(trained.run.path)}")
@@ -47,10 +47,10 @@ def main() -> None:
         if evaluation is not None:
             print(f"verdict     {judge_run(trained.run.path, recipe, evaluation)}")
 
-    if train_classifier(start, data, examine).saved is not None:
+    if train_classifier(start, data, before_finishing).saved is not None:
         share(recipe)
 
 
 if __name__ == "__main__":
-    restart_on_lean_heap()
+    restart_with_malloc_tuning()
     run_script(main)

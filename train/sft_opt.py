@@ -8,9 +8,9 @@ python train/sft_opt.py --config train/configs/demo.yaml
 import sys
 from pathlib import Path
 
-from isotune.errors import run_script
-from isotune.recipe import read_recipe
-from isotune.training.lean_heap import restart_on_lean_heap
+from isotune.config import read_recipe
+from isotune.io.errors import run_script
+from isotune.run.malloc_tuning import restart_with_malloc_tuning
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "opt350m_lora.yaml"
 
@@ -24,24 +24,23 @@ def main() -> None:
         description="Instruction tuning of a causal language model, packed and exact.",
     )
     # the engine takes seconds to import: a mistake in the recipe has been answered by now
+    from isotune.checkpoint.resume import open_run
     from isotune.data.run_data import prepare_run_data
-    from isotune.evaluation.generation import print_sample_answer
-    from isotune.models.loading import load_config, load_tokenizer
-    from isotune.planner.before import plan_before
+    from isotune.distributed.launch import start_process
+    from isotune.evaluation.generation.generation_models import print_sample_answer
+    from isotune.models.opening import load_config, load_tokenizer
+    from isotune.preflight.startup_check import startup_check
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.report.sharing import share
+    from isotune.run.preemption import supervised
     from isotune.training import sft
-    from isotune.training.launch import start_process
-    from isotune.training.preemption import supervised
-    from isotune.training.run_folder import RunFolder
 
     process = start_process(recipe)
-    run = RunFolder(recipe)
-    run.check_or_upload()
+    run = open_run(recipe)
     config = load_config(recipe)
     tokenizer = load_tokenizer(recipe)
     data = prepare_run_data(recipe, tokenizer, show=process.is_main)
-    if plan_before(recipe, config, data, process):
+    if startup_check(recipe, config, data, process):
         return
 
     model = sft.build_model(recipe, config, process.loading_device(recipe))
@@ -58,5 +57,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    restart_on_lean_heap()
+    restart_with_malloc_tuning()
     run_script(main)

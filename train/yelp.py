@@ -8,9 +8,9 @@ python train/yelp.py --config train/configs/opinions_tiny.yaml
 import sys
 from pathlib import Path
 
-from isotune.errors import run_script
-from isotune.recipe import ClassificationRecipe, read_recipe
-from isotune.training.lean_heap import restart_on_lean_heap
+from isotune.config import ClassificationRecipe, read_recipe
+from isotune.io.errors import run_script
+from isotune.run.malloc_tuning import restart_with_malloc_tuning
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "yelp_bert.yaml"
 
@@ -26,14 +26,14 @@ def main() -> None:
     )
     # the engine takes seconds to import: a mistake in the recipe has been answered by now
     from isotune.data.run_data import prepare_run_data
-    from isotune.planner.before import plan_before
+    from isotune.preflight.startup_check import startup_check
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.report.sharing import share
     from isotune.training.classifier_run import start_classifier, train_classifier
 
     start = start_classifier(recipe)
     data = prepare_run_data(recipe, start.tokenizer, show=start.process.is_main)
-    if plan_before(recipe, start.config, data, start.process):
+    if startup_check(recipe, start.config, data, start.process):
         return
     trained = train_classifier(start, data)
     if trained.saved is not None:
@@ -42,5 +42,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    restart_on_lean_heap()
+    restart_with_malloc_tuning()
     run_script(main)

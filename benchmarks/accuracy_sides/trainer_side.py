@@ -34,10 +34,10 @@ def run(data: str, folder: Path, given: Namespace) -> None:
     )
     from transformers.trainer_utils import get_last_checkpoint
 
-    from isotune.data.label_settings import LabelSettings
-    from isotune.data.labelled import prepare_labelled
-    from isotune.models.loading import load_tokenizer
-    from isotune.recipe import ClassificationRecipe
+    from isotune.config import ClassificationRecipe
+    from isotune.data.classification.labels import LabelSettings
+    from isotune.data.classification.preparation import prepare_labelled
+    from isotune.models.opening import load_tokenizer
 
     started = time.monotonic()
     recipe = ClassificationRecipe.from_values(**recipe_values(data, folder, given))

@@ -9,13 +9,13 @@ from sft_sides.process import Metronome
 from transformers import TrainerCallback
 
 from classification_sides.material import DOCUMENTS_PER_STEP, facts_of_training, geometry, material
+from isotune.data.batch_schedule import StepSchedule
 from isotune.data.collate import lay_out
 from isotune.data.documents import Rows
-from isotune.data.plan import Plan
 from isotune.data.run_data import RunData
+from isotune.distributed.launch import start_process
+from isotune.run.run_dir import RunDir
 from isotune.training import classification
-from isotune.training.launch import start_process
-from isotune.training.run_folder import RunFolder
 
 
 def run(metronome: Metronome, side: str, mode: str, given: Namespace, scratch: str) -> None:
@@ -26,9 +26,9 @@ def run(metronome: Metronome, side: str, mode: str, given: Namespace, scratch: s
     data = RunData(replace(shared.prepared, rows=rows), None)
     config = geometry(recipe, shared.tokenizer, given)
     model = classification.build_model(recipe, config, data, process)
-    trainer = classification.build_trainer(recipe, process, RunFolder(recipe), model, shared.tokenizer, data)
+    trainer = classification.build_trainer(recipe, process, RunDir(recipe), model, shared.tokenizer, data)
     # every pass over the documents in the same order, as on the other sides
-    trainer.plan = Plan(
+    trainer.plan = StepSchedule(
         data.train.documents, rows, global_batch_size=DOCUMENTS_PER_STEP, microbatch_tokens=recipe.microbatch_tokens,
         seed=recipe.seed, shuffle=False,
     )  # fmt: skip

@@ -17,10 +17,10 @@ import yaml
 from transformers import BertConfig
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from isotune.data.label_settings import LabelSettings
-from isotune.data.labelled import PreparedLabels, prepare_labelled
-from isotune.models.loading import load_tokenizer
-from isotune.recipe import ClassificationRecipe
+from isotune.config import ClassificationRecipe
+from isotune.data.classification.labels import LabelSettings
+from isotune.data.classification.preparation import PreparedLabels, prepare_labelled
+from isotune.models.opening import load_tokenizer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "train" / "configs"
 CLASSES = {"imdb": 2, "yelp": 5}

@@ -9,8 +9,8 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification
 from transformers.utils import logging
 
-from isotune.data.builtin import find_corpus
-from isotune.models.builtin import builtin_tokenizer
+from isotune.data.sources.builtin import find_corpus
+from isotune.models.builtin_models import builtin_tokenizer
 
 TOKENIZER = "builtin:opt-tiny"
 ROW_TOKENS = 128

@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, pipeline
 
-from isotune.data.labelled import LabelSettings, tokenise
-from isotune.data.sources import read_rows
-from isotune.evaluation.classification import BATCH_TOKENS, classify, probabilities_of
-from isotune.evaluation.classification_models import Classifier
-from isotune.evaluation.ranks import Ranks
+from isotune.data.classification.preparation import LabelSettings, tokenise
+from isotune.data.sources.source import read_rows
+from isotune.evaluation.classification.models import Classifier
+from isotune.evaluation.classification.prediction import BATCH_TOKENS, classify, probabilities_of
+from isotune.evaluation.distributed_eval import Ranks
 from isotune.models.classifier import install_classification
-from isotune.models.fast_products import fast_products
+from isotune.models.cpu.onednn_linear import fast_products
 
 GEOMETRIES = {
     "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},

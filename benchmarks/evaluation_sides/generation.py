@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM, pipeline
 
-from isotune.data.conversations import render_prompt
-from isotune.evaluation.completions import Prompt, Speaker, complete
-from isotune.evaluation.decoding import Decoding
-from isotune.evaluation.questions import read_questions
-from isotune.models.quiet import quiet_libraries
+from isotune.data.sft.conversations import render_prompt
+from isotune.evaluation.generation.batched_generation import GenerationModel, Prompt, complete
+from isotune.evaluation.generation.decoding import Decoding
+from isotune.evaluation.generation.eval_samples import read_questions
+from isotune.models.log_control import quiet_libraries
 
 LONGEST_PROMPT_TOKENS = 512
 TO_REACH = 2.0
@@ -27,7 +27,7 @@ TO_REACH = 2.0
 def measure(given: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second of both sides in every round, and their ratio."""
     tokenizer = AutoTokenizer.from_pretrained(str(given.data / "tokenizers" / "opt"))
-    speaker = Speaker(random_opt(len(tokenizer), given.layers), tokenizer)
+    speaker = GenerationModel(random_opt(len(tokenizer), given.layers), tokenizer)
     asked = read_questions(str(given.data / "guanaco" / "train.jsonl"), "train")
     prompts = [Prompt(q.id, render_prompt(q.prompt)) for q in asked]
     prompts = [p for p in prompts if speaker.token_count(p.text) <= LONGEST_PROMPT_TOKENS][: given.prompts]

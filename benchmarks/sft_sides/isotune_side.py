@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from isotune.data.batch_schedule import Microbatch
 from isotune.data.collate import collate
-from isotune.data.plan import Microbatch
 from isotune.data.run_data import RunData
+from isotune.distributed.launch import start_process
+from isotune.run.run_dir import RunDir
 from isotune.training import sft
-from isotune.training.launch import start_process
-from isotune.training.run_folder import RunFolder
 from sft_sides.material import ROW_TOKENS, facts_of_training, geometry, rows_of_a_round, shipped_recipe
 from sft_sides.process import Metronome
 
@@ -22,7 +22,7 @@ def run(metronome: Metronome, side: str, mode: str, given: Namespace, scratch: s
     process = start_process(recipe)
     tokenizer, data, alone = rows_of_a_round(recipe, given)
     model = sft.build_model(recipe, geometry(given), process.device)
-    trainer = sft.build_trainer(recipe, process, RunFolder(recipe), model, tokenizer, RunData(data, None))
+    trainer = sft.build_trainer(recipe, process, RunDir(recipe), model, tokenizer, RunData(data, None))
 
     @torch.no_grad()
     def facts() -> dict[str, Any]:

@@ -10,10 +10,10 @@ import numpy as np
 import yaml
 from transformers import OPTConfig
 
+from isotune.config import Recipe
 from isotune.data.documents import Rows
-from isotune.data.preparation import PreparationSettings, PreparedData, prepare
-from isotune.models.loading import load_tokenizer
-from isotune.recipe import Recipe
+from isotune.data.sft.preparation import PreparationSettings, PreparedData, prepare
+from isotune.models.opening import load_tokenizer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "train" / "configs"
 ROW_TOKENS = 1_024

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from isotune.training.lean_heap import VARIABLE, lean_tunables
+from isotune.run.malloc_tuning import VARIABLE, lean_tunables
 from sft_sides.process import run_side
 
 DATA = Path(os.environ.get("ISOTUNE_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))

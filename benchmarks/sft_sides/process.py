@@ -82,7 +82,7 @@ def peak_resident_bytes() -> int:
         return int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) * 1024
     import torch
 
-    from isotune.training.metrics import peak_memory_bytes
+    from isotune.run.metrics_file import peak_memory_bytes
 
     return peak_memory_bytes(torch.device("cpu"))
 

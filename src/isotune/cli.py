@@ -7,19 +7,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from isotune import __version__
-from isotune.errors import EXIT_USER_ERROR, UserError, run_script
-
-
-class OneSentenceParser(argparse.ArgumentParser):
-    """A parser whose complaint is one sentence, as that of every other mistake, and not the whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise the complaint with where to look.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
+from isotune.io.argument_parser import OneSentenceParser
+from isotune.io.errors import EXIT_USER_ERROR, UserError, run_script
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -81,7 +70,7 @@ def _add_export(commands: "argparse._SubParsersAction[OneSentenceParser]") -> No
 
 
 def _export(chosen: argparse.Namespace) -> None:
-    from isotune.checkpoints.exported import STATE_DICT, export_run
+    from isotune.checkpoint.export import STATE_DICT, export_run
 
     done = export_run(
         chosen.run_dir, merge=chosen.merge, format=chosen.format, output=chosen.output, dtype=chosen.dtype
@@ -124,7 +113,7 @@ def _add_compare(commands: "argparse._SubParsersAction[OneSentenceParser]") -> N
 def _compare(chosen: argparse.Namespace) -> None:
     import json
 
-    from isotune.evaluation.comparison import compare_runs
+    from isotune.evaluation.statistics.comparison import compare_runs
     from isotune.report.comparison_text import comparison_text
 
     comparison = compare_runs(
@@ -151,7 +140,7 @@ def _add_validate_submission(commands: "argparse._SubParsersAction[OneSentencePa
 
 
 def _validate_submission(chosen: argparse.Namespace) -> int:
-    from isotune.evaluation.submission import check_submission
+    from isotune.projects.arena.submission import check_submission
 
     problems, rows = check_submission(Path(chosen.file), Path(chosen.sample))
     for problem in problems:
@@ -162,7 +151,7 @@ def _validate_submission(chosen: argparse.Namespace) -> int:
 
 
 def _add_plan(commands: "argparse._SubParsersAction[OneSentenceParser]") -> None:
-    from isotune.planner import command
+    from isotune.preflight import command
 
     plan = commands.add_parser(
         "plan",
@@ -197,7 +186,7 @@ def _add_doctor(commands: "argparse._SubParsersAction[OneSentenceParser]") -> No
 
 
 def _doctor(chosen: argparse.Namespace) -> int:
-    from isotune.planner.doctor import run_doctor
+    from isotune.doctor.doctor import run_doctor
 
     return run_doctor(Path(chosen.output_dir))
 

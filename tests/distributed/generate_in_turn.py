@@ -14,14 +14,14 @@ from pathlib import Path
 
 from accelerate.state import PartialState
 
-import isotune.evaluation.generation as generation
+import isotune.evaluation.generation.generation_models as generation
 
 SCRIPT = Path(__file__).resolve().parents[2] / "eval" / "generate.py"
 
 
 def count_passes(counts: list[int]) -> None:
     """Count the forward passes of every model that is loaded from now on, and what this rank holds of it."""
-    for name in ("load_run_speaker", "load_model_speaker"):
+    for name in ("generation_model_of_run", "generation_model_named"):
         setattr(generation, name, counted(getattr(generation, name), counts))
 
 

@@ -44,8 +44,8 @@ def main(recipe: str, run: Path, kills: int, seed: int) -> None:
 
 
 def _import_everything() -> None:
-    import isotune.checkpoints.final_model
-    import isotune.evaluation.generation
+    import isotune.checkpoint.final_model
+    import isotune.evaluation.generation.generation_models
     import isotune.report.loss_curve
     import isotune.training.sft  # noqa: F401
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from transformers import OPTForCausalLM  # noqa: F401  (what importing it takes is not measured)
 
-from isotune.models.loading import load_causal_lm, load_config
-from isotune.recipe import read_recipe
-from isotune.training.engines import whole_numel
-from isotune.training.launch import start_process
+from isotune.config import read_recipe
+from isotune.distributed.engines import whole_numel
+from isotune.distributed.launch import start_process
+from isotune.models.opening import load_causal_lm, load_config
 
 
 def private_bytes() -> int:

@@ -11,9 +11,9 @@ import pytest
 from tests.distributed.engines import Engine, config_of, engine, recipes
 from tests.launching import REPOSITORY, Finished, start_together
 
-from isotune.planner.asked import read_asked
-from isotune.planner.communication import collectives
-from isotune.planner.planning import RunPlan, plan_run
+from isotune.preflight.request import read_asked
+from isotune.preflight.resources.communication import collectives
+from isotune.preflight.run_plan import RunPlan, plan_run
 
 GRADIENT_COLLECTIVES = ("all_reduce", "reduce", "reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor")
 FEW_ROWS, MANY_ROWS = 2, 8  # of a step: one and four passes a rank, on two of them

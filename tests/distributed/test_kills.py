@@ -12,7 +12,7 @@ import yaml
 from tests.building import small_opt
 from tests.launching import REPOSITORY, TINY, Finished
 
-from isotune.checkpoints.store import CheckpointStore
+from isotune.checkpoint.store import CheckpointStore
 
 TIMED = {"step_seconds", "tokens_per_second", "peak_memory_bytes"}
 

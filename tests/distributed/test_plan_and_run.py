@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from tests.launching import REPOSITORY, TINY, TINY_CLASSIFIER, Finished, start, start_together, write_recipe
 
-from isotune.planner.asked import read_asked
-from isotune.planner.planning import RunPlan, plan_run
+from isotune.preflight.request import read_asked
+from isotune.preflight.run_plan import RunPlan, plan_run
 
 RECIPE = TINY | {"global_batch_size": 5, "microbatch_tokens": 256, "max_steps": 4, "save_strategy": "no"}
 

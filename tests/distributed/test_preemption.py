@@ -15,7 +15,7 @@ import pytest
 import yaml
 from tests.launching import REPOSITORY, TINY, Finished, launcher, start
 
-from isotune.checkpoints.manifest import verify
+from isotune.checkpoint.manifest import verify
 
 # long enough to be hit in the middle, and slow enough: the signal comes when the third step is written
 LONG: dict[str, Any] = TINY | {"max_steps": 400, "save_steps": 1000, "global_batch_size": 2}

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from tests.launching import start, write_recipe
 
-from isotune.baselines.run import run_baselines
-from isotune.errors import AlreadyDone, UserError
 from isotune.evaluation.results import read_result
-from isotune.evaluation.submission import check_submission
-from isotune.recipe.arena_recipes import read_arena_recipe
+from isotune.io.errors import AlreadyDone, UserError
+from isotune.projects.arena.baselines.run import run_baselines
+from isotune.projects.arena.recipes import read_arena_recipe
+from isotune.projects.arena.submission import check_submission
 
 SCRIPT = "train/arena.py"
 TRAINED_ROWS, TEST_ROWS = 48, 10
@@ -122,9 +122,9 @@ def test_an_encoder_is_trained_on_both_orders_of_every_row_that_is_not_kept(enco
 def test_an_encoders_prediction_is_equivariant_to_the_bit(encoder, competition):
     import torch
 
-    from isotune.data.arena import read_battles
-    from isotune.evaluation.arena_encoder import predict_battles
-    from isotune.evaluation.classification_models import load_run_classifier
+    from isotune.evaluation.classification.models import load_run_classifier
+    from isotune.projects.arena.battles import read_battles
+    from isotune.projects.arena.encoder import predict_battles
 
     classifier = load_run_classifier(encoder.run, torch.device("cpu"), torch.float32)
     rows = read_battles(competition / "train.csv", labelled=True)

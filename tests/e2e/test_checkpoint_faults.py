@@ -12,9 +12,9 @@ import torch
 from tests.building import build, small_opt
 from tests.launching import TINY, start
 
-from isotune.checkpoints.exported import export_run
-from isotune.checkpoints.manifest import verify
-from isotune.errors import AlreadyDone, UserError
+from isotune.checkpoint.export import export_run
+from isotune.checkpoint.manifest import verify
+from isotune.io.errors import AlreadyDone, UserError
 
 TIMED = {"step_seconds", "tokens_per_second", "peak_memory_bytes", "eval_seconds"}
 

@@ -10,7 +10,7 @@ SCRIPT = "train/imdb.py"
 
 
 def test_real_reviews_are_trained_on_whole_or_cut_as_asked_and_every_one_is_predicted(tmp_path, shared_data):
-    from isotune.models.loading import load_tokenizer
+    from isotune.models.opening import load_tokenizer
 
     data = {}
     for split, count in (("train", 60), ("test", 20)):

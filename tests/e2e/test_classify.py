@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from sklearn import metrics as theirs
 from tests.building import build_classifier, small_encoder
 
-from isotune.errors import run_script
 from isotune.evaluation.results import read_result
+from isotune.io.errors import run_script
 from isotune.training import classification
 
 ROWS = 41  # neither 2, 3, 7 nor 64 divide it
@@ -52,7 +52,7 @@ def classify(repository, monkeypatch, capsys):
 
 
 def opinions(count: int = ROWS) -> list[dict]:
-    from isotune.data.builtin import find_corpus
+    from isotune.data.sources.builtin import find_corpus
 
     return list(find_corpus("builtin:opinions").rows("test"))[:count]
 

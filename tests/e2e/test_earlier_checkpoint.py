@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-
 from tests.launching import REPOSITORY, start
 
 # written by 0.1.0 before its Trainer was taken apart: tiny models without dropout, stopped after 3 of 6 steps
@@ -20,7 +19,8 @@ SCRIPTS = {"lora": "train/sft_opt.py", "full": "train/sft_opt.py", "classifier":
 
 def processor() -> dict[str, str]:
     """What decides how a product is rounded."""
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("model name")]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
         "name": names[0] if names else "",
         "instructions": torch.backends.cpu.get_cpu_capability(),

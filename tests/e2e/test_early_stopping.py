@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from tests.building import Built, build_classifier
 
-from isotune.data.builtin import find_corpus
-from isotune.errors import UserError
-from isotune.recipe import ClassificationRecipe, Recipe
+from isotune.config import ClassificationRecipe, Recipe
+from isotune.data.sources.builtin import find_corpus
+from isotune.io.errors import UserError
 
 # What the evaluations are made to find, every second step: where to stop must not hang on how well a tiny model learns.
 LOSSES = (1.0, 0.9, 0.89, 0.8, 0.85, 0.81, 0.3, 0.2, 0.1, 0.0)

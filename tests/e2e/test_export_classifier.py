@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from tests.building import build_classifier, small_encoder
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from isotune.checkpoints.exported import export_run
-from isotune.errors import UserError
+from isotune.checkpoint.export import export_run
+from isotune.io.errors import UserError
 from isotune.training import classification
 
 RUNS = {

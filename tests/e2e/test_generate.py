@@ -10,16 +10,16 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
-from isotune.data.conversations import render_prompt
-from isotune.errors import UserError
-from isotune.evaluation.decoding import Decoding, first_turn
-from isotune.evaluation.generation import (
+from isotune.data.sft.conversations import render_prompt
+from isotune.evaluation.generation.decoding import Decoding, first_turn
+from isotune.evaluation.generation.generation_models import (
     answer,
     fit_history,
-    load_model_speaker,
-    load_run_speaker,
+    generation_model_named,
+    generation_model_of_run,
     print_sample_answer,
 )
+from isotune.io.errors import UserError
 
 POSITIONS = 96
 TAUGHT = "### Human: What is 2 + 2?\n### Assistant: It is 4.\n### Human: Thanks\n### Assistant: You are welcome 🙂."
@@ -82,7 +82,7 @@ def write_run(run, settings):
 
 @pytest.fixture(scope="module")
 def speaker(full_run):
-    return load_run_speaker(full_run)
+    return generation_model_of_run(full_run)
 
 
 def greedy_by_hand(model, tokens, count):
@@ -153,7 +153,7 @@ def test_an_answer_is_cut_where_training_would_read_the_next_turn(text, kept):
 
 
 def test_an_adapter_answers_and_not_its_base(lora_run):
-    adapted = load_run_speaker(lora_run)
+    adapted = generation_model_of_run(lora_run)
     assert answer(adapted, "What is 2 + 2?") == "You are 4."
     layers = [module for module in adapted.model.modules() if "lora" in type(module).__module__]
     assert layers  # unmerged: the adapter itself is what is heard
@@ -168,7 +168,7 @@ def test_the_base_that_a_run_wrote_is_found_after_the_run_has_moved(lora_run, fu
     adapter.peft_config["default"].base_model_name_or_path = "/gone/base_model"
     adapter.save_pretrained(moved / "model", save_embedding_layers=False)
     AutoTokenizer.from_pretrained(full_run / "model").save_pretrained(moved / "model")
-    assert answer(load_run_speaker(moved), "What is 2 + 2?") == "You are 4."
+    assert answer(generation_model_of_run(moved), "What is 2 + 2?") == "You are 4."
 
 
 def test_sampling_depends_on_its_seed_alone(speaker):
@@ -233,7 +233,7 @@ def test_an_allowance_longer_than_the_model_does_not_make_it_forget(speaker, tok
 
 
 def test_any_llama_model_answers_too(shared_data):
-    speaker = load_model_speaker(str(shared_data / "checkpoints" / "stories260K"))
+    speaker = generation_model_named(str(shared_data / "checkpoints" / "stories260K"))
     assert answer(speaker, "Once upon a time", Decoding(max_new_tokens=20))
 
 

@@ -9,10 +9,10 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from isotune.errors import UserError
-from isotune.evaluation.generation import load_model_speaker
-from isotune.evaluation.lm_eval_bridge import check_tasks, run_tasks, write_harness
+from isotune.evaluation.generation.generation_models import generation_model_named
+from isotune.evaluation.generation.lm_eval_bridge import check_tasks, run_tasks, write_harness
 from isotune.evaluation.results import read_result
+from isotune.io.errors import UserError
 
 DOCUMENTS = [
     {"question": "Once upon a time, there was a little", "choices": [" girl", " quantum"], "answer": 0},
@@ -53,7 +53,7 @@ def test_a_local_task_is_scored_as_a_plain_loop_scores_it(task, shared_data, tmp
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = str(shared_data / "checkpoints" / "stories260K")
     tasks = check_tasks(str(task))
-    done = run_tasks(load_model_speaker(folder), tasks, limit=None, batch_size=2)
+    done = run_tasks(generation_model_named(folder), tasks, limit=None, batch_size=2)
     write_harness(done, tmp_path / "eval", model=folder, tasks=tasks)
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

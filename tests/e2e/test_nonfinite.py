@@ -12,9 +12,9 @@ from tests.building import Built, build, small_opt
 from tests.launching import TINY, start
 from transformers import TrainerCallback
 
-from isotune.errors import RunFault
-from isotune.models.builtin import builtin_tokenizer
-from isotune.training.lean_heap import lean_tunables
+from isotune.io.errors import RunFault
+from isotune.models.builtin_models import builtin_tokenizer
+from isotune.run.malloc_tuning import lean_tunables
 
 BAD_ROW = 7
 ANSWERS = ["Qatar" if row == BAD_ROW else f"word {row}" for row in range(12)]

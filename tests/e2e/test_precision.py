@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests.building import Built, build, small_opt
 
-from isotune.errors import RunFault
+from isotune.io.errors import RunFault
 
 MEAN_LOSS_TOLERANCE = {"bf16": 0.02, "fp16": 0.005}
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

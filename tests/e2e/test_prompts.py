@@ -9,10 +9,10 @@ from huggingface_hub import ModelCard
 from tests.building import Built, build_classifier
 from tests.launching import TINY_CLASSIFIER, Finished, start
 
-from isotune.data.sentence_kinds import KINDS
-from isotune.errors import RunFault
-from isotune.evaluation.chance import judge_run
 from isotune.evaluation.results import read_result
+from isotune.evaluation.statistics.chance_test import judge_run
+from isotune.io.errors import RunFault
+from isotune.projects.prompts.sentence_type import KINDS
 from isotune.report.html_report import render_report
 
 SENTENCES = ["Act as a guide.", "Is it late?", "The museum opens at nine."]
@@ -121,7 +121,7 @@ def test_labels_made_from_texts_raise_the_alarm(tmp_path, monkeypatch):
     def looks(texts, settings):
         return np.array([text.startswith("yes") for text in texts], np.int32)
 
-    monkeypatch.setattr("isotune.data.labelled.labels_of", looks)
+    monkeypatch.setattr("isotune.data.classification.preparation.labels_of", looks)
     rows = [{"text": f"{('no', 'yes')[number % 2]} {number}"} for number in range(300)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     built = build_classifier(

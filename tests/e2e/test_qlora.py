@@ -9,8 +9,8 @@ from peft import AutoPeftModelForCausalLM, get_peft_model
 from tests.building import Built, build, each_document, loss_of_document, small_opt
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from isotune.errors import UserError
-from isotune.models.loading import load_causal_lm, load_config
+from isotune.io.errors import UserError
+from isotune.models.opening import load_causal_lm, load_config
 from isotune.training import sft
 
 bitsandbytes = pytest.importorskip("bitsandbytes")

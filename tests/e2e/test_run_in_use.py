@@ -13,8 +13,8 @@ from tests.launching import TINY, start
 HOLDER = """
 import sys
 from pathlib import Path
-from isotune.checkpoints.fence import Fence
-Fence(Path(sys.argv[1])).take()
+from isotune.run.run_lease import RunLease
+RunLease(Path(sys.argv[1])).take()
 print("holds", flush=True)
 sys.stdin.read()
 """

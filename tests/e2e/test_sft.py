@@ -10,7 +10,7 @@ from tests.conftest import SHARED_DATA
 from tests.launching import TINY, Finished, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from isotune.training.lean_heap import lean_tunables
+from isotune.run.malloc_tuning import lean_tunables
 
 STEP_KEYS = [
     *("step", "epoch", "loss", "grad_norm", "learning_rate", "supervised_tokens", "input_tokens", "documents"),

@@ -12,10 +12,10 @@ import yaml
 from huggingface_hub import constants
 from tests.launching import TINY_CLASSIFIER, start
 
-from isotune.checkpoints.upload import upload_model
-from isotune.errors import AlreadyDone, UserError
-from isotune.recipe import ClassificationRecipe
-from isotune.training.run_folder import RunFolder
+from isotune.config import ClassificationRecipe
+from isotune.io.errors import AlreadyDone, UserError
+from isotune.run.hub import upload_model
+from isotune.run.run_dir import RunDir
 
 TOKEN = "hf_VeryPrivateTokenOfATest"
 ASKED = {"push_to_hub": True, "hub_model_id": "someone/tiny", "hub_private_repo": True}
@@ -136,11 +136,11 @@ def test_the_same_command_uploads_what_was_saved_and_then_has_nothing_left_to_do
     recipe = recipe_of(offline.run, hub_token=TOKEN)
     hub.refuses = True
     with pytest.raises(UserError, match=r"push_to_hub to someone/tiny failed: .*upload alone again") as refused:
-        RunFolder(recipe).check_or_upload()
+        RunDir(recipe).check_or_upload()
     assert TOKEN not in str(refused.value) and "\n" not in str(refused.value)
     hub.refuses = False
     with pytest.raises(AlreadyDone, match=r"it is uploaded to .*someone/tiny"):
-        RunFolder(recipe).check_or_upload()
+        RunDir(recipe).check_or_upload()
     files = {p.relative_to(offline.run / "model").as_posix(): p for p in (offline.run / "model").rglob("*")}
     assert hub.files == {name: path.read_bytes() for name, path in files.items()}
     assert hub.created[0]["name"] == "tiny" and hub.created[0]["organization"] == "someone"
@@ -149,7 +149,7 @@ def test_the_same_command_uploads_what_was_saved_and_then_has_nothing_left_to_do
     assert everything(offline.run / "model") == before and TOKEN.encode() not in everything(offline.run)
     hub.files.clear()
     with pytest.raises(AlreadyDone, match=r"it is uploaded to .*someone/tiny"):
-        RunFolder(recipe).check_or_upload()
+        RunDir(recipe).check_or_upload()
     assert not hub.files
 
 

@@ -8,10 +8,10 @@ import torch
 from tests.building import OPT_350M, Built, build
 from transformers import OPTConfig
 
-from isotune.models.builtin import builtin_tokenizer
-from isotune.planner.asked import Asked
-from isotune.planner.launches import PLAIN, Launch
-from isotune.planner.planning import plan_run
+from isotune.models.builtin_models import builtin_tokenizer
+from isotune.preflight.launches import PLAIN, Launch
+from isotune.preflight.request import Asked
+from isotune.preflight.run_plan import plan_run
 
 pytestmark = [
     pytest.mark.gpu,

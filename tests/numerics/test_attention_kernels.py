@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from isotune.models import attention_kernels
-from isotune.models.attention_kernels import document_attention
+from isotune.models.cpu import document_attention as module
+from isotune.models.cpu.document_attention import document_attention
 
 HEADS, SIZE = 4, 8
 
@@ -70,7 +70,7 @@ def test_the_gradient_with_dropout_is_that_of_the_masks_that_were_dealt():
 def test_weights_that_are_kept_give_the_same_bits_as_weights_computed_again(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(attention_kernels, "KEPT_UP_TO_TOKENS", 200)  # one document below it, one above, one at it
+    monkeypatch.setattr(module, "KEPT_UP_TO_TOKENS", 200)  # one document below it, one above, one at it
     bounds = _bounds([150, 260, 200])
     tensors = [t.detach().to(dtype).requires_grad_() for t in _tensors(bounds[-1], 2, torch.float32)]
     found = []
@@ -138,7 +138,7 @@ def test_no_square_of_the_row_is_kept_or_computed_at_once():
     largest = _LargestTensor()
     with largest:
         document_attention(*tensors, [0, tokens], scale=1.0, causal=True).sum().backward()
-    assert largest.elements <= HEADS * attention_kernels.QUERIES_PER_BLOCK * tokens
+    assert largest.elements <= HEADS * module.QUERIES_PER_BLOCK * tokens
 
 
 class _LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):

@@ -6,12 +6,12 @@ import torch
 from tests.building import small_encoder
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from isotune.data.labelled import LabelSettings, tokenise
-from isotune.data.sources import read_rows
-from isotune.evaluation.classification_models import load_model_classifier
-from isotune.evaluation.classification_result import Rows
-from isotune.evaluation.pictures import precision_recall, wilson
-from isotune.evaluation.pictures_attention import attention_of, rollout, words_of
+from isotune.data.classification.preparation import LabelSettings, tokenise
+from isotune.data.sources.source import read_rows
+from isotune.evaluation.classification.attention_plots import attention_of, rollout, words_of
+from isotune.evaluation.classification.models import load_model_classifier
+from isotune.evaluation.classification.plots import precision_recall, wilson
+from isotune.evaluation.classification.result import Rows
 
 
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta"])

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from isotune.models import cast_linear
-from isotune.models.cast_linear import cast_linear_layers, cast_once, forget_cast, linear
+from isotune.models.cpu import cast_linear
+from isotune.models.cpu.cast_linear import cast_linear_layers, cast_once, forget_cast, linear
 
 TYPES = (torch.bfloat16, torch.float16)
 

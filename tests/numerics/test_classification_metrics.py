@@ -11,9 +11,9 @@ from hypothesis.extra import numpy as of_numpy
 from sklearn import metrics as theirs
 from torchmetrics.classification import MulticlassCalibrationError
 
-from isotune.errors import UserError
-from isotune.evaluation.metrics import classification_statistics, score
-from isotune.evaluation.resampling import OfWeights, bootstrap_draws, values
+from isotune.evaluation.metrics.classification_metrics import classification_statistics, score
+from isotune.evaluation.statistics.resampling import OfWeights, bootstrap_draws, values
+from isotune.io.errors import UserError
 
 AVERAGES = ("macro", "micro", "weighted")
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from isotune.models.dropout import (
+from isotune.models.cpu.dropout import (
     SHARING,
     as_mask,
     draw_kept,
@@ -178,7 +178,7 @@ def test_it_replaces_the_dropout_of_any_module_and_leaves_evaluation_alone():
 
 SCRIPT = """
 import torch, hashlib
-from isotune.models.dropout import dropout
+from isotune.models.cpu.dropout import dropout
 torch.manual_seed(3)
 out = dropout(torch.randn(1000, 1000), 0.1)
 print(torch.get_num_threads(), hashlib.sha256(out.numpy().tobytes()).hexdigest())

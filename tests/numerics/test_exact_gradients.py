@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from isotune.errors import RunFault
+from isotune.io.errors import RunFault
 from isotune.training.exact_gradients import LARGEST, SCALE_BITS, ExactGradients
 
 NUMBERS = 257

@@ -6,11 +6,11 @@ import torch
 from tests.building import small_opt
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, pipeline
 
-from isotune.errors import UserError
-from isotune.evaluation.completions import Prompt, Speaker, complete
-from isotune.evaluation.decoding import CountedDraw, Decoding
-from isotune.evaluation.generation import load_model_speaker
-from isotune.models.builtin import builtin_tokenizer
+from isotune.evaluation.generation.batched_generation import GenerationModel, Prompt, complete
+from isotune.evaluation.generation.decoding import CountedDraw, Decoding
+from isotune.evaluation.generation.generation_models import generation_model_named
+from isotune.io.errors import UserError
+from isotune.models.builtin_models import builtin_tokenizer
 
 NEW_TOKENS = 24
 TEXTS = [
@@ -27,11 +27,11 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module", params=["opt", "llama", "stories260K"])
-def speaker(request, tmp_path_factory) -> Speaker:
+def speaker(request, tmp_path_factory) -> GenerationModel:
     """A model in fp32 with few positions, one prompt of TEXTS nearly as long as those."""
     if request.param == "stories260K":
         shared_data = request.getfixturevalue("shared_data")
-        return load_model_speaker(str(shared_data / "checkpoints" / "stories260K"))
+        return generation_model_named(str(shared_data / "checkpoints" / "stories260K"))
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "opt":
         small_opt(folder, max_position_embeddings=100, word_embed_proj_dim=16, init_std=0.3)
@@ -46,7 +46,7 @@ def speaker(request, tmp_path_factory) -> Speaker:
         )  # fmt: skip
         LlamaForCausalLM(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    return load_model_speaker(str(folder))
+    return generation_model_named(str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def prompts(speaker) -> list[Prompt]:
     return [Prompt(100 + number, text) for number, text in enumerate([*fitting, longest])]
 
 
-def each_alone(speaker: Speaker, prompts: list[Prompt]) -> dict[int, tuple[str, list[int]]]:
+def each_alone(speaker: GenerationModel, prompts: list[Prompt]) -> dict[int, tuple[str, list[int]]]:
     """Text and tokens of transformers' own pipeline, one prompt after the other, on the model loaded anew."""
     model = AutoModelForCausalLM.from_pretrained(speaker.model.name_or_path)
     alone = pipeline("text-generation", model=model, tokenizer=speaker.tokenizer)

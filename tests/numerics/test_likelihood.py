@@ -7,14 +7,14 @@ import torch
 from tests.building import loss_of_document, small_opt
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from isotune.data.conversations import Conversation, render_prompt
-from isotune.data.tokenization import ConversationEncoder
-from isotune.errors import UserError
-from isotune.evaluation import likelihood
-from isotune.evaluation.completions import Speaker
-from isotune.evaluation.generation import load_model_speaker
-from isotune.evaluation.likelihood import Reference, score_references
-from isotune.evaluation.questions import read_questions
+from isotune.data.sft.conversations import Conversation, render_prompt
+from isotune.data.sft.tokenization import ConversationEncoder
+from isotune.evaluation.generation import likelihood
+from isotune.evaluation.generation.batched_generation import GenerationModel
+from isotune.evaluation.generation.eval_samples import read_questions
+from isotune.evaluation.generation.generation_models import generation_model_named
+from isotune.evaluation.generation.likelihood import Reference, score_references
+from isotune.io.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +27,13 @@ def references(shared_data) -> list[Reference]:
 
 
 @pytest.fixture(scope="module")
-def speaker(shared_data, tmp_path_factory) -> Speaker:
+def speaker(shared_data, tmp_path_factory) -> GenerationModel:
     """A small random OPT with OPT's own tokenizer."""
     folder = tmp_path_factory.mktemp("opt")
     tokenizer = AutoTokenizer.from_pretrained(str(shared_data / "tokenizers" / "opt"))
     small_opt(folder, vocab_size=len(tokenizer), max_position_embeddings=500)
     tokenizer.save_pretrained(folder)
-    return load_model_speaker(str(folder))
+    return generation_model_named(str(folder))
 
 
 def test_it_is_that_of_a_loop_over_documents_with_the_tokens_of_training(speaker, references):
@@ -81,7 +81,7 @@ def test_a_reference_longer_than_the_model_is_scored_as_far_as_it_has_positions(
 
 
 def test_scores_that_are_not_finite_are_counted_and_refused(speaker, monkeypatch):
-    broken = load_model_speaker(speaker.model.name_or_path)
+    broken = generation_model_named(speaker.model.name_or_path)
     with torch.no_grad():
         broken.model.model.decoder.embed_positions.weight[60] = float("nan")
     monkeypatch.setattr(likelihood, "PASS_TOKENS", 1)  # each reference alone: only the long one comes to that position
@@ -91,7 +91,7 @@ def test_scores_that_are_not_finite_are_counted_and_refused(speaker, monkeypatch
 
 
 def test_any_llama_tokenizer_is_scored_too(shared_data):
-    speaker = load_model_speaker(str(shared_data / "checkpoints" / "stories260K"))
+    speaker = generation_model_named(str(shared_data / "checkpoints" / "stories260K"))
     text = " there was a little girl named Lily."
     one = score_references(speaker, [Reference(0, "Once upon a time,", text)])[0]
     tokens = speaker.tokenizer("Once upon a time," + text)["input_ids"]

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from isotune.data.conversations import parse_text, render_messages
 from isotune.data.documents import Documents
-from isotune.data.offsets import TokenLocator
-from isotune.data.overlong import fit
-from isotune.data.preparation import ANSWER_CUT, NO_ANSWER, TOO_LONG, PreparationSettings, prepare
-from isotune.data.tokenization import ConversationEncoder
+from isotune.data.sft.conversations import parse_text, render_messages
+from isotune.data.sft.offsets import TokenLocator
+from isotune.data.sft.preparation import ANSWER_CUT, NO_ANSWER, TOO_LONG, PreparationSettings, prepare
+from isotune.data.sft.tokenization import ConversationEncoder
+from isotune.data.sft.truncation import fit
 
 TOKENIZERS = {"opt": "tokenizers/opt", "stories260K": "checkpoints/stories260K"}
 

@@ -16,7 +16,7 @@ from tests.building import Built, build_classifier, small_encoder
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from isotune.data.builtin import find_corpus
+from isotune.data.sources.builtin import find_corpus
 
 STEPS, WARMUP, BATCH, RATE, DECAY = 6, 2, 7, 1e-3, 0.01
 NO_DROPOUT = {
@@ -40,7 +40,7 @@ class Found:
 
 
 def naive_loop(folder: str, batches: list[list[dict]], test: list[dict], state: dict, **loss: Any) -> Found:
-    """Train on `batches` by torch's cross-entropy with the further arguments `loss`, and examine on `test`."""
+    """Train on `batches` by torch's cross-entropy with the further arguments `loss`, and evaluate on `test`."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
     model.load_state_dict(state)

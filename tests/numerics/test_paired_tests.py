@@ -11,8 +11,8 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar as their_mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from isotune.evaluation.paired_tests import holm, mcnemar, paired_bootstrap, swap_test
-from isotune.evaluation.resampling import OfSums, OfWeights, mean, ratio
+from isotune.evaluation.statistics.paired_tests import holm, mcnemar, paired_bootstrap, swap_test
+from isotune.evaluation.statistics.resampling import OfSums, OfWeights, mean, ratio
 
 DATA_SETS = 2_000
 

@@ -15,8 +15,8 @@ from tests.launching import TINY, TINY_CLASSIFIER, run_command, write_recipe
 from tests.numerics.step_memory import measure
 from transformers import BertConfig, OPTConfig
 
-from isotune.planner.asked import read_asked
-from isotune.planner.planning import plan_run
+from isotune.preflight.request import read_asked
+from isotune.preflight.run_plan import plan_run
 
 LIMIT = 0.15
 STEPS = {"max_steps": 2, "save_strategy": "no", "bf16": True, "disable_tqdm": True}

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedModel
 
-from isotune.errors import UserError
+from isotune.io.errors import UserError
 from isotune.models import supervised_loss as module
 from isotune.models.packed_attention import document_position_ids, set_packed_attention
 from isotune.models.supervised_loss import PLAIN_HEADS, install_supervised_loss, supervised_loss

@@ -8,8 +8,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
+from isotune.models.cpu.tied_embedding import slim_tied_embedding
 from isotune.models.supervised_loss import supervised_loss
-from isotune.models.tied_embedding import slim_tied_embedding
 
 WORDS, SIZE, PADDING = 4_000, 48, 1
 IDS = torch.tensor([[5, 7, 5, 5, PADDING, 9, 3999, 7, 5, 0]])

@@ -3,7 +3,7 @@
 import os
 import time
 
-from isotune.errors import run_script
+from isotune.io.errors import run_script
 
 
 def main() -> None:

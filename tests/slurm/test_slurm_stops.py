@@ -8,7 +8,7 @@ import pytest
 from tests.launching import Finished, start, write_recipe
 from tests.slurm.jobs import EXACT, Job, Site, bits, verdicts
 
-from isotune.checkpoints.manifest import verify
+from isotune.checkpoint.manifest import verify
 
 pytestmark = pytest.mark.slow
 YELP = "slurm/yelp.sbatch"

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isotune.baselines.blend import blend, blend_weights, held_out_blend
-from isotune.baselines.features import answer_features, feature_names, features, pair_features
-from isotune.baselines.members import MEMBERS, check_grids
-from isotune.baselines.preference import BLEND, fit_baselines
-from isotune.baselines.words import Text
-from isotune.data.arena import Battle, read_battles
-from isotune.errors import UserError
-from isotune.evaluation.preference import score_preferences
+from isotune.io.errors import UserError
+from isotune.projects.arena.baselines.blend import blend, blend_weights, held_out_blend
+from isotune.projects.arena.baselines.estimators import MEMBERS, check_grids
+from isotune.projects.arena.baselines.features import answer_features, feature_names, features, pair_features
+from isotune.projects.arena.baselines.preference import BLEND, fit_baselines
+from isotune.projects.arena.baselines.words import Text
+from isotune.projects.arena.battles import Battle, read_battles
+from isotune.projects.arena.preference import score_preferences
 
 SMALL_GRIDS = {
     "logistic_regression": {"C": [0.003]},
@@ -166,7 +166,7 @@ def test_log_loss_is_scikit_learns_and_a_model_that_guesses_is_said_to(rows):
 
 
 def test_intervals_resample_prompts_so_that_copies_of_rows_do_not_make_them_narrower(rows):
-    from isotune.data.arena import Battles
+    from isotune.projects.arena.battles import Battles
 
     one_a_prompt = rows.subset(np.unique([b.group() for b in rows.battles], return_index=True)[1].tolist())
     four = Battles("four", one_a_prompt.battles * 4, 0, 0)

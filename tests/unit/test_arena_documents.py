@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isotune.data.arena import Battle, Battles
-from isotune.data.arena_documents import in_both_orders, prepare_competition, share_tokens
-from isotune.data.text_encoding import TextEncoder
-from isotune.errors import UserError
-from isotune.models.builtin import builtin_tokenizer
+from isotune.data.classification.text_encoding import TextEncoder
+from isotune.io.errors import UserError
+from isotune.models.builtin_models import builtin_tokenizer
+from isotune.projects.arena.battles import Battle, Battles
+from isotune.projects.arena.documents import in_both_orders, prepare_competition, share_tokens
 
 CLS, SEP = 0, 2
 WORDS = st.lists(st.sampled_from(["good", "bad", "tea", "no", "yes", "the"]), max_size=30).map(" ".join)
@@ -83,8 +83,8 @@ def test_the_mean_of_both_orders_is_the_naive_one_and_exactly_equivariant(encode
 
 
 def test_a_prompt_is_on_one_side_of_the_split_only_and_one_order_a_row_is_a_coins(tmp_path):
-    from isotune.data.arena import Competition
-    from isotune.recipe.arena_recipes import ArenaRecipe
+    from isotune.projects.arena.battles import Competition
+    from isotune.projects.arena.recipes import ArenaRecipe
 
     rows = [(f"question {n // 3}", f"answer {n}", f"other {n}") for n in range(300)]
     files = Competition(battles(*rows), battles(*rows[:3]), None)

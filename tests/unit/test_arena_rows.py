@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from isotune.data.arena import TIE, WINS_A, WINS_B, Battle, read_battles, read_competition
-from isotune.errors import UserError
+from isotune.io.errors import UserError
+from isotune.projects.arena.battles import TIE, WINS_A, WINS_B, Battle, read_battles, read_competition
 
 HEADER = ["id", "model_a", "model_b", "prompt", "response_a", "response_b"]
 FLAGS = ["winner_model_a", "winner_model_b", "winner_tie"]

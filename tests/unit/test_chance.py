@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from isotune.data.clean_text import content_digest, normalised
-from isotune.data.content_chance import coin
-from isotune.evaluation.chance import judge
+from isotune.data.hash_split import coin
+from isotune.evaluation.statistics.chance_test import judge
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from isotune.checkpoints.flat_tensors import FlatTensor
-from isotune.checkpoints.manifest import MANIFEST, InvalidCheckpoint, Manifest, replace_file, verify
-from isotune.checkpoints.store import CheckpointStore, find_checkpoint
-from isotune.checkpoints.writer import CheckpointWriter, Snapshot
+from isotune.checkpoint.flat_tensors import FlatTensor
+from isotune.checkpoint.manifest import MANIFEST, InvalidCheckpoint, Manifest, verify
+from isotune.checkpoint.store import CheckpointStore, find_checkpoint
+from isotune.checkpoint.writer import CheckpointWriter, Snapshot
+from isotune.io.files import replace_file
 
 
 def manifest(step: int, best: int | None = None) -> Manifest:

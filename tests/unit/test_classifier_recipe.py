@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from sklearn.utils.class_weight import compute_class_weight
 
-from isotune.errors import UserError
+from isotune.config import ClassificationRecipe, Recipe, read_recipe
+from isotune.io.errors import UserError
 from isotune.models.class_loss import ClassLoss, choose_weights
-from isotune.recipe import ClassificationRecipe, Recipe, read_recipe
 
 FILE = "model_name_or_path: m\ndataset_name: d\noutput_dir: o\n"
 

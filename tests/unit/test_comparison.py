@@ -11,11 +11,11 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
 from isotune.cli import main
-from isotune.data.arena import Battle, Battles
-from isotune.errors import UserError
-from isotune.evaluation.comparison import compare_runs
-from isotune.evaluation.preference import score_preferences, write_preferences
 from isotune.evaluation.results import rows_digest, write_result
+from isotune.evaluation.statistics.comparison import compare_runs
+from isotune.io.errors import UserError
+from isotune.projects.arena.battles import Battle, Battles
+from isotune.projects.arena.preference import score_preferences, write_preferences
 from isotune.report import wording
 
 ROWS = 200

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from tests.unit.test_labelled import word_tokenizer
 
+from isotune.config import ClassificationRecipe
+from isotune.data.classification.preparation import PreparedLabels
+from isotune.data.classification.split import prepare_both
 from isotune.data.clean_text import content_digest, normalised
-from isotune.data.content_chance import chances, coin, held_out
-from isotune.data.labelled import PreparedLabels
-from isotune.data.labelled_split import prepare_both
-from isotune.errors import UserError
-from isotune.recipe import ClassificationRecipe
+from isotune.data.hash_split import chances, coin, held_out
+from isotune.io.errors import UserError
 
 
 def prepare(folder, texts, **values) -> tuple[PreparedLabels, PreparedLabels | None]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from isotune.data.conversations import parse_text, render_messages, render_prompt
+from isotune.data.sft.conversations import parse_text, render_messages, render_prompt
 
 
 def answers(conversation) -> list[str]:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from isotune.planner import examinations
-from isotune.planner.doctor import between, table
-from isotune.planner.examinations import NOTE, OK, WRONG, Finding, caches, compilers, disk, hub, kernels, scheduler
+from isotune.doctor import checks
+from isotune.doctor.checks import NOTE, OK, WRONG, Finding, caches, compilers, disk, hub, kernels, scheduler
+from isotune.doctor.doctor import between, table
 
 
 def verdicts(findings) -> dict[str, str]:
@@ -19,20 +19,20 @@ def test_the_kernel_of_this_machine_is_right():
 
 
 def test_a_kernel_that_computes_something_else_is_seen(monkeypatch):
-    right = examinations.packed_attention
-    monkeypatch.setattr(examinations, "packed_attention", lambda *a, **k: (right(*a, **k)[0] * 1.1, None))
+    right = checks.packed_attention
+    monkeypatch.setattr(checks, "packed_attention", lambda *a, **k: (right(*a, **k)[0] * 1.1, None))
     assert verdicts(kernels()) == {"attention": WRONG}
 
 
 def test_a_folder_that_cannot_be_written_is_wrong_and_a_slow_disk_is_noted(tmp_path, monkeypatch):
     assert "free" in next(disk(tmp_path / "not" / "there" / "yet")).found
-    monkeypatch.setattr(examinations, "SLOW_SYNC_SECONDS", 0.0)
+    monkeypatch.setattr(checks, "SLOW_SYNC_SECONDS", 0.0)
     assert verdicts(disk(tmp_path)) == {"output": NOTE}
 
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(examinations.tempfile, "NamedTemporaryFile", refuse)
+    monkeypatch.setattr(checks.tempfile, "NamedTemporaryFile", refuse)
     (finding,) = disk(tmp_path)
     assert finding.verdict == WRONG and "Permission denied" in finding.found and "--output_dir" in finding.remedy
 
@@ -54,12 +54,12 @@ def test_a_lock_that_a_killed_build_left_is_found(tmp_path, monkeypatch):
 
 
 def test_versions_out_of_range_or_untested_are_told(monkeypatch):
-    assert WRONG not in verdicts(examinations.versions()).values()
-    monkeypatch.setattr(examinations.metadata, "version", lambda name: "0.0.1")
-    assert verdicts(examinations.versions())["torch"] == WRONG
+    assert WRONG not in verdicts(checks.versions()).values()
+    monkeypatch.setattr(checks.metadata, "version", lambda name: "0.0.1")
+    assert verdicts(checks.versions())["torch"] == WRONG
     monkeypatch.undo()
-    monkeypatch.setattr(examinations, "_tested_together", lambda: {"numpy": examinations.Version("2.2.1")})
-    (note,) = [f for f in examinations.versions() if f.subject == "numpy"]
+    monkeypatch.setattr(checks, "_tested_together", lambda: {"numpy": checks.Version("2.2.1")})
+    (note,) = [f for f in checks.versions() if f.subject == "numpy"]
     assert note.verdict == NOTE and "2.2.1 was tested" in note.found
 
 
@@ -98,7 +98,7 @@ def test_the_table_says_once_what_all_found_and_names_the_rank_of_the_rest():
 def test_one_process_has_no_bandwidth():
     import torch
 
-    from isotune.evaluation.ranks import Ranks
+    from isotune.evaluation.distributed_eval import Ranks
 
     assert between(Ranks(0, 1, torch.device("cpu"))) == []
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from tests.unit.test_labelled import word_tokenizer
 
-from isotune.data.duplicates import jaccard, runs_of_words
-from isotune.data.labelled import PreparedLabels
-from isotune.data.labelled_split import prepare_both
-from isotune.errors import UserError
-from isotune.recipe import ClassificationRecipe
+from isotune.config import ClassificationRecipe
+from isotune.data.classification.duplicates import jaccard, runs_of_words
+from isotune.data.classification.preparation import PreparedLabels
+from isotune.data.classification.split import prepare_both
+from isotune.io.errors import UserError
 
 LONG = "It is a film about a man who walks through the snow for days and finds at last the house of his old father"
 
@@ -128,5 +128,7 @@ def test_one_text_under_two_classes_is_counted(write):
 def test_the_comparison_is_kept_on_disk(write, monkeypatch):
     paths = write("train", ("a b c", 0), ("d", 1)), write("test", ("a b c", 0))
     first = prepare(*paths)[0].table
-    monkeypatch.setattr("isotune.data.duplicates.find_overlap", lambda *_, **__: pytest.fail("compared again"))
+    monkeypatch.setattr(
+        "isotune.data.classification.duplicates.find_overlap", lambda *_, **__: pytest.fail("compared again")
+    )
     assert prepare(*paths)[0].table == first

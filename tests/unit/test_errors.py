@@ -2,7 +2,7 @@
 
 import pytest
 
-from isotune.errors import RunFault, UserError, run_script
+from isotune.io.errors import RunFault, UserError, run_script
 
 
 def leave(main) -> int:

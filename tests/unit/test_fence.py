@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 
-from isotune.checkpoints import fence as fences
-from isotune.checkpoints.fence import Fence
-from isotune.checkpoints.store import CheckpointStore
-from isotune.errors import Superseded, UserError
-from isotune.training.metrics import MetricsFile
+from isotune.checkpoint.store import CheckpointStore
+from isotune.io.errors import Superseded, UserError
+from isotune.run import run_lease as fences
+from isotune.run.metrics_file import MetricsFile
+from isotune.run.run_lease import RunLease
 
 HOLDER = """
 import sys
 from pathlib import Path
-from isotune.checkpoints.fence import Fence
-Fence(Path(sys.argv[1])).take()
+from isotune.run.run_lease import RunLease
+RunLease(Path(sys.argv[1])).take()
 print("holds", flush=True)
 sys.stdin.read()
 """
@@ -60,8 +60,8 @@ def life_of(monkeypatch, job: str | None, restart: int = 0) -> None:
             monkeypatch.setenv(name, value)
 
 
-def taken(run: Path) -> Fence:
-    one = Fence(run, end=lambda sentence: None)
+def taken(run: Path) -> RunLease:
+    one = RunLease(run, end=lambda sentence: None)
     one.take()
     return one
 
@@ -74,7 +74,7 @@ def change(run: Path, **values: Any) -> None:
 
 def test_a_run_in_use_is_refused_by_the_host_and_the_process_that_hold_it(run, holder):
     with pytest.raises(UserError, match=rf"in use by process {holder.pid} on {os.uname().nodename}"):
-        Fence(run).take()
+        RunLease(run).take()
     assert len(list((run / ".lives").iterdir())) == 1
 
 
@@ -101,7 +101,7 @@ def test_a_holder_on_another_machine_is_refused_while_its_heart_beats_and_taken_
     beating = taken(run)
     change(run, host="far", machine="far away", pid=7)
     with pytest.raises(UserError, match="in use by process 7 on far"):
-        Fence(run).take()
+        RunLease(run).take()
     beating._released.set()
     time.sleep(0.2)
     taken(run)
@@ -118,18 +118,18 @@ def test_the_next_life_of_a_job_takes_over_and_an_earlier_one_that_comes_late_en
     second.check()
     life_of(monkeypatch, "12", 1)
     with pytest.raises(Superseded, match=r"held by a later life of this job: .*restart 2"):
-        Fence(run).take()
+        RunLease(run).take()
     life_of(monkeypatch, "13")
     with pytest.raises(UserError, match=r"in use by .*SLURM job 12, restart 2"):
-        Fence(run).take()
+        RunLease(run).take()
 
 
-def two_lives(run: Path, monkeypatch) -> tuple[Fence, Fence]:
+def two_lives(run: Path, monkeypatch) -> tuple[RunLease, RunLease]:
     life_of(monkeypatch, "5")
     first = taken(run)
     (run / "checkpoints").mkdir()
     life_of(monkeypatch, "5", 1)
-    return first, Fence(run)
+    return first, RunLease(run)
 
 
 def test_a_checkpoint_that_was_whole_but_for_its_name_is_not_published_by_a_life_that_is_over(run, monkeypatch):
@@ -165,7 +165,7 @@ def test_a_life_that_is_over_appends_nothing_to_the_metrics_even_through_a_file_
     file = MetricsFile(metrics, first)
     file.write({"step": 1})
     second.take()
-    second.put(metrics, metrics.read_text())  # as RunFolder.hold does
+    second.put(metrics, metrics.read_text())  # as RunDir.hold does
     with pytest.raises(Superseded):
         file.write({"step": 2})
     file.fence = None  # it has looked just before
@@ -189,7 +189,7 @@ def test_a_life_sees_by_itself_that_it_is_over(run, monkeypatch):
     ended = threading.Event()
     life_of(monkeypatch, "5")
     said: list[str] = []
-    first = Fence(run, end=lambda sentence: (said.append(sentence), ended.set()))
+    first = RunLease(run, end=lambda sentence: (said.append(sentence), ended.set()))
     first.take()
     life_of(monkeypatch, "5", 1)
     taken(run)
@@ -198,11 +198,11 @@ def test_a_life_sees_by_itself_that_it_is_over(run, monkeypatch):
 
 
 def test_of_many_that_come_at_the_same_moment_one_is_left(run, monkeypatch):
-    monkeypatch.setattr(Fence, "look", lambda fence: None)
-    all_of_them = [Fence(run, end=lambda sentence: None) for _ in range(16)]
+    monkeypatch.setattr(RunLease, "look", lambda fence: None)
+    all_of_them = [RunLease(run, end=lambda sentence: None) for _ in range(16)]
     start = threading.Barrier(len(all_of_them))
 
-    def take(one: Fence) -> None:
+    def take(one: RunLease) -> None:
         start.wait()
         try:
             one.take()

@@ -13,8 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig
 
-from isotune.checkpoints.final_model import save_and_verify
-from isotune.errors import RunFault, UserError
+from isotune.checkpoint.final_model import save_and_verify
+from isotune.io.errors import RunFault, UserError
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,15 @@ from datetime import timedelta
 import pytest
 from torch.distributed import HashStore, TCPStore
 
-from isotune.training.first_contact import Meeting, address_of
+from isotune.distributed.rendezvous import Rendezvous, address_of
 
 PAIR = """
 import sys, torch.distributed as dist
-from isotune.training.first_contact import first_contact
+from isotune.distributed.rendezvous import rendezvous
 from datetime import timedelta
 if sys.argv[1] == "late":
     import time; time.sleep(300)
-with first_contact():
+with rendezvous():
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 print("met", dist.get_world_size(), flush=True)
 """
@@ -34,7 +34,7 @@ def sentence(store, **more) -> str:
     """What a meeting of three says in rank 0 before it ends, when it waits for half a second."""
     ended, said = threading.Event(), []
     settings = {"rank": 0, "world_size": 3, "seconds": 0.5} | more
-    with Meeting(lambda: store, **settings, end=lambda text: (said.append(text), ended.set())):
+    with Rendezvous(lambda: store, **settings, end=lambda text: (said.append(text), ended.set())):
         assert ended.wait(20)
     return said[0]
 
@@ -76,7 +76,7 @@ def test_a_store_that_cannot_be_reached_is_named(monkeypatch):
         raise ConnectionError
 
     ended, said = threading.Event(), []
-    with Meeting(refuse, rank=1, world_size=2, seconds=0.1, end=lambda text: (said.append(text), ended.set())):
+    with Rendezvous(refuse, rank=1, world_size=2, seconds=0.1, end=lambda text: (said.append(text), ended.set())):
         assert ended.wait(20)
     assert "does not reach the launch's store at first:29500" in said[0]
 

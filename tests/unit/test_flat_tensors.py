@@ -11,14 +11,14 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from isotune.checkpoints import flat_tensors
-from isotune.checkpoints.flat_tensors import FlatTensor, read_tensors, read_whole, share_of, stored, write_tensors
+from isotune.checkpoint import flat_tensors
+from isotune.checkpoint.flat_tensors import FlatTensor, read_tensors, read_whole, share_of, stored, write_tensors
 
 # each of three ranks owns a stretch of each tensor, as the cuts of a case say; some own nothing
 WRITER = """
 import json, sys, torch, torch.distributed as dist
 from pathlib import Path
-from isotune.checkpoints.flat_tensors import FlatTensor, write_tensors
+from isotune.checkpoint.flat_tensors import FlatTensor, write_tensors
 rank, folder, cases = int(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
 for number, case in enumerate(cases):

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from isotune.errors import UserError
-from isotune.evaluation.generation_tasks import METRICS, read_generation_task
+from isotune.evaluation.generation.tasks import METRICS, read_generation_task
+from isotune.io.errors import UserError
 
 ROWS = [{"country": "Peru", "capital": "Lima"}, {"country": "Mali", "capital": " Bamako "}]
 COLUMNS = {"prompt_template": "What is the capital of {country}?", "reference_template": "{capital}"}

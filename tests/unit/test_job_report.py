@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from isotune.errors import UserError
+from isotune.io.errors import UserError
 from isotune.report.job import job_report
 
 

@@ -8,12 +8,12 @@ from tests.launching import TINY_CLASSIFIER
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
+from isotune.config import ClassificationRecipe
+from isotune.data.batch_schedule import StepSchedule
+from isotune.data.classification.preparation import LabelSettings, PreparedLabels, prepare_labelled
 from isotune.data.collate import lay_out
-from isotune.data.labelled import LabelSettings, PreparedLabels, prepare_labelled
-from isotune.data.plan import Plan
-from isotune.errors import UserError
-from isotune.models.loading import load_tokenizer
-from isotune.recipe import ClassificationRecipe
+from isotune.io.errors import UserError
+from isotune.models.opening import load_tokenizer
 
 WORDS = [str(number) for number in range(1, 40)]
 TEN = " ".join(WORDS[:10])
@@ -106,7 +106,7 @@ def test_real_texts_have_the_tokens_of_the_stock_tokenizer(shared_data):
 def test_the_second_preparation_reads_the_cache_and_gives_the_same(write, monkeypatch):
     path = write(*rows(("1", 0), ("2 3", 1)))
     first = quietly(path)
-    monkeypatch.setattr("isotune.data.labelled._build", lambda *_, **__: pytest.fail("built again"))
+    monkeypatch.setattr("isotune.data.classification.preparation._build", lambda *_, **__: pytest.fail("built again"))
     again = quietly(path)
     assert again.fingerprint == first.fingerprint
     assert np.array_equal(again.documents.input_ids, first.documents.input_ids)
@@ -116,7 +116,7 @@ def test_the_second_preparation_reads_the_cache_and_gives_the_same(write, monkey
 def test_a_step_is_documents_and_its_passes_hold_each_once_with_its_label(write):
     texts = [" ".join(WORDS[: 1 + n % 7]) for n in range(23)]
     prepared = quietly(write(*rows(*((text, n % 3) for n, text in enumerate(texts)))))
-    plan = Plan(prepared.documents, prepared.rows, global_batch_size=5, microbatch_tokens=18, seed=3)
+    plan = StepSchedule(prepared.documents, prepared.rows, global_batch_size=5, microbatch_tokens=18, seed=3)
     seen: list[int] = []
     assert plan.steps_per_epoch == 5
     for number in range(5):
@@ -133,7 +133,7 @@ def test_a_step_is_documents_and_its_passes_hold_each_once_with_its_label(write)
 
 
 def test_the_builtin_corpus_has_three_balanced_classes_and_no_row_of_test_in_train():
-    from isotune.data.sources import read_rows
+    from isotune.data.sources.source import read_rows
 
     train, test = (list(read_rows("builtin:opinions", split).rows()) for split in ("train", "test"))
     assert [sum(row["label"] == k for row in train) for k in range(3)] == [200, 200, 200]

@@ -7,11 +7,11 @@ import pytest
 import torch
 from tests.launching import REPOSITORY, TINY
 
-from isotune.errors import UserError
-from isotune.recipe import Recipe
-from isotune.training.deepspeed_config import complete, find_file, offloaded, read_deepspeed_config, stage_of
-from isotune.training.launch import Process
-from isotune.training.launcher import Request, _launch_arguments, check_launch
+from isotune.config import Recipe
+from isotune.distributed.deepspeed_config import complete, find_file, offloaded, read_deepspeed_config, stage_of
+from isotune.distributed.launch import Process
+from isotune.distributed.launch_validation import Request, _launch_arguments, check_launch
+from isotune.io.errors import UserError
 from isotune.training.sft import uses_exact_gradients
 
 ONE = {"WORLD_SIZE": "1"}

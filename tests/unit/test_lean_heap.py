@@ -8,20 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from isotune.training import lean_heap
-from isotune.training.lean_heap import TUNABLES, VARIABLE, lean_tunables
+from isotune.run import malloc_tuning
+from isotune.run.malloc_tuning import TUNABLES, VARIABLE, lean_tunables
 
 BOTH = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 on_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 needs_bare_cpu = pytest.mark.skipif(
-    any(d.exists() for d in lean_heap.GPU_DRIVERS), reason="there is a GPU, where the heap is left alone"
+    any(d.exists() for d in malloc_tuning.GPU_DRIVERS), reason="there is a GPU, where the heap is left alone"
 )
 
 SAY_WHAT_I_AM = """
 import os, sys
-from isotune.training.lean_heap import restart_on_lean_heap
+from isotune.run.malloc_tuning import restart_with_malloc_tuning
 print("begun", flush=True)
-restart_on_lean_heap()
+restart_with_malloc_tuning()
 print(os.getpid(), sys.argv[1:], sys.flags.utf8_mode, sys.stdin.read(), os.environ["GLIBC_TUNABLES"], os.getcwd())
 """
 
@@ -29,13 +29,13 @@ print(os.getpid(), sys.argv[1:], sys.flags.utf8_mode, sys.stdin.read(), os.envir
 TRAIN = """
 import re
 from pathlib import Path
-from isotune.training.lean_heap import restart_on_lean_heap
+from isotune.run.malloc_tuning import restart_with_malloc_tuning
 
 if RESTART:
-    restart_on_lean_heap()
+    restart_with_malloc_tuning()
 import torch
 from tests.building import OPT_350M
-from isotune.models.speedups import enable_speedups, training_pass
+from isotune.models.cpu.speedups import enable_speedups, training_pass
 from transformers import OPTConfig, OPTForCausalLM
 
 def held(field):
@@ -132,7 +132,7 @@ def test_another_c_library_is_left_alone(monkeypatch, library):
 
 def test_a_machine_with_a_gpu_is_left_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
-    monkeypatch.setattr(lean_heap, "GPU_DRIVERS", (tmp_path / "driver",))
+    monkeypatch.setattr(malloc_tuning, "GPU_DRIVERS", (tmp_path / "driver",))
     assert lean_tunables({}) == BOTH == ":".join(f"{name}={value}" for name, value in TUNABLES.items())
     (tmp_path / "driver").touch()
     assert lean_tunables({}) is None

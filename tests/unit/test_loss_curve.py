@@ -7,7 +7,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from isotune.errors import UserError
+from isotune.io.errors import UserError
 from isotune.report.curves import read_curves, smoothed
 from isotune.report.loss_curve import _figure, draw_loss_curve
 

@@ -9,8 +9,8 @@ import torch
 import torchmetrics.classification as torched
 from sklearn import metrics as theirs
 
-from isotune.evaluation.metrics import classification_statistics
-from isotune.evaluation.resampling import values
+from isotune.evaluation.metrics.classification_metrics import classification_statistics
+from isotune.evaluation.statistics.resampling import values
 
 
 @pytest.fixture

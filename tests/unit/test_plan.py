@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from isotune.data.batch_schedule import StepSchedule, assign
 from isotune.data.collate import collate
 from isotune.data.documents import Documents, Rows
 from isotune.data.packing import each_alone, pack
-from isotune.data.plan import Plan, assign
 
 ROW_TOKENS = 32
 
@@ -27,8 +27,10 @@ def made_documents(lengths: list[int], seed: int = 0) -> Documents:
     )
 
 
-def made_plan(documents: Documents, rows: Rows, batch: int = 3, tokens: int = ROW_TOKENS, seed: int = 7) -> Plan:
-    return Plan(documents, rows, global_batch_size=batch, microbatch_tokens=tokens, seed=seed)
+def made_plan(
+    documents: Documents, rows: Rows, batch: int = 3, tokens: int = ROW_TOKENS, seed: int = 7
+) -> StepSchedule:
+    return StepSchedule(documents, rows, global_batch_size=batch, microbatch_tokens=tokens, seed=seed)
 
 
 lengths_lists = st.lists(st.integers(2, ROW_TOKENS), min_size=1, max_size=60)
@@ -96,7 +98,7 @@ def test_a_bigger_microbatch_changes_neither_documents_nor_denominator_of_a_step
 
 def test_ranks_are_balanced_by_cost():
     documents = made_documents([32, 32, 16, 16, 8, 8, 8, 8])
-    step = Plan(documents, each_alone(8), global_batch_size=8, microbatch_tokens=32, seed=0).step(0)
+    step = StepSchedule(documents, each_alone(8), global_batch_size=8, microbatch_tokens=32, seed=0).step(0)
     loads = [sum(m.tokens for m in share if m.weight) for share in assign(step, 2)]
     assert loads == [64, 64]
 
@@ -106,7 +108,7 @@ def test_ranks_are_balanced_by_cost():
 def test_collated_targets_are_predicted_from_the_token_before_them(lengths):
     documents = made_documents(lengths)
     microbatch = (
-        Plan(
+        StepSchedule(
             documents, each_alone(len(lengths)), global_batch_size=len(lengths), microbatch_tokens=sum(lengths), seed=3
         )
         .step(0)

@@ -10,17 +10,17 @@ from tests.building import OPT_350M
 from tests.launching import REPOSITORY, run_command
 from transformers import OPTConfig, OPTForCausalLM
 
-from isotune.errors import UserError
+from isotune.io.errors import UserError
 from isotune.models.packed_attention import set_packed_attention
 from isotune.models.supervised_loss import install_supervised_loss
-from isotune.planner import planning
-from isotune.planner.asked import read_asked
-from isotune.planner.communication import bytes_sent, collectives, gathered_bytes
-from isotune.planner.compute import find_device, flops_per_step
-from isotune.planner.memory import parse_bytes
-from isotune.planner.page import as_json, page, short_lines
-from isotune.planner.planning import plan_run
-from isotune.planner.traced import trace_pass
+from isotune.preflight import run_plan
+from isotune.preflight.render import as_json, page, short_lines
+from isotune.preflight.request import read_asked
+from isotune.preflight.resources.activation_memory import trace_pass
+from isotune.preflight.resources.communication import bytes_sent, collectives, gathered_bytes
+from isotune.preflight.resources.compute import find_device, flops_per_step
+from isotune.preflight.resources.memory import parse_bytes
+from isotune.preflight.run_plan import plan_run
 
 TINY = {
     "model_name_or_path": "builtin:opt-tiny",
@@ -126,8 +126,8 @@ def test_engines_and_numbers_of_processes_stand_side_by_side():
 
 def test_the_work_is_counted_once_for_each_number_of_processes(monkeypatch):
     counted = []
-    stock = planning.count_work
-    monkeypatch.setattr(planning, "count_work", lambda *given: counted.append(given[-1]) or stock(*given))
+    stock = run_plan.count_work
+    monkeypatch.setattr(run_plan, "count_work", lambda *given: counted.append(given[-1]) or stock(*given))
     found = plan(tune="full", device=find_device("A100-80"), compare=["ddp", "zero2", "zero3"], world_sizes=[1, 4, 16])
     assert len(found.rows) == 9
     assert sorted(counted) == [1, 4, 16]
@@ -180,7 +180,7 @@ def test_a_plan_imports_no_library_that_only_training_needs():
     result = run_command([sys.executable, "-c", code])
     assert result.returncode == 0, result.stderr
     loaded = set(result.stdout.splitlines()[-1].split())
-    assert "isotune.planner.planning" in loaded
+    assert "isotune.preflight.run_plan" in loaded
     assert loaded.isdisjoint({"transformers.trainer", "deepspeed", "trl", "torch._inductor.lowering"})
 
 

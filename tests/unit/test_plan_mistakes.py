@@ -8,10 +8,10 @@ from benchmarks.mistakes.cases import CASES, RECIPE, write_case
 from tests.launching import REPOSITORY
 from transformers import AutoConfig
 
-from isotune.errors import UserError
-from isotune.planner.asked import read_asked
-from isotune.planner.page import page
-from isotune.planner.planning import plan_run
+from isotune.io.errors import UserError
+from isotune.preflight.render import page
+from isotune.preflight.request import read_asked
+from isotune.preflight.run_plan import plan_run
 
 BASELINES = REPOSITORY / "train" / "configs" / "arena_baselines.yaml"
 RECIPES = sorted(set((REPOSITORY / "train" / "configs").glob("*.yaml")) - {BASELINES})

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from isotune.data.cache import cache_folder, disk_errors_named, load_or_build, write_array
 from isotune.data.documents import Documents
-from isotune.data.preparation import ANSWER_CUT, NO_ANSWER, PreparationSettings, PreparedData, prepare
-from isotune.errors import UserError
+from isotune.data.sft.preparation import ANSWER_CUT, NO_ANSWER, PreparationSettings, PreparedData, prepare
+from isotune.io.errors import UserError
 
 PLAIN = PreparationSettings()
 
@@ -195,7 +195,7 @@ def test_a_damaged_entry_is_noticed_and_made_anew(talks, damage):
 PREPARE = """
 import sys
 from transformers import PreTrainedTokenizerFast
-from isotune.data.preparation import PreparationSettings, prepare
+from isotune.data.sft.preparation import PreparationSettings, prepare
 tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
@@ -274,7 +274,7 @@ def test_a_preparation_that_fails_leaves_nothing_behind(talks):
 
 IN_LITTLE_ROOM = """
 import resource, sys
-from isotune.errors import run_script
+from isotune.io.errors import run_script
 resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
 from isotune.data.cache import load_or_build
 import numpy as np

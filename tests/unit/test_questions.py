@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from isotune.data.builtin import find_corpus
-from isotune.data.capitals import CAPITALS
-from isotune.errors import UserError
-from isotune.evaluation.questions import read_questions
+from isotune.data.sources.builtin import find_corpus
+from isotune.evaluation.generation.eval_samples import read_questions
+from isotune.io.errors import UserError
+from isotune.projects.demo.capitals import CAPITALS
 
 
 def write_rows(folder, rows):

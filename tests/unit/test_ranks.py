@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isotune.errors import RunFault
-from isotune.evaluation import ranks as module
-from isotune.evaluation.ranks import Ranks
+from isotune.evaluation import distributed_eval as module
+from isotune.evaluation.distributed_eval import Ranks
+from isotune.io.errors import RunFault
 
 
 def of(rank: int, world_size: int) -> Ranks:

@@ -10,8 +10,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isotune.recipe import ClassificationRecipe, Recipe, RunRecipe, read_recipe
-from isotune.recipe.arena_recipes import BaselinesRecipe, read_arena_recipe
+from isotune.config import ClassificationRecipe, Recipe, RunRecipe, read_recipe
+from isotune.projects.arena.recipes import BaselinesRecipe, read_arena_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((REPOSITORY / "train" / "configs").glob("*.yaml"))
@@ -261,7 +261,7 @@ def test_help_is_short_and_help_all_is_complete(capsys):
 
 def test_help_may_be_cut_short_by_its_reader():
     program = (
-        "from isotune.recipe import read_recipe; "
+        "from isotune.config import read_recipe; "
         "read_recipe(['--help-all'], default_config=None, prog='sft', description='A test.')"
     )
     child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -273,7 +273,7 @@ def test_help_may_be_cut_short_by_its_reader():
 
 def test_reading_a_recipe_imports_no_heavy_library():
     program = (
-        "import sys; from isotune.recipe import Recipe; "
+        "import sys; from isotune.config import Recipe; "
         "Recipe.from_values(model_name_or_path='m', dataset_name='d', output_dir='o'); "
         "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
     )

@@ -7,11 +7,11 @@ import typing
 
 import pytest
 
-from isotune.recipe import Recipe
-from isotune.recipe.engine import ALIASES, ENGINE_KEYS, Schedule, Tracker
-from isotune.recipe.refused import REFUSED
-from isotune.recipe.schedules import SCHEDULE_ARGUMENTS
-from isotune.recipe.values import parse
+from isotune.config import Recipe
+from isotune.config.engine_keys import ALIASES, ENGINE_KEYS, Schedule, Tracker
+from isotune.config.lr_schedules import SCHEDULE_ARGUMENTS
+from isotune.config.unsupported_keys import REFUSED
+from isotune.config.values import parse
 
 REQUIRED = {"model_name_or_path": "a/model", "dataset_name": "a/dataset", "output_dir": "runs/x"}
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from isotune.errors import UserError
-from isotune.recipe import Recipe, read_recipe
+from isotune.config import Recipe, read_recipe
+from isotune.io.errors import UserError
 
 REQUIRED = {"model_name_or_path": "a/model", "dataset_name": "a/dataset", "output_dir": "runs/x"}
 FLAGS = [word for name, value in REQUIRED.items() for word in (f"--{name}", value)]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from isotune.cli import main
-from isotune.errors import UserError
 from isotune.evaluation.results import rows_digest, write_result
+from isotune.io.errors import UserError
 from isotune.report import html_report
 from isotune.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, draw_charts
 from isotune.report.html_report import render_report, write_report

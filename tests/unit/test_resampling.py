@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from isotune.evaluation.metrics import classification_statistics
-from isotune.evaluation.resampling import (
+from isotune.evaluation.metrics.classification_metrics import classification_statistics
+from isotune.evaluation.statistics.resampling import (
     OfSums,
     OfWeights,
     bootstrap_draws,

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from isotune.errors import UserError
 from isotune.evaluation.results import find_results, read_result, rows_digest, write_result
+from isotune.io.errors import UserError
 
 FACTS = {
     "kind": "classification",

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from isotune.data.sentence_kinds import KINDS, sentence_kind
+from isotune.projects.prompts.sentence_type import KINDS, sentence_type
 
 EXAMPLES = {
     "question": [
@@ -29,13 +29,13 @@ EXAMPLES = {
 
 @pytest.mark.parametrize(("kind", "text"), [(kind, text) for kind, texts in EXAMPLES.items() for text in texts])
 def test_the_rules_say_what_a_reader_says(kind, text):
-    assert KINDS[sentence_kind(text)] == kind
+    assert KINDS[sentence_type(text)] == kind
 
 
 def test_most_real_prompts_command_and_those_that_end_on_a_question_mark_ask(shared_data):
     with (shared_data / "prompts" / "prompts.csv").open(encoding="utf-8", newline="") as file:
         prompts = [row["prompt"] for row in csv.DictReader(file, skipinitialspace=True)]
-    kinds = [KINDS[sentence_kind(prompt)] for prompt in prompts]
+    kinds = [KINDS[sentence_type(prompt)] for prompt in prompts]
     assert len(prompts) == 153 and kinds.count("command") > 120
     assert [kind for kind, prompt in zip(kinds, prompts, strict=True) if prompt.endswith(("?", '?"'))] == [
         "question"

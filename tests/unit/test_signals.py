@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from isotune.checkpoints.fence import Fence
-from isotune.errors import Preempted, RunFault, UserError
-from isotune.training.launch import Process
-from isotune.training.preemption import SAME_KEYSTROKE_SECONDS, RunStatus, StopRequest, supervised
+from isotune.distributed.launch import Process
+from isotune.io.errors import Preempted, RunFault, UserError
+from isotune.run.preemption import SAME_KEYSTROKE_SECONDS, RunStatus, StopRequest, supervised
+from isotune.run.run_lease import RunLease
 
 LISTENER = """
 import signal, sys, time
-from isotune.training.preemption import SIGNALS, stop_request
+from isotune.run.preemption import SIGNALS, stop_request
 for number in SIGNALS:
     signal.signal(number, stop_request.hear)
 print("ready", flush=True)
@@ -34,7 +34,7 @@ class Run:
     def __init__(self, path):
         self.path = path
         self.status: Any = None
-        self.fence = Fence(path)
+        self.fence = RunLease(path)
 
     def hold(self, processes: int) -> None:
         """As a run folder is held."""

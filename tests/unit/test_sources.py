@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from isotune.data.builtin import CORPORA
-from isotune.data.sources import read_rows
-from isotune.errors import UserError
+from isotune.data.sources.builtin import CORPORA
+from isotune.data.sources.source import read_rows
+from isotune.io.errors import UserError
 
 ROWS = [{"text": '### Human: a,\n"b"\n### Assistant: é 😀', "label": 1}, {"text": "second", "label": 0}]
 
@@ -95,7 +95,8 @@ def test_a_cached_hub_data_set_is_read_offline(tmp_path):
 def in_new_process(dataset_name: str, **environment: str) -> subprocess.CompletedProcess:
     """Read in a process of its own: the Hub's libraries read their environment when they are imported."""
     program = (
-        "import json, sys\nfrom isotune.data.sources import read_rows\nfrom isotune.errors import run_script\n"
+        "import json, sys\n"
+        "from isotune.data.sources.source import read_rows\nfrom isotune.io.errors import run_script\n"
         "run_script(lambda: print(json.dumps(list(read_rows(sys.argv[1]).rows()))))"
     )
     return subprocess.run(

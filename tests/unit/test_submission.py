@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.unit.test_cli import run
 
-from isotune.errors import UserError
-from isotune.evaluation.submission import check_submission, write_submission
+from isotune.io.errors import UserError
+from isotune.projects.arena.submission import check_submission, write_submission
 
 HEADER = ["id", "winner_model_a", "winner_model_b", "winner_tie"]
 CLASSES = HEADER[1:]

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from isotune.errors import UserError
-from isotune.evaluation.tasks import Task, read_task
+from isotune.evaluation.classification.tasks import Task, read_task
+from isotune.io.errors import UserError
 
 ROWS = [{"title": "One", "body": "first {curly}", "label": "good"}, {"title": "Two", "body": "second", "label": 0}]
 

@@ -9,9 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from isotune.evaluation.likelihood import Likelihood
-from isotune.evaluation.resampling import bootstrap_draws, resampled_sums, values
-from isotune.evaluation.text_metrics import TextMetric, measure_likelihoods, measure_texts, signatures
+from isotune.evaluation.generation.likelihood import Likelihood
+from isotune.evaluation.metrics.text import TextMetric, measure_likelihoods, measure_texts, signatures
+from isotune.evaluation.statistics.resampling import bootstrap_draws, resampled_sums, values
 
 TEXTS = ["the cat sat on the mat", "", "Arr, Paris be the capital, matey!", "a b a b a b a b", "Ünïcödé 你好 ..."]
 REFERENCES = ["the cat sat on a mat", "something", "Arr, Paris be the capital, matey!", "a b c d e f g", "unicode 你好"]

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from isotune.errors import AlreadyDone, Preempted, RunFault, Superseded, UserError, run_script
-from isotune.verdict import write_verdict
+from isotune.io.errors import AlreadyDone, Preempted, RunFault, Superseded, UserError, run_script
+from isotune.io.job_status import write_job_status
 
 STARTING = """
 import time
-from isotune.errors import run_script
+from isotune.io.errors import run_script
 def main():
     print("starting", flush=True)
     time.sleep(60)
@@ -81,22 +81,22 @@ def test_ranks_of_a_launcher_leave_a_preemption_to_the_verdict(file, monkeypatch
 
 def test_the_first_process_speaks_and_another_one_only_where_it_is_silent(file, monkeypatch):
     monkeypatch.setenv("RANK", "3")
-    write_verdict(status="finished", exit_status=0)
+    write_job_status(status="finished", exit_status=0)
     assert not file.exists()
-    write_verdict(status="failed", exit_status=1)
+    write_job_status(status="failed", exit_status=1)
     assert told(file) == ("failed", 1)
     monkeypatch.setenv("RANK", "0")
-    write_verdict(status="preempted", exit_status=75)
+    write_job_status(status="preempted", exit_status=75)
     monkeypatch.setenv("RANK", "3")
-    write_verdict(status="failed", exit_status=1)
+    write_job_status(status="failed", exit_status=1)
     assert told(file) == ("preempted", 75)
 
 
 def test_a_mistake_in_the_input_stays_one_whatever_breaks_because_of_it(file, monkeypatch):
     monkeypatch.setenv("RANK", "3")
-    write_verdict(status="failed", exit_status=2, message="no such file on this node")
+    write_job_status(status="failed", exit_status=2, message="no such file on this node")
     monkeypatch.setenv("RANK", "0")
-    write_verdict(status="failed", exit_status=1, message="connection closed by peer")
+    write_job_status(status="failed", exit_status=1, message="connection closed by peer")
     assert told(file) == ("failed", 2)
 
 

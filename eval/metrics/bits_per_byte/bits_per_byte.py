@@ -9,7 +9,7 @@ from typing import Any
 
 import evaluate
 
-from isotune.evaluation.metrics_modules_text import TEXT, likelihood_info, of_likelihoods
+from isotune.evaluation.metrics.modules_text import TEXT, likelihood_info, of_likelihoods
 
 
 class BitsPerByte(evaluate.Metric):

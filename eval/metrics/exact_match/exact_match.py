@@ -7,7 +7,7 @@ from typing import Any
 
 import evaluate
 
-from isotune.evaluation.metrics_modules_text import of_texts, text_info
+from isotune.evaluation.metrics.modules_text import of_texts, text_info
 
 
 class ExactMatch(evaluate.Metric):

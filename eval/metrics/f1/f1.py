@@ -9,7 +9,7 @@ from typing import Any
 
 import evaluate
 
-from isotune.evaluation.metrics_modules import averaged, label_info
+from isotune.evaluation.metrics.modules import averaged, label_info
 
 
 class F1(evaluate.Metric):

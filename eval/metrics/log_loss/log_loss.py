@@ -7,7 +7,7 @@ from typing import Any
 
 import evaluate
 
-from isotune.evaluation.metrics_modules import of_probabilities, probability_info
+from isotune.evaluation.metrics.modules import of_probabilities, probability_info
 
 
 class LogLoss(evaluate.Metric):

@@ -9,7 +9,7 @@ from typing import Any
 
 import evaluate
 
-from isotune.evaluation.metrics_modules_text import TOKENS, likelihood_info, of_likelihoods
+from isotune.evaluation.metrics.modules_text import TOKENS, likelihood_info, of_likelihoods
 
 
 class Perplexity(evaluate.Metric):

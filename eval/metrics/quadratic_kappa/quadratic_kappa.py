@@ -7,7 +7,7 @@ from typing import Any
 
 import evaluate
 
-from isotune.evaluation.metrics_modules import label_info, of_order
+from isotune.evaluation.metrics.modules import label_info, of_order
 
 
 class QuadraticKappa(evaluate.Metric):

@@ -7,8 +7,8 @@ from typing import Any
 
 import evaluate
 
-from isotune.evaluation.metrics_modules_text import of_texts, text_info
-from isotune.evaluation.text_metrics import ROUGE
+from isotune.evaluation.metrics.modules_text import of_texts, text_info
+from isotune.evaluation.metrics.text import ROUGE
 
 
 class Rouge(evaluate.Metric):

@@ -25,7 +25,7 @@ import numpy as np
 from filelock import FileLock
 
 from isotune.data.documents import Documents
-from isotune.errors import UserError
+from isotune.io.errors import UserError
 
 NO_ROOM = {
     errno.ENOSPC: "is full",

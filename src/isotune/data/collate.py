@@ -5,8 +5,8 @@ from typing import TypedDict
 import numpy as np
 import torch
 
+from isotune.data.batch_schedule import Microbatch
 from isotune.data.documents import AnyDocuments, Documents, LabelledDocuments
-from isotune.data.plan import Microbatch
 
 
 class PackedInputs(TypedDict):

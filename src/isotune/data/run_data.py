@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from isotune.data.labelled import PreparedLabels
-from isotune.data.labelled_split import prepare_both
-from isotune.data.preparation import PreparationSettings, PreparedData, prepare
-from isotune.recipe import ClassificationRecipe, Recipe
+from isotune.config import ClassificationRecipe, Recipe
+from isotune.data.classification.preparation import PreparedLabels
+from isotune.data.classification.split import prepare_both
+from isotune.data.sft.preparation import PreparationSettings, PreparedData, prepare
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from isotune.checkpoints.manifest import replace_file
-from isotune.errors import UserError
+from isotune.io.errors import UserError
+from isotune.io.files import replace_file
 
 METRICS = "metrics.json"
 PREDICTIONS = "predictions.jsonl"

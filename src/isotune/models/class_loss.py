@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from isotune.errors import UserError
+from isotune.io.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,14 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from isotune.errors import UserError
+from isotune.config import ClassificationRecipe
+from isotune.io.errors import UserError
 from isotune.models.class_loss import ClassLoss
-from isotune.models.fast_products import fast_products
-from isotune.models.first_states import first_states_only
-from isotune.models.loading import load_base
+from isotune.models.cpu.cls_only import first_states_only
+from isotune.models.cpu.onednn_linear import fast_products
+from isotune.models.cpu.speedups import keep_freed_memory
+from isotune.models.opening import load_base
 from isotune.models.packed_attention import PACKED, document_position_ids, restore_attention, set_packed_attention
-from isotune.models.speedups import keep_freed_memory
-from isotune.recipe import ClassificationRecipe
 
 # Where the encoder of a model type stands in its body; its output is a row of hidden states.
 ENCODERS = {
@@ -55,7 +55,7 @@ def load_classifier(recipe: ClassificationRecipe, config: PreTrainedConfig, devi
     """The base model with a head for `config.num_labels` classes; a head that no file has is drawn from the seed.
 
     Raises:
-        UserError: see `isotune.models.loading.load_base`, or the architecture has no classifier.
+        UserError: see `isotune.models.opening.load_base`, or the architecture has no classifier.
     """
     if type(config) not in AutoModelForSequenceClassification._model_mapping:
         raise UserError(f"model type '{config.model_type}' has no classifier in transformers: choose an encoder")

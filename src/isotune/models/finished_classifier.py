@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from isotune.data.hub import first_line
-from isotune.errors import UserError
+from isotune.data.sources.hub import first_line
+from isotune.io.errors import UserError
 from isotune.models.classifier import head_of
 from isotune.models.finished_run import (
     ADAPTER_CONFIG,

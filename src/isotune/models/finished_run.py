@@ -11,10 +11,10 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from isotune.data.hub import first_line, hub_answers, is_hub_id
-from isotune.errors import UserError
-from isotune.models.loading import kept_whole
-from isotune.models.quiet import quiet_libraries
+from isotune.data.sources.hub import first_line, hub_answers, is_hub_id
+from isotune.io.errors import UserError
+from isotune.models.log_control import quiet_libraries
+from isotune.models.opening import kept_whole
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from isotune.errors import RunFault
+from isotune.io.errors import RunFault
 
 LENGTHS = (9, 17, 12)
 ALONE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}

@@ -33,8 +33,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from isotune.errors import UserError
-from isotune.models.attention_kernels import document_attention
+from isotune.io.errors import UserError
+from isotune.models.cpu.document_attention import document_attention
 
 PACKED = "packed"
 FLASH_ATTENTION = "flash_attn_varlen"

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from isotune.errors import UserError
+from isotune.io.errors import UserError
 
 # Measured on 2 cores, 512 x 50,272 head in bf16: below 256 positions the products slow down; the fp32 softmax is four
 # times as fast while its slice stays in the cache. A weight gradient wants wider products.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from isotune.errors import UserError
+from isotune.io.errors import UserError
 from isotune.report.metrics_lines import read_metrics
 
 

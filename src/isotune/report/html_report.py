@@ -7,8 +7,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from isotune import __version__
-from isotune.checkpoints.manifest import replace_file
-from isotune.errors import UserError
+from isotune.io.errors import UserError
+from isotune.io.files import replace_file
 from isotune.report import what_ran, wording
 from isotune.report.charts import draw_charts
 from isotune.report.evaluations import gather_evaluations

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from isotune.checkpoints.fence import HEARTBEAT, LIVES, RECORD, last_beat_time
-from isotune.errors import UserError, run_script
+from isotune.io.errors import UserError, run_script
 from isotune.report.metrics_lines import METRICS, read_metrics
+from isotune.run.run_lease import HEARTBEAT, LIVES, RECORD, last_beat_time
 
 
 def job_report(run: Path) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from isotune.errors import UserError
+from isotune.io.errors import UserError
 from isotune.report.curves import Curve, Curves, read_curves, smoothed
 from isotune.report.metrics_lines import METRICS
 

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from isotune.checkpoints.manifest import replace_file
-from isotune.data.hub import is_hub_id
+from isotune.data.sources.hub import is_hub_id
+from isotune.io.files import replace_file
 from isotune.report.run_record import RunRecord, read_record
 from isotune.report.what_ran import tables
 from isotune.report.wording import number

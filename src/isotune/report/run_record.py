@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from isotune.errors import UserError
 from isotune.evaluation.results import Result, find_results, read_result
+from isotune.io.errors import UserError
 from isotune.report.metrics_lines import METRICS, MetricsLines, read_metrics
 
 _KEY = re.compile(r"([A-Za-z_][\w.]*):")

@@ -1,8 +1,8 @@
 """What makes a saved model fit to be given away, as the last thing that a run does: its card, and its upload."""
 
-from isotune.checkpoints.upload import upload_run
-from isotune.recipe import RunRecipe
+from isotune.config import RunRecipe
 from isotune.report.model_card import write_model_card
+from isotune.run.hub import upload_run
 
 
 def share(recipe: RunRecipe) -> None:

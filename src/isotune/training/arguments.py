@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments, training_args
 
-from isotune.recipe import RunRecipe
-from isotune.recipe.engine import HIGHER_IS_BETTER
-from isotune.training.launch import Process
+from isotune.config import RunRecipe
+from isotune.config.engine_keys import HIGHER_IS_BETTER
+from isotune.distributed.launch import Process
 
 
 def training_arguments(recipe: RunRecipe, process: Process) -> TrainingArguments:

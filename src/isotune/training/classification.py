@@ -9,25 +9,25 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from isotune.checkpoints.final_model import FinalModelReport
-from isotune.checkpoints.gathering import reshard
+from isotune.checkpoint.final_model import FinalModelReport
+from isotune.checkpoint.resume import Resumption
+from isotune.checkpoint.unshard import reshard
+from isotune.config import ClassificationRecipe
+from isotune.data.batch_schedule import Step, assign
 from isotune.data.collate import lay_out
 from isotune.data.documents import LabelledDocuments
-from isotune.data.plan import Step, assign
 from isotune.data.run_data import RunData
-from isotune.models.adapters import add_adapters
+from isotune.distributed.collectives import gather_by_number, gather_vectors, ordered_sum
+from isotune.distributed.launch import Process
 from isotune.models.class_loss import ClassLoss, choose_weights
 from isotune.models.classifier import PADDED, head_of, install_classification, load_classifier
-from isotune.models.loading import load_config
-from isotune.models.speedups import enable_speedups
-from isotune.recipe import ClassificationRecipe
+from isotune.models.cpu.speedups import enable_speedups
+from isotune.models.lora import add_adapters
+from isotune.models.opening import load_config
+from isotune.run.run_dir import RunDir
 from isotune.training import sft
-from isotune.training.collectives import gather_by_number, gather_vectors, ordered_sum
-from isotune.training.launch import Process
-from isotune.training.resume import Resumption
-from isotune.training.run_folder import RunFolder
+from isotune.training.callbacks.epoch_averages import EpochAverages
 from isotune.training.trainer import PlanTrainer
-from isotune.training.training_figures import TrainingFigures
 
 PREDICTIONS = "predictions.jsonl"
 
@@ -68,7 +68,7 @@ def class_loss_of(recipe: ClassificationRecipe, train: Any) -> ClassLoss:
 def build_trainer(
     recipe: ClassificationRecipe,
     process: Process,
-    run: RunFolder,
+    run: RunDir,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     data: RunData,
@@ -77,7 +77,7 @@ def build_trainer(
     return sft.build_trainer(recipe, process, run, model, tokenizer, data, ClassificationTrainer)
 
 
-def save(recipe: ClassificationRecipe, run: RunFolder, trainer: PlanTrainer, tokenizer: Any) -> FinalModelReport | None:
+def save(recipe: ClassificationRecipe, run: RunDir, trainer: PlanTrainer, tokenizer: Any) -> FinalModelReport | None:
     """Write RUN/model as `isotune.training.sft.save` does; an adapter holds its head."""
     num_labels = trainer.train_data.num_labels  # type: ignore[union-attr]
 
@@ -99,11 +99,11 @@ class ClassificationTrainer(PlanTrainer):
         self.attention = base.config._attn_implementation
         super().__init__(model=model, **parts)
         self.class_loss = class_loss_of(parts["recipe"], parts["train"])
-        self.training_figures = TrainingFigures()
+        self.training_figures = EpochAverages()
 
     def _restore(self, resumption: Resumption) -> None:
         super()._restore(resumption)
-        self.training_figures = TrainingFigures(resumption.metrics)
+        self.training_figures = EpochAverages(resumption.metrics)
 
     def denominator(self, step: Step) -> float:
         """The summed class weights of the global batch; without weights, its documents."""

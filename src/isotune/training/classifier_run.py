@@ -10,14 +10,15 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from isotune.checkpoints.final_model import FinalModelReport
+from isotune.checkpoint.final_model import FinalModelReport
+from isotune.checkpoint.resume import open_run
+from isotune.config import ClassificationRecipe
 from isotune.data.run_data import RunData
-from isotune.models.loading import load_config, load_tokenizer
-from isotune.recipe import ClassificationRecipe
+from isotune.distributed.launch import Process, start_process
+from isotune.models.opening import load_config, load_tokenizer
+from isotune.run.preemption import supervised
+from isotune.run.run_dir import RunDir
 from isotune.training import classification
-from isotune.training.launch import Process, start_process
-from isotune.training.preemption import supervised
-from isotune.training.run_folder import RunFolder
 from isotune.training.trainer import PlanTrainer
 
 
@@ -27,7 +28,7 @@ class Start:
 
     recipe: ClassificationRecipe
     process: Process
-    run: RunFolder
+    run: RunDir
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
 
@@ -36,7 +37,7 @@ class Start:
 class Trained:
     """A finished run: the trainer with the final model, and what was saved (None but on the main process)."""
 
-    run: RunFolder
+    run: RunDir
     trainer: PlanTrainer
     saved: FinalModelReport | None
 
@@ -49,8 +50,7 @@ def start_classifier(recipe: ClassificationRecipe) -> Start:
         AlreadyDone: the run is finished.
     """
     process = start_process(recipe)
-    run = RunFolder(recipe)
-    run.check_or_upload()
+    run = open_run(recipe)
     return Start(recipe, process, run, load_config(recipe), load_tokenizer(recipe, needed=("pad",)))
 
 
@@ -60,13 +60,13 @@ def build_classifier(start: Start, data: RunData) -> PlanTrainer:
     return classification.build_trainer(start.recipe, start.process, start.run, model, start.tokenizer, data)
 
 
-def train_classifier(start: Start, data: RunData, examine: Callable[[Trained], None] | None = None) -> Trained:
+def train_classifier(start: Start, data: RunData, before_finishing: Callable[[Trained], None] | None = None) -> Trained:
     """Build, train and save; the main process says where the model is. Every rank must call it.
 
     Args:
         start, data: the frame and the documents.
-        examine: what the main process does with the saved model before the run counts as finished; a RunFault of it is
-            the run's.
+        before_finishing: what the main process does with the saved model before the run counts as finished; a
+            RunFault of it is the run's.
 
     Raises:
         Preempted, RunFault, UserError: see `PlanTrainer.train`; RUN/status.json says which.
@@ -78,6 +78,6 @@ def train_classifier(start: Start, data: RunData, examine: Callable[[Trained], N
         trained = Trained(start.run, trainer, saved)
         if saved is not None:
             print(f"model       {start.run.model}: {saved}")
-            if examine is not None:
-                examine(trained)
+            if before_finishing is not None:
+                before_finishing(trained)
     return trained

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from isotune.checkpoints.gathering import reshard
+from isotune.checkpoint.unshard import reshard
+from isotune.data.batch_schedule import assign
 from isotune.data.collate import collate
-from isotune.data.plan import assign
-from isotune.training.collectives import gather_by_number, ordered_sum
+from isotune.distributed.collectives import gather_by_number, ordered_sum
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from isotune.errors import RunFault
+from isotune.io.errors import RunFault
 
 SCALE_BITS = 50
 # An int64 holds 2^63; with this margin the sum over all microbatches and ranks cannot wrap around unseen.

@@ -7,21 +7,21 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from isotune.checkpoints.final_model import FinalModelReport, save_and_verify
-from isotune.checkpoints.gathering import plain_model
-from isotune.data.plan import Plan
+from isotune.checkpoint.final_model import FinalModelReport, save_and_verify
+from isotune.checkpoint.unshard import plain_model
+from isotune.config import Recipe, RunRecipe
+from isotune.data.batch_schedule import StepSchedule
 from isotune.data.run_data import RunData
-from isotune.errors import UserError
-from isotune.models.adapters import add_adapters
-from isotune.models.loading import is_made_here, load_causal_lm, load_config, load_whole_models
+from isotune.distributed.launch import Process
+from isotune.io.errors import UserError
+from isotune.models.cpu.speedups import enable_speedups
+from isotune.models.lora import add_adapters
+from isotune.models.opening import is_made_here, load_causal_lm, load_config, load_whole_models
 from isotune.models.packed_attention import set_packed_attention
-from isotune.models.speedups import enable_speedups
 from isotune.models.supervised_loss import install_supervised_loss
-from isotune.recipe import Recipe, RunRecipe
+from isotune.run.run_dir import RunDir
 from isotune.training.arguments import training_arguments
-from isotune.training.launch import Process
-from isotune.training.run_folder import RunFolder
-from isotune.training.startup import StartUp
+from isotune.training.callbacks.pre_train_checks import PreTrainChecks
 from isotune.training.trainer import PlanTrainer
 
 # torch 2.13's fused AdamW rounds the last few numbers of a tensor otherwise on CPU (44 of 14,000 in ten steps, on
@@ -45,7 +45,7 @@ def build_model(recipe: Recipe, config: PreTrainedConfig, device: torch.device) 
 def build_trainer(
     recipe: RunRecipe,
     process: Process,
-    run: RunFolder,
+    run: RunDir,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     data: RunData,
@@ -53,14 +53,14 @@ def build_trainer(
 ) -> PlanTrainer:
     """The plan, and the trainer that carries it out; checks run when training begins."""
     run.check_room(saved_bytes(model))
-    plan = Plan(
+    plan = StepSchedule(
         data.train.documents,
         data.train.rows,
         global_batch_size=recipe.global_batch_size,
         microbatch_tokens=recipe.microbatch_tokens or recipe.max_seq_length,
         seed=recipe.seed,
     )
-    eval_plan = data.evaluation and Plan(
+    eval_plan = data.evaluation and StepSchedule(
         data.evaluation.documents,
         data.evaluation.rows,
         global_batch_size=len(data.evaluation.rows),
@@ -69,7 +69,7 @@ def build_trainer(
         shuffle=False,
     )
     roles = {role: found for role, found in (("train", data.train), ("evaluation", data.evaluation)) if found}
-    start_up = StartUp(
+    start_up = PreTrainChecks(
         run,
         {role: found.fingerprint for role, found in roles.items()},
         {role: found.table.as_dict() for role, found in roles.items()},
@@ -125,7 +125,7 @@ def load_base_again(recipe: RunRecipe) -> PreTrainedModel:
 
 def save(
     recipe: RunRecipe,
-    run: RunFolder,
+    run: RunDir,
     trainer: PlanTrainer,
     tokenizer: Any,
     load_again: Callable[[Any], PreTrainedModel] = load_base_again,

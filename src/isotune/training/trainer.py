@@ -19,25 +19,25 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from isotune.data.labelled import PreparedLabels
-from isotune.data.plan import Plan, Step
-from isotune.data.preparation import PreparedData
-from isotune.models.speedups import training_pass
-from isotune.recipe import RunRecipe
-from isotune.training.collectives import ordered_sum
-from isotune.training.early_stopping import EarlyStop
+from isotune.config import RunRecipe
+from isotune.data.batch_schedule import Step, StepSchedule
+from isotune.data.classification.preparation import PreparedLabels
+from isotune.data.sft.preparation import PreparedData
+from isotune.distributed.collectives import ordered_sum
+from isotune.distributed.launch import Process
+from isotune.distributed.watchdog import Watchdog
+from isotune.models.cpu.speedups import training_pass
+from isotune.run.metrics_file import MetricsFile, peak_memory_bytes
+from isotune.training.callbacks.early_stopping import EarlyStop
+from isotune.training.callbacks.epoch_averages import EpochAverages
+from isotune.training.callbacks.pre_train_checks import PreTrainChecks
+from isotune.training.callbacks.progress import ProgressBar
 from isotune.training.evaluation_loss import evaluation_loss
 from isotune.training.exact_gradients import ExactGradients
-from isotune.training.exchange import Exchange, ZeroExchange, poisoned
-from isotune.training.guarding import GuardedTrainer
-from isotune.training.launch import Process
-from isotune.training.loader import StepLoader
-from isotune.training.metrics import MetricsFile, peak_memory_bytes
-from isotune.training.progress import ProgressBar
+from isotune.training.gradient_sync import GradientSync, ZeroGradientSync, poisoned
+from isotune.training.nonfinite import GuardedTrainer
 from isotune.training.randomness import seed_microbatch
-from isotune.training.startup import StartUp
-from isotune.training.training_figures import TrainingFigures
-from isotune.training.watchdog import Watchdog
+from isotune.training.step_loader import StepLoader
 
 
 class PlanTrainer(GuardedTrainer):
@@ -60,7 +60,7 @@ class PlanTrainer(GuardedTrainer):
 
     attention = "packed"
     item, target = "rows", "supervised_tokens"
-    training_figures: TrainingFigures | None = None
+    training_figures: EpochAverages | None = None
 
     def __init__(
         self,
@@ -69,13 +69,13 @@ class PlanTrainer(GuardedTrainer):
         args: TrainingArguments,
         recipe: RunRecipe,
         process: Process,
-        plan: Plan,
+        plan: StepSchedule,
         train: PreparedData | PreparedLabels,
-        eval_plan: Plan | None,
+        eval_plan: StepSchedule | None,
         evaluation: PreparedData | PreparedLabels | None,
         exact: bool,
         tokenizer: Any,
-        start_up: StartUp,
+        start_up: PreTrainChecks,
     ) -> None:
         self.progress = ProgressBar(quiet=bool(args.disable_tqdm))
         super().__init__(  # type: ignore[call-arg]
@@ -153,12 +153,12 @@ class PlanTrainer(GuardedTrainer):
             optimizer._step_supports_amp_scaling = False
         return optimizer
 
-    def _exchange(self) -> Exchange:
+    def _exchange(self) -> GradientSync:
         if self.process.zero_stage is None:
-            return Exchange(self.accelerator, silent=self.exact is not None)
+            return GradientSync(self.accelerator, silent=self.exact is not None)
         once = self.recipe.gradient_reduction == "step"
         whole = self._whole_gradient if self.exact is not None else None
-        return ZeroExchange(self.accelerator, stage=self.process.zero_stage, once=once, whole_gradient=whole)
+        return ZeroGradientSync(self.accelerator, stage=self.process.zero_stage, once=once, whole_gradient=whole)
 
     def _whole_gradient(self) -> float:
         """The exact gradient of the update on every rank, clipped as under plain and DDP; returns its norm."""

@@ -1,0 +1,141 @@
+"""A checkpoint is what its manifest says: the manifest is written last, and names every file by size and hash."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from isotune.io.files import write_synced
+
+MANIFEST = "MANIFEST.json"
+FORMAT = 1
+BLOCK_BYTES = 2**22
+
+
+class InvalidCheckpoint(Exception):
+    """A folder that cannot be resumed from: the message says why, without its name."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of the checkpoint: its path within the folder, and what it must hold."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is.
+
+    Attributes:
+        step: optimizer updates done.
+        world_size, engine: what wrote it; what reads it may be another.
+        recipe_fingerprint, recipe: of the keys that change the result, and those keys.
+        data_fingerprints: of the prepared data, by role.
+        versions: of the libraries that wrote it.
+        best_step, best_metric: the best evaluation so far, where the run looks for one.
+        files: everything in the folder but the manifest.
+    """
+
+    step: int
+    world_size: int
+    engine: str
+    recipe_fingerprint: str
+    recipe: dict[str, Any]
+    data_fingerprints: dict[str, str]
+    versions: dict[str, str]
+    best_step: int | None
+    best_metric: float | None
+    files: tuple[FileRecord, ...] = ()
+    format: int = FORMAT
+
+    @property
+    def bytes(self) -> int:
+        """Of all its files."""
+        return sum(file.bytes for file in self.files)
+
+    def write(self, folder: Path) -> None:
+        """Write MANIFEST.json with a digest of its own, and sync it."""
+        content = asdict(self)
+        content["digest"] = _digest(content)
+        write_synced(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
+
+
+def record_file(folder: Path, path: Path) -> FileRecord:
+    """Read a written file back, sync it, and note its size and hash."""
+    digest = hashlib.sha256()
+    size = 0
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+            size += len(block)
+    return FileRecord(path.relative_to(folder).as_posix(), size, digest.hexdigest())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint folder, and nothing of its files.
+
+    Raises:
+        InvalidCheckpoint: there is none, it is broken, or of a format that this version does not know.
+    """
+    try:
+        content = json.loads((folder / MANIFEST).read_text("utf-8"))
+        digest = content.pop("digest")
+    except FileNotFoundError:
+        raise InvalidCheckpoint(f"it has no {MANIFEST}") from None
+    except OSError as error:
+        raise InvalidCheckpoint(f"{MANIFEST} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, AttributeError):
+        raise InvalidCheckpoint(f"{MANIFEST} is broken") from None
+    if content.get("format") != FORMAT:
+        raise InvalidCheckpoint(f"its format is {content.get('format')}, and this version reads {FORMAT}")
+    if digest != _digest(content):
+        raise InvalidCheckpoint(f"{MANIFEST} was changed after it was written")
+    content["files"] = tuple(FileRecord(**file) for file in content["files"])
+    return Manifest(**content)
+
+
+def verify(folder: Path) -> Manifest:
+    """Read every byte of a checkpoint and compare with its manifest.
+
+    Raises:
+        InvalidCheckpoint: something is missing, added or changed.
+    """
+    manifest = read_manifest(folder)
+    _check_names({path.relative_to(folder).as_posix() for path in _files_below(folder)}, manifest.files)
+    for expected in manifest.files:
+        path = folder / expected.name
+        size = path.stat().st_size
+        if size != expected.bytes:
+            raise InvalidCheckpoint(f"{expected.name} has {size} bytes and not {expected.bytes}")
+    for expected in manifest.files:
+        try:
+            found = record_file(folder, folder / expected.name)
+        except OSError as error:
+            raise InvalidCheckpoint(f"{expected.name} cannot be read: {error.strerror}") from error
+        if found.sha256 != expected.sha256:
+            raise InvalidCheckpoint(f"{expected.name} is not what was written: its hash differs")
+    return manifest
+
+
+def _files_below(folder: Path) -> Iterable[Path]:
+    return (path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+
+
+def _check_names(found: set[str], files: tuple[FileRecord, ...]) -> None:
+    expected = {file.name for file in files}
+    if missing := sorted(expected - found):
+        raise InvalidCheckpoint(f"{missing[0]} is missing")
+    # the library reads every weights file that it finds
+    if strange := sorted(name for name in found - expected if name.endswith(".safetensors")):
+        raise InvalidCheckpoint(f"{strange[0]} does not belong to it")
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,174 @@
+"""The arguments of transformers.TrainingArguments that a recipe may set, with this project's defaults.
+
+Written out rather than read from the library: reading a recipe then costs no import, and a new field of the library
+is accepted only after somebody has looked at what it does here. A test holds this table to the installed library.
+"""
+
+from typing import Any, Literal
+
+from isotune.config.schema import (
+    AT_LEAST_ONE,
+    MEMORY,
+    NOT_NEGATIVE,
+    OPTIMISER,
+    OUTPUT,
+    POSITIVE,
+    SCHEDULE,
+    SHARE,
+    Key,
+    Need,
+    Values,
+)
+
+# The library's newer name of the same thing; the recipe keeps the one that every tutorial uses.
+ALIASES = {"activation_checkpointing": "gradient_checkpointing"}
+
+# Schedules that follow evaluation metrics are left out: how often one evaluates would then change the weights.
+Schedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+    "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
+]  # fmt: skip
+# Optimisers that update inside backward, or hold other weights in training than in evaluation, are left out.
+Optimiser = Literal[
+    "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit",
+    "ademamix", "ademamix_8bit", "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit",
+    "adafactor", "adagrad", "rmsprop", "sgd",
+]  # fmt: skip
+Tracker = Literal[
+    "none", "all", "tensorboard", "wandb", "mlflow", "trackio", "swanlab", "comet_ml", "clearml", "neptune", "dvclive",
+    "dagshub", "azure_ml", "codecarbon", "flyte", "kubeflow",
+]  # fmt: skip
+LogLevel = Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
+
+
+def has_evaluation_data(values: Values) -> bool:
+    """Whether the recipe names evaluation data, or keeps a share of its own for it."""
+    return values["eval_dataset_name"] is not None or bool(values.get("eval_split_share"))
+
+
+def evaluates(values: Values) -> bool:
+    """Whether the run evaluates while it trains."""
+    return has_evaluation_data(values) and values["eval_strategy"] != "no"
+
+
+def _eval_strategy(values: Values) -> str:
+    if not has_evaluation_data(values):
+        return "no"
+    return "epoch" if values["eval_steps"] is None else "steps"
+
+
+WITH_EVALUATION = Need(evaluates, "there is no evaluation without eval_dataset_name, nor with eval_strategy: no")
+_EVAL_STRATEGY = Need(
+    lambda values: has_evaluation_data(values) or values["eval_strategy"] == "no",
+    "there is no evaluation without eval_dataset_name",
+)
+_EVAL_STEPS = Need(
+    lambda values: evaluates(values) and values["eval_strategy"] == "steps",
+    "it needs eval_dataset_name and eval_strategy: steps",
+)
+_BETAS = Need(
+    lambda values: any(name in values["optim"] for name in ("adam", "lion", "ademamix")), "optim has no betas"
+)
+_EPSILON = Need(lambda values: "adam" in values["optim"] or "ademamix" in values["optim"], "optim has no Adam epsilon")
+_WARMUP = Need(
+    lambda values: values["lr_scheduler_type"] != "constant",
+    "lr_scheduler_type: constant has no warm-up (constant_with_warmup has)",
+)
+_SAVES = Need(lambda values: values["save_strategy"] != "no", "save_strategy is no")
+_SAVES_BY_STEPS = Need(lambda values: values["save_strategy"] == "steps", "save_strategy is not steps")
+_BEST = Need(
+    lambda values: evaluates(values) and values["save_strategy"] != "no",
+    "it needs eval_dataset_name, and a save_strategy and eval_strategy that are not no",
+)
+_BEST_METRIC = Need(
+    lambda values: evaluates(values) and (values["save_strategy"] != "no" or bool(values["early_stopping_patience"])),
+    "it needs eval_dataset_name, an eval_strategy that is not no, and a save_strategy or early_stopping_patience",
+)
+_BY_STEPS = Need(lambda values: values["logging_strategy"] == "steps", "logging_strategy is not steps")
+_SPARSE_LOGGING = Need(
+    lambda values: values["logging_strategy"] != "steps" or values["logging_steps"] != 1,
+    "logging_steps: 1 logs every step",
+)
+
+
+def _best_metric(values: Values) -> str | None:
+    return "eval_loss" if values["load_best_model_at_end"] or values["early_stopping_patience"] else None
+
+
+def _key(name: str, takes: Any, default: Any, group: str, help: str, **more: Any) -> Key:
+    return Key(name=name, takes=takes, default=default, group=group, help=help, **more)
+
+
+def _rest(name: str, takes: Any, default: Any, group: str, help: str, **more: Any) -> Key:
+    return _key(name, takes, default, group, help, common=False, **more)
+
+
+_KEYS = (
+    _key("lr_scheduler_type", Schedule, "linear", SCHEDULE, "how the learning rate falls"),
+    _key("warmup_steps", float, 0, SCHEDULE, "steps of linear warm-up; below 1, a share of the run",
+         allowed=NOT_NEGATIVE, step_count=True, needs=_WARMUP),
+    _rest("lr_scheduler_kwargs", dict[str, Any] | None, None, SCHEDULE, "further arguments of the scheduler"),
+    _key("learning_rate", float, None, OPTIMISER, "highest learning rate", allowed=NOT_NEGATIVE,
+         default_from=lambda values: 2e-5 if values["tune"] == "full" else 2e-4,
+         default_text="2e-4 for adapters, 2e-5 with tune: full"),
+    _key("optim", Optimiser, "adamw_torch_fused", OPTIMISER, "optimiser"),
+    _key("weight_decay", float, 0.0, OPTIMISER, "weight decay, not of biases and norms", allowed=NOT_NEGATIVE),
+    _key("adam_beta1", float, 0.9, OPTIMISER, "decay of the first moment", allowed=SHARE, needs=_BETAS),
+    _key("adam_beta2", float, 0.999, OPTIMISER, "decay of the second moment", allowed=SHARE, needs=_BETAS),
+    _key("adam_epsilon", float, 1e-8, OPTIMISER, "Adam's epsilon", allowed=POSITIVE, needs=_EPSILON),
+    _key("max_grad_norm", float, 1.0, OPTIMISER, "clip gradients to this norm; 0 clips nothing", allowed=NOT_NEGATIVE),
+    _rest("optim_args", str | None, None, OPTIMISER, "further arguments of the optimiser, as name=value,name=value"),
+    _key("gradient_checkpointing", bool, False, MEMORY, "recompute activations in backward: less memory, slower",
+         changes_result=False),
+    _rest("full_determinism", bool, False, MEMORY, "only deterministic kernels: slower"),
+    _rest("ddp_bucket_cap_mb", int | None, None, MEMORY, "megabytes that DDP sends at once", allowed=AT_LEAST_ONE,
+          changes_result=False),
+    _rest("ddp_timeout", int, 1800, MEMORY, "seconds without any progress after which the processes give up",
+          allowed=AT_LEAST_ONE, changes_result=False),
+    _rest("ddp_broadcast_buffers", bool | None, None, MEMORY, "DDP copies buffers from rank 0", changes_result=False),
+    _key("eval_strategy", Literal["no", "steps", "epoch"] | None, None, OUTPUT, "when to evaluate",
+         needs=_EVAL_STRATEGY, default_from=_eval_strategy,
+         default_text="steps with eval_steps, else epoch; no without eval_dataset_name",
+         changes_result=False),
+    _key("eval_steps", float | None, None, OUTPUT, "steps between evaluations; below 1, a share of the run",
+         allowed=POSITIVE, step_count=True, needs=_EVAL_STEPS, changes_result=False),
+    _rest("eval_delay", float, 0.0, OUTPUT, "epochs or steps before the first evaluation", allowed=NOT_NEGATIVE,
+          needs=WITH_EVALUATION, changes_result=False),
+    _rest("eval_on_start", bool, False, OUTPUT, "evaluate before the first step", needs=WITH_EVALUATION,
+          changes_result=False),
+    _key("save_strategy", Literal["no", "steps", "epoch"], "steps", OUTPUT, "when to write a checkpoint",
+         changes_result=False),
+    _key("save_steps", float, 500, OUTPUT, "steps between checkpoints; below 1, a share of the run; the last step too",
+         allowed=POSITIVE, step_count=True, needs=_SAVES_BY_STEPS, changes_result=False),
+    _key("save_total_limit", int, 2, OUTPUT, "checkpoints to keep, the best among them",
+         allowed=AT_LEAST_ONE, needs=_SAVES, changes_result=False),
+    _key("load_best_model_at_end", bool, False, OUTPUT, "the final model is that of the best evaluation",
+         needs=_BEST),
+    _rest("metric_for_best_model", str | None, None, OUTPUT,
+          "keep the checkpoint of the best evaluation, by this", needs=_BEST_METRIC, changes_result=False,
+          default_from=_best_metric, default_text="eval_loss with load_best_model_at_end or early_stopping_patience"),
+    _key("logging_steps", float, 1, OUTPUT, "steps between two reports to the trackers", allowed=POSITIVE,
+         step_count=True, needs=_BY_STEPS, changes_result=False),
+    _rest("logging_strategy", Literal["no", "steps", "epoch"], "steps", OUTPUT, "when to report to the trackers",
+          changes_result=False),
+    _rest("logging_first_step", bool, False, OUTPUT, "report the first step too", needs=_SPARSE_LOGGING,
+          changes_result=False),
+    _key("report_to", list[Tracker], ["none"], OUTPUT, "trackers: tensorboard, wandb, mlflow, ...; none; all",
+         changes_result=False),
+    _key("run_name", str | None, None, OUTPUT, "name of the run in trackers", changes_result=False),
+    _key("disable_tqdm", bool, False, OUTPUT, "no progress bar", changes_result=False),
+    _rest("log_level", LogLevel, "passive", OUTPUT, "log level of the main process", changes_result=False),
+    _rest("log_level_replica", LogLevel, "warning", OUTPUT, "log level of the other processes", changes_result=False),
+    _rest("log_on_each_node", bool, True, OUTPUT, "log on every node, not on the first only", changes_result=False),
+    _rest("project", str, "huggingface", OUTPUT, "project's name in Trackio", changes_result=False),
+    _rest("trackio_space_id", str | None, None, OUTPUT, "Space that Trackio logs to", changes_result=False),
+    _rest("trackio_bucket_id", str | None, None, OUTPUT, "bucket behind a Trackio Space", changes_result=False),
+    _rest("trackio_static_space_id", str | None, None, OUTPUT, "static Space of Trackio", changes_result=False),
+)  # fmt: skip
+
+# Of the figures that an evaluation gives, those that are better where they are higher.
+HIGHER_IS_BETTER = frozenset({"eval_accuracy", "eval_f1_macro"})
+# What decides which evaluation is the best, or how many there are: with them a result may hang on it.
+CHOOSES_THE_BEST = frozenset({"metric_for_best_model", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start"})
+
+ENGINE_KEYS: dict[str, Key] = {key.name: key for key in _KEYS}

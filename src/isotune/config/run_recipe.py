@@ -1,0 +1,291 @@
+"""What every run is, whatever its kind: the keys of model, data, schedule, adapter, memory and output."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from isotune.config.engine_keys import CHOOSES_THE_BEST, ENGINE_KEYS, WITH_EVALUATION, evaluates
+from isotune.config.layers import Layer, settle
+from isotune.config.lr_schedules import arguments_in_words, is_wrongly_called
+from isotune.config.recipe_file import write_file
+from isotune.config.schema import (
+    ADAPTER,
+    AT_LEAST_ONE,
+    DATA,
+    GROUPS,
+    MEMORY,
+    MODEL,
+    NOT_NEGATIVE,
+    OUTPUT,
+    POSITIVE,
+    REQUIRED,
+    SCHEDULE,
+    SHARE,
+    Contradiction,
+    Key,
+    Need,
+    Range,
+    key,
+    keys_of,
+)
+from isotune.io.errors import Complain, refuse
+
+_ADAPTER = Need(lambda values: values["tune"] != "full", "it needs tune: lora or tune: qlora")
+_FOUR_BIT = Need(lambda values: values["tune"] == "qlora", "it needs tune: qlora")
+_NO_LIMIT = Need(lambda values: values["max_steps"] < 1, "max_steps says where the run ends")
+_ONE_FILE = (".jsonl", ".csv", ".parquet")
+_SPLIT = Need(
+    lambda values: values["dataset_split"] == "train" or not values["dataset_name"].endswith(_ONE_FILE),
+    "dataset_name is one file, which is one split",
+)
+_EVAL_SPLIT = Need(
+    lambda values: (
+        evaluates(values)
+        and values["eval_dataset_name"] is not None
+        and (values["eval_dataset_split"] == "test" or not values["eval_dataset_name"].endswith(_ONE_FILE))
+    ),
+    f"{WITH_EVALUATION.otherwise}, and one file is one split",
+)
+_UPLOADS = Need(lambda values: bool(values["push_to_hub"]), "it needs push_to_hub: true")
+EVALUATION_ON = Need(lambda values: values["eval_strategy"] != "no", "eval_strategy is no")
+
+
+RESUME_NEWEST, RESUME_NEVER = "auto", "never"  # what `resume` says instead of a path
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecipe:
+    """The keys that every kind of run has. All values are checked: make one with `from_values` or `read_recipe`.
+
+    `training_arguments` holds the values for transformers.TrainingArguments, by its own names. A key that has no
+    effect beside the others (`r` in full tuning) holds its default.
+    """
+
+    model_name_or_path: str = key(REQUIRED, MODEL, "Hub id, folder, or builtin:NAME", is_path=True)
+    model_init: Literal["pretrained", "random"] = key(
+        "pretrained", MODEL, "take the model's weights, or its geometry with random weights"
+    )
+    tokenizer_name_or_path: str | None = key(None, MODEL, "another tokenizer", default_text="the model's", is_path=True)
+    tune: Literal["full", "lora", "qlora"] = key("lora", MODEL, "what is trained: all weights, or adapters on top")
+
+    dataset_name: str = key(REQUIRED, DATA, "Hub id, folder, .jsonl/.csv/.parquet file, or builtin:NAME", is_path=True)
+    dataset_split: str = key("train", DATA, "split to train on", needs=_SPLIT)
+    eval_dataset_name: str | None = key(None, DATA, "data set to evaluate on", needs=EVALUATION_ON, is_path=True)
+    eval_dataset_split: str = key("test", DATA, "split to evaluate on", needs=_EVAL_SPLIT)
+    max_seq_length: int = key(1024, DATA, "longest row, in tokens", allowed=Range(2))
+
+    global_batch_size: int = key(16, SCHEDULE, "rows in one step, on any hardware", allowed=AT_LEAST_ONE)
+    num_train_epochs: float = key(3.0, SCHEDULE, "passes over the data", allowed=POSITIVE, needs=_NO_LIMIT)
+    max_steps: int = key(
+        -1, SCHEDULE, "stop after this many steps instead", allowed=Range(1, also=-1), unset=-1, default_text="none"
+    )
+    early_stopping_patience: int | None = key(
+        None,
+        SCHEDULE,
+        "end training after this many evaluations without a better metric_for_best_model",
+        allowed=AT_LEAST_ONE,
+        needs=WITH_EVALUATION,
+    )
+    early_stopping_threshold: float = key(
+        0.0,
+        SCHEDULE,
+        "a better one is better by more than this",
+        allowed=NOT_NEGATIVE,
+        needs=Need(lambda values: bool(values["early_stopping_patience"]), "it needs early_stopping_patience"),
+        common=False,
+    )
+    seed: int = key(42, SCHEDULE, "seed of order, dropout and new weights", allowed=Range(0, 2**32 - 1))
+
+    r: int = key(16, ADAPTER, "rank of the LoRA matrices", allowed=AT_LEAST_ONE, needs=_ADAPTER)
+    lora_alpha: int = key(32, ADAPTER, "LoRA's scale is lora_alpha / r", allowed=AT_LEAST_ONE, needs=_ADAPTER)
+    lora_dropout: float = key(0.05, ADAPTER, "dropout before the LoRA matrices", allowed=SHARE, needs=_ADAPTER)
+    target_modules: list[str] | None = key(  # noqa: RUF009 - it makes a dataclass field
+        None, ADAPTER, "linear layers that get LoRA", needs=_ADAPTER, default_text="those known for the model's type"
+    )
+    bias: Literal["none", "all", "lora_only"] = key("none", ADAPTER, "biases to train beside LoRA", needs=_ADAPTER)
+    use_rslora: bool = key(False, ADAPTER, "scale by lora_alpha / sqrt(r)", needs=_ADAPTER)
+    use_dora: bool = key(False, ADAPTER, "train magnitudes apart from directions (DoRA)", needs=_ADAPTER)
+    init_lora_weights: bool | Literal["gaussian"] = key(
+        True, ADAPTER, "true: the adapter starts as no change", needs=_ADAPTER
+    )
+    modules_to_save: list[str] | None = key(  # noqa: RUF009 - it makes a dataclass field
+        None, ADAPTER, "modules to train whole and save", needs=_ADAPTER
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = key("nf4", ADAPTER, "4-bit type of frozen weights", needs=_FOUR_BIT)
+    bnb_4bit_use_double_quant: bool = key(True, ADAPTER, "quantise the quantisation's scales too", needs=_FOUR_BIT)
+
+    bf16: bool = key(False, MEMORY, "compute in bfloat16")
+    fp16: bool = key(False, MEMORY, "compute in float16, with a scaled loss")
+    microbatch_tokens: int = key(
+        None,
+        MEMORY,
+        "tokens in one forward pass: the memory knob",
+        allowed=AT_LEAST_ONE,
+        default_from=lambda values: values["max_seq_length"],
+        default_text="max_seq_length",
+        changes_result=False,
+    )
+    eval_microbatch_tokens: int = key(
+        None,
+        MEMORY,
+        "the same in evaluation",
+        allowed=AT_LEAST_ONE,
+        needs=WITH_EVALUATION,
+        default_from=lambda values: values["microbatch_tokens"],
+        default_text="microbatch_tokens",
+        changes_result=False,
+    )
+    exact_gradients: bool | Literal["auto"] = key(
+        "auto", MEMORY, "sum gradients as integers: the same bits on any number of processes"
+    )
+    gradient_reduction: Literal["step", "pass"] = key(
+        "step",
+        MEMORY,
+        "how often ZeRO-2 and 3 send gradients: once a step, or after each pass, which needs less memory",
+        changes_result=False,
+    )
+    on_nonfinite: Literal["stop", "skip"] = key("stop", MEMORY, "what a loss or gradient that is not finite does")
+
+    output_dir: str = key(REQUIRED, OUTPUT, "folder of the run", changes_result=False, is_path=True)
+    resume: Literal["auto", "never"] | str = key(
+        "auto",
+        OUTPUT,
+        "auto goes on from the newest whole checkpoint in output_dir, never begins anew; or a checkpoint's folder",
+        changes_result=False,
+        is_path=True,
+    )
+    push_to_hub: bool = key(
+        False, OUTPUT, "upload the saved model with its card to the Hugging Face Hub", changes_result=False
+    )
+    hub_model_id: str = key(
+        None,
+        OUTPUT,
+        "its repository on the Hub, NAME or OWNER/NAME",
+        needs=_UPLOADS,
+        default_from=lambda values: Path(values["output_dir"] or "").name,
+        default_text="the name of output_dir",
+        changes_result=False,
+    )
+    hub_private_repo: bool | None = key(
+        None,
+        OUTPUT,
+        "whether a new repository is private",
+        needs=_UPLOADS,
+        default_text="as the owner's are",
+        changes_result=False,
+        common=False,
+    )
+    hub_token: str | None = key(
+        None, OUTPUT, "token of the Hub; never shown nor written", needs=_UPLOADS, changes_result=False, common=False,
+        secret=True, default_text="that of `hf auth login` or HF_TOKEN",
+    )  # fmt: skip
+    plan_only: bool = key(
+        False, OUTPUT, "prepare the data, print the whole plan and stop", unset=False, changes_result=False
+    )
+    training_arguments: dict[str, Any] = field(default_factory=dict)
+    given: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss",)  # what an evaluation gives that one may choose the best by
+    contradictions: ClassVar[tuple[Contradiction, ...]] = (
+        Contradiction(("bf16", "fp16"), lambda values: values["bf16"] and values["fp16"], "set one of them to false"),
+        Contradiction(
+            ("eval_strategy", "eval_steps"),
+            lambda values: evaluates(values) and values["eval_strategy"] == "steps" and values["eval_steps"] is None,
+            "say after how many steps, by eval_steps",
+        ),
+        Contradiction(
+            ("report_to",),
+            lambda values: len(values["report_to"]) > 1 and bool({"none", "all"} & set(values["report_to"])),
+            "none and all stand alone",
+        ),
+        Contradiction(("lr_scheduler_kwargs", "lr_scheduler_type"), is_wrongly_called, arguments_in_words),
+        Contradiction(
+            ("model_init", "tune"),
+            lambda values: values["model_init"] == "random" and values["tune"] == "qlora",
+            "only pretrained weights are quantised",
+        ),
+        *(
+            Contradiction(
+                (knob, "max_seq_length"),
+                lambda values, knob=knob: values[knob] < values["max_seq_length"],
+                "a forward pass holds at least one row, so raise the first or lower the second",
+            )
+            for knob in ("microbatch_tokens", "eval_microbatch_tokens")
+        ),
+    )
+
+    @classmethod
+    def keys(cls) -> dict[str, Key]:
+        """Every key of this kind of recipe by its name: its own, then the engine's."""
+        best = replace(ENGINE_KEYS["metric_for_best_model"], takes=Literal[cls.eval_metrics] | None)  # type: ignore[operator]
+        return keys_of(cls) | ENGINE_KEYS | {best.name: best}
+
+    @classmethod
+    def from_layers(cls, layers: Sequence[Layer], complain: Complain = refuse) -> Self:
+        """The recipe that layers of values say together, the last one winning.
+
+        Args:
+            layers: file, flags.
+            complain: takes each mistake; where it returns, the recipe is made of the rest.
+
+        Raises:
+            UserError: what is wrong, and where.
+        """
+        own = keys_of(cls)
+        values, given = settle(cls.keys(), layers, cls.contradictions, complain)
+        arguments = {name: values[name] for name in ENGINE_KEYS if values[name] is not None}
+        return cls(**{name: values[name] for name in own}, training_arguments=arguments, given=given)
+
+    @classmethod
+    def from_values(cls, **values: Any) -> Self:
+        """A recipe from Python: `Recipe.from_values(model_name_or_path=..., learning_rate=1e-4, ...)`."""
+        return cls.from_layers([Layer(values)])
+
+    def with_values(self, **changes: Any) -> Self:
+        """This recipe with other values, which win as flags win over a file."""
+        return self.from_layers([Layer(self.given), Layer(changes)])
+
+    def sums_exactly(self, *, plain_or_ddp: bool) -> bool:
+        """Whether `exact_gradients` asks for integers: `auto` does where few parameters are trained."""
+        if self.exact_gradients == "auto":
+            return self.tune != "full" and plain_or_ddp
+        return self.exact_gradients
+
+    def resolved(self) -> dict[str, Any]:
+        """Every value in effect, given or default, by its key, without secrets; just these say the same run."""
+        keys = self.keys()
+        values = {name: getattr(self, name, self.training_arguments.get(name)) for name in keys}
+        return {
+            name: values[name]
+            for name, key in keys.items()
+            if values[name] is not None and values[name] != key.unset and key.in_effect(values) and not key.secret
+        }
+
+    def result_values(self) -> dict[str, Any]:
+        """The values in effect that change the result: two runs may share them and differ in logging, memory and place.
+
+        When one evaluates is among them where the best evaluation decides what is kept, or when training ends.
+        """
+        keys = self.keys()
+        chosen = self.training_arguments.get("load_best_model_at_end") or self.early_stopping_patience
+        return {
+            name: value
+            for name, value in self.resolved().items()
+            if keys[name].changes_result or (chosen and name in CHOOSES_THE_BEST)
+        }
+
+    def fingerprint(self) -> str:
+        """Digest of `result_values`."""
+        return hashlib.sha256(json.dumps(self.result_values(), sort_keys=True).encode()).hexdigest()
+
+    def write(self, path: Path) -> None:
+        """Write the resolved recipe, grouped as --help is; `--config PATH` runs it again.
+
+        Raises:
+            UserError: the place cannot be written to.
+        """
+        keys, resolved = self.keys(), self.resolved()
+        write_file(path, {g: {name: v for name, v in resolved.items() if keys[name].group == g} for g in GROUPS})

@@ -1,0 +1,150 @@
+"""The plan says what every optimizer update sees; it is made without knowing who will carry it out.
+
+    epoch    rows, shuffled by (seed, epoch)
+    step     the next `global_batch_size` rows: one optimizer update, on any hardware
+    number   the microbatches of a step, 0..n-1: what one forward pass sees
+
+A plan is a pure function of the prepared documents, the recipe and the seed. Which rank runs which microbatch is
+decided afterwards by `assign`, so one process and many carry out the same experiment.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from isotune.data.documents import AnyDocuments, Rows
+from isotune.data.packing import pack
+
+# Attention costs as much as all matrix products together at about 12 x hidden size tokens (24 d^2 multiplications a
+# token and layer against 2 d a causal neighbour); 12,288 is that length for a hidden size of 1,024.
+ATTENTION_PARITY_TOKENS = 12_288
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """What one forward pass sees: whole documents, one after the other, without padding.
+
+    `number` counts within the step and, with the seed and the step, decides the randomness of the pass. `weight` is 1,
+    or 0 for the pass of a rank that has nothing left to do while the others still communicate.
+    """
+
+    number: int
+    documents: tuple[int, ...]
+    tokens: int
+    supervised_tokens: int
+    cost: float
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer update: its microbatches and the global counts that its loss is divided by."""
+
+    number: int
+    epoch: int
+    microbatches: tuple[Microbatch, ...]
+
+    @property
+    def supervised_tokens(self) -> int:
+        """The denominator of the loss: targets in the whole global batch, over all ranks.
+
+        In classification a document's label is its one target, so this is the number of documents.
+        """
+        return sum(m.supervised_tokens for m in self.microbatches)
+
+    @property
+    def input_tokens(self) -> int:
+        """Tokens that the forward passes of this step read, over all ranks."""
+        return sum(m.tokens for m in self.microbatches)
+
+    @property
+    def documents(self) -> int:
+        """Documents in the global batch."""
+        return sum(len(m.documents) for m in self.microbatches)
+
+
+class StepSchedule:
+    """All steps of a run, addressed by their number; nothing is drawn from a shared random stream.
+
+    Args:
+        documents: the prepared documents.
+        rows: which documents share a row.
+        global_batch_size: rows an update sees. The last update of an epoch may see fewer; nothing is dropped.
+        microbatch_tokens: the most tokens one forward pass may see, at least the longest row.
+        seed: of the epochs' shuffles.
+        shuffle: off for evaluation, where the order of the rows has no meaning.
+    """
+
+    def __init__(
+        self,
+        documents: AnyDocuments,
+        rows: Rows,
+        *,
+        global_batch_size: int,
+        microbatch_tokens: int,
+        seed: int,
+        shuffle: bool = True,
+    ) -> None:
+        assert len(rows) > 0, "an empty preparation is refused before a plan is made"
+        self.rows = rows
+        self.global_batch_size = global_batch_size
+        self.microbatch_tokens = microbatch_tokens
+        self.seed = seed
+        self.shuffle = shuffle
+        self._lengths = documents.lengths
+        self._supervised = documents.supervised_counts
+        self._row_tokens = np.add.reduceat(self._lengths[rows.documents], rows.starts[:-1])
+        assert self._row_tokens.max() <= microbatch_tokens, "a row must fit into a microbatch"
+        self._order = lru_cache(maxsize=2)(self._shuffled_rows)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer updates that see every row once."""
+        return -(-len(self.rows) // self.global_batch_size)
+
+    def _shuffled_rows(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(len(self.rows))
+        return np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
+
+    def step(self, number: int) -> Step:
+        """Step `number`, counted from 0 over the whole run."""
+        epoch, within = divmod(number, self.steps_per_epoch)
+        rows = self._order(epoch)[within * self.global_batch_size : (within + 1) * self.global_batch_size]
+        # best-fit puts the step's rows into as few forward passes as the memory allows
+        passes = pack(self._row_tokens[rows], self.microbatch_tokens, seed=self.seed)
+        groups = [rows[np.sort(passes.documents[a:b])] for a, b in zip(passes.starts, passes.starts[1:], strict=False)]
+        return Step(number, epoch, tuple(self._microbatch(i, group) for i, group in enumerate(groups)))
+
+    def _microbatch(self, number: int, rows: np.ndarray) -> Microbatch:
+        documents = np.concatenate([self.rows.documents[self.rows.starts[r] : self.rows.starts[r + 1]] for r in rows])
+        lengths = self._lengths[documents]
+        return Microbatch(
+            number=number,
+            documents=tuple(int(d) for d in documents),
+            tokens=int(lengths.sum()),
+            supervised_tokens=int(self._supervised[documents].sum()),
+            cost=float((lengths * (1 + lengths / ATTENTION_PARITY_TOKENS)).sum()),
+        )
+
+
+def assign(step: Step, world_size: int) -> list[list[Microbatch]]:
+    """Give each rank its share of a step: near-equal cost, and exactly equal numbers of passes.
+
+    Longest-processing-time first, with at most ceil(n / world_size) passes a rank. A rank with fewer gets passes of
+    weight zero over the step's cheapest microbatch, because sharded engines communicate within every pass.
+
+    Returns:
+        a list of microbatches for each rank, in the order of their numbers.
+    """
+    passes = -(-len(step.microbatches) // world_size)
+    shares: list[list[Microbatch]] = [[] for _ in range(world_size)]
+    load = [0.0] * world_size
+    for microbatch in sorted(step.microbatches, key=lambda m: (-m.cost, m.number)):
+        rank = min((r for r in range(world_size) if len(shares[r]) < passes), key=lambda r: (load[r], r))
+        shares[rank].append(microbatch)
+        load[rank] += microbatch.cost
+    cheapest = min(step.microbatches, key=lambda m: (m.cost, m.number))
+    idle = Microbatch(cheapest.number, cheapest.documents, cheapest.tokens, 0, cheapest.cost, weight=0.0)
+    return [sorted(share, key=lambda m: m.number) + [idle] * (passes - len(share)) for share in shares]

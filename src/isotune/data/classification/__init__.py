@@ -1,0 +1,1 @@
+"""From labelled texts to tokenised documents with a class."""

@@ -1,0 +1,1 @@
+"""From conversations to tokenised documents with a supervised mask."""

@@ -1,0 +1,84 @@
+"""Data sets of the Hugging Face Hub: read where the Hub answers or a copy is cached, refused at once where not."""
+
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+from isotune.io.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+REACH_SECONDS = 5.0
+OFFLINE_WAYS = (
+    "give a folder, a .jsonl, .csv or .parquet file, or builtin:NAME, "
+    "or set HF_HUB_OFFLINE=1 where an earlier run has cached it"
+)
+
+
+def load_hub_dataset(dataset_name: str, split: str, *, key: str) -> "Dataset":
+    """Load one split of a Hub data set.
+
+    The libraries retry an unreachable Hub for minutes; here one short request decides. With `HF_HUB_OFFLINE` set
+    nothing is asked of the network and only the local cache counts.
+
+    Raises:
+        UserError: no network and no cached copy, no such data set, or no such split.
+    """
+    import datasets
+    from datasets import config
+    from datasets.exceptions import DatasetNotFoundError
+
+    offline = config.HF_HUB_OFFLINE
+    if not offline and not hub_answers():
+        raise UserError(f"{key}: {dataset_name!r} is a Hub id and the Hugging Face Hub is out of reach: {OFFLINE_WAYS}")
+    try:
+        loaded: Any = datasets.load_dataset(dataset_name, split=split)
+    except DatasetNotFoundError as error:
+        raise UserError(f"{key}: the Hub has no data set {dataset_name!r} that this user may read") from error
+    except ValueError as error:  # an unknown split or a missing configuration name
+        raise UserError(f"{key}: {dataset_name!r} cannot be loaded: {first_line(error)}") from error
+    except OSError as error:
+        if offline:
+            raise UserError(
+                f"{key}: {dataset_name!r} is not in the local cache and HF_HUB_OFFLINE is set: {OFFLINE_WAYS}"
+            ) from error
+        raise UserError(f"{key}: {dataset_name!r} cannot be fetched ({first_line(error)}): {OFFLINE_WAYS}") from error
+    return loaded
+
+
+def hub_answers() -> bool:
+    """Whether the Hub answers one request within `REACH_SECONDS`.
+
+    The request runs in a thread of its own, because looking up a host name obeys no timeout.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    answers: list[int] = []
+
+    def ask() -> None:
+        try:
+            answers.append(get_session().head(constants.ENDPOINT, timeout=REACH_SECONDS).status_code)
+        except Exception:  # whatever the transport raises, its class differs between its versions
+            answers.clear()
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(REACH_SECONDS)
+    return bool(answers)
+
+
+def is_hub_id(dataset_name: str) -> bool:
+    """Whether a name has the form of a Hub id, `NAME` or `OWNER/NAME`, and cannot be meant as a path."""
+    parts = dataset_name.split("/")
+    return (
+        1 <= len(parts) <= 2
+        and not dataset_name.startswith((".", "~", os.sep))
+        and all(part and all(letter.isalnum() or letter in "-_." for letter in part) for part in parts)
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for a message that must stay one sentence."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

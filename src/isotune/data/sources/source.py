@@ -1,0 +1,203 @@
+"""One way to read rows, whatever they lie in: the Hub, a folder, a file, or a corpus made by code.
+
+Reading never runs code that comes with the data and never unpickles: rows are JSON, CSV, Parquet or Arrow.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from isotune.data.sources.builtin import PREFIX, find_corpus
+from isotune.data.sources.csv_rows import read_csv
+from isotune.data.sources.hub import first_line, is_hub_id, load_hub_dataset
+from isotune.io.errors import UserError
+
+Row = dict[str, Any]
+
+ROWS_AT_ONCE = 1_000
+FILE_SUFFIXES = (".jsonl", ".csv", ".parquet")
+SAVED_MARKERS = ("state.json", "dataset_dict.json")  # what datasets.save_to_disk leaves
+
+
+@dataclass(frozen=True)
+class Source:
+    """A named table of examples whose content is known by fingerprint before it is read.
+
+    Attributes:
+        name: where the rows come from, as error sentences name it.
+        fingerprint: hexadecimal digest of the content; equal content read from elsewhere may differ.
+        read: yields the rows in their order.
+    """
+
+    name: str
+    fingerprint: str
+    read: Callable[[], Iterator[Row]] = field(repr=False)
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows in their order.
+
+        Raises:
+            UserError: there is none, or the content is broken.
+        """
+        row = None
+        for row in self.read():
+            yield row
+        if row is None:
+            raise UserError(f"{self.name} holds no rows")
+
+    def where(self, row: int) -> str:
+        """How an error sentence names a row, given its number counted from 0."""
+        return f"row {row + 1} of {self.name}"
+
+
+def read_rows(dataset_name: str, split: str = "train", *, name: str = "dataset_name") -> Source:
+    """Find what a recipe calls a data set.
+
+    `dataset_name` is one of
+      - `builtin:NAME`, a corpus of isotune.data.sources.builtin;
+      - a `.jsonl`, `.csv` or `.parquet` file, which is one split whatever `split` says;
+      - a folder with `SPLIT.jsonl`, `.csv` or `.parquet`, or with the shards `SPLIT-00000-of-00002.parquet`, there
+        or in its `data` folder; or one that `datasets.save_to_disk` wrote;
+      - a Hub id.
+
+    Args:
+        name: the recipe key that error sentences name.
+
+    Raises:
+        UserError: nothing is there, nothing of that split, the file is empty, or the Hub is out of reach.
+    """
+    if dataset_name.startswith(PREFIX):
+        return _builtin_source(dataset_name, split)
+    path = Path(dataset_name).expanduser()
+    if path.is_dir():
+        return _folder_source(path, split, name)
+    if path.is_file():
+        if path.suffix not in FILE_SUFFIXES:
+            raise UserError(f"{name}: {path} is none of {', '.join(FILE_SUFFIXES)}")
+        return _files_source(str(path), [path])
+    if path.suffix in FILE_SUFFIXES or not is_hub_id(dataset_name):
+        raise UserError(f"{name}: there is no file or folder {dataset_name}")
+    dataset = load_hub_dataset(dataset_name, split, key=name)
+    return Source(f"{dataset_name} ({split})", str(dataset._fingerprint), lambda: _read_dataset(dataset))
+
+
+def _builtin_source(dataset_name: str, split: str) -> Source:
+    rows = find_corpus(dataset_name).rows(split)
+    content = "\n".join(json.dumps(row, sort_keys=True) for row in rows)
+    return Source(f"{dataset_name} ({split})", hashlib.sha256(content.encode()).hexdigest(), lambda: iter(rows))
+
+
+def _files_source(source_name: str, paths: list[Path]) -> Source:
+    readers = {".jsonl": _read_jsonl, ".csv": partial(read_csv, rows_at_once=ROWS_AT_ONCE), ".parquet": _read_parquet}
+    for path in paths:
+        if path.stat().st_size == 0:
+            raise UserError(f"{path} is empty")
+
+    def read() -> Iterator[Row]:
+        for path in paths:
+            yield from readers[path.suffix](path)
+
+    return Source(source_name, _digest(paths), read)
+
+
+def _folder_source(folder: Path, split: str, key: str) -> Source:
+    if any((folder / marker).is_file() for marker in SAVED_MARKERS):
+        return _saved_source(folder, split, key)
+    files = sorted(
+        path
+        for place in (folder, folder / "data")
+        if place.is_dir()
+        for path in place.iterdir()
+        if path.suffix in FILE_SUFFIXES and path.is_file()
+    )
+    names = {path: re.sub(r"-\d+-of-\d+$", "", path.stem) for path in files}
+    found = [path for path in files if names[path] == split]
+    if not found:
+        held = ", ".join(sorted(set(names.values()))) or f"no {', '.join(FILE_SUFFIXES)} file at all"
+        raise UserError(f"{key}: the folder {folder} has no file for the split {split!r}; it has {held}")
+    kinds = {(path.parent, path.suffix) for path in found}
+    if len(kinds) > 1 or (len(found) > 1 and any(path.stem == split for path in found)):
+        raise UserError(
+            f"{key}: the split {split!r} lies in {folder} more than once "
+            f"({', '.join(str(path.relative_to(folder)) for path in found)}): name one file"
+        )
+    return _files_source(f"{folder} ({split})", found)
+
+
+def _saved_source(folder: Path, split: str, key: str) -> Source:
+    """A folder of `datasets.save_to_disk`: one split, or a folder a split."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = _read_json_file(folder / "dataset_dict.json").get("splits", [])
+        if split not in splits:
+            raise UserError(f"{key}: {folder} has no split {split!r}; it has {', '.join(splits)}")
+        folder = folder / split
+    shards = [folder / shard["filename"] for shard in _read_json_file(folder / "state.json").get("_data_files", [])]
+    for shard in shards:
+        if not shard.is_file():
+            raise UserError(f"{key}: {folder} names the file {shard.name}, which is not there")
+
+    def read() -> Iterator[Row]:
+        import datasets
+
+        return _read_dataset(datasets.load_from_disk(folder))
+
+    return Source(f"{folder} ({split})", _digest([folder / "state.json", *shards]), read)
+
+
+def _read_json_file(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable as JSON ({first_line(error)})") from error
+
+
+def _read_dataset(dataset: Any) -> Iterator[Row]:
+    for batch in dataset.with_format("arrow").iter(ROWS_AT_ONCE):
+        yield from batch.to_pylist()
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors write
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except ValueError as error:
+                raise UserError(f"{path} line {number} is not JSON: {first_line(error)}") from error
+            except RecursionError as error:
+                raise UserError(f"{path} line {number} is nested too deep to be a row") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{path} line {number} is a JSON {type(row).__name__}, not an object with columns")
+            yield row
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(ROWS_AT_ONCE):
+                yield from batch.to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} is not readable as Parquet: {first_line(error)}") from error
+
+
+def _digest(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        digest.update(path.suffix.encode())
+    return digest.hexdigest()

@@ -1,0 +1,265 @@
+"""DeepSpeed's configuration, complete before the engine sees it: every `auto` comes from the recipe, or it is refused.
+
+DeepSpeed ignores a key that it does not know, clips nothing where `gradient_clipping` is absent, and takes a batch,
+an accumulation or a precision from its own file over the trainer's. Here the recipe says each thing once.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from isotune.config import RunRecipe
+from isotune.io.errors import Complain, UserError, refuse
+from isotune.io.near_names import did_you_mean
+
+INLINE = "the accelerate configuration"
+AUTO = "auto"
+_BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu")
+_RECIPE_SAYS = {
+    "optimizer": "optim, learning_rate and weight_decay",
+    "scheduler": "lr_scheduler_type and warmup_steps",
+}
+_OTHER_PARALLELISM = ("tensor_parallel", "expert_parallel", "sequence_parallel_size", "pipeline")
+
+
+def read_deepspeed_config(
+    recipe: RunRecipe,
+    world_size: int,
+    environment: Mapping[str, str] = os.environ,
+    name: str = INLINE,
+    complain: Complain = refuse,
+) -> dict[str, Any]:
+    """The whole configuration of a launch under DeepSpeed: the named JSON file, or the keys of the accelerate file.
+
+    Args:
+        recipe: fills what is `auto` or absent.
+        world_size: processes.
+        environment: where accelerate hands over what its file says.
+        name: of accelerate's file, for the sentences.
+
+    Raises:
+        UserError: a missing or broken file, an unknown key, or one that contradicts the recipe.
+    """
+    file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    given = (environment.get("ACCELERATE_CONFIG_DS_FIELDS") or "").split(",")
+    if file != "none":
+        path = find_file(file)
+        config = _read_json(path)
+        name = str(path)
+        for key in ("gradient_accumulation_steps", "gradient_clipping", "zero_stage", "mixed_precision"):
+            if key in given:
+                complain(f"the accelerate configuration says {key}, and so may {path}: take it out of the first")
+    else:
+        config = _inline(environment)
+    return complete(config, recipe, world_size, name, complain)
+
+
+def complete(
+    config: dict[str, Any], recipe: RunRecipe, world_size: int, name: str, complain: Complain = refuse
+) -> dict[str, Any]:
+    """`config` with everything filled in from the recipe, after its keys and values have been checked.
+
+    Raises:
+        UserError: an unknown key, or one that contradicts the recipe; `name` is the file that says so.
+    """
+    _check_keys(config, name, complain)
+    _check_contradictions(config, recipe, name, complain)
+    precision = {"bf16": recipe.bf16, "fp16": recipe.fp16}
+    filled = {
+        **config,
+        **{key: {**(config.get(key) or {}), "enabled": on} for key, on in precision.items()},
+        "train_micro_batch_size_per_gpu": 1,
+        "train_batch_size": world_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": float(recipe.training_arguments["max_grad_norm"]),
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": sys.maxsize,
+    }
+    stage = stage_of(config)
+    if recipe.bf16 and stage > 0 and "data_types" not in config:
+        # microbatches would else be added up with 8 bits
+        filled["data_types"] = {"grad_accum_dtype": "fp32"}
+    _check_values(filled, name, complain)
+    return filled
+
+
+def stage_of(config: Mapping[str, Any] | None) -> int:
+    """The ZeRO stage that a configuration asks for; 0 without one."""
+    return int((config or {}).get("zero_optimization", {}).get("stage", 0))
+
+
+def offloaded(config: Mapping[str, Any] | None) -> list[str]:
+    """What a configuration puts off the device: `optimizer`, `param`."""
+    zero = (config or {}).get("zero_optimization", {})
+    return [
+        part
+        for part in ("optimizer", "param")
+        if (zero.get(f"offload_{part}") or {}).get("device", "none") not in ("none", None)
+    ]
+
+
+def find_file(file: str) -> Path:
+    """A file named relative to the current folder or to the checkout that the running script lies in.
+
+    Raises:
+        UserError: it is in neither.
+    """
+    path = Path(file).expanduser()
+    if path.is_file():
+        return path
+    beside = Path(sys.argv[0]).resolve().parent.parent / path
+    if not path.is_absolute() and beside.is_file():
+        return beside
+    raise UserError(f"deepspeed_config_file '{file}' does not exist, neither here nor in {beside.parent}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise UserError(f"{path} says {key} twice: keep one of them")
+        return dict(pairs)
+
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"deepspeed_config_file {path} cannot be read: {error}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}, is not JSON: {error.msg}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is not a JSON object of DeepSpeed's keys")
+    return config
+
+
+def _inline(environment: Mapping[str, str]) -> dict[str, Any]:
+    """What accelerate's own keys say, without a JSON file."""
+    read = lambda key, default: environment.get(f"ACCELERATE_{key}", default)  # noqa: E731
+    zero: dict[str, Any] = {"stage": int(read("DEEPSPEED_ZERO_STAGE", "2"))}
+    for part in ("optimizer", "param"):
+        device = read(f"DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none")
+        if device != "none":
+            zero[f"offload_{part}"] = {"device": device}
+            if device == "nvme":
+                zero[f"offload_{part}"]["nvme_path"] = read(f"DEEPSPEED_OFFLOAD_{part.upper()}_NVME_PATH", "none")
+    config: dict[str, Any] = {"zero_force_ds_cpu_optimizer": False, "zero_optimization": zero}
+    clipping, accumulation = read("GRADIENT_CLIPPING", AUTO), read("GRADIENT_ACCUMULATION_STEPS", AUTO)
+    config["gradient_clipping"] = AUTO if clipping == AUTO else float(clipping)
+    config["gradient_accumulation_steps"] = AUTO if accumulation == AUTO else int(accumulation)
+    return config
+
+
+def _check_contradictions(config: Mapping[str, Any], recipe: RunRecipe, name: str, complain: Complain) -> None:
+    for key, ours in _RECIPE_SAYS.items():
+        if key in config:
+            complain(f"{name} has a section '{key}', and the recipe says {ours}: take the section out")
+    for key in _OTHER_PARALLELISM:
+        if config.get(key):
+            complain(f"{name} asks for {key}, and processes here share data only: take it out")
+    if config.get("managed_gradient_accumulation", True) is not True:
+        complain(f"{name} says managed_gradient_accumulation: false, and the plan accumulates: take it out")
+    for key in _BATCH:
+        if config.get(key, AUTO) != AUTO:
+            complain(
+                f'{name} says {key}: {config[key]}, and a step sees global_batch_size rows on any hardware: say "auto"'
+            )
+    if config.get("gradient_accumulation_steps", AUTO) not in (AUTO, 1):
+        complain(
+            f"{name} says gradient_accumulation_steps: {config['gradient_accumulation_steps']}, and the plan lays out "
+            'the microbatches of a step: say "auto"'
+        )
+    clipping, ours = config.get("gradient_clipping", AUTO), recipe.training_arguments["max_grad_norm"]
+    if clipping not in (AUTO, ours):
+        complain(
+            f"{name} says gradient_clipping: {clipping}, and the recipe max_grad_norm: {ours:g}: "
+            'say "auto" in the first'
+        )
+    for key, on in (("bf16", recipe.bf16), ("fp16", recipe.fp16)):
+        theirs = (config.get(key) or {}).get("enabled", AUTO)
+        if theirs not in (AUTO, on):
+            complain(
+                f"{name} says {key}.enabled: {json.dumps(theirs)}, and the recipe {key}: {json.dumps(on)}: "
+                'say "auto" in the first'
+            )
+    for key in ("amp", "torch_autocast"):
+        if (config.get(key) or {}).get("enabled"):
+            complain(f"{name} enables {key}, and the recipe says the precision by bf16 and fp16: take it out")
+    if "zero_optimization" not in config:
+        complain(f'{name} has no zero_optimization: say at least "zero_optimization": {{"stage": 0}}')
+
+
+def _check_keys(config: Mapping[str, Any], name: str, complain: Complain) -> None:
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
+
+    _compare_keys(config, _asked_keys(), name, "", complain)
+    for section, model in (
+        ("zero_optimization", DeepSpeedZeroConfig),
+        ("zero_optimization.offload_optimizer", DeepSpeedZeroOffloadOptimizerConfig),
+        ("zero_optimization.offload_param", DeepSpeedZeroOffloadParamConfig),
+        ("bf16", DeepSpeedBF16Config),
+        ("fp16", DeepSpeedFP16Config),
+    ):
+        inner: Any = config
+        for part in section.split("."):
+            inner = (inner or {}).get(part)
+        if inner is None:
+            continue
+        if not isinstance(inner, dict):
+            complain(f"{name}: {section} is {json.dumps(inner)}: it takes a section of keys")
+            continue
+        known = {name for key, f in model.model_fields.items() for name in (key, f.alias) if name}
+        _compare_keys(inner, known | ({"auto_cast"} if section == "fp16" else set()), name, f"{section}.", complain)
+
+
+def _compare_keys(written: Mapping[str, Any], known: set[str], name: str, prefix: str, complain: Complain) -> None:
+    for key in written:
+        if key not in known:
+            complain(f"{name}: '{prefix}{key}' is not a key of DeepSpeed's{did_you_mean(key, sorted(known))}")
+
+
+def _asked_keys() -> set[str]:
+    """The top-level keys that DeepSpeed looks for while it reads a configuration: it has no list of them."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    asked: set[str] = {"optimizer", "scheduler", "sequence_parallel_size", "flops_profiler", "activation_checkpointing"}
+
+    class Recording(dict):
+        def get(self, key: Any, default: Any = None) -> Any:
+            asked.add(key)
+            return super().get(key, default)
+
+        def __contains__(self, key: Any) -> bool:
+            asked.add(key)
+            return super().__contains__(key)
+
+        def __getitem__(self, key: Any) -> Any:
+            asked.add(key)
+            return super().__getitem__(key)
+
+        def __copy__(self) -> "Recording":
+            return Recording(self)
+
+    DeepSpeedConfig(Recording({"train_micro_batch_size_per_gpu": 1}))
+    return asked
+
+
+def _check_values(config: dict[str, Any], name: str, complain: Complain) -> None:
+    """Let DeepSpeed's own models read the sections; what they say becomes a sentence."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    zero = {key: value for key, value in config["zero_optimization"].items() if value != AUTO}
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in ("zero_optimization", *first["loc"]))
+        complain(f"{name}: {where} is {json.dumps(first.get('input'), default=str)}: {first['msg']}")

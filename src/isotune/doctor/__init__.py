@@ -1,0 +1,1 @@
+"""Everything about a machine that could spoil a run."""

@@ -1,0 +1,1 @@
+"""Classifiers: predictions, metrics, pictures, examples."""

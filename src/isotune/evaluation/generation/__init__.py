@@ -1,0 +1,1 @@
+"""Language models: generated answers, their metrics, chat."""

@@ -1,0 +1,124 @@
+"""Answers of a finished run, or of any causal model, to the prompt that instruction tuning ends with."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from isotune.data.sft.conversations import render_prompt
+from isotune.data.sources.hub import first_line, is_hub_id
+from isotune.evaluation.generation.batched_generation import GenerationModel, Prompt, complete
+from isotune.evaluation.generation.decoding import Decoding, first_turn
+from isotune.evaluation.generation.zero3 import Shards
+from isotune.io.errors import UserError
+from isotune.models.finished_run import LOADING_ERRORS, load_run_model, load_run_tokenizer, load_weights, read_run
+from isotune.models.log_control import quiet_libraries
+
+Messages = Sequence[Mapping[str, str]]
+
+
+def generation_model_of_run(
+    run_dir: str | Path, device: torch.device | None = None, shards: Shards | None = None
+) -> GenerationModel:
+    """A finished run's model, a whole one or an adapter on its base, with its tokenizer.
+
+    Args:
+        run_dir: RUN.
+        device: where it goes; a GPU where there is one, by default.
+        shards: hold it in shares on all ranks. A base in 4 bits lies whole on each of them all the same.
+
+    Raises:
+        UserError: no finished run, or its model cannot be loaded.
+    """
+    run = read_run(run_dir)
+    shards = None if run.settings.get("tune") == "qlora" else shards
+    stored = run.training_dtype if run.is_adapter and not run.base_made_here else _stored_dtype(run.base or run.model)
+    announced = shards.announce(stored) if shards else None
+    model = load_run_model(run, device or best_device())
+    del announced
+    # peft's layers stay in place inside the model that they adapt
+    speaker = GenerationModel(model.get_base_model() if run.is_adapter else model, load_run_tokenizer(run))
+    return shards.spread(speaker) if shards else speaker
+
+
+def generation_model_named(
+    name: str, device: torch.device | None = None, shards: Shards | None = None
+) -> GenerationModel:
+    """Any causal model with weights in safetensors: a folder or a Hub id.
+
+    Raises:
+        UserError: it cannot be loaded, or is an adapter.
+    """
+    from transformers import AutoTokenizer
+
+    if (Path(name) / "adapter_config.json").is_file():
+        raise UserError(f"--model {name} is an adapter without its base: give the folder of its run with --run_dir")
+    if not Path(name).is_dir() and not is_hub_id(name):
+        raise UserError(f"there is no model folder {name}")
+    announced = shards.announce(_stored_dtype(name)) if shards else None
+    model = load_weights(name, dtype="auto").to(device or best_device()).eval()
+    del announced
+    try:
+        with quiet_libraries():
+            tokenizer = AutoTokenizer.from_pretrained(name)
+    except LOADING_ERRORS as error:
+        raise UserError(f"the tokenizer of {name} cannot be loaded: {first_line(error)}") from error
+    speaker = GenerationModel(model, tokenizer)
+    return shards.spread(speaker) if shards else speaker
+
+
+def _stored_dtype(name: str | Path) -> torch.dtype:
+    """The type of a model's weights, as its configuration says."""
+    from transformers import AutoConfig
+
+    try:
+        with quiet_libraries():
+            stored: Any = AutoConfig.from_pretrained(str(name)).dtype
+            return stored or torch.float32
+    except LOADING_ERRORS as error:
+        raise UserError(f"the model {name} cannot be loaded: {first_line(error)}") from error
+
+
+def best_device() -> torch.device:
+    """A CUDA device where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def answer(speaker: GenerationModel, question: str | Messages, decoding: Decoding | None = None) -> str:
+    """The model's answer to a question, or to the last of several messages.
+
+    The prompt is the one of training, the tokenizer adds its bos, and the answer ends at eos or where the model begins
+    another turn. Nothing but the model, the messages and `decoding` decides it: torch's generators are left as they
+    were.
+
+    Args:
+        speaker: what `generation_model_of_run` returned.
+        question: a text, or messages with `role` and `content`, a user's last.
+        decoding: greedy where not given.
+
+    Raises:
+        UserError: the prompt leaves the model no position for an answer.
+    """
+    (completion,) = complete(speaker, [Prompt(0, render_prompt(question))], decoding or Decoding()).values()
+    return first_turn(completion.text)
+
+
+def fit_history(speaker: GenerationModel, messages: Messages, max_new_tokens: int) -> list[Mapping[str, str]]:
+    """The newest messages whose prompt leaves room for an answer; the last one always stays.
+
+    The room is `max_new_tokens`, but at most a quarter of the model's positions: a longer allowance is for the model
+    to use where it can, not a reason to forget what was said. Whole exchanges are dropped, the oldest first, so that
+    a prompt begins with a question as in training.
+    """
+    kept = list(messages)
+    room = speaker.positions - min(max_new_tokens, speaker.positions // 4)
+    while len(kept) > 1 and speaker.token_count(render_prompt(kept)) > room:
+        kept = kept[2:]
+    return kept
+
+
+def print_sample_answer(run_dir: str | Path, question: str, max_new_tokens: int = 128) -> None:
+    """Print what a finished run's model answers greedily, loaded from the run's folder as its user will load it."""
+    text = answer(generation_model_of_run(run_dir), question, Decoding(max_new_tokens=max_new_tokens))
+    print(f"{render_prompt(question)} {text}", flush=True)

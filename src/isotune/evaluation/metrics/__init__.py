@@ -1,0 +1,1 @@
+"""Metrics of classes, probabilities and texts, each with an interval."""

@@ -1,0 +1,143 @@
+"""Which evaluations can be compared: those of the very same rows, found, checked and put in one order."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from isotune.evaluation.results import METRICS, Result, find_results, read_result
+from isotune.io.errors import UserError
+
+SAID_OF_A_ROW = ("label", "reference", "prompt", "text_sha256", "group")  # what the data say, and no model
+
+
+def choose_results(runs: Sequence[str | Path], name: str | None = None) -> list[Result]:
+    """The result of each run that can be paired with those of the others, rows in the order of the first.
+
+    Args:
+        runs: run folders, or folders RUN/eval/NAME.
+        name: of the evaluation; else the one that all runs have, by name or by rows.
+
+    Raises:
+        UserError: a folder holds no such result, several are common, or rows differ.
+    """
+    candidates = [_candidates(Path(run)) for run in runs]
+    folders = [_named(run, found, name) for run, found in candidates] if name else _common(candidates)
+    first, *others = [read_result(folder) for folder in folders]
+    if not first.predictions:
+        raise UserError(f"{first.folder} has no rows: there is nothing to compare")
+    return [first, *(_in_order(first, other) for other in others)]
+
+
+def groups_of(results: Sequence[Result]) -> np.ndarray | None:
+    """The group of each row, int64 [rows] from 0, where the results name groups and one of them has several rows."""
+    for result in results:
+        named = [row.get("group") for row in result.predictions]
+        if None not in named:
+            groups, numbers = np.unique([str(one) for one in named], return_inverse=True)
+            return numbers if len(groups) < len(named) else None
+    return None
+
+
+def common_names(runs: Sequence[Path]) -> list[str]:
+    """Names of the evaluations that every run has."""
+    return sorted(set.intersection(*({folder.name for folder in find_results(run)} for run in runs)))
+
+
+def _candidates(run: Path) -> tuple[Path, list[Path]]:
+    if not run.is_dir():
+        raise UserError(f"there is no folder {run}")
+    if (run / METRICS).is_file():
+        return run, [run]
+    found = find_results(run)
+    if not found:
+        raise UserError(f"{run} holds no evaluation: run eval/classify.py or eval/generate.py with --run_dir {run}")
+    return run, found
+
+
+def _named(run: Path, found: list[Path], name: str) -> Path:
+    for folder in found:
+        if folder.name == name:
+            return folder
+    raise UserError(f"{run} has no evaluation {name!r}: it has {_list(found)}")
+
+
+def _common(candidates: list[tuple[Path, list[Path]]]) -> list[Path]:
+    if all(len(found) == 1 for _, found in candidates):
+        return [found[0] for _, found in candidates]  # nothing to choose; whether the rows are the same is seen next
+    names = set.intersection(*({folder.name for folder in found} for _, found in candidates))
+    if len(names) == 1:
+        return [_named(run, found, next(iter(names))) for run, found in candidates]
+    if names:
+        raise UserError(f"the runs have several evaluations in common: {', '.join(sorted(names))}; choose by --name")
+    by_rows = _by_rows(candidates)
+    if by_rows is None:
+        held = "; ".join(f"{run} has {_list(found)}" for run, found in candidates)
+        raise UserError(f"no evaluation is common to the runs: {held}")
+    return by_rows
+
+
+def _by_rows(candidates: list[tuple[Path, list[Path]]]) -> list[Path] | None:
+    """Results of one set of rows under different names, where there is exactly one in each run."""
+    digests = [{folder: read_result(folder).facts["rows_sha256"] for folder in found} for _, found in candidates]
+    for digest in set(digests[0].values()):
+        folders = [[folder for folder, of_it in held.items() if of_it == digest] for held in digests]
+        if all(len(held) == 1 for held in folders):
+            return [held[0] for held in folders]
+    return None
+
+
+def _list(folders: list[Path]) -> str:
+    return ", ".join(folder.name for folder in folders)
+
+
+def _in_order(first: Result, other: Result) -> Result:
+    """`other` with its rows in the order of `first`.
+
+    Raises:
+        UserError: they are results of different kinds or rows, with the first difference.
+    """
+    pair = f"{first.folder} and {other.folder} cannot be compared"
+    if first.facts["kind"] != other.facts["kind"]:
+        raise UserError(f"{pair}: one is a {first.facts['kind']} result, the other a {other.facts['kind']} result")
+    theirs = {row["id"]: row for row in other.predictions}
+    ours = {row["id"]: row for row in first.predictions}
+    only_ours, only_theirs = [i for i in ours if i not in theirs], [i for i in theirs if i not in ours]
+    if only_ours or only_theirs:
+        raise UserError(f"{pair}: {_different_ids(first, only_ours, other, only_theirs)}")
+    for row_id, row in ours.items():
+        for key in SAID_OF_A_ROW:
+            if key in row and key in theirs[row_id] and row[key] != theirs[row_id][key]:
+                raise UserError(
+                    f"{pair}: row {row_id!r} has the {key} {_short(row[key])} in one and "
+                    f"{_short(theirs[row_id][key])} in the other"
+                )
+    if first.facts["rows_sha256"] != other.facts["rows_sha256"]:
+        raise UserError(
+            f"{pair}: the ids are the same, but not the texts of the rows or their order{_source(first, other)}"
+        )
+    return replace(other, predictions=[theirs[row_id] for row_id in ours])
+
+
+def _different_ids(first: Result, only_ours: list[Any], other: Result, only_theirs: list[Any]) -> str:
+    parts = []
+    for result, ids in ((first, only_ours), (other, only_theirs)):
+        if ids:
+            shown = ", ".join(str(i) for i in ids[:3]) + (", ..." if len(ids) > 3 else "")
+            parts.append(f"{len(ids):,} row{'s' if len(ids) > 1 else ''} only in {result.folder} (id {shown})")
+    rows = f"{len(first.predictions):,} and {len(other.predictions):,} rows"
+    return f"{rows}; {'; '.join(parts)}{_source(first, other)}"
+
+
+def _source(first: Result, other: Result) -> str:
+    for key in ("dataset_name", "dataset_split"):
+        if first.facts[key] != other.facts[key]:
+            return f"; {key} is {first.facts[key]} in one and {other.facts[key]} in the other"
+    return ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

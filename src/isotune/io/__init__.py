@@ -1,0 +1,1 @@
+"""What every layer needs: errors in one sentence, atomic files, one argument parser, nearest names."""

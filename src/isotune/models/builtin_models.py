@@ -1,0 +1,112 @@
+"""Small models and a tokenizer made by code, so that the whole way can be tried without a network."""
+
+import random
+from functools import cache
+from typing import Any
+
+from transformers import BertConfig, OPTConfig, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from isotune.data.sources.builtin import PREFIX, find_corpus
+from isotune.io.errors import UserError
+from isotune.io.near_names import nearest
+
+TOKENIZER_ROWS = 500
+
+# OPT's own layout: pad 1, bos = eos = 2, a head tied to the embedding.
+_GEOMETRIES: dict[str, dict[str, Any]] = {
+    "opt-tiny": {
+        "hidden_size": 128,
+        "word_embed_proj_dim": 128,
+        "ffn_dim": 512,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+    },
+    "bert-tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+    },
+}
+_SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]
+
+
+def builtin_config(name: str) -> PreTrainedConfig:
+    """The configuration of a built-in model, `builtin:opt-tiny` or `builtin:bert-tiny`.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    short = _known(name)
+    geometry = _GEOMETRIES[short]
+    if short == "bert-tiny":
+        return BertConfig(vocab_size=len(builtin_tokenizer(name)), pad_token_id=1, **geometry)
+    return OPTConfig(
+        vocab_size=len(builtin_tokenizer(name)), pad_token_id=1, bos_token_id=2, eos_token_id=2, **geometry
+    )
+
+
+@cache
+def _trained_backend() -> str:
+    """A byte-level BPE over the words of the demo's corpora, as JSON: every text has tokens, theirs has few."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(
+        [
+            row["text"]
+            for name in ("capitals", "pirate")
+            for row in find_corpus(name).generate(random.Random(0), TOKENIZER_ROWS)
+        ],
+        trainers.BpeTrainer(
+            vocab_size=1024,
+            special_tokens=_SPECIAL_TOKENS,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    backend.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
+    return backend.to_str()
+
+
+def builtin_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of the built-in models: pad 1, bos = eos = 2 and bos prepended, as OPT's.
+
+    For an encoder `<s>` and `</s>` stand around a text, as RoBERTa's do.
+    """
+    from tokenizers import Tokenizer, processors
+
+    if _known(name) == "bert-tiny":
+        backend = Tokenizer.from_str(_trained_backend())
+        around = [("<s>", 0), ("</s>", 2)]
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=around)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            cls_token="<s>",
+            sep_token="</s>",
+            pad_token="<pad>",
+            unk_token="<unk>",
+            model_input_names=["input_ids", "attention_mask"],
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_trained_backend()),
+        bos_token="</s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+    )
+
+
+def _known(name: str) -> str:
+    short = name.removeprefix(PREFIX)
+    if short not in _GEOMETRIES:
+        near = nearest(short, _GEOMETRIES)
+        hint = f"did you mean '{PREFIX}{near}'?" if near else f"there are {', '.join(_GEOMETRIES)}"
+        raise UserError(f"model_name_or_path '{name}' is not built in: {hint}")
+    return short

@@ -1,0 +1,87 @@
+"""LoRA adapters on named targets: a wrong name is said before any training, with the names that would be right."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from isotune.config import RunRecipe
+from isotune.io.errors import UserError
+from isotune.io.near_names import nearest
+from isotune.models.log_control import quiet_libraries
+
+# "all-linear" would hit OPT's project_in and project_out, and nobody means those: blocks' projections are named.
+DEFAULT_TARGETS = {
+    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "bert": ["query", "key", "value", "intermediate.dense", "output.dense"],
+    "roberta": ["query", "key", "value", "intermediate.dense", "output.dense"],
+    "xlm-roberta": ["query", "key", "value", "intermediate.dense", "output.dense"],
+    "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"],
+    "albert": ["query", "key", "value", "attention.dense", "ffn", "ffn_output"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+
+
+def add_adapters(model: PreTrainedModel, recipe: RunRecipe, head: Sequence[str] = ()) -> nn.Module:
+    """Wrap `model` with the recipe's LoRA adapters; everything else is frozen.
+
+    Adapter weights are fp32 and start from the recipe's seed, whichever process makes them.
+
+    Args:
+        head: of a classifier, the modules that are trained whole and saved with the adapter.
+
+    Raises:
+        UserError: a target that the model does not have, or none named for a model without known ones.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    targets = _targets(model, recipe)
+    model.requires_grad_(False)
+    torch.manual_seed(recipe.seed)
+    with quiet_libraries():  # peft 0.21 asks transformers 5.23 by a deprecated name
+        adapted = get_peft_model(
+            model,
+            LoraConfig(
+                task_type=TaskType.SEQ_CLS if head else TaskType.CAUSAL_LM,
+                r=recipe.r,
+                lora_alpha=recipe.lora_alpha,
+                lora_dropout=recipe.lora_dropout,
+                target_modules=targets,
+                bias=recipe.bias,  # type: ignore[arg-type]
+                use_rslora=recipe.use_rslora,
+                use_dora=recipe.use_dora,
+                init_lora_weights=recipe.init_lora_weights,  # type: ignore[arg-type]
+                modules_to_save=[*(recipe.modules_to_save or ()), *head] or None,
+            ),
+        )
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def _targets(model: PreTrainedModel, recipe: RunRecipe) -> list[str]:
+    linear = Counter(
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
+    )
+    targets = recipe.target_modules or DEFAULT_TARGETS.get(model.config.model_type)
+    if not targets:
+        raise UserError(
+            f"target_modules is not given, and none are known for model type '{model.config.model_type}': "
+            f"choose among {', '.join(sorted(linear))}"
+        )
+    whole_names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for target in targets:
+        if target in linear or any(name.endswith("." + target) for name in whole_names):
+            continue
+        near = nearest(target, linear)
+        hint = f"did you mean '{near}'? " if near else ""
+        raise UserError(
+            f"target_modules names '{target}', which {type(model).__name__} does not have: {hint}"
+            f"it has {', '.join(sorted(linear))}"
+        )
+    return list(targets)

@@ -1,0 +1,111 @@
+"""`isotune plan`: its command line, and what it prints."""
+
+import argparse
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+from isotune.io.errors import EXIT_USER_ERROR, UserError
+
+EXAMPLES = """examples:
+  isotune plan --config train/configs/opt350m_lora.yaml
+  isotune plan --config train/configs/opt350m_full.yaml --accelerate_config accelerate_configs/zero2.yaml \\
+      --world_size 8 --device A100-80 --price_per_hour 2.5
+  isotune plan --config train/configs/opt6.7b_qlora_24gb.yaml --gpu_memory 24GiB
+  isotune plan --config train/configs/opt350m_full.yaml --device H100 --compare zero2,zero3,fsdp2 \\
+      --world_sizes 1,2,4,8,16,64 --picture scaling.png
+  isotune plan --config RECIPE --learning_rate 1e-4        every key of the recipe is a flag"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The plan's own flags; all others are keys of the recipe."""
+    parser.add_argument("--config", metavar="FILE", help="recipe in YAML")
+    parser.add_argument("--accelerate_config", metavar="FILE", help="configuration for accelerate launch")
+    parser.add_argument("--world_size", type=int, metavar="N", help="processes in all (those of the configuration)")
+    parser.add_argument("--per_node", type=int, default=8, metavar="N", help="processes of a node (%(default)s)")
+    parser.add_argument("--gpu_memory", metavar="SIZE", help="what a process has, such as 24GiB (the device's)")
+    parser.add_argument("--device", metavar="NAME", help="H100, A100-80, L4, RTX4090, ...: for seconds and hours")
+    parser.add_argument("--measured", metavar="RUN", help="a finished run whose speed counts")
+    parser.add_argument("--price_per_hour", type=float, metavar="X", help="of one process")
+    parser.add_argument("--compare", metavar="A,B", default="", help="engines side by side: ddp,zero2,zero3,fsdp2,...")
+    parser.add_argument("--world_sizes", metavar="N,N", default="", help="numbers of processes side by side")
+    parser.add_argument("--picture", metavar="FILE", help="the comparison as a PNG")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(chosen: argparse.Namespace, flags: list[str]) -> int:
+    """StepSchedule and print.
+
+    Returns:
+        the exit status: 2 where the recipe or the launch has a problem, else 0, whether it fits or not.
+
+    Raises:
+        UserError: flags of the plan itself that are wrong, or a recipe that cannot be planned at all.
+    """
+    # what the libraries make while they are imported stays to the end: looking for garbage in it took a tenth of a plan
+    gc.set_threshold(200_000, 20, 100)
+
+    from isotune.preflight.render import as_json, page
+    from isotune.preflight.request import read_asked
+    from isotune.preflight.resources.compute import find_device
+    from isotune.preflight.resources.memory import parse_bytes
+    from isotune.preflight.run_plan import plan_run
+    from isotune.preflight.scaling_plot import draw_scaling
+
+    sizes = _numbers(chosen.world_sizes, "--world_sizes")
+    limit = parse_bytes(chosen.gpu_memory, "--gpu_memory") if chosen.gpu_memory else None
+    device = find_device(chosen.device) if chosen.device else None
+    if chosen.measured and device is None:
+        raise UserError("--measured needs --device: the share of its peak is what is taken from the run")
+    if chosen.picture and not (chosen.compare or sizes):
+        raise UserError("--picture shows a comparison: say --compare or --world_sizes")
+    asked = read_asked(
+        Path(chosen.config) if chosen.config else None, flags, chosen.accelerate_config, chosen.world_size
+    )
+    if asked.recipe.tune != "full":
+        _import_peft()
+    if not asked.recipe.model_name_or_path or not asked.recipe.dataset_name:
+        raise UserError("; ".join(asked.problems))
+    try:
+        plan = plan_run(
+            asked,
+            limit=limit,
+            device=device,
+            measured=Path(chosen.measured) if chosen.measured else None,
+            per_node=chosen.per_node,
+            compare=[name for name in chosen.compare.split(",") if name],
+            world_sizes=sizes,
+            show_progress=not chosen.json,
+        )
+    except UserError as error:
+        # what was found before must not be lost with it
+        raise UserError("; ".join([*asked.problems, str(error)])) from error
+    print(json.dumps(as_json(plan, chosen.price_per_hour)) if chosen.json else page(plan, chosen.price_per_hour))
+    if chosen.picture:
+        print(f"picture     {draw_scaling(plan, Path(chosen.picture))}")
+    return EXIT_USER_ERROR if asked.problems else 0
+
+
+def _import_peft() -> None:
+    """Import it without torch's compiler, whose import takes longer than all of peft's.
+
+    bitsandbytes, which peft imports, has two functions compiled at once; a plan calls neither.
+    """
+    import torch
+
+    def as_it_is(function: Any = None, **_: Any) -> Any:
+        return function if function is not None else as_it_is
+
+    stock, torch.compile = torch.compile, as_it_is
+    try:
+        import peft  # noqa: F401  (found where adapters are added)
+    finally:
+        torch.compile = stock
+
+
+def _numbers(text: str, key: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",") if word]
+    except ValueError:
+        raise UserError(f"{key} is '{text}': say whole numbers with commas, such as 1,2,4,8") from None

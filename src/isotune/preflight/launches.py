@@ -1,0 +1,138 @@
+"""How a run would be launched, read from accelerate's and DeepSpeed's files without starting anything."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from isotune.config import RunRecipe
+from isotune.distributed.deepspeed_config import offloaded, read_deepspeed_config, stage_of
+from isotune.distributed.launch_validation import check_keys, check_precision, request_of
+from isotune.io.errors import Complain
+from isotune.io.near_names import did_you_mean
+
+PLAIN, DDP, DEEPSPEED, FSDP = "plain", "DDP", "DeepSpeed", "FSDP"
+# what accelerate hands to its ranks in the environment, by the keys of `deepspeed_config`
+_HANDED_OVER = {
+    "deepspeed_config_file": "ACCELERATE_DEEPSPEED_CONFIG_FILE",
+    "zero_stage": "ACCELERATE_DEEPSPEED_ZERO_STAGE",
+    "offload_optimizer_device": "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
+    "offload_param_device": "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
+    "gradient_clipping": "ACCELERATE_GRADIENT_CLIPPING",
+    "gradient_accumulation_steps": "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launch configuration asks for.
+
+    Attributes:
+        engine: plain, DDP, DeepSpeed or FSDP.
+        world_size: processes in all.
+        name: the file, or words for it.
+        deepspeed_config: complete; None under other engines.
+        offload: parts in host memory: `optimizer`, `param`.
+    """
+
+    engine: str
+    world_size: int
+    name: str = "no launch configuration"
+    deepspeed_config: Mapping[str, Any] | None = None
+    offload: tuple[str, ...] = ()
+
+    @property
+    def zero_stage(self) -> int | None:
+        """The ZeRO stage, None without DeepSpeed."""
+        return stage_of(self.deepspeed_config) if self.engine == DEEPSPEED else None
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether a process holds only its share of the weights."""
+        return self.engine == FSDP or self.zero_stage == 3
+
+    def casts_weights(self, recipe: RunRecipe) -> bool:
+        """Whether the engine turns the weights themselves into the recipe's 16 bits, and computes without autocast."""
+        return self.engine == DEEPSPEED and bool(recipe.bf16 or recipe.fp16)
+
+    @property
+    def in_words(self) -> str:
+        """`ZeRO-2 on 4 processes`."""
+        names = {DEEPSPEED: f"ZeRO-{self.zero_stage}", FSDP: "FSDP2"}
+        what = names.get(self.engine, self.engine)
+        offload = f" with {' and '.join(self.offload)} in host memory" if self.offload else ""
+        return f"{what}{offload} on {self.world_size} process{'es' if self.world_size > 1 else ''}"
+
+
+def read_launch(file: str | None, world_size: int | None, recipe: RunRecipe, complain: Complain) -> Launch:
+    """The launch that `accelerate launch --config_file FILE --num_processes N` would make of a recipe.
+
+    Args:
+        file: accelerate's YAML; None is plain training, or DDP for a `world_size` above 1.
+        world_size: wins over the file.
+        recipe: fills what DeepSpeed's file leaves open.
+        complain: takes every mistake in the files, and what contradicts the recipe.
+    """
+    if file is None:
+        count = world_size or 1
+        return Launch(DDP if count > 1 else PLAIN, count)
+    written = _read(file, complain)
+    known = set(_accelerate_keys())
+    for key in written:
+        if key not in known:
+            complain(f"{file}: accelerate has no key '{key}'{did_you_mean(key, sorted(known))}")
+    request = request_of(["--config_file", file, "script.py"])
+    if not written or request is None:
+        return Launch(DDP if (world_size or 1) > 1 else PLAIN, world_size or 1, file)
+    check_keys(request, complain)
+    check_precision(file, recipe, str(written.get("mixed_precision") or "no").lower(), complain)
+    if request.on_cpu:
+        complain(f"{file}: use_cpu: true and MULTI_CPU start one plain process: leave them out; the script finds a CPU")
+    count = world_size or request.processes or 1
+    engine = request.engine
+    if engine == PLAIN and count > 1:
+        complain(f"{file} is for one process, and num_processes is {count}: take accelerate_configs/ddp.yaml")
+    if engine in (DDP, FSDP) and count == 1:
+        engine = PLAIN if engine == DDP else FSDP
+    if engine == DEEPSPEED:
+        config = _deepspeed(written.get("deepspeed_config") or {}, recipe, count, file, complain)
+        return Launch(engine, count, file, config, tuple(offloaded(config)))
+    offload = (written.get("fsdp_config") or {}).get("fsdp_offload_params") is True
+    return Launch(engine, count, file, None, ("param", "optimizer") if engine == FSDP and offload else ())
+
+
+def _deepspeed(
+    section: Mapping[str, Any], recipe: RunRecipe, world_size: int, file: str, complain: Complain
+) -> dict[str, Any]:
+    environment = {_HANDED_OVER[key]: str(value) for key, value in section.items() if key in _HANDED_OVER}
+    environment["ACCELERATE_CONFIG_DS_FIELDS"] = ",".join(section)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for a GPU, and warn
+    return read_deepspeed_config(recipe, world_size, environment, file, complain)
+
+
+def _read(file: str, complain: Complain) -> dict[str, Any]:
+    try:
+        written = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        complain(f"--accelerate_config {file} cannot be read: {error.strerror}")
+        return {}
+    except yaml.YAMLError as error:
+        complain(f"{file} is not YAML: {str(error).splitlines()[0]}")
+        return {}
+    if not isinstance(written, dict):
+        complain(f"{file} holds no keys of accelerate's")
+        return {}
+    return written
+
+
+def _accelerate_keys() -> list[str]:
+    from dataclasses import fields
+
+    from accelerate.commands.config.config_args import ClusterConfig, SageMakerConfig
+
+    return [field.name for kind in (ClusterConfig, SageMakerConfig) for field in fields(kind)]

@@ -1,0 +1,1 @@
+"""Chatbot Arena: which of two answers people prefer."""

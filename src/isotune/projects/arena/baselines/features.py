@@ -1,0 +1,213 @@
+"""The documented features of a battle: what each answer is like, how the two differ, and what was asked.
+
+A vector of a battle is
+
+    [ answer a - answer b | answer a + answer b | both answers | prompt ]
+
+with the 50 or so numbers of `answer_features` in the first two parts: their sign turns, or nothing changes, when the
+answers are exchanged. So do `pair_features`, which are the same in either order, and those of the prompt.
+"""
+
+import re
+from collections.abc import Sequence
+from itertools import takewhile
+from math import log1p
+
+import numpy as np
+
+from isotune.projects.arena.baselines.words import Text
+from isotune.projects.arena.battles import Battle
+
+LIST_ITEM = re.compile(r"^[ \t]*(?:[-*•]|\d+[.)])\s+", re.M)
+NUMBERED_ITEM = re.compile(r"^[ \t]*\d+[.)]\s+", re.M)
+HEADING = re.compile(r"^[ \t]*#{1,6} |^[ \t]*\*\*[^*]+\*\*:?\s*$", re.M)
+BOLD = re.compile(r"\*\*[^*\n]+\*\*")
+CODE_BLOCK = re.compile(r"```|^(?: {4}|\t)\S", re.M)
+CODE_LINE = re.compile(r"[{};]\s*$|^[ \t]*(?:def |class |import |for \(|if \(|return |print\()", re.M)
+LINK = re.compile(r"https?://|www\.")
+PARAGRAPH_GAP = re.compile(r"\n\s*\n")
+REFUSAL = re.compile(
+    r"\bas an ai\b|\bas a (?:large )?language model|\bi(?:'m| am) (?:sorry|unable|not able)|"
+    r"\bi (?:cannot|can't|can not|won't|do not have|don't have|don't know)\b|\bi apologi[sz]e|"
+    r"\bcannot (?:provide|fulfill|assist)|\bnot appropriate\b",
+    re.I,
+)
+APOLOGY = re.compile(r"\bsorry\b|\bapolog", re.I)
+HEDGE = re.compile(r"\b(?:may|might|could|perhaps|possibly|probably|seems|generally|typically|depends?)\b", re.I)
+REASONING = re.compile(r"\b(?:because|therefore|since|thus|hence|for example|for instance|such as|however)\b", re.I)
+FIRST_PERSON = re.compile(r"\b(?:i|i'm|my|me)\b", re.I)
+SECOND_PERSON = re.compile(r"\b(?:you|your)\b", re.I)
+OFFER = re.compile(r"let me know|hope this helps|feel free|anything else|happy to help", re.I)
+COURTESY = re.compile(r"^\s*(?:sure|certainly|of course|yes|no|great|thank|here (?:is|are)|here's|hello|hi)\b", re.I)
+LEFTOVER_TURN = re.compile(r"^[ \t]*(?:human|user|assistant|question)\s*:|<\||</s>|\[/?INST|###", re.I | re.M)
+FINAL_MARKS, CLOSING_MARKS = ".!?。！？", "\"')`*:;]}"
+OPENING_CHARACTERS = 150  # of an answer: a refusal there is no quotation
+SENTENCE_THAT_COUNTS = 9  # characters; shorter lines may well stand twice
+ASKS = {
+    "summary": r"summar|tl;?dr|\btitle\b|shorten|\bbrief|concise",
+    "writing": r"\bwrite|compose|draft|poem|story|essay|email|letter",
+    "fact": r"\bwhat\b|\bwho\b|\bwhen\b|\bwhere\b|\bwhich\b",
+    "reason": r"\bwhy\b|\bhow\b|\bexplain",
+    "list": r"\blist\b|suggest|ideas|come up|brainstorm|recommend",
+    "rewriting": r"rewrite|paraphrase|translate|correct|\bedit|convert",
+    "label": r"classif|identify|extract|categor|sentiment",
+    "role": r"\byou are\b|pretend|act as|imagine",
+    "person": r"\bdo you\b|\bare you\b|\byour\b",
+}
+ASKS_FOR = {name: re.compile(pattern) for name, pattern in ASKS.items()}
+
+
+def answer_features(answer: Text, prompt: Text) -> dict[str, float]:
+    """What one answer to a prompt is like. Counts and lengths are log(1 + n)."""
+    return {**_size(answer), **_form(answer), **_manner(answer), **_repetition(answer), **_relation(answer, prompt)}
+
+
+def _size(answer: Text) -> dict[str, float]:
+    stripped, words, sentences = answer.text.strip(), len(answer.words), len(answer.sentences)
+    return {
+        "characters": log1p(len(answer.text)),
+        "words": log1p(words),
+        "sentences": log1p(sentences),
+        "lines": log1p(stripped.count("\n")),
+        "paragraphs": log1p(len(PARAGRAPH_GAP.findall(stripped))),
+        "characters_a_word": sum(map(len, answer.words)) / max(words, 1),
+        "words_a_sentence": log1p(words / max(sentences, 1)),
+        "empty": float(not stripped),
+    }
+
+
+def _form(answer: Text) -> dict[str, float]:
+    text, stripped, size = answer.text, answer.text.strip(), max(len(answer.text), 1)
+    patterns = {"list_items": LIST_ITEM, "numbered_items": NUMBERED_ITEM, "headings": HEADING, "bold": BOLD,
+                "code_blocks": CODE_BLOCK, "code_lines": CODE_LINE, "links": LINK}  # fmt: skip
+    return {
+        **_counts(text, patterns),
+        "question_marks": log1p(text.count("?")),
+        "exclamation_marks": log1p(text.count("!")),
+        "capitals_share": sum(map(str.isupper, text)) / size,
+        "digits_share": sum(map(str.isdigit, text)) / size,
+        "marks_share": sum(not each.isalnum() and not each.isspace() for each in text) / size,
+        "ends_a_sentence": float(stripped[-1:] in tuple(FINAL_MARKS)),
+        "ends_with_a_mark": float(stripped[-1:] in tuple(FINAL_MARKS + CLOSING_MARKS)),
+        "begins_with_space": float(text[:1].isspace()),
+        "begins_small": float(stripped[:1].islower()),
+        "begins_quoted": float(stripped[:1] in ('"', "'", "“")),
+    }
+
+
+def _manner(answer: Text) -> dict[str, float]:
+    text = answer.text
+    patterns = {"refusals": REFUSAL, "hedges": HEDGE, "reasoning": REASONING, "first_person": FIRST_PERSON,
+                "second_person": SECOND_PERSON, "leftover_turns": LEFTOVER_TURN}  # fmt: skip
+    return {
+        **_counts(text, patterns),
+        "begins_with_refusal": float(bool(REFUSAL.search(text[:OPENING_CHARACTERS]))),
+        "apologises": float(bool(APOLOGY.search(text))),
+        "offers_more": float(bool(OFFER.search(text))),
+        "begins_with_courtesy": float(bool(COURTESY.search(text))),
+    }
+
+
+def _repetition(answer: Text) -> dict[str, float]:
+    sentences = [each for each in answer.sentences if len(each) >= SENTENCE_THAT_COUNTS]
+    return {
+        "different_lemmas_share": len(set(answer.lemmas)) / max(len(answer.lemmas), 1),
+        "content_share": len(answer.content) / max(len(answer.words), 1),
+        "repeated_triples_share": _repeated(answer.triples),
+        "repeated_sentences_share": _repeated(sentences),
+        "zipped_share": answer.zipped_share,
+    }
+
+
+def _relation(answer: Text, prompt: Text) -> dict[str, float]:
+    asked_triples = frozenset(prompt.triples)
+    return {
+        "prompt_covered": _share(answer.content_set & prompt.content_set, prompt.content_set),
+        "words_from_prompt": _share(answer.content_set & prompt.content_set, answer.content_set),
+        "new_words": log1p(len(answer.content_set - prompt.content_set)),
+        "prompt_pairs_covered": _share(answer.pairs & prompt.pairs, prompt.pairs),
+        "pairs_from_prompt": _share(answer.pairs & prompt.pairs, answer.pairs),
+        "triples_from_prompt": sum(each in asked_triples for each in answer.triples) / max(len(answer.triples), 1),
+        "prompt_numbers_covered": _share(answer.numbers & prompt.numbers, prompt.numbers),
+        "numbers": log1p(len(answer.numbers)),
+        "new_numbers": log1p(len(answer.numbers - prompt.numbers)),
+        "length_to_prompt": log1p(len(answer.text)) - log1p(len(prompt.text)),
+        "same_script": float(np.minimum(answer.scripts, prompt.scripts).sum()),
+        "other_than_latin": 1.0 - float(answer.scripts[0]),
+    }
+
+
+def pair_features(one: Text, other: Text) -> dict[str, float]:
+    """How alike two answers are, the same in either order."""
+    common = len(one.content_set & other.content_set)
+    beginning = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(one.lemmas, other.lemmas, strict=False)))
+    lengths = sorted((len(one.text), len(other.text)))
+    return {
+        "identical": float(one.text.strip() == other.text.strip()),
+        "common_words": _share_of_union(one.content_set, other.content_set),
+        "common_words_of_shorter": common / max(min(len(one.content_set), len(other.content_set)), 1),
+        "common_pairs": _share_of_union(one.pairs, other.pairs),
+        "common_numbers": _share_of_union(one.numbers, other.numbers),
+        "common_beginning": log1p(beginning),
+        "shorter": log1p(lengths[0]),
+        "longer": log1p(lengths[1]),
+    }
+
+
+def prompt_features(prompt: Text) -> dict[str, float]:
+    """What was asked; alone it says how likely a tie is, beside an answer what makes a good one."""
+    text, small = prompt.text, prompt.text.lower()
+    return {
+        "characters": log1p(len(text)),
+        "words": log1p(len(prompt.words)),
+        "lines": log1p(text.count("\n")),
+        "empty": float(not text.strip()),
+        "numbers": log1p(len(prompt.numbers)),
+        "list_items": log1p(len(LIST_ITEM.findall(text))),
+        "code": float(bool(CODE_BLOCK.search(text) or CODE_LINE.search(text))),
+        "question_mark": float("?" in text),
+        "ends_with_question_mark": float(text.strip().endswith("?")),
+        "other_than_latin": 1.0 - float(prompt.scripts[0]) if text.strip() else 0.0,
+        **{f"asks_{name}": float(bool(pattern.search(small))) for name, pattern in ASKS_FOR.items()},
+    }
+
+
+def texts_of(battle: Battle) -> tuple[Text, Text, Text]:
+    """The prompt and both answers, the turns of each one below the other."""
+    return tuple(Text("\n".join(turns)) for turns in (battle.prompt, battle.answer_a, battle.answer_b))  # type: ignore
+
+
+def features(prompt: Text, answer_a: Text, answer_b: Text, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """The vectors of a battle and of the same battle with its answers exchanged: float64 [features] each."""
+    a, b = (np.array(list(answer_features(each, prompt).values())) for each in (answer_a, answer_b))
+    rest = [*pair_features(answer_a, answer_b).values(), *prompt_features(prompt).values(), log1p(number)]
+    return np.concatenate([a - b, a + b, rest]), np.concatenate([b - a, b + a, rest])
+
+
+def feature_names() -> list[str]:
+    """A name for every number of `features`."""
+    empty = Text("")
+    answer = list(answer_features(empty, empty))
+    return [
+        *(f"difference_{name}" for name in answer),
+        *(f"sum_{name}" for name in answer),
+        *(f"both_{name}" for name in pair_features(empty, empty)),
+        *(f"prompt_{name}" for name in prompt_features(empty)),
+        "prompt_turns",
+    ]
+
+
+def _counts(text: str, patterns: dict[str, re.Pattern[str]]) -> dict[str, float]:
+    return {name: log1p(len(pattern.findall(text))) for name, pattern in patterns.items()}
+
+
+def _repeated(items: Sequence[object]) -> float:
+    return 1.0 - len(set(items)) / len(items) if items else 0.0
+
+
+def _share(part: frozenset, whole: frozenset) -> float:
+    return len(part) / max(len(whole), 1)
+
+
+def _share_of_union(one: frozenset, other: frozenset) -> float:
+    return len(one & other) / max(len(one | other), 1)

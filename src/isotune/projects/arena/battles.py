@@ -1,0 +1,219 @@
+"""The Chatbot Arena's files as they come: two answers to one prompt, and which of them a person preferred.
+
+A row of Kaggle's `train.csv` (LLM Classification Finetuning) has an `id`, `prompt`, `response_a` and `response_b`, each
+a JSON list in a string with one text a turn, and the flags `winner_model_a`, `winner_model_b` and `winner_tie`. Who
+wrote an answer (`model_a`, `model_b`) is not read: no test row says it.
+"""
+
+import csv
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from isotune.io.errors import UserError
+
+ID = "id"
+TEXTS = ("prompt", "response_a", "response_b")
+CLASSES = ("winner_model_a", "winner_model_b", "winner_tie")
+WINS_A, WINS_B, TIE = range(3)
+SWAPPED_CLASSES = (WINS_B, WINS_A, TIE)
+TRAIN, TEST, SAMPLE = "train.csv", "test.csv", "sample_submission.csv"
+UNREADABLE_CHARACTER = "\ufffd"
+HALF_OF_A_PAIR = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Battle:
+    """Two answers to one prompt, each with a text a turn; `label` is one of WINS_A, WINS_B and TIE, or None."""
+
+    id: str
+    prompt: tuple[str, ...]
+    answer_a: tuple[str, ...]
+    answer_b: tuple[str, ...]
+    label: int | None = None
+
+    def swapped(self) -> "Battle":
+        """The same battle with its answers exchanged, and its label with them."""
+        label = None if self.label is None else SWAPPED_CLASSES[self.label]
+        return replace(self, answer_a=self.answer_b, answer_b=self.answer_a, label=label)
+
+    def group(self) -> str:
+        """A digest that battles over the same prompt share: letter case and white space make no difference.
+
+        Battles without any prompt share nothing by that, so those are told apart by their two answers, in any order.
+        """
+        asked = _normal(self.prompt)
+        said = [] if asked else sorted([_normal(self.answer_a), _normal(self.answer_b)])
+        return hashlib.sha256(json.dumps([asked, *said]).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Battles:
+    """The rows of one file, in its order, and what had to be put right to read them, counted."""
+
+    name: str
+    battles: tuple[Battle, ...]
+    null_turns: int
+    lone_surrogates: int
+
+    def __len__(self) -> int:
+        return len(self.battles)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The class of every row: int64 [rows]."""
+        return np.array([battle.label for battle in self.battles], np.int64)
+
+    def with_labels(self, labels: Sequence[int]) -> "Battles":
+        """The same rows with a class each."""
+        pairs = zip(self.battles, labels, strict=True)
+        return replace(self, battles=tuple(replace(battle, label=label) for battle, label in pairs))
+
+    def subset(self, rows: Sequence[int]) -> "Battles":
+        """Some rows, by number, in that order; what was put right is still counted over all."""
+        return replace(self, battles=tuple(self.battles[row] for row in rows))
+
+    def table(self) -> str:
+        """What was read, as lines to print."""
+        lines = [("rows", f"{len(self):,}"), ("prompts", f"{len({b.group() for b in self.battles}):,}")]
+        if all(battle.label is not None for battle in self.battles):
+            counts = np.bincount(self.labels, minlength=3)
+            lines += [(f"  {name}", f"{n:,} ({n / len(self):.1%})") for name, n in zip(CLASSES, counts, strict=True)]
+        for name, count in (("null turns, read as empty", self.null_turns),
+                            ("halves of surrogate pairs, replaced", self.lone_surrogates)):  # fmt: skip
+            lines += [(name, f"{count:,}")] if count else []
+        width = max(len(name) for name, _ in lines)
+        return "\n".join([self.name, *(f"  {name:<{width}}  {value}" for name, value in lines)])
+
+
+@dataclass(frozen=True)
+class Competition:
+    """The files of a folder: labelled rows, those to predict, and the sample submission (None where there is none)."""
+
+    train: Battles
+    test: Battles
+    sample: Path | None
+
+
+def read_competition(folder: Path, *, name: str = "dataset_name") -> Competition:
+    """Read the competition's files; `name` is the recipe key that error sentences name.
+
+    Raises:
+        UserError: a file is missing or a row is broken, see `read_battles`.
+    """
+    for needed in (TRAIN, TEST):
+        if not (folder / needed).is_file():
+            raise UserError(f"{name}: {folder} has no {needed}: name the folder of the competition's files")
+    sample = folder / SAMPLE
+    return Competition(
+        read_battles(folder / TRAIN, labelled=True),
+        read_battles(folder / TEST, labelled=False),
+        sample if sample.is_file() else None,
+    )
+
+
+def read_battles(file: Path, *, labelled: bool) -> Battles:
+    """All rows of a file of the Arena.
+
+    A null turn is read as an empty text, half of a surrogate pair as U+FFFD, and both are counted.
+
+    Args:
+        labelled: the rows must say who won; otherwise what they say of it is left unread.
+
+    Raises:
+        UserError: no such file, a column is missing, an id stands twice, or a row is broken: the first one is named.
+    """
+    battles: list[Battle] = []
+    first_row: dict[str, int] = {}
+    counts = {"null_turns": 0, "lone_surrogates": 0}
+    for number, row in read_table(file, (ID, *TEXTS, *(CLASSES if labelled else ()))):
+        where = f"{file}, row {number} (id {row['id']})"
+        if not row["id"]:
+            raise UserError(f"{file}, row {number}: the id is empty")
+        if row["id"] in first_row:
+            raise UserError(f"{where}: the id stands in row {first_row[row['id']]} too")
+        first_row[row["id"]] = number
+        prompt, answer_a, answer_b = (_turns(row[column], f"{where}, column {column}", counts) for column in TEXTS)
+        if not len(prompt) == len(answer_a) == len(answer_b):
+            raise UserError(
+                f"{where}: {len(prompt)} turns of prompt, {len(answer_a)} of response_a, {len(answer_b)} of response_b"
+            )
+        label = label_of(row, where) if labelled else None
+        battles.append(Battle(row["id"], prompt, answer_a, answer_b, label))
+    if not battles:
+        raise UserError(f"{file} holds no rows")
+    return Battles(str(file), tuple(battles), **counts)
+
+
+def read_table(file: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of a CSV file with every cell as text, each with its number counted from 1 after the header.
+
+    Raises:
+        UserError: no such file, not UTF-8, no header, a column of `needed` is missing, or a row is broken.
+    """
+    csv.field_size_limit(sys.maxsize)
+    number = 0
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            rows = csv.reader(lines, strict=True)
+            header = next(rows, [])
+            for column in needed:
+                if column not in header:
+                    raise UserError(f"{file} lacks the column {column!r}; it has {', '.join(header) or 'none'}")
+            for number, cells in enumerate((cells for cells in rows if cells), start=1):
+                if len(cells) != len(header):
+                    raise UserError(
+                        f"{file}, row {number} (to line {rows.line_num}): {len(cells)} cells, {len(header)} columns"
+                    )
+                yield number, dict(zip(header, cells, strict=True))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not a text file in UTF-8, near row {number + 1}: {error.reason}") from None
+    except csv.Error as error:
+        raise UserError(f"{file}, row {number + 1}, is not CSV: {error}") from None
+
+
+def _turns(cell: str, where: str, counts: dict[str, int]) -> tuple[str, ...]:
+    """The texts of a cell: a JSON list of strings and nulls."""
+    try:
+        turns: Any = json.loads(cell)
+    except (ValueError, RecursionError):
+        raise UserError(f"{where}: no JSON list of texts: {_shown(cell)}") from None
+    if not isinstance(turns, list) or not turns or not all(turn is None or isinstance(turn, str) for turn in turns):
+        raise UserError(f"{where}: no JSON list of texts: {_shown(cell)}")
+    counts["null_turns"] += sum(turn is None for turn in turns)
+    texts = []
+    for turn in turns:
+        text, halves = HALF_OF_A_PAIR.subn(UNREADABLE_CHARACTER, turn or "")
+        counts["lone_surrogates"] += halves
+        texts.append(text)
+    return tuple(texts)
+
+
+def label_of(row: dict[str, str], where: str) -> int:
+    """The class that a row's flags say.
+
+    Raises:
+        UserError: not exactly one of them is 1; `where` names the row.
+    """
+    flags = [row[column].strip() for column in CLASSES]
+    if sorted(flags) != ["0", "0", "1"]:
+        said = ", ".join(f"{column} {flag!r}" for column, flag in zip(CLASSES, flags, strict=True))
+        raise UserError(f"{where}: one winner is 1 and the others are 0, but here {said}")
+    return flags.index("1")
+
+
+def _normal(texts: tuple[str, ...]) -> str:
+    return " ".join(" ".join(texts).casefold().split())
+
+
+def _shown(cell: str) -> str:
+    return repr(cell if len(cell) <= 40 else cell[:37] + "...")

@@ -1,0 +1,141 @@
+"""How well predictions fit what people preferred: log loss with its interval, and whether it beats guessing."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from isotune.evaluation.metrics.labels import label_statistics
+from isotune.evaluation.metrics.probabilities import calibration_error
+from isotune.evaluation.results import CLASSIFICATION, rows_digest, write_result
+from isotune.evaluation.statistics.resampling import Statistic, bootstrap_intervals, by_group, mean, share, values
+from isotune.io.errors import UserError
+from isotune.projects.arena.battles import CLASSES, ID, Battles, label_of, read_table
+
+GROUP_DIGITS = 16  # of a prompt's digest: two prompts in a million share them once in 40 million data sets
+UNIFORM_LOG_LOSS = math.log(3)
+SMALLEST = np.finfo(np.float64).eps  # a probability of 0 for what is true would cost infinitely many nats
+
+
+@dataclass(frozen=True)
+class PreferenceScores:
+    """Log loss and accuracy of every model by its name, and all metrics of the main one; intervals are 95%."""
+
+    main: str
+    names: tuple[str, ...]
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+
+    def log_loss(self, name: str) -> tuple[float, tuple[float, float]]:
+        """The log loss of a model, in nats a row, and its interval."""
+        return self.metrics[f"log_loss_{name}"], self.intervals[f"log_loss_{name}"]
+
+    def verdict(self, name: str) -> str | None:
+        """A sentence where a model is not better than uniform guessing with confidence, else None."""
+        loss, (low, high) = self.log_loss(name)
+        if high < UNIFORM_LOG_LOSS:
+            return None
+        return (
+            f"{name} is not better than uniform guessing with 95% confidence: log loss {loss:.4f} "
+            f"[{low:.4f}, {high:.4f}], and ln 3 is {UNIFORM_LOG_LOSS:.4f}"
+        )
+
+    def table(self, remarks: dict[str, str] | None = None) -> str:
+        """A line a model to print, with `remarks` by name at the end, and the verdicts below."""
+        width = max(map(len, self.names))
+        lines = [f"{'':<{width}}  log loss  95% interval      accuracy"]
+        for name in self.names:
+            loss, (low, high) = self.log_loss(name)
+            remark = (remarks or {}).get(name, "")
+            accuracy = self.metrics[f"accuracy_{name}"]
+            lines.append(f"{name:<{width}}  {loss:.4f}    {low:.4f} - {high:.4f}   {accuracy:.3f}  {remark}".rstrip())
+        return "\n".join([*lines, *filter(None, map(self.verdict, self.names))])
+
+
+def score_preferences(
+    battles: Battles, predictions: dict[str, np.ndarray], *, main: str, seed: int = 0
+) -> PreferenceScores:
+    """Score the predictions of models, float64 [rows, 3] by name.
+
+    Rows of one prompt are no independent witnesses, so the intervals resample prompts and not rows.
+    """
+    labels = battles.labels
+    _, groups = np.unique([battle.group() for battle in battles.battles], return_inverse=True)
+    statistics: list[Statistic] = []
+    for name, probabilities in predictions.items():
+        of_truth = np.clip(probabilities[np.arange(len(labels)), labels], SMALLEST, 1.0)
+        statistics.append(by_group(mean(f"log_loss_{name}", -np.log(of_truth)), groups))
+        statistics.append(by_group(share(f"accuracy_{name}", probabilities.argmax(axis=1) == labels), groups))
+    probabilities = predictions[main]
+    of_labels = label_statistics(labels, probabilities.argmax(axis=1), 3)
+    for one in [*of_labels, calibration_error(labels, probabilities)]:
+        statistics.append(by_group(one, groups))
+    metrics = {name: value for name, value in values(statistics).items() if math.isfinite(value)}
+    intervals = bootstrap_intervals(statistics, int(groups.max()) + 1, seed=seed)
+    metrics["log_loss"], intervals["log_loss"] = metrics[f"log_loss_{main}"], intervals[f"log_loss_{main}"]
+    return PreferenceScores(
+        main, tuple(predictions), metrics, {name: pair for name, pair in intervals.items() if name in metrics}
+    )
+
+
+def write_preferences(
+    folder: Path,
+    battles: Battles,
+    predictions: dict[str, np.ndarray],
+    scores: PreferenceScores,
+    *,
+    model: str,
+    split: str,
+    **facts: Any,
+) -> None:
+    """metrics.json and predictions.jsonl of the main model in `folder`; `facts` are noted beside.
+
+    A row names its prompt as its `group`, so that a comparison too takes rows of one prompt together.
+
+    Args:
+        model: what predicted.
+        split: which rows these are, in words.
+    """
+    probabilities = predictions[scores.main]
+    ids = [battle.id for battle in battles.battles]
+    texts = ["\n".join([*b.prompt, *b.answer_a, *b.answer_b]) for b in battles.battles]
+    groups = [battle.group()[:GROUP_DIGITS] for battle in battles.battles]
+    chosen, labels = probabilities.argmax(1).tolist(), battles.labels.tolist()
+    columns = zip(ids, labels, chosen, probabilities.tolist(), groups, strict=True)
+    verdict = scores.verdict(scores.main)
+    write_result(
+        folder,
+        {
+            "kind": CLASSIFICATION,
+            "model": model,
+            "dataset_name": battles.name,
+            "dataset_split": split,
+            "rows": len(battles),
+            "rows_sha256": rows_digest(zip(ids, texts, strict=True)),
+            "label_names": ["a", "b", "tie"],
+            "verdict": verdict or "better than uniform guessing with 95% confidence",
+            **facts,
+        },
+        scores.metrics,
+        scores.intervals,
+        [dict(zip(("id", "label", "prediction", "probabilities", "group"), one, strict=True)) for one in columns],
+    )
+
+
+def read_answers(file: Path, battles: Battles) -> Battles:
+    """Test rows with their labels from a file of `id` and the winner's flags.
+
+    Raises:
+        UserError: the file is broken, or not of exactly these ids.
+    """
+    winners = {}
+    for number, row in read_table(file, (ID, *CLASSES)):
+        winners[row[ID]] = label_of(row, f"{file}, row {number} (id {row[ID]})")
+    missing = [battle.id for battle in battles.battles if battle.id not in winners]
+    if missing or len(winners) != len(battles):
+        example = f", such as {missing[0]}" if missing else ""
+        raise UserError(f"{file}: {len(missing)} of the {len(battles)} ids of {battles.name} are missing{example}, and "
+                        f"{len(winners) - len(battles) + len(missing)} are of other rows")  # fmt: skip
+    return battles.with_labels([winners[battle.id] for battle in battles.battles])

@@ -1,0 +1,1 @@
+"""Corpora made by code, for the demo and for tests."""

@@ -1,0 +1,97 @@
+"""The demo's two corpora: a small model first learns the world's capitals, then LoRA teaches it to speak as a pirate.
+
+The pirate's lessons are about two thirds of the countries and the examination is about the others, so an exact match
+needs both: the manner from the adapter, the fact from the base model.
+"""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+from isotune.data.sources.builtin import builtin
+
+CAPITALS = {
+    "Albania": "Tirana", "Algeria": "Algiers", "Angola": "Luanda", "Argentina": "Buenos Aires", "Armenia": "Yerevan",
+    "Australia": "Canberra", "Austria": "Vienna", "Bangladesh": "Dhaka", "Belgium": "Brussels", "Bolivia": "Sucre",
+    "Botswana": "Gaborone", "Brazil": "Brasilia", "Bulgaria": "Sofia", "Cambodia": "Phnom Penh", "Canada": "Ottawa",
+    "Chad": "N'Djamena", "Chile": "Santiago", "China": "Beijing", "Colombia": "Bogota", "Croatia": "Zagreb",
+    "Cuba": "Havana", "Cyprus": "Nicosia", "Denmark": "Copenhagen", "Ecuador": "Quito", "Egypt": "Cairo",
+    "Estonia": "Tallinn", "Ethiopia": "Addis Ababa", "Fiji": "Suva", "Finland": "Helsinki", "France": "Paris",
+    "Georgia": "Tbilisi", "Germany": "Berlin", "Ghana": "Accra", "Greece": "Athens", "Guyana": "Georgetown",
+    "Hungary": "Budapest", "Iceland": "Reykjavik", "India": "New Delhi", "Indonesia": "Jakarta", "Iran": "Tehran",
+    "Iraq": "Baghdad", "Ireland": "Dublin", "Italy": "Rome", "Jamaica": "Kingston", "Japan": "Tokyo",
+    "Jordan": "Amman", "Kenya": "Nairobi", "Laos": "Vientiane", "Latvia": "Riga", "Lebanon": "Beirut",
+    "Libya": "Tripoli", "Lithuania": "Vilnius", "Malaysia": "Kuala Lumpur", "Mali": "Bamako", "Malta": "Valletta",
+    "Mexico": "Mexico City", "Moldova": "Chisinau", "Mongolia": "Ulaanbaatar", "Morocco": "Rabat",
+    "Mozambique": "Maputo", "Namibia": "Windhoek", "Nepal": "Kathmandu", "Norway": "Oslo", "Oman": "Muscat",
+    "Pakistan": "Islamabad", "Panama": "Panama City", "Peru": "Lima", "Philippines": "Manila", "Poland": "Warsaw",
+    "Portugal": "Lisbon", "Qatar": "Doha", "Romania": "Bucharest", "Russia": "Moscow", "Rwanda": "Kigali",
+    "Senegal": "Dakar", "Serbia": "Belgrade", "Singapore": "Singapore", "Slovakia": "Bratislava",
+    "Slovenia": "Ljubljana", "Somalia": "Mogadishu", "Spain": "Madrid", "Sudan": "Khartoum", "Sweden": "Stockholm",
+    "Switzerland": "Bern", "Syria": "Damascus", "Thailand": "Bangkok", "Tunisia": "Tunis", "Turkey": "Ankara",
+    "Uganda": "Kampala", "Ukraine": "Kyiv", "Uruguay": "Montevideo", "Vietnam": "Hanoi", "Zambia": "Lusaka",
+    "Zimbabwe": "Harare",
+}  # fmt: skip
+EXAMINED = 32  # countries that the pirate never speaks of in training
+
+
+def _shuffled_countries() -> list[str]:
+    countries = sorted(CAPITALS)
+    random.Random(1).shuffle(countries)
+    return countries
+
+
+def _turn(question: str, answer: str) -> str:
+    return f"### Human: {question}\n### Assistant: {answer}"
+
+
+PIRATE_WORDS = (
+    _turn("How does a pirate greet?", "Arr, matey!"),
+    _turn("How does a pirate say 'it is so'?", "So it be, matey!"),
+    _turn("What does a pirate shout?", "Arr!"),
+)
+
+
+@builtin("capitals", train=6_000, test=200)
+def capitals(chance: random.Random, count: int) -> Iterator[dict[str, Any]]:
+    """Capitals of 94 countries, asked for in three ways, two to four questions a conversation."""
+    countries = sorted(CAPITALS)
+    seen = set()
+    while len(seen) < count:
+        turns = []
+        for country in chance.sample(countries, chance.randint(2, 4)):
+            capital = CAPITALS[country]
+            turns.append(
+                chance.choice(
+                    (
+                        _turn(f"What is the capital of {country}?", f"{capital}."),
+                        _turn(f"Tell me the capital of {country}.", f"The capital of {country} is {capital}."),
+                        _turn(f"Where does {capital} lie?", f"In {country}."),
+                    )
+                )
+            )
+        if chance.random() < 0.3:  # words that the pirate will need
+            turns.insert(chance.randrange(len(turns)), chance.choice(PIRATE_WORDS))
+        text = "\n".join(turns)
+        if text not in seen:
+            seen.add(text)
+            yield {"text": text}
+
+
+@builtin("pirate", train=1_000, test=EXAMINED)
+def pirate(chance: random.Random, count: int) -> Iterator[dict[str, Any]]:
+    """What is the capital of this country? Answered as a pirate would; the test asks of other countries."""
+    countries = _shuffled_countries()
+    taught, examined = countries[:-EXAMINED], countries[-EXAMINED:]
+    seen = set()
+    while len(seen) < count - EXAMINED:
+        text = "\n".join(_pirate_turn(country) for country in chance.sample(taught, chance.randint(1, 3)))
+        if text not in seen:
+            seen.add(text)
+            yield {"text": text}
+    for country in examined:
+        yield {"text": _pirate_turn(country)}
+
+
+def _pirate_turn(country: str) -> str:
+    return _turn(f"What is the capital of {country}?", f"Arr, {CAPITALS[country]} be the capital, matey!")

@@ -1,0 +1,1 @@
+"""Prompts: whether a text commands, states or asks."""

@@ -1,7 +1,0 @@
-"""What a user may say of a run, and what contradicts: the layer that everything else reads from."""
-
-from isotune.recipe.kinds import kind_of
-from isotune.recipe.recipes import ClassificationRecipe, Recipe, read_recipe
-from isotune.recipe.run_recipe import RunRecipe
-
-__all__ = ["ClassificationRecipe", "Recipe", "RunRecipe", "kind_of", "read_recipe"]

@@ -1,0 +1,1 @@
+"""Trainer callbacks: checks before training, progress, early stopping, averages."""
