@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from isotune.io.errors import RunFault, UserError
+from isotune.io.files import sync_path
 from isotune.models.log_control import quiet_libraries
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -115,13 +116,9 @@ class _Difference(Exception):
 
 
 def sync_folder(folder: Path) -> None:
-    """Force every file below `folder`, and the folders that name them, to the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """fsync `folder` and every file and folder below it."""
+    for path in (*folder.rglob("*"), folder):
+        sync_path(path)
 
 
 def replace_folder(staging: Path, folder: Path) -> None:
@@ -131,11 +128,7 @@ def replace_folder(staging: Path, folder: Path) -> None:
         shutil.rmtree(before, ignore_errors=True)
         folder.rename(before)
     staging.rename(folder)
-    descriptor = os.open(folder.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_path(folder.parent)
     shutil.rmtree(before, ignore_errors=True)
 
 

@@ -59,7 +59,7 @@ class CheckpointingTrainer(Trainer):
         self.run = run
         self.data_fingerprints = data_fingerprints
         limit = self.recipe.training_arguments.get("save_total_limit")
-        self.store = CheckpointStore(run.path / CHECKPOINTS, limit, run.fence)
+        self.store = CheckpointStore(run.path / CHECKPOINTS, limit, run.lease)
         self.resumption: Resumption | None = None
         self.stall_seconds: list[float] = []
         self._writer: CheckpointWriter | None = None

@@ -132,7 +132,7 @@ class ClassificationTrainer(PlanTrainer):
         if self.process.is_main:
             folder = self.run.path / "eval" / f"step-{self.state.global_step:08d}"
             folder.mkdir(parents=True, exist_ok=True)
-            self.run.fence.put(folder / PREDICTIONS, _lines(documents, logits))
+            self.run.lease.write_file(folder / PREDICTIONS, _lines(documents, logits))
         return {
             "eval_loss": ordered_sum(losses) / len(documents),
             "eval_accuracy": int((chosen == labels).sum()) / len(documents),

@@ -137,7 +137,7 @@ def save(
     """
     trainer.accelerator.wait_for_everyone()
     trainer.watchdog.stop()
-    run.fence.check()
+    run.lease.check()
     report = None
     inner: Any = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     model: Any = plain_model(inner, keep=trainer.process.is_main)

@@ -60,7 +60,7 @@ class PreTrainChecks(TrainerCallback):
             "data": self.data_counts,
         }
         self.run.begin(record, metrics=trainer.resumption and trainer.resumption.metrics)
-        trainer.metrics_file = MetricsFile(self.run.path / METRICS, self.run.fence)
+        trainer.metrics_file = MetricsFile(self.run.path / METRICS, self.run.lease)
         self._print(record)
 
     def _compare(self, found: dict[str, Any]) -> None:
