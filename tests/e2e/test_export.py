@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from isotune.checkpoint.export import export_run
 from isotune.io.errors import UserError
-from isotune.models.finished_run import read_run
 from isotune.models.merged_adapter import compare_logits
+from isotune.models.opening import read_run
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 RANK, ALPHA = 4, 12

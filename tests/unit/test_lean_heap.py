@@ -35,7 +35,7 @@ if RESTART:
     restart_with_malloc_tuning()
 import torch
 from tests.building import OPT_350M
-from isotune.models.cpu.speedups import enable_speedups, training_pass
+from isotune.models.cpu.speedups import enable_speedups, training_microbatch
 from transformers import OPTConfig, OPTForCausalLM
 
 def held(field):
@@ -50,7 +50,7 @@ optimizer = torch.optim.AdamW(model.parameters())
 ids = torch.randint(4, 512, (1, 512))
 before = held("VmRSS")
 for _ in range(3):
-    with training_pass(model):
+    with training_microbatch(model):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()

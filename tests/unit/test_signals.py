@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,9 +37,9 @@ class Run:
         self.status: Any = None
         self.lease = RunLease(path)
 
-    def acquire_lease(self, processes: int) -> None:
+    def acquire_lease(self, processes: int) -> Path:
         """As a run folder is held."""
-        self.lease.acquire()
+        return self.lease.acquire()
 
 
 def process(rank: int = 0) -> Process:

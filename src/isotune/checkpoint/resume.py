@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from isotune.checkpoint.manifest import InvalidCheckpoint, Manifest, read_manifest
 from isotune.checkpoint.store import CheckpointStore, find_checkpoint
 from isotune.config import RunRecipe
 from isotune.config.run_recipe import RESUME_NEVER, RESUME_NEWEST
+from isotune.distributed.collectives import call_on_main
 from isotune.distributed.launch import Process
 from isotune.io.errors import UserError
 from isotune.run.run_dir import RunDir
@@ -50,26 +49,21 @@ def find_resumption(
     Raises:
         UserError: the named checkpoint is not valid, or is of another recipe or other data.
     """
-    chosen: list[Any] = [None]  # path, None or UserError
-    if process.is_main:
+
+    def choose() -> Path | None:
         try:
             store.clean()
-            chosen = [_choose(store, recipe, data_fingerprints)]
-        except UserError as error:
-            chosen = [error]
+            return _choose(store, recipe, data_fingerprints)
         except OSError as error:
-            chosen = [UserError(f"{store.path} cannot be read: {error.strerror}")]
-    if process.world_size > 1:
-        dist.broadcast_object_list(chosen, src=0, device=process.device)
-    if isinstance(chosen[0], UserError):
-        raise chosen[0]
-    if chosen[0] is None:
+            raise UserError(f"{store.path} cannot be read: {error.strerror}") from error
+
+    folder = call_on_main(process, choose)
+    if folder is None:
         return None
-    folder = Path(chosen[0])
     return Resumption(folder, json.loads((folder / STATE).read_text()), (folder / "metrics.jsonl").read_text())
 
 
-def _choose(store: CheckpointStore, recipe: RunRecipe, data_fingerprints: dict[str, str]) -> str | None:
+def _choose(store: CheckpointStore, recipe: RunRecipe, data_fingerprints: dict[str, str]) -> Path | None:
     if recipe.resume == RESUME_NEVER:
         store.remove_all()
         return None
@@ -93,7 +87,7 @@ def _choose(store: CheckpointStore, recipe: RunRecipe, data_fingerprints: dict[s
         f"(written by {manifest.engine} on {manifest.world_size})",
         flush=True,
     )
-    return str(folder)
+    return folder
 
 
 def open_run(recipe: RunRecipe) -> RunDir:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -56,7 +56,7 @@ class CheckpointWriter:
         is_distributed = dist.is_initialized() and dist.get_world_size() > 1
         self.rank = dist.get_rank() if is_distributed else 0
         # a group of its own: the collectives of the thread must not mix with those of training
-        self.group: Any = dist.new_group(backend="gloo") if is_distributed else None
+        self.group: Any = cast(Any, dist).new_group(backend="gloo") if is_distributed else None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -140,7 +140,7 @@ class CheckpointWriter:
         outcomes: list[Any] = [(result, failure)]
         if self.group is not None:
             outcomes = [None] * dist.get_world_size(self.group)
-            dist.all_gather_object(outcomes, (result, failure), group=self.group)
+            cast(Any, dist).all_gather_object(outcomes, (result, failure), group=self.group)
         for _, failed in outcomes:
             if failed is not None:
                 raise _Failure(*failed)

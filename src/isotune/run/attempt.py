@@ -58,6 +58,10 @@ class Attempt:
         """For JSON."""
         return asdict(self)
 
+    def is_of_same_job(self, other: "Attempt") -> bool:
+        """Whether both are attempts of one SLURM job, before and after a requeue."""
+        return self.job is not None and self.job == other.job and self.restart != other.restart
+
     @property
     def is_local(self) -> bool:
         """Whether its process is visible from this one."""

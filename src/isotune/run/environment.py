@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from isotune.compat.transformers_models import attention_of
 from isotune.distributed.engines import EngineInEffect, whole_numel
 from isotune.distributed.launch import Process
 from isotune.models.packed_attention import kernel_in_effect
@@ -61,7 +62,7 @@ def in_effect(trainer: Any, engine: EngineInEffect) -> dict[str, Any]:
     return {
         **engine.as_dict(),
         "weights_dtype": str(next(p.dtype for p in inner.parameters() if p.is_floating_point())).removeprefix("torch."),
-        "attention": config._attn_implementation,
+        "attention": attention_of(config),
         "attention_kernel": kernel_in_effect(trainer.args.device, COMPUTE_DTYPES.get(engine.precision, torch.float32)),
         "exact_gradients": trainer.exact is not None,
         "trained_parameters": trained_parameters,

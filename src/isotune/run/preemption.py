@@ -18,10 +18,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch.distributed as dist
-
+from isotune.distributed.collectives import call_on_main
 from isotune.distributed.launch import Process
-from isotune.io.errors import Superseded, UserError, exit_status, word_for
+from isotune.io.errors import Superseded, exit_status, word_for
 from isotune.io.job_status import write_job_status
 from isotune.run.attempt import slurm_ids
 from isotune.run.run_dir import ENVIRONMENT, STATUS, RunDir
@@ -104,7 +103,7 @@ def supervised(run: RunDir, process: Process) -> Iterator[None]:
         UserError: another process holds the lease; the same on every rank.
         Superseded: another attempt has taken it over; status.json belongs to that one and is left alone.
     """
-    _acquire_lease(run, process)
+    run.lease.folder = call_on_main(process, lambda: run.acquire_lease(process.world_size))
     status = run.status = RunStatus(run.path, is_main=process.is_main, lease=run.lease)
     previous_handlers = _install_handlers()
     try:
@@ -123,22 +122,6 @@ def supervised(run: RunDir, process: Process) -> Iterator[None]:
             run.lease.release()
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)
-
-
-def _acquire_lease(run: RunDir, process: Process) -> None:
-    """The main process acquires the lease; every rank gets its folder, or its error."""
-    outcome: list[Any] = [None]
-    if process.is_main:
-        try:
-            run.acquire_lease(process.world_size)
-            outcome = [run.lease.folder]
-        except (UserError, Superseded) as error:
-            outcome = [error]
-    if process.world_size > 1:
-        dist.broadcast_object_list(outcome, src=0, device=process.device)
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    run.lease.folder = outcome[0]
 
 
 def _install_handlers() -> dict[int, Any]:

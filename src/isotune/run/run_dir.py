@@ -147,16 +147,19 @@ class RunDir:
                 f"needs {needed_bytes / 1e6:.0f} MB"
             )
 
-    def acquire_lease(self, processes: int) -> None:
-        """Acquire the lease, on the main process; a stale attempt that appends to its open metrics file is cut off.
+    def acquire_lease(self, processes: int) -> Path:
+        """Acquire the lease, on the main process; returns the directory of this attempt.
+
+        A copy replaces metrics.jsonl, so that a stale attempt, which has the file open, no longer appends to it.
 
         Raises:
             UserError, Superseded: see `RunLease.check_available`.
         """
-        self.lease.acquire(processes=processes, slurm=slurm_ids())
+        folder = self.lease.acquire(processes=processes, slurm=slurm_ids())
         metrics = self.path / METRICS
         if metrics.is_file():
             self.lease.write_file(metrics, metrics.read_text("utf-8", errors="replace"))
+        return folder
 
     def begin(self, environment: dict[str, Any], metrics: str | None = None) -> None:
         """Write environment.json and recipe.yaml, each atomically, and begin metrics.jsonl.

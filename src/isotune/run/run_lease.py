@@ -155,17 +155,9 @@ class RunLease:
     def _check_stale(self, folder: Path, holder: Attempt | None) -> None:
         """Return where the attempt in `folder` is stale, so that this process may take its place."""
         current = Attempt.current()
-        if (
-            holder is not None
-            and holder.job is not None
-            and holder.job == current.job
-            and holder.restart != current.restart
-        ):
-            assert holder.restart is not None and current.restart is not None
-            if holder.restart > current.restart:
-                raise Superseded(
-                    f"{self.run} is held by a later attempt of this job: {holder}; this stale attempt ends"
-                )
+        if holder is not None and holder.is_of_same_job(current):
+            if (holder.restart or 0) > (current.restart or 0):
+                raise Superseded(f"{self.run} is held by a later attempt of this job: {holder}; this one is stale")
             return
         if holder is not None and holder.is_local:
             if holder.is_running:

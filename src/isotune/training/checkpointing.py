@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments
 
-from isotune.checkpoint.engine_state import EngineState, OptimizerNumbers
+from isotune.checkpoint.engine_state import EngineState, OptimizerState
 from isotune.checkpoint.flat_tensors import host_copy, read_tensors
 from isotune.checkpoint.manifest import Manifest
 from isotune.checkpoint.resume import STATE, TRAINER_STATE, Resumption, find_resumption
@@ -207,7 +207,7 @@ class CheckpointingTrainer(Trainer):
             "evaluation_due": self._evaluation_due,
             "skipped_steps": self.skipped_steps,
             "evaluations_without_better": self.early_stop.early_stopping_patience_counter if self.early_stop else 0,
-            "optimizer": engine.numbers().as_dict(),
+            "optimizer": engine.optimizer_state().as_dict(),
             **lr_schedule_state.capture(self),
         }
         texts = {
@@ -234,7 +234,7 @@ class CheckpointingTrainer(Trainer):
     def _restore(self, resumption: Resumption) -> None:
         """Put a checkpoint's state into the prepared engine, however that splits it."""
         engine = self._engine_state()
-        engine.make_optimizer_state(OptimizerNumbers(**resumption.state["optimizer"]))
+        engine.make_optimizer_state(OptimizerState(**resumption.state["optimizer"]))
         self._read(resumption.folder, engine, with_optimizer=True)
         lr_schedule_state.restore(self, resumption.state)
         self.skipped_steps = resumption.state["skipped_steps"]

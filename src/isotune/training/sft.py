@@ -16,7 +16,7 @@ from isotune.distributed.launch import Process
 from isotune.io.errors import UserError
 from isotune.models.cpu.speedups import enable_speedups
 from isotune.models.lora import add_adapters
-from isotune.models.opening import is_made_here, load_causal_lm, load_config, load_whole_models
+from isotune.models.opening import is_made_here, load_base_model, load_config, load_whole_models
 from isotune.models.packed_attention import set_packed_attention
 from isotune.models.supervised_loss import install_supervised_loss
 from isotune.run.run_dir import RunDir
@@ -34,7 +34,7 @@ def build_model(recipe: Recipe, config: PreTrainedConfig, device: torch.device) 
 
     Built from the seed alone, so every rank has the same weights before any communication.
     """
-    base = load_causal_lm(recipe, config, device)
+    base = load_base_model(recipe, config, device)
     set_packed_attention(base)
     install_supervised_loss(base)
     model = base if recipe.tune == "full" else add_adapters(base, recipe)
@@ -120,7 +120,7 @@ def saved_bytes(model: nn.Module) -> int:
 
 def load_base_again(recipe: RunRecipe) -> PreTrainedModel:
     """The base model of a recipe as training began with it."""
-    return load_causal_lm(recipe, load_config(recipe), torch.device("cpu"))
+    return load_base_model(recipe, load_config(recipe), torch.device("cpu"))
 
 
 def save(

@@ -26,7 +26,7 @@ from isotune.data.sft.preparation import PreparedData
 from isotune.distributed.collectives import ordered_sum
 from isotune.distributed.launch import Process
 from isotune.distributed.watchdog import Watchdog
-from isotune.models.cpu.speedups import training_pass
+from isotune.models.cpu.speedups import training_microbatch
 from isotune.run.metrics_file import MetricsFile, peak_memory_bytes
 from isotune.training.callbacks.early_stopping import EarlyStop
 from isotune.training.callbacks.epoch_averages import EpochAverages
@@ -227,7 +227,7 @@ class PlanTrainer(GuardedTrainer):
         # engines average gradients over the ranks, integers are added up
         shares = 1 if self.exact is not None else self.process.world_size
         factor = one["weight"] * shares / self._denominator
-        with self.exchange.one_pass(model, last=last), training_pass(model):
+        with self.exchange.one_pass(model, last=last), training_microbatch(model):
             found = model(**one["inputs"], use_cache=False)
             loss = found.loss
             if one["weight"]:
