@@ -377,7 +377,7 @@ def test_a_truncated_file_is_one_sentence_and_exit_status_2(lora_run, tmp_path):
     truncate(file)
     done = isotune("export", tmp_path / "run", "--merge")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith(f"error: {file} is not a whole safetensors file")
+    assert done.stderr.startswith(f"error: {file} is not a complete safetensors file")
 
 
 @pytest.mark.parametrize("format", ["safetensors", "pt"])

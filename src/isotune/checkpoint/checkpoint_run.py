@@ -44,7 +44,7 @@ def write_run_of(checkpoint: Path, scratch: Path) -> None:
     try:
         manifest = find_checkpoint(checkpoint)
     except InvalidCheckpoint as why:
-        raise UserError(f"{checkpoint} is no whole checkpoint: {why}") from why
+        raise UserError(f"{checkpoint} is not a valid checkpoint: {why}") from why
     recipe = kind_of(manifest.recipe).from_values(**manifest.recipe, output_dir=str(scratch))
     tokenizer = load_tokenizer(recipe, needed=("pad",))
     config = _config_of(recipe, checkpoint / TENSORS)

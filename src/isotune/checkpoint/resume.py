@@ -72,7 +72,7 @@ def _choose(store: CheckpointStore, recipe: RunRecipe, data_fingerprints: dict[s
         try:
             manifest = find_checkpoint(folder)
         except InvalidCheckpoint as why:
-            raise UserError(f"resume: {folder} is no whole checkpoint: {why}") from why
+            raise UserError(f"resume: {folder} is not a valid checkpoint: {why}") from why
     else:
         newest = store.newest_valid()
         for broken, why in newest.skipped:
@@ -118,7 +118,7 @@ def check_named_checkpoint(recipe: RunRecipe) -> None:
     try:
         manifest = read_manifest(folder)
     except InvalidCheckpoint as why:
-        raise UserError(f"resume: {folder} is no whole checkpoint: {why}") from why
+        raise UserError(f"resume: {folder} is not a valid checkpoint: {why}") from why
     check_same_recipe(folder, manifest, recipe)
 
 

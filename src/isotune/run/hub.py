@@ -63,7 +63,7 @@ def upload_model(run: Path, *, repository: str, private: bool | None, token: str
         )
     except HFValidationError as error:
         raise UserError(
-            f"hub_model_id {repository!r} names no repository: {_redacted(error, token)}; {again}"
+            f"hub_model_id {repository!r} is not a valid repository name: {_redacted(error, token)}; {again}"
         ) from None
     except Exception as error:  # the classes that transport and Hub raise differ between versions
         raise UserError(f"push_to_hub to {repository} failed: {_redacted(error, token)}; {again}") from None

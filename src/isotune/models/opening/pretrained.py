@@ -157,5 +157,5 @@ def check_safetensors(folder: Path) -> list[Path]:
             with safe_open(file, framework="pt") as tensors:
                 tensors.keys()
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is not a whole safetensors file: {first_line(error)}") from error
+            raise UserError(f"{file} is not a complete safetensors file: {first_line(error)}") from error
     return files

@@ -62,7 +62,7 @@ def load_tokenizer(recipe: RunRecipe, needed: Sequence[str] = ("eos", "pad")) ->
     tokenizer: PreTrainedTokenizerBase = load_pretrained_tokenizer(name, use_fast=True)
     if not tokenizer.encode("a", add_special_tokens=False):
         # transformers makes an empty one of some kinds where the files are missing
-        raise UserError(f"tokenizer '{name}' makes no token of a letter: is its tokenizer.json there?")
+        raise UserError(f"tokenizer '{name}' encodes a letter to no token: is its tokenizer.json there?")
     for role in needed:
         if getattr(tokenizer, f"{role}_token_id") is None:
             raise UserError(

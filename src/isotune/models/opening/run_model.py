@@ -67,15 +67,15 @@ def read_run(run_dir: str | Path) -> FinishedRun:
     folder = Path(run_dir).expanduser()
     recipe = folder / "recipe.yaml"
     if not folder.is_dir():
-        raise UserError(f"there is no run folder {folder}")
+        raise UserError(f"there is no run directory {folder}")
     if not recipe.is_file():
-        raise UserError(f"{folder} is no run folder: it has no recipe.yaml")
+        raise UserError(f"{folder} is not a run directory: it has no recipe.yaml")
     try:
         settings = yaml.safe_load(recipe.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{recipe} is not readable as YAML: {first_line(error)}") from error
     if not isinstance(settings, dict):
-        raise UserError(f"{recipe} is no recipe: it holds no keys")
+        raise UserError(f"{recipe} is not a recipe: it has no keys")
     model = folder / "model"
     if not model.is_dir():
         checkpoints = sorted(path.name for path in folder.glob("checkpoints/step-*"))
