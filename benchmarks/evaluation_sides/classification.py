@@ -28,7 +28,7 @@ from isotune.evaluation.classification.models import Classifier
 from isotune.evaluation.classification.prediction import BATCH_TOKENS, classify, probabilities_of
 from isotune.evaluation.distributed_eval import Ranks
 from isotune.models.classifier import install_classification
-from isotune.models.cpu.onednn_linear import fast_products
+from isotune.models.cpu.onednn_linear import onednn_products
 
 GEOMETRIES = {
     "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
@@ -107,7 +107,7 @@ def _products_alone(classifier: Classifier, rows: list[dict[str, Any]]) -> tuple
     keys_and_values = [blocks[-1].attention.self.key, blocks[-1].attention.self.value]
     passes = [BATCH_TOKENS["cpu"]] * (sum(lengths) // BATCH_TOKENS["cpu"]) + [sum(lengths) % BATCH_TOKENS["cpu"]]
     with torch.inference_mode():
-        with fast_products():
+        with onednn_products():
             ours = _timed([*layers[:-1], keys_and_values], passes)
         return ours, _timed(layers, lengths)
 

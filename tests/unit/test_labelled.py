@@ -210,5 +210,5 @@ def test_a_tokenizer_without_a_token_before_the_text_is_refused(write):
 def test_a_folder_without_a_tokenizers_files_is_refused(tmp_path):
     AutoConfig.for_model("roberta").save_pretrained(tmp_path / "roberta")
     values = TINY_CLASSIFIER | {"model_name_or_path": str(tmp_path / "roberta"), "output_dir": str(tmp_path / "run")}
-    with pytest.raises(UserError, match=r"roberta' makes no token of a letter: is its tokenizer\.json there"):
+    with pytest.raises(UserError, match=r"roberta' encodes a letter to no token: is its tokenizer\.json there"):
         load_tokenizer(ClassificationRecipe.from_values(**values), needed=("pad",))
