@@ -16,7 +16,7 @@ from isotune.config.schema import (
     SCHEDULE,
     SHARE,
     Key,
-    Need,
+    Requirement,
     Values,
 )
 
@@ -57,35 +57,37 @@ def _eval_strategy(values: Values) -> str:
     return "epoch" if values["eval_steps"] is None else "steps"
 
 
-WITH_EVALUATION = Need(evaluates, "there is no evaluation without eval_dataset_name, nor with eval_strategy: no")
-_EVAL_STRATEGY = Need(
+WITH_EVALUATION = Requirement(evaluates, "there is no evaluation without eval_dataset_name, nor with eval_strategy: no")
+_EVAL_STRATEGY = Requirement(
     lambda values: has_evaluation_data(values) or values["eval_strategy"] == "no",
     "there is no evaluation without eval_dataset_name",
 )
-_EVAL_STEPS = Need(
+_EVAL_STEPS = Requirement(
     lambda values: evaluates(values) and values["eval_strategy"] == "steps",
     "it needs eval_dataset_name and eval_strategy: steps",
 )
-_BETAS = Need(
+_BETAS = Requirement(
     lambda values: any(name in values["optim"] for name in ("adam", "lion", "ademamix")), "optim has no betas"
 )
-_EPSILON = Need(lambda values: "adam" in values["optim"] or "ademamix" in values["optim"], "optim has no Adam epsilon")
-_WARMUP = Need(
+_EPSILON = Requirement(
+    lambda values: "adam" in values["optim"] or "ademamix" in values["optim"], "optim has no Adam epsilon"
+)
+_WARMUP = Requirement(
     lambda values: values["lr_scheduler_type"] != "constant",
     "lr_scheduler_type: constant has no warm-up (constant_with_warmup has)",
 )
-_SAVES = Need(lambda values: values["save_strategy"] != "no", "save_strategy is no")
-_SAVES_BY_STEPS = Need(lambda values: values["save_strategy"] == "steps", "save_strategy is not steps")
-_BEST = Need(
+_SAVES = Requirement(lambda values: values["save_strategy"] != "no", "save_strategy is no")
+_SAVES_BY_STEPS = Requirement(lambda values: values["save_strategy"] == "steps", "save_strategy is not steps")
+_BEST = Requirement(
     lambda values: evaluates(values) and values["save_strategy"] != "no",
     "it needs eval_dataset_name, and a save_strategy and eval_strategy that are not no",
 )
-_BEST_METRIC = Need(
+_BEST_METRIC = Requirement(
     lambda values: evaluates(values) and (values["save_strategy"] != "no" or bool(values["early_stopping_patience"])),
     "it needs eval_dataset_name, an eval_strategy that is not no, and a save_strategy or early_stopping_patience",
 )
-_BY_STEPS = Need(lambda values: values["logging_strategy"] == "steps", "logging_strategy is not steps")
-_SPARSE_LOGGING = Need(
+_BY_STEPS = Requirement(lambda values: values["logging_strategy"] == "steps", "logging_strategy is not steps")
+_SPARSE_LOGGING = Requirement(
     lambda values: values["logging_strategy"] != "steps" or values["logging_steps"] != 1,
     "logging_steps: 1 logs every step",
 )
@@ -93,6 +95,10 @@ _SPARSE_LOGGING = Need(
 
 def _best_metric(values: Values) -> str | None:
     return "eval_loss" if values["load_best_model_at_end"] or values["early_stopping_patience"] else None
+
+
+def _learning_rate(values: Values) -> float:
+    return 2e-5 if values["tune"] == "full" else 2e-4
 
 
 def _key(name: str, takes: Any, default: Any, group: str, help: str, **more: Any) -> Key:
@@ -109,7 +115,7 @@ _KEYS = (
          allowed=NOT_NEGATIVE, step_count=True, needs=_WARMUP),
     _rest("lr_scheduler_kwargs", dict[str, Any] | None, None, SCHEDULE, "further arguments of the scheduler"),
     _key("learning_rate", float, None, OPTIMISER, "highest learning rate", allowed=NOT_NEGATIVE,
-         default_from=lambda values: 2e-5 if values["tune"] == "full" else 2e-4,
+         default_from=_learning_rate,
          default_text="2e-4 for adapters, 2e-5 with tune: full"),
     _key("optim", Optimiser, "adamw_torch_fused", OPTIMISER, "optimiser"),
     _key("weight_decay", float, 0.0, OPTIMISER, "weight decay, not of biases and norms", allowed=NOT_NEGATIVE),

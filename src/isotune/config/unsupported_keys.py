@@ -101,6 +101,6 @@ _GROUPS = {
     "code from the Hub is never run": ("trust_remote_code",),
 }  # fmt: skip
 
-REFUSED: dict[str, str] = {name: f"say {instead}" for name, instead in _RENAMED.items()} | {
+UNSUPPORTED: dict[str, str] = {name: f"say {instead}" for name, instead in _RENAMED.items()} | {
     name: reason for reason, names in _GROUPS.items() for name in names
 }

@@ -162,9 +162,7 @@ class RunDir:
             # first: it says whose folder this is, should a kill come in between
             text = json.dumps({FINGERPRINT_KEY: self.recipe.fingerprint(), **environment}, indent=2)
             self.fence.put(self.path / ENVIRONMENT, text + "\n")
-            staging = (self.fence.folder or self.path) / f".{RECIPE}.tmp"
-            self.recipe.write(staging)
-            staging.replace(self.path / RECIPE)
+            self.fence.put(self.path / RECIPE, self.recipe.as_yaml())
             if metrics is None:
                 (self.path / METRICS).unlink(missing_ok=True)
             else:
