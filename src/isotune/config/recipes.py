@@ -33,7 +33,7 @@ class Recipe(RunRecipe):
     eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_perplexity")
 
     task: Literal["sft"] = key(
-        "sft", MODEL, "what the model learns: sft is to answer as the data's conversations do", changes_result=False
+        "sft", MODEL, "what the model learns: sft, supervised fine-tuning on conversations", changes_result=False
     )
     dataset_text_field: str = key("text", DATA, "column that holds the conversation")
     train_on: Literal["all", "last"] = key("all", DATA, "answers to learn from: all of a conversation, or the last")
@@ -42,7 +42,7 @@ class Recipe(RunRecipe):
     )
     packing: bool = key(True, DATA, "pack several conversations into a row; they never see each other")
     sample_prompt: str = key(
-        "What makes a good friend?", OUTPUT, "question to answer at the end; empty asks none", changes_result=False
+        "What makes a good friend?", OUTPUT, "prompt to answer at the end; empty for none", changes_result=False
     )
 
 
@@ -64,7 +64,7 @@ class ClassificationRecipe(RunRecipe):
     )
     clean_text: bool = key(False, DATA, "undo HTML breaks and entities, and escapes such as a written-out \\n")
     label_source: Literal["column", "rules", "random"] = key(
-        "column", DATA, "where classes come from; rules: command, statement, question; random: a coin, as a control"
+        "column", DATA, "where classes come from; rules: command, statement, question; random: a negative control"
     )
     eval_split_share: float = key(
         0.0,
@@ -78,21 +78,23 @@ class ClassificationRecipe(RunRecipe):
     drop_leaked: bool = key(
         False,
         DATA,
-        "leave out of training what the evaluation data holds too, exactly or nearly",
+        "remove training texts that are duplicates or near duplicates of evaluation texts",
         needs=WITH_EVALUATION,
     )
     num_labels: int | None = key(
         None, DATA, "classes; data with another number is refused", allowed=Range(2), default_text="those of the data"
     )
     overlong: Literal["head", "tail", "head_tail"] = key(
-        "head", DATA, "what is kept of a text longer than max_seq_length; head_tail: a quarter, and the end"
+        "head",
+        DATA,
+        "what is kept of a text longer than max_seq_length; head_tail: a quarter from the start, the rest from the end",
     )
-    max_seq_length: int = key(512, DATA, "longest document, in tokens", allowed=Range(3))
+    max_seq_length: int = key(512, DATA, "maximum length of a document, in tokens", allowed=Range(3))
     global_batch_size: int = key(32, SCHEDULE, "documents in one step, on any hardware", allowed=AT_LEAST_ONE)
     class_weights: list[float] | Literal["balanced"] | None = key(  # noqa: RUF009 - it makes a dataclass field
         None,
         SCHEDULE,
-        "weight of each class in the training loss; balanced: every class weighs the same in all",
+        "weight of each class in the training loss; balanced: every class has the same total weight",
         allowed=POSITIVE,
         default_text="none: all alike",
     )
@@ -100,7 +102,7 @@ class ClassificationRecipe(RunRecipe):
         0.0, SCHEDULE, "share of each target that is spread over all classes, in the training loss", allowed=SHARE
     )
     sentences: tuple[str, ...] | None = key(
-        None, OUTPUT, "texts to classify at the end, with what was true where it is known", changes_result=False
+        None, OUTPUT, "texts to classify at the end, shown with the true class where it is known", changes_result=False
     )
 
     contradictions: ClassVar[tuple[Contradiction, ...]] = (

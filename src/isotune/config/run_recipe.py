@@ -76,13 +76,13 @@ class RunRecipe(BaseRecipe):
         "pretrained", MODEL, "take the model's weights, or its geometry with random weights"
     )
     tokenizer_name_or_path: str | None = key(None, MODEL, "another tokenizer", default_text="the model's", is_path=True)
-    tune: Literal["full", "lora", "qlora"] = key("lora", MODEL, "what is trained: all weights, or adapters on top")
+    tune: Literal["full", "lora", "qlora"] = key("lora", MODEL, "what is trained: all weights, or adapters")
 
     dataset_name: str = key(REQUIRED, DATA, "Hub id, folder, .jsonl/.csv/.parquet file, or builtin:NAME", is_path=True)
     dataset_split: str = key("train", DATA, "split to train on", needs=_SPLIT)
     eval_dataset_name: str | None = key(None, DATA, "data set to evaluate on", needs=EVALUATION_ON, is_path=True)
     eval_dataset_split: str = key("test", DATA, "split to evaluate on", needs=_EVAL_SPLIT)
-    max_seq_length: int = key(1024, DATA, "longest row, in tokens", allowed=Range(2))
+    max_seq_length: int = key(1024, DATA, "maximum length of a row, in tokens", allowed=Range(2))
 
     global_batch_size: int = key(16, SCHEDULE, "rows in one step, on any hardware", allowed=AT_LEAST_ONE)
     num_train_epochs: float = key(3.0, SCHEDULE, "passes over the data", allowed=POSITIVE, needs=_NO_LIMIT)
@@ -92,14 +92,14 @@ class RunRecipe(BaseRecipe):
     early_stopping_patience: int | None = key(
         None,
         SCHEDULE,
-        "end training after this many evaluations without a better metric_for_best_model",
+        "end training after this many evaluations without an improvement of metric_for_best_model",
         allowed=AT_LEAST_ONE,
         needs=WITH_EVALUATION,
     )
     early_stopping_threshold: float = key(
         0.0,
         SCHEDULE,
-        "a better one is better by more than this",
+        "an improvement of metric_for_best_model counts if it is larger than this",
         allowed=NOT_NEGATIVE,
         needs=Requirement(lambda values: bool(values["early_stopping_patience"]), "it needs early_stopping_patience"),
         common=False,
@@ -116,13 +116,15 @@ class RunRecipe(BaseRecipe):
     use_rslora: bool = key(False, ADAPTER, "scale by lora_alpha / sqrt(r)", needs=_ADAPTER)
     use_dora: bool = key(False, ADAPTER, "train magnitudes apart from directions (DoRA)", needs=_ADAPTER)
     init_lora_weights: bool | Literal["gaussian"] = key(
-        True, ADAPTER, "true: the adapter starts as no change", needs=_ADAPTER
+        True, ADAPTER, "true: the adapter starts as the identity", needs=_ADAPTER
     )
     modules_to_save: list[str] | None = key(  # noqa: RUF009 - it makes a dataclass field
-        None, ADAPTER, "modules to train whole and save", needs=_ADAPTER
+        None, ADAPTER, "modules to train in full and save", needs=_ADAPTER
     )
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = key("nf4", ADAPTER, "4-bit type of frozen weights", needs=_FOUR_BIT)
-    bnb_4bit_use_double_quant: bool = key(True, ADAPTER, "quantise the quantisation's scales too", needs=_FOUR_BIT)
+    bnb_4bit_use_double_quant: bool = key(
+        True, ADAPTER, "quantise the scales of the 4-bit weights too", needs=_FOUR_BIT
+    )
 
     bf16: bool = key(False, MEMORY, "compute in bfloat16")
     fp16: bool = key(False, MEMORY, "compute in float16, with a scaled loss")
@@ -151,16 +153,16 @@ class RunRecipe(BaseRecipe):
     gradient_reduction: Literal["step", "pass"] = key(
         "step",
         MEMORY,
-        "how often ZeRO-2 and 3 send gradients: once a step, or after each pass, which needs less memory",
+        "when ZeRO-2 and 3 reduce gradients: step is once an update; pass is every microbatch, with less memory",
         changes_result=False,
     )
-    on_nonfinite: Literal["stop", "skip"] = key("stop", MEMORY, "what a loss or gradient that is not finite does")
+    on_nonfinite: Literal["stop", "skip"] = key("stop", MEMORY, "what happens when a loss or gradient is NaN or Inf")
 
     output_dir: str = key(REQUIRED, OUTPUT, "folder of the run", changes_result=False, is_path=True)
     resume: Literal["auto", "never"] | str = key(
         "auto",
         OUTPUT,
-        "auto goes on from the newest whole checkpoint in output_dir, never begins anew; or a checkpoint's folder",
+        "auto: from the newest complete checkpoint in output_dir; never: start anew; or a checkpoint's folder",
         changes_result=False,
         is_path=True,
     )
@@ -189,12 +191,10 @@ class RunRecipe(BaseRecipe):
         None, OUTPUT, "token of the Hub; never shown nor written", needs=_UPLOADS, changes_result=False, common=False,
         secret=True, default_text="that of `hf auth login` or HF_TOKEN",
     )  # fmt: skip
-    plan_only: bool = key(
-        False, OUTPUT, "prepare the data, print the whole plan and stop", unset=False, changes_result=False
-    )
+    plan_only: bool = key(False, OUTPUT, "prepare the data, print the plan and stop", unset=False, changes_result=False)
     training_arguments: dict[str, Any] = field(default_factory=dict[str, Any])
 
-    eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss",)  # what an evaluation gives that one may choose the best by
+    eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss",)  # the choices of metric_for_best_model
     contradictions: ClassVar[tuple[Contradiction, ...]] = (
         Contradiction(("bf16", "fp16"), lambda values: values["bf16"] and values["fp16"], "set one of them to false"),
         Contradiction(

@@ -18,6 +18,15 @@ from isotune.config.schema import Key, Range
 from isotune.io.near_names import nearest
 
 _NULL = frozenset({"none", "null", ""})
+_WORDS: dict[Any, tuple[str, str]] = {
+    bool: ("true or false", "BOOL"),
+    int: ("a whole number", "N"),
+    float: ("a number", "X"),
+    str: ("text", "TEXT"),
+    list[str]: ("a list of names", "NAME"),
+    list[float]: ("a list of numbers", "X"),
+    tuple[str, ...]: ("a list of texts", "TEXT"),
+}
 
 
 def parse(key: Key, value: Any) -> Any:
@@ -46,7 +55,7 @@ def describe(key: Key) -> str:
     if key.step_count:
         return f"a number of steps {key.allowed}: a whole number, or a share of the run below 1"
     kinds, choices, _ = _members(key.takes)
-    descriptions = [_describe_kind(kind) + (f" {key.allowed}" if key.allowed is not None else "") for kind in kinds]
+    descriptions = [_words_for(kind)[0] + (f" {key.allowed}" if key.allowed is not None else "") for kind in kinds]
     return " or ".join([*descriptions, ", ".join(choices)] if choices else descriptions)
 
 
@@ -55,9 +64,7 @@ def metavar(key: Key) -> str:
     kinds, choices, _ = _members(key.takes)
     if len(choices) > 4:
         return "NAME"
-    short = {bool: "BOOL", int: "N", float: "X", str: "TEXT", list[float]: "X", tuple[str, ...]: "TEXT"}
-    rest = {list: "NAME", dict: "JSON"}
-    return "|".join([*(short.get(kind) or rest[typing.get_origin(kind)] for kind in kinds), *choices])
+    return "|".join([*(_words_for(kind)[1] for kind in kinds), *choices])
 
 
 def takes(key: Key, *kinds: type) -> bool:
@@ -80,19 +87,11 @@ def _union_members(annotation: Any) -> tuple[Any, ...]:
     return tuple(member for member in members if member is not types.NoneType)
 
 
-def _describe_kind(kind: Any) -> str:
+def _words_for(kind: Any) -> tuple[str, str]:
+    """A type in words, and its short form."""
     if typing.get_origin(kind) is list and (names := typing.get_args(typing.get_args(kind)[0])):
-        return f"a list of {', '.join(names)}"
-    words = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        list[str]: "a list of names",
-        list[float]: "a list of numbers",
-        tuple[str, ...]: "a list of texts",
-    }
-    return words.get(kind, "a mapping")
+        return f"a list of {', '.join(names)}", "NAME"
+    return _WORDS.get(kind, ("a mapping", "JSON"))
 
 
 @functools.cache
@@ -106,16 +105,13 @@ def _with_spellings(kind: Any, allowed: Range | None, step_count: bool) -> Any:
     if kind in (int, float):
         in_range = AfterValidator(functools.partial(_check_range, allowed=allowed, step_count=step_count))
         return Annotated[kind, BeforeValidator(_number), Field(allow_inf_nan=False), in_range]
-    match typing.get_origin(kind):
-        case origin if origin is list:
-            item = _with_spellings(typing.get_args(kind)[0], allowed, step_count)
-            return Annotated[list[item], BeforeValidator(_words), Field(min_length=1)]
-        case origin if origin is tuple:
-            return Annotated[kind, BeforeValidator(_texts), Field(min_length=1)]
-        case origin if origin is dict:
-            return Annotated[kind, BeforeValidator(_mapping)]
-        case _:
-            return kind
+    origin = typing.get_origin(kind)
+    if origin is list:
+        item = _with_spellings(typing.get_args(kind)[0], allowed, step_count)
+        return Annotated[list[item], BeforeValidator(_words), Field(min_length=1)]
+    if origin is tuple:
+        return Annotated[kind, BeforeValidator(_texts), Field(min_length=1)]
+    return Annotated[kind, BeforeValidator(_mapping)] if origin is dict else kind
 
 
 def _check_range(number: float, *, allowed: Range | None, step_count: bool) -> float:
