@@ -26,6 +26,7 @@ from filelock import FileLock
 
 from isotune.data.documents import Documents
 from isotune.io.errors import UserError
+from isotune.io.files import write_synced
 
 NO_ROOM = {
     errno.ENOSPC: "is full",
@@ -95,10 +96,7 @@ def save(entry: Path, documents: Any, counts: dict[str, Any]) -> None:
             name: write_array(partial / f"{name}.npy", getattr(documents, name)) for name in _arrays(type(documents))
         }
         meta = json.dumps({"sha256": digests, "counts": counts}, indent=1)
-        with (partial / "meta.json").open("w", encoding="utf-8") as file:
-            file.write(meta)
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(partial / "meta.json", meta)
         _sync_folder(partial)
         partial.rename(entry)
         _sync_folder(entry.parent)

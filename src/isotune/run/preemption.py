@@ -20,7 +20,7 @@ from typing import Any
 
 from isotune.distributed.collectives import call_on_main
 from isotune.distributed.launch import Process
-from isotune.io.errors import Superseded, exit_status, word_for
+from isotune.io.errors import Superseded, exit_status, status_word
 from isotune.io.job_status import write_job_status
 from isotune.run.attempt import slurm_ids
 from isotune.run.run_dir import ENVIRONMENT, STATUS, RunDir
@@ -113,7 +113,7 @@ def supervised(run: RunDir, process: Process) -> Iterator[None]:
     except BaseException as error:
         number = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else exit_status(error)
         with contextlib.suppress(Superseded):
-            status.write(word_for(error), number, str(error) or type(error).__name__)
+            status.write(status_word(error), number, str(error) or type(error).__name__)
         raise
     else:
         status.write("finished", 0)

@@ -175,10 +175,13 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
             # environment.json first: it identifies the run, should the process be killed before recipe.yaml
             text = json.dumps({FINGERPRINT_KEY: self.recipe.fingerprint(), **environment}, indent=2)
-            self.lease.write_file(self.path / ENVIRONMENT, text + "\n")
-            staging = (self.lease.folder or self.path) / f".{RECIPE}.tmp"
-            self.recipe.write(staging)
-            staging.replace(self.path / RECIPE)
+            self.lease.write_file(
+                self.path / ENVIRONMENT,
+                text
+                + "\
+",
+            )
+            self.lease.write_file(self.path / RECIPE, self.recipe.as_yaml())
             if metrics is None:
                 (self.path / METRICS).unlink(missing_ok=True)
             else:

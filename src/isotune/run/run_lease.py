@@ -125,9 +125,7 @@ class RunLease:
             replace_file(path, text)
             return
         try:
-            staging = self.folder / path.name
-            write_synced(staging, text)
-            staging.replace(path)
+            replace_file(path, text, self.folder / path.name)
         except FileNotFoundError:
             self.check()
             raise
