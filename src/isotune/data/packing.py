@@ -1,14 +1,14 @@
 """Fills rows with whole documents, so that no computation goes into padding and no document is cut to fit.
 
 The heuristic is best-fit-decreasing: the longest document first, each into the fullest row that still has room for
-it (Ding et al. 2024, "Fewer Truncations Improve Language Modeling"). What makes a million documents cheap is that
-neither documents nor rows are looked at one by one: documents of one length are alike, rows of one remaining room are
-alike, and one step moves all of them.
+it (Ding et al. 2024, "Fewer Truncations Improve Language Modeling"). A million documents are cheap because
+neither documents nor rows are placed one by one: all documents of one length are equivalent, all rows with the same
+room left are equivalent, and one operation places many.
 """
 
 import numpy as np
 
-from isotune.data.documents import Rows
+from isotune.data.documents import Rows, starts_of
 
 
 def pack(lengths: np.ndarray, capacity: int, seed: int) -> Rows:
@@ -55,10 +55,10 @@ def pack(lengths: np.ndarray, capacity: int, seed: int) -> Rows:
             if not waiting:
                 break
     by_row = np.argsort(row_of, kind="stable")
-    return Rows(order[by_row], _starts(np.bincount(row_of, minlength=open_rows.count)))
+    return Rows(order[by_row], starts_of(np.bincount(row_of, minlength=open_rows.count)))
 
 
-def each_alone(documents: int) -> Rows:
+def one_document_per_row(documents: int) -> Rows:
     """The rows of an unpacked run: each document is its own row, in the order of the documents."""
     return Rows(np.arange(documents, dtype=np.int64), np.arange(documents + 1, dtype=np.int64))
 
@@ -109,7 +109,3 @@ def _longest_first(lengths: np.ndarray, capacity: int, seed: int) -> np.ndarray:
     shortness = capacity - lengths[shuffled]
     narrow = np.uint16 if capacity < 2**16 else np.int64  # numpy sorts 16 bits by counting
     return shuffled[np.argsort(shortness.astype(narrow), kind="stable")]
-
-
-def _starts(counts: np.ndarray) -> np.ndarray:
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])

@@ -63,7 +63,7 @@ def load_classifier(recipe: ClassificationRecipe, config: PreTrainedConfig, devi
 
 
 def install_classification(model: PreTrainedModel, class_loss: ClassLoss | None = None) -> str:
-    """Teach a stock classifier the packed row of `isotune.data.collate.LabelledInputs`.
+    """Teach a stock classifier the packed row of `isotune.data.collate.PackedInputs`.
 
     With it, `model(input_ids=..., cu_seq_lens_q=..., targets=...)` returns `.logits`, [documents, classes], and as
     `.loss` the sum over the documents in fp32: of `class_loss` in training, of the plain cross-entropies in

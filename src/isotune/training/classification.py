@@ -13,9 +13,9 @@ from isotune.checkpoint.final_model import FinalModelReport
 from isotune.checkpoint.resume import Resumption
 from isotune.checkpoint.unshard import reshard
 from isotune.config import ClassificationRecipe
-from isotune.data.batch_schedule import Step, assign
-from isotune.data.collate import lay_out
-from isotune.data.documents import LabelledDocuments
+from isotune.data.batch_schedule import Step, assign_to_ranks
+from isotune.data.collate import collate
+from isotune.data.documents import Documents
 from isotune.data.run_data import RunData
 from isotune.distributed.collectives import gather_by_number, gather_vectors, ordered_sum
 from isotune.distributed.launch import Process
@@ -43,8 +43,8 @@ def build_model(recipe: ClassificationRecipe, config: PreTrainedConfig, data: Ru
     class_loss = class_loss_of(recipe, data.train)
     if class_loss.class_weights is not None and process.is_main:
         print(f"weights     of classes 0 to K - 1: {', '.join(f'{weight:.4g}' for weight in class_loss.class_weights)}")
-    config.num_labels = data.train.num_labels  # type: ignore[union-attr]
-    if names := data.train.table.counts.class_names:  # type: ignore[union-attr]
+    config.num_labels = data.train.num_labels
+    if names := data.train.class_names:
         config.id2label, config.label2id = dict(enumerate(names)), {name: k for k, name in enumerate(names)}
     base = load_classifier(recipe, config, process.loading_device(recipe))
     if install_classification(base, class_loss) == PADDED and process.is_main:
@@ -164,8 +164,8 @@ def predict(trainer: PlanTrainer) -> tuple[list[float], torch.Tensor]:
     scores: dict[int, torch.Tensor] = {}
     classes = int(trainer.train_data.num_labels)  # type: ignore[union-attr]
     process = trainer.process
-    for microbatch in assign(step, process.world_size)[process.rank]:
-        inputs: Any = trainer._prepare_inputs(lay_out(trainer.evaluation.documents, microbatch))  # type: ignore[arg-type]
+    for microbatch in assign_to_ranks(step, process.world_size)[process.rank]:
+        inputs: Any = trainer._prepare_inputs(collate(trainer.evaluation.documents, microbatch))  # type: ignore[arg-type]
         found = model(**inputs, use_cache=False)
         if microbatch.weight:
             losses[microbatch.number] = found.loss
@@ -178,7 +178,7 @@ def predict(trainer: PlanTrainer) -> tuple[list[float], torch.Tensor]:
     return gather_by_number(losses, len(step.microbatches), device), logits
 
 
-def _lines(documents: LabelledDocuments, logits: torch.Tensor) -> str:
+def _lines(documents: Documents, logits: torch.Tensor) -> str:
     """A line a document: its id, its class, and what was predicted."""
     chosen, shares = logits.argmax(dim=1).tolist(), logits.softmax(dim=1).tolist()
     columns = zip(documents.ids.tolist(), documents.labels.tolist(), chosen, shares, strict=True)

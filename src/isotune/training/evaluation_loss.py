@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from isotune.checkpoint.unshard import reshard
-from isotune.data.batch_schedule import assign
+from isotune.data.batch_schedule import assign_to_ranks
 from isotune.data.collate import collate
 from isotune.distributed.collectives import gather_by_number, ordered_sum
 
@@ -25,7 +25,7 @@ def evaluation_loss(trainer: Any) -> dict[str, float]:
     model.eval()
     step = trainer.eval_plan.step(0)
     losses = {}
-    for microbatch in assign(step, process.world_size)[process.rank]:
+    for microbatch in assign_to_ranks(step, process.world_size)[process.rank]:
         inputs = trainer._prepare_inputs(collate(trainer.evaluation.documents, microbatch))
         loss = model(**inputs, use_cache=False).loss
         if microbatch.weight:

@@ -6,9 +6,9 @@ from typing import Any
 import transformers.trainer
 from accelerate import skip_first_batches
 
-from isotune.data.batch_schedule import Step, StepSchedule, assign
-from isotune.data.collate import lay_out
-from isotune.data.documents import AnyDocuments
+from isotune.data.batch_schedule import Step, StepSchedule, assign_to_ranks
+from isotune.data.collate import collate
+from isotune.data.documents import Documents
 
 
 class StepLoader:
@@ -18,9 +18,7 @@ class StepLoader:
     its count of steps is the plan's.
     """
 
-    def __init__(
-        self, plan: StepSchedule, documents: AnyDocuments, rank: int, world_size: int, skipped: int = 0
-    ) -> None:
+    def __init__(self, plan: StepSchedule, documents: Documents, rank: int, world_size: int, skipped: int = 0) -> None:
         self.plan = plan
         self.documents = documents
         self.rank = rank
@@ -42,8 +40,8 @@ class StepLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         first = self.epoch * self.plan.steps_per_epoch
         for number in range(first + self.skipped, first + self.plan.steps_per_epoch):
-            share = assign(self.plan.step(number), self.world_size)[self.rank]
-            passes = [{"number": m.number, "weight": m.weight, "inputs": lay_out(self.documents, m)} for m in share]
+            share = assign_to_ranks(self.plan.step(number), self.world_size)[self.rank]
+            passes = [{"number": m.number, "weight": m.weight, "inputs": collate(self.documents, m)} for m in share]
             yield {"step": number, "passes": passes}
 
 

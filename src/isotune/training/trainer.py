@@ -21,8 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from isotune.config import RunRecipe
 from isotune.data.batch_schedule import Step, StepSchedule
-from isotune.data.classification.preparation import PreparedLabels
-from isotune.data.sft.preparation import PreparedData
+from isotune.data.prepared import PreparedData
 from isotune.distributed.collectives import ordered_sum
 from isotune.distributed.launch import Process
 from isotune.distributed.watchdog import Watchdog
@@ -70,9 +69,9 @@ class PlanTrainer(GuardedTrainer):
         recipe: RunRecipe,
         process: Process,
         plan: StepSchedule,
-        train: PreparedData | PreparedLabels,
+        train: PreparedData,
         eval_plan: StepSchedule | None,
-        evaluation: PreparedData | PreparedLabels | None,
+        evaluation: PreparedData | None,
         exact: bool,
         tokenizer: Any,
         start_up: PreTrainChecks,

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 TrainOn = Literal["all", "last"]
 
@@ -100,8 +100,9 @@ def render_prompt(question: str | Sequence[Mapping[str, Any]]) -> str:
 def _header_and_content(message: Any, number: int) -> tuple[str, str]:
     if not isinstance(message, Mapping):
         raise ValueError(f"message {number} is a {type(message).__name__}, not an object with role and content")
-    role = message.get("role", message.get("from"))
-    content = message.get("content", message.get("value"))
+    fields = cast(Mapping[str, Any], message)
+    role = fields.get("role", fields.get("from"))
+    content = fields.get("content", fields.get("value"))
     if not isinstance(role, str) or role not in ROLE_HEADERS:
         raise ValueError(f"message {number} has the role {role!r}; known are {', '.join(ROLE_HEADERS)}")
     if not isinstance(content, str):

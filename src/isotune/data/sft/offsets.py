@@ -9,10 +9,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
+
+from isotune.data.documents import starts_of
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,9 @@ class TokenLocator:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         ids, counts = _flat([encoding.ids for encoding in encodings])
         sizes = self._bytes_of_token[ids]
-        until = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+        until = starts_of(sizes)
         text_starts = np.cumsum([0, *(len(text) if text.isascii() else len(text.encode()) for text in texts)])
-        if not np.array_equal(until[np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])], text_starts):
+        if not np.array_equal(until[starts_of(counts)], text_starts):
             return None
         return LocatedTokens(ids, counts, until[:-1], until[1:], text_starts, in_bytes=True)
 
@@ -104,6 +107,6 @@ def _bytes_of_tokens(backend: Tokenizer) -> np.ndarray | None:
 
 
 def _cuts_bytes(backend: Tokenizer) -> bool:
-    steps = json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer else {}
-    steps = steps.get("pretokenizers", [steps])
+    whole: dict[str, Any] = json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer else {}
+    steps: list[dict[str, Any]] = whole.get("pretokenizers", [whole])
     return steps[-1].get("type") == "ByteLevel" and not any(step.get("add_prefix_space") for step in steps)

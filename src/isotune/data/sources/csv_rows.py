@@ -9,6 +9,7 @@ import csv
 import io
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,7 @@ def read_csv(path: Path, rows_at_once: int) -> Iterator[dict[str, Any]]:
         UserError: a row has more or fewer cells than the first, a quote is not closed, a name stands twice, or the
             file is not UTF-8.
     """
-    import pyarrow as pa
-
+    pa: Any = import_module("pyarrow")
     try:
         table = _parse(path)
     except pa.ArrowInvalid as error:
@@ -45,8 +45,7 @@ def read_csv(path: Path, rows_at_once: int) -> Iterator[dict[str, Any]]:
 
 
 def _parse(file: Any) -> Any:
-    from pyarrow import csv as arrow_csv
-
+    arrow_csv: Any = import_module("pyarrow.csv")
     # One block for the whole file: quoted cells may hold line ends, and types are then judged by every row.
     size = file.stat().st_size if isinstance(file, Path) else len(file.getbuffer())
     return arrow_csv.read_csv(

@@ -2,12 +2,10 @@
 
 import os
 import threading
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import Any
 
 from isotune.io.errors import UserError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 REACH_SECONDS = 5.0
 OFFLINE_WAYS = (
@@ -16,8 +14,8 @@ OFFLINE_WAYS = (
 )
 
 
-def load_hub_dataset(dataset_name: str, split: str, *, key: str) -> "Dataset":
-    """Load one split of a Hub data set.
+def load_hub_dataset(dataset_name: str, split: str, *, key: str) -> Any:
+    """Load one split of a Hub data set, a `datasets.Dataset`.
 
     The libraries retry an unreachable Hub for minutes; here one short request decides. With `HF_HUB_OFFLINE` set
     nothing is asked of the network and only the local cache counts.
@@ -25,16 +23,13 @@ def load_hub_dataset(dataset_name: str, split: str, *, key: str) -> "Dataset":
     Raises:
         UserError: no network and no cached copy, no such data set, or no such split.
     """
-    import datasets
-    from datasets import config
-    from datasets.exceptions import DatasetNotFoundError
-
-    offline = config.HF_HUB_OFFLINE
+    datasets: Any = import_module("datasets")  # takes a second, and has no types
+    offline: bool = datasets.config.HF_HUB_OFFLINE
     if not offline and not hub_answers():
         raise UserError(f"{key}: {dataset_name!r} is a Hub id and the Hugging Face Hub is out of reach: {OFFLINE_WAYS}")
     try:
-        loaded: Any = datasets.load_dataset(dataset_name, split=split)
-    except DatasetNotFoundError as error:
+        return datasets.load_dataset(dataset_name, split=split)
+    except datasets.exceptions.DatasetNotFoundError as error:
         raise UserError(f"{key}: the Hub has no data set {dataset_name!r} that this user may read") from error
     except ValueError as error:  # an unknown split or a missing configuration name
         raise UserError(f"{key}: {dataset_name!r} cannot be loaded: {first_line(error)}") from error
@@ -44,7 +39,6 @@ def load_hub_dataset(dataset_name: str, split: str, *, key: str) -> "Dataset":
                 f"{key}: {dataset_name!r} is not in the local cache and HF_HUB_OFFLINE is set: {OFFLINE_WAYS}"
             ) from error
         raise UserError(f"{key}: {dataset_name!r} cannot be fetched ({first_line(error)}): {OFFLINE_WAYS}") from error
-    return loaded
 
 
 def hub_answers() -> bool:
