@@ -11,9 +11,10 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from isotune.config import ClassificationRecipe
 from isotune.data.batch_schedule import StepSchedule
 from isotune.data.classification.labels import ClassificationSettings
-from isotune.data.classification.preparation import prepare_labelled
+from isotune.data.classification.preparation import tokenize
 from isotune.data.collate import collate
 from isotune.data.prepared import PreparedData
+from isotune.data.sources.source import read_rows
 from isotune.io.errors import UserError
 from isotune.models.opening import load_tokenizer
 
@@ -49,10 +50,10 @@ def rows(*pairs: tuple[str, object]) -> list[dict]:
 
 
 def quietly(path: str, tokenizer=None, *, evaluation: bool = False, **settings) -> PreparedData:
-    return prepare_labelled(
-        path, "train", tokenizer or word_tokenizer(), ClassificationSettings(**settings), evaluation=evaluation,
-        show_progress=False,
-    )  # fmt: skip
+    source = read_rows(path, "train")
+    labelled = tokenize(source, tokenizer or word_tokenizer(), ClassificationSettings(**settings), show_progress=False)
+    labelled.check_classes(evaluation=evaluation)
+    return labelled.prepared()
 
 
 def words_of(prepared: PreparedData, number: int) -> list[int]:
@@ -135,8 +136,6 @@ def test_a_step_is_documents_and_its_passes_hold_each_once_with_its_label(write)
 
 
 def test_the_builtin_corpus_has_three_balanced_classes_and_no_row_of_test_in_train():
-    from isotune.data.sources.source import read_rows
-
     train, test = (list(read_rows("builtin:opinions", split).rows()) for split in ("train", "test"))
     assert [sum(row["label"] == k for row in train) for k in range(3)] == [200, 200, 200]
     assert not {row["text"] for row in train} & {row["text"] for row in test}

@@ -63,9 +63,9 @@ class PreparedData:
     texts: Callable[[], Iterator[str]] = _no_texts
 
     @property
-    def num_labels(self) -> int:
-        """Classes, from 0 to the largest; labelled data only."""
-        return len(self.table.counts["classes"])
+    def num_labels(self) -> int | None:
+        """Classes, from 0 to the largest; None for conversations."""
+        return len(self.table.counts["classes"]) if self.documents.has_labels else None
 
     @property
     def class_names(self) -> list[str] | None:

@@ -1,11 +1,11 @@
-"""Which documents stand in both of two sets of texts, exactly or nearly: what was learned must not be evaluated on.
+"""Finds the documents that are in both of two sets of texts, exactly or nearly: training texts spoil an evaluation.
 
 Two texts are *exactly* the same where their normalised texts are (isotune.data.clean_text: HTML and escapes undone, no
 case, Unicode's NFKC, single blanks). They are *nearly* the same where the sets of their runs of three words, written in
 letters and digits, have a Jaccard similarity of at least 0.8: one word changed in thirty, a sentence put before ten.
-Candidates are found by MinHash in 24 bands of 5 (Broder 1997; Leskovec, Rajaraman and Ullman, chapter 3) and each is
-then computed exactly, so nothing is called near that is not; a pair right at 0.8 is overlooked once in 14,000. An empty
-text stands nowhere.
+Candidates are found by MinHash in 24 bands of 5 (Broder 1997; Leskovec, Rajaraman and Ullman, chapter 3), and the
+similarity of each is then computed exactly: there are no false positives, and a pair at exactly 0.8 is missed once in
+14,000. An empty text is a duplicate of nothing.
 """
 
 import re
@@ -39,19 +39,19 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Overlap:
-    """How each document stands in the other set: 0 not at all, EXACTLY or NEARLY; uint8 [documents] of either set."""
+    """Whether each document is in the other set: 0 for no, EXACTLY or NEARLY; uint8 [documents] of either set."""
 
     train: np.ndarray
     evaluation: np.ndarray
 
     @staticmethod
     def counted(documents: np.ndarray) -> dict[str, int]:
-        """The documents of one set by how they stand in the other."""
+        """The documents of one set that are in the other, by how."""
         return {name: int((documents == how).sum()) for name, how in HOW.items()}
 
 
 def compare(train: LabelledSplit, evaluation: LabelledSplit, *, show_progress: bool) -> Overlap:
-    """Find the documents that stand in both sets; kept on disk under the fingerprints of both."""
+    """Find the documents that are in both sets; cached on disk under the fingerprints of both."""
     fingerprint = digest("overlap", DUPLICATES_FORMAT_VERSION, train.fingerprint, evaluation.fingerprint)
 
     def build() -> Content:
@@ -88,7 +88,7 @@ def runs_of_words(text: str) -> frozenset[str]:
 
 
 class _NearIndex:
-    """Texts that can be asked which of them are nearly another text."""
+    """An index that finds the texts that are nearly equal to another text."""
 
     def __init__(self, texts: list[str]) -> None:
         self._texts = texts
@@ -100,7 +100,7 @@ class _NearIndex:
                     self._index.insert(number, sketch)
 
     def near(self, texts: list[str]) -> Iterator[list[int]]:
-        """For each text the numbers of those that are nearly, or exactly, it."""
+        """For each text the numbers of the indexed texts that nearly or exactly equal it."""
         runs = [runs_of_words(text) for text in texts]
         for own, sketch in zip(runs, _sketches(runs), strict=True):
             candidates: list[int] = self._index.query(sketch) if own else []

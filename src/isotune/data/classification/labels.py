@@ -1,4 +1,4 @@
-"""What a recipe says about its labelled data, and the classes that come from a text itself, not from a column."""
+"""What a recipe says about its labelled data, and labels computed from a text instead of read from a column."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

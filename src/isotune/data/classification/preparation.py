@@ -10,14 +10,14 @@ from tqdm import tqdm
 from isotune.data.cache import Content, load_or_build
 from isotune.data.classification.counts import labels_table
 from isotune.data.classification.labels import ClassificationSettings, contents_of, labels_of
-from isotune.data.classification.rows import Columns, Id, LabelledRows, as_ids, read_labelled, texts_of
+from isotune.data.classification.rows import Id, LabelledRows, as_ids, read_labelled, texts_of
 from isotune.data.classification.text_encoding import TextEncoder
 from isotune.data.clean_text import clean
 from isotune.data.documents import Documents
 from isotune.data.fingerprint import digest
 from isotune.data.packing import one_document_per_row
 from isotune.data.prepared import PreparedData
-from isotune.data.sources.source import Source, read_rows
+from isotune.data.sources.source import Source
 from isotune.io.errors import UserError
 
 LABELLED_FORMAT_VERSION = 2  # raised when the same input gives other documents
@@ -105,37 +105,18 @@ class LabelledSplit:
         return PreparedData(self.documents, rows, table, self.fingerprint, self.texts)
 
 
-def prepare_labelled(
-    dataset_name: str,
-    split: str,
-    tokenizer: Any,
-    settings: ClassificationSettings,
-    *,
-    name: str = "dataset_name",
-    evaluation: bool = False,
-    show_progress: bool = True,
-) -> PreparedData:
-    """Read and tokenize one split of a data set of labelled texts, and use all of it.
+def tokenize(source: Source, tokenizer: Any, settings: ClassificationSettings, *, show_progress: bool) -> LabelledSplit:
+    """Read and tokenize a source of labelled texts, before it is decided which of them are used.
 
     An empty text is kept, as the special tokens alone, and counted: to drop it would make a prediction missing.
 
     Args:
-        dataset_name, split, name: as in `isotune.data.sources.source.read_rows`.
         tokenizer: of transformers, with a Rust backend, that puts a token before a text.
-        evaluation: classes may be absent, because `settings.num_labels` came from the training data.
         show_progress: a bar of documents on stderr; one process of a launch should say True.
 
     Raises:
         UserError: whatever the user can put right, in one sentence.
     """
-    source = read_rows(dataset_name, split, name=name)
-    labelled = tokenize(source, tokenizer, settings, show_progress=show_progress)
-    labelled.check_classes(evaluation=evaluation)
-    return labelled.prepared()
-
-
-def tokenize(source: Source, tokenizer: Any, settings: ClassificationSettings, *, show_progress: bool) -> LabelledSplit:
-    """Read and tokenize any source of rows; as `prepare_labelled`, before it is decided what is used."""
     encoder = TextEncoder(tokenizer)
     settings.check(encoder.special_tokens)
     labels_from = {"column": settings.dataset_label_field, "rules": "", "random": settings.seed}[settings.label_source]
@@ -157,15 +138,10 @@ def tokenize(source: Source, tokenizer: Any, settings: ClassificationSettings, *
 
 
 def _build(source: Source, encoder: TextEncoder, settings: ClassificationSettings, *, show_progress: bool) -> Content:
-    columns = Columns(
-        text=settings.dataset_text_field,
-        label=settings.dataset_label_field if settings.label_source == "column" else None,
-        id=settings.dataset_id_field,
-    )
     parts: list[Documents] = []
     ids: list[Id] = []
     with tqdm(desc="preparing", unit=" documents", disable=not show_progress) as bar:
-        for rows in read_labelled(source, columns):
+        for rows in read_labelled(source, settings):
             parts.append(_encode_rows(rows, encoder, settings))
             ids += rows.ids or []
             bar.update(len(rows.texts))

@@ -1,31 +1,17 @@
-"""Reads labelled texts from a source and names the row of whatever is not one: a text, a class, an id of its own."""
+"""Reads labelled texts from a source; errors name the row whose text, class or id is invalid."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from isotune.data.classification.labels import ClassificationSettings
 from isotune.data.sources.source import Row, Source, kind_of_value, surrogate_fault
 from isotune.io.errors import UserError
 
 ID_FIELD = "id"  # the column that is taken for ids where the recipe names none
 
 Id = int | str
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which columns are read.
-
-    Attributes:
-        text: holds the texts.
-        label: holds the classes; None where they are not read.
-        id: holds the ids; None takes the column `id` where the first row has one.
-    """
-
-    text: str
-    label: str | None
-    id: str | None
 
 
 @dataclass(frozen=True)
@@ -37,39 +23,38 @@ class LabelledRows:
     ids: list[Id] | None
 
 
-def read_labelled(source: Source, columns: Columns) -> Iterator[LabelledRows]:
+def read_labelled(source: Source, settings: ClassificationSettings) -> Iterator[LabelledRows]:
     """The rows of a source, batch by batch.
 
     Raises:
         UserError: a column is missing, or a cell holds no text, no class or no id; the sentence names the row.
     """
-    needed: dict[str, str] = {}
+    columns: dict[str, str] = {}
     for rows in source.batches():
-        needed = needed or _needed(rows[0][1], columns)
+        columns = columns or _columns(rows[0][1], settings)
         for number, row in rows:
-            for column, key in needed.items():
+            for key, column in columns.items():
                 if column not in row:
-                    held = ", ".join(row) or "none"
+                    present = ", ".join(row) or "none"
                     raise UserError(
-                        f"{source.where(number)} lacks the column {column!r}; it has {held}: name it by {key}"
+                        f"{source.where(number)} lacks the column {column!r}; it has {present}: name it by {key}"
                     )
-        id_column = next((column for column, key in needed.items() if key == "dataset_id_field"), None)
+        label, own_id = columns.get("dataset_label_field"), columns.get("dataset_id_field")
         yield LabelledRows(
-            texts=[_text(row, source, number, columns.text) for number, row in rows],
-            labels=[_label(row, source, number, columns.label) for number, row in rows] if columns.label else None,
-            ids=[_id(row, source, number, id_column) for number, row in rows] if id_column else None,
+            texts=[_text(row, source, number, settings.dataset_text_field) for number, row in rows],
+            labels=[_label(row, source, number, label) for number, row in rows] if label else None,
+            ids=[_id(row, source, number, own_id) for number, row in rows] if own_id else None,
         )
 
 
-def _needed(first: Row, columns: Columns) -> dict[str, str]:
-    """The columns that every row must have, and the recipe's key for each."""
-    id_column = columns.id or (ID_FIELD if ID_FIELD in first else None)
-    keys = {
-        columns.text: "dataset_text_field",
-        columns.label: "dataset_label_field",
-        id_column: "dataset_id_field",
-    }
-    return {column: key for column, key in keys.items() if column is not None}
+def _columns(first: Row, settings: ClassificationSettings) -> dict[str, str]:
+    """The columns that every row must have, by the recipe's key for each."""
+    columns = {"dataset_text_field": settings.dataset_text_field}
+    if settings.label_source == "column":
+        columns["dataset_label_field"] = settings.dataset_label_field
+    if settings.dataset_id_field or ID_FIELD in first:
+        columns["dataset_id_field"] = settings.dataset_id_field or ID_FIELD
+    return columns
 
 
 def texts_of(source: Source, column: str, source_rows: np.ndarray) -> Iterator[str]:
@@ -78,14 +63,8 @@ def texts_of(source: Source, column: str, source_rows: np.ndarray) -> Iterator[s
     Args:
         source_rows: int64 [texts], rising.
     """
-    wanted = iter(source_rows.tolist())
-    following = next(wanted, None)
-    for number, row in enumerate(source.rows()):
-        if number == following:
-            yield row[column]
-            following = next(wanted, None)
-            if following is None:
-                return
+    chosen = set(source_rows.tolist())
+    return (row[column] for number, row in enumerate(source.rows()) if number in chosen)
 
 
 def as_ids(ids: list[Id], documents: int, source: Source) -> np.ndarray:

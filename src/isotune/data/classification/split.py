@@ -1,4 +1,4 @@
-"""The training and the evaluation documents of a recipe, told apart by content and compared before training.
+"""The training and evaluation documents of a recipe, split by content and checked for duplicates before training.
 
 Evaluation texts should not be among the training texts. Both sets are compared text by text (`duplicates`), the table
 says how many documents stand in both, and `drop_leaked` leaves them out of training; nothing is ever left out of the
@@ -65,10 +65,10 @@ def prepare_both(
 
 
 def split_by_content(whole: LabelledSplit, share: float, seed: int) -> tuple[LabelledSplit, LabelledSplit]:
-    """A set without the documents that chance keeps for evaluation, and those.
+    """Split a data set at random into training and evaluation documents.
 
-    What a text says and the seed decide alone: documents of one text are on one side, and a row that is moved, added
-    or taken away moves no other row to the other side.
+    Only the content of a text and the seed decide its side: documents with the same text are on one side, and a row
+    that is moved, added or removed changes the side of no other row.
 
     Raises:
         UserError: one of the sides would be empty.

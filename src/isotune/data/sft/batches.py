@@ -60,13 +60,13 @@ def read_batches(source: Source, text_field: str, train_on: TrainOn) -> Iterator
 
 
 def _conversation_column(first_row: Row, source: Source, text_field: str) -> str:
-    wanted = (text_field, *MESSAGES_COLUMNS) if text_field == TEXT_FIELD else (text_field,)
-    for column in wanted:
+    candidates = (text_field, *MESSAGES_COLUMNS) if text_field == TEXT_FIELD else (text_field,)
+    for column in candidates:
         if column in first_row:
             return column
-    held = ", ".join(first_row) or "of an empty object"
+    present = ", ".join(first_row) or "of an empty object"
     raise UserError(
-        f"{source.name} has the columns {held}, but none called {' or '.join(wanted)}: "
+        f"{source.name} has the columns {present}, but none called {' or '.join(candidates)}: "
         "name the one that holds the conversations by dataset_text_field"
     )
 

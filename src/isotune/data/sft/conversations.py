@@ -1,4 +1,4 @@
-"""Conversations as one text with the answers marked in it, so that a mask never has to guess where a turn ends."""
+"""Conversations as one text with the spans of its answers, so the supervised mask never guesses where a turn ends."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ class Conversation:
     Attributes:
         text: what is tokenised; it ends where its last answer ends, and is empty when there is none.
         answers: the half-open character spans [start, end) of the supervised answers, in order.
-        turns_cut: turns after the last answer, which nothing could be learnt from.
+        turns_cut: turns after the last answer, which hold nothing to train on.
     """
 
     text: str

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face Hub: read where the Hub answers or a copy is cached, refused at once where not."""
+"""Loads data sets of the Hugging Face Hub, and fails at once where neither the Hub nor a cached copy is available."""
 
 import os
 import threading
@@ -17,8 +17,8 @@ OFFLINE_WAYS = (
 def load_hub_dataset(dataset_name: str, split: str, *, key: str) -> Any:
     """Load one split of a Hub data set, a `datasets.Dataset`.
 
-    The libraries retry an unreachable Hub for minutes; here one short request decides. With `HF_HUB_OFFLINE` set
-    nothing is asked of the network and only the local cache counts.
+    The libraries retry an unreachable Hub for minutes, so one short request tests it first. With `HF_HUB_OFFLINE` set
+    there is no request, and only the local cache counts.
 
     Raises:
         UserError: no network and no cached copy, no such data set, or no such split.
@@ -49,18 +49,18 @@ def hub_answers() -> bool:
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
-    answers: list[int] = []
+    status_codes: list[int] = []
 
-    def ask() -> None:
+    def request() -> None:
         try:
-            answers.append(get_session().head(constants.ENDPOINT, timeout=REACH_SECONDS).status_code)
+            status_codes.append(get_session().head(constants.ENDPOINT, timeout=REACH_SECONDS).status_code)
         except Exception:  # whatever the transport raises, its class differs between its versions
-            answers.clear()
+            status_codes.clear()
 
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(REACH_SECONDS)
-    return bool(answers)
+    thread = threading.Thread(target=request, daemon=True)
+    thread.start()
+    thread.join(REACH_SECONDS)
+    return bool(status_codes)
 
 
 def is_hub_id(dataset_name: str) -> bool:

@@ -1,4 +1,4 @@
-"""One way to read rows, whatever they lie in: the Hub, a folder, a file, or a corpus made by code.
+"""Reads the rows of a data set from the Hub, a folder, a file, or a corpus made by code.
 
 Reading never runs code that comes with the data and never unpickles: rows are JSON, CSV, Parquet or Arrow.
 """
@@ -142,10 +142,10 @@ def _folder_source(folder: Path, split: str, key: str) -> Source:
     names = {path: re.sub(r"-\d+-of-\d+$", "", path.stem) for path in files}
     chosen = [path for path in files if names[path] == split]
     if not chosen:
-        held = ", ".join(sorted(set(names.values()))) or f"no {', '.join(FILE_SUFFIXES)} file at all"
-        raise UserError(f"{key}: the folder {folder} has no file for the split {split!r}; it has {held}")
-    kinds = {(path.parent, path.suffix) for path in chosen}
-    if len(kinds) > 1 or (len(chosen) > 1 and any(path.stem == split for path in chosen)):
+        present = ", ".join(sorted(set(names.values()))) or f"no {', '.join(FILE_SUFFIXES)} file at all"
+        raise UserError(f"{key}: the folder {folder} has no file for the split {split!r}; it has {present}")
+    formats = {(path.parent, path.suffix) for path in chosen}
+    if len(formats) > 1 or (len(chosen) > 1 and any(path.stem == split for path in chosen)):
         raise UserError(
             f"{key}: the split {split!r} lies in {folder} more than once "
             f"({', '.join(str(path.relative_to(folder)) for path in chosen)}): name one file"

@@ -24,7 +24,7 @@ from isotune.projects.arena.recipes import ArenaRecipe
 
 ARENA_FORMAT_VERSION = 1  # raised when the same input gives other documents
 PROMPT_SHARE = 4  # a quarter of the room is the prompt's where it needs it; each answer has three eighths
-SMALLEST_ROOM = 8  # tokens: below, a share could be nothing
+SMALLEST_ROOM = 8  # tokens: with fewer, a share could be empty
 BATTLES_AT_ONCE = 1_000
 
 
@@ -43,7 +43,7 @@ class BothOrders:
     identical: np.ndarray
 
     def swap_average(self, probabilities: np.ndarray) -> np.ndarray:
-        """What both documents of each battle say of a, b and tie, as their mean.
+        """The mean of the two predictions for each battle, as probabilities of a, b and tie.
 
         The same documents are predicted in the same places whichever answer is called a, and a sum of two numbers does
         not depend on their order: exchanging the answers exchanges the first two numbers, bit for bit.
@@ -64,22 +64,22 @@ class BothOrders:
         return mean / ((mean[:, 0] + mean[:, 1]) + mean[:, 2])[:, None]
 
 
-def share_tokens(prompt: int, one: int, other: int, room: int) -> tuple[int, int, int]:
+def share_tokens(prompt: int, answer: int, other: int, room: int) -> tuple[int, int, int]:
     """How many of `room` tokens a prompt and two answers of so many tokens each get.
 
         room 16:    prompt 20, answers 20 and 20   ->  4, 6, 6
-                    prompt 20, answers  2 and 20   ->  4, 2, 10      what one does not need, another gets
+                    prompt 20, answers  2 and 20   ->  4, 2, 10      what one text leaves, another gets
                     prompt 20, answers  2 and  3   -> 11, 2, 3
 
     Exchanging the answers exchanges their shares. What is not empty keeps at least one token.
     """
-    kept_prompt = min(prompt, max(room // PROMPT_SHARE, room - one - other))
+    kept_prompt = min(prompt, max(room // PROMPT_SHARE, room - answer - other))
     left = room - kept_prompt
-    if one + other <= left:
-        return kept_prompt, one, other
+    if answer + other <= left:
+        return kept_prompt, answer, other
     half = left // 2
-    if one <= half:
-        return kept_prompt, one, left - one
+    if answer <= half:
+        return kept_prompt, answer, left - answer
     if other <= half:
         return kept_prompt, left - other, other
     return kept_prompt, half, half
@@ -188,13 +188,13 @@ def _prepare(
 
 
 def _token_triples(battles: Sequence[Battle], encoder: TextEncoder) -> Iterator[tuple[np.ndarray, ...]]:
-    """The tokens of each battle's prompt, answer a and answer b, whole."""
+    """The uncut tokens of each battle's prompt, answer a and answer b."""
     columns = zip(*((battle.prompt, battle.answer_a, battle.answer_b) for battle in battles), strict=True)
     return zip(*(encoder.tokens(["\n".join(turns) for turns in column]) for column in columns), strict=True)
 
 
 def _cut(tokens: np.ndarray, kept: int) -> np.ndarray:
-    """The first and the last tokens, half of `kept` each: how an answer begins and how it ends both tell."""
+    """The first and the last tokens, half of `kept` each: both the start and the end of an answer matter."""
     return (
         tokens
         if len(tokens) <= kept
@@ -208,7 +208,7 @@ def _join(encoder: TextEncoder, *texts: np.ndarray) -> np.ndarray:
 
 
 def _separator(encoder: TextEncoder) -> np.ndarray:
-    """What stands between two texts: the token that ends one, or where none does, the one that begins one."""
+    """The separator between two texts: the token that ends a text, or else the one that starts a text."""
     return encoder.suffix[-1:] if len(encoder.suffix) else encoder.prefix[:1]
 
 
