@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, pipeline
 
-from isotune.data.classification.preparation import LabelSettings, tokenise
+from isotune.data.classification.labels import ClassificationSettings
+from isotune.data.classification.preparation import tokenize
 from isotune.data.sources.source import read_rows
 from isotune.evaluation.classification.models import Classifier
 from isotune.evaluation.classification.prediction import BATCH_TOKENS, classify, probabilities_of
@@ -48,7 +49,7 @@ def measure(given: Namespace) -> dict[str, Any]:
     stock, ours = (BertForSequenceClassification(config).eval() for _ in range(2))
     ours.load_state_dict(stock.state_dict())
     install_classification(ours)
-    settings = LabelSettings(MAX_TOKENS, num_labels=2)
+    settings = ClassificationSettings(MAX_TOKENS, num_labels=2)
     classifier = Classifier("random", ours, tokenizer, settings, None)
     pipe: Any = pipeline("text-classification", model=stock, tokenizer=tokenizer, top_k=None, device="cpu")
     lines = (given.data / "imdb" / "test.jsonl").read_text("utf-8").rstrip("\n").split("\n")
@@ -127,7 +128,7 @@ def _by_isotune(classifier: Classifier, rows: list[dict[str, Any]]) -> np.ndarra
         file = Path(scratch) / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
         source = read_rows(str(file), "test")
-        documents = tokenise(source, classifier.tokenizer, classifier.settings, show_progress=False).texts
+        documents = tokenize(source, classifier.tokenizer, classifier.settings, show_progress=False).documents
         return probabilities_of(classify(classifier, documents, Ranks(0, 1, torch.device("cpu"))))
 
 

@@ -175,12 +175,7 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
             # environment.json first: it identifies the run, should the process be killed before recipe.yaml
             text = json.dumps({FINGERPRINT_KEY: self.recipe.fingerprint(), **environment}, indent=2)
-            self.lease.write_file(
-                self.path / ENVIRONMENT,
-                text
-                + "\
-",
-            )
+            self.lease.write_file(self.path / ENVIRONMENT, text + "\n")
             self.lease.write_file(self.path / RECIPE, self.recipe.as_yaml())
             if metrics is None:
                 (self.path / METRICS).unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from isotune.data.classification.preparation import LabelSettings
+from isotune.data.classification.labels import ClassificationSettings
 from isotune.data.sources.hub import is_hub_id
 from isotune.evaluation.classification.tasks import Task, read_task
 from isotune.io.errors import UserError
@@ -46,7 +46,7 @@ class Classifier:
     name: str
     model: Any
     tokenizer: Any
-    settings: LabelSettings
+    settings: ClassificationSettings
     label_names: tuple[str, ...] | None
     run: FinishedRun | None = None
 
@@ -73,8 +73,10 @@ def load_run_classifier(run_dir: str | Path, device: torch.device, dtype: torch.
         _check_kind(run.model, str(run.folder))
         model = load_whole_model(run, dtype).to(device)
         install_classification(model)
-    said = {f.name: run.settings[f.name] for f in fields(LabelSettings) if run.settings.get(f.name) is not None}
-    settings = replace(LabelSettings(**said), num_labels=int(model.config.num_labels))
+    said = {
+        f.name: run.settings[f.name] for f in fields(ClassificationSettings) if run.settings.get(f.name) is not None
+    }
+    settings = replace(ClassificationSettings(**said), num_labels=int(model.config.num_labels))
     names = settings.label_names or _names_of(model.config)
     return Classifier(str(run_dir), model.eval(), load_run_tokenizer(run), settings, names, run)
 
@@ -97,7 +99,7 @@ def load_model_classifier(name: str, device: torch.device, dtype: torch.dtype) -
     tokenizer = load_pretrained_tokenizer(name)
     install_classification(model)
     longest = min(LONGEST_BY_DEFAULT, positions_of(model.config), tokenizer.model_max_length)
-    settings = LabelSettings(max_seq_length=longest, num_labels=int(model.config.num_labels))
+    settings = ClassificationSettings(max_seq_length=longest, num_labels=int(model.config.num_labels))
     return Classifier(name, model, tokenizer, settings, _names_of(model.config))
 
 
