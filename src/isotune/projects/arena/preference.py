@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from isotune.evaluation.metrics.labels import label_statistics
+from isotune.evaluation.metrics.classification import label_statistics
 from isotune.evaluation.metrics.probabilities import calibration_error
 from isotune.evaluation.results import CLASSIFICATION, rows_digest, write_result
 from isotune.evaluation.statistics.resampling import Statistic, bootstrap_intervals, by_group, mean, share, values
