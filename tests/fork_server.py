@@ -32,7 +32,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +73,11 @@ def redirected(number: int, target: int) -> Iterator[None]:
     """File descriptor `number` is a copy of `target` meanwhile."""
     kept = os.dup(number)
     os.dup2(target, number)
-    yield
-    os.dup2(kept, number)
-    os.close(kept)
+    try:
+        yield
+    finally:
+        os.dup2(kept, number)
+        os.close(kept)
 
 
 def _import() -> None:
@@ -94,6 +96,7 @@ def serve(requests: socket.socket) -> None:
             if key.fileobj is requests:
                 _, fds, _, _ = socket.recv_fds(requests, 1, 1)
                 if not fds:
+                    kill_all(process for process, _ in (key.data for key in waiting.get_map().values() if key.data))
                     return
                 with socket.socket(fileno=fds[0]) as connection:
                     start(connection, waiting)
@@ -104,6 +107,13 @@ def serve(requests: socket.socket) -> None:
                 status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
                 with connection, contextlib.suppress(BrokenPipeError):
                     connection.sendall(f"{status}\n".encode())
+
+
+def kill_all(processes: Iterable[int]) -> None:
+    """SIGKILL to what still runs, and to what it has started in its session: the tests were broken off."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process, signal.SIGKILL)
 
 
 def start(connection: socket.socket, waiting: selectors.BaseSelector) -> None:

@@ -35,8 +35,13 @@ class ForkedProcess:
 
     def __init__(self, command: list[str], connection: socket.socket, stdout: IO[bytes], stderr: IO[bytes]) -> None:
         self.args, self.returncode = command, None
-        self.pid = int(connection.recv(64))
         self._connection, self._stdout, self._stderr = connection, stdout, stderr
+        self.pid = self._answer()
+
+    def _answer(self) -> int:
+        answer = self._connection.recv(64)
+        assert answer, "the fork server has ended: what it printed says why"
+        return int(answer)
 
     def poll(self) -> int | None:
         """The exit status, negative for a signal, or None while it runs."""
@@ -53,7 +58,7 @@ class ForkedProcess:
         if self.returncode is None:
             if not select.select([self._connection], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0)
-            self.returncode = int(self._connection.recv(64))
+            self.returncode = self._answer()
             self._connection.close()
         return self.returncode
 
