@@ -16,7 +16,7 @@ Type next, after `source .venv/bin/activate`:
 endef
 export DEMO_ENDS
 
-.PHONY: help install demo test test-all lint bench report-picture clean
+.PHONY: help install demo test test-all mutants lint bench report-picture clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -51,6 +51,9 @@ test: $(STAMP) ## every test this machine can run, but for the long proofs
 test-all: $(STAMP) ## the long proofs too
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slurm"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slurm tests/slurm
+
+mutants: $(STAMP) ## change the code and see a test fail: changed lines (BASE=origin/main), or every line (ALL=1)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(if $(ALL),--all) $(if $(BASE),--base $(BASE))
 
 lint: $(STAMP) ## style, types and the order of the layers
 	$(BIN)/ruff check .
