@@ -66,6 +66,7 @@ lint: $(STAMP) ## style, types and the import order of the layers
 
 docs: $(DOCS_STAMP) ## build the documentation into site/, strictly; needs no network once installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@! grep -rnoE '<(script|link|img)[^>]+(src|href)="https?:[^"]+"' site --include='*.html'  # loads nothing from elsewhere
 
 bench: $(STAMP) ## every benchmark; each prints one JSON line last
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
