@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import yaml
 
 from isotune.config import ClassificationRecipe, Recipe
 
@@ -55,6 +56,13 @@ def test_the_page_agrees_with_the_recipe_about_every_field(documented):
         else:
             assert here.strip("`") in keys, f"{name}: {here} is not a key"
             assert name not in keys, f"{name} is a key itself"
+
+
+def test_the_recipe_beside_the_trl_configuration_is_a_recipe():
+    page = (DOCS / "coming-from-trl.md").read_text()
+    block = page[page.index("    model_name_or_path:") : page.index("Keys of LoraConfig")]
+    recipe = Recipe.from_values(**yaml.safe_load(block))
+    assert (recipe.global_batch_size, recipe.max_seq_length, recipe.tune) == (16, 1024, "lora")
 
 
 def test_every_symbol_of_the_api_page_can_be_imported_and_has_a_docstring():
