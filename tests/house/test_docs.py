@@ -23,7 +23,9 @@ FIELD = re.compile(r"^\| `(\w+)` \| (TrainingArguments|SFTConfig) \| (same|no|`\
 @pytest.fixture(scope="module")
 def documented() -> dict[str, tuple[str, str, str]]:
     """Field -> (library class, what it is called here, note), from docs/coming-from-trl.md."""
-    rows = FIELD.findall((DOCS / "coming-from-trl.md").read_text())
+    page = (DOCS / "coming-from-trl.md").read_text()
+    rows = FIELD.findall(page)
+    assert len(rows) == page.count("\n| `") > 100, "a row is not of the form | `field` | class | here | note |"
     assert len(rows) == len({name for name, *_ in rows}), "a field stands twice"
     return {name: (owner, here, note) for name, owner, here, note in rows}
 
