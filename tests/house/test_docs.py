@@ -87,6 +87,15 @@ def test_the_readme_fits_on_three_screens():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
+def test_the_drift_in_the_readme_is_that_of_the_benchmarks():
+    readme, benchmarks = (ROOT / "README.md").read_text(), (DOCS / "benchmarks.md").read_text()
+    short = readme[readme.index("| on 2 processes") :].split("\n\n")[0].splitlines()[2:]
+    whole = benchmarks[benchmarks.index("| 2 processes") : benchmarks.index("| 3 processes")]
+    figures = [row.split("|", 2)[2].strip(" |") for row in short]
+    assert len(figures) == 4
+    assert [figure for figure in figures if f"| {figure} |" not in whole] == []
+
+
 def test_the_site_lists_every_page_once():
     listed = re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(page.name for page in DOCS.glob("*.md"))
