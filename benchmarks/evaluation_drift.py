@@ -1,10 +1,10 @@
-"""How far does an evaluation's loss move with the batch size and the number of processes, nothing else being changed?
+"""How far does the evaluation loss move with the batch size and the number of processes alone?
 
     python benchmarks/evaluation_drift.py
 
-One random classifier, 41 opinions made by code (no batch of 7 or 64 and no 2 or 3 processes divide them), evaluated by
-stock Trainer and by isotune in batches of 1, 7 and 64 on 1, 2 and 3 real processes, in fp32. Printed is the mean loss
-of each; `drift` is the largest difference over the smallest loss. To reach: below 1e-6 for isotune.
+One random classifier and 41 generated opinions (neither batches of 7 or 64 nor 2 or 3 processes divide them), evaluated
+by stock Trainer and by isotune in batches of 1, 7 and 64 on 1, 2 and 3 real processes, in fp32. The mean loss of each
+is printed; `drift` is the largest difference over the smallest loss. Target: below 1e-6 for isotune.
 """
 
 import argparse

@@ -5,9 +5,9 @@
     python benchmarks/evaluation_throughput.py --parts classification --geometry bert-base --documents 40
     python benchmarks/evaluation_throughput.py --parts generation --prompts 16
 
-To reach: 1.5 times the documents a second of the pipeline at its best batch size, on IMDb's lengths; 2 times the tokens
-a second of the pipeline one by one on mixed prompts; 10,000 resamples of 50,000 rows in 3 s. `evaluation_sides/` says
-how each part is measured. The last line is JSON.
+Targets: 1.5 times the documents a second of the pipeline at its best batch size, on IMDb's lengths; 2 times the tokens
+a second of the pipeline one prompt at a time, on mixed prompts; 10,000 resamples of 50,000 rows in 3 s.
+`evaluation_sides/` measures the parts. The last line is JSON.
 """
 
 import argparse

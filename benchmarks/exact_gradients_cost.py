@@ -4,8 +4,8 @@
     python benchmarks/exact_gradients_cost.py --layers 2 --rounds 2     # a quick look
 
 The step of `sft_throughput.py` (OPT-350M's geometry, full rows of real Guanaco, the shipped recipes) on one process,
-with `exact_gradients: true` and with false, each in a process of its own, in turns, in opposite order every other
-round. `ratio` is the median over the rounds of the time with, over the time without.
+with `exact_gradients: true` and with `false`, each in a process of its own, in turns, in the opposite order every other
+round. `ratio` is the median over the rounds of the time with them over the time without.
 """
 
 import argparse

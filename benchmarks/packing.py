@@ -3,7 +3,7 @@
     python benchmarks/packing.py
 
 Lengths are drawn log-normal with the median, mean and 95th percentile of Guanaco's conversations (404, 578 and 1,590
-tokens) and clipped at the row's 1,024 tokens, as truncation does. To reach: 1 s and 99.5 % of the rows' tokens used.
+tokens) and clipped at the row's 1,024 tokens, as truncation does. Targets: 1 s, and 99.5% of the rows' tokens used.
 """
 
 import argparse

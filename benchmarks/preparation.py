@@ -3,8 +3,8 @@
     python benchmarks/preparation.py
 
 Both sides tokenise the same real conversations (Guanaco's, repeated), cold, in interleaved rounds. The peer only
-tokenises and truncates, which is the least that a stock script does; preparation also finds the answers, builds the
-mask, packs, and writes its cache to disk. `ratio` is preparation's tokens/s divided by the peer's, of the median round.
+tokenises and truncates, the least that a stock script does. isotune also finds the answers, builds the mask, packs, and
+writes its cache to disk. `ratio` is isotune's tokens/s divided by the peer's, of the median round.
 """
 
 import argparse

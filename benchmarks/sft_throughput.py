@@ -3,25 +3,25 @@
     python benchmarks/sft_throughput.py
     python benchmarks/sft_throughput.py --modes lora --layers 2 --rounds 2     # a quick look
     python benchmarks/sft_throughput.py --rows_per_step 16                     # on a GPU
-    python benchmarks/sft_throughput.py --rows_per_step 4 --rows_per_pass 1    # gradients of four passes added up
+    python benchmarks/sft_throughput.py --rows_per_step 4 --rows_per_pass 1    # accumulates four microbatches
 
 OPT-350M's geometry with random weights, real conversations (Guanaco's) in full rows of 1,024 tokens, bf16, by the
 shipped recipes. A step is a whole optimizer update: batch, forward, backward, clipping, AdamW.
 
     isotune        build_model and build_trainer, as train/sft_opt.py calls them
-    trl_stock      TRL's SFTTrainer, packed and hence padding-free, with the loss that it brings
+    trl_stock      TRL's SFTTrainer, packed and hence padding-free, with its own loss
     trl_own_loss   the same, compute_loss overridden by the model's own loss
     trl_compiled   that with torch_compile
     floor          the matrix products of the step alone: linear layers, adapters, attention within documents
     floor_linear   those of the linear layers alone
 
 Every side trains on the same rows with the same supervised tokens. Each counts them itself, and the losses of a row of
-one document, without dropout and before any update, are compared. (Rows of several cannot be: under TRL's packing OPT's
-documents see each other.) No side recomputes activations, which TRL would by default: with --gradient_checkpointing
-all do.
+one document, without dropout and before any update, are compared. (Rows of several documents cannot be compared: under
+TRL's packing OPT's documents see each other.) No side recomputes activations, which TRL does by default; with
+--gradient_checkpointing all sides do.
 
-A side is a process of its own that waits on a pipe between its rounds; a round is one pass over the rows by each side
-in turn, and the next goes through the sides in the opposite order. Ratios are taken within a round, then their median.
+A side is a process that waits on a pipe between its rounds. In a round each side trains on the rows once, in turn; the
+next round takes the sides in the opposite order. Ratios are taken within a round, then their median.
 Peak memory is that of the timed steps, without building the model and compiling. On CUDA, model FLOPs utilisation
 counts the products of `floor_linear` and causal attention within documents.
 """

@@ -1,23 +1,23 @@
-"""How far does the result of a training depend on how it was run, with stock TRL, stock Trainer and isotune?
+"""How far does the result of training depend on how it was run, with stock TRL, stock Trainer and isotune?
 
     python benchmarks/world_size_drift.py
     python benchmarks/world_size_drift.py --quick      # four updates, on 1 and 2 processes
 
-A model of 60 thousand parameters is trained for some updates of six rows (or documents), fp32, AdamW, in every way that
-a user may spread six over processes and accumulation. Each side is compared with its own run on one process, six times
-one row; so sides may differ in what they supervise. One thing is changed at a time: the microbatch (2, 3 or 6 rows on
-one process; the worst counts), or the processes with microbatches of one row.
+A model of 60 thousand parameters is trained for some updates of six rows (or documents), fp32, AdamW, in every way in
+which a user may spread six rows over processes and accumulation. Each side is compared with its own run on one process
+with six microbatches of one row, so sides may differ in what they supervise. One thing is changed at a time: the
+microbatch (2, 3 or 6 rows on one process; the worst counts), or the number of processes with microbatches of one row.
 
-    trl_packed, trl_unpacked           SFTTrainer on a column `text`, as it comes
+    trl_packed, trl_unpacked           SFTTrainer on a column `text`, with its defaults
     trainer_causal, trainer_classifier transformers.Trainer, padded batches by the task's collator
     isotune, isotune_exact             train/sft_opt.py, packed, by `accelerate launch`; exact_gradients false and true
 
 All take the same weights, documents and optimizer settings, log every step and draw the order from one seed. The
-columns: loss of the first update (same weights: another number, another normalisation or leak), of all updates, the
-gradient norm as logged, the evaluation loss, the final weights (norm of the difference over the norm of what training
-moved), and the updates that saw other documents (order). Four and five processes the peers cannot run at all with a
-global batch of six: an update of theirs is processes x batch x accumulation; isotune runs on
-four too, and under ZeRO-2 on two.
+columns: loss of the first update (with the same weights, a difference is another normalisation or a leak), loss of all
+updates, the gradient norm as logged, the evaluation loss, the final weights (norm of the difference over the norm of
+what training changed), and the updates that saw other documents (order). The peers cannot run a global batch of six on
+four or five processes: their update is processes x batch x accumulation. isotune also runs on four, and under ZeRO-2 on
+two.
 """
 
 import argparse

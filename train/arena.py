@@ -1,4 +1,4 @@
-"""Which of two answers people prefer: an encoder, or the classical baselines that it must beat.
+"""Predict which of two answers people prefer: an encoder, or the classical baselines that it must beat.
 
 accelerate launch train/arena.py
 python train/arena.py --config train/configs/arena_baselines.yaml

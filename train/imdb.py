@@ -1,4 +1,4 @@
-"""Classification of IMDb reviews by their sentiment, unpadded and exact, on whatever this is launched on.
+"""Classification of IMDb reviews by sentiment, without padding, on any engine.
 
 accelerate launch train/imdb.py
 accelerate launch train/imdb.py --config train/configs/imdb_bert.yaml

@@ -1,4 +1,4 @@
-"""Instruction tuning of a causal language model, packed and exact, on whatever this is launched on.
+"""Instruction tuning of a causal language model, packed and exact, on any engine.
 
 accelerate launch train/sft_opt.py
 accelerate launch train/sft_opt.py --config train/configs/opt350m_full.yaml --learning_rate 1e-5

@@ -1,4 +1,4 @@
-"""Classification of Yelp reviews by their stars, unpadded and exact, on whatever this is launched on.
+"""Classification of Yelp reviews by stars, without padding, on any engine.
 
 accelerate launch train/yelp.py
 accelerate launch train/yelp.py --tune lora --output_dir runs/yelp_lora

@@ -1,4 +1,4 @@
-"""train/imdb.py or train/yelp.py, started as a user starts it; told to stop, it goes on from its own checkpoint."""
+"""train/imdb.py or train/yelp.py, started as a user starts it; after a stop it resumes from its own checkpoint."""
 
 import json
 import signal

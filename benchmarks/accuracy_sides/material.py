@@ -1,4 +1,4 @@
-"""What the sides share: the encoder, the recipe, the rows, and how a side says what it predicted or that it goes on."""
+"""What the sides share: the encoder, the recipe, the rows, and how a side reports its predictions or its progress."""
 
 import json
 from argparse import Namespace

@@ -1,6 +1,6 @@
 """Stock Trainer with its own loss, collator and optimizer, on the same token ids and with the same hyperparameters.
 
-Its batches are grouped by length, which halves its time; the padded rest is Trainer's as it comes.
+Its batches are grouped by length, which halves its time; padding and the rest are Trainer's defaults.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""How far two runs of one training lie apart."""
+"""How far two runs of the same training differ."""
 
 import json
 from dataclasses import asdict, dataclass, fields

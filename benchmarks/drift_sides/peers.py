@@ -1,4 +1,4 @@
-"""The stock trainers as their documentation uses them, several runs one after the other in the processes of one launch.
+"""The stock trainers as their documentation uses them: several runs, one after the other, in one launch.
 
     PYTHONPATH=benchmarks python -m torch.distributed.run --nproc_per_node 2 -m drift_sides.peers MATERIAL RUNS.json
 

@@ -2,8 +2,8 @@
 
 `floor_linear` multiplies by every linear layer forward and for the gradient of its input, in full tuning also for that
 of its weight; by the head at supervised positions only. `floor` adds the two other kinds of product that no trainer
-can leave out: the adapters', and attention's six within each document, a causal block of queries at a time. Not
-counted: whatever is no product, and products done a second time.
+can leave out: the adapters', and attention's six within each document, a causal block of queries at a time. It counts
+nothing but products, and no product twice.
 """
 
 import itertools

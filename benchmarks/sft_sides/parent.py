@@ -1,4 +1,4 @@
-"""A side's process as the benchmark sees it that starts it, and the data that the sides share."""
+"""The parent's view of a side's process, and the data that the sides share."""
 
 import argparse
 import contextlib

@@ -1,4 +1,4 @@
-"""A side's process: it builds its trainer, then trains as many steps as it is told over a pipe, and waits between.
+"""A side's process: it builds its trainer, then trains as many steps as a pipe tells it to, and waits in between.
 
 Nothing heavy is imported at the top: the parent imports this module, and holds no library of the sides in memory.
 """

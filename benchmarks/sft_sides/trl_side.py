@@ -1,7 +1,7 @@
 """TRL's SFTTrainer on rows in the form that its own packing gives them: input_ids, labels, seq_lengths.
 
-TRL's preparation would supervise the prompts of a text, so the rows are made here and `skip_prepare_dataset` is said;
-collator, padding-free batches, loss, metrics, optimizer and logging are TRL's, as they come.
+TRL's preparation would supervise the prompts of a text, so the rows are made here and `skip_prepare_dataset` is set.
+Collator, padding-free batches, loss, metrics, optimizer and logging are TRL's defaults.
 """
 
 import os

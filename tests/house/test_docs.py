@@ -1,0 +1,101 @@
+"""The documentation names fields, symbols, paths and pages that exist."""
+
+import dataclasses
+import importlib
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import yaml
+
+from isotune.config import ClassificationRecipe, Recipe
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+# A path of the repository, in backticks. Paths with a placeholder or of a run are not of the repository.
+PATH = re.compile(r"`((?:src|tests|train|eval|slurm|docs|benchmarks|accelerate_configs|ds_configs)/[\w./-]*)`")
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+FIELD = re.compile(r"^\| `(\w+)` \| (TrainingArguments|SFTConfig) \| (same|no|`\w+`) \| (.*) \|$", re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def documented() -> dict[str, tuple[str, str, str]]:
+    """Field -> (library class, what it is called here, note), from docs/coming-from-trl.md."""
+    page = (DOCS / "coming-from-trl.md").read_text()
+    rows = FIELD.findall(page)
+    assert len(rows) == page.count("\n| `") > 100, "a row is not of the form | `field` | class | here | note |"
+    assert len(rows) == len({name for name, *_ in rows}), "a field stands twice"
+    return {name: (owner, here, note) for name, owner, here, note in rows}
+
+
+@pytest.fixture(scope="module")
+def installed() -> dict[str, str]:
+    """Field -> the class of the installed libraries that defines it."""
+    from transformers import TrainingArguments
+    from trl import SFTConfig
+
+    fields = {field.name: "SFTConfig" for field in dataclasses.fields(SFTConfig)}
+    return fields | {field.name: "TrainingArguments" for field in dataclasses.fields(TrainingArguments)}
+
+
+def test_every_documented_field_is_one_of_the_installed_libraries(documented, installed):
+    assert {name: owner for name, (owner, *_) in documented.items() if installed.get(name) != owner} == {}
+    missing = sorted(set(installed) - set(documented))
+    if missing:  # an upstream release that adds a field does not break the build
+        warnings.warn(f"docs/coming-from-trl.md lacks the new fields {', '.join(missing)}", stacklevel=1)
+
+
+def test_the_page_agrees_with_the_recipe_about_every_field(documented):
+    keys = set(Recipe.keys()) | set(ClassificationRecipe.keys())
+    for name, (_, here, note) in documented.items():
+        if here == "same":
+            assert name in keys, f"{name} is not a key"
+        elif here == "no":
+            assert name not in keys, f"{name} is a key"
+            assert note, f"{name}: the page does not say why"
+        else:
+            assert here.strip("`") in keys, f"{name}: {here} is not a key"
+            assert name not in keys, f"{name} is a key itself"
+
+
+def test_the_recipe_beside_the_trl_configuration_is_a_recipe():
+    page = (DOCS / "coming-from-trl.md").read_text()
+    block = page[page.index("    model_name_or_path:") : page.index("Keys of LoraConfig")]
+    recipe = Recipe.from_values(**yaml.safe_load(block))
+    assert (recipe.global_batch_size, recipe.max_seq_length, recipe.tune) == (16, 1024, "lora")
+
+
+def test_every_symbol_of_the_api_page_can_be_imported_and_has_a_docstring():
+    symbols = re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    assert symbols
+    for symbol in symbols:
+        module, _, name = symbol.rpartition(".")
+        assert getattr(importlib.import_module(module), name).__doc__, symbol
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_path_and_link_of_a_page_exists(page):
+    text = page.read_text()
+    paths = [ROOT / path for path in PATH.findall(text)]
+    links = [page.parent / link for link in LINK.findall(text)]
+    assert [str(path.relative_to(ROOT)) for path in paths + links if not path.exists()] == []
+
+
+def test_the_readme_fits_on_three_screens():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_the_drift_in_the_readme_is_that_of_the_benchmarks():
+    readme, benchmarks = (ROOT / "README.md").read_text(), (DOCS / "benchmarks.md").read_text()
+    short = readme[readme.index("| on 2 processes") :].split("\n\n")[0].splitlines()[2:]
+    whole = benchmarks[benchmarks.index("| 2 processes") : benchmarks.index("| 3 processes")]
+    figures = [row.split("|", 2)[2].strip(" |") for row in short]
+    assert len(figures) == 4
+    assert [figure for figure in figures if f"| {figure} |" not in whole] == []
+
+
+def test_the_site_lists_every_page_once():
+    listed = re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(page.name for page in DOCS.glob("*.md"))
