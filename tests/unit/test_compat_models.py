@@ -58,7 +58,7 @@ def test_a_change_in_place_is_counted_and_a_read_is_not():
 
 
 def test_a_wrapper_tensor_has_a_size_and_no_memory():
-    made = torch_dtensor.wrapper_tensor(torch.Tensor, 10**15, torch.bfloat16)
+    made = torch_dtensor.wrapper_tensor(type("Wrapper", (torch.Tensor,), {}), 10**15, torch.bfloat16)
     assert (made.shape, made.dtype) == ((10**15,), torch.bfloat16)
 
 
