@@ -249,12 +249,12 @@ def test_a_merge_beyond_the_tolerance_is_refused_with_its_figure_and_writes_noth
 
 def test_parity_is_the_largest_absolute_difference_and_never_holds_with_nan():
     wanted, found = torch.tensor([[1.0, -8.0]]), torch.tensor([[1.25, -7.5]])
-    parity = compare_logits(wanted, found, share=0.1)
+    parity = compare_logits(wanted, found, relative_tolerance=0.1)
     assert (parity.largest_difference, parity.largest_logit) == (0.5, 8.0)
     assert parity.tolerance == pytest.approx(0.8)
     assert parity.holds
-    assert not compare_logits(wanted, torch.tensor([[1.0, -7.0]]), share=0.1).holds
-    assert not compare_logits(wanted, torch.tensor([[1.0, math.nan]]), share=0.1).holds
+    assert not compare_logits(wanted, torch.tensor([[1.0, -7.0]]), relative_tolerance=0.1).holds
+    assert not compare_logits(wanted, torch.tensor([[1.0, math.nan]]), relative_tolerance=0.1).holds
 
 
 def test_an_adapter_with_nan_is_refused(base, tokenizer, tmp_path):
