@@ -127,24 +127,25 @@ def measure_saves(values: dict[str, Any], rounds: int) -> dict[str, Any]:
     data = prepare_run_data(recipe, tokenizer, show=process.is_main)
     model = sft.build_model(recipe, load_config(recipe), process.device)
     trainer = sft.build_trainer(recipe, process, run, model, tokenizer, data)
+    checkpointer: Any = trainer.checkpointer
     trainer.train()
     seconds: dict[str, list[float]] = {"stall": [], "synchronous": [], "torch_save": []}
     optimizer: Any = trainer.optimizer
     for _ in range(rounds):
         started = time.perf_counter()
-        trainer._save_checkpoint(model, None)
+        checkpointer.save(trainer)
         seconds["stall"].append(time.perf_counter() - started)
-        trainer._writer.wait()  # type: ignore[union-attr]
+        checkpointer.wait()
         started = time.perf_counter()
-        trainer._save_checkpoint(model, None)
-        trainer._writer.wait()  # type: ignore[union-attr]
+        checkpointer.save(trainer)
+        checkpointer.wait()
         seconds["synchronous"].append(time.perf_counter() - started)
         started = time.perf_counter()
         with (run.path / "peer.pt").open("wb") as file:
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
             os.fsync(file.fileno())
         seconds["torch_save"].append(time.perf_counter() - started)
-    choice = trainer.store.newest_valid()
+    choice = checkpointer.store.newest_valid()
     assert choice.manifest is not None
     found: dict[str, Any] = {f"{name}_seconds": statistics.median(values) for name, values in seconds.items()}
     return found | {"bytes": choice.manifest.bytes, "parameters": sum(p.numel() for p in model.parameters())}

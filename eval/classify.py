@@ -66,7 +66,7 @@ def main() -> None:
     from isotune.evaluation.classification.result import evaluate_rows, print_scores, read_task_rows, write_evaluation
     from isotune.evaluation.distributed_eval import start_ranks
     from isotune.report.loss_curve import draw_loss_curve
-    from isotune.report.metrics_lines import METRICS
+    from isotune.run.metrics_reader import METRICS
 
     ranks = start_ranks()
     dtype = torch.bfloat16 if given.bf16 else torch.float32

@@ -20,7 +20,7 @@ from isotune.models.builtin_models import builtin_tokenizer
 from isotune.models.opening import load_config, load_tokenizer
 from isotune.run.run_dir import RunDir
 from isotune.training import classifier_run, sft
-from isotune.training.trainer import PlanTrainer
+from isotune.training.trainer import PlannedTraining
 from tests.launching import TINY, TINY_CLASSIFIER
 
 OPT_350M: dict[str, Any] = {"hidden_size": 1024, "word_embed_proj_dim": 512, "ffn_dim": 4096, "num_hidden_layers": 24}
@@ -36,7 +36,7 @@ class Built:
     run: RunDir
     model: nn.Module
     tokenizer: Any
-    trainer: PlanTrainer
+    trainer: PlannedTraining
 
     def train(self) -> list[dict[str, Any]]:
         """Train; returns the lines of metrics.jsonl."""

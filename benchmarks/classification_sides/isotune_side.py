@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from sft_sides.process import Metronome
 from transformers import TrainerCallback
 
@@ -28,18 +29,19 @@ def run(metronome: Metronome, side: str, mode: str, given: Namespace, scratch: s
     model = classification.build_model(recipe, config, data, process)
     trainer = classification.build_trainer(recipe, process, RunDir(recipe), model, shared.tokenizer, data)
     # every pass over the documents in the same order, as on the other sides
-    trainer.plan = StepSchedule(
+    in_order = StepSchedule(
         data.train.documents, rows, global_batch_size=DOCUMENTS_PER_STEP, microbatch_tokens=recipe.microbatch_tokens,
         seed=recipe.seed, shuffle=False,
     )  # fmt: skip
+    trainer.plan = replace(trainer.plan, schedule=in_order)
 
     @torch.no_grad()
     def facts() -> dict[str, Any]:
-        first, documents = trainer.plan.step(0), data.train.documents
+        first, documents = trainer.plan.schedule.step(0), data.train.documents
         model: Any = trainer.model_wrapped
         model.eval()
         passes: list[Any] = [collate(documents, microbatch) for microbatch in first.microbatches]
-        loss = sum(float(model(**trainer._prepare_inputs(one), use_cache=False).loss) for one in passes)
+        loss = sum(float(model(**send_to_device(one, trainer.args.device), use_cache=False).loss) for one in passes)
         tokens = int(documents.lengths[shared.mixed].sum())
         return facts_of_training(loss / DOCUMENTS_PER_STEP, len(shared.mixed), tokens, tokens, 0.0)
 

@@ -1,1 +1,1 @@
-"""Wrong configurations, and what finds them."""
+"""Wrong configurations, for the tests and benchmarks of what detects them."""

@@ -1,7 +1,7 @@
-"""Configurations that would cost somebody a run: misspelt, without effect, contradicting each other, or impossible.
+"""Configurations that would waste a run: misspelt, without effect, contradicting or impossible keys.
 
-Each changes a right recipe, one of the shipped accelerate files, or one of the shipped DeepSpeed files; `expects` is
-the key that a person has to look at.
+Each case changes a correct recipe, a shipped accelerate file or a shipped DeepSpeed file; `expects` is the key that the
+error message must name.
 """
 
 import json
@@ -27,11 +27,10 @@ class Case:
 
     Attributes:
         kind: misspelt, ineffective, contradicting, impossible.
-        expects: the key that the sentence must name.
-        recipe: keys over the right recipe; None takes a key out.
+        expects: the key that the message must name.
+        recipe: changes to the correct recipe; None removes a key.
         launch: a shipped accelerate file.
-        accelerate, deepspeed: keys over it and over its DeepSpeed file; a dot leads into a section.
-        ours_alone: a mistake only because of what isotune's keys mean.
+        accelerate, deepspeed: changes to that file and to its DeepSpeed file; a dot leads into a section.
     """
 
     kind: str
@@ -40,16 +39,11 @@ class Case:
     launch: str = "ddp"
     accelerate: dict[str, Any] = field(default_factory=dict)
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    ours_alone: bool = False
-
-
-OURS = {"max_seq_length", "global_batch_size", "microbatch_tokens", "model_init", "gradient_accumulation_steps",
-        "per_device_train_batch_size", "dataset_name"}  # fmt: skip
 
 
 def recipe_case(kind: str, expects: str, **recipe: Any) -> Case:
     """A mistake in the recipe alone."""
-    return Case(kind, expects, recipe, ours_alone=kind in ("contradicting", "impossible") and expects in OURS)
+    return Case(kind, expects, recipe)
 
 
 CASES = (
@@ -116,7 +110,7 @@ CASES = (
 
 
 def write_case(case: Case, folder: Path) -> tuple[Path, Path]:
-    """The recipe and the accelerate file of a case, written to `folder`."""
+    """Write the recipe and the accelerate file of a case to `folder`, and return their paths."""
     recipe = {key: value for key, value in (RECIPE | case.recipe).items() if value is not None}
     accelerate = yaml.safe_load((REPOSITORY / "accelerate_configs" / f"{case.launch}.yaml").read_text())
     section = accelerate.get("deepspeed_config", {})
@@ -131,7 +125,7 @@ def write_case(case: Case, folder: Path) -> tuple[Path, Path]:
 
 
 def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`values` with keys set; a dot leads into a section."""
+    """Set keys of `values` in place; a dot leads into a section."""
     for path, value in changes.items():
         *sections, key = path.split(".")
         inner = values

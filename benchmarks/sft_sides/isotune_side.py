@@ -4,6 +4,7 @@ from argparse import Namespace
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 
 from isotune.data.batch_schedule import Microbatch
@@ -27,10 +28,10 @@ def run(metronome: Metronome, side: str, mode: str, given: Namespace, scratch: s
     @torch.no_grad()
     def facts() -> dict[str, Any]:
         one = collate(data.documents, Microbatch(0, (alone,), ROW_TOKENS, 0, 0.0))
-        inputs = trainer._prepare_inputs(one)  # type: ignore[arg-type]
+        inputs = send_to_device(one, trainer.args.device)
         model: Any = trainer.model_wrapped
         loss = model.eval()(**inputs, use_cache=False).loss.item() / len(one["targets"])
-        steps = [trainer.plan.step(number) for number in range(given.steps_per_round)]
+        steps = [trainer.plan.schedule.step(number) for number in range(given.steps_per_round)]
         return facts_of_training(loss, sum(s.input_tokens for s in steps), sum(s.supervised_tokens for s in steps))
 
     class Hold(TrainerCallback):

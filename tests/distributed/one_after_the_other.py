@@ -30,38 +30,39 @@ ENGINE_COPIES += ("fp32_groups_flat", "fp32_groups")
 
 def count_collectives(step: int) -> None:
     """Profile one training step of every run that follows."""
-    from isotune.training.trainer import PlanTrainer
+    from isotune.training.trainer import PlannedTraining
+    from isotune.training.update import OptimizerUpdate
 
-    stock, stock_pass = PlanTrainer.training_step, PlanTrainer._run_pass
+    stock, stock_microbatch = PlannedTraining.training_step, OptimizerUpdate.microbatch
     held: Held | None = None
 
     def counted(self, model, inputs, *rest, **more):
         nonlocal held
-        if inputs["step"] + 1 != step:
+        if inputs["step"].number + 1 != step:
             return stock(self, model, inputs, *rest, **more)
-        held, finish = (now := Held()), self.exchange.finish
-        self.exchange.finish = lambda engine: (now.look(self, model), finish(engine))
+        sync = self.update.sync
+        held, finish = (now := Held()), sync.finish
+        sync.finish = lambda engine, **more: (now.look(self.update, model), finish(engine, **more))
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
             loss = stock(self, model, inputs, *rest, **more)
-        self.exchange.finish = finish
-        held.look(self, model)
+        sync.finish = finish
+        held.look(self.update, model)
         events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
         names = [e.name().removeprefix("gloo:") for e in events if e.name().startswith("gloo:")]
-        record = {"passes": len(inputs["passes"]), "bytes": bytes_of(events), **collections.Counter(names)}
+        record = {"passes": len(inputs["microbatches"]), "bytes": bytes_of(events), **collections.Counter(names)}
         record["held"] = held.bytes | optimizer_bytes(self, model)
         folder = Path(self.args.output_dir).parent
-        with (folder / f"collectives-{self.process.rank}.jsonl").open("a") as file:
+        with (folder / f"collectives-{self.accelerator.process_index}.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
         return loss
 
-    def one_pass(self, model, *rest, **more):
-        loss = stock_pass(self, model, *rest, **more)
+    def microbatch(self, model, *rest, **more):
+        stock_microbatch(self, model, *rest, **more)
         if held is not None:
             held.look(self, model)
-        return loss
 
-    PlanTrainer.training_step = counted
-    PlanTrainer._run_pass = one_pass
+    PlannedTraining.training_step = counted
+    OptimizerUpdate.microbatch = microbatch
 
 
 class Held:
@@ -70,9 +71,9 @@ class Held:
     def __init__(self) -> None:
         self.bytes = {"gradients": 0, "engine": 0, "together": 0}
 
-    def look(self, trainer, model) -> None:
+    def look(self, update, model) -> None:
         whole = storages(p.grad for p in model.parameters())
-        sums = trainer.exact.sums if trainer.exact is not None else {}
+        sums = update.sync.exact.sums if update.sync.exact is not None else {}
         engine = getattr(model, "optimizer", None)
         own = storages(tensors([sums, *(getattr(engine, name, None) for name in ENGINE_GRADIENTS)]))
         for name, found in (("gradients", whole), ("engine", own), ("together", whole | own)):

@@ -108,7 +108,7 @@ def test_a_written_recipe_of_baselines_is_the_same_run_and_so_nothing_is_left_to
     with pytest.raises(UserError, match="holds the run of another recipe"):
         run_baselines(read(*again, "--seed", "3"))
     (tmp_path / "mine.txt").write_text("precious")
-    with pytest.raises(UserError, match="is not empty and holds no run of baselines"):
+    with pytest.raises(UserError, match="is not empty and is not a run of baselines"):
         run_baselines(read(*again, "--output_dir", str(tmp_path)))
 
 

@@ -76,7 +76,7 @@ def test_a_run_goes_on_from_every_one_of_its_steps_with_the_same_bits(tmp_path, 
             file.write('{"step": 99, "lo')  # what a kill in the middle of a line leaves
         again = build(folder, **recipe)
         again.train()
-        assert again.trainer.resumption is not None and again.trainer.resumption.step == steps
+        assert again.trainer.checkpointer.resumption is not None and again.trainer.checkpointer.resumption.step == steps
         assert lines(run) == lines(whole.run.path), steps
         assert same(weights(again.model), expected), steps
 
@@ -88,7 +88,7 @@ def test_loss_scale_adapters_and_other_optimizers_go_on_with_the_same_bits(tmp_p
     run = unfinished(tmp_path / "again", whole.run.path, 4)
     again = build(tmp_path / "again", **recipe, **values)
     again.train()
-    assert again.trainer.resumption is not None and again.trainer.resumption.step == 4
+    assert again.trainer.checkpointer.resumption is not None and again.trainer.checkpointer.resumption.step == 4
     assert lines(run) == lines(whole.run.path)
     assert same(weights(again.model), weights(whole.model))
     scalers = [built.trainer.accelerator.scaler for built in (whole, again)]
@@ -164,7 +164,7 @@ def test_never_begins_anew_and_a_finished_run_has_nothing_left_to_do(tmp_path, r
     first.train()
     anew = build(tmp_path, **recipe | {"resume": "never"})
     anew.train()
-    assert anew.trainer.resumption is None
+    assert anew.trainer.checkpointer.resumption is None
     assert lines(anew.run.path) == lines(first.run.path)
     anew.run.model.mkdir()
     with pytest.raises(AlreadyDone, match="nothing is left to do"):
@@ -220,7 +220,7 @@ def test_a_folder_that_becomes_read_only_ends_the_run_with_one_sentence(tmp_path
     try:
         (tmp_path / "run" / ".placeholder").touch()
         built = build(tmp_path / "new", max_steps=2, save_steps=1)
-        built.trainer.store.path = folder
+        built.trainer.checkpointer.store.path = folder
         with pytest.raises(UserError, match=r"checkpoint of step 1 was not written to .*: Read-only file system"):
             built.train()
     finally:

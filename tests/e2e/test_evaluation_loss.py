@@ -33,7 +33,7 @@ def test_it_equals_a_loop_of_plain_forwards_over_single_documents(tmp_path, corp
     plain = AutoModelForCausalLM.from_pretrained(one.recipe.model_name_or_path, attn_implementation="eager").eval()
     losses, counts = [], []
     with torch.no_grad():
-        for ids, supervised in each_document(one.trainer.evaluation.documents):
+        for ids, supervised in each_document(one.trainer.plan.evaluation.documents):
             losses.append(loss_of_document(plain, ids, supervised).item())
             counts.append(int(supervised.sum()))
     one.trainer.model.train()

@@ -60,9 +60,9 @@ def recipe(folder: Path, value: float = math.inf, **values) -> dict:
 
 def broken_place(built: Built) -> tuple[int, int, list[int]]:
     """Step (from 1), microbatch and rows of the one pass of the first epoch that sees the bad row."""
-    documents = built.trainer.train_data.documents.source_rows
-    for number in range(built.trainer.plan.steps_per_epoch):
-        for microbatch in built.trainer.plan.step(number).microbatches:
+    documents = built.trainer.plan.documents.documents.source_rows
+    for number in range(built.trainer.plan.schedule.steps_per_epoch):
+        for microbatch in built.trainer.plan.schedule.step(number).microbatches:
             rows = [int(documents[d]) for d in microbatch.documents]
             if BAD_ROW in rows:
                 return number + 1, microbatch.number, rows

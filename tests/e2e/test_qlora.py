@@ -64,7 +64,7 @@ def test_it_learns_quietly_and_the_adapter_loads_again_on_the_same_base(built, c
     ).eval()
     total, targets = 0.0, 0
     with torch.no_grad(), torch.autocast(loaded.device.type, torch.bfloat16):
-        for ids, supervised in each_document(built.trainer.evaluation.documents):  # type: ignore[union-attr]
+        for ids, supervised in each_document(built.trainer.plan.evaluation.documents):  # type: ignore[union-attr]
             total += loss_of_document(loaded, ids, supervised).item()
             targets += int(supervised.sum())
     assert total / targets == pytest.approx(lines[-1]["eval_loss"], rel=0.01)
@@ -92,8 +92,8 @@ def test_gradients_equal_a_naive_loop_on_the_dequantised_weights_after_the_self_
         unpacked = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
         state[f"{name}.weight"] = unpacked.float()
     plain.load_state_dict(state)
-    step = built.trainer.plan.step(0)
-    documents = list(each_document(built.trainer.train_data.documents))
+    step = built.trainer.plan.schedule.step(0)
+    documents = list(each_document(built.trainer.plan.documents.documents))
     for microbatch in step.microbatches:
         for number in microbatch.documents:
             (loss_of_document(plain, *documents[number]) / step.supervised_tokens).backward()

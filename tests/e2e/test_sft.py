@@ -93,7 +93,7 @@ def test_plain_transformers_loads_the_model_and_finds_the_last_evaluations_loss(
     losses, targets = 0.0, 0
     greetings = build(tmp_path, model_name_or_path=str(llama.run / "model"), eval_dataset_name="builtin:greetings")
     with torch.no_grad():
-        for ids, supervised in each_document(greetings.trainer.evaluation.documents):  # type: ignore[union-attr]
+        for ids, supervised in each_document(greetings.trainer.plan.evaluation.documents):  # type: ignore[union-attr]
             losses += loss_of_document(model, ids, supervised).item()
             targets += int(supervised.sum())
     assert losses / targets == pytest.approx(llama.evaluations[-1]["eval_loss"], rel=1e-5)
@@ -129,12 +129,12 @@ def test_an_adapter_is_loaded_by_peft_with_the_loss_of_the_last_evaluation(tmp_p
     loaded = AutoPeftModelForCausalLM.from_pretrained(str(built.run.model)).eval()
     losses, targets = 0.0, 0
     with torch.no_grad():
-        for ids, supervised in each_document(built.trainer.evaluation.documents):  # type: ignore[union-attr]
+        for ids, supervised in each_document(built.trainer.plan.evaluation.documents):  # type: ignore[union-attr]
             losses += loss_of_document(loaded, ids, supervised).item()
             targets += int(supervised.sum())
     assert losses / targets == pytest.approx(lines[-1]["eval_loss"], rel=1e-5)
     with torch.no_grad(), loaded.disable_adapter():
-        (ids, supervised) = next(each_document(built.trainer.evaluation.documents))  # type: ignore[union-attr]
+        (ids, supervised) = next(each_document(built.trainer.plan.evaluation.documents))  # type: ignore[union-attr]
         without = loss_of_document(loaded, ids, supervised).item()
     with torch.no_grad():
         assert loss_of_document(loaded, ids, supervised).item() < without
@@ -173,7 +173,7 @@ def test_without_packing_every_row_is_one_document(tmp_path):
     built = build(tmp_path, packing=False, max_steps=2, global_batch_size=6)
     steps = built.train()
     assert [line["documents"] for line in steps] == [6, 6]
-    assert len(built.trainer.plan.rows) == len(built.trainer.train_data.documents) == 80
+    assert len(built.trainer.plan.schedule.rows) == len(built.trainer.plan.documents.documents) == 80
 
 
 def test_train_on_last_supervises_the_last_answer_only(tmp_path):
@@ -181,7 +181,9 @@ def test_train_on_last_supervises_the_last_answer_only(tmp_path):
     last = build(tmp_path / "last", max_steps=1, train_on="last")
     tokenizer = last.tokenizer
     for (ids, wide), (same, narrow) in zip(
-        each_document(every.trainer.train_data.documents), each_document(last.trainer.train_data.documents), strict=True
+        each_document(every.trainer.plan.documents.documents),
+        each_document(last.trainer.plan.documents.documents),
+        strict=True,
     ):
         assert torch.equal(ids, same)
         assert narrow.sum() < wide.sum() and bool((wide | ~narrow).all())

@@ -88,8 +88,8 @@ def theirs(folder: Path, model: str, built: Built) -> list[dict[str, Any]]:
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    plan, data = built.trainer.plan, built.trainer.train_data.documents
-    steps = [[d for m in plan.step(number).microbatches for d in m.documents] for number in range(STEPS)]
+    schedule, data = built.trainer.plan.schedule, built.trainer.plan.documents.documents
+    steps = [[d for m in schedule.step(number).microbatches for d in m.documents] for number in range(STEPS)]
 
     class SameSteps(SFTTrainer):
         def get_train_dataloader(self) -> DataLoader:
@@ -120,7 +120,7 @@ def theirs(folder: Path, model: str, built: Built) -> list[dict[str, Any]]:
         train_dataset=as_dataset(data),
         processing_class=built.tokenizer,
     )
-    held_out = list(each_document(built.trainer.evaluation.documents))  # type: ignore[union-attr]
+    held_out = list(each_document(built.trainer.plan.evaluation.documents))  # type: ignore[union-attr]
     before = supervised_loss(trainer.model, held_out)
     trainer.train()
     log = [line for line in trainer.state.log_history if "loss" in line]
@@ -145,7 +145,7 @@ def supervised_loss(model: Any, documents: list[tuple[torch.Tensor, torch.Tensor
 def test_twenty_steps_on_guanaco_agree_with_trls_unpacked_run_and_both_learn(tmp_path, opt_of_millions, shared_data):
     built = ours(tmp_path, opt_of_millions, shared_data)
     lines = built.train()
-    first = built.trainer.plan.step(0)
+    first = built.trainer.plan.schedule.step(0)
     assert first.documents > len(first.microbatches), "a pass holds several documents, or nothing is shown"
     *peer, evaluation = theirs(tmp_path, opt_of_millions, built)
     steps = [line for line in lines if "loss" in line]

@@ -28,8 +28,8 @@ def test_fp32_gradients_equal_a_naive_loop_over_documents(tmp_path):
     built = build(tmp_path, model_name_or_path=model)
     assert built.trainer.args.device.type == "cuda"
     plain = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager").to("cuda")
-    step = built.trainer.plan.step(0)
-    documents = list(each_document(built.trainer.train_data.documents))
+    step = built.trainer.plan.schedule.step(0)
+    documents = list(each_document(built.trainer.plan.documents.documents))
     for number in sorted(d for microbatch in step.microbatches for d in microbatch.documents):
         (loss_of_document(plain, *documents[number]) / step.supervised_tokens).backward()
     expected = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}

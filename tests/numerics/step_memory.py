@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from isotune.models.cpu import document_attention, dropout, fused_lora
 from isotune.models.supervised_loss import forget_workspaces
-from isotune.training.trainer import PlanTrainer
+from isotune.training.trainer import PlannedTraining
 
 MEASURED_STEP = 2  # moments are there by then
 
@@ -53,11 +53,11 @@ def measure(values: dict[str, Any]) -> dict[str, int]:
         found: dict[str, int] = {}
 
         def training_step(model: Any, inputs: Any, *rest: Any) -> Any:
-            if inputs["step"] + 1 == MEASURED_STEP:
+            if inputs["step"].number + 1 == MEASURED_STEP:
                 forget_workspaces()
                 gc.collect()
                 seen.start()
-            loss = PlanTrainer.training_step(trainer, model, inputs, *rest)
+            loss = PlannedTraining.training_step(trainer, model, inputs, *rest)
             found["gradients"] = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
             return loss
 
@@ -65,12 +65,14 @@ def measure(values: dict[str, Any]) -> dict[str, int]:
             if trainer.state.global_step == MEASURED_STEP and "rise" not in found:  # it is called once more at the end
                 seen.stop()
                 found["rise"] = _rise(seen)
-            PlanTrainer._maybe_log_save_evaluate(trainer, *rest, **more)
+            type(trainer)._maybe_log_save_evaluate(trainer, *rest, **more)
 
         trainer.training_step = training_step  # type: ignore[method-assign]
         trainer._maybe_log_save_evaluate = step_is_over  # type: ignore[method-assign]
         trainer.train()
-        if trainer.exact is not None:  # each gradient is absorbed as it comes, and none is handed to the next pass
+        if (
+            trainer.update.sync.exact is not None
+        ):  # each gradient is absorbed as it comes, and none is handed to the next pass
             found["gradients"] = 0
     forget_workspaces()
     return found

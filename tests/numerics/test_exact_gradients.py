@@ -37,7 +37,7 @@ def summed(gradients: list[torch.Tensor], loss_scale: float = 1.0) -> torch.Tens
     exact.loss_scale = loss_scale
     for gradient in gradients:
         add(model, gradient * loss_scale)
-    exact.reduce({model.weight: "weight"})
+    exact.reduce()
     assert model.weight.grad is not None
     return model.weight.grad[0]
 
@@ -80,13 +80,12 @@ def test_fp16s_loss_scale_goes_in_and_comes_out_without_a_trace():
 
 def test_a_gradient_beyond_the_range_is_refused_by_the_parameters_name():
     model = nn.ModuleDict({"small": one_parameter(), "large": one_parameter()})
-    names = {p: name for name, p in model.named_parameters()}
     exact = ExactGradients(model)
     add(model["small"], torch.ones(NUMBERS))
     for _ in range(3):  # each fits; the sum might not
         add(model["large"], torch.full((NUMBERS,), LARGEST / 2))
     with pytest.raises(RunFault, match=r"large\.weight.*learning rate.*exact_gradients: false"):
-        exact.reduce(names)
+        exact.reduce()
 
 
 def test_the_largest_sum_that_is_taken_is_still_right():
@@ -104,7 +103,7 @@ def test_a_gradient_that_is_no_number_comes_out_as_none(value):
     broken[3] = value
     add(model, broken)
     assert not exact.is_finite()
-    exact.reduce({model.weight: "weight"})
+    exact.reduce()
     assert model.weight.grad is not None and not model.weight.grad.isfinite().all()
     assert exact.is_finite(), "the next update begins anew"
 

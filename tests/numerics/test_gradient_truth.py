@@ -1,6 +1,7 @@
 """A packed step's gradients are those of a loop over documents, written with transformers and nothing of ours."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,9 +39,9 @@ def naive_gradients(built: Built) -> tuple[float, dict[str, torch.Tensor]]:
         plain = get_peft_model(plain, copy.deepcopy(built.model.peft_config["default"]))
     plain.load_state_dict(built.model.state_dict())
     plain.to(built.trainer.args.device)
-    step = built.trainer.plan.step(0)
+    step = built.trainer.plan.schedule.step(0)
     wanted = {document for microbatch in step.microbatches for document in microbatch.documents}
-    documents = list(each_document(built.trainer.train_data.documents))
+    documents = list(each_document(built.trainer.plan.documents.documents))
     targets = sum(int(documents[number][1].sum()) for number in wanted)
     total = 0.0
     for number in sorted(wanted):
@@ -61,7 +62,7 @@ def test_a_packed_steps_gradients_equal_a_naive_loop_over_documents(tmp_path, re
         for name, parameter in built.model.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.1)
-    step = built.trainer.plan.step(0)
+    step = built.trainer.plan.schedule.step(0)
     assert len(step.microbatches) >= 3 and step.documents > len(step.microbatches), (
         "several passes of several documents"
     )
@@ -88,7 +89,7 @@ def test_with_counted_randomness_a_step_repeats_to_the_bit_and_another_step_draw
 
     def run(step: int) -> tuple[float, dict[str, torch.Tensor]]:
         built.model.zero_grad()
-        loss = built.trainer.training_step(built.model, {**inputs, "step": step})
+        loss = built.trainer.training_step(built.model, {**inputs, "step": replace(inputs["step"], number=step)})
         return loss.item(), gradients(built.model)
 
     loss, first = run(0)

@@ -88,11 +88,11 @@ def run_and_judge(tmp_path, kind: str, train: list[dict], judge: dict[str, Any],
         learning_rate=RATE, weight_decay=DECAY, optim="adamw_torch", **values,
     )  # fmt: skip
     state = {name: tensor.clone() for name, tensor in built.model.state_dict().items()}
-    plan = built.trainer.plan
-    batches = [[train[d] for m in plan.step(n).microbatches for d in m.documents] for n in range(STEPS)]
-    assert min(len(plan.step(n).microbatches) for n in range(STEPS)) > 1
+    schedule = built.trainer.plan.schedule
+    batches = [[train[d] for m in schedule.step(n).microbatches for d in m.documents] for n in range(STEPS)]
+    assert min(len(schedule.step(n).microbatches) for n in range(STEPS)) > 1
     built.train()
-    found = built.trainer.measure()
+    found = built.trainer.evaluate()
     test = find_corpus("builtin:opinions").rows("test")
     naive = naive_loop(folder, batches, test, state, **judge)
     assert [line["loss"] for line in built.steps] == pytest.approx(naive.losses, rel=1e-5)
@@ -108,7 +108,7 @@ def test_an_unpadded_run_is_the_plain_padded_loop(tmp_path, capsys, kind):
     built, _ = run_and_judge(tmp_path, kind, find_corpus("builtin:opinions").rows("train"), {})
     padded = "is not known to work without padding: texts are padded" in capsys.readouterr().out
     assert padded == (kind == "electra")
-    assert built.trainer.attention == ("sdpa" if kind == "electra" else "packed")
+    assert built.trainer.plan.task.attention == ("sdpa" if kind == "electra" else "packed")
 
 
 def uneven_rows(folder: Path) -> list[dict]:
@@ -153,7 +153,7 @@ def plain_loss(built: Built) -> float:
 def test_predictions_are_one_a_row_with_its_id_and_add_up_to_the_loss_and_the_accuracy(tmp_path):
     built = build_classifier(tmp_path, max_steps=2)
     built.train()
-    found = built.trainer.measure()
+    found = built.trainer.evaluate()
     lines = predictions(built)
     test = find_corpus("builtin:opinions").rows("test")
     assert [line["id"] for line in lines] == list(range(len(test)))
@@ -169,7 +169,7 @@ def test_the_loss_does_not_depend_on_the_size_of_the_passes(tmp_path):
     small, large = (
         build_classifier(tmp_path / str(tokens), microbatch_tokens=tokens, max_steps=4) for tokens in (64, 512)
     )
-    assert len(small.trainer.plan.step(0).microbatches) > len(large.trainer.plan.step(0).microbatches)
+    assert len(small.trainer.plan.schedule.step(0).microbatches) > len(large.trainer.plan.schedule.step(0).microbatches)
     # dropout is drawn by pass, so it is turned off for this
     for built in (small, large):
         for module in built.model.modules():

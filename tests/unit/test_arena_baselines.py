@@ -136,7 +136,7 @@ def test_blend_weights_are_the_best_there_are_and_those_of_a_fold_do_not_see_it(
     [
         ({"forest": {}}, "there is no model 'forest'; there are logistic_regression"),
         ({"linear_svm": {"c": [1]}}, "linear_svm has no parameter 'c'"),
-        ({"linear_svm": {"C": 1}}, r"write what is tried as a list"),
+        ({"linear_svm": {"C": 1}}, r"write the values as a list"),
         ({"logistic_regression": {"C": [-1.0]}}, "The 'C' parameter of LogisticRegression must be"),
     ],
 )

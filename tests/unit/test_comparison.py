@@ -16,7 +16,7 @@ from isotune.evaluation.statistics.comparison import compare_runs
 from isotune.io.errors import UserError
 from isotune.projects.arena.battles import Battle, Battles
 from isotune.projects.arena.preference import score_preferences, write_preferences
-from isotune.report import wording
+from isotune.report import formatting
 
 ROWS = 200
 LABELS = np.random.default_rng(0).integers(0, 3, ROWS)
@@ -182,7 +182,7 @@ def test_answers_to_one_prompt_of_the_arena_are_one_group(tmp_path):
         write_preferences(tmp_path / name, battles, predictions, scores, model=name, split="kept")
     found = compare_runs([tmp_path / "one", tmp_path / "other"], resamples=200)
     assert (found.rows, found.groups) == (60, 9)  # letter case and white space tell no prompts apart
-    assert "one of 9 prompts go together" in wording.tests_in_words(found)
+    assert "one of 9 prompts go together" in formatting.describe_tests(found)
 
 
 def test_generated_texts_are_compared_by_their_texts(tmp_path):

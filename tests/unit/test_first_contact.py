@@ -12,7 +12,7 @@ from datetime import timedelta
 import pytest
 from torch.distributed import HashStore, TCPStore
 
-from isotune.distributed.rendezvous import Rendezvous, address_of
+from isotune.distributed.rendezvous import NetworkInterface, Rendezvous
 
 PAIR = """
 import sys, torch.distributed as dist
@@ -27,14 +27,14 @@ print("met", dist.get_world_size(), flush=True)
 
 
 def hold(store, rank: int, host: str, address: str, port: int) -> None:
-    store.set(f"isotune/place/{rank}", json.dumps({"host": host, "address": address, "port": port}))
+    store.set(f"isotune/endpoint/{rank}", json.dumps({"host": host, "address": address, "port": port}))
 
 
 def sentence(store, **more) -> str:
     """What a meeting of three says in rank 0 before it ends, when it waits for half a second."""
     ended, said = threading.Event(), []
-    settings = {"rank": 0, "world_size": 3, "seconds": 0.5} | more
-    with Rendezvous(lambda: store, **settings, end=lambda text: (said.append(text), ended.set())):
+    settings = {"rank": 0, "world_size": 3, "timeout_seconds": 0.5, "interface": NetworkInterface()} | more
+    with Rendezvous(lambda: store, **settings, on_timeout=lambda text: (said.append(text), ended.set())):
         assert ended.wait(20)
     return said[0]
 
@@ -45,8 +45,8 @@ def test_a_rank_that_did_not_come_and_one_out_of_reach_are_named_with_host_and_a
         port = closed.getsockname()[1]
     hold(store, 1, "far", "192.0.2.7", port)  # TEST-NET-1 of RFC 5737: nobody's
     said = sentence(store)
-    assert re.match(r"not all ranks are there after \d+ s: rank 2 did not come; ", said)
-    assert re.match(r"note        not all ranks are there after \d+ s: rank 2 did not come", capsys.readouterr().out)
+    assert re.match(r"not all ranks have joined after \d+ s: rank 2 did not join; ", said)
+    assert re.match(r"note        not all ranks have joined after \d+ s: rank 2 did not join", capsys.readouterr().out)
     assert f"rank 1 on far (192.0.2.7) cannot be reached from rank 0 on {socket.gethostname()}" in said
     assert said.endswith("name the interface that connects the nodes in GLOO_SOCKET_IFNAME")
 
@@ -55,7 +55,7 @@ def test_an_address_that_only_its_own_host_can_use_is_out_of_reach():
     store = HashStore()
     hold(store, 1, "far", "127.0.0.1", 1)
     hold(store, 2, socket.gethostname(), "127.0.0.1", 1)
-    said = sentence(store, interface="lo")
+    said = sentence(store, interface=NetworkInterface(name="lo"))
     assert "rank 1 on far (127.0.0.1) cannot be reached from rank 0" in said and "rank 2" not in said
     assert "(127.0.0.1 of GLOO_SOCKET_IFNAME=lo)" in said
 
@@ -76,13 +76,14 @@ def test_a_store_that_cannot_be_reached_is_named(monkeypatch):
         raise ConnectionError
 
     ended, said = threading.Event(), []
-    with Rendezvous(refuse, rank=1, world_size=2, seconds=0.1, end=lambda text: (said.append(text), ended.set())):
+    settings = {"rank": 1, "world_size": 2, "timeout_seconds": 0.1, "interface": NetworkInterface()}
+    with Rendezvous(refuse, **settings, on_timeout=lambda text: (said.append(text), ended.set())):
         assert ended.wait(20)
-    assert "does not reach the launch's store at first:29500" in said[0]
+    assert "cannot connect to the launch's store at first:29500" in said[0]
 
 
 def test_an_interface_has_the_address_that_it_has():
-    assert address_of("lo") == "127.0.0.1" and address_of("nothing") == ""
+    assert NetworkInterface(name="lo").address == "127.0.0.1" and NetworkInterface(name="nothing").address == ""
 
 
 @pytest.mark.parametrize("second", ["punctual", "late"])
@@ -110,8 +111,8 @@ def test_two_processes_meet_or_the_one_that_waits_ends_within_its_time(second):
         if second == "punctual":
             assert (ranks[0].returncode, out) == (0, "met 2\n"), errors
         else:
-            assert ranks[0].returncode == 1 and "note        not all ranks are there after 1 s: rank 1 did not" in out
-            assert "error: not all ranks are there after 10 s: rank 1 did not come" in errors
+            assert ranks[0].returncode == 1 and "note        not all ranks have joined after 1 s: rank 1 did not" in out
+            assert "error: not all ranks have joined after 10 s: rank 1 did not join" in errors
     finally:
         for rank in ranks:
             rank.kill()

@@ -45,7 +45,7 @@ def test_hours_are_those_of_every_life_whether_it_said_its_end_or_only_beat_unti
         "nodes       node[1-2]",
         "engine      DeepSpeedEngine, ZeRO-2 on 4 x EPYC",
         "speed       1,200 tokens/s over 1 s of steps",
-        "cost        5.00 GPU hours, start-up and lives that were stopped included",
+        "cost        5.00 GPU hours, start-up and stopped attempts included",
         "restarts    1 (led by node1, node3)",
     ]
 

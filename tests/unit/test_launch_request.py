@@ -71,10 +71,18 @@ def test_every_shipped_file_is_complete_with_numbers_for_its_buckets():
         (zero(fp16={"enabled": False}), {"fp16": True}, "says fp16.enabled: false, and the recipe fp16: true: say"),
         (zero(torch_autocast={"enabled": True}), {}, "enables torch_autocast, and the recipe says the precision"),
         (zero(train_batch_size=8), {}, "says train_batch_size: 8, and a step sees global_batch_size rows"),
-        (zero(gradient_accumulation_steps=4), {}, "says gradient_accumulation_steps: 4, and the plan lays out"),
+        (
+            zero(gradient_accumulation_steps=4),
+            {},
+            "says gradient_accumulation_steps: 4, and the step schedule lays out",
+        ),
         (zero(optimizer={"type": "AdamW"}), {}, "has a section 'optimizer', and the recipe says optim, learning_rate"),
         (zero(scheduler={"type": "WarmupLR"}), {}, "has a section 'scheduler', and the recipe says lr_scheduler_type"),
-        (zero(tensor_parallel={"autotp_size": 2}), {}, "asks for tensor_parallel, and processes here share data only"),
+        (
+            zero(tensor_parallel={"autotp_size": 2}),
+            {},
+            "asks for tensor_parallel, and isotune uses data parallelism only",
+        ),
         ({"bf16": {"enabled": "auto"}}, {}, "has no zero_optimization: say at least"),
         (zero(stage=7), {}, "zero2.json: zero_optimization.stage is 7: "),
         ({"zero_optimization": True}, {}, "zero_optimization is true: it takes a section of keys"),
@@ -182,7 +190,7 @@ def test_a_launch_that_became_another_one_is_refused(request_, environment, valu
 
 
 def test_tasks_of_srun_that_would_each_train_alone_are_refused():
-    with pytest.raises(UserError, match="srun started 2 tasks that know nothing of each other"):
+    with pytest.raises(UserError, match="srun started 2 independent tasks"):
         check_launch(None, recipe(), {"SLURM_STEP_NUM_TASKS": "2"})
     check_launch(None, recipe(), {"SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "2"})
 

@@ -304,7 +304,7 @@ def test_a_cut_last_line_costs_no_other_and_is_said(run):
         file.write('{"step": 13, "lo')
     record = read_record(run)
     assert list(record.steps) == list(range(1, 13))
-    assert "line 14 cannot be read and is passed over" in record.notes[0]
+    assert "line 14 cannot be read and is skipped" in record.notes[0]
     assert record.notes[0] in Page(render_report([run])).text("li")
 
 
@@ -312,11 +312,11 @@ def test_a_cut_last_line_costs_no_other_and_is_said(run):
     ("name", "content", "says"),
     [
         ("environment.json", "{", "environment.json cannot be read"),
-        ("status.json", "[]", "status.json cannot be read: it holds no keys"),
+        ("status.json", "[]", "status.json cannot be read: it has no keys"),
         ("recipe.yaml", "a: [", "recipe.yaml cannot be read"),
         ("eval/test/predictions.jsonl", '{"id": 0}\n{"id"', "An evaluation is left out"),
         ("eval/test/metrics.json", '{"kind": "classification"', "An evaluation is left out"),
-        ("eval/test/picture.png", "no picture", "it is no PNG picture"),
+        ("eval/test/picture.png", "no picture", "it is not a PNG file"),
     ],
 )
 def test_what_is_broken_is_named_and_the_rest_is_shown(run, name, content, says):

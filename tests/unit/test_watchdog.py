@@ -14,7 +14,7 @@ TIMEOUT_SECONDS = 1.0
 def watched(world_size: int, drive: Callable[[list[Watchdog]], None]) -> list[list[str]]:
     """What each of `world_size` watchdogs in this process says after `drive` moved them and the time is over."""
     store, said = dist.HashStore(), [[] for _ in range(world_size)]
-    dogs = [Watchdog(TIMEOUT_SECONDS, end=said[rank].append) for rank in range(world_size)]
+    dogs = [Watchdog(TIMEOUT_SECONDS, on_timeout=said[rank].append) for rank in range(world_size)]
     for rank, dog in enumerate(dogs):
         dog.watch(store, rank, world_size)
     drive(dogs)

@@ -1,1 +1,1 @@
-"""Processes: how they start, find each other, and which engine they really run."""
+"""Start the processes of a launch, connect them, and check which engine they run."""

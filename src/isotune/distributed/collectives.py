@@ -1,4 +1,4 @@
-"""The few numbers that ranks exchange in a step, summed so that their order does not matter."""
+"""Scalars and vectors that ranks exchange in a step, summed so that the order of the ranks does not matter."""
 
 import math
 
@@ -7,43 +7,38 @@ import torch.distributed as dist
 
 
 def gather_by_number(values: dict[int, torch.Tensor], count: int, device: torch.device) -> list[float]:
-    """Every microbatch's number from whichever rank has it.
+    """One scalar of every microbatch, from the rank that has it.
 
     Args:
-        values: scalars of this rank by microbatch number, weight-zero passes left out.
+        values: this rank's scalars by microbatch number, without microbatches of weight zero.
         count: microbatches in the step.
-        device: of the collective.
+        device: where the collective runs.
 
     Returns:
-        `count` floats, the same on every rank; each entry came from one rank and was added to zeros only, so the
-        list does not depend on the number of ranks.
+        `count` floats, the same on every rank. Each one comes from one rank and is added to zeros only, so the list
+        does not depend on the number of ranks.
     """
-    table = torch.zeros(count, dtype=torch.float64, device=device)
-    if values:
-        numbers = torch.tensor(list(values), device=device)
-        table[numbers] = torch.stack([v.detach().double().reshape(()) for v in values.values()]).to(device)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(table)
-    return table.tolist()
+    rows = {number: value.reshape(1) for number, value in values.items()}
+    return gather_vectors(rows, count, 1, device)[:, 0].tolist()
 
 
 def gather_vectors(values: dict[int, torch.Tensor], count: int, size: int, device: torch.device) -> torch.Tensor:
-    """`gather_by_number` of vectors: float64 [count, size] on the CPU, the same on every rank.
+    """One vector of every row, from the rank that has it: float64 [count, size] on the CPU, the same on every rank.
 
     Args:
-        values: [size] by number, each number on one rank only; a row that nobody has is zero.
+        values: this rank's vectors, [size] each, by row. No row is on two ranks; a row on none is zero.
     """
     table = torch.zeros(count, size, dtype=torch.float64, device=device)
     if values:
-        numbers = torch.tensor(list(values), device=device)
-        table[numbers] = torch.stack([v.detach().double() for v in values.values()]).to(device)
+        rows = torch.tensor(list(values), device=device)
+        table[rows] = torch.stack([value.detach().double() for value in values.values()]).to(device)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(table)
     return table.cpu()
 
 
 def ordered_sum(values: list[float]) -> float:
-    """The sum, correctly rounded, hence the same in any order; NaN and infinity pass through.
+    """The correctly rounded sum, which is the same in any order; NaN and Inf propagate.
 
     Source: Shewchuk 1997, through `math.fsum`.
     """

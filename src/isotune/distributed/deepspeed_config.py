@@ -1,7 +1,7 @@
-"""DeepSpeed's configuration, complete before the engine sees it: every `auto` comes from the recipe, or it is refused.
+"""Complete and check DeepSpeed's configuration: the recipe fills each `auto`, and a contradicting value is refused.
 
-DeepSpeed ignores a key that it does not know, clips nothing where `gradient_clipping` is absent, and takes a batch,
-an accumulation or a precision from its own file over the trainer's. Here the recipe says each thing once.
+DeepSpeed ignores a key that it does not know, does not clip where `gradient_clipping` is absent, and prefers the batch
+size, the accumulation and the precision of its own file to the trainer's. Here the recipe is the only source of each.
 """
 
 import json
@@ -18,7 +18,7 @@ from isotune.io.near_names import did_you_mean
 INLINE = "the accelerate configuration"
 AUTO = "auto"
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu")
-_RECIPE_SAYS = {
+_SET_BY_RECIPE = {
     "optimizer": "optim, learning_rate and weight_decay",
     "scheduler": "lr_scheduler_type and warmup_steps",
 }
@@ -32,25 +32,25 @@ def read_deepspeed_config(
     name: str = INLINE,
     complain: Complain = refuse,
 ) -> dict[str, Any]:
-    """The whole configuration of a launch under DeepSpeed: the named JSON file, or the keys of the accelerate file.
+    """The complete configuration of a launch under DeepSpeed, from its JSON file or from the accelerate file's keys.
 
     Args:
-        recipe: fills what is `auto` or absent.
-        world_size: processes.
-        environment: where accelerate hands over what its file says.
-        name: of accelerate's file, for the sentences.
+        recipe: fills keys that are `auto` or absent.
+        world_size: number of processes.
+        environment: in which accelerate passes its file's keys on.
+        name: of accelerate's file, for messages.
 
     Raises:
         UserError: a missing or broken file, an unknown key, or one that contradicts the recipe.
     """
     file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    given = (environment.get("ACCELERATE_CONFIG_DS_FIELDS") or "").split(",")
+    accelerate_keys = (environment.get("ACCELERATE_CONFIG_DS_FIELDS") or "").split(",")
     if file != "none":
         path = find_file(file)
         config = _read_json(path)
         name = str(path)
         for key in ("gradient_accumulation_steps", "gradient_clipping", "zero_stage", "mixed_precision"):
-            if key in given:
+            if key in accelerate_keys:
                 complain(f"the accelerate configuration says {key}, and so may {path}: take it out of the first")
     else:
         config = _inline(environment)
@@ -60,10 +60,10 @@ def read_deepspeed_config(
 def complete(
     config: dict[str, Any], recipe: RunRecipe, world_size: int, name: str, complain: Complain = refuse
 ) -> dict[str, Any]:
-    """`config` with everything filled in from the recipe, after its keys and values have been checked.
+    """`config` with its keys and values checked and the rest filled in from the recipe.
 
     Raises:
-        UserError: an unknown key, or one that contradicts the recipe; `name` is the file that says so.
+        UserError: an unknown key, or one that contradicts the recipe; `name` is the file that holds it.
     """
     _check_keys(config, name, complain)
     _check_contradictions(config, recipe, name, complain)
@@ -80,7 +80,7 @@ def complete(
     }
     stage = stage_of(config)
     if recipe.bf16 and stage > 0 and "data_types" not in config:
-        # microbatches would else be added up with 8 bits
+        # microbatches would otherwise be accumulated in bf16
         filled["data_types"] = {"grad_accum_dtype": "fp32"}
     _check_values(filled, name, complain)
     return filled
@@ -92,7 +92,7 @@ def stage_of(config: Mapping[str, Any] | None) -> int:
 
 
 def offloaded(config: Mapping[str, Any] | None) -> list[str]:
-    """What a configuration puts off the device: `optimizer`, `param`."""
+    """The parts that a configuration offloads from the device: `optimizer`, `param`."""
     zero = (config or {}).get("zero_optimization", {})
     return [
         part
@@ -102,7 +102,7 @@ def offloaded(config: Mapping[str, Any] | None) -> list[str]:
 
 
 def find_file(file: str) -> Path:
-    """A file named relative to the current folder or to the checkout that the running script lies in.
+    """Find a file relative to the current folder or to the checkout of the running script.
 
     Raises:
         UserError: it is in neither.
@@ -110,10 +110,10 @@ def find_file(file: str) -> Path:
     path = Path(file).expanduser()
     if path.is_file():
         return path
-    beside = Path(sys.argv[0]).resolve().parent.parent / path
-    if not path.is_absolute() and beside.is_file():
-        return beside
-    raise UserError(f"deepspeed_config_file '{file}' does not exist, neither here nor in {beside.parent}")
+    in_checkout = Path(sys.argv[0]).resolve().parent.parent / path
+    if not path.is_absolute() and in_checkout.is_file():
+        return in_checkout
+    raise UserError(f"deepspeed_config_file '{file}' does not exist, neither here nor in {in_checkout.parent}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _inline(environment: Mapping[str, str]) -> dict[str, Any]:
-    """What accelerate's own keys say, without a JSON file."""
+    """The configuration of accelerate's own keys, without a JSON file."""
     read = lambda key, default: environment.get(f"ACCELERATE_{key}", default)  # noqa: E731
     zero: dict[str, Any] = {"stage": int(read("DEEPSPEED_ZERO_STAGE", "2"))}
     for part in ("optimizer", "param"):
@@ -153,14 +153,14 @@ def _inline(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _check_contradictions(config: Mapping[str, Any], recipe: RunRecipe, name: str, complain: Complain) -> None:
-    for key, ours in _RECIPE_SAYS.items():
+    for key, ours in _SET_BY_RECIPE.items():
         if key in config:
             complain(f"{name} has a section '{key}', and the recipe says {ours}: take the section out")
     for key in _OTHER_PARALLELISM:
         if config.get(key):
-            complain(f"{name} asks for {key}, and processes here share data only: take it out")
+            complain(f"{name} asks for {key}, and isotune uses data parallelism only: take it out")
     if config.get("managed_gradient_accumulation", True) is not True:
-        complain(f"{name} says managed_gradient_accumulation: false, and the plan accumulates: take it out")
+        complain(f"{name} says managed_gradient_accumulation: false, and the step schedule accumulates: take it out")
     for key in _BATCH:
         if config.get(key, AUTO) != AUTO:
             complain(
@@ -168,8 +168,8 @@ def _check_contradictions(config: Mapping[str, Any], recipe: RunRecipe, name: st
             )
     if config.get("gradient_accumulation_steps", AUTO) not in (AUTO, 1):
         complain(
-            f"{name} says gradient_accumulation_steps: {config['gradient_accumulation_steps']}, and the plan lays out "
-            'the microbatches of a step: say "auto"'
+            f"{name} says gradient_accumulation_steps: {config['gradient_accumulation_steps']}, and the step schedule "
+            'lays out the microbatches of a step: say "auto"'
         )
     clipping, ours = config.get("gradient_clipping", AUTO), recipe.training_arguments["max_grad_norm"]
     if clipping not in (AUTO, ours):
@@ -199,7 +199,7 @@ def _check_keys(config: Mapping[str, Any], name: str, complain: Complain) -> Non
         DeepSpeedZeroOffloadParamConfig,
     )
 
-    _compare_keys(config, _asked_keys(), name, "", complain)
+    _compare_keys(config, _known_keys(), name, "", complain)
     for section, model in (
         ("zero_optimization", DeepSpeedZeroConfig),
         ("zero_optimization.offload_optimizer", DeepSpeedZeroOffloadOptimizerConfig),
@@ -219,40 +219,40 @@ def _check_keys(config: Mapping[str, Any], name: str, complain: Complain) -> Non
         _compare_keys(inner, known | ({"auto_cast"} if section == "fp16" else set()), name, f"{section}.", complain)
 
 
-def _compare_keys(written: Mapping[str, Any], known: set[str], name: str, prefix: str, complain: Complain) -> None:
-    for key in written:
+def _compare_keys(section: Mapping[str, Any], known: set[str], name: str, prefix: str, complain: Complain) -> None:
+    for key in section:
         if key not in known:
             complain(f"{name}: '{prefix}{key}' is not a key of DeepSpeed's{did_you_mean(key, sorted(known))}")
 
 
-def _asked_keys() -> set[str]:
-    """The top-level keys that DeepSpeed looks for while it reads a configuration: it has no list of them."""
+def _known_keys() -> set[str]:
+    """The top-level keys that DeepSpeed looks up in a configuration: recorded, because it has no list of them."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    asked: set[str] = {"optimizer", "scheduler", "sequence_parallel_size", "flops_profiler", "activation_checkpointing"}
+    known: set[str] = {"optimizer", "scheduler", "sequence_parallel_size", "flops_profiler", "activation_checkpointing"}
 
     class Recording(dict):
         def get(self, key: Any, default: Any = None) -> Any:
-            asked.add(key)
+            known.add(key)
             return super().get(key, default)
 
         def __contains__(self, key: Any) -> bool:
-            asked.add(key)
+            known.add(key)
             return super().__contains__(key)
 
         def __getitem__(self, key: Any) -> Any:
-            asked.add(key)
+            known.add(key)
             return super().__getitem__(key)
 
         def __copy__(self) -> "Recording":
             return Recording(self)
 
     DeepSpeedConfig(Recording({"train_micro_batch_size_per_gpu": 1}))
-    return asked
+    return known
 
 
 def _check_values(config: dict[str, Any], name: str, complain: Complain) -> None:
-    """Let DeepSpeed's own models read the sections; what they say becomes a sentence."""
+    """Let DeepSpeed's own pydantic models read the sections; their first error becomes a sentence."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 

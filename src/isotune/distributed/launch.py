@@ -1,9 +1,9 @@
-"""One process of a launch finds its device and its backend, with or without a GPU, by the same command.
+"""Set up one process of a launch: its device, backend and process group, with or without a GPU, by the same command.
 
-The workarounds for accelerate 1.15 stand here, so that they can be dropped together:
-- without a GPU the backend must be named before anything else makes a state: DeepSpeed would look for NCCL, and two
-  processes of a MULTI_GPU configuration would each train alone without a word;
-- accelerate has no FSDP on CPU unless it believes in MULTI_GPU.
+accelerate 1.15 needs two workarounds on a machine without a GPU:
+- the backend must be named before anything else creates a PartialState: DeepSpeed would look for NCCL, and two
+  processes of a MULTI_GPU configuration would each train alone without an error;
+- FSDP needs the distributed type MULTI_GPU (`isotune.compat.accelerate_launch`).
 """
 
 import os
@@ -14,25 +14,25 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType
 
+from isotune.compat.accelerate_launch import allow_fsdp_on_cpu
+from isotune.compat.deepspeed_launch import disable_shm_transport
 from isotune.config import RunRecipe
 from isotune.distributed.deepspeed_config import INLINE, read_deepspeed_config, stage_of
-from isotune.distributed.deepspeed_setup import announce_zero3, let_gloo_carry
 from isotune.distributed.launch_validation import check_launch, read_request
 from isotune.distributed.rendezvous import rendezvous
 from isotune.io.errors import UserError
 
-AFTER_THE_WATCHDOG_SECONDS = 60
+COLLECTIVE_TIMEOUT_MARGIN_SECONDS = 60
 
 
 @dataclass(frozen=True)
 class Process:
-    """Where this process stands in its launch, and what was asked of the engine.
+    """This process's place in the launch, and the engine that was asked for.
 
     Attributes:
-        deepspeed_config: complete, with nothing left to fill in; None under every other engine.
-        keep_alive: what transformers only holds weakly, and needs while a model is made.
+        deepspeed_config: the complete configuration, without `auto`; None under every other engine.
+        keep_alive: transformers' HfDeepSpeedConfig, which transformers holds weakly and needs while a model loads.
     """
 
     rank: int
@@ -51,40 +51,40 @@ class Process:
 
     @property
     def use_cpu(self) -> bool:
-        """TrainingArguments' use_cpu: it silently drops DeepSpeed and FSDP, so it is said for plain and DDP only."""
+        """TrainingArguments' use_cpu, for plain and DDP only: it silently drops DeepSpeed and FSDP."""
         return self.device.type == "cpu" and not (self.deepspeed or self.fsdp)
 
     def loading_device(self, recipe: RunRecipe) -> torch.device:
-        """Where a model is made: in host memory where the engine puts only shares of it on the device.
+        """The device that a model loads on: host memory where the engine later puts only shards on the device.
 
-        4-bit weights are made where they will lie, whatever the engine.
+        4-bit weights always load on the training device.
         """
         return torch.device("cpu") if self.shards_weights and recipe.tune != "qlora" else self.device
 
     @property
     def zero_stage(self) -> int | None:
-        """The ZeRO stage that was asked, None without DeepSpeed."""
+        """The ZeRO stage that was asked for; None without DeepSpeed."""
         return stage_of(self.deepspeed_config) if self.deepspeed else None
 
     @property
     def shards_weights(self) -> bool:
-        """Whether a process holds only its share of the weights."""
+        """Whether each process holds only a shard of the weights."""
         return self.fsdp or self.zero_stage == 3
 
 
 def start_process(recipe: RunRecipe) -> Process:
-    """Make the one process group that everything else shares. Call it before the model and TrainingArguments are made.
+    """Create the process group. Call it before the model and TrainingArguments are created.
 
     Raises:
-        UserError: the launch is not what was asked, or its configuration contradicts the recipe.
-        RunFault: the ranks do not find each other; says which, and where they were looked for.
+        UserError: the launch is not what was asked for, or its configuration contradicts the recipe.
+        RunFault: the ranks do not reach each other; names the ranks and their addresses.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
     fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported, which else looks for one and warns
+        os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed's import, which otherwise looks for a GPU and warns
     request = read_request()
     check_launch(request, recipe)
     if fsdp and on_cpu and world_size == 1:
@@ -96,6 +96,11 @@ def start_process(recipe: RunRecipe) -> Process:
         config = read_deepspeed_config(recipe, world_size, name=request.name if request else INLINE)
     with rendezvous():
         state = _make_state(recipe, world_size, deepspeed=deepspeed, fsdp=fsdp, on_cpu=on_cpu)
+    keep_alive = None
+    if stage_of(config) == 3:
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+        keep_alive = HfDeepSpeedConfig(config)
     return Process(
         rank=state.process_index,
         world_size=state.num_processes,
@@ -104,25 +109,25 @@ def start_process(recipe: RunRecipe) -> Process:
         deepspeed=deepspeed,
         fsdp=fsdp,
         deepspeed_config=config,
-        keep_alive=announce_zero3(config) if config and stage_of(config) == 3 else None,
+        keep_alive=keep_alive,
     )
 
 
 def _make_state(recipe: RunRecipe, world_size: int, *, deepspeed: bool, fsdp: bool, on_cpu: bool) -> PartialState:
-    # the watchdog, which can name the rank that hangs, comes first
-    limit: dict[str, Any] = {
-        "timeout": timedelta(seconds=recipe.training_arguments["ddp_timeout"] + AFTER_THE_WATCHDOG_SECONDS)
+    # longer than the watchdog's, which can name the rank that hangs
+    timeout: dict[str, Any] = {
+        "timeout": timedelta(seconds=recipe.training_arguments["ddp_timeout"] + COLLECTIVE_TIMEOUT_MARGIN_SECONDS)
     }
     if not on_cpu:
-        return PartialState(**limit) if "LOCAL_RANK" in os.environ else PartialState()
+        return PartialState(**timeout) if "LOCAL_RANK" in os.environ else PartialState()
     if deepspeed:
-        let_gloo_carry()
-        return PartialState(backend="gloo", **limit)
+        disable_shm_transport()
+        return PartialState(backend="gloo", **timeout)
     if world_size == 1:
         return PartialState(cpu=True)
-    state = PartialState(cpu=True, backend="gloo", **limit)
+    state = PartialState(cpu=True, backend="gloo", **timeout)
     if fsdp:
-        # torch 2.13 warns of blocks that return views, lest they be changed in place; OPT's are not
+        # torch 2.13 warns that a block's outputs are views, which must not be changed in place; OPT does not do so
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        allow_fsdp_on_cpu()
     return state

@@ -1,8 +1,8 @@
-"""What the launcher was asked for, so that a launch that quietly became another one is refused.
+"""Compare the launch that the user asked for with the one that accelerate started, and refuse a difference.
 
 accelerate 1.15 starts one plain process for `--cpu`, for `use_cpu: true` and for a MULTI_CPU configuration, whatever
-number of processes and whatever engine was asked, and drops keys that it does not know. Its ranks inherit only what it
-made of the request; the request itself stands in the command line of their parent process, which Linux shows.
+engine and number of processes the user asked for, and drops keys that it does not know. The ranks' environment holds
+only the outcome. The request itself is the command line of their parent process, which Linux shows in /proc.
 """
 
 import os
@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from isotune.compat.accelerate_launch import launcher_options
 from isotune.config import RunRecipe
 from isotune.io.errors import Complain, UserError, refuse
 from isotune.io.near_names import did_you_mean
@@ -22,36 +23,36 @@ FLAGS_ONLY = {"rdzv_backend": "static", "same_network": False}  # accelerate 1.1
 
 @dataclass(frozen=True)
 class Request:
-    """An `accelerate launch` as it was typed.
+    """An `accelerate launch` as the user typed it.
 
     Attributes:
-        file: the configuration file, as named; None where there is none.
+        file: the configuration file as given; None without one.
         engine: DDP, DeepSpeed, FSDP or plain.
-        processes: in all; None where nothing said a number.
+        processes: number over all nodes; None where it is not given.
         on_cpu: --cpu, or use_cpu or MULTI_CPU in the file.
-        written: the file's keys.
+        file_keys: the keys and values of the file.
     """
 
     file: str | None
     engine: str
     processes: int | None
     on_cpu: bool
-    written: Mapping[str, Any] = field(default_factory=dict)
+    file_keys: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        """The file, or words for it."""
+        """The file, or a description of it."""
         return self.file or "the accelerate configuration"
 
 
 def read_request() -> Request | None:
-    """The `accelerate launch` that started this process, or None: torchrun, plain python, or not visible."""
+    """The `accelerate launch` that started this process; None under torchrun, python, or without /proc."""
     arguments = _launch_arguments(_command_line(os.getppid()))
     return None if arguments is None else request_of(arguments)
 
 
 def request_of(arguments: Sequence[str]) -> Request | None:
-    """What the words after `accelerate launch` ask for, or None where accelerate does not understand them."""
+    """Parse the arguments after `accelerate launch`; None where accelerate does not accept them."""
     from accelerate.commands.config.config_args import default_config_file
     from accelerate.commands.launch import launch_command_parser
 
@@ -62,8 +63,8 @@ def request_of(arguments: Sequence[str]) -> Request | None:
     file = args.config_file
     if file is None and os.path.isfile(default_config_file) and not args.cpu:
         file = default_config_file
-    written = _read_yaml(file)
-    kind = str(written.get("distributed_type", "NO"))
+    file_keys = _read_yaml(file)
+    kind = str(file_keys.get("distributed_type", "NO"))
     engine = "plain"
     if args.use_deepspeed or kind == "DEEPSPEED":
         engine = "DeepSpeed"
@@ -71,28 +72,28 @@ def request_of(arguments: Sequence[str]) -> Request | None:
         engine = "FSDP"
     elif args.multi_gpu or kind.startswith("MULTI_"):
         engine = "DDP"
-    processes = args.num_processes if args.num_processes is not None else written.get("num_processes")
-    on_cpu = bool(args.cpu or written.get("use_cpu") or kind == "MULTI_CPU")
-    return Request(file, engine, processes, on_cpu, written)
+    processes = args.num_processes if args.num_processes is not None else file_keys.get("num_processes")
+    on_cpu = bool(args.cpu or file_keys.get("use_cpu") or kind == "MULTI_CPU")
+    return Request(file, engine, processes, on_cpu, file_keys)
 
 
 def check_launch(request: Request | None, recipe: RunRecipe, environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse a launch that became another one, or whose configuration contradicts the recipe.
+    """Refuse a launch that is not the requested one, or whose configuration contradicts the recipe.
 
     Args:
-        request: what was typed, where it is visible; without it only the environment is looked at.
-        recipe: says the precision.
-        environment: of this rank, as the launcher made it.
+        request: the launch that was asked for; without it only the environment is checked.
+        recipe: the run's recipe, which holds the precision.
+        environment: of this rank, as the launcher set it.
 
     Raises:
-        UserError: which key of which file, and what to do.
+        UserError: names the key, its file and the remedy.
     """
     name = request.name if request is not None else "the accelerate configuration"
-    started = int(environment.get("WORLD_SIZE", "1"))
+    started_processes = int(environment.get("WORLD_SIZE", "1"))
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if tasks > 1 and "WORLD_SIZE" not in environment:
         raise UserError(
-            f"srun started {tasks} tasks that know nothing of each other, and each would train alone: start one "
+            f"srun started {tasks} independent tasks, and each would train alone: start one "
             "`accelerate launch` or `torchrun` on each node"
         )
     if request is not None:
@@ -103,41 +104,38 @@ def check_launch(request: Request | None, recipe: RunRecipe, environment: Mappin
                 f"{name} asks for {request.engine}, and accelerate started a plain process: leave --cpu, use_cpu: true "
                 "and MULTI_CPU out; without a GPU the script finds the CPU by itself"
             )
-        if request.processes is not None and request.processes != started:
+        if request.processes is not None and request.processes != started_processes:
             why = "--cpu, use_cpu: true and MULTI_CPU start one" if request.on_cpu else f"{name} is for one process"
             raise UserError(
-                f"{request.processes} processes were asked (num_processes) and {started} started: {why}; say "
+                f"{request.processes} processes were asked (num_processes) and {started_processes} started: {why}; say "
                 "--config_file accelerate_configs/ddp.yaml, which finds the CPU by itself where there is no GPU"
             )
     check_precision(name, recipe, environment.get("ACCELERATE_MIXED_PRECISION", "no").lower())
 
 
 def check_precision(name: str, recipe: RunRecipe, theirs: str, complain: Complain = refuse) -> None:
-    """Complain where accelerate's mixed_precision is neither `no` nor what the recipe says."""
+    """Complain where accelerate's mixed_precision is neither `no` nor the recipe's precision."""
     ours = "bf16" if recipe.bf16 else "fp16" if recipe.fp16 else "no"
     if theirs not in ("no", ours):
-        said = f"{ours}: true" if ours != "no" else "neither bf16 nor fp16"
+        expected = f"{ours}: true" if ours != "no" else "neither bf16 nor fp16"
         complain(
-            f"{name}: mixed_precision ({theirs}) and the recipe ({said}) contradict each other: leave mixed_precision "
-            f"out and say {theirs}: true or false in the recipe"
+            f"{name}: mixed_precision ({theirs}) and the recipe ({expected}) contradict each other: leave "
+            f"mixed_precision out and say {theirs}: true or false in the recipe"
         )
 
 
 def check_keys(request: Request, complain: Complain = refuse) -> None:
-    """Keys of the file that accelerate drops without a word."""
-    from accelerate.commands.launch import launch_command_parser
-
-    groups = {group.title: group for group in launch_command_parser()._action_groups}
+    """Complain about keys of the file that accelerate drops without a message."""
     for section, title, prefix in (
         ("deepspeed_config", "DeepSpeed Arguments", ""),
         ("fsdp_config", "FSDP Arguments", "fsdp_"),
     ):
-        known = [action.dest for action in groups[title]._group_actions]
-        for key in request.written.get(section) or {}:
+        known = launcher_options(title)
+        for key in request.file_keys.get(section) or {}:
             if key not in known and f"{prefix}{key}" not in known:
                 complain(f"{request.name}: {section} has no key '{key}'{did_you_mean(key, sorted(known))}")
     for key, default in FLAGS_ONLY.items():
-        if request.written.get(key, default) != default:
+        if request.file_keys.get(key, default) != default:
             complain(f"{request.name}: {key} has no effect in a file: give it to accelerate launch as the flag --{key}")
 
 
@@ -157,16 +155,16 @@ def _command_line(process: int) -> list[str]:
 
 
 def _launch_arguments(command: list[str]) -> list[str] | None:
-    """What follows `accelerate launch` in a command line, in any of the ways to spell it."""
-    for place, word in enumerate(command):
+    """The arguments after `accelerate launch` in a command line, in any spelling of that command."""
+    for index, word in enumerate(command):
         name = os.path.basename(word)
         if name == "accelerate-launch" or word == "accelerate.commands.launch":
-            return command[place + 1 :]
+            return command[index + 1 :]
         if name == "launch.py" and word.endswith(os.path.join("accelerate", "commands", "launch.py")):
-            return command[place + 1 :]
-        follows = command[place + 1] if place + 1 < len(command) else ""
-        if (name == "accelerate" or word == "accelerate.commands.accelerate_cli") and follows == "launch":
-            return command[place + 2 :]
+            return command[index + 1 :]
+        next_word = command[index + 1] if index + 1 < len(command) else ""
+        if (name == "accelerate" or word == "accelerate.commands.accelerate_cli") and next_word == "launch":
+            return command[index + 2 :]
     return None
 
 
@@ -176,5 +174,5 @@ def _read_yaml(file: str | None) -> dict[str, Any]:
     try:
         written = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
-        return {}  # accelerate itself has refused it, or it was never meant for this machine
+        return {}  # accelerate itself reports an unreadable file
     return written if isinstance(written, dict) else {}

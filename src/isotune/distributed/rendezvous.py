@@ -1,8 +1,13 @@
-"""The first time that the ranks talk, somebody may not be there: say who, and at which address, instead of waiting.
+"""Create the process group, and name the ranks that are missing or unreachable instead of waiting without a message.
 
-Before the process group is made, every rank writes into the store of the launch where it is to be found, and listens
-there. Who has not come within a minute is named, and waited for: starting can be slow. When all have come and the first
-all-reduce has not come through a minute later, each rank tries the others' addresses itself, and ends with a sentence.
+Before the process group is created, every rank publishes its host, address and port in the launch's store and listens
+there. A rank that has not joined after MEETING_SECONDS is named; the others keep waiting for it, because starting can
+be slow. Once all ranks have joined, the first all-reduce has MEETING_SECONDS to finish. If it does not, each rank tries
+to connect to the others, and the process ends with one sentence that names the unreachable ranks.
+
+`torch.distributed.monitored_barrier` cannot replace this. It runs inside a finished process group of gloo, and a rank
+that is missing or unreachable is what keeps the group from being finished: torch 2.13 then reports only how many
+clients joined. Its message names ranks without hosts or addresses, and only on rank 0; NCCL does not have it at all.
 """
 
 import json
@@ -12,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -24,35 +30,54 @@ from torch.distributed.rendezvous import TCPStore  # type: ignore[attr-defined]
 from isotune.io.errors import EXIT_FAULT, RunFault, UserError
 from isotune.io.job_status import write_job_status
 
-SECONDS_VARIABLE = "MEETING_SECONDS"
-DEFAULT_SECONDS = 60.0
-PATIENT_TIMES = 10  # so many times as long is waited for a rank that has not come
-TRY_SECONDS = 3.0
+TIMEOUT_VARIABLE = "MEETING_SECONDS"
+DEFAULT_TIMEOUT_SECONDS = 60.0
+JOIN_TIMEOUTS = 10  # a missing rank is waited for this many times as long as the first all-reduce
+CONNECT_TIMEOUT_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class NetworkInterface:
+    """The backend's environment variable for its network interface, and the value that the user gave it."""
+
+    variable: str = "GLOO_SOCKET_IFNAME"
+    name: str = ""
+
+    @property
+    def address(self) -> str:
+        """Its IPv4 address; without a name the address of this host's own name; empty where there is none."""
+        if self.name:
+            interface = self.name.split(",")[0].lstrip("=^")
+            addresses = psutil.net_if_addrs().get(interface, [])
+            return next((a.address for a in addresses if a.family == socket.AF_INET), "")
+        try:
+            return socket.gethostbyname(socket.gethostname())
+        except OSError:
+            return ""
 
 
 @contextmanager
 def rendezvous(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """Make the process group in the body; after it one all-reduce shows that every rank is reached.
+    """Create the process group in the body of this context; one all-reduce after it shows that all ranks are connected.
 
-    Does nothing for a single rank, and nothing where the launcher gave no store.
+    Does nothing for a single rank or where the launcher provides no store.
 
     Raises:
-        UserError: the port at which this rank should hold the launch's store is another program's.
-        RunFault: the group could not be made, because ranks are out of reach, or the sum is wrong. Where nothing comes
-            back in time the process ends itself, with the same sentence and status 1.
+        UserError: another program uses the port on which this rank must serve the launch's store.
+        RunFault: the group cannot be created because ranks are unreachable, or the all-reduce is wrong. On a timeout
+            the process prints the same sentence and exits with status 1.
     """
     world_size = int(environment.get("WORLD_SIZE", "1"))
     if world_size == 1 or "MASTER_ADDR" not in environment:
         yield
         return
-    backend_variable = "NCCL_SOCKET_IFNAME" if torch.cuda.is_available() else "GLOO_SOCKET_IFNAME"
+    variable = "NCCL_SOCKET_IFNAME" if torch.cuda.is_available() else "GLOO_SOCKET_IFNAME"
     meeting = Rendezvous(
         lambda: _open_store(environment),
         rank=int(environment["RANK"]),
         world_size=world_size,
-        seconds=float(environment.get(SECONDS_VARIABLE) or DEFAULT_SECONDS),
-        interface_variable=backend_variable,
-        interface=environment.get(backend_variable, ""),
+        timeout_seconds=float(environment.get(TIMEOUT_VARIABLE) or DEFAULT_TIMEOUT_SECONDS),
+        interface=NetworkInterface(variable, environment.get(variable, "")),
     )
     with meeting:
         try:
@@ -60,29 +85,29 @@ def rendezvous(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
             device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
             total = torch.ones(1, device=device)
             dist.all_reduce(total)
-            heard = int(total.item())
+            summed_ranks = int(total.item())
         except RuntimeError as error:
-            if "EADDRINUSE" in str(error):  # torch has no class of its own for it
+            if "EADDRINUSE" in str(error):  # torch has no exception class for it
                 raise UserError(
                     f"MASTER_PORT {environment['MASTER_PORT']} is in use on {socket.gethostname()}, by another run or "
                     "program: give this launch a free port"
                 ) from error
-            if not meeting.out_of_reach():
+            if not meeting.unreachable_ranks():
                 raise
             raise RunFault(f"{meeting.diagnosis()} [{str(error).splitlines()[0]}]") from error
-    if heard != world_size:
-        raise RunFault(f"the first all-reduce heard {heard} ranks, and the launch has {world_size}")
+    if summed_ranks != world_size:
+        raise RunFault(f"the first all-reduce summed {summed_ranks} ranks, and the launch has {world_size}")
 
 
 class Rendezvous:
-    """Where a rank waits for the others, and looks for them when they do not come.
+    """Watches from a thread whether all ranks join and reach each other, and diagnoses which do not.
 
     Args:
-        open_store: connects to the store that every rank reaches; called in a thread of the meeting's own.
+        open_store: connects to the store of the launch; called in the thread.
         rank, world_size: of this launch.
-        seconds: how long the first all-reduce may take, once all ranks have come.
-        interface_variable, interface: how the user names the network interface of the backend, and what they named.
-        end: what to do with the sentence when nothing came; prints it and leaves the process where not given.
+        timeout_seconds: for the first all-reduce, once all ranks have joined.
+        interface: the network interface that the backend uses.
+        on_timeout: takes the diagnosis after a timeout; by default prints it and exits the process.
     """
 
     def __init__(
@@ -91,109 +116,98 @@ class Rendezvous:
         *,
         rank: int,
         world_size: int,
-        seconds: float,
-        interface_variable: str = "GLOO_SOCKET_IFNAME",
-        interface: str = "",
-        end: Callable[[str], Any] | None = None,
+        timeout_seconds: float,
+        interface: NetworkInterface,
+        on_timeout: Callable[[str], Any] | None = None,
     ) -> None:
-        self.rank, self.world_size, self.seconds = rank, world_size, seconds
-        self.interface_variable, self.interface = interface_variable, interface
-        self._open_store, self._end = open_store, end or _leave
-        self._met = threading.Event()
+        self.rank, self.world_size, self.timeout_seconds = rank, world_size, timeout_seconds
+        self.interface = interface
+        self._open_store, self._on_timeout = open_store, on_timeout or _exit_process
+        self._connected = threading.Event()
         self._store: Store | None = None
         self._listener = socket.create_server(("", 0))
 
     def __enter__(self) -> "Rendezvous":
-        threading.Thread(target=self._watch, name="first-contact", daemon=True).start()
+        threading.Thread(target=self._watch, name="rendezvous", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._met.set()
+        self._connected.set()
         self._listener.close()
 
     def _watch(self) -> None:
-        with suppress(Exception):  # without a store all that can be said is that there is none
+        with suppress(Exception):  # without a store the diagnosis says that it is unreachable
             store = self._open_store()
-            place = {
-                "host": socket.gethostname(),
-                "address": address_of(self.interface),
-                "port": self._listener.getsockname()[1],
-            }
-            store.set(f"isotune/place/{self.rank}", json.dumps(place))
+            port = self._listener.getsockname()[1]
+            endpoint = {"host": socket.gethostname(), "address": self.interface.address, "port": port}
+            store.set(_key(self.rank), json.dumps(endpoint))
             self._store = store
-        begun = time.monotonic()
-        complete = None  # since when all are there
+        started = time.monotonic()
+        all_joined_at = None
         notes = 0
-        while not self._met.wait(min(1.0, self.seconds / 10)):
-            waited = time.monotonic() - begun
-            if complete is None and self._store is not None and not self._missing(self._store):
-                complete = time.monotonic()
-            if complete is not None and time.monotonic() - complete > self.seconds:
-                self._end(f"the first all-reduce did not come through in {self.seconds:g} s: {self.diagnosis()}")
+        while not self._connected.wait(min(1.0, self.timeout_seconds / 10)):
+            now = time.monotonic()
+            waited = now - started
+            if all_joined_at is None and self._store is not None and not self._missing_ranks(self._store):
+                all_joined_at = now
+            if all_joined_at is not None:
+                if now - all_joined_at > self.timeout_seconds:
+                    limit = f"{self.timeout_seconds:g} s"
+                    self._on_timeout(f"the first all-reduce did not finish within {limit}: {self.diagnosis()}")
+                    return
+                continue
+            if waited > JOIN_TIMEOUTS * self.timeout_seconds:
+                self._on_timeout(f"not all ranks have joined after {waited:.0f} s: {self.diagnosis()}")
                 return
-            if complete is None and waited > PATIENT_TIMES * self.seconds:
-                self._end(f"not all ranks are there after {waited:.0f} s: {self.diagnosis()}")
-                return
-            if complete is None and waited > (notes + 1) * self.seconds:
+            if waited > (notes + 1) * self.timeout_seconds:
                 notes += 1
-                print(f"note        not all ranks are there after {waited:.0f} s: {self.diagnosis()}", flush=True)
+                print(f"note        not all ranks have joined after {waited:.0f} s: {self.diagnosis()}", flush=True)
 
-    def _missing(self, store: Store) -> list[str]:
-        return [str(rank) for rank in range(self.world_size) if not store.check([f"isotune/place/{rank}"])]
+    def _missing_ranks(self, store: Store) -> list[str]:
+        return [str(rank) for rank in range(self.world_size) if not store.check([_key(rank)])]
 
     def diagnosis(self) -> str:
-        """Who is missing, and who is out of reach of this rank, by host and address."""
-        here = f"{socket.gethostname()} ({address_of(self.interface) or 'no address'}{self._as_named()})"
+        """Which ranks are missing and which are unreachable from this rank, by host and address."""
+        name = f" of {self.interface.variable}={self.interface.name}" if self.interface.name else ""
+        here = f"{socket.gethostname()} ({self.interface.address or 'no address'}{name})"
+        advice = f"name the interface that connects the nodes in {self.interface.variable}"
         if self._store is None:
-            return f"rank {self.rank} on {here} does not reach the launch's store at {_store_address()}"
-        missing, silent = self._missing(self._store), self.out_of_reach()
-        said = []
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            return f"rank {self.rank} on {here} cannot connect to the launch's store at {address}"
+        missing, unreachable = self._missing_ranks(self._store), self.unreachable_ranks()
+        parts = []
         if missing:
-            said.append(f"rank {' and '.join(missing)} did not come")
-        if silent:
-            said.append(f"{' and '.join(silent)} cannot be reached from rank {self.rank} on {here}")
-        if not said:
-            return f"all ranks can be reached from rank {self.rank} on {here} at other ports: {self._advice()}"
-        return f"{'; '.join(said)}: {self._advice()}"
+            parts.append(f"rank {' and '.join(missing)} did not join")
+        if unreachable:
+            parts.append(f"{' and '.join(unreachable)} cannot be reached from rank {self.rank} on {here}")
+        if not parts:
+            return f"all ranks can be reached from rank {self.rank} on {here} at other ports: {advice}"
+        return f"{'; '.join(parts)}: {advice}"
 
-    def out_of_reach(self) -> list[str]:
-        """The ranks that have come and do not answer this one, by host and address."""
+    def unreachable_ranks(self) -> list[str]:
+        """The ranks that have joined and accept no connection from this rank, by host and address."""
         if self._store is None:
             return []
-        silent = []
+        unreachable = []
         for rank in range(self.world_size):
-            if rank != self.rank and self._store.check([f"isotune/place/{rank}"]):
-                place = json.loads(self._store.get(f"isotune/place/{rank}"))
-                if not _answers(place):
-                    silent.append(f"rank {rank} on {place['host']} ({place['address']})")
-        return silent
-
-    def _as_named(self) -> str:
-        return f" of {self.interface_variable}={self.interface}" if self.interface else ""
-
-    def _advice(self) -> str:
-        return f"name the interface that connects the nodes in {self.interface_variable}"
+            if rank != self.rank and self._store.check([_key(rank)]):
+                endpoint = json.loads(self._store.get(_key(rank)))
+                if not _accepts_connections(endpoint):
+                    unreachable.append(f"rank {rank} on {endpoint['host']} ({endpoint['address']})")
+        return unreachable
 
 
-def address_of(interface: str) -> str:
-    """The IPv4 address of an interface, of none that is named the one that the host's name stands for; else empty."""
-    if interface:
-        name = interface.split(",")[0].lstrip("=^")
-        found = [a.address for a in psutil.net_if_addrs().get(name, []) if a.family == socket.AF_INET]
-        return found[0] if found else ""
-    try:
-        return socket.gethostbyname(socket.gethostname())
-    except OSError:
-        return ""
+def _key(rank: int) -> str:
+    return f"isotune/endpoint/{rank}"
 
 
-def _answers(place: Mapping[str, Any]) -> bool:
-    if place["host"] == socket.gethostname():
+def _accepts_connections(endpoint: Mapping[str, Any]) -> bool:
+    if endpoint["host"] == socket.gethostname():
         return True
-    if not place["address"] or place["address"].startswith("127."):
-        return False  # what answers there would be this host
+    if not endpoint["address"] or endpoint["address"].startswith("127."):
+        return False  # a loopback address would connect to this host
     try:
-        socket.create_connection((place["address"], place["port"]), timeout=TRY_SECONDS).close()
+        socket.create_connection((endpoint["address"], endpoint["port"]), timeout=CONNECT_TIMEOUT_SECONDS).close()
     except OSError:
         return False
     return True
@@ -201,14 +215,10 @@ def _answers(place: Mapping[str, Any]) -> bool:
 
 def _open_store(environment: Mapping[str, str]) -> Store:
     address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=DEFAULT_SECONDS))
+    return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=DEFAULT_TIMEOUT_SECONDS))
 
 
-def _store_address() -> str:
-    return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-
-
-def _leave(sentence: str) -> NoReturn:
+def _exit_process(sentence: str) -> NoReturn:
     os.write(2, f"error: {sentence}\n".encode())
     write_job_status(status="failed", exit_status=EXIT_FAULT, message=sentence)
     os._exit(EXIT_FAULT)

@@ -1,9 +1,9 @@
-"""A rank that hangs takes the others down within `ddp_timeout`, and is named.
+"""End the launch within `ddp_timeout` when a rank hangs, and name that rank.
 
-A collective of a rank that is gone waits for as long as its backend likes, and when it gives up it does not know for
-whom it waited. So every rank counts what it has done in the store that the launch already has, and a thread of its own
-looks whether anything moves. When nothing has for the whole time, the rank that did least is the one that hangs; where
-all did the same, the one whose thread fell silent, as a stopped process does.
+A collective waits for a lost rank as long as its backend allows, and its error does not say which rank is lost. So each
+rank counts its progress in the launch's store, and a thread of every rank watches all counts. When no count has changed
+for the whole timeout, the rank with the lowest count hangs. If all counts are equal, a rank hangs whose own thread has
+stopped writing, as that of a stopped process does.
 """
 
 import os
@@ -14,103 +14,101 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import Store
 
+from isotune.compat.torch_distributed import clone_default_store
 from isotune.io.errors import EXIT_FAULT
 
-_LOOKS_PER_TIMEOUT = 10
-_LONGEST_PAUSE_SECONDS = 5.0
+_CHECKS_PER_TIMEOUT = 10
+_MAX_PAUSE_SECONDS = 5.0
 
 
 class Watchdog:
-    """Ends this process where no rank has made progress for `timeout_seconds`; does nothing on a single rank.
+    """Exits this process when no rank has made progress for `timeout_seconds`; does nothing on a single rank.
 
     Args:
         timeout_seconds: the recipe's `ddp_timeout`.
-        end: what to do with the sentence; prints it and leaves the process where not given.
+        on_timeout: takes the sentence; by default prints it and exits the process.
     """
 
-    def __init__(self, timeout_seconds: float, end: Callable[[str], Any] | None = None) -> None:
+    def __init__(self, timeout_seconds: float, on_timeout: Callable[[str], Any] | None = None) -> None:
         self.timeout_seconds = timeout_seconds
-        self._end = end or _leave
-        self._done = 0
-        self._place = "its start"
+        self._on_timeout = on_timeout or _exit_process
+        self._progress_count = 0
+        self._phase = "its start"
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to watch, in the store of the launch."""
+        """Start watching through the launch's store."""
         if dist.is_initialized() and dist.get_world_size() > 1:
-            store: Any = distributed_c10d._get_default_store()
-            private = distributed_c10d.PrefixStore("isotune/progress", store.clone())
-            self.watch(private, dist.get_rank(), dist.get_world_size())
+            self.watch(clone_default_store("isotune/progress"), dist.get_rank(), dist.get_world_size())
 
     def watch(self, store: Store, rank: int, world_size: int) -> None:
-        """Begin to watch `world_size` ranks, this one being `rank`, in a store that all of them reach."""
+        """Start watching `world_size` ranks, as `rank`, through a store that all of them reach."""
         self._thread = threading.Thread(target=self._watch, args=(store, rank, world_size), daemon=True)
         self._thread.start()
 
-    def progress(self, place: str) -> None:
-        """Something was done; `place` says where this rank is now."""
-        self._done += 1
-        self._place = place
+    def progress(self, phase: str) -> None:
+        """Report progress; `phase` is what this rank does next, such as `step 7`."""
+        self._progress_count += 1
+        self._phase = phase
 
     def stop(self) -> None:
-        """What follows may take its time."""
+        """Stop watching: what follows has no time limit."""
         self._stopped.set()
         if self._thread is not None:
-            self._thread.join(timeout=_LONGEST_PAUSE_SECONDS)
+            self._thread.join(timeout=_MAX_PAUSE_SECONDS)
 
     def _watch(self, store: Store, rank: int, world_size: int) -> None:
-        pause = min(self.timeout_seconds / _LOOKS_PER_TIMEOUT, _LONGEST_PAUSE_SECONDS)
-        beats = 0
-        others = [_Seen() for _ in range(world_size)]
+        pause = min(self.timeout_seconds / _CHECKS_PER_TIMEOUT, _MAX_PAUSE_SECONDS)
+        heartbeat = 0
+        ranks = [_RankProgress() for _ in range(world_size)]
         while True:
-            beats += 1
+            heartbeat += 1
             try:
-                store.set(str(rank), f"{beats} {self._done} {self._place}")
-                for number, seen in enumerate(others):
+                store.set(str(rank), f"{heartbeat} {self._progress_count} {self._phase}")
+                for number, progress in enumerate(ranks):
                     if store.check([str(number)]):
-                        seen.update(store.get(str(number)).decode())
-            except Exception:  # the store goes with the launcher, which ends this process too
+                        progress.update(store.get(str(number)).decode())
+            except Exception:  # the store ends with the launcher, which ends this process too
                 return
             now = time.monotonic()
-            if now - max(seen.moved for seen in others) > self.timeout_seconds:
-                silent = [now - seen.alive > max(3 * pause, self.timeout_seconds / 2) for seen in others]
-                self._end(self._sentence(others, silent))
+            if now - max(progress.advanced_at for progress in ranks) > self.timeout_seconds:
+                max_silence = max(3 * pause, self.timeout_seconds / 2)
+                self._on_timeout(self._diagnosis(ranks, [now - p.heartbeat_at > max_silence for p in ranks]))
                 return
             if self._stopped.wait(pause):
                 return
 
-    def _sentence(self, ranks: "list[_Seen]", silent: list[bool]) -> str:
-        least = min(seen.done for seen in ranks)
-        behind = [seen.done == least for seen in ranks]
-        suspects = [r for r, is_so in enumerate(silent if any(silent) else behind) if is_so]
-        waited = f"no rank has made progress for {self.timeout_seconds:g} s (ddp_timeout)"
+    def _diagnosis(self, ranks: "list[_RankProgress]", silent: list[bool]) -> str:
+        lowest = min(progress.count for progress in ranks)
+        suspected = silent if any(silent) else [progress.count == lowest for progress in ranks]
+        suspects = [rank for rank, is_suspect in enumerate(suspected) if is_suspect]
+        timeout = f"no rank has made progress for {self.timeout_seconds:g} s (ddp_timeout)"
         if len(suspects) == len(ranks):
-            return f"{waited}: all {len(ranks)} wait in {ranks[0].place}, and nothing tells which of them hangs"
-        named = " and ".join(f"rank {r}" for r in suspects)
-        return f"{waited}: {named} hangs in {ranks[suspects[0]].place}, and the others wait"
+            return f"{timeout}: all {len(ranks)} wait in {ranks[0].phase}, and nothing tells which of them hangs"
+        names = " and ".join(f"rank {rank}" for rank in suspects)
+        return f"{timeout}: {names} hangs in {ranks[suspects[0]].phase}, and the others wait"
 
 
-class _Seen:
-    """What the store last said of a rank: `moved` and `alive` are when its count and its thread's last changed."""
+class _RankProgress:
+    """A rank's last entry in the store, and when its progress count and its heartbeat last changed."""
 
     def __init__(self) -> None:
-        self.beat = self.done = -1
-        self.place = "its start"
-        self.moved = self.alive = time.monotonic()
+        self.heartbeat = self.count = -1
+        self.phase = "its start"
+        self.advanced_at = self.heartbeat_at = time.monotonic()
 
-    def update(self, written: str) -> None:
-        beat, done, place = written.split(" ", 2)
+    def update(self, entry: str) -> None:
+        heartbeat, count, phase = entry.split(" ", 2)
         now = time.monotonic()
-        if int(beat) != self.beat:
-            self.beat, self.alive = int(beat), now
-        if int(done) != self.done:
-            self.done, self.place, self.moved = int(done), place, now
+        if int(heartbeat) != self.heartbeat:
+            self.heartbeat, self.heartbeat_at = int(heartbeat), now
+        if int(count) != self.count:
+            self.count, self.phase, self.advanced_at = int(count), phase, now
 
 
-def _leave(sentence: str) -> NoReturn:
+def _exit_process(sentence: str) -> NoReturn:
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     os._exit(EXIT_FAULT)

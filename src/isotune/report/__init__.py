@@ -1,1 +1,1 @@
-"""What a person reads after a run."""
+"""Reports on finished runs: HTML report, loss curve, model card, comparison and job summary."""

@@ -1,7 +1,7 @@
-"""The curves of one or several runs as geometry that the report's template draws: no picture files, no scripts.
+"""Curves of one or several runs as SVG geometry that the report's template draws, without image files or scripts.
 
-A chart is small and the report shows several side by side, so that each is read on a phone as on a desk. Colours are
-names of the style sheet, which has one set for light and one for dark; lines of different runs differ in dashes too.
+Charts are small, and the report shows several side by side, so they are readable on a phone. Colors are classes of the
+style sheet, which has a light and a dark set; lines of different runs also differ in their dashes.
 """
 
 import math
@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from isotune.report.curves import smoothed
+from isotune.report.curves import MARKED_STEPS, MIN_SMOOTHED_VALUES, finite_values, smoothed, smoothing_window
+from isotune.report.formatting import format_number, run_letter
 from isotune.report.run_record import RunRecord
-from isotune.report.wording import letter, number
 
 WIDTH, HEIGHT = 420, 250
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 40
-MOST_POINTS = 400  # of a line; more cannot be told apart at this size
-_WINDOW_SHARE = 0.1
+MAX_POINTS = 400  # of a line; more are indistinguishable at this size
 
 # key of a training line, key of an evaluation line, title, unit
 CURVES: tuple[tuple[str | None, str | None, str, str], ...] = (
@@ -35,7 +34,7 @@ _SCALE = {"peak_memory_bytes": 1e-9}
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a chart: `style` is its class in the style sheet; `paths` are its unbroken pieces in SVG's words."""
+    """A line of a chart: `style` is its CSS class; `paths` are its unbroken pieces as SVG path data."""
 
     label: str
     style: str
@@ -45,12 +44,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart ready to be drawn.
+    """A chart with all coordinates in pixels.
 
     Attributes:
-        title, unit: of what is on the y axis.
-        summary: in words, for who does not see it.
-        x_ticks, y_ticks: place and text.
+        title, unit: of the y axis.
+        summary: the chart in words, for screen readers.
+        x_ticks, y_ticks: position and text.
     """
 
     title: str
@@ -73,83 +72,77 @@ class _Series:
     style: str
     steps: list[int]
     values: np.ndarray
-    dotted: bool = False
+    has_dots: bool = False
     summary: str = field(default="")
 
 
 def draw_charts(records: Sequence[RunRecord]) -> list[Chart]:
-    """A chart of each quantity that any of the runs has."""
+    """One chart for each metric that any of the runs has."""
     charts = []
     for training, evaluation, title, unit in CURVES:
         series = [
-            one
-            for place, record in enumerate(records)
-            for one in _series(record, place, len(records) > 1, training, evaluation)
+            line
+            for index, record in enumerate(records)
+            for line in _series(record, run_letter(index) if len(records) > 1 else "", index, (training, evaluation))
         ]
         if series:
             charts.append(_chart(title, unit, series))
     return charts
 
 
-def _series(
-    record: RunRecord, place: int, several: bool, training: str | None, evaluation: str | None
-) -> list[_Series]:
-    found = []
-    run = f"{letter(place)} " if several else ""
-    colour = f"run{place % 6}" if several else ""
-    steps, values = _column(record.steps, training)
+def _series(record: RunRecord, letter: str, index: int, keys: tuple[str | None, str | None]) -> list[_Series]:
+    """The lines of a run for the keys of a training and an evaluation line; `letter` is empty for a single run."""
+    series = []
+    run = f"{letter} " if letter else ""
+    color = f"run{index % 6}" if letter else ""
+    steps, values = _column(record.steps, keys[0])
     if steps:
-        summary = _in_words(f"{run}training".strip(), steps, values)
-        window = max(_WINDOW_SHARE * len(steps), 4.0)
-        smooth = training == "loss" and np.isfinite(values).sum() >= 10
-        if smooth:
-            if not several:
-                found.append(_Series("training, each step", "raw", steps, values, len(steps) < 30))
+        summary = _summary(f"{run}training", steps, values)
+        are_marked = len(steps) < MARKED_STEPS
+        if keys[0] == "loss" and np.isfinite(values).sum() >= MIN_SMOOTHED_VALUES:
+            window = smoothing_window(len(steps))
+            if not letter:
+                series.append(_Series("training, each step", "raw", steps, values, are_marked))
             label = f"{run}training, averaged over {window:.0f} steps"
-            found.append(_Series(label, colour or "main", steps, smoothed(values, window), summary=summary))
+            series.append(_Series(label, color or "main", steps, smoothed(values, window), summary=summary))
         else:
-            found.append(_Series(f"{run}training", colour or "main", steps, values, len(steps) < 30, summary))
-    steps, values = _column(record.evaluations, evaluation)
+            series.append(_Series(f"{run}training", color or "main", steps, values, are_marked, summary))
+    steps, values = _column(record.evaluations, keys[1])
     if steps:
-        summary = _in_words(f"{run}evaluation".strip(), steps, values)
-        found.append(_Series(f"{run}evaluation", f"{colour} evaluation".strip(), steps, values, True, summary))
-    return found
+        summary = _summary(f"{run}evaluation", steps, values)
+        series.append(_Series(f"{run}evaluation", f"{color} evaluation".strip(), steps, values, True, summary))
+    return series
 
 
 def _column(lines: dict[int, dict[str, Any]], key: str | None) -> tuple[list[int], np.ndarray]:
-    """Steps and finite values of a key, NaN between them where it is null; nothing where no line has it."""
+    """Steps and values of a key, NaN where a value is not finite; both empty without any finite value."""
     if key is None:
         return [], np.array([])
-    there = {step: line[key] for step, line in lines.items() if key in line}
-    values = np.array([_finite(value) for value in there.values()]) * _SCALE.get(key, 1.0)
-    return (list(there), values) if np.isfinite(values).any() else ([], np.array([]))
+    column = {step: line[key] for step, line in lines.items() if key in line}
+    values = finite_values(column.values()) * _SCALE.get(key, 1.0)
+    return (list(column), values) if np.isfinite(values).any() else ([], np.array([]))
 
 
-def _finite(value: Any) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else math.nan
+def _summary(label: str, steps: Sequence[int], values: np.ndarray) -> str:
+    finite = np.flatnonzero(np.isfinite(values))
+    first, last = finite[0], finite[-1]
+    lowest, highest = finite[np.argmin(values[finite])], finite[np.argmax(values[finite])]
 
+    def point(index: int) -> str:
+        return f"{format_number(values[index])} at step {steps[index]}"
 
-def _in_words(label: str, steps: Sequence[int], values: np.ndarray) -> str:
-    known = np.flatnonzero(np.isfinite(values))
-    first, last = known[0], known[-1]
-    lowest, highest = known[np.argmin(values[known])], known[np.argmax(values[known])]
     if first == last:
-        return f"{label}: {number(values[first])} at step {steps[first]}."
-    return (
-        f"{label}: {number(values[first])} at step {steps[first]}, {number(values[last])} at step {steps[last]}, "
-        f"lowest {number(values[lowest])} at step {steps[lowest]}, "
-        f"highest {number(values[highest])} at step {steps[highest]}."
-    )
+        return f"{label}: {point(first)}."
+    return f"{label}: {point(first)}, {point(last)}, lowest {point(lowest)}, highest {point(highest)}."
 
 
 def _chart(title: str, unit: str, series: list[_Series]) -> Chart:
-    every = np.concatenate([one.values for one in series])
-    every = every[np.isfinite(every)]
-    y_places = _ticks(float(every.min()), float(every.max()), 5)
-    x_places = _ticks(min(one.steps[0] for one in series), max(one.steps[-1] for one in series), 5, whole=True)
-    x_low, x_high = x_places[0], x_places[-1]
-    y_low, y_high = y_places[0], y_places[-1]
+    values = np.concatenate([line.values for line in series])
+    values = values[np.isfinite(values)]
+    y_ticks = _ticks(float(values.min()), float(values.max()))
+    x_ticks = _ticks(min(line.steps[0] for line in series), max(line.steps[-1] for line in series), integer=True)
+    x_low, x_high = x_ticks[0], x_ticks[-1]
+    y_low, y_high = y_ticks[0], y_ticks[-1]
 
     def x(step: float) -> float:
         return round(LEFT + (step - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT), 1)
@@ -158,52 +151,53 @@ def _chart(title: str, unit: str, series: list[_Series]) -> Chart:
         return round(HEIGHT - BOTTOM - (value - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM), 1)
 
     lines = []
-    for one in series:
-        steps, values = _thin(np.array(one.steps), one.values)
+    for line in series:
+        steps, values = _downsample(np.array(line.steps), line.values)
         points = [(x(s), y(v)) if math.isfinite(v) else None for s, v in zip(steps, values, strict=True)]
-        dots = [point for point in points if point] if one.dotted else []
-        lines.append(Line(one.label, one.style, _paths(points), dots))
+        dots = [point for point in points if point] if line.has_dots else []
+        lines.append(Line(line.label, line.style, _paths(points), dots))
     return Chart(
         title=title,
         unit=unit,
-        summary=" ".join(one.summary for one in series if one.summary),
+        summary=" ".join(line.summary for line in series if line.summary),
         lines=lines,
-        x_ticks=[(x(place), f"{int(place):,}") for place in x_places],
-        y_ticks=[(y(place), _tick_text(place, y_places[1] - y_places[0])) for place in y_places],
+        x_ticks=[(x(tick), f"{int(tick):,}") for tick in x_ticks],
+        y_ticks=[(y(tick), _tick_text(tick, y_ticks[1] - y_ticks[0])) for tick in y_ticks],
     )
 
 
-def _ticks(low: float, high: float, most: int, whole: bool = False) -> list[float]:
-    """Round numbers around a range; they reach beyond both of its ends."""
+def _ticks(low: float, high: float, integer: bool = False) -> list[float]:
+    """About five round numbers that enclose a range."""
     from matplotlib.ticker import MaxNLocator
 
     if low == high:
-        low, high = (low - 1, high + 1) if whole or low == 0 else (low - abs(low) / 2, high + abs(high) / 2)
-    return [float(place) for place in MaxNLocator(most, integer=whole, min_n_ticks=2).tick_values(low, high)]
+        low, high = (low - 1, high + 1) if integer or low == 0 else (low - abs(low) / 2, high + abs(high) / 2)
+    return [float(tick) for tick in MaxNLocator(5, integer=integer, min_n_ticks=2).tick_values(low, high)]
 
 
-def _tick_text(place: float, distance: float) -> str:
+def _tick_text(tick: float, distance: float) -> str:
     decimals = max(0, -math.floor(math.log10(distance)))
-    if decimals > 4 or abs(place) >= 1e6:
-        return f"{place:.3g}"
-    # a distance of 2.5 or 0.25 needs one digit more
+    if decimals > 4 or abs(tick) >= 1e6:
+        return f"{tick:.3g}"
+    # a distance of 2.5 or 0.25 needs one more digit
     decimals += not math.isclose(distance * 10**decimals, round(distance * 10**decimals))
-    return f"{place:,.{decimals}f}"
+    return f"{tick:,.{decimals}f}"
 
 
-def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most about MOST_POINTS points: of each bucket of steps the lowest and the highest, so that no peak is lost."""
-    if len(steps) <= MOST_POINTS:
+def _downsample(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """About MAX_POINTS points: the lowest and the highest of each bucket of steps, so no peak is lost."""
+    if len(steps) <= MAX_POINTS:
         return steps, values
     keep = {0, len(steps) - 1}
-    for bucket in np.array_split(np.arange(len(steps)), MOST_POINTS // 2):
-        known = bucket[np.isfinite(values[bucket])]
-        if len(known) < len(bucket):
-            keep.add(int(bucket[~np.isfinite(values[bucket])][0]))
-        if len(known):
-            keep |= {int(known[np.argmin(values[known])]), int(known[np.argmax(values[known])])}
-    chosen = sorted(keep)
-    return steps[chosen], values[chosen]
+    for bucket in np.array_split(np.arange(len(steps)), MAX_POINTS // 2):
+        is_finite = np.isfinite(values[bucket])
+        finite = bucket[is_finite]
+        if len(finite) < len(bucket):
+            keep.add(int(bucket[~is_finite][0]))
+        if len(finite):
+            keep |= {int(finite[np.argmin(values[finite])]), int(finite[np.argmax(values[finite])])}
+    indices = sorted(keep)
+    return steps[indices], values[indices]
 
 
 def _paths(points: Sequence[tuple[float, float] | None]) -> list[str]:

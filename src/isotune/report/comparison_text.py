@@ -1,24 +1,34 @@
-"""A comparison as lines for the terminal."""
+"""A comparison as text for the terminal."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from isotune.evaluation.results import CLASSIFICATION
 from isotune.evaluation.statistics.comparison import ChangedRow, Comparison, Pair
-from isotune.report.wording import letter, number, p_value, signed, tests_in_words, verdict, verdict_of_pair
+from isotune.report.formatting import (
+    describe_tests,
+    format_number,
+    format_p,
+    format_signed,
+    metric_conclusion,
+    pair_conclusion,
+    run_letter,
+)
 
-LONGEST_TEXT = 100
+MAX_TEXT_CHARACTERS = 100
+_RIGHT_ALIGNED = {1, 2, 3, 6, 7}
 
 
 def comparison_text(comparison: Comparison) -> str:
-    """The runs, a table for each pair, the rows that changed, and the verdict."""
-    names = [letter(i) for i in range(len(comparison.results))]
+    """The runs, then for each pair a table, the changed rows and the conclusion."""
+    names = [run_letter(index) for index in range(len(comparison.results))]
     folders = [f"{name}  {folder}" for name, folder in zip(names, comparison.results, strict=True)]
     head = f"{comparison.rows:,} rows of {comparison.dataset_name} ({comparison.dataset_split})"
     blocks = [[head, *folders]]
     for pair in comparison.pairs:
-        blocks.append([*_table(pair, names), "", *_changes(pair, names, comparison.kind), verdict_of_pair(pair, names)])
-    return "\n\n".join("\n".join(block) for block in [*blocks, [tests_in_words(comparison)]])
+        changes = _changes(pair, names, comparison.kind)
+        blocks.append([*_table(pair, names), "", *changes, pair_conclusion(pair, names)])
+    return "\n\n".join("\n".join(block) for block in [*blocks, [describe_tests(comparison)]])
 
 
 def _table(pair: Pair, names: Sequence[str]) -> list[str]:
@@ -26,27 +36,22 @@ def _table(pair: Pair, names: Sequence[str]) -> list[str]:
     rows = [["metric", a, b, f"{b} - {a}", "95% interval", "test", "p", "p (Holm)", ""]]
     rows += [
         [
-            one.metric,
-            number(one.a),
-            number(one.b),
-            signed(one.difference),
-            f"{signed(one.low)} to {signed(one.high)}",
-            one.test,
-            p_value(one.p),
-            p_value(one.p_holm),
-            verdict(one, pair, names),
+            difference.metric,
+            format_number(difference.a),
+            format_number(difference.b),
+            format_signed(difference.difference),
+            f"{format_signed(difference.low)} to {format_signed(difference.high)}",
+            difference.test,
+            format_p(difference.p),
+            format_p(difference.p_holm),
+            metric_conclusion(difference, pair, names),
         ]
-        for one in pair.differences
+        for difference in pair.differences
     ]
-    return aligned(rows, right={1, 2, 3, 6, 7})
-
-
-def aligned(rows: Sequence[Sequence[str]], right: set[int]) -> list[str]:
-    """Rows of cells as lines with columns of one width; those of `right` end in line."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
+            cell.rjust(width) if column in _RIGHT_ALIGNED else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
@@ -58,25 +63,24 @@ def _changes(pair: Pair, names: Sequence[str], kind: str) -> list[str]:
     lines = [f"{pair.right_means}: {pair.only_b:,} rows right in {b} only, {pair.only_a:,} in {a} only"]
     for sign, rows in (("+", pair.gained), ("-", pair.lost)):
         for row in rows:
-            lines += [f"  {sign} row {row.id}: {_asked(row, kind)}"]
-            lines += [f"      {name}  {said(of, kind)}" for name, of in ((a, row.a), (b, row.b))]
+            lines += [f"  {sign} row {row.id}: {_input(row, kind)}"]
+            lines += [f"      {name}  {_prediction(side, kind)}" for name, side in ((a, row.a), (b, row.b))]
     return lines
 
 
-def _asked(row: ChangedRow, kind: str) -> str:
+def _input(row: ChangedRow, kind: str) -> str:
     if kind != CLASSIFICATION:
-        return _short(row.a["prompt"])
-    return f"class {row.a['label']}  {_short(str(row.a.get('text', '')))}".rstrip()
+        return _shorten(row.a["prompt"])
+    return f"class {row.a['label']}  {_shorten(str(row.a.get('text', '')))}".rstrip()
 
 
-def said(row: dict[str, Any], kind: str) -> str:
-    """What a system made of a row: its text, or the class with its probability."""
+def _prediction(row: dict[str, Any], kind: str) -> str:
     if kind != CLASSIFICATION:
-        return _short(row["text"])
-    chosen = max(range(len(row["probabilities"])), key=row["probabilities"].__getitem__)
-    return f"class {chosen} with {row['probabilities'][chosen]:.3f}"
+        return _shorten(row["text"])
+    label = max(range(len(row["probabilities"])), key=row["probabilities"].__getitem__)
+    return f"class {label} with {row['probabilities'][label]:.3f}"
 
 
-def _short(text: str) -> str:
+def _shorten(text: str) -> str:
     line = " ".join(text.split())
-    return line if len(line) <= LONGEST_TEXT else line[: LONGEST_TEXT - 3] + "..."
+    return line if len(line) <= MAX_TEXT_CHARACTERS else line[: MAX_TEXT_CHARACTERS - 3] + "..."

@@ -1,7 +1,7 @@
-"""What metrics.jsonl says of a run, as numbers to draw: by step, by epoch, and where it was evaluated."""
+"""The curves of a run from metrics.jsonl: values by step and by epoch, evaluations, and the smoothed loss."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,18 +9,22 @@ from typing import Any
 import numpy as np
 
 from isotune.io.errors import UserError
-from isotune.report.metrics_lines import read_metrics
+from isotune.run.metrics_reader import read_metrics
+
+MIN_SMOOTHED_VALUES = 10  # fewer points need no smoothed curve
+MARKED_STEPS = 30  # a line through fewer steps gets a dot at each
+_WINDOW_SHARE = 0.1  # of the steps of a run, for one value of the smoothed curve
 
 
 @dataclass
 class Curve:
-    """One figure of a run; steps and values are of the same length, a missing, null or infinite value is NaN.
+    """One metric of a run; steps and values have the same length, and a missing or non-finite value is NaN.
 
     Attributes:
         steps, values: of training.
         eval_steps, eval_values: of the evaluations.
-        epoch_steps, epoch_values: the last step of each whole epoch, and the mean of the epoch's steps, each weighted
-            by its targets.
+        epoch_steps, epoch_values: the last step of each complete epoch, and the mean over the epoch's steps, weighted
+            by the number of targets.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -33,7 +37,7 @@ class Curve:
 
 @dataclass
 class Curves:
-    """Loss in nats per `target`, accuracy (of classification only) and learning rate of a run."""
+    """Loss in nats per `target`, accuracy (classification only) and learning rate of a run."""
 
     loss: Curve
     accuracy: Curve
@@ -42,74 +46,80 @@ class Curves:
 
 
 def read_curves(metrics: Path) -> Curves:
-    """The curves of the file, as `isotune.report.metrics_lines.read_metrics` reads it.
+    """The curves of metrics.jsonl.
 
     Raises:
-        UserError: the file cannot be read, or holds no loss.
+        UserError: the file cannot be read, or has no loss.
     """
     try:
         lines = read_metrics(metrics)
     except OSError as error:
         raise UserError(f"{metrics} cannot be read: {error.strerror}; give the folder of a run") from error
-    steps, found = list(lines.steps.values()), list(lines.evaluations.values())
-    if not steps and not found:
+    steps, evaluations = list(lines.steps.values()), list(lines.evaluations.values())
+    if not steps and not evaluations:
         raise UserError(f"{metrics} has no line with a step and a loss: the run has not made a step yet")
-    per_document = any("accuracy" in line or "eval_accuracy" in line for line in [*steps, *found])
+    per_document = any("accuracy" in line or "eval_accuracy" in line for line in [*steps, *evaluations])
     return Curves(
-        loss=_curve(steps, found, "loss"),
-        accuracy=_curve(steps, found, "accuracy") if per_document else Curve(),
+        loss=_curve(steps, evaluations, "loss"),
+        accuracy=_curve(steps, evaluations, "accuracy") if per_document else Curve(),
         learning_rate=_curve(steps, [], "learning_rate"),
         target="document" if per_document else "supervised token",
     )
 
 
-def _curve(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], name: str) -> Curve:
+def finite_values(values: Iterable[Any]) -> np.ndarray:
+    """Values as float64, NaN for each that is not a finite number."""
+    numbers = [v if isinstance(v, int | float) and not isinstance(v, bool) else math.nan for v in values]
+    array = np.array(numbers, dtype=float)
+    return np.where(np.isfinite(array), array, np.nan)
+
+
+def _curve(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], key: str) -> Curve:
     curve = Curve(
         [line["step"] for line in steps],
-        [_number(line.get(name)) for line in steps],
+        finite_values(line.get(key) for line in steps).tolist(),
         [line["step"] for line in evaluations],
-        [_number(line.get(f"eval_{name}")) for line in evaluations],
+        finite_values(line.get(f"eval_{key}") for line in evaluations).tolist(),
     )
-    for epoch in _epochs(steps):
+    for epoch in _complete_epochs(steps):
         weights = np.array([line.get("supervised_tokens", line.get("documents", 1)) for line in epoch], float)
-        values = np.array([_number(line.get(name)) for line in epoch])
-        known = np.isfinite(values)
-        if known.any():
+        values = finite_values(line.get(key) for line in epoch)
+        is_finite = np.isfinite(values)
+        if is_finite.any():
             curve.epoch_steps.append(epoch[-1]["step"])
-            curve.epoch_values.append(float(values[known] @ weights[known] / weights[known].sum()))
+            curve.epoch_values.append(float(values[is_finite] @ weights[is_finite] / weights[is_finite].sum()))
     return curve
 
 
-def _epochs(steps: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The steps of each epoch that was gone through from its start to its end."""
-    found: list[list[dict[str, Any]]] = []
-    here: list[dict[str, Any]] = []
-    for line in steps:
-        here.append(line)
-        epoch = _number(line.get("epoch"))
+def _complete_epochs(steps: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The lines of each epoch that has ended."""
+    epochs: list[list[dict[str, Any]]] = []
+    current: list[dict[str, Any]] = []
+    ends = finite_values(line.get("epoch") for line in steps)
+    for line, epoch in zip(steps, ends, strict=True):
+        current.append(line)
         if math.isfinite(epoch) and abs(epoch - round(epoch)) < 1e-9:
-            found.append(here)
-            here = []
-    return found
+            epochs.append(current)
+            current = []
+    return epochs
+
+
+def smoothing_window(steps: int) -> float:
+    """Width of the smoothing window of a curve with this many steps, in steps."""
+    return max(_WINDOW_SHARE * steps, 4.0)
 
 
 def smoothed(values: Sequence[float] | np.ndarray, width: float) -> np.ndarray:
     """Average of the values around each one, weighted by a Gaussian with a standard deviation of `width / 4` values.
 
-    A centred window and not a moving average of the past, which would show every fall of the loss too late. At the
-    ends the part of the window that exists counts. A value that is not finite counts nowhere and stays NaN.
+    The window is centered: a moving average of past values would show each drop of the loss too late. At the ends the
+    existing part of the window counts. A value that is not finite has no weight and stays NaN.
     """
-    numbers = np.asarray(values, dtype=float)
-    known = np.isfinite(numbers)
-    reach = min(math.ceil(width / 2), len(numbers) - 1)
+    array = np.asarray(values, dtype=float)
+    is_finite = np.isfinite(array)
+    reach = min(math.ceil(width / 2), len(array) - 1)
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / (width / 4)) ** 2)
-    inside = slice(reach, reach + len(numbers))
-    sums = np.convolve(np.where(known, numbers, 0.0), kernel)[inside]
-    weights = np.convolve(known.astype(float), kernel)[inside]
-    return np.where(known, sums / np.where(known, weights, 1.0), np.nan)
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan
-    return float(value) if math.isfinite(value) else math.nan
+    inside = slice(reach, reach + len(array))
+    sums = np.convolve(np.where(is_finite, array, 0.0), kernel)[inside]
+    weights = np.convolve(is_finite.astype(float), kernel)[inside]
+    return np.where(is_finite, sums / np.where(is_finite, weights, 1.0), np.nan)

@@ -1,4 +1,4 @@
-"""What the evaluations of one or several runs found, name by name: metrics, pictures, examples, and who is better."""
+"""The evaluations of one or several runs, by name: metrics, plots, examples, and the comparison of the runs."""
 
 import base64
 import json
@@ -11,34 +11,19 @@ from typing import Any
 from isotune.evaluation.results import CLASSIFICATION, GENERATION, Result
 from isotune.evaluation.statistics.comparison import Comparison, compare_runs
 from isotune.io.errors import UserError
+from isotune.report.formatting import format_number, run_letter
 from isotune.report.run_record import RunRecord
-from isotune.report.wording import letter, number
+from isotune.report.run_tables import Row
 
-TEXTS = "examples.jsonl"
-EXAMPLES = 10
-LONGEST_TEXT = 2_000
-_PNG = b"\x89PNG\r\n\x1a\n"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A metric's value with its interval, as text; both empty where a run lacks it."""
-
-    value: str
-    interval: str
+EXAMPLES_FILE = "examples.jsonl"
+MAX_EXAMPLES = 10
+MAX_TEXT_CHARACTERS = 2_000
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
-class MetricRow:
-    """A metric of each run that was evaluated under this name."""
-
-    name: str
-    cells: list[Cell]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG as a data URI, what it shows in a sentence, and more of that where there is more."""
+class Plot:
+    """A PNG as a data URI, with a sentence that describes it and further lines of description."""
 
     uri: str
     description: str
@@ -48,50 +33,50 @@ class Picture:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a run made of a row; `right` is None where nothing says so."""
+    """A run's prediction of a row; `is_right` is None where the evaluation does not say."""
 
     run: str
     text: str
-    right: bool | None
+    is_right: bool | None
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row of the data with what each run made of it."""
+    """A row of the data with each run's prediction."""
 
     id: str
-    question: str
+    input: str
     reference: str
     answers: list[Answer]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything under one name.
+    """All results under one name.
 
     Attributes:
         runs, letters: long and short names of the runs that have it, in the order of the columns.
-        per_class: rows of the metrics of single classes.
-        truth: what the examples call what is true.
-        comparison: where several runs have it and their rows are the same; else `not_compared` says why.
+        metrics, per_class: a metric's value and interval of each run in turn; `per_class` are those of single classes.
+        reference_name: heading of the examples' references.
+        comparison: of several runs on the same rows; otherwise `not_compared` holds the reason.
     """
 
     name: str
     facts: str
     runs: list[str]
     letters: list[str]
-    metrics: list[MetricRow]
-    per_class: list[MetricRow]
-    pictures: list[Picture]
+    metrics: list[Row]
+    per_class: list[Row]
+    plots: list[Plot]
     examples_title: str
-    truth: str
+    reference_name: str
     examples: list[Example]
     comparison: Comparison | None
     not_compared: str
 
 
 def gather_evaluations(records: Sequence[RunRecord], notes: list[str]) -> list[Evaluation]:
-    """Every evaluation that any of the runs has; what is broken is said in `notes`."""
+    """Every evaluation that any of the runs has; `notes` collects what is broken."""
     names = dict.fromkeys(result.folder.name for record in records for result in record.results)
     return [_evaluation(name, records, notes) for name in names]
 
@@ -100,36 +85,36 @@ def _evaluation(name: str, records: Sequence[RunRecord], notes: list[str]) -> Ev
     several = len(records) > 1
     results: dict[str, Result] = {}
     letters = []
-    for place, record in enumerate(records):
-        found = [result for result in record.results if result.folder.name == name]
-        if found:
-            results[f"{letter(place)}: {record.name}" if several else record.name] = found[0]
-            letters.append(letter(place))
+    for index, record in enumerate(records):
+        result = next((result for result in record.results if result.folder.name == name), None)
+        if result is not None:
+            results[f"{run_letter(index)}: {record.name}" if several else record.name] = result
+            letters.append(run_letter(index))
     first = next(iter(results.values()))
-    comparison, why_not = _compare(list(results.values()))
-    metrics = list(dict.fromkeys(metric for result in results.values() for metric in result.metrics))
+    comparison, not_compared = _compare(list(results.values()))
+    metrics = dict.fromkeys(metric for result in results.values() for metric in result.metrics)
     title, examples = _examples(results)
     facts = first.facts
-    rows = [MetricRow(metric, [_cell(result, metric) for result in results.values()]) for metric in metrics]
+    rows = [Row(metric, [cell for result in results.values() for cell in _cells(result, metric)]) for metric in metrics]
     return Evaluation(
         name=name,
         facts=f"{facts['kind']}, {len(first.predictions):,} rows of {facts['dataset_name']} ({facts['dataset_split']})"
-        + "".join(_verdict(run if several else "", result) for run, result in results.items()),
+        + "".join(_chance_test(run if several else "", result) for run, result in results.items()),
         runs=list(results),
         letters=letters,
         metrics=[row for row in rows if "_class_" not in row.name],
         per_class=[row for row in rows if "_class_" in row.name],
-        pictures=[one for run, result in results.items() for one in _pictures(run, result, notes)],
+        plots=[plot for run, result in results.items() for plot in _plots(run, result, notes)],
         examples_title=title,
-        truth="Actual" if facts["kind"] == CLASSIFICATION else "Reference",
+        reference_name="Actual" if facts["kind"] == CLASSIFICATION else "Reference",
         examples=examples,
         comparison=comparison,
-        not_compared=why_not,
+        not_compared=not_compared,
     )
 
 
-def _verdict(run: str, result: Result) -> str:
-    """What an evaluation that was judged against chance was found to be; an alarm first."""
+def _chance_test(run: str, result: Result) -> str:
+    """The result of an evaluation's test against chance, where it has one; an alarm comes first."""
     if "verdict" not in result.facts:
         return ""
     alarm = f"ALARM, {result.facts['alarm']}: " if result.facts.get("alarm") else ""
@@ -145,64 +130,66 @@ def _compare(results: list[Result]) -> tuple[Comparison | None, str]:
         return None, str(mistake)
 
 
-def _cell(result: Result, metric: str) -> Cell:
+def _cells(result: Result, metric: str) -> tuple[str, str]:
+    """A metric's value and interval as text; both empty where the result lacks it."""
     if metric not in result.metrics:
-        return Cell("", "")
-    interval = result.intervals.get(metric)
-    return Cell(number(result.metrics[metric]), f"{number(interval[0])} to {number(interval[1])}" if interval else "")
+        return "", ""
+    low, high = map(format_number, result.intervals.get(metric, ("", "")))
+    return format_number(result.metrics[metric]), f"{low} to {high}" if low else ""
 
 
-def _pictures(run: str, result: Result, notes: list[str]) -> list[Picture]:
-    found = []
+def _plots(run: str, result: Result, notes: list[str]) -> list[Plot]:
+    plots = []
     for file in sorted(result.folder.glob("*.png")):
         content = file.read_bytes()
-        if content.startswith(_PNG):
+        if content.startswith(_PNG_SIGNATURE):
             uri = "data:image/png;base64," + base64.b64encode(content).decode()
-            description, *details = _words(file, result)
-            found.append(Picture(uri, description, details, run))
+            description, *details = _description(file, result)
+            plots.append(Plot(uri, description, details, run))
         else:
-            notes.append(f"{file} is left out: it is no PNG picture.")
-    return found
+            notes.append(f"{file} is left out: it is not a PNG file.")
+    return plots
 
 
-def _words(file: Path, result: Result) -> list[str]:
-    """What stands beside a picture in a file .txt: a sentence, then more; else what its name says."""
-    beside = file.with_suffix(".txt")
-    lines = beside.read_text(encoding="utf-8", errors="replace").splitlines() if beside.is_file() else []
-    said = [line.strip() for line in lines if line.strip()]
-    return said or [f"{file.stem.replace('_', ' ').replace('-', ' ')}, of the evaluation {result.folder.name}"]
+def _description(file: Path, result: Result) -> list[str]:
+    """The lines of the text file beside a plot, a sentence first; without one, the words of the plot's name."""
+    text_file = file.with_suffix(".txt")
+    text = text_file.read_text(encoding="utf-8", errors="replace") if text_file.is_file() else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines or [f"{file.stem.replace('_', ' ').replace('-', ' ')}, of the evaluation {result.folder.name}"]
 
 
 def _examples(results: dict[str, Result]) -> tuple[str, list[Example]]:
     first = next(iter(results.values()))
     if first.facts["kind"] == CLASSIFICATION:
-        return "Most confident errors", [one for run, result in results.items() for one in _errors(run, result)]
-    return "Answers beside their references", _side_by_side(results) if first.facts["kind"] == GENERATION else []
+        errors = [example for run, result in results.items() for example in _confident_errors(run, result)]
+        return "Most confident errors", errors
+    return "Answers beside their references", _answers(results) if first.facts["kind"] == GENERATION else []
 
 
-def _errors(run: str, result: Result) -> list[Example]:
-    """The wrong rows of which the model was surest, the surest first."""
-    texts = _texts(result.folder / TEXTS)
-    wrong = []
+def _confident_errors(run: str, result: Result) -> list[Example]:
+    """The misclassified rows with the highest probability of the predicted class, the highest first."""
+    texts = _example_texts(result.folder / EXAMPLES_FILE)
+    errors = []
     for row in result.predictions:
-        shares, label = row.get("probabilities") or [], row.get("label")
-        chosen = max(range(len(shares)), key=shares.__getitem__, default=None)
-        if chosen is not None and chosen != label:
-            wrong.append((-shares[chosen], chosen, row))
-    wrong.sort(key=lambda one: one[0])
+        probabilities = row.get("probabilities") or []
+        predicted = max(range(len(probabilities)), key=probabilities.__getitem__, default=None)
+        if predicted is not None and predicted != row.get("label"):
+            errors.append((probabilities[predicted], predicted, row))
+    errors.sort(key=lambda error: -error[0])
     return [
         Example(
             id=str(row["id"]),
-            question=_cut(texts.get(row["id"])),
-            reference=_class(row.get("label"), result),
-            answers=[Answer(run, f"{_class(chosen, result)}, probability {-minus:.3f}", False)],
+            input=_truncate(texts.get(row["id"])),
+            reference=_class_name(row.get("label"), result),
+            answers=[Answer(run, f"{_class_name(predicted, result)}, probability {probability:.3f}", False)],
         )
-        for minus, chosen, row in wrong[:EXAMPLES]
+        for probability, predicted, row in errors[:MAX_EXAMPLES]
     ]
 
 
-def _texts(file: Path) -> dict[Any, str]:
-    """The texts of the rows worth reading by id; predictions hold none."""
+def _example_texts(file: Path) -> dict[Any, str]:
+    """The texts of the rows that the evaluation kept as examples, by id; predictions.jsonl has no texts."""
     try:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         return {row["id"]: row["text"] for row in rows}
@@ -210,15 +197,15 @@ def _texts(file: Path) -> dict[Any, str]:
         return {}
 
 
-def _class(label: Any, result: Result) -> str:
+def _class_name(label: Any, result: Result) -> str:
     names = result.facts.get("label_names")
     if isinstance(names, list) and isinstance(label, int) and 0 <= label < len(names):
         return str(names[label])
     return f"class {label}"
 
 
-def _side_by_side(results: dict[str, Result]) -> list[Example]:
-    """Rows with the answer of every run, those on which the runs disagree first, then those that are wrong."""
+def _answers(results: dict[str, Result]) -> list[Example]:
+    """Rows with the answer of every run: first those on which the runs disagree, then those that are wrong."""
     by_id = {run: {row["id"]: row for row in result.predictions} for run, result in results.items()}
     first = next(iter(by_id.values()))
 
@@ -229,23 +216,25 @@ def _side_by_side(results: dict[str, Result]) -> list[Example]:
     return [
         Example(
             id=str(row_id),
-            question=_cut(first[row_id].get("prompt")),
-            reference=_cut(first[row_id].get("reference")),
+            input=_truncate(first[row_id].get("prompt")),
+            reference=_truncate(first[row_id].get("reference")),
             answers=[
-                Answer(run, _cut(rows[row_id].get("text")), _is_right(rows[row_id]))
+                Answer(run, _truncate(rows[row_id].get("text")), _is_right(rows[row_id]))
                 for run, rows in by_id.items()
                 if row_id in rows
             ],
         )
-        for row_id in sorted(first, key=order)[:EXAMPLES]
+        for row_id in sorted(first, key=order)[:MAX_EXAMPLES]
     ]
 
 
 def _is_right(row: dict[str, Any]) -> bool | None:
-    said = row.get("exact_match", row.get("match"))
-    return None if said is None or not math.isfinite(said) else bool(said)
+    match = row.get("exact_match", row.get("match"))
+    return None if match is None or not math.isfinite(match) else bool(match)
 
 
-def _cut(text: Any) -> str:
-    whole = "" if text is None else str(text)
-    return whole if len(whole) <= LONGEST_TEXT else f"{whole[:LONGEST_TEXT]} … ({len(whole):,} characters)"
+def _truncate(text: Any) -> str:
+    full = "" if text is None else str(text)
+    if len(full) <= MAX_TEXT_CHARACTERS:
+        return full
+    return f"{full[:MAX_TEXT_CHARACTERS]} … ({len(full):,} characters)"

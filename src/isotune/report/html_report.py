@@ -1,4 +1,4 @@
-"""RUN/report.html: one self-contained file that says what ran and how well, for a person and for a screen reader."""
+"""RUN/report.html: one self-contained and accessible file with the settings, curves and results of a run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,14 +9,15 @@ from markupsafe import Markup
 from isotune import __version__
 from isotune.io.errors import UserError
 from isotune.io.files import replace_file
-from isotune.report import what_ran, wording
+from isotune.report import formatting
 from isotune.report.charts import draw_charts
 from isotune.report.evaluations import gather_evaluations
 from isotune.report.run_record import read_record
+from isotune.report.run_tables import changed_tables, run_summary, run_tables
 
 REPORT = "report.html"
 HERE = Path(__file__).parent
-# Characters that HTML does not allow, and halves of surrogate pairs, which cannot be written as UTF-8.
+# characters that HTML does not allow, and lone surrogates, which UTF-8 cannot encode
 _FORBIDDEN = dict.fromkeys(
     [*range(9), 11, 12, *range(14, 32), *range(127, 160), *range(0xD800, 0xE000)], "\N{REPLACEMENT CHARACTER}"
 )
@@ -25,14 +26,14 @@ _FORBIDDEN = dict.fromkeys(
 def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -> Path:
     """Write the report of one run, or of several side by side, and return its path.
 
-    The file is renamed into place when whole. It loads nothing from anywhere, and says so to the browser.
+    The file is written atomically. It loads no other resource, and its content security policy forbids it.
 
     Args:
-        runs: run folders, in any state of a run.
-        output: the file; else report.html in the first run.
+        runs: run folders, of runs in any state.
+        output: the file; by default report.html in the first run.
 
     Raises:
-        UserError: a folder is no run, or the file cannot be written.
+        UserError: a folder is not a run, or the file cannot be written.
     """
     html = render_report(runs)
     file = Path(output) if output is not None else Path(runs[0]) / REPORT
@@ -47,29 +48,35 @@ def render_report(runs: Sequence[str | Path]) -> str:
     """The report as HTML."""
     records = [read_record(run) for run in runs]
     notes = [note for record in records for note in record.notes]
-    every = what_ran.tables(records)
+    tables = run_tables(records)
     several = len(records) > 1
-    names = [f"{wording.letter(i)}: {record.name}" if several else record.name for i, record in enumerate(records)]
+    names = [
+        f"{formatting.run_letter(i)}: {record.name}" if several else record.name for i, record in enumerate(records)
+    ]
     environment = Environment(
         loader=FileSystemLoader(HERE),
-        autoescape=True,  # every value in the page is data of a run, and none is markup
+        autoescape=True,  # every value comes from a run's files, and none is markup
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": wording.number, "signed": wording.signed, "p": wording.p_value}
+    environment.filters |= {
+        "number": formatting.format_number,
+        "signed": formatting.format_signed,
+        "p": formatting.format_p,
+    }
     html = environment.get_template("report.html.jinja").render(
         title=" and ".join(record.name for record in records),
         version=__version__,
         style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
-        runs=[(name, record, what_ran.summary(record)) for name, record in zip(names, records, strict=True)],
+        runs=[(name, record, run_summary(record)) for name, record in zip(names, records, strict=True)],
         names=names,
         several=several,
         charts=draw_charts(records),
-        tables=every,
-        differences=what_ran.differences(every) if several else [],
+        tables=tables,
+        differences=changed_tables(tables) if several else [],
         evaluations=gather_evaluations(records, notes),
         notes=notes,
-        wording=wording,
+        formatting=formatting,
     )
     return html.lstrip().translate(_FORBIDDEN)

@@ -1,4 +1,4 @@
-"""What a job has done, in a few lines at the end of its log: where it ran, how fast, for how long, what it cost.
+"""The summary at the end of a job's log: nodes, engine, speed, cost and restarts.
 
 python -m isotune.report.job RUN
 """
@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from isotune.io.errors import UserError, run_script
-from isotune.report.metrics_lines import METRICS, read_metrics
+from isotune.run.metrics_reader import METRICS, read_metrics
 from isotune.run.run_lease import HEARTBEAT, LIVES, RECORD, last_beat_time
 
 
 def job_report(run: Path) -> str:
-    """The lines of a run's report: engine, steps, speed, lives and where it lies.
+    """The lines of a run's summary.
 
-    Hours are counted from the moment a life took the run folder to its end, or to its last heartbeat where it was
-    killed, times its processes.
+    The cost counts each attempt from its start to its end, or to its last heartbeat if it was killed, times its
+    processes.
 
     Raises:
-        UserError: the folder holds no run that has begun.
+        UserError: the folder has no run that has started.
     """
     try:
         environment = json.loads((run / "environment.json").read_text("utf-8"))
@@ -30,13 +30,15 @@ def job_report(run: Path) -> str:
         steps = list(read_metrics(run / METRICS).steps.values())
     except (OSError, ValueError) as error:
         raise UserError(f"{run} holds no run that has begun: {error}") from error
-    found = environment["in_effect"]
-    engine = found["engine"] + (f", ZeRO-{found['zero_stage']}" if found.get("zero_stage") is not None else "")
+    in_effect = environment["in_effect"]
+    stage = in_effect.get("zero_stage")
+    engine = in_effect["engine"] + (f", ZeRO-{stage}" if stage is not None else "")
     seconds = sum(line["step_seconds"] for line in steps)
     tokens = sum(line["input_tokens"] for line in steps)
-    lives = list(_lives(run))
+    attempts = list(_attempts(run))
     on_gpu = environment["device"] == "cuda"
-    hours = sum(life["seconds"] * (life["processes"] or environment["world_size"]) for life in lives) / 3600
+    hours = sum(each["seconds"] * (each["processes"] or environment["world_size"]) for each in attempts) / 3600
+    hosts = f" (led by {', '.join(attempt['host'] for attempt in attempts)})" if len(attempts) > 1 else ""
     slurm = environment.get("slurm") or {}
     rows = {
         "run": run.resolve(),
@@ -44,19 +46,14 @@ def job_report(run: Path) -> str:
         "nodes": slurm.get("nodes", "this machine"),
         "engine": f"{engine} on {environment['world_size']} x {environment['device_name']}",
         "speed": f"{tokens / seconds:,.0f} tokens/s over {seconds:,.0f} s of steps" if seconds else "no step",
-        "cost": f"{hours:,.2f} {'GPU' if on_gpu else 'process'} hours, start-up and lives that were stopped included",
-        "restarts": f"{len(lives) - 1}{_said_of(lives)}",
+        "cost": f"{hours:,.2f} {'GPU' if on_gpu else 'process'} hours, start-up and stopped attempts included",
+        "restarts": f"{len(attempts) - 1}{hosts}",
     }
     return "".join(f"{name:<12}{value}\n" for name, value in rows.items())
 
 
-def _said_of(lives: list[dict[str, Any]]) -> str:
-    """On which machines, where there was more than one life."""
-    return f" (led by {', '.join(life['host'] for life in lives)})" if len(lives) > 1 else ""
-
-
-def _lives(run: Path) -> Iterator[dict[str, Any]]:
-    """Every life of the run, from the first: host, processes, seconds."""
+def _attempts(run: Path) -> Iterator[dict[str, Any]]:
+    """Host, processes and seconds of every attempt of the run, the first one first."""
     for folder in sorted((run / LIVES).glob("[0-9]*")):
         try:
             record = json.loads((folder / RECORD).read_text("utf-8"))
@@ -68,7 +65,7 @@ def _lives(run: Path) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """Print the report of the folder that was named."""
+    """Print the summary of the run folder on the command line."""
     if len(sys.argv) != 2:
         raise UserError("usage: python -m isotune.report.job RUN")
     print(job_report(Path(sys.argv[1])), end="")

@@ -1,4 +1,4 @@
-"""One picture of a run: loss and accuracy in training and evaluation, and the learning rate that drove them."""
+"""RUN/loss_curve.png: loss and accuracy in training and evaluation, and the learning rate."""
 
 import math
 import os
@@ -8,24 +8,31 @@ from typing import Any
 import numpy as np
 
 from isotune.io.errors import UserError
-from isotune.report.curves import Curve, Curves, read_curves, smoothed
-from isotune.report.metrics_lines import METRICS
+from isotune.report.curves import (
+    MARKED_STEPS,
+    MIN_SMOOTHED_VALUES,
+    Curve,
+    Curves,
+    read_curves,
+    smoothed,
+    smoothing_window,
+)
+from isotune.run.metrics_reader import METRICS
 
 PICTURE = "loss_curve.png"
 
-# Okabe and Ito's palette (2008): told apart by people with any common colour blindness, and by lightness in grey.
+# The palette of Okabe and Ito (2008): distinguishable with any common color blindness, and by lightness in gray.
 _RAW, _SMOOTH, _EVALUATION, _RATE = "#56B4E9", "#0072B2", "#D55E00", "#444444"
-_WINDOW_SHARE = 0.1  # of the run, that one value of the smoothed curve looks at
 _INCHES = {"loss": 3.6, "accuracy": 2.6, "learning rate": 1.2}
 
 
 def draw_loss_curve(run_dir: str | Path) -> Path:
     """Draw RUN/loss_curve.png from RUN/metrics.jsonl, and return its path.
 
-    The picture is written beside its name and renamed, so that an earlier one is never half replaced.
+    The picture replaces an earlier one atomically.
 
     Raises:
-        UserError: there is no metrics.jsonl, or no line of it has a step and a loss.
+        UserError: there is no metrics.jsonl, or none of its lines has a step and a loss.
     """
     run_dir = Path(run_dir)
     curves = read_curves(run_dir / METRICS)
@@ -41,7 +48,7 @@ def draw_loss_curve(run_dir: str | Path) -> Path:
 
 
 def _figure(curves: Curves, title: str) -> Any:
-    # Figure with its own canvas instead of pyplot: no global state, no display, whatever the user's backend is.
+    # a Figure with its own canvas instead of pyplot: no global state, no display, independent of the user's backend
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -79,37 +86,39 @@ def _has_values(curve: Curve) -> bool:
     return any(math.isfinite(value) for value in [*curve.values, *curve.eval_values])
 
 
-def _draw(panel: Any, curve: Curve, name: str, form: str) -> None:
-    """Training's steps with their average, its epochs, and the evaluations, whose last value is written beside it."""
+def _draw(panel: Any, curve: Curve, name: str, value_format: str) -> None:
+    """Draw training by step, smoothed and by epoch, and the evaluations with their last value as text."""
     steps, values = curve.steps, np.array(curve.values, dtype=float)
     finite = np.isfinite(values)
     if finite.any():
-        marker = _dot(steps)
+        marker = _marker(steps)
         panel.plot(steps, values, color=_RAW, linewidth=0.9, alpha=0.8, marker=marker, markersize=4, label="training")
-        if finite.sum() >= 10:  # fewer points are read by eye
-            window = max(_WINDOW_SHARE * len(steps), 4.0)
+        if finite.sum() >= MIN_SMOOTHED_VALUES:
+            window = smoothing_window(len(steps))
             label = f"training, averaged over {window:.0f} steps"
             panel.plot(steps, smoothed(values, window), color=_SMOOTH, linewidth=2.0, label=label)
     if curve.epoch_steps:
         points = {"color": _SMOOTH, "markersize": 7, "markeredgecolor": "white", "label": "training, mean of the epoch"}
         panel.plot(curve.epoch_steps, curve.epoch_values, "o", zorder=4, **points)
-    lost = [step for step, known in zip(steps, finite, strict=True) if not known]
-    if lost:
-        label = f"{name} not finite ({len(lost)} step{'s' if len(lost) > 1 else ''})"
-        panel.plot(lost, [0.02] * len(lost), "x", color="black", transform=panel.get_xaxis_transform(), label=label)
+    not_finite = [step for step, is_finite in zip(steps, finite, strict=True) if not is_finite]
+    if not_finite:
+        label = f"{name} not finite ({len(not_finite)} step{'s' if len(not_finite) > 1 else ''})"
+        panel.plot(
+            not_finite, [0.02] * len(not_finite), "x", color="black", transform=panel.get_xaxis_transform(), label=label
+        )
     evaluated = [(s, v) for s, v in zip(curve.eval_steps, curve.eval_values, strict=True) if math.isfinite(v)]
     if evaluated:
         points = {"color": _EVALUATION, "linewidth": 1.0, "markersize": 5, "label": "evaluation"}
         panel.plot(*zip(*evaluated, strict=True), "D--", zorder=5, **points)
         step, value = evaluated[-1]
-        where = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
-        panel.annotate(form.format(value), (step, value), color=_EVALUATION, **where)
+        placement = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+        panel.annotate(value_format.format(value), (step, value), color=_EVALUATION, **placement)
 
 
 def _draw_rate(panel: Any, curve: Curve) -> None:
     from matplotlib.ticker import ScalarFormatter
 
-    panel.plot(curve.steps, curve.values, color=_RATE, linewidth=1.2, marker=_dot(curve.steps))
+    panel.plot(curve.steps, curve.values, color=_RATE, linewidth=1.2, marker=_marker(curve.steps))
     panel.set_ylabel("learning rate")
     formatter = ScalarFormatter(useMathText=True)
     formatter.set_powerlimits((-2, 3))
@@ -117,6 +126,6 @@ def _draw_rate(panel: Any, curve: Curve) -> None:
     panel.set_ylim(bottom=0)
 
 
-def _dot(steps: list[int]) -> str:
-    """A line through one or a few points would show nothing or little: mark them."""
-    return "o" if len(steps) < 30 else ""
+def _marker(steps: list[int]) -> str:
+    """A dot at each point of a short line, which would otherwise show little or nothing."""
+    return "o" if len(steps) < MARKED_STEPS else ""

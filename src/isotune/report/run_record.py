@@ -1,4 +1,4 @@
-"""What a run folder says, read for a person: whatever state the run is in, and with what is missing or broken named."""
+"""Read a run folder for the report, whatever state the run is in; missing and broken files become notes."""
 
 import json
 import re
@@ -11,24 +11,24 @@ import yaml
 
 from isotune.evaluation.results import Result, find_results, read_result
 from isotune.io.errors import UserError
-from isotune.report.metrics_lines import METRICS, MetricsLines, read_metrics
+from isotune.run.metrics_reader import METRICS, Metrics, read_metrics
 
 _KEY = re.compile(r"([A-Za-z_][\w.]*):")
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run as its files tell it.
+    """The content of a run's files.
 
     Attributes:
         folder: RUN.
-        recipe: group by group as recipe.yaml has them: the title, and values by key.
-        environment: environment.json; empty where there is none.
-        status: status.json; empty where there is none.
-        steps: the training lines of metrics.jsonl by step; of a step that was written twice the last.
-        evaluations: the evaluation lines likewise.
-        results: what RUN/eval holds.
-        notes: what could not be read, in sentences.
+        recipe: the values of recipe.yaml by key, in the groups of that file by title.
+        environment: environment.json; empty without the file.
+        status: status.json; empty without the file.
+        steps: the training lines of metrics.jsonl by step.
+        evaluations: its evaluation lines by step.
+        results: the evaluations in RUN/eval.
+        notes: a sentence for each file that cannot be read.
     """
 
     folder: Path
@@ -42,7 +42,7 @@ class RunRecord:
 
     @property
     def name(self) -> str:
-        """The folder's own name."""
+        """The name of the folder."""
         return self.folder.resolve().name
 
     @property
@@ -52,25 +52,25 @@ class RunRecord:
 
 
 def read_record(run: str | Path) -> RunRecord:
-    """Read a run that trains, has trained or was stopped, or a folder that holds evaluations only.
+    """Read a run in any state, or a folder that has evaluations only.
 
     Raises:
-        UserError: the folder is none, or holds neither a recipe nor metrics nor an evaluation.
+        UserError: the folder does not exist, or has no recipe, no metrics and no evaluation.
     """
     folder = Path(run)
     if not folder.is_dir():
         raise UserError(f"there is no run folder {folder}")
-    evaluated = find_results(folder)
-    if not ((folder / "recipe.yaml").is_file() or (folder / METRICS).is_file() or evaluated):
+    result_folders = find_results(folder)
+    if not ((folder / "recipe.yaml").is_file() or (folder / METRICS).is_file() or result_folders):
         raise UserError(f"{folder} is no run folder: it has no recipe.yaml, no {METRICS} and no eval/NAME/metrics.json")
     notes: list[str] = []
     metrics = _read_metrics(folder / METRICS, notes)
     results = []
-    for result in evaluated:
+    for result_folder in result_folders:
         try:
-            results.append(read_result(result))
-        except UserError as broken:
-            notes.append(f"An evaluation is left out: {broken}.")
+            results.append(read_result(result_folder))
+        except UserError as error:
+            notes.append(f"An evaluation is left out: {error}.")
     return RunRecord(
         folder=folder,
         recipe=_read(folder / "recipe.yaml", _recipe_groups, notes),
@@ -83,49 +83,48 @@ def read_record(run: str | Path) -> RunRecord:
     )
 
 
-def _read_metrics(file: Path, notes: list[str]) -> MetricsLines:
-    """The lines of a run that has any; what is no line is said in `notes`."""
+def _read_metrics(file: Path, notes: list[str]) -> Metrics:
     if not file.exists():
-        return MetricsLines({}, {}, [])
+        return Metrics({}, {}, [])
     try:
-        found = read_metrics(file)
+        metrics = read_metrics(file)
     except OSError as error:
         notes.append(f"{file} cannot be read: {error.strerror}.")
-        return MetricsLines({}, {}, [])
-    if found.broken:
-        first, more = found.broken[0], len(found.broken) - 1
-        where = f"line {first}" if not more else f"{more + 1} lines, the first of them {first},"
-        notes.append(f"{file}: {where} cannot be read and is passed over; a run that was killed may cut its last line.")
-    return found
+        return Metrics({}, {}, [])
+    if metrics.broken_lines:
+        first, count = metrics.broken_lines[0], len(metrics.broken_lines)
+        lines = f"line {first} cannot be read and is" if count == 1 else f"{count} lines from line {first} on are"
+        notes.append(f"{file}: {lines} skipped; a killed run may leave an incomplete last line.")
+    return metrics
 
 
 def _read(file: Path, parse: Callable[[str], Any], notes: list[str]) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        found = parse(file.read_text(encoding="utf-8"))
+        values = parse(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         notes.append(f"{file} cannot be read: {str(error).splitlines()[0]}.")
         return {}
-    if not isinstance(found, dict):
-        notes.append(f"{file} cannot be read: it holds no keys.")
+    if not isinstance(values, dict):
+        notes.append(f"{file} cannot be read: it has no keys.")
         return {}
-    return found
+    return values
 
 
 def _recipe_groups(text: str) -> dict[str, dict[str, Any]]:
-    """The values of a recipe below the comments that stand over them."""
+    """The values of a recipe by the comment line above them."""
     values = yaml.safe_load(text)
     if not isinstance(values, dict):
-        raise ValueError("it holds no keys")
+        raise ValueError("it has no keys")
     groups: dict[str, dict[str, Any]] = {}
     title = "Recipe"
-    left = dict(values)
+    ungrouped = dict(values)
     for line in text.splitlines():
         if line.startswith("# "):
             title = line[2:].strip()
-        elif (key := _KEY.match(line)) and key[1] in left:
-            groups.setdefault(title, {})[key[1]] = left.pop(key[1])
-    if left:
-        groups.setdefault("Other keys", {}).update(left)
+        elif (key := _KEY.match(line)) and key[1] in ungrouped:
+            groups.setdefault(title, {})[key[1]] = ungrouped.pop(key[1])
+    if ungrouped:
+        groups.setdefault("Other keys", {}).update(ungrouped)
     return groups

@@ -1,4 +1,4 @@
-"""What makes a saved model fit to be given away, as the last thing that a run does: its card, and its upload."""
+"""The last part of a run: write the model card and upload the model to the Hub."""
 
 from isotune.config import RunRecipe
 from isotune.report.model_card import write_model_card
@@ -6,12 +6,12 @@ from isotune.run.hub import upload_run
 
 
 def share(recipe: RunRecipe) -> None:
-    """Write the card of a finished run and, where `push_to_hub` says so, upload RUN/model; says where they are.
+    """Write the model card of a finished run, upload RUN/model with `push_to_hub`, and print where they are.
 
-    Called on the main process only.
+    Call it on the main process only.
 
     Raises:
-        UserError: the upload failed; the run is done and saved, and the same command tries the upload alone again.
+        UserError: the upload failed. The run is finished and saved; the same command repeats the upload alone.
     """
     card = write_model_card(recipe.output_dir, recipe.hub_model_id if recipe.push_to_hub else None)
     print(f"model card  {card}", flush=True)

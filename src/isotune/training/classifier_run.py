@@ -19,7 +19,7 @@ from isotune.models.opening import load_config, load_tokenizer
 from isotune.run.preemption import supervised
 from isotune.run.run_dir import RunDir
 from isotune.training import classification
-from isotune.training.trainer import PlanTrainer
+from isotune.training.trainer import PlannedTraining
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Trained:
     """A finished run: the trainer with the final model, and what was saved (None but on the main process)."""
 
     run: RunDir
-    trainer: PlanTrainer
+    trainer: PlannedTraining
     saved: FinalModelReport | None
 
 
@@ -54,7 +54,7 @@ def start_classifier(recipe: ClassificationRecipe) -> Start:
     return Start(recipe, process, run, load_config(recipe), load_tokenizer(recipe, needed=("pad",)))
 
 
-def build_classifier(start: Start, data: RunData) -> PlanTrainer:
+def build_classifier(start: Start, data: RunData) -> PlannedTraining:
     """The model, and the trainer that carries out the plan over `data`."""
     model = classification.build_model(start.recipe, start.config, data, start.process)
     return classification.build_trainer(start.recipe, start.process, start.run, model, start.tokenizer, data)
@@ -69,7 +69,7 @@ def train_classifier(start: Start, data: RunData, before_finishing: Callable[[Tr
             RunFault of it is the run's.
 
     Raises:
-        Preempted, RunFault, UserError: see `PlanTrainer.train`; RUN/status.json says which.
+        Preempted, RunFault, UserError: see `PlannedTraining.train`; RUN/status.json says which.
     """
     trainer = build_classifier(start, data)
     with supervised(start.run, start.process):

@@ -26,6 +26,7 @@ class ExactGradients:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.names = {p: name for name, p in model.named_parameters()}
         self.sums = {p: torch.zeros(p.shape, dtype=torch.int64, device=p.device) for p in _trained(model)}
         self.largest = {p: torch.zeros((), dtype=torch.float64, device=p.device) for p in self.sums}
         self.loss_scale = 1.0  # fp16's, a power of two: divided out on the way in, multiplied on the way out
@@ -44,7 +45,7 @@ class ExactGradients:
         parameter.grad = None
 
     @torch.no_grad()
-    def reduce(self, names: dict[nn.Parameter, str]) -> None:
+    def reduce(self) -> None:
         """Sum over the ranks and put the result where the optimizer looks for it.
 
         Raises:
@@ -56,7 +57,7 @@ class ExactGradients:
         for (parameter, total), bound in zip(self.sums.items(), bounds.tolist(), strict=True):
             if math.isfinite(bound) and bound >= LARGEST:
                 raise RunFault(
-                    f"the gradient of {names[parameter]} reached {bound:.3g}, beyond the {LARGEST:.0f} that "
+                    f"the gradient of {self.names[parameter]} reached {bound:.3g}, beyond the {LARGEST:.0f} that "
                     "exact_gradients can add up: lower the learning rate, or say exact_gradients: false"
                 )
             if _several_ranks():

@@ -3,67 +3,104 @@
 | engine | within an update | at its end |
 |---|---|---|
 | plain | | |
-| DDP | `no_sync` | one all-reduce, overlapped with the last backward pass |
-| FSDP2 | `set_requires_gradient_sync(False)` | one reduce-scatter, in the last backward pass |
+| DDP | `no_sync` | one all-reduce, overlapped with the last backward |
+| FSDP2 | `set_requires_gradient_sync(False)` | one reduce-scatter, in the last backward |
 | ZeRO 0, 1 | no accumulation boundary | one reduction |
-| ZeRO 2, 3 | `coalesce_grad_reduction` (DeepSpeed 0.19) | one reduction; with `gradient_reduction: pass`, one a pass |
+| ZeRO 2, 3 | `coalesce_grad_reduction` | one reduction (`gradient_reduction: pass`: one a microbatch) |
 
 Coalescing keeps a whole gradient on each rank until the end of the update; `gradient_reduction: pass` keeps only a
-share, for more communication. With `exact_gradients` ZeRO 1 and 2 reduce integers first, and the engine's own sum
-then adds zeros to them.
+share, for more communication. With exact gradients no engine reduces anything within an update: integers are
+all-reduced at its end. Under ZeRO 1 and 2 the engine's own sum then adds zeros to the result.
 """
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from isotune.compat.accelerate import set_gradient_sync
+from isotune.compat.deepspeed_engine import forget_coalesced_reduction
 from isotune.io.errors import RunFault
+from isotune.training.exact_gradients import ExactGradients
 
 
 class GradientSync:
-    """Plain, DDP and FSDP2: the engines whose optimizer the Trainer steps.
+    """Plain, DDP and FSDP2: the engines whose optimizer Trainer steps.
 
     Args:
         accelerator: accelerate's.
-        silent: nothing may travel, because integers are reduced instead.
+        exact: sums gradients as integers, or None.
+
+    Attributes:
+        shards_gradients: whether no rank holds a whole gradient after the update.
     """
 
-    def __init__(self, accelerator: Any, *, silent: bool) -> None:
+    def __init__(self, accelerator: Any, exact: ExactGradients | None = None) -> None:
         self.accelerator = accelerator
-        self.silent = silent
-        self.norm: float | None = None  # of the gradient, where the engine steps by itself
+        self.exact = exact
+        self.shards_gradients = _is_fsdp(accelerator)
+
+    @property
+    def loss_scale(self) -> int:
+        """Factor of a microbatch's loss: engines average gradients over the ranks, integers are added up."""
+        return 1 if self.exact is not None else self.accelerator.num_processes
+
+    def begin(self) -> None:
+        """Before the first microbatch of an update."""
+        scaler = self.accelerator.scaler
+        if self.exact is not None:
+            self.exact.loss_scale = scaler.get_scale() if scaler is not None else 1.0
 
     @contextlib.contextmanager
     def update(self, model: nn.Module) -> Iterator[None]:
-        """Hold it around all passes of an update."""
+        """Hold it around all microbatches of an update."""
         yield
 
     @contextlib.contextmanager
-    def one_pass(self, model: nn.Module, *, last: bool) -> Iterator[None]:
-        """Hold it around the forward and backward pass of one microbatch."""
-        state = self.accelerator.gradient_state
-        state._set_sync_gradients(last)
+    def microbatch(self, model: nn.Module, *, last: bool) -> Iterator[None]:
+        """Hold it around the forward and backward of one microbatch."""
+        set_gradient_sync(self.accelerator, last)
         try:
-            with self.accelerator.no_sync(model) if self.silent or not last else contextlib.nullcontext():
+            silent = self.exact is not None or not last
+            with self.accelerator.no_sync(model) if silent else contextlib.nullcontext():
                 yield
         finally:
-            state._set_sync_gradients(True)
+            set_gradient_sync(self.accelerator, True)
 
     def backward(self, model: Any, loss: torch.Tensor) -> None:
         """Add the gradient of `loss`, whose shares of all ranks are averaged."""
         self.accelerator.backward(loss)
 
-    def finish(self, model: Any) -> None:
-        """After the last pass: the Trainer clips and steps."""
+    def finish(self, model: Any, *, skipped: bool) -> None:
+        """After the last microbatch: the gradient of the global batch is where the optimizer looks for it."""
+        if skipped:
+            self.discard(model)
+        elif self.exact is not None:
+            self.exact.reduce()
+
+    def clip(self, model: nn.Module, max_norm: float) -> float:
+        """Clip the gradient to `max_norm` (0: not at all); returns its norm before, the same on every rank."""
+        return float(self.accelerator.clip_grad_norm_(model.parameters(), max_norm or math.inf))
 
     def discard(self, model: Any) -> None:
-        """Make the optimizer's step of this update do nothing."""
+        """Make the optimizer's step of this update do nothing, and forget its gradients."""
         # fp16's scaler, which fails without gradients, is not asked either
-        self.accelerator.gradient_state._set_sync_gradients(False)
+        set_gradient_sync(self.accelerator, False)
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the integers of this update."""
+        if self.exact is not None:
+            self.exact.clear()
+
+    def is_finite(self, model: nn.Module) -> bool:
+        """Whether the gradient summed on this rank since the last update has neither NaN nor Inf."""
+        if self.exact is not None:
+            return self.exact.is_finite()
+        return all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
 
 
 class ZeroGradientSync(GradientSync):
@@ -72,40 +109,47 @@ class ZeroGradientSync(GradientSync):
     Args:
         accelerator: accelerate's.
         stage: of ZeRO.
-        once: reduce once an update, where the stage would do so after each pass.
-        whole_gradient: stages 1 and 2 in fp32 only: puts the whole, clipped gradient of the update into `.grad` of
-            every rank and returns its norm; the engine then only shares it out, and neither averages nor clips.
+        once: reduce once an update, where the stage would do so after each microbatch.
+        exact: stages 1 and 2 in fp32 only. Every rank then has the whole gradient; the engine only shares it out, and
+            neither averages nor clips.
+        max_grad_norm: what the exact gradient is clipped to; 0 clips nothing.
     """
 
     def __init__(
-        self, accelerator: Any, *, stage: int, once: bool, whole_gradient: Callable[[], float] | None = None
+        self,
+        accelerator: Any,
+        *,
+        stage: int,
+        once: bool,
+        exact: ExactGradients | None = None,
+        max_grad_norm: float = 0.0,
     ) -> None:
-        super().__init__(accelerator, silent=False)
+        super().__init__(accelerator, exact)
         self.stage = stage
-        self.once = once or whole_gradient is not None
-        self.whole_gradient = whole_gradient
+        self.once = once or exact is not None
+        self.max_grad_norm = max_grad_norm
+        self.norm = math.nan
+        self.shards_gradients = True
 
     @contextlib.contextmanager
     def update(self, model: Any) -> Iterator[None]:
-        """Stages 2 and 3 reduce after each pass unless they are asked to wait."""
-        if self.whole_gradient is None and (self.stage < 2 or not self.once):
+        """Stages 2 and 3 reduce after each microbatch unless they are asked to wait."""
+        if self.exact is None and (self.stage < 2 or not self.once):
             yield
             return
         with model.coalesce_grad_reduction():
             try:
                 yield
-                if self.whole_gradient is not None:
-                    self.norm = self.whole_gradient()
-                    self._hand_out(model)
+                if self.exact is not None:
+                    self._share_out_exact(model, self.exact)
             except BaseException:
-                # DeepSpeed 0.19.8 reduces on the way out of an exception too, and would wait for ranks that have none
-                model._flush_coalesced_reduction_zero12 = model._flush_coalesced_reduction_zero3 = lambda optimizer: (
-                    None
-                )
+                forget_coalesced_reduction(model)
                 raise
 
-    def _hand_out(self, model: Any) -> None:
+    def _share_out_exact(self, model: Any, exact: ExactGradients) -> None:
         """Let the engine's sum over ranks be the gradient of rank 0 and zeros: exact in any order."""
+        exact.reduce()
+        self.norm = float(nn.utils.clip_grad_norm_(list(exact.names), self.max_grad_norm or math.inf))
         model.optimizer.gradient_average = False
         model.optimizer.clip_grad = 0.0
         if torch.distributed.get_rank() > 0:
@@ -114,19 +158,19 @@ class ZeroGradientSync(GradientSync):
                     parameter.grad.zero_()
 
     @contextlib.contextmanager
-    def one_pass(self, model: Any, *, last: bool) -> Iterator[None]:
-        """The boundary decides where stages 0 and 1 reduce."""
+    def microbatch(self, model: Any, *, last: bool) -> Iterator[None]:
+        """The accumulation boundary decides where stages 0 and 1 reduce."""
         model.set_gradient_accumulation_boundary(last)
         yield
 
     def backward(self, model: Any, loss: torch.Tensor) -> None:
-        """The engine's own: accelerate's would step right after the last pass."""
+        """The engine's own: accelerate's would step right after the last microbatch."""
         model.backward(loss)
 
-    def finish(self, model: Any) -> None:
-        """Clip and step here, and not where the Trainer calls the optimizer.
+    def finish(self, model: Any, *, skipped: bool) -> None:
+        """Clip and step here, and not where Trainer calls the optimizer.
 
-        An update whose gradient is no number is left out and forgotten, in fp32 too: DeepSpeed's own optimizers see
+        An update whose gradient is NaN or Inf is left out and forgotten, in fp32 too: DeepSpeed's own optimizers see
         to that, and stage 0 in fp32, where torch's optimizer runs bare, is watched here.
 
         Raises:
@@ -139,7 +183,12 @@ class ZeroGradientSync(GradientSync):
                 model.step()
             else:
                 model.zero_grad()
-            return
+        else:
+            self._step(model)
+        if skipped:
+            self.discard(model)
+
+    def _step(self, model: Any) -> None:
         try:
             model.step()
         except Exception as error:
@@ -148,19 +197,28 @@ class ZeroGradientSync(GradientSync):
             raise RunFault(
                 "a gradient is not finite at fp16's smallest loss scale: bf16 or fp32 may hold it"
             ) from error
-        if self.whole_gradient is None:
+        if self.exact is None:
             self.norm = float(model.get_global_grad_norm())
 
+    def clip(self, model: nn.Module, max_norm: float) -> float:
+        """The engine has clipped already; returns the norm that it found."""
+        return self.norm
+
     def discard(self, model: Any) -> None:
-        """The engine has left it out; the schedule moves on as under every other engine."""
+        """The engine has left the update out; the schedule moves on as under every other engine."""
         if hasattr(model.optimizer, "overflow"):
             model.optimizer.overflow = False
+        self.forget()
 
 
-def poisoned(loss: torch.Tensor) -> torch.Tensor:
-    """A loss whose gradient is no number anywhere, which makes an engine that steps by itself leave the update out."""
+def nan_gradient(loss: torch.Tensor) -> torch.Tensor:
+    """A loss whose gradient is NaN everywhere, which makes an engine that steps by itself leave the update out."""
     return loss * math.nan
 
 
 def _norm_of(model: nn.Module) -> float:
     return float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+
+
+def _is_fsdp(accelerator: Any) -> bool:
+    return accelerator.distributed_type.value == "FSDP"

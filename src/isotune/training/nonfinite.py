@@ -1,100 +1,89 @@
-"""A loss or gradient that is no number: the run stops and names the place, or leaves the whole update out."""
+"""A loss or gradient that is NaN or Inf: the run stops and names the microbatch, or skips the whole update."""
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
+from isotune.data.batch_schedule import Step
 from isotune.distributed.collectives import gather_by_number
 from isotune.io.errors import RunFault
-from isotune.training.checkpointing import CheckpointingTrainer
-from isotune.training.step_loader import documents_of
+from isotune.training.callbacks.progress import write_line
+
+if TYPE_CHECKING:
+    from isotune.training.update import OptimizerUpdate, UpdateResult
 
 
-class GuardedTrainer(CheckpointingTrainer):
-    """What stands between the last backward pass of an update and its optimizer step.
+class NonFinitePolicy:
+    """Stops or skips, as `on_nonfinite` says.
+
+    Args:
+        action: of the recipe's `on_nonfinite`.
+        fp16: whether the loss is scaled, so that an overflow is part of the method.
+        name_rows: the rows of a microbatch, given its step and number, in words.
+        is_main: whether this rank prints.
 
     Attributes:
-        skipped_steps: updates that were left out so far.
+        skipped_steps: updates that were left out so far, over all attempts of the run.
     """
 
-    exchange: Any
-    exact: Any
-    skipped_steps: int
-    train_data: Any
-    progress: Any
-    _step: Any
-    _passes: Any
-    _skip: bool
-    _norm: float
-    _run_pass: Callable[..., Any]
+    def __init__(
+        self,
+        action: Literal["stop", "skip"] = "stop",
+        *,
+        fp16: bool = False,
+        name_rows: Callable[[Step, int], str] | None = None,
+        is_main: bool = True,
+    ) -> None:
+        self.action, self.fp16, self.name_rows, self.is_main = action, fp16, name_rows, is_main
+        self.skipped_steps = 0
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """As the stock one; an update that is left out has nothing to clip, and DeepSpeed has clipped already."""
-        if self._skip:
-            return math.nan
-        return self.exchange.norm if self.exchange.norm is not None else super()._clip_grad_norm(model)
+    def refuse_or_skip(self, what: str, result: "UpdateResult", number: int | None) -> None:
+        """Stop, or mark the update as skipped; every rank comes here together.
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """As the stock one, and an update with a gradient that is not finite is stopped or skipped."""
-        if self._skip:
-            return math.nan
-        norm: Any = self.exchange.norm
-        if norm is None:
-            norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self._norm = float(norm)
-        if not math.isfinite(self._norm) and not self._is_overflow():
-            self._nonfinite("gradient", self._find_nonfinite_gradient(model))
-            self._discard(model)
-        return norm
-
-    def _is_overflow(self) -> bool:
-        """Whether fp16's loss scaling is to blame: the scaler skips the step and halves the scale, down to 1."""
-        if not self.args.fp16 or self.accelerator.scaler is None:
-            return self.args.fp16
-        return self.recipe.on_nonfinite == "skip" or self.accelerator.scaler.get_scale() > 1.0
-
-    def _nonfinite(self, what: str, number: int | None) -> None:
-        """Stop, or drop this update, as `on_nonfinite` says; every rank comes here together."""
-        where = f"step {self._step.number + 1}"
-        if number is not None:
-            rows = [int(self.train_data.documents.source_rows[d]) for d in documents_of(self._step, number)]
-            where += (
-                f", microbatch {number}, documents of rows {', '.join(map(str, rows))} of {self.recipe.dataset_name}"
-            )
-        if self.recipe.on_nonfinite == "stop":
-            raise RunFault(f"the {what} of {where} is not finite; on_nonfinite: skip would leave such updates out")
-        self._skip = True
-        self._norm = math.nan
-        self.skipped_steps += 1
-        if self.process.is_main:
-            self.progress.say(f"skipped: the {what} of {where} is not finite")
-
-    def _discard(self, model: nn.Module) -> None:
-        """Leave the weights as they are in this update, and forget its gradients."""
-        self.exchange.discard(model)
-        if self.exact is not None:
-            self.exact.clear()
-
-    def _find_nonfinite_gradient(self, model: nn.Module) -> int | None:
-        """Run the passes of this update once more, one by one, to name the one whose gradient broke.
-
-        Counted randomness makes the second run the same as the first.
+        Raises:
+            RunFault: `on_nonfinite` is stop.
         """
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        where = f"step {result.step.number + 1}"
+        if number is not None:
+            where += f", microbatch {number}"
+            if self.name_rows is not None:
+                where += f", documents of {self.name_rows(result.step, number)}"
+        if self.action == "stop":
+            raise RunFault(f"the {what} of {where} is not finite; on_nonfinite: skip would leave such updates out")
+        result.skipped, result.grad_norm = True, math.nan
+        self.skipped_steps += 1
+        if self.is_main:
+            write_line(f"skipped: the {what} of {where} is not finite")
+
+    def is_overflow(self, accelerator: Any) -> bool:
+        """Whether fp16's loss scaling is to blame: the scaler skips the step and halves the scale, down to 1."""
+        if not self.fp16 or accelerator.scaler is None:
+            return self.fp16
+        return self.action == "skip" or accelerator.scaler.get_scale() > 1.0
+
+    def count_overflow(self, result: "UpdateResult", accelerator: Any) -> None:
+        """After the optimizer's step: count it where fp16's scaler left it out."""
+        if self.fp16 and not result.skipped and accelerator.optimizer_step_was_skipped:
+            self.skipped_steps += 1
+
+    def find_gradient(self, update: "OptimizerUpdate", model: nn.Module) -> int | None:
+        """Run the microbatches once more, one by one, to find the one whose gradient is NaN or Inf.
+
+        Counted randomness makes the second run the same as the first. None where an engine shards the gradients.
+        """
+        result = update.result
+        assert result is not None
+        if update.sync.shards_gradients:
             return None
         broken = {}
-        for one in self._passes:
+        for microbatch in update.microbatches:
             model.zero_grad()
-            if self.exact is not None:
-                self.exact.clear()
-            self._run_pass(model, one, {}, {}, last=False)
-            finite = all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
-            if self.exact is not None:
-                finite = self.exact.is_finite()
-            if one["weight"]:
-                broken[one["number"]] = torch.tensor(0.0 if finite else 1.0)
-        flags = gather_by_number(broken, len(self._step.microbatches), self.args.device)
+            update.sync.forget()
+            update.microbatch(model, microbatch, {}, last=False)
+            if microbatch["weight"]:
+                broken[microbatch["number"]] = torch.tensor(0.0 if update.sync.is_finite(model) else 1.0)
+        flags = gather_by_number(broken, len(result.step.microbatches), update.sync.accelerator.device)
         return flags.index(1.0) if 1.0 in flags else None

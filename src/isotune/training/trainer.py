@@ -1,300 +1,246 @@
-"""transformers' Trainer, carrying out a plan: global denominators, counted randomness, exact sums.
+"""transformers' Trainer and TRL's SFTTrainer, carrying out a schedule: `PlannedTraining` is one mixin over both.
 
-What differs from the stock Trainer, and why:
-- an item of the loader is one whole optimizer update, so accumulation and the scheduler cannot disagree about steps;
-- every loss is a sum divided by the count of the global batch, which the plan knows: no mean of means, and no
-  communication for it;
-- before each pass its generators are seeded from (seed, step, microbatch number): dropout is the same on any world
-  size and needs no saved state;
-- losses are summed in a fixed order, and with `exact_gradients` gradients without one;
-- a loss or gradient that is not finite names its step, microbatch and documents.
+Everything that is not named here stays theirs: arguments, optimizer, learning rate, callbacks, trackers, Hub.
+
+| overridden (transformers 5.23) | why |
+|---|---|
+| `__init__` | makes the parts; an item of the loader is one whole update |
+| `get_train_dataloader`, `get_eval_dataloader` | the schedule decides what is seen, not a sampler |
+| `get_total_train_batch_size` | the global batch is the schedule's, whatever the launch |
+| `training_step` | all microbatches of an update, one denominator, one reduction (update.py) |
+| `_clip_grad_norm`, `_get_grad_norm` | DeepSpeed has clipped already; a gradient that is NaN or Inf stops or skips |
+| `evaluation_loop` | one exact number, one prediction a document |
+| `_prepare_for_training` | a checkpoint goes into the prepared engine, however that splits it; fp16's overflows |
+
+Only where there is a Checkpointer:
+
+| `train`, `_init_training_state`, `_load_from_checkpoint` | which checkpoint, and which epoch and step to go on from |
+| `_save_checkpoint`, `_load_best_model` | one format for every engine |
 """
 
-import math
-import time
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import torch
+import transformers
+from datasets import Dataset
 from torch import nn
-from transformers import TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
+from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
 
-from isotune.config import RunRecipe
-from isotune.data.batch_schedule import Step, StepSchedule
-from isotune.data.prepared import PreparedData
-from isotune.distributed.collectives import ordered_sum
-from isotune.distributed.launch import Process
+from isotune.compat.accelerate import let_scaler_check_before_step, run_fp16_on_cpu
+from isotune.compat.trl import trained_parameters_kept
+from isotune.data.batch_schedule import StepSchedule
 from isotune.distributed.watchdog import Watchdog
-from isotune.models.cpu.speedups import training_pass
-from isotune.run.metrics_file import MetricsFile, peak_memory_bytes
-from isotune.training.callbacks.early_stopping import EarlyStop
-from isotune.training.callbacks.epoch_averages import EpochAverages
-from isotune.training.callbacks.pre_train_checks import PreTrainChecks
-from isotune.training.callbacks.progress import ProgressBar
-from isotune.training.evaluation_loss import evaluation_loss
+from isotune.training.checkpointer import Checkpointer, CheckpointEvents
+from isotune.training.evaluation import EvaluationRun
 from isotune.training.exact_gradients import ExactGradients
-from isotune.training.gradient_sync import GradientSync, ZeroGradientSync, poisoned
-from isotune.training.nonfinite import GuardedTrainer
-from isotune.training.randomness import seed_microbatch
-from isotune.training.step_loader import StepLoader
+from isotune.training.gradient_sync import GradientSync, ZeroGradientSync
+from isotune.training.nonfinite import NonFinitePolicy
+from isotune.training.recorder import MetricsRecorder, RecordUpdates
+from isotune.training.step_loader import EvaluationLoader, StepLoader
+from isotune.training.tasks.task import Task
+from isotune.training.update import OptimizerUpdate
 
 
-class PlanTrainer(GuardedTrainer):
-    """Carries out `plan` over `train` on this launch's processes.
-
-    Args:
-        model: patched by the models layer: its forward takes packed inputs and returns the summed loss.
-        args: from `training_arguments`.
-        recipe, process: what was asked, and where this process stands.
-        plan, train: the steps, and the documents that they name.
-        eval_plan, evaluation: the same for the evaluation loss, or None.
-        exact: sum gradients as integers (plain and DDP only).
-        start_up: checks and announces what is in effect, before the bar appears.
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What is trained on, in which steps, and how its gradients are summed.
 
     Attributes:
-        attention: what the model must attend by when training begins.
-        item, target: what the plan's rows and the loss's targets are called in what is printed and written.
-        training_figures: what an evaluation's line tells of the steps before it, where the kind has any.
+        schedule, documents: the steps, and the prepared documents that they name.
+        task: their loss and metrics.
+        eval_schedule, evaluation: the same for the evaluation; None trains without.
+        exact_gradients: sum gradients as integers: the same bits on any number of processes.
+        reduce_once: communicate gradients once an update; else ZeRO-2 and 3 do after each microbatch, in less memory.
+        nonfinite: what happens when a loss or gradient is NaN or Inf; None stops.
     """
 
-    attention = "packed"
-    item, target = "rows", "supervised_tokens"
-    training_figures: EpochAverages | None = None
+    schedule: StepSchedule
+    documents: Any
+    task: Task
+    eval_schedule: StepSchedule | None = None
+    evaluation: Any = None
+    exact_gradients: bool = False
+    reduce_once: bool = True
+    nonfinite: NonFinitePolicy | None = None
+
+
+class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
+    """Stands before `transformers.Trainer`, or a class derived from it, and carries out a plan in that class's loop.
+
+    Args:
+        plan: what to carry out.
+        recorder: writes metrics.jsonl and shows progress; None leaves both to that class.
+        checkpointer: saves and resumes; None leaves both to that class.
+        options: of that class. The model must take packed inputs and return a summed loss.
+    """
 
     def __init__(
         self,
         *,
-        model: nn.Module,
-        args: TrainingArguments,
-        recipe: RunRecipe,
-        process: Process,
-        plan: StepSchedule,
-        train: PreparedData,
-        eval_plan: StepSchedule | None,
-        evaluation: PreparedData | None,
-        exact: bool,
-        tokenizer: Any,
-        start_up: PreTrainChecks,
+        plan: TrainingPlan,
+        recorder: MetricsRecorder | None = None,
+        checkpointer: Checkpointer | None = None,
+        **options: Any,
     ) -> None:
-        self.progress = ProgressBar(quiet=bool(args.disable_tqdm))
-        super().__init__(  # type: ignore[call-arg]
-            model=model,
-            args=args,
-            eval_dataset=evaluation,  # type: ignore[arg-type]  (only asked whether there is one)
-            processing_class=tokenizer,
-            callbacks=[start_up, self.progress],
-        )
-        if recipe.early_stopping_patience is not None:
-            self.early_stop = EarlyStop(recipe, self.progress.say)
-            self.add_callback(self.early_stop)
-        for stock in (PrinterCallback, ProgressCallback):
-            self.remove_callback(stock)
-        self.recipe = recipe
-        self.process = process
-        self.set_up_checkpoints(start_up.run, start_up.data_fingerprints)
-        self.plan = plan
-        self.train_data = train
-        self.eval_plan = eval_plan
-        self.evaluation = evaluation
-        self.metrics_file: MetricsFile | None = None  # opened on the main process when training begins
-        self.loss_is_scaled_for_ga = True
-        self.names = {p: name for name, p in model.named_parameters()}
-        self.exact = ExactGradients(model) if exact else None
-        self.exchange = self._exchange()
-        self.watchdog = Watchdog(recipe.training_arguments["ddp_timeout"])
-        self._step: Step = plan.step(0)
-        self._passes: list[dict[str, Any]] = []
-        self._loss = math.nan
-        self._count = 0
-        self._norm = math.nan
-        self._skip = False
-        self._started = time.perf_counter()
-
-    # ---- what a kind of training says for itself ----
-
-    def denominator(self, step: Step) -> float:
-        """What the summed loss of the global batch is divided by: its targets, over all ranks."""
-        return step.supervised_tokens
-
-    def count(self, found: Any, inputs: dict[str, Any]) -> torch.Tensor | None:
-        """A whole number of one training pass, int64 [], to be added up over the step and all ranks; None is zero.
-
-        Args:
-            found: what the model returned, with its loss.
-            inputs: of the pass.
-        """
-        return None
-
-    def figures(self, step: Step, count: int) -> dict[str, float]:
-        """What the step's line has beside its loss, from the added counts."""
-        return {}
-
-    def measure(self) -> dict[str, float]:
-        """What an evaluation finds; every rank calls it."""
-        return evaluation_loss(self)
-
-    # ---- what the stock Trainer asks for ----
-
-    def create_accelerator_and_postprocess(self) -> None:
-        """As the stock one, but fp16 on CPU really runs in fp16: accelerate 1.15 silently computes in fp32 there."""
-        super().create_accelerator_and_postprocess()
+        with trained_parameters_kept(options["model"]):
+            super().__init__(eval_dataset=plan.evaluation, data_collator=_already_laid_out, **options)
+        self.loss_is_scaled_for_ga = True  # what training_step returns is the loss of the whole update
+        self.plan, self.recorder, self.checkpointer = plan, recorder, checkpointer
         if self.args.fp16 and self.accelerator.device.type == "cpu" and not self.is_deepspeed_enabled:
-            self.accelerator.native_amp = True
-            self.accelerator.scaler = torch.amp.GradScaler("cpu")
+            run_fp16_on_cpu(self.accelerator)
+        self.watchdog = Watchdog(self.args.ddp_timeout)
+        nonfinite = plan.nonfinite or NonFinitePolicy(fp16=self.args.fp16, is_main=self.args.process_index == 0)
+        model: Any = self.model
+        exact = ExactGradients(model) if plan.exact_gradients else None
+        self.update = OptimizerUpdate(
+            plan.task, self._gradient_sync(exact), nonfinite, self.watchdog, self.args.seed, checkpointer
+        )
+        if recorder is not None:
+            for stock in (PrinterCallback, ProgressCallback):
+                self.remove_callback(stock)
+            self.add_callback(RecordUpdates(self.update, recorder))
+        if checkpointer is not None:
+            self.add_callback(CheckpointEvents(checkpointer, self))
 
-    def create_optimizer(self, model: Any = None) -> Any:
-        """As the stock one, but fp16's scaler asks before each step: a fused optimizer would swallow an overflow.
+    @property
+    def exact(self) -> ExactGradients | None:
+        """The integer sums of the gradients, or None."""
+        return self.update.sync.exact
 
-        accelerate 1.15 then takes the step for done, so nothing counts it and the schedule moves on.
-        """
-        optimizer: Any = super().create_optimizer(model)
-        if self.args.fp16:
-            optimizer._step_supports_amp_scaling = False
-        return optimizer
+    def _gradient_sync(self, exact: ExactGradients | None) -> GradientSync:
+        if not self.is_deepspeed_enabled:
+            return GradientSync(self.accelerator, exact)
+        plugin: Any = self.accelerator.state.deepspeed_plugin
+        return ZeroGradientSync(
+            self.accelerator,
+            stage=plugin.zero_stage,
+            once=self.plan.reduce_once,
+            exact=exact,
+            max_grad_norm=self.args.max_grad_norm,
+        )
 
-    def _exchange(self) -> GradientSync:
-        if self.process.zero_stage is None:
-            return GradientSync(self.accelerator, silent=self.exact is not None)
-        once = self.recipe.gradient_reduction == "step"
-        whole = self._whole_gradient if self.exact is not None else None
-        return ZeroGradientSync(self.accelerator, stage=self.process.zero_stage, once=once, whole_gradient=whole)
-
-    def _whole_gradient(self) -> float:
-        """The exact gradient of the update on every rank, clipped as under plain and DDP; returns its norm."""
-        assert self.exact is not None
-        self.exact.reduce(self.names)
-        return float(nn.utils.clip_grad_norm_(list(self.names), self.args.max_grad_norm or math.inf))
+    # ---- what is seen ----
 
     def get_train_dataloader(self) -> Any:
-        """This rank's share of every step."""
-        return StepLoader(self.plan, self.train_data.documents, self.process.rank, self.process.world_size)
+        """This rank's share of every update."""
+        state, plan = self.accelerator, self.plan
+        return StepLoader(plan.schedule, plan.documents.documents, state.process_index, state.num_processes)
 
-    def num_examples(self, dataloader: Any) -> int:
-        """Rows in an epoch, for Trainer's summary."""
-        return len(self.plan.rows)
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """This rank's share of the evaluation documents."""
+        state, plan = self.accelerator, self.plan
+        if plan.eval_schedule is None:
+            raise ValueError("this run has no evaluation documents")
+        return EvaluationLoader(plan.eval_schedule, plan.evaluation.documents, state.process_index, state.num_processes)
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
-        """The plan knows the denominators; nothing is counted from tensors."""
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not estimated: Trainer's formula assumes padded batches."""
-        return 0
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Rows of one update over all ranks."""
+        return self.plan.schedule.global_batch_size
 
     # ---- one optimizer update ----
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """All passes of this rank's share, forward and backward.
+        """All microbatches of this rank's share; returns the loss of the global batch, the same on every rank."""
+        result = self.update.run(model, inputs["step"], inputs["microbatches"])
+        return torch.tensor(result.loss, device=self.args.device)
 
-        Returns:
-            the loss of the whole global batch, the same on every rank.
-        """
-        self._started = time.perf_counter()
-        model.train()
-        self._step = self.plan.step(inputs["step"])
-        self._passes = self._prepare_inputs(inputs)["passes"]  # type: ignore[index]
-        scaler = self.accelerator.scaler
-        if self.exact is not None:
-            self.exact.loss_scale = scaler.get_scale() if scaler is not None else 1.0
-        self._denominator = self.denominator(self._step)
-        losses: dict[int, torch.Tensor] = {}
-        counts: dict[int, torch.Tensor] = {}
-        self._skip = False
-        with self.exchange.update(model):
-            for position, one in enumerate(self._passes):
-                self._run_pass(model, one, losses, counts, last=position == len(self._passes) - 1)
-        self.exchange.finish(model)
-        if self._skip:
-            self._discard(model)
-        elif self.exact is not None and not self.is_deepspeed_enabled:
-            self.exact.reduce(self.names)
-        return torch.tensor(self._loss, device=self.args.device)
+    def _clip_grad_norm(self, model: nn.Module) -> None:
+        """Done by `_get_grad_norm`, which Trainer calls next."""
 
-    def _run_pass(
-        self,
-        model: nn.Module,
-        one: dict[str, Any],
-        losses: dict[int, torch.Tensor],
-        counts: dict[int, torch.Tensor],
-        *,
-        last: bool,
-    ) -> torch.Tensor:
-        """One forward and backward pass, its loss and count added to the others; before the last goes back, judge them.
-
-        An engine may step in its last backward pass, so what is wrong with the losses must be known before it.
-        """
-        seed_microbatch(self.recipe.seed, self._step.number, one["number"])
-        # engines average gradients over the ranks, integers are added up
-        shares = 1 if self.exact is not None else self.process.world_size
-        factor = one["weight"] * shares / self._denominator
-        with self.exchange.one_pass(model, last=last), training_pass(model):
-            found = model(**one["inputs"], use_cache=False)
-            loss = found.loss
-            if one["weight"]:
-                losses[one["number"]] = loss.detach()
-                if (count := self.count(found, one["inputs"])) is not None:
-                    counts[one["number"]] = count
-            del found  # what it holds beside the loss need not outlive the forward pass
-            if last:
-                self._judge(losses, counts)
-            self.exchange.backward(model, poisoned(loss) if self._skip else loss * factor)
-        self.watchdog.progress(f"step {self._step.number + 1}")
-        return loss.detach()
-
-    def _judge(self, losses: dict[int, torch.Tensor], counts: dict[int, torch.Tensor]) -> None:
-        """The loss of the update, from the losses of all ranks; one that is no number stops or skips the update."""
-        passes = len(self._step.microbatches)
-        table = self.gather_step({**losses, **{passes + number: count for number, count in counts.items()}}, 2 * passes)
-        sums, self._count = table[:passes], int(sum(table[passes:]))
-        self._loss = ordered_sum(sums) / self._denominator
-        broken = [number for number, value in enumerate(sums) if not math.isfinite(value)]
-        if broken:
-            self._nonfinite("loss", broken[0])
-
-    # ---- what is written ----
-
-    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *rest: Any, **more: Any) -> None:
-        """Write the step's line before anything else is said about it."""
-        if self.state.global_step > self._ended_step:
-            self._record(more["learning_rate"])
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *rest, **more)
-
-    def _record(self, learning_rate: float) -> None:
-        seconds = time.perf_counter() - self._started
-        step = self._step
-        if self.args.fp16 and not self._skip and self.accelerator.optimizer_step_was_skipped:
-            self.skipped_steps += 1
-        line = {
-            "step": self.state.global_step,
-            "epoch": self.state.epoch,
-            "loss": self._loss,
-            **(figures := self.figures(step, self._count)),
-            "grad_norm": self._norm,
-            "learning_rate": learning_rate,
-            self.target: step.supervised_tokens,
-            "input_tokens": step.input_tokens,
-            "documents": step.documents,
-            "step_seconds": seconds,
-            "tokens_per_second": step.input_tokens / seconds,
-            "peak_memory_bytes": peak_memory_bytes(self.args.device),
-        }
-        if self.args.fp16 or self.skipped_steps:
-            line["skipped_steps"] = self.skipped_steps
-        if self.metrics_file is not None:
-            self.metrics_file.write(line)
-        if self.training_figures is not None:
-            self.training_figures.add(line)
-        speed = {f"{self.target}_per_s": step.supervised_tokens / seconds}
-        self.progress.show({"loss": self._loss, **figures}, speed, self.skipped_steps)
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
+        return self.update.clip(model, self.args.max_grad_norm)
 
     # ---- evaluation ----
 
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:  # type: ignore[override]
-        """Measure, write and report; returns what `measure` found."""
-        found = self.measure()
-        if self.training_figures is not None:
-            found |= self.training_figures.take()
-        if self.metrics_file is not None:
-            self.metrics_file.write({"step": self.state.global_step, "epoch": self.state.epoch, **found})
-        self.log(dict(found))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
-        return found
+    def evaluation_loop(
+        self, dataloader: EvaluationLoader, description: str, *_: Any, metric_key_prefix: str = "eval", **__: Any
+    ) -> EvalLoopOutput:
+        """The task's metrics of the evaluation documents, and the means of training since the last evaluation."""
+        model: Any = self.model_wrapped
+        run = EvaluationRun(model, dataloader, self.args.device, self.watchdog, global_step=self.state.global_step)
+        metrics = self.plan.task.evaluate(run)
+        if self.recorder is not None and self.recorder.averages is not None:
+            metrics |= self.recorder.averages.take()
+        if metric_key_prefix != "eval":
+            metrics = {name.replace("eval_", f"{metric_key_prefix}_", 1): value for name, value in metrics.items()}
+        return EvalLoopOutput(None, None, metrics, num_samples=len(dataloader.documents))  # type: ignore[arg-type]  (Trainer passes predictions on unread)
+
+    def evaluate_overdue(self) -> None:
+        """Make the evaluation for which the run's last attempt had no time, as after the step where it was due."""
+        self._determine_best_metric(self._evaluate(None, None), None)
+
+    # ---- where a run goes on ----
+
+    def train(self, resume_from_checkpoint: Any = None, *options: Any, **more: Any) -> Any:
+        """Train; with a Checkpointer from the checkpoint that the recipe's `resume` leads to."""
+        if self.checkpointer is None:
+            return super().train(resume_from_checkpoint, *options, **more)
+        with self.checkpointer.session() as folder:
+            return super().train(folder, *options, **more)
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: Any,
+        trial: Any,
+    ) -> tuple[int, int]:
+        steps, epochs = num_update_steps_per_epoch, num_train_epochs
+        place = super()._init_training_state(max_steps, steps, epochs, resume_from_checkpoint, trial)
+        if self.checkpointer is None or self.checkpointer.resumption is None:
+            return place
+        self.state.compute_steps(self.args, max_steps)  # how often to save or log may have been changed
+        return self.checkpointer.place(steps, epochs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.checkpointer is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        ours = self.checkpointer is not None
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None if ours else resume_from_checkpoint)
+        if self.args.fp16 and not self.is_deepspeed_enabled:
+            wrapped: Any = self.optimizer
+            let_scaler_check_before_step(wrapped.optimizer)
+        if self.checkpointer is not None and self.checkpointer.resumption is not None:
+            self.checkpointer.restore(self)
+        return prepared
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.checkpointer is None:
+            super()._save_checkpoint(model, trial)
+        else:
+            self.checkpointer.save(self)
+
+    def _load_best_model(self) -> None:
+        if self.checkpointer is None:
+            super()._load_best_model()
+        else:
+            self.checkpointer.load_best(self)
+
+
+class Trainer(PlannedTraining, transformers.Trainer):
+    """`transformers.Trainer` over a plan."""
+
+
+class SFTTrainer(PlannedTraining, TrlSFTTrainer):
+    """`trl.SFTTrainer` over a plan; `args` must say that its data are prepared (`sft_arguments` does)."""
+
+    def __init__(self, *, plan: TrainingPlan, **options: Any) -> None:
+        super().__init__(plan=plan, train_dataset=_as_dataset(plan.documents.documents), **options)
+
+
+def _already_laid_out(items: Any) -> Any:
+    """The collator of a loader whose items are laid out: never called."""
+    raise AssertionError("the loaders of a plan lay out their own items")
+
+
+def _as_dataset(documents: Any) -> Dataset:
+    """The documents as TRL wants to be handed them, a row each, on the same memory."""
+    tokens = pa.LargeListArray.from_arrays(pa.array(documents.starts), pa.array(documents.input_ids))
+    return Dataset(pa.table({"input_ids": tokens}))

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from isotune.compat.deepspeed_launch import disable_shm_transport
 from isotune.data.sources.hub import first_line
-from isotune.distributed.deepspeed_setup import announce_zero3, let_gloo_carry
 from isotune.evaluation.generation.batched_generation import GenerationModel
 from isotune.io.errors import UserError
 from isotune.models.log_control import quiet_libraries
@@ -29,7 +29,9 @@ class Shards:
 
     def announce(self, dtype: torch.dtype) -> Any:
         """Let models that are loaded from here on, with weights of this type, lie in shares; keep what is returned."""
-        return announce_zero3(self._config(dtype))
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+        return HfDeepSpeedConfig(self._config(dtype))
 
     def spread(self, speaker: GenerationModel) -> GenerationModel:
         """The same model at work in shares; a model that does not lie in shares yet is split."""
@@ -75,5 +77,5 @@ def read_shards() -> Shards | None:
         return None
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported, which else looks for one and warns
-        let_gloo_carry()
+        disable_shm_transport()
     return Shards(zero)

@@ -1,7 +1,7 @@
 """Between preparation and the first step: look at what is really there, refuse what is wrong, and write it down."""
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -11,30 +11,34 @@ from isotune.models.isolation import check_isolation
 from isotune.models.opening import compute_dtype
 from isotune.run import environment
 from isotune.run.attempt import slurm_ids
-from isotune.run.metrics_file import MetricsFile
-from isotune.run.run_dir import METRICS, RunDir
+from isotune.run.run_dir import METRICS
+from isotune.training.checkpointer import Checkpointer
+
+if TYPE_CHECKING:
+    from isotune.training.trainer import PlannedTraining
 
 
 class PreTrainChecks(TrainerCallback):
-    """Runs the self-tests on the prepared model, prints what is in effect and begins the run folder.
+    """Runs the self-tests on the prepared model, prints what is in effect and begins the run directory.
 
     Args:
-        run: the folder, still untouched.
-        data_fingerprints: of the prepared data, by role.
+        trainer: whose prepared objects are looked at.
+        checkpointer: of the run, whose directory is still untouched.
         data_counts: what preparation did to the data, counted, by role.
     """
 
-    def __init__(self, run: RunDir, data_fingerprints: dict[str, str], data_counts: dict[str, dict[str, Any]]) -> None:
-        self.run = run
-        self.data_fingerprints = data_fingerprints
+    def __init__(
+        self, trainer: "PlannedTraining", checkpointer: Checkpointer, data_counts: dict[str, dict[str, Any]]
+    ) -> None:
+        self.trainer: Any = trainer
+        self.checkpointer, self.process, self.run = checkpointer, checkpointer.process, checkpointer.run
         self.data_counts = data_counts
-        self.trainer: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The last moment at which nothing has been trained or written."""
-        trainer = self.trainer
+        trainer, task = self.trainer, self.trainer.plan.task
         engine = read_back(trainer)
-        check_engine(engine, trainer, self.run.recipe, trainer.process)
+        check_engine(engine, trainer, self.run.recipe, self.process)
         found = environment.in_effect(trainer, engine)
         self._compare(found)
         config = trainer.accelerator.unwrap_model(trainer.model_wrapped).config
@@ -43,38 +47,39 @@ class PreTrainChecks(TrainerCallback):
             config.vocab_size,
             args.device,
             compute_dtype(self.run.recipe),
-            classifier=trainer.item == "documents",
+            classifier=task.item == "documents",
         )
         trainer.watchdog.start()
-        if not trainer.process.is_main:
+        if not self.process.is_main:
             return
         record = {
             "versions": environment.versions(),
             "git_commit": environment.git_commit(),
             "command": environment.command([name for name, key in self.run.recipe.keys().items() if key.secret]),
-            **environment.devices(trainer.process),
+            **environment.devices(self.process),
             "slurm": slurm_ids(),
             "in_effect": found,
             "isolation": isolation.as_dict(),
-            "data_fingerprints": self.data_fingerprints,
+            "data_fingerprints": self.checkpointer.data_fingerprints,
             "data": self.data_counts,
         }
-        self.run.begin(record, metrics=trainer.resumption and trainer.resumption.metrics)
-        trainer.metrics_file = MetricsFile(self.run.path / METRICS, self.run.fence)
+        resumption = self.checkpointer.resumption
+        self.run.begin(record, metrics=resumption and resumption.metrics)
+        trainer.recorder.open(self.run.path / METRICS, self.run.fence)
         self._print(record)
 
     def _compare(self, found: dict[str, Any]) -> None:
-        wanted = self.trainer.attention
+        wanted = self.trainer.plan.task.attention
         if found["attention"] != wanted:
             raise RunFault(f"attention is {found['attention']} after preparation, and {wanted} was asked")
         if not found["trained_parameters"]:
             raise RunFault("no parameter of the prepared model is trained; nothing was done")
 
     def _print(self, record: dict[str, Any]) -> None:
-        found, plan, process = record["in_effect"], self.trainer.plan, self.trainer.process
+        found, plan, process = record["in_effect"], self.trainer.plan, self.process
         share = found["trained_parameters"] / found["all_parameters"]
-        first = plan.step(0)
-        tokens = self.trainer.target == "supervised_tokens"
+        first = plan.schedule.step(0)
+        tokens = plan.task.target == "supervised_tokens"
         targets = f", {first.supervised_tokens} supervised tokens" if tokens else ""
         print(
             f"engine      {_engine_in_words(found)} on {process.world_size} x "
@@ -85,8 +90,8 @@ class PreTrainChecks(TrainerCallback):
             f"attention   {found['attention']} by {found['attention_kernel']}; leak {record['isolation']['leak']:.1g}\n"
             f"trained     {found['trained_parameters']:,} of {found['all_parameters']:,} parameters ({share:.2%}), "
             f"exact_gradients {str(found['exact_gradients']).lower()}\n"
-            f"plan        {self.trainer.state.max_steps} steps of {plan.global_batch_size} {self.trainer.item}; "
-            f"the first: {len(first.microbatches)} passes, {first.documents} documents{targets}",
+            f"plan        {self.trainer.state.max_steps} steps of {plan.schedule.global_batch_size} {plan.task.item}; "
+            f"the first: {len(first.microbatches)} microbatches, {first.documents} documents{targets}",
             flush=True,
         )
         idle = process.world_size - len(first.microbatches)

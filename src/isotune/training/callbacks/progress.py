@@ -33,24 +33,25 @@ class ProgressBar(TrainerCallback):
         self.bar.update(1)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Print what an evaluation found."""
-        found = kwargs["metrics"]
+        """Print the metrics of an evaluation."""
+        metrics = kwargs["metrics"]
         if state.is_world_process_zero:
-            line = f"step {state.global_step}: eval_loss {found['eval_loss']:.4f}"
-            if "eval_perplexity" in found:
-                line += f", perplexity {found['eval_perplexity']:.2f}"
-            if "eval_accuracy" in found:
-                line += f", accuracy {found['eval_accuracy']:.4f}"
-            if "train_loss" in found:
-                line += f" (training: loss {found['train_loss']:.4f}, accuracy {found['train_accuracy']:.4f})"
-            self.say(line)
-
-    def say(self, line: str) -> None:
-        """A line above the bar, or a plain line where there is none."""
-        tqdm.write(line, file=sys.stderr)
+            line = f"step {state.global_step}: eval_loss {metrics['eval_loss']:.4f}"
+            if "eval_perplexity" in metrics:
+                line += f", perplexity {metrics['eval_perplexity']:.2f}"
+            if "eval_accuracy" in metrics:
+                line += f", accuracy {metrics['eval_accuracy']:.4f}"
+            if "train_loss" in metrics:
+                line += f" (training: loss {metrics['train_loss']:.4f}, accuracy {metrics['train_accuracy']:.4f})"
+            write_line(line)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leave the finished bar on the screen."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+def write_line(line: str) -> None:
+    """A line on stderr, above the bar where there is one."""
+    tqdm.write(line, file=sys.stderr)

@@ -1,1 +1,1 @@
-"""Classical models of which of two answers people prefer: what an encoder must beat to be worth its cost."""
+"""Classical models of which of two answers people prefer: the baselines that an encoder must beat."""

@@ -1,33 +1,33 @@
-"""A blend of models weighs them by what they said of rows that they had not seen."""
+"""Blend models with weights that minimize the log loss of their held-out predictions."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from isotune.projects.arena.baselines.estimators import normalised
+from isotune.projects.arena.baselines.estimators import normalize
 
-ROUNDS = 2_000
-STILL = 1e-10  # nats: rounds end where none wins this much
+MAX_ITERATIONS = 2_000
+TOLERANCE_NATS = 1e-10  # iterations end when the loss falls by less
 
 
 def blend_weights(held_out: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
-    """The shares that minimise the log loss of the mixed held-out predictions, each float64 [rows, 3].
+    """The weights that minimize the log loss of the blended held-out predictions, each float64 [rows, 3].
 
-    The loss is convex in the shares and each round of expectation maximisation lowers it, so they are the best there
-    are (Dempster, Laird and Rubin 1977, for a mixture whose components are fixed).
+    The loss is convex in the weights and each iteration of expectation maximization lowers it, so the minimum is global
+    (Dempster, Laird and Rubin 1977, for a mixture with fixed components).
 
     Returns:
-        float64 [members]; not negative, summing to 1.
+        float64 [models]; not negative, with sum 1.
     """
-    of_truth = np.stack([one[np.arange(len(labels)), labels] for one in held_out])
-    weights = np.full(len(of_truth), 1 / len(of_truth))
+    of_label = np.stack([prediction[np.arange(len(labels)), labels] for prediction in held_out])
+    weights = np.full(len(of_label), 1 / len(of_label))
     loss = np.inf
-    for _ in range(ROUNDS):
-        mixed = weights @ of_truth
+    for _ in range(MAX_ITERATIONS):
+        mixed = weights @ of_label
         before, loss = loss, float(-np.log(mixed).mean())
-        if before - loss < STILL:
+        if before - loss < TOLERANCE_NATS:
             break
-        weights = weights * (of_truth / mixed).mean(axis=1)
+        weights = weights * (of_label / mixed).mean(axis=1)
         weights /= weights.sum()
     return weights
 
@@ -35,19 +35,19 @@ def blend_weights(held_out: Sequence[np.ndarray], labels: np.ndarray) -> np.ndar
 def blend(predictions: Sequence[np.ndarray], weights: np.ndarray) -> np.ndarray:
     """The weighted mean of predictions, each float64 [rows, 3].
 
-    Members are added in their order, so exchanging a and b in all of them exchanges them here, to the bit.
+    They are added in their order, so exchanging a and b in all of them exchanges a and b in the blend, to the bit.
     """
     mixed = np.zeros_like(predictions[0])
-    for one, weight in zip(predictions, weights, strict=True):
-        mixed = mixed + weight * one
-    return normalised(mixed)
+    for prediction, weight in zip(predictions, weights, strict=True):
+        mixed = mixed + weight * prediction
+    return normalize(mixed)
 
 
 def held_out_blend(held_out: Sequence[np.ndarray], labels: np.ndarray, fold_of: np.ndarray) -> np.ndarray:
-    """What the blend says of each row with weights from the other folds: float64 [rows, 3]; `fold_of`: int64 [rows]."""
+    """The blend's prediction of each row with weights of the other folds, [rows, 3]; `fold_of` is int64 [rows]."""
     mixed = np.empty_like(held_out[0])
     for fold in np.unique(fold_of):
-        others, here = fold_of != fold, fold_of == fold
-        weights = blend_weights([one[others] for one in held_out], labels[others])
-        mixed[here] = blend([one[here] for one in held_out], weights)
+        train, test = fold_of != fold, fold_of == fold
+        weights = blend_weights([prediction[train] for prediction in held_out], labels[train])
+        mixed[test] = blend([prediction[test] for prediction in held_out], weights)
     return mixed

@@ -1,10 +1,10 @@
-"""The classical models, each with what is tried for it, behind one form: learn from both orders, average both orders.
+"""The classical models with their parameter grids, each trained on both orders of the answers and averaged over both.
 
-    trained on   (a, b) -> label         predicts   p(a, b) = [ f(a, b) + exchanged f(b, a) ] / 2
-                 (b, a) -> exchanged
+    trained on   (a, b) -> label            predicts   p(a, b) = [ f(a, b) + swapped f(b, a) ] / 2
+                 (b, a) -> swapped label
 
 A sum of two numbers does not depend on their order, so p(b, a) is p(a, b) with its first two numbers exchanged, bit for
-bit, whatever f is.
+bit, for any f.
 """
 
 from collections.abc import Callable
@@ -19,26 +19,27 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 from sklearn.svm import LinearSVC
 
+from isotune.compat.scikit_learn import check_parameters
 from isotune.io.errors import UserError
-from isotune.projects.arena.baselines.feature_matrix import Views
+from isotune.projects.arena.baselines.feature_matrix import ModelInputs
 from isotune.projects.arena.battles import SWAPPED_CLASSES
 
 CALIBRATION_FOLDS = 3
-SMALLEST_PROBABILITY = 1e-4  # a forest may say 0, for which one mistake would cost everything
+MIN_PROBABILITY = 1e-4  # a forest may predict 0, whose log loss is infinite
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """A kind of model: which view it reads, its class, the values that are fixed, and those that are tried."""
+    """A scikit-learn class: the field of ModelInputs that it reads, its fixed parameters and its default grid."""
 
-    view: str
-    kind: Callable[..., Any]
+    inputs: str
+    estimator_class: Callable[..., Any]
     fixed: dict[str, Any]
     grid: dict[str, list[Any]]
 
-    def make(self, seed: int, **tried: Any) -> Any:
-        """The model before it has learned anything."""
-        return self.kind(**{**self.fixed, "random_state": seed, **tried})
+    def create(self, seed: int, **parameters: Any) -> Any:
+        """An estimator that is not fitted."""
+        return self.estimator_class(**{**self.fixed, "random_state": seed, **parameters})
 
 
 MEMBERS = {
@@ -68,61 +69,61 @@ Grids = dict[str, dict[str, list[Any]]]
 
 
 def check_grids(grids: Any) -> Grids:
-    """The grids that a recipe gives, or those of MEMBERS where it gives none.
+    """The recipe's grids, or the default grids if it has none.
 
     Raises:
-        UserError: an unknown model or parameter, or a value that the model does not take.
+        UserError: an unknown model or parameter, or a value that the model does not accept.
     """
     if grids is None:
-        return {name: member.grid for name, member in MEMBERS.items()}
+        return {name: estimator.grid for name, estimator in MEMBERS.items()}
     for name, grid in grids.items():
         if name not in MEMBERS:
             raise UserError(f"grids: there is no model {name!r}; there are {', '.join(MEMBERS)}")
-        known = MEMBERS[name].make(0).get_params()
-        for parameter, tried in (grid or {}).items():
+        known = MEMBERS[name].create(0).get_params()
+        for parameter, values in (grid or {}).items():
             if parameter not in known:
                 raise UserError(f"grids: {name} has no parameter {parameter!r}")
-            if not isinstance(tried, list) or not tried:
-                raise UserError(f"grids: {name}, {parameter}: write what is tried as a list, [VALUE, ...]")
-            for value in tried:
-                try:  # scikit-learn's own check, which its fit begins with
-                    MEMBERS[name].make(0).set_params(**{parameter: value})._validate_params()
+            if not isinstance(values, list) or not values:
+                raise UserError(f"grids: {name}, {parameter}: write the values as a list, [VALUE, ...]")
+            for value in values:
+                try:
+                    check_parameters(MEMBERS[name].create(0, **{parameter: value}))
                 except ValueError as error:
                     raise UserError(f"grids: {name}: {' '.join(str(error).split())}") from None
     return {name: grid or {} for name, grid in grids.items()}
 
 
 class SwapAveraged:
-    """One member, trained on both orders of every row, and predicting by the mean of both."""
+    """An estimator that is trained on both orders of every row and predicts the mean of both orders."""
 
     def __init__(self, name: str, parameters: dict[str, Any], seed: int) -> None:
-        self.name, self.view = name, MEMBERS[name].view
-        self.parameters, self.seed = parameters, seed
-        self.model: Any = MEMBERS[name].make(seed, **parameters)
+        self.inputs = MEMBERS[name].inputs
+        self.model: Any = MEMBERS[name].create(seed, **parameters)
+        self.is_calibrated = name in CALIBRATED
 
-    def fit(self, given: Views, swapped: Views, labels: np.ndarray, groups: np.ndarray) -> "SwapAveraged":
-        """Learn. Rows of a group, [rows], never stand on both sides of a calibration."""
-        both = [getattr(views, self.view) for views in (given, swapped)]
-        matrix: Any = sparse.vstack(both, format="csr") if self.view == "linear" else np.concatenate(both)
+    def fit(self, given: ModelInputs, swapped: ModelInputs, labels: np.ndarray, groups: np.ndarray) -> "SwapAveraged":
+        """Fit on both orders; rows of one of `groups`, [rows], are never on both sides of a calibration split."""
+        both = [getattr(inputs, self.inputs) for inputs in (given, swapped)]
+        matrix: Any = sparse.vstack(both, format="csr") if self.inputs == "linear" else np.concatenate(both)
         all_labels = np.concatenate([labels, np.array(SWAPPED_CLASSES)[labels]])
-        if self.name in CALIBRATED:
+        if self.is_calibrated:
             folds = GroupKFold(CALIBRATION_FOLDS).split(matrix, groups=np.concatenate([groups, groups]))
             self.model = CalibratedClassifierCV(self.model, cv=list(folds))
         self.model.fit(matrix, all_labels)
         return self
 
-    def predict(self, given: Views, swapped: Views) -> np.ndarray:
+    def predict(self, given: ModelInputs, swapped: ModelInputs) -> np.ndarray:
         """Probabilities of a, b and tie: float64 [rows, 3], each row summing to 1."""
-        one, other = (self._shares(getattr(views, self.view)) for views in (given, swapped))
-        return normalised(np.maximum((one + other[:, SWAPPED_CLASSES]) / 2, SMALLEST_PROBABILITY))
+        one, other = (self._probabilities(getattr(inputs, self.inputs)) for inputs in (given, swapped))
+        return normalize(np.maximum((one + other[:, SWAPPED_CLASSES]) / 2, MIN_PROBABILITY))
 
-    def _shares(self, matrix: Any) -> np.ndarray:
-        """What the model says of every class; of one that stood in none of its rows it says nothing: [rows, 3]."""
-        shares = np.zeros((matrix.shape[0], len(SWAPPED_CLASSES)))
-        shares[:, self.model.classes_] = self.model.predict_proba(matrix)
-        return shares
+    def _probabilities(self, matrix: Any) -> np.ndarray:
+        """The model's probability of each class, 0 for a class without training rows: [rows, 3]."""
+        probabilities = np.zeros((matrix.shape[0], len(SWAPPED_CLASSES)))
+        probabilities[:, self.model.classes_] = self.model.predict_proba(matrix)
+        return probabilities
 
 
-def normalised(shares: np.ndarray) -> np.ndarray:
-    """Rows that sum to 1, [rows, 3]; a and b are added first, so that their order makes no difference in any bit."""
-    return shares / ((shares[:, 0] + shares[:, 1]) + shares[:, 2])[:, None]
+def normalize(weights: np.ndarray) -> np.ndarray:
+    """Rows scaled to sum 1, [rows, 3]; a and b are added first, so exchanging them changes no bit."""
+    return weights / ((weights[:, 0] + weights[:, 1]) + weights[:, 2])[:, None]

@@ -1,11 +1,9 @@
-"""The documented features of a battle: what each answer is like, how the two differ, and what was asked.
+"""The feature vector of a battle, from the two answers, their similarity and the prompt:
 
-A vector of a battle is
+    [ answer a - answer b | answer a + answer b | pair | prompt ]
 
-    [ answer a - answer b | answer a + answer b | both answers | prompt ]
-
-with the 50 or so numbers of `answer_features` in the first two parts: their sign turns, or nothing changes, when the
-answers are exchanged. So do `pair_features`, which are the same in either order, and those of the prompt.
+The first two parts hold the 50 or so numbers of `answer_features`. Exchanging the answers flips the sign of the first
+part and changes no other number.
 """
 
 import re
@@ -41,8 +39,8 @@ OFFER = re.compile(r"let me know|hope this helps|feel free|anything else|happy t
 COURTESY = re.compile(r"^\s*(?:sure|certainly|of course|yes|no|great|thank|here (?:is|are)|here's|hello|hi)\b", re.I)
 LEFTOVER_TURN = re.compile(r"^[ \t]*(?:human|user|assistant|question)\s*:|<\||</s>|\[/?INST|###", re.I | re.M)
 FINAL_MARKS, CLOSING_MARKS = ".!?。！？", "\"')`*:;]}"
-OPENING_CHARACTERS = 150  # of an answer: a refusal there is no quotation
-SENTENCE_THAT_COUNTS = 9  # characters; shorter lines may well stand twice
+OPENING_CHARACTERS = 150  # of an answer: a refusal in them is not a quotation
+MIN_SENTENCE_CHARACTERS = 9  # shorter lines may be repeated for good reasons
 ASKS = {
     "summary": r"summar|tl;?dr|\btitle\b|shorten|\bbrief|concise",
     "writing": r"\bwrite|compose|draft|poem|story|essay|email|letter",
@@ -58,7 +56,7 @@ ASKS_FOR = {name: re.compile(pattern) for name, pattern in ASKS.items()}
 
 
 def answer_features(answer: Text, prompt: Text) -> dict[str, float]:
-    """What one answer to a prompt is like. Counts and lengths are log(1 + n)."""
+    """The features of one answer to a prompt. Counts and lengths are log(1 + n)."""
     return {**_size(answer), **_form(answer), **_manner(answer), **_repetition(answer), **_relation(answer, prompt)}
 
 
@@ -109,25 +107,25 @@ def _manner(answer: Text) -> dict[str, float]:
 
 
 def _repetition(answer: Text) -> dict[str, float]:
-    sentences = [each for each in answer.sentences if len(each) >= SENTENCE_THAT_COUNTS]
+    sentences = [each for each in answer.sentences if len(each) >= MIN_SENTENCE_CHARACTERS]
     return {
         "different_lemmas_share": len(set(answer.lemmas)) / max(len(answer.lemmas), 1),
         "content_share": len(answer.content) / max(len(answer.words), 1),
-        "repeated_triples_share": _repeated(answer.triples),
+        "repeated_triples_share": _repeated(answer.trigrams),
         "repeated_sentences_share": _repeated(sentences),
-        "zipped_share": answer.zipped_share,
+        "zipped_share": answer.compression_ratio,
     }
 
 
 def _relation(answer: Text, prompt: Text) -> dict[str, float]:
-    asked_triples = frozenset(prompt.triples)
+    prompt_trigrams = frozenset(prompt.trigrams)
     return {
         "prompt_covered": _share(answer.content_set & prompt.content_set, prompt.content_set),
         "words_from_prompt": _share(answer.content_set & prompt.content_set, answer.content_set),
         "new_words": log1p(len(answer.content_set - prompt.content_set)),
-        "prompt_pairs_covered": _share(answer.pairs & prompt.pairs, prompt.pairs),
-        "pairs_from_prompt": _share(answer.pairs & prompt.pairs, answer.pairs),
-        "triples_from_prompt": sum(each in asked_triples for each in answer.triples) / max(len(answer.triples), 1),
+        "prompt_pairs_covered": _share(answer.bigrams & prompt.bigrams, prompt.bigrams),
+        "pairs_from_prompt": _share(answer.bigrams & prompt.bigrams, answer.bigrams),
+        "triples_from_prompt": sum(each in prompt_trigrams for each in answer.trigrams) / max(len(answer.trigrams), 1),
         "prompt_numbers_covered": _share(answer.numbers & prompt.numbers, prompt.numbers),
         "numbers": log1p(len(answer.numbers)),
         "new_numbers": log1p(len(answer.numbers - prompt.numbers)),
@@ -138,7 +136,7 @@ def _relation(answer: Text, prompt: Text) -> dict[str, float]:
 
 
 def pair_features(one: Text, other: Text) -> dict[str, float]:
-    """How alike two answers are, the same in either order."""
+    """The similarity of two answers, the same in either order."""
     common = len(one.content_set & other.content_set)
     beginning = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(one.lemmas, other.lemmas, strict=False)))
     lengths = sorted((len(one.text), len(other.text)))
@@ -146,7 +144,7 @@ def pair_features(one: Text, other: Text) -> dict[str, float]:
         "identical": float(one.text.strip() == other.text.strip()),
         "common_words": _share_of_union(one.content_set, other.content_set),
         "common_words_of_shorter": common / max(min(len(one.content_set), len(other.content_set)), 1),
-        "common_pairs": _share_of_union(one.pairs, other.pairs),
+        "common_pairs": _share_of_union(one.bigrams, other.bigrams),
         "common_numbers": _share_of_union(one.numbers, other.numbers),
         "common_beginning": log1p(beginning),
         "shorter": log1p(lengths[0]),
@@ -155,7 +153,7 @@ def pair_features(one: Text, other: Text) -> dict[str, float]:
 
 
 def prompt_features(prompt: Text) -> dict[str, float]:
-    """What was asked; alone it says how likely a tie is, beside an answer what makes a good one."""
+    """The features of the prompt."""
     text, small = prompt.text, prompt.text.lower()
     return {
         "characters": log1p(len(text)),
@@ -173,19 +171,19 @@ def prompt_features(prompt: Text) -> dict[str, float]:
 
 
 def texts_of(battle: Battle) -> tuple[Text, Text, Text]:
-    """The prompt and both answers, the turns of each one below the other."""
+    """The prompt and both answers, the turns of each joined by line breaks."""
     return tuple(Text("\n".join(turns)) for turns in (battle.prompt, battle.answer_a, battle.answer_b))  # type: ignore
 
 
-def features(prompt: Text, answer_a: Text, answer_b: Text, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """The vectors of a battle and of the same battle with its answers exchanged: float64 [features] each."""
+def features(prompt: Text, answer_a: Text, answer_b: Text, turns: int) -> tuple[np.ndarray, np.ndarray]:
+    """The vectors of a battle and of the battle with exchanged answers: float64 [features] each."""
     a, b = (np.array(list(answer_features(each, prompt).values())) for each in (answer_a, answer_b))
-    rest = [*pair_features(answer_a, answer_b).values(), *prompt_features(prompt).values(), log1p(number)]
+    rest = [*pair_features(answer_a, answer_b).values(), *prompt_features(prompt).values(), log1p(turns)]
     return np.concatenate([a - b, a + b, rest]), np.concatenate([b - a, b + a, rest])
 
 
 def feature_names() -> list[str]:
-    """A name for every number of `features`."""
+    """The name of each number of `features`."""
     empty = Text("")
     answer = list(answer_features(empty, empty))
     return [

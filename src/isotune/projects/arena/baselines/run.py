@@ -1,4 +1,4 @@
-"""A run of the baselines: its folder, and the files that it leaves there."""
+"""A run of the baselines: checks, training, predictions and the files in the run folder."""
 
 import json
 import time
@@ -17,17 +17,17 @@ from isotune.projects.arena.recipes import BaselinesRecipe
 from isotune.projects.arena.submission import write_submission
 
 RECIPE, SUBMISSION, CHOSEN = "recipe.yaml", "submission.csv", "chosen.json"
-PROMPTS_A_FOLD = 3  # what calibration inside a fold needs
-ROWS_WORTH_A_PROCESS = 500  # each process takes seconds to import what it needs
+MIN_PROMPTS_PER_FOLD = 3  # for the calibration inside a fold
+MIN_PARALLEL_ROWS = 500  # each process takes seconds to import its libraries
 HELD_OUT, TEST = "arena", "arena_test"
 
 
 def run_baselines(recipe: BaselinesRecipe) -> None:
-    """Read, choose, fit, predict; leaves recipe.yaml, chosen.json, submission.csv and eval/ in the run's folder.
+    """Search, fit and predict; writes recipe.yaml, chosen.json, submission.csv and eval/ to the run folder.
 
     Raises:
-        UserError: the recipe, the data or the folder is not as it should be; nothing is written then.
-        AlreadyDone: the folder holds this very run.
+        UserError: the recipe, the data or the folder is wrong; nothing is written.
+        AlreadyDone: the folder has the finished run of this recipe.
     """
     started = time.perf_counter()
     recipe = recipe.with_values(grids=check_grids(recipe.grids))
@@ -39,70 +39,70 @@ def run_baselines(recipe: BaselinesRecipe) -> None:
     for battles in (files.train, files.test):
         print(battles.table(), flush=True)
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         print(f"{time.perf_counter() - started:6.0f} s  {line}", flush=True)
 
     assert recipe.grids is not None
-    jobs = -1 if len(files.train) > ROWS_WORTH_A_PROCESS else 1
-    fitted = fit_baselines(files.train.battles, recipe.grids, folds=recipe.folds, seed=recipe.seed, jobs=jobs, say=say)
+    jobs = -1 if len(files.train) > MIN_PARALLEL_ROWS else 1
+    fitted = fit_baselines(files.train.battles, recipe.grids, folds=recipe.folds, seed=recipe.seed, jobs=jobs, log=log)
     predictions = fitted.predict(files.test.battles)
 
     run.mkdir(parents=True, exist_ok=True)
     recipe.write(run / RECIPE)
-    (run / CHOSEN).write_text(json.dumps(_chosen(fitted), indent=2) + "\n", encoding="utf-8")
+    (run / CHOSEN).write_text(json.dumps(_selection(fitted), indent=2) + "\n", encoding="utf-8")
     ids = [battle.id for battle in files.test.battles]
     write_submission(run / SUBMISSION, ids, predictions[BLEND], files.sample)
-    say(f"wrote {run / SUBMISSION}")
+    log(f"wrote {run / SUBMISSION}")
     if answered is not None:
         scores = score_preferences(answered, predictions, main=BLEND)
         write_preferences(run / "eval" / TEST, answered, predictions, scores, model=str(run), split="test")
         print(f"\n{answered.name}: {len(answered):,} rows, scored once\n{scores.table()}")
-    _write_held_out(run, recipe, files, fitted)  # last: it stands for a finished run
+    _write_held_out(run, recipe, files, fitted)  # last: it marks the run as finished
 
 
 def _write_held_out(run: Path, recipe: BaselinesRecipe, files: Competition, fitted: Baselines) -> None:
     scores = score_preferences(files.train, fitted.held_out, main=BLEND)
     split = f"train, {recipe.folds} folds"
     write_preferences(run / "eval" / HELD_OUT, files.train, fitted.held_out, scores, model=str(run), split=split)
-    remarks = {
-        name: f"{fitted.weights[name]:.0%} of the blend; {', '.join(f'{k} {v}' for k, v in one.parameters.items())}"
-        for name, one in fitted.chosen.items()
-    }
+    remarks = {}
+    for name, candidate in fitted.selected.items():
+        parameters = ", ".join(f"{key} {value}" for key, value in candidate.parameters.items())
+        remarks[name] = f"{fitted.weights[name]:.0%} of the blend; {parameters}"
     print(f"\n{files.train.name}: each row by models that had not seen its prompt\n{scores.table(remarks)}")
 
 
-def _chosen(fitted: Baselines) -> dict[str, dict]:
+def _selection(fitted: Baselines) -> dict[str, dict]:
     return {
-        name: {"weight": fitted.weights[name], "log_loss": one.log_loss, "parameters": one.parameters}
-        for name, one in fitted.chosen.items()
+        name: {"weight": fitted.weights[name], "log_loss": candidate.log_loss, "parameters": candidate.parameters}
+        for name, candidate in fitted.selected.items()
     }
 
 
 def _check_enough(battles: Battles, folds: int) -> None:
-    """Refuse rows from which nothing can be learned or judged."""
+    """Refuse data with too few prompts or without one of the classes."""
     prompts = len({battle.group() for battle in battles.battles})
-    if prompts < PROMPTS_A_FOLD * folds:
+    if prompts < MIN_PROMPTS_PER_FOLD * folds:
         raise UserError(
-            f"folds: {folds} folds need {PROMPTS_A_FOLD * folds} different prompts, {battles.name} has {prompts}"
+            f"folds: {folds} folds need {MIN_PROMPTS_PER_FOLD * folds} different prompts, {battles.name} has {prompts}"
         )
     for name, count in zip(CLASSES, np.bincount(battles.labels, minlength=3), strict=True):
         if not count:
-            raise UserError(f"{battles.name} has no row with {name}: there is nothing to tell apart")
+            raise UserError(f"{battles.name} has no row with {name}: a model needs rows of each class")
 
 
 def _check_folder(run: Path, recipe: BaselinesRecipe) -> None:
-    """Refuse a folder that holds something else, before any work is done."""
+    """Refuse a folder with other content, before any work is done."""
     if run.is_file():
         raise UserError(f"output_dir '{run}' is a file")
     if not run.is_dir() or not any(run.iterdir()):
         return
     try:
         earlier = yaml.safe_load((run / RECIPE).read_text(encoding="utf-8"))
-        mine = isinstance(earlier, dict) and earlier.get("method") == recipe.method
+        is_baselines = isinstance(earlier, dict) and earlier.get("method") == recipe.method
     except (OSError, yaml.YAMLError):
-        mine, earlier = False, {}
-    if not mine:
-        raise UserError(f"output_dir '{run}' is not empty and holds no run of baselines: choose another --output_dir")
+        is_baselines, earlier = False, {}
+    if not is_baselines:
+        raise UserError(f"output_dir '{run}' is not empty and is not a run of baselines: choose another --output_dir")
     if BaselinesRecipe.from_layers([Layer(earlier)]).fingerprint() != recipe.fingerprint():
         raise UserError(f"output_dir '{run}' holds the run of another recipe: choose another --output_dir")
     if (run / "eval" / HELD_OUT / "metrics.json").is_file():

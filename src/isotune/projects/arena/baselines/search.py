@@ -1,4 +1,4 @@
-"""Everything is chosen by cross-validation on training rows, and rows of one prompt never stand on both sides of it."""
+"""Grid search by cross-validation on the training rows; all rows of a prompt are in the same fold."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from sklearn.model_selection import GroupKFold, ParameterGrid
 from threadpoolctl import threadpool_limits
 
 from isotune.projects.arena.baselines.estimators import Grids, SwapAveraged
-from isotune.projects.arena.baselines.feature_matrix import FeatureMatrix, Measured
+from isotune.projects.arena.baselines.feature_matrix import BattleFeatures, FeatureMatrix
 
 
 @dataclass(frozen=True)
-class Tried:
-    """A member with some values: its predictions of rows it did not learn from, float64 [rows, 3], and their loss."""
+class Candidate:
+    """A model with a point of its grid: its held-out predictions, float64 [rows, 3], and their log loss in nats."""
 
     name: str
     parameters: dict[str, Any]
@@ -24,7 +24,7 @@ class Tried:
 
 
 def search(
-    rows: Measured,
+    rows: BattleFeatures,
     labels: np.ndarray,
     groups: np.ndarray,
     grids: Grids,
@@ -32,53 +32,50 @@ def search(
     folds: int,
     seed: int,
     jobs: int = 1,
-    say: Callable[[str], None] = lambda line: None,
-) -> tuple[list[Tried], np.ndarray]:
-    """Every point of every grid, judged by cross-validation grouped by `groups`, [rows].
+    log: Callable[[str], None] = lambda line: None,
+) -> tuple[list[Candidate], np.ndarray]:
+    """Cross-validate every point of every grid, with folds grouped by `groups`, [rows].
 
-    Folds run side by side in `jobs` processes (-1: one a core), each on one core, so the numbers do not depend on how
-    many there are. Not in threads: those share Python's list of warnings, which scikit-learn 1.9 exchanges for a while.
+    Folds run in `jobs` processes (-1: one per core), each on one core, so the result does not depend on their number.
+    Threads would share Python's list of warning filters, which scikit-learn 1.9 replaces for a while.
 
     Returns:
-        the points, and int64 [rows]: the fold in which each row was held out.
+        the candidates, and int64 [rows]: the fold in which each row was held out.
     """
     points = [(name, point) for name, grid in grids.items() for point in ParameterGrid(grid)]
     splits = list(GroupKFold(folds, shuffle=True, random_state=seed).split(labels, groups=groups))
     fold_of = np.empty(len(labels), np.int64)
-    for number, (_, judge) in enumerate(splits):
-        fold_of[judge] = number
+    for fold, (_, test) in enumerate(splits):
+        fold_of[test] = fold
 
-    def one_fold(number: int) -> tuple[int, list[np.ndarray]]:
-        learn, judge = splits[number]
+    def run_fold(fold: int) -> tuple[int, list[np.ndarray]]:
+        train, test = splits[fold]
         with threadpool_limits(1):
-            design = FeatureMatrix(seed).fit(rows.subset(learn))
-            views, judged = design.transform(rows.subset(learn)), design.transform(rows.subset(judge))
-            found = []
+            matrix = FeatureMatrix(seed).fit(rows.subset(train))
+            train_inputs, test_inputs = matrix.transform(rows.subset(train)), matrix.transform(rows.subset(test))
+            predictions = []
             for name, point in points:
-                member = SwapAveraged(name, point, seed).fit(*views, labels[learn], groups[learn])
-                found.append(member.predict(*judged))
-        return number, found
+                model = SwapAveraged(name, point, seed).fit(*train_inputs, labels[train], groups[train])
+                predictions.append(model.predict(*test_inputs))
+        return fold, predictions
 
-    by_fold: dict[int, list[np.ndarray]] = {}
+    held_out = np.empty((len(points), len(labels), 3))
     running: Any = Parallel(n_jobs=jobs, return_as="generator_unordered")
-    for number, found in running(delayed(one_fold)(number) for number in range(folds)):
-        by_fold[number] = found
-        say(f"fold {len(by_fold)} of {folds}: {len(points)} models, judged on {len(splits[number][1]):,} rows")
-    tried = []
-    for (name, point), parts in zip(points, zip(*(by_fold[n] for n in range(folds)), strict=True), strict=True):
-        held_out = np.empty((len(labels), 3))
-        for (_, judge), part in zip(splits, parts, strict=True):
-            held_out[judge] = part
-        tried.append(Tried(name, dict(point), held_out, float(row_losses(held_out, labels).mean())))
-    return tried, fold_of
+    for done, (fold, predictions) in enumerate(running(delayed(run_fold)(fold) for fold in range(folds)), start=1):
+        test = splits[fold][1]
+        held_out[:, test] = predictions
+        log(f"fold {done} of {folds}: {len(points)} models, evaluated on {len(test):,} rows")
+    candidates = []
+    for (name, point), predictions in zip(points, held_out, strict=True):
+        log_loss = float(-np.log(predictions[np.arange(len(labels)), labels]).mean())
+        candidates.append(Candidate(name, dict(point), predictions, log_loss))
+    return candidates, fold_of
 
 
-def best_of_each(tried: list[Tried]) -> dict[str, Tried]:
-    """The point of the smallest loss of each member, by name."""
-    names = dict.fromkeys(each.name for each in tried)
-    return {name: min((each for each in tried if each.name == name), key=lambda each: each.log_loss) for name in names}
-
-
-def row_losses(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Minus the logarithm of what each row's class was given, in nats: float64 [rows]."""
-    return -np.log(probabilities[np.arange(len(labels)), labels])
+def best_candidates(candidates: list[Candidate]) -> dict[str, Candidate]:
+    """The candidate with the lowest log loss of each model, by name."""
+    best: dict[str, Candidate] = {}
+    for candidate in candidates:
+        if candidate.name not in best or candidate.log_loss < best[candidate.name].log_loss:
+            best[candidate.name] = candidate
+    return best

@@ -1,4 +1,4 @@
-"""How numbers and verdicts are written for people, the same on the terminal and in the report."""
+"""How the terminal and the HTML report write numbers, run letters and the conclusions of a comparison."""
 
 import math
 import string
@@ -10,13 +10,13 @@ from isotune.evaluation.statistics.comparison import Comparison, MetricDifferenc
 NO_DIFFERENCE = "no difference shown"
 
 
-def letter(number: int) -> str:
-    """A, B, ..., Z, then R27, R28, ...: what a run is called in a table."""
-    return string.ascii_uppercase[number] if number < 26 else f"R{number + 1}"
+def run_letter(index: int) -> str:
+    """A, B, ..., Z, then R27, R28, ...: the short name of a run in a table."""
+    return string.ascii_uppercase[index] if index < 26 else f"R{index + 1}"
 
 
-def number(value: Any) -> str:
-    """A number short enough to read: whole numbers with thousands, others with four decimals or digits."""
+def format_number(value: Any) -> str:
+    """A number in few characters: integers with thousands separators, others with four decimals or digits."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if not math.isfinite(value):
@@ -30,18 +30,18 @@ def number(value: Any) -> str:
     return f"{value:,.1f}" if 1e3 <= abs(value) < 1e7 else f"{value:.3g}"
 
 
-def signed(value: float) -> str:
-    """A difference, with its sign."""
-    return ("+" if value > 0 else "") + number(value)
+def format_signed(value: float) -> str:
+    """A difference with its sign."""
+    return ("+" if value > 0 else "") + format_number(value)
 
 
-def p_value(p: float) -> str:
-    """Two digits, as a power of ten where it is small."""
+def format_p(p: float) -> str:
+    """A p-value: three decimals, or scientific notation below 0.001."""
     return f"{p:.3f}" if p >= 0.001 else f"{p:.1e}"
 
 
-def verdict(difference: MetricDifference, pair: Pair, names: Sequence[str]) -> str:
-    """What a row of the table comes to; `names` are the runs' by their number."""
+def metric_conclusion(difference: MetricDifference, pair: Pair, names: Sequence[str]) -> str:
+    """The conclusion about one metric; `names` are the runs' names by index."""
     if not difference.shown:
         return NO_DIFFERENCE
     if difference.better is None:
@@ -49,23 +49,23 @@ def verdict(difference: MetricDifference, pair: Pair, names: Sequence[str]) -> s
     return f"{names[pair.b if difference.better == 'b' else pair.a]} is better"
 
 
-def verdict_of_pair(pair: Pair, names: Sequence[str]) -> str:
-    """What all metrics of a pair come to, in a sentence."""
+def pair_conclusion(pair: Pair, names: Sequence[str]) -> str:
+    """The conclusion about a pair of runs over all metrics, in a sentence."""
     a, b = names[pair.a], names[pair.b]
     if not pair.shown:
         return f"{NO_DIFFERENCE} between {a} and {b}: nothing here is more than chance explains"
     parts = []
     for side, name in (("a", a), ("b", b)):
-        better = [one.metric for one in pair.shown if one.better == side]
+        better = [difference.metric for difference in pair.shown if difference.better == side]
         if better:
             parts.append(f"{name} is better in {', '.join(better)}")
-    if neither := [one.metric for one in pair.shown if one.better is None]:
+    if neither := [difference.metric for difference in pair.shown if difference.better is None]:
         parts.append(f"{a} and {b} differ in {', '.join(neither)}")
     return "; ".join(parts)
 
 
-def tests_in_words(comparison: Comparison) -> str:
-    """What the columns of a comparison are."""
+def describe_tests(comparison: Comparison) -> str:
+    """How the intervals and p-values of a comparison were computed."""
     tests = "1 test" if comparison.tests == 1 else f"{comparison.tests} tests"
     groups = f"; rows of one of {comparison.groups:,} prompts go together" if comparison.groups else ""
     return (

@@ -1,4 +1,4 @@
-"""The lines of metrics.jsonl as whoever draws or tells a run needs them, whatever state the run left the file in."""
+"""Read metrics.jsonl, also of a run that was killed or is still going on."""
 
 import json
 from dataclasses import dataclass
@@ -9,39 +9,39 @@ METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
-class MetricsLines:
-    """Training and evaluation lines by step, in its order, and the numbers of lines that are none, from 1."""
+class Metrics:
+    """Training and evaluation lines by step, in the order of the steps; `broken_lines` are line numbers from 1."""
 
     steps: dict[int, dict[str, Any]]
     evaluations: dict[int, dict[str, Any]]
-    broken: list[int]
+    broken_lines: list[int]
 
 
-def read_metrics(file: Path) -> MetricsLines:
-    """Read the file; a line that is no JSON object with a step is passed over.
+def read_metrics(file: Path) -> Metrics:
+    """Read the file; a line that is not a JSON object with a step is skipped.
 
-    The last line of a killed run may be cut off, and one bad line must not cost the others. A step that was written
-    twice, because a killed run resumed before it, counts as it was written last.
+    A killed run may leave an incomplete last line, and one broken line must not cost the others. Of a step that was
+    written twice, because the run resumed from an earlier checkpoint, the last line counts.
 
     Raises:
         OSError: the file cannot be read.
     """
     steps: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, dict[str, Any]] = {}
-    broken = []
+    broken_lines = []
     for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-        entry = _entry(line)
+        entry = _parse(line)
         if entry is None:
-            broken.append(number)
+            broken_lines.append(number)
             continue
         if "loss" in entry:
             steps[entry["step"]] = entry
         if "eval_loss" in entry:
             evaluations[entry["step"]] = entry
-    return MetricsLines(dict(sorted(steps.items())), dict(sorted(evaluations.items())), broken)
+    return Metrics(dict(sorted(steps.items())), dict(sorted(evaluations.items())), broken_lines)
 
 
-def _entry(line: str) -> dict[str, Any] | None:
+def _parse(line: str) -> dict[str, Any] | None:
     try:
         entry = json.loads(line)
     except ValueError:

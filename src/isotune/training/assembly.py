@@ -1,0 +1,165 @@
+"""From a recipe, a model and its data to a trainer with all its parts, whatever the task; and its final model."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from isotune.checkpoint.final_model import FinalModelReport, save_and_verify
+from isotune.checkpoint.unshard import plain_model
+from isotune.config import RunRecipe
+from isotune.data.batch_schedule import Step, StepSchedule
+from isotune.data.run_data import RunData
+from isotune.distributed.launch import Process
+from isotune.io.errors import UserError
+from isotune.models.opening import is_made_here, load_whole_models
+from isotune.run.run_dir import RunDir
+from isotune.training.callbacks.early_stopping import EarlyStop
+from isotune.training.callbacks.epoch_averages import EpochAverages
+from isotune.training.callbacks.pre_train_checks import PreTrainChecks
+from isotune.training.callbacks.progress import ProgressBar
+from isotune.training.checkpointer import Checkpointer
+from isotune.training.nonfinite import NonFinitePolicy
+from isotune.training.recorder import MetricsRecorder
+from isotune.training.step_loader import documents_of
+from isotune.training.tasks.task import Task
+from isotune.training.trainer import PlannedTraining, TrainingPlan
+
+# torch 2.13's fused AdamW rounds the last few numbers of a tensor otherwise on CPU (44 of 14,000 in ten steps, on
+# tensors of 7), 8-bit optimizers quantize blocks, Adafactor factors matrices: to them a shard is another tensor.
+POSITION_FREE_OPTIMIZERS = ("adamw_torch", "sgd")
+
+
+def make_plan(recipe: RunRecipe, process: Process, data: RunData, task: Task) -> TrainingPlan:
+    """The schedule of a recipe over its prepared data, and how its gradients are summed.
+
+    Raises:
+        UserError: see `uses_exact_gradients`.
+    """
+    schedule = StepSchedule(
+        data.train.documents,
+        data.train.rows,
+        global_batch_size=recipe.global_batch_size,
+        microbatch_tokens=recipe.microbatch_tokens or recipe.max_seq_length,
+        seed=recipe.seed,
+    )
+    eval_schedule = data.evaluation and StepSchedule(
+        data.evaluation.documents,
+        data.evaluation.rows,
+        global_batch_size=len(data.evaluation.rows),
+        microbatch_tokens=recipe.eval_microbatch_tokens or schedule.microbatch_tokens,
+        seed=recipe.seed,
+        shuffle=False,
+    )
+
+    def name_rows(step: Step, number: int) -> str:
+        rows = [int(data.train.documents.source_rows[document]) for document in documents_of(step, number)]
+        return f"rows {', '.join(map(str, rows))} of {recipe.dataset_name}"
+
+    return TrainingPlan(
+        schedule,
+        data.train,
+        task,
+        eval_schedule,
+        data.evaluation,
+        exact_gradients=uses_exact_gradients(recipe, process),
+        reduce_once=recipe.gradient_reduction == "step",
+        nonfinite=NonFinitePolicy(
+            recipe.on_nonfinite,  # type: ignore[arg-type]  (a recipe holds one of the two words)
+            fp16=recipe.fp16,
+            name_rows=name_rows,
+            is_main=process.is_main,
+        ),
+    )
+
+
+def build(
+    make: Callable[..., PlannedTraining],
+    recipe: RunRecipe,
+    process: Process,
+    run: RunDir,
+    data: RunData,
+    plan: TrainingPlan,
+    *,
+    with_averages: bool = False,
+) -> PlannedTraining:
+    """The trainer that carries out `plan`, with a recorder, a checkpointer and the checks before training.
+
+    Args:
+        make: the trainer's class, with the model, the arguments and the tokenizer bound to it.
+        recipe, process, run, data: of the run.
+        plan: from `make_plan`.
+        with_averages: whether an evaluation's line has the means of training since the last one.
+    """
+    roles = {role: found for role, found in (("train", data.train), ("evaluation", data.evaluation)) if found}
+    early_stop = EarlyStop(recipe) if recipe.early_stopping_patience is not None else None
+    fingerprints = {role: found.fingerprint for role, found in roles.items()}
+    checkpointer = Checkpointer(recipe, process, run, fingerprints, early_stop)
+    progress = ProgressBar(quiet=bool(recipe.training_arguments.get("disable_tqdm")))
+    recorder = MetricsRecorder(plan.task, progress, EpochAverages() if with_averages else None)
+    trainer = make(plan=plan, recorder=recorder, checkpointer=checkpointer)
+    counts = {role: found.table.as_dict() for role, found in roles.items()}
+    trainer.add_callback(PreTrainChecks(trainer, checkpointer, counts))
+    trainer.add_callback(progress)  # after the checks, so that what they print stands above the bar
+    if early_stop is not None:
+        trainer.add_callback(early_stop)
+    return trainer
+
+
+def uses_exact_gradients(recipe: RunRecipe, process: Process) -> bool:
+    """`auto` is on where few parameters are trained, under plain and DDP; ZeRO-1 and 2 in fp32 are asked for it.
+
+    Raises:
+        UserError: asked for under an engine that cannot keep it.
+    """
+    if recipe.exact_gradients is True and (process.fsdp or process.zero_stage in (0, 3)):
+        engine = "FSDP" if process.fsdp else f"ZeRO-{process.zero_stage}"
+        raise UserError(f"exact_gradients: true cannot hold under {engine}: use DDP, ZeRO-1 or ZeRO-2")
+    if recipe.exact_gradients is True and process.deepspeed and (recipe.bf16 or recipe.fp16):
+        raise UserError(
+            "exact_gradients: true cannot hold under DeepSpeed in 16 bits, which rounds gradients itself: use DDP"
+        )
+    optimizer = recipe.training_arguments["optim"]
+    if recipe.exact_gradients is True and process.deepspeed and optimizer not in POSITION_FREE_OPTIMIZERS:
+        raise UserError(
+            f"exact_gradients: true under ZeRO needs optim: {' or '.join(POSITION_FREE_OPTIMIZERS)}, because "
+            f"{optimizer} rounds a number by where it lies in a share: say so on every number of processes"
+        )
+    return recipe.sums_exactly(plain_or_ddp=not (process.deepspeed or process.fsdp))
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """What the trained tensors take on disk."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
+def save(
+    recipe: RunRecipe,
+    run: RunDir,
+    trainer: PlannedTraining,
+    tokenizer: Any,
+    load_again: Callable[[Any], PreTrainedModel],
+) -> FinalModelReport | None:
+    """Write RUN/model on the main process, reopened and compared before it is called saved; every rank must call it.
+
+    The base of an adapter that exists nowhere else, because it was made at random, is written beside it: `load_again`
+    makes it from the recipe.
+    """
+    accelerator = trainer.accelerator
+    accelerator.wait_for_everyone()
+    trainer.watchdog.stop()
+    run.fence.check()
+    report = None
+    inner: Any = accelerator.unwrap_model(trainer.model_wrapped)
+    model: Any = plain_model(inner, keep=accelerator.process_index == 0)
+    load_whole_models()  # to be reopened, and to answer the sample question
+    if model is not None:
+        if recipe.tune != "full" and is_made_here(recipe):
+            save_and_verify(load_again(recipe), tokenizer, run.base_model)
+            model.peft_config["default"].base_model_name_or_path = str(run.base_model.resolve())
+        report = save_and_verify(model, tokenizer, run.model)
+        if trainer.recorder is not None:
+            trainer.recorder.close()
+    accelerator.wait_for_everyone()
+    return report

@@ -1,0 +1,285 @@
+"""Checkpoints that survive anything: what is saved, when, and how a run goes on as if never stopped.
+
+Nothing random is saved, because nothing random is carried: a microbatch draws from its place in the schedule. What
+differs from Trainer's own checkpoints:
+
+- one format for every engine (`checkpoint.engine_state`), without a pickle in it;
+- a thread writes it while training goes on, and it appears by one rename when it is whole;
+- a run that is told to stop saves after the current step, on all ranks together, and ends;
+- an evaluation that was due when a run stopped is made when it goes on, so that metrics.jsonl lacks nothing.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+
+from isotune.checkpoint.engine_state import EngineState, OptimizerNumbers
+from isotune.checkpoint.flat_tensors import host_copy, read_tensors
+from isotune.checkpoint.manifest import Manifest
+from isotune.checkpoint.resume import STATE, TRAINER_STATE, Resumption, find_resumption
+from isotune.checkpoint.store import CheckpointStore, name_of
+from isotune.checkpoint.unshard import reshard
+from isotune.checkpoint.writer import TENSORS, CheckpointWriter, Snapshot
+from isotune.checkpoint.zero import state_of
+from isotune.config import RunRecipe
+from isotune.distributed.launch import Process
+from isotune.io.errors import Preempted, RunFault, UserError
+from isotune.run.environment import versions
+from isotune.run.preemption import stop_request
+from isotune.run.run_dir import CHECKPOINTS, METRICS, RunDir
+from isotune.training import lr_schedule_state
+from isotune.training.callbacks.early_stopping import EarlyStop
+
+
+class Checkpointer:
+    """Saves and resumes a run; a notebook leaves it out.
+
+    Args:
+        recipe, process: what was asked, and where this process stands.
+        run: whose folder the checkpoints go to.
+        data_fingerprints: of the prepared data, by role.
+        early_stop: whose count of evaluations goes on where the run goes on, or None.
+
+    Attributes:
+        resumption: what this run went on from, None where it began at its first step.
+        stall_seconds: how long training waited for each checkpoint.
+    """
+
+    def __init__(
+        self,
+        recipe: RunRecipe,
+        process: Process,
+        run: RunDir,
+        data_fingerprints: dict[str, str],
+        early_stop: EarlyStop | None = None,
+    ) -> None:
+        self.recipe, self.process, self.run = recipe, process, run
+        self.data_fingerprints, self.early_stop = data_fingerprints, early_stop
+        limit = recipe.training_arguments.get("save_total_limit")
+        self.store = CheckpointStore(run.path / CHECKPOINTS, limit, run.fence)
+        self.resumption: Resumption | None = None
+        self.stall_seconds: list[float] = []
+        self.writer: CheckpointWriter | None = None
+        self.stop_agreed = self.write_failed = False
+        self.epoch_end_done = self.evaluation_due = False
+
+    # ---- what ranks tell each other after each step (update.Votes) ----
+
+    def own(self) -> list[bool]:
+        """Whether this rank was told to stop, and whether its last checkpoint could not be written."""
+        return [stop_request.by is not None, self.writer is not None and self.writer.has_failed]
+
+    def agree(self, flags: list[bool]) -> None:
+        """The same of any rank."""
+        self.stop_agreed, self.write_failed = flags
+
+    # ---- the whole of training ----
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[str | None]:
+        """Hold it around training: yields the checkpoint to go on from, and waits for the last one to be written.
+
+        Raises:
+            Preempted: a signal came, and a checkpoint is written.
+            UserError, RunFault: see `find_resumption` and `CheckpointWriter`.
+        """
+        self.resumption = find_resumption(self.store, self.recipe, self.data_fingerprints, self.process)
+        if self.resumption is not None and self.run.status is not None:
+            self.run.status.step = self.resumption.step
+        self.writer = CheckpointWriter(self.store, self._published)
+        try:
+            yield str(self.resumption.folder) if self.resumption else None
+            self.writer.wait()
+        except (UserError, RunFault):
+            # every rank comes here together, and a checkpoint that is nearly written is worth waiting for
+            with contextlib.suppress(UserError, RunFault):
+                self.writer.wait()
+            raise
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on the disk, or its failure is told."""
+        assert self.writer is not None
+        self.writer.wait()
+
+    def place(self, steps_per_epoch: int, epochs: int) -> tuple[int, int]:
+        """Where to go on: the epoch, and its steps that are done.
+
+        An epoch whose end was not reached is entered again, though no step of it is left.
+        """
+        assert self.resumption is not None
+        step, state = self.resumption.step, self.resumption.state
+        if self.early_stop is not None:
+            self.early_stop.early_stopping_patience_counter = state["evaluations_without_better"]
+            if self.early_stop.has_stopped and state["epoch_end_done"]:
+                return epochs, 0
+        if state["epoch_end_done"]:
+            return -(-step // steps_per_epoch), 0
+        epoch = (step - 1) // steps_per_epoch
+        return epoch, step - epoch * steps_per_epoch
+
+    # ---- writing ----
+
+    def save(self, trainer: Any) -> None:
+        """Copy the state to host memory, and leave the rest to a thread."""
+        started = time.perf_counter()
+        self.wait()
+        assert self.writer is not None
+        self.writer.start(self._snapshot(trainer))
+        self.stall_seconds.append(time.perf_counter() - started)
+
+    def _snapshot(self, trainer: Any) -> Snapshot:
+        state: TrainerState = trainer.state
+        if state.best_global_step:
+            state.best_model_checkpoint = str(self.store.path / name_of(state.best_global_step))
+        engine = _engine_state(trainer)
+        manifest = Manifest(
+            step=state.global_step,
+            world_size=self.process.world_size,
+            engine=type(trainer.model_wrapped).__name__,
+            recipe_fingerprint=self.recipe.fingerprint(),
+            recipe=self.recipe.result_values(),
+            data_fingerprints=self.data_fingerprints,
+            versions=versions(),
+            best_step=state.best_global_step,
+            best_metric=state.best_metric,
+        )
+        record = {
+            "step": state.global_step,
+            "epoch_end_done": self.epoch_end_done,
+            "evaluation_due": self.evaluation_due,
+            "skipped_steps": trainer.update.nonfinite.skipped_steps,
+            "evaluations_without_better": self.early_stop.early_stopping_patience_counter if self.early_stop else 0,
+            "optimizer": engine.numbers().as_dict(),
+            **lr_schedule_state.capture(trainer),
+        }
+        texts = {
+            STATE: json.dumps(record, indent=1) + "\n",
+            TRAINER_STATE: json.dumps(dataclasses.asdict(state), indent=1, sort_keys=True) + "\n",
+            METRICS: (self.run.path / METRICS).read_text("utf-8") if self.process.is_main else "",
+        }
+        tensors = {**engine.model(to_read=False), **engine.optimizer(to_read=False)}
+        return Snapshot(host_copy(tensors), texts, manifest)
+
+    def _published(self, folder: Path, manifest: Manifest) -> None:
+        if self.run.status is not None:
+            self.run.status.reached(manifest.step)
+
+    # ---- reading ----
+
+    def restore(self, trainer: Any) -> None:
+        """Put the state of `resumption` into the prepared engine, however that splits it."""
+        assert self.resumption is not None
+        state = self.resumption.state
+        engine = _engine_state(trainer)
+        engine.make_optimizer_state(OptimizerNumbers(**state["optimizer"]))
+        _read(self.resumption.folder, engine, with_optimizer=True)
+        lr_schedule_state.restore(trainer, state)
+        trainer.update.nonfinite.skipped_steps = state["skipped_steps"]
+        if trainer.recorder is not None:
+            trainer.recorder.go_on(self.resumption.metrics)
+        trainer.args.eval_on_start = False
+
+    def load_best(self, trainer: Any) -> None:
+        """Take the weights of the best evaluation into the model that is about to be saved."""
+        self.wait()
+        state = trainer.state
+        folder = Path(state.best_model_checkpoint)
+        _read(folder, _engine_state(trainer), with_optimizer=False)
+        if self.process.is_main:
+            print(f"best        step {state.best_global_step}: {state.best_metric:.6g}, from {folder}")
+
+
+class CheckpointEvents(TrainerCallback):
+    """Tells a Checkpointer of Trainer's events; must come after Trainer's own callbacks, whose decisions it changes.
+
+    Args:
+        checkpointer: told.
+        trainer: whose overdue evaluation is made where a run goes on.
+    """
+
+    def __init__(self, checkpointer: Checkpointer, trainer: Any) -> None:
+        self.checkpointer, self.trainer = checkpointer, trainer
+        self._catching_up = self._stopping = False
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Where a run goes on: first the evaluation for which its last attempt had no time; then, perhaps, no step."""
+        of, resumption = self.checkpointer, self.checkpointer.resumption
+        if resumption is not None and resumption.state["evaluation_due"]:
+            resumption.state["evaluation_due"] = False
+            self._catching_up = True
+            self.trainer.evaluate_overdue()
+            self._catching_up = False
+        stopped = of.early_stop is not None and of.early_stop.has_stopped
+        if stopped:
+            control.should_training_stop = True
+        if stopped or state.global_step >= state.max_steps:  # only the end of the last epoch is left
+            kwargs["train_dataloader"].skip_to_end()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Tell of a checkpoint that could not be written; where a stop is agreed, save and do nothing else."""
+        of = self.checkpointer
+        of.epoch_end_done, self._stopping = False, of.stop_agreed
+        if of.write_failed:
+            of.wait()
+        of.evaluation_due = of.stop_agreed and control.should_evaluate
+        if of.stop_agreed:
+            control.should_evaluate, control.should_save = False, True
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """What is saved from now on lacks nothing of the epoch."""
+        self.checkpointer.epoch_end_done = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The best so far is saved whenever it comes."""
+        if self._catching_up or args.metric_for_best_model is None or args.save_strategy == SaveStrategy.NO:
+            return
+        name = args.metric_for_best_model
+        value = kwargs["metrics"][name if name.startswith("eval_") else f"eval_{name}"]
+        best = state.best_metric
+        if args.greater_is_better:
+            is_best = value > (-math.inf if best is None else best)
+        else:
+            is_best = value < (math.inf if best is None else best)
+        control.should_save = control.should_save or is_best
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """End here where a stop was agreed.
+
+        Raises:
+            Preempted: the checkpoint is on the disk.
+        """
+        if self._stopping:
+            self.checkpointer.wait()
+            folder = self.checkpointer.store.path / name_of(state.global_step)
+            raise Preempted(f"stopped after step {state.global_step}: the same command goes on from {folder}")
+
+
+def _engine_state(trainer: Any) -> EngineState:
+    wrapped: Any = trainer.model_wrapped
+    optimizer = wrapped.optimizer if trainer.is_deepspeed_enabled else getattr(trainer.optimizer, "optimizer", None)
+    model: Any = trainer.accelerator.unwrap_model(wrapped)
+    reshard(model)  # an evaluation may have left parameters whole that the optimizer knows in shares
+    return state_of(model, optimizer)
+
+
+@torch.no_grad()
+def _read(folder: Path, engine: EngineState, *, with_optimizer: bool) -> None:
+    tensors = engine.model(to_read=True)
+    if with_optimizer:
+        tensors |= engine.optimizer(to_read=True)
+    try:
+        read_tensors(folder / TENSORS, tensors)
+    except RuntimeError as error:
+        raise RunFault(f"the checkpoint does not fit what was built from its own recipe: {error}") from error
+    engine.after_reading()

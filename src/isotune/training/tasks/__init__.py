@@ -1,0 +1,1 @@
+"""What a model learns: the loss, denominator and metrics of its microbatches."""

@@ -1,0 +1,148 @@
+"""One optimizer update, from its microbatches to the clipped gradient.
+
+    microbatches -> forward -> loss / denominator of the global batch -> backward -> sync -> clip
+
+Trainer's loop then steps the optimizer and the learning rate, and `recorder` writes the update down. Engines that step
+by themselves (DeepSpeed) do so at the end of `sync`.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+
+from isotune.data.batch_schedule import Step
+from isotune.distributed.collectives import gather_by_number, ordered_sum
+from isotune.distributed.watchdog import Watchdog
+from isotune.models.cpu.speedups import training_pass
+from isotune.training.gradient_sync import GradientSync, nan_gradient
+from isotune.training.nonfinite import NonFinitePolicy
+from isotune.training.randomness import seed_microbatch
+from isotune.training.tasks.task import Task
+
+
+class Votes(Protocol):
+    """What every rank must know after a step, carried by the collective that carries the losses."""
+
+    def own(self) -> list[bool]:
+        """This rank's flags."""
+        ...
+
+    def agree(self, flags: list[bool]) -> None:
+        """Each flag, raised if any rank raised it."""
+        ...
+
+
+@dataclass
+class UpdateResult:
+    """What one update found.
+
+    Attributes:
+        step: whose microbatches it saw.
+        loss: of the whole global batch, the same on every rank.
+        count: the task's whole number, added up over the global batch.
+        grad_norm: before clipping; NaN where the update was skipped.
+        skipped: the update was left out because its loss or gradient is NaN or Inf.
+        started_at: seconds of `time.perf_counter`.
+    """
+
+    step: Step
+    loss: float = math.nan
+    count: int = 0
+    grad_norm: float = math.nan
+    skipped: bool = False
+    started_at: float = field(default_factory=time.perf_counter)
+
+
+class OptimizerUpdate:
+    """Runs the updates of a schedule on this rank.
+
+    Args:
+        task: loss, denominator and count of a microbatch.
+        sync: when and how gradients travel, and whether they are summed exactly.
+        nonfinite: what happens when a loss or gradient is NaN or Inf.
+        watchdog: told of every microbatch.
+        seed: of dropout.
+        votes: what ranks tell each other beside the losses, or None.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        sync: GradientSync,
+        nonfinite: NonFinitePolicy,
+        watchdog: Watchdog,
+        seed: int,
+        votes: Votes | None = None,
+    ) -> None:
+        self.task, self.sync, self.nonfinite = task, sync, nonfinite
+        self.watchdog, self.seed, self.votes = watchdog, seed, votes
+        self.result: UpdateResult | None = None
+        self.microbatches: Sequence[dict[str, Any]] = ()
+
+    def run(self, model: nn.Module, step: Step, microbatches: Sequence[dict[str, Any]]) -> UpdateResult:
+        """Forward and backward of this rank's `microbatches` of `step`, and the sum of the ranks' gradients."""
+        self.result, self.microbatches = UpdateResult(step), microbatches
+        model.train()
+        self.sync.begin()
+        outputs: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        with self.sync.update(model):
+            for position, microbatch in enumerate(microbatches):
+                self.microbatch(model, microbatch, outputs, last=position == len(microbatches) - 1)
+        self.sync.finish(model, skipped=self.result.skipped)
+        return self.result
+
+    def microbatch(self, model: nn.Module, microbatch: dict[str, Any], outputs: dict, *, last: bool) -> None:
+        """One forward and backward.
+
+        An engine may step in its last backward, so the losses of all ranks are looked at before it.
+        """
+        assert self.result is not None
+        number, weight, step = microbatch["number"], microbatch["weight"], self.result.step
+        seed_microbatch(self.seed, step.number, number)
+        denominator = self.task.denominator(step)
+        with self.sync.microbatch(model, last=last), training_pass(model):
+            inputs: Any = send_to_device(microbatch["inputs"], self.sync.accelerator.device)
+            found = model(**inputs, use_cache=False)
+            loss = found.loss
+            if weight:
+                outputs[number] = loss.detach(), self.task.count(found, inputs)
+            del found  # what it holds beside the loss need not outlive the forward
+            if last:
+                self._gather(outputs, denominator)
+            scaled = loss * (weight * self.sync.loss_scale / denominator)
+            self.sync.backward(model, nan_gradient(loss) if self.result.skipped else scaled)
+        self.watchdog.progress(f"step {step.number + 1}")
+
+    def _gather(self, outputs: dict[int, tuple[torch.Tensor, torch.Tensor | None]], denominator: float) -> None:
+        """Loss and count of the global batch, and the ranks' votes, in one collective."""
+        assert self.result is not None
+        count, device = len(self.result.step.microbatches), self.sync.accelerator.device
+        own = self.votes.own() if self.votes else []
+        values = {number: loss for number, (loss, _) in outputs.items()}
+        values |= {count + number: counted for number, (_, counted) in outputs.items() if counted is not None}
+        values |= {2 * count + i: torch.tensor(float(flag), device=device) for i, flag in enumerate(own)}
+        table = gather_by_number(values, 2 * count + len(own), device)
+        if self.votes:
+            self.votes.agree([value > 0 for value in table[2 * count :]])
+        losses, self.result.count = table[:count], int(sum(table[count : 2 * count]))
+        self.result.loss = ordered_sum(losses) / denominator
+        broken = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
+        if broken:
+            self.nonfinite.refuse_or_skip("loss", self.result, broken[0])
+
+    def clip(self, model: nn.Module, max_norm: float) -> float:
+        """Clip the summed gradient to `max_norm` (0: not at all); returns its norm before."""
+        assert self.result is not None
+        if not self.result.skipped:
+            self.result.grad_norm = self.sync.clip(model, max_norm)
+            if not math.isfinite(self.result.grad_norm) and not self.nonfinite.is_overflow(self.sync.accelerator):
+                number = self.nonfinite.find_gradient(self, model)
+                self.nonfinite.refuse_or_skip("gradient", self.result, number)
+                self.sync.discard(model)
+        return self.result.grad_norm

@@ -1,0 +1,100 @@
+"""The mixin over both libraries' trainers, and its parts without a trainer."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from tests.building import build, each_document, loss_of_document, small_opt
+from tests.launching import TINY
+from torch import nn
+from transformers import OPTForCausalLM
+
+from isotune.checkpoint.resume import open_run
+from isotune.config import Recipe
+from isotune.data.run_data import prepare_run_data
+from isotune.distributed.launch import start_process
+from isotune.distributed.watchdog import Watchdog
+from isotune.io.errors import RunFault
+from isotune.models.opening import load_config, load_tokenizer
+from isotune.training import assembly, sft
+from isotune.training.arguments import sft_arguments, training_arguments
+from isotune.training.gradient_sync import GradientSync
+from isotune.training.nonfinite import NonFinitePolicy
+from isotune.training.step_loader import StepLoader
+from isotune.training.tasks.sft import SftTask
+from isotune.training.trainer import SFTTrainer, Trainer
+from isotune.training.update import OptimizerUpdate
+
+
+def parts(folder: Path, **values: Any) -> tuple[Recipe, Any, Any, nn.Module, Any]:
+    """Recipe, process, plan, model and tokenizer of a tiny run, without a trainer."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    recipe = Recipe.from_values(**{**TINY, "output_dir": str(folder / "run"), **values})
+    process = start_process(recipe)
+    open_run(recipe)
+    tokenizer = load_tokenizer(recipe)
+    data = prepare_run_data(recipe, tokenizer, show=False)
+    model = sft.build_model(recipe, load_config(recipe), process.device)
+    return recipe, process, assembly.make_plan(recipe, process, data, SftTask()), model, tokenizer
+
+
+@pytest.mark.parametrize("kind", ["Trainer", "SFTTrainer"])
+def test_without_recorder_and_checkpointer_a_notebook_trains_to_the_bits_of_the_script(tmp_path, kind) -> None:
+    model_folder = small_opt(tmp_path / "opt", dropout=0.1)
+    values = {"model_name_or_path": model_folder, "max_steps": 3}
+    recipe, process, plan, model, tokenizer = parts(tmp_path / "notebook", **values)
+    make, arguments = (Trainer, training_arguments) if kind == "Trainer" else (SFTTrainer, sft_arguments)
+    trainer = make(plan=plan, model=model, args=arguments(recipe, process), processing_class=tokenizer)
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert not (tmp_path / "notebook" / "run" / "metrics.jsonl").exists()
+
+    script = build(tmp_path / "script", **values)
+    script.train()
+    wanted = script.model.state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
+
+
+def test_one_update_without_a_trainer_has_the_gradient_of_a_naive_loop(tmp_path) -> None:
+    folder = small_opt(tmp_path / "opt")
+    _, _, plan, model, _ = parts(tmp_path, model_name_or_path=folder)
+    watchdog = Watchdog(60.0)
+    update = OptimizerUpdate(SftTask(), GradientSync(Accelerator(cpu=True)), NonFinitePolicy(), watchdog, seed=1)
+    item = next(iter(StepLoader(plan.schedule, plan.documents.documents, 0, 1)))
+    result = update.run(model, item["step"], item["microbatches"])
+
+    plain = OPTForCausalLM.from_pretrained(folder, attn_implementation="eager").train()
+    documents = list(each_document(plan.documents.documents))
+    wanted = [document for microbatch in item["step"].microbatches for document in microbatch.documents]
+    loss = sum(loss_of_document(plain, *documents[number]) for number in wanted) / item["step"].supervised_tokens
+    loss.backward()
+    assert result.loss == pytest.approx(loss.item(), rel=1e-6)
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norm = torch.stack([p.grad.norm() for p in plain.parameters() if p.grad is not None]).norm()
+    for name, parameter in plain.named_parameters():
+        if parameter.grad is not None:
+            assert (found[name] - parameter.grad).norm() <= 1e-5 * norm, name
+    assert update.clip(model, 0.0) == pytest.approx(norm.item(), rel=1e-5)
+    assert update.clip(model, norm.item() / 2) == pytest.approx(norm.item(), rel=1e-5)
+    clipped = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    assert clipped.item() == pytest.approx(norm.item() / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("action", ["stop", "skip"])
+def test_a_loss_that_is_nan_stops_or_skips_without_a_trainer(tmp_path, action) -> None:
+    _, _, plan, model, _ = parts(tmp_path, model_name_or_path=small_opt(tmp_path / "opt"))
+    policy = NonFinitePolicy(action, name_rows=lambda step, number: f"rows of {number}")
+    update = OptimizerUpdate(SftTask(), GradientSync(Accelerator(cpu=True)), policy, Watchdog(60.0), seed=1)
+    item = next(iter(StepLoader(plan.schedule, plan.documents.documents, 0, 1)))
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    if action == "stop":
+        with pytest.raises(RunFault, match="the loss of step 1, microbatch 0, documents of rows of 0 is not finite"):
+            update.run(model, item["step"], item["microbatches"])
+    else:
+        result = update.run(model, item["step"], item["microbatches"])
+        assert result.skipped and policy.skipped_steps == 1
