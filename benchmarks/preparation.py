@@ -35,14 +35,14 @@ def main() -> None:
     import numpy as np
     from transformers import AutoTokenizer
 
-    from isotune.data.sft.preparation import PreparationSettings, prepare
+    from isotune.data.sft.preparation import SftSettings, prepare
 
     datasets.disable_progress_bars()
     lines = given.conversations.read_text("utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines] * given.repeat
     peer_tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
     our_tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
-    settings = PreparationSettings(max_seq_length=given.max_seq_length)
+    settings = SftSettings(max_seq_length=given.max_seq_length)
 
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "train.jsonl"

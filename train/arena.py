@@ -29,7 +29,6 @@ def main() -> None:
 def train_encoder(recipe: ArenaRecipe) -> None:
     """Processes, data; model, trainer, steps; submission, scores, picture."""
     # the engine takes seconds to import: a mistake in the recipe has been answered by now
-    from isotune.data.run_data import RunData
     from isotune.preflight.startup_check import startup_check
     from isotune.projects.arena.battles import read_competition
     from isotune.projects.arena.documents import prepare_competition
@@ -40,15 +39,14 @@ def train_encoder(recipe: ArenaRecipe) -> None:
 
     start = start_classifier(recipe)
     files = read_competition(Path(recipe.dataset_name))
-    prepared = prepare_competition(files, recipe, start.tokenizer)
+    data, kept = prepare_competition(files, recipe, start.tokenizer)
     if start.process.is_main:
-        print(prepared.table(), flush=True)
-    data = RunData(prepared.train, prepared.evaluation)
+        data.print_tables()
     if startup_check(recipe, start.config, data, start.process):
         return
 
     def before_finishing(trained: Trained) -> None:
-        examine_encoder(trained.run.path, recipe, files, prepared.kept, start.process.device)
+        examine_encoder(trained.run.path, recipe, files, kept, start.process.device)
         print(f"loss curve  {draw_loss_curve(trained.run.path)}")
 
     trained = train_classifier(start, data, before_finishing)

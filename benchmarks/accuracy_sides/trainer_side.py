@@ -35,17 +35,18 @@ def run(data: str, folder: Path, given: Namespace) -> None:
     from transformers.trainer_utils import get_last_checkpoint
 
     from isotune.config import ClassificationRecipe
-    from isotune.data.classification.labels import LabelSettings
-    from isotune.data.classification.preparation import prepare_labelled
+    from isotune.data.classification.labels import ClassificationSettings
+    from isotune.data.classification.preparation import tokenize
+    from isotune.data.sources.source import read_rows
     from isotune.models.opening import load_tokenizer
 
     started = time.monotonic()
     recipe = ClassificationRecipe.from_values(**recipe_values(data, folder, given))
     tokenizer = load_tokenizer(recipe, needed=("pad",))
-    settings = LabelSettings.of(recipe)
+    settings = ClassificationSettings.of(recipe)
 
     def rows_of(split: str) -> Dataset:
-        documents = prepare_labelled(recipe.dataset_name, split, tokenizer, settings, show_progress=False).documents
+        documents = tokenize(read_rows(recipe.dataset_name, split), tokenizer, settings, show_progress=False).documents
         spans = zip(documents.starts[:-1], documents.starts[1:], strict=True)
         ids = [documents.input_ids[a:b].tolist() for a, b in spans]
         columns = {"input_ids": ids, "labels": documents.labels.tolist(), "length": list(map(len, ids))}

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from classification_sides.material import DOCUMENTS_PER_STEP, facts_of_training, geometry, material
 from isotune.data.batch_schedule import StepSchedule
-from isotune.data.collate import lay_out
+from isotune.data.collate import collate
 from isotune.data.documents import Rows
 from isotune.data.run_data import RunData
 from isotune.distributed.launch import start_process
@@ -40,7 +40,7 @@ def run(metronome: Metronome, side: str, mode: str, given: Namespace, scratch: s
         first, documents = trainer.plan.schedule.step(0), data.train.documents
         model: Any = trainer.model_wrapped
         model.eval()
-        passes: list[Any] = [lay_out(documents, microbatch) for microbatch in first.microbatches]
+        passes: list[Any] = [collate(documents, microbatch) for microbatch in first.microbatches]
         loss = sum(float(model(**send_to_device(one, trainer.args.device), use_cache=False).loss) for one in passes)
         tokens = int(documents.lengths[shared.mixed].sum())
         return facts_of_training(loss / DOCUMENTS_PER_STEP, len(shared.mixed), tokens, tokens, 0.0)

@@ -18,8 +18,10 @@ from transformers import BertConfig
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from isotune.config import ClassificationRecipe
-from isotune.data.classification.labels import LabelSettings
-from isotune.data.classification.preparation import PreparedLabels, prepare_labelled
+from isotune.data.classification.labels import ClassificationSettings
+from isotune.data.classification.preparation import tokenize
+from isotune.data.prepared import PreparedData
+from isotune.data.sources.source import read_rows
 from isotune.models.opening import load_tokenizer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "train" / "configs"
@@ -41,7 +43,7 @@ class Material:
 
     recipe: ClassificationRecipe
     tokenizer: Any
-    prepared: PreparedLabels
+    prepared: PreparedData
     mixed: list[int]
     grouped: list[int]
     epoch: dict[str, float]
@@ -75,8 +77,8 @@ def material(data: str, side: str, given: Namespace, scratch: str) -> Material:
     }
     recipe = ClassificationRecipe.from_values(**values)
     tokenizer = load_tokenizer(recipe, needed=("pad",))
-    settings = LabelSettings.of(recipe)
-    prepared = prepare_labelled(recipe.dataset_name, "train", tokenizer, settings, show_progress=False)
+    settings = ClassificationSettings.of(recipe)
+    prepared = tokenize(read_rows(recipe.dataset_name), tokenizer, settings, show_progress=False).prepared()
     lengths = prepared.documents.lengths
     generator = torch.Generator().manual_seed(recipe.seed)
     order = list(LengthGroupedSampler(DOCUMENTS_PER_STEP, lengths=lengths.tolist(), generator=generator))

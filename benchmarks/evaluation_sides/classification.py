@@ -22,13 +22,14 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, pipeline
 
-from isotune.data.classification.preparation import LabelSettings, tokenise
+from isotune.data.classification.labels import ClassificationSettings
+from isotune.data.classification.preparation import tokenize
 from isotune.data.sources.source import read_rows
 from isotune.evaluation.classification.models import Classifier
 from isotune.evaluation.classification.prediction import BATCH_TOKENS, classify, probabilities_of
 from isotune.evaluation.distributed_eval import Ranks
 from isotune.models.classifier import install_classification
-from isotune.models.cpu.onednn_linear import fast_products
+from isotune.models.cpu.onednn_linear import onednn_products
 
 GEOMETRIES = {
     "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
@@ -48,7 +49,7 @@ def measure(given: Namespace) -> dict[str, Any]:
     stock, ours = (BertForSequenceClassification(config).eval() for _ in range(2))
     ours.load_state_dict(stock.state_dict())
     install_classification(ours)
-    settings = LabelSettings(MAX_TOKENS, num_labels=2)
+    settings = ClassificationSettings(MAX_TOKENS, num_labels=2)
     classifier = Classifier("random", ours, tokenizer, settings, None)
     pipe: Any = pipeline("text-classification", model=stock, tokenizer=tokenizer, top_k=None, device="cpu")
     lines = (given.data / "imdb" / "test.jsonl").read_text("utf-8").rstrip("\n").split("\n")
@@ -107,7 +108,7 @@ def _products_alone(classifier: Classifier, rows: list[dict[str, Any]]) -> tuple
     keys_and_values = [blocks[-1].attention.self.key, blocks[-1].attention.self.value]
     passes = [BATCH_TOKENS["cpu"]] * (sum(lengths) // BATCH_TOKENS["cpu"]) + [sum(lengths) % BATCH_TOKENS["cpu"]]
     with torch.inference_mode():
-        with fast_products():
+        with onednn_products():
             ours = _timed([*layers[:-1], keys_and_values], passes)
         return ours, _timed(layers, lengths)
 
@@ -127,7 +128,7 @@ def _by_isotune(classifier: Classifier, rows: list[dict[str, Any]]) -> np.ndarra
         file = Path(scratch) / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
         source = read_rows(str(file), "test")
-        documents = tokenise(source, classifier.tokenizer, classifier.settings, show_progress=False).texts
+        documents = tokenize(source, classifier.tokenizer, classifier.settings, show_progress=False).documents
         return probabilities_of(classify(classifier, documents, Ranks(0, 1, torch.device("cpu"))))
 
 

@@ -12,7 +12,8 @@ from transformers import OPTConfig
 
 from isotune.config import Recipe
 from isotune.data.documents import Rows
-from isotune.data.sft.preparation import PreparationSettings, PreparedData, prepare
+from isotune.data.prepared import PreparedData
+from isotune.data.sft.preparation import SftSettings, prepare
 from isotune.models.opening import load_tokenizer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "train" / "configs"
@@ -61,7 +62,7 @@ def rows_of_a_round(recipe: Recipe, given: Namespace) -> tuple[Any, PreparedData
         ValueError: the data do not fill as many rows as a round needs.
     """
     tokenizer = load_tokenizer(recipe)
-    settings = PreparationSettings(max_seq_length=ROW_TOKENS, seed=recipe.seed)
+    settings = SftSettings(max_seq_length=ROW_TOKENS, seed=recipe.seed)
     data = prepare(recipe.dataset_name, recipe.dataset_split, tokenizer, settings, show_progress=False)
     lengths = data.documents.lengths
     full = np.flatnonzero(data.rows.lengths(lengths) == ROW_TOKENS)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from isotune.run.malloc_tuning import VARIABLE, lean_tunables
+from isotune.run.malloc_tuning import VARIABLE, malloc_tunables
 from sft_sides.process import run_side
 
 DATA = Path(os.environ.get("ISOTUNE_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
@@ -64,7 +64,7 @@ class Side:
 
 def heap_of(side: str) -> dict[str, str]:
     """The variable that gives isotune's process the heap on which its scripts begin; nothing for another side."""
-    tunables = lean_tunables(os.environ) if side == "isotune" else None
+    tunables = malloc_tunables(os.environ) if side == "isotune" else None
     return {} if tunables is None else {VARIABLE: tunables}
 
 

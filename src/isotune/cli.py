@@ -1,18 +1,20 @@
-"""The `isotune` command: what is done with a run besides training and evaluating it."""
+"""The `isotune` command: plan a run, check a machine, and export, compare and report what a run left."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 from isotune import __version__
 from isotune.io.argument_parser import OneSentenceParser
 from isotune.io.errors import EXIT_USER_ERROR, UserError, run_script
 
+Commands: TypeAlias = "argparse._SubParsersAction[OneSentenceParser]"
+
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Entry of the console script: leaves the process with the status that the contract promises."""
+    """Entry of the console script: exits with the status of the contract."""
     run_script(lambda: _run(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -47,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_export(commands: "argparse._SubParsersAction[OneSentenceParser]") -> None:
+def _add_export(commands: Commands) -> None:
     export = commands.add_parser(
         "export",
         help="write a run's model for use elsewhere, an adapter merged into its base",
@@ -62,10 +64,14 @@ def _add_export(commands: "argparse._SubParsersAction[OneSentenceParser]") -> No
         ),
     )
     export.add_argument("run_dir", metavar="RUN", help="the folder of a finished run, or of a checkpoint")
-    export.add_argument("--merge", action="store_true", help="merge the adapter into its base model, and say how well")
+    export.add_argument(
+        "--merge", action="store_true", help="merge the adapter into its base model, and print the difference"
+    )
     export.add_argument("--format", default="safetensors", help="safetensors (default) or pt")
     export.add_argument("--output", metavar="DIR", help="a folder that is absent or empty (default: in RUN/export)")
-    export.add_argument("--dtype", help="of merged weights: float32, float16 or bfloat16 (default: as trained)")
+    export.add_argument(
+        "--dtype", help="data type of merged weights: float32, float16 or bfloat16 (default: as trained)"
+    )
     export.set_defaults(run=_export)
 
 
@@ -82,14 +88,14 @@ def _export(chosen: argparse.Namespace) -> None:
     print(f"wrote the {done.kind} to {done.folder / STATE_DICT if done.format == 'pt' else done.folder}")
 
 
-def _add_compare(commands: "argparse._SubParsersAction[OneSentenceParser]") -> None:
+def _add_compare(commands: Commands) -> None:
     compare = commands.add_parser(
         "compare",
-        help="say whether runs differ on the same evaluated rows, beyond chance",
+        help="test whether runs differ on the same evaluated rows",
         description=(
-            "Compare evaluated runs on the same rows, each with the first: McNemar's exact test of the rows\n"
-            "that are right, a swap test of other metrics, 95% intervals by paired bootstrap, and Holm's\n"
-            "correction over all of them. Runs that were evaluated on other rows are refused."
+            "Compare evaluated runs on the same rows, each with the first: McNemar's exact test for accuracy, a\n"
+            "permutation test for other metrics, 95% intervals by paired bootstrap, and Holm's correction over\n"
+            "all of them. Runs that were evaluated on other rows are refused."
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=(
@@ -100,13 +106,21 @@ def _add_compare(commands: "argparse._SubParsersAction[OneSentenceParser]") -> N
         ),
     )
     compare.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, or of results: RUN/eval/NAME")
-    compare.add_argument("--name", help="of the evaluation, where the runs have several in common")
-    compare.add_argument("--metrics", nargs="+", default=[], metavar="METRIC", help="which to test (a few that matter)")
-    compare.add_argument("--all_pairs", action="store_true", help="compare each with each, and not with the first")
-    compare.add_argument("--examples", type=int, default=3, metavar="N", help="rows to show each way (%(default)s)")
-    compare.add_argument("--resamples", type=int, default=10_000, metavar="N", help="of rows (%(default)s)")
-    compare.add_argument("--seed", type=int, default=0, metavar="N", help="of the resamples (%(default)s)")
-    compare.add_argument("--json", action="store_true", help="print JSON, and no table")
+    compare.add_argument("--name", help="name of the evaluation, where the runs have several in common")
+    compare.add_argument(
+        "--metrics", nargs="+", default=[], metavar="METRIC", help="metrics to test (a few that matter)"
+    )
+    compare.add_argument(
+        "--all_pairs", action="store_true", help="compare every pair of runs, not only each with the first"
+    )
+    compare.add_argument(
+        "--examples", type=int, default=3, metavar="N", help="example rows to show for each direction (%(default)s)"
+    )
+    compare.add_argument(
+        "--resamples", type=int, default=10_000, metavar="N", help="number of bootstrap resamples (%(default)s)"
+    )
+    compare.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the resamples (%(default)s)")
+    compare.add_argument("--json", action="store_true", help="print JSON instead of a table")
     compare.set_defaults(run=_compare)
 
 
@@ -128,11 +142,11 @@ def _compare(chosen: argparse.Namespace) -> None:
     print(json.dumps(comparison.as_dict(), indent=2) if chosen.json else comparison_text(comparison))
 
 
-def _add_validate_submission(commands: "argparse._SubParsersAction[OneSentenceParser]") -> None:
+def _add_validate_submission(commands: Commands) -> None:
     validate = commands.add_parser(
         "validate-submission",
-        help="say everything that is wrong with a submission.csv",
-        description="Say everything that is wrong with a submission: columns, order, ids, numbers and their sums.",
+        help="check a submission.csv and list all its mistakes",
+        description="Check a submission and list all its mistakes: columns, order, ids, probabilities and their sums.",
     )
     validate.add_argument("file", metavar="FILE", help="the submission")
     validate.add_argument("--sample", metavar="FILE", required=True, help="the competition's sample_submission.csv")
@@ -150,14 +164,14 @@ def _validate_submission(chosen: argparse.Namespace) -> int:
     return EXIT_USER_ERROR if problems else 0
 
 
-def _add_plan(commands: "argparse._SubParsersAction[OneSentenceParser]") -> None:
+def _add_plan(commands: Commands) -> None:
     from isotune.preflight import command
 
     plan = commands.add_parser(
         "plan",
-        help="say what a run will do, and what it needs of memory, time and money, before it begins",
+        help="show what a run will do and need of memory, time and money, before it starts",
         description=(
-            "Say everything that is wrong with a recipe and its launch, and what the run would do and need.\n"
+            "List all mistakes in a recipe and its launch, and show what the run would do and need.\n"
             "Nothing is trained and no weights are loaded: a config.json is enough, and no GPU is needed."
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -168,11 +182,11 @@ def _add_plan(commands: "argparse._SubParsersAction[OneSentenceParser]") -> None
     plan.set_defaults(run=command.run, takes_recipe_keys=True)
 
 
-def _add_doctor(commands: "argparse._SubParsersAction[OneSentenceParser]") -> None:
+def _add_doctor(commands: Commands) -> None:
     doctor = commands.add_parser(
         "doctor",
-        help="say what about this machine or launch could spoil a run",
-        description="Look at versions, devices, kernels, compilers, disks, caches, the Hub, SLURM and the network.",
+        help="check this machine and launch for what could spoil a run",
+        description="Check versions, devices, kernels, compilers, disks, caches, the Hub, SLURM and the network.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=(
             "examples:\n"
@@ -191,19 +205,19 @@ def _doctor(chosen: argparse.Namespace) -> int:
     return run_doctor(Path(chosen.output_dir))
 
 
-def _add_report(commands: "argparse._SubParsersAction[OneSentenceParser]") -> None:
+def _add_report(commands: Commands) -> None:
     report = commands.add_parser(
         "report",
         help="write one self-contained HTML file of a run, or of several side by side",
         description=(
             "Write one HTML file: what ran, curves, metrics with intervals, pictures, examples; of several runs\n"
-            "also what differs between them and whether one is better beyond chance. It loads nothing."
+            "also what differs between them and whether one is significantly better. It loads no model."
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  isotune report runs/demo\n  isotune report runs/demo-base runs/demo --output two.html",
     )
     report.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, finished or not")
-    report.add_argument("--output", metavar="FILE", help="where it goes (report.html in the first RUN)")
+    report.add_argument("--output", metavar="FILE", help="the file to write (report.html in the first RUN)")
     report.set_defaults(run=_report)
 
 

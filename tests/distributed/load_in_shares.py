@@ -14,7 +14,7 @@ from transformers import OPTForCausalLM  # noqa: F401  (what importing it takes 
 from isotune.config import read_recipe
 from isotune.distributed.engines import whole_numel
 from isotune.distributed.launch import start_process
-from isotune.models.opening import load_causal_lm, load_config
+from isotune.models.opening import load_base_model, load_config
 
 
 def private_bytes() -> int:
@@ -45,7 +45,7 @@ def main() -> None:
     config = load_config(recipe)
     peak = Peak()
     peak.start()
-    model = load_causal_lm(recipe, config, process.loading_device(recipe))
+    model = load_base_model(recipe, config, process.loading_device(recipe))
     peak.done = True
     peak.join()
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight

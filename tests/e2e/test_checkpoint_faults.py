@@ -130,7 +130,7 @@ def test_another_recipe_is_refused_with_the_keys_that_differ_and_a_named_checkpo
         build(tmp_path / "b", **recipe | {"resume": str(first.run.path)})
     (third / "state.json").unlink()
     broken = build(tmp_path / "b", **recipe | {"resume": str(third)})
-    with pytest.raises(UserError, match=r"is no whole checkpoint: state\.json is missing"):
+    with pytest.raises(UserError, match=r"is not a valid checkpoint: state\.json is missing"):
         broken.train()
     assert not list((tmp_path / "b" / "run").iterdir())
 
@@ -254,7 +254,7 @@ def test_a_broken_checkpoint_is_not_exported(tmp_path, recipe):
     built.train()
     last = checkpoints(built.run.path)[-1]
     next((last / "tensors").iterdir()).unlink()
-    with pytest.raises(UserError, match=r"is no whole checkpoint: tensors/.* is missing"):
+    with pytest.raises(UserError, match=r"is not a valid checkpoint: tensors/.* is missing"):
         export_run(last, merge=False)
     with pytest.raises(UserError, match=r"has no model.*step-00000006 is its last checkpoint"):
         export_run(built.run.path, merge=False)

@@ -203,8 +203,8 @@ def test_a_mistake_is_one_sentence_and_status_2(runs, classify, tmp_path):
     headless = small_encoder(tmp_path / "headless", "bert")
     data = ["--dataset_name", "builtin:opinions"]
     for arguments, words in (
-        (["--run_dir", tmp_path / "none"], "there is no run folder"),
-        (["--run_dir", tmp_path / "empty"], "is no run folder: it has no recipe.yaml"),
+        (["--run_dir", tmp_path / "none"], "there is no run directory"),
+        (["--run_dir", tmp_path / "empty"], "is not a run directory: it has no recipe.yaml"),
         (["--run_dir", no_model], "has no model"),
         (["--run_dir", no_data], "names no evaluation data"),
         (["--run_dir", run, "--dataset_name", strange], "row 2 of .*strange.jsonl is of class 3"),

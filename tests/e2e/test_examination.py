@@ -107,7 +107,7 @@ def mistakes(run: Path, tmp_path: Path) -> dict[str, list]:
     of_run = ["--run_dir", run]
     return {
         "no reference to compare with": [*of_run, "--dataset_name", tmp_path / "none.jsonl"],
-        "is no run folder: it has no recipe.yaml": ["--run_dir", tmp_path, "--prompt", "Hi"],
+        "is not a run directory: it has no recipe.yaml": ["--run_dir", tmp_path, "--prompt", "Hi"],
         "has no model: ": ["--run_dir", tmp_path / "unfinished", "--prompt", "Hi"],
         "--prompt and --dataset_name exclude": [*of_run, "--prompt", "Hi", "--dataset_name", "builtin:pirate"],
         "--prompt and --interactive exclude": [*of_run, "--prompt", "Hi", "--interactive"],

@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from isotune.checkpoint.export import export_run
 from isotune.io.errors import UserError
-from isotune.models.finished_run import read_run
 from isotune.models.merged_adapter import compare_logits
+from isotune.models.opening import read_run
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 RANK, ALPHA = 4, 12
@@ -377,7 +377,7 @@ def test_a_truncated_file_is_one_sentence_and_exit_status_2(lora_run, tmp_path):
     truncate(file)
     done = isotune("export", tmp_path / "run", "--merge")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith(f"error: {file} is not a whole safetensors file")
+    assert done.stderr.startswith(f"error: {file} is not a complete safetensors file")
 
 
 @pytest.mark.parametrize("format", ["safetensors", "pt"])

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from isotune.io.errors import RunFault
 from isotune.models.builtin_models import builtin_tokenizer
-from isotune.run.malloc_tuning import lean_tunables
+from isotune.run.malloc_tuning import malloc_tunables
 
 BAD_ROW = 7
 ANSWERS = ["Qatar" if row == BAD_ROW else f"word {row}" for row in range(12)]
@@ -176,7 +176,7 @@ def test_two_processes_skip_together_and_end_as_one_does(tmp_path):
     two = start(tmp_path, {**TINY, **values}, processes=2)
     assert [(x["loss"], x["grad_norm"]) for x in two.steps] == [(x["loss"], x["grad_norm"]) for x in one]
     assert two.steps[-1]["skipped_steps"] == 1
-    assert two.environment["heap_settings"] == lean_tunables({})  # as under plain python
+    assert two.environment["heap_settings"] == malloc_tunables({})  # as under plain python
 
 
 def test_fp16s_scaling_is_not_blamed_for_ever(tmp_path):

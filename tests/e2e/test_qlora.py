@@ -10,7 +10,7 @@ from tests.building import Built, build, each_document, loss_of_document, small_
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from isotune.io.errors import UserError
-from isotune.models.opening import load_causal_lm, load_config
+from isotune.models.opening import load_base_model, load_config
 from isotune.training import sft
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -109,4 +109,4 @@ def test_gradients_equal_a_naive_loop_on_the_dequantised_weights_after_the_self_
 def test_a_device_that_holds_no_4_bit_weights_is_refused_by_name(built):
     config = load_config(built.recipe)
     with pytest.raises(UserError, match=r"tune: qlora cannot run on a mps device: use tune: lora"):
-        load_causal_lm(built.recipe, config, torch.device("mps"))
+        load_base_model(built.recipe, config, torch.device("mps"))

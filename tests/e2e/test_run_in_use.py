@@ -14,7 +14,7 @@ HOLDER = """
 import sys
 from pathlib import Path
 from isotune.run.run_lease import RunLease
-RunLease(Path(sys.argv[1])).take()
+RunLease(Path(sys.argv[1])).acquire()
 print("holds", flush=True)
 sys.stdin.read()
 """
@@ -55,5 +55,5 @@ def test_a_life_that_wakes_up_after_the_next_one_has_begun_writes_nothing_and_en
         asleep.process.send_signal(signal.SIGCONT)
     returned, errors = asleep.end()
     assert returned == 1
-    assert "this one writes nothing and ends" in errors
+    assert "a stale attempt can no longer write" in errors
     assert contents(asleep.run) == before

@@ -10,7 +10,7 @@ from tests.conftest import SHARED_DATA
 from tests.launching import TINY, Finished, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from isotune.run.malloc_tuning import lean_tunables
+from isotune.run.malloc_tuning import malloc_tunables
 
 STEP_KEYS = [
     *("step", "epoch", "loss", "grad_norm", "learning_rate", "supervised_tokens", "input_tokens", "documents"),
@@ -61,7 +61,7 @@ def test_the_run_folder_holds_what_is_promised(llama):
     record = llama.environment
     assert {"versions", "git_commit", "world_size", "device", "in_effect", "data_fingerprints"} <= record.keys()
     assert record["world_size"] == 1 and record["threads_per_process"] == 1
-    assert record["heap_settings"] == lean_tunables({}), "the script began anew on a lean heap"
+    assert record["heap_settings"] == malloc_tunables({}), "the script began anew on a lean heap"
     assert record["versions"]["torch"] == torch.__version__
     assert record["in_effect"]["trained_parameters"] == record["in_effect"]["all_parameters"] > 200_000
     assert set(record["data_fingerprints"]) == {"train", "evaluation"}

@@ -6,7 +6,8 @@ import torch
 from tests.building import small_encoder
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from isotune.data.classification.preparation import LabelSettings, tokenise
+from isotune.data.classification.labels import ClassificationSettings
+from isotune.data.classification.preparation import tokenize
 from isotune.data.sources.source import read_rows
 from isotune.evaluation.classification.attention_plots import attention_of, rollout, words_of
 from isotune.evaluation.classification.models import load_model_classifier
@@ -20,19 +21,19 @@ def test_weights_are_those_of_stock_eager_attention_and_the_model_is_left_as_it_
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
     model.save_pretrained(folder)
     classifier = load_model_classifier(folder, torch.device("cpu"), torch.float32)
-    found = tokenise(
+    found = tokenize(
         read_rows("builtin:opinions", "test"),
         classifier.tokenizer,
-        LabelSettings(64, num_labels=3),
+        ClassificationSettings(64, num_labels=3),
         show_progress=False,
     )
-    rows = Rows(found.texts, [], ["a", "b"], 0)
+    rows = Rows(found.documents, [], ["a", "b"], 0)
     stock = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager").eval()
     before = classifier.model.config._attn_implementation
     attention = attention_of(classifier, rows, 5)
     assert classifier.model.config._attn_implementation == before
-    start, stop = found.texts.starts[5:7]
-    ids = torch.tensor(found.texts.input_ids[start:stop].astype(np.int64))[None]
+    start, stop = found.documents.starts[5:7]
+    ids = torch.tensor(found.documents.input_ids[start:stop].astype(np.int64))[None]
     with torch.no_grad():
         expected = stock(ids, attention_mask=torch.ones_like(ids), output_attentions=True).attentions
     np.testing.assert_allclose(attention.weights, torch.cat(expected).numpy(), atol=1e-6)

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from isotune.models.classifier import fast_evaluation, install_classification
 from isotune.models.cpu.cls_only import BLOCKS
-from isotune.models.cpu.onednn_linear import fast_products
+from isotune.models.cpu.onednn_linear import onednn_products
 
 LENGTHS = (1, 40, 3, 90, 17)
 TARGETS = r".*\.(query|value|q_lin|v_lin|lin1)"
@@ -105,7 +105,7 @@ def test_a_product_is_that_of_float64_however_it_lies_in_memory(transposed):
     expected = x.double() @ weight.double().T
     if transposed:
         x, weight = x.transpose(0, 1).contiguous().transpose(0, 1), weight.T.contiguous().T
-    with torch.no_grad(), fast_products():
+    with torch.no_grad(), onednn_products():
         found = functional.linear(x, weight)
         empty = functional.linear(x[:0], weight)
         half = functional.linear(x.bfloat16(), weight.bfloat16())

@@ -150,4 +150,4 @@ def test_a_second_adapter_switches_to_pefts_forward():
     model.add_adapter("other", LoraConfig(r=2, target_modules=["up"], init_lora_weights=False))
     model.set_adapter("other")
     layer = model.base_model.model.up
-    assert torch.equal(layer(x), layer._peft_forward(x))
+    assert torch.equal(layer(x), layer.stock_forward(x))

@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -14,7 +13,7 @@ from transformers import AutoTokenizer
 from isotune.data.documents import Documents
 from isotune.data.sft.conversations import parse_text, render_messages
 from isotune.data.sft.offsets import TokenLocator
-from isotune.data.sft.preparation import ANSWER_CUT, NO_ANSWER, TOO_LONG, PreparationSettings, prepare
+from isotune.data.sft.preparation import ANSWER_CUT, NO_ANSWER, TOO_LONG, SftSettings, prepare
 from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.data.sft.truncation import fit
 
@@ -145,8 +144,7 @@ def as_pairs(documents: Documents) -> list[tuple[list[int], list[bool]]]:
 
 def encoded_pairs(tools: Tools, conversation, max_seq_length: int, overlong: str):
     encoded = tools.encoder.encode([conversation] if conversation.answers else [])
-    rows = np.zeros(len(encoded.starts) - 1, np.int64)
-    return as_pairs(fit(encoded, rows, tools.encoder.prefix, max_seq_length, overlong)[0])
+    return as_pairs(fit(encoded, tools.encoder.prefix, max_seq_length, overlong)[0])
 
 
 odd_text = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -219,7 +217,7 @@ def test_a_conversation_of_100_000_characters_is_masked_like_a_short_one(tools):
 def test_an_eos_written_out_in_a_text_stays_ordinary_text_and_is_counted(tools):
     conversation = render_messages([{"role": "user", "content": "a</s>"}, {"role": "assistant", "content": "b</s> c"}])
     encoded = tools.encoder.encode([conversation])
-    assert encoded.special_texts == 1
+    assert encoded.columns["special_texts"].tolist() == [True]
     assert (encoded.input_ids == eos(tools)).sum() == 1
     decoded = tools.tokenizer.decode(encoded.input_ids[:-1].tolist())
     assert decoded == "### Human: a</s>\n### Assistant: b</s> c"
@@ -231,7 +229,7 @@ def test_tokens_across_an_answers_edge_are_supervised_and_counted(shared_data):
     tokens = tokenizer.convert_ids_to_tokens(encoded.input_ids.tolist())
     supervised = [token for token, marked in zip(tokens, encoded.supervised, strict=True) if marked]
     assert supervised == ["::", ")", "Ġyes", "</s>"]
-    assert encoded.straddling_tokens == 1
+    assert encoded.columns["straddling_tokens"].tolist() == [1]
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -240,7 +238,7 @@ def test_every_row_of_real_guanaco_has_the_reference_mask_and_counts(shared_data
     tokenizer = AutoTokenizer.from_pretrained(shared_data / TOKENIZERS["opt"])
     tools = Tools(tokenizer, ConversationEncoder(tokenizer))
     prepared = prepare(
-        str(shared_data / "guanaco"), split, tokenizer, PreparationSettings(overlong=overlong), show_progress=False
+        str(shared_data / "guanaco"), split, tokenizer, SftSettings(overlong=overlong), show_progress=False
     )
     expected, source_rows, tally = [], [], Counter()
     lines = (shared_data / "guanaco" / f"{split}.jsonl").read_text("utf-8").splitlines()
@@ -257,18 +255,18 @@ def test_every_row_of_real_guanaco_has_the_reference_mask_and_counts(shared_data
 
     assert as_pairs(prepared.documents) == expected
     assert prepared.documents.source_rows.tolist() == source_rows
-    counts = prepared.table.documents
-    assert counts.read == {"train": 707, "test": 90}[split]
-    assert (counts.kept, counts.truncated + counts.split) == (tally["kept"], tally["cut"])
+    counts = prepared.table.counts
+    assert counts["read"] == {"train": 707, "test": 90}[split]
+    assert (counts["kept"], counts["truncated"] + counts["split"]) == (tally["kept"], tally["cut"])
     dropped_for = TOO_LONG if overlong == "drop" else ANSWER_CUT
-    assert (counts.dropped[NO_ANSWER], counts.dropped[dropped_for]) == (tally[NO_ANSWER], tally["dropped"])
-    assert counts.read == counts.kept + sum(counts.dropped.values())
-    assert counts.tokens == sum(len(ids) for ids, _ in expected)
-    assert counts.supervised_tokens == sum(sum(mask) for _, mask in expected)
+    assert (counts["dropped"][NO_ANSWER], counts["dropped"][dropped_for]) == (tally[NO_ANSWER], tally["dropped"])
+    assert counts["read"] == counts["kept"] + sum(counts["dropped"].values())
+    assert counts["tokens"] == sum(len(ids) for ids, _ in expected)
+    assert counts["supervised_tokens"] == sum(sum(mask) for _, mask in expected)
 
 
 def test_two_real_conversations_end_on_a_human_turn_which_is_cut(shared_data):
     tokenizer = AutoTokenizer.from_pretrained(shared_data / TOKENIZERS["opt"])
     guanaco = str(shared_data / "guanaco")
-    prepared = prepare(guanaco, "train", tokenizer, PreparationSettings(), show_progress=False)
-    assert prepared.table.documents.turns_cut == 2
+    prepared = prepare(guanaco, "train", tokenizer, SftSettings(), show_progress=False)
+    assert prepared.table.counts["turns_cut"] == 2

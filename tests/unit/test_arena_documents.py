@@ -90,16 +90,16 @@ def test_a_prompt_is_on_one_side_of_the_split_only_and_one_order_a_row_is_a_coin
     files = Competition(battles(*rows), battles(*rows[:3]), None)
     said = {"dataset_name": "x", "output_dir": "y", "model_name_or_path": "z", "tune": "full", "eval_split_share": 0.3}
     tokenizer = builtin_tokenizer("builtin:bert-tiny")
-    found = prepare_competition(files, ArenaRecipe.from_values(**said, train_orders="one"), tokenizer)
-    kept = {battle.group() for battle in found.kept.battles}
+    found, kept_battles = prepare_competition(files, ArenaRecipe.from_values(**said, train_orders="one"), tokenizer)
+    kept = {battle.group() for battle in kept_battles.battles}
     learned = [battle for battle in files.train.battles if battle.group() not in kept]
-    assert 15 < len(kept) < 45 and len(found.kept) == 3 * len(kept)
-    assert len(found.train.documents) == len(learned) == 300 - len(found.kept)
-    assert len(found.evaluation.documents) == 2 * len(found.kept)
+    assert 15 < len(kept) < 45 and len(kept_battles) == 3 * len(kept)
+    assert len(found.train.documents) == len(learned) == 300 - len(kept_battles)
+    assert len(found.evaluation.documents) == 2 * len(kept_battles)
     ids = found.train.documents.ids.tolist()
     assert [name.split("/")[0] for name in ids] == [battle.id for battle in learned]
     assert 0.35 < sum(name.endswith("/ab") for name in ids) / len(ids) < 0.65
-    whole = prepare_competition(files, ArenaRecipe.from_values(**said), tokenizer)
+    whole, _ = prepare_competition(files, ArenaRecipe.from_values(**said), tokenizer)
     assert (
         len(whole.train.documents) == 2 * len(learned)
         and np.bincount(whole.train.documents.labels).tolist() == [len(learned)] * 2

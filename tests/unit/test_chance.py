@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from isotune.data.clean_text import content_digest, normalised
-from isotune.data.hash_split import coin
+from isotune.data.hash_split import random_labels
 from isotune.evaluation.statistics.chance_test import judge
 
 
@@ -20,7 +20,7 @@ def alarms(contents, predict, seeds: int = 300) -> float:
     """The share of seeds whose control differs from chance; `predict(seed, labels)` gives 0 or 1, [rows]."""
     found = 0
     for seed in range(seeds):
-        labels = coin(seed, contents)
+        labels = random_labels(seed, contents)
         found += judge(predict(seed, labels) == labels, contents, 0.5).differs
     return found / seeds
 

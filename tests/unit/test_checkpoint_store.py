@@ -52,7 +52,7 @@ def names(store: CheckpointStore) -> list[str]:
 def test_what_was_written_verifies_and_nothing_else_lies_there(store):
     assert names(store) == ["step-00000001", "step-00000002"]
     found = store.newest_valid()
-    assert found.folder == store.path / "step-00000002" and not found.passed_over
+    assert found.folder == store.path / "step-00000002" and not found.skipped
     assert found.manifest is not None
     listed = {file.name for file in found.manifest.files}
     there = {path.relative_to(found.folder).as_posix() for path in found.folder.rglob("*") if path.is_file()}
@@ -109,12 +109,12 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("harm", "why"), FAULTS, ids=lambda value: getattr(value, "__name__", None))
-def test_a_harmed_checkpoint_is_passed_over_with_the_reason_and_the_one_before_it_taken(store, harm, why):
+def test_a_harmed_checkpoint_is_skipped_with_the_reason_and_the_one_before_it_taken(store, harm, why):
     newest = store.path / "step-00000002"
     harm(newest)
     found = store.newest_valid()
     assert found.folder == store.path / "step-00000001"
-    ((passed, reason),) = found.passed_over
+    ((passed, reason),) = found.skipped
     assert passed == newest
     with pytest.raises(InvalidCheckpoint, match=why):
         verify(newest)
@@ -127,7 +127,7 @@ def test_nothing_is_chosen_where_nothing_is_whole(store):
     for folder in store.folders():
         _lose_manifest(folder)
     found = store.newest_valid()
-    assert found.folder is None and len(found.passed_over) == 2
+    assert found.folder is None and len(found.skipped) == 2
 
 
 def test_a_folder_that_was_being_written_is_no_checkpoint_and_is_cleaned_up(store):

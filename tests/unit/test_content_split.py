@@ -8,14 +8,14 @@ import pytest
 from tests.unit.test_labelled import word_tokenizer
 
 from isotune.config import ClassificationRecipe
-from isotune.data.classification.preparation import PreparedLabels
 from isotune.data.classification.split import prepare_both
 from isotune.data.clean_text import content_digest, normalised
-from isotune.data.hash_split import chances, coin, held_out
+from isotune.data.hash_split import hash_uniform, held_out, random_labels
+from isotune.data.prepared import PreparedData
 from isotune.io.errors import UserError
 
 
-def prepare(folder, texts, **values) -> tuple[PreparedLabels, PreparedLabels | None]:
+def prepare(folder, texts, **values) -> tuple[PreparedData, PreparedData | None]:
     folder.mkdir(exist_ok=True)
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps({"text": text, "label": number % 2}) + "\n" for number, text in texts))
@@ -25,7 +25,7 @@ def prepare(folder, texts, **values) -> tuple[PreparedLabels, PreparedLabels | N
     return prepare_both(recipe, word_tokenizer(), show_progress=False)
 
 
-def texts_of(prepared: PreparedLabels | None) -> list[str]:
+def texts_of(prepared: PreparedData | None) -> list[str]:
     assert prepared is not None
     return list(prepared.texts())
 
@@ -47,7 +47,7 @@ def test_each_row_is_on_exactly_one_side_and_the_table_counts_them(tmp_path, rev
     assert evaluation is not None
     assert sorted([*texts_of(train), *texts_of(evaluation)]) == sorted(text for _, text in reviews)
     assert 100 < len(evaluation.documents) < 200  # 150 and four standard deviations of 11.6
-    assert train.table.counts.held_out == len(evaluation.documents)
+    assert train.table.counts["held_out"] == len(evaluation.documents)
     assert f"{len(evaluation.documents):,}" in str(train.table) and "on the other side of the split" in str(train.table)
     words = [len(text.split()) for text in texts_of(evaluation)]
     assert (np.diff(evaluation.documents.starts) == np.minimum(words, 510) + 2).all()
@@ -66,8 +66,8 @@ def test_documents_of_one_text_are_on_one_side_however_it_is_spelled(tmp_path, r
     spelled = [pair for n, text in reviews[:300] for pair in ((n, text), (n, text.upper()), (n, f" {text}<br />"))]
     train, evaluation = prepare(tmp_path, spelled, eval_split_share=0.3)
     assert evaluation is not None and len(evaluation.documents) % 3 == 0
-    assert train.table.counts.in_the_other["exactly"] == 0
-    assert train.table.counts.repeated == len(train.documents) * 2 // 3
+    assert train.table.counts["in_the_other"]["exactly"] == 0
+    assert train.table.counts["repeated"] == len(train.documents) * 2 // 3
 
 
 def test_another_seed_gives_another_split(tmp_path, reviews):
@@ -94,13 +94,13 @@ def test_a_flag_for_the_one_puts_the_other_of_a_recipe_out_of_force():
 
 
 def test_chance_is_even_and_one_purpose_says_nothing_about_another(contents):
-    found = chances("anything", 3, contents)
+    found = hash_uniform("anything", 3, contents)
     assert found.min() >= 0 and found.max() < 1
     assert np.histogram(found, bins=10, range=(0, 1))[0] == pytest.approx([600] * 10, abs=100)  # 4.3 deviations
-    heads, kept = coin(3, contents), held_out(0.5, 3, contents)
+    heads, kept = random_labels(3, contents), held_out(0.5, 3, contents)
     assert heads.mean() == pytest.approx(0.5, abs=0.03) and kept.mean() == pytest.approx(0.5, abs=0.03)
     assert heads[kept].mean() == pytest.approx(0.5, abs=0.04)
-    assert abs(np.corrcoef(coin(3, contents), coin(4, contents))[0, 1]) < 0.06
+    assert abs(np.corrcoef(random_labels(3, contents), random_labels(4, contents))[0, 1]) < 0.06
 
 
 def test_a_coins_label_goes_with_the_text_wherever_it_stands(tmp_path, reviews):
@@ -109,4 +109,4 @@ def test_a_coins_label_goes_with_the_text_wherever_it_stands(tmp_path, reviews):
     shuffled = random.Random(2).sample(reviews, 400)
     part, _ = prepare(tmp_path / "b", shuffled, label_source="random", seed=5)
     assert [label[text] for _, text in shuffled] == part.documents.labels.tolist()
-    assert part.table.counts.class_names == ["heads", "tails"]
+    assert part.table.counts["class_names"] == ["heads", "tails"]

@@ -8,14 +8,14 @@ from tests.unit.test_labelled import word_tokenizer
 
 from isotune.config import ClassificationRecipe
 from isotune.data.classification.duplicates import jaccard, runs_of_words
-from isotune.data.classification.preparation import PreparedLabels
 from isotune.data.classification.split import prepare_both
+from isotune.data.prepared import PreparedData
 from isotune.io.errors import UserError
 
 LONG = "It is a film about a man who walks through the snow for days and finds at last the house of his old father"
 
 
-def prepare(train: str, evaluation: str, **values) -> tuple[PreparedLabels, PreparedLabels]:
+def prepare(train: str, evaluation: str, **values) -> tuple[PreparedData, PreparedData]:
     recipe = ClassificationRecipe.from_values(
         model_name_or_path="builtin:bert-tiny", dataset_name=train, eval_dataset_name=evaluation, output_dir="unused",
         **values,
@@ -60,9 +60,9 @@ def test_real_reviews_in_both_sets_are_as_many_as_a_plain_count_finds(shared_dat
         for split in ("train", "test")
     }
     here, there = set(plain["train"]), set(plain["test"])
-    assert train.table.counts.in_the_other["exactly"] == sum(text in there for text in plain["train"]) > 0
-    assert evaluation.table.counts.in_the_other["exactly"] == sum(text in here for text in plain["test"]) > 0
-    assert train.table.counts.repeated == len(plain["train"]) - len(here) > 0
+    assert train.table.counts["in_the_other"]["exactly"] == sum(text in there for text in plain["train"]) > 0
+    assert evaluation.table.counts["in_the_other"]["exactly"] == sum(text in here for text in plain["test"]) > 0
+    assert train.table.counts["repeated"] == len(plain["train"]) - len(here) > 0
     printed = str(train.table)
     assert "exactly in the other data too" in printed and "with the text of an earlier one" in printed
 
@@ -83,9 +83,9 @@ def test_near_duplicates_are_those_of_all_pairs_computed_exactly(shared_data, wr
     one, other = counted[: len(learned)], counted[len(learned) :]
     shared = (one @ other.T).toarray()
     similar = shared / (sizes[: len(learned), None] + sizes[None, len(learned) :] - shared) >= 0.8
-    assert sum(train.table.counts.in_the_other.values()) == similar.any(axis=1).sum() > 150
-    assert sum(evaluation.table.counts.in_the_other.values()) == similar.any(axis=0).sum() > 150
-    assert train.table.counts.in_the_other["nearly"] > 100
+    assert sum(train.table.counts["in_the_other"].values()) == similar.any(axis=1).sum() > 150
+    assert sum(evaluation.table.counts["in_the_other"].values()) == similar.any(axis=0).sum() > 150
+    assert train.table.counts["in_the_other"]["nearly"] > 100
 
 
 def test_a_changed_word_is_near_and_half_a_text_is_not():
@@ -104,11 +104,11 @@ def test_leaked_texts_are_dropped_from_training_counted_and_never_from_the_evalu
     kept, evaluation = prepare(train, test, drop_leaked=True)
     assert list(kept.texts()) == ["one", "two", "", "three four five"]
     assert kept.documents.labels.tolist() == [0, 1, 0, 0] and kept.documents.ids.tolist() == [0, 3, 4, 5]
-    assert kept.table.counts.dropped == 2 and len(evaluation.documents) == 3
+    assert kept.table.counts["dropped"] == 2 and len(evaluation.documents) == 3
     assert "dropped, in the evaluation data too" in str(kept.table)
     all_of_it, same = prepare(train, test)
-    assert all_of_it.table.counts.in_the_other == {"exactly": 1, "nearly": 1} and len(all_of_it.documents) == 6
-    assert same.table.counts.in_the_other == {"exactly": 1, "nearly": 1}
+    assert all_of_it.table.counts["in_the_other"] == {"exactly": 1, "nearly": 1} and len(all_of_it.documents) == 6
+    assert same.table.counts["in_the_other"] == {"exactly": 1, "nearly": 1}
     assert kept.fingerprint != all_of_it.fingerprint and same.fingerprint == evaluation.fingerprint
 
 
@@ -121,7 +121,7 @@ def test_training_data_that_all_leaked_are_refused_in_one_sentence(write):
 def test_one_text_under_two_classes_is_counted(write):
     rows = [("good", 0), ("Good", 1), ("good ", 1), ("bad", 0), ("bad", 0), ("", 0), ("", 1)]
     train, _ = prepare(write("train", *rows), write("test", ("x", 0)))
-    assert train.table.counts.contradicting == 3 and train.table.counts.repeated == 3
+    assert train.table.counts["contradicting"] == 3 and train.table.counts["repeated"] == 3
     assert "with the text of one of another class" in str(train.table)
 
 

@@ -22,7 +22,7 @@ HOLDER = """
 import sys
 from pathlib import Path
 from isotune.run.run_lease import RunLease
-RunLease(Path(sys.argv[1])).take()
+RunLease(Path(sys.argv[1])).acquire()
 print("holds", flush=True)
 sys.stdin.read()
 """
@@ -62,7 +62,7 @@ def life_of(monkeypatch, job: str | None, restart: int = 0) -> None:
 
 def taken(run: Path) -> RunLease:
     one = RunLease(run, end=lambda sentence: None)
-    one.take()
+    one.acquire()
     return one
 
 
@@ -74,7 +74,7 @@ def change(run: Path, **values: Any) -> None:
 
 def test_a_run_in_use_is_refused_by_the_host_and_the_process_that_hold_it(run, holder):
     with pytest.raises(UserError, match=rf"in use by process {holder.pid} on {os.uname().nodename}"):
-        RunLease(run).take()
+        RunLease(run).acquire()
     assert len(list((run / ".lives").iterdir())) == 1
 
 
@@ -101,11 +101,11 @@ def test_a_holder_on_another_machine_is_refused_while_its_heart_beats_and_taken_
     beating = taken(run)
     change(run, host="far", machine="far away", pid=7)
     with pytest.raises(UserError, match="in use by process 7 on far"):
-        RunLease(run).take()
+        RunLease(run).acquire()
     beating._released.set()
     time.sleep(0.2)
     taken(run)
-    assert "was held by process 7 on far: for 2 s we look" in capsys.readouterr().out
+    assert "was held by process 7 on far: watching its heartbeat for 2 s" in capsys.readouterr().out
 
 
 def test_the_next_life_of_a_job_takes_over_and_an_earlier_one_that_comes_late_ends(run, monkeypatch):
@@ -117,11 +117,11 @@ def test_the_next_life_of_a_job_takes_over_and_an_earlier_one_that_comes_late_en
         first.check()
     second.check()
     life_of(monkeypatch, "12", 1)
-    with pytest.raises(Superseded, match=r"held by a later life of this job: .*restart 2"):
-        RunLease(run).take()
+    with pytest.raises(Superseded, match=r"held by a later attempt of this job: .*restart 2"):
+        RunLease(run).acquire()
     life_of(monkeypatch, "13")
     with pytest.raises(UserError, match=r"in use by .*SLURM job 12, restart 2"):
-        RunLease(run).take()
+        RunLease(run).acquire()
 
 
 def two_lives(run: Path, monkeypatch) -> tuple[RunLease, RunLease]:
@@ -134,10 +134,10 @@ def two_lives(run: Path, monkeypatch) -> tuple[RunLease, RunLease]:
 
 def test_a_checkpoint_that_was_whole_but_for_its_name_is_not_published_by_a_life_that_is_over(run, monkeypatch):
     first, second = two_lives(run, monkeypatch)
-    store = CheckpointStore(run / "checkpoints", fence=first)
+    store = CheckpointStore(run / "checkpoints", lease=first)
     staging = store.stage(3)
     (staging / "file").write_text("whole")
-    monkeypatch.setattr(store, "check_fence", lambda: second.take())  # in the very moment after the last look
+    monkeypatch.setattr(store, "check_lease", lambda: second.acquire())  # in the very moment after the last look
     with pytest.raises(FileNotFoundError):
         store.publish(staging, 3)
     assert list((run / "checkpoints").iterdir()) == []
@@ -148,11 +148,11 @@ def test_a_checkpoint_that_was_whole_but_for_its_name_is_not_published_by_a_life
 
 def test_a_life_that_is_over_neither_replaces_nor_removes_a_checkpoint(run, monkeypatch):
     first, second = two_lives(run, monkeypatch)
-    store = CheckpointStore(run / "checkpoints", limit=1, fence=first)
+    store = CheckpointStore(run / "checkpoints", limit=1, lease=first)
     old = run / "checkpoints" / "step-00000003"
     old.mkdir()
     staging = store.stage(3)
-    monkeypatch.setattr(store, "check_fence", lambda: second.take() if second.folder is None else None)
+    monkeypatch.setattr(store, "check_lease", lambda: second.acquire() if second.folder is None else None)
     with pytest.raises(FileNotFoundError):
         store.publish(staging, 3)
     store.prune(newest=4, best=None)
@@ -164,11 +164,11 @@ def test_a_life_that_is_over_appends_nothing_to_the_metrics_even_through_a_file_
     metrics = run / "metrics.jsonl"
     file = MetricsFile(metrics, first)
     file.write({"step": 1})
-    second.take()
-    second.put(metrics, metrics.read_text())  # as RunDir.hold does
+    second.acquire()
+    second.write_file(metrics, metrics.read_text())  # as RunDir.hold does
     with pytest.raises(Superseded):
         file.write({"step": 2})
-    file.fence = None  # it has looked just before
+    file.lease = None  # it has looked just before
     file.write({"step": 2})
     assert metrics.read_text() == '{"step": 1}\n'
     with pytest.raises(Superseded):
@@ -177,11 +177,11 @@ def test_a_life_that_is_over_appends_nothing_to_the_metrics_even_through_a_file_
 
 def test_a_life_that_is_over_replaces_no_file(run, monkeypatch):
     first, second = two_lives(run, monkeypatch)
-    first.put(run / "status.json", "first")
-    second.take()
-    second.put(run / "status.json", "second")
+    first.write_file(run / "status.json", "first")
+    second.acquire()
+    second.write_file(run / "status.json", "second")
     with pytest.raises(Superseded):
-        first.put(run / "status.json", "first")
+        first.write_file(run / "status.json", "first")
     assert (run / "status.json").read_text() == "second"
 
 
@@ -190,22 +190,22 @@ def test_a_life_sees_by_itself_that_it_is_over(run, monkeypatch):
     life_of(monkeypatch, "5")
     said: list[str] = []
     first = RunLease(run, end=lambda sentence: (said.append(sentence), ended.set()))
-    first.take()
+    first.acquire()
     life_of(monkeypatch, "5", 1)
     taken(run)
     assert ended.wait(5)
-    assert "restart 1): this one writes nothing and ends" in said[0]
+    assert "restart 1): a stale attempt can no longer write" in said[0]
 
 
 def test_of_many_that_come_at_the_same_moment_one_is_left(run, monkeypatch):
-    monkeypatch.setattr(RunLease, "look", lambda fence: None)
+    monkeypatch.setattr(RunLease, "check_available", lambda lease: None)
     all_of_them = [RunLease(run, end=lambda sentence: None) for _ in range(16)]
     start = threading.Barrier(len(all_of_them))
 
     def take(one: RunLease) -> None:
         start.wait()
         try:
-            one.take()
+            one.acquire()
         except Superseded:
             one.folder = run / "nowhere"
 

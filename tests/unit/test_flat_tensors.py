@@ -101,7 +101,7 @@ def test_a_large_state_is_cut_into_files(tmp_path, monkeypatch):
 
 
 def test_a_slice_that_nobody_owns_is_refused_when_it_is_written(tmp_path):
-    with pytest.raises(RuntimeError, match="a has 5 numbers, and the ranks own 3 of them"):
+    with pytest.raises(RuntimeError, match="a has 5 elements, and the ranks own 3 of them"):
         write_tensors(tmp_path, {"a": FlatTensor(torch.zeros(3), 0, 5)}, None)
 
 

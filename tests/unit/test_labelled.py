@@ -10,8 +10,11 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from isotune.config import ClassificationRecipe
 from isotune.data.batch_schedule import StepSchedule
-from isotune.data.classification.preparation import LabelSettings, PreparedLabels, prepare_labelled
-from isotune.data.collate import lay_out
+from isotune.data.classification.labels import ClassificationSettings
+from isotune.data.classification.preparation import tokenize
+from isotune.data.collate import collate
+from isotune.data.prepared import PreparedData
+from isotune.data.sources.source import read_rows
 from isotune.io.errors import UserError
 from isotune.models.opening import load_tokenizer
 
@@ -46,14 +49,14 @@ def rows(*pairs: tuple[str, object]) -> list[dict]:
     return [{"text": text, "label": label} for text, label in pairs]
 
 
-def quietly(path: str, tokenizer=None, *, evaluation: bool = False, **settings) -> PreparedLabels:
-    return prepare_labelled(
-        path, "train", tokenizer or word_tokenizer(), LabelSettings(**settings), evaluation=evaluation,
-        show_progress=False,
-    )  # fmt: skip
+def quietly(path: str, tokenizer=None, *, evaluation: bool = False, **settings) -> PreparedData:
+    source = read_rows(path, "train")
+    labelled = tokenize(source, tokenizer or word_tokenizer(), ClassificationSettings(**settings), show_progress=False)
+    labelled.check_classes(evaluation=evaluation)
+    return labelled.prepared()
 
 
-def words_of(prepared: PreparedLabels, number: int) -> list[int]:
+def words_of(prepared: PreparedData, number: int) -> list[int]:
     documents = prepared.documents
     return documents.input_ids[documents.starts[number] : documents.starts[number + 1]].tolist()
 
@@ -66,19 +69,19 @@ def test_a_text_that_is_too_long_keeps_the_end_that_was_asked_for(write, overlon
     prepared = quietly(write(*rows((TEN, 1), ("1 2", 0))), overlong=overlong, max_seq_length=8)
     assert words_of(prepared, 0) == [40, *kept, 41]
     assert words_of(prepared, 1) == [40, 1, 2, 41]
-    assert prepared.table.counts.cut == 1 and prepared.table.counts.whole_lengths["max"] == 12
+    assert prepared.table.counts["cut"] == 1 and prepared.table.counts["whole_lengths"]["max"] == 12
     assert f"cut to 8 tokens ({overlong})" in str(prepared.table)
 
 
 def test_an_empty_text_is_kept_as_the_special_tokens_alone_and_counted(write):
     prepared = quietly(write(*rows(("", 1), ("1", 0), ("  ", 0))))
     assert [words_of(prepared, n) for n in range(3)] == [[40, 41], [40, 1, 41], [40, 41]]
-    assert prepared.table.counts.empty == 2 and "of an empty text, kept" in str(prepared.table)
+    assert prepared.table.counts["empty"] == 2 and "of an empty text, kept" in str(prepared.table)
 
 
 def test_the_table_shows_the_balance_of_the_classes(write):
     prepared = quietly(write(*rows(("1", 0), ("2", 1), ("3", 1), ("4", 1))))
-    assert prepared.table.counts.classes == [1, 3] and prepared.num_labels == 2
+    assert prepared.table.counts["classes"] == [1, 3] and prepared.num_labels == 2
     assert "of class 0" in str(prepared.table) and "3 (75.0%)" in str(prepared.table)
 
 
@@ -123,7 +126,7 @@ def test_a_step_is_documents_and_its_passes_hold_each_once_with_its_label(write)
         step = plan.step(number)
         assert step.supervised_tokens == step.documents == (5 if number < 4 else 3)
         for microbatch in step.microbatches:
-            inputs = lay_out(prepared.documents, microbatch)
+            inputs = collate(prepared.documents, microbatch)
             assert inputs["input_ids"].shape[1] <= 18
             assert inputs["targets"].tolist() == [n % 3 for n in microbatch.documents]
             starts = inputs["cu_seq_lens_q"][:-1].long()
@@ -133,8 +136,6 @@ def test_a_step_is_documents_and_its_passes_hold_each_once_with_its_label(write)
 
 
 def test_the_builtin_corpus_has_three_balanced_classes_and_no_row_of_test_in_train():
-    from isotune.data.sources.source import read_rows
-
     train, test = (list(read_rows("builtin:opinions", split).rows()) for split in ("train", "test"))
     assert [sum(row["label"] == k for row in train) for k in range(3)] == [200, 200, 200]
     assert not {row["text"] for row in train} & {row["text"] for row in test}
@@ -171,7 +172,7 @@ def test_a_mistake_in_the_data_is_one_sentence_that_names_the_row(write, mistake
 
 
 def test_an_evaluation_split_may_lack_a_class_but_not_have_a_new_one(write):
-    assert quietly(write(*rows(("1", 0))), num_labels=2, evaluation=True).table.counts.classes == [1, 0]
+    assert quietly(write(*rows(("1", 0))), num_labels=2, evaluation=True).table.counts["classes"] == [1, 0]
     with pytest.raises(UserError, match=r"row 1 of .*is of class 2, and num_labels is 2"):
         quietly(write(*rows(("1", 2)), name="new.jsonl"), num_labels=2, evaluation=True)
 
@@ -189,7 +190,7 @@ def test_texts_are_cleaned_where_the_recipe_says_so_and_counted_where_not(write)
     path = write(*rows((r"1\n2 <br />3", 0), ("1 2 3", 1), ("4", 0)))
     left, undone = quietly(path), quietly(path, clean_text=True)
     assert words_of(left, 0) != words_of(left, 1) and words_of(undone, 0) == words_of(undone, 1) == [40, 1, 2, 3, 41]
-    assert left.table.counts.marked == undone.table.counts.marked == 1
+    assert left.table.counts["marked"] == undone.table.counts["marked"] == 1
     assert "HTML or escapes, left (clean_text" in str(left.table) and "escapes, undone" in str(undone.table)
     assert list(undone.texts()) == [r"1\n2 <br />3", "1 2 3", "4"]  # as the source has them
     assert left.fingerprint != undone.fingerprint
@@ -210,5 +211,5 @@ def test_a_tokenizer_without_a_token_before_the_text_is_refused(write):
 def test_a_folder_without_a_tokenizers_files_is_refused(tmp_path):
     AutoConfig.for_model("roberta").save_pretrained(tmp_path / "roberta")
     values = TINY_CLASSIFIER | {"model_name_or_path": str(tmp_path / "roberta"), "output_dir": str(tmp_path / "run")}
-    with pytest.raises(UserError, match=r"roberta' makes no token of a letter: is its tokenizer\.json there"):
+    with pytest.raises(UserError, match=r"roberta' encodes a letter to no token: is its tokenizer\.json there"):
         load_tokenizer(ClassificationRecipe.from_values(**values), needed=("pad",))

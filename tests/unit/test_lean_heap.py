@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from isotune.run import malloc_tuning
-from isotune.run.malloc_tuning import TUNABLES, VARIABLE, lean_tunables
+from isotune.run.malloc_tuning import TUNABLES, VARIABLE, malloc_tunables
 
 BOTH = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 on_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
@@ -35,7 +35,7 @@ if RESTART:
     restart_with_malloc_tuning()
 import torch
 from tests.building import OPT_350M
-from isotune.models.cpu.speedups import enable_speedups, training_pass
+from isotune.models.cpu.speedups import enable_speedups, training_microbatch
 from transformers import OPTConfig, OPTForCausalLM
 
 def held(field):
@@ -50,7 +50,7 @@ optimizer = torch.optim.AdamW(model.parameters())
 ids = torch.randint(4, 512, (1, 512))
 before = held("VmRSS")
 for _ in range(3):
-    with training_pass(model):
+    with training_microbatch(model):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
@@ -127,12 +127,12 @@ def test_a_step_of_full_tuning_holds_less_on_it(tmp_path):
 @pytest.mark.parametrize("library", [("", ""), ("musl", "1.2")])
 def test_another_c_library_is_left_alone(monkeypatch, library):
     monkeypatch.setattr(platform, "libc_ver", lambda: library)
-    assert lean_tunables({}) is None
+    assert malloc_tunables({}) is None
 
 
 def test_a_machine_with_a_gpu_is_left_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
     monkeypatch.setattr(malloc_tuning, "GPU_DRIVERS", (tmp_path / "driver",))
-    assert lean_tunables({}) == BOTH == ":".join(f"{name}={value}" for name, value in TUNABLES.items())
+    assert malloc_tunables({}) == BOTH == ":".join(f"{name}={value}" for name, value in TUNABLES.items())
     (tmp_path / "driver").touch()
-    assert lean_tunables({}) is None
+    assert malloc_tunables({}) is None

@@ -10,8 +10,8 @@ def test_skipped_steps_are_not_laid_out_and_the_rest_is_the_same(tmp_path, monke
     loader = build(tmp_path).trainer.get_train_dataloader()
     whole = list(loader)
     laid_out = []
-    lay_out = module.lay_out
-    monkeypatch.setattr(module, "lay_out", lambda *args: laid_out.append(args) or lay_out(*args))
+    collate = module.collate
+    monkeypatch.setattr(module, "collate", lambda *args: laid_out.append(args) or collate(*args))
     rest = list(loader.skipping(4))
     assert [item["step"] for item in rest] == [item["step"] for item in whole[4:]]
     assert [item["step"].number for item in rest] == [4, 5]

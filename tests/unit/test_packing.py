@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isotune.data.packing import each_alone, pack
+from isotune.data.packing import one_document_per_row, pack
 
 
 def best_fit_decreasing(lengths: list[int], capacity: int) -> list[int]:
@@ -67,7 +67,7 @@ def test_rows_are_those_recorded_once_whatever_the_machine_and_numpy():
 
 
 def test_an_unpacked_run_has_one_document_a_row_in_their_order():
-    rows = each_alone(4)
+    rows = one_document_per_row(4)
     assert [rows[row].tolist() for row in range(len(rows))] == [[0], [1], [2], [3]]
 
 

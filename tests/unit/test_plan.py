@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isotune.data.batch_schedule import StepSchedule, assign
+from isotune.data.batch_schedule import StepSchedule, assign_to_ranks
 from isotune.data.collate import collate
 from isotune.data.documents import Documents, Rows
-from isotune.data.packing import each_alone, pack
+from isotune.data.packing import one_document_per_row, pack
 
 ROW_TOKENS = 32
 
@@ -21,7 +21,7 @@ def made_documents(lengths: list[int], seed: int = 0) -> Documents:
     supervised[starts[:-1]] = False
     return Documents(
         input_ids=draw.integers(0, 1000, tokens).astype(np.int32),
-        supervised=supervised,
+        targets=supervised,
         starts=starts,
         source_rows=np.arange(len(lengths), dtype=np.int64),
     )
@@ -54,8 +54,8 @@ def test_every_document_is_seen_once_an_epoch_and_nothing_is_dropped(lengths, ba
 @given(lengths_lists, st.integers(1, 9), st.integers(1, 7))
 def test_ranks_share_a_step_out_completely_with_equal_numbers_of_passes(lengths, batch, world_size):
     documents = made_documents(lengths)
-    step = made_plan(documents, each_alone(len(documents)), batch).step(0)
-    shares = assign(step, world_size)
+    step = made_plan(documents, one_document_per_row(len(documents)), batch).step(0)
+    shares = assign_to_ranks(step, world_size)
     assert len(shares) == world_size
     assert len({len(share) for share in shares}) == 1
     carried = sorted(m.number for share in shares for m in share if m.weight)
@@ -74,14 +74,14 @@ def test_two_plans_of_one_seed_are_equal_and_of_two_seeds_are_not():
 
 def test_each_epoch_has_its_own_order():
     documents = made_documents([5] * 40)
-    plan = made_plan(documents, each_alone(40))
+    plan = made_plan(documents, one_document_per_row(40))
     first, second = ([plan.step(e * plan.steps_per_epoch + k) for k in range(plan.steps_per_epoch)] for e in (0, 1))
     assert [s.microbatches for s in first] != [s.microbatches for s in second]
 
 
 def test_the_last_step_of_an_epoch_may_be_smaller():
     documents = made_documents([ROW_TOKENS] * 7)
-    plan = made_plan(documents, each_alone(7), batch=3)
+    plan = made_plan(documents, one_document_per_row(7), batch=3)
     assert [plan.step(k).documents for k in range(4)] == [3, 3, 1, 3]
 
 
@@ -98,8 +98,8 @@ def test_a_bigger_microbatch_changes_neither_documents_nor_denominator_of_a_step
 
 def test_ranks_are_balanced_by_cost():
     documents = made_documents([32, 32, 16, 16, 8, 8, 8, 8])
-    step = StepSchedule(documents, each_alone(8), global_batch_size=8, microbatch_tokens=32, seed=0).step(0)
-    loads = [sum(m.tokens for m in share if m.weight) for share in assign(step, 2)]
+    step = StepSchedule(documents, one_document_per_row(8), global_batch_size=8, microbatch_tokens=32, seed=0).step(0)
+    loads = [sum(m.tokens for m in share if m.weight) for share in assign_to_ranks(step, 2)]
     assert loads == [64, 64]
 
 
@@ -109,7 +109,11 @@ def test_collated_targets_are_predicted_from_the_token_before_them(lengths):
     documents = made_documents(lengths)
     microbatch = (
         StepSchedule(
-            documents, each_alone(len(lengths)), global_batch_size=len(lengths), microbatch_tokens=sum(lengths), seed=3
+            documents,
+            one_document_per_row(len(lengths)),
+            global_batch_size=len(lengths),
+            microbatch_tokens=sum(lengths),
+            seed=3,
         )
         .step(0)
         .microbatches[0]
@@ -134,4 +138,4 @@ def test_collated_targets_are_predicted_from_the_token_before_them(lengths):
 def test_a_row_longer_than_a_microbatch_is_a_bug_and_not_cut():
     documents = made_documents([ROW_TOKENS])
     with pytest.raises(AssertionError, match="must fit"):
-        made_plan(documents, each_alone(1), tokens=ROW_TOKENS - 1)
+        made_plan(documents, one_document_per_row(1), tokens=ROW_TOKENS - 1)

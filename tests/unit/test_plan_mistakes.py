@@ -96,6 +96,24 @@ def test_a_recipe_is_known_by_its_keys_and_else_by_its_model():
     assert type(read_asked(None, flags(**labels), None, None).recipe).__name__ == "ClassificationRecipe"
 
 
+def test_a_task_that_only_the_model_suggests_is_said_to_be_a_guess():
+    own = {"output_dir": "runs/x", "model_name_or_path": "builtin:bert-tiny", "dataset_name": "builtin:opinions"}
+    guessed = read_asked(None, flags(**own), None, None)
+    assert guessed.guess == "task is guessed to be classification from the model's type, bert: say task: classification"
+    for more in ({"task": "classification"}, {"num_labels": 3}):
+        said = read_asked(None, flags(**own, **more), None, None)
+        assert type(said.recipe) is type(guessed.recipe) and said.guess is None
+
+
+def test_a_task_that_neither_a_key_nor_a_model_says_is_asked_for(tmp_path):
+    own = {"output_dir": "runs/x", "model_name_or_path": str(tmp_path / "none"), "dataset_name": "builtin:opinions"}
+    assert read_asked(None, flags(**own), None, None).problems == (
+        "task is missing: add task: sft or task: classification to the recipe",
+    )
+    with pytest.raises(UserError, match="task is 'sftt': did you mean 'sft'"):
+        read_asked(None, flags(**own, task="sftt"), None, None)
+
+
 @pytest.mark.parametrize("file", ["missing.yaml", "list.yaml", "broken.yaml"])
 def test_a_launch_file_that_is_none_is_one_of_the_problems(file, tmp_path: Path):
     (tmp_path / "list.yaml").write_text("- 1\n")

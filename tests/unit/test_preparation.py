@@ -16,10 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 from isotune.data.cache import cache_folder, disk_errors_named, load_or_build, write_array
 from isotune.data.documents import Documents
-from isotune.data.sft.preparation import ANSWER_CUT, NO_ANSWER, PreparationSettings, PreparedData, prepare
+from isotune.data.prepared import PreparedData
+from isotune.data.sft.preparation import ANSWER_CUT, NO_ANSWER, SftSettings, prepare
 from isotune.io.errors import UserError
 
-PLAIN = PreparationSettings()
+PLAIN = SftSettings()
 
 
 def byte_tokenizer(*, bos: bool = True, without: str = "") -> PreTrainedTokenizerFast:
@@ -85,23 +86,23 @@ def test_a_document_is_bos_text_eos_with_the_answer_and_the_eos_supervised(talks
 
 
 def test_the_table_counts_what_can_be_counted_by_hand(talks):
-    prepared = quietly(talks, PreparationSettings(max_seq_length=64))
-    counts = prepared.table.documents
+    prepared = quietly(talks, SftSettings(max_seq_length=64))
+    counts = prepared.table.counts
     # 1 + 29 + 1 tokens; no answer; cut at 64, of which 1 + 27 stand before the answer; cut before its answer.
-    assert (counts.read, counts.kept, counts.truncated, counts.documents) == (4, 2, 1, 2)
-    assert counts.dropped == {NO_ANSWER: 1, ANSWER_CUT: 1, "longer than max_seq_length": 0}
+    assert [counts[name] for name in ("read", "kept", "truncated", "documents")] == [4, 2, 1, 2]
+    assert counts["dropped"] == {NO_ANSWER: 1, ANSWER_CUT: 1, "longer than max_seq_length": 0}
     assert prepared.documents.lengths.tolist() == [31, 64]
     assert prepared.documents.supervised_counts.tolist() == [3, 64 - 28]
     assert prepared.documents.source_rows.tolist() == [0, 2]
-    assert (counts.tokens, counts.supervised_tokens) == (95, 39)
-    assert counts.whole_lengths["min"] == 31
-    assert counts.whole_lengths["max"] == 1 + len("### Human: " + "why " * 60 + "### Assistant: so") + 1
-    assert prepared.table.rows == 2
-    assert prepared.table.packing_efficiency == 95 / 128
+    assert (counts["tokens"], counts["supervised_tokens"]) == (95, 39)
+    assert counts["whole_lengths"]["min"] == 31
+    assert counts["whole_lengths"]["max"] == 1 + len("### Human: " + "why " * 60 + "### Assistant: so") + 1
+    assert counts["rows"] == 2
+    assert counts["packing_efficiency"] == 95 / 128
 
 
 def test_the_printed_table_names_every_number_that_is_not_zero(talks):
-    printed = str(quietly(talks, PreparationSettings(max_seq_length=64)).table)
+    printed = str(quietly(talks, SftSettings(max_seq_length=64)).table)
     for line in (
         "documents read                              4",
         "kept                                      2",
@@ -119,24 +120,24 @@ def test_the_printed_table_names_every_number_that_is_not_zero(talks):
 
 
 def test_splitting_supervises_every_answer_token_once(talks):
-    whole = quietly(talks, PreparationSettings(max_seq_length=4_096)).documents
-    split = quietly(talks, PreparationSettings(max_seq_length=64, overlong="split"))
+    whole = quietly(talks, SftSettings(max_seq_length=4_096)).documents
+    split = quietly(talks, SftSettings(max_seq_length=64, overlong="split"))
     assert split.documents.supervised.sum() == whole.supervised.sum()
     assert split.documents.lengths.max() <= 64
-    assert split.table.documents.split == 2
-    assert split.table.documents.pieces_dropped == 265 // 63  # 265 characters stand before the last answer
+    assert split.table.counts["split"] == 2
+    assert split.table.counts["pieces_dropped"] == 265 // 63  # 265 characters stand before the last answer
     assert (split.documents.input_ids[split.documents.starts[:-1]] == 2).all(), "every piece starts with the bos"
 
 
 def test_without_a_bos_no_piece_supervises_its_first_token(talks):
-    documents = quietly(talks, PreparationSettings(max_seq_length=64, overlong="split"), byte_tokenizer(bos=False))
+    documents = quietly(talks, SftSettings(max_seq_length=64, overlong="split"), byte_tokenizer(bos=False))
     documents = documents.documents
     assert documents.input_ids[0] != 2
     assert not documents.supervised[documents.starts[:-1]].any()
 
 
 def test_unpacked_each_document_is_its_own_row_in_order(talks):
-    rows = quietly(talks, PreparationSettings(packing=False)).rows
+    rows = quietly(talks, SftSettings(packing=False)).rows
     assert rows.documents.tolist() == [0, 1, 2]
     assert rows.starts.tolist() == [0, 1, 2, 3]
 
@@ -155,19 +156,19 @@ def test_what_is_read_back_is_what_was_made(talks, monkeypatch, tmp_path):
 
 def test_each_setting_that_decides_the_documents_makes_an_entry_and_the_others_do_not(talks):
     base = quietly(talks)
-    packed_otherwise = [quietly(talks, PreparationSettings(seed=1)), quietly(talks, PreparationSettings(packing=False))]
+    packed_otherwise = [quietly(talks, SftSettings(seed=1)), quietly(talks, SftSettings(packing=False))]
     assert len(entries()) == 1
     other_documents = [
-        quietly(talks, PreparationSettings(max_seq_length=64)),
-        quietly(talks, PreparationSettings(overlong="split")),
-        quietly(talks, PreparationSettings(train_on="last")),
+        quietly(talks, SftSettings(max_seq_length=64)),
+        quietly(talks, SftSettings(overlong="split")),
+        quietly(talks, SftSettings(train_on="last")),
         quietly(talks, tokenizer=byte_tokenizer(bos=False)),
     ]
     assert len(entries()) == 5
     everything = [base, *packed_otherwise, *other_documents]
     assert len({prepared.fingerprint for prepared in everything}) == len(everything)
     talks.write_text(talks.read_text() + '{"text": "### Assistant: more"}\n')
-    assert quietly(talks).table.documents.read == 5
+    assert quietly(talks).table.counts["read"] == 5
 
 
 @pytest.mark.parametrize(
@@ -195,11 +196,11 @@ def test_a_damaged_entry_is_noticed_and_made_anew(talks, damage):
 PREPARE = """
 import sys
 from transformers import PreTrainedTokenizerFast
-from isotune.data.sft.preparation import PreparationSettings, prepare
+from isotune.data.sft.preparation import SftSettings, prepare
 tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
-prepared = prepare(sys.argv[2], "train", tokenizer, PreparationSettings())
+prepared = prepare(sys.argv[2], "train", tokenizer, SftSettings())
 print(prepared.fingerprint, prepared.documents.input_ids.sum(), len(prepared.rows), flush=True)
 """
 
@@ -239,7 +240,8 @@ from isotune.data.documents import Documents
 def build():
     tokens = int(sys.argv[1])
     ids = np.arange(tokens, dtype=np.int32)
-    return Documents(ids, ids % 2 == 1, np.array([0, tokens]), np.array([0])), {"tokens": tokens}
+    documents = Documents(ids, ids % 2 == 1, np.array([0, tokens]), np.array([0]))
+    return documents.as_arrays(), {"tokens": tokens}
 load_or_build("entry", build)
 print("done", flush=True)
 """
@@ -259,8 +261,8 @@ def test_a_preparation_killed_while_writing_leaves_nothing_that_is_picked_up(wri
     assert leftovers and all(name.startswith("entry.partial-") for name in leftovers)
 
     few = Documents(np.array([1, 2], np.int32), np.array([False, True]), np.array([0, 2]), np.array([0]))
-    documents, counts = load_or_build("entry", lambda: (few, {"tokens": 2}))
-    assert documents.input_ids.tolist() == [1, 2]
+    arrays, counts = load_or_build("entry", lambda: (few.as_arrays(), {"tokens": 2}))
+    assert arrays["input_ids"].tolist() == [1, 2]
     assert counts == {"tokens": 2}
     assert [entry.name for entry in entries()] == ["entry"]
 
@@ -281,7 +283,7 @@ import numpy as np
 from isotune.data.documents import Documents
 ids = np.arange(1000, dtype=np.int32)
 documents = Documents(ids, ids > 0, np.array([0, 1000]), np.array([0]))
-run_script(lambda: load_or_build("entry", lambda: (documents, {})) and None)
+run_script(lambda: load_or_build("entry", lambda: (documents.as_arrays(), {})) and None)
 """
 
 
@@ -349,22 +351,22 @@ def test_rows_that_hold_no_conversation_are_named(tmp_path, rows, sentence):
 
 
 def test_a_text_field_that_is_not_there_is_named_and_nothing_else_is_taken(tmp_path):
-    settings = PreparationSettings(dataset_text_field="body")
+    settings = SftSettings(dataset_text_field="body")
     assert "but none called body: name the one" in refusal(tmp_path, [GOOD], settings)
 
 
 def test_a_named_text_field_is_read(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"text": "no", "body": "### Assistant: a"}))
-    assert len(quietly(path, PreparationSettings(dataset_text_field="body")).documents) == 1
+    assert len(quietly(path, SftSettings(dataset_text_field="body")).documents) == 1
 
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        (PreparationSettings(max_seq_length=2), "max_seq_length is 2: a document needs at least 3 tokens"),
-        (PreparationSettings(overlong="wrap"), "overlong is 'wrap'; it may be truncate, split, drop"),
-        (PreparationSettings(train_on="first"), "train_on is 'first'; it may be all, last"),
+        (SftSettings(max_seq_length=2), "max_seq_length is 2: a document needs at least 3 tokens"),
+        (SftSettings(overlong="wrap"), "overlong is 'wrap'; it may be truncate, split, drop"),
+        (SftSettings(train_on="first"), "train_on is 'first'; it may be all, last"),
     ],
 )
 def test_a_setting_that_cannot_be_is_named(tmp_path, settings, sentence):
@@ -398,12 +400,12 @@ def test_preparing_leaves_the_tokenizer_as_it_was(talks):
 
 def test_built_in_conversations_are_prepared_from_their_messages():
     prepared = quietly("builtin:greetings")
-    assert prepared.table.documents.kept == 80
-    assert prepared.table.documents.source == "builtin:greetings (train)"
+    assert prepared.table.counts["kept"] == 80
+    assert prepared.table.source == "builtin:greetings (train)"
 
 
 def test_the_table_as_numbers_goes_through_json(talks):
     table = quietly(talks).table
     numbers = json.loads(json.dumps(table.as_dict()))
-    assert numbers["packing_efficiency"] == table.packing_efficiency
-    assert numbers["dropped"] == table.documents.dropped
+    assert numbers["packing_efficiency"] == table.counts["packing_efficiency"]
+    assert numbers["dropped"] == table.counts["dropped"]

@@ -10,8 +10,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isotune.config import ClassificationRecipe, Recipe, RunRecipe, read_recipe
-from isotune.projects.arena.recipes import BaselinesRecipe, read_arena_recipe
+from isotune.config import ClassificationRecipe, Recipe, RunRecipe, kind_of, read_recipe
+from isotune.projects.arena.recipes import ArenaRecipe, BaselinesRecipe, read_arena_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((REPOSITORY / "train" / "configs").glob("*.yaml"))
@@ -196,6 +196,36 @@ def test_every_shipped_recipe_is_valid_and_survives_being_written(path, tmp_path
     recipe = read_shipped(path, path)
     recipe.write(tmp_path / "recipe.yaml")
     assert read_shipped(tmp_path / "recipe.yaml", path) == recipe
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_recipe_names_its_task_and_keeps_it_in_its_resolved_form(path):
+    named = yaml.safe_load(path.read_text())["task"]
+    assert read_shipped(path, path).resolved()["task"] == named
+
+
+def test_the_task_is_that_of_the_script_and_does_not_change_the_result():
+    assert Recipe.from_values(**REQUIRED).resolved()["task"] == "sft"
+    recipe = ClassificationRecipe.from_values(**REQUIRED)
+    assert recipe.resolved()["task"] == "classification"
+    assert "task" not in recipe.result_values()
+    assert recipe == ClassificationRecipe.from_values(**REQUIRED, task="classification")
+
+
+@pytest.mark.parametrize(
+    ("more", "kind"),
+    [
+        ({"task": "sft"}, Recipe),
+        ({"task": "classification"}, ClassificationRecipe),
+        ({"packing": False}, Recipe),
+        ({"num_labels": 2}, ClassificationRecipe),
+        ({}, ClassificationRecipe),
+        ({"method": "encoder"}, ArenaRecipe),
+        ({"method": "encoder", "task": "classification"}, ArenaRecipe),
+    ],
+)
+def test_the_kind_of_a_resolved_recipe_is_known_by_its_task_or_else_by_its_keys(more, kind):
+    assert kind_of(REQUIRED | more) is kind
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)

@@ -175,6 +175,12 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path):
     assert "UTF-8" in refusal("--config", str(tmp_path / "latin1.yaml"))
 
 
+def test_a_recipe_of_another_task_is_one_sentence_and_not_its_first_unknown_key(tmp_path):
+    said = refusal_of_file(tmp_path, yaml.safe_dump(REQUIRED) + "num_labels: 2\ntask: classification\n")
+    assert said.endswith("line 5: task is 'classification': this command runs recipes of task: sft")
+    assert refusal(*FLAGS, "--task", "sfd").startswith("--task is 'sfd': ")
+
+
 def test_recipes_made_in_python_are_checked_too():
     with pytest.raises(UserError, match="r has no effect"):
         Recipe.from_values(**REQUIRED, tune="full", r=3)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ LISTENER = """
 import signal, sys, time
 from isotune.run.preemption import SIGNALS, stop_request
 for number in SIGNALS:
-    signal.signal(number, stop_request.hear)
+    signal.signal(number, stop_request.on_signal)
 print("ready", flush=True)
 while True:
     time.sleep(0.01)
@@ -34,11 +35,11 @@ class Run:
     def __init__(self, path):
         self.path = path
         self.status: Any = None
-        self.fence = RunLease(path)
+        self.lease = RunLease(path)
 
-    def hold(self, processes: int) -> None:
+    def acquire_lease(self, processes: int) -> Path:
         """As a run folder is held."""
-        self.fence.take()
+        return self.lease.acquire()
 
 
 def process(rank: int = 0) -> Process:
@@ -62,8 +63,8 @@ def test_an_interrupt_and_its_echo_are_one_and_a_second_one_ends_the_process():
 
 def test_the_first_signal_is_the_one_that_is_remembered():
     request = StopRequest()
-    request.hear(signal.SIGUSR1)
-    request.hear(signal.SIGTERM)
+    request.on_signal(signal.SIGUSR1)
+    request.on_signal(signal.SIGTERM)
     assert request.by == "SIGUSR1"
 
 
@@ -97,7 +98,7 @@ def test_status_json_says_how_a_run_ended(tmp_path, error, status, number):
     found = json.loads((tmp_path / "status.json").read_text())
     assert (found["status"], found["exit_status"], found["step"]) == (status, number, 3)
     assert found["message"] == (str(error) if error else None)
-    assert signal.getsignal(signal.SIGUSR1) is not None and "hear" not in repr(signal.getsignal(signal.SIGUSR1))
+    assert signal.getsignal(signal.SIGUSR1) is not None and "on_signal" not in repr(signal.getsignal(signal.SIGUSR1))
 
 
 def test_other_ranks_and_folders_that_are_not_there_are_left_alone(tmp_path):

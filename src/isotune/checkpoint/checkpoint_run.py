@@ -1,12 +1,12 @@
-"""A checkpoint of any engine becomes the folder of a run that had ended there, so that whatever reads runs reads it.
+"""A run directory out of a checkpoint of any engine, as if the run had ended there, for everything that reads runs.
 
-One process does it, without the engine that wrote the checkpoint and without its number of ranks.
+One process does it, whatever the engine and the number of ranks that wrote the checkpoint.
 """
 
 import contextlib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,31 +20,31 @@ from isotune.checkpoint.store import find_checkpoint
 from isotune.checkpoint.writer import TENSORS
 from isotune.config import ClassificationRecipe, RunRecipe, kind_of
 from isotune.io.errors import RunFault, UserError
-from isotune.models.classifier import head_of, load_classifier
+from isotune.models.heads import head_of
 from isotune.models.log_control import quiet_libraries
 from isotune.models.lora import add_adapters
-from isotune.models.opening import is_made_here, load_causal_lm, load_config, load_tokenizer
+from isotune.models.opening import is_made_here, load_base_model, load_config, load_tokenizer
 
 _NAME = re.compile(r"step-\d{8,}")
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a checkpoint, whole or not, and no run."""
+    """Whether a folder is a checkpoint, valid or not."""
     return (folder / MANIFEST).is_file() or _NAME.fullmatch(folder.name) is not None
 
 
 def write_run_of(checkpoint: Path, scratch: Path) -> None:
-    """Write recipe.yaml and model/ into `scratch`, as the run would have left them had it ended at the checkpoint.
+    """Write recipe.yaml and model/ into `scratch`, as if the run had ended at the checkpoint.
 
-    The base of an adapter that was made at random goes to RUN/base_model, where the run itself would put it.
+    A base of an adapter that was drawn at random is written to RUN/base_model, as the run itself would do.
 
     Raises:
-        UserError: the checkpoint is not whole, or the model of its recipe cannot be read.
+        UserError: the checkpoint is not valid, or the model of its recipe cannot be loaded.
     """
     try:
         manifest = find_checkpoint(checkpoint)
     except InvalidCheckpoint as why:
-        raise UserError(f"{checkpoint} is no whole checkpoint: {why}") from why
+        raise UserError(f"{checkpoint} is not a valid checkpoint: {why}") from why
     recipe = kind_of(manifest.recipe).from_values(**manifest.recipe, output_dir=str(scratch))
     tokenizer = load_tokenizer(recipe, needed=("pad",))
     config = _config_of(recipe, checkpoint / TENSORS)
@@ -54,8 +54,7 @@ def write_run_of(checkpoint: Path, scratch: Path) -> None:
         if is_made_here(recipe):
             folder = checkpoint.resolve().parents[1] / "base_model"
             if not folder.is_dir():
-                load = load_classifier if isinstance(recipe, ClassificationRecipe) else load_causal_lm
-                save_and_verify(load(recipe, config, torch.device("cpu")), tokenizer, folder)  # type: ignore[arg-type]
+                save_and_verify(load_base_model(recipe, config, torch.device("cpu")), tokenizer, folder)
             base = str(folder)
         model.peft_config["default"].base_model_name_or_path = base
     save_and_verify(model, tokenizer, scratch / "model")
@@ -63,7 +62,7 @@ def write_run_of(checkpoint: Path, scratch: Path) -> None:
 
 
 def _config_of(recipe: RunRecipe, tensors: Path) -> PreTrainedConfig:
-    """The model's configuration; the classes of a classifier are the biases of the last layer of its head."""
+    """The model's configuration; a classifier has as many classes as its head's last bias has elements."""
     config = load_config(recipe)
     if isinstance(recipe, ClassificationRecipe):
         heads = set(head_of(config))
@@ -78,22 +77,22 @@ def _config_of(recipe: RunRecipe, tensors: Path) -> PreTrainedConfig:
     return config
 
 
-def _skeleton(recipe: RunRecipe, config: PreTrainedConfig) -> Any:
-    """The model of a recipe, with its adapters, without memory for a single weight."""
+def _meta_model(recipe: RunRecipe, config: PreTrainedConfig) -> Any:
+    """The model of a recipe with its adapters, on the meta device."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
     with torch.device("meta"), quiet_libraries():
         if isinstance(recipe, ClassificationRecipe):
-            classifier = AutoModelForSequenceClassification.from_config(config)
+            classifier = cast(Any, AutoModelForSequenceClassification).from_config(config)
             return classifier if recipe.tune == "full" else add_adapters(classifier, recipe, head=head_of(config))
-        base = AutoModelForCausalLM.from_config(config)
-        with contextlib.suppress(OSError):  # most models have none of their own
-            base.generation_config = GenerationConfig.from_pretrained(recipe.model_name_or_path)
+        base = cast(Any, AutoModelForCausalLM).from_config(config)
+        with contextlib.suppress(OSError):  # most models have no file of it
+            base.generation_config = cast(Any, GenerationConfig).from_pretrained(recipe.model_name_or_path)
         return base if recipe.tune == "full" else add_adapters(base, recipe)
 
 
-def _trained_tensors(skeleton: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
-    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+def _trained_tensors(model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     names = [name.removeprefix(MODEL) for name in stored(folder) if name.startswith(MODEL)]
     unknown = [name for name in names if name not in shapes]
     if unknown:
@@ -103,7 +102,7 @@ def _trained_tensors(skeleton: nn.Module, folder: Path) -> dict[str, torch.Tenso
 
 
 def _model_with(recipe: RunRecipe, config: PreTrainedConfig, folder: Path) -> Any:
-    model = _skeleton(recipe, config)
+    model = _meta_model(recipe, config)
     tensors = _trained_tensors(model, folder)
     model.load_state_dict(tensors, strict=False, assign=True)
     if recipe.tune == "full":

@@ -1,10 +1,10 @@
-"""A run's model written for use elsewhere, in a format that loads without isotune and without unpickling code."""
+"""Export of a run's model, in formats that load without isotune and without unpickling code."""
 
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +13,18 @@ from typing import Any, Literal, get_args
 import torch
 
 from isotune.checkpoint.checkpoint_run import is_checkpoint, write_run_of
-from isotune.checkpoint.final_model import no_room_is_an_error, replace_folder, save_and_verify, sync_folder
+from isotune.checkpoint.final_model import no_room_is_an_error, replace_folder, save_and_verify, staging_for
 from isotune.io.errors import RunFault, UserError
-from isotune.models.finished_classifier import load_whole_model
-from isotune.models.finished_run import (
+from isotune.models.merged_adapter import Parity, merge_run
+from isotune.models.opening import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     FinishedRun,
     check_weights,
     load_run_tokenizer,
+    load_whole_model,
     read_run,
 )
-from isotune.models.log_control import quiet_libraries
-from isotune.models.merged_adapter import Parity, merge_run
 
 Format = Literal["safetensors", "pt"]
 STATE_DICT = "model.pt"
@@ -34,7 +33,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Export:
-    """What was written where; `parity` is None where nothing was merged."""
+    """The result of an export; `parity` is None where nothing was merged."""
 
     folder: Path
     kind: Literal["adapter", "model"]
@@ -53,8 +52,8 @@ def export_run(
     """Write a run's model to a folder of its own.
 
     `safetensors` is a Hugging Face folder: the model, or without `merge` the adapter as it is. `pt` is `model.pt`, a
-    state dict for `torch.load(weights_only=True)` and `load_state_dict`, beside the configuration and tokenizer that
-    make the model to load it into. The run of a whole model has nothing to merge and is written as it is.
+    state dict for `torch.load(weights_only=True)` and `load_state_dict`, with the configuration and tokenizer of the
+    model. A run without an adapter has nothing to merge and is written as it is.
 
     Args:
         run_dir: RUN, or a checkpoint in RUN/checkpoints, whichever engine wrote it.
@@ -62,31 +61,31 @@ def export_run(
         format: `safetensors` or `pt`.
         output: an empty or absent folder; None is RUN/export/KIND-FORMAT, and RUN/export/STEP-KIND-FORMAT of a
             checkpoint.
-        dtype: of merged weights, `float32`, `float16` or `bfloat16`; None is the one that the base was trained in.
+        dtype: of merged weights, `float32`, `float16` or `bfloat16`; None is that of the base in training.
 
     Raises:
-        UserError: no run, no model, a broken file, an output folder that is not empty, an unknown format, a merged
-            model that does not answer as the adapter does.
-        RunFault: what was written does not read back equal.
+        UserError: no run, no model, a broken file, an output folder that is not empty, an unknown format, or a
+            merged model whose logits are not those of the adapter.
+        RunFault: the files do not read back equal.
     """
     if format not in get_args(Format):
         raise UserError(f"--format {format} is unknown: it may be {' or '.join(get_args(Format))}")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype} is unknown: it may be {', '.join(DTYPES)}")
-    place = Path(run_dir).expanduser()
+    source = Path(run_dir).expanduser()
     if output:
         _check_output(Path(output).expanduser())
-    if not is_checkpoint(place):
-        return _export(read_run(place), place / "export", "", merge, format, output, dtype)
-    home = place.resolve().parents[1]
-    with _scratch(Path(output).expanduser().parent if output else home / "export") as scratch:
-        write_run_of(place, scratch)
-        return _export(read_run(scratch), home / "export", f"{place.name}-", merge, format, output, dtype)
+    if not is_checkpoint(source):
+        return _export(read_run(source), source / "export", "", merge, format, output, dtype)
+    run_of_it = source.resolve().parents[1]
+    with _scratch(Path(output).expanduser().parent if output else run_of_it / "export") as scratch:
+        write_run_of(source, scratch)
+        return _export(read_run(scratch), run_of_it / "export", f"{source.name}-", merge, format, output, dtype)
 
 
 @contextmanager
-def _scratch(beside: Path) -> Iterator[Path]:
-    """A folder for what is needed only in between, on the disk that the result goes to."""
+def _scratch(beside: Path) -> Generator[Path]:
+    """A temporary folder on the disk of the result."""
     with no_room_is_an_error(beside):
         beside.mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(dir=beside, prefix=".checkpoint-")
@@ -137,50 +136,36 @@ def _check_output(folder: Path) -> None:
 
 
 def _copy_adapter(run: FinishedRun, folder: Path) -> None:
-    """Copy the adapter, with a base that stays true where the copy goes."""
-    staging = folder.with_name(f"{folder.name}.unverified")
-    try:
-        with no_room_is_an_error(folder):
-            shutil.rmtree(staging, ignore_errors=True)
-            shutil.copytree(run.model, staging)
-            if os.path.isdir(str(run.base)):
-                path = staging / ADAPTER_CONFIG
-                settings = json.loads(path.read_text("utf-8"))
-                settings["base_model_name_or_path"] = str(Path(str(run.base)).resolve())
-                path.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
-            check_weights(staging, ADAPTER_WEIGHTS)
-            sync_folder(staging)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+    """Copy the adapter, with the absolute path of its base model."""
+    with staging_for(folder) as staging:
+        shutil.copytree(run.model, staging)
+        if os.path.isdir(str(run.base)):
+            path = staging / ADAPTER_CONFIG
+            settings = json.loads(path.read_text("utf-8"))
+            settings["base_model_name_or_path"] = str(Path(str(run.base)).resolve())
+            path.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+        check_weights(staging, ADAPTER_WEIGHTS)
     replace_folder(staging, folder)
 
 
 def _save_state_dict(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write `model.pt`, load it as its user will into a fresh model, compare, and rename the folder into place."""
-    staging = folder.with_name(f"{folder.name}.unverified")
+    """Write `model.pt`, load it as its user will into a new model, compare, and rename the folder into place."""
     state = dict(model.state_dict())
-    try:
-        with quiet_libraries(), no_room_is_an_error(folder):
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-            if getattr(model.config, "use_cache", None) is not None:
-                model.config.use_cache = True
-            model.config.architectures = [type(model).__name__]
-            model.config.dtype = model.dtype
-            model.config.save_pretrained(str(staging))
-            if model.can_generate():
-                model.generation_config.save_pretrained(str(staging))
-            tokenizer.save_pretrained(str(staging))
-            # Tied tensors share one storage in the file and both of their names: `load_state_dict` asks for both.
-            # Through Python's own file: torch's does not say why a write failed.
-            with (staging / STATE_DICT).open("wb") as file:
-                torch.save(state, file)
-            sync_folder(staging)
+    with staging_for(folder) as staging:
+        staging.mkdir()
+        if getattr(model.config, "use_cache", None) is not None:
+            model.config.use_cache = True
+        model.config.architectures = [type(model).__name__]
+        model.config.dtype = model.dtype
+        model.config.save_pretrained(str(staging))
+        if model.can_generate():
+            model.generation_config.save_pretrained(str(staging))
+        tokenizer.save_pretrained(str(staging))
+        # Tied tensors share one storage in the file and keep both names: `load_state_dict` needs both.
+        # A file opened by Python, because torch's own hides why a write failed.
+        with (staging / STATE_DICT).open("wb") as file:
+            torch.save(state, file)
         _verify_state_dict(model, state, staging)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     replace_folder(staging, folder)
 
 

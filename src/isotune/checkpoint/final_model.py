@@ -1,27 +1,28 @@
-"""The final model is called saved only after what lies on the disk was opened again and found equal, bit for bit.
+"""Saving the final model: it counts as saved only after the files were read back and found equal, bit for bit.
 
 A save can fail without an error: a sharded engine with LoRA writes empty tensors (peft issue 2450), tied weights get
-lost, a configuration keeps what only training understands. All of these show up when the folder is read as its user
-will read it.
+lost, a configuration keeps settings of training. All of these show when the folder is loaded as its user will load it.
 """
 
 import copy
 import errno
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from isotune.compat.peft import name_in_adapter_file, save_adapter
+from isotune.compat.transformers_models import ignored_on_save, set_attention_of
 from isotune.io.errors import RunFault, UserError
+from isotune.io.files import sync_path
 from isotune.models.log_control import quiet_libraries
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -33,12 +34,12 @@ class FinalModelReport:
     """What was saved and verified.
 
     Attributes:
-        folder: where it lies.
+        folder: of the files.
         kind: a whole model, or an adapter that needs its base model.
-        tensors: tensors compared with the model in memory; tied ones count once a name.
-        parameters: numbers in them.
+        tensors: tensors compared with the model in memory; tied ones count once per name.
+        parameters: elements of them; tied ones count once.
         dtypes: of the tensors, as torch names them, sorted.
-        bytes_on_disk: of all files of the folder.
+        bytes_on_disk: size of all files in the folder.
     """
 
     folder: Path
@@ -58,22 +59,21 @@ class FinalModelReport:
 def save_and_verify(model: nn.Module, tokenizer: Any, folder: str | Path) -> FinalModelReport:
     """Write a model or a peft adapter with its tokenizer, reopen it, compare every tensor, and rename it into place.
 
-    Everything is written to a sibling folder first, so `folder` is at every moment absent, the whole of what was
-    there before, or the whole new model. Weights are safetensors in the dtype that they have in memory. The
-    configuration is that of a stock model: no trace of the attention function of training, and `use_cache` on.
+    Everything is written to a sibling folder first, so at every moment `folder` is absent, as it was before, or the
+    complete new model. Weights are safetensors in the dtype that they have in memory. The configuration is that of a
+    stock model, without the attention function of training, and with `use_cache` on.
 
     Args:
-        model: a plain `PreTrainedModel` or `PeftModel`, not wrapped by an engine; instance methods may be patched.
+        model: a plain `PreTrainedModel` or `PeftModel`, out of its engine's wrapper; instance methods may be patched.
         tokenizer: of the model.
-        folder: what `from_pretrained` will be given; an existing one is replaced.
+        folder: for `from_pretrained`; an existing one is replaced.
 
     Raises:
         UserError: the disk has no room, or the folder cannot be written.
-        RunFault: what was read back is not what is in memory; the folder before it stays, and what was written is
-            kept beside it under the name that the sentence gives.
+        RunFault: the files differ from memory; `folder` stays as it was, and the files are kept beside it, under the
+            name in the message.
     """
     folder = Path(folder)
-    staging = folder.with_name(f"{folder.name}.unverified")
     with quiet_libraries():
         expected = _trained_adapter(model) if _is_adapter(model) else _whole_state(model)
     empty = next((name for name, tensor in expected.items() if tensor.numel() == 0), None)
@@ -81,15 +81,8 @@ def save_and_verify(model: nn.Module, tokenizer: Any, folder: str | Path) -> Fin
         raise RunFault(
             f"{empty} is empty in memory, so {folder} was not written: a sharded engine has to gather it before saving"
         )
-    try:
-        with quiet_libraries(), no_room_is_an_error(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(staging, ignore_errors=True)
-            _write(model, tokenizer, staging)
-            sync_folder(staging)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+    with staging_for(folder) as staging:
+        _write(model, tokenizer, staging)
     with quiet_libraries():
         try:
             _compare_files(model, expected, staging)
@@ -114,36 +107,43 @@ class _Difference(Exception):
     """Which tensor or file differs, and how."""
 
 
-def sync_folder(folder: Path) -> None:
-    """Force every file below `folder`, and the folders that name them, to the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+@contextmanager
+def staging_for(folder: Path) -> Generator[Path]:
+    """A sibling path of `folder` to write to; synced at the end, removed where the body fails.
+
+    Raises:
+        UserError: the disk has no room, or the folder cannot be written.
+    """
+    staging = folder.with_name(f"{folder.name}.unverified")
+    try:
+        with quiet_libraries(), no_room_is_an_error(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(staging, ignore_errors=True)
+            yield staging
+            for path in (*staging.rglob("*"), staging):
+                sync_path(path)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
 def replace_folder(staging: Path, folder: Path) -> None:
-    """Rename `staging` to `folder`; what was there is removed only after that."""
+    """Rename `staging` to `folder`; a previous folder is removed only after that."""
     before = folder.with_name(f"{folder.name}.before")
     if folder.exists():
         shutil.rmtree(before, ignore_errors=True)
         folder.rename(before)
     staging.rename(folder)
-    descriptor = os.open(folder.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_path(folder.parent)
     shutil.rmtree(before, ignore_errors=True)
 
 
 @contextmanager
-def no_room_is_an_error(folder: Path) -> Iterator[None]:
-    """A full disk is the user's to clear, whichever class of error a library makes of it.
+def no_room_is_an_error(folder: Path) -> Generator[None]:
+    """Turn any library's error for a full disk into a UserError.
 
-    safetensors has its own, with the number in its text; torch.save raises another on the way out of the first.
+    safetensors has a class of its own, with the errno in its message; torch.save raises a second error while it
+    handles the first.
     """
     try:
         yield
@@ -151,7 +151,7 @@ def no_room_is_an_error(folder: Path) -> Iterator[None]:
         causes: list[BaseException] = [error]
         while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
             causes.append(cause)
-        if any(_says_no_room(cause) for cause in causes):
+        if any(_is_no_room(cause) for cause in causes):
             raise UserError(
                 f"no room on the disk for the model in {folder}: free some space or choose another folder"
             ) from error
@@ -160,7 +160,7 @@ def no_room_is_an_error(folder: Path) -> Iterator[None]:
         raise
 
 
-def _says_no_room(error: BaseException) -> bool:
+def _is_no_room(error: BaseException) -> bool:
     return getattr(error, "errno", None) in NO_ROOM or any(f"(os error {code})" in str(error) for code in NO_ROOM)
 
 
@@ -172,9 +172,7 @@ def _is_adapter(model: nn.Module) -> bool:
 
 def _write(model: Any, tokenizer: Any, staging: Path) -> None:
     if _is_adapter(model):
-        # "auto" would ask the Hub for the base model's vocabulary size; trained embeddings are in modules_to_save.
-        targets = next(iter(model.peft_config.values())).target_modules or ()
-        model.save_pretrained(str(staging), save_embedding_layers=bool({"embed_tokens", "lm_head"} & set(targets)))
+        save_adapter(model, staging)
     else:
         model.save_pretrained(str(staging))
     tokenizer.save_pretrained(str(staging))
@@ -184,7 +182,7 @@ def _write(model: Any, tokenizer: Any, staging: Path) -> None:
 
 
 def _make_stock(path: Path) -> None:
-    """Take out of a configuration what training put there: the packed attention and the cache turned off."""
+    """Remove from a configuration what training set: the packed attention and `use_cache: false`."""
     settings = json.loads(path.read_text("utf-8"))
     for key in ("_attn_implementation", "attn_implementation", "_attn_implementation_internal"):
         settings.pop(key, None)
@@ -194,13 +192,13 @@ def _make_stock(path: Path) -> None:
 
 
 def _whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of the model that is saved, tied ones under each of their names."""
-    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    """Every tensor that is saved, tied ones under each of their names."""
+    ignored = ignored_on_save(model)
     return {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
 
 
 def _trained_adapter(model: nn.Module) -> dict[str, Tensor]:
-    """Every trained tensor by the name that it has in the peft model, taken without peft's own selection."""
+    """Every trained tensor by its name in the PeftModel, not by peft's own selection, which is what is checked."""
     return {
         name: parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -216,33 +214,27 @@ def _compare_files(model: nn.Module, expected: Mapping[str, Tensor], staging: Pa
     """Compare the raw tensors of the files with those in memory, where their names are the same."""
     if not expected:
         raise _Difference("there is no tensor to save")
-    in_memory = {_name_in_file(model, name): tensor for name, tensor in expected.items()}
+    is_adapter = _is_adapter(model)
+    in_memory = {name_in_adapter_file(name) if is_adapter else name: tensor for name, tensor in expected.items()}
     files = sorted(staging.glob("*.safetensors"))
     if not files:
         raise _Difference("no safetensors file was written")
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
+        with cast(Any, safe_open)(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a mapping)
                 read = tensors.get_tensor(name)
                 if read.numel() == 0:
                     raise _Difference(f"{name} is empty in {file.name}")
                 if name in in_memory:
                     _compare(name, in_memory.pop(name), read, same_dtype=True)
-    if in_memory and _is_adapter(model):
+    if in_memory and is_adapter:
         raise _Difference(f"{next(iter(in_memory))} was not written")
 
 
-def _name_in_file(model: nn.Module, name: str) -> str:
-    if not _is_adapter(model):
-        return name
-    name = re.sub(r"(\.modules_to_save)?\.default(?=\.|$)", "", name)
-    return name.removesuffix(".weight") if name.endswith("lora_magnitude_vector.weight") else name  # DoRA, peft 0.21
-
-
 def _compare_reopened(model: Any, expected: Mapping[str, Tensor], staging: Path) -> None:
-    """Load the folder as its user will, and compare under every name that the model in memory has."""
+    """Load the folder as its user will, and compare every tensor by its name in memory."""
     reopened = _reopen_adapter(model, staging) if _is_adapter(model) else _reopen_model(model, staging)
-    # `from_pretrained` gives all weights one dtype and peft gives adapters fp32; the files' own were compared before.
+    # `from_pretrained` loads all weights in one dtype, and peft adapters in fp32; `_compare_files` compared the dtypes.
     one_dtype = len({tensor.dtype for tensor in expected.values() if tensor.is_floating_point()}) == 1
     same_dtype = one_dtype and not _is_adapter(model)
     for name, tensor in expected.items():
@@ -252,12 +244,12 @@ def _compare_reopened(model: Any, expected: Mapping[str, Tensor], staging: Path)
 
 
 def _reopen_model(model: Any, staging: Path) -> dict[str, Tensor]:
-    reopened, loaded = type(model).from_pretrained(
+    reopened, loaded = cast(Any, type(model)).from_pretrained(
         str(staging), dtype="auto", output_loading_info=True, local_files_only=True, use_safetensors=True
     )
-    wrong = sorted(loaded["missing_keys"]) + sorted(loaded["unexpected_keys"])
-    if wrong:
-        raise _Difference(f"{wrong[0]} is missing or not known to {type(model).__name__}")
+    mismatched = sorted(loaded["missing_keys"]) + sorted(loaded["unexpected_keys"])
+    if mismatched:
+        raise _Difference(f"{mismatched[0]} is missing or not known to {type(model).__name__}")
     if getattr(model.config, "tie_word_embeddings", False) and model.get_output_embeddings() is not None:
         head, embedding = reopened.get_output_embeddings().weight, reopened.get_input_embeddings().weight
         was_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -267,19 +259,19 @@ def _reopen_model(model: Any, staging: Path) -> dict[str, Tensor]:
 
 
 def _reopen_adapter(model: Any, staging: Path) -> dict[str, Tensor]:
-    """Load the adapter by peft on top of a base of the same class: its names must fit.
+    """Load the adapter with peft onto a base of the same class.
 
-    The base's memory is reserved and never touched, so it does not become resident: this costs the adapter only.
+    The base's memory is allocated but never touched, so that it does not become resident.
     """
     from peft import PeftModel
 
     base = model.get_base_model()
     config = copy.deepcopy(base.config)
-    config._attn_implementation = "eager"
+    set_attention_of(config, "eager")
     with torch.device("meta"):
         skeleton = type(base)(config)
     skeleton.to_empty(device="cpu")
-    reopened = PeftModel.from_pretrained(skeleton, str(staging), torch_device="cpu")
+    reopened = cast(Any, PeftModel).from_pretrained(skeleton, str(staging), torch_device="cpu")
     return dict(reopened.named_parameters(remove_duplicate=False))
 
 
@@ -288,19 +280,19 @@ def _compare(name: str, in_memory: Tensor, read: Tensor, *, same_dtype: bool) ->
         raise _Difference(f"{name} has the shape {list(read.shape)} and not {list(in_memory.shape)}")
     if same_dtype and in_memory.dtype != read.dtype:
         raise _Difference(f"{name} is {read.dtype} and not {in_memory.dtype}")
-    wanted = in_memory.detach().to(device="cpu", dtype=read.dtype).contiguous()
-    found = read.detach().cpu().contiguous()
-    # Bytes and not numbers: NaN equals itself and 0.0 differs from -0.0.
-    if not torch.equal(wanted.reshape(-1).view(torch.uint8), found.reshape(-1).view(torch.uint8)):
-        raise _Difference(f"{name} holds other numbers")
+    expected = in_memory.detach().to(device="cpu", dtype=read.dtype).contiguous()
+    actual = read.detach().cpu().contiguous()
+    # as bytes: NaN equals itself, and 0.0 differs from -0.0
+    if not torch.equal(expected.reshape(-1).view(torch.uint8), actual.reshape(-1).view(torch.uint8)):
+        raise _Difference(f"{name} has other values")
 
 
 def _compare_tokenizer(tokenizer: Any, staging: Path) -> None:
     from transformers import AutoTokenizer
 
-    reopened = AutoTokenizer.from_pretrained(str(staging), local_files_only=True)
+    reopened = cast(Any, AutoTokenizer).from_pretrained(str(staging), local_files_only=True)
     for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(reopened, role) != getattr(tokenizer, role):
             raise _Difference(f"the tokenizer's {role} is {getattr(reopened, role)}, not {getattr(tokenizer, role)}")
     if reopened(PROBE_TEXT)["input_ids"] != tokenizer(PROBE_TEXT)["input_ids"]:
-        raise _Difference("the tokenizer cuts text in another way")
+        raise _Difference("the tokenizer encodes text in another way")

@@ -1,8 +1,8 @@
-"""One format for every engine: each tensor of a training state is saved flat, and each rank gives the slice it owns.
+"""The checkpoint format: every tensor of a training state is saved flat, and each rank writes the slice that it owns.
 
-A parameter of a plain model, a DTensor sharded by rows, a fragment of ZeRO-1/2's flat groups and a partition of
-ZeRO-3 have one thing in common: seen as one dimension, a rank's part is contiguous. torch.distributed.checkpoint then
-writes the slices to safetensors files and cuts them anew for any other engine and any other number of ranks.
+A parameter of a plain model, a DTensor sharded by rows, a fragment of ZeRO-1/2's flat groups and a partition of ZeRO-3
+have one thing in common: flattened, a rank's part is contiguous. torch.distributed.checkpoint writes the slices to
+safetensors files, and reshards them for any other engine and number of ranks.
 """
 
 import math
@@ -10,56 +10,60 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
-FILE_BYTES = 2**30  # of the whole state in one file of each rank: the writer holds a file in memory before it writes
+from isotune.compat.torch_dtensor import wrapper_tensor
+
+FILE_BYTES = 2**30  # of the whole tensors in one file of a rank: the writer holds a file in memory before it writes
 
 
 class FlatTensor(Tensor):
-    """This rank's contiguous part of a tensor of `size` numbers, in the form that the checkpoint library asks for.
+    """This rank's contiguous part of a tensor of `size` elements, as torch.distributed.checkpoint wants it.
 
-    A shell without data of its own: `local` holds the numbers [offset, offset + len(local)), and may be empty.
-    Reading fills `local` in place, on whichever device it lies. A rank has at most one part of a tensor, because the
-    library keeps one tensor of a name in a file.
+    A tensor subclass without data of its own. A rank has at most one part of a tensor, because a file holds one tensor
+    of a name.
+
+    Attributes:
+        local: the elements [offset, offset + len(local)), which may be none; reading fills it in place, on its device.
+        offset: of `local` in the whole tensor.
     """
 
     local: Tensor
     offset: int
 
     @staticmethod
-    def __new__(cls, local: Tensor, offset: int, size: int) -> "FlatTensor":
+    def __new__(cls: "type[FlatTensor]", local: Tensor, offset: int, size: int) -> "FlatTensor":
         assert local.ndim == 1 and offset >= 0 and offset + local.numel() <= size
-        shell = Tensor._make_wrapper_subclass(cls, (size,), dtype=local.dtype, device="cpu")  # type: ignore
-        shell.local = local
-        shell.offset = offset
-        return shell
+        wrapper = wrapper_tensor(cls, size, local.dtype)
+        wrapper.local = local
+        wrapper.offset = offset
+        return wrapper
 
     @classmethod
     def __torch_dispatch__(cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Nothing is computed with a shell."""
+        """A FlatTensor takes part in no computation."""
         raise NotImplementedError(f"{operation} on a FlatTensor: use its local part")
 
     @classmethod
     def whole(cls, tensor: Tensor) -> "FlatTensor":
-        """All of a contiguous tensor, sharing its memory."""
+        """A whole contiguous tensor, sharing its memory."""
         return cls(tensor.detach().view(-1), 0, tensor.numel())
 
     def _chunk(self) -> ChunkStorageMetadata:
         return ChunkStorageMetadata(torch.Size([self.offset]), torch.Size([self.local.numel()]))
 
-    def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
-        """What this rank writes: its slice."""
+    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
+        """What this rank writes."""
         if not self.local.numel():
             return []
         data = TensorWriteData(
@@ -68,24 +72,24 @@ class FlatTensor(Tensor):
         return [WriteItem(MetadataIndex(fqn, torch.Size([self.offset])), WriteItemType.SHARD, tensor_data=data)]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        """What this rank wants to read: its slice."""
+        """What this rank reads."""
         return [self._chunk()] if self.local.numel() else []
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        """The memory behind the slice."""
+        """The memory of the slice."""
         assert index.offset is None or tuple(index.offset) == (self.offset,)
         return self.local
 
 
 def share_of(tensor: Tensor, rank: int, world_size: int) -> FlatTensor:
-    """Of a tensor that every rank has whole, the even slice that this rank writes, sharing the tensor's memory."""
+    """The slice that a rank writes of a tensor that every rank has whole, sharing its memory; lengths differ by 1."""
     flat = tensor.detach().reshape(-1)
     start, stop = (flat.numel() * r // world_size for r in (rank, rank + 1))
     return FlatTensor(flat[start:stop], start, flat.numel())
 
 
 def host_copy(tensors: Mapping[str, FlatTensor]) -> dict[str, FlatTensor]:
-    """The tensors as they are now, in memory that training does not touch; the one thing that training waits for."""
+    """Copy the tensors to host memory; training waits for this part of a checkpoint only."""
     copies = {
         name: FlatTensor(tensor.local.detach().to("cpu", copy=True, non_blocking=True), tensor.offset, tensor.numel())
         for name, tensor in tensors.items()
@@ -96,30 +100,33 @@ def host_copy(tensors: Mapping[str, FlatTensor]) -> dict[str, FlatTensor]:
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, FlatTensor], group: dist.ProcessGroup | None) -> None:
-    """Write every rank's slices into safetensors files of `folder`, one or more a rank, synced to the disk.
+    """Write every rank's slices to safetensors files in `folder`, one or more per rank, synced to the disk.
 
-    Collective over `group`; every rank names the same tensors in the same order. Without a group, one process.
+    Collective over `group`; every rank passes the same names in the same order. Without a group, one process.
 
     Raises:
-        torch.distributed.checkpoint.api.CheckpointException: on every rank, when any could not write.
+        torch.distributed.checkpoint.api.CheckpointException: on every rank, where any could not write.
         RuntimeError: on every rank, where the slices do not cover the tensors.
     """
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=_files(tensors), save_distributed=True)
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that one process is one process
-        written: Any = save(
-            dict(tensors), storage_writer=writer, planner=planner, process_group=group, no_dist=group is None
-        ).state_dict_metadata
+        warnings.simplefilter("ignore", UserWarning)  # torch warns that one process is not distributed
+        written = (
+            cast(Any, dcp)
+            .save(dict(tensors), storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
+            .state_dict_metadata
+        )
     for name, tensor in tensors.items():
         # torch 2.13 refuses slices that overlap, and not those that leave a gap
         covered = sum(chunk.sizes[0] for chunk in written[name].chunks) if name in written else 0
         if covered != tensor.numel():
-            raise RuntimeError(f"{name} has {tensor.numel()} numbers, and the ranks own {covered} of them")
+            raise RuntimeError(f"{name} has {tensor.numel()} elements, and the ranks own {covered} of them")
 
 
 def _files(tensors: Mapping[str, FlatTensor]) -> dict[str, int]:
-    files, number, filled = {}, 1, 0
+    files: dict[str, int] = {}
+    number, filled = 1, 0
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.dtype.itemsize
         if filled and filled + size > FILE_BYTES:
@@ -130,42 +137,46 @@ def _files(tensors: Mapping[str, FlatTensor]) -> dict[str, int]:
 
 
 def written_by(folder: Path, rank: int) -> list[Path]:
-    """The files that `write_tensors` made on a rank."""
+    """The files that `write_tensors` wrote on a rank."""
     return sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
 
 
 def read_tensors(folder: Path, tensors: Mapping[str, FlatTensor]) -> None:
-    """Fill the local part of every tensor from `folder`, however it was split when it was written. No communication.
+    """Fill the local part of every tensor from `folder`, however it was sliced when it was written. Not collective.
 
     Raises:
-        RuntimeError: a tensor is missing, or of another size.
+        RuntimeError: a tensor is missing or has another size.
     """
     wanted = {name: tensor for name, tensor in tensors.items() if tensor.local.numel()}
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         try:
-            load(dict(wanted), storage_reader=_reader(folder), planner=planner, no_dist=True)
-        except CheckpointException as failure:  # no Exception in torch 2.13, and one process fails only once
+            cast(Any, dcp).load(dict(wanted), storage_reader=_reader(folder), planner=planner, no_dist=True)
+        except CheckpointException as failure:  # a BaseException in torch 2.13
             cause = next(iter(failure.failures.values()))[0]
             raise RuntimeError(f"{folder}: {cause}") from cause
 
 
 def read_whole(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The named tensors of `folder`, whole and on the CPU, in the types that they were written in."""
-    types = stored(folder)
-    whole = {name: torch.empty(shape, dtype=types[name][1]) for name, shape in shapes.items()}
+    """The named tensors of `folder`, whole, on the CPU, in the dtypes of the files.
+
+    Raises:
+        ValueError: a tensor has another size than its shape.
+    """
+    tensors = stored(folder)
+    whole = {name: torch.empty(shape, dtype=tensors[name][1]) for name, shape in shapes.items()}
     for name, shape in shapes.items():
-        if types[name][0] != math.prod(shape):
-            raise ValueError(f"{name} holds {types[name][0]} numbers and not {math.prod(shape)}")
+        if tensors[name][0] != math.prod(shape):
+            raise ValueError(f"{name} holds {tensors[name][0]} elements and not {math.prod(shape)}")
     read_tensors(folder, {name: FlatTensor.whole(tensor) for name, tensor in whole.items() if tensor.numel()})
     return whole
 
 
 def stored(folder: Path) -> dict[str, tuple[int, torch.dtype]]:
-    """Length and type of every tensor in `folder`, by name."""
-    found: Any = _reader(folder).read_metadata().state_dict_metadata
-    return {name: (tensor.size[0], tensor.properties.dtype) for name, tensor in found.items()}
+    """Elements and dtype of every tensor in `folder`, by name."""
+    metadata: Any = _reader(folder).read_metadata().state_dict_metadata
+    return {name: (tensor.size[0], tensor.properties.dtype) for name, tensor in metadata.items()}
 
 
 def _reader(folder: Path) -> HuggingFaceStorageReader:

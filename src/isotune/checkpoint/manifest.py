@@ -1,4 +1,4 @@
-"""A checkpoint is what its manifest says: the manifest is written last, and names every file by size and hash."""
+"""The manifest of a checkpoint: it is written last, and records the size and hash of every file."""
 
 import hashlib
 import json
@@ -16,12 +16,12 @@ BLOCK_BYTES = 2**22
 
 
 class InvalidCheckpoint(Exception):
-    """A folder that cannot be resumed from: the message says why, without its name."""
+    """The directory cannot be resumed from: the message is the reason, without the directory's name."""
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file of the checkpoint: its path within the folder, and what it must hold."""
+    """A file of the checkpoint: its path within the directory, its size and its hash."""
 
     name: str
     bytes: int
@@ -30,16 +30,16 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint is.
+    """Content of MANIFEST.json.
 
     Attributes:
         step: optimizer updates done.
-        world_size, engine: what wrote it; what reads it may be another.
-        recipe_fingerprint, recipe: of the keys that change the result, and those keys.
+        world_size, engine: of the run that wrote it; both may differ where it is read.
+        recipe_fingerprint, recipe: fingerprint and values of the recipe keys that change the result.
         data_fingerprints: of the prepared data, by role.
         versions: of the libraries that wrote it.
-        best_step, best_metric: the best evaluation so far, where the run looks for one.
-        files: everything in the folder but the manifest.
+        best_step, best_metric: best evaluation so far, where the run tracks one.
+        files: every file but the manifest.
     """
 
     step: int
@@ -56,18 +56,18 @@ class Manifest:
 
     @property
     def bytes(self) -> int:
-        """Of all its files."""
+        """Size of all its files."""
         return sum(file.bytes for file in self.files)
 
     def write(self, folder: Path) -> None:
-        """Write MANIFEST.json with a digest of its own, and sync it."""
+        """Write MANIFEST.json with a digest of itself, and fsync it."""
         content = asdict(self)
         content["digest"] = _digest(content)
         write_synced(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
 def record_file(folder: Path, path: Path) -> FileRecord:
-    """Read a written file back, sync it, and note its size and hash."""
+    """fsync a written file, read it back, and return its size and hash."""
     digest = hashlib.sha256()
     size = 0
     with path.open("rb") as file:
@@ -79,10 +79,10 @@ def record_file(folder: Path, path: Path) -> FileRecord:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint folder, and nothing of its files.
+    """Read the manifest of a checkpoint, without its files.
 
     Raises:
-        InvalidCheckpoint: there is none, it is broken, or of a format that this version does not know.
+        InvalidCheckpoint: there is none, it is broken, or this version does not know its format.
     """
     try:
         content = json.loads((folder / MANIFEST).read_text("utf-8"))
@@ -102,7 +102,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify(folder: Path) -> Manifest:
-    """Read every byte of a checkpoint and compare with its manifest.
+    """Read every byte of a checkpoint and compare it with the manifest.
 
     Raises:
         InvalidCheckpoint: something is missing, added or changed.
@@ -116,10 +116,10 @@ def verify(folder: Path) -> Manifest:
             raise InvalidCheckpoint(f"{expected.name} has {size} bytes and not {expected.bytes}")
     for expected in manifest.files:
         try:
-            found = record_file(folder, folder / expected.name)
+            actual = record_file(folder, folder / expected.name)
         except OSError as error:
             raise InvalidCheckpoint(f"{expected.name} cannot be read: {error.strerror}") from error
-        if found.sha256 != expected.sha256:
+        if actual.sha256 != expected.sha256:
             raise InvalidCheckpoint(f"{expected.name} is not what was written: its hash differs")
     return manifest
 
@@ -128,13 +128,13 @@ def _files_below(folder: Path) -> Iterable[Path]:
     return (path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
 
 
-def _check_names(found: set[str], files: tuple[FileRecord, ...]) -> None:
+def _check_names(present: set[str], files: tuple[FileRecord, ...]) -> None:
     expected = {file.name for file in files}
-    if missing := sorted(expected - found):
+    if missing := sorted(expected - present):
         raise InvalidCheckpoint(f"{missing[0]} is missing")
-    # the library reads every weights file that it finds
-    if strange := sorted(name for name in found - expected if name.endswith(".safetensors")):
-        raise InvalidCheckpoint(f"{strange[0]} does not belong to it")
+    # torch.distributed.checkpoint reads every safetensors file of a directory
+    if extra := sorted(name for name in present - expected if name.endswith(".safetensors")):
+        raise InvalidCheckpoint(f"{extra[0]} does not belong to it")
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -1,16 +1,15 @@
-"""What a run goes on from: the newest checkpoint that is whole, or the one that the user named, of the same recipe."""
+"""Which checkpoint a run resumes from: the newest valid one, or the one that the user named, of the same recipe."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from isotune.checkpoint.manifest import InvalidCheckpoint, Manifest, read_manifest
 from isotune.checkpoint.store import CheckpointStore, find_checkpoint
 from isotune.config import RunRecipe
 from isotune.config.run_recipe import RESUME_NEVER, RESUME_NEWEST
+from isotune.distributed.collectives import call_on_main
 from isotune.distributed.launch import Process
 from isotune.io.errors import UserError
 from isotune.run.run_dir import RunDir
@@ -21,12 +20,12 @@ TRAINER_STATE = "trainer_state.json"
 
 @dataclass(frozen=True)
 class Resumption:
-    """A verified checkpoint of this experiment.
+    """A verified checkpoint of this recipe and data.
 
     Attributes:
-        folder: where it lies.
-        state: its state.json.
-        metrics: the metrics lines up to its step, as they were written.
+        folder: directory of the checkpoint.
+        state: content of its state.json.
+        metrics: lines of metrics.jsonl up to its step.
     """
 
     folder: Path
@@ -42,50 +41,45 @@ class Resumption:
 def find_resumption(
     store: CheckpointStore, recipe: RunRecipe, data_fingerprints: dict[str, str], process: Process
 ) -> Resumption | None:
-    """Clean up after a killed life, choose what to go on from, and say it; the main process decides for all.
+    """Clean up after a killed attempt, choose the checkpoint to resume from, and print it; the main process decides.
 
     Returns:
         None where the run begins at its first step.
 
     Raises:
-        UserError: the checkpoint that was named is not whole, or is of another recipe or other data.
+        UserError: the named checkpoint is not valid, or is of another recipe or other data.
     """
-    answer: list[Any] = [None]
-    if process.is_main:
+
+    def choose() -> Path | None:
         try:
             store.clean()
-            answer = [_choose(store, recipe, data_fingerprints)]
-        except UserError as error:
-            answer = [error]
+            return _choose(store, recipe, data_fingerprints)
         except OSError as error:
-            answer = [UserError(f"{store.path} cannot be read: {error.strerror}")]
-    if process.world_size > 1:
-        dist.broadcast_object_list(answer, src=0, device=process.device)
-    if isinstance(answer[0], UserError):
-        raise answer[0]
-    if answer[0] is None:
+            raise UserError(f"{store.path} cannot be read: {error.strerror}") from error
+
+    folder = call_on_main(process, choose)
+    if folder is None:
         return None
-    folder = Path(answer[0])
     return Resumption(folder, json.loads((folder / STATE).read_text()), (folder / "metrics.jsonl").read_text())
 
 
-def _choose(store: CheckpointStore, recipe: RunRecipe, data_fingerprints: dict[str, str]) -> str | None:
+def _choose(store: CheckpointStore, recipe: RunRecipe, data_fingerprints: dict[str, str]) -> Path | None:
     if recipe.resume == RESUME_NEVER:
-        store.forget_all()
+        store.remove_all()
         return None
     if recipe.resume != RESUME_NEWEST:
         folder = Path(recipe.resume)
         try:
             manifest = find_checkpoint(folder)
         except InvalidCheckpoint as why:
-            raise UserError(f"resume: {folder} is no whole checkpoint: {why}") from why
+            raise UserError(f"resume: {folder} is not a valid checkpoint: {why}") from why
     else:
-        choice = store.newest_valid()
-        for broken, why in choice.passed_over:
-            print(f"note        passed over {broken}: {why}", flush=True)
-        if choice.folder is None or choice.manifest is None:
+        newest = store.newest_valid()
+        for broken, why in newest.skipped:
+            print(f"note        skipped {broken}: {why}", flush=True)
+        if newest.folder is None or newest.manifest is None:
             return None
-        folder, manifest = choice.folder, choice.manifest
+        folder, manifest = newest.folder, newest.manifest
     check_same_recipe(folder, manifest, recipe)
     _check_same_data(folder, manifest, recipe, data_fingerprints)
     print(
@@ -93,11 +87,11 @@ def _choose(store: CheckpointStore, recipe: RunRecipe, data_fingerprints: dict[s
         f"(written by {manifest.engine} on {manifest.world_size})",
         flush=True,
     )
-    return str(folder)
+    return folder
 
 
 def open_run(recipe: RunRecipe) -> RunDir:
-    """The run directory of a recipe, once it and the checkpoint that `resume` names have been looked at.
+    """The run directory of a recipe, once it and the checkpoint that `resume` names are checked.
 
     Raises:
         UserError, AlreadyDone, RunFault: see `check_named_checkpoint` and `RunDir.check_or_upload`.
@@ -109,10 +103,10 @@ def open_run(recipe: RunRecipe) -> RunDir:
 
 
 def check_named_checkpoint(recipe: RunRecipe) -> None:
-    """Look at the checkpoint that the user named, without reading all of it, before any work is done.
+    """Check the checkpoint that the user named, by its manifest alone, before any work is done.
 
     Raises:
-        UserError: it is none, or of another recipe.
+        UserError: it is not a checkpoint, or of another recipe.
     """
     if recipe.resume in (RESUME_NEWEST, RESUME_NEVER):
         return
@@ -124,22 +118,26 @@ def check_named_checkpoint(recipe: RunRecipe) -> None:
     try:
         manifest = read_manifest(folder)
     except InvalidCheckpoint as why:
-        raise UserError(f"resume: {folder} is no whole checkpoint: {why}") from why
+        raise UserError(f"resume: {folder} is not a valid checkpoint: {why}") from why
     check_same_recipe(folder, manifest, recipe)
 
 
 def check_same_recipe(folder: Path, manifest: Manifest, recipe: RunRecipe) -> None:
-    """Refuse a checkpoint whose recipe differs in a key that changes the result.
+    """Check that a checkpoint's recipe agrees in every key that changes the result.
 
     Raises:
-        UserError: names the keys and both values.
+        UserError: names the keys that differ, and both values.
     """
     if manifest.recipe_fingerprint == recipe.fingerprint():
         return
     here = recipe.result_values()
     names = [name for name in {**manifest.recipe, **here} if manifest.recipe.get(name) != here.get(name)]
-    said = ", ".join(f"{name}: {manifest.recipe.get(name)} there, {here.get(name)} here" for name in sorted(names))
-    raise UserError(f"{folder} is a checkpoint of another recipe ({said}): choose another --output_dir or --resume")
+    differences = ", ".join(
+        f"{name}: {manifest.recipe.get(name)} there, {here.get(name)} here" for name in sorted(names)
+    )
+    raise UserError(
+        f"{folder} is a checkpoint of another recipe ({differences}): choose another --output_dir or --resume"
+    )
 
 
 def _check_same_data(folder: Path, manifest: Manifest, recipe: RunRecipe, fingerprints: dict[str, str]) -> None:

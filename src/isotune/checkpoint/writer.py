@@ -1,22 +1,22 @@
-"""Checkpoints are written behind training's back: it waits for the copy to host memory and for nothing else.
+"""Checkpoints are written asynchronously: training only waits for the copy to host memory.
 
-A thread of each rank writes, syncs and hashes what the rank owns, over a process group of its own; rank 0 then
-publishes. Whatever goes wrong on any rank is known to all of them, and is said at the end of the next step.
+On each rank a thread writes, syncs and hashes the slices of that rank, over a process group of its own; rank 0 then
+publishes the checkpoint. An error on any rank reaches all ranks, which raise it at the end of the next step.
 """
 
 import dataclasses
-import errno
 import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from isotune.checkpoint.final_model import NO_ROOM
 from isotune.checkpoint.flat_tensors import FlatTensor, write_tensors, written_by
 from isotune.checkpoint.manifest import FileRecord, Manifest, record_file
 from isotune.checkpoint.store import CheckpointStore
@@ -24,16 +24,16 @@ from isotune.io.errors import RunFault, UserError
 from isotune.io.files import write_synced
 
 TENSORS = "tensors"
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state at the end of a step, in memory that training does not touch.
+    """The training state at the end of a step, copied to host memory.
 
     Attributes:
         tensors: this rank's slices, on the CPU; every rank has the same names.
-        texts: the other files by name; only rank 0's are written.
+        texts: contents of the other files by name; only rank 0's are written.
         manifest: without its files.
     """
 
@@ -43,45 +43,45 @@ class Snapshot:
 
 
 class CheckpointWriter:
-    """Writes one snapshot after the other; every rank has one and calls it at the same steps.
+    """Writes one snapshot at a time; every rank has a writer and calls it at the same steps.
 
     Args:
-        store: where checkpoints go.
-        on_published: called on rank 0, in the thread, with each checkpoint that has become valid.
+        store: of the run's checkpoints.
+        on_published: called on rank 0, in the thread, with each published checkpoint.
     """
 
     def __init__(self, store: CheckpointStore, on_published: Callable[[Path, Manifest], None]) -> None:
         self.store = store
         self.on_published = on_published
-        several = dist.is_initialized() and dist.get_world_size() > 1
-        self.rank = dist.get_rank() if several else 0
-        # its own group: the thread's messages must not meet those of training
-        self.group: Any = dist.new_group(backend="gloo") if several else None
+        is_distributed = dist.is_initialized() and dist.get_world_size() > 1
+        self.rank = dist.get_rank() if is_distributed else 0
+        # a group of its own: the collectives of the thread must not mix with those of training
+        self.group: Any = cast(Any, dist).new_group(backend="gloo") if is_distributed else None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     @property
     def has_failed(self) -> bool:
-        """Whether this rank's thread has ended with an error that nobody has heard of yet."""
+        """Whether this rank's thread has failed with an error that `wait` has not raised yet."""
         return self._error is not None
 
     def start(self, snapshot: Snapshot) -> None:
-        """Begin to write, after what is still being written.
+        """Write a snapshot in the background, once the previous one is written.
 
         Raises:
-            UserError, RunFault: the one before could not be written.
+            UserError, RunFault: the previous one could not be written.
         """
         self.wait()
-        # a daemon: when the process must go, half a checkpoint is no reason to stay
+        # a daemon: an unfinished checkpoint does not keep the process alive
         self._thread = threading.Thread(target=self._work, args=(snapshot,), name="checkpoint-writer", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Until nothing is being written.
+        """Wait until nothing is being written.
 
         Raises:
             UserError: no room, or no permission; the same on every rank.
-            RunFault: anything else, such as another life that has taken over.
+            RunFault: anything else, such as a stale attempt.
         """
         if self._thread is not None:
             self._thread.join()
@@ -109,7 +109,7 @@ class CheckpointWriter:
         except _Failure as failure:
             if staging is not None and self.rank == 0:
                 shutil.rmtree(staging, ignore_errors=True)
-            self.store.check_fence()
+            self.store.check_lease()
             raise failure.as_known(self.store.path, step) from failure
 
     def _record_own(self, staging: Path) -> list[FileRecord]:
@@ -125,46 +125,47 @@ class CheckpointWriter:
         self.on_published(folder, manifest)
         self.store.prune(manifest.step, manifest.best_step)
 
-    def _on_main(self, act: Callable[[], Any]) -> Any:
-        """What `act` returns on rank 0, on every rank."""
-        return self._on_all(act if self.rank == 0 else lambda: None)[0]
+    def _on_main(self, call: Callable[[], T]) -> T:
+        """Call on rank 0 only; every rank returns its result, or raises."""
+        return self._on_all(call if self.rank == 0 else lambda: None)[0]  # type: ignore[return-value]
 
-    def _on_all(self, act: Callable[[], Any]) -> list[Any]:
-        """What `act` returns on each rank, on every rank; fails on every rank where it fails on one."""
-        result = failure = None
+    def _on_all(self, call: Callable[[], T]) -> list[T]:
+        """Call on every rank; every rank returns the results by rank, or raises where any rank failed."""
+        result: T | None = None
+        failure: tuple[int | None, str] | None = None
         try:
-            result = act()
+            result = call()
         except (Exception, CheckpointException) as error:
             failure = _describe(error)
         outcomes: list[Any] = [(result, failure)]
         if self.group is not None:
             outcomes = [None] * dist.get_world_size(self.group)
-            dist.all_gather_object(outcomes, (result, failure), group=self.group)
-        for _, said in outcomes:
-            if said is not None:
-                raise _Failure(*said)
+            cast(Any, dist).all_gather_object(outcomes, (result, failure), group=self.group)
+        for _, failed in outcomes:
+            if failed is not None:
+                raise _Failure(*failed)
         return [result for result, _ in outcomes]
 
 
 class _Failure(Exception):
-    """What went wrong on some rank: the number of the operating system's error, or None, and a sentence."""
+    """An error on some rank: its errno, or None, and its message."""
 
-    def __init__(self, number: int | None, text: str) -> None:
-        super().__init__(text)
-        self.number = number
-        self.text = text
+    def __init__(self, errno: int | None, message: str) -> None:
+        super().__init__(message)
+        self.errno = errno
+        self.message = message
 
-    def as_known(self, place: Path, step: int) -> UserError | RunFault:
-        start = f"the checkpoint of step {step} was not written to {place}"
-        if self.number in NO_ROOM:
+    def as_known(self, checkpoints: Path, step: int) -> UserError | RunFault:
+        start = f"the checkpoint of step {step} was not written to {checkpoints}"
+        if self.errno in NO_ROOM:
             return UserError(f"{start}: no room on the disk; free some space and run again")
-        if self.number is not None:
-            return UserError(f"{start}: {os.strerror(self.number)}")
-        return RunFault(f"{start}: {self.text}")
+        if self.errno is not None:
+            return UserError(f"{start}: {os.strerror(self.errno)}")
+        return RunFault(f"{start}: {self.message}")
 
 
 def _describe(error: BaseException) -> tuple[int | None, str]:
-    if isinstance(error, CheckpointException):  # the library's collection of every rank's error
+    if isinstance(error, CheckpointException):  # torch collects the errors of all ranks in one
         error = next(iter(error.failures.values()))[0]
-    number = error.errno if isinstance(error, OSError) else None
-    return number, str(error) or type(error).__name__
+    errno = error.errno if isinstance(error, OSError) else None
+    return errno, str(error) or type(error).__name__

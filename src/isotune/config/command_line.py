@@ -1,109 +1,134 @@
-"""The command line: `--config FILE`, a flag for every key, and help that is short unless all of it is asked for."""
+"""The command line of a recipe: `--config FILE` and a flag for every key; --help is short, --help-all complete."""
 
 import argparse
-import dataclasses
 import os
-import re
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Self
 
 from isotune.config.engine_keys import ALIASES
 from isotune.config.layers import Layer
+from isotune.config.recipe_file import read_file
 from isotune.config.schema import GROUPS, Key
-from isotune.config.unsupported_keys import REFUSED
+from isotune.config.unsupported_keys import UNSUPPORTED
 from isotune.config.values import describe, metavar, takes
 from isotune.io.errors import UserError
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(re.sub(r"^argument (\S+):", r"\1:", message))
+@dataclass(frozen=True)
+class CommandLine:
+    """A command line that is split into flags before it is known which keys a recipe has.
 
-
-def read_flags(
-    argv: Sequence[str], keys: Mapping[str, Key], *, default_config: Path | None, prog: str, description: str
-) -> tuple[Path | None, Layer]:
-    """The recipe file in force and the values that flags give. `--help` and `--help-all` print and end the program.
-
-    Raises:
-        UserError: a word that belongs to no flag, or a flag without its value.
+    Attributes:
+        config: the recipe file, or None for flags alone.
+        flags: the words after each flag, by the flag's name without dashes; hyphens in names are underscores.
     """
-    words = [re.sub(r"^--[A-Za-z][\w-]*", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv]
-    everything = "--help_all" in words
-    parser = _parser(keys, default_config, prog, description, everything)
-    if everything or "--help" in words or "-h" in words:
+
+    config: Path | None
+    flags: Mapping[str, Sequence[str]]
+
+    @classmethod
+    def parse(cls, argv: Sequence[str], default_config: Path | None = None) -> Self:
+        """Split a command line such as `--config FILE --learning_rate 1e-4 --bf16`.
+
+        Raises:
+            UserError: a word that belongs to no flag, or `--config` without its file.
+        """
+        flags: dict[str, list[str]] = {}
+        open_words: list[str] | None = None  # those of the flag before, which `--name=value` closes
+        for word in argv:
+            if word.startswith("--") or word == "-h":
+                name, has_value, value = word.lstrip("-").partition("=")
+                name = name.replace("-", "_")
+                flags[name] = [value] if has_value else []
+                open_words = None if has_value else flags[name]
+            elif open_words is None:
+                raise _stray(word)
+            else:
+                open_words.append(word)
+        config = flags.pop("config", None)
+        if config is None:
+            return cls(default_config, flags)
+        if len(config) != 1:
+            raise _stray(config[1]) if config else UserError("--config: expected one argument")
+        return cls(Path(config[0]), flags)
+
+    def given(self) -> dict[str, Any]:
+        """Every value that the file and the flags give, as written, by the key's proper name; a flag wins.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        values = dict(read_file(self.config).given) if self.config is not None else {}
+        values |= {name: " ".join(words) for name, words in self.flags.items()}
+        return {ALIASES.get(name, name): value for name, value in values.items()}
+
+    def layers(self, keys: Mapping[str, Key]) -> list[Layer]:
+        """The layers of a recipe with these keys: the file, where there is one, and the flags.
+
+        Raises:
+            UserError: the file cannot be read, or a flag has too few or too many words for its key.
+        """
+        flags = {
+            name: _flag_value(name, words, keys.get(ALIASES.get(name, name))) for name, words in self.flags.items()
+        }
+        return [*([read_file(self.config)] if self.config is not None else []), Layer(flags, flags=True)]
+
+    def answer_help(self, keys: Mapping[str, Key], default_config: Path | None, prog: str, description: str) -> None:
+        """Print the help and end the program where `--help`, `-h` or `--help-all` is among the flags."""
+        show_all = "help_all" in self.flags
+        if not show_all and not {"help", "h"} & self.flags.keys():
+            return
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            _show(parser.format_help() + (_refused(keys) if everything else ""))
+            text = _help(keys, default_config, prog, description, show_all)
+            _print_help(text + (_unsupported_keys(keys) if show_all else ""))
         raise SystemExit(0)
-    known, rest = parser.parse_known_args(words)
-    given: dict[str, Any] = vars(known)
-    config = given.pop("config", None)
-    for word in rest:
-        if not word.startswith("--"):
-            raise UserError(f"{word!r} belongs to no flag: write --KEY VALUE")
-        name, _, value = word[2:].partition("=")
-        given[name] = value
-        break
-    return Path(config) if config is not None else default_config, Layer(given, flags=True)
 
 
-def _parser(
-    keys: Mapping[str, Key], default_config: Path | None, prog: str, description: str, everything: bool
-) -> _Parser:
-    parser = _Parser(
+def _stray(word: str) -> UserError:
+    return UserError(f"{word!r} belongs to no flag: write --KEY VALUE")
+
+
+def _flag_value(name: str, words: Sequence[str], key: Key | None) -> str | list[str]:
+    if key is None:  # whatever its words, an unknown key is refused by its name
+        return " ".join(words)
+    is_list = takes(key, list, tuple)
+    if not words:
+        if takes(key, bool):
+            return "true"
+        raise UserError(f"--{name}: expected {'at least one' if is_list else 'one'} argument")
+    if len(words) > 1 and not is_list:
+        raise _stray(words[1])
+    return words[0] if len(words) == 1 else list(words)
+
+
+def _help(keys: Mapping[str, Key], default_config: Path | None, prog: str, description: str, show_all: bool) -> str:
+    """The help text; argparse lays it out, and does not parse."""
+    parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
         usage=f"{prog} [--config FILE] [--KEY VALUE ...]",
-        allow_abbrev=False,
         add_help=False,
-        argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
         epilog=None
-        if everything
-        else "--help-all lists the remaining keys too, and what to say for keys of other tools.",
+        if show_all
+        else "--help-all lists the remaining keys too, and what replaces the keys of other tools.",
     )
     default = f" (default: {default_config})" if default_config is not None else ""
     parser.add_argument("--config", metavar="FILE", help=f"recipe in YAML; a flag wins over it{default}")
     for group in GROUPS:
         section = parser.add_argument_group(group)
         for key in keys.values():
-            if key.group == group:
-                _add(section, key, shown=everything or key.common)
-    for alias, name in ALIASES.items():
-        if name in keys:
-            _add(parser, dataclasses.replace(keys[name], name=alias), shown=False)
-    return parser
+            if key.group == group and (show_all or key.common):
+                nargs = "?" if takes(key, bool) else "+" if takes(key, list, tuple) else None
+                section.add_argument(f"--{key.name}", metavar=metavar(key), help=_help_of(key), nargs=nargs)
+    return parser.format_help()
 
 
-def _show(text: str) -> None:
-    """Print help, which a reader such as `head` may leave before its end."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _refused(keys: Mapping[str, Key]) -> str:
-    names: dict[str, list[str]] = {}
-    for name, reason in REFUSED.items():
-        if name not in keys:
-            names.setdefault(reason, []).append(name)
-    paragraphs = [
-        textwrap.fill(f"{', '.join(alike)}: {reason}", width=120, initial_indent="  ", subsequent_indent="      ")
-        for reason, alike in names.items()
-    ]
-    return "\n".join(["", "Keys of other tools, and what holds here:", *paragraphs])
-
-
-def _add(section: Any, key: Key, *, shown: bool) -> None:
-    nargs: dict[str, Any] = {}
-    if takes(key, bool):
-        nargs = {"nargs": "?", "const": "true"}
-    elif takes(key, list) or takes(key, tuple):
-        nargs = {"nargs": "+"}
+def _help_of(key: Key) -> str:
     if key.required:
         default = "required"
     elif key.default_text is not None:
@@ -111,8 +136,27 @@ def _add(section: Any, key: Key, *, shown: bool) -> None:
     elif key.default is None:
         default = "default: none"
     else:
-        value = " ".join(key.default) if isinstance(key.default, list) else key.default
+        value: Any = " ".join(key.default) if takes(key, list) else key.default
         default = f"default: {str(value).lower() if isinstance(value, bool) else value}"
     what = f"{key.help}: {describe(key)}" if metavar(key) == "NAME" and not takes(key, list) else key.help
-    text = f"{what} ({default})".replace("%", "%%")
-    section.add_argument(f"--{key.name}", metavar=metavar(key), help=text if shown else argparse.SUPPRESS, **nargs)
+    return f"{what} ({default})".replace("%", "%%")
+
+
+def _unsupported_keys(keys: Mapping[str, Key]) -> str:
+    names: dict[str, list[str]] = {}
+    for name, reason in UNSUPPORTED.items():
+        if name not in keys:
+            names.setdefault(reason, []).append(name)
+    paragraphs = [
+        textwrap.fill(f"{', '.join(alike)}: {reason}", width=120, initial_indent="  ", subsequent_indent="      ")
+        for reason, alike in names.items()
+    ]
+    return "\n".join(["", "Keys of other tools, and what replaces them:", *paragraphs])
+
+
+def _print_help(text: str) -> None:
+    """Print the help; a reader such as `head` may close the pipe before its end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,6 +4,7 @@ Written out rather than read from the library: reading a recipe then costs no im
 is accepted only after somebody has looked at what it does here. A test holds this table to the installed library.
 """
 
+import functools
 from typing import Any, Literal
 
 from isotune.config.schema import (
@@ -16,7 +17,7 @@ from isotune.config.schema import (
     SCHEDULE,
     SHARE,
     Key,
-    Need,
+    Requirement,
     Values,
 )
 
@@ -57,35 +58,37 @@ def _eval_strategy(values: Values) -> str:
     return "epoch" if values["eval_steps"] is None else "steps"
 
 
-WITH_EVALUATION = Need(evaluates, "there is no evaluation without eval_dataset_name, nor with eval_strategy: no")
-_EVAL_STRATEGY = Need(
+WITH_EVALUATION = Requirement(evaluates, "there is no evaluation without eval_dataset_name, nor with eval_strategy: no")
+_EVAL_STRATEGY = Requirement(
     lambda values: has_evaluation_data(values) or values["eval_strategy"] == "no",
     "there is no evaluation without eval_dataset_name",
 )
-_EVAL_STEPS = Need(
+_EVAL_STEPS = Requirement(
     lambda values: evaluates(values) and values["eval_strategy"] == "steps",
     "it needs eval_dataset_name and eval_strategy: steps",
 )
-_BETAS = Need(
+_BETAS = Requirement(
     lambda values: any(name in values["optim"] for name in ("adam", "lion", "ademamix")), "optim has no betas"
 )
-_EPSILON = Need(lambda values: "adam" in values["optim"] or "ademamix" in values["optim"], "optim has no Adam epsilon")
-_WARMUP = Need(
+_EPSILON = Requirement(
+    lambda values: "adam" in values["optim"] or "ademamix" in values["optim"], "optim has no Adam epsilon"
+)
+_WARMUP = Requirement(
     lambda values: values["lr_scheduler_type"] != "constant",
     "lr_scheduler_type: constant has no warm-up (constant_with_warmup has)",
 )
-_SAVES = Need(lambda values: values["save_strategy"] != "no", "save_strategy is no")
-_SAVES_BY_STEPS = Need(lambda values: values["save_strategy"] == "steps", "save_strategy is not steps")
-_BEST = Need(
+_SAVES = Requirement(lambda values: values["save_strategy"] != "no", "save_strategy is no")
+_SAVES_BY_STEPS = Requirement(lambda values: values["save_strategy"] == "steps", "save_strategy is not steps")
+_BEST = Requirement(
     lambda values: evaluates(values) and values["save_strategy"] != "no",
     "it needs eval_dataset_name, and a save_strategy and eval_strategy that are not no",
 )
-_BEST_METRIC = Need(
+_BEST_METRIC = Requirement(
     lambda values: evaluates(values) and (values["save_strategy"] != "no" or bool(values["early_stopping_patience"])),
     "it needs eval_dataset_name, an eval_strategy that is not no, and a save_strategy or early_stopping_patience",
 )
-_BY_STEPS = Need(lambda values: values["logging_strategy"] == "steps", "logging_strategy is not steps")
-_SPARSE_LOGGING = Need(
+_BY_STEPS = Requirement(lambda values: values["logging_strategy"] == "steps", "logging_strategy is not steps")
+_SPARSE_LOGGING = Requirement(
     lambda values: values["logging_strategy"] != "steps" or values["logging_steps"] != 1,
     "logging_steps: 1 logs every step",
 )
@@ -95,21 +98,19 @@ def _best_metric(values: Values) -> str | None:
     return "eval_loss" if values["load_best_model_at_end"] or values["early_stopping_patience"] else None
 
 
-def _key(name: str, takes: Any, default: Any, group: str, help: str, **more: Any) -> Key:
-    return Key(name=name, takes=takes, default=default, group=group, help=help, **more)
+def _learning_rate(values: Values) -> float:
+    return 2e-5 if values["tune"] == "full" else 2e-4
 
 
-def _rest(name: str, takes: Any, default: Any, group: str, help: str, **more: Any) -> Key:
-    return _key(name, takes, default, group, help, common=False, **more)
-
+_key, _rare = Key, functools.partial(Key, common=False)
 
 _KEYS = (
     _key("lr_scheduler_type", Schedule, "linear", SCHEDULE, "how the learning rate falls"),
     _key("warmup_steps", float, 0, SCHEDULE, "steps of linear warm-up; below 1, a share of the run",
          allowed=NOT_NEGATIVE, step_count=True, needs=_WARMUP),
-    _rest("lr_scheduler_kwargs", dict[str, Any] | None, None, SCHEDULE, "further arguments of the scheduler"),
+    _rare("lr_scheduler_kwargs", dict[str, Any] | None, None, SCHEDULE, "further arguments of the scheduler"),
     _key("learning_rate", float, None, OPTIMISER, "highest learning rate", allowed=NOT_NEGATIVE,
-         default_from=lambda values: 2e-5 if values["tune"] == "full" else 2e-4,
+         default_from=_learning_rate,
          default_text="2e-4 for adapters, 2e-5 with tune: full"),
     _key("optim", Optimiser, "adamw_torch_fused", OPTIMISER, "optimiser"),
     _key("weight_decay", float, 0.0, OPTIMISER, "weight decay, not of biases and norms", allowed=NOT_NEGATIVE),
@@ -117,24 +118,24 @@ _KEYS = (
     _key("adam_beta2", float, 0.999, OPTIMISER, "decay of the second moment", allowed=SHARE, needs=_BETAS),
     _key("adam_epsilon", float, 1e-8, OPTIMISER, "Adam's epsilon", allowed=POSITIVE, needs=_EPSILON),
     _key("max_grad_norm", float, 1.0, OPTIMISER, "clip gradients to this norm; 0 clips nothing", allowed=NOT_NEGATIVE),
-    _rest("optim_args", str | None, None, OPTIMISER, "further arguments of the optimiser, as name=value,name=value"),
+    _rare("optim_args", str | None, None, OPTIMISER, "further arguments of the optimiser, as name=value,name=value"),
     _key("gradient_checkpointing", bool, False, MEMORY, "recompute activations in backward: less memory, slower",
          changes_result=False),
-    _rest("full_determinism", bool, False, MEMORY, "only deterministic kernels: slower"),
-    _rest("ddp_bucket_cap_mb", int | None, None, MEMORY, "megabytes that DDP sends at once", allowed=AT_LEAST_ONE,
+    _rare("full_determinism", bool, False, MEMORY, "only deterministic kernels: slower"),
+    _rare("ddp_bucket_cap_mb", int | None, None, MEMORY, "megabytes that DDP sends at once", allowed=AT_LEAST_ONE,
           changes_result=False),
-    _rest("ddp_timeout", int, 1800, MEMORY, "seconds without any progress after which the processes give up",
+    _rare("ddp_timeout", int, 1800, MEMORY, "seconds without progress after which the processes stop",
           allowed=AT_LEAST_ONE, changes_result=False),
-    _rest("ddp_broadcast_buffers", bool | None, None, MEMORY, "DDP copies buffers from rank 0", changes_result=False),
+    _rare("ddp_broadcast_buffers", bool | None, None, MEMORY, "DDP copies buffers from rank 0", changes_result=False),
     _key("eval_strategy", Literal["no", "steps", "epoch"] | None, None, OUTPUT, "when to evaluate",
          needs=_EVAL_STRATEGY, default_from=_eval_strategy,
          default_text="steps with eval_steps, else epoch; no without eval_dataset_name",
          changes_result=False),
     _key("eval_steps", float | None, None, OUTPUT, "steps between evaluations; below 1, a share of the run",
          allowed=POSITIVE, step_count=True, needs=_EVAL_STEPS, changes_result=False),
-    _rest("eval_delay", float, 0.0, OUTPUT, "epochs or steps before the first evaluation", allowed=NOT_NEGATIVE,
+    _rare("eval_delay", float, 0.0, OUTPUT, "epochs or steps before the first evaluation", allowed=NOT_NEGATIVE,
           needs=WITH_EVALUATION, changes_result=False),
-    _rest("eval_on_start", bool, False, OUTPUT, "evaluate before the first step", needs=WITH_EVALUATION,
+    _rare("eval_on_start", bool, False, OUTPUT, "evaluate before the first step", needs=WITH_EVALUATION,
           changes_result=False),
     _key("save_strategy", Literal["no", "steps", "epoch"], "steps", OUTPUT, "when to write a checkpoint",
          changes_result=False),
@@ -144,31 +145,31 @@ _KEYS = (
          allowed=AT_LEAST_ONE, needs=_SAVES, changes_result=False),
     _key("load_best_model_at_end", bool, False, OUTPUT, "the final model is that of the best evaluation",
          needs=_BEST),
-    _rest("metric_for_best_model", str | None, None, OUTPUT,
-          "keep the checkpoint of the best evaluation, by this", needs=_BEST_METRIC, changes_result=False,
+    _rare("metric_for_best_model", str | None, None, OUTPUT,
+          "metric by which an evaluation is the best", needs=_BEST_METRIC, changes_result=False,
           default_from=_best_metric, default_text="eval_loss with load_best_model_at_end or early_stopping_patience"),
     _key("logging_steps", float, 1, OUTPUT, "steps between two reports to the trackers", allowed=POSITIVE,
          step_count=True, needs=_BY_STEPS, changes_result=False),
-    _rest("logging_strategy", Literal["no", "steps", "epoch"], "steps", OUTPUT, "when to report to the trackers",
+    _rare("logging_strategy", Literal["no", "steps", "epoch"], "steps", OUTPUT, "when to report to the trackers",
           changes_result=False),
-    _rest("logging_first_step", bool, False, OUTPUT, "report the first step too", needs=_SPARSE_LOGGING,
+    _rare("logging_first_step", bool, False, OUTPUT, "report the first step too", needs=_SPARSE_LOGGING,
           changes_result=False),
     _key("report_to", list[Tracker], ["none"], OUTPUT, "trackers: tensorboard, wandb, mlflow, ...; none; all",
          changes_result=False),
     _key("run_name", str | None, None, OUTPUT, "name of the run in trackers", changes_result=False),
     _key("disable_tqdm", bool, False, OUTPUT, "no progress bar", changes_result=False),
-    _rest("log_level", LogLevel, "passive", OUTPUT, "log level of the main process", changes_result=False),
-    _rest("log_level_replica", LogLevel, "warning", OUTPUT, "log level of the other processes", changes_result=False),
-    _rest("log_on_each_node", bool, True, OUTPUT, "log on every node, not on the first only", changes_result=False),
-    _rest("project", str, "huggingface", OUTPUT, "project's name in Trackio", changes_result=False),
-    _rest("trackio_space_id", str | None, None, OUTPUT, "Space that Trackio logs to", changes_result=False),
-    _rest("trackio_bucket_id", str | None, None, OUTPUT, "bucket behind a Trackio Space", changes_result=False),
-    _rest("trackio_static_space_id", str | None, None, OUTPUT, "static Space of Trackio", changes_result=False),
+    _rare("log_level", LogLevel, "passive", OUTPUT, "log level of the main process", changes_result=False),
+    _rare("log_level_replica", LogLevel, "warning", OUTPUT, "log level of the other processes", changes_result=False),
+    _rare("log_on_each_node", bool, True, OUTPUT, "log on every node, not on the first only", changes_result=False),
+    _rare("project", str, "huggingface", OUTPUT, "project's name in Trackio", changes_result=False),
+    _rare("trackio_space_id", str | None, None, OUTPUT, "Space that Trackio logs to", changes_result=False),
+    _rare("trackio_bucket_id", str | None, None, OUTPUT, "bucket behind a Trackio Space", changes_result=False),
+    _rare("trackio_static_space_id", str | None, None, OUTPUT, "static Space of Trackio", changes_result=False),
 )  # fmt: skip
 
-# Of the figures that an evaluation gives, those that are better where they are higher.
+# Metrics of an evaluation for which higher is better.
 HIGHER_IS_BETTER = frozenset({"eval_accuracy", "eval_f1_macro"})
-# What decides which evaluation is the best, or how many there are: with them a result may hang on it.
+# Keys that decide which evaluation is the best, or how many there are: the result may depend on them.
 CHOOSES_THE_BEST = frozenset({"metric_for_best_model", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start"})
 
 ENGINE_KEYS: dict[str, Key] = {key.name: key for key in _KEYS}

@@ -1,30 +1,34 @@
-"""A recipe is said in layers, a file and then the command line: the later wins, and a mistake names its place."""
+"""A recipe's layers: a file, then the command line. The later one wins, and a mistake names the place it stands in."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from isotune.config.engine_keys import ALIASES
-from isotune.config.schema import Contradiction, Key
-from isotune.config.unsupported_keys import REFUSED
+from isotune.config.schema import Contradiction, Key, Values
+from isotune.config.unsupported_keys import UNSUPPORTED
 from isotune.config.values import parse
 from isotune.io.errors import Complain, refuse
 from isotune.io.near_names import nearest
 
-# One of each pair is enough: a later layer that gives one puts the other of an earlier layer out of force.
+# Only one key of each pair may be given; given in a later layer, it replaces the other of an earlier layer.
 ALTERNATIVES = (("max_steps", "num_train_epochs"), ("eval_dataset_name", "eval_split_share"))
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Values given in one place.
+    """Values that are given in one place.
 
-    `file` names a recipe file, `lines` the line of every key in it; `flags` marks the command line.
+    Attributes:
+        given: the values as written, by key.
+        file: the recipe file.
+        lines: the line of every key in the file.
+        flags: whether this is the command line.
     """
 
     given: Mapping[str, Any]
     file: str | None = None
-    lines: Mapping[str, int] = field(default_factory=dict)
+    lines: Mapping[str, int] = field(default_factory=dict[str, int])
     flags: bool = False
 
     def name_of(self, name: str) -> str:
@@ -35,7 +39,7 @@ class Layer:
         return f"--{name}" if self.flags else name
 
 
-def settle(
+def merge_layers(
     keys: Mapping[str, Key],
     layers: Sequence[Layer],
     contradictions: Sequence[Contradiction],
@@ -43,49 +47,52 @@ def settle(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The value of every key after all layers, and the part of it that was given rather than filled in.
 
-    A key that has no effect among the final values is an error where it was given in the last place that spoke, or
-    had no effect in its own file either. Where only a later layer took its effect away (`--tune full` over a LoRA
-    recipe), it is dropped. With a `complain` that returns, what is wrong is left out and the rest is looked at too.
+    A key without an effect among the final values is an error where the last layer gives it, or where it had no effect
+    in its own layer either. Where only a later layer took its effect away (`--tune full` over a LoRA recipe), it is
+    dropped. If `complain` returns, the wrong value is left out and the rest is checked too.
 
     Raises:
-        UserError: an unknown, refused, missing or ineffective key, a value that is not allowed, a contradiction.
+        UserError: an unknown, unsupported, missing or ineffective key, a value that is not allowed, a contradiction.
     """
     given: dict[str, Any] = {}
     origin: dict[str, Layer] = {}
     effective_before: set[str] = set()
     for layer in layers:
-        spoken = _read(keys, layer, complain)
-        for one, other in (*ALTERNATIVES, *((b, a) for a, b in ALTERNATIVES)):
-            if _says(keys, spoken, one):
-                given.pop(other, None)
-        for name, value in spoken.items():
+        in_layer = _parse_layer(keys, layer, complain)
+        for first, second in ALTERNATIVES:
+            for name, alternative in ((first, second), (second, first)):
+                if _is_set(keys, in_layer, name):
+                    given.pop(alternative, None)
+        for name, value in in_layer.items():
             given.pop(name, None)
             if value != keys[name].unset:
                 given[name] = value
                 origin[name] = layer
-        values = fill(keys, given)
         if layer is not layers[-1]:
+            values = _with_defaults(keys, given)
             effective_before |= {name for name in given if keys[name].in_effect(values)}
-    missing = _require(keys, fill(keys, given), layers, complain)
+    missing = _missing(keys, _with_defaults(keys, given), layers, complain)
     given |= dict.fromkeys(missing, "")
-    values = fill(keys, given)
+    values = _with_defaults(keys, given)
     for name in [name for name in given if not keys[name].in_effect(values)]:
-        need = keys[name].needs
-        if need and (origin[name] is layers[-1] or name not in effective_before):
-            complain(f"{origin[name].name_of(name)} has no effect: {need.otherwise}")
+        requirement = keys[name].needs
+        if requirement and (origin[name] is layers[-1] or name not in effective_before):
+            complain(f"{origin[name].name_of(name)} has no effect: {requirement.otherwise}")
         del given[name]
-    values = fill(keys, given)
+    values = _with_defaults(keys, given)
     for contradiction in contradictions:
         if not missing & set(contradiction.keys) and contradiction.holds(values):
-            places = [origin[name].name_of(name) if name in given else name for name in contradiction.keys]
-            said = [f"{place} ({_shown(values[name])})" for place, name in zip(places, contradiction.keys, strict=True)]
-            verb = "cannot be" if len(said) == 1 else "contradict each other"
-            complain(f"{' and '.join(said)} {verb}: {contradiction.remedy_for(values)}")
+            named = [
+                f"{origin[name].name_of(name) if name in given else name} ({_shown(values[name])})"
+                for name in contradiction.keys
+            ]
+            verb = "cannot be" if len(named) == 1 else "contradict each other"
+            complain(f"{' and '.join(named)} {verb}: {contradiction.remedy_for(values)}")
     return values, given
 
 
-def fill(keys: Mapping[str, Key], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Given values and, for the rest, defaults; a required key that is missing is None."""
+def _with_defaults(keys: Mapping[str, Key], given: Values) -> dict[str, Any]:
+    """Given values, and the defaults of the rest; a required key that is missing is None."""
     values = {name: given.get(name, None if key.required else key.default) for name, key in keys.items()}
     for name, key in keys.items():
         if key.default_from is not None and name not in given:
@@ -93,9 +100,9 @@ def fill(keys: Mapping[str, Key], given: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _read(keys: Mapping[str, Key], layer: Layer, complain: Complain) -> dict[str, Any]:
+def _parse_layer(keys: Mapping[str, Key], layer: Layer, complain: Complain) -> dict[str, Any]:
     """The values of one layer under their proper names, each as its key takes it."""
-    spoken: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     written_as: dict[str, str] = {}
     for written, value in layer.given.items():
         name = ALIASES.get(written, written)
@@ -106,41 +113,39 @@ def _read(keys: Mapping[str, Key], layer: Layer, complain: Complain) -> dict[str
             complain(f"{layer.name_of(written)} is another name of {written_as[name]}: keep one of them")
         written_as[name] = written
         try:
-            spoken[name] = parse(keys[name], value)
+            values[name] = parse(keys[name], value)
         except ValueError as error:
             shown = "empty" if value is None else "a secret" if keys[name].secret else repr(value)
             complain(f"{layer.name_of(written)} is {shown}: {error}")
-    for one, other in ALTERNATIVES:
-        if _says(keys, spoken, one) and _says(keys, spoken, other):
-            complain(f"{layer.name_of(one)} and {other} contradict each other: keep one of them")
-    return spoken
+    for name, alternative in ALTERNATIVES:
+        if _is_set(keys, values, name) and _is_set(keys, values, alternative):
+            complain(f"{layer.name_of(name)} and {alternative} contradict each other: keep one of them")
+    return values
 
 
-def _says(keys: Mapping[str, Key], spoken: Mapping[str, Any], name: str) -> bool:
-    return name in spoken and spoken[name] != keys[name].unset
+def _is_set(keys: Mapping[str, Key], values: Values, name: str) -> bool:
+    return name in values and values[name] != keys[name].unset
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(map(str, value))
+        return ", ".join(map(str, cast("list[Any]", value)))
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
 def _why_not_a_key(keys: Mapping[str, Key], written: str, layer: Layer) -> str:
-    if written in REFUSED:
-        return f"is not a key here: {REFUSED[written]}"
-    near = nearest(written, [*keys, *ALIASES, *REFUSED])
+    if written in UNSUPPORTED:
+        return f"is not a key here: {UNSUPPORTED[written]}"
+    near = nearest(written, [*keys, *ALIASES, *UNSUPPORTED])
     if not near:
         return "is not a key: --help-all lists them"
-    if near in REFUSED and near not in keys:
-        return f"is not a key, nor is {near}: {REFUSED[near]}"
+    if near in UNSUPPORTED and near not in keys:
+        return f"is not a key, nor is {near}: {UNSUPPORTED[near]}"
     return f"is not a key: did you mean {'--' if layer.flags else ''}{near}?"
 
 
-def _require(
-    keys: Mapping[str, Key], values: Mapping[str, Any], layers: Sequence[Layer], complain: Complain
-) -> set[str]:
-    """The required keys that are missing, after they have been complained of."""
+def _missing(keys: Mapping[str, Key], values: Values, layers: Sequence[Layer], complain: Complain) -> set[str]:
+    """The required keys that are missing, after the complaint about them."""
     missing = [name for name, key in keys.items() if key.required and not values[name]]
     if missing:
         file = next((layer.file for layer in layers if layer.file is not None), None)

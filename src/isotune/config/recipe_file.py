@@ -1,7 +1,6 @@
-"""Recipe files: flat YAML in which every value is text until its key says what it is, so 1e-4 is a number."""
+"""Recipe files: flat YAML whose values are read as text; the key decides the type, so 1e-4 is a number."""
 
-import contextlib
-import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ def read_file(path: Path) -> Layer:
     except OSError as error:
         raise UserError(f"--config {name} cannot be read: {error.strerror}") from None
     try:
-        root = yaml.compose(text, Loader=yaml.BaseLoader)
+        root: yaml.Node | None = yaml.BaseLoader(text).get_single_node()
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{name}{line} is not YAML: {error.problem}") from None
@@ -64,23 +63,11 @@ def _value(node: yaml.Node, file: str, within: tuple[yaml.Node, ...] = ()) -> An
     return values
 
 
-def write_file(path: Path, groups: dict[str, dict[str, Any]]) -> None:
-    """Write values under a comment for each group; the file appears whole or not at all.
-
-    Raises:
-        UserError: the place cannot be written to.
-    """
+def as_yaml(groups: Mapping[str, Mapping[str, Any]]) -> str:
+    """The text of a recipe file: the values of each group under a comment that names it."""
     sections = [
-        f"# {group}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1_000_000)}"
+        f"# {group}\n{yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=1_000_000)}"
         for group, values in groups.items()
         if values
     ]
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text("\n".join(sections), encoding="utf-8")
-        unfinished.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    return "\n".join(sections)

@@ -1,28 +1,29 @@
-"""The kinds of runs: instruction tuning and classification, each with its own keys, and how a command line is read."""
+"""The recipes of the two tasks, supervised fine-tuning and classification, and the reader of a command line."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
 
-from isotune.config.command_line import read_flags
+from isotune.config.base_recipe import BaseRecipe
+from isotune.config.command_line import CommandLine
 from isotune.config.engine_keys import WITH_EVALUATION
-from isotune.config.recipe_file import read_file
 from isotune.config.run_recipe import EVALUATION_ON, RunRecipe
 from isotune.config.schema import (
     AT_LEAST_ONE,
     DATA,
+    MODEL,
     OUTPUT,
     POSITIVE,
     SCHEDULE,
     SHARE,
     Contradiction,
-    Need,
     Range,
+    Requirement,
     key,
 )
 
-_LABEL_COLUMN = Need(lambda values: values["label_source"] == "column", "label_source is not column")
+_LABEL_COLUMN = Requirement(lambda values: values["label_source"] == "column", "label_source is not column")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,9 @@ class Recipe(RunRecipe):
 
     eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_perplexity")
 
+    task: Literal["sft"] = key(
+        "sft", MODEL, "what the model learns: sft, supervised fine-tuning on conversations", changes_result=False
+    )
     dataset_text_field: str = key("text", DATA, "column that holds the conversation")
     train_on: Literal["all", "last"] = key("all", DATA, "answers to learn from: all of a conversation, or the last")
     overlong: Literal["truncate", "split", "drop"] = key(
@@ -38,7 +42,7 @@ class Recipe(RunRecipe):
     )
     packing: bool = key(True, DATA, "pack several conversations into a row; they never see each other")
     sample_prompt: str = key(
-        "What makes a good friend?", OUTPUT, "question to answer at the end; empty asks none", changes_result=False
+        "What makes a good friend?", OUTPUT, "prompt to answer at the end; empty for none", changes_result=False
     )
 
 
@@ -48,6 +52,9 @@ class ClassificationRecipe(RunRecipe):
 
     eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_accuracy", "eval_f1_macro")
 
+    task: Literal["classification"] = key(
+        "classification", MODEL, "what the model learns: the class of a text", changes_result=False
+    )
     dataset_text_field: str = key("text", DATA, "column that holds the text")
     dataset_label_field: str = key(
         "label", DATA, "column that holds the class, a whole number from 0", needs=_LABEL_COLUMN
@@ -57,7 +64,7 @@ class ClassificationRecipe(RunRecipe):
     )
     clean_text: bool = key(False, DATA, "undo HTML breaks and entities, and escapes such as a written-out \\n")
     label_source: Literal["column", "rules", "random"] = key(
-        "column", DATA, "where classes come from; rules: command, statement, question; random: a coin, as a control"
+        "column", DATA, "where classes come from; rules: command, statement, question; random: a negative control"
     )
     eval_split_share: float = key(
         0.0,
@@ -71,21 +78,23 @@ class ClassificationRecipe(RunRecipe):
     drop_leaked: bool = key(
         False,
         DATA,
-        "leave out of training what the evaluation data holds too, exactly or nearly",
+        "remove training texts that are duplicates or near duplicates of evaluation texts",
         needs=WITH_EVALUATION,
     )
     num_labels: int | None = key(
         None, DATA, "classes; data with another number is refused", allowed=Range(2), default_text="those of the data"
     )
     overlong: Literal["head", "tail", "head_tail"] = key(
-        "head", DATA, "what is kept of a text longer than max_seq_length; head_tail: a quarter, and the end"
+        "head",
+        DATA,
+        "what is kept of a text longer than max_seq_length; head_tail: a quarter from the start, the rest from the end",
     )
-    max_seq_length: int = key(512, DATA, "longest document, in tokens", allowed=Range(3))
+    max_seq_length: int = key(512, DATA, "maximum length of a document, in tokens", allowed=Range(3))
     global_batch_size: int = key(32, SCHEDULE, "documents in one step, on any hardware", allowed=AT_LEAST_ONE)
     class_weights: list[float] | Literal["balanced"] | None = key(  # noqa: RUF009 - it makes a dataclass field
         None,
         SCHEDULE,
-        "weight of each class in the training loss; balanced: every class weighs the same in all",
+        "weight of each class in the training loss; balanced: every class has the same total weight",
         allowed=POSITIVE,
         default_text="none: all alike",
     )
@@ -93,7 +102,7 @@ class ClassificationRecipe(RunRecipe):
         0.0, SCHEDULE, "share of each target that is spread over all classes, in the training loss", allowed=SHARE
     )
     sentences: tuple[str, ...] | None = key(
-        None, OUTPUT, "texts to classify at the end, with what was true where it is known", changes_result=False
+        None, OUTPUT, "texts to classify at the end, shown with the true class where it is known", changes_result=False
     )
 
     contradictions: ClassVar[tuple[Contradiction, ...]] = (
@@ -101,7 +110,7 @@ class ClassificationRecipe(RunRecipe):
         Contradiction(
             ("class_weights", "num_labels"),
             lambda values: (
-                isinstance(values["class_weights"], list)
+                values["class_weights"] not in (None, "balanced")
                 and values["num_labels"] not in (None, len(values["class_weights"]))
             ),
             "say one number for each class",
@@ -109,7 +118,7 @@ class ClassificationRecipe(RunRecipe):
     )
 
 
-AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
+AnyRecipe = TypeVar("AnyRecipe", bound=BaseRecipe)
 
 
 def read_recipe(
@@ -120,12 +129,20 @@ def read_recipe(
     description: str,
     kind: type[AnyRecipe] = Recipe,
 ) -> AnyRecipe:
-    """The recipe that a command line says: a file (`--config`, else `default_config`) and a flag for every key.
+    """The recipe of a command line: a file (`--config`, else `default_config`) and a flag for every key.
 
     `--help` and `--help-all` print and end the program.
+
+    Args:
+        argv: the words after the program's name.
+        default_config: the recipe file without `--config`; None is flags alone.
+        prog: the program's name in the help.
+        description: the first sentence of the help.
+        kind: the class of the recipe.
 
     Raises:
         UserError: anything in the file or the flags that is wrong, with its place and what to do.
     """
-    file, flags = read_flags(argv, kind.keys(), default_config=default_config, prog=prog, description=description)
-    return kind.from_layers([flags] if file is None else [read_file(file), flags])
+    command, keys = CommandLine.parse(argv, default_config), kind.keys()
+    command.answer_help(keys, default_config, prog, description)
+    return kind.from_layers(command.layers(keys))

@@ -1,21 +1,16 @@
-"""What every run is, whatever its kind: the keys of model, data, schedule, adapter, memory and output."""
+"""The keys that every training run has: model, data, schedule, adapter, memory and output."""
 
-import hashlib
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
+from isotune.config.base_recipe import BaseRecipe
 from isotune.config.engine_keys import CHOOSES_THE_BEST, ENGINE_KEYS, WITH_EVALUATION, evaluates
-from isotune.config.layers import Layer, settle
 from isotune.config.lr_schedules import arguments_in_words, is_wrongly_called
-from isotune.config.recipe_file import write_file
 from isotune.config.schema import (
     ADAPTER,
     AT_LEAST_ONE,
     DATA,
-    GROUPS,
     MEMORY,
     MODEL,
     NOT_NEGATIVE,
@@ -26,22 +21,22 @@ from isotune.config.schema import (
     SHARE,
     Contradiction,
     Key,
-    Need,
     Range,
+    Requirement,
+    Values,
     key,
     keys_of,
 )
-from isotune.io.errors import Complain, refuse
 
-_ADAPTER = Need(lambda values: values["tune"] != "full", "it needs tune: lora or tune: qlora")
-_FOUR_BIT = Need(lambda values: values["tune"] == "qlora", "it needs tune: qlora")
-_NO_LIMIT = Need(lambda values: values["max_steps"] < 1, "max_steps says where the run ends")
+_ADAPTER = Requirement(lambda values: values["tune"] != "full", "it needs tune: lora or tune: qlora")
+_FOUR_BIT = Requirement(lambda values: values["tune"] == "qlora", "it needs tune: qlora")
+_NO_LIMIT = Requirement(lambda values: values["max_steps"] < 1, "max_steps says where the run ends")
 _ONE_FILE = (".jsonl", ".csv", ".parquet")
-_SPLIT = Need(
+_SPLIT = Requirement(
     lambda values: values["dataset_split"] == "train" or not values["dataset_name"].endswith(_ONE_FILE),
     "dataset_name is one file, which is one split",
 )
-_EVAL_SPLIT = Need(
+_EVAL_SPLIT = Requirement(
     lambda values: (
         evaluates(values)
         and values["eval_dataset_name"] is not None
@@ -49,33 +44,45 @@ _EVAL_SPLIT = Need(
     ),
     f"{WITH_EVALUATION.otherwise}, and one file is one split",
 )
-_UPLOADS = Need(lambda values: bool(values["push_to_hub"]), "it needs push_to_hub: true")
-EVALUATION_ON = Need(lambda values: values["eval_strategy"] != "no", "eval_strategy is no")
+_UPLOADS = Requirement(lambda values: bool(values["push_to_hub"]), "it needs push_to_hub: true")
+EVALUATION_ON = Requirement(lambda values: values["eval_strategy"] != "no", "eval_strategy is no")
+
+
+def _microbatch_tokens(values: Values) -> int:
+    return values["max_seq_length"]
+
+
+def _eval_microbatch_tokens(values: Values) -> int:
+    return values["microbatch_tokens"]
+
+
+def _hub_model_id(values: Values) -> str:
+    return Path(values["output_dir"] or "").name
 
 
 RESUME_NEWEST, RESUME_NEVER = "auto", "never"  # what `resume` says instead of a path
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunRecipe:
-    """The keys that every kind of run has. All values are checked: make one with `from_values` or `read_recipe`.
+class RunRecipe(BaseRecipe):
+    """The keys that every training run has, whatever its task.
 
-    `training_arguments` holds the values for transformers.TrainingArguments, by its own names. A key that has no
-    effect beside the others (`r` in full tuning) holds its default.
+    `training_arguments` holds the values for transformers.TrainingArguments, by its own names.
     """
 
+    task: Literal["sft", "classification"] = key("sft", MODEL, "what the model learns", changes_result=False)
     model_name_or_path: str = key(REQUIRED, MODEL, "Hub id, folder, or builtin:NAME", is_path=True)
     model_init: Literal["pretrained", "random"] = key(
         "pretrained", MODEL, "take the model's weights, or its geometry with random weights"
     )
     tokenizer_name_or_path: str | None = key(None, MODEL, "another tokenizer", default_text="the model's", is_path=True)
-    tune: Literal["full", "lora", "qlora"] = key("lora", MODEL, "what is trained: all weights, or adapters on top")
+    tune: Literal["full", "lora", "qlora"] = key("lora", MODEL, "what is trained: all weights, or adapters")
 
     dataset_name: str = key(REQUIRED, DATA, "Hub id, folder, .jsonl/.csv/.parquet file, or builtin:NAME", is_path=True)
     dataset_split: str = key("train", DATA, "split to train on", needs=_SPLIT)
     eval_dataset_name: str | None = key(None, DATA, "data set to evaluate on", needs=EVALUATION_ON, is_path=True)
     eval_dataset_split: str = key("test", DATA, "split to evaluate on", needs=_EVAL_SPLIT)
-    max_seq_length: int = key(1024, DATA, "longest row, in tokens", allowed=Range(2))
+    max_seq_length: int = key(1024, DATA, "maximum length of a row, in tokens", allowed=Range(2))
 
     global_batch_size: int = key(16, SCHEDULE, "rows in one step, on any hardware", allowed=AT_LEAST_ONE)
     num_train_epochs: float = key(3.0, SCHEDULE, "passes over the data", allowed=POSITIVE, needs=_NO_LIMIT)
@@ -85,16 +92,16 @@ class RunRecipe:
     early_stopping_patience: int | None = key(
         None,
         SCHEDULE,
-        "end training after this many evaluations without a better metric_for_best_model",
+        "end training after this many evaluations without an improvement of metric_for_best_model",
         allowed=AT_LEAST_ONE,
         needs=WITH_EVALUATION,
     )
     early_stopping_threshold: float = key(
         0.0,
         SCHEDULE,
-        "a better one is better by more than this",
+        "an improvement of metric_for_best_model counts if it is larger than this",
         allowed=NOT_NEGATIVE,
-        needs=Need(lambda values: bool(values["early_stopping_patience"]), "it needs early_stopping_patience"),
+        needs=Requirement(lambda values: bool(values["early_stopping_patience"]), "it needs early_stopping_patience"),
         common=False,
     )
     seed: int = key(42, SCHEDULE, "seed of order, dropout and new weights", allowed=Range(0, 2**32 - 1))
@@ -109,13 +116,15 @@ class RunRecipe:
     use_rslora: bool = key(False, ADAPTER, "scale by lora_alpha / sqrt(r)", needs=_ADAPTER)
     use_dora: bool = key(False, ADAPTER, "train magnitudes apart from directions (DoRA)", needs=_ADAPTER)
     init_lora_weights: bool | Literal["gaussian"] = key(
-        True, ADAPTER, "true: the adapter starts as no change", needs=_ADAPTER
+        True, ADAPTER, "true: the adapter starts as the identity", needs=_ADAPTER
     )
     modules_to_save: list[str] | None = key(  # noqa: RUF009 - it makes a dataclass field
-        None, ADAPTER, "modules to train whole and save", needs=_ADAPTER
+        None, ADAPTER, "modules to train in full and save", needs=_ADAPTER
     )
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = key("nf4", ADAPTER, "4-bit type of frozen weights", needs=_FOUR_BIT)
-    bnb_4bit_use_double_quant: bool = key(True, ADAPTER, "quantise the quantisation's scales too", needs=_FOUR_BIT)
+    bnb_4bit_use_double_quant: bool = key(
+        True, ADAPTER, "quantise the scales of the 4-bit weights too", needs=_FOUR_BIT
+    )
 
     bf16: bool = key(False, MEMORY, "compute in bfloat16")
     fp16: bool = key(False, MEMORY, "compute in float16, with a scaled loss")
@@ -124,7 +133,7 @@ class RunRecipe:
         MEMORY,
         "tokens in one forward pass: the memory knob",
         allowed=AT_LEAST_ONE,
-        default_from=lambda values: values["max_seq_length"],
+        default_from=_microbatch_tokens,
         default_text="max_seq_length",
         changes_result=False,
     )
@@ -134,7 +143,7 @@ class RunRecipe:
         "the same in evaluation",
         allowed=AT_LEAST_ONE,
         needs=WITH_EVALUATION,
-        default_from=lambda values: values["microbatch_tokens"],
+        default_from=_eval_microbatch_tokens,
         default_text="microbatch_tokens",
         changes_result=False,
     )
@@ -144,16 +153,16 @@ class RunRecipe:
     gradient_reduction: Literal["step", "pass"] = key(
         "step",
         MEMORY,
-        "how often ZeRO-2 and 3 send gradients: once a step, or after each pass, which needs less memory",
+        "when ZeRO-2 and 3 reduce gradients: step is once an update; pass is every microbatch, with less memory",
         changes_result=False,
     )
-    on_nonfinite: Literal["stop", "skip"] = key("stop", MEMORY, "what a loss or gradient that is not finite does")
+    on_nonfinite: Literal["stop", "skip"] = key("stop", MEMORY, "what happens when a loss or gradient is NaN or Inf")
 
     output_dir: str = key(REQUIRED, OUTPUT, "folder of the run", changes_result=False, is_path=True)
     resume: Literal["auto", "never"] | str = key(
         "auto",
         OUTPUT,
-        "auto goes on from the newest whole checkpoint in output_dir, never begins anew; or a checkpoint's folder",
+        "auto: from the newest complete checkpoint in output_dir; never: start anew; or a checkpoint's folder",
         changes_result=False,
         is_path=True,
     )
@@ -165,7 +174,7 @@ class RunRecipe:
         OUTPUT,
         "its repository on the Hub, NAME or OWNER/NAME",
         needs=_UPLOADS,
-        default_from=lambda values: Path(values["output_dir"] or "").name,
+        default_from=_hub_model_id,
         default_text="the name of output_dir",
         changes_result=False,
     )
@@ -182,13 +191,10 @@ class RunRecipe:
         None, OUTPUT, "token of the Hub; never shown nor written", needs=_UPLOADS, changes_result=False, common=False,
         secret=True, default_text="that of `hf auth login` or HF_TOKEN",
     )  # fmt: skip
-    plan_only: bool = key(
-        False, OUTPUT, "prepare the data, print the whole plan and stop", unset=False, changes_result=False
-    )
-    training_arguments: dict[str, Any] = field(default_factory=dict)
-    given: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    plan_only: bool = key(False, OUTPUT, "prepare the data, print the plan and stop", unset=False, changes_result=False)
+    training_arguments: dict[str, Any] = field(default_factory=dict[str, Any])
 
-    eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss",)  # what an evaluation gives that one may choose the best by
+    eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss",)  # the choices of metric_for_best_model
     contradictions: ClassVar[tuple[Contradiction, ...]] = (
         Contradiction(("bf16", "fp16"), lambda values: values["bf16"] and values["fp16"], "set one of them to false"),
         Contradiction(
@@ -224,29 +230,14 @@ class RunRecipe:
         return keys_of(cls) | ENGINE_KEYS | {best.name: best}
 
     @classmethod
-    def from_layers(cls, layers: Sequence[Layer], complain: Complain = refuse) -> Self:
-        """The recipe that layers of values say together, the last one winning.
-
-        Args:
-            layers: file, flags.
-            complain: takes each mistake; where it returns, the recipe is made of the rest.
-
-        Raises:
-            UserError: what is wrong, and where.
-        """
-        own = keys_of(cls)
-        values, given = settle(cls.keys(), layers, cls.contradictions, complain)
+    def fields_from(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The fields from the value of every key: the engine's keys stand in `training_arguments`."""
         arguments = {name: values[name] for name in ENGINE_KEYS if values[name] is not None}
-        return cls(**{name: values[name] for name in own}, training_arguments=arguments, given=given)
+        return {name: values[name] for name in keys_of(cls)} | {"training_arguments": arguments}
 
-    @classmethod
-    def from_values(cls, **values: Any) -> Self:
-        """A recipe from Python: `Recipe.from_values(model_name_or_path=..., learning_rate=1e-4, ...)`."""
-        return cls.from_layers([Layer(values)])
-
-    def with_values(self, **changes: Any) -> Self:
-        """This recipe with other values, which win as flags win over a file."""
-        return self.from_layers([Layer(self.given), Layer(changes)])
+    def value_of(self, name: str) -> Any:
+        """The value of a key: an attribute, or one of `training_arguments`."""
+        return self.training_arguments.get(name) if name in ENGINE_KEYS else getattr(self, name)
 
     def sums_exactly(self, *, plain_or_ddp: bool) -> bool:
         """Whether `exact_gradients` asks for integers: `auto` does where few parameters are trained."""
@@ -254,38 +245,12 @@ class RunRecipe:
             return self.tune != "full" and plain_or_ddp
         return self.exact_gradients
 
-    def resolved(self) -> dict[str, Any]:
-        """Every value in effect, given or default, by its key, without secrets; just these say the same run."""
-        keys = self.keys()
-        values = {name: getattr(self, name, self.training_arguments.get(name)) for name in keys}
-        return {
-            name: values[name]
-            for name, key in keys.items()
-            if values[name] is not None and values[name] != key.unset and key.in_effect(values) and not key.secret
-        }
-
     def result_values(self) -> dict[str, Any]:
-        """The values in effect that change the result: two runs may share them and differ in logging, memory and place.
+        """The values in effect that change the result; runs that share them may differ in logging, memory and place.
 
-        When one evaluates is among them where the best evaluation decides what is kept, or when training ends.
+        When the run evaluates is among them where the best evaluation decides what is kept or when training ends.
         """
-        keys = self.keys()
-        chosen = self.training_arguments.get("load_best_model_at_end") or self.early_stopping_patience
-        return {
-            name: value
-            for name, value in self.resolved().items()
-            if keys[name].changes_result or (chosen and name in CHOOSES_THE_BEST)
-        }
-
-    def fingerprint(self) -> str:
-        """Digest of `result_values`."""
-        return hashlib.sha256(json.dumps(self.result_values(), sort_keys=True).encode()).hexdigest()
-
-    def write(self, path: Path) -> None:
-        """Write the resolved recipe, grouped as --help is; `--config PATH` runs it again.
-
-        Raises:
-            UserError: the place cannot be written to.
-        """
-        keys, resolved = self.keys(), self.resolved()
-        write_file(path, {g: {name: v for name, v in resolved.items() if keys[name].group == g} for g in GROUPS})
+        values = super().result_values()
+        if self.training_arguments.get("load_best_model_at_end") or self.early_stopping_patience:
+            values |= {name: value for name, value in self.resolved().items() if name in CHOOSES_THE_BEST}
+        return values

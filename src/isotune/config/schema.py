@@ -1,4 +1,4 @@
-"""A key of a recipe is one record: its type, default, range, help and when it has an effect all stand in one place."""
+"""The schema of a recipe: each key is one record of its type, default, range, help and the case in which it counts."""
 
 import dataclasses
 import typing
@@ -49,10 +49,10 @@ SHARE = Range(0, 1, high_open=True)
 
 
 @dataclass(frozen=True)
-class Need:
-    """When a key has an effect, and what to say of one that has none."""
+class Requirement:
+    """When a key has an effect, and the sentence for a key that has none."""
 
-    met: Callable[[Values], bool]
+    is_met: Callable[[Values], bool]
     otherwise: str
 
 
@@ -60,11 +60,15 @@ class Need:
 class Key:
     """One key of a recipe, which is also the flag `--NAME`.
 
-    `takes` is the annotation of its value. `unset` is the value that says "not given". `default_from` computes the
-    default from the other values, and `default_text` says in words what it then is. `step_count` marks a number of
-    steps that may also be a share of the run: whole from 1 on, any fraction below. `common` keys stand in --help,
-    the others in --help-all only. A key with `changes_result` false may differ between two runs of one experiment.
-    In an `is_path` key a leading ~ is the home folder. A `secret` value is never shown and never written.
+    Attributes:
+        takes: the type annotation of its value.
+        unset: the value that means "not given".
+        default_from: computes the default from the other values; `default_text` describes it.
+        step_count: a number of steps that may also be a share of the run: whole from 1 on, any fraction below.
+        common: shown by --help; the other keys are shown by --help-all only.
+        changes_result: whether runs that differ in this key are different experiments.
+        is_path: a leading ~ is the home folder.
+        secret: never shown and never written.
     """
 
     name: str
@@ -73,7 +77,7 @@ class Key:
     group: str
     help: str
     allowed: Range | None = None
-    needs: Need | None = None
+    needs: Requirement | None = None
     unset: Any = None
     default_from: Callable[[Values], Any] | None = None
     default_text: str | None = None
@@ -85,12 +89,12 @@ class Key:
 
     @property
     def required(self) -> bool:
-        """Whether a recipe without it is refused."""
+        """Whether a recipe must give it."""
         return self.default is REQUIRED
 
     def in_effect(self, values: Values) -> bool:
-        """Whether the key does anything among these values."""
-        return self.needs is None or self.needs.met(values)
+        """Whether the key has an effect among these values."""
+        return self.needs is None or self.needs.is_met(values)
 
 
 def key(default: Any, group: str, help: str, **more: Any) -> Any:
@@ -100,7 +104,7 @@ def key(default: Any, group: str, help: str, **more: Any) -> Any:
 
 
 def keys_of(recipe_class: type) -> dict[str, Key]:
-    """The keys that a recipe's dataclass declares, in the order in which it declares them."""
+    """The keys that a recipe's dataclass declares, in the order of their declaration."""
     annotations = typing.get_type_hints(recipe_class)
     return {
         field.name: Key(name=field.name, takes=annotations[field.name], **field.metadata["key"])
@@ -111,12 +115,12 @@ def keys_of(recipe_class: type) -> dict[str, Key]:
 
 @dataclass(frozen=True)
 class Contradiction:
-    """Keys whose values cannot hold together, and what to do about it, in words or as words made from the values."""
+    """Keys whose values exclude each other, and the remedy: a sentence, or a function of the values that gives one."""
 
     keys: tuple[str, ...]
     holds: Callable[[Values], bool]
     remedy: str | Callable[[Values], str]
 
     def remedy_for(self, values: Values) -> str:
-        """What to do about it, for a recipe of these values."""
+        """The remedy for a recipe of these values."""
         return self.remedy if isinstance(self.remedy, str) else self.remedy(values)

@@ -1,6 +1,6 @@
-"""Keys of the ecosystem that would do nothing here, or that have another name, and what to say instead."""
+"""Keys of other tools that have no effect here or another name, and the sentence that answers each."""
 
-_MEMORY_KNOB = "the batch of a step is global_batch_size on any hardware, and microbatch_tokens bounds the memory"
+_BATCH = "the batch of a step is global_batch_size on any hardware, and microbatch_tokens bounds the memory"
 _PLAN = "the plan lays out every row of every step, and nothing is dropped"
 _EVALUATION = "evaluation sums its exact loss over all supervised tokens, whatever the batch"
 _SAVING = "a checkpoint holds everything that a run needs to go on, and OUTPUT_DIR/model is the final model"
@@ -39,7 +39,7 @@ _RENAMED = {
 }
 
 _GROUPS = {
-    _MEMORY_KNOB: ("per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size"),
+    _BATCH: ("per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size"),
     f"{_EVALUATION}; eval_microbatch_tokens bounds the memory": ("per_device_eval_batch_size",),
     _PLAN: (
         "remove_unused_columns", "label_names", "train_sampling_strategy", "group_by_length", "length_column_name",
@@ -90,7 +90,7 @@ _GROUPS = {
     "gradient checkpointing is always of the non-reentrant form": (
         "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs",
     ),
-    "every trained parameter takes part in every pass": ("ddp_find_unused_parameters",),
+    "every trained parameter takes part in every backward": ("ddp_find_unused_parameters",),
     "fp32 is the same number on every GPU, and bf16: true is the faster way": ("tf32",),
     "a rank may run an empty microbatch, so the graph is not static": ("ddp_static_graph",),
     "preparation tokenises in threads by itself": ("dataset_num_proc",),
@@ -101,6 +101,6 @@ _GROUPS = {
     "code from the Hub is never run": ("trust_remote_code",),
 }  # fmt: skip
 
-REFUSED: dict[str, str] = {name: f"say {instead}" for name, instead in _RENAMED.items()} | {
+UNSUPPORTED: dict[str, str] = {name: f"say {instead}" for name, instead in _RENAMED.items()} | {
     name: reason for reason, names in _GROUPS.items() for name in names
 }

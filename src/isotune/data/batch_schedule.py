@@ -1,19 +1,19 @@
-"""The plan says what every optimizer update sees; it is made without knowing who will carry it out.
+"""The batch schedule: what every optimizer update of a run sees, decided without knowing the ranks.
 
-    epoch    rows, shuffled by (seed, epoch)
-    step     the next `global_batch_size` rows: one optimizer update, on any hardware
-    number   the microbatches of a step, 0..n-1: what one forward pass sees
+    epoch        rows, shuffled by (seed, epoch)
+    step         the next `global_batch_size` rows: one optimizer update, on any hardware
+    microbatch   some rows of the step, numbered from 0: what one forward pass sees
 
-A plan is a pure function of the prepared documents, the recipe and the seed. Which rank runs which microbatch is
-decided afterwards by `assign`, so one process and many carry out the same experiment.
+A schedule is a pure function of the prepared documents, the recipe and the seed. `assign_to_ranks` decides afterwards
+which rank runs which microbatch, so one process and many run the same experiment.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
-from isotune.data.documents import AnyDocuments, Rows
+from isotune.data.documents import Documents, Rows
 from isotune.data.packing import pack
 
 # Attention costs as much as all matrix products together at about 12 x hidden size tokens (24 d^2 multiplications a
@@ -25,8 +25,8 @@ ATTENTION_PARITY_TOKENS = 12_288
 class Microbatch:
     """What one forward pass sees: whole documents, one after the other, without padding.
 
-    `number` counts within the step and, with the seed and the step, decides the randomness of the pass. `weight` is 1,
-    or 0 for the pass of a rank that has nothing left to do while the others still communicate.
+    `number` counts within the step. `weight` is 1, or 0 where a rank runs the forward only because the other ranks
+    still communicate.
     """
 
     number: int
@@ -55,7 +55,7 @@ class Step:
 
     @property
     def input_tokens(self) -> int:
-        """Tokens that the forward passes of this step read, over all ranks."""
+        """Tokens in the global batch, over all ranks."""
         return sum(m.tokens for m in self.microbatches)
 
     @property
@@ -78,7 +78,7 @@ class StepSchedule:
 
     def __init__(
         self,
-        documents: AnyDocuments,
+        documents: Documents,
         rows: Rows,
         *,
         global_batch_size: int,
@@ -86,7 +86,7 @@ class StepSchedule:
         seed: int,
         shuffle: bool = True,
     ) -> None:
-        assert len(rows) > 0, "an empty preparation is refused before a plan is made"
+        assert len(rows) > 0, "empty data is refused before a schedule is made"
         self.rows = rows
         self.global_batch_size = global_batch_size
         self.microbatch_tokens = microbatch_tokens
@@ -94,7 +94,7 @@ class StepSchedule:
         self.shuffle = shuffle
         self._lengths = documents.lengths
         self._supervised = documents.supervised_counts
-        self._row_tokens = np.add.reduceat(self._lengths[rows.documents], rows.starts[:-1])
+        self._row_tokens = rows.lengths(self._lengths)
         assert self._row_tokens.max() <= microbatch_tokens, "a row must fit into a microbatch"
         self._order = lru_cache(maxsize=2)(self._shuffled_rows)
 
@@ -112,13 +112,13 @@ class StepSchedule:
         """Step `number`, counted from 0 over the whole run."""
         epoch, within = divmod(number, self.steps_per_epoch)
         rows = self._order(epoch)[within * self.global_batch_size : (within + 1) * self.global_batch_size]
-        # best-fit puts the step's rows into as few forward passes as the memory allows
-        passes = pack(self._row_tokens[rows], self.microbatch_tokens, seed=self.seed)
-        groups = [rows[np.sort(passes.documents[a:b])] for a, b in zip(passes.starts, passes.starts[1:], strict=False)]
+        # best-fit puts the step's rows into as few microbatches as the memory allows
+        packed = pack(self._row_tokens[rows], self.microbatch_tokens, seed=self.seed)
+        groups = [rows[np.sort(packed[group])] for group in range(len(packed))]
         return Step(number, epoch, tuple(self._microbatch(i, group) for i, group in enumerate(groups)))
 
     def _microbatch(self, number: int, rows: np.ndarray) -> Microbatch:
-        documents = np.concatenate([self.rows.documents[self.rows.starts[r] : self.rows.starts[r + 1]] for r in rows])
+        documents = np.concatenate([self.rows[row] for row in rows.tolist()])
         lengths = self._lengths[documents]
         return Microbatch(
             number=number,
@@ -129,22 +129,22 @@ class StepSchedule:
         )
 
 
-def assign(step: Step, world_size: int) -> list[list[Microbatch]]:
-    """Give each rank its share of a step: near-equal cost, and exactly equal numbers of passes.
+def assign_to_ranks(step: Step, world_size: int) -> list[list[Microbatch]]:
+    """Give each rank its share of a step: near-equal cost, and exactly equal numbers of microbatches.
 
-    Longest-processing-time first, with at most ceil(n / world_size) passes a rank. A rank with fewer gets passes of
-    weight zero over the step's cheapest microbatch, because sharded engines communicate within every pass.
+    Longest-processing-time first, with at most ceil(n / world_size) microbatches a rank. A rank with fewer also gets
+    the step's cheapest microbatch with weight zero, because sharded engines communicate within every forward.
 
     Returns:
         a list of microbatches for each rank, in the order of their numbers.
     """
-    passes = -(-len(step.microbatches) // world_size)
+    per_rank = -(-len(step.microbatches) // world_size)
     shares: list[list[Microbatch]] = [[] for _ in range(world_size)]
     load = [0.0] * world_size
     for microbatch in sorted(step.microbatches, key=lambda m: (-m.cost, m.number)):
-        rank = min((r for r in range(world_size) if len(shares[r]) < passes), key=lambda r: (load[r], r))
+        rank = min((r for r in range(world_size) if len(shares[r]) < per_rank), key=lambda r: (load[r], r))
         shares[rank].append(microbatch)
         load[rank] += microbatch.cost
     cheapest = min(step.microbatches, key=lambda m: (m.cost, m.number))
-    idle = Microbatch(cheapest.number, cheapest.documents, cheapest.tokens, 0, cheapest.cost, weight=0.0)
-    return [sorted(share, key=lambda m: m.number) + [idle] * (passes - len(share)) for share in shares]
+    idle = replace(cheapest, supervised_tokens=0, weight=0.0)
+    return [sorted(share, key=lambda m: m.number) + [idle] * (per_rank - len(share)) for share in shares]

@@ -1,12 +1,11 @@
 """Prepared documents on disk, written once however many processes start at once and however they are killed.
 
-    $ISOTUNE_CACHE/prepared/FINGERPRINT/   input_ids.npy  supervised.npy  starts.npy  source_rows.npy  meta.json
-                                           (what has other arrays, such as labels, has their files)
+    $ISOTUNE_CACHE/prepared/FINGERPRINT/   NAME.npy for each array, such as input_ids, starts, labels;  meta.json
     $ISOTUNE_CACHE/prepared/FINGERPRINT.lock
-    $ISOTUNE_CACHE/prepared/FINGERPRINT.partial-*/      being written; whoever next holds the lock removes it
+    $ISOTUNE_CACHE/prepared/FINGERPRINT.partial-*/      being written; the next holder of the lock removes it
 
 An entry appears by one rename, after its files have reached the disk. meta.json holds a digest of every array, so an
-entry that was damaged later is noticed and written anew.
+entry that was damaged later is noticed and written again.
 """
 
 import errno
@@ -15,17 +14,16 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
 
-from isotune.data.documents import Documents
 from isotune.io.errors import UserError
+from isotune.io.files import write_synced
 
 NO_ROOM = {
     errno.ENOSPC: "is full",
@@ -34,8 +32,7 @@ NO_ROOM = {
     errno.EFBIG: "takes no file so large",
 }
 
-Kind = TypeVar("Kind")  # a dataclass of arrays
-Content = tuple[Kind, dict[str, Any]]
+Content = tuple[dict[str, np.ndarray], dict[str, Any]]  # arrays by name, and counts that JSON can hold
 
 
 def cache_folder() -> Path:
@@ -44,61 +41,48 @@ def cache_folder() -> Path:
     return Path(root).expanduser() / "prepared"
 
 
-def load_or_build(
-    fingerprint: str,
-    build: Callable[[], Content[Kind]],
-    kind: type[Kind] = Documents,  # type: ignore[assignment]  (what `build` gives by default)
-) -> Content[Kind]:
+def load_or_build(fingerprint: str, build: Callable[[], Content]) -> Content:
     """The entry of this fingerprint, built by exactly one of the processes that ask for it.
 
-    Args:
-        build: gives the documents and whatever JSON-ready counts belong to them.
-        kind: the dataclass of arrays that `build` gives.
-
     Returns:
-        The documents, mapped from disk, and the counts.
+        The arrays that `build` gave, mapped from disk, and its counts.
 
     Raises:
         UserError: the folder cannot be written, or the disk has no room.
     """
     folder = cache_folder()
     entry = folder / fingerprint
-    found = load(entry, kind)
-    if found is not None:
-        return found
+    content = load(entry)
+    if content is not None:
+        return content
     lock = FileLock(folder / f"{fingerprint}.lock")
     with disk_errors_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     try:
-        found = load(entry, kind)
-        if found is None:
-            # Nobody else writes while the lock is held: what is half written here was killed.
+        content = load(entry)
+        if content is None:
+            # Nobody else writes while the lock is held: a partial entry here is of a process that was killed.
             for leftover in [*folder.glob(f"{fingerprint}.partial-*"), entry]:
                 shutil.rmtree(leftover, ignore_errors=True)
-            documents, counts = build()
+            built = build()
             with disk_errors_named(folder):
-                save(entry, documents, counts)
-            found = load(entry, kind)
+                save(entry, *built)
+            content = load(entry)
     finally:
         lock.release()
-    assert found is not None, f"{entry} cannot be read back"
-    return found
+    assert content is not None, f"{entry} cannot be read back"
+    return content
 
 
-def save(entry: Path, documents: Any, counts: dict[str, Any]) -> None:
+def save(entry: Path, arrays: dict[str, np.ndarray], counts: dict[str, Any]) -> None:
     """Write an entry so that it is there as a whole or not at all."""
     partial = entry.with_name(f"{entry.name}.partial-{uuid.uuid4().hex}")
     partial.mkdir()
     try:
-        digests = {
-            name: write_array(partial / f"{name}.npy", getattr(documents, name)) for name in _arrays(type(documents))
-        }
+        digests = {name: write_array(partial / f"{name}.npy", array) for name, array in arrays.items()}
         meta = json.dumps({"sha256": digests, "counts": counts}, indent=1)
-        with (partial / "meta.json").open("w", encoding="utf-8") as file:
-            file.write(meta)
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(partial / "meta.json", meta)
         _sync_folder(partial)
         partial.rename(entry)
         _sync_folder(entry.parent)
@@ -107,23 +91,18 @@ def save(entry: Path, documents: Any, counts: dict[str, Any]) -> None:
         raise
 
 
-def load(entry: Path, kind: type[Kind]) -> Content[Kind] | None:
+def load(entry: Path) -> Content | None:
     """An entry's content with the arrays mapped from disk, or None where it is absent or damaged."""
     try:
         meta = json.loads((entry / "meta.json").read_text("utf-8"))
-        names = _arrays(kind)
-        for name in names:
+        for name, expected in meta["sha256"].items():
             with (entry / f"{name}.npy").open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != meta["sha256"][name]:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                     return None
-        arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
-        return kind(**arrays), meta["counts"]
-    except (OSError, ValueError, KeyError, TypeError):
+        arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in meta["sha256"]}
+        return arrays, meta["counts"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def _arrays(kind: type) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(kind))
 
 
 def write_array(path: Path, array: np.ndarray) -> str:
@@ -137,8 +116,8 @@ def write_array(path: Path, array: np.ndarray) -> str:
 
 
 @contextmanager
-def disk_errors_named(folder: Path) -> Iterator[None]:
-    """Turn a disk's refusal into the sentence that names the folder and the way out."""
+def disk_errors_named(folder: Path) -> Generator[None]:
+    """Turn an error of the disk into the sentence that names the folder and the way out."""
     try:
         yield
     except OSError as error:

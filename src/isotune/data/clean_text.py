@@ -1,6 +1,6 @@
-"""What a text says, apart from how its data set spells it: HTML and escapes undone, and when two texts are the same.
+"""Undoes HTML and escapes in texts, and decides when two texts are the same.
 
-`clean` undoes what real collections leave in their texts, reading from left to right once:
+`clean` replaces what real data sets leave in their texts, in one pass from left to right:
 
     <br>  <br/>  <br />      a line end         (IMDb)
     \\n  \\r  \\t               a line end, nothing, a tab: two characters in the file, as in Yelp

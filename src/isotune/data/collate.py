@@ -1,37 +1,25 @@
-"""From the plan's numbers to the tensors of one forward pass: documents end to end, no padding, no mask."""
+"""From a microbatch to the tensors of one forward pass: documents end to end, without padding or mask."""
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
 
 from isotune.data.batch_schedule import Microbatch
-from isotune.data.documents import AnyDocuments, Documents, LabelledDocuments
+from isotune.data.documents import Documents
 
 
 class PackedInputs(TypedDict):
     """The keyword arguments of a packed forward pass.
 
-    input_ids, position_ids: int64 [1, tokens]; positions restart in every document.
+    input_ids: int64 [1, tokens].
     cu_seq_lens_q, cu_seq_lens_k: int32 [documents + 1], where each document begins and the last ends.
     max_length_q, max_length_k: tokens of the longest document.
-    supervised_positions: int64 [targets], the positions that predict; targets: int64 [targets], what they predict.
-    """
+    targets: int64; the classes [documents], or the supervised tokens [supervised tokens].
 
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    cu_seq_lens_q: torch.Tensor
-    cu_seq_lens_k: torch.Tensor
-    max_length_q: int
-    max_length_k: int
-    supervised_positions: torch.Tensor
-    targets: torch.Tensor
-
-
-class LabelledInputs(TypedDict):
-    """The keyword arguments of a packed forward pass of a classifier; those of the same name as in PackedInputs.
-
-    targets: int64 [documents], the class of each.
+    For SFT only; a classifier computes its own positions:
+    position_ids: int64 [1, tokens]; positions restart in every document.
+    supervised_positions: int64 [supervised tokens], the positions that predict `targets`.
     """
 
     input_ids: torch.Tensor
@@ -40,50 +28,35 @@ class LabelledInputs(TypedDict):
     max_length_q: int
     max_length_k: int
     targets: torch.Tensor
-
-
-def lay_out(documents: AnyDocuments, microbatch: Microbatch) -> PackedInputs | LabelledInputs:
-    """The documents of a microbatch end to end, with their targets."""
-    if isinstance(documents, LabelledDocuments):
-        return collate_labelled(documents, microbatch)
-    return collate(documents, microbatch)
-
-
-def collate_labelled(documents: LabelledDocuments, microbatch: Microbatch) -> LabelledInputs:
-    """Lay the documents of a microbatch end to end; the model itself knows how it counts positions."""
-    spans = [(int(documents.starts[d]), int(documents.starts[d + 1])) for d in microbatch.documents]
-    input_ids = np.concatenate([documents.input_ids[a:b] for a, b in spans]).astype(np.int64)
-    lengths = [b - a for a, b in spans]
-    bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    return LabelledInputs(
-        input_ids=torch.from_numpy(input_ids)[None],
-        cu_seq_lens_q=bounds,
-        cu_seq_lens_k=bounds,
-        max_length_q=max(lengths),
-        max_length_k=max(lengths),
-        targets=torch.from_numpy(documents.labels[list(microbatch.documents)].astype(np.int64)),
-    )
+    position_ids: NotRequired[torch.Tensor]
+    supervised_positions: NotRequired[torch.Tensor]
 
 
 def collate(documents: Documents, microbatch: Microbatch) -> PackedInputs:
-    """Lay the documents of a microbatch end to end.
+    """Lay the documents of a microbatch end to end, with their targets.
 
     The token at position p is predicted from position p - 1, so `supervised_positions` are the places before the
     supervised tokens. A document's first token is never supervised, hence no position reaches into a neighbour.
     """
-    spans = [(int(documents.starts[d]), int(documents.starts[d + 1])) for d in microbatch.documents]
-    input_ids = torch.from_numpy(np.concatenate([documents.input_ids[a:b] for a, b in spans]).astype(np.int64))
-    supervised = np.concatenate([documents.supervised[a:b] for a, b in spans])
-    lengths = [b - a for a, b in spans]
-    bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    target_positions = torch.from_numpy(np.flatnonzero(supervised).astype(np.int64))
-    return PackedInputs(
+    numbers = np.array(microbatch.documents)
+    starts, tokens = documents.locate(numbers)
+    lengths = np.diff(starts)
+    input_ids = torch.tensor(documents.input_ids[tokens], dtype=torch.int64)
+    bounds = torch.tensor(starts, dtype=torch.int32)
+    if documents.has_labels:
+        supervised, targets = None, torch.tensor(documents.labels[numbers], dtype=torch.int64)
+    else:
+        supervised = torch.tensor(np.flatnonzero(documents.supervised[tokens]))
+        targets = input_ids[supervised]
+    inputs = PackedInputs(
         input_ids=input_ids[None],
-        position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
         cu_seq_lens_q=bounds,
         cu_seq_lens_k=bounds,
-        max_length_q=max(lengths),
-        max_length_k=max(lengths),
-        supervised_positions=target_positions - 1,
-        targets=input_ids[target_positions],
+        max_length_q=int(lengths.max()),
+        max_length_k=int(lengths.max()),
+        targets=targets,
     )
+    if supervised is not None:
+        inputs["supervised_positions"] = supervised - 1
+        inputs["position_ids"] = torch.tensor(np.arange(len(tokens)) - np.repeat(starts[:-1], lengths))[None]
+    return inputs

@@ -4,34 +4,72 @@ Both are kept in compressed sparse row form: one long array of values and `start
 `values[starts[i] : starts[i + 1]]`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 
 
+def starts_of(lengths: np.ndarray) -> np.ndarray:
+    """Where each item starts and the last one ends, int64 [items + 1], given the length of each, [items]."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+def sums_of(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """The sum of each item's values: int64 [items]."""
+    return np.diff(starts_of(values)[starts])
+
+
 @dataclass(frozen=True)
 class Documents:
-    """Tokenised examples with their supervised mask.
+    """Tokenized documents with their targets, for both tasks.
 
-        starts      0           3       5
-        input_ids   2   8   9 | 2   7 |        two documents, of three and two tokens
-        supervised  .   .   x | .   x |        x: this token is predicted from the token before it
+        starts     0           3       5
+        input_ids  2   8   9 | 2   7 |        two documents, of three and two tokens
+        targets    .   .   x | .   x |        SFT: x is a supervised token, predicted from the token before it
+        targets    1         | 0     |        classification: the class of each document
 
     Attributes:
-        input_ids: int32 [tokens].
-        supervised: bool [tokens]; True where the token is a target. Nothing stands before the first token of a
-            document, so that one is never True.
+        input_ids: int32 [tokens], special tokens in place.
+        targets: bool [tokens], the supervised mask, for SFT; int32 [documents], the classes from 0, for
+            classification. Nothing stands before the first token of a document, so that one is never supervised.
         starts: int64 [documents + 1].
         source_rows: int64 [documents]; the row of the source, counted from 0, that the document comes from.
+        columns: further arrays by name, each [documents]. `ids` names the documents in predictions: the data set's own
+            id where it has one, else the source row.
     """
 
     input_ids: np.ndarray
-    supervised: np.ndarray
+    targets: np.ndarray
     starts: np.ndarray
     source_rows: np.ndarray
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
 
     def __len__(self) -> int:
         return len(self.source_rows)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether each document has one target, its class; else its supervised tokens are the targets."""
+        return self.targets.dtype != np.bool_
+
+    @property
+    def supervised(self) -> np.ndarray:
+        """The supervised mask of SFT: bool [tokens]."""
+        assert not self.has_labels, "these documents have a class each and no supervised tokens"
+        return self.targets
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The classes of classification: int32 [documents]."""
+        assert self.has_labels, "these documents have supervised tokens and no classes"
+        return self.targets
+
+    @property
+    def ids(self) -> np.ndarray:
+        """What predictions name the documents by: int64 or text [documents], each once."""
+        return self.columns["ids"]
 
     @property
     def lengths(self) -> np.ndarray:
@@ -40,49 +78,62 @@ class Documents:
 
     @property
     def supervised_counts(self) -> np.ndarray:
-        """Supervised tokens of each document: int64 [documents]."""
-        running_total = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.supervised, dtype=np.int64)])
-        return np.diff(running_total[self.starts])
+        """Targets of each document, int64 [documents]: its supervised tokens, or its one class."""
+        return np.ones(len(self), np.int64) if self.has_labels else sums_of(self.targets, self.starts)
 
+    def locate(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where some documents, int [chosen], stand when they lie end to end, and where their tokens are now.
 
-@dataclass(frozen=True)
-class LabelledDocuments:
-    """Tokenised texts with a class each; special tokens are in place, so the first token is the one a head reads.
+        Returns:
+            starts, int64 [chosen + 1]; and the positions of their tokens in `input_ids`, int64 [tokens].
+        """
+        first = self.starts[documents]
+        lengths = self.starts[documents + 1] - first
+        starts = starts_of(lengths)
+        return starts, np.arange(int(starts[-1])) + np.repeat(first - starts[:-1], lengths)
 
-        starts      0           3       5
-        input_ids   C   8   S | C   S |            two documents, the second of an empty text
-        labels      1           0
+    def select(self, chosen: np.ndarray) -> Self:
+        """Some of the documents: a mask, bool [documents], or document numbers in the order wanted."""
+        if chosen.dtype == np.bool_:
+            starts = starts_of(self.lengths[chosen])
+            tokens = np.repeat(chosen, self.lengths)  # one byte a token, where positions would take eight
+        else:
+            starts, tokens = self.locate(chosen)
+        return type(self)(
+            input_ids=self.input_ids[tokens],
+            targets=self.targets[chosen if self.has_labels else tokens],
+            starts=starts,
+            source_rows=self.source_rows[chosen],
+            columns={name: values[chosen] for name, values in self.columns.items()},
+        )
 
-    Attributes:
-        input_ids: int32 [tokens].
-        labels: int32 [documents]; the class of each, from 0.
-        starts: int64 [documents + 1].
-        source_rows: int64 [documents]; the row of the source, counted from 0, that the document comes from.
-        ids: int64 or text [documents], each once; what predictions name the document by: the data set's own id where
-            it has one, else the source row.
-    """
+    @classmethod
+    def concat(cls, parts: Sequence["Documents"]) -> Self:
+        """The documents of all parts, one part after the other; all have the columns of the first."""
+        return cls(
+            input_ids=np.concatenate([part.input_ids for part in parts]),
+            targets=np.concatenate([part.targets for part in parts]),
+            starts=starts_of(np.concatenate([part.lengths for part in parts])),
+            source_rows=np.concatenate([part.source_rows for part in parts]),
+            columns={name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns},
+        )
 
-    input_ids: np.ndarray
-    labels: np.ndarray
-    starts: np.ndarray
-    source_rows: np.ndarray
-    ids: np.ndarray
+    def as_arrays(self) -> dict[str, np.ndarray]:
+        """All arrays by name, as the cache keeps them."""
+        return {
+            "input_ids": self.input_ids,
+            "labels" if self.has_labels else "supervised": self.targets,
+            "starts": self.starts,
+            "source_rows": self.source_rows,
+            **self.columns,
+        }
 
-    def __len__(self) -> int:
-        return len(self.source_rows)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each document: int64 [documents]."""
-        return np.diff(self.starts)
-
-    @property
-    def supervised_counts(self) -> np.ndarray:
-        """Targets of each document, int64 [documents]: its label is the only one."""
-        return np.ones(len(self), np.int64)
-
-
-AnyDocuments = Documents | LabelledDocuments
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
+        """The documents of `as_arrays`."""
+        columns = dict(arrays)
+        targets = columns.pop("labels" if "labels" in columns else "supervised")
+        return cls(columns.pop("input_ids"), targets, columns.pop("starts"), columns.pop("source_rows"), columns)
 
 
 @dataclass(frozen=True)
@@ -108,5 +159,4 @@ class Rows:
 
     def lengths(self, document_lengths: np.ndarray) -> np.ndarray:
         """Tokens of each row, int64 [rows], given the tokens of each document, [documents]."""
-        running_total = np.concatenate([np.zeros(1, np.int64), np.cumsum(document_lengths[self.documents])])
-        return np.diff(running_total[self.starts])
+        return sums_of(document_lengths[self.documents], self.starts)

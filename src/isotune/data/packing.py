@@ -1,18 +1,17 @@
 """Fills rows with whole documents, so that no computation goes into padding and no document is cut to fit.
 
 The heuristic is best-fit-decreasing: the longest document first, each into the fullest row that still has room for
-it (Ding et al. 2024, "Fewer Truncations Improve Language Modeling"). What makes a million documents cheap is that
-neither documents nor rows are looked at one by one: documents of one length are alike, rows of one remaining room are
-alike, and one step moves all of them.
+it (Ding et al. 2024, "Fewer Truncations Improve Language Modeling"). It is fast for a million documents because it
+never places them one by one: documents of one length are interchangeable, and so are rows with the same room left.
 """
 
 import numpy as np
 
-from isotune.data.documents import Rows
+from isotune.data.documents import Rows, starts_of
 
 
 def pack(lengths: np.ndarray, capacity: int, seed: int) -> Rows:
-    """Assign every document to one row.
+    """Put every document into one row.
 
         capacity 8, lengths 5 3 7 2 4 1:          row 0   c c c c c c c f
                     a b c d e f                   row 1   a a a a a b b b
@@ -41,24 +40,24 @@ def pack(lengths: np.ndarray, capacity: int, seed: int) -> Rows:
     place = 0
     for length in np.flatnonzero(documents_of_length)[::-1].tolist():
         waiting = int(documents_of_length[length])
-        # In the fullest row with room for one document the next fits best too, as long as there is room for it:
-        # so a row takes as many documents of this length as it can before another row is looked at.
+        # The fullest row with room for one document also fits the next one best, while it has room for it. So each
+        # row takes as many documents of this length as it can before the next row is considered.
         for room in open_rows.rooms_from(length):
-            each = room // length
-            rows, in_last = open_rows.take(room, waiting, each)
-            placed = (len(rows) - 1) * each + in_last
-            row_of[place : place + placed] = np.repeat(rows, each)[:placed]
-            open_rows.put(rows[:-1], room - each * length)
+            per_row = room // length
+            rows, in_last = open_rows.take(room, waiting, per_row)
+            placed = (len(rows) - 1) * per_row + in_last
+            row_of[place : place + placed] = np.repeat(rows, per_row)[:placed]
+            open_rows.put(rows[:-1], room - per_row * length)
             open_rows.put(rows[-1:], room - in_last * length)
             place += placed
             waiting -= placed
             if not waiting:
                 break
     by_row = np.argsort(row_of, kind="stable")
-    return Rows(order[by_row], _starts(np.bincount(row_of, minlength=open_rows.count)))
+    return Rows(order[by_row], starts_of(np.bincount(row_of, minlength=open_rows.count)))
 
 
-def each_alone(documents: int) -> Rows:
+def one_document_per_row(documents: int) -> Rows:
     """The rows of an unpacked run: each document is its own row, in the order of the documents."""
     return Rows(np.arange(documents, dtype=np.int64), np.arange(documents + 1, dtype=np.int64))
 
@@ -76,32 +75,32 @@ class _OpenRows:
         """The rooms, ascending, that rows have and that hold a document of this length; an unused row comes last."""
         return [*(np.flatnonzero(self.sizes[length:]) + length).tolist(), self.capacity]
 
-    def take(self, room: int, waiting: int, each: int) -> tuple[np.ndarray, int]:
-        """Take the rows of this room that `waiting` documents need, `each` to a row.
+    def take(self, room: int, waiting: int, per_row: int) -> tuple[np.ndarray, int]:
+        """Take the rows of this room that `waiting` documents need, `per_row` to a row.
 
         Returns:
-            the row numbers, and how many documents the last of them gets: `each`, or what is left over.
+            the row numbers, and how many documents the last of them gets: `per_row`, or what is left over.
         """
-        wanted = -(-waiting // each)
+        needed = -(-waiting // per_row)
         if room == self.capacity:
-            rows = np.arange(self.count, self.count + wanted)
-            self.count += wanted
+            rows = np.arange(self.count, self.count + needed)
+            self.count += needed
         else:
-            held = np.concatenate(self.by_room[room])
-            rows, rest = held[:wanted], held[wanted:]
+            available = np.concatenate(self.by_room[room])
+            rows, rest = available[:needed], available[needed:]
             self.by_room[room] = [rest] if len(rest) else []
             self.sizes[room] = len(rest)
-        return rows, min(each, waiting - (len(rows) - 1) * each)
+        return rows, min(per_row, waiting - (len(rows) - 1) * per_row)
 
     def put(self, rows: np.ndarray, room: int) -> None:
-        """Give rows back with the room that they have now."""
+        """Return rows with the room that they have left."""
         if len(rows) and room:
             self.by_room[room].append(rows)
             self.sizes[room] += len(rows)
 
 
 def _longest_first(lengths: np.ndarray, capacity: int, seed: int) -> np.ndarray:
-    """Document numbers by falling length, those of equal length in an order drawn from the seed: int64 [documents].
+    """Document numbers by decreasing length; equal lengths are shuffled by the seed. int64 [documents].
 
     Raw bits of the generator are the same in every version of numpy, which its `permutation` does not promise.
     """
@@ -109,7 +108,3 @@ def _longest_first(lengths: np.ndarray, capacity: int, seed: int) -> np.ndarray:
     shortness = capacity - lengths[shuffled]
     narrow = np.uint16 if capacity < 2**16 else np.int64  # numpy sorts 16 bits by counting
     return shuffled[np.argsort(shortness.astype(narrow), kind="stable")]
-
-
-def _starts(counts: np.ndarray) -> np.ndarray:
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])

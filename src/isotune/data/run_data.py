@@ -8,17 +8,22 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from isotune.config import ClassificationRecipe, Recipe
-from isotune.data.classification.preparation import PreparedLabels
 from isotune.data.classification.split import prepare_both
-from isotune.data.sft.preparation import PreparationSettings, PreparedData, prepare
+from isotune.data.prepared import PreparedData
+from isotune.data.sft.preparation import SftSettings, prepare
 
 
 @dataclass(frozen=True)
 class RunData:
     """The prepared training documents, and those of the evaluation where the recipe names any."""
 
-    train: PreparedData | PreparedLabels
-    evaluation: PreparedData | PreparedLabels | None
+    train: PreparedData
+    evaluation: PreparedData | None
+
+    def print_tables(self) -> None:
+        """Print what preparation counted, a table a data set."""
+        for prepared in filter(None, (self.train, self.evaluation)):
+            print(prepared.table, flush=True)
 
 
 def prepare_run_data(
@@ -37,20 +42,12 @@ def prepare_run_data(
     else:
         data = _conversations(recipe, tokenizer, show)
     if show:
-        for prepared in filter(None, (data.train, data.evaluation)):
-            print(prepared.table, flush=True)
+        data.print_tables()
     return data
 
 
 def _conversations(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, show: bool) -> RunData:
-    settings = PreparationSettings(
-        max_seq_length=recipe.max_seq_length,
-        packing=recipe.packing,
-        overlong=recipe.overlong,  # type: ignore[arg-type]
-        train_on=recipe.train_on,  # type: ignore[arg-type]
-        dataset_text_field=recipe.dataset_text_field,
-        seed=recipe.seed,
-    )
+    settings = SftSettings.of(recipe)
     train = prepare(recipe.dataset_name, recipe.dataset_split, tokenizer, settings, show_progress=show)
     evaluation = None
     if recipe.eval_dataset_name:

@@ -1,9 +1,16 @@
 """Scalars and vectors that ranks exchange in a step, summed so that the order of the ranks does not matter."""
 
 import math
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from isotune.distributed.launch import Process
+from isotune.io.errors import RunFault, UserError
+
+T = TypeVar("T")
 
 
 def gather_by_number(values: dict[int, torch.Tensor], count: int, device: torch.device) -> list[float]:
@@ -43,3 +50,18 @@ def ordered_sum(values: list[float]) -> float:
     Source: Shewchuk 1997, through `math.fsum`.
     """
     return math.fsum(values) if all(math.isfinite(v) for v in values) else sum(values)
+
+
+def call_on_main(process: Process, call: Callable[[], T]) -> T:
+    """Call on the main process only; every rank returns its result, or raises its UserError or RunFault."""
+    outcome: list[Any] = [None]
+    if process.is_main:
+        try:
+            outcome = [call()]
+        except (UserError, RunFault) as error:
+            outcome = [error]
+    if process.world_size > 1:
+        dist.broadcast_object_list(outcome, src=0, device=process.device)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]

@@ -1,4 +1,4 @@
-"""A command line whose mistakes are answered in one sentence."""
+"""The argument parser of every command: a mistake on the command line is answered in one sentence."""
 
 import argparse
 from typing import NoReturn
@@ -7,10 +7,10 @@ from isotune.io.errors import UserError
 
 
 class OneSentenceParser(argparse.ArgumentParser):
-    """A parser whose complaint is one sentence, as that of every other mistake, and not the whole usage."""
+    """argparse's parser that raises a `UserError` of one sentence instead of printing the whole usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise the complaint with where to look.
+        """Raise argparse's message with the command that shows the help.
 
         Raises:
             UserError: always.

@@ -1,7 +1,29 @@
-"""Files that are whole or not there: written beside their place, forced to the disk, and put there at one stroke."""
+"""Atomic writes: a file is written beside its place and renamed into it, so a reader never finds half of it."""
 
+import contextlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path, staging: Path | None = None) -> Iterator[Path]:
+    """A path to write to, renamed to `path` when the block ends; after an error it is removed, and `path` stays.
+
+    Args:
+        path: the file to replace.
+        staging: where the new content is written, on the same file system; by default `.NAME.tmp` beside `path`,
+            which suits a file that one process writes.
+    """
+    staging = staging or path.with_name(f".{path.name}.tmp")
+    try:
+        yield staging
+        staging.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            staging.unlink()
+        raise
 
 
 def write_synced(path: Path, text: str) -> None:
@@ -12,8 +34,16 @@ def write_synced(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Put `text` in the place of a file at one stroke: a reader finds the old one or the new one, never half of it."""
-    staging = path.with_name(f".{path.name}.tmp")
-    write_synced(staging, text)
-    staging.replace(path)
+def sync_path(path: Path) -> None:
+    """fsync a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, text: str, staging: Path | None = None) -> None:
+    """Replace a file by `text`, which has reached the disk before it takes the file name; see `replacing`."""
+    with replacing(path, staging) as unfinished:
+        write_synced(unfinished, text)

@@ -1,8 +1,9 @@
-"""How a script ended, in a file for whoever started it: launchers make 1 of every status but 0, and srun may lose it.
+"""The job status file: how a script ended, for the batch script that started it.
 
-A scheduler's script names the file in the variable ISOTUNE_VERDICT and reads it when the processes are gone. Without
-the variable nothing here does anything. Keys: `status` (running, preempted, finished, failed, superseded),
-`exit_status` (null while it runs) and `message`; a training run adds those of its status.json and `run`, its folder.
+Launchers replace every exit status but 0 by 1, and srun may lose it. A batch script therefore names a file in the
+environment variable ISOTUNE_VERDICT and reads it when the processes are gone. Without the variable this module does
+nothing. The file is JSON with the keys `status` (running, preempted, finished, failed, superseded), `exit_status` (null
+while the script runs) and `message`; a training run adds the keys of its status.json and `run`, its folder.
 """
 
 import json
@@ -12,7 +13,9 @@ import socket
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
+
+from isotune.io.files import replace_file
 
 VARIABLE = "ISOTUNE_VERDICT"
 EXIT_STOPPED = 75
@@ -20,50 +23,53 @@ EXIT_USER_ERROR = 2
 
 
 def write_job_status(**content: Any) -> None:
-    """Put `content` over what the file says.
+    """Merge `content` into the job status file.
 
-    The first process speaks for all. Another one's complaint is heard where the first has said nothing final, as when
-    its machine is gone; and a mistake in the input stays what it is, whatever breaks because of it.
+    Rank 0 reports for all ranks. Another rank's error counts only while rank 0 has reported no end, as when its machine
+    is gone. A mistake in the user's input is never overwritten: what fails later fails because of it.
     """
     name = os.environ.get(VARIABLE)
     if not name:
         return
     file = Path(name)
-    said = read_verdict(file)
-    is_first = os.environ.get("RANK", "0") == "0"
-    ended = said.get("exit_status") is not None
-    if (not is_first and (ended or content.get("exit_status") == 0)) or (said.get("exit_status") == EXIT_USER_ERROR):
+    current = read_job_status(file)
+    is_main = os.environ.get("RANK", "0") == "0"
+    has_ended = current.get("exit_status") is not None
+    if not is_main and (has_ended or content.get("exit_status") == 0):
         return
+    if current.get("exit_status") == EXIT_USER_ERROR:
+        return
+    # ranks of several machines may write at once
     staging = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}")
     try:
-        staging.write_text(json.dumps({**said, **content}, indent=2) + "\n", encoding="utf-8")
-        staging.replace(file)
-    except OSError as error:  # the script that reads it takes no verdict for a run that was killed
+        replace_file(file, json.dumps({**current, **content}, indent=2) + "\n", staging)
+    except OSError as error:  # a batch script that finds no file knows that the run was killed
         print(f"note        {file} cannot be written: {error.strerror}", file=sys.stderr)
 
 
-def is_read_by_a_script() -> bool:
-    """Whether this rank's launcher was started by a script that reads the verdict.
+def is_launched_by_batch_script() -> bool:
+    """Whether this process is a rank of a launcher whose batch script reads the job status file.
 
-    A launcher answers a status of 75 with a page of tracebacks on every node, and srun then ends the other nodes; the
-    ranks of such a launch say in the verdict that they were stopped, and leave with 0.
+    A launcher answers status 75 with a page of tracebacks on every node, and srun then ends the other nodes. Such ranks
+    write the preemption into the file and leave with 0.
     """
     return bool(os.environ.get(VARIABLE)) and "LOCAL_RANK" in os.environ
 
 
-def read_verdict(file: Path) -> dict[str, Any]:
-    """What the file says; nothing where it is absent or broken."""
+def read_job_status(file: Path) -> dict[str, Any]:
+    """The content of a job status file; empty where the file is absent or not a JSON object."""
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return said if isinstance(said, dict) else {}
+    return cast(dict[str, Any], content) if isinstance(content, dict) else {}
 
 
-def hear_early_stops() -> None:
-    """Until training listens, SIGTERM and SIGUSR1 end the process with a verdict: nothing is lost, so run it again.
+def install_early_signal_handlers() -> None:
+    """Until training installs its own handlers, SIGTERM and SIGUSR1 end the process as preempted.
 
-    A launcher that ignores these signals, so as to leave them to its ranks, would else have its ranks ignore them too.
+    Nothing is lost at that point, and the job may run again. Without the handlers, ranks would ignore these signals
+    too where their launcher ignores them.
     """
     if os.environ.get(VARIABLE):
         signal.signal(signal.SIGTERM, _stop_early)
@@ -71,8 +77,8 @@ def hear_early_stops() -> None:
 
 
 def _stop_early(number: int, frame: FrameType | None) -> None:
-    if read_verdict(Path(os.environ[VARIABLE])).get("exit_status") is not None:
-        return  # the end is near, and is worth waiting for
+    if read_job_status(Path(os.environ[VARIABLE])).get("exit_status") is not None:
+        return  # the script ends by itself in a moment
     message = f"stopped by {signal.Signals(number).name} before the first step: the same command begins again"
     write_job_status(status="preempted", exit_status=EXIT_STOPPED, message=message)
     os.write(2, f"{message}\n".encode())

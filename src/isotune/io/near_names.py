@@ -1,4 +1,4 @@
-"""The name that somebody probably meant."""
+"""The nearest name: what a misspelled key, file or choice was probably meant to be."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,15 +9,15 @@ def nearest(written: object, names: Iterable[str], *, cutoff: float = 0.6) -> st
 
     Args:
         written: what the user wrote.
-        names: what would have been right.
-        cutoff: how alike they must be, from 0 (anything) to 1 (equal).
+        names: the valid names.
+        cutoff: the least similarity, from 0 (anything) to 1 (equal).
     """
-    near = difflib.get_close_matches(str(written), list(names), n=1, cutoff=cutoff)
-    return near[0] if near else None
+    matches = difflib.get_close_matches(str(written), list(names), n=1, cutoff=cutoff)
+    return matches[0] if matches else None
 
 
 def did_you_mean(written: object, names: Iterable[str]) -> str:
-    """`: did you mean 'x'?` for a misspelled name, or what there is to choose from; the end of a sentence."""
+    """The end of a sentence about a misspelled name: `: did you mean 'x'?`, or else the valid names."""
     names = list(names)
     near = nearest(written, names)
     return f": did you mean {near!r}?" if near else f"; it may have {', '.join(names)}"

@@ -1,6 +1,5 @@
-"""Models that keep packed documents apart: attention, loss head, loading, adapters and export."""
+"""Models that keep packed documents apart: attention, loss head, opening, adapters and merging."""
 
-import logging
+from isotune.compat.bitsandbytes import silence_import_warning
 
-# bitsandbytes 0.50 warns at import of an optional CPU kernel that nobody asked for; its errors still come through
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+silence_import_warning()

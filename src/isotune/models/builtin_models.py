@@ -1,4 +1,4 @@
-"""Small models and a tokenizer made by code, so that the whole way can be tried without a network."""
+"""Small built-in models and their tokenizer, defined in code, so that every command runs without a network."""
 
 import random
 from functools import cache
@@ -12,7 +12,7 @@ from isotune.io.near_names import nearest
 
 TOKENIZER_ROWS = 500
 
-# OPT's own layout: pad 1, bos = eos = 2, a head tied to the embedding.
+# opt-tiny has OPT's special tokens (pad 1, bos = eos = 2) and a head tied to the embedding.
 _GEOMETRIES: dict[str, dict[str, Any]] = {
     "opt-tiny": {
         "hidden_size": 128,
@@ -39,9 +39,9 @@ def builtin_config(name: str) -> PreTrainedConfig:
     """The configuration of a built-in model, `builtin:opt-tiny` or `builtin:bert-tiny`.
 
     Raises:
-        UserError: there is none of this name.
+        UserError: there is no built-in model of this name.
     """
-    short = _known(name)
+    short = _short_name(name)
     geometry = _GEOMETRIES[short]
     if short == "bert-tiny":
         return BertConfig(vocab_size=len(builtin_tokenizer(name)), pad_token_id=1, **geometry)
@@ -52,7 +52,7 @@ def builtin_config(name: str) -> PreTrainedConfig:
 
 @cache
 def _trained_backend() -> str:
-    """A byte-level BPE over the words of the demo's corpora, as JSON: every text has tokens, theirs has few."""
+    """A byte-level BPE trained on the demo's corpora, as JSON; byte-level, so that it encodes every text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     backend = Tokenizer(models.BPE())
@@ -78,14 +78,14 @@ def _trained_backend() -> str:
 def builtin_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of the built-in models: pad 1, bos = eos = 2 and bos prepended, as OPT's.
 
-    For an encoder `<s>` and `</s>` stand around a text, as RoBERTa's do.
+    An encoder's texts are enclosed in `<s>` and `</s>`, as RoBERTa's are.
     """
     from tokenizers import Tokenizer, processors
 
-    if _known(name) == "bert-tiny":
+    if _short_name(name) == "bert-tiny":
         backend = Tokenizer.from_str(_trained_backend())
-        around = [("<s>", 0), ("</s>", 2)]
-        backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=around)
+        enclosing = [("<s>", 0), ("</s>", 2)]
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=enclosing)
         return PreTrainedTokenizerFast(
             tokenizer_object=backend,
             cls_token="<s>",
@@ -103,7 +103,7 @@ def builtin_tokenizer(name: str) -> PreTrainedTokenizerBase:
     )
 
 
-def _known(name: str) -> str:
+def _short_name(name: str) -> str:
     short = name.removeprefix(PREFIX)
     if short not in _GEOMETRIES:
         near = nearest(short, _GEOMETRIES)

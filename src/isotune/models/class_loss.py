@@ -1,8 +1,8 @@
-"""The loss of a classifier in training: cross-entropy, with class weights and label smoothing where the recipe says so.
+"""The training loss of a classifier: cross-entropy, with the class weights and label smoothing of the recipe.
 
-It is torch's own `cross_entropy(weight=..., label_smoothing=...)`, cut in two so that a global batch may be spread over
-any number of passes and ranks: each pass gives a sum over its documents, and the sum of all passes is divided by the
-summed weights of the whole global batch, which the plan knows.
+It is torch's `cross_entropy(weight=..., label_smoothing=...)`, split so that a global batch may be divided into any
+microbatches on any ranks: each microbatch yields a sum over its documents, and the total is divided by the summed
+weights of the global batch, which the batch schedule knows.
 
     loss of a step = sum over its documents of [(1 - e) w(y) (-log p(y)) + e/K sum over classes c of w(c) (-log p(c))]
                      ---------------------------------------------------------------------------------------------
@@ -21,7 +21,7 @@ from isotune.io.errors import UserError
 
 @dataclass(frozen=True)
 class ClassLoss:
-    """Weights by class (None: all alike) and the share e of each target that is spread over all classes."""
+    """Weights by class (None: all 1) and the share e of each target that is spread over all classes."""
 
     class_weights: tuple[float, ...] | None = None
     label_smoothing: float = 0.0
@@ -35,27 +35,36 @@ class ClassLoss:
         return functional.cross_entropy(logits.float(), targets, weights, reduction="sum", label_smoothing=smoothing)
 
     def denominator(self, labels: np.ndarray) -> float:
-        """The summed weights of documents of these classes, int [documents]; without weights, how many they are."""
+        """Sum of the weights of documents of these classes, int [documents]; without weights, their number."""
         if self.class_weights is None:
             return len(labels)
-        # the weights as they are in the sum above
+        # rounded as in `summed`
         weights = np.array(self.class_weights, np.float32).astype(np.float64)
         return float(np.bincount(labels, minlength=len(weights)) @ weights)
 
 
-def choose_weights(said: str | Sequence[float] | None, labels: np.ndarray, classes: int) -> tuple[float, ...] | None:
-    """The weights that `class_weights` of a recipe means for training documents of these labels, int [documents].
+def choose_weights(
+    class_weights: str | Sequence[float] | None, labels: np.ndarray, classes: int
+) -> tuple[float, ...] | None:
+    """Weights by class.
 
-    `balanced` is scikit-learn's: documents / (classes * documents of the class), so every class weighs the same in all.
+    `balanced` is scikit-learn's: documents / (classes * documents of the class), so that every class has the same sum.
+
+    Args:
+        class_weights: of the recipe: `balanced`, one weight per class, or None.
+        labels: int [documents], of the training data.
+        classes: number of classes.
 
     Raises:
-        UserError: a number for each class is not what was said.
+        UserError: the number of weights is not that of the classes.
     """
-    if said is None:
+    if class_weights is None:
         return None
-    if said == "balanced":
+    if class_weights == "balanced":
         counts = np.bincount(labels, minlength=classes)
         return tuple((len(labels) / (classes * counts)).tolist())
-    if len(said) != classes:
-        raise UserError(f"class_weights has {len(said)} numbers, and the data has {classes} classes: say one for each")
-    return tuple(float(weight) for weight in said)
+    if len(class_weights) != classes:
+        raise UserError(
+            f"class_weights has {len(class_weights)} numbers, and the data has {classes} classes: give one for each"
+        )
+    return tuple(float(weight) for weight in class_weights)

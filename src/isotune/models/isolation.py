@@ -1,7 +1,7 @@
-"""The start-up self-test: perturb one document of a packed row, and look at its neighbours.
+"""Self-test before training: replace one document of a packed row, and compare the logits of its neighbours.
 
-Packing without isolation changes every logit and warns of nothing (OPT's causal mask ignores position_ids), so a run
-measures it on the very model that it is about to train, and refuses to start when there is a leak.
+Packing without isolation changes every logit without a warning (OPT's causal mask ignores position_ids). So a run
+measures the leak on the model that it is about to train, and does not start where there is one.
 """
 
 from dataclasses import asdict, dataclass
@@ -17,11 +17,13 @@ ALONE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02
 
 @dataclass(frozen=True)
 class IsolationReport:
-    """What the self-test saw, for environment.json.
+    """Result of the self-test, for environment.json.
 
-    `leak` is the largest change of a logit in a document whose neighbour was replaced; it must be 0.
-    `packed_against_alone` is the largest difference to the same document run alone, relative to the largest logit.
-    `loss_against_logits` is the relative difference of the supervised loss to cross-entropy of the plain logits.
+    Attributes:
+        leak: largest change of a logit in a document whose neighbour was replaced; must be 0.
+        packed_against_alone: largest difference from the same document in a row of its own, relative to the largest
+            logit.
+        loss_against_logits: relative difference of the supervised loss from the cross-entropy of the plain logits.
     """
 
     leak: float
@@ -37,19 +39,19 @@ class IsolationReport:
 def check_isolation(
     model: nn.Module, vocabulary: int, device: torch.device, dtype: torch.dtype, *, classifier: bool = False
 ) -> IsolationReport:
-    """Run three random documents packed, with the middle one replaced, and each alone.
+    """Run three random documents packed, packed with the middle one replaced, and each alone.
 
     Args:
-        model: as it will be trained, wrapped and patched; put back into its mode afterwards.
-        vocabulary: token ids are drawn below it.
-        device: where the model lies.
-        dtype: of its matrix products, which decides how far rounding may go.
-        classifier: the model gives logits for each document, not for each token.
+        model: as it will be trained, wrapped and patched; its training mode is restored afterwards.
+        vocabulary: upper bound of the token ids.
+        device: of the model.
+        dtype: of its matrix products; the tolerance depends on it.
+        classifier: the model has logits per document, not per token.
 
     Raises:
-        RunFault: a document saw its neighbour, or the loss is not that of the logits.
+        RunFault: a document attends to its neighbour, or the loss is not that of the logits.
     """
-    logits_of, losses_of = (_class_logits, _class_losses) if classifier else (_logits, _losses)
+    logits_of, losses_of = (_class_logits, _class_losses) if classifier else (_token_logits, _token_losses)
     generator = torch.Generator().manual_seed(0)
     draw = lambda n: torch.randint(min(8, vocabulary // 2), vocabulary, (n,), generator=generator)  # noqa: E731
     documents = [draw(n) for n in LENGTHS]
@@ -65,18 +67,18 @@ def check_isolation(
         model.train(mode)
     leak = max((together[i] - perturbed[i]).abs().max().item() for i in (0, 2))
     largest = max(logits.abs().max().item() for logits in alone)
-    apart = max((a - b).abs().max().item() for a, b in zip(together, alone, strict=True)) / max(largest, 1e-6)
-    off = abs(loss - reference) / max(abs(reference), 1e-6)
-    report = IsolationReport(leak, apart, off)
+    packing_error = max((a - b).abs().max().item() for a, b in zip(together, alone, strict=True)) / max(largest, 1e-6)
+    loss_error = abs(loss - reference) / max(abs(reference), 1e-6)
+    report = IsolationReport(leak, packing_error, loss_error)
     if not leak == 0.0:
         raise RunFault(
             f"packed documents see each other: replacing one changed its neighbours' logits by {leak:.3g}; "
             "nothing was trained. Use packing: false or report this model type"
         )
-    if not (apart <= ALONE_TOLERANCE[dtype] and off <= ALONE_TOLERANCE[dtype]):
+    if not (packing_error <= ALONE_TOLERANCE[dtype] and loss_error <= ALONE_TOLERANCE[dtype]):
         raise RunFault(
-            f"a packed document is not the same as the document alone (relative difference {apart:.3g}, loss "
-            f"{off:.3g}); nothing was trained. Report this model type"
+            f"a packed document is not the same as the document alone (relative difference {packing_error:.3g}, "
+            f"loss {loss_error:.3g}); nothing was trained. Report this model type"
         )
     return report
 
@@ -95,12 +97,12 @@ def _inputs(documents: list[torch.Tensor], device: torch.device) -> dict:
     }
 
 
-def _logits(model: nn.Module, documents: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+def _token_logits(model: nn.Module, documents: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
     logits = model(**_inputs(documents, device)).logits[0].float()
     return list(logits.split([len(d) for d in documents]))
 
 
-def _losses(model: nn.Module, documents: list, logits: list, device: torch.device) -> tuple[float, float]:
+def _token_losses(model: nn.Module, documents: list, logits: list, device: torch.device) -> tuple[float, float]:
     inputs = _inputs(documents, device)
     starts = inputs["cu_seq_lens_q"][:-1].long()
     targets = torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool, device=device)
@@ -108,15 +110,15 @@ def _losses(model: nn.Module, documents: list, logits: list, device: torch.devic
     positions = targets.nonzero()[:, 0]
     loss = model(**inputs, supervised_positions=positions - 1, targets=inputs["input_ids"][0, positions]).loss
     reference = sum(
-        torch.nn.functional.cross_entropy(one[:-1], document[1:].to(device), reduction="sum")
-        for one, document in zip(logits, documents, strict=True)
+        torch.nn.functional.cross_entropy(scores[:-1], document[1:].to(device), reduction="sum")
+        for scores, document in zip(logits, documents, strict=True)
     )
     return float(loss), float(reference)
 
 
 def _class_inputs(documents: list[torch.Tensor], device: torch.device) -> dict:
     inputs = _inputs(documents, device)
-    del inputs["position_ids"]  # the classifier counts them itself
+    del inputs["position_ids"]  # the classifier computes them itself
     return inputs
 
 
@@ -127,5 +129,5 @@ def _class_logits(model: nn.Module, documents: list[torch.Tensor], device: torch
 def _class_losses(model: nn.Module, documents: list, logits: list, device: torch.device) -> tuple[float, float]:
     targets = torch.zeros(len(documents), dtype=torch.int64, device=device)
     loss = model(**_class_inputs(documents, device), targets=targets).loss
-    reference = sum(-torch.log_softmax(one, dim=-1)[0] for one in logits)
+    reference = sum(-torch.log_softmax(scores, dim=-1)[0] for scores in logits)
     return float(loss), float(reference)

@@ -1,4 +1,4 @@
-"""LoRA adapters on named targets: a wrong name is said before any training, with the names that would be right."""
+"""LoRA adapters on named target modules, whose names are checked before training."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from isotune.io.errors import UserError
 from isotune.io.near_names import nearest
 from isotune.models.log_control import quiet_libraries
 
-# "all-linear" would hit OPT's project_in and project_out, and nobody means those: blocks' projections are named.
+# The projections of the blocks. peft's "all-linear" would include OPT's project_in and project_out.
 DEFAULT_TARGETS = {
     "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
     "bert": ["query", "key", "value", "intermediate.dense", "output.dense"],
@@ -27,20 +27,22 @@ DEFAULT_TARGETS = {
 def add_adapters(model: PreTrainedModel, recipe: RunRecipe, head: Sequence[str] = ()) -> nn.Module:
     """Wrap `model` with the recipe's LoRA adapters; everything else is frozen.
 
-    Adapter weights are fp32 and start from the recipe's seed, whichever process makes them.
+    Adapter weights are fp32 and drawn from the recipe's seed, so they are the same on every process.
 
     Args:
-        head: of a classifier, the modules that are trained whole and saved with the adapter.
+        model: the base model.
+        recipe: with the keys of LoraConfig.
+        head: modules of a classifier's head, which are trained whole and saved with the adapter.
 
     Raises:
-        UserError: a target that the model does not have, or none named for a model without known ones.
+        UserError: a target that the model does not have, or no target for a model type without defaults.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
     targets = _targets(model, recipe)
     model.requires_grad_(False)
     torch.manual_seed(recipe.seed)
-    with quiet_libraries():  # peft 0.21 asks transformers 5.23 by a deprecated name
+    with quiet_libraries():  # peft 0.21 uses a deprecated name of transformers 5.23
         adapted = get_peft_model(
             model,
             LoraConfig(

@@ -1,21 +1,21 @@
-"""One attention function, `packed`, under which documents of a row cannot see each other in any architecture.
+"""Packed attention: one attention function, `packed`, that isolates the documents of a row in any architecture.
 
-A packed microbatch is one row without padding, and a model's own mask does not say where a document ends: OPT builds
-its causal mask without position_ids and leaks by several standard deviations of the logits. So `packed` reads the
-bounds from transformers' own FlashAttentionKwargs and attends span by span:
+A packed microbatch is one row without padding, and a model's own mask may ignore document boundaries: OPT builds its
+causal mask without position_ids, and its logits then change by several standard deviations. So `packed` takes the
+boundaries from transformers' FlashAttentionKwargs and attends within each document:
 
     input_ids       [ a0 a1 a2 | b0 b1 | c0 c1 c2 c3 ]        position_ids  [ 0 1 2 | 0 1 | 0 1 2 3 ]
     cu_seq_lens_q   [ 0, 3, 5, 9 ]                            max_length_q  4
 
-    a0  #              each token sees `#`: its own document, and in a causal
-    a1  ##             model only what stands before it
+    a0  #              `#`: the keys that each query attends to, in a causal model;
+    a1  ##             in a bidirectional one, all keys of its own document
     a2  ###
     b0     #
     b1     ##
     c0       #
     ...
 
-Importing this module registers the function. Without bounds (generation, a padded batch) it is transformers' sdpa.
+Importing this module registers the function. Without boundaries (generation, padded batches) it is transformers' sdpa.
 """
 
 import contextlib
@@ -33,6 +33,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from isotune.compat.transformers_models import attention_of, lets_attention_be_replaced
 from isotune.io.errors import UserError
 from isotune.models.cpu.document_attention import document_attention
 
@@ -41,21 +42,21 @@ FLASH_ATTENTION = "flash_attn_varlen"
 TORCH_VARLEN = "torch_varlen"
 DOCUMENT_SDPA = "per_document_sdpa"
 DOCUMENT_PRODUCTS = "per_document_products"
-KEEP_WEIGHTS = "keep_attention_weights"  # an attention module that has it true trades memory for time on CPU
+KEEP_WEIGHTS = "keep_attention_weights"  # true on an attention module: more memory for less time on CPU
 
-# RoBERTa's family counts positions from padding_idx + 1, a habit of fairseq.
+# RoBERTa and its relatives count positions from padding_idx + 1, as fairseq did.
 POSITIONS_AFTER_PADDING = frozenset(
     {"camembert", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"}
 )
 
 
 def kernel_in_effect(device: torch.device | str, dtype: torch.dtype, dropout: float = 0.0, head_size: int = 64) -> str:
-    """Which kernel `packed` runs, for RUN/environment.json.
+    """Name of the kernel that `packed` runs.
 
     Args:
-        device, dtype: of query, key and value; under autocast, its type.
-        dropout: of attention weights while training; torch's varlen kernel has none.
-        head_size: features of a head; the varlen kernels take multiples of 8 up to 256.
+        device, dtype: of query, key and value; under autocast, its dtype.
+        dropout: of attention weights in training; torch's varlen kernel has none.
+        head_size: of query, key and value; the varlen kernels take multiples of 8 up to 256.
     """
     device = torch.device(device)
     if device.type == "cpu":
@@ -87,23 +88,23 @@ def packed_attention(
     """The function behind `attn_implementation="packed"`, with the signature of transformers' AttentionInterface.
 
     Args:
-        module: the attention module; its `is_causal` decides where the argument is None.
+        module: the attention module; its `is_causal` applies where the argument is None.
         query: [1, heads, tokens, head_size]; key, value: [1, key_heads, tokens, head_size].
-        attention_mask: None in a packed row; what `packed_mask` made where there are no bounds.
+        attention_mask: None in a packed row; the result of `packed_mask` where there are no boundaries.
         scaling: multiplies the scores; 1 / sqrt(head_size) where not given.
         dropout: probability of dropping an attention weight.
-        cu_seq_lens_q, cu_seq_lens_k: int32 [documents + 1], the same bounds; None calls transformers' sdpa.
-        max_length_q, max_length_k: tokens of the longest document; counted where not given.
+        cu_seq_lens_q, cu_seq_lens_k: int32 [documents + 1], the same boundaries; None calls transformers' sdpa.
+        max_length_q, max_length_k: tokens of the longest document; computed where not given.
 
     Returns:
         [1, tokens, heads, head_size], and None for the attention weights.
 
     Raises:
-        UserError: the model uses a kind of attention that `packed` does not do.
+        UserError: the model uses an attention feature that `packed` does not support.
     """
-    _refuse_unknown_kinds(kwargs, cu_seq_lens_q, max_length_q)
+    _check_supported(kwargs, cu_seq_lens_q, max_length_q)
     if cu_seq_lens_q is None:
-        _refuse_hidden_packing(kwargs.get("position_ids"), attention_mask)
+        _check_not_packed(kwargs.get("position_ids"), attention_mask)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
@@ -119,13 +120,13 @@ def packed_attention(
         return run(by_token, cu_seq_lens_q, longest, scale, causal, dropout)[None], None
     bounds = cu_seq_lens_q.tolist()
     assert bounds[0] == 0 and bounds[-1] == query.shape[2], "the documents cover the row"
-    if kernel == DOCUMENT_PRODUCTS and not _never_learns(query):
+    if kernel == DOCUMENT_PRODUCTS and not _is_fp32_inference(query):
         keep = getattr(module, KEEP_WEIGHTS, False)
         out = document_attention(
             query, key, value, bounds, scale=scale, causal=causal, dropout=dropout, keep_weights=keep
         )
         return out, None
-    outs = [
+    outputs = [
         functional.scaled_dot_product_attention(
             *(t[:, :, start:stop] for t in (query, key, value)),
             dropout_p=dropout,
@@ -136,11 +137,11 @@ def packed_attention(
         for start, stop in pairwise(bounds)
         if stop > start
     ]
-    return torch.cat(outs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
 def packed_mask(*, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
-    """No mask for a packed row; the mask of transformers' sdpa where there is padding or a cache."""
+    """The mask function: None for a packed row, the mask of transformers' sdpa where there is padding or a cache."""
     if attention_mask is None and q_length == kv_length:
         return None
     return sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs)
@@ -151,18 +152,17 @@ AttentionMaskInterface.register(PACKED, packed_mask)
 
 
 def set_packed_attention(model: nn.Module) -> None:
-    """Make `model` (or the model below a peft wrapper) attend through `packed`.
+    """Make `model`, or the model inside a peft wrapper, use `packed`.
 
     Raises:
-        UserError: the architecture does not let its attention be replaced.
+        UserError: the model type does not let its attention be replaced.
     """
-    base = _transformer(model)
-    if base.config._attn_implementation != PACKED:
-        base._attention_before_packing = base.config._attn_implementation
+    base = _base_of(model)
+    if attention_of(base.config) != PACKED:
+        base._attention_before_packing = attention_of(base.config)
         base.set_attn_implementation(PACKED)
     configs = [module.config for module in base.modules() if hasattr(module, "config")]
-    replaceable = getattr(base, "_supports_attention_backend", False)
-    if not replaceable or any(config._attn_implementation != PACKED for config in configs):
+    if not lets_attention_be_replaced(base) or any(attention_of(config) != PACKED for config in configs):
         raise UserError(
             f"model type '{base.config.model_type}' does not let its attention be replaced, so packed documents could "
             "see each other: choose another model"
@@ -170,16 +170,16 @@ def set_packed_attention(model: nn.Module) -> None:
 
 
 def restore_attention(model: nn.Module) -> None:
-    """Give `model` back the attention that it had before `set_packed_attention`."""
-    base = _transformer(model)
+    """Undo `set_packed_attention`."""
+    base = _base_of(model)
     base.set_attn_implementation(getattr(base, "_attention_before_packing", "sdpa"))
 
 
 @contextlib.contextmanager
 def plain_attention(model: nn.Module) -> Iterator[None]:
-    """Within it the model attends as transformers made it, for generation and padded evaluation."""
-    base = _transformer(model)
-    before = base.config._attn_implementation
+    """Within it the model uses the attention that it was loaded with, for generation and padded evaluation."""
+    base = _base_of(model)
+    before = attention_of(base.config)
     restore_attention(base)
     try:
         yield
@@ -188,35 +188,44 @@ def plain_attention(model: nn.Module) -> Iterator[None]:
 
 
 def document_position_ids(config: PreTrainedConfig, cu_seq_lens: torch.Tensor) -> torch.Tensor:
-    """Positions that restart in every document, counted as the model type counts them.
+    """Position ids that restart in every document.
 
     Args:
-        config: says where positions begin: at 0, or at padding_idx + 1 in RoBERTa's family.
+        config: decides where positions begin: at 0, or at padding_idx + 1 for RoBERTa and its relatives.
         cu_seq_lens: int32 [documents + 1], from 0 to tokens.
 
     Returns:
         int64 [1, tokens].
     """
-    first = config.pad_token_id + 1 if config.model_type in POSITIONS_AFTER_PADDING else 0
     bounds = cu_seq_lens.long()
     starts = torch.repeat_interleave(bounds[:-1], bounds.diff())
-    return (torch.arange(int(bounds[-1]), device=bounds.device) - starts + first)[None]
+    return (torch.arange(int(bounds[-1]), device=bounds.device) - starts + _first_position(config))[None]
 
 
-def _never_learns(query: torch.Tensor) -> bool:
-    """Whether torch's fused kernel is the faster one on CPU: in fp32, without a backward pass ever (an evaluation)."""
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """The longest document that a model has position embeddings for, in tokens; None where there is no limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return None if positions is None else positions - _first_position(config)
+
+
+def _first_position(config: PreTrainedConfig) -> int:
+    return config.pad_token_id + 1 if config.model_type in POSITIONS_AFTER_PADDING else 0
+
+
+def _is_fp32_inference(query: torch.Tensor) -> bool:
+    """Whether torch's fused kernel is the faster one on CPU: in fp32, under inference mode."""
     return torch.is_inference_mode_enabled() and query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 
-def _transformer(model: Any) -> Any:
+def _base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _refuse_unknown_kinds(kwargs: dict[str, Any], bounds: torch.Tensor | None, longest: int | None) -> None:
-    """Attention that is more than a softmax over the visible keys is refused, never silently simplified."""
-    for kind in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(kind) is not None:
-            raise UserError(f"this model's attention uses {kind}, which packed attention does not do: choose another")
+def _check_supported(kwargs: dict[str, Any], bounds: torch.Tensor | None, longest: int | None) -> None:
+    """Raise where the attention is more than a softmax over the visible keys."""
+    for feature in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(feature) is not None:
+            raise UserError(f"this model's attention uses {feature}, which packed attention lacks: choose another")
     window = kwargs.get("sliding_window")
     if window is not None and bounds is not None:
         longest = int(bounds.diff().max()) if longest is None else longest
@@ -227,8 +236,8 @@ def _refuse_unknown_kinds(kwargs: dict[str, Any], bounds: torch.Tensor | None, l
             )
 
 
-def _refuse_hidden_packing(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
-    """A row whose positions restart but whose bounds are not given would leak: a bug of the caller."""
+def _check_not_packed(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
+    """A row whose positions restart, but without boundaries, would leak between documents: a bug of the caller."""
     if position_ids is not None and attention_mask is None and position_ids.shape[-1] > 1:
         assert not bool((position_ids.diff(dim=-1) < 0).any()), "positions restart: a packed row needs cu_seq_lens_q"
 
@@ -239,23 +248,23 @@ def _flash_attention() -> Callable | None:
         return None
     try:
         from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]  (an optional extra)
-    except ImportError:  # built against another torch: the next kernel serves
+    except ImportError:  # built against another torch: use the next kernel
         return None
     return flash_attn_varlen_func
 
 
 @functools.cache
 def _torch_varlen_options() -> dict[str, Any] | None:
-    """Options of torch's varlen kernel in this version; None where it cannot do what `packed` needs."""
+    """Options of torch's varlen kernel in this version; None where it lacks what `packed` needs."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    known = set(inspect.signature(varlen_attn).parameters)
-    if not {"scale", "window_size", "enable_gqa"} <= known:
+    parameters = set(inspect.signature(varlen_attn).parameters)
+    if not {"scale", "window_size", "enable_gqa"} <= parameters:
         return None
-    # With split keys the order of sums depends on the longest document of the row, that is, on the neighbours.
-    return {"num_splits": 1} if "num_splits" in known else {}
+    # with split keys the order of sums would depend on the longest document of the row
+    return {"num_splits": 1} if "num_splits" in parameters else {}
 
 
 def _run_flash_attention(
@@ -263,10 +272,18 @@ def _run_flash_attention(
 ) -> torch.Tensor:
     kernel = _flash_attention()
     assert kernel is not None
-    # its backward adds up the queries' gradients in any order unless told otherwise; torch's own kernel asks by itself
-    ordered = torch.are_deterministic_algorithms_enabled()
+    # its backward sums the queries' gradients in no fixed order otherwise; torch's own kernel reads this setting itself
+    deterministic = torch.are_deterministic_algorithms_enabled()
     return kernel(
-        *by_token, bounds, bounds, longest, longest, dropout, softmax_scale=scale, causal=causal, deterministic=ordered
+        *by_token,
+        bounds,
+        bounds,
+        longest,
+        longest,
+        dropout,
+        softmax_scale=scale,
+        causal=causal,
+        deterministic=deterministic,
     )
 
 
@@ -280,7 +297,7 @@ def _run_torch_varlen(
     grouped = by_token[0].shape[1] != by_token[1].shape[1]
     window = (-1, 0) if causal else (-1, -1)
     query, key, value = by_token
-    return varlen_attn(  # type: ignore[return-value]  (a tensor, as no auxiliary output is asked for)
+    return varlen_attn(  # type: ignore[return-value]  (a tensor, as no auxiliary output is requested)
         query,
         key,
         value,

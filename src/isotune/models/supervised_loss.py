@@ -1,13 +1,12 @@
-"""The summed cross-entropy of supervised positions only, without ever holding their logits all at once.
+"""The summed cross-entropy of the supervised positions, in chunks, without all their logits in memory at once.
 
-Full-vocabulary fp32 logits are most of a small model's peak memory, and most of them belong to prompts that nobody
-supervises. Here the head runs on the supervised positions alone, some hundred at a time. The gradient of the sum is
-known as soon as the logits are, so the forward pass keeps it (one row of the hidden size for each position, in fp32)
-and the backward pass only multiplies by what arrives: no logits are kept, and none are computed twice.
+Full-vocabulary fp32 logits are most of a small model's peak memory, and most of them are of prompts, which are not
+supervised. Here the head runs on the supervised positions only, a few hundred at a time. The gradient of the sum is
+known as soon as the logits are, so the forward pass keeps it (one fp32 row of the hidden size per position) and the
+backward pass only scales it: no logits are kept, and none are computed twice.
 """
 
 import math
-import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,17 +17,18 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from isotune.io.errors import UserError
+from isotune.models.forward_patch import patch_forward
 
-# Measured on 2 cores, 512 x 50,272 head in bf16: below 256 positions the products slow down; the fp32 softmax is four
-# times as fast while its slice stays in the cache. A weight gradient wants wider products.
+# Measured on 2 cores with a 512 x 50,272 head in bf16: below 256 positions the products slow down, and the fp32 softmax
+# is four times as fast while its slice stays in the cache. A weight gradient is faster with wider products.
 POSITIONS_PER_PRODUCT = 256
 POSITIONS_PER_WEIGHT_GRADIENT = 512
 SOFTMAX_ELEMENTS = 2**20
-# fp16 holds nothing below 6e-8, and most probabilities of a large vocabulary are smaller: gradients of logits are
-# scaled up by this before they are rounded. Each row's absolute sum is 2 at most, so products stay far from 65504.
+# fp16 has nothing below 6e-8, and most probabilities of a large vocabulary are smaller: gradients of logits are scaled
+# up by this before they are rounded. Each row's absolute sum is at most 2, so products stay far from 65504.
 FP16_SCALE = 256.0
 
-# Model types whose forward is `decoder -> head` and nothing between; others scale, cap or add to their logits.
+# Model types whose forward is `decoder -> head` and nothing else; others scale, cap or add to their logits.
 PLAIN_HEADS = frozenset(
     {
         "gpt2", "gpt_neox", "gemma", "llama", "mistral", "olmo", "olmo2", "opt", "phi", "qwen2", "qwen3", "smollm3",
@@ -38,7 +38,7 @@ PLAIN_HEADS = frozenset(
 
 
 def is_cpu(device: torch.device) -> bool:
-    """Whether the loss goes in the small steps that suit a CPU's caches; a plan for a GPU, which has none, says no."""
+    """Whether to use chunks that fit a CPU's caches; the memory estimate for a GPU replaces this function."""
     return device.type == "cpu"
 
 
@@ -47,18 +47,18 @@ def supervised_loss(
 ) -> torch.Tensor:
     """Sum of the cross-entropies of `targets` under the logits `hidden @ weight.T + bias`.
 
-    Under autocast the products run in its type, else in that of `weight`; softmax and sums are fp32.
+    Products run in the autocast dtype, or else in that of `weight`; softmax and sums are fp32.
 
     Args:
-        hidden: [targets, size], the decoder's last states at the supervised positions.
+        hidden: [targets, size], the decoder's last hidden states at the supervised positions.
         weight: [vocabulary, size]; bias: [vocabulary] or None.
         targets: int64 [targets].
 
     Returns:
-        fp32 scalar; a zero that is connected to the graph where there is no target.
+        fp32 scalar; without targets, a zero that is connected to the graph.
     """
-    kind = hidden.device.type
-    compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    device = hidden.device.type
+    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     return _SupervisedLoss.apply(hidden, weight, bias, targets, compute, torch.is_grad_enabled())
 
 
@@ -68,17 +68,17 @@ class _SupervisedLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             needed = [with_gradients and need for need in ctx.needs_input_grad[:3]]
             loss, gradients = _loss_and_gradients(hidden, weight, bias, targets, compute, needed)
-        ctx.types = [None if t is None else t.dtype for t in (hidden, weight, bias)]
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
         ctx.gradients = gradients
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:  # type: ignore[override]
-        assert ctx.gradients is not None, "the gradients were scaled in place: one backward pass for a forward pass"
+        assert ctx.gradients is not None, "the gradients were scaled in place: one backward pass per forward pass"
         gradients, ctx.gradients = ctx.gradients, None
-        # in place, because the head's is as large as the head: 103 MB of fp32 for 512 x 50,272
-        scaled = [None if one is None else one.mul_(grad).to(t) for one, t in zip(gradients, ctx.types, strict=True)]
+        # in place, because the head's gradient is as large as the head: 103 MB of fp32 for 512 x 50,272
+        scaled = [None if g is None else g.mul_(grad).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
         return (*scaled, None, None, None)
 
 
@@ -90,7 +90,7 @@ def _loss_and_gradients(
     compute: torch.dtype,
     needed: list[bool],
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """The loss in fp32, and the gradients of hidden, weight and bias in the accumulation type where needed."""
+    """The loss in fp32, and the gradients of hidden, weight and bias in the accumulation dtype where needed."""
     accumulate = torch.float64 if compute == torch.float64 else torch.float32
     states, head = hidden.to(compute), weight.to(compute)
     scale = FP16_SCALE if compute == torch.float16 else 1.0
@@ -101,9 +101,9 @@ def _loss_and_gradients(
     step = POSITIONS_PER_WEIGHT_GRADIENT if needed[1] or not is_cpu(hidden.device) else POSITIONS_PER_PRODUCT
     for start in range(0, len(targets), step):
         rows = slice(start, start + step)
-        held = _workspace("logits", (min(step, len(targets) - start), len(head)), compute, hidden.device)
-        logits = torch.mm(states[rows], head.t(), out=held)
-        loss += _into_gradient(logits, targets[rows], bias, bias_gradient, scale, any(needed))
+        buffer = _workspace("logits", (min(step, len(targets) - start), len(head)), compute, hidden.device)
+        logits = torch.mm(states[rows], head.t(), out=buffer)
+        loss += _loss_into_gradient(logits, targets[rows], bias, bias_gradient, scale, any(needed))
         if hidden_gradient is not None:
             torch.mul(logits @ head, 1.0 / scale, out=hidden_gradient[rows])
         if needed[1]:
@@ -119,66 +119,66 @@ def _loss_and_gradients(
     return loss, [hidden_gradient, weight_gradient, bias_gradient]
 
 
-def _into_gradient(
+def _loss_into_gradient(
     logits: torch.Tensor,
     targets: torch.Tensor,
     bias: torch.Tensor | None,
     bias_gradient: torch.Tensor | None,
     scale: float,
-    wanted: bool,
+    needs_gradient: bool,
 ) -> torch.Tensor:
-    """Turn logits [positions, vocabulary] in place into `scale` times the gradient of their loss; returns the loss."""
+    """Replace logits [positions, vocabulary] by `scale` times the gradient of their summed loss; returns the loss."""
     accumulate = torch.float64 if logits.dtype == torch.float64 else torch.float32
     loss = torch.zeros((), dtype=accumulate, device=logits.device)
     step = max(1, SOFTMAX_ELEMENTS // logits.shape[1]) if is_cpu(logits.device) else len(targets)
     for start in range(0, len(targets), step):
-        part, wished = logits[start : start + step], targets[start : start + step, None]
+        part, expected = logits[start : start + step], targets[start : start + step, None]
         exact = _workspace("exact", part.shape, accumulate, part.device).copy_(part)
         if bias is not None:
             exact += bias
-        # From the softmax alone: at the largest logit x_m, log p_m = x_m - logsumexp(x), and p_m is never tiny.
-        largest, chosen = exact.amax(dim=1, keepdim=True), exact.gather(1, wished)
-        held = _workspace("probabilities", part.shape, accumulate, part.device)
-        probabilities = torch.softmax(exact, dim=1, out=held)
+        # logsumexp(x) = x_m - log p_m at the largest logit x_m, whose probability p_m is never tiny
+        largest, chosen = exact.amax(dim=1, keepdim=True), exact.gather(1, expected)
+        buffer = _workspace("probabilities", part.shape, accumulate, part.device)
+        probabilities = torch.softmax(exact, dim=1, out=buffer)
         loss += (largest - probabilities.amax(dim=1, keepdim=True).log() - chosen).sum()
-        if wanted:
-            probabilities.scatter_add_(1, wished, probabilities.new_full(wished.shape, -1.0))
+        if needs_gradient:
+            probabilities.scatter_add_(1, expected, probabilities.new_full(expected.shape, -1.0))
             if bias_gradient is not None:
                 bias_gradient += probabilities.sum(dim=0)
             part.copy_(probabilities.mul_(scale) if scale != 1.0 else probabilities)
     return loss
 
 
-# Tens of megabytes that come and go with every chunk would be fresh pages each time, which cost more than the softmax.
-_held: dict[str, torch.Tensor] = {}
+# Kept between calls: tens of megabytes per chunk would be fresh pages each time, which cost more than the softmax.
+_buffers: dict[str, torch.Tensor] = {}
 
 
 def _workspace(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An uninitialised tensor: on CPU in the same memory at every call, elsewhere from the device's own cache."""
+    """An uninitialised tensor: on CPU in the same memory at every call, elsewhere from the allocator's cache."""
     if not is_cpu(device):
         return torch.empty(shape, dtype=dtype, device=device)
-    elements, held = math.prod(shape), _held.get(name)
-    if held is None or held.dtype != dtype or held.numel() < elements:
-        held = _held[name] = torch.empty(elements, dtype=dtype)
-    return held[:elements].view(*shape)
+    elements, buffer = math.prod(shape), _buffers.get(name)
+    if buffer is None or buffer.dtype != dtype or buffer.numel() < elements:
+        buffer = _buffers[name] = torch.empty(elements, dtype=dtype)
+    return buffer[:elements].view(*shape)
 
 
 def forget_workspaces() -> None:
-    """Give the memory back that waits for the next loss."""
-    _held.clear()
+    """Free the memory that is kept between calls."""
+    _buffers.clear()
 
 
 def install_supervised_loss(model: nn.Module) -> None:
-    """Teach a causal language model the arguments `supervised_positions` and `targets`.
+    """Make a causal language model accept `supervised_positions` and `targets`.
 
-    With them, `model(input_ids=..., supervised_positions=..., targets=...)` returns an output whose `.loss` is the
-    summed loss and whose `.logits` are None; without them its own forward runs as ever.
+    `model(input_ids=..., supervised_positions=..., targets=...)` returns an output whose `.loss` is the summed loss and
+    whose `.logits` are None; without these arguments the stock forward runs.
 
-    - supervised_positions: int64 [targets], places in the flattened row whose next token is predicted;
-    - targets: int64 [targets], the tokens that they predict.
+    - supervised_positions: int64 [targets], positions in the flattened row whose next token is predicted;
+    - targets: int64 [targets], these next tokens.
 
     The head is called as a module, so that ZeRO-3 and FSDP2 gather its weight. Call it before or after peft wraps
-    `model`; below DDP, DeepSpeed and autocast it works as it is.
+    `model`, and before DDP or DeepSpeed does.
 
     Raises:
         UserError: the model type does more than `decoder -> head`, or its head is wrapped by an adapter.
@@ -192,12 +192,10 @@ def install_supervised_loss(model: nn.Module) -> None:
             f"supervised positions alone: choose one of {', '.join(sorted(PLAIN_HEADS))}"
         )
     head = _plain_head(base)
-    if "_plain_forward" not in vars(head):
-        head._plain_forward = head.forward
-        head.forward = types.MethodType(_head_forward, head)
-    if "_plain_forward" not in vars(base):
-        base._plain_forward = base.forward  # type: ignore[assignment]
-        base.forward = types.MethodType(_model_forward, base)
+    if "stock_forward" not in vars(head):
+        patch_forward(head, _head_forward)
+    if "stock_forward" not in vars(base):
+        patch_forward(base, _model_forward)
 
 
 def _plain_head(base: PreTrainedModel) -> Any:
@@ -212,7 +210,7 @@ def _plain_head(base: PreTrainedModel) -> Any:
 
 def _head_forward(self: Any, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
     if targets is None:
-        return self._plain_forward(hidden)
+        return self.stock_forward(hidden)
     return supervised_loss(hidden, self.weight, self.bias, targets)
 
 
@@ -225,10 +223,10 @@ def _model_forward(
     **kwargs: Any,
 ) -> Any:
     if supervised_positions is None:
-        return self._plain_forward(*args, labels=labels, **kwargs)
+        return self.stock_forward(*args, labels=labels, **kwargs)
     assert targets is not None and labels is None, "supervised_positions come with targets and without labels"
     head = _plain_head(self)
-    assert "_plain_forward" in vars(head), "the head was replaced after install_supervised_loss"
+    assert "stock_forward" in vars(head), "the head was replaced after install_supervised_loss"
     kwargs["return_dict"] = True
     hidden = self.base_model(*args, **kwargs).last_hidden_state
     selected = hidden.flatten(0, 1).index_select(0, supervised_positions)

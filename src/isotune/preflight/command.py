@@ -3,6 +3,7 @@
 import argparse
 import gc
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ def run(chosen: argparse.Namespace, flags: list[str]) -> int:
     asked = read_asked(
         Path(chosen.config) if chosen.config else None, flags, chosen.accelerate_config, chosen.world_size
     )
+    if asked.guess:
+        print(f"note        {asked.guess}", file=sys.stderr)
     if asked.recipe.tune != "full":
         _import_peft()
     if not asked.recipe.model_name_or_path or not asked.recipe.dataset_name:

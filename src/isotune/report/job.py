@@ -12,7 +12,7 @@ from typing import Any
 
 from isotune.io.errors import UserError, run_script
 from isotune.run.metrics_reader import METRICS, read_metrics
-from isotune.run.run_lease import HEARTBEAT, LIVES, RECORD, last_beat_time
+from isotune.run.run_lease import ATTEMPT_RECORD, ATTEMPTS_DIR, last_heartbeat
 
 
 def job_report(run: Path) -> str:
@@ -54,12 +54,12 @@ def job_report(run: Path) -> str:
 
 def _attempts(run: Path) -> Iterator[dict[str, Any]]:
     """Host, processes and seconds of every attempt of the run, the first one first."""
-    for folder in sorted((run / LIVES).glob("[0-9]*")):
+    for folder in sorted((run / ATTEMPTS_DIR).glob("[0-9]*")):
         try:
-            record = json.loads((folder / RECORD).read_text("utf-8"))
+            record = json.loads((folder / ATTEMPT_RECORD).read_text("utf-8"))
         except (OSError, ValueError):
             continue
-        ended = record.get("ended") or last_beat_time(folder / HEARTBEAT) or record["began"]
+        ended = record.get("ended") or last_heartbeat(folder) or record["began"]
         seconds = max(min(ended, time.time()) - record["began"], 0.0)
         yield {"host": record["host"], "processes": record.get("processes"), "seconds": seconds}
 

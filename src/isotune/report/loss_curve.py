@@ -1,13 +1,13 @@
 """RUN/loss_curve.png: loss and accuracy in training and evaluation, and the learning rate."""
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from isotune.io.errors import UserError
+from isotune.io.files import replacing
 from isotune.report.curves import (
     MARKED_STEPS,
     MIN_SMOOTHED_VALUES,
@@ -37,12 +37,10 @@ def draw_loss_curve(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     curves = read_curves(run_dir / METRICS)
     picture = run_dir / PICTURE
-    unfinished = picture.with_name(f".{PICTURE}.{os.getpid()}")
     try:
-        _figure(curves, run_dir.resolve().name).savefig(unfinished, format="png", dpi=130)
-        os.replace(unfinished, picture)
+        with replacing(picture) as staging:
+            _figure(curves, run_dir.resolve().name).savefig(staging, format="png", dpi=130)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise UserError(f"{picture} cannot be written: {error.strerror}") from error
     return picture
 

@@ -1,4 +1,4 @@
-"""A life of a run: one start of its processes, from which machine, by which job; and whether it still goes on."""
+"""An attempt is one start of a run's processes: on which machine, by which job, and whether it is still running."""
 
 import json
 import os
@@ -8,15 +8,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+SLURM_VARIABLES = {
+    "job_id": "SLURM_JOB_ID",
+    "job_name": "SLURM_JOB_NAME",
+    "partition": "SLURM_JOB_PARTITION",
+    "nodes": "SLURM_JOB_NODELIST",
+    "array_job_id": "SLURM_ARRAY_JOB_ID",
+    "array_task_id": "SLURM_ARRAY_TASK_ID",
+}
+
 
 @dataclass(frozen=True)
 class Attempt:
-    """Who holds, or held, a run folder.
+    """Identity of an attempt, as RunLease records it.
 
     Attributes:
-        host, machine: name of the machine, and what tells one boot of it and one container on it from another.
-        pid, started: the main process; a number is used again, but not with the same start.
-        job, restart: SLURM's number and how often it was requeued; None off SLURM.
+        host: name of the machine.
+        machine: host name, boot id and pid namespace; equal only where one process could see the other.
+        pid: of the main process.
+        started: start time of that process in kernel ticks. Pids are reused, a pid with its start time is not.
+        job, restart: SLURM job id and requeue count; None off SLURM.
     """
 
     host: str
@@ -27,19 +38,19 @@ class Attempt:
     restart: int | None
 
     @classmethod
-    def of_this_process(cls, environment: Mapping[str, str] = os.environ) -> "Attempt":
-        """The one that this process leads."""
+    def current(cls, environment: Mapping[str, str] = os.environ) -> "Attempt":
+        """The attempt whose main process is this one."""
         host = socket.gethostname()
         job = environment.get("SLURM_JOB_ID")
-        restart = int(environment.get("SLURM_RESTART_COUNT") or 0) if job else None
-        return cls(host, _machine(host), os.getpid(), _started(os.getpid()), job, restart)
+        restart = _restart_count(environment) if job else None
+        return cls(host, _machine_id(host), os.getpid(), _start_time(os.getpid()), job, restart)
 
     @classmethod
     def read(cls, file: Path) -> "Attempt | None":
-        """What `as_dict` wrote; None where it is absent or broken."""
+        """Read what `as_dict` wrote; None where the file is missing or broken."""
         try:
-            said = json.loads(file.read_text("utf-8"))
-            return cls(**{name: said[name] for name in cls.__dataclass_fields__})
+            record = json.loads(file.read_text("utf-8"))
+            return cls(**{name: record[name] for name in cls.__dataclass_fields__})
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -47,15 +58,19 @@ class Attempt:
         """For JSON."""
         return asdict(self)
 
-    @property
-    def is_here(self) -> bool:
-        """Whether its process could be seen from this one."""
-        return self.machine == _machine(socket.gethostname())
+    def is_of_same_job(self, other: "Attempt") -> bool:
+        """Whether both are attempts of one SLURM job, before and after a requeue."""
+        return self.job is not None and self.job == other.job and self.restart != other.restart
 
     @property
-    def runs(self) -> bool:
-        """Whether its process is there; only of use where it `is_here`."""
-        return self.started is not None and _started(self.pid) == self.started
+    def is_local(self) -> bool:
+        """Whether its process is visible from this one."""
+        return self.machine == _machine_id(socket.gethostname())
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its process exists; meaningful only where `is_local`."""
+        return self.started is not None and _start_time(self.pid) == self.started
 
     def __str__(self) -> str:
         job = f" (SLURM job {self.job}, restart {self.restart})" if self.job else ""
@@ -63,54 +78,46 @@ class Attempt:
 
 
 def slurm_ids(environment: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
-    """Which job, and which life of it, this process belongs to; None off SLURM."""
+    """SLURM's ids of this attempt, for environment.json and status.json; None off SLURM."""
     if "SLURM_JOB_ID" not in environment:
         return None
-    wanted = {
-        "job_id": "SLURM_JOB_ID",
-        "job_name": "SLURM_JOB_NAME",
-        "partition": "SLURM_JOB_PARTITION",
-        "nodes": "SLURM_JOB_NODELIST",
-        "array_job_id": "SLURM_ARRAY_JOB_ID",
-        "array_task_id": "SLURM_ARRAY_TASK_ID",
-    }
-    found: dict[str, Any] = {key: environment[name] for key, name in wanted.items() if name in environment}
-    return {**found, "restart": int(environment.get("SLURM_RESTART_COUNT") or 0)}
+    ids: dict[str, Any] = {key: environment[name] for key, name in SLURM_VARIABLES.items() if name in environment}
+    return {**ids, "restart": _restart_count(environment)}
 
 
-def _machine(host: str) -> str:
+def _restart_count(environment: Mapping[str, str]) -> int:
+    return int(environment.get("SLURM_RESTART_COUNT") or 0)  # unset in a job's first attempt
+
+
+def _machine_id(host: str) -> str:
     parts = [host]
-    for read in (_boot, _process_space):
+    for read in (_boot_id, _pid_namespace):
         try:
             parts.append(read())
-        except OSError:  # no Linux: the name alone has to do
+        except OSError:  # not Linux: the host name has to be enough
             parts.append("")
     return " ".join(parts)
 
 
-def _boot() -> str:
+def _boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def _process_space() -> str:
+def _pid_namespace() -> str:
     return os.readlink("/proc/self/ns/pid")
 
 
-def _started(process: int) -> str | None:
-    """When a process began, in the kernel's ticks; None where it is gone, or a zombie."""
+def _start_time(pid: int) -> str | None:
+    """Start time of a process in kernel ticks; None where it is gone or a zombie, "unknown" without /proc."""
     try:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         if os.path.isdir("/proc/self"):
             return None
-        return _started_elsewhere(process)
-    return None if fields[0] in "ZX" else fields[19]
-
-
-def _started_elsewhere(process: int) -> str | None:
-    """As `_started` on systems without /proc, where all that can be asked is whether there is such a process."""
+    else:
+        return None if fields[0] in "ZX" else fields[19]
     try:
-        os.kill(process, 0)
+        os.kill(pid, 0)
     except OSError:
         return None
     return "unknown"

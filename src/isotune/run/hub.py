@@ -1,7 +1,7 @@
-"""RUN/model on the Hugging Face Hub: only after it is safely saved, so that nothing is lost when the Hub cannot be had.
+"""Upload of RUN/model to the Hugging Face Hub, after it is saved and verified, so that a failed upload loses nothing.
 
-RUN/upload.json says what was uploaded; without it the same command, given again, tries the upload alone. A token is
-used and never told: not in a sentence, not in a file.
+RUN/upload.json records the upload. Without it the same command, given again, only tries the upload. A token never
+appears in a message or a file.
 """
 
 import json
@@ -19,32 +19,32 @@ RECORD = "upload.json"
 
 @dataclass(frozen=True)
 class Uploaded:
-    """Where a model is on the Hub."""
+    """The repository of an uploaded model."""
 
     repository: str
     url: str
 
 
 def upload_record(run: Path) -> Uploaded | None:
-    """What RUN/upload.json says; None where nothing was uploaded yet."""
+    """Read RUN/upload.json; None where nothing was uploaded yet."""
     try:
-        said = json.loads((run / RECORD).read_text("utf-8"))
-        return Uploaded(said["repository"], said["url"])
+        record = json.loads((run / RECORD).read_text("utf-8"))
+        return Uploaded(record["repository"], record["url"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def upload_model(run: Path, *, repository: str, private: bool | None, token: str | None) -> Uploaded:
-    """Upload RUN/model through huggingface_hub, into a repository that is made where there is none.
+    """Upload RUN/model with huggingface_hub; the repository is created where there is none.
 
     Args:
         run: RUN.
-        repository: `NAME`, which goes to the token's owner, or `OWNER/NAME`.
-        private: of a new repository; None is the owner's default.
-        token: None takes the one that the user has logged in with, or HF_TOKEN.
+        repository: `OWNER/NAME`, or `NAME` for the owner of the token.
+        private: whether a new repository is private; None is the owner's default.
+        token: None uses the token of `hf auth login` or HF_TOKEN.
 
     Raises:
-        UserError: no token, no network, or the Hub refuses; the run stays as it is.
+        UserError: no token, no network, or the Hub refuses. The run does not change.
     """
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import HFValidationError
@@ -57,22 +57,24 @@ def upload_model(run: Path, *, repository: str, private: bool | None, token: str
         raise UserError(f"push_to_hub cannot reach the Hugging Face Hub; {again}")
     api = HfApi(endpoint=constants.ENDPOINT, token=token)
     try:
-        made = api.create_repo(repository, private=private, exist_ok=True)
-        done = api.upload_folder(
-            repo_id=made.repo_id, folder_path=run / "model", commit_message="The final model of an isotune run"
+        created = api.create_repo(repository, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=created.repo_id, folder_path=run / "model", commit_message="The final model of an isotune run"
         )
     except HFValidationError as error:
-        raise UserError(f"hub_model_id {repository!r} names no repository: {_told(error, token)}; {again}") from None
-    except Exception as error:  # whatever transport and Hub raise, their classes differ between versions
-        raise UserError(f"push_to_hub to {repository} failed: {_told(error, token)}; {again}") from None
-    uploaded = Uploaded(made.repo_id, str(made))
-    record = {"repository": uploaded.repository, "url": uploaded.url, "commit": done.oid}
+        raise UserError(
+            f"hub_model_id {repository!r} is not a valid repository name: {_redacted(error, token)}; {again}"
+        ) from None
+    except Exception as error:  # the classes that transport and Hub raise differ between versions
+        raise UserError(f"push_to_hub to {repository} failed: {_redacted(error, token)}; {again}") from None
+    uploaded = Uploaded(created.repo_id, str(created))
+    record = {"repository": uploaded.repository, "url": uploaded.url, "commit": commit.oid}
     replace_file(run / RECORD, json.dumps(record, indent=2) + "\n")
     return uploaded
 
 
 def upload_run(recipe: RunRecipe) -> Uploaded:
-    """`upload_model` as the recipe of a finished run says."""
+    """`upload_model` with the hub keys of the recipe of a finished run."""
     return upload_model(
         Path(recipe.output_dir),
         repository=recipe.hub_model_id,
@@ -82,9 +84,9 @@ def upload_run(recipe: RunRecipe) -> Uploaded:
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that uploads, as the launcher says before processes have met."""
+    """Whether this is global rank 0, by the launcher's RANK: it can be asked before the process group exists."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def _told(error: Exception, token: str) -> str:
+def _redacted(error: Exception, token: str) -> str:
     return first_line(error).replace(token, "***").rstrip(".")

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line an optimizer update and one an evaluation, flushed as they come."""
+"""metrics.jsonl: one line per optimizer update and one per evaluation, flushed at once."""
 
 import json
 import math
@@ -16,25 +16,25 @@ from isotune.run.run_lease import RunLease
 class MetricsFile:
     """Appends JSON lines; only the main process has one.
 
-    A life that takes the run over puts another file under this name, so what was opened by the life before, whose
-    fence still held then, is nobody's from that moment on.
+    A new attempt puts a copy in the place of this file, so lines that a stale attempt still appends to the file that
+    it has open are in no directory.
 
     Raises:
-        Superseded: this is not the run's newest life, when it opens the file or writes a line.
+        Superseded: this attempt is stale, when it opens the file or writes a line.
     """
 
-    def __init__(self, path: Path, fence: RunLease | None = None) -> None:
+    def __init__(self, path: Path, lease: RunLease | None = None) -> None:
         self.path = path
-        self.fence = fence
+        self.lease = lease
         self._file = path.open("a", encoding="utf-8")
         self._check()
 
     def _check(self) -> None:
-        if self.fence is not None:
-            self.fence.check()
+        if self.lease is not None:
+            self.lease.check()
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Write one line, if this life still holds the run; NaN and infinity, which JSON does not know, as null."""
+        """Write one line; NaN and infinity, which JSON does not have, become null."""
         line = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
         self._check()
         self._file.write(json.dumps(line) + "\n")
@@ -46,7 +46,7 @@ class MetricsFile:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this process has held: on the CUDA device, else resident in RAM."""
+    """Peak memory of this process: allocated on the CUDA device, else resident in RAM."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

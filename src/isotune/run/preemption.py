@@ -1,8 +1,8 @@
-"""A run that is told to stop writes a checkpoint and says so; how it ended stands in RUN/status.json.
+"""Preemption: signals that ask a run to stop after a checkpoint, and RUN/status.json, which records how it ended.
 
-SIGTERM, SIGUSR1 and SIGINT only set a flag here. The ranks exchange their flags with the losses of the step, so all
-of them stop after the same step, whichever one heard. A launcher passes SIGTERM and SIGINT on to its ranks (SIGKILL
-follows 30 s later); SIGUSR1 and SIGKILL end it at once, and the kernel then sends each rank SIGTERM.
+SIGTERM, SIGUSR1 and SIGINT only set a flag. The ranks exchange their flags with the losses of the step, so all of them
+stop after the same step, whichever one received the signal. A launcher forwards SIGTERM and SIGINT to its ranks
+(SIGKILL follows 30 s later); SIGUSR1 and SIGKILL end the launcher at once, and the kernel then sends each rank SIGTERM.
 """
 
 import contextlib
@@ -18,35 +18,34 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch.distributed as dist
-
+from isotune.distributed.collectives import call_on_main
 from isotune.distributed.launch import Process
-from isotune.io.errors import Superseded, UserError, exit_status, word_for
+from isotune.io.errors import Superseded, exit_status, status_word
 from isotune.io.job_status import write_job_status
 from isotune.run.attempt import slurm_ids
 from isotune.run.run_dir import ENVIRONMENT, STATUS, RunDir
 from isotune.run.run_lease import RunLease
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-SAME_KEYSTROKE_SECONDS = 1.0  # a launcher passes on the SIGINT that the terminal also sent
+SAME_KEYSTROKE_SECONDS = 1.0  # a launcher forwards the SIGINT that the terminal also sent
 PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
-    """What this process has been told.
+    """Whether a signal has asked this process to stop.
 
     Attributes:
-        by: the name of the signal, None while there was none.
+        by: name of the first signal; None while there was none.
     """
 
     def __init__(self) -> None:
         self.by: str | None = None
         self._first_interrupt: float | None = None
 
-    def hear(self, number: int, frame: FrameType | None = None) -> None:
-        """The signal handler. A second SIGINT ends the process at once, as an impatient user expects.
+    def on_signal(self, number: int, frame: FrameType | None = None) -> None:
+        """Signal handler: remember the first signal. A second Ctrl-C ends the process at once.
 
-        A launcher passes on the first SIGINT as such, and the second as a SIGTERM.
+        A launcher forwards the first SIGINT as a SIGINT, and the second as a SIGTERM.
         """
         now = time.monotonic()
         again = self._first_interrupt is not None and now - self._first_interrupt > SAME_KEYSTROKE_SECONDS
@@ -62,51 +61,51 @@ stop_request = StopRequest()
 
 
 class RunStatus:
-    """RUN/status.json: what a scheduler's script judges a run by, since launchers report every status as 1.
+    """RUN/status.json, which scheduler scripts read, because launchers turn every exit status into 1.
 
-    Keys: `status` (running, preempted, finished, failed), `step`, `exit_status`, `message`, `time`. A file that says
-    `running` after its processes are gone is that of a run that was killed. On SLURM also `slurm`: job, restart.
+    Keys: `status` (running, preempted, finished, failed), `step`, `exit_status`, `message`, `time`, `pid`; on SLURM
+    also `slurm`. `running` without a running process means that the run was killed.
     """
 
-    def __init__(self, folder: Path, *, is_main: bool, fence: RunLease | None = None) -> None:
+    def __init__(self, folder: Path, *, is_main: bool, lease: RunLease | None = None) -> None:
         self.path = folder / STATUS
-        self.fence = fence or RunLease(folder)
+        self.lease = lease or RunLease(folder)
         self.is_main = is_main
         self.step = 0
-        self._lock = threading.Lock()  # the thread that writes checkpoints tells of them
+        self._lock = threading.Lock()  # the checkpoint writer's thread calls `reached`
         self._ended = False
 
     def write(self, status: str, exit_status: int | None = None, message: str | None = None) -> None:
-        """Replace the file at one stroke; before the run has begun, and on other ranks, do nothing."""
+        """Replace the file atomically; do nothing before the run has begun, and on other ranks."""
         if not self.is_main or not (self.path.parent / ENVIRONMENT).is_file():
             return
         content: dict[str, Any] = {"status": status, "step": self.step, "exit_status": exit_status}
         content |= {"message": message, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid()}
         if (ids := slurm_ids()) is not None:
             content["slurm"] = ids
-        with self._lock, contextlib.suppress(OSError):  # a full disk is said by what needed the room
-            if not self._ended:  # a checkpoint that was still on its way changes nothing about how the run ended
+        with self._lock, contextlib.suppress(OSError):  # a full disk is reported by the checkpoint or model
+            if not self._ended:  # a checkpoint that is published late does not change how the run ended
                 self._ended = exit_status is not None
-                self.fence.put(self.path, json.dumps(content, indent=2) + "\n")
+                self.lease.write_file(self.path, json.dumps(content, indent=2) + "\n")
                 write_job_status(**content, run=str(self.path.parent.resolve()))
 
     def reached(self, step: int) -> None:
-        """The run goes on, and would not lose what comes before `step`."""
+        """The run goes on, and `step` is in a checkpoint."""
         self.step = step
         self.write("running")
 
 
 @contextlib.contextmanager
 def supervised(run: RunDir, process: Process) -> Iterator[None]:
-    """Hold the run folder, hear signals while the body trains and saves, and write down how it ends.
+    """Hold the lease on RUN, handle signals while the body trains and saves, and record how it ends.
 
     Raises:
-        UserError: another process holds the folder; the same on every rank.
-        Superseded: another life has taken it over; status.json is that one's, and is left alone.
+        UserError: another process holds the lease; the same on every rank.
+        Superseded: another attempt has taken it over; status.json belongs to that one and is left alone.
     """
-    _hold(run, process)
-    status = run.status = RunStatus(run.path, is_main=process.is_main, fence=run.fence)
-    before = _install()
+    run.lease.folder = call_on_main(process, lambda: run.acquire_lease(process.world_size))
+    status = run.status = RunStatus(run.path, is_main=process.is_main, lease=run.lease)
+    previous_handlers = _install_handlers()
     try:
         yield
     except Superseded:
@@ -114,47 +113,31 @@ def supervised(run: RunDir, process: Process) -> Iterator[None]:
     except BaseException as error:
         number = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else exit_status(error)
         with contextlib.suppress(Superseded):
-            status.write(word_for(error), number, str(error) or type(error).__name__)
+            status.write(status_word(error), number, str(error) or type(error).__name__)
         raise
     else:
         status.write("finished", 0)
     finally:
         if process.is_main:
-            run.fence.release()
-        for number, handler in before.items():
+            run.lease.release()
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
 
-def _hold(run: RunDir, process: Process) -> None:
-    """The main process takes the folder, and all ranks know whether it could, and of which life they are."""
-    answer: list[Any] = [None]
-    if process.is_main:
-        try:
-            run.hold(process.world_size)
-            answer = [run.fence.folder]
-        except (UserError, Superseded) as error:
-            answer = [error]
-    if process.world_size > 1:
-        dist.broadcast_object_list(answer, src=0, device=process.device)
-    if isinstance(answer[0], Exception):
-        raise answer[0]
-    run.fence.folder = answer[0]
-
-
-def _install() -> dict[int, Any]:
-    """Put the handlers in place; returns the ones before."""
+def _install_handlers() -> dict[int, Any]:
+    """Install the signal handlers; returns the previous ones."""
     if threading.current_thread() is not threading.main_thread():
         return {}
-    _outlive_no_launcher()
-    return {number: signal.signal(number, stop_request.hear) for number in SIGNALS}
+    _end_with_launcher()
+    return {number: signal.signal(number, stop_request.on_signal) for number in SIGNALS}
 
 
-def _outlive_no_launcher() -> None:
-    """Have the kernel send SIGTERM when the process dies that started this one: no rank is left behind."""
+def _end_with_launcher() -> None:
+    """Ask the kernel to send SIGTERM when the launcher dies, so that no rank outlives it."""
     launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
     if not sys.platform.startswith("linux") or not launched:
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-    if os.getppid() != parent:  # it went in between
-        stop_request.hear(signal.SIGTERM)
+    if os.getppid() != parent:  # it died before the call
+        stop_request.on_signal(signal.SIGTERM)

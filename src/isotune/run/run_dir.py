@@ -1,4 +1,4 @@
-"""The run's folder: claimed before anything is written, and never another run's."""
+"""RUN, the directory of one run: checked before anything is written, and never shared with another run."""
 
 import json
 import os
@@ -26,43 +26,49 @@ BASE_MODEL = "base_model"
 
 
 class RunDir:
-    """RUN of a recipe: `check` looks without touching, `begin` writes the first files.
+    """RUN of a recipe: `check` changes nothing, `begin` writes the first files.
+
+    Attributes:
+        recipe: of the run.
+        path: RUN.
+        status: the `RunStatus` while the run is supervised, else None.
+        lease: the right to write to RUN.
 
     Raises:
-        UserError: the folder holds another recipe's run or something else, cannot be written, or has no room.
+        UserError: RUN holds another recipe's run or something else, cannot be written, or has no room.
     """
 
     def __init__(self, recipe: RunRecipe) -> None:
         self.recipe = recipe
         self.path = Path(recipe.output_dir)
-        self.status: Any = None  # kept while the run is supervised
-        self.fence = RunLease(self.path)
+        self.status: Any = None
+        self.lease = RunLease(self.path)
 
     @property
     def model(self) -> Path:
-        """Where the final model or adapter goes."""
+        """Directory of the final model or adapter."""
         return self.path / MODEL
 
     @property
     def base_model(self) -> Path:
-        """Where a base goes that exists nowhere else, because it was made at random."""
+        """Directory of a base model that exists nowhere else, because its weights were drawn at random."""
         return self.path / BASE_MODEL
 
     def check(self) -> None:
-        """Refuse what would be mixed up or lost, before any work is done.
+        """Check that this recipe may run here, before any work is done.
 
         Raises:
-            UserError: see the class, and a folder in use; that is looked up by the first process alone, for the others
-                may come when it has taken it.
-            AlreadyDone: the run is finished, and was not asked to begin anew.
-            RunFault: the same, and what was judged at its end failed (a negative control's alarm).
+            UserError: see the class; or RUN is in use, which only the first process checks, because the others may
+                come after it has acquired the lease.
+            AlreadyDone: the run is finished, and `resume` does not ask for a new one.
+            RunFault: the same, and the check at its end failed (a negative control's alarm).
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output_dir '{self.path}' is a file")
         self._check_writable()
-        # a file that was being put in its place when its process was killed has a name with a dot
-        if os.environ.get("RANK", "0") == "0":
-            self.fence.look()
+        if is_first_process():
+            self.lease.check_available()
+        # names with a dot: files that an attempt was still writing when it was killed
         if not self.path.is_dir() or all(path.name.startswith(".") for path in self.path.iterdir()):
             return
         recorded = self.path / ENVIRONMENT
@@ -75,21 +81,21 @@ class RunDir:
                 "choose another --output_dir or remove it"
             )
         if self.model.is_dir() and self.recipe.resume == RESUME_NEWEST:
-            again = "(--resume never runs it again from the start)"
+            hint = "(--resume never runs it again from the start)"
             if (failure := self._failure()) is not None:
                 raise RunFault(
-                    f"output_dir '{self.path}' holds a run of this recipe that failed at its end: {failure} {again}"
+                    f"output_dir '{self.path}' holds a run of this recipe that failed at its end: {failure} {hint}"
                 )
             raise AlreadyDone(
-                f"output_dir '{self.path}' holds the finished run of this recipe: nothing is left to do {again}"
+                f"output_dir '{self.path}' holds the finished run of this recipe: nothing is left to do {hint}"
             )
 
     def check_or_upload(self) -> None:
-        """`check`; a finished run whose upload was asked for and is still missing is uploaded, by the first process.
+        """`check`; the first process uploads a finished run whose requested upload is missing.
 
         Raises:
             UserError: see `check`, and `isotune.run.hub.upload_model`.
-            AlreadyDone: the run is finished, and uploaded where that was asked for.
+            AlreadyDone: the run is finished, and uploaded where the recipe asks for it.
         """
         try:
             self.check()
@@ -102,7 +108,7 @@ class RunDir:
             raise AlreadyDone(f"{done}; it is uploaded to {before.url}") from None
 
     def _failure(self) -> str | None:
-        """What a run that saved its model failed by, from its status.json; None where it did not."""
+        """Message of a run that saved its model and failed after that, from its status.json; None where it did not."""
         try:
             status = json.loads((self.path / STATUS).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -120,55 +126,61 @@ class RunDir:
                 return f" ({key}: {earlier[key]} there, {value} here)"
         return ""
 
+    def _existing_parent(self) -> Path:
+        return next(path for path in (self.path, *self.path.parents) if path.exists())
+
     def _check_writable(self) -> None:
-        existing = self.path
-        while not existing.exists():
-            existing = existing.parent
+        existing = self._existing_parent()
         if not os.access(existing, os.W_OK | os.X_OK):
             raise UserError(f"output_dir '{self.path}' cannot be written: no permission in {existing}")
 
     def check_room(self, needed_bytes: int) -> None:
-        """Refuse to train for hours what the disk cannot hold at the end."""
-        existing = self.path
-        while not existing.exists():
-            existing = existing.parent
-        free = shutil.disk_usage(existing).free
+        """Check before training that the disk has room for the model at its end.
+
+        Raises:
+            UserError: it has not.
+        """
+        free = shutil.disk_usage(self._existing_parent()).free
         if free < needed_bytes:
             raise UserError(
                 f"output_dir '{self.path}' has {free / 1e6:.0f} MB free, and the model to be saved there "
                 f"needs {needed_bytes / 1e6:.0f} MB"
             )
 
-    def hold(self, processes: int) -> None:
-        """Become the run's newest life, on the main process; what an older one still appends is cut off.
+    def acquire_lease(self, processes: int) -> Path:
+        """Acquire the lease, on the main process; returns the directory of this attempt.
+
+        A copy replaces metrics.jsonl, so that a stale attempt, which has the file open, no longer appends to it.
 
         Raises:
-            UserError, Superseded: see `RunLease.look`.
+            UserError, Superseded: see `RunLease.check_available`.
         """
-        self.fence.take(processes=processes, slurm=slurm_ids())
+        folder = self.lease.acquire(processes=processes, slurm=slurm_ids())
         metrics = self.path / METRICS
         if metrics.is_file():
-            self.fence.put(metrics, metrics.read_text("utf-8", errors="replace"))
+            self.lease.write_file(metrics, metrics.read_text("utf-8", errors="replace"))
+        return folder
 
     def begin(self, environment: dict[str, Any], metrics: str | None = None) -> None:
-        """Write environment.json and recipe.yaml, each at one stroke, and begin the metrics.
+        """Write environment.json and recipe.yaml, each atomically, and begin metrics.jsonl.
 
         Args:
-            environment: what is in effect.
-            metrics: the lines of the checkpoint that this life goes on from; without one they are begun anew.
+            environment: content of environment.json.
+            metrics: lines of the checkpoint that this attempt resumes from; None begins an empty file.
+
+        Raises:
+            UserError: RUN cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            # first: it says whose folder this is, should a kill come in between
+            # environment.json first: it identifies the run, should the process be killed before recipe.yaml
             text = json.dumps({FINGERPRINT_KEY: self.recipe.fingerprint(), **environment}, indent=2)
-            self.fence.put(self.path / ENVIRONMENT, text + "\n")
-            staging = (self.fence.folder or self.path) / f".{RECIPE}.tmp"
-            self.recipe.write(staging)
-            staging.replace(self.path / RECIPE)
+            self.lease.write_file(self.path / ENVIRONMENT, text + "\n")
+            self.lease.write_file(self.path / RECIPE, self.recipe.as_yaml())
             if metrics is None:
                 (self.path / METRICS).unlink(missing_ok=True)
             else:
-                self.fence.put(self.path / METRICS, metrics)
+                self.lease.write_file(self.path / METRICS, metrics)
             if self.status is not None:
                 self.status.reached(self.status.step)
         except OSError as error:

@@ -1,12 +1,13 @@
-"""Of several processes that take a run folder for theirs, one may write: the one that came last.
+"""The lease on a run directory: of several attempts at one run, only the newest may write.
 
-A job that Slurm requeued can run while its life before still does, on a node whose network was cut. So every life makes
-a folder of its own, RUN/.lives/NUMBER-..., and whatever it shows to others gets there by a rename out of that folder.
-The next life takes the folder's name away before it looks at anything, and from then on every rename of the life before
-fails, wherever it was interrupted. No clock has to be right for that, and no lock to be honoured.
+SLURM can requeue a job while its previous attempt still runs on a node whose network was cut. So every attempt has a
+directory of its own, RUN/.lives/NUMBER-..., and publishes files only by renaming them out of it. A new attempt first
+renames the directory of the previous one, and from then on every rename of the previous attempt fails, at whatever
+point it was. This needs neither synchronised clocks nor file locks.
 
-Two lives of one job follow each other. Otherwise a folder in use is refused, naming who holds it: a process of this
-machine is looked for; that of another one must move its heartbeat within `WATCH_SECONDS`.
+A requeued attempt replaces the earlier attempts of its own job. Otherwise a run directory in use is refused with the
+name of its holder: a holder on this machine is looked up by its pid, one on another machine must update its heartbeat
+within `WATCH_SECONDS`.
 """
 
 import contextlib
@@ -25,58 +26,60 @@ from isotune.io.files import replace_file, write_synced
 from isotune.io.job_status import write_job_status
 from isotune.run.attempt import Attempt
 
-LIVES = ".lives"
-RECORD, HEARTBEAT, OVER = "life.json", "heartbeat", ".over"
+# Names on disk. They are older than the word "attempt" and stay: run directories outlive versions.
+ATTEMPTS_DIR = ".lives"
+ATTEMPT_RECORD, HEARTBEAT = "life.json", "heartbeat"
+ENDED_SUFFIX = ".over"
 BEAT_SECONDS = 5.0
-WATCH_SECONDS = 30.0  # six beats, and the time that a network file system may show an old file for
+WATCH_SECONDS = 30.0  # six heartbeats, and longer than a network file system shows an old file
 
 
 class RunLease:
-    """A run folder's fence, as one process sees it.
+    """The right to write to a run directory, as one process sees it.
 
     Args:
-        run: the run folder, which need not exist.
-        end: what to do with the sentence when another life has taken over; prints it and leaves the process.
+        run: the run directory, which need not exist.
+        end: called with a message when another attempt has taken the lease; prints it and exits the process by default.
 
     Attributes:
-        folder: of this life; None while the run is not held.
+        folder: directory of this attempt; None while this process does not hold the lease.
     """
 
     def __init__(self, run: Path, end: Callable[[str], object] | None = None) -> None:
         self.run = run
-        self.lives = run / LIVES
+        self.attempts = run / ATTEMPTS_DIR
         self.folder: Path | None = None
-        self._end = end or _leave
-        self._known_over: set[str] = set()
+        self._end = end or _exit_process
+        self._known_stale: set[str] = set()
         self._released = threading.Event()
 
-    # ---- taking ----
+    # ---- acquire and release ----
 
-    def look(self) -> None:
-        """See whether the run may be taken. Changes nothing; can take `WATCH_SECONDS`.
+    def check_available(self) -> None:
+        """Check that this process may acquire the lease. Changes nothing; can take `WATCH_SECONDS`.
 
         Raises:
-            UserError: it is in use; names by whom.
-            Superseded: this is an older life of the job that holds it.
+            UserError: another attempt is running; the message names it.
+            Superseded: a later attempt of the same job holds the lease.
         """
-        for folder in self._held():
-            if folder.name not in self._known_over and folder != self.folder:
-                self._judge(folder, Attempt.read(folder / RECORD))
-                self._known_over.add(folder.name)
+        for folder in self._active():
+            if folder.name not in self._known_stale and folder != self.folder:
+                self._check_stale(folder, Attempt.read(folder / ATTEMPT_RECORD))
+                self._known_stale.add(folder.name)
 
-    def take(self, **record: object) -> Path:
-        """Become the newest life, and fence off every other; returns this life's folder.
+    def acquire(self, **record: object) -> Path:
+        """Become the newest attempt and revoke all others; returns the directory of this attempt.
 
         Args:
-            record: more to write down of this life.
+            record: more to write to the record of this attempt.
 
         Raises:
-            UserError, Superseded: see `look`; or the folder cannot be written.
+            UserError, Superseded: see `check_available`; or the directory cannot be written.
         """
-        self.look()
+        self.check_available()
         try:
-            self.folder = self._enter({**Attempt.of_this_process().as_dict(), "began": time.time(), **record})
-            for other in self._held():
+            self.folder = self._register({**Attempt.current().as_dict(), "began": time.time(), **record})
+            for other in self._active():
                 if other.name > self.folder.name:
                     self.release()
                     raise self._superseded()
@@ -88,94 +91,98 @@ class RunLease:
         return self.folder
 
     def release(self) -> None:
-        """The run is no longer held; where nothing has begun, nothing stays."""
+        """Give up the lease, and remove the run directory where the run wrote nothing to it."""
         self._released.set()
         if self.folder is None:
             return
         with contextlib.suppress(OSError, ValueError):
-            record = json.loads((self.folder / RECORD).read_text("utf-8"))
-            replace_file(self.folder / RECORD, json.dumps({**record, "ended": time.time()}, indent=2) + "\n")
+            record = json.loads((self.folder / ATTEMPT_RECORD).read_text("utf-8"))
+            replace_file(self.folder / ATTEMPT_RECORD, json.dumps({**record, "ended": time.time()}, indent=2) + "\n")
         with contextlib.suppress(OSError):
-            self.folder.rename(f"{self.folder}{OVER}")
-            if [path.name for path in self.run.iterdir()] == [LIVES] and not self._held():
+            self.folder.rename(f"{self.folder}{ENDED_SUFFIX}")
+            if [path.name for path in self.run.iterdir()] == [ATTEMPTS_DIR] and not self._active():
                 shutil.rmtree(self.run)
         self.folder = None
 
-    # ---- holding ----
+    # ---- while it is held ----
 
     def check(self) -> None:
-        """Raises:
-        Superseded: another life has taken over.
+        """Check that no later attempt has revoked this lease.
+
+        Raises:
+            Superseded: this attempt is stale.
         """
         if self.folder is not None and not self.folder.is_dir():
             raise self._superseded()
 
-    def put(self, path: Path, text: str) -> None:
-        """`replace_file`, by the newest life only.
+    def write_file(self, path: Path, text: str) -> None:
+        """`replace_file`, for the newest attempt only.
 
         Raises:
-            Superseded: this is not the newest any more.
+            Superseded: this attempt is stale.
         """
         if self.folder is None:
             replace_file(path, text)
             return
         try:
-            staging = self.folder / path.name
-            write_synced(staging, text)
-            staging.replace(path)
+            replace_file(path, text, self.folder / path.name)
         except FileNotFoundError:
             self.check()
             raise
 
     # ---- parts ----
 
-    def _held(self) -> list[Path]:
-        """The folders of lives that have not ended, or not said so, from the oldest."""
+    def _active(self) -> list[Path]:
+        """Directories of attempts that have not recorded their end, the oldest first."""
         try:
-            return sorted(path for path in self.lives.iterdir() if not path.name.endswith(OVER) and path.name[0] != ".")
+            folders = [path for path in self.attempts.iterdir() if not path.name.endswith(ENDED_SUFFIX)]
         except FileNotFoundError:
             return []
+        return sorted(path for path in folders if path.name[0] != ".")
 
-    def _enter(self, record: dict[str, object]) -> Path:
-        self.lives.mkdir(parents=True, exist_ok=True)
-        new = self.lives / f".{secrets.token_hex(8)}"
-        new.mkdir()
-        write_synced(new / RECORD, json.dumps(record, indent=2) + "\n")
-        newest = max((int(path.name[:8]) for path in self.lives.iterdir() if path.name[0] != "."), default=0)
-        own = self.lives / f"{newest + 1:08d}-{secrets.token_hex(4)}"  # nobody's name, before or after
-        new.rename(own)
-        return own
+    def _register(self, record: dict[str, object]) -> Path:
+        self.attempts.mkdir(parents=True, exist_ok=True)
+        staging = self.attempts / f".{secrets.token_hex(8)}"
+        staging.mkdir()
+        write_synced(staging / ATTEMPT_RECORD, json.dumps(record, indent=2) + "\n")
+        newest = max((int(path.name[:8]) for path in self.attempts.iterdir() if path.name[0] != "."), default=0)
+        folder = self.attempts / f"{newest + 1:08d}-{secrets.token_hex(4)}"  # unique: no name is ever used twice
+        staging.rename(folder)
+        return folder
 
-    def _judge(self, folder: Path, holder: Attempt | None) -> None:
-        me = Attempt.of_this_process()
-        if holder is not None and holder.job is not None and holder.job == me.job and holder.restart != me.restart:
-            assert holder.restart is not None and me.restart is not None
-            if holder.restart > me.restart:
-                raise Superseded(f"{self.run} is held by a later life of this job: {holder}; this one ends")
+    def _check_stale(self, folder: Path, holder: Attempt | None) -> None:
+        """Return where the attempt in `folder` is stale, so that this process may take its place."""
+        current = Attempt.current()
+        if holder is not None and holder.is_of_same_job(current):
+            if (holder.restart or 0) > (current.restart or 0):
+                raise Superseded(f"{self.run} is held by a later attempt of this job: {holder}; this one is stale")
             return
-        if holder is not None and holder.is_here:
-            if holder.runs:
+        if holder is not None and holder.is_local:
+            if holder.is_running:
                 raise self._in_use(holder)
             return
-        before, deadline = _last_beat(folder), time.monotonic() + WATCH_SECONDS
+        before, deadline = _read_heartbeat(folder), time.monotonic() + WATCH_SECONDS
         print(
-            f"note        {self.run} was held by {holder}: for {WATCH_SECONDS:g} s we look whether it lives", flush=True
+            f"note        {self.run} was held by {holder}: watching its heartbeat for {WATCH_SECONDS:g} s", flush=True
         )
         while time.monotonic() < deadline:
             time.sleep(1)
-            if _last_beat(folder) != before:
+            if _read_heartbeat(folder) != before:
                 raise self._in_use(holder)
 
     def _in_use(self, holder: Attempt | None) -> UserError:
         return UserError(f"output_dir '{self.run}' is in use by {holder}: wait for it, stop it, or choose another")
 
     def _superseded(self) -> Superseded:
-        held = self._held()
-        newest = held and Attempt.read(held[-1] / RECORD)
-        return Superseded(f"{self.run} was taken over by {newest or 'another life'}: this one writes nothing and ends")
+        active = self._active()
+        newest = active and Attempt.read(active[-1] / ATTEMPT_RECORD)
+        return Superseded(
+            f"{self.run} was taken over by {newest or 'another attempt'}: a stale attempt can no longer write, "
+            "so this one ends"
+        )
 
     def _beat(self, folder: Path) -> None:
-        """Show that this life goes on, and end it when it is no longer the newest."""
+        """Update the heartbeat until the lease is released, and end the process once it is revoked."""
         beats = 0
         while not self._released.wait(BEAT_SECONDS if beats else 0):
             beats += 1
@@ -186,36 +193,36 @@ class RunLease:
                 if not self._released.is_set() and not folder.is_dir():
                     self._end(str(self._superseded()))
                     return
-            except OSError:  # a disk that is full, or out of reach for a while, is for others to complain of
+            except OSError:  # a full disk or a file system out of reach: whoever needs to write reports it
                 continue
 
 
 def _revoke(folder: Path) -> None:
-    """Take a life's folder away: one rename, then what it had half written."""
-    over = folder.with_name(f"{folder.name}{OVER}")
-    with contextlib.suppress(FileNotFoundError):  # it ended at this very moment
-        folder.rename(over)
-    for path in over.glob("*") if over.is_dir() else ():
+    """Take the directory of an attempt away by one rename, then delete what it had half written."""
+    ended = folder.with_name(f"{folder.name}{ENDED_SUFFIX}")
+    with contextlib.suppress(FileNotFoundError):  # that attempt ended at this very moment
+        folder.rename(ended)
+    for path in ended.glob("*") if ended.is_dir() else ():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _last_beat(folder: Path) -> str:
+def _read_heartbeat(folder: Path) -> str:
     try:
         return (folder / HEARTBEAT).read_text()
     except OSError:
         return ""
 
 
-def last_beat_time(file: Path) -> float | None:
-    """Seconds since 1970 of a heartbeat, by its own machine's clock; None where there was none."""
+def last_heartbeat(folder: Path) -> float | None:
+    """Time of an attempt's last heartbeat, in seconds since 1970 by its own clock; None where there was none."""
     try:
-        return float(file.read_text().split()[1])
-    except (OSError, ValueError, IndexError):
+        return float(_read_heartbeat(folder).split()[1])
+    except (ValueError, IndexError):
         return None
 
 
-def _leave(sentence: str) -> None:
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
-    write_job_status(status="superseded", exit_status=EXIT_FAULT, message=sentence)
+def _exit_process(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    write_job_status(status="superseded", exit_status=EXIT_FAULT, message=message)
     os._exit(EXIT_FAULT)

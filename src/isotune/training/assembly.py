@@ -149,7 +149,7 @@ def save(
     accelerator = trainer.accelerator
     accelerator.wait_for_everyone()
     trainer.watchdog.stop()
-    run.fence.check()
+    run.lease.check()
     report = None
     inner: Any = accelerator.unwrap_model(trainer.model_wrapped)
     model: Any = plain_model(inner, keep=accelerator.process_index == 0)

@@ -65,7 +65,7 @@ class Checkpointer:
         self.recipe, self.process, self.run = recipe, process, run
         self.data_fingerprints, self.early_stop = data_fingerprints, early_stop
         limit = recipe.training_arguments.get("save_total_limit")
-        self.store = CheckpointStore(run.path / CHECKPOINTS, limit, run.fence)
+        self.store = CheckpointStore(run.path / CHECKPOINTS, limit, run.lease)
         self.resumption: Resumption | None = None
         self.stall_seconds: list[float] = []
         self.writer: CheckpointWriter | None = None

@@ -13,10 +13,11 @@ from isotune.config import ClassificationRecipe
 from isotune.data.run_data import RunData
 from isotune.distributed.launch import Process
 from isotune.models.class_loss import ClassLoss, choose_weights
-from isotune.models.classifier import PADDED, head_of, install_classification, load_classifier
+from isotune.models.classifier import PADDED, install_classification
 from isotune.models.cpu.speedups import enable_speedups
+from isotune.models.heads import head_of
 from isotune.models.lora import add_adapters
-from isotune.models.opening import load_config
+from isotune.models.opening import load_base_model, load_config
 from isotune.run.run_dir import RunDir
 from isotune.training import assembly
 from isotune.training.arguments import training_arguments
@@ -32,15 +33,15 @@ def build_model(recipe: ClassificationRecipe, config: PreTrainedConfig, data: Ru
     Built from the seed alone, so every rank has the same weights before any communication.
 
     Raises:
-        UserError: see `load_classifier`, or class_weights does not fit the classes.
+        UserError: see `load_base_model`, or class_weights does not fit the classes.
     """
     class_loss = class_loss_of(recipe, data.train)
     if class_loss.class_weights is not None and process.is_main:
         print(f"weights     of classes 0 to K - 1: {', '.join(f'{weight:.4g}' for weight in class_loss.class_weights)}")
     config.num_labels = data.train.num_labels  # type: ignore[union-attr]
-    if names := data.train.table.counts.class_names:  # type: ignore[union-attr]
+    if names := data.train.class_names:
         config.id2label, config.label2id = dict(enumerate(names)), {name: k for k, name in enumerate(names)}
-    base = load_classifier(recipe, config, process.loading_device(recipe))
+    base = load_base_model(recipe, config, process.loading_device(recipe))
     if install_classification(base, class_loss) == PADDED and process.is_main:
         print(f"note        model type '{config.model_type}' is not known to work without padding: texts are padded")
     model = base if recipe.tune == "full" else add_adapters(base, recipe, head=head_of(config))
@@ -75,7 +76,7 @@ def build_trainer(
     def write_predictions(step: int, lines: str) -> None:
         folder = run.path / "eval" / f"step-{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
-        run.fence.put(folder / PREDICTIONS, lines)
+        run.lease.put(folder / PREDICTIONS, lines)
 
     task = ClassificationTask(
         train.documents,
@@ -98,6 +99,6 @@ def save(
     def load_again(recipe: ClassificationRecipe) -> PreTrainedModel:
         config = load_config(recipe)
         config.num_labels = num_labels
-        return load_classifier(recipe, config, torch.device("cpu"))
+        return load_base_model(recipe, config, torch.device("cpu"))
 
     return assembly.save(recipe, run, trainer, tokenizer, load_again)

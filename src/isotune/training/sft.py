@@ -13,7 +13,7 @@ from isotune.data.run_data import RunData
 from isotune.distributed.launch import Process
 from isotune.models.cpu.speedups import enable_speedups
 from isotune.models.lora import add_adapters
-from isotune.models.opening import load_causal_lm, load_config
+from isotune.models.opening import load_base_model, load_config
 from isotune.models.packed_attention import set_packed_attention
 from isotune.models.supervised_loss import install_supervised_loss
 from isotune.run.run_dir import RunDir
@@ -28,7 +28,7 @@ def build_model(recipe: Recipe, config: PreTrainedConfig, device: torch.device) 
 
     Built from the seed alone, so every rank has the same weights before any communication.
     """
-    base = load_causal_lm(recipe, config, device)
+    base = load_base_model(recipe, config, device)
     set_packed_attention(base)
     install_supervised_loss(base)
     model = base if recipe.tune == "full" else add_adapters(base, recipe)
@@ -53,7 +53,7 @@ def build_trainer(
 
 def load_base_again(recipe: RunRecipe) -> PreTrainedModel:
     """The base model of a recipe as training began with it."""
-    return load_causal_lm(recipe, load_config(recipe), torch.device("cpu"))
+    return load_base_model(recipe, load_config(recipe), torch.device("cpu"))
 
 
 def save(recipe: RunRecipe, run: RunDir, trainer: PlannedTraining, tokenizer: Any) -> FinalModelReport | None:

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from isotune.compat.transformers import let_trainer_skip_steps
-from isotune.data.batch_schedule import Microbatch, Step, StepSchedule, assign
-from isotune.data.collate import lay_out
-from isotune.data.documents import AnyDocuments
+from isotune.data.batch_schedule import Microbatch, Step, StepSchedule, assign_to_ranks
+from isotune.data.collate import collate
+from isotune.data.documents import Documents
 
 let_trainer_skip_steps()
 
@@ -25,7 +25,7 @@ class StepLoader:
     """
 
     def __init__(
-        self, schedule: StepSchedule, documents: AnyDocuments, rank: int, world_size: int, skipped: int = 0
+        self, schedule: StepSchedule, documents: Documents, rank: int, world_size: int, skipped: int = 0
     ) -> None:
         self.schedule = schedule
         self.documents = documents
@@ -58,9 +58,9 @@ class StepLoader:
         first = self.epoch * self.schedule.steps_per_epoch
         for number in range(first + self.skipped, first + self.schedule.steps_per_epoch):
             step = self.schedule.step(number)
-            share = assign(step, self.world_size)[self.rank]
+            share = assign_to_ranks(step, self.world_size)[self.rank]
             microbatches = [
-                {"number": m.number, "weight": m.weight, "inputs": lay_out(self.documents, m)} for m in share
+                {"number": m.number, "weight": m.weight, "inputs": collate(self.documents, m)} for m in share
             ]
             own = [m["inputs"]["input_ids"] for m in microbatches if m["weight"]]
             tokens = torch.cat(own, dim=1) if own else torch.zeros(1, 0, dtype=torch.int64)
@@ -70,18 +70,18 @@ class StepLoader:
 class EvaluationLoader:
     """This rank's microbatches of the evaluation documents, one an item: the Microbatch and the model's inputs."""
 
-    def __init__(self, schedule: StepSchedule, documents: AnyDocuments, rank: int, world_size: int) -> None:
+    def __init__(self, schedule: StepSchedule, documents: Documents, rank: int, world_size: int) -> None:
         self.step = schedule.step(0)
         self.documents = documents
         self.dataset = schedule.rows
-        self._share = assign(self.step, world_size)[rank]
+        self._share = assign_to_ranks(self.step, world_size)[rank]
 
     def __len__(self) -> int:
         return len(self._share)
 
     def __iter__(self) -> Iterator[tuple[Microbatch, Any]]:
         for microbatch in self._share:
-            yield microbatch, lay_out(self.documents, microbatch)
+            yield microbatch, collate(self.documents, microbatch)
 
 
 def documents_of(step: Step, number: int) -> tuple[int, ...]:

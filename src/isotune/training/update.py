@@ -19,7 +19,7 @@ from torch import nn
 from isotune.data.batch_schedule import Step
 from isotune.distributed.collectives import gather_by_number, ordered_sum
 from isotune.distributed.watchdog import Watchdog
-from isotune.models.cpu.speedups import training_pass
+from isotune.models.cpu.speedups import training_microbatch
 from isotune.training.gradient_sync import GradientSync, nan_gradient
 from isotune.training.nonfinite import NonFinitePolicy
 from isotune.training.randomness import seed_microbatch
@@ -106,7 +106,7 @@ class OptimizerUpdate:
         number, weight, step = microbatch["number"], microbatch["weight"], self.result.step
         seed_microbatch(self.seed, step.number, number)
         denominator = self.task.denominator(step)
-        with self.sync.microbatch(model, last=last), training_pass(model):
+        with self.sync.microbatch(model, last=last), training_microbatch(model):
             inputs: Any = send_to_device(microbatch["inputs"], self.sync.accelerator.device)
             found = model(**inputs, use_cache=False)
             loss = found.loss

@@ -1,34 +1,17 @@
-"""Reads labelled texts from a source and names the row of whatever is not one: a text, a class, an id of its own."""
+"""Reads labelled texts from a source; errors name the row whose text, class or id is invalid."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
 
 import numpy as np
 
-from isotune.data.sources.batches import BATCH_ROWS
-from isotune.data.sources.source import Row, Source
+from isotune.data.classification.labels import ClassificationSettings
+from isotune.data.sources.source import Row, Source, kind_of_value, surrogate_fault
 from isotune.io.errors import UserError
 
 ID_FIELD = "id"  # the column that is taken for ids where the recipe names none
 
 Id = int | str
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which columns are read.
-
-    Attributes:
-        text: holds the texts.
-        label: holds the classes; None where they are not read.
-        id: holds the ids; None takes the column `id` where the first row has one.
-    """
-
-    text: str
-    label: str | None
-    id: str | None
 
 
 @dataclass(frozen=True)
@@ -40,41 +23,38 @@ class LabelledRows:
     ids: list[Id] | None
 
 
-def read_labelled(source: Source, columns: Columns) -> Iterator[LabelledRows]:
-    """The rows of a source, BATCH_ROWS at a time.
+def read_labelled(source: Source, settings: ClassificationSettings) -> Iterator[LabelledRows]:
+    """The rows of a source, batch by batch.
 
     Raises:
         UserError: a column is missing, or a cell holds no text, no class or no id; the sentence names the row.
     """
-    rows = enumerate(source.rows())
-    needed: dict[str, str] | None = None
-    while some := list(islice(rows, BATCH_ROWS)):
-        if needed is None:
-            needed = _needed(some[0][1], columns)
-        for number, row in some:
-            for column, key in needed.items():
+    columns: dict[str, str] = {}
+    for rows in source.batches():
+        columns = columns or _columns(rows[0][1], settings)
+        for number, row in rows:
+            for key, column in columns.items():
                 if column not in row:
-                    held = ", ".join(row) or "none"
+                    present = ", ".join(row) or "none"
                     raise UserError(
-                        f"{source.where(number)} lacks the column {column!r}; it has {held}: name it by {key}"
+                        f"{source.where(number)} lacks the column {column!r}; it has {present}: name it by {key}"
                     )
-        own_id = next((column for column, key in needed.items() if key == "dataset_id_field"), None)
+        label, own_id = columns.get("dataset_label_field"), columns.get("dataset_id_field")
         yield LabelledRows(
-            texts=[_text(row, source, number, columns.text) for number, row in some],
-            labels=[_label(row, source, number, columns.label) for number, row in some] if columns.label else None,
-            ids=[_id(row, source, number, own_id) for number, row in some] if own_id else None,
+            texts=[_text(row, source, number, settings.dataset_text_field) for number, row in rows],
+            labels=[_label(row, source, number, label) for number, row in rows] if label else None,
+            ids=[_id(row, source, number, own_id) for number, row in rows] if own_id else None,
         )
 
 
-def _needed(first: Row, columns: Columns) -> dict[str, str]:
-    """The columns that every row must have, and the recipe's key for each."""
-    own_id = columns.id or (ID_FIELD if ID_FIELD in first else None)
-    named = {
-        columns.text: "dataset_text_field",
-        columns.label: "dataset_label_field",
-        own_id: "dataset_id_field",
-    }
-    return {column: key for column, key in named.items() if column is not None}
+def _columns(first: Row, settings: ClassificationSettings) -> dict[str, str]:
+    """The columns that every row must have, by the recipe's key for each."""
+    columns = {"dataset_text_field": settings.dataset_text_field}
+    if settings.label_source == "column":
+        columns["dataset_label_field"] = settings.dataset_label_field
+    if settings.dataset_id_field or ID_FIELD in first:
+        columns["dataset_id_field"] = settings.dataset_id_field or ID_FIELD
+    return columns
 
 
 def texts_of(source: Source, column: str, source_rows: np.ndarray) -> Iterator[str]:
@@ -83,14 +63,8 @@ def texts_of(source: Source, column: str, source_rows: np.ndarray) -> Iterator[s
     Args:
         source_rows: int64 [texts], rising.
     """
-    wanted = iter(source_rows.tolist())
-    following = next(wanted, None)
-    for number, row in enumerate(source.rows()):
-        if number == following:
-            yield row[column]
-            following = next(wanted, None)
-            if following is None:
-                return
+    chosen = set(source_rows.tolist())
+    return (row[column] for number, row in enumerate(source.rows()) if number in chosen)
 
 
 def as_ids(ids: list[Id], documents: int, source: Source) -> np.ndarray:
@@ -103,58 +77,46 @@ def as_ids(ids: list[Id], documents: int, source: Source) -> np.ndarray:
         return np.arange(documents)
     kind = type(ids[0])
     first_row: dict[Id, int] = {}
-    for number, one in enumerate(ids):
-        if type(one) is not kind:
+    for number, own_id in enumerate(ids):
+        if type(own_id) is not kind:
             raise UserError(
-                f"{source.where(number)} has the id {one!r} and row 1 has {ids[0]!r}: numbers and texts are not mixed"
+                f"{source.where(number)} has the id {own_id!r} and row 1 has {ids[0]!r}: "
+                "numbers and texts are not mixed"
             )
-        if one in first_row:
+        if own_id in first_row:
             raise UserError(
-                f"{source.where(number)} has the id {one!r}, and so has row {first_row[one] + 1}: an id stands once "
-                "(dataset_id_field names the column)"
+                f"{source.where(number)} has the id {own_id!r}, and so has row {first_row[own_id] + 1}: an id stands "
+                "once (dataset_id_field names the column)"
             )
-        first_row[one] = number
+        first_row[own_id] = number
     return np.array(ids, np.int64 if kind is int else np.str_)
 
 
 def _text(row: Row, source: Source, number: int, column: str) -> str:
     text = row[column]
     if not isinstance(text, str):
-        raise UserError(f"{source.where(number)}, column {column!r}, holds {_kind_of(text)}, not a text")
-    _check_characters(text, source, number, column)
+        raise UserError(f"{source.where(number)}, column {column!r}, holds {kind_of_value(text)}, not a text")
+    if fault := surrogate_fault(text):
+        raise UserError(f"{source.where(number)}, column {column!r}, {fault}")
     return text
-
-
-def _kind_of(value: Any) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"
-
-
-def _check_characters(text: str, source: Source, number: int, column: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{source.where(number)}, column {column!r}, holds half of a surrogate pair at character {error.start}, "
-            "which is no text"
-        ) from error
 
 
 def _label(row: Row, source: Source, number: int, column: str) -> int:
     label = row[column]
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < 2**31:
-        said = "null" if label is None else repr(label)[:40]
-        raise UserError(f"{source.where(number)}, column {column!r}, holds {said}: a class is a whole number from 0")
+        value = "null" if label is None else repr(label)[:40]
+        raise UserError(f"{source.where(number)}, column {column!r}, holds {value}: a class is a whole number from 0")
     return label
 
 
 def _id(row: Row, source: Source, number: int, column: str) -> Id:
-    own = row[column]
-    if isinstance(own, bool) or not isinstance(own, int | str) or (isinstance(own, int) and abs(own) >= 2**63):
-        said = repr(own)[:40] if isinstance(own, int | float) else _kind_of(own)
+    own_id = row[column]
+    if isinstance(own_id, str):
+        return _text(row, source, number, column)
+    if isinstance(own_id, bool) or not isinstance(own_id, int) or abs(own_id) >= 2**63:
+        value = repr(own_id)[:40] if isinstance(own_id, int | float) else kind_of_value(own_id)
         raise UserError(
-            f"{source.where(number)}, column {column!r}, holds {said}: an id is a whole number of 64 bits or a text "
+            f"{source.where(number)}, column {column!r}, holds {value}: an id is a whole number of 64 bits or a text "
             "(dataset_id_field names the column)"
         )
-    if isinstance(own, str):
-        _check_characters(own, source, number, column)
-    return own
+    return own_id

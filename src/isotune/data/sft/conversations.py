@@ -1,9 +1,9 @@
-"""Conversations as one text with the answers marked in it, so that a mask never has to guess where a turn ends."""
+"""Conversations as one text with the spans of its answers, so the supervised mask never guesses where a turn ends."""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 TrainOn = Literal["all", "last"]
 
@@ -30,7 +30,7 @@ class Conversation:
     Attributes:
         text: what is tokenised; it ends where its last answer ends, and is empty when there is none.
         answers: the half-open character spans [start, end) of the supervised answers, in order.
-        turns_cut: turns after the last answer, which nothing could be learnt from.
+        turns_cut: turns after the last answer, which hold nothing to train on.
     """
 
     text: str
@@ -100,8 +100,9 @@ def render_prompt(question: str | Sequence[Mapping[str, Any]]) -> str:
 def _header_and_content(message: Any, number: int) -> tuple[str, str]:
     if not isinstance(message, Mapping):
         raise ValueError(f"message {number} is a {type(message).__name__}, not an object with role and content")
-    role = message.get("role", message.get("from"))
-    content = message.get("content", message.get("value"))
+    fields = cast(Mapping[str, Any], message)
+    role = fields.get("role", fields.get("from"))
+    content = fields.get("content", fields.get("value"))
     if not isinstance(role, str) or role not in ROLE_HEADERS:
         raise ValueError(f"message {number} has the role {role!r}; known are {', '.join(ROLE_HEADERS)}")
     if not isinstance(content, str):

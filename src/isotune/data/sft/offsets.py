@@ -1,18 +1,21 @@
 """Where each token stands in its text, for a batch of texts at once.
 
-A byte-level vocabulary (GPT-2, OPT, Llama 3, Qwen) cuts the UTF-8 bytes of a text into tokens without changing one, so
-that a running total of the tokens' byte counts says where each stands; asking the tokenizer for character offsets costs
-as much again as tokenising does. Any other vocabulary is asked.
+A byte-level vocabulary (GPT-2, OPT, Llama 3, Qwen) splits the UTF-8 bytes of a text into tokens without changing any,
+so the running total of the tokens' byte counts gives their offsets. That halves the cost: character offsets from the
+tokenizer take as long again as tokenization. For any other vocabulary the tokenizer's own offsets are used.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
+
+from isotune.data.documents import starts_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class LocatedTokens:
 
 
 class TokenLocator:
-    """A Rust tokenizer that gives tokens together with their places.
+    """A Rust tokenizer that returns tokens with their offsets.
 
     Args:
         backend: without truncation, padding and post-processor, so that nothing but the text becomes tokens.
@@ -52,11 +55,11 @@ class TokenLocator:
         self._bytes_of_token = _bytes_of_tokens(backend)
 
     def locate(self, texts: Sequence[str]) -> LocatedTokens:
-        """Tokenise texts, on all cores at once, and place their tokens."""
+        """Tokenize texts, on all cores at once, with the offsets of their tokens."""
         return self._by_bytes(texts) or self.by_characters(texts)
 
     def by_characters(self, texts: Sequence[str]) -> LocatedTokens:
-        """The offsets that the tokenizer itself gives; right for any vocabulary."""
+        """The tokenizer's own offsets; correct for any vocabulary."""
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         ids, counts = _flat([encoding.ids for encoding in encodings])
         pairs = chain.from_iterable(encoding.offsets for encoding in encodings)
@@ -72,9 +75,9 @@ class TokenLocator:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         ids, counts = _flat([encoding.ids for encoding in encodings])
         sizes = self._bytes_of_token[ids]
-        until = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+        until = starts_of(sizes)
         text_starts = np.cumsum([0, *(len(text) if text.isascii() else len(text.encode()) for text in texts)])
-        if not np.array_equal(until[np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])], text_starts):
+        if not np.array_equal(until[starts_of(counts)], text_starts):
             return None
         return LocatedTokens(ids, counts, until[:-1], until[1:], text_starts, in_bytes=True)
 
@@ -85,7 +88,7 @@ def _flat(ids_of_texts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _bytes_of_tokens(backend: Tokenizer) -> np.ndarray | None:
-    """Bytes of text that each token stands for, int64 [vocabulary], or None where that is not sure to be so."""
+    """Bytes of text that each token stands for, int64 [vocabulary], or None where they cannot be known."""
     if backend.normalizer is not None or not _cuts_bytes(backend):
         return None
     alphabet = set(ByteLevel.alphabet())
@@ -97,13 +100,13 @@ def _bytes_of_tokens(backend: Tokenizer) -> np.ndarray | None:
         if number in added:
             sizes[number] = len(token.encode())
         elif alphabet.issuperset(token):
-            sizes[number] = len(token)  # each letter of this alphabet stands for one byte
+            sizes[number] = len(token)  # each character of this alphabet stands for one byte
         else:
             return None
     return sizes
 
 
 def _cuts_bytes(backend: Tokenizer) -> bool:
-    steps = json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer else {}
-    steps = steps.get("pretokenizers", [steps])
+    whole: dict[str, Any] = json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer else {}
+    steps: list[dict[str, Any]] = whole.get("pretokenizers", [whole])
     return steps[-1].get("type") == "ByteLevel" and not any(step.get("add_prefix_space") for step in steps)

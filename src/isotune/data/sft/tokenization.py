@@ -3,38 +3,18 @@
 No template token is ever searched for: `### Assistant:` becomes other tokens after a space than after a line end.
 """
 
-import copy
-import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from isotune.data.documents import Documents, starts_of, sums_of
+from isotune.data.fingerprint import digest
 from isotune.data.sft.conversations import Conversation
 from isotune.data.sft.offsets import LocatedTokens, TokenLocator
+from isotune.data.tokenizer import FastTokenizer
 from isotune.io.errors import UserError
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A batch of whole texts as tokens, closed by the eos and without what the tokenizer prepends.
-
-    Attributes:
-        input_ids: int32 [tokens].
-        supervised: bool [tokens].
-        starts: int64 [texts + 1].
-        straddling_tokens: supervised tokens that also cover characters outside an answer.
-        special_texts: texts in which somebody wrote out the eos token.
-    """
-
-    input_ids: np.ndarray
-    supervised: np.ndarray
-    starts: np.ndarray
-    straddling_tokens: int
-    special_texts: int
 
 
 class ConversationEncoder:
@@ -44,9 +24,8 @@ class ConversationEncoder:
     colon, is supervised, and so is a token that straddles an answer's edge, such as `::` where an answer begins with a
     colon; those are counted. A token that stands for no character at all is not supervised.
 
-    Each text is closed by one supervised eos. A special token written out in a text, such as `</s>`, is encoded like
-    any other characters and never becomes the special token; should a vocabulary yield its eos for ordinary text all
-    the same, that token is not supervised.
+    Each text is closed by one supervised eos. Should a vocabulary yield its eos for ordinary text all the same, that
+    token is not supervised.
 
     Attributes:
         prefix: int32 [tokens that the tokenizer prepends]: the bos for OPT and Llama, nothing for others.
@@ -60,49 +39,49 @@ class ConversationEncoder:
         Raises:
             UserError: it has no eos, no pad, or no Rust tokenizer.
         """
-        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        fast = FastTokenizer(tokenizer)
         for role in ("eos", "pad"):
             if getattr(tokenizer, f"{role}_token_id", None) is None:
                 raise UserError(
-                    f"the tokenizer {name} has no {role} token: set {role}_token in its tokenizer_config.json"
+                    f"the tokenizer {fast.name} has no {role} token: set {role}_token in its tokenizer_config.json"
                 )
-        if not getattr(tokenizer, "is_fast", False):
-            raise UserError(f"the tokenizer {name} gives no character offsets: save its fast form, tokenizer.json")
-        backend = copy.deepcopy(tokenizer.backend_tokenizer)
-        backend.no_truncation()
-        backend.no_padding()
-        probe = backend.encode("a", add_special_tokens=True)
-        first_of_text = probe.special_tokens_mask.index(0)
-        self.prefix = np.array(probe.ids[:first_of_text], np.int32)
+        self.prefix = fast.prefix
         self.eos_token_id = int(tokenizer.eos_token_id)
-        self.fingerprint = _digest(backend.to_str(), self.prefix.tolist(), self.eos_token_id)
-        # The prefix is added after cutting; without a post-processor no offset is trimmed of its leading space.
-        backend.post_processor = None
-        backend.encode_special_tokens = True
-        self._backend = backend
+        self.fingerprint = digest(fast.definition, self.prefix.tolist(), self.eos_token_id)
+        self._backend = fast.backend
         self._eos_token = str(tokenizer.eos_token)
 
     @cached_property
     def _locator(self) -> TokenLocator:
-        """Made when there is something to tokenise: prepared data need only the fingerprint."""
+        """Made when there is something to tokenize: prepared data need only the fingerprint."""
         return TokenLocator(self._backend)
 
-    def encode(self, conversations: Sequence[Conversation]) -> Encoded:
-        """Tokenise conversations that have an answer each; the texts run on all cores at once, in Rust."""
+    def encode(self, conversations: Sequence[Conversation], source_rows: np.ndarray | None = None) -> Documents:
+        """Tokenize conversations that have an answer each; the texts run on all cores at once, in Rust.
+
+        Args:
+            source_rows: int64 [conversations]; by default their numbers.
+
+        Returns:
+            Documents, whole, without the prefix. Their columns are `straddling_tokens`, the supervised tokens that
+            also cover characters outside an answer, and `special_texts`, whether somebody wrote out the eos token.
+        """
         texts = [conversation.text for conversation in conversations]
         tokens = self._locator.locate(texts)
         answered_until = _answered_until(conversations, tokens)
         answered = answered_until[tokens.ends] - answered_until[tokens.begins]
         supervised = (answered > 0) & (tokens.ids != self.eos_token_id)
         straddling = supervised & (answered < tokens.ends - tokens.begins)
-
         ends = np.cumsum(tokens.counts)
-        return Encoded(
+        return Documents(
             input_ids=np.insert(tokens.ids, ends, self.eos_token_id),
-            supervised=np.insert(supervised, ends, True),
-            starts=np.concatenate([np.zeros(1, np.int64), ends + np.arange(1, len(ends) + 1)]),
-            straddling_tokens=int(straddling.sum()),
-            special_texts=sum(self._eos_token in text for text in texts),
+            targets=np.insert(supervised, ends, True),
+            starts=starts_of(tokens.counts + 1),
+            source_rows=np.arange(len(texts)) if source_rows is None else source_rows,
+            columns={
+                "straddling_tokens": sums_of(straddling, starts_of(tokens.counts)),
+                "special_texts": np.array([self._eos_token in text for text in texts], bool),
+            },
         )
 
 
@@ -114,9 +93,4 @@ def _answered_until(conversations: Sequence[Conversation], tokens: LocatedTokens
             # Answers never touch, because a header stands between them: no place is an edge twice.
             edges[tokens.position(number, conversation.text, start)] += 1
             edges[tokens.position(number, conversation.text, end)] -= 1
-    in_answer = np.cumsum(edges[:-1], dtype=np.int8)
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(in_answer, dtype=np.int64)])
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return starts_of(np.cumsum(edges[:-1], dtype=np.int8))

@@ -94,10 +94,10 @@ NAMES = ("Ada", "Alan", "Barbara", "Claude", "Donald", "Edsger", "Frances", "Gra
 
 
 @builtin("greetings", train=80, test=16)
-def greetings(source_of_chance: random.Random, count: int) -> Iterator[dict[str, Any]]:
-    """Greetings in eight languages, in two turns each: small enough for a test of the whole way."""
+def greetings(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
+    """Greetings in eight languages, in two turns each: small enough for an end-to-end test."""
     pairs = [(name, language) for name in NAMES for language in sorted(GREETINGS)]
-    for name, language in source_of_chance.sample(pairs, count):
+    for name, language in rng.sample(pairs, count):
         morning, night = GREETINGS[language]
         yield {
             "messages": [

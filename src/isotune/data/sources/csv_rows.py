@@ -1,14 +1,15 @@
-"""Rows of a CSV file with the types that all their cells agree on; a broken row is named by its line.
+"""Reads CSV files with a type for each column; errors name the line of the broken row.
 
 Arrow reads what RFC 4180 allows. Real files have a blank before a quoted cell (`"Buddha", "I want ..."`), which makes
-the quotes text and every comma inside a new cell: only where Arrow refuses a file are the blanks at the start of cells
-left out, and the file is read once more. What is then still broken is named.
+the quotes text and every comma inside a new cell. Where Arrow refuses a file, the blanks at the start of cells are
+removed and the file is read again. An error names whatever is still broken.
 """
 
 import csv
 import io
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,7 @@ def read_csv(path: Path, rows_at_once: int) -> Iterator[dict[str, Any]]:
         UserError: a row has more or fewer cells than the first, a quote is not closed, a name stands twice, or the
             file is not UTF-8.
     """
-    import pyarrow as pa
-
+    pa: Any = import_module("pyarrow")
     try:
         table = _parse(path)
     except pa.ArrowInvalid as error:
@@ -35,19 +35,18 @@ def read_csv(path: Path, rows_at_once: int) -> Iterator[dict[str, Any]]:
         except pa.ArrowInvalid:
             raise UserError(f"{path} is not readable as CSV: {str(error).splitlines()[0]}") from error
     if _has_odd_quotes(path):
-        _without_leading_blanks(path)  # Arrow takes a quote that is never closed for one cell to the end of the file
+        _without_leading_blanks(path)  # Arrow reads an unclosed quote as one cell that ends with the file
     names = table.column_names
-    twice = [name for number, name in enumerate(names) if name in names[:number]]
-    if twice:
-        raise UserError(f"{path} line 1 names the column {twice[0]!r} twice")
+    duplicates = [name for number, name in enumerate(names) if name in names[:number]]
+    if duplicates:
+        raise UserError(f"{path} line 1 names the column {duplicates[0]!r} twice")
     for batch in table.to_batches(rows_at_once):
         yield from batch.to_pylist()
 
 
 def _parse(file: Any) -> Any:
-    from pyarrow import csv as arrow_csv
-
-    # One block for the whole file: quoted cells may hold line ends, and types are then judged by every row.
+    arrow_csv: Any = import_module("pyarrow.csv")
+    # One block for the whole file: quoted cells may hold line ends, and every row counts for the types.
     size = file.stat().st_size if isinstance(file, Path) else len(file.getbuffer())
     return arrow_csv.read_csv(
         file,
@@ -62,7 +61,7 @@ def _has_odd_quotes(path: Path) -> bool:
 
 
 def _without_leading_blanks(path: Path) -> bytes:
-    """The file written anew, blanks at the start of cells left out, once every row has as many cells as the first."""
+    """The file as CSV without blanks at the start of cells; every row must have as many cells as the first."""
     csv.field_size_limit(sys.maxsize)
     out = io.StringIO(newline="")
     writer = csv.writer(out, quoting=csv.QUOTE_MINIMAL)

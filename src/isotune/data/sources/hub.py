@@ -1,13 +1,11 @@
-"""Data sets of the Hugging Face Hub: read where the Hub answers or a copy is cached, refused at once where not."""
+"""Loads data sets of the Hugging Face Hub, and fails at once where neither the Hub nor a cached copy is available."""
 
 import os
 import threading
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import Any
 
 from isotune.io.errors import UserError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 REACH_SECONDS = 5.0
 OFFLINE_WAYS = (
@@ -16,25 +14,22 @@ OFFLINE_WAYS = (
 )
 
 
-def load_hub_dataset(dataset_name: str, split: str, *, key: str) -> "Dataset":
-    """Load one split of a Hub data set.
+def load_hub_dataset(dataset_name: str, split: str, *, key: str) -> Any:
+    """Load one split of a Hub data set, a `datasets.Dataset`.
 
-    The libraries retry an unreachable Hub for minutes; here one short request decides. With `HF_HUB_OFFLINE` set
-    nothing is asked of the network and only the local cache counts.
+    The libraries retry an unreachable Hub for minutes, so one short request tests it first. With `HF_HUB_OFFLINE` set
+    there is no request, and only the local cache counts.
 
     Raises:
         UserError: no network and no cached copy, no such data set, or no such split.
     """
-    import datasets
-    from datasets import config
-    from datasets.exceptions import DatasetNotFoundError
-
-    offline = config.HF_HUB_OFFLINE
+    datasets: Any = import_module("datasets")  # takes a second, and has no types
+    offline: bool = datasets.config.HF_HUB_OFFLINE
     if not offline and not hub_answers():
         raise UserError(f"{key}: {dataset_name!r} is a Hub id and the Hugging Face Hub is out of reach: {OFFLINE_WAYS}")
     try:
-        loaded: Any = datasets.load_dataset(dataset_name, split=split)
-    except DatasetNotFoundError as error:
+        return datasets.load_dataset(dataset_name, split=split)
+    except datasets.exceptions.DatasetNotFoundError as error:
         raise UserError(f"{key}: the Hub has no data set {dataset_name!r} that this user may read") from error
     except ValueError as error:  # an unknown split or a missing configuration name
         raise UserError(f"{key}: {dataset_name!r} cannot be loaded: {first_line(error)}") from error
@@ -44,7 +39,6 @@ def load_hub_dataset(dataset_name: str, split: str, *, key: str) -> "Dataset":
                 f"{key}: {dataset_name!r} is not in the local cache and HF_HUB_OFFLINE is set: {OFFLINE_WAYS}"
             ) from error
         raise UserError(f"{key}: {dataset_name!r} cannot be fetched ({first_line(error)}): {OFFLINE_WAYS}") from error
-    return loaded
 
 
 def hub_answers() -> bool:
@@ -55,18 +49,18 @@ def hub_answers() -> bool:
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
-    answers: list[int] = []
+    status_codes: list[int] = []
 
-    def ask() -> None:
+    def request() -> None:
         try:
-            answers.append(get_session().head(constants.ENDPOINT, timeout=REACH_SECONDS).status_code)
+            status_codes.append(get_session().head(constants.ENDPOINT, timeout=REACH_SECONDS).status_code)
         except Exception:  # whatever the transport raises, its class differs between its versions
-            answers.clear()
+            status_codes.clear()
 
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(REACH_SECONDS)
-    return bool(answers)
+    thread = threading.Thread(target=request, daemon=True)
+    thread.start()
+    thread.join(REACH_SECONDS)
+    return bool(status_codes)
 
 
 def is_hub_id(dataset_name: str) -> bool:

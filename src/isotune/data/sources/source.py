@@ -1,4 +1,4 @@
-"""One way to read rows, whatever they lie in: the Hub, a folder, a file, or a corpus made by code.
+"""Reads the rows of a data set from the Hub, a folder, a file, or a corpus made by code.
 
 Reading never runs code that comes with the data and never unpickles: rows are JSON, CSV, Parquet or Arrow.
 """
@@ -9,9 +9,12 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from isotune.compat.datasets import fingerprint_of
 from isotune.data.sources.builtin import PREFIX, find_corpus
 from isotune.data.sources.csv_rows import read_csv
 from isotune.data.sources.hub import first_line, is_hub_id, load_hub_dataset
@@ -19,7 +22,8 @@ from isotune.io.errors import UserError
 
 Row = dict[str, Any]
 
-ROWS_AT_ONCE = 1_000
+ROWS_AT_ONCE = 1_000  # read from a file
+BATCH_ROWS = 256  # tokenized together
 FILE_SUFFIXES = (".jsonl", ".csv", ".parquet")
 SAVED_MARKERS = ("state.json", "dataset_dict.json")  # what datasets.save_to_disk leaves
 
@@ -50,9 +54,29 @@ class Source:
         if row is None:
             raise UserError(f"{self.name} holds no rows")
 
+    def batches(self) -> Iterator[list[tuple[int, Row]]]:
+        """Yield the rows in their order, BATCH_ROWS at a time, each with its number counted from 0."""
+        rows = enumerate(self.rows())
+        while batch := list(islice(rows, BATCH_ROWS)):
+            yield batch
+
     def where(self, row: int) -> str:
         """How an error sentence names a row, given its number counted from 0."""
         return f"row {row + 1} of {self.name}"
+
+
+def kind_of_value(value: Any) -> str:
+    """How an error sentence names what stands in a cell instead of what is expected."""
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
+def surrogate_fault(text: str) -> str | None:
+    """What is wrong with a text that cannot be UTF-8, as the end of a sentence; None where nothing is."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"holds half of a surrogate pair at character {error.start}, which is no text"
+    return None
 
 
 def read_rows(dataset_name: str, split: str = "train", *, name: str = "dataset_name") -> Source:
@@ -83,7 +107,7 @@ def read_rows(dataset_name: str, split: str = "train", *, name: str = "dataset_n
     if path.suffix in FILE_SUFFIXES or not is_hub_id(dataset_name):
         raise UserError(f"{name}: there is no file or folder {dataset_name}")
     dataset = load_hub_dataset(dataset_name, split, key=name)
-    return Source(f"{dataset_name} ({split})", str(dataset._fingerprint), lambda: _read_dataset(dataset))
+    return Source(f"{dataset_name} ({split})", fingerprint_of(dataset), lambda: _read_dataset(dataset))
 
 
 def _builtin_source(dataset_name: str, split: str) -> Source:
@@ -116,17 +140,17 @@ def _folder_source(folder: Path, split: str, key: str) -> Source:
         if path.suffix in FILE_SUFFIXES and path.is_file()
     )
     names = {path: re.sub(r"-\d+-of-\d+$", "", path.stem) for path in files}
-    found = [path for path in files if names[path] == split]
-    if not found:
-        held = ", ".join(sorted(set(names.values()))) or f"no {', '.join(FILE_SUFFIXES)} file at all"
-        raise UserError(f"{key}: the folder {folder} has no file for the split {split!r}; it has {held}")
-    kinds = {(path.parent, path.suffix) for path in found}
-    if len(kinds) > 1 or (len(found) > 1 and any(path.stem == split for path in found)):
+    chosen = [path for path in files if names[path] == split]
+    if not chosen:
+        present = ", ".join(sorted(set(names.values()))) or f"no {', '.join(FILE_SUFFIXES)} file at all"
+        raise UserError(f"{key}: the folder {folder} has no file for the split {split!r}; it has {present}")
+    formats = {(path.parent, path.suffix) for path in chosen}
+    if len(formats) > 1 or (len(chosen) > 1 and any(path.stem == split for path in chosen)):
         raise UserError(
             f"{key}: the split {split!r} lies in {folder} more than once "
-            f"({', '.join(str(path.relative_to(folder)) for path in found)}): name one file"
+            f"({', '.join(str(path.relative_to(folder)) for path in chosen)}): name one file"
         )
-    return _files_source(f"{folder} ({split})", found)
+    return _files_source(f"{folder} ({split})", chosen)
 
 
 def _saved_source(folder: Path, split: str, key: str) -> Source:
@@ -142,9 +166,7 @@ def _saved_source(folder: Path, split: str, key: str) -> Source:
             raise UserError(f"{key}: {folder} names the file {shard.name}, which is not there")
 
     def read() -> Iterator[Row]:
-        import datasets
-
-        return _read_dataset(datasets.load_from_disk(folder))
+        return _read_dataset(import_module("datasets").load_from_disk(folder))
 
     return Source(f"{folder} ({split})", _digest([folder / "state.json", *shards]), read)
 
@@ -180,9 +202,8 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
+    pa: Any = import_module("pyarrow")
+    parquet: Any = import_module("pyarrow.parquet")
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(ROWS_AT_ONCE):

@@ -90,7 +90,7 @@ def attention_of(classifier: Classifier, rows: Rows, row: int) -> Attention | No
     try:
         inner.set_attn_implementation("eager")
         device = next(inner.parameters()).device
-        found = inner._plain_forward(
+        found = inner.stock_forward(
             torch.from_numpy(ids)[None].to(device),
             attention_mask=torch.ones((1, len(ids)), dtype=torch.long, device=device),
             output_attentions=True,

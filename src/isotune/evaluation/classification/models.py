@@ -1,34 +1,32 @@
 """A classifier ready to be asked: of a finished run, whole or an adapter, or any other that transformers can load."""
 
-import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
-from isotune.data.classification.preparation import LabelSettings
-from isotune.data.sources.hub import first_line, is_hub_id
+from isotune.data.classification.labels import ClassificationSettings
+from isotune.data.sources.hub import is_hub_id
 from isotune.evaluation.classification.tasks import Task, read_task
 from isotune.io.errors import UserError
-from isotune.models.classifier import head_of, install_classification
-from isotune.models.finished_run import (
+from isotune.models.classifier import install_classification
+from isotune.models.opening import (
     ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    LOADING_ERRORS,
     FinishedRun,
     add_run_adapter,
+    is_classifier,
+    load_pretrained,
+    load_pretrained_config,
+    load_pretrained_tokenizer,
     load_run_base,
     load_run_tokenizer,
-    load_weights,
+    load_whole_model,
     read_run,
 )
-from isotune.models.log_control import quiet_libraries
-from isotune.models.packed_attention import POSITIONS_AFTER_PADDING
+from isotune.models.packed_attention import max_positions
 
 LONGEST_BY_DEFAULT = 512  # tokens of a document, where no run says it
 
@@ -48,7 +46,7 @@ class Classifier:
     name: str
     model: Any
     tokenizer: Any
-    settings: LabelSettings
+    settings: ClassificationSettings
     label_names: tuple[str, ...] | None
     run: FinishedRun | None = None
 
@@ -66,15 +64,19 @@ def load_run_classifier(run_dir: str | Path, device: torch.device, dtype: torch.
     """
     run = read_run(run_dir)
     if run.is_adapter:
-        base = _load_adapted_base(run, device)
+        if not is_classifier(run):
+            raise UserError(f"{run.folder} is no run of a classifier: eval/generate.py evaluates a language model")
+        base = load_run_base(run, device, dequantize=True)
         install_classification(base.to(dtype))
         model = add_run_adapter(run, base).to(dtype)
     else:
         _check_kind(run.model, str(run.folder))
-        model = load_weights(str(run.model), auto=AutoModelForSequenceClassification, dtype=dtype).to(device)
+        model = load_whole_model(run, dtype).to(device)
         install_classification(model)
-    said = {f.name: run.settings[f.name] for f in fields(LabelSettings) if run.settings.get(f.name) is not None}
-    settings = replace(LabelSettings(**said), num_labels=int(model.config.num_labels))
+    said = {
+        f.name: run.settings[f.name] for f in fields(ClassificationSettings) if run.settings.get(f.name) is not None
+    }
+    settings = replace(ClassificationSettings(**said), num_labels=int(model.config.num_labels))
     names = settings.label_names or _names_of(model.config)
     return Classifier(str(run_dir), model.eval(), load_run_tokenizer(run), settings, names, run)
 
@@ -91,17 +93,13 @@ def load_model_classifier(name: str, device: torch.device, dtype: torch.dtype) -
         raise UserError(f"there is no model folder {name}")
     if Path(name).is_dir():
         _check_kind(Path(name), name)
-    model = load_weights(name, auto=AutoModelForSequenceClassification, dtype=dtype).to(device).eval()
+    model = load_pretrained(name, auto=AutoModelForSequenceClassification, dtype=dtype).to(device).eval()
     if model.config.num_labels < 2:
         raise UserError(f"{name} has {model.config.num_labels} output: it tells no classes apart")
-    try:
-        with quiet_libraries():
-            tokenizer = AutoTokenizer.from_pretrained(name)
-    except LOADING_ERRORS as error:
-        raise UserError(f"the tokenizer of {name} cannot be loaded: {first_line(error)}") from error
+    tokenizer = load_pretrained_tokenizer(name)
     install_classification(model)
     longest = min(LONGEST_BY_DEFAULT, positions_of(model.config), tokenizer.model_max_length)
-    settings = LabelSettings(max_seq_length=longest, num_labels=int(model.config.num_labels))
+    settings = ClassificationSettings(max_seq_length=longest, num_labels=int(model.config.num_labels))
     return Classifier(name, model, tokenizer, settings, _names_of(model.config))
 
 
@@ -126,52 +124,15 @@ def task_of_run(classifier: Classifier, flags: Mapping[str, Any]) -> tuple[Task,
 
 def positions_of(config: Any) -> int:
     """The longest document that a model has positions for, in tokens."""
-    positions = getattr(config, "max_position_embeddings", None) or 2**31
-    return positions - (config.pad_token_id + 1 if config.model_type in POSITIONS_AFTER_PADDING else 0)
+    return max_positions(config) or 2**31
 
 
 def _check_kind(folder: Path, name: str) -> None:
     """A folder of another kind of model would load with a head drawn at random, or fail with a long story."""
-    try:
-        config = AutoConfig.from_pretrained(str(folder))
-    except LOADING_ERRORS as error:
-        raise UserError(f"the model in {folder} cannot be loaded: {first_line(error)}") from error
+    config = load_pretrained_config(str(folder))
     kinds = config.architectures or []
     if kinds and not any(kind.endswith("ForSequenceClassification") for kind in kinds):
         raise UserError(f"{name} holds a {kinds[0]}, not a classifier: eval/generate.py evaluates a language model")
-
-
-def _load_adapted_base(run: FinishedRun, device: torch.device) -> Any:
-    """The base of an adapter with a head of the adapter's size; the adapter brings the head's weights."""
-    if json.loads((run.model / ADAPTER_CONFIG).read_text("utf-8")).get("task_type") != "SEQ_CLS":
-        raise UserError(f"{run.folder} is no run of a classifier: eval/generate.py evaluates a language model")
-    try:
-        config = AutoConfig.from_pretrained(str(run.base))
-    except LOADING_ERRORS as error:
-        raise UserError(f"the base model {run.base} cannot be loaded: {first_line(error)}") from error
-    heads = head_of(config)
-    config.num_labels = _classes_of_adapter(run.model / ADAPTER_WEIGHTS, heads)
-    return load_run_base(
-        run,
-        device,
-        dequantised=True,
-        auto=AutoModelForSequenceClassification,
-        may_lack=heads,
-        config=config,
-    )
-
-
-def _classes_of_adapter(file: Path, heads: Sequence[str]) -> int:
-    """The classes of an adapter's head: of its matrices the last has the fewest rows."""
-    rows = math.inf
-    with safe_open(str(file), framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118  (no mapping)
-            shape = tensors.get_slice(name).get_shape()
-            if set(name.split(".")) & set(heads) and "lora_" not in name and len(shape) == 2:
-                rows = min(rows, shape[0])
-    if not math.isfinite(rows):
-        raise UserError(f"{file} has no classification head ({' or '.join(heads)})")
-    return int(rows)
 
 
 def _names_of(config: Any) -> tuple[str, ...] | None:

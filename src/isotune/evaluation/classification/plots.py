@@ -4,7 +4,6 @@ Drawn on matplotlib's Agg canvas without pyplot: no display, no global state. Th
 told apart with any common colour blindness.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 
 from isotune.evaluation.classification.result import Evaluation
 from isotune.evaluation.metrics.probabilities import BINS, bin_of, confidences
-from isotune.io.files import replace_file
+from isotune.io.files import replace_file, replacing
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 CONFUSION, PRECISION_RECALL, RELIABILITY = "confusion_matrix.png", "precision_recall.png", "reliability.png"
@@ -151,9 +150,8 @@ def new_figure(width: float, height: float, *, panels: int = 1, **how: Any) -> t
 
 def save_picture(figure: Any, file: Path, words: Sequence[str]) -> Path:
     """Write a picture and its alternative in words, each renamed into place when whole."""
-    staging = file.with_name(f".{file.name}.tmp")
-    figure.savefig(staging, format="png", dpi=DOTS_PER_INCH)
-    os.replace(staging, file)
+    with replacing(file) as staging:
+        figure.savefig(staging, format="png", dpi=DOTS_PER_INCH)
     replace_file(file.with_suffix(".txt"), "\n".join(words) + "\n")
     return file
 

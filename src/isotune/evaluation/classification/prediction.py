@@ -8,8 +8,8 @@ import torch
 from tqdm import tqdm
 
 from isotune.data.batch_schedule import ATTENTION_PARITY_TOKENS, Microbatch
-from isotune.data.collate import collate_labelled
-from isotune.data.documents import LabelledDocuments
+from isotune.data.collate import collate
+from isotune.data.documents import Documents
 from isotune.evaluation.classification.models import Classifier
 from isotune.evaluation.distributed_eval import Ranks
 from isotune.io.errors import UserError
@@ -22,7 +22,7 @@ BATCH_TOKENS = {"cpu": 4_096, "cuda": 65_536}
 @torch.inference_mode()
 def classify(
     classifier: Classifier,
-    documents: LabelledDocuments,
+    documents: Documents,
     ranks: Ranks,
     *,
     batch_tokens: int | None = None,
@@ -49,7 +49,7 @@ def classify(
         for number in mine:
             chosen = tuple(passes[number].tolist())
             tokens = int(lengths[passes[number]].sum())
-            inputs: Any = collate_labelled(documents, Microbatch(number, chosen, tokens, len(chosen), costs[number]))
+            inputs: Any = collate(documents, Microbatch(number, chosen, tokens, len(chosen), costs[number]))
             del inputs["targets"]
             moved = {key: value.to(device) if torch.is_tensor(value) else value for key, value in inputs.items()}
             logits = classifier.model(**moved).logits.double().cpu().numpy()

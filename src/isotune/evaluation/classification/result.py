@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from isotune.data.classification.preparation import LabelledSet, tokenise
+from isotune.data.classification.preparation import LabelledSplit, tokenize
 from isotune.data.classification.split import split_by_content
-from isotune.data.documents import LabelledDocuments
+from isotune.data.documents import Documents
 from isotune.data.sources.source import Source
 from isotune.evaluation.classification.examples import Example, examples_of, worth_reading
 from isotune.evaluation.classification.models import Classifier, positions_of
@@ -32,7 +32,7 @@ class Rows:
         cut: documents that were longer than max_seq_length.
     """
 
-    documents: LabelledDocuments
+    documents: Documents
     texts: list[str]
     names: list[str]
     cut: int
@@ -95,20 +95,20 @@ def read_task_rows(
     if settings.max_seq_length > positions:
         raise UserError(f"max_seq_length {settings.max_seq_length} is beyond the {positions} positions of the model")
     source: Source = task.source(limit)
-    found: LabelledSet = tokenise(source, classifier.tokenizer, settings, show_progress=ranks.is_main)
+    found: LabelledSplit = tokenize(source, classifier.tokenizer, settings, show_progress=ranks.is_main)
     if held_out is not None:
         _, found = split_by_content(found, *held_out)
     found.check_classes(evaluation=True)
     if ranks.is_main:
         print(found.prepared().table, flush=True)
     names = [str(name) for name in task.labels or classifier.label_names or range(classes)]
-    order = np.argsort(found.texts.ids[:], kind="stable")
-    texts = list(found.read_texts())
+    order = np.argsort(found.documents.ids, kind="stable")
+    texts = list(found.texts())
     return Rows(
-        documents=_in_order(found.texts, order),
+        documents=found.documents.select(order),
         texts=[texts[i] for i in order.tolist()],
         names=names,
-        cut=int((found.texts.whole_lengths[:] > settings.max_seq_length).sum()),
+        cut=int((found.documents.columns["whole_lengths"] > settings.max_seq_length).sum()),
     )
 
 
@@ -177,18 +177,3 @@ def print_scores(done: Evaluation) -> None:
         print(f"  {name:<28} {value:>8.4f}   {low:.4f} to {high:.4f}")
     for name in done.scores.undefined:
         print(f"  {name:<28}   these rows have none")
-
-
-def _in_order(documents: LabelledDocuments, order: np.ndarray) -> LabelledDocuments:
-    if (order == np.arange(len(order))).all():
-        return documents
-    lengths = documents.lengths[order]
-    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    places = np.arange(int(starts[-1])) + np.repeat(documents.starts[:-1][order] - starts[:-1], lengths)
-    return LabelledDocuments(
-        input_ids=documents.input_ids[places],
-        labels=documents.labels[order],
-        starts=starts,
-        source_rows=documents.source_rows[order],
-        ids=documents.ids[order],
-    )

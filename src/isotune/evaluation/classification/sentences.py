@@ -4,13 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from isotune.data.classification.labels import labels_of
 from isotune.data.classification.text_encoding import TextEncoder
 from isotune.data.clean_text import clean
-from isotune.data.documents import LabelledDocuments
 from isotune.evaluation.classification.models import Classifier, load_run_classifier
 from isotune.evaluation.classification.prediction import classify, probabilities_of
 from isotune.evaluation.distributed_eval import Ranks
@@ -38,15 +36,8 @@ def classify_texts(classifier: Classifier, texts: Sequence[str]) -> list[Classif
     for text in texts:
         _check_characters(text)
     read = [clean(text) for text in texts] if settings.clean_text else list(texts)
-    encoded = TextEncoder(classifier.tokenizer).encode(read, settings.max_seq_length, settings.overlong)
     truth = None if settings.label_source == "column" else labels_of(texts, settings)
-    documents = LabelledDocuments(
-        input_ids=encoded.input_ids,
-        labels=np.zeros(len(texts), np.int32) if truth is None else truth,
-        starts=np.concatenate([np.zeros(1, np.int64), np.cumsum(encoded.lengths)]),
-        source_rows=np.arange(len(texts)),
-        ids=np.arange(len(texts)),
-    )
+    documents = TextEncoder(classifier.tokenizer).encode(read, settings.max_seq_length, settings.overlong, truth)
     device = next(classifier.model.parameters()).device
     probabilities = probabilities_of(classify(classifier, documents, Ranks(0, 1, device)))
     names = classifier.label_names or tuple(map(str, range(probabilities.shape[1])))

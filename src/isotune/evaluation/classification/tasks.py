@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from isotune.data.sft.preparation import digest
+from isotune.data.fingerprint import digest
 from isotune.data.sources.hub import first_line
 from isotune.data.sources.source import Row, Source, read_rows
 from isotune.io.errors import UserError

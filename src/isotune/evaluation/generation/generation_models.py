@@ -7,13 +7,19 @@ from typing import Any
 import torch
 
 from isotune.data.sft.conversations import render_prompt
-from isotune.data.sources.hub import first_line, is_hub_id
+from isotune.data.sources.hub import is_hub_id
 from isotune.evaluation.generation.batched_generation import GenerationModel, Prompt, complete
 from isotune.evaluation.generation.decoding import Decoding, first_turn
 from isotune.evaluation.generation.zero3 import Shards
 from isotune.io.errors import UserError
-from isotune.models.finished_run import LOADING_ERRORS, load_run_model, load_run_tokenizer, load_weights, read_run
-from isotune.models.log_control import quiet_libraries
+from isotune.models.opening import (
+    load_pretrained,
+    load_pretrained_config,
+    load_pretrained_tokenizer,
+    load_run_model,
+    load_run_tokenizer,
+    read_run,
+)
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -50,34 +56,23 @@ def generation_model_named(
     Raises:
         UserError: it cannot be loaded, or is an adapter.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     if (Path(name) / "adapter_config.json").is_file():
         raise UserError(f"--model {name} is an adapter without its base: give the folder of its run with --run_dir")
     if not Path(name).is_dir() and not is_hub_id(name):
         raise UserError(f"there is no model folder {name}")
     announced = shards.announce(_stored_dtype(name)) if shards else None
-    model = load_weights(name, dtype="auto").to(device or best_device()).eval()
+    model = load_pretrained(name, auto=AutoModelForCausalLM, dtype="auto").to(device or best_device()).eval()
     del announced
-    try:
-        with quiet_libraries():
-            tokenizer = AutoTokenizer.from_pretrained(name)
-    except LOADING_ERRORS as error:
-        raise UserError(f"the tokenizer of {name} cannot be loaded: {first_line(error)}") from error
-    speaker = GenerationModel(model, tokenizer)
+    speaker = GenerationModel(model, load_pretrained_tokenizer(name))
     return shards.spread(speaker) if shards else speaker
 
 
 def _stored_dtype(name: str | Path) -> torch.dtype:
     """The type of a model's weights, as its configuration says."""
-    from transformers import AutoConfig
-
-    try:
-        with quiet_libraries():
-            stored: Any = AutoConfig.from_pretrained(str(name)).dtype
-            return stored or torch.float32
-    except LOADING_ERRORS as error:
-        raise UserError(f"the model {name} cannot be loaded: {first_line(error)}") from error
+    stored: Any = load_pretrained_config(str(name)).dtype
+    return stored or torch.float32
 
 
 def best_device() -> torch.device:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from isotune.config import ClassificationRecipe
-from isotune.data.classification.preparation import PreparedLabels
+from isotune.data.prepared import PreparedData
 from isotune.evaluation.results import CLASSIFICATION, PREDICTIONS, rows_digest, write_result
 from isotune.io.errors import RunFault, UserError
 
@@ -85,7 +85,7 @@ def judge(right: np.ndarray, contents: np.ndarray, chance: float) -> Verdict:
     )
 
 
-def judge_run(run: Path, recipe: ClassificationRecipe, evaluation: PreparedLabels) -> Verdict:
+def judge_run(run: Path, recipe: ClassificationRecipe, evaluation: PreparedData) -> Verdict:
     """Judge the last evaluation of a finished run and write the verdict to RUN/eval/chance.
 
     Returns:
@@ -118,7 +118,7 @@ def judge_run(run: Path, recipe: ClassificationRecipe, evaluation: PreparedLabel
             "rows_sha256": rows_digest(zip(documents.ids.tolist(), evaluation.texts(), strict=True)),
             "judged": folders[-1].parent.name,
             "label_source": recipe.label_source,
-            "label_names": evaluation.table.counts.class_names,
+            "label_names": evaluation.class_names,
             "verdict": str(verdict),
             "alarm": "the pipeline leaks" if alarm else None,
         },

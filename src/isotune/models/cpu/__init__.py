@@ -1,1 +1,1 @@
-"""What makes a step on CPU fast. Readers who train on GPUs can skip this folder."""
+"""Faster training and evaluation on CPU. Nothing here runs on a GPU."""

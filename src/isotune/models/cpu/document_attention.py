@@ -1,20 +1,19 @@
-"""Attention within each document of a packed row, in plain batched matrix products, because SDPA on CPU is slow.
+"""Attention within each document of a packed row, as batched matrix products, because SDPA on CPU is slow.
 
 torch's CPU kernel takes 12.6 ms forward and backward for one bf16 document of 340 tokens and 16 heads of 64; these
-products take a third of that. A document is computed from its own rows alone, in shapes that depend on its own length
-alone, so nothing that a neighbour holds can reach it, not even through rounding.
+products take a third of that. A document is computed from its own rows only, in shapes that depend on its own length
+only, so its neighbours cannot change its bits.
 
-The causal triangle is cut into blocks of query rows, and each block stops at its last visible key:
+The causal triangle is split into blocks of query rows, and each block stops at its last visible key:
 
     queries 0-127    [#\\          ]
     queries 128-255  [####\\       ]      # computed    \\ masked on the diagonal    blank: never computed
     queries 256-320  [########\\   ]
 
-Scores and softmax are fp32; the other products run in the inputs' type. With scores rounded to bf16 the kernel would
-be, where scores reach 20, four to seven times further from the truth than torch's own. Nothing of size
-[heads, tokens, tokens] outlives a block unless the caller says `keep_weights`: the backward pass computes the weights
-again, and draws the same dropout mask again from the same seed (recomputation: Chen et al. 2016; Dao et al. 2022,
-arXiv:2205.14135).
+Scores and softmax are fp32; the other products run in the inputs' dtype. Where scores reach 20, scores rounded to bf16
+would make errors four to seven times those of torch's kernel. Nothing of size [heads, tokens, tokens] is kept after its
+block, unless `keep_weights` is set: the backward pass recomputes the weights, and draws the same dropout mask from the
+same seed (recomputation: Chen et al. 2016; Dao et al. 2022, arXiv:2205.14135).
 """
 
 import contextlib
@@ -26,9 +25,10 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from isotune.compat.torch_ops import softmax_backward
 from isotune.models.cpu.dropout import draw_seed, keep_mask, mask_generator, masked, quantised_drop
 
-QUERIES_PER_BLOCK = 128  # of 64 to 256, as fast as any and the least memory
+QUERIES_PER_BLOCK = 128  # as fast as 64 or 256, with the least memory
 KEPT_UP_TO_TOKENS = 1_024
 
 
@@ -49,15 +49,15 @@ def document_attention(
         query: [1, heads, tokens, head_size].
         key, value: [1, key_heads, tokens, head_size]; heads is a multiple of key_heads (grouped queries, Ainslie et
             al. 2023, arXiv:2305.13245).
-        bounds: documents are the spans between neighbours; begins with 0, ends with `tokens`.
+        bounds: boundaries of the documents, from 0 to `tokens`.
         scale: multiplies the scores.
-        causal: a token sees itself and what stands before it in its document.
+        causal: a token attends to itself and earlier tokens of its document.
         dropout: probability of dropping an attention weight; its seed comes from torch's default CPU generator.
-        keep_weights: let the weights of documents of up to 1,024 tokens wait for the backward pass, in the type of
-            `value`: faster, for at most 1 KiB a head and token in 16 bits where `causal`, and twice that where not.
+        keep_weights: save the weights of documents of up to 1,024 tokens for the backward pass, in the dtype of
+            `value`: faster, for at most 1 KiB per head and token in 16 bits where `causal`, else twice that.
 
     Returns:
-        [1, tokens, heads, head_size], in the type of `value`. Under autocast, all three are taken in its type.
+        [1, tokens, heads, head_size], in the dtype of `value`. Under autocast all inputs are cast to its dtype first.
     """
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
@@ -66,7 +66,7 @@ def document_attention(
 
 
 class _DocumentAttention(torch.autograd.Function):
-    # Autocast stays on inside a Function, where it would turn the fp32 scores into 16 bits.
+    # autocast stays on inside a Function, and would compute the fp32 scores in 16 bits
     @staticmethod
     @torch.autocast("cpu", enabled=False)
     def forward(  # type: ignore[override]
@@ -76,21 +76,21 @@ class _DocumentAttention(torch.autograd.Function):
         ctx.bounds, ctx.scale, ctx.causal = bounds, scale, causal
         ctx.dropout, ctx.seed = dropout, draw_seed() if dropout else 0
         drop = _WeightDropout(ctx.dropout, ctx.seed)
-        out = value.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
-        by_head = out.transpose(1, 2)[0]
-        ctx.kept_up_to, ctx.kept = kept_up_to, []  # weights of the blocks of short documents, in order
+        output = value.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+        by_head = output.transpose(1, 2)[0]
+        ctx.kept_up_to, ctx.kept = kept_up_to, []  # weights by block, of short documents only
         for document in _spans(bounds):
             q, k, v = (t[0, :, document].contiguous() for t in (query, key, value))
             scores = _Scores(q, k, v.dtype, scale, causal)
             keeps = q.shape[1] <= kept_up_to
-            for rows, seen in _blocks(q.shape[1], causal):
-                weights = scores.softmax(rows, seen, in_own_memory=keeps)
+            for rows, keys in _blocks(q.shape[1], causal):
+                weights = scores.softmax(rows, keys, in_own_memory=keeps)
                 if keeps:
                     ctx.kept.append(weights)
-                product = torch.bmm(drop(weights, drop.next_mask(weights)), v[:, :seen])
+                product = torch.bmm(drop(weights, drop.next_mask(weights)), v[:, :keys])
                 here = slice(document.start + rows.start, document.start + rows.stop)
                 by_head[:, here] = product.view(q.shape[0], -1, v.shape[2])
-        return out
+        return output
 
     @staticmethod
     @once_differentiable
@@ -98,33 +98,33 @@ class _DocumentAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:  # type: ignore[override]
         query, key, value = ctx.saved_tensors
         grad_by_head = grad.transpose(1, 2)
-        grad_query, grad_key, grad_value = (_laid_out_by_token(t) for t in (query, key, value))
+        grad_query, grad_key, grad_value = (_empty_by_token(t) for t in (query, key, value))
         drop = _WeightDropout(ctx.dropout, ctx.seed)
         kept = iter(ctx.kept)
         for document in _spans(ctx.bounds):
             q, k, v, upstream = (t[0, :, document].contiguous() for t in (query, key, value, grad_by_head))
-            again = None if q.shape[1] <= ctx.kept_up_to else _Scores(q, k, v.dtype, ctx.scale, ctx.causal)
+            scores = None if q.shape[1] <= ctx.kept_up_to else _Scores(q, k, v.dtype, ctx.scale, ctx.causal)
             gradients = _Workspace()
             key_sum, value_sum = torch.zeros_like(_in_fp32(k)), torch.zeros_like(_in_fp32(v))
-            for rows, seen in _blocks(q.shape[1], ctx.causal):
-                weights = next(kept) if again is None else again.softmax(rows, seen)
+            for rows, keys in _blocks(q.shape[1], ctx.causal):
+                weights = next(kept) if scores is None else scores.softmax(rows, keys)
                 mask = drop.next_mask(weights)
-                out_grad = _by_key_head(upstream, rows, len(k))
-                value_sum[:, :seen] += torch.bmm(drop(weights, mask).transpose(1, 2), out_grad)
-                held = gradients.like(weights)
-                weight_grad = drop(torch.bmm(out_grad, v[:, :seen].contiguous().transpose(1, 2), out=held), mask)
-                score_grad = torch.ops.aten._softmax_backward_data(weight_grad, weights, -1, weights.dtype)
-                query_grad = torch.bmm(score_grad, k[:, :seen]).view(len(q), -1, q.shape[2])
+                output_grad = _by_key_head(upstream, rows, len(k))
+                value_sum[:, :keys] += torch.bmm(drop(weights, mask).transpose(1, 2), output_grad)
+                buffer = gradients.like(weights)
+                weight_grad = drop(torch.bmm(output_grad, v[:, :keys].contiguous().transpose(1, 2), out=buffer), mask)
+                score_grad = softmax_backward(weight_grad, weights)
+                query_grad = torch.bmm(score_grad, k[:, :keys]).view(len(q), -1, q.shape[2])
                 here = slice(document.start + rows.start, document.start + rows.stop)
                 grad_query[0, :, here] = query_grad.mul_(ctx.scale)
-                key_sum[:, :seen] += torch.bmm(score_grad.transpose(1, 2), _by_key_head(q, rows, len(k)))
+                key_sum[:, :keys] += torch.bmm(score_grad.transpose(1, 2), _by_key_head(q, rows, len(k)))
             grad_key[0, :, document] = key_sum.mul_(ctx.scale)
             grad_value[0, :, document] = value_sum
         return grad_query, grad_key, grad_value, None, None, None, None, None
 
 
 class _WeightDropout:
-    """Dropout of one call's attention weights: made twice from one seed, it deals the same masks in the same order."""
+    """Dropout of the attention weights of one call: the same seed yields the same masks in the same order."""
 
     def __init__(self, p: float, seed: int) -> None:
         self.threshold, self.scale = quantised_drop(p)
@@ -144,14 +144,14 @@ def _spans(bounds: list[int]) -> Iterator[slice]:
 
 
 def _blocks(tokens: int, causal: bool) -> Iterator[tuple[slice, int]]:
-    """Rows of queries with the number of keys that any of them sees."""
+    """Blocks of query rows, each with the number of keys that it attends to."""
     for start in range(0, tokens, QUERIES_PER_BLOCK):
         stop = min(start + QUERIES_PER_BLOCK, tokens)
         yield slice(start, stop), stop if causal else tokens
 
 
 def _by_key_head(tensor: torch.Tensor, rows: slice, key_heads: int) -> torch.Tensor:
-    """Rows of [heads, tokens, size] as [key_heads, group * rows, size]: a group shares its key head's products."""
+    """Rows of [heads, tokens, size] as [key_heads, group * rows, size]: one product per key head."""
     return tensor[:, rows].reshape(key_heads, -1, tensor.shape[2])
 
 
@@ -159,26 +159,26 @@ def _in_fp32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _laid_out_by_token(like: torch.Tensor) -> torch.Tensor:
-    """Empty [1, heads, tokens, size] in the memory order of the projections, [tokens, heads * size]: no later copy."""
+def _empty_by_token(like: torch.Tensor) -> torch.Tensor:
+    """Uninitialised [1, heads, tokens, size] in the memory order of the projections, which saves a copy there."""
     return torch.empty_like(like.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 class _Workspace:
-    """Memory for one tensor of a document at a time: blocks of many megabytes would be fresh pages every time."""
+    """Memory for one tensor at a time, used again, because new blocks of many megabytes are fresh pages every time."""
 
     def __init__(self) -> None:
-        self.held = torch.empty(0)
+        self.buffer = torch.empty(0)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Uninitialised; what was given before is overwritten."""
+        """An uninitialised tensor; it overwrites the previous one."""
         elements = math.prod(shape)
-        if self.held.dtype != dtype or self.held.numel() < elements:
-            self.held = torch.empty(elements, dtype=dtype)
-        return self.held[:elements].view(*shape)
+        if self.buffer.dtype != dtype or self.buffer.numel() < elements:
+            self.buffer = torch.empty(elements, dtype=dtype)
+        return self.buffer[:elements].view(*shape)
 
     def like(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`empty` of another tensor's shape and type."""
+        """`empty` with another tensor's shape and dtype."""
         return self.empty(tensor.shape, tensor.dtype)
 
 
@@ -186,26 +186,26 @@ class _Scores:
     """Attention weights of one document, a block of queries at a time."""
 
     def __init__(self, query: torch.Tensor, key: torch.Tensor, dtype: torch.dtype, scale: float, causal: bool) -> None:
-        # fp32 from the product on: rounded to bf16, a score of 20 would be off by up to 0.06
+        # fp32 scores: rounded to bf16, a score of 20 would be off by up to 0.06
         self.queries = _in_fp32(query)
         self.keys = _in_fp32(key.transpose(1, 2).contiguous())
         self.dtype, self.scale, self.causal = dtype, scale, causal
-        # numbers that came from bf16 may go through bf16 units: their products are exact, and are added up in fp32
-        self.units = _bf16_units if query.dtype == torch.bfloat16 else contextlib.nullcontext
+        # bf16 values may use bf16 hardware: their products are exact, and are summed in fp32
+        self.precision = _bf16_products if query.dtype == torch.bfloat16 else contextlib.nullcontext
         side = min(QUERIES_PER_BLOCK, query.shape[1])
         self.future = torch.full((side, side), -torch.inf, dtype=self.queries.dtype).triu_(1)
         self.scores, self.weights = _Workspace(), _Workspace()
 
-    def softmax(self, rows: slice, seen: int, *, in_own_memory: bool = False) -> torch.Tensor:
-        """Weights [key_heads, group * rows, seen] of a block; not `in_own_memory`, the next block overwrites them."""
+    def softmax(self, rows: slice, keys: int, *, in_own_memory: bool = False) -> torch.Tensor:
+        """Weights [key_heads, group * rows, keys] of a block; the next block overwrites them unless `in_own_memory`."""
         queries = _by_key_head(self.queries, rows, len(self.keys))
-        scores = self.scores.empty((*queries.shape[:2], seen), queries.dtype)
-        with self.units():
-            torch.bmm(queries, self.keys[:, :, :seen], out=scores)
+        scores = self.scores.empty((*queries.shape[:2], keys), queries.dtype)
+        with self.precision():
+            torch.bmm(queries, self.keys[:, :, :keys], out=scores)
         scores.mul_(self.scale)
         if self.causal:
             count = rows.stop - rows.start
-            scores.view(len(scores), -1, count, seen)[..., rows.start :] += self.future[:count, :count]
+            scores.view(len(scores), -1, count, keys)[..., rows.start :] += self.future[:count, :count]
         torch.softmax(scores, dim=-1, out=scores)
         if in_own_memory:
             return scores.to(self.dtype, copy=True)
@@ -213,12 +213,12 @@ class _Scores:
 
 
 @contextlib.contextmanager
-def _bf16_units() -> Iterator[None]:
-    """Within it oneDNN may round the inputs of fp32 products to bf16, and does on processors with such units."""
-    products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  (its stub does not know it)
-    before = products.fp32_precision
-    products.fp32_precision = "bf16"
+def _bf16_products() -> Iterator[None]:
+    """Within it oneDNN may round the inputs of fp32 products to bf16, and does on processors with bf16 instructions."""
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  (missing in torch's stubs)
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
     try:
         yield
     finally:
-        products.fp32_precision = before
+        matmul.fp32_precision = before

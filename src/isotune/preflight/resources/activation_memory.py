@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_iter
 
 from isotune.models import classifier, packed_attention, supervised_loss
 from isotune.models.cpu import cast_linear, document_attention, dropout, fused_lora, tied_embedding
-from isotune.models.cpu.speedups import enable_speedups, training_pass
+from isotune.models.cpu.speedups import enable_speedups, training_microbatch
 
 FEW_BLOCKS = (2, 3)
 
@@ -107,7 +107,7 @@ def _trace(model: nn.Module, inputs: dict[str, Any], autocast: torch.dtype | Non
         model.train()
         live = _LiveBytes(model, on_cpu)
         products = torch.autocast("cpu", dtype=autocast) if autocast else contextlib.nullcontext()
-        with live, products, training_pass(model) if on_cpu else contextlib.nullcontext():
+        with live, products, training_microbatch(model) if on_cpu else contextlib.nullcontext():
             model(**inputs, use_cache=False).loss.backward()
     return live.most_besides_gradients, *live.most
 

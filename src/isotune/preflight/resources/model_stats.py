@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.trainer_pt_utils import get_parameter_names
 
 from isotune.config import ClassificationRecipe, Recipe, RunRecipe
-from isotune.models.classifier import head_of, install_classification
+from isotune.models.classifier import install_classification
+from isotune.models.heads import head_of
 from isotune.models.lora import add_adapters
-from isotune.models.opening import weights_dtype, whole_weights
+from isotune.models.opening import weights_dtype, whole_models
 from isotune.models.packed_attention import set_packed_attention
 from isotune.models.supervised_loss import install_supervised_loss
 
@@ -96,7 +97,7 @@ def builder(recipe: RunRecipe, config: PreTrainedConfig, num_labels: int | None 
         if getattr(smaller, "layer_types", None):
             smaller.layer_types = smaller.layer_types[:layers]
         # under ZeRO-3 transformers would fill the weights in shares, and a model without weights has none
-        with whole_weights(), torch.device("meta"):
+        with whole_models(), torch.device("meta"):
             if isinstance(recipe, ClassificationRecipe):
                 smaller.num_labels = num_labels or recipe.num_labels or 2
                 base: Any = AutoModelForSequenceClassification.from_config(smaller, dtype=weights_dtype(recipe))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from isotune.config import Recipe, RunRecipe
-from isotune.data.batch_schedule import StepSchedule, assign
+from isotune.data.batch_schedule import StepSchedule, assign_to_ranks
 from isotune.preflight.resources.model_stats import ModelStats
 
 _MOST_STEPS_LOOKED_AT = 200
@@ -59,7 +59,7 @@ def count_work(recipe: RunRecipe, data: Any, world_size: int) -> Work:
     costliest = max((m for step in looked_at for m in step.microbatches), key=lambda m: (m.tokens, m.cost))
     balance = []
     for step in looked_at:
-        costs = [sum(m.cost * m.weight for m in share) for share in assign(step, world_size)]
+        costs = [sum(m.cost * m.weight for m in share) for share in assign_to_ranks(step, world_size)]
         balance.append(max(costs) / (sum(costs) / world_size) - 1)
     tokens = int(lengths.sum())
     room = len(rows) * recipe.max_seq_length

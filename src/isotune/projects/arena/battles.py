@@ -1,4 +1,4 @@
-"""The Chatbot Arena's files as they come: two answers to one prompt, and which of them a person preferred.
+"""Reads the Chatbot Arena's files: two answers to one prompt, and which of them a person preferred.
 
 A row of Kaggle's `train.csv` (LLM Classification Finetuning) has an `id`, `prompt`, `response_a` and `response_b`, each
 a JSON list in a string with one text a turn, and the flags `winner_model_a`, `winner_model_b` and `winner_tie`. Who
@@ -49,14 +49,14 @@ class Battle:
 
         Battles without any prompt share nothing by that, so those are told apart by their two answers, in any order.
         """
-        asked = _normal(self.prompt)
-        said = [] if asked else sorted([_normal(self.answer_a), _normal(self.answer_b)])
-        return hashlib.sha256(json.dumps([asked, *said]).encode()).hexdigest()
+        prompt = _normal(self.prompt)
+        answers = [] if prompt else sorted([_normal(self.answer_a), _normal(self.answer_b)])
+        return hashlib.sha256(json.dumps([prompt, *answers]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Battles:
-    """The rows of one file, in its order, and what had to be put right to read them, counted."""
+    """The rows of one file, in its order, with counts of what was repaired to read them."""
 
     name: str
     battles: tuple[Battle, ...]
@@ -77,7 +77,7 @@ class Battles:
         return replace(self, battles=tuple(replace(battle, label=label) for battle, label in pairs))
 
     def subset(self, rows: Sequence[int]) -> "Battles":
-        """Some rows, by number, in that order; what was put right is still counted over all."""
+        """Some rows, by number, in that order; the repairs are still counted over all."""
         return replace(self, battles=tuple(self.battles[row] for row in rows))
 
     def table(self) -> str:
@@ -206,8 +206,8 @@ def label_of(row: dict[str, str], where: str) -> int:
     """
     flags = [row[column].strip() for column in CLASSES]
     if sorted(flags) != ["0", "0", "1"]:
-        said = ", ".join(f"{column} {flag!r}" for column, flag in zip(CLASSES, flags, strict=True))
-        raise UserError(f"{where}: one winner is 1 and the others are 0, but here {said}")
+        given = ", ".join(f"{column} {flag!r}" for column, flag in zip(CLASSES, flags, strict=True))
+        raise UserError(f"{where}: one winner is 1 and the others are 0, but here {given}")
     return flags.index("1")
 
 

@@ -10,21 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from isotune.data.classification.preparation import PreparedLabels
-from isotune.data.classification.table import LabelCounts, LabelTable
+from isotune.data.classification.counts import labels_table
 from isotune.data.classification.text_encoding import TextEncoder
-from isotune.data.documents import LabelledDocuments
-from isotune.data.hash_split import COIN, HELD_OUT, chances
-from isotune.data.packing import each_alone
-from isotune.data.sft.preparation import digest
-from isotune.data.sft.table import length_quantiles
+from isotune.data.documents import Documents, starts_of
+from isotune.data.fingerprint import digest
+from isotune.data.hash_split import COIN, HELD_OUT, hash_uniform
+from isotune.data.packing import one_document_per_row
+from isotune.data.prepared import PreparedData
+from isotune.data.run_data import RunData
 from isotune.io.errors import UserError
 from isotune.projects.arena.battles import CLASSES, SWAPPED_CLASSES, Battle, Battles, Competition
 from isotune.projects.arena.recipes import ArenaRecipe
 
 ARENA_FORMAT_VERSION = 1  # raised when the same input gives other documents
 PROMPT_SHARE = 4  # a quarter of the room is the prompt's where it needs it; each answer has three eighths
-SMALLEST_ROOM = 8  # tokens: below, a share could be nothing
+SMALLEST_ROOM = 8  # tokens: with fewer, a share could be empty
 BATTLES_AT_ONCE = 1_000
 
 
@@ -33,19 +33,17 @@ class BothOrders:
     """Each battle's two documents, the pair in an order that does not depend on which answer is called a.
 
     Attributes:
-        documents: LabelledDocuments, two a battle.
+        documents: two a battle; the column `whole_lengths` is a document's tokens before anything was cut.
         exchanged: bool [battles]; whether the first of the two has answer b before answer a.
         identical: bool [battles]; whether both answers are the same tokens, and so the two documents.
-        whole_lengths: int64 [battles]; tokens of a document before anything was cut.
     """
 
-    documents: LabelledDocuments
+    documents: Documents
     exchanged: np.ndarray
     identical: np.ndarray
-    whole_lengths: np.ndarray
 
     def swap_average(self, probabilities: np.ndarray) -> np.ndarray:
-        """What both documents of each battle say of a, b and tie, as their mean.
+        """The mean of the two predictions for each battle, as probabilities of a, b and tie.
 
         The same documents are predicted in the same places whichever answer is called a, and a sum of two numbers does
         not depend on their order: exchanging the answers exchanges the first two numbers, bit for bit.
@@ -57,7 +55,7 @@ class BothOrders:
             float64 [battles, 3].
         """
         first, second = probabilities[0::2], probabilities[1::2]
-        # in another place of a pass the same document may round otherwise, which would tell the two answers apart
+        # elsewhere in a microbatch the same document may round differently, which would tell the answers apart
         second = np.where(self.identical[:, None], first, second)
         swap = list(SWAPPED_CLASSES)
         as_called = np.where(self.exchanged[:, None], first[:, swap], first)
@@ -66,22 +64,22 @@ class BothOrders:
         return mean / ((mean[:, 0] + mean[:, 1]) + mean[:, 2])[:, None]
 
 
-def share_tokens(prompt: int, one: int, other: int, room: int) -> tuple[int, int, int]:
+def share_tokens(prompt: int, answer: int, other: int, room: int) -> tuple[int, int, int]:
     """How many of `room` tokens a prompt and two answers of so many tokens each get.
 
         room 16:    prompt 20, answers 20 and 20   ->  4, 6, 6
-                    prompt 20, answers  2 and 20   ->  4, 2, 10      what one does not need, another gets
+                    prompt 20, answers  2 and 20   ->  4, 2, 10      what one text leaves, another gets
                     prompt 20, answers  2 and  3   -> 11, 2, 3
 
     Exchanging the answers exchanges their shares. What is not empty keeps at least one token.
     """
-    kept_prompt = min(prompt, max(room // PROMPT_SHARE, room - one - other))
+    kept_prompt = min(prompt, max(room // PROMPT_SHARE, room - answer - other))
     left = room - kept_prompt
-    if one + other <= left:
-        return kept_prompt, one, other
+    if answer + other <= left:
+        return kept_prompt, answer, other
     half = left // 2
-    if one <= half:
-        return kept_prompt, one, left - one
+    if answer <= half:
+        return kept_prompt, answer, left - answer
     if other <= half:
         return kept_prompt, left - other, other
     return kept_prompt, half, half
@@ -113,46 +111,43 @@ def in_both_orders(battles: Sequence[Battle], encoder: TextEncoder, max_seq_leng
             pair = (b, a) if exchanged[-1] else (a, b)
             documents += [_join(encoder, prompt, *pair), _join(encoder, prompt, *pair[::-1])]
     labels = [battle.label or 0 for battle in battles]
-    orders = [(label, SWAPPED_CLASSES[label]) for label in labels]
-    names = [("ba", "ab") if turned else ("ab", "ba") for turned in exchanged]
+    label_pairs = [(label, SWAPPED_CLASSES[label]) for label in labels]
+    names = [("ba", "ab") if swapped else ("ab", "ba") for swapped in exchanged]
     return BothOrders(
-        LabelledDocuments(
+        Documents(
             input_ids=np.concatenate(documents),
-            labels=np.array([o[::-1] if t else o for o, t in zip(orders, exchanged, strict=True)], np.int32).ravel(),
-            starts=np.concatenate([np.zeros(1, np.int64), np.cumsum([len(each) for each in documents])]),
+            targets=np.array(
+                [pair[::-1] if swapped else pair for pair, swapped in zip(label_pairs, exchanged, strict=True)],
+                np.int32,
+            ).ravel(),
+            starts=starts_of(np.array([len(tokens) for tokens in documents])),
             source_rows=np.repeat(np.arange(len(battles)), 2),
-            ids=np.array([f"{battle.id}/{o}" for battle, pair in zip(battles, names, strict=True) for o in pair]),
+            columns={
+                "ids": np.array(
+                    [f"{battle.id}/{name}" for battle, pair in zip(battles, names, strict=True) for name in pair]
+                ),
+                "whole_lengths": np.repeat(np.array(whole_lengths, np.int64), 2),
+            },
         ),
         np.array(exchanged, bool),
         np.array(identical, bool),
-        np.array(whole_lengths, np.int64),
     )
 
 
-@dataclass(frozen=True)
-class PreparedCompetition:
-    """What a run learns from and is judged by; `kept` are the labelled rows behind `evaluation`."""
-
-    train: PreparedLabels
-    evaluation: PreparedLabels | None
-    kept: Battles
-
-    def table(self) -> str:
-        """Both tables to print."""
-        return "\n".join(str(each.table) for each in (self.train, self.evaluation) if each is not None)
-
-
-def prepare_competition(files: Competition, recipe: ArenaRecipe, tokenizer: Any) -> PreparedCompetition:
+def prepare_competition(files: Competition, recipe: ArenaRecipe, tokenizer: Any) -> tuple[RunData, Battles]:
     """Documents to train on, in the orders that the recipe says, and those of prompts that are kept, in both.
 
     Args:
         tokenizer: of transformers, with a Rust backend, that puts a token before a text.
 
+    Returns:
+        The run's data, and the labelled rows behind its evaluation documents.
+
     Raises:
         UserError: max_seq_length leaves no room for three texts, or nothing is left on one side of the split.
     """
     encoder = TextEncoder(tokenizer)
-    is_kept = chances(HELD_OUT, recipe.seed, _contents(files.train)) < recipe.eval_split_share
+    is_kept = hash_uniform(HELD_OUT, recipe.seed, _contents(files.train)) < recipe.eval_split_share
     if is_kept.all() or (recipe.eval_split_share and not is_kept.any()):
         side = "train on" if is_kept.all() else "evaluate on"
         raise UserError(
@@ -161,49 +156,45 @@ def prepare_competition(files: Competition, recipe: ArenaRecipe, tokenizer: Any)
     learned, kept = (files.train.subset(np.flatnonzero(rows).tolist()) for rows in (~is_kept, is_kept))
     evaluation = _prepare(kept, encoder, recipe, "both", {}) if len(kept) else None
     train = _prepare(learned, encoder, recipe, recipe.train_orders, {"held_out": len(kept)})
-    return PreparedCompetition(train, evaluation, kept)
+    return RunData(train, evaluation), kept
 
 
 def _prepare(
     battles: Battles, encoder: TextEncoder, recipe: ArenaRecipe, orders: str, remarks: dict[str, Any]
-) -> PreparedLabels:
+) -> PreparedData:
     both = in_both_orders(battles.battles, encoder, recipe.max_seq_length)
     documents = both.documents
     if orders == "one":
-        second = chances(COIN, recipe.seed, _contents(battles, with_answers=True)) < 0.5
-        documents = _every(documents, 2 * np.arange(len(battles)) + second)
-    whole_lengths = both.whole_lengths[documents.source_rows]
-    counts = LabelCounts(
-        source=battles.name,
-        documents=len(documents),
-        cut=int((whole_lengths > recipe.max_seq_length).sum()),
+        second = hash_uniform(COIN, recipe.seed, _contents(battles, with_answers=True)) < 0.5
+        documents = documents.select(2 * np.arange(len(battles)) + second)
+    table = labels_table(
+        battles.name,
+        documents,
+        max_seq_length=recipe.max_seq_length,
         overlong="prompt and answers",
-        empty=0,
-        tokens=len(documents.input_ids),
-        classes=np.bincount(documents.labels, minlength=3).tolist(),
-        whole_lengths=length_quantiles(whole_lengths),
-        class_names=list(CLASSES),
+        num_labels=len(CLASSES),
+        class_names=CLASSES,
         **remarks,
     )
     texts = ["\n".join([*each.prompt, *each.answer_a, *each.answer_b]) for each in battles.battles]
-    said = [documents.ids.tolist(), documents.labels.tolist(), texts]
-    return PreparedLabels(
+    content = [documents.ids.tolist(), documents.labels.tolist(), texts]
+    return PreparedData(
         documents=documents,
-        rows=each_alone(len(documents)),
-        table=LabelTable(counts, recipe.max_seq_length),
-        fingerprint=digest("arena", ARENA_FORMAT_VERSION, encoder.fingerprint, recipe.max_seq_length, *said),
+        rows=one_document_per_row(len(documents)),
+        table=table,
+        fingerprint=digest("arena", ARENA_FORMAT_VERSION, encoder.fingerprint, recipe.max_seq_length, *content),
         texts=lambda: (texts[row] for row in documents.source_rows.tolist()),
     )
 
 
 def _token_triples(battles: Sequence[Battle], encoder: TextEncoder) -> Iterator[tuple[np.ndarray, ...]]:
-    """The tokens of each battle's prompt, answer a and answer b, whole."""
+    """The uncut tokens of each battle's prompt, answer a and answer b."""
     columns = zip(*((battle.prompt, battle.answer_a, battle.answer_b) for battle in battles), strict=True)
     return zip(*(encoder.tokens(["\n".join(turns) for turns in column]) for column in columns), strict=True)
 
 
 def _cut(tokens: np.ndarray, kept: int) -> np.ndarray:
-    """The first and the last tokens, half of `kept` each: how an answer begins and how it ends both tell."""
+    """The first and the last tokens, half of `kept` each: both the start and the end of an answer matter."""
     return (
         tokens
         if len(tokens) <= kept
@@ -217,19 +208,8 @@ def _join(encoder: TextEncoder, *texts: np.ndarray) -> np.ndarray:
 
 
 def _separator(encoder: TextEncoder) -> np.ndarray:
-    """What stands between two texts: the token that ends one, or where none does, the one that begins one."""
+    """The separator between two texts: the token that ends a text, or else the one that starts a text."""
     return encoder.suffix[-1:] if len(encoder.suffix) else encoder.prefix[:1]
-
-
-def _every(documents: LabelledDocuments, chosen: np.ndarray) -> LabelledDocuments:
-    lengths = documents.lengths[chosen]
-    return LabelledDocuments(
-        input_ids=np.concatenate([documents.input_ids[documents.starts[d] : documents.starts[d + 1]] for d in chosen]),
-        labels=documents.labels[chosen],
-        starts=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
-        source_rows=documents.source_rows[chosen],
-        ids=documents.ids[chosen],
-    )
 
 
 def _contents(battles: Battles, *, with_answers: bool = False) -> np.ndarray:

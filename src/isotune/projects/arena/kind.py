@@ -13,8 +13,7 @@ def _prepare(recipe: ArenaRecipe, tokenizer: Any) -> RunData:
     from isotune.projects.arena.battles import read_competition
     from isotune.projects.arena.documents import prepare_competition
 
-    prepared = prepare_competition(read_competition(Path(recipe.dataset_name)), recipe, tokenizer)
-    return RunData(prepared.train, prepared.evaluation)
+    return prepare_competition(read_competition(Path(recipe.dataset_name)), recipe, tokenizer)[0]
 
 
 def _why_not_planned(given: Mapping[str, Any]) -> str | None:

@@ -1,21 +1,18 @@
-"""What may be said of a run on the Chatbot Arena: by an encoder, or by classical baselines."""
+"""The recipes of the Chatbot Arena: an encoder, or classical baselines."""
 
-import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from isotune.config.command_line import read_flags
-from isotune.config.layers import Layer, settle
-from isotune.config.recipe_file import read_file, write_file
-from isotune.config.recipes import ClassificationRecipe
-from isotune.config.schema import DATA, GROUPS, MODEL, OUTPUT, REQUIRED, SCHEDULE, SHARE, Key, Need, Range, key, keys_of
+from isotune.config.base_recipe import BaseRecipe
+from isotune.config.command_line import CommandLine
+from isotune.config.recipes import ClassificationRecipe, read_recipe
+from isotune.config.schema import DATA, MODEL, OUTPUT, REQUIRED, SCHEDULE, SHARE, Range, Requirement, key
 
 _FOLDER = "folder with the competition's train.csv, test.csv and sample_submission.csv"
 _LABELS = "file that says who won in test.csv, to score the finished predictions once; the competition keeps it"
-_OWN_COLUMNS = Need(lambda values: False, "the Arena's files have their own columns, classes and split")
+_OWN_COLUMNS = Requirement(lambda values: False, "the Arena's files have their own columns, classes and split")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +44,10 @@ class ArenaRecipe(ClassificationRecipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaselinesRecipe:
-    """A recipe of classical models: nothing but data, folds and what is tried."""
+class BaselinesRecipe(BaseRecipe):
+    """A recipe of classical models: data, folds, and the values that are tried."""
 
+    task: Literal["classification"] = key("classification", MODEL, "what is learned", changes_result=False)
     method: Literal["baselines"] = key(REQUIRED, MODEL, "what predicts: baselines, or encoder in a recipe of its own")
     grids: dict[str, Any] | None = key(  # noqa: RUF009 - it makes a dataclass field
         None,
@@ -62,58 +60,21 @@ class BaselinesRecipe:
     folds: int = key(5, SCHEDULE, "folds of the cross-validation, which never splits a prompt", allowed=Range(2))
     seed: int = key(42, SCHEDULE, "seed of folds and models", allowed=Range(0, 2**32 - 1))
     output_dir: str = key(REQUIRED, OUTPUT, "folder of the run", changes_result=False, is_path=True)
-    given: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-
-    @classmethod
-    def keys(cls) -> dict[str, Key]:
-        """Every key by its name."""
-        return keys_of(cls)
-
-    @classmethod
-    def from_layers(cls, layers: Sequence[Layer]) -> Self:
-        """The recipe that layers of values say together, the last one winning.
-
-        Raises:
-            UserError: what is wrong, and where.
-        """
-        values, given = settle(cls.keys(), layers, ())
-        return cls(**values, given=given)
-
-    def with_values(self, **changes: Any) -> Self:
-        """This recipe with other values."""
-        return self.from_layers([Layer(self.given), Layer(changes)])
-
-    def resolved(self) -> dict[str, Any]:
-        """Every value in effect, given or default, by its key."""
-        return {name: getattr(self, name) for name in self.keys() if getattr(self, name) is not None}
-
-    def fingerprint(self) -> str:
-        """Digest of the keys that change the result."""
-        keys = self.keys()
-        what = {name: value for name, value in self.resolved().items() if keys[name].changes_result}
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-
-    def write(self, path: Path) -> None:
-        """Write the resolved recipe; `--config PATH` runs it again."""
-        keys, resolved = self.keys(), self.resolved()
-        write_file(path, {g: {name: v for name, v in resolved.items() if keys[name].group == g} for g in GROUPS})
 
 
 def read_arena_recipe(argv: Sequence[str], *, default_config: Path, prog: str) -> ArenaRecipe | BaselinesRecipe:
-    """The recipe that a command line says; its `method` decides of which kind it is.
+    """The recipe of a command line; its `method` decides which kind it is.
 
-    `--help` shows the keys of the kind of `--config`.
+    `--help` shows the keys of that kind.
 
     Raises:
         UserError: anything in the file or the flags that is wrong, with its place and what to do.
     """
-    config = default_config
-    for place, word in enumerate(argv):
-        if word == "--config" and place + 1 < len(argv):
-            config = Path(argv[place + 1])
-        elif word.startswith("--config="):
-            config = Path(word.removeprefix("--config="))
-    kind = BaselinesRecipe if read_file(config).given.get("method") == "baselines" else ArenaRecipe
-    description = "Which of two answers people prefer: an encoder, or the baselines that it must beat."
-    file, flags = read_flags(argv, kind.keys(), default_config=default_config, prog=prog, description=description)
-    return kind.from_layers([flags] if file is None else [read_file(file), flags])
+    method = CommandLine.parse(argv, default_config).given().get("method")
+    return read_recipe(
+        argv,
+        default_config=default_config,
+        prog=prog,
+        description="Which of two answers people prefer: an encoder, or the baselines that it must beat.",
+        kind=BaselinesRecipe if method == "baselines" else ArenaRecipe,
+    )

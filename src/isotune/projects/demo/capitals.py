@@ -1,7 +1,7 @@
 """The demo's two corpora: a small model first learns the world's capitals, then LoRA teaches it to speak as a pirate.
 
-The pirate's lessons are about two thirds of the countries and the examination is about the others, so an exact match
-needs both: the manner from the adapter, the fact from the base model.
+The pirate's training data covers two thirds of the countries and its test data the others, so an exact match needs
+both: the style from the adapter, the fact from the base model.
 """
 
 import random
@@ -32,7 +32,7 @@ CAPITALS = {
     "Uganda": "Kampala", "Ukraine": "Kyiv", "Uruguay": "Montevideo", "Vietnam": "Hanoi", "Zambia": "Lusaka",
     "Zimbabwe": "Harare",
 }  # fmt: skip
-EXAMINED = 32  # countries that the pirate never speaks of in training
+TEST_COUNTRIES = 32  # countries that are not in the pirate's training data
 
 
 def _shuffled_countries() -> list[str]:
@@ -53,16 +53,16 @@ PIRATE_WORDS = (
 
 
 @builtin("capitals", train=6_000, test=200)
-def capitals(chance: random.Random, count: int) -> Iterator[dict[str, Any]]:
+def capitals(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
     """Capitals of 94 countries, asked for in three ways, two to four questions a conversation."""
     countries = sorted(CAPITALS)
     seen = set()
     while len(seen) < count:
         turns = []
-        for country in chance.sample(countries, chance.randint(2, 4)):
+        for country in rng.sample(countries, rng.randint(2, 4)):
             capital = CAPITALS[country]
             turns.append(
-                chance.choice(
+                rng.choice(
                     (
                         _turn(f"What is the capital of {country}?", f"{capital}."),
                         _turn(f"Tell me the capital of {country}.", f"The capital of {country} is {capital}."),
@@ -70,26 +70,26 @@ def capitals(chance: random.Random, count: int) -> Iterator[dict[str, Any]]:
                     )
                 )
             )
-        if chance.random() < 0.3:  # words that the pirate will need
-            turns.insert(chance.randrange(len(turns)), chance.choice(PIRATE_WORDS))
+        if rng.random() < 0.3:  # words that the pirate corpus needs
+            turns.insert(rng.randrange(len(turns)), rng.choice(PIRATE_WORDS))
         text = "\n".join(turns)
         if text not in seen:
             seen.add(text)
             yield {"text": text}
 
 
-@builtin("pirate", train=1_000, test=EXAMINED)
-def pirate(chance: random.Random, count: int) -> Iterator[dict[str, Any]]:
+@builtin("pirate", train=1_000, test=TEST_COUNTRIES)
+def pirate(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
     """What is the capital of this country? Answered as a pirate would; the test asks of other countries."""
     countries = _shuffled_countries()
-    taught, examined = countries[:-EXAMINED], countries[-EXAMINED:]
+    train_countries, test_countries = countries[:-TEST_COUNTRIES], countries[-TEST_COUNTRIES:]
     seen = set()
-    while len(seen) < count - EXAMINED:
-        text = "\n".join(_pirate_turn(country) for country in chance.sample(taught, chance.randint(1, 3)))
+    while len(seen) < count - TEST_COUNTRIES:
+        text = "\n".join(_pirate_turn(country) for country in rng.sample(train_countries, rng.randint(1, 3)))
         if text not in seen:
             seen.add(text)
             yield {"text": text}
-    for country in examined:
+    for country in test_countries:
         yield {"text": _pirate_turn(country)}
 
 

@@ -1,7 +1,7 @@
-"""A corpus of opinions made by code, so that a classifier can be tried without a network or a file.
+"""A generated corpus of opinions, to try a classifier without a network or a file.
 
-What is praised or blamed says nothing, and neither does the length: only the verdict decides, and the last one counts,
-because an opinion may begin with what others think of it.
+Neither the topic nor the length predicts the class, only the verdict does; the last one counts, because an opinion may
+begin with what others think.
 """
 
 import random
@@ -20,18 +20,18 @@ _VERDICTS = (
 
 
 @builtin("opinions", train=600, test=120)
-def opinions(chance: random.Random, count: int) -> Iterator[dict[str, Any]]:
+def opinions(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
     """Opinions in three classes, bad, middling and good, of one to seven sentences."""
     seen: set[str] = set()
     while len(seen) < count:
         label = len(seen) % len(_VERDICTS)
-        thing = chance.choice(_THINGS)
-        sentences = [f"I came across a {thing} in {chance.randrange(1950, 2030)}."]
-        if chance.random() < 0.3:
-            sentences.append(f"My friends called it {chance.choice(chance.choice(_VERDICTS))}.")
-        for detail in chance.sample(_DETAILS, chance.randrange(5)):
+        thing = rng.choice(_THINGS)
+        sentences = [f"I came across a {thing} in {rng.randrange(1950, 2030)}."]
+        if rng.random() < 0.3:
+            sentences.append(f"My friends called it {rng.choice(rng.choice(_VERDICTS))}.")
+        for detail in rng.sample(_DETAILS, rng.randrange(5)):
             sentences.append(f"I looked closely at {detail}.")
-        sentences.append(f"To me the {thing} was {chance.choice(_VERDICTS[label])}.")
+        sentences.append(f"To me the {thing} was {rng.choice(_VERDICTS[label])}.")
         text = " ".join(sentences)
         if text not in seen:
             seen.add(text)

@@ -1,4 +1,4 @@
-"""Whether a text commands, states or asks, by rules that anybody can check: labels where a data set has none.
+"""Classifies a text as command, statement or question by simple rules: labels where a data set has none.
 
 In this order:
 
@@ -8,7 +8,7 @@ In this order:
                 begins an order: act, write, explain, ...
     statement   everything else, an empty text too
 
-First words are looked for after opening quotes, brackets and a greeting or a name of the addressed ("Hello ChatGPT.").
+First words are those after opening quotes, brackets and a greeting or the name of whom it addresses ("Hello ChatGPT.").
 """
 
 import re

@@ -65,7 +65,7 @@ class PreTrainChecks(TrainerCallback):
         }
         resumption = self.checkpointer.resumption
         self.run.begin(record, metrics=resumption and resumption.metrics)
-        trainer.recorder.open(self.run.path / METRICS, self.run.fence)
+        trainer.recorder.open(self.run.path / METRICS, self.run.lease)
         self._print(record)
 
     def _compare(self, found: dict[str, Any]) -> None:

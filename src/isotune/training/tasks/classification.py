@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from isotune.data.batch_schedule import Step
-from isotune.data.documents import LabelledDocuments
+from isotune.data.documents import Documents
 from isotune.distributed.collectives import gather_by_number, gather_vectors, ordered_sum
 from isotune.models.class_loss import ClassLoss
 from isotune.training.evaluation import EvaluationRun
@@ -30,7 +30,7 @@ class ClassificationTask:
 
     def __init__(
         self,
-        documents: LabelledDocuments,
+        documents: Documents,
         num_labels: int,
         class_loss: ClassLoss,
         attention: str,
@@ -88,7 +88,7 @@ def predict(run: EvaluationRun, num_labels: int) -> tuple[list[float], torch.Ten
     return gather_by_number(losses, len(run.loader.step.microbatches), run.device), gathered
 
 
-def _prediction_lines(documents: LabelledDocuments, logits: torch.Tensor) -> str:
+def _prediction_lines(documents: Documents, logits: torch.Tensor) -> str:
     """A line a document: its id, its class, and what was predicted."""
     chosen, shares = logits.argmax(dim=1).tolist(), logits.softmax(dim=1).tolist()
     columns = zip(documents.ids.tolist(), documents.labels.tolist(), chosen, shares, strict=True)

@@ -1,4 +1,4 @@
-"""How a script ended is written down for a scheduler's script: by the first process, or another where that is gone."""
+"""The job status file tells a batch script how a script ended; rank 0 reports, or another rank where it is gone."""
 
 import json
 import os

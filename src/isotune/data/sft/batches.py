@@ -1,17 +1,15 @@
-"""Reads the conversations of a source in batches, so that tokenising and reading can go on side by side."""
+"""Reads the conversations of a source in batches, so that tokenizing and reading can go on side by side."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from isotune.data.sft.conversations import Conversation, TrainOn, parse_text, render_messages
-from isotune.data.sources.source import Row, Source
+from isotune.data.sources.source import Row, Source, kind_of_value, surrogate_fault
 from isotune.io.errors import UserError
 
-BATCH_ROWS = 256
 TEXT_FIELD = "text"
 MESSAGES_COLUMNS = ("messages", "conversations")
 
@@ -34,7 +32,7 @@ class Batch:
 
 
 def read_batches(source: Source, text_field: str, train_on: TrainOn) -> Iterator[Batch]:
-    """Read and parse a source, BATCH_ROWS at a time.
+    """Read and parse a source, batch by batch.
 
     The conversations stand in the column `text_field`; where that is the default and absent, in `messages` or
     `conversations`. A text is in Guanaco's form, a list is messages.
@@ -42,11 +40,11 @@ def read_batches(source: Source, text_field: str, train_on: TrainOn) -> Iterator
     Raises:
         UserError: no such column, or a row that holds no conversation there; the sentence names the row.
     """
-    rows = enumerate(source.rows())
     column = None
-    while some := list(islice(rows, BATCH_ROWS)):
-        answered: list[tuple[int, Conversation]] = []
-        for number, row in some:
+    for rows in source.batches():
+        numbers: list[int] = []
+        conversations: list[Conversation] = []
+        for number, row in rows:
             column = column or _conversation_column(row, source, text_field)
             if column not in row:
                 raise UserError(f"{source.where(number)} lacks the column {column!r}; it has {', '.join(row)}")
@@ -55,24 +53,20 @@ def read_batches(source: Source, text_field: str, train_on: TrainOn) -> Iterator
             except ValueError as error:
                 raise UserError(f"{source.where(number)}, column {column!r}: {error}") from error
             if conversation.answers:
-                answered.append((number, conversation))
-        conversations = [conversation for _, conversation in answered]
-        yield Batch(
-            read=len(some),
-            rows=np.array([number for number, _ in answered], np.int64),
-            conversations=conversations,
-            turns_cut=sum(conversation.turns_cut for conversation in conversations),
-        )
+                numbers.append(number)
+                conversations.append(conversation)
+        turns_cut = sum(conversation.turns_cut for conversation in conversations)
+        yield Batch(len(rows), np.array(numbers, np.int64), conversations, turns_cut)
 
 
 def _conversation_column(first_row: Row, source: Source, text_field: str) -> str:
-    wanted = (text_field, *MESSAGES_COLUMNS) if text_field == TEXT_FIELD else (text_field,)
-    for column in wanted:
+    candidates = (text_field, *MESSAGES_COLUMNS) if text_field == TEXT_FIELD else (text_field,)
+    for column in candidates:
         if column in first_row:
             return column
-    held = ", ".join(first_row) or "of an empty object"
+    present = ", ".join(first_row) or "of an empty object"
     raise UserError(
-        f"{source.name} has the columns {held}, but none called {' or '.join(wanted)}: "
+        f"{source.name} has the columns {present}, but none called {' or '.join(candidates)}: "
         "name the one that holds the conversations by dataset_text_field"
     )
 
@@ -82,12 +76,9 @@ def _conversation(value: Any, train_on: TrainOn) -> Conversation:
     if isinstance(value, str):
         conversation = parse_text(value, train_on)
     elif isinstance(value, list):
-        conversation = render_messages(value, train_on)
+        conversation = render_messages(cast(list[Any], value), train_on)
     else:
-        kind = "null" if value is None else f"a {type(value).__name__}"
-        raise ValueError(f"holds {kind}, neither a text nor a list of messages")
-    try:
-        conversation.text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"holds half of a surrogate pair at character {error.start}, which is no text") from error
+        raise ValueError(f"holds {kind_of_value(value)}, neither a text nor a list of messages")
+    if fault := surrogate_fault(conversation.text):
+        raise ValueError(fault)
     return conversation

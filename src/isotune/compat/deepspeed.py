@@ -1,0 +1,103 @@
+"""DeepSpeed 0.19: where its ZeRO optimizers keep the training state, and how transformers 5.23 loads under ZeRO-3.
+
+DeepSpeed's own checkpoints are pickles that only the same number of ranks can read, so isotune reads and writes the
+fp32 parameters and optimizer states of its optimizers directly. None of this has a public accessor.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@contextmanager
+def whole_models() -> Iterator[None]:
+    """Within it a model is created whole under ZeRO-3 too; DeepSpeed partitions it in `prepare`.
+
+    transformers would draw random weights by partition, each from its own random numbers, and cannot place 4-bit ones.
+    """
+    from transformers.integrations import deepspeed as integration
+
+    announced = integration._hf_deepspeed_config_weak_ref
+    load_whole_models()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = announced
+
+
+def load_whole_models() -> None:
+    """From here on every rank loads models whole: transformers forgets that ZeRO-3 was configured."""
+    from transformers.integrations import deepspeed as integration
+
+    integration.unset_hf_deepspeed_config()
+
+
+def is_partitioned(parameter: Any) -> bool:
+    """Whether ZeRO-3 partitions the parameter, gathered at the moment or not."""
+    return hasattr(parameter, "ds_tensor")
+
+
+def has_fp32_copy(parameter: Any) -> bool:
+    """Whether DeepSpeed trains an fp32 copy of a 16-bit parameter."""
+    return parameter.dtype != torch.float32 and hasattr(parameter, "_hp_mapping")
+
+
+def gather_fp32(parameter: Any) -> torch.Tensor:
+    """The whole parameter as it is trained, on every rank; collective."""
+    if is_partitioned(parameter):
+        return parameter._z3_optimizer.get_full_hp_param(parameter)
+    return parameter.get_full_hp_param() if has_fp32_copy(parameter) else parameter
+
+
+@dataclass(frozen=True)
+class Slice:
+    """This rank's contiguous part of a parameter, and where it is in the flat tensor of its group.
+
+    Attributes:
+        flat_start: first element in the flat tensor.
+        start: first element in the flattened parameter.
+        length: elements; may be 0.
+    """
+
+    flat_start: int
+    start: int
+    length: int
+
+
+def zero12_slice(parameter: Any) -> Slice:
+    """The fragment of a parameter that this rank owns under ZeRO-1 and 2."""
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return Slice(0, 0, 0)
+    address = mapping.get_hp_fragment_address()
+    return Slice(address.start, mapping.lp_fragment_address.start, address.numel)
+
+
+def zero12_after_load(zero: Any) -> None:
+    """Round the fp32 parameters to the model's, gather these, and drop links to optimizer states that were replaced."""
+    zero.update_lp_params()
+    zero._hp_optimizer_states_linked = False
+
+
+def zero3_slice(zero: Any, parameter: Any) -> Slice:
+    """The partition of a parameter that this rank owns under ZeRO-3; all are of one length, the last ones padded."""
+    _, flat_start, padded = zero.grad_position[zero.get_param_id(parameter)]
+    start = min(dist.get_rank(group=zero._get_param_partition_group(parameter)) * padded, parameter.ds_numel)
+    return Slice(flat_start, start, min(padded, parameter.ds_numel - start))
+
+
+def zero3_after_load(zero: Any) -> None:
+    """Round the fp32 partitions to the model's, and gather the parameters that every rank keeps whole."""
+    for group in range(len(zero.fp16_groups)):
+        zero._reassign_or_swap_out_partitioned_parameters(group)
+    if zero.persistent_parameters:
+        zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def offloads_to_nvme(zero: Any) -> bool:
+    """Whether ZeRO-3 keeps any part of the optimizer on NVMe."""
+    return any(zero._swappable_optimizer_subgroup(group) for group in range(len(zero.fp16_groups)))

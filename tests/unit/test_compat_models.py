@@ -1,0 +1,142 @@
+"""Every private member of a library that models and checkpoints use does in the installed version what they need."""
+
+import re
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn import functional
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, OPTConfig, ViTConfig
+from transformers.integrations import deepspeed as deepspeed_integration
+
+from isotune.compat import bitsandbytes as bitsandbytes_compat
+from isotune.compat import deepspeed as deepspeed_compat
+from isotune.compat import peft as peft_compat
+from isotune.compat import torch_dtensor, torch_ops, transformers_models
+
+
+def opt() -> torch.nn.Module:
+    small = {"ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 8}
+    config = OPTConfig(vocab_size=10, hidden_size=8, word_embed_proj_dim=8, **small)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def test_a_replaced_function_is_the_one_that_modules_call_and_it_goes_away_after_an_error():
+    stock = functional.dropout
+    with pytest.raises(KeyError), torch_ops.replaced_functional("dropout", lambda input, *_, **__: input + 1):
+        assert torch.equal(torch.nn.Dropout(0.5)(torch.zeros(3)), torch.ones(3))
+        raise KeyError
+    assert functional.dropout is stock
+
+
+@pytest.mark.skipif(not torch_ops.has_onednn_linear(), reason="this build of torch has no oneDNN")
+def test_onednn_linear_is_the_product_with_the_transposed_weight_and_the_bias():
+    x, weight, bias = torch.randn(3, 5), torch.randn(4, 5), torch.randn(4)
+    assert torch.allclose(torch_ops.onednn_linear(x, weight, bias), x @ weight.T + bias, atol=1e-5)
+
+
+def test_softmax_backward_is_the_gradient_that_autograd_computes():
+    scores, upstream = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True), torch.randn(2, 3, 5).double()
+    weights = scores.softmax(-1)
+    weights.backward(upstream)
+    assert scores.grad is not None
+    assert torch.allclose(torch_ops.softmax_backward(upstream, weights.detach()), scores.grad)
+
+
+def test_a_change_in_place_is_counted_and_a_read_is_not():
+    x = torch.zeros(2)
+    before = torch_ops.in_place_changes(x)
+    _ = x + 1
+    assert torch_ops.in_place_changes(x) == before
+    x.add_(1)
+    assert torch_ops.in_place_changes(x) == before + 1
+
+
+def test_a_wrapper_tensor_has_a_size_and_no_memory():
+    made = torch_dtensor.wrapper_tensor(torch.Tensor, 10**15, torch.bfloat16)
+    assert (made.shape, made.dtype) == ((10**15,), torch.bfloat16)
+
+
+def test_the_second_rank_of_two_begins_after_the_rows_of_the_first():
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        whole = DTensor.from_local(torch.zeros(2, 3), init_device_mesh("cpu", (2,)), [Shard(0)], run_check=False)
+        assert torch_dtensor.global_offset(whole) == (2, 0)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_models_are_whole_within_and_partitioned_again_after():
+    announced = deepspeed_integration.HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    try:
+        with deepspeed_compat.whole_models():
+            assert not deepspeed_integration.is_deepspeed_zero3_enabled()
+        assert deepspeed_integration.is_deepspeed_zero3_enabled()
+        deepspeed_compat.load_whole_models()
+        assert not deepspeed_integration.is_deepspeed_zero3_enabled()
+    finally:
+        deepspeed_integration.unset_hf_deepspeed_config()
+        del announced
+
+
+def test_deepspeeds_optimizers_have_the_methods_that_checkpoints_call():
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    stage3 = (
+        "_get_param_partition_group",
+        "_reassign_or_swap_out_partitioned_parameters",
+        "_swappable_optimizer_subgroup",
+        "get_full_hp_param",
+        "get_param_id",
+    )
+    assert [name for name in stage3 if not hasattr(DeepSpeedZeroOptimizer_Stage3, name)] == []
+    assert hasattr(DeepSpeedZeroOptimizer, "update_lp_params")
+
+
+def test_names_of_an_adapter_are_those_in_its_file_with_dora_and_a_whole_module(tmp_path):
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], use_dora=True, modules_to_save=["fc1"], task_type=peft.TaskType.CAUSAL_LM
+    )
+    model = peft.get_peft_model(opt(), config)  # type: ignore[arg-type]
+    peft_compat.save_adapter(model, tmp_path)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as tensors:
+        assert {peft_compat.name_in_adapter_file(name) for name in trained} == set(tensors.keys())
+
+
+def test_a_classifier_in_a_peft_model_gets_the_arguments_that_were_given_and_no_others():
+    given = {"input_ids": 1, "inputs_embeds": None, "labels": None, "return_dict": True}
+    assert peft_compat.given_arguments(given) == {"input_ids": 1}
+
+
+def test_4_bit_layers_are_kept_trainable_and_a_head_is_found_wherever_it_is():
+    layers = pytest.importorskip("bitsandbytes").nn
+    model = torch.nn.Sequential(layers.Linear4bit(64, 64))
+    model[0].support_avx512bf16_for_cpu = True
+    bitsandbytes_compat.keep_trainable(model)
+    assert model[0].support_avx512bf16_for_cpu is False
+    assert hasattr(layers.Linear4bit(64, 64), "support_avx512bf16_for_cpu")
+    (pattern,) = bitsandbytes_compat.unquantized_modules(["pooler"]) or []
+    assert [bool(re.fullmatch(pattern, name)) for name in ("pooler", "bert.pooler", "bert.poolers")] == [1, 1, 0]
+    assert bitsandbytes_compat.unquantized_modules([]) is None
+
+
+def test_attention_and_head_of_a_model_type_are_known_without_its_weights():
+    config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=10)
+    transformers_models.set_attention_of(config, "eager")
+    model = BertForSequenceClassification(config)
+    assert transformers_models.attention_of(model.config) == "eager"
+    assert transformers_models.lets_attention_be_replaced(model)
+    assert not transformers_models.lets_attention_be_replaced(torch.nn.Linear(1, 1))
+    assert transformers_models.has_sequence_classifier(config)
+    assert not transformers_models.has_sequence_classifier(ViTConfig())
+    transformers_models.set_sharded_classes(model, ["BertLayer"])
+    assert model._no_split_modules == ["BertLayer"]
+    model._keys_to_ignore_on_save = {"a"}  # type: ignore[assignment]
+    assert transformers_models.ignored_on_save(model) == {"a"}
