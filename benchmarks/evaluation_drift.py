@@ -81,9 +81,9 @@ def evaluate(folder: Path) -> None:
     from isotune.evaluation.classification.models import load_model_classifier
     from isotune.evaluation.classification.prediction import classify, probabilities_of
     from isotune.evaluation.classification.result import read_task_rows
-    from isotune.evaluation.classification.tasks import Task
+    from isotune.evaluation.classification.tasks import ClassificationTask
     from isotune.evaluation.distributed_eval import start_ranks
-    from isotune.evaluation.metrics.classification_metrics import classification_statistics
+    from isotune.evaluation.metrics.classification import classification_statistics
     from isotune.evaluation.statistics.resampling import values
 
     ranks = start_ranks()
@@ -91,7 +91,7 @@ def evaluate(folder: Path) -> None:
     import torch
 
     classifier = load_model_classifier(str(folder / "model"), ranks.device, torch.float32)
-    task = Task(dataset_name=str(folder / "rows.jsonl"), max_seq_length=MAX_TOKENS)
+    task = ClassificationTask(dataset_name=str(folder / "rows.jsonl"), max_seq_length=MAX_TOKENS)
     rows = read_task_rows(task, classifier, ranks)
     for batch_size in BATCH_SIZES:
         logits = classify(classifier, rows.documents, ranks, batch_size=batch_size)

@@ -1,4 +1,4 @@
-"""Whether evaluated runs differ on the same rows, beyond chance; the same as `isotune compare`.
+"""Tests whether evaluated runs differ on the same rows; the same as `isotune compare`.
 
 python eval/compare.py runs/demo-base runs/demo
 python eval/compare.py runs/bert runs/distilbert runs/albert --all_pairs --name test

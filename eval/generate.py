@@ -1,4 +1,4 @@
-"""What a model says: its answers to a data set with every metric, to one --prompt, or in a chat on the terminal.
+"""Generates with a model: completions of a data set with metrics, the answer to one --prompt, or a chat.
 
 accelerate launch eval/generate.py --run_dir runs/demo --dataset_name builtin:pirate
 accelerate launch eval/generate.py --run_dir runs/opt350m_lora --task eval/configs/guanaco.yaml
@@ -23,29 +23,31 @@ def arguments() -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run_dir", metavar="RUN", help="the folder of a finished run")
     source.add_argument("--model", metavar="NAME", help="or any model: a folder or a Hub id")
-    parser.add_argument("--dataset_name", metavar="NAME", help="ask the first question of each of its conversations")
+    parser.add_argument(
+        "--dataset_name", metavar="NAME", help="evaluate on the first question of each of its conversations"
+    )
     parser.add_argument("--dataset_split", metavar="SPLIT", help="of that data set (test)")
-    parser.add_argument("--task", metavar="YAML", help="or what to ask and to measure: see eval/configs/")
-    parser.add_argument("--limit", type=int, metavar="N", help="ask the first N only")
-    parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="asked at once (%(default)s)")
+    parser.add_argument("--task", metavar="YAML", help="or a task file, as in eval/configs; flags win over it")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N samples only")
+    parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="prompts of one forward (%(default)s)")
     parser.add_argument("--output_dir", metavar="DIR", help="where the result goes (RUN/eval/NAME of the data set)")
-    parser.add_argument("--prompt", metavar="TEXT", help="ask this one question")
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this one question")
     parser.add_argument("--interactive", action="store_true", help="a chat, as without --prompt and --dataset_name")
     parser.add_argument("--lm_eval_tasks", metavar="A,B", help="tasks of lm-evaluation-harness: YAML files or names")
-    parser.add_argument("--max_new_tokens", type=int, metavar="N", help="longest answer (256)")
+    parser.add_argument("--max_new_tokens", type=int, metavar="N", help="longest completion (256)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (%(default)s)")
     parser.add_argument("--top_p", type=float, default=1.0, metavar="P", help="nucleus sampling (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling and intervals (%(default)s)")
     given = parser.parse_args()
-    given.measured = given.dataset_name or given.task
-    asked = {"--prompt": given.prompt is not None, "--task" if given.task else "--dataset_name": given.measured}
-    asked |= {"--interactive": given.interactive, "--lm_eval_tasks": given.lm_eval_tasks}
-    if sum(map(bool, asked.values())) > 1:
-        raise UserError(f"{' and '.join(name for name, on in asked.items() if on)} exclude each other: ask in one way")
+    given.evaluates = given.dataset_name or given.task
+    modes = {"--prompt": given.prompt is not None, "--task" if given.task else "--dataset_name": given.evaluates}
+    modes |= {"--interactive": given.interactive, "--lm_eval_tasks": given.lm_eval_tasks}
+    if sum(map(bool, modes.values())) > 1:
+        raise UserError(f"{' and '.join(name for name, on in modes.items() if on)} exclude each other")
     for name in ("batch_size", "limit"):
         if getattr(given, name) is not None and getattr(given, name) < 1:
-            raise UserError(f"--{name} is {getattr(given, name)}: it takes at least 1")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not given.measured and given.prompt is None:
+            raise UserError(f"--{name} is {getattr(given, name)}: it is at least 1")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not given.evaluates and given.prompt is None:
         what = "--lm_eval_tasks takes" if given.lm_eval_tasks else "a chat takes"
         raise UserError(f"{what} one process: start it with python and without a launcher")
     given.name = given.run_dir or given.model
@@ -53,9 +55,9 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Load the model; measure, answer or chat."""
+    """Load the model; evaluate, answer or chat."""
     given = arguments()
-    # torch takes seconds to import: a mistake on the command line has been answered by now
+    # torch takes seconds to import, so mistakes on the command line are answered before
     from isotune.evaluation.distributed_eval import start_ranks
     from isotune.evaluation.generation.chat import run_chat
     from isotune.evaluation.generation.decoding import Decoding
@@ -65,46 +67,46 @@ def main() -> None:
         write_generation_result,
     )
     from isotune.evaluation.generation.generation_models import answer, generation_model_named, generation_model_of_run
-    from isotune.evaluation.generation.lm_eval_bridge import check_tasks, print_harness, run_tasks, write_harness
-    from isotune.evaluation.generation.tasks import DEFAULT_MAX_NEW_TOKENS, read_generation_task
+    from isotune.evaluation.generation.lm_eval_bridge import check_tasks, run_tasks, write_harness
+    from isotune.evaluation.generation.tasks import DEFAULT_MAX_NEW_TOKENS, GenerationTask
     from isotune.evaluation.generation.zero3 import read_shards
+    from isotune.evaluation.results import score_lines
+    from isotune.evaluation.tasks import read_task
 
     flags = {key: getattr(given, key) for key in ("dataset_name", "dataset_split", "max_new_tokens")}
-    task = read_generation_task(given.task, flags) if given.measured else None
+    task = read_task(GenerationTask, given.task, flags) if given.evaluates else None
     longest = DEFAULT_MAX_NEW_TOKENS if given.max_new_tokens is None else given.max_new_tokens
     decoding = Decoding(task.max_new_tokens if task else longest, given.temperature, given.top_p, given.seed)
     tasks = check_tasks(given.lm_eval_tasks) if given.lm_eval_tasks else []
-    questions = task.questions(given.limit) if task else []
+    samples = task.samples(given.limit) if task else []
     shards = read_shards()
     ranks = start_ranks()
     load = generation_model_of_run if given.run_dir else generation_model_named
-    speaker = load(given.name, ranks.device, shards)
+    lm = load(given.name, ranks.device, shards)
     if task:
-        done = evaluate_generation(
-            speaker, questions, decoding, ranks, batch_size=given.batch_size, metrics=task.metrics
-        )
+        result = evaluate_generation(lm, samples, decoding, ranks, batch_size=given.batch_size, metrics=task.metrics)
         if ranks.is_main:
-            print_generation_result(done)
+            print_generation_result(result)
             if folder := result_folder(given, task.name):
-                write_generation_result(done, folder, model=given.name, task=task, decoding=decoding)
+                write_generation_result(result, folder, model=given.name, task=task, decoding=decoding)
                 print(f"written to {folder}")
     elif tasks:
-        found = run_tasks(speaker, tasks, limit=given.limit, batch_size=given.batch_size)
-        print_harness(found)
+        harness_result = run_tasks(lm, tasks, limit=given.limit, batch_size=given.batch_size)
+        print("\n".join(score_lines(harness_result.scores)))
         if folder := result_folder(given, "lm_eval"):
-            write_harness(found, folder, model=given.name, tasks=tasks)
+            write_harness(harness_result, folder, model=given.name, tasks=tasks)
             print(f"written to {folder}")
     elif given.prompt is not None:
-        text = answer(speaker, given.prompt, decoding)
+        text = answer(lm, given.prompt, decoding)
         if ranks.is_main:
             print(text)
     else:
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
-        run_chat(speaker, decoding, name=given.name)
+        run_chat(lm, decoding, name=given.name)
 
 
 def result_folder(given: argparse.Namespace, name: str) -> Path | None:
-    """Where the result goes; None for a model that is no run, unless it is said."""
+    """Where the result goes; None for a model without a run, unless --output_dir names it."""
     if given.output_dir:
         return Path(given.output_dir)
     return Path(given.run_dir) / "eval" / name if given.run_dir else None

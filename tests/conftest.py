@@ -1,9 +1,12 @@
 """Where the tests find real public data, and how they skip where it is absent."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.forking import close_servers
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = Path(os.environ.get("ISOTUNE_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
@@ -29,3 +32,19 @@ def private_cache(tmp_path_factory, monkeypatch) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("ISOTUNE_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def restored_environment() -> Iterator[None]:
+    """What the code under test sets in this process's environment ends with the test."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_servers() -> Iterator[None]:
+    """The processes that scripts were forked from end with the tests."""
+    yield
+    close_servers()

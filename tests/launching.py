@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from tests.forking import can_fork, start_forked
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 TINY: dict[str, Any] = {
@@ -84,17 +86,18 @@ def start(
     environment: dict[str, str] | None = None,
     port: int = 0,
     script: str = "train/sft_opt.py",
+    fresh: bool = False,
 ) -> Finished:
     """Run `script`: as plain `python` (processes 0), or by `accelerate launch` with a shipped config.
 
     `recipe` is written to a file beside the run folder `folder/run`; port 0 takes a free one; asserts the exit status
-    `expect`.
+    `expect`. `fresh` interpreters instead of forks: see `run_command`.
     """
     file = write_recipe(folder, recipe)
     command = [sys.executable, script]
     if processes:
         command = [*launcher(config, processes, port), command[1]]
-    done = run_command([*command, "--config", str(file), *flags], environment)
+    done = run_command([*command, "--config", str(file), *flags], environment, fresh=fresh)
     finished = Finished(done.returncode, done.stdout, done.stderr, folder / "run")
     assert expect is None or done.returncode == expect, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     return finished
@@ -137,14 +140,42 @@ def launcher(config: str, processes: int, port: int = 0) -> list[str]:
     return [*start, "--num_processes", str(processes), "--main_process_port", str(port)]
 
 
-def run_command(command: list[str], environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a command in the checkout, one thread a process, and wait for it."""
+def run_command(
+    command: list[str],
+    environment: dict[str, str] | None = None,
+    *,
+    fresh: bool = False,
+    cwd: Path = REPOSITORY,
+    text: str = "",
+    timeout_seconds: float = 600,
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in the checkout, one thread a process, and wait for it.
+
+    It is run by a fork of a process that has imported the libraries (see `tests/fork_server.py`), or, where `fresh`,
+    by an interpreter of its own. `text` goes to its standard input.
+    """
+    surroundings = surroundings_of(environment)
+    if not fresh and can_fork(command):
+        process = start_forked(command, surroundings, cwd, text)
+        try:
+            stdout, stderr = process.communicate(timeout_seconds)
+        except subprocess.TimeoutExpired:
+            process.kill_group()
+            raise
+        return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
     return subprocess.run(
         command,
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", **(environment or {})},
+        cwd=cwd,
+        env=surroundings,
+        input=text,
         capture_output=True,
         text=True,
-        timeout=600,
+        encoding="utf-8",
+        timeout=timeout_seconds,
         check=False,
     )
+
+
+def surroundings_of(environment: dict[str, str] | None = None) -> dict[str, str]:
+    """The variables that a command of the tests sees: this process's, one thread, and `environment`."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", **(environment or {})}

@@ -32,7 +32,7 @@ def train_encoder(recipe: ArenaRecipe) -> None:
     from isotune.preflight.startup_check import startup_check
     from isotune.projects.arena.battles import read_competition
     from isotune.projects.arena.documents import prepare_competition
-    from isotune.projects.arena.encoder import examine_encoder
+    from isotune.projects.arena.encoder import evaluate_encoder
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.report.sharing import share
     from isotune.training.classifier_run import Trained, start_classifier, train_classifier
@@ -46,7 +46,7 @@ def train_encoder(recipe: ArenaRecipe) -> None:
         return
 
     def before_finishing(trained: Trained) -> None:
-        examine_encoder(trained.run.path, recipe, files, kept, start.process.device)
+        evaluate_encoder(trained.run.path, recipe, files, kept, start.process.device)
         print(f"loss curve  {draw_loss_curve(trained.run.path)}")
 
     trained = train_classifier(start, data, before_finishing)

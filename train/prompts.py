@@ -27,8 +27,8 @@ def main() -> None:
     )
     # the engine takes seconds to import: a mistake in the recipe has been answered by now
     from isotune.data.run_data import prepare_run_data
+    from isotune.evaluation.classification.chance_test import write_chance_test
     from isotune.evaluation.classification.sentences import show_sentences
-    from isotune.evaluation.statistics.chance_test import judge_run
     from isotune.preflight.startup_check import startup_check
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.report.sharing import share
@@ -45,7 +45,7 @@ def main() -> None:
         print(f"loss curve  {draw_loss_curve(trained.run.path)}")
         evaluation: Any = data.evaluation
         if evaluation is not None:
-            print(f"verdict     {judge_run(trained.run.path, recipe, evaluation)}")
+            print(f"verdict     {write_chance_test(trained.run.path, recipe, evaluation)}")
 
     if train_classifier(start, data, before_finishing).saved is not None:
         share(recipe)

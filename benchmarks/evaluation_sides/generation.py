@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM, pipeline
 from isotune.data.sft.conversations import render_prompt
 from isotune.evaluation.generation.batched_generation import GenerationModel, Prompt, complete
 from isotune.evaluation.generation.decoding import Decoding
-from isotune.evaluation.generation.eval_samples import read_questions
+from isotune.evaluation.generation.eval_samples import read_eval_samples
 from isotune.models.log_control import quiet_libraries
 
 LONGEST_PROMPT_TOKENS = 512
@@ -28,7 +28,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second of both sides in every round, and their ratio."""
     tokenizer = AutoTokenizer.from_pretrained(str(given.data / "tokenizers" / "opt"))
     speaker = GenerationModel(random_opt(len(tokenizer), given.layers), tokenizer)
-    asked = read_questions(str(given.data / "guanaco" / "train.jsonl"), "train")
+    asked = read_eval_samples(str(given.data / "guanaco" / "train.jsonl"), "train")
     prompts = [Prompt(q.id, render_prompt(q.prompt)) for q in asked]
     prompts = [p for p in prompts if speaker.token_count(p.text) <= LONGEST_PROMPT_TOKENS][: given.prompts]
     alone: Any = pipeline("text-generation", model=speaker.model, tokenizer=tokenizer)

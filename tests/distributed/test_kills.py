@@ -1,8 +1,6 @@
 """SIGKILL at any moment costs nothing but time: the run ends with the bits of the one that was never killed."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from tests.building import small_opt
-from tests.launching import REPOSITORY, TINY, Finished
+from tests.launching import TINY, Finished, run_command
 
 from isotune.checkpoint.store import CheckpointStore
 
@@ -22,15 +20,9 @@ def run_with_kills(folder: Path, recipe: dict[str, Any], kills: int, seed: int) 
     folder.mkdir(parents=True)
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe | {"output_dir": str(folder / "run")}))
-    done = subprocess.run(
-        [sys.executable, "tests/distributed/killing.py", str(file), str(folder / "run"), str(kills), str(seed)],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "TOKENIZERS_PARALLELISM": "false"},
-        capture_output=True,
-        text=True,
-        timeout=200 + 5 * kills,
-        check=False,
-    )
+    command = ["tests/distributed/killing.py", str(file), str(folder / "run"), str(kills), str(seed)]
+    quiet = {"TOKENIZERS_PARALLELISM": "false"}
+    done = run_command([sys.executable, *command], quiet, timeout_seconds=200 + 5 * kills)
     assert done.returncode == 0, done.stdout + done.stderr
     return Finished(0, done.stdout, done.stderr, folder / "run"), json.loads(done.stdout.splitlines()[-1])
 

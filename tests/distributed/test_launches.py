@@ -21,7 +21,7 @@ def free_port() -> int:
 
 def refused(command: list[str], run: Path) -> str:
     """The one sentence of a launch that is refused before anything is written."""
-    done = run_command(command)
+    done = run_command(command, fresh=True)
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
@@ -57,8 +57,8 @@ def test_a_build_that_was_killed_does_not_stop_later_launches(tmp_path: Path):
     lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
-    surroundings = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
-    done = start(tmp_path, {**LORA, "max_steps": 1}, processes=2, config="zero2.yaml", environment=surroundings)
+    launch = {"processes": 2, "config": "zero2.yaml", "environment": {"TORCH_EXTENSIONS_DIR": str(lock.parents[1])}}
+    done = start(tmp_path, {**LORA, "max_steps": 1}, fresh=True, **launch)
     assert len(done.steps) == 1
     assert [path.name for path in lock.parent.iterdir()] == ["lock"]  # nothing was compiled
 
@@ -77,7 +77,7 @@ def test_a_port_in_use_is_named_where_no_launcher_looks_for_another(tmp_path: Pa
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        done = run_command([sys.executable, "train/sft_opt.py", "--config", str(recipe)], place)
+        done = run_command([sys.executable, "train/sft_opt.py", "--config", str(recipe)], place, fresh=True)
     assert done.returncode == 2, done.stderr
     assert f"error: MASTER_PORT {port} is in use on {socket.gethostname()}" in done.stderr
     assert "Traceback" not in done.stderr

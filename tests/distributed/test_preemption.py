@@ -13,7 +13,8 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from tests.launching import REPOSITORY, TINY, Finished, launcher, start
+from tests.forking import ForkedProcess, can_fork, start_forked
+from tests.launching import REPOSITORY, TINY, Finished, launcher, start, surroundings_of
 
 from isotune.checkpoint.manifest import verify
 
@@ -30,7 +31,7 @@ def slow(number: signal.Signals) -> Any:
 class Running:
     """A launch that is under way."""
 
-    process: subprocess.Popen
+    process: subprocess.Popen | ForkedProcess
     run: Path
 
     @property
@@ -61,18 +62,26 @@ class Running:
         return json.loads((self.run / "status.json").read_text())
 
 
-def begin(folder: Path, recipe: dict[str, Any], *, processes: int, config: str = "ddp.yaml") -> Running:
-    """Start a launch in a session of its own, as a terminal would, and do not wait for it."""
+def begin(
+    folder: Path, recipe: dict[str, Any], *, processes: int, config: str = "ddp.yaml", fresh: bool = False
+) -> Running:
+    """Start a launch in a session of its own, as a terminal would, and do not wait for it.
+
+    `fresh` interpreters instead of forks: see `run_command`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe | {"output_dir": str(folder / "run")}))
     command = [sys.executable, "train/sft_opt.py"]
     if processes:
         command = [*launcher(config, processes), command[1]]
+    command += ["--config", str(file)]
+    if not fresh and can_fork(command):
+        return Running(start_forked(command, surroundings_of(), REPOSITORY), folder / "run")
     process = subprocess.Popen(
-        [*command, "--config", str(file)],
+        command,
         cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
+        env=surroundings_of(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -134,7 +143,7 @@ def test_a_signal_at_one_rank_of_a_sharded_engine_costs_no_bit(tmp_path, config)
 def test_the_second_ctrl_c_ends_a_launch_at_once_while_the_first_waits_for_a_step(tmp_path):
     # a step of minutes: the whole corpus again and again, in passes of one row each
     endless = LONG | {"dataset_name": repeated_greetings(tmp_path), "global_batch_size": 4000, "microbatch_tokens": 256}
-    running = begin(tmp_path, endless | {"max_steps": 2}, processes=2)
+    running = begin(tmp_path, endless | {"max_steps": 2}, processes=2, fresh=True)
     assert running.process.stdout is not None
     while not running.process.stdout.readline().startswith("plan "):
         assert running.process.poll() is None, running.process.communicate()
@@ -159,7 +168,7 @@ def repeated_greetings(folder: Path) -> str:
 
 @pytest.mark.parametrize("number", [*(slow(one) for one in (signal.SIGTERM, signal.SIGUSR1)), signal.SIGKILL])
 def test_a_signal_at_the_launcher_reaches_the_ranks_even_where_it_kills_the_launcher(tmp_path, number):
-    running = begin(tmp_path, LONG, processes=2)
+    running = begin(tmp_path, LONG, processes=2, fresh=True)
     running.wait_for_step(3)
     ranks = running.ranks
     running.process.send_signal(number)

@@ -18,7 +18,7 @@ def load(folder: Path, model: str, config: str) -> list[dict]:
     folder.mkdir()
     recipe = write_recipe(folder, {**TINY, "model_name_or_path": model})
     script = ["tests/distributed/load_in_shares.py", str(recipe), str(folder)]
-    done = run_command([*launcher(config, 2), *script], GIVE_BACK)
+    done = run_command([*launcher(config, 2), *script], GIVE_BACK, fresh=True)  # its memory is measured
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
 

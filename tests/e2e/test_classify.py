@@ -121,6 +121,19 @@ def test_batches_change_nothing(runs, classify, tmp_path):
         assert other.facts["rows_sha256"] == first.facts["rows_sha256"]
 
 
+def test_a_task_may_name_modules_of_evaluate(runs, classify, repository, tmp_path):
+    module = str(repository / "eval" / "metrics" / "isotune")
+    task = {"dataset_name": "builtin:opinions", "metrics": ["accuracy", {"module": module, "config_name": "accuracy"}]}
+    (tmp_path / "task.yaml").write_text(json.dumps(task))  # JSON is YAML
+    given = ["--task", tmp_path / "task.yaml", "--limit", ROWS, "--no_pictures", "--output_dir", tmp_path / "e"]
+    status, out, _ = classify("--run_dir", runs["full"], *given)
+    assert status == 0 and "isotune/accuracy: interval of 200 resamples" in out
+    result = read_result(tmp_path / "e")
+    assert set(result.metrics) == {"accuracy", "isotune/accuracy"} == set(result.intervals)
+    assert result.metrics["isotune/accuracy"] == result.metrics["accuracy"]
+    assert result.facts["metric_modules"][0]["module"] == module
+
+
 def test_pictures_and_examples_stand_beside_the_numbers_and_say_the_same_in_words(runs, classify, tmp_path):
     folder = tmp_path / "e"
     task = ["--task", "eval/configs/opinions.yaml", "--max_seq_length", 100]

@@ -1,14 +1,14 @@
 """An exported model is the model that was trained: tensor by tensor, logit by logit, in every format."""
 
+import contextlib
 import json
 import math
 import os
 import re
 import resource
 import shutil
-import signal
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,9 +16,11 @@ import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tests.launching import run_command
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, OPTConfig, OPTForCausalLM
 
 from isotune.checkpoint.export import export_run
+from isotune.cli import main
 from isotune.io.errors import UserError
 from isotune.models.merged_adapter import compare_logits
 from isotune.models.opening import read_run
@@ -105,8 +107,7 @@ def logits(model, tokens) -> torch.Tensor:
 
 
 def isotune(*arguments):
-    command = [sys.executable, "-m", "isotune.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return run_command([sys.executable, "-m", "isotune.cli", *map(str, arguments)], timeout_seconds=120)
 
 
 def test_a_merged_folder_holds_base_plus_scaled_product_and_loads_as_a_stock_model(lora_run, base, tmp_path):
@@ -248,12 +249,12 @@ def test_a_merge_beyond_the_tolerance_is_refused_with_its_figure_and_writes_noth
 
 def test_parity_is_the_largest_absolute_difference_and_never_holds_with_nan():
     wanted, found = torch.tensor([[1.0, -8.0]]), torch.tensor([[1.25, -7.5]])
-    parity = compare_logits(wanted, found, share=0.1)
+    parity = compare_logits(wanted, found, relative_tolerance=0.1)
     assert (parity.largest_difference, parity.largest_logit) == (0.5, 8.0)
     assert parity.tolerance == pytest.approx(0.8)
     assert parity.holds
-    assert not compare_logits(wanted, torch.tensor([[1.0, -7.0]]), share=0.1).holds
-    assert not compare_logits(wanted, torch.tensor([[1.0, math.nan]]), share=0.1).holds
+    assert not compare_logits(wanted, torch.tensor([[1.0, -7.0]]), relative_tolerance=0.1).holds
+    assert not compare_logits(wanted, torch.tensor([[1.0, math.nan]]), relative_tolerance=0.1).holds
 
 
 def test_an_adapter_with_nan_is_refused(base, tokenizer, tmp_path):
@@ -380,17 +381,24 @@ def test_a_truncated_file_is_one_sentence_and_exit_status_2(lora_run, tmp_path):
     assert done.stderr.startswith(f"error: {file} is not a complete safetensors file")
 
 
-@pytest.mark.parametrize("format", ["safetensors", "pt"])
-def test_a_disk_without_room_is_one_sentence_and_leaves_nothing(full_run, tmp_path, format):
-    def small_files() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000))
+@contextlib.contextmanager
+def small_files() -> Iterator[None]:
+    """This process can write no file above 5 MB, as on a disk without room; Python ignores the signal for it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    command = [sys.executable, "-m", "isotune.cli", "export", str(full_run), "--format", format]
-    command += ["--output", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, preexec_fn=small_files)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert f"no room on the disk for the model in {tmp_path / 'out'}" in done.stderr
+
+@pytest.mark.parametrize("format", ["safetensors", "pt"])
+def test_a_disk_without_room_is_one_sentence_and_leaves_nothing(full_run, tmp_path, capsys, format):
+    with small_files(), pytest.raises(SystemExit) as left:
+        main(["export", str(full_run), "--format", format, "--output", str(tmp_path / "out")])
+    printed = capsys.readouterr()
+    assert (left.value.code, printed.err.count("\n")) == (2, 1), printed.err
+    assert f"no room on the disk for the model in {tmp_path / 'out'}" in printed.err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,6 +1,5 @@
 """A finished run answers as it was trained to: in a program, from a command line and from a pipe."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
+from tests.launching import run_command
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from isotune.data.sft.conversations import render_prompt
@@ -93,10 +93,9 @@ def greedy_by_hand(model, tokens, count):
     return tokens
 
 
-def generate(*arguments, **how):
-    script = Path(__file__).resolve().parents[2] / "eval" / "generate.py"
-    command = [sys.executable, str(script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120, check=False, **how)
+def generate(*arguments, text="", fresh=False):
+    command = [sys.executable, "eval/generate.py", *map(str, arguments)]
+    return run_command(command, text=text, fresh=fresh, timeout_seconds=120)
 
 
 def test_the_greedy_answer_is_the_argmax_of_the_model_after_the_prompt_of_training(speaker, full_run, tokenizer):
@@ -245,20 +244,20 @@ def test_the_sample_answer_of_a_run_is_printed_with_its_prompt(full_run, capsys)
 
 
 def test_the_command_prints_the_answer_and_nothing_else(lora_run):
-    done = generate("--run_dir", lora_run, "--prompt", "What is 2 + 2?")
+    done = generate("--run_dir", lora_run, "--prompt", "What is 2 + 2?", fresh=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "You are 4.\n", "")
 
 
 def test_a_chat_from_a_pipe_remembers_resets_and_quits(full_run):
     lines = ["What is 2 + 2?", "Thanks", "", "/reset", "/help", "What is 2 + 2?", "/quit", "Thanks"]
-    done = generate("--run_dir", full_run, input="\n".join(lines))
+    done = generate("--run_dir", full_run, text="\n".join(lines))
     assert done.returncode == 0
     assert done.stdout.splitlines() == ["It is 4.", "You are welcome 🙂.", "It is 4."]
     assert done.stderr.splitlines() == ["/help is no command: there are /reset and /quit"]
 
 
 def test_a_chat_goes_on_after_a_question_that_is_too_long_and_ends_with_its_input(full_run):
-    done = generate("--run_dir", full_run, "--max_new_tokens", 12, input="word " * 200 + "\nWhat is 2 + 2?")
+    done = generate("--run_dir", full_run, "--max_new_tokens", 12, text="word " * 200 + "\nWhat is 2 + 2?")
     assert done.returncode == 0
     assert done.stdout == "It is 4.\n"
     assert done.stderr.count("\n") == 1
@@ -276,7 +275,7 @@ def test_a_chat_goes_on_after_a_question_that_is_too_long_and_ends_with_its_inpu
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_status_2(full_run, arguments, names):
-    done = generate(*[full_run if argument == "RUN" else argument for argument in arguments], input="")
+    done = generate(*[full_run if argument == "RUN" else argument for argument in arguments])
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: ")
     assert names in done.stderr

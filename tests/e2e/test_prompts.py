@@ -9,8 +9,8 @@ from huggingface_hub import ModelCard
 from tests.building import Built, build_classifier
 from tests.launching import TINY_CLASSIFIER, Finished, start
 
+from isotune.evaluation.classification.chance_test import write_chance_test
 from isotune.evaluation.results import read_result
-from isotune.evaluation.statistics.chance_test import judge_run
 from isotune.io.errors import RunFault
 from isotune.projects.prompts.sentence_type import KINDS
 from isotune.report.html_report import render_report
@@ -134,4 +134,4 @@ def test_labels_made_from_texts_raise_the_alarm(tmp_path, monkeypatch):
 
 
 def judge(built: Built):
-    return judge_run(built.run.path, built.recipe, built.trainer.plan.evaluation)  # type: ignore[arg-type]
+    return write_chance_test(built.run.path, built.recipe, built.trainer.plan.evaluation)  # type: ignore[arg-type]

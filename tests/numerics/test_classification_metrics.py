@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as of_numpy
 from sklearn import metrics as theirs
 from torchmetrics.classification import MulticlassCalibrationError
 
-from isotune.evaluation.metrics.classification_metrics import classification_statistics, score
+from isotune.evaluation.metrics.classification import classification_statistics, score
 from isotune.evaluation.statistics.resampling import OfWeights, bootstrap_draws, values
 from isotune.io.errors import UserError
 

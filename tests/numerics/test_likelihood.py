@@ -11,7 +11,7 @@ from isotune.data.sft.conversations import Conversation, render_prompt
 from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.evaluation.generation import likelihood
 from isotune.evaluation.generation.batched_generation import GenerationModel
-from isotune.evaluation.generation.eval_samples import read_questions
+from isotune.evaluation.generation.eval_samples import read_eval_samples
 from isotune.evaluation.generation.generation_models import generation_model_named
 from isotune.evaluation.generation.likelihood import Reference, score_references
 from isotune.io.errors import UserError
@@ -20,7 +20,7 @@ from isotune.io.errors import UserError
 @pytest.fixture(scope="module")
 def references(shared_data) -> list[Reference]:
     """Real questions and answers of Guanaco, short enough for a small model."""
-    asked = read_questions(str(shared_data / "guanaco" / "test.jsonl"), "train")
+    asked = read_eval_samples(str(shared_data / "guanaco" / "test.jsonl"), "train")
     short = [q for q in asked if len(q.prompt) + len(q.reference) < 400]
     assert len(short) > 10
     return [Reference(q.id, render_prompt(q.prompt), " " + q.reference) for q in short[:10]]
@@ -57,7 +57,7 @@ def test_it_is_that_of_a_loop_over_documents_with_the_tokens_of_training(speaker
 def test_how_many_documents_a_pass_holds_changes_nothing(speaker, references, monkeypatch):
     expected = score_references(speaker, references)
     for pass_tokens in (1, 300, 10_000):
-        monkeypatch.setattr(likelihood, "PASS_TOKENS", pass_tokens)
+        monkeypatch.setattr(likelihood, "BATCH_TOKENS", pass_tokens)
         found = score_references(speaker, references[::-1])
         for row, one in expected.items():
             assert found[row].nll == pytest.approx(one.nll, rel=1e-6)
@@ -84,7 +84,7 @@ def test_scores_that_are_not_finite_are_counted_and_refused(speaker, monkeypatch
     broken = generation_model_named(speaker.model.name_or_path)
     with torch.no_grad():
         broken.model.model.decoder.embed_positions.weight[60] = float("nan")
-    monkeypatch.setattr(likelihood, "PASS_TOKENS", 1)  # each reference alone: only the long one comes to that position
+    monkeypatch.setattr(likelihood, "BATCH_TOKENS", 1)  # each reference alone: only the long one comes to that position
     prompt = "### Human: Hi\n### Assistant:"
     with pytest.raises(UserError, match="not finite for 1 of 2 references, row 4 first"):
         score_references(broken, [Reference(7, prompt, " Hello"), Reference(3, prompt, " word" * 80)])

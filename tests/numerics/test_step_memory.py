@@ -85,7 +85,8 @@ def test_a_known_geometrys_step_holds_what_its_plan_says(shared_data, tmp_path, 
     for checkpointing in (False, True):
         recipe = of_geometry(name, tmp_path / name, shared_data, tune, length, checkpointing)
         files.append(write_recipe(tmp_path / f"checkpointing-{checkpointing}", recipe))
-    done = run_command([sys.executable, "-m", "tests.numerics.step_memory", *map(str, files)])
+    command = [sys.executable, "-m", "tests.numerics.step_memory", *map(str, files)]
+    done = run_command(command, fresh=True)  # its memory is measured
     assert done.returncode == 0, done.stderr
     for file, line in zip(files, (x for x in done.stdout.splitlines() if x.startswith('{"')), strict=True):
         found = json.loads(line)

@@ -160,7 +160,7 @@ def test_log_loss_is_scikit_learns_and_a_model_that_guesses_is_said_to(rows):
         loss, (low, high) = scores.log_loss(name)
         assert loss == pytest.approx(log_loss(labels, found, labels=[0, 1, 2]), rel=1e-9) and low <= loss <= high
         assert scores.metrics[f"accuracy_{name}"] == (found.argmax(axis=1) == labels).mean()
-    assert scores.verdict("good") is None
+    assert scores.uniform_warning("good") is None
     assert "uniform is not better than uniform guessing with 95% confidence" in scores.table()
     assert "noise is not better than uniform guessing with 95% confidence" in scores.table()
 

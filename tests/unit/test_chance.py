@@ -7,7 +7,7 @@ import pytest
 
 from isotune.data.clean_text import content_digest, normalised
 from isotune.data.hash_split import random_labels
-from isotune.evaluation.statistics.chance_test import judge
+from isotune.evaluation.classification.chance_test import accuracy_against_chance
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def alarms(contents, predict, seeds: int = 300) -> float:
     found = 0
     for seed in range(seeds):
         labels = random_labels(seed, contents)
-        found += judge(predict(seed, labels) == labels, contents, 0.5).differs
+        found += accuracy_against_chance(predict(seed, labels) == labels, contents, 0.5).differs
     return found / seeds
 
 
@@ -29,7 +29,7 @@ def alarms(contents, predict, seeds: int = 300) -> float:
 def test_the_interval_and_the_test_are_those_of_statsmodels(right, texts):
     from statsmodels.stats.proportion import binom_test, proportion_confint
 
-    verdict = judge(np.arange(texts) < right, np.arange(texts), 0.5)
+    verdict = accuracy_against_chance(np.arange(texts) < right, np.arange(texts), 0.5)
     assert verdict.interval == pytest.approx(proportion_confint(right, texts, method="beta"), abs=1e-9)
     assert verdict.p_value == pytest.approx(binom_test(right, texts, 0.5), rel=1e-9)
     assert verdict.differs == (verdict.p_value < 0.05)
@@ -37,11 +37,15 @@ def test_the_interval_and_the_test_are_those_of_statsmodels(right, texts):
 
 
 def test_a_verdict_says_what_it_rests_on():
-    assert str(judge(np.arange(17) < 9, np.arange(17), 0.5)) == (
+    assert str(accuracy_against_chance(np.arange(17) < 9, np.arange(17), 0.5)) == (
         "accuracy 0.529 (9 of 17 texts), 95% interval 0.278 to 0.770: not different from chance (0.500)"
     )
-    assert str(judge(np.arange(17) < 16, np.arange(17), 0.5)).endswith("different from chance (0.500), better")
-    assert str(judge(np.arange(17) < 1, np.arange(17), 0.5)).endswith("different from chance (0.500), worse")
+    assert str(accuracy_against_chance(np.arange(17) < 16, np.arange(17), 0.5)).endswith(
+        "different from chance (0.500), better"
+    )
+    assert str(accuracy_against_chance(np.arange(17) < 1, np.arange(17), 0.5)).endswith(
+        "different from chance (0.500), worse"
+    )
 
 
 @pytest.mark.parametrize("rows", [15, 1000])
@@ -70,4 +74,4 @@ def test_the_best_of_ten_evaluations_would_cry_wolf_where_the_last_is_quiet(cont
 def test_a_text_counts_once_however_many_rows_hold_it(contents):
     rows = np.repeat(contents[:50], 10)
     assert alarms(rows, lambda seed, labels: np.zeros(len(labels), int)) < 0.083
-    assert judge(np.ones(500, bool), rows, 0.5).texts == 50
+    assert accuracy_against_chance(np.ones(500, bool), rows, 0.5).texts == 50

@@ -1,6 +1,7 @@
 """The `isotune` command says what it can do, and says a mistake in one sentence."""
 
 import importlib.metadata
+import re
 import subprocess
 import sys
 
@@ -24,8 +25,16 @@ def test_the_version_is_that_of_the_package(capsys):
 def test_help_names_every_command_with_what_it_is_for(capsys):
     status, help_text, _ = run(capsys, "--help")
     assert status == 0
-    assert "export" in help_text
-    assert "write a run's model for use elsewhere" in help_text
+    listed = help_text.split("COMMAND\n")[1].split("\n\n")[0]
+    commands = re.findall(r"^    (\S+)(.*(?:\n {5,}.*)*)", listed, re.MULTILINE)
+    assert {name: " ".join(use.split()) for name, use in commands} == {
+        "export": "write a run's model for use elsewhere, an adapter merged into its base",
+        "compare": "say whether runs differ on the same evaluated rows, beyond chance",
+        "report": "write one self-contained HTML file of a run, or of several side by side",
+        "validate-submission": "say everything that is wrong with a submission.csv",
+        "plan": "say what a run will do, and what it needs of memory, time and money, before it begins",
+        "doctor": "say what about this machine or launch could spoil a run",
+    }
 
 
 def test_the_help_of_export_shows_the_formats_and_an_example(capsys):

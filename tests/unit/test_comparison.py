@@ -11,8 +11,8 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
 from isotune.cli import main
+from isotune.evaluation.comparison.compare import compare_runs
 from isotune.evaluation.results import rows_digest, write_result
-from isotune.evaluation.statistics.comparison import compare_runs
 from isotune.io.errors import UserError
 from isotune.projects.arena.battles import Battle, Battles
 from isotune.projects.arena.preference import score_preferences, write_preferences
@@ -273,9 +273,9 @@ def test_the_evaluation_in_common_is_found_or_named(tmp_path):
         (["{a}"], "two runs or more"),
         (["{a}", "/nowhere"], "there is no folder /nowhere"),
         (["{a}", "{empty}"], "holds no evaluation: run eval/classify.py or eval/generate.py"),
-        (["{a}", "{cut}"], "is no JSON: the file is truncated"),
-        (["{a}", "{b}", "--metrics", "acuracy"], "'acuracy' is no metric of all these results; there are accuracy,"),
-        (["{a}", "{b}", "--resamples", "7"], "--resamples is 7: it takes at least 100"),
+        (["{a}", "{cut}"], "is not JSON: the file is truncated"),
+        (["{a}", "{b}", "--metrics", "acuracy"], "'acuracy' is not a metric of all these results; there are accuracy,"),
+        (["{a}", "{b}", "--resamples", "7"], "--resamples is 7: it is at least 100"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_status_2(runs, tmp_path, capsys, arguments, says):

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from isotune.evaluation.generation.tasks import METRICS, read_generation_task
+from isotune.evaluation.generation.tasks import METRICS, GenerationTask
+from isotune.evaluation.tasks import read_task
 from isotune.io.errors import UserError
 
 ROWS = [{"country": "Peru", "capital": "Lima"}, {"country": "Mali", "capital": " Bamako "}]
@@ -21,18 +22,20 @@ def write_task(folder: Path, **values) -> Path:
 
 
 def test_questions_are_made_of_columns(tmp_path):
-    task = read_generation_task(write_task(tmp_path, **COLUMNS, metrics=["chrf"], max_new_tokens=7), {})
-    asked = task.questions()
+    task = read_task(GenerationTask, write_task(tmp_path, **COLUMNS, metrics=["chrf"], max_new_tokens=7), {})
+    asked = task.samples()
     assert [(q.id, q.prompt, q.reference) for q in asked] == [
         (0, "What is the capital of Peru?", "Lima"),
         (1, "What is the capital of Mali?", "Bamako"),
     ]
-    assert len(task.questions(1)) == 1
+    assert len(task.samples(1)) == 1
     assert (task.name, task.metrics, task.max_new_tokens) == ("rows", ("chrf",), 7)
 
 
 def test_a_flag_wins_over_the_file(tmp_path):
-    task = read_generation_task(write_task(tmp_path, max_new_tokens=7), {"max_new_tokens": 9, "dataset_split": None})
+    task = read_task(
+        GenerationTask, write_task(tmp_path, max_new_tokens=7), {"max_new_tokens": 9, "dataset_split": None}
+    )
     assert (task.max_new_tokens, task.dataset_split, task.metrics) == (9, "test", METRICS)
 
 
@@ -45,12 +48,12 @@ def test_a_flag_wins_over_the_file(tmp_path):
         ({"max_new_tokens": "many"}, "max_new_tokens is 'many': it is a whole number"),
         ({"prompt_template": "{country}"}, "prompt_template and reference_template go together"),
         ({**COLUMNS, "prompt_template": "no column"}, "template 'no column'"),
-        ({"dataset_name": ""}, "nothing to ask"),
+        ({"dataset_name": ""}, "nothing to evaluate on"),
     ],
 )
 def test_a_mistake_in_the_file_is_named(tmp_path, values, complaint):
     with pytest.raises(UserError, match=complaint):
-        read_generation_task(write_task(tmp_path, **values), {})
+        read_task(GenerationTask, write_task(tmp_path, **values), {})
 
 
 @pytest.mark.parametrize(
@@ -65,12 +68,12 @@ def test_a_row_that_cannot_be_asked_is_named(tmp_path, row, complaint):
     with (tmp_path / "rows.jsonl").open("a") as rows:
         rows.write(json.dumps(row) + "\n")
     with pytest.raises(UserError, match=complaint):
-        read_generation_task(file, {}).questions()
+        read_task(GenerationTask, file, {}).samples()
 
 
 def test_every_shipped_task_is_whole(repository):
     files = sorted((repository / "eval" / "configs").glob("*.yaml"))
-    tasks = [read_generation_task(file, {}) for file in files if "\nlabels:" not in file.read_text()]
+    tasks = [read_task(GenerationTask, file, {}) for file in files if "\nlabels:" not in file.read_text()]
     assert [task.name for task in tasks] == ["openassistant-guanaco", "pirate"]
     assert all(task.metrics == METRICS for task in tasks)
-    assert len(tasks[1].questions()) == 32
+    assert len(tasks[1].samples()) == 32

@@ -9,7 +9,7 @@ import torch
 import torchmetrics.classification as torched
 from sklearn import metrics as theirs
 
-from isotune.evaluation.metrics.classification_metrics import classification_statistics
+from isotune.evaluation.metrics.classification import classification_statistics
 from isotune.evaluation.statistics.resampling import values
 
 
@@ -21,7 +21,7 @@ def load(repository, monkeypatch):
         raise OSError("the network was asked")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    return lambda name: evaluate.load(str(repository / "eval" / "metrics" / name))
+    return lambda name: evaluate.load(str(repository / "eval" / "metrics" / "isotune"), name)
 
 
 CHANCE = np.random.default_rng(3)
@@ -75,13 +75,12 @@ def test_a_metric_of_probabilities(load, name, expected):
     assert found == {name: pytest.approx(expected, abs=1e-6)}
 
 
-def test_every_metric_of_a_classifier_has_a_module(repository):
+def test_every_metric_of_a_classifier_has_a_module(load):
     of_harness = values(classification_statistics(LABELS, PROBABILITIES, ordinal=True))
     means = ("_macro", "_micro", "_weighted")
     names = {next((name.removesuffix(m) for m in means if name.endswith(m)), name) for name in of_harness}
     names = {name.split("_class_")[0] for name in names}
-    folders = {folder.name for folder in (repository / "eval" / "metrics").iterdir() if folder.is_dir()}
-    assert names <= folders
+    assert names and {load(name).config_name for name in names} == names
 
 
 @pytest.mark.parametrize(

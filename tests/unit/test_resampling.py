@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from isotune.evaluation.metrics.classification_metrics import classification_statistics
+from isotune.evaluation.metrics.classification import classification_statistics
 from isotune.evaluation.statistics.resampling import (
     OfSums,
     OfWeights,

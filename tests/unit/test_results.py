@@ -41,9 +41,9 @@ def test_the_metrics_stand_flat_in_the_file(folder):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ('{"id": 0}\n{"id": 1, "lab', "line 2 is no JSON"),
+        ('{"id": 0}\n{"id": 1, "lab', "line 2 is not JSON"),
         ('{"id": 0}\n', "1 rows, metrics.json says 2"),
-        ('{"id": 0}\n{"id": 0}\n', "line 2: id 0 stands twice"),
+        ('{"id": 0}\n{"id": 0}\n', "line 2: id 0 is not unique"),
         ('{"id": 0}\n{"label": 0}\n', "line 2 has no id"),
         ('{"id": 0}\n{"id": 1, "probabilities": [NaN, 1.0]}\n', "line 2: a probability is not a finite number"),
         ('{"id": 0}\n{"id": 1, "probabilities": ["a", 1.0]}\n', "line 2: a probability is not a finite number"),

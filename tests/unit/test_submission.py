@@ -105,7 +105,7 @@ FAULTS = {
     "of the sample missing": of_ids("missing"),
     "not in the sample": of_ids("not in the sample"),
     "given more than once": of_ids("given more than once"),
-    "stand in another order": of_ids("another order"),
+    "are in another order": of_ids("another order"),
     "no finite number": of_a_cell("nan", "NaN", "", "inf", "-inf", "a half", "1_0", "0,5"),
     "no number from 0 to 1": of_a_cell("-0.1", "1.01", "1e9"),
     "do not sum to 1": of_a_sum,

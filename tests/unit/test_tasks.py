@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from isotune.evaluation.classification.tasks import Task, read_task
+from isotune.evaluation.classification.tasks import ClassificationTask
+from isotune.evaluation.tasks import read_task
 from isotune.io.errors import UserError
 
 ROWS = [{"title": "One", "body": "first {curly}", "label": "good"}, {"title": "Two", "body": "second", "label": 0}]
@@ -20,19 +21,19 @@ def rows(tmp_path):
 def test_every_shipped_task_is_whole(repository):
     files = sorted((repository / "eval" / "configs").glob("*.yaml"))
     files = [file for file in files if "\nlabels:" in file.read_text()]  # the others ask a model for texts
-    names = [read_task(file, {}).name for file in files]
+    names = [read_task(ClassificationTask, file, {}).name for file in files]
     assert names == ["imdb-test", "opinions-test", "yelp_review_full-test"]
 
 
 def test_a_template_and_names_of_classes_make_the_rows(rows):
-    task = Task(dataset_name=rows, template="{title}: {body}", labels=("bad", "good"))
+    task = ClassificationTask(dataset_name=rows, template="{title}: {body}", labels=("bad", "good"))
     made = list(task.source().rows())
     assert [(row["text"], row["label"]) for row in made] == [("One: first {curly}", 1), ("Two: second", 0)]
     assert list(task.source(limit=1).rows()) == made[:1]
 
 
 def test_what_decides_the_rows_decides_the_fingerprint(rows):
-    tasks = [Task(dataset_name=rows, template=template) for template in ("{title}", "{body}", "{title} ")]
+    tasks = [ClassificationTask(dataset_name=rows, template=template) for template in ("{title}", "{body}", "{title} ")]
     prints = {task.source(limit).fingerprint for task in tasks for limit in (None, 1, 2)}
     assert len(prints) == 9
 
@@ -40,7 +41,7 @@ def test_what_decides_the_rows_decides_the_fingerprint(rows):
 def test_flags_win_over_the_file(tmp_path, rows):
     file = tmp_path / "task.yaml"
     file.write_text("dataset_name: elsewhere\ndataset_split: train\nordinal: true\n")
-    task = read_task(file, {"dataset_name": rows, "ordinal": None, "max_seq_length": 99})
+    task = read_task(ClassificationTask, file, {"dataset_name": rows, "ordinal": None, "max_seq_length": 99})
     assert (task.dataset_name, task.dataset_split, task.ordinal, task.max_seq_length) == (rows, "train", True, 99)
 
 
@@ -63,7 +64,7 @@ def test_a_task_file_that_says_nothing_sensible_is_refused(tmp_path, written, sa
     file = tmp_path / "task.yaml"
     file.write_text(written)
     with pytest.raises(UserError, match=said):
-        read_task(file, {})
+        read_task(ClassificationTask, file, {})
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_a_task_file_that_says_nothing_sensible_is_refused(tmp_path, written, sa
     ],
 )
 def test_a_row_that_the_task_does_not_fit_is_named(rows, task, said):
-    source = Task(dataset_name=rows, **task).source()
+    source = ClassificationTask(dataset_name=rows, **task).source()
     if said is None:
         assert [row["label"] for row in source.rows()] == [0, 0]
         return

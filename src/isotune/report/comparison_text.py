@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from isotune.evaluation.comparison.compare import ChangedRow, Comparison, Pair
 from isotune.evaluation.results import CLASSIFICATION
-from isotune.evaluation.statistics.comparison import ChangedRow, Comparison, Pair
 from isotune.report.formatting import (
     describe_tests,
     format_number,

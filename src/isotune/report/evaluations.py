@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from isotune.evaluation.comparison.compare import Comparison, compare_runs
 from isotune.evaluation.results import CLASSIFICATION, GENERATION, Result
-from isotune.evaluation.statistics.comparison import Comparison, compare_runs
 from isotune.io.errors import UserError
 from isotune.report.formatting import format_number, run_letter
 from isotune.report.run_record import RunRecord

@@ -5,7 +5,7 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
-from isotune.evaluation.statistics.comparison import Comparison, MetricDifference, Pair
+from isotune.evaluation.comparison.compare import Comparison, MetricDifference, Pair
 
 NO_DIFFERENCE = "no difference shown"
 

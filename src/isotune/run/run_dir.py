@@ -166,7 +166,7 @@ class RunDir:
 
         Args:
             environment: content of environment.json.
-            metrics: lines of the checkpoint that this attempt resumes from; None begins an empty file.
+            metrics: lines of the checkpoint that this attempt resumes from; None removes those of an earlier attempt.
 
         Raises:
             UserError: RUN cannot be written.

@@ -1,9 +1,9 @@
-"""Where a classifier looked: attention of chosen texts, head by head, and rolled out from the head's token to words.
+"""Plots of a classifier's attention on a few texts: each head, and the attention rollout from the first token to words.
 
-The packed kernels keep no weights, so the chosen texts are run once more, one by one, through transformers' eager
-attention. Rolled out (Abnar and Zuidema 2020, arXiv:2005.00928) means: in each layer half of what a token holds is its
-own and half comes by the mean head, and the layers are multiplied. It says where information can have come from, not
-why the class was chosen.
+The packed kernels return no weights, so these texts run once more, one by one, with transformers' eager attention. In
+attention rollout (Abnar and Zuidema 2020, arXiv:2005.00928) half of a token's state in each layer is its own and half
+comes by the mean head, and the layers are multiplied. It shows where information can come from, not why the class is
+predicted.
 """
 
 from collections.abc import Sequence
@@ -14,24 +14,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from isotune.evaluation.classification.examples import worth_reading
+from isotune.evaluation.classification.examples import errors_first
 from isotune.evaluation.classification.models import Classifier
-from isotune.evaluation.classification.plots import COLOURS, new_figure, save_picture
+from isotune.evaluation.classification.plots import COLOURS, new_figure, save_plot
 from isotune.evaluation.classification.result import Evaluation, Rows
 from isotune.io.errors import UserError
 
 EXAMPLES, READABLE_TOKENS = 3, 40
 LARGEST_GRID = 12  # layers and heads drawn
-WORDS_SAID, LINE_CHARACTERS = 15, 76
+LISTED_WORDS, LINE_CHARACTERS = 15, 76
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Of one text: `weights` is float32 [layers, heads, tokens, tokens], a row a token that looks; `words` its words.
+    """The attention of one text.
 
     Attributes:
-        word_of: int [tokens]; the word that each token belongs to.
-        rolled: float64 [words]; the share of each word in what the head reads, in all 1.
+        weights: float32 [layers, heads, queries, keys].
+        word_of: int [tokens]; the word of each token.
+        rolled: float64 [words]; the rollout from the first token, in all 1.
     """
 
     tokens: list[str]
@@ -41,47 +42,47 @@ class Attention:
     rolled: np.ndarray
 
 
-def draw_attention(classifier: Classifier, done: Evaluation, folder: Path, rows: Sequence[int]) -> list[Path]:
-    """attention_heads_ID.png and attention_words_ID.png of these rows; nothing where the model gives no weights."""
-    pictures: list[Path] = []
+def draw_attention(classifier: Classifier, evaluation: Evaluation, folder: Path, rows: Sequence[int]) -> list[Path]:
+    """attention_heads_ID.png and attention_words_ID.png of these rows; nothing where the model returns no weights."""
+    plots: list[Path] = []
     for row in rows:
-        found = attention_of(classifier, done.rows, row)
-        if found is None:
-            print(f"note        {classifier.name} gives no attention weights: they are not drawn")
-            return pictures
-        chosen = int(done.probabilities[row].argmax())
-        names = done.rows.names
+        attention = attention_of(classifier, evaluation.rows, row)
+        if attention is None:
+            print(f"note        {classifier.name} returns no attention weights: they are not drawn")
+            return plots
+        rows_of, probabilities = evaluation.rows, evaluation.probabilities[row]
+        predicted = int(probabilities.argmax())
         title = (
-            f"id {done.rows.ids[row]}: actual {names[done.rows.labels[row]]}, predicted {names[chosen]} "
-            f"({done.probabilities[row, chosen]:.1%})"
+            f"id {rows_of.ids[row]}: actual {rows_of.names[rows_of.labels[row]]}, "
+            f"predicted {rows_of.names[predicted]} ({probabilities[predicted]:.1%})"
         )
-        name = "".join(c if c.isalnum() else "_" for c in str(done.rows.ids[row]))[:40]
-        pictures.append(_draw_heads(found, title, folder / f"attention_heads_{name}.png"))
-        pictures.append(_draw_words(found, title, folder / f"attention_words_{name}.png"))
-    return pictures
+        name = "".join(c if c.isalnum() else "_" for c in str(rows_of.ids[row]))[:40]
+        plots.append(_draw_heads(attention, title, folder / f"attention_heads_{name}.png"))
+        plots.append(_draw_words(attention, title, folder / f"attention_words_{name}.png"))
+    return plots
 
 
-def chosen_rows(done: Evaluation, ids: Sequence[str] | None) -> list[int]:
-    """The rows of these ids; else the most confident errors of readable length, or the shortest texts.
+def select_rows(evaluation: Evaluation, ids: Sequence[str] | None) -> list[int]:
+    """The rows of these ids; by default the most confident errors of readable length, or the shortest texts.
 
     Raises:
-        UserError: an id that there is not.
+        UserError: an unknown id.
     """
     if ids is not None:
-        places = {str(one): row for row, one in enumerate(done.rows.ids)}
-        unknown = [one for one in ids if one not in places]
+        row_of = {str(row_id): row for row, row_id in enumerate(evaluation.rows.ids)}
+        unknown = [row_id for row_id in ids if row_id not in row_of]
         if unknown:
             raise UserError(f"--attention_ids: no row has the id {unknown[0]!r}")
-        return [places[one] for one in ids]
-    lengths = done.rows.documents.lengths
-    order = worth_reading(done.rows.labels, done.probabilities)
+        return [row_of[row_id] for row_id in ids]
+    lengths = evaluation.rows.documents.lengths
+    order = errors_first(evaluation.rows.labels, evaluation.probabilities)
     longest = max(READABLE_TOKENS, np.sort(lengths)[: 2 * EXAMPLES].max())
     return order[lengths[order] <= longest][:EXAMPLES].tolist()
 
 
 @torch.no_grad()
 def attention_of(classifier: Classifier, rows: Rows, row: int) -> Attention | None:
-    """The attention of one text; None where the model gives no weights."""
+    """The attention of one text; None where the model returns no weights."""
     start, stop = (int(bound) for bound in rows.documents.starts[row : row + 2])
     ids = rows.documents.input_ids[start:stop].astype(np.int64)
     model = classifier.model
@@ -90,7 +91,7 @@ def attention_of(classifier: Classifier, rows: Rows, row: int) -> Attention | No
     try:
         inner.set_attn_implementation("eager")
         device = next(inner.parameters()).device
-        found = inner.stock_forward(
+        output = inner.stock_forward(
             torch.from_numpy(ids)[None].to(device),
             attention_mask=torch.ones((1, len(ids)), dtype=torch.long, device=device),
             output_attentions=True,
@@ -98,7 +99,7 @@ def attention_of(classifier: Classifier, rows: Rows, row: int) -> Attention | No
         )
     finally:
         inner.set_attn_implementation(before)
-    layers = getattr(found, "attentions", None)
+    layers = getattr(output, "attentions", None)
     if not layers:
         return None
     weights = torch.cat(list(layers)).float().cpu().numpy()
@@ -108,23 +109,23 @@ def attention_of(classifier: Classifier, rows: Rows, row: int) -> Attention | No
 
 
 def rollout(weights: np.ndarray) -> np.ndarray:
-    """What each token holds of each: float64 [tokens, tokens], rows sum to 1; from [layers, heads, tokens, tokens]."""
-    held = np.eye(weights.shape[-1])
+    """The shares of tokens in tokens: float64 [tokens, tokens], rows sum to 1; from [layers, heads, tokens, tokens]."""
+    shares = np.eye(weights.shape[-1])
     for layer in weights.astype(np.float64).mean(axis=1):
         mixed = (layer + np.eye(len(layer))) / 2
-        held = mixed / mixed.sum(axis=1, keepdims=True) @ held
-    return held
+        shares = mixed / mixed.sum(axis=1, keepdims=True) @ shares
+    return shares
 
 
 def words_of(tokenizer: Any, ids: Sequence[int]) -> tuple[list[str], np.ndarray]:
-    """The words of tokens, and the word of each token: a token goes on with a word where decoding puts no space."""
+    """The words of tokens, and the word of each token: a token continues a word where decoding puts no space."""
     special = set(tokenizer.all_special_ids)
     words: list[str] = []
     word_of = []
     for place, token in enumerate(ids):
         text = tokenizer.decode([token])
         previous = ids[place - 1] if place else None
-        goes_on = (
+        continues = (
             previous is not None
             and token not in special
             and previous not in special
@@ -133,7 +134,7 @@ def words_of(tokenizer: Any, ids: Sequence[int]) -> tuple[list[str], np.ndarray]
             )
             and text[:1] not in (" ", "")
         )
-        if goes_on:
+        if continues:
             words[-1] += text.removeprefix("##")
         else:
             words.append(text)
@@ -141,29 +142,31 @@ def words_of(tokenizer: Any, ids: Sequence[int]) -> tuple[list[str], np.ndarray]
     return [word.strip() or word for word in words], np.array(word_of)
 
 
-def _draw_heads(found: Attention, title: str, file: Path) -> Path:
-    layers, heads, count, _ = found.weights.shape
+def _draw_heads(attention: Attention, title: str, file: Path) -> Path:
+    layers, heads, count, _ = attention.weights.shape
     rows, columns = min(layers, LARGEST_GRID), min(heads, LARGEST_GRID)
     figure, panels = _grid_of(rows, columns)
     for layer in range(rows):
         for head in range(columns):
             panel = panels[layer][head]
-            panel.imshow(np.sqrt(found.weights[layer, head]), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+            panel.imshow(np.sqrt(attention.weights[layer, head]), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
             panel.set_xticks([])
             panel.set_yticks([])
             if layer == 0:
                 panel.set_title(f"head {head + 1}", fontsize=8)
             if head == 0:
                 panel.set_ylabel(f"layer {layer + 1}", fontsize=8)
-    key = f"rows look at columns; {count} tokens; shaded by the square root of the weight"
+    key = f"rows attend to columns; {count} tokens; shaded by the square root of the weight"
     figure.suptitle(f"{title}\n{key}", fontsize=9)
-    words = [f"Attention of {layers} layers with {heads} heads over {count} tokens. {title}."]
+    text = [f"Attention of {layers} layers with {heads} heads over {count} tokens. {title}."]
     for layer in range(layers):
-        from_head = found.weights[layer, :, 0]
+        from_head = attention.weights[layer, :, 0]
         most = from_head.argmax(axis=1)
-        said = ", ".join(f"head {h + 1} {found.tokens[t]} ({from_head[h, t]:.0%})" for h, t in enumerate(most))
-        words.append(f"Layer {layer + 1}, what the first token looks at most: {said}.")
-    return save_picture(figure, file, words)
+        heads_text = ", ".join(
+            f"head {h + 1} {attention.tokens[t]} ({from_head[h, t]:.0%})" for h, t in enumerate(most)
+        )
+        text.append(f"Layer {layer + 1}, largest attention of the first token: {heads_text}.")
+    return save_plot(figure, file, text)
 
 
 def _grid_of(rows: int, columns: int) -> tuple[Any, Any]:
@@ -176,25 +179,27 @@ def _grid_of(rows: int, columns: int) -> tuple[Any, Any]:
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _draw_words(found: Attention, title: str, file: Path) -> Path:
-    """The text, each word shaded by its share; the darkest is the one with the largest share."""
-    lines = _lines(found.words)
+def _draw_words(attention: Attention, title: str, file: Path) -> Path:
+    """The text, each word shaded by its share in the rollout."""
+    lines = _lines(attention.words)
     figure, panel = new_figure(7.2, 0.75 + 0.26 * len(lines))
     panel.set_axis_off()
-    character, largest = 1 / LINE_CHARACTERS, max(float(found.rolled.max()), 1e-9)
+    character, largest = 1 / LINE_CHARACTERS, max(float(attention.rolled.max()), 1e-9)
     for line, words in enumerate(lines):
         x = 0.0
         for word in words:
-            shade = float(found.rolled[word]) / largest
+            shade = float(attention.rolled[word]) / largest
             box = {"facecolor": COLOURS[5], "alpha": 0.85 * shade, "pad": 1.2, "linewidth": 0}
             style: dict[str, Any] = {"family": "monospace", "fontsize": 10.5, "va": "center", "bbox": box}
-            panel.text(x, 1 - (line + 0.5) / len(lines), _mono(found.words[word]), transform=panel.transAxes, **style)
-            x += (len(_mono(found.words[word])) + 1) * character
-    panel.set_title(f"{title}\nattention rolled out from the first token over words", loc="left", fontsize=9)
-    order = np.argsort(-found.rolled, kind="stable")[:WORDS_SAID]
-    shares = ", ".join(f"{found.words[w]} {found.rolled[w]:.1%}" for w in order)
-    return save_picture(
-        figure, file, [f"Attention rolled out over {len(found.words)} words. {title}.", f"Most: {shares}."]
+            panel.text(
+                x, 1 - (line + 0.5) / len(lines), _mono(attention.words[word]), transform=panel.transAxes, **style
+            )
+            x += (len(_mono(attention.words[word])) + 1) * character
+    panel.set_title(f"{title}\nattention rollout from the first token over words", loc="left", fontsize=9)
+    order = np.argsort(-attention.rolled, kind="stable")[:LISTED_WORDS]
+    shares = ", ".join(f"{attention.words[w]} {attention.rolled[w]:.1%}" for w in order)
+    return save_plot(
+        figure, file, [f"Attention rollout over {len(attention.words)} words. {title}.", f"Largest: {shares}."]
     )
 
 
@@ -212,5 +217,5 @@ def _lines(words: list[str]) -> list[list[int]]:
 
 
 def _mono(word: str) -> str:
-    """What is drawn of a word: dollars would begin a formula, and a very long word a line of its own."""
+    """A word as it is drawn: with dollars escaped, which matplotlib takes for a formula, and cut where very long."""
     return word.replace("$", r"\$") if len(word) <= LINE_CHARACTERS // 2 else word[: LINE_CHARACTERS // 2 - 1] + "…"

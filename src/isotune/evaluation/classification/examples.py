@@ -1,4 +1,4 @@
-"""The rows worth reading: what was true beside what was predicted, the most confident errors first."""
+"""Examples of predictions beside the labels, the most confident errors first."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -15,7 +15,7 @@ SHOWN, WRITTEN, LINE = 5, 100, 160
 
 @dataclass(frozen=True)
 class Example:
-    """A row: its id, the names of the true and of the predicted class, the latter's probability, and its text."""
+    """A row: its id, the names of its label and of the predicted class, the latter's probability, and its text."""
 
     id: Any
     actual: str
@@ -24,39 +24,42 @@ class Example:
     text: str
 
     @property
-    def right(self) -> bool:
-        """Whether the prediction is true."""
+    def correct(self) -> bool:
+        """Whether the prediction is the label."""
         return self.actual == self.predicted
 
 
-def worth_reading(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Numbers of rows, int64 [rows]: errors, the most confident first, then right ones, the least confident first."""
+def errors_first(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Numbers of rows, int64 [rows]: errors, the most confident first, then the others, the least confident first."""
     confidence = probabilities.max(axis=1)
-    right = probabilities.argmax(axis=1) == labels
-    return np.lexsort((np.where(right, confidence, -confidence), right))
+    correct = probabilities.argmax(axis=1) == labels
+    return np.lexsort((np.where(correct, confidence, -confidence), correct))
 
 
 def examples_of(
     rows: np.ndarray, ids: list[Any], labels: np.ndarray, probabilities: np.ndarray, texts: list[str], names: list[str]
 ) -> list[Example]:
-    """The rows of these numbers."""
-    chosen = probabilities.argmax(axis=1)
+    """The examples of these rows, int [rows]."""
+    predicted = probabilities.argmax(axis=1)
     return [
-        Example(ids[r], names[labels[r]], names[chosen[r]], float(probabilities[r, chosen[r]]), texts[r])
-        for r in rows.tolist()
+        Example(
+            ids[row], names[labels[row]], names[predicted[row]], float(probabilities[row, predicted[row]]), texts[row]
+        )
+        for row in rows.tolist()
     ]
 
 
 def write_examples(examples: list[Example], folder: Path) -> Path:
-    """A JSON line an example, WRITTEN of them."""
+    """Write the first WRITTEN examples, one JSON line each."""
     file = folder / FILE
-    replace_file(file, "".join(json.dumps(asdict(one)) + "\n" for one in examples[:WRITTEN]))
+    replace_file(file, "".join(json.dumps(asdict(example)) + "\n" for example in examples[:WRITTEN]))
     return file
 
 
 def print_examples(examples: list[Example]) -> None:
-    """The first SHOWN, each on two lines."""
-    for one in examples[:SHOWN]:
-        text = " ".join(one.text.split())
-        print(f"  {'=' if one.right else 'x'} id {one.id}: actual {one.actual}, predicted {one.predicted} ", end="")
-        print(f"({one.probability:.1%})\n      {text[: LINE - 1] + '…' if len(text) > LINE else text}")
+    """Print the first SHOWN examples, each on two lines."""
+    for example in examples[:SHOWN]:
+        text = " ".join(example.text.split())
+        classes = f"actual {example.actual}, predicted {example.predicted}"
+        print(f"  {'=' if example.correct else 'x'} id {example.id}: {classes} ", end="")
+        print(f"({example.probability:.1%})\n      {text[: LINE - 1] + '…' if len(text) > LINE else text}")

@@ -1,4 +1,4 @@
-"""A classifier ready to be asked: of a finished run, whole or an adapter, or any other that transformers can load."""
+"""Opens a classifier: of a finished run, full or an adapter, or any other that transformers loads."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -10,7 +10,8 @@ from transformers import AutoModelForSequenceClassification
 
 from isotune.data.classification.labels import ClassificationSettings
 from isotune.data.sources.hub import is_hub_id
-from isotune.evaluation.classification.tasks import Task, read_task
+from isotune.evaluation.classification.tasks import ClassificationTask
+from isotune.evaluation.tasks import read_task
 from isotune.io.errors import UserError
 from isotune.models.classifier import install_classification
 from isotune.models.opening import (
@@ -28,7 +29,7 @@ from isotune.models.opening import (
 )
 from isotune.models.packed_attention import max_positions
 
-LONGEST_BY_DEFAULT = 512  # tokens of a document, where no run says it
+DEFAULT_MAX_SEQ_LENGTH = 512  # tokens of a document, for a model without a run
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Classifier:
         name: the run's folder, or the model's folder or Hub id.
         model: installed for packed rows, in evaluation mode.
         settings: how texts become documents; `num_labels` is the model's.
-        label_names: of the classes, where the model knows any.
+        label_names: of the classes, None where the model has none.
         run: the finished run, None for any other model.
     """
 
@@ -52,12 +53,12 @@ class Classifier:
 
     @property
     def num_labels(self) -> int:
-        """Classes."""
+        """The number of classes."""
         return int(self.model.config.num_labels)
 
 
 def load_run_classifier(run_dir: str | Path, device: torch.device, dtype: torch.dtype) -> Classifier:
-    """The classifier of a finished run, whole or an adapter on its base, and the settings it was trained with.
+    """The classifier of a finished run, full or an adapter on its base, with the settings of its training.
 
     Raises:
         UserError: no finished run, a run of another kind, or its model cannot be loaded.
@@ -73,10 +74,8 @@ def load_run_classifier(run_dir: str | Path, device: torch.device, dtype: torch.
         _check_kind(run.model, str(run.folder))
         model = load_whole_model(run, dtype).to(device)
         install_classification(model)
-    said = {
-        f.name: run.settings[f.name] for f in fields(ClassificationSettings) if run.settings.get(f.name) is not None
-    }
-    settings = replace(ClassificationSettings(**said), num_labels=int(model.config.num_labels))
+    own = {f.name: run.settings[f.name] for f in fields(ClassificationSettings) if run.settings.get(f.name) is not None}
+    settings = replace(ClassificationSettings(**own), num_labels=int(model.config.num_labels))
     names = settings.label_names or _names_of(model.config)
     return Classifier(str(run_dir), model.eval(), load_run_tokenizer(run), settings, names, run)
 
@@ -95,31 +94,34 @@ def load_model_classifier(name: str, device: torch.device, dtype: torch.dtype) -
         _check_kind(Path(name), name)
     model = load_pretrained(name, auto=AutoModelForSequenceClassification, dtype=dtype).to(device).eval()
     if model.config.num_labels < 2:
-        raise UserError(f"{name} has {model.config.num_labels} output: it tells no classes apart")
+        raise UserError(f"{name} has {model.config.num_labels} output: a classifier has at least two")
     tokenizer = load_pretrained_tokenizer(name)
     install_classification(model)
-    longest = min(LONGEST_BY_DEFAULT, positions_of(model.config), tokenizer.model_max_length)
+    longest = min(DEFAULT_MAX_SEQ_LENGTH, positions_of(model.config), tokenizer.model_max_length)
     settings = ClassificationSettings(max_seq_length=longest, num_labels=int(model.config.num_labels))
     return Classifier(name, model, tokenizer, settings, _names_of(model.config))
 
 
-def task_of_run(classifier: Classifier, flags: Mapping[str, Any]) -> tuple[Task, tuple[float, int] | None]:
-    """What a run was evaluated on while it was trained, with flags that win; share and seed where it is held out.
+def task_of_run(
+    classifier: Classifier, flags: Mapping[str, Any]
+) -> tuple[ClassificationTask, tuple[float, int] | None]:
+    """The evaluation data of a run's recipe, with flags that win; share and seed where it is held out of training.
 
     Raises:
-        UserError: the run was evaluated on nothing.
+        UserError: the run has no evaluation data.
     """
     assert classifier.run is not None
-    said = classifier.run.settings
-    fields_said = ("dataset_text_field", "dataset_label_field", "dataset_id_field")
-    columns = {name: said[name] for name in fields_said if said.get(name) is not None}
-    name, split, held_out = said.get("eval_dataset_name"), said.get("eval_dataset_split"), None
-    if name is None and said.get("eval_split_share"):
-        name, split, held_out = said["dataset_name"], said["dataset_split"], (said["eval_split_share"], said["seed"])
+    recipe = classifier.run.settings
+    columns = {key: recipe.get(key) for key in ("dataset_text_field", "dataset_label_field", "dataset_id_field")}
+    name, split, held_out = recipe.get("eval_dataset_name"), recipe.get("eval_dataset_split"), None
+    if name is None and recipe.get("eval_split_share"):
+        name, split = recipe["dataset_name"], recipe["dataset_split"]
+        held_out = (recipe["eval_split_share"], recipe["seed"])
     if name is None:
-        raise UserError(f"the run {classifier.name} names no evaluation data: say --dataset_name or --task")
+        raise UserError(f"the run {classifier.name} names no evaluation data: use --dataset_name or --task")
+    given = {key: value for key, value in flags.items() if value is not None}
     own = {"dataset_name": name, "dataset_split": split, **columns}
-    return read_task(None, {**own, **{key: value for key, value in flags.items() if value is not None}}), held_out
+    return read_task(ClassificationTask, None, {**own, **given}), held_out
 
 
 def positions_of(config: Any) -> int:
@@ -128,7 +130,7 @@ def positions_of(config: Any) -> int:
 
 
 def _check_kind(folder: Path, name: str) -> None:
-    """A folder of another kind of model would load with a head drawn at random, or fail with a long story."""
+    """Refuse another kind of model, which would load with a random head or fail with a traceback."""
     config = load_pretrained_config(str(folder))
     kinds = config.architectures or []
     if kinds and not any(kind.endswith("ForSequenceClassification") for kind in kinds):

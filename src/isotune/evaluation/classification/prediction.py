@@ -1,4 +1,4 @@
-"""A classifier's logits for every row: unpadded, on one process or many, the same however the rows are batched."""
+"""A classifier's logits for every row: unpadded, on one process or many, independent of the batches."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from isotune.evaluation.distributed_eval import Ranks
 from isotune.io.errors import UserError
 from isotune.models.classifier import fast_evaluation
 
-# tokens of a forward pass: more only leave a CPU's caches, and fewer leave a GPU idle
+# tokens of one forward: more exceed a CPU's caches, and fewer leave a GPU idle
 BATCH_TOKENS = {"cpu": 4_096, "cuda": 65_536}
 
 
@@ -31,8 +31,8 @@ def classify(
 ) -> np.ndarray:
     """The logits of every document: float64 [documents, classes], the same on every rank.
 
-    Documents lie end to end in passes of up to `batch_tokens` tokens and `batch_size` documents; none sees another, so
-    the passes change a logit by no more than the rounding of its matrix products.
+    Documents are packed without padding into batches of up to `batch_tokens` tokens and `batch_size` documents; none
+    attends to another, so the batches change a logit by no more than the rounding of its matrix products.
 
     Raises:
         RunFault: a row came from no process or from two.
@@ -40,22 +40,22 @@ def classify(
     device = next(classifier.model.parameters()).device
     lengths = documents.lengths
     limit = batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
-    passes = list(_passes(lengths, limit, batch_size or len(documents)))
-    costs = [float((lengths[p] * (1 + lengths[p] / ATTENTION_PARITY_TOKENS)).sum()) for p in passes]
-    found: dict[int, np.ndarray] = {}
-    mine = ranks.share(costs)
-    bar = tqdm(total=sum(len(passes[i]) for i in mine), unit=" documents", disable=not progress)
+    batches = list(_batches(lengths, limit, batch_size or len(documents)))
+    costs = [float((lengths[rows] * (1 + lengths[rows] / ATTENTION_PARITY_TOKENS)).sum()) for rows in batches]
+    logits_of: dict[int, np.ndarray] = {}
+    own = ranks.share(costs)
+    bar = tqdm(total=sum(len(batches[number]) for number in own), unit=" documents", disable=not progress)
     with bar, fast_evaluation(classifier.model):
-        for number in mine:
-            chosen = tuple(passes[number].tolist())
-            tokens = int(lengths[passes[number]].sum())
-            inputs: Any = collate(documents, Microbatch(number, chosen, tokens, len(chosen), costs[number]))
+        for number in own:
+            rows = tuple(batches[number].tolist())
+            tokens = int(lengths[batches[number]].sum())
+            inputs: Any = collate(documents, Microbatch(number, rows, tokens, len(rows), costs[number]))
             del inputs["targets"]
             moved = {key: value.to(device) if torch.is_tensor(value) else value for key, value in inputs.items()}
             logits = classifier.model(**moved).logits.double().cpu().numpy()
-            found.update(zip(chosen, logits, strict=True))
-            bar.update(len(chosen))
-    return np.stack(list(ranks.gather(found, count=len(documents)).values()))
+            logits_of.update(zip(rows, logits, strict=True))
+            bar.update(len(rows))
+    return np.stack(list(ranks.gather(logits_of, count=len(documents)).values()))
 
 
 def probabilities_of(logits: np.ndarray) -> np.ndarray:
@@ -68,7 +68,7 @@ def check_finite(logits: np.ndarray, ids: Sequence[Any], name: str) -> None:
     """Refuse predictions of a broken model.
 
     Raises:
-        UserError: some are NaN or infinite: how many, and the id of the first.
+        UserError: some logits are NaN or Inf; the message has their number and the first id.
     """
     broken = np.flatnonzero(~np.isfinite(logits).all(axis=1))
     if len(broken):
@@ -78,8 +78,8 @@ def check_finite(logits: np.ndarray, ids: Sequence[Any], name: str) -> None:
         )
 
 
-def _passes(lengths: np.ndarray, batch_tokens: int, batch_size: int) -> Iterator[np.ndarray]:
-    """Documents by length, the longest first, cut into passes; a document longer than a pass has one to itself."""
+def _batches(lengths: np.ndarray, batch_tokens: int, batch_size: int) -> Iterator[np.ndarray]:
+    """Documents by length, the longest first, in batches; a document longer than `batch_tokens` is alone."""
     order = np.argsort(-lengths, kind="stable")
     start = 0
     while start < len(order):

@@ -1,4 +1,4 @@
-"""One evaluation of a classifier, from rows to files: predictions, metrics with intervals, pictures, examples."""
+"""One evaluation of a classifier, from rows to files: predictions, metrics with intervals, examples."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,36 +10,37 @@ from isotune.data.classification.preparation import LabelledSplit, tokenize
 from isotune.data.classification.split import split_by_content
 from isotune.data.documents import Documents
 from isotune.data.sources.source import Source
-from isotune.evaluation.classification.examples import Example, examples_of, worth_reading
+from isotune.evaluation.classification.examples import Example, errors_first, examples_of
 from isotune.evaluation.classification.models import Classifier, positions_of
 from isotune.evaluation.classification.prediction import check_finite, classify, probabilities_of
-from isotune.evaluation.classification.tasks import Task
+from isotune.evaluation.classification.tasks import ClassificationTask
 from isotune.evaluation.distributed_eval import Ranks
-from isotune.evaluation.metrics.classification_metrics import Scores, chosen_names, classification_statistics, score
+from isotune.evaluation.metrics.classification import classification_statistics, score, select_names
+from isotune.evaluation.metrics.modules import class_columns, score_modules, split_metrics
 from isotune.evaluation.results import CLASSIFICATION, rows_digest, write_result
-from isotune.evaluation.statistics.resampling import RESAMPLES
+from isotune.evaluation.statistics.resampling import RESAMPLES, Scores
 from isotune.io.errors import UserError
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What is classified, in the order of the ids: row i of everything is document i.
+    """The rows of an evaluation in the order of their ids; row i of each attribute is document i.
 
     Attributes:
-        documents: as the model reads them.
-        texts: as they stand in the source.
+        documents: tokenised.
+        texts: as in the source.
         names: of the classes.
-        cut: documents that were longer than max_seq_length.
+        truncated: documents that were longer than max_seq_length.
     """
 
     documents: Documents
     texts: list[str]
     names: list[str]
-    cut: int
+    truncated: int
 
     @property
     def ids(self) -> list[Any]:
-        """Of the rows."""
+        """The id of each row."""
         return self.documents.ids.tolist()
 
     @property
@@ -50,72 +51,76 @@ class Rows:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came of it: float64 [rows, classes] probabilities, and their scores."""
+    """The result of an evaluation: probabilities, float64 [rows, classes], and their scores.
+
+    `module_facts` describes the modules that were computed, for metrics.json.
+    """
 
     rows: Rows
     probabilities: np.ndarray
     scores: Scores
+    module_facts: list[dict[str, Any]]
 
     @property
     def examples(self) -> list[Example]:
         """Every row, the most confident errors first."""
         rows = self.rows
-        order = worth_reading(rows.labels, self.probabilities)
+        order = errors_first(rows.labels, self.probabilities)
         return examples_of(order, rows.ids, rows.labels, self.probabilities, rows.texts, rows.names)
 
 
 def read_task_rows(
-    task: Task,
+    task: ClassificationTask,
     classifier: Classifier,
     ranks: Ranks,
     limit: int | None = None,
     held_out: tuple[float, int] | None = None,
 ) -> Rows:
-    """The rows of a task as the classifier reads them; the main process shows progress and the table.
+    """The rows of a task, tokenised for the classifier; the main process shows progress and the table.
 
     Args:
-        limit: the first so many.
-        held_out: share and seed: only what a run kept for evaluation of its training data.
+        limit: number of rows, the first ones; all where it is None.
+        held_out: share and seed: only the rows that a run held out of its training data.
 
     Raises:
-        UserError: no such data, a class that the classifier does not know, or a max_seq_length beyond its positions.
+        UserError: no such data, an unknown class, or a max_seq_length beyond the model's positions.
     """
     classes = classifier.num_labels
     if task.labels is not None and len(task.labels) != classes:
         raise UserError(f"the task has {len(task.labels)} labels, and {classifier.name} has {classes} classes")
-    said = {
+    keys = {
         "dataset_text_field": task.dataset_text_field,
         "dataset_label_field": task.dataset_label_field,
         "dataset_id_field": task.dataset_id_field,
         **({"max_seq_length": task.max_seq_length} if task.max_seq_length else {}),
         **({"overlong": task.overlong} if task.overlong else {}),
     }
-    settings = replace(classifier.settings, **said)
+    settings = replace(classifier.settings, **keys)
     positions = positions_of(classifier.model.config)
     if settings.max_seq_length > positions:
         raise UserError(f"max_seq_length {settings.max_seq_length} is beyond the {positions} positions of the model")
     source: Source = task.source(limit)
-    found: LabelledSplit = tokenize(source, classifier.tokenizer, settings, show_progress=ranks.is_main)
+    labelled: LabelledSplit = tokenize(source, classifier.tokenizer, settings, show_progress=ranks.is_main)
     if held_out is not None:
-        _, found = split_by_content(found, *held_out)
-    found.check_classes(evaluation=True)
+        _, labelled = split_by_content(labelled, *held_out)
+    labelled.check_classes(evaluation=True)
     if ranks.is_main:
-        print(found.prepared().table, flush=True)
+        print(labelled.prepared().table, flush=True)
     names = [str(name) for name in task.labels or classifier.label_names or range(classes)]
-    order = np.argsort(found.documents.ids, kind="stable")
-    texts = list(found.texts())
+    order = np.argsort(labelled.documents.ids, kind="stable")
+    texts = list(labelled.texts())
     return Rows(
-        documents=found.documents.select(order),
+        documents=labelled.documents.select(order),
         texts=[texts[i] for i in order.tolist()],
         names=names,
-        cut=int((found.documents.columns["whole_lengths"] > settings.max_seq_length).sum()),
+        truncated=int((labelled.documents.columns["whole_lengths"] > settings.max_seq_length).sum()),
     )
 
 
 def evaluate_rows(
     classifier: Classifier,
     rows: Rows,
-    task: Task,
+    task: ClassificationTask,
     ranks: Ranks,
     *,
     batch_tokens: int | None = None,
@@ -126,12 +131,13 @@ def evaluate_rows(
     """Classify every row on all ranks, and score on the main one; None on the others.
 
     Raises:
-        UserError: a logit is not finite, or the task names a metric that there is not.
+        UserError: a logit is not finite, the task names a metric that these classes do not have, or a module cannot be
+            computed.
     """
-    one_row = classification_statistics(
-        np.zeros(1, np.int64), np.full((1, classifier.num_labels), 1 / classifier.num_labels), ordinal=task.ordinal
-    )
-    chosen_names(one_row, task.metrics)  # a misspelled metric is named before the model has read anything
+    names, modules = split_metrics(task.metrics)
+    uniform = np.full((1, classifier.num_labels), 1 / classifier.num_labels)
+    one_row = classification_statistics(np.zeros(1, np.int64), uniform, ordinal=task.ordinal)
+    select_names(one_row, names)  # refuses a wrong name before the forwards
     logits = classify(
         classifier, rows.documents, ranks, batch_tokens=batch_tokens, batch_size=batch_size, progress=ranks.is_main
     )
@@ -139,41 +145,34 @@ def evaluate_rows(
     if not ranks.is_main:
         return None
     probabilities = probabilities_of(logits)
-    statistics = classification_statistics(rows.labels, probabilities, ordinal=task.ordinal)
-    scores = score(statistics, len(rows.labels), only=task.metrics, resamples=resamples, seed=seed)
-    return Evaluation(rows, probabilities, scores)
+    scores = Scores({}, {})
+    if names or not modules:
+        statistics = classification_statistics(rows.labels, probabilities, ordinal=task.ordinal)
+        scores = score(statistics, len(rows.labels), only=names, resamples=resamples, seed=seed)
+    columns = class_columns(rows.labels, probabilities)
+    module_scores, facts = score_modules(modules, columns, len(rows.labels), resamples=resamples, seed=seed)
+    return Evaluation(rows, probabilities, scores | module_scores, facts)
 
 
 def write_evaluation(
-    done: Evaluation, folder: Path, classifier: Classifier, task: Task, settings: dict[str, Any]
+    evaluation: Evaluation, folder: Path, classifier: Classifier, task: ClassificationTask, settings: dict[str, Any]
 ) -> None:
-    """metrics.json and predictions.jsonl in `folder`; `settings` are noted beside the facts."""
-    rows = done.rows
-    ids, labels, chosen = rows.ids, rows.labels.tolist(), done.probabilities.argmax(axis=1).tolist()
+    """metrics.json and predictions.jsonl in `folder`; `settings` are recorded among the facts."""
+    rows, scores, probabilities = evaluation.rows, evaluation.scores, evaluation.probabilities
+    columns = (rows.ids, rows.labels.tolist(), probabilities.argmax(axis=1).tolist(), probabilities.tolist())
+    keys: tuple[str, ...] = ("id", "label", "prediction", "probabilities")
     facts = {
         "kind": CLASSIFICATION,
         "model": classifier.name,
         "dataset_name": task.dataset_name,
         "dataset_split": task.dataset_split,
-        "rows": len(ids),
-        "rows_sha256": rows_digest(zip(ids, rows.texts, strict=True)),
+        "rows": len(rows.texts),
+        "rows_sha256": rows_digest(zip(rows.ids, rows.texts, strict=True)),
         "label_names": rows.names,
         "ordinal": task.ordinal,
-        "undefined": done.scores.undefined,
-        "settings": {**settings, "rows_cut": rows.cut},
+        "undefined": scores.undefined,
+        "settings": {**settings, "rows_cut": rows.truncated},
+        **({"metric_modules": evaluation.module_facts} if evaluation.module_facts else {}),
     }
-    predictions = [
-        {"id": ids[r], "label": labels[r], "prediction": chosen[r], "probabilities": done.probabilities[r].tolist()}
-        for r in range(len(ids))
-    ]
-    write_result(folder, facts, done.scores.metrics, done.scores.intervals, predictions)
-
-
-def print_scores(done: Evaluation) -> None:
-    """Every metric with its interval."""
-    print(f"  {'metric':<28} {'value':>8}   95% interval")
-    for name, value in done.scores.metrics.items():
-        low, high = done.scores.intervals[name]
-        print(f"  {name:<28} {value:>8.4f}   {low:.4f} to {high:.4f}")
-    for name in done.scores.undefined:
-        print(f"  {name:<28}   these rows have none")
+    predictions = [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
+    write_result(folder, facts, scores.metrics, scores.intervals, predictions)

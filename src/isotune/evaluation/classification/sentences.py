@@ -1,4 +1,4 @@
-"""A finished classifier tried on a few texts: what is true, where that is known, against what it predicts."""
+"""Predictions of a finished classifier for a few texts, beside their labels where those are known."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ SHOWN_CHARACTERS = 60
 
 @dataclass(frozen=True)
 class Classified:
-    """One text: its true class (None where nobody knows), the predicted one, and the probability of that."""
+    """One text: its class (None where it is unknown), the predicted one, and the latter's probability."""
 
     text: str
     truth: str | None
@@ -28,16 +28,16 @@ class Classified:
 
 
 def classify_texts(classifier: Classifier, texts: Sequence[str]) -> list[Classified]:
-    """Classify texts as the model's run read its own: cleaned, cut and named as its recipe says.
+    """Classify texts with the cleaning, truncation and class names of the model's recipe.
 
-    The truth is known where the recipe's labels come from the text (`label_source: rules` or `random`).
+    The class is known where the recipe's labels come from the text (`label_source: rules` or `random`).
     """
     settings = classifier.settings
     for text in texts:
         _check_characters(text)
-    read = [clean(text) for text in texts] if settings.clean_text else list(texts)
+    cleaned = [clean(text) for text in texts] if settings.clean_text else list(texts)
     truth = None if settings.label_source == "column" else labels_of(texts, settings)
-    documents = TextEncoder(classifier.tokenizer).encode(read, settings.max_seq_length, settings.overlong, truth)
+    documents = TextEncoder(classifier.tokenizer).encode(cleaned, settings.max_seq_length, settings.overlong, truth)
     device = next(classifier.model.parameters()).device
     probabilities = probabilities_of(classify(classifier, documents, Ranks(0, 1, device)))
     names = classifier.label_names or tuple(map(str, range(probabilities.shape[1])))
@@ -53,22 +53,20 @@ def classify_texts(classifier: Classifier, texts: Sequence[str]) -> list[Classif
 
 
 def show_sentences(run: Path, texts: Sequence[str], device: torch.device) -> None:
-    """Classify texts with the model that a run saved, and print true against predicted."""
-    found = classify_texts(load_run_classifier(run, device, torch.float32), texts)
-    print(table(found))
+    """Classify texts with the model that a run saved, and print the classes beside the predictions."""
+    print(table(classify_texts(load_run_classifier(run, device, torch.float32), texts)))
 
 
-def table(found: Sequence[Classified]) -> str:
-    """A line a text: its true and its predicted class, a mark where they differ, and the text's beginning."""
-    width = max(len(name) for one in found for name in (one.prediction, one.truth or "", "predicted"))
+def table(results: Sequence[Classified]) -> str:
+    """One line for each text: its class, the predicted one, a mark where they differ, and the start of the text."""
+    width = max(len(name) for result in results for name in (result.prediction, result.truth or "", "predicted"))
     lines = [f"  {'true':<{width}}  {'predicted':<{width}}  probability  text"]
-    for one in found:
-        mark = " " if one.truth in (None, one.prediction) else "x"
-        text = " ".join(one.text.split())
+    for result in results:
+        mark = " " if result.truth in (None, result.prediction) else "x"
+        text = " ".join(result.text.split())
         shown = text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
-        lines.append(
-            f"{mark} {one.truth or '?':<{width}}  {one.prediction:<{width}}  {one.probability:<11.3f}  {shown}"
-        )
+        classes = f"{result.truth or '?':<{width}}  {result.prediction:<{width}}"
+        lines.append(f"{mark} {classes}  {result.probability:<11.3f}  {shown}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""A small chat on the terminal, to see what a run has learnt; the same lines from a pipe give the same answers."""
+"""A chat on the terminal with a run's model; the same lines from a pipe give the same answers."""
 
 import sys
 from collections.abc import Callable
@@ -9,45 +9,45 @@ from isotune.evaluation.generation.decoding import Decoding
 from isotune.evaluation.generation.generation_models import answer, fit_history
 from isotune.io.errors import UserError
 
-BANNER = "A chat with {name}. /reset forgets it so far; /quit or Ctrl-D ends it; Ctrl-C stops an answer."
+BANNER = "A chat with {name}. /reset clears the history; /quit or Ctrl-D ends it; Ctrl-C stops an answer."
 COMMANDS = ("/reset", "/quit")
 
 
 class Chat:
-    """A conversation: each question is asked with the exchanges before it, as far as the model has positions.
+    """A conversation: a question is sent with the exchanges before it, as far as the model has positions.
 
-    The draw of turn n is seeded with `seed + n`, so a conversation typed again has the same answers.
+    Sampling of turn n is seeded with `seed + n`, so the same conversation has the same answers.
     """
 
-    def __init__(self, speaker: GenerationModel, decoding: Decoding) -> None:
-        self.speaker = speaker
+    def __init__(self, lm: GenerationModel, decoding: Decoding) -> None:
+        self.lm = lm
         self.decoding = decoding
         self.messages: list[dict[str, str]] = []
 
     def ask(self, question: str) -> str:
-        """Answer, and remember both; a question that fails is not remembered.
+        """Answer, and add both to the history; a question that fails is not added.
 
         Raises:
             UserError: the question alone leaves the model no position for an answer.
         """
-        asked = [*self.messages, {"role": "user", "content": question}]
-        prompt = fit_history(self.speaker, asked, self.decoding.max_new_tokens)
+        messages = [*self.messages, {"role": "user", "content": question}]
+        prompt = fit_history(self.lm, messages, self.decoding.max_new_tokens)
         turn = replace(self.decoding, seed=self.decoding.seed + len(self.messages) // 2)
-        text = answer(self.speaker, prompt, turn)
-        self.messages = [*asked, {"role": "assistant", "content": text}]
+        text = answer(self.lm, prompt, turn)
+        self.messages = [*messages, {"role": "assistant", "content": text}]
         return text
 
     def reset(self) -> None:
-        """Forget everything said so far."""
+        """Clear the history."""
         self.messages = []
 
 
-def run_chat(speaker: GenerationModel, decoding: Decoding, name: str) -> None:
-    """Answer the lines of stdin until it ends or says /quit.
+def run_chat(lm: GenerationModel, decoding: Decoding, name: str) -> None:
+    """Answer the lines of stdin until its end or /quit.
 
-    On a terminal with a prompt; from a pipe, stdout holds the answers and nothing else.
+    A terminal shows a prompt; from a pipe, stdout holds the answers alone.
     """
-    chat = Chat(speaker, decoding)
+    chat = Chat(lm, decoding)
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         print(BANNER.format(name=name), flush=True)
@@ -78,7 +78,7 @@ def _next_line(read: Callable[[], str]) -> str | None:
         return read()
     except (EOFError, KeyboardInterrupt):
         if sys.stdin.isatty():
-            print()  # the shell's prompt goes on a line of its own
+            print()  # so that the shell's prompt starts on a new line
         return None
 
 

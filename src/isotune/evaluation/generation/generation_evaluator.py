@@ -1,4 +1,4 @@
-"""A model asked the questions of a data set: its answers, their metrics with intervals, and the files of both."""
+"""One evaluation of a language model, from prompts to files: completions, metrics with intervals, examples."""
 
 import html
 from collections.abc import Sequence
@@ -13,9 +13,10 @@ from isotune.evaluation.generation.decoding import Decoding, first_turn
 from isotune.evaluation.generation.eval_samples import EvalSample
 from isotune.evaluation.generation.likelihood import Reference, score_references
 from isotune.evaluation.generation.tasks import METRICS, GenerationTask
+from isotune.evaluation.metrics.modules import MetricModule, score_modules, split_metrics, text_columns
 from isotune.evaluation.metrics.text import TextMetric, measure_likelihoods, measure_texts, signatures
-from isotune.evaluation.results import GENERATION, rows_digest, write_result
-from isotune.evaluation.statistics.resampling import bootstrap_intervals, values
+from isotune.evaluation.results import GENERATION, rows_digest, score_lines, write_result
+from isotune.evaluation.statistics.resampling import Scores, score
 from isotune.io.files import replace_file
 
 EXAMPLES = "examples.md"
@@ -24,73 +25,78 @@ SHOWN_ON_TERMINAL, SHOWN_IN_FILE = 3, 50
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """What came of it, the same on every rank.
+    """The result of an evaluation, the same on every rank.
 
     Attributes:
-        texts: the answers, in the order of the questions.
-        metrics: by name; `of_rows` in the order of the questions.
-        intervals: 95%, by the same names.
-        cut: references that are longer than the model has positions, scored as far as it has.
+        texts: the first turn of each completion, in the order of the samples.
+        metrics: built-in metrics by name; `of_rows` in the order of the samples.
+        scores: of the built-in metrics and the modules.
+        module_facts: which modules were computed, for metrics.json.
+        truncated: references longer than the model's positions; the rest is not scored.
     """
 
-    questions: Sequence[EvalSample]
+    samples: Sequence[EvalSample]
     completions: Sequence[Completion]
     texts: Sequence[str]
     metrics: dict[str, TextMetric]
-    values: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
-    cut: int
+    scores: Scores
+    module_facts: list[dict[str, Any]]
+    truncated: int
 
 
 def evaluate_generation(
-    speaker: GenerationModel,
-    questions: Sequence[EvalSample],
+    lm: GenerationModel,
+    samples: Sequence[EvalSample],
     decoding: Decoding,
     ranks: Ranks,
     *,
     batch_size: int,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str | MetricModule] = METRICS,
 ) -> GenerationResult:
-    """Ask every question, and score every reference.
+    """Complete every prompt, and score every reference.
 
     Args:
-        speaker: on every rank.
-        questions: the same on every rank.
-        decoding: how the answers are made.
-        ranks: which share them.
-        batch_size: questions that one forward pass sees; it changes no result.
-        metrics: which to keep.
+        lm: on every rank.
+        samples: the same on every rank.
+        decoding: how completions are generated.
+        ranks: which share the samples.
+        batch_size: prompts of one forward; it changes no result.
+        metrics: built-in names and modules.
 
     Raises:
-        UserError: a question leaves the model no position for an answer; the sentence names its row.
+        UserError: a prompt leaves the model no position for a completion, or a module cannot be computed.
     """
-    prompts = [Prompt(q.id, render_prompt(q.prompt), f"the question in {q.where}") for q in questions]
-    completed = complete(speaker, prompts, decoding, batch_size=batch_size, ranks=ranks, progress=ranks.is_main)
+    prompts = [Prompt(s.id, render_prompt(s.prompt), f"the question in {s.where}") for s in samples]
+    completed = complete(lm, prompts, decoding, batch_size=batch_size, ranks=ranks, progress=ranks.is_main)
     # the space belongs to the answer, as in training
-    references = [Reference(q.id, p.text, " " + q.reference) for q, p in zip(questions, prompts, strict=True)]
-    scored = score_references(speaker, references, ranks)
-    completions = [completed[q.id] for q in questions]
+    scored_references = [Reference(s.id, p.text, " " + s.reference) for s, p in zip(samples, prompts, strict=True)]
+    likelihood_of = score_references(lm, scored_references, ranks)
+    completions = [completed[sample.id] for sample in samples]
     texts = [first_turn(completion.text) for completion in completions]
-    likelihoods = [scored[q.id] for q in questions]
+    references = [sample.reference for sample in samples]
+    likelihoods = [likelihood_of[sample.id] for sample in samples]
     measured = {
-        **measure_texts(texts, [q.reference for q in questions], [c.ended for c in completions]),
+        **measure_texts(texts, references, [completion.ended for completion in completions]),
         **measure_likelihoods(likelihoods),
     }
-    kept = {name: metric for name, metric in measured.items() if name in metrics}
-    statistics = [metric.of_all for metric in kept.values()]
+    names, modules = split_metrics(metrics)
+    kept = {name: metric for name, metric in measured.items() if name in names}
+    scores = score([metric.of_all for metric in kept.values()], len(samples), seed=decoding.seed)
+    columns = text_columns(texts, references, [sample.prompt for sample in samples])
+    module_scores, module_facts = score_modules(modules, columns, len(samples), seed=decoding.seed)
     return GenerationResult(
-        questions=questions,
+        samples=samples,
         completions=completions,
         texts=texts,
         metrics=kept,
-        values=values(statistics),
-        intervals=bootstrap_intervals(statistics, len(questions), seed=decoding.seed),
-        cut=sum(not one.whole for one in likelihoods),
+        scores=scores | module_scores,
+        module_facts=module_facts,
+        truncated=sum(not likelihood.whole for likelihood in likelihoods),
     )
 
 
 def write_generation_result(
-    done: GenerationResult, folder: Path, *, model: str, task: GenerationTask, decoding: Decoding
+    result: GenerationResult, folder: Path, *, model: str, task: GenerationTask, decoding: Decoding
 ) -> None:
     """metrics.json, predictions.jsonl and examples.md in `folder`."""
     facts: dict[str, Any] = {
@@ -98,63 +104,57 @@ def write_generation_result(
         "model": model,
         "dataset_name": task.dataset_name,
         "dataset_split": task.dataset_split,
-        "rows": len(done.questions),
-        "rows_sha256": rows_digest((q.id, q.prompt + "\n" + q.reference) for q in done.questions),
+        "rows": len(result.samples),
+        "rows_sha256": rows_digest((s.id, s.prompt + "\n" + s.reference) for s in result.samples),
         "decoding": asdict(decoding),
         "signatures": signatures(),
-        "references": {"longer_than_positions": done.cut},
+        "references": {"longer_than_positions": result.truncated},
+        **({"metric_modules": result.module_facts} if result.module_facts else {}),
     }
-    replace_file(_ready(folder) / EXAMPLES, render_examples(done, model, task.dataset_name))
-    write_result(folder, facts, done.values, done.intervals, predictions(done))
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / EXAMPLES, render_examples(result, model, task.dataset_name))
+    write_result(folder, facts, result.scores.metrics, result.scores.intervals, predictions(result))
 
 
-def predictions(done: GenerationResult) -> list[dict[str, Any]]:
-    """A line a question: its text, its answer, and every metric of this row alone."""
+def predictions(result: GenerationResult) -> list[dict[str, Any]]:
+    """One line for each sample: its prompt, its completion, and every built-in metric of this row alone."""
     return [
         {
-            "id": question.id,
-            "prompt": question.prompt,
-            "reference": question.reference,
+            "id": sample.id,
+            "prompt": sample.prompt,
+            "reference": sample.reference,
             "text": text,
             "tokens": len(completion.tokens),
-            **{name: float(metric.of_rows[row]) for name, metric in done.metrics.items()},
+            **{name: float(metric.of_rows[row]) for name, metric in result.metrics.items()},
         }
-        for row, (question, completion, text) in enumerate(
-            zip(done.questions, done.completions, done.texts, strict=True)
+        for row, (sample, completion, text) in enumerate(
+            zip(result.samples, result.completions, result.texts, strict=True)
         )
     ]
 
 
-def print_generation_result(done: GenerationResult) -> None:
-    """The first answers beside their references, the exact matches, and every metric with its interval."""
-    matches = [text == question.reference for question, text in zip(done.questions, done.texts, strict=True)]
-    for question, text, match in list(zip(done.questions, done.texts, matches, strict=True))[:SHOWN_ON_TERMINAL]:
-        print(f"  {'=' if match else 'x'} {question.prompt}")
-        print(f"    answer     {text}\n    reference  {question.reference}")
+def print_generation_result(result: GenerationResult) -> None:
+    """The first completions beside their references, the exact matches, and every metric with its interval."""
+    matches = [text == sample.reference for sample, text in zip(result.samples, result.texts, strict=True)]
+    for sample, text, match in list(zip(result.samples, result.texts, matches, strict=True))[:SHOWN_ON_TERMINAL]:
+        print(f"  {'=' if match else 'x'} {sample.prompt}")
+        print(f"    answer     {text}\n    reference  {sample.reference}")
     print(f"exact match {sum(matches)} of {len(matches)} ({sum(matches) / len(matches):.1%})")
-    print(f"  {'metric':<14} {'value':>10}   95% interval")
-    for name, value in done.values.items():
-        low, high = done.intervals[name]
-        print(f"  {name:<14} {value:>10.4f}   {low:.4f} to {high:.4f}")
-    if done.cut:
-        print(f"{done.cut} references are longer than the model has positions, and are scored as far as it has")
+    print("\n".join(score_lines(result.scores, result.module_facts)))
+    if result.truncated:
+        print(f"{result.truncated} references are longer than the model's positions; the rest of them is not scored")
 
 
-def render_examples(done: GenerationResult, model: str, dataset_name: str) -> str:
-    """A Markdown table of the first answers beside their references."""
-    head = f"# {model} on {dataset_name}: {min(SHOWN_IN_FILE, len(done.texts))} of {len(done.texts)} answers\n\n"
+def render_examples(result: GenerationResult, model: str, dataset_name: str) -> str:
+    """A Markdown table of the first completions beside their references."""
+    head = f"# {model} on {dataset_name}: {min(SHOWN_IN_FILE, len(result.texts))} of {len(result.texts)} answers\n\n"
     lines = ["| row | question | answer | reference |", "|---|---|---|---|"]
-    for question, text in list(zip(done.questions, done.texts, strict=True))[:SHOWN_IN_FILE]:
-        cells = " | ".join(_cell(one) for one in (question.prompt, text, question.reference))
-        lines.append(f"| {question.id} | {cells} |")
+    for sample, text in list(zip(result.samples, result.texts, strict=True))[:SHOWN_IN_FILE]:
+        cells = " | ".join(map(_cell, (sample.prompt, text, sample.reference)))
+        lines.append(f"| {sample.id} | {cells} |")
     return head + "\n".join(lines) + "\n"
 
 
 def _cell(text: str) -> str:
-    """A text as one cell of a Markdown table, whatever stands in it."""
+    """A text escaped as one cell of a Markdown table."""
     return html.escape(text, quote=False).replace("|", "&#124;").replace("\n", "<br>").replace("\r", "")
-
-
-def _ready(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

@@ -1,8 +1,8 @@
-"""Generation with a model that no process could hold: under ZeRO-3 each rank keeps its share of the weights.
+"""Generation with a model that is sharded by ZeRO-3: each rank holds a part of the weights.
 
-Every forward pass then gathers weights from all ranks, so all of them make the same number of passes: `complete` and
-`score_references` let a rank that has nothing left to do go through the motions. Every other engine's configuration
-(DDP, ZeRO-1 and 2, FSDP2) starts processes that hold the whole model each.
+Every forward then gathers weights from all ranks, so all of them run the same number of forwards: in `complete` and
+`score_references` a rank without a batch runs an empty one. With every other engine's configuration (DDP, ZeRO-1 and 2,
+FSDP2) each process holds the whole model.
 """
 
 import json
@@ -23,28 +23,28 @@ from isotune.models.log_control import quiet_libraries
 
 @dataclass(frozen=True)
 class Shards:
-    """ZeRO-3 as the launch asked for it; `zero` is the section zero_optimization of its DeepSpeed configuration."""
+    """ZeRO-3 as the launch configures it; `zero` is the section zero_optimization of its DeepSpeed configuration."""
 
     zero: dict[str, Any]
 
     def announce(self, dtype: torch.dtype) -> Any:
-        """Let models that are loaded from here on, with weights of this type, lie in shares; keep what is returned."""
+        """Shard models of this dtype that are loaded from here on, as long as the returned object is referenced."""
         from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
         return HfDeepSpeedConfig(self._config(dtype))
 
-    def spread(self, speaker: GenerationModel) -> GenerationModel:
-        """The same model at work in shares; a model that does not lie in shares yet is split."""
+    def spread(self, lm: GenerationModel) -> GenerationModel:
+        """The same model under a ZeRO-3 engine; a model that is not sharded yet is sharded."""
         import deepspeed
 
         with quiet_libraries():
-            engine, *_ = deepspeed.initialize(model=speaker.model, config=self._config(speaker.model.dtype))
+            engine, *_ = deepspeed.initialize(model=lm.model, config=self._config(lm.model.dtype))
         engine.eval()
-        return replace(speaker, model=engine.module, sharded=True, engine=engine)
+        return replace(lm, model=engine.module, sharded=True, engine=engine)
 
     def _config(self, dtype: torch.dtype) -> dict[str, Any]:
         return {
-            "train_micro_batch_size_per_gpu": 1,  # DeepSpeed 0.19 wants one, for inference too
+            "train_micro_batch_size_per_gpu": 1,  # DeepSpeed 0.19 requires it for inference too
             "zero_optimization": {key: value for key, value in self.zero.items() if key != "offload_optimizer"},
             "bf16": {"enabled": dtype == torch.bfloat16},
             "fp16": {"enabled": dtype == torch.float16},
@@ -53,22 +53,25 @@ class Shards:
 
 
 def read_shards() -> Shards | None:
-    """Whether several processes of this launch were asked to hold a model in shares; ask before `start_ranks`.
+    """The ZeRO-3 configuration of this launch, None without one or on one process; call it before `start_ranks`.
 
     Raises:
         UserError: the DeepSpeed configuration cannot be read.
     """
-    asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    if not asked or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if not uses_deepspeed or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
-    named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if named == "none":
+    config_file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if config_file == "none":
         stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
         zero: dict[str, Any] = {"stage": stage}
     else:
-        file = next((f for f in (Path(named), Path(sys.argv[0]).resolve().parent.parent / named) if f.is_file()), None)
+        file = next(
+            (f for f in (Path(config_file), Path(sys.argv[0]).resolve().parent.parent / config_file) if f.is_file()),
+            None,
+        )
         if file is None:
-            raise UserError(f"deepspeed_config_file '{named}' does not exist")
+            raise UserError(f"deepspeed_config_file '{config_file}' does not exist")
         try:
             zero = dict(json.loads(file.read_text(encoding="utf-8")).get("zero_optimization", {}))
         except (OSError, ValueError, AttributeError, TypeError) as error:
@@ -76,6 +79,6 @@ def read_shards() -> Shards | None:
     if int(zero.get("stage", 0)) != 3:
         return None
     if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported, which else looks for one and warns
+        os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported, which otherwise searches for one and warns
         disable_shm_transport()
     return Shards(zero)

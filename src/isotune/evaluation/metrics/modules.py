@@ -1,91 +1,244 @@
-"""What the local `evaluate` modules of eval/metrics share, so that each is its name and one call of the harness's code.
+"""Metrics that a task takes from `evaluate` modules: a local folder, or the Hub where there is a network.
 
-`evaluate.load("eval/metrics/NAME")` then needs no network, where `evaluate.load("NAME")` fetches a script.
+An entry of `metrics:` that is no built-in name is what `evaluate.load` takes, or the same with arguments:
+
+    metrics:
+      - accuracy                              built in
+      - evaluate-metric/mape                  a module, by its name on the Hub or its folder
+      - module: eval/metrics/isotune          a module with arguments: `config_name` is of `evaluate.load`,
+        config_name: f1                       `name` replaces the module's name in the results,
+        average: macro                        everything else goes to `compute`
+
+A result is called MODULE/METRIC. A module takes the columns of its own features; its interval is the bootstrap over
+rows with MODULE_RESAMPLES draws, because the module is computed again on each of them.
 """
 
-from collections.abc import Sequence
+import math
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import datasets
-import evaluate
 import numpy as np
 
-from isotune.evaluation.metrics.labels import label_statistics, ordinal_statistics
-from isotune.evaluation.metrics.probabilities import probability_statistics
-from isotune.evaluation.statistics.resampling import Statistic, values
+from isotune.data.sources.hub import first_line
+from isotune.evaluation.statistics.resampling import RESAMPLES, OfWeights, Scores, score
+from isotune.io.errors import UserError
 
-CLASS = datasets.Value("int64")
-PROBABILITIES = datasets.Sequence(datasets.Value("float64"))
-
-
-def label_info(description: str | None) -> evaluate.MetricInfo:
-    """Of a metric of classes: predictions and references are whole numbers from 0."""
-    return _info(description, CLASS)
-
-
-def probability_info(description: str | None) -> evaluate.MetricInfo:
-    """Of a metric of probabilities: a prediction is a list with one for each class, a reference a whole number."""
-    return _info(description, PROBABILITIES)
+MODULE_RESAMPLES = 200  # from seed to seed the ends of an interval move by about 10% of its width
+Column = tuple[str, str]  # a name of a module's features and a kind of values: int, float, string, list of float ...
+TEXTS: frozenset[Column] = frozenset(
+    {("predictions", "string"), ("references", "string"), ("references", "list of string"), ("sources", "string")}
+)
+CLASSES: frozenset[Column] = frozenset(
+    {("predictions", "int"), ("predictions", "float"), ("predictions", "list of float")}
+    | {("prediction_scores", "float"), ("prediction_scores", "list of float")}
+    | {("references", "int"), ("references", "float")}
+)
 
 
-def of_labels(predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
-    """Every metric of `metrics_labels.label_statistics` by name."""
-    chosen, labels = _classes(predictions, references)
-    return values(label_statistics(labels, chosen, int(max(chosen.max(), labels.max())) + 1))
+@dataclass(frozen=True)
+class MetricModule:
+    """A loaded `evaluate` module.
+
+    Attributes:
+        name: before the names of its results.
+        source: what `evaluate.load` was given, for messages and metrics.json.
+        where: file and key that name it, for messages.
+        module: the `evaluate.EvaluationModule`.
+        columns: what it is computed from.
+        config_name, arguments: of `evaluate.load` and of `compute`.
+    """
+
+    name: str
+    source: str
+    where: str
+    module: Any
+    columns: tuple[Column, ...]
+    config_name: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def compute(self, data: Mapping[Column, np.ndarray], rows: np.ndarray | slice = slice(None)) -> dict[str, float]:
+        """The module's results that are numbers, by name, on some of the rows."""
+        given = {name: data[name, kind][rows] for name, kind in self.columns}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            results = self.module.compute(**{k: list(v) for k, v in given.items()}, **self.arguments) or {}
+        numbers = {key: np.asarray(value) for key, value in results.items() if value is not None}
+        return {
+            f"{self.name}/{key}": float(value)
+            for key, value in numbers.items()
+            if value.ndim == 0 and value.dtype.kind in "iufb"
+        }
+
+    def statistic(self, data: Mapping[Column, np.ndarray], rows: int) -> OfWeights:
+        """The module's results as a statistic of weighted rows; NaN where a resample has no result.
+
+        Raises:
+            UserError: the module cannot be computed on the rows, or its results are no numbers.
+        """
+        try:
+            names = tuple(self.compute(data))
+        except Exception as error:  # a module is foreign code
+            raise UserError(
+                f"{self.where}: the module {self.source!r} cannot be computed: {first_line(error)}"
+            ) from error
+        if not names:
+            raise UserError(f"{self.where}: the module {self.source!r} returns no number")
+
+        def of_weights(weights: np.ndarray) -> np.ndarray:
+            values = np.full((len(weights), len(names)), math.nan)
+            for draw, counts in enumerate(weights):
+                try:
+                    results = self.compute(data, np.repeat(np.arange(rows), counts))
+                except Exception:
+                    continue
+                values[draw] = [results.get(name, math.nan) for name in names]
+            return values
+
+        return OfWeights(names, rows, of_weights)
 
 
-def averaged(kind: str, predictions: Sequence[int], references: Sequence[int], average: str) -> dict[str, float]:
-    """`kind` in one kind of mean over classes, or of class 1 alone.
+def split_metrics(metrics: Sequence[str | MetricModule]) -> tuple[list[str], list[MetricModule]]:
+    """The built-in names of a task's metrics, and its modules."""
+    modules = [metric for metric in metrics if isinstance(metric, MetricModule)]
+    return [metric for metric in metrics if isinstance(metric, str)], modules
+
+
+def read_metrics(
+    entries: Sequence[Any], is_builtin: Callable[[str], bool], builtin: Collection[str], columns: Collection[Column],
+    where: str,
+) -> tuple[str | MetricModule, ...]:  # fmt: skip
+    """The entries of a task's `metrics:`, with every module loaded.
+
+    Args:
+        is_builtin, builtin: which names are built in, and what to list in a message.
+        columns: what an evaluation of this kind has.
+        where: file and key, for messages.
 
     Raises:
-        ValueError: `average` is none of binary, macro, micro, weighted, or binary and there are more than two classes.
+        UserError: an entry is neither a name nor a mapping with `module`, or a module cannot be loaded, takes columns
+            that the evaluation does not have, or has the name of another one.
     """
-    found = of_labels([*predictions], [*references])
-    name = f"{kind}_{average}"
-    if average == "binary":
-        if f"{kind}_class_2" in found:
-            raise ValueError("average='binary' is for two classes: say macro, micro or weighted")
-        name = f"{kind}_class_1"
-        found = {name: 0.0, **{n: v for n, v in found.items() if v == v}}  # nothing of class 1 anywhere: 0
-    if name not in found:
-        raise ValueError(f"average is {average!r}: it may be binary, macro, micro or weighted")
-    return {kind: found[name]}
+    metrics: list[str | MetricModule] = []
+    for entry in entries:
+        if isinstance(entry, str) and is_builtin(entry):
+            metrics.append(entry)
+            continue
+        arguments = {"module": entry} if isinstance(entry, str) else dict(entry)
+        source, config_name = arguments.pop("module", None), arguments.pop("config_name", None)
+        if not isinstance(source, str):
+            raise UserError(f"{where}: {str(entry)[:60]!r} is no metric: it takes a name, or a mapping with `module`")
+        name = arguments.pop("name", None) or Path(source).name.removesuffix(".py")
+        if any(isinstance(metric, MetricModule) and metric.name == name for metric in metrics):
+            raise UserError(f"{where}: two modules are called {name!r}: give one of them another `name`")
+        module = _load(source, config_name, builtin, where)
+        needed = _choose_columns(module, columns)
+        if needed is None:
+            takes = " or ".join(_described(features) for features in _feature_sets(module))
+            has = ", ".join(f"{column} ({kind})" for column, kind in sorted(columns))
+            raise UserError(f"{where}: there is no metric {source!r} here: the module takes {takes}; there are {has}")
+        metrics.append(MetricModule(name, source, where, module, needed, config_name, arguments))
+    return tuple(metrics)
 
 
-def of_order(predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
-    """Every metric of `metrics_labels.ordinal_statistics` by name; NaN where it does not exist."""
-    chosen, labels = _classes(predictions, references)
-    return values(ordinal_statistics(labels, chosen))
+def score_modules(
+    modules: Sequence[MetricModule],
+    data: Mapping[Column, np.ndarray],
+    rows: int,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[Scores, list[dict[str, Any]]]:
+    """Values and intervals of modules, and the facts about each for metrics.json.
 
-
-def of_probabilities(predictions: Sequence[Sequence[float]], references: Sequence[int]) -> dict[str, float]:
-    """Every metric of `metrics_probabilities.probability_statistics` by name; NaN where it does not exist.
+    Args:
+        data: the columns of the evaluation; [rows, ...] each.
+        resamples: draws of the built-in metrics; modules take at most MODULE_RESAMPLES of them.
 
     Raises:
-        ValueError: fewer than two classes, a probability that is none, or a reference that is no class.
+        UserError: a module cannot be computed.
     """
-    probabilities, labels = np.asarray(predictions, np.float64), np.asarray(references, np.int64)
-    if probabilities.ndim != 2 or probabilities.shape[1] < 2:
-        raise ValueError("a prediction is a list of probabilities, one for each of two classes or more")
-    if not (np.isfinite(probabilities).all() and np.allclose(probabilities.sum(axis=1), 1, atol=1e-4)):
-        raise ValueError("the probabilities of a row are finite and sum to 1")
-    if labels.min() < 0 or labels.max() >= probabilities.shape[1]:
-        raise ValueError(f"a reference is a class from 0 to {probabilities.shape[1] - 1}")
-    statistics: list[Statistic] = probability_statistics(labels, probabilities)
-    return values(statistics)
+    draws = min(resamples, MODULE_RESAMPLES)
+    scores, facts = Scores({}, {}), []
+    for module in modules:
+        statistic = module.statistic(data, rows)
+        scores |= score([statistic], rows, resamples=draws, seed=seed)
+        facts.append(
+            {
+                "module": module.source,
+                "config_name": module.config_name,
+                "arguments": dict(module.arguments),
+                "metrics": list(statistic.names),
+                "resamples": draws,
+            }
+        )
+    return scores, facts
 
 
-def _classes(predictions: Sequence[int], references: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    chosen, labels = np.asarray(predictions, np.int64), np.asarray(references, np.int64)
-    if min(chosen.min(), labels.min()) < 0:
-        raise ValueError("a class is a whole number from 0")
-    return chosen, labels
+def text_columns(predictions: Sequence[str], references: Sequence[str], sources: Sequence[str]) -> dict[Column, Any]:
+    """The columns of an evaluation of texts."""
+    return {
+        ("predictions", "string"): np.array(predictions, object),
+        ("references", "string"): np.array(references, object),
+        ("references", "list of string"): np.array([[reference] for reference in references], object),
+        ("sources", "string"): np.array(sources, object),
+    }
 
 
-def _info(description: str | None, prediction: Any) -> evaluate.MetricInfo:
-    return evaluate.MetricInfo(
-        description=description or "",
-        citation="",
-        inputs_description="predictions and references, one a row",
-        features=datasets.Features({"predictions": prediction, "references": CLASS}),
-    )
+def class_columns(labels: np.ndarray, probabilities: np.ndarray) -> dict[Column, np.ndarray]:
+    """The columns of a classification: labels [rows] and probabilities [rows, classes].
+
+    `prediction_scores` are the probabilities of class 1, or of all classes.
+    """
+    predictions = probabilities.argmax(axis=1)
+    return {
+        ("predictions", "int"): predictions,
+        ("predictions", "float"): predictions.astype(np.float64),
+        ("predictions", "list of float"): probabilities,
+        ("prediction_scores", "float"): probabilities[:, 1],
+        ("prediction_scores", "list of float"): probabilities,
+        ("references", "int"): labels,
+        ("references", "float"): labels.astype(np.float64),
+    }
+
+
+def _load(source: str, config_name: str | None, builtin: Collection[str], where: str) -> Any:
+    import evaluate
+
+    try:
+        return evaluate.load(source, config_name, keep_in_memory=True)
+    except Exception as error:  # a module is foreign code
+        if Path(source).exists():
+            raise UserError(f"{where}: the module {source!r} cannot be loaded: {first_line(error)}") from error
+        raise UserError(
+            f"{where}: there is no metric {source!r}: it is not built in ({', '.join(builtin)}), and evaluate.load "
+            f"does not find it: {first_line(error)}"
+        ) from error
+
+
+def _feature_sets(module: Any) -> list[Mapping[str, Any]]:
+    features = module.features
+    return features if isinstance(features, list) else [features]
+
+
+def _choose_columns(module: Any, columns: Collection[Column]) -> tuple[Column, ...] | None:
+    """The columns of the first of a module's sets of features that the evaluation has, None where it has none."""
+    for features in _feature_sets(module):
+        needed = tuple((name, _kind(feature)) for name, feature in features.items())
+        if all(column in columns for column in needed):
+            return needed
+    return None
+
+
+def _kind(feature: Any) -> str:
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    if inner is not None:
+        return f"list of {_kind(inner)}"
+    dtype = str(getattr(feature, "dtype", type(feature).__name__)).removeprefix("large_")
+    return next((kind for kind in ("int", "float", "string") if dtype.removeprefix("u").startswith(kind)), dtype)
+
+
+def _described(features: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} ({_kind(feature)})" for name, feature in features.items())

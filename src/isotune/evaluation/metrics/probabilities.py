@@ -1,7 +1,7 @@
-"""Metrics of the probabilities: how sure a classifier may be taken to be, and how well it ranks.
+"""Metrics of probabilities: calibration and ranking.
 
 log loss, Brier score and calibration error are functions of sums over rows; the areas under the ROC and the
-precision-recall curve need the order of all rows, so their intervals take the resamples' weights themselves.
+precision-recall curve need the order of all rows, so they are functions of the resamples' weights.
 """
 
 from collections.abc import Callable
@@ -11,17 +11,17 @@ import numpy as np
 from isotune.evaluation.statistics.resampling import OfSums, OfWeights, Statistic, mean, share
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017, arXiv:1706.04599
-SMALLEST = np.finfo(np.float64).eps  # a probability of 0 for what is true would cost infinitely many nats
+SMALLEST = np.finfo(np.float64).eps  # smaller probabilities are clipped, because the log of 0 is infinite
 
 
 def probability_statistics(labels: np.ndarray, probabilities: np.ndarray) -> list[Statistic]:
     """log_loss in nats; brier; expected_calibration_error; roc_auc and pr_auc.
 
-    brier is the squared distance of all probabilities from the truth, halved for two classes (Brier 1950, and as
-    scikit-learn does). expected_calibration_error is over BINS bins of equal width of the highest probability, which is
-    taken as the chance of being right. roc_auc (ties count half) and pr_auc (average precision) are of class 1 for two
-    classes; for more, `..._class_k` is of class k against the others, and their mean over the classes that stand
-    beside others has no suffix. They do not exist where all rows are of one class.
+    brier is the squared distance of all probabilities from the label, halved for two classes (Brier 1950, and as in
+    scikit-learn). expected_calibration_error is over BINS bins of equal width of the highest probability. roc_auc (ties
+    count half) and pr_auc (average precision) are of class 1 for two classes; for more, `..._class_k` is of class k
+    against the others, and the name without a suffix is the mean over the classes for which it is defined. They are
+    undefined where all rows are of one class.
 
     Args:
         labels: integer [rows].
@@ -40,11 +40,11 @@ def probability_statistics(labels: np.ndarray, probabilities: np.ndarray) -> lis
 
 
 def calibration_error(labels: np.ndarray, probabilities: np.ndarray) -> OfSums:
-    """expected_calibration_error: the mean distance between how sure and how often right, bin by bin."""
-    confidence, right = confidences(labels, probabilities)
+    """expected_calibration_error: the mean distance between confidence and accuracy over the bins."""
+    confidence, correct = confidences(labels, probabilities)
     columns = np.zeros((len(labels), BINS + 1))
     columns[:, BINS] = 1
-    columns[np.arange(len(labels)), bin_of(confidence)] = confidence - right
+    columns[np.arange(len(labels)), bin_of(confidence)] = confidence - correct
     return OfSums(
         ("expected_calibration_error",),
         columns,
@@ -58,12 +58,12 @@ def confidences(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarr
 
 
 def bin_of(confidence: np.ndarray) -> np.ndarray:
-    """The bin of each confidence, integer [rows] from 0 to BINS - 1; a bin holds its upper edge."""
+    """The bin of each confidence, integer [rows] from 0 to BINS - 1; a bin includes its upper edge."""
     return np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
 
 
 def ranking_statistics(labels: np.ndarray, probabilities: np.ndarray) -> OfWeights:
-    """roc_auc and pr_auc, as `probability_statistics` says."""
+    """roc_auc and pr_auc; see `probability_statistics`."""
     rows, classes = probabilities.shape
     if classes == 2:
         return OfWeights(("roc_auc", "pr_auc"), rows, _areas(probabilities[:, 1], labels == 1))
@@ -83,8 +83,8 @@ def ranking_statistics(labels: np.ndarray, probabilities: np.ndarray) -> OfWeigh
 def _areas(scores: np.ndarray, positive: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """A function of weights [block, rows]: both areas, [block, 2].
 
-    Each positive row, from the highest score down, sees the weight of the positives so far and of the negatives above
-    it; rows of its own score count as if they all stood in one place. Nothing else of the negatives matters.
+    Each positive row, from the highest score down, needs the weight of the positives so far and of the negatives above
+    it; rows with the same score count as one place.
     """
     order = np.argsort(-scores, kind="stable")
     positives, negatives = order[positive[order]], order[~positive[order]]

@@ -1,7 +1,7 @@
-"""Whether two systems differ on the same rows: exact and resampled tests that know that the rows are paired.
+"""Paired tests of two systems on the same rows: exact and resampled.
 
 A metric is an `OfSums` of each system over the same rows: what a row adds to each sum, and a function of the sums. So
-the tests of a mean of rows and of a metric of the whole corpus, such as BLEU or macro F1, are the same few lines.
+one test serves a mean over rows and a metric of the whole corpus, such as BLEU or macro F1.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,21 +12,21 @@ import numpy as np
 from isotune.evaluation.statistics.resampling import OfSums, Statistic, bootstrap_draws
 
 RESAMPLES = 10_000
-_BLOCK_NUMBERS = 2**22  # of a block of exchanges: 32 MB
+_BLOCK_ELEMENTS = 2**22  # of a block of exchanges: 32 MB
 
 
 @dataclass(frozen=True)
 class McNemar:
-    """`p` is exact: it rejects no true null too often, and where few rows changed too seldom, which `mid_p` mends."""
+    """`p` is exact and conservative where few rows changed; `mid_p` is less so."""
 
     p: float
     mid_p: float
 
 
 def mcnemar(only_a: int, only_b: int) -> McNemar:
-    """McNemar's test on the rows that one system alone has right: if both are as good, each of them is a fair coin.
+    """McNemar's test on the rows that one system alone has right: under the null each of them is a fair coin.
 
-    `mid_p` counts the outcome that was seen half (Fagerland, Lydersen and Laake 2013).
+    `mid_p` counts half of the probability of the observed outcome (Fagerland, Lydersen and Laake 2013).
     """
     from scipy.stats import binom, binomtest
 
@@ -34,34 +34,34 @@ def mcnemar(only_a: int, only_b: int) -> McNemar:
     if changed == 0:
         return McNemar(1.0, 1.0)
     p = float(binomtest(only_a, changed, 0.5).pvalue)
-    seen = float(binom.pmf(only_a, changed, 0.5))
-    return McNemar(p, p - seen if only_a != only_b else 1.0 - seen / 2)
+    observed = float(binom.pmf(only_a, changed, 0.5))
+    return McNemar(p, p - observed if only_a != only_b else 1.0 - observed / 2)
 
 
 def swap_test(a: OfSums, b: OfSums, *, seed: int = 0, resamples: int = RESAMPLES) -> dict[str, float]:
-    """p of the difference of each metric, by name, when the two outputs of a row change places at random.
+    """p of the difference of each metric, by name, when the two outputs of a row are exchanged at random.
 
-    If both systems are as good, a row's outputs could as well have come the other way round (Noreen 1989); for a mean
-    of rows this is the sign-flip test. What was seen counts as one of the resamples, so p is never 0 and the test holds
-    its level with any number of them. A metric that is NaN for either system has p NaN.
+    Under the null the outputs of a row are exchangeable (Noreen 1989); for a mean of rows this is the sign-flip test.
+    The observed difference counts as one of the resamples, so p is never 0 and the test keeps its level with any number
+    of them. A metric that is NaN for either system has p NaN.
     """
     columns_a, columns_b = a.columns.astype(np.float64), b.columns.astype(np.float64)
     changed = (columns_b - columns_a)[np.any(columns_a != columns_b, axis=1)]
     sums_a, sums_b = columns_a.sum(axis=0), columns_b.sum(axis=0)
-    seen = np.abs(b.function(sums_b[None]) - a.function(sums_a[None]))[0]
-    as_far = np.zeros(len(seen))
+    observed = np.abs(b.function(sums_b[None]) - a.function(sums_a[None]))[0]
+    at_least = np.zeros(len(observed))
     for swaps in _swaps(len(changed), resamples, seed):
         moved = swaps @ changed
-        found = np.abs(b.function(sums_b - moved) - a.function(sums_a + moved))
-        # the same numbers added in another order make no smaller difference
-        as_far += (found >= seen - 1e-9 * np.maximum(seen, 1e-3)).sum(axis=0)
-    p_values = np.where(np.isnan(seen), np.nan, np.where(seen == 0, 1.0, (1 + as_far) / (1 + resamples)))
+        differences = np.abs(b.function(sums_b - moved) - a.function(sums_a + moved))
+        # the tolerance is for sums of the same numbers in another order
+        at_least += (differences >= observed - 1e-9 * np.maximum(observed, 1e-3)).sum(axis=0)
+    p_values = np.where(np.isnan(observed), np.nan, np.where(observed == 0, 1.0, (1 + at_least) / (1 + resamples)))
     return dict(zip(a.names, p_values.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference B - A of a metric under resampled rows: its interval, and the p at which it would just hold 0."""
+    """The difference B - A of a metric under resampled rows: its interval, and the p-value of no difference."""
 
     low: float
     high: float
@@ -77,24 +77,24 @@ def paired_bootstrap(
     resamples: int = RESAMPLES,
     level: float = 0.95,
 ) -> dict[str, Difference]:
-    """Percentile intervals of B - A, by metric, when rows are drawn with replacement, the same ones for both systems.
+    """Percentile intervals of B - A, by metric, when the same rows are drawn with replacement for both systems.
 
-    A metric that exists in no resample is left out.
+    A metric that is undefined in all resamples is left out.
     """
     draws_a, draws_b = bootstrap_draws(a, rows, resamples, seed), bootstrap_draws(b, rows, resamples, seed)
-    found = {}
+    results = {}
     for name in draws_a.keys() & draws_b.keys():
         differences = draws_b[name] - draws_a[name]
         known = differences[np.isfinite(differences)]
         if len(known):
             low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2]).tolist()
             tail = min(int((known <= 0).sum()), int((known >= 0).sum()))
-            found[name] = Difference(low, high, min(1.0, 2 * (1 + tail) / (1 + len(known))))
-    return found
+            results[name] = Difference(low, high, min(1.0, 2 * (1 + tail) / (1 + len(known))))
+    return results
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for their number (Holm 1979): of families of true nulls, at most 5% hold one below 0.05."""
+    """p-values adjusted for their number (Holm 1979): the family-wise error rate at 0.05 is at most 5%."""
     adjusted = np.empty(len(p_values))
     largest = 0.0
     for rank, place in enumerate(np.argsort(p_values, kind="stable")):
@@ -104,9 +104,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _swaps(rows: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Which rows are exchanged: blocks of zeros and ones, float64 [block, rows]."""
+    """The exchanged rows: blocks of zeros and ones, float64 [block, rows]."""
     generator = np.random.default_rng(seed)
-    block = max(1, _BLOCK_NUMBERS // max(1, rows))
+    block = max(1, _BLOCK_ELEMENTS // max(1, rows))
     for start in range(0, resamples, block):
         size = (min(block, resamples - start), -(-rows // 8))
         bits = np.unpackbits(generator.integers(0, 256, size, dtype=np.uint8), axis=1, count=rows)

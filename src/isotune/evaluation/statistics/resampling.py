@@ -1,4 +1,4 @@
-"""No number without its uncertainty: the bootstrap over rows, exact in its draws and fast enough to be always on.
+"""The bootstrap over rows: exact in its draws, and fast enough that every metric has an interval.
 
 A resample of n rows is n draws with replacement, so it is a vector of weights, Multinomial(n, 1/n), and a statistic of
 it is a function of weighted rows (Efron 1979). Most statistics here are functions of a few weighted sums, such as the
@@ -6,19 +6,19 @@ counts of a confusion matrix, and then all resamples of a block are one matrix p
 
     weights [block, rows]  @  columns [rows, sums]  ->  sums [block, sums]  ->  statistics [block, names]
 
-The weights are exact and cost about a nanosecond each. Independent Poisson numbers with a mean a little below 1 are, on
-condition of their sum, multinomial; the few draws that are missing to n are made one by one. The Poisson numbers come
-from random bytes by a table of 256 entries, and the 1% of bytes that the table leaves open are drawn from what remains
-of the distribution (the mixture method: Marsaglia 1963).
+The weights are exact and cost about a nanosecond each. Independent Poisson numbers with a mean a little below 1 are
+multinomial given their sum; the few draws that are missing to n are made one by one. The Poisson numbers come from
+random bytes by a table of 256 entries, and the 1% of bytes without an entry are drawn from the rest of the distribution
+(the mixture method: Marsaglia 1963).
 
 The weights depend on (seed, rows) alone and a resample on its number, so statistics of two models over the same rows
-are paired by themselves.
+are paired.
 
-Rows that are all right, or all wrong, give the same share in every resample, as if it were known for certain. There
-the interval is the exact one of Clopper and Pearson (1934).
+Rows that are all correct, or all wrong, give the same share in every resample. Their interval is the exact one of
+Clopper and Pearson (1934).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -26,7 +26,7 @@ from scipy.special import ndtr, ndtri
 
 RESAMPLES, LEVEL = 2_000, 0.95
 BLOCK_WEIGHTS, BLOCK_RESAMPLES = 2**21, 512  # fewer rows a block are slow to multiply, more leave the caches
-_OPEN = 255  # a byte for which the table has no answer
+_OPEN = 255  # a byte without an entry in the table
 _SPARE_DEVIATIONS = 5.0  # the Poisson sum exceeds n once in three million resamples, which are drawn again
 _LARGEST_POISSON = 40  # its probability is below 1e-48
 
@@ -75,6 +75,45 @@ class OfWeights:
 Statistic = OfSums | OfWeights
 
 
+@dataclass(frozen=True)
+class Scores:
+    """Metrics and their 95% intervals by name; `undefined` names the metrics that these rows do not have."""
+
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    undefined: list[str] = field(default_factory=list)
+
+    def __or__(self, other: "Scores") -> "Scores":
+        """The scores of both, over the same rows."""
+        return Scores(
+            self.metrics | other.metrics, self.intervals | other.intervals, sorted({*self.undefined, *other.undefined})
+        )
+
+
+def score(
+    statistics: Sequence[Statistic],
+    rows: int,
+    *,
+    only: Collection[str] | None = None,
+    resamples: int | None = None,
+    seed: int = 0,
+) -> Scores:
+    """Values and intervals of statistics over the same rows.
+
+    Args:
+        only: names of the metrics to keep; all where it is None.
+        resamples: RESAMPLES where it is None.
+    """
+    all_values = values(statistics)
+    kept = set(all_values) if only is None else set(only)
+    metrics = {name: value for name, value in all_values.items() if name in kept and np.isfinite(value)}
+    needed = [statistic for statistic in statistics if metrics.keys() & set(statistic.names)]
+    intervals = bootstrap_intervals(needed, rows, resamples or RESAMPLES, seed)
+    return Scores(
+        metrics, {name: intervals[name] for name in metrics if name in intervals}, sorted(kept - metrics.keys())
+    )
+
+
 def mean(name: str, values: np.ndarray) -> OfSums:
     """The mean of a value per row, [rows]."""
     return ratio(name, values, np.ones(len(values)))
@@ -104,7 +143,9 @@ def by_group(statistic: Statistic, groups: np.ndarray) -> Statistic:
 def values(statistics: Sequence[Statistic]) -> dict[str, float]:
     """Every statistic of the rows themselves, by name; NaN where it does not exist."""
     return {
-        name: float(value) for one in statistics for name, value in zip(one.names, one.value().tolist(), strict=True)
+        name: float(value)
+        for statistic in statistics
+        for name, value in zip(statistic.names, statistic.value().tolist(), strict=True)
     }
 
 
@@ -117,48 +158,48 @@ def bootstrap_intervals(
 ) -> dict[str, tuple[float, float]]:
     """Intervals of statistics, by name: bias-corrected percentiles (Efron 1981).
 
-    A percentile interval of a statistic that resampling pushes to one side, such as a calibration error, need not even
-    hold its value. So the percentiles are moved by twice the share of the resamples that lie below it, in standard
-    deviations of a normal; where that share is a half they stay. An interval always holds the value.
+    A percentile interval of a statistic that resampling biases, such as a calibration error, need not contain its
+    value. So the percentiles are moved by twice the share of the resamples that lie below it, in standard deviations of
+    a normal; where that share is a half they stay. An interval always contains the value.
 
     A share of rows (`OfSums.shares`) that is exactly 0 or 1 has the exact binomial interval instead. For values between
-    0 and 1 that are all 0, or all 1, it is on the safe side: their mean is at most the share of those that are not 0.
+    0 and 1 that are all 0, or all 1, it is conservative: their mean is at most the share of those that are not 0.
 
-    A statistic that does not exist in a resample (no row of a class was drawn) is judged by the others; one that
-    exists in none has no interval.
+    A resample in which a statistic is undefined (no row of a class was drawn) is left out; a statistic that is
+    undefined in all of them has no interval.
 
     Args:
         statistics: over the same rows, in the same order.
         rows: how many there are.
         resamples: more make the ends steadier: with 2,000 they move by about 3% of the width from seed to seed.
         seed: the same one gives the same intervals.
-        level: the share of such intervals that hold the truth, where rows are many.
+        level: the coverage of the intervals, where rows are many.
     """
-    found = values(statistics)
+    all_values = values(statistics)
     intervals = {}
     for name, draws in bootstrap_draws(statistics, rows, resamples, seed).items():
         known = draws[np.isfinite(draws)]
-        if len(known) and np.isfinite(found[name]):
-            intervals[name] = _corrected(known, found[name], level)
-    for one in statistics:
-        if isinstance(one, OfSums):
-            intervals |= _of_certain_shares(one, level)
+        if len(known) and np.isfinite(all_values[name]):
+            intervals[name] = _corrected(known, all_values[name], level)
+    for statistic in statistics:
+        if isinstance(statistic, OfSums):
+            intervals |= _exact_intervals(statistic, level)
     return intervals
 
 
-def _of_certain_shares(one: OfSums, level: float) -> dict[str, tuple[float, float]]:
+def _exact_intervals(statistic: OfSums, level: float) -> dict[str, tuple[float, float]]:
     """Exact intervals of the shares that are 0 or 1, by name."""
     from scipy.stats import binomtest
 
-    found = {}
-    for name, (of_values, of_number) in one.shares.items():
-        number = one.columns[:, of_number].sum(axis=1)
-        total, most = one.columns[:, of_values].sum(), number.sum()
-        trials = int((number > 0).sum())  # of rows that stand for several, each is one witness
+    intervals = {}
+    for name, (value_columns, count_columns) in statistic.shares.items():
+        counts = statistic.columns[:, count_columns].sum(axis=1)
+        total, most = statistic.columns[:, value_columns].sum(), counts.sum()
+        trials = int((counts > 0).sum())  # a group of rows is one trial
         if trials and total in (0, most):
             exact = binomtest(trials if total else 0, trials).proportion_ci(level, method="exact")
-            found[name] = (float(exact.low), float(exact.high))
-    return found
+            intervals[name] = (float(exact.low), float(exact.high))
+    return intervals
 
 
 def _corrected(draws: np.ndarray, value: float, level: float) -> tuple[float, float]:
@@ -177,18 +218,18 @@ def bootstrap_draws(
 
     Two runs over the same rows are compared by subtracting the draws of one from those of the other.
     """
-    of_sums = [one for one in statistics if isinstance(one, OfSums)]
-    of_weights = [one for one in statistics if isinstance(one, OfWeights)]
-    columns = np.hstack([one.columns for one in of_sums] or [np.zeros((rows, 0))]).astype(np.float32)
-    widths = [one.columns.shape[1] for one in of_sums]
-    parts: dict[str, list[np.ndarray]] = {name: [] for one in statistics for name in one.names}
+    of_sums = [statistic for statistic in statistics if isinstance(statistic, OfSums)]
+    of_weights = [statistic for statistic in statistics if isinstance(statistic, OfWeights)]
+    columns = np.hstack([statistic.columns for statistic in of_sums] or [np.zeros((rows, 0))]).astype(np.float32)
+    widths = [statistic.columns.shape[1] for statistic in of_sums]
+    parts: dict[str, list[np.ndarray]] = {name: [] for statistic in statistics for name in statistic.names}
     for weights in draw_weights(rows, resamples, seed):
-        summed = np.split(_sums(weights, columns), np.cumsum(widths), axis=1)
-        found = [one.function(sums) for one, sums in zip(of_sums, summed[:-1], strict=True)]
-        found += [one.function(weights) for one in of_weights]
-        for one, draws in zip([*of_sums, *of_weights], found, strict=True):
-            for place, name in enumerate(one.names):
-                parts[name].append(draws[:, place])
+        sums_each = np.split(_sums(weights, columns), np.cumsum(widths), axis=1)
+        results = [statistic.function(sums) for statistic, sums in zip(of_sums, sums_each[:-1], strict=True)]
+        results += [statistic.function(weights) for statistic in of_weights]
+        for statistic, draws in zip([*of_sums, *of_weights], results, strict=True):
+            for column, name in enumerate(statistic.names):
+                parts[name].append(draws[:, column])
     return {name: np.concatenate(blocks) for name, blocks in parts.items()}
 
 
@@ -204,7 +245,7 @@ def draw_weights(rows: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     block = max(1, min(BLOCK_RESAMPLES, BLOCK_WEIGHTS // rows))
     for number, start in enumerate(range(0, resamples, block)):
         generator = np.random.Generator(np.random.SFC64((seed, rows, number)))
-        # a last, smaller block is the beginning of a whole one: more resamples never change the first
+        # a last, smaller block is the start of a whole one, so more resamples never change the first ones
         yield _draw_block(generator, block, rows)[: resamples - start]
 
 
@@ -232,9 +273,9 @@ def _poisson(generator: np.random.Generator, rate: float, block: int, rows: int)
     count = block * rows
     random = generator.integers(0, 2**64, -(-count // 8), np.uint64).tobytes()
     weights = np.frombuffer(bytearray(random.translate(table.tobytes())), np.uint8)[:count]
-    still_open = np.flatnonzero(weights == _OPEN)
+    without_entry = np.flatnonzero(weights == _OPEN)
     rest = np.cumsum(shares - bytes_each)
-    weights[still_open] = np.searchsorted(rest, generator.random(len(still_open)) * rest[-1], side="right")
+    weights[without_entry] = np.searchsorted(rest, generator.random(len(without_entry)) * rest[-1], side="right")
     return weights.reshape(block, rows)
 
 

@@ -1,4 +1,4 @@
-"""A finished encoder of the Arena is asked about every battle in both orders, and its mean is what is written."""
+"""Predictions of a finished Arena encoder: the mean over both orders of the answers of a battle."""
 
 from pathlib import Path
 
@@ -19,9 +19,9 @@ ENCODER, SUBMISSION = "encoder", "submission.csv"
 
 
 def predict_battles(classifier: Classifier, battles: Battles, max_seq_length: int) -> np.ndarray:
-    """Probabilities of a, b and tie, swap-averaged: float64 [rows, 3].
+    """Probabilities of a, b and tie, averaged over both orders: float64 [rows, 3].
 
-    Exchanging the answers of every row exchanges the first two numbers of every row, bit for bit.
+    Exchanging the answers of every row exchanges the first two probabilities of every row, bit for bit.
 
     Raises:
         UserError: a logit is not finite.
@@ -33,25 +33,27 @@ def predict_battles(classifier: Classifier, battles: Battles, max_seq_length: in
     return both.swap_average(probabilities_of(logits))
 
 
-def examine_encoder(run: Path, recipe: ArenaRecipe, files: Competition, kept: Battles, device: torch.device) -> None:
-    """Predict with the model that a run saved: RUN/submission.csv, and RUN/eval/arena for the rows that were `kept`.
+def evaluate_encoder(
+    run: Path, recipe: ArenaRecipe, files: Competition, held_out: Battles, device: torch.device
+) -> None:
+    """Write RUN/submission.csv with the model that a run saved, and RUN/eval/arena for the `held_out` rows.
 
-    The test rows are scored, into RUN/eval/arena_test, where the recipe says who won there.
+    The test rows are scored, in RUN/eval/arena_test, where the recipe has a file of their labels.
 
     Raises:
         UserError: the file of test labels is broken, or not of these rows.
     """
     classifier = load_run_classifier(run, device, torch.float32)
-    found = predict_battles(classifier, files.test, recipe.max_seq_length)
-    write_submission(run / SUBMISSION, [battle.id for battle in files.test.battles], found, files.sample)
+    test_probabilities = predict_battles(classifier, files.test, recipe.max_seq_length)
+    write_submission(run / SUBMISSION, [battle.id for battle in files.test.battles], test_probabilities, files.sample)
     print(f"submission  {run / SUBMISSION}: {len(files.test):,} rows")
-    parts = [("arena", "train, kept for evaluation", kept)] if len(kept) else []
+    parts = [("arena", "train, kept for evaluation", held_out)] if len(held_out) else []
     if recipe.test_labels:
         parts.append(("arena_test", "test", read_answers(Path(recipe.test_labels), files.test)))
     for folder, split, battles in parts:
-        predictions = {
-            ENCODER: found if split == "test" else predict_battles(classifier, battles, recipe.max_seq_length)
-        }
+        is_test = split == "test"
+        probabilities = test_probabilities if is_test else predict_battles(classifier, battles, recipe.max_seq_length)
+        predictions = {ENCODER: probabilities}
         scores = score_preferences(battles, predictions, main=ENCODER)
         write_preferences(run / "eval" / folder, battles, predictions, scores, model=str(run), split=split)
         print(f"{battles.name} ({split}): {len(battles):,} rows\n{scores.table()}")

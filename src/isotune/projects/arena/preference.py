@@ -1,4 +1,4 @@
-"""How well predictions fit what people preferred: log loss with its interval, and whether it beats guessing."""
+"""Scores of predicted preferences: log loss with its interval, beside that of uniform guessing."""
 
 import math
 from dataclasses import dataclass
@@ -7,33 +7,41 @@ from typing import Any
 
 import numpy as np
 
-from isotune.evaluation.metrics.labels import label_statistics
-from isotune.evaluation.metrics.probabilities import calibration_error
+from isotune.evaluation.metrics.classification import label_statistics
+from isotune.evaluation.metrics.probabilities import SMALLEST, calibration_error
 from isotune.evaluation.results import CLASSIFICATION, rows_digest, write_result
-from isotune.evaluation.statistics.resampling import Statistic, bootstrap_intervals, by_group, mean, share, values
+from isotune.evaluation.statistics.resampling import Scores, Statistic, by_group, mean, score, share
 from isotune.io.errors import UserError
 from isotune.projects.arena.battles import CLASSES, ID, Battles, label_of, read_table
 
-GROUP_DIGITS = 16  # of a prompt's digest: two prompts in a million share them once in 40 million data sets
+GROUP_DIGITS = 16  # of a prompt's digest: a million prompts have a collision in one of 40 million data sets
 UNIFORM_LOG_LOSS = math.log(3)
-SMALLEST = np.finfo(np.float64).eps  # a probability of 0 for what is true would cost infinitely many nats
 
 
 @dataclass(frozen=True)
 class PreferenceScores:
-    """Log loss and accuracy of every model by its name, and all metrics of the main one; intervals are 95%."""
+    """Log loss and accuracy of every model by its name, and all metrics of the main one, with 95% intervals."""
 
     main: str
     names: tuple[str, ...]
-    metrics: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
+    scores: Scores
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Every metric by name."""
+        return self.scores.metrics
+
+    @property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """The 95% intervals by the same names."""
+        return self.scores.intervals
 
     def log_loss(self, name: str) -> tuple[float, tuple[float, float]]:
-        """The log loss of a model, in nats a row, and its interval."""
+        """The log loss of a model, in nats per row, and its interval."""
         return self.metrics[f"log_loss_{name}"], self.intervals[f"log_loss_{name}"]
 
-    def verdict(self, name: str) -> str | None:
-        """A sentence where a model is not better than uniform guessing with confidence, else None."""
+    def uniform_warning(self, name: str) -> str | None:
+        """A sentence where a model is not significantly better than uniform guessing, else None."""
         loss, (low, high) = self.log_loss(name)
         if high < UNIFORM_LOG_LOSS:
             return None
@@ -43,7 +51,7 @@ class PreferenceScores:
         )
 
     def table(self, remarks: dict[str, str] | None = None) -> str:
-        """A line a model to print, with `remarks` by name at the end, and the verdicts below."""
+        """A line for each model, with its remark of `remarks` at the end, and the warnings below."""
         width = max(map(len, self.names))
         lines = [f"{'':<{width}}  log loss  95% interval      accuracy"]
         for name in self.names:
@@ -51,7 +59,7 @@ class PreferenceScores:
             remark = (remarks or {}).get(name, "")
             accuracy = self.metrics[f"accuracy_{name}"]
             lines.append(f"{name:<{width}}  {loss:.4f}    {low:.4f} - {high:.4f}   {accuracy:.3f}  {remark}".rstrip())
-        return "\n".join([*lines, *filter(None, map(self.verdict, self.names))])
+        return "\n".join([*lines, *filter(None, map(self.uniform_warning, self.names))])
 
 
 def score_preferences(
@@ -59,25 +67,22 @@ def score_preferences(
 ) -> PreferenceScores:
     """Score the predictions of models, float64 [rows, 3] by name.
 
-    Rows of one prompt are no independent witnesses, so the intervals resample prompts and not rows.
+    Rows of one prompt are not independent, so the intervals resample prompts and not rows.
     """
     labels = battles.labels
     _, groups = np.unique([battle.group() for battle in battles.battles], return_inverse=True)
     statistics: list[Statistic] = []
     for name, probabilities in predictions.items():
-        of_truth = np.clip(probabilities[np.arange(len(labels)), labels], SMALLEST, 1.0)
-        statistics.append(by_group(mean(f"log_loss_{name}", -np.log(of_truth)), groups))
+        of_label = np.clip(probabilities[np.arange(len(labels)), labels], SMALLEST, 1.0)
+        statistics.append(by_group(mean(f"log_loss_{name}", -np.log(of_label)), groups))
         statistics.append(by_group(share(f"accuracy_{name}", probabilities.argmax(axis=1) == labels), groups))
     probabilities = predictions[main]
-    of_labels = label_statistics(labels, probabilities.argmax(axis=1), 3)
-    for one in [*of_labels, calibration_error(labels, probabilities)]:
-        statistics.append(by_group(one, groups))
-    metrics = {name: value for name, value in values(statistics).items() if math.isfinite(value)}
-    intervals = bootstrap_intervals(statistics, int(groups.max()) + 1, seed=seed)
-    metrics["log_loss"], intervals["log_loss"] = metrics[f"log_loss_{main}"], intervals[f"log_loss_{main}"]
-    return PreferenceScores(
-        main, tuple(predictions), metrics, {name: pair for name, pair in intervals.items() if name in metrics}
-    )
+    of_main = [*label_statistics(labels, probabilities.argmax(axis=1), 3), calibration_error(labels, probabilities)]
+    statistics += [by_group(statistic, groups) for statistic in of_main]
+    scores = score(statistics, int(groups.max()) + 1, seed=seed)
+    scores.metrics["log_loss"] = scores.metrics[f"log_loss_{main}"]
+    scores.intervals["log_loss"] = scores.intervals[f"log_loss_{main}"]
+    return PreferenceScores(main, tuple(predictions), scores)
 
 
 def write_preferences(
@@ -90,21 +95,21 @@ def write_preferences(
     split: str,
     **facts: Any,
 ) -> None:
-    """metrics.json and predictions.jsonl of the main model in `folder`; `facts` are noted beside.
+    """metrics.json and predictions.jsonl of the main model in `folder`, with `facts`.
 
-    A row names its prompt as its `group`, so that a comparison too takes rows of one prompt together.
+    The `group` of a row is its prompt, so that a comparison keeps the rows of one prompt together.
 
     Args:
-        model: what predicted.
-        split: which rows these are, in words.
+        model: the name of the model.
+        split: a description of the rows.
     """
     probabilities = predictions[scores.main]
     ids = [battle.id for battle in battles.battles]
     texts = ["\n".join([*b.prompt, *b.answer_a, *b.answer_b]) for b in battles.battles]
     groups = [battle.group()[:GROUP_DIGITS] for battle in battles.battles]
-    chosen, labels = probabilities.argmax(1).tolist(), battles.labels.tolist()
-    columns = zip(ids, labels, chosen, probabilities.tolist(), groups, strict=True)
-    verdict = scores.verdict(scores.main)
+    predicted, labels = probabilities.argmax(1).tolist(), battles.labels.tolist()
+    columns = zip(ids, labels, predicted, probabilities.tolist(), groups, strict=True)
+    warning = scores.uniform_warning(scores.main)
     write_result(
         folder,
         {
@@ -115,12 +120,12 @@ def write_preferences(
             "rows": len(battles),
             "rows_sha256": rows_digest(zip(ids, texts, strict=True)),
             "label_names": ["a", "b", "tie"],
-            "verdict": verdict or "better than uniform guessing with 95% confidence",
+            "verdict": warning or "better than uniform guessing with 95% confidence",
             **facts,
         },
         scores.metrics,
         scores.intervals,
-        [dict(zip(("id", "label", "prediction", "probabilities", "group"), one, strict=True)) for one in columns],
+        [dict(zip(("id", "label", "prediction", "probabilities", "group"), row, strict=True)) for row in columns],
     )
 
 

@@ -1,4 +1,4 @@
-"""A submission is checked before it is sent: all that is wrong with the file, a sentence for each kind of fault."""
+"""Writes a submission and checks one: every fault of the file, one sentence for each kind."""
 
 import csv
 import io
@@ -15,13 +15,13 @@ from isotune.io.errors import UserError
 from isotune.io.files import replace_file
 
 ID = "id"
-EXAMPLES = 3  # of rows or ids that a sentence names
-SUM_TOLERANCE = 1e-5  # what numbers rounded to six places may miss 1 by, and more
+EXAMPLES = 3  # rows or ids in one message
+SUM_TOLERANCE = 1e-5  # of the sum of a row, above the rounding to six places
 
 
 @dataclass(frozen=True)
 class _Table:
-    """A CSV file as it is: the header, and cells a row; `rows` and `numbers` (from 1) have no row of a wrong width."""
+    """A CSV file: the header and the cells of each row; `rows` and `numbers` (from 1) omit rows of a wrong width."""
 
     header: list[str]
     rows: list[list[str]]
@@ -29,18 +29,18 @@ class _Table:
     wrong_widths: list[tuple[int, int]]
 
     def column(self, name: str) -> list[str]:
-        """Every cell of a column, without white space around it."""
-        place = self.header.index(name)
-        return [row[place].strip() for row in self.rows]
+        """Every cell of a column, stripped."""
+        index = self.header.index(name)
+        return [row[index].strip() for row in self.rows]
 
 
 def write_submission(file: Path, ids: Sequence[str], probabilities: np.ndarray, sample: Path | None) -> None:
-    """Write probabilities, float64 [rows, classes], under the competition's columns, renamed into place when whole.
+    """Write probabilities, float64 [rows, classes], under the competition's columns, atomically.
 
-    Numbers are written so that they are read back as the same numbers.
+    Numbers are written with all digits, so they are read back unchanged.
 
     Args:
-        sample: whose header and ids the file must have, in their order; None without one.
+        sample: a file with the header and the ids of the submission in their order; None without one.
 
     Raises:
         UserError: the sample is not for these ids; nothing is written then.
@@ -48,12 +48,14 @@ def write_submission(file: Path, ids: Sequence[str], probabilities: np.ndarray, 
     header = [ID, "winner_model_a", "winner_model_b", "winner_tie"]
     order = list(range(len(ids)))
     if sample is not None:
-        asked = _read(sample)
-        header, wanted = asked.header, asked.column(ID)
-        place = {each: number for number, each in enumerate(ids)}
-        if sorted(wanted) != sorted(ids):
-            raise UserError(f"{sample} asks for {len(wanted)} ids, and they are not the {len(ids)} of the test rows")
-        order = [place[each] for each in wanted]
+        table = _read(sample)
+        header, sample_ids = table.header, table.column(ID)
+        row_of = {row_id: row for row, row_id in enumerate(ids)}
+        if sorted(sample_ids) != sorted(ids):
+            raise UserError(
+                f"{sample} asks for {len(sample_ids)} ids, and they are not the {len(ids)} of the test rows"
+            )
+        order = [row_of[row_id] for row_id in sample_ids]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
@@ -62,24 +64,24 @@ def write_submission(file: Path, ids: Sequence[str], probabilities: np.ndarray, 
 
 
 def check_submission(file: Path, sample: Path) -> tuple[list[str], int]:
-    """What is wrong with a submission, a sentence for each kind of fault, and how many rows it has.
+    """The faults of a submission, one sentence for each kind, and its number of rows.
 
     It must have the sample's columns and ids in the sample's order, and in each row numbers from 0 to 1 that sum to 1.
 
     Raises:
-        UserError: one of the files cannot be read as a table at all, or the sample is none.
+        UserError: one of the files cannot be read as a table, or the sample is not a sample submission.
     """
-    wanted = _read(sample)
-    if wanted.header[:1] != [ID] or len(wanted.header) < 2 or wanted.wrong_widths or not wanted.rows:
+    expected = _read(sample)
+    if expected.header[:1] != [ID] or len(expected.header) < 2 or expected.wrong_widths or not expected.rows:
         raise UserError(f"{sample} is no sample submission: it needs the column {ID!r}, columns of numbers, and rows")
-    found = _read(file)
-    problems = [*_wrong_columns(found, wanted), *_wrong_widths(found)]
-    if ID in found.header:
-        problems += _wrong_ids(found.column(ID), wanted.column(ID))
-    classes = wanted.header[1:]
-    if all(found.header.count(name) == 1 for name in classes):
-        problems += _wrong_numbers(found, classes)
-    return [f"{file}: {problem}" for problem in problems], len(found.rows)
+    table = _read(file)
+    faults = [*_wrong_columns(table, expected), *_wrong_widths(table)]
+    if ID in table.header:
+        faults += _wrong_ids(table.column(ID), expected.column(ID))
+    classes = expected.header[1:]
+    if all(table.header.count(name) == 1 for name in classes):
+        faults += _wrong_numbers(table, classes)
+    return [f"{file}: {fault}" for fault in faults], len(table.rows)
 
 
 def _read(file: Path) -> _Table:
@@ -107,30 +109,30 @@ def _read(file: Path) -> _Table:
     return _Table(header, rows, numbers, wrong)
 
 
-def _wrong_columns(found: _Table, wanted: _Table) -> list[str]:
-    if found.header == wanted.header:
+def _wrong_columns(table: _Table, expected: _Table) -> list[str]:
+    if table.header == expected.header:
         return []
-    missing = [name for name in wanted.header if name not in found.header]
-    unknown = [name for name in found.header if name not in wanted.header]
-    twice = [name for name, count in Counter(found.header).items() if count > 1]
-    faults = [f"{what} {', '.join(map(repr, names))}" for what, names in
-              (("missing", missing), ("unknown", unknown), ("twice", twice)) if names]  # fmt: skip
-    said = "; ".join(faults) or f"they stand in another order, {', '.join(found.header)}"
-    return [f"the columns are not {', '.join(wanted.header)}: {said}"]
+    missing = [name for name in expected.header if name not in table.header]
+    unknown = [name for name in table.header if name not in expected.header]
+    duplicates = [name for name, count in Counter(table.header).items() if count > 1]
+    faults = [f"{kind} {', '.join(map(repr, names))}" for kind, names in
+              (("missing", missing), ("unknown", unknown), ("twice", duplicates)) if names]  # fmt: skip
+    detail = "; ".join(faults) or f"they are in another order, {', '.join(table.header)}"
+    return [f"the columns are not {', '.join(expected.header)}: {detail}"]
 
 
-def _wrong_widths(found: _Table) -> list[str]:
-    if not found.wrong_widths:
+def _wrong_widths(table: _Table) -> list[str]:
+    if not table.wrong_widths:
         return []
-    examples = _examples(f"row {number} has {count}" for number, count in found.wrong_widths)
-    return [f"{_rows(len(found.wrong_widths))} not {len(found.header)} cells: {examples}"]
+    examples = _examples(f"row {number} has {count}" for number, count in table.wrong_widths)
+    return [f"{_rows(len(table.wrong_widths))} not {len(table.header)} cells: {examples}"]
 
 
-def _wrong_ids(found: list[str], wanted: list[str]) -> list[str]:
-    counts, asked = Counter(found), set(wanted)
-    repeated = [each for each, count in counts.items() if count > 1]
-    extra = [each for each in counts if each not in asked]
-    missing = [each for each in wanted if each not in counts]
+def _wrong_ids(ids: list[str], expected: list[str]) -> list[str]:
+    counts, expected_set = Counter(ids), set(expected)
+    repeated = [row_id for row_id, count in counts.items() if count > 1]
+    extra = [row_id for row_id in counts if row_id not in expected_set]
+    missing = [row_id for row_id in expected if row_id not in counts]
     problems = []
     for names, fault in (
         (missing, "of the sample missing"),
@@ -139,20 +141,21 @@ def _wrong_ids(found: list[str], wanted: list[str]) -> list[str]:
     ):
         if names:
             problems.append(f"{len(names)} {'id is' if len(names) == 1 else 'ids are'} {fault}: {_examples(names)}")
-    if not problems and found != wanted:
-        row = next(number for number, pair in enumerate(zip(found, wanted, strict=True)) if pair[0] != pair[1])
-        problems.append(f"the ids stand in another order than in the sample: {found[row]} where {wanted[row]} is due")
+    if not problems and ids != expected:
+        row = next(number for number, pair in enumerate(zip(ids, expected, strict=True)) if pair[0] != pair[1])
+        problems.append(f"the ids are in another order than in the sample: {ids[row]} in place of {expected[row]}")
     return problems
 
 
-def _wrong_numbers(found: _Table, classes: list[str]) -> list[str]:
+def _wrong_numbers(table: _Table, classes: list[str]) -> list[str]:
     """Faults of the cells; a cell is counted under its first fault, a row's sum where all its cells are numbers."""
-    ids = found.column(ID) if ID in found.header else [""] * len(found.rows)
-    named = [
-        f"row {number}" + (f" (id {each})" if each else "") for number, each in zip(found.numbers, ids, strict=True)
+    ids = table.column(ID) if ID in table.header else [""] * len(table.rows)
+    row_names = [
+        f"row {number}" + (f" (id {row_id})" if row_id else "")
+        for number, row_id in zip(table.numbers, ids, strict=True)
     ]
     not_numbers, outside, sums = [], [], []
-    for row, cells in zip(named, zip(*(found.column(name) for name in classes), strict=True), strict=True):
+    for row, cells in zip(row_names, zip(*(table.column(name) for name in classes), strict=True), strict=True):
         numbers = [_number(cell) for cell in cells]
         for name, cell, number in zip(classes, cells, numbers, strict=True):
             if not math.isfinite(number):
@@ -162,10 +165,10 @@ def _wrong_numbers(found: _Table, classes: list[str]) -> list[str]:
         if all(map(math.isfinite, numbers)) and abs(math.fsum(numbers) - 1.0) > SUM_TOLERANCE:
             sums.append(f"{row} sums to {math.fsum(numbers):.6g}")
     problems = []
-    for faults, what in ((not_numbers, "no finite number"), (outside, "no number from 0 to 1")):
+    for faults, kind in ((not_numbers, "no finite number"), (outside, "no number from 0 to 1")):
         if faults:
             problems.append(
-                f"{len(faults)} {'cell holds' if len(faults) == 1 else 'cells hold'} {what}: {_examples(faults)}"
+                f"{len(faults)} {'cell holds' if len(faults) == 1 else 'cells hold'} {kind}: {_examples(faults)}"
             )
     if sums:
         problems.append(f"{_rows(len(sums))} probabilities that do not sum to 1: {_examples(sums)}")
@@ -174,7 +177,7 @@ def _wrong_numbers(found: _Table, classes: list[str]) -> list[str]:
 
 def _number(cell: str) -> float:
     try:
-        return float(cell) if "_" not in cell else math.nan  # Python alone reads 1_0 as a number
+        return float(cell) if "_" not in cell else math.nan  # only Python reads 1_0 as a number
     except ValueError:
         return math.nan
 
@@ -184,6 +187,6 @@ def _rows(count: int) -> str:
 
 
 def _examples(items: Iterable[str]) -> str:
-    named = list(items)
-    more = len(named) - EXAMPLES
-    return ", ".join(named[:EXAMPLES]) + (f" and {more} more" if more > 0 else "")
+    names = list(items)
+    more = len(names) - EXAMPLES
+    return ", ".join(names[:EXAMPLES]) + (f" and {more} more" if more > 0 else "")

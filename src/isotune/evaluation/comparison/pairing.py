@@ -1,4 +1,4 @@
-"""Which evaluations can be compared: those of the very same rows, found, checked and put in one order."""
+"""Finds the evaluations of several runs on the same rows, checks them and puts their rows in one order."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +10,7 @@ import numpy as np
 from isotune.evaluation.results import METRICS, Result, find_results, read_result
 from isotune.io.errors import UserError
 
-SAID_OF_A_ROW = ("label", "reference", "prompt", "text_sha256", "group")  # what the data say, and no model
+DATA_KEYS = ("label", "reference", "prompt", "text_sha256", "group")  # of a row, from the data and not the model
 
 
 def choose_results(runs: Sequence[str | Path], name: str | None = None) -> list[Result]:
@@ -18,13 +18,13 @@ def choose_results(runs: Sequence[str | Path], name: str | None = None) -> list[
 
     Args:
         runs: run folders, or folders RUN/eval/NAME.
-        name: of the evaluation; else the one that all runs have, by name or by rows.
+        name: of the evaluation; by default the one that all runs have, by name or by rows.
 
     Raises:
         UserError: a folder holds no such result, several are common, or rows differ.
     """
     candidates = [_candidates(Path(run)) for run in runs]
-    folders = [_named(run, found, name) for run, found in candidates] if name else _common(candidates)
+    folders = [_by_name(run, folders, name) for run, folders in candidates] if name else _common(candidates)
     first, *others = [read_result(folder) for folder in folders]
     if not first.predictions:
         raise UserError(f"{first.folder} has no rows: there is nothing to compare")
@@ -32,12 +32,12 @@ def choose_results(runs: Sequence[str | Path], name: str | None = None) -> list[
 
 
 def groups_of(results: Sequence[Result]) -> np.ndarray | None:
-    """The group of each row, int64 [rows] from 0, where the results name groups and one of them has several rows."""
+    """The group of each row, int64 [rows] from 0; None where the rows have no groups or each is a group of its own."""
     for result in results:
-        named = [row.get("group") for row in result.predictions]
-        if None not in named:
-            groups, numbers = np.unique([str(one) for one in named], return_inverse=True)
-            return numbers if len(groups) < len(named) else None
+        names = [row.get("group") for row in result.predictions]
+        if None not in names:
+            groups, numbers = np.unique([str(name) for name in names], return_inverse=True)
+            return numbers if len(groups) < len(names) else None
     return None
 
 
@@ -51,41 +51,41 @@ def _candidates(run: Path) -> tuple[Path, list[Path]]:
         raise UserError(f"there is no folder {run}")
     if (run / METRICS).is_file():
         return run, [run]
-    found = find_results(run)
-    if not found:
+    folders = find_results(run)
+    if not folders:
         raise UserError(f"{run} holds no evaluation: run eval/classify.py or eval/generate.py with --run_dir {run}")
-    return run, found
+    return run, folders
 
 
-def _named(run: Path, found: list[Path], name: str) -> Path:
-    for folder in found:
+def _by_name(run: Path, folders: list[Path], name: str) -> Path:
+    for folder in folders:
         if folder.name == name:
             return folder
-    raise UserError(f"{run} has no evaluation {name!r}: it has {_list(found)}")
+    raise UserError(f"{run} has no evaluation {name!r}: it has {_list(folders)}")
 
 
 def _common(candidates: list[tuple[Path, list[Path]]]) -> list[Path]:
-    if all(len(found) == 1 for _, found in candidates):
-        return [found[0] for _, found in candidates]  # nothing to choose; whether the rows are the same is seen next
-    names = set.intersection(*({folder.name for folder in found} for _, found in candidates))
+    if all(len(folders) == 1 for _, folders in candidates):
+        return [folders[0] for _, folders in candidates]  # the only ones; _in_order checks their rows
+    names = set.intersection(*({folder.name for folder in folders} for _, folders in candidates))
     if len(names) == 1:
-        return [_named(run, found, next(iter(names))) for run, found in candidates]
+        return [_by_name(run, folders, next(iter(names))) for run, folders in candidates]
     if names:
         raise UserError(f"the runs have several evaluations in common: {', '.join(sorted(names))}; choose by --name")
     by_rows = _by_rows(candidates)
     if by_rows is None:
-        held = "; ".join(f"{run} has {_list(found)}" for run, found in candidates)
-        raise UserError(f"no evaluation is common to the runs: {held}")
+        names_of_each = "; ".join(f"{run} has {_list(folders)}" for run, folders in candidates)
+        raise UserError(f"no evaluation is common to the runs: {names_of_each}")
     return by_rows
 
 
 def _by_rows(candidates: list[tuple[Path, list[Path]]]) -> list[Path] | None:
-    """Results of one set of rows under different names, where there is exactly one in each run."""
-    digests = [{folder: read_result(folder).facts["rows_sha256"] for folder in found} for _, found in candidates]
+    """Results on the same rows under different names, where there is exactly one in each run."""
+    digests = [{folder: read_result(folder).facts["rows_sha256"] for folder in folders} for _, folders in candidates]
     for digest in set(digests[0].values()):
-        folders = [[folder for folder, of_it in held.items() if of_it == digest] for held in digests]
-        if all(len(held) == 1 for held in folders):
-            return [held[0] for held in folders]
+        matches = [[folder for folder, other in by_folder.items() if other == digest] for by_folder in digests]
+        if all(len(folders) == 1 for folders in matches):
+            return [folders[0] for folders in matches]
     return None
 
 
@@ -108,7 +108,7 @@ def _in_order(first: Result, other: Result) -> Result:
     if only_ours or only_theirs:
         raise UserError(f"{pair}: {_different_ids(first, only_ours, other, only_theirs)}")
     for row_id, row in ours.items():
-        for key in SAID_OF_A_ROW:
+        for key in DATA_KEYS:
             if key in row and key in theirs[row_id] and row[key] != theirs[row_id][key]:
                 raise UserError(
                     f"{pair}: row {row_id!r} has the {key} {_short(row[key])} in one and "

@@ -1,4 +1,4 @@
-"""Whether runs differ on the same rows, beyond chance: what `eval/compare.py` and the report say of several runs."""
+"""Tests of the differences between runs on the same rows, for `eval/compare.py` and the report."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from isotune.evaluation.metrics.paired_metrics import (
-    COMPARED,
+from isotune.evaluation.comparison.paired_metrics import (
+    DEFAULT_METRICS,
     LOWER_IS_BETTER,
-    NO_BETTER_SIDE,
+    WITHOUT_DIRECTION,
     check_classes,
-    right_rows,
+    correct_rows,
     row_scores,
     statistics_of,
 )
+from isotune.evaluation.comparison.pairing import choose_results, groups_of
 from isotune.evaluation.results import Result
 from isotune.evaluation.statistics.paired_tests import RESAMPLES, holm, mcnemar, paired_bootstrap, swap_test
-from isotune.evaluation.statistics.pairing import choose_results, groups_of
 from isotune.evaluation.statistics.resampling import OfSums, Statistic, by_group, values
 from isotune.io.errors import UserError
 
@@ -33,11 +33,11 @@ class MetricDifference:
 
     Attributes:
         low, high: 95% interval of the difference, by paired bootstrap.
-        test, p: which test gave p.
+        test, p: the test and its p-value.
         mid_p: of McNemar's test.
         p_holm: p adjusted for all tests of the comparison.
-        shown: p_holm is at most 0.05: the difference is more than chance explains.
-        better: "a" or "b" where a difference is shown and one side is better.
+        shown: p_holm is at most 0.05.
+        better: "a" or "b" where a difference is shown and the metric has a better side.
     """
 
     metric: str
@@ -56,7 +56,7 @@ class MetricDifference:
 
 @dataclass(frozen=True)
 class ChangedRow:
-    """A row that one of two systems does better, with what each said of it."""
+    """A row that one of two systems does better, with the prediction of each."""
 
     id: Any
     a: dict[str, Any]
@@ -65,13 +65,13 @@ class ChangedRow:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two of the runs, by their number.
+    """Two of the runs, by their index.
 
     Attributes:
-        differences: metric by metric.
-        only_b, only_a: how many rows one side alone has right.
-        right_means: the metric that counts rows that are right.
-        gained, lost: examples of rows that B does better and worse, the clearest first.
+        differences: one for each metric.
+        only_b, only_a: number of rows that one side alone has right.
+        right_means: the metric that is the share of correct rows.
+        gained, lost: examples of rows that B does better and worse, the largest change first.
     """
 
     a: int
@@ -85,15 +85,15 @@ class Pair:
 
     @property
     def shown(self) -> list[MetricDifference]:
-        """The differences that are more than chance explains."""
-        return [one for one in self.differences if one.shown]
+        """The significant differences."""
+        return [difference for difference in self.differences if difference.shown]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs on the same rows; `tests` is how many p-values Holm's correction is for.
+    """Runs on the same rows; `tests` is the number of p-values that Holm's correction is for.
 
-    `groups` is how many groups the rows are of, where some have several: these are resampled and swapped as wholes.
+    `groups` is the number of groups of rows, None without any; groups are resampled and swapped as wholes.
     """
 
     runs: list[str]
@@ -124,32 +124,32 @@ def compare_runs(
     seed: int = 0,
     examples: int = 3,
 ) -> Comparison:
-    """Compare runs on the rows of an evaluation that they have in common, each with the first one.
+    """Compare runs on an evaluation that they have in common, each with the first one.
 
     Args:
         runs: run folders, or folders of results.
         name: of the evaluation, where there are several.
-        metrics: to test; else a few of each kind of evaluation.
+        metrics: to test; by default a few of each kind of evaluation.
         all_pairs: compare each with each.
         resamples: of the bootstrap and of the swap test.
-        examples: rows to show each way.
+        examples: number of rows to show for each direction.
 
     Raises:
-        UserError: fewer than two runs, no result in common, other rows, or a metric that they do not have.
+        UserError: fewer than two runs, no result in common, different rows, or a metric that they do not have.
     """
     if len(runs) < 2:
         raise UserError("a comparison needs two runs or more")
     for option, number, least in (("--resamples", resamples, 100), ("--examples", examples, 0), ("--seed", seed, 0)):
         if number < least:
-            raise UserError(f"{option} is {number}: it takes at least {least}")
+            raise UserError(f"{option} is {number}: it is at least {least}")
     results = choose_results(runs, name)
     check_classes(results)
     groups = groups_of(results)
     statistics = [_grouped(statistics_of(result), groups) for result in results]
     chosen = _choose_metrics(results, statistics, metrics)
-    numbers = list(combinations(range(len(runs)), 2)) if all_pairs else [(0, b) for b in range(1, len(runs))]
+    indices = list(combinations(range(len(runs)), 2)) if all_pairs else [(0, b) for b in range(1, len(runs))]
     pairs = []
-    for a, b in numbers:
+    for a, b in indices:
         changed = _ChangedRows(results[a], results[b])
         differences = _differences(statistics[a], statistics[b], chosen, changed, resamples, seed, groups)
         pairs.append(Pair(a, b, differences, *changed.counts(), *changed.examples(examples)))
@@ -174,44 +174,44 @@ def _grouped(statistics: dict[str, Statistic], groups: np.ndarray | None) -> dic
     """The statistics over groups of rows, where there are groups; names of one statistic still share it."""
     if groups is None:
         return statistics
-    made = {id(one): by_group(one, groups) for one in statistics.values()}
-    return {name: made[id(one)] for name, one in statistics.items()}
+    grouped = {id(statistic): by_group(statistic, groups) for statistic in statistics.values()}
+    return {name: grouped[id(statistic)] for name, statistic in statistics.items()}
 
 
 class _ChangedRows:
-    """Which rows B has right and A has not, which the other way round, and how clear each change is."""
+    """The rows that only one side has right, and the change of each row's score from A to B."""
 
     def __init__(self, a: Result, b: Result) -> None:
         self.a, self.b = a.predictions, b.predictions
-        self.right_means, right_a = right_rows(a)
-        _, right_b = right_rows(b)
-        self.only_a, self.only_b = right_a & ~right_b, right_b & ~right_a
+        self.right_means, correct_a = correct_rows(a)
+        _, correct_b = correct_rows(b)
+        self.only_a, self.only_b = correct_a & ~correct_b, correct_b & ~correct_a
         self.gain = row_scores(b) - row_scores(a)
 
     def counts(self) -> tuple[int, int, str]:
         return int(self.only_b.sum()), int(self.only_a.sum()), self.right_means
 
     def examples(self, count: int) -> tuple[list[ChangedRow], list[ChangedRow]]:
-        """Rows that B gained and lost; where none turned right or wrong, those whose score moved most."""
-        turned = bool((self.only_a | self.only_b).any())
-        gained = self.only_b if turned else self.gain > 0
-        lost = self.only_a if turned else self.gain < 0
-        return self._clearest(gained, -self.gain, count), self._clearest(lost, self.gain, count)
+        """Rows that B gained and lost; where correctness is the same, those whose score changed most."""
+        differ = bool((self.only_a | self.only_b).any())
+        gained = self.only_b if differ else self.gain > 0
+        lost = self.only_a if differ else self.gain < 0
+        return self._largest(gained, -self.gain, count), self._largest(lost, self.gain, count)
 
-    def _clearest(self, among: np.ndarray, order: np.ndarray, count: int) -> list[ChangedRow]:
-        places = np.flatnonzero(among)
-        chosen = places[np.argsort(order[places], kind="stable")][:count].tolist()
-        return [ChangedRow(self.a[i]["id"], self.a[i], self.b[i]) for i in chosen]
+    def _largest(self, mask: np.ndarray, order: np.ndarray, count: int) -> list[ChangedRow]:
+        rows = np.flatnonzero(mask)
+        first = rows[np.argsort(order[rows], kind="stable")][:count].tolist()
+        return [ChangedRow(self.a[row]["id"], self.a[row], self.b[row]) for row in first]
 
 
 def _choose_metrics(
-    results: Sequence[Result], statistics: Sequence[dict[str, Statistic]], asked: Sequence[str]
+    results: Sequence[Result], statistics: Sequence[dict[str, Statistic]], names: Sequence[str]
 ) -> list[str]:
     common = [name for name in statistics[0] if all(name in other for other in statistics)]
-    for name in asked:
+    for name in names:
         if name not in common:
-            raise UserError(f"--metrics: {name!r} is no metric of all these results; there are {', '.join(common)}")
-    return list(dict.fromkeys(asked)) or [name for name in COMPARED[results[0].facts["kind"]] if name in common]
+            raise UserError(f"--metrics: {name!r} is not a metric of all these results; there are {', '.join(common)}")
+    return list(dict.fromkeys(names)) or [name for name in DEFAULT_METRICS[results[0].facts["kind"]] if name in common]
 
 
 def _differences(
@@ -223,15 +223,13 @@ def _differences(
     seed: int,
     groups: np.ndarray | None,
 ) -> list[MetricDifference]:
-    """Every metric that both sides have a value of. McNemar's test is for rows that are independent of each other."""
+    """The difference of every metric that both sides have. McNemar's test is for independent rows only."""
     needed = list({id(a[name]): name for name in metrics}.values())
-    witnesses = len(changed.gain) if groups is None else int(groups.max()) + 1
-    intervals = paired_bootstrap(
-        [a[n] for n in needed], [b[n] for n in needed], witnesses, seed=seed, resamples=resamples
-    )
-    values_a, values_b = (values([of[name] for name in needed]) for of in (a, b))
+    units = len(changed.gain) if groups is None else int(groups.max()) + 1
+    intervals = paired_bootstrap([a[n] for n in needed], [b[n] for n in needed], units, seed=seed, resamples=resamples)
+    values_a, values_b = (values([side[name] for name in needed]) for side in (a, b))
     swapped: dict[str, float] = {}
-    found = []
+    differences = []
     for name in metrics:
         value_a, value_b = values_a[name], values_b[name]
         if name not in intervals or not np.isfinite(value_b - value_a):
@@ -245,22 +243,22 @@ def _differences(
             if name not in swapped:
                 swapped |= swap_test(one, other, seed=seed, resamples=resamples)
             test, p = SWAP, swapped[name]
-        found.append(MetricDifference(name, value_a, value_b, value_b - value_a, low, high, test, p, mid_p))
-    return found
+        differences.append(MetricDifference(name, value_a, value_b, value_b - value_a, low, high, test, p, mid_p))
+    return differences
 
 
 def _corrected(pairs: Sequence[Pair]) -> list[Pair]:
-    """The pairs with p_holm over all of their tests, and what follows from it."""
-    adjusted = iter(holm([one.p for pair in pairs for one in pair.differences]))
-    done = []
+    """The pairs with p_holm over all of their tests, `shown` and `better`."""
+    adjusted = iter(holm([difference.p for pair in pairs for difference in pair.differences]))
+    corrected = []
     for pair in pairs:
         differences = []
-        for one in pair.differences:
+        for difference in pair.differences:
             p_holm = next(adjusted)
             shown = p_holm <= LEVEL
             better = None
-            if shown and one.metric not in NO_BETTER_SIDE:
-                better = "b" if (one.difference < 0) == (one.metric in LOWER_IS_BETTER) else "a"
-            differences.append(replace(one, p_holm=p_holm, shown=shown, better=better))
-        done.append(replace(pair, differences=differences))
-    return done
+            if shown and difference.metric not in WITHOUT_DIRECTION:
+                better = "b" if (difference.difference < 0) == (difference.metric in LOWER_IS_BETTER) else "a"
+            differences.append(replace(difference, p_holm=p_holm, shown=shown, better=better))
+        corrected.append(replace(pair, differences=differences))
+    return corrected

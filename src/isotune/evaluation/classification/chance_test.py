@@ -1,0 +1,140 @@
+"""A test of an accuracy against chance, and the alarm of a negative control.
+
+With `label_source: random` the class of a text is a coin flip that the seed and the content of the text determine.
+Nothing that a model learns from other texts predicts it, so the accuracy is a binomial share of 1/2 for any model. An
+accuracy that differs from 1/2 shows a leak: rows of the evaluation are in training, labels are made from texts, or
+predictions saw their labels. The alarm is false in at most 5% of runs (the interval is Clopper and Pearson's, exact),
+if
+
+- each text counts once, however often it is in the evaluation data, because its rows share their label;
+- the evaluation is fixed beforehand. That of the last step is; the best of several is not, because it is selected by
+  the labels that it is tested on.
+
+With any other labels the accuracy is tested against the share of the most common class.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from isotune.config import ClassificationRecipe
+from isotune.data.prepared import PreparedData
+from isotune.evaluation.results import CLASSIFICATION, PREDICTIONS, rows_digest, write_result
+from isotune.io.errors import RunFault, UserError
+
+CONFIDENCE = 0.95
+RESULT = "chance"  # RUN/eval/chance
+SAME, DIFFERS = "not different from chance", "different from chance"
+
+
+@dataclass(frozen=True)
+class ChanceTest:
+    """An accuracy beside the one of chance.
+
+    Attributes:
+        right, texts: number of correct predictions and of texts; a text of several rows counts once.
+        chance: the accuracy of chance, from 0 to 1.
+        interval: the exact 95% interval of the accuracy.
+        p_value: of the exact two-sided binomial test against `chance`.
+    """
+
+    right: int
+    texts: int
+    chance: float
+    interval: tuple[float, float]
+    p_value: float
+
+    @property
+    def accuracy(self) -> float:
+        """The share of texts with a correct prediction."""
+        return self.right / self.texts
+
+    @property
+    def differs(self) -> bool:
+        """Whether `chance` lies outside the interval."""
+        return not self.interval[0] <= self.chance <= self.interval[1]
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        side = "" if not self.differs else f", {'better' if self.accuracy > self.chance else 'worse'}"
+        return (
+            f"accuracy {self.accuracy:.3f} ({self.right} of {self.texts} texts), 95% interval {low:.3f} to {high:.3f}: "
+            f"{DIFFERS if self.differs else SAME} ({self.chance:.3f}){side}"
+        )
+
+
+def accuracy_against_chance(correct: np.ndarray, contents: np.ndarray, chance: float) -> ChanceTest:
+    """Test an accuracy against the one of chance.
+
+    Args:
+        correct: bool [rows].
+        contents: [rows]; equal where two rows have the same text, which then counts by its first row.
+        chance: the accuracy of chance, from 0 to 1.
+    """
+    from scipy.stats import binomtest
+
+    _, first = np.unique(contents, return_index=True)
+    of_texts = np.asarray(correct)[first]
+    test = binomtest(int(of_texts.sum()), len(of_texts), chance)
+    interval = test.proportion_ci(CONFIDENCE, method="exact")
+    return ChanceTest(
+        int(of_texts.sum()), len(of_texts), chance, (float(interval.low), float(interval.high)), float(test.pvalue)
+    )
+
+
+def write_chance_test(run: Path, recipe: ClassificationRecipe, evaluation: PreparedData) -> ChanceTest:
+    """Test the last evaluation of a finished run against chance, and write RUN/eval/chance.
+
+    Returns:
+        the test, for the caller to print.
+
+    Raises:
+        RunFault: labels are random and the accuracy differs from chance; the result is written then too.
+        UserError: the run has no evaluation.
+    """
+    folders = sorted(run.glob(f"eval/step-*/{PREDICTIONS}"))
+    if not folders:
+        raise UserError(f"{run} has no evaluation to test: eval_strategy is no, or it was removed")
+    predictions: list[dict[str, Any]] = [json.loads(line) for line in folders[-1].read_text("utf-8").splitlines()]
+    documents: Any = evaluation.documents
+    assert [row["id"] for row in predictions] == documents.ids.tolist(), "predictions are in the order of the documents"
+    labels = np.array([row["label"] for row in predictions])
+    correct = np.array([row["prediction"] for row in predictions]) == labels
+    is_control = recipe.label_source == "random"
+    chance = 0.5 if is_control else float(np.bincount(labels).max() / len(labels))
+    test = accuracy_against_chance(correct, documents.contents, chance)
+    alarm = is_control and test.differs
+    write_result(
+        run / "eval" / RESULT,
+        {
+            "kind": CLASSIFICATION,
+            "model": str(run),
+            "dataset_name": recipe.eval_dataset_name or recipe.dataset_name,
+            "dataset_split": recipe.eval_dataset_split if recipe.eval_dataset_name else recipe.dataset_split,
+            "rows": len(predictions),
+            "rows_sha256": rows_digest(zip(documents.ids.tolist(), evaluation.texts(), strict=True)),
+            "judged": folders[-1].parent.name,
+            "label_source": recipe.label_source,
+            "label_names": evaluation.class_names,
+            "verdict": str(test),
+            "alarm": "the pipeline leaks" if alarm else None,
+        },
+        {
+            "accuracy": test.accuracy,
+            "chance": chance,
+            "p_value": test.p_value,
+            "right": test.right,
+            "texts": test.texts,
+        },
+        {"accuracy": test.interval},
+        predictions,
+    )
+    if alarm:
+        raise RunFault(
+            f"the negative control raises the alarm: labels are random, and yet {test}; the pipeline leaks, so look "
+            f"for evaluation texts in training and for labels made from texts ({run / 'eval' / RESULT})"
+        )
+    return test

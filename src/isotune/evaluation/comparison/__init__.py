@@ -1,0 +1,1 @@
+"""Runs compared on the same rows: pairing, tests of every metric, changed rows."""
