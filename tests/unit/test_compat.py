@@ -8,7 +8,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from isotune.compat.accelerate import let_scaler_check_before_step, run_fp16_on_cpu, set_gradient_sync
-from isotune.compat.deepspeed_engine import forget_coalesced_reduction
+from isotune.compat.deepspeed import forget_coalesced_reduction
 from isotune.compat.transformers import bf16_without_gpu, let_trainer_skip_steps
 from isotune.compat.trl import trained_parameters_kept
 

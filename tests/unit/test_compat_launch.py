@@ -10,11 +10,11 @@ from sklearn.svm import LinearSVC
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 
-from isotune.compat.accelerate_launch import allow_fsdp_on_cpu, launcher_options
-from isotune.compat.deepspeed_launch import disable_shm_transport
+from isotune.compat.accelerate import allow_fsdp_on_cpu, launcher_options
+from isotune.compat.deepspeed import disable_shm_transport
 from isotune.compat.scikit_learn import check_parameters
 from isotune.compat.torch_distributed import clone_default_store, fsdp2_offloads
-from isotune.compat.torch_tracing import is_in_backward
+from isotune.compat.torch_ops import is_in_backward
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from transformers.integrations import deepspeed as deepspeed_integration
 from isotune.compat import bitsandbytes as bitsandbytes_compat
 from isotune.compat import deepspeed as deepspeed_compat
 from isotune.compat import peft as peft_compat
-from isotune.compat import torch_dtensor, torch_ops, transformers_models
+from isotune.compat import torch_distributed, torch_ops, transformers_models
 
 
 def opt() -> torch.nn.Module:
@@ -59,7 +59,7 @@ def test_a_change_in_place_is_counted_and_a_read_is_not():
 
 def test_a_wrapper_tensor_has_a_size_and_no_memory():
     dispatch = {"__torch_dispatch__": classmethod(lambda *_: None)}  # torch asks every subclass for one
-    made = torch_dtensor.wrapper_tensor(type("Wrapper", (torch.Tensor,), dispatch), 10**15, torch.bfloat16)
+    made = torch_distributed.wrapper_tensor(type("Wrapper", (torch.Tensor,), dispatch), 10**15, torch.bfloat16)
     assert (made.shape, made.dtype) == ((10**15,), torch.bfloat16)
 
 
@@ -67,7 +67,7 @@ def test_the_second_rank_of_two_begins_after_the_rows_of_the_first():
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
     try:
         whole = DTensor.from_local(torch.zeros(2, 3), init_device_mesh("cpu", (2,)), [Shard(0)], run_check=False)
-        assert torch_dtensor.global_offset(whole) == (2, 0)
+        assert torch_distributed.global_offset(whole) == (2, 0)
     finally:
         dist.destroy_process_group()
 

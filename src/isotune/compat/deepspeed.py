@@ -101,3 +101,19 @@ def zero3_after_load(zero: Any) -> None:
 def offloads_to_nvme(zero: Any) -> bool:
     """Whether ZeRO-3 keeps any part of the optimizer on NVMe."""
     return any(zero._swappable_optimizer_subgroup(group) for group in range(len(zero.fp16_groups)))
+
+
+def disable_shm_transport() -> None:
+    """Let gloo carry collectives between CPU processes, instead of a transport that DeepSpeed compiles itself.
+
+    DeepSpeed builds it at its first start, which needs a compiler. A process that is killed during the build leaves a
+    lock behind (torch's FileBaton), and every later start of this user waits for that lock forever.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
+
+
+def forget_coalesced_reduction(model: Any) -> None:
+    """Let an exception leave `coalesce_grad_reduction`: 0.19.8 reduces there too, and waits for the other ranks."""
+    model._flush_coalesced_reduction_zero12 = model._flush_coalesced_reduction_zero3 = lambda optimizer: None

@@ -1,11 +1,14 @@
-"""torch 2.13: operators that have no public name, and replacement of functions in torch.nn.functional."""
+"""torch 2.13: operators and tracing tools that have no public name, and replacement of functions."""
 
 import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 
 @contextlib.contextmanager
@@ -52,3 +55,11 @@ def softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
 def in_place_changes(tensor: Tensor) -> int:
     """How often a tensor was changed in place: autograd's version counter, which has no public accessor."""
     return tensor._version
+
+
+__all__ = ["FakeTensorMode", "TorchDispatchMode", "is_in_backward", "tree_iter"]
+
+
+def is_in_backward() -> bool:
+    """Whether autograd runs a backward pass on this thread; private because `torch.autograd` has no such query."""
+    return torch._C._current_graph_task_id() != -1

@@ -3,7 +3,7 @@
 accelerate 1.15 needs two workarounds on a machine without a GPU:
 - the backend must be named before anything else creates a PartialState: DeepSpeed would look for NCCL, and two
   processes of a MULTI_GPU configuration would each train alone without an error;
-- FSDP needs the distributed type MULTI_GPU (`isotune.compat.accelerate_launch`).
+- FSDP needs the distributed type MULTI_GPU (`isotune.compat.accelerate`).
 """
 
 import os
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from isotune.compat.accelerate_launch import allow_fsdp_on_cpu
-from isotune.compat.deepspeed_launch import disable_shm_transport
+from isotune.compat.accelerate import allow_fsdp_on_cpu
+from isotune.compat.deepspeed import disable_shm_transport
 from isotune.config import RunRecipe
 from isotune.distributed.deepspeed_config import INLINE, read_deepspeed_config, stage_of
 from isotune.distributed.launch_validation import check_launch, read_request

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from isotune.compat.accelerate_launch import launcher_options
+from isotune.compat.accelerate import launcher_options
 from isotune.config import RunRecipe
 from isotune.io.errors import Complain, UserError, refuse
 from isotune.io.near_names import did_you_mean

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from isotune.compat.accelerate import set_gradient_sync
-from isotune.compat.deepspeed_engine import forget_coalesced_reduction
+from isotune.compat.deepspeed import forget_coalesced_reduction
 from isotune.io.errors import RunFault
 from isotune.training.exact_gradients import ExactGradients
 

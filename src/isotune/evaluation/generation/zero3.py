@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from isotune.compat.deepspeed_launch import disable_shm_transport
+from isotune.compat.deepspeed import disable_shm_transport
 from isotune.data.sources.hub import first_line
 from isotune.evaluation.generation.batched_generation import GenerationModel
 from isotune.io.errors import UserError
