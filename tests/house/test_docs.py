@@ -62,7 +62,7 @@ def test_the_page_agrees_with_the_recipe_about_every_field(documented):
 
 def test_the_recipe_beside_the_trl_configuration_is_a_recipe():
     page = (DOCS / "coming-from-trl.md").read_text()
-    block = page[page.index("    model_name_or_path:") : page.index("Keys of LoraConfig")]
+    block = page[page.index("    task: sft") : page.index("Keys of LoraConfig")]
     recipe = Recipe.from_values(**yaml.safe_load(block))
     assert (recipe.global_batch_size, recipe.max_seq_length, recipe.tune) == (16, 1024, "lora")
 
