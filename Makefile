@@ -45,11 +45,11 @@ demo: $(STAMP) ## train, evaluate and answer offline, in a few minutes on two co
 	@echo "$$DEMO_ENDS"
 
 test: $(STAMP) ## every test this machine can run, but for the long proofs
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow and not slurm"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slurm and not slow" tests/slurm  # alone: a cluster has the machine for itself
 
 test-all: $(STAMP) ## the long proofs too
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slurm"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slurm tests/slurm
 
 mutants: $(STAMP) ## change the code and see a test fail: changed lines (BASE=origin/main), or every line (ALL=1)
