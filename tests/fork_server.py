@@ -222,6 +222,10 @@ def _run(words: list[str]) -> int:
             sys.path.insert(0, os.getcwd())
             sys.modules.pop(words[1], None)  # runpy warns of a module that is there already
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        elif words[0] == "-c":
+            sys.argv = ["-c", *words[2:]]
+            sys.path.insert(0, "")
+            exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
         else:
             sys.argv = words
             sys.path.insert(0, str(Path(words[0]).resolve().parent))

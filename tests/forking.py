@@ -113,11 +113,11 @@ class ForkServer:
 
 
 def can_fork(command: list[str]) -> bool:
-    """Whether a fork can stand for `command`: Python with a script or a module, on a machine without a GPU.
+    """Whether a fork can stand for `command`: Python with a script, a module or code, on a machine without a GPU.
 
     A process that has looked for its GPUs cannot be forked.
     """
-    is_python = command[0] == sys.executable and (command[1] in ("-m", "-u") or not command[1].startswith("-"))
+    is_python = command[0] == sys.executable and (command[1] in ("-c", "-m", "-u") or not command[1].startswith("-"))
     return is_python and sys.platform == "linux" and not any(driver.exists() for driver in GPU_DRIVERS)
 
 

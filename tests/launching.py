@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from tests.forking import can_fork, start_forked
+from tests.forking import ForkedProcess, can_fork, start_forked
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -154,9 +154,8 @@ def run_command(
     It is run by a fork of a process that has imported the libraries (see `tests/fork_server.py`), or, where `fresh`,
     by an interpreter of its own. `text` goes to its standard input.
     """
-    surroundings = surroundings_of(environment)
     if not fresh and can_fork(command):
-        process = start_forked(command, surroundings, cwd, text)
+        process = start_forked(command, surroundings_of(environment), cwd, text)
         try:
             stdout, stderr = process.communicate(timeout_seconds)
         except subprocess.TimeoutExpired:
@@ -166,13 +165,31 @@ def run_command(
     return subprocess.run(
         command,
         cwd=cwd,
-        env=surroundings,
+        env=surroundings_of(environment),
         input=text,
         capture_output=True,
         text=True,
         encoding="utf-8",
         timeout=timeout_seconds,
         check=False,
+    )
+
+
+def start_command(command: list[str], *, fresh: bool = False) -> subprocess.Popen[str] | ForkedProcess:
+    """Start a command in the checkout, in a session of its own, as a terminal would, and do not wait for it.
+
+    `fresh`: see `run_command`.
+    """
+    if not fresh and can_fork(command):
+        return start_forked(command, surroundings_of(), REPOSITORY)
+    return subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=surroundings_of(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 

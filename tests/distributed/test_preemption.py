@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from tests.forking import ForkedProcess, can_fork, start_forked
-from tests.launching import REPOSITORY, TINY, Finished, launcher, start, surroundings_of
+from tests.forking import ForkedProcess
+from tests.launching import TINY, Finished, launcher, start, start_command
 
 from isotune.checkpoint.manifest import verify
 
@@ -65,10 +65,7 @@ class Running:
 def begin(
     folder: Path, recipe: dict[str, Any], *, processes: int, config: str = "ddp.yaml", fresh: bool = False
 ) -> Running:
-    """Start a launch in a session of its own, as a terminal would, and do not wait for it.
-
-    `fresh` interpreters instead of forks: see `run_command`.
-    """
+    """Start a launch and do not wait for it; `fresh`: see `start_command`."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe | {"output_dir": str(folder / "run")}))
@@ -76,18 +73,7 @@ def begin(
     if processes:
         command = [*launcher(config, processes), command[1]]
     command += ["--config", str(file)]
-    if not fresh and can_fork(command):
-        return Running(start_forked(command, surroundings_of(), REPOSITORY), folder / "run")
-    process = subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env=surroundings_of(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    return Running(process, folder / "run")
+    return Running(start_command(command, fresh=fresh), folder / "run")
 
 
 def assert_stopped_with_checkpoint(running: Running) -> int:

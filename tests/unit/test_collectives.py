@@ -7,10 +7,10 @@ import socket
 import sys
 from fractions import Fraction
 from pathlib import Path
-from subprocess import Popen
 
 import pytest
 import torch
+from tests.launching import start_command
 
 from isotune.distributed.collectives import gather_by_number, ordered_sum
 
@@ -57,7 +57,8 @@ def test_three_processes_get_the_list_that_one_would(tmp_path: Path):
         port = free.getsockname()[1]
     numbers = json.dumps(NUMBERS)
     ranks = [
-        Popen([sys.executable, "-c", PROGRAM, str(rank), "3", str(port), str(tmp_path), numbers]) for rank in range(3)
+        start_command([sys.executable, "-c", PROGRAM, str(rank), "3", str(port), str(tmp_path), numbers])
+        for rank in range(3)
     ]
     assert [rank.wait(120) for rank in ranks] == [0, 0, 0]
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)] == [NUMBERS] * 3

@@ -3,7 +3,6 @@
 import json
 import resource
 import signal
-import subprocess
 import sys
 import types
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from tests.launching import run_command
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig
 
 from isotune.checkpoint.final_model import save_and_verify
@@ -149,12 +149,11 @@ def save_with_a_small_file_limit(folder, tokenizer_folder) -> None:
 
 def test_a_disk_without_room_is_one_sentence_and_leaves_nothing(tmp_path, shared_data):
     call = (
-        "from pathlib import Path; from test_final_model import save_with_a_small_file_limit as run; "
+        "from pathlib import Path; from tests.unit.test_final_model import save_with_a_small_file_limit as run; "
         f"run(Path({str(tmp_path / 'run' / 'model')!r}), {str(shared_data / 'tokenizers' / 'opt')!r})"
     )
-    found = subprocess.run(
-        [sys.executable, "-c", call], cwd=__file__.rsplit("/", 1)[0], capture_output=True, text=True, check=True
-    )
+    found = run_command([sys.executable, "-c", call])
+    assert found.returncode == 0, found.stderr
     assert f"UserError: no room on the disk for the model in {tmp_path / 'run' / 'model'}" in found.stdout
     assert list((tmp_path / "run").iterdir()) == []
 

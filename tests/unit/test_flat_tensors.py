@@ -1,7 +1,6 @@
 """Tensors written in any split are read in any other split, whole and in place."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from tests.launching import start_command
 
 from isotune.checkpoint import flat_tensors
 from isotune.checkpoint.flat_tensors import FlatTensor, read_tensors, read_whole, share_of, stored, write_tensors
@@ -55,7 +55,7 @@ def expected(name: str, size: int) -> torch.Tensor:
 def test_three_ranks_write_any_split_and_any_number_reads_any_other(tmp_path_factory, cases, data):
     folder = tmp_path_factory.mktemp("split")
     ranks = [
-        subprocess.Popen([sys.executable, "-c", WRITER, str(rank), str(folder), json.dumps(cases)]) for rank in range(3)
+        start_command([sys.executable, "-c", WRITER, str(rank), str(folder), json.dumps(cases)]) for rank in range(3)
     ]
     assert [rank.wait(120) for rank in ranks] == [0, 0, 0]
     for number, case in enumerate(cases):

@@ -177,7 +177,7 @@ def test_a_plan_imports_no_library_that_only_training_needs():
     words = ["plan", *recipe.split(), "--output_dir", "x"]
     show = "import atexit, sys; atexit.register(lambda: print(*sys.modules))"
     code = f"{show}; from isotune.cli import main; main({words})"
-    result = run_command([sys.executable, "-c", code])
+    result = run_command([sys.executable, "-c", code], fresh=True)
     assert result.returncode == 0, result.stderr
     loaded = set(result.stdout.splitlines()[-1].split())
     assert "isotune.preflight.run_plan" in loaded

@@ -22,7 +22,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from isotune.checkpoint.engine_state import EngineState, OptimizerNumbers
+from isotune.checkpoint.engine_state import EngineState, OptimizerState
 from isotune.checkpoint.flat_tensors import host_copy, read_tensors
 from isotune.checkpoint.manifest import Manifest
 from isotune.checkpoint.resume import STATE, TRAINER_STATE, Resumption, find_resumption
@@ -158,7 +158,7 @@ class Checkpointer:
             "evaluation_due": self.evaluation_due,
             "skipped_steps": trainer.update.nonfinite.skipped_steps,
             "evaluations_without_better": self.early_stop.early_stopping_patience_counter if self.early_stop else 0,
-            "optimizer": engine.numbers().as_dict(),
+            "optimizer": engine.optimizer_state().as_dict(),
             **lr_schedule_state.capture(trainer),
         }
         texts = {
@@ -180,7 +180,7 @@ class Checkpointer:
         assert self.resumption is not None
         state = self.resumption.state
         engine = _engine_state(trainer)
-        engine.make_optimizer_state(OptimizerNumbers(**state["optimizer"]))
+        engine.make_optimizer_state(OptimizerState(**state["optimizer"]))
         _read(self.resumption.folder, engine, with_optimizer=True)
         lr_schedule_state.restore(trainer, state)
         trainer.update.nonfinite.skipped_steps = state["skipped_steps"]
