@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from isotune.data.classification.preparation import LabelSettings
-from isotune.data.sources.hub import first_line, is_hub_id
+from isotune.data.sources.hub import first_line
 from isotune.evaluation.classification.tasks import ClassificationTask
+from isotune.evaluation.named_model import check_named_model, load_named_tokenizer
 from isotune.evaluation.tasks import read_task
 from isotune.io.errors import UserError
 from isotune.models.classifier import head_of, install_classification
@@ -28,7 +29,6 @@ from isotune.models.finished_run import (
     load_weights,
     read_run,
 )
-from isotune.models.log_control import quiet_libraries
 from isotune.models.packed_attention import POSITIONS_AFTER_PADDING
 
 DEFAULT_MAX_SEQ_LENGTH = 512  # tokens of a document, for a model without a run
@@ -86,20 +86,13 @@ def load_model_classifier(name: str, device: torch.device, dtype: torch.dtype) -
     Raises:
         UserError: it cannot be loaded, or is no classifier.
     """
-    if (Path(name) / ADAPTER_CONFIG).is_file():
-        raise UserError(f"--model {name} is an adapter without its base: give the folder of its run with --run_dir")
-    if not Path(name).is_dir() and not is_hub_id(name):
-        raise UserError(f"there is no model folder {name}")
+    check_named_model(name)
     if Path(name).is_dir():
         _check_kind(Path(name), name)
     model = load_weights(name, auto=AutoModelForSequenceClassification, dtype=dtype).to(device).eval()
     if model.config.num_labels < 2:
         raise UserError(f"{name} has {model.config.num_labels} output: a classifier has at least two")
-    try:
-        with quiet_libraries():
-            tokenizer = AutoTokenizer.from_pretrained(name)
-    except LOADING_ERRORS as error:
-        raise UserError(f"the tokenizer of {name} cannot be loaded: {first_line(error)}") from error
+    tokenizer = load_named_tokenizer(name)
     install_classification(model)
     longest = min(DEFAULT_MAX_SEQ_LENGTH, positions_of(model.config), tokenizer.model_max_length)
     settings = LabelSettings(max_seq_length=longest, num_labels=int(model.config.num_labels))

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from isotune.data.sft.conversations import render_prompt
-from isotune.data.sources.hub import first_line, is_hub_id
+from isotune.data.sources.hub import first_line
 from isotune.evaluation.generation.batched_generation import GenerationModel, Prompt, complete
 from isotune.evaluation.generation.decoding import Decoding, first_turn
 from isotune.evaluation.generation.zero3 import Shards
+from isotune.evaluation.named_model import check_named_model, load_named_tokenizer
 from isotune.io.errors import UserError
 from isotune.models.finished_run import LOADING_ERRORS, load_run_model, load_run_tokenizer, load_weights, read_run
 from isotune.models.log_control import quiet_libraries
@@ -50,21 +51,11 @@ def generation_model_named(
     Raises:
         UserError: it cannot be loaded, or is an adapter.
     """
-    from transformers import AutoTokenizer
-
-    if (Path(name) / "adapter_config.json").is_file():
-        raise UserError(f"--model {name} is an adapter without its base: give the folder of its run with --run_dir")
-    if not Path(name).is_dir() and not is_hub_id(name):
-        raise UserError(f"there is no model folder {name}")
+    check_named_model(name)
     announced = shards.announce(_stored_dtype(name)) if shards else None
     model = load_weights(name, dtype="auto").to(device or best_device()).eval()
     del announced
-    try:
-        with quiet_libraries():
-            tokenizer = AutoTokenizer.from_pretrained(name)
-    except LOADING_ERRORS as error:
-        raise UserError(f"the tokenizer of {name} cannot be loaded: {first_line(error)}") from error
-    lm = GenerationModel(model, tokenizer)
+    lm = GenerationModel(model, load_named_tokenizer(name))
     return shards.spread(lm) if shards else lm
 
 
