@@ -106,7 +106,7 @@ def main() -> None:
         print(f"loss curve  {draw_loss_curve(home)}")
     print("most confident errors first:")
     print_examples(evaluation.examples)
-    print("\n".join(score_lines(evaluation.scores, evaluation.module_facts)))
+    print("\n".join(score_lines(evaluation.scores)))
     print(f"written to {folder}")
 
 

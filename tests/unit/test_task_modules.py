@@ -51,7 +51,7 @@ def test_a_module_of_classes_has_its_own_value_and_the_interval_of_its_resamples
     task = read_task(ClassificationTask, write_task(tmp_path, "accuracy", macro), {})
     names, modules = split_metrics(task.metrics)
     assert names == ["accuracy"]
-    scores, facts = score_modules(modules, class_columns(LABELS, PROBABILITIES), 40, resamples=100, seed=5)
+    scores = score_modules(modules, class_columns(LABELS, PROBABILITIES), 40, resamples=100, seed=5)
     predictions = PROBABILITIES.argmax(axis=1)
     assert scores.metrics == {"isotune/f1": pytest.approx(theirs.f1_score(LABELS, predictions, average="macro"))}
     weights = np.concatenate(list(draw_weights(40, 100, 5)))
@@ -59,7 +59,7 @@ def test_a_module_of_classes_has_its_own_value_and_the_interval_of_its_resamples
     each = [theirs.f1_score(LABELS[rows], predictions[rows], average="macro") for rows in drawn]
     low, high = scores.intervals["isotune/f1"]
     assert np.quantile(each, 0.001) <= low < np.quantile(each, 0.2) < np.quantile(each, 0.8) < high <= max(each)
-    assert facts == [
+    assert scores.modules == [
         {"module": macro["module"], "config_name": "f1", "arguments": {"average": "macro"}, "metrics": ["isotune/f1"],
          "resamples": 100}
     ]  # fmt: skip
@@ -68,8 +68,8 @@ def test_a_module_of_classes_has_its_own_value_and_the_interval_of_its_resamples
 def test_a_module_is_computed_on_at_most_200_resamples(repository, tmp_path):
     entry = {"module": str(repository / "eval" / "metrics" / "isotune"), "config_name": "accuracy", "name": "mine"}
     _, modules = split_metrics(read_task(ClassificationTask, write_task(tmp_path, entry), {}).metrics)
-    scores, facts = score_modules(modules, class_columns(LABELS[:5], PROBABILITIES[:5]), 5, resamples=2000)
-    assert facts[0]["resamples"] == 200 and list(scores.metrics) == ["mine/accuracy"]
+    scores = score_modules(modules, class_columns(LABELS[:5], PROBABILITIES[:5]), 5, resamples=2000)
+    assert scores.modules[0]["resamples"] == 200 and list(scores.metrics) == ["mine/accuracy"]
 
 
 def test_a_module_of_texts_takes_the_columns_that_its_features_name(tmp_path):
@@ -81,7 +81,7 @@ def test_a_module_of_texts_takes_the_columns_that_its_features_name(tmp_path):
     task = read_task(GenerationTask, write_task(tmp_path, write_module(tmp_path, features, compute), "chrf"), {})
     names, modules = split_metrics(task.metrics)
     columns = text_columns(["a", "b", "c"], ["a", "x", "c"], ["long", "long", "s"])
-    scores, _ = score_modules(modules, columns, 3)
+    scores = score_modules(modules, columns, 3)
     assert (names, scores.metrics) == (["chrf"], {"local/hits": 1.0})
 
 
@@ -93,7 +93,7 @@ def test_a_resample_without_a_result_is_left_out(tmp_path):
     )
     task = read_task(ClassificationTask, write_task(tmp_path, write_module(tmp_path, features, compute)), {})
     labels, probabilities = np.array([0, 1]), np.array([[0.9, 0.1], [0.2, 0.8]])
-    scores, _ = score_modules(split_metrics(task.metrics)[1], class_columns(labels, probabilities), 2)
+    scores = score_modules(split_metrics(task.metrics)[1], class_columns(labels, probabilities), 2)
     assert scores.metrics == {"local/mean": 0.5} and scores.intervals == {"local/mean": (0.5, 0.5)}
 
 

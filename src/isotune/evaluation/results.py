@@ -67,7 +67,7 @@ def write_result(
     replace_file(folder / METRICS, json.dumps(content, indent=2) + "\n")
 
 
-def score_lines(scores: Scores, module_facts: Sequence[dict[str, Any]] = ()) -> list[str]:
+def score_lines(scores: Scores) -> list[str]:
     """A table of every metric with its interval, for the terminal."""
     width = max(map(len, [*scores.metrics, *scores.undefined, "metric"]))
     lines = [f"  {'metric':<{width}} {'value':>10}   95% interval"]
@@ -75,8 +75,7 @@ def score_lines(scores: Scores, module_facts: Sequence[dict[str, Any]] = ()) -> 
         interval = "{:.4f} to {:.4f}".format(*scores.intervals[name]) if name in scores.intervals else "none"
         lines.append(f"  {name:<{width}} {value:>10.4f}   {interval}")
     lines += [f"  {name:<{width}}   undefined on these rows" for name in scores.undefined]
-    lines += [f"  {', '.join(one['metrics'])}: interval of {one['resamples']} resamples" for one in module_facts]
-    return lines
+    return lines + [f"  {', '.join(m['metrics'])}: interval of {m['resamples']} resamples" for m in scores.modules]
 
 
 def read_result(folder: Path) -> Result:

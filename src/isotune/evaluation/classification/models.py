@@ -9,13 +9,12 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from isotune.data.classification.labels import ClassificationSettings
-from isotune.data.sources.hub import is_hub_id
 from isotune.evaluation.classification.tasks import ClassificationTask
+from isotune.evaluation.named_model import check_named_model
 from isotune.evaluation.tasks import read_task
 from isotune.io.errors import UserError
 from isotune.models.classifier import install_classification
 from isotune.models.opening import (
-    ADAPTER_CONFIG,
     FinishedRun,
     add_run_adapter,
     is_classifier,
@@ -86,10 +85,7 @@ def load_model_classifier(name: str, device: torch.device, dtype: torch.dtype) -
     Raises:
         UserError: it cannot be loaded, or is no classifier.
     """
-    if (Path(name) / ADAPTER_CONFIG).is_file():
-        raise UserError(f"--model {name} is an adapter without its base: give the folder of its run with --run_dir")
-    if not Path(name).is_dir() and not is_hub_id(name):
-        raise UserError(f"there is no model folder {name}")
+    check_named_model(name)
     if Path(name).is_dir():
         _check_kind(Path(name), name)
     model = load_pretrained(name, auto=AutoModelForSequenceClassification, dtype=dtype).to(device).eval()

@@ -51,15 +51,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of an evaluation: probabilities, float64 [rows, classes], and their scores.
-
-    `module_facts` describes the modules that were computed, for metrics.json.
-    """
+    """The result of an evaluation: probabilities, float64 [rows, classes], and their scores."""
 
     rows: Rows
     probabilities: np.ndarray
     scores: Scores
-    module_facts: list[dict[str, Any]]
 
     @property
     def examples(self) -> list[Example]:
@@ -150,8 +146,8 @@ def evaluate_rows(
         statistics = classification_statistics(rows.labels, probabilities, ordinal=task.ordinal)
         scores = score(statistics, len(rows.labels), only=names, resamples=resamples, seed=seed)
     columns = class_columns(rows.labels, probabilities)
-    module_scores, facts = score_modules(modules, columns, len(rows.labels), resamples=resamples, seed=seed)
-    return Evaluation(rows, probabilities, scores | module_scores, facts)
+    scores |= score_modules(modules, columns, len(rows.labels), resamples=resamples, seed=seed)
+    return Evaluation(rows, probabilities, scores)
 
 
 def write_evaluation(
@@ -172,7 +168,7 @@ def write_evaluation(
         "ordinal": task.ordinal,
         "undefined": scores.undefined,
         "settings": {**settings, "rows_cut": rows.truncated},
-        **({"metric_modules": evaluation.module_facts} if evaluation.module_facts else {}),
+        **({"metric_modules": scores.modules} if scores.modules else {}),
     }
     predictions = [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
     write_result(folder, facts, scores.metrics, scores.intervals, predictions)

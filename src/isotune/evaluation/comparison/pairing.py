@@ -41,11 +41,6 @@ def groups_of(results: Sequence[Result]) -> np.ndarray | None:
     return None
 
 
-def common_names(runs: Sequence[Path]) -> list[str]:
-    """Names of the evaluations that every run has."""
-    return sorted(set.intersection(*({folder.name for folder in find_results(run)} for run in runs)))
-
-
 def _candidates(run: Path) -> tuple[Path, list[Path]]:
     if not run.is_dir():
         raise UserError(f"there is no folder {run}")

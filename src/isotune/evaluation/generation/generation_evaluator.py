@@ -31,7 +31,6 @@ class GenerationResult:
         texts: the first turn of each completion, in the order of the samples.
         metrics: built-in metrics by name; `of_rows` in the order of the samples.
         scores: of the built-in metrics and the modules.
-        module_facts: which modules were computed, for metrics.json.
         truncated: references longer than the model's positions; the rest is not scored.
     """
 
@@ -40,7 +39,6 @@ class GenerationResult:
     texts: Sequence[str]
     metrics: dict[str, TextMetric]
     scores: Scores
-    module_facts: list[dict[str, Any]]
     truncated: int
 
 
@@ -83,14 +81,13 @@ def evaluate_generation(
     kept = {name: metric for name, metric in measured.items() if name in names}
     scores = score([metric.of_all for metric in kept.values()], len(samples), seed=decoding.seed)
     columns = text_columns(texts, references, [sample.prompt for sample in samples])
-    module_scores, module_facts = score_modules(modules, columns, len(samples), seed=decoding.seed)
+    scores |= score_modules(modules, columns, len(samples), seed=decoding.seed)
     return GenerationResult(
         samples=samples,
         completions=completions,
         texts=texts,
         metrics=kept,
-        scores=scores | module_scores,
-        module_facts=module_facts,
+        scores=scores,
         truncated=sum(not likelihood.whole for likelihood in likelihoods),
     )
 
@@ -109,7 +106,7 @@ def write_generation_result(
         "decoding": asdict(decoding),
         "signatures": signatures(),
         "references": {"longer_than_positions": result.truncated},
-        **({"metric_modules": result.module_facts} if result.module_facts else {}),
+        **({"metric_modules": result.scores.modules} if result.scores.modules else {}),
     }
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / EXAMPLES, render_examples(result, model, task.dataset_name))
@@ -140,7 +137,7 @@ def print_generation_result(result: GenerationResult) -> None:
         print(f"  {'=' if match else 'x'} {sample.prompt}")
         print(f"    answer     {text}\n    reference  {sample.reference}")
     print(f"exact match {sum(matches)} of {len(matches)} ({sum(matches) / len(matches):.1%})")
-    print("\n".join(score_lines(result.scores, result.module_facts)))
+    print("\n".join(score_lines(result.scores)))
     if result.truncated:
         print(f"{result.truncated} references are longer than the model's positions; the rest of them is not scored")
 

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 
 from isotune.data.sft.conversations import render_prompt
-from isotune.data.sources.hub import is_hub_id
 from isotune.evaluation.generation.batched_generation import GenerationModel, Prompt, complete
 from isotune.evaluation.generation.decoding import Decoding, first_turn
 from isotune.evaluation.generation.zero3 import Shards
-from isotune.io.errors import UserError
+from isotune.evaluation.named_model import check_named_model
 from isotune.models.opening import (
     load_pretrained,
     load_pretrained_config,
@@ -58,10 +57,7 @@ def generation_model_named(
     """
     from transformers import AutoModelForCausalLM
 
-    if (Path(name) / "adapter_config.json").is_file():
-        raise UserError(f"--model {name} is an adapter without its base: give the folder of its run with --run_dir")
-    if not Path(name).is_dir() and not is_hub_id(name):
-        raise UserError(f"there is no model folder {name}")
+    check_named_model(name)
     announced = shards.announce(_stored_dtype(name)) if shards else None
     model = load_pretrained(name, auto=AutoModelForCausalLM, dtype="auto").to(device or best_device()).eval()
     del announced

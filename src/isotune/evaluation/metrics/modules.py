@@ -16,7 +16,7 @@ rows with MODULE_RESAMPLES draws, because the module is computed again on each o
 import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,38 @@ from isotune.io.errors import UserError
 
 MODULE_RESAMPLES = 200  # from seed to seed the ends of an interval move by about 10% of its width
 Column = tuple[str, str]  # a name of a module's features and a kind of values: int, float, string, list of float ...
-TEXTS: frozenset[Column] = frozenset(
-    {("predictions", "string"), ("references", "string"), ("references", "list of string"), ("sources", "string")}
-)
-CLASSES: frozenset[Column] = frozenset(
-    {("predictions", "int"), ("predictions", "float"), ("predictions", "list of float")}
-    | {("prediction_scores", "float"), ("prediction_scores", "list of float")}
-    | {("references", "int"), ("references", "float")}
-)
+
+
+def text_columns(predictions: Sequence[str], references: Sequence[str], sources: Sequence[str]) -> dict[Column, Any]:
+    """The columns of an evaluation of texts."""
+    return {
+        ("predictions", "string"): np.array(predictions, object),
+        ("references", "string"): np.array(references, object),
+        ("references", "list of string"): np.array([[reference] for reference in references], object),
+        ("sources", "string"): np.array(sources, object),
+    }
+
+
+def class_columns(labels: np.ndarray, probabilities: np.ndarray) -> dict[Column, np.ndarray]:
+    """The columns of a classification: labels [rows] and probabilities [rows, classes].
+
+    `prediction_scores` are the probabilities of class 1, or of all classes.
+    """
+    predictions = probabilities.argmax(axis=1)
+    return {
+        ("predictions", "int"): predictions,
+        ("predictions", "float"): predictions.astype(np.float64),
+        ("predictions", "list of float"): probabilities,
+        ("prediction_scores", "float"): probabilities[:, 1],
+        ("prediction_scores", "list of float"): probabilities,
+        ("references", "int"): labels,
+        ("references", "float"): labels.astype(np.float64),
+    }
+
+
+# the columns of each kind of evaluation
+TEXTS = frozenset(text_columns([""], [""], [""]))
+CLASSES = frozenset(class_columns(np.zeros(1, np.int64), np.full((1, 2), 0.5)))
 
 
 @dataclass(frozen=True)
@@ -44,27 +68,24 @@ class MetricModule:
 
     Attributes:
         name: before the names of its results.
-        source: what `evaluate.load` was given, for messages and metrics.json.
         where: file and key that name it, for messages.
         module: the `evaluate.EvaluationModule`.
         columns: what it is computed from.
-        config_name, arguments: of `evaluate.load` and of `compute`.
+        facts: `module` and `config_name`, which `evaluate.load` was given, and the `arguments` of `compute`.
     """
 
     name: str
-    source: str
     where: str
     module: Any
     columns: tuple[Column, ...]
-    config_name: str | None = None
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any]
 
     def compute(self, data: Mapping[Column, np.ndarray], rows: np.ndarray | slice = slice(None)) -> dict[str, float]:
         """The module's results that are numbers, by name, on some of the rows."""
         given = {name: data[name, kind][rows] for name, kind in self.columns}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            results = self.module.compute(**{k: list(v) for k, v in given.items()}, **self.arguments) or {}
+            results = self.module.compute(**{k: list(v) for k, v in given.items()}, **self.facts["arguments"]) or {}
         numbers = {key: np.asarray(value) for key, value in results.items() if value is not None}
         return {
             f"{self.name}/{key}": float(value)
@@ -82,10 +103,10 @@ class MetricModule:
             names = tuple(self.compute(data))
         except Exception as error:  # a module is foreign code
             raise UserError(
-                f"{self.where}: the module {self.source!r} cannot be computed: {first_line(error)}"
+                f"{self.where}: the module {self.facts['module']!r} cannot be computed: {first_line(error)}"
             ) from error
         if not names:
-            raise UserError(f"{self.where}: the module {self.source!r} returns no number")
+            raise UserError(f"{self.where}: the module {self.facts['module']!r} returns no number")
 
         def of_weights(weights: np.ndarray) -> np.ndarray:
             values = np.full((len(weights), len(names)), math.nan)
@@ -139,7 +160,8 @@ def read_metrics(
             takes = " or ".join(_described(features) for features in _feature_sets(module))
             has = ", ".join(f"{column} ({kind})" for column, kind in sorted(columns))
             raise UserError(f"{where}: there is no metric {source!r} here: the module takes {takes}; there are {has}")
-        metrics.append(MetricModule(name, source, where, module, needed, config_name, arguments))
+        facts = {"module": source, "config_name": config_name, "arguments": arguments}
+        metrics.append(MetricModule(name, where, module, needed, facts))
     return tuple(metrics)
 
 
@@ -150,8 +172,8 @@ def score_modules(
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> tuple[Scores, list[dict[str, Any]]]:
-    """Values and intervals of modules, and the facts about each for metrics.json.
+) -> Scores:
+    """Values and intervals of modules.
 
     Args:
         data: the columns of the evaluation; [rows, ...] each.
@@ -161,47 +183,12 @@ def score_modules(
         UserError: a module cannot be computed.
     """
     draws = min(resamples, MODULE_RESAMPLES)
-    scores, facts = Scores({}, {}), []
+    scores = Scores({}, {})
     for module in modules:
         statistic = module.statistic(data, rows)
-        scores |= score([statistic], rows, resamples=draws, seed=seed)
-        facts.append(
-            {
-                "module": module.source,
-                "config_name": module.config_name,
-                "arguments": dict(module.arguments),
-                "metrics": list(statistic.names),
-                "resamples": draws,
-            }
-        )
-    return scores, facts
-
-
-def text_columns(predictions: Sequence[str], references: Sequence[str], sources: Sequence[str]) -> dict[Column, Any]:
-    """The columns of an evaluation of texts."""
-    return {
-        ("predictions", "string"): np.array(predictions, object),
-        ("references", "string"): np.array(references, object),
-        ("references", "list of string"): np.array([[reference] for reference in references], object),
-        ("sources", "string"): np.array(sources, object),
-    }
-
-
-def class_columns(labels: np.ndarray, probabilities: np.ndarray) -> dict[Column, np.ndarray]:
-    """The columns of a classification: labels [rows] and probabilities [rows, classes].
-
-    `prediction_scores` are the probabilities of class 1, or of all classes.
-    """
-    predictions = probabilities.argmax(axis=1)
-    return {
-        ("predictions", "int"): predictions,
-        ("predictions", "float"): predictions.astype(np.float64),
-        ("predictions", "list of float"): probabilities,
-        ("prediction_scores", "float"): probabilities[:, 1],
-        ("prediction_scores", "list of float"): probabilities,
-        ("references", "int"): labels,
-        ("references", "float"): labels.astype(np.float64),
-    }
+        facts = {**module.facts, "metrics": list(statistic.names), "resamples": draws}
+        scores |= score([statistic], rows, resamples=draws, seed=seed) | Scores({}, {}, modules=[facts])
+    return scores
 
 
 def _load(source: str, config_name: str | None, builtin: Collection[str], where: str) -> Any:

@@ -20,6 +20,7 @@ Clopper and Pearson (1934).
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from scipy.special import ndtr, ndtri
@@ -77,16 +78,25 @@ Statistic = OfSums | OfWeights
 
 @dataclass(frozen=True)
 class Scores:
-    """Metrics and their 95% intervals by name; `undefined` names the metrics that these rows do not have."""
+    """Metrics and their 95% intervals by name.
+
+    Attributes:
+        undefined: names of the metrics that these rows do not have.
+        modules: facts about the modules of `evaluate` among the metrics, for metrics.json.
+    """
 
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     undefined: list[str] = field(default_factory=list)
+    modules: list[dict[str, Any]] = field(default_factory=list)
 
     def __or__(self, other: "Scores") -> "Scores":
         """The scores of both, over the same rows."""
         return Scores(
-            self.metrics | other.metrics, self.intervals | other.intervals, sorted({*self.undefined, *other.undefined})
+            self.metrics | other.metrics,
+            self.intervals | other.intervals,
+            sorted({*self.undefined, *other.undefined}),
+            self.modules + other.modules,
         )
 
 
