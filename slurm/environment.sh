@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# The one place that says how Python is found, on the batch host and on every node. Sourced, never run.
+# How to find Python on the batch host and on every node. Sourced, not run.
 #
-# Set what applies before sbatch (or write it here for everybody); nothing set: .venv of the checkout, else the PATH.
+# Set what applies before sbatch, or here for all users. Default: the checkout's .venv, otherwise the PATH.
 #   ISOTUNE_MODULES="cuda/12.8 gcc"     environment modules to load first
 #   ISOTUNE_VENV=~/envs/isotune         a virtual environment
 #   ISOTUNE_CONDA=isotune               a conda environment, by name or folder
@@ -10,7 +10,7 @@
 
 # Run a command in the environment.
 in_environment() (
-    set +eu # activation scripts of others use unset variables
+    set +eu # activation scripts may use unset variables
     if [ -n "${ISOTUNE_MODULES:-}" ]; then
         read -ra modules <<<"$ISOTUNE_MODULES"
         module load "${modules[@]}" || exit 2

@@ -1,24 +1,24 @@
 # shellcheck shell=bash
-# Sourced by the batch scripts: `launch SCRIPT [FLAGS]` runs a script of this checkout on every node of the job, and
-# sees it through time limits, preemptions and lost nodes; it returns when the script has finished, and ends the job in
-# every other case. docs/slurm.md tells the whole story.
+# Sourced by the batch scripts. `launch SCRIPT [FLAGS]` runs a script of this checkout on every node of the job and
+# handles time limits, preemptions and lost nodes. It returns when the script has finished; otherwise it ends the job.
+# See docs/slurm.md.
 #
-# Set before sbatch, all optional (and see environment.sh):
-#   ENGINE              a name in accelerate_configs/; unset: single for one process, else ddp
-#   PROCESSES_PER_NODE  unset: the GPUs of a node, without any its --ntasks-per-node
-#   MAX_RESTARTS        lives of a job after its first (100)
-#   LOGS                folder for logs by job, life and node (slurm-logs)
-#   NODE_CACHE          folder on each node's own disk for prepared data and downloads
-#   MEETING_SECONDS     how long ranks may look for each other before the one that is missing is named (60)
-#   ISOTUNE_SRUN        more flags for srun
-#   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, NCCL_*, HF_HUB_OFFLINE, ... reach every rank as they are
+# Variables to set before sbatch, all optional (see also environment.sh):
+#   ENGINE              a file in accelerate_configs/; default: single for one process, otherwise ddp
+#   PROCESSES_PER_NODE  default: the number of GPUs of a node, or --ntasks-per-node without GPUs
+#   MAX_RESTARTS        how often a job may be requeued (100)
+#   LOGS                folder for logs by job, attempt and node (slurm-logs)
+#   NODE_CACHE          folder on each node's local disk for prepared data and downloads
+#   MEETING_SECONDS     rendezvous timeout: after it a missing rank is named (60)
+#   ISOTUNE_SRUN        further flags for srun
+#   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, NCCL_*, HF_HUB_OFFLINE, ... are passed to every rank
 cd "${ISOTUNE_HOME:-$SLURM_SUBMIT_DIR}" || exit 2
 . slurm/environment.sh
 
-life=${SLURM_RESTART_COUNT:-0} # unset in the first one
-stop='' told_ranks='' ended='' step='' launches=0
+attempt=${SLURM_RESTART_COUNT:-0} # unset in the first attempt
+stop='' ranks_signaled='' ended='' step='' launches=0
 
-say() { printf '[slurm %(%F %T)T] %s\n' -1 "$*"; }
+log() { printf '[slurm %(%F %T)T] %s\n' -1 "$*"; }
 
 export NODES=$SLURM_JOB_NUM_NODES PROCESSES HOST PORT ENGINE LOGS ISOTUNE_VERDICT MEETING_SECONDS=${MEETING_SECONDS:-60}
 PROCESSES=${SLURM_NTASKS_PER_NODE:-1}
@@ -30,50 +30,50 @@ if [ -z "${ENGINE:-}" ]; then
     if [ $((NODES * PROCESSES)) -eq 1 ]; then ENGINE=single; else ENGINE=ddp; fi
 fi
 
-# From here on no $(...): bash 5.2 loses a trapped signal, or ends, when it comes while one is being read.
+# No $(...) below: bash 5.2 loses a trapped signal, or exits, when it arrives during a command substitution.
 launch() {
     launches=$((launches + 1))
     find_port
-    ISOTUNE_VERDICT=$LOGS/life-$life-launch-$launches.json
+    ISOTUNE_VERDICT=$LOGS/attempt-$attempt-launch-$launches.json
     mkdir -p "$LOGS" && rm -f "$ISOTUNE_VERDICT" || exit 2
     if [ ! -f "accelerate_configs/$ENGINE.yaml" ]; then
-        say "there is no accelerate_configs/$ENGINE.yaml: ENGINE names one of" accelerate_configs/*.yaml
+        log "there is no accelerate_configs/$ENGINE.yaml: ENGINE names one of" accelerate_configs/*.yaml
         exit 2
     fi
-    say "job $SLURM_JOB_ID, life $life: $NODES nodes ($SLURM_JOB_NODELIST) x $PROCESSES processes, $ENGINE, meeting at $HOST:$PORT"
-    say "logs $LOGS/life-$life-*.log"
+    log "job $SLURM_JOB_ID, attempt $attempt: $NODES nodes ($SLURM_JOB_NODELIST) x $PROCESSES processes, $ENGINE, rendezvous at $HOST:$PORT"
+    log "logs $LOGS/attempt-$attempt-*.log"
 
-    trap 'stop=1' USR1  # the time limit is near (--signal=B:USR1@...), or the user wants a checkpoint and a new life
-    trap 'ended=1' TERM # scancel, or the end of a preemption's grace time: not ours to requeue
+    trap 'stop=1' USR1  # the time limit is near (--signal=B:USR1@...), or the user asks for a checkpoint and a requeue
+    trap 'ended=1' TERM # scancel, or the end of a preemption's grace time: not to be requeued here
     read -ra more <<<"${ISOTUNE_SRUN:-}"
-    # One launcher a node, with all that the job has there, whatever --ntasks-per-node or --gpus-per-task was asked.
-    # In the background, for a trap waits for whatever runs in the foreground.
+    # One launcher per node with all resources of the job there, whatever --ntasks-per-node or --gpus-per-task says.
+    # In the background, because a trap runs only after a foreground command has ended.
     unset SLURM_GPUS_PER_TASK SLURM_GPU_BIND SLURM_TRES_PER_TASK
     srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --export=ALL --kill-on-bad-exit=1 --wait=300 \
         "${more[@]}" bash slurm/node.sh "$@" &
     step=$!
     while kill -0 "$step" 2>/dev/null; do
-        wait "$step" # a signal ends it early
+        wait "$step" # returns early on a signal
         [ -n "$stop" ] || continue
-        [ -n "$told_ranks" ] || say "the ranks are told to stop"
-        told_ranks=1
-        if kill -USR1 "$step" 2>/dev/null; then sleep 2; fi # and again: they may not have listened yet
+        [ -n "$ranks_signaled" ] || log "the ranks are told to stop"
+        ranks_signaled=1
+        if kill -USR1 "$step" 2>/dev/null; then sleep 2; fi # repeat: the ranks may not handle signals yet
     done
     conclude
 }
 
-# A port of this job's own. The batch script runs on the first node, so it can see what is taken there.
+# Choose a free port for this job. The batch script runs on the first node, so it sees which ports are in use there.
 find_port() {
     local tries
-    PORT=$((20000 + (SLURM_JOB_ID * 7 + life) % 10000))
+    PORT=$((20000 + (SLURM_JOB_ID * 7 + attempt) % 10000))
     for ((tries = 0; tries < 1000; tries++)); do
         (: </dev/tcp/localhost/"$PORT") 2>/dev/null || (: </dev/tcp/"$HOST"/"$PORT") 2>/dev/null || return
         PORT=$((20000 + (PORT + 1 - 20000) % 10000))
     done
 }
 
-# What the run itself wrote. srun's status tells nothing: launchers make 1 of everything, a signal or lost node makes 0.
-read_verdict() {
+# Read the job status that the run wrote. srun's status is useless: 1 after any launcher error, 0 after a lost node.
+read_job_status() {
     local line entry='^ *"(status|exit_status|message|run)": "?(.*[^",])"?,?$'
     status='' exit_status='' message='' run=''
     [ -f "$ISOTUNE_VERDICT" ] || return
@@ -84,20 +84,20 @@ read_verdict() {
 
 conclude() {
     local status exit_status message run
-    read_verdict
+    read_job_status
     case $status:$exit_status in
     finished:0)
         if [ -f "$run/metrics.jsonl" ]; then ISOTUNE_VERDICT='' in_environment python -m isotune.report.job "$run"; fi
-        return 0 # what comes next in the batch script
+        return 0 # the batch script continues
         ;;
-    preempted:75) go_on "it stopped for a preemption or the time limit" 75 ;;
-    superseded:*) say "$message" && exit 1 ;;
-    failed:2) say "$message: not requeued" && exit 2 ;;
+    preempted:75) requeue "it stopped for a preemption or the time limit" 75 ;;
+    superseded:*) log "$message" && exit 1 ;;
+    failed:2) log "$message: not requeued" && exit 2 ;;
     esac
-    if [ -n "$stop" ] && [ "$status" != failed ]; then go_on "it was told to stop and could not say how it ended" 75; fi
-    # A fault of the program would come again. A node that is gone is no fault, and Slurm may not have noticed yet.
-    if [ -z "$ended" ] && ! nodes_answer; then go_on "a node does not answer" 1; fi
-    say "${status:-killed} (exit status ${exit_status:-unknown}), not requeued: ${message:-no word}; see $LOGS"
+    if [ -n "$stop" ] && [ "$status" != failed ]; then requeue "it was told to stop and wrote no final status" 75; fi
+    # A fault of the program would repeat, so it is not requeued. A lost node is, and Slurm may not know of it yet.
+    if [ -z "$ended" ] && ! nodes_answer; then requeue "a node does not answer" 1; fi
+    log "${status:-killed} (exit status ${exit_status:-unknown}), not requeued: ${message:-no message}; see $LOGS"
     exit 1
 }
 
@@ -105,17 +105,17 @@ nodes_answer() {
     timeout 60 srun --overlap --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 true 2>/dev/null
 }
 
-# Requeue this job, unless it is over for everybody else: go_on REASON STATUS
-go_on() {
-    if [ -n "$ended" ] || ! scontrol -o show job "$SLURM_JOB_ID" | grep -q "JobState=RUNNING .* Restarts=$life "; then
-        say "$1, and Slurm has ended this life of the job: not requeued from here"
-    elif [ "$life" -ge "${MAX_RESTARTS:-100}" ]; then
-        say "$1; $life restarts are enough (MAX_RESTARTS): submit it again and it goes on"
+# Requeue this job unless Slurm has ended or restarted it already: requeue REASON STATUS
+requeue() {
+    if [ -n "$ended" ] || ! scontrol -o show job "$SLURM_JOB_ID" | grep -q "JobState=RUNNING .* Restarts=$attempt "; then
+        log "$1, and Slurm has ended this attempt: not requeued"
+    elif [ "$attempt" -ge "${MAX_RESTARTS:-100}" ]; then
+        log "$1; the limit of $attempt restarts is reached (MAX_RESTARTS): submit it again to resume"
     elif scontrol requeue "$SLURM_JOB_ID"; then
-        say "$1: requeued"
+        log "$1: requeued"
         exit 0
     else
-        say "$1, and this cluster does not requeue: submit it again and it goes on"
+        log "$1, and this cluster does not requeue: submit it again to resume"
     fi
     exit "$2"
 }

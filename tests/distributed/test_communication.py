@@ -11,9 +11,9 @@ import pytest
 from tests.distributed.engines import Engine, config_of, engine, recipes
 from tests.launching import REPOSITORY, Finished, start_together
 
+from isotune.preflight.preflight_report import PreflightReport, run_preflight
 from isotune.preflight.request import read_asked
 from isotune.preflight.resources.communication import collectives
-from isotune.preflight.run_plan import RunPlan, plan_run
 
 GRADIENT_COLLECTIVES = ("all_reduce", "reduce", "reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor")
 FEW_ROWS, MANY_ROWS = 2, 8  # of a step: one and four passes a rank, on two of them
@@ -55,13 +55,13 @@ def sent(finished: Finished) -> list[int]:
     return [sum(rank.get(name, 0) for name in GRADIENT_COLLECTIVES) for rank in finished.collectives]
 
 
-def planned(finished: Finished, one: Engine) -> RunPlan:
+def planned(finished: Finished, one: Engine) -> PreflightReport:
     """The plan of a run of `launch`."""
     folder = finished.run.parent
     config = str(REPOSITORY / "accelerate_configs" / config_of(one, folder))
     asked = read_asked(folder / "recipe.yaml", [], config, one.processes)
     assert asked.problems == ()
-    return plan_run(asked, show_progress=False)
+    return run_preflight(asked, show_progress=False)
 
 
 OTHERS = [pytest.param(f"{name} on 2", marks=pytest.mark.slow) for name in ("ZeRO-0", "ZeRO-1", "ZeRO-3")]
@@ -82,7 +82,7 @@ def test_a_rank_sends_the_bytes_that_the_plan_says(launched, name):
     for which, finished in launched(name).items():
         plan = planned(finished, engine(name))
         assert plan.work is not None
-        says = collectives(plan.asked.recipe, plan.model, plan.asked.launch, plan.work.passes_per_rank)
+        says = collectives(plan.request.recipe, plan.model, plan.request.launch, plan.work.microbatches_per_rank)
         for rank in finished.collectives:
             for kind in ("all_reduce", "reduce_scatter", "all_gather"):
                 found = rank["bytes"].get(kind, 0)

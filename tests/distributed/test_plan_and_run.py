@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 from tests.launching import REPOSITORY, TINY, TINY_CLASSIFIER, Finished, start, start_together, write_recipe
 
+from isotune.preflight.preflight_report import PreflightReport, run_preflight
 from isotune.preflight.request import read_asked
-from isotune.preflight.run_plan import RunPlan, plan_run
 
 RECIPE = TINY | {"global_batch_size": 5, "microbatch_tokens": 256, "max_steps": 4, "save_strategy": "no"}
 
 
-def planned(folder: Path, recipe: dict[str, Any], config: str, processes: int) -> RunPlan:
+def planned(folder: Path, recipe: dict[str, Any], config: str, processes: int) -> PreflightReport:
     file = write_recipe(folder / "planned", recipe)
     launch = str(REPOSITORY / "accelerate_configs" / config)
     asked = read_asked(file, [], launch, processes)
     assert asked.problems == ()
-    return plan_run(asked, show_progress=False)
+    return run_preflight(asked, show_progress=False)
 
 
 def in_effect(run: Finished) -> dict[str, Any]:
@@ -50,13 +50,13 @@ def test_weights_optimizer_and_work_are_as_planned(tmp_path, config, processes, 
     run = start(tmp_path, recipe, processes=processes, config=config)
     found = in_effect(run)
     assert plan.memory.weights == found["parameter_bytes_per_rank"]
-    assert plan.memory.optimized_numbers == found["optimized_numbers_per_rank"]
-    assert plan.model.trained == found["trained_parameters"]
-    assert plan.model.numbers == found["all_parameters"]
+    assert plan.memory.optimized_numel == found["optimized_numbers_per_rank"]
+    assert plan.model.trained_numel == found["trained_parameters"]
+    assert plan.model.numel == found["all_parameters"]
     assert_work(plan, run)
 
 
-def assert_work(plan: RunPlan, run: Finished) -> None:
+def assert_work(plan: PreflightReport, run: Finished) -> None:
     """The counts of the plan's steps against the lines that the run wrote."""
     work = plan.work
     assert work is not None
@@ -80,11 +80,11 @@ def test_real_conversations_are_counted_as_the_plan_of_training_counts_them(shar
         "output_dir": str(tmp_path),
     }
     words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
-    work = plan_run(read_asked(None, words, None, processes), show_progress=False).work
+    work = run_preflight(read_asked(None, words, None, processes), show_progress=False).work
     assert work is not None
     assert work.steps_per_epoch == -(-work.rows // 7) and work.steps == 2 * work.steps_per_epoch
-    assert work.passes_per_step == 7, "a row of 512 tokens is a pass"
-    assert work.passes_per_rank == -(-7 // processes)
+    assert work.microbatches_per_step == 7, "a row of 512 tokens is a pass"
+    assert work.microbatches_per_rank == -(-7 // processes)
     assert work.packing_efficiency == pytest.approx(work.tokens / (work.rows * 512))
     assert 0 <= work.imbalance < processes
 
@@ -114,9 +114,9 @@ def test_a_run_on_real_texts_does_what_its_plan_counted(shared_data, tmp_path, n
     for key, run in runs.items():
         assert_work(plans[key], run)
     work = plans["one"].work
-    assert work is not None and work.passes_per_step > 1
-    assert [rank["passes"] for rank in runs["one"].collectives] == [work.passes_per_rank] * processes
-    assert f"the first: {work.passes_per_step} passes" in runs["one"].stdout
+    assert work is not None and work.microbatches_per_step > 1
+    assert [rank["passes"] for rank in runs["one"].collectives] == [work.microbatches_per_rank] * processes
+    assert f"the first: {work.microbatches_per_step} passes" in runs["one"].stdout
 
 
 @pytest.mark.parametrize(("script", "recipe"), [("train/sft_opt.py", TINY), ("train/yelp.py", TINY_CLASSIFIER)])

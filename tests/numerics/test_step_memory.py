@@ -15,8 +15,8 @@ from tests.launching import TINY, TINY_CLASSIFIER, run_command, write_recipe
 from tests.numerics.step_memory import measure
 from transformers import BertConfig, OPTConfig
 
+from isotune.preflight.preflight_report import run_preflight
 from isotune.preflight.request import read_asked
-from isotune.preflight.run_plan import plan_run
 
 LIMIT = 0.15
 STEPS = {"max_steps": 2, "save_strategy": "no", "bf16": True, "disable_tqdm": True}
@@ -34,7 +34,7 @@ CASES += [("bert-base", length) for length in (512, 256, 128)]  # as far as its 
 def planned(file: Path) -> int:
     asked = read_asked(file, [], None, None)
     assert asked.problems == ()
-    return plan_run(asked, show_progress=False).memory.activations
+    return run_preflight(asked, show_progress=False).memory.activations
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ class Job:
     def lives(self) -> list[Path]:
         """The folder of the job's logs and verdicts: one verdict a life."""
         return sorted(
-            self.log.parent.glob(f"*-{self.number}/life-*-launch-1.json"),
+            self.log.parent.glob(f"*-{self.number}/attempt-*-launch-1.json"),
             key=lambda file: int(file.name.split("-")[1]),  # the tenth comes after the ninth
         )
 
@@ -87,7 +87,7 @@ class Job:
         metrics = self.run / "metrics.jsonl"
 
         def is_there() -> bool:
-            begun = f"life {life}:" in self.text and self.text.split(f"life {life}:")[-1].count("plan  ") > 0
+            begun = f"attempt {life}:" in self.text and self.text.split(f"attempt {life}:")[-1].count("plan  ") > 0
             return begun and metrics.exists() and metrics.read_text().count("\n") >= step
 
         self.wait_for(f"step {step} in life {life}", is_there)

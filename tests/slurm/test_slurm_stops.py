@@ -26,7 +26,7 @@ def push_out(cluster: Site) -> str:
 
 def nodes_of(job: Job, life: int) -> list[str]:
     """Where a life of the job began, by the files that its nodes write."""
-    files = job.lives[0].parent.glob(f"life-{life}-node*.log")
+    files = job.lives[0].parent.glob(f"attempt-{life}-node*.log")
     return sorted(file.stem.rpartition("-")[2] for file in files)
 
 
@@ -67,7 +67,7 @@ def test_twenty_preemptions_in_a_row_change_no_bit(cluster, tmp_path):
         job.wait_for("training", lambda life=life: is_training(job, life))
         job.freeze()  # Slurm sends CONT before TERM, so that each life has steps left for the next one
         push_out(cluster)
-        job.wait_for("next life", lambda life=life: f"life {life + 1}:" in job.text)
+        job.wait_for("next life", lambda life=life: f"attempt {life + 1}:" in job.text)
     done = job.wait()
     assert done.status == 0, done.stdout
     assert [one["status"] for one in verdicts(job)] == ["preempted"] * 20 + ["finished"]
@@ -76,7 +76,7 @@ def test_twenty_preemptions_in_a_row_change_no_bit(cluster, tmp_path):
 
 def is_training(job: Job, life: int) -> bool:
     """Whether that life has said its plan and taken a step since."""
-    text = job.text.partition(f"life {life}:")[2]
+    text = job.text.partition(f"attempt {life}:")[2]
     status = json.loads((job.run / "status.json").read_text()) if (job.run / "status.json").exists() else {}
     lines = (job.run / "metrics.jsonl").read_text().count("\n") if (job.run / "metrics.jsonl").exists() else 0
     return "plan  " in text and lines > status.get("step", 0)
@@ -127,7 +127,7 @@ def test_a_life_on_a_node_that_was_cut_off_writes_nothing_after_the_next_one_beg
         cluster.cluster.heal(first)
     done = job.wait(1500)
     assert done.status == 0, done.stdout
-    (log,) = job.lives[0].parent.glob("life-0-*.log")
+    (log,) = job.lives[0].parent.glob("attempt-0-*.log")
     assert "was taken over by process" in log.read_text()
     assert [one["status"] for one in verdicts(job)] == ["superseded", "finished"]
     assert bits(done.run) == bits(plain.run)
@@ -176,7 +176,7 @@ def test_two_jobs_on_a_node_at_the_same_time_do_not_meet(cluster, plain: Finishe
     for job in jobs:
         job.wait_for_step(1)
     assert [job.facts()["JobState"] for job in jobs] == ["RUNNING", "RUNNING"]
-    ports = [re.search(r"meeting at node1:(\d+)", job.text) for job in jobs]
+    ports = [re.search(r"rendezvous at node1:(\d+)", job.text) for job in jobs]
     assert ports[0] and ports[1] and ports[0][1] != ports[1][1]
     for job in jobs:
         done = job.wait()

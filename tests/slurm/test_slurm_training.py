@@ -32,7 +32,10 @@ def test_a_job_on_two_nodes_that_an_urgent_one_pushed_out_ends_with_the_bits_of_
     }
     assert "restarts    1 (led by node" in done.stdout
     assert "engine      DistributedDataParallel on 4 x" in done.stdout
-    assert {file.name for file in job.lives[0].parent.glob("life-1-*.log")} == {"life-1-node1.log", "life-1-node2.log"}
+    assert {file.name for file in job.lives[0].parent.glob("attempt-1-*.log")} == {
+        "attempt-1-node1.log",
+        "attempt-1-node2.log",
+    }
 
 
 def test_a_recipe_that_is_wrong_fails_once_with_its_sentence_and_is_not_requeued(cluster: Site, tmp_path):

@@ -7,11 +7,11 @@ import pytest
 
 from isotune.doctor import checks
 from isotune.doctor.checks import NOTE, OK, WRONG, Finding, caches, compilers, disk, hub, kernels, scheduler
-from isotune.doctor.doctor import between, table
+from isotune.doctor.doctor import check_all_reduce, format_table
 
 
 def verdicts(findings) -> dict[str, str]:
-    return {finding.subject: finding.verdict for finding in findings}
+    return {finding.subject: finding.status for finding in findings}
 
 
 def test_the_kernel_of_this_machine_is_right():
@@ -25,7 +25,7 @@ def test_a_kernel_that_computes_something_else_is_seen(monkeypatch):
 
 
 def test_a_folder_that_cannot_be_written_is_wrong_and_a_slow_disk_is_noted(tmp_path, monkeypatch):
-    assert "free" in next(disk(tmp_path / "not" / "there" / "yet")).found
+    assert "free" in next(disk(tmp_path / "not" / "there" / "yet")).result
     monkeypatch.setattr(checks, "SLOW_SYNC_SECONDS", 0.0)
     assert verdicts(disk(tmp_path)) == {"output": NOTE}
 
@@ -34,14 +34,14 @@ def test_a_folder_that_cannot_be_written_is_wrong_and_a_slow_disk_is_noted(tmp_p
 
     monkeypatch.setattr(checks.tempfile, "NamedTemporaryFile", refuse)
     (finding,) = disk(tmp_path)
-    assert finding.verdict == WRONG and "Permission denied" in finding.found and "--output_dir" in finding.remedy
+    assert finding.status == WRONG and "Permission denied" in finding.result and "--output_dir" in finding.fix
 
 
 def test_caches_that_cannot_be_written_are_wrong(monkeypatch):
     assert set(verdicts(caches()).values()) == {OK}
     monkeypatch.setattr(os, "access", lambda *_: False)
     found = list(caches())
-    assert {f.verdict for f in found} == {WRONG} and "ISOTUNE_CACHE" in found[0].remedy
+    assert {f.status for f in found} == {WRONG} and "ISOTUNE_CACHE" in found[0].fix
 
 
 def test_a_lock_that_a_killed_build_left_is_found(tmp_path, monkeypatch):
@@ -50,7 +50,7 @@ def test_a_lock_that_a_killed_build_left_is_found(tmp_path, monkeypatch):
     (tmp_path / "py311" / "op").mkdir(parents=True)
     (tmp_path / "py311" / "op" / "lock").touch()
     (lock,) = [f for f in compilers() if f.subject == "lock"]
-    assert lock.verdict == WRONG and "rm" in lock.remedy
+    assert lock.status == WRONG and "rm" in lock.fix
 
 
 def test_versions_out_of_range_or_untested_are_told(monkeypatch):
@@ -60,7 +60,7 @@ def test_versions_out_of_range_or_untested_are_told(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(checks, "_tested_together", lambda: {"numpy": checks.Version("2.2.1")})
     (note,) = [f for f in checks.versions() if f.subject == "numpy"]
-    assert note.verdict == NOTE and "2.2.1 was tested" in note.found
+    assert note.status == NOTE and "2.2.1 was tested" in note.result
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_being_offline_on_purpose_is_no_trouble(monkeypatch):
 def test_the_table_says_once_what_all_found_and_names_the_rank_of_the_rest():
     alike = Finding(OK, "Hub", "reachable")
     broken = Finding(WRONG, "output", "/x: read-only", "a run could write nothing", "elsewhere")
-    said = table({0: [alike], 1: [alike, broken]}).splitlines()
+    said = format_table({0: [alike], 1: [alike, broken]}).splitlines()
     assert said[0].split() == ["ok", "Hub", "reachable"]
     assert "(rank 1)" in said[1] and said[1].startswith("WRONG") and said[1].endswith("elsewhere")
     assert said[-1] == "1 wrong, 0 to note"
@@ -100,7 +100,7 @@ def test_one_process_has_no_bandwidth():
 
     from isotune.evaluation.distributed_eval import Ranks
 
-    assert between(Ranks(0, 1, torch.device("cpu"))) == []
+    assert check_all_reduce(Ranks(0, 1, torch.device("cpu"))) == []
 
 
 def test_a_missing_output_folder_is_not_made(tmp_path: Path):

@@ -13,14 +13,14 @@ from transformers import OPTConfig, OPTForCausalLM
 from isotune.io.errors import UserError
 from isotune.models.packed_attention import set_packed_attention
 from isotune.models.supervised_loss import install_supervised_loss
-from isotune.preflight import run_plan
-from isotune.preflight.render import as_json, page, short_lines
+from isotune.preflight import preflight_report
+from isotune.preflight.preflight_report import run_preflight
+from isotune.preflight.render import as_json, render_report
 from isotune.preflight.request import read_asked
-from isotune.preflight.resources.activation_memory import trace_pass
+from isotune.preflight.resources.activation_memory import trace_microbatch
 from isotune.preflight.resources.communication import bytes_sent, collectives, gathered_bytes
 from isotune.preflight.resources.compute import find_device, flops_per_step
 from isotune.preflight.resources.memory import parse_bytes
-from isotune.preflight.run_plan import plan_run
 
 TINY = {
     "model_name_or_path": "builtin:opt-tiny",
@@ -39,7 +39,7 @@ def words(**values) -> list[str]:
 def plan(*, launch: str | None = None, world_size: int | None = None, limit: int | None = None, **values):
     file = launch and str(REPOSITORY / "accelerate_configs" / f"{launch}.yaml")
     more = {name: values.pop(name) for name in ("device", "compare", "world_sizes") if name in values}
-    return plan_run(
+    return run_preflight(
         read_asked(None, words(**values), file, world_size), limit=limit, show_progress=False, **more
     )  # fmt: skip
 
@@ -57,11 +57,11 @@ def opt_350m(tmp_path):
 def test_a_config_is_enough_and_data_that_are_not_there_cost_the_work_alone(opt_350m, tmp_path):
     folder, numbers = opt_350m
     found = plan(model_name_or_path=folder, dataset_name=str(tmp_path / "nowhere.jsonl"), tune="full")
-    assert found.model.numbers == found.model.trained == numbers
+    assert found.model.numel == found.model.trained_numel == numbers
     assert found.memory.weights == 4 * numbers and found.memory.optimizer == 8 * numbers
-    assert found.work is None and found.why_no_work
+    assert found.work is None and found.no_work_reason
     assert found.memory.activations > 0
-    assert "not counted" in page(found, None)
+    assert "not counted" in render_report(found, None)
 
 
 def test_lora_and_four_bit_weights_weigh_what_their_formats_say(opt_350m):
@@ -69,7 +69,7 @@ def test_lora_and_four_bit_weights_weigh_what_their_formats_say(opt_350m):
     lora = plan(model_name_or_path=folder, tune="lora", r=16, bf16=True)
     # A and B of six targets in each of 24 blocks
     adapters = 24 * 16 * (4 * (1024 + 1024) + 2 * (1024 + 4096))
-    assert lora.model.trained == adapters
+    assert lora.model.trained_numel == adapters
     assert lora.memory.weights == 2 * numbers + 4 * adapters
     assert lora.memory.gradients == (4 + 8) * adapters, "exact_gradients: auto is on for LoRA"
     qlora = plan(model_name_or_path=folder, tune="qlora", r=16, bf16=True)
@@ -85,32 +85,34 @@ def test_the_products_of_a_step_are_those_of_the_formula(opt_350m):
     linear = 24 * (4 * 1024**2 + 2 * 1024 * 4096) + 2 * 512 * 1024
     by_hand = 6 * linear * work.tokens_per_step + 6 * 50272 * 512 * work.targets_per_step
     by_hand += 3 * 2 * work.attention_squares_per_step * 1024 * 24  # causal: half of 4 n^2 d, and twice that backward
-    assert flops_per_step(found.asked.recipe, found.model, work) == pytest.approx(by_hand, rel=1e-12)
+    assert flops_per_step(found.request.recipe, found.model, work) == pytest.approx(by_hand, rel=1e-12)
 
 
 def test_shares_shrink_with_processes_and_what_is_sent_follows_the_rings():
     two, four = (plan(tune="full", launch="zero3", world_size=n) for n in (2, 4))
     assert two.memory.weights == pytest.approx(2 * four.memory.weights, rel=1e-3)
-    assert two.memory.optimized_numbers == pytest.approx(2 * four.memory.optimized_numbers, rel=1e-3)
+    assert two.memory.optimized_numel == pytest.approx(2 * four.memory.optimized_numel, rel=1e-3)
     ddp = plan(tune="full", launch="ddp", world_size=4)
-    sent = bytes_sent(ddp.asked.recipe, ddp.model, ddp.asked.launch, ddp.work.passes_per_rank)
-    assert sent == pytest.approx(2 * 3 / 4 * 4 * ddp.model.trained)
+    sent = bytes_sent(ddp.request.recipe, ddp.model, ddp.request.launch, ddp.work.microbatches_per_rank)
+    assert sent == pytest.approx(2 * 3 / 4 * 4 * ddp.model.trained_numel)
     alone = plan(tune="full")
-    assert bytes_sent(alone.asked.recipe, alone.model, alone.asked.launch, alone.work.passes_per_rank) == 0
+    assert bytes_sent(alone.request.recipe, alone.model, alone.request.launch, alone.work.microbatches_per_rank) == 0
 
 
 def test_what_does_not_fit_is_told_with_changes_that_do():
     many = {"tune": "full", "bf16": True, "dataset_name": "builtin:capitals", "global_batch_size": 16}
     roomy = plan(**many, microbatch_tokens=2048, limit=10**12)
-    assert roomy.fits and not roomy.remedies
+    assert roomy.fits and not roomy.suggestions
     limit = plan(**many, microbatch_tokens=512, limit=10**12).memory.total
     assert limit < roomy.memory.total
     tight = plan(**many, microbatch_tokens=2048, limit=limit)
     assert tight.fits is False
-    assert all(remedy.total <= limit for remedy in tight.remedies)
-    assert {"--microbatch_tokens 512": limit}.items() <= {r.change: r.total for r in tight.remedies}.items()
-    assert [r.same_result for r in tight.remedies] == sorted((r.same_result for r in tight.remedies), reverse=True)
-    assert "fits not" in page(tight, None)
+    assert all(suggestion.total <= limit for suggestion in tight.suggestions)
+    assert {"--microbatch_tokens 512": limit}.items() <= {r.change: r.total for r in tight.suggestions}.items()
+    assert [r.same_result for r in tight.suggestions] == sorted(
+        (r.same_result for r in tight.suggestions), reverse=True
+    )
+    assert "too large" in render_report(tight, None)
 
 
 def test_engines_and_numbers_of_processes_stand_side_by_side():
@@ -119,15 +121,14 @@ def test_engines_and_numbers_of_processes_stand_side_by_side():
     zero3 = found.rows[6:]
     assert zero3[0].memory.weights > zero3[1].memory.weights > zero3[2].memory.weights
     assert all(row.time is not None and row.time.floor > 0 for row in found.rows)
-    assert "ZeRO-3 on 16 processes" in page(found, 2.0)
+    assert "ZeRO-3 on 16 processes" in render_report(found, 2.0)
     assert json.loads(json.dumps(as_json(found, 2.0)))["price"] > 0
-    assert short_lines(found)[0].startswith("work ")
 
 
 def test_the_work_is_counted_once_for_each_number_of_processes(monkeypatch):
     counted = []
-    stock = run_plan.count_work
-    monkeypatch.setattr(run_plan, "count_work", lambda *given: counted.append(given[-1]) or stock(*given))
+    stock = preflight_report.count_work
+    monkeypatch.setattr(preflight_report, "count_work", lambda *given: counted.append(given[-1]) or stock(*given))
     found = plan(tune="full", device=find_device("A100-80"), compare=["ddp", "zero2", "zero3"], world_sizes=[1, 4, 16])
     assert len(found.rows) == 9
     assert sorted(counted) == [1, 4, 16]
@@ -137,16 +138,16 @@ def test_zero3_gathers_again_what_it_could_not_keep():
     """Forward and backward where nothing may wait; once a pass where the whole model may."""
     plans = {}
     for distance in (0, 10**9):
-        asked = plan(tune="full", launch="zero3", world_size=2).asked
+        asked = plan(tune="full", launch="zero3", world_size=2).request
         section = {"stage": 3, "stage3_param_persistence_threshold": 10_000, "stage3_max_reuse_distance": distance}
         plans[distance] = replace(asked.launch, deepspeed_config={"zero_optimization": section})
     found = plan(tune="full")
-    small = sum(4 * p.numbers for p in found.model.parameters if p.numbers <= 10_000)
-    others = 4 * found.model.numbers - small
+    small = sum(4 * p.numel for p in found.model.parameters if p.numel <= 10_000)
+    others = 4 * found.model.numel - small
     for distance, times in ((0, 2), (10**9, 1)):
-        sent = collectives(found.asked.recipe, found.model, plans[distance], 3)
-        assert sent == {"reduce_scatter": 4 * found.model.numbers, "all_gather": small + 3 * times * others}
-    held = [gathered_bytes(found.asked.recipe, found.model, plans[distance]) for distance in (0, 10**9)]
+        sent = collectives(found.request.recipe, found.model, plans[distance], 3)
+        assert sent == {"reduce_scatter": 4 * found.model.numel, "all_gather": small + 3 * times * others}
+    held = [gathered_bytes(found.request.recipe, found.model, plans[distance]) for distance in (0, 10**9)]
     assert held == [min(small + 2 * found.model.largest_block_bytes, small + others), small + others]
 
 
@@ -162,7 +163,7 @@ def test_a_gpus_loss_is_planned_in_the_steps_that_it_takes():
         return model
 
     def held(on_cpu):
-        traced = trace_pass(
+        traced = trace_microbatch(
             build, 1, (600,), 600, is_classifier=False, autocast=None, on_cpu=on_cpu, checkpointing=False
         )
         return traced.activations
@@ -180,7 +181,7 @@ def test_a_plan_imports_no_library_that_only_training_needs():
     result = run_command([sys.executable, "-c", code], fresh=True)
     assert result.returncode == 0, result.stderr
     loaded = set(result.stdout.splitlines()[-1].split())
-    assert "isotune.preflight.run_plan" in loaded
+    assert "isotune.preflight.preflight_report" in loaded
     assert loaded.isdisjoint({"transformers.trainer", "deepspeed", "trl", "torch._inductor.lowering"})
 
 

@@ -9,9 +9,9 @@ from tests.launching import REPOSITORY
 from transformers import AutoConfig
 
 from isotune.io.errors import UserError
-from isotune.preflight.render import page
+from isotune.preflight.preflight_report import run_preflight
+from isotune.preflight.render import render_report
 from isotune.preflight.request import read_asked
-from isotune.preflight.run_plan import plan_run
 
 BASELINES = REPOSITORY / "train" / "configs" / "arena_baselines.yaml"
 RECIPES = sorted(set((REPOSITORY / "train" / "configs").glob("*.yaml")) - {BASELINES})
@@ -68,12 +68,12 @@ def test_every_shipped_recipe_suits_every_shipped_launch(recipe, launch, monkeyp
 def test_every_shipped_recipe_is_planned_under_every_shipped_launch(recipe, launch, monkeypatch, tmp_path):
     monkeypatch.chdir(REPOSITORY)
     asked = read_asked(recipe, small_config(recipe, tmp_path), str(launch), None)
-    found = plan_run(asked, limit=24 * 2**30, show_progress=False)
+    found = run_preflight(asked, limit=24 * 2**30, show_progress=False)
     assert found.fits
     assert found.memory.activations > 0
     assert found.memory.weights > 0 or launch.stem == "zero3_offload"
     assert (found.memory.in_host_memory > 0) == (launch.stem == "zero3_offload")
-    assert f"launch      {asked.launch.in_words} " in page(found, None)
+    assert f"launch      {asked.launch.in_words} " in render_report(found, None)
 
 
 def test_all_mistakes_are_said_at_once(tmp_path):

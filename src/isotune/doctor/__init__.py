@@ -1,1 +1,1 @@
-"""Everything about a machine that could spoil a run."""
+"""Checks of a machine for problems that would affect a run."""

@@ -1,7 +1,6 @@
-"""What a doctor looks at, one function each: what was found, why it matters, what to do about it.
+"""The checks of `isotune doctor`, one function each: the result, its consequence, and how to fix it.
 
-Every function answers for the process that calls it, on its own node, and never raises: what cannot be examined is a
-finding too.
+Each function checks the process that calls it and its node. It never raises: a check that fails is a finding too.
 """
 
 import os
@@ -25,25 +24,25 @@ from isotune.models.cpu.document_attention import document_attention
 from isotune.models.packed_attention import kernel_in_effect, packed_attention
 
 OK, NOTE, WRONG = "ok", "note", "WRONG"
-KERNEL_TOLERANCE = 2e-2  # of bf16, whose numbers have 8 bits, over a sum of a hundred of them
-LEAST_FREE_BYTES = 20 * 2**30
+KERNEL_TOLERANCE = 2e-2  # of bf16, with 8 bits of precision, over sums of a hundred elements
+MIN_FREE_BYTES = 20 * 2**30
 SLOW_SYNC_SECONDS = 0.5
 _CONSTRAINTS = Path(__file__).resolve().parents[3] / "constraints.txt"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: `verdict` is ok, note or WRONG; `why` and `remedy` are empty where all is well."""
+    """One line of the table: `status` is OK, NOTE or WRONG; `consequence` and `fix` are empty for OK."""
 
-    verdict: str
+    status: str
     subject: str
-    found: str
-    why: str = ""
-    remedy: str = ""
+    result: str
+    consequence: str = ""
+    fix: str = ""
 
 
 def versions() -> Iterator[Finding]:
-    """Installed libraries beside the ranges of isotune's own metadata, and beside those tested together."""
+    """Installed libraries against the ranges of isotune's metadata and the versions that were tested together."""
     differing = list(_differing_versions())
     yield from differing or [Finding(OK, "versions", "within the ranges, and as tested together")]
 
@@ -62,14 +61,14 @@ def _differing_versions() -> Iterator[Finding]:
         pinned = tested.get(requirement.name.lower())
         if not requirement.specifier.contains(installed, prereleases=True):
             yield Finding(WRONG, requirement.name, f"{installed}, outside {requirement.specifier}",
-                          "its interface may be another", "pip install -c constraints.txt -e .")  # fmt: skip
+                          "its interface may differ", "pip install -c constraints.txt -e .")  # fmt: skip
         elif pinned and installed.release != pinned.release:
-            yield Finding(NOTE, requirement.name, f"{installed}; {pinned} was tested", "figures may differ in rounding",
+            yield Finding(NOTE, requirement.name, f"{installed}; {pinned} was tested", "results may differ in rounding",
                           "pip install -c constraints.txt -e .")  # fmt: skip
 
 
 def device() -> Iterator[Finding]:
-    """torch, its CUDA, the driver, and whether a GPU that is there is used."""
+    """torch, its CUDA version and the driver, and whether torch sees the GPU."""
     built = torch.version.cuda or torch.version.hip
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
@@ -77,11 +76,13 @@ def device() -> Iterator[Finding]:
             OK, "device", f"{count} x {torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {built}"
         )
         if not torch.cuda.is_bf16_supported(including_emulation=False):
-            yield Finding(NOTE, "bf16", "this GPU has none", "bf16 recipes would be emulated or refused", "fp16: true")
+            yield Finding(
+                NOTE, "bf16", "not supported by this GPU", "bf16 recipes would be emulated or refused", "fp16: true"
+            )
         return
     driver = _driver_version()
     if driver is not None:
-        yield Finding(WRONG, "device", f"a GPU with driver {driver}, and torch {torch.__version__} does not see it",
+        yield Finding(WRONG, "device", f"a GPU with driver {driver} that torch {torch.__version__} does not see",
                       "training would run on the CPU, a hundred times slower",
                       "install a torch built for your CUDA" if built is None else "update the driver")  # fmt: skip
         return
@@ -89,54 +90,51 @@ def device() -> Iterator[Finding]:
 
 
 def kernels() -> Iterator[Finding]:
-    """The attention kernel that a bf16 run would take, on two small documents, beside plain products in fp32."""
-    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The attention kernel of a bf16 run on two small documents, against plain attention in fp32."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     bounds = [0, 37, 101]
-    wide: Any = [torch.randn(1, 4, bounds[-1], 64) for _ in range(3)]
+    inputs: Any = [torch.randn(1, 4, bounds[-1], 64) for _ in range(3)]
     try:
-        narrow: Any = [t.to(place, torch.bfloat16) for t in wide]
-        cumulated = torch.tensor(bounds, dtype=torch.int32, device=place)
-        name = kernel_in_effect(place, torch.bfloat16)
-        query, key, value = narrow
-        where: Any = {"cu_seq_lens_q": cumulated, "cu_seq_lens_k": cumulated, "max_length_q": 64, "max_length_k": 64}
-        found, _ = packed_attention(torch.nn.Module(), query, key, value, None, is_causal=True, **where)
-        query, key, value = (t.to(torch.bfloat16).float() for t in wide)
+        cu_seq_lens = torch.tensor(bounds, dtype=torch.int32, device=device)
+        documents: Any = {"cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens}
+        documents |= {"max_length_q": 64, "max_length_k": 64}
+        name = kernel_in_effect(device, torch.bfloat16)
+        query, key, value = (t.to(device, torch.bfloat16) for t in inputs)
+        output, _ = packed_attention(torch.nn.Module(), query, key, value, None, is_causal=True, **documents)
+        query, key, value = (t.to(torch.bfloat16).float() for t in inputs)
         exact = document_attention(query, key, value, bounds, scale=64**-0.5, causal=True)
     except Exception as error:
         yield Finding(WRONG, "attention", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-                      "no packed run can begin", "another torch build, or fp32")  # fmt: skip
+                      "packed training cannot start", "another torch build, or fp32")  # fmt: skip
         return
-    distance = float((found.float().cpu() - exact).abs().max())
+    distance = float((output.float().cpu() - exact).abs().max())
     if distance > KERNEL_TOLERANCE:
-        yield Finding(WRONG, "attention", f"{name} is {distance:.2g} away from fp32", "it computes something else",
+        yield Finding(WRONG, "attention", f"{name} differs from fp32 by {distance:.2g}", "it computes wrong results",
                       "another torch build; report it")  # fmt: skip
     else:
-        yield Finding(OK, "attention", f"{name}, {distance:.1g} from fp32")
+        yield Finding(OK, "attention", f"{name}, within {distance:.1g} of fp32")
 
 
 def compilers() -> Iterator[Finding]:
-    """What DeepSpeed would compile at its first use, and whether it could; locks that a killed build left."""
-    found = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
-    if shutil.which("ninja") and found:
-        yield Finding(OK, "compiler", f"{found[0]} and ninja: DeepSpeed could build its own operations")
+    """Whether DeepSpeed could compile its operations, and locks that a killed build left behind."""
+    installed = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
+    if shutil.which("ninja") and installed:
+        yield Finding(OK, "compiler", f"{installed[0]} and ninja: DeepSpeed can build its own operations")
     else:
-        missing = "ninja" if found else "a C++ compiler"
+        missing = "ninja" if installed else "a C++ compiler"
         yield Finding(NOTE, "compiler", f"{missing} is missing", "only NVMe offload and DeepSpeed's own Adam need it",
                       "nothing, with the shipped configurations")  # fmt: skip
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     for lock in sorted(folder.glob("**/lock")):
-        yield Finding(WRONG, "lock", str(lock), "a build that was killed left it, and every later one waits for ever",
-                      f"rm '{lock}' when nothing is being built")  # fmt: skip
+        yield Finding(WRONG, "lock", str(lock), "a killed build left it, and every later build waits for it forever",
+                      f"rm '{lock}' while no build runs")  # fmt: skip
 
 
 def disk(folder: Path) -> Iterator[Finding]:
-    """Room and the speed of a synced write where runs go."""
-    place = folder
-    while not place.exists():
-        place = place.parent
+    """Free space and the speed of a synced write in the output folder."""
+    place = _existing_parent(folder)
     free = shutil.disk_usage(place).free
-    verdict = NOTE if free < LEAST_FREE_BYTES else OK
     try:
         with tempfile.NamedTemporaryFile(dir=place) as file:
             started = time.perf_counter()
@@ -146,40 +144,41 @@ def disk(folder: Path) -> Iterator[Finding]:
             seconds = time.perf_counter() - started
     except OSError as error:
         yield Finding(
-            WRONG, "output", f"{place}: {error.strerror}", "a run could write nothing", "--output_dir elsewhere"
+            WRONG, "output", f"{place}: {error.strerror}", "a run cannot write its results", "another --output_dir"
         )
         return
-    said = f"{place}: {free / 2**30:.0f} GiB free, 4 MiB written and synced in {seconds:.3f} s"
+    result = f"{place}: {free / 2**30:.0f} GiB free, 4 MiB written and synced in {seconds:.3f} s"
     if seconds > SLOW_SYNC_SECONDS:
-        yield Finding(NOTE, "output", said, "checkpoints wait for the disk", "a faster file system for --output_dir")
-    elif verdict == NOTE:
-        yield Finding(NOTE, "output", said, "checkpoints of a large model may not fit", "isotune plan says how much")
+        yield Finding(NOTE, "output", result, "checkpoints wait for the disk", "a faster file system for --output_dir")
+    elif free < MIN_FREE_BYTES:
+        yield Finding(NOTE, "output", result, "checkpoints of a large model may not fit", "isotune plan says how much")
     else:
-        yield Finding(OK, "output", said)
+        yield Finding(OK, "output", result)
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
 def caches() -> Iterator[Finding]:
-    """Folders that downloads and prepared data go to."""
+    """The cache folders of prepared data and downloads."""
     from huggingface_hub.constants import HF_HOME
 
     for name, variable, folder in (
         ("prepared data", "ISOTUNE_CACHE", cache_folder()),
         ("downloads", "HF_HOME", Path(HF_HOME)),
     ):
-        place = Path(folder)
-        while not place.exists():
-            place = place.parent
-        if os.access(place, os.W_OK):
+        if os.access(_existing_parent(Path(folder)), os.W_OK):
             yield Finding(OK, name, str(folder))
         else:
-            yield Finding(WRONG, name, f"{folder} cannot be written", "nothing can be prepared or downloaded",
-                          f"export {variable}=a folder of yours")  # fmt: skip
+            yield Finding(WRONG, name, f"{folder} is not writable", "data cannot be prepared or downloaded",
+                          f"export {variable}=a writable folder")  # fmt: skip
 
 
 def hub() -> Iterator[Finding]:
-    """Whether the Hugging Face Hub is there, or meant not to be."""
+    """Whether the Hugging Face Hub is reachable, or offline mode is on."""
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "ON", "YES"):
-        yield Finding(OK, "Hub", "offline by HF_HUB_OFFLINE: only what is cached")
+        yield Finding(OK, "Hub", "offline by HF_HUB_OFFLINE: cached files only")
     elif hub_answers():
         yield Finding(OK, "Hub", "reachable")
     else:
@@ -187,28 +186,28 @@ def hub() -> Iterator[Finding]:
 
 
 def scheduler(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
-    """SLURM's idea of this job beside the launcher's."""
+    """Whether SLURM and the launcher agree on nodes, processes and threads."""
     if "SLURM_JOB_ID" not in environment:
         return
     world, nodes = int(environment.get("WORLD_SIZE", "1")), int(environment.get("SLURM_NNODES", "1"))
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if "WORLD_SIZE" not in environment and tasks > 1:
-        yield Finding(WRONG, "SLURM", f"{tasks} tasks that know nothing of each other", "each would train alone",
-                      "one accelerate launch a node: see slurm/")  # fmt: skip
+        yield Finding(WRONG, "SLURM", f"{tasks} independent tasks", "each would train alone",
+                      "one accelerate launch per node: see slurm/")  # fmt: skip
     elif world % nodes:
-        yield Finding(WRONG, "SLURM", f"{world} processes on {nodes} nodes", "a node would wait for ever",
-                      "num_processes is the number on all nodes together")  # fmt: skip
+        yield Finding(WRONG, "SLURM", f"{world} processes on {nodes} nodes", "one node would wait forever",
+                      "num_processes counts the processes of all nodes")  # fmt: skip
     else:
         yield Finding(OK, "SLURM", f"job {environment['SLURM_JOB_ID']}, {nodes} nodes, {world} processes")
     cores = environment.get("SLURM_CPUS_PER_TASK")
     threads = environment.get("OMP_NUM_THREADS")
     if cores and threads and int(threads) > int(cores):
-        yield Finding(NOTE, "threads", f"OMP_NUM_THREADS {threads} on {cores} cores a task", "threads wait for cores",
+        yield Finding(NOTE, "threads", f"OMP_NUM_THREADS {threads} on {cores} cores a task", "threads compete",
                       f"export OMP_NUM_THREADS={cores}")  # fmt: skip
 
 
 def _tested_together() -> dict[str, Version]:
-    """The pins of the checkout's constraints.txt; an installed package has none."""
+    """The pins of the checkout's constraints.txt; empty for an installed package."""
     if not _CONSTRAINTS.is_file():
         return {}
     lines = (line.split("#")[0].strip() for line in _CONSTRAINTS.read_text(encoding="utf-8").splitlines())
@@ -218,9 +217,9 @@ def _tested_together() -> dict[str, Version]:
 def _driver_version() -> str | None:
     if shutil.which("nvidia-smi") is None:
         return None
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None

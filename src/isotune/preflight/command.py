@@ -1,4 +1,4 @@
-"""`isotune plan`: its command line, and what it prints."""
+"""The command `isotune plan`: its flags and its output."""
 
 import argparse
 import gc
@@ -20,7 +20,7 @@ EXAMPLES = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The plan's own flags; all others are keys of the recipe."""
+    """Flags of the command itself; all others are keys of the recipe."""
     parser.add_argument("--config", metavar="FILE", help="recipe in YAML")
     parser.add_argument("--accelerate_config", metavar="FILE", help="configuration for accelerate launch")
     parser.add_argument("--world_size", type=int, metavar="N", help="processes in all (those of the configuration)")
@@ -36,73 +36,73 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace, flags: list[str]) -> int:
-    """StepSchedule and print.
+    """Print the preflight report of a recipe and a launch.
 
     Returns:
-        the exit status: 2 where the recipe or the launch has a problem, else 0, whether it fits or not.
+        the exit status: 2 if the recipe or the launch has a problem, otherwise 0, whether the run fits or not.
 
     Raises:
-        UserError: flags of the plan itself that are wrong, or a recipe that cannot be planned at all.
+        UserError: a wrong flag of the command itself, or a recipe without model or data.
     """
-    # what the libraries make while they are imported stays to the end: looking for garbage in it took a tenth of a plan
+    # imported libraries live to the end: garbage collection over their objects took a tenth of the command's time
     gc.set_threshold(200_000, 20, 100)
 
-    from isotune.preflight.render import as_json, page
+    from isotune.preflight.preflight_report import run_preflight
+    from isotune.preflight.render import as_json, render_report
     from isotune.preflight.request import read_asked
     from isotune.preflight.resources.compute import find_device
     from isotune.preflight.resources.memory import parse_bytes
-    from isotune.preflight.run_plan import plan_run
     from isotune.preflight.scaling_plot import draw_scaling
 
     sizes = _numbers(chosen.world_sizes, "--world_sizes")
     limit = parse_bytes(chosen.gpu_memory, "--gpu_memory") if chosen.gpu_memory else None
     device = find_device(chosen.device) if chosen.device else None
     if chosen.measured and device is None:
-        raise UserError("--measured needs --device: the share of its peak is what is taken from the run")
+        raise UserError("--measured needs --device: the share of its peak is taken from the run")
     if chosen.picture and not (chosen.compare or sizes):
         raise UserError("--picture shows a comparison: say --compare or --world_sizes")
-    asked = read_asked(
-        Path(chosen.config) if chosen.config else None, flags, chosen.accelerate_config, chosen.world_size
-    )
-    if asked.guess:
-        print(f"note        {asked.guess}", file=sys.stderr)
-    if asked.recipe.tune != "full":
+    config = Path(chosen.config) if chosen.config else None
+    request = read_asked(config, flags, chosen.accelerate_config, chosen.world_size)
+    if request.guess:
+        print(f"note        {request.guess}", file=sys.stderr)
+    if request.recipe.tune != "full":
         _import_peft()
-    if not asked.recipe.model_name_or_path or not asked.recipe.dataset_name:
-        raise UserError("; ".join(asked.problems))
+    if not request.recipe.model_name_or_path or not request.recipe.dataset_name:
+        raise UserError("; ".join(request.problems))
     try:
-        plan = plan_run(
-            asked,
+        report = run_preflight(
+            request,
             limit=limit,
             device=device,
             measured=Path(chosen.measured) if chosen.measured else None,
-            per_node=chosen.per_node,
+            processes_per_node=chosen.per_node,
             compare=[name for name in chosen.compare.split(",") if name],
             world_sizes=sizes,
             show_progress=not chosen.json,
         )
     except UserError as error:
-        # what was found before must not be lost with it
-        raise UserError("; ".join([*asked.problems, str(error)])) from error
-    print(json.dumps(as_json(plan, chosen.price_per_hour)) if chosen.json else page(plan, chosen.price_per_hour))
+        # together with the problems of the recipe and the launch
+        raise UserError("; ".join([*request.problems, str(error)])) from error
+    render = (lambda *values: json.dumps(as_json(*values))) if chosen.json else render_report
+    print(render(report, chosen.price_per_hour))
     if chosen.picture:
-        print(f"picture     {draw_scaling(plan, Path(chosen.picture))}")
-    return EXIT_USER_ERROR if asked.problems else 0
+        print(f"picture     {draw_scaling(report, Path(chosen.picture))}")
+    return EXIT_USER_ERROR if request.problems else 0
 
 
 def _import_peft() -> None:
-    """Import it without torch's compiler, whose import takes longer than all of peft's.
+    """Import peft without torch's compiler, whose import takes longer than peft's own.
 
-    bitsandbytes, which peft imports, has two functions compiled at once; a plan calls neither.
+    bitsandbytes, which peft imports, compiles two functions at its import; the report calls neither.
     """
     import torch
 
-    def as_it_is(function: Any = None, **_: Any) -> Any:
-        return function if function is not None else as_it_is
+    def no_compile(function: Any = None, **_: Any) -> Any:
+        return function if function is not None else no_compile
 
-    stock, torch.compile = torch.compile, as_it_is
+    stock, torch.compile = torch.compile, no_compile
     try:
-        import peft  # noqa: F401  (found where adapters are added)
+        import peft  # noqa: F401  (a later import finds it loaded)
     finally:
         torch.compile = stock
 

@@ -1,22 +1,22 @@
-"""Where scaling stops, as a picture: memory and time of a step against the number of processes."""
+"""A plot of memory and step time against the number of processes."""
 
 from collections import defaultdict
 from pathlib import Path
 
-from isotune.preflight.run_plan import Row, RunPlan
+from isotune.preflight.preflight_report import ComparedLaunch, PreflightReport
 
 
-def draw_scaling(plan: RunPlan, file: Path) -> Path:
-    """Draw the comparison of a plan; the panel of time stays out where no device was named."""
+def draw_scaling(report: PreflightReport, file: Path) -> Path:
+    """Draw the comparison of a report; without a device there is no panel of times."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines: dict[str, list[Row]] = defaultdict(list)
-    for row in plan.rows:
+    lines: dict[str, list[ComparedLaunch]] = defaultdict(list)
+    for row in report.rows:
         lines[row.launch.in_words.split(" on ")[0]].append(row)
-    timed = all(row.time for row in plan.rows)
+    timed = all(row.time for row in report.rows)
     figure, panels = pyplot.subplots(1, 2 if timed else 1, figsize=(10 if timed else 5.5, 4), squeeze=False)
     for name, rows in lines.items():
         sizes = [row.launch.world_size for row in rows]
@@ -24,12 +24,12 @@ def draw_scaling(plan: RunPlan, file: Path) -> Path:
         if timed:
             panels[0][1].plot(sizes, [row.time.expected for row in rows if row.time], marker="o", label=name)
     panels[0][0].set_ylabel("GiB on a process")
-    if plan.limit is not None:
-        panels[0][0].axhline(plan.limit / 2**30, linestyle="--", color="black", label="memory of a process")
+    if report.limit is not None:
+        panels[0][0].axhline(report.limit / 2**30, linestyle="--", color="black", label="memory of a process")
     if timed:
         panels[0][1].set_ylabel("expected seconds a step")
         panels[0][1].set_yscale("log")
-    counts = sorted({row.launch.world_size for row in plan.rows})
+    counts = sorted({row.launch.world_size for row in report.rows})
     for panel in panels[0]:
         panel.set_xscale("log", base=2)
         panel.set_xticks(counts, [str(count) for count in counts])

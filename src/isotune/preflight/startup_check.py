@@ -1,4 +1,4 @@
-"""The plan that a training script makes before it loads a model: printed in short, in full with `--plan_only`."""
+"""The memory check of a training script before it loads the model; with `--plan_only` the whole preflight report."""
 
 from typing import Any
 
@@ -10,53 +10,58 @@ from isotune.distributed.deepspeed_config import offloaded
 from isotune.distributed.launch import Process
 from isotune.io.errors import UserError
 from isotune.preflight.launches import DDP, DEEPSPEED, FSDP, PLAIN, Launch
-from isotune.preflight.render import page, size
+from isotune.preflight.preflight_report import run_preflight
+from isotune.preflight.render import format_bytes, render_report
 from isotune.preflight.request import Asked
-from isotune.preflight.resources.activation_memory import PassMemory
-from isotune.preflight.resources.memory import plan_memory
-from isotune.preflight.resources.model_stats import builder, model_facts
-from isotune.preflight.run_plan import plan_run
+from isotune.preflight.resources.activation_memory import MicrobatchMemory
+from isotune.preflight.resources.memory import estimate_memory
+from isotune.preflight.resources.model_stats import model_builder, model_stats
 
 
 def startup_check(recipe: RunRecipe, config: PreTrainedConfig, data: Any, process: Process) -> bool:
-    """Say what the run will hold, and refuse what has no room: what is counted exactly, without activations.
+    """Print the memory of weights, gradients and optimizer, and refuse a run for which the device has too little.
+
+    Activations are not counted here.
 
     Args:
-        recipe, config, data: the run's own, the data prepared.
-        process: this one; the launch that it stands in is planned.
+        recipe, config, data: of the run; the data are prepared.
+        process: this process, whose launch is checked.
 
     Returns:
-        whether the script is to stop here, as `--plan_only` asks.
+        whether the script must stop now, because of `--plan_only`.
 
     Raises:
-        UserError: weights, gradients and optimizer alone are more than the device has.
+        UserError: weights, gradients and optimizer alone need more memory than the device has.
     """
     launch = launch_of(process)
     limit = torch.cuda.get_device_properties(process.device).total_memory if process.device.type == "cuda" else None
     if recipe.plan_only:
         if process.is_main:
-            print(page(plan_run(Asked(recipe, launch, ()), limit=limit, prepared=data), None), flush=True)
+            report = run_preflight(Asked(recipe, launch, ()), limit=limit, prepared=data)
+            print(render_report(report, None), flush=True)
         return True
-    labels = getattr(data.train, "num_labels", None)
-    facts = model_facts(recipe, config, builder(recipe, config, labels)(config.num_hidden_layers))
-    memory = plan_memory(recipe, launch, facts, PassMemory(0, 0), 2, on_cpu=limit is None)
-    fixed = memory.weights + memory.gradients + memory.optimizer + memory.master_copies
+    num_labels = getattr(data.train, "num_labels", None)
+    stats = model_stats(recipe, config, model_builder(recipe, config, num_labels)(config.num_hidden_layers))
+    memory = estimate_memory(recipe, launch, stats, MicrobatchMemory(0, 0), 2, on_cpu=limit is None)
+    optimizer = memory.optimizer + memory.master_copies
+    fixed = memory.weights + memory.gradients + optimizer
     if process.is_main:
         print(
-            f"memory      {size(fixed)} on a process before activations: weights {size(memory.weights)}, gradients "
-            f"{size(memory.gradients)}, optimizer {size(memory.optimizer + memory.master_copies)}",
+            f"memory      {format_bytes(fixed)} on a process before activations: "
+            f"weights {format_bytes(memory.weights)}, gradients {format_bytes(memory.gradients)}, "
+            f"optimizer {format_bytes(optimizer)}",
             flush=True,
         )
     if limit is not None and fixed > limit:
         raise UserError(
-            f"weights, gradients and optimizer take {size(fixed)} on a process, and the device has {size(limit)}: "
-            "`isotune plan` says which changes fit"
+            f"weights, gradients and optimizer take {format_bytes(fixed)} on a process, and the device has "
+            f"{format_bytes(limit)}: `isotune plan` says which changes fit"
         )
     return False
 
 
 def launch_of(process: Process) -> Launch:
-    """The launch that this process stands in."""
+    """The launch of this process."""
     if process.deepspeed:
         config = process.deepspeed_config
         return Launch(DEEPSPEED, process.world_size, "as launched", config, tuple(offloaded(config)))

@@ -1,8 +1,8 @@
-"""What one pass holds in memory besides weights: the training code itself runs on tensors that have no contents.
+"""Activation memory of a microbatch, traced by running the training code on fake tensors.
 
-A formula for activations is wrong as soon as a model or a kernel changes. Here the model is built on the meta device,
-a pass goes forward and backward under torch's FakeTensorMode, and every storage that comes and goes is counted. The
-blocks of a model are alike, so two and three of them say what all of them hold, in seconds for any size.
+A formula for activations becomes wrong as soon as a model or a kernel changes. Here the model is built on the meta
+device, a microbatch runs forward and backward under torch's FakeTensorMode, and every storage is counted while it
+lives. The blocks of a model are alike, so models of two and three blocks give the memory of any number of blocks.
 """
 
 import contextlib
@@ -15,32 +15,30 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
+from isotune.compat.torch_ops import FakeTensorMode, TorchDispatchMode, is_in_backward, tree_iter
 from isotune.models import classifier, packed_attention, supervised_loss
 from isotune.models.cpu import cast_linear, document_attention, dropout, fused_lora, tied_embedding
 from isotune.models.cpu.speedups import enable_speedups, training_microbatch
 
-FEW_BLOCKS = (2, 3)
+TRACED_BLOCKS = (2, 3)
 
 
 @dataclass(frozen=True)
-class PassMemory:
-    """Bytes of a pass on one process, at its fullest moment.
+class MicrobatchMemory:
+    """Peak bytes of a microbatch on a process.
 
     Attributes:
-        activations: beside whole gradients: what is there when a later pass of the same step runs.
-        with_gradients: activations and gradients together, when the first pass makes the gradients.
+        activations: without gradients, as in a later microbatch of a step.
+        with_gradients: activations and gradients together, as in the first microbatch.
     """
 
     activations: int
     with_gradients: int
 
 
-def trace_pass(
+def trace_microbatch(
     build: Callable[[int], nn.Module],
     layers: int,
     lengths: Sequence[int],
@@ -50,18 +48,18 @@ def trace_pass(
     autocast: torch.dtype | None,
     on_cpu: bool,
     checkpointing: bool,
-) -> PassMemory:
-    """The memory of a forward and backward pass over documents of these lengths.
+) -> MicrobatchMemory:
+    """The memory of forward and backward over a microbatch of documents.
 
     Args:
-        build: the model ready for training but for speedups, with that many blocks, on the meta device.
+        build: builds the model with a number of blocks on the meta device, without the CPU's speedups.
         layers: blocks of the real model.
         lengths: tokens of each document.
-        targets: supervised tokens, or documents in classification.
-        is_classifier: whether the model is one.
-        autocast: type of the products, None for the weights' own.
-        on_cpu: with the CPU's kernels; else with attention and dropout as a GPU keeps them.
-        checkpointing: recompute each block's activations in the backward pass.
+        targets: number of supervised tokens, or of documents in classification.
+        is_classifier: whether the model is a classifier.
+        autocast: dtype of autocast, None without it.
+        on_cpu: use the CPU's kernels; otherwise attention and dropout save what a GPU's kernels save.
+        checkpointing: use gradient checkpointing.
     """
 
     def trace(blocks: int) -> tuple[int, ...]:
@@ -70,12 +68,13 @@ def trace_pass(
             model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         return _trace(model, _inputs(lengths, targets, is_classifier), autocast, on_cpu)
 
-    few = [trace(blocks) for blocks in FEW_BLOCKS if blocks < layers]
-    if len(few) < len(FEW_BLOCKS):
-        besides, early, late = trace(layers)
+    traces = [trace(blocks) for blocks in TRACED_BLOCKS if blocks < layers]
+    if len(traces) < len(TRACED_BLOCKS):
+        activations, early, late = trace(layers)
     else:
-        besides, early, late = (low + (layers - FEW_BLOCKS[0]) * (high - low) for low, high in zip(*few, strict=True))
-    return PassMemory(besides, max(early, late))
+        extrapolated = (low + (layers - TRACED_BLOCKS[0]) * (high - low) for low, high in zip(*traces, strict=True))
+        activations, early, late = extrapolated
+    return MicrobatchMemory(activations, max(early, late))
 
 
 def _inputs(lengths: Sequence[int], targets: int, is_classifier: bool) -> dict[str, Any]:
@@ -96,12 +95,13 @@ def _inputs(lengths: Sequence[int], targets: int, is_classifier: bool) -> dict[s
 
 
 def _trace(model: nn.Module, inputs: dict[str, Any], autocast: torch.dtype | None, on_cpu: bool) -> tuple[int, ...]:
-    """The most beside whole gradients, and with gradients while fewer than half of them are there, and after.
+    """Peak bytes without gradients, and with gradients before and after half of them exist.
 
-    Activations go as gradients come, so the most is at one end of the backward pass; which, depends on the blocks.
+    Activations are freed while gradients appear, so the peak is at the start or at the end of backward, which depends
+    on the blocks.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), _without_contents(inputs["input_ids"].numel(), on_cpu):
-        _give_storage(model)
+    with FakeTensorMode(allow_non_fake_inputs=True), _fake_kernels(inputs["input_ids"].numel(), on_cpu):
+        _replace_meta_tensors(model)
         if on_cpu:
             enable_speedups(model)
         model.train()
@@ -109,64 +109,66 @@ def _trace(model: nn.Module, inputs: dict[str, Any], autocast: torch.dtype | Non
         products = torch.autocast("cpu", dtype=autocast) if autocast else contextlib.nullcontext()
         with live, products, training_microbatch(model) if on_cpu else contextlib.nullcontext():
             model(**inputs, use_cache=False).loss.backward()
-    return live.most_besides_gradients, *live.most
+    return live.activation_peak, *live.peaks
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations make, while they live; a parameter's gradient is counted apart."""
+    """Counts the bytes of storages from their creation to their end; gradients of parameters are counted separately."""
 
     def __init__(self, model: nn.Module, on_cpu: bool) -> None:
         super().__init__()
         self.on_cpu = on_cpu
-        self.now = self.gradients = self.most_besides_gradients = 0
-        self.most = [0, 0]
+        self.live = self.gradients = self.activation_peak = 0
+        self.peaks = [0, 0]  # while fewer than half of the gradients exist, and after
         self._seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # the embedding's gradient is the last of all, and does not count in what the blocks have made
+        # without the embedding's gradient, which appears last and is not part of the blocks
         embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-        self.half = sum(parameter.nbytes for parameter in parameters if parameter is not embedding.weight) / 2
+        self.half_of_gradients = (
+            sum(parameter.nbytes for parameter in parameters if parameter is not embedding.weight) / 2
+        )
         for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(self._is_gradient)
+            parameter.register_post_accumulate_grad_hook(self._add_gradient)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.add.Tensor and torch._C._current_graph_task_id() != -1:
-            # autograd adds up two gradients of one tensor in place, but not those of a tensor subclass such as a fake
+        if func is torch.ops.aten.add.Tensor and is_in_backward():
+            # autograd accumulates gradients in place, but not those of a tensor subclass such as a fake tensor
             one, other = args[:2]
             if isinstance(other, torch.Tensor) and one.shape == other.shape and one.dtype == other.dtype:
                 return one
         results = func(*args, **(kwargs or {}))
-        given = {id(t.untyped_storage()) for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
+        inputs = {id(t.untyped_storage()) for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
         for tensor in tree_iter(results):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                if storage not in self._seen and id(storage) not in given:
+                if storage not in self._seen and id(storage) not in inputs:
                     self._count(storage)
         if self.on_cpu and torch.Tag.pointwise in func.tags:
-            self._most_is_at_least(self.now + _casts(args))
+            self._update_peaks(self.live + _cast_bytes(args))
         return results
 
     def _count(self, storage: Any) -> None:
         size = storage.nbytes()
         self._seen[storage] = size
-        self.now += size
-        weakref.finalize(storage, self._gone, size)
-        self._most_is_at_least(self.now)
+        self.live += size
+        weakref.finalize(storage, self._free, size)
+        self._update_peaks(self.live)
 
-    def _most_is_at_least(self, size: int) -> None:
-        late = self.gradients > self.half
-        self.most[late] = max(self.most[late], size)
-        self.most_besides_gradients = max(self.most_besides_gradients, size - self.gradients)
+    def _update_peaks(self, size: int) -> None:
+        is_late = self.gradients > self.half_of_gradients
+        self.peaks[is_late] = max(self.peaks[is_late], size)
+        self.activation_peak = max(self.activation_peak, size - self.gradients)
 
-    def _gone(self, size: int) -> None:
-        self.now -= size
+    def _free(self, size: int) -> None:
+        self.live -= size
 
-    def _is_gradient(self, parameter: torch.Tensor) -> None:
+    def _add_gradient(self, parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
             self.gradients += parameter.grad.untyped_storage().nbytes()
 
 
-def _casts(args: Any) -> int:
-    """Bytes that torch on CPU fills for a moment inside an elementwise operation on numbers of several types."""
+def _cast_bytes(args: Any) -> int:
+    """Bytes of the temporary casts inside an elementwise operation on several dtypes, as torch makes them on CPU."""
     tensors = [t for t in tree_iter(args) if isinstance(t, torch.Tensor) and t.dim()]
     if len({t.dtype for t in tensors}) < 2:
         return 0
@@ -174,27 +176,26 @@ def _casts(args: Any) -> int:
     return sum(t.numel() * common.itemsize for t in tensors if t.dtype != common)
 
 
-def _give_storage(model: nn.Module) -> None:
-    """Put a fake tensor in the place of every meta tensor of `model`; what was tied stays tied."""
-    made: dict[int, torch.Tensor] = {}
+def _replace_meta_tensors(model: nn.Module) -> None:
+    """Replace every meta tensor of `model` by a fake CPU tensor; tied tensors stay tied."""
+    replacements: dict[int, torch.Tensor] = {}
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in made:
-                    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-                held[name] = made[id(tensor)]  # type: ignore[assignment]
+        parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+        buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+        for name, tensor in [*parameters, *buffers]:
+            if id(tensor) not in replacements:
+                empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                is_parameter = isinstance(tensor, nn.Parameter)
+                replacements[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+            setattr(module, name, replacements[id(tensor)])
 
 
 @contextlib.contextmanager
-def _without_contents(tokens: int, on_cpu: bool) -> Iterator[None]:
-    """Within it nothing asks for a number that only a real tensor has, and a GPU's kernels are stood in for.
+def _fake_kernels(tokens: int, on_cpu: bool) -> Iterator[None]:
+    """Within it no code reads a value of a tensor, and stand-ins replace a GPU's kernels.
 
-    A GPU's attention keeps query, key, value, result and one number a row, as torch's SDPA does on CPU; its dropout
-    keeps a byte an element.
+    A GPU's attention saves query, key, value, output and a number for each row, as torch's SDPA does on CPU; its
+    dropout saves a byte for each element.
     """
     replaced: list[tuple[Any, str, Any]] = []
 
@@ -209,9 +210,9 @@ def _without_contents(tokens: int, on_cpu: bool) -> Iterator[None]:
         replace(module, "draw_kept", lambda shape, *_: torch.empty(*shape, dtype=torch.bool))
         replace(module, "pack_kept", lambda kept: torch.empty((kept.numel() + 7) // 8, dtype=torch.uint8))
         replace(module, "unpack_mask", lambda _, shape: torch.empty(*shape, dtype=torch.int16))
-    replace(tied_embedding, "occurring_rows", lambda ids, grad: (ids, grad.clone()))  # at most as many as tokens
+    replace(tied_embedding, "occurring_rows", lambda ids, grad: (ids, grad.clone()))  # an upper bound
     for module in (cast_linear, fused_lora, tied_embedding):
-        replace(module, "is_whole", lambda _: True)  # a fake parameter has a type of its own
+        replace(module, "is_whole", lambda _: True)  # a fake parameter has another type
     replace(classifier, "document_position_ids", lambda *_: torch.zeros(1, tokens, dtype=torch.int64))
     if not on_cpu:
         replace(packed_attention, "kernel_in_effect", lambda *_, **__: packed_attention.DOCUMENT_SDPA)

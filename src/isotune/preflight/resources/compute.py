@@ -1,9 +1,9 @@
-"""How long a step must take at least: its floating-point operations, a device's peak, and what processes must send.
+"""The time of a step, from its FLOPs, the device's peak and the bytes that the processes send.
 
-A step's products are counted as they are: attention within documents, half a square where it is causal, the head at
-supervised positions only, and once more forward with gradient checkpointing. The floor is these over the peak of the
-data sheet. What a run really reaches is a share of it, which `--measured RUN` takes from a finished run; without one
-`USUAL_SHARE` is assumed, and the plan says so.
+FLOPs are counted as they are computed: attention within documents, half of it where it is causal, the head at
+supervised positions only, and a second forward with gradient checkpointing. The floor is FLOPs over the data sheet's
+peak. A run reaches a share of the peak, the model FLOPs utilization (MFU): `--measured RUN` takes it from a finished
+run, otherwise it is assumed to be `DEFAULT_MFU`, and the report says so.
 """
 
 import json
@@ -17,13 +17,14 @@ from isotune.preflight.launches import Launch
 from isotune.preflight.resources.communication import bytes_sent
 from isotune.preflight.resources.model_stats import ModelStats
 from isotune.preflight.resources.work import Work
+from isotune.run.metrics_reader import METRICS, read_metrics
 
-USUAL_SHARE = 0.4
+DEFAULT_MFU = 0.4
 
 
 @dataclass(frozen=True)
 class Device:
-    """Dense peak of a data sheet in 16 and 32 bits, memory, and the speed of links, within a node and between nodes."""
+    """The data sheet of a device: dense peak FLOPs a second, memory, and link speed within and between nodes."""
 
     name: str
     flops_16_bit: float
@@ -31,6 +32,10 @@ class Device:
     memory_bytes: int
     link_bytes_per_second: float
     network_bytes_per_second: float = 25e9
+
+    def peak_flops(self, recipe: RunRecipe) -> float:
+        """The peak in the recipe's precision."""
+        return self.flops_16_bit if recipe.bf16 or recipe.fp16 else self.flops_32_bit
 
 
 _GB = 10**9
@@ -57,9 +62,9 @@ class StepTime:
     """Seconds of one step on the slowest process.
 
     Attributes:
-        floor: products at the device's peak, nothing else.
-        compute: expected.
-        communication: what must be sent, at the links' speed, as if nothing overlapped.
+        floor: computation at the device's peak.
+        compute: expected computation.
+        communication: at the links' speed, without overlap.
     """
 
     floor: float
@@ -68,15 +73,15 @@ class StepTime:
 
     @property
     def expected(self) -> float:
-        """Compute and communication one after the other: an upper bound where they overlap."""
+        """Computation plus communication: an upper bound if they overlap."""
         return self.compute + self.communication
 
 
 def find_device(name: str) -> Device:
-    """A device of the table.
+    """Find a device by its name.
 
     Raises:
-        UserError: it is not there.
+        UserError: it is not in the table.
     """
     for device in DEVICES.values():
         if device.name.lower() == name.lower():
@@ -85,52 +90,55 @@ def find_device(name: str) -> Device:
 
 
 def flops_per_step(recipe: RunRecipe, model: ModelStats, work: Work) -> float:
-    """Floating-point operations of the products of one step, over all processes."""
+    """FLOPs of the matrix products of a step, over all processes."""
     causal = isinstance(recipe, Recipe)
     trains_weights = recipe.tune == "full"
-    # forward and the gradient of the input; the gradient of the weight where it is trained
+    # 2 for forward, 2 for the gradient of the input, 2 for the gradient of a trained weight
     times = 6 if trains_weights else 4
     again = 2 if recipe.training_arguments.get("gradient_checkpointing") else 0
-    linear = (times + again) * model.linear_numbers * work.tokens_per_step
-    head = times * model.head_numbers * work.targets_per_step
-    adapters = (6 + again) * model.adapter_numbers * work.tokens_per_step
+    linear = (times + again) * model.linear_numel * work.tokens_per_step
+    head = times * model.head_numel * work.targets_per_step
+    adapters = (6 + again) * model.adapter_numel * work.tokens_per_step
     square = (2 if causal else 4) * work.attention_squares_per_step * model.hidden_size * model.layers
     return linear + head + adapters + square * (3 + again / 2)
 
 
 def step_time(
-    recipe: RunRecipe, model: ModelStats, launch: Launch, work: Work, device: Device, share: float, per_node: int
+    recipe: RunRecipe,
+    model: ModelStats,
+    launch: Launch,
+    work: Work,
+    device: Device,
+    mfu: float,
+    processes_per_node: int,
 ) -> StepTime:
     """The time of one step.
 
     Args:
-        device: its peak and links.
-        share: of the peak that products reach in a real step.
-        per_node: processes of a node; beyond it the network is the link.
+        mfu: the share of the device's peak that a real step reaches.
+        processes_per_node: with more processes the network between the nodes is the link.
     """
-    sixteen = recipe.bf16 or recipe.fp16
-    peak = device.flops_16_bit if sixteen else device.flops_32_bit
     all_flops = flops_per_step(recipe, model, work)
-    # ranks share whole passes: the slowest has the most of them
-    own = all_flops * work.passes_per_rank / work.passes_per_step
-    own = max(own, all_flops / launch.world_size * (1 + work.imbalance))
-    link = device.link_bytes_per_second if launch.world_size <= per_node else device.network_bytes_per_second
-    return StepTime(own / peak, own / peak / share, bytes_sent(recipe, model, launch, work.passes_per_rank) / link)
+    # ranks share whole microbatches, and the rank with most of them is the slowest
+    rank_flops = all_flops * work.microbatches_per_rank / work.microbatches_per_step
+    floor = max(rank_flops, all_flops / launch.world_size * (1 + work.imbalance)) / device.peak_flops(recipe)
+    link = device.link_bytes_per_second if launch.world_size <= processes_per_node else device.network_bytes_per_second
+    return StepTime(floor, floor / mfu, bytes_sent(recipe, model, launch, work.microbatches_per_rank) / link)
 
 
-def measured_share(run: Path, recipe: RunRecipe, model: ModelStats, work: Work, device: Device) -> float:
-    """The share of the peak that a finished run of this recipe reached on one process: median of its steps.
+def measured_mfu(run: Path, recipe: RunRecipe, model: ModelStats, work: Work, device: Device) -> float:
+    """The MFU of a finished run of this recipe: the median over its steps, on one process.
 
     Raises:
-        UserError: the folder holds no steps.
+        UserError: the folder has no steps.
     """
     try:
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        steps = read_metrics(run / METRICS).steps.values()
         processes = int(json.loads((run / "environment.json").read_text(encoding="utf-8"))["in_effect"]["world_size"])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--measured {run}: no metrics.jsonl and environment.json of a run: {error}") from None
-    rates = [line["tokens_per_second"] for line in lines if "loss" in line and line.get("tokens_per_second")]
+    rates = [line["tokens_per_second"] for line in steps if line.get("tokens_per_second")]
     if not rates:
         raise UserError(f"--measured {run}: metrics.jsonl has no step")
-    peak = device.flops_16_bit if recipe.bf16 or recipe.fp16 else device.flops_32_bit
-    return statistics.median(rates) / processes * flops_per_step(recipe, model, work) / work.tokens_per_step / peak
+    flops_per_token = flops_per_step(recipe, model, work) / work.tokens_per_step
+    return statistics.median(rates) / processes * flops_per_token / device.peak_flops(recipe)

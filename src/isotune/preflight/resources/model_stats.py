@@ -1,4 +1,4 @@
-"""What a recipe's model weighs, known from its configuration alone: it is built on the meta device, empty."""
+"""Parameter counts and bytes of a recipe's model, from its configuration alone: it is built on the meta device."""
 
 import copy
 from collections.abc import Callable
@@ -18,20 +18,23 @@ from isotune.models.opening import weights_dtype, whole_models
 from isotune.models.packed_attention import set_packed_attention
 from isotune.models.supervised_loss import install_supervised_loss
 
-# bitsandbytes' block sizes: one scale for 64 weights; with double quantisation a byte each, and fp32 for 256 of them
+# bitsandbytes' block sizes: an fp32 scale for 64 weights; with double quantization a byte, and fp32 for 256 scales
 _WEIGHTS_PER_SCALE, _SCALES_PER_BLOCK = 64, 256
 _NORMS = (nn.LayerNorm,)
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One tensor: its numbers, its rows (the first dimension), bytes in memory, and whether training changes it.
+    """One parameter tensor.
 
     Attributes:
-        in_block: of one of the model's blocks, not of what stands before and after them.
+        rows: size of the first dimension.
+        bytes: in memory, on a process that holds it whole.
+        decayed: whether weight decay applies.
+        in_block: whether it belongs to a transformer block, not to the layers before and after the blocks.
     """
 
-    numbers: int
+    numel: int
     rows: int
     bytes: int
     trained: bool
@@ -41,14 +44,14 @@ class Parameter:
 
 @dataclass(frozen=True)
 class ModelStats:
-    """A model ready for training.
+    """A model as it is trained, with adapters.
 
     Attributes:
-        parameters: every tensor once, tied ones too.
-        linear_numbers: weights of the linear layers inside the blocks and around them, without the head.
-        head_numbers: weights of the output head.
-        adapter_numbers: weights of LoRA.
-        largest_block_bytes: weights of the largest block, which a sharded engine gathers whole.
+        parameters: every tensor once; tied tensors count once.
+        linear_numel: weights of all linear layers except the output head.
+        head_numel: weights of the output head.
+        adapter_numel: weights of LoRA.
+        largest_block_bytes: weights of the largest block, which a sharding engine gathers.
     """
 
     parameters: tuple[Parameter, ...]
@@ -56,47 +59,49 @@ class ModelStats:
     hidden_size: int
     heads: int
     vocabulary: int
-    linear_numbers: int
-    head_numbers: int
-    adapter_numbers: int
+    linear_numel: int
+    head_numel: int
+    adapter_numel: int
     largest_block_bytes: int
 
     @property
-    def numbers(self) -> int:
+    def numel(self) -> int:
         """All parameters."""
-        return sum(p.numbers for p in self.parameters)
+        return sum(p.numel for p in self.parameters)
 
     @property
-    def trained(self) -> int:
-        """Parameters that are trained."""
-        return sum(p.numbers for p in self.parameters if p.trained)
+    def trained_numel(self) -> int:
+        """Trained parameters."""
+        return sum(p.numel for p in self.parameters if p.trained)
 
     @property
-    def block_numbers(self) -> int:
-        """Of all blocks together."""
-        return sum(p.numbers for p in self.parameters if p.in_block)
+    def block_numel(self) -> int:
+        """Parameters of all blocks."""
+        return sum(p.numel for p in self.parameters if p.in_block)
 
     @property
     def block_bytes(self) -> int:
-        """Of all blocks together."""
+        """Bytes of all blocks."""
         return sum(p.bytes for p in self.parameters if p.in_block)
 
     @property
     def bytes(self) -> int:
-        """All weights in memory, on a process that holds them whole."""
+        """Bytes of all weights, on a process that holds them whole."""
         return sum(p.bytes for p in self.parameters)
 
 
-def builder(recipe: RunRecipe, config: PreTrainedConfig, num_labels: int | None = None) -> Callable[[int], nn.Module]:
-    """A function that builds the recipe's model with a given number of blocks on the meta device, adapters in place."""
-    name = _layers_key(config)
+def model_builder(
+    recipe: RunRecipe, config: PreTrainedConfig, num_labels: int | None = None
+) -> Callable[[int], nn.Module]:
+    """A function that builds the recipe's model, with adapters, with a number of blocks on the meta device."""
+    layers_key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
 
     def build(layers: int) -> nn.Module:
         smaller = copy.deepcopy(config)
-        setattr(smaller, name, layers)
+        setattr(smaller, layers_key, layers)
         if getattr(smaller, "layer_types", None):
             smaller.layer_types = smaller.layer_types[:layers]
-        # under ZeRO-3 transformers would fill the weights in shares, and a model without weights has none
+        # under ZeRO-3 transformers would shard the weights at loading, and meta tensors cannot be sharded
         with whole_models(), torch.device("meta"):
             if isinstance(recipe, ClassificationRecipe):
                 smaller.num_labels = num_labels or recipe.num_labels or 2
@@ -113,58 +118,45 @@ def builder(recipe: RunRecipe, config: PreTrainedConfig, num_labels: int | None 
     return build
 
 
-def model_facts(recipe: RunRecipe, config: PreTrainedConfig, model: nn.Module) -> ModelStats:
-    """Count the parameters of a model that `builder` made."""
+def model_stats(recipe: RunRecipe, config: PreTrainedConfig, model: nn.Module) -> ModelStats:
+    """Count the parameters of a model from `model_builder`."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     head = base.get_output_embeddings() if isinstance(recipe, Recipe) else None
     decayed = set(get_parameter_names(model, list(_NORMS), ["bias", "layernorm", "rmsnorm"]))
-    four_bit = _four_bit_weights(recipe, model, head)
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == _layers(config)]
+    frozen_linear = {id(weight) for weight in _linear_weights(model, head) if not weight.requires_grad}
+    four_bit = frozen_linear if recipe.tune == "qlora" else set()
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers]
     blocks = list(lists[0]) if lists else []
     block = max((sum(p.numel() * p.element_size() for p in b.parameters()) for b in blocks), default=0)
     in_blocks = {id(p) for b in blocks for p in b.parameters()}
-    kept: list[Parameter] = []
-    linear = adapters = 0
-    for name, parameter in model.named_parameters():
-        numbers = parameter.numel()
-        size = _four_bit_bytes(recipe, numbers) if id(parameter) in four_bit else numbers * parameter.element_size()
-        in_block = id(parameter) in in_blocks
-        kept.append(Parameter(numbers, parameter.shape[0], size, parameter.requires_grad, name in decayed, in_block))
-        adapters += numbers if "lora_" in name else 0
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head and "lora_" not in name:
-            linear += module.weight.numel()
+    parameters = []
+    adapter_numel = 0
+    for name, p in model.named_parameters():
+        numel = p.numel()
+        size = _four_bit_bytes(recipe, numel) if id(p) in four_bit else numel * p.element_size()
+        parameters.append(Parameter(numel, p.shape[0], size, p.requires_grad, name in decayed, id(p) in in_blocks))
+        adapter_numel += numel if "lora_" in name else 0
     return ModelStats(
-        parameters=tuple(kept),
-        layers=_layers(config),
+        parameters=tuple(parameters),
+        layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         heads=config.num_attention_heads,
         vocabulary=config.vocab_size,
-        linear_numbers=linear,
-        head_numbers=0 if head is None else head.weight.numel(),
-        adapter_numbers=adapters,
+        linear_numel=sum(weight.numel() for weight in _linear_weights(model, head)),
+        head_numel=0 if head is None else head.weight.numel(),
+        adapter_numel=adapter_numel,
         largest_block_bytes=block,
     )
 
 
-def _layers_key(config: PreTrainedConfig) -> str:
-    return config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+def _linear_weights(model: nn.Module, head: nn.Module | None) -> list[torch.Tensor]:
+    """Weights of the linear layers, without the output head and adapters."""
+    modules = model.named_modules()
+    return [m.weight for name, m in modules if isinstance(m, nn.Linear) and m is not head and "lora_" not in name]
 
 
-def _layers(config: PreTrainedConfig) -> int:
-    return int(config.num_hidden_layers)
-
-
-def _four_bit_weights(recipe: RunRecipe, model: nn.Module, head: nn.Module | None) -> set[int]:
-    """Weights that QLoRA quantises: those of frozen linear layers, but for the head."""
-    if recipe.tune != "qlora":
-        return set()
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lora_" not in n and m is not head}
-    return {id(m.weight) for m in layers.values() if not m.weight.requires_grad}
-
-
-def _four_bit_bytes(recipe: RunRecipe, numbers: int) -> int:
-    scales = -(-numbers // _WEIGHTS_PER_SCALE)
+def _four_bit_bytes(recipe: RunRecipe, numel: int) -> int:
+    scales = -(-numel // _WEIGHTS_PER_SCALE)
     if recipe.bnb_4bit_use_double_quant:
-        return -(-numbers // 2) + scales + 4 * -(-scales // _SCALES_PER_BLOCK)
-    return -(-numbers // 2) + 4 * scales
+        return -(-numel // 2) + scales + 4 * -(-scales // _SCALES_PER_BLOCK)
+    return -(-numel // 2) + 4 * scales

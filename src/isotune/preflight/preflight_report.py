@@ -1,0 +1,228 @@
+"""The preflight report of a run: its recipe and launch, their problems, the work, the memory and the time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from isotune.config import ClassificationRecipe, Recipe, RunRecipe
+from isotune.config.kinds import project_of
+from isotune.data.run_data import prepare_run_data
+from isotune.io.errors import UserError
+from isotune.models.opening import compute_dtype, load_config, load_tokenizer
+from isotune.preflight.launches import DDP, PLAIN, SHIPPED, Launch, shipped_launch
+from isotune.preflight.request import Asked
+from isotune.preflight.resources.activation_memory import MicrobatchMemory, trace_microbatch
+from isotune.preflight.resources.compute import DEFAULT_MFU, Device, StepTime, measured_mfu, step_time
+from isotune.preflight.resources.memory import Memory, estimate_memory, state_bytes
+from isotune.preflight.resources.model_stats import ModelStats, model_builder, model_stats
+from isotune.preflight.resources.work import Work, checkpoint_bytes, count_work, max_checkpoints_at_once
+from isotune.preflight.suggestions import Suggestion, find_suggestions
+
+
+@dataclass(frozen=True)
+class ComparedLaunch:
+    """One row of a comparison of launches; `time` is None without a device."""
+
+    launch: Launch
+    memory: Memory
+    time: StepTime | None
+
+
+@dataclass(frozen=True)
+class PreflightReport:
+    """Everything that is known about a run before it starts.
+
+    Attributes:
+        work, no_work_reason: the counts, or why the data could not be counted.
+        mfu, mfu_is_measured: the assumed or measured share of the device's peak.
+        limit: bytes of memory of a process; None where it is unknown.
+        disk_bytes: of all checkpoints that exist at once, the one being written included.
+        rows: the comparison of launches; empty if none was requested.
+    """
+
+    request: Asked
+    model: ModelStats
+    memory: Memory
+    work: Work | None
+    no_work_reason: str | None
+    device: Device | None
+    mfu: float
+    mfu_is_measured: bool
+    time: StepTime | None
+    limit: int | None
+    suggestions: tuple[Suggestion, ...]
+    checkpoint_bytes: int
+    disk_bytes: int
+    rows: tuple[ComparedLaunch, ...]
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether a process has enough memory; None where the limit is unknown."""
+        return None if self.limit is None else self.memory.total <= self.limit
+
+    @property
+    def hours(self) -> float | None:
+        """Expected hours of all steps."""
+        return self.work.steps * self.time.expected / 3600 if self.work and self.time else None
+
+
+def run_preflight(
+    request: Asked,
+    *,
+    limit: int | None = None,
+    device: Device | None = None,
+    measured: Path | None = None,
+    processes_per_node: int = 8,
+    compare: Sequence[str] = (),
+    world_sizes: Sequence[int] = (),
+    show_progress: bool = True,
+    prepared: Any = None,
+) -> PreflightReport:
+    """Estimate a run whose recipe names at least a model and data.
+
+    Args:
+        limit: bytes of memory of a process; by default the device's.
+        device: needed for times.
+        measured: a finished run from which the MFU is taken.
+        compare, world_sizes: engines and numbers of processes to compare.
+        show_progress: of data preparation.
+        prepared: the data, if they are prepared already.
+
+    Raises:
+        UserError: an unknown model, engine or number of processes.
+    """
+    recipe, launch = request.recipe, request.launch
+    config = load_config(recipe)
+    data, no_work_reason = (prepared, None) if prepared is not None else _prepare_data(recipe, show_progress)
+    estimator = _Estimator(recipe, config, data, on_cpu=device is None and limit is None)
+    stats = estimator.stats
+    work = estimator.work(recipe, launch.world_size)
+    memory = estimator.memory(recipe, launch)
+    if limit is None and device is not None:
+        limit = device.memory_bytes
+    mfu = DEFAULT_MFU
+    if measured is not None and device is not None and work is not None:
+        mfu = measured_mfu(measured, recipe, stats, work, device)
+
+    def time(other: Launch) -> StepTime | None:
+        counts = estimator.work(recipe, other.world_size)
+        if counts is None or device is None:
+            return None
+        return step_time(recipe, stats, other, counts, device, mfu, processes_per_node)
+
+    suggestions: list[Suggestion] = []
+    if limit is not None and memory.total > limit:
+        suggestions = find_suggestions(recipe, launch, limit, estimator.memory)
+    one_checkpoint = checkpoint_bytes(stats, state_bytes(recipe))
+    return PreflightReport(
+        request=request,
+        model=stats,
+        memory=memory,
+        work=work,
+        no_work_reason=no_work_reason,
+        device=device,
+        mfu=mfu,
+        mfu_is_measured=measured is not None,
+        time=time(launch),
+        limit=limit,
+        suggestions=tuple(suggestions),
+        checkpoint_bytes=one_checkpoint,
+        disk_bytes=one_checkpoint * max_checkpoints_at_once(recipe, work.checkpoints if work else 3),
+        rows=tuple(
+            ComparedLaunch(other, estimator.memory(recipe, other), time(other))
+            for other in _compared_launches(launch, compare, world_sizes)
+        ),
+    )
+
+
+class _Estimator:
+    """Work and memory of a recipe, its variants and launches; what several of them share is computed once."""
+
+    def __init__(self, recipe: RunRecipe, config: Any, data: Any, *, on_cpu: bool) -> None:
+        self.recipe, self.config, self.data, self.on_cpu = recipe, config, data, on_cpu
+        self.num_labels = getattr(getattr(data, "train", None), "num_labels", None)
+        self.stats = self._stats(recipe)
+        self._works: dict[int, Work] = {}
+        self._traces: dict[tuple, MicrobatchMemory] = {}
+
+    def _stats(self, recipe: RunRecipe) -> ModelStats:
+        build = model_builder(recipe, self.config, self.num_labels)
+        return model_stats(recipe, self.config, build(self.config.num_hidden_layers))
+
+    def work(self, recipe: RunRecipe, world_size: int) -> Work | None:
+        """The work of a variant; None without data."""
+        if self.data is None:
+            return None
+        if recipe is not self.recipe:
+            return count_work(recipe, self.data, world_size)
+        if world_size not in self._works:
+            self._works[world_size] = count_work(recipe, self.data, world_size)
+        return self._works[world_size]
+
+    def memory(self, recipe: RunRecipe, launch: Launch) -> Memory:
+        """The memory of a variant under a launch."""
+        stats = self.stats if recipe is self.recipe else self._stats(recipe)
+        work = self.work(recipe, launch.world_size)
+        count, microbatch = 2, _longest_microbatch(recipe)
+        if work is not None:
+            count, microbatch = work.microbatches_per_rank, work.costliest_microbatch
+        traced = self._trace(recipe, microbatch, casts_weights=launch.casts_weights(recipe))
+        return estimate_memory(recipe, launch, stats, traced, count, on_cpu=self.on_cpu)
+
+    def _trace(
+        self, recipe: RunRecipe, microbatch: tuple[tuple[int, ...], int], *, casts_weights: bool
+    ) -> MicrobatchMemory:
+        """Memory of a microbatch; `casts_weights` where the engine casts all weights instead of using autocast."""
+        checkpointing = bool(recipe.training_arguments.get("gradient_checkpointing"))
+        key = (microbatch, recipe.tune, checkpointing, casts_weights)
+        if key not in self._traces:
+            dtype = compute_dtype(recipe)
+            build = model_builder(recipe, self.config, self.num_labels)
+            self._traces[key] = trace_microbatch(
+                (lambda layers: build(layers).to(dtype)) if casts_weights else build,
+                self.stats.layers,
+                *microbatch,
+                is_classifier=isinstance(recipe, ClassificationRecipe),
+                autocast=None if casts_weights or dtype == torch.float32 else dtype,
+                on_cpu=self.on_cpu,
+                checkpointing=checkpointing,
+            )
+        return self._traces[key]
+
+
+def _prepare_data(recipe: RunRecipe, show_progress: bool) -> tuple[Any, str | None]:
+    """The prepared data, or the reason why there are none."""
+    try:
+        if project := project_of(recipe.keys()):
+            return project.prepare(recipe, load_tokenizer(recipe, needed=("pad",))), None
+        assert isinstance(recipe, Recipe | ClassificationRecipe)
+        needed = ("pad",) if isinstance(recipe, ClassificationRecipe) else ("eos", "pad")
+        return prepare_run_data(recipe, load_tokenizer(recipe, needed), show=show_progress), None
+    except UserError as error:
+        return None, str(error)
+
+
+def _longest_microbatch(recipe: RunRecipe) -> tuple[tuple[int, ...], int]:
+    """Lengths and number of targets of a full microbatch of the longest documents, for use without data."""
+    count = max(1, recipe.microbatch_tokens // recipe.max_seq_length)
+    lengths = (recipe.max_seq_length,) * count
+    return lengths, count if isinstance(recipe, ClassificationRecipe) else sum(lengths)
+
+
+def _compared_launches(launch: Launch, engines: Sequence[str], world_sizes: Sequence[int]) -> list[Launch]:
+    if not engines and not world_sizes:
+        return []
+    for name in engines:
+        if name not in SHIPPED:
+            raise UserError(f"--compare {name} is not an engine: choose among {', '.join(SHIPPED)}")
+    sizes = list(world_sizes) or [launch.world_size]
+    if min(sizes) < 1:
+        raise UserError(f"--world_sizes has {min(sizes)}: a launch has at least one process")
+    if engines:
+        return [shipped_launch(name, size) for name in engines for size in sizes]
+    ddp_or_plain = launch.engine in (PLAIN, DDP)
+    engine_of = {size: (PLAIN if size == 1 else DDP) if ddp_or_plain else launch.engine for size in sizes}
+    return [replace(launch, world_size=size, engine=engine_of[size]) for size in sizes]
