@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-from isotune.run.malloc_tuning import GPU_DRIVERS, VARIABLE, lean_tunables
+from isotune.run.malloc_tuning import GPU_DRIVERS, VARIABLE, malloc_tunables
 
 SERVER = Path(__file__).with_name("fork_server.py")
 PADDING = "-" * 16384  # room for the longest command line, and environment, that a child shows in /proc
@@ -124,7 +124,7 @@ def can_fork(command: list[str]) -> bool:
 def start_forked(command: list[str], environment: dict[str, str], cwd: Path, text: str = "") -> ForkedProcess:
     """Start `command` by a fork of the server for such an environment, which is started where there is none."""
     environment = dict(environment)
-    if (tunables := lean_tunables(environment)) is not None:
+    if (tunables := malloc_tunables(environment)) is not None:
         environment[VARIABLE] = tunables  # the scripts would restart for it
     read_early = {name: value for name, value in environment.items() if not name.startswith(READ_LATE)}
     key = frozenset(read_early.items())
