@@ -76,7 +76,7 @@ def build_trainer(
     def write_predictions(step: int, lines: str) -> None:
         folder = run.path / "eval" / f"step-{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
-        run.lease.put(folder / PREDICTIONS, lines)
+        run.lease.write_file(folder / PREDICTIONS, lines)
 
     task = ClassificationTask(
         train.documents,

@@ -170,5 +170,5 @@ def write_evaluation(
         "settings": {**settings, "rows_cut": rows.truncated},
         **({"metric_modules": scores.modules} if scores.modules else {}),
     }
-    predictions = [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
+    predictions: list[dict[str, Any]] = [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
     write_result(folder, facts, scores.metrics, scores.intervals, predictions)
