@@ -38,7 +38,7 @@ def build_model(recipe: ClassificationRecipe, config: PreTrainedConfig, data: Ru
     class_loss = class_loss_of(recipe, data.train)
     if class_loss.class_weights is not None and process.is_main:
         print(f"weights     of classes 0 to K - 1: {', '.join(f'{weight:.4g}' for weight in class_loss.class_weights)}")
-    config.num_labels = data.train.num_labels  # type: ignore[union-attr]
+    config.num_labels = data.train.num_labels  # type: ignore[assignment]  (labelled data has classes)
     if names := data.train.class_names:
         config.id2label, config.label2id = dict(enumerate(names)), {name: k for k, name in enumerate(names)}
     base = load_base_model(recipe, config, process.loading_device(recipe))
