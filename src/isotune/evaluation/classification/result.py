@@ -156,7 +156,7 @@ def write_evaluation(
     """metrics.json and predictions.jsonl in `folder`; `settings` are recorded among the facts."""
     rows, scores, probabilities = evaluation.rows, evaluation.scores, evaluation.probabilities
     columns = (rows.ids, rows.labels.tolist(), probabilities.argmax(axis=1).tolist(), probabilities.tolist())
-    keys: tuple[str, ...] = ("id", "label", "prediction", "probabilities")
+    keys = ("id", "label", "prediction", "probabilities")
     facts = {
         "kind": CLASSIFICATION,
         "model": classifier.name,
