@@ -23,7 +23,7 @@ import numpy as np
 from filelock import FileLock
 
 from isotune.io.errors import UserError
-from isotune.io.files import write_synced
+from isotune.io.files import sync_path, write_synced
 
 NO_ROOM = {
     errno.ENOSPC: "is full",
@@ -83,9 +83,9 @@ def save(entry: Path, arrays: dict[str, np.ndarray], counts: dict[str, Any]) -> 
         digests = {name: write_array(partial / f"{name}.npy", array) for name, array in arrays.items()}
         meta = json.dumps({"sha256": digests, "counts": counts}, indent=1)
         write_synced(partial / "meta.json", meta)
-        _sync_folder(partial)
+        sync_path(partial)
         partial.rename(entry)
-        _sync_folder(entry.parent)
+        sync_path(entry.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -128,11 +128,3 @@ def disk_errors_named(folder: Path) -> Generator[None]:
         else:
             raise
         raise UserError(f"{reason}: make room or set ISOTUNE_CACHE to another folder") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
