@@ -51,4 +51,4 @@ def test_an_array_that_is_longer_than_its_table_says_so(cluster: Site, tmp_path)
     table = tmp_path / "one.txt"
     table.write_text("only  --seed 1\n")
     job = cluster.submit_as_it_is(tmp_path, "slurm/sweep.sbatch", str(table), options=("--array=2",))
-    job.wait_for("end", lambda: "has 1 runs and no number 2" in job.text)
+    job.wait_for("end", lambda: "has 1 runs and no run 2" in job.text)
