@@ -61,6 +61,9 @@ class Mutant:
 def mutants_of(file: str, lines: set[int] | None) -> Iterator[Mutant]:
     """Every distinct change of a module that begins on one of `lines`; None for all of them."""
     source = (REPOSITORY / file).read_text()
+    if lines is not None and not lines:
+        return
+    nodes = list(ast_nodes(get_ast(source)))
     seen = set()
     for name in operator_names():
         if LEFT_OUT.search(name):
@@ -68,7 +71,7 @@ def mutants_of(file: str, lines: set[int] | None) -> Iterator[Mutant]:
         operator = get_operator(name)
         if operator.arguments():
             continue
-        places = [begin for node in ast_nodes(get_ast(source)) for begin, _ in operator().mutation_positions(node)]
+        places = [begin for node in nodes for begin, _ in operator().mutation_positions(node)]
         for occurrence, (line, _) in enumerate(places):
             mutated = mutate_code(source, operator(), occurrence) if lines is None or line in lines else None
             if mutated is not None and mutated not in seen:
@@ -177,6 +180,8 @@ def survivors(mutants: Sequence[Mutant], tests: Sequence[str]) -> Iterator[Mutan
     Raises:
         SystemExit: the tests fail without a mutant.
     """
+    for name in LIBRARIES:
+        importlib.import_module(name)
     started = time.monotonic()
     if not passes(start_tests(tests, None), 3600):
         sys.exit(f"error: {' '.join(tests)} fail without any change")
@@ -203,8 +208,6 @@ def main() -> int:
         parser.error(f"{', '.join(sorted(unknown))}: not in [tool.mutants] of pyproject.toml")
     base = asked.base or default_base()
     known, tested, left = equivalent(), 0, []
-    for name in LIBRARIES:
-        importlib.import_module(name)
     for file in asked.files or tests_of:
         lines = None if asked.all else lines_changed_since(base, file)
         mutants = [m for m in mutants_of(file, lines) if (m.file, m.before, m.after) not in known]
