@@ -109,8 +109,8 @@ def test_a_harmed_checkpoint_is_passed_over_and_the_run_ends_with_the_same_bits(
     again = build(tmp_path / "again", **recipe)
     again.train()
     said = capsys.readouterr().out
-    assert f"passed over {fifth}: it has no MANIFEST.json" in said
-    assert f"passed over {fourth}: {file.relative_to(fourth)} is not what was written" in said
+    assert f"skipped {fifth}: it has no MANIFEST.json" in said
+    assert f"skipped {fourth}: {file.relative_to(fourth)} is not what was written" in said
     assert f"resumed     after step 3, from {third}" in said
     assert lines(run) == lines(whole.run.path)
     assert same(weights(again.model), weights(whole.model))
