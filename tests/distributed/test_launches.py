@@ -19,9 +19,9 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def refused(command: list[str], run: Path) -> str:
+def refused(command: list[str], run: Path, *, fresh: bool = False) -> str:
     """The one sentence of a launch that is refused before anything is written."""
-    done = run_command(command, fresh=True)
+    done = run_command(command, fresh=fresh)
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
@@ -32,7 +32,7 @@ def refused(command: list[str], run: Path) -> str:
 def test_two_processes_on_the_cpu_that_would_be_one_are_refused(tmp_path: Path):
     recipe = write_recipe(tmp_path, TINY)
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    said = refused([*accelerate, "train/sft_opt.py", "--config", str(recipe)], tmp_path / "run")
+    said = refused([*accelerate, "train/sft_opt.py", "--config", str(recipe)], tmp_path / "run", fresh=True)
     assert "2 processes were asked (num_processes) and 1 started" in said
 
 
