@@ -116,7 +116,7 @@ def test_a_run_on_real_texts_does_what_its_plan_counted(shared_data, tmp_path, n
     work = plans["one"].work
     assert work is not None and work.microbatches_per_step > 1
     assert [rank["passes"] for rank in runs["one"].collectives] == [work.microbatches_per_rank] * processes
-    assert f"the first: {work.microbatches_per_step} passes" in runs["one"].stdout
+    assert f"the first: {work.microbatches_per_step} microbatches" in runs["one"].stdout
 
 
 @pytest.mark.parametrize(("script", "recipe"), [("train/sft_opt.py", TINY), ("train/yelp.py", TINY_CLASSIFIER)])

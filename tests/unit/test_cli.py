@@ -29,11 +29,11 @@ def test_help_names_every_command_with_what_it_is_for(capsys):
     commands = re.findall(r"^    (\S+)(.*(?:\n {5,}.*)*)", listed, re.MULTILINE)
     assert {name: " ".join(use.split()) for name, use in commands} == {
         "export": "write a run's model for use elsewhere, an adapter merged into its base",
-        "compare": "say whether runs differ on the same evaluated rows, beyond chance",
+        "compare": "test whether runs differ on the same evaluated rows",
         "report": "write one self-contained HTML file of a run, or of several side by side",
-        "validate-submission": "say everything that is wrong with a submission.csv",
-        "plan": "say what a run will do, and what it needs of memory, time and money, before it begins",
-        "doctor": "say what about this machine or launch could spoil a run",
+        "validate-submission": "check a submission.csv and list all its mistakes",
+        "plan": "show what a run will do and need of memory, time and money, before it starts",
+        "doctor": "check this machine and launch for what could spoil a run",
     }
 
 

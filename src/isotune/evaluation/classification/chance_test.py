@@ -105,7 +105,7 @@ def write_chance_test(run: Path, recipe: ClassificationRecipe, evaluation: Prepa
     correct = np.array([row["prediction"] for row in predictions]) == labels
     is_control = recipe.label_source == "random"
     chance = 0.5 if is_control else float(np.bincount(labels).max() / len(labels))
-    test = accuracy_against_chance(correct, documents.contents, chance)
+    test = accuracy_against_chance(correct, documents.columns["contents"], chance)
     alarm = is_control and test.differs
     write_result(
         run / "eval" / RESULT,
