@@ -27,3 +27,11 @@ def name_in_adapter_file(name: str) -> str:
 def given_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments that the caller gave: PeftModelForSequenceClassification passes its whole signature on, as None."""
     return {name: value for name, value in kwargs.items() if value is not None and name != "return_dict"}
+
+
+def base_model_of(model: Any) -> Any:
+    """The model of transformers inside a PeftModel; any other model itself.
+
+    `get_base_model` is public, but torch's modules declare every unknown attribute as a Tensor or a Module.
+    """
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -9,6 +10,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+if TYPE_CHECKING:
+
+    class AutogradFunction:
+        """`torch.autograd.Function` without the signatures of its stubs, which no real forward can match."""
+
+        @classmethod
+        def apply(cls, *inputs: Any) -> Any:
+            """Run `forward`, and `backward` in the backward pass."""
+
+else:
+    AutogradFunction = torch.autograd.Function
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from isotune.compat.peft import given_arguments
+from isotune.compat.peft import base_model_of, given_arguments
 from isotune.compat.transformers_models import set_sharded_classes
 from isotune.io.errors import UserError
 from isotune.models.class_loss import ClassLoss
@@ -101,7 +101,7 @@ def fast_evaluation(model: Any) -> Iterator[None]:
     Args:
         model: after `install_classification`, or a PeftModel around it.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model_of(model)
     with contextlib.ExitStack() as within:
         if base.device.type == "cpu":
             keep_freed_memory()

@@ -33,6 +33,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from isotune.compat.peft import base_model_of
 from isotune.compat.transformers_models import attention_of, lets_attention_be_replaced
 from isotune.io.errors import UserError
 from isotune.models.cpu.document_attention import document_attention
@@ -157,7 +158,7 @@ def set_packed_attention(model: nn.Module) -> None:
     Raises:
         UserError: the model type does not let its attention be replaced.
     """
-    base = _base_of(model)
+    base = base_model_of(model)
     if attention_of(base.config) != PACKED:
         base._attention_before_packing = attention_of(base.config)
         base.set_attn_implementation(PACKED)
@@ -171,14 +172,14 @@ def set_packed_attention(model: nn.Module) -> None:
 
 def restore_attention(model: nn.Module) -> None:
     """Undo `set_packed_attention`."""
-    base = _base_of(model)
+    base = base_model_of(model)
     base.set_attn_implementation(getattr(base, "_attention_before_packing", "sdpa"))
 
 
 @contextlib.contextmanager
 def plain_attention(model: nn.Module) -> Iterator[None]:
     """Within it the model uses the attention that it was loaded with, for generation and padded evaluation."""
-    base = _base_of(model)
+    base = base_model_of(model)
     before = attention_of(base.config)
     restore_attention(base)
     try:
@@ -215,10 +216,6 @@ def _first_position(config: PreTrainedConfig) -> int:
 def _is_fp32_inference(query: torch.Tensor) -> bool:
     """Whether torch's fused kernel is the faster one on CPU: in fp32, under inference mode."""
     return torch.is_inference_mode_enabled() and query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-
-
-def _base_of(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _check_supported(kwargs: dict[str, Any], bounds: torch.Tensor | None, longest: int | None) -> None:

@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from isotune.compat.peft import base_model_of
+from isotune.compat.torch_ops import AutogradFunction
 from isotune.io.errors import UserError
 from isotune.models.forward_patch import patch_forward
 
@@ -62,7 +64,7 @@ def supervised_loss(
     return _SupervisedLoss.apply(hidden, weight, bias, targets, compute, torch.is_grad_enabled())
 
 
-class _SupervisedLoss(torch.autograd.Function):
+class _SupervisedLoss(AutogradFunction):
     @staticmethod
     def forward(ctx: Any, hidden, weight, bias, targets, compute, with_gradients) -> torch.Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
@@ -74,7 +76,7 @@ class _SupervisedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         assert ctx.gradients is not None, "the gradients were scaled in place: one backward pass per forward pass"
         gradients, ctx.gradients = ctx.gradients, None
         # in place, because the head's gradient is as large as the head: 103 MB of fp32 for 512 x 50,272
@@ -183,7 +185,7 @@ def install_supervised_loss(model: nn.Module) -> None:
     Raises:
         UserError: the model type does more than `decoder -> head`, or its head is wrapped by an adapter.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = base_model_of(model)
     assert isinstance(base, PreTrainedModel)
     kind = base.config.model_type
     if kind not in PLAIN_HEADS or base.base_model is base:

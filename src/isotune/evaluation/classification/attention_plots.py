@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from isotune.compat.peft import base_model_of
+from isotune.compat.transformers_models import attention_of as implementation_of
 from isotune.evaluation.classification.examples import errors_first
 from isotune.evaluation.classification.models import Classifier
 from isotune.evaluation.classification.plots import COLOURS, new_figure, save_plot
@@ -86,8 +88,8 @@ def attention_of(classifier: Classifier, rows: Rows, row: int) -> Attention | No
     start, stop = (int(bound) for bound in rows.documents.starts[row : row + 2])
     ids = rows.documents.input_ids[start:stop].astype(np.int64)
     model = classifier.model
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    before = inner.config._attn_implementation
+    inner = base_model_of(model)
+    before = implementation_of(inner.config)
     try:
         inner.set_attn_implementation("eager")
         device = next(inner.parameters()).device

@@ -17,7 +17,13 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from isotune.compat.torch_ops import has_onednn_bf16, has_onednn_linear, in_place_changes, onednn_linear
+from isotune.compat.torch_ops import (
+    AutogradFunction,
+    has_onednn_bf16,
+    has_onednn_linear,
+    in_place_changes,
+    onednn_linear,
+)
 from isotune.models.forward_patch import is_patched, patch_forward
 
 _last: tuple[weakref.ref, int, torch.Tensor] | None = None
@@ -82,12 +88,12 @@ def _forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     return _CastLinear.apply(x, self.weight, self.bias, compute)
 
 
-class _CastLinear(torch.autograd.Function):
+class _CastLinear(AutogradFunction):
     """x @ weight.T + bias in `compute`, with weight [out, in]."""
 
     @staticmethod
     @torch.autocast("cpu", enabled=False)
-    def forward(ctx: Any, x, weight, bias, compute) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x, weight, bias, compute) -> torch.Tensor:
         rows = cast_once(x, compute)
         ctx.input_dtype, ctx.compute = x.dtype, compute
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -97,7 +103,7 @@ class _CastLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @torch.autocast("cpu", enabled=False)
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         rows, weight = ctx.saved_tensors
         upstream = grad.reshape(-1, grad.shape[-1])
         x_grad = weight_grad = bias_grad = None

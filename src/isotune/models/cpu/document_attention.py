@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from isotune.compat.torch_ops import softmax_backward
+from isotune.compat.torch_ops import AutogradFunction, softmax_backward
 from isotune.models.cpu.dropout import draw_seed, keep_mask, mask_generator, masked, quantised_drop
 
 QUERIES_PER_BLOCK = 128  # as fast as 64 or 256, with the least memory
@@ -65,13 +65,11 @@ def document_attention(
     return _DocumentAttention.apply(query, key, value, bounds, scale, causal, dropout, kept_up_to)
 
 
-class _DocumentAttention(torch.autograd.Function):
+class _DocumentAttention(AutogradFunction):
     # autocast stays on inside a Function, and would compute the fp32 scores in 16 bits
     @staticmethod
     @torch.autocast("cpu", enabled=False)
-    def forward(  # type: ignore[override]
-        ctx: Any, query, key, value, bounds, scale, causal, dropout, kept_up_to
-    ) -> torch.Tensor:
+    def forward(ctx: Any, query, key, value, bounds, scale, causal, dropout, kept_up_to) -> torch.Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.bounds, ctx.scale, ctx.causal = bounds, scale, causal
         ctx.dropout, ctx.seed = dropout, draw_seed() if dropout else 0
@@ -95,7 +93,7 @@ class _DocumentAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @torch.autocast("cpu", enabled=False)
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         query, key, value = ctx.saved_tensors
         grad_by_head = grad.transpose(1, 2)
         grad_query, grad_key, grad_value = (_empty_by_token(t) for t in (query, key, value))

@@ -22,7 +22,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from isotune.compat.torch_ops import replaced_functional
+from isotune.compat.torch_ops import AutogradFunction, replaced_functional
 
 RESOLUTION = 2**15
 SHARING = 64  # elements that share a bound; each bound costs one random byte
@@ -126,9 +126,9 @@ def masked(input: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (input.contiguous().view(bits) & mask.to(bits)).view(input.dtype)
 
 
-class _Dropout(torch.autograd.Function):
+class _Dropout(AutogradFunction):
     @staticmethod
-    def forward(ctx: Any, input: torch.Tensor, threshold: int, scale: float) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, input: torch.Tensor, threshold: int, scale: float) -> torch.Tensor:
         ctx.scale = scale
         kept = draw_kept(input.shape, threshold, mask_generator(draw_seed()))
         ctx.packed = pack_kept(kept)
@@ -136,7 +136,7 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         return masked(grad, unpack_mask(ctx.packed, grad.shape)).mul_(ctx.scale), None, None
 
 

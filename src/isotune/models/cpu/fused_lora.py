@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from isotune.compat.torch_ops import AutogradFunction
 from isotune.models.cpu.cast_linear import cast_once, is_whole, linear
 from isotune.models.cpu.dropout import (
     as_mask,
@@ -71,7 +72,7 @@ def _forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Ten
     return _LoraLinear.apply(x, base.weight, base.bias, down, up, self.scaling[name], p, compute)
 
 
-class _LoraLinear(torch.autograd.Function):
+class _LoraLinear(AutogradFunction):
     """x @ weight.T + bias + scaling * dropout(x) @ down.T @ up.T, with weight [out, in], down [r, in] and up [out, r].
 
     Weight and bias are frozen and get no gradient.
@@ -79,7 +80,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autocast("cpu", enabled=False)
-    def forward(ctx: Any, x, weight, bias, down, up, scaling, p, compute) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x, weight, bias, down, up, scaling, p, compute) -> torch.Tensor:
         threshold, keep_scale = quantised_drop(p)
         rows = cast_once(x, compute).reshape(-1, x.shape[-1])
         kept = draw_kept(rows.shape, threshold, mask_generator(draw_seed())) if threshold else None
@@ -94,7 +95,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @torch.autocast("cpu", enabled=False)
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         rows, inner, weight, down, up = ctx.saved_tensors
         mask = None if ctx.packed is None else unpack_mask(ctx.packed, rows.shape)
         upstream = grad.reshape(-1, grad.shape[-1])

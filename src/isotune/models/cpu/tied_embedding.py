@@ -15,6 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from isotune.compat.torch_ops import AutogradFunction
 from isotune.models.cpu.cast_linear import is_whole
 from isotune.models.forward_patch import is_patched, patch_forward
 
@@ -27,8 +28,9 @@ def slim_tied_embedding(model: nn.Module) -> bool:
     """
     if not hasattr(model, "get_input_embeddings"):
         return False
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    language_model: Any = model
+    embedding = language_model.get_input_embeddings()
+    head = language_model.get_output_embeddings()
     is_stock = type(embedding) is nn.Embedding and not is_patched(embedding) and embedding.max_norm is None
     tied = is_stock and getattr(head, "weight", None) is embedding.weight
     if not tied or embedding.scale_grad_by_freq or embedding.sparse or not embedding.weight.requires_grad:
@@ -44,18 +46,18 @@ def _forward(self: Any, ids: torch.Tensor) -> torch.Tensor:
     return _Rows.apply(ids, self.weight, self.padding_idx)
 
 
-class _Rows(torch.autograd.Function):
+class _Rows(AutogradFunction):
     """weight[ids], with weight [vocabulary, size]; its gradient is added to the head's."""
 
     @staticmethod
-    def forward(ctx: Any, ids, weight, padding_idx) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, ids, weight, padding_idx) -> torch.Tensor:
         ctx.save_for_backward(ids)
         ctx.weight, ctx.padding_idx = weight, padding_idx
         return functional.embedding(ids, weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         (ids,) = ctx.saved_tensors
         tokens, rows = occurring_rows(ids.flatten(), grad.flatten(0, -2))
         if ctx.padding_idx is not None:

@@ -123,7 +123,8 @@ class _LiveBytes(TorchDispatchMode):
         self._seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # without the embedding's gradient, which appears last and is not part of the blocks
-        embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+        language_model: Any = model
+        embedding = language_model.get_input_embeddings()
         self.half_of_gradients = (
             sum(parameter.nbytes for parameter in parameters if parameter is not embedding.weight) / 2
         )

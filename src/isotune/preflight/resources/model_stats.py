@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
 from transformers.trainer_pt_utils import get_parameter_names
 
+from isotune.compat.peft import base_model_of
 from isotune.config import ClassificationRecipe, Recipe, RunRecipe
 from isotune.models.classifier import install_classification
 from isotune.models.heads import head_of
@@ -120,7 +121,7 @@ def model_builder(
 
 def model_stats(recipe: RunRecipe, config: PreTrainedConfig, model: nn.Module) -> ModelStats:
     """Count the parameters of a model from `model_builder`."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = base_model_of(model)
     head = base.get_output_embeddings() if isinstance(recipe, Recipe) else None
     decayed = set(get_parameter_names(model, list(_NORMS), ["bias", "layernorm", "rmsnorm"]))
     frozen_linear = {id(weight) for weight in _linear_weights(model, head) if not weight.requires_grad}

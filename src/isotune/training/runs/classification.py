@@ -9,6 +9,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from isotune.checkpoint.final_model import FinalModelReport
+from isotune.compat.peft import base_model_of
+from isotune.compat.transformers_models import attention_of
 from isotune.config import ClassificationRecipe
 from isotune.data.run_data import RunData
 from isotune.distributed.launch import Process
@@ -19,8 +21,8 @@ from isotune.models.heads import head_of
 from isotune.models.lora import add_adapters
 from isotune.models.opening import load_base_model, load_config
 from isotune.run.run_dir import RunDir
-from isotune.training import assembly
-from isotune.training.arguments import training_arguments
+from isotune.training.runs import assembly
+from isotune.training.runs.arguments import training_arguments
 from isotune.training.tasks.classification import ClassificationTask
 from isotune.training.trainer import PlannedTraining, Trainer
 
@@ -70,7 +72,7 @@ def build_trainer(
 ) -> PlannedTraining:
     """The schedule, and the Trainer that carries it out; checks run when training begins."""
     run.check_room(assembly.saved_bytes(model))
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]  (peft's)
+    base = base_model_of(model)
     train: Any = data.train
 
     def write_predictions(step: int, lines: str) -> None:
@@ -82,7 +84,7 @@ def build_trainer(
         train.documents,
         int(train.num_labels),
         class_loss_of(recipe, train),
-        base.config._attn_implementation,
+        str(attention_of(base.config)),
         write_predictions if process.is_main else None,
     )
     plan = assembly.make_plan(recipe, process, data, task)
@@ -93,7 +95,7 @@ def build_trainer(
 def save(
     recipe: ClassificationRecipe, run: RunDir, trainer: PlannedTraining, tokenizer: Any
 ) -> FinalModelReport | None:
-    """Write RUN/model; an adapter holds its head. See `isotune.training.assembly.save`."""
+    """Write RUN/model; an adapter holds its head. See `isotune.training.runs.assembly.save`."""
     num_labels = trainer.plan.documents.num_labels
 
     def load_again(recipe: ClassificationRecipe) -> PreTrainedModel:
