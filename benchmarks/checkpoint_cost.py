@@ -118,7 +118,7 @@ def measure_saves(values: dict[str, Any], rounds: int) -> dict[str, Any]:
     from isotune.distributed.launch import start_process
     from isotune.models.opening import load_config, load_tokenizer
     from isotune.run.run_dir import RunDir
-    from isotune.training.runs import sft
+    from isotune.training.from_recipe import sft
 
     recipe = Recipe.from_values(**values)
     process = start_process(recipe)

@@ -19,7 +19,7 @@ from isotune.distributed.launch import start_process
 from isotune.models.builtin_models import builtin_tokenizer
 from isotune.models.opening import load_config, load_tokenizer
 from isotune.run.run_dir import RunDir
-from isotune.training.runs import classifier_run, sft
+from isotune.training.from_recipe import classifier_run, sft
 from isotune.training.trainer import PlannedTraining
 from tests.launching import TINY, TINY_CLASSIFIER
 

@@ -51,8 +51,8 @@ LIBRARIES = (
     "isotune.preflight.startup_check",
     "isotune.report.loss_curve",
     "isotune.report.sharing",
-    "isotune.training.runs.classifier_run",
-    "isotune.training.runs.sft",
+    "isotune.training.from_recipe.classifier_run",
+    "isotune.training.from_recipe.sft",
 )
 PATH = sys.path[1:]  # without the folder of this file
 

@@ -33,7 +33,7 @@ def main() -> None:
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.report.sharing import share
     from isotune.run.preemption import supervised
-    from isotune.training.runs import sft
+    from isotune.training.from_recipe import sft
 
     process = start_process(recipe)
     run = open_run(recipe)

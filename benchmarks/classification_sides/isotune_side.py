@@ -16,7 +16,7 @@ from isotune.data.documents import Rows
 from isotune.data.run_data import RunData
 from isotune.distributed.launch import start_process
 from isotune.run.run_dir import RunDir
-from isotune.training.runs import classification
+from isotune.training.from_recipe import classification
 
 
 def run(metronome: Metronome, side: str, mode: str, given: Namespace, scratch: str) -> None:

@@ -12,7 +12,7 @@ from isotune.data.collate import collate
 from isotune.data.run_data import RunData
 from isotune.distributed.launch import start_process
 from isotune.run.run_dir import RunDir
-from isotune.training.runs import sft
+from isotune.training.from_recipe import sft
 from sft_sides.material import ROW_TOKENS, facts_of_training, geometry, rows_of_a_round, shipped_recipe
 from sft_sides.process import Metronome
 

@@ -9,7 +9,7 @@ import runpy
 import torch
 from tests.e2e.test_nonfinite import rare_token
 
-from isotune.training.runs import sft
+from isotune.training.from_recipe import sft
 
 
 def main() -> None:

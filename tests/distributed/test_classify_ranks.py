@@ -8,7 +8,7 @@ from tests.building import build_classifier
 from tests.launching import launcher, run_command
 
 from isotune.evaluation.results import read_result
-from isotune.training.runs import classification
+from isotune.training.from_recipe import classification
 
 ROWS = 41
 WAYS = {"all": ["--limit", str(ROWS)], "b1": ["--limit", str(ROWS), "--batch_size", "1"], "two": ["--limit", "2"]}

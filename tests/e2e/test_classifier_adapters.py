@@ -12,7 +12,7 @@ from tests.building import build_classifier, small_encoder
 from transformers import BitsAndBytesConfig
 
 from isotune.data.sources.builtin import find_corpus
-from isotune.training.runs import classification
+from isotune.training.from_recipe import classification
 
 # multiples of bitsandbytes' block of 64, without which its own inference on CPU fails
 GEOMETRY = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4}

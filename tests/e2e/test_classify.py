@@ -16,7 +16,7 @@ from tests.building import build_classifier, small_encoder
 
 from isotune.evaluation.results import read_result
 from isotune.io.errors import run_script
-from isotune.training.runs import classification
+from isotune.training.from_recipe import classification
 
 ROWS = 41  # neither 2, 3, 7 nor 64 divide it
 

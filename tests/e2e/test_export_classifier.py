@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from isotune.checkpoint.export import export_run
 from isotune.io.errors import UserError
-from isotune.training.runs import classification
+from isotune.training.from_recipe import classification
 
 RUNS = {
     "bert": {"tune": "full"},

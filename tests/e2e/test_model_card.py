@@ -12,7 +12,7 @@ from tests.building import build, build_classifier
 
 from isotune.report.model_card import final_evaluation, write_model_card
 from isotune.report.run_record import read_record
-from isotune.training.runs import classification, sft
+from isotune.training.from_recipe import classification, sft
 
 KINDS = ("classifier", "classifier_lora", "causal", "causal_lora")
 METRICS = {"accuracy": "eval_accuracy", "loss": "eval_loss", "perplexity": "eval_perplexity", "f1": "eval_f1_macro"}

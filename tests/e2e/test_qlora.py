@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from isotune.io.errors import UserError
 from isotune.models.opening import load_base_model, load_config
-from isotune.training.runs import sft
+from isotune.training.from_recipe import sft
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 from bitsandbytes.nn import Linear4bit  # noqa: E402

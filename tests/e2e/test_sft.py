@@ -118,7 +118,7 @@ def test_tensorboard_has_the_losses_of_the_metrics_file(llama):
 def test_an_adapter_is_loaded_by_peft_with_the_loss_of_the_last_evaluation(tmp_path):
     from peft import AutoPeftModelForCausalLM
 
-    from isotune.training.runs import sft
+    from isotune.training.from_recipe import sft
 
     model = small_opt(tmp_path / "opt", word_embed_proj_dim=16)
     built = build(

@@ -12,7 +12,7 @@ from isotune.distributed.deepspeed_config import complete, find_file, offloaded,
 from isotune.distributed.launch import Process
 from isotune.distributed.launch_validation import Request, _launch_arguments, check_launch
 from isotune.io.errors import UserError
-from isotune.training.runs.assembly import uses_exact_gradients
+from isotune.training.from_recipe.assembly import uses_exact_gradients
 
 ONE = {"WORLD_SIZE": "1"}
 

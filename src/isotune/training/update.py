@@ -44,6 +44,7 @@ class UpdateResult:
 
     Attributes:
         step: whose microbatches it saw.
+        denominator: what the summed loss of the global batch is divided by.
         loss: of the whole global batch, the same on every rank.
         count: the task's whole number, added up over the global batch.
         grad_norm: before clipping; NaN where the update was skipped.
@@ -52,6 +53,7 @@ class UpdateResult:
     """
 
     step: Step
+    denominator: float
     loss: float = math.nan
     count: int = 0
     grad_norm: float = math.nan
@@ -87,7 +89,7 @@ class OptimizerUpdate:
 
     def run(self, model: nn.Module, step: Step, microbatches: Sequence[dict[str, Any]]) -> UpdateResult:
         """Forward and backward of this rank's `microbatches` of `step`, and the sum of the ranks' gradients."""
-        self.result, self.microbatches = UpdateResult(step), microbatches
+        self.result, self.microbatches = UpdateResult(step, self.task.denominator(step)), microbatches
         model.train()
         self.sync.begin()
         outputs: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
@@ -105,7 +107,6 @@ class OptimizerUpdate:
         assert self.result is not None
         number, weight, step = microbatch["number"], microbatch["weight"], self.result.step
         seed_microbatch(self.seed, step.number, number)
-        denominator = self.task.denominator(step)
         with self.sync.microbatch(model, last=last), training_microbatch(model):
             inputs: Any = send_to_device(microbatch["inputs"], self.sync.accelerator.device)
             found = model(**inputs, use_cache=False)
@@ -114,12 +115,12 @@ class OptimizerUpdate:
                 outputs[number] = loss.detach(), self.task.count(found, inputs)
             del found  # what it holds beside the loss need not outlive the forward
             if last:
-                self._gather(outputs, denominator)
-            scaled = loss * (weight * self.sync.loss_scale / denominator)
+                self._gather(outputs)
+            scaled = loss * (weight * self.sync.loss_scale / self.result.denominator)
             self.sync.backward(model, nan_gradient(loss) if self.result.skipped else scaled)
         self.watchdog.progress(f"step {step.number + 1}")
 
-    def _gather(self, outputs: dict[int, tuple[torch.Tensor, torch.Tensor | None]], denominator: float) -> None:
+    def _gather(self, outputs: dict[int, tuple[torch.Tensor, torch.Tensor | None]]) -> None:
         """Loss and count of the global batch, and the ranks' votes, in one collective."""
         assert self.result is not None
         count, device = len(self.result.step.microbatches), self.sync.accelerator.device
@@ -131,7 +132,7 @@ class OptimizerUpdate:
         if self.votes:
             self.votes.agree([value > 0 for value in table[2 * count :]])
         losses, self.result.count = table[:count], int(sum(table[count : 2 * count]))
-        self.result.loss = ordered_sum(losses) / denominator
+        self.result.loss = ordered_sum(losses) / self.result.denominator
         broken = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
         if broken:
             self.nonfinite.refuse_or_skip("loss", self.result, broken[0])

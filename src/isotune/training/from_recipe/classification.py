@@ -21,8 +21,8 @@ from isotune.models.heads import head_of
 from isotune.models.lora import add_adapters
 from isotune.models.opening import load_base_model, load_config
 from isotune.run.run_dir import RunDir
-from isotune.training.runs import assembly
-from isotune.training.runs.arguments import training_arguments
+from isotune.training.from_recipe import assembly
+from isotune.training.from_recipe.arguments import training_arguments
 from isotune.training.tasks.classification import ClassificationTask
 from isotune.training.trainer import PlannedTraining, Trainer
 
@@ -95,7 +95,7 @@ def build_trainer(
 def save(
     recipe: ClassificationRecipe, run: RunDir, trainer: PlannedTraining, tokenizer: Any
 ) -> FinalModelReport | None:
-    """Write RUN/model; an adapter holds its head. See `isotune.training.runs.assembly.save`."""
+    """Write RUN/model; an adapter holds its head. See `isotune.training.from_recipe.assembly.save`."""
     num_labels = trainer.plan.documents.num_labels
 
     def load_again(recipe: ClassificationRecipe) -> PreTrainedModel:

@@ -17,8 +17,8 @@ from isotune.models.opening import load_base_model, load_config
 from isotune.models.packed_attention import set_packed_attention
 from isotune.models.supervised_loss import install_supervised_loss
 from isotune.run.run_dir import RunDir
-from isotune.training.runs import assembly
-from isotune.training.runs.arguments import sft_arguments
+from isotune.training.from_recipe import assembly
+from isotune.training.from_recipe.arguments import sft_arguments
 from isotune.training.tasks.sft import SftTask
 from isotune.training.trainer import PlannedTraining, SFTTrainer
 
@@ -57,5 +57,5 @@ def load_base_again(recipe: RunRecipe) -> PreTrainedModel:
 
 
 def save(recipe: RunRecipe, run: RunDir, trainer: PlannedTraining, tokenizer: Any) -> FinalModelReport | None:
-    """Write RUN/model; see `isotune.training.runs.assembly.save`."""
+    """Write RUN/model; see `isotune.training.from_recipe.assembly.save`."""
     return assembly.save(recipe, run, trainer, tokenizer, load_base_again)

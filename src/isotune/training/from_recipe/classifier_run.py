@@ -18,7 +18,7 @@ from isotune.distributed.launch import Process, start_process
 from isotune.models.opening import load_config, load_tokenizer
 from isotune.run.preemption import supervised
 from isotune.run.run_dir import RunDir
-from isotune.training.runs import classification
+from isotune.training.from_recipe import classification
 from isotune.training.trainer import PlannedTraining
 
 
