@@ -216,7 +216,7 @@ def _run(words: list[str]) -> int:
         if words[0] == "-u":
             sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
         words = words[1 if words[0] == "-u" else 2 :]
-    try:
+    try:  # what an interpreter puts first in sys.path, which a fork has to do itself
         if words[0] == "-m":
             sys.argv = words[1:]
             sys.path.insert(0, os.getcwd())

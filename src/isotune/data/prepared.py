@@ -46,7 +46,7 @@ class DataSettings:
 
 
 def _no_texts() -> Iterator[str]:
-    raise NotImplementedError("only labelled texts are read a second time")
+    raise AssertionError("only labelled texts are read a second time")
 
 
 @dataclass(frozen=True)

@@ -76,29 +76,33 @@ def make_plan(recipe: RunRecipe, process: Process, data: RunData, task: Task) ->
 
 def build(
     make: Callable[..., PlannedTraining],
+    model: nn.Module,
     recipe: RunRecipe,
     process: Process,
     run: RunDir,
     data: RunData,
-    plan: TrainingPlan,
+    task: Task,
     *,
     with_averages: bool = False,
 ) -> PlannedTraining:
-    """The trainer that carries out `plan`, with a recorder, a checkpointer and the checks before training.
+    """The trainer of a run, with a recorder, a checkpointer and the checks before training.
 
     Args:
-        make: the trainer's class, with the model, the arguments and the tokenizer bound to it.
+        make: the trainer's class, with the arguments and the tokenizer bound to it.
+        model: patched for packed rows.
         recipe, process, run, data: of the run.
-        plan: from `make_plan`.
+        task: what the model learns.
         with_averages: whether an evaluation's line has the means of training since the last one.
     """
+    run.check_room(saved_bytes(model))
+    plan = make_plan(recipe, process, data, task)
     roles = {role: found for role, found in (("train", data.train), ("evaluation", data.evaluation)) if found}
     early_stop = EarlyStop(recipe) if recipe.early_stopping_patience is not None else None
     fingerprints = {role: found.fingerprint for role, found in roles.items()}
     checkpointer = Checkpointer(recipe, process, run, fingerprints, early_stop)
     progress = ProgressBar(quiet=bool(recipe.training_arguments.get("disable_tqdm")))
-    recorder = MetricsRecorder(plan.task, progress, EpochAverages() if with_averages else None)
-    trainer = make(plan=plan, recorder=recorder, checkpointer=checkpointer)
+    recorder = MetricsRecorder(task, progress, EpochAverages() if with_averages else None)
+    trainer = make(model=model, plan=plan, recorder=recorder, checkpointer=checkpointer)
     counts = {role: found.table.as_dict() for role, found in roles.items()}
     trainer.add_callback(PreTrainChecks(trainer, checkpointer, counts))
     trainer.add_callback(progress)  # after the checks, so that what they print stands above the bar

@@ -71,7 +71,6 @@ def build_trainer(
     data: RunData,
 ) -> PlannedTraining:
     """The schedule, and the Trainer that carries it out; checks run when training begins."""
-    run.check_room(assembly.saved_bytes(model))
     base = base_model_of(model)
     train: Any = data.train
 
@@ -87,9 +86,8 @@ def build_trainer(
         str(attention_of(base.config)),
         write_predictions if process.is_main else None,
     )
-    plan = assembly.make_plan(recipe, process, data, task)
-    make = functools.partial(Trainer, model=model, args=training_arguments(recipe, process), processing_class=tokenizer)
-    return assembly.build(make, recipe, process, run, data, plan, with_averages=True)
+    make = functools.partial(Trainer, args=training_arguments(recipe, process), processing_class=tokenizer)
+    return assembly.build(make, model, recipe, process, run, data, task, with_averages=True)
 
 
 def save(

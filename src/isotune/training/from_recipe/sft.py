@@ -45,10 +45,8 @@ def build_trainer(
     data: RunData,
 ) -> PlannedTraining:
     """The schedule, and the SFTTrainer that carries it out; checks run when training begins."""
-    run.check_room(assembly.saved_bytes(model))
-    plan = assembly.make_plan(recipe, process, data, SftTask())
-    make = functools.partial(SFTTrainer, model=model, args=sft_arguments(recipe, process), processing_class=tokenizer)
-    return assembly.build(make, recipe, process, run, data, plan)
+    make = functools.partial(SFTTrainer, args=sft_arguments(recipe, process), processing_class=tokenizer)
+    return assembly.build(make, model, recipe, process, run, data, SftTask())
 
 
 def load_base_again(recipe: RunRecipe) -> PreTrainedModel:
