@@ -90,7 +90,6 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
     ) -> None:
         with trained_parameters_kept(options["model"]):
             super().__init__(eval_dataset=plan.evaluation, data_collator=_already_laid_out, **options)
-        self.loss_is_scaled_for_ga = True  # what training_step returns is the loss of the whole update
         self.plan, self.recorder, self.checkpointer = plan, recorder, checkpointer
         if self.args.fp16 and self.accelerator.device.type == "cpu" and not self.is_deepspeed_enabled:
             run_fp16_on_cpu(self.accelerator)
