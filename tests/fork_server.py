@@ -50,7 +50,7 @@ LIBRARIES = (
     "isotune.evaluation.generation.generation_models",
     "isotune.preflight.startup_check",
     "isotune.report.loss_curve",
-    "isotune.report.sharing",
+    "isotune.report.model_card",
     "isotune.training.from_recipe.classifier_run",
     "isotune.training.from_recipe.sft",
 )

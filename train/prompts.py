@@ -31,7 +31,7 @@ def main() -> None:
     from isotune.evaluation.classification.sentences import show_sentences
     from isotune.preflight.startup_check import startup_check
     from isotune.report.loss_curve import draw_loss_curve
-    from isotune.report.sharing import share
+    from isotune.report.model_card import share
     from isotune.training.from_recipe.classifier_run import Trained, start_classifier, train_classifier
 
     start = start_classifier(recipe)

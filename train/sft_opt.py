@@ -31,7 +31,7 @@ def main() -> None:
     from isotune.models.opening import load_config, load_tokenizer
     from isotune.preflight.startup_check import startup_check
     from isotune.report.loss_curve import draw_loss_curve
-    from isotune.report.sharing import share
+    from isotune.report.model_card import share
     from isotune.run.preemption import supervised
     from isotune.training.from_recipe import sft
 

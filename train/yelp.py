@@ -28,7 +28,7 @@ def main() -> None:
     from isotune.data.run_data import prepare_run_data
     from isotune.preflight.startup_check import startup_check
     from isotune.report.loss_curve import draw_loss_curve
-    from isotune.report.sharing import share
+    from isotune.report.model_card import share
     from isotune.training.from_recipe.classifier_run import start_classifier, train_classifier
 
     start = start_classifier(recipe)

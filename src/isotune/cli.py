@@ -128,7 +128,7 @@ def _compare(chosen: argparse.Namespace) -> None:
     import json
 
     from isotune.evaluation.comparison.compare import compare_runs
-    from isotune.report.comparison_text import comparison_text
+    from isotune.report.formatting import comparison_text
 
     comparison = compare_runs(
         chosen.runs,

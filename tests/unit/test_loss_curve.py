@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from isotune.io.errors import UserError
-from isotune.report.curves import read_curves, smoothed
-from isotune.report.loss_curve import _figure, draw_loss_curve
+from isotune.report.loss_curve import _figure, draw_loss_curve, read_curves, smoothed
 
 
 def write_metrics(folder, entries, tail=""):
@@ -96,17 +95,17 @@ def test_a_run_whose_every_loss_is_lost_is_drawn(tmp_path):
 
 def test_a_last_line_that_a_killed_run_cut_off_is_passed_over(tmp_path):
     write_metrics(tmp_path, [training_line(1, 2.0), training_line(2, 1.5)], tail='{"step": 3, "lo')
-    assert read_curves(tmp_path / "metrics.jsonl").loss.steps == [1, 2]
+    assert read_curves(tmp_path / "metrics.jsonl")["loss"].steps == [1, 2]
 
 
 def test_lines_that_are_no_objects_are_passed_over(tmp_path):
     write_metrics(tmp_path, [training_line(1, 2.0), 7, [], {"note": "resumed"}, {"step": "2", "loss": 1.0}])
-    assert read_curves(tmp_path / "metrics.jsonl").loss.values == [2.0]
+    assert read_curves(tmp_path / "metrics.jsonl")["loss"].values == [2.0]
 
 
 def test_a_step_that_a_resumed_run_repeated_counts_as_it_was_written_last(tmp_path):
     write_metrics(tmp_path, [training_line(1, 3.0), training_line(2, 2.0), training_line(2, 1.9)])
-    curve = read_curves(tmp_path / "metrics.jsonl").loss
+    curve = read_curves(tmp_path / "metrics.jsonl")["loss"]
     assert (curve.steps, curve.values) == ([1, 2], [3.0, 1.9])
 
 

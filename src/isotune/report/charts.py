@@ -5,14 +5,15 @@ style sheet, which has a light and a dark set; lines of different runs also diff
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
-from isotune.report.curves import MARKED_STEPS, MIN_SMOOTHED_VALUES, finite_values, smoothed, smoothing_window
 from isotune.report.formatting import format_number, run_letter
+from isotune.report.loss_curve import MARKED_STEPS, MIN_SMOOTHED_VALUES, finite_values, smoothed, smoothing_window
 from isotune.report.run_record import RunRecord
 
 WIDTH, HEIGHT = 420, 250
@@ -44,13 +45,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart with all coordinates in pixels.
-
-    Attributes:
-        title, unit: of the y axis.
-        summary: the chart in words, for screen readers.
-        x_ticks, y_ticks: position and text.
-    """
+    """A chart in pixels: `unit` is that of the y axis, `summary` the chart in words, a tick its position and text."""
 
     title: str
     unit: str
@@ -73,76 +68,64 @@ class _Series:
     steps: list[int]
     values: np.ndarray
     has_dots: bool = False
-    summary: str = field(default="")
+    summary: str = ""
 
 
 def draw_charts(records: Sequence[RunRecord]) -> list[Chart]:
     """One chart for each metric that any of the runs has."""
+    runs = [f"{run_letter(index)} " for index in range(len(records))] if len(records) > 1 else [""]
     charts = []
-    for training, evaluation, title, unit in CURVES:
+    for *keys, title, unit in CURVES:
         series = [
             line
-            for index, record in enumerate(records)
-            for line in _series(record, run_letter(index) if len(records) > 1 else "", index, (training, evaluation))
+            for index, (record, run) in enumerate(zip(records, runs, strict=True))
+            for line in _series(record, run, f"run{index % 6}" if run else "", *keys)
         ]
         if series:
             charts.append(_chart(title, unit, series))
     return charts
 
 
-def _series(record: RunRecord, letter: str, index: int, keys: tuple[str | None, str | None]) -> list[_Series]:
-    """The lines of a run for the keys of a training and an evaluation line; `letter` is empty for a single run."""
-    series = []
-    run = f"{letter} " if letter else ""
-    color = f"run{index % 6}" if letter else ""
-    steps, values = _column(record.steps, keys[0])
+def _series(record: RunRecord, run: str, color: str, train_key: str | None, eval_key: str | None) -> Iterator[_Series]:
+    """The lines of a run; `run` begins their labels, and is empty, as `color` is, for a single run."""
+    steps, values = _column(record.steps, train_key)
     if steps:
         summary = _summary(f"{run}training", steps, values)
-        are_marked = len(steps) < MARKED_STEPS
-        if keys[0] == "loss" and np.isfinite(values).sum() >= MIN_SMOOTHED_VALUES:
+        series = _Series(f"{run}training", color or "main", steps, values, len(steps) < MARKED_STEPS, summary)
+        if train_key == "loss" and np.isfinite(values).sum() >= MIN_SMOOTHED_VALUES:
             window = smoothing_window(len(steps))
-            if not letter:
-                series.append(_Series("training, each step", "raw", steps, values, are_marked))
-            label = f"{run}training, averaged over {window:.0f} steps"
-            series.append(_Series(label, color or "main", steps, smoothed(values, window), summary=summary))
-        else:
-            series.append(_Series(f"{run}training", color or "main", steps, values, are_marked, summary))
-    steps, values = _column(record.evaluations, keys[1])
+            if not run:
+                yield _Series("training, each step", "raw", steps, values, series.has_dots)
+            series.label, series.has_dots = f"{run}training, averaged over {window:.0f} steps", False
+            series.values = smoothed(values, window)
+        yield series
+    steps, values = _column(record.evaluations, eval_key)
     if steps:
         summary = _summary(f"{run}evaluation", steps, values)
-        series.append(_Series(f"{run}evaluation", f"{color} evaluation".strip(), steps, values, True, summary))
-    return series
+        yield _Series(f"{run}evaluation", f"{color} evaluation".strip(), steps, values, True, summary)
 
 
 def _column(lines: dict[int, dict[str, Any]], key: str | None) -> tuple[list[int], np.ndarray]:
     """Steps and values of a key, NaN where a value is not finite; both empty without any finite value."""
-    if key is None:
-        return [], np.array([])
     column = {step: line[key] for step, line in lines.items() if key in line}
-    values = finite_values(column.values()) * _SCALE.get(key, 1.0)
-    return (list(column), values) if np.isfinite(values).any() else ([], np.array([]))
+    values = finite_values(column.values()) * _SCALE.get(key or "", 1.0)
+    return (list(column), values) if np.isfinite(values).any() else ([], values)
 
 
 def _summary(label: str, steps: Sequence[int], values: np.ndarray) -> str:
     finite = np.flatnonzero(np.isfinite(values))
-    first, last = finite[0], finite[-1]
-    lowest, highest = finite[np.argmin(values[finite])], finite[np.argmax(values[finite])]
-
-    def point(index: int) -> str:
-        return f"{format_number(values[index])} at step {steps[index]}"
-
-    if first == last:
-        return f"{label}: {point(first)}."
-    return f"{label}: {point(first)}, {point(last)}, lowest {point(lowest)}, highest {point(highest)}."
+    ends = finite[0], finite[-1], finite[np.argmin(values[finite])], finite[np.argmax(values[finite])]
+    first, last, lowest, highest = (f"{format_number(values[index])} at step {steps[index]}" for index in ends)
+    if len(finite) == 1:
+        return f"{label}: {first}."
+    return f"{label}: {first}, {last}, lowest {lowest}, highest {highest}."
 
 
 def _chart(title: str, unit: str, series: list[_Series]) -> Chart:
     values = np.concatenate([line.values for line in series])
-    values = values[np.isfinite(values)]
-    y_ticks = _ticks(float(values.min()), float(values.max()))
+    y_ticks = _ticks(float(np.nanmin(values)), float(np.nanmax(values)))
     x_ticks = _ticks(min(line.steps[0] for line in series), max(line.steps[-1] for line in series), integer=True)
-    x_low, x_high = x_ticks[0], x_ticks[-1]
-    y_low, y_high = y_ticks[0], y_ticks[-1]
+    x_low, x_high, y_low, y_high = x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1]
 
     def x(step: float) -> float:
         return round(LEFT + (step - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT), 1)
@@ -191,20 +174,13 @@ def _downsample(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.n
     keep = {0, len(steps) - 1}
     for bucket in np.array_split(np.arange(len(steps)), MAX_POINTS // 2):
         is_finite = np.isfinite(values[bucket])
-        finite = bucket[is_finite]
-        if len(finite) < len(bucket):
-            keep.add(int(bucket[~is_finite][0]))
-        if len(finite):
-            keep |= {int(finite[np.argmin(values[finite])]), int(finite[np.argmax(values[finite])])}
+        keep |= set(bucket[~is_finite][:1].tolist())
+        if is_finite.any():
+            keep |= {int(bucket[np.nanargmin(values[bucket])]), int(bucket[np.nanargmax(values[bucket])])}
     indices = sorted(keep)
     return steps[indices], values[indices]
 
 
 def _paths(points: Sequence[tuple[float, float] | None]) -> list[str]:
-    pieces: list[list[tuple[float, float]]] = [[]]
-    for point in points:
-        if point is None:
-            pieces.append([])
-        else:
-            pieces[-1].append(point)
+    pieces = [[point for point in piece if point] for _, piece in groupby(points, bool)]
     return ["M" + " L".join(f"{x:g},{y:g}" for x, y in piece) for piece in pieces if len(piece) > 1]

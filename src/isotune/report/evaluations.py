@@ -1,10 +1,12 @@
-"""The evaluations of one or several runs, by name: metrics, plots, examples, and the comparison of the runs."""
+"""The evaluations of one or several runs, by name: metrics, plots, examples, and the comparison of the runs.
+
+They are dictionaries, as the report's template reads them.
+"""
 
 import base64
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,7 @@ from isotune.evaluation.comparison.compare import Comparison, compare_runs
 from isotune.evaluation.results import CLASSIFICATION, GENERATION, Result
 from isotune.io.errors import UserError
 from isotune.report.formatting import format_number, run_letter
-from isotune.report.run_record import RunRecord
-from isotune.report.run_tables import Row
+from isotune.report.run_record import Row, RunRecord
 
 EXAMPLES_FILE = "examples.jsonl"
 MAX_EXAMPLES = 10
@@ -21,67 +22,14 @@ MAX_TEXT_CHARACTERS = 2_000
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-@dataclass(frozen=True)
-class Plot:
-    """A PNG as a data URI, with a sentence that describes it and further lines of description."""
-
-    uri: str
-    description: str
-    details: list[str]
-    run: str
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A run's prediction of a row; `is_right` is None where the evaluation does not say."""
-
-    run: str
-    text: str
-    is_right: bool | None
-
-
-@dataclass(frozen=True)
-class Example:
-    """A row of the data with each run's prediction."""
-
-    id: str
-    input: str
-    reference: str
-    answers: list[Answer]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """All results under one name.
-
-    Attributes:
-        runs, letters: long and short names of the runs that have it, in the order of the columns.
-        metrics, per_class: a metric's value and interval of each run in turn; `per_class` are those of single classes.
-        reference_name: heading of the examples' references.
-        comparison: of several runs on the same rows; otherwise `not_compared` holds the reason.
-    """
-
-    name: str
-    facts: str
-    runs: list[str]
-    letters: list[str]
-    metrics: list[Row]
-    per_class: list[Row]
-    plots: list[Plot]
-    examples_title: str
-    reference_name: str
-    examples: list[Example]
-    comparison: Comparison | None
-    not_compared: str
-
-
-def gather_evaluations(records: Sequence[RunRecord], notes: list[str]) -> list[Evaluation]:
+def gather_evaluations(records: Sequence[RunRecord], notes: list[str]) -> list[dict[str, Any]]:
     """Every evaluation that any of the runs has; `notes` collects what is broken."""
     names = dict.fromkeys(result.folder.name for record in records for result in record.results)
     return [_evaluation(name, records, notes) for name in names]
 
 
-def _evaluation(name: str, records: Sequence[RunRecord], notes: list[str]) -> Evaluation:
+def _evaluation(name: str, records: Sequence[RunRecord], notes: list[str]) -> dict[str, Any]:
+    """All results under one name; the columns are those of the runs that have it."""
     several = len(records) > 1
     results: dict[str, Result] = {}
     letters = []
@@ -91,26 +39,28 @@ def _evaluation(name: str, records: Sequence[RunRecord], notes: list[str]) -> Ev
             results[f"{run_letter(index)}: {record.name}" if several else record.name] = result
             letters.append(run_letter(index))
     first = next(iter(results.values()))
-    comparison, not_compared = _compare(list(results.values()))
-    metrics = dict.fromkeys(metric for result in results.values() for metric in result.metrics)
-    title, examples = _examples(results)
     facts = first.facts
+    metrics = dict.fromkeys(metric for result in results.values() for metric in result.metrics)
+    # a value and an interval of each run in turn
     rows = [Row(metric, [cell for result in results.values() for cell in _cells(result, metric)]) for metric in metrics]
-    return Evaluation(
-        name=name,
-        facts=f"{facts['kind']}, {len(first.predictions):,} rows of {facts['dataset_name']} ({facts['dataset_split']})"
+    title, examples = _examples(results)
+    comparison, not_compared = _compare(list(results.values()))
+    return {
+        "name": name,
+        "facts": f"{facts['kind']}, {len(first.predictions):,} rows of {facts['dataset_name']} "
+        f"({facts['dataset_split']})"
         + "".join(_chance_test(run if several else "", result) for run, result in results.items()),
-        runs=list(results),
-        letters=letters,
-        metrics=[row for row in rows if "_class_" not in row.name],
-        per_class=[row for row in rows if "_class_" in row.name],
-        plots=[plot for run, result in results.items() for plot in _plots(run, result, notes)],
-        examples_title=title,
-        reference_name="Actual" if facts["kind"] == CLASSIFICATION else "Reference",
-        examples=examples,
-        comparison=comparison,
-        not_compared=not_compared,
-    )
+        "runs": list(results),
+        "letters": letters,
+        "metrics": [row for row in rows if "_class_" not in row.name],
+        "per_class": [row for row in rows if "_class_" in row.name],
+        "plots": [plot for run, result in results.items() for plot in _plots(run, result, notes)],
+        "examples_title": title,
+        "reference_name": "Actual" if facts["kind"] == CLASSIFICATION else "Reference",
+        "examples": examples,
+        "comparison": comparison,
+        "not_compared": not_compared,
+    }
 
 
 def _chance_test(run: str, result: Result) -> str:
@@ -138,14 +88,15 @@ def _cells(result: Result, metric: str) -> tuple[str, str]:
     return format_number(result.metrics[metric]), f"{low} to {high}" if low else ""
 
 
-def _plots(run: str, result: Result, notes: list[str]) -> list[Plot]:
+def _plots(run: str, result: Result, notes: list[str]) -> list[dict[str, Any]]:
+    """Each PNG as a data URI, with a sentence that describes it and further lines of description."""
     plots = []
     for file in sorted(result.folder.glob("*.png")):
         content = file.read_bytes()
         if content.startswith(_PNG_SIGNATURE):
             uri = "data:image/png;base64," + base64.b64encode(content).decode()
             description, *details = _description(file, result)
-            plots.append(Plot(uri, description, details, run))
+            plots.append({"uri": uri, "description": description, "details": details, "run": run})
         else:
             notes.append(f"{file} is left out: it is not a PNG file.")
     return plots
@@ -159,7 +110,8 @@ def _description(file: Path, result: Result) -> list[str]:
     return lines or [f"{file.stem.replace('_', ' ').replace('-', ' ')}, of the evaluation {result.folder.name}"]
 
 
-def _examples(results: dict[str, Result]) -> tuple[str, list[Example]]:
+def _examples(results: dict[str, Result]) -> tuple[str, list[dict[str, Any]]]:
+    """A title, and rows with their predictions; `is_right` is None where the evaluation does not say."""
     first = next(iter(results.values()))
     if first.facts["kind"] == CLASSIFICATION:
         errors = [example for run, result in results.items() for example in _confident_errors(run, result)]
@@ -167,7 +119,7 @@ def _examples(results: dict[str, Result]) -> tuple[str, list[Example]]:
     return "Answers beside their references", _answers(results) if first.facts["kind"] == GENERATION else []
 
 
-def _confident_errors(run: str, result: Result) -> list[Example]:
+def _confident_errors(run: str, result: Result) -> list[dict[str, Any]]:
     """The misclassified rows with the highest probability of the predicted class, the highest first."""
     texts = _example_texts(result.folder / EXAMPLES_FILE)
     errors = []
@@ -177,15 +129,13 @@ def _confident_errors(run: str, result: Result) -> list[Example]:
         if predicted is not None and predicted != row.get("label"):
             errors.append((probabilities[predicted], predicted, row))
     errors.sort(key=lambda error: -error[0])
-    return [
-        Example(
-            id=str(row["id"]),
-            input=_truncate(texts.get(row["id"])),
-            reference=_class_name(row.get("label"), result),
-            answers=[Answer(run, f"{_class_name(predicted, result)}, probability {probability:.3f}", False)],
-        )
-        for probability, predicted, row in errors[:MAX_EXAMPLES]
-    ]
+    examples = []
+    for probability, predicted, row in errors[:MAX_EXAMPLES]:
+        text = f"{_class_name(predicted, result)}, probability {probability:.3f}"
+        answer = {"run": run, "text": text, "is_right": False}
+        reference = _class_name(row.get("label"), result)
+        examples.append(_example(row["id"], texts.get(row["id"]), reference, [answer]))
+    return examples
 
 
 def _example_texts(file: Path) -> dict[Any, str]:
@@ -204,7 +154,7 @@ def _class_name(label: Any, result: Result) -> str:
     return f"class {label}"
 
 
-def _answers(results: dict[str, Result]) -> list[Example]:
+def _answers(results: dict[str, Result]) -> list[dict[str, Any]]:
     """Rows with the answer of every run: first those on which the runs disagree, then those that are wrong."""
     by_id = {run: {row["id"]: row for row in result.predictions} for run, result in results.items()}
     first = next(iter(by_id.values()))
@@ -213,19 +163,20 @@ def _answers(results: dict[str, Result]) -> list[Example]:
         texts = {rows[row_id].get("text") for rows in by_id.values() if row_id in rows}
         return len(texts) == 1, all(_is_right(rows[row_id]) is True for rows in by_id.values() if row_id in rows)
 
-    return [
-        Example(
-            id=str(row_id),
-            input=_truncate(first[row_id].get("prompt")),
-            reference=_truncate(first[row_id].get("reference")),
-            answers=[
-                Answer(run, _truncate(rows[row_id].get("text")), _is_right(rows[row_id]))
-                for run, rows in by_id.items()
-                if row_id in rows
-            ],
-        )
-        for row_id in sorted(first, key=order)[:MAX_EXAMPLES]
-    ]
+    examples = []
+    for row_id in sorted(first, key=order)[:MAX_EXAMPLES]:
+        answers = [
+            {"run": run, "text": _truncate(rows[row_id].get("text")), "is_right": _is_right(rows[row_id])}
+            for run, rows in by_id.items()
+            if row_id in rows
+        ]
+        row = first[row_id]
+        examples.append(_example(row_id, row.get("prompt"), _truncate(row.get("reference")), answers))
+    return examples
+
+
+def _example(row_id: Any, text: Any, reference: str, answers: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"id": str(row_id), "input": _truncate(text), "reference": reference, "answers": answers}
 
 
 def _is_right(row: dict[str, Any]) -> bool | None:

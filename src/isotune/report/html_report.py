@@ -12,8 +12,7 @@ from isotune.io.files import replace_file
 from isotune.report import formatting
 from isotune.report.charts import draw_charts
 from isotune.report.evaluations import gather_evaluations
-from isotune.report.run_record import read_record
-from isotune.report.run_tables import changed_tables, run_summary, run_tables
+from isotune.report.run_record import changed_tables, read_record, run_summary, run_tables
 
 REPORT = "report.html"
 HERE = Path(__file__).parent
@@ -24,12 +23,11 @@ _FORBIDDEN = dict.fromkeys(
 
 
 def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -> Path:
-    """Write the report of one run, or of several side by side, and return its path.
+    """Write the report of one run, or of several side by side, atomically, and return its path.
 
-    The file is written atomically. It loads no other resource, and its content security policy forbids it.
+    The file loads no other resource, and its content security policy forbids it.
 
     Args:
-        runs: run folders, of runs in any state.
         output: the file; by default report.html in the first run.
 
     Raises:

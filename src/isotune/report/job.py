@@ -36,32 +36,30 @@ def job_report(run: Path) -> str:
     seconds = sum(line["step_seconds"] for line in steps)
     tokens = sum(line["input_tokens"] for line in steps)
     attempts = list(_attempts(run))
-    on_gpu = environment["device"] == "cuda"
-    hours = sum(each["seconds"] * (each["processes"] or environment["world_size"]) for each in attempts) / 3600
-    hosts = f" (led by {', '.join(attempt['host'] for attempt in attempts)})" if len(attempts) > 1 else ""
-    slurm = environment.get("slurm") or {}
+    hours = sum(seconds * (record.get("processes") or environment["world_size"]) for record, seconds in attempts) / 3600
+    hosts = f" (led by {', '.join(record['host'] for record, _ in attempts)})" if len(attempts) > 1 else ""
+    hours_of = "GPU" if environment["device"] == "cuda" else "process"
     rows = {
         "run": run.resolve(),
         "ended": f"{status['status']} after step {len(steps)}",
-        "nodes": slurm.get("nodes", "this machine"),
+        "nodes": (environment.get("slurm") or {}).get("nodes", "this machine"),
         "engine": f"{engine} on {environment['world_size']} x {environment['device_name']}",
         "speed": f"{tokens / seconds:,.0f} tokens/s over {seconds:,.0f} s of steps" if seconds else "no step",
-        "cost": f"{hours:,.2f} {'GPU' if on_gpu else 'process'} hours, start-up and stopped attempts included",
+        "cost": f"{hours:,.2f} {hours_of} hours, start-up and stopped attempts included",
         "restarts": f"{len(attempts) - 1}{hosts}",
     }
     return "".join(f"{name:<12}{value}\n" for name, value in rows.items())
 
 
-def _attempts(run: Path) -> Iterator[dict[str, Any]]:
-    """Host, processes and seconds of every attempt of the run, the first one first."""
+def _attempts(run: Path) -> Iterator[tuple[dict[str, Any], float]]:
+    """The record and the seconds of every attempt of the run, the first one first."""
     for folder in sorted((run / ATTEMPTS_DIR).glob("[0-9]*")):
         try:
             record = json.loads((folder / ATTEMPT_RECORD).read_text("utf-8"))
         except (OSError, ValueError):
             continue
         ended = record.get("ended") or last_heartbeat(folder) or record["began"]
-        seconds = max(min(ended, time.time()) - record["began"], 0.0)
-        yield {"host": record["host"], "processes": record.get("processes"), "seconds": seconds}
+        yield record, max(min(ended, time.time()) - record["began"], 0.0)
 
 
 def main() -> None:

@@ -1,6 +1,8 @@
-"""RUN/loss_curve.png: loss and accuracy in training and evaluation, and the learning rate."""
+"""RUN/loss_curve.png from metrics.jsonl: loss and accuracy in training and evaluation, and the learning rate."""
 
 import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -8,28 +10,36 @@ import numpy as np
 
 from isotune.io.errors import UserError
 from isotune.io.files import replacing
-from isotune.report.curves import (
-    MARKED_STEPS,
-    MIN_SMOOTHED_VALUES,
-    Curve,
-    Curves,
-    read_curves,
-    smoothed,
-    smoothing_window,
-)
-from isotune.run.metrics_reader import METRICS
+from isotune.run.metrics_reader import METRICS, read_metrics
 
 PICTURE = "loss_curve.png"
-
+MIN_SMOOTHED_VALUES = 10  # fewer points need no smoothed curve
+MARKED_STEPS = 30  # a line through fewer steps gets a dot at each: it would otherwise show little or nothing
+_WINDOW_SHARE = 0.1  # of the steps of a run, for one value of the smoothed curve
 # The palette of Okabe and Ito (2008): distinguishable with any common color blindness, and by lightness in gray.
 _RAW, _SMOOTH, _EVALUATION, _RATE = "#56B4E9", "#0072B2", "#D55E00", "#444444"
-_INCHES = {"loss": 3.6, "accuracy": 2.6, "learning rate": 1.2}
+_INCHES = {"loss": 3.6, "accuracy": 2.6, "learning_rate": 1.2}
+
+
+@dataclass
+class Curve:
+    """One metric of a run; steps and values have the same length, and a missing or non-finite value is NaN.
+
+    Attributes:
+        epoch_steps, epoch_values: the last step of each complete epoch, and the mean over the epoch's steps, weighted
+            by the number of targets.
+    """
+
+    steps: list[int]
+    values: list[float]
+    eval_steps: list[int]
+    eval_values: list[float]
+    epoch_steps: list[int] = field(default_factory=list)
+    epoch_values: list[float] = field(default_factory=list)
 
 
 def draw_loss_curve(run_dir: str | Path) -> Path:
-    """Draw RUN/loss_curve.png from RUN/metrics.jsonl, and return its path.
-
-    The picture replaces an earlier one atomically.
+    """Draw RUN/loss_curve.png from RUN/metrics.jsonl, replacing an earlier one atomically, and return its path.
 
     Raises:
         UserError: there is no metrics.jsonl, or none of its lines has a step and a loss.
@@ -45,32 +55,101 @@ def draw_loss_curve(run_dir: str | Path) -> Path:
     return picture
 
 
-def _figure(curves: Curves, title: str) -> Any:
+def read_curves(metrics: Path) -> dict[str, Curve]:
+    """The curves of metrics.jsonl by name: `loss` in nats, `learning_rate`, and `accuracy` of a classifier.
+
+    Raises:
+        UserError: the file cannot be read, or has no loss.
+    """
+    try:
+        lines = read_metrics(metrics)
+    except OSError as error:
+        raise UserError(f"{metrics} cannot be read: {error.strerror}; give the folder of a run") from error
+    steps, evaluations = list(lines.steps.values()), list(lines.evaluations.values())
+    if not steps and not evaluations:
+        raise UserError(f"{metrics} has no line with a step and a loss: the run has not made a step yet")
+    is_classifier = any("accuracy" in line or "eval_accuracy" in line for line in [*steps, *evaluations])
+    names = ("loss", "accuracy", "learning_rate") if is_classifier else ("loss", "learning_rate")
+    return {name: _curve(steps, [] if name == "learning_rate" else evaluations, name) for name in names}
+
+
+def finite_values(values: Iterable[Any]) -> np.ndarray:
+    """Values as float64, NaN for each that is not a finite number."""
+    numbers = [v if isinstance(v, int | float) and not isinstance(v, bool) else math.nan for v in values]
+    array = np.array(numbers, dtype=float)
+    return np.where(np.isfinite(array), array, np.nan)
+
+
+def smoothing_window(steps: int) -> float:
+    """Width of the smoothing window of a curve with this many steps, in steps."""
+    return max(_WINDOW_SHARE * steps, 4.0)
+
+
+def smoothed(values: Sequence[float] | np.ndarray, width: float) -> np.ndarray:
+    """Average of the values around each one, weighted by a Gaussian with a standard deviation of `width / 4` values.
+
+    The window is centered: a moving average of past values would show each drop of the loss too late. At the ends the
+    existing part of the window counts. A value that is not finite has no weight and stays NaN.
+    """
+    array = np.asarray(values, dtype=float)
+    is_finite = np.isfinite(array)
+    reach = min(math.ceil(width / 2), len(array) - 1)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / (width / 4)) ** 2)
+    inside = slice(reach, reach + len(array))
+    sums = np.convolve(np.where(is_finite, array, 0.0), kernel)[inside]
+    weights = np.convolve(is_finite.astype(float), kernel)[inside]
+    return np.where(is_finite, sums / np.where(is_finite, weights, 1.0), np.nan)
+
+
+def _curve(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], key: str) -> Curve:
+    values = finite_values(line.get(key) for line in steps)
+    eval_values = finite_values(line.get(f"eval_{key}") for line in evaluations)
+    curve = Curve(
+        [line["step"] for line in steps], values.tolist(), [line["step"] for line in evaluations], eval_values.tolist()
+    )
+    weights = np.array([line.get("supervised_tokens", line.get("documents", 1)) for line in steps], float)
+    epochs = finite_values(line.get("epoch") for line in steps)
+    start = 0
+    for end in np.flatnonzero(np.abs(epochs - np.round(epochs)) < 1e-9).tolist():
+        part = slice(start, end + 1)
+        start = end + 1
+        is_finite = np.isfinite(values[part])
+        if is_finite.any():
+            finite, shares = values[part][is_finite], weights[part][is_finite]
+            curve.epoch_steps.append(curve.steps[end])
+            curve.epoch_values.append(float(finite @ shares / shares.sum()))
+    return curve
+
+
+def _figure(curves: dict[str, Curve], title: str) -> Any:
     # a Figure with its own canvas instead of pyplot: no global state, no display, independent of the user's backend
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 
-    names = ["loss"]
-    names += ["accuracy"] if _has_values(curves.accuracy) else []
-    names += ["learning rate"] if _has_values(curves.learning_rate) else []
+    names = [name for name, curve in curves.items() if name == "loss" or _has_values(curve)]
     heights = [_INCHES[name] for name in names]
     figure = Figure(figsize=(8.0, sum(heights) + 0.8), layout="constrained")
     FigureCanvasAgg(figure)
     column = figure.subplots(len(names), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     panels = dict(zip(names, column, strict=True))
-    _draw(panels["loss"], curves.loss, "loss", "{:.3f}")
-    panels["loss"].set_title(
-        f"Loss {'and accuracy ' if 'accuracy' in panels else ''}of {title}", loc="left", fontsize=12
-    )
+    _draw(panels["loss"], curves["loss"], "loss", "{:.3f}")
+    of_accuracy = "and accuracy " if "accuracy" in panels else ""
+    panels["loss"].set_title(f"Loss {of_accuracy}of {title}", loc="left", fontsize=12)
     panels["loss"].legend(frameon=False, fontsize=9)
-    panels["loss"].set_ylabel(f"loss (nats per {curves.target})")
+    panels["loss"].set_ylabel(f"loss (nats per {'document' if 'accuracy' in curves else 'supervised token'})")
     if "accuracy" in panels:
-        _draw(panels["accuracy"], curves.accuracy, "accuracy", "{:.1%}")
+        _draw(panels["accuracy"], curves["accuracy"], "accuracy", "{:.1%}")
         panels["accuracy"].set_ylabel("accuracy")
         panels["accuracy"].yaxis.set_major_formatter(PercentFormatter(1.0))
-    if "learning rate" in panels:
-        _draw_rate(panels["learning rate"], curves.learning_rate)
+    if "learning_rate" in panels:
+        panel, rates = panels["learning_rate"], curves["learning_rate"]
+        panel.plot(rates.steps, rates.values, color=_RATE, linewidth=1.2, marker=_marker(rates.steps))
+        panel.set_ylabel("learning rate")
+        formatter = ScalarFormatter(useMathText=True)
+        formatter.set_powerlimits((-2, 3))
+        panel.yaxis.set_major_formatter(formatter)
+        panel.set_ylim(bottom=0)
     for panel in column:
         panel.grid(color="#DDDDDD", linewidth=0.6)
         panel.set_axisbelow(True)
@@ -98,12 +177,11 @@ def _draw(panel: Any, curve: Curve, name: str, value_format: str) -> None:
     if curve.epoch_steps:
         points = {"color": _SMOOTH, "markersize": 7, "markeredgecolor": "white", "label": "training, mean of the epoch"}
         panel.plot(curve.epoch_steps, curve.epoch_values, "o", zorder=4, **points)
-    not_finite = [step for step, is_finite in zip(steps, finite, strict=True) if not is_finite]
-    if not_finite:
+    not_finite = np.array(steps)[~finite]
+    if len(not_finite):
         label = f"{name} not finite ({len(not_finite)} step{'s' if len(not_finite) > 1 else ''})"
-        panel.plot(
-            not_finite, [0.02] * len(not_finite), "x", color="black", transform=panel.get_xaxis_transform(), label=label
-        )
+        heights = np.full(len(not_finite), 0.02)
+        panel.plot(not_finite, heights, "x", color="black", transform=panel.get_xaxis_transform(), label=label)
     evaluated = [(s, v) for s, v in zip(curve.eval_steps, curve.eval_values, strict=True) if math.isfinite(v)]
     if evaluated:
         points = {"color": _EVALUATION, "linewidth": 1.0, "markersize": 5, "label": "evaluation"}
@@ -113,17 +191,5 @@ def _draw(panel: Any, curve: Curve, name: str, value_format: str) -> None:
         panel.annotate(value_format.format(value), (step, value), color=_EVALUATION, **placement)
 
 
-def _draw_rate(panel: Any, curve: Curve) -> None:
-    from matplotlib.ticker import ScalarFormatter
-
-    panel.plot(curve.steps, curve.values, color=_RATE, linewidth=1.2, marker=_marker(curve.steps))
-    panel.set_ylabel("learning rate")
-    formatter = ScalarFormatter(useMathText=True)
-    formatter.set_powerlimits((-2, 3))
-    panel.yaxis.set_major_formatter(formatter)
-    panel.set_ylim(bottom=0)
-
-
 def _marker(steps: list[int]) -> str:
-    """A dot at each point of a short line, which would otherwise show little or nothing."""
     return "o" if len(steps) < MARKED_STEPS else ""

@@ -10,27 +10,41 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from isotune.config import RunRecipe
 from isotune.data.sources.hub import is_hub_id
 from isotune.io.files import replace_file
 from isotune.report.formatting import format_number
-from isotune.report.run_record import RunRecord, read_record
-from isotune.report.run_tables import run_tables
+from isotune.report.run_record import RunRecord, read_record, run_tables
+from isotune.run.hub import upload_run
 
-CARD = "README.md"
-ADAPTER = "adapter_config.json"
+CARD, TEMPLATE = "README.md", Path(__file__).with_name("model_card.md.jinja")
 # the Hub's name of each metric of an evaluation line
 METRICS = {"eval_accuracy": "accuracy", "eval_f1_macro": "f1", "eval_loss": "loss", "eval_perplexity": "perplexity"}
 HIGHER_IS_BETTER = ("eval_accuracy", "eval_f1_macro")
 PATH_KEYS = ("model_name_or_path", "tokenizer_name_or_path", "dataset_name", "eval_dataset_name")
 OMITTED_GROUP = "Output and logging"
 OMITTED_DATA_ROWS = ("source", "fingerprint")
+_TUNED = {"full": "all weights", "lora": "LoRA adapters", "qlora": "LoRA adapters on 4-bit weights"}
+
+
+def share(recipe: RunRecipe) -> None:
+    """Write the model card of a finished run, upload RUN/model with `push_to_hub`, and print where they are.
+
+    Call it on the main process only.
+
+    Raises:
+        UserError: the upload failed. The run is finished and saved; the same command repeats the upload alone.
+    """
+    card = write_model_card(recipe.output_dir, recipe.hub_model_id if recipe.push_to_hub else None)
+    print(f"model card  {card}", flush=True)
+    if recipe.push_to_hub:
+        print(f"uploaded    {upload_run(recipe).url}", flush=True)
 
 
 def write_model_card(run: str | Path, repository: str | None = None) -> Path:
-    """Write the card of a finished run; it replaces one that a library has written.
+    """Write the card of a finished run to RUN/model; it replaces one that a library has written.
 
     Args:
-        run: RUN, with RUN/model.
         repository: the Hub id that the card loads the model from; None is the folder.
 
     Raises:
@@ -44,21 +58,35 @@ def write_model_card(run: str | Path, repository: str | None = None) -> Path:
 
 def model_card(record: RunRecord, repository: str | None = None) -> ModelCard:
     """The card of a run; see `write_model_card`."""
+    keys = record.keys
     name = (repository or record.name).rsplit("/", 1)[-1]
-    data = _metadata(record, name)
-    text = "\n\n".join(
-        part
-        for part in (
-            f"# {name}",
-            _introduction(record),
-            "## Load it\n\n" + _loading(record, repository or str(record.folder / "model")),
-            "## Results\n\n" + _results(record),
-            "## Data\n\n" + _data(record),
-            "## Training\n\n" + _training(record),
-            "## Recipe\n\n" + _recipe(record),
-        )
+    trained_on = _public_name(keys.get("dataset_name", ""))
+    evaluated = final_evaluation(record)
+    counts = (line["eval_documents"] for line in record.evaluations.values() if line.get("eval_documents"))
+    return ModelCard.from_template(
+        _metadata(record, name, evaluated[1] if evaluated else {}),
+        template_path=str(TEMPLATE),
+        name=name,
+        is_classifier=_is_classifier(record),
+        is_adapter=_is_adapter(record),
+        base=_public_name(keys.get("model_name_or_path", "a model")),
+        is_random=keys.get("model_init") == "random",
+        tuned=_TUNED.get(keys.get("tune", ""), keys.get("tune")),
+        trained_on=trained_on if "dataset_name" in keys else "its data",
+        version=record.environment.get("versions", {}).get("isotune", ""),
+        task="SequenceClassification" if _is_classifier(record) else "CausalLM",
+        path=repository or str(record.folder / "model"),
+        # the base model's configuration does not have the number of classes of the adapter's head
+        num_labels=f", num_labels={_classes(record)}" if _is_adapter(record) and _is_classifier(record) else "",
+        has_base_model=_is_adapter(record) and (record.folder / "base_model").is_dir(),
+        results=_results(record),
+        evaluated_on=_public_name(keys.get("eval_dataset_name") or f"a share of {trained_on}"),
+        evaluated_documents=next(counts, None),
+        saved_step=evaluated[0] if evaluated else None,
+        data=_data(record),
+        training=_training(record),
+        recipe=_recipe(record),
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
 
 
 def final_evaluation(record: RunRecord) -> tuple[int, dict[str, Any]] | None:
@@ -84,22 +112,36 @@ def _is_classifier(record: RunRecord) -> bool:
 
 
 def _is_adapter(record: RunRecord) -> bool:
-    return (record.folder / "model" / ADAPTER).is_file()
+    return (record.folder / "model" / "adapter_config.json").is_file()
 
 
-def _metadata(record: RunRecord, name: str) -> ModelCardData:
+def _metadata(record: RunRecord, name: str, evaluation: dict[str, Any]) -> ModelCardData:
+    """The metadata; `evaluation` is the line of the saved model, empty without one."""
     keys = record.keys
     base = keys.get("model_name_or_path", "")
     names = dict.fromkeys((keys.get("dataset_name"), keys.get("eval_dataset_name")))
-    datasets = [dataset for dataset in names if dataset and _on_the_hub(dataset)]
-    evaluated = final_evaluation(record)
-    results = _eval_results(record, evaluated[1]) if evaluated else []
+    pipeline = "text-classification" if _is_classifier(record) else "text-generation"
+    source = _public_name(keys.get("eval_dataset_name") or keys.get("dataset_name", ""))
+    results = [
+        EvalResult(
+            task_type=pipeline,
+            dataset_type=source,
+            dataset_name=source,
+            # a held-out share of the training data belongs to that split
+            dataset_split=keys.get("eval_dataset_split" if keys.get("eval_dataset_name") else "dataset_split"),
+            metric_type=metric,
+            metric_name=_readable(key),
+            metric_value=evaluation[key],
+        )
+        for key, metric in METRICS.items()
+        if evaluation.get(key) is not None
+    ]
     return ModelCardData(
         base_model=base if _on_the_hub(base) and keys.get("model_init") != "random" else None,
         base_model_relation="adapter" if _is_adapter(record) else "finetune",
-        datasets=datasets or None,
+        datasets=[dataset for dataset in names if dataset and _on_the_hub(dataset)] or None,
         library_name="peft" if _is_adapter(record) else "transformers",
-        pipeline_tag="text-classification" if _is_classifier(record) else "text-generation",
+        pipeline_tag=pipeline,
         tags=["isotune", *(["lora"] if _is_adapter(record) else [])],
         metrics=[result.metric_type for result in results] or None,
         model_name=name,
@@ -107,57 +149,8 @@ def _metadata(record: RunRecord, name: str) -> ModelCardData:
     )
 
 
-def _eval_results(record: RunRecord, line: dict[str, Any]) -> list[EvalResult]:
-    keys = record.keys
-    classifier = _is_classifier(record)
-    source = keys.get("eval_dataset_name") or keys.get("dataset_name", "")
-    shared = {
-        "task_type": "text-classification" if classifier else "text-generation",
-        "dataset_type": _public_name(source),
-        "dataset_name": _public_name(source),
-        # a held-out share of the training data belongs to that split
-        "dataset_split": keys.get("eval_dataset_split" if keys.get("eval_dataset_name") else "dataset_split"),
-    }
-    return [
-        EvalResult(metric_type=metric, metric_name=_readable(key), metric_value=line[key], **shared)
-        for key, metric in METRICS.items()
-        if line.get(key) is not None
-    ]
-
-
 def _readable(key: str) -> str:
     return {"eval_f1_macro": "macro F1"}.get(key, key.removeprefix("eval_"))
-
-
-def _introduction(record: RunRecord) -> str:
-    keys = record.keys
-    how = {"full": "all weights", "lora": "LoRA adapters", "qlora": "LoRA adapters on 4-bit weights"}
-    base = _public_name(keys.get("model_name_or_path", "a model"))
-    start = " with random weights" if keys.get("model_init") == "random" else ""
-    version = record.environment.get("versions", {}).get("isotune", "")
-    kind = "A classifier" if _is_classifier(record) else "A language model"
-    return (
-        f"{kind}: {base}{start}, fine-tuned ({how.get(keys.get('tune', ''), keys.get('tune'))}) on "
-        f"{_public_name(keys.get('dataset_name', 'its data'))} by isotune {version}. The figures below are read "
-        "from the files of the run."
-    )
-
-
-def _loading(record: RunRecord, path: str) -> str:
-    what = "SequenceClassification" if _is_classifier(record) else "CausalLM"
-    tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{path}")'
-    if not _is_adapter(record):
-        lines = [f"from transformers import AutoModelFor{what}, AutoTokenizer", tokenizer]
-        lines.append(f'model = AutoModelFor{what}.from_pretrained("{path}")')
-        return _code("python", "\n".join(lines))
-    # the base model's configuration does not have the number of classes of the adapter's head
-    classes = f", num_labels={_classes(record)}" if _is_classifier(record) else ""
-    lines = ["from peft import AutoPeftModelFor" + what + "; from transformers import AutoTokenizer", tokenizer]
-    lines.append(f'model = AutoPeftModelFor{what}.from_pretrained("{path}"{classes})')
-    text = _code("python", "\n".join(lines))
-    if (record.folder / "base_model").is_dir():
-        text += "\n\nIts base model has random weights of the run and is in the run's `base_model/` only."
-    return text
 
 
 def _classes(record: RunRecord) -> int:
@@ -171,68 +164,55 @@ def _classes(record: RunRecord) -> int:
 
 
 def _results(record: RunRecord) -> str:
-    if not record.evaluations:
-        return "The run evaluated nothing."
+    """A row for each evaluation; empty without one."""
     names = [key for key in METRICS if any(line.get(key) is not None for line in record.evaluations.values())]
     rows = [["step", "epoch", *map(_readable, names)]]
     for step, line in record.evaluations.items():
-        values = [line.get(key) for key in names]
-        rows.append(
-            [f"{step:,}", f"{line.get('epoch') or 0:.2f}", *("" if v is None else format_number(v) for v in values)]
-        )
-    keys = record.keys
-    source = _public_name(keys.get("eval_dataset_name") or f"a share of {_public_name(keys.get('dataset_name', ''))}")
-    count = next((line["eval_documents"] for line in record.evaluations.values() if line.get("eval_documents")), None)
-    evaluated_on = f"On {source}" + (f", {count:,} documents" if count else "") + ":"
-    evaluated = final_evaluation(record)
-    saved = f"The model is that of step {evaluated[0]:,}." if evaluated else "The saved model itself was not evaluated."
-    return f"{evaluated_on}\n\n{_table(rows)}\n\n{saved}"
+        values = ["" if line.get(key) is None else format_number(line[key]) for key in names]
+        rows.append([f"{step:,}", f"{line.get('epoch') or 0:.2f}", *values])
+    return _table(rows) if record.evaluations else ""
 
 
 def _data(record: RunRecord) -> str:
     """The counts of data preparation, by source; local sources appear without their folders."""
     keys = record.keys
-    columns = {"training": (keys.get("dataset_name"), keys.get("dataset_split"))}
+    sources = {"training": (keys.get("dataset_name"), keys.get("dataset_split"))}
     if record.evaluations:
         held_out = f"a share of {_public_name(keys.get('dataset_name', ''))}"
-        columns["evaluation"] = (keys.get("eval_dataset_name") or held_out, keys.get("eval_dataset_split"))
-    counts = {table.caption.removeprefix("Data: "): table for table in run_tables([record])}
-    data = [
-        {"source": f"{_public_name(source or '')}{f', {split}' if split else ''}"}
-        | {
-            row.name: row.values[0]
-            for row in getattr(counts.get(role), "rows", ())
-            if row.name not in OMITTED_DATA_ROWS
-        }
-        for role, (source, split) in columns.items()
-    ]
-    names = dict.fromkeys(name for column in data for name in column)
-    rows = [[name.replace("_", " "), *(column.get(name, "") for column in data)] for name in names]
-    return _table([["", *columns], *rows])
+        sources["evaluation"] = (keys.get("eval_dataset_name") or held_out, keys.get("eval_dataset_split"))
+    tables = {table.caption: table.rows for table in run_tables([record])}
+    columns = []
+    for role, (source, split) in sources.items():
+        counts = {row.name: row.values[0] for row in tables.get(f"Data: {role}", ())}
+        counts = {name: value for name, value in counts.items() if name not in OMITTED_DATA_ROWS}
+        columns.append({"source": _public_name(source or "") + (f", {split}" if split else "")} | counts)
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [[name.replace("_", " "), *(column.get(name, "") for column in columns)] for name in names]
+    return _table([["", *sources], *rows])
 
 
 def _training(record: RunRecord) -> str:
-    in_effect, lines = record.environment.get("in_effect", {}), list(record.steps.values())
-    facts: list[tuple[str, Any]] = []
+    environment, lines = record.environment, list(record.steps.values())
+    in_effect, versions = environment.get("in_effect", {}), environment.get("versions", {})
+    facts: dict[str, Any] = {}
     if in_effect.get("all_parameters"):
-        trained, total = in_effect["trained_parameters"], in_effect["all_parameters"]
-        facts.append(("trained parameters", f"{trained:,} of {total:,}"))
+        facts["trained parameters"] = f"{in_effect['trained_parameters']:,} of {in_effect['all_parameters']:,}"
     if lines:
-        facts += [("steps", f"{len(lines):,}"), ("loss, first step", format_number(lines[0]["loss"]))]
-        facts.append(("loss, last step", format_number(lines[-1]["loss"])))
-        facts.append(("input tokens", f"{sum(line['input_tokens'] for line in lines):,}"))
-        facts.append(("documents", f"{sum(line['documents'] for line in lines):,}"))
-        facts.append(("seconds in steps", format_number(float(sum(line["step_seconds"] for line in lines)))))
-        facts.append(("peak memory, GB", format_number(max(line["peak_memory_bytes"] for line in lines) / 1e9)))
-    facts.append(("engine", in_effect.get("engine")))
-    facts.append(("processes", record.environment.get("world_size")))
-    facts.append(("device", record.environment.get("device_name") or record.environment.get("device")))
-    facts += [(name.replace("_", " "), in_effect.get(name)) for name in ("precision", "attention_kernel")]
-    facts.append(("exact gradients", {True: "yes", False: "no"}.get(in_effect.get("exact_gradients"))))  # type: ignore[arg-type]
-    versions = record.environment.get("versions", {})
+        facts["steps"] = f"{len(lines):,}"
+        facts["loss, first step"] = format_number(lines[0]["loss"])
+        facts["loss, last step"] = format_number(lines[-1]["loss"])
+        facts["input tokens"] = f"{sum(line['input_tokens'] for line in lines):,}"
+        facts["documents"] = f"{sum(line['documents'] for line in lines):,}"
+        facts["seconds in steps"] = format_number(float(sum(line["step_seconds"] for line in lines)))
+        facts["peak memory, GB"] = format_number(max(line["peak_memory_bytes"] for line in lines) / 1e9)
+    facts["engine"], facts["processes"] = in_effect.get("engine"), environment.get("world_size")
+    facts["device"] = environment.get("device_name") or environment.get("device")
+    facts["precision"], facts["attention kernel"] = in_effect.get("precision"), in_effect.get("attention_kernel")
+    if in_effect.get("exact_gradients") in (True, False):
+        facts["exact gradients"] = "yes" if in_effect["exact_gradients"] else "no"
     libraries = [f"{name} {versions[name]}" for name in ("torch", "transformers", "peft") if name in versions]
-    facts.append(("versions", ", ".join(libraries)))
-    return _table([["", ""], *([name, str(value)] for name, value in facts if value not in (None, ""))])
+    facts["versions"] = ", ".join(libraries)
+    return _table([["", ""], *([name, str(value)] for name, value in facts.items() if value not in (None, ""))])
 
 
 def _recipe(record: RunRecord) -> str:
@@ -244,7 +224,7 @@ def _recipe(record: RunRecord) -> str:
         for key, value in group.items()
         if title != OMITTED_GROUP
     }
-    return _code("yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip())
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip()
 
 
 def _on_the_hub(name: str) -> bool:
@@ -260,7 +240,3 @@ def _table(rows: list[list[str]]) -> str:
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     lines = [f"| {' | '.join(row)} |" for row in cells]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-
-
-def _code(language: str, text: str) -> str:
-    return f"```{language}\n{text}\n```"

@@ -1,8 +1,8 @@
-"""Read a run folder for the report, whatever state the run is in; missing and broken files become notes."""
+"""Read a run folder in any state, and show its recipe, data, engine, machine and versions as tables."""
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,22 +11,22 @@ import yaml
 
 from isotune.evaluation.results import Result, find_results, read_result
 from isotune.io.errors import UserError
+from isotune.report.formatting import format_number
 from isotune.run.metrics_reader import METRICS, Metrics, read_metrics
 
+ABSENT = "–"
+SELF_TEST = "Self-test before the first step"
 _KEY = re.compile(r"([A-Za-z_][\w.]*):")
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The content of a run's files.
+    """The content of a run's files; what is missing or broken is empty.
 
     Attributes:
-        folder: RUN.
         recipe: the values of recipe.yaml by key, in the groups of that file by title.
-        environment: environment.json; empty without the file.
-        status: status.json; empty without the file.
-        steps: the training lines of metrics.jsonl by step.
-        evaluations: its evaluation lines by step.
+        environment, status: environment.json and status.json.
+        steps, evaluations: the lines of metrics.jsonl by step.
         results: the evaluations in RUN/eval.
         notes: a sentence for each file that cannot be read.
     """
@@ -51,6 +51,27 @@ class RunRecord:
         return {key: value for group in self.recipe.values() for key, value in group.items()}
 
 
+@dataclass(frozen=True)
+class Row:
+    """A named value of each run."""
+
+    name: str
+    values: list[str]
+
+    @property
+    def differs(self) -> bool:
+        """Whether the runs have different values."""
+        return len(set(self.values)) > 1
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under a caption."""
+
+    caption: str
+    rows: list[Row]
+
+
 def read_record(run: str | Path) -> RunRecord:
     """Read a run in any state, or a folder that has evaluations only.
 
@@ -71,16 +92,62 @@ def read_record(run: str | Path) -> RunRecord:
             results.append(read_result(result_folder))
         except UserError as error:
             notes.append(f"An evaluation is left out: {error}.")
-    return RunRecord(
-        folder=folder,
-        recipe=_read(folder / "recipe.yaml", _recipe_groups, notes),
-        environment=_read(folder / "environment.json", json.loads, notes),
-        status=_read(folder / "status.json", json.loads, notes),
-        steps=metrics.steps,
-        evaluations=metrics.evaluations,
-        results=results,
-        notes=notes,
+    recipe = _read(folder / "recipe.yaml", _recipe_groups, notes)
+    environment, status = (_read(folder / name, json.loads, notes) for name in ("environment.json", "status.json"))
+    return RunRecord(folder, recipe, environment, status, metrics.steps, metrics.evaluations, results, notes)
+
+
+def run_summary(record: RunRecord) -> list[tuple[str, str]]:
+    """The names and values of a run's most important facts."""
+    keys, in_effect, status = record.keys, _section(record.environment, "in_effect"), record.status
+    state = ": ".join(str(part) for part in (status.get("status"), status.get("message")) if part)
+    facts = {"State": state if status.get("status") else "", "Model": keys.get("model_name_or_path")}
+    facts["Data"] = keys.get("dataset_name")
+    trained, total = _number(in_effect, "trained_parameters"), _number(in_effect, "all_parameters")
+    if total:
+        facts["Trained"] = f"{keys.get('tune', '')}: {trained:,} of {total:,} parameters ({trained / total:.1%})"
+    if record.steps:
+        last, line = next(reversed(record.steps.items()))
+        facts["Steps"] = f"{last:,}"
+        facts["Loss of the last step"] = format_number(line["loss"]) if line["loss"] is not None else "not finite"
+    losses = {step: value for step, line in record.evaluations.items() if (value := _number(line, "eval_loss"))}
+    if losses:
+        best = min(losses, key=losses.__getitem__)
+        facts["Lowest evaluation loss"] = f"{format_number(losses[best])} at step {best:,}"
+    seconds, tokens = (
+        sum(_number(line, key) for line in record.steps.values()) for key in ("step_seconds", "input_tokens")
     )
+    facts |= {"Time in steps": _duration(seconds) if seconds else "", "Tokens seen": f"{tokens:,}" if tokens else ""}
+    return [(name, str(value)) for name, value in facts.items() if value]
+
+
+def run_tables(records: Sequence[RunRecord]) -> list[Table]:
+    """The groups of the recipe, the data, the engine in effect, the machine and the versions: a column for each run."""
+    environments = [record.environment for record in records]
+    titles = dict.fromkeys(title for record in records for title in record.recipe)
+    machine = ("device", "device_name", "threads_per_process", "world_size", "git_commit", "command")
+    columns = {f"Recipe: {title}": [record.recipe.get(title, {}) for record in records] for title in titles}
+    columns["Data: training"] = [_data(each, "train") for each in environments]
+    columns["Data: evaluation"] = [_data(each, "evaluation") for each in environments]
+    columns["Engine in effect"] = [_section(each, "in_effect") for each in environments]
+    columns[SELF_TEST] = [_section(each, "isolation") for each in environments]
+    columns["Machine and command"] = [
+        {key: each[key] for key in machine if each.get(key) is not None} for each in environments
+    ]
+    columns["Versions"] = [_section(each, "versions") for each in environments]
+    tables = []
+    for caption, values in columns.items():
+        names = dict.fromkeys(name for column in values for name in column)
+        rows = [Row(name, [_text(column[name]) if name in column else ABSENT for column in values]) for name in names]
+        tables.append(Table(caption, rows))
+    return [table for table in tables if table.rows]
+
+
+def changed_tables(tables: Sequence[Table]) -> list[Table]:
+    """The rows that differ between the runs, without the self-tests, which differ in rounding only."""
+    compared = [table for table in tables if table.caption != SELF_TEST]
+    changed = [Table(table.caption, [row for row in table.rows if row.differs]) for table in compared]
+    return [table for table in changed if table.rows]
 
 
 def _read_metrics(file: Path, notes: list[str]) -> Metrics:
@@ -128,3 +195,41 @@ def _recipe_groups(text: str) -> dict[str, dict[str, Any]]:
     if ungrouped:
         groups.setdefault("Other keys", {}).update(ungrouped)
     return groups
+
+
+def _data(environment: dict[str, Any], role: str) -> dict[str, Any]:
+    counts = _section(_section(environment, "data"), role)
+    fingerprint = _section(environment, "data_fingerprints").get(role)
+    return {**counts, "fingerprint": str(fingerprint)[:16]} if fingerprint else counts
+
+
+def _section(mapping: dict[str, Any], name: str) -> dict[str, Any]:
+    """A mapping within a mapping; empty where the file has something else there."""
+    section = mapping.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _number(line: dict[str, Any], name: str) -> float:
+    """A number of a line; 0 where it is absent or not a number."""
+    value = line.get(name)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else 0
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_text(item)}" for name, item in value.items()) or ABSENT
+    if isinstance(value, list):
+        # the words of a command are separated by spaces, other items by commas
+        return (" " if all(isinstance(item, str) for item in value) else ", ").join(map(_text, value)) or ABSENT
+    return f"{value:.6g}" if isinstance(value, float) else (f"{value:,}" if isinstance(value, int) else str(value))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
