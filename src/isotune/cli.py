@@ -200,7 +200,7 @@ def _add_doctor(commands: Commands) -> None:
 
 
 def _doctor(chosen: argparse.Namespace) -> int:
-    from isotune.doctor.doctor import run_doctor
+    from isotune.doctor import run_doctor
 
     return run_doctor(Path(chosen.output_dir))
 

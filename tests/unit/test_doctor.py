@@ -5,9 +5,21 @@ from pathlib import Path
 
 import pytest
 
-from isotune.doctor import checks
-from isotune.doctor.checks import NOTE, OK, WRONG, Finding, caches, compilers, disk, hub, kernels, scheduler
-from isotune.doctor.doctor import check_all_reduce, format_table
+from isotune import doctor
+from isotune.doctor import (
+    NOTE,
+    OK,
+    WRONG,
+    Finding,
+    all_reduce,
+    caches,
+    compilers,
+    disk,
+    format_table,
+    hub,
+    kernels,
+    scheduler,
+)
 
 
 def verdicts(findings) -> dict[str, str]:
@@ -19,20 +31,20 @@ def test_the_kernel_of_this_machine_is_right():
 
 
 def test_a_kernel_that_computes_something_else_is_seen(monkeypatch):
-    right = checks.packed_attention
-    monkeypatch.setattr(checks, "packed_attention", lambda *a, **k: (right(*a, **k)[0] * 1.1, None))
+    right = doctor.packed_attention
+    monkeypatch.setattr(doctor, "packed_attention", lambda *a, **k: (right(*a, **k)[0] * 1.1, None))
     assert verdicts(kernels()) == {"attention": WRONG}
 
 
 def test_a_folder_that_cannot_be_written_is_wrong_and_a_slow_disk_is_noted(tmp_path, monkeypatch):
     assert "free" in next(disk(tmp_path / "not" / "there" / "yet")).result
-    monkeypatch.setattr(checks, "SLOW_SYNC_SECONDS", 0.0)
+    monkeypatch.setattr(doctor, "SLOW_SYNC_SECONDS", 0.0)
     assert verdicts(disk(tmp_path)) == {"output": NOTE}
 
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(checks.tempfile, "NamedTemporaryFile", refuse)
+    monkeypatch.setattr(doctor.tempfile, "NamedTemporaryFile", refuse)
     (finding,) = disk(tmp_path)
     assert finding.status == WRONG and "Permission denied" in finding.result and "--output_dir" in finding.fix
 
@@ -54,12 +66,12 @@ def test_a_lock_that_a_killed_build_left_is_found(tmp_path, monkeypatch):
 
 
 def test_versions_out_of_range_or_untested_are_told(monkeypatch):
-    assert WRONG not in verdicts(checks.versions()).values()
-    monkeypatch.setattr(checks.metadata, "version", lambda name: "0.0.1")
-    assert verdicts(checks.versions())["torch"] == WRONG
+    assert WRONG not in verdicts(doctor.versions()).values()
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "0.0.1")
+    assert verdicts(doctor.versions())["torch"] == WRONG
     monkeypatch.undo()
-    monkeypatch.setattr(checks, "_tested_together", lambda: {"numpy": checks.Version("2.2.1")})
-    (note,) = [f for f in checks.versions() if f.subject == "numpy"]
+    monkeypatch.setattr(doctor, "_tested_together", lambda: {"numpy": doctor.Version("2.2.1")})
+    (note,) = [f for f in doctor.versions() if f.subject == "numpy"]
     assert note.status == NOTE and "2.2.1 was tested" in note.result
 
 
@@ -100,7 +112,7 @@ def test_one_process_has_no_bandwidth():
 
     from isotune.evaluation.distributed_eval import Ranks
 
-    assert check_all_reduce(Ranks(0, 1, torch.device("cpu"))) == []
+    assert list(all_reduce(Ranks(0, 1, torch.device("cpu")))) == []
 
 
 def test_a_missing_output_folder_is_not_made(tmp_path: Path):

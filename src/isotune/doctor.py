@@ -1,6 +1,7 @@
-"""The checks of `isotune doctor`, one function each: the result, its consequence, and how to fix it.
+"""`isotune doctor`: check a machine on every process of a launch, and print one table.
 
-Each function checks the process that calls it and its node. It never raises: a check that fails is a finding too.
+Each check is a generator of findings about the process that calls it and its node: the result, its consequence, and how
+to fix it. It never raises: a check that fails is a finding too.
 """
 
 import os
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import reduce
 from packaging.requirements import Requirement
 from packaging.version import Version
 
 from isotune.data.cache import cache_folder
 from isotune.data.sources.hub import hub_answers
+from isotune.evaluation.distributed_eval import Ranks, start_ranks
 from isotune.models.cpu.document_attention import document_attention
 from isotune.models.packed_attention import kernel_in_effect, packed_attention
 
@@ -27,7 +30,11 @@ OK, NOTE, WRONG = "ok", "note", "WRONG"
 KERNEL_TOLERANCE = 2e-2  # of bf16, with 8 bits of precision, over sums of a hundred elements
 MIN_FREE_BYTES = 20 * 2**30
 SLOW_SYNC_SECONDS = 0.5
-_CONSTRAINTS = Path(__file__).resolve().parents[3] / "constraints.txt"
+MESSAGE_BYTES = 64 * 2**20
+SLOW_BYTES_PER_SECOND = 1e8
+ROUNDS = 3
+_REINSTALL = "pip install -c constraints.txt -e ."
+_CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
 
 
 @dataclass(frozen=True)
@@ -41,14 +48,40 @@ class Finding:
     fix: str = ""
 
 
+def run_doctor(output: Path) -> int:
+    """Run all checks on every process and print one table; the exit status is 1 if anything is WRONG, otherwise 0."""
+    ranks = start_ranks()
+    checks = (versions(), device(), kernels(), compilers(), disk(output), caches(), hub(), scheduler())
+    findings = [finding for check in (*checks, all_reduce(ranks)) for finding in check]
+    findings_of = ranks.gather({ranks.rank: findings}, ranks.world_size)
+    if ranks.is_main:
+        print(format_table(findings_of))
+    return int(any(finding.status == WRONG for findings in findings_of.values() for finding in findings))
+
+
+def format_table(findings_of: dict[int, list[Finding]]) -> str:
+    """One line per finding, with its ranks; findings that several ranks share appear once."""
+    ranks_of: dict[Finding, set[int]] = {}
+    for rank, findings in findings_of.items():
+        for finding in findings:
+            # times differ between ranks: the first rank's result represents all
+            is_same = (known for known in ranks_of if known.subject == finding.subject and known.status == OK)
+            key = next(is_same, finding) if finding.status == OK else finding
+            ranks_of.setdefault(key, set()).add(rank)
+    lines = []
+    for f, ranks in ranks_of.items():
+        where = "" if len(ranks) == len(findings_of) else f" (rank {', '.join(map(str, sorted(ranks)))})"
+        explanation = f": {f.consequence}; {f.fix}" if f.consequence else ""
+        lines.append(f"{f.status:<6}{f.subject:<16}{f.result}{where}{explanation}")
+    wrong = sum(line.startswith(WRONG) for line in lines)
+    lines.append(f"{wrong} wrong, {sum(line.startswith(NOTE) for line in lines)} to note")
+    return "\n".join(lines)
+
+
 def versions() -> Iterator[Finding]:
     """Installed libraries against the ranges of isotune's metadata and the versions that were tested together."""
-    differing = list(_differing_versions())
-    yield from differing or [Finding(OK, "versions", "within the ranges, and as tested together")]
-
-
-def _differing_versions() -> Iterator[Finding]:
     tested = _tested_together()
+    differing = []
     for line in metadata.requires("isotune") or ():
         requirement = Requirement(line)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
@@ -56,37 +89,34 @@ def _differing_versions() -> Iterator[Finding]:
         try:
             installed = Version(metadata.version(requirement.name))
         except metadata.PackageNotFoundError:
-            yield Finding(WRONG, requirement.name, "not installed", "runs need it", f"pip install '{line}'")
+            fix = f"pip install '{line}'"
+            differing.append(Finding(WRONG, requirement.name, "not installed", "runs need it", fix))
             continue
         pinned = tested.get(requirement.name.lower())
         if not requirement.specifier.contains(installed, prereleases=True):
-            yield Finding(WRONG, requirement.name, f"{installed}, outside {requirement.specifier}",
-                          "its interface may differ", "pip install -c constraints.txt -e .")  # fmt: skip
+            outside = f"{installed}, outside {requirement.specifier}"
+            differing.append(Finding(WRONG, requirement.name, outside, "its interface may differ", _REINSTALL))
         elif pinned and installed.release != pinned.release:
-            yield Finding(NOTE, requirement.name, f"{installed}; {pinned} was tested", "results may differ in rounding",
-                          "pip install -c constraints.txt -e .")  # fmt: skip
+            other = f"{installed}; {pinned} was tested"
+            differing.append(Finding(NOTE, requirement.name, other, "results may differ in rounding", _REINSTALL))
+    yield from differing or [Finding(OK, "versions", "within the ranges, and as tested together")]
 
 
 def device() -> Iterator[Finding]:
     """torch, its CUDA version and the driver, and whether torch sees the GPU."""
     built = torch.version.cuda or torch.version.hip
     if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        yield Finding(
-            OK, "device", f"{count} x {torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {built}"
-        )
+        gpus = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+        yield Finding(OK, "device", f"{gpus}, torch {torch.__version__}, CUDA {built}")
         if not torch.cuda.is_bf16_supported(including_emulation=False):
-            yield Finding(
-                NOTE, "bf16", "not supported by this GPU", "bf16 recipes would be emulated or refused", "fp16: true"
-            )
-        return
-    driver = _driver_version()
-    if driver is not None:
+            consequence = "bf16 recipes would be emulated or refused"
+            yield Finding(NOTE, "bf16", "not supported by this GPU", consequence, "fp16: true")
+    elif driver := _driver_version():
         yield Finding(WRONG, "device", f"a GPU with driver {driver} that torch {torch.__version__} does not see",
                       "training would run on the CPU, a hundred times slower",
                       "install a torch built for your CUDA" if built is None else "update the driver")  # fmt: skip
-        return
-    yield Finding(OK, "device", f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    else:
+        yield Finding(OK, "device", f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}")
 
 
 def kernels() -> Iterator[Finding]:
@@ -143,9 +173,8 @@ def disk(folder: Path) -> Iterator[Finding]:
             os.fsync(file.fileno())
             seconds = time.perf_counter() - started
     except OSError as error:
-        yield Finding(
-            WRONG, "output", f"{place}: {error.strerror}", "a run cannot write its results", "another --output_dir"
-        )
+        result = f"{place}: {error.strerror}"
+        yield Finding(WRONG, "output", result, "a run cannot write its results", "another --output_dir")
         return
     result = f"{place}: {free / 2**30:.0f} GiB free, 4 MiB written and synced in {seconds:.3f} s"
     if seconds > SLOW_SYNC_SECONDS:
@@ -156,19 +185,13 @@ def disk(folder: Path) -> Iterator[Finding]:
         yield Finding(OK, "output", result)
 
 
-def _existing_parent(path: Path) -> Path:
-    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-
-
 def caches() -> Iterator[Finding]:
     """The cache folders of prepared data and downloads."""
     from huggingface_hub.constants import HF_HOME
 
-    for name, variable, folder in (
-        ("prepared data", "ISOTUNE_CACHE", cache_folder()),
-        ("downloads", "HF_HOME", Path(HF_HOME)),
-    ):
-        if os.access(_existing_parent(Path(folder)), os.W_OK):
+    folders = (("prepared data", "ISOTUNE_CACHE", cache_folder()), ("downloads", "HF_HOME", Path(HF_HOME)))
+    for name, variable, folder in folders:
+        if os.access(_existing_parent(folder), os.W_OK):
             yield Finding(OK, name, str(folder))
         else:
             yield Finding(WRONG, name, f"{folder} is not writable", "data cannot be prepared or downloaded",
@@ -199,11 +222,39 @@ def scheduler(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
                       "num_processes counts the processes of all nodes")  # fmt: skip
     else:
         yield Finding(OK, "SLURM", f"job {environment['SLURM_JOB_ID']}, {nodes} nodes, {world} processes")
-    cores = environment.get("SLURM_CPUS_PER_TASK")
-    threads = environment.get("OMP_NUM_THREADS")
+    cores, threads = environment.get("SLURM_CPUS_PER_TASK"), environment.get("OMP_NUM_THREADS")
     if cores and threads and int(threads) > int(cores):
         yield Finding(NOTE, "threads", f"OMP_NUM_THREADS {threads} on {cores} cores a task", "threads compete",
                       f"export OMP_NUM_THREADS={cores}")  # fmt: skip
+
+
+def all_reduce(ranks: Ranks) -> Iterator[Finding]:
+    """The bandwidth of an all-reduce: bytes that a process sends per second, the best of three rounds."""
+    if ranks.world_size == 1:
+        return
+    message = torch.ones(MESSAGE_BYTES // 4, device=ranks.device)
+    best_seconds = float("inf")
+    total: Any = message
+    for _ in range(ROUNDS + 1):  # the first round opens the connections
+        started = time.perf_counter()
+        total = reduce(message, reduction="sum")
+        if ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        best_seconds = min(best_seconds, time.perf_counter() - started)
+    rate = 2 * (ranks.world_size - 1) / ranks.world_size * MESSAGE_BYTES / best_seconds
+    result = f"{ranks.world_size} processes, {rate / 1e9:.2f} GB/s"
+    if float(total[0]) != ranks.world_size:
+        yield Finding(WRONG, "all-reduce", f"the sum of ones is {float(total[0])}", "gradients would be wrong",
+                      "check the network; NCCL_DEBUG=INFO")  # fmt: skip
+    elif rate < SLOW_BYTES_PER_SECOND:
+        yield Finding(NOTE, "all-reduce", result, "steps would wait for gradients",
+                      "name the fast network interface in NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME")  # fmt: skip
+    else:
+        yield Finding(OK, "all-reduce", result)
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
 def _tested_together() -> dict[str, Version]:

@@ -1,1 +1,0 @@
-"""Checks of a machine for problems that would affect a run."""
