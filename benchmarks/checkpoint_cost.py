@@ -114,7 +114,7 @@ def measure_saves(values: dict[str, Any], rounds: int) -> dict[str, Any]:
     import torch
 
     from isotune.config import Recipe
-    from isotune.data.run_data import prepare_run_data
+    from isotune.data.sft.preparation import prepare_conversations
     from isotune.distributed.launch import start_process
     from isotune.models.opening import load_config, load_tokenizer
     from isotune.run.run_dir import RunDir
@@ -124,7 +124,7 @@ def measure_saves(values: dict[str, Any], rounds: int) -> dict[str, Any]:
     process = start_process(recipe)
     run = RunDir(recipe)
     tokenizer = load_tokenizer(recipe)
-    data = prepare_run_data(recipe, tokenizer, show=process.is_main)
+    data = prepare_conversations(recipe, tokenizer, show=process.is_main)
     model = sft.build_model(recipe, load_config(recipe), process.device)
     trainer = sft.build_trainer(recipe, process, run, model, tokenizer, data)
     checkpointer: Any = trainer.checkpointer

@@ -50,7 +50,7 @@ def make_model(folder: Path) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from isotune.data.sources.builtin import find_corpus
+    from isotune.data.sources.source import find_corpus
     from isotune.models.builtin_models import builtin_config, builtin_tokenizer
 
     torch.manual_seed(0)

@@ -10,8 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from isotune.io.argument_parser import OneSentenceParser
-from isotune.io.errors import UserError, run_script
+from isotune.io.errors import OneSentenceParser, UserError, run_script
 
 
 def arguments() -> argparse.Namespace:

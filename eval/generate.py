@@ -13,8 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from isotune.io.argument_parser import OneSentenceParser
-from isotune.io.errors import UserError, run_script
+from isotune.io.errors import OneSentenceParser, UserError, run_script
 
 
 def arguments() -> argparse.Namespace:

@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModel, OPTConfig, OPTForCausalLM
 
 from isotune.checkpoint.resume import open_run
 from isotune.config import ClassificationRecipe, Recipe, RunRecipe
+from isotune.data.classification.split import prepare_labelled
 from isotune.data.documents import Documents
-from isotune.data.run_data import prepare_run_data
+from isotune.data.sft.preparation import prepare_conversations
 from isotune.distributed.launch import start_process
 from isotune.models.builtin_models import builtin_tokenizer
 from isotune.models.opening import load_config, load_tokenizer
@@ -64,7 +65,7 @@ def build(folder: Path, **values: Any) -> Built:
     run = open_run(recipe)
     config = load_config(recipe)
     tokenizer = load_tokenizer(recipe)
-    data = prepare_run_data(recipe, tokenizer, show=process.is_main)
+    data = prepare_conversations(recipe, tokenizer, show=process.is_main)
     model = sft.build_model(recipe, config, process.device)
     trainer = sft.build_trainer(recipe, process, run, model, tokenizer, data)
     return Built(recipe, run, model, tokenizer, trainer)
@@ -76,7 +77,7 @@ def build_classifier(folder: Path, **values: Any) -> Built:
     GradientState._reset_state()
     recipe = ClassificationRecipe.from_values(**{**TINY_CLASSIFIER, "output_dir": str(folder / "run"), **values})
     start = classifier_run.start_classifier(recipe)
-    data = prepare_run_data(recipe, start.tokenizer, show=start.process.is_main)
+    data = prepare_labelled(recipe, start.tokenizer, show=start.process.is_main)
     trainer = classifier_run.build_classifier(start, data)
     return Built(recipe, start.run, cast(nn.Module, trainer.model), start.tokenizer, trainer)
 

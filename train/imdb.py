@@ -25,14 +25,14 @@ def main() -> None:
         kind=ClassificationRecipe,
     )
     # the engine takes seconds to import: a mistake in the recipe has been answered by now
-    from isotune.data.run_data import prepare_run_data
+    from isotune.data.classification.split import prepare_labelled
     from isotune.preflight.startup_check import startup_check
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.report.model_card import share
     from isotune.training.from_recipe.classifier_run import start_classifier, train_classifier
 
     start = start_classifier(recipe)
-    data = prepare_run_data(recipe, start.tokenizer, show=start.process.is_main)
+    data = prepare_labelled(recipe, start.tokenizer, show=start.process.is_main)
     if startup_check(recipe, start.config, data, start.process):
         return
     trained = train_classifier(start, data)

@@ -26,7 +26,7 @@ def main() -> None:
         kind=ClassificationRecipe,
     )
     # the engine takes seconds to import: a mistake in the recipe has been answered by now
-    from isotune.data.run_data import prepare_run_data
+    from isotune.data.classification.split import prepare_labelled
     from isotune.evaluation.classification.chance_test import write_chance_test
     from isotune.evaluation.classification.sentences import show_sentences
     from isotune.preflight.startup_check import startup_check
@@ -35,7 +35,7 @@ def main() -> None:
     from isotune.training.from_recipe.classifier_run import Trained, start_classifier, train_classifier
 
     start = start_classifier(recipe)
-    data = prepare_run_data(recipe, start.tokenizer, show=start.process.is_main)
+    data = prepare_labelled(recipe, start.tokenizer, show=start.process.is_main)
     if startup_check(recipe, start.config, data, start.process):
         return
 

@@ -25,7 +25,7 @@ def main() -> None:
     )
     # the engine takes seconds to import: a mistake in the recipe has been answered by now
     from isotune.checkpoint.resume import open_run
-    from isotune.data.run_data import prepare_run_data
+    from isotune.data.sft.preparation import prepare_conversations
     from isotune.distributed.launch import start_process
     from isotune.evaluation.generation.generation_models import print_sample_answer
     from isotune.models.opening import load_config, load_tokenizer
@@ -39,7 +39,7 @@ def main() -> None:
     run = open_run(recipe)
     config = load_config(recipe)
     tokenizer = load_tokenizer(recipe)
-    data = prepare_run_data(recipe, tokenizer, show=process.is_main)
+    data = prepare_conversations(recipe, tokenizer, show=process.is_main)
     if startup_check(recipe, config, data, process):
         return
 

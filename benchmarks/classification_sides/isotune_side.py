@@ -10,10 +10,8 @@ from sft_sides.process import Metronome
 from transformers import TrainerCallback
 
 from classification_sides.material import DOCUMENTS_PER_STEP, facts_of_training, geometry, material
-from isotune.data.batch_schedule import StepSchedule
-from isotune.data.collate import collate
-from isotune.data.documents import Rows
-from isotune.data.run_data import RunData
+from isotune.data.batch_schedule import StepSchedule, collate
+from isotune.data.documents import Rows, RunData
 from isotune.distributed.launch import start_process
 from isotune.run.run_dir import RunDir
 from isotune.training.from_recipe import classification

@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from isotune.config import ClassificationRecipe
 from isotune.data.classification.labels import ClassificationSettings
 from isotune.data.classification.preparation import tokenize
-from isotune.data.prepared import PreparedData
+from isotune.data.documents import PreparedData
 from isotune.data.sources.source import read_rows
 from isotune.models.opening import load_tokenizer
 

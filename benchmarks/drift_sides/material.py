@@ -9,7 +9,7 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification
 from transformers.utils import logging
 
-from isotune.data.sources.builtin import find_corpus
+from isotune.data.sources.source import find_corpus
 from isotune.models.builtin_models import builtin_tokenizer
 
 TOKENIZER = "builtin:opt-tiny"

@@ -7,9 +7,8 @@ import torch
 from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 
-from isotune.data.batch_schedule import Microbatch
-from isotune.data.collate import collate
-from isotune.data.run_data import RunData
+from isotune.data.batch_schedule import Microbatch, collate
+from isotune.data.documents import RunData
 from isotune.distributed.launch import start_process
 from isotune.run.run_dir import RunDir
 from isotune.training.from_recipe import sft

@@ -11,8 +11,7 @@ import yaml
 from transformers import OPTConfig
 
 from isotune.config import Recipe
-from isotune.data.documents import Rows
-from isotune.data.prepared import PreparedData
+from isotune.data.documents import PreparedData, Rows
 from isotune.data.sft.preparation import SftSettings, prepare
 from isotune.models.opening import load_tokenizer
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import NoReturn, TypeAlias
 
 from isotune import __version__
-from isotune.io.argument_parser import OneSentenceParser
-from isotune.io.errors import EXIT_USER_ERROR, UserError, run_script
+from isotune.io.errors import EXIT_USER_ERROR, OneSentenceParser, UserError, run_script
 
 Commands: TypeAlias = "argparse._SubParsersAction[OneSentenceParser]"
 

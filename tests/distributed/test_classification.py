@@ -102,7 +102,7 @@ def test_an_adapter_is_saved_with_its_trained_head_and_opens_in_stock_libraries(
     from peft import AutoPeftModelForSequenceClassification
     from transformers import AutoTokenizer
 
-    from isotune.data.sources.builtin import find_corpus
+    from isotune.data.sources.source import find_corpus
 
     run = one_process["lora"].run
     names = set(load_file(run / "model" / "adapter_model.safetensors"))

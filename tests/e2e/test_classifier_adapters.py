@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tests.building import build_classifier, small_encoder
 from transformers import BitsAndBytesConfig
 
-from isotune.data.sources.builtin import find_corpus
+from isotune.data.sources.source import find_corpus
 from isotune.training.from_recipe import classification
 
 # multiples of bitsandbytes' block of 64, without which its own inference on CPU fails

@@ -52,7 +52,7 @@ def classify(repository, monkeypatch, capsys):
 
 
 def opinions(count: int = ROWS) -> list[dict]:
-    from isotune.data.sources.builtin import find_corpus
+    from isotune.data.sources.source import find_corpus
 
     return list(find_corpus("builtin:opinions").rows("test"))[:count]
 

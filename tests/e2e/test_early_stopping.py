@@ -8,7 +8,7 @@ import pytest
 from tests.building import Built, build_classifier
 
 from isotune.config import ClassificationRecipe, Recipe
-from isotune.data.sources.builtin import find_corpus
+from isotune.data.sources.source import find_corpus
 from isotune.io.errors import UserError
 
 # What the evaluations are made to find, every second step: where to stop must not hang on how well a tiny model learns.

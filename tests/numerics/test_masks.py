@@ -12,10 +12,8 @@ from transformers import AutoTokenizer
 
 from isotune.data.documents import Documents
 from isotune.data.sft.conversations import parse_text, render_messages
-from isotune.data.sft.offsets import TokenLocator
 from isotune.data.sft.preparation import ANSWER_CUT, NO_ANSWER, TOO_LONG, SftSettings, prepare
-from isotune.data.sft.tokenization import ConversationEncoder
-from isotune.data.sft.truncation import fit
+from isotune.data.sft.tokenization import ConversationEncoder, TokenLocator, fit
 
 TOKENIZERS = {"opt": "tokenizers/opt", "stories260K": "checkpoints/stories260K"}
 

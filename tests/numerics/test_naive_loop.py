@@ -16,7 +16,7 @@ from tests.building import Built, build_classifier, small_encoder
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from isotune.data.sources.builtin import find_corpus
+from isotune.data.sources.source import find_corpus
 
 STEPS, WARMUP, BATCH, RATE, DECAY = 6, 2, 7, 1e-3, 0.01
 NO_DROPOUT = {

@@ -14,7 +14,7 @@ from transformers import OPTForCausalLM
 
 from isotune.checkpoint.resume import open_run
 from isotune.config import Recipe
-from isotune.data.run_data import prepare_run_data
+from isotune.data.sft.preparation import prepare_conversations
 from isotune.distributed.launch import start_process
 from isotune.distributed.watchdog import Watchdog
 from isotune.io.errors import RunFault
@@ -37,7 +37,7 @@ def parts(folder: Path, **values: Any) -> tuple[Recipe, Any, Any, nn.Module, Any
     process = start_process(recipe)
     open_run(recipe)
     tokenizer = load_tokenizer(recipe)
-    data = prepare_run_data(recipe, tokenizer, show=False)
+    data = prepare_conversations(recipe, tokenizer, show=False)
     model = sft.build_model(recipe, load_config(recipe), process.device)
     return recipe, process, assembly.make_plan(recipe, process, data, SftTask()), model, tokenizer
 

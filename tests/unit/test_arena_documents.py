@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isotune.data.classification.text_encoding import TextEncoder
+from isotune.data.tokenizer import TextEncoder
 from isotune.io.errors import UserError
 from isotune.models.builtin_models import builtin_tokenizer
 from isotune.projects.arena.battles import Battle, Battles

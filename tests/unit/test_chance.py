@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from isotune.data.clean_text import content_digest, normalised
-from isotune.data.hash_split import random_labels
+from isotune.data.contents import content_digest, normalised, random_labels
 from isotune.evaluation.classification.chance_test import accuracy_against_chance
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isotune.data.clean_text import clean, content_digest, normalised
+from isotune.data.contents import clean, content_digest, normalised
 
 EXAMPLES = [
     ("A film.<br /><br />A good one.", "A film.\n\nA good one."),

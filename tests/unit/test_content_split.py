@@ -8,10 +8,9 @@ import pytest
 from tests.unit.test_labelled import word_tokenizer
 
 from isotune.config import ClassificationRecipe
-from isotune.data.classification.split import prepare_both
-from isotune.data.clean_text import content_digest, normalised
-from isotune.data.hash_split import hash_uniform, held_out, random_labels
-from isotune.data.prepared import PreparedData
+from isotune.data.classification.split import prepare_labelled
+from isotune.data.contents import content_digest, hash_uniform, held_out, normalised, random_labels
+from isotune.data.documents import PreparedData
 from isotune.io.errors import UserError
 
 
@@ -22,7 +21,8 @@ def prepare(folder, texts, **values) -> tuple[PreparedData, PreparedData | None]
     recipe = ClassificationRecipe.from_values(
         model_name_or_path="builtin:bert-tiny", dataset_name=str(path), output_dir=str(folder / "run"), **values
     )
-    return prepare_both(recipe, word_tokenizer(), show_progress=False)
+    data = prepare_labelled(recipe, word_tokenizer(), show=False)
+    return data.train, data.evaluation
 
 
 def texts_of(prepared: PreparedData | None) -> list[str]:

@@ -7,9 +7,8 @@ import pytest
 from tests.unit.test_labelled import word_tokenizer
 
 from isotune.config import ClassificationRecipe
-from isotune.data.classification.duplicates import jaccard, runs_of_words
-from isotune.data.classification.split import prepare_both
-from isotune.data.prepared import PreparedData
+from isotune.data.classification.split import jaccard, prepare_labelled, runs_of_words
+from isotune.data.documents import PreparedData
 from isotune.io.errors import UserError
 
 LONG = "It is a film about a man who walks through the snow for days and finds at last the house of his old father"
@@ -20,9 +19,9 @@ def prepare(train: str, evaluation: str, **values) -> tuple[PreparedData, Prepar
         model_name_or_path="builtin:bert-tiny", dataset_name=train, eval_dataset_name=evaluation, output_dir="unused",
         **values,
     )  # fmt: skip
-    first, second = prepare_both(recipe, word_tokenizer(), show_progress=False)
-    assert second is not None
-    return first, second
+    data = prepare_labelled(recipe, word_tokenizer(), show=False)
+    assert data.evaluation is not None
+    return data.train, data.evaluation
 
 
 @pytest.fixture
@@ -129,6 +128,6 @@ def test_the_comparison_is_kept_on_disk(write, monkeypatch):
     paths = write("train", ("a b c", 0), ("d", 1)), write("test", ("a b c", 0))
     first = prepare(*paths)[0].table
     monkeypatch.setattr(
-        "isotune.data.classification.duplicates.find_overlap", lambda *_, **__: pytest.fail("compared again")
+        "isotune.data.classification.split.find_overlap", lambda *_, **__: pytest.fail("compared again")
     )
     assert prepare(*paths)[0].table == first

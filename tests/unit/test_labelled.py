@@ -9,11 +9,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from isotune.config import ClassificationRecipe
-from isotune.data.batch_schedule import StepSchedule
+from isotune.data.batch_schedule import StepSchedule, collate
 from isotune.data.classification.labels import ClassificationSettings
 from isotune.data.classification.preparation import tokenize
-from isotune.data.collate import collate
-from isotune.data.prepared import PreparedData
+from isotune.data.documents import PreparedData
 from isotune.data.sources.source import read_rows
 from isotune.io.errors import UserError
 from isotune.models.opening import load_tokenizer

@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isotune.data.batch_schedule import StepSchedule, assign_to_ranks
-from isotune.data.collate import collate
+from isotune.data.batch_schedule import StepSchedule, assign_to_ranks, collate
 from isotune.data.documents import Documents, Rows
 from isotune.data.packing import one_document_per_row, pack
 

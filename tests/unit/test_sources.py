@@ -14,8 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from isotune.data.sources.builtin import CORPORA
-from isotune.data.sources.source import read_rows
+from isotune.data.sources.source import CORPORA, read_rows
 from isotune.io.errors import UserError
 
 ROWS = [{"text": '### Human: a,\n"b"\n### Assistant: é 😀', "label": 1}, {"text": "second", "label": 0}]

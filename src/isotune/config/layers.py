@@ -8,8 +8,7 @@ from isotune.config.engine_keys import ALIASES
 from isotune.config.schema import Contradiction, Key, Values
 from isotune.config.unsupported_keys import UNSUPPORTED
 from isotune.config.values import parse
-from isotune.io.errors import Complain, refuse
-from isotune.io.near_names import nearest
+from isotune.io.errors import Complain, nearest, refuse
 
 # Only one key of each pair may be given; given in a later layer, it replaces the other of an earlier layer.
 ALTERNATIVES = (("max_steps", "num_train_epochs"), ("eval_dataset_name", "eval_split_share"))

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
 from isotune.config.schema import Key, Range
-from isotune.io.near_names import nearest
+from isotune.io.errors import nearest
 
 _NULL = frozenset({"none", "null", ""})
 _WORDS: dict[Any, tuple[str, str]] = {

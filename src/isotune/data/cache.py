@@ -4,8 +4,8 @@
     $ISOTUNE_CACHE/prepared/FINGERPRINT.lock
     $ISOTUNE_CACHE/prepared/FINGERPRINT.partial-*/      being written; the next holder of the lock removes it
 
-An entry appears by one rename, after its files have reached the disk. meta.json holds a digest of every array, so an
-entry that was damaged later is noticed and written again.
+An entry appears by one rename. meta.json holds a digest of every array, so an entry that was damaged, or that a power
+cut kept from reaching the disk, is noticed and written again.
 """
 
 import errno
@@ -23,7 +23,6 @@ import numpy as np
 from filelock import FileLock
 
 from isotune.io.errors import UserError
-from isotune.io.files import sync_path, write_synced
 
 NO_ROOM = {
     errno.ENOSPC: "is full",
@@ -42,63 +41,54 @@ def cache_folder() -> Path:
 
 
 def load_or_build(fingerprint: str, build: Callable[[], Content]) -> Content:
-    """The entry of this fingerprint, built by exactly one of the processes that ask for it.
-
-    Returns:
-        The arrays that `build` gave, mapped from disk, and its counts.
+    """The entry of this fingerprint, built by exactly one of the processes that ask for it; arrays mapped from disk.
 
     Raises:
         UserError: the folder cannot be written, or the disk has no room.
     """
     folder = cache_folder()
     entry = folder / fingerprint
-    content = load(entry)
-    if content is not None:
+    if content := _load(entry):
         return content
     lock = FileLock(folder / f"{fingerprint}.lock")
     with disk_errors_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     try:
-        content = load(entry)
+        content = _load(entry)
         if content is None:
             # Nobody else writes while the lock is held: a partial entry here is of a process that was killed.
             for leftover in [*folder.glob(f"{fingerprint}.partial-*"), entry]:
                 shutil.rmtree(leftover, ignore_errors=True)
             built = build()
             with disk_errors_named(folder):
-                save(entry, *built)
-            content = load(entry)
+                _save(entry, *built)
+            content = _load(entry)
     finally:
         lock.release()
     assert content is not None, f"{entry} cannot be read back"
     return content
 
 
-def save(entry: Path, arrays: dict[str, np.ndarray], counts: dict[str, Any]) -> None:
+def _save(entry: Path, arrays: dict[str, np.ndarray], counts: dict[str, Any]) -> None:
     """Write an entry so that it is there as a whole or not at all."""
     partial = entry.with_name(f"{entry.name}.partial-{uuid.uuid4().hex}")
     partial.mkdir()
     try:
         digests = {name: write_array(partial / f"{name}.npy", array) for name, array in arrays.items()}
-        meta = json.dumps({"sha256": digests, "counts": counts}, indent=1)
-        write_synced(partial / "meta.json", meta)
-        sync_path(partial)
+        (partial / "meta.json").write_text(json.dumps({"sha256": digests, "counts": counts}, indent=1), "utf-8")
         partial.rename(entry)
-        sync_path(entry.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def load(entry: Path) -> Content | None:
+def _load(entry: Path) -> Content | None:
     """An entry's content with the arrays mapped from disk, or None where it is absent or damaged."""
     try:
         meta = json.loads((entry / "meta.json").read_text("utf-8"))
-        for name, expected in meta["sha256"].items():
-            with (entry / f"{name}.npy").open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                    return None
+        if any(_digest(entry / f"{name}.npy") != expected for name, expected in meta["sha256"].items()):
+            return None
         arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in meta["sha256"]}
         return arrays, meta["counts"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -106,11 +96,13 @@ def load(entry: Path) -> Content | None:
 
 
 def write_array(path: Path, array: np.ndarray) -> str:
-    """Write one array, wait until the disk has it, and return the digest of the file."""
+    """Write one array, and return the digest of the file."""
     with path.open("wb") as file:
         np.save(file, array, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
+    return _digest(path)
+
+
+def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

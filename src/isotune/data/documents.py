@@ -1,14 +1,28 @@
 """Documents and rows as flat arrays, so that millions of them are mapped from disk and never become Python objects.
 
 Both are kept in compressed sparse row form: one long array of values and `starts`, where item `i` owns
-`values[starts[i] : starts[i + 1]]`.
+`values[starts[i] : starts[i + 1]]`. Here too is what both tasks share of preparing them: the settings that go in, and
+the prepared data with the table of their counts that come out.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Self
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Self
 
 import numpy as np
+
+from isotune.io.errors import UserError
+
+QUANTILES = {"min": 0.0, "5%": 0.05, "25%": 0.25, "50%": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
+
+Line = tuple[str, str]
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256, in hexadecimal, of parts that JSON can hold; it names prepared data."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def starts_of(lengths: np.ndarray) -> np.ndarray:
@@ -160,3 +174,127 @@ class Rows:
     def lengths(self, document_lengths: np.ndarray) -> np.ndarray:
         """Tokens of each row, int64 [rows], given the tokens of each document, [documents]."""
         return sums_of(document_lengths[self.documents], self.starts)
+
+
+@dataclass(frozen=True)
+class CountsTable:
+    """What preparation did to a data set, counted; `str()` is the table to print.
+
+    Attributes:
+        source: where the rows came from.
+        counts: plain numbers by name, for a JSON file.
+        lines: what is printed, name and value.
+    """
+
+    source: str
+    counts: dict[str, Any]
+    lines: tuple[Line, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The source and its counts, for a JSON file."""
+        return {"source": self.source, **self.counts}
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, _ in self.lines)
+        return "\n".join([self.source, *(f"  {name:<{width}}  {value}" for name, value in self.lines)])
+
+
+def count_lines(
+    counts: Iterable[tuple[str, int]], *, share_of: int | None = None, keep_zeros: bool = False
+) -> list[Line]:
+    """Lines of a table: thousands separated, with the share of `share_of` where that is given."""
+    return [
+        (name, f"{count:,}" if share_of is None else f"{count:,} ({count / max(share_of, 1):.1%})")
+        for name, count in counts
+        if count or keep_zeros
+    ]
+
+
+def lengths_line(quantiles: dict[str, int]) -> Line:
+    """The line of the lengths before anything was cut."""
+    return "tokens of a whole document", "  ".join(f"{name} {tokens:,}" for name, tokens in quantiles.items())
+
+
+def length_quantiles(lengths: np.ndarray) -> dict[str, int]:
+    """Lengths that really occur, at the shares of QUANTILES: tokens by name."""
+    if not len(lengths):
+        return {}
+    values = np.quantile(lengths, list(QUANTILES.values()), method="nearest")
+    return {name: int(tokens) for name, tokens in zip(QUANTILES, values, strict=True)}
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The part of a recipe that decides its documents; each task adds its own keys.
+
+    Attributes:
+        max_seq_length: tokens of a document at most, special tokens included.
+        overlong: what happens to a longer document.
+        dataset_text_field: the column that holds the text.
+        seed: of whatever chance decides.
+        MIN_OWN_TOKENS: tokens that a document needs beside its special tokens.
+        CHOICES: the values that a key may have.
+    """
+
+    MIN_OWN_TOKENS: ClassVar[int]
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]]
+
+    max_seq_length: int
+    overlong: str
+    dataset_text_field: str
+    seed: int
+
+    @classmethod
+    def of(cls, recipe: Any) -> Self:
+        """The settings of a recipe: both of a run and of whatever is later predicted with its model."""
+        return cls(**{field.name: getattr(recipe, field.name) for field in fields(cls)})
+
+    def check(self, special_tokens: int) -> None:
+        """Raise UserError for a value that no data could be prepared with."""
+        least = special_tokens + self.MIN_OWN_TOKENS
+        if self.max_seq_length < least:
+            raise UserError(f"max_seq_length is {self.max_seq_length}: a document needs at least {least} tokens")
+        for key, choices in self.CHOICES.items():
+            if getattr(self, key) not in choices:
+                raise UserError(f"{key} is {getattr(self, key)!r}; it may be {', '.join(choices)}")
+
+
+def _no_texts() -> Iterator[str]:
+    raise AssertionError("only labelled texts are read a second time")
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Documents, the rows that they were put in, the counts to print, and a digest of all that decided them.
+
+    `texts()` reads the texts of labelled documents once more, as they stand in the source, in the documents' order.
+    """
+
+    documents: Documents
+    rows: Rows
+    table: CountsTable
+    fingerprint: str
+    texts: Callable[[], Iterator[str]] = _no_texts
+
+    @property
+    def num_labels(self) -> int | None:
+        """Classes, from 0 to the largest; None for conversations."""
+        return len(self.table.counts["classes"]) if self.documents.has_labels else None
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The names of the classes, where the source of the labels gives any."""
+        return self.table.counts.get("class_names")
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The prepared training documents of a run, and those of its evaluation where the recipe names any."""
+
+    train: PreparedData
+    evaluation: PreparedData | None
+
+    def print_tables(self) -> None:
+        """Print what preparation counted, a table a data set."""
+        for prepared in filter(None, (self.train, self.evaluation)):
+            print(prepared.table, flush=True)

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from isotune.config import RunRecipe
-from isotune.io.errors import Complain, UserError, refuse
-from isotune.io.near_names import did_you_mean
+from isotune.io.errors import Complain, UserError, did_you_mean, refuse
 
 INLINE = "the accelerate configuration"
 AUTO = "auto"

@@ -15,8 +15,7 @@ import yaml
 
 from isotune.compat.accelerate import launcher_options
 from isotune.config import RunRecipe
-from isotune.io.errors import Complain, UserError, refuse
-from isotune.io.near_names import did_you_mean
+from isotune.io.errors import Complain, UserError, did_you_mean, refuse
 
 FLAGS_ONLY = {"rdzv_backend": "static", "same_network": False}  # accelerate 1.15 reads these from its flags alone
 

@@ -11,11 +11,9 @@ from typing import Any, ClassVar, TypeVar
 
 import yaml
 
-from isotune.data.sources.hub import first_line
 from isotune.data.sources.source import Row, Source
 from isotune.evaluation.metrics.modules import Column, MetricModule, read_metrics
-from isotune.io.errors import UserError
-from isotune.io.near_names import did_you_mean
+from isotune.io.errors import UserError, did_you_mean, first_line
 
 
 @dataclass(frozen=True, kw_only=True)

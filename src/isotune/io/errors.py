@@ -1,8 +1,10 @@
 """Errors and exit statuses: a user's mistake is answered with one sentence and exit status 2, never a traceback."""
 
+import argparse
+import difflib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 from isotune.io.job_status import (
@@ -31,6 +33,36 @@ def refuse(sentence: str) -> NoReturn:
         UserError: always.
     """
     raise UserError(sentence)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for a message that must stay one sentence."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def nearest(written: object, names: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The name spelled most like `written`, or None where none has a similarity of `cutoff`, from 0 to 1 (equal)."""
+    matches = difflib.get_close_matches(str(written), list(names), n=1, cutoff=cutoff)
+    return matches[0] if matches else None
+
+
+def did_you_mean(written: object, names: Iterable[str]) -> str:
+    """The end of a sentence about a misspelled name: `: did you mean 'x'?`, or else the valid names."""
+    names = list(names)
+    near = nearest(written, names)
+    return f": did you mean {near!r}?" if near else f"; it may have {', '.join(names)}"
+
+
+class OneSentenceParser(argparse.ArgumentParser):
+    """argparse's parser that raises a `UserError` of one sentence instead of printing the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise argparse's message with the command that shows the help.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
 
 
 class RunFault(Exception):

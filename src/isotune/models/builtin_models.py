@@ -6,9 +6,8 @@ from typing import Any
 
 from transformers import BertConfig, OPTConfig, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from isotune.data.sources.builtin import PREFIX, find_corpus
-from isotune.io.errors import UserError
-from isotune.io.near_names import nearest
+from isotune.data.sources.source import PREFIX, find_corpus
+from isotune.io.errors import UserError, nearest
 
 TOKENIZER_ROWS = 500
 

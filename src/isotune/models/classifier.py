@@ -43,7 +43,7 @@ PLAIN_LOSS = ClassLoss()
 
 
 def install_classification(model: PreTrainedModel, class_loss: ClassLoss | None = None) -> str:
-    """Make a stock classifier accept packed rows (`isotune.data.collate.PackedInputs`).
+    """Make a stock classifier accept packed rows (`isotune.data.batch_schedule.PackedInputs`).
 
     Then `model(input_ids=..., cu_seq_lens_q=..., targets=...)` returns `.logits`, [documents, classes], and `.loss`,
     the fp32 sum over the documents: of `class_loss` in training, of the plain cross-entropy in evaluation, so that runs

@@ -8,8 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from isotune.config import RunRecipe
-from isotune.io.errors import UserError
-from isotune.io.near_names import nearest
+from isotune.io.errors import UserError, nearest
 from isotune.models.log_control import quiet_libraries
 
 # The projections of the blocks. peft's "all-linear" would include OPT's project_in and project_out.

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from isotune.data.sft.conversations import render_prompt
-from isotune.data.sources.hub import first_line
-from isotune.io.errors import UserError
+from isotune.io.errors import UserError, first_line
 from isotune.models.log_control import quiet_libraries
 from isotune.models.opening import FinishedRun, add_run_adapter, load_run_base, load_run_tokenizer
 

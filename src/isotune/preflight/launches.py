@@ -12,8 +12,7 @@ import yaml
 from isotune.config import RunRecipe
 from isotune.distributed.deepspeed_config import offloaded, read_deepspeed_config, stage_of
 from isotune.distributed.launch_validation import check_keys, check_precision, request_of
-from isotune.io.errors import Complain
-from isotune.io.near_names import did_you_mean
+from isotune.io.errors import Complain, did_you_mean
 
 PLAIN, DDP, DEEPSPEED, FSDP = "plain", "DDP", "DeepSpeed", "FSDP"
 SHIPPED = ("plain", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")

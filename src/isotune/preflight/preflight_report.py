@@ -9,7 +9,8 @@ import torch
 
 from isotune.config import ClassificationRecipe, Recipe, RunRecipe
 from isotune.config.kinds import project_of
-from isotune.data.run_data import prepare_run_data
+from isotune.data.classification.split import prepare_labelled
+from isotune.data.sft.preparation import prepare_conversations
 from isotune.io.errors import UserError
 from isotune.models.opening import compute_dtype, load_config, load_tokenizer
 from isotune.preflight.launches import DDP, PLAIN, SHIPPED, Launch, shipped_launch
@@ -198,9 +199,10 @@ def _prepare_data(recipe: RunRecipe, show_progress: bool) -> tuple[Any, str | No
     try:
         if project := project_of(recipe.keys()):
             return project.prepare(recipe, load_tokenizer(recipe, needed=("pad",))), None
-        assert isinstance(recipe, Recipe | ClassificationRecipe)
-        needed = ("pad",) if isinstance(recipe, ClassificationRecipe) else ("eos", "pad")
-        return prepare_run_data(recipe, load_tokenizer(recipe, needed), show=show_progress), None
+        if isinstance(recipe, ClassificationRecipe):
+            return prepare_labelled(recipe, load_tokenizer(recipe, needed=("pad",)), show=show_progress), None
+        assert isinstance(recipe, Recipe)
+        return prepare_conversations(recipe, load_tokenizer(recipe, needed=("eos", "pad")), show=show_progress), None
     except UserError as error:
         return None, str(error)
 

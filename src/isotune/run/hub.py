@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from isotune.config import RunRecipe
-from isotune.data.sources.hub import first_line, hub_answers
-from isotune.io.errors import UserError
+from isotune.data.sources.hub import hub_answers
+from isotune.io.errors import UserError, first_line
 from isotune.io.files import replace_file
 
 RECORD = "upload.json"

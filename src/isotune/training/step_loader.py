@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from isotune.compat.transformers import let_trainer_skip_steps
-from isotune.data.batch_schedule import Microbatch, Step, StepSchedule, assign_to_ranks
-from isotune.data.collate import collate
+from isotune.data.batch_schedule import Microbatch, Step, StepSchedule, assign_to_ranks, collate
 from isotune.data.documents import Documents
 
 let_trainer_skip_steps()

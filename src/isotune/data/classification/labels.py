@@ -1,19 +1,22 @@
-"""What a recipe says about its labelled data, and labels computed from a text instead of read from a column."""
+"""What a recipe says about its labelled data, and their rows: texts, classes from a column or a text, and ids."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
-from isotune.config.kinds import load_projects
-from isotune.data.classification.text_encoding import OverlongText
-from isotune.data.clean_text import clean, content_digest, normalised
-from isotune.data.hash_split import random_labels
-from isotune.data.prepared import DataSettings
+from isotune.data.contents import clean, contents_of, random_labels
+from isotune.data.documents import DataSettings
+from isotune.data.sources.source import Row, Source, kind_of_value, surrogate_fault
+from isotune.data.tokenizer import OverlongText
 from isotune.io.errors import UserError
 
 LabelSource = Literal["column", "rules", "random"]
+Id = int | str
+
+ID_FIELD = "id"  # the column that is taken for ids where the recipe names none
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ def register_label_rules(rules: LabelRules) -> None:
 
 
 def _rules() -> LabelRules:
-    load_projects()
+    import_module("isotune.projects")  # which registers them
     return _REGISTERED[0]
 
 
@@ -45,7 +48,7 @@ class ClassificationSettings(DataSettings):
         overlong: which end of a longer text is kept, or both.
         seed: of the random labels.
         dataset_label_field, dataset_id_field: the columns; no id field: `id` where there is one.
-        clean_text: undo HTML and escapes (isotune.data.clean_text).
+        clean_text: undo HTML and escapes (isotune.data.contents).
         label_source: the column; the rules that a project registered; or random, by the seed and the content.
         num_labels: classes; None takes as many as there are.
     """
@@ -83,11 +86,6 @@ class ClassificationSettings(DataSettings):
             )
 
 
-def contents_of(texts: Sequence[str]) -> np.ndarray:
-    """What each text says, as uint64 [texts]: equal for two spellings of one text."""
-    return np.array([content_digest(normalised(text)) for text in texts], np.uint64)
-
-
 def labels_of(texts: Sequence[str], settings: ClassificationSettings) -> np.ndarray:
     """The classes that the rules, or chance, give to texts: int32 [texts]."""
     if settings.label_source == "random":
@@ -95,3 +93,111 @@ def labels_of(texts: Sequence[str], settings: ClassificationSettings) -> np.ndar
     assert settings.label_source == "rules", "the classes of other sources stand in a column"
     rules = _rules()
     return np.array([rules.classify(clean(text)) for text in texts], np.int32)
+
+
+@dataclass(frozen=True)
+class LabelledRows:
+    """Rows that were read together: texts, classes (None where not read) and ids (None where there are none)."""
+
+    texts: list[str]
+    labels: list[int] | None
+    ids: list[Id] | None
+
+
+def read_labelled(source: Source, settings: ClassificationSettings) -> Iterator[LabelledRows]:
+    """The rows of a source, batch by batch.
+
+    Raises:
+        UserError: a column is missing, or a cell holds no text, no class or no id; the sentence names the row.
+    """
+    columns: dict[str, str] = {}
+    for rows in source.batches():
+        columns = columns or _columns(rows[0][1], settings)
+        for number, row in rows:
+            for key, column in columns.items():
+                if column not in row:
+                    present = ", ".join(row) or "none"
+                    raise UserError(
+                        f"{source.where(number)} lacks the column {column!r}; it has {present}: name it by {key}"
+                    )
+        label, own_id = columns.get("dataset_label_field"), columns.get("dataset_id_field")
+        yield LabelledRows(
+            texts=[_text(row, source, number, settings.dataset_text_field) for number, row in rows],
+            labels=[_label(row, source, number, label) for number, row in rows] if label else None,
+            ids=[_id(row, source, number, own_id) for number, row in rows] if own_id else None,
+        )
+
+
+def _columns(first: Row, settings: ClassificationSettings) -> dict[str, str]:
+    """The columns that every row must have, by the recipe's key for each."""
+    columns = {"dataset_text_field": settings.dataset_text_field}
+    if settings.label_source == "column":
+        columns["dataset_label_field"] = settings.dataset_label_field
+    if settings.dataset_id_field or ID_FIELD in first:
+        columns["dataset_id_field"] = settings.dataset_id_field or ID_FIELD
+    return columns
+
+
+def texts_of(source: Source, column: str, source_rows: np.ndarray) -> Iterator[str]:
+    """The texts of some rows of a source as they stand there, in the order of the source.
+
+    Args:
+        source_rows: int64 [texts], rising.
+    """
+    chosen = set(source_rows.tolist())
+    return (row[column] for number, row in enumerate(source.rows()) if number in chosen)
+
+
+def as_ids(ids: list[Id], documents: int, source: Source) -> np.ndarray:
+    """Ids as an array, int64 or text [documents]; the numbers of the rows where the data set has none.
+
+    Raises:
+        UserError: numbers and texts are mixed, a number has more than 64 bits, or an id stands twice.
+    """
+    if not ids:
+        return np.arange(documents)
+    kind = type(ids[0])
+    first_row: dict[Id, int] = {}
+    for number, own_id in enumerate(ids):
+        if type(own_id) is not kind:
+            raise UserError(
+                f"{source.where(number)} has the id {own_id!r} and row 1 has {ids[0]!r}: "
+                "numbers and texts are not mixed"
+            )
+        if own_id in first_row:
+            raise UserError(
+                f"{source.where(number)} has the id {own_id!r}, and so has row {first_row[own_id] + 1}: an id stands "
+                "once (dataset_id_field names the column)"
+            )
+        first_row[own_id] = number
+    return np.array(ids, np.int64 if kind is int else np.str_)
+
+
+def _text(row: Row, source: Source, number: int, column: str) -> str:
+    text = row[column]
+    if not isinstance(text, str):
+        raise UserError(f"{source.where(number)}, column {column!r}, holds {kind_of_value(text)}, not a text")
+    if fault := surrogate_fault(text):
+        raise UserError(f"{source.where(number)}, column {column!r}, {fault}")
+    return text
+
+
+def _label(row: Row, source: Source, number: int, column: str) -> int:
+    label = row[column]
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < 2**31:
+        value = "null" if label is None else repr(label)[:40]
+        raise UserError(f"{source.where(number)}, column {column!r}, holds {value}: a class is a whole number from 0")
+    return label
+
+
+def _id(row: Row, source: Source, number: int, column: str) -> Id:
+    own_id = row[column]
+    if isinstance(own_id, str):
+        return _text(row, source, number, column)
+    if isinstance(own_id, bool) or not isinstance(own_id, int) or abs(own_id) >= 2**63:
+        value = repr(own_id)[:40] if isinstance(own_id, int | float) else kind_of_value(own_id)
+        raise UserError(
+            f"{source.where(number)}, column {column!r}, holds {value}: an id is a whole number of 64 bits or a text "
+            "(dataset_id_field names the column)"
+        )
+    return own_id

@@ -1,50 +1,82 @@
 """The training and evaluation documents of a recipe, split by content and checked for duplicates before training.
 
-Evaluation texts should not be among the training texts. Both sets are compared text by text (`duplicates`), the table
-says how many documents stand in both, and `drop_leaked` leaves them out of training; nothing is ever left out of the
-evaluation data, so that metrics stay comparable.
+Evaluation texts should not be among the training texts. Both sets are compared text by text, the table says how many
+documents stand in both, and `drop_leaked` leaves them out of training; nothing is ever left out of the evaluation data,
+so that metrics stay comparable.
+
+Two texts are *exactly* the same where their normalised texts are (isotune.data.contents: HTML and escapes undone, no
+case, Unicode's NFKC, single blanks). They are *nearly* the same where the sets of their runs of three words, written in
+letters and digits, have a Jaccard similarity of at least 0.8: one word changed in thirty, a sentence put before ten.
+Candidates are found by MinHash in 24 bands of 5 (Broder 1997; Leskovec, Rajaraman and Ullman, chapter 3), and the
+similarity of each is then computed exactly: there are no false positives, and a pair at exactly 0.8 is missed once in
+14,000. An empty text is a duplicate of nothing.
 """
 
-from dataclasses import replace
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib import import_module
+from itertools import islice
 from typing import Any
 
+import numpy as np
+from tqdm import tqdm
+
 from isotune.config import ClassificationRecipe
-from isotune.data.classification.duplicates import Overlap, compare
+from isotune.data.cache import Content, load_or_build
 from isotune.data.classification.labels import ClassificationSettings
 from isotune.data.classification.preparation import LabelledSplit, tokenize
-from isotune.data.hash_split import held_out
-from isotune.data.prepared import PreparedData
+from isotune.data.contents import EMPTY, held_out, normalised
+from isotune.data.documents import RunData, digest
 from isotune.data.sources.source import read_rows
 from isotune.io.errors import UserError
 
+DUPLICATES_FORMAT_VERSION = 1  # raised when the same texts are compared otherwise
 
-def prepare_both(
-    recipe: ClassificationRecipe, tokenizer: Any, *, show_progress: bool = True
-) -> tuple[PreparedData, PreparedData | None]:
-    """The documents to train on and, where the recipe names or keeps any, those to evaluate on.
+NEAR_JACCARD = 0.8
+RUN_WORDS = 3
+BANDS, BAND_ROWS = 24, 5
+SEED = 42
+TEXTS_AT_ONCE = 1_000
+
+EXACTLY, NEARLY = 1, 2
+HOW = {"exactly": EXACTLY, "nearly": NEARLY}
+
+_WORD = re.compile(r"\w+")
+
+
+def prepare_labelled(recipe: ClassificationRecipe, tokenizer: Any, *, show: bool) -> RunData:
+    """Read the labelled texts to train on and, where the recipe names or keeps any, those to evaluate on.
 
     Args:
         tokenizer: of transformers, with a Rust backend, that puts a token before a text.
-        show_progress: a bar on stderr; one process of a launch should say True.
+        show: progress on stderr and a table of each set on stdout; one process of a launch should say True.
 
     Raises:
         UserError: whatever the user can put right, in one sentence.
     """
-    train = _read(recipe, tokenizer, "dataset_name", show_progress=show_progress)
+    data = _prepare(recipe, tokenizer, show)
+    if show:
+        data.print_tables()
+    return data
+
+
+def _prepare(recipe: ClassificationRecipe, tokenizer: Any, show_progress: bool) -> RunData:
+    train = _read(recipe, tokenizer, "dataset_name", show_progress)
     train.check_classes(evaluation=False)
     classes = train.num_labels
     evaluation: LabelledSplit | None = None
     remarks: dict[str, Any] = {}
     if recipe.eval_dataset_name is not None:
-        evaluation = _read(recipe, tokenizer, "eval_dataset_name", show_progress=show_progress)
+        evaluation = _read(recipe, tokenizer, "eval_dataset_name", show_progress)
         evaluation = replace(evaluation, settings=replace(evaluation.settings, num_labels=classes))
         evaluation.check_classes(evaluation=True)
     elif recipe.eval_split_share:
         train, evaluation = split_by_content(train, recipe.eval_split_share, recipe.seed)
         remarks = {"held_out": len(evaluation.documents)}
     if evaluation is None:
-        return train.prepared(), None
-    overlap = compare(train, evaluation, show_progress=show_progress)
+        return RunData(train.prepared(), None)
+    overlap = _compare(train, evaluation, show_progress=show_progress)
     if recipe.drop_leaked and overlap.train.any():
         kept = overlap.train == 0
         train = train.select(kept, "drop_leaked", evaluation.fingerprint)
@@ -55,12 +87,11 @@ def prepare_both(
                 "train on"
             )
     else:
-        remarks |= {"in_the_other": Overlap.counted(overlap.train)}
+        remarks |= {"in_the_other": _counted(overlap.train)}
     if "held_out" in remarks or "dropped" in remarks:
         train.check_classes(evaluation=False, left_by="drop_leaked" if "dropped" in remarks else "eval_split_share")
-    return (
-        train.prepared(classes, **remarks),
-        evaluation.prepared(classes, in_the_other=Overlap.counted(overlap.evaluation)),
+    return RunData(
+        train.prepared(classes, **remarks), evaluation.prepared(classes, in_the_other=_counted(overlap.evaluation))
     )
 
 
@@ -82,7 +113,94 @@ def split_by_content(whole: LabelledSplit, share: float, seed: int) -> tuple[Lab
     return whole.select(~kept_back, "train", share, seed), whole.select(kept_back, "held out", share, seed)
 
 
-def _read(recipe: ClassificationRecipe, tokenizer: Any, key: str, *, show_progress: bool) -> LabelledSplit:
+def _read(recipe: ClassificationRecipe, tokenizer: Any, key: str, show_progress: bool) -> LabelledSplit:
     split = recipe.dataset_split if key == "dataset_name" else recipe.eval_dataset_split
     source = read_rows(getattr(recipe, key), split, name=key)
     return tokenize(source, tokenizer, ClassificationSettings.of(recipe), show_progress=show_progress)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Whether each document is in the other set: 0 for no, EXACTLY or NEARLY; uint8 [documents] of either set."""
+
+    train: np.ndarray
+    evaluation: np.ndarray
+
+
+def _counted(documents: np.ndarray) -> dict[str, int]:
+    """The documents of one set that are in the other, by how."""
+    return {name: int((documents == how).sum()) for name, how in HOW.items()}
+
+
+def _compare(train: LabelledSplit, evaluation: LabelledSplit, *, show_progress: bool) -> Overlap:
+    """Find the documents that are in both sets; cached on disk under the fingerprints of both."""
+    fingerprint = digest("overlap", DUPLICATES_FORMAT_VERSION, train.fingerprint, evaluation.fingerprint)
+
+    def build() -> Content:
+        return asdict(find_overlap(train, evaluation, show_progress=show_progress)), {}
+
+    return Overlap(**load_or_build(fingerprint, build)[0])
+
+
+def find_overlap(train: LabelledSplit, evaluation: LabelledSplit, *, show_progress: bool) -> Overlap:
+    """As `_compare`, without the cache; the texts of `evaluation` are held in memory, those of `train` in batches."""
+    overlap = Overlap(
+        train=_exactly_in(train.contents, evaluation.contents),
+        evaluation=_exactly_in(evaluation.contents, train.contents),
+    )
+    index = _NearIndex(list(evaluation.texts()))
+    texts = enumerate(train.texts())
+    with tqdm(desc="comparing", total=len(train.documents), unit=" documents", disable=not show_progress) as bar:
+        while batch := list(islice(texts, TEXTS_AT_ONCE)):
+            for (number, _), near in zip(batch, index.near([text for _, text in batch]), strict=True):
+                if near and not overlap.train[number]:
+                    overlap.train[number] = NEARLY
+                for other in near:
+                    overlap.evaluation[other] = overlap.evaluation[other] or NEARLY
+            bar.update(len(batch))
+    return overlap
+
+
+def runs_of_words(text: str) -> frozenset[str]:
+    """The runs of RUN_WORDS words in a text; a shorter text is one run, and one without words has none."""
+    words = _WORD.findall(normalised(text))
+    if len(words) < RUN_WORDS:
+        return frozenset([" ".join(words)] if words else [])
+    return frozenset(map(" ".join, zip(*(words[n:] for n in range(RUN_WORDS)), strict=False)))
+
+
+class _NearIndex:
+    """An index that finds the texts that are nearly equal to another text."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self._texts = texts
+        rensa: Any = import_module("rensa")  # has no types, and is imported only where two sets are compared
+        self._index = rensa.RMinHashLSH(threshold=NEAR_JACCARD, num_perm=BANDS * BAND_ROWS, num_bands=BANDS)
+        for start in range(0, len(texts), TEXTS_AT_ONCE):
+            runs = [runs_of_words(text) for text in texts[start : start + TEXTS_AT_ONCE]]
+            for number, (own, sketch) in enumerate(zip(runs, _sketches(runs), strict=True), start):
+                if own:
+                    self._index.insert(number, sketch)
+
+    def near(self, texts: list[str]) -> Iterator[list[int]]:
+        """For each text the numbers of the indexed texts that nearly or exactly equal it."""
+        runs = [runs_of_words(text) for text in texts]
+        for own, sketch in zip(runs, _sketches(runs), strict=True):
+            candidates: list[int] = self._index.query(sketch) if own else []
+            yield [number for number in candidates if jaccard(own, runs_of_words(self._texts[number])) >= NEAR_JACCARD]
+
+
+def jaccard(left: frozenset[str], right: frozenset[str]) -> float:
+    """The Jaccard similarity of two sets: the size of their intersection over that of their union."""
+    shared = len(left & right)
+    return shared / (len(left) + len(right) - shared)
+
+
+def _sketches(runs: list[frozenset[str]]) -> list[Any]:
+    rensa: Any = import_module("rensa")  # has no types
+    return rensa.RMinHash.from_token_sets([list(own) for own in runs], num_perm=BANDS * BAND_ROWS, seed=SEED)
+
+
+def _exactly_in(contents: np.ndarray, others: np.ndarray) -> np.ndarray:
+    shared = np.isin(contents, others) & (contents != EMPTY)
+    return np.where(shared, EXACTLY, 0).astype(np.uint8)

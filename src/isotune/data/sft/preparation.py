@@ -9,17 +9,22 @@ from typing import Any, ClassVar, get_args
 import numpy as np
 from tqdm import tqdm
 
+from isotune.config import Recipe
 from isotune.data.cache import Content, load_or_build
-from isotune.data.counts_table import length_quantiles
-from isotune.data.documents import Documents
-from isotune.data.fingerprint import digest
+from isotune.data.documents import (
+    CountsTable,
+    DataSettings,
+    Documents,
+    PreparedData,
+    RunData,
+    count_lines,
+    digest,
+    length_quantiles,
+    lengths_line,
+)
 from isotune.data.packing import one_document_per_row, pack
-from isotune.data.prepared import DataSettings, PreparedData
-from isotune.data.sft.batches import TEXT_FIELD, Batch, read_batches
-from isotune.data.sft.conversations import TrainOn
-from isotune.data.sft.counts import conversations_table
-from isotune.data.sft.tokenization import ConversationEncoder
-from isotune.data.sft.truncation import Overlong, fit
+from isotune.data.sft.conversations import TEXT_FIELD, Batch, TrainOn, read_batches
+from isotune.data.sft.tokenization import ConversationEncoder, Overlong, fit
 from isotune.data.sources.source import Source, read_rows
 from isotune.io.errors import UserError
 
@@ -55,6 +60,27 @@ class SftSettings(DataSettings):
     train_on: TrainOn = "all"
 
 
+def prepare_conversations(recipe: Recipe, tokenizer: Any, *, show: bool) -> RunData:
+    """Read, mask and pack the conversations that a recipe names.
+
+    Args:
+        show: progress on stderr and a table of each set on stdout; one process of a launch should say True.
+
+    Raises:
+        UserError: whatever the user can put right, in one sentence.
+    """
+    settings = SftSettings.of(recipe)
+    train = prepare(recipe.dataset_name, recipe.dataset_split, tokenizer, settings, show_progress=show)
+    evaluation = None
+    if recipe.eval_dataset_name:
+        name, split = recipe.eval_dataset_name, recipe.eval_dataset_split
+        evaluation = prepare(name, split, tokenizer, settings, name="eval_dataset_name", show_progress=show)
+    data = RunData(train, evaluation)
+    if show:
+        data.print_tables()
+    return data
+
+
 def prepare(
     dataset_name: str,
     split: str,
@@ -72,7 +98,6 @@ def prepare(
     Args:
         dataset_name, split, name: as in `isotune.data.sources.source.read_rows`.
         tokenizer: of transformers, with a Rust backend, an eos and a pad token.
-        show_progress: a bar of documents on stderr; one process of a launch should say True.
 
     Raises:
         UserError: whatever the user can put right, in one sentence; nothing is written then.
@@ -98,9 +123,7 @@ def prepare(
     else:
         rows = one_document_per_row(len(documents))
     del counts["source"]  # equal content may have been prepared under another name before
-    table = conversations_table(
-        source.name, counts, rows=len(rows), row_capacity=settings.max_seq_length, packing=settings.packing
-    )
+    table = _table(source.name, counts, len(rows), settings)
     fingerprint = digest(documents_digest, settings.packing, settings.seed if settings.packing else None)
     return PreparedData(documents, rows, table, fingerprint)
 
@@ -115,7 +138,8 @@ def _build(source: Source, encoder: ConversationEncoder, settings: SftSettings, 
         for batch, whole in _encoded_ahead(encoder, batches):
             fitted, counts = fit(whole, encoder.prefix, settings.max_seq_length, settings.overlong)
             tally.update(counts)
-            tally.update({"read": batch.read, "turns_cut": batch.turns_cut})
+            turns_cut = sum(conversation.turns_cut for conversation in batch.conversations)
+            tally.update({"read": batch.read, "turns_cut": turns_cut})
             tally.update({name: int(values.sum()) for name, values in whole.columns.items()})
             parts.append(fitted)
             whole_lengths.append(whole.lengths + len(encoder.prefix))
@@ -145,6 +169,51 @@ def _build(source: Source, encoder: ConversationEncoder, settings: SftSettings, 
         "special_texts": tally["special_texts"],
         "whole_lengths": length_quantiles(np.concatenate(whole_lengths)),
     }
+
+
+def _table(source: str, counts: dict[str, Any], rows: int, settings: SftSettings) -> CountsTable:
+    """What became of the conversations of a source; `counts` are the same for every packing and seed.
+
+    read, kept            rows of the source; `read` is `kept` plus all of `dropped`
+    truncated, split      kept rows that were longer than max_seq_length
+    dropped               rows by the reason for which they are not trained on
+    documents             what is trained on; more than `kept` where rows were split
+    pieces_dropped        pieces of split rows that held no supervised token
+    turns_cut             turns after the last answer of a conversation, left out
+    tokens, supervised_tokens    of the documents
+    straddling_tokens     supervised tokens that also cover a character outside their answer
+    special_texts         conversations in which the eos token is written out, encoded as ordinary text
+    whole_lengths         quantiles of the tokens of a conversation before anything was cut
+    rows, row_capacity    how many rows there are, and the tokens that each may hold
+    packing               whether rows hold more than one document
+    packing_efficiency    the share of all rows' capacity that tokens fill
+    """
+    tokens, supervised = counts["tokens"], counts["supervised_tokens"]
+    capacity = settings.max_seq_length
+    efficiency = tokens / (rows * capacity)
+    dropped: dict[str, int] = counts["dropped"]
+    lines = [
+        *count_lines([("documents read", counts["read"]), ("  kept", counts["kept"])], keep_zeros=True),
+        *count_lines(
+            [
+                ("  truncated", counts["truncated"]),
+                ("  split", counts["split"]),
+                *((f"  dropped: {reason}", number) for reason, number in dropped.items()),
+                ("pieces after splitting", counts["documents"] if counts["split"] else 0),
+                ("  dropped: no supervised token", counts["pieces_dropped"]),
+                ("turns after the last answer, left out", counts["turns_cut"]),
+                ("tokens across an answer's edge", counts["straddling_tokens"]),
+                ("texts with the eos token written out", counts["special_texts"]),
+            ]
+        ),
+        ("tokens", f"{tokens:,}"),
+        ("  supervised", f"{supervised:,} ({supervised / tokens:.1%})"),
+        (f"rows of {capacity:,} tokens", f"{rows:,}"),
+        ("  filled" if settings.packing else "  filled (not packed)", f"{efficiency:.2%}"),
+        lengths_line(counts["whole_lengths"]),
+    ]
+    of_rows = {"rows": rows, "row_capacity": capacity, "packing": settings.packing, "packing_efficiency": efficiency}
+    return CountsTable(source, {**counts, **of_rows}, tuple(lines))
 
 
 def _encoded_ahead(encoder: ConversationEncoder, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Documents]]:

@@ -1,60 +1,152 @@
-"""From conversations to tokens with their mask, by the character offsets of the answers.
+"""From conversations to tokens with their mask, by the character offsets of the answers, and to documents that fit.
 
 No template token is ever searched for: `### Assistant:` becomes other tokens after a space than after a line end.
+
+A byte-level vocabulary (GPT-2, OPT, Llama 3, Qwen) splits the UTF-8 bytes of a text into tokens without changing any,
+so the running total of the tokens' byte counts gives their offsets. That halves the cost: character offsets from the
+tokenizer take as long again as tokenization. For any other vocabulary the tokenizer's own offsets are used.
 """
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from itertools import chain
+from typing import Any, Literal
 
 import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 
-from isotune.data.documents import Documents, starts_of, sums_of
-from isotune.data.fingerprint import digest
+from isotune.data.documents import Documents, digest, starts_of, sums_of
 from isotune.data.sft.conversations import Conversation
-from isotune.data.sft.offsets import LocatedTokens, TokenLocator
-from isotune.data.tokenizer import FastTokenizer
+from isotune.data.tokenizer import FastTokenizer, add_special_tokens
 from isotune.io.errors import UserError
 
+Overlong = Literal["truncate", "split", "drop"]
 
-class ConversationEncoder:
+
+@dataclass(frozen=True)
+class LocatedTokens:
+    """The tokens of texts that lie end to end, and where each stands in them.
+
+    Attributes:
+        ids: int32 [tokens].
+        counts: int64 [texts]; tokens of each text.
+        begins, ends: int64 [tokens]; half-open, in bytes or in characters of the joined texts.
+        text_starts: int64 [texts + 1]; in the same unit.
+        in_bytes: whether that unit is the byte of UTF-8, else the character.
+    """
+
+    ids: np.ndarray
+    counts: np.ndarray
+    begins: np.ndarray
+    ends: np.ndarray
+    text_starts: np.ndarray
+    in_bytes: bool
+
+    def position(self, number: int, text: str, character: int) -> int:
+        """Where a character of text `number` stands in the joined texts."""
+        within = len(text[:character].encode()) if self.in_bytes and not text.isascii() else character
+        return int(self.text_starts[number]) + within
+
+
+class TokenLocator:
+    """A Rust tokenizer, without truncation, padding and post-processor, that returns tokens with their offsets."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self._backend = backend
+        self._bytes_of_token = _bytes_of_tokens(backend)
+
+    def locate(self, texts: Sequence[str]) -> LocatedTokens:
+        """Tokenize texts, on all cores at once, with the offsets of their tokens."""
+        return self._by_bytes(texts) or self.by_characters(texts)
+
+    def by_characters(self, texts: Sequence[str]) -> LocatedTokens:
+        """The tokenizer's own offsets; correct for any vocabulary."""
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        ids, counts = _flat([encoding.ids for encoding in encodings])
+        pairs = chain.from_iterable(encoding.offsets for encoding in encodings)
+        offsets = np.fromiter(chain.from_iterable(pairs), np.int64, 2 * len(ids)).reshape(-1, 2)
+        text_starts = np.cumsum([0, *map(len, texts)])
+        offsets += np.repeat(text_starts[:-1], counts)[:, None]
+        return LocatedTokens(ids, counts, offsets[:, 0], offsets[:, 1], text_starts, in_bytes=False)
+
+    def _by_bytes(self, texts: Sequence[str]) -> LocatedTokens | None:
+        """Offsets from the tokens' byte counts, or None where those do not add up to every text's own."""
+        if self._bytes_of_token is None:
+            return None
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        ids, counts = _flat([encoding.ids for encoding in encodings])
+        sizes = self._bytes_of_token[ids]
+        until = starts_of(sizes)
+        text_starts = np.cumsum([0, *(len(text) if text.isascii() else len(text.encode()) for text in texts)])
+        if not np.array_equal(until[starts_of(counts)], text_starts):
+            return None
+        return LocatedTokens(ids, counts, until[:-1], until[1:], text_starts, in_bytes=True)
+
+
+def _flat(ids_of_texts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    counts = np.fromiter(map(len, ids_of_texts), np.int64, len(ids_of_texts))
+    return np.fromiter(chain.from_iterable(ids_of_texts), np.int32, int(counts.sum())), counts
+
+
+def _bytes_of_tokens(backend: Tokenizer) -> np.ndarray | None:
+    """Bytes of text that each token stands for, int64 [vocabulary], or None where they cannot be known."""
+    if backend.normalizer is not None or not _cuts_bytes(backend):
+        return None
+    alphabet = set(ByteLevel.alphabet())
+    sizes = np.zeros(backend.get_vocab_size(with_added_tokens=True), np.int64)
+    added = backend.get_added_tokens_decoder()
+    for token, number in backend.get_vocab(with_added_tokens=True).items():
+        if number >= len(sizes):
+            return None
+        if number in added:
+            sizes[number] = len(token.encode())
+        elif alphabet.issuperset(token):
+            sizes[number] = len(token)  # each character of this alphabet stands for one byte
+        else:
+            return None
+    return sizes
+
+
+def _cuts_bytes(backend: Tokenizer) -> bool:
+    whole: dict[str, Any] = json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer else {}
+    steps: list[dict[str, Any]] = whole.get("pretokenizers", [whole])
+    return steps[-1].get("type") == "ByteLevel" and not any(step.get("add_prefix_space") for step in steps)
+
+
+class ConversationEncoder(FastTokenizer):
     """A tokenizer made ready to turn conversations into supervised tokens.
 
     A token is supervised when its characters overlap an answer. So `Ġanswer`, which begins with the space after the
     colon, is supervised, and so is a token that straddles an answer's edge, such as `::` where an answer begins with a
     colon; those are counted. A token that stands for no character at all is not supervised.
 
-    Each text is closed by one supervised eos. Should a vocabulary yield its eos for ordinary text all the same, that
-    token is not supervised.
-
-    Attributes:
-        prefix: int32 [tokens that the tokenizer prepends]: the bos for OPT and Llama, nothing for others.
-        eos_token_id: closes every text.
-        fingerprint: hexadecimal digest of everything that decides the tokens.
+    Each text is closed by one supervised eos, `eos_token_id`. Should a vocabulary yield its eos for ordinary text all
+    the same, that token is not supervised. `fingerprint` is a digest of everything that decides the tokens.
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        """Copy the Rust tokenizer inside a `transformers` tokenizer, and leave the original as it is.
+        """Copy the backend of a `transformers` tokenizer.
 
         Raises:
-            UserError: it has no eos, no pad, or no Rust tokenizer.
+            UserError: it has no eos, no pad, or no Rust backend.
         """
-        fast = FastTokenizer(tokenizer)
+        super().__init__(tokenizer)
         for role in ("eos", "pad"):
             if getattr(tokenizer, f"{role}_token_id", None) is None:
                 raise UserError(
-                    f"the tokenizer {fast.name} has no {role} token: set {role}_token in its tokenizer_config.json"
+                    f"the tokenizer {self.name} has no {role} token: set {role}_token in its tokenizer_config.json"
                 )
-        self.prefix = fast.prefix
         self.eos_token_id = int(tokenizer.eos_token_id)
-        self.fingerprint = digest(fast.definition, self.prefix.tolist(), self.eos_token_id)
-        self._backend = fast.backend
+        self.fingerprint = digest(self.definition, self.prefix.tolist(), self.eos_token_id)
         self._eos_token = str(tokenizer.eos_token)
 
     @cached_property
     def _locator(self) -> TokenLocator:
         """Made when there is something to tokenize: prepared data need only the fingerprint."""
-        return TokenLocator(self._backend)
+        return TokenLocator(self.backend)
 
     def encode(self, conversations: Sequence[Conversation], source_rows: np.ndarray | None = None) -> Documents:
         """Tokenize conversations that have an answer each; the texts run on all cores at once, in Rust.
@@ -94,3 +186,59 @@ def _answered_until(conversations: Sequence[Conversation], tokens: LocatedTokens
             edges[tokens.position(number, conversation.text, start)] += 1
             edges[tokens.position(number, conversation.text, end)] -= 1
     return starts_of(np.cumsum(edges[:-1], dtype=np.int8))
+
+
+def fit(
+    whole: Documents, prefix: np.ndarray, max_seq_length: int, overlong: Overlong
+) -> tuple[Documents, dict[str, int]]:
+    """Bring tokenized conversations to at most `max_seq_length` tokens each, prefix included.
+
+        max_seq_length 4, prefix b:   b 1 2 3 | b 4 5 6 | b 7        split, every piece behind a prefix of its own
+                                      b 1 2 3                        truncate: the eos is cut with the rest
+
+    A document's first token is predicted from nothing and so never supervised: without a prefix each piece of a split
+    conversation loses at most that one. Documents without any supervised token are dropped.
+
+    Args:
+        whole: whole conversations, the prefix not yet in place.
+        prefix: int32 [tokens that the tokenizer prepends].
+
+    Returns:
+        The documents, and conversations by what became of them: `truncated` and `split` are kept, `too_long` are
+        dropped for their length, `answer_cut` because no supervised token was left; `pieces_dropped` are pieces
+        without a supervised token, of conversations of which other pieces are kept.
+    """
+    room = max_seq_length - len(prefix)
+    assert room >= 1 and max_seq_length >= 2, "no room for a token and its target"
+    lengths = whole.lengths
+    too_long = lengths > room
+    position = np.arange(len(whole.input_ids)) - np.repeat(whole.starts[:-1], lengths)
+    if overlong == "split":
+        kept_tokens = np.ones(len(position), bool)
+    elif overlong == "truncate":
+        kept_tokens = position < room
+    else:
+        kept_tokens = np.repeat(~too_long, lengths)
+    first_of_piece = (position % room == 0)[kept_tokens]
+    piece_lengths = np.diff(np.append(np.flatnonzero(first_of_piece), len(first_of_piece)))
+    conversation = np.repeat(np.arange(len(lengths)), lengths)[kept_tokens][first_of_piece]
+
+    no_suffix = np.zeros(0, np.int32)
+    input_ids, starts, places = add_special_tokens(whole.input_ids[kept_tokens], piece_lengths, prefix, no_suffix)
+    supervised = np.zeros(len(input_ids), bool)
+    supervised[places] = whole.supervised[kept_tokens]
+    supervised[starts[:-1]] = False
+    documents = Documents(input_ids, supervised, starts, whole.source_rows[conversation])
+    useful = documents.supervised_counts > 0
+    survives = np.zeros(len(lengths), bool)
+    survives[conversation[useful]] = True
+    shortened = int((too_long & survives).sum())
+    dropped_whole = too_long if overlong == "drop" else np.zeros(len(lengths), bool)
+    counts = {
+        "truncated": shortened if overlong == "truncate" else 0,
+        "split": shortened if overlong == "split" else 0,
+        "too_long": int(dropped_whole.sum()),
+        "answer_cut": int((~survives & ~dropped_whole).sum()),
+        "pieces_dropped": int(survives[conversation[~useful]].sum()),
+    }
+    return documents.select(useful), counts

@@ -5,7 +5,7 @@ import threading
 from importlib import import_module
 from typing import Any
 
-from isotune.io.errors import UserError
+from isotune.io.errors import UserError, first_line
 
 REACH_SECONDS = 5.0
 OFFLINE_WAYS = (
@@ -71,8 +71,3 @@ def is_hub_id(dataset_name: str) -> bool:
         and not dataset_name.startswith((".", "~", os.sep))
         and all(part and all(letter.isalnum() or letter in "-_." for letter in part) for part in parts)
     )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for a message that must stay one sentence."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

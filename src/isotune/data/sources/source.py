@@ -5,26 +5,23 @@ Reading never runs code that comes with the data and never unpickles: rows are J
 
 import hashlib
 import json
+import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from isotune.compat.datasets import fingerprint_of
-from isotune.data.sources.builtin import PREFIX, find_corpus
-from isotune.data.sources.csv_rows import read_csv
-from isotune.data.sources.hub import first_line, is_hub_id, load_hub_dataset
-from isotune.io.errors import UserError
+from isotune.data.sources.files import FILE_SUFFIXES, Row, digest_of, read_dataset, read_file
+from isotune.data.sources.hub import is_hub_id, load_hub_dataset
+from isotune.io.errors import UserError, first_line, nearest
 
-Row = dict[str, Any]
-
-ROWS_AT_ONCE = 1_000  # read from a file
+PREFIX = "builtin:"
+SEED = 20_240_607
 BATCH_ROWS = 256  # tokenized together
-FILE_SUFFIXES = (".jsonl", ".csv", ".parquet")
 SAVED_MARKERS = ("state.json", "dataset_dict.json")  # what datasets.save_to_disk leaves
 
 
@@ -83,7 +80,7 @@ def read_rows(dataset_name: str, split: str = "train", *, name: str = "dataset_n
     """Find what a recipe calls a data set.
 
     `dataset_name` is one of
-      - `builtin:NAME`, a corpus of isotune.data.sources.builtin;
+      - `builtin:NAME`, a corpus that `builtin` registered;
       - a `.jsonl`, `.csv` or `.parquet` file, which is one split whatever `split` says;
       - a folder with `SPLIT.jsonl`, `.csv` or `.parquet`, or with the shards `SPLIT-00000-of-00002.parquet`, there
         or in its `data` folder; or one that `datasets.save_to_disk` wrote;
@@ -107,7 +104,7 @@ def read_rows(dataset_name: str, split: str = "train", *, name: str = "dataset_n
     if path.suffix in FILE_SUFFIXES or not is_hub_id(dataset_name):
         raise UserError(f"{name}: there is no file or folder {dataset_name}")
     dataset = load_hub_dataset(dataset_name, split, key=name)
-    return Source(f"{dataset_name} ({split})", fingerprint_of(dataset), lambda: _read_dataset(dataset))
+    return Source(f"{dataset_name} ({split})", fingerprint_of(dataset), lambda: read_dataset(dataset))
 
 
 def _builtin_source(dataset_name: str, split: str) -> Source:
@@ -117,16 +114,15 @@ def _builtin_source(dataset_name: str, split: str) -> Source:
 
 
 def _files_source(source_name: str, paths: list[Path]) -> Source:
-    readers = {".jsonl": _read_jsonl, ".csv": partial(read_csv, rows_at_once=ROWS_AT_ONCE), ".parquet": _read_parquet}
     for path in paths:
         if path.stat().st_size == 0:
             raise UserError(f"{path} is empty")
 
     def read() -> Iterator[Row]:
         for path in paths:
-            yield from readers[path.suffix](path)
+            yield from read_file(path)
 
-    return Source(source_name, _digest(paths), read)
+    return Source(source_name, digest_of(paths), read)
 
 
 def _folder_source(folder: Path, split: str, key: str) -> Source:
@@ -166,9 +162,9 @@ def _saved_source(folder: Path, split: str, key: str) -> Source:
             raise UserError(f"{key}: {folder} names the file {shard.name}, which is not there")
 
     def read() -> Iterator[Row]:
-        return _read_dataset(import_module("datasets").load_from_disk(folder))
+        return read_dataset(import_module("datasets").load_from_disk(folder))
 
-    return Source(f"{folder} ({split})", _digest([folder / "state.json", *shards]), read)
+    return Source(f"{folder} ({split})", digest_of([folder / "state.json", *shards]), read)
 
 
 def _read_json_file(path: Path) -> dict[str, Any]:
@@ -178,47 +174,97 @@ def _read_json_file(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not readable as JSON ({first_line(error)})") from error
 
 
-def _read_dataset(dataset: Any) -> Iterator[Row]:
-    for batch in dataset.with_format("arrow").iter(ROWS_AT_ONCE):
-        yield from batch.to_pylist()
+Generator = Callable[[random.Random, int], Iterator[dict[str, Any]]]
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors write
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except ValueError as error:
-                raise UserError(f"{path} line {number} is not JSON: {first_line(error)}") from error
-            except RecursionError as error:
-                raise UserError(f"{path} line {number} is nested too deep to be a row") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path} line {number} is a JSON {type(row).__name__}, not an object with columns")
-            yield row
+@dataclass(frozen=True)
+class Corpus:
+    """A registered generator and how many rows each of its splits has."""
+
+    name: str
+    description: str
+    split_rows: dict[str, int]
+    generate: Generator
+
+    def rows(self, split: str) -> list[dict[str, Any]]:
+        """The rows of one split.
+
+        All splits are cut from one stream of distinct rows: what is in `test` is never in `train`.
+        """
+        if split not in self.split_rows:
+            raise UserError(f"{PREFIX}{self.name} has no split {split!r}; it has {', '.join(self.split_rows)}")
+        stream = list(self.generate(random.Random(SEED), sum(self.split_rows.values())))
+        distinct = {json.dumps(row, sort_keys=True) for row in stream}
+        assert len(stream) == len(distinct) == sum(self.split_rows.values()), f"{self.name} repeats or lacks rows"
+        start = 0
+        for name, count in self.split_rows.items():
+            if name == split:
+                return stream[start : start + count]
+            start += count
+        raise AssertionError(split)
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
-    pa: Any = import_module("pyarrow")
-    parquet: Any = import_module("pyarrow.parquet")
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(ROWS_AT_ONCE):
-                yield from batch.to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is not readable as Parquet: {first_line(error)}") from error
+CORPORA: dict[str, Corpus] = {}
 
 
-def _digest(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        try:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from error
-        digest.update(path.suffix.encode())
-    return digest.hexdigest()
+def builtin(name: str, *, train: int, test: int) -> Callable[[Generator], Generator]:
+    """Register a generator as `builtin:NAME`.
+
+    The generator gets a seeded `random.Random` and the number of rows wanted, and yields that many distinct rows;
+    the first `train` of them are the split `train`, the others `test`. The first line of its docstring describes
+    the corpus.
+    """
+
+    def register(generate: Generator) -> Generator:
+        assert name not in CORPORA, f"two built-in corpora are called {name}"
+        description = (generate.__doc__ or "").strip().splitlines()[0]
+        CORPORA[name] = Corpus(name, description, {"train": train, "test": test}, generate)
+        return generate
+
+    return register
+
+
+def find_corpus(dataset_name: str) -> Corpus:
+    """The corpus that `builtin:NAME` stands for.
+
+    Raises:
+        UserError: there is none of that name; the sentence names the nearest.
+    """
+    import_module("isotune.projects")  # which registers theirs
+    name = dataset_name.removeprefix(PREFIX)
+    if name not in CORPORA:
+        near = nearest(name, CORPORA, cutoff=0.0)
+        raise UserError(
+            f"there is no built-in corpus {name!r}: did you mean {PREFIX}{near}? "
+            f"There are: {', '.join(sorted(CORPORA))}"
+        )
+    return CORPORA[name]
+
+
+GREETINGS = {
+    "Dutch": ("Goedemorgen", "Welterusten"),
+    "English": ("Good morning", "Good night"),
+    "French": ("Bonjour", "Bonne nuit"),
+    "German": ("Guten Morgen", "Gute Nacht"),
+    "Italian": ("Buongiorno", "Buona notte"),
+    "Portuguese": ("Bom dia", "Boa noite"),
+    "Spanish": ("Buenos días", "Buenas noches"),
+    "Turkish": ("Günaydın", "İyi geceler"),
+}
+NAMES = ("Ada", "Alan", "Barbara", "Claude", "Donald", "Edsger", "Frances", "Grace", "Ken", "Leslie", "Tony", "Yann")
+
+
+@builtin("greetings", train=80, test=16)
+def greetings(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
+    """Greetings in eight languages, in two turns each: small enough for an end-to-end test."""
+    pairs = [(name, language) for name in NAMES for language in sorted(GREETINGS)]
+    for name, language in rng.sample(pairs, count):
+        morning, night = GREETINGS[language]
+        yield {
+            "messages": [
+                {"role": "user", "content": f"Greet {name} in {language}."},
+                {"role": "assistant", "content": f"{morning}, {name}!"},
+                {"role": "user", "content": "And at night?"},
+                {"role": "assistant", "content": f"{night}, {name}!"},
+            ]
+        }

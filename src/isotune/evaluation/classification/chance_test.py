@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from isotune.config import ClassificationRecipe
-from isotune.data.prepared import PreparedData
+from isotune.data.documents import PreparedData
 from isotune.evaluation.results import CLASSIFICATION, PREDICTIONS, rows_digest, write_result
 from isotune.io.errors import RunFault, UserError
 

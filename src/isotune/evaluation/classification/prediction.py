@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from isotune.data.batch_schedule import ATTENTION_PARITY_TOKENS, Microbatch
-from isotune.data.collate import collate
+from isotune.data.batch_schedule import ATTENTION_PARITY_TOKENS, Microbatch, collate
 from isotune.data.documents import Documents
 from isotune.evaluation.classification.models import Classifier
 from isotune.evaluation.distributed_eval import Ranks

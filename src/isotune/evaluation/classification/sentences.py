@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from isotune.data.classification.labels import labels_of
-from isotune.data.classification.text_encoding import TextEncoder
-from isotune.data.clean_text import clean
+from isotune.data.contents import clean
+from isotune.data.tokenizer import TextEncoder
 from isotune.evaluation.classification.models import Classifier, load_run_classifier
 from isotune.evaluation.classification.prediction import classify, probabilities_of
 from isotune.evaluation.distributed_eval import Ranks

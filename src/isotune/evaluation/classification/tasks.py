@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from isotune.data.fingerprint import digest
+from isotune.data.documents import digest
 from isotune.data.sources.source import Row, Source, read_rows
 from isotune.evaluation.metrics.classification import METRICS, is_classification_metric
 from isotune.evaluation.metrics.modules import CLASSES

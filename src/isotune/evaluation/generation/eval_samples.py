@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from isotune.data.sft.batches import TEXT_FIELD, read_batches
-from isotune.data.sft.conversations import ASSISTANT_HEADER, HUMAN_HEADER
+from isotune.data.sft.conversations import ASSISTANT_HEADER, HUMAN_HEADER, TEXT_FIELD, read_batches
 from isotune.data.sources.source import Source, read_rows
 from isotune.evaluation.generation.decoding import first_turn
 from isotune.io.errors import UserError

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from isotune.data.sources.hub import first_line
 from isotune.evaluation.generation.batched_generation import GenerationModel
 from isotune.evaluation.results import rows_digest, write_result
 from isotune.evaluation.statistics.resampling import Scores
-from isotune.io.errors import UserError
-from isotune.io.near_names import nearest
+from isotune.io.errors import UserError, first_line, nearest
 from isotune.models.log_control import quiet_libraries
 
 KIND = "lm_eval"

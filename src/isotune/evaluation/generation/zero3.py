@@ -15,9 +15,8 @@ from typing import Any
 import torch
 
 from isotune.compat.deepspeed import disable_shm_transport
-from isotune.data.sources.hub import first_line
 from isotune.evaluation.generation.batched_generation import GenerationModel
-from isotune.io.errors import UserError
+from isotune.io.errors import UserError, first_line
 from isotune.models.log_control import quiet_libraries
 
 

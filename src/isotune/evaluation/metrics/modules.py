@@ -22,9 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from isotune.data.sources.hub import first_line
 from isotune.evaluation.statistics.resampling import RESAMPLES, OfWeights, Scores, score
-from isotune.io.errors import UserError
+from isotune.io.errors import UserError, first_line
 
 MODULE_RESAMPLES = 200  # from seed to seed the ends of an interval move by about 10% of its width
 Column = tuple[str, str]  # a name of a module's features and a kind of values: int, float, string, list of float ...

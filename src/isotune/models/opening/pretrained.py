@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 
 from isotune.compat.bitsandbytes import unquantized_modules
-from isotune.data.sources.hub import first_line, hub_answers, is_hub_id
-from isotune.io.errors import UserError
+from isotune.data.sources.hub import hub_answers, is_hub_id
+from isotune.io.errors import UserError, first_line
 from isotune.models.log_control import quiet_libraries
 
 ADAPTER_CONFIG = "adapter_config.json"

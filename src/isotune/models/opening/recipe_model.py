@@ -18,9 +18,8 @@ from isotune.compat.bitsandbytes import keep_trainable
 from isotune.compat.deepspeed import whole_models
 from isotune.compat.transformers_models import has_sequence_classifier
 from isotune.config import ClassificationRecipe, RunRecipe
-from isotune.data.sources.builtin import PREFIX
-from isotune.data.sources.hub import first_line
-from isotune.io.errors import UserError
+from isotune.data.sources.source import PREFIX
+from isotune.io.errors import UserError, first_line
 from isotune.models.builtin_models import builtin_config, builtin_tokenizer
 from isotune.models.heads import head_of
 from isotune.models.opening.pretrained import (

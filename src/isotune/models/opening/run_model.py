@@ -11,8 +11,8 @@ import yaml
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from isotune.data.sources.hub import first_line, is_hub_id
-from isotune.io.errors import UserError
+from isotune.data.sources.hub import is_hub_id
+from isotune.io.errors import UserError, first_line
 from isotune.models.heads import head_of
 from isotune.models.log_control import quiet_libraries
 from isotune.models.opening.pretrained import (

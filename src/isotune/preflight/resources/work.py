@@ -43,7 +43,7 @@ class Work:
 
 
 def count_work(recipe: RunRecipe, data: Any, world_size: int) -> Work:
-    """Count what training does with prepared `data` (`isotune.data.run_data.RunData`) on that many processes."""
+    """Count what training does with prepared `data` (`isotune.data.documents.RunData`) on that many processes."""
     documents, rows = data.train.documents, data.train.rows
     schedule = StepSchedule(
         documents,

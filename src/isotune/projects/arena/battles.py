@@ -9,7 +9,6 @@ import csv
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from isotune.data.sources.files import read_cells
 from isotune.io.errors import UserError
 
 ID = "id"
@@ -158,21 +158,17 @@ def read_table(file: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[
     Raises:
         UserError: no such file, not UTF-8, no header, a column of `needed` is missing, or a row is broken.
     """
-    csv.field_size_limit(sys.maxsize)
     number = 0
     try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            rows = csv.reader(lines, strict=True)
-            header = next(rows, [])
-            for column in needed:
-                if column not in header:
-                    raise UserError(f"{file} lacks the column {column!r}; it has {', '.join(header) or 'none'}")
-            for number, cells in enumerate((cells for cells in rows if cells), start=1):
-                if len(cells) != len(header):
-                    raise UserError(
-                        f"{file}, row {number} (to line {rows.line_num}): {len(cells)} cells, {len(header)} columns"
-                    )
-                yield number, dict(zip(header, cells, strict=True))
+        rows = read_cells(file)
+        header, _ = next(rows, ([], 0))
+        for column in needed:
+            if column not in header:
+                raise UserError(f"{file} lacks the column {column!r}; it has {', '.join(header) or 'none'}")
+        for number, (cells, line) in enumerate((row for row in rows if row[0]), start=1):
+            if len(cells) != len(header):
+                raise UserError(f"{file}, row {number} (to line {line}): {len(cells)} cells, {len(header)} columns")
+            yield number, dict(zip(header, cells, strict=True))
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

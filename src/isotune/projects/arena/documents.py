@@ -10,14 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from isotune.data.classification.counts import labels_table
-from isotune.data.classification.text_encoding import TextEncoder
-from isotune.data.documents import Documents, starts_of
-from isotune.data.fingerprint import digest
-from isotune.data.hash_split import COIN, HELD_OUT, hash_uniform
+from isotune.data.classification.preparation import labels_table
+from isotune.data.contents import COIN, HELD_OUT, hash_uniform
+from isotune.data.documents import Documents, PreparedData, RunData, digest, starts_of
 from isotune.data.packing import one_document_per_row
-from isotune.data.prepared import PreparedData
-from isotune.data.run_data import RunData
+from isotune.data.tokenizer import TextEncoder
 from isotune.io.errors import UserError
 from isotune.projects.arena.battles import CLASSES, SWAPPED_CLASSES, Battle, Battles, Competition
 from isotune.projects.arena.recipes import ArenaRecipe

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from isotune.data.classification.text_encoding import TextEncoder
+from isotune.data.tokenizer import TextEncoder
 from isotune.evaluation.classification.models import Classifier, load_run_classifier
 from isotune.evaluation.classification.prediction import check_finite, classify, probabilities_of
 from isotune.evaluation.distributed_eval import Ranks

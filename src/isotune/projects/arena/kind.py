@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from isotune.config.kinds import ProjectKind, register_project
-from isotune.data.run_data import RunData
+from isotune.data.documents import RunData
 from isotune.projects.arena.recipes import ArenaRecipe
 
 

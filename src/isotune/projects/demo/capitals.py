@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from isotune.data.sources.builtin import builtin
+from isotune.data.sources.source import builtin
 
 CAPITALS = {
     "Albania": "Tirana", "Algeria": "Algiers", "Angola": "Luanda", "Argentina": "Buenos Aires", "Armenia": "Yerevan",

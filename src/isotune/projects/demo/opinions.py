@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from isotune.data.sources.builtin import builtin
+from isotune.data.sources.source import builtin
 
 _THINGS = ("film", "book", "meal", "hotel", "song", "game", "phone", "train ride", "garden", "museum")
 _DETAILS = ("the start", "the end", "the price", "the staff", "the sound", "the view", "the colours", "the pace")

@@ -10,7 +10,7 @@ from isotune.checkpoint.final_model import FinalModelReport, save_and_verify
 from isotune.checkpoint.unshard import plain_model
 from isotune.config import RunRecipe
 from isotune.data.batch_schedule import Step, StepSchedule
-from isotune.data.run_data import RunData
+from isotune.data.documents import RunData
 from isotune.distributed.launch import Process
 from isotune.io.errors import UserError
 from isotune.models.opening import is_made_here, load_whole_models

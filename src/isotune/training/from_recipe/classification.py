@@ -12,7 +12,7 @@ from isotune.checkpoint.final_model import FinalModelReport
 from isotune.compat.peft import base_model_of
 from isotune.compat.transformers_models import attention_of
 from isotune.config import ClassificationRecipe
-from isotune.data.run_data import RunData
+from isotune.data.documents import RunData
 from isotune.distributed.launch import Process
 from isotune.models.class_loss import ClassLoss, choose_weights
 from isotune.models.classifier import PADDED, install_classification

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from isotune.checkpoint.final_model import FinalModelReport
 from isotune.checkpoint.resume import open_run
 from isotune.config import ClassificationRecipe
-from isotune.data.run_data import RunData
+from isotune.data.documents import RunData
 from isotune.distributed.launch import Process, start_process
 from isotune.models.opening import load_config, load_tokenizer
 from isotune.run.preemption import supervised

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from isotune.checkpoint.final_model import FinalModelReport
 from isotune.config import Recipe, RunRecipe
-from isotune.data.run_data import RunData
+from isotune.data.documents import RunData
 from isotune.distributed.launch import Process
 from isotune.models.cpu.speedups import enable_speedups
 from isotune.models.lora import add_adapters
