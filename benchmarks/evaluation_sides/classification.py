@@ -29,7 +29,7 @@ from isotune.evaluation.classification.models import Classifier
 from isotune.evaluation.classification.prediction import BATCH_TOKENS, classify, probabilities_of
 from isotune.evaluation.distributed_eval import Ranks
 from isotune.models.classifier import install_classification
-from isotune.models.cpu.onednn_linear import onednn_products
+from isotune.models.cpu.functional import onednn_products
 
 GEOMETRIES = {
     "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},

@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from isotune.models.cpu import cast_linear
-from isotune.models.cpu.cast_linear import cast_linear_layers, cast_once, forget_cast, linear
+from isotune.models.cpu import layers
+from isotune.models.cpu.functional import linear
+from isotune.models.cpu.layers import cast_linear_layers, cast_once, forget_cast
 
 TYPES = (torch.bfloat16, torch.float16)
 
@@ -85,7 +86,7 @@ def test_without_autocast_and_without_gradients_the_layers_own_forward_runs(monk
     model, x = _network(), torch.randn(3, 24)
     expected = model(x)
     cast_linear_layers(model)
-    monkeypatch.setattr(cast_linear._CastLinear, "apply", None)  # calling it would fail
+    monkeypatch.setattr(layers._CastLinear, "apply", None)  # calling it would fail
     assert torch.equal(model(x), expected)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         model(x)
@@ -109,4 +110,4 @@ def test_an_input_is_cast_once_until_it_changes_or_is_forgotten():
     assert torch.equal(cast_once(other, torch.bfloat16), other.bfloat16())
     forget_cast()
     gc.collect()
-    assert cast_linear._last is None
+    assert layers._last is None

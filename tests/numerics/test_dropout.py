@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from isotune.models.cpu.dropout import (
+from isotune.models.cpu.functional import (
     SHARING,
     as_mask,
     draw_kept,
     dropout,
     fast_dropout,
-    keep_mask,
     mask_generator,
     masked,
     pack_kept,
@@ -86,7 +85,7 @@ def test_the_scale_is_one_over_the_probability_in_effect(p: float):
 def test_kept_elements_are_scaled_and_dropped_ones_are_zero(dtype: torch.dtype):
     x = torch.randn(37, 53, dtype=dtype)
     x[0, 0], x[1, 1] = float("inf"), float("nan")
-    mask = keep_mask(x.shape, quantised_drop(0.3)[0], mask_generator(7))
+    mask = as_mask(draw_kept(x.shape, quantised_drop(0.3)[0], mask_generator(7)))
     expected = torch.where(mask.bool(), x, 0.0)
     assert torch.equal(masked(x, mask).nan_to_num(), expected.nan_to_num())
     assert set(mask.unique().tolist()) == {-1, 0}
@@ -178,7 +177,7 @@ def test_it_replaces_the_dropout_of_any_module_and_leaves_evaluation_alone():
 
 SCRIPT = """
 import torch, hashlib
-from isotune.models.cpu.dropout import dropout
+from isotune.models.cpu.functional import dropout
 torch.manual_seed(3)
 out = dropout(torch.randn(1000, 1000), 0.1)
 print(torch.get_num_threads(), hashlib.sha256(out.numpy().tobytes()).hexdigest())

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from isotune.models.classifier import fast_evaluation, install_classification
 from isotune.models.cpu.cls_only import BLOCKS
-from isotune.models.cpu.onednn_linear import onednn_products
+from isotune.models.cpu.functional import onednn_products
 
 LENGTHS = (1, 40, 3, 90, 17)
 TARGETS = r".*\.(query|value|q_lin|v_lin|lin1)"
@@ -73,7 +73,7 @@ def test_the_last_block_computes_one_token_a_document_and_no_linear_layer_is_tor
     model, seen = classifier(kind), []
     install_classification(model)
     linears = [module for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)]
-    monkeypatch.setattr("isotune.models.cpu.onednn_linear._stock_linear", lambda *_: pytest.fail("torch's own linear"))
+    monkeypatch.setattr("isotune.models.cpu.functional._stock_linear", lambda *_: pytest.fail("torch's own linear"))
     for module in linears:
         module.register_forward_hook(lambda _m, args, _out: seen.append(args[0].numel() // args[0].shape[-1]))
     with torch.inference_mode(), fast_evaluation(model):

@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from isotune.models.cpu.dropout import fast_dropout, quantised_drop
-from isotune.models.cpu.fused_lora import fuse_lora
+from isotune.models.cpu.functional import fast_dropout, quantised_drop
+from isotune.models.cpu.layers import fuse_lora
 
 
 class _Network(nn.Module):

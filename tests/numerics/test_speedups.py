@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import OPTConfig, OPTForCausalLM
 
-from isotune.models.cpu.speedups import enable_speedups, keep_freed_memory, training_microbatch
+from isotune.models.cpu.layers import enable_speedups, keep_freed_memory, training_microbatch
 from isotune.models.packed_attention import document_position_ids, set_packed_attention
 from isotune.models.supervised_loss import install_supervised_loss
 

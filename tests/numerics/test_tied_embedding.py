@@ -8,7 +8,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from isotune.models.cpu.tied_embedding import slim_tied_embedding
+from isotune.models.cpu.layers import slim_tied_embedding
 from isotune.models.supervised_loss import supervised_loss
 
 WORDS, SIZE, PADDING = 4_000, 48, 1

@@ -7,7 +7,7 @@ from accelerate import Accelerator, skip_first_batches
 from torch import nn
 from transformers import TrainingArguments
 
-from isotune.compat.accelerate import let_scaler_check_before_step, run_fp16_on_cpu, set_gradient_sync
+from isotune.compat.accelerate import let_scaler_check_before_step, run_fp16_on_cpu
 from isotune.compat.deepspeed import forget_coalesced_reduction
 from isotune.compat.transformers import bf16_without_gpu, let_trainer_skip_steps
 from isotune.compat.trl import trained_parameters_kept
@@ -76,9 +76,9 @@ def test_the_optimizer_steps_only_where_gradients_are_in_sync(on: bool) -> None:
     optimizer = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=1.0))
     before = model.weight.detach().clone()
     model.weight.grad = torch.ones_like(model.weight)
-    set_gradient_sync(accelerator, on)
+    accelerator.sync_gradients = on
     optimizer.step()
-    set_gradient_sync(accelerator, True)
+    accelerator.sync_gradients = True
     assert torch.equal(model.weight, before) is not on
 
 

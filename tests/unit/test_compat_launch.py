@@ -13,8 +13,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from isotune.compat.accelerate import allow_fsdp_on_cpu, launcher_options
 from isotune.compat.deepspeed import disable_shm_transport
 from isotune.compat.scikit_learn import check_parameters
-from isotune.compat.torch_distributed import clone_default_store, fsdp2_offloads
-from isotune.compat.torch_ops import is_in_backward
+from isotune.compat.torch import clone_default_store, fsdp2_offloads, is_in_backward
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ if RESTART:
     restart_with_malloc_tuning()
 import torch
 from tests.building import OPT_350M
-from isotune.models.cpu.speedups import enable_speedups, training_microbatch
+from isotune.models.cpu.layers import enable_speedups, training_microbatch
 from transformers import OPTConfig, OPTForCausalLM
 
 def held(field):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from isotune.checkpoint.flat_tensors import FlatTensor, share_of
-from isotune.compat.torch_distributed import global_offset
+from isotune.compat.torch import global_offset
 from isotune.io.errors import UserError
 
 MODEL, OPTIMIZER = "model/", "optimizer/"

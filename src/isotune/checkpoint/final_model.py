@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from isotune.compat.peft import name_in_adapter_file, save_adapter
-from isotune.compat.transformers_models import ignored_on_save, set_attention_of
+from isotune.compat.transformers import ignored_on_save, set_attention_of
 from isotune.io.errors import RunFault, UserError
 from isotune.io.files import sync_path
 from isotune.models.log_control import quiet_libraries

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from isotune.compat.torch_distributed import wrapper_tensor
+from isotune.compat.torch import wrapper_tensor
 
 FILE_BYTES = 2**30  # of the whole tensors in one file of a rank: the writer holds a file in memory before it writes
 

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from isotune.compat import deepspeed
-from isotune.compat.transformers_models import set_attention_of
+from isotune.compat.transformers import set_attention_of
 
 
 def plain_model(model: nn.Module, *, keep: bool) -> nn.Module | None:

@@ -7,14 +7,6 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 
 
-def set_gradient_sync(accelerator: Any, on: bool) -> None:
-    """Say whether gradients travel in the backward pass that follows, and whether the optimizer may step.
-
-    accelerate has `no_sync` for the first, and only its own data loaders for the second.
-    """
-    accelerator.gradient_state._set_sync_gradients(on)
-
-
 def run_fp16_on_cpu(accelerator: Any) -> None:
     """Let fp16 on CPU run in fp16: accelerate 1.15 computes in fp32 there and says nothing."""
     accelerator.native_amp = True

@@ -1,33 +1,50 @@
-"""transformers 5.23: what its Trainer takes from other libraries and cannot be told otherwise."""
+"""transformers 5.23: what has no public accessor, and what its Trainer cannot be told otherwise."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-import transformers.trainer
-from accelerate import skip_first_batches
-from transformers import training_args
+from transformers import PreTrainedConfig
 
 
-@runtime_checkable
-class SkipsSteps(Protocol):
-    """A loader that can leave out its first steps without laying them out."""
-
-    def skipping(self, steps: int) -> Any:
-        """This loader without the first `steps` of its next epoch."""
+def attention_of(config: PreTrainedConfig) -> str | None:
+    """Name of the attention implementation in effect; the public argument `attn_implementation` cannot be read back."""
+    return config._attn_implementation
 
 
-def _skip_first_batches(loader: Any, count: int) -> Any:
-    return loader.skipping(count) if isinstance(loader, SkipsSteps) else skip_first_batches(loader, count)
+def set_attention_of(config: PreTrainedConfig, name: str) -> None:
+    """Set the attention implementation of a configuration whose model does not exist yet."""
+    config._attn_implementation = name
+
+
+def lets_attention_be_replaced(model: Any) -> bool:
+    """Whether the model class calls AttentionInterface; `set_attn_implementation` does not raise where it does not."""
+    return getattr(model, "_supports_attention_backend", False)
+
+
+def set_sharded_classes(model: Any, names: Sequence[str]) -> None:
+    """Name the module classes that accelerate wraps one by one under FSDP2; it reads this class attribute alone."""
+    model._no_split_modules = list(names)
+
+
+def ignored_on_save(model: Any) -> set[str]:
+    """State dict keys that `save_pretrained` leaves out."""
+    return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
 
 
 def let_trainer_skip_steps() -> None:
-    """Let a Trainer that resumes within an epoch skip steps of a loader of ours.
+    """Let a Trainer that resumes within an epoch skip steps of a loader that has `skipping(steps)`, ours.
 
     It calls accelerate's `skip_first_batches`, which in 1.15 knows torch's DataLoader only.
     """
-    transformers.trainer.skip_first_batches = _skip_first_batches  # type: ignore[attr-defined]  (not exported)
+    import transformers.trainer as library
+    from accelerate import skip_first_batches
+
+    def skip(loader: Any, count: int) -> Any:
+        return loader.skipping(count) if hasattr(loader, "skipping") else skip_first_batches(loader, count)
+
+    library.skip_first_batches = skip  # type: ignore[attr-defined]  (not exported)
 
 
 @contextmanager
@@ -36,6 +53,8 @@ def bf16_without_gpu() -> Iterator[None]:
 
     Without a GPU transformers 5.23 refuses bf16 unless `use_cpu` is set, which would drop DeepSpeed and FSDP.
     """
+    from transformers import training_args
+
     library: Any = training_args
     is_available = library.is_torch_bf16_gpu_available
     if not torch.cuda.is_available():

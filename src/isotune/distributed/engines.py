@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from isotune.compat.torch_distributed import fsdp2_offloads
+from isotune.compat.torch import fsdp2_offloads
 from isotune.config import RunRecipe
 from isotune.distributed.deepspeed_config import offloaded
 from isotune.distributed.launch import Process

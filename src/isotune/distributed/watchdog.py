@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from isotune.compat.torch_distributed import clone_default_store
+from isotune.compat.torch import clone_default_store
 from isotune.io.errors import EXIT_FAULT
 
 _CHECKS_PER_TIMEOUT = 10

@@ -20,13 +20,13 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from isotune.compat.peft import base_model_of, given_arguments
-from isotune.compat.transformers_models import set_sharded_classes
+from isotune.compat.torch import patch_forward
+from isotune.compat.transformers import set_sharded_classes
 from isotune.io.errors import UserError
 from isotune.models.class_loss import ClassLoss
 from isotune.models.cpu.cls_only import cls_states_only
-from isotune.models.cpu.onednn_linear import onednn_products
-from isotune.models.cpu.speedups import keep_freed_memory
-from isotune.models.forward_patch import patch_forward
+from isotune.models.cpu.functional import onednn_products
+from isotune.models.cpu.layers import keep_freed_memory
 from isotune.models.packed_attention import PACKED, document_position_ids, restore_attention, set_packed_attention
 
 # Name of the encoder in the base model, by model type.

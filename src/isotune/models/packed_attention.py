@@ -34,7 +34,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from isotune.compat.peft import base_model_of
-from isotune.compat.transformers_models import attention_of, lets_attention_be_replaced
+from isotune.compat.transformers import attention_of, lets_attention_be_replaced
 from isotune.io.errors import UserError
 from isotune.models.cpu.document_attention import document_attention
 

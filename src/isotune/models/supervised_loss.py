@@ -17,9 +17,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from isotune.compat.peft import base_model_of
-from isotune.compat.torch_ops import AutogradFunction
+from isotune.compat.torch import AutogradFunction, patch_forward
 from isotune.io.errors import UserError
-from isotune.models.forward_patch import patch_forward
 
 # Measured on 2 cores with a 512 x 50,272 head in bf16: below 256 positions the products slow down, and the fp32 softmax
 # is four times as fast while its slice stays in the cache. A weight gradient is faster with wider products.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from isotune.compat.transformers_models import attention_of
+from isotune.compat.transformers import attention_of
 from isotune.distributed.engines import EngineInEffect, whole_numel
 from isotune.distributed.launch import Process
 from isotune.models.packed_attention import kernel_in_effect

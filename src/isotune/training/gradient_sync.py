@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from isotune.compat.accelerate import set_gradient_sync
 from isotune.compat.deepspeed import forget_coalesced_reduction
 from isotune.io.errors import RunFault
 from isotune.training.exact_gradients import ExactGradients
@@ -62,13 +61,13 @@ class GradientSync:
     @contextlib.contextmanager
     def microbatch(self, model: nn.Module, *, last: bool) -> Iterator[None]:
         """Hold it around the forward and backward of one microbatch."""
-        set_gradient_sync(self.accelerator, last)
+        self.accelerator.sync_gradients = last  # accelerate itself sets it in its own data loaders only
         try:
             silent = self.exact is not None or not last
             with self.accelerator.no_sync(model) if silent else contextlib.nullcontext():
                 yield
         finally:
-            set_gradient_sync(self.accelerator, True)
+            self.accelerator.sync_gradients = True
 
     def backward(self, model: Any, loss: torch.Tensor) -> None:
         """Add the gradient of `loss`, whose shares of all ranks are averaged."""
@@ -88,7 +87,7 @@ class GradientSync:
     def discard(self, model: Any) -> None:
         """Make the optimizer's step of this update do nothing, and forget its gradients."""
         # fp16's scaler, which fails without gradients, is not asked either
-        set_gradient_sync(self.accelerator, False)
+        self.accelerator.sync_gradients = False
         self.forget()
 
     def forget(self) -> None:

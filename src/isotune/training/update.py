@@ -19,7 +19,7 @@ from torch import nn
 from isotune.data.batch_schedule import Step
 from isotune.distributed.collectives import gather_by_number, ordered_sum
 from isotune.distributed.watchdog import Watchdog
-from isotune.models.cpu.speedups import training_microbatch
+from isotune.models.cpu.layers import training_microbatch
 from isotune.training.gradient_sync import GradientSync, nan_gradient
 from isotune.training.nonfinite import NonFinitePolicy
 from isotune.training.randomness import seed_microbatch

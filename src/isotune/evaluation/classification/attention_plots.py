@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from isotune.compat.peft import base_model_of
-from isotune.compat.transformers_models import attention_of as implementation_of
+from isotune.compat.transformers import attention_of as implementation_of
 from isotune.evaluation.classification.examples import errors_first
 from isotune.evaluation.classification.models import Classifier
 from isotune.evaluation.classification.plots import COLOURS, new_figure, save_plot

@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedConfig
 
-from isotune.compat.transformers_models import attention_of
-from isotune.models.forward_patch import is_patched, patch_forward
+from isotune.compat.torch import is_patched, patch_forward
+from isotune.compat.transformers import attention_of
 from isotune.models.packed_attention import PACKED
 
 Block = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]

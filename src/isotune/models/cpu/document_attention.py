@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from isotune.compat.torch_ops import AutogradFunction, softmax_backward
-from isotune.models.cpu.dropout import draw_seed, keep_mask, mask_generator, masked, quantised_drop
+from isotune.compat.torch import AutogradFunction, softmax_backward
+from isotune.models.cpu.functional import as_mask, draw_kept, draw_seed, mask_generator, masked, quantised_drop
 
 QUERIES_PER_BLOCK = 128  # as fast as 64 or 256, with the least memory
 KEPT_UP_TO_TOKENS = 1_024
@@ -111,7 +111,7 @@ class _DocumentAttention(AutogradFunction):
                 value_sum[:, :keys] += torch.bmm(drop(weights, mask).transpose(1, 2), output_grad)
                 buffer = gradients.like(weights)
                 weight_grad = drop(torch.bmm(output_grad, v[:, :keys].contiguous().transpose(1, 2), out=buffer), mask)
-                score_grad = softmax_backward(weight_grad, weights)
+                score_grad = softmax_backward(weight_grad, weights, -1, weights.dtype)
                 query_grad = torch.bmm(score_grad, k[:, :keys]).view(len(q), -1, q.shape[2])
                 here = slice(document.start + rows.start, document.start + rows.stop)
                 grad_query[0, :, here] = query_grad.mul_(ctx.scale)
@@ -129,7 +129,7 @@ class _WeightDropout:
         self.generator = mask_generator(seed) if p else None
 
     def next_mask(self, weights: torch.Tensor) -> torch.Tensor | None:
-        return None if self.generator is None else keep_mask(weights.shape, self.threshold, self.generator)
+        return None if self.generator is None else as_mask(draw_kept(weights.shape, self.threshold, self.generator))
 
     def __call__(self, weights: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return weights if mask is None else masked(weights, mask).mul_(self.scale)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
@@ -16,7 +17,6 @@ from transformers import (
 
 from isotune.compat.bitsandbytes import keep_trainable
 from isotune.compat.deepspeed import whole_models
-from isotune.compat.transformers_models import has_sequence_classifier
 from isotune.config import ClassificationRecipe, RunRecipe
 from isotune.data.sources.source import PREFIX
 from isotune.io.errors import UserError, first_line
@@ -108,7 +108,7 @@ def load_base_model(recipe: RunRecipe, config: PreTrainedConfig, device: torch.d
     """
     auto, new_modules = AutoModelForCausalLM, list[str]()
     if isinstance(recipe, ClassificationRecipe):
-        if not has_sequence_classifier(config):
+        if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
             raise UserError(f"model type '{config.model_type}' has no classifier in transformers: choose an encoder")
         auto, new_modules = AutoModelForSequenceClassification, head_of(config)
     if is_made_here(recipe):

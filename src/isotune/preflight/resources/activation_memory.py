@@ -17,10 +17,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from isotune.compat.torch_ops import FakeTensorMode, TorchDispatchMode, is_in_backward, tree_iter
+from isotune.compat.torch import FakeTensorMode, TorchDispatchMode, is_in_backward, tree_iter
 from isotune.models import classifier, packed_attention, supervised_loss
-from isotune.models.cpu import cast_linear, document_attention, dropout, fused_lora, tied_embedding
-from isotune.models.cpu.speedups import enable_speedups, training_microbatch
+from isotune.models.cpu import document_attention
+from isotune.models.cpu import functional as cpu_functional
+from isotune.models.cpu import layers as cpu_layers
+from isotune.models.cpu.layers import enable_speedups, training_microbatch
 
 TRACED_BLOCKS = (2, 3)
 
@@ -204,16 +206,14 @@ def _fake_kernels(tokens: int, on_cpu: bool) -> Iterator[None]:
         replaced.append((owner, name, getattr(owner, name)))
         setattr(owner, name, value)
 
-    for module in (dropout, fused_lora, document_attention):
+    for module in (cpu_functional, cpu_layers, document_attention):
         replace(module, "draw_seed", lambda: 0)
-    replace(document_attention, "keep_mask", lambda shape, *_: torch.empty(*shape, dtype=torch.int16))
-    for module in (dropout, fused_lora):
         replace(module, "draw_kept", lambda shape, *_: torch.empty(*shape, dtype=torch.bool))
+    for module in (cpu_functional, cpu_layers):
         replace(module, "pack_kept", lambda kept: torch.empty((kept.numel() + 7) // 8, dtype=torch.uint8))
         replace(module, "unpack_mask", lambda _, shape: torch.empty(*shape, dtype=torch.int16))
-    replace(tied_embedding, "occurring_rows", lambda ids, grad: (ids, grad.clone()))  # an upper bound
-    for module in (cast_linear, fused_lora, tied_embedding):
-        replace(module, "is_whole", lambda _: True)  # a fake parameter has another type
+    replace(cpu_layers, "occurring_rows", lambda ids, grad: (ids, grad.clone()))  # an upper bound
+    replace(cpu_layers, "is_whole", lambda _: True)  # a fake parameter has another type
     replace(classifier, "document_position_ids", lambda *_: torch.zeros(1, tokens, dtype=torch.int64))
     if not on_cpu:
         replace(packed_attention, "kernel_in_effect", lambda *_, **__: packed_attention.DOCUMENT_SDPA)

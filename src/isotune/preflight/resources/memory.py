@@ -45,7 +45,7 @@ STATE_BYTES: Mapping[str, float] = {
     "paged_lion_8bit": 1 + 4 / 256,
 }  # fmt: skip
 # Memory that allocators keep beyond the requested bytes, as a share of what is allocated and freed in a step. On CPU
-# glibc keeps freed blocks of up to 32 MiB (`models.cpu.speedups`): measured as resident over live bytes of OPT-350M
+# glibc keeps freed blocks of up to 32 MiB (`models.cpu.layers`): measured as resident over live bytes of OPT-350M
 # and BERT-base at three lengths.
 MARGIN_ON_GPU, MARGIN_ON_CPU = 0.1, {"lora": 0.15, "qlora": 0.15, "full": 0.5}
 _UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20, "TB": 10**12, "TiB": 2**40}

@@ -10,13 +10,13 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from isotune.checkpoint.final_model import FinalModelReport
 from isotune.compat.peft import base_model_of
-from isotune.compat.transformers_models import attention_of
+from isotune.compat.transformers import attention_of
 from isotune.config import ClassificationRecipe
 from isotune.data.documents import RunData
 from isotune.distributed.launch import Process
 from isotune.models.class_loss import ClassLoss, choose_weights
 from isotune.models.classifier import PADDED, install_classification
-from isotune.models.cpu.speedups import enable_speedups
+from isotune.models.cpu.layers import enable_speedups
 from isotune.models.heads import head_of
 from isotune.models.lora import add_adapters
 from isotune.models.opening import load_base_model, load_config

@@ -11,7 +11,7 @@ from isotune.checkpoint.final_model import FinalModelReport
 from isotune.config import Recipe, RunRecipe
 from isotune.data.documents import RunData
 from isotune.distributed.launch import Process
-from isotune.models.cpu.speedups import enable_speedups
+from isotune.models.cpu.layers import enable_speedups
 from isotune.models.lora import add_adapters
 from isotune.models.opening import load_base_model, load_config
 from isotune.models.packed_attention import set_packed_attention

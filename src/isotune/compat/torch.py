@@ -1,0 +1,103 @@
+"""torch 2.13: patches, and what operators, autograd, FSDP2, DTensor and tensor subclasses have no public name for."""
+
+import operator
+import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+__all__ = ["FakeTensorMode", "TorchDispatchMode", "tree_iter"]
+
+if TYPE_CHECKING:
+
+    class AutogradFunction:
+        """`torch.autograd.Function` without the signatures of its stubs, which no real forward can match."""
+
+        @classmethod
+        def apply(cls, *inputs: Any) -> Any:
+            """Run `forward`, and `backward` in the backward pass."""
+
+else:
+    AutogradFunction = torch.autograd.Function
+
+# (gradient of a softmax, its output, its dimension, dtype of the scores) -> gradient of the scores. Private because
+# autograd alone calls it; the public formula takes two more passes over memory.
+softmax_backward: Callable[[Tensor, Tensor, int, torch.dtype], Tensor] = torch.ops.aten._softmax_backward_data
+
+# How often a tensor was changed in place: autograd's version counter, which has no public accessor.
+in_place_changes: Callable[[Tensor], int] = operator.attrgetter("_version")
+
+
+def patch_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Make `forward(module, ...)` the module's forward method; the one before it is `module.stock_forward`.
+
+    A patch on the instance, not a subclass: names of classes and parameters stay, which engines, peft and checkpoints
+    rely on.
+    """
+    patched: Any = module
+    patched.stock_forward = module.forward
+    patched.forward = types.MethodType(forward, module)
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether the instance has a forward method of its own."""
+    return "forward" in vars(module)
+
+
+def has_onednn_linear() -> bool:
+    """Whether this build of torch has `onednn_linear`."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def has_onednn_bf16() -> bool:
+    """Whether oneDNN computes in bf16 on this processor."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def onednn_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """input [..., in] @ weight.T + bias by oneDNN, with weight [out, in]; the input contiguous.
+
+    Private because torch reaches this operator only through torch.compile.
+    """
+    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+
+
+def is_in_backward() -> bool:
+    """Whether autograd runs a backward pass on this thread; `torch.autograd` has no such query."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def clone_default_store(prefix: str) -> Store:
+    """The default process group's store, under a prefix and over a connection of its own, so any thread may use it.
+
+    Private because torch returns no store of a group that is already initialized.
+    """
+    store: Any = distributed_c10d._get_default_store()
+    return PrefixStore(prefix, store.clone())
+
+
+def fsdp2_offloads(model: FSDPModule) -> bool:
+    """Whether `fully_shard` was given a CPUOffloadPolicy; the module has no getter for its policy."""
+    group = model._get_fsdp_state()._fsdp_param_group
+    return group is not None and type(group.offload_policy).__name__ == "CPUOffloadPolicy"
+
+
+def wrapper_tensor(cls: type, size: int, dtype: torch.dtype) -> Any:
+    """A tensor [size] of a subclass, without data; torch documents this constructor for tensor subclasses."""
+    return Tensor._make_wrapper_subclass(cls, (size,), dtype=dtype, device="cpu")  # type: ignore[attr-defined]  (not in the stubs)
+
+
+def global_offset(tensor: DTensor) -> tuple[int, ...]:
+    """Where this rank's local tensor begins in the whole one, by dimension; DTensor has no public accessor for it."""
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(offset)
