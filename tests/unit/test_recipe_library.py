@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 
 from isotune.config import Recipe
-from isotune.config.engine_keys import ALIASES, ENGINE_KEYS, Schedule, Tracker
-from isotune.config.lr_schedules import SCHEDULE_ARGUMENTS
+from isotune.config.engine_keys import ALIASES, ENGINE_KEYS, SCHEDULE_ARGUMENTS, Schedule, Tracker
+from isotune.config.schema import parse
 from isotune.config.unsupported_keys import UNSUPPORTED
-from isotune.config.values import parse
 
 KNOWN = json.loads(Path("tests/fixtures/known_fields.json").read_text())
 REQUIRED = {"model_name_or_path": "a/model", "dataset_name": "a/dataset", "output_dir": "runs/x"}

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from isotune.config.layers import Layer, merge_layers
-from isotune.config.recipe_file import as_yaml
+from isotune.config.layers import Layer, as_yaml, merge_layers
 from isotune.config.schema import GROUPS, Contradiction, Key, keys_of
 from isotune.io.errors import Complain, UserError, refuse
 from isotune.io.files import replace_file

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from isotune.config.engine_keys import ALIASES
-from isotune.config.layers import Layer
-from isotune.config.recipe_file import read_file
-from isotune.config.schema import GROUPS, Key
+from isotune.config.layers import Layer, read_file
+from isotune.config.schema import GROUPS, Key, describe, metavar, takes
 from isotune.config.unsupported_keys import UNSUPPORTED
-from isotune.config.values import describe, metavar, takes
 from isotune.io.errors import UserError
 
 

@@ -5,8 +5,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from isotune.config.base_recipe import BaseRecipe
-from isotune.config.engine_keys import CHOOSES_THE_BEST, ENGINE_KEYS, WITH_EVALUATION, evaluates
-from isotune.config.lr_schedules import arguments_in_words, is_wrongly_called
+from isotune.config.engine_keys import (
+    CHOOSES_THE_BEST,
+    ENGINE_KEYS,
+    WITH_EVALUATION,
+    arguments_in_words,
+    evaluates,
+    is_wrongly_called,
+)
 from isotune.config.schema import (
     ADAPTER,
     AT_LEAST_ONE,
@@ -226,7 +232,8 @@ class RunRecipe(BaseRecipe):
     @classmethod
     def keys(cls) -> dict[str, Key]:
         """Every key of this kind of recipe by its name: its own, then the engine's."""
-        best = replace(ENGINE_KEYS["metric_for_best_model"], takes=Literal[cls.eval_metrics] | None)  # type: ignore[operator]
+        metrics: Any = Literal[cls.eval_metrics]
+        best = replace(ENGINE_KEYS["metric_for_best_model"], takes=metrics | None)
         return keys_of(cls) | ENGINE_KEYS | {best.name: best}
 
     @classmethod

@@ -1,21 +1,42 @@
-"""The schema of a recipe: each key is one record of its type, default, range, help and the case in which it counts."""
+"""The schema of a recipe: each key is one record of its type, default, range, help and the case in which it counts.
+
+pydantic validates a key's value by the type, and the spellings of YAML files and flags are added here. A value is
+accepted in the same spellings from a file, a flag and Python; one that is not allowed is answered with what the key
+takes, in words.
+"""
 
 import dataclasses
+import functools
+import json
+import math
+import os
+import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, cast
 
-MODEL = "Model"
-DATA = "Data"
-SCHEDULE = "Batch and schedule"
-OPTIMISER = "Optimiser"
-ADAPTER = "Adapter"
-MEMORY = "Precision and memory"
-OUTPUT = "Output and logging"
-GROUPS = (MODEL, DATA, SCHEDULE, OPTIMISER, ADAPTER, MEMORY, OUTPUT)
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
+
+from isotune.io.errors import nearest
+
+GROUPS = (
+    "Model", "Data", "Batch and schedule", "Optimiser", "Adapter", "Precision and memory", "Output and logging",
+)  # fmt: skip
+MODEL, DATA, SCHEDULE, OPTIMISER, ADAPTER, MEMORY, OUTPUT = GROUPS
 
 REQUIRED = dataclasses.MISSING
+
+_NULL = frozenset({"none", "null", ""})
+_WORDS: dict[Any, tuple[str, str]] = {
+    bool: ("true or false", "BOOL"),
+    int: ("a whole number", "N"),
+    float: ("a number", "X"),
+    str: ("text", "TEXT"),
+    list[str]: ("a list of names", "NAME"),
+    list[float]: ("a list of numbers", "X"),
+    tuple[str, ...]: ("a list of texts", "TEXT"),
+}
 
 Values = Mapping[str, Any]
 
@@ -124,3 +145,139 @@ class Contradiction:
     def remedy_for(self, values: Values) -> str:
         """The remedy for a recipe of these values."""
         return self.remedy if isinstance(self.remedy, str) else self.remedy(values)
+
+
+def parse(key: Key, value: Any) -> Any:
+    """The value of `key`, from the text of a file or flag or from a Python value.
+
+    Raises:
+        ValueError: the value is not allowed; the message says what is.
+    """
+    _, choices, optional = _members(key.takes)
+    if optional and (value is None or (isinstance(value, str) and value.lower() in _NULL)):
+        return None
+    if isinstance(value, os.PathLike):
+        value = os.fspath(cast("os.PathLike[str]", value))
+    if key.is_path and isinstance(value, str):
+        value = os.path.expanduser(value)
+    try:
+        parsed = _validator(key.takes, key.allowed, key.step_count).validate_python(value)
+    except ValidationError:
+        near = nearest(value, choices) if isinstance(value, str) else None
+        raise ValueError(f"it takes {describe(key)}{f': did you mean {near}?' if near else ''}") from None
+    return int(parsed) if key.step_count and float(parsed).is_integer() else parsed
+
+
+def describe(key: Key) -> str:
+    """What a key takes, in words."""
+    if key.step_count:
+        return f"a number of steps {key.allowed}: a whole number, or a share of the run below 1"
+    kinds, choices, _ = _members(key.takes)
+    descriptions = [_words_for(kind)[0] + (f" {key.allowed}" if key.allowed is not None else "") for kind in kinds]
+    return " or ".join([*descriptions, ", ".join(choices)] if choices else descriptions)
+
+
+def metavar(key: Key) -> str:
+    """The short form of what a key takes, for --help."""
+    kinds, choices, _ = _members(key.takes)
+    if len(choices) > 4:
+        return "NAME"
+    return "|".join([*(_words_for(kind)[1] for kind in kinds), *choices])
+
+
+def takes(key: Key, *kinds: type) -> bool:
+    """Whether the value of `key` may be of one of these types; `list` stands for lists of anything."""
+    return any((typing.get_origin(kind) or kind) in kinds for kind in _members(key.takes)[0])
+
+
+@functools.cache
+def _members(annotation: Any) -> tuple[tuple[Any, ...], tuple[str, ...], bool]:
+    """An annotation as (types, choices of its Literal, whether None is allowed)."""
+    members = _union_members(annotation)
+    kinds = tuple(member for member in members if typing.get_origin(member) is not Literal)
+    choices = tuple(word for member in members if member not in kinds for word in typing.get_args(member))
+    return kinds, choices, types.NoneType in typing.get_args(annotation)
+
+
+def _union_members(annotation: Any) -> tuple[Any, ...]:
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    members = typing.get_args(annotation) if is_union else (annotation,)
+    return tuple(member for member in members if member is not types.NoneType)
+
+
+def _words_for(kind: Any) -> tuple[str, str]:
+    """A type in words, and its short form."""
+    if typing.get_origin(kind) is list and (names := typing.get_args(typing.get_args(kind)[0])):
+        return f"a list of {', '.join(names)}", "NAME"
+    return _WORDS.get(kind, ("a mapping", "JSON"))
+
+
+@functools.cache
+def _validator(annotation: Any, allowed: Range | None, step_count: bool) -> TypeAdapter[Any]:
+    """pydantic's validator of an annotation, with the spellings of files and flags and the range of numbers."""
+    members = tuple(_with_spellings(member, allowed, step_count) for member in _union_members(annotation))
+    return TypeAdapter(cast(Any, typing.Union)[members])
+
+
+def _with_spellings(kind: Any, allowed: Range | None, step_count: bool) -> Any:
+    if kind in (int, float):
+        in_range = AfterValidator(functools.partial(_check_range, allowed=allowed, step_count=step_count))
+        return Annotated[kind, BeforeValidator(_number), Field(allow_inf_nan=False), in_range]
+    origin = typing.get_origin(kind)
+    if origin is list:
+        item = _with_spellings(typing.get_args(kind)[0], allowed, step_count)
+        return Annotated[list[item], BeforeValidator(_words), Field(min_length=1)]
+    if origin is tuple:
+        return Annotated[kind, BeforeValidator(_texts), Field(min_length=1)]
+    return Annotated[kind, BeforeValidator(_mapping)] if origin is dict else kind
+
+
+def _check_range(number: float, *, allowed: Range | None, step_count: bool) -> float:
+    if (allowed is not None and number not in allowed) or (step_count and number >= 1 and not number.is_integer()):
+        raise ValueError("out of range")
+    return number
+
+
+def _number(value: Any) -> Any:
+    """A number from its text, so that `1e3` is a whole number too; true and false are not numbers."""
+    if isinstance(value, bool):
+        raise ValueError("not a number")
+    if not isinstance(value, str):
+        return value
+    try:
+        return int(value)
+    except ValueError:
+        return float(value)
+
+
+def _words(value: Any) -> list[Any]:
+    """The items of a list, of which a text may hold several, separated by commas or spaces."""
+    items = cast("list[Any]", value) if isinstance(value, list | tuple) else [value]
+    return [part for item in items for part in (item.replace(",", " ").split() if isinstance(item, str) else [item])]
+
+
+def _texts(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _mapping(value: Any) -> Any:
+    """A mapping, or its JSON text; values are text in a YAML file, and no key says what they should be."""
+    return _natural(json.loads(value) if isinstance(value, str) else value)
+
+
+def _natural(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_natural(item) for item in cast("list[Any]", value)]
+    if isinstance(value, dict):
+        return {name: _natural(item) for name, item in cast("dict[str, Any]", value).items()}
+    if not isinstance(value, str):
+        return value
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    try:
+        number = _number(value)
+    except ValueError:
+        return value
+    if not math.isfinite(number):
+        return value
+    return int(number) if float(number).is_integer() else number

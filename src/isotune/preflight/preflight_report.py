@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from isotune.config import ClassificationRecipe, Recipe, RunRecipe
-from isotune.config.kinds import project_of
+from isotune.config.recipes import project_of
 from isotune.data.classification.split import prepare_labelled
 from isotune.data.sft.preparation import prepare_conversations
 from isotune.io.errors import UserError

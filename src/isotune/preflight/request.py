@@ -6,7 +6,7 @@ from pathlib import Path
 
 from isotune.config import RunRecipe
 from isotune.config.command_line import CommandLine
-from isotune.config.kinds import TASKS, project_of, task_of
+from isotune.config.recipes import TASKS, project_of, task_of
 from isotune.io.errors import UserError, did_you_mean
 from isotune.models.opening import load_config
 from isotune.models.supervised_loss import PLAIN_HEADS

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from isotune.config.kinds import ProjectKind, register_project
+from isotune.config.recipes import ProjectKind, register_project
 from isotune.data.documents import RunData
 from isotune.projects.arena.recipes import ArenaRecipe
 
