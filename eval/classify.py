@@ -69,7 +69,7 @@ def main() -> None:
     from isotune.evaluation.distributed_eval import start_ranks
     from isotune.evaluation.results import score_lines
     from isotune.report.loss_curve import draw_loss_curve
-    from isotune.run.metrics_reader import METRICS
+    from isotune.run.metrics_file import METRICS
 
     ranks = start_ranks()
     dtype = torch.bfloat16 if given.bf16 else torch.float32

@@ -20,7 +20,7 @@ from isotune.distributed.launch import start_process
 from isotune.models.builtin_models import builtin_tokenizer
 from isotune.models.opening import load_config, load_tokenizer
 from isotune.run.run_dir import RunDir
-from isotune.training.from_recipe import classifier_run, sft
+from isotune.training.from_recipe import classification, sft
 from isotune.training.trainer import PlannedTraining
 from tests.launching import TINY, TINY_CLASSIFIER
 
@@ -76,9 +76,9 @@ def build_classifier(folder: Path, **values: Any) -> Built:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     recipe = ClassificationRecipe.from_values(**{**TINY_CLASSIFIER, "output_dir": str(folder / "run"), **values})
-    start = classifier_run.start_classifier(recipe)
+    start = classification.start_classifier(recipe)
     data = prepare_labelled(recipe, start.tokenizer, show=start.process.is_main)
-    trainer = classifier_run.build_classifier(start, data)
+    trainer = classification.build_classifier(start, data)
     return Built(recipe, start.run, cast(nn.Module, trainer.model), start.tokenizer, trainer)
 
 

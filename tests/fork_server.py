@@ -51,7 +51,7 @@ LIBRARIES = (
     "isotune.preflight.startup_check",
     "isotune.report.loss_curve",
     "isotune.report.model_card",
-    "isotune.training.from_recipe.classifier_run",
+    "isotune.training.from_recipe.classification",
     "isotune.training.from_recipe.sft",
 )
 PATH = sys.path[1:]  # without the folder of this file

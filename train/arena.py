@@ -35,7 +35,7 @@ def train_encoder(recipe: ArenaRecipe) -> None:
     from isotune.projects.arena.encoder import evaluate_encoder
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.report.model_card import share
-    from isotune.training.from_recipe.classifier_run import Trained, start_classifier, train_classifier
+    from isotune.training.from_recipe.classification import Trained, start_classifier, train_classifier
 
     start = start_classifier(recipe)
     files = read_competition(Path(recipe.dataset_name))

@@ -29,7 +29,7 @@ def main() -> None:
     from isotune.preflight.startup_check import startup_check
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.report.model_card import share
-    from isotune.training.from_recipe.classifier_run import start_classifier, train_classifier
+    from isotune.training.from_recipe.classification import start_classifier, train_classifier
 
     start = start_classifier(recipe)
     data = prepare_labelled(recipe, start.tokenizer, show=start.process.is_main)

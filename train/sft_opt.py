@@ -33,7 +33,7 @@ def main() -> None:
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.report.model_card import share
     from isotune.run.preemption import supervised
-    from isotune.training.from_recipe import sft
+    from isotune.training.from_recipe import assembly, sft
 
     process = start_process(recipe)
     run = open_run(recipe)
@@ -47,7 +47,7 @@ def main() -> None:
     trainer = sft.build_trainer(recipe, process, run, model, tokenizer, data)
     with supervised(run, process):
         trainer.train()
-        saved = sft.save(recipe, run, trainer, tokenizer)
+        saved = assembly.save(recipe, run, trainer, tokenizer)
     if saved is not None:
         print(f"model       {run.model}: {saved}")
         print(f"loss curve  {draw_loss_curve(run.path)}")

@@ -6,6 +6,8 @@ Nothing heavy is imported at the top: the parent imports this module, and holds 
 import importlib
 import os
 import re
+import resource
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -80,11 +82,8 @@ def peak_resident_bytes() -> int:
     status = Path("/proc/self/status")
     if status.exists():
         return int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) * 1024
-    import torch
-
-    from isotune.run.metrics_file import peak_memory_bytes
-
-    return peak_memory_bytes(torch.device("cpu"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def forget_peak() -> None:

@@ -20,11 +20,11 @@ from isotune.distributed.watchdog import Watchdog
 from isotune.io.errors import RunFault
 from isotune.models.opening import load_config, load_tokenizer
 from isotune.training.from_recipe import assembly, sft
-from isotune.training.from_recipe.arguments import sft_arguments, training_arguments
+from isotune.training.from_recipe.assembly import sft_arguments, training_arguments
 from isotune.training.gradient_sync import GradientSync
 from isotune.training.nonfinite import NonFinitePolicy
 from isotune.training.step_loader import StepLoader
-from isotune.training.tasks.sft import SftTask
+from isotune.training.tasks import SftTask
 from isotune.training.trainer import SFTTrainer, Trainer
 from isotune.training.update import OptimizerUpdate
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 from transformers import TrainerControl, TrainerState
 
-from isotune.training.callbacks.progress import ProgressBar
+from isotune.training.recorder import ProgressBar
 
 
 def begun(quiet: bool = False, main: bool = True) -> tuple[ProgressBar, TrainerState]:

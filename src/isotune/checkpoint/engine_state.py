@@ -7,8 +7,9 @@
 Frozen parameters are not part of it: they are loaded again by the recipe.
 """
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from isotune.checkpoint.flat_tensors import FlatTensor, share_of
+from isotune.compat import deepspeed
 from isotune.compat.torch import global_offset
 from isotune.io.errors import UserError
 
@@ -36,138 +38,176 @@ class OptimizerState:
     others: dict[str, dict[str, list[Any]]] = field(default_factory=dict[str, dict[str, list[Any]]])
     scalars: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
+class EngineState(ABC):
+    """Access to the trained parameters of a model and to the state of the torch optimizer that steps over them.
 
-class EngineState(Protocol):
-    """Access to the state of an engine."""
+    Attributes:
+        parameters: by their names in the unwrapped model; tied ones once.
+        shards: what keeps an optimizer's state in shares, in words; None where every rank has it whole.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, shards: str | None) -> None:
+        self.parameters = {
+            name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+        self.shards = shards
+        self._optimizer = optimizer
+
+    @abstractmethod
+    def _stepped(self, parameter: nn.Parameter) -> Tensor:
+        """The tensor that the optimizer steps over for a parameter: the key of its state."""
+
+    @abstractmethod
+    def _part(self, parameter: nn.Parameter, tensor: Tensor, to_read: bool) -> FlatTensor:
+        """The slice for a parameter of `tensor`: of what the optimizer steps over, or of a state as long."""
+
+    @abstractmethod
+    def after_reading(self) -> None:
+        """Update what the engine computes from the tensors that were just read."""
 
     def model(self, *, to_read: bool) -> dict[str, FlatTensor]:
         """The trained parameters, sharing their memory: what this rank writes, or with `to_read` all that it needs."""
-        ...
+        return {MODEL + name: self._part(p, self._stepped(p), to_read) for name, p in self.parameters.items()}
 
     def optimizer(self, *, to_read: bool) -> dict[str, FlatTensor]:
         """The same for the optimizer's tensors."""
-        ...
-
-    def optimizer_state(self) -> OptimizerState:
-        """The rest of the optimizer's state."""
-        ...
-
-    def make_optimizer_state(self, saved: OptimizerState) -> None:
-        """Create the state of an optimizer that has not stepped yet; `read_tensors` then fills its tensors."""
-        ...
-
-    def after_reading(self) -> None:
-        """Update what the engine computes from the tensors that were just read."""
-        ...
-
-
-class TorchState:
-    """Plain training, DDP, FSDP2 and DeepSpeed without ZeRO: a torch optimizer over the parameters themselves."""
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.parameters = trained_parameters(model)
-        self._optimizer = optimizer
-        self._sharded = any(isinstance(p, DTensor) for p in self.parameters.values())
-
-    def model(self, *, to_read: bool) -> dict[str, FlatTensor]:
-        """See `EngineState`."""
-        return {MODEL + name: _flat(parameter, to_read) for name, parameter in self.parameters.items()}
-
-    def optimizer(self, *, to_read: bool) -> dict[str, FlatTensor]:
-        """See `EngineState`."""
         return {
-            f"{OPTIMIZER}{name}/{key}": _flat(value, to_read)
-            for name, parameter in self.parameters.items()
-            for key, value in sorted(self._optimizer.state.get(parameter, {}).items(), key=lambda item: item[0])
-            if not is_scalar(value)
+            f"{OPTIMIZER}{name}/{key}": self._part(p, value, to_read)
+            for name, p in self.parameters.items()
+            for key, value in sorted(self._state_of(p).items(), key=lambda item: item[0])
+            if not _is_scalar(value)
         }
 
     def optimizer_state(self) -> OptimizerState:
-        """See `EngineState`."""
+        """The rest of the optimizer's state."""
         state = OptimizerState()
         for name, parameter in self.parameters.items():
-            for key, value in self._optimizer.state.get(parameter, {}).items():
-                if is_scalar(value):
-                    state.scalars.setdefault(name, {})[key] = as_number(value)
-                elif value.numel() == parameter.numel():
-                    state.slots.setdefault(name, {})[key] = dtype_name(value.dtype)
-                elif self._sharded:
-                    raise UserError(
-                        f"optim: {type(self._optimizer).__name__} keeps tensors that a sharded engine cannot save: "
-                        "use adamw_torch"
-                    )
+            for key, value in self._state_of(parameter).items():
+                if _is_scalar(value):
+                    number = value.item() if isinstance(value, Tensor) else value
+                    state.scalars.setdefault(name, {})[key] = number
+                elif value.numel() == self._stepped(parameter).numel():
+                    state.slots.setdefault(name, {})[key] = _dtype_name(value)
+                elif self.shards is None:
+                    state.others.setdefault(name, {})[key] = [list(value.shape), _dtype_name(value)]
                 else:
-                    state.others.setdefault(name, {})[key] = [list(value.shape), dtype_name(value.dtype)]
+                    kind = type(self._optimizer).__name__
+                    raise UserError(f"optim: {kind} keeps tensors that {self.shards} cannot save: use adamw_torch")
         return state
 
     @torch.no_grad()
     def make_optimizer_state(self, saved: OptimizerState) -> None:
-        """See `EngineState`."""
-        groups = {p: group for group in self._optimizer.param_groups for p in group["params"]}
+        """Create the state of an optimizer that has not stepped yet; `read_tensors` then fills its tensors."""
+        groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+        made: set[int] = set()  # under ZeRO several parameters share a tensor
         for name, parameter in self.parameters.items():
+            stepped = self._stepped(parameter)
+            if id(stepped) in made:
+                continue
             state: dict[str, Any] = {}
             for key, dtype in saved.slots.get(name, {}).items():
-                state[key] = torch.zeros_like(parameter, dtype=dtype_of(dtype), requires_grad=False)
+                state[key] = torch.zeros_like(stepped, dtype=getattr(torch, dtype), requires_grad=False)
             for key, (shape, dtype) in saved.others.get(name, {}).items():
-                state[key] = torch.zeros(shape, dtype=dtype_of(dtype), device=parameter.device)
+                state[key] = torch.zeros(shape, dtype=getattr(torch, dtype), device=stepped.device)
+            group = groups.get(id(stepped), self._optimizer.param_groups[0])
             for key, value in saved.scalars.get(name, {}).items():
-                state[key] = scalar_for(self._optimizer, groups[parameter], parameter, value)
+                state[key] = self._scalar(group, stepped, value)
             if state:
-                self._optimizer.state[parameter] = state
+                self._optimizer.state[stepped] = state
+                made.add(id(stepped))
+
+    def _scalar(self, group: dict[str, Any], stepped: Tensor, value: float) -> Any:
+        """A scalar as the optimizer keeps it: torch's in a tensor, on the device where they are fused."""
+        if not type(self._optimizer).__module__.startswith("torch.optim"):
+            return value
+        on_device = group.get("fused") or group.get("capturable")
+        return torch.tensor(float(value), dtype=torch.float32, device=stepped.device if on_device else "cpu")
+
+    def _state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
+        return self._optimizer.state.get(self._stepped(parameter), {})
+
+
+class TorchState(EngineState):
+    """Plain training, DDP, FSDP2 and DeepSpeed without ZeRO: a torch optimizer over the parameters themselves."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        is_sharded = any(isinstance(p, DTensor) for p in model.parameters() if p.requires_grad)
+        super().__init__(model, optimizer, shards="a sharded engine" if is_sharded else None)
+
+    def _stepped(self, parameter: nn.Parameter) -> Tensor:
+        return parameter
+
+    def _part(self, parameter: nn.Parameter, tensor: Tensor, to_read: bool) -> FlatTensor:
+        tensor = tensor.detach()
+        if isinstance(tensor, DTensor):
+            local = tensor.to_local()
+            assert list(local.shape[1:]) == list(tensor.shape[1:]), "only sharding by rows leaves a contiguous slice"
+            row = local[0].numel() if len(local) else 0
+            return FlatTensor(local.view(-1), global_offset(tensor)[0] * row, tensor.numel())
+        if to_read:
+            return FlatTensor.whole(tensor)
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        return share_of(tensor, dist.get_rank(), dist.get_world_size()) if several else share_of(tensor, 0, 1)
 
     def after_reading(self) -> None:
         """Nothing is computed from the parameters."""
 
 
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained parameters by their names in the unwrapped model; tied ones once."""
-    return {
-        name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+class ZeroState(EngineState):
+    """ZeRO: the optimizer steps over long flat fp32 tensors, in each of which this rank has parameters' slices.
+
+    Under ZeRO-1 and 2 it owns a stretch of each flat tensor, and so a fragment of some parameters; under ZeRO-3 a part
+    of every parameter.
+
+    Raises:
+        UserError: the optimizer of ZeRO-3 is on NVMe.
+    """
+
+    def __init__(self, model: nn.Module, zero: Any) -> None:
+        super().__init__(model, zero.optimizer, shards="ZeRO")
+        self._zero, self._is_stage_3 = zero, hasattr(zero, "fp32_partitioned_groups_flat")
+        if self._is_stage_3 and deepspeed.offloads_to_nvme(zero):
+            raise UserError("offload to NVMe cannot be checkpointed: offload to cpu instead")
+        groups = zero.fp16_groups if self._is_stage_3 else zero.bit16_groups
+        flats = zero.fp32_partitioned_groups_flat if self._is_stage_3 else zero.single_partition_of_fp32_groups
+        self._flat_of = {id(p): flat for group, flat in zip(groups, flats, strict=True) for p in group}
+
+    def _stepped(self, parameter: nn.Parameter) -> Tensor:
+        return self._flat_of[id(parameter)]
+
+    def _part(self, parameter: nn.Parameter, tensor: Tensor, to_read: bool) -> FlatTensor:
+        whole: Any = parameter
+        own = deepspeed.zero3_slice(self._zero, whole) if self._is_stage_3 else deepspeed.zero12_slice(whole)
+        size = whole.ds_numel if self._is_stage_3 else whole.numel()
+        return FlatTensor(tensor.detach().narrow(0, own.flat_start, own.length), own.start, size)
+
+    def after_reading(self) -> None:
+        """Round the model's 16-bit parameters again, and gather what every rank keeps whole."""
+        if self._is_stage_3:
+            deepspeed.zero3_after_load(self._zero)
+        else:
+            deepspeed.zero12_after_load(self._zero)
 
 
-def _flat(tensor: Tensor, to_read: bool) -> FlatTensor:
-    tensor = tensor.detach()
-    if isinstance(tensor, DTensor):
-        local = tensor.to_local()
-        assert list(local.shape[1:]) == list(tensor.shape[1:]), "only sharding by rows leaves a contiguous slice"
-        row = local[0].numel() if len(local) else 0
-        return FlatTensor(local.view(-1), global_offset(tensor)[0] * row, tensor.numel())
-    if to_read:
-        return FlatTensor.whole(tensor)
-    is_distributed = dist.is_initialized() and dist.get_world_size() > 1
-    return share_of(tensor, dist.get_rank() if is_distributed else 0, dist.get_world_size() if is_distributed else 1)
+def state_of(model: nn.Module, optimizer: Any) -> EngineState:
+    """The training state of a prepared model, out of its engine's wrapper, and of torch's or DeepSpeed's optimizer.
+
+    Raises:
+        UserError: an optimizer of DeepSpeed that this version does not know.
+    """
+    if hasattr(optimizer, "fp32_partitioned_groups_flat") or hasattr(optimizer, "single_partition_of_fp32_groups"):
+        return ZeroState(model, optimizer)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return TorchState(model, optimizer)
+    raise UserError(f"{type(optimizer).__name__} cannot be checkpointed: use ZeRO stage 1, 2 or 3, or DDP")
 
 
-def is_scalar(value: Any) -> bool:
-    """Whether an optimizer state is a scalar, as a tensor or as a number."""
+def _is_scalar(value: Any) -> bool:
     return not isinstance(value, Tensor) or value.ndim == 0
 
 
-def as_number(value: Any) -> float:
-    """A scalar optimizer state for JSON, exactly."""
-    return value.item() if isinstance(value, Tensor) else value
-
-
-def scalar_for(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor, value: float) -> Any:
-    """A scalar as this optimizer keeps it: torch's in a tensor, on the parameter's device where they are fused."""
-    if not type(optimizer).__module__.startswith("torch.optim"):
-        return value
-    on_device = group.get("fused") or group.get("capturable")
-    return torch.tensor(float(value), dtype=torch.float32, device=parameter.device if on_device else "cpu")
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype's name without `torch.`."""
-    return str(dtype).removeprefix("torch.")
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """The dtype of that name."""
-    return getattr(torch, name)
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

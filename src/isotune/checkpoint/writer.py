@@ -48,6 +48,9 @@ class CheckpointWriter:
     Args:
         store: of the run's checkpoints.
         on_published: called on rank 0, in the thread, with each published checkpoint.
+
+    Attributes:
+        error: with which this rank's thread has failed, until `wait` raises it.
     """
 
     def __init__(self, store: CheckpointStore, on_published: Callable[[Path, Manifest], None]) -> None:
@@ -58,12 +61,7 @@ class CheckpointWriter:
         # a group of its own: the collectives of the thread must not mix with those of training
         self.group: Any = cast(Any, dist).new_group(backend="gloo") if is_distributed else None
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether this rank's thread has failed with an error that `wait` has not raised yet."""
-        return self._error is not None
+        self.error: BaseException | None = None
 
     def start(self, snapshot: Snapshot) -> None:
         """Write a snapshot in the background, once the previous one is written.
@@ -86,17 +84,17 @@ class CheckpointWriter:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
+        if self.error is not None:
+            error, self.error = self.error, None
             raise error
 
     def _work(self, snapshot: Snapshot) -> None:
         try:
             self._write(snapshot)
         except (UserError, RunFault) as known:
-            self._error = known
+            self.error = known
         except BaseException as unknown:
-            self._error = RunFault(f"the checkpoint of step {snapshot.manifest.step} was not written: {unknown!r}")
+            self.error = RunFault(f"the checkpoint of step {snapshot.manifest.step} was not written: {unknown!r}")
 
     def _write(self, snapshot: Snapshot) -> None:
         step = snapshot.manifest.step

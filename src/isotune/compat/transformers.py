@@ -63,3 +63,8 @@ def bf16_without_gpu() -> Iterator[None]:
         yield
     finally:
         library.is_torch_bf16_gpu_available = is_available
+
+
+def note_best_metric(trainer: Any, metrics: dict[str, float]) -> None:
+    """Remember an evaluation in the Trainer's state where it is the best so far, as Trainer does after a step."""
+    trainer._determine_best_metric(metrics, None)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from isotune.io.errors import UserError, run_script
-from isotune.run.metrics_reader import METRICS, read_metrics
+from isotune.run.metrics_file import METRICS, read_metrics
 from isotune.run.run_lease import ATTEMPT_RECORD, ATTEMPTS_DIR, last_heartbeat
 
 

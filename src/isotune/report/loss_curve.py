@@ -10,7 +10,7 @@ import numpy as np
 
 from isotune.io.errors import UserError
 from isotune.io.files import replacing
-from isotune.run.metrics_reader import METRICS, read_metrics
+from isotune.run.metrics_file import METRICS, read_metrics
 
 PICTURE = "loss_curve.png"
 MIN_SMOOTHED_VALUES = 10  # fewer points need no smoothed curve

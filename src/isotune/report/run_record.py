@@ -12,7 +12,7 @@ import yaml
 from isotune.evaluation.results import Result, find_results, read_result
 from isotune.io.errors import UserError
 from isotune.report.formatting import format_number
-from isotune.run.metrics_reader import METRICS, Metrics, read_metrics
+from isotune.run.metrics_file import METRICS, Metrics, read_metrics
 
 ABSENT = "–"
 SELF_TEST = "Self-test before the first step"

@@ -64,7 +64,7 @@ def in_effect(trainer: Any, engine: EngineInEffect) -> dict[str, Any]:
         "weights_dtype": str(next(p.dtype for p in inner.parameters() if p.is_floating_point())).removeprefix("torch."),
         "attention": attention_of(config),
         "attention_kernel": kernel_in_effect(trainer.args.device, COMPUTE_DTYPES.get(engine.precision, torch.float32)),
-        "exact_gradients": trainer.exact is not None,
+        "exact_gradients": trainer.update.sync.exact is not None,
         "trained_parameters": trained_parameters,
         "all_parameters": sum(whole_numel(p) for p in inner.parameters()),
         "gradient_checkpointing": bool(getattr(inner, "is_activation_checkpointing", False)),

@@ -1,20 +1,19 @@
-"""metrics.jsonl: one line per optimizer update and one per evaluation, flushed at once."""
+"""metrics.jsonl: one line per optimizer update and one per evaluation; written, and read also while a run goes on."""
 
 import json
 import math
-import resource
-import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from isotune.run.run_lease import RunLease
+
+METRICS = "metrics.jsonl"
 
 
 class MetricsFile:
-    """Appends JSON lines; only the main process has one.
+    """Appends JSON lines, flushed at once; only the main process has one.
 
     A new attempt puts a copy in the place of this file, so lines that a stale attempt still appends to the file that
     it has open are in no directory.
@@ -23,9 +22,8 @@ class MetricsFile:
         Superseded: this attempt is stale, when it opens the file or writes a line.
     """
 
-    def __init__(self, path: Path, lease: RunLease | None = None) -> None:
-        self.path = path
-        self.lease = lease
+    def __init__(self, path: Path, lease: RunLease) -> None:
+        self.lease: RunLease | None = lease
         self._file = path.open("a", encoding="utf-8")
         self._check()
 
@@ -45,9 +43,42 @@ class MetricsFile:
         self._file.close()
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory of this process: allocated on the CUDA device, else resident in RAM."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+@dataclass(frozen=True)
+class Metrics:
+    """Training and evaluation lines by step, in the order of the steps; `broken_lines` are line numbers from 1."""
+
+    steps: dict[int, dict[str, Any]]
+    evaluations: dict[int, dict[str, Any]]
+    broken_lines: list[int]
+
+
+def read_metrics(file: Path) -> Metrics:
+    """Read the file; a line that is not a JSON object with a step is skipped.
+
+    A killed run may leave an incomplete last line, and one broken line must not cost the others. Of a step that was
+    written twice, because the run resumed from an earlier checkpoint, the last line counts.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    steps: dict[int, dict[str, Any]] = {}
+    evaluations: dict[int, dict[str, Any]] = {}
+    broken_lines = []
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        entry = _parse(line)
+        if entry is None:
+            broken_lines.append(number)
+            continue
+        if "loss" in entry:
+            steps[entry["step"]] = entry
+        if "eval_loss" in entry:
+            evaluations[entry["step"]] = entry
+    return Metrics(dict(sorted(steps.items())), dict(sorted(evaluations.items())), broken_lines)
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None

@@ -13,12 +13,12 @@ from isotune.config.run_recipe import RESUME_NEWEST
 from isotune.io.errors import EXIT_FAULT, AlreadyDone, RunFault, UserError
 from isotune.run.attempt import slurm_ids
 from isotune.run.hub import is_first_process, upload_record, upload_run
+from isotune.run.metrics_file import METRICS
 from isotune.run.run_lease import RunLease
 
 RECIPE = "recipe.yaml"
 FINGERPRINT_KEY = "recipe_fingerprint"
 ENVIRONMENT = "environment.json"
-METRICS = "metrics.jsonl"
 STATUS = "status.json"
 CHECKPOINTS = "checkpoints"
 MODEL = "model"

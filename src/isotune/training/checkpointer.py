@@ -12,32 +12,28 @@ differs from Trainer's own checkpoints:
 import contextlib
 import dataclasses
 import json
-import math
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import SaveStrategy
+from transformers import TrainerState
 
-from isotune.checkpoint.engine_state import EngineState, OptimizerState
+from isotune.checkpoint.engine_state import EngineState, OptimizerState, state_of
 from isotune.checkpoint.flat_tensors import host_copy, read_tensors
 from isotune.checkpoint.manifest import Manifest
 from isotune.checkpoint.resume import STATE, TRAINER_STATE, Resumption, find_resumption
 from isotune.checkpoint.store import CheckpointStore, name_of
 from isotune.checkpoint.unshard import reshard
 from isotune.checkpoint.writer import TENSORS, CheckpointWriter, Snapshot
-from isotune.checkpoint.zero import state_of
 from isotune.config import RunRecipe
 from isotune.distributed.launch import Process
-from isotune.io.errors import Preempted, RunFault, UserError
+from isotune.io.errors import RunFault, UserError
 from isotune.run.environment import versions
-from isotune.run.preemption import stop_request
-from isotune.run.run_dir import CHECKPOINTS, METRICS, RunDir
+from isotune.run.metrics_file import METRICS
+from isotune.run.run_dir import CHECKPOINTS, RunDir
 from isotune.training import lr_schedule_state
-from isotune.training.callbacks.early_stopping import EarlyStop
+from isotune.training.callbacks import EarlyStop
 
 
 class Checkpointer:
@@ -51,7 +47,7 @@ class Checkpointer:
 
     Attributes:
         resumption: what this run went on from, None where it began at its first step.
-        stall_seconds: how long training waited for each checkpoint.
+        writer: of the checkpoints, from the beginning of training.
     """
 
     def __init__(
@@ -67,20 +63,8 @@ class Checkpointer:
         limit = recipe.training_arguments.get("save_total_limit")
         self.store = CheckpointStore(run.path / CHECKPOINTS, limit, run.lease)
         self.resumption: Resumption | None = None
-        self.stall_seconds: list[float] = []
         self.writer: CheckpointWriter | None = None
-        self.stop_agreed = self.write_failed = False
         self.epoch_end_done = self.evaluation_due = False
-
-    # ---- what ranks tell each other after each step (update.Votes) ----
-
-    def own(self) -> list[bool]:
-        """Whether this rank was told to stop, and whether its last checkpoint could not be written."""
-        return [stop_request.by is not None, self.writer is not None and self.writer.has_failed]
-
-    def agree(self, flags: list[bool]) -> None:
-        """The same of any rank."""
-        self.stop_agreed, self.write_failed = flags
 
     # ---- the whole of training ----
 
@@ -130,13 +114,8 @@ class Checkpointer:
 
     def save(self, trainer: Any) -> None:
         """Copy the state to host memory, and leave the rest to a thread."""
-        started = time.perf_counter()
         self.wait()
         assert self.writer is not None
-        self.writer.start(self._snapshot(trainer))
-        self.stall_seconds.append(time.perf_counter() - started)
-
-    def _snapshot(self, trainer: Any) -> Snapshot:
         state: TrainerState = trainer.state
         if state.best_global_step:
             state.best_model_checkpoint = str(self.store.path / name_of(state.best_global_step))
@@ -158,7 +137,7 @@ class Checkpointer:
             "evaluation_due": self.evaluation_due,
             "skipped_steps": trainer.update.nonfinite.skipped_steps,
             "evaluations_without_better": self.early_stop.early_stopping_patience_counter if self.early_stop else 0,
-            "optimizer": engine.optimizer_state().as_dict(),
+            "optimizer": dataclasses.asdict(engine.optimizer_state()),
             **lr_schedule_state.capture(trainer),
         }
         texts = {
@@ -167,7 +146,7 @@ class Checkpointer:
             METRICS: (self.run.path / METRICS).read_text("utf-8") if self.process.is_main else "",
         }
         tensors = {**engine.model(to_read=False), **engine.optimizer(to_read=False)}
-        return Snapshot(host_copy(tensors), texts, manifest)
+        self.writer.start(Snapshot(host_copy(tensors), texts, manifest))
 
     def _published(self, folder: Path, manifest: Manifest) -> None:
         if self.run.status is not None:
@@ -196,73 +175,6 @@ class Checkpointer:
         _read(folder, _engine_state(trainer), with_optimizer=False)
         if self.process.is_main:
             print(f"best        step {state.best_global_step}: {state.best_metric:.6g}, from {folder}")
-
-
-class CheckpointEvents(TrainerCallback):
-    """Tells a Checkpointer of Trainer's events; must come after Trainer's own callbacks, whose decisions it changes.
-
-    Args:
-        checkpointer: told.
-        trainer: whose overdue evaluation is made where a run goes on.
-    """
-
-    def __init__(self, checkpointer: Checkpointer, trainer: Any) -> None:
-        self.checkpointer, self.trainer = checkpointer, trainer
-        self._catching_up = self._stopping = False
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Where a run goes on: first the evaluation for which its last attempt had no time; then, perhaps, no step."""
-        of, resumption = self.checkpointer, self.checkpointer.resumption
-        if resumption is not None and resumption.state["evaluation_due"]:
-            resumption.state["evaluation_due"] = False
-            self._catching_up = True
-            self.trainer.evaluate_overdue()
-            self._catching_up = False
-        stopped = of.early_stop is not None and of.early_stop.has_stopped
-        if stopped:
-            control.should_training_stop = True
-        if stopped or state.global_step >= state.max_steps:  # only the end of the last epoch is left
-            kwargs["train_dataloader"].skip_to_end()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Tell of a checkpoint that could not be written; where a stop is agreed, save and do nothing else."""
-        of = self.checkpointer
-        of.epoch_end_done, self._stopping = False, of.stop_agreed
-        if of.write_failed:
-            of.wait()
-        of.evaluation_due = of.stop_agreed and control.should_evaluate
-        if of.stop_agreed:
-            control.should_evaluate, control.should_save = False, True
-
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """What is saved from now on lacks nothing of the epoch."""
-        self.checkpointer.epoch_end_done = True
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The best so far is saved whenever it comes."""
-        if self._catching_up or args.metric_for_best_model is None or args.save_strategy == SaveStrategy.NO:
-            return
-        name = args.metric_for_best_model
-        value = kwargs["metrics"][name if name.startswith("eval_") else f"eval_{name}"]
-        best = state.best_metric
-        if args.greater_is_better:
-            is_best = value > (-math.inf if best is None else best)
-        else:
-            is_best = value < (math.inf if best is None else best)
-        control.should_save = control.should_save or is_best
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """End here where a stop was agreed.
-
-        Raises:
-            Preempted: the checkpoint is on the disk.
-        """
-        if self._stopping:
-            self.checkpointer.wait()
-            folder = self.checkpointer.store.path / name_of(state.global_step)
-            raise Preempted(f"stopped after step {state.global_step}: the same command goes on from {folder}")
 
 
 def _engine_state(trainer: Any) -> EngineState:

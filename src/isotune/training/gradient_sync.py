@@ -29,33 +29,24 @@ from isotune.training.exact_gradients import ExactGradients
 class GradientSync:
     """Plain, DDP and FSDP2: the engines whose optimizer Trainer steps.
 
-    Args:
+    Attributes:
         accelerator: accelerate's.
         exact: sums gradients as integers, or None.
-
-    Attributes:
         shards_gradients: whether no rank holds a whole gradient after the update.
+        loss_scale: of a microbatch's loss: engines average gradients over the ranks, integers are added up.
     """
 
     def __init__(self, accelerator: Any, exact: ExactGradients | None = None) -> None:
-        self.accelerator = accelerator
-        self.exact = exact
-        self.shards_gradients = _is_fsdp(accelerator)
-
-    @property
-    def loss_scale(self) -> int:
-        """Factor of a microbatch's loss: engines average gradients over the ranks, integers are added up."""
-        return 1 if self.exact is not None else self.accelerator.num_processes
-
-    def begin(self) -> None:
-        """Before the first microbatch of an update."""
-        scaler = self.accelerator.scaler
-        if self.exact is not None:
-            self.exact.loss_scale = scaler.get_scale() if scaler is not None else 1.0
+        self.accelerator, self.exact = accelerator, exact
+        self.shards_gradients = accelerator.distributed_type.value == "FSDP"
+        self.loss_scale: int = 1 if exact is not None else accelerator.num_processes
 
     @contextlib.contextmanager
     def update(self, model: nn.Module) -> Iterator[None]:
         """Hold it around all microbatches of an update."""
+        scaler = self.accelerator.scaler
+        if self.exact is not None:
+            self.exact.loss_scale = scaler.get_scale() if scaler is not None else 1.0
         yield
 
     @contextlib.contextmanager
@@ -107,33 +98,22 @@ class ZeroGradientSync(GradientSync):
 
     Args:
         accelerator: accelerate's.
-        stage: of ZeRO.
         once: reduce once an update, where the stage would do so after each microbatch.
         exact: stages 1 and 2 in fp32 only. Every rank then has the whole gradient; the engine only shares it out, and
             neither averages nor clips.
         max_grad_norm: what the exact gradient is clipped to; 0 clips nothing.
     """
 
-    def __init__(
-        self,
-        accelerator: Any,
-        *,
-        stage: int,
-        once: bool,
-        exact: ExactGradients | None = None,
-        max_grad_norm: float = 0.0,
-    ) -> None:
+    def __init__(self, accelerator: Any, *, once: bool, exact: ExactGradients | None, max_grad_norm: float) -> None:
         super().__init__(accelerator, exact)
-        self.stage = stage
-        self.once = once or exact is not None
-        self.max_grad_norm = max_grad_norm
-        self.norm = math.nan
+        self.coalesces = exact is not None or (once and accelerator.state.deepspeed_plugin.zero_stage >= 2)
+        self.max_grad_norm, self.norm = max_grad_norm, math.nan
         self.shards_gradients = True
 
     @contextlib.contextmanager
     def update(self, model: Any) -> Iterator[None]:
         """Stages 2 and 3 reduce after each microbatch unless they are asked to wait."""
-        if self.exact is None and (self.stage < 2 or not self.once):
+        if not self.coalesces:
             yield
             return
         with model.coalesce_grad_reduction():
@@ -177,7 +157,8 @@ class ZeroGradientSync(GradientSync):
         """
         model.set_gradient_accumulation_boundary(True)
         if not hasattr(model.optimizer, "overflow"):
-            self.norm = _norm_of(model)
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            self.norm = float(torch.nn.utils.get_total_norm(gradients))
             if math.isfinite(self.norm):
                 model.step()
             else:
@@ -208,16 +189,3 @@ class ZeroGradientSync(GradientSync):
         if hasattr(model.optimizer, "overflow"):
             model.optimizer.overflow = False
         self.forget()
-
-
-def nan_gradient(loss: torch.Tensor) -> torch.Tensor:
-    """A loss whose gradient is NaN everywhere, which makes an engine that steps by itself leave the update out."""
-    return loss * math.nan
-
-
-def _norm_of(model: nn.Module) -> float:
-    return float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
-
-
-def _is_fsdp(accelerator: Any) -> bool:
-    return accelerator.distributed_type.value == "FSDP"

@@ -1,16 +1,17 @@
 """A loss or gradient that is NaN or Inf: the run stops and names the microbatch, or skips the whole update."""
 
 import math
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from isotune.data.batch_schedule import Step
 from isotune.distributed.collectives import gather_by_number
 from isotune.io.errors import RunFault
-from isotune.training.callbacks.progress import write_line
 
 if TYPE_CHECKING:
     from isotune.training.update import OptimizerUpdate, UpdateResult
@@ -56,7 +57,7 @@ class NonFinitePolicy:
         result.skipped, result.grad_norm = True, math.nan
         self.skipped_steps += 1
         if self.is_main:
-            write_line(f"skipped: the {what} of {where} is not finite")
+            tqdm.write(f"skipped: the {what} of {where} is not finite", file=sys.stderr)
 
     def is_overflow(self, accelerator: Any) -> bool:
         """Whether fp16's loss scaling is to blame: the scaler skips the step and halves the scale, down to 1."""

@@ -1,28 +1,109 @@
-"""What a run writes of each update and each evaluation: metrics.jsonl, the progress bar, and both together in words."""
+"""What a run writes of each update and each evaluation: metrics.jsonl, the progress bar, means of training."""
 
+import json
+import math
+import resource
+import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from isotune.run.metrics_file import MetricsFile, peak_memory_bytes
+from isotune.run.metrics_file import MetricsFile
 from isotune.run.run_lease import RunLease
-from isotune.training.callbacks.epoch_averages import EpochAverages
-from isotune.training.callbacks.progress import ProgressBar
-from isotune.training.tasks.task import Task
+from isotune.training.tasks import Task
 from isotune.training.update import OptimizerUpdate, UpdateResult
 
 LIBRARY_METRICS = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
 
 
+class ProgressBar(TrainerCallback):
+    """A bar over optimizer updates on the main process's stderr; evaluation results go above it as lines."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Open the bar where the run begins or goes on."""
+        if not self.quiet and state.is_world_process_zero:
+            done, total = state.global_step, state.max_steps
+            self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, file=sys.stderr)
+
+    def show(self, figures: dict[str, float], speed: dict[str, float], skipped: int) -> None:
+        """One update further; `figures` are its loss and the like, `speed` rates, by their names."""
+        if self.bar is None:
+            return
+        facts = {name: f"{value:.4f}" for name, value in figures.items()}
+        facts |= {name: f"{rate:.0f}" for name, rate in speed.items()}
+        if skipped:
+            facts["skipped_steps"] = str(skipped)
+        self.bar.set_postfix(facts, refresh=False)
+        self.bar.update(1)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Print the metrics of an evaluation."""
+        metrics = kwargs["metrics"]
+        if state.is_world_process_zero:
+            line = f"step {state.global_step}: eval_loss {metrics['eval_loss']:.4f}"
+            if "eval_perplexity" in metrics:
+                line += f", perplexity {metrics['eval_perplexity']:.2f}"
+            if "eval_accuracy" in metrics:
+                line += f", accuracy {metrics['eval_accuracy']:.4f}"
+            if "train_loss" in metrics:
+                line += f" (training: loss {metrics['train_loss']:.4f}, accuracy {metrics['train_accuracy']:.4f})"
+            tqdm.write(line, file=sys.stderr)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leave the finished bar on the screen."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class EpochAverages:
+    """Exact means over the documents of the steps since the last evaluation, so that its line compares the two.
+
+    Nothing is kept for a run that goes on: the sums are made from `lines`, metrics.jsonl so far.
+    """
+
+    def __init__(self, lines: str = "") -> None:
+        self._steps: list[tuple[int, float, int]] = []
+        for line in map(json.loads, lines.splitlines()):
+            if "eval_loss" in line:
+                self._steps.clear()
+            elif "loss" in line:
+                self.add(line)
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """A step's line of metrics.jsonl: its documents, loss and accuracy."""
+        loss = math.nan if line["loss"] is None else line["loss"]
+        # a whole number again: the accuracy is its correctly rounded quotient
+        self._steps.append((line["documents"], loss, round(line["accuracy"] * line["documents"])))
+
+    def take(self) -> dict[str, float]:
+        """train_loss, train_accuracy of the steps since the last call that have a finite loss; nothing without any."""
+        steps = [step for step in self._steps if math.isfinite(step[1])]
+        self._steps.clear()
+        if not steps:
+            return {}
+        documents = sum(count for count, _, _ in steps)
+        return {
+            "train_loss": math.fsum(count * loss for count, loss, _ in steps) / documents,
+            "train_accuracy": sum(correct for _, _, correct in steps) / documents,
+        }
+
+
 class MetricsRecorder:
-    """Writes a line an update and a line an evaluation.
+    """Writes a line an update and a line an evaluation, and shows each update on the bar.
 
     Args:
         task: names the targets, and says what a line has beside the loss.
-        progress: the bar that shows each update, or None.
+        progress: the bar, or None.
         averages: means of training between two evaluations, or None.
     """
 
@@ -105,3 +186,11 @@ class RecordUpdates(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the evaluation's line."""
         self.recorder.evaluation(kwargs["metrics"], state)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory of this process: allocated on the CUDA device, else resident in RAM."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from isotune.compat.transformers import let_trainer_skip_steps
-from isotune.data.batch_schedule import Microbatch, Step, StepSchedule, assign_to_ranks, collate
+from isotune.data.batch_schedule import StepSchedule, assign_to_ranks, collate
 from isotune.data.documents import Documents
 
 let_trainer_skip_steps()
@@ -26,12 +26,8 @@ class StepLoader:
     def __init__(
         self, schedule: StepSchedule, documents: Documents, rank: int, world_size: int, skipped: int = 0
     ) -> None:
-        self.schedule = schedule
-        self.documents = documents
-        self.rank = rank
-        self.world_size = world_size
-        self.skipped = skipped
-        self.epoch = 0
+        self.schedule, self.documents, self.rank, self.world_size = schedule, documents, rank, world_size
+        self.skipped, self.epoch = skipped, 0
 
     @property
     def dataset(self) -> Any:
@@ -64,25 +60,3 @@ class StepLoader:
             own = [m["inputs"]["input_ids"] for m in microbatches if m["weight"]]
             tokens = torch.cat(own, dim=1) if own else torch.zeros(1, 0, dtype=torch.int64)
             yield {"step": step, "microbatches": microbatches, "input_ids": tokens}
-
-
-class EvaluationLoader:
-    """This rank's microbatches of the evaluation documents, one an item: the Microbatch and the model's inputs."""
-
-    def __init__(self, schedule: StepSchedule, documents: Documents, rank: int, world_size: int) -> None:
-        self.step = schedule.step(0)
-        self.documents = documents
-        self.dataset = schedule.rows
-        self._share = assign_to_ranks(self.step, world_size)[rank]
-
-    def __len__(self) -> int:
-        return len(self._share)
-
-    def __iter__(self) -> Iterator[tuple[Microbatch, Any]]:
-        for microbatch in self._share:
-            yield microbatch, collate(self.documents, microbatch)
-
-
-def documents_of(step: Step, number: int) -> tuple[int, ...]:
-    """The documents of microbatch `number`, to name them when something is wrong there."""
-    return next(m.documents for m in step.microbatches if m.number == number)

@@ -21,7 +21,7 @@ Of TRL 1.16 also `_send_telemetry`: a run tells nobody that it runs.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 import torch
@@ -36,14 +36,14 @@ from isotune.compat.accelerate import let_scaler_check_before_step, run_fp16_on_
 from isotune.compat.trl import trained_parameters_kept
 from isotune.data.batch_schedule import StepSchedule
 from isotune.distributed.watchdog import Watchdog
-from isotune.training.checkpointer import Checkpointer, CheckpointEvents
-from isotune.training.evaluation import EvaluationRun
+from isotune.training.callbacks import CheckpointEvents
+from isotune.training.checkpointer import Checkpointer
 from isotune.training.exact_gradients import ExactGradients
 from isotune.training.gradient_sync import GradientSync, ZeroGradientSync
 from isotune.training.nonfinite import NonFinitePolicy
 from isotune.training.recorder import MetricsRecorder, RecordUpdates
-from isotune.training.step_loader import EvaluationLoader, StepLoader
-from isotune.training.tasks.task import Task
+from isotune.training.step_loader import StepLoader
+from isotune.training.tasks import EvaluationRun, Task
 from isotune.training.update import OptimizerUpdate
 
 
@@ -97,32 +97,18 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
         nonfinite = plan.nonfinite or NonFinitePolicy(fp16=self.args.fp16, is_main=self.args.process_index == 0)
         model: Any = self.model
         exact = ExactGradients(model) if plan.exact_gradients else None
-        self.update = OptimizerUpdate(
-            plan.task, self._gradient_sync(exact), nonfinite, self.watchdog, self.args.seed, checkpointer
-        )
+        if self.is_deepspeed_enabled:
+            clipping = self.args.max_grad_norm
+            sync = ZeroGradientSync(self.accelerator, once=plan.reduce_once, exact=exact, max_grad_norm=clipping)
+        else:
+            sync = GradientSync(self.accelerator, exact)
+        self.update = OptimizerUpdate(plan.task, sync, nonfinite, self.watchdog, self.args.seed, checkpointer)
         if recorder is not None:
             for stock in (PrinterCallback, ProgressCallback):
                 self.remove_callback(stock)
             self.add_callback(RecordUpdates(self.update, recorder))
         if checkpointer is not None:
             self.add_callback(CheckpointEvents(checkpointer, self))
-
-    @property
-    def exact(self) -> ExactGradients | None:
-        """The integer sums of the gradients, or None."""
-        return self.update.sync.exact
-
-    def _gradient_sync(self, exact: ExactGradients | None) -> GradientSync:
-        if not self.is_deepspeed_enabled:
-            return GradientSync(self.accelerator, exact)
-        plugin: Any = self.accelerator.state.deepspeed_plugin
-        return ZeroGradientSync(
-            self.accelerator,
-            stage=plugin.zero_stage,
-            once=self.plan.reduce_once,
-            exact=exact,
-            max_grad_norm=self.args.max_grad_norm,
-        )
 
     # ---- what is seen ----
 
@@ -132,11 +118,12 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
         return StepLoader(plan.schedule, plan.documents.documents, state.process_index, state.num_processes)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """This rank's share of the evaluation documents."""
-        state, plan = self.accelerator, self.plan
+        """The evaluation documents with the model, for `evaluation_loop`."""
+        plan, model = self.plan, cast(nn.Module, self.model_wrapped)
         if plan.eval_schedule is None:
             raise ValueError("this run has no evaluation documents")
-        return EvaluationLoader(plan.eval_schedule, plan.evaluation.documents, state.process_index, state.num_processes)
+        step, documents = plan.eval_schedule.step(0), plan.evaluation.documents
+        return EvaluationRun(model, step, documents, self.accelerator, self.watchdog, self.state.global_step)
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """Rows of one update over all ranks."""
@@ -158,21 +145,15 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
     # ---- evaluation ----
 
     def evaluation_loop(
-        self, dataloader: EvaluationLoader, description: str, *_: Any, metric_key_prefix: str = "eval", **__: Any
+        self, dataloader: EvaluationRun, description: str, *_: Any, metric_key_prefix: str = "eval", **__: Any
     ) -> EvalLoopOutput:
         """The task's metrics of the evaluation documents, and the means of training since the last evaluation."""
-        model: Any = self.model_wrapped
-        run = EvaluationRun(model, dataloader, self.args.device, self.watchdog, global_step=self.state.global_step)
-        metrics = self.plan.task.evaluate(run)
+        metrics = self.plan.task.evaluate(dataloader)
         if self.recorder is not None and self.recorder.averages is not None:
             metrics |= self.recorder.averages.take()
         if metric_key_prefix != "eval":
             metrics = {name.replace("eval_", f"{metric_key_prefix}_", 1): value for name, value in metrics.items()}
         return EvalLoopOutput(None, None, metrics, num_samples=len(dataloader.documents))  # type: ignore[arg-type]  (Trainer passes predictions on unread)
-
-    def evaluate_overdue(self) -> None:
-        """Make the evaluation for which the run's last attempt had no time, as after the step where it was due."""
-        self._determine_best_metric(self._evaluate(None, None), None)
 
     # ---- where a run goes on ----
 

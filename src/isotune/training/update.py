@@ -1,16 +1,17 @@
 """One optimizer update, from its microbatches to the clipped gradient.
 
-    microbatches -> forward -> loss / denominator of the global batch -> backward -> sync -> clip
+    microbatches -> forward -> loss / denominator of the global batch -> backward -> sync -> clip -> step -> record
 
-Trainer's loop then steps the optimizer and the learning rate, and `recorder` writes the update down. Engines that step
-by themselves (DeepSpeed) do so at the end of `sync`.
+Trainer's loop steps the optimizer and the learning rate, and `recorder` writes the update down. Engines that step by
+themselves (DeepSpeed) do so at the end of `sync`.
 """
 
+import hashlib
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -20,22 +21,11 @@ from isotune.data.batch_schedule import Step
 from isotune.distributed.collectives import gather_by_number, ordered_sum
 from isotune.distributed.watchdog import Watchdog
 from isotune.models.cpu.layers import training_microbatch
-from isotune.training.gradient_sync import GradientSync, nan_gradient
+from isotune.run.preemption import stop_request
+from isotune.training.checkpointer import Checkpointer
+from isotune.training.gradient_sync import GradientSync
 from isotune.training.nonfinite import NonFinitePolicy
-from isotune.training.randomness import seed_microbatch
-from isotune.training.tasks.task import Task
-
-
-class Votes(Protocol):
-    """What every rank must know after a step, carried by the collective that carries the losses."""
-
-    def own(self) -> list[bool]:
-        """This rank's flags."""
-        ...
-
-    def agree(self, flags: list[bool]) -> None:
-        """Each flag, raised if any rank raised it."""
-        ...
+from isotune.training.tasks import Task
 
 
 @dataclass
@@ -70,7 +60,10 @@ class OptimizerUpdate:
         nonfinite: what happens when a loss or gradient is NaN or Inf.
         watchdog: told of every microbatch.
         seed: of dropout.
-        votes: what ranks tell each other beside the losses, or None.
+        checkpointer: whose writer may fail, or None.
+
+    Attributes:
+        stop_agreed, write_failed: whether any rank was told to stop, or could not write its last checkpoint.
     """
 
     def __init__(
@@ -80,18 +73,18 @@ class OptimizerUpdate:
         nonfinite: NonFinitePolicy,
         watchdog: Watchdog,
         seed: int,
-        votes: Votes | None = None,
+        checkpointer: Checkpointer | None = None,
     ) -> None:
         self.task, self.sync, self.nonfinite = task, sync, nonfinite
-        self.watchdog, self.seed, self.votes = watchdog, seed, votes
+        self.watchdog, self.seed, self.checkpointer = watchdog, seed, checkpointer
         self.result: UpdateResult | None = None
         self.microbatches: Sequence[dict[str, Any]] = ()
+        self.stop_agreed = self.write_failed = False
 
     def run(self, model: nn.Module, step: Step, microbatches: Sequence[dict[str, Any]]) -> UpdateResult:
         """Forward and backward of this rank's `microbatches` of `step`, and the sum of the ranks' gradients."""
         self.result, self.microbatches = UpdateResult(step, self.task.denominator(step)), microbatches
         model.train()
-        self.sync.begin()
         outputs: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
         with self.sync.update(model):
             for position, microbatch in enumerate(microbatches):
@@ -106,7 +99,7 @@ class OptimizerUpdate:
         """
         assert self.result is not None
         number, weight, step = microbatch["number"], microbatch["weight"], self.result.step
-        seed_microbatch(self.seed, step.number, number)
+        torch.manual_seed(microbatch_seed(self.seed, step.number, number))  # of dropout, on every device
         with self.sync.microbatch(model, last=last), training_microbatch(model):
             inputs: Any = send_to_device(microbatch["inputs"], self.sync.accelerator.device)
             found = model(**inputs, use_cache=False)
@@ -116,21 +109,22 @@ class OptimizerUpdate:
             del found  # what it holds beside the loss need not outlive the forward
             if last:
                 self._gather(outputs)
-            scaled = loss * (weight * self.sync.loss_scale / self.result.denominator)
-            self.sync.backward(model, nan_gradient(loss) if self.result.skipped else scaled)
+            # a loss times NaN has a NaN gradient everywhere: an engine that steps by itself leaves the update out
+            scale = math.nan if self.result.skipped else weight * self.sync.loss_scale / self.result.denominator
+            self.sync.backward(model, loss * scale)
         self.watchdog.progress(f"step {step.number + 1}")
 
     def _gather(self, outputs: dict[int, tuple[torch.Tensor, torch.Tensor | None]]) -> None:
-        """Loss and count of the global batch, and the ranks' votes, in one collective."""
+        """Loss and count of the global batch, and what any rank has to tell, in one collective."""
         assert self.result is not None
         count, device = len(self.result.step.microbatches), self.sync.accelerator.device
-        own = self.votes.own() if self.votes else []
+        writer = self.checkpointer.writer if self.checkpointer is not None else None
+        flags = stop_request.by is not None, writer is not None and writer.error is not None
         values = {number: loss for number, (loss, _) in outputs.items()}
         values |= {count + number: counted for number, (_, counted) in outputs.items() if counted is not None}
-        values |= {2 * count + i: torch.tensor(float(flag), device=device) for i, flag in enumerate(own)}
-        table = gather_by_number(values, 2 * count + len(own), device)
-        if self.votes:
-            self.votes.agree([value > 0 for value in table[2 * count :]])
+        values |= {2 * count + i: torch.tensor(float(flag), device=device) for i, flag in enumerate(flags)}
+        table = gather_by_number(values, 2 * count + len(flags), device)
+        self.stop_agreed, self.write_failed = (value > 0 for value in table[2 * count :])
         losses, self.result.count = table[:count], int(sum(table[count : 2 * count]))
         self.result.loss = ordered_sum(losses) / self.result.denominator
         broken = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
@@ -147,3 +141,9 @@ class OptimizerUpdate:
                 self.nonfinite.refuse_or_skip("gradient", self.result, number)
                 self.sync.discard(model)
         return self.result.grad_norm
+
+
+def microbatch_seed(seed: int, step: int, number: int) -> int:
+    """63 bits without collisions between neighbours: randomness is counted by its place in the plan, not carried on."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -17,7 +17,7 @@ from isotune.preflight.launches import Launch
 from isotune.preflight.resources.communication import bytes_sent
 from isotune.preflight.resources.model_stats import ModelStats
 from isotune.preflight.resources.work import Work
-from isotune.run.metrics_reader import METRICS, read_metrics
+from isotune.run.metrics_file import METRICS, read_metrics
 
 DEFAULT_MFU = 0.4
 

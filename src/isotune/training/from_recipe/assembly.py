@@ -1,34 +1,91 @@
 """From a recipe, a model and its data to a trainer with all its parts, whatever the task; and its final model."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import TrainingArguments
+from trl.trainer.sft_config import SFTConfig
 
 from isotune.checkpoint.final_model import FinalModelReport, save_and_verify
 from isotune.checkpoint.unshard import plain_model
+from isotune.compat.transformers import bf16_without_gpu
 from isotune.config import RunRecipe
+from isotune.config.engine_keys import HIGHER_IS_BETTER
 from isotune.data.batch_schedule import Step, StepSchedule
 from isotune.data.documents import RunData
 from isotune.distributed.launch import Process
 from isotune.io.errors import UserError
-from isotune.models.opening import is_made_here, load_whole_models
+from isotune.models.opening import is_made_here, load_base_model, load_config, load_whole_models
 from isotune.run.run_dir import RunDir
-from isotune.training.callbacks.early_stopping import EarlyStop
-from isotune.training.callbacks.epoch_averages import EpochAverages
-from isotune.training.callbacks.pre_train_checks import PreTrainChecks
-from isotune.training.callbacks.progress import ProgressBar
+from isotune.training.callbacks import EarlyStop, PreTrainChecks
 from isotune.training.checkpointer import Checkpointer
 from isotune.training.nonfinite import NonFinitePolicy
-from isotune.training.recorder import MetricsRecorder
-from isotune.training.step_loader import documents_of
-from isotune.training.tasks.task import Task
+from isotune.training.recorder import EpochAverages, MetricsRecorder, ProgressBar
+from isotune.training.tasks import Task
 from isotune.training.trainer import PlannedTraining, TrainingPlan
 
 # torch 2.13's fused AdamW rounds the last few numbers of a tensor otherwise on CPU (44 of 14,000 in ten steps, on
 # tensors of 7), 8-bit optimizers quantize blocks, Adafactor factors matrices: to them a shard is another tensor.
 POSITION_FREE_OPTIMIZERS = ("adamw_torch", "sgd")
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
+
+
+def training_arguments(recipe: RunRecipe, process: Process) -> TrainingArguments:
+    """TrainingArguments for a schedule: an item of the loader is a whole update, so batch and accumulation are 1.
+
+    Must be made after `start_process`, whose state it takes over.
+    """
+    return _arguments(TrainingArguments, recipe, process)
+
+
+def sft_arguments(recipe: RunRecipe, process: Process) -> SFTConfig:
+    """The same for SFTTrainer, which is told that rows, packing, targets and loss are ours."""
+    ours = {"max_length": recipe.max_seq_length, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    arguments = _arguments(SFTConfig, recipe, process, **ours)
+    # TRL reads the old name of activation_checkpointing, and would then use the reentrant kind under ZeRO-3 and make
+    # the embedding's output require a gradient, which non-reentrant checkpointing does not need
+    arguments.gradient_checkpointing = False
+    return arguments
+
+
+def _arguments(kind: type[Arguments], recipe: RunRecipe, process: Process, **more: Any) -> Arguments:
+    engine = dict(recipe.training_arguments)
+    checkpointing = bool(engine.pop("gradient_checkpointing", False))
+    load_best = engine.pop("load_best_model_at_end", False)
+    with bf16_without_gpu():
+        arguments = kind(
+            **engine,
+            # the engine's new name for the same; non-reentrant, as LoRA has no gradient at the model's input
+            activation_checkpointing=checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+            output_dir=recipe.output_dir,
+            max_steps=recipe.max_steps,
+            num_train_epochs=recipe.num_train_epochs,
+            seed=recipe.seed,
+            bf16=recipe.bf16,
+            fp16=recipe.fp16,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=1,
+            use_cpu=process.use_cpu,
+            accelerator_config={"use_configured_state": True},
+            deepspeed=process.deepspeed_config,
+            # the library would take eval_perplexity, whose name does not end in loss, for better where it is higher
+            greater_is_better=engine.get("metric_for_best_model") in HIGHER_IS_BETTER,
+            logging_nan_inf_filter=False,
+            remove_unused_columns=False,
+            # every parameter that is trained takes part in every microbatch
+            ddp_find_unused_parameters=False,
+            dataloader_pin_memory=process.device.type == "cuda",
+            # TF32 would make fp32 another number on other hardware
+            tf32=False if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0) else None,
+            **more,
+        )
+    # the library would insist on saving and evaluating at the same steps, but the best is saved whenever it comes
+    arguments.load_best_model_at_end = load_best
+    return arguments
 
 
 def make_plan(recipe: RunRecipe, process: Process, data: RunData, task: Task) -> TrainingPlan:
@@ -54,7 +111,8 @@ def make_plan(recipe: RunRecipe, process: Process, data: RunData, task: Task) ->
     )
 
     def name_rows(step: Step, number: int) -> str:
-        rows = [int(data.train.documents.source_rows[document]) for document in documents_of(step, number)]
+        documents = next(microbatch.documents for microbatch in step.microbatches if microbatch.number == number)
+        rows = [int(data.train.documents.source_rows[document]) for document in documents]
         return f"rows {', '.join(map(str, rows))} of {recipe.dataset_name}"
 
     return TrainingPlan(
@@ -94,7 +152,7 @@ def build(
         task: what the model learns.
         with_averages: whether an evaluation's line has the means of training since the last one.
     """
-    run.check_room(saved_bytes(model))
+    run.check_room(sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
     plan = make_plan(recipe, process, data, task)
     roles = {role: found for role, found in (("train", data.train), ("evaluation", data.evaluation)) if found}
     early_stop = EarlyStop(recipe) if recipe.early_stopping_patience is not None else None
@@ -133,22 +191,10 @@ def uses_exact_gradients(recipe: RunRecipe, process: Process) -> bool:
     return recipe.sums_exactly(plain_or_ddp=not (process.deepspeed or process.fsdp))
 
 
-def saved_bytes(model: nn.Module) -> int:
-    """What the trained tensors take on disk."""
-    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-
-
-def save(
-    recipe: RunRecipe,
-    run: RunDir,
-    trainer: PlannedTraining,
-    tokenizer: Any,
-    load_again: Callable[[Any], PreTrainedModel],
-) -> FinalModelReport | None:
+def save(recipe: RunRecipe, run: RunDir, trainer: PlannedTraining, tokenizer: Any) -> FinalModelReport | None:
     """Write RUN/model on the main process, reopened and compared before it is called saved; every rank must call it.
 
-    The base of an adapter that exists nowhere else, because it was made at random, is written beside it: `load_again`
-    makes it from the recipe.
+    The base of an adapter that exists nowhere else, because it was made at random, is made again and written beside it.
     """
     accelerator = trainer.accelerator
     accelerator.wait_for_everyone()
@@ -160,7 +206,10 @@ def save(
     load_whole_models()  # to be reopened, and to answer the sample question
     if model is not None:
         if recipe.tune != "full" and is_made_here(recipe):
-            save_and_verify(load_again(recipe), tokenizer, run.base_model)
+            config = load_config(recipe)
+            if trainer.plan.documents.num_labels is not None:
+                config.num_labels = trainer.plan.documents.num_labels
+            save_and_verify(load_base_model(recipe, config, torch.device("cpu")), tokenizer, run.base_model)
             model.peft_config["default"].base_model_name_or_path = str(run.base_model.resolve())
         report = save_and_verify(model, tokenizer, run.model)
         if trainer.recorder is not None:

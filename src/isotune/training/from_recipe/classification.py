@@ -1,32 +1,100 @@
-"""The parts of a classification run, each built by one function that the launch script calls in order."""
+"""A classification run: its model and trainer, and the frame of every script around the script's own data.
+
+start = start_classifier(recipe)        processes, run folder, tokenizer
+data = ...                              the script's own: documents with a class each
+trained = train_classifier(start, data) model, trainer, steps, RUN/model
+"""
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from isotune.checkpoint.final_model import FinalModelReport
+from isotune.checkpoint.resume import open_run
 from isotune.compat.peft import base_model_of
 from isotune.compat.transformers import attention_of
 from isotune.config import ClassificationRecipe
 from isotune.data.documents import RunData
-from isotune.distributed.launch import Process
+from isotune.distributed.launch import Process, start_process
 from isotune.models.class_loss import ClassLoss, choose_weights
 from isotune.models.classifier import PADDED, install_classification
 from isotune.models.cpu.layers import enable_speedups
 from isotune.models.heads import head_of
 from isotune.models.lora import add_adapters
-from isotune.models.opening import load_base_model, load_config
+from isotune.models.opening import load_base_model, load_config, load_tokenizer
+from isotune.run.preemption import supervised
 from isotune.run.run_dir import RunDir
-from isotune.training.from_recipe import assembly
-from isotune.training.from_recipe.arguments import training_arguments
-from isotune.training.tasks.classification import ClassificationTask
+from isotune.training.from_recipe.assembly import build, save, training_arguments
+from isotune.training.tasks import ClassificationTask
 from isotune.training.trainer import PlannedTraining, Trainer
 
 PREDICTIONS = "predictions.jsonl"
+
+
+@dataclass(frozen=True)
+class Start:
+    """A classification run before its data: its processes stand, its folder is free, nothing is written yet."""
+
+    recipe: ClassificationRecipe
+    process: Process
+    run: RunDir
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run: the trainer with the final model, and what was saved (None but on the main process)."""
+
+    run: RunDir
+    trainer: PlannedTraining
+    saved: FinalModelReport | None
+
+
+def start_classifier(recipe: ClassificationRecipe) -> Start:
+    """Join this launch's processes, look at the run folder and load what reads texts.
+
+    Raises:
+        UserError: the launch, the folder, the model's configuration or its tokenizer is not what the recipe says.
+        AlreadyDone: the run is finished.
+    """
+    process = start_process(recipe)
+    run = open_run(recipe)
+    return Start(recipe, process, run, load_config(recipe), load_tokenizer(recipe, needed=("pad",)))
+
+
+def train_classifier(start: Start, data: RunData, before_finishing: Callable[[Trained], None] | None = None) -> Trained:
+    """Build, train and save; the main process says where the model is. Every rank must call it.
+
+    Args:
+        start, data: the frame and the documents.
+        before_finishing: what the main process does with the saved model before the run counts as finished; a
+            RunFault of it is the run's.
+
+    Raises:
+        Preempted, RunFault, UserError: see `PlannedTraining.train`; RUN/status.json says which.
+    """
+    trainer = build_classifier(start, data)
+    with supervised(start.run, start.process):
+        trainer.train()
+        saved = save(start.recipe, start.run, trainer, start.tokenizer)
+        trained = Trained(start.run, trainer, saved)
+        if saved is not None:
+            print(f"model       {start.run.model}: {saved}")
+            if before_finishing is not None:
+                before_finishing(trained)
+    return trained
+
+
+def build_classifier(start: Start, data: RunData) -> PlannedTraining:
+    """The model, and the trainer that carries out the plan over `data`."""
+    model = build_model(start.recipe, start.config, data, start.process)
+    return build_trainer(start.recipe, start.process, start.run, model, start.tokenizer, data)
 
 
 def build_model(recipe: ClassificationRecipe, config: PreTrainedConfig, data: RunData, process: Process) -> nn.Module:
@@ -37,7 +105,7 @@ def build_model(recipe: ClassificationRecipe, config: PreTrainedConfig, data: Ru
     Raises:
         UserError: see `load_base_model`, or class_weights does not fit the classes.
     """
-    class_loss = class_loss_of(recipe, data.train)
+    class_loss = _class_loss(recipe, data.train)
     if class_loss.class_weights is not None and process.is_main:
         print(f"weights     of classes 0 to K - 1: {', '.join(f'{weight:.4g}' for weight in class_loss.class_weights)}")
     config.num_labels = data.train.num_labels  # type: ignore[assignment]  (labelled data has classes)
@@ -51,17 +119,6 @@ def build_model(recipe: ClassificationRecipe, config: PreTrainedConfig, data: Ru
     return model
 
 
-def class_loss_of(recipe: ClassificationRecipe, train: Any) -> ClassLoss:
-    """The loss that the recipe asks for, over the labels of the training data.
-
-    Raises:
-        UserError: class_weights does not fit the classes.
-    """
-    labels = np.asarray(train.documents.labels)
-    weights = choose_weights(recipe.class_weights, labels, train.num_labels)
-    return ClassLoss(weights, recipe.label_smoothing_factor)
-
-
 def build_trainer(
     recipe: ClassificationRecipe,
     process: Process,
@@ -71,7 +128,6 @@ def build_trainer(
     data: RunData,
 ) -> PlannedTraining:
     """The schedule, and the Trainer that carries it out; checks run when training begins."""
-    base = base_model_of(model)
     train: Any = data.train
 
     def write_predictions(step: int, lines: str) -> None:
@@ -82,23 +138,15 @@ def build_trainer(
     task = ClassificationTask(
         train.documents,
         int(train.num_labels),
-        class_loss_of(recipe, train),
-        str(attention_of(base.config)),
+        _class_loss(recipe, train),
+        str(attention_of(base_model_of(model).config)),
         write_predictions if process.is_main else None,
     )
     make = functools.partial(Trainer, args=training_arguments(recipe, process), processing_class=tokenizer)
-    return assembly.build(make, model, recipe, process, run, data, task, with_averages=True)
+    return build(make, model, recipe, process, run, data, task, with_averages=True)
 
 
-def save(
-    recipe: ClassificationRecipe, run: RunDir, trainer: PlannedTraining, tokenizer: Any
-) -> FinalModelReport | None:
-    """Write RUN/model; an adapter holds its head. See `isotune.training.from_recipe.assembly.save`."""
-    num_labels = trainer.plan.documents.num_labels
-
-    def load_again(recipe: ClassificationRecipe) -> PreTrainedModel:
-        config = load_config(recipe)
-        config.num_labels = num_labels
-        return load_base_model(recipe, config, torch.device("cpu"))
-
-    return assembly.save(recipe, run, trainer, tokenizer, load_again)
+def _class_loss(recipe: ClassificationRecipe, train: Any) -> ClassLoss:
+    """The loss that the recipe asks for; a UserError where class_weights does not fit the training data's classes."""
+    weights = choose_weights(recipe.class_weights, np.asarray(train.documents.labels), train.num_labels)
+    return ClassLoss(weights, recipe.label_smoothing_factor)

@@ -1,25 +1,22 @@
 """The parts of an instruction-tuning run, each built by one function that the launch script calls in order."""
 
 import functools
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from isotune.checkpoint.final_model import FinalModelReport
 from isotune.config import Recipe, RunRecipe
 from isotune.data.documents import RunData
 from isotune.distributed.launch import Process
 from isotune.models.cpu.layers import enable_speedups
 from isotune.models.lora import add_adapters
-from isotune.models.opening import load_base_model, load_config
+from isotune.models.opening import load_base_model
 from isotune.models.packed_attention import set_packed_attention
 from isotune.models.supervised_loss import install_supervised_loss
 from isotune.run.run_dir import RunDir
-from isotune.training.from_recipe import assembly
-from isotune.training.from_recipe.arguments import sft_arguments
-from isotune.training.tasks.sft import SftTask
+from isotune.training.from_recipe.assembly import build, sft_arguments
+from isotune.training.tasks import SftTask
 from isotune.training.trainer import PlannedTraining, SFTTrainer
 
 
@@ -46,14 +43,4 @@ def build_trainer(
 ) -> PlannedTraining:
     """The schedule, and the SFTTrainer that carries it out; checks run when training begins."""
     make = functools.partial(SFTTrainer, args=sft_arguments(recipe, process), processing_class=tokenizer)
-    return assembly.build(make, model, recipe, process, run, data, SftTask())
-
-
-def load_base_again(recipe: RunRecipe) -> PreTrainedModel:
-    """The base model of a recipe as training began with it."""
-    return load_base_model(recipe, load_config(recipe), torch.device("cpu"))
-
-
-def save(recipe: RunRecipe, run: RunDir, trainer: PlannedTraining, tokenizer: Any) -> FinalModelReport | None:
-    """Write RUN/model; see `isotune.training.from_recipe.assembly.save`."""
-    return assembly.save(recipe, run, trainer, tokenizer, load_base_again)
+    return build(make, model, recipe, process, run, data, SftTask())

@@ -1,0 +1,204 @@
+"""Trainer's events: the checks before the first step, early stopping, and what a Checkpointer has to be told."""
+
+import math
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+
+from isotune.checkpoint.store import name_of
+from isotune.compat.transformers import note_best_metric
+from isotune.config import RunRecipe
+from isotune.distributed.engines import check_engine, read_back
+from isotune.io.errors import Preempted, RunFault
+from isotune.models.isolation import check_isolation
+from isotune.models.opening import compute_dtype
+from isotune.run import environment
+from isotune.run.attempt import slurm_ids
+from isotune.run.metrics_file import METRICS
+
+if TYPE_CHECKING:
+    from isotune.training.checkpointer import Checkpointer
+    from isotune.training.trainer import PlannedTraining
+
+
+class PreTrainChecks(TrainerCallback):
+    """Between preparation and the first step: self-tests on the prepared model, what is in effect, the run's files.
+
+    Args:
+        trainer: whose prepared objects are looked at.
+        checkpointer: of the run, whose directory is still untouched.
+        data_counts: what preparation did to the data, counted, by role.
+    """
+
+    def __init__(
+        self, trainer: "PlannedTraining", checkpointer: "Checkpointer", data_counts: dict[str, dict[str, Any]]
+    ) -> None:
+        self.trainer: Any = trainer
+        self.checkpointer, self.process, self.run = checkpointer, checkpointer.process, checkpointer.run
+        self.data_counts = data_counts
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The last moment at which nothing has been trained or written."""
+        trainer, task = self.trainer, self.trainer.plan.task
+        engine = read_back(trainer)
+        check_engine(engine, trainer, self.run.recipe, self.process)
+        found = environment.in_effect(trainer, engine)
+        if found["attention"] != task.attention:
+            raise RunFault(f"attention is {found['attention']} after preparation, and {task.attention} was asked")
+        if not found["trained_parameters"]:
+            raise RunFault("no parameter of the prepared model is trained; nothing was done")
+        isolation = check_isolation(
+            trainer.model_wrapped,
+            trainer.accelerator.unwrap_model(trainer.model_wrapped).config.vocab_size,
+            args.device,
+            compute_dtype(self.run.recipe),
+            classifier=task.item == "documents",
+        )
+        trainer.watchdog.start()
+        if not self.process.is_main:
+            return
+        record = {
+            "versions": environment.versions(),
+            "git_commit": environment.git_commit(),
+            "command": environment.command([name for name, key in self.run.recipe.keys().items() if key.secret]),
+            **environment.devices(self.process),
+            "slurm": slurm_ids(),
+            "in_effect": found,
+            "isolation": isolation.as_dict(),
+            "data_fingerprints": self.checkpointer.data_fingerprints,
+            "data": self.data_counts,
+        }
+        resumption = self.checkpointer.resumption
+        self.run.begin(record, metrics=resumption and resumption.metrics)
+        trainer.recorder.open(self.run.path / METRICS, self.run.lease)
+        self._print(record)
+
+    def _print(self, record: dict[str, Any]) -> None:
+        found, plan, process = record["in_effect"], self.trainer.plan, self.process
+        engine = found["engine"]
+        if found["zero_stage"] is not None:
+            engine += f", ZeRO-{found['zero_stage']}"
+        if found["offload"]:
+            engine += f", {' and '.join(found['offload'])} in host memory"
+        share = found["trained_parameters"] / found["all_parameters"]
+        first = plan.schedule.step(0)
+        tokens = plan.task.target == "supervised_tokens"
+        targets = f", {first.supervised_tokens} supervised tokens" if tokens else ""
+        print(
+            f"engine      {engine} on {process.world_size} x "
+            f"{record['device_name'] or record['device']}, {record['threads_per_process']} threads each\n"
+            f"each rank   {found['parameter_bytes_per_rank'] / 1e6:,.1f} MB of weights, "
+            f"{found['optimized_numbers_per_rank']:,} numbers in {found['optimizer']}\n"
+            f"precision   {found['precision']}, weights {found['weights_dtype']}, clipping {found['max_grad_norm']}\n"
+            f"attention   {found['attention']} by {found['attention_kernel']}; leak {record['isolation']['leak']:.1g}\n"
+            f"trained     {found['trained_parameters']:,} of {found['all_parameters']:,} parameters ({share:.2%}), "
+            f"exact_gradients {str(found['exact_gradients']).lower()}\n"
+            f"plan        {self.trainer.state.max_steps} steps of {plan.schedule.global_batch_size} {plan.task.item}; "
+            f"the first: {len(first.microbatches)} microbatches, {first.documents} documents{targets}",
+            flush=True,
+        )
+        idle = process.world_size - len(first.microbatches)
+        if idle > 0:
+            print(f"note        {idle} of {process.world_size} processes have nothing to do: raise global_batch_size")
+        cores = os.cpu_count() or 1
+        if process.device.type == "cpu" and process.world_size == 1 and record["threads_per_process"] < cores:
+            print(f"note        one thread of {cores} cores in use: set OMP_NUM_THREADS={cores} to use them all")
+
+
+class EarlyStop(EarlyStoppingCallback):
+    """transformers' callback, whose count outlives an attempt of the run; `recipe` has an early_stopping_patience."""
+
+    def __init__(self, recipe: RunRecipe) -> None:
+        assert recipe.early_stopping_patience is not None
+        super().__init__(recipe.early_stopping_patience, recipe.early_stopping_threshold)
+        self.keeps_best = bool(recipe.training_arguments.get("load_best_model_at_end"))
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether training has ended, in this attempt of the run or in one before."""
+        return self.early_stopping_patience_counter >= self.early_stopping_patience
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Nothing: the stock one warns where the final model is not the best, which the last line says too."""
+
+    def on_evaluate(  # type: ignore[override]  (every event passes its facts by keyword)
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **more: Any
+    ) -> None:
+        """As the stock one, and a line where it ends training."""
+        super().on_evaluate(args, state, control, metrics, **more)
+        if self.has_stopped and state.is_world_process_zero and state.global_step < state.max_steps:
+            times = self.early_stopping_patience
+            final = "the best model is kept" if self.keeps_best else "the model is kept as it is now"
+            line = (
+                f"stopped     early after step {state.global_step}: {args.metric_for_best_model} has not been better "
+                f"than {state.best_metric:.6g} for {times} evaluation{'s' if times > 1 else ''}; {final}"
+            )
+            tqdm.write(line, file=sys.stderr)
+
+
+class CheckpointEvents(TrainerCallback):
+    """Tells a Checkpointer of Trainer's events; must come after Trainer's own callbacks, whose decisions it changes.
+
+    Args:
+        checkpointer: told.
+        trainer: whose overdue evaluation is made where a run goes on.
+    """
+
+    def __init__(self, checkpointer: "Checkpointer", trainer: Any) -> None:
+        self.checkpointer, self.trainer = checkpointer, trainer
+        self._catching_up = self._stopping = False
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Where a run goes on: first the evaluation for which its last attempt had no time; then, perhaps, no step."""
+        early_stop, resumption = self.checkpointer.early_stop, self.checkpointer.resumption
+        if resumption is not None and resumption.state["evaluation_due"]:
+            resumption.state["evaluation_due"] = False
+            self._catching_up = True
+            note_best_metric(self.trainer, self.trainer.evaluate())
+            self._catching_up = False
+        stopped = early_stop is not None and early_stop.has_stopped
+        if stopped:
+            control.should_training_stop = True
+        if stopped or state.global_step >= state.max_steps:  # only the end of the last epoch is left
+            kwargs["train_dataloader"].skip_to_end()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Tell of a checkpoint that could not be written; where a stop is agreed, save and do nothing else."""
+        checkpointer, update = self.checkpointer, self.trainer.update
+        checkpointer.epoch_end_done, self._stopping = False, update.stop_agreed
+        if update.write_failed:
+            checkpointer.wait()
+        checkpointer.evaluation_due = update.stop_agreed and control.should_evaluate
+        if update.stop_agreed:
+            control.should_evaluate, control.should_save = False, True
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """What is saved from now on lacks nothing of the epoch."""
+        self.checkpointer.epoch_end_done = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The best so far is saved whenever it comes."""
+        if self._catching_up or args.metric_for_best_model is None or args.save_strategy == SaveStrategy.NO:
+            return
+        value = kwargs["metrics"][f"eval_{args.metric_for_best_model.removeprefix('eval_')}"]
+        worst = -math.inf if args.greater_is_better else math.inf
+        best = worst if state.best_metric is None else state.best_metric
+        is_best = value > best if args.greater_is_better else value < best
+        control.should_save = control.should_save or is_best
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """End here where a stop was agreed.
+
+        Raises:
+            Preempted: the checkpoint is on the disk.
+        """
+        if self._stopping:
+            self.checkpointer.wait()
+            folder = self.checkpointer.store.path / name_of(state.global_step)
+            raise Preempted(f"stopped after step {state.global_step}: the same command goes on from {folder}")

@@ -1,1 +1,0 @@
-"""Trainer callbacks: checks before training, progress, early stopping, averages."""

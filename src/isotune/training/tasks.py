@@ -1,0 +1,198 @@
+"""What is learned, as an update and an evaluation see it: instruction tuning, and classification."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+
+from isotune.checkpoint.unshard import reshard
+from isotune.data.batch_schedule import Microbatch, Step, assign_to_ranks, collate
+from isotune.data.documents import Documents
+from isotune.distributed.collectives import gather_by_number, gather_vectors, ordered_sum
+from isotune.distributed.watchdog import Watchdog
+from isotune.models.class_loss import ClassLoss
+
+
+@dataclass(frozen=True)
+class EvaluationRun:
+    """One evaluation: each microbatch of the evaluation documents once, on whichever rank has it.
+
+    Attributes:
+        model: as it trains, wrapped by its engine.
+        step: of the evaluation's schedule, which has one.
+        accelerator: accelerate's.
+        watchdog: told of every microbatch.
+        global_step: optimizer updates done.
+    """
+
+    model: nn.Module
+    step: Step
+    documents: Documents
+    accelerator: Any
+    watchdog: Watchdog
+    global_step: int
+
+    @torch.no_grad()
+    def outputs(self) -> Iterator[tuple[Microbatch, Any]]:
+        """Each microbatch of this rank with what the model returns for it, in evaluation mode.
+
+        A microbatch of weight 0 keeps a rank in step with the others: its outputs count nowhere.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        for microbatch in assign_to_ranks(self.step, self.accelerator.num_processes)[self.accelerator.process_index]:
+            inputs: Any = send_to_device(collate(self.documents, microbatch), self.accelerator.device)
+            yield microbatch, self.model(**inputs, use_cache=False)
+            self.watchdog.progress(f"the evaluation after step {self.global_step}")
+        self.model.train(was_training)
+        reshard(self.model)
+
+    def gather(self, values: dict[int, torch.Tensor]) -> list[float]:
+        """One number of every microbatch, from the rank that has it."""
+        return gather_by_number(values, len(self.step.microbatches), self.accelerator.device)
+
+
+class Task(Protocol):
+    """Instruction tuning or classification.
+
+    A microbatch's forward returns the loss as a sum over its targets; the update divides by `denominator`.
+
+    Attributes:
+        attention: what the model must attend by when training begins.
+        item: what the rows of the schedule are called in messages.
+        target: what the targets of the loss are called in metrics.jsonl.
+    """
+
+    attention: str
+    item: str
+    target: str
+
+    def denominator(self, step: Step) -> float:
+        """What the summed loss of the global batch is divided by."""
+        ...
+
+    def count(self, outputs: Any, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """A whole number of one microbatch, int64 [], to be added up over the global batch; None is zero."""
+        ...
+
+    def train_metrics(self, step: Step, count: int) -> dict[str, float]:
+        """What the step's line has beside its loss, from the added counts."""
+        ...
+
+    def evaluate(self, run: EvaluationRun) -> dict[str, float]:
+        """The metrics of the evaluation documents, named eval_*; every rank calls it."""
+        ...
+
+
+class SftTask:
+    """Instruction tuning: the summed loss of supervised tokens, divided by their number in the global batch."""
+
+    attention = "packed"
+    item, target = "rows", "supervised_tokens"
+
+    def denominator(self, step: Step) -> float:
+        """Supervised tokens of the global batch, over all ranks."""
+        return step.supervised_tokens
+
+    def count(self, outputs: Any, inputs: dict[str, Any]) -> None:
+        """Nothing is counted."""
+
+    def train_metrics(self, step: Step, count: int) -> dict[str, float]:
+        """None beside the loss."""
+        return {}
+
+    def evaluate(self, run: EvaluationRun) -> dict[str, float]:
+        """eval_loss in nats per supervised token, eval_perplexity, eval_supervised_tokens, eval_seconds.
+
+        One exact number, not a mean of batches' means, whatever the microbatches and the number of ranks.
+        """
+        started = time.perf_counter()
+        losses = {microbatch.number: outputs.loss for microbatch, outputs in run.outputs() if microbatch.weight}
+        loss = ordered_sum(run.gather(losses)) / run.step.supervised_tokens
+        return {
+            "eval_loss": loss,
+            "eval_perplexity": math.exp(min(loss, 700.0)),
+            "eval_supervised_tokens": run.step.supervised_tokens,
+            "eval_seconds": time.perf_counter() - started,
+        }
+
+
+class ClassificationTask:
+    """Loss summed over documents, weighted by class where the recipe says so, divided by the weights' sum.
+
+    Args:
+        documents: of training, with their labels.
+        num_labels: classes.
+        class_loss: class weights and label smoothing of the training loss.
+        attention: what the encoder attends by.
+        write_predictions: given the step and the lines of predictions.jsonl, on the main process; None writes none.
+    """
+
+    item, target = "documents", "documents"
+
+    def __init__(
+        self,
+        documents: Documents,
+        num_labels: int,
+        class_loss: ClassLoss,
+        attention: str,
+        write_predictions: Callable[[int, str], None] | None = None,
+    ) -> None:
+        self.documents, self.num_labels, self.class_loss = documents, num_labels, class_loss
+        self.attention, self.write_predictions = attention, write_predictions
+
+    def denominator(self, step: Step) -> float:
+        """The summed class weights of the global batch; without weights, its documents."""
+        documents = [document for microbatch in step.microbatches for document in microbatch.documents]
+        return self.class_loss.denominator(self.documents.labels[documents])
+
+    def count(self, outputs: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Documents whose class got the highest logit, with dropout on."""
+        return (outputs.logits.detach().argmax(dim=1) == inputs["targets"]).sum()
+
+    def train_metrics(self, step: Step, count: int) -> dict[str, float]:
+        """The accuracy of the step's documents in training itself."""
+        return {"accuracy": count / step.documents}
+
+    def evaluate(self, run: EvaluationRun) -> dict[str, float]:
+        """eval_loss in nats per document (no weights, no smoothing), eval_accuracy, eval_f1_macro, and their like.
+
+        Exact: one prediction a document. They are written as predictions.jsonl where `write_predictions` is given.
+        """
+        from sklearn import metrics  # imported where it is used: it takes a second
+
+        started = time.perf_counter()
+        losses: dict[int, torch.Tensor] = {}
+        own_logits: dict[int, torch.Tensor] = {}
+        for microbatch, outputs in run.outputs():
+            if microbatch.weight:
+                losses[microbatch.number] = outputs.loss
+                own_logits.update(zip(microbatch.documents, outputs.logits, strict=True))
+        documents: Any = run.documents
+        logits = gather_vectors(own_logits, len(documents), self.num_labels, run.accelerator.device)
+        loss = ordered_sum(run.gather(losses)) / len(documents)
+        labels, chosen = np.asarray(documents.labels), logits.argmax(dim=1).numpy()
+        if self.write_predictions is not None:
+            self.write_predictions(run.global_step, _prediction_lines(documents, logits))
+        return {
+            "eval_loss": loss,
+            "eval_accuracy": int((chosen == labels).sum()) / len(documents),
+            "eval_f1_macro": float(metrics.f1_score(labels, chosen, average="macro")),
+            "eval_documents": len(documents),
+            "eval_seconds": time.perf_counter() - started,
+        }
+
+
+def _prediction_lines(documents: Documents, logits: torch.Tensor) -> str:
+    """A line a document: its id, its class, and what was predicted."""
+    chosen, shares = logits.argmax(dim=1).tolist(), logits.softmax(dim=1).tolist()
+    columns = zip(documents.ids.tolist(), documents.labels.tolist(), chosen, shares, strict=True)
+    names = ("id", "label", "prediction", "probabilities")
+    return "".join(json.dumps(dict(zip(names, column, strict=True))) + "\n" for column in columns)

@@ -1,1 +1,0 @@
-"""What a model learns: the loss, denominator and metrics of its microbatches."""
