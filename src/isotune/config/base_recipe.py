@@ -3,12 +3,14 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_type_hints
 
-from isotune.config.layers import Layer, as_yaml, merge_layers
-from isotune.config.schema import GROUPS, Contradiction, Key, keys_of
+import yaml
+
+from isotune.config.layers import Layer, merge_layers
+from isotune.config.schema import GROUPS, Contradiction, Key
 from isotune.io.errors import Complain, UserError, refuse
 from isotune.io.files import replace_file
 
@@ -27,22 +29,29 @@ class BaseRecipe:
 
     @classmethod
     def keys(cls) -> dict[str, Key]:
-        """Every key of this recipe by its name."""
-        return keys_of(cls)
+        """Every key of this recipe by its name, in the order of their declaration."""
+        annotations = get_type_hints(cls)
+        return {
+            own.name: Key(name=own.name, takes=annotations[own.name], **own.metadata["key"])
+            for own in fields(cls)
+            if "key" in own.metadata
+        }
 
     @classmethod
     def from_layers(cls, layers: Sequence[Layer], complain: Complain = refuse) -> Self:
         """The recipe that layers of values give together, the last one winning.
 
-        Args:
-            layers: file, flags.
-            complain: takes each mistake; where it returns, the recipe is made of the rest.
+        `complain` takes each mistake; where it returns, the recipe is made of the rest.
 
         Raises:
             UserError: what is wrong, and where.
         """
         keys = cls.keys()
-        check_task(layers, keys["task"].default, complain)
+        task = keys["task"].default
+        for layer in layers:  # before the keys of another task are called unknown one by one
+            other = layer.given.get("task", task)
+            if other != task:
+                complain(f"{layer.name_of('task')} is {other!r}: this command runs recipes of task: {task}")
         values, given = merge_layers(keys, layers, cls.contradictions, complain)
         return cls(**cls.fields_from(values), given=given)
 
@@ -53,19 +62,11 @@ class BaseRecipe:
 
     @classmethod
     def from_values(cls, **values: Any) -> Self:
-        """A recipe from Python: `Recipe.from_values(model_name_or_path=..., learning_rate=1e-4, ...)`.
-
-        Raises:
-            UserError: what is wrong.
-        """
+        """A recipe from Python: `Recipe.from_values(model_name_or_path=..., ...)`; UserError says what is wrong."""
         return cls.from_layers([Layer(values)])
 
     def with_values(self, **changes: Any) -> Self:
-        """This recipe with other values, which win as flags win over a file.
-
-        Raises:
-            UserError: what is wrong.
-        """
+        """This recipe with other values, which win as flags win over a file; UserError says what is wrong."""
         return self.from_layers([Layer(self.given), Layer(changes)])
 
     def value_of(self, name: str) -> Any:
@@ -93,29 +94,19 @@ class BaseRecipe:
 
     def as_yaml(self) -> str:
         """The text of the resolved recipe, grouped as --help is."""
-        keys, resolved = self.keys(), self.resolved()
-        return as_yaml({g: {name: v for name, v in resolved.items() if keys[name].group == g} for g in GROUPS})
+        keys, sections = self.keys(), {group: dict[str, Any]() for group in GROUPS}
+        for name, value in self.resolved().items():
+            sections[keys[name].group][name] = value
+        return "\n".join(
+            f"# {group}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1_000_000)}"
+            for group, values in sections.items()
+            if values
+        )
 
     def write(self, path: Path) -> None:
-        """Write the resolved recipe, whole or not at all; `--config PATH` runs it again.
-
-        Raises:
-            UserError: the place cannot be written to.
-        """
+        """Write the resolved recipe, whole or not at all; `--config PATH` runs it again. UserError: it cannot be."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, self.as_yaml())
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
-
-
-def check_task(layers: Sequence[Layer], task: str, complain: Complain) -> None:
-    """Refuse a recipe of another task before its keys are called unknown one by one.
-
-    Raises:
-        UserError: a layer names another task, by `complain`.
-    """
-    for layer in layers:
-        other = layer.given.get("task", task)
-        if other != task:
-            complain(f"{layer.name_of('task')} is {other!r}: this command runs recipes of task: {task}")

@@ -29,11 +29,11 @@ ALIASES = {"activation_checkpointing": "gradient_checkpointing"}
 # exactly one must be given, and names that may be given.
 SCHEDULE_ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": ((), ()),
-    "constant": ((), ()),
-    "constant_with_warmup": ((), ()),
     "cosine": ((), ("num_cycles",)),
     "cosine_with_restarts": ((), ("num_cycles",)),
     "polynomial": ((), ("lr_end", "power")),
+    "constant": ((), ()),
+    "constant_with_warmup": ((), ()),
     "inverse_sqrt": ((), ("timescale",)),
     "cosine_with_min_lr": (("min_lr", "min_lr_rate"), ("num_cycles",)),
     "cosine_warmup_with_min_lr": (("min_lr", "min_lr_rate"), ("num_cycles", "warmup_lr_rate")),
@@ -66,12 +66,6 @@ def evaluates(values: Values) -> bool:
     return has_evaluation_data(values) and values["eval_strategy"] != "no"
 
 
-def _eval_strategy(values: Values) -> str:
-    if not has_evaluation_data(values):
-        return "no"
-    return "epoch" if values["eval_steps"] is None else "steps"
-
-
 def is_wrongly_called(values: Values) -> bool:
     """Whether lr_scheduler_kwargs has a name that the schedule does not take, or lacks what it needs."""
     needed, optional = SCHEDULE_ARGUMENTS[values["lr_scheduler_type"]]
@@ -101,7 +95,7 @@ _BETAS = Requirement(
     lambda values: any(name in values["optim"] for name in ("adam", "lion", "ademamix")), "optim has no betas"
 )
 _EPSILON = Requirement(
-    lambda values: "adam" in values["optim"] or "ademamix" in values["optim"], "optim has no Adam epsilon"
+    lambda values: any(name in values["optim"] for name in ("adam", "ademamix")), "optim has no Adam epsilon"
 )
 _WARMUP = Requirement(
     lambda values: values["lr_scheduler_type"] != "constant",
@@ -124,14 +118,6 @@ _SPARSE_LOGGING = Requirement(
 )
 
 
-def _best_metric(values: Values) -> str | None:
-    return "eval_loss" if values["load_best_model_at_end"] or values["early_stopping_patience"] else None
-
-
-def _learning_rate(values: Values) -> float:
-    return 2e-5 if values["tune"] == "full" else 2e-4
-
-
 _key, _rare = Key, functools.partial(Key, common=False)
 
 _KEYS = (
@@ -140,7 +126,7 @@ _KEYS = (
          allowed=NOT_NEGATIVE, step_count=True, needs=_WARMUP),
     _rare("lr_scheduler_kwargs", dict[str, Any] | None, None, SCHEDULE, "further arguments of the scheduler"),
     _key("learning_rate", float, None, OPTIMISER, "highest learning rate", allowed=NOT_NEGATIVE,
-         default_from=_learning_rate,
+         default_from=lambda values: 2e-5 if values["tune"] == "full" else 2e-4,
          default_text="2e-4 for adapters, 2e-5 with tune: full"),
     _key("optim", Optimiser, "adamw_torch_fused", OPTIMISER, "optimiser"),
     _key("weight_decay", float, 0.0, OPTIMISER, "weight decay, not of biases and norms", allowed=NOT_NEGATIVE),
@@ -158,9 +144,10 @@ _KEYS = (
           allowed=AT_LEAST_ONE, changes_result=False),
     _rare("ddp_broadcast_buffers", bool | None, None, MEMORY, "DDP copies buffers from rank 0", changes_result=False),
     _key("eval_strategy", Literal["no", "steps", "epoch"] | None, None, OUTPUT, "when to evaluate",
-         needs=_EVAL_STRATEGY, default_from=_eval_strategy,
-         default_text="steps with eval_steps, else epoch; no without eval_dataset_name",
-         changes_result=False),
+         needs=_EVAL_STRATEGY, changes_result=False,
+         default_from=lambda values: (
+             "no" if not has_evaluation_data(values) else "epoch" if values["eval_steps"] is None else "steps"),
+         default_text="steps with eval_steps, else epoch; no without eval_dataset_name"),
     _key("eval_steps", float | None, None, OUTPUT, "steps between evaluations; below 1, a share of the run",
          allowed=POSITIVE, step_count=True, needs=_EVAL_STEPS, changes_result=False),
     _rare("eval_delay", float, 0.0, OUTPUT, "epochs or steps before the first evaluation", allowed=NOT_NEGATIVE,
@@ -177,7 +164,9 @@ _KEYS = (
          needs=_BEST),
     _rare("metric_for_best_model", str | None, None, OUTPUT,
           "metric by which an evaluation is the best", needs=_BEST_METRIC, changes_result=False,
-          default_from=_best_metric, default_text="eval_loss with load_best_model_at_end or early_stopping_patience"),
+          default_from=lambda values: (
+              "eval_loss" if values["load_best_model_at_end"] or values["early_stopping_patience"] else None),
+          default_text="eval_loss with load_best_model_at_end or early_stopping_patience"),
     _key("logging_steps", float, 1, OUTPUT, "steps between two reports to the trackers", allowed=POSITIVE,
          step_count=True, needs=_BY_STEPS, changes_result=False),
     _rare("logging_strategy", Literal["no", "steps", "epoch"], "steps", OUTPUT, "when to report to the trackers",
@@ -202,4 +191,4 @@ HIGHER_IS_BETTER = frozenset({"eval_accuracy", "eval_f1_macro"})
 # Keys that decide which evaluation is the best, or how many there are: the result may depend on them.
 CHOOSES_THE_BEST = frozenset({"metric_for_best_model", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start"})
 
-ENGINE_KEYS: dict[str, Key] = {key.name: key for key in _KEYS}
+ENGINE_KEYS = {key.name: key for key in _KEYS}

@@ -95,16 +95,6 @@ def _value(node: yaml.Node, file: str, within: tuple[yaml.Node, ...] = ()) -> An
     return values
 
 
-def as_yaml(groups: Mapping[str, Mapping[str, Any]]) -> str:
-    """The text of a recipe file: the values of each group under a comment that names it."""
-    sections = [
-        f"# {group}\n{yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=1_000_000)}"
-        for group, values in groups.items()
-        if values
-    ]
-    return "\n".join(sections)
-
-
 def merge_layers(
     keys: Mapping[str, Key],
     layers: Sequence[Layer],

@@ -36,18 +36,17 @@ class Recipe(RunRecipe):
 
     eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_perplexity")
 
+    # fmt: off
     task: Literal["sft"] = key(
-        "sft", MODEL, "what the model learns: sft, supervised fine-tuning on conversations", changes_result=False
-    )
+        "sft", MODEL, "what the model learns: sft, supervised fine-tuning on conversations", changes_result=False)
     dataset_text_field: str = key("text", DATA, "column that holds the conversation")
     train_on: Literal["all", "last"] = key("all", DATA, "answers to learn from: all of a conversation, or the last")
     overlong: Literal["truncate", "split", "drop"] = key(
-        "truncate", DATA, "what happens to a conversation longer than max_seq_length"
-    )
+        "truncate", DATA, "what happens to a conversation longer than max_seq_length")
     packing: bool = key(True, DATA, "pack several conversations into a row; they never see each other")
     sample_prompt: str = key(
-        "What makes a good friend?", OUTPUT, "prompt to answer at the end; empty for none", changes_result=False
-    )
+        "What makes a good friend?", OUTPUT, "prompt to answer at the end; empty for none", changes_result=False)
+    # fmt: on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,58 +55,38 @@ class ClassificationRecipe(RunRecipe):
 
     eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_accuracy", "eval_f1_macro")
 
+    # fmt: off
     task: Literal["classification"] = key(
-        "classification", MODEL, "what the model learns: the class of a text", changes_result=False
-    )
+        "classification", MODEL, "what the model learns: the class of a text", changes_result=False)
     dataset_text_field: str = key("text", DATA, "column that holds the text")
     dataset_label_field: str = key(
-        "label", DATA, "column that holds the class, a whole number from 0", needs=_LABEL_COLUMN
-    )
+        "label", DATA, "column that holds the class, a whole number from 0", needs=_LABEL_COLUMN)
     dataset_id_field: str | None = key(
-        None, DATA, "column that names a row in predictions", default_text="id where there is one, else row numbers"
-    )
+        None, DATA, "column that names a row in predictions", default_text="id where there is one, else row numbers")
     clean_text: bool = key(False, DATA, "undo HTML breaks and entities, and escapes such as a written-out \\n")
     label_source: Literal["column", "rules", "random"] = key(
-        "column", DATA, "where classes come from; rules: command, statement, question; random: a negative control"
-    )
+        "column", DATA, "where classes come from; rules: command, statement, question; random: a negative control")
     eval_split_share: float = key(
-        0.0,
-        DATA,
-        "share of the training data that is kept for evaluation instead, chosen by content and seed",
-        allowed=SHARE,
-        needs=EVALUATION_ON,
-        unset=0.0,
-        default_text="none",
-    )
+        0.0, DATA, "share of the training data that is kept for evaluation instead, chosen by content and seed",
+        allowed=SHARE, needs=EVALUATION_ON, unset=0.0, default_text="none")
     drop_leaked: bool = key(
-        False,
-        DATA,
-        "remove training texts that are duplicates or near duplicates of evaluation texts",
-        needs=WITH_EVALUATION,
-    )
+        False, DATA, "remove training texts that are duplicates or near duplicates of evaluation texts",
+        needs=WITH_EVALUATION)
     num_labels: int | None = key(
-        None, DATA, "classes; data with another number is refused", allowed=Range(2), default_text="those of the data"
-    )
+        None, DATA, "classes; data with another number is refused", allowed=Range(2), default_text="those of the data")
     overlong: Literal["head", "tail", "head_tail"] = key(
-        "head",
-        DATA,
-        "what is kept of a text longer than max_seq_length; head_tail: a quarter from the start, the rest from the end",
-    )
+        "head", DATA,
+        "what is kept of a text longer than max_seq_length; head_tail: a quarter from the start, the rest from the end")
     max_seq_length: int = key(512, DATA, "maximum length of a document, in tokens", allowed=Range(3))
     global_batch_size: int = key(32, SCHEDULE, "documents in one step, on any hardware", allowed=AT_LEAST_ONE)
-    class_weights: list[float] | Literal["balanced"] | None = key(  # noqa: RUF009 - it makes a dataclass field
-        None,
-        SCHEDULE,
-        "weight of each class in the training loss; balanced: every class has the same total weight",
-        allowed=POSITIVE,
-        default_text="none: all alike",
-    )
+    class_weights: list[float] | Literal["balanced"] | None = key(
+        None, SCHEDULE, "weight of each class in the training loss; balanced: every class has the same total weight",
+        allowed=POSITIVE, default_text="none: all alike")
     label_smoothing_factor: float = key(
-        0.0, SCHEDULE, "share of each target that is spread over all classes, in the training loss", allowed=SHARE
-    )
+        0.0, SCHEDULE, "share of each target that is spread over all classes, in the training loss", allowed=SHARE)
     sentences: tuple[str, ...] | None = key(
-        None, OUTPUT, "texts to classify at the end, shown with the true class where it is known", changes_result=False
-    )
+        None, OUTPUT, "texts to classify at the end, shown with the true class where it is known", changes_result=False)
+    # fmt: on
 
     contradictions: ClassVar[tuple[Contradiction, ...]] = (
         *RunRecipe.contradictions,
@@ -135,14 +114,7 @@ def read_recipe(
 ) -> AnyRecipe:
     """The recipe of a command line: a file (`--config`, else `default_config`) and a flag for every key.
 
-    `--help` and `--help-all` print and end the program.
-
-    Args:
-        argv: the words after the program's name.
-        default_config: the recipe file without `--config`; None is flags alone.
-        prog: the program's name in the help.
-        description: the first sentence of the help.
-        kind: the class of the recipe.
+    `--help` and `--help-all` print and end the program; `prog` and `description` stand in that help.
 
     Raises:
         UserError: anything in the file or the flags that is wrong, with its place and what to do.
@@ -172,26 +144,21 @@ class ProjectKind:
     why_not_planned: Callable[[Mapping[str, Any]], str | None]
 
 
-_PROJECTS: list[ProjectKind] = []
-
-
-def register_project(kind: ProjectKind) -> None:
-    """Make a project's kind of recipe known to the library."""
-    _PROJECTS.append(kind)
+PROJECTS: list[ProjectKind] = []  # each project appends its own when `isotune.projects` is imported
 
 
 def project_of(keys: Mapping[str, Any]) -> ProjectKind | None:
     """The project whose own key is among `keys`."""
-    import_module("isotune.projects")  # which registers them
-    return next((kind for kind in _PROJECTS if kind.own_key in keys), None)
+    import_module("isotune.projects")
+    return next((kind for kind in PROJECTS if kind.own_key in keys), None)
 
 
 def task_of(given: Mapping[str, Any]) -> str | None:
     """The task that given values name, or whose own keys are among them; None where they leave it open."""
     if "task" in given:
         return given["task"]
-    keys = {task: recipe.keys().keys() for task, recipe in TASKS.items()}
-    own = {"sft": keys["sft"] - keys["classification"], "classification": keys["classification"] - keys["sft"]}
+    sft, classification = Recipe.keys().keys(), ClassificationRecipe.keys().keys()
+    own = {"sft": sft - classification, "classification": classification - sft}
     named = [task for task, names in own.items() if names & given.keys()]
     return named[0] if len(named) == 1 else None
 

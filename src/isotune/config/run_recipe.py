@@ -1,6 +1,7 @@
 """The keys that every training run has: model, data, schedule, adapter, memory and output."""
 
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -31,7 +32,6 @@ from isotune.config.schema import (
     Requirement,
     Values,
     key,
-    keys_of,
 )
 
 _ADAPTER = Requirement(lambda values: values["tune"] != "full", "it needs tune: lora or tune: qlora")
@@ -51,15 +51,8 @@ _EVAL_SPLIT = Requirement(
     f"{WITH_EVALUATION.otherwise}, and one file is one split",
 )
 _UPLOADS = Requirement(lambda values: bool(values["push_to_hub"]), "it needs push_to_hub: true")
+_PATIENCE = Requirement(lambda values: bool(values["early_stopping_patience"]), "it needs early_stopping_patience")
 EVALUATION_ON = Requirement(lambda values: values["eval_strategy"] != "no", "eval_strategy is no")
-
-
-def _microbatch_tokens(values: Values) -> int:
-    return values["max_seq_length"]
-
-
-def _eval_microbatch_tokens(values: Values) -> int:
-    return values["microbatch_tokens"]
 
 
 def _hub_model_id(values: Values) -> str:
@@ -76,11 +69,11 @@ class RunRecipe(BaseRecipe):
     `training_arguments` holds the values for transformers.TrainingArguments, by its own names.
     """
 
+    # fmt: off
     task: Literal["sft", "classification"] = key("sft", MODEL, "what the model learns", changes_result=False)
     model_name_or_path: str = key(REQUIRED, MODEL, "Hub id, folder, or builtin:NAME", is_path=True)
     model_init: Literal["pretrained", "random"] = key(
-        "pretrained", MODEL, "take the model's weights, or its geometry with random weights"
-    )
+        "pretrained", MODEL, "take the model's weights, or its geometry with random weights")
     tokenizer_name_or_path: str | None = key(None, MODEL, "another tokenizer", default_text="the model's", is_path=True)
     tune: Literal["full", "lora", "qlora"] = key("lora", MODEL, "what is trained: all weights, or adapters")
 
@@ -93,111 +86,62 @@ class RunRecipe(BaseRecipe):
     global_batch_size: int = key(16, SCHEDULE, "rows in one step, on any hardware", allowed=AT_LEAST_ONE)
     num_train_epochs: float = key(3.0, SCHEDULE, "passes over the data", allowed=POSITIVE, needs=_NO_LIMIT)
     max_steps: int = key(
-        -1, SCHEDULE, "stop after this many steps instead", allowed=Range(1, also=-1), unset=-1, default_text="none"
-    )
+        -1, SCHEDULE, "stop after this many steps instead", allowed=Range(1, also=-1), unset=-1, default_text="none")
     early_stopping_patience: int | None = key(
-        None,
-        SCHEDULE,
-        "end training after this many evaluations without an improvement of metric_for_best_model",
-        allowed=AT_LEAST_ONE,
-        needs=WITH_EVALUATION,
-    )
+        None, SCHEDULE, "end training after this many evaluations without an improvement of metric_for_best_model",
+        allowed=AT_LEAST_ONE, needs=WITH_EVALUATION)
     early_stopping_threshold: float = key(
-        0.0,
-        SCHEDULE,
-        "an improvement of metric_for_best_model counts if it is larger than this",
-        allowed=NOT_NEGATIVE,
-        needs=Requirement(lambda values: bool(values["early_stopping_patience"]), "it needs early_stopping_patience"),
-        common=False,
-    )
+        0.0, SCHEDULE, "an improvement of metric_for_best_model counts if it is larger than this",
+        allowed=NOT_NEGATIVE, needs=_PATIENCE, common=False)
     seed: int = key(42, SCHEDULE, "seed of order, dropout and new weights", allowed=Range(0, 2**32 - 1))
 
     r: int = key(16, ADAPTER, "rank of the LoRA matrices", allowed=AT_LEAST_ONE, needs=_ADAPTER)
     lora_alpha: int = key(32, ADAPTER, "LoRA's scale is lora_alpha / r", allowed=AT_LEAST_ONE, needs=_ADAPTER)
     lora_dropout: float = key(0.05, ADAPTER, "dropout before the LoRA matrices", allowed=SHARE, needs=_ADAPTER)
-    target_modules: list[str] | None = key(  # noqa: RUF009 - it makes a dataclass field
-        None, ADAPTER, "linear layers that get LoRA", needs=_ADAPTER, default_text="those known for the model's type"
-    )
+    target_modules: list[str] | None = key(
+        None, ADAPTER, "linear layers that get LoRA", needs=_ADAPTER, default_text="those known for the model's type")
     bias: Literal["none", "all", "lora_only"] = key("none", ADAPTER, "biases to train beside LoRA", needs=_ADAPTER)
     use_rslora: bool = key(False, ADAPTER, "scale by lora_alpha / sqrt(r)", needs=_ADAPTER)
     use_dora: bool = key(False, ADAPTER, "train magnitudes apart from directions (DoRA)", needs=_ADAPTER)
     init_lora_weights: bool | Literal["gaussian"] = key(
-        True, ADAPTER, "true: the adapter starts as the identity", needs=_ADAPTER
-    )
-    modules_to_save: list[str] | None = key(  # noqa: RUF009 - it makes a dataclass field
-        None, ADAPTER, "modules to train in full and save", needs=_ADAPTER
-    )
+        True, ADAPTER, "true: the adapter starts as the identity", needs=_ADAPTER)
+    modules_to_save: list[str] | None = key(None, ADAPTER, "modules to train in full and save", needs=_ADAPTER)
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = key("nf4", ADAPTER, "4-bit type of frozen weights", needs=_FOUR_BIT)
     bnb_4bit_use_double_quant: bool = key(
-        True, ADAPTER, "quantise the scales of the 4-bit weights too", needs=_FOUR_BIT
-    )
+        True, ADAPTER, "quantise the scales of the 4-bit weights too", needs=_FOUR_BIT)
 
     bf16: bool = key(False, MEMORY, "compute in bfloat16")
     fp16: bool = key(False, MEMORY, "compute in float16, with a scaled loss")
     microbatch_tokens: int = key(
-        None,
-        MEMORY,
-        "tokens in one forward pass: the memory knob",
-        allowed=AT_LEAST_ONE,
-        default_from=_microbatch_tokens,
-        default_text="max_seq_length",
-        changes_result=False,
-    )
+        None, MEMORY, "tokens in one forward pass: the memory knob", allowed=AT_LEAST_ONE,
+        default_from=itemgetter("max_seq_length"), default_text="max_seq_length", changes_result=False)
     eval_microbatch_tokens: int = key(
-        None,
-        MEMORY,
-        "the same in evaluation",
-        allowed=AT_LEAST_ONE,
-        needs=WITH_EVALUATION,
-        default_from=_eval_microbatch_tokens,
-        default_text="microbatch_tokens",
-        changes_result=False,
-    )
+        None, MEMORY, "the same in evaluation", allowed=AT_LEAST_ONE, needs=WITH_EVALUATION,
+        default_from=itemgetter("microbatch_tokens"), default_text="microbatch_tokens", changes_result=False)
     exact_gradients: bool | Literal["auto"] = key(
-        "auto", MEMORY, "sum gradients as integers: the same bits on any number of processes"
-    )
+        "auto", MEMORY, "sum gradients as integers: the same bits on any number of processes")
     gradient_reduction: Literal["step", "pass"] = key(
-        "step",
-        MEMORY,
-        "when ZeRO-2 and 3 reduce gradients: step is once an update; pass is every microbatch, with less memory",
-        changes_result=False,
-    )
+        "step", MEMORY, "when ZeRO-2 and 3 reduce gradients: step is once an update; pass is every microbatch, with "
+        "less memory", changes_result=False)
     on_nonfinite: Literal["stop", "skip"] = key("stop", MEMORY, "what happens when a loss or gradient is NaN or Inf")
 
     output_dir: str = key(REQUIRED, OUTPUT, "folder of the run", changes_result=False, is_path=True)
     resume: Literal["auto", "never"] | str = key(
-        "auto",
-        OUTPUT,
-        "auto: from the newest complete checkpoint in output_dir; never: start anew; or a checkpoint's folder",
-        changes_result=False,
-        is_path=True,
-    )
+        "auto", OUTPUT, "auto: from the newest complete checkpoint in output_dir; never: start anew; or a checkpoint's "
+        "folder", changes_result=False, is_path=True)
     push_to_hub: bool = key(
-        False, OUTPUT, "upload the saved model with its card to the Hugging Face Hub", changes_result=False
-    )
+        False, OUTPUT, "upload the saved model with its card to the Hugging Face Hub", changes_result=False)
     hub_model_id: str = key(
-        None,
-        OUTPUT,
-        "its repository on the Hub, NAME or OWNER/NAME",
-        needs=_UPLOADS,
-        default_from=_hub_model_id,
-        default_text="the name of output_dir",
-        changes_result=False,
-    )
+        None, OUTPUT, "its repository on the Hub, NAME or OWNER/NAME", needs=_UPLOADS, changes_result=False,
+        default_from=_hub_model_id, default_text="the name of output_dir")
     hub_private_repo: bool | None = key(
-        None,
-        OUTPUT,
-        "whether a new repository is private",
-        needs=_UPLOADS,
-        default_text="as the owner's are",
-        changes_result=False,
-        common=False,
-    )
+        None, OUTPUT, "whether a new repository is private", needs=_UPLOADS, default_text="as the owner's are",
+        changes_result=False, common=False)
     hub_token: str | None = key(
         None, OUTPUT, "token of the Hub; never shown nor written", needs=_UPLOADS, changes_result=False, common=False,
-        secret=True, default_text="that of `hf auth login` or HF_TOKEN",
-    )  # fmt: skip
+        secret=True, default_text="that of `hf auth login` or HF_TOKEN")
     plan_only: bool = key(False, OUTPUT, "prepare the data, print the plan and stop", unset=False, changes_result=False)
+    # fmt: on
     training_arguments: dict[str, Any] = field(default_factory=dict[str, Any])
 
     eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss",)  # the choices of metric_for_best_model
@@ -234,13 +178,14 @@ class RunRecipe(BaseRecipe):
         """Every key of this kind of recipe by its name: its own, then the engine's."""
         metrics: Any = Literal[cls.eval_metrics]
         best = replace(ENGINE_KEYS["metric_for_best_model"], takes=metrics | None)
-        return keys_of(cls) | ENGINE_KEYS | {best.name: best}
+        return super().keys() | ENGINE_KEYS | {best.name: best}
 
     @classmethod
     def fields_from(cls, values: dict[str, Any]) -> dict[str, Any]:
         """The fields from the value of every key: the engine's keys stand in `training_arguments`."""
+        own = values.keys() - ENGINE_KEYS.keys()
         arguments = {name: values[name] for name in ENGINE_KEYS if values[name] is not None}
-        return {name: values[name] for name in keys_of(cls)} | {"training_arguments": arguments}
+        return {name: values[name] for name in own} | {"training_arguments": arguments}
 
     def value_of(self, name: str) -> Any:
         """The value of a key: an attribute, or one of `training_arguments`."""

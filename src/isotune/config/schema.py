@@ -124,16 +124,6 @@ def key(default: Any, group: str, help: str, **more: Any) -> Any:
     return dataclasses.field(default=default, metadata=metadata, repr=not more.get("secret", False))
 
 
-def keys_of(recipe_class: type) -> dict[str, Key]:
-    """The keys that a recipe's dataclass declares, in the order of their declaration."""
-    annotations = typing.get_type_hints(recipe_class)
-    return {
-        field.name: Key(name=field.name, takes=annotations[field.name], **field.metadata["key"])
-        for field in dataclasses.fields(recipe_class)
-        if "key" in field.metadata
-    }
-
-
 @dataclass(frozen=True)
 class Contradiction:
     """Keys whose values exclude each other, and the remedy: a sentence, or a function of the values that gives one."""

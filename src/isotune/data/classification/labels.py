@@ -27,17 +27,12 @@ class LabelRules:
     classify: Callable[[str], int]
 
 
-_REGISTERED: list[LabelRules] = []
-
-
-def register_label_rules(rules: LabelRules) -> None:
-    """Make these the classes of `label_source: rules`."""
-    _REGISTERED.append(rules)
+LABEL_RULES: list[LabelRules] = []  # those of `label_source: rules`, which a project appends when it is imported
 
 
 def _rules() -> LabelRules:
-    import_module("isotune.projects")  # which registers them
-    return _REGISTERED[0]
+    import_module("isotune.projects")
+    return LABEL_RULES[0]
 
 
 @dataclass(frozen=True)

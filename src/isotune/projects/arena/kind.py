@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from isotune.config.recipes import ProjectKind, register_project
+from isotune.config.recipes import PROJECTS, ProjectKind
 from isotune.data.documents import RunData
 from isotune.projects.arena.recipes import ArenaRecipe
 
@@ -22,4 +22,4 @@ def _why_not_planned(given: Mapping[str, Any]) -> str | None:
     return None
 
 
-register_project(ProjectKind(ArenaRecipe, "method", _prepare, _why_not_planned))
+PROJECTS.append(ProjectKind(ArenaRecipe, "method", _prepare, _why_not_planned))

@@ -49,7 +49,7 @@ class BaselinesRecipe(BaseRecipe):
 
     task: Literal["classification"] = key("classification", MODEL, "what is learned", changes_result=False)
     method: Literal["baselines"] = key(REQUIRED, MODEL, "what predicts: baselines, or encoder in a recipe of its own")
-    grids: dict[str, Any] | None = key(  # noqa: RUF009 - it makes a dataclass field
+    grids: dict[str, Any] | None = key(
         None,
         MODEL,
         "values that are tried for each model, as MODEL: {PARAMETER: [VALUE, ...]}",

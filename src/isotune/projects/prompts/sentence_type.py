@@ -13,7 +13,7 @@ First words are those after opening quotes, brackets and a greeting or the name 
 
 import re
 
-from isotune.data.classification.labels import LabelRules, register_label_rules
+from isotune.data.classification.labels import LABEL_RULES, LabelRules
 
 KINDS = ("command", "statement", "question")
 COMMAND, STATEMENT, QUESTION = range(3)
@@ -65,4 +65,4 @@ def _without_opening(text: str) -> str:
     return text[opening.end() :] if opening else text
 
 
-register_label_rules(LabelRules(KINDS, sentence_type))
+LABEL_RULES.append(LabelRules(KINDS, sentence_type))
