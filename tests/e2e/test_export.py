@@ -22,8 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from isotune.checkpoint.export import export_run
 from isotune.cli import main
 from isotune.io.errors import UserError
-from isotune.models.merged_adapter import compare_logits
-from isotune.models.opening import read_run
+from isotune.models.finished_run import compare_logits, read_run
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 RANK, ALPHA = 4, 12
@@ -241,7 +240,7 @@ def test_a_merge_beyond_the_tolerance_is_refused_with_its_figure_and_writes_noth
     base, tokenizer, tmp_path, monkeypatch
 ):
     run = make_run(tmp_path / "run", base, "lora", tokenizer)
-    monkeypatch.setattr("isotune.models.merged_adapter.PARITY_TOLERANCE", {torch.float32: 1e-12})
+    monkeypatch.setattr("isotune.models.finished_run.PARITY_TOLERANCE", {torch.float32: 1e-12})
     with pytest.raises(UserError, match=r"is not the adapter model \(parity: largest absolute logit difference"):
         export_run(run, merge=True, output=tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]

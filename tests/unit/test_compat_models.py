@@ -18,6 +18,7 @@ from isotune.compat import deepspeed as deepspeed_compat
 from isotune.compat import peft as peft_compat
 from isotune.compat import torch as torch_compat
 from isotune.compat import transformers as transformers_compat
+from isotune.models.opening import four_bit_config
 
 
 def opt() -> torch.nn.Module:
@@ -115,9 +116,9 @@ def test_4_bit_layers_are_kept_trainable_and_a_head_is_found_wherever_it_is():
     bitsandbytes_compat.keep_trainable(model)
     assert model[0].support_avx512bf16_for_cpu is False
     assert hasattr(layers.Linear4bit(64, 64), "support_avx512bf16_for_cpu")
-    (pattern,) = bitsandbytes_compat.unquantized_modules(["pooler"]) or []
+    (pattern,) = four_bit_config("nf4", True, torch.float32, ["pooler"]).llm_int8_skip_modules or []
     assert [bool(re.fullmatch(pattern, name)) for name in ("pooler", "bert.pooler", "bert.poolers")] == [1, 1, 0]
-    assert bitsandbytes_compat.unquantized_modules([]) is None
+    assert four_bit_config("nf4", True, torch.float32, []).llm_int8_skip_modules is None
 
 
 def test_attention_and_head_of_a_model_type_are_known_without_its_weights():

@@ -20,9 +20,8 @@ from isotune.checkpoint.store import find_checkpoint
 from isotune.checkpoint.writer import TENSORS
 from isotune.config import ClassificationRecipe, RunRecipe, kind_of
 from isotune.io.errors import RunFault, UserError
-from isotune.models.heads import head_of
 from isotune.models.log_control import quiet_libraries
-from isotune.models.lora import add_adapters
+from isotune.models.lora import add_adapters, head_of
 from isotune.models.opening import is_made_here, load_base_model, load_config, load_tokenizer
 
 _NAME = re.compile(r"step-\d{8,}")
@@ -83,11 +82,11 @@ def _meta_model(recipe: RunRecipe, config: PreTrainedConfig) -> Any:
 
     with torch.device("meta"), quiet_libraries():
         if isinstance(recipe, ClassificationRecipe):
-            classifier = cast(Any, AutoModelForSequenceClassification).from_config(config)
-            return classifier if recipe.tune == "full" else add_adapters(classifier, recipe, head=head_of(config))
-        base = cast(Any, AutoModelForCausalLM).from_config(config)
-        with contextlib.suppress(OSError):  # most models have no file of it
-            base.generation_config = cast(Any, GenerationConfig).from_pretrained(recipe.model_name_or_path)
+            base = cast(Any, AutoModelForSequenceClassification).from_config(config)
+        else:
+            base = cast(Any, AutoModelForCausalLM).from_config(config)
+            with contextlib.suppress(OSError):  # most models have no file of it
+                base.generation_config = cast(Any, GenerationConfig).from_pretrained(recipe.model_name_or_path)
         return base if recipe.tune == "full" else add_adapters(base, recipe)
 
 

@@ -15,16 +15,17 @@ import torch
 from isotune.checkpoint.checkpoint_run import is_checkpoint, write_run_of
 from isotune.checkpoint.final_model import no_room_is_an_error, replace_folder, save_and_verify, staging_for
 from isotune.io.errors import RunFault, UserError
-from isotune.models.merged_adapter import Parity, merge_run
-from isotune.models.opening import (
+from isotune.models.finished_run import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     FinishedRun,
-    check_weights,
+    Parity,
     load_run_tokenizer,
     load_whole_model,
+    merge_run,
     read_run,
 )
+from isotune.models.opening import check_weights
 
 Format = Literal["safetensors", "pt"]
 STATE_DICT = "model.pt"
@@ -123,8 +124,7 @@ def _export(
 
 def _whole_model(run: FinishedRun, dtype: torch.dtype | None) -> tuple[Any, Any, Parity | None]:
     if run.is_adapter:
-        merged = merge_run(run, dtype)
-        return merged.model, merged.tokenizer, merged.parity
+        return merge_run(run, dtype)
     return load_whole_model(run), load_run_tokenizer(run), None
 
 

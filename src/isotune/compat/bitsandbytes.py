@@ -1,7 +1,6 @@
-"""bitsandbytes 0.50, and BitsAndBytesConfig of transformers 5.23."""
+"""bitsandbytes 0.50: a warning at import, and a kernel that cannot train."""
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 
@@ -15,11 +14,3 @@ def keep_trainable(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-def unquantized_modules(names: Sequence[str]) -> list[str] | None:
-    """`llm_int8_skip_modules`, which is for 4 bits too: modules of these names, wherever they are in the model.
-
-    None leaves the choice to transformers, which knows output layers but not a pooler.
-    """
-    return [rf"(.*\.)?{name}" for name in names] or None

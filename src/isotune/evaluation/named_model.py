@@ -4,7 +4,7 @@ from pathlib import Path
 
 from isotune.data.sources.hub import is_hub_id
 from isotune.io.errors import UserError
-from isotune.models.opening import ADAPTER_CONFIG
+from isotune.models.finished_run import ADAPTER_CONFIG
 
 
 def check_named_model(name: str) -> None:

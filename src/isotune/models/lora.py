@@ -1,13 +1,12 @@
-"""LoRA adapters on named target modules, whose names are checked before training."""
+"""LoRA adapters on named target modules, whose names are checked before training, and the head beside them."""
 
 from collections import Counter
-from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from isotune.config import RunRecipe
+from isotune.config import ClassificationRecipe, RunRecipe
 from isotune.io.errors import UserError, nearest
 from isotune.models.log_control import quiet_libraries
 
@@ -21,17 +20,24 @@ DEFAULT_TARGETS = {
     "albert": ["query", "key", "value", "attention.dense", "ffn", "ffn_output"],
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
+# Modules of a classifier above its encoder: a file may lack them, and beside LoRA they are trained whole.
+HEADS = {
+    "albert": ["pooler", "classifier"],
+    "bert": ["pooler", "classifier"],
+    "distilbert": ["pre_classifier", "classifier"],
+}
+OTHER_HEADS = ["classifier"]
 
 
-def add_adapters(model: PreTrainedModel, recipe: RunRecipe, head: Sequence[str] = ()) -> nn.Module:
-    """Wrap `model` with the recipe's LoRA adapters; everything else is frozen.
+def head_of(config: PreTrainedConfig) -> list[str]:
+    """Names of the modules of a classifier's head; none of them is below the encoder."""
+    return HEADS.get(config.model_type, OTHER_HEADS)
+
+
+def add_adapters(model: PreTrainedModel, recipe: RunRecipe) -> nn.Module:
+    """Wrap a base model with the recipe's LoRA adapters; everything else is frozen, but for a classifier's head.
 
     Adapter weights are fp32 and drawn from the recipe's seed, so they are the same on every process.
-
-    Args:
-        model: the base model.
-        recipe: with the keys of LoraConfig.
-        head: modules of a classifier's head, which are trained whole and saved with the adapter.
 
     Raises:
         UserError: a target that the model does not have, or no target for a model type without defaults.
@@ -39,6 +45,7 @@ def add_adapters(model: PreTrainedModel, recipe: RunRecipe, head: Sequence[str] 
     from peft import LoraConfig, TaskType, get_peft_model
 
     targets = _targets(model, recipe)
+    head = head_of(model.config) if isinstance(recipe, ClassificationRecipe) else []
     model.requires_grad_(False)
     torch.manual_seed(recipe.seed)
     with quiet_libraries():  # peft 0.21 uses a deprecated name of transformers 5.23

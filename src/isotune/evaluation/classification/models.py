@@ -14,18 +14,16 @@ from isotune.evaluation.named_model import check_named_model
 from isotune.evaluation.tasks import read_task
 from isotune.io.errors import UserError
 from isotune.models.classifier import install_classification
-from isotune.models.opening import (
+from isotune.models.finished_run import (
     FinishedRun,
     add_run_adapter,
     is_classifier,
-    load_pretrained,
-    load_pretrained_config,
-    load_pretrained_tokenizer,
     load_run_base,
     load_run_tokenizer,
     load_whole_model,
     read_run,
 )
+from isotune.models.opening import load_pretrained, load_pretrained_config, load_pretrained_tokenizer
 from isotune.models.packed_attention import max_positions
 
 DEFAULT_MAX_SEQ_LENGTH = 512  # tokens of a document, for a model without a run

@@ -11,14 +11,8 @@ from isotune.evaluation.generation.batched_generation import GenerationModel, Pr
 from isotune.evaluation.generation.decoding import Decoding, first_turn
 from isotune.evaluation.generation.zero3 import Shards
 from isotune.evaluation.named_model import check_named_model
-from isotune.models.opening import (
-    load_pretrained,
-    load_pretrained_config,
-    load_pretrained_tokenizer,
-    load_run_model,
-    load_run_tokenizer,
-    read_run,
-)
+from isotune.models.finished_run import load_run_model, load_run_tokenizer, read_run
+from isotune.models.opening import load_pretrained, load_pretrained_config, load_pretrained_tokenizer
 
 Messages = Sequence[Mapping[str, str]]
 

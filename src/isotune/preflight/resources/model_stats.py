@@ -10,12 +10,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
 from transformers.trainer_pt_utils import get_parameter_names
 
+from isotune.compat.deepspeed import whole_models
 from isotune.compat.peft import base_model_of
 from isotune.config import ClassificationRecipe, Recipe, RunRecipe
 from isotune.models.classifier import install_classification
-from isotune.models.heads import head_of
 from isotune.models.lora import add_adapters
-from isotune.models.opening import weights_dtype, whole_models
+from isotune.models.opening import weights_dtype
 from isotune.models.packed_attention import set_packed_attention
 from isotune.models.supervised_loss import install_supervised_loss
 
@@ -108,13 +108,11 @@ def model_builder(
                 smaller.num_labels = num_labels or recipe.num_labels or 2
                 base: Any = AutoModelForSequenceClassification.from_config(smaller, dtype=weights_dtype(recipe))
                 install_classification(base)
-                head = head_of(smaller)
             else:
                 base = AutoModelForCausalLM.from_config(smaller, dtype=weights_dtype(recipe))
                 set_packed_attention(base)
                 install_supervised_loss(base)
-                head = []
-            return base if recipe.tune == "full" else add_adapters(base, recipe, head=head)
+            return base if recipe.tune == "full" else add_adapters(base, recipe)
 
     return build
 

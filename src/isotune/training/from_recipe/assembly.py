@@ -10,6 +10,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from isotune.checkpoint.final_model import FinalModelReport, save_and_verify
 from isotune.checkpoint.unshard import plain_model
+from isotune.compat.deepspeed import load_whole_models
 from isotune.compat.transformers import bf16_without_gpu
 from isotune.config import RunRecipe
 from isotune.config.engine_keys import HIGHER_IS_BETTER
@@ -17,7 +18,7 @@ from isotune.data.batch_schedule import Step, StepSchedule
 from isotune.data.documents import RunData
 from isotune.distributed.launch import Process
 from isotune.io.errors import UserError
-from isotune.models.opening import is_made_here, load_base_model, load_config, load_whole_models
+from isotune.models.opening import is_made_here, load_base_model, load_config
 from isotune.run.run_dir import RunDir
 from isotune.training.callbacks import EarlyStop, PreTrainChecks
 from isotune.training.checkpointer import Checkpointer

@@ -24,7 +24,6 @@ from isotune.distributed.launch import Process, start_process
 from isotune.models.class_loss import ClassLoss, choose_weights
 from isotune.models.classifier import PADDED, install_classification
 from isotune.models.cpu.layers import enable_speedups
-from isotune.models.heads import head_of
 from isotune.models.lora import add_adapters
 from isotune.models.opening import load_base_model, load_config, load_tokenizer
 from isotune.run.preemption import supervised
@@ -114,7 +113,7 @@ def build_model(recipe: ClassificationRecipe, config: PreTrainedConfig, data: Ru
     base = load_base_model(recipe, config, process.loading_device(recipe))
     if install_classification(base, class_loss) == PADDED and process.is_main:
         print(f"note        model type '{config.model_type}' is not known to work without padding: texts are padded")
-    model = base if recipe.tune == "full" else add_adapters(base, recipe, head=head_of(config))
+    model = base if recipe.tune == "full" else add_adapters(base, recipe)
     enable_speedups(model)
     return model
 

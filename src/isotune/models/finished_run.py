@@ -1,0 +1,293 @@
+"""The model and tokenizer of a finished run, for inference, evaluation and export, and merging its adapter."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from isotune.data.sft.conversations import render_prompt
+from isotune.data.sources.hub import is_hub_id
+from isotune.io.errors import UserError
+from isotune.models.log_control import quiet_libraries
+from isotune.models.lora import head_of
+from isotune.models.opening import (
+    LOADING_ERRORS,
+    check_weights,
+    four_bit_config,
+    load_pretrained,
+    load_pretrained_config,
+    load_pretrained_tokenizer,
+    loading,
+)
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+# Relative to the largest logit. Merging rounds in fp32; the merged weights are then rounded to the dtype of the file,
+# which moves logits by a few times the precision of that dtype (2^-23, 2^-10 and 2^-7).
+PARITY_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+PROBE_QUESTION = "How do I boil an egg so that the yolk stays soft, and how long does it take?"
+PROBE_ANSWER = (
+    " Bring a pan of water to a gentle boil, lower the egg into it with a spoon and leave it there for six minutes. "
+    "Then cool it under running water: otherwise it goes on cooking in its shell. Large eggs need a minute more."
+)
+PROBE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """The parts of a finished run.
+
+    Attributes:
+        folder: RUN.
+        settings: content of RUN/recipe.yaml.
+        model: RUN/model, a whole model or an adapter.
+        base: folder or Hub id of the adapter's base model; None where RUN/model is a whole model.
+        base_made_here: the base is RUN/base_model, which the run itself wrote.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    model: Path
+    base: str | None
+    base_made_here: bool
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether RUN/model needs a base model."""
+        return self.base is not None
+
+    @property
+    def training_dtype(self) -> torch.dtype:
+        """Dtype of matrix products in training."""
+        if self.settings.get("bf16"):
+            return torch.bfloat16
+        return torch.float16 if self.settings.get("fp16") else torch.float32
+
+
+def read_run(run_dir: str | Path) -> FinishedRun:
+    """Find the parts of a finished run and check that its weight files are complete.
+
+    Raises:
+        UserError: the folder is not a run, has no model, or a safetensors file is broken.
+    """
+    folder = Path(run_dir).expanduser()
+    recipe = folder / "recipe.yaml"
+    if not folder.is_dir():
+        raise UserError(f"there is no run directory {folder}")
+    if not recipe.is_file():
+        raise UserError(f"{folder} is not a run directory: it has no recipe.yaml")
+    with loading(f"{recipe} is not readable as YAML", (yaml.YAMLError, UnicodeDecodeError)):
+        settings = yaml.safe_load(recipe.read_text("utf-8"))
+    if not isinstance(settings, dict):
+        raise UserError(f"{recipe} is not a recipe: it has no keys")
+    model = folder / "model"
+    if not model.is_dir():
+        checkpoints = sorted(path.name for path in folder.glob("checkpoints/step-*"))
+        hint = f"; {folder / 'checkpoints' / checkpoints[-1]} is its last checkpoint" if checkpoints else ""
+        raise UserError(f"the run {folder} has no model: {model} is missing, so its training has not finished{hint}")
+    base, made_here = _find_base(folder, model, settings) if (model / ADAPTER_CONFIG).is_file() else (None, False)
+    check_weights(model, ADAPTER_WEIGHTS if base is not None else None)
+    if made_here:
+        check_weights(Path(str(base)))
+    return FinishedRun(folder, settings, model, base, made_here)
+
+
+def _find_base(folder: Path, model: Path, settings: dict[str, Any]) -> tuple[str, bool]:
+    """Base of an adapter (RUN/base_model, or as its configuration or the recipe names it); whether the run wrote it."""
+    own = folder / "base_model"
+    if own.is_dir():
+        return str(own), True
+    named = _read_json(model / ADAPTER_CONFIG).get("base_model_name_or_path") or settings.get("model_name_or_path")
+    if not named:
+        raise UserError(f"{model / ADAPTER_CONFIG} names no base model, and neither does {folder / 'recipe.yaml'}")
+    candidates = [Path(named).expanduser(), folder / named, model / named]
+    existing = next((path for path in candidates if path.is_dir()), None)
+    if existing is None and not is_hub_id(named):
+        raise UserError(f"the base model of the adapter in {model} is not where it was: there is no folder {named}")
+    return str(existing or named), False
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    with loading(f"{file} cannot be read as JSON", (OSError, ValueError)):
+        content = json.loads(file.read_text("utf-8"))
+    if not isinstance(content, dict):
+        raise UserError(f"{file} cannot be read as JSON: it holds no keys")
+    return content
+
+
+def is_classifier(run: FinishedRun) -> bool:
+    """Whether RUN/model classifies sequences, by its own configuration."""
+    config = _read_json(run.model / (ADAPTER_CONFIG if run.is_adapter else "config.json"))
+    if run.is_adapter:
+        return config.get("task_type") == "SEQ_CLS"
+    return any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+
+
+def load_run_tokenizer(run: FinishedRun) -> Any:
+    """The tokenizer that the run saved with its model."""
+    return load_pretrained_tokenizer(str(run.model), local_files_only=True)
+
+
+def load_run_model(run: FinishedRun, device: torch.device) -> Any:
+    """The causal language model of a run as it was trained, on `device`, in evaluation mode.
+
+    An adapter is returned as a `PeftModel` on its base: in the run's precision, and on a GPU in 4 bits where it was
+    trained so. The CPU's 4-bit kernel takes only widths that are multiples of 64 and rounds to bf16, so there the same
+    weights are dequantized.
+
+    Raises:
+        UserError: weights that are missing, broken or of another model, or the run of a classifier.
+    """
+    if is_classifier(run):
+        raise UserError(f"{run.folder} is the run of a classifier: eval/classify.py evaluates it")
+    if not run.is_adapter:
+        return load_whole_model(run).to(device).eval()
+    return add_run_adapter(run, load_run_base(run, device, dequantize=device.type == "cpu")).eval()
+
+
+def load_whole_model(run: FinishedRun, dtype: torch.dtype | str = "auto") -> Any:
+    """The model of a run without an adapter, by default in the dtype of its files."""
+    assert not run.is_adapter
+    auto = AutoModelForSequenceClassification if is_classifier(run) else AutoModelForCausalLM
+    return load_pretrained(str(run.model), auto=auto, dtype=dtype)
+
+
+def load_run_base(run: FinishedRun, device: torch.device, *, dequantize: bool) -> Any:
+    """The base of a run's adapter on `device`, with the weights that the adapter was trained on.
+
+    A classifier's base has a head of the adapter's size, whose weights the adapter brings. With `dequantize` a base
+    that was trained in 4 bits has the values that those bits stand for.
+
+    Raises:
+        UserError: it cannot be loaded completely, or a classifier's adapter has no head.
+    """
+    name, head = str(run.base), list[str]()
+    kwargs: dict[str, Any] = {
+        "auto": AutoModelForCausalLM,
+        "dtype": "auto" if run.base_made_here else run.training_dtype,
+    }
+    if is_classifier(run):
+        config = load_pretrained_config(name, "the base model")
+        head = head_of(config)
+        config.num_labels = _adapter_classes(run.model / ADAPTER_WEIGHTS, head)
+        kwargs |= {"auto": AutoModelForSequenceClassification, "config": config, "may_lack": head}
+    if run.base_made_here or run.settings.get("tune") != "qlora":
+        return load_pretrained(name, **kwargs).to(device)
+    quantization = four_bit_config(
+        run.settings.get("bnb_4bit_quant_type", "nf4"),
+        run.settings.get("bnb_4bit_use_double_quant", True),
+        run.training_dtype,
+        whole_modules=head,
+    )
+    with quiet_libraries():
+        base = load_pretrained(name, quantization_config=quantization, device_map={"": device}, **kwargs)
+        return base.dequantize() if dequantize else base
+
+
+def _adapter_classes(file: Path, head: Sequence[str]) -> int:
+    """Classes of an adapter's head: its last matrix is the one with the fewest rows."""
+    with safe_open(str(file), framework="pt") as tensors:
+        names = [name for name in tensors.keys() if set(name.split(".")) & set(head) and "lora_" not in name]  # noqa: SIM118
+        shapes = [tensors.get_slice(name).get_shape() for name in names]
+    if not any(len(shape) == 2 for shape in shapes):
+        raise UserError(f"{file} has no classification head ({' or '.join(head)})")
+    return min(shape[0] for shape in shapes if len(shape) == 2)
+
+
+def add_run_adapter(run: FinishedRun, base: Any) -> Any:
+    """The run's adapter on top of a loaded base, as a `PeftModel`."""
+    with loading(f"the adapter in {run.model} does not fit its base {run.base}", (*LOADING_ERRORS, TypeError)):
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(base, str(run.model), torch_device=str(base.device))
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far merging moves the logits of a fixed input, with both models in fp32: absolute, of a single logit.
+
+    `tolerance` is the upper bound of `largest_difference` for the dtype of the file; `largest_logit` is the adapter
+    model's.
+    """
+
+    largest_difference: float
+    largest_logit: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the difference is within the tolerance; false for NaN."""
+        return self.largest_difference <= self.tolerance
+
+    def __str__(self) -> str:
+        return (
+            f"parity: largest absolute logit difference {self.largest_difference:.3g} "
+            f"(tolerance {self.tolerance:.3g}, largest logit {self.largest_logit:.3g})"
+        )
+
+
+def merge_run(run: FinishedRun, dtype: torch.dtype | None = None) -> tuple[Any, Any, Parity]:
+    """Merge a run's adapter into its base: W + scale * B @ A in fp32, rounded once to the dtype of the file.
+
+    A base that was trained in 4 bits is dequantized and stays so: the adapter was trained on these values, and a 4-bit
+    matrix plus a small update would be rounded back to the same 4 bits. Takes the memory of the model in fp32, and no
+    GPU. `dtype` is of the merged weights; None is that of the base in training.
+
+    Returns:
+        the merged model, its tokenizer, and its measured difference from the adapter on its base.
+
+    Raises:
+        UserError: the base or the adapter cannot be loaded or has NaN, or the difference is beyond the tolerance.
+    """
+    assert run.is_adapter, "only an adapter can be merged"
+    tokenizer = load_run_tokenizer(run)
+    base = load_run_base(run, torch.device("cpu"), dequantize=True)
+    file_dtype = dtype or base.dtype
+    adapted = add_run_adapter(run, base.float()).eval()
+    probe = _probe_tokens(tokenizer, base.config.vocab_size)
+    expected = _probe_logits(adapted, probe)
+    with loading(f"the adapter in {run.model} cannot be merged", (ValueError,)):
+        merged = adapted.merge_and_unload(safe_merge=True)
+    # through the dtype of the file and back, so that its rounding is measured too
+    merged_logits = _probe_logits(merged.to(file_dtype).float(), probe)
+    merged = merged.to(file_dtype)
+    parity = compare_logits(expected, merged_logits, PARITY_TOLERANCE.get(file_dtype, PARITY_TOLERANCE[torch.float32]))
+    if not parity.holds:
+        raise UserError(
+            f"the merged model of {run.folder} is not the adapter model ({parity}), so nothing was written: "
+            f"{'its weights are not finite' if expected.isnan().any() else 'try --dtype float32'}"
+        )
+    return merged, tokenizer, parity
+
+
+def _probe_tokens(tokenizer: Any, vocabulary: int) -> Tensor:
+    """The fixed input, int64 [2, 64]: a conversation as in training, and tokens from all over the vocabulary.
+
+    The conversation is truncated or repeated to fill its row.
+    """
+    conversation = tokenizer(render_prompt(PROBE_QUESTION) + PROBE_ANSWER)["input_ids"]
+    repeated = (conversation * (PROBE_TOKENS // len(conversation) + 1))[:PROBE_TOKENS]
+    spread = [(i * vocabulary) // PROBE_TOKENS for i in range(PROBE_TOKENS)]
+    return torch.tensor([repeated, spread])
+
+
+def _probe_logits(model: Any, probe: Tensor) -> Tensor:
+    """Logits of the fixed input: float32 [2, tokens, vocabulary], or [2, classes] of a classifier, on the CPU."""
+    positions = getattr(model.config, "max_position_embeddings", None) or probe.shape[1]
+    tokens = probe[:, :positions].to(model.device)
+    with torch.no_grad():
+        return model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits.float().cpu()
+
+
+def compare_logits(expected: Tensor, actual: Tensor, relative_tolerance: float) -> Parity:
+    """The parity of two models' logits; the tolerance is relative to the largest expected logit."""
+    largest = float(expected.abs().max())
+    return Parity(float((expected - actual).abs().max()), largest, relative_tolerance * largest)

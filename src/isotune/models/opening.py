@@ -1,0 +1,238 @@
+"""Models, configurations and tokenizers by name or by recipe; every failure is a UserError of one sentence."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from isotune.compat.bitsandbytes import keep_trainable
+from isotune.compat.deepspeed import whole_models
+from isotune.config import ClassificationRecipe, RunRecipe
+from isotune.data.sources.hub import first_line, hub_answers, is_hub_id
+from isotune.data.sources.source import PREFIX
+from isotune.io.errors import UserError
+from isotune.models.builtin_models import builtin_config, builtin_tokenizer
+from isotune.models.log_control import quiet_libraries
+from isotune.models.lora import head_of
+from isotune.models.packed_attention import max_positions
+
+LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+
+
+@contextlib.contextmanager
+def loading(failure: str, errors: tuple[type[Exception], ...] = LOADING_ERRORS) -> Iterator[None]:
+    """Within it libraries are quiet, and each of `errors` becomes a UserError: `failure`, and its first line."""
+    try:
+        with quiet_libraries():
+            yield
+    except errors as error:
+        raise UserError(f"{failure}: {first_line(error)}") from error
+
+
+def load_pretrained(name: str, *, auto: Any, may_lack: Sequence[str] = (), **kwargs: Any) -> Any:
+    """A model of a folder or Hub id with all its weights, but for those of the modules `may_lack`.
+
+    `auto` is transformers' auto class of the model, and `kwargs` are of its `from_pretrained`.
+    """
+    check_reachable(name, "model")
+    if os.path.isdir(name) and check_safetensors(Path(name)):
+        kwargs["use_safetensors"] = True
+    with loading(f"the weights of '{name}' cannot be loaded"):
+        model, loaded = auto.from_pretrained(name, output_loading_info=True, **kwargs)
+    missing = sorted(key for key in loaded["missing_keys"] if not set(key.split(".")) & set(may_lack))
+    if missing:
+        raise UserError(
+            f"the weights of '{name}' lack {len(missing)} tensors of {type(model).__name__}, {missing[0]} first: "
+            "they would be random"
+        )
+    return model
+
+
+def load_pretrained_config(name: str, key: str = "the model") -> PreTrainedConfig:
+    """The configuration of a folder or Hub id, which a message calls `key`."""
+    check_reachable(name, "model")
+    with loading(f"{key} '{name}' cannot be loaded"):
+        return AutoConfig.from_pretrained(name)
+
+
+def load_pretrained_tokenizer(name: str, **kwargs: Any) -> Any:
+    """The tokenizer of a folder or Hub id; `kwargs` are of `from_pretrained`."""
+    check_reachable(name, "tokenizer")
+    with loading(f"the tokenizer of '{name}' cannot be loaded"):
+        return AutoTokenizer.from_pretrained(name, **kwargs)
+
+
+def check_reachable(name: str, what: str) -> None:
+    """Refuse, before anything is loaded, a missing folder, and an uncached Hub id while the Hub does not answer."""
+    if os.path.isdir(name):
+        return
+    if not is_hub_id(name):
+        raise UserError(f"the {what} folder '{name}' does not exist")
+    if hub_answers():
+        return
+    from huggingface_hub import try_to_load_from_cache
+
+    cached_file = "config.json" if what == "model" else "tokenizer_config.json"
+    if not isinstance(try_to_load_from_cache(name, cached_file), str):
+        raise UserError(
+            f"the {what} '{name}' is on the Hugging Face Hub, which cannot be reached: "
+            "give a local folder that holds the model, `builtin:NAME`, or a copy in the Hub cache"
+        )
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def check_weights(folder: Path, needed: str | None = None) -> None:
+    """Refuse a folder without safetensors files, without `needed` among them, or with a truncated one."""
+    files = check_safetensors(folder)
+    if not files or (needed is not None and folder / needed not in files):
+        raise UserError(f"{folder} holds no {needed or '.safetensors file'}, and weights are read from nothing else")
+
+
+def check_safetensors(folder: Path) -> list[Path]:
+    """The safetensors files of a folder; each is opened, so that a truncated one is named before minutes are spent."""
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        with (
+            loading(f"{file} is not a complete safetensors file", (SafetensorError, OSError)),
+            safe_open(file, framework="pt") as tensors,
+        ):
+            tensors.keys()
+    return files
+
+
+def compute_dtype(recipe: RunRecipe) -> torch.dtype:
+    """Dtype of matrix products."""
+    return torch.bfloat16 if recipe.bf16 else torch.float16 if recipe.fp16 else torch.float32
+
+
+def weights_dtype(recipe: RunRecipe) -> torch.dtype:
+    """Dtype of the base model's weights.
+
+    Trained weights stay in fp32, and autocast computes in 16 bits from them. Frozen weights are never updated, so they
+    are kept in the compute dtype, which takes half the memory and no casts.
+    """
+    return torch.float32 if recipe.tune == "full" else compute_dtype(recipe)
+
+
+def load_tokenizer(recipe: RunRecipe, needed: Sequence[str] = ("eos", "pad")) -> PreTrainedTokenizerBase:
+    """The tokenizer that the recipe names, or else its model's; it must have the `needed` special tokens."""
+    name = recipe.tokenizer_name_or_path or recipe.model_name_or_path
+    if name.startswith(PREFIX):
+        return builtin_tokenizer(name)
+    tokenizer: PreTrainedTokenizerBase = load_pretrained_tokenizer(name, use_fast=True)
+    if not tokenizer.encode("a", add_special_tokens=False):
+        # transformers makes an empty one of some kinds where the files are missing
+        raise UserError(f"tokenizer '{name}' encodes a letter to no token: is its tokenizer.json there?")
+    for role in needed:
+        if getattr(tokenizer, f"{role}_token_id") is None:
+            raise UserError(
+                f"the tokenizer of '{name}' has no {role} token: add `{role}_token` to its tokenizer_config.json"
+            )
+    return tokenizer
+
+
+def load_config(recipe: RunRecipe) -> PreTrainedConfig:
+    """The model's configuration, which must have as many positions as the recipe's `max_seq_length`."""
+    name = recipe.model_name_or_path
+    config = builtin_config(name) if name.startswith(PREFIX) else load_pretrained_config(name, "model_name_or_path")
+    positions = max_positions(config)
+    if positions is not None and recipe.max_seq_length > positions:
+        raise UserError(
+            f"max_seq_length {recipe.max_seq_length} is beyond the {positions} positions of '{name}': "
+            f"lower max_seq_length to {positions} or less"
+        )
+    return config
+
+
+def is_made_here(recipe: RunRecipe) -> bool:
+    """Whether the base model's weights are drawn from the seed, and so are in no file."""
+    return recipe.model_init == "random" or recipe.model_name_or_path.startswith(PREFIX)
+
+
+def load_base_model(recipe: RunRecipe, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
+    """The base model of a recipe, before adapters: a causal LM or a classifier, by the recipe's type.
+
+    A classifier has a head for `config.num_labels` classes; a head that is in no file is drawn from the recipe's seed.
+
+    Args:
+        recipe: says what to load, from where and in which precision.
+        config: what `load_config` returned.
+        device: of this rank; 4-bit weights are quantized on it.
+    """
+    auto, new_modules = AutoModelForCausalLM, list[str]()
+    if isinstance(recipe, ClassificationRecipe):
+        if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            raise UserError(f"model type '{config.model_type}' has no classifier in transformers: choose an encoder")
+        auto, new_modules = AutoModelForSequenceClassification, head_of(config)
+    if is_made_here(recipe):
+        torch.manual_seed(recipe.seed)
+        with whole_models():
+            model: Any = auto.from_config(config, dtype=torch.float32)
+        return model.to(device=device, dtype=weights_dtype(recipe))
+    name, kwargs = recipe.model_name_or_path, {"config": config, "dtype": weights_dtype(recipe)}
+    if recipe.tune == "qlora":
+        kwargs |= {"quantization_config": _four_bit(recipe, device, new_modules), "device_map": {"": device}}
+        with whole_models():
+            model = load_pretrained(name, auto=auto, may_lack=new_modules, **kwargs)
+        keep_trainable(model)
+        return model
+    if new_modules:
+        torch.manual_seed(recipe.seed)
+    with whole_models() if new_modules else contextlib.nullcontext():
+        return load_pretrained(name, auto=auto, may_lack=new_modules, **kwargs).to(device)
+
+
+def _four_bit(recipe: RunRecipe, device: torch.device, whole_modules: Sequence[str]) -> BitsAndBytesConfig:
+    try:
+        import bitsandbytes  # noqa: F401  (slow to import, and only QLoRA needs it)
+    except Exception as error:
+        raise UserError(f"tune: qlora needs bitsandbytes, which cannot be loaded: {first_line(error)}") from error
+    if device.type not in ("cuda", "cpu", "xpu"):
+        raise UserError(f"tune: qlora cannot run on a {device.type} device: use tune: lora")
+    if recipe.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError("this GPU has no bf16: say bf16: false and fp16: true for tune: qlora")
+    return four_bit_config(
+        recipe.bnb_4bit_quant_type,
+        recipe.bnb_4bit_use_double_quant,
+        compute_dtype(recipe),
+        whole_modules,
+        # a sharded engine flattens 4-bit weights only together with others of the same storage dtype
+        storage_dtype=compute_dtype(recipe),
+    )
+
+
+def four_bit_config(
+    quant_type: str,
+    double_quant: bool,
+    compute_dtype: torch.dtype,
+    whole_modules: Sequence[str],
+    storage_dtype: torch.dtype | None = None,
+) -> BitsAndBytesConfig:
+    """How to quantize a model to 4 bits, except for `whole_modules`, such as a head, wherever they are in the model.
+
+    Without `whole_modules` transformers chooses, which knows output layers but not a pooler. The packed weights are
+    uint8 where there is no `storage_dtype`.
+    """
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=storage_dtype,
+        llm_int8_skip_modules=[rf"(.*\.)?{name}" for name in whole_modules] or None,  # for 4 bits too, despite its name
+    )
