@@ -63,10 +63,10 @@ def quietly(notices: Callable[[Case, Path, Path], bool], case: Case, recipe: Pat
 def isotune_notices(case: Case, recipe: Path, accelerate: Path) -> bool:
     """Whether a plan names the key."""
     from isotune.io.errors import UserError
-    from isotune.preflight.request import read_asked
+    from isotune.preflight.request import read_preflight_request
 
     try:
-        problems = read_asked(recipe, [], str(accelerate), None).problems
+        problems = read_preflight_request(recipe, [], str(accelerate), None).problems
     except UserError as error:
         problems = (str(error),)
     return any(case.expects in problem for problem in problems)

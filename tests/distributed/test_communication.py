@@ -12,7 +12,7 @@ from tests.distributed.engines import Engine, config_of, engine, recipes
 from tests.launching import REPOSITORY, Finished, start_together
 
 from isotune.preflight.preflight_report import PreflightReport, run_preflight
-from isotune.preflight.request import read_asked
+from isotune.preflight.request import read_preflight_request
 from isotune.preflight.resources.communication import collectives
 
 GRADIENT_COLLECTIVES = ("all_reduce", "reduce", "reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor")
@@ -59,7 +59,7 @@ def planned(finished: Finished, one: Engine) -> PreflightReport:
     """The plan of a run of `launch`."""
     folder = finished.run.parent
     config = str(REPOSITORY / "accelerate_configs" / config_of(one, folder))
-    asked = read_asked(folder / "recipe.yaml", [], config, one.processes)
+    asked = read_preflight_request(folder / "recipe.yaml", [], config, one.processes)
     assert asked.problems == ()
     return run_preflight(asked, show_progress=False)
 

@@ -8,7 +8,7 @@ import pytest
 from tests.launching import REPOSITORY, TINY, TINY_CLASSIFIER, Finished, start, start_together, write_recipe
 
 from isotune.preflight.preflight_report import PreflightReport, run_preflight
-from isotune.preflight.request import read_asked
+from isotune.preflight.request import read_preflight_request
 
 RECIPE = TINY | {"global_batch_size": 5, "microbatch_tokens": 256, "max_steps": 4, "save_strategy": "no"}
 
@@ -16,7 +16,7 @@ RECIPE = TINY | {"global_batch_size": 5, "microbatch_tokens": 256, "max_steps": 
 def planned(folder: Path, recipe: dict[str, Any], config: str, processes: int) -> PreflightReport:
     file = write_recipe(folder / "planned", recipe)
     launch = str(REPOSITORY / "accelerate_configs" / config)
-    asked = read_asked(file, [], launch, processes)
+    asked = read_preflight_request(file, [], launch, processes)
     assert asked.problems == ()
     return run_preflight(asked, show_progress=False)
 
@@ -80,7 +80,7 @@ def test_real_conversations_are_counted_as_the_plan_of_training_counts_them(shar
         "output_dir": str(tmp_path),
     }
     words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
-    work = run_preflight(read_asked(None, words, None, processes), show_progress=False).work
+    work = run_preflight(read_preflight_request(None, words, None, processes), show_progress=False).work
     assert work is not None
     assert work.steps_per_epoch == -(-work.rows // 7) and work.steps == 2 * work.steps_per_epoch
     assert work.microbatches_per_step == 7, "a row of 512 tokens is a pass"

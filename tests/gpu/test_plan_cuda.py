@@ -9,9 +9,8 @@ from tests.building import OPT_350M, Built, build
 from transformers import OPTConfig
 
 from isotune.models.builtin_models import builtin_tokenizer
-from isotune.preflight.launches import PLAIN, Launch
 from isotune.preflight.preflight_report import run_preflight
-from isotune.preflight.request import Asked
+from isotune.preflight.request import PLAIN, Launch, PreflightRequest
 
 pytestmark = [
     pytest.mark.gpu,
@@ -69,7 +68,7 @@ def test_a_plan_for_24_gib_is_what_the_allocator_hands_out(tmp_path, geometry, v
     before = torch.cuda.memory_allocated()
     built = build(tmp_path, **SHARED, **values, model_name_or_path=model, global_batch_size=2)
     limit = 24 * 2**30
-    plan = run_preflight(Asked(built.recipe, Launch(PLAIN, 1), ()), limit=limit, show_progress=False)
+    plan = run_preflight(PreflightRequest(built.recipe, Launch(PLAIN, 1), ()), limit=limit, show_progress=False)
     assert plan.fits
     found = most_allocated_in_the_last_step(built) - before
     assert plan.memory.total - plan.memory.margin == pytest.approx(found, rel=LIMIT)

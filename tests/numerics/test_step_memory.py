@@ -16,7 +16,7 @@ from tests.numerics.step_memory import measure
 from transformers import BertConfig, OPTConfig
 
 from isotune.preflight.preflight_report import run_preflight
-from isotune.preflight.request import read_asked
+from isotune.preflight.request import read_preflight_request
 
 LIMIT = 0.15
 STEPS = {"max_steps": 2, "save_strategy": "no", "bf16": True, "disable_tqdm": True}
@@ -32,7 +32,7 @@ CASES += [("bert-base", length) for length in (512, 256, 128)]  # as far as its 
 
 
 def planned(file: Path) -> int:
-    asked = read_asked(file, [], None, None)
+    asked = read_preflight_request(file, [], None, None)
     assert asked.problems == ()
     return run_preflight(asked, show_progress=False).memory.activations
 

@@ -16,7 +16,7 @@ from isotune.models.supervised_loss import install_supervised_loss
 from isotune.preflight import preflight_report
 from isotune.preflight.preflight_report import run_preflight
 from isotune.preflight.render import as_json, render_report
-from isotune.preflight.request import read_asked
+from isotune.preflight.request import read_preflight_request
 from isotune.preflight.resources.activation_memory import trace_microbatch
 from isotune.preflight.resources.communication import bytes_sent, collectives, gathered_bytes
 from isotune.preflight.resources.compute import find_device, flops_per_step
@@ -40,7 +40,7 @@ def plan(*, launch: str | None = None, world_size: int | None = None, limit: int
     file = launch and str(REPOSITORY / "accelerate_configs" / f"{launch}.yaml")
     more = {name: values.pop(name) for name in ("device", "compare", "world_sizes") if name in values}
     return run_preflight(
-        read_asked(None, words(**values), file, world_size), limit=limit, show_progress=False, **more
+        read_preflight_request(None, words(**values), file, world_size), limit=limit, show_progress=False, **more
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from isotune.io.errors import UserError
 from isotune.preflight.preflight_report import run_preflight
 from isotune.preflight.render import render_report
-from isotune.preflight.request import read_asked
+from isotune.preflight.request import read_preflight_request
 
 BASELINES = REPOSITORY / "train" / "configs" / "arena_baselines.yaml"
 RECIPES = sorted(set((REPOSITORY / "train" / "configs").glob("*.yaml")) - {BASELINES})
@@ -31,14 +31,17 @@ def test_the_corpus_is_large_enough():
 def test_a_mistake_is_found_and_its_key_named(case, tmp_path):
     recipe, accelerate = write_case(case, tmp_path)
     try:
-        problems = read_asked(recipe, [], str(accelerate), None).problems
+        problems = read_preflight_request(recipe, [], str(accelerate), None).problems
     except UserError as refused:
         problems = (str(refused),)
     assert any(case.expects in problem for problem in problems), problems
 
 
 def test_a_right_recipe_under_a_right_launch_has_no_problem(tmp_path):
-    assert read_asked(None, flags(**RECIPE), str(REPOSITORY / "accelerate_configs" / "zero2.yaml"), 3).problems == ()
+    assert (
+        read_preflight_request(None, flags(**RECIPE), str(REPOSITORY / "accelerate_configs" / "zero2.yaml"), 3).problems
+        == ()
+    )
 
 
 def small_config(recipe: Path, folder: Path) -> list[str]:
@@ -57,7 +60,7 @@ def small_config(recipe: Path, folder: Path) -> list[str]:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
 def test_every_shipped_recipe_suits_every_shipped_launch(recipe, launch, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    asked = read_asked(recipe, [], str(launch), None)
+    asked = read_preflight_request(recipe, [], str(launch), None)
     assert asked.problems == ()
     assert asked.launch.world_size == (1 if launch.stem == "single" else 2)
 
@@ -67,7 +70,7 @@ def test_every_shipped_recipe_suits_every_shipped_launch(recipe, launch, monkeyp
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
 def test_every_shipped_recipe_is_planned_under_every_shipped_launch(recipe, launch, monkeypatch, tmp_path):
     monkeypatch.chdir(REPOSITORY)
-    asked = read_asked(recipe, small_config(recipe, tmp_path), str(launch), None)
+    asked = read_preflight_request(recipe, small_config(recipe, tmp_path), str(launch), None)
     found = run_preflight(asked, limit=24 * 2**30, show_progress=False)
     assert found.fits
     assert found.memory.activations > 0
@@ -81,7 +84,7 @@ def test_all_mistakes_are_said_at_once(tmp_path):
     recipe.write_text(
         "model_name_or_path: builtin:opt-tiny\nlearning_rat: 1\ntune: full\nr: 8\nbf16: true\nfp16: true\n"
     )
-    found = read_asked(recipe, ["--optim", "adamv"], None, None).problems
+    found = read_preflight_request(recipe, ["--optim", "adamv"], None, None).problems
     assert len(found) == 5
     for key in ("learning_rate", "dataset_name", "r has no effect", "bf16", "--optim"):
         assert any(key in sentence for sentence in found), (key, found)
@@ -89,44 +92,44 @@ def test_all_mistakes_are_said_at_once(tmp_path):
 
 def test_a_recipe_is_known_by_its_keys_and_else_by_its_model():
     own = {"output_dir": "runs/x", "model_name_or_path": "builtin:opt-tiny", "dataset_name": "builtin:greetings"}
-    assert type(read_asked(None, flags(**own), None, None).recipe).__name__ == "Recipe"
+    assert type(read_preflight_request(None, flags(**own), None, None).recipe).__name__ == "Recipe"
     bert = own | {"model_name_or_path": "builtin:bert-tiny"}
-    assert type(read_asked(None, flags(**bert), None, None).recipe).__name__ == "ClassificationRecipe"
+    assert type(read_preflight_request(None, flags(**bert), None, None).recipe).__name__ == "ClassificationRecipe"
     labels = own | {"num_labels": 3}
-    assert type(read_asked(None, flags(**labels), None, None).recipe).__name__ == "ClassificationRecipe"
+    assert type(read_preflight_request(None, flags(**labels), None, None).recipe).__name__ == "ClassificationRecipe"
 
 
 def test_a_task_that_only_the_model_suggests_is_said_to_be_a_guess():
     own = {"output_dir": "runs/x", "model_name_or_path": "builtin:bert-tiny", "dataset_name": "builtin:opinions"}
-    guessed = read_asked(None, flags(**own), None, None)
+    guessed = read_preflight_request(None, flags(**own), None, None)
     assert guessed.guess == "task is guessed to be classification from the model's type, bert: say task: classification"
     for more in ({"task": "classification"}, {"num_labels": 3}):
-        said = read_asked(None, flags(**own, **more), None, None)
+        said = read_preflight_request(None, flags(**own, **more), None, None)
         assert type(said.recipe) is type(guessed.recipe) and said.guess is None
 
 
 def test_a_task_that_neither_a_key_nor_a_model_says_is_asked_for(tmp_path):
     own = {"output_dir": "runs/x", "model_name_or_path": str(tmp_path / "none"), "dataset_name": "builtin:opinions"}
-    assert read_asked(None, flags(**own), None, None).problems == (
+    assert read_preflight_request(None, flags(**own), None, None).problems == (
         "task is missing: add task: sft or task: classification to the recipe",
     )
     with pytest.raises(UserError, match="task is 'sftt': did you mean 'sft'"):
-        read_asked(None, flags(**own, task="sftt"), None, None)
+        read_preflight_request(None, flags(**own, task="sftt"), None, None)
 
 
 @pytest.mark.parametrize("file", ["missing.yaml", "list.yaml", "broken.yaml"])
 def test_a_launch_file_that_is_none_is_one_of_the_problems(file, tmp_path: Path):
     (tmp_path / "list.yaml").write_text("- 1\n")
     (tmp_path / "broken.yaml").write_text("a: [1\n")
-    asked = read_asked(None, flags(**RECIPE), str(tmp_path / file), None)
+    asked = read_preflight_request(None, flags(**RECIPE), str(tmp_path / file), None)
     assert len(asked.problems) == 1 and file in asked.problems[0]
 
 
 def test_no_process_is_refused():
     with pytest.raises(UserError, match="--world_size is 0"):
-        read_asked(None, flags(**RECIPE), None, 0)
+        read_preflight_request(None, flags(**RECIPE), None, 0)
 
 
 def test_baselines_have_nothing_to_plan():
     with pytest.raises(UserError, match="method: baselines trains no network"):
-        read_asked(BASELINES, [], None, None)
+        read_preflight_request(BASELINES, [], None, None)

@@ -48,11 +48,10 @@ def run(chosen: argparse.Namespace, flags: list[str]) -> int:
     gc.set_threshold(200_000, 20, 100)
 
     from isotune.preflight.preflight_report import run_preflight
-    from isotune.preflight.render import as_json, render_report
-    from isotune.preflight.request import read_asked
+    from isotune.preflight.render import as_json, draw_scaling, render_report
+    from isotune.preflight.request import read_preflight_request
     from isotune.preflight.resources.compute import find_device
     from isotune.preflight.resources.memory import parse_bytes
-    from isotune.preflight.scaling_plot import draw_scaling
 
     sizes = _numbers(chosen.world_sizes, "--world_sizes")
     limit = parse_bytes(chosen.gpu_memory, "--gpu_memory") if chosen.gpu_memory else None
@@ -62,7 +61,7 @@ def run(chosen: argparse.Namespace, flags: list[str]) -> int:
     if chosen.picture and not (chosen.compare or sizes):
         raise UserError("--picture shows a comparison: say --compare or --world_sizes")
     config = Path(chosen.config) if chosen.config else None
-    request = read_asked(config, flags, chosen.accelerate_config, chosen.world_size)
+    request = read_preflight_request(config, flags, chosen.accelerate_config, chosen.world_size)
     if request.guess:
         print(f"note        {request.guess}", file=sys.stderr)
     if request.recipe.tune != "full":

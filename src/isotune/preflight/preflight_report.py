@@ -13,13 +13,19 @@ from isotune.data.classification.split import prepare_labelled
 from isotune.data.sft.preparation import prepare_conversations
 from isotune.io.errors import UserError
 from isotune.models.opening import compute_dtype, load_config, load_tokenizer
-from isotune.preflight.launches import DDP, PLAIN, SHIPPED, Launch, shipped_launch
-from isotune.preflight.request import Asked
+from isotune.preflight.request import DDP, PLAIN, SHIPPED, Launch, PreflightRequest, shipped_launch
 from isotune.preflight.resources.activation_memory import MicrobatchMemory, trace_microbatch
-from isotune.preflight.resources.compute import DEFAULT_MFU, Device, StepTime, measured_mfu, step_time
+from isotune.preflight.resources.compute import (
+    DEFAULT_MFU,
+    Device,
+    StepTime,
+    Work,
+    count_work,
+    measured_mfu,
+    step_time,
+)
 from isotune.preflight.resources.memory import Memory, estimate_memory, state_bytes
 from isotune.preflight.resources.model_stats import ModelStats, model_builder, model_stats
-from isotune.preflight.resources.work import Work, checkpoint_bytes, count_work, max_checkpoints_at_once
 from isotune.preflight.suggestions import Suggestion, find_suggestions
 
 
@@ -44,7 +50,7 @@ class PreflightReport:
         rows: the comparison of launches; empty if none was requested.
     """
 
-    request: Asked
+    request: PreflightRequest
     model: ModelStats
     memory: Memory
     work: Work | None
@@ -71,7 +77,7 @@ class PreflightReport:
 
 
 def run_preflight(
-    request: Asked,
+    request: PreflightRequest,
     *,
     limit: int | None = None,
     device: Device | None = None,
@@ -85,12 +91,10 @@ def run_preflight(
     """Estimate a run whose recipe names at least a model and data.
 
     Args:
-        limit: bytes of memory of a process; by default the device's.
-        device: needed for times.
+        limit: bytes of memory of a process; by default the device's, which is needed for times.
         measured: a finished run from which the MFU is taken.
         compare, world_sizes: engines and numbers of processes to compare.
-        show_progress: of data preparation.
-        prepared: the data, if they are prepared already.
+        show_progress, prepared: of data preparation, and the data if they are prepared already.
 
     Raises:
         UserError: an unknown model, engine or number of processes.
@@ -99,9 +103,7 @@ def run_preflight(
     config = load_config(recipe)
     data, no_work_reason = (prepared, None) if prepared is not None else _prepare_data(recipe, show_progress)
     estimator = _Estimator(recipe, config, data, on_cpu=device is None and limit is None)
-    stats = estimator.stats
-    work = estimator.work(recipe, launch.world_size)
-    memory = estimator.memory(recipe, launch)
+    stats, work, memory = estimator.stats, estimator.work(recipe, launch.world_size), estimator.memory(recipe, launch)
     if limit is None and device is not None:
         limit = device.memory_bytes
     mfu = DEFAULT_MFU
@@ -117,7 +119,9 @@ def run_preflight(
     suggestions: list[Suggestion] = []
     if limit is not None and memory.total > limit:
         suggestions = find_suggestions(recipe, launch, limit, estimator.memory)
-    one_checkpoint = checkpoint_bytes(stats, state_bytes(recipe))
+    # the trained parameters in fp32 and the optimizer's state; one more than are kept exists while it is written
+    checkpoint_bytes = round(stats.trained_numel * (4 + state_bytes(recipe)))
+    kept = int(recipe.training_arguments["save_total_limit"])
     return PreflightReport(
         request=request,
         model=stats,
@@ -130,8 +134,8 @@ def run_preflight(
         time=time(launch),
         limit=limit,
         suggestions=tuple(suggestions),
-        checkpoint_bytes=one_checkpoint,
-        disk_bytes=one_checkpoint * max_checkpoints_at_once(recipe, work.checkpoints if work else 3),
+        checkpoint_bytes=checkpoint_bytes,
+        disk_bytes=checkpoint_bytes * min(work.checkpoints if work else 3, kept + 1),
         rows=tuple(
             ComparedLaunch(other, estimator.memory(recipe, other), time(other))
             for other in _compared_launches(launch, compare, world_sizes)
@@ -145,13 +149,9 @@ class _Estimator:
     def __init__(self, recipe: RunRecipe, config: Any, data: Any, *, on_cpu: bool) -> None:
         self.recipe, self.config, self.data, self.on_cpu = recipe, config, data, on_cpu
         self.num_labels = getattr(getattr(data, "train", None), "num_labels", None)
-        self.stats = self._stats(recipe)
+        self.stats = model_stats(recipe, config, self.num_labels)
         self._works: dict[int, Work] = {}
         self._traces: dict[tuple, MicrobatchMemory] = {}
-
-    def _stats(self, recipe: RunRecipe) -> ModelStats:
-        build = model_builder(recipe, self.config, self.num_labels)
-        return model_stats(recipe, self.config, build(self.config.num_hidden_layers))
 
     def work(self, recipe: RunRecipe, world_size: int) -> Work | None:
         """The work of a variant; None without data."""
@@ -165,16 +165,19 @@ class _Estimator:
 
     def memory(self, recipe: RunRecipe, launch: Launch) -> Memory:
         """The memory of a variant under a launch."""
-        stats = self.stats if recipe is self.recipe else self._stats(recipe)
+        stats = self.stats if recipe is self.recipe else model_stats(recipe, self.config, self.num_labels)
         work = self.work(recipe, launch.world_size)
-        count, microbatch = 2, _longest_microbatch(recipe)
         if work is not None:
             count, microbatch = work.microbatches_per_rank, work.costliest_microbatch
-        traced = self._trace(recipe, microbatch, casts_weights=launch.casts_weights(recipe))
+        else:  # a full microbatch of the longest documents
+            lengths = (recipe.max_seq_length,) * max(1, recipe.microbatch_tokens // recipe.max_seq_length)
+            targets = len(lengths) if isinstance(recipe, ClassificationRecipe) else sum(lengths)
+            count, microbatch = 2, (lengths, targets)
+        traced = self._trace(recipe, microbatch, launch.casts_weights(recipe))
         return estimate_memory(recipe, launch, stats, traced, count, on_cpu=self.on_cpu)
 
     def _trace(
-        self, recipe: RunRecipe, microbatch: tuple[tuple[int, ...], int], *, casts_weights: bool
+        self, recipe: RunRecipe, microbatch: tuple[tuple[int, ...], int], casts_weights: bool
     ) -> MicrobatchMemory:
         """Memory of a microbatch; `casts_weights` where the engine casts all weights instead of using autocast."""
         checkpointing = bool(recipe.training_arguments.get("gradient_checkpointing"))
@@ -207,13 +210,6 @@ def _prepare_data(recipe: RunRecipe, show_progress: bool) -> tuple[Any, str | No
         return None, str(error)
 
 
-def _longest_microbatch(recipe: RunRecipe) -> tuple[tuple[int, ...], int]:
-    """Lengths and number of targets of a full microbatch of the longest documents, for use without data."""
-    count = max(1, recipe.microbatch_tokens // recipe.max_seq_length)
-    lengths = (recipe.max_seq_length,) * count
-    return lengths, count if isinstance(recipe, ClassificationRecipe) else sum(lengths)
-
-
 def _compared_launches(launch: Launch, engines: Sequence[str], world_sizes: Sequence[int]) -> list[Launch]:
     if not engines and not world_sizes:
         return []
@@ -225,6 +221,6 @@ def _compared_launches(launch: Launch, engines: Sequence[str], world_sizes: Sequ
         raise UserError(f"--world_sizes has {min(sizes)}: a launch has at least one process")
     if engines:
         return [shipped_launch(name, size) for name in engines for size in sizes]
-    ddp_or_plain = launch.engine in (PLAIN, DDP)
-    engine_of = {size: (PLAIN if size == 1 else DDP) if ddp_or_plain else launch.engine for size in sizes}
-    return [replace(launch, world_size=size, engine=engine_of[size]) for size in sizes]
+    if launch.engine in (PLAIN, DDP):
+        return [replace(launch, world_size=size, engine=PLAIN if size == 1 else DDP) for size in sizes]
+    return [replace(launch, world_size=size) for size in sizes]

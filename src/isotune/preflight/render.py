@@ -1,22 +1,16 @@
-"""The preflight report as text for the terminal and as JSON."""
+"""The preflight report as text for the terminal, as JSON, and its comparison of launches as a plot."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from isotune.preflight.preflight_report import PreflightReport
+from isotune.preflight.preflight_report import ComparedLaunch, PreflightReport
 from isotune.preflight.resources.communication import bytes_sent, collectives
 from isotune.preflight.resources.compute import flops_per_step
+from isotune.preflight.resources.memory import PARTS
 
-_PART_NAMES = {
-    "weights": "weights",
-    "gradients": "gradients",
-    "optimizer": "optimizer state",
-    "master_copies": "fp32 copies of the shards",
-    "communication": "communication buffers",
-    "activations": "activations and loss",
-    "margin": "fragmentation margin",
-}
 # keys of the JSON output that differ from the fields of Work; scripts read them
 _WORK_KEYS = {
     "microbatches_per_step": "passes_per_step",
@@ -27,19 +21,8 @@ _WORK_KEYS = {
 
 def render_report(report: PreflightReport, price_per_hour: float | None) -> str:
     """The whole report; problems come first."""
-    return "\n".join(
-        [
-            *_problem_lines(report),
-            *_recipe_lines(report),
-            "",
-            *_work_lines(report),
-            "",
-            *_memory_lines(report),
-            "",
-            *_time_lines(report, price_per_hour),
-            *_comparison_lines(report),
-        ]
-    )
+    lines = [*_problem_lines(report), *_recipe_lines(report), "", *_work_lines(report), "", *_memory_lines(report), ""]
+    return "\n".join([*lines, *_time_lines(report, price_per_hour), *_comparison_lines(report)])
 
 
 def as_json(report: PreflightReport, price_per_hour: float | None) -> dict[str, Any]:
@@ -82,6 +65,43 @@ def as_json(report: PreflightReport, price_per_hour: float | None) -> dict[str, 
     return values
 
 
+def draw_scaling(report: PreflightReport, file: Path) -> Path:
+    """Draw the comparison of a report; without a device there is no panel of times."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines: dict[str, list[ComparedLaunch]] = defaultdict(list)
+    for row in report.rows:
+        lines[row.launch.in_words.split(" on ")[0]].append(row)
+    timed = all(row.time for row in report.rows)
+    figure, panels = pyplot.subplots(1, 2 if timed else 1, figsize=(10 if timed else 5.5, 4), squeeze=False)
+    for name, rows in lines.items():
+        sizes = [row.launch.world_size for row in rows]
+        panels[0][0].plot(sizes, [row.memory.total / 2**30 for row in rows], marker="o", label=name)
+        if timed:
+            panels[0][1].plot(sizes, [row.time.expected for row in rows if row.time], marker="o", label=name)
+    panels[0][0].set_ylabel("GiB on a process")
+    if report.limit is not None:
+        panels[0][0].axhline(report.limit / 2**30, linestyle="--", color="black", label="memory of a process")
+    if timed:
+        panels[0][1].set_ylabel("expected seconds a step")
+        panels[0][1].set_yscale("log")
+    counts = sorted({row.launch.world_size for row in report.rows})
+    for panel in panels[0]:
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(counts, [str(count) for count in counts])
+        panel.set_xlabel("processes")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+    return file
+
+
 def format_bytes(count: float) -> str:
     """Bytes in the largest binary unit that fits."""
     for unit, unit_bytes in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
@@ -112,9 +132,8 @@ def _work_lines(report: PreflightReport) -> Iterator[str]:
     if work is None:
         yield f"work        not counted: {report.no_work_reason}"
         return
-    packing = (
-        "" if work.packing_efficiency is None else f" in {work.rows:,} rows filled to {work.packing_efficiency:.2%}"
-    )
+    filled = work.packing_efficiency
+    packing = "" if filled is None else f" in {work.rows:,} rows filled to {filled:.2%}"
     yield (
         f"work        {work.steps:,} steps, {work.epochs:.2f} epochs of {work.documents:,} documents, "
         f"{work.tokens:,} tokens{packing}"
@@ -135,7 +154,7 @@ def _memory_lines(report: PreflightReport) -> Iterator[str]:
     yield "memory      on the process that needs most"
     for name, value in memory.parts.items():
         if value:
-            yield f"  {_PART_NAMES[name]:<28}{format_bytes(value):>12}"
+            yield f"  {PARTS[name]:<28}{format_bytes(value):>12}"
     yield f"  {'total':<28}{format_bytes(memory.total):>12}"
     if memory.in_host_memory:
         yield f"  {'in host memory':<28}{format_bytes(memory.in_host_memory):>12}"
@@ -174,17 +193,15 @@ def _time_lines(report: PreflightReport, price_per_hour: float | None) -> Iterat
         f"expected at {report.mfu:.0%} of it ({origin}), {report.time.communication:.2g} s of them for communication"
     )
     device_hours = report.hours * launch.world_size
-    price = ""
-    if price_per_hour is not None:
-        price = f", {device_hours * price_per_hour:,.2f} at {price_per_hour:g} a process and hour"
+    rate = price_per_hour
+    price = "" if rate is None else f", {device_hours * rate:,.2f} at {rate:g} a process and hour"
     yield f"total       {report.hours:,.2f} hours, {device_hours:,.2f} device hours{price}"
 
 
 def _comparison_lines(report: PreflightReport) -> Iterator[str]:
-    if not report.rows:
-        return
-    yield ""
-    yield f"  {'engine':<52}{'memory':>12}{'s a step':>12}{'communication':>15}"
+    if report.rows:
+        yield ""
+        yield f"  {'engine':<52}{'memory':>12}{'s a step':>12}{'communication':>15}"
     for row in report.rows:
         seconds = f"{row.time.expected:>12.4g}{row.time.communication:>15.3g}" if row.time else ""
         yield f"  {row.launch.in_words:<52}{format_bytes(row.memory.total):>12}{seconds}"

@@ -9,23 +9,16 @@ from isotune.config import RunRecipe
 from isotune.distributed.deepspeed_config import offloaded
 from isotune.distributed.launch import Process
 from isotune.io.errors import UserError
-from isotune.preflight.launches import DDP, DEEPSPEED, FSDP, PLAIN, Launch
 from isotune.preflight.preflight_report import run_preflight
 from isotune.preflight.render import format_bytes, render_report
-from isotune.preflight.request import Asked
+from isotune.preflight.request import DDP, DEEPSPEED, FSDP, PLAIN, Launch, PreflightRequest
 from isotune.preflight.resources.activation_memory import MicrobatchMemory
 from isotune.preflight.resources.memory import estimate_memory
-from isotune.preflight.resources.model_stats import model_builder, model_stats
+from isotune.preflight.resources.model_stats import model_stats
 
 
 def startup_check(recipe: RunRecipe, config: PreTrainedConfig, data: Any, process: Process) -> bool:
-    """Print the memory of weights, gradients and optimizer, and refuse a run for which the device has too little.
-
-    Activations are not counted here.
-
-    Args:
-        recipe, config, data: of the run; the data are prepared.
-        process: this process, whose launch is checked.
+    """Print the memory of weights, gradients and optimizer, without activations; `data` are those of the run, prepared.
 
     Returns:
         whether the script must stop now, because of `--plan_only`.
@@ -33,15 +26,14 @@ def startup_check(recipe: RunRecipe, config: PreTrainedConfig, data: Any, proces
     Raises:
         UserError: weights, gradients and optimizer alone need more memory than the device has.
     """
-    launch = launch_of(process)
+    launch = _launch_of(process)
     limit = torch.cuda.get_device_properties(process.device).total_memory if process.device.type == "cuda" else None
     if recipe.plan_only:
         if process.is_main:
-            report = run_preflight(Asked(recipe, launch, ()), limit=limit, prepared=data)
+            report = run_preflight(PreflightRequest(recipe, launch, ()), limit=limit, prepared=data)
             print(render_report(report, None), flush=True)
         return True
-    num_labels = getattr(data.train, "num_labels", None)
-    stats = model_stats(recipe, config, model_builder(recipe, config, num_labels)(config.num_hidden_layers))
+    stats = model_stats(recipe, config, getattr(data.train, "num_labels", None))
     memory = estimate_memory(recipe, launch, stats, MicrobatchMemory(0, 0), 2, on_cpu=limit is None)
     optimizer = memory.optimizer + memory.master_copies
     fixed = memory.weights + memory.gradients + optimizer
@@ -60,8 +52,7 @@ def startup_check(recipe: RunRecipe, config: PreTrainedConfig, data: Any, proces
     return False
 
 
-def launch_of(process: Process) -> Launch:
-    """The launch of this process."""
+def _launch_of(process: Process) -> Launch:
     if process.deepspeed:
         config = process.deepspeed_config
         return Launch(DEEPSPEED, process.world_size, "as launched", config, tuple(offloaded(config)))

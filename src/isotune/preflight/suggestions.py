@@ -6,7 +6,7 @@ from typing import Any
 
 from isotune.config import RunRecipe
 from isotune.io.errors import UserError
-from isotune.preflight.launches import FSDP, Launch, shipped_launch
+from isotune.preflight.request import FSDP, Launch, shipped_launch
 from isotune.preflight.resources.memory import Memory
 
 

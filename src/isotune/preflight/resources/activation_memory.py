@@ -29,15 +29,10 @@ TRACED_BLOCKS = (2, 3)
 
 @dataclass(frozen=True)
 class MicrobatchMemory:
-    """Peak bytes of a microbatch on a process.
+    """Peak bytes of a microbatch on a process."""
 
-    Attributes:
-        activations: without gradients, as in a later microbatch of a step.
-        with_gradients: activations and gradients together, as in the first microbatch.
-    """
-
-    activations: int
-    with_gradients: int
+    activations: int  # without gradients, as in a later microbatch of a step
+    with_gradients: int  # activations and gradients together, as in the first microbatch
 
 
 def trace_microbatch(
@@ -51,15 +46,12 @@ def trace_microbatch(
     on_cpu: bool,
     checkpointing: bool,
 ) -> MicrobatchMemory:
-    """The memory of forward and backward over a microbatch of documents.
+    """The memory of forward and backward over a microbatch of documents of so many tokens.
 
     Args:
         build: builds the model with a number of blocks on the meta device, without the CPU's speedups.
         layers: blocks of the real model.
-        lengths: tokens of each document.
         targets: number of supervised tokens, or of documents in classification.
-        is_classifier: whether the model is a classifier.
-        autocast: dtype of autocast, None without it.
         on_cpu: use the CPU's kernels; otherwise attention and dropout save what a GPU's kernels save.
         checkpointing: use gradient checkpointing.
     """
@@ -70,12 +62,12 @@ def trace_microbatch(
             model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         return _trace(model, _inputs(lengths, targets, is_classifier), autocast, on_cpu)
 
-    traces = [trace(blocks) for blocks in TRACED_BLOCKS if blocks < layers]
-    if len(traces) < len(TRACED_BLOCKS):
+    few, more = TRACED_BLOCKS
+    if layers <= more:
         activations, early, late = trace(layers)
     else:
-        extrapolated = (low + (layers - TRACED_BLOCKS[0]) * (high - low) for low, high in zip(*traces, strict=True))
-        activations, early, late = extrapolated
+        pairs = zip(trace(few), trace(more), strict=True)
+        activations, early, late = (low + (layers - few) * (high - low) for low, high in pairs)
     return MicrobatchMemory(activations, max(early, late))
 
 
@@ -126,10 +118,8 @@ class _LiveBytes(TorchDispatchMode):
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # without the embedding's gradient, which appears last and is not part of the blocks
         language_model: Any = model
-        embedding = language_model.get_input_embeddings()
-        self.half_of_gradients = (
-            sum(parameter.nbytes for parameter in parameters if parameter is not embedding.weight) / 2
-        )
+        embedding = language_model.get_input_embeddings().weight
+        self.half_of_gradients = sum(parameter.nbytes for parameter in parameters if parameter is not embedding) / 2
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._add_gradient)
 

@@ -17,11 +17,8 @@ memory. exact_gradients reduces integers of 8 bytes. `tests/distributed/test_com
 real steps. Losses, norms and buffers, some hundred bytes, are left out.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from isotune.config import RunRecipe
-from isotune.preflight.launches import DDP, FSDP, PLAIN, Launch
+from isotune.preflight.request import DDP, FSDP, PLAIN, Launch
 from isotune.preflight.resources.model_stats import ModelStats, Parameter
 
 EXACT_BYTES = 8
@@ -68,34 +65,30 @@ def local_numel(p: Parameter, launch: Launch) -> int:
 
 
 def collectives(recipe: RunRecipe, model: ModelStats, launch: Launch, microbatches: int) -> dict[str, int]:
-    """Bytes of the whole tensors that one step reduces, scatters and gathers, by the collective's name.
-
-    Args:
-        microbatches: of a process in a step.
-    """
-    sent: dict[str, int] = {}
+    """Bytes of the whole tensors that one step with so many microbatches on a process sends, by collective."""
     if launch.world_size == 1:
-        return sent
+        return {}
     zero = launch.zero_stage
-    gradients = gradient_bytes(recipe, launch) * model.trained_numel
+    reductions = microbatches if recipe.gradient_reduction == "pass" and zero in (2, 3) else 1
     if launch.engine == FSDP:
         is_16_bit = recipe.bf16 or recipe.fp16  # FSDP2 casts all that it sends to that type
-        sent["reduce_scatter"] = (2 if is_16_bit else 4) * model.trained_numel
         gathered = 2 * (model.numel + model.block_numel) if is_16_bit else model.bytes + model.block_bytes
-        sent["all_gather"] = microbatches * gathered
-        return sent
+        return {
+            "reduce_scatter": (2 if is_16_bit else 4) * model.trained_numel,
+            "all_gather": microbatches * gathered,
+        }
     if zero == 3:
         persistent, others = _by_persistence(recipe, model, launch)
         repeated = round(others * (1 - _kept_share(recipe, model, launch)))
         element_bytes = 2 if launch.casts_weights(recipe) else 4
-        reductions = microbatches if recipe.gradient_reduction == "pass" else 1
-        sent["reduce_scatter"] = element_bytes * model.trained_numel * reductions
-        sent["all_gather"] = persistent + microbatches * (others + repeated)
-        return sent
+        return {
+            "reduce_scatter": element_bytes * model.trained_numel * reductions,
+            "all_gather": persistent + microbatches * (others + repeated),
+        }
     exact = exact_gradients(recipe, launch)
-    sent["all_reduce"] = EXACT_BYTES * model.trained_numel if exact else 0
+    sent = {"all_reduce": EXACT_BYTES * model.trained_numel if exact else 0}
     if not exact or zero:
-        sent["all_reduce"] += gradients * (microbatches if zero == 2 and recipe.gradient_reduction == "pass" else 1)
+        sent["all_reduce"] += gradient_bytes(recipe, launch) * model.trained_numel * reductions
     if zero:
         sent["all_gather"] = gradient_bytes(recipe, launch) * launch.world_size * optimized_numel(model, launch)
     return sent
@@ -124,7 +117,7 @@ def gathered_bytes(recipe: RunRecipe, model: ModelStats, launch: Launch) -> int:
 
 def _by_persistence(recipe: RunRecipe, model: ModelStats, launch: Launch) -> tuple[int, int]:
     """Bytes of ZeRO-3's persistent weights, which are small and stay whole, and of all others."""
-    threshold = int(_section(launch).get("stage3_param_persistence_threshold", _PERSISTENCE_THRESHOLD))
+    threshold = int(launch.zero_optimization.get("stage3_param_persistence_threshold", _PERSISTENCE_THRESHOLD))
     small = sum(weight_bytes(p, recipe, launch) for p in model.parameters if p.numel <= threshold)
     return small, sum(weight_bytes(p, recipe, launch) for p in model.parameters) - small
 
@@ -134,10 +127,6 @@ def _kept_share(recipe: RunRecipe, model: ModelStats, launch: Launch) -> float:
 
     Between its two uses, the weights after it in the model are used twice, and three times with gradient checkpointing.
     """
-    distance = float(_section(launch).get("stage3_max_reuse_distance", _REUSE_DISTANCE))
+    distance = float(launch.zero_optimization.get("stage3_max_reuse_distance", _REUSE_DISTANCE))
     times = 3 if recipe.training_arguments.get("gradient_checkpointing") else 2
     return min(1.0, distance / times / max(model.numel, 1))
-
-
-def _section(launch: Launch) -> Mapping[str, Any]:
-    return (launch.deepspeed_config or {}).get("zero_optimization", {})

@@ -1,4 +1,4 @@
-"""The time of a step, from its FLOPs, the device's peak and the bytes that the processes send.
+"""The work of a run, counted from the prepared data and the schedule that training follows, and the time of a step.
 
 FLOPs are counted as they are computed: attention within documents, half of it where it is causal, the head at
 supervised positions only, and a second forward with gradient checkpointing. The floor is FLOPs over the data sheet's
@@ -7,19 +7,24 @@ run, otherwise it is assumed to be `DEFAULT_MFU`, and the report says so.
 """
 
 import json
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from isotune.config import Recipe, RunRecipe
+from isotune.data.batch_schedule import StepSchedule, assign_to_ranks
 from isotune.io.errors import UserError
-from isotune.preflight.launches import Launch
+from isotune.preflight.request import Launch
 from isotune.preflight.resources.communication import bytes_sent
 from isotune.preflight.resources.model_stats import ModelStats
-from isotune.preflight.resources.work import Work
 from isotune.run.metrics_file import METRICS, read_metrics
 
 DEFAULT_MFU = 0.4
+_MAX_COUNTED_STEPS = 200
 
 
 @dataclass(frozen=True)
@@ -39,37 +44,28 @@ class Device:
 
 
 _GB = 10**9
-DEVICES = {
-    device.name: device
-    for device in (
-        Device("H200", 989e12, 67e12, 141 * _GB, 450e9, 50e9),
-        Device("H100", 989e12, 67e12, 80 * _GB, 450e9, 50e9),
-        Device("A100-80", 312e12, 19.5e12, 80 * _GB, 300e9),
-        Device("A100-40", 312e12, 19.5e12, 40 * _GB, 300e9),
-        Device("L40S", 362e12, 91.6e12, 48 * _GB, 32e9),
-        Device("L4", 121e12, 30.3e12, 24 * _GB, 32e9),
-        Device("A10", 125e12, 31.2e12, 24 * _GB, 32e9),
-        Device("V100", 125e12, 15.7e12, 32 * _GB, 150e9),
-        Device("T4", 65e12, 8.1e12, 16 * _GB, 16e9),
-        Device("RTX4090", 165e12, 82.6e12, 24 * _GB, 32e9),
-        Device("RTX3090", 71e12, 35.6e12, 24 * _GB, 32e9),
-    )
-}
+DEVICES = (
+    Device("H200", 989e12, 67e12, 141 * _GB, 450e9, 50e9),
+    Device("H100", 989e12, 67e12, 80 * _GB, 450e9, 50e9),
+    Device("A100-80", 312e12, 19.5e12, 80 * _GB, 300e9),
+    Device("A100-40", 312e12, 19.5e12, 40 * _GB, 300e9),
+    Device("L40S", 362e12, 91.6e12, 48 * _GB, 32e9),
+    Device("L4", 121e12, 30.3e12, 24 * _GB, 32e9),
+    Device("A10", 125e12, 31.2e12, 24 * _GB, 32e9),
+    Device("V100", 125e12, 15.7e12, 32 * _GB, 150e9),
+    Device("T4", 65e12, 8.1e12, 16 * _GB, 16e9),
+    Device("RTX4090", 165e12, 82.6e12, 24 * _GB, 32e9),
+    Device("RTX3090", 71e12, 35.6e12, 24 * _GB, 32e9),
+)
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step on the slowest process.
-
-    Attributes:
-        floor: computation at the device's peak.
-        compute: expected computation.
-        communication: at the links' speed, without overlap.
-    """
+    """Seconds of one step on the slowest process: `floor` is computation at the device's peak."""
 
     floor: float
     compute: float
-    communication: float
+    communication: float  # at the links' speed
 
     @property
     def expected(self) -> float:
@@ -77,52 +73,112 @@ class StepTime:
         return self.compute + self.communication
 
 
+@dataclass(frozen=True)
+class Work:
+    """Counts of a run; `_per_step` are means or maxima over the steps of the first epoch (at most 200).
+
+    Attributes:
+        packing_efficiency: tokens over the capacity of all rows; None where a row is a document.
+        attention_squares_per_step: sum over documents of squared tokens.
+        imbalance: mean over steps of the maximum over the mean cost of the ranks, minus 1.
+        costliest_microbatch: tokens of each of its documents, and its number of targets.
+    """
+
+    documents: int
+    rows: int
+    tokens: int
+    packing_efficiency: float | None
+    steps_per_epoch: int
+    steps: int
+    epochs: float
+    tokens_per_step: float
+    targets_per_step: float
+    attention_squares_per_step: float
+    microbatches_per_step: int
+    microbatches_per_rank: int
+    imbalance: float
+    evaluations: int
+    checkpoints: int
+    costliest_microbatch: tuple[tuple[int, ...], int]
+
+
+def count_work(recipe: RunRecipe, data: Any, world_size: int) -> Work:
+    """Count what training does with prepared `data` (`isotune.data.documents.RunData`) on that many processes."""
+    documents, rows = data.train.documents, data.train.rows
+    schedule = StepSchedule(
+        documents,
+        rows,
+        global_batch_size=recipe.global_batch_size,
+        microbatch_tokens=recipe.microbatch_tokens,
+        seed=recipe.seed,
+    )
+    epoch = schedule.steps_per_epoch
+    steps = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * epoch)
+    counted = [schedule.step(number) for number in range(min(epoch, steps, _MAX_COUNTED_STEPS))]
+    lengths = documents.lengths
+    costliest = max((m for step in counted for m in step.microbatches), key=lambda m: (m.tokens, m.cost))
+    imbalances, squares = [], []
+    for step in counted:
+        costs = [sum(m.cost * m.weight for m in share) for share in assign_to_ranks(step, world_size)]
+        imbalances.append(max(costs) / (sum(costs) / world_size) - 1)
+        squares.append(sum(float(lengths[d]) ** 2 for m in step.microbatches for d in m.documents))
+    tokens = int(lengths.sum())
+    capacity = len(rows) * recipe.max_seq_length
+    return Work(
+        documents=len(documents),
+        rows=len(rows),
+        tokens=tokens,
+        packing_efficiency=tokens / capacity if isinstance(recipe, Recipe) else None,
+        steps_per_epoch=epoch,
+        steps=steps,
+        epochs=steps / epoch,
+        tokens_per_step=float(np.mean([step.input_tokens for step in counted])),
+        targets_per_step=float(np.mean([step.supervised_tokens for step in counted])),
+        attention_squares_per_step=float(np.mean(squares)),
+        microbatches_per_step=max(len(step.microbatches) for step in counted),
+        microbatches_per_rank=max(math.ceil(len(step.microbatches) / world_size) for step in counted),
+        imbalance=float(np.mean(imbalances)),
+        evaluations=_times(recipe, "eval", steps, epoch) if data.evaluation is not None else 0,
+        checkpoints=_times(recipe, "save", steps, epoch),
+        costliest_microbatch=(tuple(int(lengths[d]) for d in costliest.documents), costliest.supervised_tokens),
+    )
+
+
 def find_device(name: str) -> Device:
-    """Find a device by its name.
+    """The device of a name, in any case of its letters.
 
     Raises:
         UserError: it is not in the table.
     """
-    for device in DEVICES.values():
+    for device in DEVICES:
         if device.name.lower() == name.lower():
             return device
-    raise UserError(f"--device {name} is not known: choose among {', '.join(DEVICES)}, or say --measured RUN")
+    names = ", ".join(device.name for device in DEVICES)
+    raise UserError(f"--device {name} is not known: choose among {names}, or say --measured RUN")
 
 
 def flops_per_step(recipe: RunRecipe, model: ModelStats, work: Work) -> float:
     """FLOPs of the matrix products of a step, over all processes."""
-    causal = isinstance(recipe, Recipe)
-    trains_weights = recipe.tune == "full"
     # 2 for forward, 2 for the gradient of the input, 2 for the gradient of a trained weight
-    times = 6 if trains_weights else 4
+    times = 6 if recipe.tune == "full" else 4
     again = 2 if recipe.training_arguments.get("gradient_checkpointing") else 0
     linear = (times + again) * model.linear_numel * work.tokens_per_step
     head = times * model.head_numel * work.targets_per_step
     adapters = (6 + again) * model.adapter_numel * work.tokens_per_step
-    square = (2 if causal else 4) * work.attention_squares_per_step * model.hidden_size * model.layers
+    products = 2 if isinstance(recipe, Recipe) else 4  # causal attention needs half of them
+    square = products * work.attention_squares_per_step * model.hidden_size * model.layers
     return linear + head + adapters + square * (3 + again / 2)
 
 
 def step_time(
-    recipe: RunRecipe,
-    model: ModelStats,
-    launch: Launch,
-    work: Work,
-    device: Device,
-    mfu: float,
-    processes_per_node: int,
+    recipe: RunRecipe, model: ModelStats, launch: Launch, work: Work, device: Device, mfu: float, per_node: int
 ) -> StepTime:
-    """The time of one step.
-
-    Args:
-        mfu: the share of the device's peak that a real step reaches.
-        processes_per_node: with more processes the network between the nodes is the link.
-    """
+    """The time of one step; with more than `per_node` processes the network between the nodes is the link."""
     all_flops = flops_per_step(recipe, model, work)
     # ranks share whole microbatches, and the rank with most of them is the slowest
     rank_flops = all_flops * work.microbatches_per_rank / work.microbatches_per_step
     floor = max(rank_flops, all_flops / launch.world_size * (1 + work.imbalance)) / device.peak_flops(recipe)
-    link = device.link_bytes_per_second if launch.world_size <= processes_per_node else device.network_bytes_per_second
+    link = device.link_bytes_per_second if launch.world_size <= per_node else device.network_bytes_per_second
     return StepTime(floor, floor / mfu, bytes_sent(recipe, model, launch, work.microbatches_per_rank) / link)
 
 
@@ -142,3 +198,16 @@ def measured_mfu(run: Path, recipe: RunRecipe, model: ModelStats, work: Work, de
         raise UserError(f"--measured {run}: metrics.jsonl has no step")
     flops_per_token = flops_per_step(recipe, model, work) / work.tokens_per_step
     return statistics.median(rates) / processes * flops_per_token / device.peak_flops(recipe)
+
+
+def _times(recipe: RunRecipe, what: str, steps: int, epoch: int) -> int:
+    """How often a run evaluates (`eval`) or saves (`save`); it always saves at the last step."""
+    strategy = recipe.training_arguments.get(f"{what}_strategy", "no")
+    if strategy == "no":
+        return 0
+    if strategy == "epoch":
+        return math.ceil(steps / epoch)
+    every: float = recipe.training_arguments[f"{what}_steps"]
+    every = math.ceil(every * steps) if every < 1 else int(every)
+    times = steps // every
+    return times + 1 if what == "save" and steps % every else times

@@ -19,11 +19,11 @@ g is 2 in 16 bits and 4 in fp32. With `gradient_reduction: pass` ZeRO-2 and 3 ho
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from isotune.config import RunRecipe
 from isotune.io.errors import UserError
-from isotune.preflight.launches import DDP, DEEPSPEED, FSDP, Launch
+from isotune.preflight.request import DDP, DEEPSPEED, FSDP, Launch
 from isotune.preflight.resources.activation_memory import MicrobatchMemory
 from isotune.preflight.resources.communication import (
     EXACT_BYTES,
@@ -51,9 +51,20 @@ MARGIN_ON_GPU, MARGIN_ON_CPU = 0.1, {"lora": 0.15, "qlora": 0.15, "full": 0.5}
 _UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20, "TB": 10**12, "TiB": 2**40}
 
 
+PARTS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+    "master_copies": "fp32 copies of the shards",
+    "communication": "communication buffers",
+    "activations": "activations and loss",
+    "margin": "fragmentation margin",
+}
+
+
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a process, by part; `notes` explain parts that contain more than their name says."""
+    """Bytes of a process, by part (PARTS on the device); `notes` explain parts that contain more than they say."""
 
     weights: int
     gradients: int
@@ -64,13 +75,12 @@ class Memory:
     margin: int
     in_host_memory: int = 0
     optimized_numel: int = 0
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     @property
     def parts(self) -> dict[str, int]:
         """Bytes on the device, by name."""
-        names = ("weights", "gradients", "optimizer", "master_copies", "communication", "activations", "margin")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in PARTS}
 
     @property
     def total(self) -> int:
@@ -84,8 +94,6 @@ def estimate_memory(
     """The peak memory of the process that needs most.
 
     Args:
-        recipe: for optimizer, precision and exact_gradients.
-        model: its parameters.
         traced: memory of the costliest microbatch.
         microbatches: of a process in a step; from the second on, gradients exist during the whole microbatch.
         on_cpu: whether the CPU's allocator applies.
@@ -101,7 +109,7 @@ def estimate_memory(
     if launch.engine == DDP:
         communication = GRADIENT_BYTES * model.trained_numel
     if launch.engine == DEEPSPEED and zero:
-        section = (launch.deepspeed_config or {}).get("zero_optimization", {})
+        section = launch.zero_optimization
         bucket = min(int(section.get("reduce_bucket_size", 5e8)), model.trained_numel)
         communication = gradient_bytes(recipe, launch) * bucket * (2 if section.get("overlap_comm") else 1)
         if zero == 3:
@@ -120,14 +128,13 @@ def estimate_memory(
     if "param" in launch.offload:
         host, weights = host + weights, 0
     # In the first microbatch gradients appear while activations are freed; in a later one they exist from its start.
-    activations = traced.activations if microbatches > 1 or exact_gradients(recipe, launch) else max(
-        traced.with_gradients - gradient_bytes(recipe, launch) * model.trained_numel, 0
-    )  # fmt: skip
+    activations = traced.activations
+    if microbatches == 1 and not exact_gradients(recipe, launch):
+        activations = max(traced.with_gradients - gradient_bytes(recipe, launch) * model.trained_numel, 0)
     share = MARGIN_ON_CPU[recipe.tune] if on_cpu else MARGIN_ON_GPU
     margin = round(share * (activations + communication + gradients))
-    return Memory(
-        weights, gradients, state, master, communication, activations, margin, host, optimized, tuple(notes)
-    )  # fmt: skip
+    parts = (weights, gradients, state, master, communication, activations, margin)
+    return Memory(*parts, in_host_memory=host, optimized_numel=optimized, notes=tuple(notes))
 
 
 def state_bytes(recipe: RunRecipe) -> float:

@@ -21,49 +21,31 @@ from isotune.models.supervised_loss import install_supervised_loss
 
 # bitsandbytes' block sizes: an fp32 scale for 64 weights; with double quantization a byte, and fp32 for 256 scales
 _WEIGHTS_PER_SCALE, _SCALES_PER_BLOCK = 64, 256
-_NORMS = (nn.LayerNorm,)
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter tensor.
-
-    Attributes:
-        rows: size of the first dimension.
-        bytes: in memory, on a process that holds it whole.
-        decayed: whether weight decay applies.
-        in_block: whether it belongs to a transformer block, not to the layers before and after the blocks.
-    """
+    """One parameter tensor."""
 
     numel: int
-    rows: int
-    bytes: int
+    rows: int  # size of the first dimension
+    bytes: int  # in memory, on a process that holds it whole
     trained: bool
-    decayed: bool
-    in_block: bool
+    decayed: bool  # whether weight decay applies
+    in_block: bool  # in a transformer block, not in the layers before and after the blocks
 
 
 @dataclass(frozen=True)
 class ModelStats:
-    """A model as it is trained, with adapters.
-
-    Attributes:
-        parameters: every tensor once; tied tensors count once.
-        linear_numel: weights of all linear layers except the output head.
-        head_numel: weights of the output head.
-        adapter_numel: weights of LoRA.
-        largest_block_bytes: weights of the largest block, which a sharding engine gathers.
-    """
+    """A model as it is trained, with adapters; tied tensors count once."""
 
     parameters: tuple[Parameter, ...]
     layers: int
     hidden_size: int
-    heads: int
-    vocabulary: int
-    linear_numel: int
-    head_numel: int
-    adapter_numel: int
-    largest_block_bytes: int
+    linear_numel: int  # weights of all linear layers except the output head
+    head_numel: int  # of the output head
+    adapter_numel: int  # of LoRA
+    largest_block_bytes: int  # weights of the largest block, which a sharding engine gathers
 
     @property
     def numel(self) -> int:
@@ -117,13 +99,14 @@ def model_builder(
     return build
 
 
-def model_stats(recipe: RunRecipe, config: PreTrainedConfig, model: nn.Module) -> ModelStats:
-    """Count the parameters of a model from `model_builder`."""
-    base = base_model_of(model)
-    head = base.get_output_embeddings() if isinstance(recipe, Recipe) else None
-    decayed = set(get_parameter_names(model, list(_NORMS), ["bias", "layernorm", "rmsnorm"]))
-    frozen_linear = {id(weight) for weight in _linear_weights(model, head) if not weight.requires_grad}
-    four_bit = frozen_linear if recipe.tune == "qlora" else set()
+def model_stats(recipe: RunRecipe, config: PreTrainedConfig, num_labels: int | None = None) -> ModelStats:
+    """Build the recipe's model and count its parameters."""
+    model = model_builder(recipe, config, num_labels)(config.num_hidden_layers)
+    head = base_model_of(model).get_output_embeddings() if isinstance(recipe, Recipe) else None
+    decayed = set(get_parameter_names(model, [nn.LayerNorm], ["bias", "layernorm", "rmsnorm"]))
+    modules = model.named_modules()  # the linear layers are counted without the output head and adapters
+    linear = [m.weight for name, m in modules if isinstance(m, nn.Linear) and m is not head and "lora_" not in name]
+    four_bit = {id(weight) for weight in linear if recipe.tune == "qlora" and not weight.requires_grad}
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers]
     blocks = list(lists[0]) if lists else []
     block = max((sum(p.numel() * p.element_size() for p in b.parameters()) for b in blocks), default=0)
@@ -139,19 +122,11 @@ def model_stats(recipe: RunRecipe, config: PreTrainedConfig, model: nn.Module) -
         parameters=tuple(parameters),
         layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
-        heads=config.num_attention_heads,
-        vocabulary=config.vocab_size,
-        linear_numel=sum(weight.numel() for weight in _linear_weights(model, head)),
+        linear_numel=sum(weight.numel() for weight in linear),
         head_numel=0 if head is None else head.weight.numel(),
         adapter_numel=adapter_numel,
         largest_block_bytes=block,
     )
-
-
-def _linear_weights(model: nn.Module, head: nn.Module | None) -> list[torch.Tensor]:
-    """Weights of the linear layers, without the output head and adapters."""
-    modules = model.named_modules()
-    return [m.weight for name, m in modules if isinstance(m, nn.Linear) and m is not head and "lora_" not in name]
 
 
 def _four_bit_bytes(recipe: RunRecipe, numel: int) -> int:
