@@ -78,13 +78,13 @@ def start(folder: Path, processes: int) -> None:
 
 def evaluate(folder: Path) -> None:
     """One process of a launch: the mean losses of both sides by batch size, written by the main process."""
-    from isotune.evaluation.classification.models import load_model_classifier
-    from isotune.evaluation.classification.prediction import classify, probabilities_of
-    from isotune.evaluation.classification.result import read_task_rows
-    from isotune.evaluation.classification.tasks import ClassificationTask
+    from isotune.evaluation.classification.evaluate import read_task_rows
+    from isotune.evaluation.classification.predict import classify, probabilities_of
     from isotune.evaluation.distributed_eval import start_ranks
     from isotune.evaluation.metrics.classification import classification_statistics
+    from isotune.evaluation.models import load_model_classifier
     from isotune.evaluation.statistics.resampling import values
+    from isotune.evaluation.tasks import ClassificationTask
 
     ranks = start_ranks()
     losses: dict[str, dict[int, float]] = {"trainer": {}, "isotune": {}}

@@ -53,20 +53,24 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Model, rows, predictions on all processes; scores, files and plots on one."""
     given = arguments()
-    from isotune.evaluation.classification.tasks import FLAGS, ClassificationTask
-    from isotune.evaluation.tasks import read_task
+    from isotune.evaluation.tasks import FLAGS, ClassificationTask, read_task
 
     flags = {name: getattr(given, name) for name in FLAGS}
     task = read_task(ClassificationTask, given.task, flags) if given.task or given.dataset_name or given.model else None
     # torch takes seconds to import, so mistakes on the command line are answered before
     import torch
 
-    from isotune.evaluation.classification.attention_plots import draw_attention, select_rows
-    from isotune.evaluation.classification.examples import print_examples, write_examples
-    from isotune.evaluation.classification.models import load_model_classifier, load_run_classifier, task_of_run
+    from isotune.evaluation.classification.attention_plots import draw_attention
+    from isotune.evaluation.classification.evaluate import (
+        evaluate_rows,
+        print_examples,
+        read_task_rows,
+        write_evaluation,
+        write_examples,
+    )
     from isotune.evaluation.classification.plots import draw_plots
-    from isotune.evaluation.classification.result import evaluate_rows, read_task_rows, write_evaluation
     from isotune.evaluation.distributed_eval import start_ranks
+    from isotune.evaluation.models import load_model_classifier, load_run_classifier, task_of_run
     from isotune.evaluation.results import score_lines
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.run.metrics_file import METRICS
@@ -78,7 +82,10 @@ def main() -> None:
     held_out = None
     if task is None:
         task, held_out = task_of_run(classifier, flags)
+    home = Path(given.run_dir or Path("runs") / Path(given.model).name)
+    folder = Path(given.output_dir or home / "eval" / task.name)
     rows = read_task_rows(task, classifier, ranks, given.limit, held_out)
+    attention_rows = None if given.attention_ids is None else rows.find(given.attention_ids)
     evaluation = evaluate_rows(
         classifier,
         rows,
@@ -91,12 +98,10 @@ def main() -> None:
     )
     if evaluation is None:
         return
-    attention_rows = select_rows(evaluation, given.attention_ids)
-    home = Path(given.run_dir or Path("runs") / Path(given.model).name)
-    folder = Path(given.output_dir or home / "eval" / task.name)
+    examples = evaluation.examples
     settings: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "resamples": given.resamples}
     folder.mkdir(parents=True, exist_ok=True)
-    write_examples(evaluation.examples, folder)
+    write_examples(examples, folder)
     if not given.no_pictures:
         draw_plots(evaluation, folder)
         draw_attention(classifier, evaluation, folder, attention_rows)
@@ -104,7 +109,7 @@ def main() -> None:
     if not given.no_pictures and given.run_dir and (home / METRICS).is_file():
         print(f"loss curve  {draw_loss_curve(home)}")
     print("most confident errors first:")
-    print_examples(evaluation.examples)
+    print_examples(examples)
     print("\n".join(score_lines(evaluation.scores)))
     print(f"written to {folder}")
 

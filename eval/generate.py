@@ -58,19 +58,18 @@ def main() -> None:
     given = arguments()
     # torch takes seconds to import, so mistakes on the command line are answered before
     from isotune.evaluation.distributed_eval import start_ranks
-    from isotune.evaluation.generation.chat import run_chat
-    from isotune.evaluation.generation.decoding import Decoding
-    from isotune.evaluation.generation.generation_evaluator import (
+    from isotune.evaluation.generation.chat import answer, run_chat
+    from isotune.evaluation.generation.completion import Decoding
+    from isotune.evaluation.generation.evaluate import (
         evaluate_generation,
         print_generation_result,
         write_generation_result,
     )
-    from isotune.evaluation.generation.generation_models import answer, generation_model_named, generation_model_of_run
     from isotune.evaluation.generation.lm_eval_bridge import check_tasks, run_tasks, write_harness
-    from isotune.evaluation.generation.tasks import DEFAULT_MAX_NEW_TOKENS, GenerationTask
-    from isotune.evaluation.generation.zero3 import read_shards
+    from isotune.evaluation.models import generation_model_named, generation_model_of_run
     from isotune.evaluation.results import score_lines
-    from isotune.evaluation.tasks import read_task
+    from isotune.evaluation.tasks import DEFAULT_MAX_NEW_TOKENS, GenerationTask, read_task
+    from isotune.evaluation.zero3 import read_shards
 
     flags = {key: getattr(given, key) for key in ("dataset_name", "dataset_split", "max_new_tokens")}
     task = read_task(GenerationTask, given.task, flags) if given.evaluates else None

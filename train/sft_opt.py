@@ -27,7 +27,7 @@ def main() -> None:
     from isotune.checkpoint.resume import open_run
     from isotune.data.sft.preparation import prepare_conversations
     from isotune.distributed.launch import start_process
-    from isotune.evaluation.generation.generation_models import print_sample_answer
+    from isotune.evaluation.generation.chat import print_sample_answer
     from isotune.models.opening import load_config, load_tokenizer
     from isotune.preflight.startup_check import startup_check
     from isotune.report.loss_curve import draw_loss_curve

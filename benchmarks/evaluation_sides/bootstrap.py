@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from isotune.evaluation.metrics.classification import classification_statistics, score
+from isotune.evaluation.metrics.classification import classification_statistics
+from isotune.evaluation.statistics.resampling import score
 
 RESAMPLES, ROWS, CLASSES = 10_000, 50_000, 2
 METRICS = ("accuracy", "f1_macro", "log_loss", "brier")

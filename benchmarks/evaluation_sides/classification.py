@@ -25,9 +25,9 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 from isotune.data.classification.labels import ClassificationSettings
 from isotune.data.classification.preparation import tokenize
 from isotune.data.sources.source import read_rows
-from isotune.evaluation.classification.models import Classifier
-from isotune.evaluation.classification.prediction import BATCH_TOKENS, classify, probabilities_of
+from isotune.evaluation.classification.predict import BATCH_TOKENS, classify, probabilities_of
 from isotune.evaluation.distributed_eval import Ranks
+from isotune.evaluation.models import Classifier
 from isotune.models.classifier import install_classification
 from isotune.models.cpu.functional import onednn_products
 

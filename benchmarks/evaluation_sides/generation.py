@@ -15,9 +15,9 @@ import torch
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM, pipeline
 
 from isotune.data.sft.conversations import render_prompt
-from isotune.evaluation.generation.batched_generation import GenerationModel, Prompt, complete
-from isotune.evaluation.generation.decoding import Decoding
-from isotune.evaluation.generation.eval_samples import read_eval_samples
+from isotune.evaluation.generation.completion import Decoding, Prompt, complete
+from isotune.evaluation.models import GenerationModel
+from isotune.evaluation.tasks import read_eval_samples
 from isotune.models.log_control import quiet_libraries
 
 LONGEST_PROMPT_TOKENS = 512

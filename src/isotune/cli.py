@@ -126,7 +126,7 @@ def _add_compare(commands: Commands) -> None:
 def _compare(chosen: argparse.Namespace) -> None:
     import json
 
-    from isotune.evaluation.comparison.compare import compare_runs
+    from isotune.evaluation.comparison import compare_runs
     from isotune.report.formatting import comparison_text
 
     comparison = compare_runs(

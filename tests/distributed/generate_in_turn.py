@@ -14,7 +14,7 @@ from pathlib import Path
 
 from accelerate.state import PartialState
 
-import isotune.evaluation.generation.generation_models as generation
+import isotune.evaluation.models as generation
 
 SCRIPT = Path(__file__).resolve().parents[2] / "eval" / "generate.py"
 

@@ -45,7 +45,7 @@ def main(recipe: str, run: Path, kills: int, seed: int) -> None:
 
 def _import_everything() -> None:
     import isotune.checkpoint.final_model
-    import isotune.evaluation.generation.generation_models
+    import isotune.evaluation.generation.chat
     import isotune.report.loss_curve
     import isotune.training.from_recipe.sft  # noqa: F401
 

@@ -122,7 +122,7 @@ def test_an_encoder_is_trained_on_both_orders_of_every_row_that_is_not_kept(enco
 def test_an_encoders_prediction_is_equivariant_to_the_bit(encoder, competition):
     import torch
 
-    from isotune.evaluation.classification.models import load_run_classifier
+    from isotune.evaluation.models import load_run_classifier
     from isotune.projects.arena.battles import read_battles
     from isotune.projects.arena.encoder import predict_battles
 

@@ -10,15 +10,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tests.launching import run_command
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
-from isotune.data.sft.conversations import render_prompt
-from isotune.evaluation.generation.decoding import Decoding, first_turn
-from isotune.evaluation.generation.generation_models import (
-    answer,
-    fit_history,
-    generation_model_named,
-    generation_model_of_run,
-    print_sample_answer,
-)
+from isotune.data.sft.conversations import first_turn, render_prompt
+from isotune.evaluation.generation.chat import answer, fit_history, print_sample_answer
+from isotune.evaluation.generation.completion import Decoding
+from isotune.evaluation.models import generation_model_named, generation_model_of_run
 from isotune.io.errors import UserError
 
 POSITIONS = 96

@@ -9,8 +9,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from isotune.evaluation.generation.generation_models import generation_model_named
 from isotune.evaluation.generation.lm_eval_bridge import check_tasks, run_tasks, write_harness
+from isotune.evaluation.models import generation_model_named
 from isotune.evaluation.results import read_result
 from isotune.io.errors import UserError
 

@@ -11,8 +11,8 @@ from hypothesis.extra import numpy as of_numpy
 from sklearn import metrics as theirs
 from torchmetrics.classification import MulticlassCalibrationError
 
-from isotune.evaluation.metrics.classification import classification_statistics, score
-from isotune.evaluation.statistics.resampling import OfWeights, bootstrap_draws, values
+from isotune.evaluation.metrics.classification import classification_statistics
+from isotune.evaluation.statistics.resampling import OfWeights, bootstrap_draws, score, values
 from isotune.io.errors import UserError
 
 AVERAGES = ("macro", "micro", "weighted")

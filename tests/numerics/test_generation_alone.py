@@ -6,9 +6,8 @@ import torch
 from tests.building import small_opt
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, pipeline
 
-from isotune.evaluation.generation.batched_generation import GenerationModel, Prompt, complete
-from isotune.evaluation.generation.decoding import CountedDraw, Decoding
-from isotune.evaluation.generation.generation_models import generation_model_named
+from isotune.evaluation.generation.completion import CountedDraw, Decoding, Prompt, complete
+from isotune.evaluation.models import GenerationModel, generation_model_named
 from isotune.io.errors import UserError
 from isotune.models.builtin_models import builtin_tokenizer
 

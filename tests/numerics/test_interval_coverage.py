@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from isotune.evaluation.metrics.classification import classification_statistics, score
+from isotune.evaluation.metrics.classification import classification_statistics
+from isotune.evaluation.statistics.resampling import score
 
 DATA_SETS, ROWS, RESAMPLES = 2_000, 500, 1_000
 SHARE = 0.65  # of class 1

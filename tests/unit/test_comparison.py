@@ -11,7 +11,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
 from isotune.cli import main
-from isotune.evaluation.comparison.compare import compare_runs
+from isotune.evaluation.comparison import compare_runs
 from isotune.evaluation.results import rows_digest, write_result
 from isotune.io.errors import UserError
 from isotune.projects.arena.battles import Battle, Battles

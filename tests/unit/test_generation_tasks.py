@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from isotune.evaluation.generation.tasks import METRICS, GenerationTask
-from isotune.evaluation.tasks import read_task
+from isotune.evaluation.metrics.text import TEXT_METRICS
+from isotune.evaluation.tasks import GenerationTask, read_task
 from isotune.io.errors import UserError
 
 ROWS = [{"country": "Peru", "capital": "Lima"}, {"country": "Mali", "capital": " Bamako "}]
@@ -36,7 +36,7 @@ def test_a_flag_wins_over_the_file(tmp_path):
     task = read_task(
         GenerationTask, write_task(tmp_path, max_new_tokens=7), {"max_new_tokens": 9, "dataset_split": None}
     )
-    assert (task.max_new_tokens, task.dataset_split, task.metrics) == (9, "test", METRICS)
+    assert (task.max_new_tokens, task.dataset_split, task.metrics) == (9, "test", TEXT_METRICS)
 
 
 @pytest.mark.parametrize(
@@ -75,5 +75,5 @@ def test_every_shipped_task_is_whole(repository):
     files = sorted((repository / "eval" / "configs").glob("*.yaml"))
     tasks = [read_task(GenerationTask, file, {}) for file in files if "\nlabels:" not in file.read_text()]
     assert [task.name for task in tasks] == ["openassistant-guanaco", "pirate"]
-    assert all(task.metrics == METRICS for task in tasks)
+    assert all(task.metrics == TEXT_METRICS for task in tasks)
     assert len(tasks[1].samples()) == 32

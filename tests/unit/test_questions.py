@@ -5,7 +5,7 @@ import json
 import pytest
 
 from isotune.data.sources.source import find_corpus
-from isotune.evaluation.generation.eval_samples import read_eval_samples
+from isotune.evaluation.tasks import read_eval_samples
 from isotune.io.errors import UserError
 from isotune.projects.demo.capitals import CAPITALS
 

@@ -7,11 +7,9 @@ import pytest
 import yaml
 from sklearn import metrics as theirs
 
-from isotune.evaluation.classification.tasks import ClassificationTask
-from isotune.evaluation.generation.tasks import GenerationTask
 from isotune.evaluation.metrics.modules import class_columns, score_modules, split_metrics, text_columns
 from isotune.evaluation.statistics.resampling import draw_weights
-from isotune.evaluation.tasks import read_task
+from isotune.evaluation.tasks import ClassificationTask, GenerationTask, read_task
 from isotune.io.errors import UserError
 
 MODULE = """

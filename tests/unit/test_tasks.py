@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from isotune.evaluation.classification.tasks import ClassificationTask
-from isotune.evaluation.tasks import read_task
+from isotune.evaluation.tasks import ClassificationTask, read_task
 from isotune.io.errors import UserError
 
 ROWS = [{"title": "One", "body": "first {curly}", "label": "good"}, {"title": "Two", "body": "second", "label": 0}]

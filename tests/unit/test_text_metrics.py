@@ -9,9 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from isotune.evaluation.generation.likelihood import Likelihood
-from isotune.evaluation.metrics.text import TextMetric, measure_likelihoods, measure_texts, signatures
-from isotune.evaluation.statistics.resampling import bootstrap_draws, resampled_sums, values
+from isotune.evaluation.metrics.text import Likelihood, TextMetric, measure_likelihoods, measure_texts, signatures
+from isotune.evaluation.statistics.resampling import bootstrap_draws, draw_weights, values
 
 TEXTS = ["the cat sat on the mat", "", "Arr, Paris be the capital, matey!", "a b a b a b a b", "Ünïcödé 你好 ..."]
 REFERENCES = ["the cat sat on a mat", "something", "Arr, Paris be the capital, matey!", "a b c d e f g", "unicode 你好"]
@@ -69,7 +68,7 @@ def test_a_resampled_score_is_the_libraries_score_of_the_resampled_rows():
     said = [" ".join(chance.choice(["a", "b", "c", "d"], 8)) for _ in range(rows)]
     wanted = [" ".join(chance.choice(["a", "b", "c", "d"], 8)) for _ in range(rows)]
     found = measure_texts(said, wanted, [True] * rows)
-    weights = resampled_sums(np.eye(rows), resamples=50, seed=0).round().astype(int)
+    weights = np.concatenate(list(draw_weights(rows, resamples=50, seed=0)))
     scores: dict[str, list[float]] = {"bleu": [], "chrf": []}
     for drawn in weights:
         picked = [row for row in range(rows) for _ in range(drawn[row])]

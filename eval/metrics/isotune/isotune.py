@@ -24,8 +24,13 @@ import datasets
 import evaluate
 import numpy as np
 
-from isotune.evaluation.metrics.classification import AVERAGES, KINDS, label_statistics, ordinal_statistics
-from isotune.evaluation.metrics.probabilities import probability_statistics
+from isotune.evaluation.metrics.classification import (
+    AVERAGES,
+    KINDS,
+    label_statistics,
+    ordinal_statistics,
+    probability_statistics,
+)
 from isotune.evaluation.metrics.text import ROUGE, Likelihood, measure_likelihoods, measure_texts
 from isotune.evaluation.statistics.resampling import values
 

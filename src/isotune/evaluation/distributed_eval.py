@@ -41,9 +41,6 @@ class Ranks:
 
         The most expensive item goes first, each to the process with the lowest load so far (Graham 1969), so loads
         differ by at most one item. Every process computes the same shares without communication.
-
-        Args:
-            costs: of each item (a row, a batch), in any unit.
         """
         loads = [(0.0, rank) for rank in range(self.world_size)]
         own = []
@@ -57,9 +54,7 @@ class Ranks:
     def gather(self, values: Mapping[int, T], count: int | None = None) -> dict[int, T]:
         """The values of all processes by row number, in the order of the rows, the same on every process.
 
-        Args:
-            values: of this process; it may have none. They are pickled between the processes of the launch.
-            count: the number of rows, which are numbered from 0.
+        They are pickled between the processes; one may have none. `count` is the number of rows, numbered from 0.
 
         Raises:
             RunFault: a row came from two processes, or from none.
@@ -104,4 +99,5 @@ def start_ranks() -> Ranks:
     state = PartialState(**options)
     if state.num_processes != world_size:
         raise RunFault(f"the launcher started {world_size} processes, and accelerate sees {state.num_processes}")
-    return Ranks(state.process_index, state.num_processes, torch.device(state.device))  # type: ignore[arg-type]
+    device: Any = state.device
+    return Ranks(state.process_index, state.num_processes, torch.device(device))

@@ -57,8 +57,7 @@ def write_result(
     Raises:
         ValueError: a fact is missing, or a metric has the name of a fact.
     """
-    missing = [name for name in FACTS if name not in facts]
-    duplicates = sorted(set(facts) & set(metrics))
+    missing, duplicates = [name for name in FACTS if name not in facts], sorted(facts.keys() & metrics)
     if missing or duplicates:
         raise ValueError(f"facts missing: {missing}; names of both a fact and a metric: {duplicates}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +91,9 @@ def read_result(folder: Path) -> Result:
     if content.get("rows") != len(predictions):
         raise UserError(f"{folder / PREDICTIONS}: {len(predictions)} rows, {METRICS} says {content.get('rows')}")
     intervals = content.pop("intervals", {})
-    if not isinstance(intervals, dict) or not all(_is_interval(pair) for pair in intervals.values()):
+    if not isinstance(intervals, dict) or not all(
+        isinstance(pair, list) and len(pair) == 2 and _are_numbers(pair) for pair in intervals.values()
+    ):
         raise UserError(f"{folder / METRICS}: intervals: not each of them is a pair of numbers")
     metrics = {n: float(v) for n, v in content.items() if n not in FACTS and type(v) in (int, float)}
     return Result(
@@ -137,16 +138,12 @@ def _read_predictions(file: Path) -> list[dict[str, Any]]:
             raise UserError(f"{file}: line {number} has no id")
         if row["id"] in seen:
             raise UserError(f"{file}: line {number}: id {row['id']!r} is not unique")
-        if not all(_is_number(probability) for probability in row.get("probabilities") or ()):
+        if not _are_numbers(row.get("probabilities") or ()):
             raise UserError(f"{file}: line {number}: a probability is not a finite number")
         seen.add(row["id"])
         rows.append(row)
     return rows
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _is_interval(pair: Any) -> bool:
-    return isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair))
+def _are_numbers(values: Iterable[Any]) -> bool:
+    return all(type(value) in (int, float) and math.isfinite(value) for value in values)

@@ -1,29 +1,63 @@
 """What is evaluated, as a small YAML file: a data set is added without a line of code.
 
 A class of tasks is a dataclass; its fields are the keys of the file. A command line's flags win over the file.
+
+    dataset_name: stanfordnlp/imdb        a Hub id, folder, file or builtin:NAME, as in a recipe
+    dataset_split: test
+    metrics: [accuracy, f1, log_loss]     all built-in ones where left out; modules of `evaluate` too (metrics.modules)
+
+Of a classifier:
+
+    template: "{title}. {text}"           the text that the model reads, from the row's columns; else one column
+    dataset_text_field: text
+    dataset_label_field: label
+    dataset_id_field: null                the column that names a row; `id` where there is one, else row numbers
+    labels: [negative, positive]          the classes in their order; a row may hold the name or the number
+    ordinal: false                        the classes are ordered: metrics of distance are computed too
+    max_seq_length, overlong              as in a recipe; the run's own where left out
+
+Of a language model:
+
+    prompt_template: "What is the capital of {country}?"          the prompt, from the row's columns, and
+    reference_template: "{capital}"                               its reference; conversations need neither
+    max_new_tokens: 32                                            longest completion
 """
 
 import string
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import yaml
 
-from isotune.data.sources.source import Row, Source
-from isotune.evaluation.metrics.modules import Column, MetricModule, read_metrics
+from isotune.data.documents import digest
+from isotune.data.sft.conversations import ASSISTANT_HEADER, HUMAN_HEADER, TEXT_FIELD, first_turn, read_batches
+from isotune.data.sources.source import Row, Source, read_rows
+from isotune.evaluation.metrics.classification import METRICS, is_classification_metric
+from isotune.evaluation.metrics.modules import CLASSES, TEXTS, Column, MetricModule, read_metrics
+from isotune.evaluation.metrics.text import TEXT_METRICS
 from isotune.io.errors import UserError, did_you_mean, first_line
+
+DEFAULT_MAX_NEW_TOKENS = 256
+# the keys of a classification that are flags of the command line too
+FLAGS = ("dataset_name", "dataset_split", "dataset_text_field", "dataset_label_field", "ordinal", "max_seq_length")
+
+NUMBER = (lambda value: type(value) is int, "a whole number")
+# what a key holds that is no text: how to check it, and how to call it in a message
+KINDS: dict[str, tuple[Any, str]] = {
+    "labels": (lambda value: _is_list(value) and all(type(x) in (str, int) for x in value), "a list without doubles"),
+    "metrics": (lambda value: _is_list(value), "a list without doubles"),
+    "ordinal": (lambda value: isinstance(value, bool), "true or false"),
+    "max_seq_length": NUMBER,
+    "max_new_tokens": NUMBER,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Rows to evaluate on and the metrics; every kind of evaluation adds its own keys.
-
-    Attributes:
-        dataset_name, dataset_split: as in a recipe.
-        metrics: built-in names and modules of `evaluate` (`metrics.modules`).
-    """
+    """Rows to evaluate on and the metrics; the head of this module explains each field."""
 
     BUILTIN_METRICS: ClassVar[Collection[str]] = ()
     COLUMNS: ClassVar[Collection[Column]] = ()
@@ -37,31 +71,146 @@ class Task:
         """Whether `metrics` may name it without a module."""
         return name in cls.BUILTIN_METRICS
 
+    @property
+    def name(self) -> str:
+        """The name of the result's folder: the data set's own."""
+        return Path(self.dataset_name.removeprefix("builtin:").rstrip("/")).stem
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationTask(Task):
+    """Rows to classify."""
+
+    BUILTIN_METRICS = METRICS
+    COLUMNS = CLASSES
+
+    template: str | None = None
+    dataset_text_field: str = "text"
+    dataset_label_field: str = "label"
+    dataset_id_field: str | None = None
+    labels: tuple[str | int, ...] | None = None
+    ordinal: bool = False
+    max_seq_length: int | None = None
+    overlong: str | None = None
+
     @classmethod
-    def check(cls, values: Mapping[str, Any], where: str) -> None:
-        """Check the values of keys against each other; `where` is the file, for messages.
+    def is_builtin_metric(cls, name: str) -> bool:
+        """Whether `metrics` may name it without a module; f1_class_0 and its like too."""
+        return is_classification_metric(name)
+
+    @property
+    def name(self) -> str:
+        """The data set's own name, with the split."""
+        stem = super().name
+        return stem if stem == self.dataset_split else f"{stem}-{self.dataset_split}"
+
+    def source(self, limit: int | None = None) -> Source:
+        """The first `limit` rows, with the template and the names of the classes applied.
 
         Raises:
-            UserError: they do not fit.
+            UserError: no such data; while reading, a row without a column of the template or of an unknown class.
         """
-        for key, value in values.items():
-            if key.endswith("template"):
-                template_columns(value)
+        plain = read_rows(self.dataset_name, self.dataset_split)
+        if self.template is None and self.labels is None and limit is None:
+            return plain
+        fingerprint = digest("task", plain.fingerprint, self.template, self.labels, limit)
+        return replace(plain, fingerprint=fingerprint, read=lambda: self._rows(plain, limit))
+
+    def _rows(self, plain: Source, limit: int | None) -> Iterator[Row]:
+        for number, row in enumerate(islice(plain.rows(), limit)):
+            made = dict(row)
+            if self.template is not None:
+                made[self.dataset_text_field] = _fill_template(self.template, row, plain, number)
+            if self.labels is not None and self.dataset_label_field in row:
+                made[self.dataset_label_field] = self._class_number(row[self.dataset_label_field], plain, number)
+            yield made
+
+    def _class_number(self, label: Any, plain: Source, number: int) -> Any:
+        labels = self.labels or ()
+        if label in labels and not isinstance(label, bool):
+            return labels.index(label)
+        if isinstance(label, int) and all(isinstance(name, str) for name in labels) and 0 <= label < len(labels):
+            return label
+        known = ", ".join(str(name) for name in labels)
+        raise UserError(f"{plain.where(number)} is of class {str(label)[:40]!r}, and the task knows {known}")
+
+
+@dataclass(frozen=True)
+class EvalSample:
+    """A prompt with its reference.
+
+    Attributes:
+        id: its row in the source, from 0.
+        reference: the expected answer, stripped; never empty.
+        where: its name in messages.
+    """
+
+    id: int
+    prompt: str
+    reference: str
+    where: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationTask(Task):
+    """Prompts with references."""
+
+    BUILTIN_METRICS = TEXT_METRICS
+    COLUMNS = TEXTS
+
+    prompt_template: str | None = None
+    reference_template: str | None = None
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    metrics: tuple[str | MetricModule, ...] = TEXT_METRICS
+
+    def samples(self, limit: int | None = None) -> list[EvalSample]:
+        """The first `limit` prompts with their references.
+
+        Raises:
+            UserError: no such data, a column that a row lacks, or an empty prompt or reference.
+        """
+        if self.prompt_template is None or self.reference_template is None:
+            return read_eval_samples(self.dataset_name, self.dataset_split, limit)
+        return list(islice(self._from_columns(read_rows(self.dataset_name, self.dataset_split)), limit))
+
+    def _from_columns(self, source: Source) -> Iterator[EvalSample]:
+        templates = {"prompt": str(self.prompt_template), "reference": str(self.reference_template)}
+        for number, row in enumerate(source.rows()):
+            texts = {key: _fill_template(one, row, source, number).strip() for key, one in templates.items()}
+            for key, text in texts.items():
+                if not text:
+                    raise UserError(f"{source.where(number)} has an empty {key}")
+            yield EvalSample(number, **texts, where=source.where(number))
+
+
+def read_eval_samples(dataset_name: str, split: str, limit: int | None = None) -> list[EvalSample]:
+    """The first question and answer of each conversation of a data set that has them.
+
+    Raises:
+        UserError: no such data, or none with a question and an answer at its start.
+    """
+    samples = list(_first_turns(read_rows(dataset_name, split)))[:limit]
+    if not samples:
+        raise UserError(
+            f"dataset_name: {dataset_name!r} has no conversation that begins with a question and an answer: "
+            "there is no reference to compare with"
+        )
+    return samples
+
+
+def _first_turns(source: Source) -> Iterator[EvalSample]:
+    for batch in read_batches(source, TEXT_FIELD, "all"):
+        for row, conversation in zip(batch.rows.tolist(), batch.conversations, strict=True):
+            start, end = conversation.answers[0]
+            prompt = conversation.text[:start].removesuffix(ASSISTANT_HEADER).strip()
+            if prompt.startswith(HUMAN_HEADER) and HUMAN_HEADER not in prompt[len(HUMAN_HEADER) :]:
+                prompt = prompt.removeprefix(HUMAN_HEADER).strip()
+                reference = first_turn(conversation.text[start:end])
+                if reference:
+                    yield EvalSample(row, prompt, reference, source.where(row))
 
 
 T = TypeVar("T", bound=Task)
-
-# what a key holds that is no text: how to check it, and how to call it in a message
-KINDS: dict[str, tuple[Any, str]] = {
-    "labels": (lambda value: _is_list(value, (str, int)), "a list without doubles"),
-    "metrics": (
-        lambda value: isinstance(value, list) and len({*map(str, value)}) == len(value),
-        "a list without doubles",
-    ),
-    "ordinal": (lambda value: isinstance(value, bool), "true or false"),
-    "max_seq_length": (lambda value: type(value) is int, "a whole number"),
-    "max_new_tokens": (lambda value: type(value) is int, "a whole number"),
-}
 
 
 def read_task(kind: type[T], file: str | Path | None, flags: Mapping[str, Any]) -> T:
@@ -74,7 +223,11 @@ def read_task(kind: type[T], file: str | Path | None, flags: Mapping[str, Any]) 
     values = {key: value for layer in (keys, flags) for key, value in layer.items() if value is not None}
     if not values.get("dataset_name"):
         raise UserError("there is nothing to evaluate on: use --dataset_name or --task")
-    kind.check(values, str(file))
+    if ("prompt_template" in values) != ("reference_template" in values):
+        raise UserError(f"{file}: prompt_template and reference_template go together: give both or neither")
+    for key, value in values.items():
+        if key.endswith("template"):
+            _template_columns(value)
     if "metrics" in values:
         values["metrics"] = read_metrics(
             values["metrics"], kind.is_builtin_metric, kind.BUILTIN_METRICS, kind.COLUMNS, f"{file}: metrics"
@@ -84,7 +237,6 @@ def read_task(kind: type[T], file: str | Path | None, flags: Mapping[str, Any]) 
 
 
 def _read_keys(kind: type[Task], file: Path) -> dict[str, Any]:
-    """The keys of a task's file, each of its kind."""
     try:
         keys = yaml.safe_load(file.read_text("utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
@@ -101,7 +253,11 @@ def _read_keys(kind: type[Task], file: Path) -> dict[str, Any]:
     return keys
 
 
-def template_columns(template: str) -> list[str]:
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and len({*map(str, value)}) == len(value)
+
+
+def _template_columns(template: str) -> list[str]:
     """The columns that a template names.
 
     Raises:
@@ -118,19 +274,10 @@ def template_columns(template: str) -> list[str]:
     return [name for name, _, _ in parts]
 
 
-def fill_template(template: str, row: Row, source: Source, number: int) -> str:
-    """A template with the columns of row `number` of a source.
-
-    Raises:
-        UserError: the row lacks a column.
-    """
-    for column in template_columns(template):
+def _fill_template(template: str, row: Row, source: Source, number: int) -> str:
+    for column in _template_columns(template):
         if column not in row:
             raise UserError(
                 f"{source.where(number)} lacks the column {column!r} of the template; it has {', '.join(row)}"
             )
     return template.format_map(row)
-
-
-def _is_list(value: Any, kinds: tuple[type, ...]) -> bool:
-    return isinstance(value, list) and all(type(item) in kinds for item in value) and len(set(value)) == len(value)

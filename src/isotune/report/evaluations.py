@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from isotune.evaluation.comparison.compare import Comparison, compare_runs
+from isotune.evaluation.comparison import Comparison, compare_runs
 from isotune.evaluation.results import CLASSIFICATION, GENERATION, Result
 from isotune.io.errors import UserError
 from isotune.report.formatting import format_number, run_letter

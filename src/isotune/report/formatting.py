@@ -5,7 +5,7 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
-from isotune.evaluation.comparison.compare import ChangedRow, Comparison, MetricDifference, Pair
+from isotune.evaluation.comparison import ChangedRow, Comparison, MetricDifference, Pair
 from isotune.evaluation.results import CLASSIFICATION
 
 NO_DIFFERENCE = "no difference shown"

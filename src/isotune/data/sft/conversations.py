@@ -57,13 +57,27 @@ def parse_text(text: str, train_on: TrainOn = "all") -> Conversation:
     first header belongs to no turn and is kept as it is. Headers that somebody typed within an answer cannot be told
     from turns in this form; in the `messages` form they can.
     """
-    # Checked here and not by a look-behind, which would keep the search from jumping to the next "###".
-    headers = [header for header in HEADER.finditer(text) if text[header.start() - 1 : header.start()] != "#"]
+    headers = list(_headers(text))
     borders = [*(header.start() for header in headers), len(text)]
     turns = [
         (header.end(), end, header.group(1) == "Assistant") for header, end in zip(headers, borders[1:], strict=True)
     ]
     return _end_at_last_answer(text, turns, train_on)
+
+
+def _headers(text: str) -> Iterator[re.Match[str]]:
+    # Checked here and not by a look-behind, which would keep the search from jumping to the next "###".
+    return (header for header in HEADER.finditer(text) if text[header.start() - 1 : header.start()] != "#")
+
+
+def header_start(text: str) -> int | None:
+    """Where the first header of a turn starts in a text, by the rules of `parse_text`; None where there is none."""
+    return next((header.start() for header in _headers(text)), None)
+
+
+def first_turn(text: str) -> str:
+    """The text before the header of another turn, stripped."""
+    return text[: header_start(text)].strip()
 
 
 def render_messages(messages: Sequence[Mapping[str, Any]], train_on: TrainOn = "all") -> Conversation:

@@ -16,11 +16,9 @@ import torch
 
 from isotune.compat.peft import base_model_of
 from isotune.compat.transformers import attention_of as implementation_of
-from isotune.evaluation.classification.examples import errors_first
-from isotune.evaluation.classification.models import Classifier
+from isotune.evaluation.classification.evaluate import Evaluation, Rows
 from isotune.evaluation.classification.plots import COLOURS, new_figure, save_plot
-from isotune.evaluation.classification.result import Evaluation, Rows
-from isotune.io.errors import UserError
+from isotune.evaluation.models import Classifier
 
 EXAMPLES, READABLE_TOKENS = 3, 40
 LARGEST_GRID = 12  # layers and heads drawn
@@ -44,40 +42,32 @@ class Attention:
     rolled: np.ndarray
 
 
-def draw_attention(classifier: Classifier, evaluation: Evaluation, folder: Path, rows: Sequence[int]) -> list[Path]:
-    """attention_heads_ID.png and attention_words_ID.png of these rows; nothing where the model returns no weights."""
-    plots: list[Path] = []
-    for row in rows:
-        attention = attention_of(classifier, evaluation.rows, row)
+def draw_attention(
+    classifier: Classifier, evaluation: Evaluation, folder: Path, chosen: Sequence[int] | None = None
+) -> None:
+    """attention_heads_ID.png and attention_words_ID.png of these rows; nothing where the model returns no weights.
+
+    By default they are of the most confident errors of readable length, or of the shortest texts.
+    """
+    rows = evaluation.rows
+    for row in _readable_errors(evaluation) if chosen is None else chosen:
+        attention = attention_of(classifier, rows, row)
         if attention is None:
             print(f"note        {classifier.name} returns no attention weights: they are not drawn")
-            return plots
-        rows_of, probabilities = evaluation.rows, evaluation.probabilities[row]
+            return
+        probabilities = evaluation.probabilities[row]
         predicted = int(probabilities.argmax())
         title = (
-            f"id {rows_of.ids[row]}: actual {rows_of.names[rows_of.labels[row]]}, "
-            f"predicted {rows_of.names[predicted]} ({probabilities[predicted]:.1%})"
+            f"id {rows.ids[row]}: actual {rows.names[rows.labels[row]]}, "
+            f"predicted {rows.names[predicted]} ({probabilities[predicted]:.1%})"
         )
-        name = "".join(c if c.isalnum() else "_" for c in str(rows_of.ids[row]))[:40]
-        plots.append(_draw_heads(attention, title, folder / f"attention_heads_{name}.png"))
-        plots.append(_draw_words(attention, title, folder / f"attention_words_{name}.png"))
-    return plots
+        name = "".join(c if c.isalnum() else "_" for c in str(rows.ids[row]))[:40]
+        _draw_heads(attention, title, folder / f"attention_heads_{name}.png")
+        _draw_words(attention, title, folder / f"attention_words_{name}.png")
 
 
-def select_rows(evaluation: Evaluation, ids: Sequence[str] | None) -> list[int]:
-    """The rows of these ids; by default the most confident errors of readable length, or the shortest texts.
-
-    Raises:
-        UserError: an unknown id.
-    """
-    if ids is not None:
-        row_of = {str(row_id): row for row, row_id in enumerate(evaluation.rows.ids)}
-        unknown = [row_id for row_id in ids if row_id not in row_of]
-        if unknown:
-            raise UserError(f"--attention_ids: no row has the id {unknown[0]!r}")
-        return [row_of[row_id] for row_id in ids]
-    lengths = evaluation.rows.documents.lengths
-    order = errors_first(evaluation.rows.labels, evaluation.probabilities)
+def _readable_errors(evaluation: Evaluation) -> list[int]:
+    lengths, order = evaluation.rows.documents.lengths, evaluation.errors_first
     longest = max(READABLE_TOKENS, np.sort(lengths)[: 2 * EXAMPLES].max())
     return order[lengths[order] <= longest][:EXAMPLES].tolist()
 
@@ -87,17 +77,13 @@ def attention_of(classifier: Classifier, rows: Rows, row: int) -> Attention | No
     """The attention of one text; None where the model returns no weights."""
     start, stop = (int(bound) for bound in rows.documents.starts[row : row + 2])
     ids = rows.documents.input_ids[start:stop].astype(np.int64)
-    model = classifier.model
-    inner = base_model_of(model)
+    inner = base_model_of(classifier.model)
     before = implementation_of(inner.config)
     try:
         inner.set_attn_implementation("eager")
-        device = next(inner.parameters()).device
+        tokens = torch.from_numpy(ids)[None].to(classifier.device)
         output = inner.stock_forward(
-            torch.from_numpy(ids)[None].to(device),
-            attention_mask=torch.ones((1, len(ids)), dtype=torch.long, device=device),
-            output_attentions=True,
-            return_dict=True,
+            tokens, attention_mask=torch.ones_like(tokens), output_attentions=True, return_dict=True
         )
     finally:
         inner.set_attn_implementation(before)
@@ -126,28 +112,27 @@ def words_of(tokenizer: Any, ids: Sequence[int]) -> tuple[list[str], np.ndarray]
     word_of = []
     for place, token in enumerate(ids):
         text = tokenizer.decode([token])
-        previous = ids[place - 1] if place else None
-        continues = (
-            previous is not None
-            and token not in special
-            and previous not in special
-            and not any(
-                c.isspace() for c in tokenizer.decode([previous, token])[len(tokenizer.decode([previous])) :][:1]
-            )
-            and text[:1] not in (" ", "")
-        )
-        if continues:
-            words[-1] += text.removeprefix("##")
-        else:
+        if place == 0 or special & {token, ids[place - 1]} or _begins_with_space(tokenizer, ids[place - 1], token):
             words.append(text)
+        else:
+            words[-1] += text.removeprefix("##")
         word_of.append(len(words) - 1)
     return [word.strip() or word for word in words], np.array(word_of)
 
 
-def _draw_heads(attention: Attention, title: str, file: Path) -> Path:
+def _begins_with_space(tokenizer: Any, previous: int, token: int) -> bool:
+    """Whether a token is decoded with a space at its start, or as nothing, alone or after the previous one."""
+    alone = tokenizer.decode([token])
+    after = tokenizer.decode([previous, token])[len(tokenizer.decode([previous])) :]
+    return alone[:1] in (" ", "") or after[:1].isspace()
+
+
+def _draw_heads(attention: Attention, title: str, file: Path) -> None:
     layers, heads, count, _ = attention.weights.shape
     rows, columns = min(layers, LARGEST_GRID), min(heads, LARGEST_GRID)
-    figure, panels = _grid_of(rows, columns)
+    size = min(1.5, 12 / columns)
+    width, height = max(size * columns, 4.5) + 0.4, size * rows + 0.9
+    figure, panels = new_figure(width, height, rows, columns, squeeze=False)
     for layer in range(rows):
         for head in range(columns):
             panel = panels[layer][head]
@@ -168,20 +153,10 @@ def _draw_heads(attention: Attention, title: str, file: Path) -> Path:
             f"head {h + 1} {attention.tokens[t]} ({from_head[h, t]:.0%})" for h, t in enumerate(most)
         )
         text.append(f"Layer {layer + 1}, largest attention of the first token: {heads_text}.")
-    return save_plot(figure, file, text)
+    save_plot(figure, file, text)
 
 
-def _grid_of(rows: int, columns: int) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    size = min(1.5, 12 / columns)
-    figure = Figure(figsize=(max(size * columns, 4.5) + 0.4, size * rows + 0.9), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def _draw_words(attention: Attention, title: str, file: Path) -> Path:
+def _draw_words(attention: Attention, title: str, file: Path) -> None:
     """The text, each word shaded by its share in the rollout."""
     lines = _lines(attention.words)
     figure, panel = new_figure(7.2, 0.75 + 0.26 * len(lines))
@@ -200,9 +175,7 @@ def _draw_words(attention: Attention, title: str, file: Path) -> Path:
     panel.set_title(f"{title}\nattention rollout from the first token over words", loc="left", fontsize=9)
     order = np.argsort(-attention.rolled, kind="stable")[:LISTED_WORDS]
     shares = ", ".join(f"{attention.words[w]} {attention.rolled[w]:.1%}" for w in order)
-    return save_plot(
-        figure, file, [f"Attention rollout over {len(attention.words)} words. {title}.", f"Largest: {shares}."]
-    )
+    save_plot(figure, file, [f"Attention rollout over {len(attention.words)} words. {title}.", f"Largest: {shares}."])
 
 
 def _lines(words: list[str]) -> list[list[int]]:

@@ -10,28 +10,25 @@ from typing import Any
 
 import numpy as np
 
-from isotune.evaluation.classification.result import Evaluation
-from isotune.evaluation.metrics.probabilities import BINS, bin_of, confidences
+from isotune.evaluation.classification.evaluate import Evaluation
+from isotune.evaluation.metrics.classification import BINS, bin_of, confidences
 from isotune.io.files import replace_file, replacing
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-CONFUSION, PRECISION_RECALL, RELIABILITY = "confusion_matrix.png", "precision_recall.png", "reliability.png"
 DOTS_PER_INCH = 130
 LARGEST_ANNOTATED = 12  # classes of a confusion matrix with numbers in its cells
 RECALLS = (0.5, 0.8, 0.9, 0.95)
 
 
-def draw_plots(evaluation: Evaluation, folder: Path) -> list[Path]:
+def draw_plots(evaluation: Evaluation, folder: Path) -> None:
     """Confusion matrix, precision-recall curve and reliability diagram in `folder`."""
     labels, probabilities, names = evaluation.rows.labels, evaluation.probabilities, evaluation.rows.names
-    return [
-        draw_confusion(labels, probabilities.argmax(axis=1), names, folder),
-        draw_precision_recall(labels, probabilities, names, folder),
-        draw_reliability(labels, probabilities, folder),
-    ]
+    _draw_confusion(labels, probabilities.argmax(axis=1), names, folder / "confusion_matrix.png")
+    _draw_precision_recall(labels, probabilities, names, folder / "precision_recall.png")
+    _draw_reliability(labels, probabilities, folder / "reliability.png")
 
 
-def draw_confusion(labels: np.ndarray, predictions: np.ndarray, names: Sequence[str], folder: Path) -> Path:
+def _draw_confusion(labels: np.ndarray, predictions: np.ndarray, names: Sequence[str], file: Path) -> None:
     """Number of texts of each class (a row) by predicted class (a column), shaded by the share of the row."""
     from sklearn.metrics import confusion_matrix
 
@@ -60,10 +57,10 @@ def draw_confusion(labels: np.ndarray, predictions: np.ndarray, names: Sequence[
             f"{counts[row, k]:,} as {names[k]}" for k in np.argsort(-counts[row], kind="stable")[:6] if counts[row, k]
         ]
         lines.append(f"Of {totals[row, 0]:,} texts of class {names[row]}: {', '.join(predicted) or 'none predicted'}.")
-    return save_plot(figure, folder / CONFUSION, lines)
+    save_plot(figure, file, lines)
 
 
-def draw_precision_recall(labels: np.ndarray, probabilities: np.ndarray, names: Sequence[str], folder: Path) -> Path:
+def _draw_precision_recall(labels: np.ndarray, probabilities: np.ndarray, names: Sequence[str], file: Path) -> None:
     """Precision over recall: of class 1 of two classes, else of each class against the others."""
     classes = [1] if len(names) == 2 else list(range(len(names)))
     figure, panel = new_figure(6.4, 4.8)
@@ -88,10 +85,10 @@ def draw_precision_recall(labels: np.ndarray, probabilities: np.ndarray, names: 
     if panel.get_legend_handles_labels()[1]:
         panel.legend(title="class (average precision)", frameon=False, fontsize=8, ncols=1 + (len(classes) > 12))
     _grid(panel)
-    return save_plot(figure, folder / PRECISION_RECALL, lines)
+    save_plot(figure, file, lines)
 
 
-def draw_reliability(labels: np.ndarray, probabilities: np.ndarray, folder: Path) -> Path:
+def _draw_reliability(labels: np.ndarray, probabilities: np.ndarray, file: Path) -> None:
     """Accuracy (with 95% Wilson intervals) over confidence, bin by bin, and the number of texts in each bin."""
     confidence, correct = confidences(labels, probabilities)
     bins = bin_of(confidence)
@@ -101,7 +98,7 @@ def draw_reliability(labels: np.ndarray, probabilities: np.ndarray, folder: Path
     mean_confidence = np.bincount(bins, confidence, BINS)[filled] / counts
     accuracy = np.bincount(bins, correct, BINS)[filled] / counts
     low, high = wilson(accuracy, counts)
-    figure, (panel, below) = new_figure(5.6, 6.2, panels=2, height_ratios=(3, 1))
+    figure, (panel, below) = new_figure(5.6, 6.2, rows=2, height_ratios=(3, 1))
     panel.plot([0, 1], [0, 1], color="#777777", linewidth=1, linestyle="--", label="calibrated")
     errors = [np.maximum(accuracy - low, 0), np.maximum(high - accuracy, 0)]
     style: dict[str, Any] = {"color": COLOURS[0], "fmt": "o-", "capsize": 3, "linewidth": 1.4}
@@ -121,7 +118,7 @@ def draw_reliability(labels: np.ndarray, probabilities: np.ndarray, folder: Path
             for n, sure, share, a, b in zip(counts, mean_confidence, accuracy, low, high, strict=True)
         ),
     ]
-    return save_plot(figure, folder / RELIABILITY, lines)
+    save_plot(figure, file, lines)
 
 
 def precision_recall(truth: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -133,35 +130,28 @@ def precision_recall(truth: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray,
 
 
 def wilson(share: np.ndarray, rows: np.ndarray, deviations: float = 1.96) -> tuple[np.ndarray, np.ndarray]:
-    """The interval of a share observed in `rows` rows (Wilson 1927); arrays of equal shape."""
+    """The interval of a share observed in `rows` rows (Wilson 1927)."""
     spread = deviations**2 / rows
     middle = (share + spread / 2) / (1 + spread)
     half = deviations * np.sqrt(share * (1 - share) / rows + spread / (4 * rows)) / (1 + spread)
     return middle - half, middle + half
 
 
-def new_figure(width: float, height: float, *, panels: int = 1, **options: Any) -> tuple[Any, Any]:
-    """A figure, its size in inches, with panels one below the other."""
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
+    """A figure, its size in inches, with a grid of panels; `options` are of `Figure.subplots`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(panels, 1, **options)
+    return figure, figure.subplots(rows, columns, **options)
 
 
-def save_plot(figure: Any, file: Path, lines: Sequence[str]) -> Path:
+def save_plot(figure: Any, file: Path, lines: Sequence[str]) -> None:
     """Write a plot and its alternative text, both atomically."""
     with replacing(file) as staging:
         figure.savefig(staging, format="png", dpi=DOTS_PER_INCH)
-    replace_file(
-        file.with_suffix(".txt"),
-        "\
-".join(lines)
-        + "\
-",
-    )
-    return file
+    replace_file(file.with_suffix(".txt"), "\n".join(lines) + "\n")
 
 
 def _short(name: str) -> str:

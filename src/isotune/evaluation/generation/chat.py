@@ -1,16 +1,52 @@
-"""A chat on the terminal with a run's model; the same lines from a pipe give the same answers."""
+"""Answers to questions, with the prompt of training: one answer, the sample of a run, or a chat on the terminal."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
-from isotune.evaluation.generation.batched_generation import GenerationModel
-from isotune.evaluation.generation.decoding import Decoding
-from isotune.evaluation.generation.generation_models import answer, fit_history
+from isotune.data.sft.conversations import first_turn, render_prompt
+from isotune.evaluation.generation.completion import Decoding, Prompt, complete
+from isotune.evaluation.models import GenerationModel, generation_model_of_run
 from isotune.io.errors import UserError
+
+Messages = Sequence[Mapping[str, str]]
 
 BANNER = "A chat with {name}. /reset clears the history; /quit or Ctrl-D ends it; Ctrl-C stops an answer."
 COMMANDS = ("/reset", "/quit")
+
+
+def answer(lm: GenerationModel, question: str | Messages, decoding: Decoding | None = None) -> str:
+    """The model's answer to a question, or to the last of several messages.
+
+    The prompt is the one of training, the tokenizer adds its bos, and the answer ends at eos or where the model begins
+    another turn. It depends on the model, the messages and `decoding` (by default greedy) alone; torch's random state
+    does not change. Messages have `role` and `content`, a user's last.
+
+    Raises:
+        UserError: the prompt leaves the model no position for an answer.
+    """
+    (completion,) = complete(lm, [Prompt(0, render_prompt(question))], decoding or Decoding()).values()
+    return first_turn(completion.text)
+
+
+def fit_history(lm: GenerationModel, messages: Messages, max_new_tokens: int) -> list[Mapping[str, str]]:
+    """The newest messages whose prompt leaves room for an answer; the last one always stays.
+
+    The room is `max_new_tokens`, but at most a quarter of the model's positions, so that a high limit does not drop the
+    history. Whole exchanges are dropped, the oldest first, so a prompt begins with a question as in training.
+    """
+    kept = list(messages)
+    longest_prompt = lm.positions - min(max_new_tokens, lm.positions // 4)
+    while len(kept) > 1 and lm.token_count(render_prompt(kept)) > longest_prompt:
+        kept = kept[2:]
+    return kept
+
+
+def print_sample_answer(run_dir: str | Path, question: str, max_new_tokens: int = 128) -> None:
+    """Print the greedy answer of a finished run's model, loaded from the run's folder as its user will load it."""
+    text = answer(generation_model_of_run(run_dir), question, Decoding(max_new_tokens=max_new_tokens))
+    print(f"{render_prompt(question)} {text}", flush=True)
 
 
 class Chat:
@@ -51,8 +87,7 @@ def run_chat(lm: GenerationModel, decoding: Decoding, name: str) -> None:
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         print(BANNER.format(name=name), flush=True)
-    read = _read_terminal if at_terminal else _read_pipe
-    while (line := _next_line(read)) is not None:
+    while (line := _next_line(at_terminal)) is not None:
         question = line.strip()
         if question == "/quit":
             return
@@ -61,33 +96,19 @@ def run_chat(lm: GenerationModel, decoding: Decoding, name: str) -> None:
         elif question.startswith("/") and question[1:].isalpha():
             print(f"{question} is no command: there are {' and '.join(COMMANDS)}", file=sys.stderr, flush=True)
         elif question:
-            _answer(chat, question)
+            try:
+                print(chat.ask(question), flush=True)
+            except UserError as mistake:
+                print(f"error: {mistake}", file=sys.stderr, flush=True)
+            except KeyboardInterrupt:
+                print("(stopped)", file=sys.stderr, flush=True)
 
 
-def _answer(chat: Chat, question: str) -> None:
+def _next_line(at_terminal: bool) -> str | None:
+    """The next line of stdin, None at its end or on Ctrl-C."""
     try:
-        print(chat.ask(question), flush=True)
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr, flush=True)
-    except KeyboardInterrupt:
-        print("(stopped)", file=sys.stderr, flush=True)
-
-
-def _next_line(read: Callable[[], str]) -> str | None:
-    try:
-        return read()
+        return input("\n> ") if at_terminal else sys.stdin.readline() or None
     except (EOFError, KeyboardInterrupt):
-        if sys.stdin.isatty():
+        if at_terminal:
             print()  # so that the shell's prompt starts on a new line
         return None
-
-
-def _read_terminal() -> str:
-    return input("\n> ")
-
-
-def _read_pipe() -> str:
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from isotune.evaluation.distributed_eval import Ranks
-from isotune.evaluation.generation.batched_generation import GenerationModel, own_share
+from isotune.evaluation.generation.completion import own_share
 from isotune.evaluation.metrics.text import Likelihood
+from isotune.evaluation.models import GenerationModel
 from isotune.io.errors import UserError
 
 BATCH_TOKENS = 2048  # of one forward, padding included; a longer row runs alone

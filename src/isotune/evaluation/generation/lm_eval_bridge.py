@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from isotune.evaluation.generation.batched_generation import GenerationModel
+from isotune.evaluation.models import GenerationModel
 from isotune.evaluation.results import rows_digest, write_result
 from isotune.evaluation.statistics.resampling import Scores
 from isotune.io.errors import UserError, first_line, nearest

@@ -40,10 +40,7 @@ def text_columns(predictions: Sequence[str], references: Sequence[str], sources:
 
 
 def class_columns(labels: np.ndarray, probabilities: np.ndarray) -> dict[Column, np.ndarray]:
-    """The columns of a classification: labels [rows] and probabilities [rows, classes].
-
-    `prediction_scores` are the probabilities of class 1, or of all classes.
-    """
+    """The columns of a classification; `prediction_scores` are the probabilities of class 1, or of all classes."""
     predictions = probabilities.argmax(axis=1)
     return {
         ("predictions", "int"): predictions,
@@ -81,10 +78,10 @@ class MetricModule:
 
     def compute(self, data: Mapping[Column, np.ndarray], rows: np.ndarray | slice = slice(None)) -> dict[str, float]:
         """The module's results that are numbers, by name, on some of the rows."""
-        given = {name: data[name, kind][rows] for name, kind in self.columns}
+        given = {name: list(data[name, kind][rows]) for name, kind in self.columns}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            results = self.module.compute(**{k: list(v) for k, v in given.items()}, **self.facts["arguments"]) or {}
+            results = self.module.compute(**given, **self.facts["arguments"]) or {}
         numbers = {key: np.asarray(value) for key, value in results.items() if value is not None}
         return {
             f"{self.name}/{key}": float(value)
@@ -154,11 +151,15 @@ def read_metrics(
         if any(isinstance(metric, MetricModule) and metric.name == name for metric in metrics):
             raise UserError(f"{where}: two modules are called {name!r}: give one of them another `name`")
         module = _load(source, config_name, builtin, where)
-        needed = _choose_columns(module, columns)
+        features = module.features if isinstance(module.features, list) else [module.features]
+        takes = [[(column, _kind(feature)) for column, feature in one.items()] for one in features]
+        needed = next((tuple(one) for one in takes if all(column in columns for column in one)), None)
         if needed is None:
-            takes = " or ".join(_described(features) for features in _feature_sets(module))
-            has = ", ".join(f"{column} ({kind})" for column, kind in sorted(columns))
-            raise UserError(f"{where}: there is no metric {source!r} here: the module takes {takes}; there are {has}")
+            alternatives = " or ".join(_listed(one) for one in takes)
+            raise UserError(
+                f"{where}: there is no metric {source!r} here: the module takes {alternatives}; there are "
+                f"{_listed(sorted(columns))}"
+            )
         facts = {"module": source, "config_name": config_name, "arguments": arguments}
         metrics.append(MetricModule(name, where, module, needed, facts))
     return tuple(metrics)
@@ -172,11 +173,7 @@ def score_modules(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Scores:
-    """Values and intervals of modules.
-
-    Args:
-        data: the columns of the evaluation; [rows, ...] each.
-        resamples: draws of the built-in metrics; modules take at most MODULE_RESAMPLES of them.
+    """Values and intervals of modules over rows with the columns `data`, by at most MODULE_RESAMPLES resamples.
 
     Raises:
         UserError: a module cannot be computed.
@@ -204,20 +201,6 @@ def _load(source: str, config_name: str | None, builtin: Collection[str], where:
         ) from error
 
 
-def _feature_sets(module: Any) -> list[Mapping[str, Any]]:
-    features = module.features
-    return features if isinstance(features, list) else [features]
-
-
-def _choose_columns(module: Any, columns: Collection[Column]) -> tuple[Column, ...] | None:
-    """The columns of the first of a module's sets of features that the evaluation has, None where it has none."""
-    for features in _feature_sets(module):
-        needed = tuple((name, _kind(feature)) for name, feature in features.items())
-        if all(column in columns for column in needed):
-            return needed
-    return None
-
-
 def _kind(feature: Any) -> str:
     inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
     if inner is not None:
@@ -226,5 +209,5 @@ def _kind(feature: Any) -> str:
     return next((kind for kind in ("int", "float", "string") if dtype.removeprefix("u").startswith(kind)), dtype)
 
 
-def _described(features: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} ({_kind(feature)})" for name, feature in features.items())
+def _listed(columns: Sequence[Column]) -> str:
+    return ", ".join(f"{name} ({kind})" for name, kind in columns)

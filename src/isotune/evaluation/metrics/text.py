@@ -8,25 +8,24 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from isotune.compat.sacrebleu import corpus_statistics, score_of_statistics
-from isotune.evaluation.statistics import resampling
-from isotune.evaluation.statistics.resampling import OfSums
+from isotune.evaluation.statistics.resampling import OfSums, mean, share
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
+TEXT_METRICS = (
+    "exact_match", *ROUGE, "bleu", "chrf", "distinct_1", "distinct_2", "repetition", "length_ratio", "ended", "empty",
+    "nll", "perplexity", "bits_per_byte",
+)  # fmt: skip
 REPETITION_ORDER = 4
 
 
 @dataclass(frozen=True)
 class TextMetric:
-    """A metric of many rows.
-
-    Attributes:
-        of_rows: float64 [rows]; the metric of each row alone.
-        of_all: the metric over all rows.
-    """
+    """A metric over all rows, and of each row alone: float64 [rows]."""
 
     of_rows: np.ndarray
     of_all: OfSums
@@ -46,17 +45,19 @@ def measure_texts(texts: Sequence[str], references: Sequence[str], ended: Sequen
         ended: whether the model ended the text, and not its token limit.
     """
     pairs = list(zip(texts, references, strict=True))
-    return {
-        "exact_match": _share("exact_match", [text == reference for text, reference in pairs]),
+    shares: dict[str, Sequence[float]] = {
+        "exact_match": [text == reference for text, reference in pairs],
         **_rouge(pairs),
-        **_sacrebleu(texts, references),
-        "distinct_1": _share("distinct_1", [_distinct(text, 1) or 0.0 for text in texts]),
-        "distinct_2": _share("distinct_2", [_distinct(text, 2) or 0.0 for text in texts]),
-        "repetition": _share("repetition", [1 - (_distinct(text, REPETITION_ORDER) or 1.0) for text in texts]),
-        "length_ratio": _ratio("length_ratio", [len(text) for text in texts], [len(text) for text in references]),
-        "ended": _share("ended", ended),
-        "empty": _share("empty", [not text for text in texts]),
+        "distinct_1": [_distinct(text, 1) or 0.0 for text in texts],
+        "distinct_2": [_distinct(text, 2) or 0.0 for text in texts],
+        "repetition": [1 - (_distinct(text, REPETITION_ORDER) or 1.0) for text in texts],
+        "ended": ended,
+        "empty": [not text for text in texts],
     }
+    metrics = {name: _metric(share(name, np.asarray(values, np.float64))) for name, values in shares.items()}
+    metrics["length_ratio"] = _ratio("length_ratio", [*map(len, texts)], [*map(len, references)])
+    metrics |= _sacrebleu(texts, references)
+    return {name: metrics[name] for name in TEXT_METRICS if name in metrics}
 
 
 @dataclass(frozen=True)
@@ -75,47 +76,27 @@ class Likelihood:
     bytes: int
     whole: bool = True
 
-    @property
-    def perplexity(self) -> float:
-        """Per token."""
-        return math.exp(self.nll / self.tokens)
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Bits for each byte of the text when it is encoded with this model."""
-        return self.nll / self.bytes / math.log(2)
-
 
 def measure_likelihoods(likelihoods: Sequence[Likelihood]) -> dict[str, TextMetric]:
     """nll (mean nats of a reference), perplexity (over all tokens) and bits_per_byte (over all bytes), by name."""
     nats = [likelihood.nll for likelihood in likelihoods]
     tokens, byte_counts = [one.tokens for one in likelihoods], [one.bytes for one in likelihoods]
     return {
-        "nll": _mean("nll", nats),
+        "nll": _metric(mean("nll", np.asarray(nats, np.float64))),
         "perplexity": _ratio("perplexity", nats, tokens, np.exp),
         "bits_per_byte": _ratio("bits_per_byte", nats, byte_counts, lambda nats: nats / math.log(2)),
     }
 
 
-def _mean(name: str, values: Sequence[float]) -> TextMetric:
-    of_rows = np.asarray(values, np.float64)
-    return TextMetric(of_rows, resampling.mean(name, of_rows))
-
-
-def _share(name: str, values: Sequence[float]) -> TextMetric:
-    of_rows = np.asarray(values, np.float64)
-    return TextMetric(of_rows, resampling.share(name, of_rows))
+def _metric(statistic: OfSums) -> TextMetric:
+    return TextMetric(statistic.function(statistic.columns)[:, 0], statistic)
 
 
 def _ratio(
     name: str, above: Sequence[float], below: Sequence[float], then: Callable[[np.ndarray], np.ndarray] = np.asarray
 ) -> TextMetric:
     columns = np.column_stack([above, below]).astype(np.float64)
-
-    def of_sums(sums: np.ndarray) -> np.ndarray:
-        return then(sums[:, :1] / sums[:, 1:])
-
-    return TextMetric(of_sums(columns)[:, 0], OfSums((name,), columns, of_sums))
+    return _metric(OfSums((name,), columns, lambda sums: then(sums[:, :1] / sums[:, 1:])))
 
 
 def _distinct(text: str, order: int) -> float | None:
@@ -125,7 +106,7 @@ def _distinct(text: str, order: int) -> float | None:
     return len(set(sequences)) / len(sequences) if sequences else None
 
 
-def _rouge(pairs: Sequence[tuple[str, str]]) -> dict[str, TextMetric]:
+def _rouge(pairs: Sequence[tuple[str, str]]) -> dict[str, list[float]]:
     silenced = logging.root.manager.disable
     logging.disable(logging.WARNING)  # absl logs which tokenizer it uses
     try:
@@ -135,7 +116,7 @@ def _rouge(pairs: Sequence[tuple[str, str]]) -> dict[str, TextMetric]:
         scores = [scorer.score(reference, text) for text, reference in pairs]
     finally:
         logging.disable(silenced)
-    return {name: _share(name, [score[name].fmeasure for score in scores]) for name in ROUGE}
+    return {name: [score[name].fmeasure for score in scores] for name in ROUGE}
 
 
 def _sacrebleu(texts: Sequence[str], references: Sequence[str]) -> dict[str, TextMetric]:
@@ -145,15 +126,10 @@ def _sacrebleu(texts: Sequence[str], references: Sequence[str]) -> dict[str, Tex
     # of one sentence, BLEU leaves out the orders that it is too short for, as sacrebleu advises
     scorers = {"bleu": (BLEU(force=True), BLEU(effective_order=True)), "chrf": (CHRF(), CHRF())}
     metrics = {}
-    for name, (corpus_scorer, sentence_scorer) in scorers.items():
-        columns = corpus_statistics(corpus_scorer, texts, references)
-
-        def scores(sums: np.ndarray, scorer: BLEU | CHRF = corpus_scorer) -> np.ndarray:
-            return score_of_statistics(scorer, sums)
-
-        metrics[name] = TextMetric(
-            score_of_statistics(sentence_scorer, columns)[:, 0], OfSums((name,), columns, scores)
-        )
+    for name, (of_corpus, of_sentence) in scorers.items():
+        columns = corpus_statistics(of_corpus, texts, references)
+        of_all = OfSums((name,), columns, partial(score_of_statistics, of_corpus))
+        metrics[name] = TextMetric(score_of_statistics(of_sentence, columns)[:, 0], of_all)
     return metrics
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from isotune.evaluation.statistics.resampling import OfSums, Statistic, bootstrap_draws
+from isotune.evaluation.statistics.resampling import LEVEL, OfSums, Statistic, bootstrap_draws
 
 RESAMPLES = 10_000
 _BLOCK_ELEMENTS = 2**22  # of a block of exchanges: 32 MB
@@ -69,15 +69,9 @@ class Difference:
 
 
 def paired_bootstrap(
-    a: Sequence[Statistic],
-    b: Sequence[Statistic],
-    rows: int,
-    *,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-    level: float = 0.95,
+    a: Sequence[Statistic], b: Sequence[Statistic], rows: int, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> dict[str, Difference]:
-    """Percentile intervals of B - A, by metric, when the same rows are drawn with replacement for both systems.
+    """95% percentile intervals of B - A, by metric, when the same rows are drawn with replacement for both systems.
 
     A metric that is undefined in all resamples is left out.
     """
@@ -87,7 +81,7 @@ def paired_bootstrap(
         differences = draws_b[name] - draws_a[name]
         known = differences[np.isfinite(differences)]
         if len(known):
-            low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2]).tolist()
+            low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
             tail = min(int((known <= 0).sum()), int((known >= 0).sum()))
             results[name] = Difference(low, high, min(1.0, 2 * (1 + tail) / (1 + len(known))))
     return results

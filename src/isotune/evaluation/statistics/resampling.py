@@ -18,14 +18,17 @@ Rows that are all correct, or all wrong, give the same share in every resample. 
 Clopper and Pearson (1934).
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from scipy.special import ndtr, ndtri
 
+from isotune.io.errors import UserError
+
 RESAMPLES, LEVEL = 2_000, 0.95
+CLASS_SUFFIX = "_class_"  # before the number of a class in the name of a statistic: f1_class_0
 BLOCK_WEIGHTS, BLOCK_RESAMPLES = 2**21, 512  # fewer rows a block are slow to multiply, more leave the caches
 _OPEN = 255  # a byte without an entry in the table
 _SPARE_DEVIATIONS = 5.0  # the Poisson sum exceeds n once in three million resamples, which are drawn again
@@ -100,27 +103,41 @@ class Scores:
         )
 
 
+def select_names(statistics: Sequence[Statistic], only: Iterable[str] | None) -> set[str]:
+    """The names of statistics that `only` has, in full or without `_class_k`; all where it is None or empty.
+
+    Raises:
+        UserError: `only` has a name that no statistic has.
+    """
+    kinds = {name: name.split(CLASS_SUFFIX)[0] for statistic in statistics for name in statistic.names}
+    selected = set(only or kinds)
+    unknown = sorted(selected - kinds.keys() - set(kinds.values()))
+    if unknown:
+        known = ", ".join(sorted(set(kinds.values())))
+        raise UserError(f"metrics: there is no {unknown[0]!r} here; there are {known}")
+    return {name for name, kind in kinds.items() if name in selected or kind in selected}
+
+
 def score(
     statistics: Sequence[Statistic],
     rows: int,
     *,
-    only: Collection[str] | None = None,
-    resamples: int | None = None,
+    only: Iterable[str] | None = None,
+    resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Scores:
-    """Values and intervals of statistics over the same rows.
+    """Values and intervals of statistics over the same rows, of all or of those that `select_names` gives for `only`.
 
-    Args:
-        only: names of the metrics to keep; all where it is None.
-        resamples: RESAMPLES where it is None.
+    Raises:
+        UserError: `only` has a name that no statistic has.
     """
     all_values = values(statistics)
-    kept = set(all_values) if only is None else set(only)
-    metrics = {name: value for name, value in all_values.items() if name in kept and np.isfinite(value)}
+    selected = select_names(statistics, only)
+    metrics = {name: value for name, value in all_values.items() if name in selected and np.isfinite(value)}
     needed = [statistic for statistic in statistics if metrics.keys() & set(statistic.names)]
-    intervals = bootstrap_intervals(needed, rows, resamples or RESAMPLES, seed)
+    intervals = bootstrap_intervals(needed, rows, resamples, seed)
     return Scores(
-        metrics, {name: intervals[name] for name in metrics if name in intervals}, sorted(kept - metrics.keys())
+        metrics, {name: intervals[name] for name in metrics if name in intervals}, sorted(selected - metrics.keys())
     )
 
 
@@ -166,7 +183,7 @@ def bootstrap_intervals(
     seed: int = 0,
     level: float = LEVEL,
 ) -> dict[str, tuple[float, float]]:
-    """Intervals of statistics, by name: bias-corrected percentiles (Efron 1981).
+    """Intervals of statistics over the same rows, by name: bias-corrected percentiles (Efron 1981).
 
     A percentile interval of a statistic that resampling biases, such as a calibration error, need not contain its
     value. So the percentiles are moved by twice the share of the resamples that lie below it, in standard deviations of
@@ -176,14 +193,8 @@ def bootstrap_intervals(
     0 and 1 that are all 0, or all 1, it is conservative: their mean is at most the share of those that are not 0.
 
     A resample in which a statistic is undefined (no row of a class was drawn) is left out; a statistic that is
-    undefined in all of them has no interval.
-
-    Args:
-        statistics: over the same rows, in the same order.
-        rows: how many there are.
-        resamples: more make the ends steadier: with 2,000 they move by about 3% of the width from seed to seed.
-        seed: the same one gives the same intervals.
-        level: the coverage of the intervals, where rows are many.
+    undefined in all of them has no interval. With 2,000 resamples the ends move by about 3% of the width from seed to
+    seed.
     """
     all_values = values(statistics)
     intervals = {}
@@ -231,22 +242,17 @@ def bootstrap_draws(
     of_sums = [statistic for statistic in statistics if isinstance(statistic, OfSums)]
     of_weights = [statistic for statistic in statistics if isinstance(statistic, OfWeights)]
     columns = np.hstack([statistic.columns for statistic in of_sums] or [np.zeros((rows, 0))]).astype(np.float32)
-    widths = [statistic.columns.shape[1] for statistic in of_sums]
-    parts: dict[str, list[np.ndarray]] = {name: [] for statistic in statistics for name in statistic.names}
+    ends = np.cumsum([statistic.columns.shape[1] for statistic in of_sums])
+    draws: dict[str, list[np.ndarray]] = {name: [] for statistic in statistics for name in statistic.names}
     for weights in draw_weights(rows, resamples, seed):
-        sums_each = np.split(_sums(weights, columns), np.cumsum(widths), axis=1)
-        results = [statistic.function(sums) for statistic, sums in zip(of_sums, sums_each[:-1], strict=True)]
+        # counts below 2^24 are exact in fp32 too
+        sums = np.split((weights.astype(np.float32) @ columns).astype(np.float64), ends, axis=1)
+        results = [statistic.function(own) for statistic, own in zip(of_sums, sums[:-1], strict=True)]
         results += [statistic.function(weights) for statistic in of_weights]
-        for statistic, draws in zip([*of_sums, *of_weights], results, strict=True):
-            for column, name in enumerate(statistic.names):
-                parts[name].append(draws[:, column])
-    return {name: np.concatenate(blocks) for name, blocks in parts.items()}
-
-
-def resampled_sums(columns: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """The sums of every resample, float64 [resamples, sums], of what each row adds to them, [rows, sums]."""
-    blocks = draw_weights(len(columns), resamples, seed)
-    return np.concatenate([_sums(weights, columns.astype(np.float64, copy=False)) for weights in blocks])
+        for statistic, block in zip([*of_sums, *of_weights], results, strict=True):
+            for name, column in zip(statistic.names, block.T, strict=True):
+                draws[name].append(column)
+    return {name: np.concatenate(blocks) for name, blocks in draws.items()}
 
 
 def draw_weights(rows: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
@@ -287,11 +293,6 @@ def _poisson(generator: np.random.Generator, rate: float, block: int, rows: int)
     rest = np.cumsum(shares - bytes_each)
     weights[without_entry] = np.searchsorted(rest, generator.random(len(without_entry)) * rest[-1], side="right")
     return weights.reshape(block, rows)
-
-
-def _sums(weights: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Weighted sums in the type of `columns`, given as float64; counts below 2^24 are exact in fp32 too."""
-    return (weights.astype(columns.dtype) @ columns).astype(np.float64, copy=False)
 
 
 def _divide(sums: np.ndarray) -> np.ndarray:

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from isotune.data.tokenizer import TextEncoder
-from isotune.evaluation.classification.models import Classifier, load_run_classifier
-from isotune.evaluation.classification.prediction import check_finite, classify, probabilities_of
+from isotune.evaluation.classification.predict import check_finite, classify, probabilities_of
 from isotune.evaluation.distributed_eval import Ranks
+from isotune.evaluation.models import Classifier, load_run_classifier
 from isotune.projects.arena.battles import Battles, Competition
 from isotune.projects.arena.documents import in_both_orders
 from isotune.projects.arena.preference import read_answers, score_preferences, write_preferences

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from isotune.evaluation.metrics.classification import label_statistics
-from isotune.evaluation.metrics.probabilities import SMALLEST, calibration_error
+from isotune.evaluation.metrics.classification import SMALLEST, calibration_error, label_statistics
 from isotune.evaluation.results import CLASSIFICATION, rows_digest, write_result
 from isotune.evaluation.statistics.resampling import Scores, Statistic, by_group, mean, score, share
 from isotune.io.errors import UserError

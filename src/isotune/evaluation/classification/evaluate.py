@@ -1,6 +1,8 @@
 """One evaluation of a classifier, from rows to files: predictions, metrics with intervals, examples."""
 
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +11,20 @@ import numpy as np
 from isotune.data.classification.preparation import LabelledSplit, tokenize
 from isotune.data.classification.split import split_by_content
 from isotune.data.documents import Documents
-from isotune.data.sources.source import Source
-from isotune.evaluation.classification.examples import Example, errors_first, examples_of
-from isotune.evaluation.classification.models import Classifier, positions_of
-from isotune.evaluation.classification.prediction import check_finite, classify, probabilities_of
-from isotune.evaluation.classification.tasks import ClassificationTask
+from isotune.evaluation.classification.predict import check_finite, classify, probabilities_of
 from isotune.evaluation.distributed_eval import Ranks
-from isotune.evaluation.metrics.classification import classification_statistics, score, select_names
+from isotune.evaluation.metrics.classification import classification_statistics
 from isotune.evaluation.metrics.modules import class_columns, score_modules, split_metrics
+from isotune.evaluation.models import Classifier
 from isotune.evaluation.results import CLASSIFICATION, rows_digest, write_result
-from isotune.evaluation.statistics.resampling import RESAMPLES, Scores
+from isotune.evaluation.statistics.resampling import RESAMPLES, Scores, score, select_names
+from isotune.evaluation.tasks import ClassificationTask
 from isotune.io.errors import UserError
+from isotune.io.files import replace_file
+from isotune.models.packed_attention import max_positions
+
+EXAMPLES = "examples.jsonl"
+SHOWN, WRITTEN, LINE = 5, 100, 160
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,29 @@ class Rows:
         """int64 [rows]."""
         return self.documents.labels[:].astype(np.int64)
 
+    def find(self, ids: Sequence[str]) -> list[int]:
+        """The numbers of the rows of these ids.
+
+        Raises:
+            UserError: an unknown id.
+        """
+        row_of = {str(row_id): row for row, row_id in enumerate(self.ids)}
+        unknown = [row_id for row_id in ids if row_id not in row_of]
+        if unknown:
+            raise UserError(f"--attention_ids: no row has the id {unknown[0]!r}")
+        return [row_of[row_id] for row_id in ids]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row: its id, the names of its label and of the predicted class, the latter's probability, and its text."""
+
+    id: Any
+    actual: str
+    predicted: str
+    probability: float
+    text: str
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -58,11 +86,26 @@ class Evaluation:
     scores: Scores
 
     @property
+    def errors_first(self) -> np.ndarray:
+        """Numbers of rows, int64: errors, the most confident first, then the others, the least confident first."""
+        confidence = self.probabilities.max(axis=1)
+        correct = self.probabilities.argmax(axis=1) == self.rows.labels
+        return np.lexsort((np.where(correct, confidence, -confidence), correct))
+
+    @property
     def examples(self) -> list[Example]:
-        """Every row, the most confident errors first."""
-        rows = self.rows
-        order = errors_first(rows.labels, self.probabilities)
-        return examples_of(order, rows.ids, rows.labels, self.probabilities, rows.texts, rows.names)
+        """The first WRITTEN rows in the order of `errors_first`."""
+        rows, ids, labels, predicted = self.rows, self.rows.ids, self.rows.labels, self.probabilities.argmax(axis=1)
+        return [
+            Example(
+                ids[row],
+                rows.names[labels[row]],
+                rows.names[predicted[row]],
+                float(self.probabilities[row, predicted[row]]),
+                rows.texts[row],
+            )
+            for row in self.errors_first[:WRITTEN].tolist()
+        ]
 
 
 def read_task_rows(
@@ -84,31 +127,24 @@ def read_task_rows(
     classes = classifier.num_labels
     if task.labels is not None and len(task.labels) != classes:
         raise UserError(f"the task has {len(task.labels)} labels, and {classifier.name} has {classes} classes")
-    keys = {
-        "dataset_text_field": task.dataset_text_field,
-        "dataset_label_field": task.dataset_label_field,
-        "dataset_id_field": task.dataset_id_field,
-        **({"max_seq_length": task.max_seq_length} if task.max_seq_length else {}),
-        **({"overlong": task.overlong} if task.overlong else {}),
-    }
-    settings = replace(classifier.settings, **keys)
-    positions = positions_of(classifier.model.config)
-    if settings.max_seq_length > positions:
+    own = {key: getattr(task, key) for key in ("dataset_text_field", "dataset_label_field", "dataset_id_field")}
+    own |= {key: value for key in ("max_seq_length", "overlong") if (value := getattr(task, key))}
+    settings = replace(classifier.settings, **own)
+    positions = max_positions(classifier.model.config)
+    if positions is not None and settings.max_seq_length > positions:
         raise UserError(f"max_seq_length {settings.max_seq_length} is beyond the {positions} positions of the model")
-    source: Source = task.source(limit)
-    labelled: LabelledSplit = tokenize(source, classifier.tokenizer, settings, show_progress=ranks.is_main)
+    labelled: LabelledSplit = tokenize(task.source(limit), classifier.tokenizer, settings, show_progress=ranks.is_main)
     if held_out is not None:
         _, labelled = split_by_content(labelled, *held_out)
     labelled.check_classes(evaluation=True)
     if ranks.is_main:
         print(labelled.prepared().table, flush=True)
-    names = [str(name) for name in task.labels or classifier.label_names or range(classes)]
     order = np.argsort(labelled.documents.ids, kind="stable")
     texts = list(labelled.texts())
     return Rows(
         documents=labelled.documents.select(order),
         texts=[texts[i] for i in order.tolist()],
-        names=names,
+        names=[str(name) for name in task.labels or classifier.label_names or range(classes)],
         truncated=int((labelled.documents.columns["whole_lengths"] > settings.max_seq_length).sum()),
     )
 
@@ -140,13 +176,12 @@ def evaluate_rows(
     check_finite(logits, rows.ids, classifier.name)
     if not ranks.is_main:
         return None
-    probabilities = probabilities_of(logits)
-    scores = Scores({}, {})
+    labels, probabilities, scores = rows.labels, probabilities_of(logits), Scores({}, {})
     if names or not modules:
-        statistics = classification_statistics(rows.labels, probabilities, ordinal=task.ordinal)
-        scores = score(statistics, len(rows.labels), only=names, resamples=resamples, seed=seed)
-    columns = class_columns(rows.labels, probabilities)
-    scores |= score_modules(modules, columns, len(rows.labels), resamples=resamples, seed=seed)
+        statistics = classification_statistics(labels, probabilities, ordinal=task.ordinal)
+        scores = score(statistics, len(labels), only=names, resamples=resamples, seed=seed)
+    columns = class_columns(labels, probabilities)
+    scores |= score_modules(modules, columns, len(labels), resamples=resamples, seed=seed)
     return Evaluation(rows, probabilities, scores)
 
 
@@ -172,3 +207,17 @@ def write_evaluation(
     }
     predictions: list[dict[str, Any]] = [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
     write_result(folder, facts, scores.metrics, scores.intervals, predictions)
+
+
+def write_examples(examples: Sequence[Example], folder: Path) -> None:
+    """One JSON line for each example."""
+    replace_file(folder / EXAMPLES, "".join(json.dumps(asdict(example)) + "\n" for example in examples))
+
+
+def print_examples(examples: Sequence[Example]) -> None:
+    """The first SHOWN examples, each on two lines."""
+    for example in examples[:SHOWN]:
+        text = " ".join(example.text.split())
+        mark = "=" if example.actual == example.predicted else "x"
+        print(f"  {mark} id {example.id}: actual {example.actual}, predicted {example.predicted} ", end="")
+        print(f"({example.probability:.1%})\n      {text[: LINE - 1] + '…' if len(text) > LINE else text}")

@@ -6,17 +6,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from isotune.data.sft.conversations import render_prompt
+from isotune.data.sft.conversations import first_turn, render_prompt
 from isotune.evaluation.distributed_eval import Ranks
-from isotune.evaluation.generation.batched_generation import Completion, GenerationModel, Prompt, complete
-from isotune.evaluation.generation.decoding import Decoding, first_turn
-from isotune.evaluation.generation.eval_samples import EvalSample
+from isotune.evaluation.generation.completion import Completion, Decoding, Prompt, complete
 from isotune.evaluation.generation.likelihood import Reference, score_references
-from isotune.evaluation.generation.tasks import METRICS, GenerationTask
 from isotune.evaluation.metrics.modules import MetricModule, score_modules, split_metrics, text_columns
 from isotune.evaluation.metrics.text import TextMetric, measure_likelihoods, measure_texts, signatures
+from isotune.evaluation.models import GenerationModel
 from isotune.evaluation.results import GENERATION, rows_digest, score_lines, write_result
 from isotune.evaluation.statistics.resampling import Scores, score
+from isotune.evaluation.tasks import EvalSample, GenerationTask
 from isotune.io.files import replace_file
 
 EXAMPLES = "examples.md"
@@ -49,15 +48,11 @@ def evaluate_generation(
     ranks: Ranks,
     *,
     batch_size: int,
-    metrics: Sequence[str | MetricModule] = METRICS,
+    metrics: Sequence[str | MetricModule],
 ) -> GenerationResult:
-    """Complete every prompt, and score every reference.
+    """Complete every prompt, and score every reference; every rank has the same samples and does its share.
 
     Args:
-        lm: on every rank.
-        samples: the same on every rank.
-        decoding: how completions are generated.
-        ranks: which share the samples.
         batch_size: prompts of one forward; it changes no result.
         metrics: built-in names and modules.
 
@@ -70,9 +65,9 @@ def evaluate_generation(
     scored_references = [Reference(s.id, p.text, " " + s.reference) for s, p in zip(samples, prompts, strict=True)]
     likelihood_of = score_references(lm, scored_references, ranks)
     completions = [completed[sample.id] for sample in samples]
+    likelihoods = [likelihood_of[sample.id] for sample in samples]
     texts = [first_turn(completion.text) for completion in completions]
     references = [sample.reference for sample in samples]
-    likelihoods = [likelihood_of[sample.id] for sample in samples]
     measured = {
         **measure_texts(texts, references, [completion.ended for completion in completions]),
         **measure_likelihoods(likelihoods),
@@ -82,14 +77,8 @@ def evaluate_generation(
     scores = score([metric.of_all for metric in kept.values()], len(samples), seed=decoding.seed)
     columns = text_columns(texts, references, [sample.prompt for sample in samples])
     scores |= score_modules(modules, columns, len(samples), seed=decoding.seed)
-    return GenerationResult(
-        samples=samples,
-        completions=completions,
-        texts=texts,
-        metrics=kept,
-        scores=scores,
-        truncated=sum(not likelihood.whole for likelihood in likelihoods),
-    )
+    truncated = sum(not likelihood.whole for likelihood in likelihoods)
+    return GenerationResult(samples, completions, texts, kept, scores, truncated)
 
 
 def write_generation_result(
@@ -108,26 +97,22 @@ def write_generation_result(
         "references": {"longer_than_positions": result.truncated},
         **({"metric_modules": result.scores.modules} if result.scores.modules else {}),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / EXAMPLES, render_examples(result, model, task.dataset_name))
-    write_result(folder, facts, result.scores.metrics, result.scores.intervals, predictions(result))
-
-
-def predictions(result: GenerationResult) -> list[dict[str, Any]]:
-    """One line for each sample: its prompt, its completion, and every built-in metric of this row alone."""
-    return [
+    predictions = [
         {
             "id": sample.id,
             "prompt": sample.prompt,
             "reference": sample.reference,
             "text": text,
             "tokens": len(completion.tokens),
-            **{name: float(metric.of_rows[row]) for name, metric in result.metrics.items()},
+            **{name: float(metric.of_rows[row]) for name, metric in result.metrics.items()},  # of this row alone
         }
         for row, (sample, completion, text) in enumerate(
             zip(result.samples, result.completions, result.texts, strict=True)
         )
     ]
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / EXAMPLES, _examples(result, model, task.dataset_name))
+    write_result(folder, facts, result.scores.metrics, result.scores.intervals, predictions)
 
 
 def print_generation_result(result: GenerationResult) -> None:
@@ -142,13 +127,12 @@ def print_generation_result(result: GenerationResult) -> None:
         print(f"{result.truncated} references are longer than the model's positions; the rest of them is not scored")
 
 
-def render_examples(result: GenerationResult, model: str, dataset_name: str) -> str:
+def _examples(result: GenerationResult, model: str, dataset_name: str) -> str:
     """A Markdown table of the first completions beside their references."""
     head = f"# {model} on {dataset_name}: {min(SHOWN_IN_FILE, len(result.texts))} of {len(result.texts)} answers\n\n"
     lines = ["| row | question | answer | reference |", "|---|---|---|---|"]
     for sample, text in list(zip(result.samples, result.texts, strict=True))[:SHOWN_IN_FILE]:
-        cells = " | ".join(map(_cell, (sample.prompt, text, sample.reference)))
-        lines.append(f"| {sample.id} | {cells} |")
+        lines.append(f"| {sample.id} | {' | '.join(map(_cell, (sample.prompt, text, sample.reference)))} |")
     return head + "\n".join(lines) + "\n"
 
 

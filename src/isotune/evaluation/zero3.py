@@ -8,14 +8,13 @@ FSDP2) each process holds the whole model.
 import json
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from isotune.compat.deepspeed import disable_shm_transport
-from isotune.evaluation.generation.batched_generation import GenerationModel
 from isotune.io.errors import UserError, first_line
 from isotune.models.log_control import quiet_libraries
 
@@ -32,14 +31,14 @@ class Shards:
 
         return HfDeepSpeedConfig(self._config(dtype))
 
-    def spread(self, lm: GenerationModel) -> GenerationModel:
-        """The same model under a ZeRO-3 engine; a model that is not sharded yet is sharded."""
+    def spread(self, model: Any) -> Any:
+        """The ZeRO-3 engine of a model, which is sharded where it is not yet."""
         import deepspeed
 
         with quiet_libraries():
-            engine, *_ = deepspeed.initialize(model=lm.model, config=self._config(lm.model.dtype))
+            engine, *_ = deepspeed.initialize(model=model, config=self._config(model.dtype))
         engine.eval()
-        return replace(lm, model=engine.module, sharded=True, engine=engine)
+        return engine
 
     def _config(self, dtype: torch.dtype) -> dict[str, Any]:
         return {
@@ -62,13 +61,10 @@ def read_shards() -> Shards | None:
         return None
     config_file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if config_file == "none":
-        stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
-        zero: dict[str, Any] = {"stage": stage}
+        zero: dict[str, Any] = {"stage": int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))}
     else:
-        file = next(
-            (f for f in (Path(config_file), Path(sys.argv[0]).resolve().parent.parent / config_file) if f.is_file()),
-            None,
-        )
+        candidates = (Path(config_file), Path(sys.argv[0]).resolve().parent.parent / config_file)
+        file = next((candidate for candidate in candidates if candidate.is_file()), None)
         if file is None:
             raise UserError(f"deepspeed_config_file '{config_file}' does not exist")
         try:

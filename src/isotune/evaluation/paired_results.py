@@ -1,24 +1,34 @@
-"""Finds the evaluations of several runs on the same rows, checks them and puts their rows in one order."""
+"""Finds the evaluations of several runs on the same rows, puts their rows in one order, and measures each row."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from isotune.evaluation.results import METRICS, Result, find_results, read_result
+from isotune.evaluation.metrics.classification import classification_statistics
+from isotune.evaluation.metrics.text import Likelihood, measure_likelihoods, measure_texts
+from isotune.evaluation.results import (
+    CLASSIFICATION,
+    GENERATION,
+    METRICS,
+    PREDICTIONS,
+    Result,
+    find_results,
+    read_result,
+)
+from isotune.evaluation.statistics.resampling import Statistic, by_group
 from isotune.io.errors import UserError
 
 DATA_KEYS = ("label", "reference", "prompt", "text_sha256", "group")  # of a row, from the data and not the model
 
 
 def choose_results(runs: Sequence[str | Path], name: str | None = None) -> list[Result]:
-    """The result of each run that can be paired with those of the others, rows in the order of the first.
+    """The result of each run (RUN or RUN/eval/NAME) that pairs with those of the others, rows in the first one's order.
 
-    Args:
-        runs: run folders, or folders RUN/eval/NAME.
-        name: of the evaluation; by default the one that all runs have, by name or by rows.
+    It is that of the evaluation `name`, or else the one that all runs have, by name or by rows.
 
     Raises:
         UserError: a folder holds no such result, several are common, or rows differ.
@@ -53,10 +63,9 @@ def _candidates(run: Path) -> tuple[Path, list[Path]]:
 
 
 def _by_name(run: Path, folders: list[Path], name: str) -> Path:
-    for folder in folders:
-        if folder.name == name:
-            return folder
-    raise UserError(f"{run} has no evaluation {name!r}: it has {_list(folders)}")
+    if name not in (names := [folder.name for folder in folders]):
+        raise UserError(f"{run} has no evaluation {name!r}: it has {', '.join(names)}")
+    return folders[names.index(name)]
 
 
 def _common(candidates: list[tuple[Path, list[Path]]]) -> list[Path]:
@@ -69,7 +78,7 @@ def _common(candidates: list[tuple[Path, list[Path]]]) -> list[Path]:
         raise UserError(f"the runs have several evaluations in common: {', '.join(sorted(names))}; choose by --name")
     by_rows = _by_rows(candidates)
     if by_rows is None:
-        names_of_each = "; ".join(f"{run} has {_list(folders)}" for run, folders in candidates)
+        names_of_each = "; ".join(f"{run} has {', '.join(f.name for f in folders)}" for run, folders in candidates)
         raise UserError(f"no evaluation is common to the runs: {names_of_each}")
     return by_rows
 
@@ -82,10 +91,6 @@ def _by_rows(candidates: list[tuple[Path, list[Path]]]) -> list[Path] | None:
         if all(len(folders) == 1 for folders in matches):
             return [folders[0] for folders in matches]
     return None
-
-
-def _list(folders: list[Path]) -> str:
-    return ", ".join(folder.name for folder in folders)
 
 
 def _in_order(first: Result, other: Result) -> Result:
@@ -136,3 +141,86 @@ def _source(first: Result, other: Result) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+@dataclass(frozen=True)
+class MeasuredRows:
+    """What a comparison needs of a result.
+
+    Attributes:
+        statistics: every built-in metric by name, over groups of rows where there are groups; names of one statistic
+            share it.
+        right_means: the metric that is the share of the rows that are right.
+        right: bool [rows].
+        scores: float64 [rows], higher is better: the probability of the row's class, or chrF of its text.
+        classes: of a classifier, None for texts.
+    """
+
+    statistics: dict[str, Statistic]
+    right_means: str
+    right: np.ndarray
+    scores: np.ndarray
+    classes: int | None = None
+
+
+def measure_rows(result: Result, groups: np.ndarray | None) -> MeasuredRows:
+    """Measure a result by its predictions; `groups` is the group of each row, where rows have groups.
+
+    Raises:
+        UserError: the predictions lack a key of their kind of evaluation.
+    """
+    kind = result.facts["kind"]
+    if kind not in (CLASSIFICATION, GENERATION):
+        raise UserError(f"{result.folder}: a result of the kind {kind!r} cannot be compared")
+    if kind == CLASSIFICATION:
+        labels, probabilities = _labels_and_probabilities(result)
+        ordinal = "quadratic_kappa" in result.metrics or "mean_absolute_error" in result.metrics
+        statistics = classification_statistics(labels, probabilities, ordinal=ordinal)
+        scores, classes = probabilities[np.arange(len(labels)), labels], probabilities.shape[1]
+        right_means, right = "accuracy", probabilities.argmax(axis=1) == labels
+    else:
+        statistics, classes = _text_statistics(result), None
+        right_means = "exact_match"
+        right = np.array([row["text"] == row["reference"].strip() for row in result.predictions])
+        scores = np.array([row.get("chrf", row.get("exact_match", 0.0)) for row in result.predictions], np.float64)
+    if groups is not None:
+        statistics = [by_group(statistic, groups) for statistic in statistics]
+    by_name = {name: statistic for statistic in statistics for name in statistic.names}
+    return MeasuredRows(by_name, right_means, right, scores, classes)
+
+
+def _labels_and_probabilities(result: Result) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [rows] and float64 [rows, classes]."""
+    rows = result.predictions
+    where = result.folder / PREDICTIONS
+    try:
+        probabilities = np.array([row["probabilities"] for row in rows], np.float64)
+        labels = np.array([row["label"] for row in rows])
+    except (KeyError, ValueError, TypeError):
+        raise UserError(f"{where}: a row has no label, or not as many probabilities as others") from None
+    classes = probabilities.shape[1] if probabilities.ndim == 2 else 0
+    if labels.dtype.kind != "i" or not 0 <= labels.min() <= labels.max() < classes:
+        raise UserError(f"{where}: a label is not a class among those with a probability")
+    return labels, probabilities
+
+
+def _text_statistics(result: Result) -> list[Statistic]:
+    rows = result.predictions
+    try:
+        texts, references = [row["text"] for row in rows], [row["reference"] for row in rows]
+    except KeyError as missing:
+        raise UserError(f"{result.folder / PREDICTIONS}: a row has no {missing}") from None
+    measured = measure_texts(texts, references, [row.get("ended", 0.0) for row in rows])
+    likelihoods = [likelihood for row in rows if (likelihood := _likelihood(row)) is not None]
+    if len(likelihoods) == len(rows):
+        measured |= measure_likelihoods(likelihoods)
+    return [metric.of_all for metric in measured.values()]
+
+
+def _likelihood(row: dict[str, Any]) -> Likelihood | None:
+    """The likelihood of a row's reference; None where the row has none."""
+    try:
+        nll, perplexity, bits = row["nll"], row["perplexity"], row["bits_per_byte"]
+        return Likelihood(nll, round(nll / math.log(perplexity)), round(nll / (bits * math.log(2))))
+    except (KeyError, ValueError, ZeroDivisionError):
+        return None

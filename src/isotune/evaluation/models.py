@@ -1,4 +1,4 @@
-"""Opens a classifier: of a finished run, full or an adapter, or any other that transformers loads."""
+"""Opens a model to evaluate: of a finished run, full or an adapter, or any other that transformers loads."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -6,19 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from isotune.data.classification.labels import ClassificationSettings
-from isotune.evaluation.classification.tasks import ClassificationTask
-from isotune.evaluation.named_model import check_named_model
-from isotune.evaluation.tasks import read_task
+from isotune.data.sources.hub import is_hub_id
+from isotune.evaluation.tasks import ClassificationTask, read_task
+from isotune.evaluation.zero3 import Shards
 from isotune.io.errors import UserError
 from isotune.models.classifier import install_classification
 from isotune.models.finished_run import (
+    ADAPTER_CONFIG,
     FinishedRun,
     add_run_adapter,
     is_classifier,
     load_run_base,
+    load_run_model,
     load_run_tokenizer,
     load_whole_model,
     read_run,
@@ -26,7 +28,7 @@ from isotune.models.finished_run import (
 from isotune.models.opening import load_pretrained, load_pretrained_config, load_pretrained_tokenizer
 from isotune.models.packed_attention import max_positions
 
-DEFAULT_MAX_SEQ_LENGTH = 512  # tokens of a document, for a model without a run
+DEFAULT_MAX_SEQ_LENGTH = 512  # tokens of a document, for a classifier without a run
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,54 @@ class Classifier:
     def num_labels(self) -> int:
         """The number of classes."""
         return int(self.model.config.num_labels)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of its inputs."""
+        return next(self.model.parameters()).device
+
+
+@dataclass(frozen=True)
+class GenerationModel:
+    """A causal language model on its device, with its own tokenizer, ready to generate.
+
+    Attributes:
+        model: under ZeRO-3 the shard of this rank.
+        engine: the DeepSpeed engine of a sharded model.
+    """
+
+    model: Any
+    tokenizer: Any
+    engine: Any = None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every rank must take part in every forward."""
+        return self.engine is not None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of its inputs."""
+        return self.model.device
+
+    @property
+    def positions(self) -> int:
+        """The longest sequence of the model in tokens; the tokenizer's limit where the model has none."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        return limit or self.tokenizer.model_max_length
+
+    @property
+    def eos_ids(self) -> set[int]:
+        """Every eos token: the tokenizer's and those of the model's generation_config.json."""
+        named = self.model.generation_config.eos_token_id
+        ids = {*(named if isinstance(named, list) else [named]), self.tokenizer.eos_token_id} - {None}
+        if not ids:
+            raise UserError(f"the tokenizer {self.tokenizer.name_or_path} has no eos token: generation could not end")
+        return ids
+
+    def token_count(self, text: str) -> int:
+        """Tokens of a prompt, special ones included."""
+        return len(self.tokenizer(text)["input_ids"])
 
 
 def load_run_classifier(run_dir: str | Path, device: torch.device, dtype: torch.dtype) -> Classifier:
@@ -83,7 +133,7 @@ def load_model_classifier(name: str, device: torch.device, dtype: torch.dtype) -
     Raises:
         UserError: it cannot be loaded, or is no classifier.
     """
-    check_named_model(name)
+    _check_named_model(name)
     if Path(name).is_dir():
         _check_kind(Path(name), name)
     model = load_pretrained(name, auto=AutoModelForSequenceClassification, dtype=dtype).to(device).eval()
@@ -91,7 +141,8 @@ def load_model_classifier(name: str, device: torch.device, dtype: torch.dtype) -
         raise UserError(f"{name} has {model.config.num_labels} output: a classifier has at least two")
     tokenizer = load_pretrained_tokenizer(name)
     install_classification(model)
-    longest = min(DEFAULT_MAX_SEQ_LENGTH, positions_of(model.config), tokenizer.model_max_length)
+    positions = max_positions(model.config) or DEFAULT_MAX_SEQ_LENGTH
+    longest = min(DEFAULT_MAX_SEQ_LENGTH, positions, tokenizer.model_max_length)
     settings = ClassificationSettings(max_seq_length=longest, num_labels=int(model.config.num_labels))
     return Classifier(name, model, tokenizer, settings, _names_of(model.config))
 
@@ -113,20 +164,74 @@ def task_of_run(
         held_out = (recipe["eval_split_share"], recipe["seed"])
     if name is None:
         raise UserError(f"the run {classifier.name} names no evaluation data: use --dataset_name or --task")
-    given = {key: value for key, value in flags.items() if value is not None}
     own = {"dataset_name": name, "dataset_split": split, **columns}
+    given = {key: value for key, value in flags.items() if value is not None}
     return read_task(ClassificationTask, None, {**own, **given}), held_out
 
 
-def positions_of(config: Any) -> int:
-    """The longest document that a model has positions for, in tokens."""
-    return max_positions(config) or 2**31
+def generation_model_of_run(
+    run_dir: str | Path, device: torch.device | None = None, shards: Shards | None = None
+) -> GenerationModel:
+    """A finished run's model, full or an adapter on its base; on a GPU where there is one, unless `device` says else.
+
+    With `shards` it is sharded over all ranks. A 4-bit base is whole on each of them all the same.
+
+    Raises:
+        UserError: no finished run, or its model cannot be loaded.
+    """
+    run = read_run(run_dir)
+    shards = None if run.settings.get("tune") == "qlora" else shards
+    stored = run.training_dtype if run.is_adapter and not run.base_made_here else _stored_dtype(run.base or run.model)
+    announced = shards.announce(stored) if shards else None
+    model = load_run_model(run, device or _best_device())
+    del announced
+    # peft's layers stay inside the model that they adapt
+    return _generation_model(model.get_base_model() if run.is_adapter else model, load_run_tokenizer(run), shards)
+
+
+def generation_model_named(
+    name: str, device: torch.device | None = None, shards: Shards | None = None
+) -> GenerationModel:
+    """Any causal model with weights in safetensors, a folder or a Hub id; otherwise as `generation_model_of_run`.
+
+    Raises:
+        UserError: it cannot be loaded, or is an adapter.
+    """
+    _check_named_model(name)
+    announced = shards.announce(_stored_dtype(name)) if shards else None
+    model = load_pretrained(name, auto=AutoModelForCausalLM, dtype="auto").to(device or _best_device()).eval()
+    del announced
+    return _generation_model(model, load_pretrained_tokenizer(name), shards)
+
+
+def _generation_model(model: Any, tokenizer: Any, shards: Shards | None) -> GenerationModel:
+    if shards is None:
+        return GenerationModel(model, tokenizer)
+    engine = shards.spread(model)
+    return GenerationModel(engine.module, tokenizer, engine)
+
+
+def _best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _stored_dtype(name: str | Path) -> torch.dtype:
+    """The dtype of a model's weights, from its configuration."""
+    stored: Any = load_pretrained_config(str(name)).dtype
+    return stored or torch.float32
+
+
+def _check_named_model(name: str) -> None:
+    """Refuse what --model cannot open: an adapter without its base, or neither a folder nor a Hub id."""
+    if (Path(name) / ADAPTER_CONFIG).is_file():
+        raise UserError(f"--model {name} is an adapter without its base: give the folder of its run with --run_dir")
+    if not Path(name).is_dir() and not is_hub_id(name):
+        raise UserError(f"there is no model folder {name}")
 
 
 def _check_kind(folder: Path, name: str) -> None:
     """Refuse another kind of model, which would load with a random head or fail with a traceback."""
-    config = load_pretrained_config(str(folder))
-    kinds = config.architectures or []
+    kinds = load_pretrained_config(str(folder)).architectures or []
     if kinds and not any(kind.endswith("ForSequenceClassification") for kind in kinds):
         raise UserError(f"{name} holds a {kinds[0]}, not a classifier: eval/generate.py evaluates a language model")
 

@@ -8,23 +8,24 @@ from typing import Any
 
 import numpy as np
 
-from isotune.evaluation.comparison.paired_metrics import (
-    DEFAULT_METRICS,
-    LOWER_IS_BETTER,
-    WITHOUT_DIRECTION,
-    check_classes,
-    correct_rows,
-    row_scores,
-    statistics_of,
-)
-from isotune.evaluation.comparison.pairing import choose_results, groups_of
-from isotune.evaluation.results import Result
+from isotune.evaluation.paired_results import MeasuredRows, choose_results, groups_of, measure_rows
+from isotune.evaluation.results import CLASSIFICATION, GENERATION, Result
 from isotune.evaluation.statistics.paired_tests import RESAMPLES, holm, mcnemar, paired_bootstrap, swap_test
-from isotune.evaluation.statistics.resampling import OfSums, Statistic, by_group, values
+from isotune.evaluation.statistics.resampling import OfSums, values
 from isotune.io.errors import UserError
 
 LEVEL = 0.05
 MCNEMAR, SWAP, BOOTSTRAP = "McNemar, exact", "swap test", "paired bootstrap"
+# The default metrics of a comparison: few, because every further test weakens all others.
+DEFAULT_METRICS = {
+    CLASSIFICATION: ("accuracy", "f1_macro", "log_loss", "brier"),
+    GENERATION: ("exact_match", "rougeL", "chrf", "bits_per_byte"),
+}
+LOWER_IS_BETTER = frozenset(
+    {"log_loss", "brier", "expected_calibration_error", "mean_absolute_error"}
+    | {"nll", "perplexity", "bits_per_byte", "repetition", "empty"}
+)
+WITHOUT_DIRECTION = frozenset({"length_ratio", "ended"})
 
 
 @dataclass(frozen=True)
@@ -124,13 +125,12 @@ def compare_runs(
     seed: int = 0,
     examples: int = 3,
 ) -> Comparison:
-    """Compare runs on an evaluation that they have in common, each with the first one.
+    """Compare runs on an evaluation that they have in common, each with the first one, or each with each.
 
     Args:
         runs: run folders, or folders of results.
         name: of the evaluation, where there are several.
         metrics: to test; by default a few of each kind of evaluation.
-        all_pairs: compare each with each.
         resamples: of the bootstrap and of the swap test.
         examples: number of rows to show for each direction.
 
@@ -143,17 +143,27 @@ def compare_runs(
         if number < least:
             raise UserError(f"{option} is {number}: it is at least {least}")
     results = choose_results(runs, name)
-    check_classes(results)
     groups = groups_of(results)
-    statistics = [_grouped(statistics_of(result), groups) for result in results]
-    chosen = _choose_metrics(results, statistics, metrics)
-    indices = list(combinations(range(len(runs)), 2)) if all_pairs else [(0, b) for b in range(1, len(runs))]
-    pairs = []
-    for a, b in indices:
-        changed = _ChangedRows(results[a], results[b])
-        differences = _differences(statistics[a], statistics[b], chosen, changed, resamples, seed, groups)
-        pairs.append(Pair(a, b, differences, *changed.counts(), *changed.examples(examples)))
+    sides = [measure_rows(result, groups) for result in results]
+    for result, side in zip(results, sides, strict=True):
+        if side.classes != sides[0].classes:
+            both = f"{results[0].folder} and {result.folder}"
+            raise UserError(f"{both} cannot be compared: {sides[0].classes} and {side.classes} classes")
     facts = results[0].facts
+    chosen = _choose_metrics(facts["kind"], sides, metrics)
+    units = len(results[0].predictions) if groups is None else int(groups.max()) + 1
+    draws = {"seed": seed, "resamples": resamples}
+    pairs = []
+    for a, b in combinations(range(len(runs)), 2) if all_pairs else [(0, b) for b in range(1, len(runs))]:
+        differences = _differences(sides[a], sides[b], chosen, units, groups is not None, draws)
+        only_a, only_b = sides[a].right & ~sides[b].right, sides[b].right & ~sides[a].right
+        gain = sides[b].scores - sides[a].scores
+        # where correctness is the same, the rows whose score changed most
+        gained, lost = (only_b, only_a) if (only_a | only_b).any() else (gain > 0, gain < 0)
+        largest = [
+            _largest(results[a], results[b], rows, change, examples) for rows, change in ((gained, gain), (lost, -gain))
+        ]
+        pairs.append(Pair(a, b, differences, int(only_b.sum()), int(only_a.sum()), sides[a].right_means, *largest))
     return Comparison(
         runs=[str(run) for run in runs],
         results=[str(result.folder) for result in results],
@@ -165,69 +175,37 @@ def compare_runs(
         seed=seed,
         resamples=resamples,
         tests=sum(len(pair.differences) for pair in pairs),
-        groups=None if groups is None else int(groups.max()) + 1,
+        groups=None if groups is None else units,
         pairs=_corrected(pairs),
     )
 
 
-def _grouped(statistics: dict[str, Statistic], groups: np.ndarray | None) -> dict[str, Statistic]:
-    """The statistics over groups of rows, where there are groups; names of one statistic still share it."""
-    if groups is None:
-        return statistics
-    grouped = {id(statistic): by_group(statistic, groups) for statistic in statistics.values()}
-    return {name: grouped[id(statistic)] for name, statistic in statistics.items()}
-
-
-class _ChangedRows:
-    """The rows that only one side has right, and the change of each row's score from A to B."""
-
-    def __init__(self, a: Result, b: Result) -> None:
-        self.a, self.b = a.predictions, b.predictions
-        self.right_means, correct_a = correct_rows(a)
-        _, correct_b = correct_rows(b)
-        self.only_a, self.only_b = correct_a & ~correct_b, correct_b & ~correct_a
-        self.gain = row_scores(b) - row_scores(a)
-
-    def counts(self) -> tuple[int, int, str]:
-        return int(self.only_b.sum()), int(self.only_a.sum()), self.right_means
-
-    def examples(self, count: int) -> tuple[list[ChangedRow], list[ChangedRow]]:
-        """Rows that B gained and lost; where correctness is the same, those whose score changed most."""
-        differ = bool((self.only_a | self.only_b).any())
-        gained = self.only_b if differ else self.gain > 0
-        lost = self.only_a if differ else self.gain < 0
-        return self._largest(gained, -self.gain, count), self._largest(lost, self.gain, count)
-
-    def _largest(self, mask: np.ndarray, order: np.ndarray, count: int) -> list[ChangedRow]:
-        rows = np.flatnonzero(mask)
-        first = rows[np.argsort(order[rows], kind="stable")][:count].tolist()
-        return [ChangedRow(self.a[row]["id"], self.a[row], self.b[row]) for row in first]
-
-
-def _choose_metrics(
-    results: Sequence[Result], statistics: Sequence[dict[str, Statistic]], names: Sequence[str]
-) -> list[str]:
-    common = [name for name in statistics[0] if all(name in other for other in statistics)]
+def _choose_metrics(kind: str, sides: Sequence[MeasuredRows], names: Sequence[str]) -> list[str]:
+    common = [name for name in sides[0].statistics if all(name in side.statistics for side in sides)]
     for name in names:
         if name not in common:
             raise UserError(f"--metrics: {name!r} is not a metric of all these results; there are {', '.join(common)}")
-    return list(dict.fromkeys(names)) or [name for name in DEFAULT_METRICS[results[0].facts["kind"]] if name in common]
+    return list(dict.fromkeys(names)) or [name for name in DEFAULT_METRICS[kind] if name in common]
+
+
+def _largest(a: Result, b: Result, mask: np.ndarray, change: np.ndarray, count: int) -> list[ChangedRow]:
+    """The rows of a mask, the largest change first."""
+    rows = np.flatnonzero(mask)
+    first = rows[np.argsort(-change[rows], kind="stable")][:count].tolist()
+    return [ChangedRow(a.predictions[row]["id"], a.predictions[row], b.predictions[row]) for row in first]
 
 
 def _differences(
-    a: dict[str, Statistic],
-    b: dict[str, Statistic],
-    metrics: Sequence[str],
-    changed: _ChangedRows,
-    resamples: int,
-    seed: int,
-    groups: np.ndarray | None,
+    a: MeasuredRows, b: MeasuredRows, metrics: Sequence[str], units: int, grouped: bool, draws: dict[str, int]
 ) -> list[MetricDifference]:
-    """The difference of every metric that both sides have. McNemar's test is for independent rows only."""
-    needed = list({id(a[name]): name for name in metrics}.values())
-    units = len(changed.gain) if groups is None else int(groups.max()) + 1
-    intervals = paired_bootstrap([a[n] for n in needed], [b[n] for n in needed], units, seed=seed, resamples=resamples)
-    values_a, values_b = (values([side[name] for name in needed]) for side in (a, b))
+    """The difference of every metric that both sides have over `units` rows, or groups where they are `grouped`.
+
+    McNemar's test is for independent rows only.
+    """
+    needed = list({id(a.statistics[name]): name for name in metrics}.values())
+    of_a, of_b = ([side.statistics[name] for name in needed] for side in (a, b))
+    intervals = paired_bootstrap(of_a, of_b, units, **draws)
+    values_a, values_b = values(of_a), values(of_b)
     swapped: dict[str, float] = {}
     differences = []
     for name in metrics:
@@ -235,13 +213,13 @@ def _differences(
         if name not in intervals or not np.isfinite(value_b - value_a):
             continue
         low, high, p = intervals[name].low, intervals[name].high, intervals[name].p
-        test, mid_p, (one, other) = BOOTSTRAP, None, (a[name], b[name])
-        if name == changed.right_means and groups is None:
-            exact = mcnemar(int(changed.only_a.sum()), int(changed.only_b.sum()))
+        test, mid_p, one, other = BOOTSTRAP, None, a.statistics[name], b.statistics[name]
+        if name == a.right_means and not grouped:
+            exact = mcnemar(int((a.right & ~b.right).sum()), int((b.right & ~a.right).sum()))
             test, p, mid_p = MCNEMAR, exact.p, exact.mid_p
         elif isinstance(one, OfSums) and isinstance(other, OfSums):
             if name not in swapped:
-                swapped |= swap_test(one, other, seed=seed, resamples=resamples)
+                swapped |= swap_test(one, other, **draws)
             test, p = SWAP, swapped[name]
         differences.append(MetricDifference(name, value_a, value_b, value_b - value_a, low, high, test, p, mid_p))
     return differences
@@ -250,15 +228,11 @@ def _differences(
 def _corrected(pairs: Sequence[Pair]) -> list[Pair]:
     """The pairs with p_holm over all of their tests, `shown` and `better`."""
     adjusted = iter(holm([difference.p for pair in pairs for difference in pair.differences]))
-    corrected = []
-    for pair in pairs:
-        differences = []
-        for difference in pair.differences:
-            p_holm = next(adjusted)
-            shown = p_holm <= LEVEL
-            better = None
-            if shown and difference.metric not in WITHOUT_DIRECTION:
-                better = "b" if (difference.difference < 0) == (difference.metric in LOWER_IS_BETTER) else "a"
-            differences.append(replace(difference, p_holm=p_holm, shown=shown, better=better))
-        corrected.append(replace(pair, differences=differences))
-    return corrected
+    return [replace(pair, differences=[_judged(one, next(adjusted)) for one in pair.differences]) for pair in pairs]
+
+
+def _judged(difference: MetricDifference, p_holm: float) -> MetricDifference:
+    shown, better = p_holm <= LEVEL, None
+    if shown and difference.metric not in WITHOUT_DIRECTION:
+        better = "b" if (difference.difference < 0) == (difference.metric in LOWER_IS_BETTER) else "a"
+    return replace(difference, p_holm=p_holm, shown=shown, better=better)

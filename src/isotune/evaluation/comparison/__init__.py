@@ -1,1 +1,0 @@
-"""Runs compared on the same rows: pairing, tests of every metric, changed rows."""

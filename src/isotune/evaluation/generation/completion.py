@@ -1,0 +1,264 @@
+"""Completions of many prompts at once; each is the one that the model generates for its prompt alone.
+
+Prompts are sorted by length and padded on the left. Positions follow the attention mask, so padding shifts none. A row
+may use every position of the model, however long its neighbours are. The random number of token t of row r is number t
+of a stream that is seeded with (seed, r), so a sampled completion is the same in any batch, in any order and on any
+number of processes.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
+
+from isotune.data.sft.conversations import HUMAN_HEADER, header_start
+from isotune.evaluation.distributed_eval import Ranks
+from isotune.evaluation.models import GenerationModel
+from isotune.io.errors import UserError
+from isotune.models.log_control import quiet_libraries
+
+BATCH_SIZE = 16
+# A byte-level tokenizer without merges needs one token for each character of the header, and a few before it.
+HEADER_TOKENS = len(HUMAN_HEADER) + 6
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the next token is chosen.
+
+    Attributes:
+        max_new_tokens: longest completion.
+        temperature: 0 takes the likeliest token (greedy); above 0 tokens are sampled.
+        top_p: sample among the likeliest tokens that have this share of the probability (Holtzman et al. 2020).
+        seed: of sampling; the same seed gives the same completion.
+
+    Raises:
+        UserError: a value out of range, or without effect.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"--max_new_tokens is {self.max_new_tokens}: it is at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"--temperature is {self.temperature}: it is 0 (greedy) or a positive number")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top_p is {self.top_p}: it is a share of the probability, above 0 and at most 1")
+        if self.temperature == 0 and self.top_p < 1:
+            raise UserError("--top_p has no effect on greedy decoding: give a --temperature above 0 too")
+        if self.seed < 0:
+            raise UserError(f"--seed is {self.seed}: it is 0 or a positive number")
+
+    def processors(self, rows: Sequence[int], prompt_tokens: int) -> LogitsProcessorList:
+        """The logits processors of a batch of rows with these numbers, its padded prompts `prompt_tokens` wide.
+
+        `generate` takes the likeliest token of their result.
+        """
+        if self.temperature == 0:
+            return LogitsProcessorList()
+        warpers: list[Any] = [TemperatureLogitsWarper(self.temperature)]
+        if self.top_p < 1:
+            warpers.append(TopPLogitsWarper(self.top_p))
+        return LogitsProcessorList([*warpers, CountedDraw(self, rows, prompt_tokens)])
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to complete; `row` identifies it and seeds its random draws, `where` names it in messages."""
+
+    row: int
+    text: str
+    where: str = "the prompt"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The generated text after the prompt and its tokens, without the eos.
+
+    Attributes:
+        ended: the model ended it, by an eos or by the header of another turn; else its token limit did.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    ended: bool
+
+
+def complete(
+    lm: GenerationModel,
+    prompts: Sequence[Prompt],
+    decoding: Decoding,
+    *,
+    batch_size: int = BATCH_SIZE,
+    turns: bool = True,
+    ranks: Ranks | None = None,
+    progress: bool = False,
+) -> dict[int, Completion]:
+    """The completion of each prompt, by its row; with `ranks` each process generates its share and gets them all.
+
+    Args:
+        prompts: the same on every rank.
+        batch_size: prompts of one forward; it changes no completion.
+        turns: a completion also ends where the model begins another turn.
+
+    Raises:
+        UserError: a prompt leaves the model no position for a completion.
+    """
+    with quiet_libraries():  # the tokenizer warns about a long prompt, which is refused below
+        encoded = [lm.tokenizer(prompt.text)["input_ids"] for prompt in prompts]
+    for prompt, tokens in zip(prompts, encoded, strict=True):
+        if len(tokens) >= lm.positions:
+            sizes = f"{len(tokens)} tokens, and the model {lm.positions} positions"
+            raise UserError(f"{prompt.where} has {sizes}: shorten it")
+    # of similar lengths, the longest first; the same on every rank
+    order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]), i))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    mine, rounds = own_share(lm, [len(batch) * len(encoded[batch[0]]) for batch in batches], ranks)
+    completions: dict[int, Completion] = {}
+    with (
+        quiet_libraries(),
+        tqdm(total=len(prompts), unit="completion", disable=not progress, dynamic_ncols=True) as bar,
+    ):
+        for number in range(rounds):
+            batch = batches[mine[number]] if number < len(mine) else []
+            generated = _complete_batch(
+                lm, [prompts[i].row for i in batch], [encoded[i] for i in batch], decoding, turns
+            )
+            completions |= {prompts[i].row: completion for i, completion in zip(batch, generated, strict=True)}
+            bar.update(len(batch))
+    return ranks.gather(completions) if ranks else completions
+
+
+def own_share(lm: GenerationModel, costs: Sequence[int], ranks: Ranks | None) -> tuple[list[int], int]:
+    """The numbers of the batches that this rank runs, balanced by cost, and how many rounds it takes part in.
+
+    A sharded model needs every rank in every round; in a round beyond its share a rank runs an empty batch.
+    """
+    if ranks is None:
+        return list(range(len(costs))), len(costs)
+    mine = ranks.share(costs)
+    return mine, max(ranks.gather({ranks.rank: len(mine)}).values()) if lm.is_sharded else len(mine)
+
+
+def _complete_batch(
+    lm: GenerationModel, rows: list[int], encoded: list[list[int]], decoding: Decoding, turns: bool
+) -> list[Completion]:
+    """One call of `generate`; without rows it only serves the ranks that have some."""
+    eos_ids = lm.eos_ids
+    pad = lm.tokenizer.pad_token_id
+    filler = pad if pad is not None else min(eos_ids)
+    limits = [min(decoding.max_new_tokens, lm.positions - len(tokens)) for tokens in encoded] or [1]
+    tokens = encoded or [[filler]]
+    width = max(map(len, tokens))
+    input_ids = torch.full((len(tokens), width), filler)
+    mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(tokens):
+        input_ids[row, width - len(ids) :] = torch.tensor(ids)
+        mask[row, width - len(ids) :] = 1
+    endings = _Endings(lm.tokenizer, eos_ids, width, limits, turns)
+    with torch.no_grad(), _within_positions(lm):
+        outputs = lm.model.generate(
+            input_ids=input_ids.to(lm.device),
+            attention_mask=mask.to(lm.device),
+            do_sample=False,  # sampling is done by the last of the logits processors
+            max_new_tokens=max(limits),
+            eos_token_id=sorted(eos_ids),
+            pad_token_id=filler,
+            logits_processor=decoding.processors(rows or [0], width),
+            stopping_criteria=StoppingCriteriaList([endings]),
+            synced_gpus=lm.is_sharded,
+        )
+    completions = []
+    for row, output in enumerate(outputs[: len(encoded)]):
+        kept = output[width:].tolist()[: endings.tokens[row]]
+        text = lm.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        completions.append(Completion(text, tuple(kept), endings.ended_by_model[row]))
+    return completions
+
+
+@contextmanager
+def _within_positions(lm: GenerationModel) -> Iterator[None]:
+    """Keep the positions of rows that have ended within the model's position table.
+
+    transformers 5.23 keeps counting positions for a row that has ended, until the last row of its batch and, under
+    ZeRO-3, of all ranks ends; learned positions such as OPT's then overflow their table. The output of such a row is
+    not used.
+    """
+
+    def clamp(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = kwargs["position_ids"].clamp(max=lm.positions - 1)
+        return args, kwargs
+
+    hook = lm.model.register_forward_pre_hook(clamp, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class CountedDraw(LogitsProcessor):
+    """Sample each row's token by inverting its distribution function at a number that (seed, row, position) determine.
+
+    Rounding in the scores (another batch, another device) changes a token only where that number falls within the
+    rounding of the border between two tokens.
+    """
+
+    def __init__(self, decoding: Decoding, rows: Sequence[int], prompt_tokens: int) -> None:
+        streams = [np.random.Philox(np.random.SeedSequence([decoding.seed, row])) for row in rows]
+        drawn = [np.random.Generator(stream).random(decoding.max_new_tokens) for stream in streams]
+        self.uniform = torch.from_numpy(np.stack(drawn))  # [rows, max_new_tokens], float64 in [0, 1)
+        self.prompt_tokens = prompt_tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [rows, vocabulary] that are finite for the sampled token only."""
+        position = input_ids.shape[1] - self.prompt_tokens
+        cumulative = scores.double().softmax(-1).cumsum(-1)
+        threshold = self.uniform[:, position : position + 1].to(cumulative.device) * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, float("-inf")).scatter_(1, token, 0.0)
+
+
+class _Endings(StoppingCriteria):
+    """Where each completion of a batch ends: at an eos, at the header of another turn, or at its token limit.
+
+    Attributes:
+        tokens: length of each row's completion without its eos; None while it goes on.
+        ended_by_model: whether an eos or a header ended it.
+    """
+
+    def __init__(self, tokenizer: Any, eos_ids: set[int], width: int, limits: Sequence[int], turns: bool) -> None:
+        """Watch rows whose padded prompts are `width` wide; `turns`: end before the header of another turn too."""
+        self.tokenizer = tokenizer
+        self.eos_ids = eos_ids
+        self.width = width
+        self.limits = limits
+        self.turns = turns
+        self.tokens: list[int | None] = [None] * len(limits)
+        self.ended_by_model = [False] * len(limits)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+        """Bool [rows]: which rows have ended. `input_ids` is [rows, width + new tokens]."""
+        count = input_ids.shape[1] - self.width
+        # only the last tokens can hold a header that was not there before
+        newest = input_ids[:, max(self.width, input_ids.shape[1] - HEADER_TOKENS) :].tolist()
+        for row, limit in enumerate(self.limits):
+            if self.tokens[row] is not None:
+                continue
+            if newest[row][-1] in self.eos_ids:
+                self.tokens[row], self.ended_by_model[row] = count - 1, True
+            elif self.turns and header_start(self.tokenizer.decode(newest[row], skip_special_tokens=True)) is not None:
+                self.tokens[row], self.ended_by_model[row] = count, True
+            elif count >= limit:
+                self.tokens[row] = count
+        return torch.tensor([ended is not None for ended in self.tokens], device=input_ids.device)
