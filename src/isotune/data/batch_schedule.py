@@ -137,8 +137,7 @@ def assign_to_ranks(step: Step, world_size: int) -> list[list[Microbatch]]:
     Longest-processing-time first, with at most ceil(n / world_size) microbatches a rank. A rank with fewer also gets
     the step's cheapest microbatch with weight zero, because sharded engines communicate within every forward.
 
-    Returns:
-        a list of microbatches for each rank, in the order of their numbers.
+    Returns a list of microbatches for each rank, in the order of their numbers.
     """
     per_rank = -(-len(step.microbatches) // world_size)
     shares: list[list[Microbatch]] = [[] for _ in range(world_size)]

@@ -7,9 +7,9 @@ the prepared data with the table of their counts that come out.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -152,23 +152,16 @@ class Documents:
 
 @dataclass(frozen=True)
 class Rows:
-    """Which documents share a row.
+    """Which documents share a row."""
 
-    Attributes:
-        documents: int64 [documents]; document numbers, row after row.
-        starts: int64 [rows + 1].
-    """
-
-    documents: np.ndarray
-    starts: np.ndarray
+    documents: np.ndarray  # int64 [documents]; document numbers, row after row
+    starts: np.ndarray  # int64 [rows + 1]
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
     def __getitem__(self, row: int) -> np.ndarray:
         """The numbers of the documents in a row: int64 [documents in the row]."""
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)}")
         return self.documents[self.starts[row] : self.starts[row + 1]]
 
     def lengths(self, document_lengths: np.ndarray) -> np.ndarray:
@@ -178,17 +171,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class CountsTable:
-    """What preparation did to a data set, counted; `str()` is the table to print.
+    """What preparation did to a data set, counted; `str()` is the table to print."""
 
-    Attributes:
-        source: where the rows came from.
-        counts: plain numbers by name, for a JSON file.
-        lines: what is printed, name and value.
-    """
-
-    source: str
-    counts: dict[str, Any]
-    lines: tuple[Line, ...]
+    source: str  # where the rows came from
+    counts: dict[str, Any]  # plain numbers by name, for a JSON file
+    lines: tuple[Line, ...]  # what is printed, name and value
 
     def as_dict(self) -> dict[str, Any]:
         """The source and its counts, for a JSON file."""
@@ -199,15 +186,15 @@ class CountsTable:
         return "\n".join([self.source, *(f"  {name:<{width}}  {value}" for name, value in self.lines)])
 
 
-def count_lines(
-    counts: Iterable[tuple[str, int]], *, share_of: int | None = None, keep_zeros: bool = False
-) -> list[Line]:
-    """Lines of a table: thousands separated, with the share of `share_of` where that is given."""
-    return [
-        (name, f"{count:,}" if share_of is None else f"{count:,} ({count / max(share_of, 1):.1%})")
-        for name, count in counts
-        if count or keep_zeros
-    ]
+def with_share(count: int, of: int) -> str:
+    """A count, thousands separated, and its share."""
+    return f"{count:,} ({count / max(of, 1):.1%})"
+
+
+def count_lines(counts: Mapping[str, int], *, share_of: int | None = None) -> list[Line]:
+    """Lines of a table for what is not zero: thousands separated, with the share of `share_of` where that is given."""
+    shown = {name: count for name, count in counts.items() if count}
+    return [(name, f"{n:,}" if share_of is None else with_share(n, share_of)) for name, n in shown.items()]
 
 
 def lengths_line(quantiles: dict[str, int]) -> Line:
@@ -225,24 +212,14 @@ def length_quantiles(lengths: np.ndarray) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """The part of a recipe that decides its documents; each task adds its own keys.
+    """The part of a recipe that decides its documents; each task adds its own keys."""
 
-    Attributes:
-        max_seq_length: tokens of a document at most, special tokens included.
-        overlong: what happens to a longer document.
-        dataset_text_field: the column that holds the text.
-        seed: of whatever chance decides.
-        MIN_OWN_TOKENS: tokens that a document needs beside its special tokens.
-        CHOICES: the values that a key may have.
-    """
+    MIN_OWN_TOKENS: ClassVar[int]  # that a document needs beside its special tokens
 
-    MIN_OWN_TOKENS: ClassVar[int]
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]]
-
-    max_seq_length: int
-    overlong: str
-    dataset_text_field: str
-    seed: int
+    max_seq_length: int  # tokens of a document at most, special tokens included
+    overlong: str  # what happens to a longer document
+    dataset_text_field: str  # the column that holds the text
+    seed: int  # of whatever chance decides
 
     @classmethod
     def of(cls, recipe: Any) -> Self:
@@ -254,9 +231,9 @@ class DataSettings:
         least = special_tokens + self.MIN_OWN_TOKENS
         if self.max_seq_length < least:
             raise UserError(f"max_seq_length is {self.max_seq_length}: a document needs at least {least} tokens")
-        for key, choices in self.CHOICES.items():
-            if getattr(self, key) not in choices:
-                raise UserError(f"{key} is {getattr(self, key)!r}; it may be {', '.join(choices)}")
+        for key, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal and getattr(self, key) not in get_args(kind):
+                raise UserError(f"{key} is {getattr(self, key)!r}; it may be {', '.join(get_args(kind))}")
 
 
 def _no_texts() -> Iterator[str]:

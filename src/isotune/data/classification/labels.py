@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -37,32 +37,19 @@ def _rules() -> LabelRules:
 
 @dataclass(frozen=True)
 class ClassificationSettings(DataSettings):
-    """What a recipe says about its labelled data.
-
-    Attributes:
-        overlong: which end of a longer text is kept, or both.
-        seed: of the random labels.
-        dataset_label_field, dataset_id_field: the columns; no id field: `id` where there is one.
-        clean_text: undo HTML and escapes (isotune.data.contents).
-        label_source: the column; the rules that a project registered; or random, by the seed and the content.
-        num_labels: classes; None takes as many as there are.
-    """
+    """What a recipe says about its labelled data."""
 
     MIN_OWN_TOKENS: ClassVar[int] = 1
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
-        "overlong": get_args(OverlongText),
-        "label_source": get_args(LabelSource),
-    }
 
     max_seq_length: int = 512
-    overlong: OverlongText = "head"
+    overlong: OverlongText = "head"  # which end is kept, or both
     dataset_text_field: str = "text"
-    seed: int = 0
+    seed: int = 0  # of the random labels
     dataset_label_field: str = "label"
-    dataset_id_field: str | None = None
-    clean_text: bool = False
-    label_source: LabelSource = "column"
-    num_labels: int | None = None
+    dataset_id_field: str | None = None  # `id` where there is one
+    clean_text: bool = False  # undo HTML and escapes (isotune.data.contents)
+    label_source: LabelSource = "column"  # or the rules that a project has; or random, by the seed and the content
+    num_labels: int | None = None  # as many as there are
 
     @property
     def label_names(self) -> tuple[str, ...] | None:

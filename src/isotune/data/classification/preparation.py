@@ -21,12 +21,12 @@ from isotune.data.contents import EMPTY, clean, contents_of
 from isotune.data.documents import (
     CountsTable,
     Documents,
-    Line,
     PreparedData,
     count_lines,
     digest,
     length_quantiles,
     lengths_line,
+    with_share,
 )
 from isotune.data.packing import one_document_per_row
 from isotune.data.sources.source import Source
@@ -123,9 +123,7 @@ def tokenize(source: Source, tokenizer: Any, settings: ClassificationSettings, *
 
     An empty text is kept, as the special tokens alone, and counted: to drop it would make a prediction missing.
 
-    Args:
-        tokenizer: of transformers, with a Rust backend, that puts a token before a text.
-        show_progress: a bar of documents on stderr; one process of a launch should say True.
+    `tokenizer` is one of transformers, with a Rust backend, that puts a token before a text.
 
     Raises:
         UserError: whatever the user can put right, in one sentence.
@@ -211,13 +209,14 @@ def labels_table(
     """
     whole_lengths = documents.columns["whole_lengths"]
     contents = documents.columns.get("contents", np.zeros(0, np.uint64))
-    counts = {
+    classes: list[int] = np.bincount(documents.labels, minlength=num_labels).tolist()
+    counts: dict[str, Any] = {
         "documents": len(documents),
         "cut": int((whole_lengths > max_seq_length).sum()),
         "overlong": overlong,
         "empty": int((whole_lengths == special_tokens).sum()),
         "tokens": len(documents.input_ids),
-        "classes": np.bincount(documents.labels, minlength=num_labels).tolist(),
+        "classes": classes,
         "whole_lengths": length_quantiles(whole_lengths),
         "class_names": list(class_names) if class_names else None,
         "repeated": _repeated(contents),
@@ -230,7 +229,35 @@ def labels_table(
         **remarks,
         "max_seq_length": max_seq_length,
     }
-    return CountsTable(source, counts, tuple(_lines(counts)))
+    undone = "undone" if cleaned else "left (clean_text: true undoes them)"
+    names = [f", {name}" for name in class_names] if class_names else [""] * len(classes)
+    lines = [
+        ("documents", f"{len(documents):,}"),
+        *count_lines(
+            {
+                "  not among them: on the other side of the split": counts["held_out"],
+                "  not among them: dropped, in the evaluation data too": counts["dropped"],
+            }
+        ),
+        *count_lines(
+            {
+                **{f"  {how} in the other data too": number for how, number in counts["in_the_other"].items()},
+                f"  cut to {max_seq_length:,} tokens ({overlong})": counts["cut"],
+                "  of an empty text, kept": counts["empty"],
+                "  with the text of an earlier one": counts["repeated"],
+                "  with the text of one of another class": counts["contradicting"],
+                f"  with HTML or escapes, {undone}": counts["marked"],
+            },
+            share_of=len(documents),
+        ),
+        *(
+            (f"  of class {label}{name}", with_share(number, len(documents)))
+            for label, (number, name) in enumerate(zip(classes, names, strict=True))
+        ),
+        ("tokens", f"{counts['tokens']:,}"),
+        lengths_line(counts["whole_lengths"]),
+    ]
+    return CountsTable(source, counts, tuple(lines))
 
 
 def _repeated(contents: np.ndarray) -> int:
@@ -247,41 +274,3 @@ def _contradicting(contents: np.ndarray, labels: np.ndarray) -> int:
     pairs = np.unique(np.stack([which, labels]), axis=1)
     classes_of_text = np.bincount(pairs[0], minlength=1)
     return int((classes_of_text[which] > 1).sum())
-
-
-def _lines(counts: dict[str, Any]) -> list[Line]:
-    documents: int = counts["documents"]
-    classes: list[int] = counts["classes"]
-    names: list[str] = counts["class_names"] or [""] * len(classes)
-    in_the_other: dict[str, int] = counts["in_the_other"]
-    undone = "undone" if counts["cleaned"] else "left (clean_text: true undoes them)"
-    return [
-        *count_lines([("documents", documents)], keep_zeros=True),
-        *count_lines(
-            [
-                ("  not among them: on the other side of the split", counts["held_out"]),
-                ("  not among them: dropped, in the evaluation data too", counts["dropped"]),
-            ]
-        ),
-        *count_lines(
-            [
-                *((f"  {how} in the other data too", number) for how, number in in_the_other.items()),
-                (f"  cut to {counts['max_seq_length']:,} tokens ({counts['overlong']})", counts["cut"]),
-                ("  of an empty text, kept", counts["empty"]),
-                ("  with the text of an earlier one", counts["repeated"]),
-                ("  with the text of one of another class", counts["contradicting"]),
-                (f"  with HTML or escapes, {undone}", counts["marked"]),
-            ],
-            share_of=documents,
-        ),
-        *count_lines(
-            (
-                (f"  of class {label}{name and f', {name}'}", number)
-                for label, (number, name) in enumerate(zip(classes, names, strict=True))
-            ),
-            share_of=documents,
-            keep_zeros=True,
-        ),
-        *count_lines([("tokens", counts["tokens"])], keep_zeros=True),
-        lengths_line(counts["whole_lengths"]),
-    ]

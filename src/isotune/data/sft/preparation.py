@@ -4,7 +4,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import numpy as np
 from tqdm import tqdm
@@ -21,6 +21,7 @@ from isotune.data.documents import (
     digest,
     length_quantiles,
     lengths_line,
+    with_share,
 )
 from isotune.data.packing import one_document_per_row, pack
 from isotune.data.sft.conversations import TEXT_FIELD, Batch, TrainOn, read_batches
@@ -38,25 +39,15 @@ TOO_LONG = "longer than max_seq_length"
 
 @dataclass(frozen=True)
 class SftSettings(DataSettings):
-    """What a recipe says about its conversations.
-
-    Attributes:
-        max_seq_length: tokens a row holds, and a document at most.
-        overlong: what happens to longer conversations.
-        dataset_text_field: the column that holds the conversation; `messages` and `conversations` are found without.
-        seed: decides which of the documents of one length share a row.
-        packing: put several documents into a row; else each document is its own row.
-        train_on: supervise every answer of a conversation, or its last.
-    """
+    """What a recipe says about its conversations; `messages` and `conversations` are found without a text field."""
 
     MIN_OWN_TOKENS: ClassVar[int] = 2  # one to predict from, one to predict
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"overlong": get_args(Overlong), "train_on": get_args(TrainOn)}
 
-    max_seq_length: int = 1024
+    max_seq_length: int = 1024  # of a row too
     overlong: Overlong = "truncate"
     dataset_text_field: str = TEXT_FIELD
-    seed: int = 0
-    packing: bool = True
+    seed: int = 0  # decides which of the documents of one length share a row
+    packing: bool = True  # else each document is its own row
     train_on: TrainOn = "all"
 
 
@@ -188,26 +179,25 @@ def _table(source: str, counts: dict[str, Any], rows: int, settings: SftSettings
     packing               whether rows hold more than one document
     packing_efficiency    the share of all rows' capacity that tokens fill
     """
-    tokens, supervised = counts["tokens"], counts["supervised_tokens"]
-    capacity = settings.max_seq_length
+    tokens, capacity = counts["tokens"], settings.max_seq_length
     efficiency = tokens / (rows * capacity)
-    dropped: dict[str, int] = counts["dropped"]
     lines = [
-        *count_lines([("documents read", counts["read"]), ("  kept", counts["kept"])], keep_zeros=True),
+        ("documents read", f"{counts['read']:,}"),
+        ("  kept", f"{counts['kept']:,}"),
         *count_lines(
-            [
-                ("  truncated", counts["truncated"]),
-                ("  split", counts["split"]),
-                *((f"  dropped: {reason}", number) for reason, number in dropped.items()),
-                ("pieces after splitting", counts["documents"] if counts["split"] else 0),
-                ("  dropped: no supervised token", counts["pieces_dropped"]),
-                ("turns after the last answer, left out", counts["turns_cut"]),
-                ("tokens across an answer's edge", counts["straddling_tokens"]),
-                ("texts with the eos token written out", counts["special_texts"]),
-            ]
+            {
+                "  truncated": counts["truncated"],
+                "  split": counts["split"],
+                **{f"  dropped: {reason}": number for reason, number in counts["dropped"].items()},
+                "pieces after splitting": counts["documents"] if counts["split"] else 0,
+                "  dropped: no supervised token": counts["pieces_dropped"],
+                "turns after the last answer, left out": counts["turns_cut"],
+                "tokens across an answer's edge": counts["straddling_tokens"],
+                "texts with the eos token written out": counts["special_texts"],
+            }
         ),
         ("tokens", f"{tokens:,}"),
-        ("  supervised", f"{supervised:,} ({supervised / tokens:.1%})"),
+        ("  supervised", with_share(counts["supervised_tokens"], tokens)),
         (f"rows of {capacity:,} tokens", f"{rows:,}"),
         ("  filled" if settings.packing else "  filled (not packed)", f"{efficiency:.2%}"),
         lengths_line(counts["whole_lengths"]),

@@ -15,10 +15,9 @@ OFFLINE_WAYS = (
 
 
 def load_hub_dataset(dataset_name: str, split: str, *, key: str) -> Any:
-    """Load one split of a Hub data set, a `datasets.Dataset`.
+    """One split of a Hub data set, a `datasets.Dataset`; with `HF_HUB_OFFLINE` set only the local cache counts.
 
-    The libraries retry an unreachable Hub for minutes, so one short request tests it first. With `HF_HUB_OFFLINE` set
-    there is no request, and only the local cache counts.
+    The libraries retry an unreachable Hub for minutes, so one short request tests it first.
 
     Raises:
         UserError: no network and no cached copy, no such data set, or no such split.
@@ -42,10 +41,7 @@ def load_hub_dataset(dataset_name: str, split: str, *, key: str) -> Any:
 
 
 def hub_answers() -> bool:
-    """Whether the Hub answers one request within `REACH_SECONDS`.
-
-    The request runs in a thread of its own, because looking up a host name obeys no timeout.
-    """
+    """Whether the Hub answers within `REACH_SECONDS`; asked in a thread, as looking up a host name obeys no timeout."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 

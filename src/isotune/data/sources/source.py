@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +27,14 @@ SAVED_MARKERS = ("state.json", "dataset_dict.json")  # what datasets.save_to_dis
 
 @dataclass(frozen=True)
 class Source:
-    """A named table of examples whose content is known by fingerprint before it is read.
+    """A named table of examples whose content is known by fingerprint before it is read."""
 
-    Attributes:
-        name: where the rows come from, as error sentences name it.
-        fingerprint: hexadecimal digest of the content; equal content read from elsewhere may differ.
-        read: yields the rows in their order.
-    """
-
-    name: str
-    fingerprint: str
+    name: str  # where the rows come from, as error sentences name it
+    fingerprint: str  # hexadecimal digest of the content; equal content read from elsewhere may differ
     read: Callable[[], Iterator[Row]] = field(repr=False)
 
     def rows(self) -> Iterator[Row]:
-        """Yield the rows in their order.
-
-        Raises:
-            UserError: there is none, or the content is broken.
-        """
+        """Yield the rows in their order; UserError where there is none, or the content is broken."""
         row = None
         for row in self.read():
             yield row
@@ -86,8 +76,7 @@ def read_rows(dataset_name: str, split: str = "train", *, name: str = "dataset_n
         or in its `data` folder; or one that `datasets.save_to_disk` wrote;
       - a Hub id.
 
-    Args:
-        name: the recipe key that error sentences name.
+    Error sentences call the recipe's key `name`.
 
     Raises:
         UserError: nothing is there, nothing of that split, the file is empty, or the Hub is out of reach.
@@ -117,12 +106,7 @@ def _files_source(source_name: str, paths: list[Path]) -> Source:
     for path in paths:
         if path.stat().st_size == 0:
             raise UserError(f"{path} is empty")
-
-    def read() -> Iterator[Row]:
-        for path in paths:
-            yield from read_file(path)
-
-    return Source(source_name, digest_of(paths), read)
+    return Source(source_name, digest_of(paths), lambda: chain.from_iterable(map(read_file, paths)))
 
 
 def _folder_source(folder: Path, split: str, key: str) -> Source:
@@ -131,8 +115,7 @@ def _folder_source(folder: Path, split: str, key: str) -> Source:
     files = sorted(
         path
         for place in (folder, folder / "data")
-        if place.is_dir()
-        for path in place.iterdir()
+        for path in place.glob("*")
         if path.suffix in FILE_SUFFIXES and path.is_file()
     )
     names = {path: re.sub(r"-\d+-of-\d+$", "", path.stem) for path in files}
@@ -160,11 +143,10 @@ def _saved_source(folder: Path, split: str, key: str) -> Source:
     for shard in shards:
         if not shard.is_file():
             raise UserError(f"{key}: {folder} names the file {shard.name}, which is not there")
-
-    def read() -> Iterator[Row]:
-        return read_dataset(import_module("datasets").load_from_disk(folder))
-
-    return Source(f"{folder} ({split})", digest_of([folder / "state.json", *shards]), read)
+    content = digest_of([folder / "state.json", *shards])
+    return Source(
+        f"{folder} ({split})", content, lambda: read_dataset(import_module("datasets").load_from_disk(folder))
+    )
 
 
 def _read_json_file(path: Path) -> dict[str, Any]:
@@ -174,34 +156,30 @@ def _read_json_file(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not readable as JSON ({first_line(error)})") from error
 
 
-Generator = Callable[[random.Random, int], Iterator[dict[str, Any]]]
+Generator = Callable[[random.Random, int], Iterator[Row]]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A registered generator and how many rows each of its splits has."""
+    """A registered generator, and how many rows the splits `train` and `test` have."""
 
     name: str
-    description: str
     split_rows: dict[str, int]
     generate: Generator
 
-    def rows(self, split: str) -> list[dict[str, Any]]:
+    def rows(self, split: str) -> list[Row]:
         """The rows of one split.
 
-        All splits are cut from one stream of distinct rows: what is in `test` is never in `train`.
+        Both splits are cut from one stream of distinct rows: what is in `test` is never in `train`.
         """
         if split not in self.split_rows:
             raise UserError(f"{PREFIX}{self.name} has no split {split!r}; it has {', '.join(self.split_rows)}")
-        stream = list(self.generate(random.Random(SEED), sum(self.split_rows.values())))
+        count = sum(self.split_rows.values())
+        stream = list(self.generate(random.Random(SEED), count))
         distinct = {json.dumps(row, sort_keys=True) for row in stream}
-        assert len(stream) == len(distinct) == sum(self.split_rows.values()), f"{self.name} repeats or lacks rows"
-        start = 0
-        for name, count in self.split_rows.items():
-            if name == split:
-                return stream[start : start + count]
-            start += count
-        raise AssertionError(split)
+        assert len(stream) == len(distinct) == count, f"{self.name} repeats or lacks rows"
+        train = self.split_rows["train"]
+        return stream[:train] if split == "train" else stream[train:]
 
 
 CORPORA: dict[str, Corpus] = {}
@@ -210,26 +188,20 @@ CORPORA: dict[str, Corpus] = {}
 def builtin(name: str, *, train: int, test: int) -> Callable[[Generator], Generator]:
     """Register a generator as `builtin:NAME`.
 
-    The generator gets a seeded `random.Random` and the number of rows wanted, and yields that many distinct rows;
-    the first `train` of them are the split `train`, the others `test`. The first line of its docstring describes
-    the corpus.
+    It gets a seeded `random.Random` and the number of rows wanted, and yields that many distinct rows; the first
+    `train` of them are the split `train`, the others `test`.
     """
 
     def register(generate: Generator) -> Generator:
         assert name not in CORPORA, f"two built-in corpora are called {name}"
-        description = (generate.__doc__ or "").strip().splitlines()[0]
-        CORPORA[name] = Corpus(name, description, {"train": train, "test": test}, generate)
+        CORPORA[name] = Corpus(name, {"train": train, "test": test}, generate)
         return generate
 
     return register
 
 
 def find_corpus(dataset_name: str) -> Corpus:
-    """The corpus that `builtin:NAME` stands for.
-
-    Raises:
-        UserError: there is none of that name; the sentence names the nearest.
-    """
+    """The corpus that `builtin:NAME` stands for; UserError names the nearest where there is none of that name."""
     import_module("isotune.projects")  # which registers theirs
     name = dataset_name.removeprefix(PREFIX)
     if name not in CORPORA:
@@ -255,7 +227,7 @@ NAMES = ("Ada", "Alan", "Barbara", "Claude", "Donald", "Edsger", "Frances", "Gra
 
 
 @builtin("greetings", train=80, test=16)
-def greetings(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
+def greetings(rng: random.Random, count: int) -> Iterator[Row]:
     """Greetings in eight languages, in two turns each: small enough for an end-to-end test."""
     pairs = [(name, language) for name in NAMES for language in sorted(GREETINGS)]
     for name, language in rng.sample(pairs, count):
