@@ -1,19 +1,26 @@
-"""Export of a run's model, in formats that load without isotune and without unpickling code."""
+"""Export of the model of a run or of a checkpoint, in formats that load without isotune and without unpickling code."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
+from transformers import PreTrainedConfig
 
-from isotune.checkpoint.checkpoint_run import is_checkpoint, write_run_of
+from isotune.checkpoint.engine_state import MODEL
 from isotune.checkpoint.final_model import no_room_is_an_error, replace_folder, save_and_verify, staging_for
+from isotune.checkpoint.flat_tensors import read_whole, stored
+from isotune.checkpoint.manifest import MANIFEST, InvalidCheckpoint
+from isotune.checkpoint.store import find_checkpoint
+from isotune.checkpoint.writer import TENSORS
+from isotune.config import ClassificationRecipe, RunRecipe, kind_of
 from isotune.io.errors import RunFault, UserError
 from isotune.models.finished_run import (
     ADAPTER_CONFIG,
@@ -25,11 +32,14 @@ from isotune.models.finished_run import (
     merge_run,
     read_run,
 )
-from isotune.models.opening import check_weights
+from isotune.models.log_control import quiet_libraries
+from isotune.models.lora import add_adapters, head_of
+from isotune.models.opening import check_weights, is_made_here, load_base_model, load_config, load_tokenizer
 
 Format = Literal["safetensors", "pt"]
 STATE_DICT = "model.pt"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_CHECKPOINT_NAME = re.compile(r"step-\d{8,}")
 
 
 @dataclass(frozen=True)
@@ -73,59 +83,38 @@ def export_run(
         raise UserError(f"--format {format} is unknown: it may be {' or '.join(get_args(Format))}")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype} is unknown: it may be {', '.join(DTYPES)}")
-    source = Path(run_dir).expanduser()
-    if output:
-        _check_output(Path(output).expanduser())
-    if not is_checkpoint(source):
-        return _export(read_run(source), source / "export", "", merge, format, output, dtype)
-    run_of_it = source.resolve().parents[1]
-    with _scratch(Path(output).expanduser().parent if output else run_of_it / "export") as scratch:
-        write_run_of(source, scratch)
-        return _export(read_run(scratch), run_of_it / "export", f"{source.name}-", merge, format, output, dtype)
-
-
-@contextmanager
-def _scratch(beside: Path) -> Generator[Path]:
-    """A temporary folder on the disk of the result."""
-    with no_room_is_an_error(beside):
-        beside.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(dir=beside, prefix=".checkpoint-")
-    with folder as path:
-        yield Path(path)
-
-
-def _export(
-    run: FinishedRun,
-    exports: Path,
-    prefix: str,
-    merge: bool,
-    format: str,
-    output: str | Path | None,
-    dtype: str | None,
-) -> Export:
-    if run.is_adapter and not merge and format == "pt":
-        raise UserError(f"{run.model} is an adapter, which no model loads as a state dict: add --merge")
-    if dtype is not None and not (run.is_adapter and merge):
-        raise UserError("--dtype is for merged weights: without an adapter to merge they are copied as they are")
-    kind = "adapter" if run.is_adapter and not merge else "model"
-    name = "merged" if run.is_adapter and merge else kind
-    folder = Path(output).expanduser() if output else exports / f"{prefix}{name}-{format}"
-    _check_output(folder)
-    if kind == "adapter":
-        _copy_adapter(run, folder)
-        return Export(folder, kind, "safetensors", None)
-    model, tokenizer, parity = _whole_model(run, DTYPES[dtype] if dtype else None)
-    if format == "safetensors":
-        save_and_verify(model, tokenizer, folder)
-        return Export(folder, kind, format, parity)
-    _save_state_dict(model, tokenizer, folder)
-    return Export(folder, kind, "pt", parity)
-
-
-def _whole_model(run: FinishedRun, dtype: torch.dtype | None) -> tuple[Any, Any, Parity | None]:
-    if run.is_adapter:
-        return merge_run(run, dtype)
-    return load_whole_model(run), load_run_tokenizer(run), None
+    source, given = Path(run_dir).expanduser(), Path(output).expanduser() if output else None
+    if given is not None:
+        _check_output(given)
+    is_checkpoint = (source / MANIFEST).is_file() or _CHECKPOINT_NAME.fullmatch(source.name) is not None
+    exports = (source.resolve().parents[1] if is_checkpoint else source) / "export"
+    with contextlib.ExitStack() as stack:
+        run = source
+        if is_checkpoint:
+            run = stack.enter_context(_run_of(source, beside=given.parent if given else exports))
+        finished = read_run(run)
+        merges = finished.is_adapter and merge
+        if finished.is_adapter and not merge and format == "pt":
+            raise UserError(f"{finished.model} is an adapter, which no model loads as a state dict: add --merge")
+        if dtype is not None and not merges:
+            raise UserError("--dtype is for merged weights: without an adapter to merge they are copied as they are")
+        kind = "adapter" if finished.is_adapter and not merge else "model"
+        name = f"{source.name}-" if is_checkpoint else ""
+        folder = given or exports / f"{name}{'merged' if merges else kind}-{format}"
+        _check_output(folder)
+        parity = None
+        if kind == "adapter":
+            _copy_adapter(finished, folder)
+            return Export(folder, kind, "safetensors", parity)
+        if merges:
+            model, tokenizer, parity = merge_run(finished, DTYPES[dtype] if dtype else None)
+        else:
+            model, tokenizer = load_whole_model(finished), load_run_tokenizer(finished)
+        if format == "safetensors":
+            save_and_verify(model, tokenizer, folder)
+        else:
+            _save_state_dict(model, tokenizer, folder)
+        return Export(folder, kind, cast(Format, format), parity)
 
 
 def _check_output(folder: Path) -> None:
@@ -150,7 +139,7 @@ def _copy_adapter(run: FinishedRun, folder: Path) -> None:
 
 def _save_state_dict(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write `model.pt`, load it as its user will into a new model, compare, and rename the folder into place."""
-    state = dict(model.state_dict())
+    state: dict[str, torch.Tensor] = dict(model.state_dict())
     with staging_for(folder) as staging:
         staging.mkdir()
         if getattr(model.config, "use_cache", None) is not None:
@@ -163,20 +152,103 @@ def _save_state_dict(model: Any, tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(str(staging))
         # Tied tensors share one storage in the file and keep both names: `load_state_dict` needs both.
         # A file opened by Python, because torch's own hides why a write failed.
-        with (staging / STATE_DICT).open("wb") as file:
+        written = staging / STATE_DICT
+        with written.open("wb") as file:
             torch.save(state, file)
-        _verify_state_dict(model, state, staging)
+        read = torch.load(written, weights_only=True, map_location="cpu")
+        with torch.device("meta"):
+            fresh = type(model)(model.config)
+        try:
+            fresh.load_state_dict(read, strict=True, assign=True)
+        except RuntimeError as error:
+            raise RunFault(f"{written} does not load into {type(model).__name__}: {error}") from error
+        for name, tensor in state.items():
+            if read[name].dtype != tensor.dtype or not torch.equal(read[name], tensor.cpu()):
+                raise RunFault(f"{name} read back from {written} is not the one in memory")
     replace_folder(staging, folder)
 
 
-def _verify_state_dict(model: Any, state: dict[str, torch.Tensor], staging: Path) -> None:
-    read = torch.load(staging / STATE_DICT, weights_only=True, map_location="cpu")
-    with torch.device("meta"):
-        fresh = type(model)(model.config)
-    try:
-        fresh.load_state_dict(read, strict=True, assign=True)
-    except RuntimeError as error:
-        raise RunFault(f"{staging / STATE_DICT} does not load into {type(model).__name__}: {error}") from error
-    for name, tensor in state.items():
-        if read[name].dtype != tensor.dtype or not torch.equal(read[name], tensor.cpu()):
-            raise RunFault(f"{name} read back from {staging / STATE_DICT} is not the one in memory")
+# ---- a run out of a checkpoint ----
+
+
+@contextlib.contextmanager
+def _run_of(checkpoint: Path, beside: Path) -> Generator[Path]:
+    """A temporary folder in `beside` with recipe.yaml and model/, as if the run had ended at the checkpoint.
+
+    One process makes it, whatever the engine and the number of ranks that wrote the checkpoint. A base of an adapter
+    that was drawn at random is written to RUN/base_model, as the run itself would do.
+
+    Raises:
+        UserError: the checkpoint is not valid, or the model of its recipe cannot be loaded.
+    """
+    with no_room_is_an_error(beside):
+        beside.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=beside, prefix=".checkpoint-")
+    with scratch as folder:
+        run = Path(folder)
+        try:
+            manifest = find_checkpoint(checkpoint)
+        except InvalidCheckpoint as why:
+            raise UserError(f"{checkpoint} is not a valid checkpoint: {why}") from why
+        recipe = kind_of(manifest.recipe).from_values(**manifest.recipe, output_dir=folder)
+        tokenizer = load_tokenizer(recipe, needed=("pad",))
+        config = _config_at(recipe, checkpoint / TENSORS)
+        model = _model_at(recipe, config, checkpoint / TENSORS)
+        if recipe.tune != "full":
+            base = recipe.model_name_or_path
+            if is_made_here(recipe):
+                made = checkpoint.resolve().parents[1] / "base_model"
+                if not made.is_dir():
+                    save_and_verify(load_base_model(recipe, config, torch.device("cpu")), tokenizer, made)
+                base = str(made)
+            model.peft_config["default"].base_model_name_or_path = base
+        save_and_verify(model, tokenizer, run / "model")
+        recipe.write(run / "recipe.yaml")
+        yield run
+
+
+def _config_at(recipe: RunRecipe, tensors: Path) -> PreTrainedConfig:
+    """The model's configuration; a classifier has as many classes as its head's last bias has elements."""
+    config = load_config(recipe)
+    if isinstance(recipe, ClassificationRecipe):
+        heads = set(head_of(config))
+        lengths = [
+            length
+            for name, (length, _) in stored(tensors).items()
+            if name.startswith(MODEL) and name.endswith(".bias") and heads & set(name.removeprefix(MODEL).split("."))
+        ]
+        if not lengths:
+            raise RunFault(f"the checkpoint holds no classification head ({' or '.join(sorted(heads))})")
+        config.num_labels = min(lengths)
+    return config
+
+
+def _model_at(recipe: RunRecipe, config: PreTrainedConfig, tensors: Path) -> Any:
+    """The model of a recipe with the trained tensors of a checkpoint; what is frozen stays on the meta device."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
+
+    is_classifier = isinstance(recipe, ClassificationRecipe)
+    with torch.device("meta"), quiet_libraries():
+        auto: Any = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+        model = auto.from_config(config)
+        if not is_classifier:
+            with contextlib.suppress(OSError):  # most models have no file of it
+                model.generation_config = cast(Any, GenerationConfig).from_pretrained(recipe.model_name_or_path)
+        if recipe.tune != "full":
+            model: Any = add_adapters(model, recipe)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    names = [name.removeprefix(MODEL) for name in stored(tensors) if name.startswith(MODEL)]
+    unknown = [name for name in names if name not in shapes]
+    if unknown:
+        raise RunFault(f"{unknown[0]} of the checkpoint has no place in the model of its recipe")
+    whole = read_whole(tensors, {MODEL + name: shapes[name] for name in names})
+    trained = {name.removeprefix(MODEL): tensor for name, tensor in whole.items()}
+    model.load_state_dict(trained, strict=False, assign=True)
+    if recipe.tune == "full":
+        model.tie_weights()
+        absent = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+        if absent:
+            raise RunFault(f"{absent[0]} of the model is not in the checkpoint")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return model

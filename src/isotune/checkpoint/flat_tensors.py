@@ -5,8 +5,6 @@ have one thing in common: flattened, a rank's part is contiguous. torch.distribu
 safetensors files, and reshards them for any other engine and number of ranks.
 """
 
-import math
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,12 +28,9 @@ FILE_BYTES = 2**30  # of the whole tensors in one file of a rank: the writer hol
 class FlatTensor(Tensor):
     """This rank's contiguous part of a tensor of `size` elements, as torch.distributed.checkpoint wants it.
 
-    A tensor subclass without data of its own. A rank has at most one part of a tensor, because a file holds one tensor
-    of a name.
-
-    Attributes:
-        local: the elements [offset, offset + len(local)), which may be none; reading fills it in place, on its device.
-        offset: of `local` in the whole tensor.
+    A tensor subclass without data of its own: `local` holds the elements [offset, offset + len(local)), which may be
+    none; reading fills it in place, on its device. A rank has at most one part of a tensor, because a file holds one
+    tensor of a name.
     """
 
     local: Tensor
@@ -45,8 +40,7 @@ class FlatTensor(Tensor):
     def __new__(cls: "type[FlatTensor]", local: Tensor, offset: int, size: int) -> "FlatTensor":
         assert local.ndim == 1 and offset >= 0 and offset + local.numel() <= size
         wrapper = wrapper_tensor(cls, size, local.dtype)
-        wrapper.local = local
-        wrapper.offset = offset
+        wrapper.local, wrapper.offset = local, offset
         return wrapper
 
     @classmethod
@@ -125,6 +119,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, FlatTensor], group: dist.P
 
 
 def _files(tensors: Mapping[str, FlatTensor]) -> dict[str, int]:
+    """The number of the file that each tensor goes to."""
     files: dict[str, int] = {}
     number, filled = 1, 0
     for name, tensor in tensors.items():
@@ -152,7 +147,8 @@ def read_tensors(folder: Path, tensors: Mapping[str, FlatTensor]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         try:
-            cast(Any, dcp).load(dict(wanted), storage_reader=_reader(folder), planner=planner, no_dist=True)
+            reader = HuggingFaceStorageReader(str(folder))
+            cast(Any, dcp).load(dict(wanted), storage_reader=reader, planner=planner, no_dist=True)
         except CheckpointException as failure:  # a BaseException in torch 2.13
             cause = next(iter(failure.failures.values()))[0]
             raise RuntimeError(f"{folder}: {cause}") from cause
@@ -166,18 +162,14 @@ def read_whole(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
     """
     tensors = stored(folder)
     whole = {name: torch.empty(shape, dtype=tensors[name][1]) for name, shape in shapes.items()}
-    for name, shape in shapes.items():
-        if tensors[name][0] != math.prod(shape):
-            raise ValueError(f"{name} holds {tensors[name][0]} elements and not {math.prod(shape)}")
+    for name, tensor in whole.items():
+        if tensors[name][0] != tensor.numel():
+            raise ValueError(f"{name} holds {tensors[name][0]} elements and not {tensor.numel()}")
     read_tensors(folder, {name: FlatTensor.whole(tensor) for name, tensor in whole.items() if tensor.numel()})
     return whole
 
 
 def stored(folder: Path) -> dict[str, tuple[int, torch.dtype]]:
     """Elements and dtype of every tensor in `folder`, by name."""
-    metadata: Any = _reader(folder).read_metadata().state_dict_metadata
+    metadata: Any = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     return {name: (tensor.size[0], tensor.properties.dtype) for name, tensor in metadata.items()}
-
-
-def _reader(folder: Path) -> HuggingFaceStorageReader:
-    return HuggingFaceStorageReader(os.fspath(folder))

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ BLOCK_BYTES = 2**22
 
 
 class InvalidCheckpoint(Exception):
-    """The directory cannot be resumed from: the message is the reason, without the directory's name."""
+    """The directory cannot be resumed from; the message is the reason, without the directory's name."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +33,9 @@ class Manifest:
 
     Attributes:
         step: optimizer updates done.
-        world_size, engine: of the run that wrote it; both may differ where it is read.
+        world_size, engine, versions: of the run that wrote it; they may differ where it is read.
         recipe_fingerprint, recipe: fingerprint and values of the recipe keys that change the result.
         data_fingerprints: of the prepared data, by role.
-        versions: of the libraries that wrote it.
         best_step, best_metric: best evaluation so far, where the run tracks one.
         files: every file but the manifest.
     """
@@ -108,7 +106,13 @@ def verify(folder: Path) -> Manifest:
         InvalidCheckpoint: something is missing, added or changed.
     """
     manifest = read_manifest(folder)
-    _check_names({path.relative_to(folder).as_posix() for path in _files_below(folder)}, manifest.files)
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    expected_names = {file.name for file in manifest.files}
+    if missing := sorted(expected_names - present):
+        raise InvalidCheckpoint(f"{missing[0]} is missing")
+    # torch.distributed.checkpoint reads every safetensors file of a directory
+    if extra := sorted(name for name in present - expected_names if name.endswith(".safetensors")):
+        raise InvalidCheckpoint(f"{extra[0]} does not belong to it")
     for expected in manifest.files:
         path = folder / expected.name
         size = path.stat().st_size
@@ -122,19 +126,6 @@ def verify(folder: Path) -> Manifest:
         if actual.sha256 != expected.sha256:
             raise InvalidCheckpoint(f"{expected.name} is not what was written: its hash differs")
     return manifest
-
-
-def _files_below(folder: Path) -> Iterable[Path]:
-    return (path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-
-
-def _check_names(present: set[str], files: tuple[FileRecord, ...]) -> None:
-    expected = {file.name for file in files}
-    if missing := sorted(expected - present):
-        raise InvalidCheckpoint(f"{missing[0]} is missing")
-    # torch.distributed.checkpoint reads every safetensors file of a directory
-    if extra := sorted(name for name in present - expected if name.endswith(".safetensors")):
-        raise InvalidCheckpoint(f"{extra[0]} does not belong to it")
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Which checkpoint a run resumes from: the newest valid one, or the one that the user named, of the same recipe."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from isotune.config.run_recipe import RESUME_NEVER, RESUME_NEWEST
 from isotune.distributed.collectives import call_on_main
 from isotune.distributed.launch import Process
 from isotune.io.errors import UserError
-from isotune.run.run_dir import RunDir
+from isotune.run.metrics_file import METRICS
+from isotune.run.run_dir import CHECKPOINTS, RunDir
 
 STATE = "state.json"
 TRAINER_STATE = "trainer_state.json"
@@ -20,13 +22,7 @@ TRAINER_STATE = "trainer_state.json"
 
 @dataclass(frozen=True)
 class Resumption:
-    """A verified checkpoint of this recipe and data.
-
-    Attributes:
-        folder: directory of the checkpoint.
-        state: content of its state.json.
-        metrics: lines of metrics.jsonl up to its step.
-    """
+    """A verified checkpoint of this recipe and data: its directory, its state.json, and its metrics.jsonl."""
 
     folder: Path
     state: dict[str, Any]
@@ -38,13 +34,31 @@ class Resumption:
         return self.state["step"]
 
 
+def open_run(recipe: RunRecipe) -> RunDir:
+    """The run directory of a recipe, once it and the checkpoint that `resume` names are checked by its manifest.
+
+    Raises:
+        UserError: `resume` names no checkpoint, or one of another recipe; or see `RunDir.check_or_upload`.
+        AlreadyDone, RunFault: see `RunDir.check_or_upload`.
+    """
+    if recipe.resume not in (RESUME_NEWEST, RESUME_NEVER):
+        folder = Path(recipe.resume)
+        if (folder / CHECKPOINTS).is_dir():
+            raise UserError(f"resume: {folder} is a run: name one of the folders in {folder / CHECKPOINTS}")
+        if not folder.is_dir():
+            raise UserError(f"resume: there is no folder {folder}; it takes auto, never or the folder of a checkpoint")
+        _check_same_recipe(folder, _manifest_of(folder, read_manifest), recipe)
+    run = RunDir(recipe)
+    run.check_or_upload()
+    return run
+
+
 def find_resumption(
     store: CheckpointStore, recipe: RunRecipe, data_fingerprints: dict[str, str], process: Process
 ) -> Resumption | None:
     """Clean up after a killed attempt, choose the checkpoint to resume from, and print it; the main process decides.
 
-    Returns:
-        None where the run begins at its first step.
+    None where the run begins at its first step.
 
     Raises:
         UserError: the named checkpoint is not valid, or is of another recipe or other data.
@@ -60,7 +74,7 @@ def find_resumption(
     folder = call_on_main(process, choose)
     if folder is None:
         return None
-    return Resumption(folder, json.loads((folder / STATE).read_text()), (folder / "metrics.jsonl").read_text())
+    return Resumption(folder, json.loads((folder / STATE).read_text()), (folder / METRICS).read_text())
 
 
 def _choose(store: CheckpointStore, recipe: RunRecipe, data_fingerprints: dict[str, str]) -> Path | None:
@@ -69,10 +83,7 @@ def _choose(store: CheckpointStore, recipe: RunRecipe, data_fingerprints: dict[s
         return None
     if recipe.resume != RESUME_NEWEST:
         folder = Path(recipe.resume)
-        try:
-            manifest = find_checkpoint(folder)
-        except InvalidCheckpoint as why:
-            raise UserError(f"resume: {folder} is not a valid checkpoint: {why}") from why
+        manifest = _manifest_of(folder, find_checkpoint)
     else:
         newest = store.newest_valid()
         for broken, why in newest.skipped:
@@ -80,8 +91,13 @@ def _choose(store: CheckpointStore, recipe: RunRecipe, data_fingerprints: dict[s
         if newest.folder is None or newest.manifest is None:
             return None
         folder, manifest = newest.folder, newest.manifest
-    check_same_recipe(folder, manifest, recipe)
-    _check_same_data(folder, manifest, recipe, data_fingerprints)
+    _check_same_recipe(folder, manifest, recipe)
+    for role, key in (("train", "dataset_name"), ("evaluation", "eval_dataset_name")):
+        if manifest.data_fingerprints.get(role) != data_fingerprints.get(role):
+            raise UserError(
+                f"{folder} is a checkpoint of other data: the contents of {key} "
+                f"({getattr(recipe, key)}) have changed since; choose another --output_dir or --resume"
+            )
     print(
         f"resumed     after step {manifest.step}, from {folder} "
         f"(written by {manifest.engine} on {manifest.world_size})",
@@ -90,61 +106,24 @@ def _choose(store: CheckpointStore, recipe: RunRecipe, data_fingerprints: dict[s
     return folder
 
 
-def open_run(recipe: RunRecipe) -> RunDir:
-    """The run directory of a recipe, once it and the checkpoint that `resume` names are checked.
-
-    Raises:
-        UserError, AlreadyDone, RunFault: see `check_named_checkpoint` and `RunDir.check_or_upload`.
-    """
-    check_named_checkpoint(recipe)
-    run = RunDir(recipe)
-    run.check_or_upload()
-    return run
-
-
-def check_named_checkpoint(recipe: RunRecipe) -> None:
-    """Check the checkpoint that the user named, by its manifest alone, before any work is done.
-
-    Raises:
-        UserError: it is not a checkpoint, or of another recipe.
-    """
-    if recipe.resume in (RESUME_NEWEST, RESUME_NEVER):
-        return
-    folder = Path(recipe.resume)
-    if (folder / "checkpoints").is_dir():
-        raise UserError(f"resume: {folder} is a run: name one of the folders in {folder / 'checkpoints'}")
-    if not folder.is_dir():
-        raise UserError(f"resume: there is no folder {folder}; it takes auto, never or the folder of a checkpoint")
+def _manifest_of(folder: Path, read: Callable[[Path], Manifest]) -> Manifest:
+    """The manifest of the checkpoint that `resume` names."""
     try:
-        manifest = read_manifest(folder)
+        return read(folder)
     except InvalidCheckpoint as why:
         raise UserError(f"resume: {folder} is not a valid checkpoint: {why}") from why
-    check_same_recipe(folder, manifest, recipe)
 
 
-def check_same_recipe(folder: Path, manifest: Manifest, recipe: RunRecipe) -> None:
-    """Check that a checkpoint's recipe agrees in every key that changes the result.
-
-    Raises:
-        UserError: names the keys that differ, and both values.
-    """
+def _check_same_recipe(folder: Path, manifest: Manifest, recipe: RunRecipe) -> None:
+    """Raise a UserError that names the keys that differ, of those that change the result, and both values."""
     if manifest.recipe_fingerprint == recipe.fingerprint():
         return
-    here = recipe.result_values()
-    names = [name for name in {**manifest.recipe, **here} if manifest.recipe.get(name) != here.get(name)]
+    there, here = manifest.recipe, recipe.result_values()
     differences = ", ".join(
-        f"{name}: {manifest.recipe.get(name)} there, {here.get(name)} here" for name in sorted(names)
+        f"{name}: {there.get(name)} there, {here.get(name)} here"
+        for name in sorted({**there, **here})
+        if there.get(name) != here.get(name)
     )
     raise UserError(
         f"{folder} is a checkpoint of another recipe ({differences}): choose another --output_dir or --resume"
     )
-
-
-def _check_same_data(folder: Path, manifest: Manifest, recipe: RunRecipe, fingerprints: dict[str, str]) -> None:
-    for role, key in (("train", "dataset_name"), ("evaluation", "eval_dataset_name")):
-        there, here = manifest.data_fingerprints.get(role), fingerprints.get(role)
-        if there != here:
-            raise UserError(
-                f"{folder} is a checkpoint of other data: the contents of {key} "
-                f"({getattr(recipe, key)}) have changed since; choose another --output_dir or --resume"
-            )

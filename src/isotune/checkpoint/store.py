@@ -39,16 +39,10 @@ class CheckpointStore:
     """
 
     def __init__(self, path: Path, limit: int | None = None, lease: RunLease | None = None) -> None:
-        self.path = path
-        self.limit = limit
-        self.lease = lease
+        self.path, self.limit, self.lease = path, limit, lease
 
     def check_lease(self) -> None:
-        """Check that this attempt may still write.
-
-        Raises:
-            Superseded: it is stale.
-        """
+        """Raise Superseded where this attempt is stale and may no longer write."""
         if self.lease is not None:
             self.lease.check()
 
@@ -93,7 +87,8 @@ class CheckpointStore:
     def publish(self, staging: Path, step: int) -> Path:
         """Rename a complete and synced directory to its final name, and sync the rename; returns the new path."""
         folder = self.path / name_of(step)
-        _sync_folders(staging)
+        for path in (*(path for path in staging.rglob("*") if path.is_dir()), staging):
+            sync_path(path)  # the names in it; the files were synced as they were written
         self.check_lease()
         aside = self.path / f".{folder.name}.before"
         if folder.exists():  # of an earlier attempt that went further than this one
@@ -109,23 +104,17 @@ class CheckpointStore:
         shutil.rmtree(aside, ignore_errors=True)
         return folder
 
-    def prune(self, newest: int, best: int | None) -> list[Path]:
-        """Remove the oldest checkpoints beyond `limit`, but neither `newest`, just published, nor `best`.
-
-        Returns:
-            the removed directories.
-        """
+    def prune(self, newest: int, best: int | None) -> None:
+        """Remove the oldest checkpoints beyond `limit`, but neither `newest`, just published, nor `best`."""
         if self.limit is None:
-            return []
+            return
         folders = self.folders()
         protected = {name_of(step) for step in (newest, best) if step is not None}
         spare = [folder for folder in folders if folder.name not in protected]
         # checkpoints after `newest` are of an earlier attempt that went further and were not valid: they go first
         spare.sort(key=lambda folder: (folder.name <= name_of(newest), folder.name))
-        removed = spare[: max(min(len(folders) - self.limit, len(spare)), 0)]
-        for folder in removed:
+        for folder in spare[: max(len(folders) - self.limit, 0)]:
             self._remove(folder)
-        return removed
 
     def remove_all(self) -> None:
         """Remove every checkpoint: the user asked for a new run."""
@@ -148,17 +137,7 @@ class CheckpointStore:
 
 
 def find_checkpoint(folder: Path) -> Manifest:
-    """The verified manifest of a checkpoint that the user named.
-
-    Raises:
-        InvalidCheckpoint: there is none, or it does not verify.
-    """
+    """The verified manifest of a checkpoint that the user named; InvalidCheckpoint where it does not verify."""
     if not folder.is_dir():
         raise InvalidCheckpoint("there is no such folder")
     return verify(folder)
-
-
-def _sync_folders(folder: Path) -> None:
-    """fsync `folder` and every folder below it; its files were synced as they were written."""
-    for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
-        sync_path(path)

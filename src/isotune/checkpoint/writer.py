@@ -45,30 +45,23 @@ class Snapshot:
 class CheckpointWriter:
     """Writes one snapshot at a time; every rank has a writer and calls it at the same steps.
 
-    Args:
+    Attributes:
         store: of the run's checkpoints.
         on_published: called on rank 0, in the thread, with each published checkpoint.
-
-    Attributes:
         error: with which this rank's thread has failed, until `wait` raises it.
     """
 
     def __init__(self, store: CheckpointStore, on_published: Callable[[Path, Manifest], None]) -> None:
-        self.store = store
-        self.on_published = on_published
-        is_distributed = dist.is_initialized() and dist.get_world_size() > 1
-        self.rank = dist.get_rank() if is_distributed else 0
-        # a group of its own: the collectives of the thread must not mix with those of training
-        self.group: Any = cast(Any, dist).new_group(backend="gloo") if is_distributed else None
-        self._thread: threading.Thread | None = None
+        self.store, self.on_published = store, on_published
         self.error: BaseException | None = None
+        is_distributed = dist.is_initialized() and dist.get_world_size() > 1
+        self._rank = dist.get_rank() if is_distributed else 0
+        # a group of its own: the collectives of the thread must not mix with those of training
+        self._group: Any = cast(Any, dist).new_group(backend="gloo") if is_distributed else None
+        self._thread: threading.Thread | None = None
 
     def start(self, snapshot: Snapshot) -> None:
-        """Write a snapshot in the background, once the previous one is written.
-
-        Raises:
-            UserError, RunFault: the previous one could not be written.
-        """
+        """Write a snapshot in the background, once the previous one is written; see `wait` for what it may raise."""
         self.wait()
         # a daemon: an unfinished checkpoint does not keep the process alive
         self._thread = threading.Thread(target=self._work, args=(snapshot,), name="checkpoint-writer", daemon=True)
@@ -101,17 +94,22 @@ class CheckpointWriter:
         staging: Path | None = None
         try:
             staging = Path(self._on_main(lambda: str(self.store.stage(step))))
-            self._on_all(lambda: write_tensors(staging / TENSORS, snapshot.tensors, self.group))
-            records = self._on_all(lambda: self._record_own(staging))
+            records = self._on_all(lambda: self._write_own(staging, snapshot.tensors))
             self._on_main(lambda: self._publish(staging, snapshot, [r for of_rank in records for r in of_rank]))
         except _Failure as failure:
-            if staging is not None and self.rank == 0:
+            if staging is not None and self._rank == 0:
                 shutil.rmtree(staging, ignore_errors=True)
             self.store.check_lease()
-            raise failure.as_known(self.store.path, step) from failure
+            start = f"the checkpoint of step {step} was not written to {self.store.path}"
+            if failure.errno in NO_ROOM:
+                raise UserError(f"{start}: no room on the disk; free some space and run again") from failure
+            if failure.errno is not None:
+                raise UserError(f"{start}: {os.strerror(failure.errno)}") from failure
+            raise RunFault(f"{start}: {failure}") from failure
 
-    def _record_own(self, staging: Path) -> list[FileRecord]:
-        return [record_file(staging, path) for path in written_by(staging / TENSORS, self.rank)]
+    def _write_own(self, staging: Path, tensors: Mapping[str, FlatTensor]) -> list[FileRecord]:
+        write_tensors(staging / TENSORS, tensors, self._group)
+        return [record_file(staging, path) for path in written_by(staging / TENSORS, self._rank)]
 
     def _publish(self, staging: Path, snapshot: Snapshot, files: list[FileRecord]) -> None:
         for name, text in snapshot.texts.items():
@@ -125,7 +123,7 @@ class CheckpointWriter:
 
     def _on_main(self, call: Callable[[], T]) -> T:
         """Call on rank 0 only; every rank returns its result, or raises."""
-        return self._on_all(call if self.rank == 0 else lambda: None)[0]  # type: ignore[return-value]
+        return cast(T, self._on_all(call if self._rank == 0 else lambda: None)[0])
 
     def _on_all(self, call: Callable[[], T]) -> list[T]:
         """Call on every rank; every rank returns the results by rank, or raises where any rank failed."""
@@ -134,11 +132,14 @@ class CheckpointWriter:
         try:
             result = call()
         except (Exception, CheckpointException) as error:
-            failure = _describe(error)
+            # torch collects the errors of all ranks in one
+            first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+            errno = first.errno if isinstance(first, OSError) else None
+            failure = errno, str(first) or type(first).__name__
         outcomes: list[Any] = [(result, failure)]
-        if self.group is not None:
-            outcomes = [None] * dist.get_world_size(self.group)
-            cast(Any, dist).all_gather_object(outcomes, (result, failure), group=self.group)
+        if self._group is not None:
+            outcomes = [None] * dist.get_world_size(self._group)
+            cast(Any, dist).all_gather_object(outcomes, (result, failure), group=self._group)
         for _, failed in outcomes:
             if failed is not None:
                 raise _Failure(*failed)
@@ -151,19 +152,3 @@ class _Failure(Exception):
     def __init__(self, errno: int | None, message: str) -> None:
         super().__init__(message)
         self.errno = errno
-        self.message = message
-
-    def as_known(self, checkpoints: Path, step: int) -> UserError | RunFault:
-        start = f"the checkpoint of step {step} was not written to {checkpoints}"
-        if self.errno in NO_ROOM:
-            return UserError(f"{start}: no room on the disk; free some space and run again")
-        if self.errno is not None:
-            return UserError(f"{start}: {os.strerror(self.errno)}")
-        return RunFault(f"{start}: {self.message}")
-
-
-def _describe(error: BaseException) -> tuple[int | None, str]:
-    if isinstance(error, CheckpointException):  # torch collects the errors of all ranks in one
-        error = next(iter(error.failures.values()))[0]
-    errno = error.errno if isinstance(error, OSError) else None
-    return errno, str(error) or type(error).__name__
