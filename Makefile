@@ -50,11 +50,11 @@ demo: $(STAMP) ## train and evaluate offline, in a few minutes on two cores
 	@echo "$$DEMO_ENDS"
 
 test: $(STAMP) ## every test that this machine can run, without the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow and not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not slurm"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slurm and not slow" tests/slurm  # alone: the cluster needs the whole machine
 
 test-all: $(STAMP) ## the slow tests too
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slurm"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slurm tests/slurm
 
 mutants: $(STAMP) ## change the code and see a test fail: changed lines (BASE=origin/main), or every line (ALL=1)

@@ -2,13 +2,12 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from tests.launching import REPOSITORY, TINY, launcher, write_recipe
+from tests.launching import TINY, launcher, start_command, write_recipe
 
 ENDLESS = {**TINY, "max_steps": 100_000, "save_strategy": "no", "tune": "lora"}
 
@@ -29,33 +28,27 @@ def rank_of(recipe: Path, rank: int) -> int:
 def lose_rank_1(folder: Path, how: signal.Signals, flags: list[str], limit_seconds: float) -> tuple[int, str]:
     """Start two ranks, send `how` to rank 1 when both train; returns the launch's status and what it printed."""
     recipe = write_recipe(folder, ENDLESS)
-    with (folder / "said.txt").open("w") as said:
-        launch = subprocess.Popen(
-            [*launcher("ddp.yaml", 2), "train/sft_opt.py", "--config", str(recipe), *flags],
-            cwd=REPOSITORY,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
-            stdout=said,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            metrics = folder / "run" / "metrics.jsonl"
-            for _ in range(600):
-                if metrics.is_file() and len(metrics.read_text().splitlines()) > 50:  # each has told the others
-                    break
-                assert launch.poll() is None, (folder / "said.txt").read_text()
-                time.sleep(0.1)
-            lost = rank_of(recipe, 1)
-            os.kill(lost, how)
-            status = launch.wait(timeout=limit_seconds)
-        finally:
-            launch.kill()
+    launch = start_command([*launcher("ddp.yaml", 2), "train/sft_opt.py", "--config", str(recipe), *flags])
+    try:
+        metrics = folder / "run" / "metrics.jsonl"
+        for _ in range(600):
+            if metrics.is_file() and len(metrics.read_text().splitlines()) > 50:  # each has told the others
+                break
+            assert launch.poll() is None, launch.communicate()
+            time.sleep(0.1)
+        lost = rank_of(recipe, 1)
+        os.kill(lost, how)
+        printed = "".join(launch.communicate(limit_seconds))
+    finally:
+        if launch.poll() is None:
+            os.killpg(launch.pid, signal.SIGKILL)
     for _ in range(50):
         if not Path(f"/proc/{lost}/cmdline").is_file() or not Path(f"/proc/{lost}/cmdline").read_bytes():
             break
         time.sleep(0.1)
     else:
         raise AssertionError("the lost rank is still there")
-    return status, (folder / "said.txt").read_text()
+    return launch.returncode, printed
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the rank in /proc")

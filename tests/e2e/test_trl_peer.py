@@ -52,8 +52,8 @@ def ours(folder: Path, model: str, shared_data: Path) -> Built:
         model_name_or_path=model,
         dataset_name=str(shared_data / "guanaco" / "train.jsonl"),
         eval_dataset_name=str(shared_data / "guanaco" / "test.jsonl"),
-        max_seq_length=128,
-        microbatch_tokens=512,  # all rows of a step in one pass
+        max_seq_length=64,
+        microbatch_tokens=256,  # all rows of a step in one pass
         overlong="truncate",
         global_batch_size=4,
         tune="full",
