@@ -16,7 +16,7 @@ from isotune.checkpoint.resume import open_run
 from isotune.config import Recipe
 from isotune.data.sft.preparation import prepare_conversations
 from isotune.distributed.launch import start_process
-from isotune.distributed.watchdog import Watchdog
+from isotune.distributed.ranks import Watchdog
 from isotune.io.errors import RunFault
 from isotune.models.opening import load_config, load_tokenizer
 from isotune.training.from_recipe import assembly, sft

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tests.launching import start_command
 
-from isotune.distributed.collectives import gather_by_number, ordered_sum
+from isotune.distributed.ranks import gather_by_number, ordered_sum
 
 CPU = torch.device("cpu")
 NUMBERS = [0.1, 1e16, -1e16, 3.7, 1e-9, 0.2]
@@ -42,7 +42,7 @@ def test_one_process_gets_its_own_numbers_in_their_places():
 
 PROGRAM = """
 import json, sys, torch, torch.distributed as dist
-from isotune.distributed.collectives import gather_by_number
+from isotune.distributed.ranks import gather_by_number
 rank, world, port, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
 mine = {n: torch.tensor(v, dtype=torch.float64) for n, v in enumerate(json.loads(sys.argv[5])) if n % world == rank}

@@ -10,7 +10,7 @@ from tests.launching import REPOSITORY, TINY
 from isotune.config import Recipe
 from isotune.distributed.deepspeed_config import complete, find_file, offloaded, read_deepspeed_config, stage_of
 from isotune.distributed.launch import Process
-from isotune.distributed.launch_validation import Request, _launch_arguments, check_launch
+from isotune.distributed.launch_validation import Request, check_launch, launch_arguments
 from isotune.io.errors import UserError
 from isotune.training.from_recipe.assembly import uses_exact_gradients
 
@@ -205,13 +205,13 @@ def test_tasks_of_srun_that_would_each_train_alone_are_refused():
     ],
 )
 def test_the_launchers_command_line_is_known_in_each_of_its_spellings(command):
-    assert _launch_arguments(command) == ["--num_processes", "2", "s.py"]
-    assert _launch_arguments(["torchrun", "--nproc_per_node", "2", "s.py"]) is None
-    assert _launch_arguments(["bash"]) is None
+    assert launch_arguments(command) == ["--num_processes", "2", "s.py"]
+    assert launch_arguments(["torchrun", "--nproc_per_node", "2", "s.py"]) is None
+    assert launch_arguments(["bash"]) is None
 
 
 def process_under(stage: int) -> Process:
-    return Process(0, 2, 0, torch.device("cpu"), True, False, {"zero_optimization": {"stage": stage}})
+    return Process(0, 2, torch.device("cpu"), deepspeed_config={"zero_optimization": {"stage": stage}})
 
 
 @pytest.mark.parametrize(

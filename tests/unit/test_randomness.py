@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isotune.distributed.watchdog import Watchdog
+from isotune.distributed.ranks import Watchdog
 from isotune.training.gradient_sync import GradientSync
 from isotune.training.nonfinite import NonFinitePolicy
 from isotune.training.tasks import SftTask

@@ -45,7 +45,7 @@ class Run:
 def process(rank: int = 0) -> Process:
     import torch
 
-    return Process(rank, 1, rank, torch.device("cpu"), deepspeed=False, fsdp=False)
+    return Process(rank, 1, torch.device("cpu"))
 
 
 def test_an_interrupt_and_its_echo_are_one_and_a_second_one_ends_the_process():

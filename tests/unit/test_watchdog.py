@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch.distributed as dist
 
-from isotune.distributed.watchdog import Watchdog
+from isotune.distributed.ranks import Watchdog
 
 TIMEOUT_SECONDS = 1.0
 

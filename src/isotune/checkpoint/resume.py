@@ -10,8 +10,8 @@ from isotune.checkpoint.manifest import InvalidCheckpoint, Manifest, read_manife
 from isotune.checkpoint.store import CheckpointStore, find_checkpoint
 from isotune.config import RunRecipe
 from isotune.config.run_recipe import RESUME_NEVER, RESUME_NEWEST
-from isotune.distributed.collectives import call_on_main
 from isotune.distributed.launch import Process
+from isotune.distributed.ranks import call_on_main
 from isotune.io.errors import UserError
 from isotune.run.metrics_file import METRICS
 from isotune.run.run_dir import CHECKPOINTS, RunDir

@@ -7,7 +7,8 @@ size, the accumulation and the precision of its own file to the trainer's. Here 
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,8 @@ def read_deepspeed_config(
 ) -> dict[str, Any]:
     """The complete configuration of a launch under DeepSpeed, from its JSON file or from the accelerate file's keys.
 
-    Args:
-        recipe: fills keys that are `auto` or absent.
-        world_size: number of processes.
-        environment: in which accelerate passes its file's keys on.
-        name: of accelerate's file, for messages.
-
-    Raises:
-        UserError: a missing or broken file, an unknown key, or one that contradicts the recipe.
+    accelerate passes its file's keys on in `environment`; `name` is that file, for messages. `complain` takes a
+    missing or broken file, an unknown key, and one that contradicts the recipe.
     """
     file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     accelerate_keys = (environment.get("ACCELERATE_CONFIG_DS_FIELDS") or "").split(",")
@@ -59,17 +54,13 @@ def read_deepspeed_config(
 def complete(
     config: dict[str, Any], recipe: RunRecipe, world_size: int, name: str, complain: Complain = refuse
 ) -> dict[str, Any]:
-    """`config` with its keys and values checked and the rest filled in from the recipe.
-
-    Raises:
-        UserError: an unknown key, or one that contradicts the recipe; `name` is the file that holds it.
-    """
+    """`config`, of the file `name`, with its keys and values checked and the rest filled in from the recipe."""
     _check_keys(config, name, complain)
-    _check_contradictions(config, recipe, name, complain)
-    precision = {"bf16": recipe.bf16, "fp16": recipe.fp16}
+    for sentence in _contradictions(config, recipe):
+        complain(f"{name} {sentence}")
     filled = {
         **config,
-        **{key: {**(config.get(key) or {}), "enabled": on} for key, on in precision.items()},
+        **{key: {**(config.get(key) or {}), "enabled": getattr(recipe, key)} for key in ("bf16", "fp16")},
         "train_micro_batch_size_per_gpu": 1,
         "train_batch_size": world_size,
         "gradient_accumulation_steps": 1,
@@ -77,8 +68,7 @@ def complete(
         "zero_allow_untested_optimizer": True,
         "steps_per_print": sys.maxsize,
     }
-    stage = stage_of(config)
-    if recipe.bf16 and stage > 0 and "data_types" not in config:
+    if recipe.bf16 and stage_of(config) > 0 and "data_types" not in config:
         # microbatches would otherwise be accumulated in bf16
         filled["data_types"] = {"grad_accum_dtype": "fp32"}
     _check_values(filled, name, complain)
@@ -101,11 +91,7 @@ def offloaded(config: Mapping[str, Any] | None) -> list[str]:
 
 
 def find_file(file: str) -> Path:
-    """Find a file relative to the current folder or to the checkout of the running script.
-
-    Raises:
-        UserError: it is in neither.
-    """
+    """Find a file relative to the current folder or to the checkout of the running script."""
     path = Path(file).expanduser()
     if path.is_file():
         return path
@@ -117,9 +103,8 @@ def find_file(file: str) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
+        for key, count in Counter(key for key, _ in pairs).items():
+            if count > 1:
                 raise UserError(f"{path} says {key} twice: keep one of them")
         return dict(pairs)
 
@@ -151,43 +136,35 @@ def _inline(environment: Mapping[str, str]) -> dict[str, Any]:
     return config
 
 
-def _check_contradictions(config: Mapping[str, Any], recipe: RunRecipe, name: str, complain: Complain) -> None:
+def _contradictions(config: Mapping[str, Any], recipe: RunRecipe) -> Iterator[str]:
     for key, ours in _SET_BY_RECIPE.items():
         if key in config:
-            complain(f"{name} has a section '{key}', and the recipe says {ours}: take the section out")
+            yield f"has a section '{key}', and the recipe says {ours}: take the section out"
     for key in _OTHER_PARALLELISM:
         if config.get(key):
-            complain(f"{name} asks for {key}, and isotune uses data parallelism only: take it out")
+            yield f"asks for {key}, and isotune uses data parallelism only: take it out"
     if config.get("managed_gradient_accumulation", True) is not True:
-        complain(f"{name} says managed_gradient_accumulation: false, and the step schedule accumulates: take it out")
+        yield "says managed_gradient_accumulation: false, and the step schedule accumulates: take it out"
     for key in _BATCH:
         if config.get(key, AUTO) != AUTO:
-            complain(
-                f'{name} says {key}: {config[key]}, and a step sees global_batch_size rows on any hardware: say "auto"'
-            )
-    if config.get("gradient_accumulation_steps", AUTO) not in (AUTO, 1):
-        complain(
-            f"{name} says gradient_accumulation_steps: {config['gradient_accumulation_steps']}, and the step schedule "
-            'lays out the microbatches of a step: say "auto"'
-        )
+            yield f'says {key}: {config[key]}, and a step sees global_batch_size rows on any hardware: say "auto"'
+    accumulation = config.get("gradient_accumulation_steps", AUTO)
+    if accumulation not in (AUTO, 1):
+        schedule = 'the step schedule lays out the microbatches of a step: say "auto"'
+        yield f"says gradient_accumulation_steps: {accumulation}, and {schedule}"
     clipping, ours = config.get("gradient_clipping", AUTO), recipe.training_arguments["max_grad_norm"]
     if clipping not in (AUTO, ours):
-        complain(
-            f"{name} says gradient_clipping: {clipping}, and the recipe max_grad_norm: {ours:g}: "
-            'say "auto" in the first'
-        )
+        yield f'says gradient_clipping: {clipping}, and the recipe max_grad_norm: {ours:g}: say "auto" in the first'
     for key, on in (("bf16", recipe.bf16), ("fp16", recipe.fp16)):
         theirs = (config.get(key) or {}).get("enabled", AUTO)
         if theirs not in (AUTO, on):
-            complain(
-                f"{name} says {key}.enabled: {json.dumps(theirs)}, and the recipe {key}: {json.dumps(on)}: "
-                'say "auto" in the first'
-            )
+            both = f"{key}.enabled: {json.dumps(theirs)}, and the recipe {key}: {json.dumps(on)}"
+            yield f'says {both}: say "auto" in the first'
     for key in ("amp", "torch_autocast"):
         if (config.get(key) or {}).get("enabled"):
-            complain(f"{name} enables {key}, and the recipe says the precision by bf16 and fp16: take it out")
+            yield f"enables {key}, and the recipe says the precision by bf16 and fp16: take it out"
     if "zero_optimization" not in config:
-        complain(f'{name} has no zero_optimization: say at least "zero_optimization": {{"stage": 0}}')
+        yield 'has no zero_optimization: say at least "zero_optimization": {"stage": 0}'
 
 
 def _check_keys(config: Mapping[str, Any], name: str, complain: Complain) -> None:
@@ -198,7 +175,12 @@ def _check_keys(config: Mapping[str, Any], name: str, complain: Complain) -> Non
         DeepSpeedZeroOffloadParamConfig,
     )
 
-    _compare_keys(config, _known_keys(), name, "", complain)
+    def compare(section: Mapping[str, Any], known: set[str], prefix: str = "") -> None:
+        for key in section:
+            if key not in known:
+                complain(f"{name}: '{prefix}{key}' is not a key of DeepSpeed's{did_you_mean(key, sorted(known))}")
+
+    compare(config, _known_keys())
     for section, model in (
         ("zero_optimization", DeepSpeedZeroConfig),
         ("zero_optimization.offload_optimizer", DeepSpeedZeroOffloadOptimizerConfig),
@@ -209,19 +191,11 @@ def _check_keys(config: Mapping[str, Any], name: str, complain: Complain) -> Non
         inner: Any = config
         for part in section.split("."):
             inner = (inner or {}).get(part)
-        if inner is None:
-            continue
-        if not isinstance(inner, dict):
+        if isinstance(inner, dict):
+            known = {alias for key, field in model.model_fields.items() for alias in (key, field.alias) if alias}
+            compare(inner, known | ({"auto_cast"} if section == "fp16" else set()), f"{section}.")
+        elif inner is not None:
             complain(f"{name}: {section} is {json.dumps(inner)}: it takes a section of keys")
-            continue
-        known = {name for key, f in model.model_fields.items() for name in (key, f.alias) if name}
-        _compare_keys(inner, known | ({"auto_cast"} if section == "fp16" else set()), name, f"{section}.", complain)
-
-
-def _compare_keys(section: Mapping[str, Any], known: set[str], name: str, prefix: str, complain: Complain) -> None:
-    for key in section:
-        if key not in known:
-            complain(f"{name}: '{prefix}{key}' is not a key of DeepSpeed's{did_you_mean(key, sorted(known))}")
 
 
 def _known_keys() -> set[str]:

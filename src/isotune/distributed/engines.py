@@ -5,11 +5,10 @@ no configuration: engine, ZeRO stage, clipping, precision and shards come from t
 """
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
@@ -50,37 +49,39 @@ class EngineInEffect:
     parameter_bytes_per_rank: int
     optimized_numbers_per_rank: int
 
-    def as_dict(self) -> dict[str, Any]:
-        """For environment.json."""
-        return asdict(self)
-
 
 def read_back(trainer: Any) -> EngineInEffect:
     """The engine in effect, after `trainer` has prepared its model and optimizer."""
     model, accelerator = trainer.model_wrapped, trainer.accelerator
-    inner = accelerator.unwrap_model(model)
-    kind = _kind(model)
-    if kind == "DeepSpeed":
-        optimizer = model.basic_optimizer
+    kind, stage, offload = "plain", None, []
+    world_size, precision = int(accelerator.num_processes), accelerator.mixed_precision
+    clipping, accumulation = float(trainer.args.max_grad_norm or 0.0), accelerator.gradient_accumulation_steps
+    optimizer = _innermost(trainer.optimizer)
+    if type(model).__module__.startswith("deepspeed."):
+        kind, stage, offload = "DeepSpeed", int(model.zero_optimization_stage()), _deepspeed_offload(model.optimizer)
+        world_size = int(model.dp_world_size)
         precision = "fp16" if model.fp16_enabled() else "bf16" if model.bfloat16_enabled() else "no"
         clipping = float(getattr(model.optimizer, "clip_grad", model.gradient_clipping()) or 0.0)
-    else:
-        optimizer = trainer.optimizer
-        precision, clipping = accelerator.mixed_precision, float(trainer.args.max_grad_norm or 0.0)
+        accumulation = model.gradient_accumulation_steps()
+        optimizer = _innermost(model.basic_optimizer)
+    elif isinstance(model, FSDPModule):
+        kind, offload = "FSDP", ["param", "optimizer"] if fsdp2_offloads(model) else []
+    elif isinstance(model, DistributedDataParallel):
+        kind, world_size = "DDP", torch.distributed.get_world_size(model.process_group)
     return EngineInEffect(
         kind=kind,
         engine=type(model).__name__,
-        zero_stage=int(model.zero_optimization_stage()) if kind == "DeepSpeed" else None,
-        offload=_offload(model) if kind in ("DeepSpeed", "FSDP") else [],
-        world_size=_world_size(model, kind, accelerator),
+        zero_stage=stage,
+        offload=offload,
+        world_size=world_size,
         precision=precision,
         max_grad_norm=clipping,
-        optimizer=type(_innermost(optimizer)).__name__,
-        accumulation=model.gradient_accumulation_steps()
-        if kind == "DeepSpeed"
-        else trainer.accelerator.gradient_accumulation_steps,
-        parameter_bytes_per_rank=sum(_local_numel(p) * p.element_size() for p in inner.parameters()),
-        optimized_numbers_per_rank=_optimized_numel(model, _innermost(optimizer), kind),
+        optimizer=type(optimizer).__name__,
+        accumulation=accumulation,
+        parameter_bytes_per_rank=sum(
+            _local_numel(p) * p.element_size() for p in accelerator.unwrap_model(model).parameters()
+        ),
+        optimized_numbers_per_rank=_optimized_numel(model, optimizer),
     )
 
 
@@ -114,14 +115,6 @@ def whole_numel(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", None) or parameter.numel())
 
 
-def _kind(model: nn.Module) -> str:
-    if type(model).__module__.startswith("deepspeed."):
-        return "DeepSpeed"
-    if isinstance(model, FSDPModule):
-        return "FSDP"
-    return "DDP" if isinstance(model, DistributedDataParallel) else "plain"
-
-
 def _expected_kind(process: Process) -> str:
     if process.deepspeed:
         return "DeepSpeed"
@@ -132,25 +125,13 @@ def _expected_kind(process: Process) -> str:
     return "DDP" if grouped else "plain"
 
 
-def _world_size(model: Any, kind: str, accelerator: Any) -> int:
-    """Ranks of the group that the engine reduces over."""
-    if kind == "DeepSpeed":
-        return int(model.dp_world_size)
-    if kind == "DDP":
-        return torch.distributed.get_world_size(model.process_group)
-    return int(accelerator.num_processes)
-
-
 def _innermost(optimizer: Any) -> Any:
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
-def _offload(model: Any) -> list[str]:
-    if isinstance(model, FSDPModule):
-        return ["param", "optimizer"] if fsdp2_offloads(model) else []
-    optimizer = model.optimizer
+def _deepspeed_offload(optimizer: Any) -> list[str]:
     parts = {
         "optimizer": getattr(optimizer, "offload_optimizer", False) or getattr(optimizer, "cpu_offload", False),
         "param": getattr(optimizer, "offload_param", False),
@@ -165,13 +146,9 @@ def _local_numel(parameter: Any) -> int:
     return parameter.to_local().numel() if hasattr(parameter, "to_local") else parameter.numel()
 
 
-def _optimized_numel(model: Any, optimizer: Any, kind: str) -> int:
-    if kind == "DeepSpeed":
-        for attribute in (
-            "fp32_partitioned_groups_flat",
-            "single_partition_of_fp32_groups",
-            "fp32_groups_flat_partition",
-        ):
-            if (partitions := getattr(model.optimizer, attribute, None)) is not None:
-                return sum(partition.numel() for partition in partitions)
+def _optimized_numel(model: Any, optimizer: Any) -> int:
+    # where DeepSpeed's optimizers of stage 3, of stages 1 and 2, and of bf16 keep the fp32 parameters
+    for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        if (partitions := getattr(getattr(model, "optimizer", None), attribute, None)) is not None:
+            return sum(partition.numel() for partition in partitions)
     return sum(_local_numel(p) for group in optimizer.param_groups for p in group["params"])

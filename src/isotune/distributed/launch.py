@@ -19,7 +19,7 @@ from isotune.compat.accelerate import allow_fsdp_on_cpu
 from isotune.compat.deepspeed import disable_shm_transport
 from isotune.config import RunRecipe
 from isotune.distributed.deepspeed_config import INLINE, read_deepspeed_config, stage_of
-from isotune.distributed.launch_validation import check_launch, read_request
+from isotune.distributed.launch_validation import check_launch, engine_of, read_request
 from isotune.distributed.rendezvous import rendezvous
 from isotune.io.errors import UserError
 
@@ -37,10 +37,8 @@ class Process:
 
     rank: int
     world_size: int
-    local_rank: int
     device: torch.device
-    deepspeed: bool
-    fsdp: bool
+    fsdp: bool = False
     deepspeed_config: dict[str, Any] | None = None
     keep_alive: Any = field(default=None, repr=False, compare=False)
 
@@ -48,6 +46,11 @@ class Process:
     def is_main(self) -> bool:
         """Whether this process prints and writes."""
         return self.rank == 0
+
+    @property
+    def deepspeed(self) -> bool:
+        """Whether the engine is DeepSpeed."""
+        return self.deepspeed_config is not None
 
     @property
     def use_cpu(self) -> bool:
@@ -79,54 +82,42 @@ def start_process(recipe: RunRecipe) -> Process:
         UserError: the launch is not what was asked for, or its configuration contradicts the recipe.
         RunFault: the ranks do not reach each other; names the ranks and their addresses.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+    world_size, engine = int(os.environ.get("WORLD_SIZE", "1")), engine_of(os.environ)
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed's import, which otherwise looks for a GPU and warns
     request = read_request()
     check_launch(request, recipe)
-    if fsdp and on_cpu and world_size == 1:
+    if engine == "FSDP" and on_cpu and world_size == 1:
         raise UserError("FSDP on one CPU process has nothing to shard: say --num_processes 2 or more")
-    if deepspeed and on_cpu and recipe.fp16:
+    if engine == "DeepSpeed" and on_cpu and recipe.fp16:
         raise UserError("fp16 under DeepSpeed needs a GPU: say bf16: true, or neither, to try it on the CPU")
-    config = None
-    if deepspeed:
+    config = keep_alive = None
+    if engine == "DeepSpeed":
         config = read_deepspeed_config(recipe, world_size, name=request.name if request else INLINE)
     with rendezvous():
-        state = _make_state(recipe, world_size, deepspeed=deepspeed, fsdp=fsdp, on_cpu=on_cpu)
-    keep_alive = None
+        state = _make_state(recipe, world_size, engine, on_cpu)
     if stage_of(config) == 3:
         from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
         keep_alive = HfDeepSpeedConfig(config)
-    return Process(
-        rank=state.process_index,
-        world_size=state.num_processes,
-        local_rank=state.local_process_index,
-        device=torch.device(state.device),  # type: ignore[arg-type]
-        deepspeed=deepspeed,
-        fsdp=fsdp,
-        deepspeed_config=config,
-        keep_alive=keep_alive,
-    )
+    device = torch.device(state.device)  # type: ignore[arg-type]  (declared as a device, a string or None)
+    return Process(state.process_index, state.num_processes, device, engine == "FSDP", config, keep_alive)
 
 
-def _make_state(recipe: RunRecipe, world_size: int, *, deepspeed: bool, fsdp: bool, on_cpu: bool) -> PartialState:
+def _make_state(recipe: RunRecipe, world_size: int, engine: str, on_cpu: bool) -> PartialState:
     # longer than the watchdog's, which can name the rank that hangs
-    timeout: dict[str, Any] = {
-        "timeout": timedelta(seconds=recipe.training_arguments["ddp_timeout"] + COLLECTIVE_TIMEOUT_MARGIN_SECONDS)
-    }
+    seconds = recipe.training_arguments["ddp_timeout"] + COLLECTIVE_TIMEOUT_MARGIN_SECONDS
+    timeout: dict[str, Any] = {"timeout": timedelta(seconds=seconds)}
     if not on_cpu:
         return PartialState(**timeout) if "LOCAL_RANK" in os.environ else PartialState()
-    if deepspeed:
+    if engine == "DeepSpeed":
         disable_shm_transport()
         return PartialState(backend="gloo", **timeout)
     if world_size == 1:
         return PartialState(cpu=True)
     state = PartialState(cpu=True, backend="gloo", **timeout)
-    if fsdp:
+    if engine == "FSDP":
         # torch 2.13 warns that a block's outputs are views, which must not be changed in place; OPT does not do so
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         allow_fsdp_on_cpu()

@@ -15,6 +15,7 @@ import yaml
 
 from isotune.compat.accelerate import launcher_options
 from isotune.config import RunRecipe
+from isotune.distributed.deepspeed_config import INLINE
 from isotune.io.errors import Complain, UserError, did_you_mean, refuse
 
 FLAGS_ONLY = {"rdzv_backend": "static", "same_network": False}  # accelerate 1.15 reads these from its flags alone
@@ -41,13 +42,30 @@ class Request:
     @property
     def name(self) -> str:
         """The file, or a description of it."""
-        return self.file or "the accelerate configuration"
+        return self.file or INLINE
 
 
 def read_request() -> Request | None:
     """The `accelerate launch` that started this process; None under torchrun, python, or without /proc."""
-    arguments = _launch_arguments(_command_line(os.getppid()))
+    try:
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+    except OSError:
+        return None
+    arguments = launch_arguments(command)
     return None if arguments is None else request_of(arguments)
+
+
+def launch_arguments(command: list[str]) -> list[str] | None:
+    """The arguments after `accelerate launch` in a command line, in any spelling of that command."""
+    for index, word in enumerate(command):
+        name, rest = os.path.basename(word), command[index + 1 :]
+        if name == "accelerate-launch" or word == "accelerate.commands.launch":
+            return rest
+        if word.endswith(os.path.join("accelerate", "commands", "launch.py")):
+            return rest
+        if (name == "accelerate" or word == "accelerate.commands.accelerate_cli") and rest[:1] == ["launch"]:
+            return rest[1:]
+    return None
 
 
 def request_of(arguments: Sequence[str]) -> Request | None:
@@ -76,6 +94,24 @@ def request_of(arguments: Sequence[str]) -> Request | None:
     return Request(file, engine, processes, on_cpu, file_keys)
 
 
+def _read_yaml(file: str | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    try:
+        written = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return {}  # accelerate itself reports an unreadable file
+    return written if isinstance(written, dict) else {}
+
+
+def engine_of(environment: Mapping[str, str]) -> str:
+    """The engine that accelerate started a rank for: DeepSpeed, FSDP, DDP or plain."""
+    for engine in ("DeepSpeed", "FSDP"):
+        if environment.get(f"ACCELERATE_USE_{engine.upper()}", "false").lower() == "true":
+            return engine
+    return "DDP" if int(environment.get("WORLD_SIZE", "1")) > 1 else "plain"
+
+
 def check_launch(request: Request | None, recipe: RunRecipe, environment: Mapping[str, str] = os.environ) -> None:
     """Refuse a launch that is not the requested one, or whose configuration contradicts the recipe.
 
@@ -87,7 +123,7 @@ def check_launch(request: Request | None, recipe: RunRecipe, environment: Mappin
     Raises:
         UserError: names the key, its file and the remedy.
     """
-    name = request.name if request is not None else "the accelerate configuration"
+    name = request.name if request is not None else INLINE
     started_processes = int(environment.get("WORLD_SIZE", "1"))
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if tasks > 1 and "WORLD_SIZE" not in environment:
@@ -97,8 +133,7 @@ def check_launch(request: Request | None, recipe: RunRecipe, environment: Mappin
         )
     if request is not None:
         check_keys(request)
-        running = _engine_of(environment)
-        if request.engine in ("DeepSpeed", "FSDP") and running != request.engine:
+        if request.engine in ("DeepSpeed", "FSDP") and engine_of(environment) != request.engine:
             raise UserError(
                 f"{name} asks for {request.engine}, and accelerate started a plain process: leave --cpu, use_cpu: true "
                 "and MULTI_CPU out; without a GPU the script finds the CPU by itself"
@@ -136,42 +171,3 @@ def check_keys(request: Request, complain: Complain = refuse) -> None:
     for key, default in FLAGS_ONLY.items():
         if request.file_keys.get(key, default) != default:
             complain(f"{request.name}: {key} has no effect in a file: give it to accelerate launch as the flag --{key}")
-
-
-def _engine_of(environment: Mapping[str, str]) -> str:
-    if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        return "DeepSpeed"
-    if environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        return "FSDP"
-    return "DDP" if int(environment.get("WORLD_SIZE", "1")) > 1 else "plain"
-
-
-def _command_line(process: int) -> list[str]:
-    try:
-        return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
-    except OSError:
-        return []
-
-
-def _launch_arguments(command: list[str]) -> list[str] | None:
-    """The arguments after `accelerate launch` in a command line, in any spelling of that command."""
-    for index, word in enumerate(command):
-        name = os.path.basename(word)
-        if name == "accelerate-launch" or word == "accelerate.commands.launch":
-            return command[index + 1 :]
-        if name == "launch.py" and word.endswith(os.path.join("accelerate", "commands", "launch.py")):
-            return command[index + 1 :]
-        next_word = command[index + 1] if index + 1 < len(command) else ""
-        if (name == "accelerate" or word == "accelerate.commands.accelerate_cli") and next_word == "launch":
-            return command[index + 2 :]
-    return None
-
-
-def _read_yaml(file: str | None) -> dict[str, Any]:
-    if file is None:
-        return {}
-    try:
-        written = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        return {}  # accelerate itself reports an unreadable file
-    return written if isinstance(written, dict) else {}

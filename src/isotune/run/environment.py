@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Collection
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def in_effect(trainer: Any, engine: EngineInEffect) -> dict[str, Any]:
     base = getattr(inner, "base_model", inner)
     config = getattr(base, "model", base).config if hasattr(inner, "peft_config") else inner.config
     return {
-        **engine.as_dict(),
+        **asdict(engine),
         "weights_dtype": str(next(p.dtype for p in inner.parameters() if p.is_floating_point())).removeprefix("torch."),
         "attention": attention_of(config),
         "attention_kernel": kernel_in_effect(trainer.args.device, COMPUTE_DTYPES.get(engine.precision, torch.float32)),

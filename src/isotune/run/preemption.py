@@ -18,8 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from isotune.distributed.collectives import call_on_main
 from isotune.distributed.launch import Process
+from isotune.distributed.ranks import call_on_main
 from isotune.io.errors import Superseded, exit_status, status_word
 from isotune.io.job_status import write_job_status
 from isotune.run.attempt import slurm_ids

@@ -10,7 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from isotune.data.batch_schedule import Step
-from isotune.distributed.collectives import gather_by_number
+from isotune.distributed.ranks import gather_by_number
 from isotune.io.errors import RunFault
 
 if TYPE_CHECKING:

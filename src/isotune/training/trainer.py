@@ -35,7 +35,7 @@ from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
 from isotune.compat.accelerate import let_scaler_check_before_step, run_fp16_on_cpu
 from isotune.compat.trl import trained_parameters_kept
 from isotune.data.batch_schedule import StepSchedule
-from isotune.distributed.watchdog import Watchdog
+from isotune.distributed.ranks import Watchdog
 from isotune.training.callbacks import CheckpointEvents
 from isotune.training.checkpointer import Checkpointer
 from isotune.training.exact_gradients import ExactGradients

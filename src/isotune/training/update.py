@@ -18,8 +18,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from isotune.data.batch_schedule import Step
-from isotune.distributed.collectives import gather_by_number, ordered_sum
-from isotune.distributed.watchdog import Watchdog
+from isotune.distributed.ranks import Watchdog, gather_by_number, ordered_sum
 from isotune.models.cpu.layers import training_microbatch
 from isotune.run.preemption import stop_request
 from isotune.training.checkpointer import Checkpointer

@@ -1,30 +1,81 @@
-"""End the launch within `ddp_timeout` when a rank hangs, and name that rank.
+"""What ranks tell each other while they train: numbers, and their progress, so that a rank that hangs is named."""
 
-A collective waits for a lost rank as long as its backend allows, and its error does not say which rank is lost. So each
-rank counts its progress in the launch's store, and a thread of every rank watches all counts. When no count has changed
-for the whole timeout, the rank with the lowest count hangs. If all counts are equal, a rank hangs whose own thread has
-stopped writing, as that of a stopped process does.
-"""
-
+import math
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from isotune.compat.torch import clone_default_store
-from isotune.io.errors import EXIT_FAULT
+from isotune.distributed.launch import Process
+from isotune.io.errors import EXIT_FAULT, RunFault, UserError
 
+T = TypeVar("T")
 _CHECKS_PER_TIMEOUT = 10
 _MAX_PAUSE_SECONDS = 5.0
 
 
+def gather_by_number(values: dict[int, torch.Tensor], count: int, device: torch.device) -> list[float]:
+    """One scalar of each of `count` microbatches, from the rank that has it: the same list on every rank.
+
+    Each scalar comes from one rank and is added to zeros only, so the list does not depend on the number of ranks.
+
+    Args:
+        values: this rank's scalars by microbatch number, without microbatches of weight zero.
+        count: microbatches in the step.
+        device: where the collective runs.
+    """
+    rows = {number: value.reshape(1) for number, value in values.items()}
+    return gather_vectors(rows, count, 1, device)[:, 0].tolist()
+
+
+def gather_vectors(values: dict[int, torch.Tensor], count: int, size: int, device: torch.device) -> torch.Tensor:
+    """One vector of every row, from the rank that has it: float64 [count, size] on the CPU, the same on every rank.
+
+    `values` are this rank's vectors, [size] each, by row. No row is on two ranks; a row on none is zero.
+    """
+    table = torch.zeros(count, size, dtype=torch.float64, device=device)
+    if values:
+        rows = torch.tensor(list(values), device=device)
+        table[rows] = torch.stack([value.detach().double() for value in values.values()]).to(device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(table)
+    return table.cpu()
+
+
+def ordered_sum(values: list[float]) -> float:
+    """The correctly rounded sum, which is the same in any order (Shewchuk 1997); NaN and Inf propagate."""
+    return math.fsum(values) if all(math.isfinite(v) for v in values) else sum(values)
+
+
+def call_on_main(process: Process, call: Callable[[], T]) -> T:
+    """Call on the main process only; every rank returns its result, or raises its UserError or RunFault."""
+    outcome: list[Any] = [None]
+    if process.is_main:
+        try:
+            outcome = [call()]
+        except (UserError, RunFault) as error:
+            outcome = [error]
+    if process.world_size > 1:
+        dist.broadcast_object_list(outcome, src=0, device=process.device)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
+
+
 class Watchdog:
-    """Exits this process when no rank has made progress for `timeout_seconds`; does nothing on a single rank.
+    """Ends the launch when no rank has made progress for `timeout_seconds`; does nothing on a single rank.
+
+    A collective waits for a lost rank as long as its backend allows, and its error does not say which rank is lost. So
+    each rank counts its progress in the launch's store, and a thread of every rank watches all counts. When no count
+    has changed for the whole timeout, the rank with the lowest count hangs. If all counts are equal, a rank hangs whose
+    own thread has stopped writing, as that of a stopped process does.
 
     Args:
         timeout_seconds: the recipe's `ddp_timeout`.
