@@ -57,7 +57,7 @@ def main() -> None:
     """Load the model; evaluate, answer or chat."""
     given = arguments()
     # torch takes seconds to import, so mistakes on the command line are answered before
-    from isotune.evaluation.distributed_eval import start_ranks
+    from isotune.evaluation.distributed_eval import read_shards, start_ranks
     from isotune.evaluation.generation.chat import answer, run_chat
     from isotune.evaluation.generation.completion import Decoding
     from isotune.evaluation.generation.evaluate import (
@@ -69,7 +69,6 @@ def main() -> None:
     from isotune.evaluation.models import generation_model_named, generation_model_of_run
     from isotune.evaluation.results import score_lines
     from isotune.evaluation.tasks import DEFAULT_MAX_NEW_TOKENS, GenerationTask, read_task
-    from isotune.evaluation.zero3 import read_shards
 
     flags = {key: getattr(given, key) for key in ("dataset_name", "dataset_split", "max_new_tokens")}
     task = read_task(GenerationTask, given.task, flags) if given.evaluates else None

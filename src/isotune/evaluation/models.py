@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from isotune.data.classification.labels import ClassificationSettings
 from isotune.data.sources.hub import is_hub_id
+from isotune.evaluation.distributed_eval import Shards
 from isotune.evaluation.tasks import ClassificationTask, read_task
-from isotune.evaluation.zero3 import Shards
 from isotune.io.errors import UserError
 from isotune.models.classifier import install_classification
 from isotune.models.finished_run import (

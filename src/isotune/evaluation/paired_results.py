@@ -33,9 +33,7 @@ def choose_results(runs: Sequence[str | Path], name: str | None = None) -> list[
     Raises:
         UserError: a folder holds no such result, several are common, or rows differ.
     """
-    candidates = [_candidates(Path(run)) for run in runs]
-    folders = [_by_name(run, folders, name) for run, folders in candidates] if name else _common(candidates)
-    first, *others = [read_result(folder) for folder in folders]
+    first, *others = [read_result(folder) for folder in _choose_folders([Path(run) for run in runs], name)]
     if not first.predictions:
         raise UserError(f"{first.folder} has no rows: there is nothing to compare")
     return [first, *(_in_order(first, other) for other in others)]
@@ -51,84 +49,62 @@ def groups_of(results: Sequence[Result]) -> np.ndarray | None:
     return None
 
 
-def _candidates(run: Path) -> tuple[Path, list[Path]]:
-    if not run.is_dir():
-        raise UserError(f"there is no folder {run}")
-    if (run / METRICS).is_file():
-        return run, [run]
-    folders = find_results(run)
-    if not folders:
-        raise UserError(f"{run} holds no evaluation: run eval/classify.py or eval/generate.py with --run_dir {run}")
-    return run, folders
-
-
-def _by_name(run: Path, folders: list[Path], name: str) -> Path:
-    if name not in (names := [folder.name for folder in folders]):
-        raise UserError(f"{run} has no evaluation {name!r}: it has {', '.join(names)}")
-    return folders[names.index(name)]
-
-
-def _common(candidates: list[tuple[Path, list[Path]]]) -> list[Path]:
-    if all(len(folders) == 1 for _, folders in candidates):
-        return [folders[0] for _, folders in candidates]  # the only ones; _in_order checks their rows
-    names = set.intersection(*({folder.name for folder in folders} for _, folders in candidates))
-    if len(names) == 1:
-        return [_by_name(run, folders, next(iter(names))) for run, folders in candidates]
-    if names:
-        raise UserError(f"the runs have several evaluations in common: {', '.join(sorted(names))}; choose by --name")
-    by_rows = _by_rows(candidates)
-    if by_rows is None:
-        names_of_each = "; ".join(f"{run} has {', '.join(f.name for f in folders)}" for run, folders in candidates)
-        raise UserError(f"no evaluation is common to the runs: {names_of_each}")
-    return by_rows
-
-
-def _by_rows(candidates: list[tuple[Path, list[Path]]]) -> list[Path] | None:
-    """Results on the same rows under different names, where there is exactly one in each run."""
-    digests = [{folder: read_result(folder).facts["rows_sha256"] for folder in folders} for _, folders in candidates]
-    for digest in set(digests[0].values()):
-        matches = [[folder for folder, other in by_folder.items() if other == digest] for by_folder in digests]
+def _choose_folders(runs: list[Path], name: str | None) -> list[Path]:
+    by_name = [_evaluations(run) for run in runs]
+    if name is None and all(len(folders) == 1 for folders in by_name):
+        return [folder for folders in by_name for folder in folders.values()]  # _in_order checks their rows
+    common = {name} if name else set.intersection(*map(set, by_name))
+    if len(common) > 1:
+        raise UserError(f"the runs have several evaluations in common: {', '.join(sorted(common))}; choose by --name")
+    for chosen in common:
+        for run, folders in zip(runs, by_name, strict=True):
+            if chosen not in folders:
+                raise UserError(f"{run} has no evaluation {chosen!r}: it has {', '.join(folders)}")
+        return [folders[chosen] for folders in by_name]
+    # results on the same rows under different names, where there is exactly one in each run
+    digests = [{folder: read_result(folder).facts["rows_sha256"] for folder in folders.values()} for folders in by_name]
+    for digest in digests[0].values():
+        matches = [[folder for folder, other in of_run.items() if other == digest] for of_run in digests]
         if all(len(folders) == 1 for folders in matches):
             return [folders[0] for folders in matches]
-    return None
+    names = "; ".join(f"{run} has {', '.join(folders)}" for run, folders in zip(runs, by_name, strict=True))
+    raise UserError(f"no evaluation is common to the runs: {names}")
+
+
+def _evaluations(run: Path) -> dict[str, Path]:
+    """The results of a run by name; a folder that is a result itself is the only one."""
+    if not run.is_dir():
+        raise UserError(f"there is no folder {run}")
+    folders = [run] if (run / METRICS).is_file() else find_results(run)
+    if not folders:
+        raise UserError(f"{run} holds no evaluation: run eval/classify.py or eval/generate.py with --run_dir {run}")
+    return {folder.name: folder for folder in folders}
 
 
 def _in_order(first: Result, other: Result) -> Result:
-    """`other` with its rows in the order of `first`.
-
-    Raises:
-        UserError: they are results of different kinds or rows, with the first difference.
-    """
+    """`other` with its rows in the order of `first`; results of different kinds or rows are refused."""
     pair = f"{first.folder} and {other.folder} cannot be compared"
     if first.facts["kind"] != other.facts["kind"]:
         raise UserError(f"{pair}: one is a {first.facts['kind']} result, the other a {other.facts['kind']} result")
-    theirs = {row["id"]: row for row in other.predictions}
-    ours = {row["id"]: row for row in first.predictions}
-    only_ours, only_theirs = [i for i in ours if i not in theirs], [i for i in theirs if i not in ours]
-    if only_ours or only_theirs:
-        raise UserError(f"{pair}: {_different_ids(first, only_ours, other, only_theirs)}")
+    ours, theirs = ({row["id"]: row for row in result.predictions} for result in (first, other))
+    differences = []
+    for result, own, others in ((first, ours, theirs), (other, theirs, ours)):
+        if only := [str(row_id) for row_id in own if row_id not in others]:
+            shown = ", ".join(only[:3]) + (", ..." if len(only) > 3 else "")
+            differences.append(f"{len(only):,} row{'s' if len(only) > 1 else ''} only in {result.folder} (id {shown})")
+    if differences:
+        rows = f"{len(ours):,} and {len(theirs):,} rows"
+        raise UserError(f"{pair}: {rows}; {'; '.join(differences)}{_source(first, other)}")
     for row_id, row in ours.items():
         for key in DATA_KEYS:
             if key in row and key in theirs[row_id] and row[key] != theirs[row_id][key]:
-                raise UserError(
-                    f"{pair}: row {row_id!r} has the {key} {_short(row[key])} in one and "
-                    f"{_short(theirs[row_id][key])} in the other"
-                )
+                one, another = _short(row[key]), _short(theirs[row_id][key])
+                raise UserError(f"{pair}: row {row_id!r} has the {key} {one} in one and {another} in the other")
     if first.facts["rows_sha256"] != other.facts["rows_sha256"]:
         raise UserError(
             f"{pair}: the ids are the same, but not the texts of the rows or their order{_source(first, other)}"
         )
     return replace(other, predictions=[theirs[row_id] for row_id in ours])
-
-
-def _different_ids(first: Result, only_ours: list[Any], other: Result, only_theirs: list[Any]) -> str:
-    parts = []
-    for result, ids in ((first, only_ours), (other, only_theirs)):
-        if ids:
-            shown = ", ".join(str(i) for i in ids[:3]) + (", ..." if len(ids) > 3 else "")
-            parts.append(f"{len(ids):,} row{'s' if len(ids) > 1 else ''} only in {result.folder} (id {shown})")
-    rows = f"{len(first.predictions):,} and {len(other.predictions):,} rows"
-    return f"{rows}; {'; '.join(parts)}{_source(first, other)}"
 
 
 def _source(first: Result, other: Result) -> str:
@@ -191,11 +167,10 @@ def measure_rows(result: Result, groups: np.ndarray | None) -> MeasuredRows:
 
 def _labels_and_probabilities(result: Result) -> tuple[np.ndarray, np.ndarray]:
     """int64 [rows] and float64 [rows, classes]."""
-    rows = result.predictions
     where = result.folder / PREDICTIONS
     try:
-        probabilities = np.array([row["probabilities"] for row in rows], np.float64)
-        labels = np.array([row["label"] for row in rows])
+        probabilities = np.array([row["probabilities"] for row in result.predictions], np.float64)
+        labels = np.array([row["label"] for row in result.predictions])
     except (KeyError, ValueError, TypeError):
         raise UserError(f"{where}: a row has no label, or not as many probabilities as others") from None
     classes = probabilities.shape[1] if probabilities.ndim == 2 else 0

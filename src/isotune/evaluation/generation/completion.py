@@ -7,12 +7,13 @@ number of processes.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
@@ -33,10 +34,8 @@ class Decoding:
     """How the next token is chosen.
 
     Attributes:
-        max_new_tokens: longest completion.
         temperature: 0 takes the likeliest token (greedy); above 0 tokens are sampled.
         top_p: sample among the likeliest tokens that have this share of the probability (Holtzman et al. 2020).
-        seed: of sampling; the same seed gives the same completion.
 
     Raises:
         UserError: a value out of range, or without effect.
@@ -123,14 +122,11 @@ def complete(
     # of similar lengths, the longest first; the same on every rank
     order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]), i))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    mine, rounds = own_share(lm, [len(batch) * len(encoded[batch[0]]) for batch in batches], ranks)
+    costs = [len(batch) * len(encoded[batch[0]]) for batch in batches]
     completions: dict[int, Completion] = {}
-    with (
-        quiet_libraries(),
-        tqdm(total=len(prompts), unit="completion", disable=not progress, dynamic_ncols=True) as bar,
-    ):
-        for number in range(rounds):
-            batch = batches[mine[number]] if number < len(mine) else []
+    bar = tqdm(total=len(prompts), unit="completion", disable=not progress, dynamic_ncols=True)
+    with quiet_libraries(), bar:
+        for batch in own_batches(lm, batches, costs, ranks):
             generated = _complete_batch(
                 lm, [prompts[i].row for i in batch], [encoded[i] for i in batch], decoding, turns
             )
@@ -139,15 +135,17 @@ def complete(
     return ranks.gather(completions) if ranks else completions
 
 
-def own_share(lm: GenerationModel, costs: Sequence[int], ranks: Ranks | None) -> tuple[list[int], int]:
-    """The numbers of the batches that this rank runs, balanced by cost, and how many rounds it takes part in.
+def own_batches(
+    lm: GenerationModel, batches: list[list[int]], costs: Sequence[int], ranks: Ranks | None
+) -> Iterator[list[int]]:
+    """The batches of rows that this rank runs, balanced by cost.
 
-    A sharded model needs every rank in every round; in a round beyond its share a rank runs an empty batch.
+    A sharded model needs every rank in every forward, so a rank that has done its share gets empty batches.
     """
-    if ranks is None:
-        return list(range(len(costs))), len(costs)
-    mine = ranks.share(costs)
-    return mine, max(ranks.gather({ranks.rank: len(mine)}).values()) if lm.is_sharded else len(mine)
+    mine = ranks.share(costs) if ranks else range(len(costs))
+    forwards = max(ranks.gather({ranks.rank: len(mine)}).values()) if ranks and lm.is_sharded else len(mine)
+    yield from (batches[number] for number in mine)
+    yield from ([] for _ in range(forwards - len(mine)))
 
 
 def _complete_batch(
@@ -159,12 +157,10 @@ def _complete_batch(
     filler = pad if pad is not None else min(eos_ids)
     limits = [min(decoding.max_new_tokens, lm.positions - len(tokens)) for tokens in encoded] or [1]
     tokens = encoded or [[filler]]
-    width = max(map(len, tokens))
-    input_ids = torch.full((len(tokens), width), filler)
-    mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(tokens):
-        input_ids[row, width - len(ids) :] = torch.tensor(ids)
-        mask[row, width - len(ids) :] = 1
+    left: dict[str, Any] = {"batch_first": True, "padding_side": "left"}
+    input_ids = pad_sequence([torch.tensor(ids) for ids in tokens], padding_value=filler, **left)
+    mask = pad_sequence([torch.ones(len(ids), dtype=torch.long) for ids in tokens], **left)
+    width = input_ids.shape[1]
     endings = _Endings(lm.tokenizer, eos_ids, width, limits, turns)
     with torch.no_grad(), _within_positions(lm):
         outputs = lm.model.generate(
@@ -186,9 +182,8 @@ def _complete_batch(
     return completions
 
 
-@contextmanager
-def _within_positions(lm: GenerationModel) -> Iterator[None]:
-    """Keep the positions of rows that have ended within the model's position table.
+def _within_positions(lm: GenerationModel) -> RemovableHandle:
+    """A hook that keeps the positions of rows that have ended within the model's position table.
 
     transformers 5.23 keeps counting positions for a row that has ended, until the last row of its batch and, under
     ZeRO-3, of all ranks ends; learned positions such as OPT's then overflow their table. The output of such a row is
@@ -200,11 +195,7 @@ def _within_positions(lm: GenerationModel) -> Iterator[None]:
             kwargs["position_ids"] = kwargs["position_ids"].clamp(max=lm.positions - 1)
         return args, kwargs
 
-    hook = lm.model.register_forward_pre_hook(clamp, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
+    return lm.model.register_forward_pre_hook(clamp, with_kwargs=True)
 
 
 class CountedDraw(LogitsProcessor):

@@ -8,10 +8,10 @@ from typing import Any
 
 from isotune.data.sft.conversations import first_turn, render_prompt
 from isotune.evaluation.distributed_eval import Ranks
-from isotune.evaluation.generation.completion import Completion, Decoding, Prompt, complete
+from isotune.evaluation.generation.completion import Decoding, Prompt, complete
 from isotune.evaluation.generation.likelihood import Reference, score_references
 from isotune.evaluation.metrics.modules import MetricModule, score_modules, split_metrics, text_columns
-from isotune.evaluation.metrics.text import TextMetric, measure_likelihoods, measure_texts, signatures
+from isotune.evaluation.metrics.text import measure_likelihoods, measure_texts, signatures
 from isotune.evaluation.models import GenerationModel
 from isotune.evaluation.results import GENERATION, rows_digest, score_lines, write_result
 from isotune.evaluation.statistics.resampling import Scores, score
@@ -27,16 +27,12 @@ class GenerationResult:
     """The result of an evaluation, the same on every rank.
 
     Attributes:
-        texts: the first turn of each completion, in the order of the samples.
-        metrics: built-in metrics by name; `of_rows` in the order of the samples.
+        predictions: for each sample its prompt, reference, completion, and every built-in metric of this row alone.
         scores: of the built-in metrics and the modules.
         truncated: references longer than the model's positions; the rest is not scored.
     """
 
-    samples: Sequence[EvalSample]
-    completions: Sequence[Completion]
-    texts: Sequence[str]
-    metrics: dict[str, TextMetric]
+    predictions: list[dict[str, Any]]
     scores: Scores
     truncated: int
 
@@ -68,35 +64,13 @@ def evaluate_generation(
     likelihoods = [likelihood_of[sample.id] for sample in samples]
     texts = [first_turn(completion.text) for completion in completions]
     references = [sample.reference for sample in samples]
-    measured = {
-        **measure_texts(texts, references, [completion.ended for completion in completions]),
-        **measure_likelihoods(likelihoods),
-    }
+    measured = measure_texts(texts, references, [completion.ended for completion in completions])
+    measured |= measure_likelihoods(likelihoods)
     names, modules = split_metrics(metrics)
     kept = {name: metric for name, metric in measured.items() if name in names}
     scores = score([metric.of_all for metric in kept.values()], len(samples), seed=decoding.seed)
     columns = text_columns(texts, references, [sample.prompt for sample in samples])
     scores |= score_modules(modules, columns, len(samples), seed=decoding.seed)
-    truncated = sum(not likelihood.whole for likelihood in likelihoods)
-    return GenerationResult(samples, completions, texts, kept, scores, truncated)
-
-
-def write_generation_result(
-    result: GenerationResult, folder: Path, *, model: str, task: GenerationTask, decoding: Decoding
-) -> None:
-    """metrics.json, predictions.jsonl and examples.md in `folder`."""
-    facts: dict[str, Any] = {
-        "kind": GENERATION,
-        "model": model,
-        "dataset_name": task.dataset_name,
-        "dataset_split": task.dataset_split,
-        "rows": len(result.samples),
-        "rows_sha256": rows_digest((s.id, s.prompt + "\n" + s.reference) for s in result.samples),
-        "decoding": asdict(decoding),
-        "signatures": signatures(),
-        "references": {"longer_than_positions": result.truncated},
-        **({"metric_modules": result.scores.modules} if result.scores.modules else {}),
-    }
     predictions = [
         {
             "id": sample.id,
@@ -104,38 +78,52 @@ def write_generation_result(
             "reference": sample.reference,
             "text": text,
             "tokens": len(completion.tokens),
-            **{name: float(metric.of_rows[row]) for name, metric in result.metrics.items()},  # of this row alone
+            **{name: float(metric.of_rows[row]) for name, metric in kept.items()},
         }
-        for row, (sample, completion, text) in enumerate(
-            zip(result.samples, result.completions, result.texts, strict=True)
-        )
+        for row, (sample, completion, text) in enumerate(zip(samples, completions, texts, strict=True))
     ]
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / EXAMPLES, _examples(result, model, task.dataset_name))
-    write_result(folder, facts, result.scores.metrics, result.scores.intervals, predictions)
+    return GenerationResult(predictions, scores, sum(not likelihood.whole for likelihood in likelihoods))
 
 
-def print_generation_result(result: GenerationResult) -> None:
-    """The first completions beside their references, the exact matches, and every metric with its interval."""
-    matches = [text == sample.reference for sample, text in zip(result.samples, result.texts, strict=True)]
-    for sample, text, match in list(zip(result.samples, result.texts, matches, strict=True))[:SHOWN_ON_TERMINAL]:
-        print(f"  {'=' if match else 'x'} {sample.prompt}")
-        print(f"    answer     {text}\n    reference  {sample.reference}")
-    print(f"exact match {sum(matches)} of {len(matches)} ({sum(matches) / len(matches):.1%})")
-    print("\n".join(score_lines(result.scores)))
-    if result.truncated:
-        print(f"{result.truncated} references are longer than the model's positions; the rest of them is not scored")
-
-
-def _examples(result: GenerationResult, model: str, dataset_name: str) -> str:
-    """A Markdown table of the first completions beside their references."""
-    head = f"# {model} on {dataset_name}: {min(SHOWN_IN_FILE, len(result.texts))} of {len(result.texts)} answers\n\n"
+def write_generation_result(
+    result: GenerationResult, folder: Path, *, model: str, task: GenerationTask, decoding: Decoding
+) -> None:
+    """metrics.json, predictions.jsonl and examples.md in `folder`."""
+    rows, scores = result.predictions, result.scores
+    facts: dict[str, Any] = {
+        "kind": GENERATION,
+        "model": model,
+        "dataset_name": task.dataset_name,
+        "dataset_split": task.dataset_split,
+        "rows": len(rows),
+        "rows_sha256": rows_digest((row["id"], row["prompt"] + "\n" + row["reference"]) for row in rows),
+        "decoding": asdict(decoding),
+        "signatures": signatures(),
+        "references": {"longer_than_positions": result.truncated},
+        **({"metric_modules": scores.modules} if scores.modules else {}),
+    }
+    head = f"# {model} on {task.dataset_name}: {min(SHOWN_IN_FILE, len(rows))} of {len(rows)} answers\n\n"
     lines = ["| row | question | answer | reference |", "|---|---|---|---|"]
-    for sample, text in list(zip(result.samples, result.texts, strict=True))[:SHOWN_IN_FILE]:
-        lines.append(f"| {sample.id} | {' | '.join(map(_cell, (sample.prompt, text, sample.reference)))} |")
-    return head + "\n".join(lines) + "\n"
+    for row in rows[:SHOWN_IN_FILE]:
+        lines.append(f"| {row['id']} | {' | '.join(_cell(row[key]) for key in ('prompt', 'text', 'reference'))} |")
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / EXAMPLES, head + "\n".join(lines) + "\n")
+    write_result(folder, facts, scores.metrics, scores.intervals, rows)
 
 
 def _cell(text: str) -> str:
     """A text escaped as one cell of a Markdown table."""
     return html.escape(text, quote=False).replace("|", "&#124;").replace("\n", "<br>").replace("\r", "")
+
+
+def print_generation_result(result: GenerationResult) -> None:
+    """The first completions beside their references, the exact matches, and every metric with its interval."""
+    rows = result.predictions
+    matches = [row["text"] == row["reference"] for row in rows]
+    for row, match in list(zip(rows, matches, strict=True))[:SHOWN_ON_TERMINAL]:
+        print(f"  {'=' if match else 'x'} {row['prompt']}")
+        print(f"    answer     {row['text']}\n    reference  {row['reference']}")
+    print(f"exact match {sum(matches)} of {len(matches)} ({sum(matches) / len(matches):.1%})")
+    print("\n".join(score_lines(result.scores)))
+    if result.truncated:
+        print(f"{result.truncated} references are longer than the model's positions; the rest of them is not scored")

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from isotune.evaluation.distributed_eval import Ranks
-from isotune.evaluation.generation.completion import own_share
+from isotune.evaluation.generation.completion import own_batches
 from isotune.evaluation.metrics.text import Likelihood
 from isotune.evaluation.models import GenerationModel
 from isotune.io.errors import UserError
@@ -40,10 +42,9 @@ def score_references(
     """
     encoded = [_encode(lm, reference) for reference in references]
     batches = _batches([len(row.input_ids) for row in encoded])
-    mine, rounds = own_share(lm, [sum(len(encoded[i].input_ids) for i in batch) for batch in batches], ranks)
+    costs = [sum(len(encoded[i].input_ids) for i in batch) for batch in batches]
     own: dict[int, Likelihood] = {}
-    for number in range(rounds):
-        batch = batches[mine[number]] if number < len(mine) else []
+    for batch in own_batches(lm, batches, costs, ranks):
         for i, nll in zip(batch, _score_batch(lm, [encoded[i] for i in batch]), strict=True):
             row = encoded[i]
             own[references[i].row] = Likelihood(nll, len(row.input_ids) - row.first, row.bytes, row.whole)
@@ -101,22 +102,14 @@ def _batches(lengths: Sequence[int]) -> list[list[int]]:
 def _score_batch(lm: GenerationModel, rows: list[_Encoded]) -> list[float]:
     """Nats of each row, by one forward; without rows it only serves the ranks that have some."""
     filler = min(lm.eos_ids)
+    tokens = [torch.tensor(row.input_ids) for row in rows] or [torch.tensor([filler])]
     # Padding on the right needs no mask in a causal model.
-    input_ids = torch.full((max(1, len(rows)), max((len(row.input_ids) for row in rows), default=1)), filler)
-    for place, row in enumerate(rows):
-        input_ids[place, : len(row.input_ids)] = torch.tensor(row.input_ids)
-    input_ids = input_ids.to(lm.device)
+    input_ids = pad_sequence(tokens, batch_first=True, padding_value=filler).to(lm.device)
     with torch.no_grad():
         logits = lm.model(input_ids=input_ids, use_cache=False).logits
-    return [
-        _nats(logits[place, row.first - 1 : len(row.input_ids) - 1], input_ids[place, row.first : len(row.input_ids)])
-        for place, row in enumerate(rows)
-    ]
-
-
-def _nats(logits: torch.Tensor, targets: torch.Tensor) -> float:
-    """Summed cross-entropy in float64 of `targets` [tokens] under `logits` [tokens, vocabulary]."""
-    pairs = zip(logits.split(CHUNK_POSITIONS), targets.split(CHUNK_POSITIONS), strict=True)
-    return sum(
-        torch.nn.functional.cross_entropy(chunk.double(), target, reduction="sum").item() for chunk, target in pairs
-    )
+    nats = []
+    for row, ids, scores in zip(rows, input_ids, logits, strict=False):
+        end = len(row.input_ids)
+        chunks = scores[row.first - 1 : end - 1].split(CHUNK_POSITIONS), ids[row.first : end].split(CHUNK_POSITIONS)
+        nats.append(sum(cross_entropy(c.double(), t, reduction="sum").item() for c, t in zip(*chunks, strict=True)))
+    return nats

@@ -19,7 +19,7 @@ from isotune.models.log_control import quiet_libraries
 
 KIND = "lm_eval"
 FILE_SUFFIXES = (".yaml", ".yml")
-_SEED = 0
+SEEDS = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), 0)
 _STANDARD_ERRORS_95 = 1.959964
 
 
@@ -72,15 +72,7 @@ def run_tasks(lm: GenerationModel, tasks: Sequence[str], *, limit: int | None, b
     try:
         with quiet_libraries():
             model = HFLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=batch_size)
-            result: Any = lm_eval.simple_evaluate(
-                model=model,
-                tasks=list(tasks),
-                limit=limit,
-                random_seed=_SEED,
-                numpy_random_seed=_SEED,
-                torch_random_seed=_SEED,
-                fewshot_random_seed=_SEED,
-            )
+            result: Any = lm_eval.simple_evaluate(model=model, tasks=list(tasks), limit=limit, **SEEDS)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"--lm_eval_tasks: {', '.join(tasks)} cannot be run: {first_line(error)}") from error
     return HarnessResult(_scores(result["results"]), _predictions(result["samples"]), lm_eval.__version__)
@@ -123,11 +115,7 @@ def _predictions(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any
         for sample in documents:
             filtered = sample.get("filter", "none")
             row = f"{task}/{sample['doc_id']}" + (f"/{filtered}" if filtered != "none" else "")
-            metrics = {
-                metric: sample[metric]
-                for metric in sample.get("metrics", ())
-                if isinstance(sample[metric], int | float)
-            }
+            metrics = {m: sample[m] for m in sample.get("metrics", ()) if isinstance(sample[m], int | float)}
             document = json.dumps(sample["doc"], sort_keys=True, default=str)
             lines.append({"id": row, "task": task, "document": document, "target": str(sample["target"]), **metrics})
     return lines
