@@ -23,9 +23,9 @@ from transformers import (
 from isotune.compat.bitsandbytes import keep_trainable
 from isotune.compat.deepspeed import whole_models
 from isotune.config import ClassificationRecipe, RunRecipe
-from isotune.data.sources.hub import first_line, hub_answers, is_hub_id
+from isotune.data.sources.hub import hub_answers, is_hub_id
 from isotune.data.sources.source import PREFIX
-from isotune.io.errors import UserError
+from isotune.io.errors import UserError, first_line
 from isotune.models.builtin_models import builtin_config, builtin_tokenizer
 from isotune.models.log_control import quiet_libraries
 from isotune.models.lora import head_of
