@@ -27,6 +27,11 @@ from isotune.config.schema import (
     key,
 )
 
+TrainOn = Literal["all", "last"]
+Overlong = Literal["truncate", "split", "drop"]
+OverlongText = Literal["head", "tail", "head_tail"]
+LabelSource = Literal["column", "rules", "random"]
+
 _LABEL_COLUMN = Requirement(lambda values: values["label_source"] == "column", "label_source is not column")
 
 
@@ -40,9 +45,8 @@ class Recipe(RunRecipe):
     task: Literal["sft"] = key(
         "sft", MODEL, "what the model learns: sft, supervised fine-tuning on conversations", changes_result=False)
     dataset_text_field: str = key("text", DATA, "column that holds the conversation")
-    train_on: Literal["all", "last"] = key("all", DATA, "answers to learn from: all of a conversation, or the last")
-    overlong: Literal["truncate", "split", "drop"] = key(
-        "truncate", DATA, "what happens to a conversation longer than max_seq_length")
+    train_on: TrainOn = key("all", DATA, "answers to learn from: all of a conversation, or the last")
+    overlong: Overlong = key("truncate", DATA, "what happens to a conversation longer than max_seq_length")
     packing: bool = key(True, DATA, "pack several conversations into a row; they never see each other")
     sample_prompt: str = key(
         "What makes a good friend?", OUTPUT, "prompt to answer at the end; empty for none", changes_result=False)
@@ -64,7 +68,7 @@ class ClassificationRecipe(RunRecipe):
     dataset_id_field: str | None = key(
         None, DATA, "column that names a row in predictions", default_text="id where there is one, else row numbers")
     clean_text: bool = key(False, DATA, "undo HTML breaks and entities, and escapes such as a written-out \\n")
-    label_source: Literal["column", "rules", "random"] = key(
+    label_source: LabelSource = key(
         "column", DATA, "where classes come from; rules: command, statement, question; random: a negative control")
     eval_split_share: float = key(
         0.0, DATA, "share of the training data that is kept for evaluation instead, chosen by content and seed",
@@ -74,7 +78,7 @@ class ClassificationRecipe(RunRecipe):
         needs=WITH_EVALUATION)
     num_labels: int | None = key(
         None, DATA, "classes; data with another number is refused", allowed=Range(2), default_text="those of the data")
-    overlong: Literal["head", "tail", "head_tail"] = key(
+    overlong: OverlongText = key(
         "head", DATA,
         "what is kept of a text longer than max_seq_length; head_tail: a quarter from the start, the rest from the end")
     max_seq_length: int = key(512, DATA, "maximum length of a document, in tokens", allowed=Range(3))

@@ -49,10 +49,7 @@ class Step:
 
     @property
     def supervised_tokens(self) -> int:
-        """The denominator of the loss: targets in the whole global batch, over all ranks.
-
-        In classification a document's label is its one target, so this is the number of documents.
-        """
+        """The denominator of the loss: targets in the whole global batch, over all ranks; a label is one target."""
         return sum(m.supervised_tokens for m in self.microbatches)
 
     @property
@@ -70,8 +67,6 @@ class StepSchedule:
     """All steps of a run, addressed by their number; nothing is drawn from a shared random stream.
 
     Args:
-        documents: the prepared documents.
-        rows: which documents share a row.
         global_batch_size: rows an update sees. The last update of an epoch may see fewer; nothing is dropped.
         microbatch_tokens: the most tokens one forward pass may see, at least the longest row.
         seed: of the epochs' shuffles.
@@ -152,26 +147,16 @@ def assign_to_ranks(step: Step, world_size: int) -> list[list[Microbatch]]:
 
 
 class PackedInputs(TypedDict):
-    """The keyword arguments of a packed forward pass.
+    """The keyword arguments of a packed forward pass; a classifier computes its positions and has not the last two."""
 
-    input_ids: int64 [1, tokens].
-    cu_seq_lens_q, cu_seq_lens_k: int32 [documents + 1], where each document begins and the last ends.
-    max_length_q, max_length_k: tokens of the longest document.
-    targets: int64; the classes [documents], or the supervised tokens [supervised tokens].
-
-    For SFT only; a classifier computes its own positions:
-    position_ids: int64 [1, tokens]; positions restart in every document.
-    supervised_positions: int64 [supervised tokens], the positions that predict `targets`.
-    """
-
-    input_ids: torch.Tensor
-    cu_seq_lens_q: torch.Tensor
-    cu_seq_lens_k: torch.Tensor
-    max_length_q: int
-    max_length_k: int
-    targets: torch.Tensor
-    position_ids: NotRequired[torch.Tensor]
-    supervised_positions: NotRequired[torch.Tensor]
+    input_ids: torch.Tensor  # int64 [1, tokens]
+    cu_seq_lens_q: torch.Tensor  # int32 [documents + 1], where each document begins and the last ends
+    cu_seq_lens_k: torch.Tensor  # the same
+    max_length_q: int  # tokens of the longest document
+    max_length_k: int  # the same
+    targets: torch.Tensor  # int64; the classes [documents], or the supervised tokens [supervised tokens]
+    position_ids: NotRequired[torch.Tensor]  # int64 [1, tokens]; positions restart in every document
+    supervised_positions: NotRequired[torch.Tensor]  # int64 [supervised tokens]; they predict `targets`
 
 
 def collate(documents: Documents, microbatch: Microbatch) -> PackedInputs:

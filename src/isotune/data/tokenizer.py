@@ -5,14 +5,14 @@ What a classifier reads is made here too: the tokenizer's own special tokens aro
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from isotune.config.recipes import OverlongText
 from isotune.data.documents import Documents, digest, starts_of
 from isotune.io.errors import UserError
 
-OverlongText = Literal["head", "tail", "head_tail"]
 HEAD_SHARE = 4  # head_tail keeps a quarter from the start: 128 of 510, as Sun et al. 2019 found best for IMDb
 
 
@@ -27,14 +27,12 @@ class FastTokenizer:
         prefix, suffix: int32 [tokens that the tokenizer puts before and after a text].
         definition: the tokenizer as JSON, for fingerprints.
         backend: adds no special tokens and has no post-processor, so no offset is trimmed of its leading space.
+
+    Raises:
+        UserError: the tokenizer, of `transformers`, has no Rust backend.
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        """Copy the backend of a `transformers` tokenizer.
-
-        Raises:
-            UserError: it has no Rust backend.
-        """
         self.name = str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(f"the tokenizer {self.name} has no fast form: save its tokenizer.json")
@@ -75,14 +73,12 @@ class TextEncoder(FastTokenizer):
     """A tokenizer made ready to turn texts into `[CLS] ... [SEP]`, or whatever it puts around a text.
 
     An empty text becomes the special tokens alone. `fingerprint` is a digest of everything that decides the tokens.
+
+    Raises:
+        UserError: no Rust backend, or no token before a text, which is the one a classifier reads.
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        """Copy the backend of a `transformers` tokenizer.
-
-        Raises:
-            UserError: it has no Rust backend, or puts no token before a text, which is the one a classifier reads.
-        """
         super().__init__(tokenizer)
         if not len(self.prefix):
             raise UserError(

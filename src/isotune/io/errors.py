@@ -27,11 +27,7 @@ Complain = Callable[[str], None]  # takes the sentence of a mistake: `refuse`, o
 
 
 def refuse(sentence: str) -> NoReturn:
-    """Raise the first mistake at once; `isotune plan` passes a list's `append` instead and collects them all.
-
-    Raises:
-        UserError: always.
-    """
+    """Raise the first mistake at once; `isotune plan` passes a list's `append` instead and collects them all."""
     raise UserError(sentence)
 
 
@@ -57,11 +53,7 @@ class OneSentenceParser(argparse.ArgumentParser):
     """argparse's parser that raises a `UserError` of one sentence instead of printing the whole usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise argparse's message with the command that shows the help.
-
-        Raises:
-            UserError: always.
-        """
+        """Raise argparse's message with the command that shows the help."""
         raise UserError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
 
 

@@ -11,10 +11,7 @@ from pathlib import Path
 def replacing(path: Path, staging: Path | None = None) -> Iterator[Path]:
     """A path to write to, renamed to `path` when the block ends; after an error it is removed, and `path` stays.
 
-    Args:
-        path: the file to replace.
-        staging: where the new content is written, on the same file system; by default `.NAME.tmp` beside `path`,
-            which suits a file that one process writes.
+    It is `staging`, on the same file system; by default `.NAME.tmp` beside `path`, which suits a single writer.
     """
     staging = staging or path.with_name(f".{path.name}.tmp")
     try:

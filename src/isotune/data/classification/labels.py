@@ -3,17 +3,16 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 
+from isotune.config.recipes import LabelSource, OverlongText
 from isotune.data.contents import clean, contents_of, random_labels
 from isotune.data.documents import DataSettings
 from isotune.data.sources.source import Row, Source, kind_of_value, surrogate_fault
-from isotune.data.tokenizer import OverlongText
 from isotune.io.errors import UserError
 
-LabelSource = Literal["column", "rules", "random"]
 Id = int | str
 
 ID_FIELD = "id"  # the column that is taken for ids where the recipe names none

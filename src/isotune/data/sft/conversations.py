@@ -6,14 +6,13 @@ They are read from a source in batches, so that tokenizing and reading can go on
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 
+from isotune.config.recipes import TrainOn
 from isotune.data.sources.source import Row, Source, kind_of_value, surrogate_fault
 from isotune.io.errors import UserError
-
-TrainOn = Literal["all", "last"]
 
 TEXT_FIELD = "text"
 MESSAGES_COLUMNS = ("messages", "conversations")
@@ -34,18 +33,13 @@ HEADER = re.compile(r"### ?(Human|Assistant):")
 class Conversation:
     """A text and where the answers stand in it.
 
-        ### Human: Hi ### Assistant: Hello.
-        ............................xxxxxxx      the span of the answer, the space before it included
-
-    Attributes:
-        text: what is tokenised; it ends where its last answer ends, and is empty when there is none.
-        answers: the half-open character spans [start, end) of the supervised answers, in order.
-        turns_cut: turns after the last answer, which hold nothing to train on.
+    ### Human: Hi ### Assistant: Hello.
+    ............................xxxxxxx      the span of the answer, the space before it included
     """
 
-    text: str
-    answers: tuple[tuple[int, int], ...]
-    turns_cut: int = 0
+    text: str  # what is tokenised; it ends where its last answer ends, and is empty when there is none
+    answers: tuple[tuple[int, int], ...]  # the half-open character spans [start, end) of the answers, in order
+    turns_cut: int = 0  # after the last answer, which hold nothing to train on
 
 
 def parse_text(text: str, train_on: TrainOn = "all") -> Conversation:
@@ -84,11 +78,8 @@ def render_messages(messages: Sequence[Mapping[str, Any]], train_on: TrainOn = "
     """Write messages in Guanaco's form, with the answers known from construction.
 
     Each message becomes its header, a space and its content as it stands; the messages are joined by line ends. A
-    header inside a content is text like any other.
-
-    Args:
-        messages: mappings with `role` and `content`, or `from` and `value`; a role is one of `system`, `user`
-            (`human`), `assistant` (`gpt`).
+    header inside a content is text like any other. Messages are mappings with `role` and `content`, or `from` and
+    `value`; a role is one of `system`, `user` (`human`), `assistant` (`gpt`).
 
     Raises:
         ValueError: a message is not such a mapping; the sentence says which and why.

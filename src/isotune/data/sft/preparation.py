@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from tqdm import tqdm
 
-from isotune.config import Recipe
+from isotune.config.recipes import Overlong, Recipe, TrainOn
 from isotune.data.cache import Content, load_or_build
 from isotune.data.documents import (
     CountsTable,
@@ -24,8 +24,8 @@ from isotune.data.documents import (
     with_share,
 )
 from isotune.data.packing import one_document_per_row, pack
-from isotune.data.sft.conversations import TEXT_FIELD, Batch, TrainOn, read_batches
-from isotune.data.sft.tokenization import ConversationEncoder, Overlong, fit
+from isotune.data.sft.conversations import TEXT_FIELD, Batch, read_batches
+from isotune.data.sft.tokenization import ConversationEncoder, fit
 from isotune.data.sources.source import Source, read_rows
 from isotune.io.errors import UserError
 

@@ -12,38 +12,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
+from isotune.config.recipes import Overlong
 from isotune.data.documents import Documents, digest, starts_of, sums_of
 from isotune.data.sft.conversations import Conversation
 from isotune.data.tokenizer import FastTokenizer, add_special_tokens
 from isotune.io.errors import UserError
 
-Overlong = Literal["truncate", "split", "drop"]
-
 
 @dataclass(frozen=True)
 class LocatedTokens:
-    """The tokens of texts that lie end to end, and where each stands in them.
+    """The tokens of texts that lie end to end, and where each stands in them."""
 
-    Attributes:
-        ids: int32 [tokens].
-        counts: int64 [texts]; tokens of each text.
-        begins, ends: int64 [tokens]; half-open, in bytes or in characters of the joined texts.
-        text_starts: int64 [texts + 1]; in the same unit.
-        in_bytes: whether that unit is the byte of UTF-8, else the character.
-    """
-
-    ids: np.ndarray
-    counts: np.ndarray
-    begins: np.ndarray
+    ids: np.ndarray  # int32 [tokens]
+    counts: np.ndarray  # int64 [texts]; tokens of each text
+    begins: np.ndarray  # int64 [tokens]; in bytes or in characters of the joined texts
     ends: np.ndarray
-    text_starts: np.ndarray
-    in_bytes: bool
+    text_starts: np.ndarray  # int64 [texts + 1]; in the same unit
+    in_bytes: bool  # whether that unit is the byte of UTF-8, else the character
 
     def position(self, number: int, text: str, character: int) -> int:
         """Where a character of text `number` stands in the joined texts."""
@@ -125,14 +116,12 @@ class ConversationEncoder(FastTokenizer):
 
     Each text is closed by one supervised eos, `eos_token_id`. Should a vocabulary yield its eos for ordinary text all
     the same, that token is not supervised. `fingerprint` is a digest of everything that decides the tokens.
+
+    Raises:
+        UserError: the tokenizer has no eos, no pad, or no Rust backend.
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        """Copy the backend of a `transformers` tokenizer.
-
-        Raises:
-            UserError: it has no eos, no pad, or no Rust backend.
-        """
         super().__init__(tokenizer)
         for role in ("eos", "pad"):
             if getattr(tokenizer, f"{role}_token_id", None) is None:
@@ -149,10 +138,7 @@ class ConversationEncoder(FastTokenizer):
         return TokenLocator(self.backend)
 
     def encode(self, conversations: Sequence[Conversation], source_rows: np.ndarray | None = None) -> Documents:
-        """Tokenize conversations that have an answer each; the texts run on all cores at once, in Rust.
-
-        Args:
-            source_rows: int64 [conversations]; by default their numbers.
+        """Tokenize conversations that have an answer each, of these source rows, int64 [conversations], or numbered.
 
         Returns:
             Documents, whole, without the prefix. Their columns are `straddling_tokens`, the supervised tokens that
@@ -199,9 +185,7 @@ def fit(
     A document's first token is predicted from nothing and so never supervised: without a prefix each piece of a split
     conversation loses at most that one. Documents without any supervised token are dropped.
 
-    Args:
-        whole: whole conversations, the prefix not yet in place.
-        prefix: int32 [tokens that the tokenizer prepends].
+    `whole` is conversations without `prefix`, int32 [tokens that the tokenizer prepends].
 
     Returns:
         The documents, and conversations by what became of them: `truncated` and `split` are kept, `too_long` are
