@@ -1,10 +1,11 @@
 """The `isotune` command: plan a run, check a machine, and export, compare and report what a run left."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from isotune import __version__
 from isotune.io.errors import EXIT_USER_ERROR, OneSentenceParser, UserError, run_script
@@ -39,23 +40,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"isotune {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_export(commands)
-    _add_compare(commands)
-    _add_report(commands)
-    _add_validate_submission(commands)
-    _add_plan(commands)
-    _add_doctor(commands)
+    for add in (_add_export, _add_compare, _add_report, _add_validate_submission, _add_plan, _add_doctor):
+        add(commands)
     return parser
 
 
+def _add(commands: Commands, name: str, *, examples: str, **texts: Any) -> OneSentenceParser:
+    as_written = argparse.RawDescriptionHelpFormatter
+    return commands.add_parser(name, formatter_class=as_written, epilog=f"examples:\n{examples}", **texts)
+
+
 def _add_export(commands: Commands) -> None:
-    export = commands.add_parser(
+    export = _add(
+        commands,
         "export",
         help="write a run's model for use elsewhere, an adapter merged into its base",
         description="Write a run's model for use elsewhere. What was written is read back and compared.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=(
-            "examples:\n"
+        examples=(
             "  isotune export runs/opt350m_lora                        the adapter, for peft\n"
             "  isotune export runs/opt350m_lora --merge                a Hugging Face folder\n"
             "  isotune export runs/opt350m_lora --merge --format pt    model.pt, for load_state_dict\n"
@@ -63,23 +64,20 @@ def _add_export(commands: Commands) -> None:
         ),
     )
     export.add_argument("run_dir", metavar="RUN", help="the folder of a finished run, or of a checkpoint")
-    export.add_argument(
-        "--merge", action="store_true", help="merge the adapter into its base model, and print the difference"
-    )
+    merge = "merge the adapter into its base model, and print the difference"
+    export.add_argument("--merge", action="store_true", help=merge)
     export.add_argument("--format", default="safetensors", help="safetensors (default) or pt")
     export.add_argument("--output", metavar="DIR", help="a folder that is absent or empty (default: in RUN/export)")
-    export.add_argument(
-        "--dtype", help="data type of merged weights: float32, float16 or bfloat16 (default: as trained)"
-    )
+    dtype = "data type of merged weights: float32, float16 or bfloat16 (default: as trained)"
+    export.add_argument("--dtype", help=dtype)
     export.set_defaults(run=_export)
 
 
 def _export(chosen: argparse.Namespace) -> None:
     from isotune.checkpoint.export import STATE_DICT, export_run
 
-    done = export_run(
-        chosen.run_dir, merge=chosen.merge, format=chosen.format, output=chosen.output, dtype=chosen.dtype
-    )
+    options = {name: getattr(chosen, name) for name in ("merge", "format", "output", "dtype")}
+    done = export_run(chosen.run_dir, **options)
     if done.parity is not None:
         print(done.parity)
     elif chosen.merge:
@@ -88,7 +86,8 @@ def _export(chosen: argparse.Namespace) -> None:
 
 
 def _add_compare(commands: Commands) -> None:
-    compare = commands.add_parser(
+    compare = _add(
+        commands,
         "compare",
         help="test whether runs differ on the same evaluated rows",
         description=(
@@ -96,9 +95,7 @@ def _add_compare(commands: Commands) -> None:
             "permutation test for other metrics, 95% intervals by paired bootstrap, and Holm's correction over\n"
             "all of them. Runs that were evaluated on other rows are refused."
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=(
-            "examples:\n"
+        examples=(
             "  isotune compare runs/demo-base runs/demo\n"
             "  isotune compare runs/bert runs/distilbert runs/albert --all_pairs --name test\n"
             "  isotune compare runs/yelp/eval/step-100 runs/yelp/eval/step-200 --metrics accuracy log_loss --json"
@@ -109,35 +106,24 @@ def _add_compare(commands: Commands) -> None:
     compare.add_argument(
         "--metrics", nargs="+", default=[], metavar="METRIC", help="metrics to test (a few that matter)"
     )
-    compare.add_argument(
-        "--all_pairs", action="store_true", help="compare every pair of runs, not only each with the first"
-    )
-    compare.add_argument(
-        "--examples", type=int, default=3, metavar="N", help="example rows to show for each direction (%(default)s)"
-    )
-    compare.add_argument(
-        "--resamples", type=int, default=10_000, metavar="N", help="number of bootstrap resamples (%(default)s)"
-    )
-    compare.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the resamples (%(default)s)")
+    pairs = "compare every pair of runs, not only each with the first"
+    compare.add_argument("--all_pairs", action="store_true", help=pairs)
+    for name, default, meaning in (
+        ("--examples", 3, "example rows to show for each direction (%(default)s)"),
+        ("--resamples", 10_000, "number of bootstrap resamples (%(default)s)"),
+        ("--seed", 0, "seed of the resamples (%(default)s)"),
+    ):
+        compare.add_argument(name, type=int, default=default, metavar="N", help=meaning)
     compare.add_argument("--json", action="store_true", help="print JSON instead of a table")
     compare.set_defaults(run=_compare)
 
 
 def _compare(chosen: argparse.Namespace) -> None:
-    import json
-
     from isotune.evaluation.comparison import compare_runs
     from isotune.report.formatting import comparison_text
 
-    comparison = compare_runs(
-        chosen.runs,
-        name=chosen.name,
-        metrics=chosen.metrics,
-        all_pairs=chosen.all_pairs,
-        resamples=chosen.resamples,
-        seed=chosen.seed,
-        examples=chosen.examples,
-    )
+    options = ("name", "metrics", "all_pairs", "resamples", "seed", "examples")
+    comparison = compare_runs(chosen.runs, **{name: getattr(chosen, name) for name in options})
     print(json.dumps(comparison.as_dict(), indent=2) if chosen.json else comparison_text(comparison))
 
 
@@ -182,13 +168,12 @@ def _add_plan(commands: Commands) -> None:
 
 
 def _add_doctor(commands: Commands) -> None:
-    doctor = commands.add_parser(
+    doctor = _add(
+        commands,
         "doctor",
         help="check this machine and launch for what could spoil a run",
         description="Check versions, devices, kernels, compilers, disks, caches, the Hub, SLURM and the network.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=(
-            "examples:\n"
+        examples=(
             "  isotune doctor\n"
             "  isotune doctor --output_dir /scratch/me/runs\n"
             "  accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 8 -m isotune.cli doctor"
@@ -205,15 +190,15 @@ def _doctor(chosen: argparse.Namespace) -> int:
 
 
 def _add_report(commands: Commands) -> None:
-    report = commands.add_parser(
+    report = _add(
+        commands,
         "report",
         help="write one self-contained HTML file of a run, or of several side by side",
         description=(
             "Write one HTML file: what ran, curves, metrics with intervals, pictures, examples; of several runs\n"
             "also what differs between them and whether one is significantly better. It loads no model."
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n  isotune report runs/demo\n  isotune report runs/demo-base runs/demo --output two.html",
+        examples="  isotune report runs/demo\n  isotune report runs/demo-base runs/demo --output two.html",
     )
     report.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, finished or not")
     report.add_argument("--output", metavar="FILE", help="the file to write (report.html in the first RUN)")

@@ -1,10 +1,11 @@
 """An attempt is one start of a run's processes: on which machine, by which job, and whether it is still running."""
 
+import contextlib
 import json
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ class Attempt:
     """Identity of an attempt, as RunLease records it.
 
     Attributes:
-        host: name of the machine.
         machine: host name, boot id and pid namespace; equal only where one process could see the other.
         pid: of the main process.
         started: start time of that process in kernel ticks. Pids are reused, a pid with its start time is not.
@@ -47,16 +47,12 @@ class Attempt:
 
     @classmethod
     def read(cls, file: Path) -> "Attempt | None":
-        """Read what `as_dict` wrote; None where the file is missing or broken."""
+        """Read the record of an attempt; None where the file is missing or broken."""
         try:
             record = json.loads(file.read_text("utf-8"))
             return cls(**{name: record[name] for name in cls.__dataclass_fields__})
         except (OSError, ValueError, KeyError, TypeError):
             return None
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
     def is_of_same_job(self, other: "Attempt") -> bool:
         """Whether both are attempts of one SLURM job, before and after a requeue."""
@@ -90,21 +86,12 @@ def _restart_count(environment: Mapping[str, str]) -> int:
 
 
 def _machine_id(host: str) -> str:
-    parts = [host]
-    for read in (_boot_id, _pid_namespace):
-        try:
-            parts.append(read())
-        except OSError:  # not Linux: the host name has to be enough
-            parts.append("")
+    parts = [host, "", ""]
+    with contextlib.suppress(OSError):  # not Linux: the host name has to be enough
+        parts[1] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    with contextlib.suppress(OSError):
+        parts[2] = os.readlink("/proc/self/ns/pid")
     return " ".join(parts)
-
-
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def _pid_namespace() -> str:
-    return os.readlink("/proc/self/ns/pid")
 
 
 def _start_time(pid: int) -> str | None:

@@ -1,5 +1,6 @@
 """environment.json: what was in effect, read back from the prepared objects and the libraries."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from isotune.compat.peft import base_model_of
 from isotune.compat.transformers import attention_of
 from isotune.distributed.engines import EngineInEffect, whole_numel
 from isotune.distributed.launch import Process
@@ -24,11 +26,10 @@ COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def versions() -> dict[str, str]:
     """Versions of Python, isotune and the libraries; `absent` where a library is not installed."""
     installed = {"python": platform.python_version(), "isotune": importlib.metadata.version("isotune")}
+    installed |= dict.fromkeys(LIBRARIES, "absent")
     for library in LIBRARIES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             installed[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            installed[library] = "absent"
     return installed
 
 
@@ -58,12 +59,10 @@ def in_effect(trainer: Any, engine: EngineInEffect) -> dict[str, Any]:
     """What training runs with, read from the prepared model and optimizer, not from the recipe."""
     inner: Any = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     trained_parameters = sum(whole_numel(p) for p in inner.parameters() if p.requires_grad)
-    base = getattr(inner, "base_model", inner)
-    config = getattr(base, "model", base).config if hasattr(inner, "peft_config") else inner.config
     return {
         **asdict(engine),
         "weights_dtype": str(next(p.dtype for p in inner.parameters() if p.is_floating_point())).removeprefix("torch."),
-        "attention": attention_of(config),
+        "attention": attention_of(base_model_of(inner).config),
         "attention_kernel": kernel_in_effect(trainer.args.device, COMPUTE_DTYPES.get(engine.precision, torch.float32)),
         "exact_gradients": trainer.update.sync.exact is not None,
         "trained_parameters": trained_parameters,

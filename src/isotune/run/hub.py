@@ -35,13 +35,9 @@ def upload_record(run: Path) -> Uploaded | None:
 
 
 def upload_model(run: Path, *, repository: str, private: bool | None, token: str | None) -> Uploaded:
-    """Upload RUN/model with huggingface_hub; the repository is created where there is none.
+    """Upload RUN/model to `OWNER/NAME`, or `NAME` of the token's owner; the repository is created where there is none.
 
-    Args:
-        run: RUN.
-        repository: `OWNER/NAME`, or `NAME` for the owner of the token.
-        private: whether a new repository is private; None is the owner's default.
-        token: None uses the token of `hf auth login` or HF_TOKEN.
+    Where `private` is None the owner's default decides, where `token` is None that of `hf auth login` or HF_TOKEN.
 
     Raises:
         UserError: no token, no network, or the Hub refuses. The run does not change.
@@ -56,6 +52,10 @@ def upload_model(run: Path, *, repository: str, private: bool | None, token: str
     if constants.HF_HUB_OFFLINE or not hub_answers():
         raise UserError(f"push_to_hub cannot reach the Hugging Face Hub; {again}")
     api = HfApi(endpoint=constants.ENDPOINT, token=token)
+
+    def reason(error: Exception) -> str:
+        return first_line(error).replace(token, "***").rstrip(".")
+
     try:
         created = api.create_repo(repository, private=private, exist_ok=True)
         commit = api.upload_folder(
@@ -63,30 +63,21 @@ def upload_model(run: Path, *, repository: str, private: bool | None, token: str
         )
     except HFValidationError as error:
         raise UserError(
-            f"hub_model_id {repository!r} is not a valid repository name: {_redacted(error, token)}; {again}"
+            f"hub_model_id {repository!r} is not a valid repository name: {reason(error)}; {again}"
         ) from None
     except Exception as error:  # the classes that transport and Hub raise differ between versions
-        raise UserError(f"push_to_hub to {repository} failed: {_redacted(error, token)}; {again}") from None
-    uploaded = Uploaded(created.repo_id, str(created))
-    record = {"repository": uploaded.repository, "url": uploaded.url, "commit": commit.oid}
+        raise UserError(f"push_to_hub to {repository} failed: {reason(error)}; {again}") from None
+    record = {"repository": created.repo_id, "url": str(created), "commit": commit.oid}
     replace_file(run / RECORD, json.dumps(record, indent=2) + "\n")
-    return uploaded
+    return Uploaded(created.repo_id, str(created))
 
 
 def upload_run(recipe: RunRecipe) -> Uploaded:
     """`upload_model` with the hub keys of the recipe of a finished run."""
-    return upload_model(
-        Path(recipe.output_dir),
-        repository=recipe.hub_model_id,
-        private=recipe.hub_private_repo,
-        token=recipe.hub_token,
-    )
+    run, private, token = Path(recipe.output_dir), recipe.hub_private_repo, recipe.hub_token
+    return upload_model(run, repository=recipe.hub_model_id, private=private, token=token)
 
 
 def is_first_process() -> bool:
     """Whether this is global rank 0, by the launcher's RANK: it can be asked before the process group exists."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _redacted(error: Exception, token: str) -> str:
-    return first_line(error).replace(token, "***").rstrip(".")

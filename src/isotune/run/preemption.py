@@ -32,11 +32,7 @@ PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
-    """Whether a signal has asked this process to stop.
-
-    Attributes:
-        by: name of the first signal; None while there was none.
-    """
+    """Whether a signal has asked this process to stop: `by` is the name of the first one, None while there was none."""
 
     def __init__(self) -> None:
         self.by: str | None = None
@@ -68,9 +64,7 @@ class RunStatus:
     """
 
     def __init__(self, folder: Path, *, is_main: bool, lease: RunLease | None = None) -> None:
-        self.path = folder / STATUS
-        self.lease = lease or RunLease(folder)
-        self.is_main = is_main
+        self.path, self.is_main, self.lease = folder / STATUS, is_main, lease or RunLease(folder)
         self.step = 0
         self._lock = threading.Lock()  # the checkpoint writer's thread calls `reached`
         self._ended = False
@@ -105,7 +99,10 @@ def supervised(run: RunDir, process: Process) -> Iterator[None]:
     """
     run.lease.folder = call_on_main(process, lambda: run.acquire_lease(process.world_size))
     status = run.status = RunStatus(run.path, is_main=process.is_main, lease=run.lease)
-    previous_handlers = _install_handlers()
+    previous_handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        _end_with_launcher()
+        previous_handlers = {number: signal.signal(number, stop_request.on_signal) for number in SIGNALS}
     try:
         yield
     except Superseded:
@@ -122,14 +119,6 @@ def supervised(run: RunDir, process: Process) -> Iterator[None]:
             run.lease.release()
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)
-
-
-def _install_handlers() -> dict[int, Any]:
-    """Install the signal handlers; returns the previous ones."""
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    _end_with_launcher()
-    return {number: signal.signal(number, stop_request.on_signal) for number in SIGNALS}
 
 
 def _end_with_launcher() -> None:

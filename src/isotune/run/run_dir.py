@@ -11,6 +11,7 @@ import yaml
 from isotune.config import RunRecipe
 from isotune.config.run_recipe import RESUME_NEWEST
 from isotune.io.errors import EXIT_FAULT, AlreadyDone, RunFault, UserError
+from isotune.io.job_status import read_job_status
 from isotune.run.attempt import slurm_ids
 from isotune.run.hub import is_first_process, upload_record, upload_run
 from isotune.run.metrics_file import METRICS
@@ -21,51 +22,39 @@ FINGERPRINT_KEY = "recipe_fingerprint"
 ENVIRONMENT = "environment.json"
 STATUS = "status.json"
 CHECKPOINTS = "checkpoints"
-MODEL = "model"
-BASE_MODEL = "base_model"
 
 
 class RunDir:
     """RUN of a recipe: `check` changes nothing, `begin` writes the first files.
 
     Attributes:
-        recipe: of the run.
         path: RUN.
+        model: directory of the final model or adapter.
+        base_model: directory of a base that exists nowhere else, because its weights were drawn at random.
         status: the `RunStatus` while the run is supervised, else None.
         lease: the right to write to RUN.
-
-    Raises:
-        UserError: RUN holds another recipe's run or something else, cannot be written, or has no room.
     """
 
     def __init__(self, recipe: RunRecipe) -> None:
-        self.recipe = recipe
-        self.path = Path(recipe.output_dir)
+        self.recipe, self.path = recipe, Path(recipe.output_dir)
+        self.model, self.base_model = self.path / "model", self.path / "base_model"
         self.status: Any = None
         self.lease = RunLease(self.path)
-
-    @property
-    def model(self) -> Path:
-        """Directory of the final model or adapter."""
-        return self.path / MODEL
-
-    @property
-    def base_model(self) -> Path:
-        """Directory of a base model that exists nowhere else, because its weights were drawn at random."""
-        return self.path / BASE_MODEL
 
     def check(self) -> None:
         """Check that this recipe may run here, before any work is done.
 
         Raises:
-            UserError: see the class; or RUN is in use, which only the first process checks, because the others may
-                come after it has acquired the lease.
+            UserError: RUN holds another recipe's run or something else, cannot be written, or is in use. Only the first
+                process looks at the last, because the others may come after it has acquired the lease.
             AlreadyDone: the run is finished, and `resume` does not ask for a new one.
             RunFault: the same, and the check at its end failed (a negative control's alarm).
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output_dir '{self.path}' is a file")
-        self._check_writable()
+        existing = self._existing_parent()
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise UserError(f"output_dir '{self.path}' cannot be written: no permission in {existing}")
         if is_first_process():
             self.lease.check_available()
         # names with a dot: files that an attempt was still writing when it was killed
@@ -74,7 +63,12 @@ class RunDir:
         recorded = self.path / ENVIRONMENT
         if not recorded.is_file():
             raise UserError(f"output_dir '{self.path}' is not empty and holds no run: choose another --output_dir")
-        earlier = _read_environment(recorded)
+        try:
+            earlier = json.loads(recorded.read_text(encoding="utf-8"))
+            if not isinstance(earlier, dict):
+                raise ValueError("not a mapping")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{recorded} cannot be read: choose another --output_dir or remove the folder") from error
         if earlier.get(FINGERPRINT_KEY) != self.recipe.fingerprint():
             raise UserError(
                 f"output_dir '{self.path}' holds the run of another recipe{self._differing_key()}: "
@@ -82,10 +76,10 @@ class RunDir:
             )
         if self.model.is_dir() and self.recipe.resume == RESUME_NEWEST:
             hint = "(--resume never runs it again from the start)"
-            if (failure := self._failure()) is not None:
-                raise RunFault(
-                    f"output_dir '{self.path}' holds a run of this recipe that failed at its end: {failure} {hint}"
-                )
+            ended = read_job_status(self.path / STATUS)
+            if ended.get("exit_status") == EXIT_FAULT:
+                failure = f"failed at its end: {ended.get('message')}"
+                raise RunFault(f"output_dir '{self.path}' holds a run of this recipe that {failure} {hint}")
             raise AlreadyDone(
                 f"output_dir '{self.path}' holds the finished run of this recipe: nothing is left to do {hint}"
             )
@@ -107,15 +101,6 @@ class RunDir:
                 before = upload_run(recipe)
             raise AlreadyDone(f"{done}; it is uploaded to {before.url}") from None
 
-    def _failure(self) -> str | None:
-        """Message of a run that saved its model and failed after that, from its status.json; None where it did not."""
-        try:
-            status = json.loads((self.path / STATUS).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        failed = isinstance(status, dict) and status.get("exit_status") == EXIT_FAULT
-        return str(status.get("message")) if failed else None
-
     def _differing_key(self) -> str:
         try:
             earlier = yaml.safe_load((self.path / RECIPE).read_text(encoding="utf-8"))
@@ -129,17 +114,8 @@ class RunDir:
     def _existing_parent(self) -> Path:
         return next(path for path in (self.path, *self.path.parents) if path.exists())
 
-    def _check_writable(self) -> None:
-        existing = self._existing_parent()
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise UserError(f"output_dir '{self.path}' cannot be written: no permission in {existing}")
-
     def check_room(self, needed_bytes: int) -> None:
-        """Check before training that the disk has room for the model at its end.
-
-        Raises:
-            UserError: it has not.
-        """
+        """Raise a UserError where the disk has no room for the model at the end of training."""
         free = shutil.disk_usage(self._existing_parent()).free
         if free < needed_bytes:
             raise UserError(
@@ -164,9 +140,7 @@ class RunDir:
     def begin(self, environment: dict[str, Any], metrics: str | None = None) -> None:
         """Write environment.json and recipe.yaml, each atomically, and begin metrics.jsonl.
 
-        Args:
-            environment: content of environment.json.
-            metrics: lines of the checkpoint that this attempt resumes from; None removes those of an earlier attempt.
+        `metrics` are the lines of the checkpoint that this attempt resumes from; None removes those of an earlier one.
 
         Raises:
             UserError: RUN cannot be written.
@@ -185,13 +159,3 @@ class RunDir:
                 self.status.reached(self.status.step)
         except OSError as error:
             raise UserError(f"output_dir '{self.path}' cannot be written: {error.strerror}") from error
-
-
-def _read_environment(file: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(record, dict):
-            raise ValueError("not a mapping")
-        return record
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: choose another --output_dir or remove the folder") from error

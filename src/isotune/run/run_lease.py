@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from isotune.io.errors import EXIT_FAULT, Superseded, UserError
@@ -46,14 +47,11 @@ class RunLease:
     """
 
     def __init__(self, run: Path, end: Callable[[str], object] | None = None) -> None:
-        self.run = run
-        self.attempts = run / ATTEMPTS_DIR
+        self.run, self.attempts = run, run / ATTEMPTS_DIR
         self.folder: Path | None = None
         self._end = end or _exit_process
         self._known_stale: set[str] = set()
         self._released = threading.Event()
-
-    # ---- acquire and release ----
 
     def check_available(self) -> None:
         """Check that this process may acquire the lease. Changes nothing; can take `WATCH_SECONDS`.
@@ -68,17 +66,14 @@ class RunLease:
                 self._known_stale.add(folder.name)
 
     def acquire(self, **record: object) -> Path:
-        """Become the newest attempt and revoke all others; returns the directory of this attempt.
-
-        Args:
-            record: more to write to the record of this attempt.
+        """Become the newest attempt and revoke all others; returns the directory of this attempt, which has `record`.
 
         Raises:
             UserError, Superseded: see `check_available`; or the directory cannot be written.
         """
         self.check_available()
         try:
-            self.folder = self._register({**Attempt.current().as_dict(), "began": time.time(), **record})
+            self.folder = self._register({**asdict(Attempt.current()), "began": time.time(), **record})
             for other in self._active():
                 if other.name > self.folder.name:
                     self.release()
@@ -104,23 +99,13 @@ class RunLease:
                 shutil.rmtree(self.run)
         self.folder = None
 
-    # ---- while it is held ----
-
     def check(self) -> None:
-        """Check that no later attempt has revoked this lease.
-
-        Raises:
-            Superseded: this attempt is stale.
-        """
+        """Raise Superseded where a later attempt has revoked this lease."""
         if self.folder is not None and not self.folder.is_dir():
             raise self._superseded()
 
     def write_file(self, path: Path, text: str) -> None:
-        """`replace_file`, for the newest attempt only.
-
-        Raises:
-            Superseded: this attempt is stale.
-        """
+        """`replace_file`, for the newest attempt only; Superseded where this one is stale."""
         if self.folder is None:
             replace_file(path, text)
             return
@@ -129,8 +114,6 @@ class RunLease:
         except FileNotFoundError:
             self.check()
             raise
-
-    # ---- parts ----
 
     def _active(self) -> list[Path]:
         """Directories of attempts that have not recorded their end, the oldest first."""
