@@ -31,8 +31,7 @@ def train_encoder(recipe: ArenaRecipe) -> None:
     # the engine takes seconds to import: a mistake in the recipe has been answered by now
     from isotune.preflight.startup_check import startup_check
     from isotune.projects.arena.battles import read_competition
-    from isotune.projects.arena.documents import prepare_competition
-    from isotune.projects.arena.encoder import evaluate_encoder
+    from isotune.projects.arena.encoder import evaluate_encoder, prepare_competition
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.report.model_card import share
     from isotune.training.from_recipe.classification import Trained, start_classifier, train_classifier

@@ -12,7 +12,7 @@ from tests.launching import TINY_CLASSIFIER, Finished, start
 from isotune.evaluation.classification.chance_test import write_chance_test
 from isotune.evaluation.results import read_result
 from isotune.io.errors import RunFault
-from isotune.projects.prompts.sentence_type import KINDS
+from isotune.projects.prompts import KINDS
 from isotune.report.html_report import render_report
 
 SENTENCES = ["Act as a guide.", "Is it late?", "The museum opens at nine."]

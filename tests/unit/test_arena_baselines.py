@@ -8,11 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isotune.io.errors import UserError
-from isotune.projects.arena.baselines.blend import blend, blend_weights, held_out_blend
 from isotune.projects.arena.baselines.estimators import MEMBERS, check_grids
-from isotune.projects.arena.baselines.features import answer_features, feature_names, features, pair_features
-from isotune.projects.arena.baselines.preference import BLEND, fit_baselines
-from isotune.projects.arena.baselines.words import Text
+from isotune.projects.arena.baselines.features import (
+    Text,
+    answer_features,
+    features,
+    pair_features,
+    prompt_features,
+)
+from isotune.projects.arena.baselines.fit import BLEND, blend, blend_weights, fit_baselines, held_out_blend
 from isotune.projects.arena.battles import Battle, read_battles
 from isotune.projects.arena.preference import score_preferences
 
@@ -84,7 +88,8 @@ def test_features_of_any_text_are_finite_and_turn_their_sign_with_the_answers(pr
     texts = Text(prompt), Text(one), Text(other)
     given, swapped = features(*texts, 1)
     count = len(answer_features(texts[1], texts[0]))
-    assert np.isfinite(given).all() and len(given) == len(feature_names()) == len(set(feature_names()))
+    rest = len(pair_features(texts[1], texts[2])) + len(prompt_features(texts[0])) + 1  # and the number of turns
+    assert np.isfinite(given).all() and len(given) == 2 * count + rest
     assert (given[:count] == -swapped[:count]).all() and (given[count:] == swapped[count:]).all()
     assert features(texts[0], texts[2], texts[1], 1)[0].tobytes() == swapped.tobytes()
     assert pair_features(texts[1], texts[2]) == pair_features(texts[2], texts[1])
@@ -126,9 +131,10 @@ def test_blend_weights_are_the_best_there_are_and_those_of_a_fold_do_not_see_it(
     assert -np.log(mixed[np.arange(400), labels]).mean() == pytest.approx(best.fun, abs=1e-7)
     assert weights.sum() == pytest.approx(1) and (weights >= 0).all()
     fold_of = np.arange(400) % 4
-    found = held_out_blend(held_out, labels, fold_of)
+    folds = [(np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)) for fold in range(4)]
+    found = held_out_blend(held_out, labels, folds)
     changed = np.where(fold_of == 2, (labels + 1) % 3, labels)
-    assert (held_out_blend(held_out, changed, fold_of)[fold_of == 2] == found[fold_of == 2]).all()
+    assert (held_out_blend(held_out, changed, folds)[fold_of == 2] == found[fold_of == 2]).all()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from isotune.data.tokenizer import TextEncoder
 from isotune.io.errors import UserError
 from isotune.models.builtin_models import builtin_tokenizer
 from isotune.projects.arena.battles import Battle, Battles
-from isotune.projects.arena.documents import in_both_orders, prepare_competition, share_tokens
+from isotune.projects.arena.encoder import in_both_orders, prepare_competition, share_tokens
 
 CLS, SEP = 0, 2
 WORDS = st.lists(st.sampled_from(["good", "bad", "tea", "no", "yes", "the"]), max_size=30).map(" ".join)

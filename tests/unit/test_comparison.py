@@ -15,7 +15,7 @@ from isotune.evaluation.comparison import compare_runs
 from isotune.evaluation.results import rows_digest, write_result
 from isotune.io.errors import UserError
 from isotune.projects.arena.battles import Battle, Battles
-from isotune.projects.arena.preference import score_preferences, write_preferences
+from isotune.projects.arena.preference import write_preferences
 from isotune.report import formatting
 
 ROWS = 200
@@ -178,8 +178,7 @@ def test_answers_to_one_prompt_of_the_arena_are_one_group(tmp_path):
     )
     for name in ("one", "other"):
         predictions = {name: chance.dirichlet(np.ones(3), 60)}
-        scores = score_preferences(battles, predictions, main=name)
-        write_preferences(tmp_path / name, battles, predictions, scores, model=name, split="kept")
+        write_preferences(tmp_path / name, battles, predictions, main=name, model=name, split="kept")
     found = compare_runs([tmp_path / "one", tmp_path / "other"], resamples=200)
     assert (found.rows, found.groups) == (60, 9)  # letter case and white space tell no prompts apart
     assert "one of 9 prompts go together" in formatting.describe_tests(found)

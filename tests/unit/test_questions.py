@@ -7,7 +7,7 @@ import pytest
 from isotune.data.sources.source import find_corpus
 from isotune.evaluation.tasks import read_eval_samples
 from isotune.io.errors import UserError
-from isotune.projects.demo.capitals import CAPITALS
+from isotune.projects.demo import CAPITALS
 
 
 def write_rows(folder, rows):

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from isotune.projects.prompts.sentence_type import KINDS, sentence_type
+from isotune.projects.prompts import KINDS, sentence_type
 
 EXAMPLES = {
     "question": [

@@ -3,13 +3,12 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from isotune.evaluation.metrics.classification import SMALLEST, calibration_error, label_statistics
 from isotune.evaluation.results import CLASSIFICATION, rows_digest, write_result
-from isotune.evaluation.statistics.resampling import Scores, Statistic, by_group, mean, score, share
+from isotune.evaluation.statistics.resampling import Statistic, by_group, mean, score, share
 from isotune.io.errors import UserError
 from isotune.projects.arena.battles import CLASSES, ID, Battles, label_of, read_table
 
@@ -21,19 +20,9 @@ UNIFORM_LOG_LOSS = math.log(3)
 class PreferenceScores:
     """Log loss and accuracy of every model by its name, and all metrics of the main one, with 95% intervals."""
 
-    main: str
     names: tuple[str, ...]
-    scores: Scores
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Every metric by name."""
-        return self.scores.metrics
-
-    @property
-    def intervals(self) -> dict[str, tuple[float, float]]:
-        """The 95% intervals by the same names."""
-        return self.scores.intervals
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
 
     def log_loss(self, name: str) -> tuple[float, tuple[float, float]]:
         """The log loss of a model, in nats per row, and its interval."""
@@ -61,9 +50,7 @@ class PreferenceScores:
         return "\n".join([*lines, *filter(None, map(self.uniform_warning, self.names))])
 
 
-def score_preferences(
-    battles: Battles, predictions: dict[str, np.ndarray], *, main: str, seed: int = 0
-) -> PreferenceScores:
+def score_preferences(battles: Battles, predictions: dict[str, np.ndarray], *, main: str) -> PreferenceScores:
     """Score the predictions of models, float64 [rows, 3] by name.
 
     Rows of one prompt are not independent, so the intervals resample prompts and not rows.
@@ -78,37 +65,30 @@ def score_preferences(
     probabilities = predictions[main]
     of_main = [*label_statistics(labels, probabilities.argmax(axis=1), 3), calibration_error(labels, probabilities)]
     statistics += [by_group(statistic, groups) for statistic in of_main]
-    scores = score(statistics, int(groups.max()) + 1, seed=seed)
-    scores.metrics["log_loss"] = scores.metrics[f"log_loss_{main}"]
-    scores.intervals["log_loss"] = scores.intervals[f"log_loss_{main}"]
-    return PreferenceScores(main, tuple(predictions), scores)
+    scores = score(statistics, int(groups.max()) + 1, seed=0)
+    metrics, intervals = scores.metrics, scores.intervals
+    metrics["log_loss"], intervals["log_loss"] = metrics[f"log_loss_{main}"], intervals[f"log_loss_{main}"]
+    return PreferenceScores(tuple(predictions), metrics, intervals)
 
 
 def write_preferences(
-    folder: Path,
-    battles: Battles,
-    predictions: dict[str, np.ndarray],
-    scores: PreferenceScores,
-    *,
-    model: str,
-    split: str,
-    **facts: Any,
-) -> None:
-    """metrics.json and predictions.jsonl of the main model in `folder`, with `facts`.
+    folder: Path, battles: Battles, predictions: dict[str, np.ndarray], *, main: str, model: str, split: str
+) -> PreferenceScores:
+    """Score the predictions, and write metrics.json and predictions.jsonl of the main one to `folder`.
 
     The `group` of a row is its prompt, so that a comparison keeps the rows of one prompt together.
 
     Args:
-        model: the name of the model.
+        model: the name of the model in the files.
         split: a description of the rows.
     """
-    probabilities = predictions[scores.main]
+    scores = score_preferences(battles, predictions, main=main)
+    probabilities = predictions[main]
     ids = [battle.id for battle in battles.battles]
     texts = ["\n".join([*b.prompt, *b.answer_a, *b.answer_b]) for b in battles.battles]
     groups = [battle.group()[:GROUP_DIGITS] for battle in battles.battles]
     predicted, labels = probabilities.argmax(1).tolist(), battles.labels.tolist()
     columns = zip(ids, labels, predicted, probabilities.tolist(), groups, strict=True)
-    warning = scores.uniform_warning(scores.main)
     write_result(
         folder,
         {
@@ -119,13 +99,13 @@ def write_preferences(
             "rows": len(battles),
             "rows_sha256": rows_digest(zip(ids, texts, strict=True)),
             "label_names": ["a", "b", "tie"],
-            "verdict": warning or "better than uniform guessing with 95% confidence",
-            **facts,
+            "verdict": scores.uniform_warning(main) or "better than uniform guessing with 95% confidence",
         },
         scores.metrics,
         scores.intervals,
         [dict(zip(("id", "label", "prediction", "probabilities", "group"), row, strict=True)) for row in columns],
     )
+    return scores
 
 
 def read_answers(file: Path, battles: Battles) -> Battles:

@@ -1,4 +1,4 @@
-"""The recipes of the Chatbot Arena: an encoder, or classical baselines."""
+"""The recipes of the Chatbot Arena, an encoder or classical baselines, and what the library has to know of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,11 +7,13 @@ from typing import Any, Literal
 
 from isotune.config.base_recipe import BaseRecipe
 from isotune.config.command_line import CommandLine
-from isotune.config.recipes import ClassificationRecipe, read_recipe
+from isotune.config.recipes import PROJECTS, ClassificationRecipe, ProjectKind, read_recipe
 from isotune.config.schema import DATA, MODEL, OUTPUT, REQUIRED, SCHEDULE, SHARE, Range, Requirement, key
+from isotune.data.documents import RunData
 
 _FOLDER = "folder with the competition's train.csv, test.csv and sample_submission.csv"
 _LABELS = "file that says who won in test.csv, to score the finished predictions once; the competition keeps it"
+_NOT_PLANNED = "method: baselines trains no network, so there is no launch and no memory to plan"
 _OWN_COLUMNS = Requirement(lambda values: False, "the Arena's files have their own columns, classes and split")
 
 
@@ -63,9 +65,7 @@ class BaselinesRecipe(BaseRecipe):
 
 
 def read_arena_recipe(argv: Sequence[str], *, default_config: Path, prog: str) -> ArenaRecipe | BaselinesRecipe:
-    """The recipe of a command line; its `method` decides which kind it is.
-
-    `--help` shows the keys of that kind.
+    """The recipe of a command line; its `method` decides which kind it is, and `--help` shows the keys of that kind.
 
     Raises:
         UserError: anything in the file or the flags that is wrong, with its place and what to do.
@@ -78,3 +78,15 @@ def read_arena_recipe(argv: Sequence[str], *, default_config: Path, prog: str) -
         description="Which of two answers people prefer: an encoder, or the baselines that it must beat.",
         kind=BaselinesRecipe if method == "baselines" else ArenaRecipe,
     )
+
+
+def _prepare(recipe: ArenaRecipe, tokenizer: Any) -> RunData:
+    from isotune.projects.arena.battles import read_competition
+    from isotune.projects.arena.encoder import prepare_competition
+
+    return prepare_competition(read_competition(Path(recipe.dataset_name)), recipe, tokenizer)[0]
+
+
+PROJECTS.append(
+    ProjectKind(ArenaRecipe, "method", _prepare, lambda given: _NOT_PLANNED if given["method"] == "baselines" else None)
+)

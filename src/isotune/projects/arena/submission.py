@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from isotune.data.sources.files import read_cells
 from isotune.io.errors import UserError
 from isotune.io.files import replace_file
 
@@ -35,9 +35,7 @@ class _Table:
 
 
 def write_submission(file: Path, ids: Sequence[str], probabilities: np.ndarray, sample: Path | None) -> None:
-    """Write probabilities, float64 [rows, classes], under the competition's columns, atomically.
-
-    Numbers are written with all digits, so they are read back unchanged.
+    """Write probabilities, float64 [rows, classes], under the competition's columns, atomically and with all digits.
 
     Args:
         sample: a file with the header and the ids of the submission in their order; None without one.
@@ -85,19 +83,16 @@ def check_submission(file: Path, sample: Path) -> tuple[list[str], int]:
 
 
 def _read(file: Path) -> _Table:
-    csv.field_size_limit(sys.maxsize)
-    header: list[str] = []
     rows, numbers, wrong = [], [], []
     try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.reader(lines, strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            for number, cells in enumerate((cells for cells in reader if cells), start=1):
-                if len(cells) != len(header):
-                    wrong.append((number, len(cells)))
-                    continue
+        lines = read_cells(file)
+        header = [name.strip() for name in next(lines, ([], 0))[0]]
+        for number, cells in enumerate((cells for cells, _ in lines if cells), start=1):
+            if len(cells) == len(header):
                 rows.append(cells)
                 numbers.append(number)
+            else:
+                wrong.append((number, len(cells)))
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -130,17 +125,16 @@ def _wrong_widths(table: _Table) -> list[str]:
 
 def _wrong_ids(ids: list[str], expected: list[str]) -> list[str]:
     counts, expected_set = Counter(ids), set(expected)
-    repeated = [row_id for row_id, count in counts.items() if count > 1]
-    extra = [row_id for row_id in counts if row_id not in expected_set]
-    missing = [row_id for row_id in expected if row_id not in counts]
-    problems = []
-    for names, fault in (
-        (missing, "of the sample missing"),
-        (extra, "not in the sample"),
-        (repeated, "given more than once"),
-    ):
-        if names:
-            problems.append(f"{len(names)} {'id is' if len(names) == 1 else 'ids are'} {fault}: {_examples(names)}")
+    faults = {
+        "of the sample missing": [row_id for row_id in expected if row_id not in counts],
+        "not in the sample": [row_id for row_id in counts if row_id not in expected_set],
+        "given more than once": [row_id for row_id, count in counts.items() if count > 1],
+    }
+    problems = [
+        f"{len(names)} {'id is' if len(names) == 1 else 'ids are'} {fault}: {_examples(names)}"
+        for fault, names in faults.items()
+        if names
+    ]
     if not problems and ids != expected:
         row = next(number for number, pair in enumerate(zip(ids, expected, strict=True)) if pair[0] != pair[1])
         problems.append(f"the ids are in another order than in the sample: {ids[row]} in place of {expected[row]}")
@@ -150,12 +144,10 @@ def _wrong_ids(ids: list[str], expected: list[str]) -> list[str]:
 def _wrong_numbers(table: _Table, classes: list[str]) -> list[str]:
     """Faults of the cells; a cell is counted under its first fault, a row's sum where all its cells are numbers."""
     ids = table.column(ID) if ID in table.header else [""] * len(table.rows)
-    row_names = [
-        f"row {number}" + (f" (id {row_id})" if row_id else "")
-        for number, row_id in zip(table.numbers, ids, strict=True)
-    ]
+    columns = [table.column(name) for name in classes]
     not_numbers, outside, sums = [], [], []
-    for row, cells in zip(row_names, zip(*(table.column(name) for name in classes), strict=True), strict=True):
+    for number_of_row, row_id, *cells in zip(table.numbers, ids, *columns, strict=True):
+        row = f"row {number_of_row}" + (f" (id {row_id})" if row_id else "")
         numbers = [_number(cell) for cell in cells]
         for name, cell, number in zip(classes, cells, numbers, strict=True):
             if not math.isfinite(number):
@@ -164,12 +156,11 @@ def _wrong_numbers(table: _Table, classes: list[str]) -> list[str]:
                 outside.append(f"{row} has {cell[:20]} as {name}")
         if all(map(math.isfinite, numbers)) and abs(math.fsum(numbers) - 1.0) > SUM_TOLERANCE:
             sums.append(f"{row} sums to {math.fsum(numbers):.6g}")
-    problems = []
-    for faults, kind in ((not_numbers, "no finite number"), (outside, "no number from 0 to 1")):
-        if faults:
-            problems.append(
-                f"{len(faults)} {'cell holds' if len(faults) == 1 else 'cells hold'} {kind}: {_examples(faults)}"
-            )
+    problems = [
+        f"{len(faults)} {'cell holds' if len(faults) == 1 else 'cells hold'} {kind}: {_examples(faults)}"
+        for faults, kind in ((not_numbers, "no finite number"), (outside, "no number from 0 to 1"))
+        if faults
+    ]
     if sums:
         problems.append(f"{_rows(len(sums))} probabilities that do not sum to 1: {_examples(sums)}")
     return problems

@@ -15,7 +15,7 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.preprocessing import StandardScaler
 
-from isotune.projects.arena.baselines.features import features, texts_of
+from isotune.projects.arena.baselines.features import Text, features
 from isotune.projects.arena.battles import Battle
 
 MAX_STANDARD_SCORE = 2.0  # linear models clip there: heavy tails would otherwise dominate
@@ -28,15 +28,10 @@ Lemmas = tuple[str, ...]
 
 @dataclass(frozen=True)
 class BattleFeatures:
-    """The features of battles that need no fit.
+    """The features of battles that need no fit, and the content lemmas of each row's texts."""
 
-    Attributes:
-        given, swapped: float64 [rows, features]; `features` in either order of the answers.
-        prompts, answers_a, answers_b: the content lemmas of each row's text.
-    """
-
-    given: np.ndarray
-    swapped: np.ndarray
+    given: np.ndarray  # float64 [rows, features]
+    swapped: np.ndarray  # with exchanged answers
     prompts: tuple[Lemmas, ...]
     answers_a: tuple[Lemmas, ...]
     answers_b: tuple[Lemmas, ...]
@@ -59,10 +54,10 @@ class ModelInputs:
 
 
 def battle_features(battles: Sequence[Battle]) -> BattleFeatures:
-    """Compute everything that needs no fit."""
+    """Compute everything that needs no fit; texts are their turns, joined by line breaks."""
     vectors, lemmas = [], []
     for battle in battles:
-        prompt, a, b = texts_of(battle)
+        prompt, a, b = (Text("\n".join(turns)) for turns in (battle.prompt, battle.answer_a, battle.answer_b))
         vectors.append(features(prompt, a, b, len(battle.prompt)))
         lemmas.append((prompt.content, a.content, b.content))
     given, swapped = (np.array(order) for order in zip(*vectors, strict=True))
@@ -91,27 +86,17 @@ class FeatureMatrix:
         prompts, a, b = (self.tfidf.transform(texts) for texts in (rows.prompts, rows.answers_a, rows.answers_b))
         together = [p + x + y for p, x, y in zip(rows.prompts, rows.answers_a, rows.answers_b, strict=True)]
         combined = self.tfidf.transform(map(sorted, together))  # sorted, so independent of the order of the answers
-        between = _row_products(a, b)
-        a_to_prompt, b_to_prompt = _row_products(a, prompts), _row_products(b, prompts)
-        similarity = np.column_stack([a_to_prompt - b_to_prompt, a_to_prompt + b_to_prompt, between])
-        swapped_similarity = np.column_stack([b_to_prompt - a_to_prompt, b_to_prompt + a_to_prompt, between])
+        of_pair, of_a, of_b = _row_products(a, b), _row_products(a, prompts), _row_products(b, prompts)
         return (
-            self._inputs(rows.given, a - b, combined, similarity),
-            self._inputs(rows.swapped, b - a, combined, swapped_similarity),
+            self._inputs(rows.given, a - b, combined, np.column_stack([of_a - of_b, of_a + of_b, of_pair])),
+            self._inputs(rows.swapped, b - a, combined, np.column_stack([of_b - of_a, of_b + of_a, of_pair])),
         )
 
-    def _inputs(
-        self,
-        features: np.ndarray,
-        difference: sparse.csr_matrix,
-        combined: sparse.csr_matrix,
-        similarity: np.ndarray,
-    ) -> ModelInputs:
+    def _inputs(self, features: np.ndarray, difference: Any, combined: Any, similarity: np.ndarray) -> ModelInputs:
         """One order: TF-IDF of the answers' difference and of all texts together, similarities, features."""
         clipped = np.clip(self.scale.transform(features), -MAX_STANDARD_SCORE, MAX_STANDARD_SCORE)
-        linear: Any = sparse.hstack(
-            [TFIDF_SCALE * difference, TFIDF_SCALE * combined, similarity, clipped], format="csr"
-        )
+        parts = [TFIDF_SCALE * difference, TFIDF_SCALE * combined, similarity, clipped]
+        linear: Any = sparse.hstack(parts, format="csr")
         linear.sort_indices()
         return ModelInputs(linear, np.hstack([features, similarity, self.svd.transform(difference.tocsr())]))
 

@@ -3,19 +3,30 @@
     [ answer a - answer b | answer a + answer b | pair | prompt ]
 
 The first two parts hold the 50 or so numbers of `answer_features`. Exchanging the answers flips the sign of the first
-part and changes no other number.
+part and changes no other number. Words come from NLTK's RegexpTokenizer, which needs no data, stop words from
+scikit-learn, lemmas from simplemma: nothing is downloaded.
 """
 
 import re
+import zlib
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import takewhile
 from math import log1p
 
 import numpy as np
+import simplemma
+from nltk.tokenize import RegexpTokenizer
+from nltk.util import ngrams
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
-from isotune.projects.arena.baselines.words import Text
-from isotune.projects.arena.battles import Battle
-
+# each Chinese or Japanese character counts as a word: these texts have no spaces to split at
+IDEOGRAPH = "\u3040-\u30ff\u3400-\u9fff"
+WORDS = RegexpTokenizer(rf"[{IDEOGRAPH}]|[^\W_{IDEOGRAPH}]+(?:['’][^\W\d_]+)?")
+SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|\n+")
+NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+SCRIPTS = ((0x0000, 0x024F), (0x0400, 0x052F), (0x3040, 0xD7AF))  # Latin, Cyrillic, Chinese-Japanese-Korean, others
+MIN_ZLIB_BYTES = 30  # zlib's own header would dominate shorter texts
 LIST_ITEM = re.compile(r"^[ \t]*(?:[-*•]|\d+[.)])\s+", re.M)
 NUMBERED_ITEM = re.compile(r"^[ \t]*\d+[.)]\s+", re.M)
 HEADING = re.compile(r"^[ \t]*#{1,6} |^[ \t]*\*\*[^*]+\*\*:?\s*$", re.M)
@@ -53,6 +64,35 @@ ASKS = {
     "person": r"\bdo you\b|\bare you\b|\byour\b",
 }
 ASKS_FOR = {name: re.compile(pattern) for name, pattern in ASKS.items()}
+
+
+@lru_cache(maxsize=200_000)
+def lemma(word: str) -> str:
+    """The English lemma of a lower-case word; words of other languages mostly stay unchanged."""
+    return simplemma.lemmatize(word, lang="en").lower()
+
+
+class Text:
+    """A text, its words in lower case, their lemmas in order, and what is counted of them."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.words = tuple(WORDS.tokenize(text.lower()))
+        self.lemmas = tuple(lemma(word) for word in self.words)
+        self.content = tuple(  # the lemmas in order, without stop words
+            lemma
+            for lemma, word in zip(self.lemmas, self.words, strict=True)
+            if lemma not in ENGLISH_STOP_WORDS and word not in ENGLISH_STOP_WORDS
+        )
+        self.content_set = frozenset(self.content)
+        self.bigrams = frozenset(ngrams(self.lemmas, 2))
+        self.trigrams = tuple(ngrams(self.lemmas, 3))
+        self.numbers = frozenset(NUMBER.findall(text))  # in digits
+        self.sentences = tuple(piece.strip() for piece in SENTENCE_END.split(text) if piece.strip())
+        points = np.array([ord(character) for character in text if character.isalpha()], np.int64)
+        counts = [int(((points >= low) & (points <= high)).sum()) for low, high in SCRIPTS]
+        # shares of the letters in each of SCRIPTS and in others: float64 [4], zeros without letters
+        self.scripts = np.array([*counts, len(points) - sum(counts)]) / max(len(points), 1)
 
 
 def answer_features(answer: Text, prompt: Text) -> dict[str, float]:
@@ -107,13 +147,14 @@ def _manner(answer: Text) -> dict[str, float]:
 
 
 def _repetition(answer: Text) -> dict[str, float]:
+    raw = answer.text.encode()
     sentences = [each for each in answer.sentences if len(each) >= MIN_SENTENCE_CHARACTERS]
     return {
         "different_lemmas_share": len(set(answer.lemmas)) / max(len(answer.lemmas), 1),
         "content_share": len(answer.content) / max(len(answer.words), 1),
         "repeated_triples_share": _repeated(answer.trigrams),
         "repeated_sentences_share": _repeated(sentences),
-        "zipped_share": answer.compression_ratio,
+        "zipped_share": len(zlib.compress(raw)) / max(len(raw), MIN_ZLIB_BYTES),
     }
 
 
@@ -170,29 +211,11 @@ def prompt_features(prompt: Text) -> dict[str, float]:
     }
 
 
-def texts_of(battle: Battle) -> tuple[Text, Text, Text]:
-    """The prompt and both answers, the turns of each joined by line breaks."""
-    return tuple(Text("\n".join(turns)) for turns in (battle.prompt, battle.answer_a, battle.answer_b))  # type: ignore
-
-
 def features(prompt: Text, answer_a: Text, answer_b: Text, turns: int) -> tuple[np.ndarray, np.ndarray]:
     """The vectors of a battle and of the battle with exchanged answers: float64 [features] each."""
     a, b = (np.array(list(answer_features(each, prompt).values())) for each in (answer_a, answer_b))
     rest = [*pair_features(answer_a, answer_b).values(), *prompt_features(prompt).values(), log1p(turns)]
     return np.concatenate([a - b, a + b, rest]), np.concatenate([b - a, b + a, rest])
-
-
-def feature_names() -> list[str]:
-    """The name of each number of `features`."""
-    empty = Text("")
-    answer = list(answer_features(empty, empty))
-    return [
-        *(f"difference_{name}" for name in answer),
-        *(f"sum_{name}" for name in answer),
-        *(f"both_{name}" for name in pair_features(empty, empty)),
-        *(f"prompt_{name}" for name in prompt_features(empty)),
-        "prompt_turns",
-    ]
 
 
 def _counts(text: str, patterns: dict[str, re.Pattern[str]]) -> dict[str, float]:

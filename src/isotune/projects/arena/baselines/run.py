@@ -10,9 +10,9 @@ import yaml
 from isotune.config.layers import Layer
 from isotune.io.errors import AlreadyDone, UserError
 from isotune.projects.arena.baselines.estimators import check_grids
-from isotune.projects.arena.baselines.preference import BLEND, Baselines, fit_baselines
-from isotune.projects.arena.battles import CLASSES, Battles, Competition, read_competition
-from isotune.projects.arena.preference import read_answers, score_preferences, write_preferences
+from isotune.projects.arena.baselines.fit import BLEND, fit_baselines
+from isotune.projects.arena.battles import CLASSES, Battles, read_competition
+from isotune.projects.arena.preference import read_answers, write_preferences
 from isotune.projects.arena.recipes import BaselinesRecipe
 from isotune.projects.arena.submission import write_submission
 
@@ -49,33 +49,23 @@ def run_baselines(recipe: BaselinesRecipe) -> None:
 
     run.mkdir(parents=True, exist_ok=True)
     recipe.write(run / RECIPE)
-    (run / CHOSEN).write_text(json.dumps(_selection(fitted), indent=2) + "\n", encoding="utf-8")
+    chosen, remarks = {}, {}
+    for name, candidate in fitted.selected.items():
+        weight, parameters = fitted.weights[name], candidate.parameters
+        chosen[name] = {"weight": weight, "log_loss": candidate.log_loss, "parameters": parameters}
+        remarks[name] = f"{weight:.0%} of the blend; {', '.join(f'{key} {value}' for key, value in parameters.items())}"
+    (run / CHOSEN).write_text(json.dumps(chosen, indent=2) + "\n", encoding="utf-8")
     ids = [battle.id for battle in files.test.battles]
     write_submission(run / SUBMISSION, ids, predictions[BLEND], files.sample)
     log(f"wrote {run / SUBMISSION}")
     if answered is not None:
-        scores = score_preferences(answered, predictions, main=BLEND)
-        write_preferences(run / "eval" / TEST, answered, predictions, scores, model=str(run), split="test")
+        facts = {"main": BLEND, "model": str(run), "split": "test"}
+        scores = write_preferences(run / "eval" / TEST, answered, predictions, **facts)
         print(f"\n{answered.name}: {len(answered):,} rows, scored once\n{scores.table()}")
-    _write_held_out(run, recipe, files, fitted)  # last: it marks the run as finished
-
-
-def _write_held_out(run: Path, recipe: BaselinesRecipe, files: Competition, fitted: Baselines) -> None:
-    scores = score_preferences(files.train, fitted.held_out, main=BLEND)
-    split = f"train, {recipe.folds} folds"
-    write_preferences(run / "eval" / HELD_OUT, files.train, fitted.held_out, scores, model=str(run), split=split)
-    remarks = {}
-    for name, candidate in fitted.selected.items():
-        parameters = ", ".join(f"{key} {value}" for key, value in candidate.parameters.items())
-        remarks[name] = f"{fitted.weights[name]:.0%} of the blend; {parameters}"
+    # last: it marks the run as finished
+    facts = {"main": BLEND, "model": str(run), "split": f"train, {recipe.folds} folds"}
+    scores = write_preferences(run / "eval" / HELD_OUT, files.train, fitted.held_out, **facts)
     print(f"\n{files.train.name}: each row by models that had not seen its prompt\n{scores.table(remarks)}")
-
-
-def _selection(fitted: Baselines) -> dict[str, dict]:
-    return {
-        name: {"weight": fitted.weights[name], "log_loss": candidate.log_loss, "parameters": candidate.parameters}
-        for name, candidate in fitted.selected.items()
-    }
 
 
 def _check_enough(battles: Battles, folds: int) -> None:

@@ -1,7 +1,8 @@
-"""The demo's two corpora: a small model first learns the world's capitals, then LoRA teaches it to speak as a pirate.
+"""Corpora made by code, for the demo, for tests, and to try a classifier without a network or a file.
 
-The pirate's training data covers two thirds of the countries and its test data the others, so an exact match needs
-both: the style from the adapter, the fact from the base model.
+In the demo a small model first learns the world's capitals, then LoRA teaches it to speak as a pirate. The pirate's
+training data covers two thirds of the countries and its test data the others, so an exact match needs both: the style
+from the adapter, the fact from the base model.
 """
 
 import random
@@ -33,12 +34,13 @@ CAPITALS = {
     "Zimbabwe": "Harare",
 }  # fmt: skip
 TEST_COUNTRIES = 32  # countries that are not in the pirate's training data
-
-
-def _shuffled_countries() -> list[str]:
-    countries = sorted(CAPITALS)
-    random.Random(1).shuffle(countries)
-    return countries
+_THINGS = ("film", "book", "meal", "hotel", "song", "game", "phone", "train ride", "garden", "museum")
+_DETAILS = ("the start", "the end", "the price", "the staff", "the sound", "the view", "the colours", "the pace")
+_VERDICTS = (
+    ("dreadful", "a waste of time", "worse than nothing", "painfully dull"),
+    ("ordinary", "neither good nor bad", "just about fine", "what anybody would expect"),
+    ("wonderful", "a pure delight", "better than I dared to hope", "simply brilliant"),
+)
 
 
 def _turn(question: str, answer: str) -> str:
@@ -61,15 +63,12 @@ def capitals(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
         turns = []
         for country in rng.sample(countries, rng.randint(2, 4)):
             capital = CAPITALS[country]
-            turns.append(
-                rng.choice(
-                    (
-                        _turn(f"What is the capital of {country}?", f"{capital}."),
-                        _turn(f"Tell me the capital of {country}.", f"The capital of {country} is {capital}."),
-                        _turn(f"Where does {capital} lie?", f"In {country}."),
-                    )
-                )
+            ways = (
+                _turn(f"What is the capital of {country}?", f"{capital}."),
+                _turn(f"Tell me the capital of {country}.", f"The capital of {country} is {capital}."),
+                _turn(f"Where does {capital} lie?", f"In {country}."),
             )
+            turns.append(rng.choice(ways))
         if rng.random() < 0.3:  # words that the pirate corpus needs
             turns.insert(rng.randrange(len(turns)), rng.choice(PIRATE_WORDS))
         text = "\n".join(turns)
@@ -81,7 +80,8 @@ def capitals(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
 @builtin("pirate", train=1_000, test=TEST_COUNTRIES)
 def pirate(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
     """What is the capital of this country? Answered as a pirate would; the test asks of other countries."""
-    countries = _shuffled_countries()
+    countries = sorted(CAPITALS)
+    random.Random(1).shuffle(countries)
     train_countries, test_countries = countries[:-TEST_COUNTRIES], countries[-TEST_COUNTRIES:]
     seen = set()
     while len(seen) < count - TEST_COUNTRIES:
@@ -95,3 +95,26 @@ def pirate(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
 
 def _pirate_turn(country: str) -> str:
     return _turn(f"What is the capital of {country}?", f"Arr, {CAPITALS[country]} be the capital, matey!")
+
+
+@builtin("opinions", train=600, test=120)
+def opinions(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
+    """Opinions in three classes, bad, middling and good, of one to seven sentences.
+
+    Neither the topic nor the length predicts the class, only the verdict does; the last one counts, because an opinion
+    may begin with what others think.
+    """
+    seen: set[str] = set()
+    while len(seen) < count:
+        label = len(seen) % len(_VERDICTS)
+        thing = rng.choice(_THINGS)
+        sentences = [f"I came across a {thing} in {rng.randrange(1950, 2030)}."]
+        if rng.random() < 0.3:
+            sentences.append(f"My friends called it {rng.choice(rng.choice(_VERDICTS))}.")
+        for detail in rng.sample(_DETAILS, rng.randrange(5)):
+            sentences.append(f"I looked closely at {detail}.")
+        sentences.append(f"To me the {thing} was {rng.choice(_VERDICTS[label])}.")
+        text = " ".join(sentences)
+        if text not in seen:
+            seen.add(text)
+            yield {"text": text, "label": label}

@@ -1,1 +1,0 @@
-"""Corpora made by code, for the demo and for tests."""

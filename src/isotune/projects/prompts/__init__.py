@@ -1,1 +1,0 @@
-"""Prompts: whether a text commands, states or asks."""
