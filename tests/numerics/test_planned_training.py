@@ -23,9 +23,8 @@ from isotune.training.from_recipe import assembly, sft
 from isotune.training.from_recipe.assembly import sft_arguments, training_arguments
 from isotune.training.gradient_sync import GradientSync
 from isotune.training.nonfinite import NonFinitePolicy
-from isotune.training.step_loader import StepLoader
 from isotune.training.tasks import SftTask
-from isotune.training.trainer import SFTTrainer, Trainer
+from isotune.training.trainer import SFTTrainer, StepLoader, Trainer
 from isotune.training.update import OptimizerUpdate
 
 

@@ -3,7 +3,7 @@
 import pytest
 from tests.building import build
 
-from isotune.training import step_loader as module
+from isotune.training import trainer as module
 
 
 def test_skipped_steps_are_not_laid_out_and_the_rest_is_the_same(tmp_path, monkeypatch):

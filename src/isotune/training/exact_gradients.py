@@ -27,10 +27,11 @@ class ExactGradients:
 
     def __init__(self, model: nn.Module) -> None:
         self.names = {p: name for name, p in model.named_parameters()}
-        self.sums = {p: torch.zeros(p.shape, dtype=torch.int64, device=p.device) for p in _trained(model)}
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.sums = {p: torch.zeros(p.shape, dtype=torch.int64, device=p.device) for p in trained}
         self.largest = {p: torch.zeros((), dtype=torch.float64, device=p.device) for p in self.sums}
         self.loss_scale = 1.0  # fp16's, a power of two: divided out on the way in, multiplied on the way out
-        self._hooks = [p.register_post_accumulate_grad_hook(self._absorb) for p in self.sums]
+        self._hooks = [p.register_post_accumulate_grad_hook(self._absorb) for p in trained]
 
     @torch.no_grad()
     def _absorb(self, parameter: Any) -> None:
@@ -75,19 +76,13 @@ class ExactGradients:
 
     def clear(self) -> None:
         """Forget what was added since the last update."""
-        for total in self.sums.values():
-            total.zero_()
-        for bound in self.largest.values():
-            bound.zero_()
+        for sums in (*self.sums.values(), *self.largest.values()):
+            sums.zero_()
 
     def remove(self) -> None:
         """Give the parameters back to ordinary accumulation."""
         for hook in self._hooks:
             hook.remove()
-
-
-def _trained(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 def _several_ranks() -> bool:

@@ -18,15 +18,12 @@ if TYPE_CHECKING:
 
 
 class NonFinitePolicy:
-    """Stops or skips, as `on_nonfinite` says.
+    """Stops or skips, as the recipe's `on_nonfinite` says.
 
-    Args:
-        action: of the recipe's `on_nonfinite`.
+    Attributes:
         fp16: whether the loss is scaled, so that an overflow is part of the method.
         name_rows: the rows of a microbatch, given its step and number, in words.
         is_main: whether this rank prints.
-
-    Attributes:
         skipped_steps: updates that were left out so far, over all attempts of the run.
     """
 
@@ -42,11 +39,7 @@ class NonFinitePolicy:
         self.skipped_steps = 0
 
     def refuse_or_skip(self, what: str, result: "UpdateResult", number: int | None) -> None:
-        """Stop, or mark the update as skipped; every rank comes here together.
-
-        Raises:
-            RunFault: `on_nonfinite` is stop.
-        """
+        """Stop by a RunFault, or mark the update as skipped; every rank comes here together."""
         where = f"step {result.step.number + 1}"
         if number is not None:
             where += f", microbatch {number}"

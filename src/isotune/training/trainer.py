@@ -20,6 +20,7 @@ Only where there is a Checkpointer:
 Of TRL 1.16 also `_send_telemetry`: a run tells nobody that it runs.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,18 +34,21 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
 
 from isotune.compat.accelerate import let_scaler_check_before_step, run_fp16_on_cpu
+from isotune.compat.transformers import let_trainer_skip_steps
 from isotune.compat.trl import trained_parameters_kept
-from isotune.data.batch_schedule import StepSchedule
+from isotune.data.batch_schedule import StepSchedule, assign_to_ranks, collate
+from isotune.data.documents import Documents
 from isotune.distributed.ranks import Watchdog
 from isotune.training.callbacks import CheckpointEvents
 from isotune.training.checkpointer import Checkpointer
 from isotune.training.exact_gradients import ExactGradients
 from isotune.training.gradient_sync import GradientSync, ZeroGradientSync
 from isotune.training.nonfinite import NonFinitePolicy
-from isotune.training.recorder import MetricsRecorder, RecordUpdates
-from isotune.training.step_loader import StepLoader
+from isotune.training.recorder import MetricsRecorder
 from isotune.training.tasks import EvaluationRun, Task
 from isotune.training.update import OptimizerUpdate
+
+let_trainer_skip_steps()
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,56 @@ class TrainingPlan:
     exact_gradients: bool = False
     reduce_once: bool = True
     nonfinite: NonFinitePolicy | None = None
+
+
+class StepLoader:
+    """Iterates over the steps of an epoch and lays out this rank's microbatches.
+
+    It stands where Trainer expects a DataLoader. Because an item is a whole update, Trainer's gradient accumulation is
+    1 and its count of steps is the schedule's. An item has
+
+    - `step`: the Step;
+    - `microbatches`: of this rank, each a dict of `number`, `weight` and the model's `inputs`;
+    - `input_ids`: int64 [1, tokens] of this rank, by which Trainer counts tokens and floating-point operations.
+    """
+
+    def __init__(
+        self, schedule: StepSchedule, documents: Documents, rank: int, world_size: int, skipped: int = 0
+    ) -> None:
+        self.schedule, self.documents, self.rank, self.world_size = schedule, documents, rank, world_size
+        self.skipped, self.epoch = skipped, 0
+
+    @property
+    def dataset(self) -> Any:
+        """The rows of an epoch, whose number Trainer reports."""
+        return self.schedule.rows
+
+    def skipping(self, steps: int) -> "StepLoader":
+        """This loader without the first `steps` of its next epoch, which are not laid out."""
+        return StepLoader(self.schedule, self.documents, self.rank, self.world_size, self.skipped + steps)
+
+    def skip_to_end(self) -> None:
+        """Leave out every step: only the end of an epoch is still to be done."""
+        self.skipped = len(self)
+
+    def __len__(self) -> int:
+        return self.schedule.steps_per_epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Trainer at the start of each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        first = self.epoch * self.schedule.steps_per_epoch
+        for number in range(first + self.skipped, first + self.schedule.steps_per_epoch):
+            step = self.schedule.step(number)
+            share = assign_to_ranks(step, self.world_size)[self.rank]
+            microbatches = [
+                {"number": m.number, "weight": m.weight, "inputs": collate(self.documents, m)} for m in share
+            ]
+            own = [m["inputs"]["input_ids"] for m in microbatches if m["weight"]]
+            tokens = torch.cat(own, dim=1) if own else torch.zeros(1, 0, dtype=torch.int64)
+            yield {"step": step, "microbatches": microbatches, "input_ids": tokens}
 
 
 class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
@@ -106,7 +160,8 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
         if recorder is not None:
             for stock in (PrinterCallback, ProgressCallback):
                 self.remove_callback(stock)
-            self.add_callback(RecordUpdates(self.update, recorder))
+            recorder.watch(self.update)
+            self.add_callback(recorder)
         if checkpointer is not None:
             self.add_callback(CheckpointEvents(checkpointer, self))
 
@@ -221,7 +276,6 @@ class SFTTrainer(PlannedTraining, TrlSFTTrainer):
 
 
 def _already_laid_out(items: Any) -> Any:
-    """The collator of a loader whose items are laid out: never called."""
     raise AssertionError("the loaders of a plan lay out their own items")
 
 
