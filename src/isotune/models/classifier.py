@@ -21,13 +21,13 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from isotune.compat.peft import base_model_of, given_arguments
 from isotune.compat.torch import patch_forward
-from isotune.compat.transformers import set_sharded_classes
+from isotune.compat.transformers import attention_of, set_sharded_classes
 from isotune.io.errors import UserError
 from isotune.models.class_loss import ClassLoss
 from isotune.models.cpu.cls_only import cls_states_only
 from isotune.models.cpu.functional import onednn_products
 from isotune.models.cpu.layers import keep_freed_memory
-from isotune.models.packed_attention import PACKED, document_position_ids, restore_attention, set_packed_attention
+from isotune.models.packed_attention import PACKED, document_position_ids, set_packed_attention
 
 # Name of the encoder in the base model, by model type.
 ENCODERS = {
@@ -76,10 +76,11 @@ def _block_classes(model: PreTrainedModel) -> list[str]:
 def _choose_attention(model: PreTrainedModel) -> str:
     if model.config.model_type not in ENCODERS:
         return PADDED
+    before = attention_of(model.config)
     try:
         set_packed_attention(model)
     except UserError:
-        restore_attention(model)
+        model.set_attn_implementation(before or "sdpa")
         return PADDED
     return PACKED
 

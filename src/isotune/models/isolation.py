@@ -4,8 +4,6 @@ Packing without isolation changes every logit without a warning (OPT's causal ma
 measures the leak on the model that it is about to train, and does not start where there is one.
 """
 
-from dataclasses import asdict, dataclass
-
 import torch
 from torch import nn
 
@@ -15,30 +13,10 @@ LENGTHS = (9, 17, 12)
 ALONE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
-@dataclass(frozen=True)
-class IsolationReport:
-    """Result of the self-test, for environment.json.
-
-    Attributes:
-        leak: largest change of a logit in a document whose neighbour was replaced; must be 0.
-        packed_against_alone: largest difference from the same document in a row of its own, relative to the largest
-            logit.
-        loss_against_logits: relative difference of the supervised loss from the cross-entropy of the plain logits.
-    """
-
-    leak: float
-    packed_against_alone: float
-    loss_against_logits: float
-
-    def as_dict(self) -> dict[str, float]:
-        """For JSON."""
-        return asdict(self)
-
-
 @torch.no_grad()
 def check_isolation(
     model: nn.Module, vocabulary: int, device: torch.device, dtype: torch.dtype, *, classifier: bool = False
-) -> IsolationReport:
+) -> dict[str, float]:
     """Run three random documents packed, packed with the middle one replaced, and each alone.
 
     Args:
@@ -47,6 +25,11 @@ def check_isolation(
         device: of the model.
         dtype: of its matrix products; the tolerance depends on it.
         classifier: the model has logits per document, not per token.
+
+    Returns:
+        for environment.json: the largest change of a logit in a document whose neighbour was replaced, 0; the largest
+        difference from the same document in a row of its own, relative to the largest logit; and the relative
+        difference of the supervised loss from the cross-entropy of the plain logits.
 
     Raises:
         RunFault: a document attends to its neighbour, or the loss is not that of the logits.
@@ -69,7 +52,6 @@ def check_isolation(
     largest = max(logits.abs().max().item() for logits in alone)
     packing_error = max((a - b).abs().max().item() for a, b in zip(together, alone, strict=True)) / max(largest, 1e-6)
     loss_error = abs(loss - reference) / max(abs(reference), 1e-6)
-    report = IsolationReport(leak, packing_error, loss_error)
     if not leak == 0.0:
         raise RunFault(
             f"packed documents see each other: replacing one changed its neighbours' logits by {leak:.3g}; "
@@ -80,7 +62,7 @@ def check_isolation(
             f"a packed document is not the same as the document alone (relative difference {packing_error:.3g}, "
             f"loss {loss_error:.3g}); nothing was trained. Report this model type"
         )
-    return report
+    return {"leak": leak, "packed_against_alone": packing_error, "loss_against_logits": loss_error}
 
 
 def _inputs(documents: list[torch.Tensor], device: torch.device) -> dict:
@@ -88,7 +70,6 @@ def _inputs(documents: list[torch.Tensor], device: torch.device) -> dict:
     longest = max(len(d) for d in documents)
     return {
         "input_ids": torch.cat(documents)[None].to(device),
-        "position_ids": torch.cat([torch.arange(len(d)) for d in documents])[None].to(device),
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
         "max_length_q": longest,
@@ -97,13 +78,18 @@ def _inputs(documents: list[torch.Tensor], device: torch.device) -> dict:
     }
 
 
+def _token_inputs(documents: list[torch.Tensor], device: torch.device) -> dict:
+    positions = torch.cat([torch.arange(len(d)) for d in documents])[None].to(device)
+    return _inputs(documents, device) | {"position_ids": positions}  # a classifier computes them itself
+
+
 def _token_logits(model: nn.Module, documents: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    logits = model(**_inputs(documents, device)).logits[0].float()
+    logits = model(**_token_inputs(documents, device)).logits[0].float()
     return list(logits.split([len(d) for d in documents]))
 
 
 def _token_losses(model: nn.Module, documents: list, logits: list, device: torch.device) -> tuple[float, float]:
-    inputs = _inputs(documents, device)
+    inputs = _token_inputs(documents, device)
     starts = inputs["cu_seq_lens_q"][:-1].long()
     targets = torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool, device=device)
     targets[starts] = False
@@ -116,18 +102,12 @@ def _token_losses(model: nn.Module, documents: list, logits: list, device: torch
     return float(loss), float(reference)
 
 
-def _class_inputs(documents: list[torch.Tensor], device: torch.device) -> dict:
-    inputs = _inputs(documents, device)
-    del inputs["position_ids"]  # the classifier computes them itself
-    return inputs
-
-
 def _class_logits(model: nn.Module, documents: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    return list(model(**_class_inputs(documents, device)).logits.float())
+    return list(model(**_inputs(documents, device)).logits.float())
 
 
 def _class_losses(model: nn.Module, documents: list, logits: list, device: torch.device) -> tuple[float, float]:
     targets = torch.zeros(len(documents), dtype=torch.int64, device=device)
-    loss = model(**_class_inputs(documents, device), targets=targets).loss
+    loss = model(**_inputs(documents, device), targets=targets).loss
     reference = sum(-torch.log_softmax(scores, dim=-1)[0] for scores in logits)
     return float(loss), float(reference)

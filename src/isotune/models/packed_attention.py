@@ -18,11 +18,10 @@ boundaries from transformers' FlashAttentionKwargs and attends within each docum
 Importing this module registers the function. Without boundaries (generation, padded batches) it is transformers' sdpa.
 """
 
-import contextlib
 import functools
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -52,12 +51,9 @@ POSITIONS_AFTER_PADDING = frozenset(
 
 
 def kernel_in_effect(device: torch.device | str, dtype: torch.dtype, dropout: float = 0.0, head_size: int = 64) -> str:
-    """Name of the kernel that `packed` runs.
+    """Name of the kernel that `packed` runs on query, key and value of this device, dtype (autocast's) and head size.
 
-    Args:
-        device, dtype: of query, key and value; under autocast, its dtype.
-        dropout: of attention weights in training; torch's varlen kernel has none.
-        head_size: of query, key and value; the varlen kernels take multiples of 8 up to 256.
+    torch's varlen kernel has no dropout of attention weights, and both varlen kernels take multiples of 8 up to 256.
     """
     device = torch.device(device)
     if device.type == "cpu":
@@ -117,8 +113,10 @@ def packed_attention(
     if kernel in (FLASH_ATTENTION, TORCH_VARLEN):
         longest = int(cu_seq_lens_q.diff().max()) if max_length_q is None else int(max_length_q)
         by_token = [t[0].transpose(0, 1) for t in (query, key, value)]
-        run = _run_flash_attention if kernel == FLASH_ATTENTION else _run_torch_varlen
-        return run(by_token, cu_seq_lens_q, longest, scale, causal, dropout)[None], None
+        given = (*by_token, cu_seq_lens_q, cu_seq_lens_q, longest, longest)
+        if kernel == FLASH_ATTENTION:
+            return _run_flash_attention(given, scale, causal, dropout)[None], None
+        return _run_torch_varlen(given, scale, causal)[None], None
     bounds = cu_seq_lens_q.tolist()
     assert bounds[0] == 0 and bounds[-1] == query.shape[2], "the documents cover the row"
     if kernel == DOCUMENT_PRODUCTS and not _is_fp32_inference(query):
@@ -159,9 +157,7 @@ def set_packed_attention(model: nn.Module) -> None:
         UserError: the model type does not let its attention be replaced.
     """
     base = base_model_of(model)
-    if attention_of(base.config) != PACKED:
-        base._attention_before_packing = attention_of(base.config)
-        base.set_attn_implementation(PACKED)
+    base.set_attn_implementation(PACKED)
     configs = [module.config for module in base.modules() if hasattr(module, "config")]
     if not lets_attention_be_replaced(base) or any(attention_of(config) != PACKED for config in configs):
         raise UserError(
@@ -170,33 +166,10 @@ def set_packed_attention(model: nn.Module) -> None:
         )
 
 
-def restore_attention(model: nn.Module) -> None:
-    """Undo `set_packed_attention`."""
-    base = base_model_of(model)
-    base.set_attn_implementation(getattr(base, "_attention_before_packing", "sdpa"))
-
-
-@contextlib.contextmanager
-def plain_attention(model: nn.Module) -> Iterator[None]:
-    """Within it the model uses the attention that it was loaded with, for generation and padded evaluation."""
-    base = base_model_of(model)
-    before = attention_of(base.config)
-    restore_attention(base)
-    try:
-        yield
-    finally:
-        base.set_attn_implementation(before)
-
-
 def document_position_ids(config: PreTrainedConfig, cu_seq_lens: torch.Tensor) -> torch.Tensor:
-    """Position ids that restart in every document.
+    """Position ids that restart in every document: int64 [1, tokens], from int32 [documents + 1] boundaries.
 
-    Args:
-        config: decides where positions begin: at 0, or at padding_idx + 1 for RoBERTa and its relatives.
-        cu_seq_lens: int32 [documents + 1], from 0 to tokens.
-
-    Returns:
-        int64 [1, tokens].
+    They begin at 0, or at padding_idx + 1 for RoBERTa and its relatives, as `config` says.
     """
     bounds = cu_seq_lens.long()
     starts = torch.repeat_interleave(bounds[:-1], bounds.diff())
@@ -264,46 +237,18 @@ def _torch_varlen_options() -> dict[str, Any] | None:
     return {"num_splits": 1} if "num_splits" in parameters else {}
 
 
-def _run_flash_attention(
-    by_token: list[torch.Tensor], bounds: torch.Tensor, longest: int, scale: float, causal: bool, dropout: float
-) -> torch.Tensor:
+def _run_flash_attention(given: tuple[Any, ...], scale: float, causal: bool, dropout: float) -> torch.Tensor:
     kernel = _flash_attention()
     assert kernel is not None
     # its backward sums the queries' gradients in no fixed order otherwise; torch's own kernel reads this setting itself
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return kernel(
-        *by_token,
-        bounds,
-        bounds,
-        longest,
-        longest,
-        dropout,
-        softmax_scale=scale,
-        causal=causal,
-        deterministic=deterministic,
-    )
+    return kernel(*given, dropout, softmax_scale=scale, causal=causal, deterministic=deterministic)
 
 
-def _run_torch_varlen(
-    by_token: list[torch.Tensor], bounds: torch.Tensor, longest: int, scale: float, causal: bool, dropout: float
-) -> torch.Tensor:
+def _run_torch_varlen(given: tuple[Any, ...], scale: float, causal: bool) -> Any:
     from torch.nn.attention.varlen import varlen_attn
 
-    assert dropout == 0.0
-    options = _torch_varlen_options() or {}
-    grouped = by_token[0].shape[1] != by_token[1].shape[1]
+    grouped = given[0].shape[1] != given[1].shape[1]
     window = (-1, 0) if causal else (-1, -1)
-    query, key, value = by_token
-    return varlen_attn(  # type: ignore[return-value]  (a tensor, as no auxiliary output is requested)
-        query,
-        key,
-        value,
-        bounds,
-        bounds,
-        longest,
-        longest,
-        scale=scale,
-        window_size=window,
-        enable_gqa=grouped,
-        **options,
-    )
+    options = _torch_varlen_options() or {}
+    return varlen_attn(*given, scale=scale, window_size=window, enable_gqa=grouped, **options)

@@ -68,7 +68,7 @@ class PreTrainChecks(TrainerCallback):
             **environment.devices(self.process),
             "slurm": slurm_ids(),
             "in_effect": found,
-            "isolation": isolation.as_dict(),
+            "isolation": isolation,
             "data_fingerprints": self.checkpointer.data_fingerprints,
             "data": self.data_counts,
         }
