@@ -1,6 +1,7 @@
 """Small built-in models and their tokenizer, defined in code, so that every command runs without a network."""
 
 import random
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -11,25 +12,15 @@ from isotune.io.errors import UserError, nearest
 
 TOKENIZER_ROWS = 500
 
-# opt-tiny has OPT's special tokens (pad 1, bos = eos = 2) and a head tied to the embedding.
-_GEOMETRIES: dict[str, dict[str, Any]] = {
-    "opt-tiny": {
-        "hidden_size": 128,
-        "word_embed_proj_dim": 128,
-        "ffn_dim": 512,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 512,
-        "dropout": 0.0,
-        "attention_dropout": 0.0,
-    },
-    "bert-tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 512,
-    },
+_SHARED = {"max_position_embeddings": 512, "num_attention_heads": 4, "pad_token_id": 1}
+_MODELS: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]] = {
+    # with OPT's special tokens (pad 1, bos = eos = 2) and a head tied to the embedding
+    "opt-tiny": (
+        OPTConfig,
+        {"hidden_size": 128, "word_embed_proj_dim": 128, "ffn_dim": 512, "num_hidden_layers": 3}
+        | {"dropout": 0.0, "attention_dropout": 0.0, "bos_token_id": 2, "eos_token_id": 2},
+    ),
+    "bert-tiny": (BertConfig, {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}),
 }
 _SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]
 
@@ -40,13 +31,8 @@ def builtin_config(name: str) -> PreTrainedConfig:
     Raises:
         UserError: there is no built-in model of this name.
     """
-    short = _short_name(name)
-    geometry = _GEOMETRIES[short]
-    if short == "bert-tiny":
-        return BertConfig(vocab_size=len(builtin_tokenizer(name)), pad_token_id=1, **geometry)
-    return OPTConfig(
-        vocab_size=len(builtin_tokenizer(name)), pad_token_id=1, bos_token_id=2, eos_token_id=2, **geometry
-    )
+    kind, geometry = _MODELS[_short_name(name)]
+    return kind(vocab_size=len(builtin_tokenizer(name)), **_SHARED, **geometry)
 
 
 @cache
@@ -81,31 +67,19 @@ def builtin_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     from tokenizers import Tokenizer, processors
 
+    backend = Tokenizer.from_str(_trained_backend())
+    special: dict[str, Any] = {"bos_token": "</s>", "eos_token": "</s>"}
     if _short_name(name) == "bert-tiny":
-        backend = Tokenizer.from_str(_trained_backend())
         enclosing = [("<s>", 0), ("</s>", 2)]
         backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=enclosing)
-        return PreTrainedTokenizerFast(
-            tokenizer_object=backend,
-            cls_token="<s>",
-            sep_token="</s>",
-            pad_token="<pad>",
-            unk_token="<unk>",
-            model_input_names=["input_ids", "attention_mask"],
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_trained_backend()),
-        bos_token="</s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-    )
+        special = {"cls_token": "<s>", "sep_token": "</s>", "model_input_names": ["input_ids", "attention_mask"]}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", **special)
 
 
 def _short_name(name: str) -> str:
     short = name.removeprefix(PREFIX)
-    if short not in _GEOMETRIES:
-        near = nearest(short, _GEOMETRIES)
-        hint = f"did you mean '{PREFIX}{near}'?" if near else f"there are {', '.join(_GEOMETRIES)}"
+    if short not in _MODELS:
+        near = nearest(short, _MODELS)
+        hint = f"did you mean '{PREFIX}{near}'?" if near else f"there are {', '.join(_MODELS)}"
         raise UserError(f"model_name_or_path '{name}' is not built in: {hint}")
     return short

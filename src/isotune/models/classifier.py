@@ -11,11 +11,14 @@ Model types that are not in ENCODERS get padded texts, made from the same row.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -23,7 +26,6 @@ from isotune.compat.peft import base_model_of, given_arguments
 from isotune.compat.torch import patch_forward
 from isotune.compat.transformers import attention_of, set_sharded_classes
 from isotune.io.errors import UserError
-from isotune.models.class_loss import ClassLoss
 from isotune.models.cpu.cls_only import cls_states_only
 from isotune.models.cpu.functional import onednn_products
 from isotune.models.cpu.layers import keep_freed_memory
@@ -39,7 +41,62 @@ ENCODERS = {
     "xlm-roberta": "encoder",
 }
 PADDED = "padded"
+
+
+@dataclass(frozen=True)
+class ClassLoss:
+    """Cross-entropy with weights by class (None: all 1) and the share e of each target that is spread over all classes.
+
+    It is torch's `cross_entropy(weight=..., label_smoothing=...)`, split so that a global batch may be divided into any
+    microbatches on any ranks: each microbatch yields a sum over its documents, and the total is divided by the summed
+    weights of the global batch, which the batch schedule knows.
+
+        loss of a step = sum over documents of [(1 - e) w(y) (-log p(y)) + e/K sum over classes c of w(c) (-log p(c))]
+                         ---------------------------------------------------------------------------------------------
+                                                      sum over documents of w(y)
+    """
+
+    class_weights: tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
+
+    def summed(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The sum over documents, in fp32: logits [documents, classes], targets int64 [documents]."""
+        weights = None
+        if self.class_weights is not None:
+            weights = torch.tensor(self.class_weights, dtype=torch.float32, device=logits.device)
+        smoothing = self.label_smoothing
+        return functional.cross_entropy(logits.float(), targets, weights, reduction="sum", label_smoothing=smoothing)
+
+    def denominator(self, labels: np.ndarray) -> float:
+        """Sum of the weights of documents of these classes, int [documents]; without weights, their number."""
+        if self.class_weights is None:
+            return len(labels)
+        # rounded as in `summed`
+        weights = np.array(self.class_weights, np.float32).astype(np.float64)
+        return float(np.bincount(labels, minlength=len(weights)) @ weights)
+
+
 PLAIN_LOSS = ClassLoss()
+
+
+def choose_weights(
+    class_weights: str | Sequence[float] | None, labels: np.ndarray, classes: int
+) -> tuple[float, ...] | None:
+    """Weights by class, of the recipe's `balanced`, one weight per class, or None.
+
+    `balanced` is scikit-learn's: documents / (classes * documents of the class), so that every class has the same sum
+    over the `labels` of the training data, int [documents].
+    """
+    if class_weights is None:
+        return None
+    if class_weights == "balanced":
+        counts = np.bincount(labels, minlength=classes)
+        return tuple((len(labels) / (classes * counts)).tolist())
+    if len(class_weights) != classes:
+        raise UserError(
+            f"class_weights has {len(class_weights)} numbers, and the data has {classes} classes: give one for each"
+        )
+    return tuple(float(weight) for weight in class_weights)
 
 
 def install_classification(model: PreTrainedModel, class_loss: ClassLoss | None = None) -> str:
@@ -99,8 +156,7 @@ def _select_first_states(encoder: nn.Module, args: Any, kwargs: dict[str, Any], 
 def fast_evaluation(model: Any) -> Iterator[None]:
     """Within it a classifier on CPU is evaluated faster, with logits that differ by rounding only.
 
-    Args:
-        model: after `install_classification`, or a PeftModel around it.
+    `model` is one after `install_classification`, or a PeftModel around it.
     """
     base = base_model_of(model)
     with contextlib.ExitStack() as within:

@@ -16,7 +16,7 @@ from isotune.checkpoint.unshard import reshard
 from isotune.data.batch_schedule import Microbatch, Step, assign_to_ranks, collate
 from isotune.data.documents import Documents
 from isotune.distributed.ranks import Watchdog, gather_by_number, gather_vectors, ordered_sum
-from isotune.models.class_loss import ClassLoss
+from isotune.models.classifier import ClassLoss
 
 
 @dataclass(frozen=True)

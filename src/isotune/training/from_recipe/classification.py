@@ -21,8 +21,7 @@ from isotune.compat.transformers import attention_of
 from isotune.config import ClassificationRecipe
 from isotune.data.documents import RunData
 from isotune.distributed.launch import Process, start_process
-from isotune.models.class_loss import ClassLoss, choose_weights
-from isotune.models.classifier import PADDED, install_classification
+from isotune.models.classifier import PADDED, ClassLoss, choose_weights, install_classification
 from isotune.models.cpu.layers import enable_speedups
 from isotune.models.lora import add_adapters
 from isotune.models.opening import load_base_model, load_config, load_tokenizer
