@@ -5,7 +5,6 @@ no configuration: engine, ZeRO stage, clipping, precision and shards come from t
 """
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,39 +18,12 @@ from isotune.distributed.launch import Process
 from isotune.io.errors import RunFault
 
 
-@dataclass(frozen=True)
-class EngineInEffect:
-    """What the prepared model and optimizer show.
+def read_back(trainer: Any) -> dict[str, Any]:
+    """The engine in effect, after `trainer` has prepared its model and optimizer, as environment.json names it.
 
-    Attributes:
-        kind: plain, DDP, DeepSpeed or FSDP.
-        engine: class of the prepared model.
-        zero_stage: of DeepSpeed, else None.
-        offload: parts in host memory: optimizer, param.
-        world_size: ranks that share the work.
-        precision: of mixed precision: no, bf16 or fp16.
-        max_grad_norm: gradient clipping; 0 is off.
-        optimizer: class of the innermost optimizer.
-        accumulation: the engine's own gradient accumulation; 1, because the step schedule accumulates.
-        parameter_bytes_per_rank: bytes of the weights that this rank holds between two steps.
-        optimized_numbers_per_rank: fp32 elements that this rank's optimizer updates.
+    `accumulation` is the engine's own, 1, because the step schedule accumulates. Per rank there are the bytes of the
+    weights that it holds between two steps, and the fp32 elements that its optimizer updates.
     """
-
-    kind: str
-    engine: str
-    zero_stage: int | None
-    offload: list[str]
-    world_size: int
-    precision: str
-    max_grad_norm: float
-    optimizer: str
-    accumulation: int
-    parameter_bytes_per_rank: int
-    optimized_numbers_per_rank: int
-
-
-def read_back(trainer: Any) -> EngineInEffect:
-    """The engine in effect, after `trainer` has prepared its model and optimizer."""
     model, accelerator = trainer.model_wrapped, trainer.accelerator
     kind, stage, offload = "plain", None, []
     world_size, precision = int(accelerator.num_processes), accelerator.mixed_precision
@@ -68,24 +40,23 @@ def read_back(trainer: Any) -> EngineInEffect:
         kind, offload = "FSDP", ["param", "optimizer"] if fsdp2_offloads(model) else []
     elif isinstance(model, DistributedDataParallel):
         kind, world_size = "DDP", torch.distributed.get_world_size(model.process_group)
-    return EngineInEffect(
-        kind=kind,
-        engine=type(model).__name__,
-        zero_stage=stage,
-        offload=offload,
-        world_size=world_size,
-        precision=precision,
-        max_grad_norm=clipping,
-        optimizer=type(optimizer).__name__,
-        accumulation=accumulation,
-        parameter_bytes_per_rank=sum(
-            _local_numel(p) * p.element_size() for p in accelerator.unwrap_model(model).parameters()
-        ),
-        optimized_numbers_per_rank=_optimized_numel(model, optimizer),
-    )
+    weights = accelerator.unwrap_model(model).parameters()
+    return {
+        "kind": kind,  # plain, DDP, DeepSpeed or FSDP
+        "engine": type(model).__name__,
+        "zero_stage": stage,
+        "offload": offload,  # parts in host memory
+        "world_size": world_size,  # ranks of the group that the engine reduces over
+        "precision": precision,
+        "max_grad_norm": clipping,  # 0 clips nothing
+        "optimizer": type(optimizer).__name__,
+        "accumulation": accumulation,
+        "parameter_bytes_per_rank": sum(_local_numel(p) * p.element_size() for p in weights),
+        "optimized_numbers_per_rank": _optimized_numel(model, optimizer),
+    }
 
 
-def check_engine(engine: EngineInEffect, trainer: Any, recipe: RunRecipe, process: Process) -> None:
+def check_engine(engine: dict[str, Any], trainer: Any, recipe: RunRecipe, process: Process) -> None:
     """Check that the engine in effect is the one that was asked for.
 
     Raises:
@@ -103,7 +74,7 @@ def check_engine(engine: EngineInEffect, trainer: Any, recipe: RunRecipe, proces
         "accumulation": ("gradient_accumulation_steps", 1),
     }
     for name, (key, expected) in expected_values.items():
-        actual = getattr(engine, name)
+        actual = engine[name]
         if name == "offload" and process.fsdp:
             continue  # accelerate's own key, which changes no result
         if actual != expected:

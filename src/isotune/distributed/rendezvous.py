@@ -72,8 +72,9 @@ def rendezvous(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
         yield
         return
     variable = "NCCL_SOCKET_IFNAME" if torch.cuda.is_available() else "GLOO_SOCKET_IFNAME"
+    address, patience = environment["MASTER_ADDR"], timedelta(seconds=DEFAULT_TIMEOUT_SECONDS)
     meeting = Rendezvous(
-        lambda: _open_store(environment),
+        lambda: TCPStore(address, int(environment["MASTER_PORT"]), is_master=False, timeout=patience),
         rank=int(environment["RANK"]),
         world_size=world_size,
         timeout_seconds=float(environment.get(TIMEOUT_VARIABLE) or DEFAULT_TIMEOUT_SECONDS),
@@ -104,7 +105,6 @@ class Rendezvous:
 
     Args:
         open_store: connects to the store of the launch; called in the thread.
-        rank, world_size: of this launch.
         timeout_seconds: for the first all-reduce, once all ranks have joined.
         interface: the network interface that the backend uses.
         on_timeout: takes the diagnosis after a timeout; by default prints it and exits the process.
@@ -211,11 +211,6 @@ def _accepts_connections(endpoint: Mapping[str, Any]) -> bool:
     except OSError:
         return False
     return True
-
-
-def _open_store(environment: Mapping[str, str]) -> Store:
-    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=DEFAULT_TIMEOUT_SECONDS))
 
 
 def _exit_process(sentence: str) -> NoReturn:
