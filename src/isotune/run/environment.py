@@ -63,9 +63,7 @@ def in_effect(trainer: Any, engine: dict[str, Any]) -> dict[str, Any]:
         **engine,
         "weights_dtype": str(next(p.dtype for p in inner.parameters() if p.is_floating_point())).removeprefix("torch."),
         "attention": attention_of(base_model_of(inner).config),
-        "attention_kernel": kernel_in_effect(
-            trainer.args.device, COMPUTE_DTYPES.get(engine["precision"], torch.float32)
-        ),
+        "attention_kernel": kernel_in_effect(trainer.args.device, dtype),
         "exact_gradients": trainer.update.sync.exact is not None,
         "trained_parameters": trained_parameters,
         "all_parameters": sum(whole_numel(p) for p in inner.parameters()),
