@@ -108,7 +108,9 @@ def test_real_texts_have_the_tokens_of_the_stock_tokenizer(shared_data):
 def test_the_second_preparation_reads_the_cache_and_gives_the_same(write, monkeypatch):
     path = write(*rows(("1", 0), ("2 3", 1)))
     first = quietly(path)
-    monkeypatch.setattr("isotune.data.classification.preparation._build", lambda *_, **__: pytest.fail("built again"))
+    monkeypatch.setattr(
+        "isotune.data.classification.preparation.read_documents", lambda *_, **__: pytest.fail("built again")
+    )
     again = quietly(path)
     assert again.fingerprint == first.fingerprint
     assert np.array_equal(again.documents.input_ids, first.documents.input_ids)

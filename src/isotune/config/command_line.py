@@ -18,15 +18,10 @@ from isotune.io.errors import UserError
 
 @dataclass(frozen=True)
 class CommandLine:
-    """A command line that is split into flags before it is known which keys a recipe has.
+    """A command line that is split into flags before it is known which keys a recipe has."""
 
-    Attributes:
-        config: the recipe file, or None for flags alone.
-        flags: the words after each flag, by the flag's name without dashes; hyphens in names are underscores.
-    """
-
-    config: Path | None
-    flags: Mapping[str, Sequence[str]]
+    config: Path | None  # the recipe file, or None for flags alone
+    flags: Mapping[str, Sequence[str]]  # the words after each flag, by its name with underscores and without dashes
 
     @classmethod
     def parse(cls, argv: Sequence[str], default_config: Path | None = None) -> Self:
@@ -55,11 +50,7 @@ class CommandLine:
         return cls(Path(config[0]), flags)
 
     def given(self) -> dict[str, Any]:
-        """Every value that the file and the flags give, as written, by the key's proper name; a flag wins.
-
-        Raises:
-            UserError: the file cannot be read.
-        """
+        """Every value that the file and the flags give, as written, by the key's proper name; a flag wins."""
         values = dict(read_file(self.config).given) if self.config is not None else {}
         values |= {name: " ".join(words) for name, words in self.flags.items()}
         return {ALIASES.get(name, name): value for name, value in values.items()}

@@ -22,19 +22,12 @@ ALTERNATIVES = (("max_steps", "num_train_epochs"), ("eval_dataset_name", "eval_s
 
 @dataclass(frozen=True)
 class Layer:
-    """Values that are given in one place.
+    """Values that are given in one place: Python, a recipe file, or the command line."""
 
-    Attributes:
-        given: the values as written, by key.
-        file: the recipe file.
-        lines: the line of every key in the file.
-        flags: whether this is the command line.
-    """
-
-    given: Mapping[str, Any]
+    given: Mapping[str, Any]  # as written, by key
     file: str | None = None
-    lines: Mapping[str, int] = field(default_factory=dict[str, int])
-    flags: bool = False
+    lines: Mapping[str, int] = field(default_factory=dict[str, int])  # of every key in the file
+    flags: bool = False  # whether this is the command line
 
     def name_of(self, name: str) -> str:
         """A key as it was written here, with its place."""
@@ -143,7 +136,8 @@ def merge_layers(
                 for name in contradiction.keys
             ]
             verb = "cannot be" if len(named) == 1 else "contradict each other"
-            complain(f"{' and '.join(named)} {verb}: {contradiction.remedy_for(values)}")
+            remedy = contradiction.remedy if isinstance(contradiction.remedy, str) else contradiction.remedy(values)
+            complain(f"{' and '.join(named)} {verb}: {remedy}")
     return values, given
 
 

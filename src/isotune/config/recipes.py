@@ -133,19 +133,12 @@ TASKS: dict[str, type[Recipe | ClassificationRecipe]] = {"sft": Recipe, "classif
 
 @dataclass(frozen=True)
 class ProjectKind:
-    """A kind of recipe that a project adds.
-
-    Attributes:
-        recipe: its class.
-        own_key: a key that no other kind has; a recipe that has it is of this kind.
-        prepare: reads and prepares a recipe's data, given the recipe and its tokenizer; returns the run's data.
-        why_not_planned: the sentence that refuses to plan the values that a recipe gives, or None where it can be.
-    """
+    """A kind of recipe that a project adds."""
 
     recipe: type[ClassificationRecipe]
-    own_key: str
-    prepare: Callable[[Any, Any], Any]
-    why_not_planned: Callable[[Mapping[str, Any]], str | None]
+    own_key: str  # that no other kind has; a recipe that has it is of this kind
+    prepare: Callable[[Any, Any], Any]  # the run's data, given the recipe and its tokenizer
+    why_not_planned: Callable[[Mapping[str, Any]], str | None]  # the sentence that refuses to plan given values
 
 
 PROJECTS: list[ProjectKind] = []  # each project appends its own when `isotune.projects` is imported

@@ -79,34 +79,23 @@ class Requirement:
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a recipe, which is also the flag `--NAME`.
-
-    Attributes:
-        takes: the type annotation of its value.
-        unset: the value that means "not given".
-        default_from: computes the default from the other values; `default_text` describes it.
-        step_count: a number of steps that may also be a share of the run: whole from 1 on, any fraction below.
-        common: shown by --help; the other keys are shown by --help-all only.
-        changes_result: whether runs that differ in this key are different experiments.
-        is_path: a leading ~ is the home folder.
-        secret: never shown and never written.
-    """
+    """One key of a recipe, which is also the flag `--NAME`."""
 
     name: str
-    takes: Any
+    takes: Any  # the type annotation of its value
     default: Any
     group: str
     help: str
     allowed: Range | None = None
     needs: Requirement | None = None
-    unset: Any = None
-    default_from: Callable[[Values], Any] | None = None
-    default_text: str | None = None
-    step_count: bool = False
-    common: bool = True
-    changes_result: bool = True
-    is_path: bool = False
-    secret: bool = False
+    unset: Any = None  # the value that means "not given"
+    default_from: Callable[[Values], Any] | None = None  # computes the default from the other values
+    default_text: str | None = None  # describes that
+    step_count: bool = False  # steps that may also be a share of the run: whole from 1 on, any fraction below
+    common: bool = True  # shown by --help; the other keys are shown by --help-all only
+    changes_result: bool = True  # whether runs that differ in this key are different experiments
+    is_path: bool = False  # a leading ~ is the home folder
+    secret: bool = False  # never shown and never written
 
     @property
     def required(self) -> bool:
@@ -131,10 +120,6 @@ class Contradiction:
     keys: tuple[str, ...]
     holds: Callable[[Values], bool]
     remedy: str | Callable[[Values], str]
-
-    def remedy_for(self, values: Values) -> str:
-        """The remedy for a recipe of these values."""
-        return self.remedy if isinstance(self.remedy, str) else self.remedy(values)
 
 
 def parse(key: Key, value: Any) -> Any:

@@ -25,18 +25,14 @@ ATTENTION_PARITY_TOKENS = 12_288
 
 @dataclass(frozen=True)
 class Microbatch:
-    """What one forward pass sees: whole documents, one after the other, without padding.
+    """What one forward pass sees: whole documents, one after the other, without padding."""
 
-    `number` counts within the step. `weight` is 1, or 0 where a rank runs the forward only because the other ranks
-    still communicate.
-    """
-
-    number: int
+    number: int  # within the step
     documents: tuple[int, ...]
     tokens: int
     supervised_tokens: int
     cost: float
-    weight: float = 1.0
+    weight: float = 1.0  # 0 where a rank runs the forward only because the other ranks still communicate
 
 
 @dataclass(frozen=True)

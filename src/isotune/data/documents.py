@@ -17,8 +17,6 @@ from isotune.io.errors import UserError
 
 QUANTILES = {"min": 0.0, "5%": 0.05, "25%": 0.25, "50%": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
 
-Line = tuple[str, str]
-
 
 def digest(*parts: Any) -> str:
     """SHA-256, in hexadecimal, of parts that JSON can hold; it names prepared data."""
@@ -175,15 +173,25 @@ class CountsTable:
 
     source: str  # where the rows came from
     counts: dict[str, Any]  # plain numbers by name, for a JSON file
-    lines: tuple[Line, ...]  # what is printed, name and value
+    lines: tuple[tuple[str, str], ...]  # what is printed, name and value; then the quantiles of the whole lengths
+
+    @staticmethod
+    def quantiles(lengths: np.ndarray) -> dict[str, int]:
+        """Lengths that really occur, at the shares of QUANTILES: tokens by name."""
+        if not len(lengths):
+            return {}
+        values = np.quantile(lengths, list(QUANTILES.values()), method="nearest")
+        return {name: int(tokens) for name, tokens in zip(QUANTILES, values, strict=True)}
 
     def as_dict(self) -> dict[str, Any]:
         """The source and its counts, for a JSON file."""
         return {"source": self.source, **self.counts}
 
     def __str__(self) -> str:
-        width = max(len(name) for name, _ in self.lines)
-        return "\n".join([self.source, *(f"  {name:<{width}}  {value}" for name, value in self.lines)])
+        quantiles = "  ".join(f"{name} {tokens:,}" for name, tokens in self.counts["whole_lengths"].items())
+        lines = [*self.lines, ("tokens of a whole document", quantiles)]
+        width = max(len(name) for name, _ in lines)
+        return "\n".join([self.source, *(f"  {name:<{width}}  {value}" for name, value in lines)])
 
 
 def with_share(count: int, of: int) -> str:
@@ -191,23 +199,10 @@ def with_share(count: int, of: int) -> str:
     return f"{count:,} ({count / max(of, 1):.1%})"
 
 
-def count_lines(counts: Mapping[str, int], *, share_of: int | None = None) -> list[Line]:
+def count_lines(counts: Mapping[str, int], *, share_of: int | None = None) -> list[tuple[str, str]]:
     """Lines of a table for what is not zero: thousands separated, with the share of `share_of` where that is given."""
     shown = {name: count for name, count in counts.items() if count}
     return [(name, f"{n:,}" if share_of is None else with_share(n, share_of)) for name, n in shown.items()]
-
-
-def lengths_line(quantiles: dict[str, int]) -> Line:
-    """The line of the lengths before anything was cut."""
-    return "tokens of a whole document", "  ".join(f"{name} {tokens:,}" for name, tokens in quantiles.items())
-
-
-def length_quantiles(lengths: np.ndarray) -> dict[str, int]:
-    """Lengths that really occur, at the shares of QUANTILES: tokens by name."""
-    if not len(lengths):
-        return {}
-    values = np.quantile(lengths, list(QUANTILES.values()), method="nearest")
-    return {name: int(tokens) for name, tokens in zip(QUANTILES, values, strict=True)}
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,18 @@
 """What a recipe says about its labelled data, and their rows: texts, classes from a column or a text, and ids."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import ClassVar
 
 import numpy as np
+from tqdm import tqdm
 
 from isotune.config.recipes import LabelSource, OverlongText
 from isotune.data.contents import clean, contents_of, random_labels
-from isotune.data.documents import DataSettings
+from isotune.data.documents import DataSettings, Documents
 from isotune.data.sources.source import Row, Source, kind_of_value, surrogate_fault
+from isotune.data.tokenizer import TextEncoder
 from isotune.io.errors import UserError
 
 Id = int | str
@@ -76,37 +78,52 @@ def labels_of(texts: Sequence[str], settings: ClassificationSettings) -> np.ndar
     return np.array([rules.classify(clean(text)) for text in texts], np.int32)
 
 
-@dataclass(frozen=True)
-class LabelledRows:
-    """Rows that were read together: texts, classes (None where not read) and ids (None where there are none)."""
+def read_documents(
+    source: Source, encoder: TextEncoder, settings: ClassificationSettings, *, show_progress: bool
+) -> Documents:
+    """All rows of a source, tokenized, with their classes and these columns.
 
-    texts: list[str]
-    labels: list[int] | None
-    ids: list[Id] | None
-
-
-def read_labelled(source: Source, settings: ClassificationSettings) -> Iterator[LabelledRows]:
-    """The rows of a source, batch by batch.
+    ids             the data set's own, or the numbers of the rows
+    contents        uint64; the digest of the normalised text, equal where two texts say the same
+    whole_lengths   int64; the tokens before anything was cut
+    marked          bool; whether the text holds HTML breaks, entities or escapes
 
     Raises:
         UserError: a column is missing, or a cell holds no text, no class or no id; the sentence names the row.
     """
     columns: dict[str, str] = {}
-    for rows in source.batches():
-        columns = columns or _columns(rows[0][1], settings)
-        for number, row in rows:
-            for key, column in columns.items():
-                if column not in row:
-                    present = ", ".join(row) or "none"
-                    raise UserError(
-                        f"{source.where(number)} lacks the column {column!r}; it has {present}: name it by {key}"
-                    )
-        label, own_id = columns.get("dataset_label_field"), columns.get("dataset_id_field")
-        yield LabelledRows(
-            texts=[_text(row, source, number, settings.dataset_text_field) for number, row in rows],
-            labels=[_label(row, source, number, label) for number, row in rows] if label else None,
-            ids=[_id(row, source, number, own_id) for number, row in rows] if own_id else None,
-        )
+    parts: list[Documents] = []
+    ids: list[Id] = []
+    with tqdm(desc="preparing", unit=" documents", disable=not show_progress) as bar:
+        for rows in source.batches():
+            columns = columns or _columns(rows[0][1], settings)
+            for number, row in rows:
+                for key, column in columns.items():
+                    if column not in row:
+                        present = ", ".join(row) or "none"
+                        raise UserError(
+                            f"{source.where(number)} lacks the column {column!r}; it has {present}: name it by {key}"
+                        )
+            texts = [_text(row, source, number, settings.dataset_text_field) for number, row in rows]
+            if column := columns.get("dataset_label_field"):
+                labels = np.array([_label(row, source, number, column) for number, row in rows], np.int32)
+            else:
+                labels = labels_of(texts, settings)
+            if column := columns.get("dataset_id_field"):
+                ids += [_id(row, source, number, column) for number, row in rows]
+            parts.append(_encode(texts, labels, encoder, settings))
+            bar.update(len(rows))
+    documents = Documents.concat(parts)
+    own_columns = {"ids": _as_ids(ids, len(documents), source), **documents.columns}
+    return replace(documents, source_rows=np.arange(len(documents)), columns=own_columns)
+
+
+def _encode(texts: list[str], labels: np.ndarray, encoder: TextEncoder, settings: ClassificationSettings) -> Documents:
+    cleaned = [clean(text) for text in texts]
+    chosen = cleaned if settings.clean_text else texts
+    documents = encoder.encode(chosen, settings.max_seq_length, settings.overlong, labels)
+    marked = np.array([text != raw for text, raw in zip(cleaned, texts, strict=True)])
+    return replace(documents, columns={"contents": contents_of(texts), **documents.columns, "marked": marked})
 
 
 def _columns(first: Row, settings: ClassificationSettings) -> dict[str, str]:
@@ -119,22 +136,8 @@ def _columns(first: Row, settings: ClassificationSettings) -> dict[str, str]:
     return columns
 
 
-def texts_of(source: Source, column: str, source_rows: np.ndarray) -> Iterator[str]:
-    """The texts of some rows of a source as they stand there, in the order of the source.
-
-    Args:
-        source_rows: int64 [texts], rising.
-    """
-    chosen = set(source_rows.tolist())
-    return (row[column] for number, row in enumerate(source.rows()) if number in chosen)
-
-
-def as_ids(ids: list[Id], documents: int, source: Source) -> np.ndarray:
-    """Ids as an array, int64 or text [documents]; the numbers of the rows where the data set has none.
-
-    Raises:
-        UserError: numbers and texts are mixed, a number has more than 64 bits, or an id stands twice.
-    """
+def _as_ids(ids: list[Id], documents: int, source: Source) -> np.ndarray:
+    """Ids as an array, int64 or text [documents]; the numbers of the rows where the data set has none."""
     if not ids:
         return np.arange(documents)
     kind = type(ids[0])

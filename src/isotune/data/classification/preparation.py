@@ -5,29 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
-from tqdm import tqdm
 
 from isotune.data.cache import Content, load_or_build
-from isotune.data.classification.labels import (
-    ClassificationSettings,
-    Id,
-    LabelledRows,
-    as_ids,
-    labels_of,
-    read_labelled,
-    texts_of,
-)
-from isotune.data.contents import EMPTY, clean, contents_of
-from isotune.data.documents import (
-    CountsTable,
-    Documents,
-    PreparedData,
-    count_lines,
-    digest,
-    length_quantiles,
-    lengths_line,
-    with_share,
-)
+from isotune.data.classification.labels import ClassificationSettings, read_documents
+from isotune.data.contents import EMPTY
+from isotune.data.documents import CountsTable, Documents, PreparedData, count_lines, digest, with_share
 from isotune.data.packing import one_document_per_row
 from isotune.data.sources.source import Source
 from isotune.data.tokenizer import TextEncoder
@@ -38,13 +20,7 @@ LABELLED_FORMAT_VERSION = 2  # raised when the same input gives other documents
 
 @dataclass(frozen=True)
 class LabelledSplit:
-    """One split of a data set, read and tokenized, before it is decided which of its documents are used.
-
-    Attributes:
-        documents: with the columns `ids`; `contents`, uint64, the digest of the normalised text, equal where two texts
-            say the same; `whole_lengths`, int64, the tokens before anything was cut; and `marked`, bool, whether the
-            text holds HTML breaks, entities or escapes.
-    """
+    """One split of a data set, read and tokenized, before it is decided which of its documents are used."""
 
     documents: Documents
     source: Source
@@ -65,7 +41,8 @@ class LabelledSplit:
 
     def texts(self) -> Iterator[str]:
         """The texts once more, as they stand in the source, in the order of the documents."""
-        return texts_of(self.source, self.settings.dataset_text_field, self.documents.source_rows)
+        chosen, column = set(self.documents.source_rows.tolist()), self.settings.dataset_text_field
+        return (row[column] for number, row in enumerate(self.source.rows()) if number in chosen)
 
     def select(self, kept: np.ndarray, *why: Any) -> Self:
         """Some of the documents; `kept`: bool [documents], `why`: what decided it, for the fingerprint."""
@@ -130,48 +107,16 @@ def tokenize(source: Source, tokenizer: Any, settings: ClassificationSettings, *
     """
     encoder = TextEncoder(tokenizer)
     settings.check(encoder.special_tokens)
+    texts = (settings.max_seq_length, settings.overlong, settings.dataset_text_field, settings.dataset_id_field)
     labels_from = {"column": settings.dataset_label_field, "rules": "", "random": settings.seed}[settings.label_source]
-    fingerprint = digest(
-        "labelled",
-        LABELLED_FORMAT_VERSION,
-        source.fingerprint,
-        encoder.fingerprint,
-        settings.max_seq_length,
-        settings.overlong,
-        settings.dataset_text_field,
-        settings.dataset_id_field,
-        settings.clean_text,
-        settings.label_source,
-        labels_from,
-    )
-    arrays, _ = load_or_build(fingerprint, lambda: _build(source, encoder, settings, show_progress=show_progress))
-    return LabelledSplit(Documents.from_arrays(arrays), source, settings, encoder.special_tokens, fingerprint)
+    labels = (settings.clean_text, settings.label_source, labels_from)
+    fingerprint = digest("labelled", LABELLED_FORMAT_VERSION, source.fingerprint, encoder.fingerprint, *texts, *labels)
 
+    def build() -> Content:
+        return read_documents(source, encoder, settings, show_progress=show_progress).as_arrays(), {}
 
-def _build(source: Source, encoder: TextEncoder, settings: ClassificationSettings, *, show_progress: bool) -> Content:
-    parts: list[Documents] = []
-    ids: list[Id] = []
-    with tqdm(desc="preparing", unit=" documents", disable=not show_progress) as bar:
-        for rows in read_labelled(source, settings):
-            parts.append(_encode_rows(rows, encoder, settings))
-            ids += rows.ids or []
-            bar.update(len(rows.texts))
-    documents = Documents.concat(parts)
-    documents = replace(
-        documents,
-        source_rows=np.arange(len(documents)),
-        columns={"ids": as_ids(ids, len(documents), source), **documents.columns},
-    )
-    return documents.as_arrays(), {}
-
-
-def _encode_rows(rows: LabelledRows, encoder: TextEncoder, settings: ClassificationSettings) -> Documents:
-    cleaned = [clean(text) for text in rows.texts]
-    labels = np.array(rows.labels, np.int32) if rows.labels else labels_of(rows.texts, settings)
-    texts = cleaned if settings.clean_text else rows.texts
-    documents = encoder.encode(texts, settings.max_seq_length, settings.overlong, labels)
-    marked = np.array([text != raw for text, raw in zip(cleaned, rows.texts, strict=True)])
-    return replace(documents, columns={"contents": contents_of(rows.texts), **documents.columns, "marked": marked})
+    documents = Documents.from_arrays(load_or_build(fingerprint, build)[0])
+    return LabelledSplit(documents, source, settings, encoder.special_tokens, fingerprint)
 
 
 def labels_table(
@@ -217,7 +162,7 @@ def labels_table(
         "empty": int((whole_lengths == special_tokens).sum()),
         "tokens": len(documents.input_ids),
         "classes": classes,
-        "whole_lengths": length_quantiles(whole_lengths),
+        "whole_lengths": CountsTable.quantiles(whole_lengths),
         "class_names": list(class_names) if class_names else None,
         "repeated": _repeated(contents),
         "contradicting": _contradicting(contents, documents.labels[: len(contents)]),
@@ -255,7 +200,6 @@ def labels_table(
             for label, (number, name) in enumerate(zip(classes, names, strict=True))
         ),
         ("tokens", f"{counts['tokens']:,}"),
-        lengths_line(counts["whole_lengths"]),
     ]
     return CountsTable(source, counts, tuple(lines))
 

@@ -13,7 +13,7 @@ similarity of each is then computed exactly: there are no false positives, and a
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from itertools import islice
@@ -148,16 +148,22 @@ def find_overlap(train: LabelledSplit, evaluation: LabelledSplit, *, show_progre
         train=_exactly_in(train.contents, evaluation.contents),
         evaluation=_exactly_in(evaluation.contents, train.contents),
     )
-    index = _NearIndex(list(evaluation.texts()))
-    texts = enumerate(train.texts())
-    with tqdm(desc="comparing", total=len(train.documents), unit=" documents", disable=not show_progress) as bar:
-        while batch := list(islice(texts, TEXTS_AT_ONCE)):
-            for (number, _), near in zip(batch, index.near([text for _, text in batch]), strict=True):
-                if near and not overlap.train[number]:
-                    overlap.train[number] = NEARLY
-                for other in near:
-                    overlap.evaluation[other] = overlap.evaluation[other] or NEARLY
-            bar.update(len(batch))
+    rensa: Any = import_module("rensa")  # has no types, and is imported only where two sets are compared
+    index = rensa.RMinHashLSH(threshold=NEAR_JACCARD, num_perm=BANDS * BAND_ROWS, num_bands=BANDS)
+    others = list(evaluation.texts())
+    for number, (runs, sketch) in enumerate(_sketched(others)):
+        if runs:
+            index.insert(number, sketch)
+    texts = tqdm(
+        _sketched(train.texts()), "comparing", len(train.documents), unit=" documents", disable=not show_progress
+    )
+    for number, (runs, sketch) in enumerate(texts):
+        candidates: list[int] = index.query(sketch) if runs else []
+        near = [other for other in candidates if jaccard(runs, runs_of_words(others[other])) >= NEAR_JACCARD]
+        if near and not overlap.train[number]:
+            overlap.train[number] = NEARLY
+        for other in near:
+            overlap.evaluation[other] = overlap.evaluation[other] or NEARLY
     return overlap
 
 
@@ -169,36 +175,19 @@ def runs_of_words(text: str) -> frozenset[str]:
     return frozenset(map(" ".join, zip(*(words[n:] for n in range(RUN_WORDS)), strict=False)))
 
 
-class _NearIndex:
-    """An index that finds the texts that are nearly equal to another text."""
-
-    def __init__(self, texts: list[str]) -> None:
-        self._texts = texts
-        rensa: Any = import_module("rensa")  # has no types, and is imported only where two sets are compared
-        self._index = rensa.RMinHashLSH(threshold=NEAR_JACCARD, num_perm=BANDS * BAND_ROWS, num_bands=BANDS)
-        for start in range(0, len(texts), TEXTS_AT_ONCE):
-            runs = [runs_of_words(text) for text in texts[start : start + TEXTS_AT_ONCE]]
-            for number, (own, sketch) in enumerate(zip(runs, _sketches(runs), strict=True), start):
-                if own:
-                    self._index.insert(number, sketch)
-
-    def near(self, texts: list[str]) -> Iterator[list[int]]:
-        """For each text the numbers of the indexed texts that nearly or exactly equal it."""
-        runs = [runs_of_words(text) for text in texts]
-        for own, sketch in zip(runs, _sketches(runs), strict=True):
-            candidates: list[int] = self._index.query(sketch) if own else []
-            yield [number for number in candidates if jaccard(own, runs_of_words(self._texts[number])) >= NEAR_JACCARD]
-
-
 def jaccard(left: frozenset[str], right: frozenset[str]) -> float:
     """The Jaccard similarity of two sets: the size of their intersection over that of their union."""
     shared = len(left & right)
     return shared / (len(left) + len(right) - shared)
 
 
-def _sketches(runs: list[frozenset[str]]) -> list[Any]:
-    rensa: Any = import_module("rensa")  # has no types
-    return rensa.RMinHash.from_token_sets([list(own) for own in runs], num_perm=BANDS * BAND_ROWS, seed=SEED)
+def _sketched(texts: Iterable[str]) -> Iterator[tuple[frozenset[str], Any]]:
+    """The runs of words of each text, with their MinHash."""
+    rensa: Any = import_module("rensa")
+    remaining = iter(texts)
+    while runs := [runs_of_words(text) for text in islice(remaining, TEXTS_AT_ONCE)]:
+        sketches = rensa.RMinHash.from_token_sets([list(own) for own in runs], num_perm=BANDS * BAND_ROWS, seed=SEED)
+        yield from zip(runs, sketches, strict=True)
 
 
 def _exactly_in(contents: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -11,18 +11,7 @@ from tqdm import tqdm
 
 from isotune.config.recipes import Overlong, Recipe, TrainOn
 from isotune.data.cache import Content, load_or_build
-from isotune.data.documents import (
-    CountsTable,
-    DataSettings,
-    Documents,
-    PreparedData,
-    RunData,
-    count_lines,
-    digest,
-    length_quantiles,
-    lengths_line,
-    with_share,
-)
+from isotune.data.documents import CountsTable, DataSettings, Documents, PreparedData, RunData, count_lines, digest
 from isotune.data.packing import one_document_per_row, pack
 from isotune.data.sft.conversations import TEXT_FIELD, Batch, read_batches
 from isotune.data.sft.tokenization import ConversationEncoder, fit
@@ -96,15 +85,8 @@ def prepare(
     encoder = ConversationEncoder(tokenizer)
     settings.check(len(encoder.prefix))
     source = read_rows(dataset_name, split, name=name)
-    documents_digest = digest(
-        FORMAT_VERSION,
-        source.fingerprint,
-        encoder.fingerprint,
-        settings.max_seq_length,
-        settings.overlong,
-        settings.train_on,
-        settings.dataset_text_field,
-    )
+    decisive = (settings.max_seq_length, settings.overlong, settings.train_on, settings.dataset_text_field)
+    documents_digest = digest(FORMAT_VERSION, source.fingerprint, encoder.fingerprint, *decisive)
     arrays, counts = load_or_build(
         documents_digest, lambda: _build(source, encoder, settings, show_progress=show_progress)
     )
@@ -158,7 +140,7 @@ def _build(source: Source, encoder: ConversationEncoder, settings: SftSettings, 
         "supervised_tokens": int(documents.supervised.sum()),
         "straddling_tokens": tally["straddling_tokens"],
         "special_texts": tally["special_texts"],
-        "whole_lengths": length_quantiles(np.concatenate(whole_lengths)),
+        "whole_lengths": CountsTable.quantiles(np.concatenate(whole_lengths)),
     }
 
 
@@ -179,7 +161,7 @@ def _table(source: str, counts: dict[str, Any], rows: int, settings: SftSettings
     packing               whether rows hold more than one document
     packing_efficiency    the share of all rows' capacity that tokens fill
     """
-    tokens, capacity = counts["tokens"], settings.max_seq_length
+    tokens, supervised, capacity = counts["tokens"], counts["supervised_tokens"], settings.max_seq_length
     efficiency = tokens / (rows * capacity)
     lines = [
         ("documents read", f"{counts['read']:,}"),
@@ -197,10 +179,9 @@ def _table(source: str, counts: dict[str, Any], rows: int, settings: SftSettings
             }
         ),
         ("tokens", f"{tokens:,}"),
-        ("  supervised", with_share(counts["supervised_tokens"], tokens)),
+        ("  supervised", f"{supervised:,} ({supervised / tokens:.1%})"),
         (f"rows of {capacity:,} tokens", f"{rows:,}"),
         ("  filled" if settings.packing else "  filled (not packed)", f"{efficiency:.2%}"),
-        lengths_line(counts["whole_lengths"]),
     ]
     of_rows = {"rows": rows, "row_capacity": capacity, "packing": settings.packing, "packing_efficiency": efficiency}
     return CountsTable(source, {**counts, **of_rows}, tuple(lines))
