@@ -1,11 +1,14 @@
-"""The plan is a pure function of (seed, lengths, recipe); ranks only share it out."""
+"""The schedule is a pure function of (seed, lengths, recipe); ranks only share it out."""
+
+import math
+from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isotune.data.batch_schedule import StepSchedule, assign_to_ranks, collate
+from isotune.data.batch_schedule import Microbatch, Step, StepSchedule, assign_to_ranks, collate
 from isotune.data.documents import Documents, Rows
 from isotune.data.packing import one_document_per_row, pack
 
@@ -46,6 +49,7 @@ def test_every_document_is_seen_once_an_epoch_and_nothing_is_dropped(lengths, ba
         assert sorted(seen) == list(range(len(lengths)))
         assert {step.epoch for step in steps} == {epoch}
         assert sum(step.supervised_tokens for step in steps) == int(documents.supervised.sum())
+        assert sum(step.input_tokens for step in steps) == sum(lengths)
         assert max(m.tokens for step in steps for m in step.microbatches) <= passes * ROW_TOKENS
 
 
@@ -56,9 +60,10 @@ def test_ranks_share_a_step_out_completely_with_equal_numbers_of_passes(lengths,
     step = made_plan(documents, one_document_per_row(len(documents)), batch).step(0)
     shares = assign_to_ranks(step, world_size)
     assert len(shares) == world_size
-    assert len({len(share) for share in shares}) == 1
     carried = sorted(m.number for share in shares for m in share if m.weight)
     assert carried == [m.number for m in step.microbatches]
+    assert {len(share) for share in shares} == {math.ceil(len(step.microbatches) / world_size)}
+    assert {m.weight for share in shares for m in share} <= {0.0, 1.0}
     assert all(m.supervised_tokens == 0 for share in shares for m in share if not m.weight)
 
 
@@ -93,6 +98,49 @@ def test_a_bigger_microbatch_changes_neither_documents_nor_denominator_of_a_step
         assert big.step(k).supervised_tokens == small.step(k).supervised_tokens
         documents_of = [sorted(d for m in p.step(k).microbatches for d in m.documents) for p in (small, big)]
         assert documents_of[0] == documents_of[1]
+
+
+def made_step(costs: list[float]) -> Step:
+    return Step(0, 0, tuple(Microbatch(i, (i,), 10, 5, cost) for i, cost in enumerate(costs)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=20), st.integers(1, 5))
+def test_the_costliest_goes_first_to_the_rank_that_has_the_least_and_room(costs, world_size):
+    room = math.ceil(len(costs) / world_size)
+    expected: list[list[int]] = [[] for _ in range(world_size)]
+    for number in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):  # a stable sort, so ties by number
+        by_load = sorted(range(world_size), key=lambda rank: sum(costs[n] for n in expected[rank]))
+        expected[next(rank for rank in by_load if len(expected[rank]) < room)].append(number)
+    shares = assign_to_ranks(made_step([float(cost) for cost in costs]), world_size)
+    assert [[m.number for m in share if m.weight] for share in shares] == [sorted(numbers) for numbers in expected]
+    idle = {m.number for share in shares for m in share if not m.weight}
+    assert idle <= {costs.index(min(costs))}
+
+
+@settings(deadline=None, max_examples=20)
+@given(lengths_lists)
+def test_a_microbatch_costs_what_its_products_and_its_attention_do(lengths):
+    documents = made_documents(lengths)
+    step = made_plan(documents, one_document_per_row(len(lengths)), batch=len(lengths), tokens=4 * ROW_TOKENS).step(0)
+    for microbatch in step.microbatches:
+        squares = sum(lengths[d] ** 2 for d in microbatch.documents)
+        assert microbatch.cost == pytest.approx(microbatch.tokens + squares / 12_288, rel=1e-9)
+
+
+@pytest.mark.parametrize(("rows", "batch", "steps"), [(6, 3, 2), (7, 3, 3), (1, 3, 1), (3, 1, 3)])
+def test_an_epoch_has_as_many_steps_as_its_rows_fill(rows, batch, steps):
+    assert made_plan(made_documents([2] * rows), one_document_per_row(rows), batch).steps_per_epoch == steps
+
+
+def test_a_step_cannot_be_changed_and_empty_data_has_none():
+    step = made_step([1.0])
+    with pytest.raises(FrozenInstanceError):
+        step.number = 2  # type: ignore[misc]
+    with pytest.raises(FrozenInstanceError):
+        step.microbatches[0].weight = 2.0  # type: ignore[misc]
+    with pytest.raises(AssertionError, match="empty data"):
+        made_plan(made_documents([]), one_document_per_row(0))
 
 
 def test_ranks_are_balanced_by_cost():
