@@ -36,13 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace, flags: list[str]) -> int:
-    """Print the preflight report of a recipe and a launch.
+    """Print the preflight report; the exit status is 2 if the recipe or the launch has a problem, fitting or not.
 
-    Returns:
-        the exit status: 2 if the recipe or the launch has a problem, otherwise 0, whether the run fits or not.
-
-    Raises:
-        UserError: a wrong flag of the command itself, or a recipe without model or data.
+    Raises UserError for a wrong flag of the command itself, or a recipe without model or data.
     """
     # imported libraries live to the end: garbage collection over their objects took a tenth of the command's time
     gc.set_threshold(200_000, 20, 100)
@@ -60,7 +56,7 @@ def run(chosen: argparse.Namespace, flags: list[str]) -> int:
         raise UserError("--measured needs --device: the share of its peak is taken from the run")
     if chosen.picture and not (chosen.compare or sizes):
         raise UserError("--picture shows a comparison: say --compare or --world_sizes")
-    config = Path(chosen.config) if chosen.config else None
+    config, measured = (Path(path) if path else None for path in (chosen.config, chosen.measured))
     request = read_preflight_request(config, flags, chosen.accelerate_config, chosen.world_size)
     if request.guess:
         print(f"note        {request.guess}", file=sys.stderr)
@@ -73,7 +69,7 @@ def run(chosen: argparse.Namespace, flags: list[str]) -> int:
             request,
             limit=limit,
             device=device,
-            measured=Path(chosen.measured) if chosen.measured else None,
+            measured=measured,
             processes_per_node=chosen.per_node,
             compare=[name for name in chosen.compare.split(",") if name],
             world_sizes=sizes,

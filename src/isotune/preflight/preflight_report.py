@@ -40,30 +40,22 @@ class ComparedLaunch:
 
 @dataclass(frozen=True)
 class PreflightReport:
-    """Everything that is known about a run before it starts.
-
-    Attributes:
-        work, no_work_reason: the counts, or why the data could not be counted.
-        mfu, mfu_is_measured: the assumed or measured share of the device's peak.
-        limit: bytes of memory of a process; None where it is unknown.
-        disk_bytes: of all checkpoints that exist at once, the one being written included.
-        rows: the comparison of launches; empty if none was requested.
-    """
+    """Everything that is known about a run before it starts."""
 
     request: PreflightRequest
     model: ModelStats
     memory: Memory
     work: Work | None
-    no_work_reason: str | None
+    no_work_reason: str | None  # why the data could not be counted
     device: Device | None
-    mfu: float
+    mfu: float  # the assumed or measured share of the device's peak
     mfu_is_measured: bool
     time: StepTime | None
-    limit: int | None
+    limit: int | None  # bytes of memory of a process, where it is known
     suggestions: tuple[Suggestion, ...]
     checkpoint_bytes: int
-    disk_bytes: int
-    rows: tuple[ComparedLaunch, ...]
+    disk_bytes: int  # of all checkpoints that exist at once, the one being written included
+    rows: tuple[ComparedLaunch, ...]  # the comparison of launches, if one was requested
 
     @property
     def fits(self) -> bool | None:
@@ -94,10 +86,9 @@ def run_preflight(
         limit: bytes of memory of a process; by default the device's, which is needed for times.
         measured: a finished run from which the MFU is taken.
         compare, world_sizes: engines and numbers of processes to compare.
-        show_progress, prepared: of data preparation, and the data if they are prepared already.
+        prepared: the data, if they are prepared already.
 
-    Raises:
-        UserError: an unknown model, engine or number of processes.
+    Raises UserError for an unknown model, engine or number of processes.
     """
     recipe, launch = request.recipe, request.launch
     config = load_config(recipe)

@@ -104,13 +104,9 @@ def read_preflight_request(
 ) -> PreflightRequest:
     """Read a recipe file (None is flags alone), flags over it, and a launch configuration.
 
-    Args:
-        accelerate_config: accelerate's YAML; None means plain training, or DDP for a `world_size` above 1.
-        world_size: overrides the file.
-
-    Raises:
-        UserError: a file that cannot be read as what it is, flags with too few or too many words, an unknown task, or
-            no process.
+    `accelerate_config` is accelerate's YAML, and None plain training, or DDP for a `world_size` above 1, which wins
+    over the file. Raises UserError for a file that cannot be read as what it is, flags with too few or too many words,
+    an unknown task, or no process.
     """
     if world_size is not None and world_size < 1:
         raise UserError(f"--world_size is {world_size}: a launch has at least one process")

@@ -18,13 +18,9 @@ from isotune.preflight.resources.model_stats import model_stats
 
 
 def startup_check(recipe: RunRecipe, config: PreTrainedConfig, data: Any, process: Process) -> bool:
-    """Print the memory of weights, gradients and optimizer, without activations; `data` are those of the run, prepared.
+    """Print the memory of weights, gradients and optimizer, and say whether `--plan_only` stops the script now.
 
-    Returns:
-        whether the script must stop now, because of `--plan_only`.
-
-    Raises:
-        UserError: weights, gradients and optimizer alone need more memory than the device has.
+    Activations are not counted; the data are prepared. Raises UserError if that alone is more than the device has.
     """
     launch = _launch_of(process)
     limit = torch.cuda.get_device_properties(process.device).total_memory if process.device.type == "cuda" else None

@@ -16,13 +16,9 @@ from isotune.run.run_lease import ATTEMPT_RECORD, ATTEMPTS_DIR, last_heartbeat
 
 
 def job_report(run: Path) -> str:
-    """The lines of a run's summary.
+    """The lines of a run's summary; raises UserError if the folder has no run that has started.
 
-    The cost counts each attempt from its start to its end, or to its last heartbeat if it was killed, times its
-    processes.
-
-    Raises:
-        UserError: the folder has no run that has started.
+    The cost counts each attempt from its start to its end, or to its last heartbeat if it was killed, times processes.
     """
     try:
         environment = json.loads((run / "environment.json").read_text("utf-8"))

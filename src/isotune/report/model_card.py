@@ -30,10 +30,8 @@ _TUNED = {"full": "all weights", "lora": "LoRA adapters", "qlora": "LoRA adapter
 def share(recipe: RunRecipe) -> None:
     """Write the model card of a finished run, upload RUN/model with `push_to_hub`, and print where they are.
 
-    Call it on the main process only.
-
-    Raises:
-        UserError: the upload failed. The run is finished and saved; the same command repeats the upload alone.
+    Call it on the main process only. Raises UserError if the upload failed: the run is finished and saved, and the same
+    command repeats the upload alone.
     """
     card = write_model_card(recipe.output_dir, recipe.hub_model_id if recipe.push_to_hub else None)
     print(f"model card  {card}", flush=True)
@@ -44,11 +42,7 @@ def share(recipe: RunRecipe) -> None:
 def write_model_card(run: str | Path, repository: str | None = None) -> Path:
     """Write the card of a finished run to RUN/model; it replaces one that a library has written.
 
-    Args:
-        repository: the Hub id that the card loads the model from; None is the folder.
-
-    Raises:
-        UserError: the folder is not a run, or cannot be written.
+    It loads the model from `repository`, a Hub id, or else from the folder. Raises UserError if that is no run.
     """
     record = read_record(run)
     path = record.folder / "model" / CARD

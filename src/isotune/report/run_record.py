@@ -75,8 +75,7 @@ class Table:
 def read_record(run: str | Path) -> RunRecord:
     """Read a run in any state, or a folder that has evaluations only.
 
-    Raises:
-        UserError: the folder does not exist, or has no recipe, no metrics and no evaluation.
+    Raises UserError if the folder does not exist, or has no recipe, no metrics and no evaluation.
     """
     folder = Path(run)
     if not folder.is_dir():

@@ -75,31 +75,24 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Work:
-    """Counts of a run; `_per_step` are means or maxima over the steps of the first epoch (at most 200).
-
-    Attributes:
-        packing_efficiency: tokens over the capacity of all rows; None where a row is a document.
-        attention_squares_per_step: sum over documents of squared tokens.
-        imbalance: mean over steps of the maximum over the mean cost of the ranks, minus 1.
-        costliest_microbatch: tokens of each of its documents, and its number of targets.
-    """
+    """Counts of a run; `_per_step` are means or maxima over the steps of the first epoch (at most 200)."""
 
     documents: int
     rows: int
     tokens: int
-    packing_efficiency: float | None
+    packing_efficiency: float | None  # tokens over the capacity of all rows; None where a row is a document
     steps_per_epoch: int
     steps: int
     epochs: float
     tokens_per_step: float
     targets_per_step: float
-    attention_squares_per_step: float
+    attention_squares_per_step: float  # sum over documents of squared tokens
     microbatches_per_step: int
     microbatches_per_rank: int
-    imbalance: float
+    imbalance: float  # mean over steps of the maximum over the mean cost of the ranks, minus 1
     evaluations: int
     checkpoints: int
-    costliest_microbatch: tuple[tuple[int, ...], int]
+    costliest_microbatch: tuple[tuple[int, ...], int]  # tokens of each of its documents, and its number of targets
 
 
 def count_work(recipe: RunRecipe, data: Any, world_size: int) -> Work:
@@ -145,11 +138,7 @@ def count_work(recipe: RunRecipe, data: Any, world_size: int) -> Work:
 
 
 def find_device(name: str) -> Device:
-    """The device of a name, in any case of its letters.
-
-    Raises:
-        UserError: it is not in the table.
-    """
+    """The device of a name, in any case of its letters; UserError if it is not in the table."""
     for device in DEVICES:
         if device.name.lower() == name.lower():
             return device
@@ -183,11 +172,7 @@ def step_time(
 
 
 def measured_mfu(run: Path, recipe: RunRecipe, model: ModelStats, work: Work, device: Device) -> float:
-    """The MFU of a finished run of this recipe: the median over its steps, on one process.
-
-    Raises:
-        UserError: the folder has no steps.
-    """
+    """The MFU of a finished run of this recipe: the median over its steps, on one process; UserError without steps."""
     try:
         steps = read_metrics(run / METRICS).steps.values()
         processes = int(json.loads((run / "environment.json").read_text(encoding="utf-8"))["in_effect"]["world_size"])

@@ -160,11 +160,7 @@ def _gradients(recipe: RunRecipe, model: ModelStats, launch: Launch, notes: list
 
 
 def parse_bytes(text: str, key: str) -> int:
-    """Parse `24GiB` or `80 GB`.
-
-    Raises:
-        UserError: there is no positive number, or no unit of memory.
-    """
+    """Parse `24GiB` or `80 GB`; raises UserError without a positive number or without a unit of memory."""
     stripped = text.strip()
     unit = next((u for u in sorted(_UNITS, key=len, reverse=True) if stripped.lower().endswith(u.lower())), None)
     try:

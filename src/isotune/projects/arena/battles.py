@@ -102,33 +102,20 @@ class Competition:
     sample: Path | None
 
 
-def read_competition(folder: Path, *, name: str = "dataset_name") -> Competition:
-    """Read the competition's files; `name` is the recipe key that error sentences name.
-
-    Raises:
-        UserError: a file is missing or a row is broken, see `read_battles`.
-    """
+def read_competition(folder: Path) -> Competition:
+    """Read the competition's files; raises UserError if one is missing or a row is broken, see `read_battles`."""
     for needed in (TRAIN, TEST):
         if not (folder / needed).is_file():
-            raise UserError(f"{name}: {folder} has no {needed}: name the folder of the competition's files")
-    sample = folder / SAMPLE
-    return Competition(
-        read_battles(folder / TRAIN, labelled=True),
-        read_battles(folder / TEST, labelled=False),
-        sample if sample.is_file() else None,
-    )
+            raise UserError(f"dataset_name: {folder} has no {needed}: name the folder of the competition's files")
+    train, test = read_battles(folder / TRAIN, labelled=True), read_battles(folder / TEST, labelled=False)
+    return Competition(train, test, folder / SAMPLE if (folder / SAMPLE).is_file() else None)
 
 
 def read_battles(file: Path, *, labelled: bool) -> Battles:
-    """All rows of a file of the Arena.
+    """All rows of a file of the Arena; if they are not `labelled`, what they say of the winner is left unread.
 
-    A null turn is read as an empty text, half of a surrogate pair as U+FFFD, and both are counted.
-
-    Args:
-        labelled: the rows must say who won; otherwise what they say of it is left unread.
-
-    Raises:
-        UserError: no such file, a column is missing, an id stands twice, or a row is broken: the first one is named.
+    A null turn is read as an empty text, half of a surrogate pair as U+FFFD, and both are counted. Raises UserError if
+    there is no such file, a column is missing, an id stands twice, or a row is broken: the first one is named.
     """
     battles: list[Battle] = []
     first_row: dict[str, int] = {}
@@ -182,9 +169,9 @@ def _turns(cell: str, where: str, counts: dict[str, int]) -> tuple[str, ...]:
     try:
         turns: Any = json.loads(cell)
     except (ValueError, RecursionError):
-        raise UserError(f"{where}: no JSON list of texts: {_shown(cell)}") from None
+        turns = None
     if not isinstance(turns, list) or not turns or not all(turn is None or isinstance(turn, str) for turn in turns):
-        raise UserError(f"{where}: no JSON list of texts: {_shown(cell)}")
+        raise UserError(f"{where}: no JSON list of texts: {cell if len(cell) <= 40 else cell[:37] + '...'!r}")
     counts["null_turns"] += sum(turn is None for turn in turns)
     texts = []
     for turn in turns:
@@ -195,11 +182,7 @@ def _turns(cell: str, where: str, counts: dict[str, int]) -> tuple[str, ...]:
 
 
 def label_of(row: dict[str, str], where: str) -> int:
-    """The class that a row's flags say.
-
-    Raises:
-        UserError: not exactly one of them is 1; `where` names the row.
-    """
+    """The class that a row's flags say; raises UserError, naming the row by `where`, unless one of them is 1."""
     flags = [row[column].strip() for column in CLASSES]
     if sorted(flags) != ["0", "0", "1"]:
         given = ", ".join(f"{column} {flag!r}" for column, flag in zip(CLASSES, flags, strict=True))
@@ -207,9 +190,10 @@ def label_of(row: dict[str, str], where: str) -> int:
     return flags.index("1")
 
 
+def normalize(weights: np.ndarray) -> np.ndarray:
+    """Rows scaled to sum 1, [rows, 3]; a and b are added first, so exchanging them changes no bit."""
+    return weights / ((weights[:, 0] + weights[:, 1]) + weights[:, 2])[:, None]
+
+
 def _normal(texts: tuple[str, ...]) -> str:
     return " ".join(" ".join(texts).casefold().split())
-
-
-def _shown(cell: str) -> str:
-    return repr(cell if len(cell) <= 40 else cell[:37] + "...")

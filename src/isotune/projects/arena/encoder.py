@@ -21,7 +21,7 @@ from isotune.evaluation.classification.predict import check_finite, classify, pr
 from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.models import Classifier, load_run_classifier
 from isotune.io.errors import UserError
-from isotune.projects.arena.battles import CLASSES, SWAPPED_CLASSES, Battle, Battles, Competition
+from isotune.projects.arena.battles import CLASSES, SWAPPED_CLASSES, Battle, Battles, Competition, normalize
 from isotune.projects.arena.preference import read_answers, write_preferences
 from isotune.projects.arena.recipes import ArenaRecipe
 from isotune.projects.arena.submission import write_submission
@@ -62,8 +62,7 @@ class BothOrders:
         swap = list(SWAPPED_CLASSES)
         as_called = np.where(self.exchanged[:, None], first[:, swap], first)
         the_other = np.where(self.exchanged[:, None], second, second[:, swap])
-        mean = (as_called + the_other) / 2
-        return mean / ((mean[:, 0] + mean[:, 1]) + mean[:, 2])[:, None]
+        return normalize((as_called + the_other) / 2)
 
 
 def share_tokens(prompt: int, answer: int, other: int, room: int) -> tuple[int, int, int]:
@@ -90,8 +89,7 @@ def share_tokens(prompt: int, answer: int, other: int, room: int) -> tuple[int, 
 def in_both_orders(battles: Sequence[Battle], encoder: TextEncoder, max_seq_length: int) -> BothOrders:
     """Two documents a battle; a document of a battle without a label is of class 0.
 
-    Raises:
-        UserError: max_seq_length leaves no room for three texts.
+    Raises UserError if max_seq_length leaves no room for three texts.
     """
     special = encoder.special_tokens + 2 * len(_separator(encoder))
     if max_seq_length < special + SMALLEST_ROOM:
@@ -131,14 +129,8 @@ def in_both_orders(battles: Sequence[Battle], encoder: TextEncoder, max_seq_leng
 def prepare_competition(files: Competition, recipe: ArenaRecipe, tokenizer: Any) -> tuple[RunData, Battles]:
     """Documents to train on, in the orders that the recipe says, and those of prompts that are kept, in both.
 
-    Args:
-        tokenizer: of transformers, with a Rust backend, that puts a token before a text.
-
-    Returns:
-        The run's data, and the labelled rows behind its evaluation documents.
-
-    Raises:
-        UserError: max_seq_length leaves no room for three texts, or nothing is left on one side of the split.
+    The labelled rows behind the latter are returned too. Raises UserError if max_seq_length leaves no room for three
+    texts, or nothing is left on one side of the split.
     """
     encoder = TextEncoder(tokenizer)
     is_kept = hash_uniform(HELD_OUT, recipe.seed, _contents(files.train)) < recipe.eval_split_share
@@ -156,10 +148,8 @@ def prepare_competition(files: Competition, recipe: ArenaRecipe, tokenizer: Any)
 def predict_battles(classifier: Classifier, battles: Battles, max_seq_length: int) -> np.ndarray:
     """Probabilities of a, b and tie, averaged over both orders: float64 [rows, 3].
 
-    Exchanging the answers of every row exchanges the first two probabilities of every row, bit for bit.
-
-    Raises:
-        UserError: a logit is not finite.
+    Exchanging the answers of every row exchanges the first two probabilities of every row, bit for bit. Raises
+    UserError if a logit is not finite.
     """
     both = in_both_orders(battles.battles, TextEncoder(classifier.tokenizer), max_seq_length)
     device = next(classifier.model.parameters()).device
@@ -174,9 +164,6 @@ def evaluate_encoder(
     """Write RUN/submission.csv with the model that a run saved, and RUN/eval/arena for the `held_out` rows.
 
     The test rows are scored, in RUN/eval/arena_test, where the recipe has a file of their labels.
-
-    Raises:
-        UserError: the file of test labels is broken, or not of these rows.
     """
     classifier = load_run_classifier(run, device, torch.float32)
     test_probabilities = predict_battles(classifier, files.test, recipe.max_seq_length)

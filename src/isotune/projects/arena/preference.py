@@ -76,11 +76,8 @@ def write_preferences(
 ) -> PreferenceScores:
     """Score the predictions, and write metrics.json and predictions.jsonl of the main one to `folder`.
 
-    The `group` of a row is its prompt, so that a comparison keeps the rows of one prompt together.
-
-    Args:
-        model: the name of the model in the files.
-        split: a description of the rows.
+    The `group` of a row is its prompt, so that a comparison keeps the rows of one prompt together. The model is named
+    `model` in the files, and `split` describes the rows.
     """
     scores = score_preferences(battles, predictions, main=main)
     probabilities = predictions[main]
@@ -111,8 +108,7 @@ def write_preferences(
 def read_answers(file: Path, battles: Battles) -> Battles:
     """Test rows with their labels from a file of `id` and the winner's flags.
 
-    Raises:
-        UserError: the file is broken, or not of exactly these ids.
+    Raises UserError if the file is broken, or not of exactly these ids.
     """
     winners = {}
     for number, row in read_table(file, (ID, *CLASSES)):

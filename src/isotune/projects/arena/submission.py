@@ -37,11 +37,7 @@ class _Table:
 def write_submission(file: Path, ids: Sequence[str], probabilities: np.ndarray, sample: Path | None) -> None:
     """Write probabilities, float64 [rows, classes], under the competition's columns, atomically and with all digits.
 
-    Args:
-        sample: a file with the header and the ids of the submission in their order; None without one.
-
-    Raises:
-        UserError: the sample is not for these ids; nothing is written then.
+    The header and the order of the ids are those of `sample`, if given; raises UserError if it is not for these ids.
     """
     header = [ID, "winner_model_a", "winner_model_b", "winner_tie"]
     order = list(range(len(ids)))
@@ -65,9 +61,7 @@ def check_submission(file: Path, sample: Path) -> tuple[list[str], int]:
     """The faults of a submission, one sentence for each kind, and its number of rows.
 
     It must have the sample's columns and ids in the sample's order, and in each row numbers from 0 to 1 that sum to 1.
-
-    Raises:
-        UserError: one of the files cannot be read as a table, or the sample is not a sample submission.
+    Raises UserError if one of the files cannot be read as a table, or the sample is not a sample submission.
     """
     expected = _read(sample)
     if expected.header[:1] != [ID] or len(expected.header) < 2 or expected.wrong_widths or not expected.rows:

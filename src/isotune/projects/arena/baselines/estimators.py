@@ -22,7 +22,7 @@ from sklearn.svm import LinearSVC
 from isotune.compat.scikit_learn import check_parameters
 from isotune.io.errors import UserError
 from isotune.projects.arena.baselines.feature_matrix import ModelInputs
-from isotune.projects.arena.battles import SWAPPED_CLASSES
+from isotune.projects.arena.battles import SWAPPED_CLASSES, normalize
 
 CALIBRATION_FOLDS = 3
 MIN_PROBABILITY = 1e-4  # a forest may predict 0, whose log loss is infinite
@@ -71,8 +71,7 @@ Grids = dict[str, dict[str, list[Any]]]
 def check_grids(grids: Any) -> Grids:
     """The recipe's grids, or the default grids if it has none.
 
-    Raises:
-        UserError: an unknown model or parameter, or a value that the model does not accept.
+    Raises UserError for an unknown model or parameter, or a value that the model does not accept.
     """
     if grids is None:
         return {name: estimator.grid for name, estimator in MEMBERS.items()}
@@ -122,8 +121,3 @@ class SwapAveraged:
         probabilities = np.zeros((matrix.shape[0], len(SWAPPED_CLASSES)))
         probabilities[:, self.model.classes_] = self.model.predict_proba(matrix)
         return probabilities
-
-
-def normalize(weights: np.ndarray) -> np.ndarray:
-    """Rows scaled to sum 1, [rows, 3]; a and b are added first, so exchanging them changes no bit."""
-    return weights / ((weights[:, 0] + weights[:, 1]) + weights[:, 2])[:, None]

@@ -28,27 +28,37 @@ NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 SCRIPTS = ((0x0000, 0x024F), (0x0400, 0x052F), (0x3040, 0xD7AF))  # Latin, Cyrillic, Chinese-Japanese-Korean, others
 MIN_ZLIB_BYTES = 30  # zlib's own header would dominate shorter texts
 LIST_ITEM = re.compile(r"^[ \t]*(?:[-*•]|\d+[.)])\s+", re.M)
-NUMBERED_ITEM = re.compile(r"^[ \t]*\d+[.)]\s+", re.M)
-HEADING = re.compile(r"^[ \t]*#{1,6} |^[ \t]*\*\*[^*]+\*\*:?\s*$", re.M)
-BOLD = re.compile(r"\*\*[^*\n]+\*\*")
 CODE_BLOCK = re.compile(r"```|^(?: {4}|\t)\S", re.M)
 CODE_LINE = re.compile(r"[{};]\s*$|^[ \t]*(?:def |class |import |for \(|if \(|return |print\()", re.M)
-LINK = re.compile(r"https?://|www\.")
-PARAGRAPH_GAP = re.compile(r"\n\s*\n")
+FORM = {  # counted in an answer, as those of MANNER are
+    "list_items": LIST_ITEM,
+    "numbered_items": re.compile(r"^[ \t]*\d+[.)]\s+", re.M),
+    "headings": re.compile(r"^[ \t]*#{1,6} |^[ \t]*\*\*[^*]+\*\*:?\s*$", re.M),
+    "bold": re.compile(r"\*\*[^*\n]+\*\*"),
+    "code_blocks": CODE_BLOCK,
+    "code_lines": CODE_LINE,
+    "links": re.compile(r"https?://|www\."),
+}
 REFUSAL = re.compile(
     r"\bas an ai\b|\bas a (?:large )?language model|\bi(?:'m| am) (?:sorry|unable|not able)|"
     r"\bi (?:cannot|can't|can not|won't|do not have|don't have|don't know)\b|\bi apologi[sz]e|"
     r"\bcannot (?:provide|fulfill|assist)|\bnot appropriate\b",
     re.I,
 )
+MANNER = {
+    "refusals": REFUSAL,
+    "hedges": re.compile(r"\b(?:may|might|could|perhaps|possibly|probably|seems|generally|typically|depends?)\b", re.I),
+    "reasoning": re.compile(
+        r"\b(?:because|therefore|since|thus|hence|for example|for instance|such as|however)\b", re.I
+    ),
+    "first_person": re.compile(r"\b(?:i|i'm|my|me)\b", re.I),
+    "second_person": re.compile(r"\b(?:you|your)\b", re.I),
+    "leftover_turns": re.compile(r"^[ \t]*(?:human|user|assistant|question)\s*:|<\||</s>|\[/?INST|###", re.I | re.M),
+}
+PARAGRAPH_GAP = re.compile(r"\n\s*\n")
 APOLOGY = re.compile(r"\bsorry\b|\bapolog", re.I)
-HEDGE = re.compile(r"\b(?:may|might|could|perhaps|possibly|probably|seems|generally|typically|depends?)\b", re.I)
-REASONING = re.compile(r"\b(?:because|therefore|since|thus|hence|for example|for instance|such as|however)\b", re.I)
-FIRST_PERSON = re.compile(r"\b(?:i|i'm|my|me)\b", re.I)
-SECOND_PERSON = re.compile(r"\b(?:you|your)\b", re.I)
 OFFER = re.compile(r"let me know|hope this helps|feel free|anything else|happy to help", re.I)
 COURTESY = re.compile(r"^\s*(?:sure|certainly|of course|yes|no|great|thank|here (?:is|are)|here's|hello|hi)\b", re.I)
-LEFTOVER_TURN = re.compile(r"^[ \t]*(?:human|user|assistant|question)\s*:|<\||</s>|\[/?INST|###", re.I | re.M)
 FINAL_MARKS, CLOSING_MARKS = ".!?。！？", "\"')`*:;]}"
 OPENING_CHARACTERS = 150  # of an answer: a refusal in them is not a quotation
 MIN_SENTENCE_CHARACTERS = 9  # shorter lines may be repeated for good reasons
@@ -63,7 +73,6 @@ ASKS = {
     "role": r"\byou are\b|pretend|act as|imagine",
     "person": r"\bdo you\b|\bare you\b|\byour\b",
 }
-ASKS_FOR = {name: re.compile(pattern) for name, pattern in ASKS.items()}
 
 
 @lru_cache(maxsize=200_000)
@@ -97,13 +106,13 @@ class Text:
 
 def answer_features(answer: Text, prompt: Text) -> dict[str, float]:
     """The features of one answer to a prompt. Counts and lengths are log(1 + n)."""
-    return {**_size(answer), **_form(answer), **_manner(answer), **_repetition(answer), **_relation(answer, prompt)}
-
-
-def _size(answer: Text) -> dict[str, float]:
-    stripped, words, sentences = answer.text.strip(), len(answer.words), len(answer.sentences)
+    text, stripped, size, raw = answer.text, answer.text.strip(), max(len(answer.text), 1), answer.text.encode()
+    words, sentences = len(answer.words), len(answer.sentences)
+    long_sentences = [each for each in answer.sentences if len(each) >= MIN_SENTENCE_CHARACTERS]
+    prompt_trigrams = frozenset(prompt.trigrams)
     return {
-        "characters": log1p(len(answer.text)),
+        # size
+        "characters": log1p(len(text)),
         "words": log1p(words),
         "sentences": log1p(sentences),
         "lines": log1p(stripped.count("\n")),
@@ -111,15 +120,8 @@ def _size(answer: Text) -> dict[str, float]:
         "characters_a_word": sum(map(len, answer.words)) / max(words, 1),
         "words_a_sentence": log1p(words / max(sentences, 1)),
         "empty": float(not stripped),
-    }
-
-
-def _form(answer: Text) -> dict[str, float]:
-    text, stripped, size = answer.text, answer.text.strip(), max(len(answer.text), 1)
-    patterns = {"list_items": LIST_ITEM, "numbered_items": NUMBERED_ITEM, "headings": HEADING, "bold": BOLD,
-                "code_blocks": CODE_BLOCK, "code_lines": CODE_LINE, "links": LINK}  # fmt: skip
-    return {
-        **_counts(text, patterns),
+        # form
+        **_counts(text, FORM),
         "question_marks": log1p(text.count("?")),
         "exclamation_marks": log1p(text.count("!")),
         "capitals_share": sum(map(str.isupper, text)) / size,
@@ -130,37 +132,19 @@ def _form(answer: Text) -> dict[str, float]:
         "begins_with_space": float(text[:1].isspace()),
         "begins_small": float(stripped[:1].islower()),
         "begins_quoted": float(stripped[:1] in ('"', "'", "“")),
-    }
-
-
-def _manner(answer: Text) -> dict[str, float]:
-    text = answer.text
-    patterns = {"refusals": REFUSAL, "hedges": HEDGE, "reasoning": REASONING, "first_person": FIRST_PERSON,
-                "second_person": SECOND_PERSON, "leftover_turns": LEFTOVER_TURN}  # fmt: skip
-    return {
-        **_counts(text, patterns),
+        # manner
+        **_counts(text, MANNER),
         "begins_with_refusal": float(bool(REFUSAL.search(text[:OPENING_CHARACTERS]))),
         "apologises": float(bool(APOLOGY.search(text))),
         "offers_more": float(bool(OFFER.search(text))),
         "begins_with_courtesy": float(bool(COURTESY.search(text))),
-    }
-
-
-def _repetition(answer: Text) -> dict[str, float]:
-    raw = answer.text.encode()
-    sentences = [each for each in answer.sentences if len(each) >= MIN_SENTENCE_CHARACTERS]
-    return {
+        # repetition
         "different_lemmas_share": len(set(answer.lemmas)) / max(len(answer.lemmas), 1),
-        "content_share": len(answer.content) / max(len(answer.words), 1),
+        "content_share": len(answer.content) / max(words, 1),
         "repeated_triples_share": _repeated(answer.trigrams),
-        "repeated_sentences_share": _repeated(sentences),
+        "repeated_sentences_share": _repeated(long_sentences),
         "zipped_share": len(zlib.compress(raw)) / max(len(raw), MIN_ZLIB_BYTES),
-    }
-
-
-def _relation(answer: Text, prompt: Text) -> dict[str, float]:
-    prompt_trigrams = frozenset(prompt.trigrams)
-    return {
+        # relation to the prompt
         "prompt_covered": _share(answer.content_set & prompt.content_set, prompt.content_set),
         "words_from_prompt": _share(answer.content_set & prompt.content_set, answer.content_set),
         "new_words": log1p(len(answer.content_set - prompt.content_set)),
@@ -170,7 +154,7 @@ def _relation(answer: Text, prompt: Text) -> dict[str, float]:
         "prompt_numbers_covered": _share(answer.numbers & prompt.numbers, prompt.numbers),
         "numbers": log1p(len(answer.numbers)),
         "new_numbers": log1p(len(answer.numbers - prompt.numbers)),
-        "length_to_prompt": log1p(len(answer.text)) - log1p(len(prompt.text)),
+        "length_to_prompt": log1p(len(text)) - log1p(len(prompt.text)),
         "same_script": float(np.minimum(answer.scripts, prompt.scripts).sum()),
         "other_than_latin": 1.0 - float(answer.scripts[0]),
     }
@@ -207,7 +191,7 @@ def prompt_features(prompt: Text) -> dict[str, float]:
         "question_mark": float("?" in text),
         "ends_with_question_mark": float(text.strip().endswith("?")),
         "other_than_latin": 1.0 - float(prompt.scripts[0]) if text.strip() else 0.0,
-        **{f"asks_{name}": float(bool(pattern.search(small))) for name, pattern in ASKS_FOR.items()},
+        **{f"asks_{name}": float(bool(re.search(pattern, small))) for name, pattern in ASKS.items()},
     }
 
 

@@ -9,9 +9,9 @@ from joblib import Parallel, delayed
 from sklearn.model_selection import GroupKFold, ParameterGrid
 from threadpoolctl import threadpool_limits
 
-from isotune.projects.arena.baselines.estimators import Grids, SwapAveraged, normalize
+from isotune.projects.arena.baselines.estimators import Grids, SwapAveraged
 from isotune.projects.arena.baselines.feature_matrix import BattleFeatures, FeatureMatrix, battle_features
-from isotune.projects.arena.battles import Battle
+from isotune.projects.arena.battles import Battle, normalize
 
 BLEND, PRIOR = "blend", "class_prior"
 MAX_ITERATIONS = 2_000
@@ -66,12 +66,8 @@ def fit_baselines(
 ) -> Baselines:
     """Select each model's parameters and the blend's weights by cross-validation over prompts, then fit on all rows.
 
-    Args:
-        battles: with labels.
-        grids: from `isotune.projects.arena.baselines.estimators.check_grids`.
-        jobs: processes, -1 for one per core, each on one core; they do not change the result. Threads would share
-            Python's list of warning filters, which scikit-learn 1.9 replaces for a while.
-        log: takes lines about the progress.
+    Grids come from `check_grids`; `jobs` is a number of processes, -1 for one per core, each on one core, and does not
+    change the result. Threads would share Python's list of warning filters, which scikit-learn 1.9 replaces at times.
     """
     rows = battle_features(battles)
     labels = np.array([battle.label for battle in battles], np.int64)

@@ -25,9 +25,8 @@ HELD_OUT, TEST = "arena", "arena_test"
 def run_baselines(recipe: BaselinesRecipe) -> None:
     """Search, fit and predict; writes recipe.yaml, chosen.json, submission.csv and eval/ to the run folder.
 
-    Raises:
-        UserError: the recipe, the data or the folder is wrong; nothing is written.
-        AlreadyDone: the folder has the finished run of this recipe.
+    Raises UserError, before anything is written, if the recipe, the data or the folder is wrong, and AlreadyDone if the
+    folder has the finished run of this recipe.
     """
     started = time.perf_counter()
     recipe = recipe.with_values(grids=check_grids(recipe.grids))
