@@ -83,7 +83,14 @@ def read_result(folder: Path) -> Result:
     Raises:
         UserError: a file is missing, truncated or broken, an id is not unique, or a number is NaN or Inf.
     """
-    content = _read_metrics(folder / METRICS)
+    if not (folder / METRICS).is_file():
+        raise UserError(f"{folder}: no {METRICS}: this folder holds no finished evaluation")
+    try:
+        content = json.loads(_read(folder / METRICS))
+    except ValueError as error:
+        raise UserError(f"{folder / METRICS}: cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{folder / METRICS}: holds no JSON object")
     missing = [name for name in FACTS if name not in content]
     if missing:
         raise UserError(f"{folder / METRICS}: it does not say {', '.join(missing)}: evaluate again with this version")
@@ -110,26 +117,17 @@ def find_results(run: Path) -> list[Path]:
     return sorted(file.parent for file in run.glob(f"eval/*/{METRICS}"))
 
 
-def _read_metrics(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> str:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file.parent}: no {METRICS}: this folder holds no finished evaluation") from None
+        return file.read_text(encoding="utf-8")
     except (ValueError, OSError) as error:
         raise UserError(f"{file}: cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: holds no JSON object")
-    return content
 
 
 def _read_predictions(file: Path) -> list[dict[str, Any]]:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from None
     rows: list[dict[str, Any]] = []
     seen: set[Any] = set()
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_read(file).splitlines(), start=1):
         try:
             row = json.loads(line)
         except ValueError:

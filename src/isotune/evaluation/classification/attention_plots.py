@@ -133,62 +133,45 @@ def _draw_heads(attention: Attention, title: str, file: Path) -> None:
     size = min(1.5, 12 / columns)
     width, height = max(size * columns, 4.5) + 0.4, size * rows + 0.9
     figure, panels = new_figure(width, height, rows, columns, squeeze=False)
-    for layer in range(rows):
-        for head in range(columns):
-            panel = panels[layer][head]
-            panel.imshow(np.sqrt(attention.weights[layer, head]), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-            panel.set_xticks([])
-            panel.set_yticks([])
-            if layer == 0:
-                panel.set_title(f"head {head + 1}", fontsize=8)
-            if head == 0:
-                panel.set_ylabel(f"layer {layer + 1}", fontsize=8)
+    for (layer, head), panel in np.ndenumerate(panels):
+        panel.imshow(np.sqrt(attention.weights[layer, head]), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        panel.set(xticks=[], yticks=[])
+        if layer == 0:
+            panel.set_title(f"head {head + 1}", fontsize=8)
+        if head == 0:
+            panel.set_ylabel(f"layer {layer + 1}", fontsize=8)
     key = f"rows attend to columns; {count} tokens; shaded by the square root of the weight"
     figure.suptitle(f"{title}\n{key}", fontsize=9)
     text = [f"Attention of {layers} layers with {heads} heads over {count} tokens. {title}."]
-    for layer in range(layers):
-        from_head = attention.weights[layer, :, 0]
-        most = from_head.argmax(axis=1)
-        heads_text = ", ".join(
-            f"head {h + 1} {attention.tokens[t]} ({from_head[h, t]:.0%})" for h, t in enumerate(most)
-        )
-        text.append(f"Layer {layer + 1}, largest attention of the first token: {heads_text}.")
+    for layer, of_first in enumerate(attention.weights[:, :, 0], start=1):
+        most = enumerate(of_first.argmax(axis=1))
+        of_heads = ", ".join(f"head {h + 1} {attention.tokens[t]} ({of_first[h, t]:.0%})" for h, t in most)
+        text.append(f"Layer {layer}, largest attention of the first token: {of_heads}.")
     save_plot(figure, file, text)
 
 
 def _draw_words(attention: Attention, title: str, file: Path) -> None:
     """The text, each word shaded by its share in the rollout."""
-    lines = _lines(attention.words)
-    figure, panel = new_figure(7.2, 0.75 + 0.26 * len(lines))
+    words = [_mono(word) for word in attention.words]
+    places: list[tuple[int, int]] = []  # line and column of each word
+    line = column = 0
+    for word in words:
+        if column and column + len(word) + 1 > LINE_CHARACTERS:
+            line, column = line + 1, 0
+        places.append((line, column))
+        column += len(word) + 1
+    figure, panel = new_figure(7.2, 0.75 + 0.26 * (line + 1))
     panel.set_axis_off()
-    character, largest = 1 / LINE_CHARACTERS, max(float(attention.rolled.max()), 1e-9)
-    for line, words in enumerate(lines):
-        x = 0.0
-        for word in words:
-            shade = float(attention.rolled[word]) / largest
-            box = {"facecolor": COLOURS[5], "alpha": 0.85 * shade, "pad": 1.2, "linewidth": 0}
-            style: dict[str, Any] = {"family": "monospace", "fontsize": 10.5, "va": "center", "bbox": box}
-            panel.text(
-                x, 1 - (line + 0.5) / len(lines), _mono(attention.words[word]), transform=panel.transAxes, **style
-            )
-            x += (len(_mono(attention.words[word])) + 1) * character
+    alphas = 0.85 * attention.rolled / max(float(attention.rolled.max()), 1e-9)
+    for word, (row, column), alpha in zip(words, places, alphas.tolist(), strict=True):
+        box = {"facecolor": COLOURS[5], "alpha": alpha, "pad": 1.2, "linewidth": 0}
+        style: dict[str, Any] = {"family": "monospace", "fontsize": 10.5, "va": "center", "bbox": box}
+        x, y = column / LINE_CHARACTERS, 1 - (row + 0.5) / (line + 1)
+        panel.text(x, y, word, transform=panel.transAxes, **style)
     panel.set_title(f"{title}\nattention rollout from the first token over words", loc="left", fontsize=9)
     order = np.argsort(-attention.rolled, kind="stable")[:LISTED_WORDS]
     shares = ", ".join(f"{attention.words[w]} {attention.rolled[w]:.1%}" for w in order)
-    save_plot(figure, file, [f"Attention rollout over {len(attention.words)} words. {title}.", f"Largest: {shares}."])
-
-
-def _lines(words: list[str]) -> list[list[int]]:
-    lines: list[list[int]] = [[]]
-    used = 0
-    for number, word in enumerate(words):
-        width = len(_mono(word)) + 1
-        if used and used + width > LINE_CHARACTERS:
-            lines.append([])
-            used = 0
-        lines[-1].append(number)
-        used += width
-    return lines
+    save_plot(figure, file, [f"Attention rollout over {len(words)} words. {title}.", f"Largest: {shares}."])
 
 
 def _mono(word: str) -> str:

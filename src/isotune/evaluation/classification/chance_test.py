@@ -23,23 +23,15 @@ import numpy as np
 from isotune.config import ClassificationRecipe
 from isotune.data.documents import PreparedData
 from isotune.evaluation.results import CLASSIFICATION, PREDICTIONS, rows_digest, write_result
+from isotune.evaluation.statistics.resampling import LEVEL
 from isotune.io.errors import RunFault, UserError
 
-CONFIDENCE = 0.95
 RESULT = "chance"  # RUN/eval/chance
-SAME, DIFFERS = "not different from chance", "different from chance"
 
 
 @dataclass(frozen=True)
 class ChanceTest:
-    """An accuracy beside the one of chance.
-
-    Attributes:
-        right, texts: number of correct predictions and of texts; a text of several rows counts once.
-        chance: the accuracy of chance, from 0 to 1.
-        interval: the exact 95% interval of the accuracy.
-        p_value: of the exact two-sided binomial test against `chance`.
-    """
+    """An accuracy beside the one of chance, with its exact 95% interval; a text of several rows counts once."""
 
     right: int
     texts: int
@@ -62,34 +54,28 @@ class ChanceTest:
         side = "" if not self.differs else f", {'better' if self.accuracy > self.chance else 'worse'}"
         return (
             f"accuracy {self.accuracy:.3f} ({self.right} of {self.texts} texts), 95% interval {low:.3f} to {high:.3f}: "
-            f"{DIFFERS if self.differs else SAME} ({self.chance:.3f}){side}"
+            f"{'' if self.differs else 'not '}different from chance ({self.chance:.3f}){side}"
         )
 
 
 def accuracy_against_chance(correct: np.ndarray, contents: np.ndarray, chance: float) -> ChanceTest:
-    """Test an accuracy against the one of chance.
+    """The exact two-sided binomial test of an accuracy against that of chance, from 0 to 1.
 
     Args:
         correct: bool [rows].
         contents: [rows]; equal where two rows have the same text, which then counts by its first row.
-        chance: the accuracy of chance, from 0 to 1.
     """
     from scipy.stats import binomtest
 
     _, first = np.unique(contents, return_index=True)
-    of_texts = np.asarray(correct)[first]
-    test = binomtest(int(of_texts.sum()), len(of_texts), chance)
-    interval = test.proportion_ci(CONFIDENCE, method="exact")
-    return ChanceTest(
-        int(of_texts.sum()), len(of_texts), chance, (float(interval.low), float(interval.high)), float(test.pvalue)
-    )
+    right, texts = int(np.asarray(correct)[first].sum()), len(first)
+    test = binomtest(right, texts, chance)
+    interval = test.proportion_ci(LEVEL, method="exact")
+    return ChanceTest(right, texts, chance, (float(interval.low), float(interval.high)), float(test.pvalue))
 
 
 def write_chance_test(run: Path, recipe: ClassificationRecipe, evaluation: PreparedData) -> ChanceTest:
     """Test the last evaluation of a finished run against chance, and write RUN/eval/chance.
-
-    Returns:
-        the test, for the caller to print.
 
     Raises:
         RunFault: labels are random and the accuracy differs from chance; the result is written then too.
@@ -101,37 +87,26 @@ def write_chance_test(run: Path, recipe: ClassificationRecipe, evaluation: Prepa
     predictions: list[dict[str, Any]] = [json.loads(line) for line in folders[-1].read_text("utf-8").splitlines()]
     documents: Any = evaluation.documents
     assert [row["id"] for row in predictions] == documents.ids.tolist(), "predictions are in the order of the documents"
-    labels = np.array([row["label"] for row in predictions])
-    correct = np.array([row["prediction"] for row in predictions]) == labels
+    labels, predicted = (np.array([row[key] for row in predictions]) for key in ("label", "prediction"))
     is_control = recipe.label_source == "random"
     chance = 0.5 if is_control else float(np.bincount(labels).max() / len(labels))
-    test = accuracy_against_chance(correct, documents.columns["contents"], chance)
+    test = accuracy_against_chance(predicted == labels, documents.columns["contents"], chance)
     alarm = is_control and test.differs
-    write_result(
-        run / "eval" / RESULT,
-        {
-            "kind": CLASSIFICATION,
-            "model": str(run),
-            "dataset_name": recipe.eval_dataset_name or recipe.dataset_name,
-            "dataset_split": recipe.eval_dataset_split if recipe.eval_dataset_name else recipe.dataset_split,
-            "rows": len(predictions),
-            "rows_sha256": rows_digest(zip(documents.ids.tolist(), evaluation.texts(), strict=True)),
-            "judged": folders[-1].parent.name,
-            "label_source": recipe.label_source,
-            "label_names": evaluation.class_names,
-            "verdict": str(test),
-            "alarm": "the pipeline leaks" if alarm else None,
-        },
-        {
-            "accuracy": test.accuracy,
-            "chance": chance,
-            "p_value": test.p_value,
-            "right": test.right,
-            "texts": test.texts,
-        },
-        {"accuracy": test.interval},
-        predictions,
-    )
+    facts = {
+        "kind": CLASSIFICATION,
+        "model": str(run),
+        "dataset_name": recipe.eval_dataset_name or recipe.dataset_name,
+        "dataset_split": recipe.eval_dataset_split if recipe.eval_dataset_name else recipe.dataset_split,
+        "rows": len(predictions),
+        "rows_sha256": rows_digest(zip(documents.ids.tolist(), evaluation.texts(), strict=True)),
+        "judged": folders[-1].parent.name,
+        "label_source": recipe.label_source,
+        "label_names": evaluation.class_names,
+        "verdict": str(test),
+        "alarm": "the pipeline leaks" if alarm else None,
+    }
+    metrics = {key: getattr(test, key) for key in ("accuracy", "chance", "p_value", "right", "texts")}
+    write_result(run / "eval" / RESULT, facts, metrics, {"accuracy": test.interval}, predictions)
     if alarm:
         raise RunFault(
             f"the negative control raises the alarm: labels are random, and yet {test}; the pipeline leaks, so look "

@@ -47,16 +47,13 @@ def _draw_confusion(labels: np.ndarray, predictions: np.ndarray, names: Sequence
         short = [_short(name) for name in names]
         panel.set_xticks(range(classes), short, rotation=0 if max(map(len, short)) < 8 else 30, ha="center")
         panel.set_yticks(range(classes), short)
-    panel.set_xlabel("predicted")
-    panel.set_ylabel("actual")
+    panel.set(xlabel="predicted", ylabel="actual")
     panel.set_title("Confusion matrix", loc="left")
     figure.colorbar(image, ax=panel, label="share of the actual class", fraction=0.046)
     lines = [f"Confusion matrix of {counts.sum():,} texts in {classes} classes."]
-    for row in range(classes):
-        predicted = [
-            f"{counts[row, k]:,} as {names[k]}" for k in np.argsort(-counts[row], kind="stable")[:6] if counts[row, k]
-        ]
-        lines.append(f"Of {totals[row, 0]:,} texts of class {names[row]}: {', '.join(predicted) or 'none predicted'}.")
+    for name, row in zip(names, counts, strict=True):
+        predicted = [f"{row[k]:,} as {names[k]}" for k in np.argsort(-row, kind="stable")[:6] if row[k]]
+        lines.append(f"Of {row.sum():,} texts of class {name}: {', '.join(predicted) or 'none predicted'}.")
     save_plot(figure, file, lines)
 
 
@@ -77,9 +74,8 @@ def _draw_precision_recall(labels: np.ndarray, probabilities: np.ndarray, names:
         panel.step(recall, precision, where="pre", color=colour, linestyle=style, label=legend, linewidth=1.6)
         panel.axhline(truth.mean(), color=colour, linewidth=0.7, linestyle=(0, (1, 3)))
         at = ", ".join(f"{precision[np.searchsorted(recall, r)]:.3f} at recall {r:g}" for r in RECALLS)
-        lines.append(
-            f"Class {names[k]}: average precision {area:.3f}, {truth.mean():.1%} of the texts; precision {at}."
-        )
+        of_class = f"average precision {area:.3f}, {truth.mean():.1%} of the texts; precision {at}"
+        lines.append(f"Class {names[k]}: {of_class}.")
     panel.set(xlim=(0, 1.005), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
     panel.set_title("Precision and recall; dotted: the share of the class, which is chance", loc="left", fontsize=10)
     if panel.get_legend_handles_labels()[1]:
@@ -93,7 +89,7 @@ def _draw_reliability(labels: np.ndarray, probabilities: np.ndarray, file: Path)
     confidence, correct = confidences(labels, probabilities)
     bins = bin_of(confidence)
     rows = np.bincount(bins, minlength=BINS)
-    filled = np.flatnonzero(rows)
+    filled = rows > 0
     counts = rows[filled]
     mean_confidence = np.bincount(bins, confidence, BINS)[filled] / counts
     accuracy = np.bincount(bins, correct, BINS)[filled] / counts
@@ -111,13 +107,9 @@ def _draw_reliability(labels: np.ndarray, probabilities: np.ndarray, file: Path)
     below.set(xlim=(0, 1.01), xlabel="probability of the predicted class", ylabel="texts")
     for axes in (panel, below):
         _grid(axes)
-    lines = [
-        f"Reliability diagram of {rows.sum():,} texts; expected calibration error {error:.3f}.",
-        *(
-            f"{n:,} texts at a mean probability of {sure:.3f}: {share:.3f} right (95% {a:.3f} to {b:.3f})."
-            for n, sure, share, a, b in zip(counts, mean_confidence, accuracy, low, high, strict=True)
-        ),
-    ]
+    lines = [f"Reliability diagram of {rows.sum():,} texts; expected calibration error {error:.3f}."]
+    for n, sure, share, a, b in zip(counts, mean_confidence, accuracy, low, high, strict=True):
+        lines.append(f"{n:,} texts at a mean probability of {sure:.3f}: {share:.3f} right (95% {a:.3f} to {b:.3f}).")
     save_plot(figure, file, lines)
 
 

@@ -5,7 +5,7 @@ one test serves a mean over rows and a metric of the whole corpus, such as BLEU 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,8 +15,7 @@ RESAMPLES = 10_000
 _BLOCK_ELEMENTS = 2**22  # of a block of exchanges: 32 MB
 
 
-@dataclass(frozen=True)
-class McNemar:
+class McNemar(NamedTuple):
     """`p` is exact and conservative where few rows changed; `mid_p` is less so."""
 
     p: float
@@ -59,8 +58,7 @@ def swap_test(a: OfSums, b: OfSums, *, seed: int = 0, resamples: int = RESAMPLES
     return dict(zip(a.names, p_values.tolist(), strict=True))
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(NamedTuple):
     """The difference B - A of a metric under resampled rows: its interval, and the p-value of no difference."""
 
     low: float
