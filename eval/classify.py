@@ -66,7 +66,6 @@ def main() -> None:
         print_examples,
         read_task_rows,
         write_evaluation,
-        write_examples,
     )
     from isotune.evaluation.classification.plots import draw_plots
     from isotune.evaluation.distributed_eval import start_ranks
@@ -98,10 +97,8 @@ def main() -> None:
     )
     if evaluation is None:
         return
-    examples = evaluation.examples
     settings: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "resamples": given.resamples}
     folder.mkdir(parents=True, exist_ok=True)
-    write_examples(examples, folder)
     if not given.no_pictures:
         draw_plots(evaluation, folder)
         draw_attention(classifier, evaluation, folder, attention_rows)
@@ -109,7 +106,7 @@ def main() -> None:
     if not given.no_pictures and given.run_dir and (home / METRICS).is_file():
         print(f"loss curve  {draw_loss_curve(home)}")
     print("most confident errors first:")
-    print_examples(examples)
+    print_examples(evaluation)
     print("\n".join(score_lines(evaluation.scores)))
     print(f"written to {folder}")
 

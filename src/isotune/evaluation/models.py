@@ -33,11 +33,10 @@ DEFAULT_MAX_SEQ_LENGTH = 512  # tokens of a document, for a classifier without a
 
 @dataclass(frozen=True)
 class Classifier:
-    """A model that is ready to classify.
+    """A model that is installed for packed rows, in evaluation mode.
 
     Attributes:
         name: the run's folder, or the model's folder or Hub id.
-        model: installed for packed rows, in evaluation mode.
         settings: how texts become documents; `num_labels` is the model's.
         label_names: of the classes, None where the model has none.
         run: the finished run, None for any other model.
@@ -63,12 +62,7 @@ class Classifier:
 
 @dataclass(frozen=True)
 class GenerationModel:
-    """A causal language model on its device, with its own tokenizer, ready to generate.
-
-    Attributes:
-        model: under ZeRO-3 the shard of this rank.
-        engine: the DeepSpeed engine of a sharded model.
-    """
+    """A causal language model with its own tokenizer; under ZeRO-3 the shard of this rank, with its engine."""
 
     model: Any
     tokenizer: Any
@@ -87,8 +81,7 @@ class GenerationModel:
     @property
     def positions(self) -> int:
         """The longest sequence of the model in tokens; the tokenizer's limit where the model has none."""
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        return limit or self.tokenizer.model_max_length
+        return getattr(self.model.config, "max_position_embeddings", None) or self.tokenizer.model_max_length
 
     @property
     def eos_ids(self) -> set[int]:

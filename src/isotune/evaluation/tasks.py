@@ -131,19 +131,13 @@ class ClassificationTask(Task):
             return labels.index(label)
         if isinstance(label, int) and all(isinstance(name, str) for name in labels) and 0 <= label < len(labels):
             return label
-        known = ", ".join(str(name) for name in labels)
+        known = ", ".join(map(str, labels))
         raise UserError(f"{plain.where(number)} is of class {str(label)[:40]!r}, and the task knows {known}")
 
 
 @dataclass(frozen=True)
 class EvalSample:
-    """A prompt with its reference.
-
-    Attributes:
-        id: its row in the source, from 0.
-        reference: the expected answer, stripped; never empty.
-        where: its name in messages.
-    """
+    """A prompt with its reference, stripped and never empty; `id` is its row, `where` its name in messages."""
 
     id: int
     prompt: str
@@ -153,7 +147,7 @@ class EvalSample:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationTask(Task):
-    """Prompts with references."""
+    """Prompts with references: from columns by templates, or the first turn of each conversation."""
 
     BUILTIN_METRICS = TEXT_METRICS
     COLUMNS = TEXTS
@@ -177,9 +171,8 @@ class GenerationTask(Task):
         templates = {"prompt": str(self.prompt_template), "reference": str(self.reference_template)}
         for number, row in enumerate(source.rows()):
             texts = {key: _fill_template(one, row, source, number).strip() for key, one in templates.items()}
-            for key, text in texts.items():
-                if not text:
-                    raise UserError(f"{source.where(number)} has an empty {key}")
+            if empty := [key for key, text in texts.items() if not text]:
+                raise UserError(f"{source.where(number)} has an empty {empty[0]}")
             yield EvalSample(number, **texts, where=source.where(number))
 
 
@@ -205,8 +198,7 @@ def _first_turns(source: Source) -> Iterator[EvalSample]:
             prompt = conversation.text[:start].removesuffix(ASSISTANT_HEADER).strip()
             if prompt.startswith(HUMAN_HEADER) and HUMAN_HEADER not in prompt[len(HUMAN_HEADER) :]:
                 prompt = prompt.removeprefix(HUMAN_HEADER).strip()
-                reference = first_turn(conversation.text[start:end])
-                if reference:
+                if reference := first_turn(conversation.text[start:end]):
                     yield EvalSample(row, prompt, reference, source.where(row))
 
 
@@ -219,8 +211,8 @@ def read_task(kind: type[T], file: str | Path | None, flags: Mapping[str, Any]) 
     Raises:
         UserError: no such file, no YAML, an unknown key or metric, a value of another kind, or no data set.
     """
-    keys = _read_keys(kind, Path(file)) if file is not None else {}
-    values = {key: value for layer in (keys, flags) for key, value in layer.items() if value is not None}
+    layers = (_read_keys(kind, Path(file)) if file is not None else {}, flags)
+    values: dict[str, Any] = {key: value for layer in layers for key, value in layer.items() if value is not None}
     if not values.get("dataset_name"):
         raise UserError("there is nothing to evaluate on: use --dataset_name or --task")
     if ("prompt_template" in values) != ("reference_template" in values):
@@ -258,11 +250,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _template_columns(template: str) -> list[str]:
-    """The columns that a template names.
-
-    Raises:
-        UserError: it names none, or has more than the column's name between braces.
-    """
+    """The columns that a template names: at least one, and nothing but the column's name between braces."""
     try:
         parts = [(name, spec, how) for _, name, spec, how in string.Formatter().parse(template) if name is not None]
     except ValueError as error:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +67,6 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Example:
-    """A row: its id, the names of its label and of the predicted class, the latter's probability, and its text."""
-
-    id: Any
-    actual: str
-    predicted: str
-    probability: float
-    text: str
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """The result of an evaluation: probabilities, float64 [rows, classes], and their scores."""
 
@@ -93,17 +82,17 @@ class Evaluation:
         return np.lexsort((np.where(correct, confidence, -confidence), correct))
 
     @property
-    def examples(self) -> list[Example]:
-        """The first WRITTEN rows in the order of `errors_first`."""
+    def examples(self) -> list[dict[str, Any]]:
+        """The first WRITTEN rows in that order: id, names of label and predicted class, its probability, and text."""
         rows, ids, labels, predicted = self.rows, self.rows.ids, self.rows.labels, self.probabilities.argmax(axis=1)
         return [
-            Example(
-                ids[row],
-                rows.names[labels[row]],
-                rows.names[predicted[row]],
-                float(self.probabilities[row, predicted[row]]),
-                rows.texts[row],
-            )
+            {
+                "id": ids[row],
+                "actual": rows.names[labels[row]],
+                "predicted": rows.names[predicted[row]],
+                "probability": float(self.probabilities[row, predicted[row]]),
+                "text": rows.texts[row],
+            }
             for row in self.errors_first[:WRITTEN].tolist()
         ]
 
@@ -118,7 +107,7 @@ def read_task_rows(
     """The rows of a task, tokenised for the classifier; the main process shows progress and the table.
 
     Args:
-        limit: number of rows, the first ones; all where it is None.
+        limit: number of rows, the first ones.
         held_out: share and seed: only the rows that a run held out of its training data.
 
     Raises:
@@ -188,10 +177,11 @@ def evaluate_rows(
 def write_evaluation(
     evaluation: Evaluation, folder: Path, classifier: Classifier, task: ClassificationTask, settings: dict[str, Any]
 ) -> None:
-    """metrics.json and predictions.jsonl in `folder`; `settings` are recorded among the facts."""
+    """examples.jsonl, predictions.jsonl and metrics.json in `folder`; `settings` are recorded among the facts."""
     rows, scores, probabilities = evaluation.rows, evaluation.scores, evaluation.probabilities
     columns = (rows.ids, rows.labels.tolist(), probabilities.argmax(axis=1).tolist(), probabilities.tolist())
     keys = ("id", "label", "prediction", "probabilities")
+    predictions: list[dict[str, Any]] = [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
     facts = {
         "kind": CLASSIFICATION,
         "model": classifier.name,
@@ -205,19 +195,15 @@ def write_evaluation(
         "settings": {**settings, "rows_cut": rows.truncated},
         **({"metric_modules": scores.modules} if scores.modules else {}),
     }
-    predictions: list[dict[str, Any]] = [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / EXAMPLES, "".join(json.dumps(example) + "\n" for example in evaluation.examples))
     write_result(folder, facts, scores.metrics, scores.intervals, predictions)
 
 
-def write_examples(examples: Sequence[Example], folder: Path) -> None:
-    """One JSON line for each example."""
-    replace_file(folder / EXAMPLES, "".join(json.dumps(asdict(example)) + "\n" for example in examples))
-
-
-def print_examples(examples: Sequence[Example]) -> None:
+def print_examples(evaluation: Evaluation) -> None:
     """The first SHOWN examples, each on two lines."""
-    for example in examples[:SHOWN]:
-        text = " ".join(example.text.split())
-        mark = "=" if example.actual == example.predicted else "x"
-        print(f"  {mark} id {example.id}: actual {example.actual}, predicted {example.predicted} ", end="")
-        print(f"({example.probability:.1%})\n      {text[: LINE - 1] + '…' if len(text) > LINE else text}")
+    for example in evaluation.examples[:SHOWN]:
+        text = " ".join(example["text"].split())
+        mark = "=" if example["actual"] == example["predicted"] else "x"
+        print(f"  {mark} id {example['id']}: actual {example['actual']}, predicted {example['predicted']} ", end="")
+        print(f"({example['probability']:.1%})\n      {text[: LINE - 1] + '…' if len(text) > LINE else text}")
