@@ -6,7 +6,6 @@ a language model: each rank holds a part of the weights, every forward gathers t
 the same number of forwards, and a rank without a batch runs an empty one.
 """
 
-import heapq
 import json
 import os
 import sys
@@ -49,11 +48,10 @@ class Ranks:
         The most expensive item goes first, each to the process with the lowest load so far (Graham 1969), so loads
         differ by at most one item. Every process computes the same shares without communication.
         """
-        loads = [(0.0, rank) for rank in range(self.world_size)]
-        own = []
+        loads, own = [0.0] * self.world_size, []
         for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-            load, rank = loads[0]
-            heapq.heapreplace(loads, (load + costs[item], rank))
+            rank = loads.index(min(loads))
+            loads[rank] += costs[item]
             if rank == self.rank:
                 own.append(item)
         return sorted(own)

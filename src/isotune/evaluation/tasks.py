@@ -35,9 +35,10 @@ import yaml
 from isotune.data.documents import digest
 from isotune.data.sft.conversations import ASSISTANT_HEADER, HUMAN_HEADER, TEXT_FIELD, first_turn, read_batches
 from isotune.data.sources.source import Row, Source, read_rows
-from isotune.evaluation.metrics.classification import METRICS, is_classification_metric
+from isotune.evaluation.metrics.classification import METRICS
 from isotune.evaluation.metrics.modules import CLASSES, TEXTS, Column, MetricModule, read_metrics
 from isotune.evaluation.metrics.text import TEXT_METRICS
+from isotune.evaluation.statistics.resampling import CLASS_SUFFIX
 from isotune.io.errors import UserError, did_you_mean, first_line
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -96,7 +97,7 @@ class ClassificationTask(Task):
     @classmethod
     def is_builtin_metric(cls, name: str) -> bool:
         """Whether `metrics` may name it without a module; f1_class_0 and its like too."""
-        return is_classification_metric(name)
+        return name.split(CLASS_SUFFIX)[0] in METRICS
 
     @property
     def name(self) -> str:

@@ -49,55 +49,31 @@ def print_sample_answer(run_dir: str | Path, question: str, max_new_tokens: int 
     print(f"{render_prompt(question)} {text}", flush=True)
 
 
-class Chat:
-    """A conversation: a question is sent with the exchanges before it, as far as the model has positions.
-
-    Sampling of turn n is seeded with `seed + n`, so the same conversation has the same answers.
-    """
-
-    def __init__(self, lm: GenerationModel, decoding: Decoding) -> None:
-        self.lm = lm
-        self.decoding = decoding
-        self.messages: list[dict[str, str]] = []
-
-    def ask(self, question: str) -> str:
-        """Answer, and add both to the history; a question that fails is not added.
-
-        Raises:
-            UserError: the question alone leaves the model no position for an answer.
-        """
-        messages = [*self.messages, {"role": "user", "content": question}]
-        prompt = fit_history(self.lm, messages, self.decoding.max_new_tokens)
-        turn = replace(self.decoding, seed=self.decoding.seed + len(self.messages) // 2)
-        text = answer(self.lm, prompt, turn)
-        self.messages = [*messages, {"role": "assistant", "content": text}]
-        return text
-
-    def reset(self) -> None:
-        """Clear the history."""
-        self.messages = []
-
-
 def run_chat(lm: GenerationModel, decoding: Decoding, name: str) -> None:
-    """Answer the lines of stdin until its end or /quit.
+    """Answer the lines of stdin until its end or /quit, each with the exchanges before it that fit.
 
-    A terminal shows a prompt; from a pipe, stdout holds the answers alone.
+    A terminal shows a prompt; from a pipe, stdout holds the answers alone. Turn n is sampled with `seed + n`, so the
+    same conversation has the same answers. A question that fails is not added to the history.
     """
-    chat = Chat(lm, decoding)
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         print(BANNER.format(name=name), flush=True)
+    history: list[Mapping[str, str]] = []
     while (line := _next_line(at_terminal)) is not None:
         question = line.strip()
         if question == "/quit":
             return
         if question == "/reset":
-            chat.reset()
+            history = []
         elif question.startswith("/") and question[1:].isalpha():
             print(f"{question} is no command: there are {' and '.join(COMMANDS)}", file=sys.stderr, flush=True)
         elif question:
             try:
-                print(chat.ask(question), flush=True)
+                asked = [*history, {"role": "user", "content": question}]
+                turn = replace(decoding, seed=decoding.seed + len(history) // 2)
+                text = answer(lm, fit_history(lm, asked, decoding.max_new_tokens), turn)
+                history = [*asked, {"role": "assistant", "content": text}]
+                print(text, flush=True)
             except UserError as mistake:
                 print(f"error: {mistake}", file=sys.stderr, flush=True)
             except KeyboardInterrupt:

@@ -22,11 +22,6 @@ BINS = 15  # of the calibration error, as in Guo et al. 2017, arXiv:1706.04599
 SMALLEST = np.finfo(np.float64).eps  # smaller probabilities are clipped, because the log of 0 is infinite
 
 
-def is_classification_metric(name: str) -> bool:
-    """Whether `name` is a built-in metric, with or without the class that it is of."""
-    return name.split(CLASS_SUFFIX)[0] in METRICS
-
-
 def classification_statistics(
     labels: np.ndarray, probabilities: np.ndarray, *, ordinal: bool = False
 ) -> list[Statistic]:

@@ -65,8 +65,6 @@ class MetricModule:
     Attributes:
         name: before the names of its results.
         where: file and key that name it, for messages.
-        module: the `evaluate.EvaluationModule`.
-        columns: what it is computed from.
         facts: `module` and `config_name`, which `evaluate.load` was given, and the `arguments` of `compute`.
     """
 
@@ -82,12 +80,8 @@ class MetricModule:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             results = self.module.compute(**given, **self.facts["arguments"]) or {}
-        numbers = {key: np.asarray(value) for key, value in results.items() if value is not None}
-        return {
-            f"{self.name}/{key}": float(value)
-            for key, value in numbers.items()
-            if value.ndim == 0 and value.dtype.kind in "iufb"
-        }
+        arrays = {f"{self.name}/{key}": np.asarray(value) for key, value in results.items()}
+        return {key: float(value) for key, value in arrays.items() if value.ndim == 0 and value.dtype.kind in "iufb"}
 
     def statistic(self, data: Mapping[Column, np.ndarray], rows: int) -> OfWeights:
         """The module's results as a statistic of weighted rows; NaN where a resample has no result.
@@ -95,14 +89,13 @@ class MetricModule:
         Raises:
             UserError: the module cannot be computed on the rows, or its results are no numbers.
         """
+        called = f"{self.where}: the module {self.facts['module']!r}"
         try:
             names = tuple(self.compute(data))
         except Exception as error:  # a module is foreign code
-            raise UserError(
-                f"{self.where}: the module {self.facts['module']!r} cannot be computed: {first_line(error)}"
-            ) from error
+            raise UserError(f"{called} cannot be computed: {first_line(error)}") from error
         if not names:
-            raise UserError(f"{self.where}: the module {self.facts['module']!r} returns no number")
+            raise UserError(f"{called} returns no number")
 
         def of_weights(weights: np.ndarray) -> np.ndarray:
             values = np.full((len(weights), len(names)), math.nan)
@@ -127,16 +120,11 @@ def read_metrics(
     entries: Sequence[Any], is_builtin: Callable[[str], bool], builtin: Collection[str], columns: Collection[Column],
     where: str,
 ) -> tuple[str | MetricModule, ...]:  # fmt: skip
-    """The entries of a task's `metrics:`, with every module loaded.
-
-    Args:
-        is_builtin, builtin: which names are built in, and what to list in a message.
-        columns: what an evaluation of this kind has.
-        where: file and key, for messages.
+    """The entries of a task's `metrics:`, with every module loaded; `columns` are what such an evaluation has.
 
     Raises:
         UserError: an entry is neither a name nor a mapping with `module`, or a module cannot be loaded, takes columns
-            that the evaluation does not have, or has the name of another one.
+            that the evaluation does not have, or has the name of another one; it begins with `where`.
     """
     metrics: list[str | MetricModule] = []
     for entry in entries:
@@ -155,11 +143,8 @@ def read_metrics(
         takes = [[(column, _kind(feature)) for column, feature in one.items()] for one in features]
         needed = next((tuple(one) for one in takes if all(column in columns for column in one)), None)
         if needed is None:
-            alternatives = " or ".join(_listed(one) for one in takes)
-            raise UserError(
-                f"{where}: there is no metric {source!r} here: the module takes {alternatives}; there are "
-                f"{_listed(sorted(columns))}"
-            )
+            what = f"the module takes {' or '.join(map(_listed, takes))}; there are {_listed(sorted(columns))}"
+            raise UserError(f"{where}: there is no metric {source!r} here: {what}")
         facts = {"module": source, "config_name": config_name, "arguments": arguments}
         metrics.append(MetricModule(name, where, module, needed, facts))
     return tuple(metrics)
@@ -173,11 +158,7 @@ def score_modules(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Scores:
-    """Values and intervals of modules over rows with the columns `data`, by at most MODULE_RESAMPLES resamples.
-
-    Raises:
-        UserError: a module cannot be computed.
-    """
+    """Values and intervals of modules over rows with the columns `data`, by at most MODULE_RESAMPLES resamples."""
     draws = min(resamples, MODULE_RESAMPLES)
     scores = Scores({}, {})
     for module in modules:
@@ -193,12 +174,11 @@ def _load(source: str, config_name: str | None, builtin: Collection[str], where:
     try:
         return evaluate.load(source, config_name, keep_in_memory=True)
     except Exception as error:  # a module is foreign code
-        if Path(source).exists():
-            raise UserError(f"{where}: the module {source!r} cannot be loaded: {first_line(error)}") from error
-        raise UserError(
-            f"{where}: there is no metric {source!r}: it is not built in ({', '.join(builtin)}), and evaluate.load "
-            f"does not find it: {first_line(error)}"
-        ) from error
+        what = f"the module {source!r} cannot be loaded"
+        if not Path(source).exists():
+            names = ", ".join(builtin)
+            what = f"there is no metric {source!r}: it is not built in ({names}), and evaluate.load does not find it"
+        raise UserError(f"{where}: {what}: {first_line(error)}") from error
 
 
 def _kind(feature: Any) -> str:

@@ -40,8 +40,7 @@ def measure_texts(texts: Sequence[str], references: Sequence[str], ended: Sequen
     completions over those of all references.
 
     Args:
-        texts: completions, stripped.
-        references: as many, stripped and not empty.
+        texts, references: as many, stripped; no reference is empty.
         ended: whether the model ended the text, and not its token limit.
     """
     pairs = list(zip(texts, references, strict=True))

@@ -12,10 +12,8 @@ random bytes by a table of 256 entries, and the 1% of bytes without an entry are
 (the mixture method: Marsaglia 1963).
 
 The weights depend on (seed, rows) alone and a resample on its number, so statistics of two models over the same rows
-are paired.
-
-Rows that are all correct, or all wrong, give the same share in every resample. Their interval is the exact one of
-Clopper and Pearson (1934).
+are paired. Rows that are all correct, or all wrong, give the same share in every resample; their interval is the exact
+one of Clopper and Pearson (1934).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,7 +38,6 @@ class OfSums:
     """Statistics that are a function of sums over rows.
 
     Attributes:
-        names: of the statistics.
         columns: float [rows, sums]; what each row adds to each sum.
         function: float64 [block, sums] -> float [block, names]; NaN where a statistic does not exist.
         shares: by name, of statistics that are a mean of values from 0 to 1: which columns add up to the values and
@@ -59,12 +56,9 @@ class OfSums:
 
 @dataclass(frozen=True)
 class OfWeights:
-    """Statistics of any kind.
+    """Statistics of any kind of so many rows.
 
-    Attributes:
-        names: of the statistics.
-        rows: how many there are.
-        function: uint8 weights [block, rows] -> float [block, names]; NaN where a statistic does not exist.
+    `function`: uint8 weights [block, rows] -> float [block, names]; NaN where a statistic does not exist.
     """
 
     names: tuple[str, ...]
@@ -126,19 +120,14 @@ def score(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Scores:
-    """Values and intervals of statistics over the same rows, of all or of those that `select_names` gives for `only`.
-
-    Raises:
-        UserError: `only` has a name that no statistic has.
-    """
+    """Values and intervals of statistics over the same rows; of those that `only` selects, by `select_names`."""
     all_values = values(statistics)
     selected = select_names(statistics, only)
     metrics = {name: value for name, value in all_values.items() if name in selected and np.isfinite(value)}
     needed = [statistic for statistic in statistics if metrics.keys() & set(statistic.names)]
     intervals = bootstrap_intervals(needed, rows, resamples, seed)
-    return Scores(
-        metrics, {name: intervals[name] for name in metrics if name in intervals}, sorted(selected - metrics.keys())
-    )
+    kept = {name: intervals[name] for name in metrics if name in intervals}
+    return Scores(metrics, kept, sorted(selected - metrics.keys()))
 
 
 def mean(name: str, values: np.ndarray) -> OfSums:
@@ -177,11 +166,7 @@ def values(statistics: Sequence[Statistic]) -> dict[str, float]:
 
 
 def bootstrap_intervals(
-    statistics: Sequence[Statistic],
-    rows: int,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    level: float = LEVEL,
+    statistics: Sequence[Statistic], rows: int, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
 ) -> dict[str, tuple[float, float]]:
     """Intervals of statistics over the same rows, by name: bias-corrected percentiles (Efron 1981).
 
@@ -235,10 +220,7 @@ def _corrected(draws: np.ndarray, value: float, level: float) -> tuple[float, fl
 def bootstrap_draws(
     statistics: Sequence[Statistic], rows: int, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Every statistic of every resample, by name: float64 [resamples]. Resample i has the same rows for all of them.
-
-    Two runs over the same rows are compared by subtracting the draws of one from those of the other.
-    """
+    """Every statistic of every resample, by name: float64 [resamples]. Resample i has the same rows for all of them."""
     of_sums = [statistic for statistic in statistics if isinstance(statistic, OfSums)]
     of_weights = [statistic for statistic in statistics if isinstance(statistic, OfWeights)]
     columns = np.hstack([statistic.columns for statistic in of_sums] or [np.zeros((rows, 0))]).astype(np.float32)
