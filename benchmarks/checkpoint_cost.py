@@ -133,11 +133,11 @@ def measure_saves(values: dict[str, Any], rounds: int) -> dict[str, Any]:
     optimizer: Any = trainer.optimizer
     for _ in range(rounds):
         started = time.perf_counter()
-        checkpointer.save(trainer)
+        checkpointer.save()
         seconds["stall"].append(time.perf_counter() - started)
         checkpointer.wait()
         started = time.perf_counter()
-        checkpointer.save(trainer)
+        checkpointer.save()
         checkpointer.wait()
         seconds["synchronous"].append(time.perf_counter() - started)
         started = time.perf_counter()

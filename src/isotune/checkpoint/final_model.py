@@ -31,16 +31,7 @@ PROBE_TEXT = "### Human: Is 2 + 2 = 4?\n### Assistant: Yes: naïve, 世界 🙂.
 
 @dataclass(frozen=True)
 class FinalModelReport:
-    """What was saved and verified.
-
-    Attributes:
-        folder: of the files.
-        kind: a whole model, or an adapter that needs its base model.
-        tensors: tensors compared with the model in memory; tied ones count once per name.
-        parameters: elements of them; tied ones count once.
-        dtypes: of the tensors, as torch names them, sorted.
-        bytes_on_disk: size of all files in the folder.
-    """
+    """What was saved and verified; tied tensors count once per name, their elements (`parameters`) once."""
 
     folder: Path
     kind: Literal["model", "adapter"]
@@ -61,32 +52,37 @@ def save_and_verify(model: nn.Module, tokenizer: Any, folder: str | Path) -> Fin
 
     Everything is written to a sibling folder first, so at every moment `folder` is absent, as it was before, or the
     complete new model. Weights are safetensors in the dtype that they have in memory. The configuration is that of a
-    stock model, without the attention function of training, and with `use_cache` on.
-
-    Args:
-        model: a plain `PreTrainedModel` or `PeftModel`, out of its engine's wrapper; instance methods may be patched.
-        tokenizer: of the model.
-        folder: for `from_pretrained`; an existing one is replaced.
+    stock model, without the attention function of training, and with `use_cache` on. `model` is a plain
+    `PreTrainedModel` or `PeftModel`, out of its engine's wrapper; instance methods may be patched.
 
     Raises:
         UserError: the disk has no room, or the folder cannot be written.
         RunFault: the files differ from memory; `folder` stays as it was, and the files are kept beside it, under the
             name in the message.
     """
-    folder = Path(folder)
+    from peft import PeftModel
+
+    folder, is_adapter = Path(folder), isinstance(model, PeftModel)
     with quiet_libraries():
-        expected = _trained_adapter(model) if _is_adapter(model) else _whole_state(model)
+        expected = _trained_adapter(model) if is_adapter else _whole_state(model)
     empty = next((name for name, tensor in expected.items() if tensor.numel() == 0), None)
     if empty is not None:
         raise RunFault(
             f"{empty} is empty in memory, so {folder} was not written: a sharded engine has to gather it before saving"
         )
     with staging_for(folder) as staging:
-        _write(model, tokenizer, staging)
+        if is_adapter:
+            save_adapter(model, staging)
+        else:
+            cast(Any, model).save_pretrained(str(staging))
+        tokenizer.save_pretrained(str(staging))
+        for name in ("config.json", "generation_config.json"):
+            if (staging / name).is_file():
+                _make_stock(staging / name)
     with quiet_libraries():
         try:
-            _compare_files(model, expected, staging)
-            _compare_reopened(model, expected, staging)
+            _compare_files(expected, staging, is_adapter=is_adapter)
+            _compare_reopened(model, expected, staging, is_adapter=is_adapter)
             _compare_tokenizer(tokenizer, staging)
         except _Difference as difference:
             raise RunFault(
@@ -95,9 +91,9 @@ def save_and_verify(model: nn.Module, tokenizer: Any, folder: str | Path) -> Fin
     replace_folder(staging, folder)
     return FinalModelReport(
         folder=folder,
-        kind="adapter" if _is_adapter(model) else "model",
+        kind="adapter" if is_adapter else "model",
         tensors=len(expected),
-        parameters=sum(tensor.numel() for tensor in _distinct(expected)),
+        parameters=sum({(t.data_ptr(), t.shape): t.numel() for t in expected.values()}.values()),
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in expected.values()})),
         bytes_on_disk=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
     )
@@ -111,8 +107,7 @@ class _Difference(Exception):
 def staging_for(folder: Path) -> Generator[Path]:
     """A sibling path of `folder` to write to; synced at the end, removed where the body fails.
 
-    Raises:
-        UserError: the disk has no room, or the folder cannot be written.
+    See `no_room_is_an_error` for what it raises.
     """
     staging = folder.with_name(f"{folder.name}.unverified")
     try:
@@ -140,7 +135,7 @@ def replace_folder(staging: Path, folder: Path) -> None:
 
 @contextmanager
 def no_room_is_an_error(folder: Path) -> Generator[None]:
-    """Turn any library's error for a full disk into a UserError.
+    """Turn any library's error for a full disk, or for a folder that cannot be written, into a UserError.
 
     safetensors has a class of its own, with the errno in its message; torch.save raises a second error while it
     handles the first.
@@ -151,34 +146,14 @@ def no_room_is_an_error(folder: Path) -> Generator[None]:
         causes: list[BaseException] = [error]
         while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
             causes.append(cause)
-        if any(_is_no_room(cause) for cause in causes):
+        named = {f"(os error {code})" for code in NO_ROOM}
+        if any(getattr(c, "errno", None) in NO_ROOM or any(name in str(c) for name in named) for c in causes):
             raise UserError(
                 f"no room on the disk for the model in {folder}: free some space or choose another folder"
             ) from error
         if isinstance(error, OSError) and error.errno is not None:
             raise UserError(f"the model cannot be written to {folder}: {os.strerror(error.errno)}") from error
         raise
-
-
-def _is_no_room(error: BaseException) -> bool:
-    return getattr(error, "errno", None) in NO_ROOM or any(f"(os error {code})" in str(error) for code in NO_ROOM)
-
-
-def _is_adapter(model: nn.Module) -> bool:
-    from peft import PeftModel
-
-    return isinstance(model, PeftModel)
-
-
-def _write(model: Any, tokenizer: Any, staging: Path) -> None:
-    if _is_adapter(model):
-        save_adapter(model, staging)
-    else:
-        model.save_pretrained(str(staging))
-    tokenizer.save_pretrained(str(staging))
-    for name in ("config.json", "generation_config.json"):
-        if (staging / name).is_file():
-            _make_stock(staging / name)
 
 
 def _make_stock(path: Path) -> None:
@@ -206,15 +181,10 @@ def _trained_adapter(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _distinct(tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    return list({(tensor.data_ptr(), tensor.shape): tensor for tensor in tensors.values()}.values())
-
-
-def _compare_files(model: nn.Module, expected: Mapping[str, Tensor], staging: Path) -> None:
+def _compare_files(expected: Mapping[str, Tensor], staging: Path, *, is_adapter: bool) -> None:
     """Compare the raw tensors of the files with those in memory, where their names are the same."""
     if not expected:
         raise _Difference("there is no tensor to save")
-    is_adapter = _is_adapter(model)
     in_memory = {name_in_adapter_file(name) if is_adapter else name: tensor for name, tensor in expected.items()}
     files = sorted(staging.glob("*.safetensors"))
     if not files:
@@ -231,12 +201,12 @@ def _compare_files(model: nn.Module, expected: Mapping[str, Tensor], staging: Pa
         raise _Difference(f"{next(iter(in_memory))} was not written")
 
 
-def _compare_reopened(model: Any, expected: Mapping[str, Tensor], staging: Path) -> None:
+def _compare_reopened(model: Any, expected: Mapping[str, Tensor], staging: Path, *, is_adapter: bool) -> None:
     """Load the folder as its user will, and compare every tensor by its name in memory."""
-    reopened = _reopen_adapter(model, staging) if _is_adapter(model) else _reopen_model(model, staging)
+    reopened = _reopen_adapter(model, staging) if is_adapter else _reopen_model(model, staging)
     # `from_pretrained` loads all weights in one dtype, and peft adapters in fp32; `_compare_files` compared the dtypes.
     one_dtype = len({tensor.dtype for tensor in expected.values() if tensor.is_floating_point()}) == 1
-    same_dtype = one_dtype and not _is_adapter(model)
+    same_dtype = one_dtype and not is_adapter
     for name, tensor in expected.items():
         if name not in reopened:
             raise _Difference(f"{name} is missing")
@@ -259,10 +229,7 @@ def _reopen_model(model: Any, staging: Path) -> dict[str, Tensor]:
 
 
 def _reopen_adapter(model: Any, staging: Path) -> dict[str, Tensor]:
-    """Load the adapter with peft onto a base of the same class.
-
-    The base's memory is allocated but never touched, so that it does not become resident.
-    """
+    """Load the adapter with peft onto a base of the same class, whose memory is never touched, so never resident."""
     from peft import PeftModel
 
     base = model.get_base_model()

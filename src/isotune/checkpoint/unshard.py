@@ -18,25 +18,20 @@ from isotune.compat.transformers import set_attention_of
 
 
 def plain_model(model: nn.Module, *, keep: bool) -> nn.Module | None:
-    """`model` itself where it is whole on this rank, else a plain copy of it in host memory.
+    """`model`, out of its engine's wrapper, where it is whole on this rank, else a plain copy of it in host memory.
 
-    Collective: every rank must call it.
-
-    Args:
-        model: out of its engine's wrapper.
-        keep: whether this rank gets the result.
-
-    Returns:
-        A `PreTrainedModel` or `PeftModel` for `save_and_verify`; the copy of a `PeftModel` has memory for its trained
-        tensors only. None where `keep` is False.
+    The copy of a `PeftModel` has memory for its trained tensors only. Collective: every rank must call it, and those
+    that do not `keep` the result get None.
     """
     reshard(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not any(_is_sharded(p) or deepspeed.has_fp32_copy(p) for p in trained.values()):
+    if not any(
+        isinstance(p, DTensor) or deepspeed.is_partitioned(p) or deepspeed.has_fp32_copy(p) for p in trained.values()
+    ):
         return model if keep else None
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in trained.items():
-        whole = _gather(parameter)
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else deepspeed.gather_fp32(parameter)
         if keep:
             tensors[name] = whole.detach().to("cpu", copy=True)
         del whole
@@ -50,23 +45,16 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def _is_sharded(parameter: nn.Parameter) -> bool:
-    return isinstance(parameter, DTensor) or deepspeed.is_partitioned(parameter)
-
-
-def _gather(parameter: nn.Parameter) -> torch.Tensor:
-    """The whole parameter, on every rank."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else deepspeed.gather_fp32(parameter)
-
-
 def _copy_with(model: Any, tensors: dict[str, torch.Tensor]) -> nn.Module:
     """A model of the same class and configuration with `tensors`; parameters that they do not name stay on meta."""
     adapter = hasattr(model, "peft_config")
     base = model.get_base_model() if adapter else model
     config = copy.deepcopy(base.config)
     set_attention_of(config, "eager")
+    # the model's own class: FSDP2 replaces it by a class derived from it
+    plain_class: Any = next(cls for cls in type(base).__mro__ if not cls.__name__.startswith("FSDP"))
     with torch.device("meta"):
-        fresh = _plain_class(base)(config)
+        fresh = plain_class(config)
     if hasattr(base, "generation_config"):  # a classifier has none
         fresh.generation_config = base.generation_config
     if adapter:
@@ -87,8 +75,3 @@ def _copy_with(model: Any, tensors: dict[str, torch.Tensor]) -> nn.Module:
     for name, parameter in fresh.named_parameters():
         parameter.requires_grad_(name in tensors)
     return fresh
-
-
-def _plain_class(base: nn.Module) -> Any:
-    """The model's own class: FSDP2 replaces it by a class derived from it."""
-    return next(cls for cls in type(base).__mro__ if not cls.__name__.startswith("FSDP"))

@@ -23,18 +23,13 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, lease: RunLease) -> None:
-        self.lease: RunLease | None = lease
-        self._file = path.open("a", encoding="utf-8")
-        self._check()
-
-    def _check(self) -> None:
-        if self.lease is not None:
-            self.lease.check()
+        self._lease, self._file = lease, path.open("a", encoding="utf-8")
+        lease.check()
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Write one line; NaN and infinity, which JSON does not have, become null."""
         line = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
-        self._check()
+        self._lease.check()
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 

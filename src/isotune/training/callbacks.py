@@ -1,19 +1,15 @@
-"""Trainer's events: the checks before the first step, early stopping, and what a Checkpointer has to be told."""
+"""Trainer's events: the checks before the first step, and early stopping."""
 
-import math
 import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import SaveStrategy
 
-from isotune.checkpoint.store import name_of
-from isotune.compat.transformers import note_best_metric
 from isotune.config import RunRecipe
 from isotune.distributed.engines import check_engine, read_back
-from isotune.io.errors import Preempted, RunFault
+from isotune.io.errors import RunFault
 from isotune.models.isolation import check_isolation
 from isotune.models.opening import compute_dtype
 from isotune.run import environment
@@ -138,67 +134,3 @@ class EarlyStop(EarlyStoppingCallback):
                 f"than {state.best_metric:.6g} for {times} evaluation{'s' if times > 1 else ''}; {final}"
             )
             tqdm.write(line, file=sys.stderr)
-
-
-class CheckpointEvents(TrainerCallback):
-    """Tells a Checkpointer of Trainer's events; must come after Trainer's own callbacks, whose decisions it changes.
-
-    Args:
-        checkpointer: told.
-        trainer: whose overdue evaluation is made where a run goes on.
-    """
-
-    def __init__(self, checkpointer: "Checkpointer", trainer: Any) -> None:
-        self.checkpointer, self.trainer = checkpointer, trainer
-        self._catching_up = self._stopping = False
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Where a run goes on: first the evaluation for which its last attempt had no time; then, perhaps, no step."""
-        early_stop, resumption = self.checkpointer.early_stop, self.checkpointer.resumption
-        if resumption is not None and resumption.state["evaluation_due"]:
-            resumption.state["evaluation_due"] = False
-            self._catching_up = True
-            note_best_metric(self.trainer, self.trainer.evaluate())
-            self._catching_up = False
-        stopped = early_stop is not None and early_stop.has_stopped
-        if stopped:
-            control.should_training_stop = True
-        if stopped or state.global_step >= state.max_steps:  # only the end of the last epoch is left
-            kwargs["train_dataloader"].skip_to_end()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Tell of a checkpoint that could not be written; where a stop is agreed, save and do nothing else."""
-        checkpointer, update = self.checkpointer, self.trainer.update
-        checkpointer.epoch_end_done, self._stopping = False, update.stop_agreed
-        if update.write_failed:
-            checkpointer.wait()
-        checkpointer.evaluation_due = update.stop_agreed and control.should_evaluate
-        if update.stop_agreed:
-            control.should_evaluate, control.should_save = False, True
-
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """What is saved from now on lacks nothing of the epoch."""
-        self.checkpointer.epoch_end_done = True
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The best so far is saved whenever it comes."""
-        if self._catching_up or args.metric_for_best_model is None or args.save_strategy == SaveStrategy.NO:
-            return
-        value = kwargs["metrics"][f"eval_{args.metric_for_best_model.removeprefix('eval_')}"]
-        worst = -math.inf if args.greater_is_better else math.inf
-        best = worst if state.best_metric is None else state.best_metric
-        is_best = value > best if args.greater_is_better else value < best
-        control.should_save = control.should_save or is_best
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """End here where a stop was agreed.
-
-        Raises:
-            Preempted: the checkpoint is on the disk.
-        """
-        if self._stopping:
-            self.checkpointer.wait()
-            folder = self.checkpointer.store.path / name_of(state.global_step)
-            raise Preempted(f"stopped after step {state.global_step}: the same command goes on from {folder}")

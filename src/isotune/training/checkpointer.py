@@ -12,12 +12,14 @@ differs from Trainer's own checkpoints:
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from isotune.checkpoint.engine_state import EngineState, OptimizerState, state_of
 from isotune.checkpoint.flat_tensors import host_copy, read_tensors
@@ -26,9 +28,10 @@ from isotune.checkpoint.resume import STATE, TRAINER_STATE, Resumption, find_res
 from isotune.checkpoint.store import CheckpointStore, name_of
 from isotune.checkpoint.unshard import reshard
 from isotune.checkpoint.writer import TENSORS, CheckpointWriter, Snapshot
+from isotune.compat.transformers import note_best_metric
 from isotune.config import RunRecipe
 from isotune.distributed.launch import Process
-from isotune.io.errors import RunFault, UserError
+from isotune.io.errors import Preempted, RunFault, UserError
 from isotune.run.environment import versions
 from isotune.run.metrics_file import METRICS
 from isotune.run.run_dir import CHECKPOINTS, RunDir
@@ -36,8 +39,8 @@ from isotune.training import lr_schedule_state
 from isotune.training.callbacks import EarlyStop
 
 
-class Checkpointer:
-    """Saves and resumes a run; a notebook leaves it out.
+class Checkpointer(TrainerCallback):
+    """Saves and resumes a run; a notebook leaves it out. It changes decisions of Trainer's own callbacks: last.
 
     Args:
         recipe, process: what was asked, and where this process stands.
@@ -64,7 +67,12 @@ class Checkpointer:
         self.store = CheckpointStore(run.path / CHECKPOINTS, limit, run.lease)
         self.resumption: Resumption | None = None
         self.writer: CheckpointWriter | None = None
-        self.epoch_end_done = self.evaluation_due = False
+        self._trainer: Any = None
+        self._epoch_end_done = self._evaluation_due = self._catching_up = False
+
+    def attach(self, trainer: Any) -> None:
+        """Save and restore this trainer from now on; it says so itself."""
+        self._trainer = trainer
 
     # ---- the whole of training ----
 
@@ -72,9 +80,7 @@ class Checkpointer:
     def session(self) -> Iterator[str | None]:
         """Hold it around training: yields the checkpoint to go on from, and waits for the last one to be written.
 
-        Raises:
-            Preempted: a signal came, and a checkpoint is written.
-            UserError, RunFault: see `find_resumption` and `CheckpointWriter`.
+        Beside Preempted it raises what `find_resumption` and `CheckpointWriter.wait` do.
         """
         self.resumption = find_resumption(self.store, self.recipe, self.data_fingerprints, self.process)
         if self.resumption is not None and self.run.status is not None:
@@ -112,14 +118,14 @@ class Checkpointer:
 
     # ---- writing ----
 
-    def save(self, trainer: Any) -> None:
+    def save(self) -> None:
         """Copy the state to host memory, and leave the rest to a thread."""
         self.wait()
         assert self.writer is not None
-        state: TrainerState = trainer.state
+        trainer, state = self._trainer, self._trainer.state
         if state.best_global_step:
             state.best_model_checkpoint = str(self.store.path / name_of(state.best_global_step))
-        engine = _engine_state(trainer)
+        engine = self._engine()
         manifest = Manifest(
             step=state.global_step,
             world_size=self.process.world_size,
@@ -133,8 +139,8 @@ class Checkpointer:
         )
         record = {
             "step": state.global_step,
-            "epoch_end_done": self.epoch_end_done,
-            "evaluation_due": self.evaluation_due,
+            "epoch_end_done": self._epoch_end_done,
+            "evaluation_due": self._evaluation_due,
             "skipped_steps": trainer.update.nonfinite.skipped_steps,
             "evaluations_without_better": self.early_stop.early_stopping_patience_counter if self.early_stop else 0,
             "optimizer": dataclasses.asdict(engine.optimizer_state()),
@@ -154,11 +160,10 @@ class Checkpointer:
 
     # ---- reading ----
 
-    def restore(self, trainer: Any) -> None:
+    def restore(self) -> None:
         """Put the state of `resumption` into the prepared engine, however that splits it."""
         assert self.resumption is not None
-        state = self.resumption.state
-        engine = _engine_state(trainer)
+        trainer, state, engine = self._trainer, self.resumption.state, self._engine()
         engine.make_optimizer_state(OptimizerState(**state["optimizer"]))
         _read(self.resumption.folder, engine, with_optimizer=True)
         lr_schedule_state.restore(trainer, state)
@@ -167,22 +172,69 @@ class Checkpointer:
             trainer.recorder.go_on(self.resumption.metrics)
         trainer.args.eval_on_start = False
 
-    def load_best(self, trainer: Any) -> None:
+    def load_best(self) -> None:
         """Take the weights of the best evaluation into the model that is about to be saved."""
         self.wait()
-        state = trainer.state
-        folder = Path(state.best_model_checkpoint)
-        _read(folder, _engine_state(trainer), with_optimizer=False)
+        state: TrainerState = self._trainer.state
+        folder = Path(str(state.best_model_checkpoint))
+        _read(folder, self._engine(), with_optimizer=False)
         if self.process.is_main:
             print(f"best        step {state.best_global_step}: {state.best_metric:.6g}, from {folder}")
 
+    def _engine(self) -> EngineState:
+        trainer, wrapped = self._trainer, self._trainer.model_wrapped
+        optimizer = wrapped.optimizer if trainer.is_deepspeed_enabled else getattr(trainer.optimizer, "optimizer", None)
+        model: Any = trainer.accelerator.unwrap_model(wrapped)
+        reshard(model)  # an evaluation may have left parameters whole that the optimizer knows in shares
+        return state_of(model, optimizer)
 
-def _engine_state(trainer: Any) -> EngineState:
-    wrapped: Any = trainer.model_wrapped
-    optimizer = wrapped.optimizer if trainer.is_deepspeed_enabled else getattr(trainer.optimizer, "optimizer", None)
-    model: Any = trainer.accelerator.unwrap_model(wrapped)
-    reshard(model)  # an evaluation may have left parameters whole that the optimizer knows in shares
-    return state_of(model, optimizer)
+    # ---- Trainer's events ----
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Where a run goes on: first the evaluation for which its last attempt had no time; then, perhaps, no step."""
+        if self.resumption is not None and self.resumption.state["evaluation_due"]:
+            self.resumption.state["evaluation_due"] = False
+            self._catching_up = True
+            note_best_metric(self._trainer, self._trainer.evaluate())
+            self._catching_up = False
+        stopped = self.early_stop is not None and self.early_stop.has_stopped
+        if stopped:
+            control.should_training_stop = True
+        if stopped or state.global_step >= state.max_steps:  # only the end of the last epoch is left
+            kwargs["train_dataloader"].skip_to_end()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Tell of a checkpoint that could not be written; where a stop is agreed, save and do nothing else."""
+        update = self._trainer.update
+        self._epoch_end_done = False
+        if update.write_failed:
+            self.wait()
+        self._evaluation_due = update.stop_agreed and control.should_evaluate
+        if update.stop_agreed:
+            control.should_evaluate, control.should_save = False, True
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """What is saved from now on lacks nothing of the epoch."""
+        self._epoch_end_done = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The best so far is saved whenever it comes."""
+        if self._catching_up or args.metric_for_best_model is None or args.save_strategy == SaveStrategy.NO:
+            return
+        value = kwargs["metrics"][f"eval_{args.metric_for_best_model.removeprefix('eval_')}"]
+        worst = -math.inf if args.greater_is_better else math.inf
+        best = worst if state.best_metric is None else state.best_metric
+        is_best = value > best if args.greater_is_better else value < best
+        control.should_save = control.should_save or is_best
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """End by Preempted where a stop was agreed, once the checkpoint is on the disk."""
+        if self._trainer.update.stop_agreed:
+            self.wait()
+            folder = self.store.path / name_of(state.global_step)
+            raise Preempted(f"stopped after step {state.global_step}: the same command goes on from {folder}")
 
 
 @torch.no_grad()

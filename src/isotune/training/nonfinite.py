@@ -72,7 +72,7 @@ class NonFinitePolicy:
         assert result is not None
         if update.sync.shards_gradients:
             return None
-        broken = {}
+        broken: dict[int, torch.Tensor] = {}
         for microbatch in update.microbatches:
             model.zero_grad()
             update.sync.forget()

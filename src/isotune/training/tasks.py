@@ -3,9 +3,10 @@
 import json
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,10 +59,8 @@ class EvaluationRun:
         return gather_by_number(values, len(self.step.microbatches), self.accelerator.device)
 
 
-class Task(Protocol):
-    """Instruction tuning or classification.
-
-    A microbatch's forward returns the loss as a sum over its targets; the update divides by `denominator`.
+class Task(ABC):
+    """What a model learns: a microbatch's forward returns a summed loss, which the update divides by `denominator`.
 
     Attributes:
         attention: what the model must attend by when training begins.
@@ -73,24 +72,23 @@ class Task(Protocol):
     item: str
     target: str
 
+    @abstractmethod
     def denominator(self, step: Step) -> float:
         """What the summed loss of the global batch is divided by."""
-        ...
 
-    def count(self, outputs: Any, inputs: dict[str, Any]) -> torch.Tensor | None:
+    def count(self, outputs: Any, inputs: dict[str, Any]) -> torch.Tensor | None:  # noqa: B027  (not every task counts)
         """A whole number of one microbatch, int64 [], to be added up over the global batch; None is zero."""
-        ...
 
     def train_metrics(self, step: Step, count: int) -> dict[str, float]:
         """What the step's line has beside its loss, from the added counts."""
-        ...
+        return {}
 
+    @abstractmethod
     def evaluate(self, run: EvaluationRun) -> dict[str, float]:
         """The metrics of the evaluation documents, named eval_*; every rank calls it."""
-        ...
 
 
-class SftTask:
+class SftTask(Task):
     """Instruction tuning: the summed loss of supervised tokens, divided by their number in the global batch."""
 
     attention = "packed"
@@ -99,13 +97,6 @@ class SftTask:
     def denominator(self, step: Step) -> float:
         """Supervised tokens of the global batch, over all ranks."""
         return step.supervised_tokens
-
-    def count(self, outputs: Any, inputs: dict[str, Any]) -> None:
-        """Nothing is counted."""
-
-    def train_metrics(self, step: Step, count: int) -> dict[str, float]:
-        """None beside the loss."""
-        return {}
 
     def evaluate(self, run: EvaluationRun) -> dict[str, float]:
         """eval_loss in nats per supervised token, eval_perplexity, eval_supervised_tokens, eval_seconds.
@@ -123,7 +114,7 @@ class SftTask:
         }
 
 
-class ClassificationTask:
+class ClassificationTask(Task):
     """Loss summed over documents, weighted by class where the recipe says so, divided by the weights' sum.
 
     Args:

@@ -39,7 +39,6 @@ from isotune.compat.trl import trained_parameters_kept
 from isotune.data.batch_schedule import StepSchedule, assign_to_ranks, collate
 from isotune.data.documents import Documents
 from isotune.distributed.ranks import Watchdog
-from isotune.training.callbacks import CheckpointEvents
 from isotune.training.checkpointer import Checkpointer
 from isotune.training.exact_gradients import ExactGradients
 from isotune.training.gradient_sync import GradientSync, ZeroGradientSync
@@ -75,10 +74,9 @@ class TrainingPlan:
 
 
 class StepLoader:
-    """Iterates over the steps of an epoch and lays out this rank's microbatches.
+    """Iterates over the steps of an epoch and lays out this rank's microbatches, where Trainer expects a DataLoader.
 
-    It stands where Trainer expects a DataLoader. Because an item is a whole update, Trainer's gradient accumulation is
-    1 and its count of steps is the schedule's. An item has
+    An item is a whole update, so Trainer's gradient accumulation is 1 and its count of steps is the schedule's. It has
 
     - `step`: the Step;
     - `microbatches`: of this rank, each a dict of `number`, `weight` and the model's `inputs`;
@@ -115,9 +113,9 @@ class StepLoader:
         first = self.epoch * self.schedule.steps_per_epoch
         for number in range(first + self.skipped, first + self.schedule.steps_per_epoch):
             step = self.schedule.step(number)
-            share = assign_to_ranks(step, self.world_size)[self.rank]
             microbatches = [
-                {"number": m.number, "weight": m.weight, "inputs": collate(self.documents, m)} for m in share
+                {"number": m.number, "weight": m.weight, "inputs": collate(self.documents, m)}
+                for m in assign_to_ranks(step, self.world_size)[self.rank]
             ]
             own = [m["inputs"]["input_ids"] for m in microbatches if m["weight"]]
             tokens = torch.cat(own, dim=1) if own else torch.zeros(1, 0, dtype=torch.int64)
@@ -163,7 +161,8 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
             recorder.watch(self.update)
             self.add_callback(recorder)
         if checkpointer is not None:
-            self.add_callback(CheckpointEvents(checkpointer, self))
+            checkpointer.attach(self)
+            self.add_callback(checkpointer)
 
     # ---- what is seen ----
 
@@ -219,20 +218,13 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
         with self.checkpointer.session() as folder:
             return super().train(folder, *options, **more)
 
-    def _init_training_state(
-        self,
-        max_steps: int,
-        num_update_steps_per_epoch: int,
-        num_train_epochs: int,
-        resume_from_checkpoint: Any,
-        trial: Any,
-    ) -> tuple[int, int]:
-        steps, epochs = num_update_steps_per_epoch, num_train_epochs
-        place = super()._init_training_state(max_steps, steps, epochs, resume_from_checkpoint, trial)
+    def _init_training_state(self, *arguments: Any, **more: Any) -> tuple[int, int]:
+        place = super()._init_training_state(*arguments, **more)
         if self.checkpointer is None or self.checkpointer.resumption is None:
             return place
+        max_steps, steps_per_epoch, epochs, *_ = arguments
         self.state.compute_steps(self.args, max_steps)  # how often to save or log may have been changed
-        return self.checkpointer.place(steps, epochs)
+        return self.checkpointer.place(steps_per_epoch, epochs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.checkpointer is None:
@@ -245,20 +237,20 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
             wrapped: Any = self.optimizer
             let_scaler_check_before_step(wrapped.optimizer)
         if self.checkpointer is not None and self.checkpointer.resumption is not None:
-            self.checkpointer.restore(self)
+            self.checkpointer.restore()
         return prepared
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.checkpointer is None:
             super()._save_checkpoint(model, trial)
         else:
-            self.checkpointer.save(self)
+            self.checkpointer.save()
 
     def _load_best_model(self) -> None:
         if self.checkpointer is None:
             super()._load_best_model()
         else:
-            self.checkpointer.load_best(self)
+            self.checkpointer.load_best()
 
 
 class Trainer(PlannedTraining, transformers.Trainer):

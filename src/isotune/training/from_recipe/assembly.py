@@ -1,18 +1,17 @@
 """From a recipe, a model and its data to a trainer with all its parts, whatever the task; and its final model."""
 
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 
 from isotune.checkpoint.final_model import FinalModelReport, save_and_verify
 from isotune.checkpoint.unshard import plain_model
 from isotune.compat.deepspeed import load_whole_models
 from isotune.compat.transformers import bf16_without_gpu
-from isotune.config import RunRecipe
+from isotune.config import ClassificationRecipe, RunRecipe
 from isotune.config.engine_keys import HIGHER_IS_BETTER
 from isotune.data.batch_schedule import Step, StepSchedule
 from isotune.data.documents import RunData
@@ -25,7 +24,7 @@ from isotune.training.checkpointer import Checkpointer
 from isotune.training.nonfinite import NonFinitePolicy
 from isotune.training.recorder import EpochAverages, MetricsRecorder, ProgressBar
 from isotune.training.tasks import Task
-from isotune.training.trainer import PlannedTraining, TrainingPlan
+from isotune.training.trainer import PlannedTraining, SFTTrainer, Trainer, TrainingPlan
 
 # torch 2.13's fused AdamW rounds the last few numbers of a tensor otherwise on CPU (44 of 14,000 in ten steps, on
 # tensors of 7), 8-bit optimizers quantize blocks, Adafactor factors matrices: to them a shard is another tensor.
@@ -116,43 +115,23 @@ def make_plan(recipe: RunRecipe, process: Process, data: RunData, task: Task) ->
         rows = [int(data.train.documents.source_rows[document]) for document in documents]
         return f"rows {', '.join(map(str, rows))} of {recipe.dataset_name}"
 
-    return TrainingPlan(
-        schedule,
-        data.train,
-        task,
-        eval_schedule,
-        data.evaluation,
-        exact_gradients=uses_exact_gradients(recipe, process),
-        reduce_once=recipe.gradient_reduction == "step",
-        nonfinite=NonFinitePolicy(
-            recipe.on_nonfinite,  # type: ignore[arg-type]  (a recipe holds one of the two words)
-            fp16=recipe.fp16,
-            name_rows=name_rows,
-            is_main=process.is_main,
-        ),
-    )
+    action: Any = recipe.on_nonfinite  # one of the policy's two words
+    nonfinite = NonFinitePolicy(action, fp16=recipe.fp16, name_rows=name_rows, is_main=process.is_main)
+    exact, once = uses_exact_gradients(recipe, process), recipe.gradient_reduction == "step"
+    return TrainingPlan(schedule, data.train, task, eval_schedule, data.evaluation, exact, once, nonfinite)
 
 
 def build(
-    make: Callable[..., PlannedTraining],
-    model: nn.Module,
+    kind: type[Trainer] | type[SFTTrainer],
     recipe: RunRecipe,
     process: Process,
     run: RunDir,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     data: RunData,
     task: Task,
-    *,
-    with_averages: bool = False,
 ) -> PlannedTraining:
-    """The trainer of a run, with a recorder, a checkpointer and the checks before training.
-
-    Args:
-        make: the trainer's class, with the arguments and the tokenizer bound to it.
-        model: patched for packed rows.
-        recipe, process, run, data: of the run.
-        task: what the model learns.
-        with_averages: whether an evaluation's line has the means of training since the last one.
-    """
+    """The trainer of a run, with a recorder, a checkpointer and the checks before training."""
     run.check_room(sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
     plan = make_plan(recipe, process, data, task)
     roles = {role: found for role, found in (("train", data.train), ("evaluation", data.evaluation)) if found}
@@ -160,8 +139,15 @@ def build(
     fingerprints = {role: found.fingerprint for role, found in roles.items()}
     checkpointer = Checkpointer(recipe, process, run, fingerprints, early_stop)
     progress = ProgressBar(quiet=bool(recipe.training_arguments.get("disable_tqdm")))
-    recorder = MetricsRecorder(task, progress, EpochAverages() if with_averages else None)
-    trainer = make(model=model, plan=plan, recorder=recorder, checkpointer=checkpointer)
+    averages = EpochAverages() if isinstance(recipe, ClassificationRecipe) else None
+    trainer = kind(
+        plan=plan,
+        recorder=MetricsRecorder(task, progress, averages),
+        checkpointer=checkpointer,
+        model=model,
+        args=sft_arguments(recipe, process) if kind is SFTTrainer else training_arguments(recipe, process),
+        processing_class=tokenizer,
+    )
     counts = {role: found.table.as_dict() for role, found in roles.items()}
     trainer.add_callback(PreTrainChecks(trainer, checkpointer, counts))
     trainer.add_callback(progress)  # after the checks, so that what they print stands above the bar
@@ -176,15 +162,15 @@ def uses_exact_gradients(recipe: RunRecipe, process: Process) -> bool:
     Raises:
         UserError: asked for under an engine that cannot keep it.
     """
-    if recipe.exact_gradients is True and (process.fsdp or process.zero_stage in (0, 3)):
+    asked_for, optimizer = recipe.exact_gradients is True, recipe.training_arguments["optim"]
+    if asked_for and (process.fsdp or process.zero_stage in (0, 3)):
         engine = "FSDP" if process.fsdp else f"ZeRO-{process.zero_stage}"
         raise UserError(f"exact_gradients: true cannot hold under {engine}: use DDP, ZeRO-1 or ZeRO-2")
-    if recipe.exact_gradients is True and process.deepspeed and (recipe.bf16 or recipe.fp16):
+    if asked_for and process.deepspeed and (recipe.bf16 or recipe.fp16):
         raise UserError(
             "exact_gradients: true cannot hold under DeepSpeed in 16 bits, which rounds gradients itself: use DDP"
         )
-    optimizer = recipe.training_arguments["optim"]
-    if recipe.exact_gradients is True and process.deepspeed and optimizer not in POSITION_FREE_OPTIMIZERS:
+    if asked_for and process.deepspeed and optimizer not in POSITION_FREE_OPTIMIZERS:
         raise UserError(
             f"exact_gradients: true under ZeRO needs optim: {' or '.join(POSITION_FREE_OPTIMIZERS)}, because "
             f"{optimizer} rounds a number by where it lies in a share: say so on every number of processes"

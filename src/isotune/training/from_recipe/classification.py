@@ -5,7 +5,6 @@ data = ...                              the script's own: documents with a class
 trained = train_classifier(start, data) model, trainer, steps, RUN/model
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +26,7 @@ from isotune.models.lora import add_adapters
 from isotune.models.opening import load_base_model, load_config, load_tokenizer
 from isotune.run.preemption import supervised
 from isotune.run.run_dir import RunDir
-from isotune.training.from_recipe.assembly import build, save, training_arguments
+from isotune.training.from_recipe.assembly import build, save
 from isotune.training.tasks import ClassificationTask
 from isotune.training.trainer import PlannedTraining, Trainer
 
@@ -140,8 +139,7 @@ def build_trainer(
         str(attention_of(base_model_of(model).config)),
         write_predictions if process.is_main else None,
     )
-    make = functools.partial(Trainer, args=training_arguments(recipe, process), processing_class=tokenizer)
-    return build(make, model, recipe, process, run, data, task, with_averages=True)
+    return build(Trainer, recipe, process, run, model, tokenizer, data, task)
 
 
 def _class_loss(recipe: ClassificationRecipe, train: Any) -> ClassLoss:

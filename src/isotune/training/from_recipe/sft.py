@@ -1,7 +1,5 @@
 """The parts of an instruction-tuning run, each built by one function that the launch script calls in order."""
 
-import functools
-
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -15,7 +13,7 @@ from isotune.models.opening import load_base_model
 from isotune.models.packed_attention import set_packed_attention
 from isotune.models.supervised_loss import install_supervised_loss
 from isotune.run.run_dir import RunDir
-from isotune.training.from_recipe.assembly import build, sft_arguments
+from isotune.training.from_recipe.assembly import build
 from isotune.training.tasks import SftTask
 from isotune.training.trainer import PlannedTraining, SFTTrainer
 
@@ -42,5 +40,4 @@ def build_trainer(
     data: RunData,
 ) -> PlannedTraining:
     """The schedule, and the SFTTrainer that carries it out; checks run when training begins."""
-    make = functools.partial(SFTTrainer, args=sft_arguments(recipe, process), processing_class=tokenizer)
-    return build(make, model, recipe, process, run, data, SftTask())
+    return build(SFTTrainer, recipe, process, run, model, tokenizer, data, SftTask())
