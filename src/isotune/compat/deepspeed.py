@@ -55,17 +55,11 @@ def gather_fp32(parameter: Any) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Slice:
-    """This rank's contiguous part of a parameter, and where it is in the flat tensor of its group.
+    """This rank's contiguous part of a parameter, and where it is in the flat tensor of its group."""
 
-    Attributes:
-        flat_start: first element in the flat tensor.
-        start: first element in the flattened parameter.
-        length: elements; may be 0.
-    """
-
-    flat_start: int
-    start: int
-    length: int
+    flat_start: int  # first element in the flat tensor
+    start: int  # first element in the flattened parameter
+    length: int  # elements; may be 0
 
 
 def zero12_slice(parameter: Any) -> Slice:
@@ -111,7 +105,7 @@ def disable_shm_transport() -> None:
     """
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]  (set at import)
 
 
 def forget_coalesced_reduction(model: Any) -> None:

@@ -25,7 +25,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
-from torch.distributed.rendezvous import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import TCPStore  # type: ignore[attr-defined]  (not exported)
 
 from isotune.io.errors import EXIT_FAULT, RunFault, UserError
 from isotune.io.job_status import write_job_status

@@ -216,4 +216,4 @@ def _padded_forward(
 def _with_loss(model: Any, logits: torch.Tensor, targets: torch.Tensor | None) -> SequenceClassifierOutput:
     class_loss = model.class_loss if model.training else PLAIN_LOSS
     loss = None if targets is None else class_loss.summed(logits, targets)
-    return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
+    return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]  (a FloatTensor)

@@ -1,7 +1,5 @@
 """LoRA adapters on named target modules, whose names are checked before training, and the head beside them."""
 
-from collections import Counter
-
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -46,6 +44,7 @@ def add_adapters(model: PreTrainedModel, recipe: RunRecipe) -> nn.Module:
 
     targets = _targets(model, recipe)
     head = head_of(model.config) if isinstance(recipe, ClassificationRecipe) else []
+    keys = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora", "init_lora_weights")
     model.requires_grad_(False)
     torch.manual_seed(recipe.seed)
     with quiet_libraries():  # peft 0.21 uses a deprecated name of transformers 5.23
@@ -53,15 +52,9 @@ def add_adapters(model: PreTrainedModel, recipe: RunRecipe) -> nn.Module:
             model,
             LoraConfig(
                 task_type=TaskType.SEQ_CLS if head else TaskType.CAUSAL_LM,
-                r=recipe.r,
-                lora_alpha=recipe.lora_alpha,
-                lora_dropout=recipe.lora_dropout,
                 target_modules=targets,
-                bias=recipe.bias,  # type: ignore[arg-type]
-                use_rslora=recipe.use_rslora,
-                use_dora=recipe.use_dora,
-                init_lora_weights=recipe.init_lora_weights,  # type: ignore[arg-type]
                 modules_to_save=[*(recipe.modules_to_save or ()), *head] or None,
+                **{key: getattr(recipe, key) for key in keys},
             ),
         )
     for parameter in adapted.parameters():
@@ -71,25 +64,20 @@ def add_adapters(model: PreTrainedModel, recipe: RunRecipe) -> nn.Module:
 
 
 def _targets(model: PreTrainedModel, recipe: RunRecipe) -> list[str]:
-    linear = Counter(
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
-    )
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = {name.rsplit(".", 1)[-1] for name, layer in layers.items() if layer is not model.get_output_embeddings()}
     targets = recipe.target_modules or DEFAULT_TARGETS.get(model.config.model_type)
     if not targets:
         raise UserError(
             f"target_modules is not given, and none are known for model type '{model.config.model_type}': "
             f"choose among {', '.join(sorted(linear))}"
         )
-    whole_names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for target in targets:
-        if target in linear or any(name.endswith("." + target) for name in whole_names):
-            continue
-        near = nearest(target, linear)
-        hint = f"did you mean '{near}'? " if near else ""
-        raise UserError(
-            f"target_modules names '{target}', which {type(model).__name__} does not have: {hint}"
-            f"it has {', '.join(sorted(linear))}"
-        )
+        if target not in linear and not any(name.endswith("." + target) for name in layers):
+            near = nearest(target, linear)
+            hint = f"did you mean '{near}'? " if near else ""
+            raise UserError(
+                f"target_modules names '{target}', which {type(model).__name__} does not have: {hint}"
+                f"it has {', '.join(sorted(linear))}"
+            )
     return list(targets)

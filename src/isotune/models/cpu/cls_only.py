@@ -21,18 +21,13 @@ from isotune.compat.torch import is_patched, patch_forward
 from isotune.compat.transformers import attention_of
 from isotune.models.packed_attention import PACKED
 
-Block = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
-
 
 @contextlib.contextmanager
 def cls_states_only(encoder: Any, config: PreTrainedConfig) -> Iterator[None]:
     """Within it the encoder's output is the hidden state of each document's first token, [1, documents, size].
 
-    Only for packed rows, with gradients off, and for the model types in BLOCKS; otherwise nothing changes.
-
-    Args:
-        encoder: of a model with this configuration.
-        config: of the model.
+    Only for packed rows, with gradients off, and for the model types in BLOCKS; otherwise nothing changes. The encoder
+    is that of a model with this configuration.
     """
     blocks, cls_forward = getattr(encoder, "layer", None), BLOCKS.get(config.model_type)
     packed = attention_of(config) == PACKED and not getattr(config, "is_decoder", False)
@@ -69,7 +64,7 @@ def _distilbert(block: Any, states: torch.Tensor, bounds: torch.Tensor) -> torch
     return block.output_layer_norm(block.ffn(normed) + normed)
 
 
-BLOCKS: dict[str, Block] = {
+BLOCKS: dict[str, Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "bert": _bert,
     "camembert": _bert,
     "distilbert": _distilbert,

@@ -43,7 +43,7 @@ def document_attention(
     dropout: float = 0.0,
     keep_weights: bool = False,
 ) -> torch.Tensor:
-    """Softmax attention of every document with itself.
+    """Softmax attention of every document with itself, or where `causal` with its earlier tokens.
 
     Args:
         query: [1, heads, tokens, head_size].
@@ -51,7 +51,6 @@ def document_attention(
             al. 2023, arXiv:2305.13245).
         bounds: boundaries of the documents, from 0 to `tokens`.
         scale: multiplies the scores.
-        causal: a token attends to itself and earlier tokens of its document.
         dropout: probability of dropping an attention weight; its seed comes from torch's default CPU generator.
         keep_weights: save the weights of documents of up to 1,024 tokens for the backward pass, in the dtype of
             `value`: faster, for at most 1 KiB per head and token in 16 bits where `causal`, else twice that.
@@ -109,7 +108,7 @@ class _DocumentAttention(AutogradFunction):
                 mask = drop.next_mask(weights)
                 output_grad = _by_key_head(upstream, rows, len(k))
                 value_sum[:, :keys] += torch.bmm(drop(weights, mask).transpose(1, 2), output_grad)
-                buffer = gradients.like(weights)
+                buffer = gradients.empty(weights.shape, weights.dtype)
                 weight_grad = drop(torch.bmm(output_grad, v[:, :keys].contiguous().transpose(1, 2), out=buffer), mask)
                 score_grad = softmax_backward(weight_grad, weights, -1, weights.dtype)
                 query_grad = torch.bmm(score_grad, k[:, :keys]).view(len(q), -1, q.shape[2])
@@ -174,10 +173,6 @@ class _Workspace:
         if self.buffer.dtype != dtype or self.buffer.numel() < elements:
             self.buffer = torch.empty(elements, dtype=dtype)
         return self.buffer[:elements].view(*shape)
-
-    def like(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`empty` with another tensor's shape and dtype."""
-        return self.empty(tensor.shape, tensor.dtype)
 
 
 class _Scores:
