@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from isotune.data.sft.conversations import Conversation, render_prompt
 from isotune.data.sft.tokenization import ConversationEncoder
-from isotune.evaluation.generation import likelihood
-from isotune.evaluation.generation.likelihood import Reference, score_references
-from isotune.evaluation.metrics.text import measure_likelihoods
+from isotune.evaluation.generation import evaluate
+from isotune.evaluation.generation.evaluate import Reference, score_references
+from isotune.evaluation.metrics.text import Likelihood, measure_likelihoods
 from isotune.evaluation.models import GenerationModel, generation_model_named
 from isotune.evaluation.tasks import read_eval_samples
 from isotune.io.errors import UserError
@@ -57,15 +57,15 @@ def test_it_is_that_of_a_loop_over_documents_with_the_tokens_of_training(speaker
 def test_how_many_documents_a_pass_holds_changes_nothing(speaker, references, monkeypatch):
     expected = score_references(speaker, references)
     for pass_tokens in (1, 300, 10_000):
-        monkeypatch.setattr(likelihood, "BATCH_TOKENS", pass_tokens)
+        monkeypatch.setattr(evaluate, "BATCH_TOKENS", pass_tokens)
         found = score_references(speaker, references[::-1])
         for row, one in expected.items():
             assert found[row].nll == pytest.approx(one.nll, rel=1e-6)
 
 
 def test_bits_a_byte_do_not_depend_on_the_tokenizer():
-    per_token = likelihood.Likelihood(nll=math.log(256) * 12, tokens=12, bytes=12, whole=True)
-    fewer_tokens = likelihood.Likelihood(nll=math.log(256) * 12, tokens=3, bytes=12, whole=True)
+    per_token = Likelihood(nll=math.log(256) * 12, tokens=12, bytes=12, whole=True)
+    fewer_tokens = Likelihood(nll=math.log(256) * 12, tokens=3, bytes=12, whole=True)
     first, second = measure_likelihoods([per_token, fewer_tokens])["bits_per_byte"].of_rows
     assert first == second == pytest.approx(8.0)
 
@@ -85,7 +85,7 @@ def test_scores_that_are_not_finite_are_counted_and_refused(speaker, monkeypatch
     broken = generation_model_named(speaker.model.name_or_path)
     with torch.no_grad():
         broken.model.model.decoder.embed_positions.weight[60] = float("nan")
-    monkeypatch.setattr(likelihood, "BATCH_TOKENS", 1)  # each reference alone: only the long one comes to that position
+    monkeypatch.setattr(evaluate, "BATCH_TOKENS", 1)  # each reference alone: only the long one comes to that position
     prompt = "### Human: Hi\n### Assistant:"
     with pytest.raises(UserError, match="not finite for 1 of 2 references, row 4 first"):
         score_references(broken, [Reference(7, prompt, " Hello"), Reference(3, prompt, " word" * 80)])

@@ -59,10 +59,8 @@ class Ranks:
     def gather(self, values: Mapping[int, T], count: int | None = None) -> dict[int, T]:
         """The values of all processes by row number, in the order of the rows, the same on every process.
 
-        They are pickled between the processes; one may have none. `count` is the number of rows, numbered from 0.
-
-        Raises:
-            RunFault: a row came from two processes, or from none.
+        They are pickled between the processes; one may have none. `count` is the number of rows, numbered from 0. A row
+        from two processes, or from none, is a RunFault.
         """
         shares = gather_object([dict(values)]) if self.world_size > 1 else [dict(values)]
         if len(shares) != self.world_size:
@@ -84,9 +82,6 @@ def start_ranks() -> Ranks:
     """Join the processes of the launch, on the GPU where there is one, else on the CPU over gloo.
 
     Call it before a model is loaded. The launcher's DeepSpeed or FSDP configuration is ignored.
-
-    Raises:
-        UserError: srun started several tasks without a rendezvous.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "WORLD_SIZE" not in os.environ:
@@ -140,11 +135,7 @@ class Shards:
 
 
 def read_shards() -> Shards | None:
-    """The ZeRO-3 configuration of this launch, None without one or on one process; call it before `start_ranks`.
-
-    Raises:
-        UserError: the DeepSpeed configuration cannot be read.
-    """
+    """The ZeRO-3 configuration of this launch, None without one or on one process; call it before `start_ranks`."""
     uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     if not uses_deepspeed or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None

@@ -1,4 +1,7 @@
-"""Opens a model to evaluate: of a finished run, full or an adapter, or any other that transformers loads."""
+"""Opens a model to evaluate: of a finished run, full or an adapter, or any other that transformers loads.
+
+Whatever cannot be opened, or is of another kind, is a UserError of one sentence.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -98,11 +101,7 @@ class GenerationModel:
 
 
 def load_run_classifier(run_dir: str | Path, device: torch.device, dtype: torch.dtype) -> Classifier:
-    """The classifier of a finished run, full or an adapter on its base, with the settings of its training.
-
-    Raises:
-        UserError: no finished run, a run of another kind, or its model cannot be loaded.
-    """
+    """The classifier of a finished run, full or an adapter on its base, with the settings of its training."""
     run = read_run(run_dir)
     if run.is_adapter:
         if not is_classifier(run):
@@ -121,11 +120,7 @@ def load_run_classifier(run_dir: str | Path, device: torch.device, dtype: torch.
 
 
 def load_model_classifier(name: str, device: torch.device, dtype: torch.dtype) -> Classifier:
-    """Any classifier with weights in safetensors: a folder or a Hub id.
-
-    Raises:
-        UserError: it cannot be loaded, or is no classifier.
-    """
+    """Any classifier with weights in safetensors: a folder or a Hub id."""
     _check_named_model(name)
     if Path(name).is_dir():
         _check_kind(Path(name), name)
@@ -143,11 +138,7 @@ def load_model_classifier(name: str, device: torch.device, dtype: torch.dtype) -
 def task_of_run(
     classifier: Classifier, flags: Mapping[str, Any]
 ) -> tuple[ClassificationTask, tuple[float, int] | None]:
-    """The evaluation data of a run's recipe, with flags that win; share and seed where it is held out of training.
-
-    Raises:
-        UserError: the run has no evaluation data.
-    """
+    """The evaluation data of a run's recipe, with flags that win; share and seed where it is held out of training."""
     assert classifier.run is not None
     recipe = classifier.run.settings
     columns = {key: recipe.get(key) for key in ("dataset_text_field", "dataset_label_field", "dataset_id_field")}
@@ -168,9 +159,6 @@ def generation_model_of_run(
     """A finished run's model, full or an adapter on its base; on a GPU where there is one, unless `device` says else.
 
     With `shards` it is sharded over all ranks. A 4-bit base is whole on each of them all the same.
-
-    Raises:
-        UserError: no finished run, or its model cannot be loaded.
     """
     run = read_run(run_dir)
     shards = None if run.settings.get("tune") == "qlora" else shards
@@ -185,11 +173,7 @@ def generation_model_of_run(
 def generation_model_named(
     name: str, device: torch.device | None = None, shards: Shards | None = None
 ) -> GenerationModel:
-    """Any causal model with weights in safetensors, a folder or a Hub id; otherwise as `generation_model_of_run`.
-
-    Raises:
-        UserError: it cannot be loaded, or is an adapter.
-    """
+    """Any causal model with weights in safetensors, a folder or a Hub id; otherwise as `generation_model_of_run`."""
     _check_named_model(name)
     announced = shards.announce(_stored_dtype(name)) if shards else None
     model = load_pretrained(name, auto=AutoModelForCausalLM, dtype="auto").to(device or _best_device()).eval()

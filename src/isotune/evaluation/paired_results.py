@@ -126,8 +126,7 @@ class MeasuredRows:
     Attributes:
         statistics: every built-in metric by name, over groups of rows where there are groups; names of one statistic
             share it.
-        right_means: the metric that is the share of the rows that are right.
-        right: bool [rows].
+        right: bool [rows]; `right_means` is the metric that is their share.
         scores: float64 [rows], higher is better: the probability of the row's class, or chrF of its text.
         classes: of a classifier, None for texts.
     """
@@ -140,25 +139,21 @@ class MeasuredRows:
 
 
 def measure_rows(result: Result, groups: np.ndarray | None) -> MeasuredRows:
-    """Measure a result by its predictions; `groups` is the group of each row, where rows have groups.
-
-    Raises:
-        UserError: the predictions lack a key of their kind of evaluation.
-    """
+    """Measure a result by its predictions; `groups` has the group of each row. UserError where a row lacks a key."""
     kind = result.facts["kind"]
-    if kind not in (CLASSIFICATION, GENERATION):
-        raise UserError(f"{result.folder}: a result of the kind {kind!r} cannot be compared")
     if kind == CLASSIFICATION:
         labels, probabilities = _labels_and_probabilities(result)
         ordinal = "quadratic_kappa" in result.metrics or "mean_absolute_error" in result.metrics
         statistics = classification_statistics(labels, probabilities, ordinal=ordinal)
         scores, classes = probabilities[np.arange(len(labels)), labels], probabilities.shape[1]
         right_means, right = "accuracy", probabilities.argmax(axis=1) == labels
-    else:
+    elif kind == GENERATION:
         statistics, classes = _text_statistics(result), None
         right_means = "exact_match"
         right = np.array([row["text"] == row["reference"].strip() for row in result.predictions])
         scores = np.array([row.get("chrf", row.get("exact_match", 0.0)) for row in result.predictions], np.float64)
+    else:
+        raise UserError(f"{result.folder}: a result of the kind {kind!r} cannot be compared")
     if groups is not None:
         statistics = [by_group(statistic, groups) for statistic in statistics]
     by_name = {name: statistic for statistic in statistics for name in statistic.names}

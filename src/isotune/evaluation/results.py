@@ -52,11 +52,7 @@ def write_result(
     intervals: dict[str, tuple[float, float]],
     predictions: Sequence[dict[str, Any]],
 ) -> None:
-    """Write both files atomically; metrics.json is last, so a folder with it holds a whole result.
-
-    Raises:
-        ValueError: a fact is missing, or a metric has the name of a fact.
-    """
+    """Write both files atomically; metrics.json is last, so a folder with it holds a whole result."""
     missing, duplicates = [name for name in FACTS if name not in facts], sorted(facts.keys() & metrics)
     if missing or duplicates:
         raise ValueError(f"facts missing: {missing}; names of both a fact and a metric: {duplicates}")

@@ -48,8 +48,14 @@ FLAGS = ("dataset_name", "dataset_split", "dataset_text_field", "dataset_label_f
 NUMBER = (lambda value: type(value) is int, "a whole number")
 # what a key holds that is no text: how to check it, and how to call it in a message
 KINDS: dict[str, tuple[Any, str]] = {
-    "labels": (lambda value: _is_list(value) and all(type(x) in (str, int) for x in value), "a list without doubles"),
-    "metrics": (lambda value: _is_list(value), "a list without doubles"),
+    "labels": (
+        lambda value: isinstance(value, list) and {*map(type, value)} <= {str, int} and len({*value}) == len(value),
+        "a list without doubles",
+    ),
+    "metrics": (
+        lambda value: isinstance(value, list) and len({*map(str, value)}) == len(value),
+        "a list without doubles",
+    ),
     "ordinal": (lambda value: isinstance(value, bool), "true or false"),
     "max_seq_length": NUMBER,
     "max_new_tokens": NUMBER,
@@ -106,11 +112,7 @@ class ClassificationTask(Task):
         return stem if stem == self.dataset_split else f"{stem}-{self.dataset_split}"
 
     def source(self, limit: int | None = None) -> Source:
-        """The first `limit` rows, with the template and the names of the classes applied.
-
-        Raises:
-            UserError: no such data; while reading, a row without a column of the template or of an unknown class.
-        """
+        """The first `limit` rows, with the template and the names of the classes applied; UserError for a bad row."""
         plain = read_rows(self.dataset_name, self.dataset_split)
         if self.template is None and self.labels is None and limit is None:
             return plain
@@ -159,11 +161,7 @@ class GenerationTask(Task):
     metrics: tuple[str | MetricModule, ...] = TEXT_METRICS
 
     def samples(self, limit: int | None = None) -> list[EvalSample]:
-        """The first `limit` prompts with their references.
-
-        Raises:
-            UserError: no such data, a column that a row lacks, or an empty prompt or reference.
-        """
+        """The first `limit` prompts with their references; UserError where a column is absent or a text is empty."""
         if self.prompt_template is None or self.reference_template is None:
             return read_eval_samples(self.dataset_name, self.dataset_split, limit)
         return list(islice(self._from_columns(read_rows(self.dataset_name, self.dataset_split)), limit))
@@ -178,11 +176,7 @@ class GenerationTask(Task):
 
 
 def read_eval_samples(dataset_name: str, split: str, limit: int | None = None) -> list[EvalSample]:
-    """The first question and answer of each conversation of a data set that has them.
-
-    Raises:
-        UserError: no such data, or none with a question and an answer at its start.
-    """
+    """The first question and answer of each conversation of a data set that has them; UserError where none has."""
     samples = list(_first_turns(read_rows(dataset_name, split)))[:limit]
     if not samples:
         raise UserError(
@@ -244,10 +238,6 @@ def _read_keys(kind: type[Task], file: Path) -> dict[str, Any]:
         if value is not None and not fits(value):
             raise UserError(f"{file}: {key} is {str(value)[:40]!r}: it is {name}")
     return keys
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list) and len({*map(str, value)}) == len(value)
 
 
 def _template_columns(template: str) -> list[str]:

@@ -31,11 +31,7 @@ SHOWN, WRITTEN, LINE = 5, 100, 160
 class Rows:
     """The rows of an evaluation in the order of their ids; row i of each attribute is document i.
 
-    Attributes:
-        documents: tokenised.
-        texts: as in the source.
-        names: of the classes.
-        truncated: documents that were longer than max_seq_length.
+    `names` are those of the classes, `truncated` the number of documents that were longer than max_seq_length.
     """
 
     documents: Documents
@@ -54,11 +50,7 @@ class Rows:
         return self.documents.labels[:].astype(np.int64)
 
     def find(self, ids: Sequence[str]) -> list[int]:
-        """The numbers of the rows of these ids.
-
-        Raises:
-            UserError: an unknown id.
-        """
+        """The numbers of the rows of these ids; UserError where one is unknown."""
         row_of = {str(row_id): row for row, row_id in enumerate(self.ids)}
         unknown = [row_id for row_id in ids if row_id not in row_of]
         if unknown:

@@ -38,9 +38,6 @@ def classify(
 
     Documents are packed without padding into batches of up to `batch_tokens` tokens and `batch_size` documents; none
     attends to another, so the batches change a logit by no more than the rounding of its matrix products.
-
-    Raises:
-        RunFault: a row came from no process or from two.
     """
     lengths, device = documents.lengths, classifier.device
     limit = batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
@@ -80,11 +77,7 @@ def probabilities_of(logits: np.ndarray) -> np.ndarray:
 
 
 def check_finite(logits: np.ndarray, ids: Sequence[Any], name: str) -> None:
-    """Refuse predictions of a broken model.
-
-    Raises:
-        UserError: some logits are NaN or Inf; the message has their number and the first id.
-    """
+    """UserError where some logits are NaN or Inf, with their number and the first id."""
     broken = np.flatnonzero(~np.isfinite(logits).all(axis=1))
     if len(broken):
         raise UserError(
@@ -98,9 +91,6 @@ def show_sentences(run: Path, texts: Sequence[str], device: torch.device) -> Non
 
     A line of the printed table has the class of a text where the recipe's labels come from the text (`label_source:
     rules` or `random`), the predicted one, a mark where they differ, and the start of the text.
-
-    Raises:
-        UserError: a text is not UTF-8, or the run has no such model.
     """
     classifier = load_run_classifier(run, device, torch.float32)
     settings = classifier.settings

@@ -22,9 +22,6 @@ def answer(lm: GenerationModel, question: str | Messages, decoding: Decoding | N
     The prompt is the one of training, the tokenizer adds its bos, and the answer ends at eos or where the model begins
     another turn. It depends on the model, the messages and `decoding` (by default greedy) alone; torch's random state
     does not change. Messages have `role` and `content`, a user's last.
-
-    Raises:
-        UserError: the prompt leaves the model no position for an answer.
     """
     (completion,) = complete(lm, [Prompt(0, render_prompt(question))], decoding or Decoding()).values()
     return first_turn(completion.text)

@@ -1,25 +1,38 @@
-"""One evaluation of a language model, from prompts to files: completions, metrics with intervals, examples."""
+"""One evaluation of a language model, from prompts to files: completions, likelihoods, metrics, examples.
+
+The likelihood of a reference needs no sampling and, in bits per byte, does not depend on the tokenizer. The tokens of
+the reference are scored, not those of the prompt and not the eos. They are those of training, where prompt and answer
+are tokenised as one text. The batches depend on the references alone and not on the number of processes, so the sums
+are the same everywhere.
+"""
 
 import html
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+
 from isotune.data.sft.conversations import first_turn, render_prompt
 from isotune.evaluation.distributed_eval import Ranks
-from isotune.evaluation.generation.completion import Decoding, Prompt, complete
-from isotune.evaluation.generation.likelihood import Reference, score_references
+from isotune.evaluation.generation.completion import Decoding, Prompt, complete, own_batches
 from isotune.evaluation.metrics.modules import MetricModule, score_modules, split_metrics, text_columns
-from isotune.evaluation.metrics.text import measure_likelihoods, measure_texts, signatures
+from isotune.evaluation.metrics.text import Likelihood, measure_likelihoods, measure_texts, signatures
 from isotune.evaluation.models import GenerationModel
 from isotune.evaluation.results import GENERATION, rows_digest, score_lines, write_result
 from isotune.evaluation.statistics.resampling import Scores, score
 from isotune.evaluation.tasks import EvalSample, GenerationTask
+from isotune.io.errors import UserError
 from isotune.io.files import replace_file
 
 EXAMPLES = "examples.md"
 SHOWN_ON_TERMINAL, SHOWN_IN_FILE = 3, 50
+BATCH_TOKENS = 2048  # of one forward, padding included; a longer row runs alone
+CHUNK_POSITIONS = 256  # positions whose logits are converted to float64 at a time
 
 
 @dataclass(frozen=True)
@@ -83,6 +96,96 @@ def evaluate_generation(
         for row, (sample, completion, text) in enumerate(zip(samples, completions, texts, strict=True))
     ]
     return GenerationResult(predictions, scores, sum(not likelihood.whole for likelihood in likelihoods))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A text that is scored after a prompt; `row` identifies it."""
+
+    row: int
+    prompt: str
+    text: str
+
+
+def score_references(
+    lm: GenerationModel, references: Sequence[Reference], ranks: Ranks | None = None
+) -> dict[int, Likelihood]:
+    """The likelihood of each reference by its row; with `ranks` each process scores its share and gets them all.
+
+    UserError where the tokenizer gives no character offsets, or a likelihood is NaN or Inf.
+    """
+    encoded = [_encode(lm, reference) for reference in references]
+    batches = _batches([len(row.input_ids) for row in encoded])
+    costs = [sum(len(encoded[i].input_ids) for i in batch) for batch in batches]
+    own: dict[int, Likelihood] = {}
+    for batch in own_batches(lm, batches, costs, ranks):
+        for i, nll in zip(batch, _score_batch(lm, [encoded[i] for i in batch]), strict=True):
+            row = encoded[i]
+            own[references[i].row] = Likelihood(nll, len(row.input_ids) - row.first, row.bytes, row.whole)
+    likelihoods = ranks.gather(own) if ranks else own
+    broken = sorted(row for row, likelihood in likelihoods.items() if not math.isfinite(likelihood.nll))
+    if broken:
+        raise UserError(
+            f"the model's scores are not finite for {len(broken)} of {len(likelihoods)} references, row "
+            f"{broken[0] + 1} first: its weights are broken, or its precision is too small for them"
+        )
+    return likelihoods
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A prompt with its reference; the tokens from `first` on are scored."""
+
+    input_ids: list[int]
+    first: int
+    bytes: int
+    whole: bool
+
+
+def _encode(lm: GenerationModel, reference: Reference) -> _Encoded:
+    whole_text = reference.prompt + reference.text
+    try:
+        tokens = lm.tokenizer(whole_text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    except NotImplementedError:
+        name = lm.tokenizer.name_or_path
+        raise UserError(
+            f"the tokenizer {name} gives no character offsets: save its fast form, tokenizer.json"
+        ) from None
+    start = len(reference.prompt)
+    ends = [end for _, end in tokens["offset_mapping"]]
+    plain = [i for i, special in enumerate(tokens["special_tokens_mask"]) if not special]
+    # a token across the border is scored, as it is supervised in training
+    first, last = next(i for i in plain if ends[i] > start), plain[-1]
+    kept = min(last + 1, lm.positions)
+    text = whole_text[start : ends[kept - 1]] if kept <= last else reference.text
+    return _Encoded(tokens["input_ids"][:kept], first, len(text.encode()), kept == last + 1)
+
+
+def _batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Numbers of rows in batches of similar lengths, the longest first."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= BATCH_TOKENS:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def _score_batch(lm: GenerationModel, rows: list[_Encoded]) -> list[float]:
+    """Nats of each row, by one forward; without rows it only serves the ranks that have some."""
+    filler = min(lm.eos_ids)
+    tokens = [torch.tensor(row.input_ids) for row in rows] or [torch.tensor([filler])]
+    # Padding on the right needs no mask in a causal model.
+    input_ids = pad_sequence(tokens, batch_first=True, padding_value=filler).to(lm.device)
+    with torch.no_grad():
+        logits = lm.model(input_ids=input_ids, use_cache=False).logits
+    nats = []
+    for row, ids, scores in zip(rows, input_ids, logits, strict=False):
+        end = len(row.input_ids)
+        chunks = scores[row.first - 1 : end - 1].split(CHUNK_POSITIONS), ids[row.first : end].split(CHUNK_POSITIONS)
+        nats.append(sum(cross_entropy(c.double(), t, reduction="sum").item() for c, t in zip(*chunks, strict=True)))
+    return nats
 
 
 def write_generation_result(

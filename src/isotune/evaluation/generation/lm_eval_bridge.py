@@ -33,11 +33,7 @@ class HarnessResult:
 
 
 def check_tasks(tasks: str) -> list[str]:
-    """The tasks of a list with commas, files by their absolute path; checked before a model is loaded.
-
-    Raises:
-        UserError: lm-eval is not installed, a file is missing, or no task has this name.
-    """
+    """The tasks of a list with commas, files by their absolute path; checked before a model is loaded."""
     try:
         from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -52,20 +48,15 @@ def check_tasks(tasks: str) -> list[str]:
     if len(files) < len(names):
         with quiet_libraries():
             known = TaskManager().all_tasks
-        for task in names:
-            if task not in files and task not in known:
-                near = nearest(task, known)
-                hint = f": did you mean {near}?" if near else ", and no file (.yaml) either"
-                raise UserError(f"--lm_eval_tasks: lm-eval has no task {task!r}{hint}")
+        for task in (name for name in names if name not in files and name not in known):
+            near = nearest(task, known)
+            hint = f": did you mean {near}?" if near else ", and no file (.yaml) either"
+            raise UserError(f"--lm_eval_tasks: lm-eval has no task {task!r}{hint}")
     return [str(Path(task).resolve()) if task in files else task for task in names]
 
 
 def run_tasks(lm: GenerationModel, tasks: Sequence[str], *, limit: int | None, batch_size: int) -> HarnessResult:
-    """Evaluate a model on what `check_tasks` returned, on one process.
-
-    Raises:
-        UserError: a task or its data cannot be loaded.
-    """
+    """Evaluate a model on what `check_tasks` returned, on one process; UserError where a task or its data is broken."""
     import lm_eval  # pyright: ignore[reportMissingImports]
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 

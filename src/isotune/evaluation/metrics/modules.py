@@ -84,11 +84,7 @@ class MetricModule:
         return {key: float(value) for key, value in arrays.items() if value.ndim == 0 and value.dtype.kind in "iufb"}
 
     def statistic(self, data: Mapping[Column, np.ndarray], rows: int) -> OfWeights:
-        """The module's results as a statistic of weighted rows; NaN where a resample has no result.
-
-        Raises:
-            UserError: the module cannot be computed on the rows, or its results are no numbers.
-        """
+        """The results as a statistic of weighted rows, NaN where a resample has none; UserError where all rows lack one."""
         called = f"{self.where}: the module {self.facts['module']!r}"
         try:
             names = tuple(self.compute(data))

@@ -100,8 +100,7 @@ class Scores:
 def select_names(statistics: Sequence[Statistic], only: Iterable[str] | None) -> set[str]:
     """The names of statistics that `only` has, in full or without `_class_k`; all where it is None or empty.
 
-    Raises:
-        UserError: `only` has a name that no statistic has.
+    UserError where it has a name that no statistic has.
     """
     kinds = {name: name.split(CLASS_SUFFIX)[0] for statistic in statistics for name in statistic.names}
     selected = set(only or kinds)
