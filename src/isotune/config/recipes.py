@@ -109,12 +109,7 @@ AnyRecipe = TypeVar("AnyRecipe", bound=BaseRecipe)
 
 
 def read_recipe(
-    argv: Sequence[str],
-    *,
-    default_config: Path | None,
-    prog: str,
-    description: str,
-    kind: type[AnyRecipe] = Recipe,
+    argv: Sequence[str], *, default_config: Path | None, prog: str, description: str, kind: type[AnyRecipe] = Recipe
 ) -> AnyRecipe:
     """The recipe of a command line: a file (`--config`, else `default_config`) and a flag for every key.
 
