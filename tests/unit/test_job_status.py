@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from isotune.io.errors import AlreadyDone, Preempted, RunFault, Superseded, UserError, run_script
-from isotune.io.job_status import write_job_status
+from isotune.io.errors import AlreadyDone, Preempted, RunFault, Superseded, UserError, run_script, write_job_status
 
 STARTING = """
 import time

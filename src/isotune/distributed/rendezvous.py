@@ -27,8 +27,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import TCPStore  # type: ignore[attr-defined]  (not exported)
 
-from isotune.io.errors import EXIT_FAULT, RunFault, UserError
-from isotune.io.job_status import write_job_status
+from isotune.io.errors import EXIT_FAULT, RunFault, UserError, write_job_status
 
 TIMEOUT_VARIABLE = "MEETING_SECONDS"
 DEFAULT_TIMEOUT_SECONDS = 60.0

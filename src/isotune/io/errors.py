@@ -1,22 +1,27 @@
-"""Errors and exit statuses: a user's mistake is answered with one sentence and exit status 2, never a traceback."""
+"""Errors and how a script ends: a user's mistake is answered with one sentence and exit status 2, never a traceback.
+
+Launchers replace every exit status but 0 by 1, and srun may lose it. A batch script therefore names a job status file
+in the environment variable ISOTUNE_VERDICT and reads it when the processes are gone; without the variable none is
+written. It is JSON with the keys `status` (running, preempted, finished, failed, superseded), `exit_status` (null while
+the script runs) and `message`; a training run adds the keys of its status.json and `run`, its folder.
+"""
 
 import argparse
 import difflib
+import json
 import os
+import signal
+import socket
 import sys
 from collections.abc import Callable, Iterable
-from typing import NoReturn
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, cast
 
-from isotune.io.job_status import (
-    EXIT_STOPPED,
-    EXIT_USER_ERROR,
-    install_early_signal_handlers,
-    is_launched_by_batch_script,
-    write_job_status,
-)
+from isotune.io.files import replace_file
 
-EXIT_FAULT = 1
-EXIT_PREEMPTED = EXIT_STOPPED
+EXIT_FAULT, EXIT_USER_ERROR, EXIT_PREEMPTED = 1, 2, 75
+JOB_STATUS_FILE = "ISOTUNE_VERDICT"  # the environment variable
 
 
 class UserError(Exception):
@@ -87,10 +92,13 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's `main` and exit with the status of the contract.
 
     A `UserError` prints one line on stderr and exits with 2, a `RunFault` one line and 1, `Preempted` one line and 75.
-    All ranks raise the same error, so only local rank 0 prints it. The job status file records the end too
-    (`isotune.io.job_status`).
+    All ranks raise the same error, so only local rank 0 prints it. The job status file records the end too.
     """
-    install_early_signal_handlers()
+    if os.environ.get(JOB_STATUS_FILE):
+        # Until training installs its own handlers. Nothing is lost at that point, and the job may run again; without
+        # these, ranks would ignore the signals too where their launcher ignores them.
+        signal.signal(signal.SIGTERM, _stop_early)
+        signal.signal(signal.SIGUSR1, _stop_early)
     is_local_main = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         status = main() or 0
@@ -99,8 +107,9 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         write_job_status(status=status_word(error), exit_status=status, message=str(error))
         if is_local_main:
             print(error if status == EXIT_PREEMPTED else f"error: {error}", file=sys.stderr, flush=True)
-        if status == EXIT_PREEMPTED and is_launched_by_batch_script():
-            status = 0
+        if status == EXIT_PREEMPTED and os.environ.get(JOB_STATUS_FILE) and "LOCAL_RANK" in os.environ:
+            # A launcher answers 75 with a page of tracebacks on every node, and srun then ends the other nodes.
+            status = 0  # the batch script reads the preemption in the file
     except AlreadyDone as done:
         status = 0
         write_job_status(status="finished", exit_status=0, message=str(done))
@@ -114,3 +123,46 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
             write_job_status(status="finished", exit_status=0, message=None)
     sys.stdout.flush()
     sys.exit(status)
+
+
+def write_job_status(**content: Any) -> None:
+    """Merge `content` into the job status file.
+
+    Rank 0 reports for all ranks. Another rank's error counts only while rank 0 has reported no end, as when its machine
+    is gone. A mistake in the user's input is never overwritten: what fails later fails because of it.
+    """
+    name = os.environ.get(JOB_STATUS_FILE)
+    if not name:
+        return
+    file = Path(name)
+    current = read_job_status(file)
+    is_main = os.environ.get("RANK", "0") == "0"
+    has_ended = current.get("exit_status") is not None
+    if not is_main and (has_ended or content.get("exit_status") == 0):
+        return
+    if current.get("exit_status") == EXIT_USER_ERROR:
+        return
+    # ranks of several machines may write at once
+    staging = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        replace_file(file, json.dumps({**current, **content}, indent=2) + "\n", staging)
+    except OSError as error:  # a batch script that finds no file knows that the run was killed
+        print(f"note        {file} cannot be written: {error.strerror}", file=sys.stderr)
+
+
+def read_job_status(file: Path) -> dict[str, Any]:
+    """The content of a job status file; empty where the file is absent or not a JSON object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return cast(dict[str, Any], content) if isinstance(content, dict) else {}
+
+
+def _stop_early(number: int, frame: FrameType | None) -> None:
+    if read_job_status(Path(os.environ[JOB_STATUS_FILE])).get("exit_status") is not None:
+        return  # the script ends by itself in a moment
+    message = f"stopped by {signal.Signals(number).name} before the first step: the same command begins again"
+    write_job_status(status="preempted", exit_status=EXIT_PREEMPTED, message=message)
+    os.write(2, f"{message}\n".encode())
+    os._exit(EXIT_PREEMPTED)  # not 0: another rank may be further, and the launcher must not let it wait for this one

@@ -20,8 +20,7 @@ from typing import Any
 
 from isotune.distributed.launch import Process
 from isotune.distributed.ranks import call_on_main
-from isotune.io.errors import Superseded, exit_status, status_word
-from isotune.io.job_status import write_job_status
+from isotune.io.errors import Superseded, exit_status, status_word, write_job_status
 from isotune.run.attempt import slurm_ids
 from isotune.run.run_dir import ENVIRONMENT, STATUS, RunDir
 from isotune.run.run_lease import RunLease

@@ -22,9 +22,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from isotune.io.errors import EXIT_FAULT, Superseded, UserError
+from isotune.io.errors import EXIT_FAULT, Superseded, UserError, write_job_status
 from isotune.io.files import replace_file, write_synced
-from isotune.io.job_status import write_job_status
 from isotune.run.attempt import Attempt
 
 # Names on disk. They are older than the word "attempt" and stay: run directories outlive versions.
