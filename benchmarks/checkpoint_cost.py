@@ -148,7 +148,8 @@ def measure_saves(values: dict[str, Any], rounds: int) -> dict[str, Any]:
     choice = checkpointer.store.newest_valid()
     assert choice.manifest is not None
     found: dict[str, Any] = {f"{name}_seconds": statistics.median(values) for name, values in seconds.items()}
-    return found | {"bytes": choice.manifest.bytes, "parameters": sum(p.numel() for p in model.parameters())}
+    found |= {"bytes": sum(file.bytes for file in choice.manifest.files)}
+    return found | {"parameters": sum(p.numel() for p in model.parameters())}
 
 
 if __name__ == "__main__":

@@ -160,10 +160,7 @@ class ZeroState(EngineState):
     """ZeRO: the optimizer steps over long flat fp32 tensors, in each of which this rank has parameters' slices.
 
     Under ZeRO-1 and 2 it owns a stretch of each flat tensor, and so a fragment of some parameters; under ZeRO-3 a part
-    of every parameter.
-
-    Raises:
-        UserError: the optimizer of ZeRO-3 is on NVMe.
+    of every parameter. Raises UserError where the optimizer of ZeRO-3 is on NVMe.
     """
 
     def __init__(self, model: nn.Module, zero: Any) -> None:
@@ -193,11 +190,7 @@ class ZeroState(EngineState):
 
 
 def state_of(model: nn.Module, optimizer: Any) -> EngineState:
-    """The training state of a prepared model, out of its engine's wrapper, and of torch's or DeepSpeed's optimizer.
-
-    Raises:
-        UserError: an optimizer of DeepSpeed that this version does not know.
-    """
+    """The state of a prepared model, out of its wrapper, and its optimizer; UserError for one of DeepSpeed's others."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat") or hasattr(optimizer, "single_partition_of_fp32_groups"):
         return ZeroState(model, optimizer)
     if isinstance(optimizer, torch.optim.Optimizer):

@@ -176,10 +176,8 @@ def _run_of(checkpoint: Path, beside: Path) -> Generator[Path]:
     """A temporary folder in `beside` with recipe.yaml and model/, as if the run had ended at the checkpoint.
 
     One process makes it, whatever the engine and the number of ranks that wrote the checkpoint. A base of an adapter
-    that was drawn at random is written to RUN/base_model, as the run itself would do.
-
-    Raises:
-        UserError: the checkpoint is not valid, or the model of its recipe cannot be loaded.
+    that was drawn at random is written to RUN/base_model, as the run itself would do. Raises UserError for a checkpoint
+    that is not valid, or whose model cannot be loaded.
     """
     with no_room_is_an_error(beside):
         beside.mkdir(parents=True, exist_ok=True)

@@ -139,8 +139,7 @@ def written_by(folder: Path, rank: int) -> list[Path]:
 def read_tensors(folder: Path, tensors: Mapping[str, FlatTensor]) -> None:
     """Fill the local part of every tensor from `folder`, however it was sliced when it was written. Not collective.
 
-    Raises:
-        RuntimeError: a tensor is missing or has another size.
+    Raises RuntimeError where a tensor is missing or has another size.
     """
     wanted = {name: tensor for name, tensor in tensors.items() if tensor.local.numel()}
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -155,11 +154,7 @@ def read_tensors(folder: Path, tensors: Mapping[str, FlatTensor]) -> None:
 
 
 def read_whole(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The named tensors of `folder`, whole, on the CPU, in the dtypes of the files.
-
-    Raises:
-        ValueError: a tensor has another size than its shape.
-    """
+    """The named tensors of `folder`, whole, on the CPU, in the files' dtypes; ValueError for another size."""
     tensors = stored(folder)
     whole = {name: torch.empty(shape, dtype=tensors[name][1]) for name, shape in shapes.items()}
     for name, tensor in whole.items():

@@ -52,11 +52,6 @@ class Manifest:
     files: tuple[FileRecord, ...] = ()
     format: int = FORMAT
 
-    @property
-    def bytes(self) -> int:
-        """Size of all its files."""
-        return sum(file.bytes for file in self.files)
-
     def write(self, folder: Path) -> None:
         """Write MANIFEST.json with a digest of itself, and fsync it."""
         content = asdict(self)
@@ -79,8 +74,7 @@ def record_file(folder: Path, path: Path) -> FileRecord:
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a checkpoint, without its files.
 
-    Raises:
-        InvalidCheckpoint: there is none, it is broken, or this version does not know its format.
+    Raises InvalidCheckpoint where there is none, it is broken, or this version does not know its format.
     """
     try:
         content = json.loads((folder / MANIFEST).read_text("utf-8"))
@@ -100,11 +94,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify(folder: Path) -> Manifest:
-    """Read every byte of a checkpoint and compare it with the manifest.
-
-    Raises:
-        InvalidCheckpoint: something is missing, added or changed.
-    """
+    """Read every byte of a checkpoint; InvalidCheckpoint where something is missing, added or changed."""
     manifest = read_manifest(folder)
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     expected_names = {file.name for file in manifest.files}

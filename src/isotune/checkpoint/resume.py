@@ -37,9 +37,7 @@ class Resumption:
 def open_run(recipe: RunRecipe) -> RunDir:
     """The run directory of a recipe, once it and the checkpoint that `resume` names are checked by its manifest.
 
-    Raises:
-        UserError: `resume` names no checkpoint, or one of another recipe; or see `RunDir.check_or_upload`.
-        AlreadyDone, RunFault: see `RunDir.check_or_upload`.
+    Raises UserError where that is no checkpoint or one of another recipe, and what `RunDir.check_or_upload` does.
     """
     if recipe.resume not in (RESUME_NEWEST, RESUME_NEVER):
         folder = Path(recipe.resume)
@@ -58,10 +56,8 @@ def find_resumption(
 ) -> Resumption | None:
     """Clean up after a killed attempt, choose the checkpoint to resume from, and print it; the main process decides.
 
-    None where the run begins at its first step.
-
-    Raises:
-        UserError: the named checkpoint is not valid, or is of another recipe or other data.
+    None where the run begins at its first step. Raises UserError where the named checkpoint is not valid, or is of
+    another recipe or other data.
     """
 
     def choose() -> Path | None:

@@ -70,9 +70,7 @@ class CheckpointWriter:
     def wait(self) -> None:
         """Wait until nothing is being written.
 
-        Raises:
-            UserError: no room, or no permission; the same on every rank.
-            RunFault: anything else, such as a stale attempt.
+        Raises UserError for no room or no permission, RunFault for anything else; the same on every rank.
         """
         if self._thread is not None:
             self._thread.join()

@@ -38,9 +38,7 @@ def upload_model(run: Path, *, repository: str, private: bool | None, token: str
     """Upload RUN/model to `OWNER/NAME`, or `NAME` of the token's owner; the repository is created where there is none.
 
     Where `private` is None the owner's default decides, where `token` is None that of `hf auth login` or HF_TOKEN.
-
-    Raises:
-        UserError: no token, no network, or the Hub refuses. The run does not change.
+    Without token or network, or where the Hub refuses, it raises UserError, and the run does not change.
     """
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import HFValidationError

@@ -16,10 +16,7 @@ class MetricsFile:
     """Appends JSON lines, flushed at once; only the main process has one.
 
     A new attempt puts a copy in the place of this file, so lines that a stale attempt still appends to the file that
-    it has open are in no directory.
-
-    Raises:
-        Superseded: this attempt is stale, when it opens the file or writes a line.
+    it has open are in no directory. Opening and writing raise Superseded where this attempt is stale.
     """
 
     def __init__(self, path: Path, lease: RunLease) -> None:
@@ -52,9 +49,6 @@ def read_metrics(file: Path) -> Metrics:
 
     A killed run may leave an incomplete last line, and one broken line must not cost the others. Of a step that was
     written twice, because the run resumed from an earlier checkpoint, the last line counts.
-
-    Raises:
-        OSError: the file cannot be read.
     """
     steps: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, dict[str, Any]] = {}

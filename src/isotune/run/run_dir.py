@@ -86,9 +86,7 @@ class RunDir:
     def check_or_upload(self) -> None:
         """`check`; the first process uploads a finished run whose requested upload is missing.
 
-        Raises:
-            UserError: see `check`, and `isotune.run.hub.upload_model`.
-            AlreadyDone: the run is finished, and uploaded where the recipe asks for it.
+        Raises what `check` and `isotune.run.hub.upload_model` do.
         """
         try:
             self.check()
@@ -126,9 +124,6 @@ class RunDir:
         """Acquire the lease, on the main process; returns the directory of this attempt.
 
         A copy replaces metrics.jsonl, so that a stale attempt, which has the file open, no longer appends to it.
-
-        Raises:
-            UserError, Superseded: see `RunLease.check_available`.
         """
         folder = self.lease.acquire(processes=processes, slurm=slurm_ids())
         metrics = self.path / METRICS
@@ -140,9 +135,7 @@ class RunDir:
         """Write environment.json and recipe.yaml, each atomically, and begin metrics.jsonl.
 
         `metrics` are the lines of the checkpoint that this attempt resumes from; None removes those of an earlier one.
-
-        Raises:
-            UserError: RUN cannot be written.
+        Raises UserError where RUN cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -67,8 +67,7 @@ class RunLease:
     def acquire(self, **record: object) -> Path:
         """Become the newest attempt and revoke all others; returns the directory of this attempt, which has `record`.
 
-        Raises:
-            UserError, Superseded: see `check_available`; or the directory cannot be written.
+        Raises as `check_available` does, and UserError where the directory cannot be written.
         """
         self.check_available()
         try:

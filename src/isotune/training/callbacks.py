@@ -24,10 +24,7 @@ if TYPE_CHECKING:
 class PreTrainChecks(TrainerCallback):
     """Between preparation and the first step: self-tests on the prepared model, what is in effect, the run's files.
 
-    Args:
-        trainer: whose prepared objects are looked at.
-        checkpointer: of the run, whose directory is still untouched.
-        data_counts: what preparation did to the data, counted, by role.
+    `data_counts` are what preparation did to the data, by role.
     """
 
     def __init__(

@@ -42,13 +42,9 @@ from isotune.training.callbacks import EarlyStop
 class Checkpointer(TrainerCallback):
     """Saves and resumes a run; a notebook leaves it out. It changes decisions of Trainer's own callbacks: last.
 
-    Args:
-        recipe, process: what was asked, and where this process stands.
-        run: whose folder the checkpoints go to.
+    Attributes:
         data_fingerprints: of the prepared data, by role.
         early_stop: whose count of evaluations goes on where the run goes on, or None.
-
-    Attributes:
         resumption: what this run went on from, None where it began at its first step.
         writer: of the checkpoints, from the beginning of training.
     """
@@ -78,10 +74,7 @@ class Checkpointer(TrainerCallback):
 
     @contextlib.contextmanager
     def session(self) -> Iterator[str | None]:
-        """Hold it around training: yields the checkpoint to go on from, and waits for the last one to be written.
-
-        Beside Preempted it raises what `find_resumption` and `CheckpointWriter.wait` do.
-        """
+        """Hold it around training: yields the checkpoint to go on from, and waits for the last one to be written."""
         self.resumption = find_resumption(self.store, self.recipe, self.data_fingerprints, self.process)
         if self.resumption is not None and self.run.status is not None:
             self.run.status.step = self.resumption.step
@@ -101,10 +94,7 @@ class Checkpointer(TrainerCallback):
         self.writer.wait()
 
     def place(self, steps_per_epoch: int, epochs: int) -> tuple[int, int]:
-        """Where to go on: the epoch, and its steps that are done.
-
-        An epoch whose end was not reached is entered again, though no step of it is left.
-        """
+        """The epoch to go on in, and its steps that are done; one whose end was not reached is entered again."""
         assert self.resumption is not None
         step, state = self.resumption.step, self.resumption.state
         if self.early_stop is not None:

@@ -47,11 +47,7 @@ class ExactGradients:
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Sum over the ranks and put the result where the optimizer looks for it.
-
-        Raises:
-            RunFault: a gradient left the range of the grid, on any rank.
-        """
+        """Sum over the ranks into `.grad`; RunFault where a gradient left the range of the grid, on any rank."""
         bounds = torch.stack(list(self.largest.values()))
         if _several_ranks():
             dist.all_reduce(bounds)

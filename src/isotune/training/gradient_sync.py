@@ -150,10 +150,8 @@ class ZeroGradientSync(GradientSync):
         """Clip and step here, and not where Trainer calls the optimizer.
 
         An update whose gradient is NaN or Inf is left out and forgotten, in fp32 too: DeepSpeed's own optimizers see
-        to that, and stage 0 in fp32, where torch's optimizer runs bare, is watched here.
-
-        Raises:
-            RunFault: fp16's loss scale cannot fall any further.
+        to that, and stage 0 in fp32, where torch's optimizer runs bare, is watched here. Raises RunFault where fp16's
+        loss scale cannot fall any further.
         """
         model.set_gradient_accumulation_boundary(True)
         if not hasattr(model.optimizer, "overflow"):

@@ -15,11 +15,7 @@ def capture(trainer: Any) -> dict[str, Any]:
 
 
 def restore(trainer: Any, state: dict[str, Any]) -> None:
-    """Put it back, and the learning rate into the optimizer's groups.
-
-    Raises:
-        RunFault: the schedule was written for another kind.
-    """
+    """Put it back, and the learning rate into the optimizer's groups; RunFault for a schedule of another kind."""
     scheduler = _scheduler(trainer)
     wanted = scheduler.state_dict()
     if wanted.keys() != state["scheduler"].keys():

@@ -89,11 +89,7 @@ def _arguments(kind: type[Arguments], recipe: RunRecipe, process: Process, **mor
 
 
 def make_plan(recipe: RunRecipe, process: Process, data: RunData, task: Task) -> TrainingPlan:
-    """The schedule of a recipe over its prepared data, and how its gradients are summed.
-
-    Raises:
-        UserError: see `uses_exact_gradients`.
-    """
+    """The schedule of a recipe over its prepared data, and how its gradients are summed."""
     schedule = StepSchedule(
         data.train.documents,
         data.train.rows,
@@ -159,8 +155,7 @@ def build(
 def uses_exact_gradients(recipe: RunRecipe, process: Process) -> bool:
     """`auto` is on where few parameters are trained, under plain and DDP; ZeRO-1 and 2 in fp32 are asked for it.
 
-    Raises:
-        UserError: asked for under an engine that cannot keep it.
+    Raises UserError where it is asked for under an engine that cannot keep it.
     """
     asked_for, optimizer = recipe.exact_gradients is True, recipe.training_arguments["optim"]
     if asked_for and (process.fsdp or process.zero_stage in (0, 3)):

@@ -56,9 +56,7 @@ class Trained:
 def start_classifier(recipe: ClassificationRecipe) -> Start:
     """Join this launch's processes, look at the run folder and load what reads texts.
 
-    Raises:
-        UserError: the launch, the folder, the model's configuration or its tokenizer is not what the recipe says.
-        AlreadyDone: the run is finished.
+    Raises AlreadyDone for a finished run, and UserError where any of these is not what the recipe says.
     """
     process = start_process(recipe)
     run = open_run(recipe)
@@ -68,13 +66,8 @@ def start_classifier(recipe: ClassificationRecipe) -> Start:
 def train_classifier(start: Start, data: RunData, before_finishing: Callable[[Trained], None] | None = None) -> Trained:
     """Build, train and save; the main process says where the model is. Every rank must call it.
 
-    Args:
-        start, data: the frame and the documents.
-        before_finishing: what the main process does with the saved model before the run counts as finished; a
-            RunFault of it is the run's.
-
-    Raises:
-        Preempted, RunFault, UserError: see `PlannedTraining.train`; RUN/status.json says which.
+    `before_finishing` is what the main process does with the saved model before the run counts as finished; a RunFault
+    of it is the run's. RUN/status.json says which error ended a run.
     """
     trainer = build_classifier(start, data)
     with supervised(start.run, start.process):
@@ -97,10 +90,8 @@ def build_classifier(start: Start, data: RunData) -> PlannedTraining:
 def build_model(recipe: ClassificationRecipe, config: PreTrainedConfig, data: RunData, process: Process) -> nn.Module:
     """The classifier ready for unpadded training, for the classes of `data`: attention, loss and adapters in place.
 
-    Built from the seed alone, so every rank has the same weights before any communication.
-
-    Raises:
-        UserError: see `load_base_model`, or class_weights does not fit the classes.
+    Built from the seed alone, so every rank has the same weights before any communication. Raises UserError as
+    `load_base_model` does, or where class_weights does not fit the classes.
     """
     class_loss = _class_loss(recipe, data.train)
     if class_loss.class_weights is not None and process.is_main:
