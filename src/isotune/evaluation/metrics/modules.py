@@ -84,7 +84,7 @@ class MetricModule:
         return {key: float(value) for key, value in arrays.items() if value.ndim == 0 and value.dtype.kind in "iufb"}
 
     def statistic(self, data: Mapping[Column, np.ndarray], rows: int) -> OfWeights:
-        """The results as a statistic of weighted rows, NaN where a resample has none; UserError where all rows lack one."""
+        """The results as a statistic of weighted rows, NaN where a resample has none; UserError without any."""
         called = f"{self.where}: the module {self.facts['module']!r}"
         try:
             names = tuple(self.compute(data))
