@@ -1,6 +1,6 @@
-"""The preflight report of a run: its recipe and launch, their problems, the work, the memory and the time."""
+"""The preflight report of a run: its recipe and launch, the work, the memory and the time, and what would fit."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from isotune.data.classification.split import prepare_labelled
 from isotune.data.sft.preparation import prepare_conversations
 from isotune.io.errors import UserError
 from isotune.models.opening import compute_dtype, load_config, load_tokenizer
-from isotune.preflight.request import DDP, PLAIN, SHIPPED, Launch, PreflightRequest, shipped_launch
+from isotune.preflight.request import DDP, FSDP, PLAIN, SHIPPED, Launch, PreflightRequest, shipped_launch
 from isotune.preflight.resources.activation_memory import MicrobatchMemory, trace_microbatch
 from isotune.preflight.resources.compute import (
     DEFAULT_MFU,
@@ -26,7 +26,6 @@ from isotune.preflight.resources.compute import (
 )
 from isotune.preflight.resources.memory import Memory, estimate_memory, state_bytes
 from isotune.preflight.resources.model_stats import ModelStats, model_builder, model_stats
-from isotune.preflight.suggestions import Suggestion, find_suggestions
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,15 @@ class ComparedLaunch:
     launch: Launch
     memory: Memory
     time: StepTime | None
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A change as flags, the bytes that a process then needs, and whether the result stays the same to rounding."""
+
+    change: str
+    total: int
+    same_result: bool
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ def run_preflight(
 
     suggestions: list[Suggestion] = []
     if limit is not None and memory.total > limit:
-        suggestions = find_suggestions(recipe, launch, limit, estimator.memory)
+        suggestions = _find_suggestions(recipe, launch, limit, estimator.memory)
     # the trained parameters in fp32 and the optimizer's state; one more than are kept exists while it is written
     checkpoint_bytes = round(stats.trained_numel * (4 + state_bytes(recipe)))
     kept = int(recipe.training_arguments["save_total_limit"])
@@ -186,6 +194,53 @@ class _Estimator:
                 checkpointing=checkpointing,
             )
         return self._traces[key]
+
+
+def _find_suggestions(
+    recipe: RunRecipe, launch: Launch, limit: int, estimate: Callable[[RunRecipe, Launch], Memory]
+) -> list[Suggestion]:
+    """Changes with which a process needs at most `limit` bytes; those that keep the result come first.
+
+    `estimate` gives the memory of another recipe or launch.
+    """
+    suggestions = []
+    for other, values in _changes(recipe, launch):
+        try:
+            changed = recipe.with_values(**values) if values else recipe
+        except UserError:  # the values contradict another key
+            continue
+        total = estimate(changed, other).total
+        if total <= limit:
+            flags = [f"--{key} {'true' if value is True else value}" for key, value in values.items()]
+            file = [] if other is launch else [f"--config_file {other.name}"]
+            suggestions.append(Suggestion(" ".join([*file, *flags]), total, same_result="tune" not in values))
+    return sorted(suggestions, key=lambda suggestion: (not suggestion.same_result, -suggestion.total))
+
+
+def _changes(recipe: RunRecipe, launch: Launch) -> Iterator[tuple[Launch, dict[str, Any]]]:
+    """A launch and values of the recipe for each change; all but those of `tune` keep the result."""
+    smallest = recipe.max_seq_length
+    halves = [recipe.microbatch_tokens // divisor for divisor in (2, 4)]
+    sizes = [tokens for tokens in halves if tokens >= smallest]
+    if halves[0] < smallest < recipe.microbatch_tokens:
+        sizes.append(smallest)
+    yield from ((launch, {"microbatch_tokens": tokens}) for tokens in sizes)
+    if not recipe.training_arguments.get("gradient_checkpointing"):
+        yield launch, {"gradient_checkpointing": True}
+        if recipe.microbatch_tokens > smallest:
+            yield launch, {"gradient_checkpointing": True, "microbatch_tokens": smallest}
+    if launch.world_size > 1 and launch.engine != FSDP:
+        for name in ("zero1", "zero2", "zero3", "zero3_offload"):
+            sharded = shipped_launch(name, launch.world_size)
+            if sharded.offload or (launch.zero_stage or 0) < (sharded.zero_stage or 0):
+                yield sharded, {}
+                if sharded.zero_stage == 3:
+                    yield sharded, {"gradient_checkpointing": True}
+    if recipe.tune == "full":
+        yield launch, {"tune": "lora"}
+    if recipe.tune != "qlora":
+        yield launch, {"tune": "qlora"}
+        yield launch, {"tune": "qlora", "gradient_checkpointing": True}
 
 
 def _prepare_data(recipe: RunRecipe, show_progress: bool) -> tuple[Any, str | None]:

@@ -21,7 +21,7 @@ _WORK_KEYS = {
 
 def render_report(report: PreflightReport, price_per_hour: float | None) -> str:
     """The whole report; problems come first."""
-    lines = [*_problem_lines(report), *_recipe_lines(report), "", *_work_lines(report), "", *_memory_lines(report), ""]
+    lines = [*_recipe_lines(report), "", *_work_lines(report), "", *_memory_lines(report), ""]
     return "\n".join([*lines, *_time_lines(report, price_per_hour), *_comparison_lines(report)])
 
 
@@ -110,16 +110,17 @@ def format_bytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def _problem_lines(report: PreflightReport) -> Iterator[str]:
-    problems = report.request.problems
+def _recipe_lines(report: PreflightReport) -> Iterator[str]:
+    problems, recipe, launch, model = (
+        report.request.problems,
+        report.request.recipe,
+        report.request.launch,
+        report.model,
+    )
     if problems:
         yield f"problems    {len(problems)}; the report below ignores the wrong values"
         yield from (f"  {number}. {sentence}" for number, sentence in enumerate(problems, start=1))
         yield ""
-
-
-def _recipe_lines(report: PreflightReport) -> Iterator[str]:
-    recipe, launch, model = report.request.recipe, report.request.launch, report.model
     precision = "bf16" if recipe.bf16 else "fp16" if recipe.fp16 else "fp32"
     trained = model.trained_numel
     yield f"recipe      {recipe.model_name_or_path}, {recipe.tune}, {precision}, on {recipe.dataset_name}"

@@ -137,8 +137,9 @@ def _chart(title: str, unit: str, series: list[_Series]) -> Chart:
     for line in series:
         steps, values = _downsample(np.array(line.steps), line.values)
         points = [(x(s), y(v)) if math.isfinite(v) else None for s, v in zip(steps, values, strict=True)]
-        dots = [point for point in points if point] if line.has_dots else []
-        lines.append(Line(line.label, line.style, _paths(points), dots))
+        pieces = [[point for point in piece if point] for _, piece in groupby(points, bool)]
+        paths = ["M" + " L".join(f"{x:g},{y:g}" for x, y in piece) for piece in pieces if len(piece) > 1]
+        lines.append(Line(line.label, line.style, paths, [p for p in points if p] if line.has_dots else []))
     return Chart(
         title=title,
         unit=unit,
@@ -179,8 +180,3 @@ def _downsample(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.n
             keep |= {int(bucket[np.nanargmin(values[bucket])]), int(bucket[np.nanargmax(values[bucket])])}
     indices = sorted(keep)
     return steps[indices], values[indices]
-
-
-def _paths(points: Sequence[tuple[float, float] | None]) -> list[str]:
-    pieces = [[point for point in piece if point] for _, piece in groupby(points, bool)]
-    return ["M" + " L".join(f"{x:g},{y:g}" for x, y in piece) for piece in pieces if len(piece) > 1]

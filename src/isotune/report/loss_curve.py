@@ -125,7 +125,8 @@ def _figure(curves: dict[str, Curve], title: str) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 
-    names = [name for name, curve in curves.items() if name == "loss" or _has_values(curve)]
+    finite = {name: np.isfinite([*curve.values, *curve.eval_values]).any() for name, curve in curves.items()}
+    names = [name for name in curves if name == "loss" or finite[name]]
     heights = [_INCHES[name] for name in names]
     figure = Figure(figsize=(8.0, sum(heights) + 0.8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -155,10 +156,6 @@ def _figure(curves: dict[str, Curve], title: str) -> Any:
     column[-1].set_xlabel("step (optimizer updates)")
     column[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return figure
-
-
-def _has_values(curve: Curve) -> bool:
-    return any(math.isfinite(value) for value in [*curve.values, *curve.eval_values])
 
 
 def _draw(panel: Any, curve: Curve, name: str, value_format: str) -> None:

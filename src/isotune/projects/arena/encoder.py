@@ -35,26 +35,17 @@ BATTLES_AT_ONCE = 1_000
 
 @dataclass(frozen=True)
 class BothOrders:
-    """Each battle's two documents, the pair in an order that does not depend on which answer is called a.
+    """Each battle's two documents, the pair in an order that does not depend on which answer is called a."""
 
-    Attributes:
-        documents: two a battle; the column `whole_lengths` is a document's tokens before anything was cut.
-        exchanged: bool [battles]; whether the first of the two has answer b before answer a.
-        identical: bool [battles]; whether both answers are the same tokens, and so the two documents.
-    """
-
-    documents: Documents
-    exchanged: np.ndarray
-    identical: np.ndarray
+    documents: Documents  # the column `whole_lengths` is a document's tokens before anything was cut
+    exchanged: np.ndarray  # bool [battles]; whether the first of the two has answer b before answer a
+    identical: np.ndarray  # bool [battles]; whether both answers are the same tokens, and so the two documents
 
     def swap_average(self, probabilities: np.ndarray) -> np.ndarray:
-        """The mean of the two predictions for each battle, as probabilities of a, b and tie.
+        """The mean of the two predictions for each battle, of the documents' `probabilities`, float64 [2 * battles, 3].
 
         The same documents are predicted in the same places whichever answer is called a, and a sum of two numbers does
         not depend on their order: exchanging the answers exchanges the first two numbers, bit for bit.
-
-        Args:
-            probabilities: of the documents, float64 [2 * battles, 3].
         """
         first, second = probabilities[0::2], probabilities[1::2]
         # elsewhere in a microbatch the same document may round differently, which would tell the answers apart
@@ -91,7 +82,9 @@ def in_both_orders(battles: Sequence[Battle], encoder: TextEncoder, max_seq_leng
 
     Raises UserError if max_seq_length leaves no room for three texts.
     """
-    special = encoder.special_tokens + 2 * len(_separator(encoder))
+    # between two texts stands the token that ends a text, or else the one that starts a text
+    separator = encoder.suffix[-1:] if len(encoder.suffix) else encoder.prefix[:1]
+    special = encoder.special_tokens + 2 * len(separator)
     if max_seq_length < special + SMALLEST_ROOM:
         raise UserError(
             f"max_seq_length is {max_seq_length}: three texts need at least {special + SMALLEST_ROOM} tokens"
@@ -109,7 +102,8 @@ def in_both_orders(battles: Sequence[Battle], encoder: TextEncoder, max_seq_leng
         exchanged.append(b.tobytes() < a.tobytes())
         identical.append(a.tobytes() == b.tobytes())
         for name, label_of_order, answers in reversed(orders) if exchanged[-1] else orders:
-            documents.append(_join(encoder, prompt, *answers))
+            pieces = [encoder.prefix, prompt, separator, answers[0], separator, answers[1], encoder.suffix]
+            documents.append(np.concatenate(pieces))
             labels.append(label_of_order)
             ids.append(f"{battle.id}/{name}")
             whole_lengths.append(special + of_prompt + of_a + of_b)
@@ -221,16 +215,6 @@ def _cut(tokens: np.ndarray, kept: int) -> np.ndarray:
     if len(tokens) <= kept:
         return tokens
     return np.concatenate([tokens[: kept - kept // 2], tokens[len(tokens) - kept // 2 :]])
-
-
-def _join(encoder: TextEncoder, *texts: np.ndarray) -> np.ndarray:
-    separator = _separator(encoder)
-    return np.concatenate([encoder.prefix, texts[0], separator, texts[1], separator, texts[2], encoder.suffix])
-
-
-def _separator(encoder: TextEncoder) -> np.ndarray:
-    """The separator between two texts: the token that ends a text, or else the one that starts a text."""
-    return encoder.suffix[-1:] if len(encoder.suffix) else encoder.prefix[:1]
 
 
 def _contents(battles: Battles, *, with_answers: bool = False) -> np.ndarray:

@@ -67,7 +67,10 @@ def check_submission(file: Path, sample: Path) -> tuple[list[str], int]:
     if expected.header[:1] != [ID] or len(expected.header) < 2 or expected.wrong_widths or not expected.rows:
         raise UserError(f"{sample} is no sample submission: it needs the column {ID!r}, columns of numbers, and rows")
     table = _read(file)
-    faults = [*_wrong_columns(table, expected), *_wrong_widths(table)]
+    faults = _wrong_columns(table, expected)
+    if table.wrong_widths:
+        examples = _examples(f"row {number} has {count}" for number, count in table.wrong_widths)
+        faults.append(f"{_rows(len(table.wrong_widths))} not {len(table.header)} cells: {examples}")
     if ID in table.header:
         faults += _wrong_ids(table.column(ID), expected.column(ID))
     classes = expected.header[1:]
@@ -101,20 +104,14 @@ def _read(file: Path) -> _Table:
 def _wrong_columns(table: _Table, expected: _Table) -> list[str]:
     if table.header == expected.header:
         return []
-    missing = [name for name in expected.header if name not in table.header]
-    unknown = [name for name in table.header if name not in expected.header]
-    duplicates = [name for name, count in Counter(table.header).items() if count > 1]
-    faults = [f"{kind} {', '.join(map(repr, names))}" for kind, names in
-              (("missing", missing), ("unknown", unknown), ("twice", duplicates)) if names]  # fmt: skip
+    names_of = {
+        "missing": [name for name in expected.header if name not in table.header],
+        "unknown": [name for name in table.header if name not in expected.header],
+        "twice": [name for name, count in Counter(table.header).items() if count > 1],
+    }
+    faults = [f"{kind} {', '.join(map(repr, names))}" for kind, names in names_of.items() if names]
     detail = "; ".join(faults) or f"they are in another order, {', '.join(table.header)}"
     return [f"the columns are not {', '.join(expected.header)}: {detail}"]
-
-
-def _wrong_widths(table: _Table) -> list[str]:
-    if not table.wrong_widths:
-        return []
-    examples = _examples(f"row {number} has {count}" for number, count in table.wrong_widths)
-    return [f"{_rows(len(table.wrong_widths))} not {len(table.header)} cells: {examples}"]
 
 
 def _wrong_ids(ids: list[str], expected: list[str]) -> list[str]:

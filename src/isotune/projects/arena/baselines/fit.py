@@ -9,8 +9,13 @@ from joblib import Parallel, delayed
 from sklearn.model_selection import GroupKFold, ParameterGrid
 from threadpoolctl import threadpool_limits
 
-from isotune.projects.arena.baselines.estimators import Grids, SwapAveraged
-from isotune.projects.arena.baselines.feature_matrix import BattleFeatures, FeatureMatrix, battle_features
+from isotune.projects.arena.baselines.estimators import (
+    BattleFeatures,
+    FeatureMatrix,
+    Grids,
+    SwapAveraged,
+    battle_features,
+)
 from isotune.projects.arena.battles import Battle, normalize
 
 BLEND, PRIOR = "blend", "class_prior"
@@ -33,12 +38,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Baselines:
-    """Fitted models and the search that selected them.
+    """Fitted models, their best candidates and their weights in the blend, by name.
 
-    Attributes:
-        models, selected, weights: by name, the fitted model, its best candidate and its weight in the blend.
-        held_out: by name, with BLEND and the class PRIOR, predictions of each training row by models and weights that
-            were fitted without its prompt: float64 [rows, 3].
+    `held_out` has by name, with BLEND and the class PRIOR, predictions of each training row by models and weights that
+    were fitted without its prompt: float64 [rows, 3].
     """
 
     matrix: FeatureMatrix
