@@ -80,7 +80,7 @@ def request_of(arguments: Sequence[str]) -> Request | None:
     file = args.config_file
     if file is None and os.path.isfile(default_config_file) and not args.cpu:
         file = default_config_file
-    file_keys = _read_yaml(file)
+    file_keys = _keys_of(file) if file else {}
     kind = str(file_keys.get("distributed_type", "NO"))
     engine = "plain"
     if args.use_deepspeed or kind == "DEEPSPEED":
@@ -94,9 +94,7 @@ def request_of(arguments: Sequence[str]) -> Request | None:
     return Request(file, engine, processes, on_cpu, file_keys)
 
 
-def _read_yaml(file: str | None) -> dict[str, Any]:
-    if file is None:
-        return {}
+def _keys_of(file: str) -> dict[str, Any]:
     try:
         written = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
@@ -115,10 +113,7 @@ def engine_of(environment: Mapping[str, str]) -> str:
 def check_launch(request: Request | None, recipe: RunRecipe, environment: Mapping[str, str] = os.environ) -> None:
     """Refuse a launch that is not the requested one, or whose configuration contradicts the recipe.
 
-    Args:
-        request: the launch that was asked for; without it only the environment is checked.
-        recipe: the run's recipe, which holds the precision.
-        environment: of this rank, as the launcher set it.
+    Without a request only the environment is checked, which the launcher set for this rank.
 
     Raises:
         UserError: names the key, its file and the remedy.

@@ -1,4 +1,7 @@
-"""The model and tokenizer of a finished run, for inference, evaluation and export, and merging its adapter."""
+"""The model and tokenizer of a finished run, for inference, evaluation and export, and merging its adapter.
+
+What cannot be found, read or loaded completely is a UserError of one sentence.
+"""
 
 import json
 from collections.abc import Sequence
@@ -67,17 +70,12 @@ class FinishedRun:
     @property
     def training_dtype(self) -> torch.dtype:
         """Dtype of matrix products in training."""
-        if self.settings.get("bf16"):
-            return torch.bfloat16
-        return torch.float16 if self.settings.get("fp16") else torch.float32
+        bf16, fp16 = (self.settings.get(key) for key in ("bf16", "fp16"))
+        return torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
 
 
 def read_run(run_dir: str | Path) -> FinishedRun:
-    """Find the parts of a finished run and check that its weight files are complete.
-
-    Raises:
-        UserError: the folder is not a run, has no model, or a safetensors file is broken.
-    """
+    """Find the parts of a finished run and check that its weight files are complete."""
     folder = Path(run_dir).expanduser()
     recipe = folder / "recipe.yaml"
     if not folder.is_dir():
@@ -142,9 +140,6 @@ def load_run_model(run: FinishedRun, device: torch.device) -> Any:
     An adapter is returned as a `PeftModel` on its base: in the run's precision, and on a GPU in 4 bits where it was
     trained so. The CPU's 4-bit kernel takes only widths that are multiples of 64 and rounds to bf16, so there the same
     weights are dequantized.
-
-    Raises:
-        UserError: weights that are missing, broken or of another model, or the run of a classifier.
     """
     if is_classifier(run):
         raise UserError(f"{run.folder} is the run of a classifier: eval/classify.py evaluates it")
@@ -165,9 +160,6 @@ def load_run_base(run: FinishedRun, device: torch.device, *, dequantize: bool) -
 
     A classifier's base has a head of the adapter's size, whose weights the adapter brings. With `dequantize` a base
     that was trained in 4 bits has the values that those bits stand for.
-
-    Raises:
-        UserError: it cannot be loaded completely, or a classifier's adapter has no head.
     """
     name, head = str(run.base), list[str]()
     kwargs: dict[str, Any] = {
@@ -197,9 +189,10 @@ def _adapter_classes(file: Path, head: Sequence[str]) -> int:
     with safe_open(str(file), framework="pt") as tensors:
         names = [name for name in tensors.keys() if set(name.split(".")) & set(head) and "lora_" not in name]  # noqa: SIM118
         shapes = [tensors.get_slice(name).get_shape() for name in names]
-    if not any(len(shape) == 2 for shape in shapes):
+    classes = [shape[0] for shape in shapes if len(shape) == 2]
+    if not classes:
         raise UserError(f"{file} has no classification head ({' or '.join(head)})")
-    return min(shape[0] for shape in shapes if len(shape) == 2)
+    return min(classes)
 
 
 def add_run_adapter(run: FinishedRun, base: Any) -> Any:

@@ -165,14 +165,10 @@ def is_made_here(recipe: RunRecipe) -> bool:
 
 
 def load_base_model(recipe: RunRecipe, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
-    """The base model of a recipe, before adapters: a causal LM or a classifier, by the recipe's type.
+    """The base model of a recipe, before adapters, on `device`: a causal LM or a classifier, by the recipe's type.
 
-    A classifier has a head for `config.num_labels` classes; a head that is in no file is drawn from the recipe's seed.
-
-    Args:
-        recipe: says what to load, from where and in which precision.
-        config: what `load_config` returned.
-        device: of this rank; 4-bit weights are quantized on it.
+    `config` is what `load_config` returned. A classifier has a head for its `num_labels` classes; a head that is in no
+    file is drawn from the recipe's seed. 4-bit weights are quantized on `device`.
     """
     auto, new_modules = AutoModelForCausalLM, list[str]()
     if isinstance(recipe, ClassificationRecipe):
