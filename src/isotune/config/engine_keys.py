@@ -7,19 +7,7 @@ is accepted only after somebody has looked at what it does here. A test holds th
 import functools
 from typing import Any, Literal
 
-from isotune.config.schema import (
-    AT_LEAST_ONE,
-    MEMORY,
-    NOT_NEGATIVE,
-    OPTIMISER,
-    OUTPUT,
-    POSITIVE,
-    SCHEDULE,
-    SHARE,
-    Key,
-    Requirement,
-    Values,
-)
+from isotune.config.schema import MEMORY, OPTIMISER, OUTPUT, POSITIVE, SCHEDULE, SHARE, Key, Range, Requirement, Values
 
 # The library's newer name of the same thing; the recipe keeps the one that every tutorial uses.
 ALIASES = {"activation_checkpointing": "gradient_checkpointing"}
@@ -123,25 +111,25 @@ _key, _rare = Key, functools.partial(Key, common=False)
 _KEYS = (
     _key("lr_scheduler_type", Schedule, "linear", SCHEDULE, "how the learning rate falls"),
     _key("warmup_steps", float, 0, SCHEDULE, "steps of linear warm-up; below 1, a share of the run",
-         allowed=NOT_NEGATIVE, step_count=True, needs=_WARMUP),
+         allowed=Range(0), step_count=True, needs=_WARMUP),
     _rare("lr_scheduler_kwargs", dict[str, Any] | None, None, SCHEDULE, "further arguments of the scheduler"),
-    _key("learning_rate", float, None, OPTIMISER, "highest learning rate", allowed=NOT_NEGATIVE,
+    _key("learning_rate", float, None, OPTIMISER, "highest learning rate", allowed=Range(0),
          default_from=lambda values: 2e-5 if values["tune"] == "full" else 2e-4,
          default_text="2e-4 for adapters, 2e-5 with tune: full"),
     _key("optim", Optimiser, "adamw_torch_fused", OPTIMISER, "optimiser"),
-    _key("weight_decay", float, 0.0, OPTIMISER, "weight decay, not of biases and norms", allowed=NOT_NEGATIVE),
+    _key("weight_decay", float, 0.0, OPTIMISER, "weight decay, not of biases and norms", allowed=Range(0)),
     _key("adam_beta1", float, 0.9, OPTIMISER, "decay of the first moment", allowed=SHARE, needs=_BETAS),
     _key("adam_beta2", float, 0.999, OPTIMISER, "decay of the second moment", allowed=SHARE, needs=_BETAS),
     _key("adam_epsilon", float, 1e-8, OPTIMISER, "Adam's epsilon", allowed=POSITIVE, needs=_EPSILON),
-    _key("max_grad_norm", float, 1.0, OPTIMISER, "clip gradients to this norm; 0 clips nothing", allowed=NOT_NEGATIVE),
+    _key("max_grad_norm", float, 1.0, OPTIMISER, "clip gradients to this norm; 0 clips nothing", allowed=Range(0)),
     _rare("optim_args", str | None, None, OPTIMISER, "further arguments of the optimiser, as name=value,name=value"),
     _key("gradient_checkpointing", bool, False, MEMORY, "recompute activations in backward: less memory, slower",
          changes_result=False),
     _rare("full_determinism", bool, False, MEMORY, "only deterministic kernels: slower"),
-    _rare("ddp_bucket_cap_mb", int | None, None, MEMORY, "megabytes that DDP sends at once", allowed=AT_LEAST_ONE,
+    _rare("ddp_bucket_cap_mb", int | None, None, MEMORY, "megabytes that DDP sends at once", allowed=Range(1),
           changes_result=False),
     _rare("ddp_timeout", int, 1800, MEMORY, "seconds without progress after which the processes stop",
-          allowed=AT_LEAST_ONE, changes_result=False),
+          allowed=Range(1), changes_result=False),
     _rare("ddp_broadcast_buffers", bool | None, None, MEMORY, "DDP copies buffers from rank 0", changes_result=False),
     _key("eval_strategy", Literal["no", "steps", "epoch"] | None, None, OUTPUT, "when to evaluate",
          needs=_EVAL_STRATEGY, changes_result=False,
@@ -150,7 +138,7 @@ _KEYS = (
          default_text="steps with eval_steps, else epoch; no without eval_dataset_name"),
     _key("eval_steps", float | None, None, OUTPUT, "steps between evaluations; below 1, a share of the run",
          allowed=POSITIVE, step_count=True, needs=_EVAL_STEPS, changes_result=False),
-    _rare("eval_delay", float, 0.0, OUTPUT, "epochs or steps before the first evaluation", allowed=NOT_NEGATIVE,
+    _rare("eval_delay", float, 0.0, OUTPUT, "epochs or steps before the first evaluation", allowed=Range(0),
           needs=WITH_EVALUATION, changes_result=False),
     _rare("eval_on_start", bool, False, OUTPUT, "evaluate before the first step", needs=WITH_EVALUATION,
           changes_result=False),
@@ -159,7 +147,7 @@ _KEYS = (
     _key("save_steps", float, 500, OUTPUT, "steps between checkpoints; below 1, a share of the run; the last step too",
          allowed=POSITIVE, step_count=True, needs=_SAVES_BY_STEPS, changes_result=False),
     _key("save_total_limit", int, 2, OUTPUT, "checkpoints to keep, the best among them",
-         allowed=AT_LEAST_ONE, needs=_SAVES, changes_result=False),
+         allowed=Range(1), needs=_SAVES, changes_result=False),
     _key("load_best_model_at_end", bool, False, OUTPUT, "the final model is that of the best evaluation",
          needs=_BEST),
     _rare("metric_for_best_model", str | None, None, OUTPUT,

@@ -13,19 +13,7 @@ from isotune.config.base_recipe import BaseRecipe
 from isotune.config.command_line import CommandLine
 from isotune.config.engine_keys import WITH_EVALUATION
 from isotune.config.run_recipe import EVALUATION_ON, RunRecipe
-from isotune.config.schema import (
-    AT_LEAST_ONE,
-    DATA,
-    MODEL,
-    OUTPUT,
-    POSITIVE,
-    SCHEDULE,
-    SHARE,
-    Contradiction,
-    Range,
-    Requirement,
-    key,
-)
+from isotune.config.schema import DATA, MODEL, OUTPUT, POSITIVE, SCHEDULE, SHARE, Contradiction, Range, Requirement, key
 
 TrainOn = Literal["all", "last"]
 Overlong = Literal["truncate", "split", "drop"]
@@ -82,7 +70,7 @@ class ClassificationRecipe(RunRecipe):
         "head", DATA,
         "what is kept of a text longer than max_seq_length; head_tail: a quarter from the start, the rest from the end")
     max_seq_length: int = key(512, DATA, "maximum length of a document, in tokens", allowed=Range(3))
-    global_batch_size: int = key(32, SCHEDULE, "documents in one step, on any hardware", allowed=AT_LEAST_ONE)
+    global_batch_size: int = key(32, SCHEDULE, "documents in one step, on any hardware", allowed=Range(1))
     class_weights: list[float] | Literal["balanced"] | None = key(
         None, SCHEDULE, "weight of each class in the training loss; balanced: every class has the same total weight",
         allowed=POSITIVE, default_text="none: all alike")

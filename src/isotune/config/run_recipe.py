@@ -16,11 +16,9 @@ from isotune.config.engine_keys import (
 )
 from isotune.config.schema import (
     ADAPTER,
-    AT_LEAST_ONE,
     DATA,
     MEMORY,
     MODEL,
-    NOT_NEGATIVE,
     OUTPUT,
     POSITIVE,
     REQUIRED,
@@ -83,20 +81,20 @@ class RunRecipe(BaseRecipe):
     eval_dataset_split: str = key("test", DATA, "split to evaluate on", needs=_EVAL_SPLIT)
     max_seq_length: int = key(1024, DATA, "maximum length of a row, in tokens", allowed=Range(2))
 
-    global_batch_size: int = key(16, SCHEDULE, "rows in one step, on any hardware", allowed=AT_LEAST_ONE)
+    global_batch_size: int = key(16, SCHEDULE, "rows in one step, on any hardware", allowed=Range(1))
     num_train_epochs: float = key(3.0, SCHEDULE, "passes over the data", allowed=POSITIVE, needs=_NO_LIMIT)
     max_steps: int = key(
         -1, SCHEDULE, "stop after this many steps instead", allowed=Range(1, also=-1), unset=-1, default_text="none")
     early_stopping_patience: int | None = key(
         None, SCHEDULE, "end training after this many evaluations without an improvement of metric_for_best_model",
-        allowed=AT_LEAST_ONE, needs=WITH_EVALUATION)
+        allowed=Range(1), needs=WITH_EVALUATION)
     early_stopping_threshold: float = key(
         0.0, SCHEDULE, "an improvement of metric_for_best_model counts if it is larger than this",
-        allowed=NOT_NEGATIVE, needs=_PATIENCE, common=False)
+        allowed=Range(0), needs=_PATIENCE, common=False)
     seed: int = key(42, SCHEDULE, "seed of order, dropout and new weights", allowed=Range(0, 2**32 - 1))
 
-    r: int = key(16, ADAPTER, "rank of the LoRA matrices", allowed=AT_LEAST_ONE, needs=_ADAPTER)
-    lora_alpha: int = key(32, ADAPTER, "LoRA's scale is lora_alpha / r", allowed=AT_LEAST_ONE, needs=_ADAPTER)
+    r: int = key(16, ADAPTER, "rank of the LoRA matrices", allowed=Range(1), needs=_ADAPTER)
+    lora_alpha: int = key(32, ADAPTER, "LoRA's scale is lora_alpha / r", allowed=Range(1), needs=_ADAPTER)
     lora_dropout: float = key(0.05, ADAPTER, "dropout before the LoRA matrices", allowed=SHARE, needs=_ADAPTER)
     target_modules: list[str] | None = key(
         None, ADAPTER, "linear layers that get LoRA", needs=_ADAPTER, default_text="those known for the model's type")
@@ -113,10 +111,10 @@ class RunRecipe(BaseRecipe):
     bf16: bool = key(False, MEMORY, "compute in bfloat16")
     fp16: bool = key(False, MEMORY, "compute in float16, with a scaled loss")
     microbatch_tokens: int = key(
-        None, MEMORY, "tokens in one forward pass: the memory knob", allowed=AT_LEAST_ONE,
+        None, MEMORY, "tokens in one forward pass: the memory knob", allowed=Range(1),
         default_from=itemgetter("max_seq_length"), default_text="max_seq_length", changes_result=False)
     eval_microbatch_tokens: int = key(
-        None, MEMORY, "the same in evaluation", allowed=AT_LEAST_ONE, needs=WITH_EVALUATION,
+        None, MEMORY, "the same in evaluation", allowed=Range(1), needs=WITH_EVALUATION,
         default_from=itemgetter("microbatch_tokens"), default_text="microbatch_tokens", changes_result=False)
     exact_gradients: bool | Literal["auto"] = key(
         "auto", MEMORY, "sum gradients as integers: the same bits on any number of processes")

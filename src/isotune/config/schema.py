@@ -63,8 +63,6 @@ class Range:
         return text if self.also is None else f"{text}, or {self.also:g}"
 
 
-AT_LEAST_ONE = Range(1)
-NOT_NEGATIVE = Range(0)
 POSITIVE = Range(0, low_open=True)
 SHARE = Range(0, 1, high_open=True)
 
