@@ -76,20 +76,19 @@ def draw_scaling(report: PreflightReport, file: Path) -> Path:
     for row in report.rows:
         lines[row.launch.in_words.split(" on ")[0]].append(row)
     timed = all(row.time for row in report.rows)
-    figure, panels = pyplot.subplots(1, 2 if timed else 1, figsize=(10 if timed else 5.5, 4), squeeze=False)
+    figure, (panels,) = pyplot.subplots(1, 2 if timed else 1, figsize=(10 if timed else 5.5, 4), squeeze=False)
     for name, rows in lines.items():
         sizes = [row.launch.world_size for row in rows]
-        panels[0][0].plot(sizes, [row.memory.total / 2**30 for row in rows], marker="o", label=name)
+        panels[0].plot(sizes, [row.memory.total / 2**30 for row in rows], marker="o", label=name)
         if timed:
-            panels[0][1].plot(sizes, [row.time.expected for row in rows if row.time], marker="o", label=name)
-    panels[0][0].set_ylabel("GiB on a process")
+            panels[1].plot(sizes, [row.time.expected for row in rows if row.time], marker="o", label=name)
+    panels[0].set_ylabel("GiB on a process")
     if report.limit is not None:
-        panels[0][0].axhline(report.limit / 2**30, linestyle="--", color="black", label="memory of a process")
+        panels[0].axhline(report.limit / 2**30, linestyle="--", color="black", label="memory of a process")
     if timed:
-        panels[0][1].set_ylabel("expected seconds a step")
-        panels[0][1].set_yscale("log")
+        panels[1].set(ylabel="expected seconds a step", yscale="log")
     counts = sorted({row.launch.world_size for row in report.rows})
-    for panel in panels[0]:
+    for panel in panels:
         panel.set_xscale("log", base=2)
         panel.set_xticks(counts, [str(count) for count in counts])
         panel.set_xlabel("processes")
@@ -111,12 +110,8 @@ def format_bytes(count: float) -> str:
 
 
 def _recipe_lines(report: PreflightReport) -> Iterator[str]:
-    problems, recipe, launch, model = (
-        report.request.problems,
-        report.request.recipe,
-        report.request.launch,
-        report.model,
-    )
+    request, model = report.request, report.model
+    recipe, launch, problems = request.recipe, request.launch, request.problems
     if problems:
         yield f"problems    {len(problems)}; the report below ignores the wrong values"
         yield from (f"  {number}. {sentence}" for number, sentence in enumerate(problems, start=1))
@@ -194,8 +189,9 @@ def _time_lines(report: PreflightReport, price_per_hour: float | None) -> Iterat
         f"expected at {report.mfu:.0%} of it ({origin}), {report.time.communication:.2g} s of them for communication"
     )
     device_hours = report.hours * launch.world_size
-    rate = price_per_hour
-    price = "" if rate is None else f", {device_hours * rate:,.2f} at {rate:g} a process and hour"
+    price = ""
+    if price_per_hour is not None:
+        price = f", {device_hours * price_per_hour:,.2f} at {price_per_hour:g} a process and hour"
     yield f"total       {report.hours:,.2f} hours, {device_hours:,.2f} device hours{price}"
 
 

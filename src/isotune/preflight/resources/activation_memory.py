@@ -57,9 +57,9 @@ def trace_microbatch(
     """
 
     def trace(blocks: int) -> tuple[int, ...]:
-        model = build(blocks)
+        model: Any = build(blocks)
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            model.activation_checkpointing_enable({"use_reentrant": False})
         return _trace(model, _inputs(lengths, targets, is_classifier), autocast, on_cpu)
 
     few, more = TRACED_BLOCKS
@@ -72,20 +72,12 @@ def trace_microbatch(
 
 
 def _inputs(lengths: Sequence[int], targets: int, is_classifier: bool) -> dict[str, Any]:
-    tokens = sum(lengths)
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    inputs: dict[str, Any] = {
-        "input_ids": torch.zeros(1, tokens, dtype=torch.int64),
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": max(lengths),
-        "max_length_k": max(lengths),
-        "targets": torch.zeros(targets, dtype=torch.int64),
-    }
-    if not is_classifier:
-        inputs["position_ids"] = torch.zeros(1, tokens, dtype=torch.int64)
-        inputs["supervised_positions"] = torch.zeros(targets, dtype=torch.int64)
-    return inputs
+    of_tokens, of_targets = (torch.zeros(shape, dtype=torch.int64) for shape in ((1, sum(lengths)), (targets,)))
+    inputs: dict[str, Any] = {"input_ids": of_tokens, "targets": of_targets}
+    inputs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+    inputs |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+    return inputs if is_classifier else inputs | {"position_ids": of_tokens, "supervised_positions": of_targets}
 
 
 def _trace(model: nn.Module, inputs: dict[str, Any], autocast: torch.dtype | None, on_cpu: bool) -> tuple[int, ...]:
