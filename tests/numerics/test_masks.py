@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from isotune.data.documents import Documents
 from isotune.data.sft.conversations import parse_text, render_messages
 from isotune.data.sft.preparation import ANSWER_CUT, NO_ANSWER, TOO_LONG, SftSettings, prepare
-from isotune.data.sft.tokenization import ConversationEncoder, TokenLocator, fit
+from isotune.data.sft.tokenization import ConversationEncoder, fit
 
 TOKENIZERS = {"opt": "tokenizers/opt", "stories260K": "checkpoints/stories260K"}
 
@@ -48,10 +47,8 @@ def tools(request, shared_data) -> Tools:
 
 
 @pytest.fixture(scope="module")
-def opt_locator(shared_data) -> TokenLocator:
-    backend = Tokenizer.from_file(str(shared_data / TOKENIZERS["opt"] / "tokenizer.json"))
-    backend.post_processor = None
-    return TokenLocator(backend)
+def opt_encoder(shared_data) -> ConversationEncoder:
+    return ConversationEncoder(AutoTokenizer.from_pretrained(shared_data / TOKENIZERS["opt"]))
 
 
 def scan_text(text: str) -> list[set[int]]:
@@ -192,8 +189,8 @@ def test_each_whole_document_holds_one_supervised_eos_at_its_end_and_no_supervis
 
 @odd_text
 @given(texts=st.lists(TEXT, max_size=4))
-def test_places_from_byte_counts_touch_the_characters_of_the_tokenizers_own_offsets(opt_locator, texts):
-    by_bytes, by_characters = opt_locator.locate(texts), opt_locator.by_characters(texts)
+def test_places_from_byte_counts_touch_the_characters_of_the_tokenizers_own_offsets(opt_encoder, texts):
+    by_bytes, by_characters = opt_encoder.locate(texts), opt_encoder.locate_by_characters(texts)
     assert by_bytes.in_bytes and not by_characters.in_bytes
     assert by_bytes.ids.tolist() == by_characters.ids.tolist()
     assert by_bytes.counts.tolist() == by_characters.counts.tolist()

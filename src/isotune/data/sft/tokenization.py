@@ -42,71 +42,6 @@ class LocatedTokens:
         return int(self.text_starts[number]) + within
 
 
-class TokenLocator:
-    """A Rust tokenizer, without truncation, padding and post-processor, that returns tokens with their offsets."""
-
-    def __init__(self, backend: Tokenizer) -> None:
-        self._backend = backend
-        self._bytes_of_token = _bytes_of_tokens(backend)
-
-    def locate(self, texts: Sequence[str]) -> LocatedTokens:
-        """Tokenize texts, on all cores at once, with the offsets of their tokens."""
-        return self._by_bytes(texts) or self.by_characters(texts)
-
-    def by_characters(self, texts: Sequence[str]) -> LocatedTokens:
-        """The tokenizer's own offsets; correct for any vocabulary."""
-        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
-        ids, counts = _flat([encoding.ids for encoding in encodings])
-        pairs = chain.from_iterable(encoding.offsets for encoding in encodings)
-        offsets = np.fromiter(chain.from_iterable(pairs), np.int64, 2 * len(ids)).reshape(-1, 2)
-        text_starts = np.cumsum([0, *map(len, texts)])
-        offsets += np.repeat(text_starts[:-1], counts)[:, None]
-        return LocatedTokens(ids, counts, offsets[:, 0], offsets[:, 1], text_starts, in_bytes=False)
-
-    def _by_bytes(self, texts: Sequence[str]) -> LocatedTokens | None:
-        """Offsets from the tokens' byte counts, or None where those do not add up to every text's own."""
-        if self._bytes_of_token is None:
-            return None
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        ids, counts = _flat([encoding.ids for encoding in encodings])
-        sizes = self._bytes_of_token[ids]
-        until = starts_of(sizes)
-        text_starts = np.cumsum([0, *(len(text) if text.isascii() else len(text.encode()) for text in texts)])
-        if not np.array_equal(until[starts_of(counts)], text_starts):
-            return None
-        return LocatedTokens(ids, counts, until[:-1], until[1:], text_starts, in_bytes=True)
-
-
-def _flat(ids_of_texts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    counts = np.fromiter(map(len, ids_of_texts), np.int64, len(ids_of_texts))
-    return np.fromiter(chain.from_iterable(ids_of_texts), np.int32, int(counts.sum())), counts
-
-
-def _bytes_of_tokens(backend: Tokenizer) -> np.ndarray | None:
-    """Bytes of text that each token stands for, int64 [vocabulary], or None where they cannot be known."""
-    if backend.normalizer is not None or not _cuts_bytes(backend):
-        return None
-    alphabet = set(ByteLevel.alphabet())
-    sizes = np.zeros(backend.get_vocab_size(with_added_tokens=True), np.int64)
-    added = backend.get_added_tokens_decoder()
-    for token, number in backend.get_vocab(with_added_tokens=True).items():
-        if number >= len(sizes):
-            return None
-        if number in added:
-            sizes[number] = len(token.encode())
-        elif alphabet.issuperset(token):
-            sizes[number] = len(token)  # each character of this alphabet stands for one byte
-        else:
-            return None
-    return sizes
-
-
-def _cuts_bytes(backend: Tokenizer) -> bool:
-    whole: dict[str, Any] = json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer else {}
-    steps: list[dict[str, Any]] = whole.get("pretokenizers", [whole])
-    return steps[-1].get("type") == "ByteLevel" and not any(step.get("add_prefix_space") for step in steps)
-
-
 class ConversationEncoder(FastTokenizer):
     """A tokenizer made ready to turn conversations into supervised tokens.
 
@@ -132,11 +67,6 @@ class ConversationEncoder(FastTokenizer):
         self.fingerprint = digest(self.definition, self.prefix.tolist(), self.eos_token_id)
         self._eos_token = str(tokenizer.eos_token)
 
-    @cached_property
-    def _locator(self) -> TokenLocator:
-        """Made when there is something to tokenize: prepared data need only the fingerprint."""
-        return TokenLocator(self.backend)
-
     def encode(self, conversations: Sequence[Conversation], source_rows: np.ndarray | None = None) -> Documents:
         """Tokenize conversations that have an answer each, of these source rows, int64 [conversations], or numbered.
 
@@ -145,7 +75,7 @@ class ConversationEncoder(FastTokenizer):
             also cover characters outside an answer, and `special_texts`, whether somebody wrote out the eos token.
         """
         texts = [conversation.text for conversation in conversations]
-        tokens = self._locator.locate(texts)
+        tokens = self.locate(texts)
         answered_until = _answered_until(conversations, tokens)
         answered = answered_until[tokens.ends] - answered_until[tokens.begins]
         supervised = (answered > 0) & (tokens.ids != self.eos_token_id)
@@ -161,6 +91,64 @@ class ConversationEncoder(FastTokenizer):
                 "special_texts": np.array([self._eos_token in text for text in texts], bool),
             },
         )
+
+    def locate(self, texts: Sequence[str]) -> LocatedTokens:
+        """Tokenize texts, on all cores at once, with the offsets of their tokens."""
+        return self._locate_by_bytes(texts) or self.locate_by_characters(texts)
+
+    def locate_by_characters(self, texts: Sequence[str]) -> LocatedTokens:
+        """The tokenizer's own offsets; correct for any vocabulary."""
+        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        ids, counts = _flat([encoding.ids for encoding in encodings])
+        pairs = chain.from_iterable(encoding.offsets for encoding in encodings)
+        offsets = np.fromiter(chain.from_iterable(pairs), np.int64, 2 * len(ids)).reshape(-1, 2)
+        text_starts = np.cumsum([0, *map(len, texts)])
+        offsets += np.repeat(text_starts[:-1], counts)[:, None]
+        return LocatedTokens(ids, counts, offsets[:, 0], offsets[:, 1], text_starts, in_bytes=False)
+
+    def _locate_by_bytes(self, texts: Sequence[str]) -> LocatedTokens | None:
+        """Offsets from the tokens' byte counts, or None where those do not add up to every text's own."""
+        if self._bytes_of_token is None:
+            return None
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        ids, counts = _flat([encoding.ids for encoding in encodings])
+        sizes = self._bytes_of_token[ids]
+        until = starts_of(sizes)
+        text_starts = np.cumsum([0, *(len(text) if text.isascii() else len(text.encode()) for text in texts)])
+        if not np.array_equal(until[starts_of(counts)], text_starts):
+            return None
+        return LocatedTokens(ids, counts, until[:-1], until[1:], text_starts, in_bytes=True)
+
+    @cached_property
+    def _bytes_of_token(self) -> np.ndarray | None:
+        """Bytes of text that each token stands for, int64 [vocabulary], or None where they cannot be known."""
+        backend = self.backend  # only where something is tokenized: prepared data need the fingerprint alone
+        if backend.normalizer is not None or not _cuts_bytes(backend):
+            return None
+        alphabet = set(ByteLevel.alphabet())
+        sizes = np.zeros(backend.get_vocab_size(with_added_tokens=True), np.int64)
+        added = backend.get_added_tokens_decoder()
+        for token, number in backend.get_vocab(with_added_tokens=True).items():
+            if number >= len(sizes):
+                return None
+            if number in added:
+                sizes[number] = len(token.encode())
+            elif alphabet.issuperset(token):
+                sizes[number] = len(token)  # each character of this alphabet stands for one byte
+            else:
+                return None
+        return sizes
+
+
+def _flat(ids_of_texts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    counts = np.fromiter(map(len, ids_of_texts), np.int64, len(ids_of_texts))
+    return np.fromiter(chain.from_iterable(ids_of_texts), np.int32, int(counts.sum())), counts
+
+
+def _cuts_bytes(backend: Tokenizer) -> bool:
+    whole: dict[str, Any] = json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer else {}
+    steps: list[dict[str, Any]] = whole.get("pretokenizers", [whole])
+    return steps[-1].get("type") == "ByteLevel" and not any(step.get("add_prefix_space") for step in steps)
 
 
 def _answered_until(conversations: Sequence[Conversation], tokens: LocatedTokens) -> np.ndarray:
