@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -118,14 +119,18 @@ def _rouge(pairs: Sequence[tuple[str, str]]) -> dict[str, list[float]]:
     return {name: [score[name].fmeasure for score in scores] for name in ROUGE}
 
 
-def _sacrebleu(texts: Sequence[str], references: Sequence[str]) -> dict[str, TextMetric]:
+def _scorers() -> dict[str, tuple[Any, Any]]:
+    """sacrebleu's scorers of all rows and of one."""
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
     # of one sentence, BLEU leaves out the orders that it is too short for, as sacrebleu advises
-    scorers = {"bleu": (BLEU(force=True), BLEU(effective_order=True)), "chrf": (CHRF(), CHRF())}
+    return {"bleu": (BLEU(force=True), BLEU(effective_order=True)), "chrf": (CHRF(), CHRF())}
+
+
+def _sacrebleu(texts: Sequence[str], references: Sequence[str]) -> dict[str, TextMetric]:
     metrics = {}
-    for name, (of_corpus, of_sentence) in scorers.items():
+    for name, (of_corpus, of_sentence) in _scorers().items():
         columns = corpus_statistics(of_corpus, texts, references)
         of_all = OfSums((name,), columns, partial(score_of_statistics, of_corpus))
         metrics[name] = TextMetric(score_of_statistics(of_sentence, columns)[:, 0], of_all)
@@ -134,11 +139,8 @@ def _sacrebleu(texts: Sequence[str], references: Sequence[str]) -> dict[str, Tex
 
 def signatures() -> dict[str, str]:
     """sacrebleu's signatures of BLEU and chrF; scores with other signatures cannot be compared."""
-    from sacrebleu.metrics.bleu import BLEU
-    from sacrebleu.metrics.chrf import CHRF
-
     texts = {}
-    for name, metric in {"bleu": BLEU(force=True), "chrf": CHRF()}.items():
-        metric.corpus_score(["a"], [["a"]])
-        texts[name] = str(metric.get_signature())
+    for name, (scorer, _) in _scorers().items():
+        scorer.corpus_score(["a"], [["a"]])
+        texts[name] = str(scorer.get_signature())
     return texts
