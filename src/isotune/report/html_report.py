@@ -17,7 +17,7 @@ from isotune.io.errors import UserError
 from isotune.io.files import replace_file
 from isotune.report import formatting
 from isotune.report.charts import draw_charts
-from isotune.report.run_record import Row, RunRecord, changed_tables, read_record, run_summary, run_tables
+from isotune.report.run_record import RunRecord, changed_tables, read_record, run_summary, run_tables
 
 REPORT = "report.html"
 HERE = Path(__file__).parent
@@ -67,6 +67,7 @@ def render_report(runs: Sequence[str | Path]) -> str:
         "number": formatting.format_number,
         "signed": formatting.format_signed,
         "p": formatting.format_p,
+        "truncated": _truncate,
     }
     html = environment.get_template("report.html.jinja").render(
         title=" and ".join(record.name for record in records),
@@ -95,8 +96,6 @@ def _evaluation(name: str, records: Sequence[RunRecord], runs: Sequence[str], no
     first = next(iter(results.values()))
     facts = first.facts
     metrics = dict.fromkeys(metric for result in results.values() for metric in result.metrics)
-    # a value and an interval of each run in turn
-    rows = [Row(metric, [cell for result in results.values() for cell in _cells(result, metric)]) for metric in metrics]
     title, examples = _examples(results)
     comparison, not_compared = _compare(list(results.values()))
     return {
@@ -106,8 +105,9 @@ def _evaluation(name: str, records: Sequence[RunRecord], runs: Sequence[str], no
         + "".join(_chance_test(run if len(runs) > 1 else "", result) for run, result in results.items()),
         "runs": list(results),
         "letters": [formatting.run_letter(index) for index, _ in found],
-        "metrics": [row for row in rows if "_class_" not in row.name],
-        "per_class": [row for row in rows if "_class_" in row.name],
+        "results": list(results.values()),
+        "metrics": [metric for metric in metrics if "_class_" not in metric],
+        "per_class": [metric for metric in metrics if "_class_" in metric],
         "plots": [plot for run, result in results.items() for plot in _plots(run, result, notes)],
         "examples_title": title,
         "reference_name": "Actual" if facts["kind"] == CLASSIFICATION else "Reference",
@@ -132,14 +132,6 @@ def _compare(results: list[Result]) -> tuple[Comparison | None, str]:
         return compare_runs([result.folder for result in results]), ""
     except UserError as mistake:
         return None, str(mistake)
-
-
-def _cells(result: Result, metric: str) -> tuple[str, str]:
-    """A metric's value and interval as text; both empty where the result lacks it."""
-    if metric not in result.metrics:
-        return "", ""
-    low, high = map(formatting.format_number, result.intervals.get(metric, ("", "")))
-    return formatting.format_number(result.metrics[metric]), f"{low} to {high}" if low else ""
 
 
 def _plots(run: str, result: Result, notes: list[str]) -> list[dict[str, Any]]:
@@ -188,7 +180,7 @@ def _confident_errors(run: str, result: Result) -> list[dict[str, Any]]:
         text = f"{_class_name(predicted, result)}, probability {probability:.3f}"
         answer = {"run": run, "text": text, "is_right": False}
         reference = _class_name(row.get("label"), result)
-        examples.append(_example(row["id"], texts.get(row["id"]), reference, [answer]))
+        examples.append({"id": row["id"], "input": texts.get(row["id"]), "reference": reference, "answers": [answer]})
     return examples
 
 
@@ -219,18 +211,11 @@ def _answers(results: dict[str, Result]) -> list[dict[str, Any]]:
 
     examples = []
     for row_id in sorted(first, key=order)[:MAX_EXAMPLES]:
-        answers = [
-            {"run": run, "text": _truncate(rows[row_id].get("text")), "is_right": _is_right(rows[row_id])}
-            for run, rows in by_id.items()
-            if row_id in rows
-        ]
-        row = first[row_id]
-        examples.append(_example(row_id, row.get("prompt"), _truncate(row.get("reference")), answers))
+        row, own = first[row_id], {run: rows[row_id] for run, rows in by_id.items() if row_id in rows}
+        answers = [{"run": run, "text": each.get("text"), "is_right": _is_right(each)} for run, each in own.items()]
+        example = {"id": row_id, "input": row.get("prompt"), "reference": row.get("reference"), "answers": answers}
+        examples.append(example)
     return examples
-
-
-def _example(row_id: Any, text: Any, reference: str, answers: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"id": str(row_id), "input": _truncate(text), "reference": reference, "answers": answers}
 
 
 def _is_right(row: dict[str, Any]) -> bool | None:
