@@ -64,7 +64,15 @@ def save_and_verify(model: nn.Module, tokenizer: Any, folder: str | Path) -> Fin
 
     folder, is_adapter = Path(folder), isinstance(model, PeftModel)
     with quiet_libraries():
-        expected = _trained_adapter(model) if is_adapter else _whole_state(model)
+        if is_adapter:  # every trained tensor, not peft's own selection, which is what is checked
+            expected: dict[str, Tensor] = {
+                name: parameter
+                for name, parameter in model.named_parameters(remove_duplicate=False)
+                if parameter.requires_grad or ".lora_" in name or ".modules_to_save." in name
+            }
+        else:  # tied ones under each of their names
+            ignored = ignored_on_save(model)
+            expected = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
     empty = next((name for name, tensor in expected.items() if tensor.numel() == 0), None)
     if empty is not None:
         raise RunFault(
@@ -164,21 +172,6 @@ def _make_stock(path: Path) -> None:
     if "use_cache" in settings:
         settings["use_cache"] = True
     path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
-
-
-def _whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor that is saved, tied ones under each of their names."""
-    ignored = ignored_on_save(model)
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
-
-
-def _trained_adapter(model: nn.Module) -> dict[str, Tensor]:
-    """Every trained tensor by its name in the PeftModel, not by peft's own selection, which is what is checked."""
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.requires_grad or ".lora_" in name or ".modules_to_save." in name
-    }
 
 
 def _compare_files(expected: Mapping[str, Tensor], staging: Path, *, is_adapter: bool) -> None:

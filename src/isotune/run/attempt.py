@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,11 +37,10 @@ class Attempt:
     restart: int | None
 
     @classmethod
-    def current(cls, environment: Mapping[str, str] = os.environ) -> "Attempt":
+    def current(cls) -> "Attempt":
         """The attempt whose main process is this one."""
-        host = socket.gethostname()
-        job = environment.get("SLURM_JOB_ID")
-        restart = _restart_count(environment) if job else None
+        host, job = socket.gethostname(), os.environ.get("SLURM_JOB_ID")
+        restart = _restart_count() if job else None
         return cls(host, _machine_id(host), os.getpid(), _start_time(os.getpid()), job, restart)
 
     @classmethod
@@ -73,16 +71,16 @@ class Attempt:
         return f"process {self.pid} on {self.host}{job}"
 
 
-def slurm_ids(environment: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
+def slurm_ids() -> dict[str, Any] | None:
     """SLURM's ids of this attempt, for environment.json and status.json; None off SLURM."""
-    if "SLURM_JOB_ID" not in environment:
+    if "SLURM_JOB_ID" not in os.environ:
         return None
-    ids: dict[str, Any] = {key: environment[name] for key, name in SLURM_VARIABLES.items() if name in environment}
-    return {**ids, "restart": _restart_count(environment)}
+    ids = {key: os.environ[name] for key, name in SLURM_VARIABLES.items() if name in os.environ}
+    return {**ids, "restart": _restart_count()}
 
 
-def _restart_count(environment: Mapping[str, str]) -> int:
-    return int(environment.get("SLURM_RESTART_COUNT") or 0)  # unset in a job's first attempt
+def _restart_count() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)  # unset in a job's first attempt
 
 
 def _machine_id(host: str) -> str:

@@ -54,8 +54,11 @@ def read_metrics(file: Path) -> Metrics:
     evaluations: dict[int, dict[str, Any]] = {}
     broken_lines = []
     for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-        entry = _parse(line)
-        if entry is None:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
             broken_lines.append(number)
             continue
         if "loss" in entry:
@@ -63,11 +66,3 @@ def read_metrics(file: Path) -> Metrics:
         if "eval_loss" in entry:
             evaluations[entry["step"]] = entry
     return Metrics(dict(sorted(steps.items())), dict(sorted(evaluations.items())), broken_lines)
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None

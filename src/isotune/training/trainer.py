@@ -261,7 +261,9 @@ class SFTTrainer(PlannedTraining, TrlSFTTrainer):
     """`trl.SFTTrainer` over a plan; `args` must say that its data are prepared (`sft_arguments` does)."""
 
     def __init__(self, *, plan: TrainingPlan, **options: Any) -> None:
-        super().__init__(plan=plan, train_dataset=_as_dataset(plan.documents.documents), **options)
+        documents = plan.documents.documents  # as TRL wants to be handed them, a row each, on the same memory
+        tokens = pa.LargeListArray.from_arrays(pa.array(documents.starts), pa.array(documents.input_ids))
+        super().__init__(plan=plan, train_dataset=Dataset(pa.table({"input_ids": tokens})), **options)
 
     def _send_telemetry(self) -> None:
         """Nothing: a run tells nobody that it runs."""
@@ -269,9 +271,3 @@ class SFTTrainer(PlannedTraining, TrlSFTTrainer):
 
 def _already_laid_out(items: Any) -> Any:
     raise AssertionError("the loaders of a plan lay out their own items")
-
-
-def _as_dataset(documents: Any) -> Dataset:
-    """The documents as TRL wants to be handed them, a row each, on the same memory."""
-    tokens = pa.LargeListArray.from_arrays(pa.array(documents.starts), pa.array(documents.input_ids))
-    return Dataset(pa.table({"input_ids": tokens}))
