@@ -46,16 +46,11 @@ DEFAULT_MAX_NEW_TOKENS = 256
 FLAGS = ("dataset_name", "dataset_split", "dataset_text_field", "dataset_label_field", "ordinal", "max_seq_length")
 
 NUMBER = (lambda value: type(value) is int, "a whole number")
+LIST = "a list without doubles"
 # what a key holds that is no text: how to check it, and how to call it in a message
 KINDS: dict[str, tuple[Any, str]] = {
-    "labels": (
-        lambda value: isinstance(value, list) and {*map(type, value)} <= {str, int} and len({*value}) == len(value),
-        "a list without doubles",
-    ),
-    "metrics": (
-        lambda value: isinstance(value, list) and len({*map(str, value)}) == len(value),
-        "a list without doubles",
-    ),
+    "labels": (lambda v: isinstance(v, list) and {*map(type, v)} <= {str, int} and len({*v}) == len(v), LIST),
+    "metrics": (lambda v: isinstance(v, list) and len({*map(str, v)}) == len(v), LIST),
     "ordinal": (lambda value: isinstance(value, bool), "true or false"),
     "max_seq_length": NUMBER,
     "max_new_tokens": NUMBER,

@@ -81,8 +81,7 @@ class Prompt:
 class Completion:
     """The generated text after the prompt and its tokens, without the eos.
 
-    Attributes:
-        ended: the model ended it, by an eos or by the header of another turn; else its token limit did.
+    The model `ended` it, by an eos or by the header of another turn; else its token limit did.
     """
 
     text: str
@@ -102,20 +101,14 @@ def complete(
 ) -> dict[int, Completion]:
     """The completion of each prompt, by its row; with `ranks` each process generates its share and gets them all.
 
-    Args:
-        prompts: the same on every rank.
-        batch_size: prompts of one forward; it changes no completion.
-        turns: a completion also ends where the model begins another turn.
-
-    Raises:
-        UserError: a prompt leaves the model no position for a completion.
+    The prompts are the same on every rank; one that leaves the model no position is a UserError. `batch_size`, the
+    prompts of one forward, changes no completion. With `turns` a completion also ends where another turn begins.
     """
     with quiet_libraries():  # the tokenizer warns about a long prompt, which is refused below
         encoded = [lm.tokenizer(prompt.text)["input_ids"] for prompt in prompts]
     for prompt, tokens in zip(prompts, encoded, strict=True):
-        if len(tokens) >= lm.positions:
-            sizes = f"{len(tokens)} tokens, and the model {lm.positions} positions"
-            raise UserError(f"{prompt.where} has {sizes}: shorten it")
+        if (count := len(tokens)) >= lm.positions:
+            raise UserError(f"{prompt.where} has {count} tokens, and the model {lm.positions} positions: shorten it")
     # of similar lengths, the longest first; the same on every rank
     order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]), i))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -61,12 +61,8 @@ def evaluate_generation(
 ) -> GenerationResult:
     """Complete every prompt, and score every reference; every rank has the same samples and does its share.
 
-    Args:
-        batch_size: prompts of one forward; it changes no result.
-        metrics: built-in names and modules.
-
-    Raises:
-        UserError: a prompt leaves the model no position for a completion, or a module cannot be computed.
+    `batch_size` is the prompts of one forward and changes no result. A prompt that leaves the model no position for a
+    completion, or a module that cannot be computed, is a UserError.
     """
     prompts = [Prompt(s.id, render_prompt(s.prompt), f"the question in {s.where}") for s in samples]
     completed = complete(lm, prompts, decoding, batch_size=batch_size, ranks=ranks, progress=ranks.is_main)
@@ -147,10 +143,8 @@ def _encode(lm: GenerationModel, reference: Reference) -> _Encoded:
     try:
         tokens = lm.tokenizer(whole_text, return_offsets_mapping=True, return_special_tokens_mask=True)
     except NotImplementedError:
-        name = lm.tokenizer.name_or_path
-        raise UserError(
-            f"the tokenizer {name} gives no character offsets: save its fast form, tokenizer.json"
-        ) from None
+        what = "gives no character offsets: save its fast form, tokenizer.json"
+        raise UserError(f"the tokenizer {lm.tokenizer.name_or_path} {what}") from None
     start = len(reference.prompt)
     ends = [end for _, end in tokens["offset_mapping"]]
     plain = [i for i, special in enumerate(tokens["special_tokens_mask"]) if not special]

@@ -118,9 +118,8 @@ def read_metrics(
 ) -> tuple[str | MetricModule, ...]:  # fmt: skip
     """The entries of a task's `metrics:`, with every module loaded; `columns` are what such an evaluation has.
 
-    Raises:
-        UserError: an entry is neither a name nor a mapping with `module`, or a module cannot be loaded, takes columns
-            that the evaluation does not have, or has the name of another one; it begins with `where`.
+    UserError, which begins with `where`: an entry is neither a name nor a mapping with `module`, or a module cannot be
+    loaded, takes columns that the evaluation does not have, or has the name of another one.
     """
     metrics: list[str | MetricModule] = []
     for entry in entries:

@@ -49,10 +49,6 @@ class OfSums:
     function: Callable[[np.ndarray], np.ndarray]
     shares: Mapping[str, tuple[list[int], list[int]]] = field(default_factory=dict)
 
-    def value(self) -> np.ndarray:
-        """The statistics of the rows themselves: float64 [names]."""
-        return self.function(self.columns.sum(axis=0, dtype=np.float64)[None])[0]
-
 
 @dataclass(frozen=True)
 class OfWeights:
@@ -64,10 +60,6 @@ class OfWeights:
     names: tuple[str, ...]
     rows: int
     function: Callable[[np.ndarray], np.ndarray]
-
-    def value(self) -> np.ndarray:
-        """The statistics of the rows themselves: float64 [names]."""
-        return self.function(np.ones((1, self.rows), np.uint8))[0]
 
 
 Statistic = OfSums | OfWeights
@@ -157,11 +149,14 @@ def by_group(statistic: Statistic, groups: np.ndarray) -> Statistic:
 
 def values(statistics: Sequence[Statistic]) -> dict[str, float]:
     """Every statistic of the rows themselves, by name; NaN where it does not exist."""
-    return {
-        name: float(value)
-        for statistic in statistics
-        for name, value in zip(statistic.names, statistic.value().tolist(), strict=True)
-    }
+    found: dict[str, float] = {}
+    for statistic in statistics:
+        if isinstance(statistic, OfSums):
+            whole = statistic.columns.sum(axis=0, dtype=np.float64)
+        else:
+            whole = np.ones(statistic.rows, np.uint8)
+        found.update(zip(statistic.names, statistic.function(whole[None])[0].tolist(), strict=True))
+    return found
 
 
 def bootstrap_intervals(
