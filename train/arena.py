@@ -39,8 +39,7 @@ def train_encoder(recipe: ArenaRecipe) -> None:
     start = start_classifier(recipe)
     files = read_competition(Path(recipe.dataset_name))
     data, kept = prepare_competition(files, recipe, start.tokenizer)
-    if start.process.is_main:
-        data.print_tables()
+    data.shown(start.process.is_main)
     if startup_check(recipe, start.config, data, start.process):
         return
 

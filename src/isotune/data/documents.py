@@ -266,7 +266,8 @@ class RunData:
     train: PreparedData
     evaluation: PreparedData | None
 
-    def print_tables(self) -> None:
-        """Print what preparation counted, a table a data set."""
-        for prepared in filter(None, (self.train, self.evaluation)):
+    def shown(self, show: bool) -> Self:
+        """These data; where `show` asks for it, what preparation counted is printed, a table a data set."""
+        for prepared in filter(None, (self.train, self.evaluation) if show else ()):
             print(prepared.table, flush=True)
+        return self

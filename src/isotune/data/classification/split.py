@@ -55,28 +55,21 @@ def prepare_labelled(recipe: ClassificationRecipe, tokenizer: Any, *, show: bool
     Raises:
         UserError: whatever the user can put right, in one sentence.
     """
-    data = _prepare(recipe, tokenizer, show)
-    if show:
-        data.print_tables()
-    return data
-
-
-def _prepare(recipe: ClassificationRecipe, tokenizer: Any, show_progress: bool) -> RunData:
-    train = _read(recipe, tokenizer, "dataset_name", show_progress)
+    train = _read(recipe, tokenizer, "dataset_name", show)
     train.check_classes(evaluation=False)
     classes = train.num_labels
     evaluation: LabelledSplit | None = None
     remarks: dict[str, Any] = {}
     if recipe.eval_dataset_name is not None:
-        evaluation = _read(recipe, tokenizer, "eval_dataset_name", show_progress)
+        evaluation = _read(recipe, tokenizer, "eval_dataset_name", show)
         evaluation = replace(evaluation, settings=replace(evaluation.settings, num_labels=classes))
         evaluation.check_classes(evaluation=True)
     elif recipe.eval_split_share:
         train, evaluation = split_by_content(train, recipe.eval_split_share, recipe.seed)
         remarks = {"held_out": len(evaluation.documents)}
     if evaluation is None:
-        return RunData(train.prepared(), None)
-    overlap = _compare(train, evaluation, show_progress=show_progress)
+        return RunData(train.prepared(), None).shown(show)
+    overlap = _compare(train, evaluation, show_progress=show)
     if recipe.drop_leaked and overlap.train.any():
         kept = overlap.train == 0
         train = train.select(kept, "drop_leaked", evaluation.fingerprint)
@@ -90,9 +83,8 @@ def _prepare(recipe: ClassificationRecipe, tokenizer: Any, show_progress: bool) 
         remarks |= {"in_the_other": _counted(overlap.train)}
     if "held_out" in remarks or "dropped" in remarks:
         train.check_classes(evaluation=False, left_by="drop_leaked" if "dropped" in remarks else "eval_split_share")
-    return RunData(
-        train.prepared(classes, **remarks), evaluation.prepared(classes, in_the_other=_counted(overlap.evaluation))
-    )
+    to_evaluate = evaluation.prepared(classes, in_the_other=_counted(overlap.evaluation))
+    return RunData(train.prepared(classes, **remarks), to_evaluate).shown(show)
 
 
 def split_by_content(whole: LabelledSplit, share: float, seed: int) -> tuple[LabelledSplit, LabelledSplit]:

@@ -55,10 +55,7 @@ def prepare_conversations(recipe: Recipe, tokenizer: Any, *, show: bool) -> RunD
     if recipe.eval_dataset_name:
         name, split = recipe.eval_dataset_name, recipe.eval_dataset_split
         evaluation = prepare(name, split, tokenizer, settings, name="eval_dataset_name", show_progress=show)
-    data = RunData(train, evaluation)
-    if show:
-        data.print_tables()
-    return data
+    return RunData(train, evaluation).shown(show)
 
 
 def prepare(
