@@ -16,7 +16,7 @@ from isotune.projects.arena.baselines.features import (
     pair_features,
     prompt_features,
 )
-from isotune.projects.arena.baselines.fit import BLEND, blend, blend_weights, fit_baselines, held_out_blend
+from isotune.projects.arena.baselines.run import BLEND, blend, blend_weights, fit_baselines, held_out_blend
 from isotune.projects.arena.battles import Battle, read_battles
 from isotune.projects.arena.preference import score_preferences
 

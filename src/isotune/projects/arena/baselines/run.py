@@ -1,17 +1,29 @@
-"""A run of the baselines: checks, training, predictions and the files in the run folder."""
+"""A run of the Arena's baselines: grid search by cross-validation, fit on all rows, blend, and the files of the run."""
 
 import json
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
+from joblib import Parallel, delayed
+from sklearn.model_selection import GroupKFold, ParameterGrid
+from threadpoolctl import threadpool_limits
 
 from isotune.config.layers import Layer
 from isotune.io.errors import AlreadyDone, UserError
-from isotune.projects.arena.baselines.estimators import check_grids
-from isotune.projects.arena.baselines.fit import BLEND, fit_baselines
-from isotune.projects.arena.battles import CLASSES, Battles, read_competition
+from isotune.projects.arena.baselines.estimators import (
+    BattleFeatures,
+    FeatureMatrix,
+    Grids,
+    SwapAveraged,
+    battle_features,
+    check_grids,
+)
+from isotune.projects.arena.battles import CLASSES, Battle, Battles, normalize, read_competition
 from isotune.projects.arena.preference import read_answers, write_preferences
 from isotune.projects.arena.recipes import BaselinesRecipe
 from isotune.projects.arena.submission import write_submission
@@ -20,6 +32,50 @@ RECIPE, SUBMISSION, CHOSEN = "recipe.yaml", "submission.csv", "chosen.json"
 MIN_PROMPTS_PER_FOLD = 3  # for the calibration inside a fold
 MIN_PARALLEL_ROWS = 500  # each process takes seconds to import its libraries
 HELD_OUT, TEST = "arena", "arena_test"
+BLEND, PRIOR = "blend", "class_prior"
+MAX_ITERATIONS = 2_000
+TOLERANCE_NATS = 1e-10  # iterations of the blend's weights end when the loss falls by less
+
+Log = Callable[[str], None]
+Splits = Sequence[tuple[np.ndarray, np.ndarray]]  # indices of the rows to fit on and of those held out, for each fold
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model with a point of its grid: its held-out predictions, float64 [rows, 3], and their log loss in nats."""
+
+    name: str
+    parameters: dict[str, Any]
+    held_out: np.ndarray
+    log_loss: float
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Fitted models, their best candidates and their weights in the blend, by name.
+
+    `held_out` has by name, with BLEND and the class PRIOR, predictions of each training row by models and weights that
+    were fitted without its prompt: float64 [rows, 3].
+    """
+
+    matrix: FeatureMatrix
+    models: dict[str, SwapAveraged]
+    selected: dict[str, Candidate]
+    weights: dict[str, float]
+    prior: np.ndarray
+    held_out: dict[str, np.ndarray]
+
+    def predict(self, battles: Sequence[Battle]) -> dict[str, np.ndarray]:
+        """Probabilities of a, b and tie by the name of the model, with PRIOR and BLEND: float64 [rows, 3] each.
+
+        Exchanging the answers of a row exchanges its first two probabilities, bit for bit. A row's prediction does not
+        depend on the other rows.
+        """
+        inputs = self.matrix.transform(battle_features(battles))
+        with threadpool_limits(1):
+            predictions = {name: model.predict(*inputs) for name, model in self.models.items()}
+        mixed = blend(list(predictions.values()), np.array([self.weights[name] for name in predictions]))
+        return {PRIOR: np.tile(self.prior, (len(battles), 1)), **predictions, BLEND: mixed}
 
 
 def run_baselines(recipe: BaselinesRecipe) -> None:
@@ -65,6 +121,129 @@ def run_baselines(recipe: BaselinesRecipe) -> None:
     facts = {"main": BLEND, "model": str(run), "split": f"train, {recipe.folds} folds"}
     scores = write_preferences(run / "eval" / HELD_OUT, files.train, fitted.held_out, **facts)
     print(f"\n{files.train.name}: each row by models that had not seen its prompt\n{scores.table(remarks)}")
+
+
+def fit_baselines(
+    battles: Sequence[Battle], grids: Grids, *, folds: int, seed: int, jobs: int = 1, log: Log = lambda line: None
+) -> Baselines:
+    """Select each model's parameters and the blend's weights by cross-validation over prompts, then fit on all rows.
+
+    Grids come from `check_grids`; `jobs` is a number of processes, -1 for one per core, each on one core, and does not
+    change the result. Threads would share Python's list of warning filters, which scikit-learn 1.9 replaces at times.
+    """
+    rows = battle_features(battles)
+    labels = np.array([battle.label for battle in battles], np.int64)
+    groups = np.array([battle.group() for battle in battles])
+    log(f"computed {rows.given.shape[1]} features of {len(rows):,} rows")
+    # all rows of a prompt are in the same fold
+    splits = list(GroupKFold(folds, shuffle=True, random_state=seed).split(labels, groups=groups))
+    candidates = _search(rows, labels, groups, grids, splits, seed=seed, jobs=jobs, log=log)
+    selected = {name: min((c for c in candidates if c.name == name), key=lambda c: c.log_loss) for name in grids}
+    held_out = {name: candidate.held_out for name, candidate in selected.items()}
+    weights = blend_weights(list(held_out.values()), labels)
+    matrix = FeatureMatrix(seed).fit(rows)
+    inputs = matrix.transform(rows)
+
+    def fit(name: str) -> SwapAveraged:
+        with threadpool_limits(1):
+            return SwapAveraged(name, selected[name].parameters, seed).fit(*inputs, labels, groups)
+
+    models: Any = Parallel(n_jobs=jobs)(delayed(fit)(name) for name in selected)
+    log(f"fitted {len(models)} models on all rows")
+    prior = np.empty((len(labels), 3))
+    for train, test in splits:
+        prior[test] = class_prior(labels[train])
+    mixed = held_out_blend(list(held_out.values()), labels, splits)
+    return Baselines(
+        matrix=matrix,
+        models=dict(zip(selected, models, strict=True)),
+        selected=selected,
+        weights=dict(zip(selected, weights.tolist(), strict=True)),
+        prior=class_prior(labels),
+        held_out={PRIOR: prior, **held_out, BLEND: mixed},
+    )
+
+
+def class_prior(labels: np.ndarray) -> np.ndarray:
+    """Class frequencies with Laplace smoothing, the same for a and b: float64 [3]."""
+    frequencies = (np.bincount(labels, minlength=3) + 1) / (len(labels) + 3)
+    either = (frequencies[0] + frequencies[1]) / 2
+    return np.array([either, either, frequencies[2]])
+
+
+def blend(predictions: Sequence[np.ndarray], weights: np.ndarray) -> np.ndarray:
+    """The weighted mean of predictions, each float64 [rows, 3].
+
+    They are added in their order, so exchanging a and b in all of them exchanges a and b in the blend, to the bit.
+    """
+    mixed = np.zeros_like(predictions[0])
+    for prediction, weight in zip(predictions, weights, strict=True):
+        mixed = mixed + weight * prediction
+    return normalize(mixed)
+
+
+def blend_weights(held_out: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
+    """The weights, float64 [models] with sum 1, that minimize the log loss of blended predictions, each [rows, 3].
+
+    The loss is convex in the weights and each iteration of expectation maximization lowers it, so the minimum is global
+    (Dempster, Laird and Rubin 1977, for a mixture with fixed components).
+    """
+    of_label = np.stack([prediction[np.arange(len(labels)), labels] for prediction in held_out])
+    weights = np.full(len(of_label), 1 / len(of_label))
+    loss = np.inf
+    for _ in range(MAX_ITERATIONS):
+        mixed = weights @ of_label
+        before, loss = loss, float(-np.log(mixed).mean())
+        if before - loss < TOLERANCE_NATS:
+            break
+        weights = weights * (of_label / mixed).mean(axis=1)
+        weights /= weights.sum()
+    return weights
+
+
+def held_out_blend(held_out: Sequence[np.ndarray], labels: np.ndarray, splits: Splits) -> np.ndarray:
+    """The blend's prediction of each row with weights of the other folds: float64 [rows, 3]."""
+    mixed = np.empty_like(held_out[0])
+    for train, test in splits:
+        weights = blend_weights([prediction[train] for prediction in held_out], labels[train])
+        mixed[test] = blend([prediction[test] for prediction in held_out], weights)
+    return mixed
+
+
+def _search(
+    rows: BattleFeatures,
+    labels: np.ndarray,
+    groups: np.ndarray,
+    grids: Grids,
+    splits: Splits,
+    *,
+    seed: int,
+    jobs: int,
+    log: Log,
+) -> list[Candidate]:
+    """Cross-validate every point of every grid."""
+    points = [(name, point) for name, grid in grids.items() for point in ParameterGrid(grid)]
+
+    def run_fold(fold: int) -> tuple[int, list[np.ndarray]]:
+        train, test = splits[fold]
+        with threadpool_limits(1):
+            matrix = FeatureMatrix(seed).fit(rows.subset(train))
+            train_inputs, test_inputs = matrix.transform(rows.subset(train)), matrix.transform(rows.subset(test))
+            models = (SwapAveraged(name, point, seed) for name, point in points)
+            return fold, [m.fit(*train_inputs, labels[train], groups[train]).predict(*test_inputs) for m in models]
+
+    held_out = np.empty((len(points), len(labels), 3))
+    running: Any = Parallel(n_jobs=jobs, return_as="generator_unordered")
+    folds = range(len(splits))
+    for done, (fold, predictions) in enumerate(running(delayed(run_fold)(fold) for fold in folds), start=1):
+        test = splits[fold][1]
+        held_out[:, test] = predictions
+        log(f"fold {done} of {len(splits)}: {len(points)} models, evaluated on {len(test):,} rows")
+    candidates = []
+    for (name, point), predictions in zip(points, held_out, strict=True):
+        log_loss = float(-np.log(predictions[np.arange(len(labels)), labels]).mean())
+        candidates.append(Candidate(name, dict(point), predictions, log_loss))
+    return candidates
 
 
 def _check_enough(battles: Battles, folds: int) -> None:
