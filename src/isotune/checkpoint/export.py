@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Generator
@@ -17,8 +16,8 @@ from transformers import PreTrainedConfig
 from isotune.checkpoint.engine_state import MODEL
 from isotune.checkpoint.final_model import no_room_is_an_error, replace_folder, save_and_verify, staging_for
 from isotune.checkpoint.flat_tensors import read_whole, stored
-from isotune.checkpoint.manifest import MANIFEST, InvalidCheckpoint
-from isotune.checkpoint.store import find_checkpoint
+from isotune.checkpoint.manifest import InvalidCheckpoint
+from isotune.checkpoint.store import find_checkpoint, is_checkpoint
 from isotune.checkpoint.writer import TENSORS
 from isotune.config import ClassificationRecipe, RunRecipe, kind_of
 from isotune.io.errors import RunFault, UserError
@@ -39,7 +38,6 @@ from isotune.models.opening import check_weights, is_made_here, load_base_model,
 Format = Literal["safetensors", "pt"]
 STATE_DICT = "model.pt"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_CHECKPOINT_NAME = re.compile(r"step-\d{8,}")
 
 
 @dataclass(frozen=True)
@@ -86,11 +84,11 @@ def export_run(
     source, given = Path(run_dir).expanduser(), Path(output).expanduser() if output else None
     if given is not None:
         _check_output(given)
-    is_checkpoint = (source / MANIFEST).is_file() or _CHECKPOINT_NAME.fullmatch(source.name) is not None
-    exports = (source.resolve().parents[1] if is_checkpoint else source) / "export"
+    of_checkpoint = is_checkpoint(source)
+    exports = (source.resolve().parents[1] if of_checkpoint else source) / "export"
     with contextlib.ExitStack() as stack:
         run = source
-        if is_checkpoint:
+        if of_checkpoint:
             run = stack.enter_context(_run_of(source, beside=given.parent if given else exports))
         finished = read_run(run)
         merges = finished.is_adapter and merge
@@ -99,7 +97,7 @@ def export_run(
         if dtype is not None and not merges:
             raise UserError("--dtype is for merged weights: without an adapter to merge they are copied as they are")
         kind = "adapter" if finished.is_adapter and not merge else "model"
-        name = f"{source.name}-" if is_checkpoint else ""
+        name = f"{source.name}-" if of_checkpoint else ""
         folder = given or exports / f"{name}{'merged' if merges else kind}-{format}"
         _check_output(folder)
         parity = None

@@ -106,11 +106,10 @@ def write_tensors(folder: Path, tensors: Mapping[str, FlatTensor], group: dist.P
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch warns that one process is not distributed
-        written = (
-            cast(Any, dcp)
-            .save(dict(tensors), storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
-            .state_dict_metadata
+        saved = cast(Any, dcp).save(
+            dict(tensors), storage_writer=writer, planner=planner, process_group=group, no_dist=group is None
         )
+    written = saved.state_dict_metadata
     for name, tensor in tensors.items():
         # torch 2.13 refuses slices that overlap, and not those that leave a gap
         covered = sum(chunk.sizes[0] for chunk in written[name].chunks) if name in written else 0

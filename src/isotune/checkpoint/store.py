@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from isotune.checkpoint.manifest import InvalidCheckpoint, Manifest, verify
+from isotune.checkpoint.manifest import MANIFEST, InvalidCheckpoint, Manifest, verify
 from isotune.io.files import sync_path
 from isotune.run.run_lease import RunLease
 
@@ -134,6 +134,11 @@ class CheckpointStore:
     def _staging_area(self) -> Path:
         """Where unfinished directories go: out of reach for this attempt once it is stale."""
         return (self.lease and self.lease.folder) or self.path
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint, valid or not."""
+    return (folder / MANIFEST).is_file() or _NAME.fullmatch(folder.name) is not None
 
 
 def find_checkpoint(folder: Path) -> Manifest:
