@@ -4,7 +4,7 @@ import csv
 import io
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +13,9 @@ import numpy as np
 from isotune.data.sources.files import read_cells
 from isotune.io.errors import UserError
 from isotune.io.files import replace_file
+from isotune.projects.arena.battles import CLASSES, ID
 
-ID = "id"
+_ROWS, _IDS, _CELLS = ("row has", "rows have"), ("id is", "ids are"), ("cell holds", "cells hold")
 EXAMPLES = 3  # rows or ids in one message
 SUM_TOLERANCE = 1e-5  # of the sum of a row, above the rounding to six places
 
@@ -26,7 +27,7 @@ class _Table:
     header: list[str]
     rows: list[list[str]]
     numbers: list[int]
-    wrong_widths: list[tuple[int, int]]
+    wrong_widths: list[str]
 
     def column(self, name: str) -> list[str]:
         """Every cell of a column, stripped."""
@@ -39,8 +40,7 @@ def write_submission(file: Path, ids: Sequence[str], probabilities: np.ndarray, 
 
     The header and the order of the ids are those of `sample`, if given; raises UserError if it is not for these ids.
     """
-    header = [ID, "winner_model_a", "winner_model_b", "winner_tie"]
-    order = list(range(len(ids)))
+    header, order = [ID, *CLASSES], list(range(len(ids)))
     if sample is not None:
         table = _read(sample)
         header, sample_ids = table.header, table.column(ID)
@@ -68,9 +68,7 @@ def check_submission(file: Path, sample: Path) -> tuple[list[str], int]:
         raise UserError(f"{sample} is no sample submission: it needs the column {ID!r}, columns of numbers, and rows")
     table = _read(file)
     faults = _wrong_columns(table, expected)
-    if table.wrong_widths:
-        examples = _examples(f"row {number} has {count}" for number, count in table.wrong_widths)
-        faults.append(f"{_rows(len(table.wrong_widths))} not {len(table.header)} cells: {examples}")
+    faults += _sentence(_ROWS, f"not {len(table.header)} cells", table.wrong_widths)
     if ID in table.header:
         faults += _wrong_ids(table.column(ID), expected.column(ID))
     classes = expected.header[1:]
@@ -89,7 +87,7 @@ def _read(file: Path) -> _Table:
                 rows.append(cells)
                 numbers.append(number)
             else:
-                wrong.append((number, len(cells)))
+                wrong.append(f"row {number} has {len(cells)}")
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -116,15 +114,10 @@ def _wrong_columns(table: _Table, expected: _Table) -> list[str]:
 
 def _wrong_ids(ids: list[str], expected: list[str]) -> list[str]:
     counts, expected_set = Counter(ids), set(expected)
-    faults = {
-        "of the sample missing": [row_id for row_id in expected if row_id not in counts],
-        "not in the sample": [row_id for row_id in counts if row_id not in expected_set],
-        "given more than once": [row_id for row_id, count in counts.items() if count > 1],
-    }
     problems = [
-        f"{len(names)} {'id is' if len(names) == 1 else 'ids are'} {fault}: {_examples(names)}"
-        for fault, names in faults.items()
-        if names
+        *_sentence(_IDS, "of the sample missing", [row_id for row_id in expected if row_id not in counts]),
+        *_sentence(_IDS, "not in the sample", [row_id for row_id in counts if row_id not in expected_set]),
+        *_sentence(_IDS, "given more than once", [row_id for row_id, count in counts.items() if count > 1]),
     ]
     if not problems and ids != expected:
         row = next(number for number, pair in enumerate(zip(ids, expected, strict=True)) if pair[0] != pair[1])
@@ -147,14 +140,11 @@ def _wrong_numbers(table: _Table, classes: list[str]) -> list[str]:
                 outside.append(f"{row} has {cell[:20]} as {name}")
         if all(map(math.isfinite, numbers)) and abs(math.fsum(numbers) - 1.0) > SUM_TOLERANCE:
             sums.append(f"{row} sums to {math.fsum(numbers):.6g}")
-    problems = [
-        f"{len(faults)} {'cell holds' if len(faults) == 1 else 'cells hold'} {kind}: {_examples(faults)}"
-        for faults, kind in ((not_numbers, "no finite number"), (outside, "no number from 0 to 1"))
-        if faults
+    return [
+        *_sentence(_CELLS, "no finite number", not_numbers),
+        *_sentence(_CELLS, "no number from 0 to 1", outside),
+        *_sentence(_ROWS, "probabilities that do not sum to 1", sums),
     ]
-    if sums:
-        problems.append(f"{_rows(len(sums))} probabilities that do not sum to 1: {_examples(sums)}")
-    return problems
 
 
 def _number(cell: str) -> float:
@@ -164,11 +154,9 @@ def _number(cell: str) -> float:
         return math.nan
 
 
-def _rows(count: int) -> str:
-    return "1 row has" if count == 1 else f"{count} rows have"
-
-
-def _examples(items: Iterable[str]) -> str:
-    names = list(items)
-    more = len(names) - EXAMPLES
-    return ", ".join(names[:EXAMPLES]) + (f" and {more} more" if more > 0 else "")
+def _sentence(words: tuple[str, str], fault: str, places: list[str]) -> list[str]:
+    """The sentence of a kind of fault, with a few of its places; none without any."""
+    if not places:
+        return []
+    more = f" and {len(places) - EXAMPLES} more" if len(places) > EXAMPLES else ""
+    return [f"{len(places)} {words[len(places) > 1]} {fault}: {', '.join(places[:EXAMPLES])}{more}"]
