@@ -1,5 +1,6 @@
 """torch 2.13: patches, and what operators, autograd, FSDP2, DTensor and tensor subclasses have no public name for."""
 
+import functools
 import operator
 import types
 from collections.abc import Callable
@@ -59,9 +60,10 @@ def has_onednn_linear() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def has_onednn_bf16() -> bool:
-    """Whether oneDNN computes in bf16 on this processor."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+@functools.cache
+def has_onednn_bf16_linear() -> bool:
+    """Whether `onednn_linear` computes in bf16 on this processor."""
+    return has_onednn_linear() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def onednn_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

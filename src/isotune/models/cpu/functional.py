@@ -14,7 +14,6 @@ number of threads, and gradient checkpointing (which restores torch's generator)
 """
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,7 +23,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from isotune.compat.torch import AutogradFunction, has_onednn_bf16, has_onednn_linear, onednn_linear
+from isotune.compat.torch import AutogradFunction, has_onednn_bf16_linear, has_onednn_linear, onednn_linear
 
 RESOLUTION = 2**15
 SHARING = 64  # elements that share a bound; each bound costs one random byte
@@ -170,14 +169,9 @@ def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
     torch fills the result with the bias and adds the product to it; oneDNN adds the bias as it writes the product.
     """
     same_bits = bias is not None and rows.dtype == torch.bfloat16 and rows.is_contiguous()  # else torch rounds twice
-    if not same_bits or not _has_bf16_linear():
+    if not same_bits or not has_onednn_bf16_linear():
         return functional.linear(rows, weight, bias)
     return onednn_linear(rows, weight, bias)
-
-
-@functools.cache
-def _has_bf16_linear() -> bool:
-    return has_onednn_linear() and has_onednn_bf16()
 
 
 def _functional_linear(input: Any, weight: Any, bias: Any = None) -> torch.Tensor:
