@@ -166,16 +166,13 @@ def takes(key: Key, *kinds: type) -> bool:
 @functools.cache
 def _members(annotation: Any) -> tuple[tuple[Any, ...], tuple[str, ...], bool]:
     """An annotation as (types, choices of its Literal, whether None is allowed)."""
-    members = _union_members(annotation)
-    kinds = tuple(member for member in members if typing.get_origin(member) is not Literal)
-    choices = tuple(word for member in members if member not in kinds for word in typing.get_args(member))
-    return kinds, choices, types.NoneType in typing.get_args(annotation)
-
-
-def _union_members(annotation: Any) -> tuple[Any, ...]:
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     members = typing.get_args(annotation) if is_union else (annotation,)
-    return tuple(member for member in members if member is not types.NoneType)
+    optional = types.NoneType in members
+    members = [member for member in members if member is not types.NoneType]
+    kinds = tuple(member for member in members if typing.get_origin(member) is not Literal)
+    choices = tuple(word for member in members if member not in kinds for word in typing.get_args(member))
+    return kinds, choices, optional
 
 
 def _words_for(kind: Any) -> tuple[str, str]:
@@ -188,8 +185,9 @@ def _words_for(kind: Any) -> tuple[str, str]:
 @functools.cache
 def _validator(annotation: Any, allowed: Range | None, step_count: bool) -> TypeAdapter[Any]:
     """pydantic's validator of an annotation, with the spellings of files and flags and the range of numbers."""
-    members = tuple(_with_spellings(member, allowed, step_count) for member in _union_members(annotation))
-    return TypeAdapter(cast(Any, typing.Union)[members])
+    kinds, choices, _ = _members(annotation)
+    members = tuple(_with_spellings(kind, allowed, step_count) for kind in kinds)
+    return TypeAdapter(cast(Any, typing.Union)[members + ((Literal[choices],) if choices else ())])
 
 
 def _with_spellings(kind: Any, allowed: Range | None, step_count: bool) -> Any:
