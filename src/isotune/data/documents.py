@@ -37,25 +37,20 @@ def sums_of(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
 class Documents:
     """Tokenized documents with their targets, for both tasks.
 
-        starts     0           3       5
-        input_ids  2   8   9 | 2   7 |        two documents, of three and two tokens
-        targets    .   .   x | .   x |        SFT: x is a supervised token, predicted from the token before it
-        targets    1         | 0     |        classification: the class of each document
-
-    Attributes:
-        input_ids: int32 [tokens], special tokens in place.
-        targets: bool [tokens], the supervised mask, for SFT; int32 [documents], the classes from 0, for
-            classification. Nothing stands before the first token of a document, so that one is never supervised.
-        starts: int64 [documents + 1].
-        source_rows: int64 [documents]; the row of the source, counted from 0, that the document comes from.
-        columns: further arrays by name, each [documents]. `ids` names the documents in predictions: the data set's own
-            id where it has one, else the source row.
+    starts     0           3       5
+    input_ids  2   8   9 | 2   7 |        two documents, of three and two tokens
+    targets    .   .   x | .   x |        SFT: x is a supervised token, predicted from the token before it
+    targets    1         | 0     |        classification: the class of each document
     """
 
-    input_ids: np.ndarray
+    input_ids: np.ndarray  # int32 [tokens], special tokens in place
+    # bool [tokens], the supervised mask, for SFT; int32 [documents], the classes from 0, for classification. Nothing
+    # stands before the first token of a document, so that one is never supervised
     targets: np.ndarray
-    starts: np.ndarray
-    source_rows: np.ndarray
+    starts: np.ndarray  # int64 [documents + 1]
+    source_rows: np.ndarray  # int64 [documents]; the row of the source, counted from 0, that the document comes from
+    # further arrays by name, each [documents]. `ids` names the documents in predictions: the data set's own id where it
+    # has one, else the source row
     columns: Mapping[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
 
     def __len__(self) -> int:

@@ -36,21 +36,14 @@ DEFAULT_MAX_SEQ_LENGTH = 512  # tokens of a document, for a classifier without a
 
 @dataclass(frozen=True)
 class Classifier:
-    """A model that is installed for packed rows, in evaluation mode.
+    """A model that is installed for packed rows, in evaluation mode."""
 
-    Attributes:
-        name: the run's folder, or the model's folder or Hub id.
-        settings: how texts become documents; `num_labels` is the model's.
-        label_names: of the classes, None where the model has none.
-        run: the finished run, None for any other model.
-    """
-
-    name: str
+    name: str  # the run's folder, or the model's folder or Hub id
     model: Any
     tokenizer: Any
-    settings: ClassificationSettings
-    label_names: tuple[str, ...] | None
-    run: FinishedRun | None = None
+    settings: ClassificationSettings  # how texts become documents; `num_labels` is the model's
+    label_names: tuple[str, ...] | None  # of the classes, None where the model has none
+    run: FinishedRun | None = None  # the finished run, None for any other model
 
     @property
     def num_labels(self) -> int:

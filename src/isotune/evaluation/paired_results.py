@@ -121,21 +121,14 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class MeasuredRows:
-    """What a comparison needs of a result.
+    """What a comparison needs of a result."""
 
-    Attributes:
-        statistics: every built-in metric by name, over groups of rows where there are groups; names of one statistic
-            share it.
-        right: bool [rows]; `right_means` is the metric that is their share.
-        scores: float64 [rows], higher is better: the probability of the row's class, or chrF of its text.
-        classes: of a classifier, None for texts.
-    """
-
+    # every built-in metric by name, over groups of rows where there are groups; names of one statistic share it
     statistics: dict[str, Statistic]
     right_means: str
-    right: np.ndarray
-    scores: np.ndarray
-    classes: int | None = None
+    right: np.ndarray  # bool [rows]; `right_means` is the metric that is their share
+    scores: np.ndarray  # float64 [rows], higher is better: the probability of the row's class, or chrF of its text
+    classes: int | None = None  # of a classifier, None for texts
 
 
 def measure_rows(result: Result, groups: np.ndarray | None) -> MeasuredRows:

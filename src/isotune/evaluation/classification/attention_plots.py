@@ -27,19 +27,13 @@ LISTED_WORDS, LINE_CHARACTERS = 15, 76
 
 @dataclass(frozen=True)
 class Attention:
-    """The attention of one text.
-
-    Attributes:
-        weights: float32 [layers, heads, queries, keys].
-        word_of: int [tokens]; the word of each token.
-        rolled: float64 [words]; the rollout from the first token, in all 1.
-    """
+    """The attention of one text."""
 
     tokens: list[str]
     words: list[str]
-    word_of: np.ndarray
-    weights: np.ndarray
-    rolled: np.ndarray
+    word_of: np.ndarray  # int [tokens]; the word of each token
+    weights: np.ndarray  # float32 [layers, heads, queries, keys]
+    rolled: np.ndarray  # float64 [words]; the rollout from the first token, in all 1
 
 
 def draw_attention(

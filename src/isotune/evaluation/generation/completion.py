@@ -31,15 +31,11 @@ HEADER_TOKENS = len(HUMAN_HEADER) + 6
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the next token is chosen; UserError for a value out of range, or without effect.
-
-    Attributes:
-        temperature: 0 takes the likeliest token (greedy); above 0 tokens are sampled.
-        top_p: sample among the likeliest tokens that have this share of the probability (Holtzman et al. 2020).
-    """
+    """How the next token is chosen; UserError for a value out of range, or without effect."""
 
     max_new_tokens: int = 256
-    temperature: float = 0.0
+    temperature: float = 0.0  # 0 takes the likeliest token (greedy); above 0 tokens are sampled
+    # sample among the likeliest tokens that have this share of the probability (Holtzman et al. 2020)
     top_p: float = 1.0
     seed: int = 0
 

@@ -37,17 +37,12 @@ CHUNK_POSITIONS = 256  # positions whose logits are converted to float64 at a ti
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """The result of an evaluation, the same on every rank.
+    """The result of an evaluation, the same on every rank."""
 
-    Attributes:
-        predictions: for each sample its prompt, reference, completion, and every built-in metric of this row alone.
-        scores: of the built-in metrics and the modules.
-        truncated: references longer than the model's positions; the rest is not scored.
-    """
-
+    # for each sample its prompt, reference, completion, and every built-in metric of this row alone
     predictions: list[dict[str, Any]]
-    scores: Scores
-    truncated: int
+    scores: Scores  # of the built-in metrics and the modules
+    truncated: int  # references longer than the model's positions; the rest is not scored
 
 
 def evaluate_generation(

@@ -60,18 +60,13 @@ CLASSES = frozenset(class_columns(np.zeros(1, np.int64), np.full((1, 2), 0.5)))
 
 @dataclass(frozen=True)
 class MetricModule:
-    """A loaded `evaluate` module.
+    """A loaded `evaluate` module."""
 
-    Attributes:
-        name: before the names of its results.
-        where: file and key that name it, for messages.
-        facts: `module` and `config_name`, which `evaluate.load` was given, and the `arguments` of `compute`.
-    """
-
-    name: str
-    where: str
+    name: str  # before the names of its results
+    where: str  # file and key that name it, for messages
     module: Any
     columns: tuple[Column, ...]
+    # `module` and `config_name`, which `evaluate.load` was given, and the `arguments` of `compute`
     facts: dict[str, Any]
 
     def compute(self, data: Mapping[Column, np.ndarray], rows: np.ndarray | slice = slice(None)) -> dict[str, float]:

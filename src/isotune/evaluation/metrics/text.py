@@ -62,19 +62,12 @@ def measure_texts(texts: Sequence[str], references: Sequence[str], ended: Sequen
 
 @dataclass(frozen=True)
 class Likelihood:
-    """The negative log-likelihood of a reference after its prompt.
+    """The negative log-likelihood of a reference after its prompt."""
 
-    Attributes:
-        nll: nats, summed over its tokens.
-        tokens: number of tokens that were scored.
-        bytes: bytes of their text, in UTF-8.
-        whole: the model has positions for all of the reference; else the rest is not counted.
-    """
-
-    nll: float
-    tokens: int
-    bytes: int
-    whole: bool = True
+    nll: float  # nats, summed over its tokens
+    tokens: int  # number of tokens that were scored
+    bytes: int  # bytes of their text, in UTF-8
+    whole: bool = True  # the model has positions for all of the reference; else the rest is not counted
 
 
 def measure_likelihoods(likelihoods: Sequence[Likelihood]) -> dict[str, TextMetric]:

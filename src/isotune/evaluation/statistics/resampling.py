@@ -35,18 +35,14 @@ _LARGEST_POISSON = 40  # its probability is below 1e-48
 
 @dataclass(frozen=True)
 class OfSums:
-    """Statistics that are a function of sums over rows.
-
-    Attributes:
-        columns: float [rows, sums]; what each row adds to each sum.
-        function: float64 [block, sums] -> float [block, names]; NaN where a statistic does not exist.
-        shares: by name, of statistics that are a mean of values from 0 to 1: which columns add up to the values and
-            which to their number, at most one a row.
-    """
+    """Statistics that are a function of sums over rows."""
 
     names: tuple[str, ...]
-    columns: np.ndarray
+    columns: np.ndarray  # float [rows, sums]; what each row adds to each sum
+    # float64 [block, sums] -> float [block, names]; NaN where a statistic does not exist
     function: Callable[[np.ndarray], np.ndarray]
+    # by name, of statistics that are a mean of values from 0 to 1: which columns add up to the values and which to
+    # their number, at most one a row
     shares: Mapping[str, tuple[list[int], list[int]]] = field(default_factory=dict)
 
 
@@ -67,16 +63,12 @@ Statistic = OfSums | OfWeights
 
 @dataclass(frozen=True)
 class Scores:
-    """Metrics and their 95% intervals by name.
-
-    Attributes:
-        undefined: names of the metrics that these rows do not have.
-        modules: facts about the modules of `evaluate` among the metrics, for metrics.json.
-    """
+    """Metrics and their 95% intervals by name."""
 
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]]
-    undefined: list[str] = field(default_factory=list)
+    undefined: list[str] = field(default_factory=list)  # names of the metrics that these rows do not have
+    # facts about the modules of `evaluate` among the metrics, for metrics.json
     modules: list[dict[str, Any]] = field(default_factory=list)
 
     def __or__(self, other: "Scores") -> "Scores":
