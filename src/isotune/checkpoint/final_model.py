@@ -113,10 +113,7 @@ class _Difference(Exception):
 
 @contextmanager
 def staging_for(folder: Path) -> Generator[Path]:
-    """A sibling path of `folder` to write to; synced at the end, removed where the body fails.
-
-    See `no_room_is_an_error` for what it raises.
-    """
+    """A sibling path of `folder` to write to; synced at the end, removed where the body fails."""
     staging = folder.with_name(f"{folder.name}.unverified")
     try:
         with quiet_libraries(), no_room_is_an_error(folder):

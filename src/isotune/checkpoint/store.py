@@ -30,12 +30,9 @@ class NewestValid:
 
 
 class CheckpointStore:
-    """The checkpoints of one run. Only the main process changes anything here.
+    """The checkpoints of one run, in `path`, which need not exist. Only the main process changes anything here.
 
-    Attributes:
-        path: RUN/checkpoints, which need not exist.
-        limit: checkpoints to keep; None keeps all.
-        lease: the run's; None where no other process can write here.
+    `limit` are the checkpoints to keep, None for all; `lease` is None where no other process can write here.
     """
 
     def __init__(self, path: Path, limit: int | None = None, lease: RunLease | None = None) -> None:

@@ -27,11 +27,9 @@ class RunDir:
     """RUN of a recipe: `check` changes nothing, `begin` writes the first files.
 
     Attributes:
-        path: RUN.
-        model: directory of the final model or adapter.
+        path, model: RUN, and its directory of the final model or adapter.
         base_model: directory of a base that exists nowhere else, because its weights were drawn at random.
         status: the `RunStatus` while the run is supervised, else None.
-        lease: the right to write to RUN.
     """
 
     def __init__(self, recipe: RunRecipe) -> None:

@@ -37,12 +37,8 @@ WATCH_SECONDS = 30.0  # six heartbeats, and longer than a network file system sh
 class RunLease:
     """The right to write to a run directory, as one process sees it.
 
-    Args:
-        run: the run directory, which need not exist.
-        end: called with a message when another attempt has taken the lease; prints it and exits the process by default.
-
-    Attributes:
-        folder: directory of this attempt; None while this process does not hold the lease.
+    `run` need not exist. `end` is called with a message when another attempt has taken the lease; by default it prints
+    it and exits the process. `folder` is the directory of this attempt, None while this process does not hold the lease.
     """
 
     def __init__(self, run: Path, end: Callable[[str], object] | None = None) -> None:

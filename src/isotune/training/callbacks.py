@@ -22,10 +22,7 @@ if TYPE_CHECKING:
 
 
 class PreTrainChecks(TrainerCallback):
-    """Between preparation and the first step: self-tests on the prepared model, what is in effect, the run's files.
-
-    `data_counts` are what preparation did to the data, by role.
-    """
+    """Between preparation and the first step: self-tests on the prepared model, what is in effect, the run's files."""
 
     def __init__(
         self, trainer: "PlannedTraining", checkpointer: "Checkpointer", data_counts: dict[str, dict[str, Any]]

@@ -30,7 +30,6 @@ class GradientSync:
     """Plain, DDP and FSDP2: the engines whose optimizer Trainer steps.
 
     Attributes:
-        accelerator: accelerate's.
         exact: sums gradients as integers, or None.
         shards_gradients: whether no rank holds a whole gradient after the update.
         loss_scale: of a microbatch's loss: engines average gradients over the ranks, integers are added up.
@@ -97,7 +96,6 @@ class ZeroGradientSync(GradientSync):
     """DeepSpeed: the engine reduces, clips and steps by itself.
 
     Args:
-        accelerator: accelerate's.
         once: reduce once an update, where the stage would do so after each microbatch.
         exact: stages 1 and 2 in fp32 only. Every rank then has the whole gradient; the engine only shares it out, and
             neither averages nor clips.

@@ -99,12 +99,9 @@ class EpochAverages:
 
 
 class MetricsRecorder(TrainerCallback):
-    """Writes a line an update and a line an evaluation, and shows each update on the bar.
+    """Writes a line an update and a line an evaluation, and shows each update on the bar where there is one.
 
-    Args:
-        task: names the targets, and says what a line has beside the loss.
-        progress: the bar, or None.
-        averages: means of training between two evaluations, or None.
+    `task` names the targets, and says what a line has beside the loss.
     """
 
     def __init__(self, task: Task, progress: ProgressBar | None = None, averages: EpochAverages | None = None) -> None:

@@ -27,7 +27,6 @@ class EvaluationRun:
     Attributes:
         model: as it trains, wrapped by its engine.
         step: of the evaluation's schedule, which has one.
-        accelerator: accelerate's.
         watchdog: told of every microbatch.
         global_step: optimizer updates done.
     """
@@ -119,7 +118,6 @@ class ClassificationTask(Task):
 
     Args:
         documents: of training, with their labels.
-        num_labels: classes.
         class_loss: class weights and label smoothing of the training loss.
         attention: what the encoder attends by.
         write_predictions: given the step and the lines of predictions.jsonl, on the main process; None writes none.
