@@ -38,7 +38,7 @@ class RunLease:
     """The right to write to a run directory, as one process sees it.
 
     `run` need not exist. `end` is called with a message when another attempt has taken the lease; by default it prints
-    it and exits the process. `folder` is the directory of this attempt, None while this process does not hold the lease.
+    it and exits the process. `folder` is the directory of this attempt, None while it does not hold the lease.
     """
 
     def __init__(self, run: Path, end: Callable[[str], object] | None = None) -> None:
