@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from isotune.compat.peft import base_model_of, given_arguments
@@ -112,9 +112,26 @@ def install_classification(model: PreTrainedModel, class_loss: ClassLoss | None 
     """
     attention = _choose_attention(model)
     set_sharded_classes(model, _block_classes(model))
-    patched: Any = model
-    patched.class_loss = class_loss or PLAIN_LOSS
-    patch_forward(model, _packed_forward if attention == PACKED else _padded_forward)
+    stock_inputs = _packed_inputs if attention == PACKED else _padded_inputs
+
+    def forward(
+        self: Any,
+        input_ids: torch.Tensor,
+        *args: Any,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if cu_seq_lens_q is None:
+            return self.stock_forward(input_ids, *args, **kwargs)
+        inputs = stock_inputs(self.config, input_ids, cu_seq_lens_q, given_arguments(kwargs))
+        logits = self.stock_forward(**inputs, return_dict=True).logits
+        chosen = (class_loss if self.training else None) or PLAIN_LOSS
+        loss = None if targets is None else chosen.summed(logits, targets)
+        return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]  (a FloatTensor)
+
+    patch_forward(model, forward)
     if attention == PACKED:
         _encoder_of(model).register_forward_hook(_select_first_states, with_kwargs=True)
     return attention
@@ -172,48 +189,14 @@ def _encoder_of(model: PreTrainedModel) -> Any:
     return getattr(model.base_model, ENCODERS[model.config.model_type])
 
 
-def _packed_forward(
-    self: Any,
-    input_ids: torch.Tensor,
-    *args: Any,
-    cu_seq_lens_q: torch.Tensor | None = None,
-    targets: torch.Tensor | None = None,
-    use_cache: bool | None = None,
-    **kwargs: Any,
-) -> Any:
-    if cu_seq_lens_q is None:
-        return self.stock_forward(input_ids, *args, **kwargs)
-    positions = document_position_ids(self.config, cu_seq_lens_q)
-    output = self.stock_forward(
-        input_ids, position_ids=positions, cu_seq_lens_q=cu_seq_lens_q, **given_arguments(kwargs), return_dict=True
-    )
-    return _with_loss(self, output.logits, targets)
+def _packed_inputs(config: PreTrainedConfig, input_ids: torch.Tensor, bounds: torch.Tensor, given: dict) -> dict:
+    positions = document_position_ids(config, bounds)
+    return {"input_ids": input_ids, "position_ids": positions, "cu_seq_lens_q": bounds, **given}
 
 
-def _padded_forward(
-    self: Any,
-    input_ids: torch.Tensor,
-    *args: Any,
-    cu_seq_lens_q: torch.Tensor | None = None,
-    cu_seq_lens_k: torch.Tensor | None = None,
-    max_length_q: int | None = None,
-    max_length_k: int | None = None,
-    targets: torch.Tensor | None = None,
-    use_cache: bool | None = None,
-    **kwargs: Any,
-) -> Any:
-    if cu_seq_lens_q is None:
-        return self.stock_forward(input_ids, *args, **kwargs)
-    lengths = cu_seq_lens_q.diff().tolist()
-    texts = input_ids[0].split(lengths)
-    pad = self.config.pad_token_id or 0
+def _padded_inputs(config: PreTrainedConfig, input_ids: torch.Tensor, bounds: torch.Tensor, given: dict) -> dict:
+    texts = input_ids[0].split(bounds.diff().tolist())
+    pad = config.pad_token_id or 0
     batch = nn.utils.rnn.pad_sequence(list(texts), batch_first=True, padding_value=pad)
     mask = nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
-    output = self.stock_forward(batch, attention_mask=mask, return_dict=True)
-    return _with_loss(self, output.logits, targets)
-
-
-def _with_loss(model: Any, logits: torch.Tensor, targets: torch.Tensor | None) -> SequenceClassifierOutput:
-    class_loss = model.class_loss if model.training else PLAIN_LOSS
-    loss = None if targets is None else class_loss.summed(logits, targets)
-    return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]  (a FloatTensor)
+    return {"input_ids": batch, "attention_mask": mask}
