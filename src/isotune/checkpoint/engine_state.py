@@ -26,17 +26,13 @@ MODEL, OPTIMIZER = "model/", "optimizer/"
 
 @dataclass
 class OptimizerState:
-    """State of an optimizer by parameter name and key, without the contents of its tensors.
+    """State of an optimizer by parameter name and key, without the contents of its tensors."""
 
-    Attributes:
-        slots: dtypes of tensors as long as their parameter.
-        others: [shape, dtype] of other tensors, such as factors and quantisation tables.
-        scalars: values of scalars.
-    """
-
+    # dtypes of tensors as long as their parameter
     slots: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
+    # [shape, dtype] of other tensors, such as factors and quantisation tables
     others: dict[str, dict[str, list[Any]]] = field(default_factory=dict[str, dict[str, list[Any]]])
-    scalars: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
+    scalars: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])  # values of scalars
 
 
 class EngineState(ABC):

@@ -29,17 +29,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The training state at the end of a step, copied to host memory.
+    """The training state at the end of a step, copied to host memory."""
 
-    Attributes:
-        tensors: this rank's slices, on the CPU; every rank has the same names.
-        texts: contents of the other files by name; only rank 0's are written.
-        manifest: without its files.
-    """
-
-    tensors: Mapping[str, FlatTensor]
-    texts: Mapping[str, str]
-    manifest: Manifest
+    tensors: Mapping[str, FlatTensor]  # this rank's slices, on the CPU; every rank has the same names
+    texts: Mapping[str, str]  # contents of the other files by name; only rank 0's are written
+    manifest: Manifest  # without its files
 
 
 class CheckpointWriter:

@@ -22,21 +22,14 @@ from isotune.models.classifier import ClassLoss
 
 @dataclass(frozen=True)
 class EvaluationRun:
-    """One evaluation: each microbatch of the evaluation documents once, on whichever rank has it.
+    """One evaluation: each microbatch of the evaluation documents once, on whichever rank has it."""
 
-    Attributes:
-        model: as it trains, wrapped by its engine.
-        step: of the evaluation's schedule, which has one.
-        watchdog: told of every microbatch.
-        global_step: optimizer updates done.
-    """
-
-    model: nn.Module
-    step: Step
+    model: nn.Module  # as it trains, wrapped by its engine
+    step: Step  # of the evaluation's schedule, which has one
     documents: Documents
     accelerator: Any
-    watchdog: Watchdog
-    global_step: int
+    watchdog: Watchdog  # told of every microbatch
+    global_step: int  # optimizer updates done
 
     @torch.no_grad()
     def outputs(self) -> Iterator[tuple[Microbatch, Any]]:
@@ -59,17 +52,11 @@ class EvaluationRun:
 
 
 class Task(ABC):
-    """What a model learns: a microbatch's forward returns a summed loss, which the update divides by `denominator`.
+    """What a model learns: a microbatch's forward returns a summed loss, which the update divides by `denominator`."""
 
-    Attributes:
-        attention: what the model must attend by when training begins.
-        item: what the rows of the schedule are called in messages.
-        target: what the targets of the loss are called in metrics.jsonl.
-    """
-
-    attention: str
-    item: str
-    target: str
+    attention: str  # what the model must attend by when training begins
+    item: str  # what the rows of the schedule are called in messages
+    target: str  # what the targets of the loss are called in metrics.jsonl
 
     @abstractmethod
     def denominator(self, step: Step) -> float:

@@ -29,25 +29,15 @@ from isotune.training.tasks import Task
 
 @dataclass
 class UpdateResult:
-    """What one update found.
+    """What one update found."""
 
-    Attributes:
-        step: whose microbatches it saw.
-        denominator: what the summed loss of the global batch is divided by.
-        loss: of the whole global batch, the same on every rank.
-        count: the task's whole number, added up over the global batch.
-        grad_norm: before clipping; NaN where the update was skipped.
-        skipped: the update was left out because its loss or gradient is NaN or Inf.
-        started_at: seconds of `time.perf_counter`.
-    """
-
-    step: Step
-    denominator: float
-    loss: float = math.nan
-    count: int = 0
-    grad_norm: float = math.nan
-    skipped: bool = False
-    started_at: float = field(default_factory=time.perf_counter)
+    step: Step  # whose microbatches it saw
+    denominator: float  # what the summed loss of the global batch is divided by
+    loss: float = math.nan  # of the whole global batch, the same on every rank
+    count: int = 0  # the task's whole number, added up over the global batch
+    grad_norm: float = math.nan  # before clipping; NaN where the update was skipped
+    skipped: bool = False  # the update was left out because its loss or gradient is NaN or Inf
+    started_at: float = field(default_factory=time.perf_counter)  # seconds of `time.perf_counter`
 
 
 class OptimizerUpdate:
