@@ -189,6 +189,11 @@ class RunRecipe(BaseRecipe):
         """The value of a key: an attribute, or one of `training_arguments`."""
         return self.training_arguments.get(name) if name in ENGINE_KEYS else getattr(self, name)
 
+    @property
+    def precision(self) -> Literal["bf16", "fp16", "no"]:
+        """Precision of matrix products, by accelerate's names: `no` is fp32."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
+
     def sums_exactly(self, *, plain_or_ddp: bool) -> bool:
         """Whether `exact_gradients` asks for integers: `auto` does where few parameters are trained."""
         if self.exact_gradients == "auto":

@@ -68,7 +68,7 @@ def check_engine(engine: dict[str, Any], trainer: Any, recipe: RunRecipe, proces
         "zero_stage": ("zero_optimization.stage", process.zero_stage),
         "offload": ("zero_optimization.offload_*", offloaded(process.deepspeed_config)),
         "world_size": ("world size", int(os.environ.get("WORLD_SIZE", "1"))),
-        "precision": ("precision", "bf16" if recipe.bf16 else "fp16" if recipe.fp16 else "no"),
+        "precision": ("precision", recipe.precision),
         "max_grad_norm": ("max_grad_norm", float(recipe.training_arguments["max_grad_norm"])),
         "optimizer": ("optim (zero_force_ds_cpu_optimizer: false leaves it alone)", optimizer),
         "accumulation": ("gradient_accumulation_steps", 1),

@@ -117,7 +117,7 @@ def check_safetensors(folder: Path) -> list[Path]:
 
 def compute_dtype(recipe: RunRecipe) -> torch.dtype:
     """Dtype of matrix products."""
-    return torch.bfloat16 if recipe.bf16 else torch.float16 if recipe.fp16 else torch.float32
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[recipe.precision]
 
 
 def weights_dtype(recipe: RunRecipe) -> torch.dtype:

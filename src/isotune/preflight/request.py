@@ -16,7 +16,7 @@ from isotune.config import RunRecipe
 from isotune.config.command_line import CommandLine
 from isotune.config.recipes import TASKS, project_of, task_of
 from isotune.distributed.deepspeed_config import offloaded, read_deepspeed_config, stage_of
-from isotune.distributed.launch_validation import check_keys, check_precision, request_of
+from isotune.distributed.launch import check_keys, check_precision, request_of
 from isotune.io.errors import Complain, UserError, did_you_mean
 from isotune.models.opening import load_config
 from isotune.models.supervised_loss import PLAIN_HEADS
