@@ -24,6 +24,7 @@ class BaseRecipe:
     """
 
     given: dict[str, Any] = field(default_factory=dict[str, Any], repr=False, compare=False)
+    values: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)  # the value of every key
 
     contradictions: ClassVar[tuple[Contradiction, ...]] = ()
 
@@ -39,12 +40,9 @@ class BaseRecipe:
 
     @classmethod
     def from_layers(cls, layers: Sequence[Layer], complain: Complain = refuse) -> Self:
-        """The recipe that layers of values give together, the last one winning.
+        """The recipe that layers of values give together, the last one winning; UserError says what is wrong.
 
         `complain` takes each mistake; where it returns, the recipe is made of the rest.
-
-        Raises:
-            UserError: what is wrong, and where.
         """
         keys = cls.keys()
         task = keys["task"].default
@@ -53,12 +51,8 @@ class BaseRecipe:
             if other != task:
                 complain(f"{layer.name_of('task')} is {other!r}: this command runs recipes of task: {task}")
         values, given = merge_layers(keys, layers, cls.contradictions, complain)
-        return cls(**cls.fields_from(values), given=given)
-
-    @classmethod
-    def fields_from(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """The fields of the recipe, by name, from the value of every key."""
-        return values
+        own = {own.name: values[own.name] for own in fields(cls) if own.name in values}
+        return cls(**own, values=values, given=given)
 
     @classmethod
     def from_values(cls, **values: Any) -> Self:
@@ -69,18 +63,13 @@ class BaseRecipe:
         """This recipe with other values, which win as flags win over a file; UserError says what is wrong."""
         return self.from_layers([Layer(self.given), Layer(changes)])
 
-    def value_of(self, name: str) -> Any:
-        """The value of a key."""
-        return getattr(self, name)
-
     def resolved(self) -> dict[str, Any]:
         """Every value in effect, given or default, by its key, without secrets; they give the same run again."""
-        keys = self.keys()
-        values = {name: self.value_of(name) for name in keys}
         return {
-            name: values[name]
-            for name, key in keys.items()
-            if values[name] is not None and values[name] != key.unset and key.in_effect(values) and not key.secret
+            name: value
+            for name, key in self.keys().items()
+            if (value := self.values[name]) is not None and value != key.unset
+            if key.in_effect(self.values) and not key.secret
         }
 
     def result_values(self) -> dict[str, Any]:

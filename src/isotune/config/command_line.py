@@ -25,11 +25,7 @@ class CommandLine:
 
     @classmethod
     def parse(cls, argv: Sequence[str], default_config: Path | None = None) -> Self:
-        """Split a command line such as `--config FILE --learning_rate 1e-4 --bf16`.
-
-        Raises:
-            UserError: a word that belongs to no flag, or `--config` without its file.
-        """
+        """Split a command line such as `--config FILE --learning_rate 1e-4`; UserError for a word of no flag."""
         flags: dict[str, list[str]] = {}
         open_words: list[str] | None = None  # those of the flag before, which `--name=value` closes
         for word in argv:
@@ -58,8 +54,7 @@ class CommandLine:
     def layers(self, keys: Mapping[str, Key]) -> list[Layer]:
         """The layers of a recipe with these keys: the file, where there is one, and the flags.
 
-        Raises:
-            UserError: the file cannot be read, or a flag has too few or too many words for its key.
+        UserError where the file cannot be read, or a flag has too few or too many words for its key.
         """
         flags = {
             name: _flag_value(name, words, keys.get(ALIASES.get(name, name))) for name, words in self.flags.items()
@@ -73,7 +68,10 @@ class CommandLine:
             return
         if os.environ.get("LOCAL_RANK", "0") == "0":
             text = _help(keys, default_config, prog, description, show_all)
-            _print_help(text + (_unsupported_keys(keys) if show_all else ""))
+            try:
+                print(text + (_unsupported_keys(keys) if show_all else ""), flush=True)
+            except BrokenPipeError:  # a reader such as `head` may close the pipe before the end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0)
 
 
@@ -141,11 +139,3 @@ def _unsupported_keys(keys: Mapping[str, Key]) -> str:
         for reason, alike in names.items()
     ]
     return "\n".join(["", "Keys of other tools, and what replaces them:", *paragraphs])
-
-
-def _print_help(text: str) -> None:
-    """Print the help; a reader such as `head` may close the pipe before its end."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -44,27 +44,22 @@ Tracker = Literal[
 LogLevel = Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
 
 
-def has_evaluation_data(values: Values) -> bool:
-    """Whether the recipe names evaluation data, or keeps a share of its own for it."""
+def _has_evaluation_data(values: Values) -> bool:
     return values["eval_dataset_name"] is not None or bool(values.get("eval_split_share"))
 
 
 def evaluates(values: Values) -> bool:
     """Whether the run evaluates while it trains."""
-    return has_evaluation_data(values) and values["eval_strategy"] != "no"
+    return _has_evaluation_data(values) and values["eval_strategy"] != "no"
 
 
-def is_wrongly_called(values: Values) -> bool:
-    """Whether lr_scheduler_kwargs has a name that the schedule does not take, or lacks what it needs."""
-    needed, optional = SCHEDULE_ARGUMENTS[values["lr_scheduler_type"]]
-    given = set(values["lr_scheduler_kwargs"] or {})
-    return bool(given - {*needed, *optional}) or bool(needed and len(given & set(needed)) != 1)
-
-
-def arguments_in_words(values: Values) -> str:
-    """What the schedule of these values takes."""
+def wrong_schedule_call(values: Values) -> str | None:
+    """What the schedule takes, where lr_scheduler_kwargs has a name that it does not take or lacks what it needs."""
     schedule = values["lr_scheduler_type"]
     needed, optional = SCHEDULE_ARGUMENTS[schedule]
+    given = set(values["lr_scheduler_kwargs"] or {})
+    if given <= {*needed, *optional} and (not needed or len(given & set(needed)) == 1):
+        return None
     parts = [f"needs {'one of ' if len(needed) > 1 else ''}{', '.join(needed)}"] if needed else []
     parts.append(f"takes {', '.join(optional)}" if optional else "takes no arguments")
     return f"{schedule} {' and '.join(parts)}"
@@ -72,7 +67,7 @@ def arguments_in_words(values: Values) -> str:
 
 WITH_EVALUATION = Requirement(evaluates, "there is no evaluation without eval_dataset_name, nor with eval_strategy: no")
 _EVAL_STRATEGY = Requirement(
-    lambda values: has_evaluation_data(values) or values["eval_strategy"] == "no",
+    lambda values: _has_evaluation_data(values) or values["eval_strategy"] == "no",
     "there is no evaluation without eval_dataset_name",
 )
 _EVAL_STEPS = Requirement(
@@ -134,7 +129,7 @@ _KEYS = (
     _key("eval_strategy", Literal["no", "steps", "epoch"] | None, None, OUTPUT, "when to evaluate",
          needs=_EVAL_STRATEGY, changes_result=False,
          default_from=lambda values: (
-             "no" if not has_evaluation_data(values) else "epoch" if values["eval_steps"] is None else "steps"),
+             "no" if not _has_evaluation_data(values) else "epoch" if values["eval_steps"] is None else "steps"),
          default_text="steps with eval_steps, else epoch; no without eval_dataset_name"),
     _key("eval_steps", float | None, None, OUTPUT, "steps between evaluations; below 1, a share of the run",
          allowed=POSITIVE, step_count=True, needs=_EVAL_STEPS, changes_result=False),

@@ -38,11 +38,7 @@ class Layer:
 
 
 def read_file(path: Path) -> Layer:
-    """The values that a recipe file gives, with the line of every key.
-
-    Raises:
-        UserError: no such file, not YAML, not a mapping, or a key given twice.
-    """
+    """The values that a recipe file gives, with the line of every key; UserError where it is no mapping in YAML."""
     name = str(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -99,9 +95,6 @@ def merge_layers(
     A key without an effect among the final values is an error where the last layer gives it, or where it had no effect
     in its own layer either. Where only a later layer took its effect away (`--tune full` over a LoRA recipe), it is
     dropped. If `complain` returns, the wrong value is left out and the rest is checked too.
-
-    Raises:
-        UserError: an unknown, unsupported, missing or ineffective key, a value that is not allowed, a contradiction.
     """
     given: dict[str, Any] = {}
     origin: dict[str, Layer] = {}
@@ -130,14 +123,13 @@ def merge_layers(
         del given[name]
     values = _with_defaults(keys, given)
     for contradiction in contradictions:
-        if not missing & set(contradiction.keys) and contradiction.holds(values):
+        if not missing & set(contradiction.keys) and (found := contradiction.holds(values)):
             named = [
                 f"{origin[name].name_of(name) if name in given else name} ({_shown(values[name])})"
                 for name in contradiction.keys
             ]
             verb = "cannot be" if len(named) == 1 else "contradict each other"
-            remedy = contradiction.remedy if isinstance(contradiction.remedy, str) else contradiction.remedy(values)
-            complain(f"{' and '.join(named)} {verb}: {remedy}")
+            complain(f"{' and '.join(named)} {verb}: {contradiction.remedy or found}")
     return values, given
 
 

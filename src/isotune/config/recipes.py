@@ -101,10 +101,8 @@ def read_recipe(
 ) -> AnyRecipe:
     """The recipe of a command line: a file (`--config`, else `default_config`) and a flag for every key.
 
-    `--help` and `--help-all` print and end the program; `prog` and `description` stand in that help.
-
-    Raises:
-        UserError: anything in the file or the flags that is wrong, with its place and what to do.
+    `--help` and `--help-all` print and end the program; `prog` and `description` stand in that help. UserError says
+    what is wrong in the file or the flags, where, and what to do.
     """
     command, keys = CommandLine.parse(argv, default_config), kind.keys()
     command.answer_help(keys, default_config, prog, description)

@@ -1,19 +1,12 @@
 """The keys that every training run has: model, data, schedule, adapter, memory and output."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from isotune.config.base_recipe import BaseRecipe
-from isotune.config.engine_keys import (
-    CHOOSES_THE_BEST,
-    ENGINE_KEYS,
-    WITH_EVALUATION,
-    arguments_in_words,
-    evaluates,
-    is_wrongly_called,
-)
+from isotune.config.engine_keys import CHOOSES_THE_BEST, ENGINE_KEYS, WITH_EVALUATION, evaluates, wrong_schedule_call
 from isotune.config.schema import (
     ADAPTER,
     DATA,
@@ -62,10 +55,7 @@ RESUME_NEWEST, RESUME_NEVER = "auto", "never"  # what `resume` says instead of a
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecipe(BaseRecipe):
-    """The keys that every training run has, whatever its task.
-
-    `training_arguments` holds the values for transformers.TrainingArguments, by its own names.
-    """
+    """The keys that every training run has, whatever its task."""
 
     # fmt: off
     task: Literal["sft", "classification"] = key("sft", MODEL, "what the model learns", changes_result=False)
@@ -140,7 +130,6 @@ class RunRecipe(BaseRecipe):
         secret=True, default_text="that of `hf auth login` or HF_TOKEN")
     plan_only: bool = key(False, OUTPUT, "prepare the data, print the plan and stop", unset=False, changes_result=False)
     # fmt: on
-    training_arguments: dict[str, Any] = field(default_factory=dict[str, Any])
 
     eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss",)  # the choices of metric_for_best_model
     contradictions: ClassVar[tuple[Contradiction, ...]] = (
@@ -155,7 +144,7 @@ class RunRecipe(BaseRecipe):
             lambda values: len(values["report_to"]) > 1 and bool({"none", "all"} & set(values["report_to"])),
             "none and all stand alone",
         ),
-        Contradiction(("lr_scheduler_kwargs", "lr_scheduler_type"), is_wrongly_called, arguments_in_words),
+        Contradiction(("lr_scheduler_kwargs", "lr_scheduler_type"), wrong_schedule_call),
         Contradiction(
             ("model_init", "tune"),
             lambda values: values["model_init"] == "random" and values["tune"] == "qlora",
@@ -178,16 +167,10 @@ class RunRecipe(BaseRecipe):
         best = replace(ENGINE_KEYS["metric_for_best_model"], takes=metrics | None)
         return super().keys() | ENGINE_KEYS | {best.name: best}
 
-    @classmethod
-    def fields_from(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """The fields from the value of every key: the engine's keys stand in `training_arguments`."""
-        own = values.keys() - ENGINE_KEYS.keys()
-        arguments = {name: values[name] for name in ENGINE_KEYS if values[name] is not None}
-        return {name: values[name] for name in own} | {"training_arguments": arguments}
-
-    def value_of(self, name: str) -> Any:
-        """The value of a key: an attribute, or one of `training_arguments`."""
-        return self.training_arguments.get(name) if name in ENGINE_KEYS else getattr(self, name)
+    @property
+    def training_arguments(self) -> dict[str, Any]:
+        """The values for transformers.TrainingArguments, by its own names; without those that are None."""
+        return {name: self.values[name] for name in ENGINE_KEYS if self.values[name] is not None}
 
     @property
     def precision(self) -> Literal["bf16", "fp16", "no"]:
@@ -201,11 +184,8 @@ class RunRecipe(BaseRecipe):
         return self.exact_gradients
 
     def result_values(self) -> dict[str, Any]:
-        """The values in effect that change the result; runs that share them may differ in logging, memory and place.
-
-        When the run evaluates is among them where the best evaluation decides what is kept or when training ends.
-        """
+        """As for every recipe; and when the run evaluates, where the best evaluation decides the model or the end."""
         values = super().result_values()
-        if self.training_arguments.get("load_best_model_at_end") or self.early_stopping_patience:
+        if self.values["load_best_model_at_end"] or self.early_stopping_patience:
             values |= {name: value for name, value in self.resolved().items() if name in CHOOSES_THE_BEST}
         return values

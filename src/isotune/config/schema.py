@@ -113,19 +113,15 @@ def key(default: Any, group: str, help: str, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class Contradiction:
-    """Keys whose values exclude each other, and the remedy: a sentence, or a function of the values that gives one."""
+    """Keys whose values exclude each other."""
 
     keys: tuple[str, ...]
-    holds: Callable[[Values], bool]
-    remedy: str | Callable[[Values], str]
+    holds: Callable[[Values], bool | str | None]  # whether they do; a text is the remedy
+    remedy: str = ""
 
 
 def parse(key: Key, value: Any) -> Any:
-    """The value of `key`, from the text of a file or flag or from a Python value.
-
-    Raises:
-        ValueError: the value is not allowed; the message says what is.
-    """
+    """The value of `key`, from the text of a file or flag or from a Python value; ValueError says what is allowed."""
     _, choices, optional = _members(key.takes)
     if optional and (value is None or (isinstance(value, str) and value.lower() in _NULL)):
         return None

@@ -3,42 +3,33 @@
 _BATCH = "the batch of a step is global_batch_size on any hardware, and microbatch_tokens bounds the memory"
 _PLAN = "the plan lays out every row of every step, and nothing is dropped"
 _EVALUATION = "evaluation sums its exact loss over all supervised tokens, whatever the batch"
-_SAVING = "a checkpoint holds everything that a run needs to go on, and OUTPUT_DIR/model is the final model"
 _LAUNCH = "choose the engine by `accelerate launch --config_file accelerate_configs/...`"
 _DEVICE = "the script chooses the device and the backend; an empty CUDA_VISIBLE_DEVICES hides GPUs"
 _COMPILE = "rows of many lengths would each be compiled anew, and packed attention is not compiled"
 _LOSS = "the loss is the exact cross-entropy over the supervised tokens of a step"
 _HUB = "push_to_hub: true uploads OUTPUT_DIR/model once, after it is saved"
 _LIGER = "the packed attention and the chunked loss take the place of Liger's kernels"
-_MODE = "train/ trains, and evaluates when eval_dataset_name is given"
-_TOKENIZER = "special tokens belong to the tokenizer: set them in its folder"
 
-# Keys that mean the same under another name here.
-_RENAMED = {
-    "max_length": "max_seq_length",
-    "lora_r": "r",
-    "lora_target_modules": "target_modules",
-    "lora_modules_to_save": "modules_to_save",
-    "data_seed": "seed",
-    "resume_from_checkpoint": "resume",
-    "tokenizer_name": "tokenizer_name_or_path",
-    "model": "model_name_or_path",
-    "model_name": "model_name_or_path",
-    "dataset": "dataset_name",
-    "train_file": "dataset_name",
-    "validation_file": "eval_dataset_name",
-    "dataset_train_split": "dataset_split",
-    "dataset_test_split": "eval_dataset_split",
-    "evaluation_strategy": "eval_strategy",
-    "truncation_mode": "overlong",
-    "lr": "learning_rate",
-    "epochs": "num_train_epochs",
-    "num_epochs": "num_train_epochs",
-    "batch_size": "global_batch_size",
-    "train_batch_size": "global_batch_size",
-}
-
-_GROUPS = {
+_NAMES = {
+    # the same under another name here
+    "say max_seq_length": ("max_length",),
+    "say r": ("lora_r",),
+    "say target_modules": ("lora_target_modules",),
+    "say modules_to_save": ("lora_modules_to_save",),
+    "say seed": ("data_seed",),
+    "say resume": ("resume_from_checkpoint",),
+    "say tokenizer_name_or_path": ("tokenizer_name",),
+    "say model_name_or_path": ("model", "model_name"),
+    "say dataset_name": ("dataset", "train_file"),
+    "say eval_dataset_name": ("validation_file",),
+    "say dataset_split": ("dataset_train_split",),
+    "say eval_dataset_split": ("dataset_test_split",),
+    "say eval_strategy": ("evaluation_strategy",),
+    "say overlong": ("truncation_mode",),
+    "say learning_rate": ("lr",),
+    "say num_train_epochs": ("epochs", "num_epochs"),
+    "say global_batch_size": ("batch_size", "train_batch_size"),
+    # without effect here
     _BATCH: ("per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size"),
     f"{_EVALUATION}; eval_microbatch_tokens bounds the memory": ("per_device_eval_batch_size",),
     _PLAN: (
@@ -58,7 +49,7 @@ _GROUPS = {
         "prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps",
         "include_for_metrics", "batch_eval_metrics",
     ),
-    _SAVING: (
+    "a checkpoint holds everything that a run needs to go on, and OUTPUT_DIR/model is the final model": (
         "save_only_model", "save_on_each_node", "save_safetensors", "ignore_data_skip",
         "restore_callback_states_from_checkpoint",
     ),
@@ -68,7 +59,7 @@ _GROUPS = {
     _HUB: ("hub_strategy", "hub_always_push", "hub_revision"),
     _COMPILE: ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
     _LIGER: ("use_liger_kernel", "liger_kernel_config"),
-    _MODE: ("do_train", "do_eval", "do_predict"),
+    "train/ trains, and evaluates when eval_dataset_name is given": ("do_train", "do_eval", "do_predict"),
     "packed attention is the one for every architecture": ("attn_implementation",),
     "say bf16: true or fp16: true, or neither for fp32": (
         "dtype", "torch_dtype", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage",
@@ -94,13 +85,11 @@ _GROUPS = {
     "fp32 is the same number on every GPU, and bf16: true is the faster way": ("tf32",),
     "a rank may run an empty microbatch, so the graph is not static": ("ddp_static_graph",),
     "preparation tokenises in threads by itself": ("dataset_num_proc",),
-    _TOKENIZER: ("eos_token", "pad_token"),
+    "special tokens belong to the tokenizer: set them in its folder": ("eos_token", "pad_token"),
     "conversations are laid out as Human and Assistant turns": ("chat_template_path",),
     "a model's folder says how it is made": ("model_init_kwargs",),
     "dataset_name and dataset_split say what is read": ("dataset_kwargs",),
     "code from the Hub is never run": ("trust_remote_code",),
 }  # fmt: skip
 
-UNSUPPORTED: dict[str, str] = {name: f"say {instead}" for name, instead in _RENAMED.items()} | {
-    name: reason for reason, names in _GROUPS.items() for name in names
-}
+UNSUPPORTED = {name: answer for answer, names in _NAMES.items() for name in names}
