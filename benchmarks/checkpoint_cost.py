@@ -115,18 +115,13 @@ def measure_saves(values: dict[str, Any], rounds: int) -> dict[str, Any]:
 
     from isotune.config import Recipe
     from isotune.data.sft.preparation import prepare_conversations
-    from isotune.distributed.launch import start_process
-    from isotune.models.opening import load_config, load_tokenizer
-    from isotune.run.run_dir import RunDir
-    from isotune.training.from_recipe import sft
+    from isotune.training.from_recipe import build_model, build_trainer, start_run
 
     recipe = Recipe.from_values(**values)
-    process = start_process(recipe)
-    run = RunDir(recipe)
-    tokenizer = load_tokenizer(recipe)
-    data = prepare_conversations(recipe, tokenizer, show=process.is_main)
-    model = sft.build_model(recipe, load_config(recipe), process.device)
-    trainer = sft.build_trainer(recipe, process, run, model, tokenizer, data)
+    start = start_run(recipe)
+    data = prepare_conversations(recipe, start.tokenizer, show=start.process.is_main)
+    model = build_model(start, data)
+    trainer = build_trainer(start, model, data)
     checkpointer: Any = trainer.checkpointer
     trainer.train()
     seconds: dict[str, list[float]] = {"stall": [], "synchronous": [], "torch_save": []}
@@ -141,7 +136,7 @@ def measure_saves(values: dict[str, Any], rounds: int) -> dict[str, Any]:
         checkpointer.wait()
         seconds["synchronous"].append(time.perf_counter() - started)
         started = time.perf_counter()
-        with (run.path / "peer.pt").open("wb") as file:
+        with (start.run.path / "peer.pt").open("wb") as file:
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
             os.fsync(file.fileno())
         seconds["torch_save"].append(time.perf_counter() - started)

@@ -4,23 +4,20 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from transformers import AutoConfig, AutoModel, OPTConfig, OPTForCausalLM
 
-from isotune.checkpoint.resume import open_run
 from isotune.config import ClassificationRecipe, Recipe, RunRecipe
 from isotune.data.classification.split import prepare_labelled
 from isotune.data.documents import Documents
 from isotune.data.sft.preparation import prepare_conversations
-from isotune.distributed.launch import start_process
 from isotune.models.builtin_models import builtin_tokenizer
-from isotune.models.opening import load_config, load_tokenizer
 from isotune.run.run_dir import RunDir
-from isotune.training.from_recipe import classification, sft
+from isotune.training.from_recipe import Start, build_model, build_trainer, start_run
 from isotune.training.trainer import PlannedTraining
 from tests.launching import TINY, TINY_CLASSIFIER
 
@@ -33,11 +30,24 @@ BIASES_WITHOUT_GRADIENT = "k_proj.bias"  # a shift that all keys share leaves ev
 class Built:
     """A run that is ready to train, and its parts."""
 
-    recipe: RunRecipe
-    run: RunDir
+    start: Start
     model: nn.Module
-    tokenizer: Any
     trainer: PlannedTraining
+
+    @property
+    def recipe(self) -> RunRecipe:
+        """What was asked for."""
+        return self.start.recipe
+
+    @property
+    def run(self) -> RunDir:
+        """Its folder."""
+        return self.start.run
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of its model."""
+        return self.start.tokenizer
 
     def train(self) -> list[dict[str, Any]]:
         """Train; returns the lines of metrics.jsonl."""
@@ -61,14 +71,10 @@ def build(folder: Path, **values: Any) -> Built:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     recipe = Recipe.from_values(**{**TINY, "output_dir": str(folder / "run"), **values})
-    process = start_process(recipe)
-    run = open_run(recipe)
-    config = load_config(recipe)
-    tokenizer = load_tokenizer(recipe)
-    data = prepare_conversations(recipe, tokenizer, show=process.is_main)
-    model = sft.build_model(recipe, config, process.device)
-    trainer = sft.build_trainer(recipe, process, run, model, tokenizer, data)
-    return Built(recipe, run, model, tokenizer, trainer)
+    start = start_run(recipe)
+    data = prepare_conversations(recipe, start.tokenizer, show=start.process.is_main)
+    model = build_model(start, data)
+    return Built(start, model, build_trainer(start, model, data))
 
 
 def build_classifier(folder: Path, **values: Any) -> Built:
@@ -76,10 +82,10 @@ def build_classifier(folder: Path, **values: Any) -> Built:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     recipe = ClassificationRecipe.from_values(**{**TINY_CLASSIFIER, "output_dir": str(folder / "run"), **values})
-    start = classification.start_classifier(recipe)
+    start = start_run(recipe)
     data = prepare_labelled(recipe, start.tokenizer, show=start.process.is_main)
-    trainer = classification.build_classifier(start, data)
-    return Built(recipe, start.run, cast(nn.Module, trainer.model), start.tokenizer, trainer)
+    model = build_model(start, data)
+    return Built(start, model, build_trainer(start, model, data))
 
 
 def small_encoder(folder: Path, kind: str, **config: Any) -> str:

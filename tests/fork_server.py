@@ -51,8 +51,7 @@ LIBRARIES = (
     "isotune.preflight.startup_check",
     "isotune.report.loss_curve",
     "isotune.report.model_card",
-    "isotune.training.from_recipe.classification",
-    "isotune.training.from_recipe.sft",
+    "isotune.training.from_recipe",
 )
 PATH = sys.path[1:]  # without the folder of this file
 

@@ -34,9 +34,9 @@ def train_encoder(recipe: ArenaRecipe) -> None:
     from isotune.projects.arena.encoder import evaluate_encoder, prepare_competition
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.report.model_card import share
-    from isotune.training.from_recipe.classification import Trained, start_classifier, train_classifier
+    from isotune.training.from_recipe import Trained, start_run, train_run
 
-    start = start_classifier(recipe)
+    start = start_run(recipe)
     files = read_competition(Path(recipe.dataset_name))
     data, kept = prepare_competition(files, recipe, start.tokenizer)
     data.shown(start.process.is_main)
@@ -47,7 +47,7 @@ def train_encoder(recipe: ArenaRecipe) -> None:
         evaluate_encoder(trained.run.path, recipe, files, kept, start.process.device)
         print(f"loss curve  {draw_loss_curve(trained.run.path)}")
 
-    trained = train_classifier(start, data, before_finishing)
+    trained = train_run(start, data, before_finishing)
     if trained.saved is not None:
         share(recipe)
 

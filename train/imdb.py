@@ -29,13 +29,13 @@ def main() -> None:
     from isotune.preflight.startup_check import startup_check
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.report.model_card import share
-    from isotune.training.from_recipe.classification import start_classifier, train_classifier
+    from isotune.training.from_recipe import start_run, train_run
 
-    start = start_classifier(recipe)
+    start = start_run(recipe)
     data = prepare_labelled(recipe, start.tokenizer, show=start.process.is_main)
     if startup_check(recipe, start.config, data, start.process):
         return
-    trained = train_classifier(start, data)
+    trained = train_run(start, data)
     if trained.saved is not None:
         print(f"loss curve  {draw_loss_curve(trained.run.path)}")
         share(recipe)

@@ -32,9 +32,9 @@ def main() -> None:
     from isotune.preflight.startup_check import startup_check
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.report.model_card import share
-    from isotune.training.from_recipe.classification import Trained, start_classifier, train_classifier
+    from isotune.training.from_recipe import Trained, start_run, train_run
 
-    start = start_classifier(recipe)
+    start = start_run(recipe)
     data = prepare_labelled(recipe, start.tokenizer, show=start.process.is_main)
     if startup_check(recipe, start.config, data, start.process):
         return
@@ -47,7 +47,7 @@ def main() -> None:
         if evaluation is not None:
             print(f"verdict     {write_chance_test(trained.run.path, recipe, evaluation)}")
 
-    if train_classifier(start, data, before_finishing).saved is not None:
+    if train_run(start, data, before_finishing).saved is not None:
         share(recipe)
 
 

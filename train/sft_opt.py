@@ -24,35 +24,22 @@ def main() -> None:
         description="Instruction tuning of a causal language model, packed and exact.",
     )
     # the engine takes seconds to import: a mistake in the recipe has been answered by now
-    from isotune.checkpoint.resume import open_run
     from isotune.data.sft.preparation import prepare_conversations
-    from isotune.distributed.launch import start_process
     from isotune.evaluation.generation.chat import print_sample_answer
-    from isotune.models.opening import load_config, load_tokenizer
     from isotune.preflight.startup_check import startup_check
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.report.model_card import share
-    from isotune.run.preemption import supervised
-    from isotune.training.from_recipe import assembly, sft
+    from isotune.training.from_recipe import start_run, train_run
 
-    process = start_process(recipe)
-    run = open_run(recipe)
-    config = load_config(recipe)
-    tokenizer = load_tokenizer(recipe)
-    data = prepare_conversations(recipe, tokenizer, show=process.is_main)
-    if startup_check(recipe, config, data, process):
+    start = start_run(recipe)
+    data = prepare_conversations(recipe, start.tokenizer, show=start.process.is_main)
+    if startup_check(recipe, start.config, data, start.process):
         return
-
-    model = sft.build_model(recipe, config, process.loading_device(recipe))
-    trainer = sft.build_trainer(recipe, process, run, model, tokenizer, data)
-    with supervised(run, process):
-        trainer.train()
-        saved = assembly.save(recipe, run, trainer, tokenizer)
-    if saved is not None:
-        print(f"model       {run.model}: {saved}")
-        print(f"loss curve  {draw_loss_curve(run.path)}")
+    trained = train_run(start, data)
+    if trained.saved is not None:
+        print(f"loss curve  {draw_loss_curve(trained.run.path)}")
         if recipe.sample_prompt:
-            print_sample_answer(run.path, recipe.sample_prompt)
+            print_sample_answer(trained.run.path, recipe.sample_prompt)
         share(recipe)
 
 

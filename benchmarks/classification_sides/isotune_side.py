@@ -14,7 +14,7 @@ from isotune.data.batch_schedule import StepSchedule, collate
 from isotune.data.documents import Rows, RunData
 from isotune.distributed.launch import start_process
 from isotune.run.run_dir import RunDir
-from isotune.training.from_recipe import classification
+from isotune.training.from_recipe import Start, build_model, build_trainer
 
 
 def run(metronome: Metronome, side: str, mode: str, given: Namespace, scratch: str) -> None:
@@ -24,8 +24,8 @@ def run(metronome: Metronome, side: str, mode: str, given: Namespace, scratch: s
     rows = Rows(torch.tensor(shared.mixed).numpy(), torch.arange(len(shared.mixed) + 1).numpy())
     data = RunData(replace(shared.prepared, rows=rows), None)
     config = geometry(recipe, shared.tokenizer, given)
-    model = classification.build_model(recipe, config, data, process)
-    trainer = classification.build_trainer(recipe, process, RunDir(recipe), model, shared.tokenizer, data)
+    start = Start(recipe, process, RunDir(recipe), config, shared.tokenizer)
+    trainer = build_trainer(start, build_model(start, data), data)
     # every pass over the documents in the same order, as on the other sides
     in_order = StepSchedule(
         data.train.documents, rows, global_batch_size=DOCUMENTS_PER_STEP, microbatch_tokens=recipe.microbatch_tokens,

@@ -11,7 +11,7 @@ from isotune.data.batch_schedule import Microbatch, collate
 from isotune.data.documents import RunData
 from isotune.distributed.launch import start_process
 from isotune.run.run_dir import RunDir
-from isotune.training.from_recipe import sft
+from isotune.training.from_recipe import Start, build_model, build_trainer
 from sft_sides.material import ROW_TOKENS, facts_of_training, geometry, rows_of_a_round, shipped_recipe
 from sft_sides.process import Metronome
 
@@ -21,8 +21,8 @@ def run(metronome: Metronome, side: str, mode: str, given: Namespace, scratch: s
     recipe = shipped_recipe(mode, side, given, scratch)
     process = start_process(recipe)
     tokenizer, data, alone = rows_of_a_round(recipe, given)
-    model = sft.build_model(recipe, geometry(given), process.device)
-    trainer = sft.build_trainer(recipe, process, RunDir(recipe), model, tokenizer, RunData(data, None))
+    start, run_data = Start(recipe, process, RunDir(recipe), geometry(given), tokenizer), RunData(data, None)
+    trainer = build_trainer(start, build_model(start, run_data), run_data)
 
     @torch.no_grad()
     def facts() -> dict[str, Any]:

@@ -47,7 +47,7 @@ def _import_everything() -> None:
     import isotune.checkpoint.final_model
     import isotune.evaluation.generation.chat
     import isotune.report.loss_curve
-    import isotune.training.from_recipe.sft  # noqa: F401
+    import isotune.training.from_recipe  # noqa: F401
 
 
 def _lines(run: Path) -> int:

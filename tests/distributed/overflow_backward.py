@@ -9,13 +9,13 @@ import runpy
 import torch
 from tests.e2e.test_nonfinite import rare_token
 
-from isotune.training.from_recipe import sft
+from isotune.training import from_recipe
 
 
 def main() -> None:
     """Train; the gradient of the rare token's embedding is multiplied beyond every number."""
     token = rare_token()
-    build_model = sft.build_model
+    build_model = from_recipe.build_model
 
     def watch(module, inputs, output: torch.Tensor) -> None:
         if output.requires_grad and bool((inputs[0] == token).any()):
@@ -26,7 +26,7 @@ def main() -> None:
         model.get_input_embeddings().register_forward_hook(watch)
         return model
 
-    sft.build_model = build_and_watch
+    from_recipe.build_model = build_and_watch
     runpy.run_path("train/sft_opt.py", run_name="__main__")
 
 

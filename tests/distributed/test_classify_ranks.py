@@ -8,7 +8,7 @@ from tests.building import build_classifier
 from tests.launching import launcher, run_command
 
 from isotune.evaluation.results import read_result
-from isotune.training.from_recipe import assembly
+from isotune.training.from_recipe import save
 
 ROWS = 41
 WAYS = {"all": ["--limit", str(ROWS)], "b1": ["--limit", str(ROWS), "--batch_size", "1"], "two": ["--limit", "2"]}
@@ -20,7 +20,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     built = build_classifier(folder, max_steps=12, learning_rate=4e-3, eval_steps=12)
     built.trainer.train()
-    assembly.save(built.recipe, built.run, built.trainer, built.tokenizer)
+    save(built.start, built.trainer)
     return folder / "run"
 
 

@@ -16,7 +16,7 @@ from tests.building import build_classifier, small_encoder
 
 from isotune.evaluation.results import read_result
 from isotune.io.errors import run_script
-from isotune.training.from_recipe import assembly
+from isotune.training.from_recipe import save
 
 ROWS = 41  # neither 2, 3, 7 nor 64 divide it
 
@@ -29,7 +29,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
         folder = tmp_path_factory.mktemp(tune)
         built = build_classifier(folder, tune=tune, max_steps=12, learning_rate=4e-3, num_labels=3, eval_steps=12)
         built.trainer.train()
-        assembly.save(built.recipe, built.run, built.trainer, built.tokenizer)
+        save(built.start, built.trainer)
         found[tune] = folder / "run"
     return found
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from isotune.checkpoint.export import export_run
 from isotune.io.errors import UserError
-from isotune.training.from_recipe import assembly
+from isotune.training.from_recipe import save
 
 RUNS = {
     "bert": {"tune": "full"},
@@ -36,7 +36,7 @@ def runs(tmp_path_factory):
             values = {"model_name_or_path": model, "max_steps": 2, "save_steps": 2, "learning_rate": 1e-2, **values}
             built = build_classifier(folder / name, eval_dataset_name=None, **values)
             built.trainer.train()
-            assembly.save(built.recipe, built.run, built.trainer, built.tokenizer)
+            save(built.start, built.trainer)
             path = built.run.path
             found[name] = SimpleNamespace(
                 path=path,

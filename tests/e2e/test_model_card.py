@@ -12,7 +12,7 @@ from tests.building import build, build_classifier
 
 from isotune.report.model_card import final_evaluation, write_model_card
 from isotune.report.run_record import read_record
-from isotune.training.from_recipe import assembly
+from isotune.training.from_recipe import save
 
 KINDS = ("classifier", "classifier_lora", "causal", "causal_lora")
 METRICS = {"accuracy": "eval_accuracy", "loss": "eval_loss", "perplexity": "eval_perplexity", "f1": "eval_f1_macro"}
@@ -30,11 +30,11 @@ def runs(tmp_path_factory):
             if kind.startswith("classifier"):
                 built = build_classifier(folder / kind, **values)
                 built.trainer.train()
-                assembly.save(built.recipe, built.run, built.trainer, built.tokenizer)
+                save(built.start, built.trainer)
             else:
                 built = build(folder / kind, eval_dataset_name="builtin:greetings", **values)
                 built.trainer.train()
-                assembly.save(built.recipe, built.run, built.trainer, built.tokenizer)
+                save(built.start, built.trainer)
             card = write_model_card(built.run.path)
             found[kind] = SimpleNamespace(built=built, card=ModelCard.load(card), text=card.read_text())
     return found

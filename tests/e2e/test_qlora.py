@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from isotune.io.errors import UserError
 from isotune.models.opening import load_base_model, load_config
-from isotune.training.from_recipe import assembly
+from isotune.training.from_recipe import save
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 from bitsandbytes.nn import Linear4bit  # noqa: E402
@@ -41,7 +41,7 @@ def test_the_base_lies_in_nf4_with_its_scales_quantised_too(built):
 
 def test_it_learns_quietly_and_the_adapter_loads_again_on_the_same_base(built, capfd):
     lines = built.train()
-    report = assembly.save(built.recipe, built.run, built.trainer, built.tokenizer)
+    report = save(built.start, built.trainer)
     said = capfd.readouterr()
     assert "bitsandbytes" not in said.err + said.out and "Warning" not in said.err
     losses = [line["loss"] for line in lines if "loss" in line]

@@ -118,14 +118,14 @@ def test_tensorboard_has_the_losses_of_the_metrics_file(llama):
 def test_an_adapter_is_loaded_by_peft_with_the_loss_of_the_last_evaluation(tmp_path):
     from peft import AutoPeftModelForCausalLM
 
-    from isotune.training.from_recipe import assembly
+    from isotune.training.from_recipe import save
 
     model = small_opt(tmp_path / "opt", word_embed_proj_dim=16)
     built = build(
         tmp_path, model_name_or_path=model, tune="lora", learning_rate=1e-2, eval_dataset_name="builtin:greetings"
     )
     lines = built.train()
-    assembly.save(built.recipe, built.run, built.trainer, built.tokenizer)
+    save(built.start, built.trainer)
     loaded = AutoPeftModelForCausalLM.from_pretrained(str(built.run.model)).eval()
     losses, targets = 0.0, 0
     with torch.no_grad():

@@ -12,15 +12,12 @@ from tests.launching import TINY
 from torch import nn
 from transformers import OPTForCausalLM
 
-from isotune.checkpoint.resume import open_run
 from isotune.config import Recipe
 from isotune.data.sft.preparation import prepare_conversations
-from isotune.distributed.launch import start_process
 from isotune.distributed.ranks import Watchdog
 from isotune.io.errors import RunFault
-from isotune.models.opening import load_config, load_tokenizer
-from isotune.training.from_recipe import assembly, sft
-from isotune.training.from_recipe.assembly import sft_arguments, training_arguments
+from isotune.training.arguments import sft_arguments, training_arguments
+from isotune.training.from_recipe import build_model, make_plan, start_run
 from isotune.training.gradient_sync import GradientSync
 from isotune.training.nonfinite import NonFinitePolicy
 from isotune.training.tasks import SftTask
@@ -33,12 +30,10 @@ def parts(folder: Path, **values: Any) -> tuple[Recipe, Any, Any, nn.Module, Any
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     recipe = Recipe.from_values(**{**TINY, "output_dir": str(folder / "run"), **values})
-    process = start_process(recipe)
-    open_run(recipe)
-    tokenizer = load_tokenizer(recipe)
-    data = prepare_conversations(recipe, tokenizer, show=False)
-    model = sft.build_model(recipe, load_config(recipe), process.device)
-    return recipe, process, assembly.make_plan(recipe, process, data, SftTask()), model, tokenizer
+    start = start_run(recipe)
+    data = prepare_conversations(recipe, start.tokenizer, show=False)
+    plan, model = make_plan(recipe, start.process, data, SftTask()), build_model(start, data)
+    return recipe, start.process, plan, model, start.tokenizer
 
 
 @pytest.mark.parametrize("kind", ["Trainer", "SFTTrainer"])

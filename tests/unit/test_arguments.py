@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from isotune.config import Recipe
 from isotune.distributed.launch import start_process
-from isotune.training.from_recipe.assembly import sft_arguments, training_arguments
+from isotune.training.arguments import sft_arguments, training_arguments
 
 # TRL reads the old name, and must not; the other two name a moment and an object
 APART = {"gradient_checkpointing", "logging_dir", "run_name"}

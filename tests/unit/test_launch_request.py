@@ -11,7 +11,7 @@ from isotune.config import Recipe
 from isotune.distributed.deepspeed_config import complete, find_file, offloaded, read_deepspeed_config, stage_of
 from isotune.distributed.launch import Process, Request, check_launch, launch_arguments
 from isotune.io.errors import UserError
-from isotune.training.from_recipe.assembly import uses_exact_gradients
+from isotune.training.arguments import uses_exact_gradients
 
 ONE = {"WORLD_SIZE": "1"}
 

@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_linear_schedule_with_warmup
 
 from isotune.io.errors import RunFault
-from isotune.training import lr_schedule_state
+from isotune.training.checkpointer import restore_schedule, schedule_state
 
 STEPS = 10
 
@@ -39,7 +39,7 @@ def test_the_learning_rate_goes_on_whatever_the_groups(written, read):
     first = trainer(written)
     assert after(first, 4) == whole[:4]
     second = trainer(read)
-    lr_schedule_state.restore(second, lr_schedule_state.capture(first))
+    restore_schedule(second, schedule_state(first))
     assert all(group["lr"] == whole[3] for group in second.optimizer.param_groups)
     assert after(second, 4) == whole[4:8]
 
@@ -48,7 +48,7 @@ def test_groups_of_different_rates_cannot_become_one():
     first = trainer(2, rates=(0.1, 0.2))
     after(first, 4)
     with pytest.raises(RunFault, match="2 parameter groups"):
-        lr_schedule_state.restore(trainer(1), lr_schedule_state.capture(first))
+        restore_schedule(trainer(1), schedule_state(first))
 
 
 def test_another_kind_of_schedule_is_refused():
@@ -56,4 +56,4 @@ def test_another_kind_of_schedule_is_refused():
     second.lr_scheduler = torch.optim.lr_scheduler.StepLR(second.optimizer, 3)
     assert isinstance(first.lr_scheduler, LambdaLR)
     with pytest.raises(RunFault, match="does not fit StepLR"):
-        lr_schedule_state.restore(second, lr_schedule_state.capture(first))
+        restore_schedule(second, schedule_state(first))

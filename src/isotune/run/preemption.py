@@ -21,9 +21,8 @@ from typing import Any
 from isotune.distributed.launch import Process
 from isotune.distributed.ranks import call_on_main
 from isotune.io.errors import Superseded, exit_status, status_word, write_job_status
-from isotune.run.attempt import slurm_ids
 from isotune.run.run_dir import ENVIRONMENT, STATUS, RunDir
-from isotune.run.run_lease import RunLease
+from isotune.run.run_lease import RunLease, slurm_ids
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_KEYSTROKE_SECONDS = 1.0  # a launcher forwards the SIGINT that the terminal also sent

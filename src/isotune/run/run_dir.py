@@ -11,10 +11,9 @@ import yaml
 from isotune.config import RunRecipe
 from isotune.config.run_recipe import RESUME_NEWEST
 from isotune.io.errors import EXIT_FAULT, AlreadyDone, RunFault, UserError, read_job_status
-from isotune.run.attempt import slurm_ids
 from isotune.run.hub import is_first_process, upload_record, upload_run
 from isotune.run.metrics_file import METRICS
-from isotune.run.run_lease import RunLease
+from isotune.run.run_lease import RunLease, slurm_ids
 
 RECIPE = "recipe.yaml"
 FINGERPRINT_KEY = "recipe_fingerprint"

@@ -13,8 +13,8 @@ from isotune.io.errors import RunFault
 from isotune.models.isolation import check_isolation
 from isotune.models.opening import compute_dtype
 from isotune.run import environment
-from isotune.run.attempt import slurm_ids
 from isotune.run.metrics_file import METRICS
+from isotune.run.run_lease import slurm_ids
 
 if TYPE_CHECKING:
     from isotune.training.checkpointer import Checkpointer

@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from isotune.checkpoint.engine_state import EngineState, OptimizerState, state_of
+from isotune.checkpoint.engine_state import EngineState, OptimizerState, reshard, state_of
 from isotune.checkpoint.flat_tensors import host_copy, read_tensors
 from isotune.checkpoint.manifest import Manifest
 from isotune.checkpoint.resume import STATE, TRAINER_STATE, Resumption, find_resumption
 from isotune.checkpoint.store import CheckpointStore, name_of
-from isotune.checkpoint.unshard import reshard
 from isotune.checkpoint.writer import TENSORS, CheckpointWriter, Snapshot
 from isotune.compat.transformers import note_best_metric
 from isotune.config import RunRecipe
@@ -35,8 +35,9 @@ from isotune.io.errors import Preempted, RunFault, UserError
 from isotune.run.environment import versions
 from isotune.run.metrics_file import METRICS
 from isotune.run.run_dir import CHECKPOINTS, RunDir
-from isotune.training import lr_schedule_state
 from isotune.training.callbacks import EarlyStop
+
+SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed 0.19
 
 
 class Checkpointer(TrainerCallback):
@@ -134,7 +135,7 @@ class Checkpointer(TrainerCallback):
             "skipped_steps": trainer.update.nonfinite.skipped_steps,
             "evaluations_without_better": self.early_stop.early_stopping_patience_counter if self.early_stop else 0,
             "optimizer": dataclasses.asdict(engine.optimizer_state()),
-            **lr_schedule_state.capture(trainer),
+            **schedule_state(trainer),
         }
         texts = {
             STATE: json.dumps(record, indent=1) + "\n",
@@ -156,7 +157,7 @@ class Checkpointer(TrainerCallback):
         trainer, state, engine = self._trainer, self.resumption.state, self._engine()
         engine.make_optimizer_state(OptimizerState(**state["optimizer"]))
         _read(self.resumption.folder, engine, with_optimizer=True)
-        lr_schedule_state.restore(trainer, state)
+        restore_schedule(trainer, state)
         trainer.update.nonfinite.skipped_steps = state["skipped_steps"]
         if trainer.recorder is not None:
             trainer.recorder.go_on(self.resumption.metrics)
@@ -237,3 +238,63 @@ def _read(folder: Path, engine: EngineState, *, with_optimizer: bool) -> None:
     except RuntimeError as error:
         raise RunFault(f"the checkpoint does not fit what was built from its own recipe: {error}") from error
     engine.after_reading()
+
+
+def schedule_state(trainer: Any) -> dict[str, Any]:
+    """The learning rate's schedule and fp16's loss scale after a step, in numbers that JSON holds."""
+    return {"scheduler": _scheduler(trainer).state_dict(), "scaler": _capture_scaler(trainer)}
+
+
+def restore_schedule(trainer: Any, state: dict[str, Any]) -> None:
+    """Put it back, and the learning rate into the optimizer's groups; RunFault for a schedule of another kind."""
+    scheduler = _scheduler(trainer)
+    wanted = scheduler.state_dict()
+    if wanted.keys() != state["scheduler"].keys():
+        raise RunFault(f"the checkpoint's schedule does not fit {type(scheduler).__name__}")
+    rates = state["scheduler"]["_last_lr"]
+    groups = scheduler.optimizer.param_groups
+    # an engine may split the groups in another way; a schedule gives all of them the same factor of the same rate
+    if len(rates) != len(groups):
+        if len(set(rates)) != 1:
+            raise RunFault(f"the checkpoint has {len(rates)} parameter groups, and the optimizer {len(groups)}")
+        rates = rates[:1] * len(groups)
+    # what belongs to a group is the recipe's own: its highest rate, and the function of the step
+    own = {name: wanted[name] for name in ("base_lrs", "lr_lambdas") if name in wanted}
+    scheduler.load_state_dict({**state["scheduler"], "_last_lr": rates, **own})
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+    _restore_scaler(trainer, state["scaler"])
+
+
+def _scheduler(trainer: Any) -> LRScheduler:
+    scheduler = trainer.lr_scheduler
+    while not isinstance(scheduler, LRScheduler):
+        scheduler = scheduler.scheduler  # accelerate's and DeepSpeed's wrappers
+    return scheduler
+
+
+def _capture_scaler(trainer: Any) -> dict[str, Any] | None:
+    if trainer.accelerator.scaler is not None:
+        state = trainer.accelerator.scaler.state_dict()
+        return {"scale": state.get("scale"), "torch": state} if state else None
+    if (scaler := _deepspeed_scaler(trainer)) is None:
+        return None
+    return {"scale": scaler.cur_scale, "deepspeed": {k: getattr(scaler, k) for k in SCALER_KEYS if hasattr(scaler, k)}}
+
+
+def _restore_scaler(trainer: Any, state: dict[str, Any] | None) -> None:
+    """The scaler's whole state, or from another engine's only its scale."""
+    if state is None:
+        return
+    if trainer.accelerator.scaler is not None:
+        own = trainer.accelerator.scaler.state_dict()
+        trainer.accelerator.scaler.load_state_dict(state.get("torch", {**own, "scale": state["scale"]}))
+    elif (scaler := _deepspeed_scaler(trainer)) is not None:
+        for name, value in state.get("deepspeed", {"cur_scale": state["scale"]}).items():
+            setattr(scaler, name, value)
+
+
+def _deepspeed_scaler(trainer: Any) -> Any:
+    if not (trainer.is_deepspeed_enabled and trainer.args.fp16):
+        return None
+    return getattr(trainer.model_wrapped.optimizer, "loss_scaler", None)

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
-from isotune.checkpoint.unshard import reshard
+from isotune.checkpoint.engine_state import reshard
 from isotune.data.batch_schedule import Microbatch, Step, assign_to_ranks, collate
 from isotune.data.documents import Documents
 from isotune.distributed.ranks import Watchdog, gather_by_number, gather_vectors, ordered_sum

@@ -1,0 +1,219 @@
+"""From a recipe to a trained model: the frame of every training script around the script's own data.
+
+start = start_run(recipe)        processes, run folder, configuration, tokenizer
+data = ...                       the script's own: documents with their targets or classes
+trained = train_run(start, data) model, trainer, steps, RUN/model
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from isotune.checkpoint.engine_state import plain_model
+from isotune.checkpoint.final_model import FinalModelReport, save_and_verify
+from isotune.checkpoint.resume import open_run
+from isotune.compat.deepspeed import load_whole_models
+from isotune.compat.peft import base_model_of
+from isotune.compat.transformers import attention_of
+from isotune.config import ClassificationRecipe, RunRecipe
+from isotune.data.batch_schedule import Step, StepSchedule
+from isotune.data.documents import RunData
+from isotune.distributed.launch import Process, start_process
+from isotune.models.classifier import PADDED, ClassLoss, choose_weights, install_classification
+from isotune.models.cpu.layers import enable_speedups
+from isotune.models.lora import add_adapters
+from isotune.models.opening import is_made_here, load_base_model, load_config, load_tokenizer
+from isotune.models.packed_attention import set_packed_attention
+from isotune.models.supervised_loss import install_supervised_loss
+from isotune.run.preemption import supervised
+from isotune.run.run_dir import RunDir
+from isotune.training.arguments import sft_arguments, training_arguments, uses_exact_gradients
+from isotune.training.callbacks import EarlyStop, PreTrainChecks
+from isotune.training.checkpointer import Checkpointer
+from isotune.training.nonfinite import NonFinitePolicy
+from isotune.training.recorder import EpochAverages, MetricsRecorder, ProgressBar
+from isotune.training.tasks import ClassificationTask, SftTask, Task
+from isotune.training.trainer import PlannedTraining, SFTTrainer, Trainer, TrainingPlan
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run before its data: its processes stand, its folder is free, nothing is written yet."""
+
+    recipe: RunRecipe
+    process: Process
+    run: RunDir
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run: the trainer with the final model, and what was saved (None but on the main process)."""
+
+    run: RunDir
+    trainer: PlannedTraining
+    saved: FinalModelReport | None
+
+
+def start_run(recipe: RunRecipe) -> Start:
+    """Join this launch's processes, look at the run folder and load what reads texts.
+
+    Raises AlreadyDone for a finished run, and UserError where any of these is not what the recipe says.
+    """
+    process, run, config = start_process(recipe), open_run(recipe), load_config(recipe)
+    needed = ("pad",) if isinstance(recipe, ClassificationRecipe) else ("eos", "pad")
+    return Start(recipe, process, run, config, load_tokenizer(recipe, needed))
+
+
+def train_run(start: Start, data: RunData, before_finishing: Callable[[Trained], None] | None = None) -> Trained:
+    """Build, train and save; the main process says where the model is. Every rank must call it.
+
+    `before_finishing` is what the main process does with the saved model before the run counts as finished; a RunFault
+    of it is the run's. RUN/status.json says which error ended a run.
+    """
+    trainer = build_trainer(start, build_model(start, data), data)
+    with supervised(start.run, start.process):
+        trainer.train()
+        trained = Trained(start.run, trainer, save(start, trainer))
+        if trained.saved is not None:
+            print(f"model       {start.run.model}: {trained.saved}")
+            if before_finishing is not None:
+                before_finishing(trained)
+    return trained
+
+
+def build_model(start: Start, data: RunData) -> nn.Module:
+    """The model ready for training without padding: attention, loss and adapters in place.
+
+    Built from the seed alone, so every rank has the same weights before any communication. Raises UserError as
+    `load_base_model` does, or where class_weights does not fit the classes.
+    """
+    recipe, config, process = start.recipe, start.config, start.process
+    if isinstance(recipe, ClassificationRecipe):
+        class_loss = _class_loss(recipe, data.train)
+        if class_loss.class_weights is not None and process.is_main:
+            weights = ", ".join(f"{weight:.4g}" for weight in class_loss.class_weights)
+            print(f"weights     of classes 0 to K - 1: {weights}")
+        config.num_labels = data.train.num_labels  # type: ignore[assignment]  (labelled data has classes)
+        if names := data.train.class_names:
+            config.id2label, config.label2id = dict(enumerate(names)), {name: k for k, name in enumerate(names)}
+        base = load_base_model(recipe, config, process.loading_device(recipe))
+        if install_classification(base, class_loss) == PADDED and process.is_main:
+            kind = config.model_type
+            print(f"note        model type '{kind}' is not known to work without padding: texts are padded")
+    else:
+        base = load_base_model(recipe, config, process.loading_device(recipe))
+        set_packed_attention(base)
+        install_supervised_loss(base)
+    model = base if recipe.tune == "full" else add_adapters(base, recipe)
+    enable_speedups(model)
+    return model
+
+
+def make_plan(recipe: RunRecipe, process: Process, data: RunData, task: Task) -> TrainingPlan:
+    """The schedule of a recipe over its prepared data, and how its gradients are summed."""
+    schedule = StepSchedule(
+        data.train.documents,
+        data.train.rows,
+        global_batch_size=recipe.global_batch_size,
+        microbatch_tokens=recipe.microbatch_tokens or recipe.max_seq_length,
+        seed=recipe.seed,
+    )
+    eval_schedule = data.evaluation and StepSchedule(
+        data.evaluation.documents,
+        data.evaluation.rows,
+        global_batch_size=len(data.evaluation.rows),
+        microbatch_tokens=recipe.eval_microbatch_tokens or schedule.microbatch_tokens,
+        seed=recipe.seed,
+        shuffle=False,
+    )
+
+    def name_rows(step: Step, number: int) -> str:
+        documents = next(microbatch.documents for microbatch in step.microbatches if microbatch.number == number)
+        rows = [int(data.train.documents.source_rows[document]) for document in documents]
+        return f"rows {', '.join(map(str, rows))} of {recipe.dataset_name}"
+
+    action: Any = recipe.on_nonfinite  # one of the policy's two words
+    nonfinite = NonFinitePolicy(action, fp16=recipe.fp16, name_rows=name_rows, is_main=process.is_main)
+    exact, once = uses_exact_gradients(recipe, process), recipe.gradient_reduction == "step"
+    return TrainingPlan(schedule, data.train, task, eval_schedule, data.evaluation, exact, once, nonfinite)
+
+
+def build_trainer(start: Start, model: nn.Module, data: RunData) -> PlannedTraining:
+    """The schedule and the trainer that carries it out, with a recorder, a checkpointer and checks before training."""
+    recipe, process, run = start.recipe, start.process, start.run
+    run.check_room(sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
+    classifies = isinstance(recipe, ClassificationRecipe)
+    task = _classification_task(start, model, data.train) if classifies else SftTask()
+    plan = make_plan(recipe, process, data, task)
+    roles = {role: found for role, found in (("train", data.train), ("evaluation", data.evaluation)) if found}
+    early_stop = EarlyStop(recipe) if recipe.early_stopping_patience is not None else None
+    fingerprints = {role: found.fingerprint for role, found in roles.items()}
+    checkpointer = Checkpointer(recipe, process, run, fingerprints, early_stop)
+    progress = ProgressBar(quiet=bool(recipe.training_arguments.get("disable_tqdm")))
+    trainer = (Trainer if classifies else SFTTrainer)(
+        plan=plan,
+        recorder=MetricsRecorder(task, progress, EpochAverages() if classifies else None),
+        checkpointer=checkpointer,
+        model=model,
+        args=(training_arguments if classifies else sft_arguments)(recipe, process),
+        processing_class=start.tokenizer,
+    )
+    counts = {role: found.table.as_dict() for role, found in roles.items()}
+    trainer.add_callback(PreTrainChecks(trainer, checkpointer, counts))
+    trainer.add_callback(progress)  # after the checks, so that what they print stands above the bar
+    if early_stop is not None:
+        trainer.add_callback(early_stop)
+    return trainer
+
+
+def _classification_task(start: Start, model: nn.Module, train: Any) -> ClassificationTask:
+    run, attention = start.run, str(attention_of(base_model_of(model).config))
+
+    def write_predictions(step: int, lines: str) -> None:
+        folder = run.path / "eval" / f"step-{step:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        run.lease.write_file(folder / "predictions.jsonl", lines)
+
+    write = write_predictions if start.process.is_main else None
+    return ClassificationTask(train.documents, train.num_labels, _class_loss(start.recipe, train), attention, write)
+
+
+def _class_loss(recipe: Any, train: Any) -> ClassLoss:
+    """The loss that the recipe asks for; a UserError where class_weights does not fit the training data's classes."""
+    weights = choose_weights(recipe.class_weights, np.asarray(train.documents.labels), train.num_labels)
+    return ClassLoss(weights, recipe.label_smoothing_factor)
+
+
+def save(start: Start, trainer: PlannedTraining) -> FinalModelReport | None:
+    """Write RUN/model on the main process, reopened and compared before it is called saved; every rank must call it.
+
+    The base of an adapter that exists nowhere else, because it was made at random, is made again and written beside it.
+    """
+    recipe, run, accelerator = start.recipe, start.run, trainer.accelerator
+    accelerator.wait_for_everyone()
+    trainer.watchdog.stop()
+    run.lease.check()
+    report = None
+    inner: Any = accelerator.unwrap_model(trainer.model_wrapped)
+    model: Any = plain_model(inner, keep=accelerator.process_index == 0)
+    load_whole_models()  # to be reopened, and to answer the sample question
+    if model is not None:
+        if recipe.tune != "full" and is_made_here(recipe):
+            config = load_config(recipe)
+            if trainer.plan.documents.num_labels is not None:
+                config.num_labels = trainer.plan.documents.num_labels
+            base = load_base_model(recipe, config, torch.device("cpu"))
+            save_and_verify(base, start.tokenizer, run.base_model)
+            model.peft_config["default"].base_model_name_or_path = str(run.base_model.resolve())
+        report = save_and_verify(model, start.tokenizer, run.model)
+        if trainer.recorder is not None:
+            trainer.recorder.close()
+    accelerator.wait_for_everyone()
+    return report
