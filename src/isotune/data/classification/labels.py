@@ -81,15 +81,10 @@ def labels_of(texts: Sequence[str], settings: ClassificationSettings) -> np.ndar
 def read_documents(
     source: Source, encoder: TextEncoder, settings: ClassificationSettings, *, show_progress: bool
 ) -> Documents:
-    """All rows of a source, tokenized, with their classes and these columns.
+    """All rows of a source, tokenized, with their classes; UserError names the row that lacks a text, class or id.
 
-    ids             the data set's own, or the numbers of the rows
-    contents        uint64; the digest of the normalised text, equal where two texts say the same
-    whole_lengths   int64; the tokens before anything was cut
-    marked          bool; whether the text holds HTML breaks, entities or escapes
-
-    Raises:
-        UserError: a column is missing, or a cell holds no text, no class or no id; the sentence names the row.
+    The columns are `ids`, the data set's own or the numbers of the rows; `contents` (isotune.data.contents); the
+    encoder's `whole_lengths`; and `marked`, bool: whether the text holds HTML breaks, entities or escapes.
     """
     columns: dict[str, str] = {}
     parts: list[Documents] = []

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from isotune.data.cache import Content, load_or_build
+from isotune.data.cache import load_or_build
 from isotune.data.classification.labels import ClassificationSettings, read_documents
 from isotune.data.contents import EMPTY
 from isotune.data.documents import CountsTable, Documents, PreparedData, count_lines, digest, with_share
@@ -31,8 +31,7 @@ class LabelledSplit:
     @property
     def num_labels(self) -> int:
         """Classes: as the recipe or the source of the labels says, else from 0 to the largest."""
-        settings = self.settings
-        return settings.num_labels or len(settings.label_names or ()) or int(self.documents.labels.max()) + 1
+        return self.settings.num_labels or len(self.settings.label_names or ()) or int(self.documents.labels.max()) + 1
 
     @property
     def contents(self) -> np.ndarray:
@@ -99,11 +98,6 @@ def tokenize(source: Source, tokenizer: Any, settings: ClassificationSettings, *
     """Read and tokenize a source of labelled texts, before it is decided which of them are used.
 
     An empty text is kept, as the special tokens alone, and counted: to drop it would make a prediction missing.
-
-    `tokenizer` is one of transformers, with a Rust backend, that puts a token before a text.
-
-    Raises:
-        UserError: whatever the user can put right, in one sentence.
     """
     encoder = TextEncoder(tokenizer)
     settings.check(encoder.special_tokens)
@@ -112,10 +106,10 @@ def tokenize(source: Source, tokenizer: Any, settings: ClassificationSettings, *
     labels = (settings.clean_text, settings.label_source, labels_from)
     fingerprint = digest("labelled", LABELLED_FORMAT_VERSION, source.fingerprint, encoder.fingerprint, *texts, *labels)
 
-    def build() -> Content:
-        return read_documents(source, encoder, settings, show_progress=show_progress).as_arrays(), {}
-
-    documents = Documents.from_arrays(load_or_build(fingerprint, build)[0])
+    arrays, _ = load_or_build(
+        fingerprint, lambda: (read_documents(source, encoder, settings, show_progress=show_progress).as_arrays(), {})
+    )
+    documents = Documents.from_arrays(arrays)
     return LabelledSplit(documents, source, settings, encoder.special_tokens, fingerprint)
 
 
@@ -131,46 +125,30 @@ def labels_table(
     cleaned: bool = False,
     **remarks: Any,
 ) -> CountsTable:
-    """What became of labelled texts, as the table that preparation prints.
+    """What became of labelled texts, as the table that preparation prints, with `num_labels` classes at least.
 
-    documents       those that are used; each row of the source that is used is one
-    cut, overlong   texts that were longer than max_seq_length, and what is left of them
-    empty           texts without a token of their own, kept as the special tokens alone
-    tokens          of the documents, special tokens included
-    classes, class_names    documents of each class, and the names where there are any
-    whole_lengths   quantiles of the tokens of a text before anything was cut
-    repeated        documents whose text an earlier one has; empty texts do not count
-    contradicting   documents whose text another one has under another class
-    marked, cleaned texts with HTML breaks, entities or escapes, and whether they were undone
-    held_out        rows that `eval_split_share` gave to the other side of the split
-    in_the_other    documents that stand, exactly or nearly, in the other of training and evaluation data too
-    dropped         documents left out of training because of that (`drop_leaked`)
-
-    Args:
-        documents: with the column `whole_lengths`, and `contents` and `marked` where those are known.
-        num_labels: the classes that are shown at least.
-        special_tokens: the length of an empty text.
-        remarks: `held_out`, `in_the_other` and `dropped`, which only the caller knows.
+    The documents have the column `whole_lengths`, and `contents` and `marked` where those are known; `special_tokens`
+    is the length of an empty text. `remarks` are the counts that only the caller knows.
     """
     whole_lengths = documents.columns["whole_lengths"]
     contents = documents.columns.get("contents", np.zeros(0, np.uint64))
     classes: list[int] = np.bincount(documents.labels, minlength=num_labels).tolist()
     counts: dict[str, Any] = {
-        "documents": len(documents),
+        "documents": len(documents),  # that are used, each a row of the source
         "cut": int((whole_lengths > max_seq_length).sum()),
-        "overlong": overlong,
+        "overlong": overlong,  # what is left of the cut ones
         "empty": int((whole_lengths == special_tokens).sum()),
-        "tokens": len(documents.input_ids),
-        "classes": classes,
-        "whole_lengths": CountsTable.quantiles(whole_lengths),
+        "tokens": len(documents.input_ids),  # special tokens included
+        "classes": classes,  # documents of each
+        "whole_lengths": CountsTable.quantiles(whole_lengths),  # tokens of a text before anything was cut
         "class_names": list(class_names) if class_names else None,
         "repeated": _repeated(contents),
         "contradicting": _contradicting(contents, documents.labels[: len(contents)]),
         "marked": int(documents.columns["marked"].sum()) if "marked" in documents.columns else 0,
-        "cleaned": cleaned,
-        "held_out": 0,
-        "in_the_other": {},
-        "dropped": 0,
+        "cleaned": cleaned,  # whether marks were undone
+        "held_out": 0,  # rows that `eval_split_share` gave to the other side of the split
+        "in_the_other": {},  # documents by how they stand in the other of training and evaluation data too
+        "dropped": 0,  # documents left out of training because of that (`drop_leaked`)
         **remarks,
         "max_seq_length": max_seq_length,
     }
@@ -178,12 +156,8 @@ def labels_table(
     names = [f", {name}" for name in class_names] if class_names else [""] * len(classes)
     lines = [
         ("documents", f"{len(documents):,}"),
-        *count_lines(
-            {
-                "  not among them: on the other side of the split": counts["held_out"],
-                "  not among them: dropped, in the evaluation data too": counts["dropped"],
-            }
-        ),
+        *count_lines({"  not among them: on the other side of the split": counts["held_out"]}),
+        *count_lines({"  not among them: dropped, in the evaluation data too": counts["dropped"]}),
         *count_lines(
             {
                 **{f"  {how} in the other data too": number for how, number in counts["in_the_other"].items()},

@@ -1,20 +1,12 @@
 """The training and evaluation documents of a recipe, split by content and checked for duplicates before training.
 
-Evaluation texts should not be among the training texts. Both sets are compared text by text, the table says how many
-documents stand in both, and `drop_leaked` leaves them out of training; nothing is ever left out of the evaluation data,
-so that metrics stay comparable.
-
-Two texts are *exactly* the same where their normalised texts are (isotune.data.contents: HTML and escapes undone, no
-case, Unicode's NFKC, single blanks). They are *nearly* the same where the sets of their runs of three words, written in
-letters and digits, have a Jaccard similarity of at least 0.8: one word changed in thirty, a sentence put before ten.
-Candidates are found by MinHash in 24 bands of 5 (Broder 1997; Leskovec, Rajaraman and Ullman, chapter 3), and the
-similarity of each is then computed exactly: there are no false positives, and a pair at exactly 0.8 is missed once in
-14,000. An empty text is a duplicate of nothing.
+docs/classification.md defines exact and near duplicates. Candidates of the latter are found by MinHash (Broder 1997;
+Leskovec, Rajaraman and Ullman, chapter 3), and the similarity of each is then computed exactly.
 """
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from itertools import islice
 from typing import Any
@@ -23,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from isotune.config import ClassificationRecipe
-from isotune.data.cache import Content, load_or_build
+from isotune.data.cache import load_or_build
 from isotune.data.classification.labels import ClassificationSettings
 from isotune.data.classification.preparation import LabelledSplit, tokenize
 from isotune.data.contents import EMPTY, held_out, normalised
@@ -48,17 +40,11 @@ _WORD = re.compile(r"\w+")
 def prepare_labelled(recipe: ClassificationRecipe, tokenizer: Any, *, show: bool) -> RunData:
     """Read the labelled texts to train on and, where the recipe names or keeps any, those to evaluate on.
 
-    Args:
-        tokenizer: of transformers, with a Rust backend, that puts a token before a text.
-        show: progress on stderr and a table of each set on stdout; one process of a launch should say True.
-
-    Raises:
-        UserError: whatever the user can put right, in one sentence.
+    `show` asks for progress on stderr and a table of each set on stdout; one process of a launch should.
     """
     train = _read(recipe, tokenizer, "dataset_name", show)
     train.check_classes(evaluation=False)
     classes = train.num_labels
-    evaluation: LabelledSplit | None = None
     remarks: dict[str, Any] = {}
     if recipe.eval_dataset_name is not None:
         evaluation = _read(recipe, tokenizer, "eval_dataset_name", show)
@@ -67,11 +53,12 @@ def prepare_labelled(recipe: ClassificationRecipe, tokenizer: Any, *, show: bool
     elif recipe.eval_split_share:
         train, evaluation = split_by_content(train, recipe.eval_split_share, recipe.seed)
         remarks = {"held_out": len(evaluation.documents)}
-    if evaluation is None:
+    else:
         return RunData(train.prepared(), None).shown(show)
-    overlap = _compare(train, evaluation, show_progress=show)
-    if recipe.drop_leaked and overlap.train.any():
-        kept = overlap.train == 0
+    pair = digest("overlap", DUPLICATES_FORMAT_VERSION, train.fingerprint, evaluation.fingerprint)
+    in_the_other, _ = load_or_build(pair, lambda: (find_overlap(train, evaluation, show_progress=show), {}))
+    if recipe.drop_leaked and in_the_other["train"].any():
+        kept = in_the_other["train"] == 0
         train = train.select(kept, "drop_leaked", evaluation.fingerprint)
         remarks |= {"dropped": int((~kept).sum())}
         if not len(train.documents):
@@ -80,10 +67,10 @@ def prepare_labelled(recipe: ClassificationRecipe, tokenizer: Any, *, show: bool
                 "train on"
             )
     else:
-        remarks |= {"in_the_other": _counted(overlap.train)}
+        remarks |= {"in_the_other": _counted(in_the_other["train"])}
     if "held_out" in remarks or "dropped" in remarks:
         train.check_classes(evaluation=False, left_by="drop_leaked" if "dropped" in remarks else "eval_split_share")
-    to_evaluate = evaluation.prepared(classes, in_the_other=_counted(overlap.evaluation))
+    to_evaluate = evaluation.prepared(classes, in_the_other=_counted(in_the_other["evaluation"]))
     return RunData(train.prepared(classes, **remarks), to_evaluate).shown(show)
 
 
@@ -91,10 +78,7 @@ def split_by_content(whole: LabelledSplit, share: float, seed: int) -> tuple[Lab
     """Split a data set at random into training and evaluation documents.
 
     Only the content of a text and the seed decide its side: documents with the same text are on one side, and a row
-    that is moved, added or removed changes the side of no other row.
-
-    Raises:
-        UserError: one of the sides would be empty.
+    that is moved, added or removed changes the side of no other row. UserError if one of the sides would be empty.
     """
     kept_back = held_out(share, seed, whole.contents)
     if kept_back.all() or not kept_back.any():
@@ -111,35 +95,18 @@ def _read(recipe: ClassificationRecipe, tokenizer: Any, key: str, show_progress:
     return tokenize(source, tokenizer, ClassificationSettings.of(recipe), show_progress=show_progress)
 
 
-@dataclass(frozen=True)
-class Overlap:
-    """Whether each document is in the other set: 0 for no, EXACTLY or NEARLY; uint8 [documents] of either set."""
-
-    train: np.ndarray
-    evaluation: np.ndarray
-
-
 def _counted(documents: np.ndarray) -> dict[str, int]:
     """The documents of one set that are in the other, by how."""
     return {name: int((documents == how).sum()) for name, how in HOW.items()}
 
 
-def _compare(train: LabelledSplit, evaluation: LabelledSplit, *, show_progress: bool) -> Overlap:
-    """Find the documents that are in both sets; cached on disk under the fingerprints of both."""
-    fingerprint = digest("overlap", DUPLICATES_FORMAT_VERSION, train.fingerprint, evaluation.fingerprint)
+def find_overlap(train: LabelledSplit, evaluation: LabelledSplit, *, show_progress: bool) -> dict[str, np.ndarray]:
+    """Whether each document is in the other set: 0 for no, EXACTLY or NEARLY; uint8 [documents] of either set by name.
 
-    def build() -> Content:
-        return asdict(find_overlap(train, evaluation, show_progress=show_progress)), {}
-
-    return Overlap(**load_or_build(fingerprint, build)[0])
-
-
-def find_overlap(train: LabelledSplit, evaluation: LabelledSplit, *, show_progress: bool) -> Overlap:
-    """As `_compare`, without the cache; the texts of `evaluation` are held in memory, those of `train` in batches."""
-    overlap = Overlap(
-        train=_exactly_in(train.contents, evaluation.contents),
-        evaluation=_exactly_in(evaluation.contents, train.contents),
-    )
+    The texts of `evaluation` are held in memory, those of `train` in batches.
+    """
+    in_evaluation = _exactly_in(train.contents, evaluation.contents)
+    in_train = _exactly_in(evaluation.contents, train.contents)
     rensa: Any = import_module("rensa")  # has no types, and is imported only where two sets are compared
     index = rensa.RMinHashLSH(threshold=NEAR_JACCARD, num_perm=BANDS * BAND_ROWS, num_bands=BANDS)
     others = list(evaluation.texts())
@@ -152,11 +119,11 @@ def find_overlap(train: LabelledSplit, evaluation: LabelledSplit, *, show_progre
     for number, (runs, sketch) in enumerate(texts):
         candidates: list[int] = index.query(sketch) if runs else []
         near = [other for other in candidates if jaccard(runs, runs_of_words(others[other])) >= NEAR_JACCARD]
-        if near and not overlap.train[number]:
-            overlap.train[number] = NEARLY
+        if near:
+            in_evaluation[number] = in_evaluation[number] or NEARLY
         for other in near:
-            overlap.evaluation[other] = overlap.evaluation[other] or NEARLY
-    return overlap
+            in_train[other] = in_train[other] or NEARLY
+    return {"train": in_evaluation, "evaluation": in_train}
 
 
 def runs_of_words(text: str) -> frozenset[str]:
