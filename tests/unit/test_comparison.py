@@ -12,7 +12,8 @@ from statsmodels.stats.multitest import multipletests
 
 from isotune.cli import main
 from isotune.evaluation.comparison import compare_runs
-from isotune.evaluation.results import rows_digest, write_result
+from isotune.evaluation.results import write_result
+from isotune.evaluation.statistics.resampling import Scores
 from isotune.io.errors import UserError
 from isotune.projects.arena.battles import Battle, Battles
 from isotune.projects.arena.preference import write_preferences
@@ -32,25 +33,23 @@ def shares(seed, strength):
 def write_classifier(run, probabilities, name="test", labels=LABELS, ids=None, text="text", split="test", groups=None):
     ids = list(range(len(labels))) if ids is None else ids
     facts = {"kind": "classification", "model": str(run), "dataset_name": "builtin:opinions", "dataset_split": split}
-    facts |= {"rows": len(ids), "rows_sha256": rows_digest((i, f"{text} {i}") for i in ids)}
     rows = [
         {"id": i, "label": int(label), "probabilities": list(map(float, row))}
         for i, label, row in zip(ids, labels, probabilities, strict=True)
     ]
     for row, group in zip(rows, groups or [], strict=False):
         row["group"] = group
-    write_result(run / "eval" / name, facts, {}, {}, rows)
+    write_result(run / "eval" / name, facts, Scores({}, {}), rows, [f"{text} {i}" for i in ids])
     return run
 
 
 def write_generator(run, texts, references):
     facts = {"kind": "generation", "model": str(run), "dataset_name": "builtin:pirate", "dataset_split": "test"}
-    facts |= {"rows": len(texts), "rows_sha256": rows_digest(enumerate(references))}
     rows = [
         {"id": i, "prompt": f"question {i}", "reference": reference, "text": text, "ended": 1.0}
         for i, (text, reference) in enumerate(zip(texts, references, strict=True))
     ]
-    write_result(run / "eval" / "pirate", facts, {}, {}, rows)
+    write_result(run / "eval" / "pirate", facts, Scores({}, {}), rows, references)
     return run
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from isotune.cli import main
-from isotune.evaluation.results import rows_digest, write_result
+from isotune.evaluation.results import write_result
+from isotune.evaluation.statistics.resampling import Scores
 from isotune.io.errors import UserError
 from isotune.report import html_report
 from isotune.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, draw_charts
@@ -90,10 +91,8 @@ def write_run(folder, steps=12, **keys):
     return folder
 
 
-def facts(kind, rows, dataset_name="builtin:opinions", **more):
-    digest = rows_digest((i, "text") for i in range(rows))
-    said = {"kind": kind, "model": "m", "dataset_name": dataset_name, "dataset_split": "test"}
-    return {**said, "rows": rows, "rows_sha256": digest, **more}
+def facts(kind, dataset_name="builtin:opinions", **more):
+    return {"kind": kind, "model": "m", "dataset_name": dataset_name, "dataset_split": "test", **more}
 
 
 def classify(run, right, name="test", rows=60):
@@ -107,10 +106,10 @@ def classify(run, right, name="test", rows=60):
     metrics = {"accuracy": right / rows, "f1_class_1": 0.5}
     write_result(
         where,
-        facts("classification", rows, label_names=["bad", "good"]),
-        metrics,
-        {"accuracy": (0.25, 0.5)},
+        facts("classification", label_names=["bad", "good"]),
+        Scores(metrics, {"accuracy": (0.25, 0.5)}),
         predictions,
+        ["text"] * rows,
     )
     return where
 
@@ -121,7 +120,8 @@ def generate(run, texts, prompt="What?", reference="Yes.", name="asked"):
         for i, text in enumerate(texts)
     ]
     where = run / "eval" / name
-    write_result(where, facts("generation", len(texts)), {"exact_match": 0.5}, {"exact_match": (0.1, 0.9)}, predictions)
+    scores = Scores({"exact_match": 0.5}, {"exact_match": (0.1, 0.9)})
+    write_result(where, facts("generation"), scores, predictions, ["text"] * len(texts))
     return where
 
 
@@ -210,7 +210,7 @@ def test_an_evaluation_without_a_run_has_a_report(tmp_path):
 
 def test_an_evaluation_of_another_kind_shows_its_metrics(tmp_path):
     where = tmp_path / "model" / "eval" / "tasks"
-    write_result(where, facts("lm_eval", 1), {"boolq/acc": 0.625}, {}, [{"id": 0, "document": "d"}])
+    write_result(where, facts("lm_eval"), Scores({"boolq/acc": 0.625}, {}), [{"id": 0, "document": "d"}], ["text"])
     page = Page(render_report([tmp_path / "model", tmp_path / "model"]))
     assert ["boolq/acc", "0.6250", "", "0.6250", ""] in page.rows()
     assert any("of the kind 'lm_eval' cannot be compared" in text for text in page.text("p"))

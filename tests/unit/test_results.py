@@ -5,6 +5,7 @@ import json
 import pytest
 
 from isotune.evaluation.results import find_results, read_result, rows_digest, write_result
+from isotune.evaluation.statistics.resampling import Scores
 from isotune.io.errors import UserError
 
 FACTS = {
@@ -12,8 +13,6 @@ FACTS = {
     "model": "runs/x",
     "dataset_name": "builtin:opinions",
     "dataset_split": "test",
-    "rows": 2,
-    "rows_sha256": rows_digest([(0, "good"), (1, "bad")]),
 }
 PREDICTIONS = [{"id": 0, "label": 1, "probabilities": [0.25, 0.75]}, {"id": 1, "label": 0, "probabilities": [0.5, 0.5]}]
 
@@ -21,13 +20,13 @@ PREDICTIONS = [{"id": 0, "label": 1, "probabilities": [0.25, 0.75]}, {"id": 1, "
 @pytest.fixture
 def folder(tmp_path):
     where = tmp_path / "run" / "eval" / "test"
-    write_result(where, FACTS, {"accuracy": 0.5}, {"accuracy": (0.0, 1.0)}, PREDICTIONS)
+    write_result(where, FACTS, Scores({"accuracy": 0.5}, {"accuracy": (0.0, 1.0)}), PREDICTIONS, ["good", "bad"])
     return where
 
 
 def test_a_result_comes_back_as_it_was_written(folder):
     found = read_result(folder)
-    assert found.facts == FACTS
+    assert found.facts == {**FACTS, "rows": 2, "rows_sha256": rows_digest([(0, "good"), (1, "bad")])}
     assert found.metrics == {"accuracy": 0.5}
     assert found.intervals == {"accuracy": (0.0, 1.0)}
     assert found.predictions == PREDICTIONS
@@ -76,7 +75,7 @@ def test_an_interval_that_is_none_is_refused(folder, intervals):
 
 def test_a_metric_cannot_take_the_name_of_a_fact(tmp_path):
     with pytest.raises(ValueError, match="rows"):
-        write_result(tmp_path, FACTS, {"rows": 2.0}, {}, PREDICTIONS)
+        write_result(tmp_path, FACTS, Scores({"rows": 2.0}, {}), PREDICTIONS, ["good", "bad"])
     assert not list(tmp_path.iterdir())
 
 

@@ -46,19 +46,21 @@ def rows_digest(rows: Iterable[tuple[Any, str]]) -> str:
 
 
 def write_result(
-    folder: Path,
-    facts: dict[str, Any],
-    metrics: dict[str, float],
-    intervals: dict[str, tuple[float, float]],
-    predictions: Sequence[dict[str, Any]],
+    folder: Path, facts: dict[str, Any], scores: Scores, predictions: Sequence[dict[str, Any]], texts: Iterable[str]
 ) -> None:
-    """Write both files atomically; metrics.json is last, so a folder with it holds a whole result."""
-    missing, duplicates = [name for name in FACTS if name not in facts], sorted(facts.keys() & metrics)
-    if missing or duplicates:
-        raise ValueError(f"facts missing: {missing}; names of both a fact and a metric: {duplicates}")
+    """Write both files atomically; metrics.json is last, so a folder with it holds a whole result.
+
+    The number of `predictions` and the digest of their input `texts` are added to the facts.
+    """
+    ids = [row["id"] for row in predictions]
+    digest = rows_digest(zip(ids, texts, strict=True))
+    content = {**{name: facts[name] for name in FACTS[:4]}, "rows": len(ids), "rows_sha256": digest, **facts}
+    content |= {"metric_modules": scores.modules} if scores.modules else {}
+    if duplicates := sorted(content.keys() & scores.metrics):
+        raise ValueError(f"names of both a fact and a metric: {duplicates}")
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / PREDICTIONS, "".join(json.dumps(row) + "\n" for row in predictions))
-    content = {**facts, **metrics, "intervals": {name: list(pair) for name, pair in intervals.items()}}
+    content |= {**scores.metrics, "intervals": scores.intervals}
     replace_file(folder / METRICS, json.dumps(content, indent=2) + "\n")
 
 

@@ -22,8 +22,8 @@ import numpy as np
 
 from isotune.config import ClassificationRecipe
 from isotune.data.documents import PreparedData
-from isotune.evaluation.results import CLASSIFICATION, PREDICTIONS, rows_digest, write_result
-from isotune.evaluation.statistics.resampling import LEVEL
+from isotune.evaluation.results import CLASSIFICATION, PREDICTIONS, write_result
+from isotune.evaluation.statistics.resampling import LEVEL, Scores
 from isotune.io.errors import RunFault, UserError
 
 RESULT = "chance"  # RUN/eval/chance
@@ -97,8 +97,6 @@ def write_chance_test(run: Path, recipe: ClassificationRecipe, evaluation: Prepa
         "model": str(run),
         "dataset_name": recipe.eval_dataset_name or recipe.dataset_name,
         "dataset_split": recipe.eval_dataset_split if recipe.eval_dataset_name else recipe.dataset_split,
-        "rows": len(predictions),
-        "rows_sha256": rows_digest(zip(documents.ids.tolist(), evaluation.texts(), strict=True)),
         "judged": folders[-1].parent.name,
         "label_source": recipe.label_source,
         "label_names": evaluation.class_names,
@@ -106,7 +104,8 @@ def write_chance_test(run: Path, recipe: ClassificationRecipe, evaluation: Prepa
         "alarm": "the pipeline leaks" if alarm else None,
     }
     metrics = {key: getattr(test, key) for key in ("accuracy", "chance", "p_value", "right", "texts")}
-    write_result(run / "eval" / RESULT, facts, metrics, {"accuracy": test.interval}, predictions)
+    scores = Scores(metrics, {"accuracy": test.interval})
+    write_result(run / "eval" / RESULT, facts, scores, predictions, evaluation.texts())
     if alarm:
         raise RunFault(
             f"the negative control raises the alarm: labels are random, and yet {test}; the pipeline leaks, so look "

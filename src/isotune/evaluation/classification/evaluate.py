@@ -16,7 +16,7 @@ from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.metrics.classification import classification_statistics
 from isotune.evaluation.metrics.modules import class_columns, score_modules, split_metrics
 from isotune.evaluation.models import Classifier
-from isotune.evaluation.results import CLASSIFICATION, rows_digest, write_result
+from isotune.evaluation.results import CLASSIFICATION, write_result
 from isotune.evaluation.statistics.resampling import RESAMPLES, Scores, score, select_names
 from isotune.evaluation.tasks import ClassificationTask
 from isotune.io.errors import UserError
@@ -179,17 +179,14 @@ def write_evaluation(
         "model": classifier.name,
         "dataset_name": task.dataset_name,
         "dataset_split": task.dataset_split,
-        "rows": len(rows.texts),
-        "rows_sha256": rows_digest(zip(rows.ids, rows.texts, strict=True)),
         "label_names": rows.names,
         "ordinal": task.ordinal,
         "undefined": scores.undefined,
         "settings": {**settings, "rows_cut": rows.truncated},
-        **({"metric_modules": scores.modules} if scores.modules else {}),
     }
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / EXAMPLES, "".join(json.dumps(example) + "\n" for example in evaluation.examples))
-    write_result(folder, facts, scores.metrics, scores.intervals, predictions)
+    write_result(folder, facts, scores, predictions, rows.texts)
 
 
 def print_examples(evaluation: Evaluation) -> None:

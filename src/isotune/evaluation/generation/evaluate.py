@@ -23,7 +23,7 @@ from isotune.evaluation.generation.completion import Decoding, Prompt, complete,
 from isotune.evaluation.metrics.modules import MetricModule, score_modules, split_metrics, text_columns
 from isotune.evaluation.metrics.text import Likelihood, measure_likelihoods, measure_texts, signatures
 from isotune.evaluation.models import GenerationModel
-from isotune.evaluation.results import GENERATION, rows_digest, score_lines, write_result
+from isotune.evaluation.results import GENERATION, score_lines, write_result
 from isotune.evaluation.statistics.resampling import Scores, score
 from isotune.evaluation.tasks import EvalSample, GenerationTask
 from isotune.io.errors import UserError
@@ -181,18 +181,15 @@ def write_generation_result(
     result: GenerationResult, folder: Path, *, model: str, task: GenerationTask, decoding: Decoding
 ) -> None:
     """metrics.json, predictions.jsonl and examples.md in `folder`."""
-    rows, scores = result.predictions, result.scores
+    rows = result.predictions
     facts: dict[str, Any] = {
         "kind": GENERATION,
         "model": model,
         "dataset_name": task.dataset_name,
         "dataset_split": task.dataset_split,
-        "rows": len(rows),
-        "rows_sha256": rows_digest((row["id"], row["prompt"] + "\n" + row["reference"]) for row in rows),
         "decoding": asdict(decoding),
         "signatures": signatures(),
         "references": {"longer_than_positions": result.truncated},
-        **({"metric_modules": scores.modules} if scores.modules else {}),
     }
     head = f"# {model} on {task.dataset_name}: {min(SHOWN_IN_FILE, len(rows))} of {len(rows)} answers\n\n"
     lines = ["| row | question | answer | reference |", "|---|---|---|---|"]
@@ -200,7 +197,7 @@ def write_generation_result(
         lines.append(f"| {row['id']} | {' | '.join(_cell(row[key]) for key in ('prompt', 'text', 'reference'))} |")
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / EXAMPLES, head + "\n".join(lines) + "\n")
-    write_result(folder, facts, scores.metrics, scores.intervals, rows)
+    write_result(folder, facts, result.scores, rows, (row["prompt"] + "\n" + row["reference"] for row in rows))
 
 
 def _cell(text: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from isotune.evaluation.models import GenerationModel
-from isotune.evaluation.results import rows_digest, write_result
+from isotune.evaluation.results import write_result
 from isotune.evaluation.statistics.resampling import Scores
 from isotune.io.errors import UserError, first_line, nearest
 from isotune.models.log_control import quiet_libraries
@@ -76,11 +76,10 @@ def write_harness(result: HarnessResult, folder: Path, *, model: str, tasks: Seq
         "model": model,
         "dataset_name": ",".join(Path(task).stem if task.endswith(FILE_SUFFIXES) else task for task in tasks),
         "dataset_split": "the tasks' own",
-        "rows": len(result.predictions),
-        "rows_sha256": rows_digest((line["id"], line["document"]) for line in result.predictions),
         "lm_eval_version": result.version,
     }
-    write_result(folder, facts, result.scores.metrics, result.scores.intervals, result.predictions)
+    documents = (line["document"] for line in result.predictions)
+    write_result(folder, facts, result.scores, result.predictions, documents)
 
 
 def _scores(results: dict[str, dict[str, Any]]) -> Scores:

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from isotune.evaluation.metrics.classification import SMALLEST, calibration_error, label_statistics
-from isotune.evaluation.results import CLASSIFICATION, rows_digest, write_result
-from isotune.evaluation.statistics.resampling import Statistic, by_group, mean, score, share
+from isotune.evaluation.results import CLASSIFICATION, write_result
+from isotune.evaluation.statistics.resampling import Scores, Statistic, by_group, mean, score, share
 from isotune.io.errors import UserError
 from isotune.projects.arena.battles import CLASSES, ID, Battles, label_of, read_table
 
@@ -93,14 +93,12 @@ def write_preferences(
             "model": model,
             "dataset_name": battles.name,
             "dataset_split": split,
-            "rows": len(battles),
-            "rows_sha256": rows_digest(zip(ids, texts, strict=True)),
             "label_names": ["a", "b", "tie"],
             "verdict": scores.uniform_warning(main) or "better than uniform guessing with 95% confidence",
         },
-        scores.metrics,
-        scores.intervals,
+        Scores(scores.metrics, scores.intervals),
         [dict(zip(("id", "label", "prediction", "probabilities", "group"), row, strict=True)) for row in columns],
+        texts,
     )
     return scores
 
