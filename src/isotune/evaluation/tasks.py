@@ -1,26 +1,6 @@
 """What is evaluated, as a small YAML file: a data set is added without a line of code.
 
-A class of tasks is a dataclass; its fields are the keys of the file. A command line's flags win over the file.
-
-    dataset_name: stanfordnlp/imdb        a Hub id, folder, file or builtin:NAME, as in a recipe
-    dataset_split: test
-    metrics: [accuracy, f1, log_loss]     all built-in ones where left out; modules of `evaluate` too (metrics.modules)
-
-Of a classifier:
-
-    template: "{title}. {text}"           the text that the model reads, from the row's columns; else one column
-    dataset_text_field: text
-    dataset_label_field: label
-    dataset_id_field: null                the column that names a row; `id` where there is one, else row numbers
-    labels: [negative, positive]          the classes in their order; a row may hold the name or the number
-    ordinal: false                        the classes are ordered: metrics of distance are computed too
-    max_seq_length, overlong              as in a recipe; the run's own where left out
-
-Of a language model:
-
-    prompt_template: "What is the capital of {country}?"          the prompt, from the row's columns, and
-    reference_template: "{capital}"                               its reference; conversations need neither
-    max_new_tokens: 32                                            longest completion
+The fields of a class of tasks are the keys of its file. A command line's flags win over the file.
 """
 
 import string
@@ -38,7 +18,6 @@ from isotune.data.sources.source import Row, Source, read_rows
 from isotune.evaluation.metrics.classification import METRICS
 from isotune.evaluation.metrics.modules import CLASSES, TEXTS, Column, MetricModule, read_metrics
 from isotune.evaluation.metrics.text import TEXT_METRICS
-from isotune.evaluation.statistics.resampling import CLASS_SUFFIX
 from isotune.io.errors import UserError, did_you_mean, first_line
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -59,19 +38,14 @@ KINDS: dict[str, tuple[Any, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Rows to evaluate on and the metrics; the head of this module explains each field."""
+    """Rows to evaluate on and the metrics."""
 
     BUILTIN_METRICS: ClassVar[Collection[str]] = ()
     COLUMNS: ClassVar[Collection[Column]] = ()
 
-    dataset_name: str
+    dataset_name: str  # a Hub id, folder, file or builtin:NAME, as in a recipe
     dataset_split: str = "test"
-    metrics: tuple[str | MetricModule, ...] = ()
-
-    @classmethod
-    def is_builtin_metric(cls, name: str) -> bool:
-        """Whether `metrics` may name it without a module."""
-        return name in cls.BUILTIN_METRICS
+    metrics: tuple[str | MetricModule, ...] = ()  # built-in ones and modules; all built-in ones where left out
 
     @property
     def name(self) -> str:
@@ -86,19 +60,14 @@ class ClassificationTask(Task):
     BUILTIN_METRICS = METRICS
     COLUMNS = CLASSES
 
-    template: str | None = None
+    template: str | None = None  # "{title}. {text}": the text that the model reads, from the row's columns; else one
     dataset_text_field: str = "text"
     dataset_label_field: str = "label"
-    dataset_id_field: str | None = None
-    labels: tuple[str | int, ...] | None = None
-    ordinal: bool = False
-    max_seq_length: int | None = None
+    dataset_id_field: str | None = None  # the column that names a row; `id` where there is one, else row numbers
+    labels: tuple[str | int, ...] | None = None  # the classes in their order; a row may hold the name or the number
+    ordinal: bool = False  # the classes are ordered: metrics of distance are computed too
+    max_seq_length: int | None = None  # with `overlong` as in a recipe; the run's own where left out
     overlong: str | None = None
-
-    @classmethod
-    def is_builtin_metric(cls, name: str) -> bool:
-        """Whether `metrics` may name it without a module; f1_class_0 and its like too."""
-        return name.split(CLASS_SUFFIX)[0] in METRICS
 
     @property
     def name(self) -> str:
@@ -150,8 +119,8 @@ class GenerationTask(Task):
     BUILTIN_METRICS = TEXT_METRICS
     COLUMNS = TEXTS
 
-    prompt_template: str | None = None
-    reference_template: str | None = None
+    prompt_template: str | None = None  # "What is the capital of {country}?", from the row's columns
+    reference_template: str | None = None  # "{capital}"; both or neither
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
     metrics: tuple[str | MetricModule, ...] = TEXT_METRICS
 
@@ -174,10 +143,8 @@ def read_eval_samples(dataset_name: str, split: str, limit: int | None = None) -
     """The first question and answer of each conversation of a data set that has them; UserError where none has."""
     samples = list(_first_turns(read_rows(dataset_name, split)))[:limit]
     if not samples:
-        raise UserError(
-            f"dataset_name: {dataset_name!r} has no conversation that begins with a question and an answer: "
-            "there is no reference to compare with"
-        )
+        what = "has no conversation that begins with a question and an answer: there is no reference to compare with"
+        raise UserError(f"dataset_name: {dataset_name!r} {what}")
     return samples
 
 
@@ -196,11 +163,7 @@ T = TypeVar("T", bound=Task)
 
 
 def read_task(kind: type[T], file: str | Path | None, flags: Mapping[str, Any]) -> T:
-    """The task of a file and of flags; flags that are not None win.
-
-    Raises:
-        UserError: no such file, no YAML, an unknown key or metric, a value of another kind, or no data set.
-    """
+    """The task of a file and of flags; flags that are not None win. UserError for a mistake in either."""
     layers = (_read_keys(kind, Path(file)) if file is not None else {}, flags)
     values: dict[str, Any] = {key: value for layer in layers for key, value in layer.items() if value is not None}
     if not values.get("dataset_name"):
@@ -211,9 +174,7 @@ def read_task(kind: type[T], file: str | Path | None, flags: Mapping[str, Any]) 
         if key.endswith("template"):
             _template_columns(value)
     if "metrics" in values:
-        values["metrics"] = read_metrics(
-            values["metrics"], kind.is_builtin_metric, kind.BUILTIN_METRICS, kind.COLUMNS, f"{file}: metrics"
-        )
+        values["metrics"] = read_metrics(values["metrics"], kind.BUILTIN_METRICS, kind.COLUMNS, f"{file}: metrics")
     arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return kind(**arguments)
 
@@ -242,16 +203,14 @@ def _template_columns(template: str) -> list[str]:
     except ValueError as error:
         raise UserError(f"template {template!r} cannot be read: {error}") from error
     if not parts or any(not name.isidentifier() or spec or how for name, spec, how in parts):
-        raise UserError(
-            f"template {template!r}: it holds the row's columns as {{name}}, at least one, and nothing else"
-        )
+        needs = "it holds the row's columns as {name}, at least one, and nothing else"
+        raise UserError(f"template {template!r}: {needs}")
     return [name for name, _, _ in parts]
 
 
 def _fill_template(template: str, row: Row, source: Source, number: int) -> str:
     for column in _template_columns(template):
         if column not in row:
-            raise UserError(
-                f"{source.where(number)} lacks the column {column!r} of the template; it has {', '.join(row)}"
-            )
+            what = f"lacks the column {column!r} of the template; it has {', '.join(row)}"
+            raise UserError(f"{source.where(number)} {what}")
     return template.format_map(row)

@@ -15,14 +15,14 @@ rows with MODULE_RESAMPLES draws, because the module is computed again on each o
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from isotune.evaluation.statistics.resampling import RESAMPLES, OfWeights, Scores, score
+from isotune.evaluation.statistics.resampling import CLASS_SUFFIX, RESAMPLES, OfWeights, Scores, score
 from isotune.io.errors import UserError, first_line
 
 MODULE_RESAMPLES = 200  # from seed to seed the ends of an interval move by about 10% of its width
@@ -108,9 +108,8 @@ def split_metrics(metrics: Sequence[str | MetricModule]) -> tuple[list[str], lis
 
 
 def read_metrics(
-    entries: Sequence[Any], is_builtin: Callable[[str], bool], builtin: Collection[str], columns: Collection[Column],
-    where: str,
-) -> tuple[str | MetricModule, ...]:  # fmt: skip
+    entries: Sequence[Any], builtin: Collection[str], columns: Collection[Column], where: str
+) -> tuple[str | MetricModule, ...]:
     """The entries of a task's `metrics:`, with every module loaded; `columns` are what such an evaluation has.
 
     UserError, which begins with `where`: an entry is neither a name nor a mapping with `module`, or a module cannot be
@@ -118,7 +117,8 @@ def read_metrics(
     """
     metrics: list[str | MetricModule] = []
     for entry in entries:
-        if isinstance(entry, str) and is_builtin(entry):
+        # f1_class_0 and its like are built in too, but no text has a class
+        if isinstance(entry, str) and (entry.split(CLASS_SUFFIX)[0] if columns is CLASSES else entry) in builtin:
             metrics.append(entry)
             continue
         arguments = {"module": entry} if isinstance(entry, str) else dict(entry)
