@@ -30,27 +30,20 @@ WITHOUT_DIRECTION = frozenset({"length_ratio", "ended"})
 
 @dataclass(frozen=True)
 class MetricDifference:
-    """B - A in one metric.
-
-    Attributes:
-        low, high: 95% interval of the difference, by paired bootstrap.
-        p_holm: p adjusted for all tests of the comparison.
-        shown: p_holm is at most 0.05.
-        better: "a" or "b" where a difference is shown and the metric has a better side.
-    """
+    """B - A in one metric."""
 
     metric: str
     a: float
     b: float
     difference: float
-    low: float
+    low: float  # to `high`: 95% interval of the difference, by paired bootstrap
     high: float
     test: str
     p: float
     mid_p: float | None = None
-    p_holm: float = 1.0
-    shown: bool = False
-    better: str | None = None
+    p_holm: float = 1.0  # p adjusted for all tests of the comparison
+    shown: bool = False  # p_holm is at most 0.05
+    better: str | None = None  # "a" or "b" where a difference is shown and the metric has a better side
 
 
 @dataclass(frozen=True)
@@ -64,21 +57,15 @@ class ChangedRow:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two of the runs, by their index.
-
-    Attributes:
-        only_b, only_a: number of rows that one side alone has right.
-        right_means: the metric that is the share of correct rows.
-        gained, lost: examples of rows that B does better and worse, the largest change first.
-    """
+    """Two of the runs, by their index."""
 
     a: int
     b: int
     differences: list[MetricDifference]
-    only_b: int
+    only_b: int  # number of rows that this side alone has right
     only_a: int
-    right_means: str
-    gained: list[ChangedRow]
+    right_means: str  # the metric that is the share of correct rows
+    gained: list[ChangedRow]  # examples of rows that B does better, the largest change first
     lost: list[ChangedRow]
 
     @property
@@ -89,10 +76,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs on the same rows; `tests` is the number of p-values that Holm's correction is for.
-
-    `groups` is the number of groups of rows, None without any; groups are resampled and swapped as wholes.
-    """
+    """Runs on the same rows."""
 
     runs: list[str]
     results: list[str]
@@ -103,8 +87,8 @@ class Comparison:
     rows_sha256: str
     seed: int
     resamples: int
-    tests: int
-    groups: int | None = None
+    tests: int  # number of p-values that Holm's correction is for
+    groups: int | None = None  # number of groups of rows, which are resampled and swapped as wholes; None without any
     pairs: list[Pair] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -122,16 +106,11 @@ def compare_runs(
     seed: int = 0,
     examples: int = 3,
 ) -> Comparison:
-    """Compare runs on an evaluation that they have in common, each with the first one, or each with each.
+    """Compare runs, or folders of results, on the same evaluation: each with the first one, or each with each.
 
-    Args:
-        runs: run folders, or folders of results.
-        name: of the evaluation, where there are several.
-        metrics: to test; by default a few of each kind of evaluation.
-        examples: number of rows to show for each direction.
-
-    Raises:
-        UserError: fewer than two runs, no result in common, different rows, or a metric that they do not have.
+    `name` is of the evaluation where there are several, `metrics` are by default a few of its kind, and `examples` is
+    the number of rows to show for each direction. UserError where there are fewer than two runs, no result in common,
+    different rows, or a metric that they do not have.
     """
     if len(runs) < 2:
         raise UserError("a comparison needs two runs or more")
@@ -224,11 +203,11 @@ def _differences(
 def _corrected(pairs: Sequence[Pair]) -> list[Pair]:
     """The pairs with p_holm over all of their tests, `shown` and `better`."""
     adjusted = iter(holm([difference.p for pair in pairs for difference in pair.differences]))
-    return [replace(pair, differences=[_judged(one, next(adjusted)) for one in pair.differences]) for pair in pairs]
 
+    def judged(one: MetricDifference) -> MetricDifference:
+        p_holm, better = next(adjusted), None
+        if p_holm <= LEVEL and one.metric not in WITHOUT_DIRECTION:
+            better = "b" if (one.difference < 0) == (one.metric in LOWER_IS_BETTER) else "a"
+        return replace(one, p_holm=p_holm, shown=p_holm <= LEVEL, better=better)
 
-def _judged(difference: MetricDifference, p_holm: float) -> MetricDifference:
-    shown, better = p_holm <= LEVEL, None
-    if shown and difference.metric not in WITHOUT_DIRECTION:
-        better = "b" if (difference.difference < 0) == (difference.metric in LOWER_IS_BETTER) else "a"
-    return replace(difference, p_holm=p_holm, shown=shown, better=better)
+    return [replace(pair, differences=[judged(one) for one in pair.differences]) for pair in pairs]

@@ -5,7 +5,6 @@ one test serves a mean over rows and a metric of the whole corpus, such as BLEU 
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -15,26 +14,20 @@ RESAMPLES = 10_000
 _BLOCK_ELEMENTS = 2**22  # of a block of exchanges: 32 MB
 
 
-class McNemar(NamedTuple):
-    """`p` is exact and conservative where few rows changed; `mid_p` is less so."""
+def mcnemar(only_a: int, only_b: int) -> tuple[float, float]:
+    """p and mid-p of McNemar's test on the rows that one system alone has right: under the null each is a fair coin.
 
-    p: float
-    mid_p: float
-
-
-def mcnemar(only_a: int, only_b: int) -> McNemar:
-    """McNemar's test on the rows that one system alone has right: under the null each of them is a fair coin.
-
-    `mid_p` counts half of the probability of the observed outcome (Fagerland, Lydersen and Laake 2013).
+    p is exact, and conservative where few rows changed. mid-p is less so: it counts half of the probability of the
+    observed outcome (Fagerland, Lydersen and Laake 2013).
     """
     from scipy.stats import binom, binomtest
 
     changed = only_a + only_b
     if changed == 0:
-        return McNemar(1.0, 1.0)
+        return 1.0, 1.0
     p = float(binomtest(only_a, changed, 0.5).pvalue)
     observed = float(binom.pmf(only_a, changed, 0.5))
-    return McNemar(p, p - observed if only_a != only_b else 1.0 - observed / 2)
+    return p, p - observed if only_a != only_b else 1.0 - observed / 2
 
 
 def swap_test(a: OfSums, b: OfSums, *, seed: int = 0, resamples: int = RESAMPLES) -> dict[str, float]:
@@ -58,18 +51,10 @@ def swap_test(a: OfSums, b: OfSums, *, seed: int = 0, resamples: int = RESAMPLES
     return dict(zip(a.names, p_values.tolist(), strict=True))
 
 
-class Difference(NamedTuple):
-    """The difference B - A of a metric under resampled rows: its interval, and the p-value of no difference."""
-
-    low: float
-    high: float
-    p: float
-
-
 def paired_bootstrap(
     a: Sequence[Statistic], b: Sequence[Statistic], rows: int, *, seed: int = 0, resamples: int = RESAMPLES
-) -> dict[str, Difference]:
-    """95% percentile intervals of B - A, by metric, when the same rows are drawn with replacement for both systems.
+) -> dict[str, tuple[float, float, float]]:
+    """95% interval (low, high) of B - A and p of no difference, by metric, with the same resampled rows for both.
 
     A metric that is undefined in all resamples is left out.
     """
@@ -81,7 +66,7 @@ def paired_bootstrap(
         if len(known):
             low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
             tail = min(int((known <= 0).sum()), int((known >= 0).sum()))
-            results[name] = Difference(low, high, min(1.0, 2 * (1 + tail) / (1 + len(known))))
+            results[name] = low, high, min(1.0, 2 * (1 + tail) / (1 + len(known)))
     return results
 
 
