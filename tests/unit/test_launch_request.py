@@ -92,6 +92,12 @@ def test_a_wrong_or_contradicting_key_is_named_with_its_file(config, values, sen
     assert sentence in said and said.count("\n") == 0 and "zero2.json" in said
 
 
+def test_a_plan_reads_on_without_the_section_that_training_refuses():
+    said: list[str] = []
+    assert complete({"tensor_parallel": {"autotp_size": 2}}, recipe(), 2, "mine.json", said.append)
+    assert len(said) == 2 and "tensor_parallel" in said[0] and "has no zero_optimization" in said[1]
+
+
 def read(file: str, fields: str = "") -> dict:
     given = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": file, "ACCELERATE_CONFIG_DS_FIELDS": fields}
     return read_deepspeed_config(recipe(), 2, given)

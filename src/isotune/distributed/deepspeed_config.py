@@ -7,8 +7,7 @@ size, the accumulation and the precision of its own file to the trainer's. Here 
 import json
 import os
 import sys
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,6 @@ from isotune.io.errors import Complain, UserError, did_you_mean, refuse
 
 INLINE = "the accelerate configuration"
 AUTO = "auto"
-_BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu")
-_SET_BY_RECIPE = {
-    "optimizer": "optim, learning_rate and weight_decay",
-    "scheduler": "lr_scheduler_type and warmup_steps",
-}
-_OTHER_PARALLELISM = ("tensor_parallel", "expert_parallel", "sequence_parallel_size", "pipeline")
 
 
 def read_deepspeed_config(
@@ -58,6 +51,7 @@ def complete(
     _check_keys(config, name, complain)
     for sentence in _contradictions(config, recipe):
         complain(f"{name} {sentence}")
+    _check_values(config, name, complain)
     filled = {
         **config,
         **{key: {**(config.get(key) or {}), "enabled": getattr(recipe, key)} for key in ("bf16", "fp16")},
@@ -71,23 +65,19 @@ def complete(
     if recipe.bf16 and stage_of(config) > 0 and "data_types" not in config:
         # microbatches would otherwise be accumulated in bf16
         filled["data_types"] = {"grad_accum_dtype": "fp32"}
-    _check_values(filled, name, complain)
     return filled
 
 
 def stage_of(config: Mapping[str, Any] | None) -> int:
     """The ZeRO stage that a configuration asks for; 0 without one."""
-    return int((config or {}).get("zero_optimization", {}).get("stage", 0))
+    return int(((config or {}).get("zero_optimization") or {}).get("stage", 0))
 
 
 def offloaded(config: Mapping[str, Any] | None) -> list[str]:
     """The parts that a configuration offloads from the device: `optimizer`, `param`."""
-    zero = (config or {}).get("zero_optimization", {})
-    return [
-        part
-        for part in ("optimizer", "param")
-        if (zero.get(f"offload_{part}") or {}).get("device", "none") not in ("none", None)
-    ]
+    zero = (config or {}).get("zero_optimization") or {}
+    devices = {part: (zero.get(f"offload_{part}") or {}).get("device", "none") for part in ("optimizer", "param")}
+    return [part for part, device in devices.items() if device not in ("none", None)]
 
 
 def find_file(file: str) -> Path:
@@ -103,8 +93,9 @@ def find_file(file: str) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        for key, count in Counter(key for key, _ in pairs).items():
-            if count > 1:
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
                 raise UserError(f"{path} says {key} twice: keep one of them")
         return dict(pairs)
 
@@ -124,34 +115,38 @@ def _inline(environment: Mapping[str, str]) -> dict[str, Any]:
     read = lambda key, default: environment.get(f"ACCELERATE_{key}", default)  # noqa: E731
     zero: dict[str, Any] = {"stage": int(read("DEEPSPEED_ZERO_STAGE", "2"))}
     for part in ("optimizer", "param"):
-        device = read(f"DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none")
+        prefix = f"DEEPSPEED_OFFLOAD_{part.upper()}"
+        device = read(f"{prefix}_DEVICE", "none")
+        path = {"nvme_path": read(f"{prefix}_NVME_PATH", "none")} if device == "nvme" else {}
         if device != "none":
-            zero[f"offload_{part}"] = {"device": device}
-            if device == "nvme":
-                zero[f"offload_{part}"]["nvme_path"] = read(f"DEEPSPEED_OFFLOAD_{part.upper()}_NVME_PATH", "none")
+            zero[f"offload_{part}"] = {"device": device, **path}
     config: dict[str, Any] = {"zero_force_ds_cpu_optimizer": False, "zero_optimization": zero}
-    clipping, accumulation = read("GRADIENT_CLIPPING", AUTO), read("GRADIENT_ACCUMULATION_STEPS", AUTO)
-    config["gradient_clipping"] = AUTO if clipping == AUTO else float(clipping)
-    config["gradient_accumulation_steps"] = AUTO if accumulation == AUTO else int(accumulation)
+    for key, number in (("gradient_clipping", float), ("gradient_accumulation_steps", int)):
+        value = read(key.upper(), AUTO)
+        config[key] = value if value == AUTO else number(value)
     return config
 
 
 def _contradictions(config: Mapping[str, Any], recipe: RunRecipe) -> Iterator[str]:
-    for key, ours in _SET_BY_RECIPE.items():
+    by_recipe = {
+        "optimizer": "optim, learning_rate and weight_decay",
+        "scheduler": "lr_scheduler_type and warmup_steps",
+    }
+    for key, ours in by_recipe.items():
         if key in config:
             yield f"has a section '{key}', and the recipe says {ours}: take the section out"
-    for key in _OTHER_PARALLELISM:
+    for key in ("tensor_parallel", "expert_parallel", "sequence_parallel_size", "pipeline"):
         if config.get(key):
             yield f"asks for {key}, and isotune uses data parallelism only: take it out"
     if config.get("managed_gradient_accumulation", True) is not True:
         yield "says managed_gradient_accumulation: false, and the step schedule accumulates: take it out"
-    for key in _BATCH:
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
         if config.get(key, AUTO) != AUTO:
             yield f'says {key}: {config[key]}, and a step sees global_batch_size rows on any hardware: say "auto"'
     accumulation = config.get("gradient_accumulation_steps", AUTO)
     if accumulation not in (AUTO, 1):
-        schedule = 'the step schedule lays out the microbatches of a step: say "auto"'
-        yield f"says gradient_accumulation_steps: {accumulation}, and {schedule}"
+        why = 'the step schedule lays out the microbatches of a step: say "auto"'
+        yield f"says gradient_accumulation_steps: {accumulation}, and {why}"
     clipping, ours = config.get("gradient_clipping", AUTO), recipe.training_arguments["max_grad_norm"]
     if clipping not in (AUTO, ours):
         yield f'says gradient_clipping: {clipping}, and the recipe max_grad_norm: {ours:g}: say "auto" in the first'
@@ -175,27 +170,26 @@ def _check_keys(config: Mapping[str, Any], name: str, complain: Complain) -> Non
         DeepSpeedZeroOffloadParamConfig,
     )
 
-    def compare(section: Mapping[str, Any], known: set[str], prefix: str = "") -> None:
-        for key in section:
-            if key not in known:
-                complain(f"{name}: '{prefix}{key}' is not a key of DeepSpeed's{did_you_mean(key, sorted(known))}")
-
-    compare(config, _known_keys())
-    for section, model in (
+    known = {"": _known_keys()}
+    for path, model in (
         ("zero_optimization", DeepSpeedZeroConfig),
         ("zero_optimization.offload_optimizer", DeepSpeedZeroOffloadOptimizerConfig),
         ("zero_optimization.offload_param", DeepSpeedZeroOffloadParamConfig),
         ("bf16", DeepSpeedBF16Config),
         ("fp16", DeepSpeedFP16Config),
     ):
-        inner: Any = config
-        for part in section.split("."):
-            inner = (inner or {}).get(part)
-        if isinstance(inner, dict):
-            known = {alias for key, field in model.model_fields.items() for alias in (key, field.alias) if alias}
-            compare(inner, known | ({"auto_cast"} if section == "fp16" else set()), f"{section}.")
-        elif inner is not None:
-            complain(f"{name}: {section} is {json.dumps(inner)}: it takes a section of keys")
+        known[path] = {alias for key, field in model.model_fields.items() for alias in (key, field.alias) if alias}
+    known["fp16"].add("auto_cast")
+    for path, keys in known.items():
+        section: Any = config
+        for part in filter(None, path.split(".")):
+            section = section.get(part) if isinstance(section, dict) else None
+        if section is not None and not isinstance(section, dict):
+            raise UserError(f"{name}: {path} is {json.dumps(section)}: it takes a section of keys")
+        for key in section or ():
+            if key not in keys:
+                where = f"{path}.{key}".removeprefix(".")
+                complain(f"{name}: '{where}' is not a key of DeepSpeed's{did_you_mean(key, sorted(keys))}")
 
 
 def _known_keys() -> set[str]:
@@ -204,18 +198,15 @@ def _known_keys() -> set[str]:
 
     known: set[str] = {"optimizer", "scheduler", "sequence_parallel_size", "flops_profiler", "activation_checkpointing"}
 
+    def recorded(read: Callable[..., Any]) -> Callable[..., Any]:
+        def read_and_note(config: Any, key: Any, *default: Any) -> Any:
+            known.add(key)
+            return read(config, key, *default)
+
+        return read_and_note
+
     class Recording(dict):
-        def get(self, key: Any, default: Any = None) -> Any:
-            known.add(key)
-            return super().get(key, default)
-
-        def __contains__(self, key: Any) -> bool:
-            known.add(key)
-            return super().__contains__(key)
-
-        def __getitem__(self, key: Any) -> Any:
-            known.add(key)
-            return super().__getitem__(key)
+        get, __contains__, __getitem__ = recorded(dict.get), recorded(dict.__contains__), recorded(dict.__getitem__)
 
         def __copy__(self) -> "Recording":
             return Recording(self)
@@ -229,7 +220,7 @@ def _check_values(config: dict[str, Any], name: str, complain: Complain) -> None
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
-    zero = {key: value for key, value in config["zero_optimization"].items() if value != AUTO}
+    zero = {key: value for key, value in (config.get("zero_optimization") or {}).items() if value != AUTO}
     try:
         DeepSpeedZeroConfig(**zero)
     except ValidationError as error:

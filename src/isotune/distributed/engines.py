@@ -30,7 +30,12 @@ def read_back(trainer: Any) -> dict[str, Any]:
     clipping, accumulation = float(trainer.args.max_grad_norm or 0.0), accelerator.gradient_accumulation_steps
     optimizer = _innermost(trainer.optimizer)
     if type(model).__module__.startswith("deepspeed."):
-        kind, stage, offload = "DeepSpeed", int(model.zero_optimization_stage()), _deepspeed_offload(model.optimizer)
+        kind, stage, zero = "DeepSpeed", int(model.zero_optimization_stage()), model.optimizer
+        parts = {
+            "optimizer": getattr(zero, "offload_optimizer", False) or getattr(zero, "cpu_offload", False),
+            "param": getattr(zero, "offload_param", False),
+        }
+        offload = [part for part, is_offloaded in parts.items() if is_offloaded]
         world_size = int(model.dp_world_size)
         precision = "fp16" if model.fp16_enabled() else "bf16" if model.bfloat16_enabled() else "no"
         clipping = float(getattr(model.optimizer, "clip_grad", model.gradient_clipping()) or 0.0)
@@ -57,14 +62,13 @@ def read_back(trainer: Any) -> dict[str, Any]:
 
 
 def check_engine(engine: dict[str, Any], trainer: Any, recipe: RunRecipe, process: Process) -> None:
-    """Check that the engine in effect is the one that was asked for.
-
-    Raises:
-        RunFault: names the first key that differs.
-    """
+    """RunFault where the engine in effect is not the one that was asked for; it names the first key that differs."""
+    # accelerate wraps for DDP wherever there is a process group, also for one process under a multi-GPU configuration
+    grouped = process.world_size > 1 or ("WORLD_SIZE" in os.environ and torch.distributed.is_initialized())
+    kind = "DeepSpeed" if process.deepspeed else "FSDP" if process.fsdp else "DDP" if grouped else "plain"
     optimizer = trainer.get_optimizer_cls_and_kwargs(trainer.args)[0].__name__
     expected_values = {
-        "kind": ("engine", _expected_kind(process)),
+        "kind": ("engine", kind),
         "zero_stage": ("zero_optimization.stage", process.zero_stage),
         "offload": ("zero_optimization.offload_*", offloaded(process.deepspeed_config)),
         "world_size": ("world size", int(os.environ.get("WORLD_SIZE", "1"))),
@@ -86,28 +90,10 @@ def whole_numel(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", None) or parameter.numel())
 
 
-def _expected_kind(process: Process) -> str:
-    if process.deepspeed:
-        return "DeepSpeed"
-    if process.fsdp:
-        return "FSDP"
-    # accelerate wraps for DDP wherever there is a process group, also for one process under a multi-GPU configuration
-    grouped = process.world_size > 1 or ("WORLD_SIZE" in os.environ and torch.distributed.is_initialized())
-    return "DDP" if grouped else "plain"
-
-
 def _innermost(optimizer: Any) -> Any:
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
-
-
-def _deepspeed_offload(optimizer: Any) -> list[str]:
-    parts = {
-        "optimizer": getattr(optimizer, "offload_optimizer", False) or getattr(optimizer, "cpu_offload", False),
-        "param": getattr(optimizer, "offload_param", False),
-    }
-    return [part for part, is_offloaded in parts.items() if is_offloaded]
 
 
 def _local_numel(parameter: Any) -> int:

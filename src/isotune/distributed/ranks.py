@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -25,11 +26,7 @@ def gather_by_number(values: dict[int, torch.Tensor], count: int, device: torch.
     """One scalar of each of `count` microbatches, from the rank that has it: the same list on every rank.
 
     Each scalar comes from one rank and is added to zeros only, so the list does not depend on the number of ranks.
-
-    Args:
-        values: this rank's scalars by microbatch number, without microbatches of weight zero.
-        count: microbatches in the step.
-        device: where the collective runs.
+    `values` are this rank's by microbatch number, without microbatches of weight zero.
     """
     rows = {number: value.reshape(1) for number, value in values.items()}
     return gather_vectors(rows, count, 1, device)[:, 0].tolist()
@@ -69,6 +66,12 @@ def call_on_main(process: Process, call: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def _exit_process(sentence: str) -> NoReturn:
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    os._exit(EXIT_FAULT)
+
+
+@dataclass(eq=False)
 class Watchdog:
     """Ends the launch when no rank has made progress for `timeout_seconds`; does nothing on a single rank.
 
@@ -76,19 +79,14 @@ class Watchdog:
     each rank counts its progress in the launch's store, and a thread of every rank watches all counts. When no count
     has changed for the whole timeout, the rank with the lowest count hangs. If all counts are equal, a rank hangs whose
     own thread has stopped writing, as that of a stopped process does.
-
-    Args:
-        timeout_seconds: the recipe's `ddp_timeout`.
-        on_timeout: takes the sentence; by default prints it and exits the process.
     """
 
-    def __init__(self, timeout_seconds: float, on_timeout: Callable[[str], Any] | None = None) -> None:
-        self.timeout_seconds = timeout_seconds
-        self._on_timeout = on_timeout or _exit_process
-        self._progress_count = 0
-        self._phase = "its start"
-        self._stopped = threading.Event()
-        self._thread: threading.Thread | None = None
+    timeout_seconds: float  # the recipe's `ddp_timeout`
+    on_timeout: Callable[[str], Any] = _exit_process  # takes the sentence
+    _progress_count: int = field(default=0, init=False)
+    _phase: str = field(default="its start", init=False)
+    _stopped: threading.Event = field(default_factory=threading.Event, init=False)
+    _thread: threading.Thread | None = field(default=None, init=False)
 
     def start(self) -> None:
         """Start watching through the launch's store."""
@@ -127,7 +125,7 @@ class Watchdog:
             now = time.monotonic()
             if now - max(progress.advanced_at for progress in ranks) > self.timeout_seconds:
                 max_silence = max(3 * pause, self.timeout_seconds / 2)
-                self._on_timeout(self._diagnosis(ranks, [now - p.heartbeat_at > max_silence for p in ranks]))
+                self.on_timeout(self._diagnosis(ranks, [now - p.heartbeat_at > max_silence for p in ranks]))
                 return
             if self._stopped.wait(pause):
                 return
@@ -158,8 +156,3 @@ class _RankProgress:
             self.heartbeat, self.heartbeat_at = int(heartbeat), now
         if int(count) != self.count:
             self.count, self.phase, self.advanced_at = int(count), phase, now
-
-
-def _exit_process(sentence: str) -> NoReturn:
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
-    os._exit(EXIT_FAULT)

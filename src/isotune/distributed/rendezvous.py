@@ -5,9 +5,8 @@ there. A rank that has not joined after MEETING_SECONDS is named; the others kee
 be slow. Once all ranks have joined, the first all-reduce has MEETING_SECONDS to finish. If it does not, each rank tries
 to connect to the others, and the process ends with one sentence that names the unreachable ranks.
 
-`torch.distributed.monitored_barrier` cannot replace this. It runs inside a finished process group of gloo, and a rank
-that is missing or unreachable is what keeps the group from being finished: torch 2.13 then reports only how many
-clients joined. Its message names ranks without hosts or addresses, and only on rank 0; NCCL does not have it at all.
+`torch.distributed.monitored_barrier` cannot replace this: it needs a finished process group of gloo, which a missing or
+unreachable rank prevents, and names ranks without hosts or addresses, on rank 0 only.
 """
 
 import json
@@ -17,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -59,12 +58,9 @@ class NetworkInterface:
 def rendezvous(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
     """Create the process group in the body of this context; one all-reduce after it shows that all ranks are connected.
 
-    Does nothing for a single rank or where the launcher provides no store.
-
-    Raises:
-        UserError: another program uses the port on which this rank must serve the launch's store.
-        RunFault: the group cannot be created because ranks are unreachable, or the all-reduce is wrong. On a timeout
-            the process prints the same sentence and exits with status 1.
+    Does nothing for a single rank or where the launcher provides no store. UserError where another program uses the
+    port on which this rank must serve the store; RunFault where ranks are unreachable or the all-reduce is wrong. On a
+    timeout the process prints the same sentence and exits with status 1.
     """
     world_size = int(environment.get("WORLD_SIZE", "1"))
     if world_size == 1 or "MASTER_ADDR" not in environment:
@@ -83,8 +79,7 @@ def rendezvous(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
         try:
             yield
             device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-            total = torch.ones(1, device=device)
-            dist.all_reduce(total)
+            dist.all_reduce(total := torch.ones(1, device=device))
             summed_ranks = int(total.item())
         except RuntimeError as error:
             if "EADDRINUSE" in str(error):  # torch has no exception class for it
@@ -99,32 +94,26 @@ def rendezvous(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
         raise RunFault(f"the first all-reduce summed {summed_ranks} ranks, and the launch has {world_size}")
 
 
+def _exit_process(sentence: str) -> NoReturn:
+    os.write(2, f"error: {sentence}\n".encode())
+    write_job_status(status="failed", exit_status=EXIT_FAULT, message=sentence)
+    os._exit(EXIT_FAULT)
+
+
+@dataclass(eq=False)
 class Rendezvous:
-    """Watches from a thread whether all ranks join and reach each other, and diagnoses which do not.
+    """Watches from a thread whether all ranks join and reach each other, and diagnoses which do not."""
 
-    Args:
-        open_store: connects to the store of the launch; called in the thread.
-        timeout_seconds: for the first all-reduce, once all ranks have joined.
-        interface: the network interface that the backend uses.
-        on_timeout: takes the diagnosis after a timeout; by default prints it and exits the process.
-    """
-
-    def __init__(
-        self,
-        open_store: Callable[[], Store],
-        *,
-        rank: int,
-        world_size: int,
-        timeout_seconds: float,
-        interface: NetworkInterface,
-        on_timeout: Callable[[str], Any] | None = None,
-    ) -> None:
-        self.rank, self.world_size, self.timeout_seconds = rank, world_size, timeout_seconds
-        self.interface = interface
-        self._open_store, self._on_timeout = open_store, on_timeout or _exit_process
-        self._connected = threading.Event()
-        self._store: Store | None = None
-        self._listener = socket.create_server(("", 0))
+    open_store: Callable[[], Store]  # connects to the store of the launch; called in the thread
+    _: KW_ONLY
+    rank: int
+    world_size: int
+    timeout_seconds: float  # for the first all-reduce, once all ranks have joined
+    interface: NetworkInterface  # of the backend
+    on_timeout: Callable[[str], Any] = _exit_process  # takes the diagnosis
+    _connected: threading.Event = field(default_factory=threading.Event, init=False)
+    _store: Store | None = field(default=None, init=False)
+    _listener: socket.socket = field(default_factory=lambda: socket.create_server(("", 0)), init=False)
 
     def __enter__(self) -> "Rendezvous":
         threading.Thread(target=self._watch, name="rendezvous", daemon=True).start()
@@ -136,7 +125,7 @@ class Rendezvous:
 
     def _watch(self) -> None:
         with suppress(Exception):  # without a store the diagnosis says that it is unreachable
-            store = self._open_store()
+            store = self.open_store()
             port = self._listener.getsockname()[1]
             endpoint = {"host": socket.gethostname(), "address": self.interface.address, "port": port}
             store.set(_key(self.rank), json.dumps(endpoint))
@@ -146,24 +135,24 @@ class Rendezvous:
         notes = 0
         while not self._connected.wait(min(1.0, self.timeout_seconds / 10)):
             now = time.monotonic()
-            waited = now - started
-            if all_joined_at is None and self._store is not None and not self._missing_ranks(self._store):
+            if all_joined_at is None and self._store is not None and not self._missing_ranks():
                 all_joined_at = now
             if all_joined_at is not None:
                 if now - all_joined_at > self.timeout_seconds:
                     limit = f"{self.timeout_seconds:g} s"
-                    self._on_timeout(f"the first all-reduce did not finish within {limit}: {self.diagnosis()}")
+                    self.on_timeout(f"the first all-reduce did not finish within {limit}: {self.diagnosis()}")
                     return
                 continue
+            waited = now - started
             if waited > JOIN_TIMEOUTS * self.timeout_seconds:
-                self._on_timeout(f"not all ranks have joined after {waited:.0f} s: {self.diagnosis()}")
+                self.on_timeout(f"not all ranks have joined after {waited:.0f} s: {self.diagnosis()}")
                 return
             if waited > (notes + 1) * self.timeout_seconds:
                 notes += 1
                 print(f"note        not all ranks have joined after {waited:.0f} s: {self.diagnosis()}", flush=True)
 
-    def _missing_ranks(self, store: Store) -> list[str]:
-        return [str(rank) for rank in range(self.world_size) if not store.check([_key(rank)])]
+    def _missing_ranks(self) -> list[int]:
+        return [rank for rank in range(self.world_size) if self._store and not self._store.check([_key(rank)])]
 
     def diagnosis(self) -> str:
         """Which ranks are missing and which are unreachable from this rank, by host and address."""
@@ -173,11 +162,10 @@ class Rendezvous:
         if self._store is None:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             return f"rank {self.rank} on {here} cannot connect to the launch's store at {address}"
-        missing, unreachable = self._missing_ranks(self._store), self.unreachable_ranks()
         parts = []
-        if missing:
-            parts.append(f"rank {' and '.join(missing)} did not join")
-        if unreachable:
+        if missing := self._missing_ranks():
+            parts.append(f"rank {' and '.join(map(str, missing))} did not join")
+        if unreachable := self.unreachable_ranks():
             parts.append(f"{' and '.join(unreachable)} cannot be reached from rank {self.rank} on {here}")
         if not parts:
             return f"all ranks can be reached from rank {self.rank} on {here} at other ports: {advice}"
@@ -210,9 +198,3 @@ def _accepts_connections(endpoint: Mapping[str, Any]) -> bool:
     except OSError:
         return False
     return True
-
-
-def _exit_process(sentence: str) -> NoReturn:
-    os.write(2, f"error: {sentence}\n".encode())
-    write_job_status(status="failed", exit_status=EXIT_FAULT, message=sentence)
-    os._exit(EXIT_FAULT)
