@@ -62,11 +62,8 @@ class Step:
 class StepSchedule:
     """All steps of a run, addressed by their number; nothing is drawn from a shared random stream.
 
-    Args:
-        global_batch_size: rows an update sees. The last update of an epoch may see fewer; nothing is dropped.
-        microbatch_tokens: the most tokens one forward pass may see, at least the longest row.
-        seed: of the epochs' shuffles.
-        shuffle: off for evaluation, where the order of the rows has no meaning.
+    The last update of an epoch may see fewer than `global_batch_size` rows; nothing is dropped. `shuffle` is off for
+    evaluation, where the order of the rows has no meaning.
     """
 
     def __init__(
@@ -75,7 +72,7 @@ class StepSchedule:
         rows: Rows,
         *,
         global_batch_size: int,
-        microbatch_tokens: int,
+        microbatch_tokens: int,  # the most that one forward pass may see, at least the longest row
         seed: int,
         shuffle: bool = True,
     ) -> None:
@@ -127,8 +124,6 @@ def assign_to_ranks(step: Step, world_size: int) -> list[list[Microbatch]]:
 
     Longest-processing-time first, with at most ceil(n / world_size) microbatches a rank. A rank with fewer also gets
     the step's cheapest microbatch with weight zero, because sharded engines communicate within every forward.
-
-    Returns a list of microbatches for each rank, in the order of their numbers.
     """
     per_rank = -(-len(step.microbatches) // world_size)
     shares: list[list[Microbatch]] = [[] for _ in range(world_size)]

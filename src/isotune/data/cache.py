@@ -43,8 +43,7 @@ def cache_folder() -> Path:
 def load_or_build(fingerprint: str, build: Callable[[], Content]) -> Content:
     """The entry of this fingerprint, built by exactly one of the processes that ask for it; arrays mapped from disk.
 
-    Raises:
-        UserError: the folder cannot be written, or the disk has no room.
+    UserError where the folder cannot be written, or the disk has no room.
     """
     folder = cache_folder()
     entry = folder / fingerprint

@@ -89,11 +89,7 @@ class Documents:
         return np.ones(len(self), np.int64) if self.has_labels else sums_of(self.targets, self.starts)
 
     def locate(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where some documents, int [chosen], stand when they lie end to end, and where their tokens are now.
-
-        Returns:
-            starts, int64 [chosen + 1]; and the positions of their tokens in `input_ids`, int64 [tokens].
-        """
+        """The `starts` of some documents when they lie end to end, and the positions of their tokens in `input_ids`."""
         first = self.starts[documents]
         lengths = self.starts[documents + 1] - first
         starts = starts_of(lengths)
@@ -207,9 +203,6 @@ class DataSettings:
     MIN_OWN_TOKENS: ClassVar[int]  # that a document needs beside its special tokens
 
     max_seq_length: int  # tokens of a document at most, special tokens included
-    overlong: str  # what happens to a longer document
-    dataset_text_field: str  # the column that holds the text
-    seed: int  # of whatever chance decides
 
     @classmethod
     def of(cls, recipe: Any) -> Self:

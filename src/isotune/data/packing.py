@@ -19,14 +19,8 @@ def pack(lengths: np.ndarray, capacity: int, seed: int) -> Rows:
 
     The number of rows is that of the sequential best-fit-decreasing, exactly. Equal input gives equal rows on every
     machine; which of the documents of one length goes where depends on the seed, so that a row's content does not
-    follow the order of the source.
-
-    Args:
-        lengths: tokens of each document, [documents], each within 1 and `capacity`.
-        capacity: tokens a row holds.
-
-    Returns:
-        Rows, with the documents of a row from the longest to the shortest.
+    follow the order of the source. `lengths` are the tokens of each document, [documents], from 1 to `capacity`; a row
+    has its documents from the longest to the shortest.
     """
     documents = len(lengths)
     if documents == 0:
@@ -78,8 +72,7 @@ class _OpenRows:
     def take(self, room: int, waiting: int, per_row: int) -> tuple[np.ndarray, int]:
         """Take the rows of this room that `waiting` documents need, `per_row` to a row.
 
-        Returns:
-            the row numbers, and how many documents the last of them gets: `per_row`, or what is left over.
+        Returns the row numbers, and how many documents the last of them gets: `per_row`, or what is left over.
         """
         needed = -(-waiting // per_row)
         if room == self.capacity:

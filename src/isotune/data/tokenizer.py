@@ -22,14 +22,7 @@ class FastTokenizer:
     A special token written out in a text, such as `</s>`, is encoded like any other characters and never becomes the
     special token.
 
-    Attributes:
-        name: how error sentences name the tokenizer.
-        prefix, suffix: int32 [tokens that the tokenizer puts before and after a text].
-        definition: the tokenizer as JSON, for fingerprints.
-        backend: adds no special tokens and has no post-processor, so no offset is trimmed of its leading space.
-
-    Raises:
-        UserError: the tokenizer, of `transformers`, has no Rust backend.
+    UserError where the tokenizer, of `transformers`, has no Rust backend.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -41,10 +34,10 @@ class FastTokenizer:
         self.backend.no_padding()
         probe = self.backend.encode("a", add_special_tokens=True)
         own = np.flatnonzero(np.array(probe.special_tokens_mask) == 0)
-        self.prefix = np.array(probe.ids[: own[0]], np.int32)
+        self.prefix = np.array(probe.ids[: own[0]], np.int32)  # what the tokenizer puts before a text
         self.suffix = np.array(probe.ids[own[-1] + 1 :], np.int32)
-        self.definition = str(self.backend.to_str())
-        self.backend.post_processor = None
+        self.definition = str(self.backend.to_str())  # for fingerprints
+        self.backend.post_processor = None  # which would trim offsets of their leading space
         self.backend.encode_special_tokens = True
 
 
@@ -53,9 +46,7 @@ def add_special_tokens(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Put a prefix before and a suffix after each text: of `lengths` tokens, int64 [texts], end to end in `input_ids`.
 
-    Returns:
-        int32 input_ids with the special tokens; starts, int64 [texts + 1]; and where each of the texts' own tokens
-        went, int64 [tokens].
+    Returns int32 input_ids with them; starts, int64 [texts + 1]; and where each own token of a text went, int64.
     """
     special = len(prefix) + len(suffix)
     starts = starts_of(lengths + special)
@@ -73,9 +64,6 @@ class TextEncoder(FastTokenizer):
     """A tokenizer made ready to turn texts into `[CLS] ... [SEP]`, or whatever it puts around a text.
 
     An empty text becomes the special tokens alone. `fingerprint` is a digest of everything that decides the tokens.
-
-    Raises:
-        UserError: no Rust backend, or no token before a text, which is the one a classifier reads.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -106,11 +94,8 @@ class TextEncoder(FastTokenizer):
             tail        C 5 6 7 8 S          the last
             head_tail   C 1 6 7 8 S          a quarter from the start, the rest from the end
 
-        Args:
-            labels: int32 [texts]; class 0 for all where nobody knows them.
-
-        Returns:
-            Documents with the column `whole_lengths`, the tokens of each before anything was cut, int64.
+        `labels` are int32 [texts]; class 0 for all where nobody knows them. The documents have the column
+        `whole_lengths`, the tokens of each before anything was cut, int64.
         """
         tokens = self.tokens(texts)
         own = np.array([len(ids) for ids in tokens], np.int64)

@@ -79,10 +79,7 @@ def render_messages(messages: Sequence[Mapping[str, Any]], train_on: TrainOn = "
 
     Each message becomes its header, a space and its content as it stands; the messages are joined by line ends. A
     header inside a content is text like any other. Messages are mappings with `role` and `content`, or `from` and
-    `value`; a role is one of `system`, `user` (`human`), `assistant` (`gpt`).
-
-    Raises:
-        ValueError: a message is not such a mapping; the sentence says which and why.
+    `value`; a role is one of `system`, `user` (`human`), `assistant` (`gpt`). ValueError says which message is not so.
     """
     parts: list[str] = []
     turns: list[tuple[int, int, bool]] = []
@@ -97,14 +94,10 @@ def render_messages(messages: Sequence[Mapping[str, Any]], train_on: TrainOn = "
 
 
 def render_prompt(question: str | Sequence[Mapping[str, Any]]) -> str:
-    """The text that a model trained on these conversations continues with an answer.
+    """The text that a model trained on these conversations continues with an answer to `question`.
 
-    It ends in `### Assistant:` without a space, because the space belongs to the first token of the answer.
-
-    `question` is one question, or the messages so far in the form of `render_messages`.
-
-    Raises:
-        ValueError: a message has no known role or no text.
+    That is one question, or the messages so far in the form of `render_messages`. The text ends in `### Assistant:`
+    without a space, because the space belongs to the first token of the answer.
     """
     messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
     turns = [_header_and_content(message, number) for number, message in enumerate(messages, start=1)]
@@ -153,10 +146,7 @@ def read_batches(source: Source, text_field: str, train_on: TrainOn) -> Iterator
     """Read and parse a source, batch by batch.
 
     The conversations stand in the column `text_field`; where that is the default and absent, in `messages` or
-    `conversations`. A text is in Guanaco's form, a list is messages.
-
-    Raises:
-        UserError: no such column, or a row that holds no conversation there; the sentence names the row.
+    `conversations`. A text is in Guanaco's form, a list is messages. UserError names the row that holds neither.
     """
     column = None
     for rows in source.batches():

@@ -43,11 +43,7 @@ class SftSettings(DataSettings):
 def prepare_conversations(recipe: Recipe, tokenizer: Any, *, show: bool) -> RunData:
     """Read, mask and pack the conversations that a recipe names.
 
-    Args:
-        show: progress on stderr and a table of each set on stdout; one process of a launch should say True.
-
-    Raises:
-        UserError: whatever the user can put right, in one sentence.
+    `show` asks for progress on stderr and a table of each set on stdout; one process of a launch should.
     """
     settings = SftSettings.of(recipe)
     train = prepare(recipe.dataset_name, recipe.dataset_split, tokenizer, settings, show_progress=show)
@@ -71,22 +67,14 @@ def prepare(
 
     The documents are kept on disk (isotune.data.cache) under a digest of the source's content, the tokenizer and the
     settings that matter to them; packing is quick and done each time, so another seed tokenizes nothing.
-
-    Args:
-        dataset_name, split, name: as in `isotune.data.sources.source.read_rows`.
-        tokenizer: of transformers, with a Rust backend, an eos and a pad token.
-
-    Raises:
-        UserError: whatever the user can put right, in one sentence; nothing is written then.
+    `dataset_name`, `split` and `name` are those of `isotune.data.sources.source.read_rows`.
     """
     encoder = ConversationEncoder(tokenizer)
     settings.check(len(encoder.prefix))
     source = read_rows(dataset_name, split, name=name)
     decisive = (settings.max_seq_length, settings.overlong, settings.train_on, settings.dataset_text_field)
     documents_digest = digest(FORMAT_VERSION, source.fingerprint, encoder.fingerprint, *decisive)
-    arrays, counts = load_or_build(
-        documents_digest, lambda: _build(source, encoder, settings, show_progress=show_progress)
-    )
+    arrays, counts = load_or_build(documents_digest, lambda: _build(source, encoder, settings, show_progress))
     documents = Documents.from_arrays(arrays)
     if settings.packing:
         rows = pack(documents.lengths, settings.max_seq_length, settings.seed)
@@ -98,7 +86,7 @@ def prepare(
     return PreparedData(documents, rows, table, fingerprint)
 
 
-def _build(source: Source, encoder: ConversationEncoder, settings: SftSettings, *, show_progress: bool) -> Content:
+def _build(source: Source, encoder: ConversationEncoder, settings: SftSettings, show_progress: bool) -> Content:
     """Tokenize a whole source and count what became of it."""
     parts: list[Documents] = []
     whole_lengths: list[np.ndarray] = []
@@ -125,41 +113,26 @@ def _build(source: Source, encoder: ConversationEncoder, settings: SftSettings, 
         raise UserError(f"none of the {tally['read']} rows of {source.name} can be trained on: {reasons}")
     return documents.as_arrays(), {
         "source": source.name,
-        "read": tally["read"],
+        "read": tally["read"],  # rows of the source: `kept` and all of `dropped`
         "kept": len(np.unique(documents.source_rows)),
-        "truncated": tally["truncated"],
+        "truncated": tally["truncated"],  # kept rows that were longer than max_seq_length, as are `split`
         "split": tally["split"],
-        "dropped": dropped,
-        "documents": len(documents),
-        "pieces_dropped": tally["pieces_dropped"],
-        "turns_cut": tally["turns_cut"],
+        "dropped": dropped,  # rows by the reason for which they are not trained on
+        "documents": len(documents),  # what is trained on; more than `kept` where rows were split
+        "pieces_dropped": tally["pieces_dropped"],  # pieces of split rows that held no supervised token
+        "turns_cut": tally["turns_cut"],  # after the last answer of a conversation
         "tokens": len(documents.input_ids),
         "supervised_tokens": int(documents.supervised.sum()),
-        "straddling_tokens": tally["straddling_tokens"],
-        "special_texts": tally["special_texts"],
-        "whole_lengths": CountsTable.quantiles(np.concatenate(whole_lengths)),
+        "straddling_tokens": tally["straddling_tokens"],  # that also cover a character outside their answer
+        "special_texts": tally["special_texts"],  # in which the eos token is written out, encoded as ordinary text
+        "whole_lengths": CountsTable.quantiles(np.concatenate(whole_lengths)),  # tokens before anything was cut
     }
 
 
 def _table(source: str, counts: dict[str, Any], rows: int, settings: SftSettings) -> CountsTable:
-    """What became of the conversations of a source; `counts` are the same for every packing and seed.
-
-    read, kept            rows of the source; `read` is `kept` plus all of `dropped`
-    truncated, split      kept rows that were longer than max_seq_length
-    dropped               rows by the reason for which they are not trained on
-    documents             what is trained on; more than `kept` where rows were split
-    pieces_dropped        pieces of split rows that held no supervised token
-    turns_cut             turns after the last answer of a conversation, left out
-    tokens, supervised_tokens    of the documents
-    straddling_tokens     supervised tokens that also cover a character outside their answer
-    special_texts         conversations in which the eos token is written out, encoded as ordinary text
-    whole_lengths         quantiles of the tokens of a conversation before anything was cut
-    rows, row_capacity    how many rows there are, and the tokens that each may hold
-    packing               whether rows hold more than one document
-    packing_efficiency    the share of all rows' capacity that tokens fill
-    """
+    """What became of the conversations of a source; `counts` are the same for every packing and seed."""
     tokens, supervised, capacity = counts["tokens"], counts["supervised_tokens"], settings.max_seq_length
-    efficiency = tokens / (rows * capacity)
+    efficiency = tokens / (rows * capacity)  # the share of all rows' capacity that tokens fill
     lines = [
         ("documents read", f"{counts['read']:,}"),
         ("  kept", f"{counts['kept']:,}"),

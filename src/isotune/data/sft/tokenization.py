@@ -50,10 +50,8 @@ class ConversationEncoder(FastTokenizer):
     colon; those are counted. A token that stands for no character at all is not supervised.
 
     Each text is closed by one supervised eos, `eos_token_id`. Should a vocabulary yield its eos for ordinary text all
-    the same, that token is not supervised. `fingerprint` is a digest of everything that decides the tokens.
-
-    Raises:
-        UserError: the tokenizer has no eos, no pad, or no Rust backend.
+    the same, that token is not supervised. `fingerprint` is a digest of everything that decides the tokens. UserError
+    where the tokenizer has no eos, no pad, or no Rust backend.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -70,9 +68,8 @@ class ConversationEncoder(FastTokenizer):
     def encode(self, conversations: Sequence[Conversation], source_rows: np.ndarray | None = None) -> Documents:
         """Tokenize conversations that have an answer each, of these source rows, int64 [conversations], or numbered.
 
-        Returns:
-            Documents, whole, without the prefix. Their columns are `straddling_tokens`, the supervised tokens that
-            also cover characters outside an answer, and `special_texts`, whether somebody wrote out the eos token.
+        The documents are whole, without the prefix. Their columns are `straddling_tokens`, the supervised tokens that
+        also cover characters outside an answer, and `special_texts`, whether somebody wrote out the eos token.
         """
         texts = [conversation.text for conversation in conversations]
         tokens = self.locate(texts)
@@ -173,12 +170,10 @@ def fit(
     A document's first token is predicted from nothing and so never supervised: without a prefix each piece of a split
     conversation loses at most that one. Documents without any supervised token are dropped.
 
-    `whole` is conversations without `prefix`, int32 [tokens that the tokenizer prepends].
-
-    Returns:
-        The documents, and conversations by what became of them: `truncated` and `split` are kept, `too_long` are
-        dropped for their length, `answer_cut` because no supervised token was left; `pieces_dropped` are pieces
-        without a supervised token, of conversations of which other pieces are kept.
+    `whole` is conversations without `prefix`, int32 [tokens that the tokenizer prepends]. Returned with the documents
+    are conversations by what became of them: `truncated` and `split` are kept, `too_long` are dropped for their length,
+    `answer_cut` because no supervised token was left; `pieces_dropped` are pieces without a supervised token, of
+    conversations of which other pieces are kept.
     """
     room = max_seq_length - len(prefix)
     assert room >= 1 and max_seq_length >= 2, "no room for a token and its target"

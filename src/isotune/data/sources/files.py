@@ -103,8 +103,7 @@ def _has_odd_quotes(path: Path) -> bool:
 def read_cells(path: Path, *, skip_leading_blanks: bool = False) -> Iterator[tuple[list[str], int]]:
     """The cells of each row of a CSV file as text, none for an empty line, and the line where the row ends.
 
-    Raises:
-        OSError, UnicodeDecodeError, csv.Error: from where on the file cannot be read.
+    OSError, UnicodeDecodeError or csv.Error from where on the file cannot be read.
     """
     csv.field_size_limit(sys.maxsize)
     with path.open(encoding="utf-8-sig", newline="") as file:

@@ -19,9 +19,6 @@ def load_hub_dataset(dataset_name: str, split: str, *, key: str) -> Any:
     """One split of a Hub data set, a `datasets.Dataset`; with `HF_HUB_OFFLINE` set only the local cache counts.
 
     The libraries retry an unreachable Hub for minutes, so one short request tests it first.
-
-    Raises:
-        UserError: no network and no cached copy, no such data set, or no such split.
     """
     datasets: Any = import_module("datasets")  # takes a second, and has no types
     offline: bool = datasets.config.HF_HUB_OFFLINE

@@ -76,10 +76,7 @@ def read_rows(dataset_name: str, split: str = "train", *, name: str = "dataset_n
         or in its `data` folder; or one that `datasets.save_to_disk` wrote;
       - a Hub id.
 
-    Error sentences call the recipe's key `name`.
-
-    Raises:
-        UserError: nothing is there, nothing of that split, the file is empty, or the Hub is out of reach.
+    UserError, in which the recipe's key is called `name`, where that is not there or the Hub is out of reach.
     """
     if dataset_name.startswith(PREFIX):
         return _builtin_source(dataset_name, split)
@@ -168,10 +165,7 @@ class Corpus:
     generate: Generator
 
     def rows(self, split: str) -> list[Row]:
-        """The rows of one split.
-
-        Both splits are cut from one stream of distinct rows: what is in `test` is never in `train`.
-        """
+        """The rows of a split; both are cut from one stream of distinct rows: what is in `test` is never in `train`."""
         if split not in self.split_rows:
             raise UserError(f"{PREFIX}{self.name} has no split {split!r}; it has {', '.join(self.split_rows)}")
         count = sum(self.split_rows.values())
