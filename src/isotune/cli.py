@@ -3,14 +3,13 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn
 
 from isotune import __version__
 from isotune.io.errors import EXIT_USER_ERROR, OneSentenceParser, UserError, run_script
-
-Commands: TypeAlias = "argparse._SubParsersAction[OneSentenceParser]"
+from isotune.preflight import command as plan_command
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -24,7 +23,7 @@ def _run(arguments: Sequence[str]) -> int | None:
         parser.print_help()
         raise UserError("a command is missing")
     chosen, rest = parser.parse_known_args(arguments)
-    if hasattr(chosen, "takes_recipe_keys"):
+    if chosen.run is plan_command.run:  # the flags that are not its own are keys of the recipe
         return chosen.run(chosen, rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -32,7 +31,7 @@ def _run(arguments: Sequence[str]) -> int | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """The command line. A command adds itself by one function here and imports its libraries when it runs."""
+    """The command line. What a command calls imports its libraries when it runs."""
     parser = OneSentenceParser(
         prog="isotune",
         description="Fine-tuning whose result does not depend on how it was run.",
@@ -40,23 +39,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"isotune {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_export, _add_compare, _add_report, _add_validate_submission, _add_plan, _add_doctor):
-        add(commands)
-    return parser
 
+    def command(name: str, run: Callable[..., int | None], **texts: Any) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, formatter_class=argparse.RawDescriptionHelpFormatter, **texts)
+        added.set_defaults(run=run)
+        return added
 
-def _add(commands: Commands, name: str, *, examples: str, **texts: Any) -> OneSentenceParser:
-    as_written = argparse.RawDescriptionHelpFormatter
-    return commands.add_parser(name, formatter_class=as_written, epilog=f"examples:\n{examples}", **texts)
-
-
-def _add_export(commands: Commands) -> None:
-    export = _add(
-        commands,
+    export = command(
         "export",
+        _export,
         help="write a run's model for use elsewhere, an adapter merged into its base",
         description="Write a run's model for use elsewhere. What was written is read back and compared.",
-        examples=(
+        epilog=(
+            "examples:\n"
             "  isotune export runs/opt350m_lora                        the adapter, for peft\n"
             "  isotune export runs/opt350m_lora --merge                a Hugging Face folder\n"
             "  isotune export runs/opt350m_lora --merge --format pt    model.pt, for load_state_dict\n"
@@ -70,7 +65,86 @@ def _add_export(commands: Commands) -> None:
     export.add_argument("--output", metavar="DIR", help="a folder that is absent or empty (default: in RUN/export)")
     dtype = "data type of merged weights: float32, float16 or bfloat16 (default: as trained)"
     export.add_argument("--dtype", help=dtype)
-    export.set_defaults(run=_export)
+
+    compare = command(
+        "compare",
+        _compare,
+        help="test whether runs differ on the same evaluated rows",
+        description=(
+            "Compare evaluated runs on the same rows, each with the first: McNemar's exact test for accuracy, a\n"
+            "permutation test for other metrics, 95% intervals by paired bootstrap, and Holm's correction over\n"
+            "all of them. Runs that were evaluated on other rows are refused."
+        ),
+        epilog=(
+            "examples:\n"
+            "  isotune compare runs/demo-base runs/demo\n"
+            "  isotune compare runs/bert runs/distilbert runs/albert --all_pairs --name test\n"
+            "  isotune compare runs/yelp/eval/step-100 runs/yelp/eval/step-200 --metrics accuracy log_loss --json"
+        ),
+    )
+    compare.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, or of results: RUN/eval/NAME")
+    compare.add_argument("--name", help="name of the evaluation, where the runs have several in common")
+    metrics = "metrics to test (a few that matter)"
+    compare.add_argument("--metrics", nargs="+", default=[], metavar="METRIC", help=metrics)
+    pairs = "compare every pair of runs, not only each with the first"
+    compare.add_argument("--all_pairs", action="store_true", help=pairs)
+    for name, default, meaning in (
+        ("--examples", 3, "example rows to show for each direction (%(default)s)"),
+        ("--resamples", 10_000, "number of bootstrap resamples (%(default)s)"),
+        ("--seed", 0, "seed of the resamples (%(default)s)"),
+    ):
+        compare.add_argument(name, type=int, default=default, metavar="N", help=meaning)
+    compare.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    report = command(
+        "report",
+        _report,
+        help="write one self-contained HTML file of a run, or of several side by side",
+        description=(
+            "Write one HTML file: what ran, curves, metrics with intervals, pictures, examples; of several runs\n"
+            "also what differs between them and whether one is significantly better. It loads no model."
+        ),
+        epilog="examples:\n  isotune report runs/demo\n  isotune report runs/demo-base runs/demo --output two.html",
+    )
+    report.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, finished or not")
+    report.add_argument("--output", metavar="FILE", help="the file to write (report.html in the first RUN)")
+
+    validate = command(
+        "validate-submission",
+        _validate_submission,
+        help="check a submission.csv and list all its mistakes",
+        description="Check a submission and list all its mistakes: columns, order, ids,\nprobabilities and their sums.",
+    )
+    validate.add_argument("file", metavar="FILE", help="the submission")
+    validate.add_argument("--sample", metavar="FILE", required=True, help="the competition's sample_submission.csv")
+
+    plan = command(
+        "plan",
+        plan_command.run,
+        help="show what a run will do and need of memory, time and money, before it starts",
+        description=(
+            "List all mistakes in a recipe and its launch, and show what the run would do and need.\n"
+            "Nothing is trained and no weights are loaded: a config.json is enough, and no GPU is needed."
+        ),
+        epilog=plan_command.EXAMPLES,
+        allow_abbrev=False,
+    )
+    plan_command.add_arguments(plan)
+
+    doctor = command(
+        "doctor",
+        _doctor,
+        help="check this machine and launch for what could spoil a run",
+        description="Check versions, devices, kernels, compilers, disks, caches, the Hub, SLURM and the network.",
+        epilog=(
+            "examples:\n"
+            "  isotune doctor\n"
+            "  isotune doctor --output_dir /scratch/me/runs\n"
+            "  accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 8 -m isotune.cli doctor"
+        ),
+    )
+    doctor.add_argument("--output_dir", default="runs", metavar="DIR", help="where runs would go (%(default)s)")
+    return parser
 
 
 def _export(chosen: argparse.Namespace) -> None:
@@ -85,39 +159,6 @@ def _export(chosen: argparse.Namespace) -> None:
     print(f"wrote the {done.kind} to {done.folder / STATE_DICT if done.format == 'pt' else done.folder}")
 
 
-def _add_compare(commands: Commands) -> None:
-    compare = _add(
-        commands,
-        "compare",
-        help="test whether runs differ on the same evaluated rows",
-        description=(
-            "Compare evaluated runs on the same rows, each with the first: McNemar's exact test for accuracy, a\n"
-            "permutation test for other metrics, 95% intervals by paired bootstrap, and Holm's correction over\n"
-            "all of them. Runs that were evaluated on other rows are refused."
-        ),
-        examples=(
-            "  isotune compare runs/demo-base runs/demo\n"
-            "  isotune compare runs/bert runs/distilbert runs/albert --all_pairs --name test\n"
-            "  isotune compare runs/yelp/eval/step-100 runs/yelp/eval/step-200 --metrics accuracy log_loss --json"
-        ),
-    )
-    compare.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, or of results: RUN/eval/NAME")
-    compare.add_argument("--name", help="name of the evaluation, where the runs have several in common")
-    compare.add_argument(
-        "--metrics", nargs="+", default=[], metavar="METRIC", help="metrics to test (a few that matter)"
-    )
-    pairs = "compare every pair of runs, not only each with the first"
-    compare.add_argument("--all_pairs", action="store_true", help=pairs)
-    for name, default, meaning in (
-        ("--examples", 3, "example rows to show for each direction (%(default)s)"),
-        ("--resamples", 10_000, "number of bootstrap resamples (%(default)s)"),
-        ("--seed", 0, "seed of the resamples (%(default)s)"),
-    ):
-        compare.add_argument(name, type=int, default=default, metavar="N", help=meaning)
-    compare.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    compare.set_defaults(run=_compare)
-
-
 def _compare(chosen: argparse.Namespace) -> None:
     from isotune.evaluation.comparison import compare_runs
     from isotune.report.formatting import comparison_text
@@ -127,15 +168,10 @@ def _compare(chosen: argparse.Namespace) -> None:
     print(json.dumps(comparison.as_dict(), indent=2) if chosen.json else comparison_text(comparison))
 
 
-def _add_validate_submission(commands: Commands) -> None:
-    validate = commands.add_parser(
-        "validate-submission",
-        help="check a submission.csv and list all its mistakes",
-        description="Check a submission and list all its mistakes: columns, order, ids, probabilities and their sums.",
-    )
-    validate.add_argument("file", metavar="FILE", help="the submission")
-    validate.add_argument("--sample", metavar="FILE", required=True, help="the competition's sample_submission.csv")
-    validate.set_defaults(run=_validate_submission)
+def _report(chosen: argparse.Namespace) -> None:
+    from isotune.report.html_report import write_report
+
+    print(f"report      {write_report(chosen.runs, chosen.output)}")
 
 
 def _validate_submission(chosen: argparse.Namespace) -> int:
@@ -149,66 +185,10 @@ def _validate_submission(chosen: argparse.Namespace) -> int:
     return EXIT_USER_ERROR if problems else 0
 
 
-def _add_plan(commands: Commands) -> None:
-    from isotune.preflight import command
-
-    plan = commands.add_parser(
-        "plan",
-        help="show what a run will do and need of memory, time and money, before it starts",
-        description=(
-            "List all mistakes in a recipe and its launch, and show what the run would do and need.\n"
-            "Nothing is trained and no weights are loaded: a config.json is enough, and no GPU is needed."
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=command.EXAMPLES,
-        allow_abbrev=False,
-    )
-    command.add_arguments(plan)
-    plan.set_defaults(run=command.run, takes_recipe_keys=True)
-
-
-def _add_doctor(commands: Commands) -> None:
-    doctor = _add(
-        commands,
-        "doctor",
-        help="check this machine and launch for what could spoil a run",
-        description="Check versions, devices, kernels, compilers, disks, caches, the Hub, SLURM and the network.",
-        examples=(
-            "  isotune doctor\n"
-            "  isotune doctor --output_dir /scratch/me/runs\n"
-            "  accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 8 -m isotune.cli doctor"
-        ),
-    )
-    doctor.add_argument("--output_dir", default="runs", metavar="DIR", help="where runs would go (%(default)s)")
-    doctor.set_defaults(run=_doctor)
-
-
 def _doctor(chosen: argparse.Namespace) -> int:
     from isotune.doctor import run_doctor
 
     return run_doctor(Path(chosen.output_dir))
-
-
-def _add_report(commands: Commands) -> None:
-    report = _add(
-        commands,
-        "report",
-        help="write one self-contained HTML file of a run, or of several side by side",
-        description=(
-            "Write one HTML file: what ran, curves, metrics with intervals, pictures, examples; of several runs\n"
-            "also what differs between them and whether one is significantly better. It loads no model."
-        ),
-        examples="  isotune report runs/demo\n  isotune report runs/demo-base runs/demo --output two.html",
-    )
-    report.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, finished or not")
-    report.add_argument("--output", metavar="FILE", help="the file to write (report.html in the first RUN)")
-    report.set_defaults(run=_report)
-
-
-def _report(chosen: argparse.Namespace) -> None:
-    from isotune.report.html_report import write_report
-
-    print(f"report      {write_report(chosen.runs, chosen.output)}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from isotune.checkpoint.flat_tensors import FlatTensor, share_of
 from isotune.compat import deepspeed
 from isotune.compat.torch import global_offset
 from isotune.compat.transformers import set_attention_of
+from isotune.distributed.ranks import several_ranks
 from isotune.io.errors import UserError
 
 MODEL, OPTIMIZER = "model/", "optimizer/"
@@ -148,8 +149,7 @@ class TorchState(EngineState):
             return FlatTensor(local.view(-1), global_offset(tensor)[0] * row, tensor.numel())
         if to_read:
             return FlatTensor.whole(tensor)
-        several = dist.is_initialized() and dist.get_world_size() > 1
-        return share_of(tensor, dist.get_rank(), dist.get_world_size()) if several else share_of(tensor, 0, 1)
+        return share_of(tensor, dist.get_rank(), dist.get_world_size()) if several_ranks() else share_of(tensor, 0, 1)
 
     def after_reading(self) -> None:
         """Nothing is computed from the parameters."""

@@ -20,6 +20,7 @@ from isotune.checkpoint.final_model import NO_ROOM
 from isotune.checkpoint.flat_tensors import FlatTensor, write_tensors, written_by
 from isotune.checkpoint.manifest import FileRecord, Manifest, record_file
 from isotune.checkpoint.store import CheckpointStore
+from isotune.distributed.ranks import several_ranks
 from isotune.io.errors import RunFault, UserError
 from isotune.io.files import write_synced
 
@@ -48,10 +49,9 @@ class CheckpointWriter:
     def __init__(self, store: CheckpointStore, on_published: Callable[[Path, Manifest], None]) -> None:
         self.store, self.on_published = store, on_published
         self.error: BaseException | None = None
-        is_distributed = dist.is_initialized() and dist.get_world_size() > 1
-        self._rank = dist.get_rank() if is_distributed else 0
+        self._rank = dist.get_rank() if several_ranks() else 0
         # a group of its own: the collectives of the thread must not mix with those of training
-        self._group: Any = cast(Any, dist).new_group(backend="gloo") if is_distributed else None
+        self._group: Any = cast(Any, dist).new_group(backend="gloo") if several_ranks() else None
         self._thread: threading.Thread | None = None
 
     def start(self, snapshot: Snapshot) -> None:

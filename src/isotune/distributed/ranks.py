@@ -1,13 +1,11 @@
 """What ranks tell each other while they train: numbers, and their progress, so that a rank that hangs is named."""
 
 import math
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,11 +13,16 @@ from torch.distributed.distributed_c10d import Store
 
 from isotune.compat.torch import clone_default_store
 from isotune.distributed.launch import Process
-from isotune.io.errors import EXIT_FAULT, RunFault, UserError
+from isotune.io.errors import RunFault, UserError, end_process
 
 T = TypeVar("T")
 _CHECKS_PER_TIMEOUT = 10
 _MAX_PAUSE_SECONDS = 5.0
+
+
+def several_ranks() -> bool:
+    """Whether this process belongs to a group of more than one rank."""
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def gather_by_number(values: dict[int, torch.Tensor], count: int, device: torch.device) -> list[float]:
@@ -41,7 +44,7 @@ def gather_vectors(values: dict[int, torch.Tensor], count: int, size: int, devic
     if values:
         rows = torch.tensor(list(values), device=device)
         table[rows] = torch.stack([value.detach().double() for value in values.values()]).to(device)
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if several_ranks():
         dist.all_reduce(table)
     return table.cpu()
 
@@ -66,11 +69,6 @@ def call_on_main(process: Process, call: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def _exit_process(sentence: str) -> NoReturn:
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
-    os._exit(EXIT_FAULT)
-
-
 @dataclass(eq=False)
 class Watchdog:
     """Ends the launch when no rank has made progress for `timeout_seconds`; does nothing on a single rank.
@@ -82,7 +80,7 @@ class Watchdog:
     """
 
     timeout_seconds: float  # the recipe's `ddp_timeout`
-    on_timeout: Callable[[str], Any] = _exit_process  # takes the sentence
+    on_timeout: Callable[[str], Any] = end_process  # takes the sentence
     _progress_count: int = field(default=0, init=False)
     _phase: str = field(default="its start", init=False)
     _stopped: threading.Event = field(default_factory=threading.Event, init=False)
@@ -90,7 +88,7 @@ class Watchdog:
 
     def start(self) -> None:
         """Start watching through the launch's store."""
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if several_ranks():
             self.watch(clone_default_store("isotune/progress"), dist.get_rank(), dist.get_world_size())
 
     def watch(self, store: Store, rank: int, world_size: int) -> None:

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import timedelta
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any
 
 import psutil
 import torch
@@ -26,7 +27,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import TCPStore  # type: ignore[attr-defined]  (not exported)
 
-from isotune.io.errors import EXIT_FAULT, RunFault, UserError, write_job_status
+from isotune.io.errors import RunFault, UserError, end_process
 
 TIMEOUT_VARIABLE = "MEETING_SECONDS"
 DEFAULT_TIMEOUT_SECONDS = 60.0
@@ -94,12 +95,6 @@ def rendezvous(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
         raise RunFault(f"the first all-reduce summed {summed_ranks} ranks, and the launch has {world_size}")
 
 
-def _exit_process(sentence: str) -> NoReturn:
-    os.write(2, f"error: {sentence}\n".encode())
-    write_job_status(status="failed", exit_status=EXIT_FAULT, message=sentence)
-    os._exit(EXIT_FAULT)
-
-
 @dataclass(eq=False)
 class Rendezvous:
     """Watches from a thread whether all ranks join and reach each other, and diagnoses which do not."""
@@ -110,7 +105,7 @@ class Rendezvous:
     world_size: int
     timeout_seconds: float  # for the first all-reduce, once all ranks have joined
     interface: NetworkInterface  # of the backend
-    on_timeout: Callable[[str], Any] = _exit_process  # takes the diagnosis
+    on_timeout: Callable[[str], Any] = field(default=partial(end_process, status="failed"))  # takes the diagnosis
     _connected: threading.Event = field(default_factory=threading.Event, init=False)
     _store: Store | None = field(default=None, init=False)
     _listener: socket.socket = field(default_factory=lambda: socket.create_server(("", 0)), init=False)

@@ -125,6 +125,14 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(status)
 
 
+def end_process(sentence: str, status: str | None = None) -> NoReturn:
+    """End this process from any of its threads: one line, exit status 1, and `status` in the job status file."""
+    os.write(2, f"error: {sentence}\n".encode())
+    if status is not None:
+        write_job_status(status=status, exit_status=EXIT_FAULT, message=sentence)
+    os._exit(EXIT_FAULT)
+
+
 def write_job_status(**content: Any) -> None:
     """Merge `content` into the job status file.
 

@@ -16,15 +16,15 @@ import os
 import secrets
 import shutil
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from isotune.io.errors import EXIT_FAULT, Superseded, UserError, write_job_status
+from isotune.io.errors import Superseded, UserError, end_process
 from isotune.io.files import replace_file, write_synced
 
 # Names on disk. They are older than the word "attempt" and stay: run directories outlive versions.
@@ -99,7 +99,7 @@ class RunLease:
     def __init__(self, run: Path, end: Callable[[str], object] | None = None) -> None:
         self.run, self.attempts = run, run / ATTEMPTS_DIR
         self.folder: Path | None = None
-        self._end = end or _exit_process
+        self._end = end or partial(end_process, status="superseded")
         self._known_stale: set[str] = set()
         self._released = threading.Event()
 
@@ -289,9 +289,3 @@ def _start_time(pid: int) -> str | None:
     except OSError:
         return None
     return "unknown"
-
-
-def _exit_process(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    write_job_status(status="superseded", exit_status=EXIT_FAULT, message=message)
-    os._exit(EXIT_FAULT)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from isotune.distributed.ranks import several_ranks
 from isotune.io.errors import RunFault
 
 SCALE_BITS = 50
@@ -49,7 +50,7 @@ class ExactGradients:
     def reduce(self) -> None:
         """Sum over the ranks into `.grad`; RunFault where a gradient left the range of the grid, on any rank."""
         bounds = torch.stack(list(self.largest.values()))
-        if _several_ranks():
+        if several_ranks():
             dist.all_reduce(bounds)
         for (parameter, total), bound in zip(self.sums.items(), bounds.tolist(), strict=True):
             if math.isfinite(bound) and bound >= LARGEST:
@@ -57,7 +58,7 @@ class ExactGradients:
                     f"the gradient of {self.names[parameter]} reached {bound:.3g}, beyond the {LARGEST:.0f} that "
                     "exact_gradients can add up: lower the learning rate, or say exact_gradients: false"
                 )
-            if _several_ranks():
+            if several_ranks():
                 dist.all_reduce(total)
             if math.isfinite(bound):
                 gradient = total.double() * (self.loss_scale / 2.0**SCALE_BITS)
@@ -79,7 +80,3 @@ class ExactGradients:
         """Give the parameters back to ordinary accumulation."""
         for hook in self._hooks:
             hook.remove()
-
-
-def _several_ranks() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
