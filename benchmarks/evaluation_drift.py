@@ -78,8 +78,9 @@ def start(folder: Path, processes: int) -> None:
 
 def evaluate(folder: Path) -> None:
     """One process of a launch: the mean losses of both sides by batch size, written by the main process."""
-    from isotune.evaluation.classification.evaluate import read_task_rows
-    from isotune.evaluation.classification.predict import classify, probabilities_of
+    from scipy.special import softmax
+
+    from isotune.evaluation.classification.evaluate import classify, read_task_rows
     from isotune.evaluation.distributed_eval import start_ranks
     from isotune.evaluation.metrics.classification import classification_statistics
     from isotune.evaluation.models import load_model_classifier
@@ -95,7 +96,7 @@ def evaluate(folder: Path) -> None:
     rows = read_task_rows(task, classifier, ranks)
     for batch_size in BATCH_SIZES:
         logits = classify(classifier, rows.documents, ranks, batch_size=batch_size)
-        found = values(classification_statistics(rows.labels, probabilities_of(logits)))
+        found = values(classification_statistics(rows.labels, softmax(logits, axis=1)))
         losses["isotune"][batch_size] = found["log_loss"]
         losses["trainer"][batch_size] = by_trainer(folder, batch_size)
     if ranks.is_main:

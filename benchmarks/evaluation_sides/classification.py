@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import softmax
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, pipeline
 
 from isotune.data.classification.labels import ClassificationSettings
 from isotune.data.classification.preparation import tokenize
 from isotune.data.sources.source import read_rows
-from isotune.evaluation.classification.predict import BATCH_TOKENS, classify, probabilities_of
+from isotune.evaluation.classification.evaluate import BATCH_TOKENS, classify
 from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.models import Classifier
 from isotune.models.classifier import install_classification
@@ -129,7 +130,7 @@ def _by_isotune(classifier: Classifier, rows: list[dict[str, Any]]) -> np.ndarra
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
         source = read_rows(str(file), "test")
         documents = tokenize(source, classifier.tokenizer, classifier.settings, show_progress=False).documents
-        return probabilities_of(classify(classifier, documents, Ranks(0, 1, torch.device("cpu"))))
+        return softmax(classify(classifier, documents, Ranks(0, 1, torch.device("cpu"))), axis=1)
 
 
 def _by_pipeline(pipe: Any, rows: list[dict[str, Any]], batch_size: int) -> np.ndarray:

@@ -9,9 +9,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from isotune.data.classification.labels import ClassificationSettings
 from isotune.data.classification.preparation import tokenize
 from isotune.data.sources.source import read_rows
-from isotune.evaluation.classification.attention_plots import attention_of, rollout, words_of
 from isotune.evaluation.classification.evaluate import Rows
-from isotune.evaluation.classification.plots import precision_recall, wilson
+from isotune.evaluation.classification.plots import attention_of, precision_recall, rollout, wilson, words_of
 from isotune.evaluation.models import load_model_classifier
 
 

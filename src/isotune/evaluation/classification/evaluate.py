@@ -1,43 +1,54 @@
-"""One evaluation of a classifier, from rows to files: predictions, metrics with intervals, examples."""
+"""One evaluation of a classifier, from rows to files: predictions, metrics with intervals, examples.
+
+Logits are computed unpadded, on one process or many, and do not depend on the batches.
+"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from scipy.special import softmax
+from tqdm import tqdm
 
+from isotune.data.batch_schedule import ATTENTION_PARITY_TOKENS, Microbatch, collate
+from isotune.data.classification.labels import labels_of
 from isotune.data.classification.preparation import LabelledSplit, tokenize
 from isotune.data.classification.split import split_by_content
+from isotune.data.contents import clean
 from isotune.data.documents import Documents
-from isotune.evaluation.classification.predict import check_finite, classify, probabilities_of
+from isotune.data.sources.source import surrogate_fault
+from isotune.data.tokenizer import TextEncoder
 from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.metrics.classification import classification_statistics
 from isotune.evaluation.metrics.modules import class_columns, score_modules, split_metrics
-from isotune.evaluation.models import Classifier
+from isotune.evaluation.models import Classifier, load_run_classifier
 from isotune.evaluation.results import CLASSIFICATION, write_result
 from isotune.evaluation.statistics.resampling import RESAMPLES, Scores, score, select_names
 from isotune.evaluation.tasks import ClassificationTask
 from isotune.io.errors import UserError
 from isotune.io.files import replace_file
+from isotune.models.classifier import fast_evaluation
 from isotune.models.packed_attention import max_positions
 
+# tokens of one forward: more exceed a CPU's caches, and fewer leave a GPU idle
+BATCH_TOKENS = {"cpu": 4_096, "cuda": 65_536}
 EXAMPLES = "examples.jsonl"
 SHOWN, WRITTEN, LINE = 5, 100, 160
+SHOWN_CHARACTERS = 60  # of a sentence
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of an evaluation in the order of their ids; row i of each attribute is document i.
-
-    `names` are those of the classes, `truncated` the number of documents that were longer than max_seq_length.
-    """
+    """The rows of an evaluation in the order of their ids; row i of each attribute is document i."""
 
     documents: Documents
     texts: list[str]
-    names: list[str]
-    truncated: int
+    names: list[str]  # of the classes
+    truncated: int  # number of documents that were longer than max_seq_length
 
     @property
     def ids(self) -> list[Any]:
@@ -96,14 +107,10 @@ def read_task_rows(
     limit: int | None = None,
     held_out: tuple[float, int] | None = None,
 ) -> Rows:
-    """The rows of a task, tokenised for the classifier; the main process shows progress and the table.
+    """The first `limit` rows of a task, tokenised for the classifier; the main process shows progress and the table.
 
-    Args:
-        limit: number of rows, the first ones.
-        held_out: share and seed: only the rows that a run held out of its training data.
-
-    Raises:
-        UserError: no such data, an unknown class, or a max_seq_length beyond the model's positions.
+    With `held_out` (share and seed) they are only those that a run held out of its training data. UserError where there
+    is no such data, a class is unknown, or max_seq_length is beyond the model's positions.
     """
     classes = classifier.num_labels
     if task.labels is not None and len(task.labels) != classes:
@@ -130,6 +137,57 @@ def read_task_rows(
     )
 
 
+@torch.inference_mode()
+def classify(
+    classifier: Classifier,
+    documents: Documents,
+    ranks: Ranks,
+    *,
+    batch_tokens: int | None = None,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> np.ndarray:
+    """The logits of every document, float64 [documents, classes], the same on every rank; UserError for NaN or Inf.
+
+    Documents are packed without padding into batches of up to `batch_tokens` tokens and `batch_size` documents; none
+    attends to another, so the batches change a logit by no more than the rounding of its matrix products.
+    """
+    lengths, device = documents.lengths, classifier.device
+    limit = batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
+    batches = list(_batches(lengths, limit, batch_size or len(documents)))
+    costs = [float((lengths[rows] * (1 + lengths[rows] / ATTENTION_PARITY_TOKENS)).sum()) for rows in batches]
+    logits_of: dict[int, np.ndarray] = {}
+    own = ranks.share(costs)
+    bar = tqdm(total=sum(len(batches[number]) for number in own), unit=" documents", disable=not progress)
+    with bar, fast_evaluation(classifier.model):
+        for number in own:
+            rows = tuple(batches[number].tolist())
+            tokens = int(lengths[batches[number]].sum())
+            inputs: Any = collate(documents, Microbatch(number, rows, tokens, len(rows), costs[number]))
+            del inputs["targets"]
+            moved = {key: value.to(device) if torch.is_tensor(value) else value for key, value in inputs.items()}
+            logits_of.update(zip(rows, classifier.model(**moved).logits.double().cpu().numpy(), strict=True))
+            bar.update(len(rows))
+    logits = np.stack(list(ranks.gather(logits_of, count=len(documents)).values()))
+    broken = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+    if len(broken):
+        first = documents.columns.get("ids", documents.source_rows)[broken].tolist()[0]
+        what = f"gives {len(broken)} of {len(logits)} rows a logit that is not finite"
+        raise UserError(f"{classifier.name} {what}, id {first!r} first: nothing was written")
+    return logits
+
+
+def _batches(lengths: np.ndarray, batch_tokens: int, batch_size: int) -> Iterator[np.ndarray]:
+    """Documents by length, the longest first, in batches; a document longer than `batch_tokens` is alone."""
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        tokens = np.cumsum(lengths[order[start : start + batch_size]])
+        stop = start + max(1, int(np.searchsorted(tokens, batch_tokens, side="right")))
+        yield order[start:stop]
+        start = stop
+
+
 def evaluate_rows(
     classifier: Classifier,
     rows: Rows,
@@ -143,9 +201,7 @@ def evaluate_rows(
 ) -> Evaluation | None:
     """Classify every row on all ranks, and score on the main one; None on the others.
 
-    Raises:
-        UserError: a logit is not finite, the task names a metric that these classes do not have, or a module cannot be
-            computed.
+    UserError where the task names a metric that these classes do not have, or a module cannot be computed.
     """
     names, modules = split_metrics(task.metrics)
     uniform = np.full((1, classifier.num_labels), 1 / classifier.num_labels)
@@ -154,10 +210,9 @@ def evaluate_rows(
     logits = classify(
         classifier, rows.documents, ranks, batch_tokens=batch_tokens, batch_size=batch_size, progress=ranks.is_main
     )
-    check_finite(logits, rows.ids, classifier.name)
     if not ranks.is_main:
         return None
-    labels, probabilities, scores = rows.labels, probabilities_of(logits), Scores({}, {})
+    labels, probabilities, scores = rows.labels, softmax(logits, axis=1), Scores({}, {})
     if names or not modules:
         statistics = classification_statistics(labels, probabilities, ordinal=task.ordinal)
         scores = score(statistics, len(labels), only=names, resamples=resamples, seed=seed)
@@ -196,3 +251,30 @@ def print_examples(evaluation: Evaluation) -> None:
         mark = "=" if example["actual"] == example["predicted"] else "x"
         print(f"  {mark} id {example['id']}: actual {example['actual']}, predicted {example['predicted']} ", end="")
         print(f"({example['probability']:.1%})\n      {text[: LINE - 1] + '…' if len(text) > LINE else text}")
+
+
+def show_sentences(run: Path, texts: Sequence[str], device: torch.device) -> None:
+    """Classify texts with the model that a run saved, with the cleaning, truncation and class names of its recipe.
+
+    A line of the printed table has the class of a text where the recipe's labels come from the text (`label_source:
+    rules` or `random`), the predicted one, a mark where they differ, and the start of the text.
+    """
+    classifier = load_run_classifier(run, device, torch.float32)
+    settings = classifier.settings
+    for text in texts:
+        if surrogate_fault(text):
+            raise UserError(f"sentences: {text!r} is not UTF-8")
+    cleaned = [clean(text) for text in texts] if settings.clean_text else list(texts)
+    truth = None if settings.label_source == "column" else labels_of(texts, settings)
+    documents = TextEncoder(classifier.tokenizer).encode(cleaned, settings.max_seq_length, settings.overlong, truth)
+    probabilities = softmax(classify(classifier, documents, Ranks(0, 1, classifier.device)), axis=1)
+    names = classifier.label_names or tuple(map(str, range(probabilities.shape[1])))
+    actual = [None if truth is None else names[truth[row]] for row in range(len(texts))]
+    predicted = [names[k] for k in probabilities.argmax(axis=1)]
+    width = max(len(name or "") for name in [*actual, *predicted, "predicted"])
+    print(f"  {'true':<{width}}  {'predicted':<{width}}  probability  text")
+    for text, own, guess, row in zip(texts, actual, predicted, probabilities, strict=True):
+        line = " ".join(text.split())
+        shown = line if len(line) <= SHOWN_CHARACTERS else f"{line[: SHOWN_CHARACTERS - 3]}..."
+        mark = " " if own in (None, guess) else "x"
+        print(f"{mark} {own or '?':<{width}}  {guess:<{width}}  {row.max():<11.3f}  {shown}")

@@ -1,23 +1,32 @@
-"""Plots of a classifier's predictions, each with its alternative text in a .txt file beside it.
+"""Plots of a classifier's predictions and attention, each with its alternative text in a .txt file beside it.
 
-They are drawn on matplotlib's Agg canvas without pyplot: no display, no global state. The colours are Okabe and Ito's
-(2008), which are distinct with any common colour blindness.
+They are drawn on matplotlib's Agg canvas without pyplot: no display, no global state. The packed kernels return no
+attention weights, so a few texts run once more, one by one, with transformers' eager attention.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from isotune.evaluation.classification.evaluate import Evaluation
+from isotune.compat.peft import base_model_of
+from isotune.compat.transformers import attention_of as implementation_of
+from isotune.evaluation.classification.evaluate import Evaluation, Rows
 from isotune.evaluation.metrics.classification import BINS, bin_of, confidences
+from isotune.evaluation.models import Classifier
 from isotune.io.files import replace_file, replacing
 
+# Okabe and Ito's (2008), distinct with any common colour blindness
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DOTS_PER_INCH = 130
 LARGEST_ANNOTATED = 12  # classes of a confusion matrix with numbers in its cells
 RECALLS = (0.5, 0.8, 0.9, 0.95)
+EXAMPLES, READABLE_TOKENS = 3, 40  # texts whose attention is drawn
+LARGEST_GRID = 12  # layers and heads drawn
+LISTED_WORDS, LINE_CHARACTERS = 15, 76
 
 
 def draw_plots(evaluation: Evaluation, folder: Path) -> None:
@@ -37,7 +46,7 @@ def _draw_confusion(labels: np.ndarray, predictions: np.ndarray, names: Sequence
     totals = counts.sum(axis=1, keepdims=True)
     shares = np.divide(counts, totals, out=np.zeros(counts.shape), where=totals > 0)
     side = float(np.clip(1.1 + 0.75 * classes, 3.6, 11))
-    figure, panel = new_figure(side + 1.2, side)
+    figure, panel = _new_figure(side + 1.2, side)
     image = panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if classes <= LARGEST_ANNOTATED:
         for (row, column), count in np.ndenumerate(counts):
@@ -54,13 +63,13 @@ def _draw_confusion(labels: np.ndarray, predictions: np.ndarray, names: Sequence
     for name, row in zip(names, counts, strict=True):
         predicted = [f"{row[k]:,} as {names[k]}" for k in np.argsort(-row, kind="stable")[:6] if row[k]]
         lines.append(f"Of {row.sum():,} texts of class {name}: {', '.join(predicted) or 'none predicted'}.")
-    save_plot(figure, file, lines)
+    _save_plot(figure, file, lines)
 
 
 def _draw_precision_recall(labels: np.ndarray, probabilities: np.ndarray, names: Sequence[str], file: Path) -> None:
     """Precision over recall: of class 1 of two classes, else of each class against the others."""
     classes = [1] if len(names) == 2 else list(range(len(names)))
-    figure, panel = new_figure(6.4, 4.8)
+    figure, panel = _new_figure(6.4, 4.8)
     lines = ["Precision-recall curves: precision at falling thresholds of the probability."]
     for place, k in enumerate(classes):
         truth = labels == k
@@ -81,7 +90,7 @@ def _draw_precision_recall(labels: np.ndarray, probabilities: np.ndarray, names:
     if panel.get_legend_handles_labels()[1]:
         panel.legend(title="class (average precision)", frameon=False, fontsize=8, ncols=1 + (len(classes) > 12))
     _grid(panel)
-    save_plot(figure, file, lines)
+    _save_plot(figure, file, lines)
 
 
 def _draw_reliability(labels: np.ndarray, probabilities: np.ndarray, file: Path) -> None:
@@ -94,7 +103,7 @@ def _draw_reliability(labels: np.ndarray, probabilities: np.ndarray, file: Path)
     mean_confidence = np.bincount(bins, confidence, BINS)[filled] / counts
     accuracy = np.bincount(bins, correct, BINS)[filled] / counts
     low, high = wilson(accuracy, counts)
-    figure, (panel, below) = new_figure(5.6, 6.2, rows=2, height_ratios=(3, 1))
+    figure, (panel, below) = _new_figure(5.6, 6.2, rows=2, height_ratios=(3, 1))
     panel.plot([0, 1], [0, 1], color="#777777", linewidth=1, linestyle="--", label="calibrated")
     errors = [np.maximum(accuracy - low, 0), np.maximum(high - accuracy, 0)]
     style: dict[str, Any] = {"color": COLOURS[0], "fmt": "o-", "capsize": 3, "linewidth": 1.4}
@@ -110,7 +119,7 @@ def _draw_reliability(labels: np.ndarray, probabilities: np.ndarray, file: Path)
     lines = [f"Reliability diagram of {rows.sum():,} texts; expected calibration error {error:.3f}."]
     for n, sure, share, a, b in zip(counts, mean_confidence, accuracy, low, high, strict=True):
         lines.append(f"{n:,} texts at a mean probability of {sure:.3f}: {share:.3f} right (95% {a:.3f} to {b:.3f}).")
-    save_plot(figure, file, lines)
+    _save_plot(figure, file, lines)
 
 
 def precision_recall(truth: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -129,7 +138,160 @@ def wilson(share: np.ndarray, rows: np.ndarray, deviations: float = 1.96) -> tup
     return middle - half, middle + half
 
 
-def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
+@dataclass(frozen=True)
+class Attention:
+    """The attention of one text."""
+
+    tokens: list[str]
+    words: list[str]
+    word_of: np.ndarray  # int [tokens]; the word of each token
+    weights: np.ndarray  # float32 [layers, heads, queries, keys]
+    rolled: np.ndarray  # float64 [words]; the rollout from the first token, in all 1
+
+
+def draw_attention(
+    classifier: Classifier, evaluation: Evaluation, folder: Path, chosen: Sequence[int] | None = None
+) -> None:
+    """attention_heads_ID.png and attention_words_ID.png of these rows; nothing where the model returns no weights.
+
+    By default they are of the most confident errors of readable length, or of the shortest texts.
+    """
+    rows = evaluation.rows
+    for row in _readable_errors(evaluation) if chosen is None else chosen:
+        attention = attention_of(classifier, rows, row)
+        if attention is None:
+            print(f"note        {classifier.name} returns no attention weights: they are not drawn")
+            return
+        probabilities = evaluation.probabilities[row]
+        predicted = int(probabilities.argmax())
+        title = (
+            f"id {rows.ids[row]}: actual {rows.names[rows.labels[row]]}, "
+            f"predicted {rows.names[predicted]} ({probabilities[predicted]:.1%})"
+        )
+        name = "".join(c if c.isalnum() else "_" for c in str(rows.ids[row]))[:40]
+        _draw_heads(attention, title, folder / f"attention_heads_{name}.png")
+        _draw_words(attention, title, folder / f"attention_words_{name}.png")
+
+
+def _readable_errors(evaluation: Evaluation) -> list[int]:
+    lengths, order = evaluation.rows.documents.lengths, evaluation.errors_first
+    longest = max(READABLE_TOKENS, np.sort(lengths)[: 2 * EXAMPLES].max())
+    return order[lengths[order] <= longest][:EXAMPLES].tolist()
+
+
+@torch.no_grad()
+def attention_of(classifier: Classifier, rows: Rows, row: int) -> Attention | None:
+    """The attention of one text; None where the model returns no weights."""
+    start, stop = (int(bound) for bound in rows.documents.starts[row : row + 2])
+    ids = rows.documents.input_ids[start:stop].astype(np.int64)
+    inner = base_model_of(classifier.model)
+    before = implementation_of(inner.config)
+    try:
+        inner.set_attn_implementation("eager")
+        tokens = torch.from_numpy(ids)[None].to(classifier.device)
+        output = inner.stock_forward(
+            tokens, attention_mask=torch.ones_like(tokens), output_attentions=True, return_dict=True
+        )
+    finally:
+        inner.set_attn_implementation(before)
+    layers = getattr(output, "attentions", None)
+    if not layers:
+        return None
+    weights = torch.cat(list(layers)).float().cpu().numpy()
+    words, word_of = words_of(classifier.tokenizer, ids.tolist())
+    rolled = np.bincount(word_of, rollout(weights)[0], len(words))
+    return Attention(classifier.tokenizer.convert_ids_to_tokens(ids.tolist()), words, word_of, weights, rolled)
+
+
+def rollout(weights: np.ndarray) -> np.ndarray:
+    """The shares of tokens in tokens: float64 [tokens, tokens], rows sum to 1; from [layers, heads, tokens, tokens].
+
+    In attention rollout (Abnar and Zuidema 2020, arXiv:2005.00928) half of a token's state in each layer is its own and
+    half comes by the mean head, and the layers are multiplied. It shows where information can come from, not why the
+    class is predicted.
+    """
+    shares = np.eye(weights.shape[-1])
+    for layer in weights.astype(np.float64).mean(axis=1):
+        mixed = (layer + np.eye(len(layer))) / 2
+        shares = mixed / mixed.sum(axis=1, keepdims=True) @ shares
+    return shares
+
+
+def words_of(tokenizer: Any, ids: Sequence[int]) -> tuple[list[str], np.ndarray]:
+    """The words of tokens, and the word of each token: a token continues a word where decoding puts no space."""
+    special = set(tokenizer.all_special_ids)
+    words: list[str] = []
+    word_of = []
+    for place, token in enumerate(ids):
+        text = tokenizer.decode([token])
+        if place == 0 or special & {token, ids[place - 1]} or _begins_with_space(tokenizer, ids[place - 1], token):
+            words.append(text)
+        else:
+            words[-1] += text.removeprefix("##")
+        word_of.append(len(words) - 1)
+    return [word.strip() or word for word in words], np.array(word_of)
+
+
+def _begins_with_space(tokenizer: Any, previous: int, token: int) -> bool:
+    """Whether a token is decoded with a space at its start, or as nothing, alone or after the previous one."""
+    alone = tokenizer.decode([token])
+    after = tokenizer.decode([previous, token])[len(tokenizer.decode([previous])) :]
+    return alone[:1] in (" ", "") or after[:1].isspace()
+
+
+def _draw_heads(attention: Attention, title: str, file: Path) -> None:
+    layers, heads, count, _ = attention.weights.shape
+    rows, columns = min(layers, LARGEST_GRID), min(heads, LARGEST_GRID)
+    size = min(1.5, 12 / columns)
+    width, height = max(size * columns, 4.5) + 0.4, size * rows + 0.9
+    figure, panels = _new_figure(width, height, rows, columns, squeeze=False)
+    for (layer, head), panel in np.ndenumerate(panels):
+        panel.imshow(np.sqrt(attention.weights[layer, head]), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        panel.set(xticks=[], yticks=[])
+        if layer == 0:
+            panel.set_title(f"head {head + 1}", fontsize=8)
+        if head == 0:
+            panel.set_ylabel(f"layer {layer + 1}", fontsize=8)
+    key = f"rows attend to columns; {count} tokens; shaded by the square root of the weight"
+    figure.suptitle(f"{title}\n{key}", fontsize=9)
+    text = [f"Attention of {layers} layers with {heads} heads over {count} tokens. {title}."]
+    for layer, of_first in enumerate(attention.weights[:, :, 0], start=1):
+        most = enumerate(of_first.argmax(axis=1))
+        of_heads = ", ".join(f"head {h + 1} {attention.tokens[t]} ({of_first[h, t]:.0%})" for h, t in most)
+        text.append(f"Layer {layer}, largest attention of the first token: {of_heads}.")
+    _save_plot(figure, file, text)
+
+
+def _draw_words(attention: Attention, title: str, file: Path) -> None:
+    """The text, each word shaded by its share in the rollout."""
+    words = [_mono(word) for word in attention.words]
+    places: list[tuple[int, int]] = []  # line and column of each word
+    line = column = 0
+    for word in words:
+        if column and column + len(word) + 1 > LINE_CHARACTERS:
+            line, column = line + 1, 0
+        places.append((line, column))
+        column += len(word) + 1
+    figure, panel = _new_figure(7.2, 0.75 + 0.26 * (line + 1))
+    panel.set_axis_off()
+    alphas = 0.85 * attention.rolled / max(float(attention.rolled.max()), 1e-9)
+    for word, (row, column), alpha in zip(words, places, alphas.tolist(), strict=True):
+        box = {"facecolor": COLOURS[5], "alpha": alpha, "pad": 1.2, "linewidth": 0}
+        style: dict[str, Any] = {"family": "monospace", "fontsize": 10.5, "va": "center", "bbox": box}
+        x, y = column / LINE_CHARACTERS, 1 - (row + 0.5) / (line + 1)
+        panel.text(x, y, word, transform=panel.transAxes, **style)
+    panel.set_title(f"{title}\nattention rollout from the first token over words", loc="left", fontsize=9)
+    order = np.argsort(-attention.rolled, kind="stable")[:LISTED_WORDS]
+    shares = ", ".join(f"{attention.words[w]} {attention.rolled[w]:.1%}" for w in order)
+    _save_plot(figure, file, [f"Attention rollout over {len(words)} words. {title}.", f"Largest: {shares}."])
+
+
+def _mono(word: str) -> str:
+    """A word as it is drawn: with dollars escaped, which matplotlib takes for a formula, and cut where very long."""
+    return word.replace("$", r"\$") if len(word) <= LINE_CHARACTERS // 2 else word[: LINE_CHARACTERS // 2 - 1] + "…"
+
+
+def _new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
     """A figure, its size in inches, with a grid of panels; `options` are of `Figure.subplots`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -139,7 +301,7 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
     return figure, figure.subplots(rows, columns, **options)
 
 
-def save_plot(figure: Any, file: Path, lines: Sequence[str]) -> None:
+def _save_plot(figure: Any, file: Path, lines: Sequence[str]) -> None:
     """Write a plot and its alternative text, both atomically."""
     with replacing(file) as staging:
         figure.savefig(staging, format="png", dpi=DOTS_PER_INCH)

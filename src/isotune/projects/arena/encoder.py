@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import softmax
 
 from isotune.data.classification.preparation import labels_table
 from isotune.data.contents import COIN, HELD_OUT, hash_uniform
 from isotune.data.documents import Documents, PreparedData, RunData, digest, starts_of
 from isotune.data.packing import one_document_per_row
 from isotune.data.tokenizer import TextEncoder
-from isotune.evaluation.classification.predict import check_finite, classify, probabilities_of
+from isotune.evaluation.classification.evaluate import classify
 from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.models import Classifier, load_run_classifier
 from isotune.io.errors import UserError
@@ -148,8 +149,7 @@ def predict_battles(classifier: Classifier, battles: Battles, max_seq_length: in
     both = in_both_orders(battles.battles, TextEncoder(classifier.tokenizer), max_seq_length)
     device = next(classifier.model.parameters()).device
     logits = classify(classifier, both.documents, Ranks(0, 1, device), progress=True)
-    check_finite(logits, both.documents.ids.tolist(), classifier.name)
-    return both.swap_average(probabilities_of(logits))
+    return both.swap_average(softmax(logits, axis=1))
 
 
 def evaluate_encoder(
