@@ -3,16 +3,6 @@
 Random choices here depend on a text's content and the seed, never on where the text stands or what stands near it.
 Rows may be shuffled, added or removed, and no other row changes its side of a split or its random label; two rows of
 the same text always share theirs.
-
-`clean` replaces what real data sets leave in their texts, in one pass from left to right:
-
-    <br>  <br/>  <br />      a line end         (IMDb)
-    \\n  \\r  \\t               a line end, nothing, a tab: two characters in the file, as in Yelp
-    \\"  \\""                  "
-    \\\\                       \\
-    &amp;  &#39;  &quot; ...  the character that HTML means by it
-
-Any other backslash or angle bracket is left alone.
 """
 
 import hashlib
@@ -35,7 +25,10 @@ _ESCAPES = {"n": "\n", "r": "", "t": "\t", '"': '"', "\\": "\\"}
 
 
 def clean(text: str) -> str:
-    """The text with HTML breaks, HTML entities and backslash escapes undone."""
+    """The text with HTML breaks (IMDb), HTML entities and backslash escapes (Yelp) undone, once, from left to right.
+
+    Any other backslash or angle bracket is left alone; docs/classification.md lists what each mark becomes.
+    """
     return _MARKS.sub(lambda mark: _meaning(mark[0]), text) if "<" in text or "\\" in text or "&" in text else text
 
 

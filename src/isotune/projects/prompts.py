@@ -13,7 +13,7 @@ First words are those after opening quotes, brackets and a greeting or the name 
 
 import re
 
-from isotune.data.classification.labels import LABEL_RULES, LabelRules
+from isotune.data.classification.labels import LABEL_RULES
 
 KINDS = ("command", "statement", "question")
 COMMAND, STATEMENT, QUESTION = range(3)
@@ -65,4 +65,4 @@ def _without_opening(text: str) -> str:
     return text[opening.end() :] if opening else text
 
 
-LABEL_RULES.append(LabelRules(KINDS, sentence_type))
+LABEL_RULES.append((KINDS, sentence_type))

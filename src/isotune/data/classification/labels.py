@@ -20,14 +20,8 @@ Id = int | str
 ID_FIELD = "id"  # the column that is taken for ids where the recipe names none
 
 
-@dataclass(frozen=True)
-class LabelRules:
-    """Classes that follow from a text itself: their names, and the function that gives a clean text one of them."""
-
-    names: tuple[str, ...]
-    classify: Callable[[str], int]
-
-
+# Classes that follow from a text itself: their names, and the function that gives a clean text one of them.
+LabelRules = tuple[tuple[str, ...], Callable[[str], int]]
 LABEL_RULES: list[LabelRules] = []  # those of `label_source: rules`, which a project appends when it is imported
 
 
@@ -56,7 +50,7 @@ class ClassificationSettings(DataSettings):
     def label_names(self) -> tuple[str, ...] | None:
         """The names of the classes, where the source of the labels gives any."""
         if self.label_source == "rules":
-            return _rules().names
+            return _rules()[0]
         return ("heads", "tails") if self.label_source == "random" else None
 
     def check(self, special_tokens: int) -> None:
@@ -74,8 +68,8 @@ def labels_of(texts: Sequence[str], settings: ClassificationSettings) -> np.ndar
     if settings.label_source == "random":
         return random_labels(settings.seed, contents_of(texts))
     assert settings.label_source == "rules", "the classes of other sources stand in a column"
-    rules = _rules()
-    return np.array([rules.classify(clean(text)) for text in texts], np.int32)
+    _, classify = _rules()
+    return np.array([classify(clean(text)) for text in texts], np.int32)
 
 
 def read_documents(

@@ -23,11 +23,6 @@ ROWS_AT_ONCE = 1_000
 SHOWN_CHARACTERS = 60
 
 
-def read_file(path: Path) -> Iterator[Row]:
-    """The rows of a file whose name ends in one of the FILE_SUFFIXES; UserError where it or a row is broken."""
-    return READERS[path.suffix](path)
-
-
 def read_dataset(dataset: Any) -> Iterator[Row]:
     """The rows of a `datasets.Dataset`."""
     for batch in dataset.with_format("arrow").iter(ROWS_AT_ONCE):
@@ -136,6 +131,7 @@ def _without_leading_blanks(path: Path) -> bytes:
     return out.getvalue().encode()
 
 
+# By the end of the file's name, the generator of its rows; UserError where the file or a row is broken.
 READERS = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
 FILE_SUFFIXES = tuple(READERS)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from isotune.compat.datasets import fingerprint_of
-from isotune.data.sources.files import FILE_SUFFIXES, Row, digest_of, read_dataset, read_file
+from isotune.data.sources.files import FILE_SUFFIXES, READERS, Row, digest_of, read_dataset
 from isotune.data.sources.hub import is_hub_id, load_hub_dataset
 from isotune.io.errors import UserError, first_line, nearest
 
@@ -103,7 +103,7 @@ def _files_source(source_name: str, paths: list[Path]) -> Source:
     for path in paths:
         if path.stat().st_size == 0:
             raise UserError(f"{path} is empty")
-    return Source(source_name, digest_of(paths), lambda: chain.from_iterable(map(read_file, paths)))
+    return Source(source_name, digest_of(paths), lambda: chain.from_iterable(READERS[p.suffix](p) for p in paths))
 
 
 def _folder_source(folder: Path, split: str, key: str) -> Source:
