@@ -124,15 +124,14 @@ def kernels() -> Iterator[Finding]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     bounds = [0, 37, 101]
-    inputs: Any = [torch.randn(1, 4, bounds[-1], 64) for _ in range(3)]
+    inputs = [torch.randn(1, 4, bounds[-1], 64).bfloat16() for _ in range(3)]
     try:
-        cu_seq_lens = torch.tensor(bounds, dtype=torch.int32, device=device)
-        documents: Any = {"cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens}
-        documents |= {"max_length_q": 64, "max_length_k": 64}
+        starts = torch.tensor(bounds, dtype=torch.int32, device=device)
+        documents: Any = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 64, "max_length_k": 64}
         name = kernel_in_effect(device, torch.bfloat16)
-        query, key, value = (t.to(device, torch.bfloat16) for t in inputs)
+        query, key, value = (t.to(device) for t in inputs)
         output, _ = packed_attention(torch.nn.Module(), query, key, value, None, is_causal=True, **documents)
-        query, key, value = (t.to(torch.bfloat16).float() for t in inputs)
+        query, key, value = (t.float() for t in inputs)
         exact = document_attention(query, key, value, bounds, scale=64**-0.5, causal=True)
     except Exception as error:
         yield Finding(WRONG, "attention", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
@@ -266,11 +265,9 @@ def _tested_together() -> dict[str, Version]:
 
 
 def _driver_version() -> str | None:
-    if shutil.which("nvidia-smi") is None:
-        return None
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        printed = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
+    return printed[0] if printed else None

@@ -13,7 +13,7 @@ from tests.launching import REPOSITORY, Finished, start_together
 
 from isotune.preflight.preflight_report import PreflightReport, run_preflight
 from isotune.preflight.request import read_preflight_request
-from isotune.preflight.resources.communication import collectives
+from isotune.preflight.resources.communication import Sharding
 
 GRADIENT_COLLECTIVES = ("all_reduce", "reduce", "reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor")
 FEW_ROWS, MANY_ROWS = 2, 8  # of a step: one and four passes a rank, on two of them
@@ -82,7 +82,9 @@ def test_a_rank_sends_the_bytes_that_the_plan_says(launched, name):
     for which, finished in launched(name).items():
         plan = planned(finished, engine(name))
         assert plan.work is not None
-        says = collectives(plan.request.recipe, plan.model, plan.request.launch, plan.work.microbatches_per_rank)
+        says = Sharding(plan.request.recipe, plan.model, plan.request.launch).collectives(
+            plan.work.microbatches_per_rank
+        )
         for rank in finished.collectives:
             for kind in ("all_reduce", "reduce_scatter", "all_gather"):
                 found = rank["bytes"].get(kind, 0)

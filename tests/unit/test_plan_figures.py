@@ -18,7 +18,7 @@ from isotune.preflight.preflight_report import run_preflight
 from isotune.preflight.render import as_json, render_report
 from isotune.preflight.request import read_preflight_request
 from isotune.preflight.resources.activation_memory import trace_microbatch
-from isotune.preflight.resources.communication import bytes_sent, collectives, gathered_bytes
+from isotune.preflight.resources.communication import Sharding
 from isotune.preflight.resources.compute import find_device, flops_per_step
 from isotune.preflight.resources.memory import parse_bytes
 
@@ -93,10 +93,11 @@ def test_shares_shrink_with_processes_and_what_is_sent_follows_the_rings():
     assert two.memory.weights == pytest.approx(2 * four.memory.weights, rel=1e-3)
     assert two.memory.optimized_numel == pytest.approx(2 * four.memory.optimized_numel, rel=1e-3)
     ddp = plan(tune="full", launch="ddp", world_size=4)
-    sent = bytes_sent(ddp.request.recipe, ddp.model, ddp.request.launch, ddp.work.microbatches_per_rank)
+    sent = Sharding(ddp.request.recipe, ddp.model, ddp.request.launch).bytes_sent(ddp.work.microbatches_per_rank)
     assert sent == pytest.approx(2 * 3 / 4 * 4 * ddp.model.trained_numel)
     alone = plan(tune="full")
-    assert bytes_sent(alone.request.recipe, alone.model, alone.request.launch, alone.work.microbatches_per_rank) == 0
+    of_alone = Sharding(alone.request.recipe, alone.model, alone.request.launch)
+    assert of_alone.bytes_sent(alone.work.microbatches_per_rank) == 0
 
 
 def test_what_does_not_fit_is_told_with_changes_that_do():
@@ -145,9 +146,9 @@ def test_zero3_gathers_again_what_it_could_not_keep():
     small = sum(4 * p.numel for p in found.model.parameters if p.numel <= 10_000)
     others = 4 * found.model.numel - small
     for distance, times in ((0, 2), (10**9, 1)):
-        sent = collectives(found.request.recipe, found.model, plans[distance], 3)
+        sent = Sharding(found.request.recipe, found.model, plans[distance]).collectives(3)
         assert sent == {"reduce_scatter": 4 * found.model.numel, "all_gather": small + 3 * times * others}
-    held = [gathered_bytes(found.request.recipe, found.model, plans[distance]) for distance in (0, 10**9)]
+    held = [Sharding(found.request.recipe, found.model, plans[distance]).gathered_bytes for distance in (0, 10**9)]
     assert held == [min(small + 2 * found.model.largest_block_bytes, small + others), small + others]
 
 

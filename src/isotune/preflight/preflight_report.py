@@ -15,15 +15,8 @@ from isotune.io.errors import UserError
 from isotune.models.opening import compute_dtype, load_config, load_tokenizer
 from isotune.preflight.request import DDP, FSDP, PLAIN, SHIPPED, Launch, PreflightRequest, shipped_launch
 from isotune.preflight.resources.activation_memory import MicrobatchMemory, trace_microbatch
-from isotune.preflight.resources.compute import (
-    DEFAULT_MFU,
-    Device,
-    StepTime,
-    Work,
-    count_work,
-    measured_mfu,
-    step_time,
-)
+from isotune.preflight.resources.communication import Sharding
+from isotune.preflight.resources.compute import DEFAULT_MFU, Device, StepTime, Work, count_work, measured_mfu, step_time
 from isotune.preflight.resources.memory import Memory, estimate_memory, state_bytes
 from isotune.preflight.resources.model_stats import ModelStats, model_builder, model_stats
 
@@ -88,15 +81,11 @@ def run_preflight(
     show_progress: bool = True,
     prepared: Any = None,
 ) -> PreflightReport:
-    """Estimate a run whose recipe names at least a model and data.
+    """Estimate a run whose recipe names at least a model and data, which may be `prepared` already.
 
-    Args:
-        limit: bytes of memory of a process; by default the device's, which is needed for times.
-        measured: a finished run from which the MFU is taken.
-        compare, world_sizes: engines and numbers of processes to compare.
-        prepared: the data, if they are prepared already.
-
-    Raises UserError for an unknown model, engine or number of processes.
+    `limit`, bytes of memory of a process, is by default the device's, which is needed for times; the MFU is taken from
+    `measured`, a finished run; the engines `compare` and the numbers of processes `world_sizes` are compared. Raises
+    UserError for an unknown model, engine or number of processes.
     """
     recipe, launch = request.recipe, request.launch
     config = load_config(recipe)
@@ -113,7 +102,7 @@ def run_preflight(
         counts = estimator.work(recipe, other.world_size)
         if counts is None or device is None:
             return None
-        return step_time(recipe, stats, other, counts, device, mfu, processes_per_node)
+        return step_time(Sharding(recipe, stats, other), counts, device, mfu, processes_per_node)
 
     suggestions: list[Suggestion] = []
     if limit is not None and memory.total > limit:
@@ -149,18 +138,15 @@ class _Estimator:
         self.recipe, self.config, self.data, self.on_cpu = recipe, config, data, on_cpu
         self.num_labels = getattr(getattr(data, "train", None), "num_labels", None)
         self.stats = model_stats(recipe, config, self.num_labels)
-        self._works: dict[int, Work] = {}
+        self._works: dict[tuple[int, int], Work] = {}
         self._traces: dict[tuple, MicrobatchMemory] = {}
 
     def work(self, recipe: RunRecipe, world_size: int) -> Work | None:
-        """The work of a variant; None without data."""
-        if self.data is None:
-            return None
-        if recipe is not self.recipe:
-            return count_work(recipe, self.data, world_size)
-        if world_size not in self._works:
-            self._works[world_size] = count_work(recipe, self.data, world_size)
-        return self._works[world_size]
+        """The work of a variant, which may differ in its microbatches; None without data."""
+        key = recipe.microbatch_tokens, world_size
+        if self.data is not None and key not in self._works:
+            self._works[key] = count_work(recipe, self.data, world_size)
+        return self._works.get(key)
 
     def memory(self, recipe: RunRecipe, launch: Launch) -> Memory:
         """The memory of a variant under a launch."""
@@ -173,11 +159,9 @@ class _Estimator:
             targets = len(lengths) if isinstance(recipe, ClassificationRecipe) else sum(lengths)
             count, microbatch = 2, (lengths, targets)
         traced = self._trace(recipe, microbatch, launch.casts_weights(recipe))
-        return estimate_memory(recipe, launch, stats, traced, count, on_cpu=self.on_cpu)
+        return estimate_memory(Sharding(recipe, stats, launch), traced, count, on_cpu=self.on_cpu)
 
-    def _trace(
-        self, recipe: RunRecipe, microbatch: tuple[tuple[int, ...], int], casts_weights: bool
-    ) -> MicrobatchMemory:
+    def _trace(self, recipe: RunRecipe, microbatch: tuple[Sequence[int], int], casts_weights: bool) -> MicrobatchMemory:
         """Memory of a microbatch; `casts_weights` where the engine casts all weights instead of using autocast."""
         checkpointing = bool(recipe.training_arguments.get("gradient_checkpointing"))
         key = (microbatch, recipe.tune, checkpointing, casts_weights)
@@ -199,10 +183,7 @@ class _Estimator:
 def _find_suggestions(
     recipe: RunRecipe, launch: Launch, limit: int, estimate: Callable[[RunRecipe, Launch], Memory]
 ) -> list[Suggestion]:
-    """Changes with which a process needs at most `limit` bytes; those that keep the result come first.
-
-    `estimate` gives the memory of another recipe or launch.
-    """
+    """Changes with which a process needs at most `limit` bytes by `estimate`; those that keep the result come first."""
     suggestions = []
     for other, values in _changes(recipe, launch):
         try:
@@ -219,15 +200,14 @@ def _find_suggestions(
 
 def _changes(recipe: RunRecipe, launch: Launch) -> Iterator[tuple[Launch, dict[str, Any]]]:
     """A launch and values of the recipe for each change; all but those of `tune` keep the result."""
-    smallest = recipe.max_seq_length
-    halves = [recipe.microbatch_tokens // divisor for divisor in (2, 4)]
-    sizes = [tokens for tokens in halves if tokens >= smallest]
-    if halves[0] < smallest < recipe.microbatch_tokens:
+    smallest, tokens = recipe.max_seq_length, recipe.microbatch_tokens
+    sizes = [size for size in (tokens // 2, tokens // 4) if size >= smallest]
+    if tokens // 2 < smallest < tokens:
         sizes.append(smallest)
-    yield from ((launch, {"microbatch_tokens": tokens}) for tokens in sizes)
+    yield from ((launch, {"microbatch_tokens": size}) for size in sizes)
     if not recipe.training_arguments.get("gradient_checkpointing"):
         yield launch, {"gradient_checkpointing": True}
-        if recipe.microbatch_tokens > smallest:
+        if tokens > smallest:
             yield launch, {"gradient_checkpointing": True, "microbatch_tokens": smallest}
     if launch.world_size > 1 and launch.engine != FSDP:
         for name in ("zero1", "zero2", "zero3", "zero3_offload"):
@@ -246,12 +226,13 @@ def _changes(recipe: RunRecipe, launch: Launch) -> Iterator[tuple[Launch, dict[s
 def _prepare_data(recipe: RunRecipe, show_progress: bool) -> tuple[Any, str | None]:
     """The prepared data, or the reason why there are none."""
     try:
+        tokenizer = load_tokenizer(recipe, needed=("eos", "pad") if isinstance(recipe, Recipe) else ("pad",))
         if project := project_of(recipe.keys()):
-            return project.prepare(recipe, load_tokenizer(recipe, needed=("pad",))), None
+            return project.prepare(recipe, tokenizer), None
         if isinstance(recipe, ClassificationRecipe):
-            return prepare_labelled(recipe, load_tokenizer(recipe, needed=("pad",)), show=show_progress), None
+            return prepare_labelled(recipe, tokenizer, show=show_progress), None
         assert isinstance(recipe, Recipe)
-        return prepare_conversations(recipe, load_tokenizer(recipe, needed=("eos", "pad")), show=show_progress), None
+        return prepare_conversations(recipe, tokenizer, show=show_progress), None
     except UserError as error:
         return None, str(error)
 

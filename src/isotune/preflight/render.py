@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from isotune.preflight.preflight_report import ComparedLaunch, PreflightReport
-from isotune.preflight.resources.communication import bytes_sent, collectives
+from isotune.preflight.resources.communication import Sharding
 from isotune.preflight.resources.compute import flops_per_step
 from isotune.preflight.resources.memory import PARTS
 
@@ -52,9 +52,10 @@ def as_json(report: PreflightReport, price_per_hour: float | None) -> dict[str, 
         ],
     }  # fmt: skip
     if work is not None:
+        sharding = Sharding(recipe, report.model, launch)
         values["flops_per_step"] = flops_per_step(recipe, report.model, work)
-        values["bytes_sent_per_step"] = bytes_sent(recipe, report.model, launch, work.microbatches_per_rank)
-        values["collectives_per_step"] = collectives(recipe, report.model, launch, work.microbatches_per_rank)
+        values["bytes_sent_per_step"] = sharding.bytes_sent(work.microbatches_per_rank)
+        values["collectives_per_step"] = sharding.collectives(work.microbatches_per_rank)
     if report.time is not None and report.device is not None:
         values["device"] = report.device.name
         values["step_seconds"] = {**asdict(report.time), "expected": report.time.expected}
@@ -82,11 +83,10 @@ def draw_scaling(report: PreflightReport, file: Path) -> Path:
         panels[0].plot(sizes, [row.memory.total / 2**30 for row in rows], marker="o", label=name)
         if timed:
             panels[1].plot(sizes, [row.time.expected for row in rows if row.time], marker="o", label=name)
+            panels[1].set(ylabel="expected seconds a step", yscale="log")
     panels[0].set_ylabel("GiB on a process")
     if report.limit is not None:
         panels[0].axhline(report.limit / 2**30, linestyle="--", color="black", label="memory of a process")
-    if timed:
-        panels[1].set(ylabel="expected seconds a step", yscale="log")
     counts = sorted({row.launch.world_size for row in report.rows})
     for panel in panels:
         panel.set_xscale("log", base=2)
@@ -103,10 +103,8 @@ def draw_scaling(report: PreflightReport, file: Path) -> Path:
 
 def format_bytes(count: float) -> str:
     """Bytes in the largest binary unit that fits."""
-    for unit, unit_bytes in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= unit_bytes:
-            return f"{count / unit_bytes:.2f} {unit}"
-    return f"{count:.0f} B"
+    units = (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+    return next((f"{count / size:.2f} {unit}" for unit, size in units if count >= size), f"{count:.0f} B")
 
 
 def _recipe_lines(report: PreflightReport) -> Iterator[str]:
@@ -175,7 +173,7 @@ def _time_lines(report: PreflightReport, price_per_hour: float | None) -> Iterat
     if work is None:
         return
     recipe, launch = report.request.recipe, report.request.launch
-    sent = bytes_sent(recipe, report.model, launch, work.microbatches_per_rank)
+    sent = Sharding(recipe, report.model, launch).bytes_sent(work.microbatches_per_rank)
     yield (
         f"compute     {flops_per_step(recipe, report.model, work):.4g} FLOPs a step, "
         f"{format_bytes(sent)} sent by a process"
@@ -197,8 +195,7 @@ def _time_lines(report: PreflightReport, price_per_hour: float | None) -> Iterat
 
 def _comparison_lines(report: PreflightReport) -> Iterator[str]:
     if report.rows:
-        yield ""
-        yield f"  {'engine':<52}{'memory':>12}{'s a step':>12}{'communication':>15}"
+        yield f"\n  {'engine':<52}{'memory':>12}{'s a step':>12}{'communication':>15}"
     for row in report.rows:
         seconds = f"{row.time.expected:>12.4g}{row.time.communication:>15.3g}" if row.time else ""
         yield f"  {row.launch.in_words:<52}{format_bytes(row.memory.total):>12}{seconds}"

@@ -37,19 +37,13 @@ _DEEPSPEED_VARIABLES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """An engine (plain, DDP, DeepSpeed or FSDP) on a number of processes over all nodes.
-
-    Attributes:
-        name: the configuration file, or a description of it.
-        deepspeed_config: the complete configuration; None under other engines.
-        offload: parts in host memory: `optimizer`, `param`.
-    """
+    """An engine (plain, DDP, DeepSpeed or FSDP) on a number of processes over all nodes."""
 
     engine: str
     world_size: int
-    name: str = "no launch configuration"
-    deepspeed_config: Mapping[str, Any] | None = None
-    offload: tuple[str, ...] = ()
+    name: str = "no launch configuration"  # the configuration file, or a description of it
+    deepspeed_config: Mapping[str, Any] | None = None  # the complete one; None under other engines
+    offload: tuple[str, ...] = ()  # parts in host memory: `optimizer`, `param`
 
     @property
     def zero_stage(self) -> int | None:
@@ -88,15 +82,12 @@ def shipped_launch(name: str, world_size: int) -> Launch:
 
 @dataclass(frozen=True)
 class PreflightRequest:
-    """A recipe and its launch; `problems` are all their mistakes, each a sentence.
-
-    `guess` is the sentence that names the task where only the model suggests it.
-    """
+    """A recipe and its launch, with all their mistakes."""
 
     recipe: RunRecipe
     launch: Launch
-    problems: tuple[str, ...]
-    guess: str | None = None
+    problems: tuple[str, ...]  # each a sentence
+    guess: str | None = None  # the sentence that names the task where only the model suggests it
 
 
 def read_preflight_request(
@@ -174,32 +165,25 @@ def _read_launch(file: str | None, world_size: int | None, recipe: RunRecipe, co
     if engine == DDP and count == 1:
         engine = PLAIN
     if engine == DEEPSPEED:
-        config = _deepspeed_config(keys.get("deepspeed_config") or {}, recipe, count, file, complain)
+        section = keys.get("deepspeed_config") or {}
+        environment = {name: str(section[key]) for key, name in _DEEPSPEED_VARIABLES.items() if key in section}
+        environment["ACCELERATE_CONFIG_DS_FIELDS"] = ",".join(section)
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for a GPU and warn
+        config = read_deepspeed_config(recipe, count, environment, file, complain)
         return Launch(engine, count, file, config, tuple(offloaded(config)))
     offload = (keys.get("fsdp_config") or {}).get("fsdp_offload_params") is True
     return Launch(engine, count, file, None, ("param", "optimizer") if engine == FSDP and offload else ())
 
 
-def _deepspeed_config(
-    section: Mapping[str, Any], recipe: RunRecipe, world_size: int, file: str, complain: Complain
-) -> dict[str, Any]:
-    environment = {name: str(section[key]) for key, name in _DEEPSPEED_VARIABLES.items() if key in section}
-    environment["ACCELERATE_CONFIG_DS_FIELDS"] = ",".join(section)
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for a GPU and warn
-    return read_deepspeed_config(recipe, world_size, environment, file, complain)
-
-
 def _read_keys(file: str, complain: Complain) -> dict[str, Any]:
     try:
         keys = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        if isinstance(keys, dict):
+            return keys
+        complain(f"{file} has no keys of accelerate's")
     except OSError as error:
         complain(f"--accelerate_config {file} cannot be read: {error.strerror}")
-        return {}
     except yaml.YAMLError as error:
         complain(f"{file} is not YAML: {str(error).splitlines()[0]}")
-        return {}
-    if not isinstance(keys, dict):
-        complain(f"{file} has no keys of accelerate's")
-        return {}
-    return keys
+    return {}

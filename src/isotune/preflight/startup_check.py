@@ -13,6 +13,7 @@ from isotune.preflight.preflight_report import run_preflight
 from isotune.preflight.render import format_bytes, render_report
 from isotune.preflight.request import DDP, DEEPSPEED, FSDP, PLAIN, Launch, PreflightRequest
 from isotune.preflight.resources.activation_memory import MicrobatchMemory
+from isotune.preflight.resources.communication import Sharding
 from isotune.preflight.resources.memory import estimate_memory
 from isotune.preflight.resources.model_stats import model_stats
 
@@ -30,7 +31,7 @@ def startup_check(recipe: RunRecipe, config: PreTrainedConfig, data: Any, proces
             print(render_report(report, None), flush=True)
         return True
     stats = model_stats(recipe, config, getattr(data.train, "num_labels", None))
-    memory = estimate_memory(recipe, launch, stats, MicrobatchMemory(0, 0), 2, on_cpu=limit is None)
+    memory = estimate_memory(Sharding(recipe, stats, launch), MicrobatchMemory(0, 0), 2, on_cpu=limit is None)
     optimizer = memory.optimizer + memory.master_copies
     fixed = memory.weights + memory.gradients + optimizer
     if process.is_main:

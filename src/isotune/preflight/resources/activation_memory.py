@@ -46,14 +46,11 @@ def trace_microbatch(
     on_cpu: bool,
     checkpointing: bool,
 ) -> MicrobatchMemory:
-    """The memory of forward and backward over a microbatch of documents of so many tokens.
+    """The memory of forward and backward over a microbatch of documents of so many tokens (`lengths`).
 
-    Args:
-        build: builds the model with a number of blocks on the meta device, without the CPU's speedups.
-        layers: blocks of the real model.
-        targets: number of supervised tokens, or of documents in classification.
-        on_cpu: use the CPU's kernels; otherwise attention and dropout save what a GPU's kernels save.
-        checkpointing: use gradient checkpointing.
+    `build` makes the model with a number of blocks on the meta device, without the CPU's speedups; the real one has
+    `layers`. `targets` is the number of supervised tokens, or of documents in classification. `on_cpu` uses the CPU's
+    kernels; otherwise attention and dropout save what a GPU's kernels save.
     """
 
     def trace(blocks: int) -> tuple[int, ...]:

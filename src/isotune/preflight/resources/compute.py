@@ -18,8 +18,7 @@ import numpy as np
 from isotune.config import Recipe, RunRecipe
 from isotune.data.batch_schedule import StepSchedule, assign_to_ranks
 from isotune.io.errors import UserError
-from isotune.preflight.request import Launch
-from isotune.preflight.resources.communication import bytes_sent
+from isotune.preflight.resources.communication import Sharding
 from isotune.preflight.resources.model_stats import ModelStats
 from isotune.run.metrics_file import METRICS, read_metrics
 
@@ -98,13 +97,8 @@ class Work:
 def count_work(recipe: RunRecipe, data: Any, world_size: int) -> Work:
     """Count what training does with prepared `data` (`isotune.data.documents.RunData`) on that many processes."""
     documents, rows = data.train.documents, data.train.rows
-    schedule = StepSchedule(
-        documents,
-        rows,
-        global_batch_size=recipe.global_batch_size,
-        microbatch_tokens=recipe.microbatch_tokens,
-        seed=recipe.seed,
-    )
+    sizes: Any = {"global_batch_size": recipe.global_batch_size, "microbatch_tokens": recipe.microbatch_tokens}
+    schedule = StepSchedule(documents, rows, **sizes, seed=recipe.seed)
     epoch = schedule.steps_per_epoch
     steps = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * epoch)
     counted = [schedule.step(number) for number in range(min(epoch, steps, _MAX_COUNTED_STEPS))]
@@ -115,8 +109,7 @@ def count_work(recipe: RunRecipe, data: Any, world_size: int) -> Work:
         costs = [sum(m.cost * m.weight for m in share) for share in assign_to_ranks(step, world_size)]
         imbalances.append(max(costs) / (sum(costs) / world_size) - 1)
         squares.append(sum(float(lengths[d]) ** 2 for m in step.microbatches for d in m.documents))
-    tokens = int(lengths.sum())
-    capacity = len(rows) * recipe.max_seq_length
+    tokens, capacity = int(lengths.sum()), len(rows) * recipe.max_seq_length
     return Work(
         documents=len(documents),
         rows=len(rows),
@@ -139,11 +132,11 @@ def count_work(recipe: RunRecipe, data: Any, world_size: int) -> Work:
 
 def find_device(name: str) -> Device:
     """The device of a name, in any case of its letters; UserError if it is not in the table."""
-    for device in DEVICES:
-        if device.name.lower() == name.lower():
-            return device
-    names = ", ".join(device.name for device in DEVICES)
-    raise UserError(f"--device {name} is not known: choose among {names}, or say --measured RUN")
+    devices = {device.name.lower(): device for device in DEVICES}
+    if name.lower() not in devices:
+        names = ", ".join(device.name for device in DEVICES)
+        raise UserError(f"--device {name} is not known: choose among {names}, or say --measured RUN")
+    return devices[name.lower()]
 
 
 def flops_per_step(recipe: RunRecipe, model: ModelStats, work: Work) -> float:
@@ -159,16 +152,15 @@ def flops_per_step(recipe: RunRecipe, model: ModelStats, work: Work) -> float:
     return linear + head + adapters + square * (3 + again / 2)
 
 
-def step_time(
-    recipe: RunRecipe, model: ModelStats, launch: Launch, work: Work, device: Device, mfu: float, per_node: int
-) -> StepTime:
+def step_time(sharding: Sharding, work: Work, device: Device, mfu: float, per_node: int) -> StepTime:
     """The time of one step; with more than `per_node` processes the network between the nodes is the link."""
-    all_flops = flops_per_step(recipe, model, work)
+    recipe, launch = sharding.recipe, sharding.launch
+    all_flops = flops_per_step(recipe, sharding.model, work)
     # ranks share whole microbatches, and the rank with most of them is the slowest
     rank_flops = all_flops * work.microbatches_per_rank / work.microbatches_per_step
     floor = max(rank_flops, all_flops / launch.world_size * (1 + work.imbalance)) / device.peak_flops(recipe)
     link = device.link_bytes_per_second if launch.world_size <= per_node else device.network_bytes_per_second
-    return StepTime(floor, floor / mfu, bytes_sent(recipe, model, launch, work.microbatches_per_rank) / link)
+    return StepTime(floor, floor / mfu, sharding.bytes_sent(work.microbatches_per_rank) / link)
 
 
 def measured_mfu(run: Path, recipe: RunRecipe, model: ModelStats, work: Work, device: Device) -> float:

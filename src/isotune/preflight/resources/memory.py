@@ -23,18 +23,9 @@ from dataclasses import dataclass
 
 from isotune.config import RunRecipe
 from isotune.io.errors import UserError
-from isotune.preflight.request import DDP, DEEPSPEED, FSDP, Launch
+from isotune.preflight.request import DDP, DEEPSPEED, FSDP
 from isotune.preflight.resources.activation_memory import MicrobatchMemory
-from isotune.preflight.resources.communication import (
-    EXACT_BYTES,
-    exact_gradients,
-    gathered_bytes,
-    gradient_bytes,
-    local_numel,
-    optimized_numel,
-    weight_bytes,
-)
-from isotune.preflight.resources.model_stats import ModelStats
+from isotune.preflight.resources.communication import EXACT_BYTES, Sharding
 
 GRADIENT_BYTES = 4
 # bytes of optimizer state for each parameter; 8-bit optimizers add a scale for each block of 256
@@ -49,17 +40,11 @@ STATE_BYTES: Mapping[str, float] = {
 # and BERT-base at three lengths.
 MARGIN_ON_GPU, MARGIN_ON_CPU = 0.1, {"lora": 0.15, "qlora": 0.15, "full": 0.5}
 _UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20, "TB": 10**12, "TiB": 2**40}
-
-
 PARTS = {
-    "weights": "weights",
-    "gradients": "gradients",
-    "optimizer": "optimizer state",
-    "master_copies": "fp32 copies of the shards",
-    "communication": "communication buffers",
-    "activations": "activations and loss",
-    "margin": "fragmentation margin",
-}
+    "weights": "weights", "gradients": "gradients", "optimizer": "optimizer state",
+    "master_copies": "fp32 copies of the shards", "communication": "communication buffers",
+    "activations": "activations and loss", "margin": "fragmentation margin",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,35 +73,30 @@ class Memory:
         return sum(self.parts.values())
 
 
-def estimate_memory(
-    recipe: RunRecipe, launch: Launch, model: ModelStats, traced: MicrobatchMemory, microbatches: int, *, on_cpu: bool
-) -> Memory:
-    """The peak memory of the process that needs most.
+def estimate_memory(sharding: Sharding, traced: MicrobatchMemory, microbatches: int, *, on_cpu: bool) -> Memory:
+    """The peak memory of the process that needs most, with the allocator of the CPU or of a GPU.
 
-    Args:
-        traced: memory of the costliest microbatch.
-        microbatches: of a process in a step; from the second on, gradients exist during the whole microbatch.
-        on_cpu: whether the CPU's allocator applies.
+    `traced` is the costliest microbatch. A process has so many `microbatches` in a step: from the second on, gradients
+    exist during the whole microbatch.
     """
+    recipe, model, launch = sharding.recipe, sharding.model, sharding.launch
     zero = launch.zero_stage or 0
-    weights = sum(
-        int(weight_bytes(p, recipe, launch) * local_numel(p, launch) / max(p.numel, 1)) for p in model.parameters
-    )
-    optimized = optimized_numel(model, launch)
+    weights = sum(int(sharding.weight_bytes(p) * sharding.local_numel(p) / max(p.numel, 1)) for p in model.parameters)
+    optimized = sharding.optimized_numel
     notes: list[str] = []
-    gradients = _gradients(recipe, model, launch, notes)
+    gradients = _gradients(sharding, notes)
     communication = 0
     if launch.engine == DDP:
         communication = GRADIENT_BYTES * model.trained_numel
     if launch.engine == DEEPSPEED and zero:
         section = launch.zero_optimization
         bucket = min(int(section.get("reduce_bucket_size", 5e8)), model.trained_numel)
-        communication = gradient_bytes(recipe, launch) * bucket * (2 if section.get("overlap_comm") else 1)
+        communication = sharding.gradient_bytes * bucket * (2 if section.get("overlap_comm") else 1)
         if zero == 3:
-            communication += gathered_bytes(recipe, model, launch)
+            communication += sharding.gathered_bytes
             notes.append("communication: gathered weights, and the buckets")
     if launch.engine == FSDP:
-        communication = gathered_bytes(recipe, model, launch) + GRADIENT_BYTES * optimized
+        communication = sharding.gathered_bytes + GRADIENT_BYTES * optimized
         notes.append("communication: gathered weights, and the reduced shard of the gradients")
     state = round(optimized * state_bytes(recipe))
     if recipe.training_arguments["optim"] not in STATE_BYTES:
@@ -129,8 +109,8 @@ def estimate_memory(
         host, weights = host + weights, 0
     # In the first microbatch gradients appear while activations are freed; in a later one they exist from its start.
     activations = traced.activations
-    if microbatches == 1 and not exact_gradients(recipe, launch):
-        activations = max(traced.with_gradients - gradient_bytes(recipe, launch) * model.trained_numel, 0)
+    if microbatches == 1 and not sharding.exact_gradients:
+        activations = max(traced.with_gradients - sharding.gradient_bytes * model.trained_numel, 0)
     share = MARGIN_ON_CPU[recipe.tune] if on_cpu else MARGIN_ON_GPU
     margin = round(share * (activations + communication + gradients))
     parts = (weights, gradients, state, master, communication, activations, margin)
@@ -142,16 +122,16 @@ def state_bytes(recipe: RunRecipe) -> float:
     return STATE_BYTES.get(recipe.training_arguments["optim"], 8)
 
 
-def _gradients(recipe: RunRecipe, model: ModelStats, launch: Launch, notes: list[str]) -> int:
+def _gradients(sharding: Sharding, notes: list[str]) -> int:
     """Peak bytes of gradients on the process that needs most; adds to `notes`."""
-    element_bytes, shard = gradient_bytes(recipe, launch), GRADIENT_BYTES * optimized_numel(model, launch)
-    zero = launch.zero_stage or 0
-    whole = element_bytes * model.trained_numel
+    recipe, launch, trained_numel = sharding.recipe, sharding.launch, sharding.model.trained_numel
+    element_bytes, shard = sharding.gradient_bytes, GRADIENT_BYTES * sharding.optimized_numel
+    zero, whole = launch.zero_stage or 0, element_bytes * trained_numel
     if zero >= 2 and recipe.gradient_reduction == "pass":
         return shard
-    if exact_gradients(recipe, launch):
+    if sharding.exact_gradients:
         notes.append(f"gradients: {EXACT_BYTES} more bytes for each trained parameter with exact_gradients")
-        return whole + EXACT_BYTES * model.trained_numel
+        return whole + EXACT_BYTES * trained_numel
     if zero == 1 and recipe.bf16 and "optimizer" not in launch.offload:
         notes.append("gradients: DeepSpeed accumulates ZeRO-1's bf16 gradients in fp32, unsharded on every process")
         return whole + shard * launch.world_size

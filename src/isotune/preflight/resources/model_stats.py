@@ -40,37 +40,17 @@ class ModelStats:
     """A model as it is trained, with adapters; tied tensors count once."""
 
     parameters: tuple[Parameter, ...]
+    numel: int
+    bytes: int  # on a process that holds all weights whole
+    trained_numel: int
+    block_numel: int  # of all blocks together
+    block_bytes: int
     layers: int
     hidden_size: int
     linear_numel: int  # weights of all linear layers except the output head
     head_numel: int  # of the output head
     adapter_numel: int  # of LoRA
     largest_block_bytes: int  # weights of the largest block, which a sharding engine gathers
-
-    @property
-    def numel(self) -> int:
-        """All parameters."""
-        return sum(p.numel for p in self.parameters)
-
-    @property
-    def trained_numel(self) -> int:
-        """Trained parameters."""
-        return sum(p.numel for p in self.parameters if p.trained)
-
-    @property
-    def block_numel(self) -> int:
-        """Parameters of all blocks."""
-        return sum(p.numel for p in self.parameters if p.in_block)
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of all blocks."""
-        return sum(p.bytes for p in self.parameters if p.in_block)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of all weights, on a process that holds them whole."""
-        return sum(p.bytes for p in self.parameters)
 
 
 def model_builder(
@@ -118,8 +98,14 @@ def model_stats(recipe: RunRecipe, config: PreTrainedConfig, num_labels: int | N
         size = _four_bit_bytes(recipe, numel) if id(p) in four_bit else numel * p.element_size()
         parameters.append(Parameter(numel, p.shape[0], size, p.requires_grad, name in decayed, id(p) in in_blocks))
         adapter_numel += numel if "lora_" in name else 0
+    of_blocks = [p for p in parameters if p.in_block]
     return ModelStats(
         parameters=tuple(parameters),
+        numel=sum(p.numel for p in parameters),
+        bytes=sum(p.bytes for p in parameters),
+        trained_numel=sum(p.numel for p in parameters if p.trained),
+        block_numel=sum(p.numel for p in of_blocks),
+        block_bytes=sum(p.bytes for p in of_blocks),
         layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         linear_numel=sum(weight.numel() for weight in linear),
@@ -131,6 +117,5 @@ def model_stats(recipe: RunRecipe, config: PreTrainedConfig, num_labels: int | N
 
 def _four_bit_bytes(recipe: RunRecipe, numel: int) -> int:
     scales = -(-numel // _WEIGHTS_PER_SCALE)
-    if recipe.bnb_4bit_use_double_quant:
-        return -(-numel // 2) + scales + 4 * -(-scales // _SCALES_PER_BLOCK)
-    return -(-numel // 2) + 4 * scales
+    of_scales = scales + 4 * -(-scales // _SCALES_PER_BLOCK) if recipe.bnb_4bit_use_double_quant else 4 * scales
+    return -(-numel // 2) + of_scales
