@@ -17,7 +17,7 @@ from isotune.io.errors import UserError
 from isotune.io.files import replace_file
 from isotune.report import formatting
 from isotune.report.charts import draw_charts
-from isotune.report.run_record import RunRecord, changed_tables, read_record, run_summary, run_tables
+from isotune.report.run_record import RunRecord, changed_tables, differ, read_record, run_summary, run_tables
 
 REPORT = "report.html"
 HERE = Path(__file__).parent
@@ -68,6 +68,7 @@ def render_report(runs: Sequence[str | Path]) -> str:
         "signed": formatting.format_signed,
         "p": formatting.format_p,
         "truncated": _truncate,
+        "differ": differ,
     }
     html = environment.get_template("report.html.jinja").render(
         title=" and ".join(record.name for record in records),
@@ -78,7 +79,7 @@ def render_report(runs: Sequence[str | Path]) -> str:
         several=several,
         charts=draw_charts(records),
         tables=tables,
-        differences=changed_tables(tables) if several else [],
+        differences=changed_tables(tables) if several else {},
         evaluations=[_evaluation(name, records, names, notes) for name in evaluated],
         notes=notes,
         formatting=formatting,

@@ -23,19 +23,14 @@ _INCHES = {"loss": 3.6, "accuracy": 2.6, "learning_rate": 1.2}
 
 @dataclass
 class Curve:
-    """One metric of a run; steps and values have the same length, and a missing or non-finite value is NaN.
-
-    Attributes:
-        epoch_steps, epoch_values: the last step of each complete epoch, and the mean over the epoch's steps, weighted
-            by the number of targets.
-    """
+    """One metric of a run; steps and values have the same length, and a missing or non-finite value is NaN."""
 
     steps: list[int]
     values: list[float]
     eval_steps: list[int]
     eval_values: list[float]
-    epoch_steps: list[int] = field(default_factory=list)
-    epoch_values: list[float] = field(default_factory=list)
+    epoch_steps: list[int] = field(default_factory=list)  # the last step of each complete epoch
+    epoch_values: list[float] = field(default_factory=list)  # mean over its steps, weighted by the number of targets
 
 
 def draw_loss_curve(run_dir: str | Path) -> Path:

@@ -93,12 +93,10 @@ def final_evaluation(record: RunRecord) -> tuple[int, dict[str, Any]] | None:
         metric = str(keys.get("metric_for_best_model", "eval_loss"))
         sign = -1 if metric in HIGHER_IS_BETTER else 1
         values = {step: line[metric] for step, line in record.evaluations.items() if line.get(metric) is not None}
-        if not values:
-            return None
-        step = min(values, key=lambda step: (sign * values[step], step))
-        return step, record.evaluations[step]
-    last = max(record.steps, default=None)
-    return (last, record.evaluations[last]) if last in record.evaluations else None
+        step = min(values, key=lambda step: (sign * values[step], step), default=None)
+    else:
+        step = max(record.steps, default=None)
+    return (step, record.evaluations[step]) if step in record.evaluations else None
 
 
 def _is_classifier(record: RunRecord) -> bool:
@@ -162,7 +160,7 @@ def _results(record: RunRecord) -> str:
     names = [key for key in METRICS if any(line.get(key) is not None for line in record.evaluations.values())]
     rows = [["step", "epoch", *map(_readable, names)]]
     for step, line in record.evaluations.items():
-        values = ["" if line.get(key) is None else format_number(line[key]) for key in names]
+        values = ("" if line.get(key) is None else format_number(line[key]) for key in names)
         rows.append([f"{step:,}", f"{line.get('epoch') or 0:.2f}", *values])
     return _table(rows) if record.evaluations else ""
 
@@ -174,11 +172,11 @@ def _data(record: RunRecord) -> str:
     if record.evaluations:
         held_out = f"a share of {_public_name(keys.get('dataset_name', ''))}"
         sources["evaluation"] = (keys.get("eval_dataset_name") or held_out, keys.get("eval_dataset_split"))
-    tables = {table.caption: table.rows for table in run_tables([record])}
+    tables = run_tables([record])
     columns = []
     for role, (source, split) in sources.items():
-        counts = {row.name: row.values[0] for row in tables.get(f"Data: {role}", ())}
-        counts = {name: value for name, value in counts.items() if name not in OMITTED_DATA_ROWS}
+        counts = tables.get(f"Data: {role}", {}).items()
+        counts = {name: value for name, (value,) in counts if name not in OMITTED_DATA_ROWS}
         columns.append({"source": _public_name(source or "") + (f", {split}" if split else "")} | counts)
     names = dict.fromkeys(name for column in columns for name in column)
     rows = [[name.replace("_", " "), *(column.get(name, "") for column in columns)] for name in names]

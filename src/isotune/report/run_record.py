@@ -18,27 +18,21 @@ ABSENT = "–"
 SELF_TEST = "Self-test before the first step"
 _KEY = re.compile(r"([A-Za-z_][\w.]*):")
 
+Tables = dict[str, dict[str, list[str]]]  # by caption the rows by name, with a value of each run
+
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The content of a run's files; what is missing or broken is empty.
-
-    Attributes:
-        recipe: the values of recipe.yaml by key, in the groups of that file by title.
-        environment, status: environment.json and status.json.
-        steps, evaluations: the lines of metrics.jsonl by step.
-        results: the evaluations in RUN/eval.
-        notes: a sentence for each file that cannot be read.
-    """
+    """The content of a run's files; what is missing or broken is empty."""
 
     folder: Path
-    recipe: dict[str, dict[str, Any]]
+    recipe: dict[str, dict[str, Any]]  # the values by key, in the groups of recipe.yaml by title
     environment: dict[str, Any]
     status: dict[str, Any]
-    steps: dict[int, dict[str, Any]]
+    steps: dict[int, dict[str, Any]]  # lines of metrics.jsonl by step
     evaluations: dict[int, dict[str, Any]]
-    results: list[Result]
-    notes: list[str]
+    results: list[Result]  # the evaluations in RUN/eval
+    notes: list[str]  # a sentence for each file that cannot be read
 
     @property
     def name(self) -> str:
@@ -49,27 +43,6 @@ class RunRecord:
     def keys(self) -> dict[str, Any]:
         """The recipe's values by key, without the groups."""
         return {key: value for group in self.recipe.values() for key, value in group.items()}
-
-
-@dataclass(frozen=True)
-class Row:
-    """A named value of each run."""
-
-    name: str
-    values: list[str]
-
-    @property
-    def differs(self) -> bool:
-        """Whether the runs have different values."""
-        return len(set(self.values)) > 1
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows under a caption."""
-
-    caption: str
-    rows: list[Row]
 
 
 def read_record(run: str | Path) -> RunRecord:
@@ -120,8 +93,8 @@ def run_summary(record: RunRecord) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in facts.items() if value]
 
 
-def run_tables(records: Sequence[RunRecord]) -> list[Table]:
-    """The groups of the recipe, the data, the engine in effect, the machine and the versions: a column for each run."""
+def run_tables(records: Sequence[RunRecord]) -> Tables:
+    """The groups of the recipe, the data, the engine in effect, the machine and the versions."""
     environments = [record.environment for record in records]
     titles = dict.fromkeys(title for record in records for title in record.recipe)
     machine = ("device", "device_name", "threads_per_process", "world_size", "git_commit", "command")
@@ -134,29 +107,35 @@ def run_tables(records: Sequence[RunRecord]) -> list[Table]:
         {key: each[key] for key in machine if each.get(key) is not None} for each in environments
     ]
     columns["Versions"] = [_section(each, "versions") for each in environments]
-    tables = []
+    tables: Tables = {}
     for caption, values in columns.items():
         names = dict.fromkeys(name for column in values for name in column)
-        rows = [Row(name, [_text(column[name]) if name in column else ABSENT for column in values]) for name in names]
-        tables.append(Table(caption, rows))
-    return [table for table in tables if table.rows]
+        rows = {name: [_text(column[name]) if name in column else ABSENT for column in values] for name in names}
+        tables |= {caption: rows} if rows else {}
+    return tables
 
 
-def changed_tables(tables: Sequence[Table]) -> list[Table]:
+def differ(values: Sequence[str]) -> bool:
+    """Whether the runs have different values."""
+    return len(set(values)) > 1
+
+
+def changed_tables(tables: Tables) -> Tables:
     """The rows that differ between the runs, without the self-tests, which differ in rounding only."""
-    compared = [table for table in tables if table.caption != SELF_TEST]
-    changed = [Table(table.caption, [row for row in table.rows if row.differs]) for table in compared]
-    return [table for table in changed if table.rows]
+    changed = {
+        caption: {name: values for name, values in rows.items() if differ(values)}
+        for caption, rows in tables.items()
+        if caption != SELF_TEST
+    }
+    return {caption: rows for caption, rows in changed.items() if rows}
 
 
 def _read_metrics(file: Path, notes: list[str]) -> Metrics:
-    if not file.exists():
-        return Metrics({}, {}, [])
+    metrics = Metrics({}, {}, [])
     try:
-        metrics = read_metrics(file)
+        metrics = read_metrics(file) if file.exists() else metrics
     except OSError as error:
         notes.append(f"{file} cannot be read: {error.strerror}.")
-        return Metrics({}, {}, [])
     if metrics.broken_lines:
         first, count = metrics.broken_lines[0], len(metrics.broken_lines)
         lines = f"line {first} cannot be read and is" if count == 1 else f"{count} lines from line {first} on are"
@@ -169,11 +148,10 @@ def _read(file: Path, parse: Callable[[str], Any], notes: list[str]) -> dict[str
         return {}
     try:
         values = parse(file.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it has no keys")
     except (OSError, ValueError, yaml.YAMLError) as error:
         notes.append(f"{file} cannot be read: {str(error).splitlines()[0]}.")
-        return {}
-    if not isinstance(values, dict):
-        notes.append(f"{file} cannot be read: it has no keys.")
         return {}
     return values
 
@@ -184,8 +162,7 @@ def _recipe_groups(text: str) -> dict[str, dict[str, Any]]:
     if not isinstance(values, dict):
         raise ValueError("it has no keys")
     groups: dict[str, dict[str, Any]] = {}
-    title = "Recipe"
-    ungrouped = dict(values)
+    title, ungrouped = "Recipe", dict(values)
     for line in text.splitlines():
         if line.startswith("# "):
             title = line[2:].strip()
