@@ -140,22 +140,32 @@ def read_battles(file: Path, *, labelled: bool) -> Battles:
 
 
 def read_table(file: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows of a CSV file with every cell as text, each with its number counted from 1 after the header.
+    """The rows of a CSV file with every cell as text, each with its number; see `read_rows`.
 
-    Raises:
-        UserError: no such file, not UTF-8, no header, a column of `needed` is missing, or a row is broken.
+    Raises UserError, too, if a column of `needed` is missing, or a row has more or fewer cells than the header.
     """
-    number = 0
+    rows = read_rows(file)
+    _, header, _ = next(rows, (0, [], 0))
+    for column in needed:
+        if column not in header:
+            raise UserError(f"{file} lacks the column {column!r}; it has {', '.join(header) or 'none'}")
+    for number, cells, line in rows:
+        if len(cells) != len(header):
+            raise UserError(f"{file}, row {number} (to line {line}): {len(cells)} cells, {len(header)} columns")
+        yield number, dict(zip(header, cells, strict=True))
+
+
+def read_rows(file: Path) -> Iterator[tuple[int, list[str], int]]:
+    """Number, cells and last line of each row of a CSV file: of the header, 0, and of the rows that are not empty.
+
+    Raises UserError if the file cannot be read, or is not CSV in UTF-8.
+    """
+    number = -1
     try:
-        rows = read_cells(file)
-        header, _ = next(rows, ([], 0))
-        for column in needed:
-            if column not in header:
-                raise UserError(f"{file} lacks the column {column!r}; it has {', '.join(header) or 'none'}")
-        for number, (cells, line) in enumerate((row for row in rows if row[0]), start=1):
-            if len(cells) != len(header):
-                raise UserError(f"{file}, row {number} (to line {line}): {len(cells)} cells, {len(header)} columns")
-            yield number, dict(zip(header, cells, strict=True))
+        for cells, line in read_cells(file):
+            if cells or number < 0:
+                number += 1
+                yield number, cells, line
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

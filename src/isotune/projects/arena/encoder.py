@@ -90,10 +90,8 @@ def in_both_orders(battles: Sequence[Battle], encoder: TextEncoder, max_seq_leng
         raise UserError(
             f"max_seq_length is {max_seq_length}: three texts need at least {special + SMALLEST_ROOM} tokens"
         )
-    documents: list[np.ndarray] = []
-    labels: list[int] = []
-    ids: list[str] = []
-    whole_lengths, exchanged, identical = [], [], []
+    rows: list[tuple[np.ndarray, int, str, int]] = []
+    exchanged, identical = [], []
     for battle, triple in zip(battles, _token_triples(battles, encoder), strict=True):
         of_prompt, of_a, of_b = map(len, triple)
         kept = share_tokens(of_prompt, of_a, of_b, max_seq_length - special)
@@ -104,10 +102,9 @@ def in_both_orders(battles: Sequence[Battle], encoder: TextEncoder, max_seq_leng
         identical.append(a.tobytes() == b.tobytes())
         for name, label_of_order, answers in reversed(orders) if exchanged[-1] else orders:
             pieces = [encoder.prefix, prompt, separator, answers[0], separator, answers[1], encoder.suffix]
-            documents.append(np.concatenate(pieces))
-            labels.append(label_of_order)
-            ids.append(f"{battle.id}/{name}")
-            whole_lengths.append(special + of_prompt + of_a + of_b)
+            whole_length = special + of_prompt + of_a + of_b
+            rows.append((np.concatenate(pieces), label_of_order, f"{battle.id}/{name}", whole_length))
+    documents, labels, ids, whole_lengths = zip(*rows, strict=True)
     return BothOrders(
         Documents(
             input_ids=np.concatenate(documents),

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from isotune.data.sources.files import read_cells
 from isotune.io.errors import UserError
 from isotune.io.files import replace_file
-from isotune.projects.arena.battles import CLASSES, ID
+from isotune.projects.arena.battles import CLASSES, ID, read_rows
 
 _ROWS, _IDS, _CELLS = ("row has", "rows have"), ("id is", "ids are"), ("cell holds", "cells hold")
 EXAMPLES = 3  # rows or ids in one message
@@ -22,17 +21,16 @@ SUM_TOLERANCE = 1e-5  # of the sum of a row, above the rounding to six places
 
 @dataclass(frozen=True)
 class _Table:
-    """A CSV file: the header and the cells of each row; `rows` and `numbers` (from 1) omit rows of a wrong width."""
+    """A CSV file: the header, the cells of each row by its number (from 1), and what rows of a wrong width have."""
 
     header: list[str]
-    rows: list[list[str]]
-    numbers: list[int]
+    rows: dict[int, list[str]]
     wrong_widths: list[str]
 
     def column(self, name: str) -> list[str]:
         """Every cell of a column, stripped."""
         index = self.header.index(name)
-        return [row[index].strip() for row in self.rows]
+        return [row[index].strip() for row in self.rows.values()]
 
 
 def write_submission(file: Path, ids: Sequence[str], probabilities: np.ndarray, sample: Path | None) -> None:
@@ -78,25 +76,14 @@ def check_submission(file: Path, sample: Path) -> tuple[list[str], int]:
 
 
 def _read(file: Path) -> _Table:
-    rows, numbers, wrong = [], [], []
-    try:
-        lines = read_cells(file)
-        header = [name.strip() for name in next(lines, ([], 0))[0]]
-        for number, cells in enumerate((cells for cells, _ in lines if cells), start=1):
-            if len(cells) == len(header):
-                rows.append(cells)
-                numbers.append(number)
-            else:
-                wrong.append(f"row {number} has {len(cells)}")
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is not a text file in UTF-8") from None
-    except csv.Error as error:
-        raise UserError(f"{file}, row {len(rows) + len(wrong) + 1}, is not CSV: {error}") from None
+    lines = read_rows(file)
+    header = [name.strip() for name in next(lines, (0, [], 0))[1]]
     if not header:
         raise UserError(f"{file} is empty: a submission begins with its columns")
-    return _Table(header, rows, numbers, wrong)
+    rows = {number: cells for number, cells, _ in lines}
+    widths = {number: len(cells) for number, cells in rows.items() if len(cells) != len(header)}
+    right = {number: cells for number, cells in rows.items() if number not in widths}
+    return _Table(header, right, [f"row {number} has {width}" for number, width in widths.items()])
 
 
 def _wrong_columns(table: _Table, expected: _Table) -> list[str]:
@@ -130,7 +117,7 @@ def _wrong_numbers(table: _Table, classes: list[str]) -> list[str]:
     ids = table.column(ID) if ID in table.header else [""] * len(table.rows)
     columns = [table.column(name) for name in classes]
     not_numbers, outside, sums = [], [], []
-    for number_of_row, row_id, *cells in zip(table.numbers, ids, *columns, strict=True):
+    for number_of_row, row_id, *cells in zip(table.rows, ids, *columns, strict=True):
         row = f"row {number_of_row}" + (f" (id {row_id})" if row_id else "")
         numbers = [_number(cell) for cell in cells]
         for name, cell, number in zip(classes, cells, numbers, strict=True):

@@ -42,9 +42,8 @@ Splits = Sequence[tuple[np.ndarray, np.ndarray]]  # indices of the rows to fit o
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model with a point of its grid: its held-out predictions, float64 [rows, 3], and their log loss in nats."""
+    """A point of a model's grid: its held-out predictions, float64 [rows, 3], and their log loss in nats."""
 
-    name: str
     parameters: dict[str, Any]
     held_out: np.ndarray
     log_loss: float
@@ -137,8 +136,7 @@ def fit_baselines(
     log(f"computed {rows.given.shape[1]} features of {len(rows):,} rows")
     # all rows of a prompt are in the same fold
     splits = list(GroupKFold(folds, shuffle=True, random_state=seed).split(labels, groups=groups))
-    candidates = _search(rows, labels, groups, grids, splits, seed=seed, jobs=jobs, log=log)
-    selected = {name: min((c for c in candidates if c.name == name), key=lambda c: c.log_loss) for name in grids}
+    selected = _search(rows, labels, groups, grids, splits, seed=seed, jobs=jobs, log=log)
     held_out = {name: candidate.held_out for name, candidate in selected.items()}
     weights = blend_weights(list(held_out.values()), labels)
     matrix = FeatureMatrix(seed).fit(rows)
@@ -220,8 +218,8 @@ def _search(
     seed: int,
     jobs: int,
     log: Log,
-) -> list[Candidate]:
-    """Cross-validate every point of every grid."""
+) -> dict[str, Candidate]:
+    """Cross-validate every point of every grid: the best one of each model."""
     points = [(name, point) for name, grid in grids.items() for point in ParameterGrid(grid)]
 
     def run_fold(fold: int) -> tuple[int, list[np.ndarray]]:
@@ -239,11 +237,12 @@ def _search(
         test = splits[fold][1]
         held_out[:, test] = predictions
         log(f"fold {done} of {len(splits)}: {len(points)} models, evaluated on {len(test):,} rows")
-    candidates = []
+    selected: dict[str, Candidate] = {}
     for (name, point), predictions in zip(points, held_out, strict=True):
         log_loss = float(-np.log(predictions[np.arange(len(labels)), labels]).mean())
-        candidates.append(Candidate(name, dict(point), predictions, log_loss))
-    return candidates
+        if name not in selected or log_loss < selected[name].log_loss:
+            selected[name] = Candidate(dict(point), predictions, log_loss)
+    return selected
 
 
 def _check_enough(battles: Battles, folds: int) -> None:
