@@ -6,7 +6,7 @@ style sheet, which has a light and a dark set; lines of different runs also diff
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -33,14 +33,18 @@ CURVES: tuple[tuple[str | None, str | None, str, str], ...] = (
 _SCALE = {"peak_memory_bytes": 1e-9}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Line:
-    """A line of a chart: `style` is its CSS class; `paths` are its unbroken pieces as SVG path data."""
+    """A line of a chart, with the data that it shows."""
 
     label: str
-    style: str
-    paths: list[str]
-    dots: list[tuple[float, float]]
+    style: str  # its CSS class
+    steps: list[int]
+    values: np.ndarray
+    has_dots: bool = False
+    summary: str = ""
+    paths: list[str] = field(default_factory=list)  # its unbroken pieces as SVG path data
+    dots: list[tuple[float, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -60,48 +64,38 @@ class Chart:
     bottom: int = HEIGHT - BOTTOM
 
 
-@dataclass
-class _Series:
-    label: str
-    style: str
-    steps: list[int]
-    values: np.ndarray
-    has_dots: bool = False
-    summary: str = ""
-
-
 def draw_charts(records: Sequence[RunRecord]) -> list[Chart]:
     """One chart for each metric that any of the runs has."""
     runs = [f"{run_letter(index)} " for index in range(len(records))] if len(records) > 1 else [""]
     charts = []
     for *keys, title, unit in CURVES:
-        series = [
+        lines = [
             line
             for index, (record, run) in enumerate(zip(records, runs, strict=True))
             for line in _series(record, run, f"run{index % 6}" if run else "", *keys)
         ]
-        if series:
-            charts.append(_chart(title, unit, series))
+        if lines:
+            charts.append(_chart(title, unit, lines))
     return charts
 
 
-def _series(record: RunRecord, run: str, color: str, train_key: str | None, eval_key: str | None) -> Iterator[_Series]:
+def _series(record: RunRecord, run: str, color: str, train_key: str | None, eval_key: str | None) -> Iterator[Line]:
     """The lines of a run; `run` begins their labels, and is empty, as `color` is, for a single run."""
     steps, values = _column(record.steps, train_key)
     if steps:
         summary = _summary(f"{run}training", steps, values)
-        series = _Series(f"{run}training", color or "main", steps, values, len(steps) < MARKED_STEPS, summary)
+        line = Line(f"{run}training", color or "main", steps, values, len(steps) < MARKED_STEPS, summary)
         if train_key == "loss" and np.isfinite(values).sum() >= MIN_SMOOTHED_VALUES:
             window = smoothing_window(len(steps))
             if not run:
-                yield _Series("training, each step", "raw", steps, values, series.has_dots)
-            series.label, series.has_dots = f"{run}training, averaged over {window:.0f} steps", False
-            series.values = smoothed(values, window)
-        yield series
+                yield Line("training, each step", "raw", steps, values, line.has_dots)
+            line.label, line.has_dots = f"{run}training, averaged over {window:.0f} steps", False
+            line.values = smoothed(values, window)
+        yield line
     steps, values = _column(record.evaluations, eval_key)
     if steps:
         summary = _summary(f"{run}evaluation", steps, values)
-        yield _Series(f"{run}evaluation", f"{color} evaluation".strip(), steps, values, True, summary)
+        yield Line(f"{run}evaluation", f"{color} evaluation".strip(), steps, values, True, summary)
 
 
 def _column(lines: dict[int, dict[str, Any]], key: str | None) -> tuple[list[int], np.ndarray]:
@@ -120,10 +114,10 @@ def _summary(label: str, steps: Sequence[int], values: np.ndarray) -> str:
     return f"{label}: {first}, {last}, lowest {lowest}, highest {highest}."
 
 
-def _chart(title: str, unit: str, series: list[_Series]) -> Chart:
-    values = np.concatenate([line.values for line in series])
+def _chart(title: str, unit: str, lines: list[Line]) -> Chart:
+    values = np.concatenate([line.values for line in lines])
     y_ticks = _ticks(float(np.nanmin(values)), float(np.nanmax(values)))
-    x_ticks = _ticks(min(line.steps[0] for line in series), max(line.steps[-1] for line in series), integer=True)
+    x_ticks = _ticks(min(line.steps[0] for line in lines), max(line.steps[-1] for line in lines), integer=True)
     x_low, x_high, y_low, y_high = x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1]
 
     def x(step: float) -> float:
@@ -132,17 +126,16 @@ def _chart(title: str, unit: str, series: list[_Series]) -> Chart:
     def y(value: float) -> float:
         return round(HEIGHT - BOTTOM - (value - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM), 1)
 
-    lines = []
-    for line in series:
+    for line in lines:
         steps, values = _downsample(np.array(line.steps), line.values)
         points = [(x(s), y(v)) if math.isfinite(v) else None for s, v in zip(steps, values, strict=True)]
         pieces = [[point for point in piece if point] for _, piece in groupby(points, bool)]
-        paths = ["M" + " L".join(f"{x:g},{y:g}" for x, y in piece) for piece in pieces if len(piece) > 1]
-        lines.append(Line(line.label, line.style, paths, [p for p in points if p] if line.has_dots else []))
+        line.paths += ["M" + " L".join(f"{x:g},{y:g}" for x, y in piece) for piece in pieces if len(piece) > 1]
+        line.dots += [point for point in points if point and line.has_dots]
     return Chart(
         title=title,
         unit=unit,
-        summary=" ".join(line.summary for line in series if line.summary),
+        summary=" ".join(line.summary for line in lines if line.summary),
         lines=lines,
         x_ticks=[(x(tick), f"{int(tick):,}") for tick in x_ticks],
         y_ticks=[(y(tick), _tick_text(tick, y_ticks[1] - y_ticks[0])) for tick in y_ticks],

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from isotune import __version__
-from isotune.evaluation.comparison import Comparison, compare_runs
+from isotune.evaluation.comparison import compare_runs
 from isotune.evaluation.results import CLASSIFICATION, GENERATION, Result
 from isotune.io.errors import UserError
 from isotune.io.files import replace_file
@@ -52,9 +52,8 @@ def render_report(runs: Sequence[str | Path]) -> str:
     notes = [note for record in records for note in record.notes]
     tables = run_tables(records)
     several = len(records) > 1
-    names = [
-        f"{formatting.run_letter(i)}: {record.name}" if several else record.name for i, record in enumerate(records)
-    ]
+    letters = [f"{formatting.run_letter(index)}: " if several else "" for index in range(len(records))]
+    names = [letter + record.name for letter, record in zip(letters, records, strict=True)]
     evaluated = dict.fromkeys(result.folder.name for record in records for result in record.results)
     environment = Environment(
         loader=FileSystemLoader(HERE),
@@ -98,7 +97,12 @@ def _evaluation(name: str, records: Sequence[RunRecord], runs: Sequence[str], no
     facts = first.facts
     metrics = dict.fromkeys(metric for result in results.values() for metric in result.metrics)
     title, examples = _examples(results)
-    comparison, not_compared = _compare(list(results.values()))
+    comparison, not_compared = None, ""
+    try:
+        if len(results) > 1:
+            comparison = compare_runs([result.folder for result in results.values()])
+    except UserError as mistake:
+        not_compared = str(mistake)
     return {
         "name": name,
         "facts": f"{facts['kind']}, {len(first.predictions):,} rows of {facts['dataset_name']} "
@@ -124,15 +128,6 @@ def _chance_test(run: str, result: Result) -> str:
         return ""
     alarm = f"ALARM, {result.facts['alarm']}: " if result.facts.get("alarm") else ""
     return f". {run and run + ': '}{alarm}{result.facts['verdict']}"
-
-
-def _compare(results: list[Result]) -> tuple[Comparison | None, str]:
-    if len(results) < 2:
-        return None, ""
-    try:
-        return compare_runs([result.folder for result in results]), ""
-    except UserError as mistake:
-        return None, str(mistake)
 
 
 def _plots(run: str, result: Result, notes: list[str]) -> list[dict[str, Any]]:
@@ -214,8 +209,8 @@ def _answers(results: dict[str, Result]) -> list[dict[str, Any]]:
     for row_id in sorted(first, key=order)[:MAX_EXAMPLES]:
         row, own = first[row_id], {run: rows[row_id] for run, rows in by_id.items() if row_id in rows}
         answers = [{"run": run, "text": each.get("text"), "is_right": _is_right(each)} for run, each in own.items()]
-        example = {"id": row_id, "input": row.get("prompt"), "reference": row.get("reference"), "answers": answers}
-        examples.append(example)
+        reference = row.get("reference")
+        examples.append({"id": row_id, "input": row.get("prompt"), "reference": reference, "answers": answers})
     return examples
 
 

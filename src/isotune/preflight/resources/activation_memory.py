@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -179,32 +180,27 @@ def _fake_kernels(tokens: int, on_cpu: bool) -> Iterator[None]:
     A GPU's attention saves query, key, value, output and a number for each row, as torch's SDPA does on CPU; its
     dropout saves a byte for each element.
     """
-    replaced: list[tuple[Any, str, Any]] = []
+    with contextlib.ExitStack() as stack:
 
-    def replace(owner: Any, name: str, value: Any) -> None:
-        replaced.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, value)
+        def replace(owner: Any, name: str, stand_in: Any) -> None:
+            stack.enter_context(mock.patch.object(owner, name, stand_in))
 
-    for module in (cpu_functional, cpu_layers, document_attention):
-        replace(module, "draw_seed", lambda: 0)
-        replace(module, "draw_kept", lambda shape, *_: torch.empty(*shape, dtype=torch.bool))
-    for module in (cpu_functional, cpu_layers):
-        replace(module, "pack_kept", lambda kept: torch.empty((kept.numel() + 7) // 8, dtype=torch.uint8))
-        replace(module, "unpack_mask", lambda _, shape: torch.empty(*shape, dtype=torch.int16))
-    replace(cpu_layers, "occurring_rows", lambda ids, grad: (ids, grad.clone()))  # an upper bound
-    replace(cpu_layers, "is_whole", lambda _: True)  # a fake parameter has another type
-    replace(classifier, "document_position_ids", lambda *_: torch.zeros(1, tokens, dtype=torch.int64))
-    if not on_cpu:
-        replace(packed_attention, "kernel_in_effect", lambda *_, **__: packed_attention.DOCUMENT_SDPA)
-        replace(functional, "dropout", _dropout_as_on_gpu)
-        replace(supervised_loss, "is_cpu", lambda _: False)
-    supervised_loss.forget_workspaces()
-    try:
-        yield
-    finally:
-        for owner, name, value in replaced:
-            setattr(owner, name, value)
+        for module in (cpu_functional, cpu_layers, document_attention):
+            replace(module, "draw_seed", lambda: 0)
+            replace(module, "draw_kept", lambda shape, *_: torch.empty(*shape, dtype=torch.bool))
+        for module in (cpu_functional, cpu_layers):
+            replace(module, "pack_kept", lambda kept: torch.empty((kept.numel() + 7) // 8, dtype=torch.uint8))
+            replace(module, "unpack_mask", lambda _, shape: torch.empty(*shape, dtype=torch.int16))
+        replace(cpu_layers, "occurring_rows", lambda ids, grad: (ids, grad.clone()))  # an upper bound
+        replace(cpu_layers, "is_whole", lambda _: True)  # a fake parameter has another type
+        replace(classifier, "document_position_ids", lambda *_: torch.zeros(1, tokens, dtype=torch.int64))
+        if not on_cpu:
+            replace(packed_attention, "kernel_in_effect", lambda *_, **__: packed_attention.DOCUMENT_SDPA)
+            replace(functional, "dropout", _dropout_as_on_gpu)
+            replace(supervised_loss, "is_cpu", lambda _: False)
         supervised_loss.forget_workspaces()
+        stack.callback(supervised_loss.forget_workspaces)
+        yield
 
 
 def _dropout_as_on_gpu(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:

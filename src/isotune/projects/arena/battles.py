@@ -71,11 +71,6 @@ class Battles:
         """The class of every row: int64 [rows]."""
         return np.array([battle.label for battle in self.battles], np.int64)
 
-    def with_labels(self, labels: Sequence[int]) -> "Battles":
-        """The same rows with a class each."""
-        pairs = zip(self.battles, labels, strict=True)
-        return replace(self, battles=tuple(replace(battle, label=label) for battle, label in pairs))
-
     def subset(self, rows: Sequence[int]) -> "Battles":
         """Some rows, by number, in that order; the repairs are still counted over all."""
         return replace(self, battles=tuple(self.battles[row] for row in rows))

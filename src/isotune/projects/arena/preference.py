@@ -1,7 +1,7 @@
 """Scores of predicted preferences: log loss with its interval, beside that of uniform guessing."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -116,4 +116,4 @@ def read_answers(file: Path, battles: Battles) -> Battles:
         example = f", such as {missing[0]}" if missing else ""
         raise UserError(f"{file}: {len(missing)} of the {len(battles)} ids of {battles.name} are missing{example}, and "
                         f"{len(winners) - len(battles) + len(missing)} are of other rows")  # fmt: skip
-    return battles.with_labels([winners[battle.id] for battle in battles.battles])
+    return replace(battles, battles=tuple(replace(battle, label=winners[battle.id]) for battle in battles.battles))

@@ -38,6 +38,7 @@ CALIBRATION_FOLDS = 3
 MIN_PROBABILITY = 1e-4  # a forest may predict 0, whose log loss is infinite
 
 Lemmas = tuple[str, ...]
+ModelInputs = dict[str, Any]  # of the same rows: `linear`, sparse, and `trees`, dense; both float64 [rows, columns]
 
 
 @dataclass(frozen=True)
@@ -50,21 +51,10 @@ class BattleFeatures:
     answers_a: tuple[Lemmas, ...]
     answers_b: tuple[Lemmas, ...]
 
-    def __len__(self) -> int:
-        return len(self.prompts)
-
     def subset(self, rows: np.ndarray) -> "BattleFeatures":
         """The rows with these indices, int64 [rows], in their order."""
         texts = ([column[row] for row in rows] for column in (self.prompts, self.answers_a, self.answers_b))
         return BattleFeatures(self.given[rows], self.swapped[rows], *map(tuple, texts))
-
-
-@dataclass(frozen=True)
-class ModelInputs:
-    """Inputs of the same rows for linear and tree models: sparse and float64, both [rows, columns]."""
-
-    linear: sparse.csr_matrix
-    trees: np.ndarray
 
 
 def battle_features(battles: Sequence[Battle]) -> BattleFeatures:
@@ -112,7 +102,7 @@ class FeatureMatrix:
         parts = [TFIDF_SCALE * difference, TFIDF_SCALE * combined, similarity, clipped]
         linear: Any = sparse.hstack(parts, format="csr")
         linear.sort_indices()
-        return ModelInputs(linear, np.hstack([features, similarity, self.svd.transform(difference.tocsr())]))
+        return {"linear": linear, "trees": np.hstack([features, similarity, self.svd.transform(difference.tocsr())])}
 
 
 def _row_products(one: sparse.csr_matrix, other: sparse.csr_matrix) -> np.ndarray:
@@ -122,7 +112,7 @@ def _row_products(one: sparse.csr_matrix, other: sparse.csr_matrix) -> np.ndarra
 
 @dataclass(frozen=True)
 class Estimator:
-    """A scikit-learn class: the field of ModelInputs that it reads, its fixed parameters and its default grid."""
+    """A scikit-learn class: the kind of ModelInputs that it reads, its fixed parameters and its default grid."""
 
     inputs: str
     estimator_class: Callable[..., Any]
@@ -194,7 +184,7 @@ class SwapAveraged:
 
     def fit(self, given: ModelInputs, swapped: ModelInputs, labels: np.ndarray, groups: np.ndarray) -> "SwapAveraged":
         """Fit on both orders; rows of one of `groups`, [rows], are never on both sides of a calibration split."""
-        both = [getattr(inputs, self.inputs) for inputs in (given, swapped)]
+        both = [inputs[self.inputs] for inputs in (given, swapped)]
         matrix: Any = sparse.vstack(both, format="csr") if self.inputs == "linear" else np.concatenate(both)
         all_labels = np.concatenate([labels, np.array(SWAPPED_CLASSES)[labels]])
         if self.is_calibrated:
@@ -205,7 +195,7 @@ class SwapAveraged:
 
     def predict(self, given: ModelInputs, swapped: ModelInputs) -> np.ndarray:
         """Probabilities of a, b and tie: float64 [rows, 3], each row summing to 1."""
-        one, other = (self._probabilities(getattr(inputs, self.inputs)) for inputs in (given, swapped))
+        one, other = (self._probabilities(inputs[self.inputs]) for inputs in (given, swapped))
         return normalize(np.maximum((one + other[:, SWAPPED_CLASSES]) / 2, MIN_PROBABILITY))
 
     def _probabilities(self, matrix: Any) -> np.ndarray:

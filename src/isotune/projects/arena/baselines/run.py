@@ -133,7 +133,7 @@ def fit_baselines(
     rows = battle_features(battles)
     labels = np.array([battle.label for battle in battles], np.int64)
     groups = np.array([battle.group() for battle in battles])
-    log(f"computed {rows.given.shape[1]} features of {len(rows):,} rows")
+    log(f"computed {rows.given.shape[1]} features of {len(labels):,} rows")
     # all rows of a prompt are in the same fold
     splits = list(GroupKFold(folds, shuffle=True, random_state=seed).split(labels, groups=groups))
     selected = _search(rows, labels, groups, grids, splits, seed=seed, jobs=jobs, log=log)
