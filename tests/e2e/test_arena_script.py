@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.battles import swapped
 from tests.launching import start, write_recipe
 
 from isotune.evaluation.results import read_result
@@ -129,8 +130,7 @@ def test_an_encoders_prediction_is_equivariant_to_the_bit(encoder, competition):
     classifier = load_run_classifier(encoder.run, torch.device("cpu"), torch.float32)
     rows = read_battles(competition / "train.csv", labelled=True)
     given = predict_battles(classifier, rows, 64)
-    swapped = type(rows)("swapped", tuple(battle.swapped() for battle in rows.battles), 0, 0)
-    exchanged = predict_battles(classifier, swapped, 64)
+    exchanged = predict_battles(classifier, type(rows)("swapped", tuple(map(swapped, rows.battles)), 0, 0), 64)
     assert given[:, [1, 0, 2]].tobytes() == exchanged.tobytes()
     assert np.ptp(given[:, 0]) > 0
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.battles import swapped
 
 from isotune.io.errors import UserError
 from isotune.projects.arena.baselines.estimators import MEMBERS, check_grids
@@ -41,7 +42,7 @@ def fitted(rows):
 
 def test_exchanging_the_answers_exchanges_every_models_prediction_bit_for_bit(fitted, rows):
     given = fitted.predict(rows.battles)
-    exchanged = fitted.predict([battle.swapped() for battle in rows.battles])
+    exchanged = fitted.predict([swapped(battle) for battle in rows.battles])
     assert set(given) == {"class_prior", *MEMBERS, BLEND}
     for name, found in given.items():
         assert found[:, [1, 0, 2]].tobytes() == exchanged[name].tobytes(), name

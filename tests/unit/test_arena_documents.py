@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.battles import swapped
 
 from isotune.data.tokenizer import TextEncoder
 from isotune.io.errors import UserError
@@ -44,7 +45,7 @@ def test_the_two_documents_hold_the_texts_in_either_order_and_are_the_same_for_e
     encoder = TextEncoder(builtin_tokenizer("builtin:bert-tiny"))
     rows = battles(*triples).battles
     both = in_both_orders(rows, encoder, length)
-    turned = in_both_orders([battle.swapped() for battle in rows], encoder, length)
+    turned = in_both_orders([swapped(battle) for battle in rows], encoder, length)
     assert (both.documents.input_ids == turned.documents.input_ids).all()
     assert (both.documents.starts == turned.documents.starts).all() and both.documents.lengths.max() <= length
     assert (both.documents.labels == turned.documents.labels)[~np.repeat(both.identical, 2)].all()
@@ -70,7 +71,7 @@ def test_the_mean_of_both_orders_is_the_naive_one_and_exactly_equivariant(encode
     triples = [("q", "long answer here", "short"), ("q", "a", "b"), ("", "same", "same"), ("x y", "b", "a")]
     rows = battles(*triples).battles
     both = in_both_orders(rows, encoder, 64)
-    turned = in_both_orders([battle.swapped() for battle in rows], encoder, 64)
+    turned = in_both_orders([swapped(battle) for battle in rows], encoder, 64)
     raw = np.random.default_rng(5).dirichlet(np.ones(3), len(both.documents))  # whatever a model says of documents
     found, other_way = both.swap_average(raw), turned.swap_average(raw)
     assert found[:, [1, 0, 2]].tobytes() == other_way.tobytes()

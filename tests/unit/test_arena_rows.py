@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+from tests.battles import swapped
 
 from isotune.io.errors import UserError
 from isotune.projects.arena.battles import TIE, WINS_A, WINS_B, Battle, read_battles, read_competition
@@ -80,12 +81,12 @@ def test_missing_columns_rows_and_files_are_named(tmp_path):
 
 def test_exchanged_answers_exchange_the_winner_and_share_the_group():
     battle = Battle("1", ("Q",), ("one",), ("two",), WINS_A)
-    assert battle.swapped() == Battle("1", ("Q",), ("two",), ("one",), WINS_B)
-    assert battle.swapped().swapped() == battle
-    assert Battle("1", ("Q",), ("a",), ("b",), TIE).swapped().label == TIE
+    assert swapped(battle) == Battle("1", ("Q",), ("two",), ("one",), WINS_B)
+    assert swapped(swapped(battle)) == battle
+    assert swapped(Battle("1", ("Q",), ("a",), ("b",), TIE)).label == TIE
     empty = Battle("1", (" ",), ("one",), ("two",))
-    assert battle.swapped().group() == battle.group() == Battle("2", (" q\n",), ("x",), ("y",)).group()
-    assert empty.swapped().group() == empty.group() != Battle("2", ("",), ("one",), ("three",)).group()
+    assert swapped(battle).group() == battle.group() == Battle("2", (" q\n",), ("x",), ("y",)).group()
+    assert swapped(empty).group() == empty.group() != Battle("2", ("",), ("one",), ("three",)).group()
 
 
 def test_the_real_files_are_read_as_pandas_reads_them(shared_data):

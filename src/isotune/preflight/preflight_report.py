@@ -104,9 +104,9 @@ def run_preflight(
             return None
         return step_time(Sharding(recipe, stats, other), counts, device, mfu, processes_per_node)
 
-    suggestions: list[Suggestion] = []
+    suggestions = ()
     if limit is not None and memory.total > limit:
-        suggestions = _find_suggestions(recipe, launch, limit, estimator.memory)
+        suggestions = tuple(_find_suggestions(recipe, launch, limit, estimator.memory))
     # the trained parameters in fp32 and the optimizer's state; one more than are kept exists while it is written
     checkpoint_bytes = round(stats.trained_numel * (4 + state_bytes(recipe)))
     kept = int(recipe.training_arguments["save_total_limit"])
@@ -121,7 +121,7 @@ def run_preflight(
         mfu_is_measured=measured is not None,
         time=time(launch),
         limit=limit,
-        suggestions=tuple(suggestions),
+        suggestions=suggestions,
         checkpoint_bytes=checkpoint_bytes,
         disk_bytes=checkpoint_bytes * min(work.checkpoints if work else 3, kept + 1),
         rows=tuple(

@@ -83,8 +83,8 @@ def _series(record: RunRecord, run: str, color: str, train_key: str | None, eval
     """The lines of a run; `run` begins their labels, and is empty, as `color` is, for a single run."""
     steps, values = _column(record.steps, train_key)
     if steps:
-        summary = _summary(f"{run}training", steps, values)
-        line = Line(f"{run}training", color or "main", steps, values, len(steps) < MARKED_STEPS, summary)
+        label = f"{run}training"
+        line = Line(label, color or "main", steps, values, len(steps) < MARKED_STEPS, _summary(label, steps, values))
         if train_key == "loss" and np.isfinite(values).sum() >= MIN_SMOOTHED_VALUES:
             window = smoothing_window(len(steps))
             if not run:
@@ -94,8 +94,8 @@ def _series(record: RunRecord, run: str, color: str, train_key: str | None, eval
         yield line
     steps, values = _column(record.evaluations, eval_key)
     if steps:
-        summary = _summary(f"{run}evaluation", steps, values)
-        yield Line(f"{run}evaluation", f"{color} evaluation".strip(), steps, values, True, summary)
+        label = f"{run}evaluation"
+        yield Line(label, f"{color} evaluation".strip(), steps, values, True, _summary(label, steps, values))
 
 
 def _column(lines: dict[int, dict[str, Any]], key: str | None) -> tuple[list[int], np.ndarray]:

@@ -131,25 +131,21 @@ def _chance_test(run: str, result: Result) -> str:
 
 
 def _plots(run: str, result: Result, notes: list[str]) -> list[dict[str, Any]]:
-    """Each PNG as a data URI, with a sentence that describes it and further lines of description."""
+    """Each PNG as a data URI, with the lines of the text file beside it: a sentence first, which its name may give."""
     plots = []
     for file in sorted(result.folder.glob("*.png")):
         content = file.read_bytes()
         if content.startswith(_PNG_SIGNATURE):
             uri = "data:image/png;base64," + base64.b64encode(content).decode()
-            description, *details = _description(file, result)
+            words = file.with_suffix(".txt")
+            text = words.read_text(encoding="utf-8", errors="replace") if words.is_file() else ""
+            name = file.stem.replace("_", " ").replace("-", " ")
+            lines = [line.strip() for line in text.splitlines() if line.strip()]
+            description, *details = lines or [f"{name}, of the evaluation {result.folder.name}"]
             plots.append({"uri": uri, "description": description, "details": details, "run": run})
         else:
             notes.append(f"{file} is left out: it is not a PNG file.")
     return plots
-
-
-def _description(file: Path, result: Result) -> list[str]:
-    """The lines of the text file beside a plot, a sentence first; without one, the words of the plot's name."""
-    text_file = file.with_suffix(".txt")
-    text = text_file.read_text(encoding="utf-8", errors="replace") if text_file.is_file() else ""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines or [f"{file.stem.replace('_', ' ').replace('-', ' ')}, of the evaluation {result.folder.name}"]
 
 
 def _examples(results: dict[str, Result]) -> tuple[str, list[dict[str, Any]]]:

@@ -45,42 +45,39 @@ def write_model_card(run: str | Path, repository: str | None = None) -> Path:
     It loads the model from `repository`, a Hub id, or else from the folder. Raises UserError if that is no run.
     """
     record = read_record(run)
-    path = record.folder / "model" / CARD
-    replace_file(path, str(model_card(record, repository)))
-    return path
-
-
-def model_card(record: RunRecord, repository: str | None = None) -> ModelCard:
-    """The card of a run; see `write_model_card`."""
-    keys = record.keys
+    keys, model = record.keys, record.folder / "model"
     name = (repository or record.name).rsplit("/", 1)[-1]
+    is_classifier = keys.get("overlong") in ("head", "tail", "head_tail")
+    is_adapter = (model / "adapter_config.json").is_file()
     trained_on = _public_name(keys.get("dataset_name", ""))
-    evaluated = final_evaluation(record)
+    step, evaluation = final_evaluation(record) or (None, {})
     counts = (line["eval_documents"] for line in record.evaluations.values() if line.get("eval_documents"))
-    return ModelCard.from_template(
-        _metadata(record, name, evaluated[1] if evaluated else {}),
+    card = ModelCard.from_template(
+        _metadata(keys, name, evaluation, is_classifier, is_adapter),
         template_path=str(TEMPLATE),
         name=name,
-        is_classifier=_is_classifier(record),
-        is_adapter=_is_adapter(record),
+        is_classifier=is_classifier,
+        is_adapter=is_adapter,
         base=_public_name(keys.get("model_name_or_path", "a model")),
         is_random=keys.get("model_init") == "random",
         tuned=_TUNED.get(keys.get("tune", ""), keys.get("tune")),
         trained_on=trained_on if "dataset_name" in keys else "its data",
         version=record.environment.get("versions", {}).get("isotune", ""),
-        task="SequenceClassification" if _is_classifier(record) else "CausalLM",
-        path=repository or str(record.folder / "model"),
+        task="SequenceClassification" if is_classifier else "CausalLM",
+        path=repository or str(model),
         # the base model's configuration does not have the number of classes of the adapter's head
-        num_labels=f", num_labels={_classes(record)}" if _is_adapter(record) and _is_classifier(record) else "",
-        has_base_model=_is_adapter(record) and (record.folder / "base_model").is_dir(),
+        num_labels=f", num_labels={_classes(record)}" if is_adapter and is_classifier else "",
+        has_base_model=is_adapter and (record.folder / "base_model").is_dir(),
         results=_results(record),
         evaluated_on=_public_name(keys.get("eval_dataset_name") or f"a share of {trained_on}"),
         evaluated_documents=next(counts, None),
-        saved_step=evaluated[0] if evaluated else None,
+        saved_step=step,
         data=_data(record),
         training=_training(record),
         recipe=_recipe(record),
     )
+    replace_file(model / CARD, str(card))
+    return model / CARD
 
 
 def final_evaluation(record: RunRecord) -> tuple[int, dict[str, Any]] | None:
@@ -99,20 +96,13 @@ def final_evaluation(record: RunRecord) -> tuple[int, dict[str, Any]] | None:
     return (step, record.evaluations[step]) if step in record.evaluations else None
 
 
-def _is_classifier(record: RunRecord) -> bool:
-    return record.keys.get("overlong") in ("head", "tail", "head_tail")
-
-
-def _is_adapter(record: RunRecord) -> bool:
-    return (record.folder / "model" / "adapter_config.json").is_file()
-
-
-def _metadata(record: RunRecord, name: str, evaluation: dict[str, Any]) -> ModelCardData:
+def _metadata(
+    keys: dict[str, Any], name: str, evaluation: dict[str, Any], is_classifier: bool, is_adapter: bool
+) -> ModelCardData:
     """The metadata; `evaluation` is the line of the saved model, empty without one."""
-    keys = record.keys
     base = keys.get("model_name_or_path", "")
     names = dict.fromkeys((keys.get("dataset_name"), keys.get("eval_dataset_name")))
-    pipeline = "text-classification" if _is_classifier(record) else "text-generation"
+    pipeline = "text-classification" if is_classifier else "text-generation"
     source = _public_name(keys.get("eval_dataset_name") or keys.get("dataset_name", ""))
     results = [
         EvalResult(
@@ -130,11 +120,11 @@ def _metadata(record: RunRecord, name: str, evaluation: dict[str, Any]) -> Model
     ]
     return ModelCardData(
         base_model=base if _on_the_hub(base) and keys.get("model_init") != "random" else None,
-        base_model_relation="adapter" if _is_adapter(record) else "finetune",
+        base_model_relation="adapter" if is_adapter else "finetune",
         datasets=[dataset for dataset in names if dataset and _on_the_hub(dataset)] or None,
-        library_name="peft" if _is_adapter(record) else "transformers",
+        library_name="peft" if is_adapter else "transformers",
         pipeline_tag=pipeline,
-        tags=["isotune", *(["lora"] if _is_adapter(record) else [])],
+        tags=["isotune", *(["lora"] if is_adapter else [])],
         metrics=[result.metric_type for result in results] or None,
         model_name=name,
         eval_results=results or None,
@@ -208,14 +198,11 @@ def _training(record: RunRecord) -> str:
 
 
 def _recipe(record: RunRecord) -> str:
-    values = {
-        key: _public_name(value)
-        if key in PATH_KEYS or (isinstance(value, str) and Path(value).is_absolute())
-        else value
-        for title, group in record.recipe.items()
-        for key, value in group.items()
-        if title != OMITTED_GROUP
-    }
+    groups = (group for title, group in record.recipe.items() if title != OMITTED_GROUP)
+    values = {key: value for group in groups for key, value in group.items()}
+    for key, value in values.items():
+        if key in PATH_KEYS or (isinstance(value, str) and Path(value).is_absolute()):
+            values[key] = _public_name(value)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip()
 
 

@@ -39,11 +39,6 @@ class Battle:
     answer_b: tuple[str, ...]
     label: int | None = None
 
-    def swapped(self) -> "Battle":
-        """The same battle with its answers exchanged, and its label with them."""
-        label = None if self.label is None else SWAPPED_CLASSES[self.label]
-        return replace(self, answer_a=self.answer_b, answer_b=self.answer_a, label=label)
-
     def group(self) -> str:
         """A digest that battles over the same prompt share: letter case and white space make no difference.
 

@@ -112,13 +112,13 @@ def run_baselines(recipe: BaselinesRecipe) -> None:
     ids = [battle.id for battle in files.test.battles]
     write_submission(run / SUBMISSION, ids, predictions[BLEND], files.sample)
     log(f"wrote {run / SUBMISSION}")
+    facts = {"main": BLEND, "model": str(run)}
     if answered is not None:
-        facts = {"main": BLEND, "model": str(run), "split": "test"}
-        scores = write_preferences(run / "eval" / TEST, answered, predictions, **facts)
+        scores = write_preferences(run / "eval" / TEST, answered, predictions, split="test", **facts)
         print(f"\n{answered.name}: {len(answered):,} rows, scored once\n{scores.table()}")
     # last: it marks the run as finished
-    facts = {"main": BLEND, "model": str(run), "split": f"train, {recipe.folds} folds"}
-    scores = write_preferences(run / "eval" / HELD_OUT, files.train, fitted.held_out, **facts)
+    split = f"train, {recipe.folds} folds"
+    scores = write_preferences(run / "eval" / HELD_OUT, files.train, fitted.held_out, split=split, **facts)
     print(f"\n{files.train.name}: each row by models that had not seen its prompt\n{scores.table(remarks)}")
 
 
@@ -265,10 +265,9 @@ def _check_folder(run: Path, recipe: BaselinesRecipe) -> None:
         return
     try:
         earlier = yaml.safe_load((run / RECIPE).read_text(encoding="utf-8"))
-        is_baselines = isinstance(earlier, dict) and earlier.get("method") == recipe.method
     except (OSError, yaml.YAMLError):
-        is_baselines, earlier = False, {}
-    if not is_baselines:
+        earlier = None
+    if not isinstance(earlier, dict) or earlier.get("method") != recipe.method:
         raise UserError(f"output_dir '{run}' is not empty and is not a run of baselines: choose another --output_dir")
     if BaselinesRecipe.from_layers([Layer(earlier)]).fingerprint() != recipe.fingerprint():
         raise UserError(f"output_dir '{run}' holds the run of another recipe: choose another --output_dir")
