@@ -156,8 +156,10 @@ def test_the_same_command_uploads_what_was_saved_and_then_has_nothing_left_to_do
 def test_without_a_token_one_sentence_says_where_to_get_one(hub, tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    hub_keys = {"push_to_hub": True, "hub_model_id": "someone/tiny"}
+    recipe = ClassificationRecipe.from_values(**TINY_CLASSIFIER, output_dir=str(tmp_path), **hub_keys)
     with pytest.raises(UserError, match="push_to_hub has no token: log in with `hf auth login` or set HF_TOKEN"):
-        upload_model(tmp_path, repository="someone/tiny", private=None, token=None)
+        upload_model(recipe)
     assert not hub.created
 
 

@@ -10,7 +10,7 @@ import torch
 
 from isotune.checkpoint.flat_tensors import FlatTensor
 from isotune.checkpoint.manifest import MANIFEST, InvalidCheckpoint, Manifest, verify
-from isotune.checkpoint.store import CheckpointStore, find_checkpoint
+from isotune.checkpoint.store import CheckpointStore
 from isotune.checkpoint.writer import CheckpointWriter, Snapshot
 from isotune.io.files import replace_file
 
@@ -30,7 +30,7 @@ def manifest(step: int, best: int | None = None) -> Manifest:
 
 
 def write(store: CheckpointStore, step: int, best: int | None = None) -> Path:
-    writer = CheckpointWriter(store, lambda folder, manifest: None)
+    writer = CheckpointWriter(store, lambda step: None)
     tensors = {"model/w": FlatTensor.whole(torch.full((1000,), float(step)))}
     writer.start(Snapshot(tensors, {"state.json": json.dumps({"step": step})}, manifest(step, best)))
     writer.wait()
@@ -119,7 +119,7 @@ def test_a_harmed_checkpoint_is_skipped_with_the_reason_and_the_one_before_it_ta
     with pytest.raises(InvalidCheckpoint, match=why):
         verify(newest)
     with pytest.raises(InvalidCheckpoint, match=why):
-        find_checkpoint(newest)
+        verify(newest)
     assert reason
 
 
@@ -147,7 +147,7 @@ def test_a_replacement_that_was_killed_half_way_is_undone(store):
 
 def test_a_step_that_is_written_again_takes_the_place_of_the_first(store):
     before = verify(store.path / "step-00000002")
-    writer = CheckpointWriter(store, lambda folder, manifest: None)
+    writer = CheckpointWriter(store, lambda step: None)
     writer.start(Snapshot({"model/w": FlatTensor.whole(torch.ones(3))}, {}, manifest(2)))
     writer.wait()
     assert verify(store.path / "step-00000002") != before

@@ -16,8 +16,8 @@ from transformers import PreTrainedConfig
 from isotune.checkpoint.engine_state import MODEL
 from isotune.checkpoint.final_model import no_room_is_an_error, replace_folder, save_and_verify, staging_for
 from isotune.checkpoint.flat_tensors import read_whole, stored
-from isotune.checkpoint.manifest import InvalidCheckpoint
-from isotune.checkpoint.store import find_checkpoint, is_checkpoint
+from isotune.checkpoint.manifest import InvalidCheckpoint, verify
+from isotune.checkpoint.store import is_checkpoint
 from isotune.checkpoint.writer import TENSORS
 from isotune.config import ClassificationRecipe, RunRecipe, kind_of
 from isotune.io.errors import RunFault, UserError
@@ -67,9 +67,7 @@ def export_run(
     Args:
         run_dir: RUN, or a checkpoint in RUN/checkpoints, whichever engine wrote it.
         merge: merge an adapter into its base.
-        format: `safetensors` or `pt`.
-        output: an empty or absent folder; None is RUN/export/KIND-FORMAT, and RUN/export/STEP-KIND-FORMAT of a
-            checkpoint.
+        output: an empty or absent folder; None is RUN/export/KIND-FORMAT, or RUN/export/STEP-KIND-FORMAT.
         dtype: of merged weights, `float32`, `float16` or `bfloat16`; None is that of the base in training.
 
     Raises:
@@ -183,7 +181,7 @@ def _run_of(checkpoint: Path, beside: Path) -> Generator[Path]:
     with scratch as folder:
         run = Path(folder)
         try:
-            manifest = find_checkpoint(checkpoint)
+            manifest = verify(checkpoint)
         except InvalidCheckpoint as why:
             raise UserError(f"{checkpoint} is not a valid checkpoint: {why}") from why
         recipe = kind_of(manifest.recipe).from_values(**manifest.recipe, output_dir=folder)

@@ -29,27 +29,18 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Content of MANIFEST.json.
+    """Content of MANIFEST.json."""
 
-    Attributes:
-        step: optimizer updates done.
-        world_size, engine, versions: of the run that wrote it; they may differ where it is read.
-        recipe_fingerprint, recipe: fingerprint and values of the recipe keys that change the result.
-        data_fingerprints: of the prepared data, by role.
-        best_step, best_metric: best evaluation so far, where the run tracks one.
-        files: every file but the manifest.
-    """
-
-    step: int
-    world_size: int
+    step: int  # optimizer updates done
+    world_size: int  # this, the engine and the versions may differ where it is read
     engine: str
     recipe_fingerprint: str
-    recipe: dict[str, Any]
-    data_fingerprints: dict[str, str]
+    recipe: dict[str, Any]  # the keys that change the result
+    data_fingerprints: dict[str, str]  # of the prepared data, by role
     versions: dict[str, str]
-    best_step: int | None
+    best_step: int | None  # best evaluation so far, where the run tracks one
     best_metric: float | None
-    files: tuple[FileRecord, ...] = ()
+    files: tuple[FileRecord, ...] = ()  # every file but the manifest
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
@@ -80,7 +71,7 @@ def read_manifest(folder: Path) -> Manifest:
         content = json.loads((folder / MANIFEST).read_text("utf-8"))
         digest = content.pop("digest")
     except FileNotFoundError:
-        raise InvalidCheckpoint(f"it has no {MANIFEST}") from None
+        raise InvalidCheckpoint(f"it has no {MANIFEST}" if folder.is_dir() else "there is no such folder") from None
     except OSError as error:
         raise InvalidCheckpoint(f"{MANIFEST} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, AttributeError):
@@ -104,8 +95,7 @@ def verify(folder: Path) -> Manifest:
     if extra := sorted(name for name in present - expected_names if name.endswith(".safetensors")):
         raise InvalidCheckpoint(f"{extra[0]} does not belong to it")
     for expected in manifest.files:
-        path = folder / expected.name
-        size = path.stat().st_size
+        size = (folder / expected.name).stat().st_size
         if size != expected.bytes:
             raise InvalidCheckpoint(f"{expected.name} has {size} bytes and not {expected.bytes}")
     for expected in manifest.files:

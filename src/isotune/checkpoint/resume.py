@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from isotune.checkpoint.manifest import InvalidCheckpoint, Manifest, read_manifest
-from isotune.checkpoint.store import CheckpointStore, find_checkpoint
+from isotune.checkpoint.manifest import InvalidCheckpoint, Manifest, read_manifest, verify
+from isotune.checkpoint.store import CheckpointStore
 from isotune.config import RunRecipe
 from isotune.config.run_recipe import RESUME_NEVER, RESUME_NEWEST
 from isotune.distributed.launch import Process
@@ -79,7 +79,7 @@ def _choose(store: CheckpointStore, recipe: RunRecipe, data_fingerprints: dict[s
         return None
     if recipe.resume != RESUME_NEWEST:
         folder = Path(recipe.resume)
-        manifest = _manifest_of(folder, find_checkpoint)
+        manifest = _manifest_of(folder, verify)
     else:
         newest = store.newest_valid()
         for broken, why in newest.skipped:

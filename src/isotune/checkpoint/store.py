@@ -29,14 +29,13 @@ class NewestValid:
     skipped: tuple[tuple[Path, str], ...]
 
 
+@dataclass(eq=False)
 class CheckpointStore:
-    """The checkpoints of one run, in `path`, which need not exist. Only the main process changes anything here.
+    """The checkpoints of one run. Only the main process changes anything here."""
 
-    `limit` are the checkpoints to keep, None for all; `lease` is None where no other process can write here.
-    """
-
-    def __init__(self, path: Path, limit: int | None = None, lease: RunLease | None = None) -> None:
-        self.path, self.limit, self.lease = path, limit, lease
+    path: Path  # need not exist
+    limit: int | None = None  # checkpoints to keep; None keeps all
+    lease: RunLease | None = None  # None where no other process can write here
 
     def check_lease(self) -> None:
         """Raise Superseded where this attempt is stale and may no longer write."""
@@ -81,8 +80,8 @@ class CheckpointStore:
         staging.mkdir()
         return staging
 
-    def publish(self, staging: Path, step: int) -> Path:
-        """Rename a complete and synced directory to its final name, and sync the rename; returns the new path."""
+    def publish(self, staging: Path, step: int) -> None:
+        """Rename a complete and synced directory to its final name, and sync the rename."""
         folder = self.path / name_of(step)
         for path in (*(path for path in staging.rglob("*") if path.is_dir()), staging):
             sync_path(path)  # the names in it; the files were synced as they were written
@@ -99,7 +98,6 @@ class CheckpointStore:
             raise
         sync_path(self.path)
         shutil.rmtree(aside, ignore_errors=True)
-        return folder
 
     def prune(self, newest: int, best: int | None) -> None:
         """Remove the oldest checkpoints beyond `limit`, but neither `newest`, just published, nor `best`."""
@@ -136,10 +134,3 @@ class CheckpointStore:
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is a checkpoint, valid or not."""
     return (folder / MANIFEST).is_file() or _NAME.fullmatch(folder.name) is not None
-
-
-def find_checkpoint(folder: Path) -> Manifest:
-    """The verified manifest of a checkpoint that the user named; InvalidCheckpoint where it does not verify."""
-    if not folder.is_dir():
-        raise InvalidCheckpoint("there is no such folder")
-    return verify(folder)

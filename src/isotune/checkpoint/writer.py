@@ -40,15 +40,12 @@ class Snapshot:
 class CheckpointWriter:
     """Writes one snapshot at a time; every rank has a writer and calls it at the same steps.
 
-    Attributes:
-        store: of the run's checkpoints.
-        on_published: called on rank 0, in the thread, with each published checkpoint.
-        error: with which this rank's thread has failed, until `wait` raises it.
+    `on_published` is called on rank 0, in the thread, with the step of each published checkpoint.
     """
 
-    def __init__(self, store: CheckpointStore, on_published: Callable[[Path, Manifest], None]) -> None:
+    def __init__(self, store: CheckpointStore, on_published: Callable[[int], None]) -> None:
         self.store, self.on_published = store, on_published
-        self.error: BaseException | None = None
+        self.error: BaseException | None = None  # with which this rank's thread has failed, until `wait` raises it
         self._rank = dist.get_rank() if several_ranks() else 0
         # a group of its own: the collectives of the thread must not mix with those of training
         self._group: Any = cast(Any, dist).new_group(backend="gloo") if several_ranks() else None
@@ -92,12 +89,13 @@ class CheckpointWriter:
             if staging is not None and self._rank == 0:
                 shutil.rmtree(staging, ignore_errors=True)
             self.store.check_lease()
+            errno, message = failure.args
             start = f"the checkpoint of step {step} was not written to {self.store.path}"
-            if failure.errno in NO_ROOM:
+            if errno in NO_ROOM:
                 raise UserError(f"{start}: no room on the disk; free some space and run again") from failure
-            if failure.errno is not None:
-                raise UserError(f"{start}: {os.strerror(failure.errno)}") from failure
-            raise RunFault(f"{start}: {failure}") from failure
+            if errno is not None:
+                raise UserError(f"{start}: {os.strerror(errno)}") from failure
+            raise RunFault(f"{start}: {message}") from failure
 
     def _write_own(self, staging: Path, tensors: Mapping[str, FlatTensor]) -> list[FileRecord]:
         write_tensors(staging / TENSORS, tensors, self._group)
@@ -109,8 +107,8 @@ class CheckpointWriter:
             files.append(record_file(staging, staging / name))
         manifest = dataclasses.replace(snapshot.manifest, files=tuple(files))
         manifest.write(staging)
-        folder = self.store.publish(staging, manifest.step)
-        self.on_published(folder, manifest)
+        self.store.publish(staging, manifest.step)
+        self.on_published(manifest.step)
         self.store.prune(manifest.step, manifest.best_step)
 
     def _on_main(self, call: Callable[[], T]) -> T:
@@ -140,7 +138,3 @@ class CheckpointWriter:
 
 class _Failure(Exception):
     """An error on some rank: its errno, or None, and its message."""
-
-    def __init__(self, errno: int | None, message: str) -> None:
-        super().__init__(message)
-        self.errno = errno

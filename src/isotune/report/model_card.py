@@ -15,7 +15,7 @@ from isotune.data.sources.hub import is_hub_id
 from isotune.io.files import replace_file
 from isotune.report.formatting import format_number
 from isotune.report.run_record import RunRecord, read_record, run_tables
-from isotune.run.hub import upload_run
+from isotune.run.hub import upload_model
 
 CARD, TEMPLATE = "README.md", Path(__file__).with_name("model_card.md.jinja")
 # the Hub's name of each metric of an evaluation line
@@ -36,7 +36,7 @@ def share(recipe: RunRecipe) -> None:
     card = write_model_card(recipe.output_dir, recipe.hub_model_id if recipe.push_to_hub else None)
     print(f"model card  {card}", flush=True)
     if recipe.push_to_hub:
-        print(f"uploaded    {upload_run(recipe).url}", flush=True)
+        print(f"uploaded    {upload_model(recipe)['url']}", flush=True)
 
 
 def write_model_card(run: str | Path, repository: str | None = None) -> Path:

@@ -5,8 +5,6 @@ appears in a message or a file.
 """
 
 import json
-import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from isotune.config import RunRecipe
@@ -14,36 +12,21 @@ from isotune.data.sources.hub import hub_answers
 from isotune.io.errors import UserError, first_line
 from isotune.io.files import replace_file
 
-RECORD = "upload.json"
+UPLOAD = "upload.json"
 
 
-@dataclass(frozen=True)
-class Uploaded:
-    """The repository of an uploaded model."""
-
-    repository: str
-    url: str
-
-
-def upload_record(run: Path) -> Uploaded | None:
-    """Read RUN/upload.json; None where nothing was uploaded yet."""
-    try:
-        record = json.loads((run / RECORD).read_text("utf-8"))
-        return Uploaded(record["repository"], record["url"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def upload_model(run: Path, *, repository: str, private: bool | None, token: str | None) -> Uploaded:
+def upload_model(recipe: RunRecipe) -> dict[str, str]:
     """Upload RUN/model to `OWNER/NAME`, or `NAME` of the token's owner; the repository is created where there is none.
 
-    Where `private` is None the owner's default decides, where `token` is None that of `hf auth login` or HF_TOKEN.
-    Without token or network, or where the Hub refuses, it raises UserError, and the run does not change.
+    The owner's default decides whether it is private where the recipe does not say so, and the token may be that of
+    `hf auth login` or HF_TOKEN. Returns the record. Without token or network, or where the Hub refuses, it raises
+    UserError, and the run does not change.
     """
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import HFValidationError
 
-    token = token or get_token()
+    run, repository = Path(recipe.output_dir), recipe.hub_model_id
+    token = recipe.hub_token or get_token()
     again = f"the model is saved in {run / 'model'}, and the same command tries the upload alone again"
     if not token:
         raise UserError(f"push_to_hub has no token: log in with `hf auth login` or set HF_TOKEN; {again}")
@@ -55,7 +38,7 @@ def upload_model(run: Path, *, repository: str, private: bool | None, token: str
         return first_line(error).replace(token, "***").rstrip(".")
 
     try:
-        created = api.create_repo(repository, private=private, exist_ok=True)
+        created = api.create_repo(repository, private=recipe.hub_private_repo, exist_ok=True)
         commit = api.upload_folder(
             repo_id=created.repo_id, folder_path=run / "model", commit_message="The final model of an isotune run"
         )
@@ -66,16 +49,5 @@ def upload_model(run: Path, *, repository: str, private: bool | None, token: str
     except Exception as error:  # the classes that transport and Hub raise differ between versions
         raise UserError(f"push_to_hub to {repository} failed: {reason(error)}; {again}") from None
     record = {"repository": created.repo_id, "url": str(created), "commit": commit.oid}
-    replace_file(run / RECORD, json.dumps(record, indent=2) + "\n")
-    return Uploaded(created.repo_id, str(created))
-
-
-def upload_run(recipe: RunRecipe) -> Uploaded:
-    """`upload_model` with the hub keys of the recipe of a finished run."""
-    run, private, token = Path(recipe.output_dir), recipe.hub_private_repo, recipe.hub_token
-    return upload_model(run, repository=recipe.hub_model_id, private=private, token=token)
-
-
-def is_first_process() -> bool:
-    """Whether this is global rank 0, by the launcher's RANK: it can be asked before the process group exists."""
-    return os.environ.get("RANK", "0") == "0"
+    replace_file(run / UPLOAD, json.dumps(record, indent=2) + "\n")
+    return record

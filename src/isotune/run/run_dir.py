@@ -11,7 +11,7 @@ import yaml
 from isotune.config import RunRecipe
 from isotune.config.run_recipe import RESUME_NEWEST
 from isotune.io.errors import EXIT_FAULT, AlreadyDone, RunFault, UserError, read_job_status
-from isotune.run.hub import is_first_process, upload_record, upload_run
+from isotune.run.hub import UPLOAD, upload_model
 from isotune.run.metrics_file import METRICS
 from isotune.run.run_lease import RunLease, slurm_ids
 
@@ -23,35 +23,28 @@ CHECKPOINTS = "checkpoints"
 
 
 class RunDir:
-    """RUN of a recipe: `check` changes nothing, `begin` writes the first files.
-
-    Attributes:
-        path, model: RUN, and its directory of the final model or adapter.
-        base_model: directory of a base that exists nowhere else, because its weights were drawn at random.
-        status: the `RunStatus` while the run is supervised, else None.
-    """
+    """RUN of a recipe: `check` changes nothing, `begin` writes the first files."""
 
     def __init__(self, recipe: RunRecipe) -> None:
         self.recipe, self.path = recipe, Path(recipe.output_dir)
-        self.model, self.base_model = self.path / "model", self.path / "base_model"
-        self.status: Any = None
+        self.model = self.path / "model"  # or adapter
+        self.base_model = self.path / "base_model"  # one that exists nowhere else: its weights were drawn at random
+        self.status: Any = None  # the `RunStatus` while the run is supervised
         self.lease = RunLease(self.path)
 
     def check(self) -> None:
         """Check that this recipe may run here, before any work is done.
 
-        Raises:
-            UserError: RUN holds another recipe's run or something else, cannot be written, or is in use. Only the first
-                process looks at the last, because the others may come after it has acquired the lease.
-            AlreadyDone: the run is finished, and `resume` does not ask for a new one.
-            RunFault: the same, and the check at its end failed (a negative control's alarm).
+        Raises UserError where RUN holds another recipe's run or something else, cannot be written, or is in use;
+        AlreadyDone where the run is finished and `resume` does not ask for a new one; RunFault where the check at the
+        end of a finished run failed (a negative control's alarm).
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output_dir '{self.path}' is a file")
         existing = self._existing_parent()
         if not os.access(existing, os.W_OK | os.X_OK):
             raise UserError(f"output_dir '{self.path}' cannot be written: no permission in {existing}")
-        if is_first_process():
+        if _is_first_process():  # the others may come after it has acquired the lease
             self.lease.check_available()
         # names with a dot: files that an attempt was still writing when it was killed
         if not self.path.is_dir() or all(path.name.startswith(".") for path in self.path.iterdir()):
@@ -81,19 +74,16 @@ class RunDir:
             )
 
     def check_or_upload(self) -> None:
-        """`check`; the first process uploads a finished run whose requested upload is missing.
-
-        Raises what `check` and `isotune.run.hub.upload_model` do.
-        """
+        """`check`; the first process uploads a finished run whose requested upload is missing."""
         try:
             self.check()
         except AlreadyDone as done:
-            recipe, before = self.recipe, upload_record(self.path)
-            if not recipe.push_to_hub or not is_first_process():
+            wanted, uploaded = self.recipe.hub_model_id, read_job_status(self.path / UPLOAD)
+            if not self.recipe.push_to_hub or not _is_first_process():
                 raise
-            if before is None or before.repository.rsplit("/", 1)[-1] != recipe.hub_model_id.rsplit("/", 1)[-1]:
-                before = upload_run(recipe)
-            raise AlreadyDone(f"{done}; it is uploaded to {before.url}") from None
+            if "url" not in uploaded or str(uploaded.get("repository")).rsplit("/", 1)[-1] != wanted.rsplit("/", 1)[-1]:
+                uploaded = upload_model(self.recipe)
+            raise AlreadyDone(f"{done}; it is uploaded to {uploaded['url']}") from None
 
     def _differing_key(self) -> str:
         try:
@@ -148,3 +138,8 @@ class RunDir:
                 self.status.reached(self.status.step)
         except OSError as error:
             raise UserError(f"output_dir '{self.path}' cannot be written: {error.strerror}") from error
+
+
+def _is_first_process() -> bool:
+    """Whether this is global rank 0, by the launcher's RANK: it can be asked before the process group exists."""
+    return os.environ.get("RANK", "0") == "0"

@@ -1,12 +1,8 @@
 """Checkpoints that survive anything: what is saved, when, and how a run goes on as if never stopped.
 
-Nothing random is saved, because nothing random is carried: a microbatch draws from its place in the schedule. What
-differs from Trainer's own checkpoints:
-
-- one format for every engine (`checkpoint.engine_state`), without a pickle in it;
-- a thread writes it while training goes on, and it appears by one rename when it is whole;
-- a run that is told to stop saves after the current step, on all ranks together, and ends;
-- an evaluation that was due when a run stopped is made when it goes on, so that metrics.jsonl lacks nothing.
+Nothing random is saved, because nothing random is carried: a microbatch draws from its place in the schedule. A run
+that is told to stop saves after the current step, on all ranks together, and ends; an evaluation that was due then is
+made when the run goes on, so that metrics.jsonl lacks nothing.
 """
 
 import contextlib
@@ -43,11 +39,7 @@ SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis") 
 class Checkpointer(TrainerCallback):
     """Saves and resumes a run; a notebook leaves it out. It changes decisions of Trainer's own callbacks: last.
 
-    Attributes:
-        data_fingerprints: of the prepared data, by role.
-        early_stop: whose count of evaluations goes on where the run goes on, or None.
-        resumption: what this run went on from, None where it began at its first step.
-        writer: of the checkpoints, from the beginning of training.
+    `data_fingerprints` are by role, of the prepared data; the count of `early_stop` goes on where the run goes on.
     """
 
     def __init__(
@@ -62,8 +54,8 @@ class Checkpointer(TrainerCallback):
         self.data_fingerprints, self.early_stop = data_fingerprints, early_stop
         limit = recipe.training_arguments.get("save_total_limit")
         self.store = CheckpointStore(run.path / CHECKPOINTS, limit, run.lease)
-        self.resumption: Resumption | None = None
-        self.writer: CheckpointWriter | None = None
+        self.resumption: Resumption | None = None  # what the run went on from
+        self.writer: CheckpointWriter | None = None  # from the beginning of training
         self._trainer: Any = None
         self._epoch_end_done = self._evaluation_due = self._catching_up = False
 
@@ -79,7 +71,7 @@ class Checkpointer(TrainerCallback):
         self.resumption = find_resumption(self.store, self.recipe, self.data_fingerprints, self.process)
         if self.resumption is not None and self.run.status is not None:
             self.run.status.step = self.resumption.step
-        self.writer = CheckpointWriter(self.store, self._published)
+        self.writer = CheckpointWriter(self.store, self._reached)
         try:
             yield str(self.resumption.folder) if self.resumption else None
             self.writer.wait()
@@ -145,9 +137,9 @@ class Checkpointer(TrainerCallback):
         tensors = {**engine.model(to_read=False), **engine.optimizer(to_read=False)}
         self.writer.start(Snapshot(host_copy(tensors), texts, manifest))
 
-    def _published(self, folder: Path, manifest: Manifest) -> None:
+    def _reached(self, step: int) -> None:
         if self.run.status is not None:
-            self.run.status.reached(manifest.step)
+            self.run.status.reached(step)
 
     # ---- reading ----
 

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,26 +18,16 @@ if TYPE_CHECKING:
     from isotune.training.update import OptimizerUpdate, UpdateResult
 
 
+@dataclass(eq=False)
 class NonFinitePolicy:
-    """Stops or skips, as the recipe's `on_nonfinite` says.
+    """Stops or skips, as the recipe's `on_nonfinite` says."""
 
-    Attributes:
-        fp16: whether the loss is scaled, so that an overflow is part of the method.
-        name_rows: the rows of a microbatch, given its step and number, in words.
-        is_main: whether this rank prints.
-        skipped_steps: updates that were left out so far, over all attempts of the run.
-    """
-
-    def __init__(
-        self,
-        action: Literal["stop", "skip"] = "stop",
-        *,
-        fp16: bool = False,
-        name_rows: Callable[[Step, int], str] | None = None,
-        is_main: bool = True,
-    ) -> None:
-        self.action, self.fp16, self.name_rows, self.is_main = action, fp16, name_rows, is_main
-        self.skipped_steps = 0
+    action: Literal["stop", "skip"] = "stop"
+    _: KW_ONLY
+    fp16: bool = False  # the loss is scaled, so that an overflow is part of the method
+    name_rows: Callable[[Step, int], str] | None = None  # the rows of a microbatch, given its step and number, in words
+    is_main: bool = True  # this rank prints
+    skipped_steps: int = field(default=0, init=False)  # updates left out so far, over all attempts of the run
 
     def refuse_or_skip(self, what: str, result: "UpdateResult", number: int | None) -> None:
         """Stop by a RunFault, or mark the update as skipped; every rank comes here together."""

@@ -100,28 +100,17 @@ class SftTask(Task):
         }
 
 
+@dataclass(eq=False)
 class ClassificationTask(Task):
-    """Loss summed over documents, weighted by class where the recipe says so, divided by the weights' sum.
-
-    Args:
-        documents: of training, with their labels.
-        class_loss: class weights and label smoothing of the training loss.
-        attention: what the encoder attends by.
-        write_predictions: given the step and the lines of predictions.jsonl, on the main process; None writes none.
-    """
+    """Loss summed over documents, weighted by class where the recipe says so, divided by the weights' sum."""
 
     item, target = "documents", "documents"
-
-    def __init__(
-        self,
-        documents: Documents,
-        num_labels: int,
-        class_loss: ClassLoss,
-        attention: str,
-        write_predictions: Callable[[int, str], None] | None = None,
-    ) -> None:
-        self.documents, self.num_labels, self.class_loss = documents, num_labels, class_loss
-        self.attention, self.write_predictions = attention, write_predictions
+    documents: Documents  # of training, with their labels
+    num_labels: int
+    class_loss: ClassLoss  # class weights and label smoothing of the training loss
+    attention: str  # what the encoder attends by
+    # given the step and the lines of predictions.jsonl, on the main process
+    write_predictions: Callable[[int, str], None] | None = None
 
     def denominator(self, step: Step) -> float:
         """The summed class weights of the global batch; without weights, its documents."""

@@ -52,27 +52,20 @@ let_trainer_skip_steps()
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What is trained on, in which steps, and how its gradients are summed.
-
-    Attributes:
-        schedule, documents: the steps, and the prepared documents that they name.
-        task: their loss and metrics.
-        eval_schedule, evaluation: the same for the evaluation; None trains without.
-        exact_gradients: sum gradients as integers: the same bits on any number of processes.
-        reduce_once: communicate gradients once an update; else ZeRO-2 and 3 do after each microbatch, in less memory.
-        nonfinite: what happens when a loss or gradient is NaN or Inf; None stops.
-    """
+    """What is trained on, in which steps, and how its gradients are summed."""
 
     schedule: StepSchedule
-    documents: Any
-    task: Task
+    documents: Any  # the prepared documents that its steps name
+    task: Task  # their loss and metrics
     eval_schedule: StepSchedule | None = None
-    evaluation: Any = None
-    exact_gradients: bool = False
+    evaluation: Any = None  # the prepared documents of the evaluation; None trains without
+    exact_gradients: bool = False  # sum gradients as integers: the same bits on any number of processes
+    # communicate gradients once an update; else ZeRO-2 and 3 do after each microbatch, in less memory
     reduce_once: bool = True
-    nonfinite: NonFinitePolicy | None = None
+    nonfinite: NonFinitePolicy | None = None  # what happens when a loss or gradient is NaN or Inf; None stops
 
 
+@dataclass(eq=False)
 class StepLoader:
     """Iterates over the steps of an epoch and lays out this rank's microbatches, where Trainer expects a DataLoader.
 
@@ -83,11 +76,12 @@ class StepLoader:
     - `input_ids`: int64 [1, tokens] of this rank, by which Trainer counts tokens and floating-point operations.
     """
 
-    def __init__(
-        self, schedule: StepSchedule, documents: Documents, rank: int, world_size: int, skipped: int = 0
-    ) -> None:
-        self.schedule, self.documents, self.rank, self.world_size = schedule, documents, rank, world_size
-        self.skipped, self.epoch = skipped, 0
+    schedule: StepSchedule
+    documents: Documents
+    rank: int
+    world_size: int
+    skipped: int = 0  # steps at the beginning of the epoch
+    epoch: int = 0
 
     @property
     def dataset(self) -> Any:
@@ -125,11 +119,8 @@ class StepLoader:
 class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
     """Stands before `transformers.Trainer`, or a class derived from it, and carries out a plan in that class's loop.
 
-    Args:
-        plan: what to carry out.
-        recorder: writes metrics.jsonl and shows progress; None leaves both to that class.
-        checkpointer: saves and resumes; None leaves both to that class.
-        options: of that class. The model must take packed inputs and return a summed loss.
+    Without a `recorder` that class writes metrics and shows progress, without a `checkpointer` it saves and resumes.
+    `options` are its own. The model must take packed inputs and return a summed loss.
     """
 
     def __init__(

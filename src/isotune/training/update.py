@@ -40,35 +40,20 @@ class UpdateResult:
     started_at: float = field(default_factory=time.perf_counter)  # seconds of `time.perf_counter`
 
 
+@dataclass(eq=False)
 class OptimizerUpdate:
-    """Runs the updates of a schedule on this rank.
+    """Runs the updates of a schedule on this rank."""
 
-    Args:
-        task: loss, denominator and count of a microbatch.
-        sync: when and how gradients travel, and whether they are summed exactly.
-        nonfinite: what happens when a loss or gradient is NaN or Inf.
-        watchdog: told of every microbatch.
-        seed: of dropout.
-        checkpointer: whose writer may fail, or None.
-
-    Attributes:
-        stop_agreed, write_failed: whether any rank was told to stop, or could not write its last checkpoint.
-    """
-
-    def __init__(
-        self,
-        task: Task,
-        sync: GradientSync,
-        nonfinite: NonFinitePolicy,
-        watchdog: Watchdog,
-        seed: int,
-        checkpointer: Checkpointer | None = None,
-    ) -> None:
-        self.task, self.sync, self.nonfinite = task, sync, nonfinite
-        self.watchdog, self.seed, self.checkpointer = watchdog, seed, checkpointer
-        self.result: UpdateResult | None = None
-        self.microbatches: Sequence[dict[str, Any]] = ()
-        self.stop_agreed = self.write_failed = False
+    task: Task  # loss, denominator and count of a microbatch
+    sync: GradientSync  # when and how gradients travel, and whether they are summed exactly
+    nonfinite: NonFinitePolicy  # what happens when a loss or gradient is NaN or Inf
+    watchdog: Watchdog  # told of every microbatch
+    seed: int  # of dropout
+    checkpointer: Checkpointer | None = None  # whose writer may fail
+    result: UpdateResult | None = field(default=None, init=False)
+    microbatches: Sequence[dict[str, Any]] = field(default=(), init=False)
+    stop_agreed: bool = field(default=False, init=False)  # any rank was told to stop
+    write_failed: bool = field(default=False, init=False)  # any rank could not write its last checkpoint
 
     def run(self, model: nn.Module, step: Step, microbatches: Sequence[dict[str, Any]]) -> UpdateResult:
         """Forward and backward of this rank's `microbatches` of `step`, and the sum of the ranks' gradients."""
