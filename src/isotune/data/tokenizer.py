@@ -74,11 +74,7 @@ class TextEncoder(FastTokenizer):
                 "choose an encoder's, such as BERT's"
             )
         self.fingerprint = digest(self.definition, self.prefix.tolist(), self.suffix.tolist())
-
-    @property
-    def special_tokens(self) -> int:
-        """Tokens that every text gets beside its own."""
-        return len(self.prefix) + len(self.suffix)
+        self.special_tokens = len(self.prefix) + len(self.suffix)  # that every text gets beside its own
 
     def tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The tokens of each text alone, int32, whole and without special tokens; on all cores at once."""

@@ -78,14 +78,10 @@ class AlreadyDone(Exception):
     """The requested result exists: one sentence that says where. The script succeeds."""
 
 
-def exit_status(error: BaseException) -> int:
-    """The exit status of an error."""
-    return {UserError: EXIT_USER_ERROR, Preempted: EXIT_PREEMPTED}.get(type(error), EXIT_FAULT)
-
-
-def status_word(error: BaseException) -> str:
-    """The `status` in status.json and in the job status file of a run that ended with this error."""
-    return {Preempted: "preempted", Superseded: "superseded"}.get(type(error), "failed")
+def outcome_of(error: BaseException) -> tuple[str, int]:
+    """What status.json and the job status file say of a run that ended with this error: `status` and exit status."""
+    status = {UserError: EXIT_USER_ERROR, Preempted: EXIT_PREEMPTED}.get(type(error), EXIT_FAULT)
+    return {Preempted: "preempted", Superseded: "superseded"}.get(type(error), "failed"), status
 
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:
@@ -103,8 +99,8 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     try:
         status = main() or 0
     except (UserError, RunFault, Preempted) as error:
-        status = exit_status(error)
-        write_job_status(status=status_word(error), exit_status=status, message=str(error))
+        word, status = outcome_of(error)
+        write_job_status(status=word, exit_status=status, message=str(error))
         if is_local_main:
             print(error if status == EXIT_PREEMPTED else f"error: {error}", file=sys.stderr, flush=True)
         if status == EXIT_PREEMPTED and os.environ.get(JOB_STATUS_FILE) and "LOCAL_RANK" in os.environ:

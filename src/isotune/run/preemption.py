@@ -20,7 +20,7 @@ from typing import Any
 
 from isotune.distributed.launch import Process
 from isotune.distributed.ranks import call_on_main
-from isotune.io.errors import Superseded, exit_status, status_word, write_job_status
+from isotune.io.errors import Superseded, outcome_of, write_job_status
 from isotune.run.run_dir import ENVIRONMENT, STATUS, RunDir
 from isotune.run.run_lease import RunLease, slurm_ids
 
@@ -106,9 +106,11 @@ def supervised(run: RunDir, process: Process) -> Iterator[None]:
     except Superseded:
         raise
     except BaseException as error:
-        number = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else exit_status(error)
+        word, number = outcome_of(error)
+        if isinstance(error, SystemExit) and isinstance(error.code, int):
+            number = error.code
         with contextlib.suppress(Superseded):
-            status.write(status_word(error), number, str(error) or type(error).__name__)
+            status.write(word, number, str(error) or type(error).__name__)
         raise
     else:
         status.write("finished", 0)

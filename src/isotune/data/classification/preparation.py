@@ -132,6 +132,8 @@ def labels_table(
     """
     whole_lengths = documents.columns["whole_lengths"]
     contents = documents.columns.get("contents", np.zeros(0, np.uint64))
+    told = contents != EMPTY
+    contents, labels = contents[told], documents.labels[: len(told)][told]
     classes: list[int] = np.bincount(documents.labels, minlength=num_labels).tolist()
     counts: dict[str, Any] = {
         "documents": len(documents),  # that are used, each a row of the source
@@ -142,8 +144,8 @@ def labels_table(
         "classes": classes,  # documents of each
         "whole_lengths": CountsTable.quantiles(whole_lengths),  # tokens of a text before anything was cut
         "class_names": list(class_names) if class_names else None,
-        "repeated": _repeated(contents),
-        "contradicting": _contradicting(contents, documents.labels[: len(contents)]),
+        "repeated": len(contents) - len(np.unique(contents)),
+        "contradicting": _contradicting(contents, labels),
         "marked": int(documents.columns["marked"].sum()) if "marked" in documents.columns else 0,
         "cleaned": cleaned,  # whether marks were undone
         "held_out": 0,  # rows that `eval_split_share` gave to the other side of the split
@@ -178,16 +180,8 @@ def labels_table(
     return CountsTable(source, counts, tuple(lines))
 
 
-def _repeated(contents: np.ndarray) -> int:
-    """Documents whose text an earlier one has; `contents`: uint64 [documents]."""
-    contents = contents[contents != EMPTY]
-    return len(contents) - len(np.unique(contents))
-
-
 def _contradicting(contents: np.ndarray, labels: np.ndarray) -> int:
     """Documents whose text another one has under another class; `contents`, `labels`: [documents]."""
-    told = contents != EMPTY
-    contents, labels = contents[told], labels[told]
     _, which = np.unique(contents, return_inverse=True)
     pairs = np.unique(np.stack([which, labels]), axis=1)
     classes_of_text = np.bincount(pairs[0], minlength=1)

@@ -79,7 +79,9 @@ def read_rows(dataset_name: str, split: str = "train", *, name: str = "dataset_n
     UserError, in which the recipe's key is called `name`, where that is not there or the Hub is out of reach.
     """
     if dataset_name.startswith(PREFIX):
-        return _builtin_source(dataset_name, split)
+        rows = find_corpus(dataset_name).rows(split)
+        content = "\n".join(json.dumps(row, sort_keys=True) for row in rows)
+        return Source(f"{dataset_name} ({split})", hashlib.sha256(content.encode()).hexdigest(), lambda: iter(rows))
     path = Path(dataset_name).expanduser()
     if path.is_dir():
         return _folder_source(path, split, name)
@@ -91,12 +93,6 @@ def read_rows(dataset_name: str, split: str = "train", *, name: str = "dataset_n
         raise UserError(f"{name}: there is no file or folder {dataset_name}")
     dataset = load_hub_dataset(dataset_name, split, key=name)
     return Source(f"{dataset_name} ({split})", fingerprint_of(dataset), lambda: read_dataset(dataset))
-
-
-def _builtin_source(dataset_name: str, split: str) -> Source:
-    rows = find_corpus(dataset_name).rows(split)
-    content = "\n".join(json.dumps(row, sort_keys=True) for row in rows)
-    return Source(f"{dataset_name} ({split})", hashlib.sha256(content.encode()).hexdigest(), lambda: iter(rows))
 
 
 def _files_source(source_name: str, paths: list[Path]) -> Source:
