@@ -61,16 +61,18 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 def _read_csv(path: Path) -> Iterator[Row]:
     """The rows, by the names in the first line; a row with more or fewer cells is broken, and a name stands once."""
     pa: Any = import_module("pyarrow")
+    content = path.read_bytes()
     try:
-        table = _parse(path)
+        table = _parse(content)
     except pa.ArrowInvalid as error:
         plain = _without_leading_blanks(path)
         try:
-            table = _parse(io.BytesIO(plain))
+            table = _parse(plain)
         except pa.ArrowInvalid:
             raise UserError(f"{path} is not readable as CSV: {first_line(error)}") from error
-    if _has_odd_quotes(path):
+    if content.count(b'"') % 2:
         _without_leading_blanks(path)  # Arrow reads an unclosed quote as one cell that ends with the file
+    del content
     names = table.column_names
     duplicates = [name for number, name in enumerate(names) if name in names[:number]]
     if duplicates:
@@ -79,20 +81,15 @@ def _read_csv(path: Path) -> Iterator[Row]:
         yield from batch.to_pylist()
 
 
-def _parse(file: Any) -> Any:
+def _parse(content: bytes) -> Any:
+    pa: Any = import_module("pyarrow")
     arrow_csv: Any = import_module("pyarrow.csv")
-    # One block for the whole file: quoted cells may hold line ends, and every row counts for the types.
-    size = file.stat().st_size if isinstance(file, Path) else len(file.getbuffer())
     return arrow_csv.read_csv(
-        file,
-        read_options=arrow_csv.ReadOptions(block_size=min(size + 1, 2**31 - 1)),
+        pa.BufferReader(content),
+        # One block for the whole file: quoted cells may hold line ends, and every row counts for the types.
+        read_options=arrow_csv.ReadOptions(block_size=min(len(content) + 1, 2**31 - 1)),
         parse_options=arrow_csv.ParseOptions(newlines_in_values=True),
     )
-
-
-def _has_odd_quotes(path: Path) -> bool:
-    with path.open("rb") as file:
-        return bool(sum(block.count(b'"') for block in iter(lambda: file.read(2**24), b"")) % 2)
 
 
 def read_cells(path: Path, *, skip_leading_blanks: bool = False) -> Iterator[tuple[list[str], int]]:
