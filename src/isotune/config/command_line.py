@@ -12,7 +12,7 @@ from typing import Any, Self
 from isotune.config.engine_keys import ALIASES
 from isotune.config.layers import Layer, read_file
 from isotune.config.schema import GROUPS, Key, describe, metavar, takes
-from isotune.config.unsupported_keys import UNSUPPORTED
+from isotune.config.unsupported_keys import NAMES_BY_ANSWER
 from isotune.io.errors import UserError
 
 
@@ -130,12 +130,9 @@ def _help_of(key: Key) -> str:
 
 
 def _unsupported_keys(keys: Mapping[str, Key]) -> str:
-    names: dict[str, list[str]] = {}
-    for name, reason in UNSUPPORTED.items():
-        if name not in keys:
-            names.setdefault(reason, []).append(name)
     paragraphs = [
-        textwrap.fill(f"{', '.join(alike)}: {reason}", width=120, initial_indent="  ", subsequent_indent="      ")
-        for reason, alike in names.items()
+        textwrap.fill(f"{', '.join(others)}: {answer}", width=120, initial_indent="  ", subsequent_indent="      ")
+        for answer, names in NAMES_BY_ANSWER.items()
+        if (others := [name for name in names if name not in keys])
     ]
     return "\n".join(["", "Keys of other tools, and what replaces them:", *paragraphs])

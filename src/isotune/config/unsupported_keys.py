@@ -10,7 +10,7 @@ _LOSS = "the loss is the exact cross-entropy over the supervised tokens of a ste
 _HUB = "push_to_hub: true uploads OUTPUT_DIR/model once, after it is saved"
 _LIGER = "the packed attention and the chunked loss take the place of Liger's kernels"
 
-_NAMES = {
+NAMES_BY_ANSWER: dict[str, tuple[str, ...]] = {
     # the same under another name here
     "say max_seq_length": ("max_length",),
     "say r": ("lora_r",),
@@ -85,4 +85,4 @@ _NAMES = {
     "code from the Hub is never run": ("trust_remote_code",),
 }  # fmt: skip
 
-UNSUPPORTED = {name: answer for answer, names in _NAMES.items() for name in names}
+UNSUPPORTED = {name: answer for answer, names in NAMES_BY_ANSWER.items() for name in names}
