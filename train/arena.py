@@ -34,7 +34,7 @@ def train_encoder(recipe: ArenaRecipe) -> None:
     from isotune.projects.arena.encoder import evaluate_encoder, prepare_competition
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.report.model_card import share
-    from isotune.training.from_recipe import Trained, start_run, train_run
+    from isotune.training.from_recipe import start_run, train_run
 
     start = start_run(recipe)
     files = read_competition(Path(recipe.dataset_name))
@@ -43,12 +43,11 @@ def train_encoder(recipe: ArenaRecipe) -> None:
     if startup_check(recipe, start.config, data, start.process):
         return
 
-    def before_finishing(trained: Trained) -> None:
-        evaluate_encoder(trained.run.path, recipe, files, kept, start.process.device)
-        print(f"loss curve  {draw_loss_curve(trained.run.path)}")
+    def before_finishing() -> None:
+        evaluate_encoder(start.run.path, recipe, files, kept, start.process.device)
+        print(f"loss curve  {draw_loss_curve(start.run.path)}")
 
-    trained = train_run(start, data, before_finishing)
-    if trained.saved is not None:
+    if train_run(start, data, before_finishing) is not None:
         share(recipe)
 
 

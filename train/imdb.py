@@ -35,9 +35,8 @@ def main() -> None:
     data = prepare_labelled(recipe, start.tokenizer, show=start.process.is_main)
     if startup_check(recipe, start.config, data, start.process):
         return
-    trained = train_run(start, data)
-    if trained.saved is not None:
-        print(f"loss curve  {draw_loss_curve(trained.run.path)}")
+    if train_run(start, data) is not None:
+        print(f"loss curve  {draw_loss_curve(start.run.path)}")
         share(recipe)
 
 

@@ -32,22 +32,22 @@ def main() -> None:
     from isotune.preflight.startup_check import startup_check
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.report.model_card import share
-    from isotune.training.from_recipe import Trained, start_run, train_run
+    from isotune.training.from_recipe import start_run, train_run
 
     start = start_run(recipe)
     data = prepare_labelled(recipe, start.tokenizer, show=start.process.is_main)
     if startup_check(recipe, start.config, data, start.process):
         return
 
-    def before_finishing(trained: Trained) -> None:
+    def before_finishing() -> None:
         if recipe.sentences:
-            show_sentences(trained.run.path, recipe.sentences, start.process.device)
-        print(f"loss curve  {draw_loss_curve(trained.run.path)}")
+            show_sentences(start.run.path, recipe.sentences, start.process.device)
+        print(f"loss curve  {draw_loss_curve(start.run.path)}")
         evaluation: Any = data.evaluation
         if evaluation is not None:
-            print(f"verdict     {write_chance_test(trained.run.path, recipe, evaluation)}")
+            print(f"verdict     {write_chance_test(start.run.path, recipe, evaluation)}")
 
-    if train_run(start, data, before_finishing).saved is not None:
+    if train_run(start, data, before_finishing) is not None:
         share(recipe)
 
 

@@ -35,11 +35,10 @@ def main() -> None:
     data = prepare_conversations(recipe, start.tokenizer, show=start.process.is_main)
     if startup_check(recipe, start.config, data, start.process):
         return
-    trained = train_run(start, data)
-    if trained.saved is not None:
-        print(f"loss curve  {draw_loss_curve(trained.run.path)}")
+    if train_run(start, data) is not None:
+        print(f"loss curve  {draw_loss_curve(start.run.path)}")
         if recipe.sample_prompt:
-            print_sample_answer(trained.run.path, recipe.sample_prompt)
+            print_sample_answer(start.run.path, recipe.sample_prompt)
         share(recipe)
 
 

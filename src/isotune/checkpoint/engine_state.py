@@ -42,13 +42,11 @@ class OptimizerState:
 class EngineState(ABC):
     """Access to the trained parameters of a model and to the state of the torch optimizer that steps over them.
 
-    Attributes:
-        parameters: by their names in the unwrapped model; tied ones once.
-        shards: what keeps an optimizer's state in shares, in words; None where every rank has it whole.
+    `shards` says in words what keeps the optimizer's state in shares; None where every rank has it whole.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, shards: str | None) -> None:
-        self.parameters = {
+        self.parameters = {  # by their names in the unwrapped model; tied ones once
             name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): parameter
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
@@ -64,8 +62,7 @@ class EngineState(ABC):
     def _part(self, parameter: nn.Parameter, tensor: Tensor, to_read: bool) -> FlatTensor:
         """The slice for a parameter of `tensor`: of what the optimizer steps over, or of a state as long."""
 
-    @abstractmethod
-    def after_reading(self) -> None:
+    def after_reading(self) -> None:  # noqa: B027  (most engines compute nothing)
         """Update what the engine computes from the tensors that were just read."""
 
     def model(self, *, to_read: bool) -> dict[str, FlatTensor]:
@@ -150,9 +147,6 @@ class TorchState(EngineState):
         if to_read:
             return FlatTensor.whole(tensor)
         return share_of(tensor, dist.get_rank(), dist.get_world_size()) if several_ranks() else share_of(tensor, 0, 1)
-
-    def after_reading(self) -> None:
-        """Nothing is computed from the parameters."""
 
 
 class ZeroState(EngineState):

@@ -70,10 +70,8 @@ def export_run(
         output: an empty or absent folder; None is RUN/export/KIND-FORMAT, or RUN/export/STEP-KIND-FORMAT.
         dtype: of merged weights, `float32`, `float16` or `bfloat16`; None is that of the base in training.
 
-    Raises:
-        UserError: no run, no model, a broken file, an output folder that is not empty, an unknown format, or a
-            merged model whose logits are not those of the adapter.
-        RunFault: the files do not read back equal.
+    Raises UserError where there is no run or no model, a file is broken, `output` is not empty, the format is unknown,
+    or a merged model's logits are not those of the adapter, and RunFault where the files do not read back equal.
     """
     if format not in get_args(Format):
         raise UserError(f"--format {format} is unknown: it may be {' or '.join(get_args(Format))}")

@@ -55,10 +55,8 @@ def save_and_verify(model: nn.Module, tokenizer: Any, folder: str | Path) -> Fin
     stock model, without the attention function of training, and with `use_cache` on. `model` is a plain
     `PreTrainedModel` or `PeftModel`, out of its engine's wrapper; instance methods may be patched.
 
-    Raises:
-        UserError: the disk has no room, or the folder cannot be written.
-        RunFault: the files differ from memory; `folder` stays as it was, and the files are kept beside it, under the
-            name in the message.
+    Raises UserError where the disk has no room or the folder cannot be written, and RunFault where the files differ
+    from memory: `folder` stays as it was, and they are kept beside it, under the name in the message.
     """
     from peft import PeftModel
 

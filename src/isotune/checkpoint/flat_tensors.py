@@ -96,11 +96,8 @@ def host_copy(tensors: Mapping[str, FlatTensor]) -> dict[str, FlatTensor]:
 def write_tensors(folder: Path, tensors: Mapping[str, FlatTensor], group: dist.ProcessGroup | None) -> None:
     """Write every rank's slices to safetensors files in `folder`, one or more per rank, synced to the disk.
 
-    Collective over `group`; every rank passes the same names in the same order. Without a group, one process.
-
-    Raises:
-        torch.distributed.checkpoint.api.CheckpointException: on every rank, where any could not write.
-        RuntimeError: on every rank, where the slices do not cover the tensors.
+    Collective over `group`; every rank passes the same names in the same order. Without a group, one process. Every
+    rank raises torch's CheckpointException where any could not write, and RuntimeError where slices leave a gap.
     """
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=_files(tensors), save_distributed=True)
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -140,26 +137,23 @@ def read_tensors(folder: Path, tensors: Mapping[str, FlatTensor]) -> None:
 
     Raises RuntimeError where a tensor is missing or has another size.
     """
-    wanted = {name: tensor for name, tensor in tensors.items() if tensor.local.numel()}
+    wanted: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if tensor.local.numel()}
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         try:
             reader = HuggingFaceStorageReader(str(folder))
-            cast(Any, dcp).load(dict(wanted), storage_reader=reader, planner=planner, no_dist=True)
+            cast(Any, dcp).load(wanted, storage_reader=reader, planner=planner, no_dist=True)
         except CheckpointException as failure:  # a BaseException in torch 2.13
             cause = next(iter(failure.failures.values()))[0]
             raise RuntimeError(f"{folder}: {cause}") from cause
 
 
 def read_whole(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The named tensors of `folder`, whole, on the CPU, in the files' dtypes; ValueError for another size."""
+    """The named tensors of `folder`, whole, on the CPU, in the files' dtypes; raises as `read_tensors` does."""
     tensors = stored(folder)
     whole = {name: torch.empty(shape, dtype=tensors[name][1]) for name, shape in shapes.items()}
-    for name, tensor in whole.items():
-        if tensors[name][0] != tensor.numel():
-            raise ValueError(f"{name} holds {tensors[name][0]} elements and not {tensor.numel()}")
-    read_tensors(folder, {name: FlatTensor.whole(tensor) for name, tensor in whole.items() if tensor.numel()})
+    read_tensors(folder, {name: FlatTensor.whole(tensor) for name, tensor in whole.items()})
     return whole
 
 

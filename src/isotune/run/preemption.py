@@ -91,9 +91,8 @@ class RunStatus:
 def supervised(run: RunDir, process: Process) -> Iterator[None]:
     """Hold the lease on RUN, handle signals while the body trains and saves, and record how it ends.
 
-    Raises:
-        UserError: another process holds the lease; the same on every rank.
-        Superseded: another attempt has taken it over; status.json belongs to that one and is left alone.
+    UserError on every rank where another process holds the lease; Superseded where another attempt has taken it over:
+    status.json belongs to that one and is left alone.
     """
     run.lease.folder = call_on_main(process, lambda: run.acquire_lease(process.world_size))
     status = run.status = RunStatus(run.path, is_main=process.is_main, lease=run.lease)

@@ -106,9 +106,7 @@ class RunLease:
     def check_available(self) -> None:
         """Check that this process may acquire the lease. Changes nothing; can take `WATCH_SECONDS`.
 
-        Raises:
-            UserError: another attempt is running; the message names it.
-            Superseded: a later attempt of the same job holds the lease.
+        UserError names another attempt that is running; Superseded where it is a later one of the same job.
         """
         for folder in self._active():
             if folder.name not in self._known_stale and folder != self.folder:

@@ -1,8 +1,8 @@
 """From a recipe to a trained model: the frame of every training script around the script's own data.
 
-start = start_run(recipe)        processes, run folder, configuration, tokenizer
-data = ...                       the script's own: documents with their targets or classes
-trained = train_run(start, data) model, trainer, steps, RUN/model
+start = start_run(recipe)       processes, run folder, configuration, tokenizer
+data = ...                      the script's own: documents with their targets or classes
+saved = train_run(start, data)  model, trainer, steps, RUN/model
 """
 
 from collections.abc import Callable
@@ -52,15 +52,6 @@ class Start:
     tokenizer: PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A finished run: the trainer with the final model, and what was saved (None but on the main process)."""
-
-    run: RunDir
-    trainer: PlannedTraining
-    saved: FinalModelReport | None
-
-
 def start_run(recipe: RunRecipe) -> Start:
     """Join this launch's processes, look at the run folder and load what reads texts.
 
@@ -71,8 +62,10 @@ def start_run(recipe: RunRecipe) -> Start:
     return Start(recipe, process, run, config, load_tokenizer(recipe, needed))
 
 
-def train_run(start: Start, data: RunData, before_finishing: Callable[[Trained], None] | None = None) -> Trained:
-    """Build, train and save; the main process says where the model is. Every rank must call it.
+def train_run(
+    start: Start, data: RunData, before_finishing: Callable[[], None] | None = None
+) -> FinalModelReport | None:
+    """Build, train and save; the main process says where the model is, and returns the report. Every rank must call it.
 
     `before_finishing` is what the main process does with the saved model before the run counts as finished; a RunFault
     of it is the run's. RUN/status.json says which error ended a run.
@@ -80,12 +73,12 @@ def train_run(start: Start, data: RunData, before_finishing: Callable[[Trained],
     trainer = build_trainer(start, build_model(start, data), data)
     with supervised(start.run, start.process):
         trainer.train()
-        trained = Trained(start.run, trainer, save(start, trainer))
-        if trained.saved is not None:
-            print(f"model       {start.run.model}: {trained.saved}")
+        saved = save(start, trainer)
+        if saved is not None:
+            print(f"model       {start.run.model}: {saved}")
             if before_finishing is not None:
-                before_finishing(trained)
-    return trained
+                before_finishing()
+    return saved
 
 
 def build_model(start: Start, data: RunData) -> nn.Module:

@@ -27,17 +27,13 @@ from isotune.training.exact_gradients import ExactGradients
 
 
 class GradientSync:
-    """Plain, DDP and FSDP2: the engines whose optimizer Trainer steps.
-
-    Attributes:
-        exact: sums gradients as integers, or None.
-        shards_gradients: whether no rank holds a whole gradient after the update.
-        loss_scale: of a microbatch's loss: engines average gradients over the ranks, integers are added up.
-    """
+    """Plain, DDP and FSDP2: the engines whose optimizer Trainer steps."""
 
     def __init__(self, accelerator: Any, exact: ExactGradients | None = None) -> None:
         self.accelerator, self.exact = accelerator, exact
+        # whether no rank holds a whole gradient after the update
         self.shards_gradients = accelerator.distributed_type.value == "FSDP"
+        # of a microbatch's loss: engines average gradients over the ranks, integers are added up
         self.loss_scale: int = 1 if exact is not None else accelerator.num_processes
 
     @contextlib.contextmanager
@@ -95,11 +91,8 @@ class GradientSync:
 class ZeroGradientSync(GradientSync):
     """DeepSpeed: the engine reduces, clips and steps by itself.
 
-    Args:
-        once: reduce once an update, where the stage would do so after each microbatch.
-        exact: stages 1 and 2 in fp32 only. Every rank then has the whole gradient; the engine only shares it out, and
-            neither averages nor clips.
-        max_grad_norm: what the exact gradient is clipped to; 0 clips nothing.
+    `once` reduces once an update where the stage would do so after each microbatch. With `exact` (stages 1 and 2 in
+    fp32 only) every rank has the whole gradient, clipped to `max_grad_norm`; the engine only shares it out.
     """
 
     def __init__(self, accelerator: Any, *, once: bool, exact: ExactGradients | None, max_grad_norm: float) -> None:
