@@ -13,7 +13,7 @@ from tests.launching import REPOSITORY, Finished, start_together
 
 from isotune.preflight.preflight_report import PreflightReport, run_preflight
 from isotune.preflight.request import read_preflight_request
-from isotune.preflight.resources.communication import Sharding
+from isotune.preflight.resources.sharding import Sharding
 
 GRADIENT_COLLECTIVES = ("all_reduce", "reduce", "reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor")
 FEW_ROWS, MANY_ROWS = 2, 8  # of a step: one and four passes a rank, on two of them

@@ -18,9 +18,9 @@ from isotune.preflight.preflight_report import run_preflight
 from isotune.preflight.render import as_json, render_report
 from isotune.preflight.request import read_preflight_request
 from isotune.preflight.resources.activation_memory import trace_microbatch
-from isotune.preflight.resources.communication import Sharding
 from isotune.preflight.resources.compute import find_device, flops_per_step
 from isotune.preflight.resources.memory import parse_bytes
+from isotune.preflight.resources.sharding import Sharding
 
 TINY = {
     "model_name_or_path": "builtin:opt-tiny",

@@ -36,10 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace, flags: list[str]) -> int:
-    """Print the preflight report; the exit status is 2 if the recipe or the launch has a problem, fitting or not.
-
-    Raises UserError for a wrong flag of the command itself, or a recipe without model or data.
-    """
+    """Print the report; exit status 2 where recipe or launch has a problem, UserError without a model or data."""
     # imported libraries live to the end: garbage collection over their objects took a tenth of the command's time
     gc.set_threshold(200_000, 20, 100)
 

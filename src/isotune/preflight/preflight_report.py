@@ -15,10 +15,9 @@ from isotune.io.errors import UserError
 from isotune.models.opening import compute_dtype, load_config, load_tokenizer
 from isotune.preflight.request import DDP, FSDP, PLAIN, SHIPPED, Launch, PreflightRequest, shipped_launch
 from isotune.preflight.resources.activation_memory import MicrobatchMemory, trace_microbatch
-from isotune.preflight.resources.communication import Sharding
 from isotune.preflight.resources.compute import DEFAULT_MFU, Device, StepTime, Work, count_work, measured_mfu, step_time
 from isotune.preflight.resources.memory import Memory, estimate_memory, state_bytes
-from isotune.preflight.resources.model_stats import ModelStats, model_builder, model_stats
+from isotune.preflight.resources.sharding import ModelStats, Sharding, model_builder, model_stats
 
 
 @dataclass(frozen=True)
@@ -158,18 +157,13 @@ class _Estimator:
             lengths = (recipe.max_seq_length,) * max(1, recipe.microbatch_tokens // recipe.max_seq_length)
             targets = len(lengths) if isinstance(recipe, ClassificationRecipe) else sum(lengths)
             count, microbatch = 2, (lengths, targets)
-        traced = self._trace(recipe, microbatch, launch.casts_weights(recipe))
-        return estimate_memory(Sharding(recipe, stats, launch), traced, count, on_cpu=self.on_cpu)
-
-    def _trace(self, recipe: RunRecipe, microbatch: tuple[Sequence[int], int], casts_weights: bool) -> MicrobatchMemory:
-        """Memory of a microbatch; `casts_weights` where the engine casts all weights instead of using autocast."""
+        dtype, casts_weights = compute_dtype(recipe), launch.casts_weights(recipe)
         checkpointing = bool(recipe.training_arguments.get("gradient_checkpointing"))
         key = (microbatch, recipe.tune, checkpointing, casts_weights)
         if key not in self._traces:
-            dtype = compute_dtype(recipe)
             build = model_builder(recipe, self.config, self.num_labels)
             self._traces[key] = trace_microbatch(
-                (lambda layers: build(layers).to(dtype)) if casts_weights else build,
+                (lambda layers: build(layers).to(dtype)) if casts_weights else build,  # instead of autocast
                 self.stats.layers,
                 *microbatch,
                 is_classifier=isinstance(recipe, ClassificationRecipe),
@@ -177,7 +171,7 @@ class _Estimator:
                 on_cpu=self.on_cpu,
                 checkpointing=checkpointing,
             )
-        return self._traces[key]
+        return estimate_memory(Sharding(recipe, stats, launch), self._traces[key], count, on_cpu=self.on_cpu)
 
 
 def _find_suggestions(

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from isotune.preflight.preflight_report import ComparedLaunch, PreflightReport
-from isotune.preflight.resources.communication import Sharding
 from isotune.preflight.resources.compute import flops_per_step
 from isotune.preflight.resources.memory import PARTS
+from isotune.preflight.resources.sharding import Sharding
 
 # keys of the JSON output that differ from the fields of Work; scripts read them
 _WORK_KEYS = {

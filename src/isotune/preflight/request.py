@@ -138,10 +138,7 @@ def _guess_task(command: CommandLine) -> tuple[str, str | None]:
 
 
 def _read_launch(file: str | None, world_size: int | None, recipe: RunRecipe, complain: Complain) -> Launch:
-    """The launch that `accelerate launch --config_file FILE --num_processes N` would start for a recipe.
-
-    The recipe fills DeepSpeed's `auto` values; `complain` takes its contradictions with the files, too.
-    """
+    """The launch that accelerate would start for a recipe, which fills DeepSpeed's `auto` values."""
     if file is None:
         return shipped_launch("ddp", world_size or 1)
     from accelerate.commands.config.config_args import ClusterConfig, SageMakerConfig

@@ -13,9 +13,8 @@ from isotune.preflight.preflight_report import run_preflight
 from isotune.preflight.render import format_bytes, render_report
 from isotune.preflight.request import DDP, DEEPSPEED, FSDP, PLAIN, Launch, PreflightRequest
 from isotune.preflight.resources.activation_memory import MicrobatchMemory
-from isotune.preflight.resources.communication import Sharding
 from isotune.preflight.resources.memory import estimate_memory
-from isotune.preflight.resources.model_stats import model_stats
+from isotune.preflight.resources.sharding import Sharding, model_stats
 
 
 def startup_check(recipe: RunRecipe, config: PreTrainedConfig, data: Any, process: Process) -> bool:

@@ -15,8 +15,7 @@ from isotune.evaluation.comparison import compare_runs
 from isotune.evaluation.results import CLASSIFICATION, GENERATION, Result
 from isotune.io.errors import UserError
 from isotune.io.files import replace_file
-from isotune.report import formatting
-from isotune.report.charts import draw_charts
+from isotune.report import charts, formatting
 from isotune.report.run_record import RunRecord, changed_tables, differ, read_record, run_summary, run_tables
 
 REPORT = "report.html"
@@ -76,7 +75,8 @@ def render_report(runs: Sequence[str | Path]) -> str:
         runs=[(name, record, run_summary(record)) for name, record in zip(names, records, strict=True)],
         names=names,
         several=several,
-        charts=draw_charts(records),
+        charts=charts.draw_charts(records),
+        layout=charts,
         tables=tables,
         differences=changed_tables(tables) if several else {},
         evaluations=[_evaluation(name, records, names, notes) for name in evaluated],
@@ -87,10 +87,7 @@ def render_report(runs: Sequence[str | Path]) -> str:
 
 
 def _evaluation(name: str, records: Sequence[RunRecord], runs: Sequence[str], notes: list[str]) -> dict[str, Any]:
-    """All results under one name as the template reads them, in columns of the runs that have it.
-
-    `notes` collects what is broken.
-    """
+    """All results under one name as the template reads them, a column for each run that has it; adds to `notes`."""
     found = [(i, result) for i, record in enumerate(records) for result in record.results if result.folder.name == name]
     results = {runs[index]: result for index, result in found}
     first = next(iter(results.values()))

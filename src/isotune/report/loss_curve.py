@@ -34,10 +34,7 @@ class Curve:
 
 
 def draw_loss_curve(run_dir: str | Path) -> Path:
-    """Draw RUN/loss_curve.png from RUN/metrics.jsonl, replacing an earlier one atomically, and return its path.
-
-    Raises UserError if there is no metrics.jsonl, or none of its lines has a step and a loss.
-    """
+    """Draw RUN/loss_curve.png from RUN/metrics.jsonl, atomically, and return its path; UserError without any loss."""
     run_dir = Path(run_dir)
     curves = read_curves(run_dir / METRICS)
     picture = run_dir / PICTURE
@@ -50,10 +47,7 @@ def draw_loss_curve(run_dir: str | Path) -> Path:
 
 
 def read_curves(metrics: Path) -> dict[str, Curve]:
-    """The curves of metrics.jsonl by name: `loss` in nats, `learning_rate`, and `accuracy` of a classifier.
-
-    Raises UserError if the file cannot be read, or has no loss.
-    """
+    """Curves by name: `loss` in nats, `learning_rate`, a classifier's `accuracy`; UserError if the file has no loss."""
     try:
         lines = read_metrics(metrics)
     except OSError as error:

@@ -40,10 +40,7 @@ def share(recipe: RunRecipe) -> None:
 
 
 def write_model_card(run: str | Path, repository: str | None = None) -> Path:
-    """Write the card of a finished run to RUN/model; it replaces one that a library has written.
-
-    It loads the model from `repository`, a Hub id, or else from the folder. Raises UserError if that is no run.
-    """
+    """Write a finished run's card, in place of a library's; it loads the model from `repository`, or from RUN/model."""
     record = read_record(run)
     keys, model = record.keys, record.folder / "model"
     name = (repository or record.name).rsplit("/", 1)[-1]
@@ -81,10 +78,7 @@ def write_model_card(run: str | Path, repository: str | None = None) -> Path:
 
 
 def final_evaluation(record: RunRecord) -> tuple[int, dict[str, Any]] | None:
-    """The step and the evaluation of the saved model; None if that model was not evaluated.
-
-    With `load_best_model_at_end` it is the best evaluation, otherwise the one after the last step.
-    """
+    """Step and evaluation of the saved model, the best one or that of the last step; None if it was not evaluated."""
     keys = record.keys
     if keys.get("load_best_model_at_end"):
         metric = str(keys.get("metric_for_best_model", "eval_loss"))

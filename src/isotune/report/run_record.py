@@ -46,10 +46,7 @@ class RunRecord:
 
 
 def read_record(run: str | Path) -> RunRecord:
-    """Read a run in any state, or a folder that has evaluations only.
-
-    Raises UserError if the folder does not exist, or has no recipe, no metrics and no evaluation.
-    """
+    """Read a run in any state, or a folder that has evaluations only; UserError if it is neither."""
     folder = Path(run)
     if not folder.is_dir():
         raise UserError(f"there is no run folder {folder}")

@@ -37,7 +37,7 @@ class MicrobatchMemory:
 
 
 def trace_microbatch(
-    build: Callable[[int], nn.Module],
+    build: Callable[[int], Any],
     layers: int,
     lengths: Sequence[int],
     targets: int,
@@ -55,10 +55,24 @@ def trace_microbatch(
     """
 
     def trace(blocks: int) -> tuple[int, ...]:
-        model: Any = build(blocks)
+        """Peak bytes without gradients, and with gradients before and after half of them exist.
+
+        Activations are freed while gradients appear, so the peak is at the start or at the end of backward, which
+        depends on the blocks.
+        """
+        model, inputs = build(blocks), _inputs(lengths, targets, is_classifier)
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        return _trace(model, _inputs(lengths, targets, is_classifier), autocast, on_cpu)
+        with FakeTensorMode(allow_non_fake_inputs=True), _fake_kernels(sum(lengths), on_cpu):
+            _replace_meta_tensors(model)
+            if on_cpu:
+                enable_speedups(model)
+            model.train()
+            live = _LiveBytes(model, on_cpu)
+            products = torch.autocast("cpu", dtype=autocast) if autocast else contextlib.nullcontext()
+            with live, products, training_microbatch(model) if on_cpu else contextlib.nullcontext():
+                model(**inputs, use_cache=False).loss.backward()
+        return live.activation_peak, *live.peaks
 
     few, more = TRACED_BLOCKS
     if layers <= more:
@@ -76,24 +90,6 @@ def _inputs(lengths: Sequence[int], targets: int, is_classifier: bool) -> dict[s
     inputs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
     inputs |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
     return inputs if is_classifier else inputs | {"position_ids": of_tokens, "supervised_positions": of_targets}
-
-
-def _trace(model: nn.Module, inputs: dict[str, Any], autocast: torch.dtype | None, on_cpu: bool) -> tuple[int, ...]:
-    """Peak bytes without gradients, and with gradients before and after half of them exist.
-
-    Activations are freed while gradients appear, so the peak is at the start or at the end of backward, which depends
-    on the blocks.
-    """
-    with FakeTensorMode(allow_non_fake_inputs=True), _fake_kernels(inputs["input_ids"].numel(), on_cpu):
-        _replace_meta_tensors(model)
-        if on_cpu:
-            enable_speedups(model)
-        model.train()
-        live = _LiveBytes(model, on_cpu)
-        products = torch.autocast("cpu", dtype=autocast) if autocast else contextlib.nullcontext()
-        with live, products, training_microbatch(model) if on_cpu else contextlib.nullcontext():
-            model(**inputs, use_cache=False).loss.backward()
-    return live.activation_peak, *live.peaks
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -18,8 +18,7 @@ import numpy as np
 from isotune.config import Recipe, RunRecipe
 from isotune.data.batch_schedule import StepSchedule, assign_to_ranks
 from isotune.io.errors import UserError
-from isotune.preflight.resources.communication import Sharding
-from isotune.preflight.resources.model_stats import ModelStats
+from isotune.preflight.resources.sharding import ModelStats, Sharding
 from isotune.run.metrics_file import METRICS, read_metrics
 
 DEFAULT_MFU = 0.4

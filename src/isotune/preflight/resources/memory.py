@@ -25,7 +25,7 @@ from isotune.config import RunRecipe
 from isotune.io.errors import UserError
 from isotune.preflight.request import DDP, DEEPSPEED, FSDP
 from isotune.preflight.resources.activation_memory import MicrobatchMemory
-from isotune.preflight.resources.communication import EXACT_BYTES, Sharding
+from isotune.preflight.resources.sharding import EXACT_BYTES, Sharding
 
 GRADIENT_BYTES = 4
 # bytes of optimizer state for each parameter; 8-bit optimizers add a scale for each block of 256

@@ -130,10 +130,7 @@ def read_battles(file: Path, *, labelled: bool) -> Battles:
 
 
 def read_table(file: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows of a CSV file with every cell as text, each with its number; see `read_rows`.
-
-    Raises UserError, too, if a column of `needed` is missing, or a row has more or fewer cells than the header.
-    """
+    """The rows of a CSV file as text, with their numbers; UserError if a column of `needed` or a cell is missing."""
     rows = read_rows(file)
     _, header, _ = next(rows, (0, [], 0))
     for column in needed:
@@ -146,10 +143,7 @@ def read_table(file: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[
 
 
 def read_rows(file: Path) -> Iterator[tuple[int, list[str], int]]:
-    """Number, cells and last line of each row of a CSV file: of the header, 0, and of the rows that are not empty.
-
-    Raises UserError if the file cannot be read, or is not CSV in UTF-8.
-    """
+    """Number, cells and last line of a CSV file's header (0) and rows that are not empty; UserError if it is broken."""
     number = -1
     try:
         for cells, line in read_cells(file):

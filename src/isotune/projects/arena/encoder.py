@@ -79,10 +79,7 @@ def share_tokens(prompt: int, answer: int, other: int, room: int) -> tuple[int, 
 
 
 def in_both_orders(battles: Sequence[Battle], encoder: TextEncoder, max_seq_length: int) -> BothOrders:
-    """Two documents a battle; a document of a battle without a label is of class 0.
-
-    Raises UserError if max_seq_length leaves no room for three texts.
-    """
+    """Two documents a battle, of class 0 without a label; UserError if max_seq_length has no room for three texts."""
     # between two texts stands the token that ends a text, or else the one that starts a text
     separator = encoder.suffix[-1:] if len(encoder.suffix) else encoder.prefix[:1]
     special = encoder.special_tokens + 2 * len(separator)
@@ -138,11 +135,7 @@ def prepare_competition(files: Competition, recipe: ArenaRecipe, tokenizer: Any)
 
 
 def predict_battles(classifier: Classifier, battles: Battles, max_seq_length: int) -> np.ndarray:
-    """Probabilities of a, b and tie, averaged over both orders: float64 [rows, 3].
-
-    Exchanging the answers of every row exchanges the first two probabilities of every row, bit for bit. Raises
-    UserError if a logit is not finite.
-    """
+    """Mean probabilities of a, b and tie over both orders: float64 [rows, 3]; UserError if a logit is not finite."""
     both = in_both_orders(battles.battles, TextEncoder(classifier.tokenizer), max_seq_length)
     device = next(classifier.model.parameters()).device
     logits = classify(classifier, both.documents, Ranks(0, 1, device), progress=True)

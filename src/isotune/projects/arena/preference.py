@@ -51,10 +51,7 @@ class PreferenceScores:
 
 
 def score_preferences(battles: Battles, predictions: dict[str, np.ndarray], *, main: str) -> PreferenceScores:
-    """Score the predictions of models, float64 [rows, 3] by name.
-
-    Rows of one prompt are not independent, so the intervals resample prompts and not rows.
-    """
+    """Score predictions, float64 [rows, 3] by model; intervals resample prompts, whose rows are not independent."""
     labels = battles.labels
     _, groups = np.unique([battle.group() for battle in battles.battles], return_inverse=True)
     statistics: list[Statistic] = []
@@ -104,10 +101,7 @@ def write_preferences(
 
 
 def read_answers(file: Path, battles: Battles) -> Battles:
-    """Test rows with their labels from a file of `id` and the winner's flags.
-
-    Raises UserError if the file is broken, or not of exactly these ids.
-    """
+    """Test rows with the labels of a file of ids and flags; UserError if it is broken, or not of exactly these ids."""
     winners = {}
     for number, row in read_table(file, (ID, *CLASSES)):
         winners[row[ID]] = label_of(row, f"{file}, row {number} (id {row[ID]})")

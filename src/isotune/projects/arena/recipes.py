@@ -65,10 +65,7 @@ class BaselinesRecipe(BaseRecipe):
 
 
 def read_arena_recipe(argv: Sequence[str], *, default_config: Path, prog: str) -> ArenaRecipe | BaselinesRecipe:
-    """The recipe of a command line; its `method` decides which kind it is, and `--help` shows the keys of that kind.
-
-    Raises UserError for anything in the file or the flags that is wrong, with its place and what to do.
-    """
+    """The recipe of a command line, of the kind that its `method` says, as `--help` is; UserError for any mistake."""
     method = CommandLine.parse(argv, default_config).given().get("method")
     return read_recipe(
         argv,

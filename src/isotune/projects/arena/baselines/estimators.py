@@ -151,10 +151,7 @@ Grids = dict[str, dict[str, list[Any]]]
 
 
 def check_grids(grids: Any) -> Grids:
-    """The recipe's grids, or the default grids if it has none.
-
-    Raises UserError for an unknown model or parameter, or a value that the model does not accept.
-    """
+    """The recipe's grids, or the default ones; UserError for an unknown model or parameter, or a value it refuses."""
     if grids is None:
         return {name: estimator.grid for name, estimator in MEMBERS.items()}
     for name, grid in grids.items():

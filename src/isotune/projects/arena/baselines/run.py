@@ -51,25 +51,18 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Baselines:
-    """Fitted models, their best candidates and their weights in the blend, by name.
-
-    `held_out` has by name, with BLEND and the class PRIOR, predictions of each training row by models and weights that
-    were fitted without its prompt: float64 [rows, 3].
-    """
+    """Fitted models, their best candidates and their weights in the blend, by name."""
 
     matrix: FeatureMatrix
     models: dict[str, SwapAveraged]
     selected: dict[str, Candidate]
     weights: dict[str, float]
     prior: np.ndarray
-    held_out: dict[str, np.ndarray]
+    # of BLEND and PRIOR, too: what models and weights that were fitted without its prompt predict for each training row
+    held_out: dict[str, np.ndarray]  # float64 [rows, 3]
 
     def predict(self, battles: Sequence[Battle]) -> dict[str, np.ndarray]:
-        """Probabilities of a, b and tie by the name of the model, with PRIOR and BLEND: float64 [rows, 3] each.
-
-        Exchanging the answers of a row exchanges its first two probabilities, bit for bit. A row's prediction does not
-        depend on the other rows.
-        """
+        """Probabilities by model, with PRIOR and BLEND: float64 [rows, 3] each; a row's do not depend on other rows."""
         inputs = self.matrix.transform(battle_features(battles))
         with threadpool_limits(1):
             predictions = {name: model.predict(*inputs) for name, model in self.models.items()}
@@ -170,10 +163,8 @@ def class_prior(labels: np.ndarray) -> np.ndarray:
 
 
 def blend(predictions: Sequence[np.ndarray], weights: np.ndarray) -> np.ndarray:
-    """The weighted mean of predictions, each float64 [rows, 3].
-
-    They are added in their order, so exchanging a and b in all of them exchanges a and b in the blend, to the bit.
-    """
+    """The weighted mean of predictions, each float64 [rows, 3]."""
+    # in their order: exchanging a and b in all of them exchanges a and b in the blend, to the bit
     mixed = np.zeros_like(predictions[0])
     for prediction, weight in zip(predictions, weights, strict=True):
         mixed = mixed + weight * prediction
