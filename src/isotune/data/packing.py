@@ -35,8 +35,8 @@ def pack(lengths: np.ndarray, capacity: int, seed: int) -> Rows:
     for length in np.flatnonzero(documents_of_length)[::-1].tolist():
         waiting = int(documents_of_length[length])
         # The fullest row with room for one document also fits the next one best, while it has room for it. So each
-        # row takes as many documents of this length as it can before the next row is considered.
-        for room in open_rows.rooms_from(length):
+        # row takes as many documents of this length as it can before the next row is considered, an unused one last.
+        for room in [*(np.flatnonzero(open_rows.sizes[length:]) + length).tolist(), capacity]:
             per_row = room // length
             rows, in_last = open_rows.take(room, waiting, per_row)
             placed = (len(rows) - 1) * per_row + in_last
@@ -64,10 +64,6 @@ class _OpenRows:
         self.count = 0
         self.by_room: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]
         self.sizes = np.zeros(capacity + 1, np.int64)
-
-    def rooms_from(self, length: int) -> list[int]:
-        """The rooms, ascending, that rows have and that hold a document of this length; an unused row comes last."""
-        return [*(np.flatnonzero(self.sizes[length:]) + length).tolist(), self.capacity]
 
     def take(self, room: int, waiting: int, per_row: int) -> tuple[np.ndarray, int]:
         """Take the rows of this room that `waiting` documents need, `per_row` to a row.

@@ -142,9 +142,8 @@ def write_job_status(**content: Any) -> None:
     current = read_job_status(file)
     is_main = os.environ.get("RANK", "0") == "0"
     has_ended = current.get("exit_status") is not None
-    if not is_main and (has_ended or content.get("exit_status") == 0):
-        return
-    if current.get("exit_status") == EXIT_USER_ERROR:
+    is_told = not is_main and (has_ended or content.get("exit_status") == 0)
+    if is_told or current.get("exit_status") == EXIT_USER_ERROR:
         return
     # ranks of several machines may write at once
     staging = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}")

@@ -100,19 +100,16 @@ def read_documents(
                 labels = labels_of(texts, settings)
             if column := columns.get("dataset_id_field"):
                 ids += [_id(row, source, number, column) for number, row in rows]
-            parts.append(_encode(texts, labels, encoder, settings))
+            cleaned = [clean(text) for text in texts]
+            chosen = cleaned if settings.clean_text else texts
+            part = encoder.encode(chosen, settings.max_seq_length, settings.overlong, labels)
+            marked = np.array([text != raw for text, raw in zip(cleaned, texts, strict=True)])
+            own = {"contents": contents_of(texts), **part.columns, "marked": marked}
+            parts.append(replace(part, columns=own))
             bar.update(len(rows))
     documents = Documents.concat(parts)
-    own_columns = {"ids": _as_ids(ids, len(documents), source), **documents.columns}
-    return replace(documents, source_rows=np.arange(len(documents)), columns=own_columns)
-
-
-def _encode(texts: list[str], labels: np.ndarray, encoder: TextEncoder, settings: ClassificationSettings) -> Documents:
-    cleaned = [clean(text) for text in texts]
-    chosen = cleaned if settings.clean_text else texts
-    documents = encoder.encode(chosen, settings.max_seq_length, settings.overlong, labels)
-    marked = np.array([text != raw for text, raw in zip(cleaned, texts, strict=True)])
-    return replace(documents, columns={"contents": contents_of(texts), **documents.columns, "marked": marked})
+    numbers = np.arange(len(documents))
+    return replace(documents, source_rows=numbers, columns={"ids": _as_ids(ids, numbers, source), **documents.columns})
 
 
 def _columns(first: Row, settings: ClassificationSettings) -> dict[str, str]:
@@ -125,10 +122,10 @@ def _columns(first: Row, settings: ClassificationSettings) -> dict[str, str]:
     return columns
 
 
-def _as_ids(ids: list[Id], documents: int, source: Source) -> np.ndarray:
+def _as_ids(ids: list[Id], numbers: np.ndarray, source: Source) -> np.ndarray:
     """Ids as an array, int64 or text [documents]; the numbers of the rows where the data set has none."""
     if not ids:
-        return np.arange(documents)
+        return numbers
     kind = type(ids[0])
     first_row: dict[Id, int] = {}
     for number, own_id in enumerate(ids):
