@@ -99,6 +99,8 @@ class EngineState(ABC):
     def make_optimizer_state(self, saved: OptimizerState) -> None:
         """Create the state of an optimizer that has not stepped yet; `read_tensors` then fills its tensors."""
         groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+        # torch's optimizers keep scalars in tensors, on the device where they are fused
+        in_tensors = type(self._optimizer).__module__.startswith("torch.optim")
         made: set[int] = set()  # under ZeRO several parameters share a tensor
         for name, parameter in self.parameters.items():
             stepped = self._stepped(parameter)
@@ -110,18 +112,13 @@ class EngineState(ABC):
             for key, (shape, dtype) in saved.others.get(name, {}).items():
                 state[key] = torch.zeros(shape, dtype=getattr(torch, dtype), device=stepped.device)
             group = groups.get(id(stepped), self._optimizer.param_groups[0])
+            device = stepped.device if group.get("fused") or group.get("capturable") else "cpu"
             for key, value in saved.scalars.get(name, {}).items():
-                state[key] = self._scalar(group, stepped, value)
+                number = torch.tensor(float(value), dtype=torch.float32, device=device)
+                state[key] = number if in_tensors else value
             if state:
                 self._optimizer.state[stepped] = state
                 made.add(id(stepped))
-
-    def _scalar(self, group: dict[str, Any], stepped: Tensor, value: float) -> Any:
-        """A scalar as the optimizer keeps it: torch's in a tensor, on the device where they are fused."""
-        if not type(self._optimizer).__module__.startswith("torch.optim"):
-            return value
-        on_device = group.get("fused") or group.get("capturable")
-        return torch.tensor(float(value), dtype=torch.float32, device=stepped.device if on_device else "cpu")
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         return self._optimizer.state.get(self._stepped(parameter), {})

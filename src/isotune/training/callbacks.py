@@ -18,16 +18,13 @@ from isotune.run.run_lease import slurm_ids
 
 if TYPE_CHECKING:
     from isotune.training.checkpointer import Checkpointer
-    from isotune.training.trainer import PlannedTraining
 
 
 class PreTrainChecks(TrainerCallback):
     """Between preparation and the first step: self-tests on the prepared model, what is in effect, the run's files."""
 
-    def __init__(
-        self, trainer: "PlannedTraining", checkpointer: "Checkpointer", data_counts: dict[str, dict[str, Any]]
-    ) -> None:
-        self.trainer: Any = trainer
+    def __init__(self, trainer: Any, checkpointer: "Checkpointer", data_counts: dict[str, dict[str, Any]]) -> None:
+        self.trainer = trainer
         self.checkpointer, self.process, self.run = checkpointer, checkpointer.process, checkpointer.run
         self.data_counts = data_counts
 
