@@ -88,10 +88,10 @@ def main() -> None:
                 write_generation_result(result, folder, model=given.name, task=task, decoding=decoding)
                 print(f"written to {folder}")
     elif tasks:
-        harness_result = run_tasks(lm, tasks, limit=given.limit, batch_size=given.batch_size)
-        print("\n".join(score_lines(harness_result.scores)))
+        scores, predictions = run_tasks(lm, tasks, limit=given.limit, batch_size=given.batch_size)
+        print("\n".join(score_lines(scores)))
         if folder := result_folder(given, "lm_eval"):
-            write_harness(harness_result, folder, model=given.name, tasks=tasks)
+            write_harness(scores, predictions, folder, model=given.name, tasks=tasks)
             print(f"written to {folder}")
     elif given.prompt is not None:
         text = answer(lm, given.prompt, decoding)

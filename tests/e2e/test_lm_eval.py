@@ -53,8 +53,8 @@ def test_a_local_task_is_scored_as_a_plain_loop_scores_it(task, shared_data, tmp
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = str(shared_data / "checkpoints" / "stories260K")
     tasks = check_tasks(str(task))
-    done = run_tasks(generation_model_named(folder), tasks, limit=None, batch_size=2)
-    write_harness(done, tmp_path / "eval", model=folder, tasks=tasks)
+    scores, predictions = run_tasks(generation_model_named(folder), tasks, limit=None, batch_size=2)
+    write_harness(scores, predictions, tmp_path / "eval", model=folder, tasks=tasks)
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 

@@ -85,10 +85,8 @@ def start_ranks() -> Ranks:
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "WORLD_SIZE" not in os.environ:
-        raise UserError(
-            "srun started several tasks that know nothing of each other, and each would evaluate everything: start one "
-            "`accelerate launch` on each node"
-        )
+        what = "srun started several tasks that know nothing of each other, and each would evaluate everything"
+        raise UserError(f"{what}: start one `accelerate launch` on each node")
     for engine in ENGINES:
         os.environ.pop(engine, None)
     launched = "LOCAL_RANK" in os.environ

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,8 @@ DATA_KEYS = ("label", "reference", "prompt", "text_sha256", "group")  # of a row
 def choose_results(runs: Sequence[str | Path], name: str | None = None) -> list[Result]:
     """The result of each run (RUN or RUN/eval/NAME) that pairs with those of the others, rows in the first one's order.
 
-    It is that of the evaluation `name`, or else the one that all runs have, by name or by rows.
-
-    Raises:
-        UserError: a folder holds no such result, several are common, or rows differ.
+    It is that of the evaluation `name`, or else the one that all runs have, by name or by rows. UserError where a
+    folder holds no such result, several are common, or rows differ.
     """
     first, *others = [read_result(folder) for folder in _choose_folders([Path(run) for run in runs], name)]
     if not first.predictions:
@@ -101,9 +100,8 @@ def _in_order(first: Result, other: Result) -> Result:
                 one, another = _short(row[key]), _short(theirs[row_id][key])
                 raise UserError(f"{pair}: row {row_id!r} has the {key} {one} in one and {another} in the other")
     if first.facts["rows_sha256"] != other.facts["rows_sha256"]:
-        raise UserError(
-            f"{pair}: the ids are the same, but not the texts of the rows or their order{_source(first, other)}"
-        )
+        what = "the ids are the same, but not the texts of the rows or their order"
+        raise UserError(f"{pair}: {what}{_source(first, other)}")
     return replace(other, predictions=[theirs[row_id] for row_id in ours])
 
 
@@ -174,16 +172,13 @@ def _text_statistics(result: Result) -> list[Statistic]:
     except KeyError as missing:
         raise UserError(f"{result.folder / PREDICTIONS}: a row has no {missing}") from None
     measured = measure_texts(texts, references, [row.get("ended", 0.0) for row in rows])
-    likelihoods = [likelihood for row in rows if (likelihood := _likelihood(row)) is not None]
-    if len(likelihoods) == len(rows):
+    with suppress(KeyError, ValueError, ZeroDivisionError):  # not every row has a likelihood
+        likelihoods = [_likelihood(row) for row in rows]
         measured |= measure_likelihoods(likelihoods)
     return [metric.of_all for metric in measured.values()]
 
 
-def _likelihood(row: dict[str, Any]) -> Likelihood | None:
-    """The likelihood of a row's reference; None where the row has none."""
-    try:
-        nll, perplexity, bits = row["nll"], row["perplexity"], row["bits_per_byte"]
-        return Likelihood(nll, round(nll / math.log(perplexity)), round(nll / (bits * math.log(2))))
-    except (KeyError, ValueError, ZeroDivisionError):
-        return None
+def _likelihood(row: dict[str, Any]) -> Likelihood:
+    nll = row["nll"]
+    tokens, byte_count = nll / math.log(row["perplexity"]), nll / (row["bits_per_byte"] * math.log(2))
+    return Likelihood(nll, round(tokens), round(byte_count))

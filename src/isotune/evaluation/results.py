@@ -76,11 +76,7 @@ def score_lines(scores: Scores) -> list[str]:
 
 
 def read_result(folder: Path) -> Result:
-    """The result in `folder`, checked.
-
-    Raises:
-        UserError: a file is missing, truncated or broken, an id is not unique, or a number is NaN or Inf.
-    """
+    """The result in `folder`; UserError where a file is missing or broken, an id not unique, or a number NaN or Inf."""
     if not (folder / METRICS).is_file():
         raise UserError(f"{folder}: no {METRICS}: this folder holds no finished evaluation")
     try:

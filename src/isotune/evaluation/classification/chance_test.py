@@ -1,16 +1,8 @@
-"""A test of an accuracy against chance, and the alarm of a negative control.
+"""A test of an accuracy against chance, and the alarm of a negative control (docs/classification.md).
 
-With `label_source: random` the class of a text is a coin flip that the seed and the content of the text determine.
-Nothing that a model learns from other texts predicts it, so the accuracy is a binomial share of 1/2 for any model. An
-accuracy that differs from 1/2 shows a leak: rows of the evaluation are in training, labels are made from texts, or
-predictions saw their labels. The alarm is false in at most 5% of runs (the interval is Clopper and Pearson's, exact),
-if
-
-- each text counts once, however often it is in the evaluation data, because its rows share their label;
-- the evaluation is fixed beforehand. That of the last step is; the best of several is not, because it is selected by
-  the labels that it is tested on.
-
-With any other labels the accuracy is tested against the share of the most common class.
+With `label_source: random` the accuracy is a binomial share of 1/2 for any model without a leak. The alarm is false in
+at most 5% of runs: each text counts once, because its rows share their label, and the evaluation of the last step is
+tested. The best of several would be selected by the labels that it is tested on.
 """
 
 import json
@@ -61,9 +53,7 @@ class ChanceTest:
 def accuracy_against_chance(correct: np.ndarray, contents: np.ndarray, chance: float) -> ChanceTest:
     """The exact two-sided binomial test of an accuracy against that of chance, from 0 to 1.
 
-    Args:
-        correct: bool [rows].
-        contents: [rows]; equal where two rows have the same text, which then counts by its first row.
+    `correct` is bool [rows]; `contents` [rows] is equal where rows have the same text, which counts by its first row.
     """
     from scipy.stats import binomtest
 
@@ -77,9 +67,7 @@ def accuracy_against_chance(correct: np.ndarray, contents: np.ndarray, chance: f
 def write_chance_test(run: Path, recipe: ClassificationRecipe, evaluation: PreparedData) -> ChanceTest:
     """Test the last evaluation of a finished run against chance, and write RUN/eval/chance.
 
-    Raises:
-        RunFault: labels are random and the accuracy differs from chance; the result is written then too.
-        UserError: the run has no evaluation.
+    RunFault where labels are random and the accuracy differs from chance; the result is written then too.
     """
     folders = sorted(run.glob(f"eval/step-*/{PREDICTIONS}"))
     if not folders:

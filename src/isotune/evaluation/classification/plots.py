@@ -156,8 +156,10 @@ def draw_attention(
 
     By default they are of the most confident errors of readable length, or of the shortest texts.
     """
-    rows = evaluation.rows
-    for row in _readable_errors(evaluation) if chosen is None else chosen:
+    rows, order = evaluation.rows, evaluation.errors_first
+    lengths = rows.documents.lengths
+    readable = lengths[order] <= max(READABLE_TOKENS, np.sort(lengths)[: 2 * EXAMPLES].max())
+    for row in order[readable][:EXAMPLES].tolist() if chosen is None else chosen:
         attention = attention_of(classifier, rows, row)
         if attention is None:
             print(f"note        {classifier.name} returns no attention weights: they are not drawn")
@@ -171,12 +173,6 @@ def draw_attention(
         name = "".join(c if c.isalnum() else "_" for c in str(rows.ids[row]))[:40]
         _draw_heads(attention, title, folder / f"attention_heads_{name}.png")
         _draw_words(attention, title, folder / f"attention_words_{name}.png")
-
-
-def _readable_errors(evaluation: Evaluation) -> list[int]:
-    lengths, order = evaluation.rows.documents.lengths, evaluation.errors_first
-    longest = max(READABLE_TOKENS, np.sort(lengths)[: 2 * EXAMPLES].max())
-    return order[lengths[order] <= longest][:EXAMPLES].tolist()
 
 
 @torch.no_grad()

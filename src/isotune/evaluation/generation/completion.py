@@ -51,18 +51,6 @@ class Decoding:
         if self.seed < 0:
             raise UserError(f"--seed is {self.seed}: it is 0 or a positive number")
 
-    def processors(self, rows: Sequence[int], prompt_tokens: int) -> LogitsProcessorList:
-        """The logits processors of a batch of rows with these numbers, its padded prompts `prompt_tokens` wide.
-
-        `generate` takes the likeliest token of their result.
-        """
-        if self.temperature == 0:
-            return LogitsProcessorList()
-        warpers: list[Any] = [TemperatureLogitsWarper(self.temperature)]
-        if self.top_p < 1:
-            warpers.append(TopPLogitsWarper(self.top_p))
-        return LogitsProcessorList([*warpers, CountedDraw(self, rows, prompt_tokens)])
-
 
 @dataclass(frozen=True)
 class Prompt:
@@ -75,14 +63,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """The generated text after the prompt and its tokens, without the eos.
-
-    The model `ended` it, by an eos or by the header of another turn; else its token limit did.
-    """
+    """The generated text after the prompt."""
 
     text: str
-    tokens: tuple[int, ...]
-    ended: bool
+    tokens: tuple[int, ...]  # without the eos
+    ended: bool  # by the model, with an eos or the header of another turn; else by its token limit
 
 
 def complete(
@@ -113,10 +98,9 @@ def complete(
     bar = tqdm(total=len(prompts), unit="completion", disable=not progress, dynamic_ncols=True)
     with quiet_libraries(), bar:
         for batch in own_batches(lm, batches, costs, ranks):
-            generated = _complete_batch(
-                lm, [prompts[i].row for i in batch], [encoded[i] for i in batch], decoding, turns
-            )
-            completions |= {prompts[i].row: completion for i, completion in zip(batch, generated, strict=True)}
+            rows = [prompts[i].row for i in batch]
+            generated = _complete_batch(lm, rows, [encoded[i] for i in batch], decoding, turns)
+            completions |= zip(rows, generated, strict=True)
             bar.update(len(batch))
     return ranks.gather(completions) if ranks else completions
 
@@ -148,6 +132,11 @@ def _complete_batch(
     mask = pad_sequence([torch.ones(len(ids), dtype=torch.long) for ids in tokens], **left)
     width = input_ids.shape[1]
     endings = _Endings(lm.tokenizer, eos_ids, width, limits, turns)
+    processors = LogitsProcessorList()
+    if decoding.temperature > 0:
+        processors.append(TemperatureLogitsWarper(decoding.temperature))
+        processors += [TopPLogitsWarper(decoding.top_p)] if decoding.top_p < 1 else []
+        processors.append(CountedDraw(decoding, rows or [0], width))
     with torch.no_grad(), _within_positions(lm):
         outputs = lm.model.generate(
             input_ids=input_ids.to(lm.device),
@@ -156,7 +145,7 @@ def _complete_batch(
             max_new_tokens=max(limits),
             eos_token_id=sorted(eos_ids),
             pad_token_id=filler,
-            logits_processor=decoding.processors(rows or [0], width),
+            logits_processor=processors,
             stopping_criteria=StoppingCriteriaList([endings]),
             synced_gpus=lm.is_sharded,
         )
@@ -172,8 +161,7 @@ def _within_positions(lm: GenerationModel) -> RemovableHandle:
     """A hook that keeps the positions of rows that have ended within the model's position table.
 
     transformers 5.23 keeps counting positions for a row that has ended, until the last row of its batch and, under
-    ZeRO-3, of all ranks ends; learned positions such as OPT's then overflow their table. The output of such a row is
-    not used.
+    ZeRO-3, of all ranks ends; learned positions such as OPT's then overflow their table.
     """
 
     def clamp(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -207,12 +195,7 @@ class CountedDraw(LogitsProcessor):
 
 
 class _Endings(StoppingCriteria):
-    """Where each completion of a batch ends: at an eos, at the header of another turn, or at its token limit.
-
-    Attributes:
-        tokens: length of each row's completion without its eos; None while it goes on.
-        ended_by_model: whether an eos or a header ended it.
-    """
+    """Where each completion of a batch ends: at an eos, at the header of another turn, or at its token limit."""
 
     def __init__(self, tokenizer: Any, eos_ids: set[int], width: int, limits: Sequence[int], turns: bool) -> None:
         """Watch rows whose padded prompts are `width` wide; `turns`: end before the header of another turn too."""
@@ -221,8 +204,8 @@ class _Endings(StoppingCriteria):
         self.width = width
         self.limits = limits
         self.turns = turns
-        self.tokens: list[int | None] = [None] * len(limits)
-        self.ended_by_model = [False] * len(limits)
+        self.tokens: list[int | None] = [None] * len(limits)  # of each completion without its eos, once it has ended
+        self.ended_by_model = [False] * len(limits)  # by an eos or a header
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
         """Bool [rows]: which rows have ended. `input_ids` is [rows, width + new tokens]."""

@@ -1,15 +1,14 @@
 """One evaluation of a language model, from prompts to files: completions, likelihoods, metrics, examples.
 
-The likelihood of a reference needs no sampling and, in bits per byte, does not depend on the tokenizer. The tokens of
-the reference are scored, not those of the prompt and not the eos. They are those of training, where prompt and answer
-are tokenised as one text. The batches depend on the references alone and not on the number of processes, so the sums
-are the same everywhere.
+The tokens of a reference are scored, not those of the prompt and not the eos. They are those of training, where prompt
+and answer are tokenised as one text. The batches depend on the references alone and not on the number of processes, so
+the sums are the same everywhere.
 """
 
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +105,13 @@ def score_references(
     UserError where the tokenizer gives no character offsets, or a likelihood is NaN or Inf.
     """
     encoded = [_encode(lm, reference) for reference in references]
-    batches = _batches([len(row.input_ids) for row in encoded])
-    costs = [sum(len(encoded[i].input_ids) for i in batch) for batch in batches]
+    lengths = [len(input_ids) for input_ids, _ in encoded]
+    batches = _batches(lengths)
+    costs = [sum(lengths[i] for i in batch) for batch in batches]
     own: dict[int, Likelihood] = {}
     for batch in own_batches(lm, batches, costs, ranks):
         for i, nll in zip(batch, _score_batch(lm, [encoded[i] for i in batch]), strict=True):
-            row = encoded[i]
-            own[references[i].row] = Likelihood(nll, len(row.input_ids) - row.first, row.bytes, row.whole)
+            own[references[i].row] = replace(encoded[i][1], nll=nll)
     likelihoods = ranks.gather(own) if ranks else own
     broken = sorted(row for row, likelihood in likelihoods.items() if not math.isfinite(likelihood.nll))
     if broken:
@@ -123,17 +122,8 @@ def score_references(
     return likelihoods
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    """A prompt with its reference; the tokens from `first` on are scored."""
-
-    input_ids: list[int]
-    first: int
-    bytes: int
-    whole: bool
-
-
-def _encode(lm: GenerationModel, reference: Reference) -> _Encoded:
+def _encode(lm: GenerationModel, reference: Reference) -> tuple[list[int], Likelihood]:
+    """The tokens of prompt and reference, and the likelihood of the reference, its nll to be computed."""
     whole_text = reference.prompt + reference.text
     try:
         tokens = lm.tokenizer(whole_text, return_offsets_mapping=True, return_special_tokens_mask=True)
@@ -147,7 +137,7 @@ def _encode(lm: GenerationModel, reference: Reference) -> _Encoded:
     first, last = next(i for i in plain if ends[i] > start), plain[-1]
     kept = min(last + 1, lm.positions)
     text = whole_text[start : ends[kept - 1]] if kept <= last else reference.text
-    return _Encoded(tokens["input_ids"][:kept], first, len(text.encode()), kept == last + 1)
+    return tokens["input_ids"][:kept], Likelihood(math.nan, kept - first, len(text.encode()), kept == last + 1)
 
 
 def _batches(lengths: Sequence[int]) -> list[list[int]]:
@@ -161,18 +151,18 @@ def _batches(lengths: Sequence[int]) -> list[list[int]]:
     return batches
 
 
-def _score_batch(lm: GenerationModel, rows: list[_Encoded]) -> list[float]:
+def _score_batch(lm: GenerationModel, rows: list[tuple[list[int], Likelihood]]) -> list[float]:
     """Nats of each row, by one forward; without rows it only serves the ranks that have some."""
     filler = min(lm.eos_ids)
-    tokens = [torch.tensor(row.input_ids) for row in rows] or [torch.tensor([filler])]
+    tokens = [torch.tensor(input_ids) for input_ids, _ in rows] or [torch.tensor([filler])]
     # Padding on the right needs no mask in a causal model.
     input_ids = pad_sequence(tokens, batch_first=True, padding_value=filler).to(lm.device)
     with torch.no_grad():
         logits = lm.model(input_ids=input_ids, use_cache=False).logits
     nats = []
-    for row, ids, scores in zip(rows, input_ids, logits, strict=False):
-        end = len(row.input_ids)
-        chunks = scores[row.first - 1 : end - 1].split(CHUNK_POSITIONS), ids[row.first : end].split(CHUNK_POSITIONS)
+    for (own, likelihood), ids, scores in zip(rows, input_ids, logits, strict=False):
+        first, end = len(own) - likelihood.tokens, len(own)
+        chunks = scores[first - 1 : end - 1].split(CHUNK_POSITIONS), ids[first:end].split(CHUNK_POSITIONS)
         nats.append(sum(cross_entropy(c.double(), t, reduction="sum").item() for c, t in zip(*chunks, strict=True)))
     return nats
 

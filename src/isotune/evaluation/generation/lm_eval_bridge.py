@@ -7,7 +7,6 @@ A task is a YAML file in the harness's format, or the name of a task in the pack
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,6 @@ KIND = "lm_eval"
 FILE_SUFFIXES = (".yaml", ".yml")
 SEEDS = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), 0)
 _STANDARD_ERRORS_95 = 1.959964
-
-
-@dataclass(frozen=True)
-class HarnessResult:
-    """The harness's result in the form of every other evaluation."""
-
-    scores: Scores
-    predictions: list[dict[str, Any]]
-    version: str
 
 
 def check_tasks(tasks: str) -> list[str]:
@@ -55,8 +45,13 @@ def check_tasks(tasks: str) -> list[str]:
     return [str(Path(task).resolve()) if task in files else task for task in names]
 
 
-def run_tasks(lm: GenerationModel, tasks: Sequence[str], *, limit: int | None, batch_size: int) -> HarnessResult:
-    """Evaluate a model on what `check_tasks` returned, on one process; UserError where a task or its data is broken."""
+def run_tasks(
+    lm: GenerationModel, tasks: Sequence[str], *, limit: int | None, batch_size: int
+) -> tuple[Scores, list[dict[str, Any]]]:
+    """Scores and predictions of a model on what `check_tasks` returned, on one process.
+
+    UserError where a task or its data is broken.
+    """
     import lm_eval  # pyright: ignore[reportMissingImports]
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
@@ -66,20 +61,23 @@ def run_tasks(lm: GenerationModel, tasks: Sequence[str], *, limit: int | None, b
             result: Any = lm_eval.simple_evaluate(model=model, tasks=list(tasks), limit=limit, **SEEDS)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"--lm_eval_tasks: {', '.join(tasks)} cannot be run: {first_line(error)}") from error
-    return HarnessResult(_scores(result["results"]), _predictions(result["samples"]), lm_eval.__version__)
+    return _scores(result["results"]), _predictions(result["samples"])
 
 
-def write_harness(result: HarnessResult, folder: Path, *, model: str, tasks: Sequence[str]) -> None:
+def write_harness(
+    scores: Scores, predictions: list[dict[str, Any]], folder: Path, *, model: str, tasks: Sequence[str]
+) -> None:
     """metrics.json and predictions.jsonl in `folder`."""
+    import lm_eval  # pyright: ignore[reportMissingImports]
+
     facts = {
         "kind": KIND,
         "model": model,
         "dataset_name": ",".join(Path(task).stem if task.endswith(FILE_SUFFIXES) else task for task in tasks),
         "dataset_split": "the tasks' own",
-        "lm_eval_version": result.version,
+        "lm_eval_version": lm_eval.__version__,
     }
-    documents = (line["document"] for line in result.predictions)
-    write_result(folder, facts, result.scores, result.predictions, documents)
+    write_result(folder, facts, scores, predictions, (line["document"] for line in predictions))
 
 
 def _scores(results: dict[str, dict[str, Any]]) -> Scores:

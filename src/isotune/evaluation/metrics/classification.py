@@ -39,10 +39,7 @@ def classification_statistics(
 
 
 def label_statistics(labels: np.ndarray, predictions: np.ndarray, classes: int) -> list[Statistic]:
-    """accuracy; precision, recall and F1 in the macro, micro and weighted mean, and of each class k as `..._class_k`.
-
-    Labels and predictions are integers [rows] from 0 to classes - 1.
-    """
+    """accuracy; precision, recall and F1 in macro, micro and weighted mean, and of each class k as `..._class_k`."""
     numbers = np.arange(classes)
     is_label, is_prediction = labels[:, None] == numbers, predictions[:, None] == numbers
     columns = np.hstack([is_label & is_prediction, is_label, is_prediction]).astype(np.float64)
@@ -116,11 +113,11 @@ def calibration_error(labels: np.ndarray, probabilities: np.ndarray) -> OfSums:
     columns = np.zeros((len(labels), BINS + 1))
     columns[:, BINS] = 1
     columns[np.arange(len(labels)), bin_of(confidence)] = confidence - correct
-    return OfSums(
-        ("expected_calibration_error",),
-        columns,
-        lambda sums: np.abs(sums[:, :BINS]).sum(axis=1, keepdims=True) / sums[:, BINS:],
-    )
+
+    def error(sums: np.ndarray) -> np.ndarray:
+        return np.abs(sums[:, :BINS]).sum(axis=1, keepdims=True) / sums[:, BINS:]
+
+    return OfSums(("expected_calibration_error",), columns, error)
 
 
 def confidences(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

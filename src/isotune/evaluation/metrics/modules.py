@@ -1,13 +1,4 @@
-"""Metrics that a task takes from `evaluate` modules: a local folder, or the Hub where there is a network.
-
-An entry of `metrics:` that is no built-in name is what `evaluate.load` takes, or the same with arguments:
-
-    metrics:
-      - accuracy                              built in
-      - evaluate-metric/mape                  a module, by its name on the Hub or its folder
-      - module: eval/metrics/isotune          a module with arguments: `config_name` is of `evaluate.load`,
-        config_name: f1                       `name` replaces the module's name in the results,
-        average: macro                        everything else goes to `compute`
+"""Metrics that a task takes from `evaluate` modules, a local folder or the Hub, as docs/evaluation.md describes them.
 
 A result is called MODULE/METRIC. A module takes the columns of its own features; its interval is the bootstrap over
 rows with MODULE_RESAMPLES draws, because the module is computed again on each of them.

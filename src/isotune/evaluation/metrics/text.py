@@ -33,16 +33,12 @@ class TextMetric:
 
 
 def measure_texts(texts: Sequence[str], references: Sequence[str], ended: Sequence[bool]) -> dict[str, TextMetric]:
-    """The metrics of completions beside their references, by name.
+    """The metrics of completions, stripped, beside their references, stripped and not empty, by name.
 
-    exact_match, ended and empty are shares of rows. distinct_1 and distinct_2 are the mean share of distinct words or
-    pairs of words in a completion (Li et al. 2016), 0 where it has none; repetition is the mean share of its four-word
-    sequences that occur in it before (Welleck et al. 2020), 0 where it has none. length_ratio is the characters of all
-    completions over those of all references.
-
-    Args:
-        texts, references: as many, stripped; no reference is empty.
-        ended: whether the model ended the text, and not its token limit.
+    exact_match, ended (by the model, not its token limit) and empty are shares of rows. distinct_1 and distinct_2 are
+    the mean share of distinct words or pairs of words in a completion (Li et al. 2016), 0 where it has none; repetition
+    is the mean share of its four-word sequences that occur in it before (Welleck et al. 2020), 0 where it has none.
+    length_ratio is the characters of all completions over those of all references.
     """
     pairs = list(zip(texts, references, strict=True))
     shares: dict[str, Sequence[float]] = {
@@ -73,11 +69,10 @@ class Likelihood:
 def measure_likelihoods(likelihoods: Sequence[Likelihood]) -> dict[str, TextMetric]:
     """nll (mean nats of a reference), perplexity (over all tokens) and bits_per_byte (over all bytes), by name."""
     nats = [likelihood.nll for likelihood in likelihoods]
-    tokens, byte_counts = [one.tokens for one in likelihoods], [one.bytes for one in likelihoods]
     return {
         "nll": _metric(mean("nll", np.asarray(nats, np.float64))),
-        "perplexity": _ratio("perplexity", nats, tokens, np.exp),
-        "bits_per_byte": _ratio("bits_per_byte", nats, byte_counts, lambda nats: nats / math.log(2)),
+        "perplexity": _ratio("perplexity", nats, [one.tokens for one in likelihoods], np.exp),
+        "bits_per_byte": _ratio("bits_per_byte", nats, [one.bytes for one in likelihoods], lambda n: n / math.log(2)),
     }
 
 

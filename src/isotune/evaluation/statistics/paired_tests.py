@@ -4,7 +4,7 @@ A metric is an `OfSums` of each system over the same rows: what a row adds to ea
 one test serves a mean over rows and a metric of the whole corpus, such as BLEU or macro F1.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -42,8 +42,12 @@ def swap_test(a: OfSums, b: OfSums, *, seed: int = 0, resamples: int = RESAMPLES
     sums_a, sums_b = columns_a.sum(axis=0), columns_b.sum(axis=0)
     observed = np.abs(b.function(sums_b[None]) - a.function(sums_a[None]))[0]
     at_least = np.zeros(len(observed))
-    for swaps in _swaps(len(changed), resamples, seed):
-        moved = swaps @ changed
+    generator = np.random.default_rng(seed)
+    block = max(1, _BLOCK_ELEMENTS // max(1, len(changed)))
+    for start in range(0, resamples, block):
+        size = (min(block, resamples - start), -(-len(changed) // 8))
+        swaps = np.unpackbits(generator.integers(0, 256, size, dtype=np.uint8), axis=1, count=len(changed))
+        moved = swaps.astype(np.float64) @ changed
         differences = np.abs(b.function(sums_b - moved) - a.function(sums_a + moved))
         # the tolerance is for sums of the same numbers in another order
         at_least += (differences >= observed - 1e-9 * np.maximum(observed, 1e-3)).sum(axis=0)
@@ -78,13 +82,3 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, p_values[place] * (len(p_values) - rank)))
         adjusted[place] = largest
     return adjusted.tolist()
-
-
-def _swaps(rows: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """The exchanged rows: blocks of zeros and ones, float64 [block, rows]."""
-    generator = np.random.default_rng(seed)
-    block = max(1, _BLOCK_ELEMENTS // max(1, rows))
-    for start in range(0, resamples, block):
-        size = (min(block, resamples - start), -(-rows // 8))
-        bits = np.unpackbits(generator.integers(0, 256, size, dtype=np.uint8), axis=1, count=rows)
-        yield bits.astype(np.float64)
