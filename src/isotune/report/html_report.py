@@ -33,8 +33,7 @@ _FORBIDDEN = dict.fromkeys(
 def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -> Path:
     """Write the report of one run, or of several side by side, atomically: by default report.html of the first run.
 
-    The file loads no other resource, and its content security policy forbids it. Raises UserError if a folder is no run
-    or the file cannot be written.
+    The file loads nothing, by its security policy. UserError if a folder is no run, or the file cannot be written.
     """
     html = render_report(runs)
     file = Path(output) if output is not None else Path(runs[0]) / REPORT

@@ -119,12 +119,11 @@ def differ(values: Sequence[str]) -> bool:
 
 def changed_tables(tables: Tables) -> Tables:
     """The rows that differ between the runs, without the self-tests, which differ in rounding only."""
-    changed = {
-        caption: {name: values for name, values in rows.items() if differ(values)}
-        for caption, rows in tables.items()
-        if caption != SELF_TEST
-    }
-    return {caption: rows for caption, rows in changed.items() if rows}
+    changed: Tables = {}
+    for caption, rows in tables.items():
+        different = {name: values for name, values in rows.items() if differ(values) and caption != SELF_TEST}
+        changed |= {caption: different} if different else {}
+    return changed
 
 
 def _read_metrics(file: Path, notes: list[str]) -> Metrics:

@@ -145,10 +145,7 @@ def predict_battles(classifier: Classifier, battles: Battles, max_seq_length: in
 def evaluate_encoder(
     run: Path, recipe: ArenaRecipe, files: Competition, held_out: Battles, device: torch.device
 ) -> None:
-    """Write RUN/submission.csv with the model that a run saved, and RUN/eval/arena for the `held_out` rows.
-
-    The test rows are scored, in RUN/eval/arena_test, where the recipe has a file of their labels.
-    """
+    """Write RUN/submission.csv with the saved model, and score `held_out` and, with their labels, the test rows."""
     classifier = load_run_classifier(run, device, torch.float32)
     test_probabilities = predict_battles(classifier, files.test, recipe.max_seq_length)
     write_submission(run / SUBMISSION, [battle.id for battle in files.test.battles], test_probabilities, files.sample)
