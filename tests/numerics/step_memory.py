@@ -25,7 +25,7 @@ import yaml
 from tests.building import build, build_classifier
 from torch.profiler import ProfilerActivity, profile
 
-from isotune.models.cpu import document_attention, functional, layers
+from isotune.models.cpu import document_attention, functional
 from isotune.models.supervised_loss import forget_workspaces
 from isotune.training.trainer import PlannedTraining
 
@@ -44,7 +44,7 @@ class CountedMasks(np.random.SFC64):
 
 def measure(values: dict[str, Any]) -> dict[str, int]:
     """Train two steps of the recipe `values`; returns the bytes of the second: `rise`, and `gradients` within it."""
-    for module in (functional, layers, document_attention):
+    for module in (functional, document_attention):
         module.mask_generator = CountedMasks  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as folder:
         make = build_classifier if "num_labels" in values else build

@@ -17,10 +17,7 @@ def let_scaler_check_before_step(optimizer: Any) -> None:
     """Make fp16's scaler look for an overflow before each step, fused optimizers too.
 
     A fused optimizer looks for itself, in its step; accelerate 1.15 then takes the step for done, so the schedule
-    moves on and nothing counts the skipped update.
-
-    Args:
-        optimizer: torch's, without accelerate's wrapper.
+    moves on and nothing counts the skipped update. `optimizer` is torch's, without accelerate's wrapper.
     """
     optimizer._step_supports_amp_scaling = False
 

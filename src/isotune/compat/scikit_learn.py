@@ -4,9 +4,5 @@ from typing import Any
 
 
 def check_parameters(estimator: Any) -> None:
-    """What `fit` checks first; private because scikit-learn has no public check that needs no data.
-
-    Raises:
-        ValueError: a parameter has a value that the estimator does not accept.
-    """
+    """ValueError for a value that `fit` would refuse; private because no public check of scikit-learn needs no data."""
     estimator._validate_params()

@@ -22,15 +22,10 @@ _MODELS: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]] = {
     ),
     "bert-tiny": (BertConfig, {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}),
 }
-_SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]
 
 
 def builtin_config(name: str) -> PreTrainedConfig:
-    """The configuration of a built-in model, `builtin:opt-tiny` or `builtin:bert-tiny`.
-
-    Raises:
-        UserError: there is no built-in model of this name.
-    """
+    """The configuration of a built-in model, `builtin:opt-tiny` or `builtin:bert-tiny`."""
     kind, geometry = _MODELS[_short_name(name)]
     return kind(vocab_size=len(builtin_tokenizer(name)), **_SHARED, **geometry)
 
@@ -43,19 +38,14 @@ def _trained_backend() -> str:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(
-        [
-            row["text"]
-            for name in ("capitals", "pirate")
-            for row in find_corpus(name).generate(random.Random(0), TOKENIZER_ROWS)
-        ],
-        trainers.BpeTrainer(
-            vocab_size=1024,
-            special_tokens=_SPECIAL_TOKENS,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
+    corpora = [find_corpus(name).generate(random.Random(0), TOKENIZER_ROWS) for name in ("capitals", "pirate")]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
+    backend.train_from_iterator([row["text"] for rows in corpora for row in rows], trainer)
     backend.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
     return backend.to_str()
 

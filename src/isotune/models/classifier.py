@@ -61,11 +61,10 @@ class ClassLoss:
 
     def summed(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The sum over documents, in fp32: logits [documents, classes], targets int64 [documents]."""
-        weights = None
-        if self.class_weights is not None:
-            weights = torch.tensor(self.class_weights, dtype=torch.float32, device=logits.device)
+        scores, given = logits.float(), self.class_weights
+        weights = None if given is None else scores.new_tensor(given)
         smoothing = self.label_smoothing
-        return functional.cross_entropy(logits.float(), targets, weights, reduction="sum", label_smoothing=smoothing)
+        return functional.cross_entropy(scores, targets, weights, reduction="sum", label_smoothing=smoothing)
 
     def denominator(self, labels: np.ndarray) -> float:
         """Sum of the weights of documents of these classes, int [documents]; without weights, their number."""
@@ -105,12 +104,15 @@ def install_classification(model: PreTrainedModel, class_loss: ClassLoss | None 
     Then `model(input_ids=..., cu_seq_lens_q=..., targets=...)` returns `.logits`, [documents, classes], and `.loss`,
     the fp32 sum over the documents: of `class_loss` in training, of the plain cross-entropy in evaluation, so that runs
     with different class weights can be compared. Without `cu_seq_lens_q` the stock forward runs. Call it before peft
-    wraps the model.
-
-    Returns:
-        `packed`, or `padded` where the model type is not known to work without padding.
+    wraps the model. Returns `packed`, or `padded` where the model type is not known to work without padding.
     """
-    attention = _choose_attention(model)
+    attention, before = PADDED, attention_of(model.config)
+    if model.config.model_type in ENCODERS:
+        try:
+            set_packed_attention(model)
+            attention = PACKED
+        except UserError:
+            model.set_attn_implementation(before or "sdpa")
     set_sharded_classes(model, _block_classes(model))
     stock_inputs = _packed_inputs if attention == PACKED else _padded_inputs
 
@@ -145,18 +147,6 @@ def _block_classes(model: PreTrainedModel) -> list[str]:
     """
     stacks = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList) and len(module)]
     return sorted({type(block).__name__ for block in stacks[0]}) if stacks else []
-
-
-def _choose_attention(model: PreTrainedModel) -> str:
-    if model.config.model_type not in ENCODERS:
-        return PADDED
-    before = attention_of(model.config)
-    try:
-        set_packed_attention(model)
-    except UserError:
-        model.set_attn_implementation(before or "sdpa")
-        return PADDED
-    return PACKED
 
 
 def _select_first_states(encoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:

@@ -46,21 +46,13 @@ PROBE_TOKENS = 64
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """The parts of a finished run.
+    """The parts of a finished run."""
 
-    Attributes:
-        folder: RUN.
-        settings: content of RUN/recipe.yaml.
-        model: RUN/model, a whole model or an adapter.
-        base: folder or Hub id of the adapter's base model; None where RUN/model is a whole model.
-        base_made_here: the base is RUN/base_model, which the run itself wrote.
-    """
-
-    folder: Path
-    settings: dict[str, Any]
-    model: Path
-    base: str | None
-    base_made_here: bool
+    folder: Path  # RUN
+    settings: dict[str, Any]  # content of RUN/recipe.yaml
+    model: Path  # RUN/model, a whole model or an adapter
+    base: str | None  # folder or Hub id of the adapter's base model; None where RUN/model is a whole model
+    base_made_here: bool  # the base is RUN/base_model, which the run itself wrote
 
     @property
     def is_adapter(self) -> bool:
@@ -161,18 +153,15 @@ def load_run_base(run: FinishedRun, device: torch.device, *, dequantize: bool) -
     A classifier's base has a head of the adapter's size, whose weights the adapter brings. With `dequantize` a base
     that was trained in 4 bits has the values that those bits stand for.
     """
-    name, head = str(run.base), list[str]()
-    kwargs: dict[str, Any] = {
-        "auto": AutoModelForCausalLM,
-        "dtype": "auto" if run.base_made_here else run.training_dtype,
-    }
+    name, head, auto = str(run.base), list[str](), AutoModelForCausalLM
+    kwargs: dict[str, Any] = {"dtype": "auto" if run.base_made_here else run.training_dtype}
     if is_classifier(run):
-        config = load_pretrained_config(name, "the base model")
+        auto, config = AutoModelForSequenceClassification, load_pretrained_config(name, "the base model")
         head = head_of(config)
         config.num_labels = _adapter_classes(run.model / ADAPTER_WEIGHTS, head)
-        kwargs |= {"auto": AutoModelForSequenceClassification, "config": config, "may_lack": head}
+        kwargs |= {"config": config, "may_lack": head}
     if run.base_made_here or run.settings.get("tune") != "qlora":
-        return load_pretrained(name, **kwargs).to(device)
+        return load_pretrained(name, auto=auto, **kwargs).to(device)
     quantization = four_bit_config(
         run.settings.get("bnb_4bit_quant_type", "nf4"),
         run.settings.get("bnb_4bit_use_double_quant", True),
@@ -180,7 +169,8 @@ def load_run_base(run: FinishedRun, device: torch.device, *, dequantize: bool) -
         whole_modules=head,
     )
     with quiet_libraries():
-        base = load_pretrained(name, quantization_config=quantization, device_map={"": device}, **kwargs)
+        kwargs |= {"quantization_config": quantization, "device_map": {"": device}}
+        base = load_pretrained(name, auto=auto, **kwargs)
         return base.dequantize() if dequantize else base
 
 
@@ -205,15 +195,11 @@ def add_run_adapter(run: FinishedRun, base: Any) -> Any:
 
 @dataclass(frozen=True)
 class Parity:
-    """How far merging moves the logits of a fixed input, with both models in fp32: absolute, of a single logit.
-
-    `tolerance` is the upper bound of `largest_difference` for the dtype of the file; `largest_logit` is the adapter
-    model's.
-    """
+    """How far merging moves the logits of a fixed input, with both models in fp32: absolute, of a single logit."""
 
     largest_difference: float
-    largest_logit: float
-    tolerance: float
+    largest_logit: float  # of the adapter's model
+    tolerance: float  # upper bound of `largest_difference`, for the dtype of the file
 
     @property
     def holds(self) -> bool:
@@ -232,13 +218,8 @@ def merge_run(run: FinishedRun, dtype: torch.dtype | None = None) -> tuple[Any, 
 
     A base that was trained in 4 bits is dequantized and stays so: the adapter was trained on these values, and a 4-bit
     matrix plus a small update would be rounded back to the same 4 bits. Takes the memory of the model in fp32, and no
-    GPU. `dtype` is of the merged weights; None is that of the base in training.
-
-    Returns:
-        the merged model, its tokenizer, and its measured difference from the adapter on its base.
-
-    Raises:
-        UserError: the base or the adapter cannot be loaded or has NaN, or the difference is beyond the tolerance.
+    GPU. `dtype` is of the merged weights; None is that of the base in training. Returns the merged model, its
+    tokenizer, and its measured difference from the adapter on its base, which must be within the tolerance.
     """
     assert run.is_adapter, "only an adapter can be merged"
     tokenizer = load_run_tokenizer(run)

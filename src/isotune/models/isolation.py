@@ -4,6 +4,8 @@ Packing without isolation changes every logit without a warning (OPT's causal ma
 measures the leak on the model that it is about to train, and does not start where there is one.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -19,22 +21,19 @@ def check_isolation(
 ) -> dict[str, float]:
     """Run three random documents packed, packed with the middle one replaced, and each alone.
 
-    Args:
-        model: as it will be trained, wrapped and patched; its training mode is restored afterwards.
-        vocabulary: upper bound of the token ids.
-        device: of the model.
-        dtype: of its matrix products; the tolerance depends on it.
-        classifier: the model has logits per document, not per token.
+    `model` is as it will be trained, wrapped and patched, with token ids below `vocabulary` and matrix products in
+    `dtype`, on which the tolerance depends; that of a `classifier` has logits per document, not per token.
 
-    Returns:
-        for environment.json: the largest change of a logit in a document whose neighbour was replaced, 0; the largest
-        difference from the same document in a row of its own, relative to the largest logit; and the relative
-        difference of the supervised loss from the cross-entropy of the plain logits.
-
-    Raises:
-        RunFault: a document attends to its neighbour, or the loss is not that of the logits.
+    Returns for environment.json the largest change of a logit in a document whose neighbour was replaced, 0; the
+    largest difference from the same document in a row of its own, relative to the largest logit; and the relative
+    difference of the supervised loss from the cross-entropy of the plain logits. RunFault where a document attends to
+    its neighbour, or the loss is not that of the logits.
     """
-    logits_of, losses_of = (_class_logits, _class_losses) if classifier else (_token_logits, _token_losses)
+
+    def logits_of(documents: list[torch.Tensor]) -> list[torch.Tensor]:
+        logits = model(**_inputs(documents, device, classifier)).logits.float()
+        return list(logits) if classifier else list(logits[0].split([len(d) for d in documents]))
+
     generator = torch.Generator().manual_seed(0)
     draw = lambda n: torch.randint(min(8, vocabulary // 2), vocabulary, (n,), generator=generator)  # noqa: E731
     documents = [draw(n) for n in LENGTHS]
@@ -42,10 +41,10 @@ def check_isolation(
     mode = model.training
     model.eval()
     try:
-        together = logits_of(model, documents, device)
-        perturbed = logits_of(model, replaced, device)
-        alone = [logits_of(model, [document], device)[0] for document in documents]
-        loss, reference = losses_of(model, documents, together, device)
+        together = logits_of(documents)
+        perturbed = logits_of(replaced)
+        alone = [logits_of([document])[0] for document in documents]
+        loss, reference = _losses(model, documents, together, device, classifier)
     finally:
         model.train(mode)
     leak = max((together[i] - perturbed[i]).abs().max().item() for i in (0, 2))
@@ -65,10 +64,10 @@ def check_isolation(
     return {"leak": leak, "packed_against_alone": packing_error, "loss_against_logits": loss_error}
 
 
-def _inputs(documents: list[torch.Tensor], device: torch.device) -> dict:
+def _inputs(documents: list[torch.Tensor], device: torch.device, classifier: bool) -> dict[str, Any]:
     bounds = torch.tensor([0, *torch.tensor([len(d) for d in documents]).cumsum(0)], dtype=torch.int32, device=device)
     longest = max(len(d) for d in documents)
-    return {
+    inputs = {
         "input_ids": torch.cat(documents)[None].to(device),
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
@@ -76,38 +75,25 @@ def _inputs(documents: list[torch.Tensor], device: torch.device) -> dict:
         "max_length_k": longest,
         "use_cache": False,
     }
+    if not classifier:  # which computes its positions itself
+        inputs["position_ids"] = torch.cat([torch.arange(len(d)) for d in documents])[None].to(device)
+    return inputs
 
 
-def _token_inputs(documents: list[torch.Tensor], device: torch.device) -> dict:
-    positions = torch.cat([torch.arange(len(d)) for d in documents])[None].to(device)
-    return _inputs(documents, device) | {"position_ids": positions}  # a classifier computes them itself
-
-
-def _token_logits(model: nn.Module, documents: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    logits = model(**_token_inputs(documents, device)).logits[0].float()
-    return list(logits.split([len(d) for d in documents]))
-
-
-def _token_losses(model: nn.Module, documents: list, logits: list, device: torch.device) -> tuple[float, float]:
-    inputs = _token_inputs(documents, device)
-    starts = inputs["cu_seq_lens_q"][:-1].long()
-    targets = torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool, device=device)
-    targets[starts] = False
-    positions = targets.nonzero()[:, 0]
+def _losses(
+    model: nn.Module, documents: list[torch.Tensor], logits: list[torch.Tensor], device: torch.device, classifier: bool
+) -> tuple[float, float]:
+    """The supervised loss of the packed documents, and the cross-entropy of their plain logits."""
+    inputs = _inputs(documents, device, classifier)
+    if classifier:
+        loss = model(**inputs, targets=torch.zeros(len(documents), dtype=torch.int64, device=device)).loss
+        return float(loss), float(sum(-torch.log_softmax(scores, dim=-1)[0] for scores in logits))
+    supervised = torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool, device=device)
+    supervised[inputs["cu_seq_lens_q"][:-1].long()] = False
+    positions = supervised.nonzero()[:, 0]
     loss = model(**inputs, supervised_positions=positions - 1, targets=inputs["input_ids"][0, positions]).loss
     reference = sum(
-        torch.nn.functional.cross_entropy(scores[:-1], document[1:].to(device), reduction="sum")
+        nn.functional.cross_entropy(scores[:-1], document[1:].to(device), reduction="sum")
         for scores, document in zip(logits, documents, strict=True)
     )
-    return float(loss), float(reference)
-
-
-def _class_logits(model: nn.Module, documents: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    return list(model(**_inputs(documents, device)).logits.float())
-
-
-def _class_losses(model: nn.Module, documents: list, logits: list, device: torch.device) -> tuple[float, float]:
-    targets = torch.zeros(len(documents), dtype=torch.int64, device=device)
-    loss = model(**_inputs(documents, device), targets=targets).loss
-    reference = sum(-torch.log_softmax(scores, dim=-1)[0] for scores in logits)
     return float(loss), float(reference)

@@ -35,10 +35,8 @@ def head_of(config: PreTrainedConfig) -> list[str]:
 def add_adapters(model: PreTrainedModel, recipe: RunRecipe) -> nn.Module:
     """Wrap a base model with the recipe's LoRA adapters; everything else is frozen, but for a classifier's head.
 
-    Adapter weights are fp32 and drawn from the recipe's seed, so they are the same on every process.
-
-    Raises:
-        UserError: a target that the model does not have, or no target for a model type without defaults.
+    Adapter weights are fp32 and drawn from the recipe's seed, so they are the same on every process. UserError for a
+    target that the model does not have, and where no targets are given or known.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -47,16 +45,14 @@ def add_adapters(model: PreTrainedModel, recipe: RunRecipe) -> nn.Module:
     keys = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora", "init_lora_weights")
     model.requires_grad_(False)
     torch.manual_seed(recipe.seed)
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS if head else TaskType.CAUSAL_LM,
+        target_modules=targets,
+        modules_to_save=[*(recipe.modules_to_save or ()), *head] or None,
+        **{key: getattr(recipe, key) for key in keys},
+    )
     with quiet_libraries():  # peft 0.21 uses a deprecated name of transformers 5.23
-        adapted = get_peft_model(
-            model,
-            LoraConfig(
-                task_type=TaskType.SEQ_CLS if head else TaskType.CAUSAL_LM,
-                target_modules=targets,
-                modules_to_save=[*(recipe.modules_to_save or ()), *head] or None,
-                **{key: getattr(recipe, key) for key in keys},
-            ),
-        )
+        adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -84,24 +84,17 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """The function behind `attn_implementation="packed"`, with the signature of transformers' AttentionInterface.
 
-    Args:
-        module: the attention module; its `is_causal` applies where the argument is None.
-        query: [1, heads, tokens, head_size]; key, value: [1, key_heads, tokens, head_size].
-        attention_mask: None in a packed row; the result of `packed_mask` where there are no boundaries.
-        scaling: multiplies the scores; 1 / sqrt(head_size) where not given.
-        dropout: probability of dropping an attention weight.
-        cu_seq_lens_q, cu_seq_lens_k: int32 [documents + 1], the same boundaries; None calls transformers' sdpa.
-        max_length_q, max_length_k: tokens of the longest document; computed where not given.
-
-    Returns:
-        [1, tokens, heads, head_size], and None for the attention weights.
-
-    Raises:
-        UserError: the model uses an attention feature that `packed` does not support.
+    `query` is [1, heads, tokens, head_size]; `key` and `value` are [1, key_heads, tokens, head_size]. `cu_seq_lens_q`
+    and `_k` are the same boundaries, int32 [documents + 1]; without them transformers' sdpa runs, with the mask of
+    `packed_mask`. Where not given, `scaling` is 1 / sqrt(head_size), `is_causal` the module's, and `max_length_q`, the
+    tokens of the longest document, is computed. Returns [1, tokens, heads, head_size], and None for the attention
+    weights. UserError where the model uses an attention feature that `packed` does not support.
     """
     _check_supported(kwargs, cu_seq_lens_q, max_length_q)
     if cu_seq_lens_q is None:
-        _check_not_packed(kwargs.get("position_ids"), attention_mask)
+        positions = kwargs.get("position_ids")
+        if positions is not None and attention_mask is None and positions.shape[-1] > 1:  # else it would leak
+            assert not bool((positions.diff(dim=-1) < 0).any()), "positions restart: a packed row needs cu_seq_lens_q"
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
@@ -119,7 +112,9 @@ def packed_attention(
         return _run_torch_varlen(given, scale, causal)[None], None
     bounds = cu_seq_lens_q.tolist()
     assert bounds[0] == 0 and bounds[-1] == query.shape[2], "the documents cover the row"
-    if kernel == DOCUMENT_PRODUCTS and not _is_fp32_inference(query):
+    is_fp32 = query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    # in fp32 and without gradients torch's fused kernel is the faster one on CPU
+    if kernel == DOCUMENT_PRODUCTS and not (is_fp32 and torch.is_inference_mode_enabled()):
         keep = getattr(module, KEEP_WEIGHTS, False)
         out = document_attention(
             query, key, value, bounds, scale=scale, causal=causal, dropout=dropout, keep_weights=keep
@@ -151,11 +146,7 @@ AttentionMaskInterface.register(PACKED, packed_mask)
 
 
 def set_packed_attention(model: nn.Module) -> None:
-    """Make `model`, or the model inside a peft wrapper, use `packed`.
-
-    Raises:
-        UserError: the model type does not let its attention be replaced.
-    """
+    """Make `model`, or the model inside a peft wrapper, use `packed`; UserError where its type does not let it."""
     base = base_model_of(model)
     base.set_attn_implementation(PACKED)
     configs = [module.config for module in base.modules() if hasattr(module, "config")]
@@ -186,11 +177,6 @@ def _first_position(config: PreTrainedConfig) -> int:
     return config.pad_token_id + 1 if config.model_type in POSITIONS_AFTER_PADDING else 0
 
 
-def _is_fp32_inference(query: torch.Tensor) -> bool:
-    """Whether torch's fused kernel is the faster one on CPU: in fp32, under inference mode."""
-    return torch.is_inference_mode_enabled() and query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-
-
 def _check_supported(kwargs: dict[str, Any], bounds: torch.Tensor | None, longest: int | None) -> None:
     """Raise where the attention is more than a softmax over the visible keys."""
     for feature in ("softcap", "s_aux", "position_bias"):
@@ -204,12 +190,6 @@ def _check_supported(kwargs: dict[str, Any], bounds: torch.Tensor | None, longes
                 f"this model's attention looks back {window} tokens and a document has {longest}: "
                 f"set max_seq_length to {window} or less"
             )
-
-
-def _check_not_packed(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
-    """A row whose positions restart, but without boundaries, would leak between documents: a bug of the caller."""
-    if position_ids is not None and attention_mask is None and position_ids.shape[-1] > 1:
-        assert not bool((position_ids.diff(dim=-1) < 0).any()), "positions restart: a packed row needs cu_seq_lens_q"
 
 
 @functools.cache

@@ -6,7 +6,7 @@ known as soon as the logits are, so the forward pass keeps it (one fp32 row of t
 backward pass only scales it: no logits are kept, and none are computed twice.
 """
 
-import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from isotune.compat.peft import base_model_of
 from isotune.compat.torch import AutogradFunction, patch_forward
 from isotune.io.errors import UserError
+from isotune.models.cpu.functional import Workspace
 
 # Measured on 2 cores with a 512 x 50,272 head in bf16: below 256 positions the products slow down, and the fp32 softmax
 # is four times as fast while its slice stays in the cache. A weight gradient is faster with wider products.
@@ -48,15 +49,9 @@ def supervised_loss(
 ) -> torch.Tensor:
     """Sum of the cross-entropies of `targets` under the logits `hidden @ weight.T + bias`.
 
-    Products run in the autocast dtype, or else in that of `weight`; softmax and sums are fp32.
-
-    Args:
-        hidden: [targets, size], the decoder's last hidden states at the supervised positions.
-        weight: [vocabulary, size]; bias: [vocabulary] or None.
-        targets: int64 [targets].
-
-    Returns:
-        fp32 scalar; without targets, a zero that is connected to the graph.
+    `hidden` [targets, size] are the decoder's last states at the supervised positions; `weight` is [vocabulary, size],
+    `bias` [vocabulary] or None, `targets` int64 [targets]. Products run in the autocast dtype, or else in that of
+    `weight`; softmax and sums are fp32. Without targets it is a zero that is connected to the graph.
     """
     device = hidden.device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -151,38 +146,31 @@ def _loss_into_gradient(
 
 
 # Kept between calls: tens of megabytes per chunk would be fresh pages each time, which cost more than the softmax.
-_buffers: dict[str, torch.Tensor] = {}
+_workspaces: defaultdict[str, Workspace] = defaultdict(Workspace)
 
 
 def _workspace(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """An uninitialised tensor: on CPU in the same memory at every call, elsewhere from the allocator's cache."""
-    if not is_cpu(device):
-        return torch.empty(shape, dtype=dtype, device=device)
-    elements, buffer = math.prod(shape), _buffers.get(name)
-    if buffer is None or buffer.dtype != dtype or buffer.numel() < elements:
-        buffer = _buffers[name] = torch.empty(elements, dtype=dtype)
-    return buffer[:elements].view(*shape)
+    if is_cpu(device):
+        return _workspaces[name].empty(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def forget_workspaces() -> None:
     """Free the memory that is kept between calls."""
-    _buffers.clear()
+    _workspaces.clear()
 
 
 def install_supervised_loss(model: nn.Module) -> None:
     """Make a causal language model accept `supervised_positions` and `targets`.
 
     `model(input_ids=..., supervised_positions=..., targets=...)` returns an output whose `.loss` is the summed loss and
-    whose `.logits` are None; without these arguments the stock forward runs.
-
-    - supervised_positions: int64 [targets], positions in the flattened row whose next token is predicted;
-    - targets: int64 [targets], these next tokens.
+    whose `.logits` are None; without these arguments the stock forward runs. `supervised_positions` are the positions
+    in the flattened row whose next token is predicted, and `targets` these tokens, both int64 [targets].
 
     The head is called as a module, so that ZeRO-3 and FSDP2 gather its weight. Call it before or after peft wraps
-    `model`, and before DDP or DeepSpeed does.
-
-    Raises:
-        UserError: the model type does more than `decoder -> head`, or its head is wrapped by an adapter.
+    `model`, and before DDP or DeepSpeed does. UserError where the model does more than `decoder -> head`, or an adapter
+    wraps its head.
     """
     base = base_model_of(model)
     assert isinstance(base, PreTrainedModel)

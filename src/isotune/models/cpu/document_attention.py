@@ -17,8 +17,7 @@ same seed (recomputation: Chen et al. 2016; Dao et al. 2022, arXiv:2205.14135).
 """
 
 import contextlib
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -26,7 +25,15 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from isotune.compat.torch import AutogradFunction, softmax_backward
-from isotune.models.cpu.functional import as_mask, draw_kept, draw_seed, mask_generator, masked, quantised_drop
+from isotune.models.cpu.functional import (
+    Workspace,
+    as_mask,
+    draw_kept,
+    draw_seed,
+    mask_generator,
+    masked,
+    quantised_drop,
+)
 
 QUERIES_PER_BLOCK = 128  # as fast as 64 or 256, with the least memory
 KEPT_UP_TO_TOKENS = 1_024
@@ -45,18 +52,14 @@ def document_attention(
 ) -> torch.Tensor:
     """Softmax attention of every document with itself, or where `causal` with its earlier tokens.
 
-    Args:
-        query: [1, heads, tokens, head_size].
-        key, value: [1, key_heads, tokens, head_size]; heads is a multiple of key_heads (grouped queries, Ainslie et
-            al. 2023, arXiv:2305.13245).
-        bounds: boundaries of the documents, from 0 to `tokens`.
-        scale: multiplies the scores.
-        dropout: probability of dropping an attention weight; its seed comes from torch's default CPU generator.
-        keep_weights: save the weights of documents of up to 1,024 tokens for the backward pass, in the dtype of
-            `value`: faster, for at most 1 KiB per head and token in 16 bits where `causal`, else twice that.
+    `query` is [1, heads, tokens, head_size]; `key` and `value` are [1, key_heads, tokens, head_size], where heads is a
+    multiple of key_heads (grouped queries, Ainslie et al. 2023, arXiv:2305.13245). `bounds` are the boundaries of the
+    documents, from 0 to `tokens`, and `scale` multiplies the scores. The seed of the dropout of attention weights comes
+    from torch's default CPU generator. Returns [1, tokens, heads, head_size] in the dtype of `value`; under autocast
+    all inputs are cast to its dtype first.
 
-    Returns:
-        [1, tokens, heads, head_size], in the dtype of `value`. Under autocast all inputs are cast to its dtype first.
+    `keep_weights` saves the weights of documents of up to 1,024 tokens for the backward pass, in the dtype of `value`:
+    faster, for at most 1 KiB per head and token in 16 bits where `causal`, else twice that.
     """
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
@@ -101,7 +104,7 @@ class _DocumentAttention(AutogradFunction):
         for document in _spans(ctx.bounds):
             q, k, v, upstream = (t[0, :, document].contiguous() for t in (query, key, value, grad_by_head))
             scores = None if q.shape[1] <= ctx.kept_up_to else _Scores(q, k, v.dtype, ctx.scale, ctx.causal)
-            gradients = _Workspace()
+            gradients = Workspace()
             key_sum, value_sum = torch.zeros_like(_in_fp32(k)), torch.zeros_like(_in_fp32(v))
             for rows, keys in _blocks(q.shape[1], ctx.causal):
                 weights = next(kept) if scores is None else scores.softmax(rows, keys)
@@ -161,20 +164,6 @@ def _empty_by_token(like: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(like.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
-class _Workspace:
-    """Memory for one tensor at a time, used again, because new blocks of many megabytes are fresh pages every time."""
-
-    def __init__(self) -> None:
-        self.buffer = torch.empty(0)
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised tensor; it overwrites the previous one."""
-        elements = math.prod(shape)
-        if self.buffer.dtype != dtype or self.buffer.numel() < elements:
-            self.buffer = torch.empty(elements, dtype=dtype)
-        return self.buffer[:elements].view(*shape)
-
-
 class _Scores:
     """Attention weights of one document, a block of queries at a time."""
 
@@ -187,7 +176,7 @@ class _Scores:
         self.precision = _bf16_products if query.dtype == torch.bfloat16 else contextlib.nullcontext
         side = min(QUERIES_PER_BLOCK, query.shape[1])
         self.future = torch.full((side, side), -torch.inf, dtype=self.queries.dtype).triu_(1)
-        self.scores, self.weights = _Workspace(), _Workspace()
+        self.scores, self.weights = Workspace(), Workspace()
 
     def softmax(self, rows: slice, keys: int, *, in_own_memory: bool = False) -> torch.Tensor:
         """Weights [key_heads, group * rows, keys] of a block; the next block overwrites them unless `in_own_memory`."""

@@ -134,19 +134,42 @@ def unpack_mask(packed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return as_mask(bits.view(torch.bool).view(tuple(shape)))
 
 
-def masked(input: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """`input` where `mask` keeps it and +0.0 elsewhere; a new contiguous tensor, not scaled."""
+def draw_mask(shape: Sequence[int], threshold: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """A new int16 mask, and the same packed to save it for the backward pass; None where nothing is dropped."""
+    if threshold == 0:
+        return None, None
+    kept = draw_kept(shape, threshold, mask_generator(draw_seed()))
+    return as_mask(kept), pack_kept(kept)
+
+
+def masked(input: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """`input` where `mask` keeps it and +0.0 elsewhere, a new contiguous tensor, not scaled; without a mask itself."""
+    if mask is None:
+        return input
     bits = _INTEGER_OF_SIZE[input.element_size()]
     return (input.contiguous().view(bits) & mask.to(bits)).view(input.dtype)
+
+
+class Workspace:
+    """Memory on CPU for one tensor at a time, used again: new blocks of many megabytes are fresh pages every time."""
+
+    def __init__(self) -> None:
+        self.buffer = torch.empty(0)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised tensor; it overwrites the previous one."""
+        elements = math.prod(shape)
+        if self.buffer.dtype != dtype or self.buffer.numel() < elements:
+            self.buffer = torch.empty(elements, dtype=dtype)
+        return self.buffer[:elements].view(*shape)
 
 
 class _Dropout(AutogradFunction):
     @staticmethod
     def forward(ctx: Any, input: torch.Tensor, threshold: int, scale: float) -> torch.Tensor:
         ctx.scale = scale
-        kept = draw_kept(input.shape, threshold, mask_generator(draw_seed()))
-        ctx.packed = pack_kept(kept)
-        return masked(input, as_mask(kept)).mul_(scale)
+        mask, ctx.packed = draw_mask(input.shape, threshold)
+        return masked(input, mask).mul_(scale)
 
     @staticmethod
     @once_differentiable
@@ -175,17 +198,13 @@ def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
 
 
 def _functional_linear(input: Any, weight: Any, bias: Any = None) -> torch.Tensor:
-    if not _fits_onednn(input, weight, bias):
+    applies = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+    plain = all(
+        type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type == "cpu" and t.dtype == torch.float32
+        for t in (input, weight, bias)
+        if t is not None
+    )
+    if not applies or not plain or input.numel() == 0 or weight.dim() != 2 or not weight.is_contiguous():
         return _stock_linear(input, weight, bias)
     # an input that is not contiguous would run through a scalar loop, 200 times slower
     return onednn_linear(input.contiguous(), weight, bias)
-
-
-def _fits_onednn(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or input.numel() == 0 or not weight.is_contiguous():
-        return False
-    tensors = [t for t in (input, weight, bias) if t is not None]
-    return weight.dim() == 2 and all(
-        type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type == "cpu" and t.dtype == torch.float32
-        for t in tensors
-    )

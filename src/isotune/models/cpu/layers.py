@@ -19,14 +19,10 @@ from torch.nn import functional
 
 from isotune.compat.torch import AutogradFunction, in_place_changes, is_patched, patch_forward
 from isotune.models.cpu.functional import (
-    as_mask,
-    draw_kept,
-    draw_seed,
+    draw_mask,
     fast_dropout,
     linear,
-    mask_generator,
     masked,
-    pack_kept,
     quantised_drop,
     unpack_mask,
 )
@@ -67,10 +63,8 @@ def keep_freed_memory() -> bool:
     """Ask glibc to keep freed memory for reuse instead of returning it to the system between tensors.
 
     By default activations and gradients get fresh pages in every step, which the kernel must clear: 300,000 page faults
-    in a step of full fine-tuning. Blocks above 32 MiB are still returned at once.
-
-    Returns:
-        whether the C library accepted the setting (glibc only).
+    in a step of full fine-tuning. Blocks above 32 MiB are still returned at once. Returns whether the C library
+    accepted the setting (glibc only).
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -215,11 +209,10 @@ class _LoraLinear(AutogradFunction):
     def forward(ctx: Any, x, weight, bias, down, up, scaling, p, compute) -> torch.Tensor:
         threshold, keep_scale = quantised_drop(p)
         rows = cast_once(x, compute).reshape(-1, x.shape[-1])
-        kept = draw_kept(rows.shape, threshold, mask_generator(draw_seed())) if threshold else None
-        ctx.packed = None if kept is None else pack_kept(kept)
+        mask, ctx.packed = draw_mask(rows.shape, threshold)
         ctx.factor, ctx.input_dtype, ctx.compute = scaling * keep_scale, x.dtype, compute
+        inner = masked(rows, mask) @ down.to(compute).t()
         result = linear(rows, weight.to(compute), None if bias is None else bias.to(compute))
-        inner = _masked(rows, None if kept is None else as_mask(kept)) @ down.to(compute).t()
         result.addmm_(inner, up.to(compute).t(), alpha=ctx.factor)
         ctx.save_for_backward(rows, inner, weight, down, up)
         return result.view(*x.shape[:-1], -1)
@@ -233,16 +226,12 @@ class _LoraLinear(AutogradFunction):
         upstream = grad.reshape(-1, grad.shape[-1])
         inner_grad = (upstream @ up.to(ctx.compute)).mul_(ctx.factor)
         up_grad = (inner.t() @ upstream).t().to(up.dtype) * ctx.factor
-        down_grad = (inner_grad.t() @ _masked(rows, mask)).to(down.dtype)
+        down_grad = (inner_grad.t() @ masked(rows, mask)).to(down.dtype)
         x_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = _masked(inner_grad @ down.to(ctx.compute), mask).addmm_(upstream, weight.to(ctx.compute))
+            x_grad = masked(inner_grad @ down.to(ctx.compute), mask).addmm_(upstream, weight.to(ctx.compute))
             x_grad = x_grad.to(ctx.input_dtype).view(*grad.shape[:-1], -1)
         return x_grad, None, None, down_grad, up_grad, None, None, None
-
-
-def _masked(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    return rows if mask is None else masked(rows, mask)
 
 
 def slim_tied_embedding(model: nn.Module) -> bool:

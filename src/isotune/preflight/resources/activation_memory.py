@@ -181,11 +181,11 @@ def _fake_kernels(tokens: int, on_cpu: bool) -> Iterator[None]:
         def replace(owner: Any, name: str, stand_in: Any) -> None:
             stack.enter_context(mock.patch.object(owner, name, stand_in))
 
-        for module in (cpu_functional, cpu_layers, document_attention):
+        for module in (cpu_functional, document_attention):
             replace(module, "draw_seed", lambda: 0)
             replace(module, "draw_kept", lambda shape, *_: torch.empty(*shape, dtype=torch.bool))
+        replace(cpu_functional, "pack_kept", lambda kept: torch.empty((kept.numel() + 7) // 8, dtype=torch.uint8))
         for module in (cpu_functional, cpu_layers):
-            replace(module, "pack_kept", lambda kept: torch.empty((kept.numel() + 7) // 8, dtype=torch.uint8))
             replace(module, "unpack_mask", lambda _, shape: torch.empty(*shape, dtype=torch.int16))
         replace(cpu_layers, "occurring_rows", lambda ids, grad: (ids, grad.clone()))  # an upper bound
         replace(cpu_layers, "is_whole", lambda _: True)  # a fake parameter has another type
