@@ -48,10 +48,9 @@ def complete(
     config: dict[str, Any], recipe: RunRecipe, world_size: int, name: str, complain: Complain = refuse
 ) -> dict[str, Any]:
     """`config`, of the file `name`, with its keys and values checked and the rest filled in from the recipe."""
-    _check_keys(config, name, complain)
+    _check_sections(config, name, complain)
     for sentence in _contradictions(config, recipe):
         complain(f"{name} {sentence}")
-    _check_values(config, name, complain)
     filled = {
         **config,
         **{key: {**(config.get(key) or {}), "enabled": getattr(recipe, key)} for key in ("bf16", "fp16")},
@@ -162,13 +161,15 @@ def _contradictions(config: Mapping[str, Any], recipe: RunRecipe) -> Iterator[st
         yield 'has no zero_optimization: say at least "zero_optimization": {"stage": 0}'
 
 
-def _check_keys(config: Mapping[str, Any], name: str, complain: Complain) -> None:
+def _check_sections(config: Mapping[str, Any], name: str, complain: Complain) -> None:
+    """Compare the keys with those of DeepSpeed, whose pydantic model also reads the values of `zero_optimization`."""
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from deepspeed.runtime.zero.offload_config import (
         DeepSpeedZeroOffloadOptimizerConfig,
         DeepSpeedZeroOffloadParamConfig,
     )
+    from pydantic import ValidationError
 
     known = {"": _known_keys()}
     for path, model in (
@@ -190,6 +191,13 @@ def _check_keys(config: Mapping[str, Any], name: str, complain: Complain) -> Non
             if key not in keys:
                 where = f"{path}.{key}".removeprefix(".")
                 complain(f"{name}: '{where}' is not a key of DeepSpeed's{did_you_mean(key, sorted(keys))}")
+    zero = {key: value for key, value in (config.get("zero_optimization") or {}).items() if value != AUTO}
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in ("zero_optimization", *first["loc"]))
+        complain(f"{name}: {where} is {json.dumps(first.get('input'), default=str)}: {first['msg']}")
 
 
 def _known_keys() -> set[str]:
@@ -213,17 +221,3 @@ def _known_keys() -> set[str]:
 
     DeepSpeedConfig(Recording({"train_micro_batch_size_per_gpu": 1}))
     return known
-
-
-def _check_values(config: dict[str, Any], name: str, complain: Complain) -> None:
-    """Let DeepSpeed's own pydantic models read the sections; their first error becomes a sentence."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from pydantic import ValidationError
-
-    zero = {key: value for key, value in (config.get("zero_optimization") or {}).items() if value != AUTO}
-    try:
-        DeepSpeedZeroConfig(**zero)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in ("zero_optimization", *first["loc"]))
-        complain(f"{name}: {where} is {json.dumps(first.get('input'), default=str)}: {first['msg']}")

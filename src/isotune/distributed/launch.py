@@ -66,17 +66,13 @@ class Process:
 
         4-bit weights always load on the training device.
         """
-        return torch.device("cpu") if self.shards_weights and recipe.tune != "qlora" else self.device
+        shards_weights = self.fsdp or self.zero_stage == 3
+        return torch.device("cpu") if shards_weights and recipe.tune != "qlora" else self.device
 
     @property
     def zero_stage(self) -> int | None:
         """The ZeRO stage that was asked for; None without DeepSpeed."""
         return stage_of(self.deepspeed_config) if self.deepspeed else None
-
-    @property
-    def shards_weights(self) -> bool:
-        """Whether each process holds only a shard of the weights."""
-        return self.fsdp or self.zero_stage == 3
 
 
 def start_process(recipe: RunRecipe) -> Process:

@@ -32,14 +32,8 @@ from isotune.models.cpu.layers import keep_freed_memory
 from isotune.models.packed_attention import PACKED, document_position_ids, set_packed_attention
 
 # Name of the encoder in the base model, by model type.
-ENCODERS = {
-    "albert": "encoder",
-    "bert": "encoder",
-    "camembert": "encoder",
-    "distilbert": "transformer",
-    "roberta": "encoder",
-    "xlm-roberta": "encoder",
-}
+_LIKE_BERT = ("albert", "bert", "camembert", "roberta", "xlm-roberta")
+ENCODERS = dict.fromkeys(_LIKE_BERT, "encoder") | {"distilbert": "transformer"}
 PADDED = "padded"
 
 

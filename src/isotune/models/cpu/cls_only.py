@@ -8,7 +8,7 @@ one token per document, which saves 5/6 of the products of this block.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -24,10 +24,9 @@ from isotune.models.packed_attention import PACKED
 
 @contextlib.contextmanager
 def cls_states_only(encoder: Any, config: PreTrainedConfig) -> Iterator[None]:
-    """Within it the encoder's output is the hidden state of each document's first token, [1, documents, size].
+    """Within it the output of a model's encoder is the state of each document's first token, [1, documents, size].
 
-    Only for packed rows, with gradients off, and for the model types in BLOCKS; otherwise nothing changes. The encoder
-    is that of a model with this configuration.
+    Only for packed rows, with gradients off, and for the model types in BLOCKS; otherwise nothing changes.
     """
     blocks, cls_forward = getattr(encoder, "layer", None), BLOCKS.get(config.model_type)
     packed = attention_of(config) == PACKED and not getattr(config, "is_decoder", False)
@@ -64,13 +63,7 @@ def _distilbert(block: Any, states: torch.Tensor, bounds: torch.Tensor) -> torch
     return block.output_layer_norm(block.ffn(normed) + normed)
 
 
-BLOCKS: dict[str, Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "bert": _bert,
-    "camembert": _bert,
-    "distilbert": _distilbert,
-    "roberta": _bert,
-    "xlm-roberta": _bert,
-}
+BLOCKS = dict.fromkeys(("bert", "camembert", "roberta", "xlm-roberta"), _bert) | {"distilbert": _distilbert}
 
 
 def _attend(

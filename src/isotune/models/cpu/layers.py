@@ -18,14 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from isotune.compat.torch import AutogradFunction, in_place_changes, is_patched, patch_forward
-from isotune.models.cpu.functional import (
-    draw_mask,
-    fast_dropout,
-    linear,
-    masked,
-    quantised_drop,
-    unpack_mask,
-)
+from isotune.models.cpu.functional import draw_mask, fast_dropout, linear, masked, quantised_drop, unpack_mask
 from isotune.models.packed_attention import KEEP_WEIGHTS
 
 # Parameters of glibc's mallopt(3), and the largest threshold that it accepts.
