@@ -103,7 +103,7 @@ def read_arguments(recipe: Path) -> Any:
     theirs |= {"use_cpu": True, "bf16": values.get("bf16", False)}
     renamed = {"r": "lora_r", "target_modules": "lora_target_modules"}
     words = {renamed.get(str(key), str(key)): value for key, value in theirs.items()}
-    return HfArgumentParser([SFTConfig, ModelConfig]).parse_dict(words)  # type: ignore[arg-type]
+    return HfArgumentParser([SFTConfig, ModelConfig]).parse_dict(words)  # type: ignore[arg-type]  (dataclasses, not their kind)
 
 
 def read_accelerate(file: Path) -> Any:

@@ -98,7 +98,7 @@ def main() -> None:
         if ranks.is_main:
             print(text)
     else:
-        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  (a TextIOWrapper)
         run_chat(lm, decoding, name=given.name)
 
 

@@ -164,7 +164,7 @@ def run_and_exit(command: list[str], environment: dict[str, str], streams: dict[
     except BaseException:
         traceback.print_exc()
     with contextlib.suppress(BaseException):
-        threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons
+        threading._shutdown()  # waits for threads that are no daemons
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
@@ -213,7 +213,7 @@ def _run(words: list[str]) -> int:
     """Run what follows `python` in a command line; returns the exit status."""
     while words[0] in ("-u", "-X"):
         if words[0] == "-u":
-            sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+            sys.stdout.reconfigure(write_through=True)
         words = words[1 if words[0] == "-u" else 2 :]
     try:  # what an interpreter puts first in sys.path, which a fork has to do itself
         if words[0] == "-m":

@@ -82,7 +82,7 @@ def mutants_of(file: str, lines: set[int] | None) -> Iterator[Mutant]:
 def changed_lines(source: str, mutated: str) -> tuple[str, str]:
     """What was there and what is there now."""
     changes = list(difflib.unified_diff(source.splitlines(), mutated.splitlines(), n=0, lineterm=""))[2:]
-    return tuple(" / ".join(line[1:].strip() for line in changes if line[0] == sign) for sign in "-+")  # type: ignore
+    return tuple(" / ".join(line[1:].strip() for line in changes if line[0] == sign) for sign in "-+")
 
 
 def lines_changed_since(base: str, file: str) -> set[int]:

@@ -92,7 +92,7 @@ def run(data: str, folder: Path, given: Namespace) -> None:
         raise NotYet
     test = rows_of("test")
     trainer.args.train_sampling_strategy = "random"  # else predictions come in order of length, each beside another row
-    found: Any = trainer.predict(test)  # type: ignore[arg-type]
+    found: Any = trainer.predict(test)  # type: ignore[arg-type]  (a datasets.Dataset serves)
     if found.label_ids.tolist() != list(test["labels"]):
         raise RuntimeError("Trainer's predictions are not in the order of the rows")
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]

@@ -52,7 +52,7 @@ class Material:
 def geometry(recipe: ClassificationRecipe, tokenizer: Any, given: Namespace) -> BertConfig:
     """BERT-base's configuration for the recipe's classes."""
     config = BertConfig(vocab_size=len(tokenizer), num_hidden_layers=given.layers)
-    config.num_labels = recipe.num_labels  # type: ignore[assignment]
+    config.num_labels = recipe.num_labels  # type: ignore[assignment]  (a property with a setter)
     return config
 
 

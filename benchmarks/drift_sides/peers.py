@@ -38,7 +38,7 @@ class Watched:
 
     def get_batch_samples(self, *given: Any, **named: Any) -> Any:
         """The stock one's batches."""
-        found = super().get_batch_samples(*given, **named)  # type: ignore[misc]
+        found = super().get_batch_samples(*given, **named)  # type: ignore[misc]  (mixed into a Trainer)
         self.seen = [*getattr(self, "seen", []), [d for batch in found[0] for d in documents_of(batch)]]
         return found
 

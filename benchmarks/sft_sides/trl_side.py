@@ -30,7 +30,7 @@ SAME_ADAPTER = ("r", "lora_alpha", "lora_dropout", "target_modules")
 class OwnLossTrainer(SFTTrainer):
     """TRL with the model's own loss, by the override that TRL's deprecation of compute_loss_func advises."""
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None):  # type: ignore[override]
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None):  # type: ignore[override]  (as Trainer calls it)
         """The stock Trainer's; TRL's own too turns the cache off."""
         inputs["use_cache"] = False
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)

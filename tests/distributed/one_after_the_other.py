@@ -47,7 +47,7 @@ def count_collectives(step: int) -> None:
             loss = stock(self, model, inputs, *rest, **more)
         sync.finish = finish
         held.look(self.update, model)
-        events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+        events = profile.profiler.kineto_results.events()
         names = [e.name().removeprefix("gloo:") for e in events if e.name().startswith("gloo:")]
         record = {"passes": len(inputs["microbatches"]), "bytes": bytes_of(events), **collections.Counter(names)}
         record["held"] = held.bytes | optimizer_bytes(self, model)

@@ -53,5 +53,5 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_bits_of_one_that_is_
     (one,), (other,) = (list(run.run.glob("model/*.safetensors")) for run in (killed, whole))
     assert one.read_bytes() == other.read_bytes()
     left = CheckpointStore(killed.run / "checkpoints")
-    assert left.newest_valid().manifest.step == steps  # type: ignore[union-attr]
+    assert left.newest_valid().manifest.step == steps
     assert not list(left.path.glob(".*"))

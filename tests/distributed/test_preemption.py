@@ -37,7 +37,7 @@ class Running:
     @property
     def ranks(self) -> list[psutil.Process]:
         """The processes that train, by rank."""
-        if "launch" not in " ".join(self.process.args):  # type: ignore[arg-type]
+        if "launch" not in " ".join(self.process.args):
             return [psutil.Process(self.process.pid)]
         children = psutil.Process(self.process.pid).children()
         return sorted(children, key=lambda child: int(child.environ().get("RANK", "0")))

@@ -46,7 +46,7 @@ def test_a_classifier_learns_on_4_bit_weights_and_loads_again_with_its_trained_h
     lines = built.train()
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[0] > 1.0 and losses[-1] < 0.1
-    save(built.start, built.trainer)  # type: ignore[arg-type]
+    save(built.start, built.trainer)
     in_effect = json.loads((built.run.path / "environment.json").read_text())["in_effect"]
     assert (in_effect["precision"], in_effect["exact_gradients"]) == ("bf16", True)
     saved = load_file(built.run.model / "adapter_model.safetensors")
@@ -82,6 +82,6 @@ def test_a_classifier_learns_in_bf16_and_is_saved_in_fp32(tmp_path):
     built = build_classifier(tmp_path, model_name_or_path=model, dataset_name=rows, tune="full", **RECIPE)
     losses = [line["loss"] for line in built.train() if "loss" in line]
     assert losses[0] > 1.0 and losses[-1] < 0.1
-    report = save(built.start, built.trainer)  # type: ignore[arg-type]
+    report = save(built.start, built.trainer)
     assert report is not None and report.kind == "model"
     assert {tensor.dtype for tensor in load_file(built.run.model / "model.safetensors").values()} == {torch.float32}

@@ -134,4 +134,4 @@ def test_labels_made_from_texts_raise_the_alarm(tmp_path, monkeypatch):
 
 
 def judge(built: Built):
-    return write_chance_test(built.run.path, built.recipe, built.trainer.plan.evaluation)  # type: ignore[arg-type]
+    return write_chance_test(built.run.path, built.recipe, built.trainer.plan.evaluation)

@@ -64,7 +64,7 @@ def test_it_learns_quietly_and_the_adapter_loads_again_on_the_same_base(built, c
     ).eval()
     total, targets = 0.0, 0
     with torch.no_grad(), torch.autocast(loaded.device.type, torch.bfloat16):
-        for ids, supervised in each_document(built.trainer.plan.evaluation.documents):  # type: ignore[union-attr]
+        for ids, supervised in each_document(built.trainer.plan.evaluation.documents):
             total += loss_of_document(loaded, ids, supervised).item()
             targets += int(supervised.sum())
     assert total / targets == pytest.approx(lines[-1]["eval_loss"], rel=0.01)

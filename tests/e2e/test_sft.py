@@ -93,7 +93,7 @@ def test_plain_transformers_loads_the_model_and_finds_the_last_evaluations_loss(
     losses, targets = 0.0, 0
     greetings = build(tmp_path, model_name_or_path=str(llama.run / "model"), eval_dataset_name="builtin:greetings")
     with torch.no_grad():
-        for ids, supervised in each_document(greetings.trainer.plan.evaluation.documents):  # type: ignore[union-attr]
+        for ids, supervised in each_document(greetings.trainer.plan.evaluation.documents):
             losses += loss_of_document(model, ids, supervised).item()
             targets += int(supervised.sum())
     assert losses / targets == pytest.approx(llama.evaluations[-1]["eval_loss"], rel=1e-5)
@@ -129,12 +129,12 @@ def test_an_adapter_is_loaded_by_peft_with_the_loss_of_the_last_evaluation(tmp_p
     loaded = AutoPeftModelForCausalLM.from_pretrained(str(built.run.model)).eval()
     losses, targets = 0.0, 0
     with torch.no_grad():
-        for ids, supervised in each_document(built.trainer.plan.evaluation.documents):  # type: ignore[union-attr]
+        for ids, supervised in each_document(built.trainer.plan.evaluation.documents):
             losses += loss_of_document(loaded, ids, supervised).item()
             targets += int(supervised.sum())
     assert losses / targets == pytest.approx(lines[-1]["eval_loss"], rel=1e-5)
     with torch.no_grad(), loaded.disable_adapter():
-        (ids, supervised) = next(each_document(built.trainer.plan.evaluation.documents))  # type: ignore[union-attr]
+        (ids, supervised) = next(each_document(built.trainer.plan.evaluation.documents))
         without = loss_of_document(loaded, ids, supervised).item()
     with torch.no_grad():
         assert loss_of_document(loaded, ids, supervised).item() < without

@@ -93,7 +93,7 @@ def theirs(folder: Path, model: str, built: Built) -> list[dict[str, Any]]:
 
     class SameSteps(SFTTrainer):
         def get_train_dataloader(self) -> DataLoader:
-            return DataLoader(self.train_dataset, batch_sampler=steps, collate_fn=self.data_collator)  # type: ignore[arg-type]
+            return DataLoader(self.train_dataset, batch_sampler=steps, collate_fn=self.data_collator)
 
     trainer = SameSteps(
         model=AutoModelForCausalLM.from_pretrained(model, attn_implementation="sdpa"),
@@ -120,7 +120,7 @@ def theirs(folder: Path, model: str, built: Built) -> list[dict[str, Any]]:
         train_dataset=as_dataset(data),
         processing_class=built.tokenizer,
     )
-    held_out = list(each_document(built.trainer.plan.evaluation.documents))  # type: ignore[union-attr]
+    held_out = list(each_document(built.trainer.plan.evaluation.documents))
     before = supervised_loss(trainer.model, held_out)
     trainer.train()
     log = [line for line in trainer.state.log_history if "loss" in line]

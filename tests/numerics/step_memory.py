@@ -35,7 +35,7 @@ MEASURED_STEP = 2  # moments are there by then
 class CountedMasks(np.random.SFC64):
     """The generator of masks; each array that it draws has a twin of torch's."""
 
-    def random_raw(self, size: Any = None, output: Any = True) -> Any:  # type: ignore[override]
+    def random_raw(self, size: Any = None, output: Any = True) -> Any:
         """As numpy's."""
         drawn = super().random_raw(size, output)
         weakref.finalize(drawn, list.clear, [torch.empty(drawn.nbytes, dtype=torch.uint8)])
@@ -45,7 +45,7 @@ class CountedMasks(np.random.SFC64):
 def measure(values: dict[str, Any]) -> dict[str, int]:
     """Train two steps of the recipe `values`; returns the bytes of the second: `rise`, and `gradients` within it."""
     for module in (functional, document_attention):
-        module.mask_generator = CountedMasks  # type: ignore[assignment]
+        module.mask_generator = CountedMasks
     with tempfile.TemporaryDirectory() as folder:
         make = build_classifier if "num_labels" in values else build
         trainer = make(Path(folder), **{**values, "output_dir": f"{folder}/run", "eval_dataset_name": None}).trainer
@@ -67,8 +67,8 @@ def measure(values: dict[str, Any]) -> dict[str, int]:
                 found["rise"] = _rise(seen)
             type(trainer)._maybe_log_save_evaluate(trainer, *rest, **more)
 
-        trainer.training_step = training_step  # type: ignore[method-assign]
-        trainer._maybe_log_save_evaluate = step_is_over  # type: ignore[method-assign]
+        trainer.training_step = training_step
+        trainer._maybe_log_save_evaluate = step_is_over
         trainer.train()
         if (
             trainer.update.sync.exact is not None
@@ -79,7 +79,7 @@ def measure(values: dict[str, Any]) -> dict[str, int]:
 
 
 def _rise(seen: profile) -> int:
-    events: list[Any] = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    events: list[Any] = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()

@@ -77,7 +77,7 @@ def test_weights_that_are_kept_give_the_same_bits_as_weights_computed_again(
     for keep in (False, True):
         torch.manual_seed(5)
         out = document_attention(*tensors, bounds, scale=0.3, causal=True, dropout=0.1, keep_weights=keep)
-        assert len(out.grad_fn.kept) == (2 + 2 if keep else 0)  # type: ignore[union-attr]  blocks of 128 queries
+        assert len(out.grad_fn.kept) == (2 + 2 if keep else 0)  # blocks of 128 queries
         found.append([out, *torch.autograd.grad(out.float().square().sum(), tensors)])
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)

@@ -44,7 +44,7 @@ def test_the_share_of_dropped_elements_and_the_mean_are_as_asked(p: float):
 class _EveryDraw(np.random.SFC64):
     """Deals each pair of a byte and the seven bits of a bound exactly once, over 512 bounds of 64 bytes."""
 
-    def random_raw(self, size: Any = None, output: Any = True) -> Any:  # type: ignore[override]
+    def random_raw(self, size: Any = None, output: Any = True) -> Any:
         column = np.arange(512)
         bytes_ = np.arange(SHARING)[:, None] + SHARING * (column // 128)
         drawn = np.concatenate([bytes_.ravel(), column % 128]).astype(np.uint8)

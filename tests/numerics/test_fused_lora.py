@@ -25,7 +25,7 @@ class _Network(nn.Module):
 def _adapted(dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     torch.manual_seed(0)
     settings = {"r": 4, "lora_alpha": 12, "target_modules": ["up", "down"], **options}
-    model = get_peft_model(_Network().to(dtype), LoraConfig(**settings))  # type: ignore[arg-type]
+    model = get_peft_model(_Network().to(dtype), LoraConfig(**settings))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()

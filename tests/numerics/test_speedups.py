@@ -25,7 +25,7 @@ def _model(tune: str, dropout: float) -> nn.Module:
     install_supervised_loss(model)
     if tune == "lora":
         targets = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-        model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, lora_dropout=dropout))  # type: ignore[arg-type]
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, lora_dropout=dropout))
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.1)

@@ -65,7 +65,7 @@ def test_loss_and_every_gradient_equal_plain_logits_and_cross_entropy(name: str,
     model: nn.Module = _build(name)
     config = model.config
     if tune == "lora":
-        model = _with_lora(model)  # type: ignore[arg-type]
+        model = _with_lora(model)
     inputs, positions, targets = _batch(config)
     start, expected = 0, torch.zeros(())
     for length in LENGTHS:

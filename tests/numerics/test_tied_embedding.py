@@ -45,7 +45,7 @@ def _gradients(model: _Model, passes: int = 1, **how: Any) -> list[torch.Tensor]
         model(IDS.roll(number), **how).backward()
     gradients = [p.grad for p in model.parameters()]
     assert all(gradient is not None for gradient in gradients)
-    return gradients  # type: ignore[return-value]
+    return gradients
 
 
 @pytest.mark.parametrize("passes", [1, 3])
@@ -71,7 +71,7 @@ def test_no_second_gradient_of_the_embeddings_size_is_made():
         loss = model(IDS)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
             loss.backward()
-        blocks = [e.nbytes() for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+        blocks = [e.nbytes() for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
         return sum(size >= model.embedding.weight.nbytes for size in blocks)
 
     plain, slim = _Model(), _Model()

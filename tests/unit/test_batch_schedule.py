@@ -136,9 +136,9 @@ def test_an_epoch_has_as_many_steps_as_its_rows_fill(rows, batch, steps):
 def test_a_step_cannot_be_changed_and_empty_data_has_none():
     step = made_step([1.0])
     with pytest.raises(FrozenInstanceError):
-        step.number = 2  # type: ignore[misc]
+        step.number = 2
     with pytest.raises(FrozenInstanceError):
-        step.microbatches[0].weight = 2.0  # type: ignore[misc]
+        step.microbatches[0].weight = 2.0
     with pytest.raises(AssertionError, match="empty data"):
         made_plan(made_documents([]), one_document_per_row(0))
 

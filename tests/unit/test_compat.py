@@ -27,7 +27,7 @@ class CountingLoader:
 
 def test_trainer_skips_steps_of_a_loader_that_can_skip_and_torchs_loaders_as_before() -> None:
     let_trainer_skip_steps()
-    skip = transformers.trainer.skip_first_batches  # type: ignore[attr-defined]
+    skip = transformers.trainer.skip_first_batches
     assert skip(CountingLoader(), 3).skipped == 3
     loader = torch.utils.data.DataLoader(list(range(6)), batch_size=2)
     assert [batch.tolist() for batch in skip(loader, 1)] == [batch.tolist() for batch in skip_first_batches(loader, 1)]
@@ -59,7 +59,7 @@ def test_a_fused_optimizer_is_not_stepped_over_an_overflow() -> None:
         scaler = torch.amp.GradScaler("cpu")
         called = []
         stock = optimizer.step
-        optimizer.step = lambda *rest, **more: called.append(1) or stock(*rest, **more)  # type: ignore[method-assign]
+        optimizer.step = lambda *rest, **more: called.append(1) or stock(*rest, **more)
         scaler.scale((parameter * float("inf")).sum()).backward()
         scaler.step(optimizer)
         scaler.update()

@@ -97,7 +97,7 @@ def test_names_of_an_adapter_are_those_in_its_file_with_dora_and_a_whole_module(
     config = peft.LoraConfig(
         r=2, target_modules=["q_proj"], use_dora=True, modules_to_save=["fc1"], task_type=peft.TaskType.CAUSAL_LM
     )
-    model = peft.get_peft_model(opt(), config)  # type: ignore[arg-type]
+    model = peft.get_peft_model(opt(), config)
     peft_compat.save_adapter(model, tmp_path)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     with safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as tensors:
@@ -130,5 +130,5 @@ def test_attention_and_head_of_a_model_type_are_known_without_its_weights():
     assert not transformers_compat.lets_attention_be_replaced(torch.nn.Linear(1, 1))
     transformers_compat.set_sharded_classes(model, ["BertLayer"])
     assert model._no_split_modules == ["BertLayer"]
-    model._keys_to_ignore_on_save = {"a"}  # type: ignore[assignment]
+    model._keys_to_ignore_on_save = {"a"}
     assert transformers_compat.ignored_on_save(model) == {"a"}

@@ -30,5 +30,5 @@ def test_the_engine_skips_through_the_same_door(tmp_path):
     import transformers.trainer
 
     loader = build(tmp_path).trainer.get_train_dataloader()
-    rest = transformers.trainer.skip_first_batches(loader, 5)  # type: ignore
+    rest = transformers.trainer.skip_first_batches(loader, 5)
     assert [item["step"].number for item in rest] == [5]

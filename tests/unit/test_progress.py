@@ -11,7 +11,7 @@ from isotune.training.recorder import ProgressBar
 def begun(quiet: bool = False, main: bool = True) -> tuple[ProgressBar, TrainerState]:
     progress = ProgressBar(quiet=quiet)
     state = TrainerState(max_steps=10, global_step=4, is_world_process_zero=main)
-    progress.on_train_begin(SimpleNamespace(), state, TrainerControl())  # type: ignore[arg-type]
+    progress.on_train_begin(SimpleNamespace(), state, TrainerControl())
     return progress, state
 
 
@@ -30,14 +30,14 @@ def test_the_bar_counts_from_where_the_run_goes_on_and_shows_loss_and_speed(caps
     progress.show({"loss": math.nan}, {"supervised_tokens_per_s": 1.0}, skipped=2)
     progress.bar.refresh()
     assert "skipped_steps=2" in capsys.readouterr().err
-    progress.on_train_end(SimpleNamespace(), state, TrainerControl())  # type: ignore[arg-type]
+    progress.on_train_end(SimpleNamespace(), state, TrainerControl())
     assert progress.bar is None
 
 
 def test_an_evaluation_is_a_line_of_its_own(capsys):
     progress, state = begun(quiet=True)
     found = {"eval_loss": 2.0, "eval_perplexity": math.exp(2.0)}
-    progress.on_evaluate(SimpleNamespace(), state, TrainerControl(), metrics=found)  # type: ignore[arg-type]
+    progress.on_evaluate(SimpleNamespace(), state, TrainerControl(), metrics=found)
     assert capsys.readouterr().err == "step 4: eval_loss 2.0000, perplexity 7.39\n"
 
 

@@ -48,7 +48,7 @@ class Draws(torch.nn.Module):
 def drawn(step: int, number: int) -> float:
     """What microbatch `number` of `step` draws."""
     update = OptimizerUpdate(SftTask(), GradientSync(Accelerator(cpu=True)), NonFinitePolicy(), Watchdog(60.0), seed=1)
-    update.result = UpdateResult(SimpleNamespace(number=step), 1.0)  # type: ignore[arg-type]
+    update.result = UpdateResult(SimpleNamespace(number=step), 1.0)
     found: dict[int, Any] = {}
     update.microbatch(Draws(), {"number": number, "weight": 1.0, "inputs": {}}, found, last=False)
     return found[number][0].item()

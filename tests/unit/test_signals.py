@@ -83,7 +83,7 @@ def test_status_json_says_how_a_run_ended(tmp_path, error, status, number):
     (tmp_path / "environment.json").write_text("{}")  # the run has begun
 
     def body() -> None:
-        with supervised(run, process()):  # type: ignore[arg-type]
+        with supervised(run, process()):
             run.status.reached(3)
             assert json.loads((tmp_path / "status.json").read_text())["status"] == "running"
             if error is not None:

@@ -59,7 +59,7 @@ class Isotune(evaluate.Metric):
             features=datasets.Features({"predictions": predictions, "references": references}),
         )
 
-    def _compute(self, predictions: Any, references: Any, average: str | None = None) -> dict[str, float]:  # type: ignore[override]
+    def _compute(self, predictions: Any, references: Any, average: str | None = None) -> dict[str, float]:  # type: ignore[override]  (the columns are this metric's)
         name = str(self.config_name)
         if average is not None and name not in KINDS:
             raise ValueError(f"{name} is no mean over classes: it takes no average")
