@@ -1,6 +1,7 @@
 """A launch that became another one, or whose files contradict the recipe, is refused with the key and the file."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,18 @@ def test_a_plan_reads_on_without_the_section_that_training_refuses():
     said: list[str] = []
     assert complete({"tensor_parallel": {"autotp_size": 2}}, recipe(), 2, "mine.json", said.append)
     assert len(said) == 2 and "tensor_parallel" in said[0] and "has no zero_optimization" in said[1]
+
+
+@pytest.mark.parametrize(
+    ("zero", "sentence"),
+    [
+        ({"stage": "two"}, 'zero_optimization.stage is "two": '),
+        ({"stage": 2, "reduce_bucket_size": "large"}, 'zero_optimization.reduce_bucket_size is "large": '),
+    ],
+)
+def test_a_value_that_deepspeed_cannot_read_ends_a_plan_too(zero, sentence):
+    with pytest.raises(UserError, match=re.escape(f"mine.json: {sentence}")):
+        complete({"zero_optimization": zero}, recipe(), 2, "mine.json", [].append)
 
 
 def read(file: str, fields: str = "") -> dict:

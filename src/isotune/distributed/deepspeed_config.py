@@ -197,7 +197,8 @@ def _check_sections(config: Mapping[str, Any], name: str, complain: Complain) ->
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in ("zero_optimization", *first["loc"]))
-        complain(f"{name}: {where} is {json.dumps(first.get('input'), default=str)}: {first['msg']}")
+        # nothing can be planned with a value that is not one
+        raise UserError(f"{name}: {where} is {json.dumps(first.get('input'), default=str)}: {first['msg']}") from error
 
 
 def _known_keys() -> set[str]:
