@@ -197,8 +197,10 @@ def _check_sections(config: Mapping[str, Any], name: str, complain: Complain) ->
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in ("zero_optimization", *first["loc"]))
-        # nothing can be planned with a value that is not one
-        raise UserError(f"{name}: {where} is {json.dumps(first.get('input'), default=str)}: {first['msg']}") from error
+        sentence = f"{name}: {where} is {json.dumps(first.get('input'), default=str)}: {first['msg']}"
+        if first["type"] != "extra_forbidden":  # nothing can be planned with a value that is not one
+            raise UserError(sentence) from error
+        complain(sentence)
 
 
 def _known_keys() -> set[str]:
