@@ -115,8 +115,13 @@ class StepSchedule:
             documents=tuple(int(d) for d in documents),
             tokens=int(lengths.sum()),
             supervised_tokens=int(self._supervised[documents].sum()),
-            cost=float((lengths * (1 + lengths / ATTENTION_PARITY_TOKENS)).sum()),
+            cost=microbatch_cost(lengths),
         )
+
+
+def microbatch_cost(lengths: np.ndarray) -> float:
+    """What one forward of documents of these lengths, int64 [documents], costs: in tokens of matrix products."""
+    return float((lengths * (1 + lengths / ATTENTION_PARITY_TOKENS)).sum())
 
 
 def assign_to_ranks(step: Step, world_size: int) -> list[list[Microbatch]]:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -16,17 +16,13 @@ from isotune.run import environment
 from isotune.run.metrics_file import METRICS
 from isotune.run.run_lease import slurm_ids
 
-if TYPE_CHECKING:
-    from isotune.training.checkpointer import Checkpointer
-
 
 class PreTrainChecks(TrainerCallback):
     """Between preparation and the first step: self-tests on the prepared model, what is in effect, the run's files."""
 
-    def __init__(self, trainer: Any, checkpointer: "Checkpointer", data_counts: dict[str, dict[str, Any]]) -> None:
-        self.trainer = trainer
-        self.checkpointer, self.process, self.run = checkpointer, checkpointer.process, checkpointer.run
-        self.data_counts = data_counts
+    def __init__(self, trainer: Any, data_counts: dict[str, dict[str, Any]]) -> None:
+        self.trainer, self.data_counts = trainer, data_counts
+        self.process, self.run = trainer.checkpointer.process, trainer.checkpointer.run
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The last moment at which nothing has been trained or written."""
@@ -56,10 +52,10 @@ class PreTrainChecks(TrainerCallback):
             "slurm": slurm_ids(),
             "in_effect": found,
             "isolation": isolation,
-            "data_fingerprints": self.checkpointer.data_fingerprints,
+            "data_fingerprints": trainer.checkpointer.data_fingerprints,
             "data": self.data_counts,
         }
-        resumption = self.checkpointer.resumption
+        resumption = trainer.checkpointer.resumption
         self.run.begin(record, metrics=resumption and resumption.metrics)
         trainer.recorder.open(self.run.path / METRICS, self.run.lease)
         self._print(record)

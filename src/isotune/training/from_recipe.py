@@ -159,7 +159,7 @@ def build_trainer(start: Start, model: nn.Module, data: RunData) -> PlannedTrain
         processing_class=start.tokenizer,
     )
     counts = {role: found.table.as_dict() for role, found in roles.items()}
-    trainer.add_callback(PreTrainChecks(trainer, checkpointer, counts))
+    trainer.add_callback(PreTrainChecks(trainer, counts))
     trainer.add_callback(progress)  # after the checks, so that what they print stands above the bar
     if early_stop is not None:
         trainer.add_callback(early_stop)

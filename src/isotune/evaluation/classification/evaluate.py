@@ -6,6 +6,7 @@ Logits are computed unpadded, on one process or many, and do not depend on the b
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from scipy.special import softmax
 from tqdm import tqdm
 
-from isotune.data.batch_schedule import ATTENTION_PARITY_TOKENS, Microbatch, collate
+from isotune.data.batch_schedule import Microbatch, collate, microbatch_cost
 from isotune.data.classification.labels import labels_of
 from isotune.data.classification.preparation import LabelledSplit, tokenize
 from isotune.data.classification.split import split_by_content
@@ -84,7 +85,7 @@ class Evaluation:
         correct = self.probabilities.argmax(axis=1) == self.rows.labels
         return np.lexsort((np.where(correct, confidence, -confidence), correct))
 
-    @property
+    @cached_property
     def examples(self) -> list[dict[str, Any]]:
         """The first WRITTEN rows in that order: id, names of label and predicted class, its probability, and text."""
         rows, ids, labels, predicted = self.rows, self.rows.ids, self.rows.labels, self.probabilities.argmax(axis=1)
@@ -155,7 +156,7 @@ def classify(
     lengths, device = documents.lengths, classifier.device
     limit = batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
     batches = list(_batches(lengths, limit, batch_size or len(documents)))
-    costs = [float((lengths[rows] * (1 + lengths[rows] / ATTENTION_PARITY_TOKENS)).sum()) for rows in batches]
+    costs = [microbatch_cost(lengths[rows]) for rows in batches]
     logits_of: dict[int, np.ndarray] = {}
     own = ranks.share(costs)
     bar = tqdm(total=sum(len(batches[number]) for number in own), unit=" documents", disable=not progress)

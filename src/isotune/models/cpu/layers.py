@@ -205,6 +205,7 @@ class _LoraLinear(AutogradFunction):
         mask, ctx.packed = draw_mask(rows.shape, threshold)
         ctx.factor, ctx.input_dtype, ctx.compute = scaling * keep_scale, x.dtype, compute
         inner = masked(rows, mask) @ down.to(compute).t()
+        del mask  # its memory is free for the result
         result = linear(rows, weight.to(compute), None if bias is None else bias.to(compute))
         result.addmm_(inner, up.to(compute).t(), alpha=ctx.factor)
         ctx.save_for_backward(rows, inner, weight, down, up)
