@@ -7,45 +7,28 @@ there before it began (weights, moments, integer sums), passes, reduction, clipp
 included; and how many of them are the whole gradients that one pass hands to the next.
 
 Every block that torch's CPU allocator hands out and takes back is an event of torch.profiler, those inside operations
-too. Dropout's masks are drawn by numpy, whose memory torch does not see: each is given a torch tensor of its size that
-lives as long. Resident memory would be too coarse: glibc keeps freed blocks, and pages of libraries come and go in it.
+too. Resident memory would be too coarse: glibc keeps freed blocks, and pages of libraries come and go in it.
 """
 
 import gc
 import json
 import sys
 import tempfile
-import weakref
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import yaml
 from tests.building import build, build_classifier
 from torch.profiler import ProfilerActivity, profile
 
-from isotune.models.cpu import document_attention, functional
 from isotune.models.supervised_loss import forget_workspaces
 from isotune.training.trainer import PlannedTraining
 
 MEASURED_STEP = 2  # moments are there by then
 
 
-class CountedMasks(np.random.SFC64):
-    """The generator of masks; each array that it draws has a twin of torch's."""
-
-    def random_raw(self, size: Any = None, output: Any = True) -> Any:
-        """As numpy's."""
-        drawn = super().random_raw(size, output)
-        weakref.finalize(drawn, list.clear, [torch.empty(drawn.nbytes, dtype=torch.uint8)])
-        return drawn
-
-
 def measure(values: dict[str, Any]) -> dict[str, int]:
     """Train two steps of the recipe `values`; returns the bytes of the second: `rise`, and `gradients` within it."""
-    for module in (functional, document_attention):
-        module.mask_generator = CountedMasks
     with tempfile.TemporaryDirectory() as folder:
         make = build_classifier if "num_labels" in values else build
         trainer = make(Path(folder), **{**values, "output_dir": f"{folder}/run", "eval_dataset_name": None}).trainer

@@ -8,8 +8,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from isotune.models.cpu.functional import fast_dropout, quantised_drop
 from isotune.models.cpu.layers import fuse_lora
+from isotune.models.document_dropout import training_microbatch
+from isotune.models.document_keys import MicrobatchDocuments, quantised_drop
 
 
 class _Network(nn.Module):
@@ -86,11 +87,12 @@ def test_dropout_is_applied_to_the_adapters_input_alone_and_gradients_follow_its
         return model(value)
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert torch.autograd.gradcheck(run, (x, *trained))
-    outs = torch.stack([model(x).detach() for _ in range(4000)])
     layer = model.base_model.model.up
+    with training_microbatch(MicrobatchDocuments([5, 3], [2, 4])):
+        assert torch.autograd.gradcheck(run, (x, *trained))
+        outs = torch.stack([model(x).detach() for _ in range(4000)])
+        ups = torch.stack([layer(x).detach() for _ in range(4000)])
     plain = layer.base_layer(x) + layer.lora_B["default"](layer.lora_A["default"](x)) * layer.scaling["default"]
-    ups = torch.stack([layer(x).detach() for _ in range(4000)])
     assert outs.std(0).min() > 0
     assert ((ups.mean(0) - plain).abs() / (ups.std(0) / 4000**0.5)).max() < 6.0
     assert quantised_drop(0.5)[1] == 2.0
@@ -104,7 +106,7 @@ def test_gradient_checkpointing_draws_the_same_masks_again(reentrant: bool):
     for checkpointed in (False, True):
         torch.manual_seed(3)
         model.zero_grad()
-        with fast_dropout():
+        with training_microbatch(MicrobatchDocuments([5, 3], [8, 12])):
             out = checkpoint(model, x, use_reentrant=reentrant) if checkpointed else model(x)
             out.square().sum().backward()
         found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])

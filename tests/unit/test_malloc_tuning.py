@@ -35,7 +35,9 @@ if RESTART:
     restart_with_malloc_tuning()
 import torch
 from tests.building import OPT_350M
-from isotune.models.cpu.layers import enable_speedups, training_microbatch
+from isotune.models.cpu.layers import enable_speedups
+from isotune.models.document_dropout import training_microbatch
+from isotune.models.document_keys import MicrobatchDocuments
 from transformers import OPTConfig, OPTForCausalLM
 
 def held(field):
@@ -50,7 +52,7 @@ optimizer = torch.optim.AdamW(model.parameters())
 ids = torch.randint(4, 512, (1, 512))
 before = held("VmRSS")
 for _ in range(3):
-    with training_microbatch(model):
+    with training_microbatch(MicrobatchDocuments([0], [512])):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()

@@ -1,9 +1,10 @@
 """torch 2.13: patches, and what operators, autograd, FSDP2, DTensor and tensor subclasses have no public name for."""
 
+import contextlib
 import functools
 import operator
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -48,6 +50,21 @@ def patch_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     patched: Any = module
     patched.stock_forward = module.forward
     patched.forward = types.MethodType(forward, module)
+
+
+@contextlib.contextmanager
+def replaced(name: str, function: Callable[..., Tensor]) -> Iterator[None]:
+    """Within it `torch.nn.functional.NAME` is `function`, for every model, whose code looks it up at each call.
+
+    A patch, because a TorchFunctionMode is off while `Tensor.backward` runs (that is a torch function itself), and
+    gradient checkpointing repeats the forward pass there.
+    """
+    before = getattr(functional, name)
+    setattr(functional, name, function)
+    try:
+        yield
+    finally:
+        setattr(functional, name, before)
 
 
 def is_patched(module: nn.Module) -> bool:

@@ -1,7 +1,8 @@
 """Self-test before training: replace one document of a packed row, and compare the logits of its neighbours.
 
-Packing without isolation changes every logit without a warning (OPT's causal mask ignores position_ids). So a run
-measures the leak on the model that it is about to train, and does not start where there is one.
+Packing without isolation changes every logit without a warning (OPT's causal mask ignores position_ids), and so does a
+layer that draws random numbers for a row instead of for its documents. So a run measures both on the model that it is
+about to train, in evaluation and in training mode, and does not start where there is a leak.
 """
 
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 
 from isotune.io.errors import RunFault
+from isotune.models.document_dropout import training_microbatch
+from isotune.models.document_keys import MicrobatchDocuments
 
 LENGTHS = (9, 17, 12)
 ALONE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -17,39 +20,55 @@ ALONE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02
 
 @torch.no_grad()
 def check_isolation(
-    model: nn.Module, vocabulary: int, device: torch.device, dtype: torch.dtype, *, classifier: bool = False
+    model: nn.Module,
+    vocabulary: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    classifier: bool = False,
+    padded: bool = False,
 ) -> dict[str, float]:
-    """Run three random documents packed, packed with the middle one replaced, and each alone.
+    """Run three random documents packed, packed with the middle one replaced, and each alone; without and with dropout.
 
     `model` is as it will be trained, wrapped and patched, with token ids below `vocabulary` and matrix products in
-    `dtype`, on which the tolerance depends; that of a `classifier` has logits per document, not per token.
+    `dtype`, on which the tolerance depends; that of a `classifier` has logits per document, not per token, and may be
+    `padded` inside.
 
     Returns for environment.json the largest change of a logit in a document whose neighbour was replaced, 0; the
-    largest difference from the same document in a row of its own, relative to the largest logit; and the relative
-    difference of the supervised loss from the cross-entropy of the plain logits. RunFault where a document attends to
-    its neighbour, or the loss is not that of the logits.
+    largest difference from the same document in a row of its own, relative to the largest logit, and the same with
+    dropout; and the relative difference of the supervised loss from the cross-entropy of the plain logits. RunFault
+    where a document depends on its neighbour, or the loss is not that of the logits.
     """
 
-    def logits_of(documents: list[torch.Tensor]) -> list[torch.Tensor]:
-        logits = model(**_inputs(documents, device, classifier)).logits.float()
-        return list(logits) if classifier else list(logits[0].split([len(d) for d in documents]))
+    def logits_of(documents: list[torch.Tensor], first: int = 0) -> list[torch.Tensor]:
+        lengths = [len(document) for document in documents]
+        torch.manual_seed(0)  # of dropout, as every microbatch of a step
+        numbers = range(first, first + len(documents))
+        with training_microbatch(MicrobatchDocuments(numbers, lengths, padded)):
+            logits = model(**_inputs(documents, device, classifier)).logits.float()
+        return list(logits) if classifier else list(logits[0].split(lengths))
+
+    def measure() -> tuple[float, float, list[torch.Tensor]]:
+        together, perturbed = logits_of(documents), logits_of(replaced)
+        alone = [logits_of([document], first)[0] for first, document in enumerate(documents)]
+        leak = max((together[i] - perturbed[i]).abs().max().item() for i in (0, 2))
+        largest = max(max(logits.abs().max().item() for logits in alone), 1e-6)
+        error = max((a - b).abs().max().item() for a, b in zip(together, alone, strict=True)) / largest
+        return leak, error, together
 
     generator = torch.Generator().manual_seed(0)
     draw = lambda n: torch.randint(min(8, vocabulary // 2), vocabulary, (n,), generator=generator)  # noqa: E731
     documents = [draw(n) for n in LENGTHS]
     replaced = [documents[0], draw(LENGTHS[1]), documents[2]]
     mode = model.training
-    model.eval()
     try:
-        together = logits_of(documents)
-        perturbed = logits_of(replaced)
-        alone = [logits_of([document])[0] for document in documents]
+        model.eval()
+        leak, packing_error, together = measure()
         loss, reference = _losses(model, documents, together, device, classifier)
+        model.train()
+        dropout_leak, dropout_error, _ = measure()
     finally:
         model.train(mode)
-    leak = max((together[i] - perturbed[i]).abs().max().item() for i in (0, 2))
-    largest = max(logits.abs().max().item() for logits in alone)
-    packing_error = max((a - b).abs().max().item() for a, b in zip(together, alone, strict=True)) / max(largest, 1e-6)
     loss_error = abs(loss - reference) / max(abs(reference), 1e-6)
     if not leak == 0.0:
         raise RunFault(
@@ -61,7 +80,18 @@ def check_isolation(
             f"a packed document is not the same as the document alone (relative difference {packing_error:.3g}, "
             f"loss {loss_error:.3g}); nothing was trained. Report this model type"
         )
-    return {"leak": leak, "packed_against_alone": packing_error, "loss_against_logits": loss_error}
+    if not (dropout_leak == 0.0 and dropout_error <= ALONE_TOLERANCE[dtype]):
+        raise RunFault(
+            f"with dropout, a document depends on its neighbours (leak {dropout_leak:.3g}, relative difference to the "
+            f"document alone {dropout_error:.3g}): this model draws random numbers for a row that cannot be given to "
+            "its documents; nothing was trained. Set its dropout to 0 in its config.json, or report this model type"
+        )
+    return {
+        "leak": leak,
+        "packed_against_alone": packing_error,
+        "with_dropout": dropout_error,
+        "loss_against_logits": loss_error,
+    }
 
 
 def _inputs(documents: list[torch.Tensor], device: torch.device, classifier: bool) -> dict[str, Any]:

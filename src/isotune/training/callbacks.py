@@ -40,6 +40,7 @@ class PreTrainChecks(TrainerCallback):
             args.device,
             compute_dtype(self.run.recipe),
             classifier=task.item == "documents",
+            padded=task.pads,
         )
         trainer.watchdog.start()
         if not self.process.is_main:

@@ -18,6 +18,7 @@ from isotune.data.batch_schedule import Microbatch, Step, assign_to_ranks, colla
 from isotune.data.documents import Documents
 from isotune.distributed.ranks import Watchdog, gather_by_number, gather_vectors, ordered_sum
 from isotune.models.classifier import ClassLoss
+from isotune.models.packed_attention import PACKED
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Task(ABC):
     item: str  # what the rows of the schedule are called in messages
     target: str  # what the targets of the loss are called in metrics.jsonl
 
+    @property
+    def pads(self) -> bool:
+        """Whether the model fills its texts up to one length, instead of taking them end to end."""
+        return self.attention != PACKED
+
     @abstractmethod
     def denominator(self, step: Step) -> float:
         """What the summed loss of the global batch is divided by."""
@@ -77,7 +83,7 @@ class Task(ABC):
 class SftTask(Task):
     """Instruction tuning: the summed loss of supervised tokens, divided by their number in the global batch."""
 
-    attention = "packed"
+    attention = PACKED
     item, target = "rows", "supervised_tokens"
 
     def denominator(self, step: Step) -> float:

@@ -72,7 +72,7 @@ class StepLoader:
     An item is a whole update, so Trainer's gradient accumulation is 1 and its count of steps is the schedule's. It has
 
     - `step`: the Step;
-    - `microbatches`: of this rank, each a dict of `number`, `weight` and the model's `inputs`;
+    - `microbatches`: of this rank, each a dict of `number`, `weight`, `documents` and the model's `inputs`;
     - `input_ids`: int64 [1, tokens] of this rank, by which Trainer counts tokens and floating-point operations.
     """
 
@@ -108,7 +108,7 @@ class StepLoader:
         for number in range(first + self.skipped, first + self.schedule.steps_per_epoch):
             step = self.schedule.step(number)
             microbatches = [
-                {"number": m.number, "weight": m.weight, "inputs": collate(self.documents, m)}
+                {"number": m.number, "weight": m.weight, "documents": m.documents, "inputs": collate(self.documents, m)}
                 for m in assign_to_ranks(step, self.world_size)[self.rank]
             ]
             own = [m["inputs"]["input_ids"] for m in microbatches if m["weight"]]

@@ -19,7 +19,8 @@ from torch import nn
 
 from isotune.data.batch_schedule import Step
 from isotune.distributed.ranks import Watchdog, gather_by_number, ordered_sum
-from isotune.models.cpu.layers import training_microbatch
+from isotune.models.document_dropout import training_microbatch
+from isotune.models.document_keys import MicrobatchDocuments
 from isotune.run.preemption import stop_request
 from isotune.training.checkpointer import Checkpointer
 from isotune.training.gradient_sync import GradientSync
@@ -73,8 +74,10 @@ class OptimizerUpdate:
         """
         assert self.result is not None
         number, weight, step = microbatch["number"], microbatch["weight"], self.result.step
-        torch.manual_seed(microbatch_seed(self.seed, step.number, number))  # of dropout, on every device
-        with self.sync.microbatch(model, last=last), training_microbatch(model):
+        torch.manual_seed(step_seed(self.seed, step.number))  # of dropout, alike for all microbatches of the step
+        lengths = microbatch["inputs"]["cu_seq_lens_q"].diff().tolist()
+        documents = MicrobatchDocuments(microbatch["documents"], lengths, self.task.pads)
+        with self.sync.microbatch(model, last=last), training_microbatch(documents):
             inputs: Any = send_to_device(microbatch["inputs"], self.sync.accelerator.device)
             found = model(**inputs, use_cache=False)
             loss = found.loss
@@ -117,7 +120,7 @@ class OptimizerUpdate:
         return self.result.grad_norm
 
 
-def microbatch_seed(seed: int, step: int, number: int) -> int:
+def step_seed(seed: int, step: int) -> int:
     """63 bits without collisions between neighbours: randomness is counted by its place in the plan, not carried on."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{number}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

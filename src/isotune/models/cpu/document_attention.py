@@ -12,8 +12,8 @@ The causal triangle is split into blocks of query rows, and each block stops at 
 
 Scores and softmax are fp32; the other products run in the inputs' dtype. Where scores reach 20, scores rounded to bf16
 would make errors four to seven times those of torch's kernel. Nothing of size [heads, tokens, tokens] is kept after its
-block, unless `keep_weights` is set: the backward pass recomputes the weights, and draws the same dropout mask from the
-same seed (recomputation: Chen et al. 2016; Dao et al. 2022, arXiv:2205.14135).
+block, unless `keep_weights` is set: the backward pass recomputes the weights and their dropout masks (recomputation:
+Chen et al. 2016; Dao et al. 2022, arXiv:2205.14135).
 """
 
 import contextlib
@@ -21,17 +21,17 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
 from isotune.compat.torch import AutogradFunction, softmax_backward
-from isotune.models.cpu.functional import (
-    Workspace,
-    as_mask,
-    draw_kept,
-    draw_seed,
-    mask_generator,
-    masked,
+from isotune.models.cpu.functional import Workspace, as_mask, draw_kept, masked
+from isotune.models.document_keys import (
+    current_documents,
+    document_keys,
+    draw_call_key,
+    index_keys,
     quantised_drop,
 )
 
@@ -54,9 +54,9 @@ def document_attention(
 
     `query` is [1, heads, tokens, head_size]; `key` and `value` are [1, key_heads, tokens, head_size], where heads is a
     multiple of key_heads (grouped queries, Ainslie et al. 2023, arXiv:2305.13245). `bounds` are the boundaries of the
-    documents, from 0 to `tokens`, and `scale` multiplies the scores. The seed of the dropout of attention weights comes
-    from torch's default CPU generator. Returns [1, tokens, heads, head_size] in the dtype of `value`; under autocast
-    all inputs are cast to its dtype first.
+    documents, from 0 to `tokens`, and `scale` multiplies the scores. Weights are dropped by the documents' numbers in
+    the data, where `known_documents` holds, else by their places in the row. Returns [1, tokens, heads, head_size] in
+    the dtype of `value`; under autocast all inputs are cast to its dtype first.
 
     `keep_weights` saves the weights of documents of up to 1,024 tokens for the backward pass, in the dtype of `value`:
     faster, for at most 1 KiB per head and token in 16 bits where `causal`, else twice that.
@@ -74,20 +74,20 @@ class _DocumentAttention(AutogradFunction):
     def forward(ctx: Any, query, key, value, bounds, scale, causal, dropout, kept_up_to) -> torch.Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.bounds, ctx.scale, ctx.causal = bounds, scale, causal
-        ctx.dropout, ctx.seed = dropout, draw_seed() if dropout else 0
-        drop = _WeightDropout(ctx.dropout, ctx.seed)
+        ctx.drop = drop = _WeightDropout(dropout, len(bounds) - 1)
         output = value.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
         by_head = output.transpose(1, 2)[0]
         ctx.kept_up_to, ctx.kept = kept_up_to, []  # weights by block, of short documents only
-        for document in _spans(bounds):
+        for number, document in _spans(bounds):
             q, k, v = (t[0, :, document].contiguous() for t in (query, key, value))
+            lines = drop.line_keys(number, q)
             scores = _Scores(q, k, v.dtype, scale, causal)
             keeps = q.shape[1] <= kept_up_to
             for rows, keys in _blocks(q.shape[1], causal):
                 weights = scores.softmax(rows, keys, in_own_memory=keeps)
                 if keeps:
                     ctx.kept.append(weights)
-                product = torch.bmm(drop(weights, drop.next_mask(weights)), v[:, :keys])
+                product = torch.bmm(drop(weights, drop.mask(weights, lines, rows)), v[:, :keys])
                 here = slice(document.start + rows.start, document.start + rows.stop)
                 by_head[:, here] = product.view(q.shape[0], -1, v.shape[2])
         return output
@@ -99,16 +99,16 @@ class _DocumentAttention(AutogradFunction):
         query, key, value = ctx.saved_tensors
         grad_by_head = grad.transpose(1, 2)
         grad_query, grad_key, grad_value = (_empty_by_token(t) for t in (query, key, value))
-        drop = _WeightDropout(ctx.dropout, ctx.seed)
-        kept = iter(ctx.kept)
-        for document in _spans(ctx.bounds):
+        drop, kept = ctx.drop, iter(ctx.kept)
+        for number, document in _spans(ctx.bounds):
             q, k, v, upstream = (t[0, :, document].contiguous() for t in (query, key, value, grad_by_head))
+            lines = drop.line_keys(number, q)
             scores = None if q.shape[1] <= ctx.kept_up_to else _Scores(q, k, v.dtype, ctx.scale, ctx.causal)
             gradients = Workspace()
             key_sum, value_sum = torch.zeros_like(_in_fp32(k)), torch.zeros_like(_in_fp32(v))
             for rows, keys in _blocks(q.shape[1], ctx.causal):
                 weights = next(kept) if scores is None else scores.softmax(rows, keys)
-                mask = drop.next_mask(weights)
+                mask = drop.mask(weights, lines, rows)
                 output_grad = _by_key_head(upstream, rows, len(k))
                 value_sum[:, :keys] += torch.bmm(drop(weights, mask).transpose(1, 2), output_grad)
                 buffer = gradients.empty(weights.shape, weights.dtype)
@@ -124,23 +124,34 @@ class _DocumentAttention(AutogradFunction):
 
 
 class _WeightDropout:
-    """Dropout of the attention weights of one call: the same seed yields the same masks in the same order."""
+    """Dropout of the attention weights of one call; the backward pass computes its masks again."""
 
-    def __init__(self, p: float, seed: int) -> None:
+    def __init__(self, p: float, documents: int) -> None:
         self.threshold, self.scale = quantised_drop(p)
-        self.generator = mask_generator(seed) if p else None
+        said = current_documents()
+        numbers = range(documents) if said is None else said.numbers
+        self.keys = document_keys(draw_call_key(), numbers) if self.threshold else None
 
-    def next_mask(self, weights: torch.Tensor) -> torch.Tensor | None:
-        return None if self.generator is None else as_mask(draw_kept(weights.shape, self.threshold, self.generator))
+    def line_keys(self, document: int, queries: torch.Tensor) -> np.ndarray | None:
+        """The keys of a document's weights, uint64 [heads, tokens], from its queries [heads, tokens, head_size]."""
+        if self.keys is None:
+            return None
+        return index_keys(index_keys(self.keys[document], queries.shape[0]), queries.shape[1])
+
+    def mask(self, weights: torch.Tensor, lines: np.ndarray | None, rows: slice) -> torch.Tensor | None:
+        """The mask of a block of weights [key_heads, group * rows, keys]."""
+        if lines is None:
+            return None
+        return as_mask(draw_kept(lines[:, rows].reshape(-1), weights.shape[2], self.threshold)).view(weights.shape)
 
     def __call__(self, weights: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return weights if mask is None else masked(weights, mask).mul_(self.scale)
 
 
-def _spans(bounds: list[int]) -> Iterator[slice]:
-    for start, stop in pairwise(bounds):
+def _spans(bounds: list[int]) -> Iterator[tuple[int, slice]]:
+    for number, (start, stop) in enumerate(pairwise(bounds)):
         if stop > start:
-            yield slice(start, stop)
+            yield number, slice(start, stop)
 
 
 def _blocks(tokens: int, causal: bool) -> Iterator[tuple[slice, int]]:

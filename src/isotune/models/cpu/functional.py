@@ -1,21 +1,15 @@
-"""Faster dropout and linear of torch.nn.functional on CPU, for any model: `fast_dropout` and `onednn_products`.
+"""Dropout and linear on CPU, faster than torch's.
 
-Dropout takes a fifth of the time of torch's, whose `bernoulli` draws one slow number per element. One 64-bit draw
-serves eight elements: each compares a random byte with a bound, and the result becomes a mask of all ones or all zeros,
-which is AND-ed with the bits of the input. The probability is rounded to 1/32768 (0.1 becomes 0.100006). A byte
-resolves 1/256 only; the rest comes from the bound, which is one higher for a random share of the elements. 64 elements,
-spread evenly over the tensor, share one bound, which correlates two of them by less than 0.0002 for probabilities from
-0.02 to 0.98. Kept elements are divided by the rounded keep probability, so the expectation is exact; torch's bf16 mask
-rounds that factor to 8 bits, an error of 0.16% at p = 0.1.
-
-Randomness: torch's default CPU generator yields one seed per mask, and the bits of the mask come from numpy's SFC64,
-whose stream is guaranteed not to change between versions. So the mask depends on `torch.manual_seed` and not on the
-number of threads, and gradient checkpointing (which restores torch's generator) draws the same mask again.
+Dropout takes a third of the time of torch's, whose `bernoulli` draws one slow number per element. Here one 64-bit hash
+serves four elements (document_keys.py), computed in blocks that stay in the cache. Each compares its 16 bits with a
+bound, and the result becomes a mask of all ones or all zeros, which is AND-ed with the bits of the input. Kept elements
+are divided by the rounded keep probability, so the expectation is exact; torch's bf16 mask rounds that factor to 8
+bits, an error of 0.16% at p = 0.1. The mask does not depend on the number of threads.
 """
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,37 +17,25 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from isotune.compat.torch import AutogradFunction, has_onednn_bf16_linear, has_onednn_linear, onednn_linear
+from isotune.compat.torch import (
+    AutogradFunction,
+    has_onednn_bf16_linear,
+    has_onednn_linear,
+    onednn_linear,
+    replaced,
+)
+from isotune.models.document_keys import (
+    RESOLUTION,
+    counter_steps,
+    current_documents,
+    draw_call_key,
+    hashed,
+    quantised_drop,
+)
 
-RESOLUTION = 2**15
-SHARING = 64  # elements that share a bound; each bound costs one random byte
-_STEPS_PER_BYTE = RESOLUTION // 256
+HASHES_PER_BLOCK = 2**15  # 256 KiB, and as much to compute them: both fit a core's second cache
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_stock_dropout, _stock_linear = functional.dropout, functional.linear
-
-
-@contextlib.contextmanager
-def _replaced(name: str, function: Callable[..., torch.Tensor]) -> Iterator[None]:
-    """Within it `torch.nn.functional.NAME` is `function`, for every model, whose code looks it up at each call.
-
-    A patch, because a TorchFunctionMode is off while `Tensor.backward` runs (that is a torch function itself), and
-    gradient checkpointing repeats the forward pass there.
-    """
-    before = getattr(functional, name)
-    setattr(functional, name, function)
-    try:
-        yield
-    finally:
-        setattr(functional, name, before)
-
-
-def fast_dropout() -> contextlib.AbstractContextManager[None]:
-    """Within it `torch.nn.functional.dropout` on CPU tensors is `dropout`.
-
-    Hold it around the forward and the backward pass: gradient checkpointing repeats the forward pass in the backward
-    pass, and must draw the same masks.
-    """
-    return _replaced("dropout", _functional_dropout)
+_stock_linear = functional.linear
 
 
 def onednn_products() -> contextlib.AbstractContextManager[None]:
@@ -63,13 +45,13 @@ def onednn_products() -> contextlib.AbstractContextManager[None]:
     processors the two are alike. They sum in different orders, so results differ by rounding. Training keeps torch's,
     because its losses are promised bit for bit.
     """
-    return _replaced("linear", _functional_linear) if has_onednn_linear() else contextlib.nullcontext()
+    return replaced("linear", _functional_linear) if has_onednn_linear() else contextlib.nullcontext()
 
 
 def dropout(input: torch.Tensor, p: float) -> torch.Tensor:
     """Set elements of a floating-point CPU tensor to zero with probability `p` and divide the others by 1 - `p`.
 
-    `p` is rounded to 1/32768; at 0 the input itself is returned, at 1 all elements are zero.
+    `p` is rounded to 1/65536; at 0 the input itself is returned, at 1 all elements are zero.
     """
     threshold, scale = quantised_drop(p)
     if threshold == 0:
@@ -77,42 +59,23 @@ def dropout(input: torch.Tensor, p: float) -> torch.Tensor:
     return _Dropout.apply(input, threshold, scale)
 
 
-def quantised_drop(p: float) -> tuple[int, float]:
-    """How many of 32768 equally likely draws drop an element, and the factor of the kept elements.
+def draw_kept(line_keys: np.ndarray, features: int, threshold: int) -> torch.Tensor:
+    """Which elements are kept, bool [lines, features], true with probability 1 - threshold / 65536.
 
-    A probability above 0 drops at least one draw, and one below 1 keeps at least one.
+    `line_keys` are uint64 [lines].
     """
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"a dropout probability lies between 0 and 1, not at {p}")
-    if p in (0.0, 1.0):
-        return int(p) * RESOLUTION, 1.0 - p
-    threshold = min(max(round(p * RESOLUTION), 1), RESOLUTION - 1)
-    return threshold, RESOLUTION / (RESOLUTION - threshold)
-
-
-def draw_seed() -> int:
-    """A seed from torch's default CPU generator; the same seed draws the same mask again."""
-    return int(torch.randint(2**62, (), device="cpu"))
-
-
-def mask_generator(seed: int) -> np.random.BitGenerator:
-    """A generator of masks: the same seed yields the same masks in the same order."""
-    return np.random.SFC64(seed)
-
-
-def draw_kept(shape: Sequence[int], threshold: int, generator: np.random.BitGenerator) -> torch.Tensor:
-    """Draw a bool tensor of which elements are kept, true with probability 1 - threshold / 32768."""
-    elements = math.prod(shape)
-    columns = -(-elements // SHARING)
-    draws = generator.random_raw((columns * (SHARING + 1) + 7) // 8)
-    drawn = torch.from_numpy(draws.view(np.int8))
-    bytes_, shares = drawn[: columns * SHARING].view(SHARING, columns), drawn[columns * SHARING :][:columns]
-    # a bound must fit into a byte: where more than half are dropped, the kept elements are those below it
-    rarer = min(threshold, RESOLUTION - threshold)
-    whole, rest = divmod(rarer, _STEPS_PER_BYTE)
-    bounds = ((shares & (_STEPS_PER_BYTE - 1)) < rest).view(torch.int8) + (whole - 128)
-    kept = bytes_ >= bounds if rarer == threshold else bytes_ < bounds
-    return kept.view(-1)[:elements].view(tuple(shape))
+    kept = torch.empty(len(line_keys), features, dtype=torch.bool)
+    found = kept.numpy()
+    steps = counter_steps(features)
+    per_block = max(1, HASHES_PER_BLOCK // max(1, len(steps)))
+    hashes, spare = np.empty((2, min(per_block, len(kept)), len(steps)), np.uint64)
+    numbers = hashes.view("<i2")[:, :features]
+    for start in range(0, len(kept), per_block):
+        keys = line_keys[start : start + per_block]
+        hashed(np.add(keys[:, None], steps, out=hashes[: len(keys)]), spare[: len(keys)])
+        # as signed numbers, like the bound: one comparison of 16 bits
+        np.greater_equal(numbers[: len(keys)], threshold - RESOLUTION // 2, out=found[start : start + per_block])
+    return kept
 
 
 def as_mask(kept: torch.Tensor) -> torch.Tensor:
@@ -134,12 +97,11 @@ def unpack_mask(packed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return as_mask(bits.view(torch.bool).view(tuple(shape)))
 
 
-def draw_mask(shape: Sequence[int], threshold: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """A new int16 mask, and the same packed to save it for the backward pass; None where nothing is dropped."""
-    if threshold == 0:
-        return None, None
-    kept = draw_kept(shape, threshold, mask_generator(draw_seed()))
-    return as_mask(kept), pack_kept(kept)
+def draw_call(shape: Sequence[int], threshold: int) -> torch.Tensor:
+    """What one dropout call keeps of a tensor of this shape, bool; it needs `known_documents`."""
+    documents = current_documents()
+    assert documents is not None, "dropout needs the documents of the microbatch"
+    return draw_kept(documents.line_keys(shape, draw_call_key()), shape[-1], threshold).view(tuple(shape))
 
 
 def masked(input: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -168,22 +130,14 @@ class _Dropout(AutogradFunction):
     @staticmethod
     def forward(ctx: Any, input: torch.Tensor, threshold: int, scale: float) -> torch.Tensor:
         ctx.scale = scale
-        mask, ctx.packed = draw_mask(input.shape, threshold)
-        return masked(input, mask).mul_(scale)
+        kept = draw_call(input.shape, threshold)
+        ctx.packed = pack_kept(kept)
+        return masked(input, as_mask(kept)).mul_(scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         return masked(grad, unpack_mask(ctx.packed, grad.shape)).mul_(ctx.scale), None, None
-
-
-def _functional_dropout(
-    input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-) -> torch.Tensor:
-    applies = training and not inplace and input.device.type == "cpu" and input.is_floating_point()
-    if not applies or input.element_size() not in _INTEGER_OF_SIZE:
-        return _stock_dropout(input, p, training, inplace)
-    return dropout(input, p)
 
 
 def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

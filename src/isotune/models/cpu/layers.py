@@ -1,15 +1,12 @@
 """A model's layers on CPU in fewer passes over memory, which changes results by rounding only.
 
-Call `enable_speedups` once the model is built, adapters included, and hold `training_microbatch` around the forward and
-the backward pass of every microbatch. On other devices both do nothing.
+Call `enable_speedups` once the model is built, adapters included; on other devices it does nothing.
 """
 
-import contextlib
 import ctypes
 import functools
 import platform
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,7 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from isotune.compat.torch import AutogradFunction, in_place_changes, is_patched, patch_forward
-from isotune.models.cpu.functional import draw_mask, fast_dropout, linear, masked, quantised_drop, unpack_mask
+from isotune.models.cpu.functional import as_mask, draw_call, linear, masked, pack_kept, unpack_mask
+from isotune.models.document_keys import current_documents, quantised_drop
 from isotune.models.packed_attention import KEEP_WEIGHTS
 
 # Parameters of glibc's mallopt(3), and the largest threshold that it accepts.
@@ -41,14 +39,6 @@ def enable_speedups(model: nn.Module) -> None:
     else:
         cast_linear_layers(model)
         slim_tied_embedding(model)
-
-
-@contextlib.contextmanager
-def training_microbatch(model: nn.Module) -> Iterator[None]:
-    """Hold it around the forward and backward pass of a microbatch: on CPU it makes dropout fast."""
-    with fast_dropout() if _on_cpu(model) else contextlib.nullcontext():
-        yield
-    forget_cast()
 
 
 @functools.cache
@@ -188,6 +178,8 @@ def _lora_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torc
         return self.stock_forward(x)
     drop = self.lora_dropout[name]
     p = drop.p if isinstance(drop, nn.Dropout) and self.training else 0.0
+    if p and current_documents() is None:
+        return self.stock_forward(x)
     return _LoraLinear.apply(x, base.weight, base.bias, down, up, self.scaling[name], p, compute)
 
 
@@ -202,11 +194,12 @@ class _LoraLinear(AutogradFunction):
     def forward(ctx: Any, x, weight, bias, down, up, scaling, p, compute) -> torch.Tensor:
         threshold, keep_scale = quantised_drop(p)
         rows = cast_once(x, compute).reshape(-1, x.shape[-1])
-        mask, ctx.packed = draw_mask(rows.shape, threshold)
+        kept = draw_call(x.shape, threshold).view(rows.shape) if threshold else None
+        ctx.packed = None if kept is None else pack_kept(kept)
         ctx.factor, ctx.input_dtype, ctx.compute = scaling * keep_scale, x.dtype, compute
-        inner = masked(rows, mask) @ down.to(compute).t()
-        del mask  # its memory is free for the result
+        # the largest tensor first: small ones that outlive this call, allocated before it, fragment the heap
         result = linear(rows, weight.to(compute), None if bias is None else bias.to(compute))
+        inner = masked(rows, None if kept is None else as_mask(kept)) @ down.to(compute).t()
         result.addmm_(inner, up.to(compute).t(), alpha=ctx.factor)
         ctx.save_for_backward(rows, inner, weight, down, up)
         return result.view(*x.shape[:-1], -1)

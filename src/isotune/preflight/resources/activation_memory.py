@@ -18,12 +18,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from isotune.compat.peft import base_model_of
 from isotune.compat.torch import FakeTensorMode, TorchDispatchMode, is_in_backward, tree_iter
+from isotune.compat.transformers import attention_of
 from isotune.models import classifier, packed_attention, supervised_loss
 from isotune.models.cpu import document_attention
 from isotune.models.cpu import functional as cpu_functional
 from isotune.models.cpu import layers as cpu_layers
-from isotune.models.cpu.layers import enable_speedups, training_microbatch
+from isotune.models.cpu.layers import enable_speedups
+from isotune.models.document_dropout import training_microbatch
+from isotune.models.document_keys import MicrobatchDocuments
 
 TRACED_BLOCKS = (2, 3)
 
@@ -70,7 +74,9 @@ def trace_microbatch(
             model.train()
             live = _LiveBytes(model, on_cpu)
             products = torch.autocast("cpu", dtype=autocast) if autocast else contextlib.nullcontext()
-            with live, products, training_microbatch(model) if on_cpu else contextlib.nullcontext():
+            padded = attention_of(base_model_of(model).config) != packed_attention.PACKED
+            documents = MicrobatchDocuments(range(len(lengths)), lengths, padded)
+            with live, products, training_microbatch(documents) if on_cpu else contextlib.nullcontext():
                 model(**inputs, use_cache=False).loss.backward()
         return live.activation_peak, *live.peaks
 
@@ -182,8 +188,8 @@ def _fake_kernels(tokens: int, on_cpu: bool) -> Iterator[None]:
             stack.enter_context(mock.patch.object(owner, name, stand_in))
 
         for module in (cpu_functional, document_attention):
-            replace(module, "draw_seed", lambda: 0)
-            replace(module, "draw_kept", lambda shape, *_: torch.empty(*shape, dtype=torch.bool))
+            replace(module, "draw_call_key", lambda: 0)
+            replace(module, "draw_kept", lambda keys, features, _: torch.empty(len(keys), features, dtype=torch.bool))
         replace(cpu_functional, "pack_kept", lambda kept: torch.empty((kept.numel() + 7) // 8, dtype=torch.uint8))
         for module in (cpu_functional, cpu_layers):
             replace(module, "unpack_mask", lambda _, shape: torch.empty(*shape, dtype=torch.int16))

@@ -1,0 +1,114 @@
+"""Dropout on a GPU: the masks of document_keys.py, computed where they are used, forward and backward, never stored."""
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.autograd.function import once_differentiable
+
+from isotune.compat.torch import AutogradFunction
+from isotune.models.document_keys import (
+    ELEMENTS_PER_HASH,
+    INCREMENT,
+    LAST_SHIFT,
+    RESOLUTION,
+    ROUNDS,
+    MicrobatchDocuments,
+    current_documents,
+    draw_call_key,
+    hashed,
+    quantised_drop,
+)
+
+
+def dropout(input: torch.Tensor, p: float) -> torch.Tensor:
+    """Set elements of a floating-point tensor to zero with probability `p` and divide the others by 1 - `p`.
+
+    `p` is rounded to 1/65536; at 0 the input itself is returned, at 1 all elements are zero. It needs
+    `known_documents`, and does not wait for the device.
+    """
+    threshold, scale = quantised_drop(p)
+    if threshold == 0:
+        return input
+    documents = current_documents()
+    assert documents is not None, "dropout needs the documents of the microbatch"
+    call = int(hashed(np.array([draw_call_key()], np.uint64))[0])
+    return _Dropout.apply(input, documents, _signed(call), threshold, scale)
+
+
+class _Dropout(AutogradFunction):
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor, *mask: Any) -> torch.Tensor:
+        ctx.mask = mask
+        return _dropped(input, *mask)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        return _dropped(grad, *ctx.mask), None, None, None, None
+
+
+def _dropped(
+    input: torch.Tensor, documents: MicrobatchDocuments, call: int, threshold: int, scale: float
+) -> torch.Tensor:
+    by_token, inner = documents.axes(input.shape)
+    run = _triton_kernel() if input.device.type == "cuda" else None
+    if run is not None and len(inner) == (0 if by_token else 1):
+        numbers, positions = _places(documents, by_token, inner[0] if inner else 0, input.device)
+        return run(input.contiguous(), numbers, positions, call, threshold, scale)
+    kept = kept_elements(input.shape, documents, call, threshold, input.device)
+    return torch.where(kept, input * scale, 0.0)
+
+
+def kept_elements(
+    shape: Sequence[int], documents: MicrobatchDocuments, call: int, threshold: int, device: torch.device
+) -> torch.Tensor:
+    """Which elements are kept, bool of this shape, in torch's operators; `call` is the hash of the call's key."""
+    by_token, inner = documents.axes(shape)
+    numbers, positions = _places(documents, by_token, 1, device)
+    keys = _next_keys(call, numbers)
+    if by_token:
+        keys = _next_keys(keys, positions)
+    for length in inner:
+        keys = _next_keys(keys[..., None], torch.arange(length, device=device))
+    hashes = _next_keys(keys.view(-1, 1), torch.arange(-(-shape[-1] // ELEMENTS_PER_HASH), device=device))
+    numbers_16 = hashes.view(torch.int16)[:, : shape[-1]]
+    return (numbers_16.int() >= threshold - RESOLUTION // 2).view(tuple(shape))
+
+
+def _next_keys(keys: torch.Tensor | int, indices: torch.Tensor) -> torch.Tensor:
+    x = (indices + 1) * _signed(INCREMENT) + keys
+    for shift, factor in ROUNDS:
+        x = (x ^ _shifted(x, shift)) * _signed(factor)
+    return x ^ _shifted(x, LAST_SHIFT)
+
+
+def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """The bits of int64 numbers moved right, filled with zeros."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(number: int) -> int:
+    """The int64 with the bits of a uint64."""
+    return number - 2**64 if number >= 2**63 else number
+
+
+@functools.lru_cache(maxsize=4)  # the kinds of one microbatch: a copy to the device each, once
+def _places(
+    documents: MicrobatchDocuments, by_token: bool, per_document: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    numbers, positions = documents.places(by_token, per_document)
+    return torch.from_numpy(numbers).to(device), torch.from_numpy(positions).to(device)
+
+
+@functools.cache
+def _triton_kernel() -> Any:
+    """`run` of the Triton kernel; None where triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from isotune.models.cuda.triton_dropout import run
+
+    return run
