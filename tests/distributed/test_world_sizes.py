@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from tests.building import small_opt
 from tests.launching import TINY, Finished, start, start_together
 
 # dropout on, and a global batch that two and three processes do not divide
@@ -69,6 +70,27 @@ def test_without_them_ddp_agrees_with_one_process_to_rounding(tmp_path: Path):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
     for a, b in zip(one.evaluations, two.evaluations, strict=True):
         assert a["eval_loss"] == pytest.approx(b["eval_loss"], rel=1e-5)
+
+
+def test_microbatches_of_another_size_on_each_number_of_processes_agree_to_rounding_with_dropout_on(tmp_path: Path):
+    model = small_opt(tmp_path / "opt", dropout=0.1, attention_dropout=0.1)
+    shared = {**TINY, "model_name_or_path": model, "global_batch_size": 7, "exact_gradients": False, "max_steps": 8}
+    recipes = {"full": shared, "lora": {**LORA, **shared, "tune": "lora", "adam_epsilon": 1e-5}}
+    found = {
+        processes: start_together(
+            tmp_path / f"{processes}",
+            {tune: {**recipe, "microbatch_tokens": tokens} for tune, recipe in recipes.items()},
+            **({"processes": processes} if processes > 1 else {}),
+        )
+        for processes, tokens in ((1, 256), (2, 512), (3, 768))
+    }
+    for tune in recipes:
+        one = found[1][tune].steps
+        for processes in (2, 3):
+            several = found[processes][tune].steps
+            assert len(several) == 8
+            assert [step["loss"] for step in several] == pytest.approx([step["loss"] for step in one], rel=1e-6)
+            assert [step["grad_norm"] for step in several] == pytest.approx([s["grad_norm"] for s in one], rel=1e-5)
 
 
 def test_more_processes_than_microbatches_run_and_say_who_idles(tmp_path: Path):

@@ -17,6 +17,7 @@ from isotune.data.sft.preparation import prepare_conversations
 from isotune.distributed.ranks import Watchdog
 from isotune.io.errors import RunFault
 from isotune.training.arguments import sft_arguments, training_arguments
+from isotune.training.exact_gradients import ExactGradients
 from isotune.training.from_recipe import build_model, make_plan, start_run
 from isotune.training.gradient_sync import GradientSync
 from isotune.training.nonfinite import NonFinitePolicy
@@ -92,3 +93,21 @@ def test_a_loss_that_is_nan_stops_or_skips_without_a_trainer(tmp_path, action) -
     else:
         result = update.run(model, item["step"], item["microbatches"])
         assert result.skipped and policy.skipped_steps == 1
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_order_of_a_steps_microbatches_changes_nothing(tmp_path, exact) -> None:
+    folder, found = small_opt(tmp_path / "opt", dropout=0.1, attention_dropout=0.1, layerdrop=0.2), []
+    for turn in (1, -1):
+        _, _, plan, model, _ = parts(tmp_path / str(turn), model_name_or_path=folder)
+        sync = GradientSync(Accelerator(cpu=True), ExactGradients(model) if exact else None)
+        update = OptimizerUpdate(SftTask(), sync, NonFinitePolicy(), Watchdog(60.0), seed=1)
+        item = next(iter(StepLoader(plan.schedule, plan.documents.documents, 0, 1)))
+        assert len(item["microbatches"]) > 2
+        result = update.run(model, item["step"], item["microbatches"][::turn])
+        found.append((result.loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (loss, gradients), (other_loss, others) = found
+    assert other_loss == loss, "losses are summed in the order of their numbers"
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    for name, gradient in gradients.items():
+        assert (others[name] - gradient).norm() <= (0 if exact else 1e-6 * norm), name

@@ -1,5 +1,7 @@
 """The schedule is a pure function of (seed, lengths, recipe); ranks only share it out."""
 
+import itertools
+import json
 import math
 from dataclasses import FrozenInstanceError
 
@@ -7,7 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
+from isotune.data.balance import share_out
 from isotune.data.batch_schedule import Microbatch, Step, StepSchedule, assign_to_ranks, collate
 from isotune.data.documents import Documents, Rows
 from isotune.data.packing import one_document_per_row, pack
@@ -30,9 +34,9 @@ def made_documents(lengths: list[int], seed: int = 0) -> Documents:
 
 
 def made_plan(
-    documents: Documents, rows: Rows, batch: int = 3, tokens: int = ROW_TOKENS, seed: int = 7
+    documents: Documents, rows: Rows, batch: int = 3, tokens: int = ROW_TOKENS, seed: int = 7, ranks: int | None = None
 ) -> StepSchedule:
-    return StepSchedule(documents, rows, global_batch_size=batch, microbatch_tokens=tokens, seed=seed)
+    return StepSchedule(documents, rows, global_batch_size=batch, microbatch_tokens=tokens, ranks=ranks, seed=seed)
 
 
 lengths_lists = st.lists(st.integers(2, ROW_TOKENS), min_size=1, max_size=60)
@@ -65,6 +69,89 @@ def test_ranks_share_a_step_out_completely_with_equal_numbers_of_passes(lengths,
     assert {len(share) for share in shares} == {math.ceil(len(step.microbatches) / world_size)}
     assert {m.weight for share in shares for m in share} <= {0.0, 1.0}
     assert all(m.supervised_tokens == 0 for share in shares for m in share if not m.weight)
+
+
+@settings(deadline=None, max_examples=60)
+@given(lengths_lists, st.integers(1, 30), st.integers(1, 4), st.integers(1, 7))
+def test_rows_that_are_shared_out_to_ranks_first_are_the_same_rows_in_as_many_microbatches_a_rank(
+    lengths, batch, passes, world_size
+):
+    documents, tokens = made_documents(lengths), passes * ROW_TOKENS
+    rows = pack(documents.lengths, ROW_TOKENS, seed=1)
+    plan, free = made_plan(documents, rows, batch, tokens), made_plan(documents, rows, batch, tokens, ranks=world_size)
+    for number in range(plan.steps_per_epoch):
+        step, other = plan.step(number), free.step(number)
+        of = [sorted(d for m in s.microbatches for d in m.documents) for s in (step, other)]
+        assert of[0] == of[1] and step.supervised_tokens == other.supervised_tokens
+        assert [m.number for m in other.microbatches] == list(range(len(other.microbatches)))
+        assert max(m.tokens for m in other.microbatches) <= tokens
+        shares = assign_to_ranks(other, world_size)
+        assert len({len(share) for share in shares}) == 1
+        assert all(m.rank == rank for rank, share in enumerate(shares) for m in share if m.weight)
+        assert sorted(m.number for share in shares for m in share if m.weight) == [m.number for m in other.microbatches]
+
+
+def test_equal_cost_and_not_fullness_makes_microbatches():
+    documents = made_documents([30, 30, 20, 20, 10, 10])
+    plan = made_plan(documents, one_document_per_row(6), batch=6, tokens=60, ranks=1)
+    assert sorted(m.tokens for m in plan.step(0).microbatches) == [60, 60]
+    plan = made_plan(documents, one_document_per_row(6), batch=6, tokens=80, ranks=1)  # best-fit would make 80 and 40
+    assert sorted(m.tokens for m in plan.step(0).microbatches) == [60, 60]
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(1, 50), max_size=7), st.integers(1, 3))
+def test_things_are_shared_out_nearly_as_evenly_as_can_be(costs, shares):
+    found = share_out(np.array(costs), shares)
+    assert sorted(n for share in found for n in share.tolist()) == list(range(len(costs))) and len(found) == shares
+    largest = max(sum(costs[n] for n in share) for share in found)
+
+    def largest_of(way: tuple[int, ...]) -> int:
+        return max(sum(cost for cost, at in zip(costs, way, strict=True) if at == share) for share in range(shares))
+
+    best = min(largest_of(way) for way in itertools.product(range(shares), repeat=len(costs)))
+    assert largest <= best * (4 / 3 - 1 / (3 * shares)) + 1e-9, "Graham's bound"
+
+
+def test_exchanges_find_what_the_costliest_first_misses():
+    assert sorted(sum([3, 3, 2, 2, 2][n] for n in share) for share in share_out(np.array([3, 3, 2, 2, 2]), 2)) == [6, 6]
+
+
+@pytest.fixture(scope="module")
+def real_lengths(shared_data) -> dict[str, np.ndarray]:
+    """Tokens of as many documents as the whole sets have, drawn from the lengths of their slices."""
+    found = {}
+    for name, tokenizer, field, limit, count in (
+        ("guanaco", "opt", "text", 1024, 9846),
+        ("imdb", "bert-base-cased", "text", 512, 25_000),
+    ):
+        encoder = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / tokenizer)
+        lines = (shared_data / name / "train.jsonl").read_text().strip().split("\n")[:2000]
+        encoded = encoder([json.loads(line)[field] for line in lines], truncation=True, max_length=limit)
+        lengths = np.array([len(ids) for ids in encoded["input_ids"]])
+        found[name] = np.random.default_rng(0).choice(lengths, count)
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8, 16, 64])
+@pytest.mark.parametrize("name, row_tokens, tokens", [("guanaco", 1024, 1024), ("guanaco", 1024, 32_768),
+                                                      ("imdb", None, 512), ("imdb", None, 8192)])  # fmt: skip
+def test_ranks_wait_3_percent_at_most_over_an_epoch_of_real_data(real_lengths, name, row_tokens, tokens, world_size):
+    documents = made_documents(real_lengths[name].tolist())
+    rows = pack(documents.lengths, row_tokens, seed=1) if row_tokens else one_document_per_row(len(documents))
+    imbalances = []
+    schedule = made_plan(documents, rows, 4 * world_size, tokens, ranks=world_size)
+    for number in range(schedule.steps_per_epoch):
+        step = schedule.step(number)
+        if number == schedule.steps_per_epoch - 1 and len(rows) % (4 * world_size):
+            continue  # it has fewer than four rows a rank
+        # the cost in tokens, from the lengths alone
+        loads = [
+            sum(n * (1 + n / 12_288) for m in share if m.weight for n in documents.lengths[list(m.documents)].tolist())
+            for share in assign_to_ranks(step, world_size)
+        ]
+        imbalances.append(max(loads) / (sum(loads) / world_size) - 1)
+    assert sum(imbalances) / len(imbalances) <= 0.03
 
 
 def test_two_plans_of_one_seed_are_equal_and_of_two_seeds_are_not():

@@ -129,10 +129,27 @@ def test_engines_and_numbers_of_processes_stand_side_by_side():
 def test_the_work_is_counted_once_for_each_number_of_processes(monkeypatch):
     counted = []
     stock = preflight_report.count_work
-    monkeypatch.setattr(preflight_report, "count_work", lambda *given: counted.append(given[-1]) or stock(*given))
+    monkeypatch.setattr(
+        preflight_report, "count_work", lambda *given, **more: counted.append(given[-1]) or stock(*given, **more)
+    )
     found = plan(tune="full", device=find_device("A100-80"), compare=["ddp", "zero2", "zero3"], world_sizes=[1, 4, 16])
     assert len(found.rows) == 9
     assert sorted(counted) == [1, 4, 16]
+
+
+def test_where_exact_gradients_make_processes_wait_a_size_of_the_microbatch_is_named_that_does_not():
+    values = {"tune": "lora", "global_batch_size": 16, "microbatch_tokens": 2048, "max_steps": 2}
+    found = plan(launch="ddp", world_size=4, **values)
+    # 16 rows of one or two greetings are one microbatch, which one process runs while three wait
+    assert found.work is not None and found.work.imbalance == pytest.approx(3.0)
+    assert found.less_waiting is not None and found.less_waiting.imbalance < 0.1
+    tokens = found.less_waiting.microbatch_tokens
+    assert f"--microbatch_tokens {tokens} makes the imbalance" in render_report(found, None)
+    assert as_json(found, None)["less_waiting"]["microbatch_tokens"] == tokens
+    better = plan(launch="ddp", world_size=4, **values | {"microbatch_tokens": tokens})
+    assert better.work is not None and better.work.imbalance == found.less_waiting.imbalance
+    free = plan(launch="ddp", world_size=4, **values, exact_gradients=False)
+    assert free.work is not None and free.work.imbalance <= 0.03 and free.less_waiting is None
 
 
 def test_zero3_gathers_again_what_it_could_not_keep():

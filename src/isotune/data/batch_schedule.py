@@ -1,11 +1,13 @@
-"""The batch schedule: what every optimizer update of a run sees, decided without knowing the ranks.
+"""The batch schedule: what every optimizer update of a run sees, the same on any hardware.
 
     epoch        rows, shuffled by (seed, epoch)
-    step         the next `global_batch_size` rows: one optimizer update, on any hardware
+    step         the next `global_batch_size` rows: one optimizer update
     microbatch   some rows of the step, numbered from 0: what one forward pass sees
 
-A schedule is a pure function of the prepared documents, the recipe and the seed. `assign_to_ranks` decides afterwards
-which rank runs which microbatch, so one process and many run the same experiment. `collate` makes the tensors of one.
+A schedule is a pure function of the prepared documents, the recipe and the seed. Which rows share a microbatch changes
+rounding only. Where bits are promised, it is decided without knowing the ranks, and `assign_to_ranks` shares whole
+microbatches out. Elsewhere the rows of a step are shared out first, so that every rank computes as much as the others.
+`collate` makes the tensors of a microbatch.
 """
 
 from dataclasses import dataclass, replace
@@ -15,6 +17,7 @@ from typing import NotRequired, TypedDict
 import numpy as np
 import torch
 
+from isotune.data.balance import share_out
 from isotune.data.documents import Documents, Rows
 from isotune.data.packing import pack
 
@@ -32,6 +35,7 @@ class Microbatch:
     tokens: int
     supervised_tokens: int
     cost: float
+    rank: int | None = None  # that runs it; None where `assign_to_ranks` decides
     weight: float = 1.0  # 0 where a rank runs the forward only because the other ranks still communicate
 
 
@@ -73,6 +77,7 @@ class StepSchedule:
         *,
         global_batch_size: int,
         microbatch_tokens: int,  # the most that one forward pass may see, at least the longest row
+        ranks: int | None = None,  # that a step's rows are shared out to; None: microbatches do not depend on ranks
         seed: int,
         shuffle: bool = True,
     ) -> None:
@@ -80,11 +85,13 @@ class StepSchedule:
         self.rows = rows
         self.global_batch_size = global_batch_size
         self.microbatch_tokens = microbatch_tokens
+        self.ranks = ranks
         self.seed = seed
         self.shuffle = shuffle
         self._lengths = documents.lengths
         self._supervised = documents.supervised_counts
         self._row_tokens = rows.lengths(self._lengths)
+        self._row_costs = np.add.reduceat(document_costs(self._lengths)[rows.documents], rows.starts[:-1])
         assert self._row_tokens.max() <= microbatch_tokens, "a row must fit into a microbatch"
         self._order = lru_cache(maxsize=2)(self._shuffled_rows)
 
@@ -102,12 +109,37 @@ class StepSchedule:
         """Step `number`, counted from 0 over the whole run."""
         epoch, within = divmod(number, self.steps_per_epoch)
         rows = self._order(epoch)[within * self.global_batch_size : (within + 1) * self.global_batch_size]
-        # best-fit puts the step's rows into as few microbatches as the memory allows
-        packed = pack(self._row_tokens[rows], self.microbatch_tokens, seed=self.seed)
-        groups = [rows[np.sort(packed[group])] for group in range(len(packed))]
-        return Step(number, epoch, tuple(self._microbatch(i, group) for i, group in enumerate(groups)))
+        shares = [rows] if self.ranks is None else [rows[m] for m in share_out(self._row_costs[rows], self.ranks)]
+        groups = [
+            (None if self.ranks is None else rank, group)
+            for rank, share in enumerate(self._cut(shares))
+            for group in share
+        ]
+        return Step(number, epoch, tuple(self._microbatch(i, *group) for i, group in enumerate(groups)))
 
-    def _microbatch(self, number: int, rows: np.ndarray) -> Microbatch:
+    def _cut(self, shares: list[np.ndarray]) -> list[list[np.ndarray]]:
+        """Each share of rows in groups of near-equal cost that the memory allows, as few and as many as in the others.
+
+        Where best-fit needs fewer groups than equal cost does, it decides.
+        """
+        count = max(-(-int(self._row_tokens[share].sum()) // self.microbatch_tokens) for share in shares)
+        cut = [self._equal(share, count) for share in shares]
+        if all(cut):
+            return cut
+        packed = [pack(self._row_tokens[share], self.microbatch_tokens, seed=self.seed) for share in shares]
+        count = max(map(len, packed))
+        return [
+            self._equal(share, count) or [share[np.sort(fewest[group])] for group in range(len(fewest))]
+            for share, fewest in zip(shares, packed, strict=True)
+        ]
+
+    def _equal(self, rows: np.ndarray, count: int) -> list[np.ndarray]:
+        """`rows` in at most `count` groups of near-equal cost; none where one of them has too many tokens."""
+        groups = [rows[group] for group in share_out(self._row_costs[rows], count) if len(group)]
+        fit = all(self._row_tokens[group].sum() <= self.microbatch_tokens for group in groups)
+        return groups if fit else []
+
+    def _microbatch(self, number: int, rank: int | None, rows: np.ndarray) -> Microbatch:
         documents = np.concatenate([self.rows[row] for row in rows.tolist()])
         lengths = self._lengths[documents]
         return Microbatch(
@@ -116,27 +148,36 @@ class StepSchedule:
             tokens=int(lengths.sum()),
             supervised_tokens=int(self._supervised[documents].sum()),
             cost=microbatch_cost(lengths),
+            rank=rank,
         )
 
 
+def document_costs(lengths: np.ndarray) -> np.ndarray:
+    """What the forward of each document of these lengths, int64 [documents], costs: in tokens of matrix products."""
+    return lengths * (1 + lengths / ATTENTION_PARITY_TOKENS)
+
+
 def microbatch_cost(lengths: np.ndarray) -> float:
-    """What one forward of documents of these lengths, int64 [documents], costs: in tokens of matrix products."""
-    return float((lengths * (1 + lengths / ATTENTION_PARITY_TOKENS)).sum())
+    """The same of all documents together."""
+    return float(document_costs(lengths).sum())
 
 
 def assign_to_ranks(step: Step, world_size: int) -> list[list[Microbatch]]:
     """Give each rank its share of a step: near-equal cost, and exactly equal numbers of microbatches.
 
-    Longest-processing-time first, with at most ceil(n / world_size) microbatches a rank. A rank with fewer also gets
-    the step's cheapest microbatch with weight zero, because sharded engines communicate within every forward.
+    Where the schedule has not decided: longest-processing-time first, with at most ceil(n / world_size) microbatches a
+    rank. A rank with fewer than others also gets the step's cheapest microbatch with weight zero, because sharded
+    engines communicate within every forward.
     """
-    per_rank = -(-len(step.microbatches) // world_size)
     shares: list[list[Microbatch]] = [[] for _ in range(world_size)]
-    load = [0.0] * world_size
+    load, room = [0.0] * world_size, -(-len(step.microbatches) // world_size)
     for microbatch in sorted(step.microbatches, key=lambda m: (-m.cost, m.number)):
-        rank = min((r for r in range(world_size) if len(shares[r]) < per_rank), key=lambda r: (load[r], r))
+        rank = microbatch.rank
+        if rank is None:
+            rank = min((r for r in range(world_size) if len(shares[r]) < room), key=lambda r: (load[r], r))
         shares[rank].append(microbatch)
         load[rank] += microbatch.cost
+    per_rank = max(map(len, shares))
     cheapest = min(step.microbatches, key=lambda m: (m.cost, m.number))
     idle = replace(cheapest, supervised_tokens=0, weight=0.0)
     return [sorted(share, key=lambda m: m.number) + [idle] * (per_rank - len(share)) for share in shares]

@@ -1,5 +1,6 @@
 """The preflight report of a run: its recipe and launch, the work, the memory and the time, and what would fit."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from isotune.preflight.resources.activation_memory import MicrobatchMemory, trac
 from isotune.preflight.resources.compute import DEFAULT_MFU, Device, StepTime, Work, count_work, measured_mfu, step_time
 from isotune.preflight.resources.memory import Memory, estimate_memory, state_bytes
 from isotune.preflight.resources.sharding import ModelStats, Sharding, model_builder, model_stats
+
+IMBALANCE_TO_MENTION = 0.03
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,14 @@ class Suggestion:
 
 
 @dataclass(frozen=True)
+class LessWaiting:
+    """A size of the microbatch with which the processes of an exact run wait less for each other."""
+
+    microbatch_tokens: int
+    imbalance: float
+
+
+@dataclass(frozen=True)
 class PreflightReport:
     """Everything that is known about a run before it starts."""
 
@@ -53,6 +64,7 @@ class PreflightReport:
     time: StepTime | None
     limit: int | None  # bytes of memory of a process, where it is known
     suggestions: tuple[Suggestion, ...]
+    less_waiting: LessWaiting | None  # where processes wait for each other and another size would change that
     checkpoint_bytes: int
     disk_bytes: int  # of all checkpoints that exist at once, the one being written included
     rows: tuple[ComparedLaunch, ...]  # the comparison of launches, if one was requested
@@ -90,7 +102,7 @@ def run_preflight(
     config = load_config(recipe)
     data, no_work_reason = (prepared, None) if prepared is not None else _prepare_data(recipe, show_progress)
     estimator = _Estimator(recipe, config, data, on_cpu=device is None and limit is None)
-    stats, work, memory = estimator.stats, estimator.work(recipe, launch.world_size), estimator.memory(recipe, launch)
+    stats, work, memory = estimator.stats, estimator.work(recipe, launch), estimator.memory(recipe, launch)
     if limit is None and device is not None:
         limit = device.memory_bytes
     mfu = DEFAULT_MFU
@@ -98,7 +110,7 @@ def run_preflight(
         mfu = measured_mfu(measured, recipe, stats, work, device)
 
     def time(other: Launch) -> StepTime | None:
-        counts = estimator.work(recipe, other.world_size)
+        counts = estimator.work(recipe, other)
         if counts is None or device is None:
             return None
         return step_time(Sharding(recipe, stats, other), counts, device, mfu, processes_per_node)
@@ -121,6 +133,7 @@ def run_preflight(
         time=time(launch),
         limit=limit,
         suggestions=suggestions,
+        less_waiting=_find_less_waiting(recipe, launch, work, estimator.work),
         checkpoint_bytes=checkpoint_bytes,
         disk_bytes=checkpoint_bytes * min(work.checkpoints if work else 3, kept + 1),
         rows=tuple(
@@ -137,20 +150,21 @@ class _Estimator:
         self.recipe, self.config, self.data, self.on_cpu = recipe, config, data, on_cpu
         self.num_labels = getattr(getattr(data, "train", None), "num_labels", None)
         self.stats = model_stats(recipe, config, self.num_labels)
-        self._works: dict[tuple[int, int], Work] = {}
+        self._works: dict[tuple[int, int, bool], Work] = {}
         self._traces: dict[tuple, MicrobatchMemory] = {}
 
-    def work(self, recipe: RunRecipe, world_size: int) -> Work | None:
-        """The work of a variant, which may differ in its microbatches; None without data."""
-        key = recipe.microbatch_tokens, world_size
+    def work(self, recipe: RunRecipe, launch: Launch) -> Work | None:
+        """The work of a variant under a launch, which may differ in its microbatches; None without data."""
+        exact = Sharding(recipe, self.stats, launch).exact_gradients
+        key = recipe.microbatch_tokens, launch.world_size, exact
         if self.data is not None and key not in self._works:
-            self._works[key] = count_work(recipe, self.data, world_size)
+            self._works[key] = count_work(recipe, self.data, launch.world_size, exact=exact)
         return self._works.get(key)
 
     def memory(self, recipe: RunRecipe, launch: Launch) -> Memory:
         """The memory of a variant under a launch."""
         stats = self.stats if recipe is self.recipe else model_stats(recipe, self.config, self.num_labels)
-        work = self.work(recipe, launch.world_size)
+        work = self.work(recipe, launch)
         if work is not None:
             count, microbatch = work.microbatches_per_rank, work.costliest_microbatch
         else:  # a full microbatch of the longest documents
@@ -172,6 +186,29 @@ class _Estimator:
                 checkpointing=checkpointing,
             )
         return estimate_memory(Sharding(recipe, stats, launch), self._traces[key], count, on_cpu=self.on_cpu)
+
+
+def _find_less_waiting(
+    recipe: RunRecipe, launch: Launch, work: Work | None, count: Callable[[RunRecipe, Launch], Work | None]
+) -> LessWaiting | None:
+    """The largest microbatch with which processes hardly wait, or that with which they wait least.
+
+    With exact_gradients microbatches do not depend on the processes, so their number may not divide by them.
+    """
+    if work is None or work.imbalance <= IMBALANCE_TO_MENTION:
+        return None
+    most, smallest = recipe.microbatch_tokens, recipe.max_seq_length
+    # n microbatches on each process, with room for unequal rows and steps
+    a_rank = [math.ceil(work.tokens_per_step / (launch.world_size * n - 0.5)) for n in range(1, 9)]
+    found = []
+    for size in sorted({size for size in (*a_rank, smallest) if smallest <= size < most}, reverse=True):
+        other = count(recipe.with_values(microbatch_tokens=size), launch)
+        assert other is not None, "the work of this recipe was counted"
+        found.append(LessWaiting(size, other.imbalance))
+        if other.imbalance <= IMBALANCE_TO_MENTION:
+            return found[-1]
+    least = min(found, key=lambda one: one.imbalance, default=None)
+    return least if least and least.imbalance < work.imbalance / 2 else None
 
 
 def _find_suggestions(

@@ -39,6 +39,7 @@ def as_json(report: PreflightReport, price_per_hour: float | None) -> dict[str, 
         "optimized_numbers_per_rank": report.memory.optimized_numel,
         "limit_bytes": report.limit,
         "fits": report.fits,
+        "less_waiting": report.less_waiting and asdict(report.less_waiting),
         "remedies": [asdict(suggestion) for suggestion in report.suggestions],
         "checkpoint_bytes": report.checkpoint_bytes,
         "disk_bytes": report.disk_bytes,
@@ -137,6 +138,12 @@ def _work_lines(report: PreflightReport) -> Iterator[str]:
         f"{work.microbatches_per_step} microbatches, {work.microbatches_per_rank} on a process; "
         f"imbalance {work.imbalance:.1%}"
     )
+    if report.less_waiting is not None:
+        yield (
+            "waiting     microbatches of exact_gradients do not depend on the processes, which therefore wait for each "
+            f"other; --microbatch_tokens {report.less_waiting.microbatch_tokens} makes the imbalance "
+            f"{report.less_waiting.imbalance:.1%}"
+        )
     yield (
         f"on disk     {work.evaluations} evaluations; {work.checkpoints} checkpoints of "
         f"{format_bytes(report.checkpoint_bytes)}, {format_bytes(report.disk_bytes)} at most at once"

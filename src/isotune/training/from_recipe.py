@@ -111,11 +111,13 @@ def build_model(start: Start, data: RunData) -> nn.Module:
 
 def make_plan(recipe: RunRecipe, process: Process, data: RunData, task: Task) -> TrainingPlan:
     """The schedule of a recipe over its prepared data, and how its gradients are summed."""
+    exact, once = uses_exact_gradients(recipe, process), recipe.gradient_reduction == "step"
     schedule = StepSchedule(
         data.train.documents,
         data.train.rows,
         global_batch_size=recipe.global_batch_size,
         microbatch_tokens=recipe.microbatch_tokens or recipe.max_seq_length,
+        ranks=None if exact else process.world_size,
         seed=recipe.seed,
     )
     eval_schedule = data.evaluation and StepSchedule(
@@ -134,7 +136,6 @@ def make_plan(recipe: RunRecipe, process: Process, data: RunData, task: Task) ->
 
     action: Any = recipe.on_nonfinite  # one of the policy's two words
     nonfinite = NonFinitePolicy(action, fp16=recipe.fp16, name_rows=name_rows, is_main=process.is_main)
-    exact, once = uses_exact_gradients(recipe, process), recipe.gradient_reduction == "step"
     return TrainingPlan(schedule, data.train, task, eval_schedule, data.evaluation, exact, once, nonfinite)
 
 

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from isotune.compat.peft import base_model_of
 from isotune.compat.torch import FakeTensorMode, TorchDispatchMode, is_in_backward, tree_iter
 from isotune.compat.transformers import attention_of
 from isotune.models import classifier, packed_attention, supervised_loss
@@ -74,7 +73,7 @@ def trace_microbatch(
             model.train()
             live = _LiveBytes(model, on_cpu)
             products = torch.autocast("cpu", dtype=autocast) if autocast else contextlib.nullcontext()
-            padded = attention_of(base_model_of(model).config) != packed_attention.PACKED
+            padded = attention_of(model.config) != packed_attention.PACKED
             documents = MicrobatchDocuments(range(len(lengths)), lengths, padded)
             with live, products, training_microbatch(documents) if on_cpu else contextlib.nullcontext():
                 model(**inputs, use_cache=False).loss.backward()
@@ -190,8 +189,8 @@ def _fake_kernels(tokens: int, on_cpu: bool) -> Iterator[None]:
         for module in (cpu_functional, document_attention):
             replace(module, "draw_call_key", lambda: 0)
             replace(module, "draw_kept", lambda keys, features, _: torch.empty(len(keys), features, dtype=torch.bool))
-        replace(cpu_functional, "pack_kept", lambda kept: torch.empty((kept.numel() + 7) // 8, dtype=torch.uint8))
         for module in (cpu_functional, cpu_layers):
+            replace(module, "pack_kept", lambda kept: torch.empty((kept.numel() + 7) // 8, dtype=torch.uint8))
             replace(module, "unpack_mask", lambda _, shape: torch.empty(*shape, dtype=torch.int16))
         replace(cpu_layers, "occurring_rows", lambda ids, grad: (ids, grad.clone()))  # an upper bound
         replace(cpu_layers, "is_whole", lambda _: True)  # a fake parameter has another type

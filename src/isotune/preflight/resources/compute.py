@@ -93,19 +93,24 @@ class Work:
     costliest_microbatch: tuple[tuple[int, ...], int]  # tokens of each of its documents, and its number of targets
 
 
-def count_work(recipe: RunRecipe, data: Any, world_size: int) -> Work:
-    """Count what training does with prepared `data` (`isotune.data.documents.RunData`) on that many processes."""
+def count_work(recipe: RunRecipe, data: Any, world_size: int, *, exact: bool) -> Work:
+    """Count what training does with prepared `data` (`isotune.data.documents.RunData`) on that many processes.
+
+    `exact`: it sums gradients as integers, so its microbatches do not depend on the processes.
+    """
     documents, rows = data.train.documents, data.train.rows
     sizes: Any = {"global_batch_size": recipe.global_batch_size, "microbatch_tokens": recipe.microbatch_tokens}
-    schedule = StepSchedule(documents, rows, **sizes, seed=recipe.seed)
+    schedule = StepSchedule(documents, rows, **sizes, ranks=None if exact else world_size, seed=recipe.seed)
     epoch = schedule.steps_per_epoch
     steps = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * epoch)
     counted = [schedule.step(number) for number in range(min(epoch, steps, _MAX_COUNTED_STEPS))]
     lengths = documents.lengths
     costliest = max((m for step in counted for m in step.microbatches), key=lambda m: (m.tokens, m.cost))
-    imbalances, squares = [], []
+    imbalances, squares, per_rank = [], [], 0
     for step in counted:
-        costs = [sum(m.cost * m.weight for m in share) for share in assign_to_ranks(step, world_size)]
+        shares = assign_to_ranks(step, world_size)
+        costs = [sum(m.cost * m.weight for m in share) for share in shares]
+        per_rank = max(per_rank, len(shares[0]))
         imbalances.append(max(costs) / (sum(costs) / world_size) - 1)
         squares.append(sum(float(lengths[d]) ** 2 for m in step.microbatches for d in m.documents))
     tokens, capacity = int(lengths.sum()), len(rows) * recipe.max_seq_length
@@ -121,7 +126,7 @@ def count_work(recipe: RunRecipe, data: Any, world_size: int) -> Work:
         targets_per_step=float(np.mean([step.supervised_tokens for step in counted])),
         attention_squares_per_step=float(np.mean(squares)),
         microbatches_per_step=max(len(step.microbatches) for step in counted),
-        microbatches_per_rank=max(math.ceil(len(step.microbatches) / world_size) for step in counted),
+        microbatches_per_rank=per_rank,
         imbalance=float(np.mean(imbalances)),
         evaluations=_times(recipe, "eval", steps, epoch) if data.evaluation is not None else 0,
         checkpoints=_times(recipe, "save", steps, epoch),
@@ -155,9 +160,7 @@ def step_time(sharding: Sharding, work: Work, device: Device, mfu: float, per_no
     """The time of one step; with more than `per_node` processes the network between the nodes is the link."""
     recipe, launch = sharding.recipe, sharding.launch
     all_flops = flops_per_step(recipe, sharding.model, work)
-    # ranks share whole microbatches, and the rank with most of them is the slowest
-    rank_flops = all_flops * work.microbatches_per_rank / work.microbatches_per_step
-    floor = max(rank_flops, all_flops / launch.world_size * (1 + work.imbalance)) / device.peak_flops(recipe)
+    floor = all_flops / launch.world_size * (1 + work.imbalance) / device.peak_flops(recipe)
     link = device.link_bytes_per_second if launch.world_size <= per_node else device.network_bytes_per_second
     return StepTime(floor, floor / mfu, sharding.bytes_sent(work.microbatches_per_rank) / link)
 
