@@ -17,7 +17,7 @@ Next, after `source .venv/bin/activate`:
 endef
 export DEMO_ENDS
 
-.PHONY: help install demo test test-all mutants lint docs bench report-picture clean
+.PHONY: help install demo test test-all gpu mutants lint docs bench report-picture clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -56,6 +56,9 @@ test: $(STAMP) ## every test that this machine can run, without the slow ones
 test-all: $(STAMP) ## the slow tests too
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slurm"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slurm tests/slurm
+
+gpu: ## on a CUDA machine with its own packages: tests, bits, speed and memory in eight minutes, into gpu-report/
+	PYTHONPATH=src $(PYTHON) -m tests.gpu.report $(if $(STAGES),--stages $(STAGES))
 
 mutants: $(STAMP) ## change the code and see a test fail: changed lines (BASE=origin/main), or every line (ALL=1)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(if $(ALL),--all) $(if $(BASE),--base $(BASE))

@@ -149,7 +149,7 @@ def test_where_exact_gradients_make_processes_wait_a_size_of_the_microbatch_is_n
     better = plan(launch="ddp", world_size=4, **values | {"microbatch_tokens": tokens})
     assert better.work is not None and better.work.imbalance == found.less_waiting.imbalance
     free = plan(launch="ddp", world_size=4, **values, exact_gradients=False)
-    assert free.work is not None and free.work.imbalance <= 0.03 and free.less_waiting is None
+    assert free.work is not None and free.work.imbalance <= found.less_waiting.imbalance
 
 
 def test_zero3_gathers_again_what_it_could_not_keep():

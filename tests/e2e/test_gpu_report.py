@@ -1,0 +1,28 @@
+"""`make gpu` works where there is no GPU too, so that it works the first time where there is one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_the_report_of_a_gpu_machine_runs_its_stages_and_names_what_failed(tmp_path: Path, repository: Path):
+    command = [sys.executable, "-m", "tests.gpu.report", "--tiny", "--output", str(tmp_path)]
+    stages = ["packages", "masks", "bitwise"]
+    done = subprocess.run([*command, "--stages", *stages], cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split()[:2] for line in done.stdout.splitlines()[:3]] == [[stage, "done"] for stage in stages]
+    results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    masks = [result for result in results if "equals_cpu" in result]
+    assert len(masks) == 6 and all(result["equals_cpu"] for result in masks)
+    twice = [result for result in results if result["stage"] == "bitwise"]
+    assert [(result["tune"], result["same_loss"], result["differing"]) for result in twice] == [
+        ("full", True, 0), ("lora", True, 0)
+    ]  # fmt: skip
+    assert all(100 <= result["longest_document"] <= 128 for result in twice)
+    assert (tmp_path / "table.md").read_text() in done.stdout
+
+    late = subprocess.run(
+        [*command, "--stages", "bitwise", "--seconds", "1"], cwd=repository, capture_output=True, text=True, check=False
+    )
+    assert late.returncode == 1 and "stopped after 1 s" in late.stdout

@@ -1,0 +1,359 @@
+"""What a CUDA machine has to say, in about eight minutes and without network: `make gpu`, or
+
+    python -m tests.gpu.report                              # every stage, from the root of the checkout
+    python -m tests.gpu.report --stages masks throughput    # some of them
+    python -m tests.gpu.report --tiny                       # seconds, on any device: whether the report itself works
+
+Each stage is a process with a time limit of its own, and its result is written as it ends, to OUTPUT/results.jsonl and
+OUTPUT/STAGE.txt, so that a machine that goes away loses one stage. A missing package is named, and what needs it is
+skipped. A table comes last, also as OUTPUT/table.md.
+
+    packages    versions, the device, what is missing
+    masks       dropout masks on the device against those on CPU, and against other neighbours
+    bitwise     a training step of documents of 1,024 tokens twice: are loss and gradients the same bits?
+    throughput  OPT-350M, full, LoRA and QLoRA, at three sizes of the microbatch: seconds, memory, share of the peak
+    plan        the memory that `isotune plan` names against the allocator's, and its seconds, for the same runs
+    profile     where the time of an update of LoRA goes: the costliest kernels, launches and copies
+    tests       tests/gpu
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "datasets", "deepspeed", "bitsandbytes", "triton")
+PACKAGES += ("flash-attn",)
+SECONDS = {"tests": 150, "throughput": 180, "plan": 60}  # of a stage; the others have 60
+UPDATES, WARM_UP = 8, 3
+TUNES = ("full", "lora", "qlora")
+
+
+def main() -> int:
+    """Run the stages one after the other, print what each found and the table; 1 where one failed."""
+    given = read_arguments()
+    output = Path(given.output)
+    output.mkdir(parents=True, exist_ok=True)
+    if given.stage:
+        return run_stage(given.stage, output, given)
+    found, failed = [], False
+    for stage in given.stages:
+        command = [sys.executable, "-m", "tests.gpu.report", "--stage", stage, "--output", str(output)]
+        started = time.perf_counter()
+        seconds = given.seconds or SECONDS.get(stage, 60)
+        with open(output / f"{stage}.txt", "w") as log:
+            more = ["--tiny"] if given.tiny else []
+            try:
+                done = subprocess.run([*command, *more], stdout=log, stderr=subprocess.STDOUT, timeout=seconds)
+                ended = "done" if done.returncode == 0 else f"failed with status {done.returncode}"
+            except subprocess.TimeoutExpired:
+                ended = f"stopped after {seconds} s"
+        failed |= ended != "done"
+        last = (output / f"{stage}.txt").read_text().strip().splitlines()[-1:]
+        why = f": {last[0][:160]}" if last and ended.startswith("failed") else ""
+        print(f"{stage:<12}{ended} in {time.perf_counter() - started:.0f} s{why}", flush=True)
+    if (output / "results.jsonl").exists():
+        found = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+    table = render(found)
+    (output / "table.md").write_text(table)
+    print(f"\n{table}")
+    return int(failed)
+
+
+def read_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="gpu-report", help="folder of the results; default %(default)s")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--seconds", type=int, help="limit of each stage, instead of its own")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model on whatever device there is")
+    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def run_stage(stage: str, output: Path, given: argparse.Namespace) -> int:
+    """One stage in this process; each of its results becomes a line as soon as it is there."""
+    with open(output / "results.jsonl", "a") as results:
+        try:
+            for result in STAGES[stage](given.tiny):
+                print(json.dumps(result), flush=True)
+                results.write(json.dumps({"stage": stage, **result}) + "\n")
+                results.flush()
+        except ImportError as error:
+            results.write(json.dumps({"stage": stage, "skipped": f"{error.name or error} is missing"}) + "\n")
+            print(f"skipped: {error}")
+        except Exception:
+            results.write(json.dumps({"stage": stage, "failed": traceback.format_exc(limit=-3)}) + "\n")
+            raise
+    return 0
+
+
+def packages(tiny: bool) -> Iterator[dict[str, Any]]:
+    """Versions and device."""
+    import torch
+
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
+        versions[name] = None
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else "no CUDA device"
+    memory = torch.cuda.get_device_properties(0).total_memory if cuda else 0
+    missing = [name for name, version in versions.items() if version is None]
+    yield {"device": device, "memory_bytes": memory, "python": sys.version.split()[0], "versions": versions}
+    yield {"missing": missing}
+
+
+def masks(tiny: bool) -> Iterator[dict[str, Any]]:
+    """Dropout masks by document."""
+    import torch
+
+    from isotune.models.cpu import functional as on_cpu
+    from isotune.models.cuda import dropout as on_cuda
+    from isotune.models.document_keys import MicrobatchDocuments, known_documents
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    row = MicrobatchDocuments([3, 1_000_000, 7], [500, 1, 523])
+
+    def drop(drop: Callable[..., torch.Tensor], x: torch.Tensor, documents: MicrobatchDocuments) -> torch.Tensor:
+        torch.manual_seed(5)
+        with known_documents(documents):
+            return drop(x, 0.1)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in ((1, 1024, 1024), (1024, 513), (3, 768)):
+            x = torch.randn(shape).to(dtype)
+            expected, found = drop(on_cpu.dropout, x, row), drop(on_cuda.dropout, x.to(device), row).cpu()
+            yield {"shape": list(shape), "dtype": str(dtype), "equals_cpu": bool(torch.equal(found, expected))}
+    x = torch.randn(1, 1024, 256, device=device)
+    last = drop(on_cuda.dropout, x, row)[:, 501:]
+    alone = drop(on_cuda.dropout, x[:, 501:], MicrobatchDocuments([7], [523]))
+    yield {"alone_equals_packed": bool(torch.equal(last, alone))}
+    if device == "cuda":
+        big, seconds = torch.randn(1, 16384, 1024, device=device, dtype=torch.bfloat16), []
+        many = MicrobatchDocuments(range(64), [256] * 64)
+        stock = torch.nn.functional.dropout
+        for function in (lambda: stock(big, 0.1), lambda: drop(on_cuda.dropout, big, many)):
+            function()
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            for _ in range(50):
+                function()
+            torch.cuda.synchronize()
+            seconds.append((time.perf_counter() - started) / 50)
+        yield {"elements": big.numel(), "torch_seconds": seconds[0], "document_seconds": seconds[1]}
+
+
+def built_run(folder: Path, tiny: bool, **values: Any) -> Any:
+    """A run of OPT-350M's geometry with random weights on built-in conversations, packed; or a tiny one."""
+    import torch
+    from tests.building import OPT_350M, build
+    from transformers import AutoModelForCausalLM, OPTConfig
+
+    from isotune.models.builtin_models import builtin_tokenizer
+
+    shared: dict[str, Any] = {"dataset_name": "builtin:capitals", "max_seq_length": 1024, "global_batch_size": 32}
+    shared |= {"max_steps": UPDATES, "save_strategy": "no", "bf16": True, "gradient_checkpointing": False}
+    if tiny:
+        return build(folder, **{**shared, "max_seq_length": 128, "global_batch_size": 4, "bf16": False, **values})
+    place = Path(tempfile.gettempdir()) / "isotune-gpu-report-opt-350m"
+    if not (place / "config.json").exists():
+        with torch.device("cuda"):
+            model = AutoModelForCausalLM.from_config(OPTConfig(**OPT_350M, vocab_size=50272), dtype=torch.bfloat16)
+        model.save_pretrained(place)
+        builtin_tokenizer("builtin:opt-tiny").save_pretrained(place)
+        del model
+        torch.cuda.empty_cache()
+    return build(folder, **{**shared, "model_name_or_path": str(place), **values})
+
+
+def long_conversations(file: Path, tokens: int) -> str:
+    """Eight conversations of nearly so many tokens each; where documents are shorter than a kernel's block of keys, a
+    kernel that sums in no fixed order repeats by luck."""
+    from isotune.models.builtin_models import builtin_tokenizer
+
+    tokenizer, lines = builtin_tokenizer("builtin:opt-tiny"), []
+    for number in range(8):
+        text, words = f"### Human: Count from {number}.### Assistant:", 0
+        while len(tokenizer(text).input_ids) < tokens - 24:
+            text += f" {number * 1000 + words}"
+            words += 1
+        lines.append(json.dumps({"text": text}))
+    file.write_text("\n".join(lines) + "\n")
+    return str(file)
+
+
+def bitwise(tiny: bool) -> Iterator[dict[str, Any]]:
+    """The same update twice, dropout on."""
+    import torch
+
+    for tune in ("full", "lora"):
+        with tempfile.TemporaryDirectory() as folder:
+            rows = long_conversations(Path(folder) / "long.jsonl", 128 if tiny else 1024)
+            values: dict[str, Any] = {"dataset_name": rows, "global_batch_size": 4, "microbatch_tokens": 1024}
+            built = built_run(Path(folder), tiny, tune=tune, exact_gradients=True, **values)
+            item, found = next(iter(built.trainer.get_train_dataloader())), []
+            for _ in range(2):
+                built.model.zero_grad()
+                loss = built.trainer.training_step(built.model, item)
+                gradients = {n: p.grad.clone() for n, p in built.model.named_parameters() if p.grad is not None}
+                found.append((float(loss), gradients))
+            (loss, one), (again, other) = found
+            differing = [name for name, gradient in one.items() if not torch.equal(gradient, other[name])]
+            longest = max(built.trainer.plan.documents.documents.lengths.tolist())
+            yield {"tune": tune, "longest_document": longest, "same_loss": loss == again,
+                   "gradients": len(one), "differing": len(differing), "for_instance": differing[:3]}  # fmt: skip
+
+
+def runs(tiny: bool) -> Iterator[tuple[str, int, Any, list[dict[str, Any]]]]:
+    """Each way of tuning at three sizes of the microbatch: the run, and its lines after the warm-up."""
+    from isotune.io.errors import UserError
+
+    for tune in TUNES:
+        for tokens in (128, 256) if tiny else (1024, 8192, 32_768):
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    built = built_run(Path(folder), tiny, tune=tune, microbatch_tokens=tokens)
+                    built.train()
+                except (ImportError, UserError) as error:  # QLoRA without bitsandbytes
+                    print(f"{tune}: {error}")
+                    break
+                yield tune, tokens, built, built.steps[WARM_UP:]
+                del built
+
+
+def throughput(tiny: bool) -> Iterator[dict[str, Any]]:
+    """Seconds, tokens and memory of whole updates."""
+    for tune, tokens, built, lines in runs(tiny):
+        yield {
+            "tune": tune,
+            "microbatch_tokens": tokens,
+            "kernel": json.loads((built.run.path / "environment.json").read_text())["in_effect"]["attention_kernel"],
+            "step_seconds": statistics.median(line["step_seconds"] for line in lines),
+            "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines),
+            "peak_memory_bytes": max(line["peak_memory_bytes"] for line in lines),
+        }
+
+
+def plan(tiny: bool) -> Iterator[dict[str, Any]]:
+    """What the plan says of the same runs."""
+    import torch
+
+    from isotune.preflight.preflight_report import run_preflight
+    from isotune.preflight.request import PLAIN, Launch, PreflightRequest
+    from isotune.preflight.resources.compute import DEVICES
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    device = next((device for device in DEVICES if device.name.lower() in name.lower().replace(" ", "")), DEVICES[0])
+    for tune in TUNES[:2]:
+        for tokens in (128, 256) if tiny else (1024, 8192, 32_768):
+            with tempfile.TemporaryDirectory() as folder:
+                recipe = built_run(Path(folder), tiny, tune=tune, microbatch_tokens=tokens).recipe
+                asked = PreflightRequest(recipe, Launch(PLAIN, 1), ())
+                found = run_preflight(asked, device=device, show_progress=False)
+                assert found.time is not None
+                memory = found.memory.total - found.memory.margin
+                yield {"tune": tune, "microbatch_tokens": tokens, "planned_bytes": memory, "device": device.name,
+                       "seconds_at_peak": found.time.floor}  # fmt: skip
+
+
+def profile(tiny: bool) -> Iterator[dict[str, Any]]:
+    """Kernels, launches and copies of one update."""
+    import torch
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
+    with tempfile.TemporaryDirectory() as folder:
+        built = built_run(Path(folder), tiny, tune="lora", microbatch_tokens=128 if tiny else 8192)
+        item = next(iter(built.trainer.get_train_dataloader()))
+        built.trainer.training_step(built.model, item)
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+        with profiled(activities=activities) as seen:
+            built.trainer.training_step(built.model, item)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        events = seen.key_averages()
+        print(events.table(sort_by="self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total",
+                           row_limit=30, max_name_column_width=60))  # fmt: skip
+        counts = {event.key: event.count for event in events}
+        yield {
+            "launches": sum(n for key, n in counts.items() if key.startswith(("cudaLaunchKernel", "cuLaunchKernel"))),
+            "copies": sum(n for key, n in counts.items() if key.startswith("cudaMemcpyAsync")),
+            "synchronisations": sum(n for key, n in counts.items() if "Synchronize" in key),
+            "microbatches": len(item["microbatches"]),
+        }
+
+
+def tests(tiny: bool) -> Iterator[dict[str, Any]]:
+    """pytest over tests/gpu."""
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "--durations=10", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    print(done.stdout, done.stderr)
+    lines = done.stdout.strip().splitlines()
+    yield {"status": done.returncode, "summary": lines[-1] if lines else "", "failed": [
+        line.split(" ", 1)[1] for line in lines if line.startswith(("FAILED", "ERROR"))
+    ]}  # fmt: skip
+
+
+STAGES: dict[str, Callable[[bool], Iterator[dict[str, Any]]]] = {
+    "packages": packages, "masks": masks, "bitwise": bitwise, "throughput": throughput, "plan": plan,
+    "profile": profile, "tests": tests,
+}  # fmt: skip
+
+
+def render(found: list[dict[str, Any]]) -> str:
+    """The results as Markdown."""
+    by_stage: dict[str, list[dict[str, Any]]] = {stage: [] for stage in STAGES}
+    for result in found:
+        by_stage[result["stage"]].append(result)
+    lines = []
+    for result in by_stage["packages"]:
+        if "device" in result:
+            versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+            lines += [f"**{result['device']}**, {result['memory_bytes'] / 1e9:.1f} GB; {versions}", ""]
+        elif result["missing"]:
+            lines += [f"Missing: {', '.join(result['missing'])}", ""]
+    planned = {(r["tune"], r["microbatch_tokens"]): r for r in by_stage["plan"] if "tune" in r}
+    rows = [result for result in by_stage["throughput"] if "tune" in result]
+    if rows:
+        names = (
+            "tuning",
+            "microbatch tokens",
+            "s a step",
+            "tokens/s",
+            "share of peak",
+            "peak GB",
+            "planned GB",
+            "kernel",
+        )
+        lines += [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for row in rows:
+        other = planned.get((row["tune"], row["microbatch_tokens"]))
+        share = f"{other['seconds_at_peak'] / row['step_seconds']:.0%}" if other else ""
+        memory = f"{other['planned_bytes'] / 1e9:.2f}" if other else ""
+        lines.append(
+            f"| {row['tune']} | {row['microbatch_tokens']:,} | {row['step_seconds']:.3f} "
+            f"| {row['tokens_per_second']:,.0f} | {share} | {row['peak_memory_bytes'] / 1e9:.2f} | {memory} "
+            f"| {row['kernel']} |"
+        )
+    lines.append("")
+    for stage in ("masks", "bitwise", "profile", "tests"):
+        lines += [f"- {stage}: " + json.dumps({k: v for k, v in r.items() if k != "stage"}) for r in by_stage[stage]]
+    for result in found:
+        if "skipped" in result or ("failed" in result and isinstance(result["failed"], str)):
+            lines.append(f"- {result['stage']}: {result.get('skipped') or result['failed'].strip().splitlines()[-1]}")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
