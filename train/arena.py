@@ -40,14 +40,15 @@ def train_encoder(recipe: ArenaRecipe) -> None:
     files = read_competition(Path(recipe.dataset_name))
     data, kept = prepare_competition(files, recipe, start.tokenizer)
     data.shown(start.process.is_main)
-    if startup_check(recipe, start.config, data, start.process):
+    checked = startup_check(start, data)
+    if checked is None:
         return
 
     def before_finishing() -> None:
         evaluate_encoder(start.run.path, recipe, files, kept, start.process.device)
         print(f"loss curve  {draw_loss_curve(start.run.path)}")
 
-    if train_run(start, data, before_finishing) is not None:
+    if train_run(checked, data, before_finishing) is not None:
         share(recipe)
 
 

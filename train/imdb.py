@@ -33,7 +33,8 @@ def main() -> None:
 
     start = start_run(recipe)
     data = prepare_labelled(recipe, start.tokenizer, show=start.process.is_main)
-    if startup_check(recipe, start.config, data, start.process):
+    start = startup_check(start, data)
+    if start is None:
         return
     if train_run(start, data) is not None:
         print(f"loss curve  {draw_loss_curve(start.run.path)}")

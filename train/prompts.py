@@ -36,7 +36,8 @@ def main() -> None:
 
     start = start_run(recipe)
     data = prepare_labelled(recipe, start.tokenizer, show=start.process.is_main)
-    if startup_check(recipe, start.config, data, start.process):
+    checked = startup_check(start, data)
+    if checked is None:
         return
 
     def before_finishing() -> None:
@@ -47,7 +48,7 @@ def main() -> None:
         if evaluation is not None:
             print(f"verdict     {write_chance_test(start.run.path, recipe, evaluation)}")
 
-    if train_run(start, data, before_finishing) is not None:
+    if train_run(checked, data, before_finishing) is not None:
         share(recipe)
 
 

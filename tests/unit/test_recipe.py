@@ -139,9 +139,13 @@ def test_evaluation_data_alone_are_evaluated_every_epoch():
 
 def test_the_memory_knob_follows_the_length_of_a_row_until_it_is_given():
     recipe = Recipe.from_values(**REQUIRED, max_seq_length=512, eval_dataset_name="d")
-    assert (recipe.microbatch_tokens, recipe.eval_microbatch_tokens) == (512, 512)
+    assert (recipe.microbatch_tokens, recipe.eval_microbatch_tokens) == ("auto", "auto")
+    assert recipe.forward_tokens("microbatch_tokens") == recipe.forward_tokens("eval_microbatch_tokens") == 512
     wider = recipe.with_values(max_seq_length=2048, eval_microbatch_tokens=8192)
-    assert (wider.microbatch_tokens, wider.eval_microbatch_tokens) == (2048, 8192)
+    assert wider.forward_tokens("microbatch_tokens") == 2048
+    assert wider.forward_tokens("eval_microbatch_tokens") == 8192
+    given = recipe.with_values(microbatch_tokens=4096)
+    assert (given.microbatch_tokens, given.eval_microbatch_tokens) == (4096, 4096)
 
 
 def test_the_learning_rate_follows_what_is_trained_until_it_is_given():

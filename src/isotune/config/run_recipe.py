@@ -100,10 +100,10 @@ class RunRecipe(BaseRecipe):
 
     bf16: bool = key(False, MEMORY, "compute in bfloat16")
     fp16: bool = key(False, MEMORY, "compute in float16, with a scaled loss")
-    microbatch_tokens: int = key(
-        None, MEMORY, "tokens in one forward pass: the memory knob", allowed=Range(1),
-        default_from=itemgetter("max_seq_length"), default_text="max_seq_length", changes_result=False)
-    eval_microbatch_tokens: int = key(
+    microbatch_tokens: int | Literal["auto"] = key(
+        "auto", MEMORY, "tokens in one forward pass: the memory knob; auto: as many as fit and help, chosen once",
+        allowed=Range(1), changes_result=False)
+    eval_microbatch_tokens: int | Literal["auto"] = key(
         None, MEMORY, "the same in evaluation", allowed=Range(1), needs=WITH_EVALUATION,
         default_from=itemgetter("microbatch_tokens"), default_text="microbatch_tokens", changes_result=False)
     exact_gradients: bool | Literal["auto"] = key(
@@ -153,7 +153,7 @@ class RunRecipe(BaseRecipe):
         *(
             Contradiction(
                 (knob, "max_seq_length"),
-                lambda values, knob=knob: values[knob] < values["max_seq_length"],
+                lambda values, knob=knob: values[knob] != "auto" and values[knob] < values["max_seq_length"],
                 "a forward pass holds at least one row, so raise the first or lower the second",
             )
             for knob in ("microbatch_tokens", "eval_microbatch_tokens")
@@ -176,6 +176,11 @@ class RunRecipe(BaseRecipe):
     def precision(self) -> Literal["bf16", "fp16", "no"]:
         """Precision of matrix products, by accelerate's names: `no` is fp32."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
+
+    def forward_tokens(self, knob: Literal["microbatch_tokens", "eval_microbatch_tokens"]) -> int:
+        """The value of a knob in tokens; `auto`, where nobody has chosen yet, is one row."""
+        value = self.values[knob]
+        return value if isinstance(value, int) else self.max_seq_length
 
     def sums_exactly(self, *, plain_or_ddp: bool) -> bool:
         """Whether `exact_gradients` asks for integers: `auto` does where few parameters are trained."""

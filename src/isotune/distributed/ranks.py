@@ -35,6 +35,14 @@ def gather_by_number(values: dict[int, torch.Tensor], count: int, device: torch.
     return gather_vectors(rows, count, 1, device)[:, 0].tolist()
 
 
+def least_of_ranks(number: int, device: torch.device) -> int:
+    """The smallest of the ranks' whole numbers."""
+    least = torch.tensor(number, device=device)
+    if several_ranks():
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)
+
+
 def gather_vectors(values: dict[int, torch.Tensor], count: int, size: int, device: torch.device) -> torch.Tensor:
     """One vector of every row, from the rank that has it: float64 [count, size] on the CPU, the same on every rank.
 

@@ -14,6 +14,7 @@ from isotune.data.classification.split import prepare_labelled
 from isotune.data.sft.preparation import prepare_conversations
 from isotune.io.errors import UserError
 from isotune.models.opening import compute_dtype, load_config, load_tokenizer
+from isotune.preflight.microbatch_size import choose_microbatch_tokens, launch_that_decides
 from isotune.preflight.request import DDP, FSDP, PLAIN, SHIPPED, Launch, PreflightRequest, shipped_launch
 from isotune.preflight.resources.activation_memory import MicrobatchMemory, trace_microbatch
 from isotune.preflight.resources.compute import DEFAULT_MFU, Device, StepTime, Work, count_work, measured_mfu, step_time
@@ -64,6 +65,7 @@ class PreflightReport:
     time: StepTime | None
     limit: int | None  # bytes of memory of a process, where it is known
     suggestions: tuple[Suggestion, ...]
+    chosen_tokens: int | None  # of a microbatch, where the recipe says auto
     less_waiting: LessWaiting | None  # where processes wait for each other and another size would change that
     checkpoint_bytes: int
     disk_bytes: int  # of all checkpoints that exist at once, the one being written included
@@ -101,10 +103,15 @@ def run_preflight(
     recipe, launch = request.recipe, request.launch
     config = load_config(recipe)
     data, no_work_reason = (prepared, None) if prepared is not None else _prepare_data(recipe, show_progress)
-    estimator = _Estimator(recipe, config, data, on_cpu=device is None and limit is None)
-    stats, work, memory = estimator.stats, estimator.work(recipe, launch), estimator.memory(recipe, launch)
+    estimator = Estimator(recipe, config, data, on_cpu=device is None and limit is None)
     if limit is None and device is not None:
         limit = device.memory_bytes
+    chosen = None
+    if recipe.microbatch_tokens == "auto":
+        chosen, _ = choose_microbatch_tokens(recipe, launch_that_decides(recipe, launch), limit, estimator.memory)
+        recipe = recipe.with_values(microbatch_tokens=chosen)
+        request = replace(request, recipe=recipe)
+    stats, work, memory = estimator.stats, estimator.work(recipe, launch), estimator.memory(recipe, launch)
     mfu = DEFAULT_MFU
     if measured is not None and device is not None and work is not None:
         mfu = measured_mfu(measured, recipe, stats, work, device)
@@ -133,6 +140,7 @@ def run_preflight(
         time=time(launch),
         limit=limit,
         suggestions=suggestions,
+        chosen_tokens=chosen,
         less_waiting=_find_less_waiting(recipe, launch, work, estimator.work),
         checkpoint_bytes=checkpoint_bytes,
         disk_bytes=checkpoint_bytes * min(work.checkpoints if work else 3, kept + 1),
@@ -143,7 +151,7 @@ def run_preflight(
     )
 
 
-class _Estimator:
+class Estimator:
     """Work and memory of a recipe, its variants and launches; what several of them share is computed once."""
 
     def __init__(self, recipe: RunRecipe, config: Any, data: Any, *, on_cpu: bool) -> None:
@@ -156,7 +164,7 @@ class _Estimator:
     def work(self, recipe: RunRecipe, launch: Launch) -> Work | None:
         """The work of a variant under a launch, which may differ in its microbatches; None without data."""
         exact = Sharding(recipe, self.stats, launch).exact_gradients
-        key = recipe.microbatch_tokens, launch.world_size, exact
+        key = recipe.forward_tokens("microbatch_tokens"), launch.world_size, exact
         if self.data is not None and key not in self._works:
             self._works[key] = count_work(recipe, self.data, launch.world_size, exact=exact)
         return self._works.get(key)
@@ -168,7 +176,8 @@ class _Estimator:
         if work is not None:
             count, microbatch = work.microbatches_per_rank, work.costliest_microbatch
         else:  # a full microbatch of the longest documents
-            lengths = (recipe.max_seq_length,) * max(1, recipe.microbatch_tokens // recipe.max_seq_length)
+            rows = recipe.forward_tokens("microbatch_tokens") // recipe.max_seq_length
+            lengths = (recipe.max_seq_length,) * max(1, rows)
             targets = len(lengths) if isinstance(recipe, ClassificationRecipe) else sum(lengths)
             count, microbatch = 2, (lengths, targets)
         dtype, casts_weights = compute_dtype(recipe), launch.casts_weights(recipe)
@@ -197,7 +206,7 @@ def _find_less_waiting(
     """
     if work is None or work.imbalance <= IMBALANCE_TO_MENTION:
         return None
-    most, smallest = recipe.microbatch_tokens, recipe.max_seq_length
+    most, smallest = recipe.forward_tokens("microbatch_tokens"), recipe.max_seq_length
     # n microbatches on each process, with room for unequal rows and steps
     a_rank = [math.ceil(work.tokens_per_step / (launch.world_size * n - 0.5)) for n in range(1, 9)]
     found = []
@@ -231,7 +240,7 @@ def _find_suggestions(
 
 def _changes(recipe: RunRecipe, launch: Launch) -> Iterator[tuple[Launch, dict[str, Any]]]:
     """A launch and values of the recipe for each change; all but those of `tune` keep the result."""
-    smallest, tokens = recipe.max_seq_length, recipe.microbatch_tokens
+    smallest, tokens = recipe.max_seq_length, recipe.forward_tokens("microbatch_tokens")
     sizes = [size for size in (tokens // 2, tokens // 4) if size >= smallest]
     if tokens // 2 < smallest < tokens:
         sizes.append(smallest)

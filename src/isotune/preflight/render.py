@@ -8,7 +8,7 @@ from typing import Any
 
 from isotune.preflight.preflight_report import ComparedLaunch, PreflightReport
 from isotune.preflight.resources.compute import flops_per_step
-from isotune.preflight.resources.memory import PARTS
+from isotune.preflight.resources.memory import PARTS, format_bytes
 from isotune.preflight.resources.sharding import Sharding
 
 # keys of the JSON output that differ from the fields of Work; scripts read them
@@ -39,6 +39,7 @@ def as_json(report: PreflightReport, price_per_hour: float | None) -> dict[str, 
         "optimized_numbers_per_rank": report.memory.optimized_numel,
         "limit_bytes": report.limit,
         "fits": report.fits,
+        "chosen_microbatch_tokens": report.chosen_tokens,
         "less_waiting": report.less_waiting and asdict(report.less_waiting),
         "remedies": [asdict(suggestion) for suggestion in report.suggestions],
         "checkpoint_bytes": report.checkpoint_bytes,
@@ -102,12 +103,6 @@ def draw_scaling(report: PreflightReport, file: Path) -> Path:
     return file
 
 
-def format_bytes(count: float) -> str:
-    """Bytes in the largest binary unit that fits."""
-    units = (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
-    return next((f"{count / size:.2f} {unit}" for unit, size in units if count >= size), f"{count:.0f} B")
-
-
 def _recipe_lines(report: PreflightReport) -> Iterator[str]:
     request, model = report.request, report.model
     recipe, launch, problems = request.recipe, request.launch, request.problems
@@ -119,6 +114,8 @@ def _recipe_lines(report: PreflightReport) -> Iterator[str]:
     trained = model.trained_numel
     yield f"recipe      {recipe.model_name_or_path}, {recipe.tune}, {precision}, on {recipe.dataset_name}"
     yield f"launch      {launch.in_words} ({launch.name})"
+    if report.chosen_tokens is not None:
+        yield f"microbatch  {report.chosen_tokens:,} tokens, chosen by microbatch_tokens: auto"
     yield f"trained     {trained:,} of {model.numel:,} parameters ({trained / model.numel:.2%})"
 
 

@@ -1,35 +1,46 @@
-"""The memory check of a training script before it loads the model; with `--plan_only` the whole preflight report."""
+"""What a training script does before it loads the model: the memory check, and `microbatch_tokens: auto`.
 
+With `--plan_only` the whole preflight report instead.
+"""
+
+import dataclasses
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+import yaml
 
-from isotune.config import RunRecipe
+from isotune.config.run_recipe import RESUME_NEVER
 from isotune.distributed.deepspeed_config import offloaded
 from isotune.distributed.launch import Process
+from isotune.distributed.ranks import least_of_ranks
 from isotune.io.errors import UserError
-from isotune.preflight.preflight_report import run_preflight
-from isotune.preflight.render import format_bytes, render_report
+from isotune.preflight.microbatch_size import choose_microbatch_tokens, launch_that_decides
+from isotune.preflight.preflight_report import Estimator, run_preflight
+from isotune.preflight.render import render_report
 from isotune.preflight.request import DDP, DEEPSPEED, FSDP, PLAIN, Launch, PreflightRequest
 from isotune.preflight.resources.activation_memory import MicrobatchMemory
-from isotune.preflight.resources.memory import estimate_memory
+from isotune.preflight.resources.memory import estimate_memory, format_bytes
 from isotune.preflight.resources.sharding import Sharding, model_stats
+from isotune.run.run_dir import RECIPE, RunDir
+from isotune.training.from_recipe import Start
 
 
-def startup_check(recipe: RunRecipe, config: PreTrainedConfig, data: Any, process: Process) -> bool:
-    """Print the memory of weights, gradients and optimizer, and say whether `--plan_only` stops the script now.
+def startup_check(start: Start, data: Any) -> Start | None:
+    """Print the memory of weights, gradients and optimizer; None where `--plan_only` stops the script now.
 
-    Activations are not counted; the data are prepared. Raises UserError if that alone is more than the device has.
+    Returns the start with the number of tokens in place of `microbatch_tokens: auto`. The data are prepared; every rank
+    calls it. Activations are not part of the printed memory. Raises UserError if that alone is more than the device
+    has, or the first microbatch is, where no smaller one can be tried.
     """
-    launch = _launch_of(process)
-    limit = torch.cuda.get_device_properties(process.device).total_memory if process.device.type == "cuda" else None
+    recipe, process, launch = start.recipe, start.process, _launch_of(start.process)
+    cuda = process.device.type == "cuda"
+    limit = torch.cuda.get_device_properties(process.device).total_memory if cuda else None
     if recipe.plan_only:
         if process.is_main:
             report = run_preflight(PreflightRequest(recipe, launch, ()), limit=limit, prepared=data)
             print(render_report(report, None), flush=True)
-        return True
-    stats = model_stats(recipe, config, getattr(data.train, "num_labels", None))
+        return None
+    stats = model_stats(recipe, start.config, getattr(data.train, "num_labels", None))
     memory = estimate_memory(Sharding(recipe, stats, launch), MicrobatchMemory(0, 0), 2, on_cpu=limit is None)
     optimizer = memory.optimizer + memory.master_copies
     fixed = memory.weights + memory.gradients + optimizer
@@ -45,7 +56,35 @@ def startup_check(recipe: RunRecipe, config: PreTrainedConfig, data: Any, proces
             f"weights, gradients and optimizer take {format_bytes(fixed)} on a process, and the device has "
             f"{format_bytes(limit)}: `isotune plan` says which changes fit"
         )
-    return False
+    if recipe.microbatch_tokens != "auto":
+        return start
+    decides = launch_that_decides(recipe, launch)
+    tokens, why = recorded_tokens(start.run), "as this run began"
+    if tokens is None:
+        if limit is not None and decides is launch:  # bits are promised for a kind of device, not for what is free now
+            limit = least_of_ranks(torch.cuda.mem_get_info(process.device)[0], process.device)
+        estimator = Estimator(recipe, start.config, data, on_cpu=limit is None)
+        tokens, found = choose_microbatch_tokens(recipe, decides, limit, estimator.memory)
+        why = f"{format_bytes(found.total)} of {format_bytes(limit or 0)} on a process" if found else "one row"
+    if process.is_main:
+        print(f"microbatch  {tokens:,} tokens, by microbatch_tokens: auto ({why})", flush=True)
+    return with_microbatch_tokens(start, tokens)
+
+
+def with_microbatch_tokens(start: Start, tokens: int) -> Start:
+    """The same start with this size of a microbatch, which its run records."""
+    recipe = start.recipe.with_values(microbatch_tokens=tokens)
+    start.run.recipe = recipe
+    return dataclasses.replace(start, recipe=recipe)
+
+
+def recorded_tokens(run: RunDir) -> int | None:
+    """The microbatch of an earlier attempt of the run, which this one goes on with; None where it begins."""
+    file = run.path / RECIPE
+    if run.recipe.resume == RESUME_NEVER or not file.is_file():
+        return None
+    recorded = yaml.safe_load(file.read_text(encoding="utf-8")).get("microbatch_tokens")
+    return recorded if isinstance(recorded, int) else None
 
 
 def _launch_of(process: Process) -> Launch:

@@ -116,7 +116,7 @@ def make_plan(recipe: RunRecipe, process: Process, data: RunData, task: Task) ->
         data.train.documents,
         data.train.rows,
         global_batch_size=recipe.global_batch_size,
-        microbatch_tokens=recipe.microbatch_tokens or recipe.max_seq_length,
+        microbatch_tokens=recipe.forward_tokens("microbatch_tokens"),
         ranks=None if exact else process.world_size,
         seed=recipe.seed,
     )
@@ -124,7 +124,7 @@ def make_plan(recipe: RunRecipe, process: Process, data: RunData, task: Task) ->
         data.evaluation.documents,
         data.evaluation.rows,
         global_batch_size=len(data.evaluation.rows),
-        microbatch_tokens=recipe.eval_microbatch_tokens or schedule.microbatch_tokens,
+        microbatch_tokens=recipe.forward_tokens("eval_microbatch_tokens"),
         seed=recipe.seed,
         shuffle=False,
     )

@@ -99,8 +99,14 @@ def count_work(recipe: RunRecipe, data: Any, world_size: int, *, exact: bool) ->
     `exact`: it sums gradients as integers, so its microbatches do not depend on the processes.
     """
     documents, rows = data.train.documents, data.train.rows
-    sizes: Any = {"global_batch_size": recipe.global_batch_size, "microbatch_tokens": recipe.microbatch_tokens}
-    schedule = StepSchedule(documents, rows, **sizes, ranks=None if exact else world_size, seed=recipe.seed)
+    schedule = StepSchedule(
+        documents,
+        rows,
+        global_batch_size=recipe.global_batch_size,
+        microbatch_tokens=recipe.forward_tokens("microbatch_tokens"),
+        ranks=None if exact else world_size,
+        seed=recipe.seed,
+    )
     epoch = schedule.steps_per_epoch
     steps = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * epoch)
     counted = [schedule.step(number) for number in range(min(epoch, steps, _MAX_COUNTED_STEPS))]

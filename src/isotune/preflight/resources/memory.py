@@ -139,6 +139,12 @@ def _gradients(sharding: Sharding, notes: list[str]) -> int:
     return whole + shard if zero == 3 or (zero and element_bytes == 2) else max(whole, 2 * shard if zero else 0)
 
 
+def format_bytes(count: float) -> str:
+    """Bytes in the largest binary unit that fits."""
+    units = (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+    return next((f"{count / size:.2f} {unit}" for unit, size in units if count >= size), f"{count:.0f} B")
+
+
 def parse_bytes(text: str, key: str) -> int:
     """Parse `24GiB` or `80 GB`; raises UserError without a positive number or without a unit of memory."""
     stripped = text.strip()

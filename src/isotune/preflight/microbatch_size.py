@@ -1,0 +1,51 @@
+"""`microbatch_tokens: auto`: as many tokens in one forward pass as fit into the device, up to what makes it faster.
+
+It is chosen once, before the model is loaded, and recorded in recipe.yaml; a run that is resumed keeps it. Where bits
+are promised (exact_gradients) the choice depends on the model, the data and the kind of device alone, because exact
+gradients are rounded once a microbatch; elsewhere also on the engine and on the memory that is free.
+"""
+
+from collections.abc import Callable
+
+from isotune.config import RunRecipe
+from isotune.io.errors import UserError
+from isotune.preflight.request import DEEPSPEED, FSDP, PLAIN, Launch
+from isotune.preflight.resources.memory import Memory, format_bytes
+
+# A GPU is bound by the launches of its kernels below 16,384 tokens; a core of a CPU has enough to do with one row.
+MOST_TOKENS_ON_GPU = 32_768
+SHARE_OF_MEMORY = 0.9  # beside the margin of the estimate: what the driver and the communication library take
+
+
+def choose_microbatch_tokens(
+    recipe: RunRecipe, launch: Launch, limit: int | None, estimate: Callable[[RunRecipe, Launch], Memory]
+) -> tuple[int, Memory | None]:
+    """The number of tokens, and the memory that `estimate` says of it; on CPU, without a `limit`, a row and None.
+
+    `limit` is in bytes of a process. UserError where an engine that communicates within a microbatch, and so cannot try
+    a smaller one after an error, has no room for one row.
+    """
+    if limit is None:
+        return recipe.max_seq_length, None
+    sizes = [recipe.max_seq_length]
+    while 2 * sizes[-1] <= MOST_TOKENS_ON_GPU:
+        sizes.append(2 * sizes[-1])
+    found = None
+    for size in reversed(sizes):
+        found = estimate(recipe.with_values(microbatch_tokens=size), launch)
+        if found.total <= SHARE_OF_MEMORY * limit:
+            return size, found
+    assert found is not None, "there is at least one size"
+    if launch.engine in (DEEPSPEED, FSDP):
+        raise UserError(
+            f"microbatch_tokens: one row of {recipe.max_seq_length} tokens (max_seq_length) takes "
+            f"{format_bytes(found.total)} on a process under {launch.in_words}, which has {format_bytes(limit)}: "
+            "`isotune plan` says which changes fit"
+        )
+    return sizes[0], found
+
+
+def launch_that_decides(recipe: RunRecipe, launch: Launch) -> Launch:
+    """The launch whose memory counts: a plain process where bits are promised on any number of processes."""
+    exact = recipe.sums_exactly(plain_or_ddp=launch.engine not in (DEEPSPEED, FSDP))
+    return Launch(PLAIN, 1, launch.name) if exact and launch.engine not in (DEEPSPEED, FSDP) else launch
