@@ -6,10 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 from tests.launching import REPOSITORY, TINY
 
 from isotune.config import Recipe
-from isotune.distributed.deepspeed_config import complete, find_file, offloaded, read_deepspeed_config, stage_of
+from isotune.distributed.deepspeed_config import (
+    complete,
+    find_file,
+    gradient_dtypes,
+    offloaded,
+    read_deepspeed_config,
+    stage_of,
+)
 from isotune.distributed.launch import Process, Request, check_launch, launch_arguments
 from isotune.io.errors import UserError
 from isotune.training.arguments import uses_exact_gradients
@@ -37,6 +45,27 @@ def test_everything_left_open_comes_from_the_recipe():
     assert config["bf16"]["enabled"] is True and config["fp16"]["enabled"] is False
     assert (config["train_batch_size"], config["gradient_accumulation_steps"]) == (3, 1)
     assert "auto" not in json.dumps(config)
+
+
+@pytest.mark.parametrize(
+    ("stage", "values", "own", "sums"),
+    [
+        (2, {"bf16": True}, {}, ("float32", "float32")),
+        (0, {"bf16": True}, {}, ("bfloat16", "float32")),  # DeepSpeed refuses fp32 sums of microbatches without ZeRO
+        (3, {}, {}, ("float32", "float32")),
+        (3, {"bf16": True}, {"communication_data_type": "bf16"}, ("float32", "bfloat16")),
+        (1, {"bf16": True}, {"data_types": {"grad_accum_dtype": "bf16"}}, ("bfloat16", "float32")),
+        (2, {"fp16": True}, {}, ("float16", "float16")),
+    ],
+)
+def test_gradients_are_summed_in_fp32_where_deepspeed_can_and_its_file_says_nothing_else(stage, values, own, sums):
+    config = complete(zero(stage, **own), recipe(**values), 1, "mine.json")
+    assert gradient_dtypes(config) == sums
+    theirs = DeepSpeedConfig(config)  # what DeepSpeed itself reads
+    model = "bf16" if values.get("bf16") else "fp16" if values.get("fp16") else "fp32"
+    accumulated = DtypeEnum(theirs.grad_accum_dtype or model).value
+    communicated = theirs.communication_data_type or DtypeEnum(model).value
+    assert (str(accumulated), str(communicated)) == tuple(f"torch.{name}" for name in sums)
 
 
 def test_every_shipped_file_is_complete_with_numbers_for_its_buckets():
@@ -69,6 +98,26 @@ def test_every_shipped_file_is_complete_with_numbers_for_its_buckets():
         (zero(gradient_clipping=0.5), {}, "says gradient_clipping: 0.5, and the recipe max_grad_norm: 1: say"),
         (zero(bf16={"enabled": True}), {}, "says bf16.enabled: true, and the recipe bf16: false: say"),
         (zero(fp16={"enabled": False}), {"fp16": True}, "says fp16.enabled: false, and the recipe fp16: true: say"),
+        (
+            zero(bf16={"enabled": True, "bf16_master_weights_and_grads": True}),
+            {"bf16": True},
+            "says bf16.bf16_master_weights_and_grads, and what is trained stays in fp32",
+        ),
+        (
+            zero(data_types={"grad_acum_dtype": "fp32"}),
+            {},
+            "'data_types.grad_acum_dtype' is not a key of DeepSpeed's: did you mean 'grad_accum_dtype'?",
+        ),
+        (
+            zero(data_types={"grad_accum_dtype": "fp64"}),
+            {"bf16": True},
+            'says data_types.grad_accum_dtype: "fp64": it takes fp32, bf16, fp16',
+        ),
+        (
+            zero(communication_data_type="float32"),
+            {},
+            'says communication_data_type: "float32": it takes fp32, bf16, fp16',
+        ),
         (zero(torch_autocast={"enabled": True}), {}, "enables torch_autocast, and the recipe says the precision"),
         (zero(train_batch_size=8), {}, "says train_batch_size: 8, and a step sees global_batch_size rows"),
         (

@@ -1,5 +1,6 @@
 """accelerate 1.15: what it has no public way for, or does wrongly."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,18 @@ def run_fp16_on_cpu(accelerator: Any) -> None:
     """Let fp16 on CPU run in fp16: accelerate 1.15 computes in fp32 there and says nothing."""
     accelerator.native_amp = True
     accelerator.scaler = torch.amp.GradScaler("cpu")
+
+
+def reduce_fsdp_in_fp32(accelerator: Any) -> None:
+    """Let FSDP2 in 16 bits sum gradients in fp32 and leave outputs as they are; call it before `prepare`.
+
+    accelerate 1.15's policy rounds the summed loss to 16 bits, and with it the factor on every gradient, and adds up
+    and reduces the gradients of microbatches in 16 bits.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.mixed_precision_policy is not None:
+        policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None)
+        plugin.mixed_precision_policy = policy
 
 
 def let_scaler_check_before_step(optimizer: Any) -> None:

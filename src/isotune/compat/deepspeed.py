@@ -97,6 +97,59 @@ def offloads_to_nvme(zero: Any) -> bool:
     return any(zero._swappable_optimizer_subgroup(group) for group in range(len(zero.fp16_groups)))
 
 
+@contextmanager
+def unrounded_masters(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Within it DeepSpeed takes over a model that computes in `dtype`, of 16 bits, and trains its weights as they were.
+
+    0.19.8 makes the fp32 weights that it trains from those that it has rounded to 16 bits. What rounding changes is
+    kept meanwhile in host memory: whole, or this rank's share of weights that were loaded in shares.
+    """
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    in_shares, kept = {p for p in model.parameters() if is_partitioned(p)}, dict[Any, torch.Tensor]()
+    whole_or_shared: Any = model.parameters()
+    for parameter in whole_or_shared:
+        held = parameter.ds_tensor if parameter in in_shares else parameter
+        rounded = held.data.to(dtype)
+        if parameter.requires_grad and held.dtype == torch.float32 and not torch.equal(rounded.float(), held):
+            kept[parameter] = held.detach().to("cpu", copy=True).flatten()
+        if parameter in in_shares and held.is_floating_point():  # DeepSpeed rounds the others itself
+            held.data, parameter.data = rounded, parameter.data.to(dtype)
+    yield
+    for parameter, value in kept.items():
+        if not is_partitioned(parameter):
+            safe_set_full_fp32_param(parameter, value)
+            continue
+        size: int = parameter.ds_tensor.numel()
+        own = value if parameter in in_shares else value[dist.get_rank() * size :][:size]
+        safe_set_local_fp32_param(parameter, torch.nn.functional.pad(own, (0, size - own.numel())))
+
+
+def add_up_in_fp32(model: Any) -> None:
+    """Let microbatches within `coalesce_grad_reduction` add up in the configured `grad_accum_dtype` under ZeRO-2 and 3.
+
+    0.19.8 does so only where it reduces after each microbatch, and here adds up in the parameters' own 16 bits.
+    """
+    dtype = model.optimizer.gradient_accumulation_dtype
+    model.optimizer._gradient_reduction_buffer_dtype = lambda: dtype  # of ZeRO-2: what it copies gradients to
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad_dtype = dtype
+
+
+def accumulation_dtypes(model: Any, *, coalesces: bool) -> set[torch.dtype]:
+    """The types that gradients of microbatches add up in: on this rank, and in its share of the reduced ones."""
+    zero, own = model.optimizer, {p.grad_dtype for p in model.parameters() if p.requires_grad}
+    if hasattr(zero, "grad_acc_dtype"):  # ZeRO-1 in bf16
+        return {zero.grad_acc_dtype}
+    if not hasattr(zero, "gradient_accumulation_dtype"):  # no ZeRO
+        return own
+    # ZeRO-1 keeps sums of its own, where they are of another type; ZeRO-2 and 3 only add up what is reduced
+    adds_up_gradients = coalesces or not getattr(zero, "partition_gradients", True)
+    shares = {zero.gradient_accumulation_dtype}
+    return shares | own if adds_up_gradients and not getattr(zero, "use_grad_accum_attribute", False) else shares
+
+
 def disable_shm_transport() -> None:
     """Let gloo carry collectives between CPU processes, instead of a transport that DeepSpeed compiles itself.
 

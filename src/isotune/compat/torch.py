@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn import functional
@@ -109,6 +109,12 @@ def fsdp2_offloads(model: FSDPModule) -> bool:
     """Whether `fully_shard` was given a CPUOffloadPolicy; the module has no getter for its policy."""
     group = model._get_fsdp_state()._fsdp_param_group
     return group is not None and type(group.offload_policy).__name__ == "CPUOffloadPolicy"
+
+
+def fsdp2_policies(model: FSDPModule) -> set[MixedPrecisionPolicy]:
+    """The precision that `fully_shard` was given for each part of a model; the module has no getter for it either."""
+    modules: Any = model
+    return {part._get_fsdp_state()._mp_policy for part in modules.modules() if isinstance(part, FSDPModule)}
 
 
 def wrapper_tensor(cls: type, size: int, dtype: torch.dtype) -> Any:

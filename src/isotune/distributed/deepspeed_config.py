@@ -16,6 +16,7 @@ from isotune.io.errors import Complain, UserError, did_you_mean, refuse
 
 INLINE = "the accelerate configuration"
 AUTO = "auto"
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # DeepSpeed's names, torch's
 
 
 def read_deepspeed_config(
@@ -61,10 +62,19 @@ def complete(
         "zero_allow_untested_optimizer": True,
         "steps_per_print": sys.maxsize,
     }
-    if recipe.bf16 and stage_of(config) > 0 and "data_types" not in config:
-        # microbatches would otherwise be accumulated in bf16
-        filled["data_types"] = {"grad_accum_dtype": "fp32"}
+    if recipe.bf16:
+        # gradients would otherwise be summed in bf16, over ranks and over microbatches; without ZeRO the latter has to
+        filled = {"communication_data_type": "fp32", **filled}
+        if stage_of(config) > 0:
+            filled["data_types"] = {"grad_accum_dtype": "fp32", **(config.get("data_types") or {})}
     return filled
+
+
+def gradient_dtypes(config: Mapping[str, Any]) -> tuple[str, str]:
+    """The types, by torch's names, in which a complete configuration sums gradients: of microbatches, and of ranks."""
+    own = next((key for key in ("bf16", "fp16") if config[key]["enabled"]), "fp32")
+    accumulated = (config.get("data_types") or {}).get("grad_accum_dtype") or own
+    return DTYPES[accumulated], DTYPES[config.get("communication_data_type") or own]
 
 
 def stage_of(config: Mapping[str, Any] | None) -> int:
@@ -154,6 +164,12 @@ def _contradictions(config: Mapping[str, Any], recipe: RunRecipe) -> Iterator[st
         if theirs not in (AUTO, on):
             both = f"{key}.enabled: {json.dumps(theirs)}, and the recipe {key}: {json.dumps(on)}"
             yield f'says {both}: say "auto" in the first'
+        if (config.get(key) or {}).get(f"{key}_master_weights_and_grads"):
+            yield f"says {key}.{key}_master_weights_and_grads, and what is trained stays in fp32: take it out"
+    sums = {"data_types.grad_accum_dtype": (config.get("data_types") or {}).get("grad_accum_dtype")}
+    for key, value in {**sums, "communication_data_type": config.get("communication_data_type")}.items():
+        if value is not None and value not in DTYPES:
+            yield f"says {key}: {json.dumps(value)}: it takes {', '.join(DTYPES)}"
     for key in ("amp", "torch_autocast"):
         if (config.get(key) or {}).get("enabled"):
             yield f"enables {key}, and the recipe says the precision by bf16 and fp16: take it out"
@@ -181,6 +197,7 @@ def _check_sections(config: Mapping[str, Any], name: str, complain: Complain) ->
     ):
         known[path] = {alias for key, field in model.model_fields.items() for alias in (key, field.alias) if alias}
     known["fp16"].add("auto_cast")
+    known["data_types"] = {"grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"}
     for path, keys in known.items():
         section: Any = config
         for part in filter(None, path.split(".")):

@@ -5,17 +5,21 @@ no configuration: engine, ZeRO stage, clipping, precision and shards come from t
 """
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from isotune.compat.torch import fsdp2_offloads
+from isotune.compat.deepspeed import accumulation_dtypes
+from isotune.compat.torch import fsdp2_offloads, fsdp2_policies
 from isotune.config import RunRecipe
-from isotune.distributed.deepspeed_config import offloaded
+from isotune.distributed.deepspeed_config import gradient_dtypes, offloaded
 from isotune.distributed.launch import Process
 from isotune.io.errors import RunFault
+
+PRECISIONS = {None: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def read_back(trainer: Any) -> dict[str, Any]:
@@ -29,6 +33,8 @@ def read_back(trainer: Any) -> dict[str, Any]:
     world_size, precision = int(accelerator.num_processes), accelerator.mixed_precision
     clipping, accumulation = float(trainer.args.max_grad_norm or 0.0), accelerator.gradient_accumulation_steps
     optimizer = _innermost(trainer.optimizer)
+    weight_types: set[Any] = {p.dtype for p in model.parameters() if p.requires_grad}
+    accumulation_types, reduction_types, output_types = weight_types, weight_types, set[Any]()
     if type(model).__module__.startswith("deepspeed."):
         kind, stage, zero = "DeepSpeed", int(model.zero_optimization_stage()), model.optimizer
         parts = {
@@ -41,8 +47,14 @@ def read_back(trainer: Any) -> dict[str, Any]:
         clipping = float(getattr(model.optimizer, "clip_grad", model.gradient_clipping()) or 0.0)
         accumulation = model.gradient_accumulation_steps()
         optimizer = _innermost(model.basic_optimizer)
+        accumulation_types = accumulation_dtypes(model, coalesces=trainer.update.sync.coalesces)
+        reduction_types = {model.communication_data_type}
     elif isinstance(model, FSDPModule):
         kind, offload = "FSDP", ["param", "optimizer"] if fsdp2_offloads(model) else []
+        policies = fsdp2_policies(model)
+        precision = " and ".join(sorted(PRECISIONS[policy.param_dtype] for policy in policies))
+        accumulation_types = {policy.reduce_dtype or policy.param_dtype for policy in policies} - {None} or weight_types
+        reduction_types, output_types = accumulation_types, {policy.output_dtype for policy in policies} - {None}
     elif isinstance(model, DistributedDataParallel):
         kind, world_size = "DDP", torch.distributed.get_world_size(model.process_group)
     weights = accelerator.unwrap_model(model).parameters()
@@ -53,6 +65,9 @@ def read_back(trainer: Any) -> dict[str, Any]:
         "offload": offload,  # parts in host memory
         "world_size": world_size,  # ranks of the group that the engine reduces over
         "precision": precision,
+        "accumulation_dtype": _names(accumulation_types),  # of the gradients of an update's microbatches
+        "reduction_dtype": _names(reduction_types),  # of the ranks' gradients
+        "output_dtype": _names(output_types) or None,  # what the engine rounds the model's outputs to, the loss too
         "max_grad_norm": clipping,  # 0 clips nothing
         "optimizer": type(optimizer).__name__,
         "accumulation": accumulation,
@@ -67,12 +82,16 @@ def check_engine(engine: dict[str, Any], trainer: Any, recipe: RunRecipe, proces
     grouped = process.world_size > 1 or ("WORLD_SIZE" in os.environ and torch.distributed.is_initialized())
     kind = "DeepSpeed" if process.deepspeed else "FSDP" if process.fsdp else "DDP" if grouped else "plain"
     optimizer = trainer.get_optimizer_cls_and_kwargs(trainer.args)[0].__name__
+    sums = gradient_dtypes(process.deepspeed_config) if process.deepspeed_config else ("float32", "float32")
     expected_values = {
         "kind": ("engine", kind),
         "zero_stage": ("zero_optimization.stage", process.zero_stage),
         "offload": ("zero_optimization.offload_*", offloaded(process.deepspeed_config)),
         "world_size": ("world size", int(os.environ.get("WORLD_SIZE", "1"))),
         "precision": ("precision", recipe.precision),
+        "accumulation_dtype": ("the type that gradients of microbatches add up in", sums[0]),
+        "reduction_dtype": ("the type that gradients of processes add up in", sums[1]),
+        "output_dtype": ("the type that the loss is rounded to", None),
         "max_grad_norm": ("max_grad_norm", float(recipe.training_arguments["max_grad_norm"])),
         "optimizer": ("optim (zero_force_ds_cpu_optimizer: false leaves it alone)", optimizer),
         "accumulation": ("gradient_accumulation_steps", 1),
@@ -83,6 +102,10 @@ def check_engine(engine: dict[str, Any], trainer: Any, recipe: RunRecipe, proces
             continue  # accelerate's own key, which changes no result
         if actual != expected:
             raise RunFault(f"{key} is {actual} after preparation, and {expected} was asked; nothing was trained")
+
+
+def _names(types: Iterable[Any]) -> str:
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))
 
 
 def whole_numel(parameter: Any) -> int:

@@ -99,7 +99,9 @@ def start_process(recipe: RunRecipe) -> Process:
     if stage_of(config) == 3:
         from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-        keep_alive = HfDeepSpeedConfig(config)
+        # weights that are trained are loaded as they are, and rounded when the engine has kept what rounding changes
+        as_loaded = {} if recipe.tune != "full" else {key: {"enabled": False} for key in ("bf16", "fp16")}
+        keep_alive = HfDeepSpeedConfig({**(config or {}), **as_loaded})
     device = torch.device(state.device)  # type: ignore[arg-type]  (declared as a device, a string or None)
     return Process(state.process_index, state.num_processes, device, engine == "FSDP", config, keep_alive)
 

@@ -85,6 +85,11 @@ class PreTrainChecks(TrainerCallback):
             f"the first: {len(first.microbatches)} microbatches, {first.documents} documents{targets}",
             flush=True,
         )
+        for what, key in (("microbatches", "accumulation_dtype"), ("processes", "reduction_dtype")):
+            if found[key] != "float32":
+                print(f"note        gradients of {what} add up in {found[key]} under {engine}")
+        if found["zero_stage"] == 0 and found["precision"] == "bf16":
+            print("note        ZeRO-0 in bf16 keeps no weights in fp32, and loses small updates: use DDP or ZeRO-1")
         idle = process.world_size - len(first.microbatches)
         if idle > 0:
             print(f"note        {idle} of {process.world_size} processes have nothing to do: raise global_batch_size")

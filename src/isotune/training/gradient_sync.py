@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from isotune.compat.deepspeed import forget_coalesced_reduction
+from isotune.compat.deepspeed import add_up_in_fp32, forget_coalesced_reduction
 from isotune.io.errors import RunFault
 from isotune.training.exact_gradients import ExactGradients
 
@@ -35,6 +35,9 @@ class GradientSync:
         self.shards_gradients = accelerator.distributed_type.value == "FSDP"
         # of a microbatch's loss: engines average gradients over the ranks, integers are added up
         self.loss_scale: int = 1 if exact is not None else accelerator.num_processes
+
+    def prepare(self, model: Any) -> None:
+        """Called once, with the model as the engine has prepared it."""
 
     @contextlib.contextmanager
     def update(self, model: nn.Module) -> Iterator[None]:
@@ -100,6 +103,11 @@ class ZeroGradientSync(GradientSync):
         self.coalesces = exact is not None or (once and accelerator.state.deepspeed_plugin.zero_stage >= 2)
         self.max_grad_norm, self.norm = max_grad_norm, math.nan
         self.shards_gradients = True
+
+    def prepare(self, model: Any) -> None:
+        """Microbatches whose sum waits on this rank add up as exactly as those that are reduced one by one."""
+        if self.coalesces:
+            add_up_in_fp32(model)
 
     @contextlib.contextmanager
     def update(self, model: Any) -> Iterator[None]:

@@ -20,6 +20,7 @@ Only where there is a Checkpointer:
 Of TRL 1.16 also `_send_telemetry`: a run tells nobody that it runs.
 """
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -33,7 +34,8 @@ from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
 
-from isotune.compat.accelerate import let_scaler_check_before_step, run_fp16_on_cpu
+from isotune.compat.accelerate import let_scaler_check_before_step, reduce_fsdp_in_fp32, run_fp16_on_cpu
+from isotune.compat.deepspeed import unrounded_masters
 from isotune.compat.transformers import let_trainer_skip_steps
 from isotune.compat.trl import trained_parameters_kept
 from isotune.data.batch_schedule import StepSchedule, assign_to_ranks, collate
@@ -136,6 +138,8 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
         self.plan, self.recorder, self.checkpointer = plan, recorder, checkpointer
         if self.args.fp16 and self.accelerator.device.type == "cpu" and not self.is_deepspeed_enabled:
             run_fp16_on_cpu(self.accelerator)
+        if self.is_fsdp_enabled:
+            reduce_fsdp_in_fp32(self.accelerator)
         self.watchdog = Watchdog(self.args.ddp_timeout)
         nonfinite = plan.nonfinite or NonFinitePolicy(fp16=self.args.fp16, is_main=self.args.process_index == 0)
         model: Any = self.model
@@ -223,13 +227,23 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         ours = self.checkpointer is not None
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None if ours else resume_from_checkpoint)
+        with self._masters_kept():
+            prepared = super()._prepare_for_training(
+                max_steps, train_dataloader, None if ours else resume_from_checkpoint
+            )
+        self.update.sync.prepare(self.model_wrapped)
         if self.args.fp16 and not self.is_deepspeed_enabled:
             wrapped: Any = self.optimizer
             let_scaler_check_before_step(wrapped.optimizer)
         if self.checkpointer is not None and self.checkpointer.resumption is not None:
             self.checkpointer.restore()
         return prepared
+
+    def _masters_kept(self) -> contextlib.AbstractContextManager:
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        if dtype is None or not self.is_deepspeed_enabled:
+            return contextlib.nullcontext()
+        return unrounded_masters(cast(nn.Module, self.model), dtype)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.checkpointer is None:
