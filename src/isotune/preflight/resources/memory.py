@@ -9,12 +9,12 @@ traced microbatch. N is the number of processes, T the trained parameters:
     ZeRO-0      whole               g T                             T
     ZeRO-1      whole               4 T; in bf16 2 T and fp32 sums  T / N, and an fp32 copy of the shard
                                     of 4 T that always exist
-    ZeRO-2      whole               4 T; in 16 bits 2 T and the     the same
+    ZeRO-2      whole               4 T; in 16 bits g T and the     the same
                                     fp32 shard, 4 T / N
     ZeRO-3      shards              g T, and the fp32 shard         the same
     FSDP2       shards of rows      4 T during accumulation         T / N
 
-g is 2 in 16 bits and 4 in fp32. With `gradient_reduction: pass` ZeRO-2 and 3 hold shards only.
+g is 4, in fp16 2, and 2 under ZeRO-0 in bf16 too. With `gradient_reduction: pass` ZeRO-2 and 3 hold shards only.
 (Rajbhandari et al. 2020, arXiv:1910.02054; the copy of the shard exists in fp32 training too.)
 """
 
@@ -91,7 +91,7 @@ def estimate_memory(sharding: Sharding, traced: MicrobatchMemory, microbatches: 
     if launch.engine == DEEPSPEED and zero:
         section = launch.zero_optimization
         bucket = min(int(section.get("reduce_bucket_size", 5e8)), model.trained_numel)
-        communication = sharding.gradient_bytes * bucket * (2 if section.get("overlap_comm") else 1)
+        communication = sharding.reduced_bytes * bucket * (2 if section.get("overlap_comm") else 1)
         if zero == 3:
             communication += sharding.gathered_bytes
             notes.append("communication: gathered weights, and the buckets")
@@ -125,8 +125,8 @@ def state_bytes(recipe: RunRecipe) -> float:
 def _gradients(sharding: Sharding, notes: list[str]) -> int:
     """Peak bytes of gradients on the process that needs most; adds to `notes`."""
     recipe, launch, trained_numel = sharding.recipe, sharding.launch, sharding.model.trained_numel
-    element_bytes, shard = sharding.gradient_bytes, GRADIENT_BYTES * sharding.optimized_numel
-    zero, whole = launch.zero_stage or 0, element_bytes * trained_numel
+    shard, whole = GRADIENT_BYTES * sharding.optimized_numel, sharding.summed_bytes * trained_numel
+    zero, is_cast = launch.zero_stage or 0, sharding.gradient_bytes == 2
     if zero >= 2 and recipe.gradient_reduction == "pass":
         return shard
     if sharding.exact_gradients:
@@ -136,7 +136,7 @@ def _gradients(sharding: Sharding, notes: list[str]) -> int:
         notes.append("gradients: DeepSpeed accumulates ZeRO-1's bf16 gradients in fp32, unsharded on every process")
         return whole + shard * launch.world_size
     # in fp32 the shards of ZeRO-1 and 2 are views of the gradients, and two shards exist during the optimizer step
-    return whole + shard if zero == 3 or (zero and element_bytes == 2) else max(whole, 2 * shard if zero else 0)
+    return whole + shard if zero == 3 or (zero and is_cast) else max(whole, 2 * shard if zero else 0)
 
 
 def format_bytes(count: float) -> str:

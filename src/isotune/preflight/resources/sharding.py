@@ -2,7 +2,8 @@
 
 The model is built on the meta device, from its configuration alone. In the table of what is exchanged N is the number
 of processes, T the trained parameters, W all parameters, g and w the bytes of an element of gradients and weights in a
-collective: 2 where an engine shards 16-bit weights, otherwise those of the tensors.
+collective. w is 2 where an engine shards 16-bit weights, otherwise that of the tensors; g is 4, and 2 in DeepSpeed's
+fp16.
 
     engine      all-reduce        reduce-scatter    all-gather, with P microbatches on a process
     DDP         g T
@@ -33,7 +34,7 @@ from isotune.models.lora import add_adapters
 from isotune.models.opening import weights_dtype
 from isotune.models.packed_attention import set_packed_attention
 from isotune.models.supervised_loss import install_supervised_loss
-from isotune.preflight.request import DDP, FSDP, PLAIN, Launch
+from isotune.preflight.request import DDP, DEEPSPEED, FSDP, PLAIN, Launch
 
 # bitsandbytes' block sizes: an fp32 scale for 64 weights; with double quantization a byte, and fp32 for 256 scales
 _WEIGHTS_PER_SCALE, _SCALES_PER_BLOCK = 64, 256
@@ -163,6 +164,23 @@ class Sharding:
         is_cast = self.launch.casts_weights(self.recipe)
         return 2 if is_cast and not (self.launch.zero_stage == 3 and self.recipe.tune != "full") else 4
 
+    @property
+    def reduced_bytes(self) -> int:
+        """Bytes of a gradient's element between processes."""
+        return self._sum_bytes((self.launch.deepspeed_config or {}).get("communication_data_type"))
+
+    @property
+    def summed_bytes(self) -> int:
+        """Bytes of a gradient's element in the sum of the microbatches of a process."""
+        data_types = (self.launch.deepspeed_config or {}).get("data_types") or {}
+        sums_apart = self.recipe.bf16 and (self.launch.zero_stage or 0) >= 2
+        return self._sum_bytes(data_types.get("grad_accum_dtype")) if sums_apart else self.gradient_bytes
+
+    def _sum_bytes(self, dtype: str | None) -> int:
+        """Bytes of `dtype` of a DeepSpeed configuration, where without it a sum is fp32, except in fp16."""
+        is_16_bit = dtype in ("bf16", "fp16") or (dtype is None and self.recipe.fp16)
+        return 2 if self.launch.engine == DEEPSPEED and is_16_bit else 4
+
     def weight_bytes(self, parameter: Parameter) -> int:
         """Bytes of a whole parameter in memory."""
         return self.gradient_bytes * parameter.numel if parameter.trained else parameter.bytes
@@ -193,18 +211,17 @@ class Sharding:
             return {}
         reductions = microbatches if recipe.gradient_reduction == "pass" and zero in (2, 3) else 1
         if launch.engine == FSDP:
-            is_16_bit = recipe.bf16 or recipe.fp16  # FSDP2 casts all that it sends to that type
+            is_16_bit = recipe.bf16 or recipe.fp16  # FSDP2 casts all weights that it sends to that type
             gathered = 2 * (model.numel + model.block_numel) if is_16_bit else model.bytes + model.block_bytes
-            sent = (2 if is_16_bit else 4) * model.trained_numel
-            return {"reduce_scatter": sent, "all_gather": microbatches * gathered}
+            return {"reduce_scatter": self.reduced_bytes * model.trained_numel, "all_gather": microbatches * gathered}
         if zero == 3:
             persistent, others = self._by_persistence
             gathered = persistent + microbatches * (others + round(others * (1 - self._kept_share)))
-            sent = (2 if launch.casts_weights(recipe) else 4) * model.trained_numel * reductions
+            sent = self.reduced_bytes * model.trained_numel * reductions
             return {"reduce_scatter": sent, "all_gather": gathered}
         sent = EXACT_BYTES * model.trained_numel if self.exact_gradients else 0
         if not self.exact_gradients or zero:
-            sent += self.gradient_bytes * model.trained_numel * reductions
+            sent += self.reduced_bytes * model.trained_numel * reductions
         gathered = self.gradient_bytes * launch.world_size * self.optimized_numel
         return {"all_reduce": sent, "all_gather": gathered} if zero else {"all_reduce": sent}
 
