@@ -186,7 +186,7 @@ def _lora_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torc
 class _LoraLinear(AutogradFunction):
     """x @ weight.T + bias + scaling * dropout(x) @ down.T @ up.T, with weight [out, in], down [r, in] and up [out, r].
 
-    Weight and bias are frozen and get no gradient.
+    The weight is frozen and gets no gradient; the bias gets one where `bias: lora_only` or `all` trains it.
     """
 
     @staticmethod
@@ -197,6 +197,7 @@ class _LoraLinear(AutogradFunction):
         kept = draw_call(x.shape, threshold).view(rows.shape) if threshold else None
         ctx.packed = None if kept is None else pack_kept(kept)
         ctx.factor, ctx.input_dtype, ctx.compute = scaling * keep_scale, x.dtype, compute
+        ctx.bias_dtype = None if bias is None else bias.dtype
         # the largest tensor first: small ones that outlive this call, allocated before it, fragment the heap
         result = linear(rows, weight.to(compute), None if bias is None else bias.to(compute))
         inner = masked(rows, None if kept is None else as_mask(kept)) @ down.to(compute).t()
@@ -214,11 +215,13 @@ class _LoraLinear(AutogradFunction):
         inner_grad = (upstream @ up.to(ctx.compute)).mul_(ctx.factor)
         up_grad = (inner.t() @ upstream).t().to(up.dtype) * ctx.factor
         down_grad = (inner_grad.t() @ masked(rows, mask)).to(down.dtype)
-        x_grad = None
+        x_grad = bias_grad = None
+        if ctx.needs_input_grad[2]:
+            bias_grad = upstream.sum(dim=0, dtype=ctx.bias_dtype)
         if ctx.needs_input_grad[0]:
             x_grad = masked(inner_grad @ down.to(ctx.compute), mask).addmm_(upstream, weight.to(ctx.compute))
             x_grad = x_grad.to(ctx.input_dtype).view(*grad.shape[:-1], -1)
-        return x_grad, None, None, down_grad, up_grad, None, None, None
+        return x_grad, None, bias_grad, down_grad, up_grad, None, None, None
 
 
 def slim_tied_embedding(model: nn.Module) -> bool:
