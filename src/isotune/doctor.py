@@ -24,7 +24,7 @@ from isotune.data.cache import cache_folder
 from isotune.data.sources.hub import hub_answers
 from isotune.evaluation.distributed_eval import Ranks, start_ranks
 from isotune.models.cpu.document_attention import document_attention
-from isotune.models.packed_attention import kernel_in_effect, packed_attention
+from isotune.models.packed_attention import last_kernel, packed_attention
 
 OK, NOTE, WRONG = "ok", "note", "WRONG"
 KERNEL_TOLERANCE = 2e-2  # of bf16, with 8 bits of precision, over sums of a hundred elements
@@ -128,7 +128,6 @@ def kernels() -> Iterator[Finding]:
     try:
         starts = torch.tensor(bounds, dtype=torch.int32, device=device)
         documents: Any = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 64, "max_length_k": 64}
-        name = kernel_in_effect(device, torch.bfloat16)
         query, key, value = (t.to(device) for t in inputs)
         output, _ = packed_attention(torch.nn.Module(), query, key, value, None, is_causal=True, **documents)
         query, key, value = (t.float() for t in inputs)
@@ -137,6 +136,7 @@ def kernels() -> Iterator[Finding]:
         yield Finding(WRONG, "attention", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
                       "packed training cannot start", "another torch build, or fp32")  # fmt: skip
         return
+    name = last_kernel()
     distance = float((output.float().cpu() - exact).abs().max())
     if distance > KERNEL_TOLERANCE:
         yield Finding(WRONG, "attention", f"{name} differs from fp32 by {distance:.2g}", "it computes wrong results",
@@ -247,7 +247,7 @@ def all_reduce(ranks: Ranks) -> Iterator[Finding]:
                       "check the network; NCCL_DEBUG=INFO")  # fmt: skip
     elif rate < SLOW_BYTES_PER_SECOND:
         yield Finding(NOTE, "all-reduce", result, "steps would wait for gradients",
-                      "name the fast network interface in NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME")  # fmt: skip
+                      "name the fast network interface in NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME")  # fmt: skip
     else:
         yield Finding(OK, "all-reduce", result)
 

@@ -126,3 +126,25 @@ def global_offset(tensor: DTensor) -> tuple[int, ...]:
     """Where this rank's local tensor begins in the whole one, by dimension; DTensor has no public accessor for it."""
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(offset)
+
+
+@functools.cache
+def has_flash_varlen() -> bool:
+    """Whether this build of torch has `flash_varlen` for CUDA."""
+    return torch.backends.cuda.is_flash_attention_available() and hasattr(torch.ops.aten, "_flash_attention_forward")
+
+
+def flash_varlen(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float, causal: bool
+) -> Tensor:
+    """Attention within each document by torch's flash attention on CUDA, [tokens, heads, size] in 16 bits.
+
+    `key` and `value` [tokens, key_heads, size] may have fewer heads, `bounds` are int32 [documents + 1]. The operator
+    behind `torch.nn.attention.varlen.varlen_attn`, which in torch 2.10 and 2.11 takes neither grouped heads nor a
+    number of splits. Its backward pass is deterministic where `torch.use_deterministic_algorithms` is on.
+    """
+    operator = torch.ops.aten._flash_attention_forward.default
+    # with split keys, which came with torch 2.12, the order of sums would depend on the longest document of the row
+    splits = {"num_splits": 1} if "num_splits" in {argument.name for argument in operator._schema.arguments} else {}
+    more: Any = {"scale": scale, **splits}
+    return operator(query, key, value, bounds, bounds, longest, longest, 0.0, causal, False, **more)[0]

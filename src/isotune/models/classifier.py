@@ -174,7 +174,7 @@ def _encoder_of(model: PreTrainedModel) -> Any:
 
 
 def _packed_inputs(config: PreTrainedConfig, input_ids: torch.Tensor, bounds: torch.Tensor, given: dict) -> dict:
-    positions = document_position_ids(config, bounds)
+    positions = document_position_ids(config, bounds, input_ids.shape[1])
     return {"input_ids": input_ids, "position_ids": positions, "cu_seq_lens_q": bounds, **given}
 
 

@@ -20,9 +20,8 @@ Importing this module registers the function. Without boundaries (generation, pa
 
 import functools
 import importlib.util
-import inspect
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -33,9 +32,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from isotune.compat.peft import base_model_of
+from isotune.compat.torch import flash_varlen, has_flash_varlen
 from isotune.compat.transformers import attention_of, lets_attention_be_replaced
 from isotune.io.errors import UserError
 from isotune.models.cpu.document_attention import document_attention
+from isotune.models.document_keys import current_documents, document_keys, draw_call_key
 
 PACKED = "packed"
 FLASH_ATTENTION = "flash_attn_varlen"
@@ -53,16 +54,17 @@ POSITIONS_AFTER_PADDING = frozenset(
 def kernel_in_effect(device: torch.device | str, dtype: torch.dtype, dropout: float = 0.0, head_size: int = 64) -> str:
     """Name of the kernel that `packed` runs on query, key and value of this device, dtype (autocast's) and head size.
 
-    torch's varlen kernel has no dropout of attention weights, and both varlen kernels take multiples of 8 up to 256.
+    Both varlen kernels take multiples of 8 up to 256. Neither drops attention weights by document, so with dropout the
+    documents are computed one by one.
     """
     device = torch.device(device)
     if device.type == "cpu":
         return DOCUMENT_PRODUCTS
     fits = dtype in (torch.float16, torch.bfloat16) and head_size % 8 == 0 and head_size <= 256
-    if device.type == "cuda" and fits and torch.cuda.get_device_capability(device) >= (8, 0):
+    if device.type == "cuda" and fits and dropout == 0.0 and torch.cuda.get_device_capability(device) >= (8, 0):
         if _flash_attention() is not None:
             return FLASH_ATTENTION
-        if dropout == 0.0 and _torch_varlen_options() is not None:
+        if has_flash_varlen():
             return TORCH_VARLEN
     return DOCUMENT_SDPA
 
@@ -87,8 +89,10 @@ def packed_attention(
     `query` is [1, heads, tokens, head_size]; `key` and `value` are [1, key_heads, tokens, head_size]. `cu_seq_lens_q`
     and `_k` are the same boundaries, int32 [documents + 1]; without them transformers' sdpa runs, with the mask of
     `packed_mask`. Where not given, `scaling` is 1 / sqrt(head_size), `is_causal` the module's, and `max_length_q`, the
-    tokens of the longest document, is computed. Returns [1, tokens, heads, head_size], and None for the attention
-    weights. UserError where the model uses an attention feature that `packed` does not support.
+    tokens of the longest document, is computed. On a GPU under autocast all inputs are cast to its dtype first, because
+    rotary embeddings make fp32 of query and key. Dropped weights are the document's own, as in document_keys.py.
+    Returns [1, tokens, heads, head_size], and None for the attention weights. UserError where the model uses an
+    attention feature that `packed` does not support.
     """
     _check_supported(kwargs, cu_seq_lens_q, max_length_q)
     if cu_seq_lens_q is None:
@@ -102,15 +106,17 @@ def packed_attention(
     assert query.shape[0] == 1 and query.shape[2] == key.shape[2], "a packed microbatch is one row, without a cache"
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    device = query.device.type
+    if device != "cpu" and torch.is_autocast_enabled(device):
+        query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
     kernel = kernel_in_effect(query.device, query.dtype, dropout, query.shape[-1])
+    _note_kernel(kernel)
     if kernel in (FLASH_ATTENTION, TORCH_VARLEN):
         longest = int(cu_seq_lens_q.diff().max()) if max_length_q is None else int(max_length_q)
-        by_token = [t[0].transpose(0, 1) for t in (query, key, value)]
-        given = (*by_token, cu_seq_lens_q, cu_seq_lens_q, longest, longest)
-        if kernel == FLASH_ATTENTION:
-            return _run_flash_attention(given, scale, causal, dropout)[None], None
-        return _run_torch_varlen(given, scale, causal)[None], None
-    bounds = cu_seq_lens_q.tolist()
+        q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+        run = _run_flash_attention if kernel == FLASH_ATTENTION else flash_varlen
+        return run(q, k, v, cu_seq_lens_q, longest, scale, causal)[None], None
+    bounds = _on_host(cu_seq_lens_q)
     assert bounds[0] == 0 and bounds[-1] == query.shape[2], "the documents cover the row"
     is_fp32 = query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     # in fp32 and without gradients torch's fused kernel is the faster one on CPU
@@ -120,18 +126,44 @@ def packed_attention(
             query, key, value, bounds, scale=scale, causal=causal, dropout=dropout, keep_weights=keep
         )
         return out, None
-    outputs = [
-        functional.scaled_dot_product_attention(
-            *(t[:, :, start:stop] for t in (query, key, value)),
-            dropout_p=dropout,
-            scale=scale,
-            is_causal=causal,
-            enable_gqa=key.shape[1] != query.shape[1],
+    return _document_by_document(query, key, value, bounds, scale, causal, dropout), None
+
+
+def _document_by_document(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: list[int],
+    scale: float,
+    causal: bool,
+    dropout: float,
+) -> torch.Tensor:
+    """torch's attention of one document after the other, [1, tokens, heads, head_size].
+
+    A kernel draws the weights that it drops from the device's generator, which is seeded for each document.
+    """
+    lengths = [stop - start for start, stop in pairwise(bounds)]
+    seeds = _document_seeds(len(lengths)) if dropout and query.device.type == "cuda" else None
+    outputs = []
+    # split, and not slices: the gradient of a slice is as large as the row
+    for i, document in enumerate(zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)):
+        if not lengths[i]:
+            continue
+        if seeds is not None:
+            torch.cuda.manual_seed(seeds[i])
+        output = functional.scaled_dot_product_attention(
+            *document, dropout_p=dropout, scale=scale, is_causal=causal, enable_gqa=key.shape[1] != query.shape[1]
         )
-        for start, stop in pairwise(bounds)
-        if stop > start
-    ]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+        outputs.append(output)
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _document_seeds(count: int) -> list[int]:
+    """The key of each document in this call, a uint64; documents are numbered by their place where nobody said."""
+    documents = current_documents()
+    numbers: Sequence[int] = range(count) if documents is None else documents.numbers
+    assert len(numbers) == count, "the documents of the row are those of the microbatch"
+    return document_keys(draw_call_key(), numbers).tolist()
 
 
 def packed_mask(*, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
@@ -157,14 +189,18 @@ def set_packed_attention(model: nn.Module) -> None:
         )
 
 
-def document_position_ids(config: PreTrainedConfig, cu_seq_lens: torch.Tensor) -> torch.Tensor:
+def document_position_ids(
+    config: PreTrainedConfig, cu_seq_lens: torch.Tensor, tokens: int | None = None
+) -> torch.Tensor:
     """Position ids that restart in every document: int64 [1, tokens], from int32 [documents + 1] boundaries.
 
-    They begin at 0, or at padding_idx + 1 for RoBERTa and its relatives, as `config` says.
+    They begin at 0, or at padding_idx + 1 for RoBERTa and its relatives, as `config` says. Without `tokens`, the last
+    boundary, a GPU is waited for.
     """
     bounds = cu_seq_lens.long()
-    starts = torch.repeat_interleave(bounds[:-1], bounds.diff())
-    return (torch.arange(int(bounds[-1]), device=bounds.device) - starts + _first_position(config))[None]
+    tokens = int(bounds[-1]) if tokens is None else tokens
+    starts = torch.repeat_interleave(bounds[:-1], bounds.diff(), output_size=tokens)
+    return (torch.arange(tokens, device=bounds.device) - starts + _first_position(config))[None]
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
@@ -203,32 +239,39 @@ def _flash_attention() -> Callable | None:
     return flash_attn_varlen_func
 
 
-@functools.cache
-def _torch_varlen_options() -> dict[str, Any] | None:
-    """Options of torch's varlen kernel in this version; None where it lacks what `packed` needs."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    parameters = set(inspect.signature(varlen_attn).parameters)
-    if not {"scale", "window_size", "enable_gqa"} <= parameters:
-        return None
-    # with split keys the order of sums would depend on the longest document of the row
-    return {"num_splits": 1} if "num_splits" in parameters else {}
-
-
-def _run_flash_attention(given: tuple[Any, ...], scale: float, causal: bool, dropout: float) -> torch.Tensor:
+def _run_flash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    longest: int,
+    scale: float,
+    causal: bool,
+) -> torch.Tensor:
     kernel = _flash_attention()
     assert kernel is not None
     # its backward sums the queries' gradients in no fixed order otherwise; torch's own kernel reads this setting itself
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return kernel(*given, dropout, softmax_scale=scale, causal=causal, deterministic=deterministic)
+    options: Any = {"softmax_scale": scale, "causal": causal, "deterministic": deterministic}
+    return kernel(query, key, value, bounds, bounds, longest, longest, **options)
 
 
-def _run_torch_varlen(given: tuple[Any, ...], scale: float, causal: bool) -> Any:
-    from torch.nn.attention.varlen import varlen_attn
+_last_kernel: str | None = None
 
-    grouped = given[0].shape[1] != given[1].shape[1]
-    window = (-1, 0) if causal else (-1, -1)
-    options = _torch_varlen_options() or {}
-    return varlen_attn(*given, scale=scale, window_size=window, enable_gqa=grouped, **options)
+
+def _note_kernel(name: str) -> None:
+    global _last_kernel
+    _last_kernel = name
+
+
+def last_kernel() -> str | None:
+    """Name of the kernel that the last call of `packed` with boundaries ran; None before the first."""
+    return _last_kernel
+
+
+def _on_host(bounds: torch.Tensor) -> list[int]:
+    """`bounds.tolist()`; of a microbatch whose documents are known without waiting for the device that has them."""
+    documents = current_documents()
+    if documents is None or bounds.device.type == "cpu":
+        return bounds.tolist()
+    return list(accumulate(documents.lengths, initial=0))

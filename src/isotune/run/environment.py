@@ -15,11 +15,9 @@ from isotune.compat.peft import base_model_of
 from isotune.compat.transformers import attention_of
 from isotune.distributed.engines import whole_numel
 from isotune.distributed.launch import Process
-from isotune.models.packed_attention import kernel_in_effect
 from isotune.run.malloc_tuning import VARIABLE
 
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets", "numpy")
-COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def versions() -> dict[str, str]:
@@ -58,12 +56,11 @@ def in_effect(trainer: Any, engine: dict[str, Any]) -> dict[str, Any]:
     """What training runs with, read from the prepared model and optimizer, not from the recipe."""
     inner: Any = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     trained_parameters = sum(whole_numel(p) for p in inner.parameters() if p.requires_grad)
-    dtype = COMPUTE_DTYPES.get(engine["precision"], torch.float32)
     return {
         **engine,
         "weights_dtype": str(next(p.dtype for p in inner.parameters() if p.is_floating_point())).removeprefix("torch."),
         "attention": attention_of(base_model_of(inner).config),
-        "attention_kernel": kernel_in_effect(trainer.args.device, dtype),
+        "deterministic": torch.are_deterministic_algorithms_enabled() or trainer.args.device.type == "cpu",
         "exact_gradients": trainer.update.sync.exact is not None,
         "trained_parameters": trained_parameters,
         "all_parameters": sum(whole_numel(p) for p in inner.parameters()),

@@ -12,6 +12,7 @@ from isotune.distributed.engines import check_engine, read_back
 from isotune.io.errors import RunFault
 from isotune.models.isolation import check_isolation
 from isotune.models.opening import compute_dtype
+from isotune.models.packed_attention import PACKED, last_kernel
 from isotune.run import environment
 from isotune.run.metrics_file import METRICS
 from isotune.run.run_lease import slurm_ids
@@ -42,6 +43,7 @@ class PreTrainChecks(TrainerCallback):
             classifier=task.item == "documents",
             padded=task.pads,
         )
+        found["attention_kernel"] = last_kernel() if task.attention == PACKED else found["attention"]
         trainer.watchdog.start()
         if not self.process.is_main:
             return

@@ -100,14 +100,24 @@ def _signed(number: int) -> int:
 def _places(
     documents: MicrobatchDocuments, by_token: bool, per_document: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    numbers, positions = documents.places(by_token, per_document)
-    return torch.from_numpy(numbers).to(device), torch.from_numpy(positions).to(device)
+    places = torch.from_numpy(np.stack(documents.places(by_token, per_document)))
+    if device.type == "cuda":
+        places = places.pin_memory()  # the copy then waits for nothing
+    numbers, positions = places.to(device, non_blocking=True)
+    return numbers, positions
 
 
 @functools.cache
 def _triton_kernel() -> Any:
-    """`run` of the Triton kernel; None where triton is not installed."""
+    """`run` of the Triton kernel; None where triton is not installed or cannot launch anything here."""
     if importlib.util.find_spec("triton") is None:
+        return None
+    from triton.runtime import driver  # type: ignore[import-not-found]  (not on CPU)
+
+    try:
+        active: Any = driver.active
+        active.get_current_device()  # builds triton's launcher, which needs the driver's library and a compiler
+    except Exception:
         return None
     from isotune.models.cuda.triton_dropout import run
 
