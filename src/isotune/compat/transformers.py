@@ -65,6 +65,14 @@ def bf16_without_gpu() -> Iterator[None]:
         library.is_torch_bf16_gpu_available = is_available
 
 
+def use_one_gpu(arguments: Any) -> None:
+    """Let a process use its own GPU alone, however many there are: Trainer would wrap the model in nn.DataParallel.
+
+    That would scatter packed rows over the devices. `n_gpu` has no setter.
+    """
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+
+
 def note_best_metric(trainer: Any, metrics: dict[str, float]) -> None:
     """Remember an evaluation in the Trainer's state where it is the best so far, as Trainer does after a step."""
     trainer._determine_best_metric(metrics, None)

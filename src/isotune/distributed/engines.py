@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from isotune.compat.deepspeed import accumulation_dtypes
 from isotune.compat.torch import fsdp2_offloads, fsdp2_policies
@@ -57,9 +57,11 @@ def read_back(trainer: Any) -> dict[str, Any]:
         reduction_types, output_types = accumulation_types, {policy.output_dtype for policy in policies} - {None}
     elif isinstance(model, DistributedDataParallel):
         kind, world_size = "DDP", torch.distributed.get_world_size(model.process_group)
+    elif isinstance(model, DataParallel):
+        kind = "DataParallel"
     weights = accelerator.unwrap_model(model).parameters()
     return {
-        "kind": kind,  # plain, DDP, DeepSpeed or FSDP
+        "kind": kind,  # plain, DDP, DeepSpeed or FSDP; DataParallel, which `check_engine` refuses
         "engine": type(model).__name__,
         "zero_stage": stage,
         "offload": offload,  # parts in host memory

@@ -6,7 +6,7 @@ import torch
 from transformers import TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 
-from isotune.compat.transformers import bf16_without_gpu
+from isotune.compat.transformers import bf16_without_gpu, use_one_gpu
 from isotune.config import RunRecipe
 from isotune.config.engine_keys import HIGHER_IS_BETTER
 from isotune.distributed.launch import Process
@@ -67,6 +67,7 @@ def training_arguments(
         )
     # the library would insist on saving and evaluating at the same steps, but the best is saved whenever it comes
     arguments.load_best_model_at_end = load_best
+    use_one_gpu(arguments)
     return arguments
 
 
