@@ -26,6 +26,7 @@ from isotune.checkpoint.store import CheckpointStore, name_of
 from isotune.checkpoint.writer import TENSORS, CheckpointWriter, Snapshot
 from isotune.compat.transformers import note_best_metric
 from isotune.config import RunRecipe
+from isotune.config.run_recipe import RESUME_NEVER
 from isotune.distributed.launch import Process
 from isotune.io.errors import Preempted, RunFault, UserError
 from isotune.run.environment import versions
@@ -62,6 +63,11 @@ class Checkpointer(TrainerCallback):
     def attach(self, trainer: Any) -> None:
         """Save and restore this trainer from now on; it says so itself."""
         self._trainer = trainer
+
+    @property
+    def resumes(self) -> bool:
+        """Whether an attempt of this run goes on where one before it ended, to the same bits."""
+        return self.recipe.resume != RESUME_NEVER
 
     # ---- the whole of training ----
 

@@ -42,6 +42,7 @@ from isotune.data.batch_schedule import StepSchedule, assign_to_ranks, collate
 from isotune.data.documents import Documents
 from isotune.distributed.ranks import Watchdog
 from isotune.training.checkpointer import Checkpointer
+from isotune.training.determinism import explained, use_deterministic_kernels
 from isotune.training.exact_gradients import ExactGradients
 from isotune.training.gradient_sync import GradientSync, ZeroGradientSync
 from isotune.training.nonfinite import NonFinitePolicy
@@ -140,8 +141,13 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
             run_fp16_on_cpu(self.accelerator)
         if self.is_fsdp_enabled:
             reduce_fsdp_in_fp32(self.accelerator)
+        is_main = self.args.process_index == 0
+        resumes = checkpointer is not None and checkpointer.resumes
+        if plan.exact_gradients or resumes:
+            promise = "exact_gradients" if plan.exact_gradients else "resume"
+            use_deterministic_kernels(self.args.device, promised_by=promise, is_main=is_main)
         self.watchdog = Watchdog(self.args.ddp_timeout)
-        nonfinite = plan.nonfinite or NonFinitePolicy(fp16=self.args.fp16, is_main=self.args.process_index == 0)
+        nonfinite = plan.nonfinite or NonFinitePolicy(fp16=self.args.fp16, is_main=is_main)
         model: Any = self.model
         exact = ExactGradients(model) if plan.exact_gradients else None
         if self.is_deepspeed_enabled:
@@ -182,8 +188,9 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """All microbatches of this rank's share; returns the loss of the global batch, the same on every rank."""
-        result = self.update.run(model, inputs["step"], inputs["microbatches"])
-        return torch.tensor(result.loss, device=self.args.device)
+        with explained():
+            result = self.update.run(model, inputs["step"], inputs["microbatches"])
+        return torch.full((), result.loss, device=self.args.device)
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
         """Done by `_get_grad_norm`, which Trainer calls next."""
