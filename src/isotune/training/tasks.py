@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
 from torch import nn
 
 from isotune.checkpoint.engine_state import reshard
-from isotune.data.batch_schedule import Microbatch, Step, assign_to_ranks, collate
+from isotune.data.batch_schedule import Microbatch, Step, assign_to_ranks, collate, to_device
 from isotune.data.documents import Documents
 from isotune.distributed.ranks import Watchdog, gather_by_number, gather_vectors, ordered_sum
 from isotune.models.classifier import ClassLoss
@@ -41,7 +40,7 @@ class EvaluationRun:
         was_training = self.model.training
         self.model.eval()
         for microbatch in assign_to_ranks(self.step, self.accelerator.num_processes)[self.accelerator.process_index]:
-            inputs: Any = send_to_device(collate(self.documents, microbatch), self.accelerator.device)
+            inputs: Any = to_device(collate(self.documents, microbatch), self.accelerator.device)
             yield microbatch, self.model(**inputs, use_cache=False)
             self.watchdog.progress(f"the evaluation after step {self.global_step}")
         self.model.train(was_training)

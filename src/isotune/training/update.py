@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import nn
 
-from isotune.data.batch_schedule import Step
+from isotune.data.batch_schedule import Step, to_device
 from isotune.distributed.ranks import Watchdog, gather_by_number, ordered_sum
 from isotune.models.document_dropout import training_microbatch
 from isotune.models.document_keys import MicrobatchDocuments
@@ -78,7 +77,7 @@ class OptimizerUpdate:
         lengths = microbatch["inputs"]["cu_seq_lens_q"].diff().tolist()
         documents = MicrobatchDocuments(microbatch["documents"], lengths, self.task.pads)
         with self.sync.microbatch(model, last=last), training_microbatch(documents):
-            inputs: Any = send_to_device(microbatch["inputs"], self.sync.accelerator.device)
+            inputs: Any = to_device(microbatch["inputs"], self.sync.accelerator.device)
             found = model(**inputs, use_cache=False)
             loss = found.loss
             if weight:
@@ -99,7 +98,7 @@ class OptimizerUpdate:
         flags = stop_request.by is not None, writer is not None and writer.error is not None
         values = {number: loss for number, (loss, _) in outputs.items()}
         values |= {count + number: counted for number, (_, counted) in outputs.items() if counted is not None}
-        values |= {2 * count + i: torch.tensor(float(flag), device=device) for i, flag in enumerate(flags)}
+        values |= {2 * count + i: torch.full((), float(flag), device=device) for i, flag in enumerate(flags)}
         table = gather_by_number(values, 2 * count + len(flags), device)
         self.stop_agreed, self.write_failed = (value > 0 for value in table[2 * count :])
         losses, self.result.count = table[:count], int(sum(table[count : 2 * count]))
