@@ -43,6 +43,11 @@ class NetworkInterface:
     name: str = ""
 
     @property
+    def variables(self) -> str:
+        """All that have to name it: gloo's too on GPUs, over which the ranks agree on a checkpoint."""
+        return self.variable if self.variable == "GLOO_SOCKET_IFNAME" else f"{self.variable} and GLOO_SOCKET_IFNAME"
+
+    @property
     def address(self) -> str:
         """Its IPv4 address; without a name the address of this host's own name; empty where there is none."""
         if self.name:
@@ -153,7 +158,7 @@ class Rendezvous:
         """Which ranks are missing and which are unreachable from this rank, by host and address."""
         name = f" of {self.interface.variable}={self.interface.name}" if self.interface.name else ""
         here = f"{socket.gethostname()} ({self.interface.address or 'no address'}{name})"
-        advice = f"name the interface that connects the nodes in {self.interface.variable}"
+        advice = f"name the interface that connects the nodes in {self.interface.variables}"
         if self._store is None:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             return f"rank {self.rank} on {here} cannot connect to the launch's store at {address}"
