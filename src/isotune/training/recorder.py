@@ -128,6 +128,11 @@ class MetricsRecorder(TrainerCallback):
         if self.file is not None:
             self.file.close()
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Forget the peak of what came before: loading, quantizing and the self-tests."""
+        if args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(args.device)
+
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -155,6 +160,8 @@ class MetricsRecorder(TrainerCallback):
             "tokens_per_second": step.input_tokens / seconds,
             "peak_memory_bytes": peak_memory_bytes(args.device),
         }
+        if args.device.type == "cuda":
+            line["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(args.device)
         if args.fp16 or nonfinite.skipped_steps:
             line["skipped_steps"] = nonfinite.skipped_steps
         if self.file is not None:
@@ -174,7 +181,7 @@ class MetricsRecorder(TrainerCallback):
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory of this process: allocated on the CUDA device, else resident in RAM."""
+    """Peak memory of this process: allocated on the CUDA device since training began, else resident in RAM."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
