@@ -35,7 +35,7 @@ def head_of(config: PreTrainedConfig) -> list[str]:
 def add_adapters(model: PreTrainedModel, recipe: RunRecipe) -> nn.Module:
     """Wrap a base model with the recipe's LoRA adapters; everything else is frozen, but for a classifier's head.
 
-    Adapter weights are fp32 and drawn from the recipe's seed, so they are the same on every process. UserError for a
+    Adapter weights and biases that are trained are fp32 and drawn from the recipe's seed, so they are the same on every process. UserError for a
     target that the model does not have, and where no targets are given or known.
     """
     from peft import LoraConfig, TaskType, get_peft_model
@@ -56,6 +56,10 @@ def add_adapters(model: PreTrainedModel, recipe: RunRecipe) -> nn.Module:
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for module in adapted.modules():  # bias: all trains those of norms, whose kernels take one dtype for both
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if isinstance(weight, nn.Parameter) and isinstance(bias, nn.Parameter) and not isinstance(module, nn.Linear):
+            weight.data = weight.data.to(bias.dtype)
     return adapted
 
 
