@@ -23,15 +23,18 @@ NO_WEIGHTS_DROPPED = {"bert": "attention_probs_dropout_prob", "distilbert": "att
 SMALL: dict[str, Any] = {"max_steps": 3, "save_strategy": "no"}
 
 
-def make(folder: Path, kind: str, precision: str = "fp32", tune: str = "full", **values: Any) -> Built:
+def make(
+    folder: Path, kind: str, precision: str = "fp32", tune: str = "full", models: Path | None = None, **values: Any
+) -> Built:
     """A run of a kind of model, with dropout on but in the attention weights, whose masks on a GPU are its own."""
+    models = (models or folder) / "model"
     values = {**SMALL, "tune": tune, **({} if precision == "fp32" else {precision: True}), **values}
     if kind in NO_WEIGHTS_DROPPED:
         config = {NO_WEIGHTS_DROPPED[kind]: values.pop("attention_dropout", 0.0)}
-        return build_classifier(folder, model_name_or_path=small_encoder(folder / "model", kind, **config), **values)
+        return build_classifier(folder, model_name_or_path=small_encoder(models, kind, **config), **values)
     if kind == "opt":
         config = {"dropout": 0.1, "attention_dropout": values.pop("attention_dropout", 0.0)}
-        values["model_name_or_path"] = small_opt(folder / "model", **OPT, **config)
+        values["model_name_or_path"] = small_opt(models, **OPT, **config)
     if tune != "full":
         values |= {"lora_dropout": 0.1}
     return build(folder, eval_dataset_name="builtin:greetings", eval_strategy="steps", eval_steps=3, **values)
@@ -41,9 +44,10 @@ def outcome(folder: str, **case: Any) -> dict[str, Any]:
     """Train; what the run wrote down, and on the virtual device what its second step asked of it."""
     from tests.virtual_cuda import device, kernels
 
-    built, steps = make(Path(folder), **case), []
-    stock = built.trainer.training_step
+    steps: list[device.Counts] = []
     with contextlib.ExitStack() as counted, contextlib.redirect_stdout(io.StringIO()) as printed:
+        built = make(Path(folder), **case)
+        stock = built.trainer.training_step
 
         def step(*given: Any) -> torch.Tensor:
             counted.close()
