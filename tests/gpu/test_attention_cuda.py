@@ -1,9 +1,12 @@
 """The CUDA kernels behind `packed`: against attention in fp64, and to the bit when a neighbour changes."""
 
+from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
+from tests.virtual_cuda.test_promises import attend
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -13,6 +16,7 @@ from isotune.models.packed_attention import (
     FLASH_ATTENTION,
     TORCH_VARLEN,
     kernel_in_effect,
+    last_kernel,
     packed_attention,
 )
 
@@ -22,21 +26,26 @@ pytestmark = [
 ]
 
 LENGTHS = (1, 130, 64, 301)
+LONG = (1024, 130, 2048)  # of many blocks of keys, whose shares of a query's gradient are summed in no order otherwise
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 2e-5}
 
 
-def _bounds() -> list[int]:
-    return torch.tensor([0, *LENGTHS]).cumsum(0).tolist()
+def _bounds(lengths: Sequence[int] = LENGTHS) -> list[int]:
+    return torch.tensor([0, *lengths]).cumsum(0).tolist()
 
 
-def _tensors(dtype: torch.dtype, key_heads: int = 2, seed: int = 0) -> list[torch.Tensor]:
+def _tensors(
+    dtype: torch.dtype, key_heads: int = 2, seed: int = 0, lengths: Sequence[int] = LENGTHS
+) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(1, heads, sum(LENGTHS), 64) for heads in (4, key_heads, key_heads)]
+    shapes = [(1, heads, sum(lengths), 64) for heads in (4, key_heads, key_heads)]
     return [torch.randn(shape, generator=generator).to("cuda", dtype).requires_grad_() for shape in shapes]
 
 
-def _attend(tensors: list[torch.Tensor], causal: bool, dropout: float = 0.0) -> torch.Tensor:
-    bounds = torch.tensor(_bounds(), dtype=torch.int32, device="cuda")
+def _attend(
+    tensors: list[torch.Tensor], causal: bool, dropout: float = 0.0, lengths: Sequence[int] = LENGTHS
+) -> torch.Tensor:
+    bounds = torch.tensor(_bounds(lengths), dtype=torch.int32, device="cuda")
     return packed_attention(
         nn.Module(),
         *tensors,
@@ -45,8 +54,8 @@ def _attend(tensors: list[torch.Tensor], causal: bool, dropout: float = 0.0) -> 
         is_causal=causal,
         cu_seq_lens_q=bounds,
         cu_seq_lens_k=bounds,
-        max_length_q=max(LENGTHS),
-        max_length_k=max(LENGTHS),
+        max_length_q=max(lengths),
+        max_length_k=max(lengths),
     )[0]
 
 
@@ -56,7 +65,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if request.param != FLASH_ATTENTION:
         monkeypatch.setattr(module, "_flash_attention", lambda: None)
     if request.param == DOCUMENT_SDPA:
-        monkeypatch.setattr(module, "_torch_varlen_options", lambda: None)
+        monkeypatch.setattr(module, "has_flash_varlen", lambda: False)
     if kernel_in_effect("cuda", torch.bfloat16) != request.param:
         pytest.skip(f"{request.param} is not installed or this device is too old for it")
     return request.param
@@ -98,18 +107,35 @@ def test_a_replaced_neighbour_changes_no_bit(kernel: str):
 def test_the_backward_pass_repeats_to_the_bit_when_determinism_is_asked_for(kernel: str):
     torch.use_deterministic_algorithms(True)
     try:
-        tensors = _tensors(torch.bfloat16)
-        upstream = torch.randn_like(_attend(tensors, causal=True))
-        runs = [torch.autograd.grad(_attend(tensors, causal=True), tensors, upstream) for _ in range(3)]
+        tensors = _tensors(torch.bfloat16, lengths=LONG)
+        attend = partial(_attend, tensors, causal=True, lengths=LONG)
+        upstream = torch.randn_like(attend())
+        runs = [torch.autograd.grad(attend(), tensors, upstream) for _ in range(3)]
     finally:
         torch.use_deterministic_algorithms(False)
     for run in runs[1:]:
         assert all(torch.equal(one, other) for one, other in zip(run, runs[0], strict=True))
 
 
-def test_fp32_runs_document_by_document_and_dropout_never_on_torchs_varlen_kernel():
+def test_fp32_and_dropped_weights_run_document_by_document():
     assert kernel_in_effect("cuda", torch.float32) == DOCUMENT_SDPA
-    assert kernel_in_effect("cuda", torch.bfloat16, dropout=0.1) != TORCH_VARLEN
+    assert kernel_in_effect("cuda", torch.bfloat16, dropout=0.1) == DOCUMENT_SDPA
     assert kernel_in_effect("cuda", torch.bfloat16, head_size=20) == DOCUMENT_SDPA
     tensors = _tensors(torch.float32, key_heads=4)
     assert _attend(tensors, causal=True, dropout=0.1).isfinite().all()
+
+
+def test_under_autocast_fp32_of_rotary_embeddings_keeps_the_kernel(kernel: str):
+    query, key, value = _tensors(torch.bfloat16)
+    with torch.autocast("cuda", torch.bfloat16):
+        found = _attend([query.float(), key.float(), value], causal=True)
+    assert last_kernel() == kernel
+    assert torch.equal(found, _attend([query, key, value], causal=True))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_which_weights_are_dropped_depends_on_the_document_and_the_call_alone(autocast: bool):
+    alone, together, others = (attend(n, autocast=autocast) for n in ([9], [4, 9, 2, 7], [7, 4, 9]))
+    assert together["9"] == others["9"] == alone["9"] and together["7"] == others["7"]
+    assert attend([9], seed=4, autocast=autocast)["9"] != alone["9"]
+    assert attend([9], known=False, autocast=autocast)["9"] != alone["9"]

@@ -51,6 +51,13 @@ def test_a_rank_that_did_not_come_and_one_out_of_reach_are_named_with_host_and_a
     assert said.endswith("name the interface that connects the nodes in GLOO_SOCKET_IFNAME")
 
 
+def test_on_gpus_gloos_interface_is_named_beside_nccls():
+    store = HashStore()
+    hold(store, 1, "far", "192.0.2.7", 9)
+    said = sentence(store, interface=NetworkInterface("NCCL_SOCKET_IFNAME"))
+    assert said.endswith("name the interface that connects the nodes in NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME")
+
+
 def test_an_address_that_only_its_own_host_can_use_is_out_of_reach():
     store = HashStore()
     hold(store, 1, "far", "127.0.0.1", 1)

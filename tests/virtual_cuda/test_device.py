@@ -7,6 +7,9 @@ import torch
 from torch.nn import functional
 
 from isotune.compat.torch import flash_varlen
+from isotune.models.cpu import functional as on_cpu
+from isotune.models.cuda import dropout as on_cuda
+from isotune.models.document_keys import MicrobatchDocuments, known_documents
 
 
 def computed() -> dict[str, Any]:
@@ -101,6 +104,23 @@ def test_waits_copies_and_launches_are_counted(virtual):
     assert all(count >= 1 for count in waits.values()), waits
     assert "pageable" in found["copy"][1][0] and "pinned" in found["pinned copy"][1][0]
     assert found["arithmetic"][2] == 3  # a view launches nothing
+
+
+def masks(shape: list[int], lengths: list[int], dtype: str) -> bool:
+    """Whether dropout's masks on the device are those on CPU."""
+    documents = MicrobatchDocuments([5, 10**6, 2], lengths)
+    found = []
+    for place, drop in (("cpu", on_cpu.dropout), ("cuda", on_cuda.dropout)):
+        torch.manual_seed(1)
+        with known_documents(documents):
+            found.append(drop(torch.ones(shape, dtype=getattr(torch, dtype), device=place), 0.3).cpu())
+    return torch.equal(*found) and 0 < int((found[0] == 0).sum()) < found[0].numel()
+
+
+@pytest.mark.parametrize("shape", [[1, 30, 33], [30, 8], [3, 16], [1, 30, 4, 6]])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dropouts_masks_are_those_of_the_cpu(virtual, shape: list[int], dtype: str):
+    assert virtual(masks, shape=shape, lengths=[20, 3, 7], dtype=dtype)
 
 
 def flash(causal: bool, key_heads: int) -> dict[str, float]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from isotune.io.errors import RunFault
 from isotune.models.document_keys import MicrobatchDocuments, known_documents
 from isotune.models.packed_attention import DOCUMENT_SDPA, last_kernel, packed_attention
 from tests.virtual_cuda.test_training import close, make, outcome
@@ -157,6 +158,25 @@ def on_a_host_of_two(folder: str) -> dict[str, Any]:
 def test_a_plain_process_uses_one_gpu_of_two(virtual, tmp_path):
     found = virtual(on_a_host_of_two, folder=str(tmp_path))
     assert found == {"engine": "OPTForCausalLM", "n_gpu": 1, "steps": 2}
+
+
+def wrapped_by_force(folder: str) -> str:
+    count, torch.cuda.device_count = torch.cuda.device_count, lambda: 2
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            built = make(Path(folder), kind="opt", max_steps=2)
+            built.trainer.args._n_gpu = 2
+            built.train()
+    except RunFault as fault:
+        return str(fault)
+    finally:
+        torch.cuda.device_count = count
+    return ""
+
+
+def test_a_model_in_data_parallel_is_refused_before_its_first_step(virtual, tmp_path):
+    said = virtual(wrapped_by_force, folder=str(tmp_path))
+    assert said == "engine is DataParallel after preparation, and plain was asked; nothing was trained"
 
 
 def peaks(folder: str) -> list[list[int]]:
