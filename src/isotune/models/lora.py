@@ -35,8 +35,8 @@ def head_of(config: PreTrainedConfig) -> list[str]:
 def add_adapters(model: PreTrainedModel, recipe: RunRecipe) -> nn.Module:
     """Wrap a base model with the recipe's LoRA adapters; everything else is frozen, but for a classifier's head.
 
-    Adapter weights and biases that are trained are fp32 and drawn from the recipe's seed, so they are the same on every process. UserError for a
-    target that the model does not have, and where no targets are given or known.
+    Adapter weights are fp32 and drawn from the recipe's seed, so they are the same on every process; biases that are
+    trained are fp32 too. UserError for a target that the model does not have, and where no targets are given or known.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
