@@ -28,8 +28,8 @@ def run(metronome: Metronome, side: str, mode: str, given: Namespace, scratch: s
     trainer = build_trainer(start, build_model(start, data), data)
     # every pass over the documents in the same order, as on the other sides
     in_order = StepSchedule(
-        data.train.documents, rows, global_batch_size=DOCUMENTS_PER_STEP, microbatch_tokens=recipe.microbatch_tokens,
-        seed=recipe.seed, shuffle=False,
+        data.train.documents, rows, global_batch_size=DOCUMENTS_PER_STEP,
+        microbatch_tokens=recipe.forward_tokens("microbatch_tokens"), seed=recipe.seed, shuffle=False,
     )  # fmt: skip
     trainer.plan = replace(trainer.plan, schedule=in_order)
 
