@@ -52,13 +52,18 @@ def config_of(one: Engine, folder: Path) -> str:
     """The engine's configuration; ZeRO-0, which nobody needs but to compare, is made from that of ZeRO-1."""
     if one.config != "zero0.yaml":
         return one.config
-    written = yaml.safe_load((REPOSITORY / "accelerate_configs/zero1.yaml").read_text())
-    settings = json.loads((REPOSITORY / "ds_configs/zero1.json").read_text())
-    settings["zero_optimization"]["stage"] = 0
-    (folder / "zero0.json").write_text(json.dumps(settings))
-    written["deepspeed_config"]["deepspeed_config_file"] = str(folder / "zero0.json")
-    (folder / "zero0.yaml").write_text(yaml.safe_dump(written))
-    return str(folder / "zero0.yaml")
+    return changed_zero(folder, "zero1", stage=0)
+
+
+def changed_zero(folder: Path, name: str, **keys: Any) -> str:
+    """A copy of the shipped NAME.yaml and NAME.json, with other keys of `zero_optimization`."""
+    written = yaml.safe_load((REPOSITORY / f"accelerate_configs/{name}.yaml").read_text())
+    settings = json.loads((REPOSITORY / f"ds_configs/{name}.json").read_text())
+    settings["zero_optimization"] |= keys
+    (folder / "changed.json").write_text(json.dumps(settings))
+    written["deepspeed_config"]["deepspeed_config_file"] = str(folder / "changed.json")
+    (folder / "changed.yaml").write_text(yaml.safe_dump(written))
+    return str(folder / "changed.yaml")
 
 
 def recipes(folder: Path, **values: Any) -> dict[str, dict[str, Any]]:

@@ -31,8 +31,8 @@ def launch(folder: Path, one: Engine, **values: Any) -> Launched:
     lora = many["lora"] | {"exact_gradients": False}
     runs = {"few": lora | {"global_batch_size": FEW_ROWS}, "many": lora}
     runs |= {"full": many["full"], "bf16": many["full"] | {"bf16": True}, "lora_bf16": lora | {"bf16": True}}
-    if one.kind == "DDP":
-        runs["exact"] = many["lora"] | {"exact_gradients": True}
+    if one.kind in ("DDP", "FSDP") or one.zero_stage == 3:
+        runs["exact"] = many["lora"] | {"exact_gradients": True, "optim": "adamw_torch"}
     place = folder / one.name.replace(" ", "_")
     return start_together(place, runs, processes=one.processes, config=config_of(one, folder), counted_step=2)
 

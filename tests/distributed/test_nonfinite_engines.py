@@ -65,3 +65,20 @@ def test_such_a_gradient_stops_every_rank_with_one_sentence(tmp_path: Path, conf
     done = start(tmp_path, values, processes=2, config=config, expect=1, **run)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "the gradient of step " in errors[0] and "is not finite" in errors[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["zero3.yaml", "fsdp2.yaml"])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_with_exact_gradients_both_are_skipped_and_the_rest_has_the_same_bits(tmp_path: Path, config, what):
+    broken = recipe(tmp_path, **({} if what == "loss" else {"value": 0.0}), on_nonfinite="skip")
+    values = {**TINY, **broken, "save_strategy": "no", "exact_gradients": True, "optim": "adamw_torch"}
+    run = {"environment": {"PYTHONPATH": "."}}
+    if what == "gradient":
+        run["script"] = "tests/distributed/overflow_backward.py"
+    one = start(tmp_path / "one", values, **run)
+    two = start(tmp_path / "two", values, processes=2, config=config, **run)
+    assert two.steps[-1]["skipped_steps"] == one.steps[-1]["skipped_steps"] == 1
+    assert [(x["loss"], x["grad_norm"]) for x in two.steps] == [(x["loss"], x["grad_norm"]) for x in one.steps]
+    for name, tensor in saved(one).items():
+        assert torch.equal(saved(two)[name].nan_to_num(7.0), tensor.nan_to_num(7.0)), name

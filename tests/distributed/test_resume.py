@@ -98,6 +98,14 @@ def test_exact_gradients_on_three_processes_gone_on_with_on_two_is_one_run(folde
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("config", ["fsdp2.yaml", "zero3.yaml"])
+def test_exact_gradients_that_an_engine_shards_over_three_processes_go_on_over_two(tmp_path, config):
+    recipe = EVERY_STEP | {"bf16": False, "exact_gradients": True, "optim": "adamw_torch"}
+    three = start(tmp_path / "three", recipe, processes=3, config=config)
+    assert_same_run(go_on(tmp_path / "two", recipe, config, three, 3), three)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_every_engine_reads_the_checkpoint_of_every_engine(tmp_path, tune):
     recipe = EVERY_STEP | {"tune": tune, "exact_gradients": False}

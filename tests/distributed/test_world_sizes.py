@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 from tests.building import small_opt
+from tests.distributed.engines import changed_zero, recipes
 from tests.launching import TINY, Finished, start, start_together
 
 # dropout on, and a global batch that two and three processes do not divide
@@ -56,6 +57,68 @@ def test_they_give_the_same_bits_where_zero_shards_the_optimizer(tmp_path: Path)
             assert several.environment["in_effect"]["kind"] == "DeepSpeed"
             assert figures(several) == figures(one[tune])
             assert weights_hash(several) == weights_hash(one[tune])
+
+
+@pytest.fixture(scope="module")
+def dropout_everywhere(tmp_path_factory) -> dict[str, dict]:
+    """Full and LoRA on one saved model with dropout in attention and blocks, whose weights no engine keeps whole."""
+    made = recipes(tmp_path_factory.mktemp("models"), **SHARED)
+    return {tune: made[tune] for tune in ("full", "lora")}
+
+
+@pytest.fixture(scope="module")
+def one_plain(tmp_path_factory, dropout_everywhere) -> dict[str, Finished]:
+    """`dropout_everywhere` on one plain process."""
+    return start_together(tmp_path_factory.mktemp("plain"), dropout_everywhere)
+
+
+def slow(*values: object) -> object:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def zero3_without_persistent_weights(folder: Path) -> str:
+    """zero3.yaml, and every weight partitioned between its uses, however small."""
+    return changed_zero(folder, "zero3", stage3_param_persistence_threshold=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "processes"),
+    [
+        ("fsdp2.yaml", 2),
+        slow("fsdp2.yaml", 3),
+        slow("fsdp2.yaml", 4),
+        slow("zero3.yaml", 2),
+        slow("zero3.yaml", 3),
+        slow(zero3_without_persistent_weights, 2),
+        slow("zero3_offload.yaml", 2),
+    ],
+)
+def test_they_give_the_same_bits_where_the_engine_shards_the_gradients(
+    tmp_path: Path, dropout_everywhere, one_plain, config, processes
+):
+    config = config if isinstance(config, str) else config(tmp_path)
+    for tune, several in start_together(tmp_path, dropout_everywhere, processes=processes, config=config).items():
+        in_effect = several.environment["in_effect"]
+        assert in_effect["exact_gradients"] is True
+        assert (
+            in_effect["parameter_bytes_per_rank"]
+            < 0.7 * one_plain[tune].environment["in_effect"]["parameter_bytes_per_rank"]
+        )
+        assert figures(several) == figures(one_plain[tune])
+        assert weights_hash(several) == weights_hash(one_plain[tune])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "few", "many"), [("fsdp2.yaml", 2, 3), ("zero3.yaml", 1, 2)])
+def test_in_bf16_an_engine_that_shards_gives_the_same_bits_on_any_number_of_processes(
+    tmp_path: Path, dropout_everywhere, config, few, many
+):
+    bf16 = {tune: {**recipe, "bf16": True} for tune, recipe in dropout_everywhere.items()}
+    first = start_together(tmp_path / "few", bf16, processes=few, config=config)
+    for tune, several in start_together(tmp_path / "many", bf16, processes=many, config=config).items():
+        assert several.environment["in_effect"]["precision"] == "bf16"
+        assert figures(several) == figures(first[tune])
+        assert weights_hash(several) == weights_hash(first[tune])
 
 
 def test_without_them_ddp_agrees_with_one_process_to_rounding(tmp_path: Path):

@@ -1,6 +1,7 @@
 """Integer sums of gradients: equal to exact arithmetic, the same in every order, and never wrapped around unseen."""
 
 import itertools
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from isotune.io.errors import RunFault
-from isotune.training.exact_gradients import LARGEST, SCALE_BITS, ExactGradients
+from isotune.training.exact_gradients import CPU_CHUNK, LARGEST, SCALE_BITS, ExactGradients, clip_exactly
 
 NUMBERS = 257
 
@@ -116,3 +117,68 @@ def test_after_remove_gradients_accumulate_as_torch_does():
     exact.remove()
     add(model, torch.ones(NUMBERS))
     assert model.weight.grad is not None and torch.equal(model.weight.grad, torch.ones(1, NUMBERS))
+
+
+def on_the_grid(tensor: torch.Tensor) -> torch.Tensor:
+    """fp32, as a summed gradient is: rounded to multiples of 2^-50."""
+    return (tensor.double() * 2.0**SCALE_BITS).round().mul(2.0**-SCALE_BITS).float()
+
+
+def norm_of(tensors: list[torch.Tensor]) -> float:
+    return clip_exactly([tensor.clone() for tensor in tensors], math.inf, add_ranks=False)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(NUMBERS,), (1, 3, 0, NUMBERS), (2 * CPU_CHUNK + 5,), (CPU_CHUNK - 1, CPU_CHUNK + 1, 7)]
+)
+def test_the_norm_is_that_of_the_exact_sum_of_squares(sizes):
+    generator = torch.Generator().manual_seed(len(sizes))
+    draw = lambda n: torch.randn(n, generator=generator) * 10 ** torch.empty(n).uniform_(-14, 3, generator=generator)  # noqa: E731
+    tensors = [on_the_grid(draw(size).clamp(-LARGEST + 1, LARGEST - 1)) for size in sizes]
+    # squares of fp32 numbers are exact in float64, and fsum rounds their exact sum once
+    squares = torch.cat(tensors).double().square().tolist()
+    assert norm_of(tensors) == math.sqrt(math.fsum(squares)) > 0
+
+
+@pytest.mark.parametrize("value", [2.0**-SCALE_BITS, math.nextafter(LARGEST, 0)])
+def test_the_norm_of_the_smallest_and_the_largest_gradients_is_exact(value):
+    value = np.float32(value) if value < 1 else np.nextafter(np.float32(LARGEST), np.float32(0))
+    assert norm_of([torch.full((2**16,), float(value))]) == 2.0**8 * float(value)
+
+
+def test_any_split_gives_the_same_norm_where_torchs_differs():
+    gradient = on_the_grid(torch.randn(5000, generator=torch.Generator().manual_seed(0)))
+    splits = [list(gradient.split(size)) for size in (5000, 1700, 64, 1)] + [[gradient.flip(0).view(50, 100)]]
+    assert len({norm_of(split) for split in splits}) == 1
+    assert len({float(nn.utils.get_total_norm(split)) for split in splits}) > 1
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+def test_clipping_is_torchs(max_norm):
+    gradients = [on_the_grid(torch.randn(n, generator=torch.Generator().manual_seed(n))) for n in (3, 1000)]
+    clipped = [gradient.clone() for gradient in gradients]
+    parameters = [nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    theirs = nn.utils.clip_grad_norm_(parameters, max_norm)
+    assert clip_exactly(clipped, max_norm, add_ranks=False) == pytest.approx(theirs.item(), rel=1e-6)
+    for ours, parameter, gradient in zip(clipped, parameters, gradients, strict=True):
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-6, atol=0)
+        assert torch.equal(ours, gradient) is (max_norm == 1e6)
+
+
+def test_max_norm_0_clips_nothing():
+    model = one_parameter()
+    exact = ExactGradients(model)
+    add(model, torch.full((NUMBERS,), 3.0))
+    exact.reduce()
+    assert exact.clip(0.0) == math.sqrt(9 * NUMBERS)
+    assert model.weight.grad is not None
+    assert torch.equal(model.weight.grad, torch.full((1, NUMBERS), 3.0))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_norm_without_a_number_is_nan_and_scales_nothing(value):
+    gradients = [torch.tensor([1e3, 1e3]), torch.tensor([1.0, value])]
+    assert math.isnan(clip_exactly(gradients, 1.0, add_ranks=False))
+    assert gradients[0].tolist() == [1e3, 1e3]

@@ -9,11 +9,12 @@ from accelerate.utils import DistributedType
 from sklearn.svm import LinearSVC
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from isotune.compat.accelerate import allow_fsdp_on_cpu, launcher_options
 from isotune.compat.deepspeed import disable_shm_transport
 from isotune.compat.scikit_learn import check_parameters
-from isotune.compat.torch import clone_default_store, fsdp2_offloads, is_in_backward
+from isotune.compat.torch import ReduceScatter, clone_default_store, fsdp2_offloads, is_in_backward, reduce_scatter
 
 
 @pytest.fixture
@@ -38,6 +39,43 @@ def test_the_offload_policy_of_a_sharded_module_is_read_back(one_rank, offloads)
     model = fully_shard(nn.Linear(2, 2), mesh=mesh, **policy)
     assert isinstance(model, FSDPModule)
     assert fsdp2_offloads(model) is offloads
+
+
+def test_a_reduce_scatter_has_either_name_and_takes_integers(one_rank):
+    whole = torch.tensor([2**62, -1, 5])
+    assert torch.equal(reduce_scatter(whole, dist.group.WORLD), whole)
+
+
+class Recorder(ReduceScatter):
+    """Notes what FSDP2 hands over, and sends nothing."""
+
+    def __init__(self) -> None:
+        self.seen = []
+
+    def allocate(self, size, *, dtype, device):
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
+        self.seen.append(input_tensor.tolist())
+        output_tensor.zero_()
+
+
+def test_fsdp2_hands_over_whole_gradients_by_rank_and_then_calls_the_hooks_of_the_shards_in_order():
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        model = nn.Linear(2, 3)  # 3 rows: 2 on the first rank, 1 on the second and a row of padding
+        fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+        model.set_custom_reduce_scatter(recorder := Recorder())
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        for parameter in names:
+            parameter.register_post_accumulate_grad_hook(
+                lambda p: recorder.seen.append((names[p], tuple(p.grad.to_local().shape)))
+            )
+        (model(torch.tensor([[10.0, 20.0]])) * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    first, second = [10.0, 20.0, 20.0, 40.0, 1.0, 2.0], [30.0, 60.0, 0.0, 0.0, 3.0, 0.0]
+    assert recorder.seen == [first + second, ("weight", (1, 2)), ("bias", (1,))]
 
 
 def test_autograd_knows_that_it_is_in_a_backward_pass():

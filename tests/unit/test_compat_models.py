@@ -93,6 +93,38 @@ def test_deepspeeds_optimizers_have_the_methods_that_checkpoints_call():
     assert hasattr(DeepSpeedZeroOptimizer, "update_lp_params")
 
 
+def test_zero3_takes_the_gradient_of_a_share():
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    class Engine:
+        offload_optimizer = False
+        held = torch.zeros(3)
+        set_local_grad_for_param = DeepSpeedZeroOptimizer_Stage3.set_local_grad_for_param
+
+        def _get_fp32_grad_state_partition(self, param, release_swap_buffers):
+            return self.held, 0
+
+        def _swappable_optimizer_subgroup(self, group):
+            return False
+
+    parameter = torch.nn.Parameter(torch.zeros(0))
+    parameter.ds_id, parameter.ds_tensor, parameter._z3_optimizer = 0, torch.zeros(3), Engine()
+    assert deepspeed_compat.zero3_padded_share(parameter) == 3
+    deepspeed_compat.set_zero3_gradient(parameter, torch.tensor([1.0, 2.0, 3.0]))
+    assert Engine.held.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_zero3_gathers_with_a_module_what_it_was_told_to():
+    from deepspeed.runtime.zero.partitioned_param_coordinator import iter_params
+
+    layer, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    assert not deepspeed_compat.is_gathered_with(layer, other.weight)
+    deepspeed_compat.gather_with(layer, [other.weight])
+    assert deepspeed_compat.is_gathered_with(layer, other.weight)
+    assert not deepspeed_compat.is_gathered_with(layer, other.bias)
+    assert [id(p) for p in iter_params(layer)] == [id(p) for p in (layer.weight, layer.bias, other.weight)]
+
+
 def test_names_of_an_adapter_are_those_in_its_file_with_dora_and_a_whole_module(tmp_path):
     config = peft.LoraConfig(
         r=2, target_modules=["q_proj"], use_dora=True, modules_to_save=["fc1"], task_type=peft.TaskType.CAUSAL_LM

@@ -277,24 +277,50 @@ def test_the_launchers_command_line_is_known_in_each_of_its_spellings(command):
     assert launch_arguments(["bash"]) is None
 
 
-def process_under(stage: int) -> Process:
-    return Process(0, 2, torch.device("cpu"), deepspeed_config={"zero_optimization": {"stage": stage}})
+def process_under(stage: int, **keys) -> Process:
+    return Process(0, 2, torch.device("cpu"), deepspeed_config={"zero_optimization": {"stage": stage, **keys}})
+
+
+ASKED_FOR = {"exact_gradients": True, "optim": "adamw_torch"}
+UNDER_FSDP = Process(0, 2, torch.device("cpu"), fsdp=True)
 
 
 @pytest.mark.parametrize(
-    ("stage", "values", "sentence"),
+    ("process", "values", "sentence"),
     [
-        (3, {}, "exact_gradients: true cannot hold under ZeRO-3: use DDP, ZeRO-1 or ZeRO-2"),
-        (2, {"bf16": True}, "exact_gradients: true cannot hold under DeepSpeed in 16 bits"),
-        (1, {}, "needs optim: adamw_torch or sgd, because adamw_torch_fused rounds a number by where it lies"),
+        (process_under(0), {}, "cannot hold under ZeRO-0: use DDP, FSDP2, ZeRO-1, ZeRO-2 or ZeRO-3"),
+        (process_under(2), {"bf16": True}, "cannot hold under ZeRO-2 in bf16.*use DDP, FSDP2 or ZeRO-3"),
+        (process_under(3), {"fp16": True}, "cannot hold under ZeRO-3 in fp16"),
+        (UNDER_FSDP, {"fp16": True}, "cannot hold under FSDP in fp16"),
+        (process_under(3, zero_quantized_gradients=True), {}, "zero_quantized_gradients, which rounds what travels"),
+        (process_under(3, mics_shard_size=2), {}, "zero_optimization.mics_shard_size"),
+        (
+            process_under(3, offload_optimizer={"device": "nvme"}),
+            {},
+            "zero_optimization.offload_optimizer.device: nvme",
+        ),
+        *(
+            (process, {"optim": "adamw_torch_fused"}, f"{name} needs optim: adamw_torch or sgd, because adamw_torch_f")
+            for process, name in ((process_under(1), "ZeRO-1"), (process_under(3), "ZeRO-3"), (UNDER_FSDP, "FSDP"))
+        ),
     ],
 )
-def test_exact_gradients_are_refused_where_an_engine_cannot_keep_them(stage, values, sentence):
-    with pytest.raises(UserError, match=sentence):
-        uses_exact_gradients(recipe(exact_gradients=True, **values), process_under(stage))
+def test_exact_gradients_are_refused_where_an_engine_cannot_keep_them(process, values, sentence):
+    with pytest.raises(UserError, match=f"^exact_gradients: true .*{sentence}"):
+        uses_exact_gradients(recipe(**ASKED_FOR | values), process)
+    assert not uses_exact_gradients(recipe(**ASKED_FOR | values | {"exact_gradients": False}), process)
 
 
-def test_exact_gradients_under_zero_are_for_those_who_ask():
-    asked_for = recipe(exact_gradients=True, optim="adamw_torch")
-    assert uses_exact_gradients(asked_for, process_under(2))
-    assert not uses_exact_gradients(recipe(tune="lora"), process_under(2))
+@pytest.mark.parametrize(
+    ("process", "values"),
+    [
+        (process_under(1), {}),
+        (process_under(2), {}),
+        (process_under(3), {"bf16": True}),
+        (process_under(3, offload_optimizer={"device": "cpu"}), {}),
+        (UNDER_FSDP, {"bf16": True}),
+    ],
+)
+def test_exact_gradients_under_an_engine_that_shards_are_for_those_who_ask(process, values):
+    assert uses_exact_gradients(recipe(**ASKED_FOR | values), process)
+    assert not uses_exact_gradients(recipe(tune="lora", **values), process)

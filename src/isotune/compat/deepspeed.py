@@ -41,6 +41,19 @@ def is_partitioned(parameter: Any) -> bool:
     return hasattr(parameter, "ds_tensor")
 
 
+def gather_with(module: torch.nn.Module, parameters: list[torch.nn.Parameter]) -> None:
+    """Let ZeRO-3 gather `parameters` of other modules too wherever `module` runs, forward and backward."""
+    from deepspeed.runtime.zero.partition_parameters import register_external_parameter
+
+    for parameter in parameters:
+        register_external_parameter(module, parameter)
+
+
+def is_gathered_with(module: torch.nn.Module, parameter: Any) -> bool:
+    """Whether `gather_with` was told so; DeepSpeed keeps no public list."""
+    return id(parameter) in getattr(module, "_external_params", ())
+
+
 def has_fp32_copy(parameter: Any) -> bool:
     """Whether DeepSpeed trains an fp32 copy of a 16-bit parameter."""
     return parameter.dtype != torch.float32 and hasattr(parameter, "_hp_mapping")
@@ -82,6 +95,21 @@ def zero3_slice(zero: Any, parameter: Any) -> Slice:
     _, flat_start, padded = zero.grad_position[zero.get_param_id(parameter)]
     start = min(dist.get_rank(group=zero._get_param_partition_group(parameter)) * padded, parameter.ds_numel)
     return Slice(flat_start, start, min(padded, parameter.ds_numel - start))
+
+
+def zero3_padded_share(parameter: Any) -> int:
+    """Elements of a rank's partition of a parameter under ZeRO-3: the same on every rank, the last ones padded."""
+    return parameter.ds_tensor.numel()
+
+
+def set_zero3_gradient(parameter: Any, share: torch.Tensor) -> None:
+    """Make `share`, fp32 [padded share], this rank's gradient in the engine's next step, unless that reduces again.
+
+    DeepSpeed's own function for it; here beside what else is done to its optimizers, and imported late as they are.
+    """
+    from deepspeed.utils import safe_set_local_grad
+
+    safe_set_local_grad(parameter, share)
 
 
 def zero3_after_load(zero: Any) -> None:

@@ -8,18 +8,21 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-__all__ = ["FakeTensorMode", "TorchDispatchMode", "tree_iter"]
+# ReduceScatter is what the public `FSDPModule.set_custom_reduce_scatter` takes; no public module exports it.
+__all__ = ["FakeTensorMode", "ReduceScatter", "TorchDispatchMode", "tree_iter"]
 
 if TYPE_CHECKING:
 
@@ -103,6 +106,17 @@ def clone_default_store(prefix: str) -> Store:
     """
     store: Any = distributed_c10d._get_default_store()
     return PrefixStore(prefix, store.clone())
+
+
+def reduce_scatter(whole: Tensor, group: Any) -> Tensor:
+    """This rank's sum, [n], of `whole` [ranks * n] over the ranks of a group, in the type of `whole`.
+
+    torch 2.13 deprecates the name of 2.10 to 2.12, and these do not know the new one.
+    """
+    part = whole.new_empty(len(whole) // dist.get_world_size(group))
+    call: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    call(part, whole, group=group)
+    return part
 
 
 def fsdp2_offloads(model: FSDPModule) -> bool:

@@ -1,5 +1,6 @@
 """What a recipe asks of transformers' and TRL's trainers, and whether its gradients can be summed exactly."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -72,21 +73,40 @@ def training_arguments(
 
 
 def uses_exact_gradients(recipe: RunRecipe, process: Process) -> bool:
-    """`auto` is on where few parameters are trained, under plain and DDP; ZeRO-1 and 2 in fp32 are asked for it.
+    """`auto` is on where few parameters are trained, under plain and DDP; an engine that shards is asked for it.
 
     Raises UserError where it is asked for under an engine that cannot keep it.
     """
-    asked_for, optimizer = recipe.exact_gradients is True, recipe.training_arguments["optim"]
-    if asked_for and (process.fsdp or process.zero_stage in (0, 3)):
-        engine = "FSDP" if process.fsdp else f"ZeRO-{process.zero_stage}"
-        raise UserError(f"exact_gradients: true cannot hold under {engine}: use DDP, ZeRO-1 or ZeRO-2")
-    if asked_for and process.deepspeed and (recipe.bf16 or recipe.fp16):
-        raise UserError(
-            "exact_gradients: true cannot hold under DeepSpeed in 16 bits, which rounds gradients itself: use DDP"
-        )
-    if asked_for and process.deepspeed and optimizer not in POSITION_FREE_OPTIMIZERS:
-        raise UserError(
-            f"exact_gradients: true under ZeRO needs optim: {' or '.join(POSITION_FREE_OPTIMIZERS)}, because "
-            f"{optimizer} rounds a number by where it lies in a share: say so on every number of processes"
-        )
+    stage, engine = process.zero_stage, "FSDP" if process.fsdp else f"ZeRO-{process.zero_stage}"
+    if recipe.exact_gradients is True and (process.fsdp or process.deepspeed):
+        if stage == 0:
+            raise UserError("exact_gradients: true cannot hold under ZeRO-0: use DDP, FSDP2, ZeRO-1, ZeRO-2 or ZeRO-3")
+        if recipe.bf16 and stage in (1, 2):
+            raise UserError(
+                f"exact_gradients: true cannot hold under {engine} in bf16, which rounds gradients itself: use DDP, "
+                "FSDP2 or ZeRO-3"
+            )
+        if recipe.fp16:
+            raise UserError(f"exact_gradients: true cannot hold under {engine} in fp16: use DDP, or bf16: true")
+        for key, why in _unexact_zero3_keys(process):
+            raise UserError(f"exact_gradients: true cannot hold with zero_optimization.{key}, {why}: take it out")
+        optimizer = recipe.training_arguments["optim"]
+        if optimizer not in POSITION_FREE_OPTIMIZERS:
+            raise UserError(
+                f"exact_gradients: true under {engine} needs optim: {' or '.join(POSITION_FREE_OPTIMIZERS)}, because "
+                f"{optimizer} rounds a number by where it lies in a share: say so on every number of processes"
+            )
     return recipe.sums_exactly(plain_or_ddp=not (process.deepspeed or process.fsdp))
+
+
+def _unexact_zero3_keys(process: Process) -> Iterator[tuple[str, str]]:
+    """Keys of ZeRO-3 that would change what is added up, and why."""
+    zero = (process.deepspeed_config or {}).get("zero_optimization") or {}
+    if process.zero_stage != 3:
+        return
+    if zero.get("zero_quantized_gradients"):
+        yield "zero_quantized_gradients", "which rounds what travels"
+    if zero.get("mics_shard_size", -1) > 0:
+        yield "mics_shard_size", "whose shares are of a part of the processes"
+    if (zero.get("offload_optimizer") or {}).get("device") == "nvme":
+        yield "offload_optimizer.device: nvme", "which would be read and written once for each parameter"

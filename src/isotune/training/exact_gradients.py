@@ -1,10 +1,16 @@
 """Gradients summed without an order: the same bits on any number of processes.
 
-Each microbatch's gradient is rounded once to a fixed-point grid and added as an integer; the ranks all-reduce
-integers. Integer sums do not depend on their order, floating-point sums do.
+Each microbatch's gradient is rounded once to a fixed-point grid and added as an integer; the ranks add up integers.
+Integer sums do not depend on their order, floating-point sums do. The grid is the same for every tensor, so that it
+depends on no shard. exact_shards.py has the engines that shard.
+
+The norm that clips has the same bits too, however the gradient is split into tensors and over ranks: a summed gradient
+is an fp32 multiple of 2^-50 below 2^12, so its square is a multiple of 2^-100 below 2^24 that float64 holds exactly.
+Squares are cut into four digits, whose sums over a chunk float64 holds exactly too; Python's integers add up chunks.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,38 +23,62 @@ from isotune.io.errors import RunFault
 SCALE_BITS = 50
 # An int64 holds 2^63; with this margin the sum over all microbatches and ranks cannot wrap around unseen.
 LARGEST = 2.0 ** (62 - SCALE_BITS)
+# A digit has 32 bits, the last one 28. Adding and taking away 1.5 * 2^52 units rounds a square to a multiple of a unit.
+UNITS = (2.0**-8, 2.0**-40, 2.0**-72)
+SQUARE_BITS = 2 * SCALE_BITS
+# Elements squared together, small tensors' in one chunk: as a CPU's cache takes, and few kernels on a GPU. Its bits and
+# a digit's 32 stay within float64's 53.
+CPU_CHUNK, GPU_CHUNK = 2**15, 2**20
+WORD_BITS, WORDS = 32, 6  # how ranks add the sums of their shares, in int64
 
 
 class ExactGradients:
     """Int64 accumulators in the place of `.grad`, fed by hooks after each microbatch's backward pass.
 
-    Works under plain and DDP training, with every backward pass under `no_sync`: no other gradient communication
-    happens. Memory: 8 bytes a trained parameter beyond the gradient itself.
+    Works under plain PyTorch, DDP, ZeRO 1 and 2, with no other gradient communication within an update. Memory: 8 bytes
+    a trained parameter beyond the gradient itself. `model` is the prepared one, without its wrapper.
     """
+
+    shards = False  # whether a rank holds only its share of each sum, reduced after each microbatch
 
     def __init__(self, model: nn.Module) -> None:
         self.names = {p: name for name, p in model.named_parameters()}
         trained = [p for p in model.parameters() if p.requires_grad]
-        self.sums = {p: torch.zeros(p.shape, dtype=torch.int64, device=p.device) for p in trained}
+        self.sums = {p: torch.zeros(self.share_shape(p), dtype=torch.int64, device=p.device) for p in trained}
         self.largest = {p: torch.zeros((), dtype=torch.float64, device=p.device) for p in self.sums}
         self.loss_scale = 1.0  # fp16's, a power of two: divided out on the way in, multiplied on the way out
         self._hooks = [p.register_post_accumulate_grad_hook(self._absorb) for p in trained]
+
+    def share_shape(self, parameter: Any) -> torch.Size:
+        """Shape of what this rank holds of the sum of a parameter's gradients."""
+        return parameter.shape
 
     @torch.no_grad()
     def _absorb(self, parameter: Any) -> None:
         gradient = parameter.grad
         assert gradient is not None
+        self.note_largest(parameter, gradient)
+        self.sums[parameter] += self.integers(gradient)
+        parameter.grad = None
+
+    def note_largest(self, parameter: Any, gradient: torch.Tensor) -> None:
+        """Add the largest absolute value of a microbatch's whole gradient, any shape, to the bound of the sum."""
         if gradient.numel():
             lowest, highest = gradient.aminmax()  # a NaN makes both NaN
-            self.largest[parameter] += torch.maximum(-lowest, highest).double() / self.loss_scale
+            bound = self.largest[parameter]
+            bound += torch.maximum(-lowest, highest).to(bound.device, torch.float64) / self.loss_scale
+
+    def integers(self, gradient: torch.Tensor) -> torch.Tensor:
+        """A microbatch's gradient, any shape, rounded to the grid: int64 in units of 2^-SCALE_BITS."""
         # powers of two: the product is exact
-        fixed = gradient.double().mul_(2.0**SCALE_BITS / self.loss_scale).round_()
-        self.sums[parameter] += fixed.to(torch.int64)
-        parameter.grad = None
+        return gradient.double().mul_(2.0**SCALE_BITS / self.loss_scale).round_().to(torch.int64)
+
+    def end_microbatch(self) -> None:
+        """After a microbatch's backward pass, on every rank."""
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Sum over the ranks into `.grad`; RunFault where a gradient left the range of the grid, on any rank."""
+        """Sum over the ranks into the gradient; RunFault where one left the range of the grid, on any rank."""
         bounds = torch.stack(list(self.largest.values()))
         if several_ranks():
             dist.all_reduce(bounds)
@@ -58,14 +88,26 @@ class ExactGradients:
                     f"the gradient of {self.names[parameter]} reached {bound:.3g}, beyond the {LARGEST:.0f} that "
                     "exact_gradients can add up: lower the learning rate, or say exact_gradients: false"
                 )
-            if several_ranks():
+            if several_ranks() and not self.shards:
                 dist.all_reduce(total)
             if math.isfinite(bound):
                 gradient = total.double() * (self.loss_scale / 2.0**SCALE_BITS)
             else:  # there is no such integer: the check of the gradient norm shall see it
                 gradient = torch.full_like(total, math.nan, dtype=torch.float64)
-            parameter.grad = gradient.to(parameter.dtype)
+            self.assign(parameter, gradient)
         self.clear()
+
+    def assign(self, parameter: Any, gradient: torch.Tensor) -> None:
+        """Put this rank's summed gradient, float64 of `share_shape`, where the optimizer looks for it."""
+        parameter.grad = gradient.to(parameter.dtype)
+
+    def gradients(self) -> list[torch.Tensor]:
+        """This rank's summed gradients after `reduce`, to be changed in place."""
+        return [parameter.grad for parameter in self.sums if parameter.grad is not None]
+
+    def clip(self, max_norm: float) -> float:
+        """Clip the summed gradient to `max_norm` (0: not at all); returns its norm before, the same on every rank."""
+        return clip_exactly(self.gradients(), max_norm or math.inf, add_ranks=self.shards)
 
     def is_finite(self) -> bool:
         """Whether every gradient added on this rank since the last update was a number."""
@@ -80,3 +122,63 @@ class ExactGradients:
         """Give the parameters back to ordinary accumulation."""
         for hook in self._hooks:
             hook.remove()
+
+
+@torch.no_grad()
+def clip_exactly(gradients: list[torch.Tensor], max_norm: float, *, add_ranks: bool) -> float:
+    """Scale `gradients` in place so that their norm is at most `max_norm`, as torch does; returns the norm before.
+
+    `add_ranks`: each rank gives its own share, and the norm is that of all shares; collective. NaN, and nothing is
+    scaled, where an element of any rank is NaN or Inf.
+    """
+    norm = exact_norm(gradients, add_ranks=add_ranks)
+    factor = max_norm / (norm + 1e-6)
+    if factor < 1.0:
+        for gradient in gradients:
+            gradient.mul_(factor)
+    return norm
+
+
+def exact_norm(gradients: list[torch.Tensor], *, add_ranks: bool) -> float:
+    """The norm, from an exact sum of squares; see `clip_exactly`."""
+    device = gradients[0].device
+    size = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
+    sums = [_digit_sums(chunk) for chunk in _chunks(gradients, size)]
+    digits = torch.stack(sums).flatten().tolist() if sums else []
+    broken = not all(map(math.isfinite, digits))
+    total = 0 if broken else sum(int(math.ldexp(digit, SQUARE_BITS)) for digit in digits)
+    if add_ranks and several_ranks():
+        words = [total >> WORD_BITS * place & 2**WORD_BITS - 1 for place in range(WORDS)]
+        added = torch.tensor([*words, broken], dtype=torch.int64, device=device)
+        dist.all_reduce(added)
+        *words, broken = added.tolist()
+        total = sum(word << WORD_BITS * place for place, word in enumerate(words))
+    return math.nan if broken else math.sqrt(total / 2**SQUARE_BITS)  # Python divides integers with one rounding
+
+
+def _digit_sums(chunk: torch.Tensor) -> torch.Tensor:
+    """The sums of the digits of all squares of a flat chunk: float64 [4], each exact; NaN where an element is none."""
+    rest = chunk.double().square_()
+    sums = []
+    for unit in UNITS:
+        digit = torch.add(rest, 1.5 * 2.0**52 * unit).sub_(1.5 * 2.0**52 * unit)
+        sums.append(digit.sum())
+        rest.sub_(digit)
+    return torch.stack([*sums, rest.sum()])
+
+
+def _chunks(tensors: list[torch.Tensor], size: int) -> Iterator[torch.Tensor]:
+    """All elements, in flat tensors of at most `size`."""
+    waiting: list[torch.Tensor] = []
+    free = size
+    for tensor in tensors:
+        flat = tensor.reshape(-1)
+        while len(flat):
+            part, flat = flat[:free], flat[free:]
+            waiting.append(part)
+            free -= len(part)
+            if not free:
+                yield torch.cat(waiting) if len(waiting) > 1 else part
+                waiting, free = [], size
+    if waiting:
+        yield torch.cat(waiting)

@@ -105,7 +105,7 @@ def build_model(start: Start, data: RunData) -> nn.Module:
         set_packed_attention(base)
         install_supervised_loss(base)
     model = base if recipe.tune == "full" else add_adapters(base, recipe)
-    enable_speedups(model)
+    enable_speedups(model, zero3=process.zero_stage == 3)
     return model
 
 

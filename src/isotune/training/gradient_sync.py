@@ -9,8 +9,9 @@
 | ZeRO 2, 3 | `coalesce_grad_reduction` | one reduction (`gradient_reduction: pass`: one a microbatch) |
 
 Coalescing keeps a whole gradient on each rank until the end of the update; `gradient_reduction: pass` keeps only a
-share, for more communication. With exact gradients no engine reduces anything within an update: integers are
-all-reduced at its end. Under ZeRO 1 and 2 the engine's own sum then adds zeros to the result.
+share, for more communication. With exact gradients integers are all-reduced at the end of the update; under ZeRO 1
+and 2 the engine's own sum then adds zeros to the result. FSDP2 and ZeRO-3 keep shares of integers only, so they
+reduce-scatter after each microbatch (exact_shards.py).
 """
 
 import contextlib
@@ -24,20 +25,28 @@ from torch import nn
 from isotune.compat.deepspeed import add_up_in_fp32, forget_coalesced_reduction
 from isotune.io.errors import RunFault
 from isotune.training.exact_gradients import ExactGradients
+from isotune.training.exact_shards import Fsdp2ExactGradients, Zero3ExactGradients
 
 
 class GradientSync:
     """Plain, DDP and FSDP2: the engines whose optimizer Trainer steps."""
 
-    def __init__(self, accelerator: Any, exact: ExactGradients | None = None) -> None:
-        self.accelerator, self.exact = accelerator, exact
+    def __init__(self, accelerator: Any, *, exact: bool = False) -> None:
+        self.accelerator = accelerator
+        self.exact: ExactGradients | None = None  # from `prepare` on
+        self._is_exact = exact
         # whether no rank holds a whole gradient after the update
         self.shards_gradients = accelerator.distributed_type.value == "FSDP"
         # of a microbatch's loss: engines average gradients over the ranks, integers are added up
-        self.loss_scale: int = 1 if exact is not None else accelerator.num_processes
+        self.loss_scale: int = 1 if exact else accelerator.num_processes
 
     def prepare(self, model: Any) -> None:
-        """Called once, with the model as the engine has prepared it."""
+        """Called once, with the model as the engine has prepared it: its parameters may be shards."""
+        if self._is_exact and self.exact is None:
+            self.exact = self._exact_kind()(self.accelerator.unwrap_model(model))
+
+    def _exact_kind(self) -> type[ExactGradients]:
+        return Fsdp2ExactGradients if self.shards_gradients else ExactGradients
 
     @contextlib.contextmanager
     def update(self, model: nn.Module) -> Iterator[None]:
@@ -52,7 +61,7 @@ class GradientSync:
         """Hold it around the forward and backward of one microbatch."""
         self.accelerator.sync_gradients = last  # accelerate itself sets it in its own data loaders only
         try:
-            silent = self.exact is not None or not last
+            silent = not last if self.exact is None else not self.exact.shards
             with self.accelerator.no_sync(model) if silent else contextlib.nullcontext():
                 yield
         finally:
@@ -71,6 +80,9 @@ class GradientSync:
 
     def clip(self, model: nn.Module, max_norm: float) -> float:
         """Clip the gradient to `max_norm` (0: not at all); returns its norm before, the same on every rank."""
+        if self.exact is not None:
+            self.accelerator.unscale_gradients()
+            return self.exact.clip(max_norm)
         return float(self.accelerator.clip_grad_norm_(model.parameters(), max_norm or math.inf))
 
     def discard(self, model: Any) -> None:
@@ -94,20 +106,26 @@ class GradientSync:
 class ZeroGradientSync(GradientSync):
     """DeepSpeed: the engine reduces, clips and steps by itself.
 
-    `once` reduces once an update where the stage would do so after each microbatch. With `exact` (stages 1 and 2 in
-    fp32 only) every rank has the whole gradient, clipped to `max_grad_norm`; the engine only shares it out.
+    `once` reduces once an update where the stage would do so after each microbatch. With `exact` the gradient is
+    clipped to `max_grad_norm` here. Under stages 1 and 2 (in fp32 only) every rank has it whole, and the engine only
+    shares it out; under stage 3 the engine gets shares.
     """
 
-    def __init__(self, accelerator: Any, *, once: bool, exact: ExactGradients | None, max_grad_norm: float) -> None:
-        super().__init__(accelerator, exact)
-        self.coalesces = exact is not None or (once and accelerator.state.deepspeed_plugin.zero_stage >= 2)
+    def __init__(self, accelerator: Any, *, once: bool, exact: bool, max_grad_norm: float) -> None:
+        super().__init__(accelerator, exact=exact)
+        self.stage = accelerator.state.deepspeed_plugin.zero_stage
+        self.coalesces = exact or (once and self.stage >= 2)
         self.max_grad_norm, self.norm = max_grad_norm, math.nan
         self.shards_gradients = True
 
     def prepare(self, model: Any) -> None:
         """Microbatches whose sum waits on this rank add up as exactly as those that are reduced one by one."""
+        super().prepare(model)
         if self.coalesces:
             add_up_in_fp32(model)
+
+    def _exact_kind(self) -> type[ExactGradients]:
+        return Zero3ExactGradients if self.stage == 3 else ExactGradients
 
     @contextlib.contextmanager
     def update(self, model: Any) -> Iterator[None]:
@@ -127,9 +145,12 @@ class ZeroGradientSync(GradientSync):
     def _share_out_exact(self, model: Any, exact: ExactGradients) -> None:
         """Let the engine's sum over ranks be the gradient of rank 0 and zeros: exact in any order."""
         exact.reduce()
-        self.norm = float(nn.utils.clip_grad_norm_(list(exact.names), self.max_grad_norm or math.inf))
-        model.optimizer.gradient_average = False
+        self.norm = exact.clip(self.max_grad_norm)
         model.optimizer.clip_grad = 0.0
+        if isinstance(exact, Zero3ExactGradients):
+            exact.hand_over()
+            return
+        model.optimizer.gradient_average = False
         if torch.distributed.get_rank() > 0:
             for parameter in model.parameters():
                 if parameter.grad is not None:
@@ -140,6 +161,8 @@ class ZeroGradientSync(GradientSync):
         """The accumulation boundary decides where stages 0 and 1 reduce."""
         model.set_gradient_accumulation_boundary(last)
         yield
+        if self.exact is not None:
+            self.exact.end_microbatch()
 
     def backward(self, model: Any, loss: torch.Tensor) -> None:
         """The engine's own: accelerate's would step right after the last microbatch."""

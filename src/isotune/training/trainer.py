@@ -43,7 +43,6 @@ from isotune.data.documents import Documents
 from isotune.distributed.ranks import Watchdog
 from isotune.training.checkpointer import Checkpointer
 from isotune.training.determinism import explained, use_deterministic_kernels
-from isotune.training.exact_gradients import ExactGradients
 from isotune.training.gradient_sync import GradientSync, ZeroGradientSync
 from isotune.training.nonfinite import NonFinitePolicy
 from isotune.training.recorder import MetricsRecorder
@@ -148,13 +147,12 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
             use_deterministic_kernels(self.args.device, promised_by=promise, is_main=is_main)
         self.watchdog = Watchdog(self.args.ddp_timeout)
         nonfinite = plan.nonfinite or NonFinitePolicy(fp16=self.args.fp16, is_main=is_main)
-        model: Any = self.model
-        exact = ExactGradients(model) if plan.exact_gradients else None
+        exact = plan.exact_gradients
         if self.is_deepspeed_enabled:
             clipping = self.args.max_grad_norm
             sync = ZeroGradientSync(self.accelerator, once=plan.reduce_once, exact=exact, max_grad_norm=clipping)
         else:
-            sync = GradientSync(self.accelerator, exact)
+            sync = GradientSync(self.accelerator, exact=exact)
         self.update = OptimizerUpdate(plan.task, sync, nonfinite, self.watchdog, self.args.seed, checkpointer)
         if recorder is not None:
             for stock in (PrinterCallback, ProgressCallback):

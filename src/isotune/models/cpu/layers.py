@@ -14,6 +14,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from isotune.compat.deepspeed import gather_with, is_gathered_with
 from isotune.compat.torch import AutogradFunction, in_place_changes, is_patched, patch_forward
 from isotune.models.cpu.functional import as_mask, draw_call, linear, masked, pack_kept, unpack_mask
 from isotune.models.document_keys import current_documents, quantised_drop
@@ -26,13 +27,16 @@ _LARGEST_HEAP_BLOCK = 32 * 2**20
 _last: tuple[weakref.ref, int, torch.Tensor] | None = None
 
 
-def enable_speedups(model: nn.Module) -> None:
-    """Patch the slow layers of a model on CPU with the same computation in fewer passes over memory."""
+def enable_speedups(model: nn.Module, *, zero3: bool = False) -> None:
+    """Patch the slow layers of a model on CPU with the same computation in fewer passes over memory.
+
+    `zero3`: ZeRO-3 is going to partition the model.
+    """
     if not _on_cpu(model):
         return
     keep_freed_memory()
     if any(name.endswith("lora_A") for name, _ in model.named_modules()):
-        fuse_lora(model)
+        fuse_lora(model, zero3=zero3)
         # not in full fine-tuning, where gradients and moments of every weight already fill the memory
         for module in model.modules():
             setattr(module, KEEP_WEIGHTS, True)
@@ -135,7 +139,7 @@ class _CastLinear(AutogradFunction):
         return x_grad, weight_grad, bias_grad, None
 
 
-def fuse_lora(model: nn.Module) -> int:
+def fuse_lora(model: nn.Module, *, zero3: bool = False) -> int:
     """Make each vanilla LoRA linear layer of `model` one autograd function; returns their number.
 
     On CPU the layer's elementwise operations cost more than its products. For `base(x) + lora_B(lora_A(dropout(x))) *
@@ -143,12 +147,15 @@ def fuse_lora(model: nn.Module) -> int:
     and writes three tensors of the output's size; in the backward pass it casts and adds the input gradients of both
     branches. Here the input keeps its dtype, the adapter's product is added to the base's output as it is computed (and
     its input gradient to the adapter's), and the scaling is part of a product. Every other case uses peft's forward.
+    `zero3`: ZeRO-3 is going to partition the weights, and shall gather all of a layer together.
     """
     from peft.tuners.lora import LoraLayer
 
     layers = [m for m in model.modules() if isinstance(m, LoraLayer) and isinstance(m, nn.Module) and _is_vanilla(m)]
     for layer in layers:
         patch_forward(layer, _lora_forward)
+        if zero3:
+            gather_with(layer, list(layer.parameters()))
     return len(layers)
 
 
@@ -173,7 +180,7 @@ def _lora_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torc
     compute = torch.get_autocast_dtype("cpu") if autocast else down.dtype
     same_dtype = autocast or x.dtype == compute == base.weight.dtype
     simple = type(base) is nn.Linear and not base.weight.requires_grad
-    whole = simple and all(is_whole(p) for p in (base.weight, base.bias, down, up))
+    whole = simple and all(is_whole(p) or is_gathered_with(self, p) for p in (base.weight, base.bias, down, up))
     if name not in self.active_adapters or x.device.type != "cpu" or not whole or not same_dtype:
         return self.stock_forward(x)
     drop = self.lora_dropout[name]

@@ -98,6 +98,8 @@ def estimate_memory(sharding: Sharding, traced: MicrobatchMemory, microbatches: 
     if launch.engine == FSDP:
         communication = sharding.gathered_bytes + GRADIENT_BYTES * optimized
         notes.append("communication: gathered weights, and the reduced shard of the gradients")
+    if sharding.exact_gradients and sharding.shards_gradients:  # a bucket: as it was, in float64, and in integers
+        communication += (sharding.gradient_bytes + 2 * EXACT_BYTES) * sharding.exact_bucket_numel
     state = round(optimized * state_bytes(recipe))
     if recipe.training_arguments["optim"] not in STATE_BYTES:
         notes.append("optimizer: factored, estimated as AdamW's, an upper bound")
@@ -129,6 +131,9 @@ def _gradients(sharding: Sharding, notes: list[str]) -> int:
     zero, is_cast = launch.zero_stage or 0, sharding.gradient_bytes == 2
     if zero >= 2 and recipe.gradient_reduction == "pass":
         return shard
+    if sharding.exact_gradients and sharding.shards_gradients:
+        notes.append(f"gradients: shares of integers of {EXACT_BYTES} bytes with exact_gradients")
+        return EXACT_BYTES * sharding.optimized_numel + (shard if zero == 3 else 0)
     if sharding.exact_gradients:
         notes.append(f"gradients: {EXACT_BYTES} more bytes for each trained parameter with exact_gradients")
         return whole + EXACT_BYTES * trained_numel

@@ -12,8 +12,9 @@ fp16.
     ZeRO-3                        g T               P times the released weights, the persistent weights once
     FSDP2                         g T               P times w W, and w times the blocks' weights again for backward
 
-exact_gradients reduces integers of 8 bytes. Losses, norms and buffers, some hundred bytes, are left out. docs/plan.md
-has the reasons, and `tests/distributed/test_communication.py` counts all of this in real steps.
+exact_gradients reduces integers of 8 bytes, P times under ZeRO-3 and FSDP2. Losses, norms and buffers, some hundred
+bytes, are left out. docs/plan.md has the reasons, and `tests/distributed/test_communication.py` counts all of this in
+real steps.
 """
 
 import copy
@@ -35,6 +36,7 @@ from isotune.models.opening import weights_dtype
 from isotune.models.packed_attention import set_packed_attention
 from isotune.models.supervised_loss import install_supervised_loss
 from isotune.preflight.request import DDP, DEEPSPEED, FSDP, PLAIN, Launch
+from isotune.training.exact_shards import BUCKET
 
 # bitsandbytes' block sizes: an fp32 scale for 64 weights; with double quantization a byte, and fp32 for 256 scales
 _WEIGHTS_PER_SCALE, _SCALES_PER_BLOCK = 64, 256
@@ -156,6 +158,20 @@ class Sharding:
         return self.recipe.sums_exactly(plain_or_ddp=self.launch.engine in (PLAIN, DDP))
 
     @property
+    def shards_gradients(self) -> bool:
+        """Whether the engine shards the weights, so that exact gradients are shards from each microbatch on."""
+        return self.launch.engine == FSDP or self.launch.zero_stage == 3
+
+    @property
+    def exact_bucket_numel(self) -> int:
+        """The most elements of exact gradients that are whole at once where they are sharded."""
+        model = self.model
+        most = max(model.block_numel // max(model.layers, 1), model.numel - model.block_numel)  # FSDP2's groups
+        if self.launch.zero_stage == 3:
+            most = BUCKET + max(p.numel for p in model.parameters)
+        return min(most, model.trained_numel)
+
+    @property
     def gradient_bytes(self) -> int:
         """Bytes of a gradient's element, in the type of the trained weights.
 
@@ -210,17 +226,19 @@ class Sharding:
         if launch.world_size == 1:
             return {}
         reductions = microbatches if recipe.gradient_reduction == "pass" and zero in (2, 3) else 1
+        exact = EXACT_BYTES * model.trained_numel if self.exact_gradients else 0
         if launch.engine == FSDP:
             is_16_bit = recipe.bf16 or recipe.fp16  # FSDP2 casts all weights that it sends to that type
             gathered = 2 * (model.numel + model.block_numel) if is_16_bit else model.bytes + model.block_bytes
-            return {"reduce_scatter": self.reduced_bytes * model.trained_numel, "all_gather": microbatches * gathered}
+            sent = exact * microbatches or self.reduced_bytes * model.trained_numel
+            return {"reduce_scatter": sent, "all_gather": microbatches * gathered}
         if zero == 3:
             persistent, others = self._by_persistence
             gathered = persistent + microbatches * (others + round(others * (1 - self._kept_share)))
-            sent = self.reduced_bytes * model.trained_numel * reductions
+            sent = exact * microbatches or self.reduced_bytes * model.trained_numel * reductions
             return {"reduce_scatter": sent, "all_gather": gathered}
-        sent = EXACT_BYTES * model.trained_numel if self.exact_gradients else 0
-        if not self.exact_gradients or zero:
+        sent = exact
+        if not exact or zero:
             sent += self.reduced_bytes * model.trained_numel * reductions
         gathered = self.gradient_bytes * launch.world_size * self.optimized_numel
         return {"all_reduce": sent, "all_gather": gathered} if zero else {"all_reduce": sent}
