@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from isotune.io.errors import RunFault
-from isotune.training.determinism import WORKSPACE, explained, use_deterministic_kernels
+from isotune.models.cuda.determinism import WORKSPACE, explained, use_deterministic_kernels
 
 
 @pytest.fixture

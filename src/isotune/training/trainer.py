@@ -41,8 +41,8 @@ from isotune.compat.trl import trained_parameters_kept
 from isotune.data.batch_schedule import StepSchedule, assign_to_ranks, collate
 from isotune.data.documents import Documents
 from isotune.distributed.ranks import Watchdog
+from isotune.models.cuda.determinism import explained, use_deterministic_kernels
 from isotune.training.checkpointer import Checkpointer
-from isotune.training.determinism import explained, use_deterministic_kernels
 from isotune.training.gradient_sync import GradientSync, ZeroGradientSync
 from isotune.training.nonfinite import NonFinitePolicy
 from isotune.training.recorder import MetricsRecorder
