@@ -17,7 +17,6 @@ from isotune.data.sft.preparation import prepare_conversations
 from isotune.distributed.ranks import Watchdog
 from isotune.io.errors import RunFault
 from isotune.training.arguments import sft_arguments, training_arguments
-from isotune.training.exact_gradients import ExactGradients
 from isotune.training.from_recipe import build_model, make_plan, start_run
 from isotune.training.gradient_sync import GradientSync
 from isotune.training.nonfinite import NonFinitePolicy
@@ -100,7 +99,8 @@ def test_the_order_of_a_steps_microbatches_changes_nothing(tmp_path, exact) -> N
     folder, found = small_opt(tmp_path / "opt", dropout=0.1, attention_dropout=0.1, layerdrop=0.2), []
     for turn in (1, -1):
         _, _, plan, model, _ = parts(tmp_path / str(turn), model_name_or_path=folder)
-        sync = GradientSync(Accelerator(cpu=True), ExactGradients(model) if exact else None)
+        sync = GradientSync(Accelerator(cpu=True), exact=exact)
+        sync.prepare(model)
         update = OptimizerUpdate(SftTask(), sync, NonFinitePolicy(), Watchdog(60.0), seed=1)
         item = next(iter(StepLoader(plan.schedule, plan.documents.documents, 0, 1)))
         assert len(item["microbatches"]) > 2
