@@ -49,6 +49,6 @@ def run(
     """
     output, lines, features = torch.empty_like(input), len(numbers), input.shape[-1]
     grid = (triton.cdiv(lines, ROWS), triton.cdiv(features, COLUMNS))
-    launch: Any = _kernel[grid]
-    launch(input, output, numbers, positions, call, lines, features, threshold, scale, ROWS, COLUMNS)
+    kernel: Any = _kernel
+    kernel[grid](input, output, numbers, positions, call, lines, features, threshold, scale, ROWS, COLUMNS)
     return output
