@@ -27,6 +27,10 @@ def test_the_report_of_a_gpu_machine_runs_its_stages_and_names_what_failed(
     assert all(100 <= result["longest_document"] <= 128 for result in twice)
     assert (tmp_path / "table.md").read_text() in done.stdout
 
+    again = subprocess.run([*command, "--stages", stages[0]], cwd=repository, capture_output=True, check=False)
+    repeated = [json.loads(line)["stage"] for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert again.returncode == 0 and sorted(repeated) == sorted(result["stage"] for result in results)
+
     late = subprocess.run(
         [*command, "--stages", "bitwise", "--seconds", "1"], cwd=repository, capture_output=True, text=True, check=False
     )

@@ -45,7 +45,9 @@ def main() -> int:
     output.mkdir(parents=True, exist_ok=True)
     if given.stage:
         return run_stage(given.stage, output, given)
-    found, failed = [], False
+    results, failed = output / "results.jsonl", False
+    others = [line for line in read_lines(results) if line["stage"] not in given.stages]  # of an earlier call
+    results.write_text("".join(json.dumps(line) + "\n" for line in others))
     for stage in given.stages:
         command = [sys.executable, "-m", "tests.gpu.report", "--stage", stage, "--output", str(output)]
         started = time.perf_counter()
@@ -61,12 +63,15 @@ def main() -> int:
         last = (output / f"{stage}.txt").read_text().strip().splitlines()[-1:]
         why = f": {last[0][:160]}" if last and ended.startswith("failed") else ""
         print(f"{stage:<12}{ended} in {time.perf_counter() - started:.0f} s{why}", flush=True)
-    if (output / "results.jsonl").exists():
-        found = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
-    table = render(found)
+    table = render(read_lines(results))
     (output / "table.md").write_text(table)
     print(f"\n{table}")
     return int(failed)
+
+
+def read_lines(results: Path) -> list[dict[str, Any]]:
+    """The results so far."""
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
 
 
 def read_arguments() -> argparse.Namespace:

@@ -148,6 +148,13 @@ def has_flash_varlen() -> bool:
     return torch.backends.cuda.is_flash_attention_available() and hasattr(torch.ops.aten, "_flash_attention_forward")
 
 
+@functools.cache
+def _splits_keys() -> bool:
+    """Whether this version's `flash_varlen` may split the keys of a document."""
+    operator = torch.ops.aten._flash_attention_forward.default
+    return "num_splits" in {argument.name for argument in operator._schema.arguments}
+
+
 def flash_varlen(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float, causal: bool
 ) -> Tensor:
@@ -159,6 +166,5 @@ def flash_varlen(
     """
     operator = torch.ops.aten._flash_attention_forward.default
     # with split keys, which came with torch 2.12, the order of sums would depend on the longest document of the row
-    splits = {"num_splits": 1} if "num_splits" in {argument.name for argument in operator._schema.arguments} else {}
-    more: Any = {"scale": scale, **splits}
+    more: Any = {"scale": scale, "num_splits": 1} if _splits_keys() else {"scale": scale}
     return operator(query, key, value, bounds, bounds, longest, longest, 0.0, causal, False, **more)[0]

@@ -16,6 +16,7 @@ arithmetic modulo 2**64. A probability is rounded to 1/65536.
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -69,13 +70,17 @@ class MicrobatchDocuments:
         starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
         return np.repeat(np.asarray(self.numbers, np.int64), lengths), np.arange(len(starts)) - starts
 
+    @cached_property
+    def _positions(self) -> np.ndarray:
+        """Of each token in its document, int64 [tokens]."""
+        return self.places(True, 0)[1]
+
     def line_keys(self, shape: Sequence[int], call: int) -> np.ndarray:
         """The keys of all lines of a tensor of this shape, uint64 [product of all axes but the last]."""
         by_token, inner = self.axes(shape)
-        numbers, positions = self.places(by_token, 1)
-        keys = document_keys(call, numbers)
+        keys = document_keys(call, self.numbers)
         if by_token:
-            keys = _next(keys, positions)
+            keys = _next(np.repeat(keys, self.lengths), self._positions)
         for length in inner:
             keys = index_keys(keys, length).reshape(-1)
         return keys
@@ -136,6 +141,19 @@ _current: MicrobatchDocuments | None = None
 def current_documents() -> MicrobatchDocuments | None:
     """The documents of the microbatch that runs; None where nobody said."""
     return _current
+
+
+def required_documents() -> MicrobatchDocuments:
+    """The documents of the microbatch that runs, which somebody has to say."""
+    assert _current is not None, "dropout needs the documents of the microbatch"
+    return _current
+
+
+def draw_document_keys(count: int) -> np.ndarray:
+    """The keys of a row's `count` documents in a new call, uint64; numbered by their places where nobody said."""
+    numbers = range(count) if _current is None else _current.numbers
+    assert len(numbers) == count, "the documents of the row are those of the microbatch"
+    return document_keys(draw_call_key(), numbers)
 
 
 @contextlib.contextmanager

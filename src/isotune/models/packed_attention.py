@@ -20,7 +20,7 @@ Importing this module registers the function. Without boundaries (generation, pa
 
 import functools
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -36,7 +36,7 @@ from isotune.compat.torch import flash_varlen, has_flash_varlen
 from isotune.compat.transformers import attention_of, lets_attention_be_replaced
 from isotune.io.errors import UserError
 from isotune.models.cpu.document_attention import document_attention
-from isotune.models.document_keys import current_documents, document_keys, draw_call_key
+from isotune.models.document_keys import current_documents, draw_document_keys
 
 PACKED = "packed"
 FLASH_ATTENTION = "flash_attn_varlen"
@@ -143,7 +143,7 @@ def _document_by_document(
     A kernel draws the weights that it drops from the device's generator, which is seeded for each document.
     """
     lengths = [stop - start for start, stop in pairwise(bounds)]
-    seeds = _document_seeds(len(lengths)) if dropout and query.device.type == "cuda" else None
+    seeds = draw_document_keys(len(lengths)).tolist() if dropout and query.device.type == "cuda" else None
     outputs = []
     # split, and not slices: the gradient of a slice is as large as the row
     for i, document in enumerate(zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)):
@@ -156,14 +156,6 @@ def _document_by_document(
         )
         outputs.append(output)
     return torch.cat(outputs, dim=2).transpose(1, 2)
-
-
-def _document_seeds(count: int) -> list[int]:
-    """The key of each document in this call, a uint64; documents are numbered by their place where nobody said."""
-    documents = current_documents()
-    numbers: Sequence[int] = range(count) if documents is None else documents.numbers
-    assert len(numbers) == count, "the documents of the row are those of the microbatch"
-    return document_keys(draw_call_key(), numbers).tolist()
 
 
 def packed_mask(*, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from isotune.config import RunRecipe
 from isotune.io.errors import UserError
-from isotune.preflight.request import DEEPSPEED, FSDP, PLAIN, Launch
+from isotune.preflight.request import DDP, DEEPSPEED, FSDP, PLAIN, Launch
 from isotune.preflight.resources.memory import Memory, format_bytes
 
 # A GPU is bound by the launches of its kernels below 16,384 tokens; a core of a CPU has enough to do with one row.
@@ -47,5 +47,5 @@ def choose_microbatch_tokens(
 
 def launch_that_decides(recipe: RunRecipe, launch: Launch) -> Launch:
     """The launch whose memory counts: a plain process where bits are promised on any number of processes."""
-    exact = recipe.sums_exactly(plain_or_ddp=launch.engine not in (DEEPSPEED, FSDP))
-    return Launch(PLAIN, 1, launch.name) if exact and launch.engine not in (DEEPSPEED, FSDP) else launch
+    exact = launch.engine in (PLAIN, DDP) and recipe.sums_exactly(plain_or_ddp=True)
+    return Launch(PLAIN, 1, launch.name) if exact else launch

@@ -20,7 +20,7 @@ from isotune.preflight.render import render_report
 from isotune.preflight.request import DDP, DEEPSPEED, FSDP, PLAIN, Launch, PreflightRequest
 from isotune.preflight.resources.activation_memory import MicrobatchMemory
 from isotune.preflight.resources.memory import estimate_memory, format_bytes
-from isotune.preflight.resources.sharding import Sharding, model_stats
+from isotune.preflight.resources.sharding import Sharding
 from isotune.run.run_dir import RECIPE, RunDir
 from isotune.training.from_recipe import Start
 
@@ -40,8 +40,8 @@ def startup_check(start: Start, data: Any) -> Start | None:
             report = run_preflight(PreflightRequest(recipe, launch, ()), limit=limit, prepared=data)
             print(render_report(report, None), flush=True)
         return None
-    stats = model_stats(recipe, start.config, getattr(data.train, "num_labels", None))
-    memory = estimate_memory(Sharding(recipe, stats, launch), MicrobatchMemory(0, 0), 2, on_cpu=limit is None)
+    estimator = Estimator(recipe, start.config, data, on_cpu=limit is None)
+    memory = estimate_memory(Sharding(recipe, estimator.stats, launch), MicrobatchMemory(0, 0), 2, on_cpu=limit is None)
     optimizer = memory.optimizer + memory.master_copies
     fixed = memory.weights + memory.gradients + optimizer
     if process.is_main:
@@ -63,7 +63,6 @@ def startup_check(start: Start, data: Any) -> Start | None:
     if tokens is None:
         if limit is not None and decides is launch:  # bits are promised for a kind of device, not for what is free now
             limit = least_of_ranks(torch.cuda.mem_get_info(process.device)[0], process.device)
-        estimator = Estimator(recipe, start.config, data, on_cpu=limit is None)
         tokens, found = choose_microbatch_tokens(recipe, decides, limit, estimator.memory)
         why = f"{format_bytes(found.total)} of {format_bytes(limit or 0)} on a process" if found else "one row"
     if process.is_main:

@@ -27,13 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from isotune.compat.torch import AutogradFunction, softmax_backward
 from isotune.models.cpu.functional import Workspace, as_mask, draw_kept, masked
-from isotune.models.document_keys import (
-    current_documents,
-    document_keys,
-    draw_call_key,
-    index_keys,
-    quantised_drop,
-)
+from isotune.models.document_keys import draw_document_keys, index_keys, quantised_drop
 
 QUERIES_PER_BLOCK = 128  # as fast as 64 or 256, with the least memory
 KEPT_UP_TO_TOKENS = 1_024
@@ -128,9 +122,7 @@ class _WeightDropout:
 
     def __init__(self, p: float, documents: int) -> None:
         self.threshold, self.scale = quantised_drop(p)
-        said = current_documents()
-        numbers = range(documents) if said is None else said.numbers
-        self.keys = document_keys(draw_call_key(), numbers) if self.threshold else None
+        self.keys = draw_document_keys(documents) if self.threshold else None
 
     def line_keys(self, document: int, queries: torch.Tensor) -> np.ndarray | None:
         """The keys of a document's weights, uint64 [heads, tokens], from its queries [heads, tokens, head_size]."""

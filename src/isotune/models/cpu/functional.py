@@ -27,10 +27,10 @@ from isotune.compat.torch import (
 from isotune.models.document_keys import (
     RESOLUTION,
     counter_steps,
-    current_documents,
     draw_call_key,
     hashed,
     quantised_drop,
+    required_documents,
 )
 
 HASHES_PER_BLOCK = 2**15  # 256 KiB, and as much to compute them: both fit a core's second cache
@@ -99,9 +99,7 @@ def unpack_mask(packed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 def draw_call(shape: Sequence[int], threshold: int) -> torch.Tensor:
     """What one dropout call keeps of a tensor of this shape, bool; it needs `known_documents`."""
-    documents = current_documents()
-    assert documents is not None, "dropout needs the documents of the microbatch"
-    return draw_kept(documents.line_keys(shape, draw_call_key()), shape[-1], threshold).view(tuple(shape))
+    return draw_kept(required_documents().line_keys(shape, draw_call_key()), shape[-1], threshold).view(tuple(shape))
 
 
 def masked(input: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

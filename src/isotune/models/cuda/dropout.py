@@ -17,10 +17,10 @@ from isotune.models.document_keys import (
     RESOLUTION,
     ROUNDS,
     MicrobatchDocuments,
-    current_documents,
     draw_call_key,
     hashed,
     quantised_drop,
+    required_documents,
 )
 
 
@@ -33,10 +33,8 @@ def dropout(input: torch.Tensor, p: float) -> torch.Tensor:
     threshold, scale = quantised_drop(p)
     if threshold == 0:
         return input
-    documents = current_documents()
-    assert documents is not None, "dropout needs the documents of the microbatch"
     call = int(hashed(np.array([draw_call_key()], np.uint64))[0])
-    return _Dropout.apply(input, documents, _signed(call), threshold, scale)
+    return _Dropout.apply(input, required_documents(), _signed(call), threshold, scale)
 
 
 class _Dropout(AutogradFunction):

@@ -20,13 +20,12 @@ from torch.nn import functional
 
 from isotune.compat.torch import FakeTensorMode, TorchDispatchMode, is_in_backward, tree_iter
 from isotune.compat.transformers import attention_of
-from isotune.models import classifier, packed_attention, supervised_loss
+from isotune.models import classifier, document_keys, packed_attention, supervised_loss
 from isotune.models.cpu import document_attention
 from isotune.models.cpu import functional as cpu_functional
 from isotune.models.cpu import layers as cpu_layers
 from isotune.models.cpu.layers import enable_speedups
 from isotune.models.document_dropout import training_microbatch
-from isotune.models.document_keys import MicrobatchDocuments
 
 TRACED_BLOCKS = (2, 3)
 
@@ -74,7 +73,7 @@ def trace_microbatch(
             live = _LiveBytes(model, on_cpu)
             products = torch.autocast("cpu", dtype=autocast) if autocast else contextlib.nullcontext()
             padded = attention_of(model.config) != packed_attention.PACKED
-            documents = MicrobatchDocuments(range(len(lengths)), lengths, padded)
+            documents = document_keys.MicrobatchDocuments(range(len(lengths)), lengths, padded)
             with live, products, training_microbatch(documents) if on_cpu else contextlib.nullcontext():
                 model(**inputs, use_cache=False).loss.backward()
         return live.activation_peak, *live.peaks
@@ -186,8 +185,9 @@ def _fake_kernels(tokens: int, on_cpu: bool) -> Iterator[None]:
         def replace(owner: Any, name: str, stand_in: Any) -> None:
             stack.enter_context(mock.patch.object(owner, name, stand_in))
 
-        for module in (cpu_functional, document_attention):
+        for module in (cpu_functional, document_keys):
             replace(module, "draw_call_key", lambda: 0)
+        for module in (cpu_functional, document_attention):
             replace(module, "draw_kept", lambda keys, features, _: torch.empty(len(keys), features, dtype=torch.bool))
         for module in (cpu_functional, cpu_layers):
             replace(module, "pack_kept", lambda kept: torch.empty((kept.numel() + 7) // 8, dtype=torch.uint8))
