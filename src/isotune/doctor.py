@@ -23,6 +23,7 @@ from packaging.version import Version
 from isotune.data.cache import cache_folder
 from isotune.data.sources.hub import hub_answers
 from isotune.evaluation.distributed_eval import Ranks, start_ranks
+from isotune.models.attention_form import AttentionForm
 from isotune.models.cpu.document_attention import document_attention
 from isotune.models.packed_attention import last_kernel, packed_attention
 
@@ -131,7 +132,7 @@ def kernels() -> Iterator[Finding]:
         query, key, value = (t.to(device) for t in inputs)
         output, _ = packed_attention(torch.nn.Module(), query, key, value, None, is_causal=True, **documents)
         query, key, value = (t.float() for t in inputs)
-        exact = document_attention(query, key, value, bounds, scale=64**-0.5, causal=True)
+        exact = document_attention(query, key, value, bounds, AttentionForm(64**-0.5, True))
     except Exception as error:
         yield Finding(WRONG, "attention", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
                       "packed training cannot start", "another torch build, or fp32")  # fmt: skip

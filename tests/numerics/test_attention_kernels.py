@@ -6,8 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.gpt_oss import modeling_gpt_oss
 
+from isotune.models.attention_form import AttentionForm, whole_attention
 from isotune.models.cpu import document_attention as module
 from isotune.models.cpu.document_attention import document_attention
 
@@ -47,7 +51,7 @@ def _bounds(lengths: list[int]) -> list[int]:
 def test_outputs_and_gradients_are_those_of_sdpa_on_each_document(key_heads: int, causal: bool, lengths: list[int]):
     bounds = _bounds([*lengths, 1])
     tensors = _tensors(bounds[-1], key_heads, torch.float64)
-    ours = document_attention(*tensors, bounds, scale=0.3, causal=causal)
+    ours = document_attention(*tensors, bounds, AttentionForm(0.3, causal))
     theirs = _reference(tensors, bounds, 0.3, causal)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     upstream = torch.randn_like(ours)
@@ -61,7 +65,7 @@ def test_the_gradient_with_dropout_is_that_of_the_masks_that_were_dealt():
 
     def attend(*qkv: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(3)
-        return document_attention(*qkv, [0, 3, 7], scale=0.5, causal=True, dropout=0.4)
+        return document_attention(*qkv, [0, 3, 7], AttentionForm(0.5, True), dropout=0.4)
 
     assert torch.autograd.gradcheck(attend, tensors)
 
@@ -76,20 +80,20 @@ def test_weights_that_are_kept_give_the_same_bits_as_weights_computed_again(
     found = []
     for keep in (False, True):
         torch.manual_seed(5)
-        out = document_attention(*tensors, bounds, scale=0.3, causal=True, dropout=0.1, keep_weights=keep)
+        out = document_attention(*tensors, bounds, AttentionForm(0.3, True), dropout=0.1, keep_weights=keep)
         assert len(out.grad_fn.kept) == (2 + 2 if keep else 0)  # blocks of 128 queries
         found.append([out, *torch.autograd.grad(out.float().square().sum(), tensors)])
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
     with torch.no_grad():  # nothing waits where no backward pass will come
-        assert torch.equal(document_attention(*tensors, bounds, scale=0.3, causal=True, keep_weights=True),
-                           document_attention(*tensors, bounds, scale=0.3, causal=True))  # fmt: skip
+        assert torch.equal(document_attention(*tensors, bounds, AttentionForm(0.3, True), keep_weights=True),
+                           document_attention(*tensors, bounds, AttentionForm(0.3, True)))  # fmt: skip
 
 
 def test_dropout_keeps_the_mean_and_drops_everything_at_one():
     query, key, value = (t.detach() for t in _tensors(64, HEADS, torch.float32))
     torch.manual_seed(0)
-    run = {"bounds": [0, 64], "scale": 0.3, "causal": False}
+    run = {"bounds": [0, 64], "form": AttentionForm(0.3, False)}
     outs = torch.stack([document_attention(query, key, value, **run, dropout=0.25) for _ in range(400)])
     plain = document_attention(query, key, value, **run)
     error = outs.std(0) / 400**0.5
@@ -111,7 +115,7 @@ def test_bf16_is_no_further_from_the_truth_than_torchs_own_kernel(size: float):
         if attend is None:
             out = _reference(tensors, bounds, SIZE**-0.5, True)
         else:
-            out = attend(*tensors, bounds, scale=SIZE**-0.5, causal=True)
+            out = attend(*tensors, bounds, AttentionForm(SIZE**-0.5, True))
         gradients = torch.autograd.grad(out, tensors, upstream.bfloat16())
         pairs = zip((out, *gradients), (truth, *true_gradients), strict=True)
         errors.append([((one.double() - other).norm() / other.norm()).item() for one, other in pairs])
@@ -122,10 +126,10 @@ def test_bf16_is_no_further_from_the_truth_than_torchs_own_kernel(size: float):
 def test_autocast_neither_rounds_the_scores_nor_breaks_the_backward_pass():
     tensors = _tensors(150, HEADS, torch.bfloat16, size=3.0)
     bounds, upstream = [0, 150], torch.randn(1, 150, HEADS, SIZE).bfloat16()
-    plain = document_attention(*tensors, bounds, scale=1.0, causal=True)
+    plain = document_attention(*tensors, bounds, AttentionForm(1.0, True))
     expected = torch.autograd.grad(plain, tensors, upstream)
     with torch.autocast("cpu", torch.bfloat16):
-        out = document_attention(*(t.float() for t in tensors), bounds, scale=1.0, causal=True)
+        out = document_attention(*(t.float() for t in tensors), bounds, AttentionForm(1.0, True))
         gradients = torch.autograd.grad(out, tensors, upstream)
     assert torch.equal(out, plain)
     for one, other in zip(gradients, expected, strict=True):
@@ -137,7 +141,7 @@ def test_no_square_of_the_row_is_kept_or_computed_at_once():
     tensors = _tensors(tokens, HEADS, torch.float32)
     largest = _LargestTensor()
     with largest:
-        document_attention(*tensors, [0, tokens], scale=1.0, causal=True).sum().backward()
+        document_attention(*tensors, [0, tokens], AttentionForm(1.0, True)).sum().backward()
     assert largest.elements <= HEADS * module.QUERIES_PER_BLOCK * tokens
 
 
@@ -152,3 +156,67 @@ class _LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self.elements = max(self.elements, tensor.numel())
         return out
+
+
+FORMS = {
+    "a causal window": AttentionForm(0.3, True, window=37),
+    "a window of one block": AttentionForm(0.3, True, window=128),
+    "a window on both sides": AttentionForm(0.3, False, window=37),
+    "capped scores": AttentionForm(0.9, True, softcap=2.0),
+    "capped scores in a window": AttentionForm(0.9, True, window=50, softcap=2.0),
+}
+
+
+def _eager(tensors: list[torch.Tensor], bounds: list[int], form: AttentionForm, sinks: torch.Tensor | None):
+    """transformers' eager attention of Gemma 2 (caps) or gpt-oss (sinks), document by document, with masks of loops."""
+    query, key, value = tensors
+    outputs = []
+    for start, stop in pairwise(bounds):
+        n = stop - start
+        mask = torch.full((n, n), torch.finfo(query.dtype).min, dtype=query.dtype)
+        for i in range(n):
+            for j in range(n):
+                if (j <= i or not form.causal) and (form.window is None or abs(i - j) < form.window):
+                    mask[i, j] = 0.0
+        stock = nn.Module()
+        stock.num_key_value_groups, stock.sinks = query.shape[1] // key.shape[1], sinks
+        eager = modeling_gemma2.eager_attention_forward if sinks is None else modeling_gpt_oss.eager_attention_forward
+        cap = {"softcap": form.softcap} if sinks is None else {}
+        rows = [t[:, :, start:stop] for t in (query, key, value)]
+        outputs.append(eager(stock, *rows, mask[None, None], scaling=form.scale, **cap)[0])
+    return torch.cat(outputs, dim=1)
+
+
+@pytest.mark.parametrize("key_heads", [2, HEADS])
+@pytest.mark.parametrize("name", [*FORMS, "sinks", "sinks in a window"])
+def test_windows_caps_and_sinks_are_those_of_stock_attention_on_each_document(name: str, key_heads: int):
+    bounds = _bounds([150, 1, 20, 290])
+    tensors = _tensors(bounds[-1], key_heads, torch.float64)
+    sinks = torch.linspace(-1.0, 2.0, HEADS, dtype=torch.float64).requires_grad_() if "sinks" in name else None
+    form = FORMS.get(name, AttentionForm(0.3, True, window=60 if "window" in name else None))
+    inputs = [*tensors, sinks] if sinks is not None else tensors
+    expected = _eager(tensors, bounds, form, sinks)
+    upstream = torch.randn_like(expected)
+    true_gradients = torch.autograd.grad(expected, inputs, upstream)
+    for keep in (False, True):
+        out = document_attention(*tensors, bounds, form, sinks=sinks, keep_weights=keep)
+        torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)  # gpt-oss and Gemma 2 round weights to fp32
+        for ours, theirs in zip(torch.autograd.grad(out, inputs, upstream), true_gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    whole = torch.cat(
+        [
+            whole_attention(*(t[:, :, start:stop] for t in tensors), form, sinks=sinks).transpose(1, 2)
+            for start, stop in pairwise(bounds)
+        ],
+        dim=1,
+    )
+    torch.testing.assert_close(whole, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_window_bounds_the_blocks_that_a_long_document_is_computed_in():
+    form, tokens = AttentionForm(1.0, True, window=200), 5_000
+    blocks = list(form.blocks(tokens, 128))
+    assert [rows.start for rows, _ in blocks] == list(range(0, tokens, 128))
+    assert max(keys.stop - keys.start for _, keys in blocks) == 128 + 199
+    both = AttentionForm(1.0, False, window=200)
+    assert max(keys.stop - keys.start for _, keys in both.blocks(tokens, 128)) == 128 + 2 * 199

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from isotune.compat.torch import flash_varlen
+from isotune.models.attention_form import AttentionForm
 from isotune.models.cpu import functional as on_cpu
 from isotune.models.cuda import dropout as on_cuda
 from isotune.models.document_keys import MicrobatchDocuments, known_documents
@@ -50,8 +51,10 @@ def refused() -> dict[str, str]:
         "sum of both devices": lambda: device + host,
         "product of both devices": lambda: device[0] @ host[0].t(),
         "list of both devices": lambda: torch.cat([device, host]),
-        "flash attention in fp32": lambda: flash_varlen(device, device, device, bounds, 3, 1.0, True),
-        "flash attention with int64": lambda: flash_varlen(half, half, half, bounds.long(), 3, 1.0, True),
+        "flash attention in fp32": lambda: flash_varlen(device, device, device, bounds, 3, AttentionForm(1.0, True)),
+        "flash attention with int64": lambda: flash_varlen(
+            half, half, half, bounds.long(), 3, AttentionForm(1.0, True)
+        ),
         "numpy": lambda: device.numpy(),
     }
     said = {}
@@ -60,7 +63,7 @@ def refused() -> dict[str, str]:
             attempt()
         except (RuntimeError, TypeError) as error:
             said[name] = str(error)
-    flash_varlen(half, half, half, bounds, 3, 1.0, True)  # as it should be
+    flash_varlen(half, half, half, bounds, 3, AttentionForm(1.0, True))  # as it should be
     (device + 1.0) * torch.tensor(2.0)  # a scalar may come from the host
     return said
 
@@ -130,7 +133,7 @@ def flash(causal: bool, key_heads: int) -> dict[str, float]:
     bounds = torch.tensor([0, 3, 4, 13], dtype=torch.int32, device="cuda")
     given = [t.to("cuda").requires_grad_() for t in host]
     exact = [t.double().requires_grad_() for t in host]
-    out = flash_varlen(given[0], given[1], given[2], bounds, 9, 0.3, causal)
+    out = flash_varlen(given[0], given[1], given[2], bounds, 9, AttentionForm(0.3, causal))
     parts = zip(*(t.transpose(0, 1)[None].split(lengths, 2) for t in exact), strict=True)
     expected = torch.cat(
         [

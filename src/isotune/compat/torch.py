@@ -155,16 +155,17 @@ def _splits_keys() -> bool:
     return "num_splits" in {argument.name for argument in operator._schema.arguments}
 
 
-def flash_varlen(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float, causal: bool
-) -> Tensor:
+def flash_varlen(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, form: Any) -> Tensor:
     """Attention within each document by torch's flash attention on CUDA, [tokens, heads, size] in 16 bits.
 
-    `key` and `value` [tokens, key_heads, size] may have fewer heads, `bounds` are int32 [documents + 1]. The operator
+    `key` and `value` [tokens, key_heads, size] may have fewer heads, `bounds` are int32 [documents + 1], `form` is an
+    AttentionForm without a cap. The operator
     behind `torch.nn.attention.varlen.varlen_attn`, which in torch 2.10 and 2.11 takes neither grouped heads nor a
     number of splits. Its backward pass is deterministic where `torch.use_deterministic_algorithms` is on.
     """
     operator = torch.ops.aten._flash_attention_forward.default
     # with split keys, which came with torch 2.12, the order of sums would depend on the longest document of the row
-    more: Any = {"scale": scale, "num_splits": 1} if _splits_keys() else {"scale": scale}
-    return operator(query, key, value, bounds, bounds, longest, longest, 0.0, causal, False, **more)[0]
+    more: Any = {"scale": form.scale, "num_splits": 1} if _splits_keys() else {"scale": form.scale}
+    if form.window is not None:
+        more |= {"window_size_left": form.window - 1, "window_size_right": 0 if form.causal else form.window - 1}
+    return operator(query, key, value, bounds, bounds, longest, longest, 0.0, form.causal, False, **more)[0]

@@ -35,6 +35,7 @@ from isotune.compat.peft import base_model_of
 from isotune.compat.torch import flash_varlen, has_flash_varlen
 from isotune.compat.transformers import attention_of, lets_attention_be_replaced
 from isotune.io.errors import UserError
+from isotune.models.attention_form import AttentionForm, whole_attention
 from isotune.models.cpu.document_attention import document_attention
 from isotune.models.document_keys import current_documents, draw_document_keys
 
@@ -45,26 +46,37 @@ DOCUMENT_SDPA = "per_document_sdpa"
 DOCUMENT_PRODUCTS = "per_document_products"
 KEEP_WEIGHTS = "keep_attention_weights"  # true on an attention module: more memory for less time on CPU
 
+# Tensors that models pass to their attention function and that change nothing there.
+KNOWN_TENSORS = frozenset({"position_ids", "cache_position", "cu_seq_lens_k"})
+
 # RoBERTa and its relatives count positions from padding_idx + 1, as fairseq did.
 POSITIONS_AFTER_PADDING = frozenset(
     {"camembert", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"}
 )
 
 
-def kernel_in_effect(device: torch.device | str, dtype: torch.dtype, dropout: float = 0.0, head_size: int = 64) -> str:
+def kernel_in_effect(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    dropout: float = 0.0,
+    head_size: int = 64,
+    softcap: float | None = None,
+    sinks: bool = False,
+) -> str:
     """Name of the kernel that `packed` runs on query, key and value of this device, dtype (autocast's) and head size.
 
-    Both varlen kernels take multiples of 8 up to 256. Neither drops attention weights by document, so with dropout the
-    documents are computed one by one.
+    Both varlen kernels take multiples of 8 up to 256, and windows. Neither drops attention weights by document nor has
+    sinks, and torch's has no cap, so with these the documents are computed one by one.
     """
     device = torch.device(device)
     if device.type == "cpu":
         return DOCUMENT_PRODUCTS
-    fits = dtype in (torch.float16, torch.bfloat16) and head_size % 8 == 0 and head_size <= 256
-    if device.type == "cuda" and fits and dropout == 0.0 and torch.cuda.get_device_capability(device) >= (8, 0):
+    fits = dtype in (torch.float16, torch.bfloat16) and head_size % 8 == 0 and 0 < head_size <= 256
+    fits = fits and dropout == 0.0 and not sinks
+    if device.type == "cuda" and fits and torch.cuda.get_device_capability(device) >= (8, 0):
         if _flash_attention() is not None:
             return FLASH_ATTENTION
-        if has_flash_varlen():
+        if has_flash_varlen() and softcap is None:
             return TORCH_VARLEN
     return DOCUMENT_SDPA
 
@@ -82,6 +94,9 @@ def packed_attention(
     cu_seq_lens_k: torch.Tensor | None = None,
     max_length_q: int | None = None,
     max_length_k: int | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The function behind `attn_implementation="packed"`, with the signature of transformers' AttentionInterface.
@@ -89,44 +104,47 @@ def packed_attention(
     `query` is [1, heads, tokens, head_size]; `key` and `value` are [1, key_heads, tokens, head_size]. `cu_seq_lens_q`
     and `_k` are the same boundaries, int32 [documents + 1]; without them transformers' sdpa runs, with the mask of
     `packed_mask`. Where not given, `scaling` is 1 / sqrt(head_size), `is_causal` the module's, and `max_length_q`, the
-    tokens of the longest document, is computed. On a GPU under autocast all inputs are cast to its dtype first, because
-    rotary embeddings make fp32 of query and key. Dropped weights are the document's own, as in document_keys.py.
+    tokens of the longest document, is computed. `sliding_window` and `softcap` are those of AttentionForm, `s_aux` are
+    the sinks of whole_attention. On a GPU under autocast all inputs are cast to its dtype first, because rotary
+    embeddings make fp32 of query and key. Dropped weights are the document's own, as in document_keys.py.
     Returns [1, tokens, heads, head_size], and None for the attention weights. UserError where the model uses an
     attention feature that `packed` does not support.
     """
-    _check_supported(kwargs, cu_seq_lens_q, max_length_q)
+    _check_supported(kwargs)
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    form = AttentionForm(scale, causal, sliding_window, softcap)
     if cu_seq_lens_q is None:
         positions = kwargs.get("position_ids")
         if positions is not None and attention_mask is None and positions.shape[-1] > 1:  # else it would leak
             assert not bool((positions.diff(dim=-1) < 0).any()), "positions restart: a packed row needs cu_seq_lens_q"
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
-        )
+        if s_aux is None and (form.is_plain(key.shape[2]) or (softcap is None and attention_mask is not None)):
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scale, is_causal=is_causal, **kwargs
+            )
+        out = whole_attention(query, key, value, form, sinks=s_aux, mask=attention_mask, dropout=dropout)
+        return out.transpose(1, 2).contiguous(), None
     assert attention_mask is None, "a packed row has no padding, hence no mask"
     assert query.shape[0] == 1 and query.shape[2] == key.shape[2], "a packed microbatch is one row, without a cache"
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     device = query.device.type
     if device != "cpu" and torch.is_autocast_enabled(device):
         query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
-    kernel = kernel_in_effect(query.device, query.dtype, dropout, query.shape[-1])
+    size = query.shape[-1] if value.shape[-1] == query.shape[-1] else 0  # the varlen kernels have one for both
+    kernel = kernel_in_effect(query.device, query.dtype, dropout, size, softcap, s_aux is not None)
     _note_kernel(kernel)
     if kernel in (FLASH_ATTENTION, TORCH_VARLEN):
         longest = int(cu_seq_lens_q.diff().max()) if max_length_q is None else int(max_length_q)
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
         run = _run_flash_attention if kernel == FLASH_ATTENTION else flash_varlen
-        return run(q, k, v, cu_seq_lens_q, longest, scale, causal)[None], None
+        return run(q, k, v, cu_seq_lens_q, longest, form)[None], None
     bounds = _on_host(cu_seq_lens_q)
     assert bounds[0] == 0 and bounds[-1] == query.shape[2], "the documents cover the row"
     is_fp32 = query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     # in fp32 and without gradients torch's fused kernel is the faster one on CPU
     if kernel == DOCUMENT_PRODUCTS and not (is_fp32 and torch.is_inference_mode_enabled()):
-        keep = getattr(module, KEEP_WEIGHTS, False)
-        out = document_attention(
-            query, key, value, bounds, scale=scale, causal=causal, dropout=dropout, keep_weights=keep
-        )
-        return out, None
-    return _document_by_document(query, key, value, bounds, scale, causal, dropout), None
+        options: Any = {"sinks": s_aux, "dropout": dropout, "keep_weights": getattr(module, KEEP_WEIGHTS, False)}
+        return document_attention(query, key, value, bounds, form, **options), None
+    return _document_by_document(query, key, value, bounds, form, s_aux, dropout), None
 
 
 def _document_by_document(
@@ -134,8 +152,8 @@ def _document_by_document(
     key: torch.Tensor,
     value: torch.Tensor,
     bounds: list[int],
-    scale: float,
-    causal: bool,
+    form: AttentionForm,
+    sinks: torch.Tensor | None,
     dropout: float,
 ) -> torch.Tensor:
     """torch's attention of one document after the other, [1, tokens, heads, head_size].
@@ -151,9 +169,14 @@ def _document_by_document(
             continue
         if seeds is not None:
             torch.cuda.manual_seed(seeds[i])
-        output = functional.scaled_dot_product_attention(
-            *document, dropout_p=dropout, scale=scale, is_causal=causal, enable_gqa=key.shape[1] != query.shape[1]
-        )
+        if sinks is None and form.is_plain(lengths[i]):
+            grouped = key.shape[1] != query.shape[1]
+            output = functional.scaled_dot_product_attention(
+                *document, dropout_p=dropout, scale=form.scale, is_causal=form.causal, enable_gqa=grouped
+            )
+        else:
+            q, k, v = document
+            output = whole_attention(q, k, v, form, sinks=sinks, dropout=dropout)
         outputs.append(output)
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
@@ -205,19 +228,11 @@ def _first_position(config: PreTrainedConfig) -> int:
     return config.pad_token_id + 1 if config.model_type in POSITIONS_AFTER_PADDING else 0
 
 
-def _check_supported(kwargs: dict[str, Any], bounds: torch.Tensor | None, longest: int | None) -> None:
-    """Raise where the attention is more than a softmax over the visible keys."""
-    for feature in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(feature) is not None:
-            raise UserError(f"this model's attention uses {feature}, which packed attention lacks: choose another")
-    window = kwargs.get("sliding_window")
-    if window is not None and bounds is not None:
-        longest = int(bounds.diff().max()) if longest is None else longest
-        if longest > window:
-            raise UserError(
-                f"this model's attention looks back {window} tokens and a document has {longest}: "
-                f"set max_seq_length to {window} or less"
-            )
+def _check_supported(kwargs: dict[str, Any]) -> None:
+    """Raise where a model gives its attention more tensors than this function knows, such as biases of the scores."""
+    for name, value in kwargs.items():
+        if isinstance(value, torch.Tensor) and name not in KNOWN_TENSORS:
+            raise UserError(f"this model's attention uses {name}, which packed attention lacks")
 
 
 @functools.cache
@@ -237,14 +252,17 @@ def _run_flash_attention(
     value: torch.Tensor,
     bounds: torch.Tensor,
     longest: int,
-    scale: float,
-    causal: bool,
+    form: AttentionForm,
 ) -> torch.Tensor:
     kernel = _flash_attention()
     assert kernel is not None
     # its backward sums the queries' gradients in no fixed order otherwise; torch's own kernel reads this setting itself
     deterministic = torch.are_deterministic_algorithms_enabled()
-    options: Any = {"softmax_scale": scale, "causal": causal, "deterministic": deterministic}
+    options: Any = {"softmax_scale": form.scale, "causal": form.causal, "deterministic": deterministic}
+    if form.window is not None:
+        options["window_size"] = (form.window - 1, 0 if form.causal else form.window - 1)
+    if form.softcap is not None:
+        options["softcap"] = form.softcap
     return kernel(query, key, value, bounds, bounds, longest, longest, **options)
 
 
