@@ -58,6 +58,7 @@ def main() -> None:
     given = arguments()
     # torch takes seconds to import, so mistakes on the command line are answered before
     from isotune.evaluation.distributed_eval import read_shards, start_ranks
+    from isotune.evaluation.generation.base_rules import rules_of_base
     from isotune.evaluation.generation.chat import answer, run_chat
     from isotune.evaluation.generation.completion import Decoding
     from isotune.evaluation.generation.evaluate import (
@@ -80,6 +81,9 @@ def main() -> None:
     ranks = start_ranks()
     load = generation_model_of_run if given.run_dir else generation_model_named
     lm = load(given.name, ranks.device, shards)
+    if (rules := rules_of_base(lm.model)) and ranks.is_main:
+        ruled = ", ".join(f"{name} {value}" for name, value in rules.items())
+        print(f"note: not in effect, of the model's generation_config.json: {ruled}", file=sys.stderr)
     if task:
         result = evaluate_generation(lm, samples, decoding, ranks, batch_size=given.batch_size, metrics=task.metrics)
         if ranks.is_main:

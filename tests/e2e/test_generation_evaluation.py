@@ -58,6 +58,7 @@ def test_answers_metrics_and_examples_are_printed_and_kept(run, say):
     result = read_result(folder)
     assert result.facts["kind"] == "generation"
     assert result.facts["decoding"] == {"max_new_tokens": 12, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+    assert result.facts["generation_config_not_in_effect"] == {}
     assert set(result.metrics) == set(result.intervals) == METRICS
     assert [line["id"] for line in result.predictions] == [0, 2]
     assert [line["reference"] for line in result.predictions] == ["1 | 2\n3 <b>", "Ja, 你好."]

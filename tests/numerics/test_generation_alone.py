@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from tests.building import small_opt
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, pipeline
 
+from isotune.evaluation.generation.base_rules import rules_of_base
 from isotune.evaluation.generation.completion import CountedDraw, Decoding, Prompt, complete
 from isotune.evaluation.models import GenerationModel, generation_model_named
 from isotune.io.errors import UserError
@@ -84,6 +85,31 @@ def test_greedy_batches_are_the_pipeline_on_each_prompt_alone_token_for_token(sp
             assert [*completion.tokens, *eos] == tokens, prompt
             assert completion.text == text, prompt
     assert len({tuple(tokens) for _, tokens in expected.values()}) > 3, "the model says one thing to everything"
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"repetition_penalty": 1.5, "do_sample": True, "temperature": 0.7, "top_k": 3},
+        {"num_beams": 4, "no_repeat_ngram_size": 2, "length_penalty": 2.0},
+        {"num_beams": 2, "num_return_sequences": 2, "early_stopping": True},
+        {"min_new_tokens": 9, "suppress_tokens": [5, 6, 7], "begin_suppress_tokens": [8]},
+        {"max_new_tokens": 2, "max_length": 3, "forced_eos_token_id": 9, "bad_words_ids": [[20], [21]]},
+        {"output_scores": True, "return_dict_in_generate": True, "use_cache": False},
+        {"stop_strings": ["e"], "max_time": 0.0},
+    ],
+    ids=lambda rules: next(iter(rules)),
+)
+def test_rules_of_the_base_decide_nothing(speaker, prompts, monkeypatch, rules):
+    greedy, drawn, prompts = Decoding(6), Decoding(6, temperature=1.0, top_p=0.9), prompts[:4]
+    expected = [complete(speaker, prompts, decoding, batch_size=2) for decoding in (greedy, drawn)]
+    own = speaker.model.generation_config
+    ruled = GenerationConfig(**{**own.to_diff_dict(), **rules})
+    monkeypatch.setattr(speaker.model, "generation_config", ruled)
+    assert [complete(speaker, prompts, decoding, batch_size=3) for decoding in (greedy, drawn)] == expected
+    assert speaker.model.generation_config is ruled
+    named = {"max_new_tokens", "max_length", "output_scores", "return_dict_in_generate", "use_cache"}
+    assert rules_of_base(speaker.model) == {name: value for name, value in rules.items() if name not in named}
 
 
 def test_a_drawn_answer_depends_on_neither_batch_nor_order(speaker, prompts):

@@ -43,8 +43,9 @@ def write_classifier(run, probabilities, name="test", labels=LABELS, ids=None, t
     return run
 
 
-def write_generator(run, texts, references):
+def write_generator(run, texts, references, **more):
     facts = {"kind": "generation", "model": str(run), "dataset_name": "builtin:pirate", "dataset_split": "test"}
+    facts |= more
     rows = [
         {"id": i, "prompt": f"question {i}", "reference": reference, "text": text, "ended": 1.0}
         for i, (text, reference) in enumerate(zip(texts, references, strict=True))
@@ -199,6 +200,19 @@ def test_generated_texts_are_compared_by_their_texts(tmp_path):
         poor[pair.gained[0].id],
         REFERENCES[pair.gained[0].id],
     ]
+
+
+def test_answers_that_were_decoded_otherwise_are_compared_with_a_note(tmp_path, capsys):
+    greedy = {"temperature": 0.0, "max_new_tokens": 16}
+    one = write_generator(tmp_path / "a", REFERENCES, REFERENCES, decoding=greedy)
+    same = write_generator(tmp_path / "b", REFERENCES, REFERENCES, decoding=greedy)
+    other = write_generator(tmp_path / "c", REFERENCES, REFERENCES, decoding=greedy | {"temperature": 0.7})
+    assert compare_runs([one, same], resamples=100).notes == []
+    (note,) = compare_runs([one, same, other], resamples=100).notes
+    assert note.endswith(
+        "was decoded otherwise than " + str(one / "eval" / "pirate") + ": temperature 0.7 instead of 0.0"
+    )
+    assert note in cli(capsys, one, other)[1]
 
 
 def test_the_table_names_runs_tests_and_verdicts(runs, capsys):

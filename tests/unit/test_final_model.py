@@ -74,6 +74,16 @@ def test_what_training_put_on_the_model_does_not_reach_the_folder(tmp_path, toke
     assert model.config.use_cache is False, "the model in memory is left as it was"
 
 
+def test_a_published_generation_config_that_is_invalid_is_saved_as_it_is(tmp_path, tokenizer):
+    model = tiny_opt()
+    model.generation_config.temperature = 0.7  # without do_sample, as some bases are published
+    model.generation_config.pad_token_id = 7  # as Trainer does
+    save_and_verify(model, tokenizer, tmp_path / "model")
+    saved = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert (saved["temperature"], saved["pad_token_id"], saved["eos_token_id"]) == (0.7, 7, 2)
+    assert model.generation_config.temperature == 0.7
+
+
 def test_a_saved_adapter_loads_by_peft_with_the_same_logits(tmp_path, tokenizer):
     adapted = with_adapter(tiny_opt()).eval()
     report = save_and_verify(adapted, tokenizer, tmp_path / "model")

@@ -142,7 +142,7 @@ def _save_state_dict(model: Any, tokenizer: Any, folder: Path) -> None:
         model.config.dtype = model.dtype
         model.config.save_pretrained(str(staging))
         if model.can_generate():
-            model.generation_config.save_pretrained(str(staging))
+            model.generation_config.to_json_file(str(staging / "generation_config.json"), use_diff=True)  # valid or not
         tokenizer.save_pretrained(str(staging))
         # Tied tensors share one storage in the file and keep both names: `load_state_dict` needs both.
         # A file opened by Python, because torch's own hides why a write failed.

@@ -80,7 +80,7 @@ def save_and_verify(model: nn.Module, tokenizer: Any, folder: str | Path) -> Fin
         if is_adapter:
             save_adapter(model, staging)
         else:
-            cast(Any, model).save_pretrained(str(staging))
+            _save_model(model, staging)
         tokenizer.save_pretrained(str(staging))
         for name in ("config.json", "generation_config.json"):
             if (staging / name).is_file():
@@ -103,6 +103,27 @@ def save_and_verify(model: nn.Module, tokenizer: Any, folder: str | Path) -> Fin
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in expected.values()})),
         bytes_on_disk=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
     )
+
+
+def _save_model(model: Any, folder: Path) -> None:
+    """`save_pretrained`, with a generation configuration that transformers finds invalid written as it is.
+
+    Published ones are invalid (a temperature without do_sample), and `save_pretrained` refuses them once Trainer has
+    set a token's id in them.
+    """
+    own: Any = getattr(model, "generation_config", None)
+    try:
+        if own is not None:
+            own.validate(strict=True)
+    except ValueError:
+        model.generation_config = type(own)()
+        try:
+            model.save_pretrained(str(folder))
+        finally:
+            model.generation_config = own
+        own.to_json_file(str(folder / "generation_config.json"), use_diff=True)
+    else:
+        model.save_pretrained(str(folder))
 
 
 class _Difference(Exception):

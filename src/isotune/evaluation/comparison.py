@@ -90,6 +90,7 @@ class Comparison:
     tests: int  # number of p-values that Holm's correction is for
     groups: int | None = None  # number of groups of rows, which are resampled and swapped as wholes; None without any
     pairs: list[Pair] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what else differs than the models: a sentence for each result
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -152,7 +153,16 @@ def compare_runs(
         tests=sum(len(pair.differences) for pair in pairs),
         groups=None if groups is None else units,
         pairs=_corrected(pairs),
+        notes=[note for result in results[1:] for note in _other_decoding(results[0], result)],
     )
+
+
+def _other_decoding(first: Result, other: Result) -> list[str]:
+    """The sentence that says how texts were generated otherwise than in the first result; empty where they were not."""
+    ours, theirs = first.facts.get("decoding") or {}, other.facts.get("decoding") or {}
+    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    differing = ", ".join(f"{name} {theirs.get(name)} instead of {ours.get(name)}" for name in names)
+    return [f"{other.folder} was decoded otherwise than {first.folder}: {differing}"] if names else []
 
 
 def _choose_metrics(kind: str, sides: Sequence[MeasuredRows], names: Sequence[str]) -> list[str]:

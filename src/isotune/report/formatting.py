@@ -82,6 +82,7 @@ def comparison_text(comparison: Comparison) -> str:
     names = [run_letter(index) for index in range(len(comparison.results))]
     head = f"{comparison.rows:,} rows of {comparison.dataset_name} ({comparison.dataset_split})"
     blocks = [[head, *(f"{name}  {folder}" for name, folder in zip(names, comparison.results, strict=True))]]
+    blocks[0] += [f"note: {note}" for note in comparison.notes]
     for pair in comparison.pairs:
         changes = _changes(pair, names, comparison.kind)
         blocks.append([*_table(pair, names), "", *changes, pair_conclusion(pair, names)])

@@ -3,7 +3,7 @@
 Prompts are sorted by length and padded on the left. Positions follow the attention mask, so padding shifts none. A row
 may use every position of the model, however long its neighbours are. The random number of token t of row r is number t
 of a stream that is seeded with (seed, r), so a sampled completion is the same in any batch, in any order and on any
-number of processes.
+number of processes. Rules of the base's generation_config.json are not in effect.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +20,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopP
 
 from isotune.data.sft.conversations import HUMAN_HEADER, header_start
 from isotune.evaluation.distributed_eval import Ranks
+from isotune.evaluation.generation.base_rules import without_base_rules
 from isotune.evaluation.models import GenerationModel
 from isotune.io.errors import UserError
 from isotune.models.log_control import quiet_libraries
@@ -96,7 +97,7 @@ def complete(
     costs = [len(batch) * len(encoded[batch[0]]) for batch in batches]
     completions: dict[int, Completion] = {}
     bar = tqdm(total=len(prompts), unit="completion", disable=not progress, dynamic_ncols=True)
-    with quiet_libraries(), bar:
+    with quiet_libraries(), bar, without_base_rules(lm.model):
         for batch in own_batches(lm, batches, costs, ranks):
             rows = [prompts[i].row for i in batch]
             generated = _complete_batch(lm, rows, [encoded[i] for i in batch], decoding, turns)

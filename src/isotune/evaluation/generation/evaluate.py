@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from isotune.data.sft.conversations import first_turn, render_prompt
 from isotune.evaluation.distributed_eval import Ranks
+from isotune.evaluation.generation.base_rules import rules_of_base
 from isotune.evaluation.generation.completion import Decoding, Prompt, complete, own_batches
 from isotune.evaluation.metrics.modules import MetricModule, score_modules, split_metrics, text_columns
 from isotune.evaluation.metrics.text import Likelihood, measure_likelihoods, measure_texts, signatures
@@ -42,6 +43,7 @@ class GenerationResult:
     predictions: list[dict[str, Any]]
     scores: Scores  # of the built-in metrics and the modules
     truncated: int  # references longer than the model's positions; the rest is not scored
+    rules_of_base: dict[str, Any]  # of the model's generation_config, which were not in effect
 
 
 def evaluate_generation(
@@ -85,7 +87,8 @@ def evaluate_generation(
         }
         for row, (sample, completion, text) in enumerate(zip(samples, completions, texts, strict=True))
     ]
-    return GenerationResult(predictions, scores, sum(not likelihood.whole for likelihood in likelihoods))
+    truncated = sum(not likelihood.whole for likelihood in likelihoods)
+    return GenerationResult(predictions, scores, truncated, rules_of_base(lm.model))
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,7 @@ def write_generation_result(
         "dataset_name": task.dataset_name,
         "dataset_split": task.dataset_split,
         "decoding": asdict(decoding),
+        "generation_config_not_in_effect": result.rules_of_base,
         "signatures": signatures(),
         "references": {"longer_than_positions": result.truncated},
     }

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from isotune.evaluation.generation.base_rules import without_base_rules
 from isotune.evaluation.models import GenerationModel
 from isotune.evaluation.results import write_result
 from isotune.evaluation.statistics.resampling import Scores
@@ -56,7 +57,7 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
     try:
-        with quiet_libraries():
+        with quiet_libraries(), without_base_rules(lm.model):
             model = HFLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=batch_size)
             result: Any = lm_eval.simple_evaluate(model=model, tasks=list(tasks), limit=limit, **SEEDS)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
