@@ -58,6 +58,28 @@ def test_every_document_is_seen_once_an_epoch_and_nothing_is_dropped(lengths, ba
 
 
 @settings(deadline=None, max_examples=60)
+@given(lengths_lists, st.integers(1, 9), st.integers(1, 4), st.sampled_from([None, 1, 2, 3]))
+def test_documents_that_are_padded_are_those_of_the_same_steps_and_fit_when_filled_up(lengths, batch, rows, ranks):
+    documents = made_documents(lengths)
+    packed_rows, tokens = pack(documents.lengths, ROW_TOKENS, seed=1), rows * ROW_TOKENS
+    options = {"global_batch_size": batch, "microbatch_tokens": tokens, "seed": 7}
+    packed = StepSchedule(documents, packed_rows, **options)
+    padded = StepSchedule(documents, packed_rows, **options, ranks=ranks, padded=True)
+    assert padded.steps_per_epoch == packed.steps_per_epoch
+    for number in range(padded.steps_per_epoch):
+        step, other = padded.step(number), packed.step(number)
+        seen = [d for m in step.microbatches for d in m.documents]
+        assert sorted(seen) == sorted(d for m in other.microbatches for d in m.documents)
+        assert (step.supervised_tokens, step.input_tokens) == (other.supervised_tokens, other.input_tokens)
+        for microbatch in step.microbatches:
+            own = [lengths[d] for d in microbatch.documents]
+            assert len(own) * max(own) <= tokens
+        if ranks is None:  # every document in a group is at least as long as every one in the next
+            orders = [[lengths[d] for d in m.documents] for m in step.microbatches]
+            assert all(min(first) >= max(second) for first, second in itertools.pairwise(orders))
+
+
+@settings(deadline=None, max_examples=60)
 @given(lengths_lists, st.integers(1, 9), st.integers(1, 7))
 def test_ranks_share_a_step_out_completely_with_equal_numbers_of_passes(lengths, batch, world_size):
     documents = made_documents(lengths)

@@ -7,6 +7,7 @@
 A schedule is a pure function of the prepared documents, the recipe and the seed. Which rows share a microbatch changes
 rounding only. Where bits are promised, it is decided without knowing the ranks, and `assign_to_ranks` shares whole
 microbatches out. Elsewhere the rows of a step are shared out first, so that every rank computes as much as the others.
+For a model that pads, the documents of a step are, each by itself, and those of similar length share a microbatch.
 `collate` makes the tensors of a microbatch.
 """
 
@@ -79,6 +80,7 @@ class StepSchedule:
         global_batch_size: int,
         microbatch_tokens: int,  # the most that one forward pass may see, at least the longest row
         ranks: int | None = None,  # that a step's rows are shared out to; None: microbatches do not depend on ranks
+        padded: bool = False,  # the model fills the documents of a microbatch up to the longest
         seed: int,
         shuffle: bool = True,
     ) -> None:
@@ -87,13 +89,16 @@ class StepSchedule:
         self.global_batch_size = global_batch_size
         self.microbatch_tokens = microbatch_tokens
         self.ranks = ranks
+        self.padded = padded
         self.seed = seed
         self.shuffle = shuffle
         self._lengths = documents.lengths
         self._supervised = documents.supervised_counts
-        self._row_tokens = rows.lengths(self._lengths)
-        self._row_costs = np.add.reduceat(document_costs(self._lengths)[rows.documents], rows.starts[:-1])
-        assert self._row_tokens.max() <= microbatch_tokens, "a row must fit into a microbatch"
+        # of what is shared out: the rows, or the documents of a model that pads
+        self._tokens = self._lengths if padded else rows.lengths(self._lengths)
+        costs = document_costs(self._lengths)
+        self._costs = costs if padded else np.add.reduceat(costs[rows.documents], rows.starts[:-1])
+        assert self._tokens.max() <= microbatch_tokens, "a row must fit into a microbatch"
         self._order = lru_cache(maxsize=2)(self._shuffled_rows)
 
     @property
@@ -110,12 +115,10 @@ class StepSchedule:
         """Step `number`, counted from 0 over the whole run."""
         epoch, within = divmod(number, self.steps_per_epoch)
         rows = self._order(epoch)[within * self.global_batch_size : (within + 1) * self.global_batch_size]
-        shares = [rows] if self.ranks is None else [rows[m] for m in share_out(self._row_costs[rows], self.ranks)]
-        groups = [
-            (None if self.ranks is None else rank, group)
-            for rank, share in enumerate(self._cut(shares))
-            for group in share
-        ]
+        items = self._documents(rows) if self.padded else rows
+        shares = [items] if self.ranks is None else [items[m] for m in share_out(self._costs[items], self.ranks)]
+        cut = [self._of_similar_length(share) for share in shares] if self.padded else self._cut(shares)
+        groups = [(None if self.ranks is None else rank, group) for rank, share in enumerate(cut) for group in share]
         return Step(number, epoch, tuple(self._microbatch(i, *group) for i, group in enumerate(groups)))
 
     def _cut(self, shares: list[np.ndarray]) -> list[list[np.ndarray]]:
@@ -123,11 +126,11 @@ class StepSchedule:
 
         Where best-fit needs fewer groups than equal cost does, it decides.
         """
-        count = max(-(-int(self._row_tokens[share].sum()) // self.microbatch_tokens) for share in shares)
+        count = max(-(-int(self._tokens[share].sum()) // self.microbatch_tokens) for share in shares)
         cut = [self._equal(share, count) for share in shares]
         if all(cut):
             return cut
-        packed = [pack(self._row_tokens[share], self.microbatch_tokens, seed=self.seed) for share in shares]
+        packed = [pack(self._tokens[share], self.microbatch_tokens, seed=self.seed) for share in shares]
         count = max(map(len, packed))
         return [
             self._equal(share, count) or [share[np.sort(fewest[group])] for group in range(len(fewest))]
@@ -136,19 +139,32 @@ class StepSchedule:
 
     def _equal(self, rows: np.ndarray, count: int) -> list[np.ndarray]:
         """`rows` in at most `count` groups of near-equal cost; none where one of them has too many tokens."""
-        groups = [rows[group] for group in share_out(self._row_costs[rows], count) if len(group)]
-        fit = all(self._row_tokens[group].sum() <= self.microbatch_tokens for group in groups)
+        groups = [rows[group] for group in share_out(self._costs[rows], count) if len(group)]
+        fit = all(self._tokens[group].sum() <= self.microbatch_tokens for group in groups)
         return groups if fit else []
 
-    def _microbatch(self, number: int, rank: int | None, rows: np.ndarray) -> Microbatch:
-        documents = np.concatenate([self.rows[row] for row in rows.tolist()])
+    def _of_similar_length(self, documents: np.ndarray) -> list[np.ndarray]:
+        """Documents, longest first, in groups that the memory allows with each filled up to its group's longest."""
+        ordered = documents[np.argsort(-self._tokens[documents], kind="stable")]
+        groups: list[np.ndarray] = []
+        while len(ordered):
+            count = self.microbatch_tokens // int(self._tokens[ordered[0]])
+            groups.append(ordered[:count])
+            ordered = ordered[count:]
+        return groups
+
+    def _documents(self, rows: np.ndarray) -> np.ndarray:
+        return np.concatenate([self.rows[row] for row in rows.tolist()])
+
+    def _microbatch(self, number: int, rank: int | None, items: np.ndarray) -> Microbatch:
+        documents = items if self.padded else self._documents(items)
         lengths = self._lengths[documents]
         return Microbatch(
             number=number,
             documents=tuple(int(d) for d in documents),
             tokens=int(lengths.sum()),
             supervised_tokens=int(self._supervised[documents].sum()),
-            cost=microbatch_cost(lengths),
+            cost=microbatch_cost(np.full_like(lengths, lengths.max()) if self.padded else lengths),
             rank=rank,
         )
 

@@ -5,6 +5,7 @@ layer that draws random numbers for a row instead of for its documents. So a run
 about to train, in evaluation and in training mode, and does not start where there is a leak.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def check_isolation(
         torch.manual_seed(0)  # of dropout, as every microbatch of a step
         numbers = range(first, first + len(documents))
         with training_microbatch(MicrobatchDocuments(numbers, lengths, padded)):
-            logits = model(**_inputs(documents, device, classifier)).logits.float()
+            logits = model(**packed_inputs(documents, device, positions=not classifier)).logits.float()
         return list(logits) if classifier else list(logits[0].split(lengths))
 
     def measure() -> tuple[float, float, list[torch.Tensor]]:
@@ -95,18 +96,19 @@ def check_isolation(
     }
 
 
-def _inputs(documents: list[torch.Tensor], device: torch.device, classifier: bool) -> dict[str, Any]:
+def packed_inputs(documents: Sequence[torch.Tensor], device: torch.device, *, positions: bool) -> dict[str, Any]:
+    """The arguments of a packed forward pass over token ids [tokens] by document; a classifier has no `positions`."""
     bounds = torch.tensor([0, *torch.tensor([len(d) for d in documents]).cumsum(0)], dtype=torch.int32, device=device)
     longest = max(len(d) for d in documents)
     inputs = {
-        "input_ids": torch.cat(documents)[None].to(device),
+        "input_ids": torch.cat(list(documents))[None].to(device),
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
         "max_length_q": longest,
         "max_length_k": longest,
         "use_cache": False,
     }
-    if not classifier:  # which computes its positions itself
+    if positions:
         inputs["position_ids"] = torch.cat([torch.arange(len(d)) for d in documents])[None].to(device)
     return inputs
 
@@ -115,7 +117,7 @@ def _losses(
     model: nn.Module, documents: list[torch.Tensor], logits: list[torch.Tensor], device: torch.device, classifier: bool
 ) -> tuple[float, float]:
     """The supervised loss of the packed documents, and the cross-entropy of their plain logits."""
-    inputs = _inputs(documents, device, classifier)
+    inputs = packed_inputs(documents, device, positions=not classifier)
     if classifier:
         loss = model(**inputs, targets=torch.zeros(len(documents), dtype=torch.int64, device=device)).loss
         return float(loss), float(sum(-torch.log_softmax(scores, dim=-1)[0] for scores in logits))

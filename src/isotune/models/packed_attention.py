@@ -18,9 +18,11 @@ boundaries from transformers' FlashAttentionKwargs and attends within each docum
 Importing this module registers the function. Without boundaries (generation, padded batches) it is transformers' sdpa.
 """
 
+import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -114,6 +116,7 @@ def packed_attention(
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     form = AttentionForm(scale, causal, sliding_window, softcap)
+    _windows.given |= sliding_window is not None
     if cu_seq_lens_q is None:
         positions = kwargs.get("position_ids")
         if positions is not None and attention_mask is None and positions.shape[-1] > 1:  # else it would leak
@@ -183,6 +186,8 @@ def _document_by_document(
 
 def packed_mask(*, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
     """The mask function: None for a packed row, the mask of transformers' sdpa where there is padding or a cache."""
+    if kwargs.get("local_size") is not None:
+        _windows.asked.add(kwargs["local_size"])
     if attention_mask is None and q_length == kv_length:
         return None
     return sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs)
@@ -264,6 +269,28 @@ def _run_flash_attention(
     if form.softcap is not None:
         options["softcap"] = form.softcap
     return kernel(query, key, value, bounds, bounds, longest, longest, **options)
+
+
+@dataclass
+class Windows:
+    """The windows, in tokens, of a model's masks, and whether its attention functions were given one."""
+
+    asked: set[int] = field(default_factory=set[int])
+    given: bool = False
+
+
+_windows = Windows()
+
+
+@contextlib.contextmanager
+def noted_windows() -> Iterator[Windows]:
+    """The windows of the forward passes within it. A mask's window or chunk that no attention is given is lost."""
+    global _windows
+    before, _windows = _windows, Windows()
+    try:
+        yield _windows
+    finally:
+        _windows = before
 
 
 _last_kernel: str | None = None

@@ -6,14 +6,17 @@ known as soon as the logits are, so the forward pass keeps it (one fp32 row of t
 backward pass only scales it: no logits are kept, and none are computed twice.
 """
 
+import inspect
+import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from isotune.compat.peft import base_model_of
@@ -30,13 +33,29 @@ SOFTMAX_ELEMENTS = 2**20
 # up by this before they are rounded. Each row's absolute sum is at most 2, so products stay far from 65504.
 FP16_SCALE = 256.0
 
-# Model types whose forward is `decoder -> head` and nothing else; others scale, cap or add to their logits.
-PLAIN_HEADS = frozenset(
-    {
-        "gpt2", "gpt_neox", "gemma", "llama", "mistral", "olmo", "olmo2", "opt", "phi", "qwen2", "qwen3", "smollm3",
-        "stablelm", "starcoder2",
-    }
-)  # fmt: skip
+# What the configurations of transformers call the number that a model divides or multiplies its logits by, and the cap
+# c of c tanh(logit / c).
+DIVISORS, FACTORS = ("logits_scaling",), ("logit_scale", "lm_head_multiplier")
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+@dataclass(frozen=True)
+class LogitsTransform:
+    """What a model does to its logits above the head: c tanh(scale x logit / c), where there is a cap c."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> "LogitsTransform":
+        """That of a configuration, by the names of its keys; whether a model does it so has to be measured."""
+        scale = math.prod(1.0 / value for name in DIVISORS if (value := getattr(config, name, None)))
+        scale *= math.prod(value for name in FACTORS if (value := getattr(config, name, None)))
+        caps = [value for name in CAPS if (value := getattr(config, name, None))]
+        return cls(float(scale), float(caps[0]) if caps else None)
+
+
+PLAIN_LOGITS = LogitsTransform()
 
 
 def is_cpu(device: torch.device) -> bool:
@@ -45,9 +64,13 @@ def is_cpu(device: torch.device) -> bool:
 
 
 def supervised_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    transform: LogitsTransform = PLAIN_LOGITS,
 ) -> torch.Tensor:
-    """Sum of the cross-entropies of `targets` under the logits `hidden @ weight.T + bias`.
+    """Sum of the cross-entropies of `targets` under the transformed logits `hidden @ weight.T + bias`.
 
     `hidden` [targets, size] are the decoder's last states at the supervised positions; `weight` is [vocabulary, size],
     `bias` [vocabulary] or None, `targets` int64 [targets]. Products run in the autocast dtype, or else in that of
@@ -55,15 +78,15 @@ def supervised_loss(
     """
     device = hidden.device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return _SupervisedLoss.apply(hidden, weight, bias, targets, compute, torch.is_grad_enabled())
+    return _SupervisedLoss.apply(hidden, weight, bias, targets, transform, compute, torch.is_grad_enabled())
 
 
 class _SupervisedLoss(AutogradFunction):
     @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, targets, compute, with_gradients) -> torch.Tensor:
+    def forward(ctx: Any, hidden, weight, bias, targets, transform, compute, with_gradients) -> torch.Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             needed = [with_gradients and need for need in ctx.needs_input_grad[:3]]
-            loss, gradients = _loss_and_gradients(hidden, weight, bias, targets, compute, needed)
+            loss, gradients = _loss_and_gradients(hidden, weight, bias, targets, transform, compute, needed)
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
         ctx.gradients = gradients
         return loss
@@ -75,7 +98,7 @@ class _SupervisedLoss(AutogradFunction):
         gradients, ctx.gradients = ctx.gradients, None
         # in place, because the head's gradient is as large as the head: 103 MB of fp32 for 512 x 50,272
         scaled = [None if g is None else g.mul_(grad).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
-        return (*scaled, None, None, None)
+        return (*scaled, None, None, None, None)
 
 
 def _loss_and_gradients(
@@ -83,6 +106,7 @@ def _loss_and_gradients(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
+    transform: LogitsTransform,
     compute: torch.dtype,
     needed: list[bool],
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
@@ -99,7 +123,7 @@ def _loss_and_gradients(
         rows = slice(start, start + step)
         buffer = _workspace("logits", (min(step, len(targets) - start), len(head)), compute, hidden.device)
         logits = torch.mm(states[rows], head.t(), out=buffer)
-        loss += _loss_into_gradient(logits, targets[rows], bias, bias_gradient, scale, any(needed))
+        loss += _loss_into_gradient(logits, targets[rows], transform, bias, bias_gradient, scale, any(needed))
         if hidden_gradient is not None:
             torch.mul(logits @ head, 1.0 / scale, out=hidden_gradient[rows])
         if needed[1]:
@@ -118,6 +142,7 @@ def _loss_and_gradients(
 def _loss_into_gradient(
     logits: torch.Tensor,
     targets: torch.Tensor,
+    transform: LogitsTransform,
     bias: torch.Tensor | None,
     bias_gradient: torch.Tensor | None,
     scale: float,
@@ -132,6 +157,13 @@ def _loss_into_gradient(
         exact = _workspace("exact", part.shape, accumulate, part.device).copy_(part)
         if bias is not None:
             exact += bias
+        if transform.scale != 1.0:
+            exact *= transform.scale
+        slope = None
+        if transform.cap is not None:
+            torch.tanh(exact.div_(transform.cap), out=exact)
+            slope = 1 - exact.square()
+            exact *= transform.cap
         # logsumexp(x) = x_m - log p_m at the largest logit x_m, whose probability p_m is never tiny
         largest, chosen = exact.amax(dim=1, keepdim=True), exact.gather(1, expected)
         buffer = _workspace("probabilities", part.shape, accumulate, part.device)
@@ -139,6 +171,10 @@ def _loss_into_gradient(
         loss += (largest - probabilities.amax(dim=1, keepdim=True).log() - chosen).sum()
         if needs_gradient:
             probabilities.scatter_add_(1, expected, probabilities.new_full(expected.shape, -1.0))
+            if slope is not None:
+                probabilities *= slope
+            if transform.scale != 1.0:
+                probabilities *= transform.scale
             if bias_gradient is not None:
                 bias_gradient += probabilities.sum(dim=0)
             part.copy_(probabilities.mul_(scale) if scale != 1.0 else probabilities)
@@ -169,27 +205,30 @@ def install_supervised_loss(model: nn.Module) -> None:
     in the flattened row whose next token is predicted, and `targets` these tokens, both int64 [targets].
 
     The head is called as a module, so that ZeRO-3 and FSDP2 gather its weight. Call it before or after peft wraps
-    `model`, and before DDP or DeepSpeed does. UserError where the model does more than `decoder -> head`, or an adapter
-    wraps its head.
+    `model`, and before DDP or DeepSpeed does. A model that does more than `decoder -> head -> transform` needs
+    `use_stock_logits`. UserError where an adapter wraps its head.
     """
     base = base_model_of(model)
     assert isinstance(base, PreTrainedModel)
-    kind = base.config.model_type
-    if kind not in PLAIN_HEADS or base.base_model is base:
-        raise UserError(
-            f"model type '{kind}' may do more to its logits than apply a head, so its loss cannot be computed from "
-            f"supervised positions alone: choose one of {', '.join(sorted(PLAIN_HEADS))}"
-        )
-    head = _plain_head(base)
-    if "stock_forward" not in vars(head):
-        patch_forward(head, _head_forward)
+    base.logits_transform = None  # type: ignore[assignment]  (torch declares unknown attributes as tensors)
+    head: Any = base.get_output_embeddings()
+    if base.base_model is not base and (isinstance(head, nn.Linear) or _is_wrapped(head)):
+        head = _plain_head(base)
+        base.logits_transform = LogitsTransform.of(base.config.get_text_config())  # type: ignore[assignment]  (as above)
+        if "stock_forward" not in vars(head):
+            patch_forward(head, _head_forward)
     if "stock_forward" not in vars(base):
         patch_forward(base, _model_forward)
 
 
+def use_stock_logits(model: nn.Module) -> None:
+    """Let the loss of an installed model be that of its own logits, which are then all in memory at once."""
+    base_model_of(model).logits_transform = None
+
+
 def _plain_head(base: PreTrainedModel) -> Any:
     head = base.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or type(head).__module__.startswith(("peft.", "bitsandbytes.")):
+    if not isinstance(head, nn.Linear) or _is_wrapped(head):
         raise UserError(
             "the output head (lm_head) is wrapped by an adapter or quantised, which the supervised loss cannot use: "
             "take it out of target_modules and modules_to_save"
@@ -197,10 +236,16 @@ def _plain_head(base: PreTrainedModel) -> Any:
     return head
 
 
-def _head_forward(self: Any, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+def _is_wrapped(head: Any) -> bool:
+    return type(head).__module__.startswith(("peft.", "bitsandbytes."))
+
+
+def _head_forward(
+    self: Any, hidden: torch.Tensor, targets: torch.Tensor | None = None, transform: LogitsTransform = PLAIN_LOGITS
+) -> torch.Tensor:
     if targets is None:
         return self.stock_forward(hidden)
-    return supervised_loss(hidden, self.weight, self.bias, targets)
+    return supervised_loss(hidden, self.weight, self.bias, targets, transform)
 
 
 def _model_forward(
@@ -214,9 +259,16 @@ def _model_forward(
     if supervised_positions is None:
         return self.stock_forward(*args, labels=labels, **kwargs)
     assert targets is not None and labels is None, "supervised_positions come with targets and without labels"
+    kwargs["return_dict"] = True
+    if self.logits_transform is None:
+        if "logits_to_keep" in inspect.signature(self.stock_forward).parameters:
+            logits = self.stock_forward(*args, logits_to_keep=supervised_positions, **kwargs).logits.flatten(0, 1)
+        else:
+            logits = self.stock_forward(*args, **kwargs).logits.flatten(0, 1).index_select(0, supervised_positions)
+        loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        return CausalLMOutputWithPast(loss=loss)  # type: ignore[arg-type]  (a FloatTensor)
     head = _plain_head(self)
     assert "stock_forward" in vars(head), "the head was replaced after install_supervised_loss"
-    kwargs["return_dict"] = True
     hidden = self.base_model(*args, **kwargs).last_hidden_state
     selected = hidden.flatten(0, 1).index_select(0, supervised_positions)
-    return CausalLMOutputWithPast(loss=head(selected, targets=targets))
+    return CausalLMOutputWithPast(loss=head(selected, targets=targets, transform=self.logits_transform))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import yaml
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from isotune.config import RunRecipe
 from isotune.config.command_line import CommandLine
@@ -19,7 +20,6 @@ from isotune.distributed.deepspeed_config import offloaded, read_deepspeed_confi
 from isotune.distributed.launch import check_keys, check_precision, request_of
 from isotune.io.errors import Complain, UserError, did_you_mean
 from isotune.models.opening import load_config
-from isotune.models.supervised_loss import PLAIN_HEADS
 
 PLAIN, DDP, DEEPSPEED, FSDP = "plain", "DDP", "DeepSpeed", "FSDP"
 SHIPPED = ("plain", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
@@ -133,7 +133,9 @@ def _guess_task(command: CommandLine) -> tuple[str, str | None]:
         architecture = load_config(replace(unchecked, max_seq_length=1)).model_type
     except UserError:
         return "sft", None
-    task = "sft" if architecture in PLAIN_HEADS else "classification"
+    # transformers has causal models of encoders too
+    is_encoder = architecture in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    task = "sft" if architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not is_encoder else "classification"
     return task, f"task is guessed to be {task} from the model's type, {architecture}: say task: {task}"
 
 

@@ -24,12 +24,11 @@ from isotune.config import ClassificationRecipe, RunRecipe
 from isotune.data.batch_schedule import Step, StepSchedule
 from isotune.data.documents import RunData
 from isotune.distributed.launch import Process, start_process
+from isotune.models.causal import CausalForm, install_causal
 from isotune.models.classifier import PADDED, ClassLoss, choose_weights, install_classification
 from isotune.models.cpu.layers import enable_speedups
 from isotune.models.lora import add_adapters
 from isotune.models.opening import is_made_here, load_base_model, load_config, load_tokenizer
-from isotune.models.packed_attention import set_packed_attention
-from isotune.models.supervised_loss import install_supervised_loss
 from isotune.run.preemption import supervised
 from isotune.run.run_dir import RunDir
 from isotune.training.arguments import sft_arguments, training_arguments, uses_exact_gradients
@@ -102,11 +101,19 @@ def build_model(start: Start, data: RunData) -> nn.Module:
             print(f"note        model type '{kind}' is not known to work without padding: texts are padded")
     else:
         base = load_base_model(recipe, config, process.loading_device(recipe))
-        set_packed_attention(base)
-        install_supervised_loss(base)
+        form = install_causal(base, recipe.max_seq_length)
+        if process.is_main:
+            _say_form(form)
     model = base if recipe.tune == "full" else add_adapters(base, recipe)
     enable_speedups(model, zero3=process.zero_stage == 3)
     return model
+
+
+def _say_form(form: CausalForm) -> None:
+    if form.why_padded is not None:
+        print(f"note        documents are padded, one a line: packed in a row, {form.why_padded}")
+    if form.stock_logits:
+        print("note        the loss needs all logits of a microbatch at once: the model does more than apply its head")
 
 
 def make_plan(recipe: RunRecipe, process: Process, data: RunData, task: Task) -> TrainingPlan:
@@ -118,6 +125,7 @@ def make_plan(recipe: RunRecipe, process: Process, data: RunData, task: Task) ->
         global_batch_size=recipe.global_batch_size,
         microbatch_tokens=recipe.forward_tokens("microbatch_tokens"),
         ranks=None if exact else process.world_size,
+        padded=task.pads,
         seed=recipe.seed,
     )
     eval_schedule = data.evaluation and StepSchedule(
@@ -125,6 +133,7 @@ def make_plan(recipe: RunRecipe, process: Process, data: RunData, task: Task) ->
         data.evaluation.rows,
         global_batch_size=len(data.evaluation.rows),
         microbatch_tokens=recipe.forward_tokens("eval_microbatch_tokens"),
+        padded=task.pads,
         seed=recipe.seed,
         shuffle=False,
     )
@@ -144,7 +153,7 @@ def build_trainer(start: Start, model: nn.Module, data: RunData) -> PlannedTrain
     recipe, process, run = start.recipe, start.process, start.run
     run.check_room(sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
     classifies = isinstance(recipe, ClassificationRecipe)
-    task = _classification_task(start, model, data.train) if classifies else SftTask()
+    task = _classification_task(start, model, data.train) if classifies else SftTask(_attention_of(model))
     plan = make_plan(recipe, process, data, task)
     roles = {role: found for role, found in (("train", data.train), ("evaluation", data.evaluation)) if found}
     early_stop = EarlyStop(recipe) if recipe.early_stopping_patience is not None else None
@@ -167,8 +176,12 @@ def build_trainer(start: Start, model: nn.Module, data: RunData) -> PlannedTrain
     return trainer
 
 
+def _attention_of(model: nn.Module) -> str:
+    return str(attention_of(base_model_of(model).config))
+
+
 def _classification_task(start: Start, model: nn.Module, train: Any) -> ClassificationTask:
-    run, attention = start.run, str(attention_of(base_model_of(model).config))
+    run, attention = start.run, _attention_of(model)
 
     def write_predictions(step: int, lines: str) -> None:
         folder = run.path / "eval" / f"step-{step:08d}"

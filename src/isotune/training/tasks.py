@@ -79,11 +79,12 @@ class Task(ABC):
         """The metrics of the evaluation documents, named eval_*; every rank calls it."""
 
 
+@dataclass(eq=False)
 class SftTask(Task):
     """Instruction tuning: the summed loss of supervised tokens, divided by their number in the global batch."""
 
-    attention = PACKED
     item, target = "rows", "supervised_tokens"
+    attention: str = PACKED  # what the model attends by; any other pads the documents of a row
 
     def denominator(self, step: Step) -> float:
         """Supervised tokens of the global batch, over all ranks."""

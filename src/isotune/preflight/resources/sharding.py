@@ -30,11 +30,10 @@ from transformers.trainer_pt_utils import get_parameter_names
 from isotune.compat.deepspeed import whole_models
 from isotune.compat.peft import base_model_of
 from isotune.config import ClassificationRecipe, Recipe, RunRecipe
+from isotune.models.causal import install_causal
 from isotune.models.classifier import install_classification
 from isotune.models.lora import add_adapters
 from isotune.models.opening import weights_dtype
-from isotune.models.packed_attention import set_packed_attention
-from isotune.models.supervised_loss import install_supervised_loss
 from isotune.preflight.request import DDP, DEEPSPEED, FSDP, PLAIN, Launch
 from isotune.training.exact_shards import BUCKET
 
@@ -95,8 +94,7 @@ def model_builder(
                 install_classification(base)
             else:
                 base = AutoModelForCausalLM.from_config(smaller, dtype=weights_dtype(recipe))
-                set_packed_attention(base)
-                install_supervised_loss(base)
+                install_causal(base, recipe.max_seq_length)
             return base if recipe.tune == "full" else add_adapters(base, recipe)
 
     return build
