@@ -112,18 +112,23 @@ def _save_model(model: Any, folder: Path) -> None:
     set a token's id in them.
     """
     own: Any = getattr(model, "generation_config", None)
-    try:
-        if own is not None:
-            own.validate(strict=True)
-    except ValueError:
-        model.generation_config = type(own)()
-        try:
-            model.save_pretrained(str(folder))
-        finally:
-            model.generation_config = own
-        own.to_json_file(str(folder / "generation_config.json"), use_diff=True)
-    else:
+    if own is None or _is_valid(own):
         model.save_pretrained(str(folder))
+        return
+    model.generation_config = type(own)()
+    try:
+        model.save_pretrained(str(folder))
+    finally:
+        model.generation_config = own
+    own.to_json_file(str(folder / "generation_config.json"), use_diff=True)
+
+
+def _is_valid(generation_config: Any) -> bool:
+    try:
+        generation_config.validate(strict=True)
+    except ValueError:
+        return False
+    return True
 
 
 class _Difference(Exception):

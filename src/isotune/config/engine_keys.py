@@ -37,6 +37,15 @@ Optimiser = Literal[
     "ademamix", "ademamix_8bit", "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit",
     "adafactor", "adagrad", "rmsprop", "sgd",
 ]  # fmt: skip
+# By optimiser, what it takes in optim_args; transformers passes over every other name in silence.
+_ADEMAMIX = ("beta1", "beta2", "beta3", "alpha", "eps", "t_alpha", "t_beta3")
+OPTIMISER_ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "ademamix": _ADEMAMIX,
+    "ademamix_8bit": _ADEMAMIX,
+    "adagrad": ("lr_decay", "weight_decay", "eps"),
+    "rmsprop": ("momentum", "alpha", "eps", "weight_decay", "centered"),
+    "sgd": ("momentum", "dampening", "weight_decay", "nesterov"),
+}
 Tracker = Literal[
     "none", "all", "tensorboard", "wandb", "mlflow", "trackio", "swanlab", "comet_ml", "clearml", "neptune", "dvclive",
     "dagshub", "azure_ml", "codecarbon", "flyte", "kubeflow",
@@ -57,12 +66,24 @@ def wrong_schedule_call(values: Values) -> str | None:
     """What the schedule takes, where lr_scheduler_kwargs has a name that it does not take or lacks what it needs."""
     schedule = values["lr_scheduler_type"]
     needed, optional = SCHEDULE_ARGUMENTS[schedule]
-    given = set(values["lr_scheduler_kwargs"] or {})
+    options = values["lr_scheduler_kwargs"] or {}
+    given = set(options)
+    if schedule == "polynomial" and values["learning_rate"] and options.get("lr_end", 1e-7) >= values["learning_rate"]:
+        return "polynomial takes an lr_end below learning_rate"
     if given <= {*needed, *optional} and (not needed or len(given & set(needed)) == 1):
         return None
     parts = [f"needs {'one of ' if len(needed) > 1 else ''}{', '.join(needed)}"] if needed else []
     parts.append(f"takes {', '.join(optional)}" if optional else "takes no arguments")
     return f"{schedule} {' and '.join(parts)}"
+
+
+def wrong_optimiser_arguments(values: Values) -> str | None:
+    """What the optimiser takes, where optim_args has a name that it would pass over."""
+    given = [part.partition("=")[0].strip() for part in (values["optim_args"] or "").split(",") if part.strip()]
+    takes = OPTIMISER_ARGUMENTS.get(values["optim"], ())
+    if set(given) <= set(takes):
+        return None
+    return f"{values['optim']} takes {', '.join(takes) if takes else 'no further arguments'}"
 
 
 WITH_EVALUATION = Requirement(evaluates, "there is no evaluation without eval_dataset_name, nor with eval_strategy: no")

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from isotune.config.base_recipe import BaseRecipe
-from isotune.config.engine_keys import CHOOSES_THE_BEST, ENGINE_KEYS, WITH_EVALUATION, evaluates, wrong_schedule_call
+from isotune.config.engine_keys import (
+    CHOOSES_THE_BEST,
+    ENGINE_KEYS,
+    WITH_EVALUATION,
+    evaluates,
+    wrong_optimiser_arguments,
+    wrong_schedule_call,
+)
 from isotune.config.schema import (
     ADAPTER,
     DATA,
@@ -145,6 +152,7 @@ class RunRecipe(BaseRecipe):
             "none and all stand alone",
         ),
         Contradiction(("lr_scheduler_kwargs", "lr_scheduler_type"), wrong_schedule_call),
+        Contradiction(("optim_args", "optim"), wrong_optimiser_arguments),
         Contradiction(
             ("model_init", "tune"),
             lambda values: values["model_init"] == "random" and values["tune"] == "qlora",

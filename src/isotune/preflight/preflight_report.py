@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from isotune.config import ClassificationRecipe, Recipe, RunRecipe
+from isotune.config.effects import settings_without_effect
 from isotune.config.recipes import project_of
 from isotune.data.classification.split import prepare_labelled
 from isotune.data.sft.preparation import prepare_conversations
@@ -68,6 +69,7 @@ class PreflightReport:
     chosen_tokens: int | None  # of a microbatch, where the recipe says auto
     less_waiting: LessWaiting | None  # where processes wait for each other and another size would change that
     checkpoint_bytes: int
+    without_effect: tuple[str, ...]  # settings that cannot have theirs in a run of this length: a sentence each
     disk_bytes: int  # of all checkpoints that exist at once, the one being written included
     rows: tuple[ComparedLaunch, ...]  # the comparison of launches, if one was requested
 
@@ -143,6 +145,7 @@ def run_preflight(
         chosen_tokens=chosen,
         less_waiting=_find_less_waiting(recipe, launch, work, estimator.work),
         checkpoint_bytes=checkpoint_bytes,
+        without_effect=tuple(settings_without_effect(recipe, work.steps, work.steps_per_epoch) if work else ()),
         disk_bytes=checkpoint_bytes * min(work.checkpoints if work else 3, kept + 1),
         rows=tuple(
             ComparedLaunch(other, estimator.memory(recipe, other), time(other))

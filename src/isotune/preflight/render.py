@@ -46,6 +46,7 @@ def as_json(report: PreflightReport, price_per_hour: float | None) -> dict[str, 
         "disk_bytes": report.disk_bytes,
         "work": work and {_WORK_KEYS.get(name, name): value for name, value in asdict(work).items()},
         "why_no_work": report.no_work_reason,
+        "without_effect": list(report.without_effect),
         "comparison": [
             {"engine": row.launch.in_words, "world_size": row.launch.world_size, "memory_bytes": row.memory.total,
              "step_seconds": row.time and row.time.expected,
@@ -135,6 +136,7 @@ def _work_lines(report: PreflightReport) -> Iterator[str]:
         f"{work.microbatches_per_step} microbatches, {work.microbatches_per_rank} on a process; "
         f"imbalance {work.imbalance:.1%}"
     )
+    yield from (f"no effect   {sentence}" for sentence in report.without_effect)
     if report.less_waiting is not None:
         yield (
             "waiting     microbatches of exact_gradients do not depend on the processes, which therefore wait for each "

@@ -8,6 +8,7 @@ from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from isotune.config import RunRecipe
+from isotune.config.effects import settings_without_effect
 from isotune.distributed.engines import check_engine, read_back
 from isotune.io.errors import RunFault
 from isotune.models.isolation import check_isolation
@@ -28,6 +29,8 @@ class PreTrainChecks(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The last moment at which nothing has been trained or written."""
         trainer, task = self.trainer, self.trainer.plan.task
+        steps_per_epoch = trainer.plan.schedule.steps_per_epoch
+        without_effect = settings_without_effect(self.run.recipe, state.max_steps, steps_per_epoch)
         engine = read_back(trainer)
         check_engine(engine, trainer, self.run.recipe, self.process)
         found = environment.in_effect(trainer, engine)
@@ -61,9 +64,9 @@ class PreTrainChecks(TrainerCallback):
         resumption = trainer.checkpointer.resumption
         self.run.begin(record, metrics=resumption and resumption.metrics)
         trainer.recorder.open(self.run.path / METRICS, self.run.lease)
-        self._print(record)
+        self._print(record, without_effect)
 
-    def _print(self, record: dict[str, Any]) -> None:
+    def _print(self, record: dict[str, Any], without_effect: list[str]) -> None:
         found, plan, process = record["in_effect"], self.trainer.plan, self.process
         engine = found["engine"]
         if found["zero_stage"] is not None:
@@ -87,6 +90,8 @@ class PreTrainChecks(TrainerCallback):
             f"the first: {len(first.microbatches)} microbatches, {first.documents} documents{targets}",
             flush=True,
         )
+        for sentence in without_effect:
+            print(f"no effect   {sentence}")
         for what, key in (("microbatches", "accumulation_dtype"), ("processes", "reduction_dtype")):
             if found[key] != "float32":
                 print(f"note        gradients of {what} add up in {found[key]} under {engine}")

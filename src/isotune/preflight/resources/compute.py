@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from isotune.config import Recipe, RunRecipe
+from isotune.config.effects import count_events
 from isotune.data.batch_schedule import StepSchedule, assign_to_ranks
 from isotune.io.errors import UserError
 from isotune.preflight.resources.sharding import ModelStats, Sharding
@@ -134,8 +135,8 @@ def count_work(recipe: RunRecipe, data: Any, world_size: int, *, exact: bool) ->
         microbatches_per_step=max(len(step.microbatches) for step in counted),
         microbatches_per_rank=per_rank,
         imbalance=float(np.mean(imbalances)),
-        evaluations=_times(recipe, "eval", steps, epoch) if data.evaluation is not None else 0,
-        checkpoints=_times(recipe, "save", steps, epoch),
+        evaluations=count_events(recipe, "eval", steps, epoch) if data.evaluation is not None else 0,
+        checkpoints=count_events(recipe, "save", steps, epoch),
         costliest_microbatch=(tuple(int(lengths[d]) for d in costliest.documents), costliest.supervised_tokens),
     )
 
@@ -183,16 +184,3 @@ def measured_mfu(run: Path, recipe: RunRecipe, model: ModelStats, work: Work, de
         raise UserError(f"--measured {run}: metrics.jsonl has no step")
     flops_per_token = flops_per_step(recipe, model, work) / work.tokens_per_step
     return statistics.median(rates) / processes * flops_per_token / device.peak_flops(recipe)
-
-
-def _times(recipe: RunRecipe, what: str, steps: int, epoch: int) -> int:
-    """How often a run evaluates (`eval`) or saves (`save`); it always saves at the last step."""
-    strategy = recipe.training_arguments.get(f"{what}_strategy", "no")
-    if strategy == "no":
-        return 0
-    if strategy == "epoch":
-        return math.ceil(steps / epoch)
-    every: float = recipe.training_arguments[f"{what}_steps"]
-    every = math.ceil(every * steps) if every < 1 else int(every)
-    times = steps // every
-    return times + 1 if what == "save" and steps % every else times
