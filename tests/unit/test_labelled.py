@@ -200,7 +200,7 @@ def test_texts_are_cleaned_where_the_recipe_says_so_and_counted_where_not(write)
 def test_a_broken_row_of_a_csv_is_named(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("text,label\none,0\ntwo,1,surplus\n")
-    with pytest.raises(UserError, match=r"rows\.csv line 3 has 3 cells, and line 1 names 2 columns: two,1,surplus"):
+    with pytest.raises(UserError, match=r"rows\.csv line 3 \(row 2\) has 3 cells, and line 1 names 2 columns: 'two"):
         quietly(str(path))
 
 

@@ -330,7 +330,7 @@ GOOD = {"text": "### Assistant: a"}
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [
-        ([{"prompt": "a", "answer": "b"}], "FILE has the columns prompt, answer, but none called text or messages or"),
+        ([{"prompt": "a", "answer": "b"}], "row 1 of FILE lacks the column 'text' or 'messages' or"),
         ([GOOD, {"text": None}], "row 2 of FILE, column 'text': holds null, neither a text nor a list of messages"),
         ([GOOD, {"text": 7}], "row 2 of FILE, column 'text': holds a int,"),
         ([GOOD, {"label": 1}], "row 2 of FILE lacks the column 'text'; it has label"),
@@ -351,7 +351,7 @@ def test_rows_that_hold_no_conversation_are_named(tmp_path, rows, sentence):
 
 def test_a_text_field_that_is_not_there_is_named_and_nothing_else_is_taken(tmp_path):
     settings = SftSettings(dataset_text_field="body")
-    assert "but none called body: name the one" in refusal(tmp_path, [GOOD], settings)
+    assert "lacks the column 'body'; it has text: name it by dataset_text_field" in refusal(tmp_path, [GOOD], settings)
 
 
 def test_a_named_text_field_is_read(tmp_path):

@@ -46,10 +46,15 @@ def mistake(dataset_name, split="train") -> str:
     return str(caught.value)
 
 
+def as_text(rows=ROWS) -> list[dict[str, str]]:
+    """Rows as a CSV file has them."""
+    return [{name: str(value) for name, value in row.items()} for row in rows]
+
+
 @pytest.mark.parametrize("write", [write_jsonl, write_csv, write_parquet])
 def test_each_kind_of_file_gives_the_same_rows(tmp_path, write):
     path = write(tmp_path / f"data.{write.__name__.removeprefix('write_')}")
-    assert list(read_rows(str(path), "whatever").rows()) == ROWS
+    assert list(read_rows(str(path), "whatever").rows()) == (as_text() if write is write_csv else ROWS)
     assert read_rows(str(path)).where(1) == f"row 2 of {path}"
 
 
@@ -58,7 +63,7 @@ def test_a_folder_gives_the_file_of_the_split(tmp_path, write):
     suffix = write.__name__.removeprefix("write_")
     write(tmp_path / f"test.{suffix}")
     (tmp_path / f"train.{suffix}").write_text("not read")
-    assert list(read_rows(str(tmp_path), "test").rows()) == ROWS
+    assert list(read_rows(str(tmp_path), "test").rows()) == (as_text() if write is write_csv else ROWS)
 
 
 def test_a_cloned_hub_folder_gives_its_shards_in_order(tmp_path):
@@ -136,9 +141,12 @@ def test_broken_json_names_the_file_and_the_line(tmp_path):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b'["a"]\n', "line 1 is a JSON list, not an object"),
-        (b'{"text": "\xff"}\n', "line 1 is not JSON: 'utf-8' codec can't decode"),
-        (b"[" * 200_000, "line 1 is"),
+        (b'["a"]\n', "line 1 (row 1) is not JSON with rows: it is a JSON str, not an object"),
+        (b'{"text": "a"}\n["b"]\n', "line 2 is a JSON list, not an object"),
+        (b'{"id": 1, "text": "\xff"}\n', "line 1, column 'text', holds the byte 0xff, which is not UTF-8"),
+        (b'{"text": "a"}\n"\xff\n', "line 2 holds the byte 0xff, which is not UTF-8"),
+        (b"[" * 200_000, "line 1 (row 1) is"),
+        (b'{"text": "a"}\n' + b"[" * 200_000, "line 2 is nested too deep"),
     ],
 )
 def test_a_line_that_is_no_row_is_named(tmp_path, content, sentence):
@@ -161,17 +169,21 @@ def test_blanks_before_quoted_cells_are_left_out_where_a_csv_is_unreadable_with_
     plain, blanks = tmp_path / "plain.csv", tmp_path / "blanks.csv"
     plain.write_text("a,b\n x, 1\n")
     blanks.write_text('a,b\n x, 1\n"y, z", "2, 3"\n')
-    assert list(read_rows(str(plain)).rows()) == [{"a": " x", "b": 1}]
+    assert list(read_rows(str(plain)).rows()) == [{"a": " x", "b": " 1"}]
     assert list(read_rows(str(blanks)).rows()) == [{"a": "x", "b": "1"}, {"a": "y, z", "b": "2, 3"}]
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("a,b\n1,2\n\n1,2,3\n", "line 4 has 3 cells, and line 1 names 2 columns: 1,2,3"),
-        ('a,b\n"1\n1",2\n3\n', "line 4 has 1 cells, and line 1 names 2 columns: 3"),
+        ("a,b\n1,2\n\n1,2,3\n", "line 4 (row 2) has 3 cells, and line 1 names 2 columns: '1,2,3'"),
+        ('a,b\n"1\n1",2\n3\n', "line 4 (row 2) has 1 cells, and line 1 names 2 columns: '3'"),
         ('a,b\n1,2\n3,"4\n5,6\n', "line 3 is not readable as CSV: unexpected end of data"),
-        ("a,b\n1,2\n\xff,3,4\n", "is not readable as CSV: its byte 8 is not UTF-8"),
+        (
+            'a,b\n"1\n1",2\n3,\x92 4\n',
+            "line 4 (row 2), column 'b', holds the byte 0x92, which is not UTF-8: save the file as UTF-8",
+        ),
+        ("a,\xff\n1,2\n", "line 1, a cell, holds the byte 0xff, which is not UTF-8: save the file as UTF-8"),
     ],
 )
 def test_a_broken_row_of_a_csv_is_named_by_the_line_where_it_begins(tmp_path, content, sentence):
@@ -210,14 +222,20 @@ def test_a_missing_file_or_folder_is_named(tmp_path, monkeypatch, name):
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "data.pkl").write_bytes(b"\x80\x04N.")
-    assert "is none of .jsonl, .csv, .parquet" in mistake(tmp_path / "data.pkl")
+    assert "is none of .jsonl, .json, .csv, .tsv, .parquet, .arrow (also .gz or .zst)" in mistake(tmp_path / "data.pkl")
 
 
 def test_a_folder_without_the_split_says_what_it_has(tmp_path):
-    assert "it has no .jsonl, .csv, .parquet file at all" in mistake(tmp_path)
+    assert "file, at any depth; it has no file at all" in mistake(tmp_path)
+    (tmp_path / "deep" / "down").mkdir(parents=True)
+    (tmp_path / "deep" / "down" / "book.xlsx").touch()
+    assert "file, at any depth; it has deep/down/book.xlsx" in mistake(tmp_path)
     write_csv(tmp_path / "test.csv")
     write_csv(tmp_path / "test_labels.csv")
-    assert "has no file for the split 'train'; it has test, test_labels" in mistake(tmp_path)
+    assert "has no file for the split 'train'; it has test: choose one by dataset_split" in mistake(tmp_path)
+    source = read_rows(str(tmp_path), "test")
+    assert list(source.rows()) == as_text()
+    assert source.notes == ["not read as 'test': test_labels.csv"]
 
 
 def test_a_split_that_lies_twice_in_a_folder_is_refused(tmp_path):

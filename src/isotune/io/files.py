@@ -1,10 +1,26 @@
-"""Atomic writes: a file is written beside its place and renamed into it, so a reader never finds half of it."""
+"""Digests of files, and atomic writes.
+
+A file is written beside its place and renamed into it, so a reader never finds half of it.
+"""
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_DIGESTS: dict[tuple[str, int, int, int], bytes] = {}
+
+
+def digest_of_file(path: Path) -> bytes:
+    """SHA-256 of a file's content; OSError where it cannot be read. A process reads a file that stays as it is once."""
+    with path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        key = (os.path.abspath(path), status.st_ino, status.st_size, status.st_mtime_ns)
+        if key not in _DIGESTS:
+            _DIGESTS[key] = hashlib.file_digest(file, "sha256").digest()
+    return _DIGESTS[key]
 
 
 @contextmanager

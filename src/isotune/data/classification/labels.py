@@ -1,5 +1,6 @@
 """What a recipe says about its labelled data, and their rows: texts, classes from a column or a text, and ids."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -17,6 +18,8 @@ from isotune.io.errors import UserError
 
 Id = int | str
 
+# A class as the cell of a CSV file; pandas writes 1.0 for 1 in a column where a value was missing.
+WHOLE_NUMBER = re.compile(r"[0-9]{1,10}(\.0+)?")
 ID_FIELD = "id"  # the column that is taken for ids where the recipe names none
 
 
@@ -89,10 +92,7 @@ def read_documents(
             for number, row in rows:
                 for key, column in columns.items():
                     if column not in row:
-                        present = ", ".join(row) or "none"
-                        raise UserError(
-                            f"{source.where(number)} lacks the column {column!r}; it has {present}: name it by {key}"
-                        )
+                        raise source.lacks(number, row, column, key)
             texts = [_text(row, source, number, settings.dataset_text_field) for number, row in rows]
             if column := columns.get("dataset_label_field"):
                 labels = np.array([_label(row, source, number, column) for number, row in rows], np.int32)
@@ -154,6 +154,8 @@ def _text(row: Row, source: Source, number: int, column: str) -> str:
 
 def _label(row: Row, source: Source, number: int, column: str) -> int:
     label = row[column]
+    if isinstance(label, str) and WHOLE_NUMBER.fullmatch(label):
+        label = int(label.partition(".")[0])
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < 2**31:
         value = "null" if label is None else repr(label)[:40]
         raise UserError(f"{source.where(number)}, column {column!r}, holds {value}: a class is a whole number from 0")

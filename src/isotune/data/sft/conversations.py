@@ -108,13 +108,17 @@ def _header_and_content(message: Any, number: int) -> tuple[str, str]:
     if not isinstance(message, Mapping):
         raise ValueError(f"message {number} is a {type(message).__name__}, not an object with role and content")
     fields = cast(Mapping[str, Any], message)
-    role = fields.get("role", fields.get("from"))
-    content = fields.get("content", fields.get("value"))
+    role, content = (_first_value(fields, names) for names in (("role", "from"), ("content", "value")))
     if not isinstance(role, str) or role not in ROLE_HEADERS:
         raise ValueError(f"message {number} has the role {role!r}; known are {', '.join(ROLE_HEADERS)}")
     if not isinstance(content, str):
         raise ValueError(f"message {number} has a {type(content).__name__} for its content, not a text")
     return ROLE_HEADERS[role], content
+
+
+def _first_value(fields: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """The value under the first of these names that has one; null is none."""
+    return next((fields[name] for name in names if fields.get(name) is not None), None)
 
 
 def _end_at_last_answer(text: str, turns: list[tuple[int, int, bool]], train_on: TrainOn) -> Conversation:
@@ -155,7 +159,7 @@ def read_batches(source: Source, text_field: str, train_on: TrainOn) -> Iterator
         for number, row in rows:
             column = column or _conversation_column(row, source, text_field)
             if column not in row:
-                raise UserError(f"{source.where(number)} lacks the column {column!r}; it has {', '.join(row)}")
+                raise source.lacks(number, row, column, "dataset_text_field")
             try:
                 conversation = _conversation(row[column], train_on)
             except ValueError as error:
@@ -171,11 +175,7 @@ def _conversation_column(first_row: Row, source: Source, text_field: str) -> str
     for column in candidates:
         if column in first_row:
             return column
-    present = ", ".join(first_row) or "of an empty object"
-    raise UserError(
-        f"{source.name} has the columns {present}, but none called {' or '.join(candidates)}: "
-        "name the one that holds the conversations by dataset_text_field"
-    )
+    raise source.lacks(0, first_row, "' or '".join(candidates), "dataset_text_field")
 
 
 def _conversation(value: Any, train_on: TrainOn) -> Conversation:

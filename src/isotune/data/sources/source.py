@@ -6,18 +6,22 @@ Reading never runs code that comes with the data and never unpickles: rows are J
 import hashlib
 import json
 import random
-import re
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from isotune.compat.datasets import fingerprint_of
-from isotune.data.sources.files import FILE_SUFFIXES, READERS, Row, digest_of, read_dataset
+from isotune.data.sources.arrow_rows import read_dataset
+from isotune.data.sources.csv_rows import SHOWN_CHARACTERS, looks_like_row, unnamed_columns
+from isotune.data.sources.files import CSV_FORMATS, Row, digest_of, reader_of
 from isotune.data.sources.hub import is_hub_id, load_hub_dataset
+from isotune.data.sources.layout import find_split
 from isotune.io.errors import UserError, first_line, nearest
+from isotune.io.formats import FORMAT_WORDS, format_of
 
 PREFIX = "builtin:"
 SEED = 20_240_607
@@ -32,6 +36,11 @@ class Source:
     name: str  # where the rows come from, as error sentences name it
     fingerprint: str  # hexadecimal digest of the content; equal content read from elsewhere may differ
     read: Callable[[], Iterator[Row]] = field(repr=False)
+    # what reading guessed and left out, a sentence each: complete when all rows are read
+    notes: list[str] = field(default_factory=list[str], compare=False)
+    # the number of the first row of each file that has been read from, counted from 0
+    starts: list[tuple[int, Path]] = field(default_factory=list[tuple[int, Path]], repr=False, compare=False)
+    names_by_line: bool = False  # whether the columns are named by the first line of a CSV file
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows in their order; UserError where there is none, or the content is broken."""
@@ -48,8 +57,24 @@ class Source:
             yield batch
 
     def where(self, row: int) -> str:
-        """How an error sentence names a row, given its number counted from 0."""
+        """How an error sentence names a row, given its number counted from 0: by its file where that was read."""
+        number = bisect_right(self.starts, row, key=lambda start: start[0]) - 1
+        if len(self.starts) > 1 and number >= 0:
+            first, path = self.starts[number]
+            return f"row {row - first + 1} of {path}"
         return f"row {row + 1} of {self.name}"
+
+    def lacks(self, number: int, row: Row, column: str, key: str) -> UserError:
+        """The error of a row that lacks a column, which the recipe names by `key`."""
+        names = list(row)
+        if self.names_by_line and looks_like_row(names):
+            file = self.starts[0][1] if self.starts else self.name
+            return UserError(unnamed_columns(f"{file} line 1", names))
+        present = ", ".join(names) or "none"
+        if len(present) > SHOWN_CHARACTERS:
+            present = f"{present[:SHOWN_CHARACTERS]}... ({len(names)} in all)"
+        way = f"name it by {key}" + (", or all by dataset_columns if line 1 is a row" if self.names_by_line else "")
+        return UserError(f"{self.where(number)} lacks the column '{column}'; it has {present}: {way}")
 
 
 def kind_of_value(value: Any) -> str:
@@ -66,63 +91,76 @@ def surrogate_fault(text: str) -> str | None:
     return None
 
 
-def read_rows(dataset_name: str, split: str = "train", *, name: str = "dataset_name") -> Source:
+def read_rows(
+    dataset_name: str, split: str = "train", *, name: str = "dataset_name", columns: Sequence[str] | None = None
+) -> Source:
     """Find what a recipe calls a data set.
 
     `dataset_name` is one of
       - `builtin:NAME`, a corpus that `builtin` registered;
-      - a `.jsonl`, `.csv` or `.parquet` file, which is one split whatever `split` says;
-      - a folder with `SPLIT.jsonl`, `.csv` or `.parquet`, or with the shards `SPLIT-00000-of-00002.parquet`, there
-        or in its `data` folder; or one that `datasets.save_to_disk` wrote;
+      - a file of one of DATA_FORMATS, also compressed, which is one split whatever `split` says;
+      - a folder that holds such files, as `find_split` finds those of a split; or one that `datasets.save_to_disk`
+        wrote;
       - a Hub id.
 
-    UserError, in which the recipe's key is called `name`, where that is not there or the Hub is out of reach.
+    `columns` name those of CSV files whose first line is a row. UserError, in which the recipe's key is called `name`,
+    where the data set is not there, the Hub is out of reach, or `columns` are given for anything but CSV.
     """
     if dataset_name.startswith(PREFIX):
+        _check_columns(columns, None, dataset_name)
         rows = find_corpus(dataset_name).rows(split)
         content = "\n".join(json.dumps(row, sort_keys=True) for row in rows)
         return Source(f"{dataset_name} ({split})", hashlib.sha256(content.encode()).hexdigest(), lambda: iter(rows))
     path = Path(dataset_name).expanduser()
     if path.is_dir():
-        return _folder_source(path, split, name)
+        return _folder_source(path, split, name, columns)
     if path.is_file():
-        if path.suffix not in FILE_SUFFIXES:
-            raise UserError(f"{name}: {path} is none of {', '.join(FILE_SUFFIXES)}")
-        return _files_source(str(path), [path])
-    if path.suffix in FILE_SUFFIXES or not is_hub_id(dataset_name):
+        if format_of(path) is None:
+            raise UserError(f"{name}: {path} is none of {FORMAT_WORDS}")
+        return _files_source(str(path), [path], columns, [])
+    if format_of(path) or not is_hub_id(dataset_name):
         raise UserError(f"{name}: there is no file or folder {dataset_name}")
+    _check_columns(columns, None, dataset_name)
     dataset = load_hub_dataset(dataset_name, split, key=name)
     return Source(f"{dataset_name} ({split})", fingerprint_of(dataset), lambda: read_dataset(dataset))
 
 
-def _files_source(source_name: str, paths: list[Path]) -> Source:
+def _check_columns(columns: Sequence[str] | None, path: Path | None, dataset_name: str) -> None:
+    if columns and (path is None or format_of(path) not in CSV_FORMATS):
+        raise UserError(f"dataset_columns: the columns of {path or dataset_name} have names: leave the key out")
+    if columns and len(set(columns)) < len(columns):
+        raise UserError(f"dataset_columns names a column twice: {', '.join(columns)}")
+
+
+def _files_source(source_name: str, paths: list[Path], columns: Sequence[str] | None, notes: list[str]) -> Source:
     for path in paths:
+        _check_columns(columns, path, source_name)
         if path.stat().st_size == 0:
             raise UserError(f"{path} is empty")
-    return Source(source_name, digest_of(paths), lambda: chain.from_iterable(READERS[p.suffix](p) for p in paths))
+    readers = [(path, reader_of(path, columns)) for path in paths]
+    found = list(notes)
+    starts: list[tuple[int, Path]] = []
+
+    def read() -> Iterator[Row]:
+        notes[:], starts[:], count = found, [], 0
+        for path, read_file in readers:
+            starts.append((count, path))
+            for row in read_file(notes):
+                count += 1
+                yield row
+
+    by_line = columns is None and format_of(paths[0]) in CSV_FORMATS
+    return Source(source_name, digest_of(paths, columns), read, notes, starts, by_line)
 
 
-def _folder_source(folder: Path, split: str, key: str) -> Source:
+def _folder_source(folder: Path, split: str, key: str, columns: Sequence[str] | None) -> Source:
     if any((folder / marker).is_file() for marker in SAVED_MARKERS):
+        _check_columns(columns, None, str(folder))
         return _saved_source(folder, split, key)
-    files = sorted(
-        path
-        for place in (folder, folder / "data")
-        for path in place.glob("*")
-        if path.suffix in FILE_SUFFIXES and path.is_file()
-    )
-    names = {path: re.sub(r"-\d+-of-\d+$", "", path.stem) for path in files}
-    chosen = [path for path in files if names[path] == split]
-    if not chosen:
-        present = ", ".join(sorted(set(names.values()))) or f"no {', '.join(FILE_SUFFIXES)} file at all"
-        raise UserError(f"{key}: the folder {folder} has no file for the split {split!r}; it has {present}")
-    formats = {(path.parent, path.suffix) for path in chosen}
-    if len(formats) > 1 or (len(chosen) > 1 and any(path.stem == split for path in chosen)):
-        raise UserError(
-            f"{key}: the split {split!r} lies in {folder} more than once "
-            f"({', '.join(str(path.relative_to(folder)) for path in chosen)}): name one file"
-        )
-    return _files_source(f"{folder} ({split})", chosen)
+    notes: list[str] = []
+    split_key = key.replace("_name", "_split")
+    files = find_split(folder, split, key=key, split_key=split_key, notes=notes)
+    return _files_source(f"{folder} ({split})", files, columns, notes)
 
 
 def _saved_source(folder: Path, split: str, key: str) -> Source:

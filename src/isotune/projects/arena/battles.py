@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from isotune.data.sources.files import read_cells
+from isotune.data.sources.csv_rows import read_cells
+from isotune.data.sources.text_files import undecoded
 from isotune.io.errors import UserError
 
 ID = "id"
@@ -147,13 +148,11 @@ def read_rows(file: Path) -> Iterator[tuple[int, list[str], int]]:
     number = -1
     try:
         for cells, line in read_cells(file):
+            if fault := undecoded("".join(cells)):
+                raise UserError(f"{file}, row {number + 1} (to line {line}), {fault}")
             if cells or number < 0:
                 number += 1
                 yield number, cells, line
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not a text file in UTF-8, near row {number + 1}: {error.reason}") from None
     except csv.Error as error:
         raise UserError(f"{file}, row {number + 1}, is not CSV: {error}") from None
 
