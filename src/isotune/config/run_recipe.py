@@ -31,20 +31,20 @@ from isotune.config.schema import (
     Values,
     key,
 )
+from isotune.io.formats import format_of
 
 _ADAPTER = Requirement(lambda values: values["tune"] != "full", "it needs tune: lora or tune: qlora")
 _FOUR_BIT = Requirement(lambda values: values["tune"] == "qlora", "it needs tune: qlora")
 _NO_LIMIT = Requirement(lambda values: values["max_steps"] < 1, "max_steps says where the run ends")
-_ONE_FILE = (".jsonl", ".csv", ".parquet")
 _SPLIT = Requirement(
-    lambda values: values["dataset_split"] == "train" or not values["dataset_name"].endswith(_ONE_FILE),
+    lambda values: values["dataset_split"] == "train" or format_of(values["dataset_name"]) is None,
     "dataset_name is one file, which is one split",
 )
 _EVAL_SPLIT = Requirement(
     lambda values: (
         evaluates(values)
         and values["eval_dataset_name"] is not None
-        and (values["eval_dataset_split"] == "test" or not values["eval_dataset_name"].endswith(_ONE_FILE))
+        and (values["eval_dataset_split"] == "test" or format_of(values["eval_dataset_name"]) is None)
     ),
     f"{WITH_EVALUATION.otherwise}, and one file is one split",
 )
@@ -72,10 +72,16 @@ class RunRecipe(BaseRecipe):
     tokenizer_name_or_path: str | None = key(None, MODEL, "another tokenizer", default_text="the model's", is_path=True)
     tune: Literal["full", "lora", "qlora"] = key("lora", MODEL, "what is trained: all weights, or adapters")
 
-    dataset_name: str = key(REQUIRED, DATA, "Hub id, folder, .jsonl/.csv/.parquet file, or builtin:NAME", is_path=True)
+    dataset_name: str = key(
+        REQUIRED, DATA, "Hub id, folder, .jsonl/.csv/.parquet/... file, or builtin:NAME", is_path=True)
     dataset_split: str = key("train", DATA, "split to train on", needs=_SPLIT)
+    dataset_columns: list[str] | None = key(
+        None, DATA, "names of the columns, in their order, of a CSV or TSV file whose first line is a row",
+        default_text="those in line 1")
     eval_dataset_name: str | None = key(None, DATA, "data set to evaluate on", needs=EVALUATION_ON, is_path=True)
     eval_dataset_split: str = key("test", DATA, "split to evaluate on", needs=_EVAL_SPLIT)
+    allow_dropped: bool = key(
+        False, DATA, "go on where more than half of the rows are left out", changes_result=False)
     max_seq_length: int = key(1024, DATA, "maximum length of a row, in tokens", allowed=Range(2))
 
     global_batch_size: int = key(16, SCHEDULE, "rows in one step, on any hardware", allowed=Range(1))

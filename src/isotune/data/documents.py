@@ -185,6 +185,30 @@ class CountsTable:
         return "\n".join([self.source, *(f"  {name:<{width}}  {value}" for name, value in lines)])
 
 
+NOTES = 6  # shown of a data set
+WARNED_SHARE, REFUSED_SHARE = 0.05, 0.5  # of the rows that are left out
+
+
+def note_lines(notes: Sequence[str]) -> list[tuple[str, str]]:
+    """Lines of a table for what reading guessed or left out."""
+    more = [f"and {len(notes) - NOTES:,} more"] if len(notes) > NOTES else []
+    return [("note", note) for note in [*notes[:NOTES], *more]]
+
+
+def check_left_out(name: str, read: int, left_out: Mapping[str, int], *, allowed: bool, show: bool) -> None:
+    """Warn of rows of a data set that are left out, which are counted by reason, where they are many.
+
+    UserError where they are most of the `read` rows, unless that is `allowed`; `show` asks for the warning on stdout.
+    """
+    count = sum(left_out.values())
+    reasons = ", ".join(f"{number:,} {reason}" for reason, number in left_out.items() if number)
+    sentence = f"{count:,} of the {read:,} rows of {name} are left out ({reasons})"
+    if count > read * REFUSED_SHARE and not allowed:
+        raise UserError(f"{sentence}: allow_dropped: true goes on without them")
+    if count > read * WARNED_SHARE and show:
+        print(f"warning     {sentence}", flush=True)
+
+
 def with_share(count: int, of: int) -> str:
     """A count, thousands separated, and its share."""
     return f"{count:,} ({count / max(of, 1):.1%})"

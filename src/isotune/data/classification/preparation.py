@@ -6,10 +6,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from isotune.data.cache import load_or_build
+from isotune.data.cache import Content, load_or_build
 from isotune.data.classification.labels import ClassificationSettings, read_documents
 from isotune.data.contents import EMPTY
-from isotune.data.documents import CountsTable, Documents, PreparedData, count_lines, digest, with_share
+from isotune.data.documents import CountsTable, Documents, PreparedData, count_lines, digest, note_lines, with_share
 from isotune.data.packing import one_document_per_row
 from isotune.data.sources.source import Source
 from isotune.data.tokenizer import TextEncoder
@@ -27,6 +27,7 @@ class LabelledSplit:
     settings: ClassificationSettings
     special_tokens: int
     fingerprint: str
+    notes: list[str]  # what reading guessed, or passed over
 
     @property
     def num_labels(self) -> int:
@@ -88,6 +89,7 @@ class LabelledSplit:
             class_names=settings.label_names,
             special_tokens=self.special_tokens,
             cleaned=settings.clean_text,
+            notes=self.notes,
             **remarks,
         )
         rows = one_document_per_row(len(self.documents))
@@ -106,11 +108,13 @@ def tokenize(source: Source, tokenizer: Any, settings: ClassificationSettings, *
     labels = (settings.clean_text, settings.label_source, labels_from)
     fingerprint = digest("labelled", LABELLED_FORMAT_VERSION, source.fingerprint, encoder.fingerprint, *texts, *labels)
 
-    arrays, _ = load_or_build(
-        fingerprint, lambda: (read_documents(source, encoder, settings, show_progress=show_progress).as_arrays(), {})
-    )
+    def build() -> Content:
+        read = read_documents(source, encoder, settings, show_progress=show_progress)
+        return read.as_arrays(), {"notes": source.notes}
+
+    arrays, counts = load_or_build(fingerprint, build)
     documents = Documents.from_arrays(arrays)
-    return LabelledSplit(documents, source, settings, encoder.special_tokens, fingerprint)
+    return LabelledSplit(documents, source, settings, encoder.special_tokens, fingerprint, counts.get("notes", []))
 
 
 def labels_table(
@@ -150,6 +154,7 @@ def labels_table(
         "cleaned": cleaned,  # whether marks were undone
         "held_out": 0,  # rows that `eval_split_share` gave to the other side of the split
         "in_the_other": {},  # documents by how they stand in the other of training and evaluation data too
+        "notes": [],
         "dropped": 0,  # documents left out of training because of that (`drop_leaked`)
         **remarks,
         "max_seq_length": max_seq_length,
@@ -175,6 +180,7 @@ def labels_table(
             (f"  of class {label}{name}", with_share(number, len(documents)))
             for label, (number, name) in enumerate(zip(classes, names, strict=True))
         ),
+        *note_lines(counts["notes"]),
         ("tokens", f"{counts['tokens']:,}"),
     ]
     return CountsTable(source, counts, tuple(lines))

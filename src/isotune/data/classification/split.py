@@ -19,7 +19,7 @@ from isotune.data.cache import load_or_build
 from isotune.data.classification.labels import ClassificationSettings
 from isotune.data.classification.preparation import LabelledSplit, tokenize
 from isotune.data.contents import EMPTY, held_out, normalised
-from isotune.data.documents import RunData, digest
+from isotune.data.documents import RunData, check_left_out, digest
 from isotune.data.sources.source import read_rows
 from isotune.io.errors import UserError
 
@@ -66,6 +66,8 @@ def prepare_labelled(recipe: ClassificationRecipe, tokenizer: Any, *, show: bool
                 f"drop_leaked: all of {train.source.name} stands in {evaluation.source.name} too: nothing is left to "
                 "train on"
             )
+        leaked = {"in the evaluation data too": int((~kept).sum())}
+        check_left_out(train.source.name, len(kept), leaked, allowed=recipe.allow_dropped, show=show)
     else:
         remarks |= {"in_the_other": _counted(in_the_other["train"])}
     if "held_out" in remarks or "dropped" in remarks:
@@ -91,7 +93,7 @@ def split_by_content(whole: LabelledSplit, share: float, seed: int) -> tuple[Lab
 
 def _read(recipe: ClassificationRecipe, tokenizer: Any, key: str, show_progress: bool) -> LabelledSplit:
     split = recipe.dataset_split if key == "dataset_name" else recipe.eval_dataset_split
-    source = read_rows(getattr(recipe, key), split, name=key)
+    source = read_rows(getattr(recipe, key), split, name=key, columns=recipe.dataset_columns)
     return tokenize(source, tokenizer, ClassificationSettings.of(recipe), show_progress=show_progress)
 
 

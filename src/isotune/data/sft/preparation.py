@@ -1,7 +1,7 @@
 """From a named data set of conversations to documents in rows: tokenized once per content, then read from disk."""
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,7 +11,17 @@ from tqdm import tqdm
 
 from isotune.config.recipes import Overlong, Recipe, TrainOn
 from isotune.data.cache import Content, load_or_build
-from isotune.data.documents import CountsTable, DataSettings, Documents, PreparedData, RunData, count_lines, digest
+from isotune.data.documents import (
+    CountsTable,
+    DataSettings,
+    Documents,
+    PreparedData,
+    RunData,
+    check_left_out,
+    count_lines,
+    digest,
+    note_lines,
+)
 from isotune.data.packing import one_document_per_row, pack
 from isotune.data.sft.conversations import TEXT_FIELD, Batch, read_batches
 from isotune.data.sft.tokenization import ConversationEncoder, fit
@@ -37,6 +47,7 @@ class SftSettings(DataSettings):
     dataset_text_field: str = TEXT_FIELD
     seed: int = 0  # decides which of the documents of one length share a row
     packing: bool = True  # else each document is its own row
+    allow_dropped: bool = False  # go on where most rows are left out
     train_on: TrainOn = "all"
 
 
@@ -46,11 +57,14 @@ def prepare_conversations(recipe: Recipe, tokenizer: Any, *, show: bool) -> RunD
     `show` asks for progress on stderr and a table of each set on stdout; one process of a launch should.
     """
     settings = SftSettings.of(recipe)
-    train = prepare(recipe.dataset_name, recipe.dataset_split, tokenizer, settings, show_progress=show)
+    columns = recipe.dataset_columns
+    train = prepare(recipe.dataset_name, recipe.dataset_split, tokenizer, settings, columns=columns, show_progress=show)
     evaluation = None
     if recipe.eval_dataset_name:
         name, split = recipe.eval_dataset_name, recipe.eval_dataset_split
-        evaluation = prepare(name, split, tokenizer, settings, name="eval_dataset_name", show_progress=show)
+        evaluation = prepare(
+            name, split, tokenizer, settings, name="eval_dataset_name", columns=columns, show_progress=show
+        )
     return RunData(train, evaluation).shown(show)
 
 
@@ -61,17 +75,18 @@ def prepare(
     settings: SftSettings,
     *,
     name: str = "dataset_name",
+    columns: Sequence[str] | None = None,
     show_progress: bool = True,
 ) -> PreparedData:
     """Read, tokenize, mask and pack one split of a data set of conversations.
 
     The documents are kept on disk (isotune.data.cache) under a digest of the source's content, the tokenizer and the
     settings that matter to them; packing is quick and done each time, so another seed tokenizes nothing.
-    `dataset_name`, `split` and `name` are those of `isotune.data.sources.source.read_rows`.
+    `dataset_name`, `split`, `name` and `columns` are those of `isotune.data.sources.source.read_rows`.
     """
     encoder = ConversationEncoder(tokenizer)
     settings.check(len(encoder.prefix))
-    source = read_rows(dataset_name, split, name=name)
+    source = read_rows(dataset_name, split, name=name, columns=columns)
     decisive = (settings.max_seq_length, settings.overlong, settings.train_on, settings.dataset_text_field)
     documents_digest = digest(FORMAT_VERSION, source.fingerprint, encoder.fingerprint, *decisive)
     arrays, counts = load_or_build(documents_digest, lambda: _build(source, encoder, settings, show_progress))
@@ -80,6 +95,7 @@ def prepare(
         rows = pack(documents.lengths, settings.max_seq_length, settings.seed)
     else:
         rows = one_document_per_row(len(documents))
+    check_left_out(source.name, counts["read"], counts["dropped"], allowed=settings.allow_dropped, show=show_progress)
     del counts["source"]  # equal content may have been prepared under another name before
     table = _table(source.name, counts, len(rows), settings)
     fingerprint = digest(documents_digest, settings.packing, settings.seed if settings.packing else None)
@@ -117,6 +133,7 @@ def _build(source: Source, encoder: ConversationEncoder, settings: SftSettings, 
         "kept": len(np.unique(documents.source_rows)),
         "truncated": tally["truncated"],  # kept rows that were longer than max_seq_length, as are `split`
         "split": tally["split"],
+        "notes": source.notes,  # what reading guessed, or passed over
         "dropped": dropped,  # rows by the reason for which they are not trained on
         "documents": len(documents),  # what is trained on; more than `kept` where rows were split
         "pieces_dropped": tally["pieces_dropped"],  # pieces of split rows that held no supervised token
@@ -148,6 +165,7 @@ def _table(source: str, counts: dict[str, Any], rows: int, settings: SftSettings
                 "texts with the eos token written out": counts["special_texts"],
             }
         ),
+        *note_lines(counts.get("notes", [])),
         ("tokens", f"{tokens:,}"),
         ("  supervised", f"{supervised:,} ({supervised / tokens:.1%})"),
         (f"rows of {capacity:,} tokens", f"{rows:,}"),
