@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Manifest:
     versions: dict[str, str]
     best_step: int | None  # best evaluation so far, where the run tracks one
     best_metric: float | None
+    contents: dict[str, str] = field(default_factory=dict[str, str])  # digests of what `recipe` names, by key
     files: tuple[FileRecord, ...] = ()  # every file but the manifest
     format: int = FORMAT
 

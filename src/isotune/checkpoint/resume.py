@@ -13,8 +13,9 @@ from isotune.config.run_recipe import RESUME_NEVER, RESUME_NEWEST
 from isotune.distributed.launch import Process
 from isotune.distributed.ranks import call_on_main
 from isotune.io.errors import UserError
+from isotune.run.identity import RunIdentity
 from isotune.run.metrics_file import METRICS
-from isotune.run.run_dir import CHECKPOINTS, RunDir
+from isotune.run.run_dir import CHECKPOINTS, RunDir, is_first_process
 
 STATE = "state.json"
 TRAINER_STATE = "trainer_state.json"
@@ -39,20 +40,22 @@ def open_run(recipe: RunRecipe) -> RunDir:
 
     Raises UserError where that is no checkpoint or one of another recipe, and what `RunDir.check_or_upload` does.
     """
+    run = RunDir(recipe)
     if recipe.resume not in (RESUME_NEWEST, RESUME_NEVER):
         folder = Path(recipe.resume)
         if (folder / CHECKPOINTS).is_dir():
             raise UserError(f"resume: {folder} is a run: name one of the folders in {folder / CHECKPOINTS}")
         if not folder.is_dir():
             raise UserError(f"resume: there is no folder {folder}; it takes auto, never or the folder of a checkpoint")
-        _check_same_recipe(folder, _manifest_of(folder, read_manifest), recipe)
-    run = RunDir(recipe)
+        manifest = _manifest_of(folder, read_manifest)
+        if is_first_process():
+            _check_same_recipe(folder, manifest, run)
     run.check_or_upload()
     return run
 
 
 def find_resumption(
-    store: CheckpointStore, recipe: RunRecipe, data_fingerprints: dict[str, str], process: Process
+    store: CheckpointStore, run: RunDir, data_fingerprints: dict[str, str], process: Process
 ) -> Resumption | None:
     """Clean up after a killed attempt, choose the checkpoint to resume from, and print it; the main process decides.
 
@@ -63,7 +66,7 @@ def find_resumption(
     def choose() -> Path | None:
         try:
             store.clean()
-            return _choose(store, recipe, data_fingerprints)
+            return _choose(store, run, data_fingerprints)
         except OSError as error:
             raise UserError(f"{store.path} cannot be read: {error.strerror}") from error
 
@@ -73,7 +76,8 @@ def find_resumption(
     return Resumption(folder, json.loads((folder / STATE).read_text()), (folder / METRICS).read_text())
 
 
-def _choose(store: CheckpointStore, recipe: RunRecipe, data_fingerprints: dict[str, str]) -> Path | None:
+def _choose(store: CheckpointStore, run: RunDir, data_fingerprints: dict[str, str]) -> Path | None:
+    recipe = run.recipe
     if recipe.resume == RESUME_NEVER:
         store.remove_all()
         return None
@@ -87,7 +91,7 @@ def _choose(store: CheckpointStore, recipe: RunRecipe, data_fingerprints: dict[s
         if newest.folder is None or newest.manifest is None:
             return None
         folder, manifest = newest.folder, newest.manifest
-    _check_same_recipe(folder, manifest, recipe)
+    _check_same_recipe(folder, manifest, run)
     for role, key in (("train", "dataset_name"), ("evaluation", "eval_dataset_name")):
         if manifest.data_fingerprints.get(role) != data_fingerprints.get(role):
             raise UserError(
@@ -110,16 +114,14 @@ def _manifest_of(folder: Path, read: Callable[[Path], Manifest]) -> Manifest:
         raise UserError(f"resume: {folder} is not a valid checkpoint: {why}") from why
 
 
-def _check_same_recipe(folder: Path, manifest: Manifest, recipe: RunRecipe) -> None:
+def _check_same_recipe(folder: Path, manifest: Manifest, run: RunDir) -> None:
     """Raise a UserError that names the keys that differ, of those that change the result, and both values."""
-    if manifest.recipe_fingerprint == recipe.fingerprint():
+    if manifest.recipe_fingerprint in (run.identity.fingerprint, run.recipe.fingerprint()):
         return
-    there, here = manifest.recipe, recipe.result_values()
-    differences = ", ".join(
-        f"{name}: {there.get(name)} there, {here.get(name)} here"
-        for name in sorted({**there, **here})
-        if there.get(name) != here.get(name)
-    )
+    differences = run.identity.differences(RunIdentity(manifest.recipe, manifest.contents))
+    if not differences:  # of a version that told runs apart by names alone
+        return
     raise UserError(
-        f"{folder} is a checkpoint of another recipe ({differences}): choose another --output_dir or --resume"
+        f"{folder} is a checkpoint of another recipe ({', '.join(differences.values())}): choose another --output_dir "
+        "or --resume"
     )

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ from isotune.config import RunRecipe
 from isotune.config.run_recipe import RESUME_NEWEST
 from isotune.io.errors import EXIT_FAULT, AlreadyDone, RunFault, UserError, read_job_status
 from isotune.run.hub import UPLOAD, upload_model
+from isotune.run.identity import RunIdentity
 from isotune.run.metrics_file import METRICS
 from isotune.run.run_lease import RunLease, slurm_ids
 
 RECIPE = "recipe.yaml"
-FINGERPRINT_KEY = "recipe_fingerprint"
+FINGERPRINT_KEY, IDENTITY = "recipe_fingerprint", "identity"
 ENVIRONMENT = "environment.json"
 STATUS = "status.json"
 CHECKPOINTS = "checkpoints"
@@ -44,7 +47,7 @@ class RunDir:
         existing = self._existing_parent()
         if not os.access(existing, os.W_OK | os.X_OK):
             raise UserError(f"output_dir '{self.path}' cannot be written: no permission in {existing}")
-        if _is_first_process():  # the others may come after it has acquired the lease
+        if is_first_process():  # the others may come after it has acquired the lease
             self.lease.check_available()
         # names with a dot: files that an attempt was still writing when it was killed
         if not self.path.is_dir() or all(path.name.startswith(".") for path in self.path.iterdir()):
@@ -58,11 +61,9 @@ class RunDir:
                 raise ValueError("not a mapping")
         except (OSError, ValueError) as error:
             raise UserError(f"{recorded} cannot be read: choose another --output_dir or remove the folder") from error
-        if earlier.get(FINGERPRINT_KEY) != self.recipe.fingerprint():
-            raise UserError(
-                f"output_dir '{self.path}' holds the run of another recipe{self._differing_key()}: "
-                "choose another --output_dir or remove it"
-            )
+        # the others do not read what the recipe names once more: the first ends them all
+        if is_first_process():
+            self._check_same_run(earlier)
         if self.model.is_dir() and self.recipe.resume == RESUME_NEWEST:
             hint = "(--resume never runs it again from the start)"
             ended = read_job_status(self.path / STATUS)
@@ -79,13 +80,35 @@ class RunDir:
             self.check()
         except AlreadyDone as done:
             wanted, uploaded = self.recipe.hub_model_id, read_job_status(self.path / UPLOAD)
-            if not self.recipe.push_to_hub or not _is_first_process():
+            if not self.recipe.push_to_hub or not is_first_process():
                 raise
             if "url" not in uploaded or str(uploaded.get("repository")).rsplit("/", 1)[-1] != wanted.rsplit("/", 1)[-1]:
                 uploaded = upload_model(self.recipe)
             raise AlreadyDone(f"{done}; it is uploaded to {uploaded['url']}") from None
 
+    @cached_property
+    def identity(self) -> RunIdentity:
+        """What makes another run the same as this one; the first call reads every local file that the recipe names."""
+        return RunIdentity.of(self.recipe)
+
+    def _check_same_run(self, earlier: dict[str, Any]) -> None:
+        """Raise a UserError unless the run that is here, by its environment.json, is of this recipe and content."""
+        if earlier.get(FINGERPRINT_KEY) in (self.identity.fingerprint, self.recipe.fingerprint()):
+            return
+        recorded = earlier.get(IDENTITY)
+        if isinstance(recorded, dict):
+            differences = self.identity.differences(RunIdentity(**recorded))
+            if not differences:
+                return  # the files of the earlier run are gone, and their names are the same
+            why = f" ({next(iter(differences.values()))})"
+        else:
+            why = self._differing_key()
+        raise UserError(
+            f"output_dir '{self.path}' holds the run of another recipe{why}: choose another --output_dir or remove it"
+        )
+
     def _differing_key(self) -> str:
+        """The first key that differs, where an earlier version recorded nothing but recipe.yaml."""
         try:
             earlier = yaml.safe_load((self.path / RECIPE).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError):
@@ -127,7 +150,8 @@ class RunDir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             # environment.json first: it identifies the run, should the process be killed before recipe.yaml
-            text = json.dumps({FINGERPRINT_KEY: self.recipe.fingerprint(), **environment}, indent=2)
+            own = {FINGERPRINT_KEY: self.identity.fingerprint, IDENTITY: asdict(self.identity)}
+            text = json.dumps({**own, **environment}, indent=2)
             self.lease.write_file(self.path / ENVIRONMENT, text + "\n")
             self.lease.write_file(self.path / RECIPE, self.recipe.as_yaml())
             if metrics is None:
@@ -140,6 +164,6 @@ class RunDir:
             raise UserError(f"output_dir '{self.path}' cannot be written: {error.strerror}") from error
 
 
-def _is_first_process() -> bool:
+def is_first_process() -> bool:
     """Whether this is global rank 0, by the launcher's RANK: it can be asked before the process group exists."""
     return os.environ.get("RANK", "0") == "0"

@@ -74,7 +74,7 @@ class Checkpointer(TrainerCallback):
     @contextlib.contextmanager
     def session(self) -> Iterator[str | None]:
         """Hold it around training: yields the checkpoint to go on from, and waits for the last one to be written."""
-        self.resumption = find_resumption(self.store, self.recipe, self.data_fingerprints, self.process)
+        self.resumption = find_resumption(self.store, self.run, self.data_fingerprints, self.process)
         if self.resumption is not None and self.run.status is not None:
             self.run.status.step = self.resumption.step
         self.writer = CheckpointWriter(self.store, self._reached)
@@ -119,8 +119,9 @@ class Checkpointer(TrainerCallback):
             step=state.global_step,
             world_size=self.process.world_size,
             engine=type(trainer.model_wrapped).__name__,
-            recipe_fingerprint=self.recipe.fingerprint(),
-            recipe=self.recipe.result_values(),
+            recipe_fingerprint=self.run.identity.fingerprint,
+            recipe=self.run.identity.values,
+            contents=self.run.identity.contents,
             data_fingerprints=self.data_fingerprints,
             versions=versions(),
             best_step=state.best_global_step,

@@ -1,0 +1,75 @@
+"""Whether two recipes are the same run: where they name local files, by what lies there and not by the path."""
+
+import hashlib
+import json
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from isotune.config import RunRecipe
+from isotune.data.sources.source import PREFIX, read_rows
+from isotune.io.errors import UserError
+from isotune.io.files import digest_of_file
+
+MODELS = ("model_name_or_path", "tokenizer_name_or_path")
+DATA = {"dataset_name": "dataset_split", "eval_dataset_name": "eval_dataset_split"}
+MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja")  # of weights, configuration and tokenizer
+PASSED_OVER = ("checkpoints",)  # folders beside a model that are no part of it
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """The values of a recipe that decide a run's result, and a digest of what lies in each local place they name."""
+
+    values: dict[str, Any]
+    contents: dict[str, str] = field(default_factory=dict[str, str])  # by key; without Hub ids and builtin:NAME
+
+    @classmethod
+    def of(cls, recipe: RunRecipe) -> Self:
+        """The identity of a recipe; every file that it names is read."""
+        return cls(json.loads(json.dumps(recipe.result_values())), contents_of(recipe))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of contents in place of their names."""
+        return hashlib.sha256(json.dumps({**self.values, **self.contents}, sort_keys=True).encode()).hexdigest()
+
+    def differences(self, other: Self) -> dict[str, str]:
+        """What tells this run from `other`: a short sentence by key. Names are compared where a content is unknown."""
+        found: dict[str, str] = {}
+        for key in sorted({**self.values, **other.values}):
+            here, there = self.values.get(key), other.values.get(key)
+            known = key in self.contents and key in other.contents
+            if known and self.contents[key] != other.contents[key]:
+                where = f"of {there} there, of {here} here" if here != there else f"of {here} have changed since"
+                found[key] = f"{key}: the contents {where}"
+            elif not known and here != there:
+                found[key] = f"{key}: {there} there, {here} here"
+        return found
+
+
+def contents_of(recipe: RunRecipe) -> dict[str, str]:
+    """A digest of what lies in each local place that a recipe names, by key; none for what is not there."""
+    found: dict[str, str] = {}
+    values = recipe.values
+    for key in MODELS:
+        if values[key] and not values[key].startswith(PREFIX) and Path(values[key]).is_dir():
+            found[key] = digest_of_model(Path(values[key]))
+    for key, split in DATA.items():
+        name = values[key]
+        if name and not name.startswith(PREFIX) and Path(name).expanduser().exists():
+            with suppress(UserError):  # whoever reads it says what is wrong
+                found[key] = read_rows(name, values[split], name=key, columns=values["dataset_columns"]).fingerprint
+    return found
+
+
+def digest_of_model(folder: Path) -> str:
+    """SHA-256, in hexadecimal, of the names and contents of a model's and a tokenizer's files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        place = path.relative_to(folder)
+        is_part = not any(part.startswith(".") or part in PASSED_OVER for part in place.parts)
+        if is_part and path.suffix in MODEL_FILES and path.is_file():
+            digest.update(json.dumps(place.as_posix()).encode() + digest_of_file(path))
+    return digest.hexdigest()
