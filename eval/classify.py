@@ -23,6 +23,9 @@ def arguments() -> argparse.Namespace:
     data.add_argument("--task", metavar="FILE", help="a task file, as in eval/configs; flags win over it")
     data.add_argument("--dataset_name", metavar="NAME", help="a Hub id, folder, file or builtin:NAME")
     data.add_argument("--dataset_split", metavar="SPLIT", help="of that data set (test)")
+    data.add_argument(
+        "--dataset_columns", nargs="+", metavar="NAME", help="its columns, of a CSV file whose first line is a row"
+    )
     data.add_argument("--dataset_text_field", metavar="COLUMN", help="holds the texts (text)")
     data.add_argument("--dataset_label_field", metavar="COLUMN", help="holds the classes (label)")
     data.add_argument(
@@ -68,8 +71,8 @@ def main() -> None:
     )
     from isotune.evaluation.classification.plots import draw_attention, draw_plots
     from isotune.evaluation.distributed_eval import start_ranks
-    from isotune.evaluation.models import load_model_classifier, load_run_classifier, task_of_run
-    from isotune.evaluation.results import score_lines
+    from isotune.evaluation.models import load_model_classifier, load_run_classifier, model_identity, task_of_run
+    from isotune.evaluation.results import claim_folder, score_lines
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.run.metrics_file import METRICS
 
@@ -81,8 +84,18 @@ def main() -> None:
     if task is None:
         task, held_out = task_of_run(classifier, flags)
     home = Path(given.run_dir or Path("runs") / Path(given.model).name)
-    folder = Path(given.output_dir or home / "eval" / task.name)
     rows = read_task_rows(task, classifier, ranks, given.limit, held_out)
+    settings: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "resamples": given.resamples}
+    evaluation_of = {
+        **task.decisive(),
+        **settings,
+        "data": rows.fingerprint,
+        "limit": given.limit,
+        "seed": given.seed,
+        "model": given.model and model_identity(given.model),
+    }
+    wanted = Path(given.output_dir or home / "eval" / task.name)
+    claim_folder(wanted, evaluation_of, is_named=bool(given.output_dir), write=False)  # refused before the work
     attention_rows = None if given.attention_ids is None else rows.find(given.attention_ids)
     evaluation = evaluate_rows(
         classifier,
@@ -96,8 +109,7 @@ def main() -> None:
     )
     if evaluation is None:
         return
-    settings: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "resamples": given.resamples}
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = claim_folder(wanted, evaluation_of, is_named=bool(given.output_dir))
     if not given.no_pictures:
         draw_plots(evaluation, folder)
         draw_attention(classifier, evaluation, folder, attention_rows)

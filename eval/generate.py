@@ -11,7 +11,9 @@ python eval/generate.py --run_dir runs/opt350m_lora --lm_eval_tasks arc_easy,my_
 import argparse
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from isotune.io.errors import OneSentenceParser, UserError, run_script
 
@@ -26,7 +28,13 @@ def arguments() -> argparse.Namespace:
         "--dataset_name", metavar="NAME", help="evaluate on the first question of each of its conversations"
     )
     parser.add_argument("--dataset_split", metavar="SPLIT", help="of that data set (test)")
+    parser.add_argument(
+        "--dataset_columns", nargs="+", metavar="NAME", help="its columns, of a CSV file whose first line is a row"
+    )
     parser.add_argument("--task", metavar="YAML", help="or a task file, as in eval/configs; flags win over it")
+    parser.add_argument(
+        "--allow_dropped", action="store_true", default=None, help="go on where most rows hold no question and answer"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="the first N samples only")
     parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="prompts of one forward (%(default)s)")
     parser.add_argument("--output_dir", metavar="DIR", help="where the result goes (RUN/eval/NAME of the data set)")
@@ -66,17 +74,26 @@ def main() -> None:
         print_generation_result,
         write_generation_result,
     )
-    from isotune.evaluation.generation.lm_eval_bridge import check_tasks, run_tasks, write_harness
+    from isotune.evaluation.generation.lm_eval_bridge import check_tasks, content_of_task, run_tasks, write_harness
     from isotune.evaluation.models import generation_model_named, generation_model_of_run
     from isotune.evaluation.results import score_lines
     from isotune.evaluation.tasks import DEFAULT_MAX_NEW_TOKENS, GenerationTask, read_task
 
-    flags = {key: getattr(given, key) for key in ("dataset_name", "dataset_split", "max_new_tokens")}
+    keys = ("dataset_name", "dataset_split", "dataset_columns", "allow_dropped", "max_new_tokens")
+    flags = {key: getattr(given, key) for key in keys}
     task = read_task(GenerationTask, given.task, flags) if given.evaluates else None
     longest = DEFAULT_MAX_NEW_TOKENS if given.max_new_tokens is None else given.max_new_tokens
     decoding = Decoding(task.max_new_tokens if task else longest, given.temperature, given.top_p, given.seed)
     tasks = check_tasks(given.lm_eval_tasks) if given.lm_eval_tasks else []
-    samples = task.samples(given.limit) if task else []
+    is_first = os.environ.get("RANK", "0") == "0"
+    samples = task.samples(given.limit, show=is_first) if task else None
+    name, evaluation = "lm_eval", dict[str, Any]()  # what decides the result
+    if task and samples:
+        name, evaluation = task.name, {**task.decisive(), "data": samples.fingerprint, "decoding": asdict(decoding)}
+    elif tasks:
+        evaluation = {"dataset_name": ",".join(tasks), "data": [content_of_task(one) for one in tasks]}
+    if evaluation:
+        result_folder(given, name, evaluation, write=False)  # refused before the work
     shards = read_shards()
     ranks = start_ranks()
     load = generation_model_of_run if given.run_dir else generation_model_named
@@ -84,17 +101,17 @@ def main() -> None:
     if (rules := rules_of_base(lm.model)) and ranks.is_main:
         ruled = ", ".join(f"{name} {value}" for name, value in rules.items())
         print(f"note: not in effect, of the model's generation_config.json: {ruled}", file=sys.stderr)
-    if task:
+    if task and samples:
         result = evaluate_generation(lm, samples, decoding, ranks, batch_size=given.batch_size, metrics=task.metrics)
         if ranks.is_main:
-            print_generation_result(result)
-            if folder := result_folder(given, task.name):
-                write_generation_result(result, folder, model=given.name, task=task, decoding=decoding)
+            print_generation_result(result, samples)
+            if folder := result_folder(given, name, evaluation):
+                write_generation_result(result, folder, model=given.name, task=task, samples=samples, decoding=decoding)
                 print(f"written to {folder}")
     elif tasks:
         scores, predictions = run_tasks(lm, tasks, limit=given.limit, batch_size=given.batch_size)
         print("\n".join(score_lines(scores)))
-        if folder := result_folder(given, "lm_eval"):
+        if folder := result_folder(given, name, evaluation):
             write_harness(scores, predictions, folder, model=given.name, tasks=tasks)
             print(f"written to {folder}")
     elif given.prompt is not None:
@@ -106,11 +123,18 @@ def main() -> None:
         run_chat(lm, decoding, name=given.name)
 
 
-def result_folder(given: argparse.Namespace, name: str) -> Path | None:
+def result_folder(
+    given: argparse.Namespace, name: str, evaluation: dict[str, Any], *, write: bool = True
+) -> Path | None:
     """Where the result goes; None for a model without a run, unless --output_dir names it."""
-    if given.output_dir:
-        return Path(given.output_dir)
-    return Path(given.run_dir) / "eval" / name if given.run_dir else None
+    from isotune.evaluation.models import model_identity
+    from isotune.evaluation.results import claim_folder
+
+    if not given.output_dir and not given.run_dir:
+        return None
+    evaluation = evaluation | {"limit": given.limit, "model": given.model and model_identity(given.model)}
+    folder = Path(given.output_dir or Path(given.run_dir) / "eval" / name)
+    return claim_folder(folder, evaluation, is_named=bool(given.output_dir), write=write)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def test_a_task_file_that_says_nothing_sensible_is_refused(tmp_path, written, sa
     [
         (
             {"template": "{nothing}"},
-            r"row 1 of .*lacks the column 'nothing' of the template; it has title, body, label",
+            r"row 1 of .*lacks the column 'nothing'; it has title, body, label: name it by the template",
         ),
         ({"labels": ("fine", "poor")}, "row 1 of .* is of class 'good', and the task knows fine, poor"),
         ({"labels": ("good",), "template": "{title}"}, None),

@@ -134,7 +134,10 @@ def task_of_run(
     """The evaluation data of a run's recipe, with flags that win; share and seed where it is held out of training."""
     assert classifier.run is not None
     recipe = classifier.run.settings
-    columns = {key: recipe.get(key) for key in ("dataset_text_field", "dataset_label_field", "dataset_id_field")}
+    columns = {
+        key: recipe.get(key)
+        for key in ("dataset_text_field", "dataset_label_field", "dataset_id_field", "dataset_columns")
+    }
     name, split, held_out = recipe.get("eval_dataset_name"), recipe.get("eval_dataset_split"), None
     if name is None and recipe.get("eval_split_share"):
         name, split = recipe["dataset_name"], recipe["dataset_split"]
@@ -189,6 +192,11 @@ def _stored_dtype(name: str | Path) -> torch.dtype:
     """The dtype of a model's weights, from its configuration."""
     stored: Any = load_pretrained_config(str(name)).dtype
     return stored or torch.float32
+
+
+def model_identity(name: str) -> str:
+    """What tells the model of --model from others: the whole path of a folder, or the Hub id."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def _check_named_model(name: str) -> None:

@@ -12,16 +12,19 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from isotune.data.documents import digest
 from isotune.evaluation.statistics.resampling import Scores
 from isotune.io.errors import UserError
 from isotune.io.files import replace_file
 
 METRICS = "metrics.json"
 PREDICTIONS = "predictions.jsonl"
+CLAIM = ".evaluation.json"  # what decides the result in a folder, written before the result
 FACTS = ("kind", "model", "dataset_name", "dataset_split", "rows", "rows_sha256")
 CLASSIFICATION, GENERATION = "classification", "generation"
 
@@ -37,12 +40,59 @@ class Result:
     predictions: list[dict[str, Any]]
 
 
+def claim_folder(folder: Path, evaluation: dict[str, Any], *, is_named: bool, write: bool = True) -> Path:
+    """The folder for an evaluation's result: `folder`, or beside it one with a digest in its name.
+
+    `evaluation` is what decides the result, as JSON can hold it, with the keys `dataset_name`, which does not count,
+    and `data`, a digest of the content. Another evaluation's folder is never taken: if `folder` was named by the user
+    (`is_named`), that is a UserError. The same evaluation again takes its own. `write` false only looks.
+    """
+    evaluation = json.loads(json.dumps(evaluation))
+    own = digest({key: value for key, value in evaluation.items() if key != "dataset_name"})
+    there = _claimed(folder, {"digest": own, **evaluation}, write)
+    if there.get("digest") == own:
+        return folder
+    if is_named:
+        raise UserError(
+            f"{folder} holds another evaluation{_difference(there, evaluation)}: choose another --output_dir"
+        )
+    beside = folder.with_name(f"{folder.name}-{own[:8]}")
+    _claimed(beside, {"digest": own, **evaluation}, write)
+    return beside
+
+
+def _claimed(folder: Path, claim: dict[str, Any], write: bool) -> dict[str, Any]:
+    """Whose folder it is: `claim` is written where it is nobody's, by one of two that come at once."""
+    if not (folder / METRICS).is_file() and not (folder / CLAIM).is_file():
+        if not write:
+            return claim
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError), (folder / CLAIM).open("x", encoding="utf-8") as file:
+            json.dump(claim, file, indent=2)
+            return claim
+    try:
+        return dict(json.loads((folder / CLAIM).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}  # of an earlier version, or being written
+
+
+def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """What tells two evaluations apart, in brackets: data by their names, and the first other key."""
+    different = [key for key in here if key not in ("data", "dataset_name") and there.get(key) != here[key]]
+    if there.get("data") != here["data"] and "dataset_name" in there:
+        return f" (of {there['dataset_name']}, and this one is of {here['dataset_name']})"
+    if not there or not different:
+        return ""
+    key = different[0]
+    return f" ({key}: {json.dumps(there.get(key))[:80]} there, {json.dumps(here[key])[:80]} here)"
+
+
 def rows_digest(rows: Iterable[tuple[Any, str]]) -> str:
     """SHA-256 over (id, input text) of every row in order: two results with the same one can be paired."""
-    digest = hashlib.sha256()
+    content = hashlib.sha256()
     for row_id, text in rows:
-        digest.update(json.dumps([row_id, text]).encode())
-    return digest.hexdigest()
+        content.update(json.dumps([row_id, text]).encode())
+    return content.hexdigest()
 
 
 def write_result(
@@ -53,8 +103,8 @@ def write_result(
     The number of `predictions` and the digest of their input `texts` are added to the facts.
     """
     ids = [row["id"] for row in predictions]
-    digest = rows_digest(zip(ids, texts, strict=True))
-    content = {**{name: facts[name] for name in FACTS[:4]}, "rows": len(ids), "rows_sha256": digest, **facts}
+    rows_sha256 = rows_digest(zip(ids, texts, strict=True))
+    content = {**{name: facts[name] for name in FACTS[:4]}, "rows": len(ids), "rows_sha256": rows_sha256, **facts}
     content |= {"metric_modules": scores.modules} if scores.modules else {}
     if duplicates := sorted(content.keys() & scores.metrics):
         raise ValueError(f"names of both a fact and a metric: {duplicates}")

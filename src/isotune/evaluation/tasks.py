@@ -4,7 +4,8 @@ The fields of a class of tasks are the keys of its file. A command line's flags 
 """
 
 import string
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -12,25 +13,44 @@ from typing import Any, ClassVar, TypeVar
 
 import yaml
 
-from isotune.data.documents import digest
-from isotune.data.sft.conversations import ASSISTANT_HEADER, HUMAN_HEADER, TEXT_FIELD, first_turn, read_batches
+from isotune.data.documents import check_left_out, digest
+from isotune.data.sft.conversations import (
+    ASSISTANT_HEADER,
+    HUMAN_HEADER,
+    TEXT_FIELD,
+    Conversation,
+    first_turn,
+    read_batches,
+)
 from isotune.data.sources.source import Row, Source, read_rows
 from isotune.evaluation.metrics.classification import METRICS
 from isotune.evaluation.metrics.modules import CLASSES, TEXTS, Column, MetricModule, read_metrics
 from isotune.evaluation.metrics.text import TEXT_METRICS
 from isotune.io.errors import UserError, did_you_mean, first_line
+from isotune.io.formats import base_name
 
 DEFAULT_MAX_NEW_TOKENS = 256
 # the keys of a classification that are flags of the command line too
-FLAGS = ("dataset_name", "dataset_split", "dataset_text_field", "dataset_label_field", "ordinal", "max_seq_length")
+FLAGS = (
+    "dataset_name",
+    "dataset_split",
+    "dataset_columns",
+    "dataset_text_field",
+    "dataset_label_field",
+    "ordinal",
+    "max_seq_length",
+)
 
 NUMBER = (lambda value: type(value) is int, "a whole number")
+TRUTH = (lambda value: isinstance(value, bool), "true or false")
 LIST = "a list without doubles"
 # what a key holds that is no text: how to check it, and how to call it in a message
 KINDS: dict[str, tuple[Any, str]] = {
     "labels": (lambda v: isinstance(v, list) and {*map(type, v)} <= {str, int} and len({*v}) == len(v), LIST),
     "metrics": (lambda v: isinstance(v, list) and len({*map(str, v)}) == len(v), LIST),
-    "ordinal": (lambda value: isinstance(value, bool), "true or false"),
+    "dataset_columns": (lambda v: isinstance(v, list) and {*map(type, v)} == {str} and len({*v}) == len(v), LIST),
+    "ordinal": TRUTH,
+    "allow_dropped": TRUTH,
     "max_seq_length": NUMBER,
     "max_new_tokens": NUMBER,
 }
@@ -45,12 +65,22 @@ class Task:
 
     dataset_name: str  # a Hub id, folder, file or builtin:NAME, as in a recipe
     dataset_split: str = "test"
+    dataset_columns: tuple[str, ...] | None = None  # names of the columns of a CSV file whose first line is a row
     metrics: tuple[str | MetricModule, ...] = ()  # built-in ones and modules; all built-in ones where left out
 
     @property
     def name(self) -> str:
         """The name of the result's folder: the data set's own."""
-        return Path(self.dataset_name.removeprefix("builtin:").rstrip("/")).stem
+        return Path(base_name(self.dataset_name.removeprefix("builtin:").rstrip("/"))).stem
+
+    def decisive(self) -> dict[str, Any]:
+        """All keys, as JSON can hold them, for a result's folder; the data themselves are told by their content."""
+        values = {own.name: getattr(self, own.name) for own in fields(self) if own.name != "allow_dropped"}
+        return {**values, "metrics": [str(metric) for metric in self.metrics]}
+
+    def rows(self) -> Source:
+        """The rows as they stand."""
+        return read_rows(self.dataset_name, self.dataset_split, columns=self.dataset_columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +107,7 @@ class ClassificationTask(Task):
 
     def source(self, limit: int | None = None) -> Source:
         """The first `limit` rows, with the template and the names of the classes applied; UserError for a bad row."""
-        plain = read_rows(self.dataset_name, self.dataset_split)
+        plain = self.rows()
         if self.template is None and self.labels is None and limit is None:
             return plain
         fingerprint = digest("task", plain.fingerprint, self.template, self.labels, limit)
@@ -93,13 +123,20 @@ class ClassificationTask(Task):
             yield made
 
     def _class_number(self, label: Any, plain: Source, number: int) -> Any:
-        labels = self.labels or ()
-        if label in labels and not isinstance(label, bool):
-            return labels.index(label)
-        if isinstance(label, int) and all(isinstance(name, str) for name in labels) and 0 <= label < len(labels):
-            return label
-        known = ", ".join(map(str, labels))
-        raise UserError(f"{plain.where(number)} is of class {str(label)[:40]!r}, and the task knows {known}")
+        """The position of a class among the task's, by its name as it is spelled, or by its number."""
+        names = [str(name) for name in self.labels or ()]
+        written = str(label) if isinstance(label, str | int) and not isinstance(label, bool) else ""
+        if written in names:
+            return names.index(written)
+        # a number that is no name counts from 0, unless the names are numbers themselves
+        if (
+            written.isascii()
+            and written.isdigit()
+            and not any(name.isdigit() for name in names)
+            and int(written) < len(names)
+        ):
+            return int(written)
+        raise UserError(f"{plain.where(number)} is of class {str(label)[:40]!r}, and the task knows {', '.join(names)}")
 
 
 @dataclass(frozen=True)
@@ -110,6 +147,17 @@ class EvalSample:
     prompt: str
     reference: str
     where: str
+
+
+class EvalSamples(list[EvalSample]):
+    """The prompts of an evaluation, and what became of the rows that were read for them."""
+
+    def __init__(
+        self, samples: Iterable[EvalSample], fingerprint: str, rows_read: int, left_out: Mapping[str, int]
+    ) -> None:
+        super().__init__(samples)
+        self.fingerprint = fingerprint  # of the source's content
+        self.rows_read, self.left_out = rows_read, left_out  # rows by the reason for which they are no sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,12 +171,26 @@ class GenerationTask(Task):
     reference_template: str | None = None  # "{capital}"; both or neither
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
     metrics: tuple[str | MetricModule, ...] = TEXT_METRICS
+    allow_dropped: bool = False  # go on where more than half of the rows are left out
 
-    def samples(self, limit: int | None = None) -> list[EvalSample]:
-        """The first `limit` prompts with their references; UserError where a column is absent or a text is empty."""
+    def samples(self, limit: int | None = None, *, show: bool = False) -> EvalSamples:
+        """The first `limit` prompts with their references; UserError where a column is absent or a text is empty.
+
+        A row that holds no conversation of a question and an answer is left out, and counted; `show` asks for a warning
+        on stdout where these are many.
+        """
         if self.prompt_template is None or self.reference_template is None:
-            return read_eval_samples(self.dataset_name, self.dataset_split, limit)
-        return list(islice(self._from_columns(read_rows(self.dataset_name, self.dataset_split)), limit))
+            return read_eval_samples(
+                self.dataset_name,
+                self.dataset_split,
+                limit,
+                columns=self.dataset_columns,
+                allow_dropped=self.allow_dropped,
+                show=show,
+            )
+        source = self.rows()
+        made = list(islice(self._from_columns(source), limit))
+        return EvalSamples(made, source.fingerprint, len(made), {})
 
     def _from_columns(self, source: Source) -> Iterator[EvalSample]:
         templates = {"prompt": str(self.prompt_template), "reference": str(self.reference_template)}
@@ -139,24 +201,53 @@ class GenerationTask(Task):
             yield EvalSample(number, **texts, where=source.where(number))
 
 
-def read_eval_samples(dataset_name: str, split: str, limit: int | None = None) -> list[EvalSample]:
-    """The first question and answer of each conversation of a data set that has them; UserError where none has."""
-    samples = list(_first_turns(read_rows(dataset_name, split)))[:limit]
+def read_eval_samples(
+    dataset_name: str,
+    split: str,
+    limit: int | None = None,
+    *,
+    columns: Sequence[str] | None = None,
+    allow_dropped: bool = False,
+    show: bool = False,
+) -> EvalSamples:
+    """The first question and answer of each conversation of a data set; UserError where none or few have them."""
+    source = read_rows(dataset_name, split, columns=columns)
+    samples = _first_turns(source, limit)
     if not samples:
         what = "has no conversation that begins with a question and an answer: there is no reference to compare with"
         raise UserError(f"dataset_name: {dataset_name!r} {what}")
+    check_left_out(source.name, samples.rows_read, samples.left_out, allowed=allow_dropped, show=show)
     return samples
 
 
-def _first_turns(source: Source) -> Iterator[EvalSample]:
+def _first_turns(source: Source, limit: int | None) -> EvalSamples:
+    """The first question and answer of each conversation, in the first rows that have `limit` of them."""
+    samples: list[EvalSample] = []
+    left_out: Counter[str] = Counter()
+    read = 0
     for batch in read_batches(source, TEXT_FIELD, "all"):
-        for row, conversation in zip(batch.rows.tolist(), batch.conversations, strict=True):
-            start, end = conversation.answers[0]
-            prompt = conversation.text[:start].removesuffix(ASSISTANT_HEADER).strip()
-            if prompt.startswith(HUMAN_HEADER) and HUMAN_HEADER not in prompt[len(HUMAN_HEADER) :]:
-                prompt = prompt.removeprefix(HUMAN_HEADER).strip()
-                if reference := first_turn(conversation.text[start:end]):
-                    yield EvalSample(row, prompt, reference, source.where(row))
+        conversations = dict(zip(batch.rows.tolist(), batch.conversations, strict=True))
+        for row in range(read, read + batch.read):
+            if len(samples) == limit:
+                break
+            sample = _first_turn(conversations[row], row, source) if row in conversations else "without an answer"
+            read += 1
+            if isinstance(sample, str):
+                left_out[sample] += 1
+            else:
+                samples.append(sample)
+    return EvalSamples(samples, source.fingerprint, read, dict(left_out))
+
+
+def _first_turn(conversation: Conversation, row: int, source: Source) -> EvalSample | str:
+    """The first question and answer of a conversation, or why it has none."""
+    start, end = conversation.answers[0]
+    prompt = conversation.text[:start].removesuffix(ASSISTANT_HEADER).strip()
+    if not prompt.startswith(HUMAN_HEADER) or HUMAN_HEADER in prompt[len(HUMAN_HEADER) :]:
+        return "that do not begin with one question"
+    reference = first_turn(conversation.text[start:end])
+    prompt = prompt.removeprefix(HUMAN_HEADER).strip()
+    return EvalSample(row, prompt, reference, source.where(row)) if reference else "with an empty answer"
 
 
 T = TypeVar("T", bound=Task)
@@ -211,6 +302,5 @@ def _template_columns(template: str) -> list[str]:
 def _fill_template(template: str, row: Row, source: Source, number: int) -> str:
     for column in _template_columns(template):
         if column not in row:
-            what = f"lacks the column {column!r} of the template; it has {', '.join(row)}"
-            raise UserError(f"{source.where(number)} {what}")
+            raise source.lacks(number, row, column, "the template")
     return template.format_map(row)

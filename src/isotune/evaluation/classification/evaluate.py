@@ -5,7 +5,7 @@ Logits are computed unpadded, on one process or many, and do not depend on the b
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,10 @@ class Rows:
     texts: list[str]
     names: list[str]  # of the classes
     truncated: int  # number of documents that were longer than max_seq_length
+    fingerprint: str = ""  # of all that decides the documents
+    left_out: dict[str, Any] = field(
+        default_factory=dict[str, Any]
+    )  # how many rows were read, and how many of them are not here, by reason
 
     @property
     def ids(self) -> list[Any]:
@@ -123,8 +127,10 @@ def read_task_rows(
     if positions is not None and settings.max_seq_length > positions:
         raise UserError(f"max_seq_length {settings.max_seq_length} is beyond the {positions} positions of the model")
     labelled: LabelledSplit = tokenize(task.source(limit), classifier.tokenizer, settings, show_progress=ranks.is_main)
+    rows_read, reasons = len(labelled.documents), {}
     if held_out is not None:
         _, labelled = split_by_content(labelled, *held_out)
+        reasons = {"in the training side of the split": rows_read - len(labelled.documents)}
     labelled.check_classes(evaluation=True)
     if ranks.is_main:
         print(labelled.prepared().table, flush=True)
@@ -135,6 +141,8 @@ def read_task_rows(
         texts=[texts[i] for i in order.tolist()],
         names=[str(name) for name in task.labels or classifier.label_names or range(classes)],
         truncated=int((labelled.documents.columns["whole_lengths"] > settings.max_seq_length).sum()),
+        fingerprint=labelled.fingerprint,
+        left_out={"rows_read": rows_read, "reasons": reasons},
     )
 
 
@@ -238,6 +246,7 @@ def write_evaluation(
         "label_names": rows.names,
         "ordinal": task.ordinal,
         "undefined": scores.undefined,
+        "left_out": rows.left_out,
         "settings": {**settings, "rows_cut": rows.truncated},
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
+from isotune.data.documents import with_share
 from isotune.data.sft.conversations import first_turn, render_prompt
 from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.generation.base_rules import rules_of_base
@@ -25,7 +26,7 @@ from isotune.evaluation.metrics.text import Likelihood, measure_likelihoods, mea
 from isotune.evaluation.models import GenerationModel
 from isotune.evaluation.results import GENERATION, score_lines, write_result
 from isotune.evaluation.statistics.resampling import Scores, score
-from isotune.evaluation.tasks import EvalSample, GenerationTask
+from isotune.evaluation.tasks import EvalSample, EvalSamples, GenerationTask
 from isotune.io.errors import UserError
 from isotune.io.files import replace_file
 
@@ -171,7 +172,13 @@ def _score_batch(lm: GenerationModel, rows: list[tuple[list[int], Likelihood]]) 
 
 
 def write_generation_result(
-    result: GenerationResult, folder: Path, *, model: str, task: GenerationTask, decoding: Decoding
+    result: GenerationResult,
+    folder: Path,
+    *,
+    model: str,
+    task: GenerationTask,
+    samples: EvalSamples,
+    decoding: Decoding,
 ) -> None:
     """metrics.json, predictions.jsonl and examples.md in `folder`."""
     rows = result.predictions
@@ -183,6 +190,7 @@ def write_generation_result(
         "decoding": asdict(decoding),
         "generation_config_not_in_effect": result.rules_of_base,
         "signatures": signatures(),
+        "left_out": {"rows_read": samples.rows_read, "reasons": samples.left_out},
         "references": {"longer_than_positions": result.truncated},
     }
     head = f"# {model} on {task.dataset_name}: {min(SHOWN_IN_FILE, len(rows))} of {len(rows)} answers\n\n"
@@ -199,8 +207,11 @@ def _cell(text: str) -> str:
     return html.escape(text, quote=False).replace("|", "&#124;").replace("\n", "<br>").replace("\r", "")
 
 
-def print_generation_result(result: GenerationResult) -> None:
-    """The first completions beside their references, the exact matches, and every metric with its interval."""
+def print_generation_result(result: GenerationResult, samples: EvalSamples) -> None:
+    """The first completions beside their references, the exact matches, and every metric with its interval.
+
+    Rows that were left out are counted by their reason.
+    """
     rows = result.predictions
     matches = [row["text"] == row["reference"] for row in rows]
     for row, match in list(zip(rows, matches, strict=True))[:SHOWN_ON_TERMINAL]:
@@ -208,5 +219,7 @@ def print_generation_result(result: GenerationResult) -> None:
         print(f"    answer     {row['text']}\n    reference  {row['reference']}")
     print(f"exact match {sum(matches)} of {len(matches)} ({sum(matches) / len(matches):.1%})")
     print("\n".join(score_lines(result.scores)))
+    for reason, count in samples.left_out.items():
+        print(f"left out    {with_share(count, samples.rows_read)} of {samples.rows_read:,} rows, {reason}")
     if result.truncated:
         print(f"{result.truncated} references are longer than the model's positions; the rest of them is not scored")

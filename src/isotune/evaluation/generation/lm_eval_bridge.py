@@ -4,6 +4,7 @@ A task is a YAML file in the harness's format, or the name of a task in the pack
 `TASK/METRIC`, with `/FILTER` where a task has several; an interval is the value plus and minus 1.96 standard errors.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -63,6 +64,11 @@ def run_tasks(
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"--lm_eval_tasks: {', '.join(tasks)} cannot be run: {first_line(error)}") from error
     return _scores(result["results"]), _predictions(result["samples"])
+
+
+def content_of_task(task: str) -> str:
+    """A digest of a task's YAML file; the name of a task that the harness brings."""
+    return hashlib.sha256(Path(task).read_bytes()).hexdigest() if task.endswith(FILE_SUFFIXES) else task
 
 
 def write_harness(
