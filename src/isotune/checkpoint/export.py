@@ -183,7 +183,7 @@ def _run_of(checkpoint: Path, beside: Path) -> Generator[Path]:
         except InvalidCheckpoint as why:
             raise UserError(f"{checkpoint} is not a valid checkpoint: {why}") from why
         recipe = kind_of(manifest.recipe).from_values(**manifest.recipe, output_dir=folder)
-        tokenizer = load_tokenizer(recipe, needed=("pad",))
+        tokenizer = load_tokenizer(recipe)
         config = _config_at(recipe, checkpoint / TENSORS)
         model = _model_at(recipe, config, checkpoint / TENSORS)
         if recipe.tune != "full":

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -16,3 +17,20 @@ def trained_parameters_kept(model: nn.Module) -> Iterator[None]:
     yield
     for parameter, data in kept.items():
         parameter.data = data
+
+
+@contextmanager
+def padding_token_kept(model: Any, tokenizer: Any) -> Iterator[None]:
+    """Hold it around the constructor of an SFTTrainer: a tokenizer without a pad token is left without one.
+
+    TRL makes it the eos, in the model's configurations too, and both would be saved so; nothing here pads by it.
+    """
+    if tokenizer is None or getattr(tokenizer, "pad_token", "") is not None:
+        yield
+        return
+    settings = [own for own in (model.config, getattr(model, "generation_config", None)) if own is not None]
+    before = [own.pad_token_id for own in settings]
+    yield
+    tokenizer.pad_token = None
+    for own, pad in zip(settings, before, strict=True):
+        own.pad_token_id = pad

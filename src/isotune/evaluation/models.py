@@ -16,9 +16,9 @@ from isotune.data.sources.hub import is_hub_id
 from isotune.evaluation.distributed_eval import Shards
 from isotune.evaluation.tasks import ClassificationTask, read_task
 from isotune.io.errors import UserError
+from isotune.models.base_folder import why_no_model
 from isotune.models.classifier import install_classification
 from isotune.models.finished_run import (
-    ADAPTER_CONFIG,
     FinishedRun,
     add_run_adapter,
     is_classifier,
@@ -30,6 +30,7 @@ from isotune.models.finished_run import (
 )
 from isotune.models.opening import load_pretrained, load_pretrained_config, load_pretrained_tokenizer
 from isotune.models.packed_attention import max_positions
+from isotune.models.vocabulary import check_tokens
 
 DEFAULT_MAX_SEQ_LENGTH = 512  # tokens of a document, for a classifier without a run
 
@@ -121,6 +122,7 @@ def load_model_classifier(name: str, device: torch.device, dtype: torch.dtype) -
     if model.config.num_labels < 2:
         raise UserError(f"{name} has {model.config.num_labels} output: a classifier has at least two")
     tokenizer = load_pretrained_tokenizer(name)
+    check_tokens(model.config, tokenizer, name)
     install_classification(model)
     positions = max_positions(model.config) or DEFAULT_MAX_SEQ_LENGTH
     longest = min(DEFAULT_MAX_SEQ_LENGTH, positions, tokenizer.model_max_length)
@@ -178,6 +180,7 @@ def generation_model_named(
 
 
 def _generation_model(model: Any, tokenizer: Any, shards: Shards | None) -> GenerationModel:
+    check_tokens(model.config, tokenizer, model.name_or_path)
     if shards is None:
         return GenerationModel(model, tokenizer)
     engine = shards.spread(model)
@@ -201,8 +204,8 @@ def model_identity(name: str) -> str:
 
 def _check_named_model(name: str) -> None:
     """Refuse what --model cannot open: an adapter without its base, or neither a folder nor a Hub id."""
-    if (Path(name) / ADAPTER_CONFIG).is_file():
-        raise UserError(f"--model {name} is an adapter without its base: give the folder of its run with --run_dir")
+    if why := why_no_model(name):
+        raise UserError(f"--model {why}; a run is given with --run_dir")
     if not Path(name).is_dir() and not is_hub_id(name):
         raise UserError(f"there is no model folder {name}")
 

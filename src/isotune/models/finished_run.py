@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from isotune.data.sft.conversations import render_prompt
 from isotune.data.sources.hub import is_hub_id
 from isotune.io.errors import UserError
+from isotune.models.base_folder import ADAPTER_CONFIG
 from isotune.models.log_control import quiet_libraries
 from isotune.models.lora import head_of
 from isotune.models.opening import (
@@ -30,7 +31,6 @@ from isotune.models.opening import (
     loading,
 )
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 # Relative to the largest logit. Merging rounds in fp32; the merged weights are then rounded to the dtype of the file,
@@ -72,6 +72,11 @@ def read_run(run_dir: str | Path) -> FinishedRun:
     recipe = folder / "recipe.yaml"
     if not folder.is_dir():
         raise UserError(f"there is no run directory {folder}")
+    if not recipe.is_file() and (folder.parent / "recipe.yaml").is_file() and folder.name == "model":
+        return read_run(folder.parent)
+    if not recipe.is_file() and (folder / ADAPTER_CONFIG).is_file():  # of another program: its base as it is stored
+        check_weights(folder, ADAPTER_WEIGHTS)
+        return FinishedRun(folder, {"tune": "lora"}, folder, _find_base(folder, folder, {})[0], False)
     if not recipe.is_file():
         raise UserError(f"{folder} is not a run directory: it has no recipe.yaml")
     with loading(f"{recipe} is not readable as YAML", (yaml.YAMLError, UnicodeDecodeError)):
@@ -123,6 +128,8 @@ def is_classifier(run: FinishedRun) -> bool:
 
 def load_run_tokenizer(run: FinishedRun) -> Any:
     """The tokenizer that the run saved with its model."""
+    if run.base is not None and not any(run.model.glob("*token*.json")):  # an adapter of another program
+        return load_pretrained_tokenizer(run.base)
     return load_pretrained_tokenizer(str(run.model), local_files_only=True)
 
 
@@ -154,7 +161,8 @@ def load_run_base(run: FinishedRun, device: torch.device, *, dequantize: bool) -
     that was trained in 4 bits has the values that those bits stand for.
     """
     name, head, auto = str(run.base), list[str](), AutoModelForCausalLM
-    kwargs: dict[str, Any] = {"dtype": "auto" if run.base_made_here else run.training_dtype}
+    as_stored = run.base_made_here or "bf16" not in run.settings  # an adapter of another program says no precision
+    kwargs: dict[str, Any] = {"dtype": "auto" if as_stored else run.training_dtype}
     if is_classifier(run):
         auto, config = AutoModelForSequenceClassification, load_pretrained_config(name, "the base model")
         head = head_of(config)

@@ -26,6 +26,7 @@ from isotune.config import ClassificationRecipe, RunRecipe
 from isotune.data.sources.hub import hub_answers, is_hub_id
 from isotune.data.sources.source import PREFIX
 from isotune.io.errors import UserError, first_line
+from isotune.models.base_folder import why_no_model
 from isotune.models.builtin_models import builtin_config, builtin_tokenizer
 from isotune.models.log_control import quiet_libraries
 from isotune.models.lora import head_of
@@ -78,8 +79,14 @@ def load_pretrained_tokenizer(name: str, **kwargs: Any) -> Any:
 
 
 def check_reachable(name: str, what: str) -> None:
-    """Refuse, before anything is loaded, a missing folder, and an uncached Hub id while the Hub does not answer."""
+    """Refuse, before anything is loaded, a missing folder, and an uncached Hub id while the Hub does not answer.
+
+    A folder that is a run or an adapter is no model, and a run is no tokenizer.
+    """
     if os.path.isdir(name):
+        has_tokenizer = what == "tokenizer" and any(Path(name).glob("*token*.json"))
+        if not has_tokenizer and (why := why_no_model(name)):
+            raise UserError(why)
         return
     if not is_hub_id(name):
         raise UserError(f"the {what} folder '{name}' does not exist")
@@ -129,7 +136,7 @@ def weights_dtype(recipe: RunRecipe) -> torch.dtype:
     return torch.float32 if recipe.tune == "full" else compute_dtype(recipe)
 
 
-def load_tokenizer(recipe: RunRecipe, needed: Sequence[str] = ("eos", "pad")) -> PreTrainedTokenizerBase:
+def load_tokenizer(recipe: RunRecipe, needed: Sequence[str] = ()) -> PreTrainedTokenizerBase:
     """The tokenizer that the recipe names, or else its model's; it must have the `needed` special tokens."""
     name = recipe.tokenizer_name_or_path or recipe.model_name_or_path
     if name.startswith(PREFIX):

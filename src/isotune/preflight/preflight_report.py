@@ -15,6 +15,7 @@ from isotune.data.classification.split import prepare_labelled
 from isotune.data.sft.preparation import prepare_conversations
 from isotune.io.errors import UserError
 from isotune.models.opening import compute_dtype, load_config, load_tokenizer
+from isotune.models.vocabulary import check_tokens
 from isotune.preflight.microbatch_size import choose_microbatch_tokens, launch_that_decides
 from isotune.preflight.request import DDP, FSDP, PLAIN, SHIPPED, Launch, PreflightRequest, shipped_launch
 from isotune.preflight.resources.activation_memory import MicrobatchMemory, trace_microbatch
@@ -104,7 +105,7 @@ def run_preflight(
     """
     recipe, launch = request.recipe, request.launch
     config = load_config(recipe)
-    data, no_work_reason = (prepared, None) if prepared is not None else _prepare_data(recipe, show_progress)
+    data, no_work_reason = (prepared, None) if prepared is not None else _prepare_data(recipe, config, show_progress)
     estimator = Estimator(recipe, config, data, on_cpu=device is None and limit is None)
     if limit is None and device is not None:
         limit = device.memory_bytes
@@ -266,10 +267,14 @@ def _changes(recipe: RunRecipe, launch: Launch) -> Iterator[tuple[Launch, dict[s
         yield launch, {"tune": "qlora", "gradient_checkpointing": True}
 
 
-def _prepare_data(recipe: RunRecipe, show_progress: bool) -> tuple[Any, str | None]:
-    """The prepared data, or the reason why there are none."""
+def _prepare_data(recipe: RunRecipe, config: Any, show_progress: bool) -> tuple[Any, str | None]:
+    """The prepared data, or the reason why there are none; UserError where the tokenizer does not fit the model."""
     try:
-        tokenizer = load_tokenizer(recipe, needed=("eos", "pad") if isinstance(recipe, Recipe) else ("pad",))
+        tokenizer = load_tokenizer(recipe, ("eos",) if isinstance(recipe, Recipe) else ())
+    except UserError as error:
+        return None, str(error)
+    check_tokens(config, tokenizer, recipe.model_name_or_path)
+    try:
         if project := project_of(recipe.keys()):
             return project.prepare(recipe, tokenizer), None
         if isinstance(recipe, ClassificationRecipe):

@@ -29,6 +29,7 @@ from isotune.models.classifier import PADDED, ClassLoss, choose_weights, install
 from isotune.models.cpu.layers import enable_speedups
 from isotune.models.lora import add_adapters
 from isotune.models.opening import is_made_here, load_base_model, load_config, load_tokenizer
+from isotune.models.vocabulary import check_tokens
 from isotune.run.preemption import supervised
 from isotune.run.run_dir import RunDir
 from isotune.training.arguments import sft_arguments, training_arguments, uses_exact_gradients
@@ -57,8 +58,9 @@ def start_run(recipe: RunRecipe) -> Start:
     Raises AlreadyDone for a finished run, and UserError where any of these is not what the recipe says.
     """
     process, run, config = start_process(recipe), open_run(recipe), load_config(recipe)
-    needed = ("pad",) if isinstance(recipe, ClassificationRecipe) else ("eos", "pad")
-    return Start(recipe, process, run, config, load_tokenizer(recipe, needed))
+    tokenizer = load_tokenizer(recipe, () if isinstance(recipe, ClassificationRecipe) else ("eos",))
+    check_tokens(config, tokenizer, recipe.model_name_or_path)
+    return Start(recipe, process, run, config, tokenizer)
 
 
 def train_run(

@@ -37,7 +37,7 @@ from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
 from isotune.compat.accelerate import let_scaler_check_before_step, reduce_fsdp_in_fp32, run_fp16_on_cpu
 from isotune.compat.deepspeed import unrounded_masters
 from isotune.compat.transformers import let_trainer_skip_steps
-from isotune.compat.trl import trained_parameters_kept
+from isotune.compat.trl import padding_token_kept, trained_parameters_kept
 from isotune.data.batch_schedule import StepSchedule, assign_to_ranks, collate
 from isotune.data.documents import Documents
 from isotune.distributed.ranks import Watchdog
@@ -273,7 +273,8 @@ class SFTTrainer(PlannedTraining, TrlSFTTrainer):
     def __init__(self, *, plan: TrainingPlan, **options: Any) -> None:
         documents = plan.documents.documents  # as TRL wants to be handed them, a row each, on the same memory
         tokens = pa.LargeListArray.from_arrays(pa.array(documents.starts), pa.array(documents.input_ids))
-        super().__init__(plan=plan, train_dataset=Dataset(pa.table({"input_ids": tokens})), **options)
+        with padding_token_kept(options["model"], options.get("processing_class")):
+            super().__init__(plan=plan, train_dataset=Dataset(pa.table({"input_ids": tokens})), **options)
 
     def _send_telemetry(self) -> None:
         """Nothing: a run tells nobody that it runs."""

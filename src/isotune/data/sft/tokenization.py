@@ -51,16 +51,13 @@ class ConversationEncoder(FastTokenizer):
 
     Each text is closed by one supervised eos, `eos_token_id`. Should a vocabulary yield its eos for ordinary text all
     the same, that token is not supervised. `fingerprint` is a digest of everything that decides the tokens. UserError
-    where the tokenizer has no eos, no pad, or no Rust backend.
+    where the tokenizer has no eos, or no Rust backend.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer)
-        for role in ("eos", "pad"):
-            if getattr(tokenizer, f"{role}_token_id", None) is None:
-                raise UserError(
-                    f"the tokenizer {self.name} has no {role} token: set {role}_token in its tokenizer_config.json"
-                )
+        if getattr(tokenizer, "eos_token_id", None) is None:
+            raise UserError(f"the tokenizer {self.name} has no eos token: set eos_token in its tokenizer_config.json")
         self.eos_token_id = int(tokenizer.eos_token_id)
         self.fingerprint = digest(self.definition, self.prefix.tolist(), self.eos_token_id)
         self._eos_token = str(tokenizer.eos_token)

@@ -1,0 +1,109 @@
+"""Parts of a base that do not fit, or are no base, are named before anything is prepared; what is not needed is not."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from peft import LoraConfig, PeftModel, get_peft_model
+from tests.building import small_opt
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from isotune.checkpoint.export import export_run
+from isotune.compat.trl import padding_token_kept
+from isotune.config import ClassificationRecipe, Recipe
+from isotune.data.sft.tokenization import ConversationEncoder
+from isotune.evaluation.models import generation_model_named
+from isotune.io.errors import UserError
+from isotune.models.opening import load_config, load_tokenizer
+from isotune.models.vocabulary import check_tokens
+from isotune.preflight.preflight_report import run_preflight
+from isotune.preflight.request import PreflightRequest, shipped_launch
+
+
+@pytest.fixture
+def base(tmp_path) -> str:
+    return small_opt(tmp_path / "base")
+
+
+def recipe(model, kind=Recipe, **more):
+    return kind.from_values(model_name_or_path=str(model), dataset_name="builtin:capitals", output_dir="run", **more)
+
+
+def make_run(folder, base, *, adapter: bool):
+    """What a finished run leaves of what names its model."""
+    (folder / "model").mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(f"tune: {'lora' if adapter else 'full'}\nmodel_name_or_path: {base}\n")
+    (folder / "checkpoints" / "step-00000002").mkdir(parents=True)
+    name = "adapter_config.json" if adapter else "config.json"
+    (folder / "model" / name).write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("given", "adapter", "says"),
+    [
+        ("", True, "is a run whose model is an adapter: `isotune export {run} --merge` merges it"),
+        ("model", True, "is the adapter of the run {run}: `isotune export {run} --merge` merges it"),
+        ("", False, "is a run: its model is {run}/model"),
+        ("checkpoints/step-00000002", True, "a checkpoint of a run: `isotune export {run}/checkpoints/step-00000002"),
+    ],
+)
+def test_a_run_given_as_the_base_is_named_with_the_command_that_makes_a_model(tmp_path, base, given, adapter, says):
+    run = make_run(tmp_path / "run", base, adapter=adapter)
+    for load in (load_config, load_tokenizer):
+        with pytest.raises(UserError) as refused:
+            load(recipe(run / given))
+        assert says.format(run=run) in str(refused.value)
+    with pytest.raises(UserError, match="--model "):
+        generation_model_named(str(run / given))
+
+
+def test_the_adapter_of_another_program_is_merged_by_the_command_that_is_named(tmp_path, base):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.peft_config["default"].base_model_name_or_path = base
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match=rf"is an adapter, not a model: `isotune export {tmp_path}/adapter --merge`"):
+        load_config(recipe(tmp_path / "adapter"))
+    merged = export_run(tmp_path / "adapter", merge=True).folder
+    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    expected = expected.merge_and_unload().state_dict()
+    found = AutoModelForCausalLM.from_pretrained(merged).state_dict()
+    assert merged == tmp_path / "adapter" / "export" / "merged-safetensors"
+    assert all((found[name] - expected[name]).abs().max() < 1e-6 for name in expected)
+    assert load_config(recipe(merged, max_seq_length=64)).model_type == "opt"
+
+
+def test_a_tokenizer_that_outgrew_the_embedding_is_refused_with_both_numbers(tmp_path, base):
+    tokenizer, config = AutoTokenizer.from_pretrained(base), AutoConfig.from_pretrained(base)
+    rows = config.vocab_size
+    check_tokens(config, tokenizer, base)  # as many
+    config.vocab_size = rows + 5
+    check_tokens(config, tokenizer, base)  # fewer, as in OPT and Qwen
+    tokenizer.add_tokens([f"<extra{number}>" for number in range(7)])
+    says = f"has {rows + 7:,} tokens and the embedding of '{base}' {rows:,} rows"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    asked = recipe(base, tokenizer_name_or_path=str(tmp_path / "tokenizer"), max_seq_length=64, microbatch_tokens=64)
+    with pytest.raises(UserError) as refused:
+        run_preflight(PreflightRequest(asked, shipped_launch("plain", 1), ()))
+    assert says in str(refused.value)
+    tokenizer.save_pretrained(base)
+    with pytest.raises(UserError, match=r"has .* tokens and the embedding of"):
+        generation_model_named(base)
+
+
+def test_a_tokenizer_without_a_pad_token_is_taken_and_kept_so(tmp_path, base):
+    file = tmp_path / "base" / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in settings.items() if name != "pad_token"}))
+    for kind in (Recipe, ClassificationRecipe):
+        tokenizer = load_tokenizer(recipe(base, kind))
+        assert tokenizer.pad_token is None
+    assert len(ConversationEncoder(tokenizer).prefix)
+    model = SimpleNamespace(
+        config=SimpleNamespace(pad_token_id=None), generation_config=SimpleNamespace(pad_token_id=0)
+    )
+    with padding_token_kept(model, tokenizer):
+        tokenizer.pad_token = tokenizer.eos_token  # as TRL does
+        model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.eos_token_id
+    assert (tokenizer.pad_token, model.config.pad_token_id, model.generation_config.pad_token_id) == (None, None, 0)
