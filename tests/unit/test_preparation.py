@@ -372,9 +372,9 @@ def test_a_setting_that_cannot_be_is_named(tmp_path, settings, sentence):
     assert refusal(tmp_path, [GOOD], settings) == sentence
 
 
-def test_a_tokenizer_without_eos_is_refused(talks, role="eos"):
-    with pytest.raises(UserError, match=f"has no {role} token: set {role}_token in its tokenizer_config.json"):
-        quietly(talks, tokenizer=byte_tokenizer(without=role))
+def test_a_tokenizer_without_eos_is_refused(talks):
+    with pytest.raises(UserError, match="has no eos token: set eos_token in its tokenizer_config.json"):
+        quietly(talks, tokenizer=byte_tokenizer(without="eos"))
 
 
 def test_where_unknown_words_become_the_eos_only_the_closing_one_is_supervised(tmp_path):
