@@ -3,14 +3,17 @@
     key of a call       one draw of torch's default CPU generator, which is seeded alike for every microbatch of a step
     key of a document   hash(key of the call, the document's number in the data)
     key of a line       hash(key of the document, the position, and the index on every other axis but the last)
-    number of an element, 16 bits    of hash(key of the line, index on the last axis // 4): four elements share a hash
+    number of an element, 16 bits    of mix(key of the line, index on the last axis // 4): four elements share a word
 
 So a document gets the same mask in every row, beside any neighbours, packed or padded, on any rank and device. Every
 call of a step draws one key, and all microbatches make the same calls; gradient checkpointing restores the generator.
 
 The hash is the finaliser of splitmix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators")
-on key + (index + 1) * an odd constant, so each level is a splitmix64 generator seeded by the level above. All of it is
-arithmetic modulo 2**64. A probability is rounded to 1/65536.
+on key + (index + 1) * an odd constant, so each level is a splitmix64 generator seeded by the level above. The last
+level has most of the work and starts from keys that are mixed already. There mix is shorter: key XOR (index + 1) * the
+odd constant, times an odd factor, its upper half XOR-ed onto the lower, times another. All of it is arithmetic modulo
+2**64. Every step of mix can be reversed, so over all keys of a line a word takes each value once: its four numbers are
+uniform and independent of each other. A probability is rounded to 1/65536.
 """
 
 import contextlib
@@ -24,12 +27,13 @@ import torch
 from isotune.io.errors import RunFault
 
 RESOLUTION = 2**16
-ELEMENTS_PER_HASH = 4
+ELEMENTS_PER_WORD = 4
 INCREMENT = 0x9E3779B97F4A7C15
 ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))  # shift and factor
 LAST_SHIFT = 31
+HALF = 32
 
-_INCREMENT, _LAST_SHIFT = np.uint64(INCREMENT), np.uint64(LAST_SHIFT)
+_INCREMENT, _LAST_SHIFT, _HALF = np.uint64(INCREMENT), np.uint64(LAST_SHIFT), np.uint64(HALF)
 _ROUNDS = tuple((np.uint64(shift), np.uint64(factor)) for shift, factor in ROUNDS)
 
 
@@ -105,9 +109,9 @@ def _next(keys: np.ndarray, indices: np.ndarray) -> np.ndarray:
     return hashed(keys + (indices.astype(np.uint64) + np.uint64(1)) * _INCREMENT)
 
 
-def hashed(x: np.ndarray, spare: np.ndarray | None = None) -> np.ndarray:
-    """splitmix64's finaliser of each number of `x`, uint64, in place; `spare` is memory of the same shape."""
-    spare = np.empty_like(x) if spare is None else spare
+def hashed(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser of each number of `x`, uint64, in place."""
+    spare = np.empty_like(x)
     for shift, factor in _ROUNDS:
         np.right_shift(x, shift, out=spare)
         np.bitwise_xor(x, spare, out=x)
@@ -116,9 +120,19 @@ def hashed(x: np.ndarray, spare: np.ndarray | None = None) -> np.ndarray:
     return np.bitwise_xor(x, spare, out=x)
 
 
-def counter_steps(features: int) -> np.ndarray:
-    """What is added to the key of a line for each hash of its elements, uint64 [features / 4]."""
-    return np.arange(1, -(-features // ELEMENTS_PER_HASH) + 1, dtype=np.uint64) * _INCREMENT
+def word_steps(features: int) -> np.ndarray:
+    """What meets the key of a line in each word of its elements, uint64 [features / 4]."""
+    return np.arange(1, -(-features // ELEMENTS_PER_WORD) + 1, dtype=np.uint64) * _INCREMENT
+
+
+def mixed(line_keys: np.ndarray, steps: np.ndarray, out: np.ndarray, spare: np.ndarray) -> None:
+    """Fill `out`, uint64 [lines, words], with the numbers of the elements; `spare` is memory of the same shape."""
+    (_, first), (_, second) = _ROUNDS
+    np.bitwise_xor(line_keys[:, None], steps, out=out)
+    np.multiply(out, first, out=out)
+    np.right_shift(out, _HALF, out=spare)
+    np.bitwise_xor(out, spare, out=out)
+    np.multiply(out, second, out=out)
 
 
 def quantised_drop(p: float) -> tuple[int, float]:

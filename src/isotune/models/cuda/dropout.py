@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from isotune.compat.torch import AutogradFunction
 from isotune.models.document_keys import (
-    ELEMENTS_PER_HASH,
+    ELEMENTS_PER_WORD,
+    HALF,
     INCREMENT,
     LAST_SHIFT,
     RESOLUTION,
@@ -72,8 +73,8 @@ def kept_elements(
         keys = _next_keys(keys, positions)
     for length in inner:
         keys = _next_keys(keys[..., None], torch.arange(length, device=device))
-    hashes = _next_keys(keys.view(-1, 1), torch.arange(-(-shape[-1] // ELEMENTS_PER_HASH), device=device))
-    numbers_16 = hashes.view(torch.int16)[:, : shape[-1]]
+    words = _mixed(keys.view(-1, 1), torch.arange(-(-shape[-1] // ELEMENTS_PER_WORD), device=device))
+    numbers_16 = words.view(torch.int16)[:, : shape[-1]]
     return (numbers_16.int() >= threshold - RESOLUTION // 2).view(tuple(shape))
 
 
@@ -82,6 +83,12 @@ def _next_keys(keys: torch.Tensor | int, indices: torch.Tensor) -> torch.Tensor:
     for shift, factor in ROUNDS:
         x = (x ^ _shifted(x, shift)) * _signed(factor)
     return x ^ _shifted(x, LAST_SHIFT)
+
+
+def _mixed(keys: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    (_, first), (_, second) = ROUNDS
+    x = (keys ^ (indices + 1) * _signed(INCREMENT)) * _signed(first)
+    return (x ^ _shifted(x, HALF)) * _signed(second)
 
 
 def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:

@@ -21,6 +21,12 @@ def _next_key(key, index):
     return x ^ (x >> 31)
 
 
+@triton.jit
+def _mixed(key, index):
+    x = (key ^ (index.to(tl.uint64) + 1) * _INCREMENT) * 0xBF58476D1CE4E5B9
+    return (x ^ (x >> 32)) * 0x94D049BB133111EB
+
+
 @triton.jit(do_not_specialize=["call", "threshold"])
 def _kernel(
     input, output, numbers, positions, call, lines, features, threshold, scale,
@@ -31,8 +37,8 @@ def _kernel(
     present = line < lines
     key = _next_key(call.to(tl.uint64), tl.load(numbers + line, mask=present, other=0))
     key = _next_key(key, tl.load(positions + line, mask=present, other=0))
-    hashes = _next_key(key[:, None], (feature // 4)[None, :])
-    number = (hashes >> ((feature % 4) * 16).to(tl.uint64)[None, :]).to(tl.int32) & 0xFFFF
+    words = _mixed(key[:, None], (feature // 4)[None, :])
+    number = (words >> ((feature % 4) * 16).to(tl.uint64)[None, :]).to(tl.int32) & 0xFFFF
     kept = ((number + 32768) & 0xFFFF) >= threshold
     place = line.to(tl.int64)[:, None] * features + feature[None, :]
     inside = present[:, None] & (feature < features)[None, :]

@@ -191,7 +191,7 @@ def _fake_kernels(tokens: int, on_cpu: bool) -> Iterator[None]:
             replace(module, "draw_kept", lambda keys, features, _: torch.empty(len(keys), features, dtype=torch.bool))
         for module in (cpu_functional, cpu_layers):
             replace(module, "pack_kept", lambda kept: torch.empty((kept.numel() + 7) // 8, dtype=torch.uint8))
-            replace(module, "unpack_mask", lambda _, shape: torch.empty(*shape, dtype=torch.int16))
+            replace(module, "unpack_mask", lambda _, shape: torch.empty(*shape, dtype=torch.int8))
         replace(cpu_layers, "occurring_rows", lambda ids, grad: (ids, grad.clone()))  # an upper bound
         replace(cpu_layers, "is_whole", lambda _: True)  # a fake parameter has another type
         replace(classifier, "document_position_ids", lambda *_: torch.zeros(1, tokens, dtype=torch.int64))
