@@ -14,9 +14,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from isotune.data.cache import cache_folder, disk_errors_named, load_or_build, write_array
+from isotune.data.cache import cache_folder, load_or_build, write_array
 from isotune.data.documents import Documents, PreparedData
 from isotune.data.sft.preparation import ANSWER_CUT, NO_ANSWER, SftSettings, prepare
+from isotune.io.cache_root import disk_errors_named
 from isotune.io.errors import UserError
 
 PLAIN = SftSettings()

@@ -8,36 +8,25 @@ An entry appears by one rename. meta.json holds a digest of every array, so an e
 cut kept from reaching the disk, is noticed and written again.
 """
 
-import errno
 import hashlib
 import json
-import os
 import shutil
 import uuid
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock
 
-from isotune.io.errors import UserError
-
-NO_ROOM = {
-    errno.ENOSPC: "is full",
-    errno.EDQUOT: "has reached your quota",
-    errno.EROFS: "is read-only",
-    errno.EFBIG: "takes no file so large",
-}
+from isotune.io.cache_root import cache_root, disk_errors_named
 
 Content = tuple[dict[str, np.ndarray], dict[str, Any]]  # arrays by name, and counts that JSON can hold
 
 
 def cache_folder() -> Path:
     """Where prepared data lies: `$ISOTUNE_CACHE/prepared`, by default `~/.cache/isotune/prepared`."""
-    root = os.environ.get("ISOTUNE_CACHE") or Path.home() / ".cache" / "isotune"
-    return Path(root).expanduser() / "prepared"
+    return cache_root() / "prepared"
 
 
 def load_or_build(fingerprint: str, build: Callable[[], Content]) -> Content:
@@ -104,18 +93,3 @@ def write_array(path: Path, array: np.ndarray) -> str:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def disk_errors_named(folder: Path) -> Generator[None]:
-    """Turn an error of the disk into the sentence that names the folder and the way out."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            reason = f"the disk of {folder} {NO_ROOM[error.errno]}"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-            reason = f"the folder {folder} cannot be written ({error.strerror})"
-        else:
-            raise
-        raise UserError(f"{reason}: make room or set ISOTUNE_CACHE to another folder") from error
