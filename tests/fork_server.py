@@ -53,6 +53,7 @@ LIBRARIES = (
     "isotune.report.model_card",
     "isotune.training.from_recipe",
 )
+HUB_SETTINGS = ("huggingface_hub.constants", "datasets.config")  # made of HF_... while they are imported
 PATH = sys.path[1:]  # without the folder of this file
 
 
@@ -187,6 +188,8 @@ def _become(command: list[str], environment: dict[str, str], streams: dict[int, 
     subprocess.Popen = ForkingPopen
     sys.modules["torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"].Popen = ForkingPopen
     sys.modules["numpy"].random.seed()  # a fresh interpreter draws its seed too
+    for module in HUB_SETTINGS:
+        importlib.reload(sys.modules[module])
     sys.path[:] = [*filter(None, environment.get("PYTHONPATH", "").split(os.pathsep)), *PATH]
     _show_in_proc(command, environment)
 
