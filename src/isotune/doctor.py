@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from isotune.data.cache import cache_folder
-from isotune.data.sources.hub import hub_answers
+from isotune.data.sources.hub_access import hub_answers
 from isotune.evaluation.distributed_eval import Ranks, start_ranks
 from isotune.models.attention_form import AttentionForm
 from isotune.models.cpu.document_attention import document_attention

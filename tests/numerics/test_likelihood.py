@@ -9,18 +9,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from isotune.data.sft.conversations import Conversation, render_prompt
 from isotune.data.sft.tokenization import ConversationEncoder
+from isotune.data.sources.source import read_rows
 from isotune.evaluation.generation import evaluate
 from isotune.evaluation.generation.evaluate import Reference, score_references
 from isotune.evaluation.metrics.text import Likelihood, measure_likelihoods
 from isotune.evaluation.models import GenerationModel, generation_model_named
-from isotune.evaluation.tasks import read_eval_samples
+from isotune.evaluation.tasks import eval_samples_of
 from isotune.io.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def references(shared_data) -> list[Reference]:
     """Real questions and answers of Guanaco, short enough for a small model."""
-    asked = read_eval_samples(str(shared_data / "guanaco" / "test.jsonl"), "train")
+    asked = eval_samples_of(read_rows(str(shared_data / "guanaco" / "test.jsonl"), "train"))
     short = [q for q in asked if len(q.prompt) + len(q.reference) < 400]
     assert len(short) > 10
     return [Reference(q.id, render_prompt(q.prompt), " " + q.reference) for q in short[:10]]

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from isotune.data.sources.source import find_corpus
-from isotune.evaluation.tasks import read_eval_samples
+from isotune.data.sources.source import find_corpus, read_rows
+from isotune.evaluation.tasks import eval_samples_of
 from isotune.io.errors import UserError
 from isotune.projects.demo import CAPITALS
 
@@ -22,14 +22,14 @@ def test_the_first_turn_of_every_conversation_is_asked_and_later_turns_are_not(t
         {"text": "### Assistant: an answer to nothing"},
         {"text": "### Human: three? ### Assistant: 3 "},
     ]
-    asked = read_eval_samples(write_rows(tmp_path, rows), "train")
+    asked = eval_samples_of(read_rows(write_rows(tmp_path, rows), "train"))
     assert [(q.id, q.prompt, q.reference) for q in asked] == [(0, "one?", "1"), (3, "three?", "3")]
     assert asked[1].where == f"row 4 of {tmp_path / 'rows.jsonl'}"
 
 
 def test_messages_are_asked_like_texts(tmp_path):
     messages = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "1"}]
-    (only,) = read_eval_samples(write_rows(tmp_path, [{"messages": messages}]), "train")
+    (only,) = eval_samples_of(read_rows(write_rows(tmp_path, [{"messages": messages}]), "train"))
     assert (only.prompt, only.reference) == ("one?", "1")
 
 
@@ -43,12 +43,12 @@ def test_messages_are_asked_like_texts(tmp_path):
 )
 def test_a_data_set_of_empty_references_is_refused(tmp_path, row):
     with pytest.raises(UserError, match="no reference to compare with"):
-        read_eval_samples(write_rows(tmp_path, [row]), "train")
+        eval_samples_of(read_rows(write_rows(tmp_path, [row]), "train"))
 
 
 def test_the_pirate_is_examined_on_countries_that_it_never_spoke_of():
     taught = " ".join(row["text"] for row in find_corpus("builtin:pirate").rows("train"))
-    examined = read_eval_samples("builtin:pirate", "test")
+    examined = eval_samples_of(read_rows("builtin:pirate", "test"))
     assert len(examined) == 32
     for question in examined:
         (country,) = [name for name in CAPITALS if f"of {name}?" in question.prompt]

@@ -374,7 +374,7 @@ def test_a_setting_that_cannot_be_is_named(tmp_path, settings, sentence):
 
 
 def test_a_tokenizer_without_eos_is_refused(talks):
-    with pytest.raises(UserError, match="has no eos token: set eos_token in its tokenizer_config.json"):
+    with pytest.raises(UserError, match=r"has no eos token: set eos_token in its tokenizer_config.json"):
         quietly(talks, tokenizer=byte_tokenizer(without="eos"))
 
 

@@ -31,9 +31,11 @@ from isotune.models.finished_run import (
     merge_run,
     read_run,
 )
+from isotune.models.hub_models import locate
 from isotune.models.log_control import quiet_libraries
 from isotune.models.lora import add_adapters, head_of
 from isotune.models.opening import check_weights, is_made_here, load_base_model, load_config, load_tokenizer
+from isotune.run.hub import keep_commits
 
 Format = Literal["safetensors", "pt"]
 STATE_DICT = "model.pt"
@@ -183,6 +185,7 @@ def _run_of(checkpoint: Path, beside: Path) -> Generator[Path]:
         except InvalidCheckpoint as why:
             raise UserError(f"{checkpoint} is not a valid checkpoint: {why}") from why
         recipe = kind_of(manifest.recipe).from_values(**manifest.recipe, output_dir=folder)
+        keep_commits(recipe, checkpoint.resolve().parents[1])
         tokenizer = load_tokenizer(recipe)
         config = _config_at(recipe, checkpoint / TENSORS)
         model = _model_at(recipe, config, checkpoint / TENSORS)
@@ -223,9 +226,10 @@ def _model_at(recipe: RunRecipe, config: PreTrainedConfig, tensors: Path) -> Any
     with torch.device("meta"), quiet_libraries():
         auto: Any = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
         model = auto.from_config(config)
-        if not is_classifier:
+        if not is_classifier and not is_made_here(recipe):
             with contextlib.suppress(OSError):  # most models have no file of it
-                model.generation_config = cast(Any, GenerationConfig).from_pretrained(recipe.model_name_or_path)
+                located = locate(recipe.model_name_or_path, "model", recipe.model_revision)
+                model.generation_config = cast(Any, GenerationConfig).from_pretrained(located.name, **located.arguments)
         if recipe.tune != "full":
             model: Any = add_adapters(model, recipe)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

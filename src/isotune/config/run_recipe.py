@@ -1,5 +1,6 @@
 """The keys that every training run has: model, data, schedule, adapter, memory and output."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
@@ -48,6 +49,12 @@ _EVAL_SPLIT = Requirement(
     ),
     f"{WITH_EVALUATION.otherwise}, and one file is one split",
 )
+_NAMED = Requirement(
+    lambda values: not (values["model_name_or_path"] or "").startswith("builtin:"), "the model is built in"
+)
+_EVAL_DATA = Requirement(
+    lambda values: evaluates(values) and values["eval_dataset_name"] is not None, WITH_EVALUATION.otherwise
+)
 _UPLOADS = Requirement(lambda values: bool(values["push_to_hub"]), "it needs push_to_hub: true")
 _PATIENCE = Requirement(lambda values: bool(values["early_stopping_patience"]), "it needs early_stopping_patience")
 EVALUATION_ON = Requirement(lambda values: values["eval_strategy"] != "no", "eval_strategy is no")
@@ -55,6 +62,11 @@ EVALUATION_ON = Requirement(lambda values: values["eval_strategy"] != "no", "eva
 
 def _hub_model_id(values: Values) -> str:
     return Path(values["output_dir"] or "").name
+
+
+def _as_trained(name: str) -> Callable[[Values], Any]:
+    """The value of a key of dataset_name, where eval_dataset_name is the same data set."""
+    return lambda values: values[name] if values["eval_dataset_name"] == values["dataset_name"] else None
 
 
 RESUME_NEWEST, RESUME_NEVER = "auto", "never"  # what `resume` says instead of a path
@@ -67,6 +79,8 @@ class RunRecipe(BaseRecipe):
     # fmt: off
     task: Literal["sft", "classification"] = key("sft", MODEL, "what the model learns", changes_result=False)
     model_name_or_path: str = key(REQUIRED, MODEL, "Hub id, folder, or builtin:NAME", is_path=True)
+    model_revision: str | None = key(
+        None, MODEL, "branch, tag or commit of a model on the Hub", default_text="main", needs=_NAMED, common=False)
     model_init: Literal["pretrained", "random"] = key(
         "pretrained", MODEL, "take the model's weights, or its geometry with random weights")
     tokenizer_name_or_path: str | None = key(None, MODEL, "another tokenizer", default_text="the model's", is_path=True)
@@ -75,11 +89,21 @@ class RunRecipe(BaseRecipe):
     dataset_name: str = key(
         REQUIRED, DATA, "Hub id, folder, .jsonl/.csv/.parquet/... file, or builtin:NAME", is_path=True)
     dataset_split: str = key("train", DATA, "split to train on", needs=_SPLIT)
+    dataset_config: str | None = key(
+        None, DATA, "configuration of a data set on the Hub that has several", default_text="its default", common=False)
+    dataset_revision: str | None = key(
+        None, DATA, "branch, tag or commit of a data set on the Hub", default_text="main", common=False)
     dataset_columns: list[str] | None = key(
         None, DATA, "names of the columns, in their order, of a CSV or TSV file whose first line is a row",
         default_text="those in line 1")
     eval_dataset_name: str | None = key(None, DATA, "data set to evaluate on", needs=EVALUATION_ON, is_path=True)
     eval_dataset_split: str = key("test", DATA, "split to evaluate on", needs=_EVAL_SPLIT)
+    eval_dataset_config: str | None = key(
+        None, DATA, "the same of eval_dataset_name", needs=_EVAL_DATA, default_from=_as_trained("dataset_config"),
+        default_text="dataset_config where it is the same data set", common=False)
+    eval_dataset_revision: str | None = key(
+        None, DATA, "the same of eval_dataset_name", needs=_EVAL_DATA, default_from=_as_trained("dataset_revision"),
+        default_text="dataset_revision where it is the same data set", common=False)
     allow_dropped: bool = key(
         False, DATA, "go on where more than half of the rows are left out", changes_result=False)
     max_seq_length: int = key(1024, DATA, "maximum length of a row, in tokens", allowed=Range(2))

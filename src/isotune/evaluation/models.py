@@ -148,6 +148,9 @@ def task_of_run(
         raise UserError(f"the run {classifier.name} names no evaluation data: use --dataset_name or --task")
     own = {"dataset_name": name, "dataset_split": split, **columns}
     given = {key: value for key, value in flags.items() if value is not None}
+    if "dataset_name" not in given:
+        prefix = "dataset" if held_out else "eval_dataset"
+        own |= {f"dataset_{key}": recipe.get(f"{prefix}_{key}") for key in ("config", "revision")}
     return read_task(ClassificationTask, None, {**own, **given}), held_out
 
 

@@ -5,7 +5,7 @@ The fields of a class of tasks are the keys of its file. A command line's flags 
 
 import string
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -66,6 +66,8 @@ class Task:
     dataset_name: str  # a Hub id, folder, file or builtin:NAME, as in a recipe
     dataset_split: str = "test"
     dataset_columns: tuple[str, ...] | None = None  # names of the columns of a CSV file whose first line is a row
+    dataset_config: str | None = None  # of a Hub id that has several configurations
+    dataset_revision: str | None = None  # branch, tag or commit of a Hub id
     metrics: tuple[str | MetricModule, ...] = ()  # built-in ones and modules; all built-in ones where left out
 
     @property
@@ -80,7 +82,8 @@ class Task:
 
     def rows(self) -> Source:
         """The rows as they stand."""
-        return read_rows(self.dataset_name, self.dataset_split, columns=self.dataset_columns)
+        of_hub = {"config": self.dataset_config, "revision": self.dataset_revision}
+        return read_rows(self.dataset_name, self.dataset_split, columns=self.dataset_columns, **of_hub)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,14 +183,7 @@ class GenerationTask(Task):
         on stdout where these are many.
         """
         if self.prompt_template is None or self.reference_template is None:
-            return read_eval_samples(
-                self.dataset_name,
-                self.dataset_split,
-                limit,
-                columns=self.dataset_columns,
-                allow_dropped=self.allow_dropped,
-                show=show,
-            )
+            return eval_samples_of(self.rows(), limit, allow_dropped=self.allow_dropped, show=show)
         source = self.rows()
         made = list(islice(self._from_columns(source), limit))
         return EvalSamples(made, source.fingerprint, len(made), {})
@@ -201,21 +197,14 @@ class GenerationTask(Task):
             yield EvalSample(number, **texts, where=source.where(number))
 
 
-def read_eval_samples(
-    dataset_name: str,
-    split: str,
-    limit: int | None = None,
-    *,
-    columns: Sequence[str] | None = None,
-    allow_dropped: bool = False,
-    show: bool = False,
+def eval_samples_of(
+    source: Source, limit: int | None = None, *, allow_dropped: bool = False, show: bool = False
 ) -> EvalSamples:
-    """The first question and answer of each conversation of a data set; UserError where none or few have them."""
-    source = read_rows(dataset_name, split, columns=columns)
+    """The first question and answer of each conversation of some rows; UserError where none or few have them."""
     samples = _first_turns(source, limit)
     if not samples:
         what = "has no conversation that begins with a question and an answer: there is no reference to compare with"
-        raise UserError(f"dataset_name: {dataset_name!r} {what}")
+        raise UserError(f"dataset_name: {source.name} {what}")
     check_left_out(source.name, samples.rows_read, samples.left_out, allowed=allow_dropped, show=show)
     return samples
 

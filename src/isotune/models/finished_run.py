@@ -53,6 +53,7 @@ class FinishedRun:
     model: Path  # RUN/model, a whole model or an adapter
     base: str | None  # folder or Hub id of the adapter's base model; None where RUN/model is a whole model
     base_made_here: bool  # the base is RUN/base_model, which the run itself wrote
+    base_commit: str | None = None  # of a base on the Hub, as it was trained on
 
     @property
     def is_adapter(self) -> bool:
@@ -92,7 +93,10 @@ def read_run(run_dir: str | Path) -> FinishedRun:
     check_weights(model, ADAPTER_WEIGHTS if base is not None else None)
     if made_here:
         check_weights(Path(str(base)))
-    return FinishedRun(folder, settings, model, base, made_here)
+    commit = None
+    if base is not None and not made_here and not Path(base).is_dir():
+        commit = _read_json(model / ADAPTER_CONFIG).get("revision") or settings.get("model_revision")
+    return FinishedRun(folder, settings, model, base, made_here, commit)
 
 
 def _find_base(folder: Path, model: Path, settings: dict[str, Any]) -> tuple[str, bool]:
@@ -163,8 +167,12 @@ def load_run_base(run: FinishedRun, device: torch.device, *, dequantize: bool) -
     name, head, auto = str(run.base), list[str](), AutoModelForCausalLM
     as_stored = run.base_made_here or "bf16" not in run.settings  # an adapter of another program says no precision
     kwargs: dict[str, Any] = {"dtype": "auto" if as_stored else run.training_dtype}
+    kwargs["revision"] = run.base_commit
     if is_classifier(run):
-        auto, config = AutoModelForSequenceClassification, load_pretrained_config(name, "the base model")
+        auto, config = (
+            AutoModelForSequenceClassification,
+            load_pretrained_config(name, "the base model", run.base_commit),
+        )
         head = head_of(config)
         config.num_labels = _adapter_classes(run.model / ADAPTER_WEIGHTS, head)
         kwargs |= {"config": config, "may_lack": head}

@@ -6,6 +6,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from isotune.config import ClassificationRecipe, RunRecipe
 from isotune.io.errors import UserError, nearest
+from isotune.models.hub_models import commit_of_base
 from isotune.models.log_control import quiet_libraries
 
 # The projections of the blocks. peft's "all-linear" would include OPT's project_in and project_out.
@@ -49,6 +50,7 @@ def add_adapters(model: PreTrainedModel, recipe: RunRecipe) -> nn.Module:
         task_type=TaskType.SEQ_CLS if head else TaskType.CAUSAL_LM,
         target_modules=targets,
         modules_to_save=[*(recipe.modules_to_save or ()), *head] or None,
+        revision=commit_of_base(recipe),
         **{key: getattr(recipe, key) for key in keys},
     )
     with quiet_libraries():  # peft 0.21 uses a deprecated name of transformers 5.23

@@ -2,8 +2,12 @@
 
 import contextlib
 import os
+import re
+import sys
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -23,16 +27,16 @@ from transformers import (
 from isotune.compat.bitsandbytes import keep_trainable
 from isotune.compat.deepspeed import whole_models
 from isotune.config import ClassificationRecipe, RunRecipe
-from isotune.data.sources.hub import hub_answers, is_hub_id
+from isotune.data.sources.hub_access import is_first_process
 from isotune.data.sources.source import PREFIX
 from isotune.io.errors import UserError, first_line
-from isotune.models.base_folder import why_no_model
 from isotune.models.builtin_models import builtin_config, builtin_tokenizer
+from isotune.models.hub_models import locate
 from isotune.models.log_control import quiet_libraries
 from isotune.models.lora import head_of
 from isotune.models.packed_attention import max_positions
 
-LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError)
 
 
 @contextlib.contextmanager
@@ -42,19 +46,26 @@ def loading(failure: str, errors: tuple[type[Exception], ...] = LOADING_ERRORS) 
         with quiet_libraries():
             yield
     except errors as error:
-        raise UserError(f"{failure}: {first_line(error)}") from error
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, UnpicklingError) else None
+        why = f"their pickle calls {refused[1]}, and code in a file is never run" if refused else first_line(error)
+        raise UserError(f"{failure}: {why}") from error
 
 
-def load_pretrained(name: str, *, auto: Any, may_lack: Sequence[str] = (), **kwargs: Any) -> Any:
+def load_pretrained(
+    name: str, *, auto: Any, may_lack: Sequence[str] = (), revision: str | None = None, **kwargs: Any
+) -> Any:
     """A model of a folder or Hub id with all its weights, but for those of the modules `may_lack`.
 
-    `auto` is transformers' auto class of the model, and `kwargs` are of its `from_pretrained`.
+    `auto` is transformers' auto class of the model, and `kwargs` are of its `from_pretrained`. `revision` is a branch,
+    tag or commit of a Hub id.
     """
-    check_reachable(name, "model")
+    located = locate(name, "model", revision, weights=True)
     if os.path.isdir(name) and check_safetensors(Path(name)):
         kwargs["use_safetensors"] = True
+    if located.pickles:
+        _say_pickled(name, located.pickles[0])
     with loading(f"the weights of '{name}' cannot be loaded"):
-        model, loaded = auto.from_pretrained(name, output_loading_info=True, **kwargs)
+        model, loaded = auto.from_pretrained(located.name, output_loading_info=True, **located.arguments, **kwargs)
     missing = sorted(key for key in loaded["missing_keys"] if not set(key.split(".")) & set(may_lack))
     if missing:
         raise UserError(
@@ -64,43 +75,25 @@ def load_pretrained(name: str, *, auto: Any, may_lack: Sequence[str] = (), **kwa
     return model
 
 
-def load_pretrained_config(name: str, key: str = "the model") -> PreTrainedConfig:
-    """The configuration of a folder or Hub id, which a message calls `key`."""
-    check_reachable(name, "model")
+@cache
+def _say_pickled(name: str, file: str) -> None:
+    if is_first_process():
+        how = "torch's restricted unpickler reads tensors from it, and no code is run"
+        print(f"note        the weights of {name} are a pickle ({file}): {how}", file=sys.stderr)
+
+
+def load_pretrained_config(name: str, key: str = "the model", revision: str | None = None) -> PreTrainedConfig:
+    """The configuration of a folder or Hub id, which a message calls `key`; `revision` as in `load_pretrained`."""
+    located = locate(name, "model", revision)
     with loading(f"{key} '{name}' cannot be loaded"):
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(located.name, **located.arguments)
 
 
-def load_pretrained_tokenizer(name: str, **kwargs: Any) -> Any:
-    """The tokenizer of a folder or Hub id; `kwargs` are of `from_pretrained`."""
-    check_reachable(name, "tokenizer")
+def load_pretrained_tokenizer(name: str, revision: str | None = None, **kwargs: Any) -> Any:
+    """The tokenizer of a folder or Hub id; `kwargs` are of `from_pretrained`, `revision` as in `load_pretrained`."""
+    located = locate(name, "tokenizer", revision)
     with loading(f"the tokenizer of '{name}' cannot be loaded"):
-        return AutoTokenizer.from_pretrained(name, **kwargs)
-
-
-def check_reachable(name: str, what: str) -> None:
-    """Refuse, before anything is loaded, a missing folder, and an uncached Hub id while the Hub does not answer.
-
-    A folder that is a run or an adapter is no model, and a run is no tokenizer.
-    """
-    if os.path.isdir(name):
-        has_tokenizer = what == "tokenizer" and any(Path(name).glob("*token*.json"))
-        if not has_tokenizer and (why := why_no_model(name)):
-            raise UserError(why)
-        return
-    if not is_hub_id(name):
-        raise UserError(f"the {what} folder '{name}' does not exist")
-    if hub_answers():
-        return
-    from huggingface_hub import try_to_load_from_cache
-
-    cached_file = "config.json" if what == "model" else "tokenizer_config.json"
-    if not isinstance(try_to_load_from_cache(name, cached_file), str):
-        raise UserError(
-            f"the {what} '{name}' is on the Hugging Face Hub, which cannot be reached: "
-            "give a local folder that holds the model, `builtin:NAME`, or a copy in the Hub cache"
-        )
-    os.environ["HF_HUB_OFFLINE"] = "1"
+        return AutoTokenizer.from_pretrained(located.name, **{**located.arguments, **kwargs})
 
 
 def check_weights(folder: Path, needed: str | None = None) -> None:
@@ -141,7 +134,8 @@ def load_tokenizer(recipe: RunRecipe, needed: Sequence[str] = ()) -> PreTrainedT
     name = recipe.tokenizer_name_or_path or recipe.model_name_or_path
     if name.startswith(PREFIX):
         return builtin_tokenizer(name)
-    tokenizer: PreTrainedTokenizerBase = load_pretrained_tokenizer(name, use_fast=True)
+    revision = recipe.model_revision if name == recipe.model_name_or_path else None
+    tokenizer: PreTrainedTokenizerBase = load_pretrained_tokenizer(name, revision, use_fast=True)
     if not tokenizer.encode("a", add_special_tokens=False):
         # transformers makes an empty one of some kinds where the files are missing
         raise UserError(f"tokenizer '{name}' encodes a letter to no token: is its tokenizer.json there?")
@@ -156,7 +150,11 @@ def load_tokenizer(recipe: RunRecipe, needed: Sequence[str] = ()) -> PreTrainedT
 def load_config(recipe: RunRecipe) -> PreTrainedConfig:
     """The model's configuration, which must have as many positions as the recipe's `max_seq_length`."""
     name = recipe.model_name_or_path
-    config = builtin_config(name) if name.startswith(PREFIX) else load_pretrained_config(name, "model_name_or_path")
+    config = (
+        builtin_config(name)
+        if name.startswith(PREFIX)
+        else load_pretrained_config(name, "model_name_or_path", recipe.model_revision)
+    )
     positions = max_positions(config)
     if positions is not None and recipe.max_seq_length > positions:
         raise UserError(
@@ -188,6 +186,7 @@ def load_base_model(recipe: RunRecipe, config: PreTrainedConfig, device: torch.d
             model: Any = auto.from_config(config, dtype=torch.float32)
         return model.to(device=device, dtype=weights_dtype(recipe))
     name, kwargs = recipe.model_name_or_path, {"config": config, "dtype": weights_dtype(recipe)}
+    kwargs["revision"] = recipe.model_revision
     if recipe.tune == "qlora":
         kwargs |= {"quantization_config": _four_bit(recipe, device, new_modules), "device_map": {"": device}}
         with whole_models():

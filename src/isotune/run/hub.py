@@ -1,18 +1,72 @@
-"""Upload of RUN/model to the Hugging Face Hub, after it is saved and verified, so that a failed upload loses nothing.
+"""The Hugging Face Hub at a run's two ends: the commits that it reads, and the upload of RUN/model.
 
-RUN/upload.json records the upload. Without it the same command, given again, only tries the upload. A token never
-appears in a message or a file.
+RUN/model is uploaded after it is saved and verified, so that a failed upload loses nothing. RUN/upload.json records the
+upload. Without it the same command, given again, only tries the upload. A token never appears in a message or a file.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from isotune.config import RunRecipe
-from isotune.data.sources.hub import hub_answers
-from isotune.io.errors import UserError, first_line
+from isotune.config.run_recipe import RESUME_NEVER
+from isotune.data.sources.hub import is_hub_id, open_as_recorded, open_at, open_repository, opened_repositories
+from isotune.data.sources.hub_access import Kind, go_offline, hub_answers, is_offline
+from isotune.data.sources.source import PREFIX
+from isotune.io.errors import UserError, first_line, read_job_status
 from isotune.io.files import replace_file
+from isotune.io.formats import format_of
 
 UPLOAD = "upload.json"
+
+
+@dataclass(frozen=True)
+class OpenedHub:
+    """What one rank has found out of the Hub, for all others."""
+
+    repositories: list[tuple[Kind, str, str | None, str, str]]
+    is_offline: bool
+
+    def adopt(self) -> None:
+        """Open the same repositories at the same commits, and ask the Hub nothing where it does not answer."""
+        open_at(self.repositories)
+        if self.is_offline:
+            go_offline()
+
+
+def open_hub(recipe: RunRecipe) -> OpenedHub:
+    """Open every repository that a recipe names at its commit of now; the other ranks adopt it.
+
+    A run that goes on keeps the commits that it began with, which its environment.json records. UserError where there
+    is no such repository, or it cannot be reached.
+    """
+    model, data = recipe.model_name_or_path, recipe.dataset_name
+    named: list[tuple[Kind, str, str | None, str | None]] = [
+        ("model", model, recipe.model_revision, "model_name_or_path"),
+        ("dataset", data, recipe.dataset_revision, "dataset_name"),
+    ]
+    if (tokenizer := recipe.tokenizer_name_or_path) not in (None, model):
+        named.append(("model", tokenizer, None, "tokenizer_name_or_path"))
+    if recipe.eval_dataset_name is not None:
+        named.append(("dataset", recipe.eval_dataset_name, recipe.eval_dataset_revision, "eval_dataset_name"))
+    named = [entry for entry in named if _is_on_hub(entry[1])]
+    if recipe.resume != RESUME_NEVER:
+        keep_commits(recipe, Path(recipe.output_dir))
+    for kind, name, revision, key in named:
+        open_repository(kind, name, revision, key=key)
+    return OpenedHub(opened_repositories(), is_offline("model"))
+
+
+def keep_commits(recipe: RunRecipe, run: Path) -> None:
+    """Open what a recipe names at the commits that the run in `run` began with."""
+    keys = ("model_name_or_path", "tokenizer_name_or_path", "dataset_name", "eval_dataset_name")
+    names = {recipe.values[key]: None for key in keys if recipe.values[key]}
+    open_as_recorded(read_job_status(run / "environment.json"), names)
+
+
+def _is_on_hub(name: str) -> bool:
+    is_elsewhere = name.startswith(PREFIX) or Path(name).expanduser().exists() or format_of(name) is not None
+    return not is_elsewhere and is_hub_id(name)
 
 
 def upload_model(recipe: RunRecipe) -> dict[str, str]:

@@ -9,6 +9,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 
 from isotune.config import RunRecipe
 from isotune.config.effects import settings_without_effect
+from isotune.data.sources.hub import hub_record
 from isotune.distributed.engines import check_engine, read_back
 from isotune.io.errors import RunFault
 from isotune.models.isolation import check_isolation
@@ -60,6 +61,7 @@ class PreTrainChecks(TrainerCallback):
             "isolation": isolation,
             "data_fingerprints": trainer.checkpointer.data_fingerprints,
             "data": self.data_counts,
+            "hub": hub_record(),
         }
         resumption = trainer.checkpointer.resumption
         self.run.begin(record, metrics=resumption and resumption.metrics)

@@ -24,12 +24,14 @@ from isotune.config import ClassificationRecipe, RunRecipe
 from isotune.data.batch_schedule import Step, StepSchedule
 from isotune.data.documents import RunData
 from isotune.distributed.launch import Process, start_process
+from isotune.distributed.ranks import call_on_main
 from isotune.models.causal import CausalForm, install_causal
 from isotune.models.classifier import PADDED, ClassLoss, choose_weights, install_classification
 from isotune.models.cpu.layers import enable_speedups
 from isotune.models.lora import add_adapters
 from isotune.models.opening import is_made_here, load_base_model, load_config, load_tokenizer
 from isotune.models.vocabulary import check_tokens
+from isotune.run.hub import open_hub
 from isotune.run.preemption import supervised
 from isotune.run.run_dir import RunDir
 from isotune.training.arguments import sft_arguments, training_arguments, uses_exact_gradients
@@ -57,7 +59,9 @@ def start_run(recipe: RunRecipe) -> Start:
 
     Raises AlreadyDone for a finished run, and UserError where any of these is not what the recipe says.
     """
-    process, run, config = start_process(recipe), open_run(recipe), load_config(recipe)
+    process, run = start_process(recipe), open_run(recipe)
+    call_on_main(process, lambda: open_hub(recipe)).adopt()
+    config = load_config(recipe)
     tokenizer = load_tokenizer(recipe, () if isinstance(recipe, ClassificationRecipe) else ("eos",))
     check_tokens(config, tokenizer, recipe.model_name_or_path)
     return Start(recipe, process, run, config, tokenizer)

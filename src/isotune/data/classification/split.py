@@ -92,8 +92,12 @@ def split_by_content(whole: LabelledSplit, share: float, seed: int) -> tuple[Lab
 
 
 def _read(recipe: ClassificationRecipe, tokenizer: Any, key: str, show_progress: bool) -> LabelledSplit:
-    split = recipe.dataset_split if key == "dataset_name" else recipe.eval_dataset_split
-    source = read_rows(getattr(recipe, key), split, name=key, columns=recipe.dataset_columns)
+    trains = key == "dataset_name"
+    split = recipe.dataset_split if trains else recipe.eval_dataset_split
+    config = recipe.dataset_config if trains else recipe.eval_dataset_config
+    revision = recipe.dataset_revision if trains else recipe.eval_dataset_revision
+    columns = recipe.dataset_columns
+    source = read_rows(getattr(recipe, key), split, name=key, columns=columns, config=config, revision=revision)
     return tokenize(source, tokenizer, ClassificationSettings.of(recipe), show_progress=show_progress)
 
 

@@ -57,14 +57,16 @@ def prepare_conversations(recipe: Recipe, tokenizer: Any, *, show: bool) -> RunD
     `show` asks for progress on stderr and a table of each set on stdout; one process of a launch should.
     """
     settings = SftSettings.of(recipe)
-    columns = recipe.dataset_columns
-    train = prepare(recipe.dataset_name, recipe.dataset_split, tokenizer, settings, columns=columns, show_progress=show)
+    rows: dict[str, Any] = {"columns": recipe.dataset_columns}
+    of_hub = {"config": recipe.dataset_config, "revision": recipe.dataset_revision}
+    name, split = recipe.dataset_name, recipe.dataset_split
+    train = prepare(name, split, tokenizer, settings, **rows, **of_hub, show_progress=show)
     evaluation = None
     if recipe.eval_dataset_name:
         name, split = recipe.eval_dataset_name, recipe.eval_dataset_split
-        evaluation = prepare(
-            name, split, tokenizer, settings, name="eval_dataset_name", columns=columns, show_progress=show
-        )
+        rows |= {"name": "eval_dataset_name"}
+        of_hub = {"config": recipe.eval_dataset_config, "revision": recipe.eval_dataset_revision}
+        evaluation = prepare(name, split, tokenizer, settings, **rows, **of_hub, show_progress=show)
     return RunData(train, evaluation).shown(show)
 
 
@@ -76,17 +78,19 @@ def prepare(
     *,
     name: str = "dataset_name",
     columns: Sequence[str] | None = None,
+    config: str | None = None,
+    revision: str | None = None,
     show_progress: bool = True,
 ) -> PreparedData:
     """Read, tokenize, mask and pack one split of a data set of conversations.
 
     The documents are kept on disk (isotune.data.cache) under a digest of the source's content, the tokenizer and the
     settings that matter to them; packing is quick and done each time, so another seed tokenizes nothing.
-    `dataset_name`, `split`, `name` and `columns` are those of `isotune.data.sources.source.read_rows`.
+    `dataset_name`, `split` and what is not named here are those of `isotune.data.sources.source.read_rows`.
     """
     encoder = ConversationEncoder(tokenizer)
     settings.check(len(encoder.prefix))
-    source = read_rows(dataset_name, split, name=name, columns=columns)
+    source = read_rows(dataset_name, split, name=name, columns=columns, config=config, revision=revision)
     decisive = (settings.max_seq_length, settings.overlong, settings.train_on, settings.dataset_text_field)
     documents_digest = digest(FORMAT_VERSION, source.fingerprint, encoder.fingerprint, *decisive)
     arrays, counts = load_or_build(documents_digest, lambda: _build(source, encoder, settings, show_progress))

@@ -18,7 +18,8 @@ from isotune.compat.datasets import fingerprint_of
 from isotune.data.sources.arrow_rows import read_dataset
 from isotune.data.sources.csv_rows import SHOWN_CHARACTERS, looks_like_row, unnamed_columns
 from isotune.data.sources.files import CSV_FORMATS, Row, digest_of, reader_of
-from isotune.data.sources.hub import is_hub_id, load_hub_dataset
+from isotune.data.sources.hub import is_hub_id
+from isotune.data.sources.hub_datasets import load_prepared, open_hub_split
 from isotune.data.sources.layout import find_split
 from isotune.io.errors import UserError, first_line, nearest
 from isotune.io.formats import FORMAT_WORDS, format_of
@@ -92,7 +93,13 @@ def surrogate_fault(text: str) -> str | None:
 
 
 def read_rows(
-    dataset_name: str, split: str = "train", *, name: str = "dataset_name", columns: Sequence[str] | None = None
+    dataset_name: str,
+    split: str = "train",
+    *,
+    name: str = "dataset_name",
+    columns: Sequence[str] | None = None,
+    config: str | None = None,
+    revision: str | None = None,
 ) -> Source:
     """Find what a recipe calls a data set.
 
@@ -101,11 +108,15 @@ def read_rows(
       - a file of one of DATA_FORMATS, also compressed, which is one split whatever `split` says;
       - a folder that holds such files, as `find_split` finds those of a split; or one that `datasets.save_to_disk`
         wrote;
-      - a Hub id.
+      - a Hub id; `config` is one of the configurations that its card names, `revision` a branch, tag or commit.
 
     `columns` name those of CSV files whose first line is a row. UserError, in which the recipe's key is called `name`,
     where the data set is not there, the Hub is out of reach, or `columns` are given for anything but CSV.
     """
+    if dataset_name.startswith(PREFIX) or Path(dataset_name).expanduser().exists():
+        for key, value in (("config", config), ("revision", revision)):
+            if value is not None:
+                raise UserError(f"{name.replace('_name', f'_{key}')} is for Hub ids, and {dataset_name} is none")
     if dataset_name.startswith(PREFIX):
         _check_columns(columns, None, dataset_name)
         rows = find_corpus(dataset_name).rows(split)
@@ -120,9 +131,25 @@ def read_rows(
         return _files_source(str(path), [path], columns, [])
     if format_of(path) or not is_hub_id(dataset_name):
         raise UserError(f"{name}: there is no file or folder {dataset_name}")
+    return _hub_source(dataset_name, split, columns, config, revision, name)
+
+
+def _hub_source(
+    dataset_name: str, split: str, columns: Sequence[str] | None, config: str | None, revision: str | None, key: str
+) -> Source:
+    name = f"{dataset_name} ({split})"
+    try:
+        found = open_hub_split(dataset_name, split, config=config, revision=revision, key=key)
+    except UserError:
+        prepared = load_prepared(dataset_name, split, config) if revision is None else None
+        if prepared is None:
+            raise
+        return Source(name, fingerprint_of(prepared), lambda: read_dataset(prepared))
+    if found.is_whole_files and all(format_of(path) for path in found.files):
+        return _files_source(name, found.files, columns, [])
     _check_columns(columns, None, dataset_name)
-    dataset = load_hub_dataset(dataset_name, split, key=name)
-    return Source(f"{dataset_name} ({split})", fingerprint_of(dataset), lambda: read_dataset(dataset))
+    content = hashlib.sha256(f"{digest_of(found.files)} {found.split} {found.options}".encode()).hexdigest()
+    return Source(name, content, lambda: read_dataset(found.load()))
 
 
 def _check_columns(columns: Sequence[str] | None, path: Path | None, dataset_name: str) -> None:
