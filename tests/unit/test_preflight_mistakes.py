@@ -6,6 +6,7 @@ import pytest
 import yaml
 from benchmarks.mistakes.cases import CASES, RECIPE, write_case
 from tests.launching import REPOSITORY
+from tests.published import PUBLISHED
 from transformers import AutoConfig
 
 from isotune.io.errors import UserError
@@ -49,6 +50,12 @@ def small_config(recipe: Path, folder: Path) -> list[str]:
     name = yaml.safe_load(recipe.read_text("utf-8"))["model_name_or_path"]
     if name.startswith("builtin:"):
         return []
+    if recipe.stem in PUBLISHED:
+        kind, small = PUBLISHED[recipe.stem][0]["model_type"], {"num_hidden_layers": 2, "vocab_size": 500}
+        small |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))
+        config = AutoConfig.for_model(kind, **{**PUBLISHED[recipe.stem][0], **small, "pad_token_id": 0})
+        config.save_pretrained(folder)
+        return ["--model_name_or_path", str(folder)]
     kinds = (kind for kind in ("distilbert", "roberta", "albert", "bert", "opt") if kind in name.lower())
     kind = next(kinds, "opt")  # the demo continues from a run
     small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 500}

@@ -1,0 +1,180 @@
+"""Every causal language model of the installed transformers that builds from a small configuration, measured.
+
+`python -m tests.causal_models` writes the table of docs/models.md; tests/numerics/test_causal_table.py holds it.
+"""
+
+import contextlib
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from isotune.io.errors import RunFault, UserError
+from isotune.models.causal import install_causal
+from isotune.models.isolation import check_isolation, packed_inputs
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+BEGIN, END = "<!-- causal models: written by python -m tests.causal_models -->", "<!-- end -->"
+LENGTHS = (9, 30, 17)
+LARGEST = 6_000_000  # parameters; a configuration that stays larger is not small
+
+# What a configuration is made small by, where it has such a key.
+SMALL: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2,
+    "max_position_embeddings": 512, "d_model": 32, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512,
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "ffn_dim": 48,
+    "moe_intermediate_size": 16, "word_embed_proj_dim": 32, "decoder_layers": 2, "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 48, "num_layers": 2, "num_heads": 4, "rotary_dim": 4, "q_lora_rank": 8, "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "sliding_window": 16, "attention_chunk_size": 16,
+}  # fmt: skip
+# Where these keys alone make no model.
+OWN: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 16},
+    "deepseek_v2": {"head_dim": 4, "topk_method": "greedy", "num_experts_per_tok": 2, "num_key_value_heads": 4},
+    "deepseek_v3": {"head_dim": 4, "num_key_value_heads": 4, "n_group": 2, "topk_group": 1},
+    "glm4_moe_lite": {"head_dim": 4, "num_key_value_heads": 4, "n_group": 2, "topk_group": 1},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2, "mamba_n_groups": 1, "mamba_d_state": 8},
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One type of model: how it runs rows, and its largest differences to the stock model on each document alone."""
+
+    kind: str
+    form: str  # packed or padded
+    why: str  # it is padded
+    leak: float
+    logits: float  # relative to the largest
+    loss: float  # relative
+    gradient: float  # of the parameter that differs most, relative to its norm
+
+    def line(self) -> str:
+        """The line of the table; figures as powers of ten, which other machines reach too."""
+        figures = (self.leak, self.logits, self.loss, self.gradient)
+        shown = (f"{figure:.0e}" if figure else "0" for figure in figures)
+        return f"| `{self.kind}` | {self.form} | {' | '.join(shown)} | {self.why} |"
+
+
+class NotSmall(Exception):
+    """No model of this type can be built from a small configuration."""
+
+
+def small_model(kind: str) -> Any:
+    """A model of random weights, norms and biases, and sinks included; NotSmall where there is none."""
+    try:
+        config = _small_config(kind)
+        with torch.device("meta"):
+            numel = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        if numel > LARGEST:
+            raise NotSmall(f"{numel:,} parameters")
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        if int(model.config.get_text_config().vocab_size) > LARGEST:
+            raise NotSmall("vocabulary")
+        model(input_ids=torch.arange(4, 13)[None], use_cache=False)
+    except NotSmall:
+        raise
+    except Exception as error:
+        raise NotSmall(f"{type(error).__name__}: {error}") from error
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter, float(parameter.detach().mean()), 0.05)
+    return model
+
+
+def _small_config(kind: str) -> Any:
+    stock = AutoConfig.for_model(kind)
+    keys = {key: value for key, value in SMALL.items() if getattr(stock, key, None) is not None} | OWN.get(kind, {})
+    for _ in range(len(keys)):
+        try:
+            return AutoConfig.for_model(kind, **keys)
+        except Exception as error:  # a key that this type computes from others
+            refused = [key for key in keys if re.search(rf"\b{key}\b", str(error))]
+            if not refused:
+                raise
+            del keys[refused[0]]
+    return stock
+
+
+def measure(kind: str) -> Row:
+    """Run a packed row of three documents, and each document alone; UserError where the type is refused."""
+    model = small_model(kind)
+    device, vocabulary = torch.device("cpu"), model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(1)
+    documents = [torch.randint(4, vocabulary, (n,), generator=generator) for n in LENGTHS]
+    alone = [model(input_ids=document[None], use_cache=False).logits[0] for document in documents]
+    expected = sum(
+        cross_entropy(logits[:-1].float(), document[1:], reduction="sum")
+        for logits, document in zip(alone, documents, strict=True)
+    )
+    assert isinstance(expected, torch.Tensor)
+    reference = _gradients(model, expected)
+    form = install_causal(model, max_seq_length=64)
+    padded = form.why_padded is not None
+    found = check_isolation(model, vocabulary, device, torch.float32, padded=padded)
+    inputs = packed_inputs(documents, device, positions=True)
+    row = inputs["input_ids"][0]
+    supervised = torch.ones_like(row, dtype=torch.bool)
+    supervised[inputs["cu_seq_lens_q"][:-1].long()] = False
+    places = supervised.nonzero()[:, 0]
+    with torch.no_grad():
+        together = model(**inputs).logits[0].split(list(LENGTHS))
+    largest = max(float(logits.abs().max()) for logits in alone)
+    logits = max(float((a - b).abs().max()) for a, b in zip(together, alone, strict=True)) / largest
+    loss = model(**inputs, supervised_positions=places - 1, targets=row[places]).loss
+    ours = _gradients(model, loss)
+    whole = torch.stack([gradient.norm() for gradient in reference.values()]).norm()
+    gradient = max(float((ours[name] - g).norm() / max(g.norm(), 1e-2 * whole)) for name, g in reference.items())
+    error = abs(float(loss) - float(expected)) / float(expected)
+    return Row(kind, "padded" if padded else "packed", form.why_padded or "", found["leak"], logits, error, gradient)
+
+
+def _gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def page() -> str:
+    """The causal part of docs/models.md."""
+    rows: list[Row] = []
+    refused: list[str] = []
+    not_small: list[str] = []
+    for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        try:
+            rows.append(measure(kind))
+        except (UserError, RunFault) as error:
+            refused.append(f"- `{kind}`: {error}")
+        except NotSmall:
+            not_small.append(f"`{kind}`")
+        print(kind, rows[-1].line() if rows and rows[-1].kind == kind else "", file=sys.stderr, flush=True)
+    packed = sum(row.form == "packed" for row in rows)
+    head = (
+        f"transformers {transformers.__version__}: {len(rows)} types train, {packed} of them packed and "
+        f"{len(rows) - packed} padded; {len(refused)} are refused; {len(not_small)} do not build from a small "
+        "configuration."
+    )
+    titles = ["| type | runs | leak | logits | loss | gradient | why padded |", "|---|---|---|---|---|---|---|"]
+    table = [*titles, *(row.line() for row in rows)]
+    last = f"Not built from a small configuration: {', '.join(not_small)}."
+    return "\n".join([BEGIN, head, "", *table, "", "Refused:", "", *refused, "", last, END])
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    text = PAGE.read_text()
+    with contextlib.redirect_stdout(sys.stderr):
+        written = page()
+    PAGE.write_text(re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: written, text, flags=re.DOTALL))
