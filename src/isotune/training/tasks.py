@@ -32,8 +32,10 @@ class EvaluationRun:
     global_step: int  # optimizer updates done
 
     @torch.no_grad()
-    def outputs(self) -> Iterator[tuple[Microbatch, Any]]:
+    def outputs(self, *, targets: bool = True) -> Iterator[tuple[Microbatch, Any]]:
         """Each microbatch of this rank with what the model returns for it, in evaluation mode.
+
+        Without `targets` that is the logits of every token or document, and no loss.
 
         A microbatch of weight 0 keeps a rank in step with the others: its outputs count nowhere.
         """
@@ -41,6 +43,8 @@ class EvaluationRun:
         self.model.eval()
         for microbatch in assign_to_ranks(self.step, self.accelerator.num_processes)[self.accelerator.process_index]:
             inputs: Any = to_device(collate(self.documents, microbatch), self.accelerator.device)
+            if not targets:
+                inputs = {name: v for name, v in inputs.items() if name not in ("targets", "supervised_positions")}
             yield microbatch, self.model(**inputs, use_cache=False)
             self.watchdog.progress(f"the evaluation after step {self.global_step}")
         self.model.train(was_training)

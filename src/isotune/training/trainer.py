@@ -21,7 +21,7 @@ Of TRL 1.16 also `_send_telemetry`: a run tells nobody that it runs.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -122,19 +122,23 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
     """Stands before `transformers.Trainer`, or a class derived from it, and carries out a plan in that class's loop.
 
     Without a `recorder` that class writes metrics and shows progress, without a `checkpointer` it saves and resumes.
-    `options` are its own. The model must take packed inputs and return a summed loss.
+    `options` are its own. A `plan` of what that class prepares is made by a function, after it. The model must take
+    packed inputs and return a summed loss.
     """
 
     def __init__(
         self,
         *,
-        plan: TrainingPlan,
+        plan: TrainingPlan | Callable[[], TrainingPlan],
         recorder: MetricsRecorder | None = None,
         checkpointer: Checkpointer | None = None,
         **options: Any,
     ) -> None:
-        with trained_parameters_kept(options["model"]):
-            super().__init__(eval_dataset=plan.evaluation, data_collator=_already_laid_out, **options)
+        if isinstance(plan, TrainingPlan):
+            options |= {"eval_dataset": plan.evaluation, "data_collator": _already_laid_out}
+        with trained_parameters_kept(options.get("model")):
+            super().__init__(**options)
+        plan = plan if isinstance(plan, TrainingPlan) else plan()
         self.plan, self.recorder, self.checkpointer = plan, recorder, checkpointer
         if self.args.fp16 and self.accelerator.device.type == "cpu" and not self.is_deepspeed_enabled:
             run_fp16_on_cpu(self.accelerator)

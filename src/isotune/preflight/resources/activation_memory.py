@@ -114,8 +114,9 @@ class _LiveBytes(TorchDispatchMode):
             parameter.register_post_accumulate_grad_hook(self._add_gradient)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.add.Tensor and is_in_backward():
-            # autograd accumulates gradients in place, but not those of a tensor subclass such as a fake tensor
+        if func is torch.ops.aten.add.Tensor and is_in_backward() and not torch.is_grad_enabled():
+            # autograd accumulates gradients in place, but not those of a tensor subclass such as a fake tensor; with
+            # gradients on, it is a sum of the forward pass that checkpointing repeats
             one, other = args[:2]
             if isinstance(other, torch.Tensor) and one.shape == other.shape and one.dtype == other.dtype:
                 return one

@@ -1,0 +1,201 @@
+"""`from isotune import Trainer, SFTTrainer`: the library's constructor, losses that no split of a batch changes."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from peft import LoraConfig
+from torch.nn.functional import cross_entropy
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DataCollatorWithPadding,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainingArguments,
+)
+from trl import SFTConfig
+
+import isotune
+from isotune.io.errors import UserError
+from isotune.models.builtin_models import builtin_tokenizer
+
+VOCABULARY = 120
+SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SPLITS = ((4, 2), (2, 4), (1, 8))
+QUIET: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
+STEPS: dict[str, Any] = {"max_steps": 3, "logging_steps": 1, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+
+
+def llama(**options: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    tokenizer = builtin_tokenizer("builtin:opt-tiny")
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **SMALL, **options))
+
+
+def bert(dropout: float = 0.0) -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    dropped = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    return BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, num_labels=3, **SMALL, **dropped))
+
+
+def conversations(rows: int = 24) -> Dataset:
+    draw = np.random.default_rng(0)
+    words = ["red", "green", "blue", "one", "two", "three"]
+    make = lambda n: " ".join(draw.choice(words, n))  # noqa: E731
+    columns = {"prompt": [make(draw.integers(2, 9)) for _ in range(rows)]}
+    return Dataset.from_dict(columns | {"completion": [" " + make(draw.integers(1, 20)) for _ in range(rows)]})
+
+
+def texts(rows: int = 24, seed: int = 0) -> Dataset:
+    draw = np.random.default_rng(seed)
+    ids = [draw.integers(5, VOCABULARY, draw.integers(3, 30)).tolist() for _ in range(rows)]
+    return Dataset.from_dict({"input_ids": ids, "label": draw.integers(0, 3, rows).tolist()})
+
+
+def losses_of(trainer: Any) -> list[float]:
+    trainer.train()
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def sft(folder: Any, batch: int, accumulation: int, packing: bool = True, **more: Any) -> Any:
+    arguments = {"output_dir": str(folder), "max_length": 64, "packing": packing, "bf16": False, **QUIET, **STEPS}
+    split = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    args = SFTConfig(**arguments, **split, **more.pop("args", {}))
+    tokenizer = builtin_tokenizer("builtin:opt-tiny")
+    return isotune.SFTTrainer(
+        model=more.pop("model", None) or llama(attention_dropout=0.1),
+        args=args,
+        train_dataset=conversations(),
+        processing_class=tokenizer,
+        **more,
+    )
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_no_split_of_an_updates_rows_changes_an_sft_loss_with_dropout_on(packing: bool, tmp_path):
+    found = [losses_of(sft(tmp_path, *split, packing=packing)) for split in SPLITS]
+    pinned = sft(tmp_path, 2, 1, packing=packing, global_batch_size=8, microbatch_tokens=256)
+    found.append(losses_of(pinned))
+    assert len(found[0]) == 3
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-6)
+
+
+def test_the_first_sft_loss_is_that_of_a_loop_over_the_completions(tmp_path):
+    model = llama()
+    trainer = sft(tmp_path, 4, 2, model=model)
+    documents, step = trainer.plan.documents.documents, trainer.plan.schedule.step(0)
+    stock = llama().eval()
+    total, count = 0.0, 0
+    for number in [d for m in step.microbatches for d in m.documents]:
+        span = slice(documents.starts[number], documents.starts[number + 1])
+        ids = torch.from_numpy(documents.input_ids[span].astype(np.int64))
+        logits = stock(input_ids=ids[None]).logits[0]
+        chosen = np.flatnonzero(documents.supervised[span])
+        total += float(cross_entropy(logits[chosen - 1], ids[chosen], reduction="sum").detach())
+        count += len(chosen)
+    prompts = [len(trainer.processing_class(text)["input_ids"]) for text in conversations()["prompt"]]
+    assert documents.supervised_counts.tolist() == (documents.lengths - np.array(prompts)).tolist()
+    assert losses_of(trainer)[0] == pytest.approx(total / count, rel=1e-6)
+
+
+def test_lora_is_exact_by_itself_and_describe_says_so(tmp_path):
+    trainer = sft(tmp_path, 4, 2, peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1))
+    assert trainer.plan.exact_gradients
+    said = isotune.describe(trainer)
+    assert "8 rows" in said and "bit for bit" in said
+    bits = [losses_of(trainer)]
+    again = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
+    bits.append(losses_of(sft(tmp_path, 1, 8, peft_config=again)))
+    assert bits[0] == bits[1]
+
+
+def classifier(folder: Any, kind: Any, batch: int, accumulation: int, model: Any = None, **more: Any) -> Any:
+    split = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    args = TrainingArguments(output_dir=str(folder), seed=3, **QUIET, **STEPS, **split)
+    tokenizer = builtin_tokenizer("builtin:bert-tiny")
+    given = {
+        "train_dataset": texts(),
+        "eval_dataset": texts(21, seed=1),
+        "data_collator": DataCollatorWithPadding(tokenizer),
+    }
+    return kind(model=model or bert(), args=args, **given, **more)
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def test_a_classifiers_losses_do_not_depend_on_the_split_and_are_the_closed_form(tmp_path):
+    found = [losses_of(classifier(tmp_path, isotune.Trainer, *split, model=bert(0.1))) for split in SPLITS]
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-6)
+    trainer = classifier(tmp_path, isotune.Trainer, 4, 2)
+    numbers = [d for m in trainer.plan.schedule.step(0).microbatches for d in m.documents]
+    rows, stock = texts(), bert().eval()
+    logits = torch.cat([stock(input_ids=torch.tensor(rows[n]["input_ids"])[None]).logits for n in numbers])
+    expected = cross_entropy(logits, torch.tensor([rows[n]["label"] for n in numbers]))
+    assert losses_of(trainer)[0] == pytest.approx(float(expected.detach()), rel=1e-6)
+
+
+def test_evaluation_and_predictions_are_those_of_the_stock_trainer_in_the_order_of_the_rows(tmp_path):
+    ours = classifier(tmp_path, isotune.Trainer, 4, 2, compute_metrics=accuracy)
+    stock = classifier(tmp_path, transformers.Trainer, 4, 2, compute_metrics=accuracy)
+    mine, theirs = ours.predict(texts(21, seed=1)), stock.predict(texts(21, seed=1))
+    np.testing.assert_allclose(mine.predictions, theirs.predictions, atol=1e-6)
+    assert (mine.label_ids == theirs.label_ids).all()
+    assert mine.metrics["test_accuracy"] == theirs.metrics["test_accuracy"]
+    # stock averages the losses of batches of 8, 8 and 5 by their rows, which is right for equal weights
+    logits = torch.tensor(theirs.predictions)
+    expected = float(cross_entropy(logits, torch.tensor(theirs.label_ids).long()))
+    assert mine.metrics["test_loss"] == pytest.approx(expected, rel=1e-6)
+    assert ours.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    unlabelled = ours.predict(texts(21, seed=1).remove_columns("label"))
+    np.testing.assert_array_equal(unlabelled.predictions, mine.predictions)
+    assert unlabelled.label_ids is None and "test_loss" not in unlabelled.metrics
+
+
+def test_a_run_that_is_resumed_from_the_librarys_checkpoint_goes_on_to_the_same_losses(tmp_path):
+    def run(folder: Any, steps: int, **more: Any) -> Any:
+        options = {**STEPS, "max_steps": steps, "save_strategy": "steps", "save_steps": 2}
+        args = TrainingArguments(output_dir=str(folder), **{**QUIET, **options}, per_device_train_batch_size=8)
+        return isotune.Trainer(model=bert(0.1), args=args, train_dataset=texts(), **more)
+
+    whole = losses_of(run(tmp_path / "whole", 4))
+    run(tmp_path / "parts", 2).train()
+    second = run(tmp_path / "parts", 4)
+    second.train(resume_from_checkpoint=True)
+    assert [line["loss"] for line in second.state.log_history if "loss" in line] == whole
+
+
+class OwnLoss(isotune.Trainer):
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        return model(**inputs).loss
+
+
+def own_collator(rows: Any) -> Any:
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "args", "sentence"),
+    [
+        (OwnLoss, {}, {}, "a loss of your own"),
+        (isotune.Trainer, {"compute_loss_func": cross_entropy}, {}, "a loss of your own"),
+        (isotune.Trainer, {"data_collator": type("Mine", (), {"__call__": own_collator})()}, {}, "data_collator"),
+        (isotune.Trainer, {"model_init": bert, "model": None}, {}, "model_init"),
+        (isotune.Trainer, {}, {"dataloader_drop_last": True}, "dataloader_drop_last"),
+        (isotune.Trainer, {}, {"auto_find_batch_size": True}, "microbatch_tokens"),
+        (isotune.Trainer, {"train_dataset": Dataset.from_dict({"text": ["a"]})}, {}, "have no input_ids, but text"),
+    ],
+)
+def test_what_cannot_be_exact_is_refused_in_one_sentence(kind: Any, options: Any, args: Any, sentence: str, tmp_path):
+    arguments = TrainingArguments(output_dir=str(tmp_path), **QUIET, **args)
+    with pytest.raises(UserError, match=sentence):
+        kind(**{"model": bert(), "args": arguments, "train_dataset": texts(), **options})
