@@ -20,6 +20,7 @@ from isotune.config.schema import (
     DATA,
     MEMORY,
     MODEL,
+    OPTIMISER,
     OUTPUT,
     POSITIVE,
     REQUIRED,
@@ -35,6 +36,10 @@ from isotune.config.schema import (
 from isotune.io.formats import format_of
 
 _ADAPTER = Requirement(lambda values: values["tune"] != "full", "it needs tune: lora or tune: qlora")
+_LORA = Requirement(
+    lambda values: values["tune"] != "full" and values["peft_type"] == "lora",
+    "it needs tune: lora or tune: qlora, and peft_type: lora",
+)
 _FOUR_BIT = Requirement(lambda values: values["tune"] == "qlora", "it needs tune: qlora")
 _NO_LIMIT = Requirement(lambda values: values["max_steps"] < 1, "max_steps says where the run ends")
 _SPLIT = Requirement(
@@ -120,16 +125,32 @@ class RunRecipe(BaseRecipe):
         allowed=Range(0), needs=_PATIENCE, common=False)
     seed: int = key(42, SCHEDULE, "seed of order, dropout and new weights", allowed=Range(0, 2**32 - 1))
 
-    r: int = key(16, ADAPTER, "rank of the LoRA matrices", allowed=Range(1), needs=_ADAPTER)
-    lora_alpha: int = key(32, ADAPTER, "LoRA's scale is lora_alpha / r", allowed=Range(1), needs=_ADAPTER)
-    lora_dropout: float = key(0.05, ADAPTER, "dropout before the LoRA matrices", allowed=SHARE, needs=_ADAPTER)
+    peft_type: Literal["lora", "ia3"] = key(
+        "lora", ADAPTER, "kind of adapter; ia3 scales activations", needs=_ADAPTER, common=False)
+    r: int = key(16, ADAPTER, "rank of the LoRA matrices", allowed=Range(1), needs=_LORA)
+    lora_alpha: int = key(32, ADAPTER, "LoRA's scale is lora_alpha / r", allowed=Range(1), needs=_LORA)
+    lora_dropout: float = key(0.05, ADAPTER, "dropout before the LoRA matrices", allowed=SHARE, needs=_LORA)
     target_modules: list[str] | None = key(
-        None, ADAPTER, "linear layers that get LoRA", needs=_ADAPTER, default_text="those known for the model's type")
-    bias: Literal["none", "all", "lora_only"] = key("none", ADAPTER, "biases to train beside LoRA", needs=_ADAPTER)
-    use_rslora: bool = key(False, ADAPTER, "scale by lora_alpha / sqrt(r)", needs=_ADAPTER)
-    use_dora: bool = key(False, ADAPTER, "train magnitudes apart from directions (DoRA)", needs=_ADAPTER)
-    init_lora_weights: bool | Literal["gaussian"] = key(
-        True, ADAPTER, "true: the adapter starts as the identity", needs=_ADAPTER)
+        None, ADAPTER, "layers that get an adapter: names, one regular expression of whole names, or all-linear: every "
+        "linear layer of the blocks", needs=_ADAPTER, default_text="those known for the model's type, else all-linear")
+    exclude_modules: list[str] | None = key(
+        None, ADAPTER, "layers of target_modules that get none: names, or one regular expression", needs=_ADAPTER,
+        common=False)
+    layers_to_transform: list[int] | None = key(
+        None, ADAPTER, "numbers of the blocks whose layers get LoRA", allowed=Range(0), needs=_LORA, common=False,
+        default_text="all")
+    rank_pattern: dict[str, Any] | None = key(
+        None, ADAPTER, "rank of layers by the end of their names, instead of r", needs=_LORA, common=False)
+    alpha_pattern: dict[str, Any] | None = key(
+        None, ADAPTER, "the same, instead of lora_alpha", needs=_LORA, common=False)
+    bias: Literal["none", "all", "lora_only"] = key("none", ADAPTER, "biases to train beside LoRA", needs=_LORA)
+    use_rslora: bool = key(False, ADAPTER, "scale by lora_alpha / sqrt(r)", needs=_LORA)
+    use_dora: bool = key(False, ADAPTER, "train magnitudes apart from directions (DoRA)", needs=_LORA)
+    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = key(
+        True, ADAPTER, "true: the adapter starts as the identity", needs=_LORA)
+    loraplus_lr_ratio: float | None = key(
+        None, OPTIMISER, "LoRA+: the learning rate of the B matrices over that of the others", allowed=POSITIVE,
+        needs=_LORA, common=False, default_text="1")
     modules_to_save: list[str] | None = key(None, ADAPTER, "modules to train in full and save", needs=_ADAPTER)
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = key("nf4", ADAPTER, "4-bit type of frozen weights", needs=_FOUR_BIT)
     bnb_4bit_use_double_quant: bool = key(

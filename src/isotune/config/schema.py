@@ -35,6 +35,7 @@ _WORDS: dict[Any, tuple[str, str]] = {
     str: ("text", "TEXT"),
     list[str]: ("a list of names", "NAME"),
     list[float]: ("a list of numbers", "X"),
+    list[int]: ("a list of whole numbers", "N"),
     tuple[str, ...]: ("a list of texts", "TEXT"),
 }
 

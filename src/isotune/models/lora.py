@@ -1,24 +1,18 @@
-"""LoRA adapters on named target modules, whose names are checked before training, and the head beside them."""
+"""Adapters (LoRA, IA3) on the layers that adapter_targets.py chooses, and the head that is trained beside them."""
+
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from isotune.config import ClassificationRecipe, RunRecipe
-from isotune.io.errors import UserError, nearest
+from isotune.io.errors import UserError, first_line, nearest
+from isotune.models.adapter_targets import Targets, check_patterns, choose_targets
 from isotune.models.hub_models import commit_of_base
 from isotune.models.log_control import quiet_libraries
 
-# The projections of the blocks. peft's "all-linear" would include OPT's project_in and project_out.
-DEFAULT_TARGETS = {
-    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-    "bert": ["query", "key", "value", "intermediate.dense", "output.dense"],
-    "roberta": ["query", "key", "value", "intermediate.dense", "output.dense"],
-    "xlm-roberta": ["query", "key", "value", "intermediate.dense", "output.dense"],
-    "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"],
-    "albert": ["query", "key", "value", "attention.dense", "ffn", "ffn_output"],
-    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-}
 # Modules of a classifier above its encoder: a file may lack them, and beside LoRA they are trained whole.
 HEADS = {
     "albert": ["pooler", "classifier"],
@@ -27,6 +21,11 @@ HEADS = {
 }
 OTHER_HEADS = ["classifier"]
 
+# Second layers of feed-forward networks: IA3 scales what goes into them, and what comes out of every other.
+IA3_FEEDFORWARD = frozenset(
+    {"fc2", "down_proj", "wo", "lin2", "ffn_output", "c_proj", "dense_4h_to_h", "fc_out", "w2", "Wo"}
+)
+
 
 def head_of(config: PreTrainedConfig) -> list[str]:
     """Names of the modules of a classifier's head; none of them is below the encoder."""
@@ -34,52 +33,63 @@ def head_of(config: PreTrainedConfig) -> list[str]:
 
 
 def add_adapters(model: PreTrainedModel, recipe: RunRecipe) -> nn.Module:
-    """Wrap a base model with the recipe's LoRA adapters; everything else is frozen, but for a classifier's head.
+    """Wrap a base model with the recipe's adapters; everything else is frozen, but for a classifier's head.
 
     Adapter weights are fp32 and drawn from the recipe's seed, so they are the same on every process; biases that are
-    trained are fp32 too. UserError for a target that the model does not have, and where no targets are given or known.
+    trained are fp32 too. UserError for a name that matches nothing in the model.
     """
-    from peft import LoraConfig, TaskType, get_peft_model
+    from peft import IA3Config, LoraConfig, TaskType, get_peft_model
 
-    targets = _targets(model, recipe)
+    targets = choose_targets(model, recipe)
+    _check_modules_to_save(model, recipe, targets)
     head = head_of(model.config) if isinstance(recipe, ClassificationRecipe) else []
-    keys = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora", "init_lora_weights")
     model.requires_grad_(False)
     torch.manual_seed(recipe.seed)
-    config = LoraConfig(
-        task_type=TaskType.SEQ_CLS if head else TaskType.CAUSAL_LM,
-        target_modules=targets,
-        modules_to_save=[*(recipe.modules_to_save or ()), *head] or None,
-        revision=commit_of_base(recipe),
-        **{key: getattr(recipe, key) for key in keys},
-    )
-    with quiet_libraries():  # peft 0.21 uses a deprecated name of transformers 5.23
-        adapted = get_peft_model(model, config)
+    common: dict[str, Any] = {
+        "task_type": TaskType.SEQ_CLS if head else TaskType.CAUSAL_LM,
+        "target_modules": targets.pattern,
+        "exclude_modules": targets.excluded,
+        "modules_to_save": [*(recipe.modules_to_save or ()), *head] or None,
+        "revision": commit_of_base(recipe),
+        "fan_in_fan_out": isinstance(model.get_submodule(targets.names[0]), Conv1D),
+    }
+    if recipe.peft_type == "ia3":
+        # as in the paper: keys, values, and what goes into the second layer of a block's feed-forward network
+        second = [name for name in targets.names if name.rsplit(".", 1)[-1] in IA3_FEEDFORWARD]
+        common |= {"target_modules": list(targets.names), "exclude_modules": None}
+        config: Any = IA3Config(**common, feedforward_modules=second)
+    else:
+        check_patterns(recipe, targets)
+        keys = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora", "init_lora_weights")
+        config = LoraConfig(
+            **common,
+            **{key: getattr(recipe, key) for key in keys},
+            rank_pattern=dict(recipe.rank_pattern or {}),
+            alpha_pattern=dict(recipe.alpha_pattern or {}),
+        )
+    try:
+        with quiet_libraries():  # peft 0.21 uses a deprecated name of transformers 5.23
+            adapted = get_peft_model(model, config)
+    except ValueError as error:  # of options that peft does not combine
+        raise UserError(f"peft cannot add these adapters: {first_line(error)}") from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     for module in adapted.modules():  # bias: all trains those of norms, whose kernels take one dtype for both
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-        if isinstance(weight, nn.Parameter) and isinstance(bias, nn.Parameter) and not isinstance(module, nn.Linear):
+        is_norm = not isinstance(module, nn.Linear | Conv1D)
+        if isinstance(weight, nn.Parameter) and isinstance(bias, nn.Parameter) and is_norm:
             weight.data = weight.data.to(bias.dtype)
     return adapted
 
 
-def _targets(model: PreTrainedModel, recipe: RunRecipe) -> list[str]:
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    linear = {name.rsplit(".", 1)[-1] for name, layer in layers.items() if layer is not model.get_output_embeddings()}
-    targets = recipe.target_modules or DEFAULT_TARGETS.get(model.config.model_type)
-    if not targets:
-        raise UserError(
-            f"target_modules is not given, and none are known for model type '{model.config.model_type}': "
-            f"choose among {', '.join(sorted(linear))}"
-        )
-    for target in targets:
-        if target not in linear and not any(name.endswith("." + target) for name in layers):
-            near = nearest(target, linear)
-            hint = f"did you mean '{near}'? " if near else ""
-            raise UserError(
-                f"target_modules names '{target}', which {type(model).__name__} does not have: {hint}"
-                f"it has {', '.join(sorted(linear))}"
-            )
-    return list(targets)
+def _check_modules_to_save(model: nn.Module, recipe: RunRecipe, targets: Targets) -> None:
+    """UserError for a name in modules_to_save that matches no module, or one that gets an adapter."""
+    names = [name for name, _ in model.named_modules() if name]
+    for wanted in recipe.modules_to_save or ():
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+            near = nearest(wanted, {name.rsplit(".", 1)[-1] for name in names})
+            hint = f": did you mean '{near}'?" if near else ""
+            raise UserError(f"modules_to_save names '{wanted}', which {type(model).__name__} does not have{hint}")
+        if any(name == wanted or name.endswith(f".{wanted}") for name in targets.names):
+            raise UserError(f"modules_to_save names '{wanted}', which gets an adapter: take it out of one of them")

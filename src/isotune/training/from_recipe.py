@@ -151,7 +151,8 @@ def make_plan(recipe: RunRecipe, process: Process, data: RunData, task: Task) ->
 
     action: Any = recipe.on_nonfinite  # one of the policy's two words
     nonfinite = NonFinitePolicy(action, fp16=recipe.fp16, name_rows=name_rows, is_main=process.is_main)
-    return TrainingPlan(schedule, data.train, task, eval_schedule, data.evaluation, exact, once, nonfinite)
+    ratio = recipe.loraplus_lr_ratio
+    return TrainingPlan(schedule, data.train, task, eval_schedule, data.evaluation, exact, once, ratio, nonfinite)
 
 
 def build_trainer(start: Start, model: nn.Module, data: RunData) -> PlannedTraining:

@@ -64,6 +64,7 @@ class TrainingPlan:
     exact_gradients: bool = False  # sum gradients as integers: the same bits on any number of processes
     # communicate gradients once an update; else ZeRO-2 and 3 do after each microbatch, in less memory
     reduce_once: bool = True
+    loraplus_lr_ratio: float | None = None  # the learning rate of LoRA's B matrices over that of all others
     nonfinite: NonFinitePolicy | None = None  # what happens when a loss or gradient is NaN or Inf; None stops
 
 
@@ -188,6 +189,16 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
 
     # ---- one optimizer update ----
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer of the recipe; with LoRA+ the B matrices have groups, and a learning rate, of their own."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        ratio = self.plan.loraplus_lr_ratio
+        if made and ratio is not None:
+            named = cast(nn.Module, self.model if model is None else model).named_parameters()
+            raise_learning_rate(optimizer, {id(p) for name, p in named if ".lora_B." in name}, ratio)
+        return optimizer
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """All microbatches of this rank's share; returns the loss of the global batch, the same on every rank."""
         with explained():
@@ -282,6 +293,15 @@ class SFTTrainer(PlannedTraining, TrlSFTTrainer):
 
     def _send_telemetry(self) -> None:
         """Nothing: a run tells nobody that it runs."""
+
+
+def raise_learning_rate(optimizer: torch.optim.Optimizer, chosen: set[int], ratio: float) -> None:
+    """Give the parameters of these ids groups of their own, with `ratio` times the learning rate of their group."""
+    for group in list(optimizer.param_groups):
+        raised = [parameter for parameter in group["params"] if id(parameter) in chosen]
+        if raised:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+            optimizer.add_param_group({**group, "params": raised, "lr": group["lr"] * ratio})
 
 
 def _already_laid_out(items: Any) -> Any:
