@@ -32,7 +32,7 @@ SMALL = {"vocab_size": 96, "hidden_size": 16, "num_hidden_layers": 3, "num_atten
 
 
 def recipe(kind=Recipe, **values):
-    return kind.from_values(model_name_or_path="base", **GIVEN, **values)
+    return kind.from_values(model_name_or_path="builtin:opt-tiny", **GIVEN, **values)
 
 
 def opt():
