@@ -36,12 +36,16 @@ MISTAKES = {
     "a CSV with an open quote": (CSV + 'two,1\n"three,0\nfour,1\n', {}, ["line 4", "not readable as CSV"]),
     "a CSV that names a column twice": ("text,label,text\na,0,b\nc,1,d\n", {}, ["line 1", "'text' twice"]),
     "an id that stands twice": (
-        [{**row, "id": min(n, 4)} for n, row in enumerate(GOOD)], {}, ["row 6", "row 5", "the id 4", "id_field"],
+        [{**row, "id": min(n, 4)} for n, row in enumerate(GOOD)], {"dataset_id_field": "id"},
+        ["row 6", "row 5", "the id 4", "dataset_id_field", "none numbers the rows"],
     ),
     "ids of two kinds": (
-        [{**row, "id": "x" if n else 0} for n, row in enumerate(GOOD)], {}, ["row 2", "'x'", "not mixed"],
+        [{**row, "id": "x" if n else 0} for n, row in enumerate(GOOD)], {"dataset_id_field": "id"},
+        ["row 2", "'x'", "not mixed"],
     ),
-    "an id that is null": ([{**row, "id": None} for row in GOOD], {}, ["row 1", "column 'id'", "null"]),
+    "an id that is null": (
+        [{**row, "id": None} for row in GOOD], {"dataset_id_field": "id"}, ["row 1", "column 'id'", "null"],
+    ),
     "a column of ids that is not there": (GOOD, {"dataset_id_field": "key"}, ["row 1", "'key'", "dataset_id_field"]),
     "a share that keeps nothing": (GOOD, {"eval_split_share": 1e-9}, ["eval_split_share", "none to evaluate on"]),
     "a share above 1": (GOOD, {"eval_split_share": 1.5}, ["eval_split_share", "below 1"]),

@@ -27,7 +27,7 @@ def test_every_shipped_task_is_whole(repository):
 def test_a_template_and_names_of_classes_make_the_rows(rows):
     task = ClassificationTask(dataset_name=rows, template="{title}: {body}", labels=("bad", "good"))
     made = list(task.source().rows())
-    assert [(row["text"], row["label"]) for row in made] == [("One: first {curly}", 1), ("Two: second", 0)]
+    assert [(row["text"], row["label"]) for row in made] == [("One: first {curly}", "good"), ("Two: second", "bad")]
     assert list(task.source(limit=1).rows()) == made[:1]
 
 
@@ -81,7 +81,7 @@ def test_a_task_file_that_says_nothing_sensible_is_refused(tmp_path, written, sa
 def test_a_row_that_the_task_does_not_fit_is_named(rows, task, said):
     source = ClassificationTask(dataset_name=rows, **task).source()
     if said is None:
-        assert [row["label"] for row in source.rows()] == [0, 0]
+        assert [row["label"] for row in source.rows()] == ["good", "good"]
         return
     with pytest.raises(UserError, match=said):
         list(source.rows())

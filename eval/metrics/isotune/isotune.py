@@ -27,6 +27,7 @@ import numpy as np
 from isotune.evaluation.metrics.classification import (
     AVERAGES,
     KINDS,
+    class_suffixes,
     label_statistics,
     ordinal_statistics,
     probability_statistics,
@@ -88,7 +89,7 @@ def class_metrics(predictions: Sequence[int], references: Sequence[int]) -> dict
     if min(chosen.min(), labels.min()) < 0:
         raise ValueError("a class is a whole number from 0")
     classes = int(max(chosen.max(), labels.max())) + 1
-    return values([*label_statistics(labels, chosen, classes), *ordinal_statistics(labels, chosen)])
+    return values([*label_statistics(labels, chosen, class_suffixes(classes)), *ordinal_statistics(labels, chosen)])
 
 
 def averaged(kind: str, predictions: Sequence[int], references: Sequence[int], average: str) -> float:
@@ -120,7 +121,7 @@ def probability_metrics(predictions: Sequence[Sequence[float]], references: Sequ
         raise ValueError("the probabilities of a row are finite and sum to 1")
     if labels.min() < 0 or labels.max() >= probabilities.shape[1]:
         raise ValueError(f"a reference is a class from 0 to {probabilities.shape[1] - 1}")
-    return values(probability_statistics(labels, probabilities))
+    return values(probability_statistics(labels, probabilities, class_suffixes(probabilities.shape[1])))
 
 
 def text_metrics(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:

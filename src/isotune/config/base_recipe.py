@@ -27,6 +27,7 @@ class BaseRecipe:
     values: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)  # the value of every key
 
     contradictions: ClassVar[tuple[Contradiction, ...]] = ()
+    found_in_data: ClassVar[frozenset[str]] = frozenset()  # keys that the data decide where nobody gives them
 
     @classmethod
     def keys(cls) -> dict[str, Key]:

@@ -20,7 +20,17 @@ Overlong = Literal["truncate", "split", "drop"]
 OverlongText = Literal["head", "tail", "head_tail"]
 LabelSource = Literal["column", "rules", "random"]
 
+AUTO, NO_IDS = "auto", "none"  # what `dataset_id_field` says instead of a column
+
 _LABEL_COLUMN = Requirement(lambda values: values["label_source"] == "column", "label_source is not column")
+
+
+def _wrong_names(names: Sequence[str]) -> str | None:
+    """What is wrong with names of classes, where anything is."""
+    folded = [" ".join(name.casefold().split()) for name in names]
+    if len(names) < 2:
+        return "classes are two or more: separate their names by blanks"
+    return "a name is empty or stands twice" if "" in folded or len({*folded}) < len(folded) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +56,20 @@ class ClassificationRecipe(RunRecipe):
     """A recipe of unpadded classification: a step sees `global_batch_size` documents."""
 
     eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_accuracy", "eval_f1_macro")
+    found_in_data: ClassVar[frozenset[str]] = frozenset({"label_names"})
 
     # fmt: off
     task: Literal["classification"] = key(
         "classification", MODEL, "what the model learns: the class of a text", changes_result=False)
     dataset_text_field: str = key("text", DATA, "column that holds the text")
     dataset_label_field: str = key(
-        "label", DATA, "column that holds the class, a whole number from 0", needs=_LABEL_COLUMN)
-    dataset_id_field: str | None = key(
-        None, DATA, "column that names a row in predictions", default_text="id where there is one, else row numbers")
+        "label", DATA, "column that holds the class: a whole number from 0, a word, or true or false",
+        needs=_LABEL_COLUMN)
+    label_names: tuple[str, ...] | None = key(
+        None, DATA, "names of the classes, in their order", needs=_LABEL_COLUMN, default_text="those of the data")
+    dataset_id_field: str = key(
+        AUTO, DATA, "column that names a row in predictions; none: the rows' numbers do", unset=AUTO, if_empty=NO_IDS,
+        default_text="id where it names each row once, else row numbers")
     clean_text: bool = key(False, DATA, "undo HTML breaks and entities, and escapes such as a written-out \\n")
     label_source: LabelSource = key(
         "column", DATA, "where classes come from; rules: command, statement, question; random: a negative control")
@@ -89,6 +104,26 @@ class ClassificationRecipe(RunRecipe):
                 and values["num_labels"] not in (None, len(values["class_weights"]))
             ),
             "say one number for each class",
+        ),
+        Contradiction(
+            ("label_names", "num_labels"),
+            lambda values: (
+                bool(values["label_names"]) and values["num_labels"] not in (None, len(values["label_names"]))
+            ),
+            "say one name for each class",
+        ),
+        Contradiction(
+            ("class_weights", "label_names"),
+            lambda values: (
+                values["class_weights"] not in (None, "balanced")
+                and bool(values["label_names"])
+                and len(values["class_weights"]) != len(values["label_names"])
+            ),
+            "say one number for each class",
+        ),
+        Contradiction(
+            ("label_names",),
+            lambda values: bool(values["label_names"]) and _wrong_names(values["label_names"]),
         ),
     )
 

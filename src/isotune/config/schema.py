@@ -88,6 +88,7 @@ class Key:
     allowed: Range | None = None
     needs: Requirement | None = None
     unset: Any = None  # the value that means "not given"
+    if_empty: Any = None  # what null, none and an empty text mean, where that is not "not given"
     default_from: Callable[[Values], Any] | None = None  # computes the default from the other values
     default_text: str | None = None  # describes that
     step_count: bool = False  # steps that may also be a share of the run: whole from 1 on, any fraction below
@@ -124,6 +125,8 @@ class Contradiction:
 def parse(key: Key, value: Any) -> Any:
     """The value of `key`, from the text of a file or flag or from a Python value; ValueError says what is allowed."""
     _, choices, optional = _members(key.takes)
+    if key.if_empty is not None and (value is None or (isinstance(value, str) and value.lower() in _NULL)):
+        return key.if_empty
     if optional and (value is None or (isinstance(value, str) and value.lower() in _NULL)):
         return None
     if isinstance(value, os.PathLike):

@@ -17,6 +17,7 @@ from isotune.evaluation.distributed_eval import Shards
 from isotune.evaluation.tasks import ClassificationTask, read_task
 from isotune.io.errors import UserError
 from isotune.models.base_folder import why_no_model
+from isotune.models.base_head import names_of
 from isotune.models.classifier import install_classification
 from isotune.models.finished_run import (
     FinishedRun,
@@ -108,8 +109,11 @@ def load_run_classifier(run_dir: str | Path, device: torch.device, dtype: torch.
         model = load_whole_model(run, dtype).to(device)
         install_classification(model)
     own = {f.name: run.settings[f.name] for f in fields(ClassificationSettings) if run.settings.get(f.name) is not None}
-    settings = replace(ClassificationSettings(**own), num_labels=int(model.config.num_labels))
-    names = settings.label_names or _names_of(model.config)
+    if "label_names" in own:
+        own["label_names"] = tuple(own["label_names"])
+    settings = ClassificationSettings(**own)
+    names = settings.known_names or names_of(model.config)
+    settings = replace(settings, num_labels=int(model.config.num_labels), label_names=names)
     return Classifier(str(run_dir), model.eval(), load_run_tokenizer(run), settings, names, run)
 
 
@@ -126,8 +130,9 @@ def load_model_classifier(name: str, device: torch.device, dtype: torch.dtype) -
     install_classification(model)
     positions = max_positions(model.config) or DEFAULT_MAX_SEQ_LENGTH
     longest = min(DEFAULT_MAX_SEQ_LENGTH, positions, tokenizer.model_max_length)
-    settings = ClassificationSettings(max_seq_length=longest, num_labels=int(model.config.num_labels))
-    return Classifier(name, model, tokenizer, settings, _names_of(model.config))
+    names, classes = names_of(model.config), int(model.config.num_labels)
+    settings = ClassificationSettings(max_seq_length=longest, num_labels=classes, label_names=names)
+    return Classifier(name, model, tokenizer, settings, names)
 
 
 def task_of_run(
@@ -218,8 +223,3 @@ def _check_kind(folder: Path, name: str) -> None:
     kinds = load_pretrained_config(str(folder)).architectures or []
     if kinds and not any(kind.endswith("ForSequenceClassification") for kind in kinds):
         raise UserError(f"{name} holds a {kinds[0]}, not a classifier: eval/generate.py evaluates a language model")
-
-
-def _names_of(config: Any) -> tuple[str, ...] | None:
-    names = [str((config.id2label or {}).get(k, f"LABEL_{k}")) for k in range(config.num_labels)]
-    return None if all(name == f"LABEL_{k}" for k, name in enumerate(names)) else tuple(names)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from isotune.data.classification.classes import NameIndex, listed
 from isotune.evaluation.metrics.classification import classification_statistics
 from isotune.evaluation.metrics.text import Likelihood, measure_likelihoods, measure_texts
 from isotune.evaluation.results import (
@@ -35,7 +36,7 @@ def choose_results(runs: Sequence[str | Path], name: str | None = None) -> list[
     first, *others = [read_result(folder) for folder in _choose_folders([Path(run) for run in runs], name)]
     if not first.predictions:
         raise UserError(f"{first.folder} has no rows: there is nothing to compare")
-    return [first, *(_in_order(first, other) for other in others)]
+    return [first, *(_in_order(first, with_classes_of(first, other)) for other in others)]
 
 
 def groups_of(results: Sequence[Result]) -> np.ndarray | None:
@@ -135,7 +136,7 @@ def measure_rows(result: Result, groups: np.ndarray | None) -> MeasuredRows:
     if kind == CLASSIFICATION:
         labels, probabilities = _labels_and_probabilities(result)
         ordinal = "quadratic_kappa" in result.metrics or "mean_absolute_error" in result.metrics
-        statistics = classification_statistics(labels, probabilities, ordinal=ordinal)
+        statistics = classification_statistics(labels, probabilities, ordinal=ordinal, names=class_names(result))
         scores, classes = probabilities[np.arange(len(labels)), labels], probabilities.shape[1]
         right_means, right = "accuracy", probabilities.argmax(axis=1) == labels
     elif kind == GENERATION:
@@ -149,6 +150,37 @@ def measure_rows(result: Result, groups: np.ndarray | None) -> MeasuredRows:
         statistics = [by_group(statistic, groups) for statistic in statistics]
     by_name = {name: statistic for statistic in statistics for name in statistic.names}
     return MeasuredRows(by_name, right_means, right, scores, classes)
+
+
+def class_names(result: Result) -> list[str] | None:
+    """The names of a result's classes; None where their numbers stand for them."""
+    names = result.facts.get("label_names")
+    if not isinstance(names, list) or [str(name) for name in names] == [str(k) for k in range(len(names))]:
+        return None
+    return [str(name) for name in names]
+
+
+def with_classes_of(first: Result, other: Result) -> Result:
+    """`other` with its classes in the order of `first`, by their names; UserError where the names are others.
+
+    Numbers are compared where one of the two has no names.
+    """
+    names, others = class_names(first), class_names(other)
+    if names is None or others is None or names == others:
+        return other
+    order = NameIndex(others).order_of(names)
+    if order is None:
+        raise UserError(
+            f"{first.folder} and {other.folder} cannot be compared: the classes are {listed(names)} in one and "
+            f"{listed(others)} in the other"
+        )
+    place = {k: new for new, k in enumerate(order)}
+    rows = [dict(row) for row in other.predictions]
+    for row in rows:
+        row |= {key: place[row[key]] for key in ("label", "prediction") if row.get(key) in place}
+        if isinstance(row.get("probabilities"), list) and len(row["probabilities"]) == len(order):
+            row["probabilities"] = [row["probabilities"][k] for k in order]
+    return replace(other, predictions=rows, facts={**other.facts, "label_names": names})
 
 
 def _labels_and_probabilities(result: Result) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ The fields of a class of tasks are the keys of its file. A command line's flags 
 import string
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 
 import yaml
 
+from isotune.data.classification.classes import NameIndex, label_of, place_of
 from isotune.data.documents import check_left_out, digest
 from isotune.data.sft.conversations import (
     ASSISTANT_HEADER,
@@ -96,8 +98,10 @@ class ClassificationTask(Task):
     template: str | None = None  # "{title}. {text}": the text that the model reads, from the row's columns; else one
     dataset_text_field: str = "text"
     dataset_label_field: str = "label"
-    dataset_id_field: str | None = None  # the column that names a row; `id` where there is one, else row numbers
-    labels: tuple[str | int, ...] | None = None  # the classes in their order; a row may hold the name or the number
+    dataset_id_field: str | None = None  # as in a recipe
+    # the names of the classes, in the order of the numbers where the rows hold numbers; among the model's classes they
+    # are found by these names
+    labels: tuple[str | int, ...] | None = None
     ordinal: bool = False  # the classes are ordered: metrics of distance are computed too
     max_seq_length: int | None = None  # with `overlong` as in a recipe; the run's own where left out
     overlong: str | None = None
@@ -114,7 +118,11 @@ class ClassificationTask(Task):
         if self.template is None and self.labels is None and limit is None:
             return plain
         fingerprint = digest("task", plain.fingerprint, self.template, self.labels, limit)
-        return replace(plain, fingerprint=fingerprint, read=lambda: self._rows(plain, limit))
+        names = dict(plain.class_names)
+        if self.labels is not None:
+            others = [one for one in names.get(self.dataset_label_field, ()) if len(one) == len(self.labels)]
+            names[self.dataset_label_field] = (tuple(map(str, self.labels)), *others)
+        return replace(plain, fingerprint=fingerprint, read=lambda: self._rows(plain, limit), class_names=names)
 
     def _rows(self, plain: Source, limit: int | None) -> Iterator[Row]:
         for number, row in enumerate(islice(plain.rows(), limit)):
@@ -122,24 +130,20 @@ class ClassificationTask(Task):
             if self.template is not None:
                 made[self.dataset_text_field] = _fill_template(self.template, row, plain, number)
             if self.labels is not None and self.dataset_label_field in row:
-                made[self.dataset_label_field] = self._class_number(row[self.dataset_label_field], plain, number)
+                made[self.dataset_label_field] = self._class_name(row[self.dataset_label_field], plain, number)
             yield made
 
-    def _class_number(self, label: Any, plain: Source, number: int) -> Any:
-        """The position of a class among the task's, by its name as it is spelled, or by its number."""
-        names = [str(name) for name in self.labels or ()]
-        written = str(label) if isinstance(label, str | int) and not isinstance(label, bool) else ""
-        if written in names:
-            return names.index(written)
-        # a number that is no name counts from 0, unless the names are numbers themselves
-        if (
-            written.isascii()
-            and written.isdigit()
-            and not any(name.isdigit() for name in names)
-            and int(written) < len(names)
-        ):
-            return int(written)
-        raise UserError(f"{plain.where(number)} is of class {str(label)[:40]!r}, and the task knows {', '.join(names)}")
+    def _class_name(self, cell: Any, plain: Source, number: int) -> str:
+        labels = tuple(map(str, self.labels or ()))
+        with suppress(ValueError):
+            own = plain.class_names.get(self.dataset_label_field, ())
+            place = place_of(label_of(cell), NameIndex(labels))
+            if place is None and own:  # a word of the data's own list
+                place = NameIndex(own[0]).find(cell)
+            if place is not None and place < len(labels):
+                return labels[place]
+        known = ", ".join(labels)
+        raise UserError(f"{plain.where(number)} is of class {str(cell)[:40]!r}, and the task knows {known}")
 
 
 @dataclass(frozen=True)

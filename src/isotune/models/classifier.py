@@ -84,6 +84,8 @@ def choose_weights(
         return None
     if class_weights == "balanced":
         counts = np.bincount(labels, minlength=classes)
+        if not counts.all():
+            raise UserError(f"class_weights: balanced: class {int(counts.argmin())} has no row to be weighted by")
         return tuple((len(labels) / (classes * counts)).tolist())
     if len(class_weights) != classes:
         raise UserError(

@@ -19,6 +19,7 @@ from isotune.data.sft.conversations import render_prompt
 from isotune.data.sources.hub import is_hub_id
 from isotune.io.errors import UserError
 from isotune.models.base_folder import ADAPTER_CONFIG
+from isotune.models.base_head import set_names
 from isotune.models.log_control import quiet_libraries
 from isotune.models.lora import head_of
 from isotune.models.opening import (
@@ -174,7 +175,9 @@ def load_run_base(run: FinishedRun, device: torch.device, *, dequantize: bool) -
             load_pretrained_config(name, "the base model", run.base_commit),
         )
         head = head_of(config)
-        config.num_labels = _adapter_classes(run.model / ADAPTER_WEIGHTS, head)
+        kwargs["ignore_mismatched_sizes"] = True  # the base may be a classifier of other classes
+        classes, names = _adapter_classes(run.model / ADAPTER_WEIGHTS, head), run.settings.get("label_names")
+        set_names(config, classes, names, "single_label_classification")
         kwargs |= {"config": config, "may_lack": head}
     if run.base_made_here or run.settings.get("tune") != "qlora":
         return load_pretrained(name, auto=auto, **kwargs).to(device)

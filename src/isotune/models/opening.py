@@ -30,6 +30,7 @@ from isotune.config import ClassificationRecipe, RunRecipe
 from isotune.data.sources.hub_access import is_first_process
 from isotune.data.sources.source import PREFIX
 from isotune.io.errors import UserError, first_line
+from isotune.models.base_head import BaseHead, draw_head, is_classifier, reorder
 from isotune.models.builtin_models import builtin_config, builtin_tokenizer
 from isotune.models.hub_models import locate
 from isotune.models.log_control import quiet_libraries
@@ -66,6 +67,9 @@ def load_pretrained(
         _say_pickled(name, located.pickles[0])
     with loading(f"the weights of '{name}' cannot be loaded"):
         model, loaded = auto.from_pretrained(located.name, output_loading_info=True, **located.arguments, **kwargs)
+    other_size = [str(key[0] if isinstance(key, tuple) else key) for key in loaded.get("mismatched_keys", ())]
+    if wrong := sorted(key for key in other_size if not set(key.split(".")) & set(may_lack)):
+        raise UserError(f"the weights of '{name}' have another size of {wrong[0]} than {type(model).__name__}")
     missing = sorted(key for key in loaded["missing_keys"] if not set(key.split(".")) & set(may_lack))
     if missing:
         raise UserError(
@@ -169,11 +173,14 @@ def is_made_here(recipe: RunRecipe) -> bool:
     return recipe.model_init == "random" or recipe.model_name_or_path.startswith(PREFIX)
 
 
-def load_base_model(recipe: RunRecipe, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
+def load_base_model(
+    recipe: RunRecipe, config: PreTrainedConfig, device: torch.device, head: BaseHead | None = None
+) -> PreTrainedModel:
     """The base model of a recipe, before adapters, on `device`: a causal LM or a classifier, by the recipe's type.
 
     `config` is what `load_config` returned. A classifier has a head for its `num_labels` classes; a head that is in no
-    file is drawn from the recipe's seed. 4-bit weights are quantized on `device`.
+    file is drawn from the recipe's seed, and so is one that `head` says is not the task's. 4-bit weights are quantized
+    on `device`.
     """
     auto, new_modules = AutoModelForCausalLM, list[str]()
     if isinstance(recipe, ClassificationRecipe):
@@ -185,18 +192,26 @@ def load_base_model(recipe: RunRecipe, config: PreTrainedConfig, device: torch.d
         with whole_models():
             model: Any = auto.from_config(config, dtype=torch.float32)
         return model.to(device=device, dtype=weights_dtype(recipe))
-    name, kwargs = recipe.model_name_or_path, {"config": config, "dtype": weights_dtype(recipe)}
-    kwargs["revision"] = recipe.model_revision
+    name = recipe.model_name_or_path
+    kwargs: dict[str, Any] = {"config": config, "dtype": weights_dtype(recipe), "revision": recipe.model_revision}
+    replaced = head is not None and head.is_new and is_classifier(config)
+    if replaced:  # the old head may have another size
+        kwargs["ignore_mismatched_sizes"] = True
     if recipe.tune == "qlora":
         kwargs |= {"quantization_config": _four_bit(recipe, device, new_modules), "device_map": {"": device}}
         with whole_models():
             model = load_pretrained(name, auto=auto, may_lack=new_modules, **kwargs)
         keep_trainable(model)
-        return model
-    if new_modules:
-        torch.manual_seed(recipe.seed)
-    with whole_models() if new_modules else contextlib.nullcontext():
-        return load_pretrained(name, auto=auto, may_lack=new_modules, **kwargs).to(device)
+    else:
+        if new_modules:
+            torch.manual_seed(recipe.seed)
+        with whole_models() if new_modules else contextlib.nullcontext():
+            model = load_pretrained(name, auto=auto, may_lack=new_modules, **kwargs).to(device)
+    if replaced:
+        draw_head(model, recipe.seed)
+    if head is not None and head.order is not None:
+        reorder(model, head.order)
+    return model
 
 
 def _four_bit(recipe: RunRecipe, device: torch.device, whole_modules: Sequence[str]) -> BitsAndBytesConfig:

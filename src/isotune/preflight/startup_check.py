@@ -28,10 +28,12 @@ from isotune.training.from_recipe import Start
 def startup_check(start: Start, data: Any) -> Start | None:
     """Print the memory of weights, gradients and optimizer; None where `--plan_only` stops the script now.
 
-    Returns the start with the number of tokens in place of `microbatch_tokens: auto`. The data are prepared; every rank
-    calls it. Activations are not part of the printed memory. Raises UserError if that alone is more than the device
-    has, or the first microbatch is, where no smaller one can be tried.
+    Returns the start with what the data decided, and with the number of tokens in place of `microbatch_tokens: auto`.
+    The data are prepared; every rank calls it. Activations are not part of the printed memory. Raises UserError if that
+    alone is more than the device has, or the first microbatch is, where no smaller one can be tried.
     """
+    if data.found:
+        start = with_values(start, **data.found)
     recipe, process, launch = start.recipe, start.process, _launch_of(start.process)
     cuda = process.device.type == "cuda"
     limit = torch.cuda.get_device_properties(process.device).total_memory if cuda else None
@@ -67,12 +69,12 @@ def startup_check(start: Start, data: Any) -> Start | None:
         why = f"{format_bytes(found.total)} of {format_bytes(limit or 0)} on a process" if found else "one row"
     if process.is_main:
         print(f"microbatch  {tokens:,} tokens, by microbatch_tokens: auto ({why})", flush=True)
-    return with_microbatch_tokens(start, tokens)
+    return with_values(start, microbatch_tokens=tokens)
 
 
-def with_microbatch_tokens(start: Start, tokens: int) -> Start:
-    """The same start with this size of a microbatch, which its run records."""
-    recipe = start.recipe.with_values(microbatch_tokens=tokens)
+def with_values(start: Start, **found: Any) -> Start:
+    """The same start with values that nobody gave, which its run records."""
+    recipe = start.recipe.with_values(**found)
     start.run.recipe = recipe
     return dataclasses.replace(start, recipe=recipe)
 

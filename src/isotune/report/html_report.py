@@ -13,6 +13,7 @@ from markupsafe import Markup
 from isotune import __version__
 from isotune.evaluation.comparison import compare_runs
 from isotune.evaluation.results import CLASSIFICATION, GENERATION, Result
+from isotune.evaluation.statistics.resampling import without_class
 from isotune.io.errors import UserError
 from isotune.io.files import replace_file
 from isotune.report import charts, formatting
@@ -107,8 +108,8 @@ def _evaluation(name: str, records: Sequence[RunRecord], runs: Sequence[str], no
         "runs": list(results),
         "letters": [formatting.run_letter(index) for index, _ in found],
         "results": list(results.values()),
-        "metrics": [metric for metric in metrics if "_class_" not in metric],
-        "per_class": [metric for metric in metrics if "_class_" in metric],
+        "metrics": [metric for metric in metrics if without_class(metric) == metric],
+        "per_class": [metric for metric in metrics if without_class(metric) != metric],
         "plots": [plot for run, result in results.items() for plot in _plots(run, result, notes)],
         "examples_title": title,
         "reference_name": "Actual" if facts["kind"] == CLASSIFICATION else "Reference",

@@ -63,7 +63,8 @@ def write_model_card(run: str | Path, repository: str | None = None) -> Path:
         task="SequenceClassification" if is_classifier else "CausalLM",
         path=repository or str(model),
         # the base model's configuration does not have the number of classes of the adapter's head
-        num_labels=f", num_labels={_classes(record)}" if is_adapter and is_classifier else "",
+        num_labels=_head_arguments(record) if is_adapter and is_classifier else "",
+        class_names=keys.get("label_names") or [],
         has_base_model=is_adapter and (record.folder / "base_model").is_dir(),
         results=_results(record),
         evaluated_on=_public_name(keys.get("eval_dataset_name") or f"a share of {trained_on}"),
@@ -127,6 +128,13 @@ def _metadata(
 
 def _readable(key: str) -> str:
     return {"eval_f1_macro": "macro F1"}.get(key, key.removeprefix("eval_"))
+
+
+def _head_arguments(record: RunRecord) -> str:
+    """What the configuration of an adapter's base does not say of the head; the base may have one of another size."""
+    names = record.keys.get("label_names")
+    classes = f", id2label={dict(enumerate(names))!r}" if names else f", num_labels={_classes(record)}"
+    return f"{classes}, ignore_mismatched_sizes=True"
 
 
 def _classes(record: RunRecord) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from isotune.config import RunRecipe
+from isotune.config import ClassificationRecipe, RunRecipe
 from isotune.data.sources.source import PREFIX, read_rows
 from isotune.io.errors import UserError
 from isotune.io.files import digest_of_file
@@ -28,7 +28,9 @@ class RunIdentity:
     @classmethod
     def of(cls, recipe: RunRecipe) -> Self:
         """The identity of a recipe; every file that it names is read."""
-        return cls(json.loads(json.dumps(recipe.result_values())), contents_of(recipe))
+        left_open = recipe.found_in_data - recipe.given.keys()
+        values = {name: value for name, value in recipe.result_values().items() if name not in left_open}
+        return cls(json.loads(json.dumps(values)), contents_of(recipe))
 
     @property
     def fingerprint(self) -> str:
@@ -40,6 +42,8 @@ class RunIdentity:
         found: dict[str, str] = {}
         for key in sorted({**self.values, **other.values}):
             here, there = self.values.get(key), other.values.get(key)
+            if key in ClassificationRecipe.found_in_data and None in (here, there):
+                continue  # one of the two leaves it to the data
             known = key in self.contents and key in other.contents
             if known and self.contents[key] != other.contents[key]:
                 where = f"of {there} there, of {here} here" if here != there else f"of {here} have changed since"

@@ -25,6 +25,7 @@ from isotune.data.batch_schedule import Step, StepSchedule
 from isotune.data.documents import RunData
 from isotune.distributed.launch import Process, start_process
 from isotune.distributed.ranks import call_on_main
+from isotune.models.base_head import BaseHead, set_names
 from isotune.models.causal import CausalForm, install_causal
 from isotune.models.classifier import PADDED, ClassLoss, choose_weights, install_classification
 from isotune.models.cpu.layers import enable_speedups
@@ -96,12 +97,13 @@ def build_model(start: Start, data: RunData) -> nn.Module:
     if isinstance(recipe, ClassificationRecipe):
         class_loss = _class_loss(recipe, data.train)
         if class_loss.class_weights is not None and process.is_main:
-            weights = ", ".join(f"{weight:.4g}" for weight in class_loss.class_weights)
-            print(f"weights     of classes 0 to K - 1: {weights}")
-        config.num_labels = data.train.num_labels  # type: ignore[assignment]  (labelled data has classes)
-        if names := data.train.class_names:
-            config.id2label, config.label2id = dict(enumerate(names)), {name: k for k, name in enumerate(names)}
-        base = load_base_model(recipe, config, process.loading_device(recipe))
+            names = data.train.class_names or range(len(class_loss.class_weights))
+            weights = zip(names, class_loss.class_weights, strict=True)
+            print(f"weights     of classes: {', '.join(f'{name} {weight:.4g}' for name, weight in weights)}")
+        head = classes_of_task(config, data.train)
+        if head.line is not None and not is_made_here(recipe) and process.is_main:
+            print(f"head        {head.line}")
+        base = load_base_model(recipe, config, process.loading_device(recipe), head)
         if install_classification(base, class_loss) == PADDED and process.is_main:
             kind = config.model_type
             print(f"note        model type '{kind}' is not known to work without padding: texts are padded")
@@ -187,6 +189,14 @@ def _attention_of(model: nn.Module) -> str:
     return str(attention_of(base_model_of(model).config))
 
 
+def classes_of_task(config: PreTrainedConfig, train: Any) -> BaseHead:
+    """Write the classes of the training data into the model's configuration; what becomes of the head of the base."""
+    kind = "single_label_classification"
+    head = BaseHead.of(config, train.num_labels, train.class_names, kind)
+    set_names(config, train.num_labels, train.class_names, kind)
+    return head
+
+
 def _classification_task(start: Start, model: nn.Module, train: Any) -> ClassificationTask:
     run, attention = start.run, _attention_of(model)
 
@@ -196,7 +206,8 @@ def _classification_task(start: Start, model: nn.Module, train: Any) -> Classifi
         run.lease.write_file(folder / "predictions.jsonl", lines)
 
     write = write_predictions if start.process.is_main else None
-    return ClassificationTask(train.documents, train.num_labels, _class_loss(start.recipe, train), attention, write)
+    loss = _class_loss(start.recipe, train)
+    return ClassificationTask(train.documents, train.num_labels, loss, attention, write, train.class_names)
 
 
 def _class_loss(recipe: Any, train: Any) -> ClassLoss:
@@ -222,7 +233,7 @@ def save(start: Start, trainer: PlannedTraining) -> FinalModelReport | None:
         if recipe.tune != "full" and is_made_here(recipe):
             config = load_config(recipe)
             if trainer.plan.documents.num_labels is not None:
-                config.num_labels = trainer.plan.documents.num_labels
+                classes_of_task(config, trainer.plan.documents)
             base = load_base_model(recipe, config, torch.device("cpu"))
             save_and_verify(base, start.tokenizer, run.base_model)
             model.peft_config["default"].base_model_name_or_path = str(run.base_model.resolve())

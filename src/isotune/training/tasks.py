@@ -4,7 +4,7 @@ import json
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +121,7 @@ class ClassificationTask(Task):
     attention: str  # what the encoder attends by
     # given the step and the lines of predictions.jsonl, on the main process
     write_predictions: Callable[[int, str], None] | None = None
+    class_names: Sequence[str] | None = None  # None where the classes have no names
 
     def denominator(self, step: Step) -> float:
         """The summed class weights of the global batch; without weights, its documents."""
@@ -154,7 +155,7 @@ class ClassificationTask(Task):
         loss = ordered_sum(run.gather(losses)) / len(documents)
         labels, chosen = np.asarray(documents.labels), logits.argmax(dim=1).numpy()
         if self.write_predictions is not None:
-            self.write_predictions(run.global_step, _prediction_lines(documents, logits))
+            self.write_predictions(run.global_step, _prediction_lines(documents, logits, self.class_names))
         return {
             "eval_loss": loss,
             "eval_accuracy": int((chosen == labels).sum()) / len(documents),
@@ -164,9 +165,12 @@ class ClassificationTask(Task):
         }
 
 
-def _prediction_lines(documents: Documents, logits: torch.Tensor) -> str:
+def _prediction_lines(documents: Documents, logits: torch.Tensor, names: Sequence[str] | None) -> str:
     """A line a document: its id, its class, and what was predicted."""
-    chosen, shares = logits.argmax(dim=1).tolist(), logits.softmax(dim=1).tolist()
-    columns = zip(documents.ids.tolist(), documents.labels.tolist(), chosen, shares, strict=True)
-    names = ("id", "label", "prediction", "probabilities")
-    return "".join(json.dumps(dict(zip(names, column, strict=True))) + "\n" for column in columns)
+    labels, chosen = documents.labels.tolist(), logits.argmax(dim=1).tolist()
+    columns = {"id": documents.ids.tolist(), "label": labels, "prediction": chosen}
+    columns |= {"probabilities": logits.softmax(dim=1).tolist()}
+    if names:
+        columns |= {"label_name": [names[k] for k in labels], "prediction_name": [names[k] for k in chosen]}
+    rows = zip(*columns.values(), strict=True)
+    return "".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows)

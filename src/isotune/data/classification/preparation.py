@@ -6,7 +6,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from isotune.config.recipes import AUTO
 from isotune.data.cache import Content, load_or_build
+from isotune.data.classification.classes import listed
 from isotune.data.classification.labels import ClassificationSettings, read_documents
 from isotune.data.contents import EMPTY
 from isotune.data.documents import CountsTable, Documents, PreparedData, count_lines, digest, note_lines, with_share
@@ -27,12 +29,14 @@ class LabelledSplit:
     settings: ClassificationSettings
     special_tokens: int
     fingerprint: str
-    notes: list[str]  # what reading guessed, or passed over
+    class_names: tuple[str, ...] | None = None  # as the recipe, the data or the source of the labels says
+    numbered: bool = True  # whether the numbers of the classes are the data's own: those of words are not
+    notes: tuple[str, ...] = ()  # what reading guessed, or passed over
 
     @property
     def num_labels(self) -> int:
         """Classes: as the recipe or the source of the labels says, else from 0 to the largest."""
-        return self.settings.num_labels or len(self.settings.label_names or ()) or int(self.documents.labels.max()) + 1
+        return self.settings.num_labels or len(self.class_names or ()) or int(self.documents.labels.max()) + 1
 
     @property
     def contents(self) -> np.ndarray:
@@ -54,6 +58,9 @@ class LabelledSplit:
         `left_by` is the recipe's key that took documents away.
         """
         name, documents, num_labels = self.source.name, self.documents, self.settings.num_labels
+        names = self.class_names
+        if names and num_labels not in (None, len(names)):
+            raise UserError(f"num_labels is {num_labels}, and {name} has {len(names)} classes: {listed(names)}")
         if not len(documents):
             raise UserError(f"no document of {name} is left to {'evaluate on' if evaluation else 'train on'}")
         largest = int(documents.labels.max())
@@ -68,13 +75,15 @@ class LabelledSplit:
         left = f" that {left_by} left to train on" if left_by else ""
         present = np.unique(documents.labels)
         if len(present) == 1:
-            raise UserError(f"every row of {name}{left} is of class {largest}: there is nothing to tell apart")
+            only = names[largest] if names else largest
+            raise UserError(f"every row of {name}{left} is of class {only}: there is nothing to tell apart")
         count = num_labels or largest + 1
-        if len(present) < count and self.settings.label_names is None:
+        if len(present) < count and names is None:
             absent = int(np.setdiff1d(np.arange(min(count, len(present) + 1)), present)[0])
             expected = f"num_labels is {num_labels}" if num_labels else f"the largest class is {largest}"
             raise UserError(
-                f"{name} has no row of class {absent}{left}, and {expected}: classes are 0 to K - 1, each with rows"
+                f"{name} has no row of class {absent}{left}, and {expected}: classes are 0 to K - 1, each with rows; "
+                "label_names says what they are called where they are other numbers"
             )
 
     def prepared(self, num_labels: int | None = None, **remarks: Any) -> PreparedData:
@@ -85,11 +94,11 @@ class LabelledSplit:
             self.documents,
             max_seq_length=settings.max_seq_length,
             overlong=settings.overlong,
-            num_labels=len(settings.label_names or ()) or num_labels or settings.num_labels or 0,
-            class_names=settings.label_names,
+            num_labels=len(self.class_names or ()) or num_labels or settings.num_labels or 0,
+            class_names=self.class_names,
             special_tokens=self.special_tokens,
             cleaned=settings.clean_text,
-            notes=self.notes,
+            notes=list(self.notes),
             **remarks,
         )
         rows = one_document_per_row(len(self.documents))
@@ -103,18 +112,35 @@ def tokenize(source: Source, tokenizer: Any, settings: ClassificationSettings, *
     """
     encoder = TextEncoder(tokenizer)
     settings.check(encoder.special_tokens)
-    texts = (settings.max_seq_length, settings.overlong, settings.dataset_text_field, settings.dataset_id_field)
+    ids = None if settings.dataset_id_field == AUTO else settings.dataset_id_field
+    texts = (settings.max_seq_length, settings.overlong, settings.dataset_text_field, ids)
     labels_from = {"column": settings.dataset_label_field, "rules": "", "random": settings.seed}[settings.label_source]
     labels = (settings.clean_text, settings.label_source, labels_from)
-    fingerprint = digest("labelled", LABELLED_FORMAT_VERSION, source.fingerprint, encoder.fingerprint, *texts, *labels)
+    named: list[Any] = [
+        own for own in (settings.label_names, source.class_names.get(settings.dataset_label_field)) if own
+    ]
+    fingerprint = digest(
+        "labelled", LABELLED_FORMAT_VERSION, source.fingerprint, encoder.fingerprint, *texts, *labels, *named
+    )
 
     def build() -> Content:
-        read = read_documents(source, encoder, settings, show_progress=show_progress)
-        return read.as_arrays(), {"notes": source.notes}
+        found = read_documents(source, encoder, settings, show_progress=show_progress)
+        facts = {"class_names": found.class_names, "numbered": found.numbered, "notes": [*source.notes, *found.notes]}
+        return found.documents.as_arrays(), facts
 
-    arrays, counts = load_or_build(fingerprint, build)
-    documents = Documents.from_arrays(arrays)
-    return LabelledSplit(documents, source, settings, encoder.special_tokens, fingerprint, counts.get("notes", []))
+    # not under the fingerprint itself: entries of earlier versions have no facts
+    arrays, facts = load_or_build(digest(fingerprint, "with facts"), build)
+    names = facts["class_names"]
+    return LabelledSplit(
+        Documents.from_arrays(arrays),
+        source,
+        settings,
+        encoder.special_tokens,
+        fingerprint,
+        None if names is None else tuple(names),
+        facts["numbered"],
+        tuple(facts["notes"]),
+    )
 
 
 def labels_table(

@@ -16,11 +16,12 @@ from tqdm import tqdm
 
 from isotune.config import ClassificationRecipe
 from isotune.data.cache import load_or_build
+from isotune.data.classification.classes import listed
 from isotune.data.classification.labels import ClassificationSettings
 from isotune.data.classification.preparation import LabelledSplit, tokenize
 from isotune.data.contents import EMPTY, held_out, normalised
 from isotune.data.documents import RunData, check_left_out, digest
-from isotune.data.sources.source import read_rows
+from isotune.data.sources.source import Source, read_rows
 from isotune.io.errors import UserError
 
 DUPLICATES_FORMAT_VERSION = 1  # raised when the same texts are compared otherwise
@@ -45,16 +46,24 @@ def prepare_labelled(recipe: ClassificationRecipe, tokenizer: Any, *, show: bool
     train = _read(recipe, tokenizer, "dataset_name", show)
     train.check_classes(evaluation=False)
     classes = train.num_labels
+    found: dict[str, Any] = {}
+    if recipe.label_source == "column" and recipe.label_names is None and train.class_names:
+        found["label_names"] = list(train.class_names)
     remarks: dict[str, Any] = {}
     if recipe.eval_dataset_name is not None:
-        evaluation = _read(recipe, tokenizer, "eval_dataset_name", show)
+        evaluation = _read(recipe, tokenizer, "eval_dataset_name", show, train.class_names)
+        if train.class_names is None and not evaluation.numbered:
+            raise UserError(
+                f"the classes of {train.source.name} are the numbers 0 to {classes - 1}, and {evaluation.source.name} "
+                f"has {listed(evaluation.class_names or ())}: label_names says which is which"
+            )
         evaluation = replace(evaluation, settings=replace(evaluation.settings, num_labels=classes))
         evaluation.check_classes(evaluation=True)
     elif recipe.eval_split_share:
         train, evaluation = split_by_content(train, recipe.eval_split_share, recipe.seed)
         remarks = {"held_out": len(evaluation.documents)}
     else:
-        return RunData(train.prepared(), None).shown(show)
+        return RunData(train.prepared(), None, found).shown(show)
     pair = digest("overlap", DUPLICATES_FORMAT_VERSION, train.fingerprint, evaluation.fingerprint)
     in_the_other, _ = load_or_build(pair, lambda: (find_overlap(train, evaluation, show_progress=show), {}))
     if recipe.drop_leaked and in_the_other["train"].any():
@@ -73,7 +82,7 @@ def prepare_labelled(recipe: ClassificationRecipe, tokenizer: Any, *, show: bool
     if "held_out" in remarks or "dropped" in remarks:
         train.check_classes(evaluation=False, left_by="drop_leaked" if "dropped" in remarks else "eval_split_share")
     to_evaluate = evaluation.prepared(classes, in_the_other=_counted(in_the_other["evaluation"]))
-    return RunData(train.prepared(classes, **remarks), to_evaluate).shown(show)
+    return RunData(train.prepared(classes, **remarks), to_evaluate, found).shown(show)
 
 
 def split_by_content(whole: LabelledSplit, share: float, seed: int) -> tuple[LabelledSplit, LabelledSplit]:
@@ -91,14 +100,27 @@ def split_by_content(whole: LabelledSplit, share: float, seed: int) -> tuple[Lab
     return whole.select(~kept_back, "train", share, seed), whole.select(kept_back, "held out", share, seed)
 
 
-def _read(recipe: ClassificationRecipe, tokenizer: Any, key: str, show_progress: bool) -> LabelledSplit:
+def _source(recipe: ClassificationRecipe, key: str) -> Source:
     trains = key == "dataset_name"
     split = recipe.dataset_split if trains else recipe.eval_dataset_split
     config = recipe.dataset_config if trains else recipe.eval_dataset_config
     revision = recipe.dataset_revision if trains else recipe.eval_dataset_revision
     columns = recipe.dataset_columns
-    source = read_rows(getattr(recipe, key), split, name=key, columns=columns, config=config, revision=revision)
-    return tokenize(source, tokenizer, ClassificationSettings.of(recipe), show_progress=show_progress)
+    return read_rows(getattr(recipe, key), split, name=key, columns=columns, config=config, revision=revision)
+
+
+def _read(
+    recipe: ClassificationRecipe,
+    tokenizer: Any,
+    key: str,
+    show_progress: bool,
+    names: tuple[str, ...] | None = None,
+) -> LabelledSplit:
+    """One of the recipe's data sets; `names` are those of the classes of the training data."""
+    settings = ClassificationSettings.of(recipe)
+    if names is not None and settings.label_source == "column":
+        settings = replace(settings, label_names=names)
+    return tokenize(_source(recipe, key), tokenizer, settings, show_progress=show_progress)
 
 
 def _counted(documents: np.ndarray) -> dict[str, int]:

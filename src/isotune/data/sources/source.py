@@ -7,7 +7,7 @@ import hashlib
 import json
 import random
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import islice
@@ -16,6 +16,7 @@ from typing import Any
 
 from isotune.compat.datasets import fingerprint_of
 from isotune.data.sources.arrow_rows import read_dataset
+from isotune.data.sources.class_labels import class_names_of, file_class_names
 from isotune.data.sources.csv_rows import SHOWN_CHARACTERS, looks_like_row, unnamed_columns
 from isotune.data.sources.files import CSV_FORMATS, Row, digest_of, reader_of
 from isotune.data.sources.hub import is_hub_id
@@ -42,6 +43,8 @@ class Source:
     # the number of the first row of each file that has been read from, counted from 0
     starts: list[tuple[int, Path]] = field(default_factory=list[tuple[int, Path]], repr=False, compare=False)
     names_by_line: bool = False  # whether the columns are named by the first line of a CSV file
+    # by column, the names of the classes that its numbers stand for; further lists name the same classes otherwise
+    class_names: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict[str, Any])
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows in their order; UserError where there is none, or the content is broken."""
@@ -144,12 +147,13 @@ def _hub_source(
         prepared = load_prepared(dataset_name, split, config) if revision is None else None
         if prepared is None:
             raise
-        return Source(name, fingerprint_of(prepared), lambda: read_dataset(prepared))
+        names = class_names_of(prepared.features)
+        return Source(name, fingerprint_of(prepared), lambda: read_dataset(prepared), class_names=names)
     if found.is_whole_files and all(format_of(path) for path in found.files):
         return _files_source(name, found.files, columns, [])
     _check_columns(columns, None, dataset_name)
     content = hashlib.sha256(f"{digest_of(found.files)} {found.split} {found.options}".encode()).hexdigest()
-    return Source(name, content, lambda: read_dataset(found.load()))
+    return Source(name, content, lambda: read_dataset(found.load()), class_names=class_names_of(found.load().features))
 
 
 def _check_columns(columns: Sequence[str] | None, path: Path | None, dataset_name: str) -> None:
@@ -177,7 +181,8 @@ def _files_source(source_name: str, paths: list[Path], columns: Sequence[str] | 
                 yield row
 
     by_line = columns is None and format_of(paths[0]) in CSV_FORMATS
-    return Source(source_name, digest_of(paths, columns), read, notes, starts, by_line)
+    names = file_class_names(paths[0])
+    return Source(source_name, digest_of(paths, columns), read, notes, starts, by_line, names)
 
 
 def _folder_source(folder: Path, split: str, key: str, columns: Sequence[str] | None) -> Source:
@@ -202,9 +207,9 @@ def _saved_source(folder: Path, split: str, key: str) -> Source:
         if not shard.is_file():
             raise UserError(f"{key}: {folder} names the file {shard.name}, which is not there")
     content = digest_of([folder / "state.json", *shards])
-    return Source(
-        f"{folder} ({split})", content, lambda: read_dataset(import_module("datasets").load_from_disk(folder))
-    )
+    load = lambda: import_module("datasets").load_from_disk(folder)  # noqa: E731
+    names = class_names_of(load().features)
+    return Source(f"{folder} ({split})", content, lambda: read_dataset(load()), class_names=names)
 
 
 def _read_json_file(path: Path) -> dict[str, Any]:

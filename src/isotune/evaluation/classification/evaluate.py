@@ -15,7 +15,9 @@ import torch
 from scipy.special import softmax
 from tqdm import tqdm
 
+from isotune.config.recipes import AUTO
 from isotune.data.batch_schedule import Microbatch, collate, microbatch_cost
+from isotune.data.classification.classes import NameIndex, listed
 from isotune.data.classification.labels import labels_of
 from isotune.data.classification.preparation import LabelledSplit, tokenize
 from isotune.data.classification.split import split_by_content
@@ -54,6 +56,12 @@ class Rows:
     left_out: dict[str, Any] = field(
         default_factory=dict[str, Any]
     )  # how many rows were read, and how many of them are not here, by reason
+    named: bool = False  # whether the classes have names of their own, and not their numbers
+
+    @property
+    def metric_names(self) -> list[str] | None:
+        """The names by which metrics of one class are called; None where its number is."""
+        return self.names if self.named else None
 
     @property
     def ids(self) -> list[Any]:
@@ -120,18 +128,31 @@ def read_task_rows(
     classes = classifier.num_labels
     if task.labels is not None and len(task.labels) != classes:
         raise UserError(f"the task has {len(task.labels)} labels, and {classifier.name} has {classes} classes")
-    own = {key: getattr(task, key) for key in ("dataset_text_field", "dataset_label_field", "dataset_id_field")}
+    source, names = task.source(limit), classifier.label_names
+    lists = source.class_names.get(task.dataset_label_field, ())
+    if task.labels is not None and names and all(NameIndex(names).order_of(one) is None for one in lists):
+        raise UserError(
+            f"the task has the labels {listed(task.labels)}, and {classifier.name} has the classes {listed(names)}: "
+            "give the labels the names of the model's classes, in the order of the numbers in the data"
+        )
+    own = {key: getattr(task, key) for key in ("dataset_text_field", "dataset_label_field")}
+    own |= {"dataset_id_field": task.dataset_id_field or AUTO}
     own |= {key: value for key in ("max_seq_length", "overlong") if (value := getattr(task, key))}
     settings = replace(classifier.settings, **own)
     positions = max_positions(classifier.model.config)
     if positions is not None and settings.max_seq_length > positions:
         raise UserError(f"max_seq_length {settings.max_seq_length} is beyond the {positions} positions of the model")
-    labelled: LabelledSplit = tokenize(task.source(limit), classifier.tokenizer, settings, show_progress=ranks.is_main)
+    labelled: LabelledSplit = tokenize(source, classifier.tokenizer, settings, show_progress=ranks.is_main)
     rows_read, reasons = len(labelled.documents), {}
     if held_out is not None:
         _, labelled = split_by_content(labelled, *held_out)
         reasons = {"in the training side of the split": rows_read - len(labelled.documents)}
     labelled.check_classes(evaluation=True)
+    if names is None and not labelled.numbered:
+        raise UserError(
+            f"{source.name} has the classes {listed(labelled.class_names or ())}, and {classifier.name} has {classes} "
+            "without names: list them by `labels` in a task file, in the order of the model's outputs"
+        )
     if ranks.is_main:
         print(labelled.prepared().table, flush=True)
     order = np.argsort(labelled.documents.ids, kind="stable")
@@ -139,7 +160,8 @@ def read_task_rows(
     return Rows(
         documents=labelled.documents.select(order),
         texts=[texts[i] for i in order.tolist()],
-        names=[str(name) for name in task.labels or classifier.label_names or range(classes)],
+        names=list(labelled.class_names or map(str, range(classes))),
+        named=labelled.class_names is not None,
         truncated=int((labelled.documents.columns["whole_lengths"] > settings.max_seq_length).sum()),
         fingerprint=labelled.fingerprint,
         left_out={"rows_read": rows_read, "reasons": reasons},
@@ -214,7 +236,7 @@ def evaluate_rows(
     """
     names, modules = split_metrics(task.metrics)
     uniform = np.full((1, classifier.num_labels), 1 / classifier.num_labels)
-    one_row = classification_statistics(np.zeros(1, np.int64), uniform, ordinal=task.ordinal)
+    one_row = classification_statistics(np.zeros(1, np.int64), uniform, ordinal=task.ordinal, names=rows.metric_names)
     select_names(one_row, names)  # refuses a wrong name before the forwards
     logits = classify(
         classifier, rows.documents, ranks, batch_tokens=batch_tokens, batch_size=batch_size, progress=ranks.is_main
@@ -223,7 +245,7 @@ def evaluate_rows(
         return None
     labels, probabilities, scores = rows.labels, softmax(logits, axis=1), Scores({}, {})
     if names or not modules:
-        statistics = classification_statistics(labels, probabilities, ordinal=task.ordinal)
+        statistics = classification_statistics(labels, probabilities, ordinal=task.ordinal, names=rows.metric_names)
         scores = score(statistics, len(labels), only=names, resamples=resamples, seed=seed)
     columns = class_columns(labels, probabilities)
     scores |= score_modules(modules, columns, len(labels), resamples=resamples, seed=seed)
@@ -238,6 +260,9 @@ def write_evaluation(
     columns = (rows.ids, rows.labels.tolist(), probabilities.argmax(axis=1).tolist(), probabilities.tolist())
     keys = ("id", "label", "prediction", "probabilities")
     predictions: list[dict[str, Any]] = [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
+    if rows.named:
+        for line in predictions:
+            line |= {f"{key}_name": rows.names[line[key]] for key in ("label", "prediction")}
     facts = {
         "kind": CLASSIFICATION,
         "model": classifier.name,

@@ -6,7 +6,7 @@ class that is neither among the labels nor among the predictions is left out of 
 precision or recall of 0 / 0 is 0 where the class is on the other side.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -23,32 +23,39 @@ SMALLEST = np.finfo(np.float64).eps  # smaller probabilities are clipped, becaus
 
 
 def classification_statistics(
-    labels: np.ndarray, probabilities: np.ndarray, *, ordinal: bool = False
+    labels: np.ndarray, probabilities: np.ndarray, *, ordinal: bool = False, names: Sequence[str] | None = None
 ) -> list[Statistic]:
     """All statistics of labels, integer [rows], and probabilities, float64 [rows, classes].
 
     The prediction of a row is its likeliest class, the lowest of equally likely ones. `ordinal` adds the metrics of
-    ordered classes.
+    ordered classes. `names` are those of the classes, by which the metrics of one class are called.
     """
     predictions = probabilities.argmax(axis=1)
+    of_class = class_suffixes(probabilities.shape[1], names)
     return [
-        *label_statistics(labels, predictions, probabilities.shape[1]),
-        *probability_statistics(labels, probabilities),
+        *label_statistics(labels, predictions, of_class),
+        *probability_statistics(labels, probabilities, of_class),
         *(ordinal_statistics(labels, predictions) if ordinal else []),
     ]
 
 
-def label_statistics(labels: np.ndarray, predictions: np.ndarray, classes: int) -> list[Statistic]:
-    """accuracy; precision, recall and F1 in macro, micro and weighted mean, and of each class k as `..._class_k`."""
+def class_suffixes(classes: int, names: Sequence[str] | None = None) -> list[str]:
+    """What follows the name of a metric of each class: `[NAME]`, or `_class_k` where the classes have no names."""
+    return [f"[{name}]" for name in names] if names else [f"{CLASS_SUFFIX}{k}" for k in range(classes)]
+
+
+def label_statistics(labels: np.ndarray, predictions: np.ndarray, of_class: Sequence[str]) -> list[Statistic]:
+    """accuracy; precision, recall and F1 in macro, micro and weighted mean, and of each class by its suffix."""
+    classes = len(of_class)
     numbers = np.arange(classes)
     is_label, is_prediction = labels[:, None] == numbers, predictions[:, None] == numbers
     columns = np.hstack([is_label & is_prediction, is_label, is_prediction]).astype(np.float64)
-    per_class = [f"{kind}{CLASS_SUFFIX}{k}" for kind in KINDS for k in numbers]
+    per_class = [kind + suffix for kind in KINDS for suffix in of_class]
     means = [f"{kind}_{average}" for kind in KINDS for average in AVERAGES]
     hits, of_label, of_prediction = ([start + k for k in range(classes)] for start in (0, classes, 2 * classes))
     shares = dict.fromkeys(["accuracy", *(f"{kind}_micro" for kind in KINDS)], (hits, of_label))
-    shares |= {f"precision{CLASS_SUFFIX}{k}": ([hits[k]], [of_prediction[k]]) for k in range(classes)}
-    shares |= {f"recall{CLASS_SUFFIX}{k}": ([hits[k]], [of_label[k]]) for k in range(classes)}
+    shares |= {f"precision{suffix}": ([hits[k]], [of_prediction[k]]) for k, suffix in enumerate(of_class)}
+    shares |= {f"recall{suffix}": ([hits[k]], [of_label[k]]) for k, suffix in enumerate(of_class)}
     return [OfSums(("accuracy", *means, *per_class), columns, _from_counts, shares)]
 
 
@@ -86,14 +93,14 @@ def _kappa(sums: np.ndarray) -> np.ndarray:
         return np.where(by_chance > 0, 1 - observed / by_chance, np.nan)[:, None]
 
 
-def probability_statistics(labels: np.ndarray, probabilities: np.ndarray) -> list[Statistic]:
+def probability_statistics(labels: np.ndarray, probabilities: np.ndarray, of_class: Sequence[str]) -> list[Statistic]:
     """log_loss in nats; brier; expected_calibration_error; roc_auc and pr_auc.
 
     brier is the squared distance of all probabilities from the label, halved for two classes (Brier 1950, and as in
     scikit-learn). expected_calibration_error is over BINS bins of equal width of the highest probability. roc_auc (ties
-    count half) and pr_auc (average precision) are of class 1 for two classes; for more, `..._class_k` is of class k
-    against the others, and the name without a suffix is the mean over the classes for which it is defined. They are
-    undefined where all rows are of one class.
+    count half) and pr_auc (average precision) are of class 1 for two classes; for more, those with a suffix are of one
+    class against the others, and the name without a suffix is the mean over the classes for which it is defined. They
+    are undefined where all rows are of one class.
     """
     rows, classes = probabilities.shape
     truth = labels[:, None] == np.arange(classes)
@@ -103,7 +110,7 @@ def probability_statistics(labels: np.ndarray, probabilities: np.ndarray) -> lis
         mean("log_loss", -np.log(true_probability)),
         share("brier", squared / 2) if classes == 2 else mean("brier", squared),
         calibration_error(labels, probabilities),
-        _ranking(labels, probabilities),
+        _ranking(labels, probabilities, of_class),
     ]
 
 
@@ -130,7 +137,7 @@ def bin_of(confidence: np.ndarray) -> np.ndarray:
     return np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
 
 
-def _ranking(labels: np.ndarray, probabilities: np.ndarray) -> OfWeights:
+def _ranking(labels: np.ndarray, probabilities: np.ndarray, of_class: Sequence[str]) -> OfWeights:
     rows, classes = probabilities.shape
     if classes == 2:
         return OfWeights(("roc_auc", "pr_auc"), rows, _areas(probabilities[:, 1], labels == 1))
@@ -143,7 +150,7 @@ def _ranking(labels: np.ndarray, probabilities: np.ndarray) -> OfWeights:
             means = np.where(known, areas, 0.0).sum(axis=2) / known.sum(axis=2)
         return np.hstack([means, areas.reshape(len(weights), -1)])
 
-    per_class = (f"{kind}{CLASS_SUFFIX}{k}" for kind in ("roc_auc", "pr_auc") for k in range(classes))
+    per_class = (kind + suffix for kind in ("roc_auc", "pr_auc") for suffix in of_class)
     return OfWeights(("roc_auc", "pr_auc", *per_class), rows, of_classes)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from isotune.evaluation.statistics.resampling import CLASS_SUFFIX, RESAMPLES, OfWeights, Scores, score
+from isotune.evaluation.statistics.resampling import RESAMPLES, OfWeights, Scores, score, without_class
 from isotune.io.errors import UserError, first_line
 
 MODULE_RESAMPLES = 200  # from seed to seed the ends of an interval move by about 10% of its width
@@ -109,7 +109,7 @@ def read_metrics(
     metrics: list[str | MetricModule] = []
     for entry in entries:
         # f1_class_0 and its like are built in too, but no text has a class
-        if isinstance(entry, str) and (entry.split(CLASS_SUFFIX)[0] if columns is CLASSES else entry) in builtin:
+        if isinstance(entry, str) and (without_class(entry) if columns is CLASSES else entry) in builtin:
             metrics.append(entry)
             continue
         arguments = {"module": entry} if isinstance(entry, str) else dict(entry)

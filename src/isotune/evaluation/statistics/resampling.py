@@ -21,6 +21,13 @@ from isotune.io.errors import UserError
 
 RESAMPLES, LEVEL = 2_000, 0.95
 CLASS_SUFFIX = "_class_"  # before the number of a class in the name of a statistic: f1_class_0
+
+
+def without_class(name: str) -> str:
+    """The kind of a statistic of one class, f1 of `f1_class_0` and of `f1[neg]`; of any other its name."""
+    return name.split(CLASS_SUFFIX)[0].split("[")[0]
+
+
 BLOCK_WEIGHTS, BLOCK_RESAMPLES = 2**21, 512  # fewer rows a block are slow to multiply, more leave the caches
 _OPEN = 255  # a byte without an entry in the table
 _SPARE_DEVIATIONS = 5.0  # the Poisson sum exceeds n once in three million resamples, which are drawn again
@@ -74,11 +81,11 @@ class Scores:
 
 
 def select_names(statistics: Sequence[Statistic], only: Iterable[str] | None) -> set[str]:
-    """The names of statistics that `only` has, in full or without `_class_k`; all where it is None or empty.
+    """The names of statistics that `only` has, in full or without their class; all where it is None or empty.
 
     UserError where it has a name that no statistic has.
     """
-    kinds = {name: name.split(CLASS_SUFFIX)[0] for statistic in statistics for name in statistic.names}
+    kinds = {name: without_class(name) for statistic in statistics for name in statistic.names}
     selected = set(only or kinds)
     unknown = sorted(selected - kinds.keys() - set(kinds.values()))
     if unknown:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from isotune.evaluation.metrics.classification import SMALLEST, calibration_error, label_statistics
+from isotune.evaluation.metrics.classification import SMALLEST, calibration_error, class_suffixes, label_statistics
 from isotune.evaluation.results import CLASSIFICATION, write_result
 from isotune.evaluation.statistics.resampling import Scores, Statistic, by_group, mean, score, share
 from isotune.io.errors import UserError
@@ -14,6 +14,7 @@ from isotune.projects.arena.battles import CLASSES, ID, Battles, label_of, read_
 
 GROUP_DIGITS = 16  # of a prompt's digest: a million prompts have a collision in one of 40 million data sets
 UNIFORM_LOG_LOSS = math.log(3)
+NAMES = ("a", "b", "tie")  # of the classes, in results
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,10 @@ def score_preferences(battles: Battles, predictions: dict[str, np.ndarray], *, m
         statistics.append(by_group(mean(f"log_loss_{name}", -np.log(of_label)), groups))
         statistics.append(by_group(share(f"accuracy_{name}", probabilities.argmax(axis=1) == labels), groups))
     probabilities = predictions[main]
-    of_main = [*label_statistics(labels, probabilities.argmax(axis=1), 3), calibration_error(labels, probabilities)]
+    of_main = [
+        *label_statistics(labels, probabilities.argmax(axis=1), class_suffixes(3, NAMES)),
+        calibration_error(labels, probabilities),
+    ]
     statistics += [by_group(statistic, groups) for statistic in of_main]
     scores = score(statistics, int(groups.max()) + 1, seed=0)
     metrics, intervals = scores.metrics, scores.intervals
@@ -90,7 +94,7 @@ def write_preferences(
             "model": model,
             "dataset_name": battles.name,
             "dataset_split": split,
-            "label_names": ["a", "b", "tie"],
+            "label_names": list(NAMES),
             "verdict": scores.uniform_warning(main) or "better than uniform guessing with 95% confidence",
         },
         Scores(scores.metrics, scores.intervals),

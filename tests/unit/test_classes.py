@@ -1,0 +1,192 @@
+"""Which class a cell holds, in every form that labels are written in, and how lists of names are aligned."""
+
+import json
+
+import numpy as np
+import pytest
+from tests.unit.test_labelled import quietly, word_tokenizer
+
+from isotune.config import ClassificationRecipe
+from isotune.data.classification.classes import label_of, resolve
+from isotune.data.classification.split import prepare_labelled
+from isotune.data.sources.source import read_rows
+from isotune.io.errors import UserError
+from isotune.run.identity import RunIdentity
+
+
+def where(row: int) -> str:
+    return f"row {row + 1}"
+
+
+def found(*cells: object, known=None, own=()) -> tuple[list[int], tuple[str, ...] | None]:
+    column = resolve([label_of(cell) for cell in cells], where=where, known=known, own=own)
+    return column.labels.tolist(), column.names
+
+
+FORMS = {
+    "whole numbers": ((1, 0, 2), [1, 0, 2], None),
+    "floats that are whole": ((1.0, 0.0, 1), [1, 0, 1], None),
+    "digits in quotes": (("1", "0", "1"), [1, 0, 1], None),
+    "digits of a column with gaps": (("1.0", "0.0"), [1, 0], None),
+    "words, in the order of the alphabet": (("storm", "calm", "storm"), [1, 0, 1], ("calm", "storm")),
+    "words that differ in case and spaces": (("Very  Good", "bad", "very good "), [1, 0, 1], ("bad", "Very Good")),
+    "true and false": ((True, False), [1, 0], ("false", "true")),
+    "true and false in words": (("True", "False"), [1, 0], ("False", "True")),
+    "digits among words": (("1", "other", "1"), [0, 1, 0], ("1", "other")),
+    "Turkish and German letters": (("STRASSE", "straße", "x"), [0, 0, 1], ("STRASSE", "x")),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_labels_becomes_classes_in_a_stated_order(form):
+    cells, labels, names = FORMS[form]
+    assert found(*cells) == (labels, names)
+
+
+NAMED = {
+    "by name, whatever the case": (("POS", "neg"), ("neg", "pos"), [1, 0]),
+    "numbers, where one side has no names": ((1, 0), ("neg", "pos"), [1, 0]),
+    "digits, the same": (("1", "0"), ("neg", "pos"), [1, 0]),
+    "names that are numbers are names": ((1, 5, 3), ("5", "4", "3", "2", "1"), [4, 0, 2]),
+    "numbers below zero by their names": ((-1, 0, 1), ("-1", "0", "1"), [0, 1, 2]),
+    "true and false by number": ((True, False), ("no", "yes"), [1, 0]),
+    "true and false by name": ((True, False), ("true", "false"), [0, 1]),
+    "names that differ in their case alone": (("a", "A"), ("A", "a"), [1, 0]),
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_labels_are_found_among_known_names(case):
+    cells, names, labels = NAMED[case]
+    assert found(*cells, known=names) == (labels, names)
+
+
+def test_a_class_label_is_aligned_by_its_names_and_not_by_its_numbers():
+    own = (("positive", "negative"),)
+    cells = [label_of(cell, own[0]) for cell in (0, 1, 0)]
+    aligned = resolve(cells, where=where, known=("NEGATIVE", "POSITIVE"), own=own)
+    assert aligned.labels.tolist() == [1, 0, 1] and aligned.names == ("NEGATIVE", "POSITIVE")
+    alone = resolve(cells, where=where, own=own)
+    assert alone.labels.tolist() == [0, 1, 0] and alone.names == own[0]
+    # a task renames the classes: the list that the model knows counts
+    both = (("bad", "good"), ("neg", "pos"))
+    assert resolve(["good", "bad"], where=where, known=("pos", "neg"), own=both).labels.tolist() == [0, 1]
+
+
+WRONG = {
+    "a word that is no name": (
+        ("neg", "mixed"),
+        ("neg", "pos"),
+        "row 2 is of class 'mixed'.*mixed, neg.*neg, pos",
+    ),
+    "a number beyond the names": ((0, 2), ("neg", "pos"), "row 2 is of class '2'.*neg, pos"),
+    "a number among names that are numbers": ((1, 0), ("1", "2"), "row 2 is of class '0'.* 1, 2"),
+    "numbers and words": ((0, 1, "x"), None, "row 3 holds 'x' and row 1 0: .* not mixed"),
+    "numbers and true": ((0, 1, True), None, "row 3 holds True"),
+    "below zero": ((0, -1), None, "row 2 holds -1: a class is .*label_names"),
+    "texts for classes": (tuple(f"text {n}" for n in range(8)), None, "hold 8 classes, 'text 0' first: .*no classes"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_label_that_is_no_class_is_refused_with_both_lists(case):
+    cells, known, sentence = WRONG[case]
+    with pytest.raises(UserError, match=sentence):
+        found(*cells, known=known)
+
+
+@pytest.mark.parametrize("cell", [None, float("nan"), 0.5, "", "  ", [1], 2**40])
+def test_what_is_no_label_is_said(cell):
+    with pytest.raises(ValueError, match=r"."):
+        label_of(cell)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def written(name: str, *labels: object, **more: list) -> str:
+        rows = [{"text": str(n + 1), "label": label} for n, label in enumerate(labels)]
+        for key, values in more.items():
+            rows = [{**row, key: value} for row, value in zip(rows, values, strict=True)]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / name)
+
+    return written
+
+
+def prepare(tmp_path, **keys):
+    keys = {"model_name_or_path": "x", "output_dir": str(tmp_path / "run"), "max_seq_length": 8, **keys}
+    return prepare_labelled(ClassificationRecipe.from_values(**keys), word_tokenizer(), show=False)
+
+
+def test_evaluation_data_follow_the_names_of_the_training_data(tmp_path, write):
+    train, other = write("a.jsonl", "pos", "neg", "mid", "pos"), write("b.jsonl", "POS", "neg", "Pos")
+    data = prepare(tmp_path, dataset_name=train, eval_dataset_name=other)
+    assert data.train.class_names == ["mid", "neg", "pos"] == data.found["label_names"]
+    assert data.evaluation is not None and data.evaluation.documents.labels.tolist() == [2, 1, 2]
+    assert data.evaluation.table.counts["classes"] == [0, 1, 2]
+    with pytest.raises(UserError, match=r"row 1 of .*c.jsonl is of class 'good'.*good.*mid, neg, pos"):
+        prepare(tmp_path, dataset_name=train, eval_dataset_name=write("c.jsonl", "good", "neg"))
+    with pytest.raises(UserError, match=r"are the numbers 0 to 1, and .*b.jsonl has neg, POS: label_names says"):
+        prepare(tmp_path, dataset_name=write("d.jsonl", 0, 1), eval_dataset_name=other)
+
+
+def test_a_saved_data_sets_names_are_taken_over_and_those_of_its_parquet(tmp_path):
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["storm", "calm"])})
+    dataset = Dataset.from_dict({"text": ["1", "2", "3"], "label": [0, 1, 1]}, features=features)
+    dataset.save_to_disk(str(tmp_path / "saved"))
+    dataset.to_parquet(str(tmp_path / "rows.parquet"))
+    for name in ("saved", "rows.parquet"):
+        prepared = quietly(str(tmp_path / name))
+        assert prepared.class_names == ["storm", "calm"] and prepared.documents.labels.tolist() == [0, 1, 1]
+    again = quietly(str(tmp_path / "saved"), label_names=("calm", "storm"))
+    assert again.documents.labels.tolist() == [1, 0, 0]
+    unlabelled = dataset.map(lambda row: {"label": -1}, features=features)
+    unlabelled.save_to_disk(str(tmp_path / "test"))
+    with pytest.raises(UserError, match=r"row 1 of .*holds -1, and its column has the classes 0 to 1: storm, calm"):
+        quietly(str(tmp_path / "test"))
+
+
+IDS = {
+    "repeated": [7, 7, 8],
+    "of two kinds": [0, "x", 1],
+    "null": [None, None, None],
+    "fractions": [0.5, 1.5, 2.5],
+    "lists": [[1], [1], [2]],
+}
+
+
+@pytest.mark.parametrize("kind", IDS)
+def test_an_id_column_that_nobody_asked_for_is_passed_over_with_a_line(write, kind):
+    path = write("rows.jsonl", 0, 1, 0, id=IDS[kind])
+    prepared = quietly(path)
+    assert prepared.documents.ids.tolist() == [0, 1, 2]
+    (note,) = prepared.table.counts["notes"]
+    assert "'id'" in note and "dataset_id_field" in note and note in str(prepared.table)
+    assert quietly(path, dataset_id_field="none").table.counts["notes"] == []
+    with pytest.raises(UserError, match="row"):
+        quietly(path, dataset_id_field="id")
+
+
+@pytest.mark.parametrize("word", ["none", "null", "", None, "None"])
+def test_no_ids_can_be_asked_for_and_stay_so_in_the_resolved_recipe(tmp_path, word):
+    keys = {"model_name_or_path": "x", "dataset_name": "y", "output_dir": str(tmp_path)}
+    recipe = ClassificationRecipe.from_values(**keys, dataset_id_field=word)
+    assert recipe.dataset_id_field == "none" and recipe.resolved()["dataset_id_field"] == "none"
+    assert ClassificationRecipe.from_values(**recipe.resolved()).dataset_id_field == "none"
+    assert "dataset_id_field" not in ClassificationRecipe.from_values(**keys).resolved()
+
+
+def test_what_the_data_decide_is_no_other_run_but_what_is_given_is(tmp_path):
+    keys = {"model_name_or_path": "x", "dataset_name": "y", "output_dir": str(tmp_path)}
+    plain = ClassificationRecipe.from_values(**keys)
+    first, again = (RunIdentity.of(recipe) for recipe in (plain.with_values(label_names=["a", "b"]), plain))
+    assert not first.differences(again) and not again.differences(first)
+    assert first.differences(RunIdentity.of(plain.with_values(label_names=["b", "a"]))).keys() == {"label_names"}
+    assert again.differences(RunIdentity.of(plain.with_values(seed=1))).keys() == {"seed"}
+
+
+def test_rows_of_a_source_without_features_have_no_names(write):
+    assert read_rows(write("rows.jsonl", 0, 1)).class_names == {}
+    assert np.array_equal(quietly(write("two.jsonl", 0, 1)).documents.labels, [0, 1])
