@@ -154,7 +154,7 @@ def test_pictures_and_examples_stand_beside_the_numbers_and_say_the_same_in_word
         for column, count in enumerate(of_class):
             assert (f"{count} as {names[column]}" in line) == (count > 0)
     assert f"{result.metrics['expected_calibration_error']:.3f}" in (folder / "reliability.txt").read_text()
-    assert f"{result.metrics['pr_auc_class_2']:.3f}" in (folder / "precision_recall.txt").read_text()
+    assert f"{result.metrics['pr_auc[good]']:.3f}" in (folder / "precision_recall.txt").read_text()
     examples = [json.loads(line) for line in (folder / "examples.jsonl").read_text().splitlines()]
     wrong = [one for one in examples if one["actual"] != one["predicted"]]
     assert len(wrong) == min(100, sum(a != b for a, b in zip(labels, chosen, strict=True)))
@@ -221,7 +221,7 @@ def test_a_mistake_is_one_sentence_and_status_2(runs, classify, tmp_path):
         (["--run_dir", no_model], "has no model"),
         (["--run_dir", no_data], "names no evaluation data"),
         (["--run_dir", run, "--dataset_name", strange], "row 2 of .*strange.jsonl is of class 3"),
-        (["--run_dir", run, "--dataset_name", word], "holds 'awful': a class is a whole number"),
+        (["--run_dir", run, "--dataset_name", word], "has the classes awful, and .* has 3 without names"),
         (["--run_dir", run, *data, "--max_seq_length", 9999], "is beyond the .* positions"),
         (["--run_dir", run, *data, "--attention_ids", "x"], "--attention_ids: no row has the id 'x'"),
         (["--run_dir", run, *data, "--batch_size", 0], "--batch_size is 0"),

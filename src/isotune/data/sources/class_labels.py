@@ -12,11 +12,8 @@ ClassNames = dict[str, tuple[tuple[str, ...], ...]]  # by column, as `Source.cla
 def class_names_of(features: Mapping[str, Any]) -> ClassNames:
     """The names of every column of a `datasets.Features` that is a ClassLabel, or a list of them."""
     inner = {column: getattr(feature, "feature", feature) for column, feature in features.items()}
-    return {
-        column: (tuple(map(str, feature.names)),)
-        for column, feature in inner.items()
-        if getattr(feature, "names", None)
-    }
+    named = {column: getattr(feature, "names", None) for column, feature in inner.items()}
+    return {column: (tuple(map(str, names)),) for column, names in named.items() if names}
 
 
 def file_class_names(path: Path) -> ClassNames:

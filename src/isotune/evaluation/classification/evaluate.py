@@ -147,12 +147,12 @@ def read_task_rows(
     if held_out is not None:
         _, labelled = split_by_content(labelled, *held_out)
         reasons = {"in the training side of the split": rows_read - len(labelled.documents)}
-    labelled.check_classes(evaluation=True)
     if names is None and not labelled.numbered:
         raise UserError(
             f"{source.name} has the classes {listed(labelled.class_names or ())}, and {classifier.name} has {classes} "
             "without names: list them by `labels` in a task file, in the order of the model's outputs"
         )
+    labelled.check_classes(evaluation=True)
     if ranks.is_main:
         print(labelled.prepared().table, flush=True)
     order = np.argsort(labelled.documents.ids, kind="stable")
