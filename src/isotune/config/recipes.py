@@ -56,7 +56,7 @@ class ClassificationRecipe(RunRecipe):
     """A recipe of unpadded classification: a step sees `global_batch_size` documents."""
 
     eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_accuracy", "eval_f1_macro")
-    found_in_data: ClassVar[frozenset[str]] = frozenset({"label_names"})
+    found_in_data: ClassVar[frozenset[str]] = frozenset({"dataset_text_field", "dataset_label_field", "label_names"})
 
     # fmt: off
     task: Literal["classification"] = key(

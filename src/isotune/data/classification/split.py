@@ -17,6 +17,7 @@ from tqdm import tqdm
 from isotune.config import ClassificationRecipe
 from isotune.data.cache import load_or_build
 from isotune.data.classification.classes import listed
+from isotune.data.classification.columns import find_columns, said
 from isotune.data.classification.labels import ClassificationSettings
 from isotune.data.classification.preparation import LabelledSplit, tokenize
 from isotune.data.contents import EMPTY, held_out, normalised
@@ -43,10 +44,13 @@ def prepare_labelled(recipe: ClassificationRecipe, tokenizer: Any, *, show: bool
 
     `show` asks for progress on stderr and a table of each set on stdout; one process of a launch should.
     """
+    found: dict[str, Any] = dict(find_columns(_source(recipe, "dataset_name"), recipe))
+    guess = (said(found),) if found else ()
+    recipe = recipe.with_values(**found)
     train = _read(recipe, tokenizer, "dataset_name", show)
+    train = replace(train, notes=(*train.notes, *guess))
     train.check_classes(evaluation=False)
     classes = train.num_labels
-    found: dict[str, Any] = {}
     if recipe.label_source == "column" and recipe.label_names is None and train.class_names:
         found["label_names"] = list(train.class_names)
     remarks: dict[str, Any] = {}
