@@ -41,6 +41,13 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def shown(value: object, characters: int = 60) -> str:
+    """A value as a message quotes it, cut to `characters` of what is between the quotes."""
+    text = value if isinstance(value, str) else repr(value)
+    text = text if len(text) <= characters else text[: characters - 3] + "..."
+    return repr(text) if isinstance(value, str) else text
+
+
 def nearest(written: object, names: Iterable[str], *, cutoff: float = 0.6) -> str | None:
     """The name spelled most like `written`, or None where none has a similarity of `cutoff`, from 0 to 1 (equal)."""
     matches = difflib.get_close_matches(str(written), list(names), n=1, cutoff=cutoff)

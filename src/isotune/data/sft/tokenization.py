@@ -36,10 +36,13 @@ class LocatedTokens:
     text_starts: np.ndarray  # int64 [texts + 1]; in the same unit
     in_bytes: bool  # whether that unit is the byte of UTF-8, else the character
 
-    def position(self, number: int, text: str, character: int) -> int:
-        """Where a character of text `number` stands in the joined texts."""
-        within = len(text[:character].encode()) if self.in_bytes and not text.isascii() else character
-        return int(self.text_starts[number]) + within
+    def positions(self, number: int, text: str, characters: Sequence[int]) -> np.ndarray:
+        """Where some characters of text `number`, in their order, stand in the joined texts: int64 [characters]."""
+        within = np.array(characters, np.int64)
+        if self.in_bytes and not text.isascii():
+            pieces = zip([0, *characters], characters, strict=False)
+            within = np.cumsum([len(text[start:end].encode()) for start, end in pieces])
+        return self.text_starts[number] + within
 
 
 class ConversationEncoder(FastTokenizer):
@@ -149,10 +152,10 @@ def _answered_until(conversations: Sequence[Conversation], tokens: LocatedTokens
     """How much of the joined texts before each place belongs to answers: int64 [bytes or characters + 1]."""
     edges = np.zeros(int(tokens.text_starts[-1]) + 1, np.int8)
     for number, conversation in enumerate(conversations):
-        for start, end in conversation.answers:
-            # Answers never touch, because a header stands between them: no place is an edge twice.
-            edges[tokens.position(number, conversation.text, start)] += 1
-            edges[tokens.position(number, conversation.text, end)] -= 1
+        # Answers never touch, because a header stands between them: no place is an edge twice.
+        places = tokens.positions(number, conversation.text, list(chain.from_iterable(conversation.answers)))
+        edges[places[::2]] += 1
+        edges[places[1::2]] -= 1
     return starts_of(np.cumsum(edges[:-1], dtype=np.int8))
 
 

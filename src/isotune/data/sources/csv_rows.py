@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from isotune.data.sources.text_files import open_text, undecoded
-from isotune.io.errors import UserError
+from isotune.io.errors import UserError, shown
 from isotune.io.formats import format_of
 
 SHOWN_CHARACTERS = 60
@@ -207,8 +207,3 @@ def unnamed_columns(where: str, names: Sequence[str]) -> str:
         f"{where} does not name the columns but holds a row ({cells}): name them in their order, such as "
         f"--dataset_columns {' '.join(guesses)}"
     )
-
-
-def shown(text: str, limit: int = SHOWN_CHARACTERS) -> str:
-    """A text as a message quotes it, cut to `limit` characters."""
-    return repr(text if len(text) <= limit else text[: limit - 3] + "...")

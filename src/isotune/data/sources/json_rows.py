@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from isotune.data.sources.text_files import open_text, undecoded
-from isotune.io.errors import UserError, first_line
+from isotune.io.errors import UserError, first_line, shown
 from isotune.io.formats import format_of
 
 Row = dict[str, Any]
@@ -68,7 +68,7 @@ def _parse_line(path: Path, number: int, line: str) -> Row:
     row = cast(Row, row)
     if fault:
         column = next((name for name, value in row.items() if undecoded(json.dumps(value, ensure_ascii=False))), None)
-        raise UserError(f"{path} line {number}{f', column {column!r},' if column else ''} {fault}")
+        raise UserError(f"{path} line {number}{f', column {shown(column)},' if column else ''} {fault}")
     return row
 
 
