@@ -143,6 +143,7 @@ class ClassificationTask(Task):
             if place is not None and place < len(labels):
                 return labels[place]
         known = ", ".join(labels)
+        known = known if len(known) <= 60 else f"{known[:57]}..."
         raise UserError(f"{plain.where(number)} is of class {str(cell)[:40]!r}, and the task knows {known}")
 
 

@@ -14,7 +14,7 @@ from isotune.data.contents import clean, contents_of, random_labels
 from isotune.data.documents import DataSettings, Documents
 from isotune.data.sources.source import Row, Source, kind_of_value, surrogate_fault
 from isotune.data.tokenizer import TextEncoder
-from isotune.io.errors import UserError
+from isotune.io.errors import UserError, shown
 
 Id = int | str
 
@@ -187,13 +187,13 @@ def _as_ids(ids: list[Id], numbers: np.ndarray, source: Source) -> np.ndarray:
     for number, own_id in enumerate(ids):
         if type(own_id) is not kind:
             raise UserError(
-                f"{source.where(number)} has the id {own_id!r} and row 1 has {ids[0]!r}: "
+                f"{source.where(number)} has the id {shown(own_id, 30)} and row 1 has {shown(ids[0], 30)}: "
                 "numbers and texts are not mixed"
             )
         if own_id in first_row:
             raise UserError(
-                f"{source.where(number)} has the id {own_id!r}, and so has row {first_row[own_id] + 1}: an id stands "
-                f"once (dataset_id_field names the column; {NO_IDS} numbers the rows instead)"
+                f"{source.where(number)} has the id {shown(own_id)}, and so has row {first_row[own_id] + 1}: "
+                f"an id stands once (dataset_id_field names the column; {NO_IDS} numbers the rows instead)"
             )
         first_row[own_id] = number
     return np.array(ids, np.int64 if kind is int else np.str_)
