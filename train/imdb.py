@@ -26,6 +26,7 @@ def main() -> None:
     )
     # the engine takes seconds to import: a mistake in the recipe has been answered by now
     from isotune.data.classification.split import prepare_labelled
+    from isotune.evaluation.classification.evaluate import show_sentences
     from isotune.preflight.startup_check import startup_check
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.report.model_card import share
@@ -33,10 +34,15 @@ def main() -> None:
 
     start = start_run(recipe)
     data = prepare_labelled(recipe, start.tokenizer, show=start.process.is_main)
-    start = startup_check(start, data)
-    if start is None:
+    checked = startup_check(start, data)
+    if checked is None:
         return
-    if train_run(start, data) is not None:
+
+    def before_finishing() -> None:
+        if recipe.sentences:
+            show_sentences(start.run.path, recipe.sentences, start.process.device)
+
+    if train_run(checked, data, before_finishing) is not None:
         print(f"loss curve  {draw_loss_curve(start.run.path)}")
         share(recipe)
 

@@ -2,11 +2,13 @@
 
 In this order:
 
-    question    it ends in a question mark, whatever quotes, brackets and full stops follow, or its first words are
-                those of a question: what, why, can you, is there, ...
+    question    its first words are those of a question: what, why, can you, is there, ...
     command     its first words tell somebody to do something: please, let's, I want you to, you must, or a verb that
-                begins an order: act, write, explain, ...
+                begins an order: act, write, explain, ...; whatever it ends with, because many orders quote a question
+    question    it ends in a question mark, whatever quotes, brackets and full stops follow
     statement   everything else, an empty text too
+
+"You will come?" is one sentence that asks, and not an order.
 
 First words are those after opening quotes, brackets and a greeting or the name of whom it addresses ("Hello ChatGPT.").
 """
@@ -51,13 +53,15 @@ _TELLING = re.compile(
 def sentence_type(text: str) -> int:
     """COMMAND, STATEMENT or QUESTION, by the rules of this module."""
     text = text.replace("’", "'")
-    if text.rstrip(_AFTER_THE_MARK).endswith("?"):
-        return QUESTION
+    whole = text.rstrip(_AFTER_THE_MARK)
     first = _without_opening(text)
     first = _without_opening(_GREETING.sub("", first, count=1) if _GREETING.match(first) else first)
     if _ASKING.match(first):
         return QUESTION
-    return COMMAND if _TELLING.match(first) else STATEMENT
+    asks = whole.endswith("?")
+    if _TELLING.match(first) and not (asks and first[:4].lower() == "you " and not re.search(r"[.!?:\n]", whole[:-1])):
+        return COMMAND
+    return QUESTION if asks else STATEMENT
 
 
 def _without_opening(text: str) -> str:

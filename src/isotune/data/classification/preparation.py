@@ -18,6 +18,7 @@ from isotune.data.tokenizer import TextEncoder
 from isotune.io.errors import UserError
 
 LABELLED_FORMAT_VERSION = 2  # raised when the same input gives other documents
+RULES_VERSION = 2  # raised when the rules of a project give a text another class
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,9 @@ def tokenize(source: Source, tokenizer: Any, settings: ClassificationSettings, *
     settings.check(encoder.special_tokens)
     ids = None if settings.dataset_id_field == AUTO else settings.dataset_id_field
     texts = (settings.max_seq_length, settings.overlong, settings.dataset_text_field, ids)
-    labels_from = {"column": settings.dataset_label_field, "rules": "", "random": settings.seed}[settings.label_source]
+    labels_from = {"column": settings.dataset_label_field, "rules": RULES_VERSION, "random": settings.seed}[
+        settings.label_source
+    ]
     labels = (settings.clean_text, settings.label_source, labels_from)
     named: list[Any] = [
         own for own in (settings.label_names, source.class_names.get(settings.dataset_label_field)) if own
