@@ -24,8 +24,9 @@ NO_DROPOUT = {
     "roberta": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     "albert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout_prob": 0.0},
     "distilbert": {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0},
-    # not known to the packed path: it must say so, and pad
     "electra": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    # its attention cannot be replaced: it must say so, and pad
+    "mpnet": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
 }
 
 
@@ -106,9 +107,9 @@ def run_and_judge(tmp_path, kind: str, train: list[dict], judge: dict[str, Any],
 @pytest.mark.parametrize("kind", NO_DROPOUT)
 def test_an_unpadded_run_is_the_plain_padded_loop(tmp_path, capsys, kind):
     built, _ = run_and_judge(tmp_path, kind, find_corpus("builtin:opinions").rows("train"), {})
-    padded = "is not known to work without padding: texts are padded" in capsys.readouterr().out
-    assert padded == (kind == "electra")
-    assert built.trainer.plan.task.attention == ("sdpa" if kind == "electra" else "packed")
+    padded = "texts are padded, as model type 'mpnet' cannot be packed" in capsys.readouterr().out
+    assert padded == (kind == "mpnet")
+    assert built.trainer.plan.task.attention == ("eager" if kind == "mpnet" else "packed")
 
 
 def uneven_rows(folder: Path) -> list[dict]:

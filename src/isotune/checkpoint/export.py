@@ -32,8 +32,9 @@ from isotune.models.finished_run import (
     read_run,
 )
 from isotune.models.hub_models import locate
+from isotune.models.layouts.heads import head_of
 from isotune.models.log_control import quiet_libraries
-from isotune.models.lora import add_adapters, head_of
+from isotune.models.lora import add_adapters
 from isotune.models.opening import check_weights, is_made_here, load_base_model, load_config, load_tokenizer
 from isotune.run.hub import keep_commits
 

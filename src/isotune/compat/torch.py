@@ -55,6 +55,12 @@ def patch_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     patched.forward = types.MethodType(forward, module)
 
 
+def unpatch_forward(module: nn.Module) -> None:
+    """Undo `patch_forward`."""
+    patched: Any = module
+    del patched.forward, patched.stock_forward
+
+
 @contextlib.contextmanager
 def replaced(name: str, function: Callable[..., Tensor]) -> Iterator[None]:
     """Within it `torch.nn.functional.NAME` is `function`, for every model, whose code looks it up at each call.

@@ -1,16 +1,10 @@
-"""Sequence classifiers on packed rows: the stock head of every architecture, applied at each document's first token.
+"""Sequence classifiers on rows of documents: the stock model of every architecture, with an exact summed loss.
 
-A stock head reads the hidden state at position 0 of each padded text. In a packed row these are the states at the
-starts of the documents, so they are selected from the encoder's output:
-
-    hidden states   [ a0 a1 a2 | b0 b1 | c0 c1 c2 c3 ]   ->   [ a0 ]   one row per document, of one state: the modules
-    cu_seq_lens_q   [ 0, 3, 5, 9 ]                            [ b0 ]   above (BERT's pooler, DistilBERT's
-                                                              [ c0 ]   pre_classifier, RoBERTa's dense) are unchanged
-
-Model types that are not in ENCODERS get padded texts, made from the same row.
+Whether the documents run packed, padded or one at a time is measured on the loaded model: `layouts/choose.py`.
 """
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,22 +13,21 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from isotune.compat.peft import base_model_of, given_arguments
 from isotune.compat.torch import patch_forward
-from isotune.compat.transformers import attention_of, set_sharded_classes
+from isotune.compat.transformers import set_sharded_classes
 from isotune.io.errors import UserError
 from isotune.models.cpu.cls_only import cls_states_only
 from isotune.models.cpu.functional import onednn_products
 from isotune.models.cpu.layers import keep_freed_memory
-from isotune.models.packed_attention import PACKED, document_position_ids, set_packed_attention
+from isotune.models.layouts.choose import choose_layout
+from isotune.models.layouts.layout import FIRST, LAST, Layout, install_layout
+from isotune.models.packed_attention import PACKED
 
-# Name of the encoder in the base model, by model type.
-_LIKE_BERT = ("albert", "bert", "camembert", "roberta", "xlm-roberta")
-ENCODERS = dict.fromkeys(_LIKE_BERT, "encoder") | {"distilbert": "transformer"}
-PADDED = "padded"
+_layouts: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictionary()  # of installed models
 
 
 @dataclass(frozen=True)
@@ -94,23 +87,20 @@ def choose_weights(
     return tuple(float(weight) for weight in class_weights)
 
 
-def install_classification(model: PreTrainedModel, class_loss: ClassLoss | None = None) -> str:
+def install_classification(
+    model: PreTrainedModel, class_loss: ClassLoss | None = None, longest: int | None = None
+) -> Layout:
     """Make a stock classifier accept packed rows (`isotune.data.batch_schedule.PackedInputs`).
 
     Then `model(input_ids=..., cu_seq_lens_q=..., targets=...)` returns `.logits`, [documents, classes], and `.loss`,
     the fp32 sum over the documents: of `class_loss` in training, of the plain cross-entropy in evaluation, so that runs
     with different class weights can be compared. Without `cu_seq_lens_q` the stock forward runs. Call it before peft
-    wraps the model. Returns `packed`, or `padded` where the model type is not known to work without padding.
+    wraps the model. Returns how documents run inside: no document has more than `longest` tokens, where given, and
+    short ones may be packed where a window would end. UserError where the model is right in no layout.
     """
-    attention, before = PADDED, attention_of(model.config)
-    if model.config.model_type in ENCODERS:
-        try:
-            set_packed_attention(model)
-            attention = PACKED
-        except UserError:
-            model.set_attn_implementation(before or "sdpa")
+    layout = choose_layout(model, longest)
     set_sharded_classes(model, _block_classes(model))
-    stock_inputs = _packed_inputs if attention == PACKED else _padded_inputs
+    logits_of = install_layout(model, layout)
 
     def forward(
         self: Any,
@@ -123,16 +113,28 @@ def install_classification(model: PreTrainedModel, class_loss: ClassLoss | None 
     ) -> Any:
         if cu_seq_lens_q is None:
             return self.stock_forward(input_ids, *args, **kwargs)
-        inputs = stock_inputs(self.config, input_ids, cu_seq_lens_q, given_arguments(kwargs))
-        logits = self.stock_forward(**inputs, return_dict=True).logits
+        logits = logits_of(self, input_ids, cu_seq_lens_q, given_arguments(kwargs))
         chosen = (class_loss if self.training else None) or PLAIN_LOSS
         loss = None if targets is None else chosen.summed(logits, targets)
         return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]  (a FloatTensor)
 
     patch_forward(model, forward)
-    if attention == PACKED:
-        _encoder_of(model).register_forward_hook(_select_first_states, with_kwargs=True)
-    return attention
+    _layouts[model] = layout
+    return layout
+
+
+def pad_like_tokenizer(model: PreTrainedModel, layout: Layout, pad: int | None) -> str | None:
+    """Let a head that reads the last token that does not pad know which token its tokenizer pads with.
+
+    Otherwise plain transformers refuses batches of the saved model, or reads a padding token. Returns a sentence where
+    the configuration changes.
+    """
+    config = model.config.get_text_config()
+    before = config.pad_token_id
+    if layout.reads != LAST or pad is None or before == pad:
+        return None
+    config.pad_token_id = pad
+    return f"the head reads the last token other than {pad}, with which the tokenizer pads; the base said {before}"
 
 
 def _block_classes(model: PreTrainedModel) -> list[str]:
@@ -143,16 +145,6 @@ def _block_classes(model: PreTrainedModel) -> list[str]:
     """
     stacks = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList) and len(module)]
     return sorted({type(block).__name__ for block in stacks[0]}) if stacks else []
-
-
-def _select_first_states(encoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    bounds = kwargs.get("cu_seq_lens_q")
-    if bounds is not None:
-        states = output.last_hidden_state[0]
-        # as many states as documents: `fast_evaluation` computed these alone, or every document has one token
-        firsts = states if len(states) == len(bounds) - 1 else states[bounds[:-1].long()]
-        output.last_hidden_state = firsts[:, None]
-    return output
 
 
 @contextlib.contextmanager
@@ -166,23 +158,7 @@ def fast_evaluation(model: Any) -> Iterator[None]:
         if base.device.type == "cpu":
             keep_freed_memory()
             within.enter_context(onednn_products())
-            if base.config.model_type in ENCODERS:
-                within.enter_context(cls_states_only(_encoder_of(base), base.config))
+            layout = _layouts.get(base)
+            if layout is not None and layout.name == PACKED and layout.reads == FIRST:
+                within.enter_context(cls_states_only(base.base_model.get_submodule(layout.blocks), base.config))
         yield
-
-
-def _encoder_of(model: PreTrainedModel) -> Any:
-    return getattr(model.base_model, ENCODERS[model.config.model_type])
-
-
-def _packed_inputs(config: PreTrainedConfig, input_ids: torch.Tensor, bounds: torch.Tensor, given: dict) -> dict:
-    positions = document_position_ids(config, bounds, input_ids.shape[1])
-    return {"input_ids": input_ids, "position_ids": positions, "cu_seq_lens_q": bounds, **given}
-
-
-def _padded_inputs(config: PreTrainedConfig, input_ids: torch.Tensor, bounds: torch.Tensor, given: dict) -> dict:
-    texts = input_ids[0].split(bounds.diff().tolist())
-    pad = config.pad_token_id or 0
-    batch = nn.utils.rnn.pad_sequence(list(texts), batch_first=True, padding_value=pad)
-    mask = nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
-    return {"input_ids": batch, "attention_mask": mask}

@@ -20,8 +20,8 @@ from isotune.data.sources.hub import is_hub_id
 from isotune.io.errors import UserError
 from isotune.models.base_folder import ADAPTER_CONFIG
 from isotune.models.base_head import set_names
+from isotune.models.layouts.heads import head_of
 from isotune.models.log_control import quiet_libraries
-from isotune.models.lora import head_of
 from isotune.models.opening import (
     LOADING_ERRORS,
     check_weights,

@@ -14,6 +14,7 @@ from torch import nn
 from isotune.io.errors import RunFault
 from isotune.models.document_dropout import training_microbatch
 from isotune.models.document_keys import MicrobatchDocuments
+from isotune.models.layouts.layout import restore_attention_type
 
 LENGTHS = (9, 17, 12)
 ALONE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -78,6 +79,7 @@ def check_isolation(
         loss, reference = _losses(model, documents, together, device, classifier)
     finally:
         model.train(mode)
+        restore_attention_type(model)
     loss_error = abs(loss - reference) / max(abs(reference), 1e-6)
     if not leak == 0.0:
         raise RunFault(

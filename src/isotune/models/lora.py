@@ -4,32 +4,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from isotune.config import ClassificationRecipe, RunRecipe
 from isotune.io.errors import UserError, first_line, nearest
 from isotune.models.adapter_targets import Targets, check_patterns, choose_targets
 from isotune.models.hub_models import commit_of_base
+from isotune.models.layouts.heads import head_modules
 from isotune.models.log_control import quiet_libraries
-
-# Modules of a classifier above its encoder: a file may lack them, and beside LoRA they are trained whole.
-HEADS = {
-    "albert": ["pooler", "classifier"],
-    "bert": ["pooler", "classifier"],
-    "distilbert": ["pre_classifier", "classifier"],
-}
-OTHER_HEADS = ["classifier"]
 
 # Second layers of feed-forward networks: IA3 scales what goes into them, and what comes out of every other.
 IA3_FEEDFORWARD = frozenset(
     {"fc2", "down_proj", "wo", "lin2", "ffn_output", "c_proj", "dense_4h_to_h", "fc_out", "w2", "Wo"}
 )
-
-
-def head_of(config: PreTrainedConfig) -> list[str]:
-    """Names of the modules of a classifier's head; none of them is below the encoder."""
-    return HEADS.get(config.model_type, OTHER_HEADS)
 
 
 def add_adapters(model: PreTrainedModel, recipe: RunRecipe) -> nn.Module:
@@ -42,7 +30,7 @@ def add_adapters(model: PreTrainedModel, recipe: RunRecipe) -> nn.Module:
 
     targets = choose_targets(model, recipe)
     _check_modules_to_save(model, recipe, targets)
-    head = head_of(model.config) if isinstance(recipe, ClassificationRecipe) else []
+    head = head_modules(model) if isinstance(recipe, ClassificationRecipe) else []
     model.requires_grad_(False)
     torch.manual_seed(recipe.seed)
     common: dict[str, Any] = {

@@ -4,7 +4,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
@@ -33,10 +33,11 @@ from isotune.io.errors import UserError, first_line
 from isotune.models.base_head import BaseHead, draw_head, is_classifier, reorder
 from isotune.models.builtin_models import builtin_config, builtin_tokenizer
 from isotune.models.hub_models import locate
+from isotune.models.layouts.heads import head_of, is_of_head
 from isotune.models.log_control import quiet_libraries
-from isotune.models.lora import head_of
 from isotune.models.packed_attention import max_positions
 
+SayNew = Callable[[Sequence[str]], None]
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError)
 
 
@@ -53,12 +54,18 @@ def loading(failure: str, errors: tuple[type[Exception], ...] = LOADING_ERRORS) 
 
 
 def load_pretrained(
-    name: str, *, auto: Any, may_lack: Sequence[str] = (), revision: str | None = None, **kwargs: Any
+    name: str,
+    *,
+    auto: Any,
+    may_lack: Sequence[str] = (),
+    revision: str | None = None,
+    say_new: SayNew | None = None,
+    **kwargs: Any,
 ) -> Any:
     """A model of a folder or Hub id with all its weights, but for those of the modules `may_lack`.
 
     `auto` is transformers' auto class of the model, and `kwargs` are of its `from_pretrained`. `revision` is a branch,
-    tag or commit of a Hub id.
+    tag or commit of a Hub id. `say_new` is told the names of the parameters that no file has.
     """
     located = locate(name, "model", revision, weights=True)
     if os.path.isdir(name) and check_safetensors(Path(name)):
@@ -68,14 +75,16 @@ def load_pretrained(
     with loading(f"the weights of '{name}' cannot be loaded"):
         model, loaded = auto.from_pretrained(located.name, output_loading_info=True, **located.arguments, **kwargs)
     other_size = [str(key[0] if isinstance(key, tuple) else key) for key in loaded.get("mismatched_keys", ())]
-    if wrong := sorted(key for key in other_size if not set(key.split(".")) & set(may_lack)):
+    if wrong := sorted(key for key in other_size if not is_of_head(key, may_lack)):
         raise UserError(f"the weights of '{name}' have another size of {wrong[0]} than {type(model).__name__}")
-    missing = sorted(key for key in loaded["missing_keys"] if not set(key.split(".")) & set(may_lack))
+    missing = sorted(key for key in loaded["missing_keys"] if not is_of_head(key, may_lack))
     if missing:
         raise UserError(
             f"the weights of '{name}' lack {len(missing)} tensors of {type(model).__name__}, {missing[0]} first: "
             "they would be random"
         )
+    if loaded["missing_keys"] and say_new is not None:
+        say_new(sorted(loaded["missing_keys"]))
     return model
 
 
@@ -174,13 +183,17 @@ def is_made_here(recipe: RunRecipe) -> bool:
 
 
 def load_base_model(
-    recipe: RunRecipe, config: PreTrainedConfig, device: torch.device, head: BaseHead | None = None
+    recipe: RunRecipe,
+    config: PreTrainedConfig,
+    device: torch.device,
+    head: BaseHead | None = None,
+    say_new: SayNew | None = None,
 ) -> PreTrainedModel:
     """The base model of a recipe, before adapters, on `device`: a causal LM or a classifier, by the recipe's type.
 
     `config` is what `load_config` returned. A classifier has a head for its `num_labels` classes; a head that is in no
     file is drawn from the recipe's seed, and so is one that `head` says is not the task's. 4-bit weights are quantized
-    on `device`.
+    on `device`. `say_new` is told the parameters that no file has.
     """
     auto, new_modules = AutoModelForCausalLM, list[str]()
     if isinstance(recipe, ClassificationRecipe):
@@ -200,13 +213,13 @@ def load_base_model(
     if recipe.tune == "qlora":
         kwargs |= {"quantization_config": _four_bit(recipe, device, new_modules), "device_map": {"": device}}
         with whole_models():
-            model = load_pretrained(name, auto=auto, may_lack=new_modules, **kwargs)
+            model = load_pretrained(name, auto=auto, may_lack=new_modules, say_new=say_new, **kwargs)
         keep_trainable(model)
     else:
         if new_modules:
             torch.manual_seed(recipe.seed)
         with whole_models() if new_modules else contextlib.nullcontext():
-            model = load_pretrained(name, auto=auto, may_lack=new_modules, **kwargs).to(device)
+            model = load_pretrained(name, auto=auto, may_lack=new_modules, say_new=say_new, **kwargs).to(device)
     if replaced:
         draw_head(model, recipe.seed)
     if head is not None and head.order is not None:

@@ -53,7 +53,8 @@ KNOWN_TENSORS = frozenset({"position_ids", "cache_position", "cu_seq_lens_k"})
 
 # RoBERTa and its relatives count positions from padding_idx + 1, as fairseq did.
 POSITIONS_AFTER_PADDING = frozenset(
-    {"camembert", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"}
+    {"camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"}
+    | {"roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
 )
 
 
@@ -226,7 +227,7 @@ def document_position_ids(
 def max_positions(config: PreTrainedConfig) -> int | None:
     """The longest document that a model has position embeddings for, in tokens; None where there is no limit."""
     positions = getattr(config, "max_position_embeddings", None)
-    return None if positions is None else positions - _first_position(config)
+    return None if positions is None or positions < 1 else positions - _first_position(config)  # XLNet says -1
 
 
 def _first_position(config: PreTrainedConfig) -> int:

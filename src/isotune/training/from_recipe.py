@@ -5,7 +5,7 @@ data = ...                      the script's own: documents with their targets o
 saved = train_run(start, data)  model, trainer, steps, RUN/model
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,12 @@ from isotune.data.batch_schedule import Step, StepSchedule
 from isotune.data.documents import RunData
 from isotune.distributed.launch import Process, start_process
 from isotune.distributed.ranks import call_on_main
+from isotune.io.errors import UserError
 from isotune.models.base_head import BaseHead, set_names
 from isotune.models.causal import CausalForm, install_causal
-from isotune.models.classifier import PADDED, ClassLoss, choose_weights, install_classification
+from isotune.models.classifier import ClassLoss, choose_weights, install_classification, pad_like_tokenizer
 from isotune.models.cpu.layers import enable_speedups
+from isotune.models.layouts.layout import ALONE, PADDED
 from isotune.models.lora import add_adapters
 from isotune.models.opening import is_made_here, load_base_model, load_config, load_tokenizer
 from isotune.models.vocabulary import check_tokens
@@ -103,10 +105,20 @@ def build_model(start: Start, data: RunData) -> nn.Module:
         head = classes_of_task(config, data.train)
         if head.line is not None and not is_made_here(recipe) and process.is_main:
             print(f"head        {head.line}")
-        base = load_base_model(recipe, config, process.loading_device(recipe), head)
-        if install_classification(base, class_loss) == PADDED and process.is_main:
-            kind = config.model_type
-            print(f"note        model type '{kind}' is not known to work without padding: texts are padded")
+        say_new = _say_new if process.is_main else None
+        base = load_base_model(recipe, config, process.loading_device(recipe), head, say_new)
+        layout = install_classification(base, class_loss, recipe.max_seq_length)
+        if layout.name == ALONE and (process.fsdp or process.zero_stage == 3):
+            raise UserError(
+                f"model type '{config.model_type}' runs one text at a time, so ranks would need each other's shards at "
+                f"different times: use ddp or ZeRO 0 to 2, not {'FSDP' if process.fsdp else 'ZeRO-3'}"
+            )
+        if layout.reason and process.is_main:
+            how = {PADDED: "padded", ALONE: "run one at a time"}[layout.name]
+            print(f"note        texts are {how}, as model type '{config.model_type}' cannot be packed: {layout.reason}")
+        padding = pad_like_tokenizer(base, layout, start.tokenizer.pad_token_id)
+        if padding is not None and process.is_main:
+            print(f"note        {padding}")
     else:
         base = load_base_model(recipe, config, process.loading_device(recipe))
         form = install_causal(base, recipe.max_seq_length)
@@ -115,6 +127,11 @@ def build_model(start: Start, data: RunData) -> nn.Module:
     model = base if recipe.tune == "full" else add_adapters(base, recipe)
     enable_speedups(model, zero3=process.zero_stage == 3)
     return model
+
+
+def _say_new(names: Sequence[str]) -> None:
+    modules = dict.fromkeys(name.rsplit(".", 1)[0] for name in names)
+    print(f"new         {', '.join(modules)}: in no file of the base, drawn from the seed and trained whole")
 
 
 def _say_form(form: CausalForm) -> None:

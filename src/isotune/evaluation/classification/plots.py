@@ -17,7 +17,9 @@ from isotune.compat.transformers import attention_of as implementation_of
 from isotune.evaluation.classification.evaluate import Evaluation, Rows
 from isotune.evaluation.metrics.classification import BINS, bin_of, confidences
 from isotune.evaluation.models import Classifier
+from isotune.io.errors import first_line
 from isotune.io.files import replace_file, replacing
+from isotune.models.log_control import quiet_libraries
 
 # Okabe and Ito's (2008), distinct with any common colour blindness
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -152,7 +154,7 @@ class Attention:
 def draw_attention(
     classifier: Classifier, evaluation: Evaluation, folder: Path, chosen: Sequence[int] | None = None
 ) -> None:
-    """attention_heads_ID.png and attention_words_ID.png of these rows; nothing where the model returns no weights.
+    """attention_heads_ID.png and attention_words_ID.png of these rows; a line says why where they cannot be drawn.
 
     By default they are of the most confident errors of readable length, or of the shortest texts.
     """
@@ -161,8 +163,8 @@ def draw_attention(
     readable = lengths[order] <= max(READABLE_TOKENS, np.sort(lengths)[: 2 * EXAMPLES].max())
     for row in order[readable][:EXAMPLES].tolist() if chosen is None else chosen:
         attention = attention_of(classifier, rows, row)
-        if attention is None:
-            print(f"note        {classifier.name} returns no attention weights: they are not drawn")
+        if isinstance(attention, str):
+            print(f"note        the attention of {classifier.name} is not drawn: {attention}")
             return
         probabilities = evaluation.probabilities[row]
         predicted = int(probabilities.argmax())
@@ -176,27 +178,46 @@ def draw_attention(
 
 
 @torch.no_grad()
-def attention_of(classifier: Classifier, rows: Rows, row: int) -> Attention | None:
-    """The attention of one text; None where the model returns no weights."""
+def attention_of(classifier: Classifier, rows: Rows, row: int) -> Attention | str:
+    """The attention of one text, or why it cannot be drawn."""
     start, stop = (int(bound) for bound in rows.documents.starts[row : row + 2])
     ids = rows.documents.input_ids[start:stop].astype(np.int64)
-    inner = base_model_of(classifier.model)
-    before = implementation_of(inner.config)
-    try:
-        inner.set_attn_implementation("eager")
-        tokens = torch.from_numpy(ids)[None].to(classifier.device)
-        output = inner.stock_forward(
-            tokens, attention_mask=torch.ones_like(tokens), output_attentions=True, return_dict=True
-        )
-    finally:
-        inner.set_attn_implementation(before)
-    layers = getattr(output, "attentions", None)
-    if not layers:
-        return None
-    weights = torch.cat(list(layers)).float().cpu().numpy()
+    tokens = torch.from_numpy(ids)[None].to(classifier.device)
+    layers = _weights_of(base_model_of(classifier.model), tokens)
+    if isinstance(layers, str):
+        return layers
+    weights = torch.cat(layers).float().cpu().numpy()
+    if len(ids) > 1 and not np.triu(weights[0, 0], 1).any():
+        return "its first token, from which it would be drawn, sees no other token"
     words, word_of = words_of(classifier.tokenizer, ids.tolist())
     rolled = np.bincount(word_of, rollout(weights)[0], len(words))
     return Attention(classifier.tokenizer.convert_ids_to_tokens(ids.tolist()), words, word_of, weights, rolled)
+
+
+def _weights_of(model: Any, tokens: torch.Tensor) -> list[torch.Tensor] | str:
+    """The weights of each layer, [1, heads, tokens, tokens], for one text; else what is returned in their place."""
+    before = implementation_of(model.config)
+    try:
+        with quiet_libraries():
+            model.set_attn_implementation("eager")
+            output = model.stock_forward(
+                tokens, attention_mask=torch.ones_like(tokens), output_attentions=True, return_dict=True
+            )
+    except Exception as error:  # what a model of transformers raises that has no such weights
+        return f"the model fails when asked for its weights ({first_line(error)})"
+    finally:
+        model.set_attn_implementation(before)
+    layers = list(getattr(output, "attentions", None) or ())
+    if not layers:
+        return "the model returns no attention weights"
+    count = tokens.shape[1]
+    for layer in layers:
+        if not isinstance(layer, torch.Tensor) or layer.ndim != 4 or layer.shape[-2:] != (count, count):
+            shape = list(layer.shape) if isinstance(layer, torch.Tensor) else type(layer).__name__
+            return f"its weights are not tokens by tokens in every layer ({shape} for {count} tokens)"
+        if layer.shape != layers[0].shape:
+            return "its layers have different numbers of heads"
+    return layers
 
 
 def rollout(weights: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedConfig
 
-from isotune.compat.torch import is_patched, patch_forward
+from isotune.compat.torch import is_patched, patch_forward, unpatch_forward
 from isotune.compat.transformers import attention_of
 from isotune.models.packed_attention import PACKED
 
@@ -45,7 +45,7 @@ def cls_states_only(encoder: Any, config: PreTrainedConfig) -> Iterator[None]:
     try:
         yield
     finally:
-        del last.forward, last.stock_forward
+        unpatch_forward(last)
 
 
 def _bert(block: Any, states: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:

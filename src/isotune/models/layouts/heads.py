@@ -1,0 +1,46 @@
+"""Which modules are a classifier's head: whatever stands outside its base model, and the base model's pooler.
+
+They are read from the model itself, because every architecture names them differently (`score`, `classification_head`,
+`pre_classifier`). A file of pretraining has no weights for them, and beside LoRA they are trained whole.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig
+
+from isotune.models.log_control import quiet_libraries
+
+POOLER = "pooler"
+
+
+def head_modules(model: Any) -> list[str]:
+    """Names of the modules of a classifier's head that have parameters: the pooler first, then the others.
+
+    The pooler may be below the base model; it is no part of its blocks: what it makes of their states, the head alone
+    reads.
+    """
+    base = model.base_model
+    names = [name for name, child in model.named_children() if child is not base and _has_weights(child)]
+    if base is not model and _has_weights(getattr(base, POOLER, None)):
+        names.insert(0, POOLER)
+    return names
+
+
+def is_of_head(name: str, head: Sequence[str]) -> bool:
+    """Whether a parameter of a classifier is in one of the modules `head`, which are children of it or of its base."""
+    child, *inner = name.split(".")
+    return child in head or (POOLER in head and inner[:1] == [POOLER])
+
+
+def _has_weights(module: Any) -> bool:
+    return isinstance(module, torch.nn.Module) and next(module.parameters(), None) is not None
+
+
+def head_of(config: PreTrainedConfig) -> list[str]:
+    """`head_modules` for a configuration whose model has not been made."""
+    with quiet_libraries(), torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(copy.deepcopy(config))
+    return head_modules(model)
