@@ -1,4 +1,4 @@
-"""Writes the table of classifiers in docs/models.md from measurements: `python -m tests.models_table`, in a minute or two.
+"""Writes the table of classifiers in docs/models.md from measurements: `python -m tests.models_table`, in minutes.
 
 A table stands between `<!-- NAME: ... -->` and `<!-- end -->` in the page.
 """

@@ -32,7 +32,7 @@ from isotune.models.finished_run import (
     read_run,
 )
 from isotune.models.hub_models import locate
-from isotune.models.layouts.heads import head_of
+from isotune.models.layouts.heads import head_of, head_rows
 from isotune.models.log_control import quiet_libraries
 from isotune.models.lora import add_adapters
 from isotune.models.opening import check_weights, is_made_here, load_base_model, load_config, load_tokenizer
@@ -213,6 +213,10 @@ def _config_at(recipe: RunRecipe, tensors: Path) -> PreTrainedConfig:
             for name, (length, _) in stored(tensors).items()
             if name.startswith(MODEL) and name.endswith(".bias") and heads & set(name.removeprefix(MODEL).split("."))
         ]
+        if not lengths:  # a decoder's `score` has no bias: its weights are as many rows as there are classes
+            rows = head_rows(config)
+            sizes = {name: length for name, (length, _) in stored(tensors).items() if name.endswith(tuple(rows))}
+            lengths = [sizes[name] // size for name in sizes for end, size in rows.items() if name.endswith(end)]
         if not lengths:
             raise RunFault(f"the checkpoint holds no classification head ({' or '.join(sorted(heads))})")
         config.num_labels = min(lengths)

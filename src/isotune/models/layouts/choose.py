@@ -41,16 +41,17 @@ def choose_layout(model: Any, longest: int | None = None) -> Layout:
     No document has more than `longest` tokens, where given. On the meta device nothing can be measured, and the layout
     is what the architecture offers. UserError where the model does not even run one document.
     """
-    before = attention_of(model.config) or "sdpa"
-    key = (type(model), model.config.to_json_string(), longest)
-    layout = _known.get(key)
-    if layout is None:
-        is_meta = next(model.parameters()).is_meta
-        layout = _offered(model) if is_meta else _measured(model, longest)
-        if not is_meta:
-            _known[key] = layout
-    model.set_attn_implementation(PACKED if layout.name == PACKED else before)
-    return layout
+    with quiet_libraries():  # which warn where an attention cannot be replaced
+        before = attention_of(model.config) or "sdpa"
+        key = (type(model), model.config.to_json_string(), longest)
+        layout = _known.get(key)
+        if layout is None:
+            is_meta = next(model.parameters()).is_meta
+            layout = _offered(model) if is_meta else _measured(model, longest)
+            if not is_meta:
+                _known[key] = layout
+        model.set_attn_implementation(PACKED if layout.name == PACKED else before)
+        return layout
 
 
 def _measured(model: Any, longest: int | None) -> Layout:
@@ -58,7 +59,7 @@ def _measured(model: Any, longest: int | None) -> Layout:
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with quiet_libraries(), torch.no_grad(), torch.random.fork_rng(devices):
+        with torch.no_grad(), torch.random.fork_rng(devices):
             torch.manual_seed(0)
             with as_measured(model):
                 return _first_right(model, Probe(model, longest))

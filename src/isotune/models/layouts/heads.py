@@ -41,6 +41,21 @@ def _has_weights(module: Any) -> bool:
 
 def head_of(config: PreTrainedConfig) -> list[str]:
     """`head_modules` for a configuration whose model has not been made."""
+    return head_modules(_on_meta(config))
+
+
+def head_rows(config: PreTrainedConfig) -> dict[str, int]:
+    """The numbers that one class has in each matrix of a head that is a single linear layer, by the end of its name.
+
+    The ends are those in a model and in a PeftModel around it.
+    """
+    model = _on_meta(config)
+    layers = [(name, model.get_submodule(name)) for name in head_modules(model)]
+    linear = {name: layer.in_features for name, layer in layers if isinstance(layer, torch.nn.Linear)}
+    ends = (".weight", ".modules_to_save.default.weight")
+    return {name + end: size for name, size in linear.items() for end in ends}
+
+
+def _on_meta(config: PreTrainedConfig) -> Any:
     with quiet_libraries(), torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(copy.deepcopy(config))
-    return head_modules(model)
+        return AutoModelForSequenceClassification.from_config(copy.deepcopy(config))
