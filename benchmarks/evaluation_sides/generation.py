@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM, pipeline
 
-from isotune.data.sft.conversations import render_prompt
+from isotune.data.sources.source import read_rows
 from isotune.evaluation.generation.completion import Decoding, Prompt, complete
 from isotune.evaluation.models import GenerationModel
-from isotune.evaluation.tasks import read_eval_samples
+from isotune.evaluation.tasks import eval_samples_of
 from isotune.models.log_control import quiet_libraries
 
 LONGEST_PROMPT_TOKENS = 512
@@ -28,8 +28,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second of both sides in every round, and their ratio."""
     tokenizer = AutoTokenizer.from_pretrained(str(given.data / "tokenizers" / "opt"))
     speaker = GenerationModel(random_opt(len(tokenizer), given.layers), tokenizer)
-    asked = read_eval_samples(str(given.data / "guanaco" / "train.jsonl"), "train")
-    prompts = [Prompt(q.id, render_prompt(q.prompt)) for q in asked]
+    asked = eval_samples_of(read_rows(str(given.data / "guanaco" / "train.jsonl"), "train"))
+    prompts = [Prompt(q.id, speaker.encoder.prompt(q.messages)) for q in asked]
     prompts = [p for p in prompts if speaker.token_count(p.text) <= LONGEST_PROMPT_TOKENS][: given.prompts]
     alone: Any = pipeline("text-generation", model=speaker.model, tokenizer=tokenizer)
 

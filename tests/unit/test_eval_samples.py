@@ -33,6 +33,37 @@ def test_messages_are_asked_like_texts(tmp_path):
     assert (only.prompt, only.reference) == ("one?", "1")
 
 
+def said(*turns):
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "reference"),
+    [
+        (said(("system", "s"), ("user", "q"), ("assistant", "a")), "system: s\nuser: q", "a"),
+        (said(("user", "p"), ("user", "q"), ("assistant", "a"), ("assistant", "b")), "user: p\nuser: q", "a\nb"),
+        (said(("assistant", "hi"), ("user", "q"), ("assistant", "a")), "assistant: hi\nuser: q", "a"),
+        ({**said(("user", "q"), ("assistant", "a")), "system": "s"}, "system: s\nuser: q", "a"),
+        ({"instruction": "q", "input": "more", "output": "a"}, "q\n\nmore", "a"),
+    ],
+)
+def test_a_question_is_asked_with_all_that_stands_before_it(tmp_path, row, prompt, reference):
+    (only,) = eval_samples_of(read_rows(write_rows(tmp_path, [row]), "train"))
+    assert (only.prompt, only.reference) == (prompt, reference)
+
+
+def test_rows_that_are_not_asked_are_counted_by_reason(tmp_path):
+    marked = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "BAD", "weight": 0}]}
+    good = said(("user", "q"), ("assistant", "a"))
+    rows = [good, said(("user", "q")), said(("assistant", "a")), marked, *[good] * 3]
+    asked = eval_samples_of(read_rows(write_rows(tmp_path, rows), "train"))
+    assert (len(asked), asked.rows_read) == (4, 7)
+    assert asked.left_out == {
+        "without an answer": 1, "without a question before an answer": 1,
+        "with answers that are all marked not to be learnt": 1,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "row",
     [

@@ -54,7 +54,7 @@ def test_an_evaluation_counts_the_rows_that_it_read_and_left_out(tmp_path):
     samples = task.samples()
     assert [sample.id for sample in samples] == [0, 3, 4]
     assert (samples.rows_read, samples.left_out) == (
-        6, {"without an answer": 2, "that do not begin with one question": 1},
+        6, {"without an answer": 2, "without a question before an answer": 1},
     )  # fmt: skip
     first = task.samples(1)
     assert (len(first), first.rows_read, first.left_out) == (1, 1, {})

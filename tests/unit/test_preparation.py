@@ -331,7 +331,7 @@ GOOD = {"text": "### Assistant: a"}
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [
-        ([{"prompt": "a", "answer": "b"}], "row 1 of FILE lacks the column 'text' or 'messages' or"),
+        ([{"summary": "a", "label": "b"}], "row 1 of FILE lacks the column 'text' or 'messages' or"),
         ([GOOD, {"text": None}], "row 2 of FILE, column 'text': holds null, neither a text nor a list of messages"),
         ([GOOD, {"text": 7}], "row 2 of FILE, column 'text': holds a int,"),
         ([GOOD, {"label": 1}], "row 2 of FILE lacks the column 'text'; it has label"),
@@ -366,16 +366,17 @@ def test_a_named_text_field_is_read(tmp_path):
     [
         (SftSettings(max_seq_length=2), "max_seq_length is 2: a document needs at least 3 tokens"),
         (SftSettings(overlong="wrap"), "overlong is 'wrap'; it may be truncate, split, drop"),
-        (SftSettings(train_on="first"), "train_on is 'first'; it may be all, last"),
+        (SftSettings(train_on="first"), "train_on is 'first'; it may be all, last, everything"),
     ],
 )
 def test_a_setting_that_cannot_be_is_named(tmp_path, settings, sentence):
     assert refusal(tmp_path, [GOOD], settings) == sentence
 
 
-def test_a_tokenizer_without_eos_is_refused(talks):
-    with pytest.raises(UserError, match=r"has no eos token: set eos_token in its tokenizer_config.json"):
+def test_a_tokenizer_without_eos_is_refused_and_one_without_pad_is_not(talks):
+    with pytest.raises(UserError, match=r"has no eos token: set eos_token in its tokenizer_config\.json"):
         quietly(talks, tokenizer=byte_tokenizer(without="eos"))
+    assert len(quietly(talks, tokenizer=byte_tokenizer(without="pad")).documents) == 3
 
 
 def test_where_unknown_words_become_the_eos_only_the_closing_one_is_supervised(tmp_path):

@@ -19,7 +19,8 @@ from isotune.checkpoint.flat_tensors import read_whole, stored
 from isotune.checkpoint.manifest import InvalidCheckpoint, verify
 from isotune.checkpoint.store import is_checkpoint
 from isotune.checkpoint.writer import TENSORS
-from isotune.config import ClassificationRecipe, RunRecipe, kind_of
+from isotune.config import ClassificationRecipe, Recipe, RunRecipe, kind_of
+from isotune.data.sft.chat_format import GUANACO
 from isotune.io.errors import RunFault, UserError
 from isotune.models.finished_run import (
     ADAPTER_CONFIG,
@@ -185,7 +186,9 @@ def _run_of(checkpoint: Path, beside: Path) -> Generator[Path]:
             manifest = verify(checkpoint)
         except InvalidCheckpoint as why:
             raise UserError(f"{checkpoint} is not a valid checkpoint: {why}") from why
-        recipe = kind_of(manifest.recipe).from_values(**manifest.recipe, output_dir=folder)
+        kind = kind_of(manifest.recipe)
+        form = {"chat_format": GUANACO} if kind is Recipe else {}  # of a checkpoint that names none
+        recipe = kind.from_values(**{**form, **manifest.recipe}, output_dir=folder)
         keep_commits(recipe, checkpoint.resolve().parents[1])
         tokenizer = load_tokenizer(recipe)
         config = _config_at(recipe, checkpoint / TENSORS)

@@ -275,5 +275,7 @@ def _compare_tokenizer(tokenizer: Any, staging: Path) -> None:
     for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(reopened, role) != getattr(tokenizer, role):
             raise _Difference(f"the tokenizer's {role} is {getattr(reopened, role)}, not {getattr(tokenizer, role)}")
+    if reopened.chat_template != tokenizer.chat_template:
+        raise _Difference("the tokenizer's chat template is another one")
     if reopened(PROBE_TEXT)["input_ids"] != tokenizer(PROBE_TEXT)["input_ids"]:
         raise _Difference("the tokenizer encodes text in another way")

@@ -15,7 +15,7 @@ from isotune.config.engine_keys import WITH_EVALUATION
 from isotune.config.run_recipe import EVALUATION_ON, RunRecipe
 from isotune.config.schema import DATA, MODEL, OUTPUT, POSITIVE, SCHEDULE, SHARE, Contradiction, Range, Requirement, key
 
-TrainOn = Literal["all", "last"]
+TrainOn = Literal["all", "last", "everything"]
 Overlong = Literal["truncate", "split", "drop"]
 OverlongText = Literal["head", "tail", "head_tail"]
 LabelSource = Literal["column", "rules", "random"]
@@ -43,12 +43,23 @@ class Recipe(RunRecipe):
     task: Literal["sft"] = key(
         "sft", MODEL, "what the model learns: sft, supervised fine-tuning on conversations", changes_result=False)
     dataset_text_field: str = key("text", DATA, "column that holds the conversation")
-    train_on: TrainOn = key("all", DATA, "answers to learn from: all of a conversation, or the last")
+    chat_format: Literal["auto", "guanaco", "template"] | str = key(
+        "auto", DATA, "form of conversations: guanaco, template (the tokenizer's own), or a file that holds a Jinja "
+        "template; auto: the tokenizer's where it has one", is_path=True)
+    train_on: TrainOn = key(
+        "all", DATA, "what to learn: all answers of a conversation, the last one, or everything, questions included")
     overlong: Overlong = key("truncate", DATA, "what happens to a conversation longer than max_seq_length")
     packing: bool = key(True, DATA, "pack several conversations into a row; they never see each other")
+    show_example: bool = key(
+        True, OUTPUT, "show one example before the first step, what is learnt marked", changes_result=False)
     sample_prompt: str = key(
         "What makes a good friend?", OUTPUT, "prompt to answer at the end; empty for none", changes_result=False)
     # fmt: on
+
+    def result_values(self) -> dict[str, Any]:
+        """As for every recipe; Guanaco's form is left out, as in runs of earlier versions, which knew no other."""
+        values = super().result_values()
+        return {name: value for name, value in values.items() if (name, value) != ("chat_format", "guanaco")}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,11 @@ from isotune.io.errors import UserError
 HEAD_SHARE = 4  # head_tail keeps a quarter from the start: 128 of 510, as Sun et al. 2019 found best for IMDb
 
 
+def tokenizer_name(tokenizer: Any) -> str:
+    """How messages name a tokenizer: its folder or Hub id, else its class."""
+    return str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
+
+
 class FastTokenizer:
     """A private copy of a tokenizer's Rust backend that neither cuts nor pads.
 
@@ -26,7 +31,7 @@ class FastTokenizer:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self.name = str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
+        self.name = tokenizer_name(tokenizer)
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(f"the tokenizer {self.name} has no fast form: save its tokenizer.json")
         self.backend = copy.deepcopy(tokenizer.backend_tokenizer)

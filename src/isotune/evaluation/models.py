@@ -5,6 +5,7 @@ Whatever cannot be opened, or is of another kind, is a UserError of one sentence
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from isotune.data.classification.labels import ClassificationSettings
+from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.data.sources.hub import is_hub_id
 from isotune.evaluation.distributed_eval import Shards
 from isotune.evaluation.tasks import ClassificationTask, read_task
@@ -63,8 +65,13 @@ class GenerationModel:
     """A causal language model with its own tokenizer; under ZeRO-3 the shard of this rank, with its engine."""
 
     model: Any
-    tokenizer: Any
+    tokenizer: Any  # whose chat template says how the model is asked; without one, in Guanaco's form
     engine: Any = None
+
+    @cached_property
+    def encoder(self) -> ConversationEncoder:
+        """Makes the tokens of a question, as they stand before its answer in training."""
+        return ConversationEncoder(self.tokenizer)
 
     @property
     def is_sharded(self) -> bool:
@@ -86,13 +93,14 @@ class GenerationModel:
         """Every eos token: the tokenizer's and those of the model's generation_config.json."""
         named = self.model.generation_config.eos_token_id
         ids = {*(named if isinstance(named, list) else [named]), self.tokenizer.eos_token_id} - {None}
+        ids |= self.encoder.end_ids
         if not ids:
             raise UserError(f"the tokenizer {self.tokenizer.name_or_path} has no eos token: generation could not end")
         return ids
 
-    def token_count(self, text: str) -> int:
-        """Tokens of a prompt, special ones included."""
-        return len(self.tokenizer(text)["input_ids"])
+    def token_count(self, prompt: str) -> int:
+        """Tokens of a prompt as `encoder.prompt` writes it, special ones included."""
+        return len(self.encoder.prompt_tokens(prompt))
 
 
 def load_run_classifier(run_dir: str | Path, device: torch.device, dtype: torch.dtype) -> Classifier:

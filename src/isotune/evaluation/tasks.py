@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -16,14 +16,9 @@ import yaml
 
 from isotune.data.classification.classes import NameIndex, label_of, place_of
 from isotune.data.documents import check_left_out, digest
-from isotune.data.sft.conversations import (
-    ASSISTANT_HEADER,
-    HUMAN_HEADER,
-    TEXT_FIELD,
-    Conversation,
-    first_turn,
-    read_batches,
-)
+from isotune.data.sft.forms import TEXT_FIELD, Content
+from isotune.data.sft.messages import ASSISTANT, USER, Example, Message
+from isotune.data.sft.reading import example_of_text, read_contents
 from isotune.data.sources.source import Row, Source, read_rows
 from isotune.evaluation.metrics.classification import METRICS
 from isotune.evaluation.metrics.modules import CLASSES, TEXTS, Column, MetricModule, read_metrics
@@ -149,12 +144,20 @@ class ClassificationTask(Task):
 
 @dataclass(frozen=True)
 class EvalSample:
-    """A prompt with its reference, stripped and never empty; `id` is its row, `where` its name in messages."""
+    """A question with its reference, stripped and never empty; `id` is its row, `where` its name in messages."""
 
     id: int
-    prompt: str
+    messages: tuple[Message, ...]  # what is asked: all that stands before the reference
     reference: str
     where: str
+    tools: tuple[Any, ...] | None = None
+
+    @property
+    def prompt(self) -> str:
+        """What is asked, for people and for files, whatever the model's form: the question, or every message."""
+        if len(self.messages) == 1:
+            return self.messages[0]["content"]
+        return "\n".join(f"{message['role']}: {message['content']}" for message in self.messages)
 
 
 class EvalSamples(list[EvalSample]):
@@ -199,49 +202,79 @@ class GenerationTask(Task):
             texts = {key: _fill_template(one, row, source, number).strip() for key, one in templates.items()}
             if empty := [key for key, text in texts.items() if not text]:
                 raise UserError(f"{source.where(number)} has an empty {empty[0]}")
-            yield EvalSample(number, **texts, where=source.where(number))
+            question = {"role": USER, "content": texts["prompt"]}
+            yield EvalSample(number, (question,), texts["reference"], source.where(number))
+
+
+NO_ANSWER, NO_QUESTION, NOT_WORDS = "without an answer", "without a question before an answer", "already tokenised"
+ALL_MARKED = "with answers that are all marked not to be learnt"
 
 
 def eval_samples_of(
     source: Source, limit: int | None = None, *, allow_dropped: bool = False, show: bool = False
 ) -> EvalSamples:
-    """The first question and answer of each conversation of some rows; UserError where none or few have them."""
-    samples = _first_turns(source, limit)
+    """The first question of each conversation of some rows with its answer; UserError where none or few have them.
+
+    Rows are read as those of training are. What stands before the question is asked with it.
+    """
+    samples = _first_exchanges(source, limit)
     if not samples:
-        what = "has no conversation that begins with a question and an answer: there is no reference to compare with"
-        raise UserError(f"dataset_name: {source.name} {what}")
+        reasons = ", ".join(f"{count} {reason}" for reason, count in samples.left_out.items())
+        what = "has no conversation with a question and an answer: there is no reference to compare with"
+        raise UserError(f"dataset_name: {source.name} {what}; rows: {reasons}")
     check_left_out(source.name, samples.rows_read, samples.left_out, allowed=allow_dropped, show=show)
     return samples
 
 
-def _first_turns(source: Source, limit: int | None) -> EvalSamples:
+def _first_exchanges(source: Source, limit: int | None) -> EvalSamples:
     """The first question and answer of each conversation, in the first rows that have `limit` of them."""
     samples: list[EvalSample] = []
     left_out: Counter[str] = Counter()
     read = 0
-    for batch in read_batches(source, TEXT_FIELD, "all"):
-        conversations = dict(zip(batch.rows.tolist(), batch.conversations, strict=True))
-        for row in range(read, read + batch.read):
-            if len(samples) == limit:
-                break
-            sample = _first_turn(conversations[row], row, source) if row in conversations else "without an answer"
-            read += 1
-            if isinstance(sample, str):
-                left_out[sample] += 1
-            else:
-                samples.append(sample)
+    for row, content in chain.from_iterable(read_contents(source, TEXT_FIELD)):
+        if len(samples) == limit:
+            break
+        read += 1
+        found = _first_exchange(content)
+        if isinstance(found, str):
+            left_out[found] += 1
+        else:
+            messages, reference, tools = found
+            samples.append(EvalSample(row, messages, reference, source.where(row), tools))
     return EvalSamples(samples, source.fingerprint, read, dict(left_out))
 
 
-def _first_turn(conversation: Conversation, row: int, source: Source) -> EvalSample | str:
-    """The first question and answer of a conversation, or why it has none."""
-    start, end = conversation.answers[0]
-    prompt = conversation.text[:start].removesuffix(ASSISTANT_HEADER).strip()
-    if not prompt.startswith(HUMAN_HEADER) or HUMAN_HEADER in prompt[len(HUMAN_HEADER) :]:
-        return "that do not begin with one question"
-    reference = first_turn(conversation.text[start:end])
-    prompt = prompt.removeprefix(HUMAN_HEADER).strip()
-    return EvalSample(row, prompt, reference, source.where(row)) if reference else "with an empty answer"
+def _first_exchange(content: Content) -> tuple[tuple[Message, ...], str, tuple[Any, ...] | None] | str:
+    """The messages before the first answer in words to a question, that answer, and the tools; or why there is none.
+
+    Two messages of one role are one turn, so the answer is all that the assistant says until somebody else speaks. An
+    answer that is marked not to be learnt is no reference.
+    """
+    if not isinstance(content, Example | str):
+        return NOT_WORDS
+    example = content if isinstance(content, Example) else example_of_text(content)
+    why = NO_ANSWER
+    for number, (message, learn) in enumerate(zip(example.messages, example.learn, strict=True)):
+        if message["role"] != ASSISTANT or not message["content"].strip() or message.get("tool_calls"):
+            continue
+        if not any(earlier["role"] == USER for earlier in example.messages[:number]):
+            why = NO_QUESTION
+        elif not learn:
+            why = ALL_MARKED
+        else:
+            turn = _turn_from(example, number)
+            return example.messages[:number], turn, example.tools
+    return why
+
+
+def _turn_from(example: Example, number: int) -> str:
+    """What the assistant says from this message on until somebody else speaks, or it calls a tool."""
+    texts: list[str] = []
+    for message, learn in zip(example.messages[number:], example.learn[number:], strict=True):
+        if message["role"] != ASSISTANT or message.get("tool_calls") or not learn:
+            break
+        texts.append(message["content"].strip())
+    return "\n".join(text for text in texts if text)
 
 
 T = TypeVar("T", bound=Task)

@@ -15,7 +15,9 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from isotune.data.sft.chat_format import GUANACO, ChatFormat
 from isotune.data.sft.conversations import render_prompt
+from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.data.sources.hub import is_hub_id
 from isotune.io.errors import UserError
 from isotune.models.base_folder import ADAPTER_CONFIG
@@ -132,10 +134,16 @@ def is_classifier(run: FinishedRun) -> bool:
 
 
 def load_run_tokenizer(run: FinishedRun) -> Any:
-    """The tokenizer that the run saved with its model."""
+    """The tokenizer that the run saved with its model; it carries the chat template that the run was trained with.
+
+    Runs of earlier versions knew Guanaco's form alone, and saved whatever template their base came with.
+    """
     if run.base is not None and not any(run.model.glob("*token*.json")):  # an adapter of another program
         return load_pretrained_tokenizer(run.base)
-    return load_pretrained_tokenizer(str(run.model), local_files_only=True)
+    tokenizer = load_pretrained_tokenizer(str(run.model), local_files_only=True)
+    if run.settings and "chat_format" not in run.settings and not is_classifier(run):
+        ChatFormat.of(GUANACO, tokenizer).apply(tokenizer)
+    return tokenizer
 
 
 def load_run_model(run: FinishedRun, device: torch.device) -> Any:
@@ -245,7 +253,7 @@ def merge_run(run: FinishedRun, dtype: torch.dtype | None = None) -> tuple[Any, 
     base = load_run_base(run, torch.device("cpu"), dequantize=True)
     file_dtype = dtype or base.dtype
     adapted = add_run_adapter(run, base.float()).eval()
-    probe = _probe_tokens(tokenizer, base.config.vocab_size)
+    probe = _probe_tokens(_probe_conversation(run, tokenizer), base.config.vocab_size)
     expected = _probe_logits(adapted, probe)
     with loading(f"the adapter in {run.model} cannot be merged", (ValueError,)):
         merged = adapted.merge_and_unload(safe_merge=True)
@@ -261,12 +269,19 @@ def merge_run(run: FinishedRun, dtype: torch.dtype | None = None) -> tuple[Any, 
     return merged, tokenizer, parity
 
 
-def _probe_tokens(tokenizer: Any, vocabulary: int) -> Tensor:
+def _probe_conversation(run: FinishedRun, tokenizer: Any) -> list[int]:
+    """The tokens of a question and its answer, as in training; a classifier reads them as a text."""
+    if is_classifier(run):
+        return tokenizer(render_prompt(PROBE_QUESTION) + PROBE_ANSWER)["input_ids"]
+    encoder = ConversationEncoder(tokenizer)
+    return encoder.prompt_tokens(encoder.prompt([{"role": "user", "content": PROBE_QUESTION}]) + PROBE_ANSWER)
+
+
+def _probe_tokens(conversation: list[int], vocabulary: int) -> Tensor:
     """The fixed input, int64 [2, 64]: a conversation as in training, and tokens from all over the vocabulary.
 
     The conversation is truncated or repeated to fill its row.
     """
-    conversation = tokenizer(render_prompt(PROBE_QUESTION) + PROBE_ANSWER)["input_ids"]
     repeated = (conversation * (PROBE_TOKENS // len(conversation) + 1))[:PROBE_TOKENS]
     spread = [(i * vocabulary) // PROBE_TOKENS for i in range(PROBE_TOKENS)]
     return torch.tensor([repeated, spread])

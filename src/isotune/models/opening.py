@@ -26,7 +26,8 @@ from transformers import (
 
 from isotune.compat.bitsandbytes import keep_trainable
 from isotune.compat.deepspeed import whole_models
-from isotune.config import ClassificationRecipe, RunRecipe
+from isotune.config import ClassificationRecipe, Recipe, RunRecipe
+from isotune.data.sft.chat_format import ChatFormat
 from isotune.data.sources.hub_access import is_first_process
 from isotune.data.sources.source import PREFIX
 from isotune.io.errors import UserError, first_line
@@ -143,7 +144,17 @@ def weights_dtype(recipe: RunRecipe) -> torch.dtype:
 
 
 def load_tokenizer(recipe: RunRecipe, needed: Sequence[str] = ()) -> PreTrainedTokenizerBase:
-    """The tokenizer that the recipe names, or else its model's; it must have the `needed` special tokens."""
+    """The tokenizer that the recipe names, or else its model's; it must have the `needed` special tokens.
+
+    For conversations it carries the chat template of the recipe's `chat_format`, whatever it came with.
+    """
+    tokenizer = _load_tokenizer(recipe, needed)
+    if isinstance(recipe, Recipe):
+        ChatFormat.of(recipe.chat_format, tokenizer).apply(tokenizer)
+    return tokenizer
+
+
+def _load_tokenizer(recipe: RunRecipe, needed: Sequence[str]) -> PreTrainedTokenizerBase:
     name = recipe.tokenizer_name_or_path or recipe.model_name_or_path
     if name.startswith(PREFIX):
         return builtin_tokenizer(name)

@@ -270,7 +270,7 @@ def _changes(recipe: RunRecipe, launch: Launch) -> Iterator[tuple[Launch, dict[s
 def _prepare_data(recipe: RunRecipe, config: Any, show_progress: bool) -> tuple[Any, str | None]:
     """The prepared data, or the reason why there are none; UserError where the tokenizer does not fit the model."""
     try:
-        tokenizer = load_tokenizer(recipe, ("eos",) if isinstance(recipe, Recipe) else ())
+        tokenizer = load_tokenizer(recipe)
     except UserError as error:
         return None, str(error)
     check_tokens(config, tokenizer, recipe.model_name_or_path)

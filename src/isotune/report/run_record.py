@@ -44,6 +44,15 @@ class RunRecord:
         """The recipe's values by key, without the groups."""
         return {key: value for group in self.recipe.values() for key, value in group.items()}
 
+    @property
+    def example(self) -> list[tuple[str, bool]]:
+        """The document that was shown before the first step, in segments: text, and whether it is learnt."""
+        segments = _section(self.environment, "example").get("segments")
+        found = segments if isinstance(segments, list) else []
+        return [
+            (str(segment[0]), bool(segment[1])) for segment in found if isinstance(segment, list) and len(segment) == 2
+        ]
+
 
 def read_record(run: str | Path) -> RunRecord:
     """Read a run in any state, or a folder that has evaluations only; UserError if it is neither."""

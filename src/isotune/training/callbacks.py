@@ -7,8 +7,9 @@ from typing import Any
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from isotune.config import RunRecipe
+from isotune.config import Recipe, RunRecipe
 from isotune.config.effects import settings_without_effect
+from isotune.data.sft.shown_example import ShownExample
 from isotune.data.sources.hub import hub_record
 from isotune.distributed.engines import check_engine, read_back
 from isotune.io.errors import RunFault
@@ -63,10 +64,23 @@ class PreTrainChecks(TrainerCallback):
             "data": self.data_counts,
             "hub": hub_record(),
         }
+        example = self._example()
+        if example is not None:
+            record["example"] = {"row": example.row, "segments": example.segments}
         resumption = trainer.checkpointer.resumption
         self.run.begin(record, metrics=resumption and resumption.metrics)
         trainer.recorder.open(self.run.path / METRICS, self.run.lease)
         self._print(record, without_effect)
+        if example is not None:
+            print(example.lines(colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ), flush=True)
+
+    def _example(self) -> ShownExample | None:
+        """A document of the first step, where conversations are learnt and `show_example` asks for one."""
+        recipe, plan = self.run.recipe, self.trainer.plan
+        if not isinstance(recipe, Recipe) or not recipe.show_example:
+            return None
+        document = int(plan.schedule.step(0).microbatches[0].documents[0])
+        return ShownExample.of(plan.documents.documents, document, self.trainer.processing_class)
 
     def _print(self, record: dict[str, Any], without_effect: list[str]) -> None:
         found, plan, process = record["in_effect"], self.trainer.plan, self.process

@@ -7,10 +7,12 @@ saved = train_run(start, data)  model, trainer, steps, RUN/model
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -20,9 +22,12 @@ from isotune.checkpoint.resume import open_run
 from isotune.compat.deepspeed import load_whole_models
 from isotune.compat.peft import base_model_of
 from isotune.compat.transformers import attention_of
-from isotune.config import ClassificationRecipe, RunRecipe
+from isotune.config import ClassificationRecipe, Recipe, RunRecipe
+from isotune.config.run_recipe import RESUME_NEVER, RESUME_NEWEST
 from isotune.data.batch_schedule import Step, StepSchedule
 from isotune.data.documents import RunData
+from isotune.data.sft.chat_format import AUTO, GUANACO, ChatFormat
+from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.distributed.launch import Process, start_process
 from isotune.distributed.ranks import call_on_main
 from isotune.io.errors import UserError
@@ -36,7 +41,7 @@ from isotune.models.opening import is_made_here, load_base_model, load_config, l
 from isotune.models.vocabulary import check_tokens
 from isotune.run.hub import open_hub
 from isotune.run.preemption import supervised
-from isotune.run.run_dir import RunDir
+from isotune.run.run_dir import RECIPE, RunDir
 from isotune.training.arguments import sft_arguments, training_arguments, uses_exact_gradients
 from isotune.training.callbacks import EarlyStop, PreTrainChecks
 from isotune.training.checkpointer import Checkpointer
@@ -62,12 +67,27 @@ def start_run(recipe: RunRecipe) -> Start:
 
     Raises AlreadyDone for a finished run, and UserError where any of these is not what the recipe says.
     """
-    process, run = start_process(recipe), open_run(recipe)
+    process = start_process(recipe)
+    recipe = _with_recorded_form(recipe)
+    run = open_run(recipe)
     call_on_main(process, lambda: open_hub(recipe)).adopt()
-    config = load_config(recipe)
-    tokenizer = load_tokenizer(recipe, () if isinstance(recipe, ClassificationRecipe) else ("eos",))
+    config, tokenizer = load_config(recipe), load_tokenizer(recipe)
+    if isinstance(recipe, Recipe) and recipe.chat_format == AUTO:  # the run records what it meant
+        run.recipe = recipe = recipe.with_values(chat_format=ChatFormat.of(AUTO, tokenizer).kind)
     check_tokens(config, tokenizer, recipe.model_name_or_path)
     return Start(recipe, process, run, config, tokenizer)
+
+
+def _with_recorded_form(recipe: RunRecipe) -> RunRecipe:
+    """The recipe with what `chat_format: auto` meant when the run began that this one goes on with."""
+    if not isinstance(recipe, Recipe) or recipe.chat_format != AUTO or recipe.resume == RESUME_NEVER:
+        return recipe
+    earlier = recipe.output_dir if recipe.resume == RESUME_NEWEST else Path(recipe.resume).resolve().parents[1]
+    try:
+        recorded = yaml.safe_load((Path(earlier) / RECIPE).read_text("utf-8"))
+        return recipe.with_values(chat_format=recorded.get("chat_format", GUANACO))  # earlier versions knew one form
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, IndexError):
+        return recipe
 
 
 def train_run(
@@ -124,6 +144,7 @@ def build_model(start: Start, data: RunData) -> nn.Module:
         form = install_causal(base, recipe.max_seq_length)
         if process.is_main:
             _say_form(form)
+        _end_generation_at(base, ConversationEncoder(start.tokenizer).end_ids)
     model = base if recipe.tune == "full" else add_adapters(base, recipe)
     enable_speedups(model, zero3=process.zero_stage == 3)
     return model
@@ -139,6 +160,15 @@ def _say_form(form: CausalForm) -> None:
         print(f"note        documents are padded, one a line: packed in a row, {form.why_padded}")
     if form.stock_logits:
         print("note        the loss needs all logits of a microbatch at once: the model does more than apply its head")
+
+
+def _end_generation_at(model: Any, end_ids: set[int]) -> None:
+    """Let whoever generates with the saved model stop where an answer of the chat template ends."""
+    settings = model.generation_config
+    named = settings.eos_token_id
+    known = named if isinstance(named, list) else [] if named is None else [named]
+    if end_ids - set(known):
+        settings.eos_token_id = [*known, *sorted(end_ids - set(known))]
 
 
 def make_plan(recipe: RunRecipe, process: Process, data: RunData, task: Task) -> TrainingPlan:

@@ -1,29 +1,24 @@
 """Conversations as one text with the spans of its answers, so the supervised mask never guesses where a turn ends.
 
-They are read from a source in batches, so that tokenizing and reading can go on side by side.
+Here is Guanaco's form, `### Human: ... ### Assistant: ...`; a chat template's is in `chat_template.py`.
 """
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
-
-import numpy as np
+from typing import Any
 
 from isotune.config.recipes import TrainOn
-from isotune.data.sources.source import Row, Source, kind_of_value, surrogate_fault
-from isotune.io.errors import UserError
+from isotune.data.sft.messages import ASSISTANT, PREAMBLE, SYSTEM, TOOL, USER, Example, Message, as_json, example_of
 
-TEXT_FIELD = "text"
-MESSAGES_COLUMNS = ("messages", "conversations")
 HUMAN_HEADER = "### Human:"
 ASSISTANT_HEADER = "### Assistant:"
+TOOLS_HEADER = "### Tools:"  # of the schemas of the tools, one a line, after a system message where there is one
 ROLE_HEADERS = {
-    "system": "### System:",
-    "user": HUMAN_HEADER,
-    "human": HUMAN_HEADER,
-    "assistant": ASSISTANT_HEADER,
-    "gpt": ASSISTANT_HEADER,
+    SYSTEM: "### System:",
+    USER: HUMAN_HEADER,
+    ASSISTANT: ASSISTANT_HEADER,
+    TOOL: "### Tool:",  # what a tool answered
 }
 # Real data has headers after a line end, after a space and directly after text, with and without the space.
 HEADER = re.compile(r"### ?(Human|Assistant):")
@@ -40,6 +35,11 @@ class Conversation:
     text: str  # what is tokenised; it ends where its last answer ends, and is empty when there is none
     answers: tuple[tuple[int, int], ...]  # the half-open character spans [start, end) of the answers, in order
     turns_cut: int = 0  # after the last answer, which hold nothing to train on
+    # a chat template wrote the text: its special tokens are tokens, and none is added before or after it
+    rendered: bool = False
+    special_text: bool | None = None  # whether somebody wrote out a special token; None: it is looked for in the text
+    marked: int = 0  # answers that the data ask not to learn
+    prompts: tuple[int, ...] = ()  # where what asks for each answer ends, where a template wrote the text
 
 
 def parse_text(text: str, train_on: TrainOn = "all") -> Conversation:
@@ -74,51 +74,98 @@ def first_turn(text: str) -> str:
     return text[: header_start(text)].strip()
 
 
+def turns_of(text: str) -> list[Message]:
+    """The turns of a text in Guanaco's form as messages, their contents stripped.
+
+    What stands before the first header is a message of the role PREAMBLE.
+    """
+    headers = list(_headers(text))
+    if not headers:
+        return []
+    before = text[: headers[0].start()].strip()
+    turns: list[Message] = [{"role": PREAMBLE, "content": before}] if before else []
+    borders = [*(header.start() for header in headers[1:]), len(text)]
+    for header, end in zip(headers, borders, strict=True):
+        role = USER if header.group(1) == "Human" else ASSISTANT
+        turns.append({"role": role, "content": text[header.end() : end].strip()})
+    return turns
+
+
 def render_messages(messages: Sequence[Mapping[str, Any]], train_on: TrainOn = "all") -> Conversation:
-    """Write messages in Guanaco's form, with the answers known from construction.
+    """Write messages, in any spelling that `messages.py` knows, in Guanaco's form: see `render_example`."""
+    return render_example(example_of(messages), train_on)
+
+
+def render_example(example: Example, train_on: TrainOn = "all") -> Conversation:
+    """Write a conversation in Guanaco's form, with the answers known from construction.
 
     Each message becomes its header, a space and its content as it stands; the messages are joined by line ends. A
-    header inside a content is text like any other. Messages are mappings with `role` and `content`, or `from` and
-    `value`; a role is one of `system`, `user` (`human`), `assistant` (`gpt`). ValueError says which message is not so.
+    header inside a content is text like any other. Reasoning stands before its answer in `<think>`, tool calls after
+    it as JSON in `<tool_call>`, both as in Qwen's templates and both part of the answer. An answer that the data ask
+    not to learn is text like a question.
     """
     parts: list[str] = []
     turns: list[tuple[int, int, bool]] = []
     position = 0
-    for number, message in enumerate(messages, start=1):
-        header, content = _header_and_content(message, number)
-        part = f"{header} {content}"
+    for header, body, learn in _parts(example):
+        part = f"{header} {body}" if header else body
         parts.append(part)
-        turns.append((position + len(header), position + len(part), header == ASSISTANT_HEADER))
+        is_answer = learn and header == ASSISTANT_HEADER
+        turns.append((position + len(header), position + len(part), is_answer))
         position += len(part) + 1
-    return _end_at_last_answer("\n".join(parts), turns, train_on)
+    text = "\n".join(parts)
+    if train_on == "everything":
+        return everything(text)
+    ended = _end_at_last_answer(text, turns, train_on)
+    return Conversation(ended.text, ended.answers, ended.turns_cut, marked=example.marked)
 
 
-def render_prompt(question: str | Sequence[Mapping[str, Any]]) -> str:
+def everything(text: str) -> Conversation:
+    """A text that is learnt as a whole, as it stands; one of white space alone holds nothing to learn."""
+    return Conversation(text, ((0, len(text)),)) if text.strip() else Conversation("", ())
+
+
+def render_prompt(question: str | Sequence[Mapping[str, Any]], tools: Any = None) -> str:
     """The text that a model trained on these conversations continues with an answer to `question`.
 
     That is one question, or the messages so far in the form of `render_messages`. The text ends in `### Assistant:`
     without a space, because the space belongs to the first token of the answer.
     """
-    messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
-    turns = [_header_and_content(message, number) for number, message in enumerate(messages, start=1)]
-    return "\n".join([f"{header} {content}" for header, content in turns] + [ASSISTANT_HEADER])
+    messages = [{"role": USER, "content": question}] if isinstance(question, str) else question
+    asked = _with_preamble(messages, tools)
+    return "\n".join([*(f"{header} {body}" if header else body for header, body, _ in _parts(asked)), ASSISTANT_HEADER])
 
 
-def _header_and_content(message: Any, number: int) -> tuple[str, str]:
-    if not isinstance(message, Mapping):
-        raise ValueError(f"message {number} is a {type(message).__name__}, not an object with role and content")
-    fields = cast(Mapping[str, Any], message)
-    role, content = (_first_value(fields, names) for names in (("role", "from"), ("content", "value")))
-    if not isinstance(role, str) or role not in ROLE_HEADERS:
-        raise ValueError(f"message {number} has the role {role!r}; known are {', '.join(ROLE_HEADERS)}")
-    if not isinstance(content, str):
-        raise ValueError(f"message {number} has a {type(content).__name__} for its content, not a text")
-    return ROLE_HEADERS[role], content
+def _with_preamble(messages: Sequence[Mapping[str, Any]], tools: Any) -> Example:
+    before = [dict(message) for message in messages if message.get("role") == PREAMBLE]
+    rest = example_of([message for message in messages if message.get("role") != PREAMBLE], tools=tools)
+    return Example((*before, *rest.messages), (*(True for _ in before), *rest.learn), rest.tools)
 
 
-def _first_value(fields: Mapping[str, Any], names: Sequence[str]) -> Any:
-    """The value under the first of these names that has one; null is none."""
-    return next((fields[name] for name in names if fields.get(name) is not None), None)
+def _parts(example: Example) -> Iterator[tuple[str, str, bool]]:
+    """Each message's header, what follows it, and whether it may be learnt; the tools have a part of their own."""
+    tools = "\n".join(map(as_json, example.tools)) if example.tools else None
+    after_system = bool(example.messages) and example.messages[0]["role"] == SYSTEM
+    if tools and not after_system:
+        yield TOOLS_HEADER, tools, False
+    for number, (message, learn) in enumerate(zip(example.messages, example.learn, strict=True)):
+        yield ROLE_HEADERS.get(message["role"], ""), body_of(message), learn
+        if tools and after_system and number == 0:
+            yield TOOLS_HEADER, tools, False
+
+
+def body_of(message: Message) -> str:
+    """What a message says, with its reasoning and its tool calls."""
+    reasoning = message.get("reasoning_content")
+    body = f"<think>\n{reasoning}\n</think>\n\n{message['content']}" if reasoning else message["content"]
+    calls = [f"<tool_call>\n{_call_text(call['function'])}\n</tool_call>" for call in message.get("tool_calls", ())]
+    return "\n".join([*([body] if body or not calls else []), *calls])
+
+
+def _call_text(function: Mapping[str, Any]) -> str:
+    arguments = function["arguments"]
+    given = arguments if isinstance(arguments, str) else as_json(arguments)
+    return f'{{"name": {as_json(function["name"])}, "arguments": {given}}}'
 
 
 def _end_at_last_answer(text: str, turns: list[tuple[int, int, bool]], train_on: TrainOn) -> Conversation:
@@ -134,58 +181,4 @@ def _end_at_last_answer(text: str, turns: list[tuple[int, int, bool]], train_on:
             turns_cut += 1
     if not answers:
         return Conversation("", (), turns_cut)
-    return Conversation(text[: answers[-1][1]], tuple(answers if train_on == "all" else answers[-1:]), turns_cut)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows of a source that were read together, `read` of them; the conversations are those that hold an answer."""
-
-    read: int
-    rows: np.ndarray  # int64 [conversations]
-    conversations: list[Conversation]
-
-
-def read_batches(source: Source, text_field: str, train_on: TrainOn) -> Iterator[Batch]:
-    """Read and parse a source, batch by batch.
-
-    The conversations stand in the column `text_field`; where that is the default and absent, in `messages` or
-    `conversations`. A text is in Guanaco's form, a list is messages. UserError names the row that holds neither.
-    """
-    column = None
-    for rows in source.batches():
-        numbers: list[int] = []
-        conversations: list[Conversation] = []
-        for number, row in rows:
-            column = column or _conversation_column(row, source, text_field)
-            if column not in row:
-                raise source.lacks(number, row, column, "dataset_text_field")
-            try:
-                conversation = _conversation(row[column], train_on)
-            except ValueError as error:
-                raise UserError(f"{source.where(number)}, column {column!r}: {error}") from error
-            if conversation.answers:
-                numbers.append(number)
-                conversations.append(conversation)
-        yield Batch(len(rows), np.array(numbers, np.int64), conversations)
-
-
-def _conversation_column(first_row: Row, source: Source, text_field: str) -> str:
-    candidates = (text_field, *MESSAGES_COLUMNS) if text_field == TEXT_FIELD else (text_field,)
-    for column in candidates:
-        if column in first_row:
-            return column
-    raise source.lacks(0, first_row, "' or '".join(candidates), "dataset_text_field")
-
-
-def _conversation(value: Any, train_on: TrainOn) -> Conversation:
-    """A row's conversation in whichever form it stands; ValueError says what is wrong with it."""
-    if isinstance(value, str):
-        conversation = parse_text(value, train_on)
-    elif isinstance(value, list):
-        conversation = render_messages(cast(list[Any], value), train_on)
-    else:
-        raise ValueError(f"holds {kind_of_value(value)}, neither a text nor a list of messages")
-    if fault := surrogate_fault(conversation.text):
-        raise ValueError(fault)
-    return conversation
+    return Conversation(text[: answers[-1][1]], tuple(answers[-1:] if train_on == "last" else answers), turns_cut)

@@ -21,14 +21,19 @@ from isotune.data.documents import (
     count_lines,
     digest,
     note_lines,
+    starts_of,
 )
 from isotune.data.packing import one_document_per_row, pack
-from isotune.data.sft.conversations import TEXT_FIELD, Batch, read_batches
+from isotune.data.sft.chat_format import AUTO
+from isotune.data.sft.conversations import ASSISTANT_HEADER, HUMAN_HEADER
+from isotune.data.sft.forms import TEXT_FIELD
+from isotune.data.sft.reading import Batch, read_batches
 from isotune.data.sft.tokenization import ConversationEncoder, fit
 from isotune.data.sources.source import Source, read_rows
 from isotune.io.errors import UserError
 
 FORMAT_VERSION = 1  # raised when the same input gives other documents
+CACHE_VERSION = 2  # raised when an entry of the cache holds more than it did, or rows are read that were refused
 ENCODING_THREADS = 2
 
 NO_ANSWER = "no assistant answer"
@@ -49,6 +54,7 @@ class SftSettings(DataSettings):
     packing: bool = True  # else each document is its own row
     allow_dropped: bool = False  # go on where most rows are left out
     train_on: TrainOn = "all"
+    chat_format: str = AUTO
 
 
 def prepare_conversations(recipe: Recipe, tokenizer: Any, *, show: bool) -> RunData:
@@ -57,6 +63,8 @@ def prepare_conversations(recipe: Recipe, tokenizer: Any, *, show: bool) -> RunD
     `show` asks for progress on stderr and a table of each set on stdout; one process of a launch should.
     """
     settings = SftSettings.of(recipe)
+    if show:
+        print(f"chat        {ConversationEncoder(tokenizer, settings.chat_format).format}", flush=True)
     rows: dict[str, Any] = {"columns": recipe.dataset_columns}
     of_hub = {"config": recipe.dataset_config, "revision": recipe.dataset_revision}
     name, split = recipe.dataset_name, recipe.dataset_split
@@ -88,12 +96,14 @@ def prepare(
     settings that matter to them; packing is quick and done each time, so another seed tokenizes nothing.
     `dataset_name`, `split` and what is not named here are those of `isotune.data.sources.source.read_rows`.
     """
-    encoder = ConversationEncoder(tokenizer)
+    encoder = ConversationEncoder(tokenizer, settings.chat_format)
     settings.check(len(encoder.prefix))
     source = read_rows(dataset_name, split, name=name, columns=columns, config=config, revision=revision)
     decisive = (settings.max_seq_length, settings.overlong, settings.train_on, settings.dataset_text_field)
     documents_digest = digest(FORMAT_VERSION, source.fingerprint, encoder.fingerprint, *decisive)
-    arrays, counts = load_or_build(documents_digest, lambda: _build(source, encoder, settings, show_progress))
+    arrays, counts = load_or_build(
+        digest(documents_digest, CACHE_VERSION), lambda: _build(source, encoder, settings, show_progress)
+    )
     documents = Documents.from_arrays(arrays)
     if settings.packing:
         rows = pack(documents.lengths, settings.max_seq_length, settings.seed)
@@ -111,26 +121,29 @@ def _build(source: Source, encoder: ConversationEncoder, settings: SftSettings, 
     parts: list[Documents] = []
     whole_lengths: list[np.ndarray] = []
     tally: Counter[str] = Counter()
-    batches = read_batches(source, settings.dataset_text_field, settings.train_on)
+    seen: list[str] = []
+    batches = read_batches(source, settings.dataset_text_field, settings.train_on, encoder, seen=seen)
     with tqdm(desc="preparing", unit=" documents", disable=not show_progress) as bar:
         for batch, whole in _encoded_ahead(encoder, batches):
-            fitted, counts = fit(whole, encoder.prefix, settings.max_seq_length, settings.overlong)
+            prefix = encoder.prefix[:0] if batch.tokenised else encoder.prefix
+            fitted, counts = fit(whole, prefix, settings.max_seq_length, settings.overlong)
             tally.update(counts)
-            turns_cut = sum(conversation.turns_cut for conversation in batch.conversations)
-            tally.update({"read": batch.read, "turns_cut": turns_cut})
+            with_something = len(np.unique(batch.rows))
+            tally.update({"read": batch.read, "no_answer": batch.read - with_something})
+            tally.update({"rewritten": len(batch.rows) - with_something})
+            tally.update({name: sum(getattr(c, name) for c in batch.conversations) for name in ("turns_cut", "marked")})
             tally.update({name: int(values.sum()) for name, values in whole.columns.items()})
             parts.append(fitted)
-            whole_lengths.append(whole.lengths + len(encoder.prefix))
+            whole_lengths.append(whole.lengths + len(prefix))
             bar.update(batch.read)
     documents = Documents.concat(parts)
-    dropped = {
-        NO_ANSWER: tally["read"] - sum(map(len, whole_lengths)),
-        ANSWER_CUT: tally["answer_cut"],
-        TOO_LONG: tally["too_long"],
-    }
+    dropped = {NO_ANSWER: tally["no_answer"], ANSWER_CUT: tally["answer_cut"], TOO_LONG: tally["too_long"]}
     if not len(documents):
         reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items() if number)
-        raise UserError(f"none of the {tally['read']} rows of {source.name} can be trained on: {reasons}")
+        raise UserError(
+            f"none of the {tally['read']} rows of {source.name} can be trained on: {reasons}"
+            + _expected_form(seen if tally["no_answer"] == tally["read"] else [])
+        )
     return documents.as_arrays(), {
         "source": source.name,
         "read": tally["read"],  # rows of the source: `kept` and all of `dropped`
@@ -142,12 +155,26 @@ def _build(source: Source, encoder: ConversationEncoder, settings: SftSettings, 
         "documents": len(documents),  # what is trained on; more than `kept` where rows were split
         "pieces_dropped": tally["pieces_dropped"],  # pieces of split rows that held no supervised token
         "turns_cut": tally["turns_cut"],  # after the last answer of a conversation
+        "marked": tally["marked"],  # answers that the data ask not to learn
+        "rewritten": tally["rewritten"],  # documents beside the first of a row: the template rewrites earlier turns
+        "fields_not_read": sorted(encoder.fields_not_read),  # of messages, beside those that mean something here
         "tokens": len(documents.input_ids),
         "supervised_tokens": int(documents.supervised.sum()),
         "straddling_tokens": tally["straddling_tokens"],  # that also cover a character outside their answer
+        "asked_otherwise": tally["asked_otherwise"],  # answers whose prompt alone has other tokens than in training
         "special_texts": tally["special_texts"],  # in which the eos token is written out, encoded as ordinary text
         "whole_lengths": CountsTable.quantiles(np.concatenate(whole_lengths)),  # tokens before anything was cut
     }
+
+
+def _expected_form(seen: list[str]) -> str:
+    """What to say where no text has a header, given how the first of them begins."""
+    if not seen:
+        return ""
+    return (
+        f"; a text has the headers {HUMAN_HEADER} and {ASSISTANT_HEADER}, and {seen[0]}: give the conversations as "
+        "messages with chat_format, or learn the texts as they stand by train_on: everything"
+    )
 
 
 def _table(source: str, counts: dict[str, Any], rows: int, settings: SftSettings) -> CountsTable:
@@ -165,11 +192,15 @@ def _table(source: str, counts: dict[str, Any], rows: int, settings: SftSettings
                 "pieces after splitting": counts["documents"] if counts["split"] else 0,
                 "  dropped: no supervised token": counts["pieces_dropped"],
                 "turns after the last answer, left out": counts["turns_cut"],
+                "answers marked not to be learnt": counts["marked"],
+                "answers in documents of their own": counts["rewritten"],
                 "tokens across an answer's edge": counts["straddling_tokens"],
-                "texts with the eos token written out": counts["special_texts"],
+                "answers whose prompt alone has other tokens": counts["asked_otherwise"],
+                "texts with a special token written out": counts["special_texts"],
             }
         ),
         *note_lines(counts.get("notes", [])),
+        *((("fields that nothing reads", ", ".join(counts["fields_not_read"])),) if counts["fields_not_read"] else ()),
         ("tokens", f"{tokens:,}"),
         ("  supervised", f"{supervised:,} ({supervised / tokens:.1%})"),
         (f"rows of {capacity:,} tokens", f"{rows:,}"),
@@ -184,9 +215,23 @@ def _encoded_ahead(encoder: ConversationEncoder, batches: Iterator[Batch]) -> It
     with ThreadPoolExecutor(ENCODING_THREADS) as threads:
         running: deque[tuple[Batch, Future[Documents]]] = deque()
         for batch in batches:
-            running.append((batch, threads.submit(encoder.encode, batch.conversations, batch.rows)))
+            running.append((batch, threads.submit(_encode, encoder, batch)))
             if len(running) > ENCODING_THREADS:
                 oldest, future = running.popleft()
                 yield oldest, future.result()
         for oldest, future in running:
             yield oldest, future.result()
+
+
+def _encode(encoder: ConversationEncoder, batch: Batch) -> Documents:
+    """The documents of a batch, whole: of its conversations, or of rows that somebody has tokenised."""
+    if not batch.tokenised:
+        return encoder.encode(batch.conversations, batch.rows)
+    none = np.zeros(len(batch.rows), np.int64)
+    return Documents(
+        input_ids=np.concatenate([row.input_ids for row in batch.tokenised]),
+        targets=np.concatenate([row.supervised for row in batch.tokenised]),
+        starts=starts_of(np.array([len(row.input_ids) for row in batch.tokenised])),
+        source_rows=batch.rows,
+        columns={"straddling_tokens": none, "special_texts": none.astype(bool), "asked_otherwise": none},
+    )

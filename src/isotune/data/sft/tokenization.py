@@ -7,6 +7,7 @@ so the running total of the tokens' byte counts gives their offsets. That halves
 tokenizer take as long again as tokenization. For any other vocabulary the tokenizer's own offsets are used.
 """
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +19,12 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-from isotune.config.recipes import Overlong
+from isotune.config.recipes import Overlong, TrainOn
 from isotune.data.documents import Documents, digest, starts_of, sums_of
-from isotune.data.sft.conversations import Conversation
+from isotune.data.sft.chat_format import AUTO, GUANACO, ChatFormat
+from isotune.data.sft.chat_template import ChatTemplate
+from isotune.data.sft.conversations import Conversation, first_turn, render_example, render_prompt
+from isotune.data.sft.messages import Example, Message
 from isotune.data.tokenizer import FastTokenizer, add_special_tokens
 from isotune.io.errors import UserError
 
@@ -46,56 +50,176 @@ class LocatedTokens:
 
 
 class ConversationEncoder(FastTokenizer):
-    """A tokenizer made ready to turn conversations into supervised tokens.
+    """A tokenizer made ready to turn conversations into supervised tokens, and questions into the tokens before them.
+
+    `chat_format` is a recipe's: see `chat_format.py`. Training, evaluation, generation and chat all encode by this
+    class, so a model is asked with the tokens that stood before its answers in training, whatever the tokenizer adds
+    to a text of its own accord.
 
     A token is supervised when its characters overlap an answer. So `Ġanswer`, which begins with the space after the
     colon, is supervised, and so is a token that straddles an answer's edge, such as `::` where an answer begins with a
     colon; those are counted. A token that stands for no character at all is not supervised.
 
-    Each text is closed by one supervised eos, `eos_token_id`. Should a vocabulary yield its eos for ordinary text all
-    the same, that token is not supervised. `fingerprint` is a digest of everything that decides the tokens. UserError
-    where the tokenizer has no eos, or no Rust backend.
+    A text in Guanaco's form stands behind `prefix`, what the tokenizer puts before a text, and is closed by one
+    supervised eos, `eos_token_id`. Special tokens that somebody wrote out in it are ordinary text. Should a vocabulary
+    yield its eos for ordinary text all the same, that token is not supervised. A text that a chat template wrote stands
+    as it is, as `apply_chat_template` tokenizes it: `prefix` is empty, and special tokens are those of the template.
+
+    `fingerprint` is a digest of everything that decides the tokens. UserError where the tokenizer has no Rust backend,
+    or in Guanaco's form no eos.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, chat_format: str = AUTO) -> None:
         super().__init__(tokenizer)
-        if getattr(tokenizer, "eos_token_id", None) is None:
-            raise UserError(f"the tokenizer {self.name} has no eos token: set eos_token in its tokenizer_config.json")
-        self.eos_token_id = int(tokenizer.eos_token_id)
-        self.fingerprint = digest(self.definition, self.prefix.tolist(), self.eos_token_id)
+        self.format = ChatFormat.of(chat_format, tokenizer)
+        self._tokenizer_prefix = self.prefix
+        self.template: ChatTemplate | None = None
+        self.vocabulary = self.backend.get_vocab_size(with_added_tokens=True)
+        self.fields_not_read: set[str] = set()  # of the messages that `conversations` wrote, in either form
+        eos = getattr(tokenizer, "eos_token_id", None)
+        self.eos_token_id = None if eos is None else int(eos)
         self._eos_token = str(tokenizer.eos_token)
+        if self.format.kind == GUANACO:
+            if eos is None:
+                raise UserError(
+                    f"the tokenizer {self.name} has no eos token: set eos_token in its tokenizer_config.json"
+                )
+            self.fingerprint = digest(self.definition, self.prefix.tolist(), self.eos_token_id)
+            return
+        self.prefix = np.zeros(0, np.int32)
+        carrier = copy.copy(tokenizer)
+        self.format.apply(carrier)
+        self.template = ChatTemplate(carrier, self._boundaries)
+        self._of_template = copy.deepcopy(self.backend)
+        self._of_template.encode_special_tokens = False
+        special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        self.fingerprint = digest(self.definition, self.format.template, special, self._tokenizer_prefix.tolist())
+
+    @property
+    def end_ids(self) -> set[int]:
+        """The special token that ends an answer in a chat template's form; none in Guanaco's, which ends by eos."""
+        token = self.template.end_token if self.template is not None else None
+        return set() if token is None else {int(self._of_template.token_to_id(token))}
+
+    def conversations(self, example: Example, train_on: TrainOn = "all") -> list[Conversation]:
+        """The texts of a conversation with the spans of its answers; none where nothing of it can be learnt."""
+        if self.template is not None:
+            found = self.template.conversations(example, train_on)
+            self.fields_not_read |= self.template.unread_fields
+            return found
+        self.fields_not_read |= example.fields_beside("")
+        conversation = render_example(example, train_on)
+        return [conversation] if conversation.answers else []
+
+    def prompt(self, messages: Sequence[Message], tools: Any = None) -> str:
+        """The text that asks for an answer to some messages, as it stands before the answer in training."""
+        return render_prompt(messages, tools) if self.template is None else self.template.prompt(messages, tools)
+
+    def answered(self, messages: Sequence[Message], answer: str, tools: Any = None) -> str:
+        """The text of `prompt` and of an answer to it, without what ends the answer."""
+        if self.template is None:  # the space belongs to the answer, as in training
+            return f"{render_prompt(messages, tools)} {answer}"
+        return self.template.answered(messages, answer, tools)
+
+    def answer_in(self, completion: str) -> str:
+        """The answer in a text that a model went on with: without reasoning, and the header of another turn."""
+        turn = first_turn(completion) if self.template is None else completion.strip()
+        # a template may have opened the reasoning in the prompt; Guanaco's form opens it in the answer
+        opened = self.template is not None or turn.startswith("<think>")
+        return turn.split("</think>", 1)[-1].strip() if opened else turn
+
+    def prompt_tokens(self, prompt: str) -> list[int]:
+        """The tokens of what `prompt` returned, as they stand before the answer in training."""
+        if self.template is not None:
+            return self._of_template.encode(prompt, add_special_tokens=False).ids
+        return [*self.prefix.tolist(), *self.backend.encode(prompt, add_special_tokens=False).ids]
+
+    def located(self, text: str) -> LocatedTokens:
+        """The tokens of one text in this form behind `prefix`, with their places in characters."""
+        return self.locate_by_characters([text], rendered=self.template is not None)
 
     def encode(self, conversations: Sequence[Conversation], source_rows: np.ndarray | None = None) -> Documents:
         """Tokenize conversations that have an answer each, of these source rows, int64 [conversations], or numbered.
 
         The documents are whole, without the prefix. Their columns are `straddling_tokens`, the supervised tokens that
-        also cover characters outside an answer, and `special_texts`, whether somebody wrote out the eos token.
+        also cover characters outside an answer; `special_texts`, whether somebody wrote out a special token: the eos in
+        Guanaco's form, any in a template's; and `asked_otherwise`, the answers of a template whose prompt alone has
+        other tokens than stand before them here.
         """
+        rows = np.arange(len(conversations)) if source_rows is None else source_rows
+        rendered = np.array([conversation.rendered for conversation in conversations], bool)
+        if rendered.all() or not rendered.any():
+            return self._encode(conversations, rows)
+        kinds = [np.flatnonzero(rendered), np.flatnonzero(~rendered)]
+        parts = [self._encode([conversations[number] for number in kind], rows[kind]) for kind in kinds]
+        return Documents.concat(parts).select(np.argsort(np.concatenate(kinds)))
+
+    def _encode(self, conversations: Sequence[Conversation], source_rows: np.ndarray) -> Documents:
         texts = [conversation.text for conversation in conversations]
-        tokens = self.locate(texts)
+        rendered = bool(conversations) and conversations[0].rendered
+        tokens = self.locate(texts, rendered=rendered)
         answered_until = _answered_until(conversations, tokens)
         answered = answered_until[tokens.ends] - answered_until[tokens.begins]
-        supervised = (answered > 0) & (tokens.ids != self.eos_token_id)
+        supervised = answered > 0
+        if not rendered and self.eos_token_id is not None:
+            supervised &= tokens.ids != self.eos_token_id
         straddling = supervised & (answered < tokens.ends - tokens.begins)
-        ends = np.cumsum(tokens.counts)
+        input_ids, targets, lengths = tokens.ids, supervised, tokens.counts
+        if not rendered and self.eos_token_id is not None:
+            ends = np.cumsum(lengths)
+            input_ids, targets = np.insert(input_ids, ends, self.eos_token_id), np.insert(targets, ends, True)
+            lengths = lengths + 1
+        if not rendered and self.template is not None:  # a plain text beside a template's: with its own prefix
+            before = np.repeat(starts_of(lengths)[:-1], len(self._tokenizer_prefix))
+            repeated = np.tile(self._tokenizer_prefix, len(lengths))
+            input_ids, targets = np.insert(input_ids, before, repeated), np.insert(targets, before, False)
+            lengths = lengths + len(self._tokenizer_prefix)
+        no_prompts = np.zeros(len(texts), np.int64)
+        written_out = [
+            self._eos_token in conversation.text if conversation.special_text is None else conversation.special_text
+            for conversation in conversations
+        ]
         return Documents(
-            input_ids=np.insert(tokens.ids, ends, self.eos_token_id),
-            targets=np.insert(supervised, ends, True),
-            starts=starts_of(tokens.counts + 1),
-            source_rows=np.arange(len(texts)) if source_rows is None else source_rows,
+            input_ids=input_ids,
+            targets=targets,
+            starts=starts_of(lengths),
+            source_rows=source_rows,
             columns={
                 "straddling_tokens": sums_of(straddling, starts_of(tokens.counts)),
-                "special_texts": np.array([self._eos_token in text for text in texts], bool),
+                "special_texts": np.array(written_out, bool),
+                "asked_otherwise": self._asked_otherwise(conversations, tokens) if rendered else no_prompts,
             },
         )
 
-    def locate(self, texts: Sequence[str]) -> LocatedTokens:
-        """Tokenize texts, on all cores at once, with the offsets of their tokens."""
-        return self._locate_by_bytes(texts) or self.locate_by_characters(texts)
+    def _asked_otherwise(self, conversations: Sequence[Conversation], tokens: LocatedTokens) -> np.ndarray:
+        """Answers of each conversation whose prompt has other tokens than stand before the answer, int64.
 
-    def locate_by_characters(self, texts: Sequence[str]) -> LocatedTokens:
+        The end of a prompt and the beginning of an answer may share a token, or be cut otherwise side by side.
+        """
+        prompts = [(number, end) for number, one in enumerate(conversations) for end in one.prompts]
+        alone = self._of_template.encode_batch_fast(
+            [conversations[n].text[:end] for n, end in prompts], add_special_tokens=False
+        )
+        starts = starts_of(tokens.counts)
+        found = np.zeros(len(conversations), np.int64)
+        for (number, _), encoding in zip(prompts, alone, strict=True):
+            first = int(starts[number])
+            found[number] += tokens.ids[first : first + len(encoding.ids)].tolist() != encoding.ids
+        return found
+
+    def _boundaries(self, text: str) -> list[int]:
+        """Where the tokens of a text that the template wrote begin and end, in characters."""
+        offsets = self._of_template.encode(text, add_special_tokens=False).offsets
+        return sorted({place for pair in offsets for place in pair})
+
+    def locate(self, texts: Sequence[str], *, rendered: bool = False) -> LocatedTokens:
+        """Tokenize texts, on all cores at once, with the offsets of their tokens; `rendered`: a template wrote them."""
+        return self._locate_by_bytes(texts, rendered) or self.locate_by_characters(texts, rendered=rendered)
+
+    def locate_by_characters(self, texts: Sequence[str], *, rendered: bool = False) -> LocatedTokens:
         """The tokenizer's own offsets; correct for any vocabulary."""
-        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        backend = self._of_template if rendered else self.backend
+        encodings = backend.encode_batch(list(texts), add_special_tokens=False)
         ids, counts = _flat([encoding.ids for encoding in encodings])
         pairs = chain.from_iterable(encoding.offsets for encoding in encodings)
         offsets = np.fromiter(chain.from_iterable(pairs), np.int64, 2 * len(ids)).reshape(-1, 2)
@@ -103,11 +227,12 @@ class ConversationEncoder(FastTokenizer):
         offsets += np.repeat(text_starts[:-1], counts)[:, None]
         return LocatedTokens(ids, counts, offsets[:, 0], offsets[:, 1], text_starts, in_bytes=False)
 
-    def _locate_by_bytes(self, texts: Sequence[str]) -> LocatedTokens | None:
+    def _locate_by_bytes(self, texts: Sequence[str], rendered: bool) -> LocatedTokens | None:
         """Offsets from the tokens' byte counts, or None where those do not add up to every text's own."""
         if self._bytes_of_token is None:
             return None
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        backend = self._of_template if rendered else self.backend
+        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
         ids, counts = _flat([encoding.ids for encoding in encodings])
         sizes = self._bytes_of_token[ids]
         until = starts_of(sizes)
@@ -152,7 +277,7 @@ def _answered_until(conversations: Sequence[Conversation], tokens: LocatedTokens
     """How much of the joined texts before each place belongs to answers: int64 [bytes or characters + 1]."""
     edges = np.zeros(int(tokens.text_starts[-1]) + 1, np.int8)
     for number, conversation in enumerate(conversations):
-        # Answers never touch, because a header stands between them: no place is an edge twice.
+        # Where two answers touch, a place is an end and a start: once down and once up.
         places = tokens.positions(number, conversation.text, list(chain.from_iterable(conversation.answers)))
         edges[places[::2]] += 1
         edges[places[1::2]] -= 1
@@ -171,9 +296,9 @@ def fit(
     conversation loses at most that one. Documents without any supervised token are dropped.
 
     `whole` is conversations without `prefix`, int32 [tokens that the tokenizer prepends]. Returned with the documents
-    are conversations by what became of them: `truncated` and `split` are kept, `too_long` are dropped for their length,
-    `answer_cut` because no supervised token was left; `pieces_dropped` are pieces without a supervised token, of
-    conversations of which other pieces are kept.
+    are source rows by what became of them: `truncated` and `split` are kept, `too_long` are dropped for their length,
+    `answer_cut` because no supervised token was left; `pieces_dropped` are pieces without a supervised token, of rows
+    of which other pieces are kept.
     """
     room = max_seq_length - len(prefix)
     assert room >= 1 and max_seq_length >= 2, "no room for a token and its target"
@@ -197,15 +322,19 @@ def fit(
     supervised[starts[:-1]] = False
     documents = Documents(input_ids, supervised, starts, whole.source_rows[conversation])
     useful = documents.supervised_counts > 0
-    survives = np.zeros(len(lengths), bool)
-    survives[conversation[useful]] = True
-    shortened = int((too_long & survives).sum())
-    dropped_whole = too_long if overlong == "drop" else np.zeros(len(lengths), bool)
+    row_of = np.unique(whole.source_rows, return_inverse=True)[1]  # of each document, counted among these rows
+    rows = int(row_of.max(initial=-1)) + 1
+    survives, is_long = np.zeros(rows, bool), np.zeros(rows, bool)
+    survives[row_of[conversation[useful]]] = True
+    is_long[row_of[too_long]] = True
+    shortened = int((is_long & survives).sum())
+    dropped_whole = is_long & ~survives if overlong == "drop" else np.zeros(rows, bool)
     counts = {
         "truncated": shortened if overlong == "truncate" else 0,
         "split": shortened if overlong == "split" else 0,
         "too_long": int(dropped_whole.sum()),
         "answer_cut": int((~survives & ~dropped_whole).sum()),
-        "pieces_dropped": int(survives[conversation[~useful]].sum()),
+        "pieces_dropped": int(survives[row_of[conversation[~useful]]].sum())
+        + (int((too_long & survives[row_of]).sum()) if overlong == "drop" else 0),
     }
     return documents.select(useful), counts

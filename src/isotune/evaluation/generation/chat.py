@@ -4,13 +4,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from isotune.data.sft.conversations import first_turn, render_prompt
+from isotune.data.sft.messages import USER, Message, read_message
 from isotune.evaluation.generation.completion import Decoding, Prompt, complete
 from isotune.evaluation.models import GenerationModel, generation_model_of_run
 from isotune.io.errors import UserError
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
 
 BANNER = "A chat with {name}. /reset clears the history; /quit or Ctrl-D ends it; Ctrl-C stops an answer."
 COMMANDS = ("/reset", "/quit")
@@ -19,15 +20,26 @@ COMMANDS = ("/reset", "/quit")
 def answer(lm: GenerationModel, question: str | Messages, decoding: Decoding | None = None) -> str:
     """The model's answer to a question, or to the last of several messages.
 
-    The prompt is the one of training, the tokenizer adds its bos, and the answer ends at eos or where the model begins
-    another turn. It depends on the model, the messages and `decoding` (by default greedy) alone; torch's random state
-    does not change. Messages have `role` and `content`, a user's last.
+    The prompt is the one of training, and the answer ends where the model ends it or begins another turn. It depends on
+    the model, the messages and `decoding` (by default greedy) alone; torch's random state does not change. Messages
+    have `role` and `content`, a user's last.
     """
-    (completion,) = complete(lm, [Prompt(0, render_prompt(question))], decoding or Decoding()).values()
-    return first_turn(completion.text)
+    (completion,) = complete(lm, [Prompt(0, prompt_of(lm, question))], decoding or Decoding()).values()
+    return lm.encoder.answer_in(completion.text)
 
 
-def fit_history(lm: GenerationModel, messages: Messages, max_new_tokens: int) -> list[Mapping[str, str]]:
+def prompt_of(lm: GenerationModel, question: str | Messages) -> str:
+    """The text that asks a model one question, or for an answer to messages; UserError for messages that it refuses."""
+    asked: list[Message] = [{"role": USER, "content": question}] if isinstance(question, str) else []
+    try:
+        if not isinstance(question, str):
+            asked = [read_message(message, number)[0] for number, message in enumerate(question, start=1)]
+        return lm.encoder.prompt(asked)
+    except ValueError as error:
+        raise UserError(f"the messages cannot be asked: {error}") from error
+
+
+def fit_history(lm: GenerationModel, messages: Messages, max_new_tokens: int) -> list[Mapping[str, Any]]:
     """The newest messages whose prompt leaves room for an answer; the last one always stays.
 
     The room is `max_new_tokens`, but at most a quarter of the model's positions, so that a high limit does not drop the
@@ -35,15 +47,16 @@ def fit_history(lm: GenerationModel, messages: Messages, max_new_tokens: int) ->
     """
     kept = list(messages)
     longest_prompt = lm.positions - min(max_new_tokens, lm.positions // 4)
-    while len(kept) > 1 and lm.token_count(render_prompt(kept)) > longest_prompt:
+    while len(kept) > 1 and lm.token_count(prompt_of(lm, kept)) > longest_prompt:
         kept = kept[2:]
     return kept
 
 
 def print_sample_answer(run_dir: str | Path, question: str, max_new_tokens: int = 128) -> None:
     """Print the greedy answer of a finished run's model, loaded from the run's folder as its user will load it."""
-    text = answer(generation_model_of_run(run_dir), question, Decoding(max_new_tokens=max_new_tokens))
-    print(f"{render_prompt(question)} {text}", flush=True)
+    lm = generation_model_of_run(run_dir)
+    text = answer(lm, question, Decoding(max_new_tokens=max_new_tokens))
+    print(f"{prompt_of(lm, question)}{' ' if lm.encoder.template is None else ''}{text}", flush=True)
 
 
 def run_chat(lm: GenerationModel, decoding: Decoding, name: str) -> None:
@@ -55,7 +68,7 @@ def run_chat(lm: GenerationModel, decoding: Decoding, name: str) -> None:
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         print(BANNER.format(name=name), flush=True)
-    history: list[Mapping[str, str]] = []
+    history: list[Mapping[str, Any]] = []
     while (line := _next_line(at_terminal)) is not None:
         question = line.strip()
         if question == "/quit":

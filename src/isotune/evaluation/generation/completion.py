@@ -55,7 +55,10 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to complete; `row` identifies it and seeds its random draws, `where` names it in messages."""
+    """A text to complete, such as `lm.encoder.prompt` writes; `row` identifies it and seeds its random draws.
+
+    `where` names it in messages.
+    """
 
     row: int
     text: str
@@ -84,10 +87,10 @@ def complete(
     """The completion of each prompt, by its row; with `ranks` each process generates its share and gets them all.
 
     The prompts are the same on every rank; one that leaves the model no position is a UserError. `batch_size`, the
-    prompts of one forward, changes no completion. With `turns` a completion also ends where another turn begins.
+    prompts of one forward, changes no completion. With `turns` a completion also ends where another turn begins, in
+    Guanaco's form, where no special token says so.
     """
-    with quiet_libraries():  # the tokenizer warns about a long prompt, which is refused below
-        encoded = [lm.tokenizer(prompt.text)["input_ids"] for prompt in prompts]
+    encoded = [lm.encoder.prompt_tokens(prompt.text) for prompt in prompts]
     for prompt, tokens in zip(prompts, encoded, strict=True):
         if (count := len(tokens)) >= lm.positions:
             raise UserError(f"{prompt.where} has {count} tokens, and the model {lm.positions} positions: shorten it")
@@ -132,7 +135,7 @@ def _complete_batch(
     input_ids = pad_sequence([torch.tensor(ids) for ids in tokens], padding_value=filler, **left)
     mask = pad_sequence([torch.ones(len(ids), dtype=torch.long) for ids in tokens], **left)
     width = input_ids.shape[1]
-    endings = _Endings(lm.tokenizer, eos_ids, width, limits, turns)
+    endings = _Endings(lm.tokenizer, eos_ids, width, limits, turns and lm.encoder.template is None)
     processors = LogitsProcessorList()
     if decoding.temperature > 0:
         processors.append(TemperatureLogitsWarper(decoding.temperature))

@@ -17,7 +17,6 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from isotune.data.documents import with_share
-from isotune.data.sft.conversations import first_turn, render_prompt
 from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.generation.base_rules import rules_of_base
 from isotune.evaluation.generation.completion import Decoding, Prompt, complete, own_batches
@@ -61,14 +60,13 @@ def evaluate_generation(
     `batch_size` is the prompts of one forward and changes no result. A prompt that leaves the model no position for a
     completion, or a module that cannot be computed, is a UserError.
     """
-    prompts = [Prompt(s.id, render_prompt(s.prompt), f"the question in {s.where}") for s in samples]
+    prompts = [_prompt(lm, sample) for sample in samples]
     completed = complete(lm, prompts, decoding, batch_size=batch_size, ranks=ranks, progress=ranks.is_main)
-    # the space belongs to the answer, as in training
-    scored_references = [Reference(s.id, p.text, " " + s.reference) for s, p in zip(samples, prompts, strict=True)]
+    scored_references = [_reference(lm, sample, prompt.text) for sample, prompt in zip(samples, prompts, strict=True)]
     likelihood_of = score_references(lm, scored_references, ranks)
     completions = [completed[sample.id] for sample in samples]
     likelihoods = [likelihood_of[sample.id] for sample in samples]
-    texts = [first_turn(completion.text) for completion in completions]
+    texts = [lm.encoder.answer_in(completion.text) for completion in completions]
     references = [sample.reference for sample in samples]
     measured = measure_texts(texts, references, [completion.ended for completion in completions])
     measured |= measure_likelihoods(likelihoods)
@@ -92,6 +90,26 @@ def evaluate_generation(
     return GenerationResult(predictions, scores, truncated, rules_of_base(lm.model))
 
 
+def _prompt(lm: GenerationModel, sample: EvalSample) -> Prompt:
+    try:
+        text = lm.encoder.prompt(sample.messages, sample.tools)
+    except ValueError as error:
+        raise UserError(f"the question in {sample.where} cannot be asked: {error}") from error
+    return Prompt(sample.id, text, f"the question in {sample.where}")
+
+
+def _reference(lm: GenerationModel, sample: EvalSample, prompt: str) -> "Reference":
+    """The reference as it stands behind its prompt in training, without what ends it."""
+    try:
+        text = lm.encoder.answered(sample.messages, sample.reference, sample.tools)
+    except ValueError as error:
+        raise UserError(f"the reference in {sample.where} cannot be written: {error}") from error
+    if not text.startswith(prompt):
+        what = "the chat template asks with another text than it writes before the answer"
+        raise UserError(f"the reference in {sample.where} cannot be scored: {what}")
+    return Reference(sample.id, prompt, text[len(prompt) :])
+
+
 @dataclass(frozen=True)
 class Reference:
     """A text that is scored after a prompt; `row` identifies it."""
@@ -106,7 +124,7 @@ def score_references(
 ) -> dict[int, Likelihood]:
     """The likelihood of each reference by its row; with `ranks` each process scores its share and gets them all.
 
-    UserError where the tokenizer gives no character offsets, or a likelihood is NaN or Inf.
+    UserError where a likelihood is NaN or Inf.
     """
     encoded = [_encode(lm, reference) for reference in references]
     lengths = [len(input_ids) for input_ids, _ in encoded]
@@ -128,20 +146,18 @@ def score_references(
 
 def _encode(lm: GenerationModel, reference: Reference) -> tuple[list[int], Likelihood]:
     """The tokens of prompt and reference, and the likelihood of the reference, its nll to be computed."""
-    whole_text = reference.prompt + reference.text
-    try:
-        tokens = lm.tokenizer(whole_text, return_offsets_mapping=True, return_special_tokens_mask=True)
-    except NotImplementedError:
-        what = "gives no character offsets: save its fast form, tokenizer.json"
-        raise UserError(f"the tokenizer {lm.tokenizer.name_or_path} {what}") from None
+    whole_text, prefix = reference.prompt + reference.text, lm.encoder.prefix.tolist()
+    tokens = lm.encoder.located(whole_text)
     start = len(reference.prompt)
-    ends = [end for _, end in tokens["offset_mapping"]]
-    plain = [i for i, special in enumerate(tokens["special_tokens_mask"]) if not special]
+    input_ids, ends = [*prefix, *tokens.ids.tolist()], [*([0] * len(prefix)), *tokens.ends.tolist()]
     # a token across the border is scored, as it is supervised in training
-    first, last = next(i for i in plain if ends[i] > start), plain[-1]
+    first = next((i for i, end in enumerate(ends) if end > start), None)
+    if first is None:
+        raise UserError(f"the reference of row {reference.row + 1} is of no token")
+    last = len(input_ids) - 1
     kept = min(last + 1, lm.positions)
     text = whole_text[start : ends[kept - 1]] if kept <= last else reference.text
-    return tokens["input_ids"][:kept], Likelihood(math.nan, kept - first, len(text.encode()), kept == last + 1)
+    return input_ids[:kept], Likelihood(math.nan, kept - first, len(text.encode()), kept == last + 1)
 
 
 def _batches(lengths: Sequence[int]) -> list[list[int]]:

@@ -1,0 +1,158 @@
+"""Which form conversations are written in: Guanaco's, or a chat template's; either is a template that is saved.
+
+    auto       the tokenizer's own chat template where it has one, else Guanaco's form
+    guanaco    ### Human: ... ### Assistant: ...
+    template   the tokenizer's own chat template
+    FILE       the Jinja template in that file
+
+RUN/model carries the template of training, so whoever serves the model asks it as it was trained. Guanaco's form is
+written as a template too, and known by its first line.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from isotune.data.tokenizer import tokenizer_name
+from isotune.io.errors import UserError, first_line, nearest
+
+AUTO, GUANACO, TEMPLATE = "auto", "guanaco", "template"
+GUANACO_MARK = "{#- isotune: Guanaco's form -#}"
+# What `strftime_now` writes while the data are prepared, and in RUN/model: a template that asks for the date would
+# give other documents every day. It is the day that Llama's templates fall back to.
+DAY = "2024-07-26"
+_DAY_PARTS = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
+_DATE_CALL = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")
+
+_GUANACO_BODY = """
+{%- set headers = {'system': '### System: ', 'user': '### Human: ', 'assistant': '### Assistant: ',
+    'tool': '### Tool: '} -%}
+{%- macro list_tools() -%}
+    {{- '### Tools: ' -}}
+    {%- for tool in tools -%}{{- ('' if loop.first else '\\n') + (tool | tojson) -}}{%- endfor -%}
+{%- endmacro -%}
+{%- if tools and messages[0].role != 'system' -%}{{- list_tools() + '\\n' -}}{%- endif -%}
+{%- for message in messages -%}
+    {%- set body = namespace(text='') -%}
+    {%- if message.content is string -%}
+        {%- set body.text = message.content -%}
+    {%- elif message.content -%}
+        {%- for part in message.content -%}{%- set body.text = body.text + part.text -%}{%- endfor -%}
+    {%- endif -%}
+    {%- if message.reasoning_content -%}
+        {%- set body.text = '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' + body.text -%}
+    {%- endif -%}
+    {%- for call in message.tool_calls or [] -%}
+        {%- set function = call.function or call -%}
+        {%- set given = function.arguments if function.arguments is string else function.arguments | tojson -%}
+        {%- set body.text = body.text + ('\\n' if body.text else '') + '<tool_call>\\n{"name": '
+            + (function.name | tojson) + ', "arguments": ' + given + '}\\n</tool_call>' -%}
+    {%- endfor -%}
+    {%- if loop.last and not add_generation_prompt and message.role == 'assistant' -%}
+        {%- set body.text = body.text.rstrip() -%}
+    {%- endif -%}
+    {{- ('' if loop.first else '\\n') + headers[message.role] + body.text -}}
+    {%- if loop.first and tools and message.role == 'system' -%}{{- '\\n' + list_tools() -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '\\n### Assistant:' -}}
+{%- elif messages[-1].role == 'assistant' -%}
+    {{- eos_token -}}
+{%- endif -%}
+"""
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """A form of conversations, as its Jinja template."""
+
+    kind: Literal["guanaco", "template"]
+    template: str | dict[str, str] | None  # None is Guanaco's, whose template depends on the tokenizer
+    source: str  # where the template comes from, as a line of the program names it
+
+    @classmethod
+    def of(cls, asked: str, tokenizer: Any) -> "ChatFormat":
+        """The form that `chat_format` asks for; UserError where there is none."""
+        own = getattr(tokenizer, "chat_template", None)
+        is_guanaco = isinstance(own, str) and own.startswith(GUANACO_MARK)
+        if asked == GUANACO or (asked == AUTO and (is_guanaco or not own)):
+            return cls(GUANACO, None, "### Human: ... ### Assistant: ...")
+        if asked in (AUTO, TEMPLATE):
+            if not own:
+                raise UserError(
+                    f"chat_format is template, and the tokenizer {tokenizer_name(tokenizer)} has no chat template: "
+                    "say guanaco, or name a file that holds one"
+                )
+            if is_guanaco:
+                return cls(GUANACO, None, "### Human: ... ### Assistant: ...")
+            return cls(TEMPLATE, _checked(own, f"the chat template of {tokenizer_name(tokenizer)}"), "the tokenizer's")
+        return cls._of_file(asked)
+
+    @classmethod
+    def _of_file(cls, asked: str) -> "ChatFormat":
+        path = Path(asked).expanduser()
+        try:
+            text = path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            near = nearest(asked, (AUTO, GUANACO, TEMPLATE))
+            hint = f"did you mean {near}?" if near else "it takes auto, guanaco, template, or a file"
+            raise UserError(f"chat_format: {asked!r} cannot be read ({first_line(error)}): {hint}") from error
+        if text.startswith(GUANACO_MARK):
+            return cls(GUANACO, None, f"of {path}")
+        return cls(TEMPLATE, _checked(text, str(path)), f"of {path}")
+
+    def apply(self, tokenizer: Any) -> None:
+        """Let a tokenizer carry the template of this form, so that everything saved with it says how it was trained."""
+        tokenizer.chat_template = guanaco_template(tokenizer) if self.template is None else self.template
+
+    @property
+    def writes_date(self) -> bool:
+        """Whether the template asks for the day, which is always `DAY`."""
+        texts = self.template.values() if isinstance(self.template, dict) else [self.template or ""]
+        return any("strftime_now" in text for text in texts)
+
+    def __str__(self) -> str:
+        return f"{self.kind}, {self.source}" + (f"; the date that it writes is {DAY}" if self.writes_date else "")
+
+
+def guanaco_template(tokenizer: Any) -> str:
+    """Guanaco's form as a Jinja template that makes, by `apply_chat_template`, the tokens that training saw.
+
+    That function adds no special tokens, so the template writes those that the tokenizer puts before a text.
+    """
+    before = "".join(tokenizer.convert_ids_to_tokens(prefix_of(tokenizer)))
+    first = f"{{{{- {before!r} -}}}}" if before else ""
+    return GUANACO_MARK + "\n" + first + _GUANACO_BODY
+
+
+def prefix_of(tokenizer: Any) -> list[int]:
+    """The tokens that a tokenizer puts before a text."""
+    probe = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True)
+    return probe.ids[: probe.special_tokens_mask.index(0)]
+
+
+def _checked(template: str | dict[str, str], where: str) -> str | dict[str, str]:
+    """The template with the day fixed; UserError where it is no template."""
+    if isinstance(template, dict):
+        return {name: str(_checked(text, where)) for name, text in template.items()}
+    try:
+        render_jinja_template([[{"role": "user", "content": "a"}]], chat_template=template)
+    except TemplateSyntaxError as error:
+        raise UserError(f"{where} is not a Jinja template: line {error.lineno}: {first_line(error)}") from error
+    except (TemplateError, TypeError, ValueError):
+        pass  # what it thinks of a message is said when there is one
+    return _with_fixed_day(template)
+
+
+def _with_fixed_day(template: str) -> str:
+    """A template whose calls of `strftime_now` all write `DAY`, in the form that each asks for."""
+    if "strftime_now" not in template or "macro strftime_now" in template:
+        return template
+    formats = dict.fromkeys(one or other for one, other in _DATE_CALL.findall(template))
+    days = {form: re.sub("%.", lambda part: _DAY_PARTS.get(part[0], part[0]), form) for form in formats}
+    choices = "".join(f"{{%- if format == {form!r} -%}}{day}{{%- endif -%}}" for form, day in days.items())
+    return f"{{%- macro strftime_now(format) -%}}{choices}{{%- endmacro -%}}\n" + template

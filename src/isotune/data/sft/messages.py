@@ -1,0 +1,175 @@
+"""Messages in the spellings that are found in the wild, as one: role, content, tool calls, and whether to learn them.
+
+    {"role": "assistant", "content": "Lima.", "weight": 0}        OpenAI, Mistral
+    {"from": "gpt", "value": "Lima.", "train": false}             ShareGPT, axolotl
+    {"role": "assistant", "content": null, "tool_calls": [...]}   an assistant that calls a tool and says nothing
+
+A field that means something and is not known is never passed over in silence: it is kept in the message, where a chat
+template may read it, and whoever renders the message names what was not read.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+SYSTEM, USER, ASSISTANT, TOOL = "system", "user", "assistant", "tool"
+# what stands before the first header of a text in Guanaco's form, and belongs to no turn; no role of a data set
+PREAMBLE = "preamble"
+ROLES = {
+    **dict.fromkeys(("system", "developer"), SYSTEM),
+    **dict.fromkeys(("user", "human"), USER),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt"), ASSISTANT),
+    **dict.fromkeys(("tool", "function", "observation", "ipython", "function_response"), TOOL),
+}
+FUNCTION_CALL = "function_call"  # a role of its own in ShareGPT's form: an assistant that calls a tool
+ROLE_FIELDS, CONTENT_FIELDS = ("role", "from"), ("content", "value")
+LEARN_FIELDS = ("weight", "train", "loss")
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # the first that is there, as transformers reads them
+# read by every form, or names that change nothing of what is said
+KNOWN_FIELDS = {"role", "content", "tool_calls", "tool_call_id", "name", "id", *REASONING_FIELDS}
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation as messages, before any format: `learn` says for each message whether it may be learnt."""
+
+    messages: tuple[Message, ...]
+    learn: tuple[bool, ...]
+    tools: tuple[Any, ...] | None = None  # JSON schemas of the tools that the assistant may call
+
+    @property
+    def marked(self) -> int:
+        """Answers that the data ask not to learn."""
+        return sum(
+            message["role"] == ASSISTANT and not learn for message, learn in zip(self.messages, self.learn, strict=True)
+        )
+
+    def fields_beside(self, read: str) -> set[str]:
+        """Fields of the messages that are neither known here nor named in the text `read`, such as a template."""
+        return {name for message in self.messages for name in message if name not in KNOWN_FIELDS and name not in read}
+
+
+def example_of(messages: Sequence[Any], system: Any = None, tools: Any = None) -> Example:
+    """A conversation of a row's messages, with its `system` and `tools` columns; ValueError names what is wrong."""
+    read = [read_message(message, number) for number, message in enumerate(messages, start=1)]
+    if system is not None:
+        if not isinstance(system, str):
+            raise ValueError(f"the system column holds a {type(system).__name__}, not a text")
+        if system.strip() and read and read[0][0]["role"] != SYSTEM:
+            read.insert(0, ({"role": SYSTEM, "content": system}, True))
+    return Example(tuple(message for message, _ in read), tuple(learn for _, learn in read), read_tools(tools))
+
+
+def exchange(question: str, answer: str, system: Any = None) -> Example:
+    """One question and its answer."""
+    return example_of(({"role": USER, "content": question}, {"role": ASSISTANT, "content": answer}), system)
+
+
+def read_message(message: Any, number: int) -> tuple[Message, bool]:
+    """A message in the one spelling, without nulls and marks, and whether it may be learnt; ValueError names it."""
+    if not isinstance(message, Mapping):
+        raise ValueError(f"message {number} is a {type(message).__name__}, not an object with role and content")
+    fields = {str(name): value for name, value in cast(Mapping[Any, Any], message).items() if value is not None}
+    role = next((fields.pop(name) for name in ROLE_FIELDS if name in fields), None)
+    content = next((fields.pop(name) for name in CONTENT_FIELDS if name in fields), None)
+    for name in (*ROLE_FIELDS, *CONTENT_FIELDS):
+        fields.pop(name, None)
+    if role == FUNCTION_CALL and isinstance(content, str):
+        role, fields["tool_calls"], content = ASSISTANT, [content], None
+    if not isinstance(role, str) or role not in ROLES:
+        raise ValueError(f"message {number} has the role {role!r}; known are {', '.join(ROLES)}")
+    learn = _may_be_learnt(fields, ROLES[role], number)
+    calls = fields.pop("tool_calls", None) or []
+    if content is None and calls:
+        content = ""
+    kept: Message = {"role": ROLES[role], "content": _text_of(content, number)}
+    if calls:
+        if kept["role"] != ASSISTANT:
+            raise ValueError(f"message {number} is by the {kept['role']} and has tool_calls, which only answers have")
+        kept["tool_calls"] = _read_calls(calls, number)
+    reasoning = [fields.pop(name) for name in REASONING_FIELDS if name in fields]
+    if reasoning and reasoning[0] != "":
+        if not isinstance(reasoning[0], str):
+            raise ValueError(f"message {number} has a {type(reasoning[0]).__name__} for its reasoning, not a text")
+        kept["reasoning_content"] = reasoning[0]
+    return kept | fields, learn
+
+
+def _text_of(content: Any, number: int) -> str:
+    """The content of a message: a text, or the texts of its parts."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ValueError(f"message {number} has a {type(content).__name__} for its content, not a text")
+    texts: list[str] = []
+    for part in cast(list[Any], content):
+        fields = cast(Mapping[str, Any], part) if isinstance(part, Mapping) else {"type": type(part).__name__}
+        text = part if isinstance(part, str) else fields.get("text")
+        if not isinstance(text, str) or (fields.get("type", "text") != "text" and not isinstance(part, str)):
+            raise ValueError(
+                f"message {number} has a part of type {fields.get('type')!r}; only texts can be trained on"
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _may_be_learnt(fields: dict[str, Any], role: str, number: int) -> bool:
+    """Take the marks out of a message's fields; false where one of them says not to learn it."""
+    marks = {name: fields.pop(name) for name in LEARN_FIELDS if name in fields}
+    for name, mark in marks.items():
+        if mark not in (0, 1) or isinstance(mark, str):
+            raise ValueError(f"message {number} has {name} {mark!r}: only 0, 1, false and true can be honoured")
+        if mark and name != "weight" and role != ASSISTANT:
+            raise ValueError(
+                f"message {number} is by the {role} and has {name} {mark!r}: only answers can be learnt one by one; "
+                "train_on: everything learns all"
+            )
+    return all(marks.values())
+
+
+def _read_calls(calls: Any, number: int) -> list[dict[str, Any]]:
+    """Tool calls as transformers' templates expect them: the function's name, and its arguments as a mapping."""
+    if not isinstance(calls, list):
+        raise ValueError(f"message {number} has a {type(calls).__name__} for its tool_calls, not a list")
+    read: list[dict[str, Any]] = []
+    for call in cast(list[Any], calls):
+        call = _from_json(call)
+        function = _from_json(call.get("function", call)) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ValueError(f"message {number} has a tool call without the name of its function")
+        arguments = _from_json(function.get("arguments", function.get("parameters")))
+        function = {"name": function["name"], "arguments": {} if arguments is None else arguments}
+        others = {name: value for name, value in call.items() if name in ("id", "type") and value is not None}
+        read.append({"type": "function", **others, "function": function})
+    return read
+
+
+def read_tools(tools: Any) -> tuple[Any, ...] | None:
+    """The `tools` column: a list of JSON schemas, or such a list as JSON text; None where there are none."""
+    read = _from_json(tools)
+    if read is None or read == "" or read == []:
+        return None
+    if not isinstance(read, list):
+        raise ValueError(f"the tools column holds a {type(tools).__name__} that is no list of tools")
+    listed = [_from_json(tool) for tool in cast(list[Any], read)]
+    if not all(isinstance(tool, Mapping) for tool in listed):
+        raise ValueError("the tools column holds something that is no JSON schema of a tool")
+    return tuple(listed)
+
+
+def _from_json(value: Any) -> Any:
+    """What a JSON text stands for, where it stands for an object or a list; everything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def as_json(value: Any) -> str:
+    """JSON as transformers' `tojson` writes it in a template."""
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,117 @@
+"""Rows of a source as conversations ready to be tokenised, batch by batch, so that reading and tokenizing overlap."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from isotune.config.recipes import TrainOn
+from isotune.data.sft.conversations import Conversation, everything, header_start, parse_text, turns_of
+from isotune.data.sft.forms import MESSAGES_COLUMNS, TEXT_FIELD, Content, TokenRow, read_row
+from isotune.data.sft.messages import Example
+from isotune.data.sft.tokenization import ConversationEncoder
+from isotune.data.sources.source import Row, Source, surrogate_fault
+from isotune.io.errors import UserError
+
+SHOWN_CHARACTERS = 60
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of a source that were read together, `read` of them; only what holds something to learn is here."""
+
+    read: int
+    rows: np.ndarray  # int64 [conversations, or tokenised rows]; a row may have several conversations
+    conversations: list[Conversation]
+    tokenised: list[TokenRow] = field(default_factory=list[TokenRow])
+
+
+def read_contents(source: Source, text_field: str) -> Iterator[list[tuple[int, Content]]]:
+    """What the rows of a source hold, in batches, each row with its number counted from 0; UserError names a bad row.
+
+    A row of another form than the source's first is refused, unless both hold texts or messages.
+    """
+    for rows in source.batches():
+        contents: list[tuple[int, Content]] = []
+        for number, row in rows:
+            try:
+                content = read_row(row, text_field)
+            except ValueError as error:
+                raise UserError(f"{source.where(number)}, {error}") from error
+            if content is None:
+                raise _unknown_form(source, number, row, text_field)
+            contents.append((number, content))
+        yield contents
+
+
+def _unknown_form(source: Source, number: int, row: Row, text_field: str) -> UserError:
+    candidates = (text_field, *MESSAGES_COLUMNS[:2]) if text_field == TEXT_FIELD else (text_field,)
+    nulls = [name for name in row if row[name] is None and name in candidates]
+    if nulls:
+        where = f"{source.where(number)}, column {nulls[0]!r}"
+        return UserError(f"{where}: holds null, neither a text nor a list of messages")
+    return source.lacks(number, row, text_field if number else "' or '".join(candidates), "dataset_text_field")
+
+
+def read_batches(
+    source: Source, text_field: str, train_on: TrainOn, encoder: ConversationEncoder, *, seen: list[str] | None = None
+) -> Iterator[Batch]:
+    """Read a source, and write its conversations in the encoder's form; UserError names a row that cannot be.
+
+    `seen` takes the beginning of the first text without a header: what to show where nothing can be trained on.
+    """
+    first: type | None = None
+    for contents in read_contents(source, text_field):
+        numbers: list[int] = []
+        conversations: list[Conversation] = []
+        tokenised: list[TokenRow] = []
+        for number, content in contents:
+            first = first or type(content)
+            if (type(content) is TokenRow) != (first is TokenRow):
+                raise UserError(f"{source.where(number)} has another form than row 1: tokens beside texts")
+            if isinstance(content, TokenRow):
+                if (len(content.input_ids) and content.input_ids.max() >= encoder.vocabulary) or content.input_ids.min(
+                    initial=0
+                ) < 0:
+                    raise UserError(
+                        f"{source.where(number)}, column 'input_ids': holds a token outside the tokenizer's "
+                        f"{encoder.vocabulary}: it was tokenised by another"
+                    )
+                if content.supervised[1:].any():
+                    numbers.append(number)
+                    tokenised.append(content)
+                continue
+            if seen is not None and not seen and isinstance(content, str) and header_start(content) is None:
+                seen.append(f"row {number + 1} begins {content[:SHOWN_CHARACTERS]!r}")
+            try:
+                found = _conversations(content, train_on, encoder)
+                fault = next(filter(None, (surrogate_fault(conversation.text) for conversation in found)), None)
+                if fault:
+                    raise ValueError(fault)
+            except ValueError as error:
+                raise UserError(f"{source.where(number)}{_column_of(content, text_field)}: {error}") from error
+            numbers += [number] * len(found)
+            conversations += found
+        yield Batch(len(contents), np.array(numbers, np.int64), conversations, tokenised)
+
+
+def _column_of(content: Content, text_field: str) -> str:
+    return f", column {text_field!r}" if isinstance(content, str) else ""
+
+
+def _conversations(content: Example | str, train_on: TrainOn, encoder: ConversationEncoder) -> list[Conversation]:
+    if isinstance(content, Example):
+        return encoder.conversations(content, train_on)
+    if train_on == "everything":
+        found = everything(content)
+    elif encoder.template is None:
+        found = parse_text(content, train_on)
+    else:
+        return encoder.conversations(example_of_text(content), train_on)
+    return [found] if found.answers else []
+
+
+def example_of_text(text: str) -> Example:
+    """A text in Guanaco's form as a conversation of messages, as every form asks for them."""
+    turns = turns_of(text)
+    return Example(tuple(turns), (True,) * len(turns))

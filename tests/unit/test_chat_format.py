@@ -1,0 +1,113 @@
+"""Which form a recipe's chat_format means, and what the saved tokenizer says of it."""
+
+import pytest
+from tests.chat_tokenizers import TEMPLATES, byte_chat_tokenizer
+from transformers import AutoTokenizer
+
+from isotune.config import Recipe
+from isotune.data.sft.chat_format import DAY, GUANACO_MARK, ChatFormat
+from isotune.data.sft.messages import exchange
+from isotune.data.sft.shown_example import ShownExample
+from isotune.data.sft.tokenization import ConversationEncoder
+from isotune.io.errors import UserError
+
+CHATML = TEMPLATES / "chatml.jinja"
+
+
+@pytest.mark.parametrize(
+    ("asked", "template", "kind"),
+    [
+        ("auto", None, "guanaco"),
+        ("auto", "chatml", "template"),
+        ("guanaco", "chatml", "guanaco"),
+        ("template", "chatml", "template"),
+        (str(CHATML), None, "template"),
+        (str(CHATML), "llama3", "template"),
+    ],
+)
+def test_the_form_is_what_was_asked_and_the_saved_tokenizer_knows_it_again(tmp_path, asked, template, kind):
+    tokenizer = byte_chat_tokenizer(template)
+    trained = ConversationEncoder(tokenizer, asked)
+    assert trained.format.kind == kind
+    trained.format.apply(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert saved.chat_template.startswith(GUANACO_MARK) == (kind == "guanaco")
+    if asked == str(CHATML):
+        assert saved.chat_template == CHATML.read_text()
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    again = ConversationEncoder(saved)
+    asked_by_server = saved.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert (
+        again.prompt_tokens(again.prompt(messages))
+        == asked_by_server
+        == trained.prompt_tokens(trained.prompt(messages))
+    )
+    assert (again.format.kind, again.end_ids) == (kind, trained.end_ids)
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ("template", "chat_format is template, and the tokenizer .* has no chat template: say guanaco"),
+        ("guanacco", "chat_format: 'guanacco' cannot be read .* did you mean guanaco"),
+        ("/nowhere/form.jinja", "it takes auto, guanaco, template, or a file"),
+    ],
+)
+def test_a_form_that_is_not_there_is_named(asked, sentence):
+    with pytest.raises(UserError, match=sentence):
+        ChatFormat.of(asked, byte_chat_tokenizer())
+
+
+def test_a_file_that_is_no_template_is_named_with_its_line(tmp_path):
+    file = tmp_path / "broken.jinja"
+    file.write_text("{{ bos_token }}\n{% for message in %}")
+    with pytest.raises(UserError, match=r"broken\.jinja is not a Jinja template: line 2"):
+        ChatFormat.of(str(file), byte_chat_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        ("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>"), ("mistral", "<eos>"), ("gemma", "<end_of_turn>"),
+        ("phi", "<|end|>"), ("qwen_thinking", "<|im_end|>"), (None, None),
+    ],
+)  # fmt: skip
+def test_generation_ends_where_the_template_ends_an_answer(template, end):
+    tokenizer = byte_chat_tokenizer(template)
+    assert ConversationEncoder(tokenizer).end_ids == ({tokenizer.convert_tokens_to_ids(end)} if end else set())
+
+
+def test_the_day_is_the_same_every_day_and_in_the_saved_template():
+    tokenizer = byte_chat_tokenizer("llama3")
+    form = ChatFormat.of("auto", tokenizer)
+    assert str(form).endswith(DAY)
+    form.apply(tokenizer)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "q"}], tokenize=False)
+    assert "Today is 26 Jul 2024" in text
+    assert ChatFormat.of("auto", tokenizer).template == form.template, "what is saved is not fixed twice"
+
+
+def test_guanacos_form_has_the_fingerprint_of_earlier_versions_and_stays_out_of_the_recipes():
+    values = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o"}
+    plain = Recipe.from_values(**values, chat_format="guanaco")
+    assert "chat_format" not in plain.result_values() and plain.resolved()["chat_format"] == "guanaco"
+    assert Recipe.from_values(**values, chat_format="template").fingerprint() != plain.fingerprint()
+
+
+def test_what_a_completion_answers_is_without_reasoning_and_without_another_turn():
+    guanaco, chatml = (ConversationEncoder(byte_chat_tokenizer(template)) for template in (None, "chatml"))
+    assert guanaco.answer_in(" Yes.\n### Human: And?") == "Yes."
+    assert (
+        chatml.answer_in("<think>\nhm\n</think>\n\nYes. ### Human: no header here") == "Yes. ### Human: no header here"
+    )
+
+
+def test_one_example_is_shown_with_what_is_learnt_in_brackets_or_in_colour():
+    tokenizer = byte_chat_tokenizer("chatml")
+    encoder = ConversationEncoder(tokenizer)
+    shown = ShownExample.of(encoder.encode(encoder.conversations(exchange("q", "a"))), 0, tokenizer)
+    before = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    assert shown.text(colour=False) == f"{before}[a<|im_end|>\n]"
+    assert shown.text(colour=True) == f"{before}\x1b[32ma<|im_end|>\n\x1b[0m"
+    assert shown.lines(colour=False).startswith("example     row 1;")

@@ -1,0 +1,196 @@
+"""Rows in the forms that are found in the wild, their marks, and what is said of those that cannot be read."""
+
+import json
+
+import pytest
+from tests.chat_tokenizers import byte_chat_tokenizer
+
+from isotune.data.sft.preparation import SftSettings, prepare
+from isotune.io.errors import UserError
+
+EXCHANGE = "### Human: q\n### Assistant: a"
+
+
+def prepared(folder, rows, tokenizer=None, **settings):
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return prepare(str(file), "train", tokenizer or byte_chat_tokenizer(), SftSettings(**settings), show_progress=False)
+
+
+def texts(found, tokenizer=None):
+    """(document, what is learnt of it) as text."""
+    tokenizer, documents = tokenizer or byte_chat_tokenizer(), found.documents
+    spans = zip(documents.starts[:-1], documents.starts[1:], strict=True)
+    pieces = [(documents.input_ids[s:e], documents.supervised[s:e]) for s, e in spans]
+    return [(tokenizer.decode(ids.tolist()), tokenizer.decode(ids[mask].tolist())) for ids, mask in pieces]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": EXCHANGE},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"text": None, "conversations": [{"from": "user", "role": None, "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, {"role": "model", "content": "a"}]},
+        {"prompt": "q", "completion": "a"},
+        {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]},
+        {"prompt": "### Human: q\n### Assistant:", "completion": " a"},
+        {"instruction": "q", "input": "", "output": "a"},
+        {"instruction": "q", "context": None, "response": "a", "category": "x"},
+        {"question": "q", "answer": "a", "id": 7},
+        {"query": "q", "response": "a"},
+        {"input": "q", "output": "a"},
+    ],
+)  # fmt: skip
+def test_every_form_of_one_exchange_is_the_same_document(tmp_path, row):
+    assert texts(prepared(tmp_path, [row])) == [(f"<bos>{EXCHANGE}<eos>", " a<eos>")]
+
+
+def test_alpacas_input_and_a_system_column_are_part_of_what_is_asked(tmp_path):
+    rows = [
+        {"instruction": "q", "input": "more", "output": "a", "system": "s"},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
+    ]
+    assert [text for text, _ in texts(prepared(tmp_path, rows))] == [
+        "<bos>### System: s\n### Human: q\n\nmore\n### Assistant: a<eos>",
+        "<bos>### System: s\n### Human: q\n### Assistant: a<eos>",
+    ]
+
+
+MARKED = [
+    {"role": "user", "content": "q"},
+    {"role": "assistant", "content": "WRONG"},
+    {"role": "user", "content": "again"},
+    {"role": "assistant", "content": "right"},
+]
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": False}, {"loss": 0, "weight": 1}])
+@pytest.mark.parametrize("template", [None, "chatml"])
+def test_a_marked_answer_is_text_and_is_counted_and_is_not_learnt(tmp_path, mark, template):
+    tokenizer = byte_chat_tokenizer(template)
+    rows = [{"messages": [message | (mark if message["content"] == "WRONG" else {}) for message in MARKED]}]
+    found = prepared(tmp_path, rows, tokenizer)
+    ((text, learnt),) = texts(found, tokenizer)
+    assert "WRONG" in text and learnt == (" right<eos>" if template is None else "right<|im_end|>\n")
+    assert found.table.counts["marked"] == 1
+    assert "answers marked not to be learnt 1" in " ".join(str(found.table).split())
+
+
+def test_a_field_that_nothing_reads_is_named_once_and_one_that_the_template_reads_is_not(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "q", "mood": "sad"}, {"role": "assistant", "content": "a"}]}] * 3
+    found = prepared(tmp_path, rows)
+    assert found.table.counts["fields_not_read"] == ["mood"]
+    assert str(found.table).count("mood") == 1
+    reads = byte_chat_tokenizer("chatml")
+    reads.chat_template += "{# mood #}"
+    assert prepared(tmp_path, rows, reads).table.counts["fields_not_read"] == []
+
+
+CALLS = [
+    {"role": "user", "content": "tide?"},
+    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}]},
+    {"role": "tool", "content": "17:42"},
+    {"role": "assistant", "content": "At 17:42."},
+]  # fmt: skip
+
+
+def test_tool_calls_are_learnt_and_their_results_are_not(tmp_path):
+    rows = [{"messages": CALLS, "tools": json.dumps([{"name": "f"}])}]
+    ((text, learnt),) = texts(prepared(tmp_path, rows))
+    call = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+    assert text == (
+        f'<bos>### Tools: {{"name": "f"}}\n### Human: tide?\n### Assistant: {call}\n### Tool: 17:42\n'
+        "### Assistant: At 17:42.<eos>"
+    )
+    assert learnt == f" {call} At 17:42.<eos>"
+    chatml = byte_chat_tokenizer("chatml")
+    ((_, learnt),) = texts(prepared(tmp_path, rows, chatml), chatml)
+    call = '<call>{"name": "f", "arguments": {"a": 1}}</call>'
+    assert learnt == f"{call}<|im_end|>\nAt 17:42.<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "sentence"),
+    [
+        ({"messages": CALLS}, "phi", "row 1 of .*: it has tool_calls, which the chat template does not read"),
+        ({"messages": CALLS[:1] + CALLS[3:], "tools": [{"name": "f"}]}, "phi", "has tools, which the chat template"),
+        ({"messages": [{"role": "system", "content": "s"}, *MARKED]}, "gemma", "the chat template refuses it"),
+        ({"messages": MARKED}, "opens_thinking", "message 4: the chat template asks for this answer with another text"),
+        ({"messages": [{"role": "user", "content": "q", "train": True}]}, None, "message 1 is by the user"),
+        ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, None, "message 1 has weight 0.5"),
+        ({"input_ids": [5, 6], "labels": [5, 7]}, None, "token 2 is 7, and input_ids has 6 there"),
+        ({"input_ids": [5, 99999]}, None, "a token outside the tokenizer's"),
+        ({"input_ids": [5, 6], "attention_mask": [1]}, None, "has 1 numbers, and input_ids 2"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_right_is_refused_by_row(tmp_path, row, template, sentence):
+    with pytest.raises(UserError, match=sentence):
+        prepared(tmp_path, [row], byte_chat_tokenizer(template))
+
+
+def test_texts_without_a_header_are_refused_with_what_they_look_like_and_the_way_out(tmp_path):
+    rows = [{"text": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"}] * 2
+    with pytest.raises(UserError, match=r"headers ### Human: and ### Assistant:, and row 1 begins '<\|im_start\|>user"):
+        prepared(tmp_path, rows)
+
+
+@pytest.mark.parametrize(("template", "prefix"), [(None, "<bos>"), ("chatml", "<bos>")])
+def test_any_text_is_learnt_as_a_whole(tmp_path, template, prefix):
+    tokenizer = byte_chat_tokenizer(template)
+    ((text, learnt),) = texts(
+        prepared(tmp_path, [{"text": "plain <eos> text"}], tokenizer, train_on="everything"), tokenizer
+    )
+    assert text == f"{prefix}plain <eos> text<eos>" and learnt == "plain <eos> text<eos>"
+    ids = prepared(tmp_path, [{"text": "plain <eos> text"}], tokenizer, train_on="everything").documents.input_ids
+    assert (ids == tokenizer.eos_token_id).sum() == 1, "an eos that is written out is text"
+
+
+def test_tokenised_rows_are_learnt_as_they_stand(tmp_path):
+    rows = [
+        {"input_ids": [2, 10, 11, 12], "labels": [-100, -100, 11, 12]},
+        {"input_ids": [2, 10, 11, 0], "assistant_masks": [0, 1, 0, 0], "attention_mask": [1, 1, 1, 0]},
+        {"input_ids": [10, 11]},
+    ]
+    documents = prepared(tmp_path, rows).documents
+    assert documents.input_ids.tolist() == [2, 10, 11, 12, 2, 10, 11, 10, 11]
+    assert documents.supervised.tolist() == [False, False, True, True, False, True, False, False, True]
+
+
+def test_guanacos_text_is_laid_out_by_a_template_too(tmp_path):
+    tokenizer = byte_chat_tokenizer("chatml")
+    ((text, learnt),) = texts(
+        prepared(tmp_path, [{"text": "Be kind. ### Human: q ### Assistant: a"}], tokenizer), tokenizer
+    )
+    assert text == (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+    )
+    assert learnt == "a<|im_end|>\n"
+
+
+def test_two_messages_of_one_role_are_one_turn_where_the_template_insists(tmp_path):
+    messages = [
+        {"role": "user", "content": "p"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+    ]
+    tokenizer = byte_chat_tokenizer("gemma")
+    ((text, learnt),) = texts(prepared(tmp_path, [{"messages": messages}], tokenizer), tokenizer)
+    assert "<start_of_turn>user\np\nq<end_of_turn>" in text and learnt == "a<end_of_turn>\n"
+
+
+def test_rewritten_turns_are_counted_and_rows_are_counted_once(tmp_path):
+    tokenizer = byte_chat_tokenizer("qwen_thinking")
+    counts = prepared(tmp_path, [{"messages": MARKED}, {"messages": MARKED[:2]}], tokenizer).table.counts
+    assert (counts["read"], counts["kept"], counts["documents"], counts["rewritten"]) == (2, 2, 3, 1)
+
+
+def test_a_prompt_that_is_cut_otherwise_alone_is_counted(tmp_path):
+    tokenizer = byte_chat_tokenizer("llama3", merges=True, gpt2=True)  # GPT-2 parts two line ends before a word
+    counts = prepared(tmp_path, [{"messages": MARKED[:2]}], tokenizer).table.counts
+    assert counts["asked_otherwise"] == 1
+    assert (
+        prepared(tmp_path, [{"messages": MARKED[:2]}], byte_chat_tokenizer("llama3")).table.counts["asked_otherwise"]
+        == 0
+    )
