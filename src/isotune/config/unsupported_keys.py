@@ -33,7 +33,7 @@ NAMES_BY_ANSWER: dict[str, tuple[str, ...]] = {
     _BATCH: ("per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size"),
     f"{_EVALUATION}; eval_microbatch_tokens bounds the memory": ("per_device_eval_batch_size",),
     _PLAN: (
-        "remove_unused_columns", "train_sampling_strategy", "group_by_length", "length_column_name",
+        "remove_unused_columns", "label_names", "train_sampling_strategy", "group_by_length", "length_column_name",
         "dataloader_drop_last", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
         "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order", "shuffle_dataset",
         "pad_to_multiple_of"),
