@@ -6,7 +6,7 @@ on how long the run is, and so on the data: the run and `isotune plan` say it.
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 from isotune.config.engine_keys import evaluates
 from isotune.config.run_recipe import RunRecipe
@@ -79,11 +79,11 @@ def _of_the_rate(recipe: RunRecipe, steps: int) -> Iterator[str]:
 def _rate_factor(recipe: RunRecipe, steps: int, warmup: int) -> Callable[[int], float]:
     """What transformers multiplies learning_rate by in step 0, 1, ... of the run."""
     import torch
-    from transformers import get_scheduler
+    import transformers
 
     arguments = recipe.training_arguments
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=arguments["learning_rate"])
-    scheduler: Any = get_scheduler(
+    scheduler = cast(Any, transformers).get_scheduler(
         arguments["lr_scheduler_type"],
         optimizer,
         num_warmup_steps=warmup,

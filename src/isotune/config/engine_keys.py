@@ -66,7 +66,7 @@ def wrong_schedule_call(values: Values) -> str | None:
     """What the schedule takes, where lr_scheduler_kwargs has a name that it does not take or lacks what it needs."""
     schedule = values["lr_scheduler_type"]
     needed, optional = SCHEDULE_ARGUMENTS[schedule]
-    options = values["lr_scheduler_kwargs"] or {}
+    options: dict[str, Any] = values["lr_scheduler_kwargs"] or {}
     given = set(options)
     if schedule == "polynomial" and values["learning_rate"] and options.get("lr_end", 1e-7) >= values["learning_rate"]:
         return "polynomial takes an lr_end below learning_rate"

@@ -79,7 +79,7 @@ class Task:
 
     def rows(self) -> Source:
         """The rows as they stand."""
-        of_hub = {"config": self.dataset_config, "revision": self.dataset_revision}
+        of_hub: dict[str, Any] = {"config": self.dataset_config, "revision": self.dataset_revision}
         return read_rows(self.dataset_name, self.dataset_split, columns=self.dataset_columns, **of_hub)
 
 

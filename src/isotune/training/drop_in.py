@@ -19,7 +19,7 @@ import copy
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -109,15 +109,16 @@ class DropIn(PlannedTraining):
     # ---- the schedule ----
 
     def _make_plan(self) -> TrainingPlan:
-        args, base = self.args, base_model_of(self.model)
+        args, model = self.args, cast(nn.Module, self.model)
+        base = base_model_of(model)
         self.causal = not type(base).__name__.endswith("ForSequenceClassification")
         if self.global_batch_size is None:
             self.global_batch_size = args.per_device_train_batch_size * args.world_size
         train = self._lay_out(self.train_dataset, self._row_tokens)
         longest = int(train.documents.lengths.max())
         task = self._install(base, longest, train.documents)
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        few = 2 * trained < sum(p.numel() for p in self.model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        few = 2 * trained < sum(p.numel() for p in model.parameters())
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         exact = bool(self._exact) if self._exact != "auto" else few and not sharded
         schedule = self._schedule(train, task, self.global_batch_size, None if exact else args.world_size)
@@ -139,7 +140,7 @@ class DropIn(PlannedTraining):
             install_classification(base, class_loss)
             attention = str(attention_of(base.config))
             task = ClassificationTask(documents, base.config.num_labels, class_loss, attention)
-        enable_speedups(self.model, zero3=False)
+        enable_speedups(cast(nn.Module, self.model), zero3=False)
         return task
 
     def _lay_out(self, dataset: Any, row_tokens: int | None = None) -> Laid:
@@ -177,7 +178,7 @@ class DropIn(PlannedTraining):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The rows of an evaluation set, by its name where there are several."""
         if isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]
+            eval_dataset = cast(Any, self.eval_dataset)[eval_dataset]
         return self.get_test_dataloader(self.eval_dataset if eval_dataset is None else eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
@@ -208,11 +209,12 @@ class DropIn(PlannedTraining):
         if not loss_only:
             predictions = self._predictions(run)
             labels = self._labels(run.documents) if labelled else None
-            if self.compute_metrics is not None and labelled:
+            if self.compute_metrics is not None and labels is not None:
                 own = self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
                 metrics |= {f"eval_{name}": value for name, value in dict(own).items()}
         prefix = f"{metric_key_prefix}_"
-        named = {prefix + name.removeprefix("eval_"): value for name, value in denumpify_detensorize(metrics).items()}
+        plain = cast(dict[str, Any], denumpify_detensorize(metrics))
+        named = {prefix + name.removeprefix("eval_"): value for name, value in plain.items()}
         return EvalLoopOutput(predictions=predictions, label_ids=labels, metrics=named, num_samples=len(run.documents))  # type: ignore[arg-type]  (as stock, None where there are none)
 
     @torch.no_grad()

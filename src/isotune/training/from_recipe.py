@@ -8,7 +8,7 @@ saved = train_run(start, data)  model, trainer, steps, RUN/model
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -136,7 +136,7 @@ def build_model(start: Start, data: RunData) -> nn.Module:
         if layout.reason and process.is_main:
             how = {PADDED: "padded", ALONE: "run one at a time"}[layout.name]
             print(f"note        texts are {how}, as model type '{config.model_type}' cannot be packed: {layout.reason}")
-        padding = pad_like_tokenizer(base, layout, start.tokenizer.pad_token_id)
+        padding = pad_like_tokenizer(base, layout, cast(int | None, start.tokenizer.pad_token_id))
         if padding is not None and process.is_main:
             print(f"note        {padding}")
     else:

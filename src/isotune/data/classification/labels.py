@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 from tqdm import tqdm
@@ -157,7 +157,7 @@ def _own_ids(ids: list[Any], numbers: np.ndarray, source: Source) -> np.ndarray 
     """The ids of a column that nobody asked for; where it does not name each row once, the sentence that says so."""
     if not ids or len(ids) < len(numbers):
         return numbers if not ids else f"rows are numbered: not every row of {source.name} has the column {ID_FIELD!r}"
-    kind = type(ids[0])
+    kind = cast(type[object], type(ids[0]))
     fault = None
     if kind not in (int, str):
         fault = f"it holds {kind_of_value(ids[0])} in row 1"
@@ -168,7 +168,9 @@ def _own_ids(ids: list[Any], numbers: np.ndarray, source: Source) -> np.ndarray 
     elif any(type(own_id) is not kind for own_id in ids):
         row = next(row for row, own_id in enumerate(ids) if type(own_id) is not kind)
         fault = f"it holds {kind_of_value(ids[0])} in row 1 and {kind_of_value(ids[row])} in row {row + 1}"
-    elif (kind is int and max(map(abs, ids)) >= 2**63) or (kind is str and any(map(surrogate_fault, ids))):
+    elif (kind is int and max(map(abs, cast(list[int], ids))) >= 2**63) or (
+        kind is str and any(map(surrogate_fault, ids))
+    ):
         fault = "it holds numbers beyond 64 bits, or broken texts"
     if fault is not None:
         return (

@@ -12,10 +12,10 @@ written as a template too, and known by its first line.
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils import chat_template_utils
 
 from isotune.data.tokenizer import tokenizer_name
 from isotune.io.errors import UserError, first_line, nearest
@@ -140,7 +140,9 @@ def _checked(template: str | dict[str, str], where: str) -> str | dict[str, str]
     if isinstance(template, dict):
         return {name: str(_checked(text, where)) for name, text in template.items()}
     try:
-        render_jinja_template([[{"role": "user", "content": "a"}]], chat_template=template)
+        cast(Any, chat_template_utils).render_jinja_template(
+            [[{"role": "user", "content": "a"}]], chat_template=template
+        )
     except TemplateSyntaxError as error:
         raise UserError(f"{where} is not a Jinja template: line {error.lineno}: {first_line(error)}") from error
     except (TemplateError, TypeError, ValueError):

@@ -20,10 +20,10 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from jinja2.exceptions import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils import chat_template_utils
 
 from isotune.config.recipes import TrainOn
 from isotune.data.sft.conversations import Conversation, everything
@@ -49,18 +49,22 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False) -> str:
         """The text of some messages, with `prompt` up to where the assistant goes on; ValueError where it refuses."""
-        return self._render(messages, tools, prompt, with_spans=False)[0]
+        return self.render_with_spans(messages, tools, prompt=prompt, marked=False)[0]
 
-    def _render(
-        self, messages: Sequence[Message], tools: Any, prompt: bool, *, with_spans: bool
+    def render_with_spans(
+        self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False, marked: bool = True
     ) -> tuple[str, list[tuple[int, int]]]:
+        """The text of some messages, and where it has what the template marks as generated, in characters; else none.
+
+        Without `marked` its marks are not looked for. ValueError where the template refuses the messages.
+        """
         try:
             template = self.tokenizer.get_chat_template(None, tools)
-            texts, spans = render_jinja_template(
+            texts, spans = cast(Any, chat_template_utils).render_jinja_template(
                 [[message | {"role": SYSTEM} if message["role"] == PREAMBLE else message for message in messages]],
                 tools=list(tools) if tools else None,
                 chat_template=template,
-                return_assistant_tokens_mask=with_spans and bool(_GENERATION.search(template)),
+                return_assistant_tokens_mask=marked and bool(_GENERATION.search(template)),
                 add_generation_prompt=prompt,
                 **self.tokenizer.special_tokens_map,
             )
@@ -177,7 +181,7 @@ class _Turns:
         Then where what asks for each of these ends.
         """
         last = wanted[-1]
-        text, marks = self.template._render(self.messages[: last + 1], self.tools, False, with_spans=True)
+        text, marks = self.template.render_with_spans(self.messages[: last + 1], self.tools)
         spans: dict[int, list[tuple[int, int]]] = {}
         prompts: list[int] = []
         for number in wanted:

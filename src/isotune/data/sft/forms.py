@@ -103,7 +103,7 @@ def _prompt_and_completion(row: Row) -> Content:
     if not isinstance(asked, list) or not isinstance(answered, list):
         raise ValueError("prompt and completion are neither texts nor lists of messages")
     whole = example_of([*asked, *answered], row.get("system"), row.get("tools"))
-    before = len(whole.messages) - len(answered)  # an answer within the prompt is not learnt
+    before = len(whole.messages) - len(cast(list[Any], answered))  # an answer within the prompt is not learnt
     learn = tuple(may_be_learnt and number >= before for number, may_be_learnt in enumerate(whole.learn))
     return Example(whole.messages, learn, whole.tools)
 

@@ -82,7 +82,7 @@ def read_message(message: Any, number: int) -> tuple[Message, bool]:
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"message {number} has the role {role!r}; known are {', '.join(ROLES)}")
     learn = _may_be_learnt(fields, ROLES[role], number)
-    calls = fields.pop("tool_calls", None) or []
+    calls = fields.pop("tool_calls", None)
     if content is None and calls:
         content = ""
     kept: Message = {"role": ROLES[role], "content": _text_of(content, number)}
@@ -135,16 +135,21 @@ def _read_calls(calls: Any, number: int) -> list[dict[str, Any]]:
     if not isinstance(calls, list):
         raise ValueError(f"message {number} has a {type(calls).__name__} for its tool_calls, not a list")
     read: list[dict[str, Any]] = []
-    for call in cast(list[Any], calls):
-        call = _from_json(call)
-        function = _from_json(call.get("function", call)) if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+    for own in cast(list[Any], calls):
+        call = _fields_of(_from_json(own))
+        function = _fields_of(_from_json(call.get("function", call)))
+        if not isinstance(function.get("name"), str):
             raise ValueError(f"message {number} has a tool call without the name of its function")
         arguments = _from_json(function.get("arguments", function.get("parameters")))
-        function = {"name": function["name"], "arguments": {} if arguments is None else arguments}
+        function = {"name": function["name"], "arguments": dict[str, Any]() if arguments is None else arguments}
         others = {name: value for name, value in call.items() if name in ("id", "type") and value is not None}
         read.append({"type": "function", **others, "function": function})
     return read
+
+
+def _fields_of(value: Any) -> Mapping[str, Any]:
+    """An object of JSON; an empty one where the value is something else."""
+    return cast(Mapping[str, Any], value) if isinstance(value, Mapping) else {}
 
 
 def read_tools(tools: Any) -> tuple[Any, ...] | None:

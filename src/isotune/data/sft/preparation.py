@@ -66,7 +66,7 @@ def prepare_conversations(recipe: Recipe, tokenizer: Any, *, show: bool) -> RunD
     if show:
         print(f"chat        {ConversationEncoder(tokenizer, settings.chat_format).format}", flush=True)
     rows: dict[str, Any] = {"columns": recipe.dataset_columns}
-    of_hub = {"config": recipe.dataset_config, "revision": recipe.dataset_revision}
+    of_hub: dict[str, Any] = {"config": recipe.dataset_config, "revision": recipe.dataset_revision}
     name, split = recipe.dataset_name, recipe.dataset_split
     train = prepare(name, split, tokenizer, settings, **rows, **of_hub, show_progress=show)
     evaluation = None

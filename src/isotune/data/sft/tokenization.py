@@ -151,7 +151,7 @@ class ConversationEncoder(FastTokenizer):
         if rendered.all() or not rendered.any():
             return self._encode(conversations, rows)
         kinds = [np.flatnonzero(rendered), np.flatnonzero(~rendered)]
-        parts = [self._encode([conversations[number] for number in kind], rows[kind]) for kind in kinds]
+        parts = [self._encode([conversations[int(number)] for number in kind], rows[kind]) for kind in kinds]
         return Documents.concat(parts).select(np.argsort(np.concatenate(kinds)))
 
     def _encode(self, conversations: Sequence[Conversation], source_rows: np.ndarray) -> Documents:

@@ -30,7 +30,8 @@ def file_class_names(path: Path) -> ClassNames:
                 schema = (ipc.open_file if is_file else ipc.open_stream)(file).schema
         else:
             return {}
-        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        metadata: dict[bytes, bytes] = schema.metadata or {}
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
         inner = {column: feature.get("feature", feature) for column, feature in features.items()}
         return {column: (tuple(map(str, feature["names"])),) for column, feature in inner.items() if "names" in feature}
     except (arrow.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError):  # its reader says more

@@ -109,7 +109,7 @@ class CsvFile:
 
     def _first_cells(self, dialect: Dialect) -> list[str]:
         try:
-            return next((cells for cells, _ in read_cells(self.path, dialect) if cells), [])
+            return next((cells for cells, _ in read_cells(self.path, dialect) if cells), list[str]())
         except csv.Error:
             return []
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from isotune.data.sources.hub_access import (
     Kind,
@@ -144,7 +144,9 @@ def download(repository: Repository, file: str, prefix: str = "") -> Path:
 
     with hub_errors_named(repository.kind, repository.name, repository.revision, prefix):
         return Path(
-            HfApi().hf_hub_download(repository.name, file, repo_type=repository.kind, revision=repository.commit)
+            cast(Any, HfApi()).hf_hub_download(
+                repository.name, file, repo_type=repository.kind, revision=repository.commit
+            )
         )
 
 

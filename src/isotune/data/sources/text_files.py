@@ -9,7 +9,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO, cast
 
 from isotune.io.errors import UserError, first_line
 from isotune.io.formats import compression_of
@@ -62,7 +62,7 @@ def open_text(path: Path) -> Generator[TextIO]:
     A byte that is not UTF-8 becomes a character that `undecoded` finds, so that whoever knows its line can name it.
     """
     with open_bytes(path) as file:
-        buffered = file if isinstance(file, io.BufferedReader) else io.BufferedReader(file)  # type: ignore[type-var]
+        buffered = cast(io.BufferedReader, file if isinstance(file, io.BufferedReader) else io.BufferedReader(file))  # type: ignore[type-var]
         start = buffered.peek(4)[:4]
         encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)), "utf-8")
         if encoding == "utf-8" and b"\0" in start:

@@ -207,7 +207,7 @@ def _weights_of(model: Any, tokens: torch.Tensor) -> list[torch.Tensor] | str:
         return f"the model fails when asked for its weights ({first_line(error)})"
     finally:
         model.set_attn_implementation(before)
-    layers = list(getattr(output, "attentions", None) or ())
+    layers: list[Any] = list(getattr(output, "attentions", None) or ())
     if not layers:
         return "the model returns no attention weights"
     count = tokens.shape[1]

@@ -16,7 +16,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -145,7 +145,7 @@ def restore_attention_type(model: nn.Module) -> None:
     """Undo what texts changed in a model, wrapped or not, that attends in another way to short ones."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and hasattr(module, SET_TYPE):
-            module.set_attention_type(module.config.attention_type)
+            cast(Any, module).set_attention_type(module.config.attention_type)
 
 
 def sparse_beyond(config: Any) -> int | None:
