@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 
+from isotune.compat.deepspeed import whole_models
 from isotune.models.log_control import quiet_libraries
 
 POOLER = "pooler"
@@ -57,5 +58,5 @@ def head_rows(config: PreTrainedConfig) -> dict[str, int]:
 
 
 def _on_meta(config: PreTrainedConfig) -> Any:
-    with quiet_libraries(), torch.device("meta"):
+    with quiet_libraries(), whole_models(), torch.device("meta"):  # nothing to share out
         return AutoModelForSequenceClassification.from_config(copy.deepcopy(config))
