@@ -20,12 +20,13 @@ from torch.nn import functional
 
 from isotune.compat.torch import FakeTensorMode, TorchDispatchMode, is_in_backward, tree_iter
 from isotune.compat.transformers import attention_of
-from isotune.models import classifier, document_keys, packed_attention, supervised_loss
+from isotune.models import document_keys, packed_attention, supervised_loss
 from isotune.models.cpu import document_attention
 from isotune.models.cpu import functional as cpu_functional
 from isotune.models.cpu import layers as cpu_layers
 from isotune.models.cpu.layers import enable_speedups
 from isotune.models.document_dropout import training_microbatch
+from isotune.models.layouts import layout
 
 TRACED_BLOCKS = (2, 3)
 
@@ -195,7 +196,7 @@ def _fake_kernels(tokens: int, on_cpu: bool) -> Iterator[None]:
             replace(module, "unpack_mask", lambda _, shape: torch.empty(*shape, dtype=torch.int8))
         replace(cpu_layers, "occurring_rows", lambda ids, grad: (ids, grad.clone()))  # an upper bound
         replace(cpu_layers, "is_whole", lambda _: True)  # a fake parameter has another type
-        replace(classifier, "document_position_ids", lambda *_: torch.zeros(1, tokens, dtype=torch.int64))
+        replace(layout, "document_position_ids", lambda *_: torch.zeros(1, tokens, dtype=torch.int64))
         if not on_cpu:
             replace(packed_attention, "kernel_in_effect", lambda *_, **__: packed_attention.DOCUMENT_SDPA)
             replace(functional, "dropout", _dropout_as_on_gpu)
