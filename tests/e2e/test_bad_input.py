@@ -130,7 +130,6 @@ MISTAKES = [
     a_hub_model_without_a_network,
     a_model_folder_that_is_not_there,
     a_tokenizer_without("eos"),
-    a_tokenizer_without("pad"),
     rows_longer_than_the_positions,
     an_unknown_lora_target,
     both_half_precisions,

@@ -56,11 +56,6 @@ class Recipe(RunRecipe):
         "What makes a good friend?", OUTPUT, "prompt to answer at the end; empty for none", changes_result=False)
     # fmt: on
 
-    def result_values(self) -> dict[str, Any]:
-        """As for every recipe; Guanaco's form is left out, as in runs of earlier versions, which knew no other."""
-        values = super().result_values()
-        return {name: value for name, value in values.items() if (name, value) != ("chat_format", "guanaco")}
-
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationRecipe(RunRecipe):

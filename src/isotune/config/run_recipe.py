@@ -40,6 +40,8 @@ _LORA = Requirement(
     lambda values: values["tune"] != "full" and values["peft_type"] == "lora",
     "it needs tune: lora or tune: qlora, and peft_type: lora",
 )
+# values that stand for what earlier versions did, which knew nothing else
+UNSAID_BEFORE = {"chat_format": "guanaco", "peft_type": "lora"}
 _FOUR_BIT = Requirement(lambda values: values["tune"] == "qlora", "it needs tune: qlora")
 _NO_LIMIT = Requirement(lambda values: values["max_steps"] < 1, "max_steps says where the run ends")
 _SPLIT = Requirement(
@@ -248,8 +250,11 @@ class RunRecipe(BaseRecipe):
         return self.exact_gradients
 
     def result_values(self) -> dict[str, Any]:
-        """As for every recipe; and when the run evaluates, where the best evaluation decides the model or the end."""
+        """As for every recipe; and when the run evaluates, where the best evaluation decides the model or the end.
+
+        What earlier versions did without a key for it is left out, so that their runs go on.
+        """
         values = super().result_values()
         if self.values["load_best_model_at_end"] or self.early_stopping_patience:
             values |= {name: value for name, value in self.resolved().items() if name in CHOOSES_THE_BEST}
-        return values
+        return {name: value for name, value in values.items() if UNSAID_BEFORE.get(name) != value}

@@ -44,6 +44,8 @@ class RunIdentity:
             here, there = self.values.get(key), other.values.get(key)
             if key in ClassificationRecipe.found_in_data and None in (here, there):
                 continue  # one of the two leaves it to the data
+            if key == "chat_format" and "auto" in (here, there):
+                continue  # one of the two leaves it to the tokenizer, whose files are compared
             known = key in self.contents and key in other.contents
             if known and self.contents[key] != other.contents[key]:
                 where = f"of {there} there, of {here} here" if here != there else f"of {here} have changed since"
