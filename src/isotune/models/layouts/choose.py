@@ -57,9 +57,8 @@ def choose_layout(model: Any, longest: int | None = None) -> Layout:
 def _measured(model: Any, longest: int | None) -> Layout:
     training = model.training
     model.eval()
-    devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with torch.no_grad(), torch.random.fork_rng([]):
             torch.manual_seed(0)
             with as_measured(model):
                 return _first_right(model, Probe(model, longest))
