@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from tests.launching import REPOSITORY, TINY, TINY_CLASSIFIER, Finished, start, start_together, write_recipe
+from transformers import OPTConfig
 
 from isotune.preflight.preflight_report import PreflightReport, run_preflight
 from isotune.preflight.request import read_preflight_request
@@ -70,8 +71,10 @@ def assert_work(plan: PreflightReport, run: Finished) -> None:
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_real_conversations_are_counted_as_the_plan_of_training_counts_them(shared_data, tmp_path, processes):
     """An independent count: the documents' own lengths, packed by hand into passes."""
+    model = tmp_path / "model"  # whose embedding has a row for every token
+    OPTConfig(vocab_size=50_272, hidden_size=64, num_hidden_layers=2, num_attention_heads=4).save_pretrained(model)
     flags = {
-        "model_name_or_path": "builtin:opt-tiny",
+        "model_name_or_path": str(model),
         "tokenizer_name_or_path": str(shared_data / "tokenizers" / "opt"),
         "dataset_name": str(shared_data / "guanaco"),
         "max_seq_length": 512,
