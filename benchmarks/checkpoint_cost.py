@@ -60,7 +60,7 @@ def make_model(folder: Path, hidden_size: int, layers: int) -> str:
     """A random OPT, as a user's local model."""
     from transformers import OPTConfig, OPTForCausalLM
 
-    from isotune.models.builtin_models import builtin_tokenizer
+    from isotune.models.base.builtin import builtin_tokenizer
 
     tokenizer = builtin_tokenizer("builtin:opt-tiny")
     size: dict[str, Any] = {"hidden_size": hidden_size, "word_embed_proj_dim": hidden_size, "ffn_dim": 4 * hidden_size}

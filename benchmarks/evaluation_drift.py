@@ -51,7 +51,7 @@ def make_model(folder: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
     from isotune.data.sources.source import find_corpus
-    from isotune.models.builtin_models import builtin_config, builtin_tokenizer
+    from isotune.models.base.builtin import builtin_config, builtin_tokenizer
 
     torch.manual_seed(0)
     config = builtin_config("builtin:bert-tiny")

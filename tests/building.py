@@ -15,7 +15,7 @@ from isotune.config import ClassificationRecipe, Recipe, RunRecipe
 from isotune.data.classification.split import prepare_labelled
 from isotune.data.documents import Documents
 from isotune.data.sft.preparation import prepare_conversations
-from isotune.models.builtin_models import builtin_tokenizer
+from isotune.models.base.builtin import builtin_tokenizer
 from isotune.run.run_dir import RunDir
 from isotune.training.from_recipe import Start, build_model, build_trainer, start_run
 from isotune.training.trainer import PlannedTraining

@@ -10,7 +10,7 @@ from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification
 from transformers.utils import logging
 
 from isotune.data.sources.source import find_corpus
-from isotune.models.builtin_models import builtin_tokenizer
+from isotune.models.base.builtin import builtin_tokenizer
 
 TOKENIZER = "builtin:opt-tiny"
 ROW_TOKENS = 128

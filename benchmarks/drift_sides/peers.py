@@ -30,7 +30,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from drift_sides.material import OPTIMIZER, ROW_TOKENS, TOKENIZER
-from isotune.models.builtin_models import builtin_tokenizer
+from isotune.models.base.builtin import builtin_tokenizer
 
 
 class Watched:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from isotune.models.adapter_targets import DEFAULT_TARGETS
+from isotune.models.adapters.targets import DEFAULT_TARGETS
 from sft_sides.inner_products import AdapterProducts, AttentionProducts, random
 from sft_sides.material import ROW_TOKENS, geometry, rows_of_a_round, shipped_recipe
 from sft_sides.process import Metronome

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from isotune.training.drop_in import SFTTrainer, Trainer, describe
+    from isotune.drop_in import SFTTrainer, Trainer, describe
 
 __version__ = "0.1.0"
 __all__ = ["SFTTrainer", "Trainer", "describe"]
@@ -13,6 +13,6 @@ def __getattr__(name: str) -> Any:
     """Import a trainer where it is first used: transformers and TRL take seconds to import."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from isotune.training import drop_in
+    from isotune import drop_in
 
     return getattr(drop_in, name)

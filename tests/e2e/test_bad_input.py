@@ -28,7 +28,7 @@ def tiny_model(folder: Path, **config) -> Path:
     """A random OPT of the smallest size, saved as a user's local model."""
     from transformers import OPTConfig, OPTForCausalLM
 
-    from isotune.models.builtin_models import builtin_tokenizer
+    from isotune.models.base.builtin import builtin_tokenizer
 
     tokenizer = builtin_tokenizer("builtin:opt-tiny")
     small = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 1}

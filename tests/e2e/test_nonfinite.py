@@ -13,7 +13,7 @@ from tests.launching import TINY, start
 from transformers import TrainerCallback
 
 from isotune.io.errors import RunFault
-from isotune.models.builtin_models import builtin_tokenizer
+from isotune.models.base.builtin import builtin_tokenizer
 from isotune.run.malloc_tuning import malloc_tunables
 
 BAD_ROW = 7

@@ -165,7 +165,7 @@ def built_run(folder: Path, tiny: bool, **values: Any) -> Any:
     from tests.building import OPT_350M, build
     from transformers import AutoModelForCausalLM, OPTConfig
 
-    from isotune.models.builtin_models import builtin_tokenizer
+    from isotune.models.base.builtin import builtin_tokenizer
 
     shared: dict[str, Any] = {"dataset_name": "builtin:capitals", "max_seq_length": 1024, "global_batch_size": 32}
     shared |= {"max_steps": UPDATES, "save_strategy": "no", "bf16": True, "gradient_checkpointing": False}
@@ -185,7 +185,7 @@ def built_run(folder: Path, tiny: bool, **values: Any) -> Any:
 def long_conversations(file: Path, tokens: int) -> str:
     """Eight conversations of nearly so many tokens each; where documents are shorter than a kernel's block of keys, a
     kernel that sums in no fixed order repeats by luck."""
-    from isotune.models.builtin_models import builtin_tokenizer
+    from isotune.models.base.builtin import builtin_tokenizer
 
     tokenizer, lines = builtin_tokenizer("builtin:opt-tiny"), []
     for number in range(8):

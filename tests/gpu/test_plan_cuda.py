@@ -8,7 +8,7 @@ import torch
 from tests.building import OPT_350M, Built, build
 from transformers import OPTConfig
 
-from isotune.models.builtin_models import builtin_tokenizer
+from isotune.models.base.builtin import builtin_tokenizer
 from isotune.preflight.preflight_report import run_preflight
 from isotune.preflight.request import PLAIN, Launch, PreflightRequest
 

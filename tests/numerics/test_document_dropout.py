@@ -12,7 +12,7 @@ import torch
 from tests.building import Built, build, build_classifier, small_encoder, small_opt
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from isotune.models.builtin_models import builtin_tokenizer
+from isotune.models.base.builtin import builtin_tokenizer
 
 UPDATES = 8
 ON = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "classifier_dropout": 0.1}

@@ -21,7 +21,7 @@ from trl import SFTConfig
 
 import isotune
 from isotune.io.errors import UserError
-from isotune.models.builtin_models import builtin_tokenizer
+from isotune.models.base.builtin import builtin_tokenizer
 
 VOCABULARY = 120
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

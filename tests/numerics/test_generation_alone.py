@@ -10,7 +10,7 @@ from isotune.evaluation.generation.base_rules import rules_of_base
 from isotune.evaluation.generation.completion import CountedDraw, Decoding, Prompt, complete
 from isotune.evaluation.models import GenerationModel, generation_model_named
 from isotune.io.errors import UserError
-from isotune.models.builtin_models import builtin_tokenizer
+from isotune.models.base.builtin import builtin_tokenizer
 
 NEW_TOKENS = 24
 TEXTS = [

@@ -21,10 +21,10 @@ from transformers import (
 from isotune.checkpoint.final_model import save_and_verify
 from isotune.config import ClassificationRecipe, Recipe
 from isotune.io.errors import UserError
-from isotune.models.adapter_targets import choose_targets
-from isotune.models.builtin_models import builtin_tokenizer
+from isotune.models.adapters.lora import add_adapters
+from isotune.models.adapters.targets import choose_targets
+from isotune.models.base.builtin import builtin_tokenizer
 from isotune.models.finished_run import merge_run, read_run
-from isotune.models.lora import add_adapters
 from isotune.training.trainer import raise_learning_rate
 
 GIVEN = {"dataset_name": "builtin:capitals", "output_dir": "run"}

@@ -8,7 +8,7 @@ from tests.battles import swapped
 
 from isotune.data.tokenizer import TextEncoder
 from isotune.io.errors import UserError
-from isotune.models.builtin_models import builtin_tokenizer
+from isotune.models.base.builtin import builtin_tokenizer
 from isotune.projects.arena.battles import Battle, Battles
 from isotune.projects.arena.encoder import in_both_orders, prepare_competition, share_tokens
 

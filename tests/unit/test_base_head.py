@@ -7,7 +7,7 @@ from transformers import DistilBertForSequenceClassification as DistilBert
 from transformers import RobertaForSequenceClassification as Roberta
 
 from isotune.config import ClassificationRecipe
-from isotune.models.base_head import BaseHead, names_of, set_names
+from isotune.models.base.head import BaseHead, names_of, set_names
 from isotune.models.opening import load_base_model, load_config
 
 SINGLE = "single_label_classification"

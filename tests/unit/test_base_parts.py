@@ -14,8 +14,8 @@ from isotune.config import ClassificationRecipe, Recipe
 from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.evaluation.models import generation_model_named
 from isotune.io.errors import UserError
+from isotune.models.base.vocabulary import check_tokens
 from isotune.models.opening import load_config, load_tokenizer
-from isotune.models.vocabulary import check_tokens
 from isotune.preflight.preflight_report import run_preflight
 from isotune.preflight.request import PreflightRequest, shipped_launch
 

@@ -22,6 +22,8 @@ from isotune.checkpoint.writer import TENSORS
 from isotune.config import ClassificationRecipe, Recipe, RunRecipe, kind_of
 from isotune.data.sft.chat_format import GUANACO
 from isotune.io.errors import RunFault, UserError
+from isotune.models.adapters.lora import add_adapters
+from isotune.models.base.hub import locate
 from isotune.models.finished_run import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -32,10 +34,8 @@ from isotune.models.finished_run import (
     merge_run,
     read_run,
 )
-from isotune.models.hub_models import locate
 from isotune.models.layouts.heads import head_of, head_rows
 from isotune.models.log_control import quiet_libraries
-from isotune.models.lora import add_adapters
 from isotune.models.opening import check_weights, is_made_here, load_base_model, load_config, load_tokenizer
 from isotune.run.hub import keep_commits
 

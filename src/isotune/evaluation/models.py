@@ -18,8 +18,9 @@ from isotune.data.sources.hub import is_hub_id
 from isotune.evaluation.distributed_eval import Shards
 from isotune.evaluation.tasks import ClassificationTask, read_task
 from isotune.io.errors import UserError
-from isotune.models.base_folder import why_no_model
-from isotune.models.base_head import names_of
+from isotune.models.base.folder import why_no_model
+from isotune.models.base.head import names_of
+from isotune.models.base.vocabulary import check_tokens
 from isotune.models.classifier import install_classification
 from isotune.models.finished_run import (
     FinishedRun,
@@ -33,7 +34,6 @@ from isotune.models.finished_run import (
 )
 from isotune.models.opening import load_pretrained, load_pretrained_config, load_pretrained_tokenizer
 from isotune.models.packed_attention import max_positions
-from isotune.models.vocabulary import check_tokens
 
 DEFAULT_MAX_SEQ_LENGTH = 512  # tokens of a document, for a classifier without a run
 

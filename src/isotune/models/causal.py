@@ -17,8 +17,8 @@ from isotune.compat.transformers import attention_of, set_attention_of
 from isotune.io.errors import UserError, first_line
 from isotune.models.cpu.layers import is_whole
 from isotune.models.isolation import ALONE_TOLERANCE, packed_inputs
+from isotune.models.layouts.padding import pad_documents
 from isotune.models.packed_attention import noted_windows, set_packed_attention
-from isotune.models.padding import pad_documents
 from isotune.models.supervised_loss import install_supervised_loss, use_stock_logits
 
 # Types whose packed forward and loss are held against the stock model by tests/numerics/test_supervised_loss.py.

@@ -20,8 +20,8 @@ from isotune.data.sft.conversations import render_prompt
 from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.data.sources.hub import is_hub_id
 from isotune.io.errors import UserError
-from isotune.models.base_folder import ADAPTER_CONFIG
-from isotune.models.base_head import set_names
+from isotune.models.base.folder import ADAPTER_CONFIG
+from isotune.models.base.head import set_names
 from isotune.models.layouts.heads import head_of
 from isotune.models.log_control import quiet_libraries
 from isotune.models.opening import (

@@ -31,9 +31,9 @@ from isotune.data.sft.chat_format import ChatFormat
 from isotune.data.sources.hub_access import is_first_process
 from isotune.data.sources.source import PREFIX
 from isotune.io.errors import UserError, first_line
-from isotune.models.base_head import BaseHead, draw_head, is_classifier, reorder
-from isotune.models.builtin_models import builtin_config, builtin_tokenizer
-from isotune.models.hub_models import locate
+from isotune.models.base.builtin import builtin_config, builtin_tokenizer
+from isotune.models.base.head import BaseHead, draw_head, is_classifier, reorder
+from isotune.models.base.hub import locate
 from isotune.models.layouts.heads import head_of, is_of_head
 from isotune.models.log_control import quiet_libraries
 from isotune.models.packed_attention import max_positions

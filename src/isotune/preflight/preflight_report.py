@@ -14,8 +14,8 @@ from isotune.config.recipes import project_of
 from isotune.data.classification.split import prepare_labelled
 from isotune.data.sft.preparation import prepare_conversations
 from isotune.io.errors import UserError
+from isotune.models.base.vocabulary import check_tokens
 from isotune.models.opening import compute_dtype, load_config, load_tokenizer
-from isotune.models.vocabulary import check_tokens
 from isotune.preflight.microbatch_size import choose_microbatch_tokens, launch_that_decides
 from isotune.preflight.request import DDP, FSDP, PLAIN, SHIPPED, Launch, PreflightRequest, shipped_launch
 from isotune.preflight.resources.activation_memory import MicrobatchMemory, trace_microbatch

@@ -31,14 +31,14 @@ from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.distributed.launch import Process, start_process
 from isotune.distributed.ranks import call_on_main
 from isotune.io.errors import UserError
-from isotune.models.base_head import BaseHead, set_names
+from isotune.models.adapters.lora import add_adapters
+from isotune.models.base.head import BaseHead, set_names
+from isotune.models.base.vocabulary import check_tokens
 from isotune.models.causal import CausalForm, install_causal
 from isotune.models.classifier import ClassLoss, choose_weights, install_classification, pad_like_tokenizer
 from isotune.models.cpu.layers import enable_speedups
 from isotune.models.layouts.layout import ALONE, PADDED
-from isotune.models.lora import add_adapters
 from isotune.models.opening import is_made_here, load_base_model, load_config, load_tokenizer
-from isotune.models.vocabulary import check_tokens
 from isotune.run.hub import open_hub
 from isotune.run.preemption import supervised
 from isotune.run.run_dir import RECIPE, RunDir

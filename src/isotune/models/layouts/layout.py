@@ -26,8 +26,8 @@ from isotune.compat.torch import patch_forward
 from isotune.io.errors import UserError
 from isotune.models.document_keys import MicrobatchDocuments, current_documents, known_documents
 from isotune.models.layouts.heads import POOLER
+from isotune.models.layouts.padding import padded_batch
 from isotune.models.packed_attention import PACKED, document_position_ids
-from isotune.models.padding import padded_batch
 
 PADDED, ALONE = "padded", "alone"
 FIRST, LAST, ALL = "first", "last", "all"

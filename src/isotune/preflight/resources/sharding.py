@@ -30,9 +30,9 @@ from transformers.trainer_pt_utils import get_parameter_names
 from isotune.compat.deepspeed import whole_models
 from isotune.compat.peft import base_model_of
 from isotune.config import ClassificationRecipe, Recipe, RunRecipe
+from isotune.models.adapters.lora import add_adapters
 from isotune.models.causal import install_causal
 from isotune.models.classifier import install_classification
-from isotune.models.lora import add_adapters
 from isotune.models.opening import weights_dtype
 from isotune.preflight.request import DDP, DEEPSPEED, FSDP, PLAIN, Launch
 from isotune.training.exact_shards import BUCKET

@@ -9,8 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 from isotune.config import ClassificationRecipe, RunRecipe
 from isotune.io.errors import UserError, first_line, nearest
-from isotune.models.adapter_targets import Targets, check_patterns, choose_targets
-from isotune.models.hub_models import commit_of_base
+from isotune.models.adapters.targets import Targets, check_patterns, choose_targets
+from isotune.models.base.hub import commit_of_base
 from isotune.models.layouts.heads import head_modules
 from isotune.models.log_control import quiet_libraries
 

@@ -17,7 +17,7 @@ from isotune.data.sources.hub import Repository, fetch, files_of, is_hub_id, ope
 from isotune.data.sources.hub_access import hub_errors_named
 from isotune.data.sources.source import PREFIX
 from isotune.io.errors import UserError
-from isotune.models.base_folder import why_no_model
+from isotune.models.base.folder import why_no_model
 
 TEXT_SUFFIXES = (".json", ".txt", ".jinja", ".model", ".tiktoken")  # of configurations and tokenizers
 WEIGHT_NAMES = (("model", "safetensors"), ("pytorch_model", "bin"))  # the first that is there is read

@@ -1,19 +1,4 @@
-"""`Trainer` and `SFTTrainer` for anybody's script, whose result does not depend on the launch. One import changes:
-
-    from isotune import Trainer        # was: from transformers import Trainer
-    from isotune import SFTTrainer     # was: from trl import SFTTrainer
-
-What the library does before and around the updates stays the library's: arguments, loading, templates, tokenising,
-peft, optimizer, learning rate, callbacks, trackers, checkpoints. Here a schedule decides what each update sees, packed
-attention keeps documents apart, the loss is summed over the global batch and divided once, and dropout belongs to the
-document.
-
-    rows of an update      per_device_train_batch_size x gradient_accumulation_steps x processes, or global_batch_size=,
-                           which pins them on any launch
-    packing                rows of max_length tokens whose documents do not see each other, on any attention
-    padding                none, or inside the model where it needs it
-    evaluate, predict      one exact loss, one prediction a row, in the order of the rows
-"""
+"""The trainer that stands before the library's: its schedule, its evaluation, its predictions."""
 
 import copy
 import inspect
@@ -36,6 +21,7 @@ from isotune.data.batch_schedule import StepSchedule
 from isotune.data.datasets import IGNORED, documents_of
 from isotune.data.documents import Documents, Rows
 from isotune.data.packing import one_document_per_row, pack
+from isotune.drop_in.refusals import refuse
 from isotune.io.errors import UserError
 from isotune.models.causal import install_causal
 from isotune.models.classifier import ClassLoss, install_classification
@@ -43,15 +29,6 @@ from isotune.models.cpu.layers import enable_speedups
 from isotune.models.isolation import check_isolation
 from isotune.training.tasks import ClassificationTask, EvaluationRun, SftTask, Task
 from isotune.training.trainer import PlannedTraining, TrainingPlan
-
-LIBRARY_LOSSES = (transformers.Trainer.compute_loss, TrlSFTTrainer.compute_loss)
-# collators that only pad, which nothing here needs
-PADDERS = {
-    "DataCollatorWithPadding",
-    "DataCollatorForLanguageModeling",
-    "DataCollatorForSeq2Seq",
-    "DefaultDataCollator",
-}
 
 
 @dataclass(frozen=True)
@@ -86,7 +63,7 @@ class DropIn(PlannedTraining):
         library = super(PlannedTraining, self).__init__
         given = dict(inspect.signature(library).bind(*arguments, **options).arguments)
         args = given.get("args")
-        _refuse(self, args, given)
+        refuse(self, args, given)
         self._row_tokens: int | None = None
         self._laid: dict[int, tuple[Any, Laid]] = {}  # by the identity of the dataset, which is kept beside
         self._unlabelled, self.causal = False, True
@@ -290,39 +267,3 @@ def _stacked(arrays: list[np.ndarray]) -> np.ndarray:
     for row, array in zip(whole, arrays, strict=True):
         row[: len(array)] = array
     return whole
-
-
-def _refuse(trainer: Any, args: Any, given: dict[str, Any]) -> None:
-    """Stop where the result would depend on the launch, or an argument has no meaning in a schedule."""
-    said = lambda name: getattr(args, name, None)  # noqa: E731  (args may be None, or not TRL's)
-    collator, model = given.get("data_collator"), given.get("model")
-    config = getattr(base_model_of(model), "config", None) if isinstance(model, nn.Module) else None
-    own_collator = collator is not None and type(collator).__name__ not in PADDERS | {"function"}
-    own_loss = type(trainer).compute_loss not in LIBRARY_LOSSES or given.get("compute_loss_func") is not None
-    smooths_tokens = bool(said("label_smoothing_factor")) and isinstance(trainer, TrlSFTTrainer)
-    problem = getattr(config, "problem_type", None)
-    wrong = {
-        "a loss of your own (compute_loss, compute_loss_func) is not computed over the global batch yet": own_loss,
-        "a data_collator of your own decides what a batch is: prepare the rows in the dataset": own_collator,
-        "masked language modelling draws its masks in the collator, where no schedule sees them": getattr(
-            collator, "mlm", False
-        ),
-        "label_smoothing_factor has no chunked loss over tokens": smooths_tokens,
-        f"loss_type: {said('loss_type')} is not computed over the global batch": said("loss_type") not in (None, "nll"),
-        f"problem_type: {problem} is not computed over the global batch yet": problem
-        not in (None, "single_label_classification"),
-        "neftune_noise_alpha is scaled by a batch's padded length, and there is none": said("neftune_noise_alpha"),
-        "auto_find_batch_size changes what a device holds: say microbatch_tokens": said("auto_find_batch_size"),
-        "dataloader_drop_last: nothing is dropped, the last update of an epoch is smaller": said(
-            "dataloader_drop_last"
-        ),
-        "model_init makes another model for each training, after the schedule is made: give model": given.get(
-            "model_init"
-        ),
-        "packing_strategy: wrapped lets rows see each other: say bfd": said("packing")
-        and said("packing_strategy") == "wrapped",
-        "packing needs max_length": said("packing") and said("max_length") is None,
-    }
-    for sentence, is_wrong in wrong.items():
-        if is_wrong:
-            raise UserError(sentence)

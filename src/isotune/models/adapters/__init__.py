@@ -1,0 +1,1 @@
+"""Adapters beside frozen weights: which layers they stand in, and how they are added."""
