@@ -13,6 +13,7 @@ from typing import Any
 
 from isotune.config import RunRecipe
 from isotune.io.errors import Complain, UserError, did_you_mean, refuse
+from isotune.io.shipped import ROOT
 
 INLINE = "the accelerate configuration"
 AUTO = "auto"
@@ -90,14 +91,13 @@ def offloaded(config: Mapping[str, Any] | None) -> list[str]:
 
 
 def find_file(file: str) -> Path:
-    """Find a file relative to the current folder or to the checkout of the running script."""
+    """Find a file relative to the current folder or to the shipped files."""
     path = Path(file).expanduser()
     if path.is_file():
         return path
-    in_checkout = Path(sys.argv[0]).resolve().parent.parent / path
-    if not path.is_absolute() and in_checkout.is_file():
-        return in_checkout
-    raise UserError(f"deepspeed_config_file '{file}' does not exist, neither here nor in {in_checkout.parent}")
+    if not path.is_absolute() and (ROOT / path).is_file():
+        return ROOT / path
+    raise UserError(f"deepspeed_config_file '{file}' does not exist, neither here nor in {(ROOT / path).parent}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -155,7 +155,10 @@ def launch_arguments(command: list[str]) -> list[str] | None:
     """The arguments after `accelerate launch` in a command line, in any spelling of that command."""
     for index, word in enumerate(command):
         name, rest = os.path.basename(word), command[index + 1 :]
-        if name == "accelerate-launch" or word == "accelerate.commands.launch":
+        if name == "accelerate-launch" or word in (
+            "accelerate.commands.launch",
+            "isotune.distributed.accelerate_launch",
+        ):
             return rest
         if word.endswith(os.path.join("accelerate", "commands", "launch.py")):
             return rest

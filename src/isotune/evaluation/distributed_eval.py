@@ -21,6 +21,7 @@ from accelerate.utils import gather_object
 
 from isotune.compat.deepspeed import disable_shm_transport
 from isotune.io.errors import RunFault, UserError, first_line
+from isotune.io.shipped import ROOT
 from isotune.models.log_control import quiet_libraries
 
 T = TypeVar("T")
@@ -141,7 +142,7 @@ def read_shards() -> Shards | None:
     if config_file == "none":
         zero: dict[str, Any] = {"stage": int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))}
     else:
-        candidates = (Path(config_file), Path(sys.argv[0]).resolve().parent.parent / config_file)
+        candidates = (Path(config_file), ROOT / config_file)
         file = next((candidate for candidate in candidates if candidate.is_file()), None)
         if file is None:
             raise UserError(f"deepspeed_config_file '{config_file}' does not exist")
