@@ -43,12 +43,8 @@ def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--processes_per_node", type=int, default=1, metavar="N", help=of_cpus)
     parser.add_argument("--cpus_per_task", type=int, default=8, metavar="N", help="cores (%(default)s)")
     parser.add_argument("--engine", help="as of `isotune sft` (single for one process, else ddp)")
-    for name, meaning in (
-        ("time", "limit, as sbatch takes it"),
-        ("partition", "as of sbatch"),
-        ("account", "as of it"),
-    ):
-        parser.add_argument(f"--{name}", metavar=name.upper(), help=meaning)
+    for name in ("time", "partition", "account"):
+        parser.add_argument(f"--{name}", metavar=name.upper(), help=f"as sbatch takes --{name}")
     parser.add_argument("--batch_file", metavar="FILE", help="the file to write (COMMAND-NAME.sbatch)")
     parser.add_argument("--dry-run", "--dry_run", action="store_true", help="print the file: write and submit nothing")
     given, rest = parser.parse_known_args(list(argv))

@@ -1,4 +1,4 @@
-"""How `isotune sft`, `classify`, `arena` and `eval` start: what a user typed becomes one process or a launch of several.
+"""How `isotune sft`, `classify`, `arena` and `eval` start: what a user types becomes one process or a launch.
 
 A recipe's mistakes are answered before any process starts. Every process of a launch runs the same command by
 `python -m isotune.cli`, knows from its environment that it was launched, and then does the work.

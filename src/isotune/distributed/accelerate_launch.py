@@ -1,4 +1,4 @@
-"""`accelerate launch` as `isotune sft --engine ...` starts it: it ends with its parent, and adds no traceback of its own.
+"""`accelerate launch` as `isotune sft --engine ...` starts it: it ends with its parent, and adds no traceback.
 
 The ranks have said what happened, and the job status file records it. What torch's launcher prints of a rank that
 failed, a page on every machine, would hide that sentence.
