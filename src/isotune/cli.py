@@ -183,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
             "  accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 8 -m isotune.cli doctor"
         ),
     )
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of a table, as a bug report asks for")
     doctor.add_argument("--output_dir", default="runs", metavar="DIR", help="where runs would go (%(default)s)")
     return parser
 
@@ -240,7 +241,7 @@ def _validate_submission(chosen: argparse.Namespace) -> int:
 def _doctor(chosen: argparse.Namespace) -> int:
     from isotune.doctor import run_doctor
 
-    return run_doctor(Path(chosen.output_dir))
+    return run_doctor(Path(chosen.output_dir), as_json=chosen.json)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from isotune.commands.first_line import say_loading
+from isotune.io.extras import need
 from isotune.projects.arena.recipes import ArenaRecipe, BaselinesRecipe, read_arena_recipe
 
 __all__ = ["read_arena_recipe", "train_arena"]
@@ -12,6 +13,8 @@ def train_arena(recipe: ArenaRecipe | BaselinesRecipe) -> None:
     """The recipe says by which method."""
     say_loading()
     if isinstance(recipe, BaselinesRecipe):
+        need("simplemma", "method: baselines")
+        need("nltk", "method: baselines")
         from isotune.projects.arena.baselines.run import run_baselines
 
         run_baselines(recipe)

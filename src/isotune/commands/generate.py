@@ -11,6 +11,7 @@ from typing import Any
 from isotune.commands.first_line import say_loading
 from isotune.io import shipped
 from isotune.io.errors import OneSentenceParser, UserError
+from isotune.io.extras import need
 
 
 def read_arguments(argv: Sequence[str], *, prog: str, description: str) -> argparse.Namespace:
@@ -78,6 +79,9 @@ def generate(given: argparse.Namespace) -> None:
 
     keys = ("dataset_name", "dataset_split", "dataset_columns", "allow_dropped", "max_new_tokens")
     flags = {key: getattr(given, key) for key in keys}
+    if given.evaluates:
+        need("sacrebleu", "an evaluation of answers")
+        need("rouge_score", "an evaluation of answers")
     task = read_task(GenerationTask, given.task, flags) if given.evaluates else None
     longest = DEFAULT_MAX_NEW_TOKENS if given.max_new_tokens is None else given.max_new_tokens
     decoding = Decoding(task.max_new_tokens if task else longest, given.temperature, given.top_p, given.seed)

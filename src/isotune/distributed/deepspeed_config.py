@@ -13,6 +13,7 @@ from typing import Any
 
 from isotune.config import RunRecipe
 from isotune.io.errors import Complain, UserError, did_you_mean, refuse
+from isotune.io.extras import need
 from isotune.io.shipped import ROOT
 
 INLINE = "the accelerate configuration"
@@ -179,6 +180,7 @@ def _contradictions(config: Mapping[str, Any], recipe: RunRecipe) -> Iterator[st
 
 def _check_sections(config: Mapping[str, Any], name: str, complain: Complain) -> None:
     """Compare the keys with those of DeepSpeed, whose pydantic model also reads the values of `zero_optimization`."""
+    need("deepspeed", "ZeRO")
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from deepspeed.runtime.zero.offload_config import (

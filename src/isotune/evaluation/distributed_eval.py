@@ -20,6 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from isotune.compat.deepspeed import disable_shm_transport
+from isotune.distributed.device import choose_device
 from isotune.io.errors import RunFault, UserError, first_line
 from isotune.io.shipped import ROOT
 from isotune.models.log_control import quiet_libraries
@@ -92,7 +93,7 @@ def start_ranks() -> Ranks:
         os.environ.pop(engine, None)
     launched = "LOCAL_RANK" in os.environ
     options: dict[str, Any] = {"timeout": GATHER_TIMEOUT} if launched else {}
-    if not torch.cuda.is_available():
+    if choose_device(processes=world_size) == "cpu":
         # accelerate 1.15 otherwise looks for NCCL, or starts each process as the only one
         options |= {"cpu": True, **({"backend": "gloo"} if launched else {})}
     state = PartialState(**options)

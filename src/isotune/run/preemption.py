@@ -24,7 +24,7 @@ from isotune.io.errors import Superseded, outcome_of, write_job_status
 from isotune.run.run_dir import ENVIRONMENT, STATUS, RunDir
 from isotune.run.run_lease import RunLease, slurm_ids
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
 SAME_KEYSTROKE_SECONDS = 1.0  # a launcher forwards the SIGINT that the terminal also sent
 PR_SET_PDEATHSIG = 1
 
