@@ -6,6 +6,7 @@ A recipe's mistakes are answered before any process starts. Every process of a l
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,18 +105,18 @@ def run_launched(words: Sequence[str], launch: Launch) -> int:
     command = [sys.executable, "-m", LAUNCHER, "--config_file", str(launch.file)]
     command += ["--num_processes", str(launch.processes), "--main_process_port", "0", "-m", PROGRAM, *words]
     print(f"launching   {launch.in_words}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="isotune-") as folder:
-        file = Path(os.environ.get(JOB_STATUS_FILE) or Path(folder, "status.json"))
-        file.unlink(missing_ok=True)
-        environment = {**os.environ, JOB_STATUS_FILE: str(file), **_shares(launch.processes)}
-        process = subprocess.Popen(command, env=environment, start_new_session=True)
-        previous = _forward_signals(process)
-        try:
-            code = process.wait()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-        return exit_status(code, read_job_status(file))
+    folder = Path(tempfile.mkdtemp(prefix="isotune-"))
+    file = Path(os.environ.get(JOB_STATUS_FILE) or folder / "status.json")
+    file.unlink(missing_ok=True)
+    environment = {**os.environ, JOB_STATUS_FILE: str(file), **_shares(launch.processes)}
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    previous = _forward_signals(process)
+    try:
+        return exit_status(process.wait(), read_job_status(file))
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def exit_status(code: int, job_status: Mapping[str, Any]) -> int:
