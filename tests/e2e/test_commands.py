@@ -116,7 +116,7 @@ class TestEnds:
         ranks[1].kill()
         _, errors = running.communicate(timeout=60)
         assert running.returncode == 1
-        assert "error: process 1 of the launch ended by SIGKILL" in errors
+        assert "error: process 1 of the launch was ended by SIGKILL" in errors
         assert "ChildFailedError" not in errors
 
     def test_nothing_outlives_the_command(self, running):
