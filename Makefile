@@ -69,6 +69,7 @@ lint: $(STAMP) ## style, types and the import order of the layers
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/shellcheck -x slurm/*.sh slurm/*.sbatch .ci/run
+	$(BIN)/hadolint containers/Dockerfile
 
 docs: $(DOCS_STAMP) ## build the documentation into site/, strictly; needs no network once installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
