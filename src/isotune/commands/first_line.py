@@ -2,10 +2,9 @@
 
 import os
 import sys
-from typing import TextIO
 
 
-def say_loading(file: TextIO | None = None) -> None:
+def say_loading() -> None:
     """One line on the first process of this machine, unless torch is there already."""
     if "torch" not in sys.modules and os.environ.get("LOCAL_RANK", "0") == "0":
-        print("loading     torch and transformers ...", file=file or sys.stdout, flush=True)
+        print("loading     torch and transformers ...", flush=True)

@@ -61,7 +61,8 @@ def read_arguments(argv: Sequence[str], *, prog: str, description: str) -> argpa
 
 def generate(given: argparse.Namespace) -> None:
     """Load the model; evaluate, answer or chat."""
-    say_loading(None if given.prompt is None else sys.stderr)  # stdout is for the answer
+    if given.prompt is None:  # else the answer is all that is printed
+        say_loading()
     # torch takes seconds to import, so mistakes on the command line are answered before
     from isotune.evaluation.distributed_eval import read_shards, start_ranks
     from isotune.evaluation.generation.base_rules import rules_of_base
