@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from isotune import __version__
+from isotune.io import shipped
 from isotune.io.errors import EXIT_USER_ERROR, OneSentenceParser, UserError, run_script
 from isotune.preflight import command as plan_command
 from isotune.run.malloc_tuning import restart_with_malloc_tuning
@@ -180,7 +181,8 @@ def _parser() -> argparse.ArgumentParser:
             "examples:\n"
             "  isotune doctor\n"
             "  isotune doctor --output_dir /scratch/me/runs\n"
-            "  accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 8 -m isotune.cli doctor"
+            f"  accelerate launch --config_file {shipped.path('accelerate_configs/ddp.yaml')} --num_processes 8 \\\n"
+            "      -m isotune.cli doctor"
         ),
     )
     doctor.add_argument("--json", action="store_true", help="print JSON instead of a table, as a bug report asks for")

@@ -153,6 +153,7 @@ def test_the_whole_way_in_an_empty_folder(installed):
     (result,) = (installed.folder / "runs/tiny/eval").glob("*/metrics.json")
     assert json.loads(result.read_text())["rows"] == 120
     assert "runs/chats" in installed.run("ls", "runs").stdout
+    installed.run("plan", "--config", "opinions_tiny", "--accelerate_config", "ddp", "--world_size", "2")
     installed.run("export", "runs/tiny")
     installed.run("report", "runs/tiny")
     (installed.folder / "reviews.csv").write_text("text,stars\ngood,5\nbad,1\n")

@@ -4,10 +4,12 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
 from tests.launching import Finished, write_recipe
 from tests.slurm.jobs import EXACT, Job, Site, bits
 
 
+@pytest.mark.slow
 def test_a_submitted_recipe_on_two_nodes_ends_with_the_bits_of_a_plain_run(
     cluster: Site, plain: Finished, tmp_path: Path
 ):

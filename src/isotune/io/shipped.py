@@ -47,6 +47,11 @@ def require(folder: str, name: str, what: str) -> Path:
     return file
 
 
+def path(name: str) -> str:
+    """How this user names a shipped file: as in the checkout, or by where the wheel has it."""
+    return name if IS_CHECKOUT else str(ROOT / name)
+
+
 def script(path: str) -> str:
     """How this user starts a script of the checkout: `eval/classify.py`, or `isotune eval` from a wheel."""
     return path if IS_CHECKOUT else COMMANDS[path]
