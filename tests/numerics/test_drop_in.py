@@ -11,6 +11,7 @@ from peft import LoraConfig
 from torch.nn.functional import cross_entropy
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     DataCollatorWithPadding,
     LlamaConfig,
@@ -172,30 +173,22 @@ def test_a_run_that_is_resumed_from_the_librarys_checkpoint_goes_on_to_the_same_
     assert [line["loss"] for line in second.state.log_history if "loss" in line] == whole
 
 
-class OwnLoss(isotune.Trainer):
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        return model(**inputs).loss
-
-
-def own_collator(rows: Any) -> Any:
-    return rows
-
-
 @pytest.mark.parametrize(
-    ("kind", "options", "args", "sentence"),
+    ("options", "args", "sentence"),
     [
-        (OwnLoss, {}, {}, "a loss of your own"),
-        (isotune.Trainer, {"compute_loss_func": cross_entropy}, {}, "a loss of your own"),
-        (isotune.Trainer, {"data_collator": type("Mine", (), {"__call__": own_collator})()}, {}, "data_collator"),
-        (isotune.Trainer, {"model_init": bert, "model": None}, {}, "model_init"),
-        (isotune.Trainer, {}, {"dataloader_drop_last": True}, "dataloader_drop_last"),
-        (isotune.Trainer, {}, {"auto_find_batch_size": True}, "microbatch_tokens"),
-        (isotune.Trainer, {"train_dataset": Dataset.from_dict({"text": ["a"]})}, {}, "have no input_ids, but text"),
+        (
+            {"model": BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, **SMALL))},
+            {},
+            "neither a causal language model nor a sequence classifier",
+        ),
+        ({"train_dataset": Dataset.from_dict({"input_ids": [[5] * 900], "label": [1]})}, {}, "row 1 .* 900 tokens"),
+        ({"train_dataset": Dataset.from_dict({"text": ["a"]})}, {}, "have no input_ids, but text"),
+        ({}, {"dataloader_drop_last": True}, "dataloader_drop_last"),
+        ({}, {"auto_find_batch_size": True}, "microbatch_tokens"),
+        ({}, {"include_for_metrics": ["loss"]}, "include_for_metrics: loss"),
     ],
 )
-def test_what_cannot_be_exact_is_refused_in_one_sentence(kind: Any, options: Any, args: Any, sentence: str, tmp_path):
+def test_what_cannot_be_exact_is_refused_in_one_sentence(options: Any, args: Any, sentence: str, tmp_path):
     arguments = TrainingArguments(output_dir=str(tmp_path), **QUIET, **args)
     with pytest.raises(UserError, match=sentence):
-        kind(**{"model": bert(), "args": arguments, "train_dataset": texts(), **options})
+        isotune.Trainer(**{"model": bert(), "args": arguments, "train_dataset": texts(), **options})

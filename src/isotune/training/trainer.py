@@ -151,14 +151,7 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
             promise = "exact_gradients" if plan.exact_gradients else "resume"
             use_deterministic_kernels(self.args.device, promised_by=promise, is_main=is_main)
         self.watchdog = Watchdog(self.args.ddp_timeout)
-        nonfinite = plan.nonfinite or NonFinitePolicy(fp16=self.args.fp16, is_main=is_main)
-        exact = plan.exact_gradients
-        if self.is_deepspeed_enabled:
-            clipping = self.args.max_grad_norm
-            sync = ZeroGradientSync(self.accelerator, once=plan.reduce_once, exact=exact, max_grad_norm=clipping)
-        else:
-            sync = GradientSync(self.accelerator, exact=exact)
-        self.update = OptimizerUpdate(plan.task, sync, nonfinite, self.watchdog, self.args.seed, checkpointer)
+        self.make_update()
         if recorder is not None:
             for stock in (PrinterCallback, ProgressCallback):
                 self.remove_callback(stock)
@@ -167,6 +160,18 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
         if checkpointer is not None:
             checkpointer.attach(self)
             self.add_callback(checkpointer)
+
+    def make_update(self) -> None:
+        """Make what runs the plan's updates: anew for another plan or model."""
+        plan, args = self.plan, self.args
+        nonfinite = plan.nonfinite or NonFinitePolicy(fp16=args.fp16, is_main=args.process_index == 0)
+        exact = plan.exact_gradients
+        if self.is_deepspeed_enabled:
+            clipping = args.max_grad_norm
+            sync = ZeroGradientSync(self.accelerator, once=plan.reduce_once, exact=exact, max_grad_norm=clipping)
+        else:
+            sync = GradientSync(self.accelerator, exact=exact)
+        self.update = OptimizerUpdate(plan.task, sync, nonfinite, self.watchdog, args.seed, self.checkpointer)
 
     # ---- what is seen ----
 
