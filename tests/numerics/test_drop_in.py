@@ -1,5 +1,6 @@
 """`from isotune import Trainer, SFTTrainer`: the library's constructor, losses that no split of a batch changes."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from transformers import (
     DataCollatorWithPadding,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     TrainingArguments,
 )
 from trl import SFTConfig
@@ -192,3 +195,17 @@ def test_what_cannot_be_exact_is_refused_in_one_sentence(options: Any, args: Any
     arguments = TrainingArguments(output_dir=str(tmp_path), **QUIET, **args)
     with pytest.raises(UserError, match=sentence):
         isotune.Trainer(**{"model": bert(), "args": arguments, "train_dataset": texts(), **options})
+
+
+def test_a_mixture_of_experts_keeps_its_coefficient_and_says_what_is_not_trained(tmp_path, capsys):
+    torch.manual_seed(0)
+    tokenizer = builtin_tokenizer("builtin:opt-tiny")
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "router_aux_loss_coef": 0.02}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **SMALL, **experts))
+    found = [losses_of(sft(tmp_path, *split, model=copy.deepcopy(model))) for split in SPLITS]
+    assert found[1] == pytest.approx(found[0], rel=1e-5) and found[2] == pytest.approx(found[0], rel=1e-5)
+    trainer = sft(tmp_path, 8, 1, model=model)
+    assert "balancing loss (router_aux_loss_coef) is not trained" in capsys.readouterr().out
+    assert trainer.model.config.router_aux_loss_coef == 0.02 and not trainer.model.config.output_router_logits
+    with pytest.raises(UserError, match="router_aux_loss_coef"):
+        sft(tmp_path, 8, 1, model=model, args={"router_aux_loss_coef": 0.01})

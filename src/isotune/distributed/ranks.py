@@ -22,7 +22,12 @@ _MAX_PAUSE_SECONDS = 5.0
 
 def several_ranks() -> bool:
     """Whether this process belongs to a group of more than one rank."""
-    return dist.is_initialized() and dist.get_world_size() > 1
+    return world_size() > 1
+
+
+def world_size() -> int:
+    """Ranks of the group that this process belongs to."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def gather_by_number(values: dict[int, torch.Tensor], count: int, device: torch.device) -> list[float]:

@@ -27,6 +27,8 @@ def refuse(args: Any, given: dict[str, Any]) -> None:
             raise UserError(f"{name}: {value}: {reason}")
     if getattr(args, "packing", False) and getattr(args, "max_length", None) is None:
         raise UserError("packing needs max_length")
+    if getattr(args, "router_aux_loss_coef", None):
+        raise UserError("router_aux_loss_coef: the routers' balancing loss is a mean of microbatches: say 0.0")
     if "loss" in (getattr(args, "include_for_metrics", None) or ()):
         raise UserError("include_for_metrics: loss: there is one loss of all rows, eval_loss, and none of a batch")
     if getattr(given.get("data_collator"), "mlm", False):

@@ -20,6 +20,7 @@ from isotune.data.batch_schedule import StepSchedule
 from isotune.data.datasets import collated, documents_of
 from isotune.data.documents import Documents, Rows
 from isotune.data.packing import one_document_per_row, pack
+from isotune.distributed.ranks import world_size
 from isotune.drop_in.own_loss import Batch, OwnLoss
 from isotune.drop_in.predictions import predictions_of, rows_of, tokens_of
 from isotune.drop_in.refusals import check_model, refuse
@@ -85,6 +86,7 @@ class DropIn(PlannedTraining):
                 self._row_tokens = args.max_length
             if hasattr(args, "packing"):  # TRL prepares the rows, and packs none
                 args.packing = args.eval_packing = args.padding_free = False
+                args.router_aux_loss_coef = 0.0
             self._accumulation = args.gradient_accumulation_steps
             args.gradient_accumulation_steps, args.average_tokens_across_devices = 1, False
             args.neftune_noise_alpha = None
@@ -96,6 +98,11 @@ class DropIn(PlannedTraining):
     def _make_plan(self) -> TrainingPlan:
         args, model = self.args, cast(nn.Module, self.model)
         use_one_gpu(args)
+        if (launched := world_size()) != args.world_size:
+            raise UserError(
+                f"{launched} processes were launched, and TrainingArguments knows of {args.world_size}: without GPUs "
+                "say use_cpu=True"
+            )
         base = base_model_of(model)
         self.causal = not type(base).__name__.endswith("ForSequenceClassification")
         if not self._pinned:
