@@ -30,6 +30,7 @@ from isotune.config import ClassificationRecipe, Recipe, RunRecipe
 from isotune.data.sft.chat_format import ChatFormat
 from isotune.data.sources.source import PREFIX
 from isotune.io.errors import UserError, first_line, is_first_process
+from isotune.io.extras import need
 from isotune.models.base.builtin import builtin_config, builtin_tokenizer
 from isotune.models.base.head import BaseHead, draw_head, is_classifier, reorder
 from isotune.models.base.hub import locate
@@ -241,6 +242,7 @@ def load_base_model(
 
 
 def _four_bit(recipe: RunRecipe, device: torch.device, whole_modules: Sequence[str]) -> BitsAndBytesConfig:
+    need("bitsandbytes", "tune: qlora")
     try:
         import bitsandbytes  # noqa: F401  (slow to import, and only QLoRA needs it)
     except Exception as error:
