@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from isotune.commands.first_line import say_loading
+from isotune.commands.before_torch import before_torch
 from isotune.io.extras import need
 from isotune.projects.arena.recipes import ArenaRecipe, BaselinesRecipe, read_arena_recipe
 
@@ -11,7 +11,7 @@ __all__ = ["read_arena_recipe", "train_arena"]
 
 def train_arena(recipe: ArenaRecipe | BaselinesRecipe) -> None:
     """The recipe says by which method."""
-    say_loading()
+    before_torch()
     if isinstance(recipe, BaselinesRecipe):
         need("simplemma", "method: baselines")
         need("nltk", "method: baselines")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from isotune.commands.first_line import say_loading
+from isotune.commands.before_torch import before_torch
 from isotune.config import ClassificationRecipe, read_recipe
 
 
@@ -22,7 +22,7 @@ def train_classifier(recipe: ClassificationRecipe, *, tests_chance: bool = False
 
     `tests_chance`: compare the accuracy with that of chance, which is the verdict of a negative control.
     """
-    say_loading()
+    before_torch()
     # the engine takes seconds to import: a mistake in the recipe has been answered by now
     from isotune.data.classification.split import prepare_labelled
     from isotune.evaluation.classification.chance_test import write_chance_test

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from isotune.commands.first_line import say_loading
+from isotune.commands.before_torch import before_torch
 from isotune.io import shipped
 from isotune.io.errors import OneSentenceParser, UserError
 
@@ -54,7 +54,7 @@ def read_arguments(argv: Sequence[str], *, prog: str, description: str) -> argpa
 
 def evaluate_classifier(given: argparse.Namespace) -> None:
     """Model, rows, predictions on all processes; scores, files and plots on one."""
-    say_loading()
+    before_torch()
     from isotune.evaluation.tasks import FLAGS, ClassificationTask, read_task
 
     flags = {name: getattr(given, name) for name in FLAGS}

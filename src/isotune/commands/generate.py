@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from isotune.commands.first_line import say_loading
+from isotune.commands.before_torch import before_torch
 from isotune.io import shipped
 from isotune.io.errors import OneSentenceParser, UserError, is_first_process
 from isotune.io.extras import need
@@ -62,7 +62,7 @@ def read_arguments(argv: Sequence[str], *, prog: str, description: str) -> argpa
 def generate(given: argparse.Namespace) -> None:
     """Load the model; evaluate, answer or chat."""
     if given.prompt is None:  # else the answer is all that is printed
-        say_loading()
+        before_torch()
     # torch takes seconds to import, so mistakes on the command line are answered before
     from isotune.evaluation.distributed_eval import read_shards, start_ranks
     from isotune.evaluation.generation.base_rules import rules_of_base

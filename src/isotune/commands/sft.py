@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from isotune.commands.first_line import say_loading
+from isotune.commands.before_torch import before_torch
 from isotune.config import Recipe, read_recipe
 
 
@@ -19,7 +19,7 @@ def read_sft_recipe(argv: Sequence[str], *, default_config: Path | None, prog: s
 
 def train_sft(recipe: Recipe) -> None:
     """Data, model, trainer; train, save, show."""
-    say_loading()
+    before_torch()
     # the engine takes seconds to import: a mistake in the recipe has been answered by now
     from isotune.data.sft.preparation import prepare_conversations
     from isotune.evaluation.generation.chat import print_sample_answer

@@ -24,7 +24,15 @@ EXIT_FAULT, EXIT_USER_ERROR, EXIT_PREEMPTED = 1, 2, 75
 JOB_STATUS_FILE = "ISOTUNE_VERDICT"  # the environment variable
 
 
-class UserError(Exception):
+class OneSentence(Exception):
+    """An error that is one sentence, in a notebook too, where everything else comes with a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+class UserError(OneSentence):
     """A mistake that the user can correct: the message is one sentence that names the file, key or row."""
 
 
@@ -74,7 +82,7 @@ class OneSentenceParser(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
 
 
-class RunFault(Exception):
+class RunFault(OneSentence):
     """The run cannot go on, and no input is at fault: one sentence that says what was observed."""
 
 
@@ -82,11 +90,11 @@ class Superseded(RunFault):
     """Another process has taken over the run folder: one sentence that names it. This process writes nothing more."""
 
 
-class Preempted(Exception):
+class Preempted(OneSentence):
     """The run was told to stop and has written a checkpoint: one sentence that says how to resume."""
 
 
-class AlreadyDone(Exception):
+class AlreadyDone(OneSentence):
     """The requested result exists: one sentence that says where. The script succeeds."""
 
 
