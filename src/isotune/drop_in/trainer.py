@@ -24,7 +24,8 @@ from isotune.data.packing import one_document_per_row, pack
 from isotune.drop_in.refusals import refuse
 from isotune.io.errors import UserError
 from isotune.models.causal import install_causal
-from isotune.models.classifier import ClassLoss, install_classification
+from isotune.models.class_loss import ClassLoss
+from isotune.models.classifier import install_classification
 from isotune.models.cpu.layers import enable_speedups
 from isotune.models.isolation import check_isolation
 from isotune.training.tasks import ClassificationTask, EvaluationRun, SftTask, Task

@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from isotune.config import RunRecipe
+from isotune.config.task_types import HIGHER_IS_BETTER
 from isotune.data.sources.hub import is_hub_id
 from isotune.io.files import replace_file
 from isotune.report.formatting import format_number
@@ -20,7 +21,6 @@ from isotune.run.hub import upload_model
 CARD, TEMPLATE = "README.md", Path(__file__).with_name("model_card.md.jinja")
 # the Hub's name of each metric of an evaluation line
 METRICS = {"eval_accuracy": "accuracy", "eval_f1_macro": "f1", "eval_loss": "loss", "eval_perplexity": "perplexity"}
-HIGHER_IS_BETTER = ("eval_accuracy", "eval_f1_macro")
 PATH_KEYS = ("model_name_or_path", "tokenizer_name_or_path", "dataset_name", "eval_dataset_name")
 OMITTED_GROUP = "Output and logging"
 OMITTED_DATA_ROWS = ("source", "fingerprint")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from isotune.config.task_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from isotune.data.classification.classes import NameIndex, listed
 
 
@@ -18,6 +19,20 @@ def names_of(config: Any) -> tuple[str, ...] | None:
     """The names of a model's classes by number; None where it has no names of its own."""
     names = [str((config.id2label or {}).get(k, f"LABEL_{k}")) for k in range(config.num_labels)]
     return None if all(name == f"LABEL_{k}" for k, name in enumerate(names)) else tuple(names)
+
+
+# What transformers calls the kinds of labels in `problem_type` of a configuration.
+PROBLEM_TYPES = {
+    SINGLE_LABEL: "single_label_classification",
+    MULTI_LABEL: "multi_label_classification",
+    REGRESSION: "regression",
+}
+
+
+def task_type_of(config: Any) -> str:
+    """What kind of labels a model is for: as its configuration says, else by the number of its outputs."""
+    said = {problem_type: task_type for task_type, problem_type in PROBLEM_TYPES.items()}.get(config.problem_type)
+    return said or (REGRESSION if config.num_labels == 1 else SINGLE_LABEL)
 
 
 def set_names(config: Any, num_labels: int, names: tuple[str, ...] | list[str] | None, problem_type: str) -> None:
@@ -46,9 +61,7 @@ class BaseHead:
         """Decide it by the configuration of the base, and the classes and kind of the new task."""
         if not is_classifier(config):
             return cls(is_new=True)
-        theirs, kind = names_of(config), config.problem_type or "single_label_classification"
-        if config.num_labels == 1 and config.problem_type is None:
-            kind = "regression"
+        theirs, kind = names_of(config), PROBLEM_TYPES[task_type_of(config)]
         was = f"the base tells {config.num_labels} classes without names apart"
         if kind == "regression":
             was = "the base predicts numbers"
@@ -56,6 +69,8 @@ class BaseHead:
             was = f"the base tells {listed(theirs)} apart"
         if kind != problem_type:
             return cls(True, None, f"new: {was}" + (f", as {kind}" if kind != "regression" else ""))
+        if kind == "regression" and config.num_labels == num_labels:
+            return cls(False, None, f"of the base, which goes on: {was}, as the data")
         if config.num_labels != num_labels or (theirs is None) != (names is None):
             return cls(True, None, f"new: {was}, the data {listed(names) if names else f'{num_labels} without names'}")
         if theirs is None or names is None:
