@@ -10,13 +10,27 @@ They are those of transformers, split so that a global batch may be divided into
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-from isotune.config.task_types import MULTI_LABEL, REGRESSION
+from isotune.config.task_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from isotune.io.errors import UserError
+
+# What transformers calls the kinds of labels in `problem_type` of a configuration.
+PROBLEM_TYPES = {
+    SINGLE_LABEL: "single_label_classification",
+    MULTI_LABEL: "multi_label_classification",
+    REGRESSION: "regression",
+}
+
+
+def task_type_of(config: Any) -> str:
+    """What kind of labels a model is for: as its configuration says, else by the number of its outputs."""
+    said = {problem_type: task_type for task_type, problem_type in PROBLEM_TYPES.items()}.get(config.problem_type)
+    return said or (REGRESSION if config.num_labels == 1 else SINGLE_LABEL)
 
 
 class DocumentLoss(ABC):

@@ -17,8 +17,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from isotune.compat.peft import base_model_of, given_arguments
 from isotune.compat.torch import patch_forward
 from isotune.compat.transformers import set_sharded_classes
-from isotune.models.base.head import task_type_of
-from isotune.models.class_loss import DocumentLoss, loss_of
+from isotune.models.class_loss import DocumentLoss, loss_of, task_type_of
 from isotune.models.cpu.cls_only import cls_states_only
 from isotune.models.cpu.functional import onednn_products
 from isotune.models.cpu.layers import keep_freed_memory

@@ -33,10 +33,10 @@ from isotune.distributed.launch import Process, start_process
 from isotune.distributed.ranks import call_on_main
 from isotune.io.errors import UserError
 from isotune.models.adapters.lora import add_adapters
-from isotune.models.base.head import PROBLEM_TYPES, BaseHead, set_names
+from isotune.models.base.head import BaseHead, set_names
 from isotune.models.base.vocabulary import check_tokens
 from isotune.models.causal import CausalForm, install_causal
-from isotune.models.class_loss import ClassLoss, DocumentLoss, choose_weights, loss_of
+from isotune.models.class_loss import PROBLEM_TYPES, ClassLoss, DocumentLoss, choose_weights, loss_of
 from isotune.models.classifier import install_classification, pad_like_tokenizer, takes_token_types
 from isotune.models.cpu.layers import enable_speedups
 from isotune.models.layouts.layout import ALONE, PADDED

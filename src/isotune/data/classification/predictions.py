@@ -50,5 +50,5 @@ def in_words(task_type: str, value: Any, names: Sequence[str]) -> str:
     if task_type == REGRESSION:
         return f"{value:.4g}"
     if task_type == SINGLE_LABEL:
-        return names[value]
+        return str(names[value])
     return ", ".join(name for name, is_there in zip(names, value, strict=True) if is_there) or "no label"

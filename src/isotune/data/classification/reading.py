@@ -70,7 +70,7 @@ def read_documents(
             if len(chosen) == 1:
                 part = encoder.encode(chosen[0], settings.max_seq_length, settings.overlong, of_rules)
             else:
-                part = encoder.encode_pairs(*chosen, settings.max_seq_length, settings.overlong)
+                part = encoder.encode_pairs(chosen[0], chosen[1], settings.max_seq_length, settings.overlong)
             marked = np.array([text != raw for text, raw in zip(joined(*cleaned), texts, strict=True)])
             own = {"contents": contents_of(texts), **part.columns, "marked": marked}
             parts.append(replace(part, columns=own))

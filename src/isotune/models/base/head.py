@@ -11,28 +11,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from isotune.config.task_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from isotune.data.classification.classes import NameIndex, listed
+from isotune.models.class_loss import PROBLEM_TYPES, task_type_of
 
 
 def names_of(config: Any) -> tuple[str, ...] | None:
     """The names of a model's classes by number; None where it has no names of its own."""
     names = [str((config.id2label or {}).get(k, f"LABEL_{k}")) for k in range(config.num_labels)]
     return None if all(name == f"LABEL_{k}" for k, name in enumerate(names)) else tuple(names)
-
-
-# What transformers calls the kinds of labels in `problem_type` of a configuration.
-PROBLEM_TYPES = {
-    SINGLE_LABEL: "single_label_classification",
-    MULTI_LABEL: "multi_label_classification",
-    REGRESSION: "regression",
-}
-
-
-def task_type_of(config: Any) -> str:
-    """What kind of labels a model is for: as its configuration says, else by the number of its outputs."""
-    said = {problem_type: task_type for task_type, problem_type in PROBLEM_TYPES.items()}.get(config.problem_type)
-    return said or (REGRESSION if config.num_labels == 1 else SINGLE_LABEL)
 
 
 def set_names(config: Any, num_labels: int, names: tuple[str, ...] | list[str] | None, problem_type: str) -> None:
