@@ -145,8 +145,6 @@ def _check_task_type(recipe: ClassificationRecipe, train: LabelledSplit, found: 
         found["task_type"] = train.task_type
     if wrong := wrong_for_type(recipe.values, train.task_type):
         raise UserError(f"{train.source.name} is labelled for task_type {train.task_type}: {wrong}")
-    if recipe.sentences and recipe.dataset_text_pair_field:
-        raise UserError("sentences are one text each, and this model reads two: leave sentences out")
 
 
 def _counted(documents: np.ndarray) -> dict[str, int]:
