@@ -6,6 +6,7 @@ A recipe names its task by the key `task`. A recipe of an earlier version does n
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import combinations
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -143,6 +144,14 @@ class ClassificationRecipe(RunRecipe):
         Contradiction(
             ("task_type",),
             lambda values: values["task_type"] != AUTO and wrong_for_type(values, values["task_type"]),
+        ),
+        *(
+            Contradiction(
+                keys,
+                lambda values, keys=keys: values["label_source"] == "column" and values[keys[0]] == values[keys[1]],
+                "a column is one thing alone: a text that holds its own label has nothing to learn",
+            )
+            for keys in combinations(("dataset_text_field", "dataset_text_pair_field", "dataset_label_field"), 2)
         ),
         Contradiction(
             ("sentences", "dataset_text_pair_field"),
