@@ -91,16 +91,17 @@ class Number(LabelKind):
 
         found = np.asarray(outputs, np.float64)
         errors, spread = found - labels, labels - labels.mean()
-        r2 = 1 - float(errors @ errors) / float(spread @ spread) if spread.any() else 0.0
+        r2 = 1 - float(errors @ errors) / float(spread @ spread) if np.ptp(labels) > 0 else 0.0
         pearson, spearman = _correlation(labels, found), _correlation(rankdata(labels), rankdata(found))
         absolute = float(np.abs(errors).mean())
         return {"pearson": pearson, "spearman": spearman, "mean_absolute_error": absolute, "r2": r2}
 
 
 def _correlation(one: np.ndarray, other: np.ndarray) -> float:
+    if np.ptp(one) == 0 or np.ptp(other) == 0:
+        return 0.0
     a, b = one - one.mean(), other - other.mean()
-    size = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / size if size > 0 else 0.0
+    return float(a @ b) / float(np.sqrt((a @ a) * (b @ b)))
 
 
 KINDS: dict[str, LabelKind] = {SINGLE_LABEL: OneClass(), MULTI_LABEL: ManyLabels(), REGRESSION: Number()}

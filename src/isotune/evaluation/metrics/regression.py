@@ -14,7 +14,8 @@ def regression_statistics(labels: np.ndarray, predictions: np.ndarray) -> list[S
     """
     errors = predictions - labels
     # both sides around the labels' mean and in units of their spread: resamples sum them in fp32
-    y, p = ((values - labels.mean()) / (labels.std() or 1.0) for values in (labels, predictions))
+    unit = labels.std() if np.ptp(labels) > 0 else 1.0
+    y, p = ((values - labels.mean()) / unit for values in (labels, predictions))
     moments = np.column_stack([np.ones(len(y)), y, p, y * y, p * p, y * p])
     return [
         OfSums(("pearson",), moments, _pearson),
