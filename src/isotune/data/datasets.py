@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from isotune.data.documents import Documents, starts_of, sums_of
+from isotune.data.documents import FIRST_TYPE, Documents, starts_of, sums_of
 from isotune.io.errors import UserError
 
 IGNORED = -100  # the label of a token that is not supervised
@@ -30,8 +30,6 @@ def documents_of(dataset: Any, *, causal: bool, is_main: bool = True) -> tuple[D
             f"the rows have no input_ids, but {', '.join(names)}: tokenise them, or use SFTTrainer, which does"
         )
     ids, starts = _flat(dataset, "input_ids")
-    if "token_type_ids" in names and _flat(dataset, "token_type_ids")[0].any():
-        raise UserError("token_type_ids of sentence pairs are not handed to the model yet")
     kept = _flat(dataset, "attention_mask")[0] != 0 if "attention_mask" in names else np.ones(len(ids), np.bool_)
     lengths = sums_of(kept, starts)
     if not lengths.all():
@@ -45,8 +43,14 @@ def documents_of(dataset: Any, *, causal: bool, is_main: bool = True) -> tuple[D
         )
         if labels.dtype.kind not in "iu" or labels.ndim != 1:
             raise UserError(f"the column {key!r} holds no class a row, which is a whole number")
-        documents = Documents(ids[kept], labels.astype(np.int32), without_padding, numbers, {"ids": numbers})
+        columns = {"ids": numbers}
+        types = _flat(dataset, "token_type_ids")[0][kept] if "token_type_ids" in names else np.zeros(0, np.int32)
+        if types.any():
+            columns[FIRST_TYPE] = _first_types(types, without_padding)
+        documents = Documents(ids[kept], labels.astype(np.int32), without_padding, numbers, columns)
         return documents, key is not None
+    if "token_type_ids" in names and _flat(dataset, "token_type_ids")[0].any():
+        raise UserError("token_type_ids of pairs are of classifiers: leave them out for a causal model")
     labels = _flat(dataset, key)[0][kept] if key == "labels" else ids[kept]
     supervised = labels != IGNORED
     supervised[without_padding[:-1]] = False  # nothing stands before it
@@ -59,6 +63,15 @@ def documents_of(dataset: Any, *, causal: bool, is_main: bool = True) -> tuple[D
     if silent.any() and is_main:
         print(f"note        {int(silent.sum()):,} of {len(silent):,} rows have no supervised token and are left out")
     return documents.select(~silent) if silent.any() else documents, True
+
+
+def _first_types(types: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """How many tokens of each row are of type 0, int64 [rows]; UserError where others than 1 follow them."""
+    changes = np.diff(types) < 0
+    changes[starts[1:-1] - 1] = False  # from one row to the next
+    if not set(np.unique(types).tolist()) <= {0, 1} or changes.any():
+        raise UserError("token_type_ids are 0 for the first text of a row and 1 for the second: others are not known")
+    return np.diff(starts) - sums_of(types, starts)
 
 
 def _flat(dataset: Any, column: str) -> tuple[np.ndarray, np.ndarray]:
