@@ -13,6 +13,7 @@ from tests.label_sets import TOPICS, pair_encoder, pair_tokenizer, rows_of, writ
 from isotune.config import ClassificationRecipe
 from isotune.data.classification.split import prepare_labelled
 from isotune.evaluation.classification.evaluate import evaluate_rows, read_task_rows
+from isotune.evaluation.classification.sentences import predict_texts
 from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.metrics.regression import regression_statistics
 from isotune.evaluation.models import load_run_classifier
@@ -76,15 +77,23 @@ def test_labels_in_another_order_are_found_by_name_and_other_names_are_refused(t
     classifier = load_run_classifier(built.run.path, torch.device("cpu"), torch.float32)
     ranks = Ranks(0, 1, classifier.device)
 
-    def scores_on(name: str, rows: list[dict]) -> dict[str, float]:
+    def evaluated(name: str, rows: list[dict]) -> Any:
         task = ClassificationTask(dataset_name=write_rows(tmp_path / f"{name}.jsonl", rows))
         found = evaluate_rows(classifier, read_task_rows(task, classifier, ranks), task, ranks, resamples=100)
         assert found is not None
-        return found.scores.metrics
+        return found
+
+    def scores_on(name: str, rows: list[dict]) -> dict[str, float]:
+        return evaluated(name, rows).scores.metrics
 
     own = scores_on("own", rows)
     reordered = [{**row, "label": [name.upper() for name in row["label"][::-1]]} for row in rows]
     in_columns = [{"text": row["text"], **{name: int(name in row["label"]) for name in NAMES[::-1]}} for row in rows]
+    asked = predict_texts(classifier, [row["text"] for row in rows])
+    chosen = evaluated("again", rows).outputs >= 0.5
+    assert [{name for name, _ in labels} for labels in asked] == [
+        {NAMES[k] for k in np.flatnonzero(row)} for row in chosen
+    ]
     assert scores_on("reordered", reordered) == own == scores_on("columns", in_columns)
     assert {name for name in own if name.startswith("f1[")} == {f"f1[{name}]" for name in NAMES}
     with pytest.raises(UserError, match=r"'fog'.*they are to be bread, chess, rain, sea"):

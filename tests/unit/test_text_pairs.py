@@ -11,6 +11,7 @@ from tokenizers import processors
 from isotune.config import ClassificationRecipe
 from isotune.data.batch_schedule import Microbatch, collate
 from isotune.data.classification.split import prepare_labelled
+from isotune.data.datasets import documents_of
 from isotune.data.documents import FIRST_TYPE
 from isotune.data.tokenizer import TextEncoder
 from isotune.io.errors import UserError
@@ -118,3 +119,17 @@ def test_a_pair_is_held_out_as_a_whole_and_token_types_follow_their_document(pre
     inputs = collate(documents, Microbatch(0, tuple(range(len(documents))), 0, 0, 0.0))
     types = np.split(inputs["token_type_ids"][0].numpy(), documents.starts[1:-1])
     assert all(of[0] == 0 and of[-1] == 1 and np.diff(of).min() >= 0 for of in types)
+
+
+def test_a_tokenised_dataset_keeps_its_token_types_without_padding_and_others_than_two_are_refused():
+    one = {"input_ids": [5, 6, 7, 8, 0], "token_type_ids": [0, 0, 1, 1, 0], "attention_mask": [1, 1, 1, 1, 0]}
+    two = {"input_ids": [5, 6, 0, 0, 0], "token_type_ids": [0, 1, 0, 0, 0], "attention_mask": [1, 1, 0, 0, 0]}
+    rows = [one, two]
+    documents, _, _ = documents_of([{**row, "label": 1} for row in rows], causal=False)
+    inputs = collate(documents, Microbatch(0, (1, 0), 6, 2, 0.0))
+    assert inputs["token_type_ids"].tolist() == [[0, 1, 0, 0, 1, 1]]
+    for types in ([0, 1, 0, 1, 0], [0, 2, 2, 2, 0]):
+        with pytest.raises(UserError, match="token_type_ids are 0 for the first text"):
+            documents_of([{**rows[0], "token_type_ids": types, "label": 1}], causal=False)
+    with pytest.raises(UserError, match="are of classifiers"):
+        documents_of(rows, causal=True)

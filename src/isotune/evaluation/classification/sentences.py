@@ -1,7 +1,8 @@
-"""Texts that a recipe names, classified with the model that its run has saved."""
+"""Texts that a recipe names, or a program asks about, classified with the model that a run has saved."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from isotune.data.sources.source import surrogate_fault
 from isotune.data.tokenizer import TextEncoder
 from isotune.evaluation.classification.evaluate import classify, outputs_of
 from isotune.evaluation.distributed_eval import Ranks
-from isotune.evaluation.models import load_run_classifier
+from isotune.evaluation.models import Classifier, load_run_classifier
 from isotune.io.errors import UserError
 
 SHOWN_CHARACTERS = 60  # of a sentence
@@ -28,13 +29,8 @@ def show_sentences(run: Path, texts: Sequence[str], device: torch.device) -> Non
     """
     classifier = load_run_classifier(run, device, torch.float32)
     settings, task_type = classifier.settings, classifier.task_type
-    for text in texts:
-        if surrogate_fault(text):
-            raise UserError(f"sentences: {text!r} is not UTF-8")
-    cleaned = [clean(text) for text in texts] if settings.clean_text else list(texts)
     truth = None if settings.label_source == "column" else labels_of(texts, settings)
-    documents = TextEncoder(classifier.tokenizer).encode(cleaned, settings.max_seq_length, settings.overlong, truth)
-    outputs = outputs_of(task_type, classify(classifier, documents, Ranks(0, 1, classifier.device)))
+    outputs = _outputs(classifier, texts)
     names = classifier.label_names or tuple(map(str, range(classifier.num_labels)))
     actual = [None if truth is None else names[truth[row]] for row in range(len(texts))]
     guesses = [in_words(task_type, guess, names) for guess in predicted(task_type, outputs)]
@@ -47,6 +43,37 @@ def show_sentences(run: Path, texts: Sequence[str], device: torch.device) -> Non
         mark = " " if own in (None, guess) else "x"
         certainty = f"{_certainty(task_type, row):<11.3f}  " if sure else ""
         print(f"{mark} {own or '?':<{width}}  {guess:<{width}}  {certainty}{shown}")
+
+
+def predict_texts(classifier: Classifier, texts: Sequence[str]) -> list[Any]:
+    """The class of each text and its probability; the labels, each with its own; or the number of a regression.
+
+    UserError for a model that reads pairs of texts.
+    """
+    outputs, task_type = _outputs(classifier, texts), classifier.task_type
+    names = classifier.label_names or tuple(range(classifier.num_labels))
+    found = predicted(task_type, outputs)
+    if task_type == REGRESSION:
+        return found.tolist()
+    if task_type == MULTI_LABEL:
+        return [
+            [(names[label], float(row[label])) for label in np.flatnonzero(own)]
+            for own, row in zip(found, outputs, strict=True)
+        ]
+    return [(names[label], float(row[label])) for label, row in zip(found.tolist(), outputs, strict=True)]
+
+
+def _outputs(classifier: Classifier, texts: Sequence[str]) -> np.ndarray:
+    """What the model predicts for texts, which are cleaned and cut as in its training."""
+    settings = classifier.settings
+    if settings.dataset_text_pair_field is not None:
+        raise UserError(f"{classifier.name} reads two texts, and a sentence is one: evaluate a file with both columns")
+    for text in texts:
+        if surrogate_fault(text):
+            raise UserError(f"sentences: {text!r} is not UTF-8")
+    cleaned = [clean(text) for text in texts] if settings.clean_text else list(texts)
+    documents = TextEncoder(classifier.tokenizer).encode(cleaned, settings.max_seq_length, settings.overlong)
+    return outputs_of(classifier.task_type, classify(classifier, documents, Ranks(0, 1, classifier.device)))
 
 
 def _certainty(task_type: str, probabilities: np.ndarray) -> float:
