@@ -56,12 +56,14 @@ def pair_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     types = kind not in ("roberta", "distilbert")
     pair = "<s> $A </s> $B:1 </s>:1" if types else "<s> $A </s> </s> $B </s>"
     special = [("<s>", 0), ("</s>", 2)]
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, pad_token="<pad>", cls_token="<s>",
-                                   sep_token="</s>", unk_token="<unk>", model_max_length=512)  # fmt: skip
+    names = ["input_ids", *(["token_type_ids"] if types else []), "attention_mask"]  # saved as an argument only
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, pad_token="<pad>", cls_token="<s>", sep_token="</s>",
+        unk_token="<unk>", model_max_length=512, model_input_names=names,
+    )  # fmt: skip
     made.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair=pair, special_tokens=special
     )
-    made.model_input_names = ["input_ids", *(["token_type_ids"] if types else []), "attention_mask"]
     return made
 
 

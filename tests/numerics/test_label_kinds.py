@@ -6,11 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.special import expit, softmax
 from scipy.stats import pearsonr, spearmanr
 from sklearn import metrics
 from tests.building import Built, build_classifier
 from tests.label_sets import TOPICS, pair_encoder, rows_of, write_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from isotune.evaluation.metrics.of_type import statistics_of
+from isotune.evaluation.statistics.resampling import score
 
 STEPS, BATCH, RATE, LENGTH = 6, 7, 1e-3, 24
 NAMES = sorted(TOPICS)
@@ -34,7 +38,8 @@ def labels_of(rows: list[dict], task_type: str) -> torch.Tensor:
 class Stock:
     """The library's tokenizer, model and loss."""
 
-    def __init__(self, folder: str, task_type: str, state: dict) -> None:
+    def __init__(self, folder: str, task_type: str, state: dict, rate: float = RATE, length: int = LENGTH) -> None:
+        self.rate, self.length = rate, length
         self.tokenizer, self.task_type = AutoTokenizer.from_pretrained(folder), task_type
         self.model: Any = AutoModelForSequenceClassification.from_pretrained(folder, **PROBLEMS[task_type])
         self.model.load_state_dict(state)
@@ -42,12 +47,12 @@ class Stock:
     def batch(self, rows: list[dict]) -> Any:
         columns = [[row[name] for row in rows] for name in ("text", "sentence1", "sentence2") if name in rows[0]]
         batch = self.tokenizer(
-            *columns, padding=True, truncation="longest_first", max_length=LENGTH, return_tensors="pt"
+            *columns, padding=True, truncation="longest_first", max_length=self.length, return_tensors="pt"
         )
         return {**batch, "labels": labels_of(rows, self.task_type)}
 
     def train(self, batches: list[list[dict]]) -> tuple[list[float], list[float]]:
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.rate, weight_decay=0.0)
         losses, norms = [], []
         self.model.train()
         for rows in batches:
@@ -106,7 +111,8 @@ def test_every_step_and_the_evaluation_are_those_of_the_plain_loop(tmp_path, kin
     schedule = built.trainer.plan.schedule
     batches = [[train[d] for m in schedule.step(n).microbatches for d in m.documents] for n in range(STEPS)]
     assert min(len(schedule.step(n).microbatches) for n in range(STEPS)) > 1
-    has_types = "token_type_ids" in built.tokenizer.model_input_names
+    has_types = kind in ("bert", "roformer")
+    assert ("token_type_ids" in built.tokenizer.model_input_names) == has_types
     assert ("first_type_tokens" in built.trainer.plan.documents.documents.columns) == (pairs and has_types)
     assert built.trainer.plan.task.attention == attention
     built.train()
@@ -133,3 +139,33 @@ def test_the_predictions_file_names_labels_and_numbers(tmp_path):
     for line in lines:
         assert line["prediction"] == [k for k, p in enumerate(line["probabilities"]) if p >= 0.5]
         assert line["prediction_names"] == [NAMES[k] for k in line["prediction"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task_type", ["single_label", "multi_label", "regression"])
+def test_the_score_of_the_plain_loop_lies_within_the_interval_of_ours(tmp_path, task_type):
+    """With dropout, whose masks differ, and so many steps that something is learnt."""
+    steps, rate, length = 80, 2e-3, 64
+    folder = pair_encoder(tmp_path / "model", "bert")
+    train, test = rows_of(task_type, 300), rows_of(task_type, 150, seed=1)
+    files = [write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in (("train", train), ("test", test))]
+    built = build_classifier(
+        tmp_path, model_name_or_path=folder, dataset_name=files[0], eval_dataset_name=files[1], max_seq_length=length,
+        lr_scheduler_type="constant", weight_decay=0.0, microbatch_tokens=1024, eval_microbatch_tokens=1024,
+        max_steps=steps, global_batch_size=16, learning_rate=rate, eval_steps=steps,
+    )  # fmt: skip
+    state = {name: tensor.clone() for name, tensor in built.model.state_dict().items()}
+    stock = Stock(folder, task_type, state, rate, length)
+    schedule = built.trainer.plan.schedule
+    stock.train([[train[d] for m in schedule.step(n).microbatches for d in m.documents] for n in range(steps)])
+    built.train()
+    (file,) = built.run.path.glob("eval/*/predictions.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    labels = labels_of(test, task_type).numpy()
+    ours = np.array([line["prediction" if task_type == "regression" else "probabilities"] for line in lines])
+    logits = stock.evaluate(test)[1].astype(np.float64)
+    theirs = {"single_label": softmax(logits, axis=1), "multi_label": expit(logits), "regression": logits[:, 0]}
+    name = {"single_label": "accuracy", "multi_label": "f1_micro", "regression": "pearson"}[task_type]
+    of_ours, of_theirs = (statistics_of(task_type, labels, outputs) for outputs in (ours, theirs[task_type]))
+    low, high = score(of_ours, len(test), only=[name]).intervals[name]
+    assert low <= score(of_theirs, len(test), only=[name], resamples=10).metrics[name] <= high

@@ -147,6 +147,8 @@ def test_a_cell_of_a_labels_column_that_is_neither_0_nor_1_is_named(prepare):
     rows = [{"a": 0, "b": 1}, {"a": 1, "b": 2}]
     with pytest.raises(UserError, match=r"row 2 of .*, column 'b', holds 2: a label's cell is 0 or 1"):
         prepare(rows, columns=True, task_type="multi_label", label_names=["a", "b"])
+    with pytest.raises(UserError, match=r"row 1 of .* lacks the column 'c'.*label_names"):
+        prepare(rows, columns=True, task_type="multi_label", label_names=["a", "b", "c"])
     two = [{"a": 0, "b": 1}, {"a": 1, "b": 0}] * 2
     with pytest.raises(UserError, match="'a' and 'b' could hold its classes: say which by --dataset_label_field"):
         prepare(two, columns=True)

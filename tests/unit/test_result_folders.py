@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 
 from isotune.evaluation.results import CLAIM, METRICS, claim_folder
-from isotune.evaluation.tasks import ClassificationTask, GenerationTask
+from isotune.evaluation.tasks import PAIR, ClassificationTask, GenerationTask
 from isotune.io.errors import UserError
 
 NORTH = {"dataset_name": "north/test.jsonl", "data": "n", "limit": None, "decoding": {"temperature": 0.0}}
@@ -75,8 +75,9 @@ def test_a_process_that_writes_nothing_finds_the_same_folder(tmp_path):
     assert beside == claim_folder(tmp_path / "test", OTHERS[0], is_named=False)
 
 
-@pytest.mark.parametrize("kind", [ClassificationTask, GenerationTask])
-def test_every_key_of_a_task_but_the_word_that_lets_it_run_tells_evaluations_apart(kind):
-    decisive = kind(dataset_name="x").decisive()
+@pytest.mark.parametrize(("kind", "keys"), [(ClassificationTask, {PAIR: "second"}), (GenerationTask, {})])
+def test_every_key_of_a_task_but_the_word_that_lets_it_run_tells_evaluations_apart(kind, keys):
+    decisive = kind(dataset_name="x", **keys).decisive()
+    assert PAIR not in kind(dataset_name="x").decisive()  # as before there were pairs
     assert decisive.keys() == {own.name for own in fields(kind)} - {"allow_dropped"}
     json.dumps(decisive)

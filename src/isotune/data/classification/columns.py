@@ -94,9 +94,9 @@ def _pair(source: Source, rows: list[dict[str, Any]], recipe: ClassificationReci
 
 
 def _has_label_columns(row: dict[str, Any], recipe: ClassificationRecipe) -> bool:
-    """Whether the recipe names the labels, and the row has a column for each of them."""
+    """Whether the recipe names the labels, and the row has columns of these names."""
     names = recipe.label_names if recipe.task_type == MULTI_LABEL else None
-    return bool(names) and getattr(recipe, LABEL) not in row and all(name in row for name in names or ())
+    return bool(names) and getattr(recipe, LABEL) not in row and any(name in row for name in names or ())
 
 
 def _are_of_one_text(columns: int, task_type: str) -> bool:

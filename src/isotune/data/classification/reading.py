@@ -117,7 +117,7 @@ def _label_columns(first: Row, settings: ClassificationSettings) -> tuple[str, .
     names = settings.label_names
     if settings.task_type != MULTI_LABEL or not names or settings.dataset_label_field in first:
         return ()
-    return names if all(name in first for name in names) else ()
+    return names if any(name in first for name in names) else ()
 
 
 def _columns(first: Row, settings: ClassificationSettings, label_columns: Sequence[str]) -> dict[str, str]:
