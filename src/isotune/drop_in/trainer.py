@@ -28,7 +28,8 @@ from isotune.models.classifier import ClassLoss, install_classification
 from isotune.models.cpu.layers import enable_speedups
 from isotune.models.isolation import check_isolation
 from isotune.training.tasks import ClassificationTask, EvaluationRun, SftTask, Task
-from isotune.training.trainer import PlannedTraining, TrainingPlan
+from isotune.training.trainer import PlannedTraining
+from isotune.training.training_plan import TrainingPlan
 
 
 @dataclass(frozen=True)

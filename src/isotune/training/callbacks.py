@@ -48,6 +48,7 @@ class PreTrainChecks(TrainerCallback):
             classifier=task.item == "documents",
             padded=task.pads,
         )
+        trainer.try_costliest_microbatch()
         found["attention_kernel"] = last_kernel() if task.attention == PACKED else found["attention"]
         trainer.watchdog.start()
         if not self.process.is_main:
