@@ -15,7 +15,7 @@ def runs(tmp_path_factory) -> dict[str, Finished]:
     """Every case and what nothing disturbed, in one launch, with dropout on."""
     folder = tmp_path_factory.mktemp("short")
     model = small_opt(folder / "opt", dropout=0.1, attention_dropout=0.1)
-    recipe = {**TINY, "model_name_or_path": model, "global_batch_size": 8, "max_steps": 4, "save_strategy": "no"}
+    recipe = {**TINY, "model_name_or_path": model, "global_batch_size": 8, "max_steps": 3, "save_strategy": "no"}
     names = [*CASES, "undisturbed", "undisturbed-exact"]
     recipes = {name: {**recipe, "exact_gradients": name.endswith("exact")} for name in names}
     return start_together(folder, recipes, processes=2, script=SCRIPT)
@@ -24,7 +24,7 @@ def runs(tmp_path_factory) -> dict[str, Finished]:
 @pytest.mark.parametrize("case", CASES)
 def test_an_update_is_repeated_with_the_figures_of_the_undisturbed_run(runs, case: str):
     short, whole = runs[case], runs["undisturbed-exact" if case.endswith("exact") else "undisturbed"]
-    assert [line.get("out_of_memory_retries") for line in short.steps] == [None, 1, 1, 1]
+    assert [line.get("out_of_memory_retries") for line in short.steps] == [None, 1, 1]
     assert not any("out_of_memory_retries" in line for line in whole.steps)
     assert max(relative(whole.steps, short.steps, "loss")) <= 1e-6
     assert max(relative(whole.steps, short.steps, "grad_norm")) <= 1e-6

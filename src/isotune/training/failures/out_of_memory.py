@@ -130,15 +130,13 @@ class OutOfMemoryPolicy:
     def _halve(self, number: int, where: str) -> None:
         """Until the microbatches of step `number` cost less, which a smaller size alone may not bring about."""
         assert self.least_tokens is not None, "nobody votes where no other size is tried"
-        before, costs = self.tokens, self._largest_cost(number)
-        tokens = before
+        costs, tokens = self._largest_cost(number), self.tokens
         while tokens > self.least_tokens:
             tokens = max(tokens // 2, self.least_tokens)
             self.schedules[0].microbatch_tokens = tokens
             if self._largest_cost(number) < costs:
                 self._resize(tokens)
                 return
-        self.schedules[0].microbatch_tokens = before
         raise UserError(self._sentence(where))
 
     def _largest_cost(self, number: int) -> float:
