@@ -1,10 +1,13 @@
 """One of two ranks runs out of memory: both repeat the update in smaller microbatches, and its figures are the same."""
 
+import json
+from pathlib import Path
+
 import pytest
 import yaml
 from tests.building import small_opt
 from tests.distributed.engines import relative
-from tests.launching import TINY, Finished, start_together
+from tests.launching import TINY, Finished, start, start_together
 
 SCRIPT = "tests/distributed/short_of_memory.py"  # which says how the runs are short of memory by their names
 CASES = ["rank1-backward-last", "rank1-forward-earlier", "rank0-backward-last-exact", "rank1-backward-earlier-exact"]
@@ -38,3 +41,28 @@ def test_a_line_says_it(runs):
     assert len(said) == len(CASES)
     assert said[0].endswith(place + "it changes rounding only")
     assert said[2].endswith(place + "its bits are those of 256 tokens from here on, to rounding those of 512")
+
+
+def slow(*values: object) -> object:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("config", "values"),
+    [
+        ("fsdp2.yaml", {}),
+        slow("zero2.yaml", {}),
+        slow("zero3.yaml", {"microbatch_tokens": 512}),
+        slow("ddp.yaml", {"microbatch_tokens": 512}),
+    ],
+)
+def test_where_no_rank_can_go_on_without_the_others_one_sentence_has_the_plans_figures(tmp_path: Path, config, values):
+    recipe = {**TINY, "global_batch_size": 8, "exact_gradients": False, "save_strategy": "no", "max_steps": 3, **values}
+    folder = tmp_path / "rank1-forward-last"
+    done = start(folder, recipe, processes=2, config=config, script=SCRIPT, expect=1, environment={"PYTHONPATH": "."})
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert said.startswith("error: training ran out of memory with microbatches of 512 tokens; the plan is ")
+    assert " MiB on a process: lower microbatch_tokens" in said
+    assert "OutOfMemoryError" not in done.stderr
+    ended = json.loads((done.run / "status.json").read_text())
+    assert (ended["status"], ended["exit_status"]) == ("failed", 2) and f"error: {ended['message']}" == said

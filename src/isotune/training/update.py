@@ -139,7 +139,7 @@ class OptimizerUpdate:
         )
         values = {number: loss for number, (loss, _) in outputs.items()}
         values |= {count + number: counted for number, (_, counted) in outputs.items() if counted is not None}
-        values |= {2 * count + i: torch.full((), float(flag), device=device) for i, flag in enumerate(flags)}
+        values |= {2 * count + i: torch.ones((), device=device) for i, flag in enumerate(flags) if flag}
         table = gather_by_number(values, 2 * count + len(flags), device)
         told = [value > 0 for value in table[2 * count :]]
         self.stop_agreed, self.write_failed, self.result.out_of_memory, self.sync.some_lack_gradients = told
