@@ -183,7 +183,7 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
         """Train; with a Checkpointer from the checkpoint that the recipe's `resume` leads to."""
         if self.checkpointer is None:
             return super().train(resume_from_checkpoint, *options, **more)
-        with self.memory.explained(), self.checkpointer.session() as folder:
+        with self.memory.in_one_sentence(), self.checkpointer.session() as folder:
             return super().train(folder, *options, **more)
 
     def _init_training_state(self, *arguments: Any, **more: Any) -> tuple[int, int]:

@@ -112,7 +112,7 @@ class OutOfMemoryPolicy:
             self._say(f"{self.tokens:,} tokens: {first:,} ran out of memory when the costliest was tried")
 
     @contextlib.contextmanager
-    def explained(self) -> Iterator[None]:
+    def in_one_sentence(self) -> Iterator[None]:
         """Hold it around training: an error of memory that nothing has answered becomes one sentence.
 
         A rank may raise it alone; it tells the others, whose communication then breaks.
