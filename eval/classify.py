@@ -93,6 +93,7 @@ def main() -> None:
         "limit": given.limit,
         "seed": given.seed,
         "model": given.model and model_identity(given.model),
+        **({"run_dir": str(Path(given.run_dir).resolve())} if given.output_dir and given.run_dir else {}),
     }
     wanted = Path(given.output_dir or home / "eval" / task.name)
     claim_folder(wanted, evaluation_of, is_named=bool(given.output_dir), write=False)  # refused before the work

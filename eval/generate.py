@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from isotune.io.errors import OneSentenceParser, UserError, run_script
+from isotune.io.errors import OneSentenceParser, UserError, is_first_process, run_script
 
 
 def arguments() -> argparse.Namespace:
@@ -85,8 +85,7 @@ def main() -> None:
     longest = DEFAULT_MAX_NEW_TOKENS if given.max_new_tokens is None else given.max_new_tokens
     decoding = Decoding(task.max_new_tokens if task else longest, given.temperature, given.top_p, given.seed)
     tasks = check_tasks(given.lm_eval_tasks) if given.lm_eval_tasks else []
-    is_first = os.environ.get("RANK", "0") == "0"
-    samples = task.samples(given.limit, show=is_first) if task else None
+    samples = task.samples(given.limit, show=is_first_process()) if task else None
     name, evaluation = "lm_eval", dict[str, Any]()  # what decides the result
     if task and samples:
         name, evaluation = task.name, {**task.decisive(), "data": samples.fingerprint, "decoding": asdict(decoding)}
@@ -133,6 +132,8 @@ def result_folder(
     if not given.output_dir and not given.run_dir:
         return None
     evaluation = evaluation | {"limit": given.limit, "model": given.model and model_identity(given.model)}
+    if given.output_dir and given.run_dir:  # a folder of the user's may be asked to take the results of two runs
+        evaluation |= {"run_dir": str(Path(given.run_dir).resolve())}
     folder = Path(given.output_dir or Path(given.run_dir) / "eval" / name)
     return claim_folder(folder, evaluation, is_named=bool(given.output_dir), write=write)
 

@@ -36,6 +36,11 @@ def refuse(sentence: str) -> NoReturn:
     raise UserError(sentence)
 
 
+def is_first_process() -> bool:
+    """Whether this is global rank 0, by the launcher's RANK: it can be asked before the process group exists."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, for a message that must stay one sentence."""
     return (str(error).splitlines() or [type(error).__name__])[0]
@@ -157,7 +162,7 @@ def write_job_status(**content: Any) -> None:
         return
     file = Path(name)
     current = read_job_status(file)
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = is_first_process()
     has_ended = current.get("exit_status") is not None
     is_told = not is_main and (has_ended or content.get("exit_status") == 0)
     if is_told or current.get("exit_status") == EXIT_USER_ERROR:

@@ -21,6 +21,7 @@ POSITION_FREE_OPTIMIZERS = ("adamw_torch", "sgd")
 def sft_arguments(recipe: RunRecipe, process: Process) -> TrainingArguments:
     """`training_arguments` for SFTTrainer, which is told that rows, packing, targets and loss are ours."""
     ours = {"max_length": recipe.max_seq_length, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    ours |= {"router_aux_loss_coef": 0.0}  # a mean of microbatches; PlannedTraining says that it is left out
     arguments = training_arguments(recipe, process, SFTConfig, **ours)
     # TRL reads the old name of activation_checkpointing, and would then use the reentrant kind under ZeRO-3 and make
     # the embedding's output require a gradient, which non-reentrant checkpointing does not need
