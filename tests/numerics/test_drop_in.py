@@ -163,6 +163,16 @@ def test_evaluation_and_predictions_are_those_of_the_stock_trainer_in_the_order_
     assert unlabelled.label_ids is None and "test_loss" not in unlabelled.metrics
 
 
+def test_an_evaluation_before_training_is_in_the_precision_of_training(tmp_path):
+    args = TrainingArguments(str(tmp_path), bf16=True, **{**QUIET, **STEPS, "learning_rate": 0.0})
+    trainer = isotune.Trainer(model=bert(), args=args, train_dataset=texts(), eval_dataset=texts(21, seed=1))
+    before = trainer.predict(texts(21, seed=1))
+    trainer.train()
+    after = trainer.predict(texts(21, seed=1))
+    np.testing.assert_array_equal(before.predictions, after.predictions)
+    assert before.metrics["test_loss"] == after.metrics["test_loss"]
+
+
 def test_a_run_that_is_resumed_from_the_librarys_checkpoint_goes_on_to_the_same_losses(tmp_path):
     def run(folder: Any, steps: int, **more: Any) -> Any:
         options = {**STEPS, "max_steps": steps, "save_strategy": "steps", "save_steps": 2}

@@ -41,7 +41,7 @@ _LORA = Requirement(
     "it needs tune: lora or tune: qlora, and peft_type: lora",
 )
 # values that stand for what earlier versions did, which knew nothing else
-UNSAID_BEFORE = {"chat_format": "guanaco", "peft_type": "lora"}
+UNSAID_BEFORE = {"chat_format": "guanaco", "peft_type": "lora", "task_type": "single_label"}
 _FOUR_BIT = Requirement(lambda values: values["tune"] == "qlora", "it needs tune: qlora")
 _NO_LIMIT = Requirement(lambda values: values["max_steps"] < 1, "max_steps says where the run ends")
 _SPLIT = Requirement(
@@ -158,6 +158,9 @@ class RunRecipe(BaseRecipe):
     bnb_4bit_use_double_quant: bool = key(
         True, ADAPTER, "quantise the scales of the 4-bit weights too", needs=_FOUR_BIT)
 
+    device: Literal["auto", "cuda", "mps", "cpu"] = key(
+        "auto", MEMORY, "what computes; auto: a GPU where there is one, else MPS on a Mac, else the CPU",
+        changes_result=False, common=False)
     bf16: bool = key(False, MEMORY, "compute in bfloat16")
     fp16: bool = key(False, MEMORY, "compute in float16, with a scaled loss")
     microbatch_tokens: int | Literal["auto"] = key(

@@ -53,6 +53,8 @@ def gather_vectors(values: dict[int, torch.Tensor], count: int, size: int, devic
 
     `values` are this rank's vectors, [size] each, by row. No row is on two ranks; a row on none is zero.
     """
+    if device.type == "mps":  # which has no float64, and is one process
+        device = torch.device("cpu")
     table = torch.zeros(count, size, dtype=torch.float64, device=device)
     if values:
         rows = torch.tensor(list(values), device=device)

@@ -97,7 +97,7 @@ class OwnLoss(Task):
         with torch.enable_grad():
             loss, _ = self._loss(self.documents, rows, logits)
             gradients = torch.autograd.grad(loss, logits, allow_unused=True)
-        self._value, self._first = float(loss), step.microbatches[0].number
+        self._value, self._first = float(loss.detach()), step.microbatches[0].number
         # a rank without work repeats a microbatch of another
         own = {document for microbatch in microbatches for document in microbatch["documents"]}
         self._gradients = {

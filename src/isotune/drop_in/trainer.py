@@ -26,7 +26,8 @@ from isotune.drop_in.predictions import predictions_of, rows_of, tokens_of
 from isotune.drop_in.refusals import check_model, refuse
 from isotune.io.errors import UserError, first_line
 from isotune.models.causal import install_causal
-from isotune.models.classifier import ClassLoss, install_classification
+from isotune.models.class_loss import ClassLoss
+from isotune.models.classifier import install_classification
 from isotune.models.cpu.layers import enable_speedups
 from isotune.models.embedding_noise import add_noise
 from isotune.models.isolation import check_isolation
@@ -280,12 +281,14 @@ class DropIn(PlannedTraining):
         loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
         metrics: dict[str, Any] = {}
         if labelled:
-            found = self.plan.task.evaluate(run)
+            with self.accelerator.autocast():  # before training no engine has wrapped the model yet
+                found = self.plan.task.evaluate(run)
             metrics = found if self.compute_metrics is None else {"eval_loss": found["eval_loss"]}
         predictions = labels = None
         if not loss_only:
             make = self._label_of(run.documents)
-            predictions = predictions_of(run, make, self.preprocess_logits_for_metrics, causal=self.causal)
+            with self.accelerator.autocast():
+                predictions = predictions_of(run, make, self.preprocess_logits_for_metrics, causal=self.causal)
             labels = rows_of(make, range(len(run.documents))) if labelled else None
             if self.compute_metrics is not None and labels is not None:
                 inputs = {}

@@ -12,15 +12,19 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from isotune.config.task_types import REGRESSION
 from isotune.data.classification.labels import ClassificationSettings
 from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.data.sources.hub import is_hub_id
+from isotune.distributed.device import choose_device
 from isotune.evaluation.distributed_eval import Shards
 from isotune.evaluation.tasks import ClassificationTask, read_task
 from isotune.io.errors import UserError
+from isotune.io.shipped import script
 from isotune.models.base.folder import why_no_model
 from isotune.models.base.head import names_of
 from isotune.models.base.vocabulary import check_tokens
+from isotune.models.class_loss import task_type_of
 from isotune.models.classifier import install_classification
 from isotune.models.finished_run import (
     FinishedRun,
@@ -45,14 +49,19 @@ class Classifier:
     name: str  # the run's folder, or the model's folder or Hub id
     model: Any
     tokenizer: Any
-    settings: ClassificationSettings  # how texts become documents; `num_labels` is the model's
+    settings: ClassificationSettings  # how texts become documents; `num_labels` and `task_type` are the model's
     label_names: tuple[str, ...] | None  # of the classes, None where the model has none
     run: FinishedRun | None = None  # the finished run, None for any other model
 
     @property
     def num_labels(self) -> int:
-        """The number of classes."""
+        """The number of classes or labels; 1 of a regression."""
         return int(self.model.config.num_labels)
+
+    @property
+    def task_type(self) -> str:
+        """What kind of labels it predicts."""
+        return self.settings.task_type
 
     @property
     def device(self) -> torch.device:
@@ -108,7 +117,9 @@ def load_run_classifier(run_dir: str | Path, device: torch.device, dtype: torch.
     run = read_run(run_dir)
     if run.is_adapter:
         if not is_classifier(run):
-            raise UserError(f"{run.folder} is no run of a classifier: eval/generate.py evaluates a language model")
+            raise UserError(
+                f"{run.folder} is no run of a classifier: {script('eval/generate.py')} evaluates a language model"
+            )
         base = load_run_base(run, device, dequantize=True)
         install_classification(base.to(dtype))
         model = add_run_adapter(run, base).to(dtype)
@@ -120,8 +131,8 @@ def load_run_classifier(run_dir: str | Path, device: torch.device, dtype: torch.
     if "label_names" in own:
         own["label_names"] = tuple(own["label_names"])
     settings = ClassificationSettings(**own)
-    names = settings.known_names or names_of(model.config)
-    settings = replace(settings, num_labels=int(model.config.num_labels), label_names=names)
+    settings = _of_model(settings, model.config, settings.known_names or names_of(model.config))
+    names = settings.label_names
     return Classifier(str(run_dir), model.eval(), load_run_tokenizer(run), settings, names, run)
 
 
@@ -131,16 +142,21 @@ def load_model_classifier(name: str, device: torch.device, dtype: torch.dtype) -
     if Path(name).is_dir():
         _check_kind(Path(name), name)
     model = load_pretrained(name, auto=AutoModelForSequenceClassification, dtype=dtype).to(device).eval()
-    if model.config.num_labels < 2:
-        raise UserError(f"{name} has {model.config.num_labels} output: a classifier has at least two")
     tokenizer = load_pretrained_tokenizer(name)
     check_tokens(model.config, tokenizer, name)
     install_classification(model)
     positions = max_positions(model.config) or DEFAULT_MAX_SEQ_LENGTH
     longest = min(DEFAULT_MAX_SEQ_LENGTH, positions, tokenizer.model_max_length)
-    names, classes = names_of(model.config), int(model.config.num_labels)
-    settings = ClassificationSettings(max_seq_length=longest, num_labels=classes, label_names=names)
-    return Classifier(name, model, tokenizer, settings, names)
+    settings = _of_model(ClassificationSettings(max_seq_length=longest), model.config, names_of(model.config))
+    return Classifier(name, model, tokenizer, settings, settings.label_names)
+
+
+def _of_model(settings: ClassificationSettings, config: Any, names: tuple[str, ...] | None) -> ClassificationSettings:
+    """The settings with the kind, number and names of what a model predicts; a regression has neither of the two."""
+    task_type: Any = task_type_of(config)
+    if task_type == REGRESSION:
+        return replace(settings, task_type=task_type, num_labels=None, label_names=None)
+    return replace(settings, task_type=task_type, num_labels=int(config.num_labels), label_names=names)
 
 
 def task_of_run(
@@ -151,7 +167,13 @@ def task_of_run(
     recipe = classifier.run.settings
     columns = {
         key: recipe.get(key)
-        for key in ("dataset_text_field", "dataset_label_field", "dataset_id_field", "dataset_columns")
+        for key in (
+            "dataset_text_field",
+            "dataset_text_pair_field",
+            "dataset_label_field",
+            "dataset_id_field",
+            "dataset_columns",
+        )
     }
     name, split, held_out = recipe.get("eval_dataset_name"), recipe.get("eval_dataset_split"), None
     if name is None and recipe.get("eval_split_share"):
@@ -204,7 +226,7 @@ def _generation_model(model: Any, tokenizer: Any, shards: Shards | None) -> Gene
 
 
 def _best_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(choose_device())
 
 
 def _stored_dtype(name: str | Path) -> torch.dtype:
@@ -230,4 +252,6 @@ def _check_kind(folder: Path, name: str) -> None:
     """Refuse another kind of model, which would load with a random head or fail with a traceback."""
     kinds = load_pretrained_config(str(folder)).architectures or []
     if kinds and not any(kind.endswith("ForSequenceClassification") for kind in kinds):
-        raise UserError(f"{name} holds a {kinds[0]}, not a classifier: eval/generate.py evaluates a language model")
+        raise UserError(
+            f"{name} holds a {kinds[0]}, not a classifier: {script('eval/generate.py')} evaluates a language model"
+        )

@@ -15,13 +15,16 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from isotune.config.task_types import SINGLE_LABEL
 from isotune.data.sft.chat_format import GUANACO, ChatFormat
 from isotune.data.sft.conversations import render_prompt
 from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.data.sources.hub import is_hub_id
 from isotune.io.errors import UserError
+from isotune.io.shipped import script
 from isotune.models.base.folder import ADAPTER_CONFIG
 from isotune.models.base.head import set_names
+from isotune.models.class_loss import PROBLEM_TYPES
 from isotune.models.layouts.heads import head_of
 from isotune.models.log_control import quiet_libraries
 from isotune.models.opening import (
@@ -154,7 +157,7 @@ def load_run_model(run: FinishedRun, device: torch.device) -> Any:
     weights are dequantized.
     """
     if is_classifier(run):
-        raise UserError(f"{run.folder} is the run of a classifier: eval/classify.py evaluates it")
+        raise UserError(f"{run.folder} is the run of a classifier: {script('eval/classify.py')} evaluates it")
     if not run.is_adapter:
         return load_whole_model(run).to(device).eval()
     return add_run_adapter(run, load_run_base(run, device, dequantize=device.type == "cpu")).eval()
@@ -185,7 +188,7 @@ def load_run_base(run: FinishedRun, device: torch.device, *, dequantize: bool) -
         head = head_of(config)
         kwargs["ignore_mismatched_sizes"] = True  # the base may be a classifier of other classes
         classes, names = _adapter_classes(run.model / ADAPTER_WEIGHTS, head), run.settings.get("label_names")
-        set_names(config, classes, names, "single_label_classification")
+        set_names(config, classes, names, PROBLEM_TYPES[run.settings.get("task_type", SINGLE_LABEL)])
         kwargs |= {"config": config, "may_lack": head}
     if run.base_made_here or run.settings.get("tune") != "qlora":
         return load_pretrained(name, auto=auto, **kwargs).to(device)

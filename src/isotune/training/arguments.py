@@ -9,7 +9,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from isotune.compat.transformers import bf16_without_gpu, use_one_gpu
 from isotune.config import RunRecipe
-from isotune.config.engine_keys import HIGHER_IS_BETTER
+from isotune.config.task_types import HIGHER_IS_BETTER
 from isotune.distributed.launch import Process
 from isotune.io.errors import UserError
 
@@ -79,6 +79,10 @@ def uses_exact_gradients(recipe: RunRecipe, process: Process) -> bool:
     Raises UserError where it is asked for under an engine that cannot keep it.
     """
     stage, engine = process.zero_stage, "FSDP" if process.fsdp else f"ZeRO-{process.zero_stage}"
+    if process.device.type == "mps":  # which has no float64
+        if recipe.exact_gradients is True:
+            raise UserError("exact_gradients: true cannot hold on MPS, which has no float64: say device: cpu")
+        return False
     if recipe.exact_gradients is True and (process.fsdp or process.deepspeed):
         if stage == 0:
             raise UserError("exact_gradients: true cannot hold under ZeRO-0: use DDP, FSDP2, ZeRO-1, ZeRO-2 or ZeRO-3")

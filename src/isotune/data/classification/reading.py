@@ -1,0 +1,157 @@
+"""The rows of a data set as documents: one text or two, what they are labelled with, and their ids."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from isotune.config.recipes import AUTO, NO_IDS
+from isotune.config.task_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from isotune.data.classification.classes import ClassColumn, Label, label_of, resolve
+from isotune.data.classification.ids import ids_in, ids_of_all
+from isotune.data.classification.labels import ClassificationSettings, labels_of
+from isotune.data.classification.pairs import joined
+from isotune.data.classification.targets import Targets, labels_in_columns, labels_of_rows, numbers_of, type_of
+from isotune.data.contents import clean, contents_of
+from isotune.data.documents import Documents
+from isotune.data.sources.source import Row, Source, kind_of_value, surrogate_fault
+from isotune.data.tokenizer import TextEncoder
+from isotune.io.errors import UserError
+
+TEXTS = ("dataset_text_field", "dataset_text_pair_field")
+
+
+@dataclass(frozen=True)
+class LabelledDocuments:
+    """The rows of a source as documents, and what was found about their classes and ids."""
+
+    documents: Documents
+    targets: Targets
+    notes: tuple[str, ...] = ()  # lines for the user
+
+
+def read_documents(
+    source: Source, encoder: TextEncoder, settings: ClassificationSettings, *, show_progress: bool
+) -> LabelledDocuments:
+    """All rows of a source, tokenized, with their classes; UserError names the row that lacks a text, class or id.
+
+    The columns are `ids`, the data set's own or the numbers of the rows; `contents` (isotune.data.contents); the
+    encoder's `whole_lengths`; and `marked`, bool: whether the text holds HTML breaks, entities or escapes.
+    """
+    columns: dict[str, str] = {}
+    parts: list[Documents] = []
+    ids: list[Any] = []
+    cells: list[Any] = []
+    label_columns: tuple[str, ...] = ()  # of 0 and 1, one for each label
+    with tqdm(desc="preparing", unit=" documents", disable=not show_progress) as bar:
+        for rows in source.batches():
+            label_columns = label_columns or _label_columns(rows[0][1], settings)
+            columns = columns or _columns(rows[0][1], settings, label_columns)
+            for number, row in rows:
+                for key, column in [*columns.items(), *(("label_names", name) for name in label_columns)]:
+                    if column not in row:
+                        raise source.lacks(number, row, column, key)
+            of_each = [
+                [_text(row, source, number, columns[key]) for number, row in rows] for key in TEXTS if key in columns
+            ]
+            texts = joined(*of_each)
+            of_rules = None
+            if label_columns:
+                cells += [{name: row[name] for name in label_columns} for _, row in rows]
+            elif column := columns.get("dataset_label_field"):
+                cells += [row[column] for _, row in rows]
+            else:
+                of_rules = labels_of(texts, settings)
+            ids += ids_in(rows, source, settings.dataset_id_field, columns.get("dataset_id_field"))
+            cleaned = [[clean(text) for text in column] for column in of_each]
+            chosen = cleaned if settings.clean_text else of_each
+            if len(chosen) == 1:
+                part = encoder.encode(chosen[0], settings.max_seq_length, settings.overlong, of_rules)
+            else:
+                part = encoder.encode_pairs(chosen[0], chosen[1], settings.max_seq_length, settings.overlong)
+            marked = np.array([text != raw for text, raw in zip(joined(*cleaned), texts, strict=True)])
+            own = {"contents": contents_of(texts), **part.columns, "marked": marked}
+            parts.append(replace(part, columns=own))
+            bar.update(len(rows))
+    documents = Documents.concat(parts)
+    if label_columns:
+        targets = labels_in_columns(cells, label_columns, source.where)
+    elif column := columns.get("dataset_label_field"):
+        targets = read_targets(cells, source, column, settings)
+    else:
+        targets = Targets.of_classes(ClassColumn(documents.targets, settings.known_names))
+    documents, notes = replace(documents, targets=targets.values), list(targets.notes)
+    numbers = np.arange(len(documents))
+    own_ids, passed_over = ids_of_all(ids, numbers, source, settings.dataset_id_field)
+    notes += [passed_over] if passed_over else []
+    documents = replace(documents, source_rows=numbers, columns={"ids": own_ids, **documents.columns})
+    return LabelledDocuments(documents, targets, tuple(notes))
+
+
+def read_targets(cells: list[Any], source: Source, column: str, settings: ClassificationSettings) -> Targets:
+    """The labels of a column, of the kind that the settings say or the cells show; UserError names a wrong row."""
+    own, known = source.class_names.get(column, ()), settings.known_names
+    task_type = type_of(cells) if settings.task_type == AUTO else settings.task_type
+    if task_type == REGRESSION and settings.task_type == AUTO and (own or known or settings.num_labels):
+        task_type = SINGLE_LABEL  # the classes are known, so a number that is none is a mistake
+    if task_type == REGRESSION:
+        targets = numbers_of(cells, source.where, column)
+        holds = "numbers that are not whole"
+    elif task_type == MULTI_LABEL:
+        count = settings.num_labels
+        targets = labels_of_rows(cells, source.where, column, known=known, own=own, count=count)
+        holds = "lists of labels"
+    else:
+        labels = [_label(cell, source, number, column) for number, cell in enumerate(cells)]
+        return Targets.of_classes(resolve(labels, where=source.where, known=known, own=own))
+    if settings.task_type == AUTO:
+        note = f"nobody said so: the column {column!r} holds {holds}, so task_type is {task_type}"
+        return replace(targets, notes=(*targets.notes, note))
+    return targets
+
+
+def _label_columns(first: Row, settings: ClassificationSettings) -> tuple[str, ...]:
+    """The columns of 0 and 1 that hold the labels: those of their names, where there is no column of all labels."""
+    names = settings.label_names
+    if settings.task_type != MULTI_LABEL or not names or settings.dataset_label_field in first:
+        return ()
+    return names if all(name in first for name in names) else ()
+
+
+def _columns(first: Row, settings: ClassificationSettings, label_columns: Sequence[str]) -> dict[str, str]:
+    """The columns that every row must have, by the recipe's key for each; those of `label_columns` left out."""
+    columns = {"dataset_text_field": settings.dataset_text_field}
+    if settings.dataset_text_pair_field is not None:
+        columns["dataset_text_pair_field"] = settings.dataset_text_pair_field
+    if settings.label_source == "column" and not label_columns:
+        columns["dataset_label_field"] = settings.dataset_label_field
+    if settings.dataset_id_field not in (AUTO, NO_IDS):
+        columns["dataset_id_field"] = settings.dataset_id_field
+    return columns
+
+
+def _text(row: Row, source: Source, number: int, column: str) -> str:
+    text = row[column]
+    if not isinstance(text, str):
+        raise UserError(f"{source.where(number)}, column {column!r}, holds {kind_of_value(text)}, not a text")
+    if fault := surrogate_fault(text):
+        raise UserError(f"{source.where(number)}, column {column!r}, {fault}")
+    return text
+
+
+def _label(cell: Any, source: Source, number: int, column: str) -> Label:
+    names = source.class_names.get(column, ())
+    try:
+        return label_of(cell, names[0] if names else ())
+    except ValueError as error:
+        other = ""
+        if isinstance(cell, float) and cell == cell:
+            other = "; task_type: regression is for numbers"
+        elif isinstance(cell, list):
+            other = "; task_type: multi_label is for lists"
+        raise UserError(
+            f"{source.where(number)}, column {column!r}, holds {error}: a class is a whole number from 0, a word, or "
+            f"true or false{other}"
+        ) from None
