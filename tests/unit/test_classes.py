@@ -190,3 +190,29 @@ def test_what_the_data_decide_is_no_other_run_but_what_is_given_is(tmp_path):
 def test_rows_of_a_source_without_features_have_no_names(write):
     assert read_rows(write("rows.jsonl", 0, 1)).class_names == {}
     assert np.array_equal(quietly(write("two.jsonl", 0, 1)).documents.labels, [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "classes"),
+    [
+        ([1, 5, 2, 3, 4], ("1", "2", "3", "4", "5"), [0, 4, 1, 2, 3]),
+        (["2.0", "1.0"], ("1", "2"), [1, 0]),
+        ([-1, 1, 1], ("-1", "1"), [0, 1, 1]),
+    ],
+)
+def test_classes_that_are_counted_from_elsewhere_are_called_by_their_numbers(labels, names, classes):
+    found = resolve(labels, where=str)
+    assert found.names == names and found.labels.tolist() == classes
+    again = resolve(labels[::-1], where=str, known=names)  # an evaluation, aligned by name
+    assert again.labels.tolist() == classes[::-1]
+
+
+@pytest.mark.parametrize("labels", [[0, 2], [2, 4], [1, 1]])
+def test_gaps_and_single_numbers_stay_numbers(labels):
+    assert resolve(labels, where=str).names is None
+
+
+def test_a_number_beyond_every_class_is_a_word_or_refused():
+    assert resolve(["1", "2", "99999999999"], where=str).names == ("1", "2", "99999999999")
+    with pytest.raises(UserError, match="holds -1"):
+        resolve([-1, 0, 1], where=lambda row: f"row {row + 1}")

@@ -117,6 +117,8 @@ def resolve(
         return ClassColumn(np.array(labels, np.int32), ("false", "true"))
     if kinds[0] is str:
         return _of_words([str(label) for label in labels], where)
+    if (counted := _counted_from_elsewhere(labels)) is not None:
+        return counted
     negative = next((row for row, label in enumerate(labels) if label < 0), None)  # type: ignore[operator]  (numbers)
     if negative is not None:
         raise UserError(
@@ -127,10 +129,24 @@ def resolve(
 
 
 def _as_numbers(labels: Sequence[Label]) -> Sequence[Label]:
-    """Texts that are all whole numbers, as numbers."""
-    if all(isinstance(label, str) and _WHOLE.fullmatch(label) for label in labels):
-        return [int(float(label)) for label in labels]
-    return labels
+    """Texts that are all whole numbers of a column of classes, as numbers."""
+    if not all(isinstance(label, str) and _WHOLE.fullmatch(label) for label in labels):
+        return labels
+    numbers = [int(str(label).partition(".")[0]) for label in labels]
+    return numbers if max(map(abs, numbers)) < 2**31 else labels
+
+
+def _counted_from_elsewhere(numbers: Sequence[Any]) -> ClassColumn | None:
+    """Classes that are numbered from 1 or later without a gap, as stars are, or -1 and 1: their numbers are names.
+
+    Others stay as they are: -1 beside 0 and 1 may be a class or stand for none, and a gap may be a class without rows.
+    """
+    distinct = sorted(set(numbers))
+    follow = distinct[0] >= 1 and distinct[-1] - distinct[0] == len(distinct) - 1
+    if not 2 <= len(distinct) <= MOST_CLASSES or not (follow or distinct == [-1, 1]):
+        return None
+    place = {number: at for at, number in enumerate(distinct)}
+    return ClassColumn(np.array([place[number] for number in numbers], np.int32), tuple(map(str, distinct)), False)
 
 
 def _of_words(words: list[str], where: Callable[[int], str]) -> ClassColumn:

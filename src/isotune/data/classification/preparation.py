@@ -163,8 +163,8 @@ def tokenize(source: Source, tokenizer: Any, settings: ClassificationSettings, *
         facts |= {"notes": [*source.notes, *found.notes], "task_type": found.targets.task_type}
         return found.documents.as_arrays(), facts
 
-    # not under the fingerprint itself: entries of earlier versions have no facts
-    arrays, facts = load_or_build(digest(fingerprint, "with facts", settings.task_type, settings.num_labels), build)
+    # not under the fingerprint itself: entries of earlier versions have no facts, or numbers without names
+    arrays, facts = load_or_build(digest(fingerprint, "with named numbers", settings.task_type, settings.num_labels), build)
     names, task_type = facts["class_names"], facts["task_type"]
     if task_type != SINGLE_LABEL:
         fingerprint = digest(fingerprint, task_type, *arrays["labels"].shape[1:])
