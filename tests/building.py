@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from isotune.data.documents import Documents
 from isotune.data.sft.preparation import prepare_conversations
 from isotune.models.base.builtin import builtin_tokenizer
 from isotune.run.run_dir import RunDir
+from isotune.training.failures.out_of_memory import MemoryPlan
 from isotune.training.from_recipe import Start, build_model, build_trainer, start_run
 from isotune.training.trainer import PlannedTraining
 from tests.launching import TINY, TINY_CLASSIFIER
@@ -65,13 +66,18 @@ class Built:
         return [line for line in self.lines if "loss" in line]
 
 
-def build(folder: Path, **values: Any) -> Built:
-    """Build the run of TINY with `values` in `folder/run`, on this machine's one process."""
+def build(folder: Path, *, chosen_tokens: int | None = None, memory: MemoryPlan | None = None, **values: Any) -> Built:
+    """Build the run of TINY with `values` in `folder/run`, on this machine's one process.
+
+    `chosen_tokens` are those that `microbatch_tokens: auto` chose, by a plan of `memory`.
+    """
     # an engine's state outlives its Trainer in a process; a run of another precision needs a new one
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     recipe = Recipe.from_values(**{**TINY, "output_dir": str(folder / "run"), **values})
-    start = start_run(recipe)
+    start = replace(start_run(recipe), memory=memory)
+    if chosen_tokens is not None:
+        start = start.with_values(microbatch_tokens=chosen_tokens)
     data = prepare_conversations(recipe, start.tokenizer, show=start.process.is_main)
     model = build_model(start, data)
     return Built(start, model, build_trainer(start, model, data))

@@ -295,3 +295,20 @@ def test_a_row_longer_than_a_microbatch_is_a_bug_and_not_cut():
     documents = made_documents([ROW_TOKENS])
     with pytest.raises(AssertionError, match="must fit"):
         made_plan(documents, one_document_per_row(1), tokens=ROW_TOKENS - 1)
+
+
+@settings(deadline=None, max_examples=30)
+@given(lengths_lists, st.integers(1, 9), st.integers(1, 4), st.booleans(), st.integers(1, 30))
+def test_the_costliest_microbatch_of_a_run_has_the_most_tokens_filled_up_where_texts_are_padded(
+    lengths, batch, rows, padded, steps
+):
+    documents = made_documents(lengths)
+    plan = StepSchedule(
+        documents, one_document_per_row(len(lengths)), global_batch_size=batch, microbatch_tokens=rows * ROW_TOKENS,
+        padded=padded, seed=7,
+    )  # fmt: skip
+    step, found = plan.costliest(steps)
+    assert found in plan.step(step.number).microbatches and step.number < steps
+    for number in range(min(steps, plan.steps_per_epoch)):
+        for other in plan.step(number).microbatches:
+            assert other.cost <= found.cost if padded else other.tokens <= found.tokens

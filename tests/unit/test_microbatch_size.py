@@ -76,10 +76,11 @@ def test_a_run_says_and_records_its_choice_and_a_resumed_one_keeps_it(tmp_path):
     recorded = run.run / "recipe.yaml"
     assert yaml.safe_load(recorded.read_text())["microbatch_tokens"] == 256
 
-    # as an attempt on a larger device would have recorded it
-    recorded.write_text(recorded.read_text().replace("microbatch_tokens: 256", "microbatch_tokens: 512"))
-    for folder in (run.run / "model", run.run / "checkpoints" / "step-00000002"):
+    # as a larger device would have chosen; a checkpoint of it is left
+    start(tmp_path / "larger", recipe, "--microbatch_tokens", "512")
+    larger, recorded = tmp_path / "larger", tmp_path / "larger/run/recipe.yaml"
+    for folder in (larger / "run/model", larger / "run/checkpoints/step-00000002"):
         folder.rename(tmp_path / f"away-{folder.name}")
-    again = start(tmp_path, recipe)
+    again = start(larger, recipe)
     assert "microbatch  512 tokens, by microbatch_tokens: auto (as this run began)" in again.stdout
     assert yaml.safe_load(recorded.read_text())["microbatch_tokens"] == 512

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from isotune.distributed.ranks import Watchdog
+from isotune.training.failures.nonfinite import NonFinitePolicy
 from isotune.training.gradient_sync import GradientSync
-from isotune.training.nonfinite import NonFinitePolicy
 from isotune.training.tasks import SftTask
 from isotune.training.update import OptimizerUpdate, UpdateResult, step_seed
 

@@ -32,7 +32,7 @@ const Device kHost(DeviceType::CPU);
 using Observer = void (*)(const char* kind, const char* name);
 std::atomic<Observer> observer{nullptr};
 std::atomic<long> launches{0};
-std::atomic<size_t> allocated{0}, peak{0};
+std::atomic<size_t> allocated{0}, peak{0}, limit{0};  // no limit where it is 0
 
 void tell(const char* kind, const std::string& name) {
   if (auto call = observer.load()) call(kind, name.c_str());
@@ -41,7 +41,11 @@ void tell(const char* kind, const std::string& name) {
 // ---- memory: the host's, with another label ----
 
 void count(size_t bytes) {
-  size_t now = allocated += bytes, before = peak.load();
+  size_t now = allocated += bytes, before = peak.load(), most = limit.load();
+  if (most && bytes && now > most) {
+    allocated -= bytes;
+    TORCH_CHECK_WITH(OutOfMemoryError, false, "CUDA out of memory. Tried to allocate ", bytes, " bytes.");
+  }
   while (now > before && !peak.compare_exchange_weak(before, now)) {
   }
 }
@@ -405,5 +409,6 @@ long virtual_launches() { return launches; }
 void virtual_seed(uint64_t seed) { device_generator().set_current_seed(seed); }
 size_t virtual_allocated() { return allocated; }
 size_t virtual_peak() { return peak; }
+void virtual_limit(size_t bytes) { limit = bytes; }
 void virtual_reset_peak() { peak = allocated.load(); }
 }

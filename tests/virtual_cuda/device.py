@@ -53,6 +53,7 @@ def install(folder: Path) -> None:
     global _library
     _library = ctypes.CDLL(str(build(folder)))
     _library.virtual_seed.argtypes = [ctypes.c_uint64]
+    _library.virtual_limit.argtypes = [ctypes.c_size_t]
     for name in ("virtual_launches", "virtual_allocated", "virtual_peak"):
         getattr(_library, name).restype = ctypes.c_size_t
     _library.virtual_install()
@@ -106,6 +107,11 @@ def _answer_for_the_driver() -> None:
     torch._C._cuda_getDevice = lambda: 0  # type: ignore[attr-defined]  (not in a CPU build)
     torch.cuda.random.set_rng_state_all = torch.cuda.set_rng_state_all
     torch.cuda.memory.reset_peak_memory_stats = torch.cuda.reset_peak_memory_stats
+
+
+def limit_memory(total: int) -> None:
+    """Let allocations beyond `total` bytes raise torch.OutOfMemoryError; 0: none does."""
+    _library.virtual_limit(total)
 
 
 @dataclass

@@ -121,6 +121,14 @@ class StepSchedule:
         groups = [(None if self.ranks is None else rank, group) for rank, share in enumerate(cut) for group in share]
         return Step(number, epoch, tuple(self._microbatch(i, *group) for i, group in enumerate(groups)))
 
+    def costliest(self, steps: int) -> tuple[Step, Microbatch]:
+        """Of the first `steps`, which are all that a run has, or of an epoch: what takes most memory, and its step."""
+        counted = map(self.step, range(min(steps, self.steps_per_epoch)))
+        return max(
+            ((step, microbatch) for step in counted for microbatch in step.microbatches),
+            key=lambda pair: (0 if self.padded else pair[1].tokens, pair[1].cost),
+        )
+
     def _cut(self, shares: list[np.ndarray]) -> list[list[np.ndarray]]:
         """Each share of rows in groups of near-equal cost that the memory allows, as few and as many as in the others.
 

@@ -88,6 +88,28 @@ def ordered_sum(values: list[float]) -> float:
     return math.fsum(values) if all(math.isfinite(v) for v in values) else sum(values)
 
 
+def tell_ranks(sentence: str) -> bool:
+    """Leave the others the sentence of this rank, which ends alone; whether it is the first of the launch to do so."""
+    if not several_ranks():
+        return True
+    store = clone_default_store("isotune/told")
+    first = store.add("ranks", 1) == 1
+    if first:
+        store.set("sentence", sentence)
+    return first
+
+
+def sentence_of_ranks() -> str | None:
+    """What another rank has told before it ended, for the rank whose communication breaks; None where none has."""
+    if not several_ranks():
+        return None
+    try:
+        store = clone_default_store("isotune/told")
+        return store.get("sentence").decode() if store.check(["sentence"]) else None
+    except RuntimeError:  # the store is gone with the launcher
+        return None
+
+
 def call_on_main(process: Process, call: Callable[[], T]) -> T:
     """Call on the main process only; every rank returns its result, or raises its UserError or RunFault."""
     outcome: list[Any] = [None]

@@ -33,7 +33,8 @@ from isotune.models.embedding_noise import add_noise
 from isotune.models.isolation import check_isolation
 from isotune.models.packed_attention import max_positions
 from isotune.training.tasks import ClassificationTask, EvaluationRun, SftTask, Task
-from isotune.training.trainer import PlannedTraining, TrainingPlan
+from isotune.training.trainer import PlannedTraining
+from isotune.training.training_plan import TrainingPlan
 
 LIBRARY_LOSSES = (transformers.Trainer.compute_loss, TrlSFTTrainer.compute_loss)
 PREPARED_CLASSES = (None, "single_label_classification")  # problem types with a summed loss of their own

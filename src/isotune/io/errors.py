@@ -82,6 +82,14 @@ class OneSentenceParser(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
 
 
+class RankError(UserError):
+    """What one rank ran into alone, so that it prints it itself, or what it was told by such a rank."""
+
+    def __init__(self, sentence: str, *, prints: bool) -> None:
+        super().__init__(sentence)
+        self.prints = prints
+
+
 class RunFault(OneSentence):
     """The run cannot go on, and no input is at fault: one sentence that says what was observed."""
 
@@ -100,7 +108,8 @@ class AlreadyDone(OneSentence):
 
 def outcome_of(error: BaseException) -> tuple[str, int]:
     """What status.json and the job status file say of a run that ended with this error: `status` and exit status."""
-    status = {UserError: EXIT_USER_ERROR, Preempted: EXIT_PREEMPTED}.get(type(error), EXIT_FAULT)
+    statuses = {UserError: EXIT_USER_ERROR, Preempted: EXIT_PREEMPTED}
+    status = next((number for kind, number in statuses.items() if isinstance(error, kind)), EXIT_FAULT)
     return {Preempted: "preempted", Superseded: "superseded"}.get(type(error), "failed"), status
 
 
@@ -108,7 +117,8 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's `main` and exit with the status of the contract.
 
     A `UserError` prints one line on stderr and exits with 2, a `RunFault` one line and 1, `Preempted` one line and 75.
-    All ranks raise the same error, so only local rank 0 prints it. The job status file records the end too.
+    All ranks raise the same error, so only local rank 0 prints it; a `RankError` says whether its rank does. The job
+    status file records the end too.
     """
     if os.environ.get(JOB_STATUS_FILE):
         # Until training installs its own handlers. Nothing is lost at that point, and the job may run again; without
@@ -122,7 +132,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     except (UserError, RunFault, Preempted) as error:
         word, status = outcome_of(error)
         write_job_status(status=word, exit_status=status, message=str(error))
-        if is_local_main:
+        if error.prints if isinstance(error, RankError) else is_local_main:
             print(error if status == EXIT_PREEMPTED else f"error: {error}", file=sys.stderr, flush=True)
         if status == EXIT_PREEMPTED and os.environ.get(JOB_STATUS_FILE) and "LOCAL_RANK" in os.environ:
             # A launcher answers 75 with a page of tracebacks on every node, and srun then ends the other nodes.

@@ -1,6 +1,7 @@
 """`microbatch_tokens: auto`: as many tokens in one forward pass as fit into the device, up to what makes it faster.
 
-It is chosen once, before the model is loaded, and recorded in recipe.yaml; a run that is resumed keeps it. Where bits
+It is chosen once, before the model is loaded, and recorded in recipe.yaml; a run that is resumed keeps it. Where an
+update can be repeated it is halved if it was too much (training/failures/out_of_memory.py). Where bits
 are promised (exact_gradients) the choice depends on the model, the data and the kind of device alone, because exact
 gradients are rounded once a microbatch; elsewhere also on the engine and on the memory that is free.
 """

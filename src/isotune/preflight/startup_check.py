@@ -22,6 +22,7 @@ from isotune.preflight.resources.activation_memory import MicrobatchMemory
 from isotune.preflight.resources.memory import estimate_memory, format_bytes
 from isotune.preflight.resources.sharding import Sharding
 from isotune.run.run_dir import RECIPE, RunDir
+from isotune.training.failures.out_of_memory import MemoryPlan
 from isotune.training.from_recipe import Start
 
 
@@ -33,7 +34,7 @@ def startup_check(start: Start, data: Any) -> Start | None:
     alone is more than the device has, or the first microbatch is, where no smaller one can be tried.
     """
     if data.found:
-        start = with_values(start, **data.found)
+        start = start.with_values(**data.found)
     recipe, process, launch = start.recipe, start.process, _launch_of(start.process)
     cuda = process.device.type == "cuda"
     limit = torch.cuda.get_device_properties(process.device).total_memory if cuda else None
@@ -58,6 +59,13 @@ def startup_check(start: Start, data: Any) -> Start | None:
             f"weights, gradients and optimizer take {format_bytes(fixed)} on a process, and the device has "
             f"{format_bytes(limit)}: `isotune plan` says which changes fit"
         )
+    has = f" of {format_bytes(limit)}" if limit is not None else ""
+
+    def says(tokens: int) -> str:
+        planned = estimator.memory(recipe.with_values(microbatch_tokens=tokens), launch).total
+        return f"the plan is {format_bytes(planned)}{has} on a process"
+
+    start = dataclasses.replace(start, memory=MemoryPlan(says, memory.optimizer))
     if recipe.microbatch_tokens != "auto":
         return start
     decides = launch_that_decides(recipe, launch)
@@ -69,14 +77,7 @@ def startup_check(start: Start, data: Any) -> Start | None:
         why = f"{format_bytes(found.total)} of {format_bytes(limit or 0)} on a process" if found else "one row"
     if process.is_main:
         print(f"microbatch  {tokens:,} tokens, by microbatch_tokens: auto ({why})", flush=True)
-    return with_values(start, microbatch_tokens=tokens)
-
-
-def with_values(start: Start, **found: Any) -> Start:
-    """The same start with values that nobody gave, which its run records."""
-    recipe = start.recipe.with_values(**found)
-    start.run.recipe = recipe
-    return dataclasses.replace(start, recipe=recipe)
+    return start.with_values(microbatch_tokens=tokens)
 
 
 def recorded_tokens(run: RunDir) -> int | None:

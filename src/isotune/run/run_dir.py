@@ -34,6 +34,7 @@ class RunDir:
         self.base_model = self.path / "base_model"  # one that exists nowhere else: its weights were drawn at random
         self.status: Any = None  # the `RunStatus` while the run is supervised
         self.lease = RunLease(self.path)
+        self._has_begun = False  # by `begin`, which the main process calls
 
     def check(self) -> None:
         """Check that this recipe may run here, before any work is done.
@@ -158,7 +159,14 @@ class RunDir:
                 (self.path / METRICS).unlink(missing_ok=True)
             else:
                 self.lease.write_file(self.path / METRICS, metrics)
+            self._has_begun = True
             if self.status is not None:
                 self.status.reached(self.status.step)
         except OSError as error:
             raise UserError(f"output_dir '{self.path}' cannot be written: {error.strerror}") from error
+
+    def record(self, **found: Any) -> None:
+        """Values of the recipe that were found on the way, and that nobody gave; on every rank."""
+        self.recipe = self.recipe.with_values(**found)
+        if self._has_begun:
+            self.lease.write_file(self.path / RECIPE, self.recipe.as_yaml())

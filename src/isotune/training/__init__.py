@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from isotune.training.trainer import PlannedTraining, SFTTrainer, Trainer, TrainingPlan
+    from isotune.training.trainer import PlannedTraining, SFTTrainer, Trainer
+    from isotune.training.training_plan import TrainingPlan
 
 __all__ = ["PlannedTraining", "SFTTrainer", "Trainer", "TrainingPlan"]
 

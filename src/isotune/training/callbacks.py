@@ -50,6 +50,7 @@ class PreTrainChecks(TrainerCallback):
             padded=task.pads,
             task_type=getattr(task, "task_type", SINGLE_LABEL),
         )
+        trainer.try_costliest_microbatch()
         found["attention_kernel"] = last_kernel() if task.attention == PACKED else found["attention"]
         trainer.watchdog.start()
         if not self.process.is_main:

@@ -135,6 +135,8 @@ class Checkpointer(TrainerCallback):
             "epoch_end_done": self._epoch_end_done,
             "evaluation_due": self._evaluation_due,
             "skipped_steps": trainer.update.nonfinite.skipped_steps,
+            "microbatch_tokens": trainer.memory.tokens,
+            "out_of_memory_retries": trainer.memory.retries,
             "evaluations_without_better": self.early_stop.early_stopping_patience_counter if self.early_stop else 0,
             "optimizer": dataclasses.asdict(engine.optimizer_state()),
             **schedule_state(trainer),
@@ -161,6 +163,8 @@ class Checkpointer(TrainerCallback):
         _read(self.resumption.folder, engine, with_optimizer=True)
         restore_schedule(trainer, state)
         trainer.update.nonfinite.skipped_steps = state["skipped_steps"]
+        if "microbatch_tokens" in state:  # earlier versions kept it in recipe.yaml alone
+            trainer.memory.go_on(state["microbatch_tokens"], state["out_of_memory_retries"])
         if trainer.recorder is not None:
             trainer.recorder.go_on(self.resumption.metrics)
         trainer.args.eval_on_start = False

@@ -6,7 +6,7 @@ saved = train_run(start, data)  model, trainer, steps, RUN/model
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,10 +47,12 @@ from isotune.run.run_dir import RECIPE, RunDir
 from isotune.training.arguments import sft_arguments, training_arguments, uses_exact_gradients
 from isotune.training.callbacks import EarlyStop, PreTrainChecks
 from isotune.training.checkpointer import Checkpointer
-from isotune.training.nonfinite import NonFinitePolicy
+from isotune.training.failures.nonfinite import NonFinitePolicy
+from isotune.training.failures.out_of_memory import MemoryPlan, OutOfMemoryPolicy
 from isotune.training.recorder import EpochAverages, MetricsRecorder, ProgressBar
 from isotune.training.tasks import ClassificationTask, SftTask, Task
-from isotune.training.trainer import PlannedTraining, SFTTrainer, Trainer, TrainingPlan
+from isotune.training.trainer import PlannedTraining, SFTTrainer, Trainer
+from isotune.training.training_plan import TrainingPlan
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,13 @@ class Start:
     run: RunDir
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    chooses_tokens: bool = False  # nobody gave microbatch_tokens, so another size may be tried
+    memory: MemoryPlan | None = None  # what was planned of a process's memory
+
+    def with_values(self, **found: Any) -> "Start":
+        """The same start with values that nobody gave, which its run records."""
+        self.run.record(**found)
+        return replace(self, recipe=self.run.recipe)
 
 
 def start_run(recipe: RunRecipe) -> Start:
@@ -77,7 +86,7 @@ def start_run(recipe: RunRecipe) -> Start:
     if isinstance(recipe, Recipe) and recipe.chat_format == AUTO:  # the run records what it meant
         run.recipe = recipe = recipe.with_values(chat_format=ChatFormat.of(AUTO, tokenizer).kind)
     check_tokens(config, tokenizer, recipe.model_name_or_path)
-    return Start(recipe, process, run, config, tokenizer)
+    return Start(recipe, process, run, config, tokenizer, chooses_tokens=recipe.microbatch_tokens == "auto")
 
 
 def _with_recorded_form(recipe: RunRecipe) -> RunRecipe:
@@ -216,7 +225,7 @@ def build_trainer(start: Start, model: nn.Module, data: RunData) -> PlannedTrain
     run.check_room(sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
     classifies = isinstance(recipe, ClassificationRecipe)
     task = _classification_task(start, model, data.train) if classifies else SftTask(_attention_of(model))
-    plan = make_plan(recipe, process, data, task)
+    plan = replace(plan := make_plan(recipe, process, data, task), out_of_memory=_out_of_memory(start, plan))
     roles = {role: found for role, found in (("train", data.train), ("evaluation", data.evaluation)) if found}
     early_stop = EarlyStop(recipe) if recipe.early_stopping_patience is not None else None
     fingerprints = {role: found.fingerprint for role, found in roles.items()}
@@ -236,6 +245,21 @@ def build_trainer(start: Start, model: nn.Module, data: RunData) -> PlannedTrain
     if early_stop is not None:
         trainer.add_callback(early_stop)
     return trainer
+
+
+def _out_of_memory(start: Start, plan: TrainingPlan) -> OutOfMemoryPolicy:
+    """Another size is tried where nobody gave one and ranks can tell each other before they need each other."""
+    recipe, process, schedules = start.recipe, start.process, [plan.schedule]
+    if plan.eval_schedule is not None and "eval_microbatch_tokens" not in recipe.given:
+        schedules.append(plan.eval_schedule)
+    may_try = start.chooses_tokens and not (process.deepspeed or process.fsdp)
+    return OutOfMemoryPolicy(
+        schedules,
+        recipe.max_seq_length if may_try else None,
+        start.memory,
+        lambda tokens: start.run.record(microbatch_tokens=tokens),
+        process.is_main,
+    )
 
 
 def _attention_of(model: nn.Module) -> str:

@@ -3,7 +3,7 @@
 | engine | within an update | at its end |
 |---|---|---|
 | plain | | |
-| DDP | `no_sync` | one all-reduce, overlapped with the last backward |
+| DDP | `no_sync` | one all-reduce, overlapped with the last backward; after it where ranks vote |
 | FSDP2 | `set_requires_gradient_sync(False)` | one reduce-scatter, in the last backward |
 | ZeRO 0, 1 | no accumulation boundary | one reduction |
 | ZeRO 2, 3 | `coalesce_grad_reduction` | one reduction (`gradient_reduction: pass`: one a microbatch) |
@@ -12,6 +12,9 @@ Coalescing keeps a whole gradient on each rank until the end of the update; `gra
 share, for more communication. With exact gradients integers are all-reduced at the end of the update; under ZeRO 1
 and 2 the engine's own sum then adds zeros to the result. FSDP2 and ZeRO-3 keep shares of integers only, so they
 reduce-scatter after each microbatch (exact_shards.py).
+
+Where ranks vote (plain and DDP), none needs another before all of them have said that their last backward fitted into
+memory. An update that did not can then be repeated (failures/out_of_memory.py).
 """
 
 import contextlib
@@ -20,25 +23,31 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from isotune.compat.deepspeed import add_up_in_fp32, forget_coalesced_reduction
+from isotune.distributed.ranks import several_ranks
 from isotune.io.errors import RunFault
 from isotune.training.exact_gradients import ExactGradients
 from isotune.training.exact_shards import Fsdp2ExactGradients, Zero3ExactGradients
+
+BUCKET = 2**22  # elements of small gradients that are summed together
 
 
 class GradientSync:
     """Plain, DDP and FSDP2: the engines whose optimizer Trainer steps."""
 
-    def __init__(self, accelerator: Any, *, exact: bool = False) -> None:
+    def __init__(self, accelerator: Any, *, exact: bool = False, votes: bool = False) -> None:
         self.accelerator = accelerator
+        self.votes = votes  # no rank needs another between the beginning of an update and the vote at its end
+        self.some_lack_gradients = False  # as voted: a rank has parameters that its microbatches left without gradient
         self.exact: ExactGradients | None = None  # from `prepare` on
         self._is_exact = exact
         # whether no rank holds a whole gradient after the update
         self.shards_gradients = accelerator.distributed_type.value == "FSDP"
         # of a microbatch's loss: engines average gradients over the ranks, integers are added up
-        self.loss_scale: int = 1 if exact else accelerator.num_processes
+        self.loss_scale: int = 1 if exact or votes else accelerator.num_processes
 
     def prepare(self, model: Any) -> None:
         """Called once, with the model as the engine has prepared it: its parameters may be shards."""
@@ -61,7 +70,7 @@ class GradientSync:
         """Hold it around the forward and backward of one microbatch."""
         self.accelerator.sync_gradients = last  # accelerate itself sets it in its own data loaders only
         try:
-            silent = not last if self.exact is None else not self.exact.shards
+            silent = (self.votes or not last) if self.exact is None else not self.exact.shards
             with self.accelerator.no_sync(model) if silent else contextlib.nullcontext():
                 yield
         finally:
@@ -77,6 +86,19 @@ class GradientSync:
             self.discard(model)
         elif self.exact is not None:
             self.exact.reduce()
+        elif self.votes and several_ranks():
+            sum_over_ranks([p for p in model.parameters() if p.requires_grad], gaps=self.some_lack_gradients)
+
+    def lacks_gradients(self, model: nn.Module) -> bool:
+        """Whether this rank has trained parameters without a gradient, of which the others must know."""
+        if not self.votes or self.exact is not None or not several_ranks():
+            return False
+        return any(p.grad is None for p in model.parameters() if p.requires_grad)
+
+    def drop(self, model: nn.Module) -> None:
+        """Forget the gradients of this update, whole or half done, and leave the optimizer as it is."""
+        self.forget()
+        model.zero_grad()
 
     def clip(self, model: nn.Module, max_norm: float) -> float:
         """Clip the gradient to `max_norm` (0: not at all); returns its norm before, the same on every rank."""
@@ -209,3 +231,50 @@ class ZeroGradientSync(GradientSync):
         if hasattr(model.optimizer, "overflow"):
             model.optimizer.overflow = False
         self.forget()
+
+
+@torch.no_grad()
+def sum_over_ranks(parameters: list[Any], *, gaps: bool) -> None:
+    """Sum the gradients of `parameters` over the ranks, in place.
+
+    `gaps`: some rank has none of some parameter. It counts as zero there, and stays None where no rank has one: the
+    optimizer leaves such a parameter alone.
+    """
+    if gaps:
+        found = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+        dist.all_reduce(found)
+        parameters = [p for p, count in zip(parameters, found.tolist(), strict=True) if count]
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    waiting: tuple[list[torch.Tensor], torch.Tensor, Any] | None = None
+    for bucket in _buckets([p.grad for p in parameters]):
+        # a large one travels where it lies
+        alone = len(bucket) == 1 and bucket[0].is_contiguous()
+        whole = bucket[0] if alone else torch.cat([gradient.flatten() for gradient in bucket])
+        sent = dist.all_reduce(whole, async_op=True)
+        if waiting is not None:
+            _take_back(*waiting)
+        waiting = bucket, whole, sent
+    if waiting is not None:
+        _take_back(*waiting)
+
+
+def _buckets(gradients: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Neighbours of one type, together as large as BUCKET allows."""
+    bucket: list[torch.Tensor] = []
+    size = 0
+    for gradient in gradients:
+        if bucket and (size + gradient.numel() > BUCKET or gradient.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(gradient)
+        size += gradient.numel()
+    if bucket:
+        yield bucket
+
+
+def _take_back(bucket: list[torch.Tensor], whole: torch.Tensor, sent: Any) -> None:
+    sent.wait()
+    if whole is not bucket[0]:
+        for gradient, part in zip(bucket, whole.split([gradient.numel() for gradient in bucket]), strict=True):
+            gradient.copy_(part.view(gradient.shape))

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from isotune.run.metrics_file import MetricsFile
 from isotune.run.run_lease import RunLease
+from isotune.training.failures.out_of_memory import OutOfMemoryPolicy
 from isotune.training.tasks import Task
 from isotune.training.update import OptimizerUpdate
 
@@ -114,12 +115,13 @@ class MetricsRecorder(TrainerCallback):
     def __init__(self, task: Task, progress: ProgressBar | None = None, averages: EpochAverages | None = None) -> None:
         self.task, self.progress, self.averages = task, progress, averages
         self.update: OptimizerUpdate | None = None
+        self.memory: OutOfMemoryPolicy | None = None
         self.file: MetricsFile | None = None
         self._learning_rate = 0.0
 
-    def watch(self, update: OptimizerUpdate) -> None:
-        """Record what `update` finds; the trainer says so when it has made it."""
-        self.update = update
+    def watch(self, update: OptimizerUpdate, memory: OutOfMemoryPolicy) -> None:
+        """Record what `update` finds, and what `memory` repeats; the trainer says so when it has made them."""
+        self.update, self.memory = update, memory
 
     def open(self, path: Path, lease: RunLease) -> None:
         """Append to `path` from now on; the main process calls it when training begins."""
@@ -148,7 +150,7 @@ class MetricsRecorder(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write the update's line."""
-        assert self.update is not None and self.update.result is not None
+        assert self.update is not None and self.update.result is not None and self.memory is not None
         result, nonfinite = self.update.result, self.update.nonfinite
         nonfinite.count_overflow(result, self.update.sync.accelerator)
         step, seconds = result.step, time.perf_counter() - result.started_at
@@ -171,6 +173,8 @@ class MetricsRecorder(TrainerCallback):
             line["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(args.device)
         if args.fp16 or nonfinite.skipped_steps:
             line["skipped_steps"] = nonfinite.skipped_steps
+        if self.memory.retries:
+            line["out_of_memory_retries"] = self.memory.retries
         if self.file is not None:
             self.file.write(line)
         if self.averages is not None:

@@ -21,8 +21,7 @@ Of TRL 1.16 also `_send_telemetry`: a run tells nobody that it runs.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
@@ -38,85 +37,18 @@ from isotune.compat.accelerate import let_scaler_check_before_step, reduce_fsdp_
 from isotune.compat.deepspeed import unrounded_masters
 from isotune.compat.transformers import let_trainer_skip_steps
 from isotune.compat.trl import has_router_loss, padding_token_kept, router_coefficient_kept, trained_parameters_kept
-from isotune.data.batch_schedule import StepSchedule, assign_to_ranks, collate
-from isotune.data.documents import Documents
 from isotune.distributed.ranks import Watchdog
 from isotune.models.cuda.determinism import explained, use_deterministic_kernels
 from isotune.training.checkpointer import Checkpointer
+from isotune.training.failures.nonfinite import NonFinitePolicy
+from isotune.training.failures.out_of_memory import OutOfMemoryPolicy
 from isotune.training.gradient_sync import GradientSync, ZeroGradientSync
-from isotune.training.nonfinite import NonFinitePolicy
 from isotune.training.recorder import MetricsRecorder
-from isotune.training.tasks import EvaluationRun, Task
+from isotune.training.tasks import EvaluationRun
+from isotune.training.training_plan import StepLoader, TrainingPlan
 from isotune.training.update import OptimizerUpdate
 
 let_trainer_skip_steps()
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """What is trained on, in which steps, and how its gradients are summed."""
-
-    schedule: StepSchedule
-    documents: Any  # the prepared documents that its steps name
-    task: Task  # their loss and metrics
-    eval_schedule: StepSchedule | None = None
-    evaluation: Any = None  # the prepared documents of the evaluation; None trains without
-    exact_gradients: bool = False  # sum gradients as integers: the same bits on any number of processes
-    # communicate gradients once an update; else ZeRO-2 and 3 do after each microbatch, in less memory
-    reduce_once: bool = True
-    loraplus_lr_ratio: float | None = None  # the learning rate of LoRA's B matrices over that of all others
-    nonfinite: NonFinitePolicy | None = None  # what happens when a loss or gradient is NaN or Inf; None stops
-
-
-@dataclass(eq=False)
-class StepLoader:
-    """Iterates over the steps of an epoch and lays out this rank's microbatches, where Trainer expects a DataLoader.
-
-    An item is a whole update, so Trainer's gradient accumulation is 1 and its count of steps is the schedule's. It has
-
-    - `step`: the Step;
-    - `microbatches`: of this rank, each a dict of `number`, `weight`, `documents` and the model's `inputs`;
-    - `input_ids`: int64 [1, tokens] of this rank, by which Trainer counts tokens and floating-point operations.
-    """
-
-    schedule: StepSchedule
-    documents: Documents
-    rank: int
-    world_size: int
-    skipped: int = 0  # steps at the beginning of the epoch
-    epoch: int = 0
-
-    @property
-    def dataset(self) -> Any:
-        """The rows of an epoch, whose number Trainer reports."""
-        return self.schedule.rows
-
-    def skipping(self, steps: int) -> "StepLoader":
-        """This loader without the first `steps` of its next epoch, which are not laid out."""
-        return StepLoader(self.schedule, self.documents, self.rank, self.world_size, self.skipped + steps)
-
-    def skip_to_end(self) -> None:
-        """Leave out every step: only the end of an epoch is still to be done."""
-        self.skipped = len(self)
-
-    def __len__(self) -> int:
-        return self.schedule.steps_per_epoch
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Trainer at the start of each epoch."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        first = self.epoch * self.schedule.steps_per_epoch
-        for number in range(first + self.skipped, first + self.schedule.steps_per_epoch):
-            step = self.schedule.step(number)
-            microbatches = [
-                {"number": m.number, "weight": m.weight, "documents": m.documents, "inputs": collate(self.documents, m)}
-                for m in assign_to_ranks(step, self.world_size)[self.rank]
-            ]
-            own = [m["inputs"]["input_ids"] for m in microbatches if m["weight"]]
-            tokens = torch.cat(own, dim=1) if own else torch.zeros(1, 0, dtype=torch.int64)
-            yield {"step": step, "microbatches": microbatches, "input_ids": tokens}
 
 
 class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
@@ -159,7 +91,7 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
         if recorder is not None:
             for stock in (PrinterCallback, ProgressCallback):
                 self.remove_callback(stock)
-            recorder.watch(self.update)
+            recorder.watch(self.update, self.memory)
             self.add_callback(recorder)
         if checkpointer is not None:
             checkpointer.attach(self)
@@ -169,12 +101,14 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
         """Make what runs the plan's updates: anew for another plan or model."""
         plan, args = self.plan, self.args
         nonfinite = plan.nonfinite or NonFinitePolicy(fp16=args.fp16, is_main=args.process_index == 0)
+        self.memory = plan.out_of_memory or OutOfMemoryPolicy([plan.schedule], is_main=args.process_index == 0)
         exact = plan.exact_gradients
         if self.is_deepspeed_enabled:
             clipping = args.max_grad_norm
             sync = ZeroGradientSync(self.accelerator, once=plan.reduce_once, exact=exact, max_grad_norm=clipping)
         else:
-            sync = GradientSync(self.accelerator, exact=exact)
+            votes = self.memory.halves and not self.is_fsdp_enabled
+            sync = GradientSync(self.accelerator, exact=exact, votes=votes)
         self.update = OptimizerUpdate(plan.task, sync, nonfinite, self.watchdog, args.seed, self.checkpointer)
 
     # ---- what is seen ----
@@ -212,7 +146,26 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
         """All microbatches of this rank's share; returns the loss of the global batch, the same on every rank."""
         with explained():
             result = self.update.run(model, inputs["step"], inputs["microbatches"])
+            while result.out_of_memory:  # on a rank; all of them know
+                started_at = result.started_at
+                self.memory.repeat_smaller(result.step.number)
+                inputs |= self.get_train_dataloader().item(result.step.number)
+                result = self.update.run(model, inputs["step"], inputs["microbatches"])
+                result.started_at = started_at
         return torch.full((), result.loss, device=self.args.device)
+
+    def try_costliest_microbatch(self) -> None:
+        """Before the first step, on a GPU, where the size of a microbatch may still be another."""
+        if self.update.sync.votes and self.args.device.type == "cuda":
+            has_state = bool(cast(torch.optim.Optimizer, self.optimizer).state)
+            with explained():
+                self.memory.try_costliest(
+                    self.update,
+                    cast(nn.Module, self.model_wrapped),
+                    self.get_train_dataloader(),
+                    self.state.max_steps,
+                    has_state=has_state,
+                )
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
         """Done by `_get_grad_norm`, which Trainer calls next."""
@@ -239,7 +192,7 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
         """Train; with a Checkpointer from the checkpoint that the recipe's `resume` leads to."""
         if self.checkpointer is None:
             return super().train(resume_from_checkpoint, *options, **more)
-        with self.checkpointer.session() as folder:
+        with self.memory.in_one_sentence(), self.checkpointer.session() as folder:
             return super().train(folder, *options, **more)
 
     def _init_training_state(self, *arguments: Any, **more: Any) -> tuple[int, int]:

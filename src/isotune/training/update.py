@@ -3,7 +3,8 @@
     microbatches -> forward -> loss / denominator of the global batch -> backward -> sync -> clip -> step -> record
 
 Trainer's loop steps the optimizer and the learning rate, and `recorder` writes the update down. Engines that step by
-themselves (DeepSpeed) do so at the end of `sync`.
+themselves (DeepSpeed) do so at the end of `sync`. Where ranks need nothing of each other before the sum of gradients,
+they tell each other first whether one of them ran out of memory; then nothing of the update is left.
 """
 
 import contextlib
@@ -18,13 +19,14 @@ import torch
 from torch import nn
 
 from isotune.data.batch_schedule import Step, to_device
-from isotune.distributed.ranks import Watchdog, gather_by_number, ordered_sum
+from isotune.distributed.ranks import Watchdog, gather_by_number, least_of_ranks, ordered_sum
 from isotune.models.document_dropout import training_microbatch
 from isotune.models.document_keys import MicrobatchDocuments
 from isotune.run.preemption import stop_request
 from isotune.training.checkpointer import Checkpointer
+from isotune.training.failures.nonfinite import NonFinitePolicy
+from isotune.training.failures.out_of_memory import is_out_of_memory, release_memory
 from isotune.training.gradient_sync import GradientSync
-from isotune.training.nonfinite import NonFinitePolicy
 from isotune.training.tasks import Task
 
 
@@ -38,6 +40,7 @@ class UpdateResult:
     count: int = 0  # the task's whole number, added up over the global batch
     grad_norm: float = math.nan  # before clipping; NaN where the update was skipped
     skipped: bool = False  # the update was left out because its loss or gradient is NaN or Inf
+    out_of_memory: bool = False  # a rank's device was: there is no gradient, and the update can be repeated
     started_at: float = field(default_factory=time.perf_counter)  # seconds of `time.perf_counter`
 
 
@@ -62,16 +65,44 @@ class OptimizerUpdate:
         model.train()
         self.task.begin(step, microbatches, lambda microbatch: self._look_ahead(model, microbatch))
         outputs: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
-        with self.sync.update(model):
-            for position, microbatch in enumerate(microbatches):
-                self.microbatch(model, microbatch, outputs, last=position == len(microbatches) - 1)
-        self.sync.finish(model, skipped=self.result.skipped)
+        fitted = self._add_up(model, microbatches, outputs)
+        if self.sync.votes:
+            self._gather(model, outputs, out_of_memory=not fitted)
+        if self.result.out_of_memory:
+            self.sync.drop(model)
+        else:
+            self.sync.finish(model, skipped=self.result.skipped)
         return self.result
+
+    def fits(self, model: nn.Module, step: Step, microbatch: dict[str, Any]) -> bool:
+        """Whether every rank has the memory for this microbatch beside gradients; leaves nothing behind."""
+        self.result = UpdateResult(step, self.task.denominator(step))
+        model.train()
+        fitted = self._add_up(model, [microbatch, microbatch], {})
+        self.sync.drop(model)
+        self.result = None
+        return least_of_ranks(int(fitted), self.sync.accelerator.device) == 1
+
+    def _add_up(self, model: nn.Module, microbatches: Sequence[dict[str, Any]], outputs: dict) -> bool:
+        """Forward and backward of each; false where ranks vote and this one's memory did not suffice."""
+        with self.sync.update(model):
+            try:
+                for position, microbatch in enumerate(microbatches):
+                    self.microbatch(model, microbatch, outputs, last=position == len(microbatches) - 1)
+                return True
+            except RuntimeError as error:
+                if not (self.sync.votes and is_out_of_memory(error)):
+                    raise
+        # outside of the block the error is gone, and with it what its frames hold
+        outputs.clear()
+        self.sync.drop(model)
+        release_memory()
+        return False
 
     def microbatch(self, model: nn.Module, microbatch: dict[str, Any], outputs: dict, *, last: bool) -> None:
         """One forward and backward.
 
-        An engine may step in its last backward, so the losses of all ranks are looked at before it.
+        An engine may sum gradients and step in its last backward; then the losses of all ranks are looked at before it.
         """
         assert self.result is not None
         number, weight, step = microbatch["number"], microbatch["weight"], self.result.step
@@ -82,8 +113,8 @@ class OptimizerUpdate:
             if weight:
                 outputs[number] = loss.detach(), self.task.count(found, inputs)
             del found  # what it holds beside the loss need not outlive the forward
-            if last:
-                self._gather(outputs)
+            if last and not self.sync.votes:
+                self._gather(model, outputs)
             # a loss times NaN has a NaN gradient everywhere: an engine that steps by itself leaves the update out
             scale = math.nan if self.result.skipped else weight * self.sync.loss_scale / self.result.denominator
             self.sync.backward(model, loss * scale)
@@ -105,17 +136,31 @@ class OptimizerUpdate:
         with self._dropout_of(microbatch):
             return model(**self._inputs(microbatch), use_cache=False)
 
-    def _gather(self, outputs: dict[int, tuple[torch.Tensor, torch.Tensor | None]]) -> None:
+    def _gather(
+        self,
+        model: nn.Module,
+        outputs: dict[int, tuple[torch.Tensor, torch.Tensor | None]],
+        *,
+        out_of_memory: bool = False,  # this rank is
+    ) -> None:
         """Loss and count of the global batch, and what any rank has to tell, in one collective."""
         assert self.result is not None
         count, device = len(self.result.step.microbatches), self.sync.accelerator.device
         writer = self.checkpointer.writer if self.checkpointer is not None else None
-        flags = stop_request.by is not None, writer is not None and writer.error is not None
+        flags = (
+            stop_request.by is not None,
+            writer is not None and writer.error is not None,
+            out_of_memory,
+            self.sync.lacks_gradients(model),
+        )
         values = {number: loss for number, (loss, _) in outputs.items()}
         values |= {count + number: counted for number, (_, counted) in outputs.items() if counted is not None}
-        values |= {2 * count + i: torch.full((), float(flag), device=device) for i, flag in enumerate(flags)}
+        values |= {2 * count + i: torch.ones((), device=device) for i, flag in enumerate(flags) if flag}
         table = gather_by_number(values, 2 * count + len(flags), device)
-        self.stop_agreed, self.write_failed = (value > 0 for value in table[2 * count :])
+        told = [value > 0 for value in table[2 * count :]]
+        self.stop_agreed, self.write_failed, self.result.out_of_memory, self.sync.some_lack_gradients = told
+        if self.result.out_of_memory:
+            return
         losses, self.result.count = table[:count], int(sum(table[count : 2 * count]))
         self.result.loss = ordered_sum(losses) / self.result.denominator
         broken = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
