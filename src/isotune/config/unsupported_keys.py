@@ -82,6 +82,10 @@ NAMES_BY_ANSWER: dict[str, tuple[str, ...]] = {
     "say chat_format: the template's file": ("chat_template_path",),
     "a model's folder says how it is made": ("model_init_kwargs",),
     "dataset_name and dataset_split say what is read": ("dataset_kwargs",),
+    "rows are read in bounded memory, prepared once and mapped from disk, so leave it out": (
+        "streaming", "dataset_streaming"),
+    "say eval_dataset_name, or eval_split_share for a classifier": ("test_split_size",),
+    "say dataset_mixture": ("dataset_mixer",),
     "code from the Hub is never run": ("trust_remote_code",),
 }  # fmt: skip
 

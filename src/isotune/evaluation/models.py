@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from isotune.config.mixture import mixture_name
 from isotune.data.classification.labels import ClassificationSettings
 from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.data.sources.hub import is_hub_id
@@ -154,12 +155,16 @@ def task_of_run(
         for key in ("dataset_text_field", "dataset_label_field", "dataset_id_field", "dataset_columns")
     }
     name, split, held_out = recipe.get("eval_dataset_name"), recipe.get("eval_dataset_split"), None
+    mixture = None
     if name is None and recipe.get("eval_split_share"):
-        name, split = recipe["dataset_name"], recipe["dataset_split"]
+        name, split = recipe.get("dataset_name"), recipe.get("dataset_split")
+        mixture = recipe.get("dataset_mixture")
         held_out = (recipe["eval_split_share"], recipe["seed"])
-    if name is None:
+    if name is None and mixture is None:
         raise UserError(f"the run {classifier.name} names no evaluation data: use --dataset_name or --task")
-    own = {"dataset_name": name, "dataset_split": split, **columns}
+    own: dict[str, Any] = {"dataset_name": name, "dataset_split": split, **columns}
+    if mixture is not None and "dataset_name" not in {key for key, value in flags.items() if value is not None}:
+        own |= {"dataset_name": mixture_name(mixture), "dataset_mixture": mixture, "mixture_seed": recipe["seed"]}
     given = {key: value for key, value in flags.items() if value is not None}
     if "dataset_name" not in given:
         prefix = "dataset" if held_out else "eval_dataset"

@@ -16,6 +16,7 @@ import yaml
 
 from isotune.data.classification.classes import NameIndex, label_of, place_of
 from isotune.data.documents import check_left_out, digest
+from isotune.data.mixture import open_mixture
 from isotune.data.sft.forms import TEXT_FIELD, Content
 from isotune.data.sft.messages import ASSISTANT, USER, Example, Message
 from isotune.data.sft.reading import example_of_text, read_contents
@@ -65,20 +66,27 @@ class Task:
     dataset_columns: tuple[str, ...] | None = None  # names of the columns of a CSV file whose first line is a row
     dataset_config: str | None = None  # of a Hub id that has several configurations
     dataset_revision: str | None = None  # branch, tag or commit of a Hub id
+    dataset_mixture: tuple[dict[str, Any], ...] | None = None  # that a run holds a share of out, with the run's seed
+    mixture_seed: int = 0
     metrics: tuple[str | MetricModule, ...] = ()  # built-in ones and modules; all built-in ones where left out
 
     @property
     def name(self) -> str:
         """The name of the result's folder: the data set's own."""
+        if self.dataset_mixture is not None:
+            return "mixture"
         return Path(base_name(self.dataset_name.removeprefix("builtin:").rstrip("/"))).stem
 
     def decisive(self) -> dict[str, Any]:
         """All keys, as JSON can hold them, for a result's folder; the data themselves are told by their content."""
-        values = {own.name: getattr(self, own.name) for own in fields(self) if own.name != "allow_dropped"}
+        apart = ("allow_dropped", "dataset_mixture", "mixture_seed")
+        values = {own.name: getattr(self, own.name) for own in fields(self) if own.name not in apart}
         return {**values, "metrics": [str(metric) for metric in self.metrics]}
 
     def rows(self) -> Source:
         """The rows as they stand."""
+        if self.dataset_mixture is not None:
+            return open_mixture(self.dataset_mixture, self.mixture_seed)
         of_hub: dict[str, Any] = {"config": self.dataset_config, "revision": self.dataset_revision}
         return read_rows(self.dataset_name, self.dataset_split, columns=self.dataset_columns, **of_hub)
 

@@ -1,7 +1,7 @@
 """From a named data set of labelled texts to documents with a class each, kept on disk as conversations are."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -12,6 +12,7 @@ from isotune.data.classification.classes import listed
 from isotune.data.classification.labels import ClassificationSettings, read_documents
 from isotune.data.contents import EMPTY
 from isotune.data.documents import CountsTable, Documents, PreparedData, count_lines, digest, note_lines, with_share
+from isotune.data.mixture import count_parts, mixture_lines, name_parts
 from isotune.data.packing import one_document_per_row
 from isotune.data.sources.source import Source
 from isotune.data.tokenizer import TextEncoder
@@ -33,6 +34,7 @@ class LabelledSplit:
     class_names: tuple[str, ...] | None = None  # as the recipe, the data or the source of the labels says
     numbered: bool = True  # whether the numbers of the classes are the data's own: those of words are not
     notes: tuple[str, ...] = ()  # what reading guessed, or passed over
+    mixture: Mapping[str, Any] = field(default_factory=dict[str, Any])  # the counts of a mixture by its parts
 
     @property
     def num_labels(self) -> int:
@@ -100,6 +102,7 @@ class LabelledSplit:
             special_tokens=self.special_tokens,
             cleaned=settings.clean_text,
             notes=list(self.notes),
+            **self.mixture,
             **remarks,
         )
         rows = one_document_per_row(len(self.documents))
@@ -129,7 +132,7 @@ def tokenize(source: Source, tokenizer: Any, settings: ClassificationSettings, *
     def build() -> Content:
         found = read_documents(source, encoder, settings, show_progress=show_progress)
         facts = {"class_names": found.class_names, "numbered": found.numbered, "notes": [*source.notes, *found.notes]}
-        return found.documents.as_arrays(), facts
+        return found.documents.as_arrays(), facts | count_parts(source, found.documents)
 
     # not under the fingerprint itself: entries of earlier versions have no facts
     arrays, facts = load_or_build(digest(fingerprint, "with facts"), build)
@@ -143,6 +146,7 @@ def tokenize(source: Source, tokenizer: Any, settings: ClassificationSettings, *
         None if names is None else tuple(names),
         facts["numbered"],
         tuple(facts["notes"]),
+        name_parts(source, facts),
     )
 
 
@@ -209,6 +213,7 @@ def labels_table(
             (f"  of class {label}{name}", with_share(number, len(documents)))
             for label, (number, name) in enumerate(zip(classes, names, strict=True))
         ),
+        *mixture_lines(counts),
         *note_lines(counts["notes"]),
         ("tokens", f"{counts['tokens']:,}"),
     ]

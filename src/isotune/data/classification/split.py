@@ -22,7 +22,8 @@ from isotune.data.classification.labels import ClassificationSettings
 from isotune.data.classification.preparation import LabelledSplit, tokenize
 from isotune.data.contents import EMPTY, held_out, normalised
 from isotune.data.documents import RunData, check_left_out, digest
-from isotune.data.sources.source import Source, read_rows
+from isotune.data.mixture import evaluation_source, training_source
+from isotune.data.sources.source import Source
 from isotune.io.errors import UserError
 
 DUPLICATES_FORMAT_VERSION = 1  # raised when the same texts are compared otherwise
@@ -44,10 +45,11 @@ def prepare_labelled(recipe: ClassificationRecipe, tokenizer: Any, *, show: bool
 
     `show` asks for progress on stderr and a table of each set on stdout; one process of a launch should.
     """
-    found: dict[str, Any] = dict(find_columns(_source(recipe, "dataset_name"), recipe))
+    source = training_source(recipe)
+    found: dict[str, Any] = dict(find_columns(source, recipe))
     guess = (said(found),) if found else ()
     recipe = recipe.with_values(**found)
-    train = _read(recipe, tokenizer, "dataset_name", show)
+    train = _read(source, recipe, tokenizer, show)
     train = replace(train, notes=(*train.notes, *guess))
     train.check_classes(evaluation=False)
     classes = train.num_labels
@@ -55,7 +57,7 @@ def prepare_labelled(recipe: ClassificationRecipe, tokenizer: Any, *, show: bool
         found["label_names"] = list(train.class_names)
     remarks: dict[str, Any] = {}
     if recipe.eval_dataset_name is not None:
-        evaluation = _read(recipe, tokenizer, "eval_dataset_name", show, train.class_names)
+        evaluation = _read(evaluation_source(recipe), recipe, tokenizer, show, train.class_names)
         if train.class_names is None and not evaluation.numbered:
             raise UserError(
                 f"the classes of {train.source.name} are the numbers 0 to {classes - 1}, and {evaluation.source.name} "
@@ -104,19 +106,10 @@ def split_by_content(whole: LabelledSplit, share: float, seed: int) -> tuple[Lab
     return whole.select(~kept_back, "train", share, seed), whole.select(kept_back, "held out", share, seed)
 
 
-def _source(recipe: ClassificationRecipe, key: str) -> Source:
-    trains = key == "dataset_name"
-    split = recipe.dataset_split if trains else recipe.eval_dataset_split
-    config = recipe.dataset_config if trains else recipe.eval_dataset_config
-    revision = recipe.dataset_revision if trains else recipe.eval_dataset_revision
-    columns = recipe.dataset_columns
-    return read_rows(getattr(recipe, key), split, name=key, columns=columns, config=config, revision=revision)
-
-
 def _read(
+    source: Source,
     recipe: ClassificationRecipe,
     tokenizer: Any,
-    key: str,
     show_progress: bool,
     names: tuple[str, ...] | None = None,
 ) -> LabelledSplit:
@@ -124,7 +117,7 @@ def _read(
     settings = ClassificationSettings.of(recipe)
     if names is not None and settings.label_source == "column":
         settings = replace(settings, label_names=names)
-    return tokenize(_source(recipe, key), tokenizer, settings, show_progress=show_progress)
+    return tokenize(source, tokenizer, settings, show_progress=show_progress)
 
 
 def _counted(documents: np.ndarray) -> dict[str, int]:

@@ -23,6 +23,7 @@ from isotune.data.documents import (
     note_lines,
     starts_of,
 )
+from isotune.data.mixture import count_parts, evaluation_source, mixture_lines, name_parts, training_source
 from isotune.data.packing import one_document_per_row, pack
 from isotune.data.sft.chat_format import AUTO
 from isotune.data.sft.conversations import ASSISTANT_HEADER, HUMAN_HEADER
@@ -65,16 +66,10 @@ def prepare_conversations(recipe: Recipe, tokenizer: Any, *, show: bool) -> RunD
     settings = SftSettings.of(recipe)
     if show:
         print(f"chat        {ConversationEncoder(tokenizer, settings.chat_format).format}", flush=True)
-    rows: dict[str, Any] = {"columns": recipe.dataset_columns}
-    of_hub: dict[str, Any] = {"config": recipe.dataset_config, "revision": recipe.dataset_revision}
-    name, split = recipe.dataset_name, recipe.dataset_split
-    train = prepare(name, split, tokenizer, settings, **rows, **of_hub, show_progress=show)
+    train = prepare_source(training_source(recipe), tokenizer, settings, show_progress=show)
     evaluation = None
     if recipe.eval_dataset_name:
-        name, split = recipe.eval_dataset_name, recipe.eval_dataset_split
-        rows |= {"name": "eval_dataset_name"}
-        of_hub = {"config": recipe.eval_dataset_config, "revision": recipe.eval_dataset_revision}
-        evaluation = prepare(name, split, tokenizer, settings, **rows, **of_hub, show_progress=show)
+        evaluation = prepare_source(evaluation_source(recipe), tokenizer, settings, show_progress=show)
     return RunData(train, evaluation).shown(show)
 
 
@@ -90,15 +85,19 @@ def prepare(
     revision: str | None = None,
     show_progress: bool = True,
 ) -> PreparedData:
-    """Read, tokenize, mask and pack one split of a data set of conversations.
+    """`prepare_source` of what `isotune.data.sources.source.read_rows` finds under these names."""
+    source = read_rows(dataset_name, split, name=name, columns=columns, config=config, revision=revision)
+    return prepare_source(source, tokenizer, settings, show_progress=show_progress)
+
+
+def prepare_source(source: Source, tokenizer: Any, settings: SftSettings, *, show_progress: bool) -> PreparedData:
+    """Read, tokenize, mask and pack the conversations of a source.
 
     The documents are kept on disk (isotune.data.cache) under a digest of the source's content, the tokenizer and the
     settings that matter to them; packing is quick and done each time, so another seed tokenizes nothing.
-    `dataset_name`, `split` and what is not named here are those of `isotune.data.sources.source.read_rows`.
     """
     encoder = ConversationEncoder(tokenizer, settings.chat_format)
     settings.check(len(encoder.prefix))
-    source = read_rows(dataset_name, split, name=name, columns=columns, config=config, revision=revision)
     decisive = (settings.max_seq_length, settings.overlong, settings.train_on, settings.dataset_text_field)
     documents_digest = digest(FORMAT_VERSION, source.fingerprint, encoder.fingerprint, *decisive)
     arrays, counts = load_or_build(
@@ -111,6 +110,7 @@ def prepare(
         rows = one_document_per_row(len(documents))
     check_left_out(source.name, counts["read"], counts["dropped"], allowed=settings.allow_dropped, show=show_progress)
     del counts["source"]  # equal content may have been prepared under another name before
+    counts |= name_parts(source, counts)
     table = _table(source.name, counts, len(rows), settings)
     fingerprint = digest(documents_digest, settings.packing, settings.seed if settings.packing else None)
     return PreparedData(documents, rows, table, fingerprint)
@@ -164,6 +164,7 @@ def _build(source: Source, encoder: ConversationEncoder, settings: SftSettings, 
         "asked_otherwise": tally["asked_otherwise"],  # answers whose prompt alone has other tokens than in training
         "special_texts": tally["special_texts"],  # in which the eos token is written out, encoded as ordinary text
         "whole_lengths": CountsTable.quantiles(np.concatenate(whole_lengths)),  # tokens before anything was cut
+        **count_parts(source, documents),
     }
 
 
@@ -199,6 +200,7 @@ def _table(source: str, counts: dict[str, Any], rows: int, settings: SftSettings
                 "texts with a special token written out": counts["special_texts"],
             }
         ),
+        *mixture_lines(counts),
         *note_lines(counts.get("notes", [])),
         *((("fields that nothing reads", ", ".join(counts["fields_not_read"])),) if counts["fields_not_read"] else ()),
         ("tokens", f"{tokens:,}"),
