@@ -17,7 +17,7 @@ from isotune.data.classification.labels import ClassificationSettings
 from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.data.sources.hub import is_hub_id
 from isotune.evaluation.distributed_eval import Shards
-from isotune.evaluation.tasks import ClassificationTask, read_task
+from isotune.evaluation.tasks import ROW_COLUMNS, ClassificationTask, read_task
 from isotune.io.errors import UserError
 from isotune.models.base.folder import why_no_model
 from isotune.models.base.head import names_of
@@ -170,6 +170,14 @@ def task_of_run(
         prefix = "dataset" if held_out else "eval_dataset"
         own |= {f"dataset_{key}": recipe.get(f"{prefix}_{key}") for key in ("config", "revision")}
     return read_task(ClassificationTask, None, {**own, **given}), held_out
+
+
+def columns_of_run(run_dir: str, dataset_name: str | None) -> dict[str, Any]:
+    """The columns of conversations that a run's recipe names, where `dataset_name` is data of that recipe."""
+    recipe = read_run(run_dir).settings
+    if dataset_name not in (recipe.get("dataset_name"), recipe.get("eval_dataset_name")):
+        return {}
+    return {key: recipe.get(key) for key in ROW_COLUMNS}
 
 
 def generation_model_of_run(

@@ -27,14 +27,14 @@ from isotune.data.mixture import count_parts, evaluation_source, mixture_lines, 
 from isotune.data.packing import one_document_per_row, pack
 from isotune.data.sft.chat_format import AUTO
 from isotune.data.sft.conversations import ASSISTANT_HEADER, HUMAN_HEADER
-from isotune.data.sft.forms import TEXT_FIELD
+from isotune.data.sft.forms import TEXT_FIELD, NamedColumns
 from isotune.data.sft.reading import Batch, read_batches
 from isotune.data.sft.tokenization import ConversationEncoder, fit
 from isotune.data.sources.source import Source, read_rows
 from isotune.io.errors import UserError
 
 FORMAT_VERSION = 1  # raised when the same input gives other documents
-CACHE_VERSION = 2  # raised when an entry of the cache holds more than it did, or rows are read that were refused
+CACHE_VERSION = 3  # raised when an entry of the cache holds more than it did, or rows are read that were refused
 ENCODING_THREADS = 2
 
 NO_ANSWER = "no assistant answer"
@@ -51,11 +51,18 @@ class SftSettings(DataSettings):
     max_seq_length: int = 1024  # of a row too
     overlong: Overlong = "truncate"
     dataset_text_field: str = TEXT_FIELD
+    dataset_prompt_field: str | None = None
+    dataset_completion_field: str | None = None
     seed: int = 0  # decides which of the documents of one length share a row
     packing: bool = True  # else each document is its own row
     allow_dropped: bool = False  # go on where most rows are left out
     train_on: TrainOn = "all"
     chat_format: str = AUTO
+
+    @property
+    def columns(self) -> NamedColumns:
+        """The columns that the recipe names."""
+        return NamedColumns(self.dataset_text_field, self.dataset_prompt_field, self.dataset_completion_field)
 
 
 def prepare_conversations(recipe: Recipe, tokenizer: Any, *, show: bool) -> RunData:
@@ -98,7 +105,9 @@ def prepare_source(source: Source, tokenizer: Any, settings: SftSettings, *, sho
     """
     encoder = ConversationEncoder(tokenizer, settings.chat_format)
     settings.check(len(encoder.prefix))
-    decisive = (settings.max_seq_length, settings.overlong, settings.train_on, settings.dataset_text_field)
+    pair = (settings.dataset_prompt_field, settings.dataset_completion_field)
+    columns = (settings.dataset_text_field, *(pair if any(pair) else ()))
+    decisive = (settings.max_seq_length, settings.overlong, settings.train_on, *columns)
     documents_digest = digest(FORMAT_VERSION, source.fingerprint, encoder.fingerprint, *decisive)
     arrays, counts = load_or_build(
         digest(documents_digest, CACHE_VERSION), lambda: _build(source, encoder, settings, show_progress)
@@ -122,7 +131,8 @@ def _build(source: Source, encoder: ConversationEncoder, settings: SftSettings, 
     whole_lengths: list[np.ndarray] = []
     tally: Counter[str] = Counter()
     seen: list[str] = []
-    batches = read_batches(source, settings.dataset_text_field, settings.train_on, encoder, seen=seen)
+    guesses: list[str] = []
+    batches = read_batches(source, settings.columns, settings.train_on, encoder, seen=seen, guesses=guesses)
     with tqdm(desc="preparing", unit=" documents", disable=not show_progress) as bar:
         for batch, whole in _encoded_ahead(encoder, batches):
             prefix = encoder.prefix[:0] if batch.tokenised else encoder.prefix
@@ -150,7 +160,7 @@ def _build(source: Source, encoder: ConversationEncoder, settings: SftSettings, 
         "kept": len(np.unique(documents.source_rows)),
         "truncated": tally["truncated"],  # kept rows that were longer than max_seq_length, as are `split`
         "split": tally["split"],
-        "notes": source.notes,  # what reading guessed, or passed over
+        "notes": [*guesses, *source.notes],  # what reading guessed, or passed over
         "dropped": dropped,  # rows by the reason for which they are not trained on
         "documents": len(documents),  # what is trained on; more than `kept` where rows were split
         "pieces_dropped": tally["pieces_dropped"],  # pieces of split rows that held no supervised token
