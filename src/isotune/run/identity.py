@@ -68,8 +68,10 @@ def contents_of(recipe: RunRecipe) -> dict[str, str]:
     for key, split in DATA.items():
         name = None if key == "dataset_name" and values.get(MIXTURE) else values[key]
         if name and not name.startswith(PREFIX) and Path(name).expanduser().exists():
+            config = values[key.replace("_name", "_config")]
             with suppress(UserError):  # whoever reads it says what is wrong
-                found[key] = read_rows(name, values[split], name=key, columns=values["dataset_columns"]).fingerprint
+                source = read_rows(name, values[split], name=key, columns=values["dataset_columns"], config=config)
+                found[key] = source.fingerprint
     if values.get(MIXTURE):
         found[MIXTURE] = json.dumps([_content_of_entry(entry) for entry in values[MIXTURE]], sort_keys=True)
     return found
