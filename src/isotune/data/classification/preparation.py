@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -9,7 +10,8 @@ import numpy as np
 from isotune.config.recipes import AUTO
 from isotune.data.cache import Content, load_or_build
 from isotune.data.classification.classes import listed
-from isotune.data.classification.labels import ClassificationSettings, read_documents
+from isotune.data.classification.labels import ClassificationSettings
+from isotune.data.classification.reading import read_documents
 from isotune.data.contents import EMPTY
 from isotune.data.documents import CountsTable, Documents, PreparedData, count_lines, digest, note_lines, with_share
 from isotune.data.mixture import count_parts, mixture_lines, name_parts
@@ -129,8 +131,8 @@ def tokenize(source: Source, tokenizer: Any, settings: ClassificationSettings, *
         "labelled", LABELLED_FORMAT_VERSION, source.fingerprint, encoder.fingerprint, *texts, *labels, *named
     )
 
-    def build() -> Content:
-        found = read_documents(source, encoder, settings, show_progress=show_progress)
+    def build(folder: Path) -> Content:
+        found = read_documents(source, encoder, settings, folder, show_progress=show_progress)
         facts = {"class_names": found.class_names, "numbered": found.numbered, "notes": [*source.notes, *found.notes]}
         return found.documents.as_arrays(), facts | count_parts(source, found.documents)
 

@@ -71,7 +71,7 @@ def prepare_labelled(recipe: ClassificationRecipe, tokenizer: Any, *, show: bool
     else:
         return RunData(train.prepared(), None, found).shown(show)
     pair = digest("overlap", DUPLICATES_FORMAT_VERSION, train.fingerprint, evaluation.fingerprint)
-    in_the_other, _ = load_or_build(pair, lambda: (find_overlap(train, evaluation, show_progress=show), {}))
+    in_the_other, _ = load_or_build(pair, lambda _: (find_overlap(train, evaluation, show_progress=show), {}))
     if recipe.drop_leaked and in_the_other["train"].any():
         kept = in_the_other["train"] == 0
         train = train.select(kept, "drop_leaked", evaluation.fingerprint)

@@ -1,9 +1,11 @@
 """From a named data set of conversations to documents in rows: tokenized once per content, then read from disk."""
 
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,6 +27,7 @@ from isotune.data.documents import (
 )
 from isotune.data.mixture import count_parts, evaluation_source, mixture_lines, name_parts, training_source
 from isotune.data.packing import one_document_per_row, pack
+from isotune.data.pieces import DocumentFiles, in_threads
 from isotune.data.sft.chat_format import AUTO
 from isotune.data.sft.conversations import ASSISTANT_HEADER, HUMAN_HEADER
 from isotune.data.sft.forms import TEXT_FIELD, NamedColumns
@@ -35,7 +38,6 @@ from isotune.io.errors import UserError
 
 FORMAT_VERSION = 1  # raised when the same input gives other documents
 CACHE_VERSION = 3  # raised when an entry of the cache holds more than it did, or rows are read that were refused
-ENCODING_THREADS = 2
 
 NO_ANSWER = "no assistant answer"
 ANSWER_CUT = "no answer within max_seq_length"
@@ -110,7 +112,7 @@ def prepare_source(source: Source, tokenizer: Any, settings: SftSettings, *, sho
     decisive = (settings.max_seq_length, settings.overlong, settings.train_on, *columns)
     documents_digest = digest(FORMAT_VERSION, source.fingerprint, encoder.fingerprint, *decisive)
     arrays, counts = load_or_build(
-        digest(documents_digest, CACHE_VERSION), lambda: _build(source, encoder, settings, show_progress)
+        digest(documents_digest, CACHE_VERSION), lambda folder: _build(source, encoder, settings, show_progress, folder)
     )
     documents = Documents.from_arrays(arrays)
     if settings.packing:
@@ -125,16 +127,18 @@ def prepare_source(source: Source, tokenizer: Any, settings: SftSettings, *, sho
     return PreparedData(documents, rows, table, fingerprint)
 
 
-def _build(source: Source, encoder: ConversationEncoder, settings: SftSettings, show_progress: bool) -> Content:
-    """Tokenize a whole source and count what became of it."""
-    parts: list[Documents] = []
+def _build(
+    source: Source, encoder: ConversationEncoder, settings: SftSettings, show_progress: bool, folder: Path
+) -> Content:
+    """Tokenize a whole source, its tokens into files of `folder`, and count what became of it."""
+    made = DocumentFiles(folder)
     whole_lengths: list[np.ndarray] = []
     tally: Counter[str] = Counter()
     seen: list[str] = []
     guesses: list[str] = []
     batches = read_batches(source, settings.columns, settings.train_on, encoder, seen=seen, guesses=guesses)
-    with tqdm(desc="preparing", unit=" documents", disable=not show_progress) as bar:
-        for batch, whole in _encoded_ahead(encoder, batches):
+    with closing(made), tqdm(desc="preparing", unit=" documents", disable=not show_progress) as bar:
+        for batch, whole in in_threads(batches, partial(_encode, encoder)):
             prefix = encoder.prefix[:0] if batch.tokenised else encoder.prefix
             fitted, counts = fit(whole, prefix, settings.max_seq_length, settings.overlong)
             tally.update(counts)
@@ -143,10 +147,10 @@ def _build(source: Source, encoder: ConversationEncoder, settings: SftSettings, 
             tally.update({"rewritten": len(batch.rows) - with_something})
             tally.update({name: sum(getattr(c, name) for c in batch.conversations) for name in ("turns_cut", "marked")})
             tally.update({name: int(values.sum()) for name, values in whole.columns.items()})
-            parts.append(fitted)
+            made.add(fitted)
             whole_lengths.append(whole.lengths + len(prefix))
             bar.update(batch.read)
-    documents = Documents.concat(parts)
+        documents = made.documents()
     dropped = {NO_ANSWER: tally["no_answer"], ANSWER_CUT: tally["answer_cut"], TOO_LONG: tally["too_long"]}
     if not len(documents):
         reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items() if number)
@@ -220,19 +224,6 @@ def _table(source: str, counts: dict[str, Any], rows: int, settings: SftSettings
     ]
     of_rows = {"rows": rows, "row_capacity": capacity, "packing": settings.packing, "packing_efficiency": efficiency}
     return CountsTable(source, {**counts, **of_rows}, tuple(lines))
-
-
-def _encoded_ahead(encoder: ConversationEncoder, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Documents]]:
-    """Tokenize batches in order, in threads: while Rust works on one, Python reads and lays out its neighbours."""
-    with ThreadPoolExecutor(ENCODING_THREADS) as threads:
-        running: deque[tuple[Batch, Future[Documents]]] = deque()
-        for batch in batches:
-            running.append((batch, threads.submit(_encode, encoder, batch)))
-            if len(running) > ENCODING_THREADS:
-                oldest, future = running.popleft()
-                yield oldest, future.result()
-        for oldest, future in running:
-            yield oldest, future.result()
 
 
 def _encode(encoder: ConversationEncoder, batch: Batch) -> Documents:
