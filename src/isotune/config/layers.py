@@ -10,11 +10,12 @@ from typing import Any, cast
 
 import yaml
 
-from isotune.config.engine_keys import ALIASES
+from isotune.config.engine_keys import ALIASES as ENGINE_ALIASES
 from isotune.config.schema import Contradiction, Key, Values, parse
 from isotune.config.unsupported_keys import UNSUPPORTED
 from isotune.io.errors import Complain, UserError, nearest, refuse, shown
 
+ALIASES = {**ENGINE_ALIASES, "datasets": "dataset_mixture"}  # the second is TRL's
 _EMPTY = frozenset({"", "~", "null", "Null", "NULL"})
 # Only one key of each pair may be given; given in a later layer, it replaces the other of an earlier layer.
 ALTERNATIVES = (

@@ -21,7 +21,7 @@ from isotune.data.tokenizer import TextEncoder
 from isotune.io.errors import UserError
 
 LABELLED_FORMAT_VERSION = 2  # raised when the same input gives other documents
-RULES_VERSION = 2  # raised when the rules of a project give a text another class
+RULES_VERSION = 3  # raised when the rules of a project give a text another class
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from isotune.data.classification.classes import listed
 from isotune.data.classification.columns import find_columns, said
 from isotune.data.classification.labels import ClassificationSettings
 from isotune.data.classification.preparation import LabelledSplit, tokenize
-from isotune.data.contents import EMPTY, held_out, normalised
+from isotune.data.contents import EMPTY, HELD_OUT, hash_uniform, held_out, normalised
 from isotune.data.documents import RunData, check_left_out, digest
 from isotune.data.mixture import evaluation_source, training_source
 from isotune.data.sources.source import Source
@@ -95,15 +95,30 @@ def split_by_content(whole: LabelledSplit, share: float, seed: int) -> tuple[Lab
     """Split a data set at random into training and evaluation documents.
 
     Only the content of a text and the seed decide its side: documents with the same text are on one side, and a row
-    that is moved, added or removed changes the side of no other row. UserError if one of the sides would be empty.
+    that is moved, added or removed changes the side of no other row; but where rules give the classes, a class that
+    has two texts has one on each side. UserError if one of the sides would be empty.
     """
     kept_back = held_out(share, seed, whole.contents)
+    if whole.settings.label_source == "rules":
+        kept_back = _with_every_class(kept_back, whole.documents.labels, whole.contents, seed)
     if kept_back.all() or not kept_back.any():
         raise UserError(
             f"eval_split_share: {share:g} of the {len(kept_back)} rows of {whole.source.name} leaves "
             f"{'none to train on' if kept_back.all() else 'none to evaluate on'}: choose another share or seed"
         )
     return whole.select(~kept_back, "train", share, seed), whole.select(kept_back, "held out", share, seed)
+
+
+def _with_every_class(kept_back: np.ndarray, labels: np.ndarray, contents: np.ndarray, seed: int) -> np.ndarray:
+    """The same sides, but for one text of each class that would be on one side alone: the nearest to the other one."""
+    sides, nearness = kept_back.copy(), hash_uniform(HELD_OUT, seed, contents)
+    for label in np.unique(labels):
+        own = labels == label
+        if len(np.unique(contents[own])) > 1 and (sides[own].all() or not sides[own].any()):
+            is_kept = bool(sides[own][0])
+            nearest = contents[own][(nearness[own].argmax if is_kept else nearness[own].argmin)()]
+            sides[own & (contents == nearest)] = not is_kept
+    return sides
 
 
 def _read(
