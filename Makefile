@@ -25,7 +25,7 @@ help: ## list the targets
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[all,dev]'
 	@touch $@
 
 $(DOCS_STAMP): $(STAMP)
@@ -69,6 +69,7 @@ lint: $(STAMP) ## style, types and the import order of the layers
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/shellcheck -x slurm/*.sh slurm/*.sbatch .ci/run
+	$(BIN)/hadolint containers/Dockerfile
 
 docs: $(DOCS_STAMP) ## build the documentation into site/, strictly; needs no network once installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -13,7 +13,9 @@
 #   ISOTUNE_SRUN        further flags for srun
 #   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, NCCL_*, HF_HUB_OFFLINE, ... are passed to every rank
 cd "${ISOTUNE_HOME:-$SLURM_SUBMIT_DIR}" || exit 2
-. slurm/environment.sh
+files=${ISOTUNE_FILES:+$ISOTUNE_FILES/} # of an installed isotune (`isotune slurm`); else those of the checkout
+# shellcheck source=slurm/environment.sh
+. "${files}slurm/environment.sh"
 
 attempt=${SLURM_RESTART_COUNT:-0} # unset in the first attempt
 stop='' ranks_signaled='' ended='' step='' launches=0
@@ -36,8 +38,8 @@ launch() {
     find_port
     ISOTUNE_VERDICT=$LOGS/attempt-$attempt-launch-$launches.json
     mkdir -p "$LOGS" && rm -f "$ISOTUNE_VERDICT" || exit 2
-    if [ ! -f "accelerate_configs/$ENGINE.yaml" ]; then
-        log "there is no accelerate_configs/$ENGINE.yaml: ENGINE names one of" accelerate_configs/*.yaml
+    if [ ! -f "${files}accelerate_configs/$ENGINE.yaml" ]; then
+        log "there is no accelerate_configs/$ENGINE.yaml: ENGINE names one of" "${files}"accelerate_configs/*.yaml
         exit 2
     fi
     log "job $SLURM_JOB_ID, attempt $attempt: $NODES nodes ($SLURM_JOB_NODELIST) x $PROCESSES processes, $ENGINE, rendezvous at $HOST:$PORT"
@@ -50,7 +52,7 @@ launch() {
     # In the background, because a trap runs only after a foreground command has ended.
     unset SLURM_GPUS_PER_TASK SLURM_GPU_BIND SLURM_TRES_PER_TASK
     srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --export=ALL --kill-on-bad-exit=1 --wait=300 \
-        "${more[@]}" bash slurm/node.sh "$@" &
+        "${more[@]}" bash "${files}slurm/node.sh" "$@" &
     step=$!
     while kill -0 "$step" 2>/dev/null; do
         wait "$step" # returns early on a signal

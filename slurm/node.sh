@@ -4,7 +4,9 @@
 #   node.sh SCRIPT [FLAGS]     with NODES, PROCESSES (of a node), HOST, PORT, ENGINE and LOGS from launch.sh
 set -u -o pipefail
 cd "${ISOTUNE_HOME:-$SLURM_SUBMIT_DIR}" || exit 2
-. slurm/environment.sh
+files=${ISOTUNE_FILES:+$ISOTUNE_FILES/} # as in launch.sh
+# shellcheck source=slurm/environment.sh
+. "${files}slurm/environment.sh"
 
 # Every process of a task receives TERM and USR1. The ranks handle them: they write a checkpoint and exit. The launcher
 # must ignore them, or it would kill the ranks after 30 s. It inherits the ignored signals from here, and the variables
@@ -51,6 +53,6 @@ if [ "$NODES" -gt 1 ]; then
     rendezvous=(--rdzv_backend static --main_process_ip "$HOST")
 fi
 
-in_environment accelerate launch --config_file "accelerate_configs/$ENGINE.yaml" \
+in_environment accelerate launch --config_file "${files}accelerate_configs/$ENGINE.yaml" \
     --num_processes $((NODES * PROCESSES)) --num_machines "$NODES" --machine_rank "$rank" \
     "${rendezvous[@]}" --main_process_port "$PORT" "$@" 2>&1 | tee -a "$log"

@@ -8,48 +8,16 @@ python train/arena.py --config train/configs/arena_baselines.yaml --dataset_name
 import sys
 from pathlib import Path
 
+from isotune.commands.arena import read_arena_recipe, train_arena
 from isotune.io.errors import run_script
-from isotune.projects.arena.recipes import ArenaRecipe, BaselinesRecipe, read_arena_recipe
 from isotune.run.malloc_tuning import restart_with_malloc_tuning
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "arena_bert.yaml"
 
 
 def main() -> None:
-    """The recipe says by which method."""
-    recipe = read_arena_recipe(sys.argv[1:], default_config=DEFAULT_CONFIG, prog="train/arena.py")
-    if isinstance(recipe, BaselinesRecipe):
-        from isotune.projects.arena.baselines.run import run_baselines
-
-        run_baselines(recipe)
-    else:
-        train_encoder(recipe)
-
-
-def train_encoder(recipe: ArenaRecipe) -> None:
-    """Processes, data; model, trainer, steps; submission, scores, picture."""
-    # the engine takes seconds to import: a mistake in the recipe has been answered by now
-    from isotune.preflight.startup_check import startup_check
-    from isotune.projects.arena.battles import read_competition
-    from isotune.projects.arena.encoder import evaluate_encoder, prepare_competition
-    from isotune.report.loss_curve import draw_loss_curve
-    from isotune.report.model_card import share
-    from isotune.training.from_recipe import start_run, train_run
-
-    start = start_run(recipe)
-    files = read_competition(Path(recipe.dataset_name))
-    data, kept = prepare_competition(files, recipe, start.tokenizer)
-    data.shown(start.process.is_main)
-    checked = startup_check(start, data)
-    if checked is None:
-        return
-
-    def before_finishing() -> None:
-        evaluate_encoder(start.run.path, recipe, files, kept, start.process.device)
-        print(f"loss curve  {draw_loss_curve(start.run.path)}")
-
-    if train_run(checked, data, before_finishing) is not None:
-        share(recipe)
+    """A recipe, and the run that it describes; `isotune arena` does the same."""
+    train_arena(read_arena_recipe(sys.argv[1:], default_config=DEFAULT_CONFIG, prog="train/arena.py"))
 
 
 if __name__ == "__main__":

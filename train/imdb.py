@@ -8,43 +8,20 @@ accelerate launch --config_file accelerate_configs/ddp.yaml train/imdb.py
 import sys
 from pathlib import Path
 
-from isotune.config import ClassificationRecipe, read_recipe
+from isotune.commands.classification import read_classification_recipe, train_classifier
 from isotune.io.errors import run_script
 from isotune.run.malloc_tuning import restart_with_malloc_tuning
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "imdb_distilbert.yaml"
+DESCRIPTION = "Classification of IMDb reviews by their sentiment, unpadded and exact."
 
 
 def main() -> None:
-    """Recipe, processes, data; model, trainer, steps; picture."""
-    recipe = read_recipe(
-        sys.argv[1:],
-        default_config=DEFAULT_CONFIG,
-        prog="train/imdb.py",
-        description="Classification of IMDb reviews by their sentiment, unpadded and exact.",
-        kind=ClassificationRecipe,
+    """A recipe, and the run that it describes; `isotune classify` does the same."""
+    recipe = read_classification_recipe(
+        sys.argv[1:], default_config=DEFAULT_CONFIG, prog="train/imdb.py", description=DESCRIPTION
     )
-    # the engine takes seconds to import: a mistake in the recipe has been answered by now
-    from isotune.data.classification.split import prepare_labelled
-    from isotune.evaluation.classification.evaluate import show_sentences
-    from isotune.preflight.startup_check import startup_check
-    from isotune.report.loss_curve import draw_loss_curve
-    from isotune.report.model_card import share
-    from isotune.training.from_recipe import start_run, train_run
-
-    start = start_run(recipe)
-    data = prepare_labelled(recipe, start.tokenizer, show=start.process.is_main)
-    checked = startup_check(start, data)
-    if checked is None:
-        return
-
-    def before_finishing() -> None:
-        if recipe.sentences:
-            show_sentences(start.run.path, recipe.sentences, start.process.device)
-
-    if train_run(checked, data, before_finishing) is not None:
-        print(f"loss curve  {draw_loss_curve(start.run.path)}")
-        share(recipe)
+    train_classifier(recipe)
 
 
 if __name__ == "__main__":

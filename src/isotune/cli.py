@@ -1,4 +1,4 @@
-"""The `isotune` command: plan a run, check a machine, and export, compare and report what a run left."""
+"""The `isotune` command: start runs and evaluations, plan, check a machine, and export, compare and report runs."""
 
 import argparse
 import json
@@ -8,16 +8,33 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from isotune import __version__
+from isotune.io import shipped
 from isotune.io.errors import EXIT_USER_ERROR, OneSentenceParser, UserError, run_script
 from isotune.preflight import command as plan_command
+from isotune.run.malloc_tuning import restart_with_malloc_tuning
+
+# commands that read their own words, which may be any key of a recipe, with what `isotune --help` says of them
+OWN_WORDS = {
+    "sft": "train a language model: isotune sft RECIPE | RUN | DATA [FLAGS]",
+    "classify": "train a classifier: isotune classify RECIPE | RUN | DATA [FLAGS]",
+    "arena": "train on the Chatbot Arena: isotune arena RECIPE [FLAGS]",
+    "eval": "evaluate: isotune eval RUN | MODEL [FLAGS]",
+    "chat": "talk with a model: isotune chat RUN | MODEL [FLAGS]",
+    "slurm": "submit to a cluster: isotune slurm sft|classify|arena|eval WHAT [FLAGS]",
+}
+TRAINING = ("sft", "classify", "arena")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry of the console script: exits with the status of the contract."""
+    if arguments is None and sys.argv[1:2] and sys.argv[1] in TRAINING:
+        restart_with_malloc_tuning()
     run_script(lambda: _run(sys.argv[1:] if arguments is None else arguments))
 
 
 def _run(arguments: Sequence[str]) -> int | None:
+    if arguments and arguments[0] in OWN_WORDS:
+        return _run_own_words(arguments[0], arguments[1:])
     parser = _parser()
     if not arguments:
         parser.print_help()
@@ -30,12 +47,26 @@ def _run(arguments: Sequence[str]) -> int | None:
     return chosen.run(chosen)
 
 
+def _run_own_words(command: str, words: Sequence[str]) -> int | None:
+    if command in TRAINING:
+        from isotune.commands import train
+
+        return train.run(command, words)
+    if command == "slurm":
+        from isotune.commands import slurm
+
+        return slurm.run(words)
+    from isotune.commands import evaluate
+
+    return evaluate.run_eval(words) if command == "eval" else evaluate.run_chat(words)
+
+
 def _parser() -> argparse.ArgumentParser:
     """The command line. What a command calls imports its libraries when it runs."""
     parser = OneSentenceParser(
         prog="isotune",
         description="Fine-tuning whose result does not depend on how it was run.",
-        epilog="Training and evaluation are scripts: see train/ and eval/.",
+        epilog="In a checkout train/ and eval/ hold the same as scripts, for accelerate launch and sbatch.",
     )
     parser.add_argument("--version", action="version", version=f"isotune {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -44,6 +75,16 @@ def _parser() -> argparse.ArgumentParser:
         added = commands.add_parser(name, formatter_class=argparse.RawDescriptionHelpFormatter, **texts)
         added.set_defaults(run=run)
         return added
+
+    for name, meaning in OWN_WORDS.items():
+        commands.add_parser(name, help=meaning)
+
+    listing = command("ls", _list, help="list shipped recipes, tasks and engines, models, and the runs here")
+    listing.add_argument("kinds", metavar="KIND", nargs="*", help="recipes, tasks, engines, models or runs (all)")
+    listing.add_argument("--output_dir", default="runs", metavar="DIR", help="where the runs are (%(default)s)")
+    copying = command("cp", _copy, help="copy a shipped recipe, task or engine to a file of your own")
+    copying.add_argument("name", metavar="NAME", help="its name, as `isotune ls` lists it")
+    copying.add_argument("file", metavar="FILE", nargs="?", help="the new file (NAME.yaml)")
 
     export = command(
         "export",
@@ -140,11 +181,25 @@ def _parser() -> argparse.ArgumentParser:
             "examples:\n"
             "  isotune doctor\n"
             "  isotune doctor --output_dir /scratch/me/runs\n"
-            "  accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 8 -m isotune.cli doctor"
+            f"  accelerate launch --config_file {shipped.path('accelerate_configs/ddp.yaml')} --num_processes 8 \\\n"
+            "      -m isotune.cli doctor"
         ),
     )
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of a table, as a bug report asks for")
     doctor.add_argument("--output_dir", default="runs", metavar="DIR", help="where runs would go (%(default)s)")
     return parser
+
+
+def _list(chosen: argparse.Namespace) -> None:
+    from isotune.commands.listing import list_all
+
+    list_all(chosen.kinds, Path(chosen.output_dir))
+
+
+def _copy(chosen: argparse.Namespace) -> None:
+    from isotune.commands.listing import copy_shipped
+
+    print(f"copied      {copy_shipped(chosen.name, chosen.file)}")
 
 
 def _export(chosen: argparse.Namespace) -> None:
@@ -188,7 +243,7 @@ def _validate_submission(chosen: argparse.Namespace) -> int:
 def _doctor(chosen: argparse.Namespace) -> int:
     from isotune.doctor import run_doctor
 
-    return run_doctor(Path(chosen.output_dir))
+    return run_doctor(Path(chosen.output_dir), as_json=chosen.json)
 
 
 if __name__ == "__main__":

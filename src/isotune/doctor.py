@@ -4,14 +4,17 @@ Each check is a generator of findings about the process that calls it and its no
 to fix it. It never raises: a check that fails is a finding too.
 """
 
+import json
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,13 @@ from accelerate.utils import reduce
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from isotune import __version__
 from isotune.data.cache import cache_folder
 from isotune.data.sources.hub_access import hub_answers
+from isotune.distributed.device import choose_device
 from isotune.evaluation.distributed_eval import Ranks, start_ranks
+from isotune.io.extras import EXTRAS
+from isotune.io.shipped import IS_CHECKOUT, ROOT
 from isotune.models.attention_form import AttentionForm
 from isotune.models.cpu.document_attention import document_attention
 from isotune.models.packed_attention import last_kernel, packed_attention
@@ -34,8 +41,8 @@ SLOW_SYNC_SECONDS = 0.5
 MESSAGE_BYTES = 64 * 2**20
 SLOW_BYTES_PER_SECOND = 1e8
 ROUNDS = 3
-_REINSTALL = "pip install -c constraints.txt -e ."
-_CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
+_CONSTRAINTS = ROOT / "constraints.txt"
+_REINSTALL = "pip install -c constraints.txt -e ." if IS_CHECKOUT else f"pip install -c '{_CONSTRAINTS}' isotune"
 
 
 @dataclass(frozen=True)
@@ -49,14 +56,17 @@ class Finding:
     fix: str = ""
 
 
-def run_doctor(output: Path) -> int:
-    """Run all checks on every process and print one table; the exit status is 1 if anything is WRONG, otherwise 0."""
+def run_doctor(output: Path, *, as_json: bool = False) -> int:
+    """Run all checks on every process and print one table, or JSON for a report of a bug.
+
+    The exit status is 1 if anything is WRONG, otherwise 0.
+    """
     ranks = start_ranks()
-    checks = (versions(), device(), kernels(), compilers(), disk(output), caches(), hub(), scheduler())
+    checks = (versions(), extras(), device(), kernels(), compilers(), disk(output), caches(), hub(), scheduler())
     findings = [finding for check in (*checks, all_reduce(ranks)) for finding in check]
     findings_of = ranks.gather({ranks.rank: findings}, ranks.world_size)
     if ranks.is_main:
-        print(format_table(findings_of))
+        print(format_json(findings_of) if as_json else format_table(findings_of))
     return int(any(finding.status == WRONG for findings in findings_of.values() for finding in findings))
 
 
@@ -79,20 +89,36 @@ def format_table(findings_of: dict[int, list[Finding]]) -> str:
     return "\n".join(lines)
 
 
+def format_json(findings_of: dict[int, list[Finding]]) -> str:
+    """All findings of every rank, with the versions of what computes; no path but those that a finding names."""
+    names = {Requirement(line).name for line in metadata.requires("isotune") or ()}
+    content = {
+        "isotune": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "installed": {name: version for name in sorted(names) if (version := _installed(name)) is not None},
+        "findings": [{"rank": rank, **asdict(f)} for rank, findings in findings_of.items() for f in findings],
+    }
+    return json.dumps(content, indent=2)
+
+
 def versions() -> Iterator[Finding]:
-    """Installed libraries against the ranges of isotune's metadata and the versions that were tested together."""
+    """Installed libraries against the ranges of isotune's metadata and the versions that were tested together.
+
+    The packages of an extra may be missing.
+    """
     tested = _tested_together()
     differing = []
     for line in metadata.requires("isotune") or ():
         requirement = Requirement(line)
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        try:
-            installed = Version(metadata.version(requirement.name))
-        except metadata.PackageNotFoundError:
+        applies = {extra: _applies(requirement, extra) for extra in ("", *EXTRAS.values())}
+        version = _installed(requirement.name)
+        if version is None and applies[""]:
             fix = f"pip install '{line}'"
             differing.append(Finding(WRONG, requirement.name, "not installed", "runs need it", fix))
+        if version is None or not any(applies.values()):
             continue
+        installed = Version(version)
         pinned = tested.get(requirement.name.lower())
         if not requirement.specifier.contains(installed, prereleases=True):
             outside = f"{installed}, outside {requirement.specifier}"
@@ -101,6 +127,16 @@ def versions() -> Iterator[Finding]:
             other = f"{installed}; {pinned} was tested"
             differing.append(Finding(NOTE, requirement.name, other, "results may differ in rounding", _REINSTALL))
     yield from differing or [Finding(OK, "versions", "within the ranges, and as tested together")]
+
+
+def extras() -> Iterator[Finding]:
+    """Which packages that only some uses need are there."""
+    missing = sorted({extra for package, extra in EXTRAS.items() if find_spec(package) is None})
+    there = sorted({*EXTRAS.values()} - {*missing})
+    result = f"{', '.join(there) or 'none'} installed"
+    if missing:
+        result += f"; pip install 'isotune[{','.join(missing)}]' adds the others"
+    yield Finding(OK, "extras", result)
 
 
 def device() -> Iterator[Finding]:
@@ -116,6 +152,9 @@ def device() -> Iterator[Finding]:
         yield Finding(WRONG, "device", f"a GPU with driver {driver} that torch {torch.__version__} does not see",
                       "training would run on the CPU, a hundred times slower",
                       "install a torch built for your CUDA" if built is None else "update the driver")  # fmt: skip
+    elif choose_device() == "mps":
+        what = f"MPS, torch {torch.__version__}"
+        yield Finding(NOTE, "device", what, "nobody has measured isotune on it", "device: cpu is measured, and slower")
     else:
         yield Finding(OK, "device", f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}")
 
@@ -251,6 +290,17 @@ def all_reduce(ranks: Ranks) -> Iterator[Finding]:
                       "name the fast network interface in NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME")  # fmt: skip
     else:
         yield Finding(OK, "all-reduce", result)
+
+
+def _applies(requirement: Requirement, extra: str) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _existing_parent(path: Path) -> Path:

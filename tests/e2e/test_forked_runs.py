@@ -24,8 +24,9 @@ def result(done: Finished) -> tuple:
     recorded = {key: value for key, value in done.environment.items() if key in ("in_effect", "heap_settings")}
     assert lines and weights and recorded["in_effect"]
     printed = [line.replace(str(done.run.parent), "FOLDER") for line in done.stdout.splitlines()]
-    # DeepSpeed warns while the launcher imports it
-    return lines, weights, recorded, [line for line in printed if "Setting accelerator to CPU" not in line]
+    # DeepSpeed warns while the launcher imports it, and a fork has nothing to load
+    loading = ("Setting accelerator to CPU", "loading     torch")
+    return lines, weights, recorded, [line for line in printed if not any(words in line for words in loading)]
 
 
 def both(folder: Path, **launch: Any) -> tuple[Finished, Finished]:

@@ -2,12 +2,15 @@
 
 import dataclasses
 import importlib
+import inspect
 import re
 import warnings
 from pathlib import Path
 
 import pytest
 import yaml
+from transformers import Trainer as LibraryTrainer
+from trl import SFTTrainer as TrlTrainer
 
 from isotune.config import ClassificationRecipe, Recipe
 
@@ -99,3 +102,12 @@ def test_the_drift_in_the_readme_is_that_of_the_benchmarks():
 def test_the_site_lists_every_page_once():
     listed = re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(page.name for page in DOCS.glob("*.md"))
+
+
+def test_the_page_of_ones_own_script_has_every_argument_of_both_constructors():
+    rows = re.findall(r"^\| `(\w+)` \| (both|Trainer|SFTTrainer) \|", (DOCS / "drop-in.md").read_text(), re.M)
+    names = {kind: set(inspect.signature(kind.__init__).parameters) - {"self"} for kind in (LibraryTrainer, TrlTrainer)}
+    of_both = names[LibraryTrainer] & names[TrlTrainer]
+    assert {name for name, of in rows if of == "both"} == of_both
+    assert {name for name, of in rows if of == "Trainer"} == names[LibraryTrainer] - of_both
+    assert {name for name, of in rows if of == "SFTTrainer"} == names[TrlTrainer] - of_both

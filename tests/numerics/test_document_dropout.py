@@ -78,7 +78,15 @@ def train(name: str, folder: Path, microbatch_tokens: int, **values: Any) -> tup
     return [line["loss"] for line in built.steps], [line["grad_norm"] for line in built.steps], microbatches
 
 
-@pytest.mark.parametrize("name", RUNS)
+IN_SHORT = ("OPT, LoRA", "Llama, LoRA", "BERT", "ELECTRA, padded")
+
+
+def short_and_slow(*names: str, quick: tuple[str, ...] = IN_SHORT) -> list[Any]:
+    """The names of runs, those that are not quick as slow tests."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", short_and_slow(*RUNS))
 def test_the_size_of_a_microbatch_changes_rounding_only(name: str, tmp_path: Path):
     sizes = RUNS[name][2]
     losses, norms, most = train(name, tmp_path / "smallest", sizes[0])
@@ -90,7 +98,9 @@ def test_the_size_of_a_microbatch_changes_rounding_only(name: str, tmp_path: Pat
     assert microbatches == 1, "the largest sees all rows of a step at once"
 
 
-@pytest.mark.parametrize("name", ["OPT, full", "OPT, LoRA", "BERT", "ELECTRA, padded"])
+@pytest.mark.parametrize(
+    "name", short_and_slow("OPT, full", "OPT, LoRA", "BERT", "ELECTRA, padded", quick=("OPT, LoRA",))
+)
 def test_gradient_checkpointing_in_microbatches_of_another_size_changes_rounding_only(name: str, tmp_path: Path):
     sizes = RUNS[name][2]
     losses, norms, _ = train(name, tmp_path / "kept", sizes[0])
@@ -98,7 +108,7 @@ def test_gradient_checkpointing_in_microbatches_of_another_size_changes_rounding
     assert others[0] == pytest.approx(losses, rel=1e-6) and others[1] == pytest.approx(norms, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["OPT, full", "OPT, LoRA", "BERT"])
+@pytest.mark.parametrize("name", short_and_slow("OPT, full", "OPT, LoRA", "BERT", quick=("OPT, full",)))
 def test_in_bf16_too(name: str, tmp_path: Path):
     sizes = RUNS[name][2]
     losses, norms, _ = train(name, tmp_path / "small", sizes[0], bf16=True)

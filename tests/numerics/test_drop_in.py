@@ -1,5 +1,6 @@
 """`from isotune import Trainer, SFTTrainer`: the library's constructor, losses that no split of a batch changes."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,13 @@ from peft import LoraConfig
 from torch.nn.functional import cross_entropy
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     DataCollatorWithPadding,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     TrainingArguments,
 )
 from trl import SFTConfig
@@ -159,6 +163,16 @@ def test_evaluation_and_predictions_are_those_of_the_stock_trainer_in_the_order_
     assert unlabelled.label_ids is None and "test_loss" not in unlabelled.metrics
 
 
+def test_an_evaluation_before_training_is_in_the_precision_of_training(tmp_path):
+    args = TrainingArguments(str(tmp_path), bf16=True, **{**QUIET, **STEPS, "learning_rate": 0.0})
+    trainer = isotune.Trainer(model=bert(), args=args, train_dataset=texts(), eval_dataset=texts(21, seed=1))
+    before = trainer.predict(texts(21, seed=1))
+    trainer.train()
+    after = trainer.predict(texts(21, seed=1))
+    np.testing.assert_array_equal(before.predictions, after.predictions)
+    assert before.metrics["test_loss"] == after.metrics["test_loss"]
+
+
 def test_a_run_that_is_resumed_from_the_librarys_checkpoint_goes_on_to_the_same_losses(tmp_path):
     def run(folder: Any, steps: int, **more: Any) -> Any:
         options = {**STEPS, "max_steps": steps, "save_strategy": "steps", "save_steps": 2}
@@ -172,30 +186,36 @@ def test_a_run_that_is_resumed_from_the_librarys_checkpoint_goes_on_to_the_same_
     assert [line["loss"] for line in second.state.log_history if "loss" in line] == whole
 
 
-class OwnLoss(isotune.Trainer):
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        return model(**inputs).loss
-
-
-def own_collator(rows: Any) -> Any:
-    return rows
-
-
 @pytest.mark.parametrize(
-    ("kind", "options", "args", "sentence"),
+    ("options", "args", "sentence"),
     [
-        (OwnLoss, {}, {}, "a loss of your own"),
-        (isotune.Trainer, {"compute_loss_func": cross_entropy}, {}, "a loss of your own"),
-        (isotune.Trainer, {"data_collator": type("Mine", (), {"__call__": own_collator})()}, {}, "data_collator"),
-        (isotune.Trainer, {"model_init": bert, "model": None}, {}, "model_init"),
-        (isotune.Trainer, {}, {"dataloader_drop_last": True}, "dataloader_drop_last"),
-        (isotune.Trainer, {}, {"auto_find_batch_size": True}, "microbatch_tokens"),
-        (isotune.Trainer, {"train_dataset": Dataset.from_dict({"text": ["a"]})}, {}, "have no input_ids, but text"),
+        (
+            {"model": BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, **SMALL))},
+            {},
+            "neither a causal language model nor a sequence classifier",
+        ),
+        ({"train_dataset": Dataset.from_dict({"input_ids": [[5] * 900], "label": [1]})}, {}, "row 1 .* 900 tokens"),
+        ({"train_dataset": Dataset.from_dict({"text": ["a"]})}, {}, "have no input_ids, but text"),
+        ({}, {"dataloader_drop_last": True}, "dataloader_drop_last"),
+        ({}, {"auto_find_batch_size": True}, "microbatch_tokens"),
+        ({}, {"include_for_metrics": ["loss"]}, "include_for_metrics: loss"),
     ],
 )
-def test_what_cannot_be_exact_is_refused_in_one_sentence(kind: Any, options: Any, args: Any, sentence: str, tmp_path):
+def test_what_cannot_be_exact_is_refused_in_one_sentence(options: Any, args: Any, sentence: str, tmp_path):
     arguments = TrainingArguments(output_dir=str(tmp_path), **QUIET, **args)
     with pytest.raises(UserError, match=sentence):
-        kind(**{"model": bert(), "args": arguments, "train_dataset": texts(), **options})
+        isotune.Trainer(**{"model": bert(), "args": arguments, "train_dataset": texts(), **options})
+
+
+def test_a_mixture_of_experts_keeps_its_coefficient_and_says_what_is_not_trained(tmp_path, capsys):
+    torch.manual_seed(0)
+    tokenizer = builtin_tokenizer("builtin:opt-tiny")
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "router_aux_loss_coef": 0.02}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **SMALL, **experts))
+    found = [losses_of(sft(tmp_path, *split, model=copy.deepcopy(model))) for split in SPLITS]
+    assert found[1] == pytest.approx(found[0], rel=1e-5) and found[2] == pytest.approx(found[0], rel=1e-5)
+    trainer = sft(tmp_path, 8, 1, model=model)
+    assert "balancing loss (router_aux_loss_coef) is not trained" in capsys.readouterr().out
+    assert trainer.model.config.router_aux_loss_coef == 0.02 and not trainer.model.config.output_router_logits
+    with pytest.raises(UserError, match="router_aux_loss_coef"):
+        sft(tmp_path, 8, 1, model=model, args={"router_aux_loss_coef": 0.01})

@@ -227,7 +227,7 @@ def test_tokens_across_an_answers_edge_are_supervised_and_counted(shared_data):
     assert encoded.columns["straddling_tokens"].tolist() == [1]
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("split", ["test", pytest.param("train", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("overlong", ["truncate", "split", "drop"])
 def test_every_row_of_real_guanaco_has_the_reference_mask_and_counts(shared_data, split, overlong):
     tokenizer = AutoTokenizer.from_pretrained(shared_data / TOKENIZERS["opt"])

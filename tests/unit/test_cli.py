@@ -28,6 +28,14 @@ def test_help_names_every_command_with_what_it_is_for(capsys):
     listed = help_text.split("COMMAND\n")[1].split("\n\n")[0]
     commands = re.findall(r"^    (\S+)(.*(?:\n {5,}.*)*)", listed, re.MULTILINE)
     assert {name: " ".join(use.split()) for name, use in commands} == {
+        "sft": "train a language model: isotune sft RECIPE | RUN | DATA [FLAGS]",
+        "classify": "train a classifier: isotune classify RECIPE | RUN | DATA [FLAGS]",
+        "arena": "train on the Chatbot Arena: isotune arena RECIPE [FLAGS]",
+        "eval": "evaluate: isotune eval RUN | MODEL [FLAGS]",
+        "chat": "talk with a model: isotune chat RUN | MODEL [FLAGS]",
+        "slurm": "submit to a cluster: isotune slurm sft|classify|arena|eval WHAT [FLAGS]",
+        "ls": "list shipped recipes, tasks and engines, models, and the runs here",
+        "cp": "copy a shipped recipe, task or engine to a file of your own",
         "export": "write a run's model for use elsewhere, an adapter merged into its base",
         "compare": "test whether runs differ on the same evaluated rows",
         "report": "write one self-contained HTML file of a run, or of several side by side",

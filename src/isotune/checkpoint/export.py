@@ -23,6 +23,7 @@ from isotune.config import ClassificationRecipe, Recipe, RunRecipe, kind_of
 from isotune.data.sft.chat_format import GUANACO
 from isotune.io.errors import RunFault, UserError
 from isotune.models.adapters.lora import add_adapters
+from isotune.models.base.head import set_names
 from isotune.models.base.hub import locate
 from isotune.models.finished_run import (
     ADAPTER_CONFIG,
@@ -222,7 +223,8 @@ def _config_at(recipe: RunRecipe, tensors: Path) -> PreTrainedConfig:
             lengths = [sizes[name] // size for name in sizes for end, size in rows.items() if name.endswith(end)]
         if not lengths:
             raise RunFault(f"the checkpoint holds no classification head ({' or '.join(sorted(heads))})")
-        config.num_labels = min(lengths)
+        names = recipe.label_names
+        set_names(config, min(lengths), names, config.problem_type or "single_label_classification")
     return config
 
 

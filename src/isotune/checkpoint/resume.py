@@ -12,10 +12,10 @@ from isotune.config import RunRecipe
 from isotune.config.run_recipe import RESUME_NEVER, RESUME_NEWEST
 from isotune.distributed.launch import Process
 from isotune.distributed.ranks import call_on_main
-from isotune.io.errors import UserError
+from isotune.io.errors import UserError, is_first_process
 from isotune.run.identity import RunIdentity
 from isotune.run.metrics_file import METRICS
-from isotune.run.run_dir import CHECKPOINTS, RunDir, is_first_process
+from isotune.run.run_dir import CHECKPOINTS, RunDir
 
 STATE = "state.json"
 TRAINER_STATE = "trainer_state.json"

@@ -175,3 +175,8 @@ def flash_varlen(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, long
     if form.window is not None:
         more |= {"window_size_left": form.window - 1, "window_size_right": 0 if form.causal else form.window - 1}
     return operator(query, key, value, bounds, bounds, longest, longest, 0.0, form.causal, False, **more)[0]
+
+
+def in_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in float64, on the host where it is on MPS, which has no float64 (torch 2.13)."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

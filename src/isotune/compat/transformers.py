@@ -73,6 +73,11 @@ def use_one_gpu(arguments: Any) -> None:
     arguments._n_gpu = min(arguments.n_gpu, 1)
 
 
+def items_in_batch(trainer: Any, batch: dict[str, Any]) -> Any:
+    """What Trainer hands to a loss as `num_items_in_batch` for this batch: int64 [], or None."""
+    return trainer._get_num_items_in_batch([batch], trainer.args.device)
+
+
 def note_best_metric(trainer: Any, metrics: dict[str, float]) -> None:
     """Remember an evaluation in the Trainer's state where it is the best so far, as Trainer does after a step."""
     trainer._determine_best_metric(metrics, None)

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 
 @contextmanager
@@ -18,6 +20,25 @@ def trained_parameters_kept(model: nn.Module | None) -> Iterator[None]:
     yield
     for parameter, data in kept.items():
         parameter.data = data
+
+
+@contextmanager
+def router_coefficient_kept(model: Any) -> Iterator[None]:
+    """Hold it around the constructor of an SFTTrainer: `router_aux_loss_coef` 0 is of the training, not of the model.
+
+    TRL writes the coefficient of the training into the model's configuration, and so into the saved one.
+    """
+    config = model.config.get_text_config() if isinstance(model, PreTrainedModel | PeftModel) else None
+    before = getattr(config, "router_aux_loss_coef", None)
+    yield
+    if before is not None:
+        config.router_aux_loss_coef = before  # type: ignore[union-attr]  (of a model that has one)
+
+
+def has_router_loss(model: Any) -> bool:
+    """Whether TRL would add the balancing loss of a mixture of experts, by the coefficient of the model."""
+    config = model.config.get_text_config()
+    return hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", 0.0) != 0.0
 
 
 @contextmanager

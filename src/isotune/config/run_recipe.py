@@ -175,6 +175,9 @@ class RunRecipe(BaseRecipe):
     bnb_4bit_use_double_quant: bool = key(
         True, ADAPTER, "quantise the scales of the 4-bit weights too", needs=_FOUR_BIT)
 
+    device: Literal["auto", "cuda", "mps", "cpu"] = key(
+        "auto", MEMORY, "what computes; auto: a GPU where there is one, else MPS on a Mac, else the CPU",
+        changes_result=False, common=False)
     bf16: bool = key(False, MEMORY, "compute in bfloat16")
     fp16: bool = key(False, MEMORY, "compute in float16, with a scaled loss")
     microbatch_tokens: int | Literal["auto"] = key(

@@ -1,9 +1,15 @@
 """Keys of other tools that have no effect here or another name, and the sentence that answers each."""
 
+from isotune.io.shipped import IS_CHECKOUT
+
 _BATCH = "the batch of a step is global_batch_size on any hardware, and microbatch_tokens bounds the memory"
 _PLAN = "the plan lays out every row of every step, and nothing is dropped"
 _EVALUATION = "evaluation sums its exact loss over all supervised tokens, whatever the batch"
-_LAUNCH = "choose the engine by `accelerate launch --config_file accelerate_configs/...`"
+_LAUNCH = (
+    "choose the engine by `accelerate launch --config_file accelerate_configs/...`"
+    if IS_CHECKOUT
+    else "choose the engine by --engine NAME (`isotune ls engines`)"
+)
 _DEVICE = "the script chooses the device and the backend; an empty CUDA_VISIBLE_DEVICES hides GPUs"
 _COMPILE = "rows of many lengths would each be compiled anew, and packed attention is not compiled"
 _LOSS = "the loss is the exact cross-entropy over the supervised tokens of a step"
@@ -39,7 +45,8 @@ NAMES_BY_ANSWER: dict[str, tuple[str, ...]] = {
         "pad_to_multiple_of"),
     f"say packing: true or false; {_PLAN}": ("padding_free", "packing_strategy", "eval_packing"),
     "say train_on: all, last or everything": ("completion_only_loss", "assistant_only_loss"),
-    _DEVICE: ("use_cpu", "no_cuda", "ddp_backend", "local_rank"),
+    "say device: cpu": ("use_cpu", "no_cuda"),
+    _DEVICE: ("ddp_backend", "local_rank"),
     _LAUNCH: ("deepspeed", "fsdp", "fsdp_config", "accelerator_config", "parallelism_config"),
     "say on_nonfinite: stop or skip; a non-finite loss is never hidden": ("logging_nan_inf_filter", "debug"),
     _LOSS: ("label_smoothing_factor", "loss_type", "average_tokens_across_devices", "router_aux_loss_coef"),
@@ -56,7 +63,7 @@ NAMES_BY_ANSWER: dict[str, tuple[str, ...]] = {
     _HUB: ("hub_strategy", "hub_always_push", "hub_revision"),
     _COMPILE: ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
     _LIGER: ("use_liger_kernel", "liger_kernel_config"),
-    "train/ trains, and evaluates when eval_dataset_name is given": ("do_train", "do_eval", "do_predict"),
+    "a run trains, and evaluates when eval_dataset_name is given": ("do_train", "do_eval", "do_predict"),
     "packed attention is the one for every architecture": ("attn_implementation",),
     "say bf16: true or fp16: true, or neither for fp32": (
         "dtype", "torch_dtype", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"),

@@ -1,7 +1,7 @@
 """Documents of a tokenised dataset of the `datasets` library, or of any sequence of rows with `input_ids`."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 
@@ -9,16 +9,19 @@ from isotune.data.documents import Documents, starts_of, sums_of
 from isotune.io.errors import UserError
 
 IGNORED = -100  # the label of a token that is not supervised
+COMPARED_ROWS = 4
 LABEL_COLUMNS = ("labels", "label", "label_ids")
 
 
-def documents_of(dataset: Any, *, causal: bool, is_main: bool = True) -> tuple[Documents, bool]:
-    """The rows as documents without padding, and whether they have targets.
+def documents_of(
+    dataset: Any, *, causal: bool, is_main: bool = True, keep_all: bool = False
+) -> tuple[Documents, np.ndarray | None, bool]:
+    """The rows as documents without padding, a classifier's targets as the data has them, and whether there are any.
 
     A row has `input_ids`; `attention_mask` 0 is padding, and is taken off. A causal model's `labels` are its input
-    where there are none, else the input with -100 where nothing is supervised; a row without a supervised token is left
-    out, which is said. A classifier's class is a whole number, in `labels`, `label` or `label_ids`. UserError names the
-    row.
+    where there are none, else the input with -100 where nothing is supervised; unless `keep_all`, a row without a
+    supervised token is left out, which is said. A classifier's target is in `labels`, `label` or `label_ids`: the
+    documents have it where it is a class, a whole number. UserError names the row.
     """
     if not hasattr(dataset, "__len__"):
         raise UserError("a streaming dataset has no lengths to make a schedule of: take(n) of its rows into a Dataset")
@@ -32,33 +35,70 @@ def documents_of(dataset: Any, *, causal: bool, is_main: bool = True) -> tuple[D
     ids, starts = _flat(dataset, "input_ids")
     if "token_type_ids" in names and _flat(dataset, "token_type_ids")[0].any():
         raise UserError("token_type_ids of sentence pairs are not handed to the model yet")
-    kept = _flat(dataset, "attention_mask")[0] != 0 if "attention_mask" in names else np.ones(len(ids), np.bool_)
+    kept = _beside(dataset, "attention_mask", starts) != 0 if "attention_mask" in names else np.ones(len(ids), np.bool_)
     lengths = sums_of(kept, starts)
     if not lengths.all():
         raise UserError(f"row {int(np.flatnonzero(lengths == 0)[0]) + 1} of the dataset has no token")
     key = next((name for name in LABEL_COLUMNS if name in names), None)
-    without_padding = starts_of(lengths)
-    numbers = np.arange(len(lengths))
+    without_padding, numbers = starts_of(lengths), np.arange(len(lengths))
     if not causal:
-        labels = (
-            np.zeros(len(lengths), np.int64) if key is None else np.asarray([row[key] for row in _rows(dataset, key)])
-        )
-        if labels.dtype.kind not in "iu" or labels.ndim != 1:
-            raise UserError(f"the column {key!r} holds no class a row, which is a whole number")
-        documents = Documents(ids[kept], labels.astype(np.int32), without_padding, numbers, {"ids": numbers})
-        return documents, key is not None
-    labels = _flat(dataset, key)[0][kept] if key == "labels" else ids[kept]
+        targets = None if key is None else np.asarray([row[key] for row in _rows(dataset, key)])
+        if targets is not None and targets.dtype.kind not in "iufb":
+            raise UserError(f"the column {key!r} holds no class or number a row")
+        is_class = targets is not None and targets.ndim == 1 and targets.dtype.kind in "iu"
+        labels = targets.astype(np.int32) if is_class and targets is not None else np.zeros(len(lengths), np.int32)
+        return Documents(ids[kept], labels, without_padding, numbers, {"ids": numbers}), targets, key is not None
+    labels = _beside(dataset, key, starts)[kept] if key == "labels" else ids[kept]
     supervised = labels != IGNORED
     supervised[without_padding[:-1]] = False  # nothing stands before it
     if bool((labels[supervised] != ids[kept][supervised]).any()):
         raise UserError("labels are other tokens than input_ids: a label is its own token, or -100")
     documents = Documents(ids[kept], supervised, without_padding, numbers, {"ids": numbers})
     silent = documents.supervised_counts == 0
+    if keep_all:
+        return documents, None, not silent.all()
     if silent.all():
         raise UserError("no row of the dataset has a supervised token")
     if silent.any() and is_main:
         print(f"note        {int(silent.sum()):,} of {len(silent):,} rows have no supervised token and are left out")
-    return documents.select(~silent) if silent.any() else documents, True
+    return documents.select(~silent) if silent.any() else documents, None, True
+
+
+def collated(dataset: Any, collator: Callable[[list[Any]], Any]) -> list[dict[str, Any]]:
+    """Each row as a collator of the user's leaves it, which may mask labels, without the padding.
+
+    UserError where a row depends on its neighbours in the batch, or on chance.
+    """
+    few = [dataset[number] for number in range(min(COMPARED_ROWS, len(dataset)))]
+    together = _unpadded(collator(few))
+    for again in (_unpadded(collator(few)), [_unpadded(collator([row]))[0] for row in few]):
+        if together != again:
+            raise UserError(
+                "the data_collator makes other rows of the same ones, by chance or by their neighbours: "
+                "prepare the rows in the dataset"
+            )
+    return [_unpadded(collator([dataset[number]]))[0] for number in range(len(dataset))]
+
+
+def _unpadded(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a batch of tensors, each without what its attention mask leaves out."""
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        raise UserError("the data_collator returns no input_ids: prepare the rows in the dataset")
+    table = {name: np.asarray(values) for name, values in cast(Mapping[str, Any], batch).items()}
+    mask = np.asarray(table.pop("attention_mask", np.ones_like(table["input_ids"]))) != 0
+    by_token = {name for name, values in table.items() if values.shape == mask.shape}
+    return [
+        {name: (values[row][mask[row]] if name in by_token else values[row]).tolist() for name, values in table.items()}
+        for row in range(len(mask))
+    ]
+
+
+def _beside(dataset: Any, column: str, starts: np.ndarray) -> np.ndarray:
+    """The values of a column that has one for each token; UserError names the first row that has not."""
+    values, own = _flat(dataset, column)
+    if (wrong := np.flatnonzero(own != starts)).size:
+        raise UserError(f"row {int(wrong[0])} of the dataset has other numbers of {column} and of input_ids")
+    return values
 
 
 def _flat(dataset: Any, column: str) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,8 @@ from typing import Any
 
 from isotune.config import RunRecipe
 from isotune.io.errors import Complain, UserError, did_you_mean, refuse
+from isotune.io.extras import need
+from isotune.io.shipped import ROOT
 
 INLINE = "the accelerate configuration"
 AUTO = "auto"
@@ -90,14 +92,13 @@ def offloaded(config: Mapping[str, Any] | None) -> list[str]:
 
 
 def find_file(file: str) -> Path:
-    """Find a file relative to the current folder or to the checkout of the running script."""
+    """Find a file relative to the current folder or to the shipped files."""
     path = Path(file).expanduser()
     if path.is_file():
         return path
-    in_checkout = Path(sys.argv[0]).resolve().parent.parent / path
-    if not path.is_absolute() and in_checkout.is_file():
-        return in_checkout
-    raise UserError(f"deepspeed_config_file '{file}' does not exist, neither here nor in {in_checkout.parent}")
+    if not path.is_absolute() and (ROOT / path).is_file():
+        return ROOT / path
+    raise UserError(f"deepspeed_config_file '{file}' does not exist, neither here nor in {(ROOT / path).parent}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -179,6 +180,7 @@ def _contradictions(config: Mapping[str, Any], recipe: RunRecipe) -> Iterator[st
 
 def _check_sections(config: Mapping[str, Any], name: str, complain: Complain) -> None:
     """Compare the keys with those of DeepSpeed, whose pydantic model also reads the values of `zero_optimization`."""
+    need("deepspeed", "ZeRO")
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from deepspeed.runtime.zero.offload_config import (

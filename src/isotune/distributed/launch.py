@@ -27,10 +27,14 @@ from isotune.compat.accelerate import allow_fsdp_on_cpu, launcher_options
 from isotune.compat.deepspeed import disable_shm_transport
 from isotune.config import RunRecipe
 from isotune.distributed.deepspeed_config import INLINE, read_deepspeed_config, stage_of
+from isotune.distributed.device import choose_device
 from isotune.distributed.rendezvous import rendezvous
+from isotune.io import shipped
 from isotune.io.errors import Complain, UserError, did_you_mean, refuse
+from isotune.io.extras import need
 
 COLLECTIVE_TIMEOUT_MARGIN_SECONDS = 60
+LAUNCH_MODULES = ("accelerate.commands.launch", "isotune.distributed.accelerate_launch")
 FLAGS_ONLY = {"rdzv_backend": "static", "same_network": False}  # accelerate 1.15 reads these from its flags alone
 
 
@@ -82,7 +86,10 @@ def start_process(recipe: RunRecipe) -> Process:
     where ranks do not reach each other, with their addresses.
     """
     world_size, engine = int(os.environ.get("WORLD_SIZE", "1")), engine_of(os.environ)
-    on_cpu = not torch.cuda.is_available()
+    on_cpu = choose_device(recipe.device, world_size) == "cpu"
+    check_extras(recipe, engine)
+    if on_cpu and torch.cuda.is_available() and engine in ("DeepSpeed", "FSDP"):
+        raise UserError(f"device: cpu under {engine} beside a GPU: hide it by an empty CUDA_VISIBLE_DEVICES instead")
     if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed's import, which otherwise looks for a GPU and warns
     request = read_request()
@@ -104,6 +111,14 @@ def start_process(recipe: RunRecipe) -> Process:
         keep_alive = HfDeepSpeedConfig({**(config or {}), **as_loaded})
     device = torch.device(state.device)  # type: ignore[arg-type]  (declared as a device, a string or None)
     return Process(state.process_index, state.num_processes, device, engine == "FSDP", config, keep_alive)
+
+
+def check_extras(recipe: RunRecipe, engine: str) -> None:
+    """UserError where a package that this run needs is not installed."""
+    if engine == "DeepSpeed":
+        need("deepspeed", "ZeRO")
+    if recipe.tune == "qlora":
+        need("bitsandbytes", "tune: qlora")
 
 
 def _make_state(recipe: RunRecipe, world_size: int, engine: str, on_cpu: bool) -> PartialState:
@@ -155,7 +170,7 @@ def launch_arguments(command: list[str]) -> list[str] | None:
     """The arguments after `accelerate launch` in a command line, in any spelling of that command."""
     for index, word in enumerate(command):
         name, rest = os.path.basename(word), command[index + 1 :]
-        if name == "accelerate-launch" or word == "accelerate.commands.launch":
+        if name == "accelerate-launch" or word in LAUNCH_MODULES:
             return rest
         if word.endswith(os.path.join("accelerate", "commands", "launch.py")):
             return rest
@@ -225,7 +240,7 @@ def check_launch(request: Request | None, recipe: RunRecipe, environment: Mappin
             why = "--cpu, use_cpu: true and MULTI_CPU start one" if request.on_cpu else f"{name} is for one process"
             raise UserError(
                 f"{request.processes} processes were asked (num_processes) and {started_processes} started: {why}; say "
-                "--config_file accelerate_configs/ddp.yaml, which finds the CPU by itself where there is no GPU"
+                f"{shipped.engine('ddp')}, which finds the CPU by itself where there is no GPU"
             )
     check_precision(name, recipe, environment.get("ACCELERATE_MIXED_PRECISION", "no").lower())
 

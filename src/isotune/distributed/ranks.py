@@ -22,7 +22,12 @@ _MAX_PAUSE_SECONDS = 5.0
 
 def several_ranks() -> bool:
     """Whether this process belongs to a group of more than one rank."""
-    return dist.is_initialized() and dist.get_world_size() > 1
+    return world_size() > 1
+
+
+def world_size() -> int:
+    """Ranks of the group that this process belongs to."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def gather_by_number(values: dict[int, torch.Tensor], count: int, device: torch.device) -> list[float]:
@@ -48,6 +53,8 @@ def gather_vectors(values: dict[int, torch.Tensor], count: int, size: int, devic
 
     `values` are this rank's vectors, [size] each, by row. No row is on two ranks; a row on none is zero.
     """
+    if device.type == "mps":  # which has no float64, and is one process
+        device = torch.device("cpu")
     table = torch.zeros(count, size, dtype=torch.float64, device=device)
     if values:
         rows = torch.tensor(list(values), device=device)
@@ -55,6 +62,25 @@ def gather_vectors(values: dict[int, torch.Tensor], count: int, size: int, devic
     if several_ranks():
         dist.all_reduce(table)
     return table.cpu()
+
+
+def gather_parts(own: dict[int, torch.Tensor], lengths: list[int], device: torch.device) -> list[torch.Tensor]:
+    """One tensor [length, ...] of each place of `lengths`, from the rank that has it: the same bits on every rank.
+
+    `own` are this rank's by place, float32, equal in all but their first axis.
+    """
+    trailing = [tuple(part.shape[1:]) for part in own.values()][:1]
+    if several_ranks():
+        shapes: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(shapes, trailing)
+        trailing = next(shape for shape in shapes if shape)
+    table = torch.zeros(sum(lengths), *trailing[0], device=device)
+    parts = list(table.split(lengths))
+    for place, part in own.items():
+        parts[place].copy_(part.detach())
+    if several_ranks():
+        dist.all_reduce(table)
+    return [part.clone() for part in parts]
 
 
 def ordered_sum(values: list[float]) -> float:

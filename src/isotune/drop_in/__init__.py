@@ -15,6 +15,7 @@ document.
     evaluate, predict      one exact loss, one prediction a row, in the order of the rows
 """
 
-from isotune.drop_in.trainer import SFTTrainer, Trainer, describe
+from isotune.drop_in.describe import describe
+from isotune.drop_in.trainer import SFTTrainer, Trainer
 
 __all__ = ["SFTTrainer", "Trainer", "describe"]

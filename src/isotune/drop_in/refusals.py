@@ -2,54 +2,44 @@
 
 from typing import Any
 
-import transformers
 from torch import nn
-from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from isotune.compat.peft import base_model_of
 from isotune.io.errors import UserError
 
-LIBRARY_LOSSES = (transformers.Trainer.compute_loss, TrlSFTTrainer.compute_loss)
-# collators that only pad, which nothing here needs
-PADDERS = {
-    "DataCollatorWithPadding",
-    "DataCollatorForLanguageModeling",
-    "DataCollatorForSeq2Seq",
-    "DefaultDataCollator",
+# an argument of TrainingArguments or SFTConfig, by the value that is refused: anything true, or one value
+REFUSED_FIELDS: dict[str, tuple[Any, str]] = {
+    "auto_find_batch_size": (True, "changes what a device holds: say microbatch_tokens"),
+    "dataloader_drop_last": (True, "nothing is dropped, the last update of an epoch is smaller"),
+    "batch_eval_metrics": (True, "metrics are computed once, of all predictions"),
+    "packing_strategy": ("wrapped", "rows see each other: say bfd"),
 }
 
 
-def refuse(trainer: Any, args: Any, given: dict[str, Any]) -> None:
+def refuse(args: Any, given: dict[str, Any]) -> None:
     """Stop where the result would depend on the launch, or an argument has no meaning in a schedule."""
-    said = lambda name: getattr(args, name, None)  # noqa: E731  (args may be None, or not TRL's)
-    collator, model = given.get("data_collator"), given.get("model")
-    config = getattr(base_model_of(model), "config", None) if isinstance(model, nn.Module) else None
-    own_collator = collator is not None and type(collator).__name__ not in PADDERS | {"function"}
-    own_loss = type(trainer).compute_loss not in LIBRARY_LOSSES or given.get("compute_loss_func") is not None
-    smooths_tokens = bool(said("label_smoothing_factor")) and isinstance(trainer, TrlSFTTrainer)
-    problem = getattr(config, "problem_type", None)
-    wrong = {
-        "a loss of your own (compute_loss, compute_loss_func) is not computed over the global batch yet": own_loss,
-        "a data_collator of your own decides what a batch is: prepare the rows in the dataset": own_collator,
-        "masked language modelling draws its masks in the collator, where no schedule sees them": getattr(
-            collator, "mlm", False
-        ),
-        "label_smoothing_factor has no chunked loss over tokens": smooths_tokens,
-        f"loss_type: {said('loss_type')} is not computed over the global batch": said("loss_type") not in (None, "nll"),
-        f"problem_type: {problem} is not computed over the global batch yet": problem
-        not in (None, "single_label_classification"),
-        "neftune_noise_alpha is scaled by a batch's padded length, and there is none": said("neftune_noise_alpha"),
-        "auto_find_batch_size changes what a device holds: say microbatch_tokens": said("auto_find_batch_size"),
-        "dataloader_drop_last: nothing is dropped, the last update of an epoch is smaller": said(
-            "dataloader_drop_last"
-        ),
-        "model_init makes another model for each training, after the schedule is made: give model": given.get(
-            "model_init"
-        ),
-        "packing_strategy: wrapped lets rows see each other: say bfd": said("packing")
-        and said("packing_strategy") == "wrapped",
-        "packing needs max_length": said("packing") and said("max_length") is None,
-    }
-    for sentence, is_wrong in wrong.items():
-        if is_wrong:
-            raise UserError(sentence)
+    for name, (value, reason) in REFUSED_FIELDS.items():
+        if getattr(args, name, None) == value and (name != "packing_strategy" or getattr(args, "packing", False)):
+            raise UserError(f"{name}: {value}: {reason}")
+    if getattr(args, "packing", False) and getattr(args, "max_length", None) is None:
+        raise UserError("packing needs max_length")
+    if getattr(args, "router_aux_loss_coef", None):
+        raise UserError("router_aux_loss_coef: the routers' balancing loss is a mean of microbatches: say 0.0")
+    if "loss" in (getattr(args, "include_for_metrics", None) or ()):
+        raise UserError("include_for_metrics: loss: there is one loss of all rows, eval_loss, and none of a batch")
+    if getattr(given.get("data_collator"), "mlm", False):
+        raise UserError("masked language modelling draws its masks in the collator, where no schedule sees them")
+    if isinstance(model := given.get("model"), nn.Module):
+        check_model(model)
+
+
+def check_model(model: nn.Module) -> None:
+    """Stop for what is neither a causal language model nor a sequence classifier."""
+    kind = type(base_model_of(model)).__name__
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()}
+    if kind not in known and not kind.endswith(("ForCausalLM", "LMHeadModel", "ForSequenceClassification")):
+        raise UserError(f"{kind} is neither a causal language model nor a sequence classifier: use the library's own")

@@ -2,14 +2,13 @@
 
 import copy
 import inspect
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
 import transformers
-from accelerate.utils import gather_object
 from torch import nn
 from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize
@@ -18,17 +17,25 @@ from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
 from isotune.compat.peft import base_model_of
 from isotune.compat.transformers import attention_of, use_one_gpu
 from isotune.data.batch_schedule import StepSchedule
-from isotune.data.datasets import IGNORED, documents_of
+from isotune.data.datasets import collated, documents_of
 from isotune.data.documents import Documents, Rows
 from isotune.data.packing import one_document_per_row, pack
-from isotune.drop_in.refusals import refuse
-from isotune.io.errors import UserError
+from isotune.distributed.ranks import world_size
+from isotune.drop_in.own_loss import Batch, OwnLoss
+from isotune.drop_in.predictions import predictions_of, rows_of, tokens_of
+from isotune.drop_in.refusals import check_model, refuse
+from isotune.io.errors import UserError, first_line
 from isotune.models.causal import install_causal
 from isotune.models.classifier import ClassLoss, install_classification
 from isotune.models.cpu.layers import enable_speedups
+from isotune.models.embedding_noise import add_noise
 from isotune.models.isolation import check_isolation
+from isotune.models.packed_attention import max_positions
 from isotune.training.tasks import ClassificationTask, EvaluationRun, SftTask, Task
 from isotune.training.trainer import PlannedTraining, TrainingPlan
+
+LIBRARY_LOSSES = (transformers.Trainer.compute_loss, TrlSFTTrainer.compute_loss)
+PREPARED_CLASSES = (None, "single_label_classification")  # problem types with a summed loss of their own
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,7 @@ class Laid:
 
     documents: Documents
     rows: Rows
+    targets: np.ndarray | None  # by document what a classifier's loss is made of, as the dataset has it
     labelled: bool  # whether there is a loss to compute
 
 
@@ -63,23 +71,25 @@ class DropIn(PlannedTraining):
         library = super(PlannedTraining, self).__init__
         given = dict(inspect.signature(library).bind(*arguments, **options).arguments)
         args = given.get("args")
-        refuse(self, args, given)
+        refuse(args, given)
         self._row_tokens: int | None = None
-        self._laid: dict[int, tuple[Any, Laid]] = {}  # by the identity of the dataset, which is kept beside
+        self._laid: dict[tuple[int, bool], tuple[Any, Laid]] = {}  # by the dataset's identity; it is kept
         self._unlabelled, self.causal = False, True
+        self.own_loss: OwnLoss | None = None
         self.microbatch_tokens, self._exact = microbatch_tokens, exact_gradients
-        self.global_batch_size = global_batch_size
+        self._pinned, self.global_batch_size = global_batch_size is not None, global_batch_size
+        self._noise = getattr(args, "neftune_noise_alpha", None)
+        self._accumulation = 1
         if args is not None:
             args = given["args"] = copy.copy(args)
             if getattr(args, "packing", False):
                 self._row_tokens = args.max_length
             if hasattr(args, "packing"):  # TRL prepares the rows, and packs none
                 args.packing = args.eval_packing = args.padding_free = False
-            if self.global_batch_size is None:
-                launched = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-                self.global_batch_size = launched
+                args.router_aux_loss_coef = 0.0
+            self._accumulation = args.gradient_accumulation_steps
             args.gradient_accumulation_steps, args.average_tokens_across_devices = 1, False
-            use_one_gpu(args)
+            args.neftune_noise_alpha = None
         super().__init__(plan=self._make_plan, **given)
         self.add_callback(_SelfTest(self))
 
@@ -87,13 +97,24 @@ class DropIn(PlannedTraining):
 
     def _make_plan(self) -> TrainingPlan:
         args, model = self.args, cast(nn.Module, self.model)
+        use_one_gpu(args)
+        if (launched := world_size()) != args.world_size:
+            raise UserError(
+                f"{launched} processes were launched, and TrainingArguments knows of {args.world_size}: without GPUs "
+                "say use_cpu=True"
+            )
         base = base_model_of(model)
         self.causal = not type(base).__name__.endswith("ForSequenceClassification")
-        if self.global_batch_size is None:
-            self.global_batch_size = args.per_device_train_batch_size * args.world_size
-        train = self._lay_out(self.train_dataset, self._row_tokens)
-        longest = int(train.documents.lengths.max())
-        task = self._install(base, longest, train.documents)
+        if not self._pinned:
+            self.global_batch_size = args.per_device_train_batch_size * self._accumulation * args.world_size
+        assert self.global_batch_size is not None
+        if self.train_dataset is None:  # a trainer that only evaluates
+            evaluated = self.eval_dataset
+            train = self._lay_out(next(iter(evaluated.values())) if isinstance(evaluated, dict) else evaluated)
+        else:
+            train = self._lay_out(self.train_dataset, self._row_tokens)
+            self._library_loader(self.train_dataset)  # remembers which columns the model's own forward takes
+        task = self._install(base, train)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         few = 2 * trained < sum(p.numel() for p in model.parameters())
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
@@ -105,33 +126,100 @@ class DropIn(PlannedTraining):
             )
         return TrainingPlan(schedule, train, task, exact_gradients=exact)
 
-    def _install(self, base: Any, longest: int, documents: Documents) -> Task:
+    def _install(self, base: Any, train: Laid) -> Task:
         """Patch the model once, and say what it learns."""
+        check_model(base)
+        longest = max(int(train.documents.lengths.max()), max_positions(base.config) or 0)
         if self.causal:
             form = install_causal(base, longest)
-            if form.why_padded is not None and self.args.process_index == 0:
-                print(f"note        documents are padded, one a line: packed in a row, {form.why_padded}")
+            self._say(form.why_padded and f"documents are padded, one a line: packed in a row, {form.why_padded}")
             task: Task = SftTask(str(attention_of(base.config)))
         else:
             class_loss = ClassLoss(None, self.args.label_smoothing_factor)
-            install_classification(base, class_loss)
+            layout = install_classification(base, class_loss, longest)
+            self._say(layout.reason and f"documents are {layout.name}: packed, {layout.reason}")
             attention = str(attention_of(base.config))
-            task = ClassificationTask(documents, base.config.num_labels, class_loss, attention)
-        enable_speedups(cast(nn.Module, self.model), zero3=False)
-        return task
+            task = ClassificationTask(train.documents, base.config.num_labels, class_loss, attention)
+        if self._noise is not None:
+            add_noise(base.get_input_embeddings(), self._noise)
+        enable_speedups(cast(nn.Module, self.model), zero3=self._is_zero3)
+        if not self._has_own_loss(base, train.targets):
+            return task
+        self.own_loss = OwnLoss(self, task, self.causal)
+        if train.labelled:
+            self._batches_of(train, self.train_dataset if self.train_dataset is not None else self.eval_dataset)
+            self.own_loss.probe(train.documents)
+        return self.own_loss
 
-    def _lay_out(self, dataset: Any, row_tokens: int | None = None) -> Laid:
+    def _has_own_loss(self, base: Any, targets: np.ndarray | None) -> bool:
+        """Whether the loss is not the one that is summed without all logits in memory."""
+        numbers = targets is not None and (targets.ndim > 1 or targets.dtype.kind == "f")
+        own = type(self).compute_loss not in LIBRARY_LOSSES or self.compute_loss_func is not None
+        own = own or getattr(self.args, "loss_type", "nll") not in (None, "nll")
+        smooths_tokens = self.causal and self.args.label_smoothing_factor > 0
+        other_kind = not self.causal and (
+            base.config.num_labels < 2 or base.config.problem_type not in PREPARED_CLASSES
+        )
+        return own or smooths_tokens or other_kind or numbers
+
+    @property
+    def _is_zero3(self) -> bool:
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        return plugin is not None and plugin.zero_stage == 3
+
+    def _library_loader(self, dataset: Any) -> Any:
+        return super(PlannedTraining, self).get_test_dataloader(dataset)
+
+    def _say(self, note: str | None) -> None:
+        if note and self.args.process_index == 0:
+            print(f"note        {note}")
+
+    def _batches_of(self, laid: Laid, dataset: Any) -> None:
+        """Let a loss of one's own have the batches that the library makes of these documents."""
+        loader = self._library_loader(dataset)
+        rows, collate = loader.dataset, loader.collate_fn
+
+        def batch(numbers: Sequence[int]) -> Batch:
+            try:
+                return dict(collate([rows[number] for number in numbers]))
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(
+                    f"the data_collator makes no batch of {len(numbers)} rows: {first_line(error)}"
+                ) from error
+
+        assert self.own_loss is not None
+        self.own_loss.batches[id(laid.documents)] = batch
+
+    def _lay_out(self, dataset: Any, row_tokens: int | None = None, *, keep_all: bool = False) -> Laid:
         """The documents of a dataset, and their rows; read once."""
         if dataset is None:
             raise UserError("there is no dataset: give train_dataset, or a dataset to evaluate")
-        kept = self._laid.get(id(dataset))
+        kept = self._laid.get((id(dataset), keep_all))
         if kept is not None and kept[0] is dataset:
             return kept[1]
-        documents, labelled = documents_of(dataset, causal=self.causal, is_main=self.args.process_index == 0)
-        seed = self._data_seed
-        rows = pack(documents.lengths, row_tokens, seed=seed) if row_tokens else one_document_per_row(len(documents))
-        self._laid[id(dataset)] = dataset, Laid(documents, rows, labelled)
-        return self._laid[id(dataset)][1]
+        is_main = self.args.process_index == 0
+        rows_only = self._rows_for(dataset)
+        documents, targets, labelled = documents_of(rows_only, causal=self.causal, is_main=is_main, keep_all=keep_all)
+        positions = max_positions(base_model_of(cast(nn.Module, self.model)).config)
+        if positions is not None and (longest := int(documents.lengths.max())) > positions:
+            row = int(documents.ids[documents.lengths.argmax()]) + 1
+            raise UserError(f"row {row} of the dataset has {longest} tokens, and the model positions for {positions}")
+        rows = (
+            pack(documents.lengths, row_tokens, seed=self._data_seed)
+            if row_tokens
+            else one_document_per_row(len(documents))
+        )
+        laid = Laid(documents, rows, targets, labelled)
+        self._laid[id(dataset), keep_all] = dataset, laid
+        return laid
+
+    def _rows_for(self, dataset: Any) -> Any:
+        """The rows of a dataset as its collator leaves them, which is as they are where it only pads."""
+        of_library = str(getattr(self.data_collator, "__module__", "")).startswith(("transformers.", "trl."))
+        if of_library or not hasattr(dataset, "__len__"):
+            return dataset
+        loader = self._library_loader(dataset)  # without the columns that it removes
+        return collated(loader.dataset, loader.collate_fn)
 
     @property
     def _data_seed(self) -> int:
@@ -150,6 +238,15 @@ class DropIn(PlannedTraining):
             **options,
         )
 
+    def call_model_init(self, trial: Any = None) -> Any:
+        """A fresh model for a training, and a schedule of the arguments that a search has set."""
+        model = super().call_model_init(trial)
+        if hasattr(self, "plan"):
+            self.model, self.own_loss = model, None
+            self.plan = self._make_plan()
+            self.make_update()
+        return model
+
     # ---- evaluation: one prediction a row, and one division ----
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -160,11 +257,13 @@ class DropIn(PlannedTraining):
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """The rows of any dataset, with the model, for `evaluation_loop`."""
-        laid = self._lay_out(test_dataset)
+        laid = self._lay_out(test_dataset, keep_all=True)
         step = self._schedule(laid, self.plan.task, len(laid.rows), shuffle=False).step(0)
         model: Any = self.model_wrapped
         run = EvaluationRun(model, step, laid.documents, self.accelerator, self.watchdog, self.state.global_step)
-        self._unlabelled = not laid.labelled
+        self._unlabelled, self._targets = not laid.labelled, laid.targets
+        if self.own_loss is not None and laid.labelled and id(laid.documents) not in self.own_loss.batches:
+            self._batches_of(laid, test_dataset)
         return run
 
     def evaluation_loop(
@@ -180,46 +279,32 @@ class DropIn(PlannedTraining):
         loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
         metrics: dict[str, Any] = {}
         if labelled:
-            found = self.plan.task.evaluate(run)
+            with self.accelerator.autocast():  # before training no engine has wrapped the model yet
+                found = self.plan.task.evaluate(run)
             metrics = found if self.compute_metrics is None else {"eval_loss": found["eval_loss"]}
         predictions = labels = None
         if not loss_only:
-            predictions = self._predictions(run)
-            labels = self._labels(run.documents) if labelled else None
+            make = self._label_of(run.documents)
+            with self.accelerator.autocast():
+                predictions = predictions_of(run, make, self.preprocess_logits_for_metrics, causal=self.causal)
+            labels = rows_of(make, range(len(run.documents))) if labelled else None
             if self.compute_metrics is not None and labels is not None:
-                own = self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
+                inputs = {}
+                if "inputs" in self.args.include_for_metrics:
+                    inputs = {"inputs": rows_of(lambda n: tokens_of(run.documents, n), range(len(run.documents)))}
+                own = self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels, **inputs))
                 metrics |= {f"eval_{name}": value for name, value in dict(own).items()}
         prefix = f"{metric_key_prefix}_"
         plain = cast(dict[str, Any], denumpify_detensorize(metrics))
         named = {prefix + name.removeprefix("eval_"): value for name, value in plain.items()}
         return EvalLoopOutput(predictions=predictions, label_ids=labels, metrics=named, num_samples=len(run.documents))  # type: ignore[arg-type]  (as stock, None where there are none)
 
-    @torch.no_grad()
-    def _predictions(self, run: EvaluationRun) -> np.ndarray:
-        """What the model says of each row, [rows, ...], filled up with -100 where rows differ in length."""
-        own: list[tuple[int, np.ndarray]] = []
-        prepare = self.preprocess_logits_for_metrics or (lambda logits, labels: logits)
-        for microbatch, found in run.outputs(targets=False):
-            if not microbatch.weight:
-                continue
-            lengths = run.documents.lengths[list(microbatch.documents)].tolist()
-            logits = found.logits[0].split(lengths) if self.causal else found.logits
-            for document, of_row in zip(microbatch.documents, logits, strict=True):
-                made = prepare(of_row[None], self._label(run.documents, document))[0]
-                own.append((document, (made.float() if made.is_floating_point() else made).cpu().numpy()))
-        found_rows = dict(gather_object(own))
-        return _stacked([found_rows[row] for row in range(len(run.documents))])
-
-    def _label(self, documents: Documents, document: int) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(self._labels(documents, [document]))).to(self.args.device)
-
-    def _labels(self, documents: Documents, chosen: Iterable[int] | None = None) -> np.ndarray:
-        """Labels as the library's collators make them: classes, or tokens with -100 where nothing is supervised."""
-        numbers = range(len(documents)) if chosen is None else chosen
-        if not self.causal:
-            return documents.labels[list(numbers)].astype(np.int64)
-        tokens = np.where(documents.supervised, documents.input_ids, IGNORED).astype(np.int64)
-        return _stacked([tokens[documents.starts[n] : documents.starts[n + 1]] for n in numbers])
+    def _label_of(self, documents: Documents) -> Any:
+        """The labels of a row as the library's collators make them: its class, or tokens with -100."""
+        targets = self._targets
+        if targets is not None:
+            return lambda row: targets[row]
+        return lambda row: tokens_of(documents, row, supervised_only=True)
 
 
 class _SelfTest(TrainerCallback):
@@ -229,9 +314,10 @@ class _SelfTest(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """On the prepared model."""
+        """On the prepared model, in the precision of its products."""
         of = self.trainer
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(of.accelerator.mixed_precision, torch.float32)
+        stored = next((p.dtype for p in of.model.parameters() if p.is_floating_point()), torch.float32)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(of.accelerator.mixed_precision, stored)
         vocabulary = base_model_of(of.model).config.get_text_config().vocab_size
         options: dict[str, Any] = {"classifier": not of.causal, "padded": of.plan.task.pads}
         of.isolation = check_isolation(of.model_wrapped, vocabulary, args.device, dtype, **options)
@@ -243,27 +329,3 @@ class Trainer(DropIn, transformers.Trainer):
 
 class SFTTrainer(DropIn, TrlSFTTrainer):
     """`trl.SFTTrainer`: its loading, templates and preparation; our packing, loss and update."""
-
-
-def describe(trainer: Any) -> str:
-    """What is guaranteed of a trainer's result, a line each, to be printed."""
-    plan = trainer.plan
-    launch = f"{trainer.args.world_size} process{'es' if trainer.args.world_size > 1 else ''}"
-    bits = "bit for bit" if plan.exact_gradients else "to rounding"
-    lines = [
-        f"an update   {plan.schedule.global_batch_size} rows, on this launch of {launch} and on any other",
-        f"losses      the sum over the update's {plan.task.target.replace('_', ' ')}, divided once by their number",
-        f"gradients   the same on any number of processes, {bits}",
-        "dropout     of the document: not of its neighbours, its microbatch or its rank",
-        f"attention   {plan.task.attention}: no document sees another",
-    ]
-    return "\n".join(lines)
-
-
-def _stacked(arrays: list[np.ndarray]) -> np.ndarray:
-    if len({array.shape for array in arrays}) == 1:
-        return np.stack(arrays)
-    whole = np.full((len(arrays), max(map(len, arrays)), *arrays[0].shape[1:]), IGNORED, arrays[0].dtype)
-    for row, array in zip(whole, arrays, strict=True):
-        row[: len(array)] = array
-    return whole

@@ -20,7 +20,9 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from isotune.compat.deepspeed import disable_shm_transport
+from isotune.distributed.device import choose_device
 from isotune.io.errors import RunFault, UserError, first_line
+from isotune.io.shipped import ROOT
 from isotune.models.log_control import quiet_libraries
 
 T = TypeVar("T")
@@ -91,7 +93,7 @@ def start_ranks() -> Ranks:
         os.environ.pop(engine, None)
     launched = "LOCAL_RANK" in os.environ
     options: dict[str, Any] = {"timeout": GATHER_TIMEOUT} if launched else {}
-    if not torch.cuda.is_available():
+    if choose_device(processes=world_size) == "cpu":
         # accelerate 1.15 otherwise looks for NCCL, or starts each process as the only one
         options |= {"cpu": True, **({"backend": "gloo"} if launched else {})}
     state = PartialState(**options)
@@ -141,7 +143,7 @@ def read_shards() -> Shards | None:
     if config_file == "none":
         zero: dict[str, Any] = {"stage": int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))}
     else:
-        candidates = (Path(config_file), Path(sys.argv[0]).resolve().parent.parent / config_file)
+        candidates = (Path(config_file), ROOT / config_file)
         file = next((candidate for candidate in candidates if candidate.is_file()), None)
         if file is None:
             raise UserError(f"deepspeed_config_file '{config_file}' does not exist")

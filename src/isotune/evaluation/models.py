@@ -16,9 +16,11 @@ from isotune.config.mixture import mixture_name
 from isotune.data.classification.labels import ClassificationSettings
 from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.data.sources.hub import is_hub_id
+from isotune.distributed.device import choose_device
 from isotune.evaluation.distributed_eval import Shards
 from isotune.evaluation.tasks import ROW_COLUMNS, ClassificationTask, read_task
 from isotune.io.errors import UserError
+from isotune.io.shipped import script
 from isotune.models.base.folder import why_no_model
 from isotune.models.base.head import names_of
 from isotune.models.base.vocabulary import check_tokens
@@ -109,7 +111,9 @@ def load_run_classifier(run_dir: str | Path, device: torch.device, dtype: torch.
     run = read_run(run_dir)
     if run.is_adapter:
         if not is_classifier(run):
-            raise UserError(f"{run.folder} is no run of a classifier: eval/generate.py evaluates a language model")
+            raise UserError(
+                f"{run.folder} is no run of a classifier: {script('eval/generate.py')} evaluates a language model"
+            )
         base = load_run_base(run, device, dequantize=True)
         install_classification(base.to(dtype))
         model = add_run_adapter(run, base).to(dtype)
@@ -217,7 +221,7 @@ def _generation_model(model: Any, tokenizer: Any, shards: Shards | None) -> Gene
 
 
 def _best_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(choose_device())
 
 
 def _stored_dtype(name: str | Path) -> torch.dtype:
@@ -243,4 +247,6 @@ def _check_kind(folder: Path, name: str) -> None:
     """Refuse another kind of model, which would load with a random head or fail with a traceback."""
     kinds = load_pretrained_config(str(folder)).architectures or []
     if kinds and not any(kind.endswith("ForSequenceClassification") for kind in kinds):
-        raise UserError(f"{name} holds a {kinds[0]}, not a classifier: eval/generate.py evaluates a language model")
+        raise UserError(
+            f"{name} holds a {kinds[0]}, not a classifier: {script('eval/generate.py')} evaluates a language model"
+        )

@@ -22,6 +22,7 @@ from isotune.evaluation.results import (
     read_result,
 )
 from isotune.evaluation.statistics.resampling import Statistic, by_group
+from isotune.io import shipped
 from isotune.io.errors import UserError
 
 DATA_KEYS = ("label", "reference", "prompt", "text_sha256", "group")  # of a row, from the data and not the model
@@ -77,7 +78,9 @@ def _evaluations(run: Path) -> dict[str, Path]:
         raise UserError(f"there is no folder {run}")
     folders = [run] if (run / METRICS).is_file() else find_results(run)
     if not folders:
-        raise UserError(f"{run} holds no evaluation: run eval/classify.py or eval/generate.py with --run_dir {run}")
+        scripts = " or ".join(dict.fromkeys(shipped.script(f"eval/{name}.py") for name in ("classify", "generate")))
+        how = f"{scripts} with --run_dir {run}" if shipped.IS_CHECKOUT else f"{scripts} {run}"
+        raise UserError(f"{run} holds no evaluation: run {how}")
     return {folder.name: folder for folder in folders}
 
 

@@ -80,6 +80,8 @@ def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
     """What tells two evaluations apart, in brackets: data by their names, and the first other key."""
     different = [key for key in here if key not in ("data", "dataset_name") and there.get(key) != here[key]]
     if there.get("data") != here["data"] and "dataset_name" in there:
+        if there["dataset_name"] == here["dataset_name"]:
+            return f" (the contents of {here['dataset_name']} have changed since)"
         return f" (of {there['dataset_name']}, and this one is of {here['dataset_name']})"
     if not there or not different:
         return ""

@@ -24,7 +24,15 @@ EXIT_FAULT, EXIT_USER_ERROR, EXIT_PREEMPTED = 1, 2, 75
 JOB_STATUS_FILE = "ISOTUNE_VERDICT"  # the environment variable
 
 
-class UserError(Exception):
+class OneSentence(Exception):
+    """An error that is one sentence, in a notebook too, where everything else comes with a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+class UserError(OneSentence):
     """A mistake that the user can correct: the message is one sentence that names the file, key or row."""
 
 
@@ -34,6 +42,11 @@ Complain = Callable[[str], None]  # takes the sentence of a mistake: `refuse`, o
 def refuse(sentence: str) -> NoReturn:
     """Raise the first mistake at once; `isotune plan` passes a list's `append` instead and collects them all."""
     raise UserError(sentence)
+
+
+def is_first_process() -> bool:
+    """Whether this is global rank 0, by the launcher's RANK: it can be asked before the process group exists."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def first_line(error: BaseException) -> str:
@@ -69,7 +82,7 @@ class OneSentenceParser(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
 
 
-class RunFault(Exception):
+class RunFault(OneSentence):
     """The run cannot go on, and no input is at fault: one sentence that says what was observed."""
 
 
@@ -77,11 +90,11 @@ class Superseded(RunFault):
     """Another process has taken over the run folder: one sentence that names it. This process writes nothing more."""
 
 
-class Preempted(Exception):
+class Preempted(OneSentence):
     """The run was told to stop and has written a checkpoint: one sentence that says how to resume."""
 
 
-class AlreadyDone(Exception):
+class AlreadyDone(OneSentence):
     """The requested result exists: one sentence that says where. The script succeeds."""
 
 
@@ -100,8 +113,9 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     if os.environ.get(JOB_STATUS_FILE):
         # Until training installs its own handlers. Nothing is lost at that point, and the job may run again; without
         # these, ranks would ignore the signals too where their launcher ignores them.
-        signal.signal(signal.SIGTERM, _stop_early)
-        signal.signal(signal.SIGUSR1, _stop_early)
+        for name in ("SIGTERM", "SIGUSR1"):  # Windows has no SIGUSR1
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), _stop_early)
     is_local_main = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         status = main() or 0
@@ -147,7 +161,7 @@ def write_job_status(**content: Any) -> None:
         return
     file = Path(name)
     current = read_job_status(file)
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = is_first_process()
     has_ended = current.get("exit_status") is not None
     is_told = not is_main and (has_ended or content.get("exit_status") == 0)
     if is_told or current.get("exit_status") == EXIT_USER_ERROR:

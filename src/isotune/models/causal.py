@@ -5,6 +5,7 @@ two must agree; only the types of KNOWN, which tests hold against their stock fo
 Whatever the decision, the self-test (isolation.py) measures the prepared model once more before the first step.
 """
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,9 @@ class CausalForm:
     stock_logits: bool = False  # the loss needs all logits of a microbatch in memory at once
 
 
+_forms: weakref.WeakKeyDictionary[nn.Module, CausalForm] = weakref.WeakKeyDictionary()  # of installed models
+
+
 def install_causal(model: Any, max_seq_length: int) -> CausalForm:
     """Make a causal language model accept packed rows and `supervised_positions` (install_supervised_loss).
 
@@ -51,6 +55,8 @@ def install_causal(model: Any, max_seq_length: int) -> CausalForm:
         set_packed_attention(model)
         install_supervised_loss(model)
         return CausalForm()
+    if model in _forms:  # of an earlier trainer
+        return _forms[model]
     mode, before = model.training, attention_of(model.config)
     model.eval()
     documents = _documents(config) if _can_run(model) else []
@@ -72,7 +78,8 @@ def install_causal(model: Any, max_seq_length: int) -> CausalForm:
             if not _loss_agrees(model, documents, alone):
                 raise UserError(f"model type '{config.model_type}' returns other logits for a part of the positions")
     model.train(mode)
-    return CausalForm(why_padded, stock_logits)
+    _forms[model] = CausalForm(why_padded, stock_logits)
+    return _forms[model]
 
 
 def _can_run(model: nn.Module) -> bool:

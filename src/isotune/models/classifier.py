@@ -17,17 +17,18 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from isotune.compat.peft import base_model_of, given_arguments
-from isotune.compat.torch import patch_forward
+from isotune.compat.torch import patch_forward, unpatch_forward
 from isotune.compat.transformers import set_sharded_classes
 from isotune.io.errors import UserError
 from isotune.models.cpu.cls_only import cls_states_only
 from isotune.models.cpu.functional import onednn_products
 from isotune.models.cpu.layers import keep_freed_memory
 from isotune.models.layouts.choose import choose_layout
-from isotune.models.layouts.layout import FIRST, LAST, Layout, install_layout
+from isotune.models.layouts.layout import FIRST, LAST, Layout, Logits, install_layout
 from isotune.models.packed_attention import PACKED
 
-_layouts: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictionary()  # of installed models
+# the layout of each installed model, and its logits in it
+_layouts: weakref.WeakKeyDictionary[nn.Module, tuple[Layout, Logits]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,12 @@ def install_classification(
     wraps the model. Returns how documents run inside: no document has more than `longest` tokens, where given, and
     short ones may be packed where a window would end. UserError where the model is right in no layout.
     """
+    before = _layouts.get(model)
+    if before is not None:  # of an earlier trainer: another loss, on what is installed already
+        unpatch_forward(model)
     layout = choose_layout(model, longest)
     set_sharded_classes(model, _block_classes(model))
-    logits_of = install_layout(model, layout)
+    logits_of = before[1] if before is not None and before[0] == layout else install_layout(model, layout)
 
     def forward(
         self: Any,
@@ -119,7 +123,7 @@ def install_classification(
         return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]  (a FloatTensor)
 
     patch_forward(model, forward)
-    _layouts[model] = layout
+    _layouts[model] = layout, logits_of
     return layout
 
 
@@ -158,7 +162,7 @@ def fast_evaluation(model: Any) -> Iterator[None]:
         if base.device.type == "cpu":
             keep_freed_memory()
             within.enter_context(onednn_products())
-            layout = _layouts.get(base)
+            layout, _ = _layouts.get(base, (None, None))
             if layout is not None and layout.name == PACKED and layout.reads == FIRST:
                 within.enter_context(cls_states_only(base.base_model.get_submodule(layout.blocks), base.config))
         yield

@@ -20,6 +20,7 @@ from isotune.data.sft.conversations import render_prompt
 from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.data.sources.hub import is_hub_id
 from isotune.io.errors import UserError
+from isotune.io.shipped import script
 from isotune.models.base.folder import ADAPTER_CONFIG
 from isotune.models.base.head import set_names
 from isotune.models.layouts.heads import head_of
@@ -154,7 +155,7 @@ def load_run_model(run: FinishedRun, device: torch.device) -> Any:
     weights are dequantized.
     """
     if is_classifier(run):
-        raise UserError(f"{run.folder} is the run of a classifier: eval/classify.py evaluates it")
+        raise UserError(f"{run.folder} is the run of a classifier: {script('eval/classify.py')} evaluates it")
     if not run.is_adapter:
         return load_whole_model(run).to(device).eval()
     return add_run_adapter(run, load_run_base(run, device, dequantize=device.type == "cpu")).eval()

@@ -28,9 +28,9 @@ from isotune.compat.bitsandbytes import keep_trainable
 from isotune.compat.deepspeed import whole_models
 from isotune.config import ClassificationRecipe, Recipe, RunRecipe
 from isotune.data.sft.chat_format import ChatFormat
-from isotune.data.sources.hub_access import is_first_process
 from isotune.data.sources.source import PREFIX
-from isotune.io.errors import UserError, first_line
+from isotune.io.errors import UserError, first_line, is_first_process
+from isotune.io.extras import need
 from isotune.models.base.builtin import builtin_config, builtin_tokenizer
 from isotune.models.base.head import BaseHead, draw_head, is_classifier, reorder
 from isotune.models.base.hub import locate
@@ -206,16 +206,19 @@ def load_base_model(
     file is drawn from the recipe's seed, and so is one that `head` says is not the task's. 4-bit weights are quantized
     on `device`. `say_new` is told the parameters that no file has.
     """
-    auto, new_modules = AutoModelForCausalLM, list[str]()
+    auto: Any = AutoModelForCausalLM
+    new_modules = list[str]()
     if isinstance(recipe, ClassificationRecipe):
         if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
             raise UserError(f"model type '{config.model_type}' has no classifier in transformers: choose an encoder")
-        auto, new_modules = AutoModelForSequenceClassification, head_of(config)
+        auto = AutoModelForSequenceClassification
     if is_made_here(recipe):
         torch.manual_seed(recipe.seed)
         with whole_models():
             model: Any = auto.from_config(config, dtype=torch.float32)
         return model.to(device=device, dtype=weights_dtype(recipe))
+    if auto is AutoModelForSequenceClassification:
+        new_modules = head_of(config)
     name = recipe.model_name_or_path
     kwargs: dict[str, Any] = {"config": config, "dtype": weights_dtype(recipe), "revision": recipe.model_revision}
     replaced = head is not None and head.is_new and is_classifier(config)
@@ -239,6 +242,7 @@ def load_base_model(
 
 
 def _four_bit(recipe: RunRecipe, device: torch.device, whole_modules: Sequence[str]) -> BitsAndBytesConfig:
+    need("bitsandbytes", "tune: qlora")
     try:
         import bitsandbytes  # noqa: F401  (slow to import, and only QLoRA needs it)
     except Exception as error:

@@ -7,22 +7,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from isotune.io import shipped
 from isotune.io.errors import EXIT_USER_ERROR, UserError
 
 EXAMPLES = """examples:
-  isotune plan --config train/configs/opt350m_lora.yaml
-  isotune plan --config train/configs/opt350m_full.yaml --accelerate_config accelerate_configs/zero2.yaml \\
-      --world_size 8 --device A100-80 --price_per_hour 2.5
-  isotune plan --config train/configs/opt6.7b_qlora_24gb.yaml --gpu_memory 24GiB
-  isotune plan --config train/configs/opt350m_full.yaml --device H100 --compare zero2,zero3,fsdp2 \\
-      --world_sizes 1,2,4,8,16,64 --picture scaling.png
+  isotune plan --config opt350m_lora                       a shipped recipe (`isotune ls`), or a file
+  isotune plan --config opt350m_full --accelerate_config zero2 --world_size 8 --device A100-80 --price_per_hour 2.5
+  isotune plan --config opt6.7b_qlora_24gb --gpu_memory 24GiB
+  isotune plan --config opt350m_full --device H100 --compare zero2,zero3,fsdp2 --world_sizes 1,2,4,8,16,64 \\
+      --picture scaling.png
   isotune plan --config RECIPE --learning_rate 1e-4        every key of the recipe is a flag"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command itself; all others are keys of the recipe."""
-    parser.add_argument("--config", metavar="FILE", help="recipe in YAML")
-    parser.add_argument("--accelerate_config", metavar="FILE", help="configuration for accelerate launch")
+    parser.add_argument("--config", metavar="FILE", help="recipe in YAML, or the name of a shipped one")
+    engine = "configuration for accelerate launch, or the name of a shipped engine"
+    parser.add_argument("--accelerate_config", metavar="FILE", help=engine)
     parser.add_argument("--world_size", type=int, metavar="N", help="processes in all (those of the configuration)")
     parser.add_argument("--per_node", type=int, default=8, metavar="N", help="processes of a node (%(default)s)")
     parser.add_argument("--gpu_memory", metavar="SIZE", help="what a process has, such as 24GiB (the device's)")
@@ -54,7 +55,12 @@ def run(chosen: argparse.Namespace, flags: list[str]) -> int:
     if chosen.picture and not (chosen.compare or sizes):
         raise UserError("--picture shows a comparison: say --compare or --world_sizes")
     config, measured = (Path(path) if path else None for path in (chosen.config, chosen.measured))
-    request = read_preflight_request(config, flags, chosen.accelerate_config, chosen.world_size)
+    if config is not None:
+        config = shipped.find(shipped.RECIPES, chosen.config) or config  # a file that is absent is named by its reader
+    launch = chosen.accelerate_config
+    if launch is not None:
+        launch = str(shipped.find(shipped.ENGINES, launch) or launch)
+    request = read_preflight_request(config, flags, launch, chosen.world_size)
     if request.guess:
         print(f"note        {request.guess}", file=sys.stderr)
     if request.recipe.tune != "full":

@@ -18,6 +18,7 @@ from isotune.config.command_line import CommandLine
 from isotune.config.recipes import TASKS, project_of, task_of
 from isotune.distributed.deepspeed_config import offloaded, read_deepspeed_config, stage_of
 from isotune.distributed.launch import check_keys, check_precision, request_of
+from isotune.io import shipped
 from isotune.io.errors import Complain, UserError, did_you_mean
 from isotune.models.opening import load_config
 
@@ -160,7 +161,7 @@ def _read_launch(file: str | None, world_size: int | None, recipe: RunRecipe, co
     count = world_size or request.processes or 1
     engine = request.engine
     if engine == PLAIN and count > 1:
-        complain(f"{file} is for one process, and num_processes is {count}: take accelerate_configs/ddp.yaml")
+        complain(f"{file} is for one process, and num_processes is {count}: take {shipped.engine('ddp')}")
     if engine == DDP and count == 1:
         engine = PLAIN
     if engine == DEEPSPEED:

@@ -25,12 +25,20 @@ def restart_with_malloc_tuning() -> None:
     restart would end.
     """
     tunables = malloc_tunables(os.environ)
-    is_the_program = sys.orig_argv[-len(sys.argv) :] == sys.argv
-    if tunables is None or not is_the_program or not sys.executable:
+    if tunables is None or not _is_the_program() or not sys.executable:
         return
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, VARIABLE: tunables})
+
+
+def _is_the_program() -> bool:
+    """Whether this is what the command line started, as a script or as `-m MODULE`."""
+    given, started = sys.argv, sys.orig_argv
+    if started[-len(given) :] == given:
+        return True
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec is not None and started[-len(given) - 1 :] == ["-m", spec.name, *given[1:]]
 
 
 def malloc_tunables(environment: Mapping[str, str]) -> str | None:

@@ -6,11 +6,9 @@ stop after the same step, whichever one received the signal. A launcher forwards
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,12 +19,12 @@ from typing import Any
 from isotune.distributed.launch import Process
 from isotune.distributed.ranks import call_on_main
 from isotune.io.errors import Superseded, outcome_of, write_job_status
+from isotune.io.parent_process import signal_when_parent_ends
 from isotune.run.run_dir import ENVIRONMENT, STATUS, RunDir
 from isotune.run.run_lease import RunLease, slurm_ids
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
 SAME_KEYSTROKE_SECONDS = 1.0  # a launcher forwards the SIGINT that the terminal also sent
-PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
@@ -123,9 +121,5 @@ def supervised(run: RunDir, process: Process) -> Iterator[None]:
 def _end_with_launcher() -> None:
     """Ask the kernel to send SIGTERM when the launcher dies, so that no rank outlives it."""
     launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
-    if not sys.platform.startswith("linux") or not launched:
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-    if os.getppid() != parent:  # it died before the call
+    if launched and signal_when_parent_ends():
         stop_request.on_signal(signal.SIGTERM)

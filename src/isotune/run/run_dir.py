@@ -12,7 +12,7 @@ import yaml
 
 from isotune.config import RunRecipe
 from isotune.config.run_recipe import RESUME_NEWEST
-from isotune.io.errors import EXIT_FAULT, AlreadyDone, RunFault, UserError, read_job_status
+from isotune.io.errors import EXIT_FAULT, AlreadyDone, RunFault, UserError, is_first_process, read_job_status
 from isotune.run.hub import UPLOAD, upload_model
 from isotune.run.identity import RunIdentity
 from isotune.run.metrics_file import METRICS
@@ -162,8 +162,3 @@ class RunDir:
                 self.status.reached(self.status.step)
         except OSError as error:
             raise UserError(f"output_dir '{self.path}' cannot be written: {error.strerror}") from error
-
-
-def is_first_process() -> bool:
-    """Whether this is global rank 0, by the launcher's RANK: it can be asked before the process group exists."""
-    return os.environ.get("RANK", "0") == "0"

@@ -21,6 +21,7 @@ POSITION_FREE_OPTIMIZERS = ("adamw_torch", "sgd")
 def sft_arguments(recipe: RunRecipe, process: Process) -> TrainingArguments:
     """`training_arguments` for SFTTrainer, which is told that rows, packing, targets and loss are ours."""
     ours = {"max_length": recipe.max_seq_length, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    ours |= {"router_aux_loss_coef": 0.0}  # a mean of microbatches; PlannedTraining says that it is left out
     arguments = training_arguments(recipe, process, SFTConfig, **ours)
     # TRL reads the old name of activation_checkpointing, and would then use the reentrant kind under ZeRO-3 and make
     # the embedding's output require a gradient, which non-reentrant checkpointing does not need
@@ -78,6 +79,10 @@ def uses_exact_gradients(recipe: RunRecipe, process: Process) -> bool:
     Raises UserError where it is asked for under an engine that cannot keep it.
     """
     stage, engine = process.zero_stage, "FSDP" if process.fsdp else f"ZeRO-{process.zero_stage}"
+    if process.device.type == "mps":  # which has no float64
+        if recipe.exact_gradients is True:
+            raise UserError("exact_gradients: true cannot hold on MPS, which has no float64: say device: cpu")
+        return False
     if recipe.exact_gradients is True and (process.fsdp or process.deepspeed):
         if stage == 0:
             raise UserError("exact_gradients: true cannot hold under ZeRO-0: use DDP, FSDP2, ZeRO-1, ZeRO-2 or ZeRO-3")

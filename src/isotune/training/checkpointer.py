@@ -30,6 +30,7 @@ from isotune.config.run_recipe import RESUME_NEVER
 from isotune.distributed.launch import Process
 from isotune.io.errors import Preempted, RunFault, UserError
 from isotune.run.environment import versions
+from isotune.run.identity import RunIdentity
 from isotune.run.metrics_file import METRICS
 from isotune.run.run_dir import CHECKPOINTS, RunDir
 from isotune.training.callbacks import EarlyStop
@@ -115,13 +116,15 @@ class Checkpointer(TrainerCallback):
         if state.best_global_step:
             state.best_model_checkpoint = str(self.store.path / name_of(state.best_global_step))
         engine = self._engine()
+        # other ranks would read every local file once more
+        identity = self.run.identity if self.process.is_main else RunIdentity({})
         manifest = Manifest(
             step=state.global_step,
             world_size=self.process.world_size,
             engine=type(trainer.model_wrapped).__name__,
-            recipe_fingerprint=self.run.identity.fingerprint,
-            recipe=self.run.identity.values,
-            contents=self.run.identity.contents,
+            recipe_fingerprint=identity.fingerprint,
+            recipe=self.run.recipe.result_values(),
+            contents=identity.contents,
             data_fingerprints=self.data_fingerprints,
             versions=versions(),
             best_step=state.best_global_step,

@@ -2,7 +2,6 @@
 
 import json
 import math
-import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -184,5 +183,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory of this process: allocated on the CUDA device since training began, else resident in RAM."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset  # type: ignore[attr-defined]  (of Windows only)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -71,6 +71,19 @@ class Task(ABC):
     def denominator(self, step: Step) -> float:
         """What the summed loss of the global batch is divided by."""
 
+    def begin(  # noqa: B027  (most tasks need no look ahead)
+        self, step: Step, microbatches: Sequence[dict[str, Any]], outputs: Callable[[dict[str, Any]], Any]
+    ) -> None:
+        """Before an update: this rank's `microbatches`, and `outputs`, what the model returns for one of them."""
+
+    def inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the model is called with, of what `collate` made."""
+        return inputs
+
+    def loss(self, outputs: Any, microbatch: dict[str, Any]) -> torch.Tensor:
+        """The summed loss of a microbatch, fp32 [], from what the model returned for it."""
+        return outputs.loss
+
     def count(self, outputs: Any, inputs: dict[str, Any]) -> torch.Tensor | None:  # noqa: B027  (not every task counts)
         """A whole number of one microbatch, int64 [], to be added up over the global batch; None is zero."""
 

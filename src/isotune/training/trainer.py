@@ -37,7 +37,7 @@ from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
 from isotune.compat.accelerate import let_scaler_check_before_step, reduce_fsdp_in_fp32, run_fp16_on_cpu
 from isotune.compat.deepspeed import unrounded_masters
 from isotune.compat.transformers import let_trainer_skip_steps
-from isotune.compat.trl import padding_token_kept, trained_parameters_kept
+from isotune.compat.trl import has_router_loss, padding_token_kept, router_coefficient_kept, trained_parameters_kept
 from isotune.data.batch_schedule import StepSchedule, assign_to_ranks, collate
 from isotune.data.documents import Documents
 from isotune.distributed.ranks import Watchdog
@@ -137,7 +137,7 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
     ) -> None:
         if isinstance(plan, TrainingPlan):
             options |= {"eval_dataset": plan.evaluation, "data_collator": _already_laid_out}
-        with trained_parameters_kept(options.get("model")):
+        with trained_parameters_kept(options.get("model")), router_coefficient_kept(options.get("model")):
             super().__init__(**options)
         plan = plan if isinstance(plan, TrainingPlan) else plan()
         self.plan, self.recorder, self.checkpointer = plan, recorder, checkpointer
@@ -146,19 +146,16 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
         if self.is_fsdp_enabled:
             reduce_fsdp_in_fp32(self.accelerator)
         is_main = self.args.process_index == 0
+        if is_main and isinstance(self, TrlSFTTrainer) and has_router_loss(self.model):
+            print(
+                "note        the routers' balancing loss (router_aux_loss_coef) is not trained, only the answers' loss"
+            )
         resumes = checkpointer is not None and checkpointer.resumes
         if plan.exact_gradients or resumes:
             promise = "exact_gradients" if plan.exact_gradients else "resume"
             use_deterministic_kernels(self.args.device, promised_by=promise, is_main=is_main)
         self.watchdog = Watchdog(self.args.ddp_timeout)
-        nonfinite = plan.nonfinite or NonFinitePolicy(fp16=self.args.fp16, is_main=is_main)
-        exact = plan.exact_gradients
-        if self.is_deepspeed_enabled:
-            clipping = self.args.max_grad_norm
-            sync = ZeroGradientSync(self.accelerator, once=plan.reduce_once, exact=exact, max_grad_norm=clipping)
-        else:
-            sync = GradientSync(self.accelerator, exact=exact)
-        self.update = OptimizerUpdate(plan.task, sync, nonfinite, self.watchdog, self.args.seed, checkpointer)
+        self.make_update()
         if recorder is not None:
             for stock in (PrinterCallback, ProgressCallback):
                 self.remove_callback(stock)
@@ -167,6 +164,18 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
         if checkpointer is not None:
             checkpointer.attach(self)
             self.add_callback(checkpointer)
+
+    def make_update(self) -> None:
+        """Make what runs the plan's updates: anew for another plan or model."""
+        plan, args = self.plan, self.args
+        nonfinite = plan.nonfinite or NonFinitePolicy(fp16=args.fp16, is_main=args.process_index == 0)
+        exact = plan.exact_gradients
+        if self.is_deepspeed_enabled:
+            clipping = args.max_grad_norm
+            sync = ZeroGradientSync(self.accelerator, once=plan.reduce_once, exact=exact, max_grad_norm=clipping)
+        else:
+            sync = GradientSync(self.accelerator, exact=exact)
+        self.update = OptimizerUpdate(plan.task, sync, nonfinite, self.watchdog, args.seed, self.checkpointer)
 
     # ---- what is seen ----
 

@@ -6,6 +6,7 @@ Trainer's loop steps the optimizer and the learning rate, and `recorder` writes 
 themselves (DeepSpeed) do so at the end of `sync`.
 """
 
+import contextlib
 import hashlib
 import math
 import time
@@ -59,6 +60,7 @@ class OptimizerUpdate:
         """Forward and backward of this rank's `microbatches` of `step`, and the sum of the ranks' gradients."""
         self.result, self.microbatches = UpdateResult(step, self.task.denominator(step)), microbatches
         model.train()
+        self.task.begin(step, microbatches, lambda microbatch: self._look_ahead(model, microbatch))
         outputs: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
         with self.sync.update(model):
             for position, microbatch in enumerate(microbatches):
@@ -73,13 +75,10 @@ class OptimizerUpdate:
         """
         assert self.result is not None
         number, weight, step = microbatch["number"], microbatch["weight"], self.result.step
-        torch.manual_seed(step_seed(self.seed, step.number))  # of dropout, alike for all microbatches of the step
-        lengths = microbatch["inputs"]["cu_seq_lens_q"].diff().tolist()
-        documents = MicrobatchDocuments(microbatch["documents"], lengths, self.task.pads)
-        with self.sync.microbatch(model, last=last), training_microbatch(documents):
-            inputs: Any = to_device(microbatch["inputs"], self.sync.accelerator.device)
+        with self.sync.microbatch(model, last=last), self._dropout_of(microbatch):
+            inputs = self._inputs(microbatch)
             found = model(**inputs, use_cache=False)
-            loss = found.loss
+            loss = self.task.loss(found, microbatch)
             if weight:
                 outputs[number] = loss.detach(), self.task.count(found, inputs)
             del found  # what it holds beside the loss need not outlive the forward
@@ -89,6 +88,22 @@ class OptimizerUpdate:
             scale = math.nan if self.result.skipped else weight * self.sync.loss_scale / self.result.denominator
             self.sync.backward(model, loss * scale)
         self.watchdog.progress(f"step {step.number + 1}")
+
+    def _dropout_of(self, microbatch: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+        assert self.result is not None
+        torch.manual_seed(step_seed(self.seed, self.result.step.number))  # alike for all microbatches of the step
+        lengths = microbatch["inputs"]["cu_seq_lens_q"].diff().tolist()
+        return training_microbatch(MicrobatchDocuments(microbatch["documents"], lengths, self.task.pads))
+
+    def _inputs(self, microbatch: dict[str, Any]) -> dict[str, Any]:
+        on_device: Any = to_device(microbatch["inputs"], self.sync.accelerator.device)
+        return self.task.inputs(on_device)
+
+    @torch.no_grad()
+    def _look_ahead(self, model: nn.Module, microbatch: dict[str, Any]) -> Any:
+        """What the model will return for a microbatch in this update, with the same dropout, without a graph."""
+        with self._dropout_of(microbatch):
+            return model(**self._inputs(microbatch), use_cache=False)
 
     def _gather(self, outputs: dict[int, tuple[torch.Tensor, torch.Tensor | None]]) -> None:
         """Loss and count of the global batch, and what any rank has to tell, in one collective."""

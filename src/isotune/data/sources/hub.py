@@ -22,13 +22,12 @@ from isotune.data.sources.hub_access import (
     go_offline,
     hub_errors_named,
     hub_reached,
-    is_first_process,
     is_offline,
     named,
     wait_if_told,
 )
 from isotune.io.cache_root import cache_root, disk_errors_named
-from isotune.io.errors import UserError
+from isotune.io.errors import UserError, is_first_process
 from isotune.io.files import replace_file
 
 _CACHED = "or set HF_HUB_OFFLINE=1 where an earlier run has cached it"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from typing import Any, Literal, TypeVar
 
-from isotune.io.errors import UserError, first_line
+from isotune.io.errors import UserError, first_line, is_first_process
 
 REACH_SECONDS = 5.0
 TRIES = 5  # of a request that the Hub wants to have later
@@ -16,11 +16,6 @@ LONGEST_PAUSE_SECONDS = 300
 
 Kind = Literal["model", "dataset"]
 T = TypeVar("T")
-
-
-def is_first_process() -> bool:
-    """Whether this is global rank 0, by the launcher's RANK: it can be asked before the process group exists."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def is_offline(kind: Kind) -> bool:

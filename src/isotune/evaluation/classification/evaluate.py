@@ -197,7 +197,7 @@ def classify(
             inputs: Any = collate(documents, Microbatch(number, rows, tokens, len(rows), costs[number]))
             del inputs["targets"]
             moved = {key: value.to(device) if torch.is_tensor(value) else value for key, value in inputs.items()}
-            logits_of.update(zip(rows, classifier.model(**moved).logits.double().cpu().numpy(), strict=True))
+            logits_of.update(zip(rows, classifier.model(**moved).logits.cpu().double().numpy(), strict=True))
             bar.update(len(rows))
     logits = np.stack(list(ranks.gather(logits_of, count=len(documents)).values()))
     broken = np.flatnonzero(~np.isfinite(logits).all(axis=1))

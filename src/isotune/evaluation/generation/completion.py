@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
+from isotune.compat.torch import in_float64
 from isotune.data.sft.conversations import HUMAN_HEADER, header_start
 from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.generation.base_rules import without_base_rules
@@ -192,10 +193,10 @@ class CountedDraw(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores [rows, vocabulary] that are finite for the sampled token only."""
         position = input_ids.shape[1] - self.prompt_tokens
-        cumulative = scores.double().softmax(-1).cumsum(-1)
+        cumulative = in_float64(scores).softmax(-1).cumsum(-1)
         threshold = self.uniform[:, position : position + 1].to(cumulative.device) * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=scores.shape[-1] - 1)
-        return torch.full_like(scores, float("-inf")).scatter_(1, token, 0.0)
+        return torch.full_like(scores, float("-inf")).scatter_(1, token.to(scores.device), 0.0)
 
 
 class _Endings(StoppingCriteria):

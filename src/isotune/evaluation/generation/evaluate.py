@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
+from isotune.compat.torch import in_float64
 from isotune.data.documents import with_share
 from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.generation.base_rules import rules_of_base
@@ -183,7 +184,8 @@ def _score_batch(lm: GenerationModel, rows: list[tuple[list[int], Likelihood]]) 
     for (own, likelihood), ids, scores in zip(rows, input_ids, logits, strict=False):
         first, end = len(own) - likelihood.tokens, len(own)
         chunks = scores[first - 1 : end - 1].split(CHUNK_POSITIONS), ids[first:end].split(CHUNK_POSITIONS)
-        nats.append(sum(cross_entropy(c.double(), t, reduction="sum").item() for c, t in zip(*chunks, strict=True)))
+        pairs = ((in_float64(c), t) for c, t in zip(*chunks, strict=True))
+        nats.append(sum(cross_entropy(c, t.to(c.device), reduction="sum").item() for c, t in pairs))
     return nats
 
 

@@ -16,6 +16,7 @@ from isotune.evaluation.models import GenerationModel
 from isotune.evaluation.results import write_result
 from isotune.evaluation.statistics.resampling import Scores
 from isotune.io.errors import UserError, first_line, nearest
+from isotune.io.extras import install_command
 from isotune.models.log_control import quiet_libraries
 
 KIND = "lm_eval"
@@ -29,7 +30,7 @@ def check_tasks(tasks: str) -> list[str]:
     try:
         from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise UserError("--lm_eval_tasks needs lm-evaluation-harness: pip install 'isotune[lm-eval]'") from error
+        raise UserError(f"--lm_eval_tasks needs lm-evaluation-harness: {install_command('lm_eval')}") from error
     names = [task.strip() for task in tasks.split(",") if task.strip()]
     if not names:
         raise UserError("--lm_eval_tasks names no task: give files or names, with commas between them")

@@ -15,6 +15,8 @@ import numpy as np
 
 from isotune.evaluation.statistics.resampling import RESAMPLES, OfWeights, Scores, score, without_class
 from isotune.io.errors import UserError, first_line
+from isotune.io.extras import need
+from isotune.io.shipped import ROOT
 
 MODULE_RESAMPLES = 200  # from seed to seed the ends of an interval move by about 10% of its width
 Column = tuple[str, str]  # a name of a module's features and a kind of values: int, float, string, list of float ...
@@ -150,8 +152,11 @@ def score_modules(
 
 
 def _load(source: str, config_name: str | None, builtin: Collection[str], where: str) -> Any:
+    need("evaluate", f"the metric module {source!r}")
     import evaluate
 
+    if not Path(source).exists() and (ROOT / source).exists():
+        source = str(ROOT / source)
     try:
         return evaluate.load(source, config_name, keep_in_memory=True)
     except Exception as error:  # a module is foreign code

@@ -138,7 +138,8 @@ def share_dropout(module: nn.Module) -> None:
         with known_documents(_SHARED) if current_documents() is not None else contextlib.nullcontext():
             return self.stock_forward(input)
 
-    patch_forward(module, forward)
+    if "stock_forward" not in vars(module):
+        patch_forward(module, forward)
 
 
 def restore_attention_type(model: nn.Module) -> None:

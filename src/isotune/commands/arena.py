@@ -1,0 +1,48 @@
+"""Which of two answers people prefer, by an encoder or by classical baselines: `isotune arena`, train/arena.py."""
+
+from pathlib import Path
+
+from isotune.commands.before_torch import before_torch
+from isotune.io.extras import need
+from isotune.projects.arena.recipes import ArenaRecipe, BaselinesRecipe, read_arena_recipe
+
+__all__ = ["read_arena_recipe", "train_arena"]
+
+
+def train_arena(recipe: ArenaRecipe | BaselinesRecipe) -> None:
+    """The recipe says by which method."""
+    before_torch()
+    if isinstance(recipe, BaselinesRecipe):
+        need("simplemma", "method: baselines")
+        need("nltk", "method: baselines")
+        from isotune.projects.arena.baselines.run import run_baselines
+
+        run_baselines(recipe)
+    else:
+        train_encoder(recipe)
+
+
+def train_encoder(recipe: ArenaRecipe) -> None:
+    """Processes, data; model, trainer, steps; submission, scores, picture."""
+    # the engine takes seconds to import: a mistake in the recipe has been answered by now
+    from isotune.preflight.startup_check import startup_check
+    from isotune.projects.arena.battles import read_competition
+    from isotune.projects.arena.encoder import evaluate_encoder, prepare_competition
+    from isotune.report.loss_curve import draw_loss_curve
+    from isotune.report.model_card import share
+    from isotune.training.from_recipe import start_run, train_run
+
+    start = start_run(recipe)
+    files = read_competition(Path(recipe.dataset_name))
+    data, kept = prepare_competition(files, recipe, start.tokenizer)
+    data.shown(start.process.is_main)
+    checked = startup_check(start, data)
+    if checked is None:
+        return
+
+    def before_finishing() -> None:
+        evaluate_encoder(start.run.path, recipe, files, kept, start.process.device)
+        print(f"loss curve  {draw_loss_curve(start.run.path)}")
+
+    if train_run(checked, data, before_finishing) is not None:
+        share(recipe)

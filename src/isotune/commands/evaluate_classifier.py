@@ -1,0 +1,122 @@
+"""Evaluation of a classifier: `isotune eval`, eval/classify.py."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from isotune.commands.before_torch import before_torch
+from isotune.io import shipped
+from isotune.io.errors import OneSentenceParser, UserError
+
+
+def read_arguments(argv: Sequence[str], *, prog: str, description: str) -> argparse.Namespace:
+    """A command line of the flags below; UserError says what is wrong with it."""
+    parser = OneSentenceParser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run_dir", metavar="RUN", help="the folder of a finished run")
+    source.add_argument("--model", metavar="NAME", help="or any classifier: a folder or a Hub id")
+    data = parser.add_argument_group("data (by default the evaluation data of the run)")
+    data.add_argument("--task", metavar="FILE", help="a task file or the name of a shipped one; flags win over it")
+    data.add_argument("--dataset_name", metavar="NAME", help="a Hub id, folder, file or builtin:NAME")
+    data.add_argument("--dataset_split", metavar="SPLIT", help="of that data set (test)")
+    data.add_argument(
+        "--dataset_columns", nargs="+", metavar="NAME", help="its columns, of a CSV file whose first line is a row"
+    )
+    data.add_argument("--dataset_text_field", metavar="COLUMN", help="holds the texts (text)")
+    data.add_argument("--dataset_label_field", metavar="COLUMN", help="holds the classes (label)")
+    data.add_argument(
+        "--ordinal", action="store_true", default=None, help="the classes are ordered: metrics of distance too"
+    )
+    data.add_argument("--max_seq_length", type=int, metavar="N", help="tokens of a text (the run's own, or 512)")
+    data.add_argument("--limit", type=int, metavar="N", help="the first N rows only")
+    how = parser.add_argument_group("computation (the first three change metrics by rounding only)")
+    how.add_argument("--batch_tokens", type=int, metavar="N", help="of one forward (4096 on a CPU, else 65536)")
+    how.add_argument("--batch_size", type=int, metavar="N", help="texts of one forward at most")
+    how.add_argument("--bf16", action="store_true", help="bf16 instead of fp32, faster where the device has it")
+    draws = "of the bootstrap intervals; a share of rows that is 0 or 1 has an exact one (%(default)s)"
+    how.add_argument("--resamples", type=int, default=2000, metavar="N", help=draws)
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="of the bootstrap (%(default)s)")
+    out = parser.add_argument_group("output")
+    out.add_argument("--output_dir", metavar="DIR", help="where the files go (RUN/eval/NAME; runs/MODEL/eval/NAME)")
+    out.add_argument(
+        "--attention_ids", nargs="*", metavar="ID", help="rows whose attention is drawn (three short ones)"
+    )
+    out.add_argument("--no_pictures", action="store_true", help="no plots")
+    given = parser.parse_args(argv)
+    if given.task:
+        given.task = str(shipped.find(shipped.TASKS, given.task) or given.task)
+    for name in ("limit", "batch_tokens", "batch_size", "resamples", "max_seq_length"):
+        if getattr(given, name) is not None and getattr(given, name) < 1:
+            raise UserError(f"--{name} is {getattr(given, name)}: it is at least 1")
+    return given
+
+
+def evaluate_classifier(given: argparse.Namespace) -> None:
+    """Model, rows, predictions on all processes; scores, files and plots on one."""
+    before_torch()
+    from isotune.evaluation.tasks import FLAGS, ClassificationTask, read_task
+
+    flags = {name: getattr(given, name) for name in FLAGS}
+    task = read_task(ClassificationTask, given.task, flags) if given.task or given.dataset_name or given.model else None
+    # torch takes seconds to import, so mistakes on the command line are answered before
+    import torch
+
+    from isotune.evaluation.classification.evaluate import (
+        evaluate_rows,
+        print_examples,
+        read_task_rows,
+        write_evaluation,
+    )
+    from isotune.evaluation.classification.plots import draw_attention, draw_plots
+    from isotune.evaluation.distributed_eval import start_ranks
+    from isotune.evaluation.models import load_model_classifier, load_run_classifier, model_identity, task_of_run
+    from isotune.evaluation.results import claim_folder, score_lines
+    from isotune.report.loss_curve import draw_loss_curve
+    from isotune.run.metrics_file import METRICS
+
+    ranks = start_ranks()
+    dtype = torch.bfloat16 if given.bf16 else torch.float32
+    load, name = (load_run_classifier, given.run_dir) if given.run_dir else (load_model_classifier, given.model)
+    classifier = load(name, ranks.device, dtype)
+    held_out = None
+    if task is None:
+        task, held_out = task_of_run(classifier, flags)
+    home = Path(given.run_dir or Path("runs") / Path(given.model).name)
+    rows = read_task_rows(task, classifier, ranks, given.limit, held_out)
+    settings: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "resamples": given.resamples}
+    evaluation_of = {
+        **task.decisive(),
+        **settings,
+        "data": rows.fingerprint,
+        "limit": given.limit,
+        "seed": given.seed,
+        "model": given.model and model_identity(given.model),
+        **({"run_dir": str(Path(given.run_dir).resolve())} if given.output_dir and given.run_dir else {}),
+    }
+    wanted = Path(given.output_dir or home / "eval" / task.name)
+    claim_folder(wanted, evaluation_of, is_named=bool(given.output_dir), write=False)  # refused before the work
+    attention_rows = None if given.attention_ids is None else rows.find(given.attention_ids)
+    evaluation = evaluate_rows(
+        classifier,
+        rows,
+        task,
+        ranks,
+        batch_tokens=given.batch_tokens,
+        batch_size=given.batch_size,
+        resamples=given.resamples,
+        seed=given.seed,
+    )
+    if evaluation is None:
+        return
+    folder = claim_folder(wanted, evaluation_of, is_named=bool(given.output_dir))
+    if not given.no_pictures:
+        draw_plots(evaluation, folder)
+        draw_attention(classifier, evaluation, folder, attention_rows)
+    write_evaluation(evaluation, folder, classifier, task, settings)
+    if not given.no_pictures and given.run_dir and (home / METRICS).is_file():
+        print(f"loss curve  {draw_loss_curve(home)}")
+    print("most confident errors first:")
+    print_examples(evaluation)
+    print("\n".join(score_lines(evaluation.scores)))
+    print(f"written to {folder}")

@@ -1,0 +1,40 @@
+"""Instruction tuning of a causal language model, packed and exact, on any engine: `isotune sft`, train/sft_opt.py."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from isotune.commands.before_torch import before_torch
+from isotune.config import Recipe, read_recipe
+
+
+def read_sft_recipe(argv: Sequence[str], *, default_config: Path | None, prog: str) -> Recipe:
+    """The recipe of a command line; UserError says what is wrong with it."""
+    return read_recipe(
+        argv,
+        default_config=default_config,
+        prog=prog,
+        description="Instruction tuning of a causal language model, packed and exact.",
+    )
+
+
+def train_sft(recipe: Recipe) -> None:
+    """Data, model, trainer; train, save, show."""
+    before_torch()
+    # the engine takes seconds to import: a mistake in the recipe has been answered by now
+    from isotune.data.sft.preparation import prepare_conversations
+    from isotune.evaluation.generation.chat import print_sample_answer
+    from isotune.preflight.startup_check import startup_check
+    from isotune.report.loss_curve import draw_loss_curve
+    from isotune.report.model_card import share
+    from isotune.training.from_recipe import start_run, train_run
+
+    start = start_run(recipe)
+    data = prepare_conversations(recipe, start.tokenizer, show=start.process.is_main)
+    start = startup_check(start, data)
+    if start is None:
+        return
+    if train_run(start, data) is not None:
+        print(f"loss curve  {draw_loss_curve(start.run.path)}")
+        if recipe.sample_prompt:
+            print_sample_answer(start.run.path, recipe.sample_prompt)
+        share(recipe)

@@ -1,0 +1,142 @@
+"""`isotune slurm`: write the batch file of a run or an evaluation for SLURM, and submit it.
+
+The file is a shipped one with this job's resources and command, so it behaves as `sbatch slurm/yelp.sbatch` does from a
+checkout: it stops before the time limit with a checkpoint, is requeued, and goes on.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from isotune.commands import train
+from isotune.io import shipped
+from isotune.io.errors import OneSentenceParser, RunFault, UserError
+from isotune.io.extras import need
+from isotune.io.files import replace_file
+
+TEMPLATES = {"sft": "sft_opt.sbatch", "classify": "yelp.sbatch", "arena": "yelp.sbatch", "eval": "eval.sbatch"}
+PROGRAM = "isotune.cli"
+
+
+def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The job's own flags, and the words of the command that the job runs."""
+    parser = OneSentenceParser(
+        prog="isotune slurm",
+        allow_abbrev=False,
+        description="Write a batch file, and submit it; the other flags are those of the command.",
+        usage="isotune slurm sft|classify|arena|eval WHAT [--nodes N] [--engine NAME] [--dry-run] [FLAGS]",
+        epilog="examples:\n  isotune slurm classify mine.yaml --nodes 2 --gpus_per_node 4\n"
+        "  isotune slurm sft chats.jsonl --time 02:00:00 --learning_rate 1e-4 --dry-run\n"
+        "  isotune slurm eval runs/mine --partition cpu --gpus_per_node 0 --processes_per_node 4",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=TEMPLATES, help="what the job runs")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (%(default)s)")
+    parser.add_argument("--gpus_per_node", type=int, default=1, metavar="N", help="GPUs of each (%(default)s)")
+    of_cpus = "processes of each node without GPUs (%(default)s)"
+    parser.add_argument("--processes_per_node", type=int, default=1, metavar="N", help=of_cpus)
+    parser.add_argument("--cpus_per_task", type=int, default=8, metavar="N", help="cores (%(default)s)")
+    parser.add_argument("--engine", help="as of `isotune sft` (single for one process, else ddp)")
+    for name in ("time", "partition", "account"):
+        parser.add_argument(f"--{name}", metavar=name.upper(), help=f"as sbatch takes --{name}")
+    parser.add_argument("--batch_file", metavar="FILE", help="the file to write (COMMAND-NAME.sbatch)")
+    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="print the file: write and submit nothing")
+    given, rest = parser.parse_known_args(list(argv))
+    for name in ("nodes", "processes_per_node", "cpus_per_task"):
+        if getattr(given, name) < 1:
+            raise UserError(f"--{name} is {getattr(given, name)}: it is at least 1")
+    if given.gpus_per_node < 0:
+        raise UserError(f"--gpus_per_node is {given.gpus_per_node}: it is 0 or more")
+    if given.gpus_per_node and given.processes_per_node > 1:
+        raise UserError("--processes_per_node is for nodes without GPUs: say --gpus_per_node 0 with it")
+    return given, rest
+
+
+def run(argv: Sequence[str]) -> None:
+    """`isotune slurm ARGV`: the command's mistakes are answered before anything is written."""
+    given, rest = read_arguments(argv)
+    words, name = _checked_words(given.command, rest)
+    file = Path(given.batch_file or f"{given.command}-{name}.sbatch")
+    text = batch_file(given, words, file)
+    if given.dry_run:
+        print(text, end="")
+        return
+    if file.exists() and file.read_text(encoding="utf-8") != text:
+        raise UserError(f"{file} exists and differs: submit it by `sbatch {file}`, or name another --batch_file")
+    if shutil.which("sbatch") is None:
+        raise UserError("sbatch is not found: run this on a login node of the cluster, or say --dry-run")
+    replace_file(file, text)
+    print(f"batch file  {file}", flush=True)
+    done = subprocess.run(["sbatch", str(file)], check=False, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RunFault(f"sbatch {file} failed: {done.stderr.strip() or f'exit status {done.returncode}'}")
+    print(done.stdout.strip())
+
+
+def _checked_words(command: str, argv: Sequence[str]) -> tuple[list[str], str]:
+    """The words after `isotune COMMAND` that the job runs, read once here, and the job's name."""
+    if command == "eval":
+        if not argv or argv[0].startswith("-"):
+            raise UserError("isotune slurm eval: name a run first")
+        return list(argv), Path(argv[0]).name
+    words = train.recipe_words(command, argv, show=True)
+    recipe = train.KINDS[command].read(words, default_config=None, prog=f"isotune slurm {command}")
+    return words, Path(recipe.output_dir).name
+
+
+def batch_file(given: argparse.Namespace, words: Sequence[str], file: Path) -> str:
+    """The text of the batch file: the shipped one's resources with these of the job, and the line that launches."""
+    processes = given.nodes * (given.gpus_per_node or given.processes_per_node)
+    engine = given.engine or ("single" if processes == 1 else "ddp")
+    launch_file = shipped.require(shipped.ENGINES, engine, "--engine")
+    if launch_file.parent != shipped.ROOT / shipped.ENGINES:
+        raise UserError(f"--engine {engine}: a job takes {', '.join(shipped.names(shipped.ENGINES))}")
+    if engine == "single" and processes > 1:
+        raise UserError(f"--engine single is one process, and the job has {processes}: say --engine ddp")
+    if engine.startswith("zero"):
+        need("deepspeed", f"--engine {engine}")
+    template = (shipped.ROOT / shipped.BATCH_FILES / TEMPLATES[given.command]).read_text(encoding="utf-8")
+    options = {
+        "job-name": f"isotune-{file.stem}",
+        "nodes": given.nodes,
+        "ntasks-per-node": given.processes_per_node,
+        "gpus-per-node": given.gpus_per_node,
+        "cpus-per-task": given.cpus_per_task,
+        **{name: getattr(given, name) for name in ("time", "partition", "account") if getattr(given, name)},
+    }
+    kept = [line for line in re.findall(r"^#SBATCH --.*", template, re.MULTILINE) if _option(line) not in options]
+    return "\n".join(
+        [
+            "#!/usr/bin/env bash",
+            f"# Written by `isotune slurm {given.command}`; submit it again with: sbatch {file}",
+            "# It is requeued when it is stopped, and goes on from its newest checkpoint.",
+            *(f"#SBATCH --{name}={value}" for name, value in options.items()),
+            *kept,
+            "",
+            f"export ISOTUNE_FILES={shlex.quote(str(shipped.ROOT))} ENGINE=${{ENGINE:-{engine}}}",
+            *_environment(),
+            '. "$ISOTUNE_FILES/slurm/launch.sh" || exit 2',
+            f"launch -m {PROGRAM} {given.command} {shlex.join(words)}",
+            "",
+        ]
+    )
+
+
+def _option(line: str) -> str:
+    return line.removeprefix("#SBATCH --").partition("=")[0].partition(" ")[0]
+
+
+def _environment() -> list[str]:
+    """The line that names the environment that this command runs in, unless the user names one at submission."""
+    named = '[ -n "${ISOTUNE_VENV:-}${ISOTUNE_CONDA:-}${ISOTUNE_CONTAINER:-}" ] || '
+    if sys.prefix != sys.base_prefix and Path(sys.prefix, "bin", "activate").is_file():
+        return [f"{named}export ISOTUNE_VENV={shlex.quote(sys.prefix)}"]
+    if conda := os.environ.get("CONDA_PREFIX"):
+        return [f"{named}export ISOTUNE_CONDA={shlex.quote(conda)}"]
+    return []

@@ -1,0 +1,149 @@
+"""How `isotune sft`, `classify`, `arena` and `eval` start: what a user types becomes one process or a launch.
+
+A recipe's mistakes are answered before any process starts. Every process of a launch runs the same command by
+`python -m isotune.cli`, knows from its environment that it was launched, and then does the work.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from isotune.io import shipped
+from isotune.io.errors import (
+    EXIT_FAULT,
+    JOB_STATUS_FILE,
+    OneSentenceParser,
+    UserError,
+    read_job_status,
+)
+from isotune.io.extras import need
+from isotune.run.malloc_tuning import VARIABLE, malloc_tunables
+
+LAUNCHER = "isotune.distributed.accelerate_launch"
+PROGRAM = "isotune.cli"
+FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The engine's launch file and the number of processes; without a file this process does the work."""
+
+    file: Path | None = None
+    processes: int = 1
+
+    @property
+    def in_words(self) -> str:
+        """`zero2 on 4 processes`."""
+        return f"{self.file.stem if self.file else 'one process'} on {self.processes} processes"
+
+
+def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher started this process, and with it the others of the run."""
+    return "LOCAL_RANK" in environment or "ACCELERATE_MIXED_PRECISION" in environment
+
+
+def read_launch(argv: Sequence[str]) -> tuple[Launch, list[str]]:
+    """The launch that the flags `--num_processes` and `--engine` ask for, and the other words in their order.
+
+    Without them: one process for each GPU, or one on the CPU; DDP where there are several. UserError: no such engine,
+    an engine that needs other numbers of processes, or one that a launcher has chosen already.
+    """
+    parser = OneSentenceParser(prog="isotune", add_help=False, allow_abbrev=False)
+    parser.add_argument("--num_processes", "--num-processes", type=int)
+    parser.add_argument("--engine")
+    given, rest = parser.parse_known_args(list(argv))
+    if is_launched():
+        if given.num_processes is not None or given.engine is not None:
+            raise UserError("a launcher started this process: leave --num_processes and --engine to it")
+        return Launch(), rest
+    if given.num_processes is not None and given.num_processes < 1:
+        raise UserError(f"--num_processes is {given.num_processes}: a run has at least one process")
+    return _launch(given.engine, given.num_processes), rest
+
+
+def _launch(engine: str | None, processes: int | None) -> Launch:
+    gpus = count_gpus()
+    if engine is None:
+        processes = processes or max(1, gpus)
+        engine = "single" if processes == 1 else "ddp"
+    file = shipped.require(shipped.ENGINES, engine, "--engine")
+    text = file.read_text(encoding="utf-8")
+    if re.search(r"^distributed_type: *[\"']?NO\b", text, re.MULTILINE):
+        if (processes or 1) > 1:
+            raise UserError(f"--engine {engine} is one process, and --num_processes {processes}: say --engine ddp")
+        return Launch()
+    if re.search(r"^distributed_type: *[\"']?DEEPSPEED\b", text, re.MULTILINE):
+        need("deepspeed", f"--engine {engine}")
+    own = re.search(r"^num_processes: *(\d+)", text, re.MULTILINE)
+    return Launch(file, processes or gpus or (int(own[1]) if own else 1))
+
+
+def count_gpus(environment: Mapping[str, str] = os.environ) -> int:
+    """The NVIDIA GPUs that a process sees, told by CUDA_VISIBLE_DEVICES, else by the driver's files: torch is slow."""
+    files = [file for file in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", file.name)]
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or not files:
+        return len(files)
+    return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+
+
+def run_launched(words: Sequence[str], launch: Launch) -> int:
+    """Run `isotune WORDS` on the processes of a launch; the exit status is the run's own, not the launcher's.
+
+    The launcher is in a session of its own, so a signal reaches it once: from here.
+    """
+    assert launch.file is not None
+    command = [sys.executable, "-m", LAUNCHER, "--config_file", str(launch.file)]
+    command += ["--num_processes", str(launch.processes), "--main_process_port", "0", "-m", PROGRAM, *words]
+    print(f"launching   {launch.in_words}", flush=True)
+    folder = Path(tempfile.mkdtemp(prefix="isotune-"))
+    file = Path(os.environ.get(JOB_STATUS_FILE) or folder / "status.json")
+    file.unlink(missing_ok=True)
+    environment = {**os.environ, JOB_STATUS_FILE: str(file), **_shares(launch.processes)}
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    previous = _forward_signals(process)
+    try:
+        return exit_status(process.wait(), read_job_status(file))
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def exit_status(code: int, job_status: Mapping[str, Any]) -> int:
+    """The run's exit status: launchers answer 1 whatever happened, and the ranks have written what did."""
+    status = job_status.get("exit_status")
+    if code != 0 and status in (None, 0):
+        return EXIT_FAULT  # killed, or a rank failed after the first one had finished
+    return code if status is None else int(status)
+
+
+def _shares(processes: int) -> dict[str, str]:
+    """Variables that every process of the launch gets: its share of the cores, and malloc's settings."""
+    shares = {} if (tunables := malloc_tunables(os.environ)) is None else {VARIABLE: tunables}
+    if "OMP_NUM_THREADS" not in os.environ:
+        shares["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
+    return shares
+
+
+def _forward_signals(process: "subprocess.Popen[bytes]") -> dict[int, Any]:
+    """Pass what should stop this process on to the launcher, and return the handlers that did so before.
+
+    SIGUSR1 would end a launcher at once; it reaches the ranks as SIGTERM, which asks for the same.
+    """
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        process.send_signal(signal.SIGTERM if name == "SIGUSR1" else number)
+
+    numbers = [getattr(signal, name) for name in FORWARDED if hasattr(signal, name)]
+    return {number: signal.signal(number, forward) for number in numbers}

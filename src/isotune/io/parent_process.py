@@ -1,0 +1,17 @@
+"""No process of a run outlives the one that started it: on Linux the kernel tells it when that one ends."""
+
+import ctypes
+import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1
+
+
+def signal_when_parent_ends() -> bool:
+    """Ask for SIGTERM when the parent process ends, on Linux; whether it ended before the kernel was asked."""
+    if not sys.platform.startswith("linux"):
+        return False
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    return os.getppid() != parent

@@ -1,0 +1,87 @@
+"""Runs from Python: the same bits as the command, and what a notebook shows of them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.launching import run_command
+
+import isotune
+from isotune.io.errors import UserError
+from isotune.notebook.launching import as_flags
+
+KEYS = {"model": "builtin:opt-tiny", "tune": "full", "max_steps": 4, "max_seq_length": 128, "global_batch_size": 8}
+KEYS |= {"eval_dataset_name": "builtin:greetings", "sample_prompt": "", "disable_tqdm": True}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> isotune.Run:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    return isotune.sft("builtin:greetings", output_dir=str(tmp_path_factory.mktemp("sft") / "run"), **KEYS)
+
+
+@pytest.mark.slow
+def test_a_run_is_that_of_the_command_bit_for_bit(run: isotune.Run, tmp_path: Path):
+    words = ["sft", "builtin:greetings", "--model_name_or_path", KEYS["model"], "--output_dir", str(tmp_path / "run")]
+    flags = as_flags({name: value for name, value in KEYS.items() if name != "model"})
+    done = run_command([sys.executable, "-m", "isotune.cli", *words, *flags])
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (folder / "model" / "model.safetensors" for folder in (run.path, tmp_path / "run"))
+    assert ours.read_bytes() == theirs.read_bytes()
+    steps = isotune.load(tmp_path / "run").record.steps
+    assert [line["loss"] for line in run.record.steps.values()] == [line["loss"] for line in steps.values()]
+
+
+def test_it_evaluates_answers_compares_and_reports(run: isotune.Run):
+    evaluated = run.evaluate(max_new_tokens=4, limit=6)
+    assert evaluated.metrics["exact_match"] == run.results["greetings"].metrics["exact_match"]
+    low, high = evaluated.intervals["chrf"]
+    assert low <= evaluated.metrics["chrf"] <= high
+    assert "<td>chrf</td>" in evaluated._repr_html_() and len(evaluated.predictions) == 6
+    answers = run.predict(["Greet Ada in German.", [{"role": "user", "content": "Greet Ada."}]], max_new_tokens=3)
+    assert len(answers) == 2 and all(isinstance(answer, str) for answer in answers)
+    compared = run.compare(isotune.load(run.path), resamples=200)
+    assert "no difference" in repr(compared).lower() and "<pre>" in compared._repr_html_()
+    page = run.report()
+    assert page.file == run.path / "report.html" and "<iframe srcdoc=" in page._repr_html_()
+    shown = run._repr_html_()
+    assert "data:image/png;base64," in shown and "chrf" in shown
+
+
+def test_mistakes_are_one_sentence_before_anything_starts(tmp_path: Path):
+    with pytest.raises(UserError, match="learning_rat is not a key") as caught:
+        isotune.sft("builtin:greetings", model="builtin:opt-tiny", output_dir=str(tmp_path / "run"), learning_rat=1)
+    assert not (tmp_path / "run").exists()
+    assert caught.value._render_traceback_() == [f"UserError: {caught.value}"]
+    with pytest.raises(UserError, match="there is no run folder"):
+        isotune.load(tmp_path / "none")
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_in_a_checkpoint_from_which_the_same_call_goes_on(tmp_path: Path):
+    call = f"isotune.sft('builtin:greetings', output_dir={str(tmp_path / 'run')!r}, **{KEYS | {'max_steps': 400}!r})"
+    code = "import isotune\nfrom isotune.io.errors import Preempted\n"
+    code += f"try:\n    {call}\nexcept Preempted as error:\n    print('kept', error)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    ends = time.monotonic() + 120
+    while time.monotonic() < ends and not (metrics.is_file() and metrics.read_text().count('"loss"') > 2):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=120)
+    assert "kept stopped after step" in said and "the same command goes on from" in said.splitlines()[-1]
+    stopped = len(isotune.load(tmp_path / "run").record.steps)
+    assert 2 < stopped < 400
+    again = isotune.sft("builtin:greetings", output_dir=str(tmp_path / "run"), **KEYS | {"max_steps": 400})
+    assert len(again.record.steps) == 400
+
+
+def test_python_values_become_the_words_of_flags():
+    keys = {"a": None, "b": True, "c": 1e-4, "names": ["x", "y z"], "pattern": {"q": 8}}
+    assert as_flags(keys) == ["--b=true", "--c=0.0001", "--names", "x", "y z", "--pattern={q: 8}"]

@@ -1,0 +1,230 @@
+"""Losses of a user's own under `isotune.Trainer`: over the global batch, whatever the split of it."""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from tests.numerics.test_drop_in import QUIET, SMALL, SPLITS, STEPS, VOCABULARY, llama, losses_of, sft, texts
+from torch.nn import functional
+from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
+
+import isotune
+from isotune.io.errors import UserError
+from isotune.models.base.builtin import builtin_tokenizer
+
+WEIGHTS = torch.tensor([1.0, 5.0, 0.2])
+
+
+def bert(outputs: int = 3, dropout: float = 0.0, **options: Any) -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    dropped = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    return BertForSequenceClassification(
+        BertConfig(vocab_size=VOCABULARY, num_labels=outputs, **SMALL, **dropped, **options)
+    )
+
+
+def trainer_of(kind: Any, folder: Any, split: tuple[int, int], model: Any, data: Any, **more: Any) -> Any:
+    batch, accumulation = split
+    args = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        per_device_eval_batch_size=64,
+        seed=3,
+        **{**QUIET, **STEPS, **more.pop("args", {})},
+    )
+    collator = more.pop("data_collator", None) or DataCollatorWithPadding(builtin_tokenizer("builtin:bert-tiny"))
+    return kind(model=model, args=args, train_dataset=data, data_collator=collator, **more)
+
+
+def weighted(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    return functional.cross_entropy(outputs.logits, labels, WEIGHTS)
+
+
+def contrastive(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    states = functional.normalize(outputs.logits, dim=-1)
+    near = (labels[:, None] == labels[None]).float()
+    return functional.binary_cross_entropy_with_logits(states @ states.T, near)
+
+
+class Weighted(isotune.Trainer):
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = weighted(outputs, labels)
+        return (loss, outputs) if return_outputs else loss
+
+
+class StockWeighted(Trainer):
+    compute_loss = Weighted.compute_loss  # type: ignore[assignment]  (of another class)
+
+
+def numbers_of(make: Any) -> Dataset:
+    """Texts whose target is a function of a random generator."""
+    draw = np.random.default_rng(5)
+    return texts().remove_columns("label").add_column("labels", [make(draw) for _ in range(24)])
+
+
+REGRESSION = numbers_of(lambda draw: float(draw.normal()))
+SEVERAL = numbers_of(lambda draw: draw.integers(0, 2, 3).astype(float).tolist())
+
+KINDS: dict[str, Any] = {
+    "class weights in compute_loss": (Weighted, StockWeighted, bert, texts(), {}),
+    "class weights in compute_loss_func": (isotune.Trainer, Trainer, bert, texts(), {"compute_loss_func": weighted}),
+    "a contrastive loss": (isotune.Trainer, Trainer, bert, texts(), {"compute_loss_func": contrastive}),
+    "regression": (isotune.Trainer, Trainer, partial(bert, 1), REGRESSION, {}),
+    "several labels": (isotune.Trainer, Trainer, bert, SEVERAL, {}),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_loss_of_logits_is_that_of_one_whole_batch_on_any_split(name: str, tmp_path):
+    ours, stock, make, data, options = KINDS[name]
+    whole = trainer_of(ours, tmp_path, (8, 1), make(), data, eval_dataset=data, **options)
+    found = losses_of(whole)
+    assert whole.own_loss is not None and "second forward" in isotune.describe(whole)
+    for split in SPLITS[::2]:
+        assert losses_of(trainer_of(ours, tmp_path, split, make(), data, **options)) == pytest.approx(found, rel=1e-6)
+    if options:  # one of each kind
+        dropped = [losses_of(trainer_of(ours, tmp_path, s, make(dropout=0.1), data, **options)) for s in SPLITS[:2]]
+        assert dropped[1] == pytest.approx(dropped[0], rel=1e-6) and dropped[0] != pytest.approx(found, rel=1e-3)
+    # the library, given the same rows in one batch in the same order
+    order = [d for step in range(3) for m in whole.plan.schedule.step(step).microbatches for d in m.documents]
+    theirs = trainer_of(
+        stock, tmp_path, (8, 1), make(), data.select(order), args={"train_sampling_strategy": "sequential"}, **options
+    )
+    assert found == pytest.approx(losses_of(theirs), rel=1e-5)
+    at_end = trainer_of(stock, tmp_path, (24, 1), whole.model, data, eval_dataset=data, **options)
+    with torch.no_grad():
+        batch = dict(at_end.data_collator([data[n] for n in range(24)]))
+        expected = float(at_end.compute_loss(whole.model.eval(), batch))
+    assert whole.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def summed(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    logits, targets = outputs.logits[:, :-1], labels[:, 1:]
+    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / num_items_in_batch
+
+
+@pytest.mark.filterwarnings("ignore:.*compute_loss_func.*")
+def test_a_token_loss_that_adds_up_needs_no_second_forward_and_is_the_plain_one(tmp_path):
+    plain = losses_of(sft(tmp_path, 4, 2, packing=False))
+    for split in SPLITS:
+        trainer = sft(tmp_path, *split, packing=False, compute_loss_func=summed)
+        assert trainer.own_loss.adds_up and "a sum over rows" in isotune.describe(trainer)
+        assert losses_of(trainer) == pytest.approx(plain, rel=1e-6)
+
+
+def test_label_smoothing_over_tokens_is_that_of_one_whole_batch(tmp_path):
+    rows = sft(tmp_path, 8, 1, packing=False).train_dataset
+    tokenizer = builtin_tokenizer("builtin:opt-tiny")
+    collator = transformers.DataCollatorForSeq2Seq(tokenizer)
+    options = {"data_collator": collator, "args": {"label_smoothing_factor": 0.2}}
+    found = [losses_of(trainer_of(isotune.Trainer, tmp_path, split, llama(), rows, **options)) for split in SPLITS]
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-6)
+    whole = trainer_of(isotune.Trainer, tmp_path, (8, 1), llama(), rows, **options)
+    order = [d for step in range(3) for m in whole.plan.schedule.step(step).microbatches for d in m.documents]
+    options["args"]["train_sampling_strategy"] = "sequential"
+    theirs = trainer_of(Trainer, tmp_path, (8, 1), llama(), rows.select(order), **options)
+    assert found[0] == pytest.approx(losses_of(theirs), rel=1e-5)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_dft_and_neftune_do_not_depend_on_the_split(packing: bool, tmp_path):
+    for args in ({"loss_type": "dft"}, {"neftune_noise_alpha": 5.0}):
+        found = [losses_of(sft(tmp_path, *split, packing=packing, args=args)) for split in SPLITS[::2]]
+        for other in found[1:]:
+            assert other == pytest.approx(found[0], rel=1e-6)
+        assert found[0] != pytest.approx(losses_of(sft(tmp_path, 8, 1, packing=packing)), rel=1e-3)
+
+
+def masks_every_label_but_the_last(rows: Any) -> Any:
+    batch = transformers.DataCollatorForSeq2Seq(builtin_tokenizer("builtin:opt-tiny"))(rows)
+    last = batch["attention_mask"].sum(dim=1) - 1
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels[torch.arange(len(last)), last] = batch["input_ids"][torch.arange(len(last)), last]
+    return {**batch, "labels": labels}
+
+
+def drops_tokens(rows: Any) -> Any:
+    ids = [row["input_ids"][: int(torch.randint(2, 5, ()))] for row in rows]
+    return DataCollatorWithPadding(builtin_tokenizer("builtin:bert-tiny"))([{"input_ids": own} for own in ids])
+
+
+def test_a_collator_that_masks_labels_row_by_row_is_honoured_and_one_by_chance_refused(tmp_path):
+    rows = sft(tmp_path, 8, 1, packing=False).train_dataset
+    found = []
+    for split in SPLITS:
+        trainer = trainer_of(
+            isotune.Trainer, tmp_path, split, llama(), rows, data_collator=masks_every_label_but_the_last
+        )
+        assert trainer.plan.documents.documents.supervised_counts.tolist() == [1] * len(rows)
+        found.append(losses_of(trainer))
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-6)
+    with pytest.raises(UserError, match="data_collator makes other rows of the same ones"):
+        trainer_of(isotune.Trainer, tmp_path, (8, 1), bert(), texts(), data_collator=drops_tokens)
+
+
+def test_a_model_of_model_init_is_made_anew_for_each_training(tmp_path):
+    options = {"model_init": lambda: bert(3, 0.1)}
+    once = trainer_of(isotune.Trainer, tmp_path, (8, 1), None, texts(), **options)
+    first = losses_of(once)
+    once.train()
+    again = [line["loss"] for line in once.state.log_history if "loss" in line]
+    assert first == again == losses_of(trainer_of(isotune.Trainer, tmp_path, (8, 1), bert(3, 0.1), texts()))
+
+
+def test_a_second_trainer_of_the_same_model_goes_on_with_its_own_loss(tmp_path):
+    model = bert()
+    losses_of(trainer_of(isotune.Trainer, tmp_path, (8, 1), model, texts(), args={"label_smoothing_factor": 0.3}))
+    second = trainer_of(isotune.Trainer, tmp_path, (8, 1), model, texts())
+    step = second.plan.schedule.step(0)
+    numbers = [d for m in step.microbatches for d in m.documents]
+    with torch.no_grad():
+        model.eval()
+        logits = torch.cat([model(torch.tensor(texts()[n]["input_ids"])[None]).logits for n in numbers])
+    expected = functional.cross_entropy(logits, torch.tensor([texts()[n]["label"] for n in numbers]))
+    assert losses_of(second)[0] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_row_without_a_supervised_token_is_predicted_in_its_place(tmp_path):
+    rows = texts().remove_columns("label")
+    masked = [[-100] * len(ids) if n == 2 else ids for n, ids in enumerate(rows["input_ids"])]
+    trainer = trainer_of(isotune.Trainer, tmp_path, (8, 1), llama(), rows.add_column("labels", masked))
+    assert len(trainer.plan.documents.documents) == 23
+    found = trainer.predict(rows.add_column("labels", masked))
+    model = trainer.model.eval()
+    with torch.no_grad():
+        for row in (1, 2, 3):
+            expected = model(torch.tensor(rows[row]["input_ids"])[None]).logits[0].numpy()
+            np.testing.assert_allclose(found.predictions[row, : len(expected)], expected, atol=1e-5)
+
+
+class CallsTwice(isotune.Trainer):
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+        return (model(**inputs).logits - model(**inputs).logits).square().mean()
+
+
+class LooksInside(isotune.Trainer):
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+        return model(**inputs, output_hidden_states=True).hidden_states[-1].mean()
+
+
+class NoLogits(isotune.Trainer):
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+        return torch.zeros(())
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [(CallsTwice, "calls the model twice"), (LooksInside, "from the logits alone"), (NoLogits, "no use of the logits")],
+)
+def test_a_loss_of_something_else_is_refused_before_training(kind: Any, sentence: str, tmp_path):
+    with pytest.raises(UserError, match=sentence):
+        trainer_of(kind, tmp_path, (8, 1), bert(), texts())
