@@ -1,4 +1,4 @@
-"""Documents made piece by piece: the same as all at once, in order, from disk, in memory that does not follow the data."""
+"""Documents made piece by piece: the same as all at once, in order, from disk, without their tokens in memory."""
 
 import json
 import subprocess
@@ -86,8 +86,8 @@ def test_the_memory_of_preparation_does_not_follow_the_tokens(tmp_path, shared_d
         environment = surroundings_of({"PYTHONPATH": str(REPOSITORY), "ISOTUNE_CACHE": str(tmp_path / str(times))})
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=REPOSITORY)
         peaks.append(int(done.stdout) // 1_024)
-    tokens_mib = 280_000 * 45 * 4 / 2**20  # of the rows that are more
-    assert peaks[1] - peaks[0] < 0.9 * tokens_mib + 280_000 * 100 / 2**20 - tokens_mib / 2, peaks
+    tokens_mib = 280_000 * 45 * 4 / 2**20  # of the rows that are more; a copy of them would already be too much
+    assert peaks[1] - peaks[0] < tokens_mib, peaks
 
 
 def test_a_conversation_of_many_turns_takes_time_by_its_length_and_not_by_its_square(tmp_path):
@@ -99,4 +99,4 @@ def test_a_conversation_of_many_turns_takes_time_by_its_length_and_not_by_its_sq
         found = prepare(str(tmp_path / "rows.jsonl"), "train", tokenizer, SftSettings(), show_progress=False)
         seconds[turns] = time.process_time() - began
         assert found.table.counts["asked_otherwise"] == 0
-    assert seconds[400] < 40 * seconds[50], seconds  # 64 times as many prompts and tokens, were each read from its start
+    assert seconds[400] < 40 * seconds[50], seconds  # 64 times as many were each prompt read from its start
