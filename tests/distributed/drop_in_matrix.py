@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
 from peft import LoraConfig
 from tests.numerics.test_drop_in import STEPS, conversations, llama, texts
-from tests.numerics.test_drop_in_losses import REGRESSION, bert
+from tests.numerics.test_drop_in_losses import REGRESSION, bert, pairs
 from torch.nn import functional
 from transformers import DataCollatorWithPadding, TrainingArguments
 from trl import SFTConfig
@@ -75,7 +75,7 @@ def sft(kind: str, shared: dict[str, Any], **more: Any) -> Any:
 
 
 def classifier(kind: str, shared: dict[str, Any]) -> Any:
-    data = REGRESSION if kind == "regression" else texts()
+    data = {"regression": REGRESSION, "pairs": pairs()}.get(kind) or texts()
     return isotune.Trainer(
         model=bert(1 if kind == "regression" else 3, 0.1),
         args=TrainingArguments(**shared, seed=3),
@@ -99,7 +99,7 @@ def main() -> None:
             **STEPS,
             **placed(),
         }
-        trainer = (classifier if kind in ("classes", "regression", "own loss") else sft)(kind, shared)
+        trainer = (classifier if kind in ("classes", "pairs", "regression", "own loss") else sft)(kind, shared)
         trainer.train()
         losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
         norms = [line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line]

@@ -9,7 +9,7 @@ import pytest
 from tests.launching import launcher, run_command
 
 SCRIPT = "tests/distributed/drop_in_matrix.py"
-KINDS = ("packed", "padded", "chat", "lora", "classes", "regression", "own loss")
+KINDS = ("packed", "padded", "chat", "lora", "classes", "pairs", "regression", "own loss")
 ROUNDING = 1e-6  # relative, of losses in fp32; predictions after three updates 1e-5
 
 

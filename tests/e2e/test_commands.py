@@ -119,12 +119,13 @@ class TestEnds:
         assert "error: process 1 of the launch was ended by SIGKILL" in errors
         assert "ChildFailedError" not in errors
 
-    def test_nothing_outlives_the_command(self, running):
+    def test_nothing_outlives_the_command(self, running, tmp_path):
         launched = psutil.Process(running.pid).children(recursive=True)
         assert len(launched) >= 3
         os.kill(running.pid, signal.SIGKILL)
         _, alive = psutil.wait_procs(launched, timeout=60)
         assert alive == []
+        assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "preempted"
 
 
 def ranks_of(command: int) -> list[psutil.Process]:

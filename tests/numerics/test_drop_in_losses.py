@@ -72,6 +72,14 @@ def numbers_of(make: Any) -> Dataset:
 REGRESSION = numbers_of(lambda draw: float(draw.normal()))
 SEVERAL = numbers_of(lambda draw: draw.integers(0, 2, 3).astype(float).tolist())
 
+
+def pairs(rows: int = 24) -> Dataset:
+    """Pairs of texts, of which the second has tokens of type 1."""
+    data = texts(rows)
+    types = [[int(place >= len(ids) // 2) for place in range(len(ids))] for ids in data["input_ids"]]
+    return data.add_column("token_type_ids", types)
+
+
 KINDS: dict[str, Any] = {
     "class weights in compute_loss": (Weighted, StockWeighted, bert, texts(), {}),
     "class weights in compute_loss_func": (isotune.Trainer, Trainer, bert, texts(), {"compute_loss_func": weighted}),
@@ -103,6 +111,18 @@ def test_a_loss_of_logits_is_that_of_one_whole_batch_on_any_split(name: str, tmp
         batch = dict(at_end.data_collator([data[n] for n in range(24)]))
         expected = float(at_end.compute_loss(whole.model.eval(), batch))
     assert whole.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_types_of_a_pairs_tokens_reach_the_model(tmp_path):
+    found = [losses_of(trainer_of(isotune.Trainer, tmp_path, split, bert(), pairs())) for split in SPLITS[::2]]
+    whole = trainer_of(isotune.Trainer, tmp_path, (8, 1), bert(), pairs())
+    order = [d for step in range(3) for m in whole.plan.schedule.step(step).microbatches for d in m.documents]
+    options = {"args": {"train_sampling_strategy": "sequential"}}
+    theirs = losses_of(trainer_of(Trainer, tmp_path, (8, 1), bert(), pairs().select(order), **options))
+    assert found[0] == pytest.approx(theirs, rel=1e-5) and found[1] == pytest.approx(theirs, rel=1e-5)
+    assert found[0] != pytest.approx(
+        losses_of(trainer_of(isotune.Trainer, tmp_path, (8, 1), bert(), texts())), rel=1e-4
+    )
 
 
 def summed(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:

@@ -104,3 +104,11 @@ def test_a_base_that_is_no_classifier_gets_a_head_without_a_word(base, tmp_path)
     head, found = opened(recipe, ("neg", "pos"), 2)
     assert head.is_new and head.line is None
     assert torch.equal(body_and_logits(found)[0], body_and_logits(model)[0])
+
+
+def test_weights_of_a_file_stand_where_torch_puts_its_own(base):
+    recipe, model = base()
+    found = load_base_model(recipe, load_config(recipe), torch.device("cpu"))
+    assert {tensor.data_ptr() % 64 for tensor in [*found.parameters(), *found.buffers()]} == {0}
+    for (name, own), other in zip(found.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(own, other), name

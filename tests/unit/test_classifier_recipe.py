@@ -6,7 +6,7 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from isotune.config import ClassificationRecipe, Recipe, read_recipe
 from isotune.io.errors import UserError
-from isotune.models.classifier import ClassLoss, choose_weights
+from isotune.models.class_loss import ClassLoss, choose_weights
 
 FILE = "model_name_or_path: m\ndataset_name: d\noutput_dir: o\n"
 

@@ -20,11 +20,14 @@ from isotune.checkpoint.manifest import InvalidCheckpoint, verify
 from isotune.checkpoint.store import is_checkpoint
 from isotune.checkpoint.writer import TENSORS
 from isotune.config import ClassificationRecipe, Recipe, RunRecipe, kind_of
+from isotune.config.recipes import AUTO
+from isotune.config.task_types import SINGLE_LABEL
 from isotune.data.sft.chat_format import GUANACO
 from isotune.io.errors import RunFault, UserError
 from isotune.models.adapters.lora import add_adapters
 from isotune.models.base.head import set_names
 from isotune.models.base.hub import locate
+from isotune.models.class_loss import PROBLEM_TYPES
 from isotune.models.finished_run import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -223,8 +226,8 @@ def _config_at(recipe: RunRecipe, tensors: Path) -> PreTrainedConfig:
             lengths = [sizes[name] // size for name in sizes for end, size in rows.items() if name.endswith(end)]
         if not lengths:
             raise RunFault(f"the checkpoint holds no classification head ({' or '.join(sorted(heads))})")
-        names = recipe.label_names
-        set_names(config, min(lengths), names, config.problem_type or "single_label_classification")
+        task_type = SINGLE_LABEL if recipe.task_type == AUTO else recipe.task_type
+        set_names(config, min(lengths), recipe.label_names, PROBLEM_TYPES[task_type])
     return config
 
 

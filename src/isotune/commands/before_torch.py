@@ -9,12 +9,12 @@ from isotune.run.malloc_tuning import GPU_DRIVERS
 WAIT_POLICY = "OMP_WAIT_POLICY"
 
 
-def before_torch() -> None:
-    """Say once on this machine that it is loading, and let idle threads sleep; nothing where torch is there already."""
+def before_torch(*, quiet: bool = False) -> None:
+    """Let idle threads sleep, and say once on this machine that it is loading; nothing where torch is there already."""
     if "torch" in sys.modules:
         return
     let_idle_threads_sleep(os.environ)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if not quiet and os.environ.get("LOCAL_RANK", "0") == "0":
         print("loading     torch and transformers ...", flush=True)
 
 

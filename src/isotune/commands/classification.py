@@ -26,7 +26,7 @@ def train_classifier(recipe: ClassificationRecipe, *, tests_chance: bool = False
     # the engine takes seconds to import: a mistake in the recipe has been answered by now
     from isotune.data.classification.split import prepare_labelled
     from isotune.evaluation.classification.chance_test import write_chance_test
-    from isotune.evaluation.classification.evaluate import show_sentences
+    from isotune.evaluation.classification.sentences import show_sentences
     from isotune.preflight.startup_check import startup_check
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.report.model_card import share

@@ -24,6 +24,7 @@ def read_arguments(argv: Sequence[str], *, prog: str, description: str) -> argpa
         "--dataset_columns", nargs="+", metavar="NAME", help="its columns, of a CSV file whose first line is a row"
     )
     data.add_argument("--dataset_text_field", metavar="COLUMN", help="holds the texts (text)")
+    data.add_argument("--dataset_text_pair_field", metavar="COLUMN", help="holds the second texts of pairs (none)")
     data.add_argument("--dataset_label_field", metavar="COLUMN", help="holds the classes (label)")
     data.add_argument(
         "--ordinal", action="store_true", default=None, help="the classes are ordered: metrics of distance too"
@@ -64,10 +65,10 @@ def evaluate_classifier(given: argparse.Namespace) -> None:
 
     from isotune.evaluation.classification.evaluate import (
         evaluate_rows,
-        print_examples,
         read_task_rows,
         write_evaluation,
     )
+    from isotune.evaluation.classification.examples import print_examples
     from isotune.evaluation.classification.plots import draw_attention, draw_plots
     from isotune.evaluation.distributed_eval import start_ranks
     from isotune.evaluation.models import load_model_classifier, load_run_classifier, model_identity, task_of_run
@@ -116,7 +117,6 @@ def evaluate_classifier(given: argparse.Namespace) -> None:
     write_evaluation(evaluation, folder, classifier, task, settings)
     if not given.no_pictures and given.run_dir and (home / METRICS).is_file():
         print(f"loss curve  {draw_loss_curve(home)}")
-    print("most confident errors first:")
-    print_examples(evaluation)
+    print_examples(evaluation.task_type, evaluation.examples)
     print("\n".join(score_lines(evaluation.scores)))
     print(f"written to {folder}")

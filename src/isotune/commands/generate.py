@@ -64,8 +64,7 @@ def read_arguments(argv: Sequence[str], *, prog: str, description: str) -> argpa
 
 def generate(given: argparse.Namespace) -> None:
     """Load the model; evaluate, answer or chat."""
-    if given.prompt is None:  # else the answer is all that is printed
-        before_torch()
+    before_torch(quiet=given.prompt is not None)  # the answer is all that is printed
     # torch takes seconds to import, so mistakes on the command line are answered before
     from isotune.evaluation.distributed_eval import read_shards, start_ranks
     from isotune.evaluation.generation.base_rules import rules_of_base

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from isotune.config.schema import MEMORY, OPTIMISER, OUTPUT, POSITIVE, SCHEDULE, SHARE, Key, Range, Requirement, Values
 
 # The library's newer name of the same thing; the recipe keeps the one that every tutorial uses.
-ALIASES = {"activation_checkpointing": "gradient_checkpointing"}
+ALIASES = {"activation_checkpointing": "gradient_checkpointing", "text_pair": "dataset_text_pair_field"}
 
 # Schedules that follow evaluation metrics are left out: how often one evaluates would then change the weights.
 # By schedule, what it takes in lr_scheduler_kwargs, which the engine would say only after minutes: names of which
@@ -190,8 +190,6 @@ _KEYS = (
     _rare("trackio_static_space_id", str | None, None, OUTPUT, "static Space of Trackio", changes_result=False),
 )  # fmt: skip
 
-# Metrics of an evaluation for which higher is better.
-HIGHER_IS_BETTER = frozenset({"eval_accuracy", "eval_f1_macro"})
 # Keys that decide which evaluation is the best, or how many there are: the result may depend on them.
 CHOOSES_THE_BEST = frozenset({"metric_for_best_model", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start"})
 

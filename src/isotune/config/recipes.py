@@ -6,6 +6,7 @@ A recipe names its task by the key `task`. A recipe of an earlier version does n
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import combinations
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -14,6 +15,7 @@ from isotune.config.command_line import CommandLine
 from isotune.config.engine_keys import WITH_EVALUATION
 from isotune.config.run_recipe import EVALUATION_ON, RunRecipe
 from isotune.config.schema import DATA, MODEL, OUTPUT, POSITIVE, SCHEDULE, SHARE, Contradiction, Range, Requirement, key
+from isotune.config.task_types import ALL_EVAL_METRICS, TaskType, wrong_for_type
 
 TrainOn = Literal["all", "last", "everything"]
 Overlong = Literal["truncate", "split", "drop"]
@@ -78,18 +80,26 @@ class Recipe(RunRecipe):
 class ClassificationRecipe(RunRecipe):
     """A recipe of unpadded classification: a step sees `global_batch_size` documents."""
 
-    eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_accuracy", "eval_f1_macro")
-    found_in_data: ClassVar[frozenset[str]] = frozenset({"dataset_text_field", "dataset_label_field", "label_names"})
+    eval_metrics: ClassVar[tuple[str, ...]] = ALL_EVAL_METRICS
+    found_in_data: ClassVar[frozenset[str]] = frozenset(
+        {"dataset_text_field", "dataset_text_pair_field", "dataset_label_field", "label_names", "task_type"}
+    )
 
     # fmt: off
     task: Literal["classification"] = key(
         "classification", MODEL, "what the model learns: the class of a text", changes_result=False)
+    task_type: TaskType = key(
+        AUTO, MODEL, "kind of labels: single_label, one class a text; multi_label, any number of labels; regression, a "
+        "number", needs=_LABEL_COLUMN, unset=AUTO, default_text="what the labels show")
     dataset_text_field: str = key("text", DATA, "column that holds the text")
+    dataset_text_pair_field: str | None = key(
+        None, DATA, "column that holds the second text of a pair", needs=_LABEL_COLUMN, default_text="none")
     dataset_label_field: str = key(
-        "label", DATA, "column that holds the class: a whole number from 0, a word, or true or false",
-        needs=_LABEL_COLUMN)
+        "label", DATA, "column that holds the class: a whole number from 0, a word, or true or false; by task_type a "
+        "list of labels, or a number", needs=_LABEL_COLUMN)
     label_names: tuple[str, ...] | None = key(
-        None, DATA, "names of the classes, in their order", needs=_LABEL_COLUMN, default_text="those of the data")
+        None, DATA, "names of the classes, in their order; of multi_label also columns of 0 and 1",
+        needs=_LABEL_COLUMN, default_text="those of the data")
     dataset_id_field: str = key(
         AUTO, DATA, "column that names a row in predictions; none: the rows' numbers do", unset=AUTO, if_empty=NO_IDS,
         default_text="id where it names each row once, else row numbers")
@@ -147,6 +157,23 @@ class ClassificationRecipe(RunRecipe):
         Contradiction(
             ("label_names",),
             lambda values: bool(values["label_names"]) and _wrong_names(values["label_names"]),
+        ),
+        Contradiction(
+            ("task_type",),
+            lambda values: values["task_type"] != AUTO and wrong_for_type(values, values["task_type"]),
+        ),
+        *(
+            Contradiction(
+                keys,
+                lambda values, keys=keys: values["label_source"] == "column" and values[keys[0]] == values[keys[1]],
+                "a column is one thing alone: a text that holds its own label has nothing to learn",
+            )
+            for keys in combinations(("dataset_text_field", "dataset_text_pair_field", "dataset_label_field"), 2)
+        ),
+        Contradiction(
+            ("sentences", "dataset_text_pair_field"),
+            lambda values: bool(values["sentences"] and values["dataset_text_pair_field"]),
+            "a sentence is one text, and this model reads two",
         ),
     )
 

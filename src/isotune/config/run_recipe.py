@@ -42,7 +42,7 @@ _LORA = Requirement(
     "it needs tune: lora or tune: qlora, and peft_type: lora",
 )
 # values that stand for what earlier versions did, which knew nothing else
-UNSAID_BEFORE = {"chat_format": "guanaco", "peft_type": "lora"}
+UNSAID_BEFORE = {"chat_format": "guanaco", "peft_type": "lora", "task_type": "single_label"}
 _FOUR_BIT = Requirement(lambda values: values["tune"] == "qlora", "it needs tune: qlora")
 _NO_LIMIT = Requirement(lambda values: values["max_steps"] < 1, "max_steps says where the run ends")
 _ONE_SOURCE = Requirement(

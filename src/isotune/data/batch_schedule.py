@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from isotune.data.balance import share_out
-from isotune.data.documents import Documents, Rows
+from isotune.data.documents import FIRST_TYPE, Documents, Rows
 from isotune.data.packing import pack
 
 # Attention costs as much as all matrix products together at about 12 x hidden size tokens (24 d^2 multiplications a
@@ -208,9 +208,12 @@ class PackedInputs(TypedDict):
     cu_seq_lens_k: torch.Tensor  # the same
     max_length_q: int  # tokens of the longest document
     max_length_k: int  # the same
-    targets: torch.Tensor  # int64; the classes [documents], or the supervised tokens [supervised tokens]
+    # int64: the classes [documents], or the supervised tokens [supervised tokens]; float32: the numbers of a regression
+    # [documents], or the labels [documents, labels], each 0 or 1
+    targets: torch.Tensor
     position_ids: NotRequired[torch.Tensor]  # int64 [1, tokens]; positions restart in every document
     supervised_positions: NotRequired[torch.Tensor]  # int64 [supervised tokens]; they predict `targets`
+    token_type_ids: NotRequired[torch.Tensor]  # int64 [1, tokens]; 0 in the first text of a pair, 1 in the second
 
 
 def collate(documents: Documents, microbatch: Microbatch) -> PackedInputs:
@@ -225,7 +228,9 @@ def collate(documents: Documents, microbatch: Microbatch) -> PackedInputs:
     input_ids = torch.tensor(documents.input_ids[tokens], dtype=torch.int64)
     bounds = torch.tensor(starts, dtype=torch.int32)
     if documents.has_labels:
-        supervised, targets = None, torch.tensor(documents.labels[numbers], dtype=torch.int64)
+        own = np.asarray(documents.labels[numbers])
+        targets = torch.tensor(own, dtype=torch.int64 if own.dtype.kind == "i" else torch.float32)
+        supervised = None
     else:
         supervised = torch.tensor(np.flatnonzero(documents.supervised[tokens]))
         targets = input_ids[supervised]
@@ -240,6 +245,9 @@ def collate(documents: Documents, microbatch: Microbatch) -> PackedInputs:
     if supervised is not None:
         inputs["supervised_positions"] = supervised - 1
         inputs["position_ids"] = torch.tensor(np.arange(len(tokens)) - np.repeat(starts[:-1], lengths))[None]
+    if FIRST_TYPE in documents.columns:
+        first = np.repeat(starts[:-1] + documents.columns[FIRST_TYPE][numbers], lengths)
+        inputs["token_type_ids"] = torch.tensor(np.arange(len(tokens)) >= first, dtype=torch.int64)[None]
     return inputs
 
 
@@ -247,14 +255,26 @@ def to_device(inputs: PackedInputs, device: torch.device) -> PackedInputs:
     """The inputs on a device: on a GPU by one copy from pinned memory, for which the computation does not wait."""
     tensors = {name: v for name, v in inputs.items() if isinstance(v, Tensor) and name != "cu_seq_lens_k"}
     if device.type == "cuda":
-        flat = torch.cat([tensor.reshape(-1).long() for tensor in tensors.values()]).pin_memory()
+        flat = torch.cat([_as_integers(tensor).reshape(-1) for tensor in tensors.values()]).pin_memory()
         parts: list[Tensor] = list(
             torch.split(flat.to(device, non_blocking=True), [tensor.numel() for tensor in tensors.values()])
         )
     else:
         parts = [tensor.to(device) for tensor in tensors.values()]
     moved = {
-        name: part.view(tensor.shape).to(tensor.dtype)
+        name: _of_integers(part.view(tensor.shape), tensor.dtype)
         for (name, tensor), part in zip(tensors.items(), parts, strict=True)
     }
     return cast(PackedInputs, {**inputs, **moved, "cu_seq_lens_k": moved["cu_seq_lens_q"]})
+
+
+def _as_integers(tensor: Tensor) -> Tensor:
+    """Any tensor as int64, with the bits of a float32 number in place of its value."""
+    return (tensor.view(torch.int32) if tensor.dtype == torch.float32 else tensor).long()
+
+
+def _of_integers(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A moved tensor in its own dtype again."""
+    if dtype == torch.float32 and tensor.dtype == torch.int64:
+        return tensor.to(torch.int32).view(torch.float32)
+    return tensor.to(dtype)

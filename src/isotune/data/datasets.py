@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from isotune.data.documents import Documents, starts_of, sums_of
+from isotune.data.documents import FIRST_TYPE, Documents, starts_of, sums_of
 from isotune.io.errors import UserError
 
 IGNORED = -100  # the label of a token that is not supervised
@@ -33,8 +33,6 @@ def documents_of(
             f"the rows have no input_ids, but {', '.join(names)}: tokenise them, or use SFTTrainer, which does"
         )
     ids, starts = _flat(dataset, "input_ids")
-    if "token_type_ids" in names and _flat(dataset, "token_type_ids")[0].any():
-        raise UserError("token_type_ids of sentence pairs are not handed to the model yet")
     kept = _beside(dataset, "attention_mask", starts) != 0 if "attention_mask" in names else np.ones(len(ids), np.bool_)
     lengths = sums_of(kept, starts)
     if not lengths.all():
@@ -47,7 +45,13 @@ def documents_of(
             raise UserError(f"the column {key!r} holds no class or number a row")
         is_class = targets is not None and targets.ndim == 1 and targets.dtype.kind in "iu"
         labels = targets.astype(np.int32) if is_class and targets is not None else np.zeros(len(lengths), np.int32)
-        return Documents(ids[kept], labels, without_padding, numbers, {"ids": numbers}), targets, key is not None
+        columns = {"ids": numbers}
+        types = _beside(dataset, "token_type_ids", starts)[kept] if "token_type_ids" in names else np.zeros(0, np.int32)
+        if types.any():
+            columns[FIRST_TYPE] = _first_types(types, without_padding)
+        return Documents(ids[kept], labels, without_padding, numbers, columns), targets, key is not None
+    if "token_type_ids" in names and _flat(dataset, "token_type_ids")[0].any():
+        raise UserError("token_type_ids of pairs are of classifiers: leave them out for a causal model")
     labels = _beside(dataset, key, starts)[kept] if key == "labels" else ids[kept]
     supervised = labels != IGNORED
     supervised[without_padding[:-1]] = False  # nothing stands before it
@@ -99,6 +103,15 @@ def _beside(dataset: Any, column: str, starts: np.ndarray) -> np.ndarray:
     if (wrong := np.flatnonzero(own != starts)).size:
         raise UserError(f"row {int(wrong[0])} of the dataset has other numbers of {column} and of input_ids")
     return values
+
+
+def _first_types(types: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """How many tokens of each row are of type 0, int64 [rows]; UserError where others than 1 follow them."""
+    changes = np.diff(types) < 0
+    changes[starts[1:-1] - 1] = False  # from one row to the next
+    if not set(np.unique(types).tolist()) <= {0, 1} or changes.any():
+        raise UserError("token_type_ids are 0 for the first text of a row and 1 for the second: others are not known")
+    return np.diff(starts) - sums_of(types, starts)
 
 
 def _flat(dataset: Any, column: str) -> tuple[np.ndarray, np.ndarray]:

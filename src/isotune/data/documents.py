@@ -13,8 +13,12 @@ from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_
 
 import numpy as np
 
+from isotune.config.task_types import SINGLE_LABEL
 from isotune.io.errors import UserError
 
+# A column of documents of two texts each: how many of a document's tokens, from its start, are of token type 0; the
+# others are of type 1
+FIRST_TYPE = "first_type_tokens"
 QUANTILES = {"min": 0.0, "5%": 0.05, "25%": 0.25, "50%": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
 
 
@@ -44,8 +48,9 @@ class Documents:
     """
 
     input_ids: np.ndarray  # int32 [tokens], special tokens in place
-    # bool [tokens], the supervised mask, for SFT; int32 [documents], the classes from 0, for classification. Nothing
-    # stands before the first token of a document, so that one is never supervised
+    # bool [tokens], the supervised mask, for SFT: nothing stands before the first token of a document, so that one is
+    # never supervised. Of classification int32 [documents], the classes from 0; float64 [documents], the numbers of a
+    # regression; or uint8 [documents, labels], whether a document has a label
     targets: np.ndarray
     starts: np.ndarray  # int64 [documents + 1]
     source_rows: np.ndarray  # int64 [documents]; the row of the source, counted from 0, that the document comes from
@@ -58,7 +63,7 @@ class Documents:
 
     @property
     def has_labels(self) -> bool:
-        """Whether each document has one target, its class; else its supervised tokens are the targets."""
+        """Whether each document has one target, its class or its like; else its supervised tokens are the targets."""
         return self.targets.dtype != np.bool_
 
     @property
@@ -69,7 +74,7 @@ class Documents:
 
     @property
     def labels(self) -> np.ndarray:
-        """The classes of classification: int32 [documents]."""
+        """The classes of classification, int32 [documents], or the numbers or labels in their place."""
         assert self.has_labels, "these documents have supervised tokens and no classes"
         return self.targets
 
@@ -262,8 +267,13 @@ class PreparedData:
 
     @property
     def num_labels(self) -> int | None:
-        """Classes, from 0 to the largest; None for conversations."""
-        return len(self.table.counts["classes"]) if self.documents.has_labels else None
+        """Outputs of the model: classes or labels, or 1 of a regression; None for conversations."""
+        return len(self.table.counts["classes"] or (1,)) if self.documents.has_labels else None
+
+    @property
+    def task_type(self) -> str:
+        """What kind of targets the documents have."""
+        return self.table.counts.get("task_type", SINGLE_LABEL)
 
     @property
     def class_names(self) -> list[str] | None:

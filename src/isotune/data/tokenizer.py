@@ -5,12 +5,13 @@ What a classifier reads is made here too: the tokenizer's own special tokens aro
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from isotune.config.recipes import OverlongText
-from isotune.data.documents import Documents, digest, starts_of
+from isotune.data.documents import FIRST_TYPE, Documents, digest, starts_of
 from isotune.io.errors import UserError
 
 HEAD_SHARE = 4  # head_tail keeps a quarter from the start: 128 of 510, as Sun et al. 2019 found best for IMDb
@@ -19,6 +20,44 @@ HEAD_SHARE = 4  # head_tail keeps a quarter from the start: 128 of 510, as Sun e
 def tokenizer_name(tokenizer: Any) -> str:
     """How messages name a tokenizer: its folder or Hub id, else its class."""
     return str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
+
+
+@dataclass(frozen=True)
+class PairForm:
+    """What a tokenizer puts around two texts: `[CLS] A [SEP] B [SEP]`, or `<s> A </s></s> B </s>`."""
+
+    prefix: np.ndarray  # int32, before the first text
+    middle: np.ndarray  # between the two
+    suffix: np.ndarray  # after the second
+    types: tuple[int, ...] | None  # of prefix, A, middle, B and suffix; None where the model gets no token_type_ids
+
+    @classmethod
+    def of(cls, probe: Any, tokenizer: Any) -> "PairForm | None":
+        """That of the encoding of two texts; None where the tokenizer has no form for two."""
+        ids, sequences = np.array(probe.ids, np.int32), [-1 if s is None else s for s in probe.sequence_ids]
+        one, two = (np.flatnonzero(np.array(sequences) == number) for number in (0, 1))
+        if not len(one) or not len(two) or one[-1] > two[0]:
+            return None
+        pieces = (slice(0, one[0]), slice(one[0], one[-1] + 1), slice(one[-1] + 1, two[0]),
+                  slice(two[0], two[-1] + 1), slice(two[-1] + 1, len(ids)))  # fmt: skip
+        types = None
+        if "token_type_ids" in tokenizer.model_input_names and any(probe.type_ids):
+            types = tuple(max(probe.type_ids[piece], default=-1) for piece in pieces)
+        return cls(ids[pieces[0]], ids[pieces[2]], ids[pieces[4]], types)
+
+    @property
+    def special_tokens(self) -> int:
+        """Tokens that every pair gets beside its own."""
+        return len(self.prefix) + len(self.middle) + len(self.suffix)
+
+    @property
+    def has_types(self) -> bool:
+        """Whether the second text and what follows it are of another token type than all before."""
+        return self.types is not None
+
+    def facts(self) -> list[Any]:
+        """All that decides the tokens, for fingerprints."""
+        return [self.prefix.tolist(), self.middle.tolist(), self.suffix.tolist(), self.types]
 
 
 class FastTokenizer:
@@ -42,6 +81,7 @@ class FastTokenizer:
         self.prefix = np.array(probe.ids[: own[0]], np.int32)  # what the tokenizer puts before a text
         self.suffix = np.array(probe.ids[own[-1] + 1 :], np.int32)
         self.definition = str(self.backend.to_str())  # for fingerprints
+        self.pair = PairForm.of(self.backend.encode("a", "a", add_special_tokens=True), tokenizer)
         self.backend.post_processor = None  # which would trim offsets of their leading space
         self.backend.encode_special_tokens = True
 
@@ -114,3 +154,69 @@ class TextEncoder(FastTokenizer):
             source_rows=np.arange(len(texts)),
             columns={"whole_lengths": own + self.special_tokens},
         )
+
+    def pair_form(self) -> PairForm:
+        """How two texts stand in one document; UserError where the tokenizer cannot say so."""
+        if self.pair is None or not len(self.pair.prefix):
+            raise UserError(
+                f"the tokenizer {self.name} has no form for two texts, such as [CLS] A [SEP] B [SEP], so "
+                "dataset_text_pair_field needs another one"
+            )
+        if self.pair.types is not None and not _in_two(self.pair.types):
+            types = ", ".join(map(str, self.pair.types))
+            raise UserError(
+                f"the tokenizer {self.name} gives two texts the token types {types}: only 0 for the first and 1 for "
+                "the second are known here"
+            )
+        return self.pair
+
+    def encode_pairs(
+        self, texts: Sequence[str], others: Sequence[str], max_seq_length: int, overlong: OverlongText
+    ) -> Documents:
+        """Tokenize pairs of texts in the tokenizer's own form; `overlong` says which part of each text is kept.
+
+        Both share the room: the longer one is cut first, as with `truncation="longest_first"`. The documents have the
+        column `whole_lengths`, and FIRST_TYPE where the model is told which text a token is of. Their class is 0.
+        """
+        form = self.pair_form()
+        room = max_seq_length - form.special_tokens
+        parts: list[np.ndarray] = []
+        wholes, lengths, first = (np.zeros(len(texts), np.int64) for _ in range(3))
+        for row, (one, two) in enumerate(zip(self.tokens(texts), self.tokens(others), strict=True)):
+            wholes[row] = len(one) + len(two) + form.special_tokens
+            kept_one, kept_two = shares_of_room(len(one), len(two), room)
+            one, two = cut(one, kept_one, overlong), cut(two, kept_two, overlong)
+            parts += [form.prefix, one, form.middle, two, form.suffix]
+            first[row] = len(form.prefix) + kept_one + len(form.middle)
+            lengths[row] = kept_one + kept_two + form.special_tokens
+        return Documents(
+            input_ids=np.concatenate(parts).astype(np.int32),
+            targets=np.zeros(len(texts), np.int32),
+            starts=starts_of(lengths),
+            source_rows=np.arange(len(texts)),
+            columns={"whole_lengths": wholes, **({FIRST_TYPE: first} if form.has_types else {})},
+        )
+
+
+def shares_of_room(one: int, two: int, room: int) -> tuple[int, int]:
+    """How many tokens of two texts are kept of which `room` fit together: the longer one is cut down to the other."""
+    if one + two <= room:
+        return one, two
+    short, long = min(one, two), max(one, two)
+    long = max(short, room - short)
+    if short + long > room:
+        short, long = room // 2, room - room // 2
+    return (short, long) if one <= two else (long, short)
+
+
+def cut(tokens: np.ndarray, kept: int, overlong: OverlongText) -> np.ndarray:
+    """The `kept` tokens of a text that `overlong` says."""
+    if len(tokens) <= kept:
+        return tokens
+    first = {"head": kept, "tail": 0, "head_tail": kept // HEAD_SHARE}[overlong]
+    return np.concatenate([tokens[:first], tokens[len(tokens) - (kept - first) :]])
+
+
+def _in_two(types: tuple[int, ...]) -> bool:
+    """Whether all before the second text is of type 0, and the rest of type 1; -1 is of a part without tokens."""
+    return set(types[:3]) <= {0, -1} and set(types[3:]) <= {1, -1}

@@ -26,7 +26,8 @@ from isotune.drop_in.predictions import predictions_of, rows_of, tokens_of
 from isotune.drop_in.refusals import check_model, refuse
 from isotune.io.errors import UserError, first_line
 from isotune.models.causal import install_causal
-from isotune.models.classifier import ClassLoss, install_classification
+from isotune.models.class_loss import ClassLoss
+from isotune.models.classifier import install_classification
 from isotune.models.cpu.layers import enable_speedups
 from isotune.models.embedding_noise import add_noise
 from isotune.models.isolation import check_isolation

@@ -18,11 +18,14 @@ LEVEL = 0.05
 MCNEMAR, SWAP, BOOTSTRAP = "McNemar, exact", "swap test", "paired bootstrap"
 # The default metrics of a comparison: few, because every further test weakens all others.
 DEFAULT_METRICS = {
-    CLASSIFICATION: ("accuracy", "f1_macro", "log_loss", "brier"),
+    CLASSIFICATION: (
+        *("accuracy", "f1_macro", "log_loss", "brier"),
+        *("exact_match", "pearson", "spearman", "mean_squared_error"),  # of several labels, and of numbers
+    ),
     GENERATION: ("exact_match", "rougeL", "chrf", "bits_per_byte"),
 }
 LOWER_IS_BETTER = frozenset(
-    {"log_loss", "brier", "expected_calibration_error", "mean_absolute_error"}
+    {"log_loss", "brier", "expected_calibration_error", "mean_absolute_error", "mean_squared_error", "hamming_loss"}
     | {"nll", "perplexity", "bits_per_byte", "repetition", "empty"}
 )
 WITHOUT_DIRECTION = frozenset({"length_ratio", "ended"})

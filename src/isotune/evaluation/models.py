@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from isotune.config.mixture import mixture_name
+from isotune.config.task_types import REGRESSION
 from isotune.data.classification.labels import ClassificationSettings
 from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.data.sources.hub import is_hub_id
@@ -24,6 +25,7 @@ from isotune.io.shipped import script
 from isotune.models.base.folder import why_no_model
 from isotune.models.base.head import names_of
 from isotune.models.base.vocabulary import check_tokens
+from isotune.models.class_loss import task_type_of
 from isotune.models.classifier import install_classification
 from isotune.models.finished_run import (
     FinishedRun,
@@ -48,14 +50,19 @@ class Classifier:
     name: str  # the run's folder, or the model's folder or Hub id
     model: Any
     tokenizer: Any
-    settings: ClassificationSettings  # how texts become documents; `num_labels` is the model's
+    settings: ClassificationSettings  # how texts become documents; `num_labels` and `task_type` are the model's
     label_names: tuple[str, ...] | None  # of the classes, None where the model has none
     run: FinishedRun | None = None  # the finished run, None for any other model
 
     @property
     def num_labels(self) -> int:
-        """The number of classes."""
+        """The number of classes or labels; 1 of a regression."""
         return int(self.model.config.num_labels)
+
+    @property
+    def task_type(self) -> str:
+        """What kind of labels it predicts."""
+        return self.settings.task_type
 
     @property
     def device(self) -> torch.device:
@@ -125,8 +132,8 @@ def load_run_classifier(run_dir: str | Path, device: torch.device, dtype: torch.
     if "label_names" in own:
         own["label_names"] = tuple(own["label_names"])
     settings = ClassificationSettings(**own)
-    names = settings.known_names or names_of(model.config)
-    settings = replace(settings, num_labels=int(model.config.num_labels), label_names=names)
+    settings = _of_model(settings, model.config, settings.known_names or names_of(model.config))
+    names = settings.label_names
     return Classifier(str(run_dir), model.eval(), load_run_tokenizer(run), settings, names, run)
 
 
@@ -136,16 +143,21 @@ def load_model_classifier(name: str, device: torch.device, dtype: torch.dtype) -
     if Path(name).is_dir():
         _check_kind(Path(name), name)
     model = load_pretrained(name, auto=AutoModelForSequenceClassification, dtype=dtype).to(device).eval()
-    if model.config.num_labels < 2:
-        raise UserError(f"{name} has {model.config.num_labels} output: a classifier has at least two")
     tokenizer = load_pretrained_tokenizer(name)
     check_tokens(model.config, tokenizer, name)
     install_classification(model)
     positions = max_positions(model.config) or DEFAULT_MAX_SEQ_LENGTH
     longest = min(DEFAULT_MAX_SEQ_LENGTH, positions, tokenizer.model_max_length)
-    names, classes = names_of(model.config), int(model.config.num_labels)
-    settings = ClassificationSettings(max_seq_length=longest, num_labels=classes, label_names=names)
-    return Classifier(name, model, tokenizer, settings, names)
+    settings = _of_model(ClassificationSettings(max_seq_length=longest), model.config, names_of(model.config))
+    return Classifier(name, model, tokenizer, settings, settings.label_names)
+
+
+def _of_model(settings: ClassificationSettings, config: Any, names: tuple[str, ...] | None) -> ClassificationSettings:
+    """The settings with the kind, number and names of what a model predicts; a regression has neither of the two."""
+    task_type: Any = task_type_of(config)
+    if task_type == REGRESSION:
+        return replace(settings, task_type=task_type, num_labels=None, label_names=None)
+    return replace(settings, task_type=task_type, num_labels=int(config.num_labels), label_names=names)
 
 
 def task_of_run(
@@ -156,7 +168,13 @@ def task_of_run(
     recipe = classifier.run.settings
     columns = {
         key: recipe.get(key)
-        for key in ("dataset_text_field", "dataset_label_field", "dataset_id_field", "dataset_columns")
+        for key in (
+            "dataset_text_field",
+            "dataset_text_pair_field",
+            "dataset_label_field",
+            "dataset_id_field",
+            "dataset_columns",
+        )
     }
     name, split, held_out = recipe.get("eval_dataset_name"), recipe.get("eval_dataset_split"), None
     mixture = None

@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from isotune.config.task_types import MULTI_LABEL, SINGLE_LABEL
 from isotune.data.classification.classes import NameIndex, listed
+from isotune.data.classification.predictions import predicted
 from isotune.evaluation.metrics.classification import classification_statistics
+from isotune.evaluation.metrics.of_type import statistics_of
 from isotune.evaluation.metrics.text import Likelihood, measure_likelihoods, measure_texts
 from isotune.evaluation.results import (
     CLASSIFICATION,
@@ -90,6 +93,8 @@ def _in_order(first: Result, other: Result) -> Result:
     if first.facts["kind"] != other.facts["kind"]:
         raise UserError(f"{pair}: one is a {first.facts['kind']} result, the other a {other.facts['kind']} result")
     ours, theirs = ({row["id"]: row for row in result.predictions} for result in (first, other))
+    if task_type_of(first) != task_type_of(other):
+        raise UserError(f"{pair}: one is of {task_type_of(first)}, the other of {task_type_of(other)}")
     differences = []
     for result, own, others in ((first, ours, theirs), (other, theirs, ours)):
         if only := [str(row_id) for row_id in own if row_id not in others]:
@@ -127,16 +132,27 @@ class MeasuredRows:
 
     # every built-in metric by name, over groups of rows where there are groups; names of one statistic share it
     statistics: dict[str, Statistic]
-    right_means: str
+    right_means: str  # empty where no row is right or wrong
     right: np.ndarray  # bool [rows]; `right_means` is the metric that is their share
-    scores: np.ndarray  # float64 [rows], higher is better: the probability of the row's class, or chrF of its text
+    # float64 [rows], higher is better: the probability of the row's class, minus the distance from its labels or its
+    # number, or chrF of its text
+    scores: np.ndarray
     classes: int | None = None  # of a classifier, None for texts
 
 
 def measure_rows(result: Result, groups: np.ndarray | None) -> MeasuredRows:
     """Measure a result by its predictions; `groups` has the group of each row. UserError where a row lacks a key."""
     kind = result.facts["kind"]
-    if kind == CLASSIFICATION:
+    task_type = task_type_of(result)
+    if kind == CLASSIFICATION and task_type != SINGLE_LABEL:
+        labels, outputs = _labels_and_outputs(result, task_type)
+        statistics = statistics_of(task_type, labels, outputs, names=class_names(result))
+        scores = -np.abs(outputs - labels).reshape(len(labels), -1).sum(axis=1)
+        several = task_type == MULTI_LABEL  # a number is more or less wrong, and no row is right
+        classes = labels.shape[1] if several else None
+        right = (predicted(task_type, outputs) == labels).all(axis=1) if several else np.zeros(len(labels), np.bool_)
+        right_means = "exact_match" if several else ""
+    elif kind == CLASSIFICATION:
         labels, probabilities = _labels_and_probabilities(result)
         ordinal = "quadratic_kappa" in result.metrics or "mean_absolute_error" in result.metrics
         statistics = classification_statistics(labels, probabilities, ordinal=ordinal, names=class_names(result))
@@ -180,7 +196,11 @@ def with_classes_of(first: Result, other: Result) -> Result:
     place = {k: new for new, k in enumerate(order)}
     rows = [dict(row) for row in other.predictions]
     for row in rows:
-        row |= {key: place[row[key]] for key in ("label", "prediction") if row.get(key) in place}
+        for key in ("label", "prediction"):
+            if isinstance(row.get(key), list):
+                row[key] = sorted(place[k] for k in row[key] if k in place)
+            elif row.get(key) in place:
+                row[key] = place[row[key]]
         if isinstance(row.get("probabilities"), list) and len(row["probabilities"]) == len(order):
             row["probabilities"] = [row["probabilities"][k] for k in order]
     return replace(other, predictions=rows, facts={**other.facts, "label_names": names})
@@ -198,6 +218,27 @@ def _labels_and_probabilities(result: Result) -> tuple[np.ndarray, np.ndarray]:
     if labels.dtype.kind != "i" or not 0 <= labels.min() <= labels.max() < classes:
         raise UserError(f"{where}: a label is not a class among those with a probability")
     return labels, probabilities
+
+
+def task_type_of(result: Result) -> str:
+    """What kind of labels a classifier's result is of."""
+    return result.facts.get("task_type", SINGLE_LABEL)
+
+
+def _labels_and_outputs(result: Result, task_type: str) -> tuple[np.ndarray, np.ndarray]:
+    """Of several labels a row int64 and float64 [rows, labels], of numbers float64 [rows] each."""
+    rows, where = result.predictions, result.folder / PREDICTIONS
+    try:
+        if task_type != MULTI_LABEL:
+            labels, outputs = (np.array([row[key] for row in rows], np.float64) for key in ("label", "prediction"))
+            return labels, outputs
+        outputs = np.array([row["probabilities"] for row in rows], np.float64)
+        labels = np.zeros(outputs.shape, np.int64)
+        for number, row in enumerate(rows):
+            labels[number, row["label"]] = 1
+        return labels, outputs
+    except (KeyError, ValueError, TypeError, IndexError):
+        raise UserError(f"{where}: a row has no label or prediction, or other labels than its probabilities") from None
 
 
 def _text_statistics(result: Result) -> list[Statistic]:

@@ -21,19 +21,21 @@ from isotune.data.sft.forms import TEXT_FIELD, Content, NamedColumns
 from isotune.data.sft.messages import ASSISTANT, USER, Example, Message
 from isotune.data.sft.reading import example_of_text, read_contents
 from isotune.data.sources.source import Row, Source, read_rows
-from isotune.evaluation.metrics.classification import METRICS
-from isotune.evaluation.metrics.modules import CLASSES, TEXTS, Column, MetricModule, read_metrics
+from isotune.evaluation.metrics.modules import TEXTS, Column, MetricModule, read_metrics
+from isotune.evaluation.metrics.of_type import ALL_COLUMNS, ALL_METRICS
 from isotune.evaluation.metrics.text import TEXT_METRICS
 from isotune.io.errors import UserError, did_you_mean, first_line
 from isotune.io.formats import base_name
 
 DEFAULT_MAX_NEW_TOKENS = 256
+PAIR = "dataset_text_pair_field"
 # the keys of a classification that are flags of the command line too
 FLAGS = (
     "dataset_name",
     "dataset_split",
     "dataset_columns",
     "dataset_text_field",
+    PAIR,
     "dataset_label_field",
     "ordinal",
     "max_seq_length",
@@ -85,6 +87,8 @@ class Task:
         apart = ("allow_dropped", "dataset_mixture", "mixture_seed")
         values = {own.name: getattr(self, own.name) for own in fields(self) if own.name not in apart}
         values = {key: value for key, value in values.items() if value is not None or key not in ROW_COLUMNS}
+        if values.get(PAIR, "") is None:  # results of earlier versions knew no pairs
+            del values[PAIR]
         return {**values, "metrics": [str(metric) for metric in self.metrics]}
 
     def rows(self) -> Source:
@@ -99,11 +103,12 @@ class Task:
 class ClassificationTask(Task):
     """Rows to classify."""
 
-    BUILTIN_METRICS = METRICS
-    COLUMNS = CLASSES
+    BUILTIN_METRICS = ALL_METRICS
+    COLUMNS = ALL_COLUMNS
 
     template: str | None = None  # "{title}. {text}": the text that the model reads, from the row's columns; else one
     dataset_text_field: str = "text"
+    dataset_text_pair_field: str | None = None  # the second text of a pair
     dataset_label_field: str = "label"
     dataset_id_field: str | None = None  # as in a recipe
     # the names of the classes, in the order of the numbers where the rows hold numbers; among the model's classes they

@@ -4,22 +4,20 @@ Whether the documents run packed, padded or one at a time is measured on the loa
 """
 
 import contextlib
+import inspect
 import weakref
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from isotune.compat.peft import base_model_of, given_arguments
 from isotune.compat.torch import patch_forward, unpatch_forward
 from isotune.compat.transformers import set_sharded_classes
-from isotune.io.errors import UserError
+from isotune.models.class_loss import DocumentLoss, loss_of, task_type_of
 from isotune.models.cpu.cls_only import cls_states_only
 from isotune.models.cpu.functional import onednn_products
 from isotune.models.cpu.layers import keep_freed_memory
@@ -31,73 +29,17 @@ from isotune.models.packed_attention import PACKED
 _layouts: weakref.WeakKeyDictionary[nn.Module, tuple[Layout, Logits]] = weakref.WeakKeyDictionary()
 
 
-@dataclass(frozen=True)
-class ClassLoss:
-    """Cross-entropy with weights by class (None: all 1) and the share e of each target that is spread over all classes.
-
-    It is torch's `cross_entropy(weight=..., label_smoothing=...)`, split so that a global batch may be divided into any
-    microbatches on any ranks: each microbatch yields a sum over its documents, and the total is divided by the summed
-    weights of the global batch, which the batch schedule knows.
-
-        loss of a step = sum over documents of [(1 - e) w(y) (-log p(y)) + e/K sum over classes c of w(c) (-log p(c))]
-                         ---------------------------------------------------------------------------------------------
-                                                      sum over documents of w(y)
-    """
-
-    class_weights: tuple[float, ...] | None = None
-    label_smoothing: float = 0.0
-
-    def summed(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The sum over documents, in fp32: logits [documents, classes], targets int64 [documents]."""
-        scores, given = logits.float(), self.class_weights
-        weights = None if given is None else scores.new_tensor(given)
-        smoothing = self.label_smoothing
-        return functional.cross_entropy(scores, targets, weights, reduction="sum", label_smoothing=smoothing)
-
-    def denominator(self, labels: np.ndarray) -> float:
-        """Sum of the weights of documents of these classes, int [documents]; without weights, their number."""
-        if self.class_weights is None:
-            return len(labels)
-        # rounded as in `summed`
-        weights = np.array(self.class_weights, np.float32).astype(np.float64)
-        return float(np.bincount(labels, minlength=len(weights)) @ weights)
-
-
-PLAIN_LOSS = ClassLoss()
-
-
-def choose_weights(
-    class_weights: str | Sequence[float] | None, labels: np.ndarray, classes: int
-) -> tuple[float, ...] | None:
-    """Weights by class, of the recipe's `balanced`, one weight per class, or None.
-
-    `balanced` is scikit-learn's: documents / (classes * documents of the class), so that every class has the same sum
-    over the `labels` of the training data, int [documents].
-    """
-    if class_weights is None:
-        return None
-    if class_weights == "balanced":
-        counts = np.bincount(labels, minlength=classes)
-        if not counts.all():
-            raise UserError(f"class_weights: balanced: class {int(counts.argmin())} has no row to be weighted by")
-        return tuple((len(labels) / (classes * counts)).tolist())
-    if len(class_weights) != classes:
-        raise UserError(
-            f"class_weights has {len(class_weights)} numbers, and the data has {classes} classes: give one for each"
-        )
-    return tuple(float(weight) for weight in class_weights)
-
-
 def install_classification(
-    model: PreTrainedModel, class_loss: ClassLoss | None = None, longest: int | None = None
+    model: PreTrainedModel, class_loss: DocumentLoss | None = None, longest: int | None = None
 ) -> Layout:
     """Make a stock classifier accept packed rows (`isotune.data.batch_schedule.PackedInputs`).
 
-    Then `model(input_ids=..., cu_seq_lens_q=..., targets=...)` returns `.logits`, [documents, classes], and `.loss`,
-    the fp32 sum over the documents: of `class_loss` in training, of the plain cross-entropy in evaluation, so that runs
-    with different class weights can be compared. Without `cu_seq_lens_q` the stock forward runs. Call it before peft
-    wraps the model. Returns how documents run inside: no document has more than `longest` tokens, where given, and
-    short ones may be packed where a window would end. UserError where the model is right in no layout.
+    Then `model(input_ids=..., cu_seq_lens_q=..., targets=...)` returns `.logits`, [documents, outputs], and `.loss`,
+    the fp32 sum over the documents: of `class_loss` in training, of its plain form in evaluation, so that runs with
+    different class weights can be compared; by default the loss of the configuration's `problem_type`. `token_type_ids`
+    are left out for a model that knows none. Without `cu_seq_lens_q` the stock forward runs. Call it before peft wraps
+    the model. Returns how documents run inside: no document has more than `longest` tokens, where given, and short ones
+    may be packed where a window would end. UserError where the model is right in no layout.
     """
     before = _layouts.get(model)
     if before is not None:  # of an earlier trainer: another loss, on what is installed already
@@ -105,6 +47,8 @@ def install_classification(
     layout = choose_layout(model, longest)
     set_sharded_classes(model, _block_classes(model))
     logits_of = before[1] if before is not None and before[0] == layout else install_layout(model, layout)
+    loss = class_loss or loss_of(task_type_of(model.config))
+    has_types = takes_token_types(model)
 
     def forward(
         self: Any,
@@ -117,14 +61,23 @@ def install_classification(
     ) -> Any:
         if cu_seq_lens_q is None:
             return self.stock_forward(input_ids, *args, **kwargs)
-        logits = logits_of(self, input_ids, cu_seq_lens_q, given_arguments(kwargs))
-        chosen = (class_loss if self.training else None) or PLAIN_LOSS
-        loss = None if targets is None else chosen.summed(logits, targets)
-        return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]  (a FloatTensor)
+        given = given_arguments(kwargs)
+        if not has_types:
+            given.pop("token_type_ids", None)
+        logits = logits_of(self, input_ids, cu_seq_lens_q, given)
+        chosen = loss if self.training else loss.plain
+        summed = None if targets is None else chosen.summed(logits, targets)
+        return SequenceClassifierOutput(loss=summed, logits=logits)  # type: ignore[arg-type]  (a FloatTensor)
 
     patch_forward(model, forward)
     _layouts[model] = layout, logits_of
     return layout
+
+
+def takes_token_types(model: Any) -> bool:
+    """Whether a model tells the two texts of a pair apart by the token types that it is given."""
+    types = getattr(model.config.get_text_config(), "type_vocab_size", None)
+    return types != 1 and "token_type_ids" in inspect.signature(model.base_model.forward).parameters
 
 
 def pad_like_tokenizer(model: PreTrainedModel, layout: Layout, pad: int | None) -> str | None:

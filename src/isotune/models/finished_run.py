@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from isotune.config.task_types import SINGLE_LABEL
 from isotune.data.sft.chat_format import GUANACO, ChatFormat
 from isotune.data.sft.conversations import render_prompt
 from isotune.data.sft.tokenization import ConversationEncoder
@@ -23,6 +24,7 @@ from isotune.io.errors import UserError
 from isotune.io.shipped import script
 from isotune.models.base.folder import ADAPTER_CONFIG
 from isotune.models.base.head import set_names
+from isotune.models.class_loss import PROBLEM_TYPES
 from isotune.models.layouts.heads import head_of
 from isotune.models.log_control import quiet_libraries
 from isotune.models.opening import (
@@ -186,7 +188,7 @@ def load_run_base(run: FinishedRun, device: torch.device, *, dequantize: bool) -
         head = head_of(config)
         kwargs["ignore_mismatched_sizes"] = True  # the base may be a classifier of other classes
         classes, names = _adapter_classes(run.model / ADAPTER_WEIGHTS, head), run.settings.get("label_names")
-        set_names(config, classes, names, "single_label_classification")
+        set_names(config, classes, names, PROBLEM_TYPES[run.settings.get("task_type", SINGLE_LABEL)])
         kwargs |= {"config": config, "may_lack": head}
     if run.base_made_here or run.settings.get("tune") != "qlora":
         return load_pretrained(name, auto=auto, **kwargs).to(device)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from isotune.config.task_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from isotune.io.errors import RunFault
 from isotune.models.document_dropout import training_microbatch
 from isotune.models.document_keys import MicrobatchDocuments
@@ -32,12 +33,13 @@ def check_isolation(
     *,
     classifier: bool = False,
     padded: bool = False,
+    task_type: str = SINGLE_LABEL,
 ) -> dict[str, float]:
     """Run three random documents packed, packed with the middle one replaced, and each alone; without and with dropout.
 
     `model` is as it will be trained, wrapped and patched, with token ids below `vocabulary` and matrix products in
     `dtype`, on which the tolerance depends; that of a `classifier` has logits per document, not per token, and may be
-    `padded` inside.
+    `padded` inside, and has the loss of its `task_type`.
 
     Returns for environment.json the largest change of a logit in a document whose neighbour was replaced, 0 (beyond the
     rounding of experts); the largest difference from the same document in a row of its own, relative to the largest
@@ -76,7 +78,7 @@ def check_isolation(
         dropout_leak, dropout_error, _ = measure()
         model.eval()
         leak, packing_error, together = measure()
-        loss, reference = _losses(model, documents, together, device, classifier)
+        loss, reference = _losses(model, documents, together, device, task_type if classifier else None)
     finally:
         model.train(mode)
         restore_attention_type(model)
@@ -123,13 +125,23 @@ def packed_inputs(documents: Sequence[torch.Tensor], device: torch.device, *, po
 
 
 def _losses(
-    model: nn.Module, documents: list[torch.Tensor], logits: list[torch.Tensor], device: torch.device, classifier: bool
+    model: nn.Module,
+    documents: list[torch.Tensor],
+    logits: list[torch.Tensor],
+    device: torch.device,
+    task_type: str | None,
 ) -> tuple[float, float]:
-    """The supervised loss of the packed documents, and the cross-entropy of their plain logits."""
-    inputs = packed_inputs(documents, device, positions=not classifier)
-    if classifier:
-        loss = model(**inputs, targets=torch.zeros(len(documents), dtype=torch.int64, device=device)).loss
-        return float(loss), float(sum(-torch.log_softmax(scores, dim=-1)[0] for scores in logits))
+    """The loss of the packed documents, and the same of their plain logits; a classifier's targets are all 0."""
+    inputs = packed_inputs(documents, device, positions=task_type is None)
+    if task_type is not None:
+        scores = torch.stack(logits)
+        targets = torch.zeros(len(logits), dtype=torch.int64, device=device)
+        reference = -torch.log_softmax(scores, dim=-1)[:, 0].sum()
+        if task_type == REGRESSION:
+            targets, reference = targets.float(), scores.square().sum()
+        elif task_type == MULTI_LABEL:
+            targets, reference = torch.zeros_like(scores), -torch.log1p(-scores.sigmoid()).sum()
+        return float(model(**inputs, targets=targets).loss), float(reference)
     supervised = torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool, device=device)
     supervised[inputs["cu_seq_lens_q"][:-1].long()] = False
     positions = supervised.nonzero()[:, 0]

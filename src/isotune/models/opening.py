@@ -1,6 +1,7 @@
 """Models, configurations and tokenizers by name or by recipe; every failure is a UserError of one sentence."""
 
 import contextlib
+import itertools
 import os
 import re
 import sys
@@ -39,6 +40,7 @@ from isotune.models.log_control import quiet_libraries
 from isotune.models.packed_attention import max_positions
 
 SayNew = Callable[[Sequence[str]], None]
+ALIGNMENT = 64  # bytes: torch allocates so on a CPU
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError)
 
 
@@ -234,11 +236,24 @@ def load_base_model(
             torch.manual_seed(recipe.seed)
         with whole_models() if new_modules else contextlib.nullcontext():
             model = load_pretrained(name, auto=auto, may_lack=new_modules, say_new=say_new, **kwargs).to(device)
+        align_weights(model)
     if replaced:
         draw_head(model, recipe.seed)
     if head is not None and head.order is not None:
         reorder(model, head.order)
     return model
+
+
+@torch.no_grad()
+def align_weights(model: Any) -> None:
+    """Move weights on a CPU to where torch puts tensors of its own.
+
+    Those of a file are mapped from it, at any address, unless processes share the loading. The bits of a product depend
+    on the address of its factors modulo ALIGNMENT, so they would depend on the launch.
+    """
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def _four_bit(recipe: RunRecipe, device: torch.device, whole_modules: Sequence[str]) -> BitsAndBytesConfig:

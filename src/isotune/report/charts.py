@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from isotune.config.task_types import REGRESSION
 from isotune.report.formatting import format_number, run_letter
 from isotune.report.loss_curve import MARKED_STEPS, MIN_SMOOTHED_VALUES, finite_values, smoothed, smoothing_window
 from isotune.report.run_record import RunRecord
@@ -24,6 +25,10 @@ MAX_POINTS = 400  # of a line; more are indistinguishable at this size
 CURVES: tuple[tuple[str | None, str | None, str, str], ...] = (
     ("loss", "eval_loss", "Loss", "nats"),
     ("accuracy", "eval_accuracy", "Accuracy", "share of documents"),
+    ("exact_match", "eval_exact_match", "Exact match", "share of documents"),
+    (None, "eval_f1_micro", "Micro F1 of the evaluation", "share"),
+    (None, "eval_pearson", "Pearson correlation", ""),
+    (None, "eval_mean_absolute_error", "Mean absolute error", ""),
     (None, "eval_perplexity", "Perplexity of the evaluation", "per token"),
     ("grad_norm", None, "Gradient norm", "before clipping"),
     ("learning_rate", None, "Learning rate", ""),
@@ -70,7 +75,8 @@ def draw_charts(records: Sequence[RunRecord]) -> list[Chart]:
             for line in _series(record, run, f"run{index % 6}" if run else "", *keys)
         ]
         if lines:
-            charts.append(_chart(title, unit, lines))
+            squared = keys[0] == "loss" and all(record.keys.get("task_type") == REGRESSION for record in records)
+            charts.append(_chart(title, "squared error" if squared else unit, lines))
     return charts
 
 

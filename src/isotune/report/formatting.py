@@ -118,7 +118,8 @@ def _table(pair: Pair, names: Sequence[str]) -> list[str]:
 
 def _changes(pair: Pair, names: Sequence[str], kind: str) -> list[str]:
     a, b = names[pair.a], names[pair.b]
-    lines = [f"{pair.right_means}: {pair.only_b:,} rows right in {b} only, {pair.only_a:,} in {a} only"]
+    right = f"{pair.right_means}: {pair.only_b:,} rows right in {b} only, {pair.only_a:,} in {a} only"
+    lines = [right] if pair.right_means else []
     for sign, rows in (("+", pair.gained), ("-", pair.lost)):
         for row in rows:
             lines += [f"  {sign} row {row.id}: {_input(row, kind)}"]
@@ -129,14 +130,25 @@ def _changes(pair: Pair, names: Sequence[str], kind: str) -> list[str]:
 def _input(row: ChangedRow, kind: str) -> str:
     if kind != CLASSIFICATION:
         return _shorten(row.a["prompt"])
-    return f"class {row.a['label']}  {_shorten(str(row.a.get('text', '')))}".rstrip()
+    label = row.a["label"]
+    own = f"class {label}" if isinstance(label, int) else _in_words(row.a, "label")
+    return f"{own}  {_shorten(str(row.a.get('text', '')))}".rstrip()
 
 
 def _prediction(row: dict[str, Any], kind: str) -> str:
     if kind != CLASSIFICATION:
         return _shorten(row["text"])
+    if not isinstance(row["label"], int):
+        return _in_words(row, "prediction")
     label = max(range(len(row["probabilities"])), key=row["probabilities"].__getitem__)
     return f"class {label} with {row['probabilities'][label]:.3f}"
+
+
+def _in_words(row: dict[str, Any], key: str) -> str:
+    """The labels or the number of a row."""
+    if isinstance(row[key], list):
+        return f"labels {', '.join(map(str, row.get(f'{key}_names', row[key]))) or 'none'}"
+    return f"{row[key]:.4g}"
 
 
 def _shorten(text: str) -> str:

@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from isotune import __version__
+from isotune.config.task_types import MULTI_LABEL, SINGLE_LABEL
 from isotune.evaluation.comparison import compare_runs
 from isotune.evaluation.results import CLASSIFICATION, GENERATION, Result
 from isotune.evaluation.statistics.resampling import without_class
@@ -148,10 +149,28 @@ def _plots(run: str, result: Result, notes: list[str]) -> list[dict[str, Any]]:
 def _examples(results: dict[str, Result]) -> tuple[str, list[dict[str, Any]]]:
     """A title, and rows with their predictions; `is_right` is None where the evaluation does not say."""
     first = next(iter(results.values()))
+    task_type = first.facts.get("task_type", SINGLE_LABEL)
+    if first.facts["kind"] == CLASSIFICATION and task_type != SINGLE_LABEL:
+        written = [example for run, result in results.items() for example in _written_examples(run, result)]
+        return "Most wrong labels" if task_type == MULTI_LABEL else "Largest errors", written
     if first.facts["kind"] == CLASSIFICATION:
         errors = [example for run, result in results.items() for example in _confident_errors(run, result)]
         return "Most confident errors", errors
     return "Answers beside their references", _answers(results) if first.facts["kind"] == GENERATION else []
+
+
+def _written_examples(run: str, result: Result) -> list[dict[str, Any]]:
+    """The first errors that the evaluation wrote down in words."""
+    try:
+        lines = (result.folder / EXAMPLES_FILE).read_text(encoding="utf-8").splitlines()
+        rows = [row for row in map(json.loads, lines) if row["actual"] != row["predicted"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+    return [
+        {"id": row["id"], "input": row["text"], "reference": row["actual"],
+         "answers": [{"run": run, "text": row["predicted"], "is_right": False}]}
+        for row in rows[:MAX_EXAMPLES]
+    ]  # fmt: skip
 
 
 def _confident_errors(run: str, result: Result) -> list[dict[str, Any]]:

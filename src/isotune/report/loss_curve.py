@@ -18,7 +18,9 @@ MARKED_STEPS = 30  # a line through fewer steps gets a dot at each: it would oth
 _WINDOW_SHARE = 0.1  # of the steps of a run, for one value of the smoothed curve
 # The palette of Okabe and Ito (2008): distinguishable with any common color blindness, and by lightness in gray.
 _RAW, _SMOOTH, _EVALUATION, _RATE = "#56B4E9", "#0072B2", "#D55E00", "#444444"
-_INCHES = {"loss": 3.6, "accuracy": 2.6, "learning_rate": 1.2}
+_INCHES = {"loss": 3.6, "accuracy": 2.6, "exact_match": 2.6, "pearson": 2.6, "learning_rate": 1.2}
+# What a classifier's second panel shows, by what its lines have, and what its loss is in.
+_SECOND = {"accuracy": "nats per document", "exact_match": "nats per label", "pearson": "squared error"}
 
 
 @dataclass
@@ -47,7 +49,7 @@ def draw_loss_curve(run_dir: str | Path) -> Path:
 
 
 def read_curves(metrics: Path) -> dict[str, Curve]:
-    """Curves by name: `loss` in nats, `learning_rate`, a classifier's `accuracy`; UserError if the file has no loss."""
+    """Curves by name: `loss`, `learning_rate`, a classifier's `accuracy` or its like; UserError without a loss."""
     try:
         lines = read_metrics(metrics)
     except OSError as error:
@@ -55,8 +57,8 @@ def read_curves(metrics: Path) -> dict[str, Curve]:
     steps, evaluations = list(lines.steps.values()), list(lines.evaluations.values())
     if not steps and not evaluations:
         raise UserError(f"{metrics} has no line with a step and a loss: the run has not made a step yet")
-    is_classifier = any("accuracy" in line or "eval_accuracy" in line for line in [*steps, *evaluations])
-    names = ("loss", "accuracy", "learning_rate") if is_classifier else ("loss", "learning_rate")
+    keys = {key.removeprefix("eval_") for line in [*steps, *evaluations] for key in line}
+    names = ("loss", *[name for name in _SECOND if name in keys][:1], "learning_rate")
     return {name: _curve(steps, [] if name == "learning_rate" else evaluations, name) for name in names}
 
 
@@ -122,14 +124,17 @@ def _figure(curves: dict[str, Curve], title: str) -> Any:
     column = figure.subplots(len(names), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     panels = dict(zip(names, column, strict=True))
     _draw(panels["loss"], curves["loss"], "loss", "{:.3f}")
-    of_accuracy = "and accuracy " if "accuracy" in panels else ""
-    panels["loss"].set_title(f"Loss {of_accuracy}of {title}", loc="left", fontsize=12)
+    second = next((name for name in _SECOND if name in curves), None)
+    of_second = f"and {second.replace('_', ' ')} " if second in panels else ""
+    panels["loss"].set_title(f"Loss {of_second}of {title}", loc="left", fontsize=12)
     panels["loss"].legend(frameon=False, fontsize=9)
-    panels["loss"].set_ylabel(f"loss (nats per {'document' if 'accuracy' in curves else 'supervised token'})")
-    if "accuracy" in panels:
-        _draw(panels["accuracy"], curves["accuracy"], "accuracy", "{:.1%}")
-        panels["accuracy"].set_ylabel("accuracy")
-        panels["accuracy"].yaxis.set_major_formatter(PercentFormatter(1.0))
+    panels["loss"].set_ylabel(f"loss ({_SECOND.get(second or '', 'nats per supervised token')})")
+    if second in panels:
+        name, is_share = second.replace("_", " "), second != "pearson"
+        _draw(panels[second], curves[second], name, "{:.1%}" if is_share else "{:.3f}")
+        panels[second].set_ylabel(name)
+        if is_share:
+            panels[second].yaxis.set_major_formatter(PercentFormatter(1.0))
     if "learning_rate" in panels:
         panel, rates = panels["learning_rate"], curves["learning_rate"]
         panel.plot(rates.steps, rates.values, color=_RATE, linewidth=1.2, marker=_marker(rates.steps))

@@ -12,16 +12,28 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from isotune.config import RunRecipe
 from isotune.config.mixture import mixture_name
+from isotune.config.task_types import HIGHER_IS_BETTER, MULTI_LABEL
 from isotune.data.sources.hub import is_hub_id
 from isotune.io.files import replace_file
+from isotune.models.class_loss import PROBLEM_TYPES
 from isotune.report.formatting import format_number
 from isotune.report.run_record import RunRecord, read_record, run_tables
 from isotune.run.hub import upload_model
 
 CARD, TEMPLATE = "README.md", Path(__file__).with_name("model_card.md.jinja")
 # the Hub's name of each metric of an evaluation line
-METRICS = {"eval_accuracy": "accuracy", "eval_f1_macro": "f1", "eval_loss": "loss", "eval_perplexity": "perplexity"}
-HIGHER_IS_BETTER = ("eval_accuracy", "eval_f1_macro")
+METRICS = {
+    "eval_accuracy": "accuracy",
+    "eval_f1_micro": "f1",
+    "eval_f1_macro": "f1",
+    "eval_exact_match": "exact_match",
+    "eval_pearson": "pearsonr",
+    "eval_spearman": "spearmanr",
+    "eval_mean_absolute_error": "mae",
+    "eval_r2": "r_squared",
+    "eval_loss": "loss",
+    "eval_perplexity": "perplexity",
+}
 PATH_KEYS = ("model_name_or_path", "tokenizer_name_or_path", "dataset_name", "eval_dataset_name")
 OMITTED_GROUP = "Output and logging"
 OMITTED_DATA_ROWS = ("source", "fingerprint", "mixture")
@@ -128,14 +140,17 @@ def _metadata(
 
 
 def _readable(key: str) -> str:
-    return {"eval_f1_macro": "macro F1"}.get(key, key.removeprefix("eval_"))
+    named = {"eval_f1_macro": "macro F1", "eval_f1_micro": "micro F1", "eval_r2": "R2"}
+    return named.get(key, key.removeprefix("eval_").replace("_", " "))
 
 
 def _head_arguments(record: RunRecord) -> str:
     """What the configuration of an adapter's base does not say of the head; the base may have one of another size."""
     names = record.keys.get("label_names")
     classes = f", id2label={dict(enumerate(names))!r}" if names else f", num_labels={_classes(record)}"
-    return f"{classes}, ignore_mismatched_sizes=True"
+    several = record.keys.get("task_type") == MULTI_LABEL
+    problem = f", problem_type={PROBLEM_TYPES[MULTI_LABEL]!r}" if several else ""
+    return f"{classes}{problem}, ignore_mismatched_sizes=True"
 
 
 def _classes(record: RunRecord) -> int:

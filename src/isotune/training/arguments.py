@@ -9,7 +9,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from isotune.compat.transformers import bf16_without_gpu, use_one_gpu
 from isotune.config import RunRecipe
-from isotune.config.engine_keys import HIGHER_IS_BETTER
+from isotune.config.task_types import HIGHER_IS_BETTER
 from isotune.distributed.launch import Process
 from isotune.io.errors import UserError
 

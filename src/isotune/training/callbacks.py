@@ -9,6 +9,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 
 from isotune.config import Recipe, RunRecipe
 from isotune.config.effects import settings_without_effect
+from isotune.config.task_types import SINGLE_LABEL
 from isotune.data.sft.shown_example import ShownExample
 from isotune.data.sources.hub import hub_record
 from isotune.distributed.engines import check_engine, read_back
@@ -47,6 +48,7 @@ class PreTrainChecks(TrainerCallback):
             compute_dtype(self.run.recipe),
             classifier=task.item == "documents",
             padded=task.pads,
+            task_type=getattr(task, "task_type", SINGLE_LABEL),
         )
         found["attention_kernel"] = last_kernel() if task.attention == PACKED else found["attention"]
         trainer.watchdog.start()

@@ -24,8 +24,9 @@ from isotune.compat.peft import base_model_of
 from isotune.compat.transformers import attention_of
 from isotune.config import ClassificationRecipe, Recipe, RunRecipe
 from isotune.config.run_recipe import RESUME_NEVER, RESUME_NEWEST
+from isotune.config.task_types import SINGLE_LABEL
 from isotune.data.batch_schedule import Step, StepSchedule
-from isotune.data.documents import RunData
+from isotune.data.documents import FIRST_TYPE, RunData
 from isotune.data.sft.chat_format import AUTO, GUANACO, ChatFormat
 from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.distributed.launch import Process, start_process
@@ -35,7 +36,8 @@ from isotune.models.adapters.lora import add_adapters
 from isotune.models.base.head import BaseHead, set_names
 from isotune.models.base.vocabulary import check_tokens
 from isotune.models.causal import CausalForm, install_causal
-from isotune.models.classifier import ClassLoss, choose_weights, install_classification, pad_like_tokenizer
+from isotune.models.class_loss import PROBLEM_TYPES, ClassLoss, DocumentLoss, choose_weights, loss_of
+from isotune.models.classifier import install_classification, pad_like_tokenizer, takes_token_types
 from isotune.models.cpu.layers import enable_speedups
 from isotune.models.layouts.layout import ALONE, PADDED
 from isotune.models.opening import is_made_here, load_base_model, load_config, load_tokenizer
@@ -118,7 +120,7 @@ def build_model(start: Start, data: RunData) -> nn.Module:
     recipe, config, process = start.recipe, start.config, start.process
     if isinstance(recipe, ClassificationRecipe):
         class_loss = _class_loss(recipe, data.train)
-        if class_loss.class_weights is not None and process.is_main:
+        if isinstance(class_loss, ClassLoss) and class_loss.class_weights is not None and process.is_main:
             names = data.train.class_names or range(len(class_loss.class_weights))
             weights = zip(names, class_loss.class_weights, strict=True)
             print(f"weights     of classes: {', '.join(f'{name} {weight:.4g}' for name, weight in weights)}")
@@ -136,6 +138,10 @@ def build_model(start: Start, data: RunData) -> nn.Module:
         if layout.reason and process.is_main:
             how = {PADDED: "padded", ALONE: "run one at a time"}[layout.name]
             print(f"note        texts are {how}, as model type '{config.model_type}' cannot be packed: {layout.reason}")
+        if FIRST_TYPE in data.train.documents.columns and not takes_token_types(base) and process.is_main:
+            print(
+                f"note        model type '{config.model_type}' has no token types: its two texts differ by place alone"
+            )
         padding = pad_like_tokenizer(base, layout, cast(int | None, start.tokenizer.pad_token_id))
         if padding is not None and process.is_main:
             print(f"note        {padding}")
@@ -238,7 +244,7 @@ def _attention_of(model: nn.Module) -> str:
 
 def classes_of_task(config: PreTrainedConfig, train: Any) -> BaseHead:
     """Write the classes of the training data into the model's configuration; what becomes of the head of the base."""
-    kind = "single_label_classification"
+    kind = PROBLEM_TYPES[train.task_type]
     head = BaseHead.of(config, train.num_labels, train.class_names, kind)
     set_names(config, train.num_labels, train.class_names, kind)
     return head
@@ -254,11 +260,14 @@ def _classification_task(start: Start, model: nn.Module, train: Any) -> Classifi
 
     write = write_predictions if start.process.is_main else None
     loss = _class_loss(start.recipe, train)
-    return ClassificationTask(train.documents, train.num_labels, loss, attention, write, train.class_names)
+    names = train.class_names
+    return ClassificationTask(train.documents, train.num_labels, loss, attention, write, names, train.task_type)
 
 
-def _class_loss(recipe: Any, train: Any) -> ClassLoss:
+def _class_loss(recipe: Any, train: Any) -> DocumentLoss:
     """The loss that the recipe asks for; a UserError where class_weights does not fit the training data's classes."""
+    if train.task_type != SINGLE_LABEL:
+        return loss_of(train.task_type)
     weights = choose_weights(recipe.class_weights, np.asarray(train.documents.labels), train.num_labels)
     return ClassLoss(weights, recipe.label_smoothing_factor)
 

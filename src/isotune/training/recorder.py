@@ -17,6 +17,9 @@ from isotune.run.run_lease import RunLease
 from isotune.training.tasks import Task
 from isotune.training.update import OptimizerUpdate
 
+SHARES = ("accuracy", "exact_match")  # of a step's documents that are right
+TRAINING = ("loss", *SHARES)
+SHOWN = ("accuracy", "f1_micro", "exact_match", "pearson", "spearman")  # of an evaluation
 LIBRARY_METRICS = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
 
 
@@ -51,10 +54,12 @@ class ProgressBar(TrainerCallback):
             line = f"step {state.global_step}: eval_loss {metrics['eval_loss']:.4f}"
             if "eval_perplexity" in metrics:
                 line += f", perplexity {metrics['eval_perplexity']:.2f}"
-            if "eval_accuracy" in metrics:
-                line += f", accuracy {metrics['eval_accuracy']:.4f}"
-            if "train_loss" in metrics:
-                line += f" (training: loss {metrics['train_loss']:.4f}, accuracy {metrics['train_accuracy']:.4f})"
+            for name in SHOWN:
+                if f"eval_{name}" in metrics:
+                    line += f", {name} {metrics[f'eval_{name}']:.4f}"
+            training = [f"{name} {metrics[f'train_{name}']:.4f}" for name in TRAINING if f"train_{name}" in metrics]
+            if training:
+                line += f" (training: {', '.join(training)})"
             tqdm.write(line, file=sys.stderr)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -72,6 +77,7 @@ class EpochAverages:
 
     def __init__(self, lines: str = "") -> None:
         self._steps: list[tuple[int, float, int]] = []
+        self._share: str | None = None  # what the lines call the share of right documents, where they have one
         for line in map(json.loads, lines.splitlines()):
             if "eval_loss" in line:
                 self._steps.clear()
@@ -79,22 +85,24 @@ class EpochAverages:
                 self.add(line)
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """A step's line of metrics.jsonl: its documents, loss and accuracy."""
+        """A step's line of metrics.jsonl: its documents, loss and share of right ones."""
         loss = math.nan if line["loss"] is None else line["loss"]
-        # a whole number again: the accuracy is its correctly rounded quotient
-        self._steps.append((line["documents"], loss, round(line["accuracy"] * line["documents"])))
+        self._share = next((name for name in SHARES if name in line), None)
+        # a whole number again: the share is its correctly rounded quotient
+        right = 0 if self._share is None else round(line[self._share] * line["documents"])
+        self._steps.append((line["documents"], loss, right))
 
     def take(self) -> dict[str, float]:
-        """train_loss, train_accuracy of the steps since the last call that have a finite loss; nothing without any."""
+        """train_loss and the share of right documents, of the steps since the last call that have a finite loss."""
         steps = [step for step in self._steps if math.isfinite(step[1])]
         self._steps.clear()
         if not steps:
             return {}
         documents = sum(count for count, _, _ in steps)
-        return {
-            "train_loss": math.fsum(count * loss for count, loss, _ in steps) / documents,
-            "train_accuracy": sum(correct for _, _, correct in steps) / documents,
-        }
+        means = {"train_loss": math.fsum(count * loss for count, loss, _ in steps) / documents}
+        if self._share is not None:
+            means[f"train_{self._share}"] = sum(right for _, _, right in steps) / documents
+        return means
 
 
 class MetricsRecorder(TrainerCallback):

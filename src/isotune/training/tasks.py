@@ -13,11 +13,14 @@ import torch
 from torch import nn
 
 from isotune.checkpoint.engine_state import reshard
+from isotune.config.task_types import SINGLE_LABEL
 from isotune.data.batch_schedule import Microbatch, Step, assign_to_ranks, collate, to_device
+from isotune.data.classification.predictions import prediction_lines
 from isotune.data.documents import Documents
 from isotune.distributed.ranks import Watchdog, gather_by_number, gather_vectors, ordered_sum
-from isotune.models.classifier import ClassLoss
+from isotune.models.class_loss import DocumentLoss
 from isotune.models.packed_attention import PACKED
+from isotune.training.label_kinds import KINDS, LabelKind
 
 
 @dataclass(frozen=True)
@@ -130,32 +133,36 @@ class ClassificationTask(Task):
     item, target = "documents", "documents"
     documents: Documents  # of training, with their labels
     num_labels: int
-    class_loss: ClassLoss  # class weights and label smoothing of the training loss
+    class_loss: DocumentLoss  # of training, with class weights and label smoothing
     attention: str  # what the encoder attends by
     # given the step and the lines of predictions.jsonl, on the main process
     write_predictions: Callable[[int, str], None] | None = None
     class_names: Sequence[str] | None = None  # None where the classes have no names
+    task_type: str = SINGLE_LABEL  # what the documents are labelled with
+
+    @property
+    def kind(self) -> LabelKind:
+        """What is measured of such labels."""
+        return KINDS[self.task_type]
 
     def denominator(self, step: Step) -> float:
-        """The summed class weights of the global batch; without weights, its documents."""
+        """What the loss of the global batch is divided by: its documents, for a start."""
         documents = [document for microbatch in step.microbatches for document in microbatch.documents]
         return self.class_loss.denominator(self.documents.labels[documents])
 
-    def count(self, outputs: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """Documents whose class got the highest logit, with dropout on."""
-        return (outputs.logits.detach().argmax(dim=1) == inputs["targets"]).sum()
+    def count(self, outputs: Any, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """Documents that are right, with dropout on."""
+        return self.kind.count(outputs.logits.detach(), inputs["targets"])
 
     def train_metrics(self, step: Step, count: int) -> dict[str, float]:
-        """The accuracy of the step's documents in training itself."""
-        return {"accuracy": count / step.documents}
+        """The share of the step's documents that were right in training itself: accuracy, or exact_match."""
+        return {} if self.kind.share is None else {self.kind.share: count / step.documents}
 
     def evaluate(self, run: EvaluationRun) -> dict[str, float]:
-        """eval_loss in nats per document (no weights, no smoothing), eval_accuracy, eval_f1_macro, and their like.
+        """eval_loss per document (no weights, no smoothing), and the metrics of the kind of labels.
 
         Exact: one prediction a document. They are written as predictions.jsonl where `write_predictions` is given.
         """
-        from sklearn import metrics  # imported where it is used: it takes a second
-
         started = time.perf_counter()
         losses: dict[int, torch.Tensor] = {}
         own_logits: dict[int, torch.Tensor] = {}
@@ -165,25 +172,15 @@ class ClassificationTask(Task):
                 own_logits.update(zip(microbatch.documents, outputs.logits, strict=True))
         documents: Any = run.documents
         logits = gather_vectors(own_logits, len(documents), self.num_labels, run.accelerator.device)
-        loss = ordered_sum(run.gather(losses)) / len(documents)
-        labels, chosen = np.asarray(documents.labels), logits.argmax(dim=1).numpy()
+        labels, outputs = np.asarray(documents.labels), self.kind.outputs(logits)
+        loss = ordered_sum(run.gather(losses)) / self.class_loss.plain.denominator(labels)
         if self.write_predictions is not None:
-            self.write_predictions(run.global_step, _prediction_lines(documents, logits, self.class_names))
+            ids = documents.ids.tolist()
+            lines = prediction_lines(self.task_type, ids, labels, outputs, self.class_names)
+            self.write_predictions(run.global_step, "".join(json.dumps(line) + "\n" for line in lines))
         return {
             "eval_loss": loss,
-            "eval_accuracy": int((chosen == labels).sum()) / len(documents),
-            "eval_f1_macro": float(metrics.f1_score(labels, chosen, average="macro")),
+            **{f"eval_{name}": value for name, value in self.kind.metrics(labels, outputs).items()},
             "eval_documents": len(documents),
             "eval_seconds": time.perf_counter() - started,
         }
-
-
-def _prediction_lines(documents: Documents, logits: torch.Tensor, names: Sequence[str] | None) -> str:
-    """A line a document: its id, its class, and what was predicted."""
-    labels, chosen = documents.labels.tolist(), logits.argmax(dim=1).tolist()
-    columns = {"id": documents.ids.tolist(), "label": labels, "prediction": chosen}
-    columns |= {"probabilities": logits.softmax(dim=1).tolist()}
-    if names:
-        columns |= {"label_name": [names[k] for k in labels], "prediction_name": [names[k] for k in chosen]}
-    rows = zip(*columns.values(), strict=True)
-    return "".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows)

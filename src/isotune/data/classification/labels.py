@@ -1,4 +1,4 @@
-"""What a recipe says about its labelled data, and the classes that rules or chance give to texts."""
+"""What a recipe says about its labelled data, and the classes that follow from a text itself."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from isotune.config.recipes import AUTO, LabelSource, OverlongText
+from isotune.config.task_types import TaskType
 from isotune.data.contents import clean, contents_of, random_labels
 from isotune.data.documents import DataSettings
 from isotune.io.errors import UserError
@@ -31,6 +32,8 @@ class ClassificationSettings(DataSettings):
     max_seq_length: int = 512
     overlong: OverlongText = "head"  # which end is kept, or both
     dataset_text_field: str = "text"
+    dataset_text_pair_field: str | None = None  # the second text, where the model reads two
+    task_type: TaskType = AUTO  # what the labels are; by the cells of their column where nobody says it
     seed: int = 0  # of the random labels
     dataset_label_field: str = "label"
     dataset_id_field: str = AUTO  # `id` where it names each row once; NO_IDS: row numbers

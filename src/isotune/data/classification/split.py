@@ -15,6 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from isotune.config import ClassificationRecipe
+from isotune.config.recipes import AUTO
+from isotune.config.task_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, wrong_for_type
 from isotune.data.cache import load_or_build
 from isotune.data.classification.classes import listed
 from isotune.data.classification.columns import find_columns, said
@@ -51,19 +53,21 @@ def prepare_labelled(recipe: ClassificationRecipe, tokenizer: Any, *, show: bool
     recipe = recipe.with_values(**found)
     train = _read(source, recipe, tokenizer, show)
     train = replace(train, notes=(*train.notes, *guess))
+    _check_task_type(recipe, train, found)
     train.check_classes(evaluation=False)
     classes = train.num_labels
     if recipe.label_source == "column" and recipe.label_names is None and train.class_names:
         found["label_names"] = list(train.class_names)
     remarks: dict[str, Any] = {}
     if recipe.eval_dataset_name is not None:
-        evaluation = _read(evaluation_source(recipe), recipe, tokenizer, show, train.class_names)
+        evaluation = _read(evaluation_source(recipe), recipe, tokenizer, show, train)
         if train.class_names is None and not evaluation.numbered:
             raise UserError(
                 f"the classes of {train.source.name} are the numbers 0 to {classes - 1}, and {evaluation.source.name} "
                 f"has {listed(evaluation.class_names or ())}: label_names says which is which"
             )
-        evaluation = replace(evaluation, settings=replace(evaluation.settings, num_labels=classes))
+        if train.task_type != REGRESSION:
+            evaluation = replace(evaluation, settings=replace(evaluation.settings, num_labels=classes))
         evaluation.check_classes(evaluation=True)
     elif recipe.eval_split_share:
         train, evaluation = split_by_content(train, recipe.eval_split_share, recipe.seed)
@@ -126,13 +130,29 @@ def _read(
     recipe: ClassificationRecipe,
     tokenizer: Any,
     show_progress: bool,
-    names: tuple[str, ...] | None = None,
+    train: LabelledSplit | None = None,
 ) -> LabelledSplit:
-    """One of the recipe's data sets; `names` are those of the classes of the training data."""
+    """One of the recipe's data sets, with the kind of labels and the names that `train` has, where it is given."""
     settings = ClassificationSettings.of(recipe)
-    if names is not None and settings.label_source == "column":
-        settings = replace(settings, label_names=names)
+    if train is not None and settings.label_source == "column":
+        task_type: Any = train.task_type
+        settings = replace(settings, task_type=task_type, label_names=train.class_names or settings.label_names)
+        if train.task_type == MULTI_LABEL:
+            settings = replace(settings, num_labels=train.num_labels)
     return tokenize(source, tokenizer, settings, show_progress=show_progress)
+
+
+def _check_task_type(recipe: ClassificationRecipe, train: LabelledSplit, found: dict[str, Any]) -> None:
+    """Record the kind of labels that the data show where nobody says it; UserError where the recipe needs another.
+
+    The kind is left open for classes, so that the recipe of such a run is the same as it always was.
+    """
+    if recipe.task_type != AUTO:
+        return
+    if train.task_type != SINGLE_LABEL:
+        found["task_type"] = train.task_type
+    if wrong := wrong_for_type(recipe.values, train.task_type):
+        raise UserError(f"{train.source.name} is labelled for task_type {train.task_type}: {wrong}")
 
 
 def _counted(documents: np.ndarray) -> dict[str, int]:

@@ -12,23 +12,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import softmax
+from scipy.special import expit, softmax
 from tqdm import tqdm
 
 from isotune.config.recipes import AUTO
+from isotune.config.task_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from isotune.data.batch_schedule import Microbatch, collate, microbatch_cost
 from isotune.data.classification.classes import NameIndex, listed
-from isotune.data.classification.labels import labels_of
+from isotune.data.classification.predictions import prediction_lines
 from isotune.data.classification.preparation import LabelledSplit, tokenize
 from isotune.data.classification.split import split_by_content
-from isotune.data.contents import clean
 from isotune.data.documents import Documents
-from isotune.data.sources.source import surrogate_fault
-from isotune.data.tokenizer import TextEncoder
+from isotune.evaluation.classification.examples import EXAMPLES, WRITTEN, errors_first, examples_of
 from isotune.evaluation.distributed_eval import Ranks
-from isotune.evaluation.metrics.classification import classification_statistics
-from isotune.evaluation.metrics.modules import class_columns, score_modules, split_metrics
-from isotune.evaluation.models import Classifier, load_run_classifier
+from isotune.evaluation.metrics.modules import score_modules, split_metrics
+from isotune.evaluation.metrics.of_type import check_modules, columns_of, statistics_of
+from isotune.evaluation.models import Classifier
 from isotune.evaluation.results import CLASSIFICATION, write_result
 from isotune.evaluation.statistics.resampling import RESAMPLES, Scores, score, select_names
 from isotune.evaluation.tasks import ClassificationTask
@@ -39,9 +38,6 @@ from isotune.models.packed_attention import max_positions
 
 # tokens of one forward: more exceed a CPU's caches, and fewer leave a GPU idle
 BATCH_TOKENS = {"cpu": 4_096, "cuda": 65_536}
-EXAMPLES = "examples.jsonl"
-SHOWN, WRITTEN, LINE = 5, 100, 160
-SHOWN_CHARACTERS = 60  # of a sentence
 
 
 @dataclass(frozen=True)
@@ -57,6 +53,7 @@ class Rows:
         default_factory=dict[str, Any]
     )  # how many rows were read, and how many of them are not here, by reason
     named: bool = False  # whether the classes have names of their own, and not their numbers
+    task_type: str = SINGLE_LABEL
 
     @property
     def metric_names(self) -> list[str] | None:
@@ -70,8 +67,9 @@ class Rows:
 
     @property
     def labels(self) -> np.ndarray:
-        """int64 [rows]."""
-        return self.documents.labels[:].astype(np.int64)
+        """Classes int64 [rows], labels int64 [rows, labels], or numbers float64 [rows]."""
+        labels = np.asarray(self.documents.labels)
+        return labels if self.task_type == REGRESSION else labels.astype(np.int64)
 
     def find(self, ids: Sequence[str]) -> list[int]:
         """The numbers of the rows of these ids; UserError where one is unknown."""
@@ -84,33 +82,27 @@ class Rows:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of an evaluation: probabilities, float64 [rows, classes], and their scores."""
+    """The result of an evaluation: what was predicted, and its scores."""
 
     rows: Rows
-    probabilities: np.ndarray
+    outputs: np.ndarray  # probabilities, float64 [rows, classes or labels]; the numbers [rows] of a regression
     scores: Scores
 
     @property
+    def task_type(self) -> str:
+        """What kind of labels were predicted."""
+        return self.rows.task_type
+
+    @cached_property
     def errors_first(self) -> np.ndarray:
-        """Numbers of rows, int64: errors, the most confident first, then the others, the least confident first."""
-        confidence = self.probabilities.max(axis=1)
-        correct = self.probabilities.argmax(axis=1) == self.rows.labels
-        return np.lexsort((np.where(correct, confidence, -confidence), correct))
+        """Numbers of rows, int64, those that are most wrong first."""
+        return errors_first(self.task_type, self.rows.labels, self.outputs)
 
     @cached_property
     def examples(self) -> list[dict[str, Any]]:
-        """The first WRITTEN rows in that order: id, names of label and predicted class, its probability, and text."""
-        rows, ids, labels, predicted = self.rows, self.rows.ids, self.rows.labels, self.probabilities.argmax(axis=1)
-        return [
-            {
-                "id": ids[row],
-                "actual": rows.names[labels[row]],
-                "predicted": rows.names[predicted[row]],
-                "probability": float(self.probabilities[row, predicted[row]]),
-                "text": rows.texts[row],
-            }
-            for row in self.errors_first[:WRITTEN].tolist()
-        ]
+        """The first WRITTEN rows in that order."""
+        rows, chosen = self.rows, self.errors_first[:WRITTEN].tolist()
+        return examples_of(self.task_type, chosen, rows.ids, rows.labels, self.outputs, rows.names, rows.texts)
 
 
 def read_task_rows(
@@ -125,7 +117,10 @@ def read_task_rows(
     With `held_out` (share and seed) they are only those that a run held out of its training data. UserError where there
     is no such data, a class is unknown, or max_seq_length is beyond the model's positions.
     """
-    classes = classifier.num_labels
+    classes, is_single = classifier.num_labels, classifier.task_type == SINGLE_LABEL
+    for key, given in (("labels", task.labels), ("ordinal", task.ordinal)):
+        if given and not is_single:
+            raise UserError(f"{key} is of single_label, and {classifier.name} is of {classifier.task_type}")
     if task.labels is not None and len(task.labels) != classes:
         raise UserError(f"the task has {len(task.labels)} labels, and {classifier.name} has {classes} classes")
     source, names = task.source(limit), classifier.label_names
@@ -135,7 +130,8 @@ def read_task_rows(
             f"the task has the labels {listed(task.labels)}, and {classifier.name} has the classes {listed(names)}: "
             "give the labels the names of the model's classes, in the order of the numbers in the data"
         )
-    own = {key: getattr(task, key) for key in ("dataset_text_field", "dataset_label_field")}
+    columns = ("dataset_text_field", "dataset_text_pair_field", "dataset_label_field")
+    own = {key: getattr(task, key) for key in columns}
     own |= {"dataset_id_field": task.dataset_id_field or AUTO}
     own |= {key: value for key in ("max_seq_length", "overlong") if (value := getattr(task, key))}
     settings = replace(classifier.settings, **own)
@@ -147,9 +143,9 @@ def read_task_rows(
     if held_out is not None:
         _, labelled = split_by_content(labelled, *held_out)
         reasons = {"in the training side of the split": rows_read - len(labelled.documents)}
-    if names is None and not labelled.numbered:
+    if names is None and not labelled.numbered and labelled.class_names is not None:
         raise UserError(
-            f"{source.name} has the classes {listed(labelled.class_names or ())}, and {classifier.name} has {classes} "
+            f"{source.name} has the classes {listed(labelled.class_names)}, and {classifier.name} has {classes} "
             "without names: list them by `labels` in a task file, in the order of the model's outputs"
         )
     labelled.check_classes(evaluation=True)
@@ -160,11 +156,12 @@ def read_task_rows(
     return Rows(
         documents=labelled.documents.select(order),
         texts=[texts[i] for i in order.tolist()],
-        names=list(labelled.class_names or map(str, range(classes))),
+        names=[] if classifier.task_type == REGRESSION else list(labelled.class_names or map(str, range(classes))),
         named=labelled.class_names is not None,
         truncated=int((labelled.documents.columns["whole_lengths"] > settings.max_seq_length).sum()),
         fingerprint=labelled.fingerprint,
         left_out={"rows_read": rows_read, "reasons": reasons},
+        task_type=classifier.task_type,
     )
 
 
@@ -235,39 +232,46 @@ def evaluate_rows(
     UserError where the task names a metric that these classes do not have, or a module cannot be computed.
     """
     names, modules = split_metrics(task.metrics)
-    uniform = np.full((1, classifier.num_labels), 1 / classifier.num_labels)
-    one_row = classification_statistics(np.zeros(1, np.int64), uniform, ordinal=task.ordinal, names=rows.metric_names)
-    select_names(one_row, names)  # refuses a wrong name before the forwards
+    task_type, labels = rows.task_type, rows.labels
+    options: Any = {"ordinal": task.ordinal, "names": rows.metric_names}
+    none = outputs_of(task_type, np.zeros((1, classifier.num_labels)))
+    of_one_row = statistics_of(task_type, labels[:1], none, **options)
+    select_names(of_one_row, names)  # refuses a wrong name before the forwards
+    check_modules(modules, task_type, columns_of(task_type, labels[:1], none))
     logits = classify(
         classifier, rows.documents, ranks, batch_tokens=batch_tokens, batch_size=batch_size, progress=ranks.is_main
     )
     if not ranks.is_main:
         return None
-    labels, probabilities, scores = rows.labels, softmax(logits, axis=1), Scores({}, {})
+    outputs, scores = outputs_of(task_type, logits), Scores({}, {})
     if names or not modules:
-        statistics = classification_statistics(labels, probabilities, ordinal=task.ordinal, names=rows.metric_names)
+        statistics = statistics_of(task_type, labels, outputs, **options)
         scores = score(statistics, len(labels), only=names, resamples=resamples, seed=seed)
-    columns = class_columns(labels, probabilities)
+    columns = columns_of(task_type, labels, outputs)
     scores |= score_modules(modules, columns, len(labels), resamples=resamples, seed=seed)
-    return Evaluation(rows, probabilities, scores)
+    return Evaluation(rows, outputs, scores)
+
+
+def outputs_of(task_type: str, logits: np.ndarray) -> np.ndarray:
+    """What logits [rows, outputs] say: probabilities, or the numbers [rows] of a regression."""
+    if task_type == REGRESSION:
+        return logits[:, 0]
+    return expit(logits) if task_type == MULTI_LABEL else softmax(logits, axis=1)
 
 
 def write_evaluation(
     evaluation: Evaluation, folder: Path, classifier: Classifier, task: ClassificationTask, settings: dict[str, Any]
 ) -> None:
     """examples.jsonl, predictions.jsonl and metrics.json in `folder`; `settings` are recorded among the facts."""
-    rows, scores, probabilities = evaluation.rows, evaluation.scores, evaluation.probabilities
-    columns = (rows.ids, rows.labels.tolist(), probabilities.argmax(axis=1).tolist(), probabilities.tolist())
-    keys = ("id", "label", "prediction", "probabilities")
-    predictions: list[dict[str, Any]] = [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
-    if rows.named:
-        for line in predictions:
-            line |= {f"{key}_name": rows.names[line[key]] for key in ("label", "prediction")}
+    rows, scores = evaluation.rows, evaluation.scores
+    names = rows.names if rows.named else None
+    predictions = prediction_lines(rows.task_type, rows.ids, rows.labels, evaluation.outputs, names)
     facts = {
         "kind": CLASSIFICATION,
         "model": classifier.name,
         "dataset_name": task.dataset_name,
         "dataset_split": task.dataset_split,
+        "task_type": rows.task_type,
         "label_names": rows.names,
         "ordinal": task.ordinal,
         "undefined": scores.undefined,
@@ -277,39 +281,3 @@ def write_evaluation(
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / EXAMPLES, "".join(json.dumps(example) + "\n" for example in evaluation.examples))
     write_result(folder, facts, scores, predictions, rows.texts)
-
-
-def print_examples(evaluation: Evaluation) -> None:
-    """The first SHOWN examples, each on two lines."""
-    for example in evaluation.examples[:SHOWN]:
-        text = " ".join(example["text"].split())
-        mark = "=" if example["actual"] == example["predicted"] else "x"
-        print(f"  {mark} id {example['id']}: actual {example['actual']}, predicted {example['predicted']} ", end="")
-        print(f"({example['probability']:.1%})\n      {text[: LINE - 1] + '…' if len(text) > LINE else text}")
-
-
-def show_sentences(run: Path, texts: Sequence[str], device: torch.device) -> None:
-    """Classify texts with the model that a run saved, with the cleaning, truncation and class names of its recipe.
-
-    A line of the printed table has the class of a text where the recipe's labels come from the text (`label_source:
-    rules` or `random`), the predicted one, a mark where they differ, and the start of the text.
-    """
-    classifier = load_run_classifier(run, device, torch.float32)
-    settings = classifier.settings
-    for text in texts:
-        if surrogate_fault(text):
-            raise UserError(f"sentences: {text!r} is not UTF-8")
-    cleaned = [clean(text) for text in texts] if settings.clean_text else list(texts)
-    truth = None if settings.label_source == "column" else labels_of(texts, settings)
-    documents = TextEncoder(classifier.tokenizer).encode(cleaned, settings.max_seq_length, settings.overlong, truth)
-    probabilities = softmax(classify(classifier, documents, Ranks(0, 1, classifier.device)), axis=1)
-    names = classifier.label_names or tuple(map(str, range(probabilities.shape[1])))
-    actual = [None if truth is None else names[truth[row]] for row in range(len(texts))]
-    predicted = [names[k] for k in probabilities.argmax(axis=1)]
-    width = max(len(name or "") for name in [*actual, *predicted, "predicted"])
-    print(f"  {'true':<{width}}  {'predicted':<{width}}  probability  text")
-    for text, own, guess, row in zip(texts, actual, predicted, probabilities, strict=True):
-        line = " ".join(text.split())
-        shown = line if len(line) <= SHOWN_CHARACTERS else f"{line[: SHOWN_CHARACTERS - 3]}..."
-        mark = " " if own in (None, guess) else "x"
-        print(f"{mark} {own or '?':<{width}}  {guess:<{width}}  {row.max():<11.3f}  {shown}")

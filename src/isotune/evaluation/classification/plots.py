@@ -14,16 +14,18 @@ import torch
 
 from isotune.compat.peft import base_model_of
 from isotune.compat.transformers import attention_of as implementation_of
+from isotune.config.task_types import MULTI_LABEL, REGRESSION
+from isotune.data.documents import FIRST_TYPE
 from isotune.evaluation.classification.evaluate import Evaluation, Rows
+from isotune.evaluation.classification.examples import examples_of
+from isotune.evaluation.classification.figures import COLOURS, grid, new_figure, save_plot, short_name
+from isotune.evaluation.classification.label_plots import draw_labels, draw_numbers
 from isotune.evaluation.metrics.classification import BINS, bin_of, confidences
 from isotune.evaluation.models import Classifier
 from isotune.io.errors import first_line
-from isotune.io.files import replace_file, replacing
+from isotune.models.classifier import takes_token_types
 from isotune.models.log_control import quiet_libraries
 
-# Okabe and Ito's (2008), distinct with any common colour blindness
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DOTS_PER_INCH = 130
 LARGEST_ANNOTATED = 12  # classes of a confusion matrix with numbers in its cells
 RECALLS = (0.5, 0.8, 0.9, 0.95)
 EXAMPLES, READABLE_TOKENS = 3, 40  # texts whose attention is drawn
@@ -32,10 +34,21 @@ LISTED_WORDS, LINE_CHARACTERS = 15, 76
 
 
 def draw_plots(evaluation: Evaluation, folder: Path) -> None:
-    """Confusion matrix, precision-recall curve and reliability diagram in `folder`."""
-    labels, probabilities, names = evaluation.rows.labels, evaluation.probabilities, evaluation.rows.names
+    """Confusion matrix, precision-recall curve and reliability diagram in `folder`.
+
+    Of several labels a text the curves and a bar a label, of numbers a scatter plot: they have no confusion matrix, and
+    no probability of one class.
+    """
+    labels, probabilities, names = evaluation.rows.labels, evaluation.outputs, evaluation.rows.names
+    if evaluation.task_type == REGRESSION:
+        draw_numbers(labels, probabilities, folder / "predicted.png")
+        return
+    truths = labels == 1 if evaluation.task_type == MULTI_LABEL else labels[:, None] == np.arange(len(names))
+    _draw_precision_recall(truths, probabilities, names, folder / "precision_recall.png")
+    if evaluation.task_type == MULTI_LABEL:
+        draw_labels(labels, probabilities, names, folder / "labels.png")
+        return
     _draw_confusion(labels, probabilities.argmax(axis=1), names, folder / "confusion_matrix.png")
-    _draw_precision_recall(labels, probabilities, names, folder / "precision_recall.png")
     _draw_reliability(labels, probabilities, folder / "reliability.png")
 
 
@@ -48,14 +61,14 @@ def _draw_confusion(labels: np.ndarray, predictions: np.ndarray, names: Sequence
     totals = counts.sum(axis=1, keepdims=True)
     shares = np.divide(counts, totals, out=np.zeros(counts.shape), where=totals > 0)
     side = float(np.clip(1.1 + 0.75 * classes, 3.6, 11))
-    figure, panel = _new_figure(side + 1.2, side)
+    figure, panel = new_figure(side + 1.2, side)
     image = panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if classes <= LARGEST_ANNOTATED:
         for (row, column), count in np.ndenumerate(counts):
             colour = "white" if shares[row, column] > 0.6 else "black"
             text = f"{count:,}\n{shares[row, column]:.0%}"
             panel.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
-        short = [_short(name) for name in names]
+        short = [short_name(name) for name in names]
         panel.set_xticks(range(classes), short, rotation=0 if max(map(len, short)) < 8 else 30, ha="center")
         panel.set_yticks(range(classes), short)
     panel.set(xlabel="predicted", ylabel="actual")
@@ -65,23 +78,24 @@ def _draw_confusion(labels: np.ndarray, predictions: np.ndarray, names: Sequence
     for name, row in zip(names, counts, strict=True):
         predicted = [f"{row[k]:,} as {names[k]}" for k in np.argsort(-row, kind="stable")[:6] if row[k]]
         lines.append(f"Of {row.sum():,} texts of class {name}: {', '.join(predicted) or 'none predicted'}.")
-    _save_plot(figure, file, lines)
+    save_plot(figure, file, lines)
 
 
-def _draw_precision_recall(labels: np.ndarray, probabilities: np.ndarray, names: Sequence[str], file: Path) -> None:
-    """Precision over recall: of class 1 of two classes, else of each class against the others."""
-    classes = [1] if len(names) == 2 else list(range(len(names)))
-    figure, panel = _new_figure(6.4, 4.8)
+def _draw_precision_recall(truths: np.ndarray, probabilities: np.ndarray, names: Sequence[str], file: Path) -> None:
+    """Precision over recall of each class or label, whose `truths` are bool [rows, classes]; of class 1 of two."""
+    one_suffices = len(names) == 2 and (truths.sum(axis=1) == 1).all()  # the other one is its mirror image
+    classes = [1] if one_suffices else list(range(len(names)))
+    figure, panel = new_figure(6.4, 4.8)
     lines = ["Precision-recall curves: precision at falling thresholds of the probability."]
     for place, k in enumerate(classes):
-        truth = labels == k
+        truth = truths[:, k]
         if not truth.any() or truth.all():
             lines.append(f"Class {names[k]}: no curve, {'all' if truth.any() else 'none'} of the texts are of it.")
             continue
         recall, precision = precision_recall(truth, probabilities[:, k])
         colour, style = COLOURS[place % len(COLOURS)], ("-", "--", ":")[place // len(COLOURS) % 3]
         area = float(np.diff(recall, prepend=0) @ precision)
-        legend = f"{_short(names[k])} ({area:.3f})"
+        legend = f"{short_name(names[k])} ({area:.3f})"
         panel.step(recall, precision, where="pre", color=colour, linestyle=style, label=legend, linewidth=1.6)
         panel.axhline(truth.mean(), color=colour, linewidth=0.7, linestyle=(0, (1, 3)))
         at = ", ".join(f"{precision[np.searchsorted(recall, r)]:.3f} at recall {r:g}" for r in RECALLS)
@@ -91,8 +105,8 @@ def _draw_precision_recall(labels: np.ndarray, probabilities: np.ndarray, names:
     panel.set_title("Precision and recall; dotted: the share of the class, which is chance", loc="left", fontsize=10)
     if panel.get_legend_handles_labels()[1]:
         panel.legend(title="class (average precision)", frameon=False, fontsize=8, ncols=1 + (len(classes) > 12))
-    _grid(panel)
-    _save_plot(figure, file, lines)
+    grid(panel)
+    save_plot(figure, file, lines)
 
 
 def _draw_reliability(labels: np.ndarray, probabilities: np.ndarray, file: Path) -> None:
@@ -105,7 +119,7 @@ def _draw_reliability(labels: np.ndarray, probabilities: np.ndarray, file: Path)
     mean_confidence = np.bincount(bins, confidence, BINS)[filled] / counts
     accuracy = np.bincount(bins, correct, BINS)[filled] / counts
     low, high = wilson(accuracy, counts)
-    figure, (panel, below) = _new_figure(5.6, 6.2, rows=2, height_ratios=(3, 1))
+    figure, (panel, below) = new_figure(5.6, 6.2, rows=2, height_ratios=(3, 1))
     panel.plot([0, 1], [0, 1], color="#777777", linewidth=1, linestyle="--", label="calibrated")
     errors = [np.maximum(accuracy - low, 0), np.maximum(high - accuracy, 0)]
     style: dict[str, Any] = {"color": COLOURS[0], "fmt": "o-", "capsize": 3, "linewidth": 1.4}
@@ -117,11 +131,11 @@ def _draw_reliability(labels: np.ndarray, probabilities: np.ndarray, file: Path)
     below.bar((np.arange(BINS) + 0.5) / BINS, rows, width=0.9 / BINS, color=COLOURS[5])
     below.set(xlim=(0, 1.01), xlabel="probability of the predicted class", ylabel="texts")
     for axes in (panel, below):
-        _grid(axes)
+        grid(axes)
     lines = [f"Reliability diagram of {rows.sum():,} texts; expected calibration error {error:.3f}."]
     for n, sure, share, a, b in zip(counts, mean_confidence, accuracy, low, high, strict=True):
         lines.append(f"{n:,} texts at a mean probability of {sure:.3f}: {share:.3f} right (95% {a:.3f} to {b:.3f}).")
-    _save_plot(figure, file, lines)
+    save_plot(figure, file, lines)
 
 
 def precision_recall(truth: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -166,12 +180,11 @@ def draw_attention(
         if isinstance(attention, str):
             print(f"note        the attention of {classifier.name} is not drawn: {attention}")
             return
-        probabilities = evaluation.probabilities[row]
-        predicted = int(probabilities.argmax())
-        title = (
-            f"id {rows.ids[row]}: actual {rows.names[rows.labels[row]]}, "
-            f"predicted {rows.names[predicted]} ({probabilities[predicted]:.1%})"
+        (example,) = examples_of(
+            rows.task_type, [row], rows.ids, rows.labels, evaluation.outputs, rows.names, rows.texts
         )
+        sure = f" ({example['probability']:.1%})" if "probability" in example else ""
+        title = f"id {example['id']}: actual {example['actual']}, predicted {example['predicted']}{sure}"
         name = "".join(c if c.isalnum() else "_" for c in str(rows.ids[row]))[:40]
         _draw_heads(attention, title, folder / f"attention_heads_{name}.png")
         _draw_words(attention, title, folder / f"attention_words_{name}.png")
@@ -183,7 +196,12 @@ def attention_of(classifier: Classifier, rows: Rows, row: int) -> Attention | st
     start, stop = (int(bound) for bound in rows.documents.starts[row : row + 2])
     ids = rows.documents.input_ids[start:stop].astype(np.int64)
     tokens = torch.from_numpy(ids)[None].to(classifier.device)
-    layers = _weights_of(base_model_of(classifier.model), tokens)
+    model = base_model_of(classifier.model)
+    inputs = {"input_ids": tokens}
+    if FIRST_TYPE in rows.documents.columns and takes_token_types(model):
+        inputs["token_type_ids"] = (torch.arange(len(ids)) >= int(rows.documents.columns[FIRST_TYPE][row])).long()[None]
+        inputs["token_type_ids"] = inputs["token_type_ids"].to(tokens.device)
+    layers = _weights_of(model, inputs)
     if isinstance(layers, str):
         return layers
     weights = torch.cat(layers).float().cpu().numpy()
@@ -194,15 +212,14 @@ def attention_of(classifier: Classifier, rows: Rows, row: int) -> Attention | st
     return Attention(classifier.tokenizer.convert_ids_to_tokens(ids.tolist()), words, word_of, weights, rolled)
 
 
-def _weights_of(model: Any, tokens: torch.Tensor) -> list[torch.Tensor] | str:
+def _weights_of(model: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor] | str:
     """The weights of each layer, [1, heads, tokens, tokens], for one text; else what is returned in their place."""
     before = implementation_of(model.config)
     try:
         with quiet_libraries():
             model.set_attn_implementation("eager")
-            output = model.stock_forward(
-                tokens, attention_mask=torch.ones_like(tokens), output_attentions=True, return_dict=True
-            )
+            whole = torch.ones_like(inputs["input_ids"])
+            output = model.stock_forward(**inputs, attention_mask=whole, output_attentions=True, return_dict=True)
     except Exception as error:  # what a model of transformers raises that has no such weights
         return f"the model fails when asked for its weights ({first_line(error)})"
     finally:
@@ -210,7 +227,7 @@ def _weights_of(model: Any, tokens: torch.Tensor) -> list[torch.Tensor] | str:
     layers: list[Any] = list(getattr(output, "attentions", None) or ())
     if not layers:
         return "the model returns no attention weights"
-    count = tokens.shape[1]
+    count = inputs["input_ids"].shape[1]
     for layer in layers:
         if not isinstance(layer, torch.Tensor) or layer.ndim != 4 or layer.shape[-2:] != (count, count):
             shape = list(layer.shape) if isinstance(layer, torch.Tensor) else type(layer).__name__
@@ -261,7 +278,7 @@ def _draw_heads(attention: Attention, title: str, file: Path) -> None:
     rows, columns = min(layers, LARGEST_GRID), min(heads, LARGEST_GRID)
     size = min(1.5, 12 / columns)
     width, height = max(size * columns, 4.5) + 0.4, size * rows + 0.9
-    figure, panels = _new_figure(width, height, rows, columns, squeeze=False)
+    figure, panels = new_figure(width, height, rows, columns, squeeze=False)
     for (layer, head), panel in np.ndenumerate(panels):
         panel.imshow(np.sqrt(attention.weights[layer, head]), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
         panel.set(xticks=[], yticks=[])
@@ -276,7 +293,7 @@ def _draw_heads(attention: Attention, title: str, file: Path) -> None:
         most = enumerate(of_first.argmax(axis=1))
         of_heads = ", ".join(f"head {h + 1} {attention.tokens[t]} ({of_first[h, t]:.0%})" for h, t in most)
         text.append(f"Layer {layer}, largest attention of the first token: {of_heads}.")
-    _save_plot(figure, file, text)
+    save_plot(figure, file, text)
 
 
 def _draw_words(attention: Attention, title: str, file: Path) -> None:
@@ -289,7 +306,7 @@ def _draw_words(attention: Attention, title: str, file: Path) -> None:
             line, column = line + 1, 0
         places.append((line, column))
         column += len(word) + 1
-    figure, panel = _new_figure(7.2, 0.75 + 0.26 * (line + 1))
+    figure, panel = new_figure(7.2, 0.75 + 0.26 * (line + 1))
     panel.set_axis_off()
     alphas = 0.85 * attention.rolled / max(float(attention.rolled.max()), 1e-9)
     for word, (row, column), alpha in zip(words, places, alphas.tolist(), strict=True):
@@ -300,36 +317,9 @@ def _draw_words(attention: Attention, title: str, file: Path) -> None:
     panel.set_title(f"{title}\nattention rollout from the first token over words", loc="left", fontsize=9)
     order = np.argsort(-attention.rolled, kind="stable")[:LISTED_WORDS]
     shares = ", ".join(f"{attention.words[w]} {attention.rolled[w]:.1%}" for w in order)
-    _save_plot(figure, file, [f"Attention rollout over {len(words)} words. {title}.", f"Largest: {shares}."])
+    save_plot(figure, file, [f"Attention rollout over {len(words)} words. {title}.", f"Largest: {shares}."])
 
 
 def _mono(word: str) -> str:
     """A word as it is drawn: with dollars escaped, which matplotlib takes for a formula, and cut where very long."""
     return word.replace("$", r"\$") if len(word) <= LINE_CHARACTERS // 2 else word[: LINE_CHARACTERS // 2 - 1] + "…"
-
-
-def _new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
-    """A figure, its size in inches, with a grid of panels; `options` are of `Figure.subplots`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, **options)
-
-
-def _save_plot(figure: Any, file: Path, lines: Sequence[str]) -> None:
-    """Write a plot and its alternative text, both atomically."""
-    with replacing(file) as staging:
-        figure.savefig(staging, format="png", dpi=DOTS_PER_INCH)
-    replace_file(file.with_suffix(".txt"), "\n".join(lines) + "\n")
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 18 else name[:17] + "…"
-
-
-def _grid(panel: Any) -> None:
-    panel.grid(color="#DDDDDD", linewidth=0.6)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)

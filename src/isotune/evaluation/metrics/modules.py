@@ -111,7 +111,7 @@ def read_metrics(
     metrics: list[str | MetricModule] = []
     for entry in entries:
         # f1_class_0 and its like are built in too, but no text has a class
-        if isinstance(entry, str) and (without_class(entry) if columns is CLASSES else entry) in builtin:
+        if isinstance(entry, str) and (entry if columns is TEXTS else without_class(entry)) in builtin:
             metrics.append(entry)
             continue
         arguments = {"module": entry} if isinstance(entry, str) else dict(entry)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from isotune.data.classification.classes import NameIndex, listed
+from isotune.models.class_loss import PROBLEM_TYPES, task_type_of
 
 
 def names_of(config: Any) -> tuple[str, ...] | None:
@@ -46,9 +47,7 @@ class BaseHead:
         """Decide it by the configuration of the base, and the classes and kind of the new task."""
         if not is_classifier(config):
             return cls(is_new=True)
-        theirs, kind = names_of(config), config.problem_type or "single_label_classification"
-        if config.num_labels == 1 and config.problem_type is None:
-            kind = "regression"
+        theirs, kind = names_of(config), PROBLEM_TYPES[task_type_of(config)]
         was = f"the base tells {config.num_labels} classes without names apart"
         if kind == "regression":
             was = "the base predicts numbers"
@@ -56,6 +55,8 @@ class BaseHead:
             was = f"the base tells {listed(theirs)} apart"
         if kind != problem_type:
             return cls(True, None, f"new: {was}" + (f", as {kind}" if kind != "regression" else ""))
+        if kind == "regression" and config.num_labels == num_labels:
+            return cls(False, None, f"of the base, which goes on: {was}, as the data")
         if config.num_labels != num_labels or (theirs is None) != (names is None):
             return cls(True, None, f"new: {was}, the data {listed(names) if names else f'{num_labels} without names'}")
         if theirs is None or names is None:

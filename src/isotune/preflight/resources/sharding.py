@@ -32,6 +32,7 @@ from isotune.compat.peft import base_model_of
 from isotune.config import ClassificationRecipe, Recipe, RunRecipe
 from isotune.models.adapters.lora import add_adapters
 from isotune.models.causal import install_causal
+from isotune.models.class_loss import PLAIN_LOSS
 from isotune.models.classifier import install_classification
 from isotune.models.opening import weights_dtype
 from isotune.preflight.request import DDP, DEEPSPEED, FSDP, PLAIN, Launch
@@ -91,7 +92,7 @@ def model_builder(
             if isinstance(recipe, ClassificationRecipe):
                 smaller.num_labels = num_labels or recipe.num_labels or 2
                 base: Any = AutoModelForSequenceClassification.from_config(smaller, dtype=weights_dtype(recipe))
-                install_classification(base)
+                install_classification(base, PLAIN_LOSS)  # others take no more memory
             else:
                 base = AutoModelForCausalLM.from_config(smaller, dtype=weights_dtype(recipe))
                 install_causal(base, recipe.max_seq_length)

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from isotune.config.base_recipe import BaseRecipe
 from isotune.config.command_line import CommandLine
 from isotune.config.recipes import PROJECTS, ClassificationRecipe, ProjectKind, read_recipe
 from isotune.config.schema import DATA, MODEL, OUTPUT, REQUIRED, SCHEDULE, SHARE, Range, Requirement, key
+from isotune.config.task_types import EVAL_METRICS, SINGLE_LABEL
 from isotune.data.documents import RunData
 
 _FOLDER = "folder with the competition's train.csv, test.csv and sample_submission.csv"
@@ -20,6 +21,8 @@ _OWN_COLUMNS = Requirement(lambda values: False, "the Arena's files have their o
 @dataclass(frozen=True, kw_only=True)
 class ArenaRecipe(ClassificationRecipe):
     """A recipe of an encoder that reads a prompt and both answers, and says which one people prefer."""
+
+    eval_metrics: ClassVar[tuple[str, ...]] = EVAL_METRICS[SINGLE_LABEL]
 
     method: Literal["encoder"] = key("encoder", MODEL, "what predicts: encoder, or baselines in a recipe of their own")
     dataset_name: str = key(REQUIRED, DATA, _FOLDER, is_path=True)
@@ -36,7 +39,9 @@ class ArenaRecipe(ClassificationRecipe):
     eval_dataset_name: str | None = key(None, DATA, "not used", needs=_OWN_COLUMNS, common=False)
     eval_dataset_split: str = key("test", DATA, "not used", needs=_OWN_COLUMNS, common=False)
     dataset_text_field: str = key("text", DATA, "not used", needs=_OWN_COLUMNS, common=False)
+    dataset_text_pair_field: str | None = key(None, DATA, "not used", needs=_OWN_COLUMNS, common=False)
     dataset_label_field: str = key("label", DATA, "not used", needs=_OWN_COLUMNS, common=False)
+    task_type: Literal["auto"] = key("auto", DATA, "not used", needs=_OWN_COLUMNS, unset="auto", common=False)
     dataset_id_field: str = key("auto", DATA, "not used", needs=_OWN_COLUMNS, common=False)
     label_names: tuple[str, ...] | None = key(None, DATA, "not used", needs=_OWN_COLUMNS, common=False)
     clean_text: bool = key(False, DATA, "not used", needs=_OWN_COLUMNS, common=False)

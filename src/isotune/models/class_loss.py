@@ -1,0 +1,144 @@
+"""The losses of classification, each as a sum over documents and the number that a global batch's sum is divided by.
+
+They are those of transformers, split so that a global batch may be divided into any microbatches on any ranks.
+
+    single_label   cross-entropy / (weights of the) documents
+    multi_label    binary cross-entropy of every label, summed / (documents x labels)
+    regression     squared error / documents
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from isotune.config.task_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from isotune.io.errors import UserError
+
+# What transformers calls the kinds of labels in `problem_type` of a configuration.
+PROBLEM_TYPES = {
+    SINGLE_LABEL: "single_label_classification",
+    MULTI_LABEL: "multi_label_classification",
+    REGRESSION: "regression",
+}
+
+
+def task_type_of(config: Any) -> str:
+    """What kind of labels a model is for: as its configuration says, else by the number of its outputs."""
+    said = {problem_type: task_type for task_type, problem_type in PROBLEM_TYPES.items()}.get(config.problem_type)
+    return said or (REGRESSION if config.num_labels == 1 else SINGLE_LABEL)
+
+
+class DocumentLoss(ABC):
+    """A loss that is a sum over documents."""
+
+    @property
+    def plain(self) -> "DocumentLoss":
+        """The loss of evaluations, without weights and smoothing, so that runs compare."""
+        return self
+
+    @abstractmethod
+    def summed(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The sum over documents, in fp32: logits [documents, outputs], targets [documents] or [documents, labels]."""
+
+    @abstractmethod
+    def denominator(self, labels: np.ndarray) -> float:
+        """What the sum over documents with these labels, [documents, ...], is divided by."""
+
+
+@dataclass(frozen=True)
+class ClassLoss(DocumentLoss):
+    """Cross-entropy with weights by class (None: all 1) and the share e of each target that is spread over all classes.
+
+    It is torch's `cross_entropy(weight=..., label_smoothing=...)`: each microbatch yields a sum over its documents, and
+    the total is divided by the summed weights of the global batch, which the batch schedule knows.
+
+        loss of a step = sum over documents of [(1 - e) w(y) (-log p(y)) + e/K sum over classes c of w(c) (-log p(c))]
+                         ---------------------------------------------------------------------------------------------
+                                                      sum over documents of w(y)
+    """
+
+    class_weights: tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
+
+    @property
+    def plain(self) -> DocumentLoss:
+        """Cross-entropy."""
+        return PLAIN_LOSS
+
+    def summed(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Of targets int64 [documents]."""
+        scores, given = logits.float(), self.class_weights
+        weights = None if given is None else scores.new_tensor(given)
+        smoothing = self.label_smoothing
+        return functional.cross_entropy(scores, targets, weights, reduction="sum", label_smoothing=smoothing)
+
+    def denominator(self, labels: np.ndarray) -> float:
+        """Sum of the weights of documents of these classes, int [documents]; without weights, their number."""
+        if self.class_weights is None:
+            return len(labels)
+        # rounded as in `summed`
+        weights = np.array(self.class_weights, np.float32).astype(np.float64)
+        return float(np.bincount(labels, minlength=len(weights)) @ weights)
+
+
+PLAIN_LOSS = ClassLoss()
+
+
+@dataclass(frozen=True)
+class SquaredError(DocumentLoss):
+    """The squared difference between the model's one output and a number."""
+
+    def summed(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Of targets float32 [documents]."""
+        return functional.mse_loss(logits.float().squeeze(1), targets, reduction="sum")
+
+    def denominator(self, labels: np.ndarray) -> float:
+        """The number of documents."""
+        return len(labels)
+
+
+@dataclass(frozen=True)
+class LabelLoss(DocumentLoss):
+    """The binary cross-entropy of each label of a document."""
+
+    def summed(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Of targets float32 [documents, labels]."""
+        return functional.binary_cross_entropy_with_logits(logits.float(), targets, reduction="sum")
+
+    def denominator(self, labels: np.ndarray) -> float:
+        """The number of documents and labels."""
+        return labels.size
+
+
+def loss_of(task_type: str, class_weights: tuple[float, ...] | None = None, smoothing: float = 0.0) -> DocumentLoss:
+    """The loss of a kind of labels; weights and smoothing are of classes alone."""
+    if task_type == REGRESSION:
+        return SquaredError()
+    return LabelLoss() if task_type == MULTI_LABEL else ClassLoss(class_weights, smoothing)
+
+
+def choose_weights(
+    class_weights: str | Sequence[float] | None, labels: np.ndarray, classes: int
+) -> tuple[float, ...] | None:
+    """Weights by class, of the recipe's `balanced`, one weight per class, or None.
+
+    `balanced` is scikit-learn's: documents / (classes * documents of the class), so that every class has the same sum
+    over the `labels` of the training data, int [documents].
+    """
+    if class_weights is None:
+        return None
+    if class_weights == "balanced":
+        counts = np.bincount(labels, minlength=classes)
+        if not counts.all():
+            raise UserError(f"class_weights: balanced: class {int(counts.argmin())} has no row to be weighted by")
+        return tuple((len(labels) / (classes * counts)).tolist())
+    if len(class_weights) != classes:
+        raise UserError(
+            f"class_weights has {len(class_weights)} numbers, and the data has {classes} classes: give one for each"
+        )
+    return tuple(float(weight) for weight in class_weights)
