@@ -101,6 +101,44 @@ def test_a_runs_metrics_are_those_of_a_plain_loop_over_its_saved_model(runs, cla
         assert low <= result.metrics[name] <= high and low < high
 
 
+@pytest.mark.parametrize("cells", ["words", "numbers"])
+def test_a_models_classes_are_found_by_name_in_any_order_of_the_task(runs, classify, tmp_path, cells):
+    from transformers import AutoModelForSequenceClassification
+
+    folder, names = tmp_path / "model", ["GOOD", "Mixed  view", "bad"]
+    shutil.copytree(runs["full"] / "model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"id2label": dict(enumerate(names)), "label2id": {name: k for k, name in enumerate(names)}}
+    (folder / "config.json").write_text(json.dumps(config))
+    own = ["bad", "good", "mixed view"]  # as the data count them: 0, 1, 2
+    at = [2, 0, 1]  # where the model has these
+    rows = [{"text": row["text"], "label": row["label"]} for row in opinions()]
+    expected = one_by_one(AutoModelForSequenceClassification.from_pretrained(folder), folder, [r["text"] for r in rows])
+    scores = expected[:, at] / expected[:, at].sum(axis=1, keepdims=True)
+    labels = [row["label"] for row in rows]
+    found = {}
+    for task in [own] if cells == "numbers" else [own, ["Mixed View", "BAD", "Good"]]:
+        written = [{**row, "label": own[row["label"]]} if cells == "words" else row for row in rows]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
+        (tmp_path / "task.yaml").write_text(json.dumps({"dataset_name": str(tmp_path / "rows.jsonl"), "labels": task}))
+        where = tmp_path / "-".join(task)
+        given = ["--model", folder, "--task", tmp_path / "task.yaml", "--max_seq_length", 64]
+        status, _, err = classify(*given, "--no_pictures", "--output_dir", where)
+        assert status == 0, err
+        found[where] = read_result(where).metrics
+    for metrics in found.values():
+        assert metrics == next(iter(found.values()))
+        assert metrics["roc_auc"] == pytest.approx(theirs.roc_auc_score(labels, scores, multi_class="ovr"), abs=2e-6)
+        for number, name in enumerate(own):
+            recall = theirs.recall_score(np.array(labels) == number, scores.argmax(axis=1) == number)
+            assert metrics[f"recall[{names[at[number]]}]"] == pytest.approx(recall), name
+    (tmp_path / "task.yaml").write_text(
+        json.dumps({"dataset_name": str(tmp_path / "rows.jsonl"), "labels": ["bad", "good", "mixed"]})
+    )
+    status, _, err = classify("--model", folder, "--task", tmp_path / "task.yaml", "--no_pictures")
+    assert status == 2 and all(name in err for name in ("GOOD", "mixed"))
+
+
 def test_batches_change_nothing(runs, classify, tmp_path):
     ways = [("--batch_size", 1), ("--batch_size", 7), ("--batch_size", 64), ("--batch_tokens", 100)]
     results = []

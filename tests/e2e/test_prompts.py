@@ -121,7 +121,7 @@ def test_labels_made_from_texts_raise_the_alarm(tmp_path, monkeypatch):
     def looks(texts, settings):
         return np.array([text.startswith("yes") for text in texts], np.int32)
 
-    monkeypatch.setattr("isotune.data.classification.labels.labels_of", looks)
+    monkeypatch.setattr("isotune.data.classification.reading.labels_of", looks)
     rows = [{"text": f"{('no', 'yes')[number % 2]} {number}"} for number in range(300)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     built = build_classifier(

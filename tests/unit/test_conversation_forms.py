@@ -5,7 +5,9 @@ import json
 import pytest
 from tests.chat_tokenizers import byte_chat_tokenizer
 
+from isotune.config import Recipe
 from isotune.data.sft.preparation import SftSettings, prepare
+from isotune.evaluation.tasks import GenerationTask, read_task
 from isotune.io.errors import UserError
 
 EXCHANGE = "### Human: q\n### Assistant: a"
@@ -194,3 +196,64 @@ def test_a_prompt_that_is_cut_otherwise_alone_is_counted(tmp_path):
         prepared(tmp_path, [{"messages": MARKED[:2]}], byte_chat_tokenizer("llama3")).table.counts["asked_otherwise"]
         == 0
     )
+
+
+NAMED = {"dataset_prompt_field": "frage", "dataset_completion_field": "antwort"}
+
+
+def test_question_and_answer_are_read_from_the_columns_that_are_named(tmp_path):
+    rows = [{"frage": "q", "antwort": "a", "question": "x", "answer": "y"}]
+    found = prepared(tmp_path, rows, **NAMED)
+    assert texts(found) == [(f"<bos>{EXCHANGE}<eos>", " a<eos>")] and found.table.counts["notes"] == []
+    spoken = [{"frage": [{"role": "user", "content": "q"}], "antwort": "a", "system": None}]
+    assert texts(prepared(tmp_path, spoken, **NAMED)) == texts(found)
+    assert prepared(tmp_path, rows).fingerprint != found.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"frage": "q", "answer": "a"}, r"row 2 of .* lacks the column 'antwort'.* by dataset_compl"),
+        ({"frage": "q", "antwort": None}, r"row 2 of .*, column 'antwort': holds null"),
+        ({"frage": "q", "antwort": 3}, r"row 2 of .*, column 'frage': it and 'antwort' are texts or lists of messages"),
+    ],
+)
+def test_a_row_without_the_named_columns_is_refused_by_its_number(tmp_path, row, sentence):
+    with pytest.raises(UserError, match=sentence):
+        prepared(tmp_path, [{"frage": "q", "antwort": "a"}, row], **NAMED)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"question": "q", "answer": "a", "id": 7, "topic": "t"}, "'question', and its answer, from 'answer'; not "
+         "read: 'id' and 'topic' (dataset_prompt_field, dataset_completion_field name others)"),
+        ({"instruction": "q", "input": "", "output": "a"}, "from 'instruction' and 'input', and its answer, from 'out"),
+        ({"prompt": "q", "completion": "a", "tools": None}, "from 'prompt', and its answer, from 'completion' (data"),
+        ({"text": EXCHANGE, "messages": [{"role": "user", "content": "q"}]}, "'text', and 'messages' is left"),
+    ],
+)  # fmt: skip
+def test_a_form_that_is_guessed_is_said_once(tmp_path, row, said):
+    found = prepared(tmp_path, [row] * 3)
+    (note,) = found.table.counts["notes"]
+    assert said in note and note in str(found.table)
+    assert prepared(tmp_path, [{"text": EXCHANGE}]).table.counts["notes"] == []
+
+
+def test_both_columns_are_named_or_none():
+    required = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o"}
+    with pytest.raises(UserError, match="name both columns, the question's and the answer's"):
+        Recipe.from_values(**required, dataset_prompt_field="q")
+    with pytest.raises(UserError, match="dataset_text_field has no effect: dataset_prompt_field and"):
+        Recipe.from_values(**required, **NAMED, dataset_text_field="t")
+    with pytest.raises(UserError, match="prompt_column is not a key here: say dataset_prompt_field"):
+        Recipe.from_values(**required, prompt_column="q")
+
+
+def test_an_evaluation_asks_from_the_columns_that_are_named(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"frage": "q", "antwort": "a", "question": "x", "answer": "y"}\n')
+    (asked,) = read_task(GenerationTask, None, {"dataset_name": str(file), **NAMED}).samples()
+    assert (asked.prompt, asked.reference) == ("q", "a")
+    (asked,) = read_task(GenerationTask, None, {"dataset_name": str(file)}).samples()
+    assert (asked.prompt, asked.reference) == ("x", "y")

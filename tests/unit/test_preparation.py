@@ -237,7 +237,7 @@ import sys
 import numpy as np
 from isotune.data.cache import load_or_build
 from isotune.data.documents import Documents
-def build():
+def build(folder):
     tokens = int(sys.argv[1])
     ids = np.arange(tokens, dtype=np.int32)
     documents = Documents(ids, ids % 2 == 1, np.array([0, tokens]), np.array([0]))
@@ -261,7 +261,7 @@ def test_a_preparation_killed_while_writing_leaves_nothing_that_is_picked_up(wri
     assert leftovers and all(name.startswith("entry.partial-") for name in leftovers)
 
     few = Documents(np.array([1, 2], np.int32), np.array([False, True]), np.array([0, 2]), np.array([0]))
-    arrays, counts = load_or_build("entry", lambda: (few.as_arrays(), {"tokens": 2}))
+    arrays, counts = load_or_build("entry", lambda _: (few.as_arrays(), {"tokens": 2}))
     assert arrays["input_ids"].tolist() == [1, 2]
     assert counts == {"tokens": 2}
     assert [entry.name for entry in entries()] == ["entry"]
@@ -283,7 +283,7 @@ import numpy as np
 from isotune.data.documents import Documents
 ids = np.arange(1000, dtype=np.int32)
 documents = Documents(ids, ids > 0, np.array([0, 1000]), np.array([0]))
-run_script(lambda: load_or_build("entry", lambda: (documents.as_arrays(), {})) and None)
+run_script(lambda: load_or_build("entry", lambda _: (documents.as_arrays(), {})) and None)
 """
 
 

@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 
 from isotune.evaluation.results import CLAIM, METRICS, claim_folder
-from isotune.evaluation.tasks import PAIR, ClassificationTask, GenerationTask
+from isotune.evaluation.tasks import PAIR, ROW_COLUMNS, ClassificationTask, GenerationTask
 from isotune.io.errors import UserError
 
 NORTH = {"dataset_name": "north/test.jsonl", "data": "n", "limit": None, "decoding": {"temperature": 0.0}}
@@ -77,7 +77,11 @@ def test_a_process_that_writes_nothing_finds_the_same_folder(tmp_path):
 
 @pytest.mark.parametrize(("kind", "keys"), [(ClassificationTask, {PAIR: "second"}), (GenerationTask, {})])
 def test_every_key_of_a_task_but_the_word_that_lets_it_run_tells_evaluations_apart(kind, keys):
-    decisive = kind(dataset_name="x", **keys).decisive()
+    told_by_content = {"dataset_mixture", "mixture_seed"}
+    given = {name: "x" for name in ("dataset_name", *ROW_COLUMNS) if name in {own.name for own in fields(kind)}}
+    decisive = kind(**given, **keys).decisive()
     assert PAIR not in kind(dataset_name="x").decisive()  # as before there were pairs
-    assert decisive.keys() == {own.name for own in fields(kind)} - {"allow_dropped"}
+    assert decisive.keys() == {own.name for own in fields(kind)} - {"allow_dropped"} - told_by_content
     json.dumps(decisive)
+    if kind is GenerationTask:  # a key that nobody gives leaves the folders of earlier versions as they are
+        assert not kind(dataset_name="x").decisive().keys() & set(ROW_COLUMNS)

@@ -27,6 +27,9 @@ def read_arguments(argv: Sequence[str], *, prog: str, description: str) -> argpa
     parser.add_argument(
         "--dataset_columns", nargs="+", metavar="NAME", help="its columns, of a CSV file whose first line is a row"
     )
+    parser.add_argument("--dataset_text_field", metavar="COLUMN", help="holds the conversations (found by its name)")
+    parser.add_argument("--dataset_prompt_field", metavar="COLUMN", help="or holds the questions, and ...")
+    parser.add_argument("--dataset_completion_field", metavar="COLUMN", help="... this one their answers")
     parser.add_argument("--task", metavar="YAML", help="or a task file or the name of a shipped one; flags win over it")
     parser.add_argument(
         "--allow_dropped", action="store_true", default=None, help="go on where most rows hold no question and answer"
@@ -73,12 +76,14 @@ def generate(given: argparse.Namespace) -> None:
         write_generation_result,
     )
     from isotune.evaluation.generation.lm_eval_bridge import check_tasks, content_of_task, run_tasks, write_harness
-    from isotune.evaluation.models import generation_model_named, generation_model_of_run
+    from isotune.evaluation.models import columns_of_run, generation_model_named, generation_model_of_run
     from isotune.evaluation.results import score_lines
-    from isotune.evaluation.tasks import DEFAULT_MAX_NEW_TOKENS, GenerationTask, read_task
+    from isotune.evaluation.tasks import DEFAULT_MAX_NEW_TOKENS, ROW_COLUMNS, GenerationTask, read_task
 
     keys = ("dataset_name", "dataset_split", "dataset_columns", "allow_dropped", "max_new_tokens")
-    flags = {key: getattr(given, key) for key in keys}
+    flags = {key: getattr(given, key) for key in (*keys, *ROW_COLUMNS)}
+    if given.run_dir and given.dataset_name and not any(flags[key] for key in ROW_COLUMNS):
+        flags |= columns_of_run(given.run_dir, given.dataset_name)
     if given.evaluates:
         need("sacrebleu", "an evaluation of answers")
         need("rouge_score", "an evaluation of answers")

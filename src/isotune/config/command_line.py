@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from isotune.config.engine_keys import ALIASES
-from isotune.config.layers import Layer, read_file
+from isotune.config.layers import ALIASES, Layer, read_file
 from isotune.config.schema import GROUPS, Key, describe, metavar, takes
 from isotune.config.unsupported_keys import NAMES_BY_ANSWER
 from isotune.io.errors import UserError

@@ -10,14 +10,19 @@ from typing import Any, cast
 
 import yaml
 
-from isotune.config.engine_keys import ALIASES
+from isotune.config.engine_keys import ALIASES as ENGINE_ALIASES
 from isotune.config.schema import Contradiction, Key, Values, parse
 from isotune.config.unsupported_keys import UNSUPPORTED
-from isotune.io.errors import Complain, UserError, nearest, refuse
+from isotune.io.errors import Complain, UserError, nearest, refuse, shown
 
+ALIASES = {**ENGINE_ALIASES, "datasets": "dataset_mixture"}  # the second is TRL's
 _EMPTY = frozenset({"", "~", "null", "Null", "NULL"})
 # Only one key of each pair may be given; given in a later layer, it replaces the other of an earlier layer.
-ALTERNATIVES = (("max_steps", "num_train_epochs"), ("eval_dataset_name", "eval_split_share"))
+ALTERNATIVES = (
+    ("max_steps", "num_train_epochs"),
+    ("eval_dataset_name", "eval_split_share"),
+    ("dataset_name", "dataset_mixture"),
+)
 
 
 @dataclass(frozen=True)
@@ -157,8 +162,8 @@ def _parse_layer(keys: Mapping[str, Key], layer: Layer, complain: Complain) -> d
         try:
             values[name] = parse(keys[name], value)
         except ValueError as error:
-            shown = "empty" if value is None else "a secret" if keys[name].secret else repr(value)
-            complain(f"{layer.name_of(written)} is {shown}: {error}")
+            given = "empty" if value is None else "a secret" if keys[name].secret else shown(value, 80)
+            complain(f"{layer.name_of(written)} is {given}: {error}")
     for name, alternative in ALTERNATIVES:
         if _is_set(keys, values, name) and _is_set(keys, values, alternative):
             complain(f"{layer.name_of(name)} and {alternative} contradict each other: keep one of them")

@@ -24,6 +24,9 @@ LabelSource = Literal["column", "rules", "random"]
 
 AUTO, NO_IDS = "auto", "none"  # what `dataset_id_field` says instead of a column
 
+_NO_PAIR = Requirement(
+    lambda values: values["dataset_prompt_field"] is None, "dataset_prompt_field and dataset_completion_field say it"
+)
 _LABEL_COLUMN = Requirement(lambda values: values["label_source"] == "column", "label_source is not column")
 
 
@@ -44,7 +47,12 @@ class Recipe(RunRecipe):
     # fmt: off
     task: Literal["sft"] = key(
         "sft", MODEL, "what the model learns: sft, supervised fine-tuning on conversations", changes_result=False)
-    dataset_text_field: str = key("text", DATA, "column that holds the conversation")
+    dataset_text_field: str = key("text", DATA, "column that holds the conversation", needs=_NO_PAIR)
+    dataset_prompt_field: str | None = key(
+        None, DATA, "column that holds the question, where the answer is in a column of its own",
+        default_text="found by its name")
+    dataset_completion_field: str | None = key(
+        None, DATA, "column that holds that answer", default_text="found by its name")
     chat_format: Literal["auto", "guanaco", "template"] | str = key(
         "auto", DATA, "form of conversations: guanaco, template (the tokenizer's own), or a file that holds a Jinja "
         "template; auto: the tokenizer's where it has one", is_path=True)
@@ -57,6 +65,15 @@ class Recipe(RunRecipe):
     sample_prompt: str = key(
         "What makes a good friend?", OUTPUT, "prompt to answer at the end; empty for none", changes_result=False)
     # fmt: on
+
+    contradictions: ClassVar[tuple[Contradiction, ...]] = (
+        *RunRecipe.contradictions,
+        Contradiction(
+            ("dataset_prompt_field", "dataset_completion_field"),
+            lambda values: (values["dataset_prompt_field"] is None) != (values["dataset_completion_field"] is None),
+            "name both columns, the question's and the answer's",
+        ),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

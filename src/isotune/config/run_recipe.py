@@ -15,6 +15,7 @@ from isotune.config.engine_keys import (
     wrong_optimiser_arguments,
     wrong_schedule_call,
 )
+from isotune.config.mixture import mixture_name, read_mixture
 from isotune.config.schema import (
     ADAPTER,
     DATA,
@@ -44,9 +45,15 @@ _LORA = Requirement(
 UNSAID_BEFORE = {"chat_format": "guanaco", "peft_type": "lora", "task_type": "single_label"}
 _FOUR_BIT = Requirement(lambda values: values["tune"] == "qlora", "it needs tune: qlora")
 _NO_LIMIT = Requirement(lambda values: values["max_steps"] < 1, "max_steps says where the run ends")
+_ONE_SOURCE = Requirement(
+    lambda values: values["dataset_mixture"] is None, "each data set of dataset_mixture says its own"
+)
 _SPLIT = Requirement(
-    lambda values: values["dataset_split"] == "train" or format_of(values["dataset_name"]) is None,
-    "dataset_name is one file, which is one split",
+    lambda values: (
+        values["dataset_mixture"] is None
+        and (values["dataset_split"] == "train" or format_of(values["dataset_name"]) is None)
+    ),
+    "dataset_name is one file, which is one split, and each data set of dataset_mixture says its own",
 )
 _EVAL_SPLIT = Requirement(
     lambda values: (
@@ -69,6 +76,10 @@ EVALUATION_ON = Requirement(lambda values: values["eval_strategy"] != "no", "eva
 
 def _hub_model_id(values: Values) -> str:
     return Path(values["output_dir"] or "").name
+
+
+def _name_of_mixture(values: Values) -> str | None:
+    return mixture_name(values["dataset_mixture"]) if values["dataset_mixture"] else None
 
 
 def _as_trained(name: str) -> Callable[[Values], Any]:
@@ -94,12 +105,18 @@ class RunRecipe(BaseRecipe):
     tune: Literal["full", "lora", "qlora"] = key("lora", MODEL, "what is trained: all weights, or adapters")
 
     dataset_name: str = key(
-        REQUIRED, DATA, "Hub id, folder, .jsonl/.csv/.parquet/... file, or builtin:NAME", is_path=True)
+        REQUIRED, DATA, "Hub id, folder, .jsonl/.csv/.parquet/... file, or builtin:NAME", is_path=True,
+        needs=_ONE_SOURCE, default_from=_name_of_mixture)
+    dataset_mixture: list[dict[str, Any]] | None = key(
+        None, DATA, "several data sets in place of dataset_name, each with a weight: how often its rows are read",
+        read=read_mixture)
     dataset_split: str = key("train", DATA, "split to train on", needs=_SPLIT)
     dataset_config: str | None = key(
-        None, DATA, "configuration of a data set on the Hub that has several", default_text="its default", common=False)
+        None, DATA, "configuration of a data set that has several", default_text="its default", common=False,
+        needs=_ONE_SOURCE)
     dataset_revision: str | None = key(
-        None, DATA, "branch, tag or commit of a data set on the Hub", default_text="main", common=False)
+        None, DATA, "branch, tag or commit of a data set on the Hub", default_text="main", common=False,
+        needs=_ONE_SOURCE)
     dataset_columns: list[str] | None = key(
         None, DATA, "names of the columns, in their order, of a CSV or TSV file whose first line is a row",
         default_text="those in line 1")

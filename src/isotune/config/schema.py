@@ -37,6 +37,7 @@ _WORDS: dict[Any, tuple[str, str]] = {
     list[float]: ("a list of numbers", "X"),
     list[int]: ("a list of whole numbers", "N"),
     tuple[str, ...]: ("a list of texts", "TEXT"),
+    list[dict[str, Any]]: ("a list of data sets", "JSON"),
 }
 
 Values = Mapping[str, Any]
@@ -96,6 +97,7 @@ class Key:
     changes_result: bool = True  # whether runs that differ in this key are different experiments
     is_path: bool = False  # a leading ~ is the home folder
     secret: bool = False  # never shown and never written
+    read: Callable[[Any], Any] | None = None  # the value from any spelling of it, where no type says enough
 
     @property
     def required(self) -> bool:
@@ -129,6 +131,8 @@ def parse(key: Key, value: Any) -> Any:
         return key.if_empty
     if optional and (value is None or (isinstance(value, str) and value.lower() in _NULL)):
         return None
+    if key.read is not None:
+        return key.read(value)
     if isinstance(value, os.PathLike):
         value = os.fspath(cast("os.PathLike[str]", value))
     if key.is_path and isinstance(value, str):
@@ -177,7 +181,7 @@ def _members(annotation: Any) -> tuple[tuple[Any, ...], tuple[str, ...], bool]:
 
 def _words_for(kind: Any) -> tuple[str, str]:
     """A type in words, and its short form."""
-    if typing.get_origin(kind) is list and (names := typing.get_args(typing.get_args(kind)[0])):
+    if kind not in _WORDS and typing.get_origin(kind) is list and (names := typing.get_args(typing.get_args(kind)[0])):
         return f"a list of {', '.join(names)}", "NAME"
     return _WORDS.get(kind, ("a mapping", "JSON"))
 

@@ -89,6 +89,13 @@ NAMES_BY_ANSWER: dict[str, tuple[str, ...]] = {
     "say chat_format: the template's file": ("chat_template_path",),
     "a model's folder says how it is made": ("model_init_kwargs",),
     "dataset_name and dataset_split say what is read": ("dataset_kwargs",),
+    "rows are read in bounded memory, prepared once and mapped from disk, so leave it out": (
+        "streaming", "dataset_streaming"),
+    "say eval_dataset_name, or eval_split_share for a classifier": ("test_split_size",),
+    "say dataset_mixture": ("dataset_mixer",),
+    "say dataset_prompt_field": ("prompt_column", "prompt_field", "question_column", "input_column"),
+    "say dataset_completion_field": (
+        "completion_column", "completion_field", "response_column", "answer_column", "output_column"),
     "code from the Hub is never run": ("trust_remote_code",),
 }  # fmt: skip
 

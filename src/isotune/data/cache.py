@@ -22,6 +22,7 @@ from filelock import FileLock
 from isotune.io.cache_root import cache_root, disk_errors_named
 
 Content = tuple[dict[str, np.ndarray], dict[str, Any]]  # arrays by name, and counts that JSON can hold
+Build = Callable[[Path], Content]  # given the folder that becomes the entry
 
 
 def cache_folder() -> Path:
@@ -29,10 +30,11 @@ def cache_folder() -> Path:
     return cache_root() / "prepared"
 
 
-def load_or_build(fingerprint: str, build: Callable[[], Content]) -> Content:
+def load_or_build(fingerprint: str, build: Build) -> Content:
     """The entry of this fingerprint, built by exactly one of the processes that ask for it; arrays mapped from disk.
 
-    UserError where the folder cannot be written, or the disk has no room.
+    An array that `build` has written to the folder, as NAME.npy, is taken as it lies there. UserError where the folder
+    cannot be written, or the disk has no room.
     """
     folder = cache_folder()
     entry = folder / fingerprint
@@ -48,9 +50,7 @@ def load_or_build(fingerprint: str, build: Callable[[], Content]) -> Content:
             # Nobody else writes while the lock is held: a partial entry here is of a process that was killed.
             for leftover in [*folder.glob(f"{fingerprint}.partial-*"), entry]:
                 shutil.rmtree(leftover, ignore_errors=True)
-            built = build()
-            with disk_errors_named(folder):
-                _save(entry, *built)
+            _build(entry, build)
             content = _load(entry)
     finally:
         lock.release()
@@ -58,14 +58,21 @@ def load_or_build(fingerprint: str, build: Callable[[], Content]) -> Content:
     return content
 
 
-def _save(entry: Path, arrays: dict[str, np.ndarray], counts: dict[str, Any]) -> None:
-    """Write an entry so that it is there as a whole or not at all."""
+def _build(entry: Path, build: Build) -> None:
+    """Make an entry so that it is there as a whole or not at all."""
     partial = entry.with_name(f"{entry.name}.partial-{uuid.uuid4().hex}")
-    partial.mkdir()
+    with disk_errors_named(entry.parent):
+        partial.mkdir()
     try:
-        digests = {name: write_array(partial / f"{name}.npy", array) for name, array in arrays.items()}
-        (partial / "meta.json").write_text(json.dumps({"sha256": digests, "counts": counts}, indent=1), "utf-8")
-        partial.rename(entry)
+        arrays, counts = build(partial)
+        with disk_errors_named(entry.parent):
+            places = {name: partial / f"{name}.npy" for name in arrays}
+            digests = {
+                name: _digest(place) if place.exists() else write_array(place, arrays[name])
+                for name, place in places.items()
+            }
+            (partial / "meta.json").write_text(json.dumps({"sha256": digests, "counts": counts}, indent=1), "utf-8")
+            partial.rename(entry)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

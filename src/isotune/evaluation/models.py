@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from isotune.config.mixture import mixture_name
 from isotune.config.task_types import REGRESSION
 from isotune.data.classification.labels import ClassificationSettings
 from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.data.sources.hub import is_hub_id
 from isotune.distributed.device import choose_device
 from isotune.evaluation.distributed_eval import Shards
-from isotune.evaluation.tasks import ClassificationTask, read_task
+from isotune.evaluation.tasks import ROW_COLUMNS, ClassificationTask, read_task
 from isotune.io.errors import UserError
 from isotune.io.shipped import script
 from isotune.models.base.folder import why_no_model
@@ -176,17 +177,29 @@ def task_of_run(
         )
     }
     name, split, held_out = recipe.get("eval_dataset_name"), recipe.get("eval_dataset_split"), None
+    mixture = None
     if name is None and recipe.get("eval_split_share"):
-        name, split = recipe["dataset_name"], recipe["dataset_split"]
+        name, split = recipe.get("dataset_name"), recipe.get("dataset_split")
+        mixture = recipe.get("dataset_mixture")
         held_out = (recipe["eval_split_share"], recipe["seed"])
-    if name is None:
+    if name is None and mixture is None:
         raise UserError(f"the run {classifier.name} names no evaluation data: use --dataset_name or --task")
-    own = {"dataset_name": name, "dataset_split": split, **columns}
+    own: dict[str, Any] = {"dataset_name": name, "dataset_split": split, **columns}
+    if mixture is not None and "dataset_name" not in {key for key, value in flags.items() if value is not None}:
+        own |= {"dataset_name": mixture_name(mixture), "dataset_mixture": mixture, "mixture_seed": recipe["seed"]}
     given = {key: value for key, value in flags.items() if value is not None}
     if "dataset_name" not in given:
         prefix = "dataset" if held_out else "eval_dataset"
         own |= {f"dataset_{key}": recipe.get(f"{prefix}_{key}") for key in ("config", "revision")}
     return read_task(ClassificationTask, None, {**own, **given}), held_out
+
+
+def columns_of_run(run_dir: str, dataset_name: str | None) -> dict[str, Any]:
+    """The columns of conversations that a run's recipe names, where `dataset_name` is data of that recipe."""
+    recipe = read_run(run_dir).settings
+    if dataset_name not in (recipe.get("dataset_name"), recipe.get("eval_dataset_name")):
+        return {}
+    return {key: recipe.get(key) for key in ROW_COLUMNS}
 
 
 def generation_model_of_run(

@@ -16,7 +16,8 @@ import yaml
 
 from isotune.data.classification.classes import NameIndex, label_of, place_of
 from isotune.data.documents import check_left_out, digest
-from isotune.data.sft.forms import TEXT_FIELD, Content
+from isotune.data.mixture import open_mixture
+from isotune.data.sft.forms import TEXT_FIELD, Content, NamedColumns
 from isotune.data.sft.messages import ASSISTANT, USER, Example, Message
 from isotune.data.sft.reading import example_of_text, read_contents
 from isotune.data.sources.source import Row, Source, read_rows
@@ -39,6 +40,9 @@ FLAGS = (
     "ordinal",
     "max_seq_length",
 )
+
+# keys of rows of conversations, which earlier versions did not have
+ROW_COLUMNS = ("dataset_text_field", "dataset_prompt_field", "dataset_completion_field")
 
 NUMBER = (lambda value: type(value) is int, "a whole number")
 TRUTH = (lambda value: isinstance(value, bool), "true or false")
@@ -67,22 +71,30 @@ class Task:
     dataset_columns: tuple[str, ...] | None = None  # names of the columns of a CSV file whose first line is a row
     dataset_config: str | None = None  # of a Hub id that has several configurations
     dataset_revision: str | None = None  # branch, tag or commit of a Hub id
+    dataset_mixture: tuple[dict[str, Any], ...] | None = None  # that a run holds a share of out, with the run's seed
+    mixture_seed: int = 0
     metrics: tuple[str | MetricModule, ...] = ()  # built-in ones and modules; all built-in ones where left out
 
     @property
     def name(self) -> str:
         """The name of the result's folder: the data set's own."""
+        if self.dataset_mixture is not None:
+            return "mixture"
         return Path(base_name(self.dataset_name.removeprefix("builtin:").rstrip("/"))).stem
 
     def decisive(self) -> dict[str, Any]:
         """All keys, as JSON can hold them, for a result's folder; the data themselves are told by their content."""
-        values = {own.name: getattr(self, own.name) for own in fields(self) if own.name != "allow_dropped"}
+        apart = ("allow_dropped", "dataset_mixture", "mixture_seed")
+        values = {own.name: getattr(self, own.name) for own in fields(self) if own.name not in apart}
+        values = {key: value for key, value in values.items() if value is not None or key not in ROW_COLUMNS}
         if values.get(PAIR, "") is None:  # results of earlier versions knew no pairs
             del values[PAIR]
         return {**values, "metrics": [str(metric) for metric in self.metrics]}
 
     def rows(self) -> Source:
         """The rows as they stand."""
+        if self.dataset_mixture is not None:
+            return open_mixture(self.dataset_mixture, self.mixture_seed)
         of_hub: dict[str, Any] = {"config": self.dataset_config, "revision": self.dataset_revision}
         return read_rows(self.dataset_name, self.dataset_split, columns=self.dataset_columns, **of_hub)
 
@@ -125,26 +137,33 @@ class ClassificationTask(Task):
         return replace(plain, fingerprint=fingerprint, read=lambda: self._rows(plain, limit), class_names=names)
 
     def _rows(self, plain: Source, limit: int | None) -> Iterator[Row]:
+        column, listed = self.dataset_label_field, plain.class_names.get(self.dataset_label_field, ())
+        known, own = NameIndex(self.labels or ()), NameIndex(listed[0]) if listed else None
         for number, row in enumerate(islice(plain.rows(), limit)):
             made = dict(row)
             if self.template is not None:
                 made[self.dataset_text_field] = _fill_template(self.template, row, plain, number)
-            if self.labels is not None and self.dataset_label_field in row:
-                made[self.dataset_label_field] = self._class_name(row[self.dataset_label_field], plain, number)
+            if self.labels is not None and column in row:
+                made[column] = self._class_name(row[column], known, own)
+                if made[column] is None:
+                    raise self._unknown_class(row[column], plain.where(number))
             yield made
 
-    def _class_name(self, cell: Any, plain: Source, number: int) -> str:
-        labels = tuple(map(str, self.labels or ()))
+    def _class_name(self, cell: Any, known: NameIndex, own: NameIndex | None) -> str | None:
+        """The task's name of the class in a cell, also by a word of the data's `own` list; None where it is none."""
         with suppress(ValueError):
-            own = plain.class_names.get(self.dataset_label_field, ())
-            place = place_of(label_of(cell), NameIndex(labels))
-            if place is None and own:  # a word of the data's own list
-                place = NameIndex(own[0]).find(cell)
-            if place is not None and place < len(labels):
-                return labels[place]
+            place = place_of(label_of(cell), known)
+            if place is None and own is not None:
+                place = own.find(cell)
+            if place is not None and place < len(known.names):
+                return known.names[place]
+        return None
+
+    def _unknown_class(self, cell: Any, where: str) -> UserError:
+        labels = tuple(map(str, self.labels or ()))
         known = ", ".join(labels)
         known = known if len(known) <= 60 else f"{known[:57]}..."
-        raise UserError(f"{plain.where(number)} is of class {str(cell)[:40]!r}, and the task knows {known}")
+        return UserError(f"{where} is of class {str(cell)[:40]!r}, and the task knows {known}")
 
 
 @dataclass(frozen=True)
@@ -185,6 +204,10 @@ class GenerationTask(Task):
 
     prompt_template: str | None = None  # "What is the capital of {country}?", from the row's columns
     reference_template: str | None = None  # "{capital}"; both or neither
+    # as in a recipe: the column of the conversations, or those of a question and its answer
+    dataset_text_field: str | None = None
+    dataset_prompt_field: str | None = None
+    dataset_completion_field: str | None = None
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
     metrics: tuple[str | MetricModule, ...] = TEXT_METRICS
     allow_dropped: bool = False  # go on where more than half of the rows are left out
@@ -196,7 +219,10 @@ class GenerationTask(Task):
         on stdout where these are many.
         """
         if self.prompt_template is None or self.reference_template is None:
-            return eval_samples_of(self.rows(), limit, allow_dropped=self.allow_dropped, show=show)
+            named = NamedColumns(
+                self.dataset_text_field or TEXT_FIELD, self.dataset_prompt_field, self.dataset_completion_field
+            )
+            return eval_samples_of(self.rows(), limit, named, allow_dropped=self.allow_dropped, show=show)
         source = self.rows()
         made = list(islice(self._from_columns(source), limit))
         return EvalSamples(made, source.fingerprint, len(made), {})
@@ -216,13 +242,18 @@ ALL_MARKED = "with answers that are all marked not to be learnt"
 
 
 def eval_samples_of(
-    source: Source, limit: int | None = None, *, allow_dropped: bool = False, show: bool = False
+    source: Source,
+    limit: int | None = None,
+    named: NamedColumns | None = None,
+    *,
+    allow_dropped: bool = False,
+    show: bool = False,
 ) -> EvalSamples:
     """The first question of each conversation of some rows with its answer; UserError where none or few have them.
 
     Rows are read as those of training are. What stands before the question is asked with it.
     """
-    samples = _first_exchanges(source, limit)
+    samples = _first_exchanges(source, limit, named or NamedColumns())
     if not samples:
         reasons = ", ".join(f"{count} {reason}" for reason, count in samples.left_out.items())
         what = "has no conversation with a question and an answer: there is no reference to compare with"
@@ -231,12 +262,12 @@ def eval_samples_of(
     return samples
 
 
-def _first_exchanges(source: Source, limit: int | None) -> EvalSamples:
+def _first_exchanges(source: Source, limit: int | None, named: NamedColumns) -> EvalSamples:
     """The first question and answer of each conversation, in the first rows that have `limit` of them."""
     samples: list[EvalSample] = []
     left_out: Counter[str] = Counter()
     read = 0
-    for row, content in chain.from_iterable(read_contents(source, TEXT_FIELD)):
+    for row, content in chain.from_iterable(read_contents(source, named)):
         if len(samples) == limit:
             break
         read += 1

@@ -5,7 +5,8 @@ In this order:
     question    its first words are those of a question: what, why, can you, is there, ...
     command     its first words tell somebody to do something: please, let's, I want you to, you must, or a verb that
                 begins an order: act, write, explain, ...; whatever it ends with, because many orders quote a question
-    question    it ends in a question mark, whatever quotes, brackets and full stops follow
+    question    it ends in a question mark, whatever quotes, brackets and full stops follow, unless the question is a
+                quotation within the text
     statement   everything else, an empty text too
 
 "You will come?" is one sentence that asks, and not an order.
@@ -21,6 +22,8 @@ KINDS = ("command", "statement", "question")
 COMMAND, STATEMENT, QUESTION = range(3)
 
 _AFTER_THE_MARK = " \t\r\n\"'”’»)]}.*`"
+# a question that the text quotes at its end: an opening quote after other words, and a closing one behind the mark
+_QUOTED_END = re.compile(r"""\w\W*[\s:,-]["“«][^"“”«»]*\?\s*["”»][\s.)\]]*$""")
 _OPENING = re.compile(r"""[\s"'“‘«(\[{*`#>-]+""")
 _GREETING = re.compile(r"(?:hello|hi|hey|dear|ok|okay)\b[^.,!?\n]{0,30}[.,!]\s*", re.I)
 _ASKING = re.compile(
@@ -58,7 +61,7 @@ def sentence_type(text: str) -> int:
     first = _without_opening(_GREETING.sub("", first, count=1) if _GREETING.match(first) else first)
     if _ASKING.match(first):
         return QUESTION
-    asks = whole.endswith("?")
+    asks = whole.endswith("?") and not _QUOTED_END.search(text)
     if _TELLING.match(first) and not (asks and first[:4].lower() == "you " and not re.search(r"[.!?:\n]", whole[:-1])):
         return COMMAND
     return QUESTION if asks else STATEMENT

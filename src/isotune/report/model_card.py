@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from isotune.config import RunRecipe
+from isotune.config.mixture import mixture_name
 from isotune.config.task_types import HIGHER_IS_BETTER, MULTI_LABEL
 from isotune.data.sources.hub import is_hub_id
 from isotune.io.files import replace_file
@@ -35,7 +36,7 @@ METRICS = {
 }
 PATH_KEYS = ("model_name_or_path", "tokenizer_name_or_path", "dataset_name", "eval_dataset_name")
 OMITTED_GROUP = "Output and logging"
-OMITTED_DATA_ROWS = ("source", "fingerprint")
+OMITTED_DATA_ROWS = ("source", "fingerprint", "mixture")
 _TUNED = {"full": "all weights", "lora": "LoRA adapters", "qlora": "LoRA adapters on 4-bit weights"}
 
 
@@ -58,7 +59,7 @@ def write_model_card(run: str | Path, repository: str | None = None) -> Path:
     name = (repository or record.name).rsplit("/", 1)[-1]
     is_classifier = keys.get("overlong") in ("head", "tail", "head_tail")
     is_adapter = (model / "adapter_config.json").is_file()
-    trained_on = _public_name(keys.get("dataset_name", ""))
+    trained_on = _trained_on(keys)
     step, evaluation = final_evaluation(record) or (None, {})
     counts = (line["eval_documents"] for line in record.evaluations.values() if line.get("eval_documents"))
     card = ModelCard.from_template(
@@ -70,7 +71,7 @@ def write_model_card(run: str | Path, repository: str | None = None) -> Path:
         base=_public_name(keys.get("model_name_or_path", "a model")),
         is_random=keys.get("model_init") == "random",
         tuned=_TUNED.get(keys.get("tune", ""), keys.get("tune")),
-        trained_on=trained_on if "dataset_name" in keys else "its data",
+        trained_on=trained_on or "its data",
         version=record.environment.get("versions", {}).get("isotune", ""),
         task="SequenceClassification" if is_classifier else "CausalLM",
         path=repository or str(model),
@@ -108,9 +109,9 @@ def _metadata(
 ) -> ModelCardData:
     """The metadata; `evaluation` is the line of the saved model, empty without one."""
     base = keys.get("model_name_or_path", "")
-    names = dict.fromkeys((keys.get("dataset_name"), keys.get("eval_dataset_name")))
+    names = dict.fromkeys((*_trained_names(keys), keys.get("eval_dataset_name")))
     pipeline = "text-classification" if is_classifier else "text-generation"
-    source = _public_name(keys.get("eval_dataset_name") or keys.get("dataset_name", ""))
+    source = _public_name(keys["eval_dataset_name"]) if keys.get("eval_dataset_name") else _trained_on(keys)
     results = [
         EvalResult(
             task_type=pipeline,
@@ -175,16 +176,17 @@ def _results(record: RunRecord) -> str:
 def _data(record: RunRecord) -> str:
     """The counts of data preparation, by source; local sources appear without their folders."""
     keys = record.keys
-    sources = {"training": (keys.get("dataset_name"), keys.get("dataset_split"))}
+    sources = {"training": (_trained_on(keys), keys.get("dataset_split"))}
     if record.evaluations:
-        held_out = f"a share of {_public_name(keys.get('dataset_name', ''))}"
+        held_out = f"a share of {_trained_on(keys)}"
         sources["evaluation"] = (keys.get("eval_dataset_name") or held_out, keys.get("eval_dataset_split"))
     tables = run_tables([record])
     columns = []
     for role, (source, split) in sources.items():
         counts = tables.get(f"Data: {role}", {}).items()
         counts = {name: value for name, (value,) in counts if name not in OMITTED_DATA_ROWS}
-        columns.append({"source": _public_name(source or "") + (f", {split}" if split else "")} | counts)
+        public = source if role == "training" else _public_name(source or "")
+        columns.append({"source": public + (f", {split}" if split else "")} | counts)
     names = dict.fromkeys(name for column in columns for name in column)
     rows = [[name.replace("_", " "), *(column.get(name, "") for column in columns)] for name in names]
     return _table([["", *sources], *rows])
@@ -220,7 +222,20 @@ def _recipe(record: RunRecord) -> str:
     for key, value in values.items():
         if key in PATH_KEYS or (isinstance(value, str) and Path(value).is_absolute()):
             values[key] = _public_name(value)
+    if mixture := values.get("dataset_mixture"):
+        values["dataset_mixture"] = [{**each, "dataset_name": _public_name(each["dataset_name"])} for each in mixture]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip()
+
+
+def _trained_names(keys: dict[str, Any]) -> list[str]:
+    """The data sets of training: one, or those of a mixture."""
+    if keys.get("dataset_mixture"):
+        return [entry["dataset_name"] for entry in keys["dataset_mixture"]]
+    return [keys["dataset_name"]] if keys.get("dataset_name") else []
+
+
+def _trained_on(keys: dict[str, Any]) -> str:
+    return mixture_name([{"dataset_name": _public_name(name)} for name in _trained_names(keys)])
 
 
 def _on_the_hub(name: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from isotune.config.mixture import mixture_name
 from isotune.evaluation.results import Result, find_results, read_result
 from isotune.io.errors import UserError
 from isotune.report.formatting import format_number
@@ -80,7 +81,7 @@ def run_summary(record: RunRecord) -> list[tuple[str, str]]:
     keys, in_effect, status = record.keys, _section(record.environment, "in_effect"), record.status
     state = ": ".join(str(part) for part in (status.get("status"), status.get("message")) if part)
     facts = {"State": state if status.get("status") else "", "Model": keys.get("model_name_or_path")}
-    facts["Data"] = keys.get("dataset_name")
+    facts["Data"] = mixture_name(keys["dataset_mixture"]) if "dataset_mixture" in keys else keys.get("dataset_name")
     trained, total = _number(in_effect, "trained_parameters"), _number(in_effect, "all_parameters")
     if total:
         facts["Trained"] = f"{keys.get('tune', '')}: {trained:,} of {total:,} parameters ({trained / total:.1%})"

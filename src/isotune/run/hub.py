@@ -40,11 +40,14 @@ def open_hub(recipe: RunRecipe) -> OpenedHub:
     A run that goes on keeps the commits that it began with, which its environment.json records. UserError where there
     is no such repository, or it cannot be reached.
     """
-    model, data = recipe.model_name_or_path, recipe.dataset_name
+    model = recipe.model_name_or_path
     named: list[tuple[Kind, str, str | None, str | None]] = [
-        ("model", model, recipe.model_revision, "model_name_or_path"),
-        ("dataset", data, recipe.dataset_revision, "dataset_name"),
+        ("model", model, recipe.model_revision, "model_name_or_path")
     ]
+    if recipe.dataset_mixture is None:
+        named.append(("dataset", recipe.dataset_name, recipe.dataset_revision, "dataset_name"))
+    for entry in recipe.dataset_mixture or ():
+        named.append(("dataset", entry["dataset_name"], entry.get("dataset_revision"), "dataset_mixture"))
     if (tokenizer := recipe.tokenizer_name_or_path) not in (None, model):
         named.append(("model", tokenizer, None, "tokenizer_name_or_path"))
     if recipe.eval_dataset_name is not None:
@@ -61,6 +64,7 @@ def keep_commits(recipe: RunRecipe, run: Path) -> None:
     """Open what a recipe names at the commits that the run in `run` began with."""
     keys = ("model_name_or_path", "tokenizer_name_or_path", "dataset_name", "eval_dataset_name")
     names = {recipe.values[key]: None for key in keys if recipe.values[key]}
+    names |= {entry["dataset_name"]: None for entry in recipe.dataset_mixture or ()}
     open_as_recorded(read_job_status(run / "environment.json"), names)
 
 

@@ -1,7 +1,8 @@
 """From a named data set of labelled texts to documents with a class each, kept on disk as conversations are."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -15,13 +16,14 @@ from isotune.data.classification.pairs import text_of
 from isotune.data.classification.reading import read_documents
 from isotune.data.contents import EMPTY
 from isotune.data.documents import CountsTable, Documents, PreparedData, count_lines, digest, note_lines, with_share
+from isotune.data.mixture import count_parts, mixture_lines, name_parts
 from isotune.data.packing import one_document_per_row
 from isotune.data.sources.source import Source
 from isotune.data.tokenizer import TextEncoder
 from isotune.io.errors import UserError
 
 LABELLED_FORMAT_VERSION = 2  # raised when the same input gives other documents
-RULES_VERSION = 2  # raised when the rules of a project give a text another class
+RULES_VERSION = 3  # raised when the rules of a project give a text another class
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class LabelledSplit:
     numbered: bool = True  # whether the numbers of the classes are the data's own: those of words are not
     notes: tuple[str, ...] = ()  # what reading guessed, or passed over
     task_type: str = SINGLE_LABEL
+    mixture: Mapping[str, Any] = field(default_factory=dict[str, Any])  # the counts of a mixture by its parts
 
     @property
     def num_labels(self) -> int:
@@ -127,6 +130,7 @@ class LabelledSplit:
             cleaned=settings.clean_text,
             task_type=self.task_type,
             notes=list(self.notes),
+            **self.mixture,
             **remarks,
         )
         rows = one_document_per_row(len(self.documents))
@@ -157,14 +161,16 @@ def tokenize(source: Source, tokenizer: Any, settings: ClassificationSettings, *
     if is_pair:
         fingerprint = digest(fingerprint, settings.dataset_text_pair_field, encoder.pair_form().facts())
 
-    def build() -> Content:
-        found = read_documents(source, encoder, settings, show_progress=show_progress)
+    def build(folder: Path) -> Content:
+        found = read_documents(source, encoder, settings, folder, show_progress=show_progress)
         facts = {"class_names": found.targets.names, "numbered": found.targets.numbered}
         facts |= {"notes": [*source.notes, *found.notes], "task_type": found.targets.task_type}
-        return found.documents.as_arrays(), facts
+        return found.documents.as_arrays(), facts | count_parts(source, found.documents)
 
     # not under the fingerprint itself: entries of earlier versions have no facts, or numbers without names
-    arrays, facts = load_or_build(digest(fingerprint, "with named numbers", settings.task_type, settings.num_labels), build)
+    arrays, facts = load_or_build(
+        digest(fingerprint, "with named numbers", settings.task_type, settings.num_labels), build
+    )
     names, task_type = facts["class_names"], facts["task_type"]
     if task_type != SINGLE_LABEL:
         fingerprint = digest(fingerprint, task_type, *arrays["labels"].shape[1:])
@@ -178,6 +184,7 @@ def tokenize(source: Source, tokenizer: Any, settings: ClassificationSettings, *
         facts["numbered"],
         tuple(facts["notes"]),
         task_type,
+        name_parts(source, facts),
     )
 
 
@@ -242,6 +249,7 @@ def labels_table(
             share_of=len(documents),
         ),
         *of_labels,
+        *mixture_lines(counts),
         *note_lines(counts["notes"]),
         ("tokens", f"{counts['tokens']:,}"),
     ]

@@ -1,7 +1,11 @@
 """The rows of a data set as documents: one text or two, what they are labelled with, and their ids."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +20,7 @@ from isotune.data.classification.pairs import joined
 from isotune.data.classification.targets import Targets, labels_in_columns, labels_of_rows, numbers_of, type_of
 from isotune.data.contents import clean, contents_of
 from isotune.data.documents import Documents
+from isotune.data.pieces import DocumentFiles, in_threads
 from isotune.data.sources.source import Row, Source, kind_of_value, surrogate_fault
 from isotune.data.tokenizer import TextEncoder
 from isotune.io.errors import UserError
@@ -32,50 +37,80 @@ class LabelledDocuments:
     notes: tuple[str, ...] = ()  # lines for the user
 
 
-def read_documents(
-    source: Source, encoder: TextEncoder, settings: ClassificationSettings, *, show_progress: bool
-) -> LabelledDocuments:
-    """All rows of a source, tokenized, with their classes; UserError names the row that lacks a text, class or id.
+@dataclass(frozen=True)
+class _Texts:
+    """Rows that were read together: a text of each, or the two of a pair; and its class, where the text decides it."""
 
-    The columns are `ids`, the data set's own or the numbers of the rows; `contents` (isotune.data.contents); the
-    encoder's `whole_lengths`; and `marked`, bool: whether the text holds HTML breaks, entities or escapes.
-    """
-    columns: dict[str, str] = {}
-    parts: list[Documents] = []
-    ids: list[Any] = []
-    cells: list[Any] = []
-    label_columns: tuple[str, ...] = ()  # of 0 and 1, one for each label
-    with tqdm(desc="preparing", unit=" documents", disable=not show_progress) as bar:
+    of_each: list[list[str]]
+    labels: np.ndarray | None
+
+
+class _RowReader:
+    """Reads the texts of a source, batch by batch, and keeps the cells of labels and the ids of all rows."""
+
+    def __init__(self, source: Source, settings: ClassificationSettings) -> None:
+        self.source, self.settings = source, settings
+        self.columns: dict[str, str] = {}
+        self.label_columns: tuple[str, ...] = ()  # of 0 and 1, one for each label
+        self.cells: list[Any] = []
+        self.ids: list[Any] = []
+
+    def batches(self) -> Iterator[_Texts]:
+        """All rows; UserError names the row that lacks a text, class or id."""
+        source, settings = self.source, self.settings
         for rows in source.batches():
-            label_columns = label_columns or _label_columns(rows[0][1], settings)
-            columns = columns or _columns(rows[0][1], settings, label_columns)
+            self.label_columns = label_columns = self.label_columns or _label_columns(rows[0][1], settings)
+            self.columns = columns = self.columns or _columns(settings, label_columns)
+            wanted = [*columns.items(), *(("label_names", name) for name in label_columns)]
+            names = {column for _, column in wanted}
             for number, row in rows:
-                for key, column in [*columns.items(), *(("label_names", name) for name in label_columns)]:
-                    if column not in row:
-                        raise source.lacks(number, row, column, key)
+                if not names <= row.keys():
+                    key, column = next((key, column) for key, column in wanted if column not in row)
+                    raise source.lacks(number, row, column, key)
             of_each = [
                 [_text(row, source, number, columns[key]) for number, row in rows] for key in TEXTS if key in columns
             ]
-            texts = joined(*of_each)
             of_rules = None
             if label_columns:
-                cells += [{name: row[name] for name in label_columns} for _, row in rows]
+                self.cells += [{name: row[name] for name in label_columns} for _, row in rows]
             elif column := columns.get("dataset_label_field"):
-                cells += [row[column] for _, row in rows]
+                # a million rows share a few words
+                cells = (row[column] for _, row in rows)
+                self.cells += [sys.intern(cell) if type(cell) is str else cell for cell in cells]
             else:
-                of_rules = labels_of(texts, settings)
-            ids += ids_in(rows, source, settings.dataset_id_field, columns.get("dataset_id_field"))
-            cleaned = [[clean(text) for text in column] for column in of_each]
-            chosen = cleaned if settings.clean_text else of_each
-            if len(chosen) == 1:
-                part = encoder.encode(chosen[0], settings.max_seq_length, settings.overlong, of_rules)
-            else:
-                part = encoder.encode_pairs(chosen[0], chosen[1], settings.max_seq_length, settings.overlong)
-            marked = np.array([text != raw for text, raw in zip(joined(*cleaned), texts, strict=True)])
-            own = {"contents": contents_of(texts), **part.columns, "marked": marked}
-            parts.append(replace(part, columns=own))
-            bar.update(len(rows))
-    documents = Documents.concat(parts)
+                of_rules = labels_of(joined(*of_each), settings)
+            self.ids += ids_in(rows, source, settings.dataset_id_field, columns.get("dataset_id_field"))
+            yield _Texts(of_each, of_rules)
+
+
+def _encode(encoder: TextEncoder, settings: ClassificationSettings, batch: _Texts) -> Documents:
+    texts = joined(*batch.of_each)
+    cleaned = [[clean(text) for text in column] for column in batch.of_each]
+    chosen = cleaned if settings.clean_text else batch.of_each
+    if len(chosen) == 1:
+        part = encoder.encode(chosen[0], settings.max_seq_length, settings.overlong, batch.labels)
+    else:
+        part = encoder.encode_pairs(chosen[0], chosen[1], settings.max_seq_length, settings.overlong)
+    marked = np.array([text != raw for text, raw in zip(joined(*cleaned), texts, strict=True)])
+    return replace(part, columns={"contents": contents_of(texts), **part.columns, "marked": marked})
+
+
+def read_documents(
+    source: Source, encoder: TextEncoder, settings: ClassificationSettings, folder: Path, *, show_progress: bool
+) -> LabelledDocuments:
+    """All rows of a source, tokenized into files of `folder`, with their classes.
+
+    UserError names the row that lacks a text, class or id. The columns are `ids`, the data set's own or the numbers of
+    the rows; `contents` (isotune.data.contents); the encoder's `whole_lengths`; and `marked`, bool: whether the text
+    holds HTML breaks, entities or escapes.
+    """
+    reader, made = _RowReader(source, settings), DocumentFiles(folder)
+    with closing(made), tqdm(desc="preparing", unit=" documents", disable=not show_progress) as bar:
+        for _, part in in_threads(reader.batches(), partial(_encode, encoder, settings)):
+            made.add(part)
+            bar.update(len(part))
+        documents = made.documents()
+    columns, label_columns, cells, ids = reader.columns, reader.label_columns, reader.cells, reader.ids
     if label_columns:
         targets = labels_in_columns(cells, label_columns, source.where)
     elif column := columns.get("dataset_label_field"):
@@ -120,7 +155,7 @@ def _label_columns(first: Row, settings: ClassificationSettings) -> tuple[str, .
     return names if any(name in first for name in names) else ()
 
 
-def _columns(first: Row, settings: ClassificationSettings, label_columns: Sequence[str]) -> dict[str, str]:
+def _columns(settings: ClassificationSettings, label_columns: Sequence[str]) -> dict[str, str]:
     """The columns that every row must have, by the recipe's key for each; those of `label_columns` left out."""
     columns = {"dataset_text_field": settings.dataset_text_field}
     if settings.dataset_text_pair_field is not None:

@@ -22,9 +22,10 @@ from isotune.data.classification.classes import listed
 from isotune.data.classification.columns import find_columns, said
 from isotune.data.classification.labels import ClassificationSettings
 from isotune.data.classification.preparation import LabelledSplit, tokenize
-from isotune.data.contents import EMPTY, held_out, normalised
+from isotune.data.contents import EMPTY, HELD_OUT, hash_uniform, held_out, normalised
 from isotune.data.documents import RunData, check_left_out, digest
-from isotune.data.sources.source import Source, read_rows
+from isotune.data.mixture import evaluation_source, training_source
+from isotune.data.sources.source import Source
 from isotune.io.errors import UserError
 
 DUPLICATES_FORMAT_VERSION = 1  # raised when the same texts are compared otherwise
@@ -46,10 +47,11 @@ def prepare_labelled(recipe: ClassificationRecipe, tokenizer: Any, *, show: bool
 
     `show` asks for progress on stderr and a table of each set on stdout; one process of a launch should.
     """
-    found: dict[str, Any] = dict(find_columns(_source(recipe, "dataset_name"), recipe))
+    source = training_source(recipe)
+    found: dict[str, Any] = dict(find_columns(source, recipe))
     guess = (said(found),) if found else ()
     recipe = recipe.with_values(**found)
-    train = _read(recipe, tokenizer, "dataset_name", show)
+    train = _read(source, recipe, tokenizer, show)
     train = replace(train, notes=(*train.notes, *guess))
     _check_task_type(recipe, train, found)
     train.check_classes(evaluation=False)
@@ -58,7 +60,7 @@ def prepare_labelled(recipe: ClassificationRecipe, tokenizer: Any, *, show: bool
         found["label_names"] = list(train.class_names)
     remarks: dict[str, Any] = {}
     if recipe.eval_dataset_name is not None:
-        evaluation = _read(recipe, tokenizer, "eval_dataset_name", show, train)
+        evaluation = _read(evaluation_source(recipe), recipe, tokenizer, show, train)
         if train.class_names is None and not evaluation.numbered:
             raise UserError(
                 f"the classes of {train.source.name} are the numbers 0 to {classes - 1}, and {evaluation.source.name} "
@@ -73,7 +75,7 @@ def prepare_labelled(recipe: ClassificationRecipe, tokenizer: Any, *, show: bool
     else:
         return RunData(train.prepared(), None, found).shown(show)
     pair = digest("overlap", DUPLICATES_FORMAT_VERSION, train.fingerprint, evaluation.fingerprint)
-    in_the_other, _ = load_or_build(pair, lambda: (find_overlap(train, evaluation, show_progress=show), {}))
+    in_the_other, _ = load_or_build(pair, lambda _: (find_overlap(train, evaluation, show_progress=show), {}))
     if recipe.drop_leaked and in_the_other["train"].any():
         kept = in_the_other["train"] == 0
         train = train.select(kept, "drop_leaked", evaluation.fingerprint)
@@ -97,9 +99,12 @@ def split_by_content(whole: LabelledSplit, share: float, seed: int) -> tuple[Lab
     """Split a data set at random into training and evaluation documents.
 
     Only the content of a text and the seed decide its side: documents with the same text are on one side, and a row
-    that is moved, added or removed changes the side of no other row. UserError if one of the sides would be empty.
+    that is moved, added or removed changes the side of no other row; but where rules give the classes, a class that
+    has two texts has one on each side. UserError if one of the sides would be empty.
     """
     kept_back = held_out(share, seed, whole.contents)
+    if whole.settings.label_source == "rules":
+        kept_back = _with_every_class(kept_back, whole.documents.labels, whole.contents, seed)
     if kept_back.all() or not kept_back.any():
         raise UserError(
             f"eval_split_share: {share:g} of the {len(kept_back)} rows of {whole.source.name} leaves "
@@ -108,19 +113,22 @@ def split_by_content(whole: LabelledSplit, share: float, seed: int) -> tuple[Lab
     return whole.select(~kept_back, "train", share, seed), whole.select(kept_back, "held out", share, seed)
 
 
-def _source(recipe: ClassificationRecipe, key: str) -> Source:
-    trains = key == "dataset_name"
-    split = recipe.dataset_split if trains else recipe.eval_dataset_split
-    config = recipe.dataset_config if trains else recipe.eval_dataset_config
-    revision = recipe.dataset_revision if trains else recipe.eval_dataset_revision
-    columns = recipe.dataset_columns
-    return read_rows(getattr(recipe, key), split, name=key, columns=columns, config=config, revision=revision)
+def _with_every_class(kept_back: np.ndarray, labels: np.ndarray, contents: np.ndarray, seed: int) -> np.ndarray:
+    """The same sides, but for one text of each class that would be on one side alone: the nearest to the other one."""
+    sides, nearness = kept_back.copy(), hash_uniform(HELD_OUT, seed, contents)
+    for label in np.unique(labels):
+        own = labels == label
+        if len(np.unique(contents[own])) > 1 and (sides[own].all() or not sides[own].any()):
+            is_kept = bool(sides[own][0])
+            nearest = contents[own][(nearness[own].argmax if is_kept else nearness[own].argmin)()]
+            sides[own & (contents == nearest)] = not is_kept
+    return sides
 
 
 def _read(
+    source: Source,
     recipe: ClassificationRecipe,
     tokenizer: Any,
-    key: str,
     show_progress: bool,
     train: LabelledSplit | None = None,
 ) -> LabelledSplit:
@@ -131,7 +139,7 @@ def _read(
         settings = replace(settings, task_type=task_type, label_names=train.class_names or settings.label_names)
         if train.task_type == MULTI_LABEL:
             settings = replace(settings, num_labels=train.num_labels)
-    return tokenize(_source(recipe, key), tokenizer, settings, show_progress=show_progress)
+    return tokenize(source, tokenizer, settings, show_progress=show_progress)
 
 
 def _check_task_type(recipe: ClassificationRecipe, train: LabelledSplit, found: dict[str, Any]) -> None:

@@ -7,11 +7,14 @@
     question, answer                             and the other names in QUESTIONS and ANSWERS
     input_ids  (labels | assistant_masks | ...)  rows that somebody has tokenised
 
-`dataset_text_field` names one column that holds a text or messages, and then no other form is looked for.
+`dataset_text_field` names one column that holds a text or messages, `dataset_prompt_field` and
+`dataset_completion_field` those of a question and its answer, and then no other form is looked for. A form that is
+guessed by the names of its columns is said.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -26,6 +29,7 @@ QUESTIONS = ("question", "query", "prompt")
 ANSWERS = ("answer", "response", "chosen_answer")
 INPUT_IDS = "input_ids"
 MASKS = ("assistant_masks", "completion_mask", "loss_mask")
+BESIDE = ("system", "tools")  # are read with every form
 IGNORED_LABEL = -100
 
 
@@ -38,36 +42,88 @@ class TokenRow:
 
 
 Content = Example | str | TokenRow  # a text is in Guanaco's form, or is learnt as a whole
+Reader = Callable[[Row], Content]
 
 
-def read_row(row: Row, text_field: str = TEXT_FIELD) -> Content | None:
+@dataclass(frozen=True)
+class NamedColumns:
+    """The columns that a recipe or a task names."""
+
+    text: str = TEXT_FIELD  # of a text or messages; that name itself says nothing
+    prompt: str | None = None  # of a question, with `completion`
+    completion: str | None = None
+
+    @property
+    def wanted(self) -> dict[str, str]:
+        """The columns that every row must have, by the key that names them."""
+        if self.prompt and self.completion:
+            return {"dataset_prompt_field": self.prompt, "dataset_completion_field": self.completion}
+        return {} if self.text == TEXT_FIELD else {"dataset_text_field": self.text}
+
+
+@dataclass(frozen=True)
+class Form:
+    """How rows of some columns are read."""
+
+    read: Reader  # given the columns that are not null; ValueError says what is wrong with a value
+    columns: tuple[str, ...]  # that it reads
+    note: str | None = None  # the sentence to say where it is a guess
+
+
+def read_row(row: Row, named: NamedColumns | None = None) -> Content | None:
     """What a row holds; None where no form is known by its columns. ValueError says what is wrong with a value."""
     given = {name: value for name, value in row.items() if value is not None}
-    names = (TEXT_FIELD, *MESSAGES_COLUMNS) if text_field == TEXT_FIELD else (text_field,)
-    for name in names:
-        if name in given:
-            return _named(name, lambda name=name: _text_or_messages(given[name], given))
-    if text_field != TEXT_FIELD:
+    form = form_of(tuple(given), named or NamedColumns())
+    return None if form is None else form.read(given)
+
+
+@lru_cache(maxsize=1_024)
+def form_of(names: tuple[str, ...], named: NamedColumns) -> Form | None:
+    """The form of a row by the names of its columns that are not null; None where no form is known by these."""
+    if named.wanted:
+        if not set(named.wanted.values()) <= set(names):
+            return None
+        columns = tuple(named.wanted.values())
+        return Form(_pair(*columns) if len(columns) == 2 else _text_or_messages(*columns), columns)
+    found = [name for name in (TEXT_FIELD, *MESSAGES_COLUMNS) if name in names]
+    if found:
+        note = f"rows are read from the column {found[0]!r}, and {_listed(found[1:])} is left" if found[1:] else None
+        return Form(_text_or_messages(found[0]), (found[0],), note)
+    if INPUT_IDS in names:
+        return Form(_tokens, (INPUT_IDS,))
+    return _guessed(names)
+
+
+def _guessed(names: tuple[str, ...]) -> Form | None:
+    """A question and its answer in columns that are known by their names."""
+    asked, more, answered = _exchange_columns(names)
+    if not asked or not answered:
         return None
-    if INPUT_IDS in given:
-        return _tokens(given)
-    if "prompt" in given and "completion" in given:
-        return _named("prompt", lambda: _prompt_and_completion(given))
-    if "instruction" in given:
-        answer = next((name for name in ("output", *ANSWERS) if name in given), None)
-        more = next((given[name] for name in ("input", "context") if given.get(name)), "")
-        if answer is not None:
-            question = _text(given, "instruction")
-            if not isinstance(more, str):
-                raise ValueError(f"its input is {kind_of_value(more)}, not a text")
-            return exchange(f"{question}\n\n{more}" if more else question, _text(given, answer), given.get("system"))
-    question = next((name for name in QUESTIONS if name in given), None)
-    answer = next((name for name in ANSWERS if name in given), None)
-    if question is None and "input" in given and "output" in given:
-        question, answer = "input", "output"
-    if question is not None and answer is not None:
-        return exchange(_text(given, question), _text(given, answer), given.get("system"))
-    return None
+    columns = (asked, *more, answered)
+    left = [name for name in names if name not in (*columns, *BESIDE)]
+    note = (
+        f"a row is a question, from {_listed(columns[:-1])}, and its answer, from {answered!r}"
+        f"{f'; not read: {_listed(left)}' if left else ''} (dataset_prompt_field, dataset_completion_field name others)"
+    )
+    read = _instruction(asked, more, answered) if asked == "instruction" else _pair(asked, answered)
+    return Form(read, columns, note)
+
+
+def _exchange_columns(names: Sequence[str]) -> tuple[str | None, tuple[str, ...], str | None]:
+    """The columns of a question, of what is added to it, and of its answer, as far as they are there."""
+    if "prompt" in names and "completion" in names:
+        return "prompt", (), "completion"
+    if "instruction" in names and (answer := next((name for name in ("output", *ANSWERS) if name in names), None)):
+        return "instruction", tuple(name for name in ("input", "context") if name in names), answer
+    question = next((name for name in QUESTIONS if name in names), None)
+    answer = next((name for name in ANSWERS if name in names), None)
+    if question is None and "input" in names and "output" in names:
+        return "input", (), "output"
+    return question, (), answer
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(map(repr, names))
 
 
 def _named(name: str, read: Any) -> Any:
@@ -83,17 +139,37 @@ def _text(row: Row, name: str) -> str:
     return row[name]
 
 
-def _text_or_messages(value: Any, row: Row) -> Content:
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise ValueError(f"holds {kind_of_value(value)}, neither a text nor a list of messages")
-    return example_of(cast(list[Any], value), row.get("system"), row.get("tools"))
+def _text_or_messages(name: str) -> Reader:
+    def read(row: Row) -> Content:
+        value = row[name]
+        if isinstance(value, str):
+            return value
+        if not isinstance(value, list):
+            raise ValueError(f"column {name!r}: holds {kind_of_value(value)}, neither a text nor a list of messages")
+        return _named(name, lambda: example_of(cast(list[Any], value), row.get("system"), row.get("tools")))
+
+    return read
 
 
-def _prompt_and_completion(row: Row) -> Content:
+def _instruction(asked: str, more: Sequence[str], answered: str) -> Reader:
+    """Alpaca's form: what is added stands below the question and an empty line."""
+
+    def read(row: Row) -> Content:
+        question, added = _text(row, asked), next((row[name] for name in more if row.get(name)), "")
+        if not isinstance(added, str):
+            raise ValueError(f"its input is {kind_of_value(added)}, not a text")
+        return exchange(f"{question}\n\n{added}" if added else question, _text(row, answered), row.get("system"))
+
+    return read
+
+
+def _pair(asked: str, answered: str) -> Reader:
     """A question and its answer as texts, or messages and those that answer them."""
-    prompt, completion = row["prompt"], row["completion"]
+    return lambda row: _named(asked, lambda: _asked_and_answered(row, asked, answered))
+
+
+def _asked_and_answered(row: Row, prompt_column: str, completion_column: str) -> Content:
+    prompt, completion = row[prompt_column], row[completion_column]
     if isinstance(prompt, str) and isinstance(completion, str):
         if header_start(prompt) is not None:  # the prompt is laid out already
             return prompt + completion
@@ -101,7 +177,10 @@ def _prompt_and_completion(row: Row) -> Content:
     asked = [{"role": USER, "content": prompt}] if isinstance(prompt, str) else prompt
     answered = [{"role": ASSISTANT, "content": completion}] if isinstance(completion, str) else completion
     if not isinstance(asked, list) or not isinstance(answered, list):
-        raise ValueError("prompt and completion are neither texts nor lists of messages")
+        wrong = prompt if not isinstance(asked, list) else completion
+        raise ValueError(
+            f"it and {completion_column!r} are texts or lists of messages, and one of them is {kind_of_value(wrong)}"
+        )
     whole = example_of([*asked, *answered], row.get("system"), row.get("tools"))
     before = len(whole.messages) - len(cast(list[Any], answered))  # an answer within the prompt is not learnt
     learn = tuple(may_be_learnt and number >= before for number, may_be_learnt in enumerate(whole.learn))

@@ -70,6 +70,11 @@ def exchange(question: str, answer: str, system: Any = None) -> Example:
 
 def read_message(message: Any, number: int) -> tuple[Message, bool]:
     """A message in the one spelling, without nulls and marks, and whether it may be learnt; ValueError names it."""
+    if isinstance(message, dict) and len(cast(dict[Any, Any], message)) == 2:  # the usual one, without a detour
+        usual = cast(Message, message)
+        content = usual.get("content")
+        if isinstance(content, str) and (role := ROLES.get(str(usual.get("role")))):
+            return {"role": role, "content": content}, True
     if not isinstance(message, Mapping):
         raise ValueError(f"message {number} is a {type(message).__name__}, not an object with role and content")
     fields = {str(name): value for name, value in cast(Mapping[Any, Any], message).items() if value is not None}

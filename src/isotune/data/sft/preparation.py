@@ -1,9 +1,11 @@
 """From a named data set of conversations to documents in rows: tokenized once per content, then read from disk."""
 
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,18 +25,19 @@ from isotune.data.documents import (
     note_lines,
     starts_of,
 )
+from isotune.data.mixture import count_parts, evaluation_source, mixture_lines, name_parts, training_source
 from isotune.data.packing import one_document_per_row, pack
+from isotune.data.pieces import DocumentFiles, in_threads
 from isotune.data.sft.chat_format import AUTO
 from isotune.data.sft.conversations import ASSISTANT_HEADER, HUMAN_HEADER
-from isotune.data.sft.forms import TEXT_FIELD
+from isotune.data.sft.forms import TEXT_FIELD, NamedColumns
 from isotune.data.sft.reading import Batch, read_batches
 from isotune.data.sft.tokenization import ConversationEncoder, fit
 from isotune.data.sources.source import Source, read_rows
 from isotune.io.errors import UserError
 
 FORMAT_VERSION = 1  # raised when the same input gives other documents
-CACHE_VERSION = 2  # raised when an entry of the cache holds more than it did, or rows are read that were refused
-ENCODING_THREADS = 2
+CACHE_VERSION = 3  # raised when an entry of the cache holds more than it did, or rows are read that were refused
 
 NO_ANSWER = "no assistant answer"
 ANSWER_CUT = "no answer within max_seq_length"
@@ -50,11 +53,18 @@ class SftSettings(DataSettings):
     max_seq_length: int = 1024  # of a row too
     overlong: Overlong = "truncate"
     dataset_text_field: str = TEXT_FIELD
+    dataset_prompt_field: str | None = None
+    dataset_completion_field: str | None = None
     seed: int = 0  # decides which of the documents of one length share a row
     packing: bool = True  # else each document is its own row
     allow_dropped: bool = False  # go on where most rows are left out
     train_on: TrainOn = "all"
     chat_format: str = AUTO
+
+    @property
+    def columns(self) -> NamedColumns:
+        """The columns that the recipe names."""
+        return NamedColumns(self.dataset_text_field, self.dataset_prompt_field, self.dataset_completion_field)
 
 
 def prepare_conversations(recipe: Recipe, tokenizer: Any, *, show: bool) -> RunData:
@@ -65,16 +75,10 @@ def prepare_conversations(recipe: Recipe, tokenizer: Any, *, show: bool) -> RunD
     settings = SftSettings.of(recipe)
     if show:
         print(f"chat        {ConversationEncoder(tokenizer, settings.chat_format).format}", flush=True)
-    rows: dict[str, Any] = {"columns": recipe.dataset_columns}
-    of_hub: dict[str, Any] = {"config": recipe.dataset_config, "revision": recipe.dataset_revision}
-    name, split = recipe.dataset_name, recipe.dataset_split
-    train = prepare(name, split, tokenizer, settings, **rows, **of_hub, show_progress=show)
+    train = prepare_source(training_source(recipe), tokenizer, settings, show_progress=show)
     evaluation = None
     if recipe.eval_dataset_name:
-        name, split = recipe.eval_dataset_name, recipe.eval_dataset_split
-        rows |= {"name": "eval_dataset_name"}
-        of_hub = {"config": recipe.eval_dataset_config, "revision": recipe.eval_dataset_revision}
-        evaluation = prepare(name, split, tokenizer, settings, **rows, **of_hub, show_progress=show)
+        evaluation = prepare_source(evaluation_source(recipe), tokenizer, settings, show_progress=show)
     return RunData(train, evaluation).shown(show)
 
 
@@ -90,19 +94,25 @@ def prepare(
     revision: str | None = None,
     show_progress: bool = True,
 ) -> PreparedData:
-    """Read, tokenize, mask and pack one split of a data set of conversations.
+    """`prepare_source` of what `isotune.data.sources.source.read_rows` finds under these names."""
+    source = read_rows(dataset_name, split, name=name, columns=columns, config=config, revision=revision)
+    return prepare_source(source, tokenizer, settings, show_progress=show_progress)
+
+
+def prepare_source(source: Source, tokenizer: Any, settings: SftSettings, *, show_progress: bool) -> PreparedData:
+    """Read, tokenize, mask and pack the conversations of a source.
 
     The documents are kept on disk (isotune.data.cache) under a digest of the source's content, the tokenizer and the
     settings that matter to them; packing is quick and done each time, so another seed tokenizes nothing.
-    `dataset_name`, `split` and what is not named here are those of `isotune.data.sources.source.read_rows`.
     """
     encoder = ConversationEncoder(tokenizer, settings.chat_format)
     settings.check(len(encoder.prefix))
-    source = read_rows(dataset_name, split, name=name, columns=columns, config=config, revision=revision)
-    decisive = (settings.max_seq_length, settings.overlong, settings.train_on, settings.dataset_text_field)
+    pair = (settings.dataset_prompt_field, settings.dataset_completion_field)
+    columns = (settings.dataset_text_field, *(pair if any(pair) else ()))
+    decisive = (settings.max_seq_length, settings.overlong, settings.train_on, *columns)
     documents_digest = digest(FORMAT_VERSION, source.fingerprint, encoder.fingerprint, *decisive)
     arrays, counts = load_or_build(
-        digest(documents_digest, CACHE_VERSION), lambda: _build(source, encoder, settings, show_progress)
+        digest(documents_digest, CACHE_VERSION), lambda folder: _build(source, encoder, settings, show_progress, folder)
     )
     documents = Documents.from_arrays(arrays)
     if settings.packing:
@@ -111,20 +121,24 @@ def prepare(
         rows = one_document_per_row(len(documents))
     check_left_out(source.name, counts["read"], counts["dropped"], allowed=settings.allow_dropped, show=show_progress)
     del counts["source"]  # equal content may have been prepared under another name before
+    counts |= name_parts(source, counts)
     table = _table(source.name, counts, len(rows), settings)
     fingerprint = digest(documents_digest, settings.packing, settings.seed if settings.packing else None)
     return PreparedData(documents, rows, table, fingerprint)
 
 
-def _build(source: Source, encoder: ConversationEncoder, settings: SftSettings, show_progress: bool) -> Content:
-    """Tokenize a whole source and count what became of it."""
-    parts: list[Documents] = []
+def _build(
+    source: Source, encoder: ConversationEncoder, settings: SftSettings, show_progress: bool, folder: Path
+) -> Content:
+    """Tokenize a whole source, its tokens into files of `folder`, and count what became of it."""
+    made = DocumentFiles(folder)
     whole_lengths: list[np.ndarray] = []
     tally: Counter[str] = Counter()
     seen: list[str] = []
-    batches = read_batches(source, settings.dataset_text_field, settings.train_on, encoder, seen=seen)
-    with tqdm(desc="preparing", unit=" documents", disable=not show_progress) as bar:
-        for batch, whole in _encoded_ahead(encoder, batches):
+    guesses: list[str] = []
+    batches = read_batches(source, settings.columns, settings.train_on, encoder, seen=seen, guesses=guesses)
+    with closing(made), tqdm(desc="preparing", unit=" documents", disable=not show_progress) as bar:
+        for batch, whole in in_threads(batches, partial(_encode, encoder)):
             prefix = encoder.prefix[:0] if batch.tokenised else encoder.prefix
             fitted, counts = fit(whole, prefix, settings.max_seq_length, settings.overlong)
             tally.update(counts)
@@ -133,10 +147,10 @@ def _build(source: Source, encoder: ConversationEncoder, settings: SftSettings, 
             tally.update({"rewritten": len(batch.rows) - with_something})
             tally.update({name: sum(getattr(c, name) for c in batch.conversations) for name in ("turns_cut", "marked")})
             tally.update({name: int(values.sum()) for name, values in whole.columns.items()})
-            parts.append(fitted)
+            made.add(fitted)
             whole_lengths.append(whole.lengths + len(prefix))
             bar.update(batch.read)
-    documents = Documents.concat(parts)
+        documents = made.documents()
     dropped = {NO_ANSWER: tally["no_answer"], ANSWER_CUT: tally["answer_cut"], TOO_LONG: tally["too_long"]}
     if not len(documents):
         reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items() if number)
@@ -150,7 +164,7 @@ def _build(source: Source, encoder: ConversationEncoder, settings: SftSettings, 
         "kept": len(np.unique(documents.source_rows)),
         "truncated": tally["truncated"],  # kept rows that were longer than max_seq_length, as are `split`
         "split": tally["split"],
-        "notes": source.notes,  # what reading guessed, or passed over
+        "notes": [*guesses, *source.notes],  # what reading guessed, or passed over
         "dropped": dropped,  # rows by the reason for which they are not trained on
         "documents": len(documents),  # what is trained on; more than `kept` where rows were split
         "pieces_dropped": tally["pieces_dropped"],  # pieces of split rows that held no supervised token
@@ -164,6 +178,7 @@ def _build(source: Source, encoder: ConversationEncoder, settings: SftSettings, 
         "asked_otherwise": tally["asked_otherwise"],  # answers whose prompt alone has other tokens than in training
         "special_texts": tally["special_texts"],  # in which the eos token is written out, encoded as ordinary text
         "whole_lengths": CountsTable.quantiles(np.concatenate(whole_lengths)),  # tokens before anything was cut
+        **count_parts(source, documents),
     }
 
 
@@ -199,6 +214,7 @@ def _table(source: str, counts: dict[str, Any], rows: int, settings: SftSettings
                 "texts with a special token written out": counts["special_texts"],
             }
         ),
+        *mixture_lines(counts),
         *note_lines(counts.get("notes", [])),
         *((("fields that nothing reads", ", ".join(counts["fields_not_read"])),) if counts["fields_not_read"] else ()),
         ("tokens", f"{tokens:,}"),
@@ -208,19 +224,6 @@ def _table(source: str, counts: dict[str, Any], rows: int, settings: SftSettings
     ]
     of_rows = {"rows": rows, "row_capacity": capacity, "packing": settings.packing, "packing_efficiency": efficiency}
     return CountsTable(source, {**counts, **of_rows}, tuple(lines))
-
-
-def _encoded_ahead(encoder: ConversationEncoder, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Documents]]:
-    """Tokenize batches in order, in threads: while Rust works on one, Python reads and lays out its neighbours."""
-    with ThreadPoolExecutor(ENCODING_THREADS) as threads:
-        running: deque[tuple[Batch, Future[Documents]]] = deque()
-        for batch in batches:
-            running.append((batch, threads.submit(_encode, encoder, batch)))
-            if len(running) > ENCODING_THREADS:
-                oldest, future = running.popleft()
-                yield oldest, future.result()
-        for oldest, future in running:
-            yield oldest, future.result()
 
 
 def _encode(encoder: ConversationEncoder, batch: Batch) -> Documents:

@@ -7,7 +7,7 @@ import numpy as np
 
 from isotune.config.recipes import TrainOn
 from isotune.data.sft.conversations import Conversation, everything, header_start, parse_text, turns_of
-from isotune.data.sft.forms import MESSAGES_COLUMNS, TEXT_FIELD, Content, TokenRow, read_row
+from isotune.data.sft.forms import MESSAGES_COLUMNS, TEXT_FIELD, Content, NamedColumns, TokenRow, form_of
 from isotune.data.sft.messages import Example
 from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.data.sources.source import Row, Source, surrogate_fault
@@ -26,42 +26,58 @@ class Batch:
     tokenised: list[TokenRow] = field(default_factory=list[TokenRow])
 
 
-def read_contents(source: Source, text_field: str) -> Iterator[list[tuple[int, Content]]]:
+def read_contents(
+    source: Source, named: NamedColumns, guesses: list[str] | None = None
+) -> Iterator[list[tuple[int, Content]]]:
     """What the rows of a source hold, in batches, each row with its number counted from 0; UserError names a bad row.
 
-    A row of another form than the source's first is refused, unless both hold texts or messages.
+    `guesses` takes the sentences about forms that nobody named, each once.
     """
     for rows in source.batches():
         contents: list[tuple[int, Content]] = []
         for number, row in rows:
+            given = {name: value for name, value in row.items() if value is not None}
+            form = form_of(tuple(given), named)
+            if form is None:
+                raise _unknown_form(source, number, row, named)
             try:
-                content = read_row(row, text_field)
+                contents.append((number, form.read(given)))
             except ValueError as error:
                 raise UserError(f"{source.where(number)}, {error}") from error
-            if content is None:
-                raise _unknown_form(source, number, row, text_field)
-            contents.append((number, content))
+            if form.note is not None and guesses is not None and form.note not in guesses:
+                guesses.append(form.note)
         yield contents
 
 
-def _unknown_form(source: Source, number: int, row: Row, text_field: str) -> UserError:
-    candidates = (text_field, *MESSAGES_COLUMNS[:2]) if text_field == TEXT_FIELD else (text_field,)
+def _unknown_form(source: Source, number: int, row: Row, named: NamedColumns) -> UserError:
+    absent = next(((key, column) for key, column in named.wanted.items() if row.get(column) is None), None)
+    key, column = absent or ("dataset_text_field", TEXT_FIELD)
+    candidates = (column,) if absent else (TEXT_FIELD, *MESSAGES_COLUMNS[:2])
     nulls = [name for name in row if row[name] is None and name in candidates]
     if nulls:
         where = f"{source.where(number)}, column {nulls[0]!r}"
         return UserError(f"{where}: holds null, neither a text nor a list of messages")
-    return source.lacks(number, row, text_field if number else "' or '".join(candidates), "dataset_text_field")
+    if not absent and not number:
+        column, key = "' or '".join(candidates), "dataset_text_field, or by dataset_prompt_field and _completion_field"
+    return source.lacks(number, row, column, key)
 
 
 def read_batches(
-    source: Source, text_field: str, train_on: TrainOn, encoder: ConversationEncoder, *, seen: list[str] | None = None
+    source: Source,
+    named: NamedColumns,
+    train_on: TrainOn,
+    encoder: ConversationEncoder,
+    *,
+    seen: list[str] | None = None,
+    guesses: list[str] | None = None,
 ) -> Iterator[Batch]:
     """Read a source, and write its conversations in the encoder's form; UserError names a row that cannot be.
 
-    `seen` takes the beginning of the first text without a header: what to show where nothing can be trained on.
+    A row that is tokenised beside others that are not is refused. `seen` takes the beginning of the first text without
+    a header: what to show where nothing can be trained on; `guesses` is that of `read_contents`.
     """
     first: type | None = None
-    for contents in read_contents(source, text_field):
+    for contents in read_contents(source, named, guesses):
         numbers: list[int] = []
         conversations: list[Conversation] = []
         tokenised: list[TokenRow] = []
@@ -89,7 +105,7 @@ def read_batches(
                 if fault:
                     raise ValueError(fault)
             except ValueError as error:
-                raise UserError(f"{source.where(number)}{_column_of(content, text_field)}: {error}") from error
+                raise UserError(f"{source.where(number)}{_column_of(content, named.text)}: {error}") from error
             numbers += [number] * len(found)
             conversations += found
         yield Batch(len(contents), np.array(numbers, np.int64), conversations, tokenised)

@@ -92,6 +92,10 @@ class ConversationEncoder(FastTokenizer):
         self.template = ChatTemplate(carrier, self._boundaries)
         self._of_template = copy.deepcopy(self.backend)
         self._of_template.encode_special_tokens = False
+        # those that are found whatever stands beside them
+        added = self._of_template.get_added_tokens_decoder().values()
+        plain = [token for token in added if token.special and not (token.lstrip or token.rstrip or token.single_word)]
+        self._special_texts = [str(token.content) for token in plain if not token.normalized]
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
         self.fingerprint = digest(self.definition, self.format.template, special, self._tokenizer_prefix.tolist())
 
@@ -196,16 +200,29 @@ class ConversationEncoder(FastTokenizer):
 
         The end of a prompt and the beginning of an answer may share a token, or be cut otherwise side by side.
         """
-        prompts = [(number, end) for number, one in enumerate(conversations) for end in one.prompts]
-        alone = self._of_template.encode_batch_fast(
-            [conversations[n].text[:end] for n, end in prompts], add_special_tokens=False
-        )
+        prompts: list[tuple[int, int]] = []  # the conversation, and its token at which the compared text begins
+        texts: list[str] = []
         starts = starts_of(tokens.counts)
+        for number, one in enumerate(conversations):
+            # a special token is cut out before anything else is, so nothing before the last one matters
+            own = tokens.begins[starts[number] : starts[number + 1]]
+            for end in one.prompts:
+                begin = self._last_special(one.text, end)
+                place = tokens.positions(number, one.text, [begin])[0]
+                first = int(np.searchsorted(own, place))
+                if first == len(own) or own[first] != place:  # within another token
+                    begin = first = 0
+                prompts.append((number, int(starts[number]) + first))
+                texts.append(one.text[begin:end])
+        alone = self._of_template.encode_batch_fast(texts, add_special_tokens=False)
         found = np.zeros(len(conversations), np.int64)
-        for (number, _), encoding in zip(prompts, alone, strict=True):
-            first = int(starts[number])
+        for (number, first), encoding in zip(prompts, alone, strict=True):
             found[number] += tokens.ids[first : first + len(encoding.ids)].tolist() != encoding.ids
         return found
+
+    def _last_special(self, text: str, end: int) -> int:
+        """Where the last special token before `end` begins in a text that the template wrote; 0 without one."""
+        return max(0, *(text.rfind(token, 0, end) for token in self._special_texts)) if self._special_texts else 0
 
     def _boundaries(self, text: str) -> list[int]:
         """Where the tokens of a text that the template wrote begin and end, in characters."""

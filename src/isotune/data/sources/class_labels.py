@@ -16,6 +16,14 @@ def class_names_of(features: Mapping[str, Any]) -> ClassNames:
     return {column: (tuple(map(str, names)),) for column, names in named.items() if names}
 
 
+def features_class_names(features: Mapping[str, Any]) -> ClassNames:
+    """The same of features as JSON writes them: in a file's metadata, and in dataset_info.json of `save_to_disk`."""
+    # a feature, or that of the items of a list
+    inner = {column: feature.get("feature", feature) for column, feature in features.items() if hasattr(feature, "get")}
+    named = {column: own for column, own in inner.items() if hasattr(own, "get") and own.get("_type") == "ClassLabel"}
+    return {column: (tuple(map(str, own.get("names") or ())),) for column, own in named.items() if own.get("names")}
+
+
 def file_class_names(path: Path) -> ClassNames:
     """The same of a Parquet or Arrow file that `datasets` wrote; nothing where another program did, or it is broken."""
     arrow: Any = import_module("pyarrow")
@@ -31,8 +39,6 @@ def file_class_names(path: Path) -> ClassNames:
         else:
             return {}
         metadata: dict[bytes, bytes] = schema.metadata or {}
-        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
-        inner = {column: feature.get("feature", feature) for column, feature in features.items()}
-        return {column: (tuple(map(str, feature["names"])),) for column, feature in inner.items() if "names" in feature}
+        return features_class_names(json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"])
     except (arrow.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError):  # its reader says more
         return {}

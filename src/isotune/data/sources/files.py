@@ -17,6 +17,7 @@ Reader = Callable[[list[str]], Iterator[Row]]  # given the list that takes what 
 
 _READERS = {".jsonl": read_json, ".json": read_json, ".parquet": read_parquet, ".arrow": read_arrow}
 CSV_FORMATS = (".csv", ".tsv")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 CSV_VERSION = "cells are text"  # in the digest: the same file once gave numbers
 
 
@@ -26,6 +27,12 @@ def reader_of(path: Path, columns: Sequence[str] | None) -> Reader:
     if suffix in CSV_FORMATS:
         return CsvFile(path, columns).rows
     return lambda notes: _READERS[suffix or ""](path, notes)
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what a clone without Git LFS has in place of a large one."""
+    with path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def digest_of(paths: list[Path], columns: Sequence[str] | None = None) -> str:

@@ -8,7 +8,8 @@ import json
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import Any
 
 from isotune.compat.datasets import fingerprint_of
 from isotune.data.sources.arrow_rows import read_dataset
-from isotune.data.sources.class_labels import class_names_of, file_class_names
+from isotune.data.sources.card import ListedSplit, has_configs, open_card_split
+from isotune.data.sources.class_labels import class_names_of, features_class_names, file_class_names
 from isotune.data.sources.csv_rows import SHOWN_CHARACTERS, looks_like_row, unnamed_columns
-from isotune.data.sources.files import CSV_FORMATS, Row, digest_of, reader_of
+from isotune.data.sources.files import CSV_FORMATS, Row, digest_of, is_lfs_pointer, reader_of
 from isotune.data.sources.hub import is_hub_id
 from isotune.data.sources.hub_datasets import load_prepared, open_hub_split
 from isotune.data.sources.layout import find_split
@@ -109,25 +111,26 @@ def read_rows(
     `dataset_name` is one of
       - `builtin:NAME`, a corpus that `builtin` registered;
       - a file of one of DATA_FORMATS, also compressed, which is one split whatever `split` says;
-      - a folder that holds such files, as `find_split` finds those of a split; or one that `datasets.save_to_disk`
-        wrote;
+      - a folder that holds such files, as its card names those of a split in the configuration `config`, or, without
+        a card that names any, as `find_split` finds them; or one that `datasets.save_to_disk` wrote;
       - a Hub id; `config` is one of the configurations that its card names, `revision` a branch, tag or commit.
 
     `columns` name those of CSV files whose first line is a row. UserError, in which the recipe's key is called `name`,
     where the data set is not there, the Hub is out of reach, or `columns` are given for anything but CSV.
     """
-    if dataset_name.startswith(PREFIX) or Path(dataset_name).expanduser().exists():
-        for key, value in (("config", config), ("revision", revision)):
-            if value is not None:
-                raise UserError(f"{name.replace('_name', f'_{key}')} is for Hub ids, and {dataset_name} is none")
+    path = Path(dataset_name).expanduser()
+    if dataset_name.startswith(PREFIX) or path.exists():
+        if revision is not None:
+            raise UserError(f"{name.replace('_name', '_revision')} is for Hub ids, and {dataset_name} is none")
+        if config is not None and not path.is_dir():
+            raise UserError(f"{name.replace('_name', '_config')} is for Hub ids and folders; {dataset_name} is none")
     if dataset_name.startswith(PREFIX):
         _check_columns(columns, None, dataset_name)
         rows = find_corpus(dataset_name).rows(split)
         content = "\n".join(json.dumps(row, sort_keys=True) for row in rows)
         return Source(f"{dataset_name} ({split})", hashlib.sha256(content.encode()).hexdigest(), lambda: iter(rows))
-    path = Path(dataset_name).expanduser()
     if path.is_dir():
-        return _folder_source(path, split, name, columns)
+        return _folder_source(path, split, name, columns, config)
     if path.is_file():
         if format_of(path) is None:
             raise UserError(f"{name}: {path} is none of {FORMAT_WORDS}")
@@ -149,11 +152,17 @@ def _hub_source(
             raise
         names = class_names_of(prepared.features)
         return Source(name, fingerprint_of(prepared), lambda: read_dataset(prepared), class_names=names)
+    return _listed_source(name, found, columns)
+
+
+def _listed_source(name: str, found: ListedSplit, columns: Sequence[str] | None) -> Source:
     if found.is_whole_files and all(format_of(path) for path in found.files):
-        return _files_source(name, found.files, columns, [])
-    _check_columns(columns, None, dataset_name)
+        source = _files_source(name, found.files, columns, [])
+        return replace(source, class_names={**found.class_names, **source.class_names})
+    _check_columns(columns, None, name)
     content = hashlib.sha256(f"{digest_of(found.files)} {found.split} {found.options}".encode()).hexdigest()
-    return Source(name, content, lambda: read_dataset(found.load()), class_names=class_names_of(found.load().features))
+    loaded = cache(found.load)
+    return Source(name, content, lambda: read_dataset(loaded()), class_names=class_names_of(loaded().features))
 
 
 def _check_columns(columns: Sequence[str] | None, path: Path | None, dataset_name: str) -> None:
@@ -168,6 +177,10 @@ def _files_source(source_name: str, paths: list[Path], columns: Sequence[str] | 
         _check_columns(columns, path, source_name)
         if path.stat().st_size == 0:
             raise UserError(f"{path} is empty")
+        if is_lfs_pointer(path):
+            raise UserError(
+                f"{path} is a pointer of Git LFS and holds no rows: fetch the file itself by `git lfs pull`"
+            )
     readers = [(path, reader_of(path, columns)) for path in paths]
     found = list(notes)
     starts: list[tuple[int, Path]] = []
@@ -185,7 +198,18 @@ def _files_source(source_name: str, paths: list[Path], columns: Sequence[str] | 
     return Source(source_name, digest_of(paths, columns), read, notes, starts, by_line, names)
 
 
-def _folder_source(folder: Path, split: str, key: str, columns: Sequence[str] | None) -> Source:
+def _folder_source(folder: Path, split: str, key: str, columns: Sequence[str] | None, config: str | None) -> Source:
+    if has_configs(folder):
+        found = open_card_split(folder, split, config=config, key=key)
+        of_config = f", {config}" if config else ""
+        return _listed_source(f"{folder} ({split}{of_config})", found, columns)
+    if config is not None:
+        if not (folder / config).is_dir():
+            raise UserError(
+                f"{key.replace('_name', '_config')}: {folder} has no folder {config!r}, and no README.md that names "
+                "configurations"
+            )
+        folder = folder / config
     if any((folder / marker).is_file() for marker in SAVED_MARKERS):
         _check_columns(columns, None, str(folder))
         return _saved_source(folder, split, key)
@@ -207,8 +231,8 @@ def _saved_source(folder: Path, split: str, key: str) -> Source:
         if not shard.is_file():
             raise UserError(f"{key}: {folder} names the file {shard.name}, which is not there")
     content = digest_of([folder / "state.json", *shards])
-    load = lambda: import_module("datasets").load_from_disk(folder)  # noqa: E731
-    names = class_names_of(load().features)
+    names = features_class_names(_read_json_file(folder / "dataset_info.json").get("features") or {})
+    load: Callable[[], Any] = lambda: import_module("datasets").load_from_disk(folder)  # noqa: E731
     return Source(f"{folder} ({split})", content, lambda: read_dataset(load()), class_names=names)
 
 

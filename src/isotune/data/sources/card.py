@@ -1,0 +1,153 @@
+"""Which files are a split by the rules of `datasets`: names of files and folders, and configurations that a card names.
+
+The card is README.md, whose first lines are YAML. A folder on disk is read by these rules where its card has `configs`,
+as a clone of a data set on the Hub has. The files are then read by our own readers where these know the format, so that
+no type is guessed and the content is known by the files' digest. Any other format, a reader with options that the card
+sets, and a part of a split are left to `datasets`.
+"""
+
+import dataclasses
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from isotune.data.sources.class_labels import ClassNames, class_names_of
+from isotune.io.errors import UserError, first_line
+
+CARD = "README.md"
+_FRONT = re.compile(r"\s*---[ \t]*\r?\n(.*?\n)---[ \t]*(?:\r?\n|$)", re.S)
+_PART_OF_SPLIT = re.compile(r"\w+(\[.*\]|\+.*)")  # as `datasets` writes it: train[:10%], train+test
+_OF_EVERY_CONFIG = ("name", "version", "data_dir", "data_files", "description", "features")
+
+Layout = dict[str, Any]  # `splits`, the files of each by its name; `files`, all; `reader`; `options`; `class_names`
+
+
+@dataclass(frozen=True)
+class ListedSplit:
+    """The files of a split."""
+
+    files: list[Path]
+    split: str
+    reader: str  # of `datasets`: json, csv, parquet, text, ...
+    options: dict[str, Any]  # of that reader, where the card sets any
+    part_of: dict[str, list[str]] | None  # the files of every split, where `split` is a part or a sum of splits
+    class_names: ClassNames  # that the card gives
+
+    @property
+    def is_whole_files(self) -> bool:
+        """Whether the rows are those of `files`, whoever reads them."""
+        return not self.options and self.part_of is None
+
+    def load(self) -> Any:
+        """The rows as `datasets` reads them, a `Dataset`."""
+        datasets: Any = import_module("datasets")
+        files = self.part_of or {self.split: [str(path) for path in self.files]}
+        try:
+            return datasets.load_dataset(self.reader, data_files=files, split=self.split, **self.options)
+        except Exception as error:  # the readers raise what their formats' libraries raise
+            names = ", ".join(path.name for path in self.files[:3])
+            raise UserError(f"{names} cannot be read as {self.reader}: {first_line(error)}") from error
+
+
+def has_configs(folder: Path) -> bool:
+    """Whether the card in a folder names configurations; UserError where its first lines are no YAML."""
+    path = folder / CARD
+    try:
+        front = _FRONT.match(path.read_text("utf-8-sig")) if path.is_file() else None
+        return front is not None and bool(_mapping(yaml.safe_load(front[1])).get("configs"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} begins with lines that are not YAML: {first_line(error)}") from error
+
+
+def open_card_split(folder: Path, split: str, *, config: str | None, key: str) -> ListedSplit:
+    """The files of a split in a folder on disk whose card names configurations; UserError says why not.
+
+    `key` is the recipe's name of `folder`: dataset_name or eval_dataset_name.
+    """
+    place, name = str(folder.resolve()), str(folder)
+    try:
+        layout = read_layout(place, config, f"{place}/", name)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+    except Exception as error:  # `datasets` raises what YAML, its patterns and its own checks raise
+        raise UserError(f"{key}: {why_no_layout(place, config, key, name, error)}") from error
+    return split_of(layout, split, folder, f"{key}: {name!r}")
+
+
+def read_layout(place: str, config: str | None, prefix: str, name: str, **revision: str) -> Layout:
+    """The files of each split of a configuration, without `prefix`; the reader of `datasets`, its options, class names.
+
+    `place` is a folder or a Hub id. UserError where files lie outside it; else what `datasets` raises.
+    """
+    datasets: Any = import_module("datasets")
+    # in an empty cache: where the Hub refuses, `datasets` would take whatever version it has ever prepared
+    with tempfile.TemporaryDirectory() as empty:
+        builder = datasets.load_dataset_builder(place, config, cache_dir=empty, **revision)
+    splits = {str(split): [str(file) for file in files] for split, files in builder.config.data_files.items()}
+    every = [file for files in splits.values() for file in files]
+    outside = [file for file in every if not file.startswith(prefix) or ".." in file.removeprefix(prefix).split("/")]
+    if outside:
+        raise UserError(f"the data of {name!r} lie outside it, at {outside[0]}")
+    splits = {split: [file.removeprefix(prefix) for file in files] for split, files in splits.items()}
+    return {
+        "splits": splits,
+        "files": sorted({file.removeprefix(prefix) for file in every}),
+        "reader": type(builder).__module__.split(".")[2],  # datasets.packaged_modules.READER.READER
+        "options": _options_of(builder.config),
+        "class_names": class_names_of(builder.info.features or {}),
+    }
+
+
+def split_of(layout: Layout, split: str, root: Path, what: str) -> ListedSplit:
+    """A split of a layout, or a part or sum of splits; UserError, which begins with `what`, where there is none."""
+    splits: dict[str, list[str]] = layout["splits"]
+    if split in splits:
+        chosen, part_of = splits[split], None
+    elif _PART_OF_SPLIT.fullmatch(split):
+        chosen = [file for files in splits.values() for file in files]
+        part_of = {own: [str(root / file) for file in files] for own, files in splits.items()}
+    else:
+        raise UserError(f"{what} has no split {split!r}; it has {', '.join(splits)}")
+    named: dict[str, Any] = layout.get("class_names", {})  # layouts that earlier versions kept have none
+    names = {column: tuple(tuple(each) for each in lists) for column, lists in named.items()}
+    paths = [root / file for file in chosen]
+    return ListedSplit(paths, split, layout["reader"], layout["options"], part_of, names)
+
+
+def why_no_layout(place: str, config: str | None, key: str, name: str, error: Exception, **revision: str) -> str:
+    """The end of the sentence about a data set whose files cannot be found, given what `read_layout` raised."""
+    datasets: Any = import_module("datasets")
+    names: list[str] = []
+    with suppress(Exception):
+        names = list(datasets.get_dataset_config_names(place, **revision))
+    if config is not None and names and config not in names:
+        return f"{name!r} has no configuration {config!r}; it has {', '.join(names)}"
+    if config is None and len(names) > 1:
+        return (
+            f"{name!r} has several configurations: choose one by {key.replace('_name', '_config')}: {', '.join(names)}"
+        )
+    return f"{name!r} cannot be read: {first_line(error)}"
+
+
+def _options_of(config: Any) -> dict[str, Any]:
+    """What a card sets of the reader's options."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if field.name not in _OF_EVERY_CONFIG and value != default:
+            with suppress(TypeError):
+                found[field.name] = json.loads(json.dumps(value))
+    return found
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return cast(Mapping[str, Any], value) if isinstance(value, Mapping) else {}

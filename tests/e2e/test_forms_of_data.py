@@ -1,0 +1,170 @@
+"""Every form of data in the table of docs/data.md is trained and evaluated on, to the same numbers as every other."""
+
+import csv
+import json
+import math
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+import yaml
+from tests.launching import REPOSITORY, TINY, TINY_CLASSIFIER, Finished, start_together
+
+from isotune.config import Recipe
+from isotune.models.opening import load_tokenizer
+
+# ---- conversations: each form holds the same exchanges ----
+
+EXCHANGES = [(f"What is {n} and {n + 1}?", f"It is {2 * n + 1}.") for n in range(12)]
+
+
+def messages(question: str, answer: str) -> list[dict]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+CONVERSATIONS = {
+    "text in Guanaco's form": lambda q, a: {"text": f"### Human: {q}\n### Assistant: {a}"},
+    "messages": lambda q, a: {"messages": messages(q, a)},
+    "conversations (ShareGPT)": lambda q, a: {
+        "conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]
+    },
+    "prompt, completion": lambda q, a: {"prompt": q, "completion": a},
+    "instruction, input, output (Alpaca)": lambda q, a: {"instruction": q, "input": "", "output": a},
+    "question, answer": lambda q, a: {"question": q, "answer": a},
+    "columns that are named": lambda q, a: {"frage": q, "antwort": a},
+    "a CSV of questions and answers": lambda q, a: {"question": q, "answer": a},
+    "a mixture of two of them": lambda q, a: {"messages": messages(q, a)},
+}
+NAMED = {"dataset_prompt_field": "frage", "dataset_completion_field": "antwort"}
+
+
+def conversation_recipes(folder: Path) -> dict[str, dict]:
+    recipes: dict[str, dict] = {}
+    for number, (form, row_of) in enumerate(CONVERSATIONS.items()):
+        rows = [row_of(*exchange) for exchange in EXCHANGES]
+        file = write(folder / f"sft{number}", rows, ".csv" if "CSV" in form else ".jsonl")
+        own = {**TINY, "dataset_name": file, "eval_dataset_name": file, "max_steps": 2, "packing": False}
+        own |= NAMED if "named" in form else {}
+        if "mixture" in form:
+            other = write(folder / "alpaca", [{"instruction": q, "output": a} for q, a in EXCHANGES[6:]], ".jsonl")
+            first = write(folder / "first", rows[:6], ".jsonl")
+            own |= {"dataset_mixture": [first, other], "eval_dataset_name": file}
+            del own["dataset_name"]
+        recipes[f"sft{number}"] = own | {"global_batch_size": 12, "eval_strategy": "epoch", "num_train_epochs": 2}
+        del recipes[f"sft{number}"]["max_steps"]
+    return recipes
+
+
+# ---- labelled texts: each form holds the same texts and classes ----
+
+TEXTS = [(f"{('a calm day', 'a wild storm')[n % 2]} number {n}", n % 2) for n in range(12)]
+NAMES = ("calm", "storm")
+TURNED = datasets.ClassLabel(names=["storm", "calm"])
+LABELLED = {
+    "whole numbers": lambda t, k: {"text": t, "label": k},
+    "words": lambda t, k: {"text": t, "label": NAMES[k]},
+    "true and false": lambda t, k: {"text": t, "label": bool(k)},
+    "numbers as floats and texts": lambda t, k: {"text": t, "label": (f"{k}.0", str(k))[k]},
+    "a ClassLabel of datasets": lambda t, k: {"text": t, "label": k},
+    "columns that are found": lambda t, k: {"remark": t, "weather": NAMES[k]},
+    "a CSV without a line of names": lambda t, k: {"label": k, "text": t},
+    "a clone with a card": lambda t, k: {"text": t, "label": k},
+    "mixed sources of words and numbers with names": lambda t, k: {"text": t, "label": NAMES[k]},
+}
+
+
+def labelled_recipes(folder: Path) -> dict[str, dict]:
+    recipes: dict[str, dict] = {}
+    for number, (form, row_of) in enumerate(LABELLED.items()):
+        rows = [row_of(*each) for each in TEXTS]
+        file = write(folder / f"cls{number}", rows, ".csv" if "CSV" in form else ".jsonl", header="without" not in form)
+        own = {**TINY_CLASSIFIER, "max_steps": -1, "num_train_epochs": 2, "global_batch_size": 12}
+        own |= {"dataset_columns": ["label", "text"]} if "without" in form else {}
+        features = datasets.Features({"text": datasets.Value("string"), "label": TURNED})
+        if "ClassLabel" in form or "mixed" in form:
+            turned = [{"text": text, "label": 1 - label} for text, label in TEXTS]
+            made = datasets.Dataset.from_list(turned, features=features)
+            saved = str(folder / f"saved{number}.parquet")
+            made.select(range(6, 12)).to_parquet(saved)
+            made.to_parquet(str(folder / f"cls{number}.parquet"))
+            first = write(folder / f"words{number}", rows[:6], ".jsonl")
+            file = str(folder / f"cls{number}.parquet") if "ClassLabel" in form else file
+            mixed = {"dataset_mixture": [first, saved], "eval_dataset_name": file}
+            own |= mixed if "mixed" in form else {"label_names": list(NAMES)}
+        if "card" in form:
+            clone = folder / "clone"
+            clone.mkdir()
+            Path(file).rename(clone / "rows.jsonl")
+            splits = [{"split": split, "path": "rows.jsonl"} for split in ("train", "test")]
+            card = yaml.safe_dump({"configs": [{"config_name": "default", "data_files": splits}]})
+            (clone / "README.md").write_text(f"---\n{card}---\n")
+            file = str(clone)
+        own |= {} if "dataset_mixture" in own else {"dataset_name": file, "eval_dataset_name": file}
+        own = {key: value for key, value in own.items() if not (key == "dataset_name" and "dataset_mixture" in own)}
+        recipes[f"cls{number}"] = own
+    return recipes
+
+
+def write(place: Path, rows: list[dict], suffix: str, *, header: bool = True) -> str:
+    file = place.with_suffix(suffix)
+    with file.open("w", encoding="utf-8", newline="") as out:
+        if suffix == ".jsonl":
+            out.writelines(json.dumps(row) + "\n" for row in rows)
+        else:
+            table = csv.DictWriter(out, list(rows[0]))
+            if header:
+                table.writeheader()
+            table.writerows(rows)
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[str, Finished]:
+    """A run of every form, by its name: those of a task in one process, one after the other."""
+    folder = tmp_path_factory.mktemp("forms")
+    found = start_together(folder, conversation_recipes(folder))
+    found |= start_together(folder, labelled_recipes(folder), script="train/yelp.py")
+    forms = {**{f"sft{n}": form for n, form in enumerate(CONVERSATIONS)}}
+    forms |= {f"cls{n}": form for n, form in enumerate(LABELLED)}
+    return {forms[name]: run for name, run in found.items()}
+
+
+def table() -> dict[str, tuple[str, str]]:
+    """The table of docs/data.md: task and what is printed, by form."""
+    page = (REPOSITORY / "docs" / "data.md").read_text()
+    rows = re.findall(r"^\| (.+?) \| (instruction tuning|classification) \| (.+?) \|$", page, re.M)
+    return {form.replace("`", ""): (task, printed.strip("`")) for form, task, printed in rows}
+
+
+def test_the_table_of_the_docs_names_the_forms_that_are_tested_here():
+    task_of = dict.fromkeys(CONVERSATIONS, "instruction tuning") | dict.fromkeys(LABELLED, "classification")
+    assert {form: task for form, (task, _) in table().items()} == task_of
+
+
+@pytest.mark.parametrize("form", [*CONVERSATIONS, *LABELLED])
+def test_every_form_trains_and_evaluates_to_the_same_numbers(trained, form):
+    run, first = trained[form], trained[next(iter(CONVERSATIONS if form in CONVERSATIONS else LABELLED))]
+    assert len(run.steps) == 2 and len(run.evaluations) == 2
+    for lines, others in ((run.steps, first.steps), (run.evaluations, first.evaluations)):
+        for line, other in zip(lines, others, strict=True):
+            key = "loss" if "loss" in line else "eval_loss"
+            assert math.isfinite(line[key]) and line[key] == pytest.approx(other[key], rel=1e-5), form
+    assert table()[form][1] in run.stdout
+    names = json.loads((run.run / "model" / "config.json").read_text()).get("id2label", {})
+    if form in LABELLED and ("words" in form or "ClassLabel" in form or "found" in form):
+        assert names == {"0": "calm", "1": "storm"}
+
+
+def test_rows_that_are_tokenised_already_train_as_the_texts_that_they_are(tmp_path, trained):
+    recipe = next(iter(conversation_recipes(tmp_path).values()))
+    tokenizer = load_tokenizer(Recipe.from_values(**recipe, output_dir="x"))
+    rows = []
+    for question, answer in EXCHANGES:
+        asked = tokenizer(f"### Human: {question}\n### Assistant:")["input_ids"]
+        answered = tokenizer(f" {answer}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        rows.append({"input_ids": asked + answered, "labels": [-100] * len(asked) + answered})
+    file = write(tmp_path / "tokens", rows, ".jsonl")
+    found = start_together(tmp_path, {"tokens": recipe | {"dataset_name": file, "eval_dataset_name": file}})["tokens"]
+    expected = trained[next(iter(CONVERSATIONS))]
+    assert [line["loss"] for line in found.steps] == pytest.approx([line["loss"] for line in expected.steps], rel=1e-5)

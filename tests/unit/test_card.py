@@ -1,0 +1,139 @@
+"""A folder whose README.md names configurations, as a clone from the Hub has, is read as `datasets` reads it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import datasets
+import pytest
+from tests.launching import TINY_CLASSIFIER, start
+
+from isotune.config import Recipe
+from isotune.data.sources.source import read_rows
+from isotune.io.errors import UserError
+from isotune.run.identity import RunIdentity
+
+
+def clone(folder: Path, card: str, *names: str) -> str:
+    """A folder of files that hold their own names, a row each, with a card."""
+    for name in names:
+        path = folder / "clone" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"text": name}) + "\n")
+    (folder / "clone").mkdir(exist_ok=True)
+    (folder / "clone" / "README.md").write_text(f"---\nlicense: mit\n{card}---\n# A data set\n")
+    return str(folder / "clone")
+
+
+def texts(folder: str, split: str = "train", **which) -> list[str]:
+    return [row["text"] for row in read_rows(folder, split, **which).rows()]
+
+
+SPLITS = """configs:
+- config_name: plain
+  data_files:
+  - split: train
+    path: [part1/*.jsonl, part2/b*.jsonl]
+  - split: heldout
+    path: rest/**
+"""
+FILES = ("part1/a.jsonl", "part1/b.jsonl", "part2/a.jsonl", "part2/b.jsonl", "rest/deep/a.jsonl", "train.jsonl")
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_the_only_configuration_is_the_default_and_its_patterns_say_the_files(tmp_path, split, monkeypatch):
+    folder = clone(tmp_path, SPLITS, *FILES)
+    theirs = datasets.load_dataset(folder, split=split, cache_dir=str(tmp_path / "theirs"))["text"]
+    assert texts(folder, split) == texts(folder, split, config="plain") == list(theirs)
+    assert "train.jsonl" not in theirs  # which the names of files alone would have taken
+
+
+TWO = """configs:
+- config_name: en
+  data_files: en/*.jsonl
+- config_name: fr
+  data_files:
+  - {split: train, path: fr/*.jsonl}
+"""
+
+
+def test_one_of_several_configurations_is_chosen_by_its_name(tmp_path):
+    folder = clone(tmp_path, TWO, "en/x.jsonl", "fr/y.jsonl")
+    assert texts(folder, config="fr") == ["fr/y.jsonl"] and texts(folder, config="en") == ["en/x.jsonl"]
+    with pytest.raises(UserError, match=rf"^dataset_name: '{folder}' has several .* by dataset_config: en, fr$"):
+        texts(folder)
+    with pytest.raises(UserError, match=r"^eval_dataset_name: .* choose one by eval_dataset_config: en, fr$"):
+        texts(folder, name="eval_dataset_name")
+    with pytest.raises(UserError, match=r"has no configuration 'it'; it has en, fr$"):
+        texts(folder, config="it")
+    with pytest.raises(UserError, match=r"has no split 'test'; it has train$"):
+        texts(folder, "test", config="fr")
+
+
+@pytest.mark.parametrize("said", ["- config_name: default\n  data_files: fr/*", "  default: true\n"])
+def test_the_default_of_several_is_read_where_the_card_names_one(tmp_path, said):
+    card = TWO + said if said.startswith("  ") else TWO.replace("- config_name: fr", said + "\n- config_name: fr")
+    assert texts(clone(tmp_path, card, "en/x.jsonl", "fr/y.jsonl")) == ["fr/y.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("card", "said"),
+    [
+        ("configs: [\n", "README.md begins with lines that are not YAML"),
+        ("configs:\n- config_name: a\n  data_files: none/*.jsonl\n", "dataset_name: '.*clone' cannot be read: "),
+        ("configs:\n- config_name: a\n  data_files: {train: x}\n", "dataset_name: '.*clone' cannot be read: "),
+        ("configs:\n- config_name: a\n  data_files: ../outside.jsonl\n", "lie outside it, at .*outside.jsonl"),
+    ],
+)
+def test_a_card_that_cannot_be_followed_is_one_sentence(tmp_path, card, said):
+    (tmp_path / "outside.jsonl").write_text('{"text": "x"}\n')
+    with pytest.raises(UserError, match=said) as refused:
+        texts(clone(tmp_path, card, "train.jsonl"))
+    assert "\n" not in str(refused.value)
+
+
+def test_without_configurations_in_the_card_a_configuration_is_a_folder(tmp_path):
+    folder = clone(tmp_path, "tags: [x]\n", "en/train.jsonl", "fr/train.jsonl")
+    assert texts(folder, config="fr") == ["fr/train.jsonl"]
+    with pytest.raises(UserError, match=r"^dataset_config: .* has no folder 'it', and no README.md that names conf"):
+        texts(folder, config="it")
+
+
+def test_a_pointer_of_git_lfs_says_what_it_is(tmp_path):
+    folder = Path(clone(tmp_path, SPLITS, *FILES))
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (folder / "part1" / "a.jsonl").write_text(pointer)
+    with pytest.raises(UserError, match=r"part1/a.jsonl is a pointer of Git LFS .* `git lfs pull`"):
+        texts(str(folder))
+
+
+NAMED = """dataset_info:
+  features:
+  - name: text
+    dtype: string
+  - name: label
+    dtype: {class_label: {names: {'0': sad, '1': glad}}}
+configs:
+- config_name: default
+  data_files: rows.csv
+"""
+
+
+def test_the_names_of_classes_that_a_card_gives_are_those_of_the_run(tmp_path):
+    folder = Path(clone(tmp_path, NAMED))
+    (folder / "rows.csv").write_text("text,label\n" + "a fine day,1\na grey day,0\n" * 4)
+    recipe = {**TINY_CLASSIFIER, "dataset_name": str(folder), "eval_dataset_name": None, "max_steps": 1}
+    done = start(tmp_path, recipe, script="train/yelp.py")
+    assert "of class 0, sad" in done.stdout and "of class 1, glad" in done.stdout
+    assert json.loads((done.run / "model" / "config.json").read_text())["id2label"] == {"0": "sad", "1": "glad"}
+
+
+def test_a_clone_that_moved_is_the_same_data_and_another_configuration_is_not(tmp_path):
+    folder = clone(tmp_path, TWO, "en/x.jsonl", "fr/y.jsonl")
+    shutil.copytree(folder, tmp_path / "moved")
+
+    def identity(name: str, config: str) -> str:
+        values = {"model_name_or_path": "a/model", "output_dir": "x", "dataset_name": name, "dataset_config": config}
+        return RunIdentity.of(Recipe.from_values(**values)).fingerprint
+
+    assert identity(folder, "en") == identity(str(tmp_path / "moved"), "en") != identity(folder, "fr")
