@@ -3,7 +3,7 @@
 import pytest
 from tests.building import build
 
-from isotune.training import trainer as module
+from isotune.training import training_plan as module
 
 
 def test_skipped_steps_are_not_laid_out_and_the_rest_is_the_same(tmp_path, monkeypatch):

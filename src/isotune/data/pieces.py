@@ -16,7 +16,8 @@ from isotune.data.documents import Documents, starts_of
 from isotune.io.cache_root import disk_errors_named
 
 THREADS = 2  # that tokenise; each uses all cores by the tokenizer's own threads
-Item, Made = TypeVar("Item"), TypeVar("Made")
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 def in_threads(items: Iterable[Item], work: Callable[[Item], Made]) -> Iterator[tuple[Item, Made]]:

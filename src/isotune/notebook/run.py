@@ -92,7 +92,7 @@ class Run:
                 raise UserError(f"{next(iter(decoding))} is of answers, and {self.path} classifies")
             from isotune.evaluation.classification.sentences import predict_texts
 
-            return predict_texts(self._model, asked)
+            return predict_texts(self._model, [str(text) for text in asked])
         from isotune.evaluation.generation.chat import answer
         from isotune.evaluation.generation.completion import Decoding
 

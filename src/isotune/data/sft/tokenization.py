@@ -208,7 +208,7 @@ class ConversationEncoder(FastTokenizer):
             own = tokens.begins[starts[number] : starts[number + 1]]
             for end in one.prompts:
                 begin = self._last_special(one.text, end)
-                place = tokens.positions(number, one.text, [begin])[0]
+                place = int(tokens.positions(number, one.text, [begin])[0])
                 first = int(np.searchsorted(own, place))
                 if first == len(own) or own[first] != place:  # within another token
                     begin = first = 0
