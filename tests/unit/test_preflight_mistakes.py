@@ -51,10 +51,10 @@ def small_config(recipe: Path, folder: Path) -> list[str]:
     if name.startswith("builtin:"):
         return []
     if recipe.stem in PUBLISHED:
-        kind, small = PUBLISHED[recipe.stem][0]["model_type"], {"num_hidden_layers": 2, "vocab_size": 500}
-        small |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))
-        config = AutoConfig.for_model(kind, **{**PUBLISHED[recipe.stem][0], **small, "pad_token_id": 0})
-        config.save_pretrained(folder)
+        published = dict(PUBLISHED[recipe.stem][0])
+        kind, small = published.pop("model_type"), {"num_hidden_layers": 2, "vocab_size": 500}
+        small |= dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))
+        AutoConfig.for_model(kind, **{**published, **small, "pad_token_id": 0}).save_pretrained(folder)
         return ["--model_name_or_path", str(folder)]
     kinds = (kind for kind in ("distilbert", "roberta", "albert", "bert", "opt") if kind in name.lower())
     kind = next(kinds, "opt")  # the demo continues from a run

@@ -307,6 +307,11 @@ def last_kernel() -> str | None:
     return _last_kernel
 
 
+def lengths_of(bounds: torch.Tensor) -> list[int]:
+    """The tokens of each document between `bounds`, int32 [documents + 1]."""
+    return [stop - start for start, stop in pairwise(_on_host(bounds))]
+
+
 def _on_host(bounds: torch.Tensor) -> list[int]:
     """`bounds.tolist()`; of a microbatch whose documents are known without waiting for the device that has them."""
     documents = current_documents()

@@ -27,7 +27,7 @@ from isotune.io.errors import UserError
 from isotune.models.document_keys import MicrobatchDocuments, current_documents, known_documents
 from isotune.models.layouts.heads import POOLER
 from isotune.models.layouts.padding import padded_batch
-from isotune.models.packed_attention import PACKED, document_position_ids
+from isotune.models.packed_attention import PACKED, document_position_ids, lengths_of
 
 PADDED, ALONE = "padded", "alone"
 FIRST, LAST, ALL = "first", "last", "all"
@@ -120,7 +120,7 @@ def alone_logits(model: Any, ids: torch.Tensor, bounds: torch.Tensor, inputs: In
             f"model type '{model.config.model_type}' is computed one text at a time, which gradient_checkpointing "
             "cannot repeat: set gradient_checkpointing to false"
         )
-    lengths, microbatch, state = bounds.diff().tolist(), current_documents(), torch.get_rng_state()
+    lengths, microbatch, state = lengths_of(bounds), current_documents(), torch.get_rng_state()
     by_token = {name: values.split(lengths, 1) for name, values in inputs.items() if _is_by_token(values, ids)}
     outputs = []
     for number, text in enumerate(ids.split(lengths, 1)):
@@ -210,7 +210,7 @@ def _last_places(ids: torch.Tensor, bounds: torch.Tensor, pad: int | None) -> to
 
 def _filled(row: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
     """The documents of a row [1, tokens, ...] as a batch [documents, longest, ...], filled up on the right."""
-    documents = list(row[0].split(bounds.diff().tolist()))
+    documents = list(row[0].split(lengths_of(bounds)))
     return nn.utils.rnn.pad_sequence(documents, batch_first=True)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from isotune.models.packed_attention import lengths_of
+
 # Arguments of a packed forward that describe the row; a padded batch has its mask instead.
 OF_THE_ROW = ("cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids", "attention_mask")
 
@@ -21,7 +23,7 @@ def padded_batch(input_ids: torch.Tensor, bounds: torch.Tensor, pad: int) -> tup
 
     `bounds` int32 [documents + 1] are where each document begins and the last ends.
     """
-    texts = input_ids[0].split(bounds.diff().tolist())
+    texts = input_ids[0].split(lengths_of(bounds))
     batch = nn.utils.rnn.pad_sequence(list(texts), batch_first=True, padding_value=pad)
     mask = nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
     return batch, mask
@@ -45,9 +47,12 @@ def pad_documents(model: Any, pad: int) -> None:
         batch, mask = padded_batch(input_ids, bounds, pad)
         with _held(row, None):
             output = stock(batch, *args, **_without_row(kwargs), attention_mask=mask)
+        starts = range(0, batch.numel(), batch.shape[1])
+        lines = zip(starts, lengths_of(bounds), strict=True)
+        places = torch.cat([torch.arange(start, start + n) for start, n in lines]).to(batch.device)
         for name in ("last_hidden_state", "logits"):
             if getattr(output, name, None) is not None:
-                output[name] = getattr(output, name)[mask.bool()][None]
+                output[name] = getattr(output, name).flatten(0, 1)[places][None]
         return output
 
     def forward(stock: Any, input_ids: torch.Tensor, *args: Any, cu_seq_lens_q: Any = None, **kwargs: Any) -> Any:
