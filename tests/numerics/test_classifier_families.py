@@ -39,7 +39,7 @@ def each_alone(model) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """Logits and gradients of the stock model, a new copy for each text: BigBird's remembers the texts before."""
     for text, target in zip(texts(), TARGETS, strict=True):
         fresh = copy.deepcopy(model)
-        kept = {"use_cache": False} if "use_cache" in inspect.signature(fresh.forward).parameters else {}  # Jamba's fails
+        kept = {"use_cache": False} if "use_cache" in inspect.signature(fresh.forward).parameters else {}
         logits = fresh(input_ids=text[None], attention_mask=torch.ones_like(text)[None], **kept).logits
         nn.functional.cross_entropy(logits, target[None], reduction="sum").backward()
         yield logits[0].detach(), {n: p.grad for n, p in fresh.named_parameters() if p.grad is not None}
