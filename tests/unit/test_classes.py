@@ -216,3 +216,12 @@ def test_a_number_beyond_every_class_is_a_word_or_refused():
     assert resolve(["1", "2", "99999999999"], where=str).names == ("1", "2", "99999999999")
     with pytest.raises(UserError, match="holds -1"):
         resolve([-1, 0, 1], where=lambda row: f"row {row + 1}")
+
+
+def test_evaluation_rows_without_the_first_class_keep_their_numbers():
+    assert resolve([1, 2, 3], where=str, count=4).names is None
+    assert resolve([1, 2, 3], where=str, count=3).names == ("1", "2", "3")
+
+
+def test_numbers_beside_the_same_numbers_in_quotes_are_one_kind():
+    assert resolve(["0", 1, "1"], where=str).labels.tolist() == [0, 1, 1]

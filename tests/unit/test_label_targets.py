@@ -8,8 +8,9 @@ import pytest
 from tests.unit.test_labelled import word_tokenizer
 
 from isotune.config import ClassificationRecipe
+from isotune.config.task_types import SINGLE_LABEL
 from isotune.data.classification.split import prepare_labelled
-from isotune.data.classification.targets import type_of
+from isotune.data.classification.targets import labels_of_rows, type_of
 from isotune.io.errors import UserError
 
 
@@ -189,3 +190,20 @@ def test_a_recipe_that_says_single_label_is_the_same_experiment_as_one_that_leav
         for more in ({}, {"task_type": "single_label"}, {"task_type": "multi_label"})
     )
     assert plain.fingerprint() == said.fingerprint() != other.fingerprint() and "task_type" not in plain.resolved()
+
+
+@pytest.mark.parametrize(
+    ("cells", "said"),
+    [
+        ([[5, 2_000_000_000]], "labels are numbered from 0 and fewer than 1,000"),
+        ([[0.0], [1.0]], "lists of one number"),
+    ],
+)
+def test_sets_of_labels_that_no_model_has_are_refused(cells, said):
+    with pytest.raises(UserError, match=said):
+        labels_of_rows(cells, lambda row: f"row {row + 1}", "tags")
+
+
+@pytest.mark.parametrize("cells", [[10**400], ["[{[1]: 2}]"], ["[" * 100_000 + "]"]])
+def test_cells_that_break_a_parser_are_no_labels_and_no_traceback(cells):
+    assert type_of(cells) == SINGLE_LABEL

@@ -191,3 +191,29 @@ def test_a_run_of_a_mixture_prints_and_records_what_each_source_gave_on_any_laun
         assert one["input_tokens"] == other["input_tokens"] and one["loss"] == pytest.approx(other["loss"], rel=1e-5)
     card = write_model_card(alone.run).read_text()
     assert "builtin:capitals + builtin:greetings" in card
+
+
+def test_lists_of_classes_are_aligned_by_name_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, order in {"a": ["joy", "anger"], "b": ["anger", "joy"]}.items():
+        kind = datasets.Features(
+            {"text": datasets.Value("string"), "label": datasets.List(datasets.ClassLabel(names=order))}
+        )
+        datasets.Dataset.from_dict({"text": [name], "label": [[0]]}, features=kind).save_to_disk(name)
+    recipe = recipe_of([{"dataset_name": "a"}, {"dataset_name": "b"}])
+    mixture = open_mixture(recipe.dataset_mixture or [], 1)
+    assert [row["label"] for row in mixture.rows()] == [["joy"], ["anger"]]
+
+
+def test_a_source_named_twice_by_fraction_is_refused(three):
+    with pytest.raises(UserError, match=r"has the rows of a.jsonl twice: add the fractions"):
+        texts_of([{"path": "a.jsonl", "fraction": 0.5}, {"path": "a.jsonl", "fraction": 0.5}])
+
+
+def test_a_row_is_named_by_its_source_whoever_has_read_how_much(three):
+    recipe = recipe_of([{"dataset_name": "a.jsonl"}, {"dataset_name": "b.jsonl"}])
+    fresh = open_mixture(recipe.dataset_mixture or [], 1)
+    assert fresh.where(12) == "row 3 of b.jsonl"
+    begun = open_mixture(recipe.dataset_mixture or [], 1)
+    next(iter(begun.rows()))
+    assert begun.where(25) == "row 16 of b.jsonl"

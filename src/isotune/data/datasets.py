@@ -14,13 +14,18 @@ LABEL_COLUMNS = ("labels", "label", "label_ids")
 
 
 def documents_of(
-    dataset: Any, *, causal: bool, is_main: bool = True, keep_all: bool = False
+    dataset: Any,
+    *,
+    causal: bool,
+    label_columns: Sequence[str] = LABEL_COLUMNS,
+    is_main: bool = True,
+    keep_all: bool = False,
 ) -> tuple[Documents, np.ndarray | None, bool]:
     """The rows as documents without padding, a classifier's targets as the data has them, and whether there are any.
 
     A row has `input_ids`; `attention_mask` 0 is padding, and is taken off. A causal model's `labels` are its input
     where there are none, else the input with -100 where nothing is supervised; unless `keep_all`, a row without a
-    supervised token is left out, which is said. A classifier's target is in `labels`, `label` or `label_ids`: the
+    supervised token is left out, which is said. A classifier's target is in the first of `label_columns`: the
     documents have it where it is a class, a whole number. UserError names the row.
     """
     if not hasattr(dataset, "__len__"):
@@ -37,12 +42,10 @@ def documents_of(
     lengths = sums_of(kept, starts)
     if not lengths.all():
         raise UserError(f"row {int(np.flatnonzero(lengths == 0)[0]) + 1} of the dataset has no token")
-    key = next((name for name in LABEL_COLUMNS if name in names), None)
+    key = next((name for name in label_columns if name in names), None)
     without_padding, numbers = starts_of(lengths), np.arange(len(lengths))
     if not causal:
-        targets = None if key is None else np.asarray([row[key] for row in _rows(dataset, key)])
-        if targets is not None and targets.dtype.kind not in "iufb":
-            raise UserError(f"the column {key!r} holds no class or number a row")
+        targets = None if key is None else _targets(dataset, key)
         is_class = targets is not None and targets.ndim == 1 and targets.dtype.kind in "iu"
         labels = targets.astype(np.int32) if is_class and targets is not None else np.zeros(len(lengths), np.int32)
         columns = {"ids": numbers}
@@ -82,6 +85,22 @@ def collated(dataset: Any, collator: Callable[[list[Any]], Any]) -> list[dict[st
                 "prepare the rows in the dataset"
             )
     return [_unpadded(collator([dataset[number]]))[0] for number in range(len(dataset))]
+
+
+def _targets(dataset: Any, key: str) -> np.ndarray:
+    """What a classifier's loss is made of, [rows, ...]: classes int64, or numbers; UserError for anything else."""
+    cells = [np.asarray(row[key]) for row in _rows(dataset, key)]
+    odd = next(
+        (n for n, cell in enumerate(cells) if cell.dtype.kind not in "iufb" or cell.shape != cells[0].shape), None
+    )
+    if odd is not None:
+        raise UserError(f"row {odd + 1} of the dataset has no class and no number in {key!r}, or another form of them")
+    targets = np.stack(cells)
+    targets = targets.astype(np.int64) if targets.dtype.kind in "bu" else targets
+    if targets.dtype.kind == "i" and targets.ndim == 1 and not 0 <= targets.min() <= targets.max() < 2**31:
+        wrong = int(np.flatnonzero((targets < 0) | (targets >= 2**31))[0])
+        raise UserError(f"row {wrong + 1} of the dataset has the class {targets[wrong]}: a class is a number from 0")
+    return targets
 
 
 def _unpadded(batch: Any) -> list[dict[str, Any]]:

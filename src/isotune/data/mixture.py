@@ -9,16 +9,17 @@ read once.
 """
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from isotune.config import RunRecipe
 from isotune.config.mixture import FRACTION, NAME, WEIGHT, mixture_name
 from isotune.data.documents import Documents, digest, with_share
-from isotune.data.sources.class_labels import ClassNames
+from isotune.data.sources.class_labels import ClassNames, fold
 from isotune.data.sources.source import Row, Source, read_rows
 from isotune.io.errors import UserError
 
@@ -60,6 +61,7 @@ class Mixture(Source):
     parts: tuple[Part, ...] = ()
     readings: list[Reading] = field(default_factory=list[Reading], repr=False, compare=False)
     sizes: dict[int, int] = field(default_factory=dict[int, int], repr=False, compare=False)  # rows of parts, as known
+    progress: dict[str, int] = field(default_factory=dict[str, int], repr=False, compare=False)  # `rows` read so far
 
     def where(self, row: int) -> str:
         """How an error sentence names a row: by the source that it is of."""
@@ -72,17 +74,21 @@ class Mixture(Source):
         return self.parts[part].source.lacks(own, row, column, key)
 
     def _place(self, row: int) -> tuple[int, int]:
+        if row >= self.progress.get("rows", 0):  # not read, or only in part, by whoever asks
+            deque(self.rows(), maxlen=0)
         reading = next(each for each in reversed(self.readings) if each.first <= row)
         own = row - reading.first
         return reading.part, own if reading.chosen is None else int(np.flatnonzero(reading.chosen)[own])
 
     def counted(self, documents: Documents) -> list[dict[str, int]]:
-        """What each part gave to documents whose `source_rows` are rows of this mixture, which has been read."""
-        found = [{"rows": 0, "of": self.sizes[part], "documents": 0, "tokens": 0} for part in range(len(self.parts))]
+        """What each part gave to documents whose `source_rows` are rows of this mixture, as far as it has been read."""
+        parts = range(len(self.parts))
+        found = [{"rows": 0, "of": self.sizes.get(part, 0), "documents": 0, "tokens": 0} for part in parts]
         ends = [each.first for each in self.readings[1:]] + [np.iinfo(np.int64).max]
         for reading, end in zip(self.readings, ends, strict=True):
             of_part = (documents.source_rows >= reading.first) & (documents.source_rows < end)
-            taken = self.sizes[reading.part] if reading.chosen is None else int(reading.chosen.sum())
+            every = self.sizes.get(reading.part, int(of_part.sum()))
+            taken = every if reading.chosen is None else int(reading.chosen.sum())
             counts = {"rows": taken, "documents": of_part.sum(), "tokens": documents.lengths[of_part].sum()}
             found[reading.part] |= {name: found[reading.part][name] + int(own) for name, own in counts.items()}
         return found
@@ -100,19 +106,22 @@ def open_mixture(entries: Sequence[Mapping[str, Any]], seed: int) -> Mixture:
             revision=entry.get("dataset_revision"),
         )
         again = sum(part.source.fingerprint == source.fingerprint for part in parts)
+        if again and FRACTION in entry:
+            raise UserError(f"dataset_mixture has the rows of {source.name} twice: add the fractions, in one entry")
         own_seed = hashlib.sha256(f"{seed} {source.fingerprint} {again}".encode()).digest()
         columns = tuple(entry["columns"]) if "columns" in entry else None
         numbers = tuple(np.frombuffer(own_seed, np.uint32).tolist())
         parts.append(Part(source, entry.get(WEIGHT), entry.get(FRACTION), columns, numbers))
     in_part = any(part.fraction is not None or not float(part.weight or 0).is_integer() for part in parts)
-    content = [[part.source.fingerprint, part.weight, part.fraction, part.columns] for part in parts]
     names, by_part = _class_names(parts)
+    shares = [[part.source.fingerprint, part.weight, part.fraction, part.columns] for part in parts]
+    content = [*shares, names, by_part]
     notes: list[str] = []
     mixture: Mixture
 
     def read() -> Iterator[Row]:
         mixture.readings.clear()
-        count = 0
+        mixture.progress["rows"] = count = 0
         for number, chosen in _passes(mixture):
             part = parts[number]
             mixture.readings.append(Reading(number, count, chosen))
@@ -121,6 +130,7 @@ def open_mixture(entries: Sequence[Mapping[str, Any]], seed: int) -> Mixture:
                 size += 1
                 if chosen is None or chosen[own]:
                     count += 1
+                    mixture.progress["rows"] = count
                     yield row
             mixture.sizes[number] = size
         notes[:] = list(dict.fromkeys(note for part in parts for note in part.source.notes))
@@ -181,16 +191,14 @@ def _class_names(parts: Sequence[Part]) -> tuple[ClassNames, list[dict[str, tupl
         for number, own in enumerate(lists):
             if own:
                 by_part[number][column] = own[0]
-        if lists[0] and len({frozenset(_folded(own[0])) if own else None for own in lists}) == 1:
+        if lists[0] and len({frozenset(map(fold, own[0])) if own else None for own in lists}) == 1:
             names[column] = lists[0]
     return names, by_part
 
 
-def _folded(names: Sequence[str]) -> list[str]:
-    return [" ".join(name.casefold().split()) for name in names]
-
-
 def _named(cell: Any, names: tuple[str, ...] | None) -> Any:
+    if names is not None and isinstance(cell, list | tuple):
+        return [_named(one, names) for one in cast("Sequence[Any]", cell)]
     if names is None or isinstance(cell, bool) or not isinstance(cell, int) or not 0 <= cell < len(names):
         return cell
     return names[cell]

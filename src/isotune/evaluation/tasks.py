@@ -366,4 +366,6 @@ def _fill_template(template: str, row: Row, source: Source, number: int) -> str:
     for column in _template_columns(template):
         if column not in row:
             raise source.lacks(number, row, column, "the template")
+        if row[column] is None:
+            raise UserError(f"{source.where(number)}, column {column!r}, is null: the template has no text for it")
     return template.format_map(row)

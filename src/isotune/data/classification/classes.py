@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from isotune.data.sources.class_labels import fold
 from isotune.io.errors import UserError
 
 Label = int | bool | str  # a cell as it is meant, before it is known which class that is
@@ -19,11 +20,6 @@ SHOWN_NAMES = 12
 MOST_CLASSES = 1_000  # of words: more are texts that somebody took for classes
 
 _WHOLE = re.compile(r"[+-]?\d{1,18}(?:\.0*)?", re.A)
-
-
-def fold(name: object) -> str:
-    """A name as it is compared: without case, its white space single blanks."""
-    return " ".join(str(name).casefold().split())
 
 
 def listed(names: Iterable[object]) -> str:
@@ -90,12 +86,14 @@ def resolve(
     where: Callable[[int], str],
     known: Sequence[str] | None = None,
     own: Sequence[Sequence[str]] = (),
+    count: int | None = None,
 ) -> ClassColumn:
     """The classes of a column's labels.
 
     `known` are the names of the classes in their order, which the recipe, the training data or the model say. `own` are
     the names that the data itself lists, such as a ClassLabel's, and further lists of names of the same classes; the
-    first list whose names are known counts. Without both, words become classes in the order of the alphabet. `where`
+    first list whose names are known counts. Without both, words become classes in the order of the alphabet. `count` is
+    the number of classes, where it is known, and 0 where numbers are never names. `where`
     names a row, counted from 0. UserError where a label is no class of these.
     """
     if not own:
@@ -117,7 +115,8 @@ def resolve(
         return ClassColumn(np.array(labels, np.int32), ("false", "true"))
     if kinds[0] is str:
         return _of_words([str(label) for label in labels], where)
-    if (counted := _counted_from_elsewhere(labels)) is not None:
+    counted = _counted_from_elsewhere(labels)
+    if counted is not None and count in (None, len(counted.names or ())):
         return counted
     negative = next((row for row, label in enumerate(labels) if label < 0), None)  # type: ignore[operator]  (numbers)
     if negative is not None:
@@ -129,8 +128,8 @@ def resolve(
 
 
 def _as_numbers(labels: Sequence[Label]) -> Sequence[Label]:
-    """Texts that are all whole numbers of a column of classes, as numbers."""
-    if not all(isinstance(label, str) and _WHOLE.fullmatch(label) for label in labels):
+    """Texts that are whole numbers of a column of classes, as numbers, also beside numbers."""
+    if not all(type(label) is int or (isinstance(label, str) and _WHOLE.fullmatch(label)) for label in labels):
         return labels
     numbers = [int(str(label).partition(".")[0]) for label in labels]
     return numbers if max(map(abs, numbers)) < 2**31 else labels

@@ -34,13 +34,13 @@ def _own_ids(ids: list[Any], numbers: np.ndarray, source: Source) -> np.ndarray 
     fault = None
     if kind not in (int, str):
         fault = f"it holds {kind_of_value(ids[0])} in row 1"
+    elif any(type(own_id) is not kind for own_id in ids):
+        row = next(row for row, own_id in enumerate(ids) if type(own_id) is not kind)
+        fault = f"it holds {kind_of_value(ids[0])} in row 1 and {kind_of_value(ids[row])} in row {row + 1}"
     elif len(set(ids)) < len(ids):
         first: dict[Any, int] = {}
         row = next(row for row, own_id in enumerate(ids) if first.setdefault(own_id, row) != row)
         fault = f"{str(ids[row])[:40]!r} stands in row {first[ids[row]] + 1} and in row {row + 1}"
-    elif any(type(own_id) is not kind for own_id in ids):
-        row = next(row for row, own_id in enumerate(ids) if type(own_id) is not kind)
-        fault = f"it holds {kind_of_value(ids[0])} in row 1 and {kind_of_value(ids[row])} in row {row + 1}"
     elif (kind is int and max(map(abs, cast(list[int], ids))) >= 2**63) or (
         kind is str and any(map(surrogate_fault, ids))
     ):

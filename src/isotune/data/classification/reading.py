@@ -140,7 +140,7 @@ def read_targets(cells: list[Any], source: Source, column: str, settings: Classi
         holds = "lists of labels"
     else:
         labels = [_label(cell, source, number, column) for number, cell in enumerate(cells)]
-        return Targets.of_classes(resolve(labels, where=source.where, known=known, own=own))
+        return Targets.of_classes(resolve(labels, where=source.where, known=known, own=own, count=settings.num_labels))
     if settings.task_type == AUTO:
         note = f"nobody said so: the column {column!r} holds {holds}, so task_type is {task_type}"
         return replace(targets, notes=(*targets.notes, note))

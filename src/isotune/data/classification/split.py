@@ -137,7 +137,7 @@ def _read(
     if train is not None and settings.label_source == "column":
         task_type: Any = train.task_type
         settings = replace(settings, task_type=task_type, label_names=train.class_names or settings.label_names)
-        if train.task_type == MULTI_LABEL:
+        if train.task_type == MULTI_LABEL or (train.task_type == SINGLE_LABEL and train.class_names is None):
             settings = replace(settings, num_labels=train.num_labels)
     return tokenize(source, tokenizer, settings, show_progress=show_progress)
 

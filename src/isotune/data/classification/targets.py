@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 
 from isotune.config.task_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
-from isotune.data.classification.classes import ClassColumn, NameIndex, label_of, resolve
+from isotune.data.classification.classes import MOST_CLASSES, ClassColumn, NameIndex, label_of, resolve
 from isotune.io.errors import UserError, shown
 
 Where = Callable[[int], str]  # how a message names a row, counted from 0
@@ -107,7 +107,13 @@ def labels_of_rows(
             rows.append(row)
     if not flat:
         raise UserError(f"no row of the column {column!r} has a label: there is nothing to learn")
-    classes = resolve(flat, where=lambda item: where(rows[item]), known=known, own=own)
+    classes = resolve(flat, where=lambda item: where(rows[item]), known=known, own=own, count=0)
+    if classes.names is None and count is None and classes.labels.max() >= MOST_CLASSES:
+        item = int(classes.labels.argmax())
+        raise UserError(
+            f"{where(rows[item])}, column {column!r}, has the label {classes.labels[item]}: labels are numbered from 0 "
+            f"and fewer than {MOST_CLASSES:,}; num_labels or label_names says that there are so many"
+        )
     labels_there = len(classes.names) if classes.names else max(count or 0, int(classes.labels.max()) + 1)
     if labels_there < 2:
         raise UserError(f"the column {column!r} has one label, {flat[0]!r}: task_type multi_label needs two or more")
@@ -158,7 +164,7 @@ def _number_in(cell: Any) -> float | None:
         text = cell.strip()
         number = float(text) if _NUMBER.fullmatch(text) else math.nan
     else:
-        number = float(cell) if isinstance(cell, int | float) else math.nan
+        number = float(cell) if isinstance(cell, float) or (isinstance(cell, int) and abs(cell) < 2**1023) else math.nan
     return number if math.isfinite(number) else None
 
 
@@ -172,10 +178,12 @@ def _written_list(cell: Any) -> list[Any] | None:
         return None
     try:
         found = json.loads(cell)
+    except RecursionError:
+        return None
     except ValueError:
         try:
             found = ast.literal_eval(cell.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             return None
     return cast("list[Any]", found) if isinstance(found, list) else None
 
@@ -241,6 +249,8 @@ def _of_vectors(
     lists: list[list[Any]], where: Where, column: str, names: Sequence[str] | None, count: int | None
 ) -> Targets:
     expected = len(names) if names else count or len(lists[0])
+    if expected < 2:
+        raise UserError(f"the column {column!r} has lists of one number: task_type multi_label needs two")
     for row, labels in enumerate(lists):
         if len(labels) != expected:
             others = f"there are {expected} labels" if names or count else f"{where(0)} has {expected}"

@@ -100,7 +100,8 @@ def _guessed(names: tuple[str, ...]) -> Form | None:
     if not asked or not answered:
         return None
     columns = (asked, *more, answered)
-    left = [name for name in names if name not in (*columns, *BESIDE)]
+    beside = BESIDE if asked == "prompt" else [name for name in BESIDE if name != "tools"]  # texts have no tools
+    left = [name for name in names if name not in (*columns, *beside)]
     note = (
         f"a row is a question, from {_listed(columns[:-1])}, and its answer, from {answered!r}"
         f"{f'; not read: {_listed(left)}' if left else ''} (dataset_prompt_field, dataset_completion_field name others)"
@@ -155,10 +156,8 @@ def _instruction(asked: str, more: Sequence[str], answered: str) -> Reader:
     """Alpaca's form: what is added stands below the question and an empty line."""
 
     def read(row: Row) -> Content:
-        question, added = _text(row, asked), next((row[name] for name in more if row.get(name)), "")
-        if not isinstance(added, str):
-            raise ValueError(f"its input is {kind_of_value(added)}, not a text")
-        return exchange(f"{question}\n\n{added}" if added else question, _text(row, answered), row.get("system"))
+        parts = [_text(row, asked), *(_text(row, name) for name in more if row.get(name))]
+        return exchange("\n\n".join(parts), _text(row, answered), row.get("system"))
 
     return read
 
@@ -212,7 +211,10 @@ def _integers(row: Mapping[str, Any], name: str) -> np.ndarray:
     value = row[name]
     if not isinstance(value, Sequence) or not all(isinstance(number, int) for number in cast(Sequence[Any], value)):
         raise ValueError(f"column {name!r}: holds {kind_of_value(value)}, not a list of whole numbers")
-    return np.array(value, np.int64)
+    numbers = cast(Sequence[int], value)
+    if any(abs(number) >= 2**31 for number in numbers):
+        raise ValueError(f"column {name!r}: holds {max(numbers, key=abs)}, which is no token of any vocabulary")
+    return np.array(numbers, np.int64)
 
 
 def _beside(row: Mapping[str, Any], name: str, ids: np.ndarray) -> np.ndarray:

@@ -58,12 +58,14 @@ class ListedSplit:
 
 
 def has_configs(folder: Path) -> bool:
-    """Whether the card in a folder names configurations; UserError where its first lines are no YAML."""
+    """Whether the card in a folder names configurations; UserError where it does so in lines that are no YAML."""
     path = folder / CARD
     try:
-        front = _FRONT.match(path.read_text("utf-8-sig")) if path.is_file() else None
-        return front is not None and bool(_mapping(yaml.safe_load(front[1])).get("configs"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        front = _FRONT.match(path.read_text("utf-8-sig", "replace")) if path.is_file() else None
+        if front is None or "configs" not in front[1]:
+            return False
+        return bool(_mapping(yaml.safe_load(front[1])).get("configs"))
+    except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{path} begins with lines that are not YAML: {first_line(error)}") from error
 
 

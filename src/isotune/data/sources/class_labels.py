@@ -42,3 +42,8 @@ def file_class_names(path: Path) -> ClassNames:
         return features_class_names(json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"])
     except (arrow.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError):  # its reader says more
         return {}
+
+
+def fold(name: object) -> str:
+    """A name of a class as it is compared: without case, its white space single blanks."""
+    return " ".join(str(name).casefold().split())

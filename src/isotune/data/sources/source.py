@@ -160,7 +160,9 @@ def _listed_source(name: str, found: ListedSplit, columns: Sequence[str] | None)
         source = _files_source(name, found.files, columns, [])
         return replace(source, class_names={**found.class_names, **source.class_names})
     _check_columns(columns, None, name)
-    content = hashlib.sha256(f"{digest_of(found.files)} {found.split} {found.options}".encode()).hexdigest()
+    of_splits = {own: digest_of(list(map(Path, files))) for own, files in (found.part_of or {}).items()}
+    told = f"{digest_of(found.files)} {found.split} {found.options}{f' {of_splits}' if of_splits else ''}"
+    content = hashlib.sha256(told.encode()).hexdigest()
     loaded = cache(found.load)
     return Source(name, content, lambda: read_dataset(loaded()), class_names=class_names_of(loaded().features))
 

@@ -132,6 +132,12 @@ def read_task_rows(
         )
     columns = ("dataset_text_field", "dataset_text_pair_field", "dataset_label_field")
     own = {key: getattr(task, key) for key in columns}
+    if classifier.settings.dataset_text_pair_field is not None and task.dataset_text_pair_field is None:
+        if task.dataset_text_field not in ("text", classifier.settings.dataset_text_field):
+            raise UserError(
+                f"{classifier.name} reads pairs of texts: say dataset_text_pair_field beside dataset_text_field"
+            )
+        own |= {key: getattr(classifier.settings, key) for key in columns[:2]}
     own |= {"dataset_id_field": task.dataset_id_field or AUTO}
     own |= {key: value for key in ("max_seq_length", "overlong") if (value := getattr(task, key))}
     settings = replace(classifier.settings, **own)
