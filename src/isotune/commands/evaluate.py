@@ -89,7 +89,7 @@ def _is_classifier(source: Sequence[str]) -> bool:
 def _own_data(source: Sequence[str], flags: Sequence[str]) -> list[str]:
     """The evaluation data of a run, as flags, where the command line names nothing to evaluate on."""
     named = {flag.partition("=")[0] for flag in flags}
-    if {"--dataset_name", "--task", "--lm_eval_tasks", "-h", "--help"} & named:
+    if {"--dataset_name", "--task", "--lm_eval_tasks", "--prompt", "--interactive", "-h", "--help"} & named:
         return []
     if source[0] == "--model":
         raise UserError(f"{source[1]}: say what to evaluate it on, by --dataset_name or --task (isotune chat asks it)")

@@ -5,6 +5,7 @@ checkout: it stops before the time limit with a checkpoint, is requeued, and goe
 """
 
 import argparse
+import contextlib
 import os
 import re
 import shlex
@@ -85,7 +86,8 @@ def _checked_words(command: str, argv: Sequence[str]) -> tuple[list[str], str]:
         if not argv or argv[0].startswith("-"):
             raise UserError("isotune slurm eval: name a run first")
         return list(argv), Path(argv[0]).name
-    words = train.recipe_words(command, argv, show=True)
+    with contextlib.redirect_stdout(sys.stderr):  # stdout may be the batch file
+        words = train.recipe_words(command, argv, show=True)
     recipe = train.KINDS[command].read(words, default_config=None, prog=f"isotune slurm {command}")
     return words, Path(recipe.output_dir).name
 

@@ -1,5 +1,6 @@
 """TRL 1.16: what its SFTTrainer does to a model that is handed to it ready for training."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,6 +34,17 @@ def router_coefficient_kept(model: Any) -> Iterator[None]:
     yield
     if before is not None:
         config.router_aux_loss_coef = before  # type: ignore[union-attr]  (of a model that has one)
+
+
+@contextmanager
+def metrics_kept(trainer: Any) -> Iterator[None]:
+    """Hold it around a call of `compute_loss` beside the training: TRL's counts and means stay as they are."""
+    metrics, tokens = copy.deepcopy(getattr(trainer, "_metrics", None)), getattr(trainer, "_total_train_tokens", None)
+    try:
+        yield
+    finally:
+        if metrics is not None:
+            trainer._metrics, trainer._total_train_tokens = metrics, tokens
 
 
 def has_router_loss(model: Any) -> bool:

@@ -2,7 +2,12 @@
 
 from typing import Any
 
+import transformers
+from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
+
 from isotune.training.trainer import PlannedTraining
+
+LIBRARY_PREDICTIONS = (transformers.Trainer.prediction_step, TrlSFTTrainer.prediction_step)
 
 
 def describe(trainer: Any) -> str:
@@ -32,6 +37,10 @@ def not_exact(trainer: Any) -> list[str]:
     own_step = type(trainer).training_step is not PlannedTraining.training_step
     if own_step:
         found.append("training_step is your own: nothing is known of its updates")
+    if type(trainer).prediction_step not in LIBRARY_PREDICTIONS:
+        found.append("prediction_step is your own, and is not called: predict() has one prediction a row")
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        found.append(f"train_sampling_strategy: {args.train_sampling_strategy}: rows are shuffled; none is padded")
     if getattr(args, "torch_compile", False):
         found.append("torch_compile: kernels are chosen by shapes, which differ between launches")
     return found

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from trl.trainer.utils import FusedCausalLMOutput
 
 from isotune.compat.transformers import items_in_batch
+from isotune.compat.trl import metrics_kept
 from isotune.data.batch_schedule import Step
 from isotune.data.datasets import IGNORED
 from isotune.data.documents import Documents
@@ -63,6 +64,10 @@ class OwnLoss(Task):
         shape = lambda n: (n, outputs) if self.causal else (outputs,)  # noqa: E731
         logits = [torch.randn(shape(n), generator=generator).to(self.trainer.args.device) for n in lengths]
         logits[0].requires_grad_()
+        with metrics_kept(self.trainer):
+            self._measure(documents, rows, logits)
+
+    def _measure(self, documents: Documents, rows: list[int], logits: list[torch.Tensor]) -> None:
         whole, items = self._loss(documents, rows, logits)
         if not whole.requires_grad:
             raise UserError("compute_loss makes no use of the logits of the model that it is given")

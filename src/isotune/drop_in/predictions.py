@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 
 from isotune.data.datasets import IGNORED
 from isotune.data.documents import Documents
+from isotune.io.errors import UserError
 from isotune.training.tasks import EvaluationRun
 
 
@@ -32,6 +33,8 @@ def predictions_of(
             if prepare is not None:
                 made = prepare(made, torch.from_numpy(labels(document)[None]).to(made.device))
             parts = made if isinstance(made, (tuple, list)) else (made,)
+            if any(part.ndim == 0 for part in parts):
+                raise UserError("preprocess_logits_for_metrics returns a single number: it keeps the axis of the rows")
             own.append((document, [_array(part[0]) for part in parts], parts is made))
     rows = {document: (arrays, several) for document, arrays, several in gather_object(own)}
     columns = list(zip(*(rows[row][0] for row in range(len(run.documents))), strict=True))

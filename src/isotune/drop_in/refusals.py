@@ -16,8 +16,24 @@ REFUSED_FIELDS: dict[str, tuple[Any, str]] = {
     "auto_find_batch_size": (True, "changes what a device holds: say microbatch_tokens"),
     "dataloader_drop_last": (True, "nothing is dropped, the last update of an epoch is smaller"),
     "batch_eval_metrics": (True, "metrics are computed once, of all predictions"),
+    "eval_do_concat_batches": (False, "there is one table of predictions, with one line a row"),
+    "use_liger_kernel": (True, "its loss and layers replace those that keep documents apart"),
+    "bf16_full_eval": (True, "an evaluation has the precision of training"),
+    "fp16_full_eval": (True, "an evaluation has the precision of training"),
+    "activation_offloading": (True, "it wraps a step of the library, which is not run"),
     "packing_strategy": ("wrapped", "rows see each other: say bfd"),
 }
+OWN_LOOP = ("schedule_free", "lomo", "adalomo")  # optimizers
+OF_LIBRARY_STEP = ("mean_token_accuracy", "entropy", "num_tokens", "aux_loss")
+# methods by which a subclass would decide what an update sees
+OF_SCHEDULE = ("get_train_dataloader", "_get_train_sampler", "get_batch_samples", "_get_dataloader")
+
+
+def refuse_overrides(kind: type, base: type) -> None:
+    """Stop for a subclass whose own methods would not be called, or would decide what an update sees."""
+    for name in OF_SCHEDULE:
+        if getattr(kind, name, None) is not getattr(base, name, None):
+            raise UserError(f"{kind.__name__}.{name} decides what an update sees, which the schedule does: take it out")
 
 
 def refuse(args: Any, given: dict[str, Any]) -> None:
@@ -29,6 +45,12 @@ def refuse(args: Any, given: dict[str, Any]) -> None:
         raise UserError("packing needs max_length")
     if getattr(args, "router_aux_loss_coef", None):
         raise UserError("router_aux_loss_coef: the routers' balancing loss is a mean of microbatches: say 0.0")
+    if getattr(args, "parallelism_config", None) is not None:
+        raise UserError("parallelism_config: every process has documents of its own, and no part of the same ones")
+    if (name := str(getattr(args, "optim", ""))).removeprefix("OptimizerNames.").lower().startswith(OWN_LOOP):
+        raise UserError(f"optim: {name}: it needs a training loop that calls it")
+    if str(getattr(args, "metric_for_best_model", None)).removeprefix("eval_") in OF_LIBRARY_STEP:
+        raise UserError("metric_for_best_model: TRL computes it in its own step: say eval_loss or one of your own")
     if "loss" in (getattr(args, "include_for_metrics", None) or ()):
         raise UserError("include_for_metrics: loss: there is one loss of all rows, eval_loss, and none of a batch")
     if getattr(given.get("data_collator"), "mlm", False):

@@ -17,19 +17,19 @@ from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
 from isotune.compat.peft import base_model_of
 from isotune.compat.transformers import attention_of, use_one_gpu
 from isotune.data.batch_schedule import StepSchedule
-from isotune.data.datasets import collated, documents_of
+from isotune.data.datasets import LABEL_COLUMNS, collated, documents_of
 from isotune.data.documents import Documents, Rows
 from isotune.data.packing import one_document_per_row, pack
 from isotune.distributed.ranks import world_size
 from isotune.drop_in.own_loss import Batch, OwnLoss
 from isotune.drop_in.predictions import predictions_of, rows_of, tokens_of
-from isotune.drop_in.refusals import check_model, refuse
+from isotune.drop_in.refusals import check_model, refuse, refuse_overrides
 from isotune.io.errors import UserError, first_line
 from isotune.models.causal import install_causal
 from isotune.models.class_loss import ClassLoss
 from isotune.models.classifier import install_classification
 from isotune.models.cpu.layers import enable_speedups
-from isotune.models.embedding_noise import add_noise
+from isotune.models.embedding_noise import set_noise
 from isotune.models.isolation import check_isolation
 from isotune.models.packed_attention import max_positions
 from isotune.training.tasks import ClassificationTask, EvaluationRun, SftTask, Task
@@ -74,6 +74,7 @@ class DropIn(PlannedTraining):
         given = dict(inspect.signature(library).bind(*arguments, **options).arguments)
         args = given.get("args")
         refuse(args, given)
+        refuse_overrides(type(self), SFTTrainer if isinstance(self, SFTTrainer) else Trainer)
         self._row_tokens: int | None = None
         self._laid: dict[tuple[int, bool], tuple[Any, Laid]] = {}  # by the dataset's identity; it is kept
         self._unlabelled, self.causal = False, True
@@ -89,17 +90,26 @@ class DropIn(PlannedTraining):
             if hasattr(args, "packing"):  # TRL prepares the rows, and packs none
                 args.packing = args.eval_packing = args.padding_free = False
                 args.router_aux_loss_coef = 0.0
-            self._accumulation = args.gradient_accumulation_steps
-            args.gradient_accumulation_steps, args.average_tokens_across_devices = 1, False
-            args.neftune_noise_alpha = None
+            self._take_accumulation(args)
+            args.average_tokens_across_devices, args.neftune_noise_alpha = False, None
         super().__init__(plan=self._make_plan, **given)
         self.add_callback(_SelfTest(self))
+
+    def _take_accumulation(self, args: Any) -> None:
+        """An item of our loader is a whole update: microbatches that its user accumulates are rows of that."""
+        if args.gradient_accumulation_steps != 1:
+            self._accumulation, args.gradient_accumulation_steps = args.gradient_accumulation_steps, 1
+        plugin = getattr(args, "deepspeed_plugin", None)
+        for of_engine in (getattr(args, "hf_deepspeed_config", None), getattr(plugin, "hf_ds_config", None)):
+            if of_engine is not None:  # whose backward would divide by it once more
+                of_engine.config["gradient_accumulation_steps"] = 1
 
     # ---- the schedule ----
 
     def _make_plan(self) -> TrainingPlan:
         args, model = self.args, cast(nn.Module, self.model)
         use_one_gpu(args)
+        self._take_accumulation(args)  # a search, and accelerator_config, set it late
         if (launched := world_size()) != args.world_size:
             raise UserError(
                 f"{launched} processes were launched, and TrainingArguments knows of {args.world_size}: without GPUs "
@@ -110,13 +120,17 @@ class DropIn(PlannedTraining):
         if not self._pinned:
             self.global_batch_size = args.per_device_train_batch_size * self._accumulation * args.world_size
         assert self.global_batch_size is not None
-        if self.train_dataset is None:  # a trainer that only evaluates
+        dataset: Any = self.train_dataset
+        if dataset is None:  # a trainer that only evaluates
             evaluated = self.eval_dataset
-            train = self._lay_out(next(iter(evaluated.values())) if isinstance(evaluated, dict) else evaluated)
+            dataset = next(iter(evaluated.values())) if isinstance(evaluated, dict) else evaluated
+            train = self._lay_out(dataset)
         else:
-            train = self._lay_out(self.train_dataset, self._row_tokens)
-            self._library_loader(self.train_dataset)  # remembers which columns the model's own forward takes
-        task = self._install(base, train)
+            train = self._lay_out(dataset, self._row_tokens)
+            self._library_loader(dataset)  # remembers which columns the model's own forward takes
+            if not train.labelled:
+                raise UserError(f"the train_dataset has none of the columns {', '.join(self._label_columns)}")
+        task = self._install(base, train, dataset)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         few = 2 * trained < sum(p.numel() for p in model.parameters())
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
@@ -128,7 +142,7 @@ class DropIn(PlannedTraining):
             )
         return TrainingPlan(schedule, train, task, exact_gradients=exact)
 
-    def _install(self, base: Any, train: Laid) -> Task:
+    def _install(self, base: Any, train: Laid, dataset: Any) -> Task:
         """Patch the model once, and say what it learns."""
         check_model(base)
         longest = max(int(train.documents.lengths.max()), max_positions(base.config) or 0)
@@ -142,14 +156,13 @@ class DropIn(PlannedTraining):
             self._say(layout.reason and f"documents are {layout.name}: packed, {layout.reason}")
             attention = str(attention_of(base.config))
             task = ClassificationTask(train.documents, base.config.num_labels, class_loss, attention)
-        if self._noise is not None:
-            add_noise(base.get_input_embeddings(), self._noise)
+        set_noise(base.get_input_embeddings(), self._noise)
         enable_speedups(cast(nn.Module, self.model), zero3=self._is_zero3)
         if not self._has_own_loss(base, train.targets):
             return task
         self.own_loss = OwnLoss(self, task, self.causal)
         if train.labelled:
-            self._batches_of(train, self.train_dataset if self.train_dataset is not None else self.eval_dataset)
+            self._batches_of(train, dataset)
             self.own_loss.probe(train.documents)
         return self.own_loss
 
@@ -201,7 +214,9 @@ class DropIn(PlannedTraining):
             return kept[1]
         is_main = self.args.process_index == 0
         rows_only = self._rows_for(dataset)
-        documents, targets, labelled = documents_of(rows_only, causal=self.causal, is_main=is_main, keep_all=keep_all)
+        documents, targets, labelled = documents_of(
+            rows_only, causal=self.causal, label_columns=self._label_columns, is_main=is_main, keep_all=keep_all
+        )
         positions = max_positions(base_model_of(cast(nn.Module, self.model)).config)
         if positions is not None and (longest := int(documents.lengths.max())) > positions:
             row = int(documents.ids[documents.lengths.argmax()]) + 1
@@ -224,6 +239,11 @@ class DropIn(PlannedTraining):
         return collated(loader.dataset, loader.collate_fn)
 
     @property
+    def _label_columns(self) -> tuple[str, ...]:
+        """Where labels are looked for; `label_names` of the arguments names another column."""
+        return (*(self.args.label_names or ()), *LABEL_COLUMNS)
+
+    @property
     def _data_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
@@ -237,7 +257,7 @@ class DropIn(PlannedTraining):
             ranks=ranks,
             padded=task.pads,
             seed=self._data_seed,
-            **options,
+            **{"shuffle": self.args.train_sampling_strategy != "sequential", **options},
         )
 
     def call_model_init(self, trial: Any = None) -> Any:
@@ -262,6 +282,10 @@ class DropIn(PlannedTraining):
         laid = self._lay_out(test_dataset, keep_all=True)
         step = self._schedule(laid, self.plan.task, len(laid.rows), shuffle=False).step(0)
         model: Any = self.model_wrapped
+        if model is self.model:  # before training
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+                raise UserError("evaluate and predict come after train() under an engine that shards the model")
+            model = model.to(self.args.device)
         run = EvaluationRun(model, step, laid.documents, self.accelerator, self.watchdog, self.state.global_step)
         self._unlabelled, self._targets = not laid.labelled, laid.targets
         if self.own_loss is not None and laid.labelled and id(laid.documents) not in self.own_loss.batches:
@@ -295,7 +319,8 @@ class DropIn(PlannedTraining):
                 if "inputs" in self.args.include_for_metrics:
                     inputs = {"inputs": rows_of(lambda n: tokens_of(run.documents, n), range(len(run.documents)))}
                 own = self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels, **inputs))
-                metrics |= {f"eval_{name}": value for name, value in dict(own).items()}
+                prefix = f"{metric_key_prefix}_"
+                metrics |= {f"eval_{str(name).removeprefix(prefix)}": value for name, value in dict(own).items()}
         prefix = f"{metric_key_prefix}_"
         plain = cast(dict[str, Any], denumpify_detensorize(metrics))
         named = {prefix + name.removeprefix("eval_"): value for name, value in plain.items()}

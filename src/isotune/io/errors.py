@@ -123,7 +123,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     if os.environ.get(JOB_STATUS_FILE):
         # Until training installs its own handlers. Nothing is lost at that point, and the job may run again; without
         # these, ranks would ignore the signals too where their launcher ignores them.
-        for name in ("SIGTERM", "SIGUSR1"):  # Windows has no SIGUSR1
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):  # Windows has no SIGUSR1
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), _stop_early)
     is_local_main = os.environ.get("LOCAL_RANK", "0") == "0"

@@ -4,6 +4,7 @@ The libraries scale it by the padded length of a batch and draw it for the batch
 a document of L tokens and embeddings of size d gets uniform noise of at most alpha / sqrt(L d), from its own keys.
 """
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,15 @@ from isotune.models.document_keys import (
     word_steps,
 )
 
+_hooks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()  # of embeddings with noise
 
-def add_noise(embeddings: nn.Module, alpha: float) -> Any:
-    """Let embeddings add noise while a microbatch trains; returns the hook's handle."""
+
+def set_noise(embeddings: nn.Module, alpha: float | None) -> None:
+    """Let embeddings add noise while a microbatch trains, or none any more (`alpha` None)."""
+    if (before := _hooks.pop(embeddings, None)) is not None:
+        before.remove()
+    if alpha is None:
+        return
 
     def hook(module: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
         documents = current_documents()
@@ -39,4 +46,4 @@ def add_noise(embeddings: nn.Module, alpha: float) -> Any:
         noise = torch.from_numpy(uniform * largest[:, None].astype(np.float32)).view(output.shape)
         return output + noise.to(output.device, output.dtype)
 
-    return embeddings.register_forward_hook(hook)
+    _hooks[embeddings] = embeddings.register_forward_hook(hook)

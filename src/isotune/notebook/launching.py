@@ -1,6 +1,7 @@
 """Runs an `isotune` command in a process of its own, with its output where the caller's output goes."""
 
 import codecs
+import contextlib
 import os
 import signal
 import subprocess
@@ -22,6 +23,8 @@ from isotune.io.errors import (
     read_job_status,
 )
 
+KILLED_AFTER_SECONDS = 10
+
 
 def run_command(words: Sequence[str]) -> None:
     """Run `isotune WORDS` to its end and show what it prints; raises what its exit status says, with its sentence.
@@ -38,7 +41,11 @@ def run_command(words: Sequence[str]) -> None:
         try:
             _show(process)
         except BaseException:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=KILLED_AFTER_SECONDS)
             process.kill()
+            process.wait()
             raise
         message = str(read_job_status(file).get("message") or f"isotune {words[0]} ended with {process.returncode}")
     if process.returncode == EXIT_USER_ERROR:

@@ -3,7 +3,7 @@
 import base64
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from isotune.commands import train
 from isotune.config.recipes import task_of
 from isotune.evaluation.results import Result, find_results, read_result
-from isotune.io.errors import UserError
+from isotune.io.errors import UserError, did_you_mean
 from isotune.notebook.launching import as_flags, run_command
 from isotune.report.formatting import comparison_text, format_number
 from isotune.report.run_record import RunRecord, read_record, run_summary
@@ -96,6 +96,9 @@ class Run:
         from isotune.evaluation.generation.chat import answer
         from isotune.evaluation.generation.completion import Decoding
 
+        known = [own.name for own in fields(Decoding)]
+        if unknown := [name for name in decoding if name not in known]:
+            raise UserError(f"{unknown[0]} is nothing of an answer{did_you_mean(unknown[0], known)}")
         how = Decoding(**decoding)
         return [answer(self._model, question, how) for question in asked]
 
