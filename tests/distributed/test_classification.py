@@ -41,7 +41,7 @@ def predictions(finished: Finished) -> list[list[dict]]:
     ("config", "processes"),
     [
         ("ddp.yaml", 2),
-        ("zero2.yaml", 2),
+        pytest.param("zero2.yaml", 2, marks=pytest.mark.slow),
         pytest.param("ddp.yaml", 3, marks=pytest.mark.slow),
         pytest.param("zero2.yaml", 3, marks=pytest.mark.slow),
     ],
@@ -64,7 +64,7 @@ def test_several_processes_give_the_same_losses_and_exactly_the_same_predictions
 @pytest.mark.parametrize(
     ("config", "processes"),
     [
-        ("zero3.yaml", 2),
+        pytest.param("zero3.yaml", 2, marks=pytest.mark.slow),
         ("fsdp2.yaml", 2),
         pytest.param("zero3.yaml", 3, marks=pytest.mark.slow),
         pytest.param("fsdp2.yaml", 3, marks=pytest.mark.slow),

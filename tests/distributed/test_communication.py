@@ -64,8 +64,8 @@ def planned(finished: Finished, one: Engine) -> PreflightReport:
     return run_preflight(asked, show_progress=False)
 
 
-OTHERS = [pytest.param(f"{name} on 2", marks=pytest.mark.slow) for name in ("ZeRO-0", "ZeRO-1", "ZeRO-3")]
-EVERY_ENGINE = ["DDP on 2", "ZeRO-2 on 2", "FSDP2 on 2", *OTHERS]
+OTHERS = [pytest.param(f"{name} on 2", marks=pytest.mark.slow) for name in ("ZeRO-0", "ZeRO-1", "ZeRO-3", "FSDP2")]
+EVERY_ENGINE = ["DDP on 2", "ZeRO-2 on 2", *OTHERS]
 
 
 @pytest.mark.parametrize("name", EVERY_ENGINE)
@@ -91,7 +91,7 @@ def test_a_rank_sends_the_bytes_that_the_plan_says(launched, name):
                 assert 0 <= found - says.get(kind, 0) <= SMALL_TALK_BYTES, f"{which}, {kind}"
 
 
-@pytest.mark.parametrize("name", [name for name in EVERY_ENGINE if name != "FSDP2 on 2"])
+@pytest.mark.parametrize("name", EVERY_ENGINE[:-1])
 def test_a_rank_holds_the_gradients_and_optimizer_that_the_plan_says(launched, name):
     # in a step of one pass ZeRO-1 and 2 reduce within it, before anybody can look
     runs = {which: finished for which, finished in launched(name).items() if which != "few"}

@@ -110,7 +110,10 @@ def test_the_batch_changes_nothing(alone):
 
 @pytest.mark.parametrize(
     ("config", "processes"),
-    [("ddp.yaml", 2), ("zero3.yaml", 2), pytest.param("ddp.yaml", 3, marks=pytest.mark.slow)],
+    [
+        ("ddp.yaml", 2),
+        *(pytest.param(*several, marks=pytest.mark.slow) for several in (("zero3.yaml", 2), ("ddp.yaml", 3))),
+    ],
 )
 def test_the_processes_change_nothing(run, alone, tmp_path, config, processes):
     found = evaluate(tmp_path / "many", run, config, processes)

@@ -53,6 +53,7 @@ def test_a_misspelled_key_in_a_launched_file_is_refused(tmp_path: Path):
     assert "deepspeed_config has no key 'zero3_init_flagg': did you mean 'zero3_init_flag'?" in said
 
 
+@pytest.mark.slow
 def test_a_build_that_was_killed_does_not_stop_later_launches(tmp_path: Path):
     lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir(parents=True)

@@ -46,6 +46,7 @@ def test_one_process_computes_prints_and_records_the_same(tmp_path: Path):
     assert without_rates(forked.stderr) == without_rates(fresh.stderr)
 
 
+@pytest.mark.slow
 def test_a_launch_of_two_ranks_computes_prints_and_records_the_same(tmp_path: Path):
     forked, fresh = both(tmp_path, processes=2, config="zero2.yaml")
     assert forked.environment["in_effect"]["kind"] == "DeepSpeed"

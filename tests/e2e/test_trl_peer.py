@@ -142,6 +142,7 @@ def supervised_loss(model: Any, documents: list[tuple[torch.Tensor, torch.Tensor
     return math.fsum(losses) / targets
 
 
+@pytest.mark.slow
 def test_twenty_steps_on_guanaco_agree_with_trls_unpacked_run_and_both_learn(tmp_path, opt_of_millions, shared_data):
     built = ours(tmp_path, opt_of_millions, shared_data)
     lines = built.train()

@@ -199,6 +199,10 @@ def test_a_run_that_is_resumed_from_the_librarys_checkpoint_goes_on_to_the_same_
         ({}, {"dataloader_drop_last": True}, "dataloader_drop_last"),
         ({}, {"auto_find_batch_size": True}, "microbatch_tokens"),
         ({}, {"include_for_metrics": ["loss"]}, "include_for_metrics: loss"),
+        ({}, {"optim": "schedule_free_adamw"}, "needs a training loop"),
+        ({}, {"bf16_full_eval": True}, "bf16_full_eval"),
+        ({}, {"metric_for_best_model": "mean_token_accuracy"}, "metric_for_best_model"),
+        ({"train_dataset": texts().remove_columns("label")}, {}, "none of the columns labels, label, label_ids"),
     ],
 )
 def test_what_cannot_be_exact_is_refused_in_one_sentence(options: Any, args: Any, sentence: str, tmp_path):
@@ -219,3 +223,25 @@ def test_a_mixture_of_experts_keeps_its_coefficient_and_says_what_is_not_trained
     assert trainer.model.config.router_aux_loss_coef == 0.02 and not trainer.model.config.output_router_logits
     with pytest.raises(UserError, match="router_aux_loss_coef"):
         sft(tmp_path, 8, 1, model=model, args={"router_aux_loss_coef": 0.01})
+
+
+class OwnSampler(isotune.Trainer):
+    def _get_train_sampler(self, *_: Any) -> Any:
+        return None
+
+
+def test_a_sampler_of_ones_own_is_refused_and_a_sequential_one_honoured(tmp_path):
+    with pytest.raises(UserError, match=r"OwnSampler._get_train_sampler decides what an update sees"):
+        OwnSampler(model=bert(), args=TrainingArguments(str(tmp_path), **QUIET), train_dataset=texts())
+    args = TrainingArguments(str(tmp_path), train_sampling_strategy="sequential", **QUIET)
+    trainer = isotune.Trainer(model=bert(), args=args, train_dataset=texts())
+    rows = sorted(d for m in trainer.plan.schedule.step(1).microbatches for d in m.documents)
+    assert rows == list(range(8, 16))
+
+
+def test_true_and_false_are_classes_and_another_column_of_labels_is_honoured(tmp_path):
+    rows = texts()
+    data = rows.remove_columns("label").add_column("good", [bool(n % 2) for n in range(24)])
+    args = TrainingArguments(str(tmp_path), label_names=["good"], **QUIET)
+    trainer = isotune.Trainer(model=bert(), args=args, train_dataset=data)
+    assert trainer.plan.documents.documents.labels.tolist() == [n % 2 for n in range(24)]

@@ -35,6 +35,7 @@ def test_mid_p_counts_half_of_what_was_seen(only_a, only_b):
     assert mcnemar(only_a, only_b)[1] == pytest.approx(expected, rel=1e-9, abs=1e-15)
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_is_that_of_statsmodels(p_values):
