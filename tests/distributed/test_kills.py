@@ -32,7 +32,7 @@ def figures(finished: Finished) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("kills", "steps"), [pytest.param(6, 40, id="6"), pytest.param(110, 400, id="110", marks=pytest.mark.slow)]
+    ("kills", "steps"), [pytest.param(3, 20, id="3"), pytest.param(110, 400, id="110", marks=pytest.mark.slow)]
 )
 def test_a_run_that_is_killed_again_and_again_ends_with_the_bits_of_one_that_is_not(tmp_path, kills, steps):
     recipe = TINY | {

@@ -73,6 +73,7 @@ def test_a_port_in_use_is_no_obstacle_on_one_machine(tmp_path: Path):
     assert done.environment["world_size"] == 2
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_named_where_no_launcher_looks_for_another(tmp_path: Path):
     recipe = write_recipe(tmp_path, TINY)
     with socket.create_server(("127.0.0.1", 0)) as taken:

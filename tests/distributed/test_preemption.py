@@ -152,7 +152,7 @@ def repeated_greetings(folder: Path) -> str:
     return str(file)
 
 
-@pytest.mark.parametrize("number", [*(slow(one) for one in (signal.SIGTERM, signal.SIGUSR1)), signal.SIGKILL])
+@pytest.mark.parametrize("number", [slow(one) for one in (signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL)])
 def test_a_signal_at_the_launcher_reaches_the_ranks_even_where_it_kills_the_launcher(tmp_path, number):
     running = begin(tmp_path, LONG, processes=2, fresh=True)
     running.wait_for_step(3)

@@ -117,6 +117,6 @@ def test_in_bf16_too(name: str, tmp_path: Path):
 
 
 def test_dropout_is_on_in_these_runs(tmp_path: Path):
-    for name in ("OPT, LoRA", "ELECTRA, padded"):
+    for name in ("OPT, LoRA",):
         one, other = (train(name, tmp_path / f"{name} {seed}", RUNS[name][2][0], seed=seed) for seed in (1, 2))
         assert one[0] != pytest.approx(other[0], rel=1e-3)

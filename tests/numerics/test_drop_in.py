@@ -24,7 +24,7 @@ from transformers import (
 from trl import SFTConfig
 
 import isotune
-from isotune.io.errors import UserError
+from isotune.io.errors import RunFault, UserError
 from isotune.models.base.builtin import builtin_tokenizer
 
 VOCABULARY = 120
@@ -245,3 +245,14 @@ def test_true_and_false_are_classes_and_another_column_of_labels_is_honoured(tmp
     args = TrainingArguments(str(tmp_path), label_names=["good"], **QUIET)
     trainer = isotune.Trainer(model=bert(), args=args, train_dataset=data)
     assert trainer.plan.documents.documents.labels.tolist() == [n % 2 for n in range(24)]
+
+
+def test_a_loss_that_is_no_number_stops_and_names_the_rows_and_no_recipes_key(tmp_path):
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=4, **{**QUIET, **STEPS})
+    trainer = isotune.Trainer(model=bert(), args=args, train_dataset=texts())
+    with torch.no_grad():
+        trainer.model.classifier.bias[0] = float("nan")
+    tests = [own for own in trainer.callback_handler.callbacks if "SelfTest" in type(own).__name__]
+    trainer.remove_callback(tests[0])
+    with pytest.raises(RunFault, match=r"the loss of step 1, microbatch 0, documents of row [\d, ]+ is not finite$"):
+        trainer.train()

@@ -399,6 +399,7 @@ print(torch.get_num_threads(), hashlib.sha256(out.numpy().tobytes()).hexdigest()
 """
 
 
+@pytest.mark.slow
 def test_the_number_of_threads_changes_no_bit():
     seen = {}
     for threads in ("1", "2"):

@@ -82,7 +82,11 @@ def test_one_update_without_a_trainer_has_the_gradient_of_a_naive_loop(tmp_path)
 @pytest.mark.parametrize("action", ["stop", "skip"])
 def test_a_loss_that_is_nan_stops_or_skips_without_a_trainer(tmp_path, action) -> None:
     _, _, plan, model, _ = parts(tmp_path, model_name_or_path=small_opt(tmp_path / "opt"))
-    policy = NonFinitePolicy(action, name_rows=lambda step, number: f"rows of {number}")
+    policy = NonFinitePolicy(
+        action,
+        advice="; on_nonfinite: skip would leave such updates out",
+        name_rows=lambda step, number: f"rows of {number}",
+    )
     update = OptimizerUpdate(SftTask(), GradientSync(Accelerator(cpu=True)), policy, Watchdog(60.0), seed=1)
     item = next(iter(StepLoader(plan.schedule, plan.documents.documents, 0, 1)))
     with torch.no_grad():

@@ -3,26 +3,24 @@
 import copy
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers import EvalPrediction, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize
+from transformers import TrainerCallback
 from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
 
 from isotune.compat.peft import base_model_of
 from isotune.compat.transformers import attention_of, use_one_gpu
-from isotune.data.batch_schedule import StepSchedule
+from isotune.data.batch_schedule import Step, StepSchedule
 from isotune.data.datasets import LABEL_COLUMNS, collated, documents_of
-from isotune.data.documents import Documents, Rows
+from isotune.data.documents import Documents
 from isotune.data.packing import one_document_per_row, pack
 from isotune.distributed.ranks import world_size
+from isotune.drop_in.evaluation import DropInEvaluation, Laid
 from isotune.drop_in.own_loss import Batch, OwnLoss
-from isotune.drop_in.predictions import predictions_of, rows_of, tokens_of
 from isotune.drop_in.refusals import check_model, refuse, refuse_overrides
 from isotune.io.errors import UserError, first_line
 from isotune.models.causal import install_causal
@@ -32,7 +30,8 @@ from isotune.models.cpu.layers import enable_speedups
 from isotune.models.embedding_noise import set_noise
 from isotune.models.isolation import check_isolation
 from isotune.models.packed_attention import max_positions
-from isotune.training.tasks import ClassificationTask, EvaluationRun, SftTask, Task
+from isotune.training.failures.nonfinite import NonFinitePolicy
+from isotune.training.tasks import ClassificationTask, SftTask, Task
 from isotune.training.trainer import PlannedTraining
 from isotune.training.training_plan import TrainingPlan
 
@@ -40,17 +39,7 @@ LIBRARY_LOSSES = (transformers.Trainer.compute_loss, TrlSFTTrainer.compute_loss)
 PREPARED_CLASSES = (None, "single_label_classification")  # problem types with a summed loss of their own
 
 
-@dataclass(frozen=True)
-class Laid:
-    """Rows that a dataset was made into."""
-
-    documents: Documents
-    rows: Rows
-    targets: np.ndarray | None  # by document what a classifier's loss is made of, as the dataset has it
-    labelled: bool  # whether there is a loss to compute
-
-
-class DropIn(PlannedTraining):
+class DropIn(DropInEvaluation):
     """Stands before a library's trainer class, with that class's constructor.
 
     Beside its arguments:
@@ -140,7 +129,17 @@ class DropIn(PlannedTraining):
             print(
                 f"isotune     {self.global_batch_size} rows an update, on any launch by global_batch_size=", flush=True
             )
-        return TrainingPlan(schedule, train, task, exact_gradients=exact)
+        return TrainingPlan(schedule, train, task, exact_gradients=exact, nonfinite=self._nonfinite(train.documents))
+
+    def _nonfinite(self, documents: Documents) -> NonFinitePolicy:
+        """Stops where a loss or gradient is NaN or Inf, and names the rows of the dataset."""
+
+        def rows(step: Step, number: int) -> str:
+            chosen = next(own.documents for own in step.microbatches if own.number == number)
+            return "row " + ", ".join(str(row + 1) for row in sorted(documents.ids[list(chosen)].tolist())[:5])
+
+        args = self.args
+        return NonFinitePolicy(fp16=args.fp16, name_rows=rows, is_main=args.process_index == 0)
 
     def _install(self, base: Any, train: Laid, dataset: Any) -> Task:
         """Patch the model once, and say what it learns."""
@@ -268,70 +267,6 @@ class DropIn(PlannedTraining):
             self.plan = self._make_plan()
             self.make_update()
         return model
-
-    # ---- evaluation: one prediction a row, and one division ----
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """The rows of an evaluation set, by its name where there are several."""
-        if isinstance(eval_dataset, str):
-            eval_dataset = cast(Any, self.eval_dataset)[eval_dataset]
-        return self.get_test_dataloader(self.eval_dataset if eval_dataset is None else eval_dataset)
-
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """The rows of any dataset, with the model, for `evaluation_loop`."""
-        laid = self._lay_out(test_dataset, keep_all=True)
-        step = self._schedule(laid, self.plan.task, len(laid.rows), shuffle=False).step(0)
-        model: Any = self.model_wrapped
-        if model is self.model:  # before training
-            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-                raise UserError("evaluate and predict come after train() under an engine that shards the model")
-            model = model.to(self.args.device)
-        run = EvaluationRun(model, step, laid.documents, self.accelerator, self.watchdog, self.state.global_step)
-        self._unlabelled, self._targets = not laid.labelled, laid.targets
-        if self.own_loss is not None and laid.labelled and id(laid.documents) not in self.own_loss.batches:
-            self._batches_of(laid, test_dataset)
-        return run
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: Any = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """The exact loss, and where predictions are wanted one a row, in the order of the rows."""
-        run, labelled = dataloader, not self._unlabelled
-        loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
-        metrics: dict[str, Any] = {}
-        if labelled:
-            with self.accelerator.autocast():  # before training no engine has wrapped the model yet
-                found = self.plan.task.evaluate(run)
-            metrics = found if self.compute_metrics is None else {"eval_loss": found["eval_loss"]}
-        predictions = labels = None
-        if not loss_only:
-            make = self._label_of(run.documents)
-            with self.accelerator.autocast():
-                predictions = predictions_of(run, make, self.preprocess_logits_for_metrics, causal=self.causal)
-            labels = rows_of(make, range(len(run.documents))) if labelled else None
-            if self.compute_metrics is not None and labels is not None:
-                inputs = {}
-                if "inputs" in self.args.include_for_metrics:
-                    inputs = {"inputs": rows_of(lambda n: tokens_of(run.documents, n), range(len(run.documents)))}
-                own = self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels, **inputs))
-                prefix = f"{metric_key_prefix}_"
-                metrics |= {f"eval_{str(name).removeprefix(prefix)}": value for name, value in dict(own).items()}
-        prefix = f"{metric_key_prefix}_"
-        plain = cast(dict[str, Any], denumpify_detensorize(metrics))
-        named = {prefix + name.removeprefix("eval_"): value for name, value in plain.items()}
-        return EvalLoopOutput(predictions=predictions, label_ids=labels, metrics=named, num_samples=len(run.documents))  # type: ignore[arg-type]  (as stock, None where there are none)
-
-    def _label_of(self, documents: Documents) -> Any:
-        """The labels of a row as the library's collators make them: its class, or tokens with -100."""
-        targets = self._targets
-        if targets is not None:
-            return lambda row: targets[row]
-        return lambda row: tokens_of(documents, row, supervised_only=True)
 
 
 class _SelfTest(TrainerCallback):

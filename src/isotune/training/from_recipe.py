@@ -214,7 +214,9 @@ def make_plan(recipe: RunRecipe, process: Process, data: RunData, task: Task) ->
         return f"rows {', '.join(map(str, rows))} of {recipe.dataset_name}"
 
     action: Any = recipe.on_nonfinite  # one of the policy's two words
-    nonfinite = NonFinitePolicy(action, fp16=recipe.fp16, name_rows=name_rows, is_main=process.is_main)
+    advice = "; on_nonfinite: skip would leave such updates out"
+    is_main = process.is_main
+    nonfinite = NonFinitePolicy(action, fp16=recipe.fp16, name_rows=name_rows, advice=advice, is_main=is_main)
     ratio = recipe.loraplus_lr_ratio
     return TrainingPlan(schedule, data.train, task, eval_schedule, data.evaluation, exact, once, ratio, nonfinite)
 

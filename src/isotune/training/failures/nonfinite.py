@@ -26,6 +26,7 @@ class NonFinitePolicy:
     _: KW_ONLY
     fp16: bool = False  # the loss is scaled, so that an overflow is part of the method
     name_rows: Callable[[Step, int], str] | None = None  # the rows of a microbatch, given its step and number, in words
+    advice: str = ""  # the end of the sentence that stops: what else could be said
     is_main: bool = True  # this rank prints
     skipped_steps: int = field(default=0, init=False)  # updates left out so far, over all attempts of the run
 
@@ -37,7 +38,7 @@ class NonFinitePolicy:
             if self.name_rows is not None:
                 where += f", documents of {self.name_rows(result.step, number)}"
         if self.action == "stop":
-            raise RunFault(f"the {what} of {where} is not finite; on_nonfinite: skip would leave such updates out")
+            raise RunFault(f"the {what} of {where} is not finite{self.advice}")
         result.skipped, result.grad_norm = True, math.nan
         self.skipped_steps += 1
         if self.is_main:

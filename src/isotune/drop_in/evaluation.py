@@ -1,0 +1,106 @@
+"""Evaluation and prediction of a drop-in trainer: one prediction a row, in the order of the rows, and one division."""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+from transformers import EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize
+
+from isotune.data.batch_schedule import StepSchedule
+from isotune.data.documents import Documents, Rows
+from isotune.drop_in.own_loss import OwnLoss
+from isotune.drop_in.predictions import predictions_of, rows_of, tokens_of
+from isotune.io.errors import UserError
+from isotune.training.tasks import EvaluationRun, Task
+from isotune.training.trainer import PlannedTraining
+
+
+@dataclass(frozen=True)
+class Laid:
+    """Rows that a dataset was made into."""
+
+    documents: Documents
+    rows: Rows
+    targets: np.ndarray | None  # by document what a classifier's loss is made of, as the dataset has it
+    labelled: bool  # whether there is a loss to compute
+
+
+class DropInEvaluation(PlannedTraining):
+    """The library's `evaluate` and `predict`, over the rows of a schedule."""
+
+    causal: bool
+    own_loss: OwnLoss | None
+    _unlabelled: bool
+    _targets: np.ndarray | None
+
+    def _lay_out(self, dataset: Any, row_tokens: int | None = None, *, keep_all: bool = False) -> Laid:
+        raise NotImplementedError
+
+    def _schedule(self, laid: Laid, task: Task, batch: int, ranks: int | None = None, **options: Any) -> StepSchedule:
+        raise NotImplementedError
+
+    def _batches_of(self, laid: Laid, dataset: Any) -> None:
+        raise NotImplementedError
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The rows of an evaluation set, by its name where there are several."""
+        if isinstance(eval_dataset, str):
+            eval_dataset = cast(Any, self.eval_dataset)[eval_dataset]
+        return self.get_test_dataloader(self.eval_dataset if eval_dataset is None else eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """The rows of any dataset, with the model, for `evaluation_loop`."""
+        laid = self._lay_out(test_dataset, keep_all=True)
+        step = self._schedule(laid, self.plan.task, len(laid.rows), shuffle=False).step(0)
+        model: Any = self.model_wrapped
+        if model is self.model:  # before training
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+                raise UserError("evaluate and predict come after train() under an engine that shards the model")
+            model = model.to(self.args.device)
+        run = EvaluationRun(model, step, laid.documents, self.accelerator, self.watchdog, self.state.global_step)
+        self._unlabelled, self._targets = not laid.labelled, laid.targets
+        if self.own_loss is not None and laid.labelled and id(laid.documents) not in self.own_loss.batches:
+            self._batches_of(laid, test_dataset)
+        return run
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The exact loss, and where predictions are wanted one a row, in the order of the rows."""
+        run, labelled = dataloader, not self._unlabelled
+        loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
+        metrics: dict[str, Any] = {}
+        if labelled:
+            with self.accelerator.autocast():  # before training no engine has wrapped the model yet
+                found = self.plan.task.evaluate(run)
+            metrics = found if self.compute_metrics is None else {"eval_loss": found["eval_loss"]}
+        predictions = labels = None
+        if not loss_only:
+            make = self._label_of(run.documents)
+            with self.accelerator.autocast():
+                predictions = predictions_of(run, make, self.preprocess_logits_for_metrics, causal=self.causal)
+            labels = rows_of(make, range(len(run.documents))) if labelled else None
+            if self.compute_metrics is not None and labels is not None:
+                inputs = {}
+                if "inputs" in self.args.include_for_metrics:
+                    inputs = {"inputs": rows_of(lambda n: tokens_of(run.documents, n), range(len(run.documents)))}
+                own = self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels, **inputs))
+                prefix = f"{metric_key_prefix}_"
+                metrics |= {f"eval_{str(name).removeprefix(prefix)}": value for name, value in dict(own).items()}
+        prefix = f"{metric_key_prefix}_"
+        plain = cast(dict[str, Any], denumpify_detensorize(metrics))
+        named = {prefix + name.removeprefix("eval_"): value for name, value in plain.items()}
+        return EvalLoopOutput(predictions=predictions, label_ids=labels, metrics=named, num_samples=len(run.documents))  # type: ignore[arg-type]  (as stock, None where there are none)
+
+    def _label_of(self, documents: Documents) -> Any:
+        """The labels of a row as the library's collators make them: its class, or tokens with -100."""
+        targets = self._targets
+        if targets is not None:
+            return lambda row: targets[row]
+        return lambda row: tokens_of(documents, row, supervised_only=True)
