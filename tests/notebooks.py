@@ -27,8 +27,16 @@ def execute(notebook: Path, hub: HubStandIn, folder: Path) -> Any:
     content = nbformat.read(notebook, as_version=4)
     environment = {"OMP_NUM_THREADS": "1", "COLUMNS": "100", **settings(hub, folder / "caches")}
     with variables(environment):
-        NotebookClient(content, timeout=CELL_SECONDS, resources={"metadata": {"path": str(folder)}}).execute()
+        place = {"metadata": {"path": str(folder)}}
+        NotebookClient(content, timeout=CELL_SECONDS, coalesce_streams=True, resources=place).execute()
     return content
+
+
+def shortened(output: Any) -> Any:
+    """An output without a whole page, which is as large as all others, and shows where it was made."""
+    if "<iframe" in output.get("data", {}).get("text/html", ""):
+        output.data["text/html"] = "<p>(the page of the runs, in a frame)</p>"
+    return output
 
 
 @contextmanager
@@ -52,6 +60,8 @@ def main() -> None:
             content = execute(notebook, hub, Path(folder))
         for cell in content.cells:
             cell.metadata.pop("execution", None)  # times, which change at each run
+            if "outputs" in cell:
+                cell.outputs = [shortened(own) for own in cell.outputs if "TqdmWarning" not in own.get("text", "")]
         nbformat.write(content, notebook)
         print(notebook)
     hub.shutdown()
