@@ -23,6 +23,7 @@ if sys.argv[1] == "late":
 with rendezvous():
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 print("met", dist.get_world_size(), flush=True)
+dist.destroy_process_group()  # whose threads may otherwise outlive the interpreter, which then aborts
 """
 
 
