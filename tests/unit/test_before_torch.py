@@ -12,7 +12,7 @@ def test_idle_threads_sleep_without_a_gpu_unless_the_user_says_how_they_wait(mon
     monkeypatch.setattr(module, "GPU_DRIVERS", (tmp_path / "none",))
     environment: dict[str, str] = {}
     let_idle_threads_sleep(environment)
-    assert environment == {"OMP_WAIT_POLICY": "PASSIVE"}
+    assert environment == {"GOMP_SPINCOUNT": "2000"}
     said = {"OMP_WAIT_POLICY": "ACTIVE"}
     let_idle_threads_sleep(said)
     assert said == {"OMP_WAIT_POLICY": "ACTIVE"}

@@ -6,7 +6,8 @@ from collections.abc import MutableMapping
 
 from isotune.run.malloc_tuning import GPU_DRIVERS
 
-WAIT_POLICY = "OMP_WAIT_POLICY"
+WAIT_POLICY, SPIN_COUNT = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
+SPINS = "2000"  # of a waiting thread before it sleeps; 300,000 by default (benchmarks/idle_threads.py)
 
 
 def before_torch(*, quiet: bool = False) -> None:
@@ -19,10 +20,10 @@ def before_torch(*, quiet: bool = False) -> None:
 
 
 def let_idle_threads_sleep(environment: MutableMapping[str, str]) -> None:
-    """Without a GPU: OpenMP's threads wait for work asleep, unless the user has said how they wait.
+    """Without a GPU: OpenMP's threads soon sleep while they wait, unless the user has said how they wait.
 
-    By default they spin, which takes the cores from whoever else has work on them, as other runs on a busy machine or
-    other ranks: a small run then takes many times as long (docs/benchmarks.md).
+    By default they spin for long, which takes the cores from whoever else has work on them, as other runs on a busy
+    machine or other ranks. A few spins cost next to nothing there, and save the waking on a quiet one.
     """
-    if not any(driver.exists() for driver in GPU_DRIVERS):
-        environment.setdefault(WAIT_POLICY, "PASSIVE")
+    if not any(driver.exists() for driver in GPU_DRIVERS) and WAIT_POLICY not in environment:
+        environment.setdefault(SPIN_COUNT, SPINS)
