@@ -4,8 +4,8 @@
     python benchmarks/idle_threads.py --jobs 6 --rounds 3
 
 Runs the recipe opinions_tiny for a few steps with threads that sleep after 2,000 spins, as scripts let them on machines
-without a GPU, and after OpenMP's own 300,000, in turns: on a machine that has nothing else to do, and beside `jobs` processes that
-compute. `ratio` is the time with spinning threads over the time with sleeping ones, in each of the two.
+without a GPU, and after OpenMP's own 300,000, in turns: on a machine that has nothing else to do, and beside `jobs`
+processes that compute. `ratio` is the time with spinning threads over the time with sleeping ones, in each of the two.
 """
 
 import argparse
