@@ -3,10 +3,14 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.forking import close_servers
+
+if TYPE_CHECKING:
+    from tests.hub_stand_in.server import HubStandIn
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = Path(os.environ.get("ISOTUNE_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
@@ -24,6 +28,18 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no real data at {SHARED_DATA}: set ISOTUNE_TEST_DATA to a folder that has it")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator["HubStandIn"]:
+    """A stand-in of the Hub with every repository that a default recipe names."""
+    from tests.hub_stand_in import repositories
+    from tests.hub_stand_in.server import HubStandIn
+
+    server = HubStandIn()
+    repositories.stock(server)
+    yield server
+    server.shutdown()
 
 
 @pytest.fixture(autouse=True)

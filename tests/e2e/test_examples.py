@@ -1,23 +1,13 @@
 """The notebooks of examples/ run to their end, in a real kernel, against a stand-in of the Hub."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("nbclient", reason="nbclient executes the notebooks")
 
-from tests.hub_stand_in import repositories
 from tests.hub_stand_in.server import HubStandIn
 from tests.notebooks import NOTEBOOKS, execute
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[HubStandIn]:
-    server = HubStandIn()
-    repositories.stock(server)
-    yield server
-    server.shutdown()
 
 
 def test_there_are_notebooks():

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,6 @@ from tests.launching import Finished, launcher, run_command
 
 SMALL = {"max_steps": "2", "max_seq_length": "64", "disable_tqdm": "true", "global_batch_size": "5"}
 TOKEN = "hf_PrivateTokenOfATest"
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[HubStandIn]:
-    server = HubStandIn()
-    real.stock(server)
-    yield server
-    server.shutdown()
 
 
 def train(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from isotune.io.errors import RunFault
-from isotune.training.exact_gradients import CPU_CHUNK, LARGEST, SCALE_BITS, ExactGradients, clip_exactly
+from isotune.training.gradients.exact_gradients import CPU_CHUNK, LARGEST, SCALE_BITS, ExactGradients, clip_exactly
 
 NUMBERS = 257
 

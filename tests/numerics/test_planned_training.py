@@ -19,7 +19,7 @@ from isotune.io.errors import RunFault
 from isotune.training.arguments import sft_arguments, training_arguments
 from isotune.training.failures.nonfinite import NonFinitePolicy
 from isotune.training.from_recipe import build_model, make_plan, start_run
-from isotune.training.gradient_sync import GradientSync
+from isotune.training.gradients.gradient_sync import GradientSync
 from isotune.training.tasks import SftTask
 from isotune.training.trainer import SFTTrainer, Trainer
 from isotune.training.training_plan import StepLoader

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from isotune.io.errors import UserError
-from isotune.training.exact_shards import Fsdp2ExactGradients
+from isotune.training.gradients.exact_shards import Fsdp2ExactGradients
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from tests.launching import start_command
 PROGRAM = """
 import sys, torch, torch.distributed as dist
 from torch import nn
-from isotune.training import gradient_sync
+from isotune.training.gradients import gradient_sync
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 gradient_sync.BUCKET = 50

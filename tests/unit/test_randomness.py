@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from isotune.distributed.ranks import Watchdog
 from isotune.training.failures.nonfinite import NonFinitePolicy
-from isotune.training.gradient_sync import GradientSync
+from isotune.training.gradients.gradient_sync import GradientSync
 from isotune.training.tasks import SftTask
 from isotune.training.update import OptimizerUpdate, UpdateResult, step_seed
 

@@ -1,7 +1,7 @@
 """Evaluation and prediction of a drop-in trainer: one prediction a row, in the order of the rows, and one division."""
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from transformers import EvalPrediction
@@ -34,14 +34,11 @@ class DropInEvaluation(PlannedTraining):
     _unlabelled: bool
     _targets: np.ndarray | None
 
-    def _lay_out(self, dataset: Any, row_tokens: int | None = None, *, keep_all: bool = False) -> Laid:
-        raise NotImplementedError
+    if TYPE_CHECKING:  # of DropIn, which lays rows out
 
-    def _schedule(self, laid: Laid, task: Task, batch: int, ranks: int | None = None, **options: Any) -> StepSchedule:
-        raise NotImplementedError
-
-    def _batches_of(self, laid: Laid, dataset: Any) -> None:
-        raise NotImplementedError
+        def _lay_out(self, dataset: Any, row_tokens: int | None = None, *, keep_all: bool = False) -> Laid: ...
+        def _schedule(self, laid: Laid, task: Task, batch: int, **options: Any) -> StepSchedule: ...
+        def _batches_of(self, laid: Laid, dataset: Any) -> None: ...
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The rows of an evaluation set, by its name where there are several."""

@@ -19,6 +19,7 @@ from isotune.data.datasets import LABEL_COLUMNS, collated, documents_of
 from isotune.data.documents import Documents
 from isotune.data.packing import one_document_per_row, pack
 from isotune.distributed.ranks import world_size
+from isotune.drop_in.embedding_noise import set_noise
 from isotune.drop_in.evaluation import DropInEvaluation, Laid
 from isotune.drop_in.own_loss import Batch, OwnLoss
 from isotune.drop_in.refusals import check_model, refuse, refuse_overrides
@@ -27,7 +28,6 @@ from isotune.models.causal import install_causal
 from isotune.models.class_loss import ClassLoss
 from isotune.models.classifier import install_classification
 from isotune.models.cpu.layers import enable_speedups
-from isotune.models.embedding_noise import set_noise
 from isotune.models.isolation import check_isolation
 from isotune.models.packed_attention import max_positions
 from isotune.training.failures.nonfinite import NonFinitePolicy
@@ -124,7 +124,7 @@ class DropIn(DropInEvaluation):
         few = 2 * trained < sum(p.numel() for p in model.parameters())
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         exact = bool(self._exact) if self._exact != "auto" else few and not sharded
-        schedule = self._schedule(train, task, self.global_batch_size, None if exact else args.world_size)
+        schedule = self._schedule(train, task, self.global_batch_size, ranks=None if exact else args.world_size)
         if args.process_index == 0:
             print(
                 f"isotune     {self.global_batch_size} rows an update, on any launch by global_batch_size=", flush=True
@@ -246,14 +246,15 @@ class DropIn(DropInEvaluation):
     def _data_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
-    def _schedule(self, laid: Laid, task: Task, batch: int, ranks: int | None = None, **options: Any) -> StepSchedule:
+    def _schedule(
+        self, laid: Laid, task: Task, batch: int, *, ranks: int | None = None, **options: Any
+    ) -> StepSchedule:
         longest = int(laid.rows.lengths(laid.documents.lengths).max())
         return StepSchedule(
             laid.documents,
             laid.rows,
             global_batch_size=batch,
             microbatch_tokens=max(longest, self.microbatch_tokens or 0),
-            ranks=ranks,
             padded=task.pads,
             seed=self._data_seed,
             **{"shuffle": self.args.train_sampling_strategy != "sequential", **options},

@@ -42,7 +42,7 @@ from isotune.models.cuda.determinism import explained, use_deterministic_kernels
 from isotune.training.checkpointer import Checkpointer
 from isotune.training.failures.nonfinite import NonFinitePolicy
 from isotune.training.failures.out_of_memory import OutOfMemoryPolicy
-from isotune.training.gradient_sync import GradientSync, ZeroGradientSync
+from isotune.training.gradients.gradient_sync import GradientSync, ZeroGradientSync
 from isotune.training.recorder import MetricsRecorder
 from isotune.training.tasks import EvaluationRun
 from isotune.training.training_plan import StepLoader, TrainingPlan

@@ -26,7 +26,7 @@ from isotune.run.preemption import stop_request
 from isotune.training.checkpointer import Checkpointer
 from isotune.training.failures.nonfinite import NonFinitePolicy
 from isotune.training.failures.out_of_memory import is_out_of_memory, release_memory
-from isotune.training.gradient_sync import GradientSync
+from isotune.training.gradients.gradient_sync import GradientSync
 from isotune.training.tasks import Task
 
 

@@ -36,7 +36,7 @@ from isotune.models.class_loss import PLAIN_LOSS
 from isotune.models.classifier import install_classification
 from isotune.models.opening import weights_dtype
 from isotune.preflight.request import DDP, DEEPSPEED, FSDP, PLAIN, Launch
-from isotune.training.exact_shards import BUCKET
+from isotune.training.gradients.exact_shards import BUCKET
 
 # bitsandbytes' block sizes: an fp32 scale for 64 weights; with double quantization a byte, and fp32 for 256 scales
 _WEIGHTS_PER_SCALE, _SCALES_PER_BLOCK = 64, 256

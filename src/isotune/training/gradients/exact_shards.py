@@ -21,7 +21,7 @@ from torch.nn import functional
 from isotune.compat.deepspeed import set_zero3_gradient, zero3_padded_share
 from isotune.compat.torch import ReduceScatter, reduce_scatter
 from isotune.io.errors import UserError
-from isotune.training.exact_gradients import ExactGradients
+from isotune.training.gradients.exact_gradients import ExactGradients
 
 BUCKET = 2**23  # elements of ZeRO-3's gradients that wait for each other; a larger one travels alone
 

@@ -29,8 +29,8 @@ from torch import nn
 from isotune.compat.deepspeed import add_up_in_fp32, forget_coalesced_reduction
 from isotune.distributed.ranks import several_ranks
 from isotune.io.errors import RunFault
-from isotune.training.exact_gradients import ExactGradients
-from isotune.training.exact_shards import Fsdp2ExactGradients, Zero3ExactGradients
+from isotune.training.gradients.exact_gradients import ExactGradients
+from isotune.training.gradients.exact_shards import Fsdp2ExactGradients, Zero3ExactGradients
 
 BUCKET = 2**22  # elements of small gradients that are summed together
 
