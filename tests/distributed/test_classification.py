@@ -65,7 +65,7 @@ def test_several_processes_give_the_same_losses_and_exactly_the_same_predictions
     ("config", "processes"),
     [
         pytest.param("zero3.yaml", 2, marks=pytest.mark.slow),
-        ("fsdp2.yaml", 2),
+        pytest.param("fsdp2.yaml", 2, marks=pytest.mark.slow),
         pytest.param("zero3.yaml", 3, marks=pytest.mark.slow),
         pytest.param("fsdp2.yaml", 3, marks=pytest.mark.slow),
     ],

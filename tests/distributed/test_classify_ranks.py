@@ -42,7 +42,9 @@ def on_one(run, tmp_path_factory):
     return evaluate(run, tmp_path_factory.mktemp("one"), 0)
 
 
-@pytest.mark.parametrize(("processes", "config"), [(2, "zero3.yaml"), (3, "ddp.yaml")])
+@pytest.mark.parametrize(
+    ("processes", "config"), [pytest.param(2, "zero3.yaml", marks=pytest.mark.slow), (3, "ddp.yaml")]
+)
 def test_metrics_and_predictions_are_those_of_one_process_even_where_a_rank_has_no_row(
     run, on_one, tmp_path, processes, config
 ):

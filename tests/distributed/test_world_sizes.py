@@ -32,7 +32,7 @@ def one_process(tmp_path_factory) -> dict[str, Finished]:
     return start_together(tmp_path_factory.mktemp("one"), EXACT)
 
 
-@pytest.mark.parametrize("processes", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (3, 4))])
 def test_exact_gradients_give_the_same_bits_on_any_number_of_processes(tmp_path: Path, one_process, processes):
     for tune, several in start_together(tmp_path, EXACT, processes=processes).items():
         assert several.environment["world_size"] == processes

@@ -81,7 +81,10 @@ def test_a_run_goes_on_from_every_one_of_its_steps_with_the_same_bits(tmp_path, 
         assert same(weights(again.model), expected), steps
 
 
-@pytest.mark.parametrize("values", [{"fp16": True}, {"bf16": True, "tune": "lora"}, {"optim": "adafactor"}], ids=str)
+LONGER = [pytest.param(own, marks=pytest.mark.slow) for own in ({"fp16": True}, {"optim": "adafactor"})]
+
+
+@pytest.mark.parametrize("values", [{"bf16": True, "tune": "lora"}, *LONGER], ids=str)
 def test_loss_scale_adapters_and_other_optimizers_go_on_with_the_same_bits(tmp_path, recipe, values):
     whole = build(tmp_path / "whole", **recipe, **values)
     whole.train()
