@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from isotune.commands import start
+from isotune.commands.before_torch import before_torch
 from isotune.config.layers import read_file
 from isotune.config.recipes import task_of
 from isotune.io.errors import UserError
@@ -80,6 +81,7 @@ def _is_classifier(source: Sequence[str]) -> bool:
     flag, name = source
     if flag == "--run_dir":
         return task_of(read_file(Path(name, RECIPE)).given) == "classification"
+    before_torch(quiet=True)
     from isotune.models.opening import load_pretrained_config
 
     architectures: Any = load_pretrained_config(name).architectures

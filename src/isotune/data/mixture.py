@@ -34,6 +34,11 @@ class Part:
     columns: tuple[str, ...] | None  # that are kept; None: all
     seed: tuple[int, ...]  # of the choice among its rows
 
+    @property
+    def in_part(self) -> bool:
+        """Whether some of its rows are chosen, so that their number has to be known."""
+        return self.fraction is not None or not float(self.weight or 0).is_integer()
+
     def rows(self, names: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[int, Row]]:
         """Its rows, each with its number; numbers of classes become their names in the columns of `names`."""
         for number, row in enumerate(self.source.rows()):
@@ -42,7 +47,7 @@ class Part:
                     if column not in row:
                         raise self.source.lacks(number, row, column, "columns")
                 row = {column: row[column] for column in self.columns}
-            yield number, row if not names else {name: _named(cell, names.get(name)) for name, cell in row.items()}
+            yield number, row | {name: _named(row[name], own) for name, own in names.items() if name in row}
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ def open_mixture(entries: Sequence[Mapping[str, Any]], seed: int) -> Mixture:
         columns = tuple(entry["columns"]) if "columns" in entry else None
         numbers = tuple(np.frombuffer(own_seed, np.uint32).tolist())
         parts.append(Part(source, entry.get(WEIGHT), entry.get(FRACTION), columns, numbers))
-    in_part = any(part.fraction is not None or not float(part.weight or 0).is_integer() for part in parts)
+    in_part = any(part.in_part for part in parts)
     names, by_part = _class_names(parts)
     shares = [[part.source.fingerprint, part.weight, part.fraction, part.columns] for part in parts]
     content = [*shares, names, by_part]
@@ -150,19 +155,21 @@ def open_mixture(entries: Sequence[Mapping[str, Any]], seed: int) -> Mixture:
 
 def _passes(mixture: Mixture) -> Iterator[tuple[int, np.ndarray | None]]:
     """The parts in the order in which they are read, each as often as it is, with its chosen rows; None for all."""
-    in_part = [part.fraction is not None or not float(part.weight or 0).is_integer() for part in mixture.parts]
-    for number, part in enumerate(mixture.parts):
-        if in_part[number] and number not in mixture.sizes:
-            mixture.sizes[number] = sum(1 for _ in part.source.rows())
+
+    def size_of(number: int) -> int:
+        if number not in mixture.sizes:
+            mixture.sizes[number] = sum(1 for _ in mixture.parts[number].source.rows())
+        return mixture.sizes[number]
+
     fractions = [part.fraction or 0.0 for part in mixture.parts]
     largest = 0.0  # rows of the whole mixture
     if any(fractions):
-        largest = min(mixture.sizes[n] / (own / sum(fractions)) for n, own in enumerate(fractions) if own)
+        largest = min(size_of(n) / (own / sum(fractions)) for n, own in enumerate(fractions) if own)
     for number, part in enumerate(mixture.parts):
-        if part.weight is not None and not in_part[number]:
+        if part.weight is not None and not part.in_part:
             yield from [(number, None)] * int(part.weight)
             continue
-        size = mixture.sizes[number]
+        size = size_of(number)
         wanted = size * part.weight if part.weight is not None else fractions[number] / sum(fractions) * largest
         whole, rest = divmod(round(wanted), size)
         if not whole and not rest:
@@ -196,10 +203,10 @@ def _class_names(parts: Sequence[Part]) -> tuple[ClassNames, list[dict[str, tupl
     return names, by_part
 
 
-def _named(cell: Any, names: tuple[str, ...] | None) -> Any:
-    if names is not None and isinstance(cell, list | tuple):
+def _named(cell: Any, names: tuple[str, ...]) -> Any:
+    if isinstance(cell, list | tuple):
         return [_named(one, names) for one in cast("Sequence[Any]", cell)]
-    if names is None or isinstance(cell, bool) or not isinstance(cell, int) or not 0 <= cell < len(names):
+    if isinstance(cell, bool) or not isinstance(cell, int) or not 0 <= cell < len(names):
         return cell
     return names[cell]
 

@@ -115,11 +115,11 @@ class LabelLoss(DocumentLoss):
         return labels.size
 
 
-def loss_of(task_type: str, class_weights: tuple[float, ...] | None = None, smoothing: float = 0.0) -> DocumentLoss:
-    """The loss of a kind of labels; weights and smoothing are of classes alone."""
+def loss_of(task_type: str) -> DocumentLoss:
+    """The loss of a kind of labels, without weights and smoothing."""
     if task_type == REGRESSION:
         return SquaredError()
-    return LabelLoss() if task_type == MULTI_LABEL else ClassLoss(class_weights, smoothing)
+    return LabelLoss() if task_type == MULTI_LABEL else PLAIN_LOSS
 
 
 def choose_weights(

@@ -15,10 +15,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from isotune.run.metrics_file import MetricsFile
 from isotune.run.run_lease import RunLease
 from isotune.training.failures.out_of_memory import OutOfMemoryPolicy
+from isotune.training.label_kinds import KINDS
 from isotune.training.tasks import Task
 from isotune.training.update import OptimizerUpdate
 
-SHARES = ("accuracy", "exact_match")  # of a step's documents that are right
+SHARES = tuple(kind.share for kind in KINDS.values() if kind.share)  # of a step's documents that are right
 TRAINING = ("loss", *SHARES)
 SHOWN = ("accuracy", "f1_micro", "exact_match", "pearson", "spearman")  # of an evaluation
 LIBRARY_METRICS = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")

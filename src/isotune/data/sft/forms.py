@@ -70,16 +70,12 @@ class Form:
     note: str | None = None  # the sentence to say where it is a guess
 
 
-def read_row(row: Row, named: NamedColumns | None = None) -> Content | None:
-    """What a row holds; None where no form is known by its columns. ValueError says what is wrong with a value."""
-    given = {name: value for name, value in row.items() if value is not None}
-    form = form_of(tuple(given), named or NamedColumns())
-    return None if form is None else form.read(given)
-
-
 @lru_cache(maxsize=1_024)
 def form_of(names: tuple[str, ...], named: NamedColumns) -> Form | None:
-    """The form of a row by the names of its columns that are not null; None where no form is known by these."""
+    """The form of a row by the names of its columns that are not null; None where no form is known by these.
+
+    Its `read` raises ValueError, which says what is wrong with a value.
+    """
     if named.wanted:
         if not set(named.wanted.values()) <= set(names):
             return None
