@@ -1,10 +1,11 @@
 """`make mutants`: changes one operator or number of the code at a time and reports the changes that no test notices.
 
-    python -m tests.mutants [--all] [--base REF] [FILE ...]
+    python -m tests.mutants [--all] [--sample N] [--base REF] [FILE ...]
 
 [tool.mutants] of pyproject.toml names the modules with the tests that must notice. By default only lines that differ
 from the common ancestor with `--base` (origin/main, or main where there is no remote) are changed; `--all` changes
-every line. The mutants are cosmic-ray's. Each is tested in a fork of this process, which has imported the libraries,
+every line. `--sample N` tests N of each module's mutants, always the same ones: all of them take hours. The mutants
+are cosmic-ray's. Each is tested in a fork of this process, which has imported the libraries,
 and in memory alone: no file is touched. A mutant that computes the same as the code is listed in docs/mutants.md with
 the reason, and is not reported. The exit status is 1 where a mutant survives.
 """
@@ -14,6 +15,7 @@ import difflib
 import importlib.abc
 import importlib.machinery
 import os
+import random
 import re
 import select
 import signal
@@ -200,6 +202,7 @@ def main() -> int:
     """Test the mutants that the command line asks for; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.split("\n")[0])
     parser.add_argument("--all", action="store_true", help="every line, not only changed ones")
+    parser.add_argument("--sample", type=int, help="test so many mutants of each module, drawn by a fixed seed")
     parser.add_argument("--base", default=None, help="the branch to compare with; default origin/main, else main")
     parser.add_argument("files", nargs="*", help="modules of [tool.mutants]; default all of them")
     asked = parser.parse_args()
@@ -211,10 +214,16 @@ def main() -> int:
     for file in asked.files or tests_of:
         lines = None if asked.all else lines_changed_since(base, file)
         mutants = [m for m in mutants_of(file, lines) if (m.file, m.before, m.after) not in known]
+        if asked.sample is not None and asked.sample < len(mutants):
+            mutants = random.Random(0).sample(mutants, asked.sample)
         tested += len(mutants)
+        survived = []
         for mutant in survivors(mutants, tests_of[file]) if mutants else ():
-            left.append(mutant)
+            survived.append(mutant)
             print(f"survived  {mutant}", flush=True)
+        if mutants:
+            print(f"{file}: {len(mutants) - len(survived)} of {len(mutants)} noticed", flush=True)
+        left += survived
     print(f"{tested - len(left)} of {tested} mutants were noticed, {len(left)} survived")
     return 1 if left else 0
 
