@@ -180,6 +180,9 @@ class RunRecipe(BaseRecipe):
         changes_result=False, common=False)
     bf16: bool = key(False, MEMORY, "compute in bfloat16")
     fp16: bool = key(False, MEMORY, "compute in float16, with a scaled loss")
+    precision: Literal["auto"] | None = key(
+        None, MEMORY, "auto: bf16 where the device has it, else fp16 on a GPU and fp32 on a CPU; chosen once",
+        default_text="what bf16 and fp16 say", common=False)
     microbatch_tokens: int | Literal["auto"] = key(
         "auto", MEMORY, "tokens in one forward pass: the memory knob; auto: as many as fit and help, chosen once",
         allowed=Range(1), changes_result=False)
@@ -214,6 +217,14 @@ class RunRecipe(BaseRecipe):
     eval_metrics: ClassVar[tuple[str, ...]] = ("eval_loss",)  # the choices of metric_for_best_model
     contradictions: ClassVar[tuple[Contradiction, ...]] = (
         Contradiction(("bf16", "fp16"), lambda values: values["bf16"] and values["fp16"], "set one of them to false"),
+        *(
+            Contradiction(
+                ("precision", name),
+                lambda values, name=name: values["precision"] is not None and values[name],
+                "say one of them: auto chooses by the device",
+            )
+            for name in ("bf16", "fp16")
+        ),
         Contradiction(
             ("eval_strategy", "eval_steps"),
             lambda values: evaluates(values) and values["eval_strategy"] == "steps" and values["eval_steps"] is None,
@@ -254,7 +265,7 @@ class RunRecipe(BaseRecipe):
         return {name: self.values[name] for name in ENGINE_KEYS if self.values[name] is not None}
 
     @property
-    def precision(self) -> Literal["bf16", "fp16", "no"]:
+    def mixed_precision(self) -> Literal["bf16", "fp16", "no"]:
         """Precision of matrix products, by accelerate's names: `no` is fp32."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
 

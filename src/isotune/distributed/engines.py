@@ -90,7 +90,7 @@ def check_engine(engine: dict[str, Any], trainer: Any, recipe: RunRecipe, proces
         "zero_stage": ("zero_optimization.stage", process.zero_stage),
         "offload": ("zero_optimization.offload_*", offloaded(process.deepspeed_config)),
         "world_size": ("world size", int(os.environ.get("WORLD_SIZE", "1"))),
-        "precision": ("precision", recipe.precision),
+        "precision": ("precision", recipe.mixed_precision),
         "accumulation_dtype": ("the type that gradients of microbatches add up in", sums[0]),
         "reduction_dtype": ("the type that gradients of processes add up in", sums[1]),
         "output_dtype": ("the type that the loss is rounded to", None),

@@ -247,7 +247,7 @@ def check_launch(request: Request | None, recipe: RunRecipe, environment: Mappin
 
 def check_precision(name: str, recipe: RunRecipe, theirs: str, complain: Complain = refuse) -> None:
     """Complain where accelerate's mixed_precision is neither `no` nor the recipe's precision."""
-    ours = recipe.precision
+    ours = recipe.mixed_precision
     if theirs not in ("no", ours):
         expected = f"{ours}: true" if ours != "no" else "neither bf16 nor fp16"
         complain(

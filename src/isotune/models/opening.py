@@ -133,7 +133,7 @@ def check_safetensors(folder: Path) -> list[Path]:
 
 def compute_dtype(recipe: RunRecipe) -> torch.dtype:
     """Dtype of matrix products."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[recipe.precision]
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[recipe.mixed_precision]
 
 
 def weights_dtype(recipe: RunRecipe) -> torch.dtype:

@@ -111,7 +111,7 @@ def _recipe_lines(report: PreflightReport) -> Iterator[str]:
         yield f"problems    {len(problems)}; the report below ignores the wrong values"
         yield from (f"  {number}. {sentence}" for number, sentence in enumerate(problems, start=1))
         yield ""
-    precision = recipe.precision if recipe.precision != "no" else "fp32"
+    precision = recipe.mixed_precision if recipe.mixed_precision != "no" else "fp32"
     trained = model.trained_numel
     yield f"recipe      {recipe.model_name_or_path}, {recipe.tune}, {precision}, on {recipe.dataset_name}"
     yield f"launch      {launch.in_words} ({launch.name})"

@@ -13,6 +13,7 @@ from isotune.config.task_types import SINGLE_LABEL
 from isotune.data.sft.shown_example import ShownExample
 from isotune.data.sources.hub import hub_record
 from isotune.distributed.engines import check_engine, read_back
+from isotune.distributed.precision import cost_of_emulation
 from isotune.io.errors import RunFault
 from isotune.models.isolation import check_isolation
 from isotune.models.opening import compute_dtype
@@ -114,6 +115,8 @@ class PreTrainChecks(TrainerCallback):
         for what, key in (("microbatches", "accumulation_dtype"), ("processes", "reduction_dtype")):
             if found[key] != "float32":
                 print(f"note        gradients of {what} add up in {found[key]} under {engine}")
+        if emulated := cost_of_emulation(self.run.recipe, process.device):
+            print(f"note        {emulated}")
         if found["zero_stage"] == 0 and found["precision"] == "bf16":
             print("note        ZeRO-0 in bf16 keeps no weights in fp32, and loses small updates: use DDP or ZeRO-1")
         idle = process.world_size - len(first.microbatches)

@@ -30,6 +30,7 @@ from isotune.data.documents import FIRST_TYPE, RunData
 from isotune.data.sft.chat_format import AUTO, GUANACO, ChatFormat
 from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.distributed.launch import Process, start_process
+from isotune.distributed.precision import check_same_precision, with_precision
 from isotune.distributed.ranks import call_on_main
 from isotune.io.errors import UserError
 from isotune.models.adapters.lora import add_adapters
@@ -78,8 +79,15 @@ def start_run(recipe: RunRecipe) -> Start:
 
     Raises AlreadyDone for a finished run, and UserError where any of these is not what the recipe says.
     """
+    chooses_precision, recorded = recipe.precision is not None, _recorded_values(recipe)
+    recipe = with_precision(recipe, recorded)
     process = start_process(recipe)
-    recipe = _with_recorded_form(recipe)
+    if chooses_precision:
+        check_same_precision(recipe, process.device)
+        if process.is_main:
+            print(f"precision   {recipe.mixed_precision.replace('no', 'fp32')}, by precision: auto")
+    if isinstance(recipe, Recipe) and recipe.chat_format == AUTO and recorded:
+        recipe = recipe.with_values(chat_format=recorded.get("chat_format", GUANACO))  # earlier versions knew one form
     run = open_run(recipe)
     call_on_main(process, lambda: open_hub(recipe)).adopt()
     config, tokenizer = load_config(recipe), load_tokenizer(recipe)
@@ -89,16 +97,16 @@ def start_run(recipe: RunRecipe) -> Start:
     return Start(recipe, process, run, config, tokenizer, chooses_tokens=recipe.microbatch_tokens == "auto")
 
 
-def _with_recorded_form(recipe: RunRecipe) -> RunRecipe:
-    """The recipe with what `chat_format: auto` meant when the run began that this one goes on with."""
-    if not isinstance(recipe, Recipe) or recipe.chat_format != AUTO or recipe.resume == RESUME_NEVER:
-        return recipe
-    earlier = recipe.output_dir if recipe.resume == RESUME_NEWEST else Path(recipe.resume).resolve().parents[1]
+def _recorded_values(recipe: RunRecipe) -> dict[str, Any]:
+    """What the run that this one goes on with recorded, such as what `auto` meant; empty where there is none."""
+    if recipe.resume == RESUME_NEVER:
+        return {}
     try:
+        earlier = recipe.output_dir if recipe.resume == RESUME_NEWEST else Path(recipe.resume).resolve().parents[1]
         recorded = yaml.safe_load((Path(earlier) / RECIPE).read_text("utf-8"))
-        return recipe.with_values(chat_format=recorded.get("chat_format", GUANACO))  # earlier versions knew one form
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, IndexError):
-        return recipe
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, IndexError):
+        return {}
+    return recorded if isinstance(recorded, dict) else {}
 
 
 def train_run(
