@@ -125,6 +125,8 @@ def test_tool_calls_are_learnt_and_their_results_are_not(tmp_path):
         ({"input_ids": [5, 6], "labels": [5, 7]}, None, "token 2 is 7, and input_ids has 6 there"),
         ({"input_ids": [5, 99999]}, None, "a token outside the tokenizer's"),
         ({"input_ids": [5, 6], "attention_mask": [1]}, None, "has 1 numbers, and input_ids 2"),
+        ({"input_ids": [5, 6, 7], "seq_lengths": [1, 2]}, None, "several documents in one row"),
+        ({"input_ids": [5, 6, 7], "position_ids": [0, 1, 0]}, None, "several documents in one row"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_right_is_refused_by_row(tmp_path, row, template, sentence):
@@ -153,7 +155,7 @@ def test_tokenised_rows_are_learnt_as_they_stand(tmp_path):
     rows = [
         {"input_ids": [2, 10, 11, 12], "labels": [-100, -100, 11, 12]},
         {"input_ids": [2, 10, 11, 0], "assistant_masks": [0, 1, 0, 0], "attention_mask": [1, 1, 1, 0]},
-        {"input_ids": [10, 11]},
+        {"input_ids": [10, 11], "seq_lengths": [2], "position_ids": [0, 1]},
     ]
     documents = prepared(tmp_path, rows).documents
     assert documents.input_ids.tolist() == [2, 10, 11, 12, 2, 10, 11, 10, 11]

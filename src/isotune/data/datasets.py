@@ -25,8 +25,9 @@ def documents_of(
 
     A row has `input_ids`; `attention_mask` 0 is padding, and is taken off. A causal model's `labels` are its input
     where there are none, else the input with -100 where nothing is supervised; unless `keep_all`, a row without a
-    supervised token is left out, which is said. A classifier's target is in the first of `label_columns`: the
-    documents have it where it is a class, a whole number. UserError names the row.
+    supervised token is left out, which is said. A row that is packed already, by `seq_lengths` as TRL writes them or by
+    `position_ids` that begin anew, gives several documents, whose `source_rows` say which. A classifier's target is in
+    the first of `label_columns`: the documents have it where it is a class, a whole number. UserError names the row.
     """
     if not hasattr(dataset, "__len__"):
         raise UserError("a streaming dataset has no lengths to make a schedule of: take(n) of its rows into a Dataset")
@@ -43,7 +44,11 @@ def documents_of(
     if not lengths.all():
         raise UserError(f"row {int(np.flatnonzero(lengths == 0)[0]) + 1} of the dataset has no token")
     key = next((name for name in label_columns if name in names), None)
-    without_padding, numbers = starts_of(lengths), np.arange(len(lengths))
+    without_padding, numbers = _document_starts(dataset, names, kept, starts_of(lengths)), np.arange(len(lengths))
+    if len(without_padding) - 1 > len(lengths):
+        if not causal:
+            raise UserError("rows of several documents, by seq_lengths or position_ids, are of causal models")
+        numbers = np.searchsorted(starts_of(lengths), without_padding[:-1], "right") - 1
     if not causal:
         targets = None if key is None else _targets(dataset, key)
         is_class = targets is not None and targets.ndim == 1 and targets.dtype.kind in "iu"
@@ -66,8 +71,9 @@ def documents_of(
         return documents, None, not silent.all()
     if silent.all():
         raise UserError("no row of the dataset has a supervised token")
+    what = "rows" if len(documents) == len(dataset) else "documents"
     if silent.any() and is_main:
-        print(f"note        {int(silent.sum()):,} of {len(silent):,} rows have no supervised token and are left out")
+        print(f"note        {int(silent.sum()):,} of {len(silent):,} {what} have no supervised token and are left out")
     return documents.select(~silent) if silent.any() else documents, None, True
 
 
@@ -122,6 +128,32 @@ def _beside(dataset: Any, column: str, starts: np.ndarray) -> np.ndarray:
     if (wrong := np.flatnonzero(own != starts)).size:
         raise UserError(f"row {int(wrong[0])} of the dataset has other numbers of {column} and of input_ids")
     return values
+
+
+def _document_starts(dataset: Any, names: Sequence[str], kept: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Where each document starts and the last one ends, int64, where rows that start at `starts` may be packed.
+
+    `kept` is bool [tokens of the columns]; starts and result count those that are kept.
+    """
+    if "seq_lengths" in names:
+        lengths, of_rows = _flat(dataset, "seq_lengths")
+        odd = (sums_of(lengths, of_rows) != np.diff(starts)) | (sums_of(lengths < 1, of_rows) > 0)
+        if odd.any():
+            raise UserError(f"row {int(np.argmax(odd)) + 1} of the dataset has seq_lengths of other input_ids")
+        return starts_of(lengths)
+    if "position_ids" not in names:
+        return starts
+    positions = _flat(dataset, "position_ids")[0]
+    if len(positions) != len(kept):
+        raise UserError("the dataset has other numbers of position_ids and of input_ids")
+    positions = positions[kept]
+    begins = np.union1d(np.flatnonzero(positions == 0), starts[:-1])
+    within = np.append(begins, starts[-1])
+    odd = positions != np.arange(len(positions)) - np.repeat(begins, np.diff(within))
+    if odd.any():
+        row = int(np.searchsorted(starts, np.argmax(odd), "right"))
+        raise UserError(f"row {row} of the dataset has position_ids that do not count from 0 in each document")
+    return within
 
 
 def _first_types(types: np.ndarray, starts: np.ndarray) -> np.ndarray:

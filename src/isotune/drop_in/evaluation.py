@@ -24,6 +24,7 @@ class Laid:
     rows: Rows
     targets: np.ndarray | None  # by document what a classifier's loss is made of, as the dataset has it
     labelled: bool  # whether there is a loss to compute
+    packed: bool = False  # whether a row of the dataset holds several documents
 
 
 class DropInEvaluation(PlannedTraining):
@@ -32,6 +33,7 @@ class DropInEvaluation(PlannedTraining):
     causal: bool
     own_loss: OwnLoss | None
     _unlabelled: bool
+    _packed: bool
     _targets: np.ndarray | None
 
     if TYPE_CHECKING:  # of DropIn, which lays rows out
@@ -56,7 +58,7 @@ class DropInEvaluation(PlannedTraining):
                 raise UserError("evaluate and predict come after train() under an engine that shards the model")
             model = model.to(self.args.device)
         run = EvaluationRun(model, step, laid.documents, self.accelerator, self.watchdog, self.state.global_step)
-        self._unlabelled, self._targets = not laid.labelled, laid.targets
+        self._unlabelled, self._targets, self._packed = not laid.labelled, laid.targets, laid.packed
         if self.own_loss is not None and laid.labelled and id(laid.documents) not in self.own_loss.batches:
             self._batches_of(laid, test_dataset)
         return run
@@ -79,6 +81,11 @@ class DropInEvaluation(PlannedTraining):
             metrics = found if self.compute_metrics is None else {"eval_loss": found["eval_loss"]}
         predictions = labels = None
         if not loss_only:
+            if self._packed:
+                raise UserError(
+                    "predictions are one a document: give the dataset before it is packed, or say "
+                    "prediction_loss_only=True"
+                )
             make = self._label_of(run.documents)
             with self.accelerator.autocast():
                 predictions = predictions_of(run, make, self.preprocess_logits_for_metrics, causal=self.causal)

@@ -16,7 +16,7 @@ from isotune.compat.peft import base_model_of
 from isotune.compat.transformers import attention_of, use_one_gpu
 from isotune.data.batch_schedule import Step, StepSchedule
 from isotune.data.datasets import LABEL_COLUMNS, collated, documents_of
-from isotune.data.documents import Documents
+from isotune.data.documents import Documents, Rows
 from isotune.data.packing import one_document_per_row, pack
 from isotune.distributed.ranks import world_size
 from isotune.drop_in.embedding_noise import set_noise
@@ -159,6 +159,8 @@ class DropIn(DropInEvaluation):
         enable_speedups(cast(nn.Module, self.model), zero3=self._is_zero3)
         if not self._has_own_loss(base, train.targets):
             return task
+        if train.packed:
+            raise UserError("a loss of your own is over rows of one document: give the dataset before it is packed")
         self.own_loss = OwnLoss(self, task, self.causal)
         if train.labelled:
             self._batches_of(train, dataset)
@@ -220,12 +222,15 @@ class DropIn(DropInEvaluation):
         if positions is not None and (longest := int(documents.lengths.max())) > positions:
             row = int(documents.ids[documents.lengths.argmax()]) + 1
             raise UserError(f"row {row} of the dataset has {longest} tokens, and the model positions for {positions}")
-        rows = (
-            pack(documents.lengths, row_tokens, seed=self._data_seed)
-            if row_tokens
-            else one_document_per_row(len(documents))
-        )
-        laid = Laid(documents, rows, targets, labelled)
+        packed = len(np.unique(documents.source_rows)) < len(documents)
+        if packed:  # as the dataset is
+            starts = np.flatnonzero(np.diff(documents.source_rows, prepend=-1))
+            rows = Rows(np.arange(len(documents)), np.append(starts, len(documents)))
+        elif row_tokens:
+            rows = pack(documents.lengths, row_tokens, seed=self._data_seed)
+        else:
+            rows = one_document_per_row(len(documents))
+        laid = Laid(documents, rows, targets, labelled, packed)
         self._laid[id(dataset), keep_all] = dataset, laid
         return laid
 

@@ -200,6 +200,12 @@ def _tokens(row: Row) -> TokenRow:
             )
     for name in (name for name in MASKS if name in row):
         supervised &= _beside(row, name, ids) != 0
+    if "position_ids" in row:
+        several = (_beside(row, "position_ids", ids)[kept] != np.arange(int(kept.sum()))).any()
+    else:
+        several = "seq_lengths" in row and len(_integers(row, "seq_lengths")) > 1
+    if several:
+        raise ValueError("holds several documents in one row: give one a row, they are packed here")
     return TokenRow(ids[kept].astype(np.int32), supervised[kept])
 
 

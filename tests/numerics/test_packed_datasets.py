@@ -1,0 +1,78 @@
+"""A dataset that somebody packed before: its documents do not see each other, as TRL's `seq_lengths` say."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from tests.numerics.test_drop_in import QUIET, STEPS, llama
+from torch.nn.functional import cross_entropy
+from transformers import TrainingArguments
+
+import isotune
+from isotune.io.errors import UserError
+from isotune.models.base.builtin import builtin_tokenizer
+
+LENGTHS = [[5, 9, 4], [12], [3, 8], [7, 7]]
+
+
+def packed(column: str) -> Dataset:
+    draw = np.random.default_rng(0)
+    ids = [draw.integers(5, len(builtin_tokenizer("builtin:opt-tiny")), sum(row)).tolist() for row in LENGTHS]
+    beside: list[Any] = LENGTHS
+    if column == "position_ids":
+        beside = [[position for length in row for position in range(length)] for row in LENGTHS]
+    return Dataset.from_dict({"input_ids": ids, column: beside})
+
+
+def trainer_of(folder: Any, dataset: Dataset, **more: Any) -> Any:
+    split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    args = TrainingArguments(output_dir=str(folder), **QUIET, **{**STEPS, "max_steps": 1}, **split)
+    return isotune.Trainer(model=llama(), args=args, train_dataset=dataset, **more)
+
+
+def mean_loss_of_each_document_alone(dataset: Dataset) -> float:
+    """By the stock model, one document a call: the mean over all tokens that have one before them."""
+    model, losses = llama().eval(), []
+    for ids, lengths in zip(dataset["input_ids"], LENGTHS, strict=True):
+        for document in torch.tensor(ids).split(lengths):
+            logits = model(input_ids=document[None]).logits[0, :-1]
+            losses += cross_entropy(logits, document[1:], reduction="none").tolist()
+    return float(np.mean(losses))
+
+
+@pytest.mark.parametrize("column", ["seq_lengths", "position_ids"])
+def test_documents_of_packed_rows_are_learnt_each_alone(column: str, tmp_path):
+    dataset = packed(column)
+    trainer = trainer_of(tmp_path, dataset)
+    trainer.train()
+    loss = next(line["loss"] for line in trainer.state.log_history if "loss" in line)
+    assert loss == pytest.approx(mean_loss_of_each_document_alone(dataset), rel=1e-6)
+    assert len(trainer.plan.schedule.step(0).microbatches[0].documents) > 1
+    assert trainer.plan.schedule.steps_per_epoch == 1  # four rows, not eight documents
+    before = trainer_of(tmp_path, dataset).evaluate(dataset)
+    assert before["eval_loss"] == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"seq_lengths": [[2, 3], [4]]}, "row 2 of the dataset has seq_lengths of other input_ids"),
+        ({"seq_lengths": [[2, 3], [5, 0]]}, "row 2 of the dataset has seq_lengths of other input_ids"),
+        ({"position_ids": [[0, 1, 2, 3, 4], [0, 1, 2, 4, 5]]}, "row 2 of the dataset has position_ids that do not"),
+        ({"position_ids": [[3, 4, 5, 6, 7], [0, 1, 2, 3, 4]]}, "row 1 of the dataset has position_ids that do not"),
+    ],
+)
+def test_lengths_and_positions_of_other_documents_are_refused(columns: dict[str, Any], said: str, tmp_path):
+    dataset = Dataset.from_dict({"input_ids": [[5, 6, 7, 8, 9]] * 2, **columns})
+    with pytest.raises(UserError, match=said):
+        trainer_of(tmp_path, dataset)
+
+
+def test_predictions_of_packed_rows_are_refused_and_their_loss_is_not(tmp_path):
+    dataset = packed("seq_lengths")
+    trainer = trainer_of(tmp_path, dataset)
+    assert np.isfinite(trainer.evaluate(dataset)["eval_loss"])
+    with pytest.raises(UserError, match="predictions are one a document"):
+        trainer.predict(dataset)
