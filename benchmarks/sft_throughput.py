@@ -12,6 +12,7 @@ shipped recipes. A step is a whole optimizer update: batch, forward, backward, c
     trl_stock      TRL's SFTTrainer, packed and hence padding-free, with its own loss
     trl_own_loss   the same, compute_loss overridden by the model's own loss
     trl_compiled   that with torch_compile
+    drop_in        that script with isotune.SFTTrainer in place of TRL's; by --sides alone
     floor          the matrix products of the step alone: linear layers, adapters, attention within documents
     floor_linear   those of the linear layers alone
 
@@ -38,6 +39,7 @@ from typing import Any
 from sft_sides.parent import Side, SideFailed, data_arguments, require_data
 
 PEERS = ("trl_stock", "trl_own_loss", "trl_compiled")
+DROP_IN = "drop_in"
 FLOORS = ("floor", "floor_linear")
 # Full tuning keeps 4 GB of weights and moments in each process while it waits, adapters 2 GB.
 PEERS_AT_ONCE = {"lora": 3, "full": 1}
@@ -65,7 +67,9 @@ def read_arguments() -> argparse.Namespace:
     """The command line; ends with status 2 where the data are not there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modes", nargs="+", choices=("lora", "full"), default=["lora", "full"])
-    parser.add_argument("--sides", nargs="+", choices=PEERS, default=list(PEERS), help="peers beside isotune and floor")
+    parser.add_argument(
+        "--sides", nargs="+", choices=(*PEERS, DROP_IN), default=list(PEERS), help="beside isotune and floor"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps_per_round", type=int, default=4)
     parser.add_argument("--rows_per_step", type=int, default=1)
@@ -151,9 +155,11 @@ def summarise(
     seconds = {name: [r[name] for r in rounds if name in r] for name in facts}
     medians = {name: statistics.median(of_rounds) for name, of_rounds in seconds.items()}
     ratios = {
-        name: statistics.median(r[name] / r["isotune"] for r in rounds if name in r) for name in facts if name in PEERS
+        name: statistics.median(r[name] / r["isotune"] for r in rounds if name in r)
+        for name in facts
+        if name in (*PEERS, DROP_IN)
     }
-    best_peer = min(ratios, key=lambda name: ratios[name]) if ratios else None
+    best_peer = min((name for name in ratios if name != DROP_IN), key=lambda name: ratios[name], default=None)
     ours, floor = facts["isotune"], facts["floor_linear"]
     trained = [name for name in facts if name not in FLOORS]
 
@@ -171,6 +177,7 @@ def summarise(
             for name, s in seconds.items()
         },
         "peak_memory_bytes": {name: peaks[name] for name in trained},
+        "ratio_drop_in": round(ratios[DROP_IN], 3) if DROP_IN in ratios else None,
         "ratio_stock": round(ratios["trl_stock"], 3) if "trl_stock" in ratios else None,
         "ratio_best": round(ratios[best_peer], 3) if best_peer else None,
         "best_peer": best_peer,
@@ -199,6 +206,8 @@ def print_table(mode: str, found: dict[str, Any]) -> None:
             line += f"{found['peak_memory_bytes'][name] / 1e9:>9.2f}{found['first_loss'][name]:>10.4f}"
         print(line)
     print(f"  against stock {found['ratio_stock']}, against {found['best_peer']} {found['ratio_best']}", end="")
+    if found["ratio_drop_in"] is not None:
+        print(f", drop-in against isotune {found['ratio_drop_in']}", end="")
     print(f", floor share {found['floor_share']}", end="")
     print(f" (linear layers alone {found['floor_linear_share']})", end="")
     if found["model_flops_utilisation"] is not None:

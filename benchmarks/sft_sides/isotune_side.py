@@ -8,7 +8,7 @@ from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 
 from isotune.data.batch_schedule import Microbatch, collate
-from isotune.data.documents import RunData
+from isotune.data.documents import Documents, RunData
 from isotune.distributed.launch import start_process
 from isotune.run.run_dir import RunDir
 from isotune.training.from_recipe import Start, build_model, build_trainer
@@ -23,10 +23,16 @@ def run(metronome: Metronome, side: str, mode: str, given: Namespace, scratch: s
     tokenizer, data, alone = rows_of_a_round(recipe, given)
     start, run_data = Start(recipe, process, RunDir(recipe), geometry(given), tokenizer), RunData(data, None)
     trainer = build_trainer(start, build_model(start, run_data), run_data)
+    hold(trainer, metronome, data.documents, alone, given)
+    trainer.train()
+
+
+def hold(trainer: Any, metronome: Metronome, documents: Documents, alone: int, given: Namespace) -> None:
+    """Let a trainer's steps wait for the metronome; `alone` is the document whose loss is told."""
 
     @torch.no_grad()
     def facts() -> dict[str, Any]:
-        one = collate(data.documents, Microbatch(0, (alone,), ROW_TOKENS, 0, 0.0))
+        one = collate(documents, Microbatch(0, (alone,), ROW_TOKENS, 0, 0.0))
         inputs = send_to_device(one, trainer.args.device)
         model: Any = trainer.model_wrapped
         loss = model.eval()(**inputs, use_cache=False).loss.item() / len(one["targets"])
@@ -38,4 +44,3 @@ def run(metronome: Metronome, side: str, mode: str, given: Namespace, scratch: s
             metronome.beat(facts)
 
     trainer.add_callback(Hold())
-    trainer.train()

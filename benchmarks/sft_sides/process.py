@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-MODULES = {"isotune": "isotune_side", "floor": "floor_side", "floor_linear": "floor_side"}
+MODULES = {"isotune": "isotune_side", "drop_in": "drop_in_side", "floor": "floor_side", "floor_linear": "floor_side"}
 
 
 class Finished(SystemExit):

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from isotune.config import Recipe
 from isotune.data.documents import Documents
 from sft_sides.material import ROW_TOKENS, facts_of_training, geometry, rows_of_a_round, shipped_recipe
 from sft_sides.process import Metronome
@@ -42,32 +43,14 @@ def run(metronome: Metronome, side: str, mode: str, given: Namespace, scratch: s
     tokenizer, data, alone = rows_of_a_round(recipe, given)
     rows = [packed_row(data.documents, data.rows[number]) for number in range(len(data.rows))]
     os.environ["ACCELERATE_DYNAMO_USE_DYNAMIC"] = "false"  # every row has the same length
-    args = SFTConfig(
-        **{name: recipe.training_arguments[name] for name in SAME_ARGUMENTS},
-        output_dir=recipe.output_dir,
-        max_steps=recipe.max_steps,
-        seed=recipe.seed,
-        per_device_train_batch_size=given.rows_per_pass,
-        gradient_accumulation_steps=given.rows_per_step // given.rows_per_pass,
-        max_length=ROW_TOKENS,
-        packing=True,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        gradient_checkpointing=given.gradient_checkpointing,
-        bf16=True,
-        torch_compile=side == "trl_compiled",
-        use_cpu=not torch.cuda.is_available(),
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-    )
+    args = SFTConfig(**same_arguments(recipe, given), torch_compile=side == "trl_compiled")
     torch.manual_seed(recipe.seed)
-    adapter = {name: getattr(recipe, name) for name in SAME_ADAPTER}
     trainer = (SFTTrainer if side == "trl_stock" else OwnLossTrainer)(
         model=AutoModelForCausalLM.from_config(geometry(given), dtype=torch.float32),
         args=args,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=LoraConfig(task_type="CAUSAL_LM", **adapter) if mode == "lora" else None,
+        peft_config=adapter_of(recipe) if mode == "lora" else None,
     )
     assert trainer.padding_free, "TRL runs packed rows without padding"
 
@@ -87,6 +70,32 @@ def run(metronome: Metronome, side: str, mode: str, given: Namespace, scratch: s
 
     trainer.add_callback(Hold())
     trainer.train()
+
+
+def same_arguments(recipe: Recipe, given: Namespace) -> dict[str, Any]:
+    """SFTConfig's fields: the recipe's, for rows that are packed already."""
+    return {
+        **{name: recipe.training_arguments[name] for name in SAME_ARGUMENTS},
+        "output_dir": recipe.output_dir,
+        "max_steps": recipe.max_steps,
+        "seed": recipe.seed,
+        "per_device_train_batch_size": given.rows_per_pass,
+        "gradient_accumulation_steps": given.rows_per_step // given.rows_per_pass,
+        "max_length": ROW_TOKENS,
+        "packing": True,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "gradient_checkpointing": given.gradient_checkpointing,
+        "bf16": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+
+
+def adapter_of(recipe: Recipe) -> LoraConfig:
+    """The recipe's adapter."""
+    return LoraConfig(task_type="CAUSAL_LM", **{name: getattr(recipe, name) for name in SAME_ADAPTER})
 
 
 def packed_row(documents: Documents, numbers: Iterable[int]) -> dict[str, list[int]]:
