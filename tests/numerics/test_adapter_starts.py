@@ -1,7 +1,5 @@
 """Adapters that start from the base's own weights: the right part, the same in every launch, saved and merged."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -46,7 +44,7 @@ def opt(tmp_path_factory) -> str:
     return small_opt(tmp_path_factory.mktemp("opt"))
 
 
-@pytest.mark.parametrize("start", ["pissa", "pissa_niter_8", "olora"])
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_400", "olora"])
 def test_the_start_is_the_part_of_the_base_that_its_paper_says_and_changes_no_output(opt, start):
     base = AutoModelForCausalLM.from_pretrained(opt)
     weight = base.model.decoder.layers[1].fc1.weight.detach().double().numpy()
@@ -160,8 +158,9 @@ def test_a_run_goes_on_to_the_same_bits_and_both_its_model_and_its_checkpoint_me
     assert [line["loss"] for line in resumed.train() if "loss" in line] == lines
     trained = dict(whole.model.named_parameters())
     assert all(torch.equal(p, trained[name]) for name, p in resumed.model.named_parameters())
-    tokens = torch.randint(100, (2, 24))
-    expected = logits(copy.deepcopy(whole.model), tokens)
+    tokens = torch.randint(100, (1, 24))
+    with torch.no_grad():
+        expected = whole.model.eval()(input_ids=tokens, use_cache=False).logits
     for source in (whole.run.path, whole.run.path / "checkpoints" / "step-00000004"):
         done = export_run(source, merge=True, output=tmp_path / source.name)
         assert done.parity is not None and done.parity.largest_difference < 1e-5 * done.parity.largest_logit

@@ -1,43 +1,20 @@
 """The routers' balancing loss over a global batch: transformers' own loss of one forward over all its documents."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.building import Built, build, each_document
+from tests.building import Built, build, each_document, small_experts
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from isotune.io.errors import UserError
-from isotune.models.base.builtin import builtin_tokenizer
 from isotune.models.causal import install_causal
 from isotune.training.router_balance import RouterBalance
 
 COEFFICIENT = 0.5  # a balance that counts for something
-SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-SMALL |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "num_experts_per_tok": 2}
-SMALL |= {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1, "tie_word_embeddings": False}
-KINDS: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 4},
-    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16},
-    "olmoe": {"num_experts": 4},
-    "gpt_oss": {"num_local_experts": 4},
-}
-
-
-def experts(folder: Path, kind: str = "mixtral", **more: Any) -> str:
-    tokenizer = builtin_tokenizer("builtin:opt-tiny")
-    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **{**SMALL, **KINDS.get(kind, {}), **more})
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(config)
-    for name, parameter in model.named_parameters():  # routers that prefer some experts
-        if "gate." in name or "router." in name:
-            nn.init.normal_(parameter, std=0.5)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+KINDS = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
 
 
 def one_forward(built: Built) -> tuple[float, float, dict[str, torch.Tensor]]:
@@ -62,7 +39,7 @@ def one_forward(built: Built) -> tuple[float, float, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("tokens", [256, 700])
 @pytest.mark.parametrize("exact", [True, False], ids=["exact_gradients", "float_sums"])
 def test_loss_and_gradients_are_those_of_one_stock_forward_over_the_global_batch(tmp_path, capsys, tokens, exact):
-    values = {"model_name_or_path": experts(tmp_path / "model"), "router_aux_loss_coef": COEFFICIENT}
+    values = {"model_name_or_path": small_experts(tmp_path / "model"), "router_aux_loss_coef": COEFFICIENT}
     built = build(tmp_path, **values, microbatch_tokens=tokens, exact_gradients=exact)
     assert "is not trained" not in capsys.readouterr().out
     assert len(built.trainer.plan.schedule.step(0).microbatches) >= 2
@@ -87,7 +64,7 @@ def test_a_mean_of_the_microbatches_losses_would_be_another_number(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_type_is_held_to_the_loss_of_its_own_forward(tmp_path, kind):
-    model = AutoModelForCausalLM.from_pretrained(experts(tmp_path, kind))
+    model = AutoModelForCausalLM.from_pretrained(small_experts(tmp_path, kind))
     install_causal(model, 64)
     found = RouterBalance.of(model)
     assert (found.experts, found.chosen) == (4, 2)
@@ -96,7 +73,7 @@ def test_every_type_is_held_to_the_loss_of_its_own_forward(tmp_path, kind):
 def test_what_cannot_be_balanced_is_refused(tmp_path):
     with pytest.raises(UserError, match="model type 'opt' has no balancing loss"):
         build(tmp_path / "opt", router_aux_loss_coef=0.1)
-    model = AutoModelForCausalLM.from_pretrained(experts(tmp_path / "model"))
+    model = AutoModelForCausalLM.from_pretrained(small_experts(tmp_path / "model"))
     install_causal(model, 64)
     model.num_experts_per_tok = 1  # its own forward now counts one expert a token
     assert RouterBalance.of(model).chosen == 1
@@ -113,7 +90,7 @@ def test_what_cannot_be_balanced_is_refused(tmp_path):
 
 
 def test_without_the_key_nothing_is_balanced_and_a_line_says_so(tmp_path, capsys):
-    built = build(tmp_path, model_name_or_path=experts(tmp_path / "model"))
+    built = build(tmp_path, model_name_or_path=small_experts(tmp_path / "model"))
     assert "(router_aux_loss_coef) is not trained" in capsys.readouterr().out
     assert built.trainer.plan.task.router_loss is None
     assert "router_loss" not in built.train()[0]

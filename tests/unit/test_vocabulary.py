@@ -84,8 +84,8 @@ def test_a_run_trains_them_saves_them_merges_them_and_generates_with_them(tmp_pa
     with torch.no_grad():
         trained = built.trainer.model.eval()(input_ids=ids, use_cache=False).logits
     for source in (built.run.path, built.run.path / "checkpoints" / "step-00000006"):
-        done = export_run(source, merge=True, output=tmp_path / source.name)
-        merged = AutoModelForCausalLM.from_pretrained(tmp_path / source.name)
+        done = export_run(source, merge=True, output=tmp_path / "exported" / source.name)
+        merged = AutoModelForCausalLM.from_pretrained(done.folder)
         assert (done.parity is None) == (tune == "full")
         assert merged.config.vocab_size == merged.get_input_embeddings().weight.shape[0] == ROWS + 2
         with torch.no_grad():
@@ -104,7 +104,8 @@ def test_the_gradient_of_a_new_row_is_that_of_the_whole_embedding_trained(tmp_pa
     """Full training of the same model is the reference: no code of peft's."""
     base, gradients = llama(tmp_path / "base"), []
     for tune in ("full", "lora"):
-        values = {"model_name_or_path": base, "dataset_name": rows_file(tmp_path), "tune": tune, "lora_dropout": 0.0}
+        values = {"model_name_or_path": base, "dataset_name": rows_file(tmp_path), "tune": tune}
+        values |= {"lora_dropout": 0.0} if tune == "lora" else {}
         built = build(tmp_path / tune, **values, add_tokens=NEW)
         built.trainer.training_step(built.model, next(iter(built.trainer.get_train_dataloader())))
         vocabulary = [
@@ -141,7 +142,7 @@ def test_tokens_without_rows_are_refused_before_anything_is_read_unless_rows_are
     with pytest.raises(UserError, match=r"one of the last 2 tokens cannot be read; .* resize_embeddings: true"):
         build(tmp_path, **values)
     flags = [word for name, value in values.items() for word in (f"--{name}", value)]
-    asked = ["--task", "sft", "--output_dir", str(tmp_path / "run"), *flags]
+    asked = ["--task", "sft", "--output_dir", str(tmp_path / "run"), "--max_seq_length", "64", *flags]
     with pytest.raises(UserError, match="resize_embeddings: true"):
         run_preflight(read_preflight_request(None, asked, None, None), show_progress=False)
     more = read_preflight_request(None, [*asked, "--resize_embeddings", "true"], None, None)

@@ -53,13 +53,13 @@ def start_from_base(model: Any, start: str, seed: int) -> None:
     for name, module in layers.items():
         layer: Any = module
         base, adapter = layer.get_base_layer(), next(iter(layer.lora_A))
-        if not is_whole(base.weight):
-            raise UserError(f"init_lora_weights: {start} reads whole weights, which ZeRO-3 keeps in shards: use ZeRO-2")
         if not base.weight.is_floating_point() or type(base).__module__.startswith("bitsandbytes."):
             raise UserError(
                 f"init_lora_weights: {start} changes the base, and rounding it to 4 bits again would change it more: "
                 "say tune: lora, or init_lora_weights: true"
             )
+        if not is_whole(base.weight):
+            raise UserError(f"init_lora_weights: {start} reads whole weights, which ZeRO-3 keeps in shards: use ZeRO-2")
         if start == "olora" and isinstance(base, Conv1D):
             raise UserError("init_lora_weights: olora has no form for Conv1D layers, such as GPT-2's: say pissa")
         if layer.r[adapter] > min(base.weight.shape):
