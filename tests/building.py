@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
-from transformers import AutoConfig, AutoModel, OPTConfig, OPTForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from isotune.config import ClassificationRecipe, Recipe, RunRecipe
 from isotune.data.classification.split import prepare_labelled
@@ -128,6 +128,26 @@ def small_opt(folder: Path, **config: Any) -> str:
     for parameter in model.parameters():  # biases start at zero, which would hide what depends on them
         if parameter.ndim == 1:
             parameter.data += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def small_experts(folder: Path, kind: str = "mixtral", **config: Any) -> str:
+    """A random mixture of 4 experts whose routers prefer some of them, saved with the built-in tokenizer."""
+    tokenizer = builtin_tokenizer("builtin:opt-tiny")
+    small: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256}
+    small |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "tie_word_embeddings": False}
+    small |= {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1}
+    small |= {"num_local_experts" if kind in ("mixtral", "gpt_oss") else "num_experts": 4}
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, vocab_size=len(tokenizer), **{**small, **config})
+    )
+    for name, parameter in model.named_parameters():
+        if "gate." in name or "router." in name:
+            nn.init.normal_(parameter, std=0.5)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

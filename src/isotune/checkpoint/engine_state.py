@@ -24,6 +24,7 @@ from isotune.compat.torch import global_offset
 from isotune.compat.transformers import set_attention_of
 from isotune.distributed.ranks import several_ranks
 from isotune.io.errors import UserError
+from isotune.models.adapters.from_base import as_plain_adapter, first_factors
 
 MODEL, OPTIMIZER = "model/", "optimizer/"
 
@@ -193,12 +194,14 @@ def plain_model(model: nn.Module, *, keep: bool) -> nn.Module | None:
 
     Under ZeRO-3 and FSDP2 no rank holds the whole weights, and in 16-bit DeepSpeed the model has rounded copies of the
     fp32 parameters that are trained. One parameter after the other is gathered on every rank. The copy of a `PeftModel`
-    has memory for its trained tensors only. Collective: every rank must call it, and those that do not `keep` the
-    result get None.
+    has memory for its trained tensors only. An adapter that took its start out of the base is a copy too, the one that
+    fits the base as it is published. Collective: every rank must call it, and those that do not `keep` the result get
+    None.
     """
     reshard(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not any(
+    factors = first_factors(model)
+    if not factors and not any(
         isinstance(p, DTensor) or deepspeed.is_partitioned(p) or deepspeed.has_fp32_copy(p) for p in trained.values()
     ):
         return model if keep else None
@@ -208,7 +211,12 @@ def plain_model(model: nn.Module, *, keep: bool) -> nn.Module | None:
         if keep:
             tensors[name] = whole.detach().to("cpu", copy=True)
         del whole
-    return _copy_with(model, tensors) if keep else None
+    if not keep:
+        return None
+    if factors:
+        settings: Any = model.peft_config["default"]  # type: ignore[index]  (torch declares attributes as tensors)
+        return _copy_with(model, *as_plain_adapter(tensors, settings, factors))
+    return _copy_with(model, tensors)
 
 
 def reshard(model: nn.Module) -> None:
@@ -218,8 +226,11 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def _copy_with(model: Any, tensors: dict[str, torch.Tensor]) -> nn.Module:
-    """A model of the same class and configuration with `tensors`; parameters that they do not name stay on meta."""
+def _copy_with(model: Any, tensors: dict[str, torch.Tensor], adapter_settings: Any = None) -> nn.Module:
+    """A model of the same class and configuration with `tensors`; parameters that they do not name stay on meta.
+
+    Its adapter is as `adapter_settings` say, by default as the model's.
+    """
     adapter = hasattr(model, "peft_config")
     base = model.get_base_model() if adapter else model
     config = copy.deepcopy(base.config)
@@ -234,7 +245,7 @@ def _copy_with(model: Any, tensors: dict[str, torch.Tensor]) -> nn.Module:
         from peft import get_peft_model
 
         with torch.device("meta"):
-            settings = copy.deepcopy(model.peft_config["default"])
+            settings = copy.deepcopy(adapter_settings or model.peft_config["default"])
             fresh = cast(Any, get_peft_model)(fresh, settings, low_cpu_mem_usage=True)
         settings.base_model_name_or_path = model.peft_config["default"].base_model_name_or_path
     unknown = fresh.load_state_dict(tensors, strict=False, assign=True).unexpected_keys

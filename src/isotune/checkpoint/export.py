@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -13,7 +13,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from transformers import PreTrainedConfig
 
-from isotune.checkpoint.engine_state import MODEL
+from isotune.checkpoint.engine_state import MODEL, plain_model
 from isotune.checkpoint.final_model import no_room_is_an_error, replace_folder, save_and_verify, staging_for
 from isotune.checkpoint.flat_tensors import read_whole, stored
 from isotune.checkpoint.manifest import InvalidCheckpoint, verify
@@ -24,9 +24,11 @@ from isotune.config.recipes import AUTO
 from isotune.config.task_types import SINGLE_LABEL
 from isotune.data.sft.chat_format import GUANACO
 from isotune.io.errors import RunFault, UserError
+from isotune.models.adapters.from_base import starts_from_base
 from isotune.models.adapters.lora import add_adapters
 from isotune.models.base.head import set_names
 from isotune.models.base.hub import locate
+from isotune.models.base.vocabulary import grow_embeddings, new_rows
 from isotune.models.class_loss import PROBLEM_TYPES
 from isotune.models.finished_run import (
     ADAPTER_CONFIG,
@@ -196,7 +198,8 @@ def _run_of(checkpoint: Path, beside: Path) -> Generator[Path]:
         keep_commits(recipe, checkpoint.resolve().parents[1])
         tokenizer = load_tokenizer(recipe)
         config = _config_at(recipe, checkpoint / TENSORS)
-        model = _model_at(recipe, config, checkpoint / TENSORS)
+        rows = new_rows(config, tokenizer, recipe)
+        model: Any = plain_model(_model_at(recipe, config, checkpoint / TENSORS, rows), keep=True)
         if recipe.tune != "full":
             base = recipe.model_name_or_path
             if is_made_here(recipe):
@@ -231,20 +234,21 @@ def _config_at(recipe: RunRecipe, tensors: Path) -> PreTrainedConfig:
     return config
 
 
-def _model_at(recipe: RunRecipe, config: PreTrainedConfig, tensors: Path) -> Any:
-    """The model of a recipe with the trained tensors of a checkpoint; what is frozen stays on the meta device."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
+def _model_at(recipe: RunRecipe, config: PreTrainedConfig, tensors: Path, rows: Sequence[int]) -> Any:
+    """The model of a recipe with the trained tensors of a checkpoint; what is frozen stays on the meta device.
 
-    is_classifier = isinstance(recipe, ClassificationRecipe)
-    with torch.device("meta"), quiet_libraries():
-        auto: Any = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
-        model = auto.from_config(config)
-        if not is_classifier and not is_made_here(recipe):
-            with contextlib.suppress(OSError):  # most models have no file of it
-                located = locate(recipe.model_name_or_path, "model", recipe.model_revision)
-                model.generation_config = cast(Any, GenerationConfig).from_pretrained(located.name, **located.arguments)
-        if recipe.tune != "full":
-            model: Any = add_adapters(model, recipe)
+    A frozen base is loaded where the adapter's start was taken out of it.
+    """
+    if starts_from_base(recipe.init_lora_weights):
+        model: Any = load_base_model(recipe, config, torch.device("cpu"))
+        grow_embeddings(model, rows)
+        model = add_adapters(model, recipe, rows)
+    else:
+        with torch.device("meta"), quiet_libraries():
+            model = _empty_model(recipe, config)
+            grow_embeddings(model, rows)
+            if recipe.tune != "full":
+                model = add_adapters(model, recipe, rows)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     names = [name.removeprefix(MODEL) for name in stored(tensors) if name.startswith(MODEL)]
     unknown = [name for name in names if name not in shapes]
@@ -260,4 +264,18 @@ def _model_at(recipe: RunRecipe, config: PreTrainedConfig, tensors: Path) -> Any
             raise RunFault(f"{absent[0]} of the model is not in the checkpoint")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
+    return model
+
+
+def _empty_model(recipe: RunRecipe, config: PreTrainedConfig) -> Any:
+    """The base model of a recipe without weights, with the settings of generation that its files have."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
+
+    is_classifier = isinstance(recipe, ClassificationRecipe)
+    auto: Any = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+    model = auto.from_config(config)
+    if not is_classifier and not is_made_here(recipe):
+        with contextlib.suppress(OSError):  # most models have no file of it
+            located = locate(recipe.model_name_or_path, "model", recipe.model_revision)
+            model.generation_config = cast(Any, GenerationConfig).from_pretrained(located.name, **located.arguments)
     return model

@@ -63,10 +63,12 @@ def save_and_verify(model: nn.Module, tokenizer: Any, folder: str | Path) -> Fin
     folder, is_adapter = Path(folder), isinstance(model, PeftModel)
     with quiet_libraries():
         if is_adapter:  # every trained tensor, not peft's own selection, which is what is checked
+            own = {id(parameter): name for name, parameter in model.named_parameters()}
             expected: dict[str, Tensor] = {
                 name: parameter
                 for name, parameter in model.named_parameters(remove_duplicate=False)
                 if parameter.requires_grad or ".lora_" in name or ".modules_to_save." in name
+                if ".token_adapter." not in name or name == own[id(parameter)]  # a tied head has the embedding's rows
             }
         else:  # tied ones under each of their names
             ignored = ignored_on_save(model)

@@ -29,6 +29,11 @@ def given_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if value is not None and name != "return_dict"}
 
 
+def without_new_rows(layer: Any) -> Any:
+    """The layer itself of one of which peft trains some rows (trainable_token_indices); any other as it is."""
+    return layer.original_module if type(layer).__name__ == "TrainableTokensWrapper" else layer
+
+
 def base_model_of(model: Any) -> Any:
     """The model of transformers inside a PeftModel; any other model itself.
 

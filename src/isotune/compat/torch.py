@@ -177,6 +177,17 @@ def flash_varlen(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, long
     return operator(query, key, value, bounds, bounds, longest, longest, 0.0, form.causal, False, **more)[0]
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Within it torch computes on one thread of the CPU: how threads share a sum decides its last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def in_float64(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor in float64, on the host where it is on MPS, which has no float64 (torch 2.13)."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

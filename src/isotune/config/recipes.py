@@ -59,6 +59,9 @@ class Recipe(RunRecipe):
     train_on: TrainOn = key(
         "all", DATA, "what to learn: all answers of a conversation, the last one, or everything, questions included")
     overlong: Overlong = key("truncate", DATA, "what happens to a conversation longer than max_seq_length")
+    router_aux_loss_coef: float = key(
+        0.0, SCHEDULE, "weight of the loss that balances the routers of a mixture of experts, over the whole global "
+        "batch; it takes a second forward", allowed=Range(0), unset=0.0, common=False)
     packing: bool = key(True, DATA, "pack several conversations into a row; they never see each other")
     show_example: bool = key(
         True, OUTPUT, "show one example before the first step, what is learnt marked", changes_result=False)

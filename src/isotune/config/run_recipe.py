@@ -6,6 +6,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from isotune.config.adapter_start import read_start
 from isotune.config.base_recipe import BaseRecipe
 from isotune.config.engine_keys import (
     CHOOSES_THE_BEST,
@@ -102,6 +103,12 @@ class RunRecipe(BaseRecipe):
     model_init: Literal["pretrained", "random"] = key(
         "pretrained", MODEL, "take the model's weights, or its geometry with random weights")
     tokenizer_name_or_path: str | None = key(None, MODEL, "another tokenizer", default_text="the model's", is_path=True)
+    add_tokens: tuple[str, ...] | None = key(
+        None, MODEL, "texts that become a token each, whose rows of the embedding are new and trained", common=False,
+        default_text="none")
+    resize_embeddings: bool = key(
+        False, MODEL, "add rows to the embedding, and train them, where the tokenizer has more tokens than it has rows",
+        unset=False, common=False)
     tune: Literal["full", "lora", "qlora"] = key("lora", MODEL, "what is trained: all weights, or adapters")
 
     dataset_name: str = key(
@@ -165,8 +172,9 @@ class RunRecipe(BaseRecipe):
     bias: Literal["none", "all", "lora_only"] = key("none", ADAPTER, "biases to train beside LoRA", needs=_LORA)
     use_rslora: bool = key(False, ADAPTER, "scale by lora_alpha / sqrt(r)", needs=_LORA)
     use_dora: bool = key(False, ADAPTER, "train magnitudes apart from directions (DoRA)", needs=_LORA)
-    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = key(
-        True, ADAPTER, "true: the adapter starts as the identity", needs=_LORA)
+    init_lora_weights: bool | str = key(
+        True, ADAPTER, "what LoRA starts from; true: the base as it is; pissa, pissa_niter_N and olora: the largest "
+        "part of the base's own weights, which is trained", needs=_LORA, read=read_start)
     loraplus_lr_ratio: float | None = key(
         None, OPTIMISER, "LoRA+: the learning rate of the B matrices over that of the others", allowed=POSITIVE,
         needs=_LORA, common=False, default_text="1")

@@ -49,7 +49,7 @@ NAMES_BY_ANSWER: dict[str, tuple[str, ...]] = {
     _DEVICE: ("ddp_backend", "local_rank"),
     _LAUNCH: ("deepspeed", "fsdp", "fsdp_config", "accelerator_config", "parallelism_config"),
     "say on_nonfinite: stop or skip; a non-finite loss is never hidden": ("logging_nan_inf_filter", "debug"),
-    _LOSS: ("label_smoothing_factor", "loss_type", "average_tokens_across_devices", "router_aux_loss_coef"),
+    _LOSS: ("label_smoothing_factor", "loss_type", "average_tokens_across_devices"),
     f"{_EVALUATION}, in the precision of training": ("bf16_full_eval", "fp16_full_eval"),
     _EVALUATION: (
         "prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps",
@@ -69,7 +69,8 @@ NAMES_BY_ANSWER: dict[str, tuple[str, ...]] = {
         "dtype", "torch_dtype", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"),
     "say tune: lora": ("use_peft",),
     "say tune: qlora": ("load_in_4bit",),
-    "8-bit weights are not offered; tune: qlora has 4-bit ones": ("load_in_8bit",),
+    "bitsandbytes rounds activations to 8 bits by the largest of all tokens of a microbatch, so that the result would "
+    "depend on its size: tune: qlora has 4-bit weights": ("load_in_8bit",),
     "say warmup_steps: a number below 1 is a share of the run": ("warmup_ratio",),
     "metrics.jsonl has input_tokens and peak_memory_bytes of every step": (
         "include_num_input_tokens_seen", "skip_memory_metrics"),

@@ -24,6 +24,7 @@ from isotune.io.errors import UserError
 from isotune.io.shipped import script
 from isotune.models.base.folder import ADAPTER_CONFIG
 from isotune.models.base.head import set_names
+from isotune.models.base.vocabulary import grow_embeddings
 from isotune.models.class_loss import PROBLEM_TYPES
 from isotune.models.layouts.heads import head_of
 from isotune.models.log_control import quiet_libraries
@@ -191,7 +192,7 @@ def load_run_base(run: FinishedRun, device: torch.device, *, dequantize: bool) -
         set_names(config, classes, names, PROBLEM_TYPES[run.settings.get("task_type", SINGLE_LABEL)])
         kwargs |= {"config": config, "may_lack": head}
     if run.base_made_here or run.settings.get("tune") != "qlora":
-        return load_pretrained(name, auto=auto, **kwargs).to(device)
+        return _grown(run, load_pretrained(name, auto=auto, **kwargs).to(device))
     quantization = four_bit_config(
         run.settings.get("bnb_4bit_quant_type", "nf4"),
         run.settings.get("bnb_4bit_use_double_quant", True),
@@ -200,8 +201,15 @@ def load_run_base(run: FinishedRun, device: torch.device, *, dequantize: bool) -
     )
     with quiet_libraries():
         kwargs |= {"quantization_config": quantization, "device_map": {"": device}}
-        base = load_pretrained(name, auto=auto, **kwargs)
+        base = _grown(run, load_pretrained(name, auto=auto, **kwargs))
         return base.dequantize() if dequantize else base
+
+
+def _grown(run: FinishedRun, base: Any) -> Any:
+    """The base with a row for each new token whose rows the adapter brings."""
+    rows = _read_json(run.model / ADAPTER_CONFIG).get("trainable_token_indices") or {}
+    grow_embeddings(base, sorted({row for own in (rows.values() if isinstance(rows, dict) else [rows]) for row in own}))
+    return base
 
 
 def _adapter_classes(file: Path, head: Sequence[str]) -> int:

@@ -35,6 +35,7 @@ from isotune.io.extras import need
 from isotune.models.base.builtin import builtin_config, builtin_tokenizer
 from isotune.models.base.head import BaseHead, draw_head, is_classifier, reorder
 from isotune.models.base.hub import locate
+from isotune.models.base.vocabulary import add_tokens
 from isotune.models.layouts.heads import head_of, is_of_head
 from isotune.models.log_control import quiet_libraries
 from isotune.models.packed_attention import max_positions
@@ -148,9 +149,11 @@ def weights_dtype(recipe: RunRecipe) -> torch.dtype:
 def load_tokenizer(recipe: RunRecipe, needed: Sequence[str] = ()) -> PreTrainedTokenizerBase:
     """The tokenizer that the recipe names, or else its model's; it must have the `needed` special tokens.
 
-    For conversations it carries the chat template of the recipe's `chat_format`, whatever it came with.
+    It has the tokens that the recipe adds. For conversations it carries the chat template of the recipe's
+    `chat_format`, whatever it came with.
     """
     tokenizer = _load_tokenizer(recipe, needed)
+    add_tokens(tokenizer, recipe.add_tokens or ())
     if isinstance(recipe, Recipe):
         ChatFormat.of(recipe.chat_format, tokenizer).apply(tokenizer)
     return tokenizer
@@ -234,7 +237,8 @@ def load_base_model(
     else:
         if new_modules:
             torch.manual_seed(recipe.seed)
-        with whole_models() if new_modules else contextlib.nullcontext():
+        changes = bool(new_modules or recipe.add_tokens or recipe.resize_embeddings)  # before an engine shards it
+        with whole_models() if changes else contextlib.nullcontext():
             model = load_pretrained(name, auto=auto, may_lack=new_modules, say_new=say_new, **kwargs).to(device)
         align_weights(model)
     if replaced:

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from isotune.compat.peft import base_model_of
+from isotune.compat.peft import base_model_of, without_new_rows
 from isotune.compat.torch import AutogradFunction, patch_forward
 from isotune.io.errors import UserError
 from isotune.models.cpu.functional import Workspace
@@ -227,7 +227,7 @@ def use_stock_logits(model: nn.Module) -> None:
 
 
 def _plain_head(base: PreTrainedModel) -> Any:
-    head = base.get_output_embeddings()
+    head = without_new_rows(base.get_output_embeddings())
     if not isinstance(head, nn.Linear) or _is_wrapped(head):
         raise UserError(
             "the output head (lm_head) is wrapped by an adapter or quantised, which the supervised loss cannot use: "
@@ -262,13 +262,25 @@ def _model_forward(
     kwargs["return_dict"] = True
     if self.logits_transform is None:
         if "logits_to_keep" in inspect.signature(self.stock_forward).parameters:
-            logits = self.stock_forward(*args, logits_to_keep=supervised_positions, **kwargs).logits.flatten(0, 1)
+            outputs = self.stock_forward(*args, logits_to_keep=supervised_positions, **kwargs)
+            logits = outputs.logits.flatten(0, 1)
         else:
-            logits = self.stock_forward(*args, **kwargs).logits.flatten(0, 1).index_select(0, supervised_positions)
+            outputs = self.stock_forward(*args, **kwargs)
+            logits = outputs.logits.flatten(0, 1).index_select(0, supervised_positions)
         loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-        return CausalLMOutputWithPast(loss=loss)  # type: ignore[arg-type]  (a FloatTensor)
+        return _with_loss(loss, outputs)
     head = _plain_head(self)
     assert "stock_forward" in vars(head), "the head was replaced after install_supervised_loss"
-    hidden = self.base_model(*args, **kwargs).last_hidden_state
-    selected = hidden.flatten(0, 1).index_select(0, supervised_positions)
-    return CausalLMOutputWithPast(loss=head(selected, targets=targets, transform=self.logits_transform))
+    outputs = self.base_model(*args, **kwargs)
+    selected = outputs.last_hidden_state.flatten(0, 1).index_select(0, supervised_positions)
+    outer = self.get_output_embeddings()
+    if outer is head:
+        loss = head(selected, targets=targets, transform=self.logits_transform)
+    else:  # its weight is put together of the base's and the rows that are trained
+        loss = supervised_loss(selected, outer.weight, head.bias, targets, self.logits_transform)
+    return _with_loss(loss, outputs)
+
+
+def _with_loss(loss: Any, outputs: Any) -> MoeCausalLMOutputWithPast:
+    """The loss, and what routers chose by where that was asked for."""
+    return MoeCausalLMOutputWithPast(loss=loss, router_logits=getattr(outputs, "router_logits", None))

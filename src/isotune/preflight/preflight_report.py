@@ -14,7 +14,7 @@ from isotune.config.recipes import project_of
 from isotune.data.classification.split import prepare_labelled
 from isotune.data.sft.preparation import prepare_conversations
 from isotune.io.errors import UserError
-from isotune.models.base.vocabulary import check_tokens
+from isotune.models.base.vocabulary import new_rows
 from isotune.models.opening import compute_dtype, load_config, load_tokenizer
 from isotune.preflight.microbatch_size import choose_microbatch_tokens, launch_that_decides
 from isotune.preflight.request import DDP, FSDP, PLAIN, SHIPPED, Launch, PreflightRequest, shipped_launch
@@ -106,7 +106,10 @@ def run_preflight(
     recipe, launch = request.recipe, request.launch
     config = load_config(recipe)
     data, no_work_reason = (prepared, None) if prepared is not None else _prepare_data(recipe, config, show_progress)
-    estimator = Estimator(recipe, config, data, on_cpu=device is None and limit is None)
+    rows = ()
+    if recipe.add_tokens or recipe.resize_embeddings:
+        rows = new_rows(config, load_tokenizer(recipe), recipe)
+    estimator = Estimator(recipe, config, data, on_cpu=device is None and limit is None, new_rows=rows)
     if limit is None and device is not None:
         limit = device.memory_bytes
     chosen = None
@@ -158,10 +161,13 @@ def run_preflight(
 class Estimator:
     """Work and memory of a recipe, its variants and launches; what several of them share is computed once."""
 
-    def __init__(self, recipe: RunRecipe, config: Any, data: Any, *, on_cpu: bool) -> None:
+    def __init__(
+        self, recipe: RunRecipe, config: Any, data: Any, *, on_cpu: bool, new_rows: Sequence[int] = ()
+    ) -> None:
         self.recipe, self.config, self.data, self.on_cpu = recipe, config, data, on_cpu
+        self.new_rows = new_rows  # of the embedding
         self.num_labels = getattr(getattr(data, "train", None), "num_labels", None)
-        self.stats = model_stats(recipe, config, self.num_labels)
+        self.stats = model_stats(recipe, config, self.num_labels, new_rows)
         self._works: dict[tuple[int, int, bool], Work] = {}
         self._traces: dict[tuple, MicrobatchMemory] = {}
 
@@ -175,7 +181,9 @@ class Estimator:
 
     def memory(self, recipe: RunRecipe, launch: Launch) -> Memory:
         """The memory of a variant under a launch."""
-        stats = self.stats if recipe is self.recipe else model_stats(recipe, self.config, self.num_labels)
+        stats = (
+            self.stats if recipe is self.recipe else model_stats(recipe, self.config, self.num_labels, self.new_rows)
+        )
         work = self.work(recipe, launch)
         if work is not None:
             count, microbatch = work.microbatches_per_rank, work.costliest_microbatch
@@ -188,7 +196,7 @@ class Estimator:
         checkpointing = bool(recipe.training_arguments.get("gradient_checkpointing"))
         key = (microbatch, recipe.tune, checkpointing, casts_weights)
         if key not in self._traces:
-            build = model_builder(recipe, self.config, self.num_labels)
+            build = model_builder(recipe, self.config, self.num_labels, self.new_rows)
             self._traces[key] = trace_microbatch(
                 (lambda layers: build(layers).to(dtype)) if casts_weights else build,  # instead of autocast
                 self.stats.layers,
@@ -273,7 +281,7 @@ def _prepare_data(recipe: RunRecipe, config: Any, show_progress: bool) -> tuple[
         tokenizer = load_tokenizer(recipe)
     except UserError as error:
         return None, str(error)
-    check_tokens(config, tokenizer, recipe.model_name_or_path)
+    new_rows(config, tokenizer, recipe)
     try:
         if project := project_of(recipe.keys()):
             return project.prepare(recipe, tokenizer), None

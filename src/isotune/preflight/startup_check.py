@@ -43,7 +43,7 @@ def startup_check(start: Start, data: Any) -> Start | None:
             report = run_preflight(PreflightRequest(recipe, launch, ()), limit=limit, prepared=data)
             print(render_report(report, None), flush=True)
         return None
-    estimator = Estimator(recipe, start.config, data, on_cpu=limit is None)
+    estimator = Estimator(recipe, start.config, data, on_cpu=limit is None, new_rows=start.new_rows)
     memory = estimate_memory(Sharding(recipe, estimator.stats, launch), MicrobatchMemory(0, 0), 2, on_cpu=limit is None)
     optimizer = memory.optimizer + memory.master_copies
     fixed = memory.weights + memory.gradients + optimizer

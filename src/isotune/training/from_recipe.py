@@ -35,13 +35,14 @@ from isotune.distributed.ranks import call_on_main
 from isotune.io.errors import UserError
 from isotune.models.adapters.lora import add_adapters
 from isotune.models.base.head import BaseHead, set_names
-from isotune.models.base.vocabulary import check_tokens
+from isotune.models.base.vocabulary import grow_embeddings, new_rows
 from isotune.models.causal import CausalForm, install_causal
 from isotune.models.class_loss import PROBLEM_TYPES, ClassLoss, DocumentLoss, choose_weights, loss_of
 from isotune.models.classifier import install_classification, pad_like_tokenizer, takes_token_types
 from isotune.models.cpu.layers import enable_speedups
 from isotune.models.layouts.layout import ALONE, PADDED
 from isotune.models.opening import is_made_here, load_base_model, load_config, load_tokenizer
+from isotune.models.packed_attention import PACKED
 from isotune.run.hub import open_hub
 from isotune.run.preemption import supervised
 from isotune.run.run_dir import RECIPE, RunDir
@@ -51,6 +52,8 @@ from isotune.training.checkpointer import Checkpointer
 from isotune.training.failures.nonfinite import NonFinitePolicy
 from isotune.training.failures.out_of_memory import MemoryPlan, OutOfMemoryPolicy
 from isotune.training.recorder import EpochAverages, MetricsRecorder, ProgressBar
+from isotune.training.router_balance import RouterBalance
+from isotune.training.router_loss import RouterLoss
 from isotune.training.tasks import ClassificationTask, SftTask, Task
 from isotune.training.trainer import PlannedTraining, SFTTrainer, Trainer
 from isotune.training.training_plan import TrainingPlan
@@ -67,6 +70,7 @@ class Start:
     tokenizer: PreTrainedTokenizerBase
     chooses_tokens: bool = False  # nobody gave microbatch_tokens, so another size may be tried
     memory: MemoryPlan | None = None  # what was planned of a process's memory
+    new_rows: tuple[int, ...] = ()  # of the embedding, which begin anew and are trained
 
     def with_values(self, **found: Any) -> "Start":
         """The same start with values that nobody gave, which its run records."""
@@ -93,8 +97,11 @@ def start_run(recipe: RunRecipe) -> Start:
     config, tokenizer = load_config(recipe), load_tokenizer(recipe)
     if isinstance(recipe, Recipe) and recipe.chat_format == AUTO:  # the run records what it meant
         run.recipe = recipe = recipe.with_values(chat_format=ChatFormat.of(AUTO, tokenizer).kind)
-    check_tokens(config, tokenizer, recipe.model_name_or_path)
-    return Start(recipe, process, run, config, tokenizer, chooses_tokens=recipe.microbatch_tokens == "auto")
+    rows = new_rows(config, tokenizer, recipe)
+    if rows and recipe.tune != "full" and (process.fsdp or process.zero_stage == 3):
+        raise UserError("rows of new tokens are trained in a whole embedding: use ddp or ZeRO 0 to 2, or tune: full")
+    chooses = recipe.microbatch_tokens == "auto"
+    return Start(recipe, process, run, config, tokenizer, chooses_tokens=chooses, new_rows=rows)
 
 
 def _recorded_values(recipe: RunRecipe) -> dict[str, Any]:
@@ -146,6 +153,7 @@ def build_model(start: Start, data: RunData) -> nn.Module:
             print(f"head        {head.line}")
         say_new = _say_new if process.is_main else None
         base = load_base_model(recipe, config, process.loading_device(recipe), head, say_new)
+        grow_embeddings(base, start.new_rows)
         layout = install_classification(base, class_loss, recipe.max_seq_length)
         if layout.name == ALONE and (process.fsdp or process.zero_stage == 3):
             raise UserError(
@@ -164,11 +172,15 @@ def build_model(start: Start, data: RunData) -> nn.Module:
             print(f"note        {padding}")
     else:
         base = load_base_model(recipe, config, process.loading_device(recipe))
+        grow_embeddings(base, start.new_rows)
         form = install_causal(base, recipe.max_seq_length)
         if process.is_main:
             _say_form(form)
         _end_generation_at(base, ConversationEncoder(start.tokenizer).end_ids)
-    model = base if recipe.tune == "full" else add_adapters(base, recipe)
+    if start.new_rows and process.is_main:
+        count, whose = len(start.new_rows), "their rows of the embedding begin as the mean of the others"
+        print(f"tokens      {count:,} new: {whose}, and are trained")
+    model = base if recipe.tune == "full" else add_adapters(base, recipe, start.new_rows)
     enable_speedups(model, zero3=process.zero_stage == 3)
     return model
 
@@ -234,7 +246,7 @@ def build_trainer(start: Start, model: nn.Module, data: RunData) -> PlannedTrain
     recipe, process, run = start.recipe, start.process, start.run
     run.check_room(sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
     classifies = isinstance(recipe, ClassificationRecipe)
-    task = _classification_task(start, model, data.train) if classifies else SftTask(_attention_of(model))
+    task = _classification_task(start, model, data.train) if classifies else _sft_task(recipe, model)
     plan = replace(plan := make_plan(recipe, process, data, task), out_of_memory=_out_of_memory(start, plan))
     roles = {role: found for role, found in (("train", data.train), ("evaluation", data.evaluation)) if found}
     early_stop = EarlyStop(recipe) if recipe.early_stopping_patience is not None else None
@@ -274,6 +286,15 @@ def _out_of_memory(start: Start, plan: TrainingPlan) -> OutOfMemoryPolicy:
 
 def _attention_of(model: nn.Module) -> str:
     return str(attention_of(base_model_of(model).config))
+
+
+def _sft_task(recipe: Any, model: nn.Module) -> SftTask:
+    attention, coefficient = _attention_of(model), recipe.router_aux_loss_coef
+    if not coefficient:
+        return SftTask(attention)
+    if attention != PACKED:
+        raise UserError("router_aux_loss_coef balances routers over packed rows, and this model's documents are padded")
+    return SftTask(attention, RouterLoss(coefficient, RouterBalance.of(model)))
 
 
 def classes_of_task(config: PreTrainedConfig, train: Any) -> BaseHead:

@@ -5,7 +5,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from isotune.distributed.ranks import Watchdog, gather_by_number, gather_vectors
 from isotune.models.class_loss import DocumentLoss
 from isotune.models.packed_attention import PACKED
 from isotune.training.label_kinds import KINDS, LabelKind
+from isotune.training.router_loss import RouterLoss
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,34 @@ class SftTask(Task):
 
     item, target = "rows", "supervised_tokens"
     attention: str = PACKED  # what the model attends by; any other pads the documents of a row
+    router_loss: RouterLoss | None = None  # of a mixture of experts, where it is asked for
+    _denominator: float = field(default=1.0, init=False)
 
     def denominator(self, step: Step) -> float:
         """Supervised tokens of the global batch, over all ranks."""
         return step.supervised_tokens
+
+    def begin(
+        self, step: Step, microbatches: Sequence[dict[str, Any]], outputs: Callable[[dict[str, Any]], Any]
+    ) -> None:
+        """Count what the routers choose in the whole global batch, where they are balanced."""
+        if self.router_loss is not None:
+            self._denominator = self.denominator(step)
+            self.router_loss.look_ahead(step, microbatches, outputs)
+
+    def inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """With the routers' logits asked for, where they are balanced."""
+        return inputs if self.router_loss is None else {**inputs, "output_router_logits": True}
+
+    def loss(self, outputs: Any, microbatch: dict[str, Any]) -> torch.Tensor:
+        """The summed loss of the supervised tokens, and what the microbatch adds to the routers' loss."""
+        if self.router_loss is None:
+            return outputs.loss
+        return outputs.loss + self._denominator * self.router_loss.part(outputs.router_logits)
+
+    def train_metrics(self, step: Step, count: int) -> dict[str, float]:
+        """The routers' loss of the global batch, without its coefficient, where it is trained."""
+        return {} if self.router_loss is None else {"router_loss": self.router_loss.value}
 
     def evaluate(self, run: EvaluationRun) -> dict[str, float]:
         """eval_loss in nats per supervised token, eval_perplexity, eval_supervised_tokens, eval_seconds.

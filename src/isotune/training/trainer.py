@@ -44,7 +44,7 @@ from isotune.training.failures.nonfinite import NonFinitePolicy
 from isotune.training.failures.out_of_memory import OutOfMemoryPolicy
 from isotune.training.gradients.gradient_sync import GradientSync, ZeroGradientSync
 from isotune.training.recorder import MetricsRecorder
-from isotune.training.tasks import EvaluationRun
+from isotune.training.tasks import EvaluationRun, SftTask
 from isotune.training.training_plan import StepLoader, TrainingPlan
 from isotune.training.update import OptimizerUpdate
 
@@ -78,7 +78,8 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
         if self.is_fsdp_enabled:
             reduce_fsdp_in_fp32(self.accelerator)
         is_main = self.args.process_index == 0
-        if is_main and isinstance(self, TrlSFTTrainer) and has_router_loss(self.model):
+        balanced = isinstance(plan.task, SftTask) and plan.task.router_loss is not None
+        if is_main and isinstance(self, TrlSFTTrainer) and has_router_loss(self.model) and not balanced:
             print(
                 "note        the routers' balancing loss (router_aux_loss_coef) is not trained, only the answers' loss"
             )

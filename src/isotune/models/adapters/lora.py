@@ -1,5 +1,6 @@
 """Adapters (LoRA, IA3) on the layers that adapter_targets.py chooses, and the head that is trained beside them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,8 +8,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from isotune.compat.torch import one_thread
 from isotune.config import ClassificationRecipe, RunRecipe
 from isotune.io.errors import UserError, first_line, nearest
+from isotune.models.adapters.from_base import start_from_base, starts_from_base
 from isotune.models.adapters.targets import Targets, check_patterns, choose_targets
 from isotune.models.base.hub import commit_of_base
 from isotune.models.layouts.heads import head_modules
@@ -20,11 +23,13 @@ IA3_FEEDFORWARD = frozenset(
 )
 
 
-def add_adapters(model: PreTrainedModel, recipe: RunRecipe) -> nn.Module:
+def add_adapters(model: PreTrainedModel, recipe: RunRecipe, new_rows: Sequence[int] = ()) -> nn.Module:
     """Wrap a base model with the recipe's adapters; everything else is frozen, but for a classifier's head.
 
     Adapter weights are fp32 and drawn from the recipe's seed, so they are the same on every process; biases that are
-    trained are fp32 too. UserError for a name that matches nothing in the model.
+    trained are fp32 too, and so are the embedding's `new_rows`, with those of the head: peft's trainable tokens, which
+    add these rows to the adapter and not a copy of the whole embedding with its moments, and leave all other rows as
+    they are. UserError for a name that matches nothing in the model.
     """
     from peft import IA3Config, LoraConfig, TaskType, get_peft_model
 
@@ -41,6 +46,8 @@ def add_adapters(model: PreTrainedModel, recipe: RunRecipe) -> nn.Module:
         "revision": commit_of_base(recipe),
         "fan_in_fan_out": isinstance(model.get_submodule(targets.names[0]), Conv1D),
     }
+    if new_rows and recipe.peft_type == "ia3":
+        raise UserError("peft trains new tokens beside LoRA alone, and peft_type is ia3: say peft_type: lora")
     if recipe.peft_type == "ia3":
         # as in the paper: keys, values, and what goes into the second layer of a block's feed-forward network
         second = [name for name in targets.names if name.rsplit(".", 1)[-1] in IA3_FEEDFORWARD]
@@ -48,15 +55,18 @@ def add_adapters(model: PreTrainedModel, recipe: RunRecipe) -> nn.Module:
         config: Any = IA3Config(**common, feedforward_modules=second)
     else:
         check_patterns(recipe, targets)
-        keys = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora", "init_lora_weights")
+        keys = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora")
+        start: Any = recipe.init_lora_weights
         config = LoraConfig(
             **common,
             **{key: getattr(recipe, key) for key in keys},
+            init_lora_weights=True if starts_from_base(start) else start,
             rank_pattern=dict(recipe.rank_pattern or {}),
             alpha_pattern=dict(recipe.alpha_pattern or {}),
+            trainable_token_indices=_rows_by_module(model, recipe, new_rows) if new_rows else None,
         )
     try:
-        with quiet_libraries():  # peft 0.21 uses a deprecated name of transformers 5.23
+        with quiet_libraries(), one_thread():  # peft 0.21 uses a deprecated name of transformers 5.23
             adapted = get_peft_model(model, config)
     except ValueError as error:  # of options that peft does not combine
         raise UserError(f"peft cannot add these adapters: {first_line(error)}") from error
@@ -68,7 +78,25 @@ def add_adapters(model: PreTrainedModel, recipe: RunRecipe) -> nn.Module:
         is_norm = not isinstance(module, nn.Linear | Conv1D)
         if isinstance(weight, nn.Parameter) and isinstance(bias, nn.Parameter) and is_norm:
             weight.data = weight.data.to(bias.dtype)
+    if starts_from_base(recipe.init_lora_weights):
+        start_from_base(adapted, str(recipe.init_lora_weights), recipe.seed)
     return adapted
+
+
+def _rows_by_module(model: PreTrainedModel, recipe: RunRecipe, rows: Sequence[int]) -> dict[str, list[int]]:
+    """The embedding and a head of its own, each with the rows to train, as peft is told them."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise UserError(
+            f"the head of {type(model).__name__} has a bias, which peft's trainable tokens leave out: say tune: full"
+        )
+    layers = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
+    names = {id(module): name for name, module in model.named_modules()}
+    for layer in layers:
+        for wanted in recipe.modules_to_save or ():
+            if names[id(layer)].endswith(wanted):
+                raise UserError(f"modules_to_save names '{wanted}', whose new rows are trained alone: take it out")
+    return {names[id(layer)]: list(rows) for layer in layers}
 
 
 def _check_modules_to_save(model: nn.Module, recipe: RunRecipe, targets: Targets) -> None:

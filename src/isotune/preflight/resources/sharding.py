@@ -18,7 +18,7 @@ real steps.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from isotune.compat.deepspeed import whole_models
 from isotune.compat.peft import base_model_of
 from isotune.config import ClassificationRecipe, Recipe, RunRecipe
 from isotune.models.adapters.lora import add_adapters
+from isotune.models.base.vocabulary import grow_embeddings
 from isotune.models.causal import install_causal
 from isotune.models.class_loss import PLAIN_LOSS
 from isotune.models.classifier import install_classification
@@ -77,7 +78,7 @@ class ModelStats:
 
 
 def model_builder(
-    recipe: RunRecipe, config: PreTrainedConfig, num_labels: int | None = None
+    recipe: RunRecipe, config: PreTrainedConfig, num_labels: int | None = None, new_rows: Sequence[int] = ()
 ) -> Callable[[int], nn.Module]:
     """A function that builds the recipe's model, with adapters, with a number of blocks on the meta device."""
     layers_key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
@@ -92,18 +93,22 @@ def model_builder(
             if isinstance(recipe, ClassificationRecipe):
                 smaller.num_labels = num_labels or recipe.num_labels or 2
                 base: Any = AutoModelForSequenceClassification.from_config(smaller, dtype=weights_dtype(recipe))
+                grow_embeddings(base, new_rows)
                 install_classification(base, PLAIN_LOSS)  # others take no more memory
             else:
                 base = AutoModelForCausalLM.from_config(smaller, dtype=weights_dtype(recipe))
+                grow_embeddings(base, new_rows)
                 install_causal(base, recipe.max_seq_length)
-            return base if recipe.tune == "full" else add_adapters(base, recipe)
+            return base if recipe.tune == "full" else add_adapters(base, recipe, new_rows)
 
     return build
 
 
-def model_stats(recipe: RunRecipe, config: PreTrainedConfig, num_labels: int | None = None) -> ModelStats:
+def model_stats(
+    recipe: RunRecipe, config: PreTrainedConfig, num_labels: int | None = None, new_rows: Sequence[int] = ()
+) -> ModelStats:
     """Build the recipe's model and count its parameters."""
-    model = model_builder(recipe, config, num_labels)(config.num_hidden_layers)
+    model = model_builder(recipe, config, num_labels, new_rows)(config.num_hidden_layers)
     head = base_model_of(model).get_output_embeddings() if isinstance(recipe, Recipe) else None
     decayed = set(get_parameter_names(model, [nn.LayerNorm], ["bias", "layernorm", "rmsnorm"]))
     modules = model.named_modules()  # the linear layers are counted without the output head and adapters

@@ -1,0 +1,53 @@
+"""The routers' load-balancing loss of an update: exact over its whole global batch, by a look ahead.
+
+The counts of all tokens of the update have to be known before the first backward, so each microbatch runs forward once
+more, without a graph and with the same dropout. With them, the gradient of a microbatch is its part of the gradient
+of the whole batch's loss, and neither microbatches nor ranks change it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isotune.data.batch_schedule import Step
+from isotune.distributed.ranks import gather_vectors
+from isotune.training.router_balance import RouterBalance
+
+
+@dataclass(eq=False)
+class RouterLoss:
+    """Adds `coefficient` times the balancing loss of the global batch to the loss of its microbatches."""
+
+    coefficient: float
+    balance: RouterBalance
+    value: float = field(default=0.0, init=False)  # of the global batch, before the coefficient
+    _choices: Tensor | None = field(default=None, init=False)  # float64 [experts], of the global batch
+    _tokens: float = field(default=1.0, init=False)  # of the global batch, once a layer
+
+    def look_ahead(
+        self, step: Step, microbatches: Sequence[dict[str, Any]], outputs: Callable[[dict[str, Any]], Any]
+    ) -> None:
+        """Count over all ranks, before the update; every rank must call it, with as many microbatches."""
+        experts = self.balance.experts
+        own, device = dict[int, Tensor](), torch.device("cpu")
+        for microbatch in microbatches:
+            choices, probabilities, tokens = self.balance.sums(outputs(microbatch).router_logits)
+            device = choices.device
+            if microbatch["weight"]:
+                parts = [choices.double(), probabilities.double(), choices.new_full((1,), tokens).double()]
+                own[microbatch["number"]] = torch.cat(parts)
+        # each number comes from one rank and whole ones are exact in float64, so no launch changes the sums
+        table = gather_vectors(own, len(step.microbatches), 2 * experts + 1, device)
+        total = table.sum(dim=0)
+        self._choices, self._tokens = total[:experts].to(device), float(total[-1])
+        self.value = float(self.balance.loss(total[:experts], total[experts:-1], self._tokens))
+
+    def part(self, router_logits: tuple[Tensor, ...]) -> Tensor:
+        """What a microbatch adds to the coefficient times the loss, fp32 []; before a look ahead it is zero."""
+        _, probabilities, _ = self.balance.sums(router_logits)
+        if self._choices is None:  # a microbatch that is tried before the first step
+            return 0.0 * probabilities.sum()
+        return self.coefficient * self.balance.loss(self._choices.float(), probabilities, self._tokens)

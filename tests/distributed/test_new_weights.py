@@ -1,0 +1,52 @@
+"""What a run adds to its base is the same on any number of processes: first matrices, rows of tokens, routers' loss."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from tests.building import small_experts, small_opt
+from tests.launching import TINY, Finished, start_together
+
+EXACT = {**TINY, "exact_gradients": True, "save_strategy": "no", "learning_rate": 1e-2, "max_steps": 4}
+
+
+def weights_hash(finished: Finished) -> str:
+    (file,) = finished.run.glob("model/*.safetensors")
+    tensors = load_file(file)
+    return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()
+
+
+def figures(finished: Finished) -> list[tuple]:
+    return [(line["step"], line["loss"], line["grad_norm"], line.get("router_loss")) for line in finished.steps]
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    folder: Path = tmp_path_factory.mktemp("bases")
+    opt = {"model_name_or_path": small_opt(folder / "opt"), "tune": "lora", "lora_dropout": 0.1}
+    texts = [f"### Human: <|q|> {n}?### Assistant: <|a|> It is {2 * n}." for n in range(40)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return {
+        "pissa": EXACT | opt | {"init_lora_weights": "pissa", "r": 4},
+        "pissa_niter": EXACT | opt | {"init_lora_weights": "pissa_niter_4", "r": 4},
+        "tokens": EXACT | opt | {"add_tokens": ["<|q|>", "<|a|>"], "dataset_name": str(folder / "rows.jsonl")},
+        "routers": EXACT | {"model_name_or_path": small_experts(folder / "experts"), "router_aux_loss_coef": 0.5},
+    }
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory, recipes) -> dict[str, Finished]:
+    """Each on one plain process."""
+    return start_together(tmp_path_factory.mktemp("one"), recipes)
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_they_have_the_same_bits_on_any_number_of_processes(tmp_path, recipes, one_process, processes):
+    for name, several in start_together(tmp_path, recipes, processes=processes).items():
+        assert several.environment["world_size"] == processes
+        assert figures(several) == figures(one_process[name]), name
+        assert weights_hash(several) == weights_hash(one_process[name]), name
+    assert all(line["router_loss"] >= 1.0 for line in one_process["routers"].steps)
