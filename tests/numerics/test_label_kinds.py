@@ -38,6 +38,8 @@ def labels_of(rows: list[dict], task_type: str) -> torch.Tensor:
 class Stock:
     """The library's tokenizer, model and loss."""
 
+    weights: torch.Tensor | None = None  # of the labels that a text has, in training
+
     def __init__(self, folder: str, task_type: str, state: dict, rate: float = RATE, length: int = LENGTH) -> None:
         self.rate, self.length = rate, length
         self.tokenizer, self.task_type = AutoTokenizer.from_pretrained(folder), task_type
@@ -56,7 +58,11 @@ class Stock:
         losses, norms = [], []
         self.model.train()
         for rows in batches:
-            loss = self.model(**self.batch(rows)).loss
+            batch = self.batch(rows)
+            found = self.model(**batch)
+            loss = found.loss
+            if self.weights is not None:
+                loss = torch.nn.BCEWithLogitsLoss(pos_weight=self.weights)(found.logits, batch["labels"])
             optimizer.zero_grad()
             loss.backward()
             norms.append(float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)))
@@ -128,6 +134,26 @@ def test_every_step_and_the_evaluation_are_those_of_the_plain_loop(tmp_path, kin
         assert found[name] == pytest.approx(value, rel=1e-4), name
     cut = built.trainer.plan.documents.table.counts["cut"]
     assert cut > 0 or not pairs, "some pairs are longer than the room"
+
+
+@pytest.mark.parametrize("weights", ["balanced", [0.5, 3.0, 1.0, 7.0]], ids=str)
+def test_weights_of_labels_are_torchs_pos_weight_over_the_whole_global_batch(tmp_path, capsys, weights):
+    built, folder, train, test = built_for(tmp_path, "bert", "multi_label", pairs=False, class_weights=weights)
+    expected = weights
+    if weights == "balanced":
+        having = np.array([[name in row["label"] for name in NAMES] for row in train]).sum(axis=0)
+        expected = (len(train) - having) / having
+    assert f"{NAMES[0]} {expected[0]:.4g}" in capsys.readouterr().out
+    stock = Stock(folder, "multi_label", {name: own.clone() for name, own in built.model.state_dict().items()})
+    stock.weights = torch.tensor(expected, dtype=torch.float32)
+    schedule = built.trainer.plan.schedule
+    built.train()
+    losses, norms = stock.train(
+        [[train[d] for m in schedule.step(n).microbatches for d in m.documents] for n in range(STEPS)]
+    )
+    assert [line["loss"] for line in built.steps] == pytest.approx(losses, rel=1e-5)
+    assert [line["grad_norm"] for line in built.steps] == pytest.approx(norms, rel=1e-5)
+    assert built.trainer.evaluate()["eval_loss"] == pytest.approx(stock.evaluate(test)[0], rel=1e-5)  # without weights
 
 
 def test_the_predictions_file_names_labels_and_numbers(tmp_path):

@@ -156,7 +156,8 @@ def test_a_cell_of_a_labels_column_that_is_neither_0_nor_1_is_named(prepare):
 
 
 WRONG_KEYS = {
-    "class_weights": ("balanced", "class_weights are of single_label"),
+    "class_weights": ("balanced", "class_weights are of classes and labels"),
+    "label_thresholds": ([0.3], "label_thresholds are of multi_label"),
     "label_smoothing_factor": (0.1, "label_smoothing_factor is of single_label"),
     "label_names": (["a", "b"], "leave out label_names"),
     "num_labels": (2, "leave out num_labels"),
@@ -177,8 +178,10 @@ def test_keys_that_the_kind_of_labels_rules_out_are_refused_where_the_data_shows
         UserError, match=r"labelled for task_type regression: metric_for_best_model is eval_accuracy, and"
     ):
         prepare([0.5, 1.5], [0.5, 1.5], **best)
-    with pytest.raises(UserError, match="task_type multi_label: class_weights are of single_label"):
-        prepare([["a"], ["b"]], class_weights="balanced")
+    with pytest.raises(UserError, match="task_type multi_label: label_smoothing_factor is of single_label"):
+        prepare([["a"], ["b"]], label_smoothing_factor=0.1)
+    with pytest.raises(UserError, match="task_type single_label: label_thresholds are of multi_label"):
+        prepare([0, 1], label_thresholds=[0.3])
     with pytest.raises(UserError, match="metric_for_best_model is eval_pearson, and single_label has eval_loss"):
         prepare([0, 1], [0, 1], metric_for_best_model="eval_pearson", load_best_model_at_end=True)
 

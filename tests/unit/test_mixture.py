@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import yaml
-from tests.launching import TINY, TINY_CLASSIFIER, start
+from tests.launching import TINY, TINY_CLASSIFIER, run_command, start
 from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig, get_dataset
 
 from isotune.config import Recipe, read_recipe
@@ -191,6 +192,42 @@ def test_a_run_of_a_mixture_prints_and_records_what_each_source_gave_on_any_laun
         assert one["input_tokens"] == other["input_tokens"] and one["loss"] == pytest.approx(other["loss"], rel=1e-5)
     card = write_model_card(alone.run).read_text()
     assert "builtin:capitals + builtin:greetings" in card
+
+
+def test_a_run_evaluates_on_a_mixture_in_the_same_form(tmp_path):
+    rows = [{"text": f"a {word} day {n}", "label": n % 2} for n in range(6) for word in ("calm", "wild")]
+    for name, own in (("one", rows[:8]), ("two", rows[8:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    mixture = [{"dataset_name": str(tmp_path / f"{name}.jsonl")} for name in ("one", "two")]
+    recipe = {**TINY_CLASSIFIER, "max_steps": 2, "dataset_name": mixture[0]["dataset_name"]}
+    recipe |= {"eval_dataset_name": None, "eval_dataset_mixture": mixture}
+    done = start(tmp_path, recipe, script="train/yelp.py")
+    parts = done.environment["data"]["evaluation"]["mixture"]
+    assert [part["documents"] for part in parts] == [8, 4] and done.evaluations[-1]["eval_documents"] == 12
+    assert "one.jsonl + two.jsonl" in write_model_card(done.run).read_text()
+    assert yaml.safe_load((done.run / "recipe.yaml").read_text())["eval_dataset_mixture"][1]["weight"] == 1.0
+    again = run_command([sys.executable, "eval/classify.py", "--run_dir", str(done.run), "--no_pictures"])
+    assert again.returncode == 0, again.stderr
+    (file,) = done.run.glob("eval/mixture*/predictions.jsonl")
+    last = max(done.run.glob("eval/step-*/predictions.jsonl"))
+    ids, expected = ([json.loads(line)["label"] for line in each.read_text().splitlines()] for each in (file, last))
+    assert ids == expected and len(ids) == 12
+
+
+def test_an_evaluation_mixture_is_a_thing_of_its_own(three):
+    recipe = recipe_of({"a.jsonl": 1}, eval_dataset_mixture={"b.jsonl": 1, "c.jsonl": 0.5})
+    assert recipe.values["eval_strategy"] == "epoch" and recipe.eval_dataset_name == "b.jsonl + c.jsonl"
+    assert "eval_dataset_name" not in recipe.resolved()
+    assert recipe.with_values(eval_dataset_name="b.jsonl").eval_dataset_mixture is None
+    with pytest.raises(UserError, match="eval_dataset_mixture and eval_dataset_name contradict each other"):
+        recipe_of({"a.jsonl": 1}, eval_dataset_mixture={"b.jsonl": 1}, eval_dataset_name="c.jsonl")
+    with pytest.raises(UserError, match="eval_dataset_split has no effect"):
+        recipe_of({"a.jsonl": 1}, eval_dataset_mixture={"b.jsonl": 1}, eval_dataset_split="dev")
+    shutil.copy("b.jsonl", "moved.jsonl")
+    moved = recipe_of({"a.jsonl": 1}, eval_dataset_mixture={"moved.jsonl": 1, "c.jsonl": 0.5})
+    assert not RunIdentity.of(moved).differences(RunIdentity.of(recipe))
+    other = recipe_of({"a.jsonl": 1}, eval_dataset_mixture={"a.jsonl": 1, "c.jsonl": 0.5})
+    assert "eval_dataset_mixture" in RunIdentity.of(other).differences(RunIdentity.of(recipe))
 
 
 def test_lists_of_classes_are_aligned_by_name_too(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from isotune.checkpoint.writer import TENSORS
 from isotune.config import ClassificationRecipe, Recipe, RunRecipe, kind_of
 from isotune.config.recipes import AUTO
 from isotune.config.task_types import SINGLE_LABEL
+from isotune.data.classification.thresholds import THRESHOLDS_FILE
 from isotune.data.sft.chat_format import GUANACO
 from isotune.io.errors import RunFault, UserError
 from isotune.models.adapters.from_base import starts_from_base
@@ -118,6 +119,8 @@ def export_run(
             save_and_verify(model, tokenizer, folder)
         else:
             _save_state_dict(model, tokenizer, folder)
+        if (finished.model / THRESHOLDS_FILE).is_file():
+            shutil.copy(finished.model / THRESHOLDS_FILE, folder)
         return Export(folder, kind, cast(Format, format), parity)
 
 

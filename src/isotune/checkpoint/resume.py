@@ -92,12 +92,13 @@ def _choose(store: CheckpointStore, run: RunDir, data_fingerprints: dict[str, st
             return None
         folder, manifest = newest.folder, newest.manifest
     _check_same_recipe(folder, manifest, run)
-    trained_on = "dataset_mixture" if recipe.dataset_mixture else "dataset_name"
-    for role, key in (("train", trained_on), ("evaluation", "eval_dataset_name")):
+    for role, name in (("train", "dataset_name"), ("evaluation", "eval_dataset_name")):
+        mixture = name.replace("name", "mixture")
+        key = mixture if recipe.values[mixture] else name
         if manifest.data_fingerprints.get(role) != data_fingerprints.get(role):
             raise UserError(
                 f"{folder} is a checkpoint of other data: the contents of {key} "
-                f"({getattr(recipe, key.replace('mixture', 'name'))}) have changed since; choose another --output_dir "
+                f"({recipe.values[name]}) have changed since; choose another --output_dir "
                 "or --resume"
             )
     print(

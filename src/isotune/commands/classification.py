@@ -27,6 +27,7 @@ def train_classifier(recipe: ClassificationRecipe, *, tests_chance: bool = False
     from isotune.data.classification.split import prepare_labelled
     from isotune.evaluation.classification.chance_test import write_chance_test
     from isotune.evaluation.classification.sentences import show_sentences
+    from isotune.evaluation.classification.thresholds import keep_thresholds
     from isotune.preflight.startup_check import startup_check
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.report.model_card import share
@@ -39,6 +40,8 @@ def train_classifier(recipe: ClassificationRecipe, *, tests_chance: bool = False
         return
 
     def before_finishing() -> None:
+        if recipe.label_thresholds is not None:
+            print(f"thresholds  {keep_thresholds(start.run.path, recipe, data, start.process.device)}")
         if recipe.sentences:
             show_sentences(start.run.path, recipe.sentences, start.process.device)
         evaluation: Any = data.evaluation

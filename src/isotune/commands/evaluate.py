@@ -96,6 +96,8 @@ def _own_data(source: Sequence[str], flags: Sequence[str]) -> list[str]:
     if source[0] == "--model":
         raise UserError(f"{source[1]}: say what to evaluate it on, by --dataset_name or --task (isotune chat asks it)")
     recipe = read_file(Path(source[1], RECIPE)).given
+    if recipe.get("eval_dataset_mixture"):
+        raise UserError(f"{source[1]} was evaluated on several data sets: say one of them by --dataset_name")
     if not (data := recipe.get("eval_dataset_name")):
         raise UserError(f"{source[1]} was trained without evaluation data: say --dataset_name or --task")
     split = recipe.get("eval_dataset_split")

@@ -29,6 +29,13 @@ def read_arguments(argv: Sequence[str], *, prog: str, description: str) -> argpa
     data.add_argument(
         "--ordinal", action="store_true", default=None, help="the classes are ordered: metrics of distance too"
     )
+    data.add_argument(
+        "--label_thresholds",
+        nargs="+",
+        type=float,
+        metavar="X",
+        help="from which probability a text has a label, one number or one for each (the model's own, or 0.5)",
+    )
     data.add_argument("--max_seq_length", type=int, metavar="N", help="tokens of a text (the run's own, or 512)")
     data.add_argument("--limit", type=int, metavar="N", help="the first N rows only")
     how = parser.add_argument_group("computation (the first three change metrics by rounding only)")
@@ -50,6 +57,9 @@ def read_arguments(argv: Sequence[str], *, prog: str, description: str) -> argpa
     for name in ("limit", "batch_tokens", "batch_size", "resamples", "max_seq_length"):
         if getattr(given, name) is not None and getattr(given, name) < 1:
             raise UserError(f"--{name} is {getattr(given, name)}: it is at least 1")
+    for threshold in given.label_thresholds or ():
+        if not 0 < threshold < 1:
+            raise UserError(f"--label_thresholds holds {threshold:g}: a threshold is between 0 and 1")
     return given
 
 

@@ -21,6 +21,8 @@ _EMPTY = frozenset({"", "~", "null", "Null", "NULL"})
 ALTERNATIVES = (
     ("max_steps", "num_train_epochs"),
     ("eval_dataset_name", "eval_split_share"),
+    ("eval_dataset_mixture", "eval_dataset_name"),
+    ("eval_dataset_mixture", "eval_split_share"),
     ("dataset_name", "dataset_mixture"),
 )
 

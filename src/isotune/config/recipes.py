@@ -5,16 +5,29 @@ A recipe names its task by the key `task`. A recipe of an earlier version does n
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 from isotune.config.base_recipe import BaseRecipe
 from isotune.config.command_line import CommandLine
 from isotune.config.engine_keys import WITH_EVALUATION
 from isotune.config.run_recipe import EVALUATION_ON, RunRecipe
-from isotune.config.schema import DATA, MODEL, OUTPUT, POSITIVE, SCHEDULE, SHARE, Contradiction, Range, Requirement, key
+from isotune.config.schema import (
+    DATA,
+    MODEL,
+    OUTPUT,
+    POSITIVE,
+    SCHEDULE,
+    SHARE,
+    Contradiction,
+    Range,
+    Requirement,
+    Values,
+    key,
+)
 from isotune.config.task_types import ALL_EVAL_METRICS, TaskType, wrong_for_type
 
 TrainOn = Literal["all", "last", "everything"]
@@ -36,6 +49,15 @@ def _wrong_names(names: Sequence[str]) -> str | None:
     if len(names) < 2:
         return "classes are two or more: separate their names by blanks"
     return "a name is empty or stands twice" if "" in folded or len({*folded}) < len(folded) else None
+
+
+def _other_count(numbers: str, counted: str, values: Values) -> bool:
+    """Whether a list of numbers, one for each class, has another length than `num_labels` or `label_names` says."""
+    given, said = values[numbers], values[counted]
+    if said is None or not isinstance(given, list):
+        return False
+    count, classes = len(cast(list[float], given)), said if isinstance(said, int) else len(said)
+    return count != classes and not (numbers == "label_thresholds" and count == 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +145,12 @@ class ClassificationRecipe(RunRecipe):
     max_seq_length: int = key(512, DATA, "maximum length of a document, in tokens", allowed=Range(3))
     global_batch_size: int = key(32, SCHEDULE, "documents in one step, on any hardware", allowed=Range(1))
     class_weights: list[float] | Literal["balanced"] | None = key(
-        None, SCHEDULE, "weight of each class in the training loss; balanced: every class has the same total weight",
-        allowed=POSITIVE, default_text="none: all alike")
+        None, SCHEDULE, "weight of each class in the training loss, of multi_label of each label where a text has it; "
+        "balanced: every class has the same total weight", allowed=POSITIVE, default_text="none: all alike")
+    label_thresholds: list[float] | Literal["chosen"] | None = key(
+        None, DATA, "of multi_label: from which probability a text has a label, one number or one for each label; "
+        "chosen: those with the best F1 on a tenth of the training texts, which are not trained on",
+        allowed=Range(0, 1, low_open=True, high_open=True), needs=_LABEL_COLUMN, default_text="0.5")
     label_smoothing_factor: float = key(
         0.0, SCHEDULE, "share of each target that is spread over all classes, in the training loss", allowed=SHARE)
     sentences: tuple[str, ...] | None = key(
@@ -133,13 +159,9 @@ class ClassificationRecipe(RunRecipe):
 
     contradictions: ClassVar[tuple[Contradiction, ...]] = (
         *RunRecipe.contradictions,
-        Contradiction(
-            ("class_weights", "num_labels"),
-            lambda values: (
-                values["class_weights"] not in (None, "balanced")
-                and values["num_labels"] not in (None, len(values["class_weights"]))
-            ),
-            "say one number for each class",
+        *(
+            Contradiction((numbers, counted), partial(_other_count, numbers, counted), "say one number for each class")
+            for numbers, counted in product(("class_weights", "label_thresholds"), ("num_labels", "label_names"))
         ),
         Contradiction(
             ("label_names", "num_labels"),
@@ -147,15 +169,6 @@ class ClassificationRecipe(RunRecipe):
                 bool(values["label_names"]) and values["num_labels"] not in (None, len(values["label_names"]))
             ),
             "say one name for each class",
-        ),
-        Contradiction(
-            ("class_weights", "label_names"),
-            lambda values: (
-                values["class_weights"] not in (None, "balanced")
-                and bool(values["label_names"])
-                and len(values["class_weights"]) != len(values["label_names"])
-            ),
-            "say one number for each class",
         ),
         Contradiction(
             ("label_names",),

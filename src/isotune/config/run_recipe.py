@@ -60,27 +60,35 @@ _EVAL_SPLIT = Requirement(
     lambda values: (
         evaluates(values)
         and values["eval_dataset_name"] is not None
+        and values["eval_dataset_mixture"] is None
         and (values["eval_dataset_split"] == "test" or format_of(values["eval_dataset_name"]) is None)
     ),
-    f"{WITH_EVALUATION.otherwise}, and one file is one split",
+    f"{WITH_EVALUATION.otherwise}, one file is one split, and each data set of eval_dataset_mixture says its own",
 )
 _NAMED = Requirement(
     lambda values: not (values["model_name_or_path"] or "").startswith("builtin:"), "the model is built in"
 )
 _EVAL_DATA = Requirement(
-    lambda values: evaluates(values) and values["eval_dataset_name"] is not None, WITH_EVALUATION.otherwise
+    lambda values: (
+        evaluates(values) and values["eval_dataset_name"] is not None and values["eval_dataset_mixture"] is None
+    ),
+    f"{WITH_EVALUATION.otherwise}, and each data set of eval_dataset_mixture says its own",
 )
 _UPLOADS = Requirement(lambda values: bool(values["push_to_hub"]), "it needs push_to_hub: true")
 _PATIENCE = Requirement(lambda values: bool(values["early_stopping_patience"]), "it needs early_stopping_patience")
 EVALUATION_ON = Requirement(lambda values: values["eval_strategy"] != "no", "eval_strategy is no")
+_ONE_EVAL_SOURCE = Requirement(
+    lambda values: values["eval_strategy"] != "no" and values["eval_dataset_mixture"] is None,
+    "eval_strategy is no, or eval_dataset_mixture names the data",
+)
 
 
 def _hub_model_id(values: Values) -> str:
     return Path(values["output_dir"] or "").name
 
 
-def _name_of_mixture(values: Values) -> str | None:
-    return mixture_name(values["dataset_mixture"]) if values["dataset_mixture"] else None
+def _name_of_mixture(key: str) -> Callable[[Values], str | None]:
+    return lambda values: mixture_name(values[key]) if values[key] else None
 
 
 def _as_trained(name: str) -> Callable[[Values], Any]:
@@ -113,7 +121,7 @@ class RunRecipe(BaseRecipe):
 
     dataset_name: str = key(
         REQUIRED, DATA, "Hub id, folder, .jsonl/.csv/.parquet/... file, or builtin:NAME", is_path=True,
-        needs=_ONE_SOURCE, default_from=_name_of_mixture)
+        needs=_ONE_SOURCE, default_from=_name_of_mixture("dataset_mixture"))
     dataset_mixture: list[dict[str, Any]] | None = key(
         None, DATA, "several data sets in place of dataset_name, each with a weight: how often its rows are read",
         read=read_mixture)
@@ -127,7 +135,12 @@ class RunRecipe(BaseRecipe):
     dataset_columns: list[str] | None = key(
         None, DATA, "names of the columns, in their order, of a CSV or TSV file whose first line is a row",
         default_text="those in line 1")
-    eval_dataset_name: str | None = key(None, DATA, "data set to evaluate on", needs=EVALUATION_ON, is_path=True)
+    eval_dataset_name: str | None = key(
+        None, DATA, "data set to evaluate on", needs=_ONE_EVAL_SOURCE, is_path=True,
+        default_from=_name_of_mixture("eval_dataset_mixture"), default_text="none")
+    eval_dataset_mixture: list[dict[str, Any]] | None = key(
+        None, DATA, "several data sets in place of eval_dataset_name, in the form of dataset_mixture",
+        needs=EVALUATION_ON, read=read_mixture, common=False)
     eval_dataset_split: str = key("test", DATA, "split to evaluate on", needs=_EVAL_SPLIT)
     eval_dataset_config: str | None = key(
         None, DATA, "the same of eval_dataset_name", needs=_EVAL_DATA, default_from=_as_trained("dataset_config"),

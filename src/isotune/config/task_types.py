@@ -23,14 +23,16 @@ def wrong_for_type(values: Mapping[str, Any], task_type: str) -> str | None:
     metric = values["metric_for_best_model"]
     if metric is not None and metric not in EVAL_METRICS[task_type]:
         return f"metric_for_best_model is {metric}, and {task_type} has {', '.join(EVAL_METRICS[task_type])}"
+    if values["label_thresholds"] is not None and task_type != MULTI_LABEL:
+        return f"label_thresholds are of multi_label: leave them out for {task_type}"
     if task_type == SINGLE_LABEL:
         return None
     if task_type == REGRESSION:
         for key in WITHOUT_CLASSES:
             if values[key] is not None:
                 return f"regression predicts one number: leave out {key} (or say none)"
-    if values["class_weights"] is not None:
-        return f"class_weights are of single_label: {task_type} weighs every document alike"
+        if values["class_weights"] is not None:
+            return "class_weights are of classes and labels: regression weighs every document alike"
     if values["label_smoothing_factor"]:
         return f"label_smoothing_factor is of single_label: leave it out for {task_type}"
     return None

@@ -71,6 +71,6 @@ def random_labels(seed: int, contents: np.ndarray) -> np.ndarray:
     return (hash_uniform(COIN, seed, contents) < 0.5).astype(np.int32)
 
 
-def held_out(share: float, seed: int, contents: np.ndarray) -> np.ndarray:
-    """Which documents are kept for evaluation: bool [documents], each with the probability `share`."""
-    return hash_uniform(HELD_OUT, seed, contents) < share
+def held_out(share: float, seed: int, contents: np.ndarray, purpose: str = HELD_OUT) -> np.ndarray:
+    """Which documents are kept for evaluation, or another purpose: bool [documents], each with probability `share`."""
+    return hash_uniform(purpose, seed, contents) < share

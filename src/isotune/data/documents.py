@@ -288,6 +288,7 @@ class RunData:
     train: PreparedData
     evaluation: PreparedData | None
     found: Mapping[str, Any] = field(default_factory=dict[str, Any])  # values of the recipe that the data decided
+    to_choose_on: PreparedData | None = None  # texts that label thresholds are chosen on, which nothing else reads
 
     def shown(self, show: bool) -> Self:
         """These data; where `show` asks for it, what preparation counted is printed, a table a data set."""

@@ -23,6 +23,8 @@ from isotune.data.sources.class_labels import ClassNames, fold
 from isotune.data.sources.source import Row, Source, read_rows
 from isotune.io.errors import UserError
 
+EVALUATED = "test"  # the split of an entry of eval_dataset_mixture that names none
+
 
 @dataclass(frozen=True)
 class Part:
@@ -99,20 +101,25 @@ class Mixture(Source):
         return found
 
 
-def open_mixture(entries: Sequence[Mapping[str, Any]], seed: int) -> Mixture:
-    """The source that the entries of `dataset_mixture` describe; UserError where one of them cannot be found."""
+def open_mixture(
+    entries: Sequence[Mapping[str, Any]], seed: int, *, split: str = "train", key: str = "dataset_mixture"
+) -> Mixture:
+    """The source that the entries of `dataset_mixture`, or another `key`, describe; UserError where one is not there.
+
+    `split` is that of an entry which names none.
+    """
     parts: list[Part] = []
     for entry in entries:
         source = read_rows(
             entry[NAME],
-            entry.get("dataset_split", "train"),
+            entry.get("dataset_split", split),
             columns=entry.get("dataset_columns"),
             config=entry.get("dataset_config"),
             revision=entry.get("dataset_revision"),
         )
         again = sum(part.source.fingerprint == source.fingerprint for part in parts)
         if again and FRACTION in entry:
-            raise UserError(f"dataset_mixture has the rows of {source.name} twice: add the fractions, in one entry")
+            raise UserError(f"{key} has the rows of {source.name} twice: add the fractions, in one entry")
         own_seed = hashlib.sha256(f"{seed} {source.fingerprint} {again}".encode()).digest()
         columns = tuple(entry["columns"]) if "columns" in entry else None
         numbers = tuple(np.frombuffer(own_seed, np.uint32).tolist())
@@ -127,7 +134,7 @@ def open_mixture(entries: Sequence[Mapping[str, Any]], seed: int) -> Mixture:
     def read() -> Iterator[Row]:
         mixture.readings.clear()
         mixture.progress["rows"] = count = 0
-        for number, chosen in _passes(mixture):
+        for number, chosen in _passes(mixture, key):
             part = parts[number]
             mixture.readings.append(Reading(number, count, chosen))
             size = 0
@@ -153,7 +160,7 @@ def open_mixture(entries: Sequence[Mapping[str, Any]], seed: int) -> Mixture:
     return mixture
 
 
-def _passes(mixture: Mixture) -> Iterator[tuple[int, np.ndarray | None]]:
+def _passes(mixture: Mixture, key: str) -> Iterator[tuple[int, np.ndarray | None]]:
     """The parts in the order in which they are read, each as often as it is, with its chosen rows; None for all."""
 
     def size_of(number: int) -> int:
@@ -173,7 +180,7 @@ def _passes(mixture: Mixture) -> Iterator[tuple[int, np.ndarray | None]]:
         wanted = size * part.weight if part.weight is not None else fractions[number] / sum(fractions) * largest
         whole, rest = divmod(round(wanted), size)
         if not whole and not rest:
-            raise UserError(f"dataset_mixture: the share of {part.source.name} is none of its {size} rows")
+            raise UserError(f"{key}: the share of {part.source.name} is none of its {size} rows")
         yield from [(number, None)] * whole
         if rest:
             chosen = np.zeros(size, bool)
@@ -225,7 +232,9 @@ def training_source(recipe: RunRecipe) -> Source:
 
 
 def evaluation_source(recipe: RunRecipe) -> Source:
-    """What a recipe evaluates on: its `eval_dataset_name`."""
+    """What a recipe evaluates on: its `eval_dataset_name`, or its `eval_dataset_mixture`."""
+    if recipe.eval_dataset_mixture is not None:
+        return open_mixture(recipe.eval_dataset_mixture, recipe.seed, split=EVALUATED, key="eval_dataset_mixture")
     assert recipe.eval_dataset_name is not None
     return read_rows(
         recipe.eval_dataset_name,

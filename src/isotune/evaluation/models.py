@@ -13,8 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from isotune.config.mixture import mixture_name
-from isotune.config.task_types import REGRESSION
+from isotune.config.task_types import MULTI_LABEL, REGRESSION
 from isotune.data.classification.labels import ClassificationSettings
+from isotune.data.classification.thresholds import THRESHOLD, Thresholds, read_thresholds
+from isotune.data.mixture import EVALUATED
 from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.data.sources.hub import is_hub_id
 from isotune.distributed.device import choose_device
@@ -53,6 +55,7 @@ class Classifier:
     settings: ClassificationSettings  # how texts become documents; `num_labels` and `task_type` are the model's
     label_names: tuple[str, ...] | None  # of the classes, None where the model has none
     run: FinishedRun | None = None  # the finished run, None for any other model
+    thresholds: Thresholds = THRESHOLD  # from which a text has a label, of multi_label
 
     @property
     def num_labels(self) -> int:
@@ -134,7 +137,8 @@ def load_run_classifier(run_dir: str | Path, device: torch.device, dtype: torch.
     settings = ClassificationSettings(**own)
     settings = _of_model(settings, model.config, settings.known_names or names_of(model.config))
     names = settings.label_names
-    return Classifier(str(run_dir), model.eval(), load_run_tokenizer(run), settings, names, run)
+    thresholds = _thresholds(run.model, settings)
+    return Classifier(str(run_dir), model.eval(), load_run_tokenizer(run), settings, names, run, thresholds)
 
 
 def load_model_classifier(name: str, device: torch.device, dtype: torch.dtype) -> Classifier:
@@ -149,7 +153,15 @@ def load_model_classifier(name: str, device: torch.device, dtype: torch.dtype) -
     positions = max_positions(model.config) or DEFAULT_MAX_SEQ_LENGTH
     longest = min(DEFAULT_MAX_SEQ_LENGTH, positions, tokenizer.model_max_length)
     settings = _of_model(ClassificationSettings(max_seq_length=longest), model.config, names_of(model.config))
-    return Classifier(name, model, tokenizer, settings, settings.label_names)
+    thresholds = _thresholds(Path(name), settings)
+    return Classifier(name, model, tokenizer, settings, settings.label_names, thresholds=thresholds)
+
+
+def _thresholds(model: Path, settings: ClassificationSettings) -> Thresholds:
+    """Those that a model's folder keeps, of multi_label."""
+    if settings.task_type != MULTI_LABEL:
+        return THRESHOLD
+    return read_thresholds(model, settings.label_names or list(map(str, range(settings.num_labels or 0))))
 
 
 def _of_model(settings: ClassificationSettings, config: Any, names: tuple[str, ...] | None) -> ClassificationSettings:
@@ -177,8 +189,9 @@ def task_of_run(
         )
     }
     name, split, held_out = recipe.get("eval_dataset_name"), recipe.get("eval_dataset_split"), None
-    mixture = None
+    mixture, mixture_split = recipe.get("eval_dataset_mixture"), EVALUATED
     if name is None and recipe.get("eval_split_share"):
+        mixture_split = "train"
         name, split = recipe.get("dataset_name"), recipe.get("dataset_split")
         mixture = recipe.get("dataset_mixture")
         held_out = (recipe["eval_split_share"], recipe["seed"])
@@ -186,7 +199,8 @@ def task_of_run(
         raise UserError(f"the run {classifier.name} names no evaluation data: use --dataset_name or --task")
     own: dict[str, Any] = {"dataset_name": name, "dataset_split": split, **columns}
     if mixture is not None and "dataset_name" not in {key for key, value in flags.items() if value is not None}:
-        own |= {"dataset_name": mixture_name(mixture), "dataset_mixture": mixture, "mixture_seed": recipe["seed"]}
+        split_of = [{"dataset_split": mixture_split, **entry} for entry in mixture]
+        own |= {"dataset_name": mixture_name(mixture), "dataset_mixture": split_of, "mixture_seed": recipe["seed"]}
     given = {key: value for key, value in flags.items() if value is not None}
     if "dataset_name" not in given:
         prefix = "dataset" if held_out else "eval_dataset"

@@ -12,6 +12,7 @@ import numpy as np
 from isotune.config.task_types import MULTI_LABEL, SINGLE_LABEL
 from isotune.data.classification.classes import NameIndex, listed
 from isotune.data.classification.predictions import predicted
+from isotune.data.classification.thresholds import THRESHOLD, Thresholds
 from isotune.evaluation.metrics.classification import classification_statistics
 from isotune.evaluation.metrics.of_type import statistics_of
 from isotune.evaluation.metrics.text import Likelihood, measure_likelihoods, measure_texts
@@ -146,11 +147,13 @@ def measure_rows(result: Result, groups: np.ndarray | None) -> MeasuredRows:
     task_type = task_type_of(result)
     if kind == CLASSIFICATION and task_type != SINGLE_LABEL:
         labels, outputs = _labels_and_outputs(result, task_type)
-        statistics = statistics_of(task_type, labels, outputs, names=class_names(result))
+        thresholds: Thresholds = result.facts.get("label_thresholds") or THRESHOLD  # earlier results name none
+        statistics = statistics_of(task_type, labels, outputs, names=class_names(result), thresholds=thresholds)
         scores = -np.abs(outputs - labels).reshape(len(labels), -1).sum(axis=1)
         several = task_type == MULTI_LABEL  # a number is more or less wrong, and no row is right
         classes = labels.shape[1] if several else None
-        right = (predicted(task_type, outputs) == labels).all(axis=1) if several else np.zeros(len(labels), np.bool_)
+        chosen = predicted(task_type, outputs, thresholds)
+        right = (chosen == labels).all(axis=1) if several else np.zeros(len(labels), np.bool_)
         right_means = "exact_match" if several else ""
     elif kind == CLASSIFICATION:
         labels, probabilities = _labels_and_probabilities(result)
@@ -203,7 +206,10 @@ def with_classes_of(first: Result, other: Result) -> Result:
                 row[key] = place[row[key]]
         if isinstance(row.get("probabilities"), list) and len(row["probabilities"]) == len(order):
             row["probabilities"] = [row["probabilities"][k] for k in order]
-    return replace(other, predictions=rows, facts={**other.facts, "label_names": names})
+    facts = {**other.facts, "label_names": names}
+    if len(own := facts.get("label_thresholds") or ()) == len(order):
+        facts["label_thresholds"] = [own[k] for k in order]
+    return replace(other, predictions=rows, facts=facts)
 
 
 def _labels_and_probabilities(result: Result) -> tuple[np.ndarray, np.ndarray]:

@@ -38,6 +38,7 @@ FLAGS = (
     PAIR,
     "dataset_label_field",
     "ordinal",
+    "label_thresholds",
     "max_seq_length",
 )
 
@@ -52,6 +53,10 @@ KINDS: dict[str, tuple[Any, str]] = {
     "labels": (lambda v: isinstance(v, list) and {*map(type, v)} <= {str, int} and len({*v}) == len(v), LIST),
     "metrics": (lambda v: isinstance(v, list) and len({*map(str, v)}) == len(v), LIST),
     "dataset_columns": (lambda v: isinstance(v, list) and {*map(type, v)} == {str} and len({*v}) == len(v), LIST),
+    "label_thresholds": (
+        lambda v: isinstance(v, list) and bool(v) and all(type(x) in (int, float) and 0 < x < 1 for x in v),
+        "a list of numbers between 0 and 1",
+    ),
     "ordinal": TRUTH,
     "allow_dropped": TRUTH,
     "max_seq_length": NUMBER,
@@ -87,8 +92,9 @@ class Task:
         apart = ("allow_dropped", "dataset_mixture", "mixture_seed")
         values = {own.name: getattr(self, own.name) for own in fields(self) if own.name not in apart}
         values = {key: value for key, value in values.items() if value is not None or key not in ROW_COLUMNS}
-        if values.get(PAIR, "") is None:  # results of earlier versions knew no pairs
-            del values[PAIR]
+        for key in (PAIR, "label_thresholds"):  # results of earlier versions knew neither
+            if values.get(key, "") is None:
+                del values[key]
         return {**values, "metrics": [str(metric) for metric in self.metrics]}
 
     def rows(self) -> Source:
@@ -115,6 +121,8 @@ class ClassificationTask(Task):
     # are found by these names
     labels: tuple[str | int, ...] | None = None
     ordinal: bool = False  # the classes are ordered: metrics of distance are computed too
+    # of multi_label: from which probability a text has a label, one number or one for each label; else the model's own
+    label_thresholds: tuple[float, ...] | None = None
     max_seq_length: int | None = None  # with `overlong` as in a recipe; the run's own where left out
     overlong: str | None = None
 

@@ -3,7 +3,7 @@
 They are those of transformers, split so that a global batch may be divided into any microbatches on any ranks.
 
     single_label   cross-entropy / (weights of the) documents
-    multi_label    binary cross-entropy of every label, summed / (documents x labels)
+    multi_label    (weighted) binary cross-entropy of every label, summed / (documents x labels)
     regression     squared error / documents
 """
 
@@ -35,6 +35,8 @@ def task_type_of(config: Any) -> str:
 
 class DocumentLoss(ABC):
     """A loss that is a sum over documents."""
+
+    class_weights: tuple[float, ...] | None = None  # by class or label
 
     @property
     def plain(self) -> "DocumentLoss":
@@ -104,11 +106,24 @@ class SquaredError(DocumentLoss):
 
 @dataclass(frozen=True)
 class LabelLoss(DocumentLoss):
-    """The binary cross-entropy of each label of a document."""
+    """The binary cross-entropy of each label of a document, with weights of the labels that it has (None: all 1).
+
+    It is torch's `binary_cross_entropy_with_logits(pos_weight=...)` over the whole global batch: a label of weight 3
+    counts three times where a document has it, and once where it has not.
+    """
+
+    class_weights: tuple[float, ...] | None = None
+
+    @property
+    def plain(self) -> DocumentLoss:
+        """Without weights."""
+        return LabelLoss()
 
     def summed(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Of targets float32 [documents, labels]."""
-        return functional.binary_cross_entropy_with_logits(logits.float(), targets, reduction="sum")
+        scores = logits.float()
+        weights = None if self.class_weights is None else scores.new_tensor(self.class_weights)
+        return functional.binary_cross_entropy_with_logits(scores, targets, pos_weight=weights, reduction="sum")
 
     def denominator(self, labels: np.ndarray) -> float:
         """The number of documents and labels."""
@@ -125,20 +140,28 @@ def loss_of(task_type: str) -> DocumentLoss:
 def choose_weights(
     class_weights: str | Sequence[float] | None, labels: np.ndarray, classes: int
 ) -> tuple[float, ...] | None:
-    """Weights by class, of the recipe's `balanced`, one weight per class, or None.
+    """Weights by class or label, of the recipe's `balanced`, one weight per class, or None.
 
     `balanced` is scikit-learn's: documents / (classes * documents of the class), so that every class has the same sum
-    over the `labels` of the training data, int [documents].
+    over the `labels` of the training data, int [documents]. Of several labels a document, [documents, labels], it is
+    documents without the label / documents with it.
     """
     if class_weights is None:
         return None
     if class_weights == "balanced":
-        counts = np.bincount(labels, minlength=classes)
+        several = labels.ndim > 1
+        counts = labels.sum(axis=0, dtype=np.int64) if several else np.bincount(labels, minlength=classes)
+        kind = "label" if several else "class"
         if not counts.all():
-            raise UserError(f"class_weights: balanced: class {int(counts.argmin())} has no row to be weighted by")
+            raise UserError(f"class_weights: balanced: {kind} {int(counts.argmin())} has no row to be weighted by")
+        if several and counts.max() == len(labels):
+            raise UserError(f"class_weights: balanced: label {int(counts.argmax())} is in every row: leave it out")
+        if several:
+            return tuple(((len(labels) - counts) / counts).tolist())
         return tuple((len(labels) / (classes * counts)).tolist())
     if len(class_weights) != classes:
         raise UserError(
-            f"class_weights has {len(class_weights)} numbers, and the data has {classes} classes: give one for each"
+            f"class_weights has {len(class_weights)} numbers, and the data has {classes} "
+            f"{'labels' if labels.ndim > 1 else 'classes'}: give one for each"
         )
     return tuple(float(weight) for weight in class_weights)

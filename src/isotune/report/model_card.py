@@ -19,6 +19,7 @@ from isotune.models.class_loss import PROBLEM_TYPES
 from isotune.report.formatting import format_number
 from isotune.report.run_record import RunRecord, read_record, run_tables
 from isotune.run.hub import upload_model
+from isotune.run.identity import MIXTURES
 
 CARD, TEMPLATE = "README.md", Path(__file__).with_name("model_card.md.jinja")
 # the Hub's name of each metric of an evaluation line
@@ -80,7 +81,7 @@ def write_model_card(run: str | Path, repository: str | None = None) -> Path:
         class_names=keys.get("label_names") or [],
         has_base_model=is_adapter and (record.folder / "base_model").is_dir(),
         results=_results(record),
-        evaluated_on=_public_name(keys.get("eval_dataset_name") or f"a share of {trained_on}"),
+        evaluated_on=_evaluated_on(keys) or f"a share of {trained_on}",
         evaluated_documents=next(counts, None),
         saved_step=step,
         data=_data(record),
@@ -109,16 +110,16 @@ def _metadata(
 ) -> ModelCardData:
     """The metadata; `evaluation` is the line of the saved model, empty without one."""
     base = keys.get("model_name_or_path", "")
-    names = dict.fromkeys((*_trained_names(keys), keys.get("eval_dataset_name")))
+    names = dict.fromkeys((*_data_names(keys, "dataset"), *_data_names(keys, "eval_dataset")))
     pipeline = "text-classification" if is_classifier else "text-generation"
-    source = _public_name(keys["eval_dataset_name"]) if keys.get("eval_dataset_name") else _trained_on(keys)
+    source = _evaluated_on(keys) or _trained_on(keys)
     results = [
         EvalResult(
             task_type=pipeline,
             dataset_type=source,
             dataset_name=source,
             # a held-out share of the training data belongs to that split
-            dataset_split=keys.get("eval_dataset_split" if keys.get("eval_dataset_name") else "dataset_split"),
+            dataset_split=keys.get("eval_dataset_split" if _evaluated_on(keys) else "dataset_split"),
             metric_type=metric,
             metric_name=_readable(key),
             metric_value=evaluation[key],
@@ -179,14 +180,13 @@ def _data(record: RunRecord) -> str:
     sources = {"training": (_trained_on(keys), keys.get("dataset_split"))}
     if record.evaluations:
         held_out = f"a share of {_trained_on(keys)}"
-        sources["evaluation"] = (keys.get("eval_dataset_name") or held_out, keys.get("eval_dataset_split"))
+        sources["evaluation"] = (_evaluated_on(keys) or held_out, keys.get("eval_dataset_split"))
     tables = run_tables([record])
     columns = []
     for role, (source, split) in sources.items():
         counts = tables.get(f"Data: {role}", {}).items()
         counts = {name: value for name, (value,) in counts if name not in OMITTED_DATA_ROWS}
-        public = source if role == "training" else _public_name(source or "")
-        columns.append({"source": public + (f", {split}" if split else "")} | counts)
+        columns.append({"source": source + (f", {split}" if split else "")} | counts)
     names = dict.fromkeys(name for column in columns for name in column)
     rows = [[name.replace("_", " "), *(column.get(name, "") for column in columns)] for name in names]
     return _table([["", *sources], *rows])
@@ -222,20 +222,26 @@ def _recipe(record: RunRecord) -> str:
     for key, value in values.items():
         if key in PATH_KEYS or (isinstance(value, str) and Path(value).is_absolute()):
             values[key] = _public_name(value)
-    if mixture := values.get("dataset_mixture"):
-        values["dataset_mixture"] = [{**each, "dataset_name": _public_name(each["dataset_name"])} for each in mixture]
+    for key in MIXTURES:
+        if mixture := values.get(key):
+            values[key] = [{**each, "dataset_name": _public_name(each["dataset_name"])} for each in mixture]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip()
 
 
-def _trained_names(keys: dict[str, Any]) -> list[str]:
-    """The data sets of training: one, or those of a mixture."""
-    if keys.get("dataset_mixture"):
-        return [entry["dataset_name"] for entry in keys["dataset_mixture"]]
-    return [keys["dataset_name"]] if keys.get("dataset_name") else []
+def _data_names(keys: dict[str, Any], role: str) -> list[str]:
+    """The data sets of training (`dataset`) or evaluation (`eval_dataset`): one, or those of a mixture."""
+    if keys.get(f"{role}_mixture"):
+        return [entry["dataset_name"] for entry in keys[f"{role}_mixture"]]
+    return [keys[f"{role}_name"]] if keys.get(f"{role}_name") else []
 
 
 def _trained_on(keys: dict[str, Any]) -> str:
-    return mixture_name([{"dataset_name": _public_name(name)} for name in _trained_names(keys)])
+    return mixture_name([{"dataset_name": _public_name(name)} for name in _data_names(keys, "dataset")])
+
+
+def _evaluated_on(keys: dict[str, Any]) -> str:
+    """Empty where no data set is named."""
+    return mixture_name([{"dataset_name": _public_name(name)} for name in _data_names(keys, "eval_dataset")])
 
 
 def _on_the_hub(name: str) -> bool:

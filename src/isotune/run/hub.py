@@ -16,6 +16,7 @@ from isotune.data.sources.source import PREFIX
 from isotune.io.errors import UserError, first_line, read_job_status
 from isotune.io.files import replace_file
 from isotune.io.formats import format_of
+from isotune.run.identity import MIXTURES
 
 UPLOAD = "upload.json"
 
@@ -46,11 +47,12 @@ def open_hub(recipe: RunRecipe) -> OpenedHub:
     ]
     if recipe.dataset_mixture is None:
         named.append(("dataset", recipe.dataset_name, recipe.dataset_revision, "dataset_name"))
-    for entry in recipe.dataset_mixture or ():
-        named.append(("dataset", entry["dataset_name"], entry.get("dataset_revision"), "dataset_mixture"))
+    for key in MIXTURES:
+        for entry in recipe.values[key] or ():
+            named.append(("dataset", entry["dataset_name"], entry.get("dataset_revision"), key))
     if (tokenizer := recipe.tokenizer_name_or_path) not in (None, model):
         named.append(("model", tokenizer, None, "tokenizer_name_or_path"))
-    if recipe.eval_dataset_name is not None:
+    if recipe.eval_dataset_name is not None and recipe.eval_dataset_mixture is None:
         named.append(("dataset", recipe.eval_dataset_name, recipe.eval_dataset_revision, "eval_dataset_name"))
     named = [entry for entry in named if _is_on_hub(entry[1])]
     if recipe.resume != RESUME_NEVER:
@@ -64,7 +66,7 @@ def keep_commits(recipe: RunRecipe, run: Path) -> None:
     """Open what a recipe names at the commits that the run in `run` began with."""
     keys = ("model_name_or_path", "tokenizer_name_or_path", "dataset_name", "eval_dataset_name")
     names = {recipe.values[key]: None for key in keys if recipe.values[key]}
-    names |= {entry["dataset_name"]: None for entry in recipe.dataset_mixture or ()}
+    names |= {entry["dataset_name"]: None for mixture in MIXTURES for entry in recipe.values[mixture] or ()}
     open_as_recorded(read_job_status(run / "environment.json"), names)
 
 

@@ -9,12 +9,13 @@ from typing import Any, Self
 
 from isotune.config import ClassificationRecipe, RunRecipe
 from isotune.config.mixture import mixture_name
+from isotune.data.mixture import EVALUATED
 from isotune.data.sources.source import PREFIX, read_rows
 from isotune.io.errors import UserError
 from isotune.io.files import digest_of_file
 
 MODELS = ("model_name_or_path", "tokenizer_name_or_path")
-MIXTURE = "dataset_mixture"
+MIXTURES = {"dataset_mixture": "train", "eval_dataset_mixture": EVALUATED}  # with the split of an entry without one
 DATA = {"dataset_name": "dataset_split", "eval_dataset_name": "eval_dataset_split"}
 MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja")  # of weights, configuration and tokenizer
 PASSED_OVER = ("checkpoints",)  # folders beside a model that are no part of it
@@ -50,7 +51,7 @@ class RunIdentity:
                 continue  # one of the two leaves it to the tokenizer, whose files are compared
             known = key in self.contents and key in other.contents
             if known and self.contents[key] != other.contents[key]:
-                there, here = (mixture_name(each) if key == MIXTURE and each else each for each in (there, here))
+                there, here = (mixture_name(each) if key in MIXTURES and each else each for each in (there, here))
                 where = f"of {there} there, of {here} here" if here != there else f"of {here} have changed since"
                 found[key] = f"{key}: the contents {where}"
             elif not known and here != there:
@@ -66,23 +67,24 @@ def contents_of(recipe: RunRecipe) -> dict[str, str]:
         if values[key] and not values[key].startswith(PREFIX) and Path(values[key]).is_dir():
             found[key] = digest_of_model(Path(values[key]))
     for key, split in DATA.items():
-        name = None if key == "dataset_name" and values.get(MIXTURE) else values[key]
+        name = None if values.get(key.replace("_name", "_mixture")) else values[key]
         if name and not name.startswith(PREFIX) and Path(name).expanduser().exists():
             config = values[key.replace("_name", "_config")]
             with suppress(UserError):  # whoever reads it says what is wrong
                 source = read_rows(name, values[split], name=key, columns=values["dataset_columns"], config=config)
                 found[key] = source.fingerprint
-    if values.get(MIXTURE):
-        found[MIXTURE] = json.dumps([_content_of_entry(entry) for entry in values[MIXTURE]], sort_keys=True)
+    for key, split in MIXTURES.items():
+        if values.get(key):
+            found[key] = json.dumps([_content_of_entry(entry, split) for entry in values[key]], sort_keys=True)
     return found
 
 
-def _content_of_entry(entry: dict[str, Any]) -> dict[str, Any]:
+def _content_of_entry(entry: dict[str, Any], split: str) -> dict[str, Any]:
     """An entry of a mixture with the content of a local place instead of its name."""
     name: str = entry["dataset_name"]
     if not name.startswith(PREFIX) and Path(name).exists():
         with suppress(UserError):
-            split, columns = entry.get("dataset_split", "train"), entry.get("dataset_columns")
+            split, columns = entry.get("dataset_split", split), entry.get("dataset_columns")
             config = entry.get("dataset_config")
             return entry | {"dataset_name": read_rows(name, split, columns=columns, config=config).fingerprint}
     return entry

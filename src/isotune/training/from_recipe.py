@@ -24,8 +24,9 @@ from isotune.compat.peft import base_model_of
 from isotune.compat.transformers import attention_of
 from isotune.config import ClassificationRecipe, Recipe, RunRecipe
 from isotune.config.run_recipe import RESUME_NEVER, RESUME_NEWEST
-from isotune.config.task_types import SINGLE_LABEL
+from isotune.config.task_types import MULTI_LABEL, REGRESSION
 from isotune.data.batch_schedule import Step, StepSchedule
+from isotune.data.classification.thresholds import CHOSEN, Thresholds, thresholds_of
 from isotune.data.documents import FIRST_TYPE, RunData
 from isotune.data.sft.chat_format import AUTO, GUANACO, ChatFormat
 from isotune.data.sft.tokenization import ConversationEncoder
@@ -37,7 +38,7 @@ from isotune.models.adapters.lora import add_adapters
 from isotune.models.base.head import BaseHead, set_names
 from isotune.models.base.vocabulary import grow_embeddings, new_rows
 from isotune.models.causal import CausalForm, install_causal
-from isotune.models.class_loss import PROBLEM_TYPES, ClassLoss, DocumentLoss, choose_weights, loss_of
+from isotune.models.class_loss import PROBLEM_TYPES, ClassLoss, DocumentLoss, LabelLoss, choose_weights, loss_of
 from isotune.models.classifier import install_classification, pad_like_tokenizer, takes_token_types
 from isotune.models.cpu.layers import enable_speedups
 from isotune.models.layouts.layout import ALONE, PADDED
@@ -144,7 +145,7 @@ def build_model(start: Start, data: RunData) -> nn.Module:
     recipe, config, process = start.recipe, start.config, start.process
     if isinstance(recipe, ClassificationRecipe):
         class_loss = _class_loss(recipe, data.train)
-        if isinstance(class_loss, ClassLoss) and class_loss.class_weights is not None and process.is_main:
+        if class_loss.class_weights is not None and process.is_main:
             names = data.train.class_names or range(len(class_loss.class_weights))
             weights = zip(names, class_loss.class_weights, strict=True)
             print(f"weights     of classes: {', '.join(f'{name} {weight:.4g}' for name, weight in weights)}")
@@ -315,16 +316,24 @@ def _classification_task(start: Start, model: nn.Module, train: Any) -> Classifi
 
     write = write_predictions if start.process.is_main else None
     loss = _class_loss(start.recipe, train)
-    names = train.class_names
-    return ClassificationTask(train.documents, train.num_labels, loss, attention, write, names, train.task_type)
+    names, thresholds = train.class_names, _thresholds(start.recipe, train)
+    return ClassificationTask(
+        train.documents, train.num_labels, loss, attention, write, names, train.task_type, thresholds
+    )
+
+
+def _thresholds(recipe: Any, train: Any) -> Thresholds:
+    """The probabilities from which a text has a label, where the recipe gives them; a UserError for another number."""
+    given = recipe.label_thresholds
+    return thresholds_of(None if given == CHOSEN else given, train.num_labels)
 
 
 def _class_loss(recipe: Any, train: Any) -> DocumentLoss:
     """The loss that the recipe asks for; a UserError where class_weights does not fit the training data's classes."""
-    if train.task_type != SINGLE_LABEL:
-        return loss_of(train.task_type)
+    if train.task_type == REGRESSION:
+        return loss_of(REGRESSION)
     weights = choose_weights(recipe.class_weights, np.asarray(train.documents.labels), train.num_labels)
-    return ClassLoss(weights, recipe.label_smoothing_factor)
+    return LabelLoss(weights) if train.task_type == MULTI_LABEL else ClassLoss(weights, recipe.label_smoothing_factor)
 
 
 def save(start: Start, trainer: PlannedTraining) -> FinalModelReport | None:

@@ -5,9 +5,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import logit
 
 from isotune.config.task_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from isotune.data.classification.predictions import predicted
+from isotune.data.classification.thresholds import THRESHOLD, Thresholds
 
 
 class LabelKind(ABC):
@@ -50,13 +52,17 @@ class OneClass(LabelKind):
 
 
 class ManyLabels(LabelKind):
-    """Every document has any number of labels."""
+    """Every document has any number of labels: those whose probability reaches the threshold."""
 
     share = "exact_match"
 
+    def __init__(self, thresholds: Thresholds = THRESHOLD) -> None:
+        self.thresholds = thresholds
+
     def count(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Documents of which each label is right."""
-        return ((logits >= 0) == targets.bool()).all(dim=1).sum()
+        least = logits.new_tensor(logit(np.asarray(self.thresholds, np.float64)))
+        return ((logits >= least) == targets.bool()).all(dim=1).sum()
 
     def outputs(self, logits: torch.Tensor) -> np.ndarray:
         """The probability of each label."""
@@ -66,7 +72,7 @@ class ManyLabels(LabelKind):
         """f1_micro, f1_macro over the labels, exact_match; a label that nobody has or predicts has an F1 of 0."""
         from sklearn.metrics import f1_score
 
-        chosen = predicted(MULTI_LABEL, outputs).astype(np.int64)
+        chosen = predicted(MULTI_LABEL, outputs, self.thresholds).astype(np.int64)
         options: dict[str, Any] = {"zero_division": 0}  # declared as a text
         f1 = {a: float(f1_score(labels, chosen, average=a, **options)) for a in ("micro", "macro")}
         exact = int((chosen == labels).all(axis=1).sum()) / len(labels)

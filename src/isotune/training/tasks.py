@@ -13,14 +13,15 @@ import torch
 from torch import nn
 
 from isotune.checkpoint.engine_state import reshard
-from isotune.config.task_types import SINGLE_LABEL
+from isotune.config.task_types import MULTI_LABEL, SINGLE_LABEL
 from isotune.data.batch_schedule import Microbatch, Step, assign_to_ranks, collate, to_device
 from isotune.data.classification.predictions import prediction_lines
+from isotune.data.classification.thresholds import THRESHOLD, Thresholds
 from isotune.data.documents import Documents
 from isotune.distributed.ranks import Watchdog, gather_by_number, gather_vectors, ordered_sum
 from isotune.models.class_loss import DocumentLoss
 from isotune.models.packed_attention import PACKED
-from isotune.training.label_kinds import KINDS, LabelKind
+from isotune.training.label_kinds import KINDS, LabelKind, ManyLabels
 from isotune.training.router_loss import RouterLoss
 
 
@@ -164,11 +165,12 @@ class ClassificationTask(Task):
     write_predictions: Callable[[int, str], None] | None = None
     class_names: Sequence[str] | None = None  # None where the classes have no names
     task_type: str = SINGLE_LABEL  # what the documents are labelled with
+    thresholds: Thresholds = THRESHOLD  # from which a document has a label, where it has any number of them
 
     @property
     def kind(self) -> LabelKind:
         """What is measured of such labels."""
-        return KINDS[self.task_type]
+        return ManyLabels(self.thresholds) if self.task_type == MULTI_LABEL else KINDS[self.task_type]
 
     def denominator(self, step: Step) -> float:
         """What the loss of the global batch is divided by: its documents, for a start."""
@@ -201,7 +203,7 @@ class ClassificationTask(Task):
         loss = ordered_sum(run.gather(losses)) / self.class_loss.plain.denominator(labels)
         if self.write_predictions is not None:
             ids = documents.ids.tolist()
-            lines = prediction_lines(self.task_type, ids, labels, outputs, self.class_names)
+            lines = prediction_lines(self.task_type, ids, labels, outputs, self.class_names, self.thresholds)
             self.write_predictions(run.global_step, "".join(json.dumps(line) + "\n" for line in lines))
         return {
             "eval_loss": loss,

@@ -11,26 +11,30 @@ from typing import Any
 import numpy as np
 
 from isotune.config.task_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from isotune.data.classification.thresholds import THRESHOLD, Thresholds
 
-THRESHOLD = 0.5  # the probability from which a text has a label
 
-
-def predicted(task_type: str, outputs: np.ndarray) -> np.ndarray:
+def predicted(task_type: str, outputs: np.ndarray, thresholds: Thresholds = THRESHOLD) -> np.ndarray:
     """The likeliest class of each row, int64 [rows]; its labels, bool [rows, labels]; or its number, [rows].
 
-    `outputs` are probabilities [rows, classes or labels], or the numbers themselves.
+    `outputs` are probabilities [rows, classes or labels], or the numbers themselves. `thresholds` are those of labels.
     """
     if task_type == SINGLE_LABEL:
         return outputs.argmax(axis=1)
-    return outputs >= THRESHOLD if task_type == MULTI_LABEL else outputs
+    return outputs >= np.asarray(thresholds) if task_type == MULTI_LABEL else outputs
 
 
 def prediction_lines(
-    task_type: str, ids: Sequence[Any], labels: np.ndarray, outputs: np.ndarray, names: Sequence[str] | None
+    task_type: str,
+    ids: Sequence[Any],
+    labels: np.ndarray,
+    outputs: np.ndarray,
+    names: Sequence[str] | None,
+    thresholds: Thresholds = THRESHOLD,
 ) -> list[dict[str, Any]]:
     """A line for each row; `names` are those of classes or labels, where they have any."""
     columns: dict[str, list[Any]] = {"id": list(ids)}
-    for key, values in (("label", labels), ("prediction", predicted(task_type, outputs))):
+    for key, values in (("label", labels), ("prediction", predicted(task_type, outputs, thresholds))):
         columns[key] = [np.flatnonzero(row).tolist() for row in values] if task_type == MULTI_LABEL else values.tolist()
     if task_type != REGRESSION:
         columns["probabilities"] = outputs.tolist()

@@ -22,8 +22,9 @@ from isotune.data.classification.classes import listed
 from isotune.data.classification.columns import find_columns, said
 from isotune.data.classification.labels import ClassificationSettings
 from isotune.data.classification.preparation import LabelledSplit, tokenize
+from isotune.data.classification.thresholds import CHOSEN, CHOSEN_ON, CHOSEN_SHARE
 from isotune.data.contents import EMPTY, HELD_OUT, hash_uniform, held_out, normalised
-from isotune.data.documents import RunData, check_left_out, digest
+from isotune.data.documents import PreparedData, RunData, check_left_out, digest
 from isotune.data.mixture import evaluation_source, training_source
 from isotune.data.sources.source import Source
 from isotune.io.errors import UserError
@@ -73,7 +74,8 @@ def prepare_labelled(recipe: ClassificationRecipe, tokenizer: Any, *, show: bool
         train, evaluation = split_by_content(train, recipe.eval_split_share, recipe.seed)
         remarks = {"held_out": len(evaluation.documents)}
     else:
-        return RunData(train.prepared(), None, found).shown(show)
+        train, to_choose_on = _hold_out_to_choose(train, recipe)
+        return RunData(train.prepared(), None, found, to_choose_on).shown(show)
     pair = digest("overlap", DUPLICATES_FORMAT_VERSION, train.fingerprint, evaluation.fingerprint)
     in_the_other, _ = load_or_build(pair, lambda _: (find_overlap(train, evaluation, show_progress=show), {}))
     if recipe.drop_leaked and in_the_other["train"].any():
@@ -91,26 +93,46 @@ def prepare_labelled(recipe: ClassificationRecipe, tokenizer: Any, *, show: bool
         remarks |= {"in_the_other": _counted(in_the_other["train"])}
     if "held_out" in remarks or "dropped" in remarks:
         train.check_classes(evaluation=False, left_by="drop_leaked" if "dropped" in remarks else "eval_split_share")
+    train, to_choose_on = _hold_out_to_choose(train, recipe)
     to_evaluate = evaluation.prepared(classes, in_the_other=_counted(in_the_other["evaluation"]))
-    return RunData(train.prepared(classes, **remarks), to_evaluate, found).shown(show)
+    return RunData(train.prepared(classes, **remarks), to_evaluate, found, to_choose_on).shown(show)
 
 
-def split_by_content(whole: LabelledSplit, share: float, seed: int) -> tuple[LabelledSplit, LabelledSplit]:
+def _hold_out_to_choose(
+    train: LabelledSplit, recipe: ClassificationRecipe
+) -> tuple[LabelledSplit, PreparedData | None]:
+    """The training texts, and where label thresholds are chosen those that are kept back for it."""
+    if recipe.label_thresholds != CHOSEN:
+        return train, None
+    train, kept = split_by_content(train, CHOSEN_SHARE, recipe.seed, purpose=CHOSEN_ON)
+    train.check_classes(evaluation=False, left_by="label_thresholds")
+    note = f"label_thresholds: {len(kept.documents):,} more texts are kept back to choose them on"
+    return replace(train, notes=(*train.notes, note)), kept.prepared()
+
+
+def split_by_content(
+    whole: LabelledSplit, share: float, seed: int, purpose: str = HELD_OUT
+) -> tuple[LabelledSplit, LabelledSplit]:
     """Split a data set at random into training and evaluation documents.
 
     Only the content of a text and the seed decide its side: documents with the same text are on one side, and a row
     that is moved, added or removed changes the side of no other row; but where rules give the classes, a class that
-    has two texts has one on each side. UserError if one of the sides would be empty.
+    has two texts has one on each side. The sides of one `purpose` say nothing about those of another. UserError if one
+    of the sides would be empty.
     """
-    kept_back = held_out(share, seed, whole.contents)
+    kept_back = held_out(share, seed, whole.contents, purpose)
     if whole.settings.label_source == "rules":
         kept_back = _with_every_class(kept_back, whole.documents.labels, whole.contents, seed)
+    key, use, other = "eval_split_share", "evaluate on", "choose another share or seed"
+    if purpose == CHOSEN_ON:
+        key, use, other = "label_thresholds: chosen", "choose them on", "say the thresholds, or choose another seed"
     if kept_back.all() or not kept_back.any():
         raise UserError(
-            f"eval_split_share: {share:g} of the {len(kept_back)} rows of {whole.source.name} leaves "
-            f"{'none to train on' if kept_back.all() else 'none to evaluate on'}: choose another share or seed"
+            f"{key}: {share:g} of the {len(kept_back)} rows of {whole.source.name} leaves "
+            f"{'none to train on' if kept_back.all() else f'none to {use}'}: {other}"
         )
-    return whole.select(~kept_back, "train", share, seed), whole.select(kept_back, "held out", share, seed)
+    sides = ("train", "held out") if purpose == HELD_OUT else (f"without {purpose}", purpose)
+    return whole.select(~kept_back, sides[0], share, seed), whole.select(kept_back, sides[1], share, seed)
 
 
 def _with_every_class(kept_back: np.ndarray, labels: np.ndarray, contents: np.ndarray, seed: int) -> np.ndarray:

@@ -17,6 +17,7 @@ Where the template marks what the assistant generates, by `{% generation %}`, it
 """
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -28,10 +29,12 @@ from transformers.utils import chat_template_utils
 from isotune.config.recipes import TrainOn
 from isotune.data.sft.conversations import Conversation, everything
 from isotune.data.sft.messages import ASSISTANT, PREAMBLE, REASONING_FIELDS, SYSTEM, USER, Example, Message
+from isotune.data.sft.prefixes import prefix_lengths
 from isotune.io.errors import first_line
 
 _GENERATION = re.compile(r"\{\%[-+]?\s*generation\s*[-+]?\%\}")
 _RENDERING_ERRORS = (TemplateError, TypeError, ValueError, AttributeError, LookupError)
+FEW_MESSAGES = 6  # which are rendered one beginning after the other: to look closer would not be worth it
 T = TypeVar("T")
 Boundaries = Callable[[str], Sequence[int]]  # where the tokens of a text begin and end, in characters
 
@@ -71,6 +74,13 @@ class ChatTemplate:
         except _RENDERING_ERRORS as error:
             raise ValueError(f"the chat template refuses it: {first_line(error)}") from error
         return texts[0], spans[0] if spans else []
+
+    def prefix_lengths(self, messages: Sequence[Message], tools: Any = None) -> tuple[str, dict[int, int]] | None:
+        """The text of some messages, and how long the part of the first of them is, by their number: `prefixes.py`."""
+        template = self.tokenizer.get_chat_template(None, tools)
+        as_read = [message | {"role": SYSTEM} if message["role"] == PREAMBLE else message for message in messages]
+        variables = self.tokenizer.special_tokens_map
+        return prefix_lengths(template, as_read, list(tools) if tools else None, variables)
 
     def prompt(self, messages: Sequence[Message], tools: Any = None) -> str:
         """The text that asks for an answer to the messages so far."""
@@ -166,13 +176,32 @@ class ChatTemplate:
 
 
 class _Turns:
-    """The texts that a template writes for the beginnings of one conversation, each rendered once."""
+    """The texts that a template writes for the beginnings of one conversation, each rendered at most once.
+
+    Of a long one most are parts of a single rendering, where the template shows that it can be so.
+    """
 
     def __init__(self, template: ChatTemplate, example: Example) -> None:
         self.template, self.messages, self.tools = template, example.messages, example.tools
         self.until = lru_cache(None)(self._until)  # of this conversation alone
 
+    @cached_property
+    def _beginnings(self) -> tuple[str, dict[int, int], dict[bool, str]]:
+        """The text of all messages, how long that of the first of them is, and what ends it, by whether it asks."""
+        text = self.template.render(self.messages, self.tools) if len(self.messages) > FEW_MESSAGES else ""
+        found = self.template.prefix_lengths(self.messages, self.tools) if text else None
+        if found is None or found[0] != text:
+            return "", {}, {}
+        turns = text[: found[1][len(self.messages)]]
+        asking = self.template.render(self.messages, self.tools, prompt=True)
+        if not asking.startswith(turns):
+            return "", {}, {}
+        return text, found[1], {False: text[len(turns) :], True: asking[len(turns) :]}
+
     def _until(self, count: int, prompt: bool) -> str:
+        text, lengths, endings = self._beginnings
+        if count in lengths:
+            return text[: lengths[count]] + endings[prompt]
         return self.template.render(self.messages[:count], self.tools, prompt=prompt) if count or prompt else ""
 
     def document(self, wanted: Sequence[int]) -> tuple[str, dict[int, list[tuple[int, int]]], list[int]]:
@@ -240,7 +269,8 @@ class _Turns:
     def _shared(self, one: str, other: str) -> int:
         """How many characters two texts have in common at their start, in whole tokens of both."""
         limit = min(len(one), len(other))
-        common = next((at for at in range(limit) if one[at] != other[at]), limit)
+        # the longest common beginning, found by bisection: true for the lengths up to it, then false
+        common = bisect_right(range(1, limit + 1), False, key=lambda length: one[:length] != other[:length])
         places = set(self.template.boundaries(one)) & set(self.template.boundaries(other))
         return max((place for place in places if place <= common), default=0)
 

@@ -22,6 +22,7 @@ from isotune.data.classification.classes import NameIndex, listed
 from isotune.data.classification.predictions import prediction_lines
 from isotune.data.classification.preparation import LabelledSplit, tokenize
 from isotune.data.classification.split import split_by_content
+from isotune.data.classification.thresholds import THRESHOLD, Thresholds, thresholds_of
 from isotune.data.documents import Documents
 from isotune.evaluation.classification.examples import EXAMPLES, WRITTEN, errors_first, examples_of
 from isotune.evaluation.distributed_eval import Ranks
@@ -54,6 +55,7 @@ class Rows:
     )  # how many rows were read, and how many of them are not here, by reason
     named: bool = False  # whether the classes have names of their own, and not their numbers
     task_type: str = SINGLE_LABEL
+    thresholds: Thresholds = THRESHOLD  # from which a row has a label, of multi_label
 
     @property
     def metric_names(self) -> list[str] | None:
@@ -96,13 +98,15 @@ class Evaluation:
     @cached_property
     def errors_first(self) -> np.ndarray:
         """Numbers of rows, int64, those that are most wrong first."""
-        return errors_first(self.task_type, self.rows.labels, self.outputs)
+        return errors_first(self.task_type, self.rows.labels, self.outputs, self.rows.thresholds)
 
     @cached_property
     def examples(self) -> list[dict[str, Any]]:
         """The first WRITTEN rows in that order."""
         rows, chosen = self.rows, self.errors_first[:WRITTEN].tolist()
-        return examples_of(self.task_type, chosen, rows.ids, rows.labels, self.outputs, rows.names, rows.texts)
+        return examples_of(
+            self.task_type, chosen, rows.ids, rows.labels, self.outputs, rows.names, rows.texts, rows.thresholds
+        )
 
 
 def read_task_rows(
@@ -121,6 +125,8 @@ def read_task_rows(
     for key, given in (("labels", task.labels), ("ordinal", task.ordinal)):
         if given and not is_single:
             raise UserError(f"{key} is of single_label, and {classifier.name} is of {classifier.task_type}")
+    if task.label_thresholds and classifier.task_type != MULTI_LABEL:
+        raise UserError(f"label_thresholds is of multi_label, and {classifier.name} is of {classifier.task_type}")
     if task.labels is not None and len(task.labels) != classes:
         raise UserError(f"the task has {len(task.labels)} labels, and {classifier.name} has {classes} classes")
     source, names = task.source(limit), classifier.label_names
@@ -168,6 +174,7 @@ def read_task_rows(
         fingerprint=labelled.fingerprint,
         left_out={"rows_read": rows_read, "reasons": reasons},
         task_type=classifier.task_type,
+        thresholds=thresholds_of(task.label_thresholds, classes) if task.label_thresholds else classifier.thresholds,
     )
 
 
@@ -239,7 +246,7 @@ def evaluate_rows(
     """
     names, modules = split_metrics(task.metrics)
     task_type, labels = rows.task_type, rows.labels
-    options: Any = {"ordinal": task.ordinal, "names": rows.metric_names}
+    options: Any = {"ordinal": task.ordinal, "names": rows.metric_names, "thresholds": rows.thresholds}
     none = outputs_of(task_type, np.zeros((1, classifier.num_labels)))
     of_one_row = statistics_of(task_type, labels[:1], none, **options)
     select_names(of_one_row, names)  # refuses a wrong name before the forwards
@@ -253,7 +260,7 @@ def evaluate_rows(
     if names or not modules:
         statistics = statistics_of(task_type, labels, outputs, **options)
         scores = score(statistics, len(labels), only=names, resamples=resamples, seed=seed)
-    columns = columns_of(task_type, labels, outputs)
+    columns = columns_of(task_type, labels, outputs, rows.thresholds)
     scores |= score_modules(modules, columns, len(labels), resamples=resamples, seed=seed)
     return Evaluation(rows, outputs, scores)
 
@@ -271,7 +278,7 @@ def write_evaluation(
     """examples.jsonl, predictions.jsonl and metrics.json in `folder`; `settings` are recorded among the facts."""
     rows, scores = evaluation.rows, evaluation.scores
     names = rows.names if rows.named else None
-    predictions = prediction_lines(rows.task_type, rows.ids, rows.labels, evaluation.outputs, names)
+    predictions = prediction_lines(rows.task_type, rows.ids, rows.labels, evaluation.outputs, names, rows.thresholds)
     facts = {
         "kind": CLASSIFICATION,
         "model": classifier.name,
@@ -280,6 +287,7 @@ def write_evaluation(
         "task_type": rows.task_type,
         "label_names": rows.names,
         "ordinal": task.ordinal,
+        **({"label_thresholds": np.atleast_1d(rows.thresholds).tolist()} if rows.task_type == MULTI_LABEL else {}),
         "undefined": scores.undefined,
         "left_out": rows.left_out,
         "settings": {**settings, "rows_cut": rows.truncated},

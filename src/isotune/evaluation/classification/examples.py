@@ -7,13 +7,16 @@ import numpy as np
 
 from isotune.config.task_types import MULTI_LABEL, REGRESSION
 from isotune.data.classification.predictions import in_words, predicted
+from isotune.data.classification.thresholds import THRESHOLD, Thresholds
 
 EXAMPLES = "examples.jsonl"
 SHOWN, WRITTEN, LINE = 5, 100, 160
 FIRST = {MULTI_LABEL: "the most wrong labels first:", REGRESSION: "the largest errors first:"}
 
 
-def errors_first(task_type: str, labels: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+def errors_first(
+    task_type: str, labels: np.ndarray, outputs: np.ndarray, thresholds: Thresholds = THRESHOLD
+) -> np.ndarray:
     """Numbers of rows, int64: errors, the most confident first, then the others, the least confident first.
 
     Rows with several labels are in the order of how many are wrong and then how far their probabilities are off, those
@@ -22,7 +25,7 @@ def errors_first(task_type: str, labels: np.ndarray, outputs: np.ndarray) -> np.
     if task_type == REGRESSION:
         return np.argsort(-np.abs(outputs - labels), kind="stable")
     if task_type == MULTI_LABEL:
-        wrong = (predicted(task_type, outputs) != labels.astype(bool)).sum(axis=1)
+        wrong = (predicted(task_type, outputs, thresholds) != labels.astype(bool)).sum(axis=1)
         return np.lexsort((-np.abs(outputs - labels).sum(axis=1), -wrong))
     confidence = outputs.max(axis=1)
     correct = outputs.argmax(axis=1) == labels
@@ -37,9 +40,10 @@ def examples_of(
     outputs: np.ndarray,
     names: Sequence[str],
     texts: Sequence[str],
+    thresholds: Thresholds = THRESHOLD,
 ) -> list[dict[str, Any]]:
     """Each of `rows`: its id, in words what it is and what was predicted, its class's probability, and its text."""
-    found = predicted(task_type, outputs)
+    found = predicted(task_type, outputs, thresholds)
     examples: list[dict[str, Any]] = []
     for row in rows:
         actual, guess = in_words(task_type, labels[row], names), in_words(task_type, found[row], names)

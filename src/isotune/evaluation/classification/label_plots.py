@@ -8,6 +8,7 @@ import numpy as np
 
 from isotune.config.task_types import MULTI_LABEL
 from isotune.data.classification.predictions import predicted
+from isotune.data.classification.thresholds import THRESHOLD, Thresholds
 from isotune.evaluation.classification.figures import COLOURS, grid, new_figure, save_plot, short_name
 from isotune.evaluation.metrics.multi_label import multi_label_statistics
 from isotune.evaluation.metrics.regression import regression_statistics
@@ -40,10 +41,16 @@ def draw_numbers(labels: np.ndarray, numbers: np.ndarray, file: Path) -> None:
     save_plot(figure, file, lines)
 
 
-def draw_labels(labels: np.ndarray, probabilities: np.ndarray, names: Sequence[str], file: Path) -> None:
+def draw_labels(
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    names: Sequence[str],
+    file: Path,
+    thresholds: Thresholds = THRESHOLD,
+) -> None:
     """Precision, recall and F1 of each label; the text beside it is the table of all labels."""
-    chosen = predicted(MULTI_LABEL, probabilities)
-    found = values(multi_label_statistics(labels, probabilities, names))
+    chosen = predicted(MULTI_LABEL, probabilities, thresholds)
+    found = values(multi_label_statistics(labels, probabilities, names, thresholds))
     drawn = list(range(min(len(names), LARGEST_DRAWN)))
     figure, panel = new_figure(6.4, 1.4 + 0.42 * len(drawn))
     kinds = ("precision", "recall", "f1")
@@ -54,9 +61,11 @@ def draw_labels(labels: np.ndarray, probabilities: np.ndarray, names: Sequence[s
     panel.set(xlim=(0, 1.01), ylim=(len(drawn) - 0.4, -0.6), xlabel="share")
     panel.legend(frameon=False, fontsize=9, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     grid(panel)
+    of_labels = np.unique(thresholds)
+    low = f"{of_labels[0]:g}" + (f" to {of_labels[-1]:g}, by label," if len(of_labels) > 1 else "")
     exact, micro, macro = (found[name] for name in ("exact_match", "f1_micro", "f1_macro"))
     lines = [
-        f"Precision, recall and F1 of {len(names)} labels on {len(labels):,} texts, from a probability of 0.5 on: "
+        f"Precision, recall and F1 of {len(names)} labels on {len(labels):,} texts, from a probability of {low} on: "
         f"exact match {exact:.3f}, micro F1 {micro:.3f}, macro F1 {macro:.3f}."
     ]
     for k, name in enumerate(names):

@@ -46,7 +46,7 @@ def draw_plots(evaluation: Evaluation, folder: Path) -> None:
     truths = labels == 1 if evaluation.task_type == MULTI_LABEL else labels[:, None] == np.arange(len(names))
     _draw_precision_recall(truths, probabilities, names, folder / "precision_recall.png")
     if evaluation.task_type == MULTI_LABEL:
-        draw_labels(labels, probabilities, names, folder / "labels.png")
+        draw_labels(labels, probabilities, names, folder / "labels.png", evaluation.rows.thresholds)
         return
     _draw_confusion(labels, probabilities.argmax(axis=1), names, folder / "confusion_matrix.png")
     _draw_reliability(labels, probabilities, folder / "reliability.png")

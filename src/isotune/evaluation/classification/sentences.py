@@ -33,7 +33,7 @@ def show_sentences(run: Path, texts: Sequence[str], device: torch.device) -> Non
     outputs = _outputs(classifier, texts)
     names = classifier.label_names or tuple(map(str, range(classifier.num_labels)))
     actual = [None if truth is None else names[truth[row]] for row in range(len(texts))]
-    guesses = [in_words(task_type, guess, names) for guess in predicted(task_type, outputs)]
+    guesses = [in_words(task_type, guess, names) for guess in predicted(task_type, outputs, classifier.thresholds)]
     width = max(len(name or "") for name in [*actual, *guesses, "predicted"])
     sure = "" if task_type == REGRESSION else "probability  "
     print(f"  {'true':<{width}}  {'predicted':<{width}}  {sure}text")
@@ -52,7 +52,7 @@ def predict_texts(classifier: Classifier, texts: Sequence[str]) -> list[Any]:
     """
     outputs, task_type = _outputs(classifier, texts), classifier.task_type
     names = classifier.label_names or tuple(range(classifier.num_labels))
-    found = predicted(task_type, outputs)
+    found = predicted(task_type, outputs, classifier.thresholds)
     if task_type == REGRESSION:
         return found.tolist()
     if task_type == MULTI_LABEL:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from isotune.data.classification.predictions import THRESHOLD
+from isotune.data.classification.thresholds import THRESHOLD, Thresholds
 from isotune.evaluation.metrics.classification import KINDS, SMALLEST, class_suffixes
 from isotune.evaluation.statistics.resampling import OfSums, Statistic, mean, share
 
@@ -18,14 +18,17 @@ MULTI_LABEL_METRICS = (
 
 
 def multi_label_statistics(
-    labels: np.ndarray, probabilities: np.ndarray, names: Sequence[str] | None = None
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    names: Sequence[str] | None = None,
+    thresholds: Thresholds = THRESHOLD,
 ) -> list[Statistic]:
     """All statistics of labels, 0 or 1 [rows, labels], and their probabilities, float64 [rows, labels].
 
-    A row has a label from THRESHOLD on. `exact_match` is the share of rows with all labels right, `hamming_loss` the
-    share of wrong ones among all, `log_loss` is in nats for a row and label. `names` are those of the labels.
+    A row has a label from its threshold on. `exact_match` is the share of rows with all labels right, `hamming_loss`
+    the share of wrong ones among all, `log_loss` is in nats for a row and label. `names` are those of the labels.
     """
-    truth, chosen = labels.astype(bool), probabilities >= THRESHOLD
+    truth, chosen = labels.astype(bool), probabilities >= np.asarray(thresholds)
     count = truth.shape[1]
     columns = np.hstack([truth & chosen, truth, chosen]).astype(np.float64)
     suffixes = class_suffixes(count, names)

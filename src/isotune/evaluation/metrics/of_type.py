@@ -7,6 +7,7 @@ import numpy as np
 
 from isotune.config.task_types import MULTI_LABEL, REGRESSION
 from isotune.data.classification.predictions import predicted
+from isotune.data.classification.thresholds import THRESHOLD, Thresholds
 from isotune.evaluation.metrics.classification import METRICS, classification_statistics
 from isotune.evaluation.metrics.modules import CLASSES, Column, MetricModule, class_columns
 from isotune.evaluation.metrics.multi_label import MULTI_LABEL_METRICS, multi_label_statistics
@@ -24,21 +25,27 @@ def statistics_of(
     *,
     ordinal: bool = False,
     names: Sequence[str] | None = None,
+    thresholds: Thresholds = THRESHOLD,
 ) -> list[Statistic]:
-    """All statistics of labels, [rows] or [rows, labels], and of probabilities [rows, classes] or numbers [rows]."""
+    """All statistics of labels, [rows] or [rows, labels], and of probabilities [rows, classes] or numbers [rows].
+
+    `thresholds` are those from which a row has a label, `ordinal` is of classes.
+    """
     if task_type == REGRESSION:
         return regression_statistics(labels, outputs)
     if task_type == MULTI_LABEL:
-        return multi_label_statistics(labels, outputs, names)
+        return multi_label_statistics(labels, outputs, names, thresholds)
     return classification_statistics(labels, outputs, ordinal=ordinal, names=names)
 
 
-def columns_of(task_type: str, labels: np.ndarray, outputs: np.ndarray) -> dict[Column, Any]:
+def columns_of(
+    task_type: str, labels: np.ndarray, outputs: np.ndarray, thresholds: Thresholds = THRESHOLD
+) -> dict[Column, Any]:
     """The columns that a module of `evaluate` may take."""
     if task_type == REGRESSION:
         return {("predictions", "float"): outputs, ("references", "float"): labels}
     if task_type == MULTI_LABEL:
-        chosen = predicted(task_type, outputs).astype(np.int64)
+        chosen = predicted(task_type, outputs, thresholds).astype(np.int64)
         scores = {("prediction_scores", "list of float"): outputs}
         return {("predictions", "list of int"): chosen, ("references", "list of int"): labels, **scores}
     return class_columns(labels, outputs)

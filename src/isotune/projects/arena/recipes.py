@@ -27,6 +27,8 @@ class ArenaRecipe(ClassificationRecipe):
     method: Literal["encoder"] = key("encoder", MODEL, "what predicts: encoder, or baselines in a recipe of their own")
     dataset_name: str = key(REQUIRED, DATA, _FOLDER, is_path=True)
     dataset_mixture: list[dict[str, Any]] | None = key(None, DATA, "not used", needs=_OWN_COLUMNS, common=False)
+    eval_dataset_mixture: list[dict[str, Any]] | None = key(None, DATA, "not used", needs=_OWN_COLUMNS, common=False)
+    label_thresholds: list[float] | None = key(None, DATA, "not used", needs=_OWN_COLUMNS, common=False)
     test_labels: str | None = key(None, DATA, _LABELS, is_path=True, changes_result=False)
     train_orders: Literal["both", "one"] = key(
         "both", DATA, "orders of the two answers to learn from: both, or for each row one by a coin of its content"
