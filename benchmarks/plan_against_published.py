@@ -197,26 +197,31 @@ def _trace_rows(model: str, tune: str, recompute: bool, seq_len: int, rows: int)
     )  # fmt: skip
 
 
+# Where a fit starts, and the largest value: products cannot be faster than the fastest that anybody measured alone on
+# such a card (Bekman, Machine Learning Engineering, maximum achievable matmul FLOPS).
+PRIORS = {
+    "products_A100": (0.75, 0.87), "products_H100": (0.5, 0.8), "products_H200": (0.72, 0.8),
+    "elementwise_eager": (1.0, 3.0), "elementwise_fused": (0.5, 1.5), "slowest": (1.05, 1.3), "overlap": (0.8, 1.0),
+}  # fmt: skip
+ROW_ERROR, PRIOR_ERROR = 0.1, 0.25  # relative standard deviations that the fit assumes
+
+
 def fit(cases: Sequence[Case]) -> dict[str, float]:
-    """The fitted parameters, by least squares on the logarithm of tokens/s with a weak pull to where they start."""
+    """The fitted parameters: least squares of the logarithm of tokens/s, and of the distance from where they start."""
     from scipy.optimize import least_squares
 
-    values = yaml.safe_load(PARAMETERS.read_text(encoding="utf-8"))
-    names = list(values["fitted"])
-    limits = {name: (0.2, 0.95) for name in names if name.startswith("products")}
-    limits |= {"elementwise_eager": (0.3, 3.0), "elementwise_fused": (0.1, 1.5), "slowest": (1.0, 1.3)}
-    limits |= {"overlap": (0.0, 1.0)}
-    start = {"products_A100": 0.75, "products_H100": 0.5, "products_H200": 0.72, "elementwise_eager": 1.0,
-             "elementwise_fused": 0.5, "slowest": 1.05, "overlap": 0.8}  # fmt: skip
+    fixed = yaml.safe_load(PARAMETERS.read_text(encoding="utf-8"))["fixed"]
+    start, most = (dict(zip(PRIORS, values, strict=True)) for values in zip(*PRIORS.values(), strict=True))
+    least = {name: 1.0 if name == "slowest" else 0.05 for name in PRIORS}
 
     def residuals(found: Sequence[float]) -> list[float]:
-        parameters = values["fixed"] | dict(zip(names, found, strict=True))
-        errors = [math.log(case.predict(parameters) / (case.printed or 1)) for case in cases]
-        return errors + [0.02 * (value / start[name] - 1) for name, value in zip(names, found, strict=True)]
+        fitted = dict(zip(PRIORS, found, strict=True))
+        errors = [math.log(case.predict(fixed | fitted) / (case.printed or 1)) / ROW_ERROR for case in cases]
+        return errors + [(fitted[name] / start[name] - 1) / PRIOR_ERROR for name in PRIORS]
 
-    bounds = tuple(zip(*(limits[name] for name in names), strict=True))
-    found = least_squares(residuals, [start[name] for name in names], bounds=bounds).x
-    return {name: float(f"{value:.3g}") for name, value in zip(names, found, strict=True)}
+    bounds = list(least.values()), list(most.values())
+    found = least_squares(residuals, list(start.values()), bounds=bounds).x
+    return {name: float(f"{value:.3g}") for name, value in zip(PRIORS, found, strict=True)}
 
 
 def write_parameters(fitted: Mapping[str, float]) -> None:

@@ -11,6 +11,7 @@ For a model that pads, the documents of a step are, each by itself, and those of
 `collate` makes the tensors of a microbatch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NotRequired, TypedDict, cast

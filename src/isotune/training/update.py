@@ -181,7 +181,7 @@ class OptimizerUpdate:
         *,
         out_of_memory: bool = False,  # this rank is
     ) -> torch.Tensor:
-        """Loss and count of the global batch, and what any rank has to tell, in one collective: float64, for `_learn`."""
+        """Loss and count of the global batch, and what any rank tells, in one collective: for `_learn`, float64."""
         assert self.result is not None
         count, device = len(self.result.step.microbatches), self.sync.accelerator.device
         writer = self.checkpointer.writer if self.checkpointer is not None else None

@@ -13,9 +13,9 @@ share, for more communication. With exact gradients integers are all-reduced at 
 and 2 the engine's own sum then adds zeros to the result. FSDP2 and ZeRO-3 keep shares of integers only, so they
 reduce-scatter after each microbatch (exact_shards.py).
 
-Where ranks vote (plain and DDP), none needs another within its microbatches. One that ran out of memory adds zeros to the
-sum, and the update is repeated (failures/out_of_memory.py). Under plain and DDP the host waits for the device once an
-update: losses, votes and norm are read together after the sum. Only fp16's scaler has to look at the gradient first.
+Where ranks vote (plain and DDP), none needs another within its microbatches. One that ran out of memory adds zeros to
+the sum, and the update is repeated (failures/out_of_memory.py). Under plain and DDP the host waits for the device once
+an update: losses, votes and norm are read together after the sum. Only fp16's scaler has to look at the gradient first.
 """
 
 import contextlib
