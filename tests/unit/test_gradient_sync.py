@@ -25,12 +25,12 @@ if rank == 0:
     parameters[6].grad = None  # the other has one
 parameters[7].grad = None  # nobody has
 before = [None if p.grad is None else p.grad.clone() for p in parameters]
-gradient_sync.sum_over_ranks(parameters, gaps=True)
+gradient_sync.drop_gaps(parameters, gradient_sync.sum_over_ranks(parameters))
 torch.save((before, [p.grad for p in parameters]), f"{folder}/gaps-{rank}.pt")
 whole = parameters[:6]
 for p, gradient in zip(whole, before):
     p.grad = gradient.clone()
-gradient_sync.sum_over_ranks(whole, gaps=False)
+assert gradient_sync.sum_over_ranks(whole) == []
 torch.save([p.grad for p in whole], f"{folder}/whole-{rank}.pt")
 dist.barrier()
 dist.destroy_process_group()
