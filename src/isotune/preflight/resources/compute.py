@@ -6,7 +6,6 @@ peak. A run reaches a share of the peak, the model FLOPs utilization (MFU): `--m
 run, otherwise it is assumed to be `DEFAULT_MFU`, and the report says so.
 """
 
-import json
 import math
 import statistics
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from isotune.config import Recipe, RunRecipe
 from isotune.config.effects import count_events
 from isotune.data.batch_schedule import StepSchedule, assign_to_ranks
 from isotune.io.errors import UserError
+from isotune.io.reading import Unreadable
+from isotune.io.run_files import read_environment
 from isotune.preflight.resources.sharding import ModelStats, Sharding
 from isotune.run.metrics_file import METRICS, read_metrics
 
@@ -176,8 +177,8 @@ def measured_mfu(run: Path, recipe: RunRecipe, model: ModelStats, work: Work, de
     """The MFU of a finished run of this recipe: the median over its steps, on one process; UserError without steps."""
     try:
         steps = read_metrics(run / METRICS).steps.values()
-        processes = int(json.loads((run / "environment.json").read_text(encoding="utf-8"))["in_effect"]["world_size"])
-    except (OSError, ValueError, KeyError) as error:
+        processes = read_environment(run)["in_effect"]["world_size"]
+    except (FileNotFoundError, Unreadable, KeyError) as error:
         raise UserError(f"--measured {run}: no metrics.jsonl and environment.json of a run: {error}") from None
     rates = [line["tokens_per_second"] for line in steps if line.get("tokens_per_second")]
     if not rates:
