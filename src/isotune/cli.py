@@ -86,6 +86,19 @@ def _parser() -> argparse.ArgumentParser:
     copying.add_argument("name", metavar="NAME", help="its name, as `isotune ls` lists it")
     copying.add_argument("file", metavar="FILE", nargs="?", help="the new file (NAME.yaml)")
 
+    runs = command(
+        "runs",
+        _runs,
+        help="list runs with their state, progress, best metric and age",
+        description=(
+            "List the runs below folders: their state (a run whose processes are gone is `killed`, whatever its files\n"
+            "say), the last step, the best value of the metric that chooses the best model, and the time since the\n"
+            "last change."
+        ),
+    )
+    runs.add_argument("folders", metavar="FOLDER", nargs="*", default=["runs"], help="where the runs are (runs)")
+    runs.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
     export = command(
         "export",
         _export,
@@ -200,6 +213,12 @@ def _copy(chosen: argparse.Namespace) -> None:
     from isotune.commands.listing import copy_shipped
 
     print(f"copied      {copy_shipped(chosen.name, chosen.file)}")
+
+
+def _runs(chosen: argparse.Namespace) -> None:
+    from isotune.commands.runs import list_runs
+
+    list_runs(chosen.folders, as_json=chosen.json)
 
 
 def _export(chosen: argparse.Namespace) -> None:

@@ -36,6 +36,7 @@ def test_help_names_every_command_with_what_it_is_for(capsys):
         "slurm": "submit to a cluster: isotune slurm sft|classify|arena|eval WHAT [FLAGS]",
         "ls": "list shipped recipes, tasks and engines, models, and the runs here",
         "cp": "copy a shipped recipe, task or engine to a file of your own",
+        "runs": "list runs with their state, progress, best metric and age",
         "export": "write a run's model for use elsewhere, an adapter merged into its base",
         "compare": "test whether runs differ on the same evaluated rows",
         "report": "write one self-contained HTML file of a run, or of several side by side",

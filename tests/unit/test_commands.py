@@ -256,8 +256,7 @@ class TestFiles:
         (run_folder / "metrics.jsonl").write_text('{"step": 10, "eval_loss": 0.25, "eval_accuracy": 0.5}\n')
         _, listed, _ = run(capsys, "ls", "runs")
         assert listed.split()[3:] == [
-            str(run_folder), "classification", "preempted", "at", "step", "12", "eval_loss", "0.25,", "eval_accuracy",
-            "0.5",
+            str(run_folder), "classification", "preempted", "at", "step", "12", "loss", "0.25",
         ]  # fmt: skip
         assert "there is no such list: did you mean 'runs'?" in run(capsys, "ls", "run")[2]
 

@@ -35,6 +35,7 @@ class Run:
     def __init__(self, path):
         self.path = path
         self.status: Any = None
+        self.is_trained = False
         self.lease = RunLease(path)
 
     def acquire_lease(self, processes: int) -> Path:

@@ -5,7 +5,6 @@ lost, a configuration keeps settings of training. All of these show when the fol
 """
 
 import copy
-import errno
 import json
 import os
 import shutil
@@ -21,11 +20,10 @@ from torch import Tensor, nn
 
 from isotune.compat.peft import name_in_adapter_file, save_adapter
 from isotune.compat.transformers import ignored_on_save, set_attention_of
-from isotune.io.errors import RunFault, UserError
-from isotune.io.files import sync_path
+from isotune.io.errors import NO_ROOM, RunFault, UserError
+from isotune.io.files import set_aside, sync_path
 from isotune.models.log_control import quiet_libraries
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PROBE_TEXT = "### Human: Is 2 + 2 = 4?\n### Assistant: Yes: naïve, 世界 🙂.\n"
 
 
@@ -155,10 +153,7 @@ def staging_for(folder: Path) -> Generator[Path]:
 
 def replace_folder(staging: Path, folder: Path) -> None:
     """Rename `staging` to `folder`; a previous folder is removed only after that."""
-    before = folder.with_name(f"{folder.name}.before")
-    if folder.exists():
-        shutil.rmtree(before, ignore_errors=True)
-        folder.rename(before)
+    before = set_aside(folder)
     staging.rename(folder)
     sync_path(folder.parent)
     shutil.rmtree(before, ignore_errors=True)

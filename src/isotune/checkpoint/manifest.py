@@ -5,9 +5,15 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
+from pydantic import ConfigDict, TypeAdapter
+from typing_extensions import TypedDict
+
+from isotune.io.errors import shown
 from isotune.io.files import write_synced
+from isotune.io.reading import Unreadable, checked, read_json_object
+from isotune.io.run_files import Whole
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
@@ -51,6 +57,33 @@ class Manifest:
         write_synced(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
+class _File(TypedDict):
+    name: str
+    bytes: Whole
+    sha256: str
+
+
+class _Content(TypedDict):
+    """What MANIFEST.json holds: every field of Manifest."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]  (pydantic's place for it)
+    step: Whole
+    world_size: Whole
+    engine: str
+    recipe_fingerprint: str
+    recipe: dict[str, Any]
+    data_fingerprints: dict[str, str]
+    versions: dict[str, str]
+    best_step: Whole | None
+    best_metric: float | None
+    contents: NotRequired[dict[str, str]]  # of a version that recorded none
+    files: list[_File]
+    format: Whole
+
+
+_SCHEMA = TypeAdapter(_Content)
+
+
 def record_file(folder: Path, path: Path) -> FileRecord:
     """fsync a written file, read it back, and return its size and hash."""
     digest = hashlib.sha256()
@@ -69,20 +102,21 @@ def read_manifest(folder: Path) -> Manifest:
     Raises InvalidCheckpoint where there is none, it is broken, or this version does not know its format.
     """
     try:
-        content = json.loads((folder / MANIFEST).read_text("utf-8"))
+        content: dict[str, Any] = read_json_object(folder / MANIFEST)
+        if "digest" not in content:
+            raise Unreadable("it has no digest")
         digest = content.pop("digest")
+        if content.get("format") != FORMAT:
+            raise InvalidCheckpoint(f"its format is {shown(content.get('format'))}, and this version reads {FORMAT}")
+        if digest != _digest(content):
+            raise InvalidCheckpoint(f"{MANIFEST} was changed after it was written")
+        checked(content, _SCHEMA)
     except FileNotFoundError:
         raise InvalidCheckpoint(f"it has no {MANIFEST}" if folder.is_dir() else "there is no such folder") from None
-    except OSError as error:
-        raise InvalidCheckpoint(f"{MANIFEST} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, AttributeError):
-        raise InvalidCheckpoint(f"{MANIFEST} is broken") from None
-    if content.get("format") != FORMAT:
-        raise InvalidCheckpoint(f"its format is {content.get('format')}, and this version reads {FORMAT}")
-    if digest != _digest(content):
-        raise InvalidCheckpoint(f"{MANIFEST} was changed after it was written")
-    content["files"] = tuple(FileRecord(**file) for file in content["files"])
-    return Manifest(**content)
+    except Unreadable as reason:
+        raise InvalidCheckpoint(f"{MANIFEST} is broken: {reason}") from None
+    files = tuple(FileRecord(**file) for file in content.pop("files"))
+    return Manifest(**content, files=files)
 
 
 def verify(folder: Path) -> Manifest:

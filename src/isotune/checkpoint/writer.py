@@ -16,12 +16,11 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from isotune.checkpoint.final_model import NO_ROOM
 from isotune.checkpoint.flat_tensors import FlatTensor, write_tensors, written_by
 from isotune.checkpoint.manifest import FileRecord, Manifest, record_file
 from isotune.checkpoint.store import CheckpointStore
 from isotune.distributed.ranks import several_ranks
-from isotune.io.errors import RunFault, UserError
+from isotune.io.errors import NO_ROOM, RunFault, UserError
 from isotune.io.files import write_synced
 
 TENSORS = "tensors"

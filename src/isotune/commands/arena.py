@@ -1,6 +1,8 @@
 """Which of two answers people prefer, by an encoder or by classical baselines: `isotune arena`, train/arena.py."""
 
+import functools
 from pathlib import Path
+from typing import Any
 
 from isotune.commands.before_torch import before_torch
 from isotune.io.extras import need
@@ -28,21 +30,27 @@ def train_encoder(recipe: ArenaRecipe) -> None:
     from isotune.preflight.startup_check import startup_check
     from isotune.projects.arena.battles import read_competition
     from isotune.projects.arena.encoder import evaluate_encoder, prepare_competition
-    from isotune.report.loss_curve import draw_loss_curve
-    from isotune.report.model_card import share
+    from isotune.report.finishing import last_steps
+    from isotune.run.finishing import FinishingStep, finish_trained
     from isotune.training.from_recipe import start_run, train_run
 
     start = start_run(recipe)
-    files = read_competition(Path(recipe.dataset_name))
-    data, kept = prepare_competition(files, recipe, start.tokenizer)
+
+    @functools.cache
+    def prepared() -> tuple[Any, ...]:
+        files = read_competition(Path(recipe.dataset_name))
+        return files, *prepare_competition(files, recipe, start.tokenizer)
+
+    def evaluate() -> None:
+        files, _, kept = prepared()
+        evaluate_encoder(start.run.path, recipe, files, kept, start.process.device)
+
+    finishing = [FinishingStep("submission", evaluate), *last_steps(recipe)]
+    if start.run.is_trained:
+        finish_trained(start.run, start.process, finishing)
+        return
+    data = prepared()[1]
     data.shown(start.process.is_main)
     checked = startup_check(start, data)
-    if checked is None:
-        return
-
-    def before_finishing() -> None:
-        evaluate_encoder(start.run.path, recipe, files, kept, start.process.device)
-        print(f"loss curve  {draw_loss_curve(start.run.path)}")
-
-    if train_run(checked, data, before_finishing) is not None:
-        share(recipe)
+    if checked is not None:
+        train_run(checked, data, finishing)

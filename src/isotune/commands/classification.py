@@ -1,5 +1,6 @@
 """Classification of texts, without padding, on any engine: `isotune classify`, train/yelp.py, imdb.py, prompts.py."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,25 +30,34 @@ def train_classifier(recipe: ClassificationRecipe, *, tests_chance: bool = False
     from isotune.evaluation.classification.sentences import show_sentences
     from isotune.evaluation.classification.thresholds import keep_thresholds
     from isotune.preflight.startup_check import startup_check
-    from isotune.report.loss_curve import draw_loss_curve
-    from isotune.report.model_card import share
+    from isotune.report.finishing import last_steps
+    from isotune.run.finishing import FinishingStep, finish_trained
     from isotune.training.from_recipe import start_run, train_run
 
     start = start_run(recipe)
-    data = prepare_labelled(recipe, start.tokenizer, show=start.process.is_main)
-    checked = startup_check(start, data)
-    if checked is None:
-        return
+    prepared = functools.cache(lambda: prepare_labelled(recipe, start.tokenizer, show=start.process.is_main))
 
-    def before_finishing() -> None:
-        if recipe.label_thresholds is not None:
-            print(f"thresholds  {keep_thresholds(start.run.path, recipe, data, start.process.device)}")
-        if recipe.sentences:
-            show_sentences(start.run.path, recipe.sentences, start.process.device)
-        evaluation: Any = data.evaluation
-        if tests_chance and evaluation is not None:
+    def test_chance() -> None:
+        evaluation: Any = prepared().evaluation
+        if evaluation is not None:
             print(f"verdict     {write_chance_test(start.run.path, recipe, evaluation)}")
 
-    if train_run(checked, data, before_finishing) is not None:
-        print(f"loss curve  {draw_loss_curve(start.run.path)}")
-        share(recipe)
+    def say_thresholds() -> None:
+        print(f"thresholds  {keep_thresholds(start.run.path, recipe, prepared(), start.process.device)}")
+
+    def classify_sentences() -> None:
+        show_sentences(start.run.path, recipe.sentences or [], start.process.device)
+
+    finishing = [
+        *([FinishingStep("thresholds", say_thresholds)] if recipe.label_thresholds is not None else ()),
+        *([FinishingStep("sentences", classify_sentences)] if recipe.sentences else ()),
+        *([FinishingStep("chance_test", test_chance)] if tests_chance else ()),
+        *last_steps(recipe),
+    ]
+    if start.run.is_trained:
+        finish_trained(start.run, start.process, finishing)
+        return
+    data = prepared()
+    checked = startup_check(start, data)
+    if checked is not None:
+        train_run(checked, data, finishing)

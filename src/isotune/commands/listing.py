@@ -1,18 +1,18 @@
 """`isotune ls` and `isotune cp`: what a wheel carries and what is here already, and a copy of a recipe to change."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from isotune.commands.runs import best_metric, progress
 from isotune.config.layers import read_file
 from isotune.config.recipes import task_of
 from isotune.io import shipped
 from isotune.io.errors import UserError, did_you_mean
 from isotune.io.files import replace_file
+from isotune.io.run_files import RECIPE
+from isotune.run.run_state import find_runs, state_of_run
 
-RECIPE, STATUS, METRICS = "recipe.yaml", "status.json", "metrics.jsonl"  # of a run folder
 KINDS = ("recipes", "tasks", "engines", "models", "runs")
 COPIED = (shipped.RECIPES, shipped.TASKS, shipped.ENGINES)
 _COMMAND = re.compile(r"(?:accelerate launch|python) (?P<script>train/\w+\.py)(?: --config train/configs/[\w.-]+)?")
@@ -90,30 +90,15 @@ def _models() -> Iterator[tuple[str, str]]:
 
 
 def _runs(folder: Path) -> Iterator[tuple[str, str]]:
-    """Every run directly in `folder` or one folder deeper, with its task, how it ended, and its newest evaluation."""
-    for recipe in sorted([*folder.glob(f"*/{RECIPE}"), *folder.glob(f"*/*/{RECIPE}")]):
-        try:
-            task = task_of(read_file(recipe).given) or "?"
-        except UserError:
-            task = "?"
-        status = _json(recipe.with_name(STATUS))
-        ended = f"{status.get('status', 'not started')} at step {status.get('step', 0)}"
-        yield str(recipe.parent), f"{task:<14}  {ended:<26}  {_newest_evaluation(recipe.with_name(METRICS))}"
+    """Every run below `folder`, with its task, its state, and its best evaluation."""
+    for run in find_runs([folder]) if folder.is_dir() else ():
+        state = state_of_run(run)
+        ended = f"{state.state} at step {progress(state)}"
+        yield str(run), f"{_task(run):<14}  {ended:<26}  {best_metric(state)}"
 
 
-def _newest_evaluation(file: Path) -> str:
+def _task(run: Path) -> str:
     try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if '"eval_loss"' in line]
-        newest: dict[str, Any] = json.loads(lines[-1])
-    except (OSError, ValueError, IndexError):
-        return ""
-    shown = [name for name in ("eval_loss", "eval_accuracy", "eval_perplexity") if name in newest]
-    return ", ".join(f"{name} {newest[name]:.4g}" for name in shown)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        return task_of(read_file(run / RECIPE).given) or "?"
+    except UserError:
+        return "?"

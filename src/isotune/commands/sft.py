@@ -24,17 +24,17 @@ def train_sft(recipe: Recipe) -> None:
     from isotune.data.sft.preparation import prepare_conversations
     from isotune.evaluation.generation.chat import print_sample_answer
     from isotune.preflight.startup_check import startup_check
-    from isotune.report.loss_curve import draw_loss_curve
-    from isotune.report.model_card import share
+    from isotune.report.finishing import last_steps
+    from isotune.run.finishing import FinishingStep, finish_trained
     from isotune.training.from_recipe import start_run, train_run
 
-    start = start_run(recipe)
-    data = prepare_conversations(recipe, start.tokenizer, show=start.process.is_main)
-    start = startup_check(start, data)
-    if start is None:
+    start, finishing = start_run(recipe), last_steps(recipe)
+    if prompt := recipe.sample_prompt:
+        finishing.insert(0, FinishingStep("sample_answer", lambda: print_sample_answer(start.run.path, prompt)))
+    if start.run.is_trained:
+        finish_trained(start.run, start.process, finishing)
         return
-    if train_run(start, data) is not None:
-        print(f"loss curve  {draw_loss_curve(start.run.path)}")
-        if recipe.sample_prompt:
-            print_sample_answer(start.run.path, recipe.sample_prompt)
-        share(recipe)
+    data = prepare_conversations(recipe, start.tokenizer, show=start.process.is_main)
+    checked = startup_check(start, data)
+    if checked is not None:
+        train_run(checked, data, finishing)

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from isotune.distributed.launch_file import MAX_PROCESSES, read_launch_file
 from isotune.io import shipped
 from isotune.io.errors import (
     EXIT_FAULT,
@@ -26,6 +27,7 @@ from isotune.io.errors import (
     read_job_status,
 )
 from isotune.io.extras import need
+from isotune.io.reading import Unreadable
 from isotune.run.malloc_tuning import VARIABLE, malloc_tunables
 
 LAUNCHER = "isotune.distributed.accelerate_launch"
@@ -65,8 +67,9 @@ def read_launch(argv: Sequence[str]) -> tuple[Launch, list[str]]:
         if given.num_processes is not None or given.engine is not None:
             raise UserError("a launcher started this process: leave --num_processes and --engine to it")
         return Launch(), rest
-    if given.num_processes is not None and given.num_processes < 1:
-        raise UserError(f"--num_processes is {given.num_processes}: a run has at least one process")
+    if given.num_processes is not None and not 1 <= given.num_processes <= MAX_PROCESSES:
+        least = "a run has at least one process" if given.num_processes < 1 else f"at most {MAX_PROCESSES:,} start"
+        raise UserError(f"--num_processes is {given.num_processes}: {least}")
     return _launch(given.engine, given.num_processes), rest
 
 
@@ -76,15 +79,18 @@ def _launch(engine: str | None, processes: int | None) -> Launch:
         processes = processes or max(1, gpus)
         engine = "single" if processes == 1 else "ddp"
     file = shipped.require(shipped.ENGINES, engine, "--engine")
-    text = file.read_text(encoding="utf-8")
-    if re.search(r"^distributed_type: *[\"']?NO\b", text, re.MULTILINE):
+    try:
+        keys = read_launch_file(file)
+    except Unreadable as reason:
+        raise UserError(f"--engine {reason.of(file)}") from reason
+    kind = keys.get("distributed_type")
+    if kind in ("NO", False):
         if (processes or 1) > 1:
             raise UserError(f"--engine {engine} is one process, and --num_processes {processes}: say --engine ddp")
         return Launch()
-    if re.search(r"^distributed_type: *[\"']?DEEPSPEED\b", text, re.MULTILINE):
+    if kind == "DEEPSPEED":
         need("deepspeed", f"--engine {engine}")
-    own = re.search(r"^num_processes: *(\d+)", text, re.MULTILINE)
-    return Launch(file, processes or gpus or (int(own[1]) if own else 1))
+    return Launch(file, processes or gpus or keys.get("num_processes") or 1)
 
 
 def count_gpus(environment: Mapping[str, str] = os.environ) -> int:

@@ -3,6 +3,7 @@
 A recipe file is flat YAML whose values are read as text; the key decides the type, so 1e-4 is a number.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from isotune.config.engine_keys import ALIASES as ENGINE_ALIASES
 from isotune.config.schema import Contradiction, Key, Values, parse
 from isotune.config.unsupported_keys import UNSUPPORTED
 from isotune.io.errors import Complain, UserError, nearest, refuse, shown
+from isotune.io.reading import MAX_YAML_BYTES, Unreadable, compose_yaml, read_text
 
 ALIASES = {**ENGINE_ALIASES, "datasets": "dataset_mixture"}  # the second is TRL's
 _EMPTY = frozenset({"", "~", "null", "Null", "NULL"})
@@ -48,22 +50,16 @@ def read_file(path: Path) -> Layer:
     """The values that a recipe file gives, with the line of every key; UserError where it is no mapping in YAML."""
     name = str(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except IsADirectoryError:
-        raise UserError(f"--config {name} is a folder: name a recipe file in it") from None
+        text = read_text(path, MAX_YAML_BYTES)
     except FileNotFoundError:
         raise UserError(f"--config {name}: there is no such file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--config {name} is not a text file in UTF-8") from None
-    except OSError as error:
-        raise UserError(f"--config {name} cannot be read: {error.strerror}") from None
+    except Unreadable as reason:
+        hint = ": name a recipe file in it" if os.path.isdir(path) else ""
+        raise UserError(f"{reason.of(f'--config {name}')}{hint}") from None
     try:
-        root: yaml.Node | None = yaml.BaseLoader(text).get_single_node()
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{name}{line} is not YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{name} is not YAML: {str(error).splitlines()[0]}") from None
+        root = compose_yaml(text.removeprefix("\ufeff"), yaml.BaseLoader)
+    except Unreadable as reason:
+        raise UserError(reason.of(name)) from None
     if root is None:
         return Layer({}, file=name)
     if not isinstance(root, yaml.MappingNode):
@@ -72,14 +68,11 @@ def read_file(path: Path) -> Layer:
     return Layer(_value(root, name), file=name, lines=lines)
 
 
-def _value(node: yaml.Node, file: str, within: tuple[yaml.Node, ...] = ()) -> Any:
+def _value(node: yaml.Node, file: str) -> Any:
     if isinstance(node, yaml.ScalarNode):
         return None if node.style is None and node.value in _EMPTY else node.value
-    if node in within:
-        raise UserError(f"{file}, line {node.start_mark.line + 1}: a value holds itself by an alias")
-    within = (*within, node)
     if isinstance(node, yaml.SequenceNode):
-        return [_value(item, file, within) for item in node.value]
+        return [_value(item, file) for item in node.value]
     values: dict[str, Any] = {}
     for key, item in node.value:
         line = key.start_mark.line + 1
@@ -87,7 +80,7 @@ def _value(node: yaml.Node, file: str, within: tuple[yaml.Node, ...] = ()) -> An
             raise UserError(f"{file}, line {line}: a key is one word, not a list or a mapping")
         if key.value in values:
             raise UserError(f"{file}, line {line}: {key.value} is given twice: keep one of them")
-        values[key.value] = _value(item, file, within)
+        values[key.value] = _value(item, file)
     return values
 
 

@@ -7,13 +7,14 @@ The list may stand under `datasets`, as TRL, open-r1 and the alignment handbook 
 a mapping of names to weights is a list of entries with these two.
 """
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from isotune.config.schema import check_name
 from isotune.io.errors import did_you_mean, shown
+from isotune.io.reading import Unreadable, parse_json
 
 Entry = dict[str, Any]
 
@@ -65,8 +66,8 @@ def mixture_name(entries: Sequence[Mapping[str, Any]]) -> str:
 
 def _from_json(text: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError:
+        return parse_json(text)
+    except Unreadable:
         raise ValueError('as a flag it takes JSON, such as {"chats.jsonl": 1, "OWNER/NAME": 0.5}') from None
 
 
@@ -138,4 +139,8 @@ def _value(key: str, value: Any, where: str) -> Any:
     text = os.fspath(cast("str | os.PathLike[str]", value)) if isinstance(value, str | os.PathLike) else ""
     if not text:
         raise ValueError(f"{where} is {shown(cast(object, value), 40)}: it takes a text")
+    try:
+        check_name(text)
+    except ValueError as error:
+        raise ValueError(f"{where} is {shown(text, 40)}: {error}") from None
     return os.path.expanduser(text) if key == NAME else text

@@ -7,7 +7,6 @@ takes, in words.
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import types
@@ -19,6 +18,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
 from isotune.io.errors import nearest
+from isotune.io.reading import parse_json
 
 GROUPS = (
     "Model", "Data", "Batch and schedule", "Optimiser", "Adapter", "Precision and memory", "Output and logging",
@@ -41,6 +41,7 @@ _WORDS: dict[Any, tuple[str, str]] = {
 }
 
 Values = Mapping[str, Any]
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4096  # of Linux's file systems; others take no more
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Range:
         return text if self.also is None else f"{text}, or {self.also:g}"
 
 
+CEILING = 1e9  # of a number whose range has no end: what is larger is a slip of the pen
 POSITIVE = Range(0, low_open=True)
 SHARE = Range(0, 1, high_open=True)
 
@@ -135,14 +137,52 @@ def parse(key: Key, value: Any) -> Any:
         return key.read(value)
     if isinstance(value, os.PathLike):
         value = os.fspath(cast("os.PathLike[str]", value))
+    if isinstance(value, str):
+        _check_text(value)
     if key.is_path and isinstance(value, str):
         value = os.path.expanduser(value)
+        check_name(value)
     try:
         parsed = _validator(key.takes, key.allowed, key.step_count).validate_python(value)
     except ValidationError:
+        if (ceiling := _exceeded(key, value)) is not None:
+            raise ValueError(f"it takes {describe(key)}, and at most {ceiling:,.0f}") from None
         near = nearest(value, choices) if isinstance(value, str) else None
         raise ValueError(f"it takes {describe(key)}{f': did you mean {near}?' if near else ''}") from None
     return int(parsed) if key.step_count and float(parsed).is_integer() else parsed
+
+
+def check_name(name: str) -> None:
+    """ValueError for the name of a file or folder that no file system takes."""
+    _check_text(name)
+    if len(name.encode()) >= MAX_PATH_BYTES or any(len(part.encode()) > MAX_NAME_BYTES for part in name.split("/")):
+        raise ValueError(f"a name has at most {MAX_NAME_BYTES} bytes, and a path {MAX_PATH_BYTES - 1:,}")
+
+
+def _check_text(text: str) -> None:
+    if "\0" in text:
+        raise ValueError("a text holds no NUL")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it is not UTF-8") from None
+
+
+def _ceiling(allowed: Range | None) -> float:
+    """The largest number that is taken; the range says its own where it ends."""
+    return CEILING if allowed is None or allowed.high == math.inf else allowed.high
+
+
+def _exceeded(key: Key, value: Any) -> float | None:
+    """The ceiling that a number is above; None for anything else."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    except OverflowError:
+        number = math.inf
+    is_open = key.allowed is None or key.allowed.high == math.inf
+    return _ceiling(key.allowed) if is_open and _ceiling(key.allowed) < number else None
 
 
 def describe(key: Key) -> str:
@@ -208,6 +248,8 @@ def _with_spellings(kind: Any, allowed: Range | None, step_count: bool) -> Any:
 
 
 def _check_range(number: float, *, allowed: Range | None, step_count: bool) -> float:
+    if number > _ceiling(allowed):
+        raise ValueError("too large")
     if (allowed is not None and number not in allowed) or (step_count and number >= 1 and not number.is_integer()):
         raise ValueError("out of range")
     return number
@@ -237,7 +279,7 @@ def _texts(value: Any) -> Any:
 
 def _mapping(value: Any) -> Any:
     """A mapping, or its JSON text; values are text in a YAML file, and no key says what they should be."""
-    return _natural(json.loads(value) if isinstance(value, str) else value)
+    return _natural(parse_json(value) if isinstance(value, str) else value)
 
 
 def _natural(value: Any) -> Any:

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from isotune.config import RunRecipe
-from isotune.io.errors import Complain, UserError, did_you_mean, refuse
+from isotune.io.errors import Complain, UserError, did_you_mean, refuse, shown
 from isotune.io.extras import need
+from isotune.io.reading import Unreadable, parse_json, read_text
 from isotune.io.shipped import ROOT
 
 INLINE = "the accelerate configuration"
 AUTO = "auto"
+SECTIONS = ("amp", "torch_autocast")  # that are looked into and that DeepSpeed itself does not check
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # DeepSpeed's names, torch's
 
 
@@ -110,11 +112,14 @@ def _read_json(path: Path) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (FileNotFoundError, Unreadable) as error:
         raise UserError(f"deepspeed_config_file {path} cannot be read: {error}") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}, is not JSON: {error.msg}") from error
+    try:
+        config = parse_json(text, no_duplicates)
+    except Unreadable as reason:
+        where = f"{path}, line {reason.line}," if reason.line is not None else f"{path}"
+        raise UserError(f"{where} {str(reason).removeprefix('it ')}") from reason
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a JSON object of DeepSpeed's keys")
     return config
@@ -123,7 +128,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _inline(environment: Mapping[str, str]) -> dict[str, Any]:
     """The configuration of accelerate's own keys, without a JSON file."""
     read = lambda key, default: environment.get(f"ACCELERATE_{key}", default)  # noqa: E731
-    zero: dict[str, Any] = {"stage": int(read("DEEPSPEED_ZERO_STAGE", "2"))}
+    zero: dict[str, Any] = {"stage": _number("zero_stage", read("DEEPSPEED_ZERO_STAGE", "2"), int)}
     for part in ("optimizer", "param"):
         prefix = f"DEEPSPEED_OFFLOAD_{part.upper()}"
         device = read(f"{prefix}_DEVICE", "none")
@@ -133,8 +138,16 @@ def _inline(environment: Mapping[str, str]) -> dict[str, Any]:
     config: dict[str, Any] = {"zero_force_ds_cpu_optimizer": False, "zero_optimization": zero}
     for key, number in (("gradient_clipping", float), ("gradient_accumulation_steps", int)):
         value = read(key.upper(), AUTO)
-        config[key] = value if value == AUTO else number(value)
+        config[key] = value if value == AUTO else _number(key, value, number)
     return config
+
+
+def _number(key: str, value: str, kind: type[int] | type[float]) -> float:
+    """The number of a key of accelerate's file, which it passes on as text."""
+    try:
+        return kind(value)
+    except ValueError:
+        raise UserError(f"{INLINE}: deepspeed_config.{key} is {shown(value)}: it takes a number") from None
 
 
 def _contradictions(config: Mapping[str, Any], recipe: RunRecipe) -> Iterator[str]:
@@ -200,12 +213,19 @@ def _check_sections(config: Mapping[str, Any], name: str, complain: Complain) ->
         known[path] = {alias for key, field in model.model_fields.items() for alias in (key, field.alias) if alias}
     known["fp16"].add("auto_cast")
     known["data_types"] = {"grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"}
+    for key in SECTIONS:
+        if not isinstance(config.get(key) or {}, dict):
+            raise UserError(f"{name}: {key} is {shown(config[key])}: it takes a section of keys")
+    if not isinstance(config.get("communication_data_type") or "", str):
+        raise UserError(
+            f"{name}: communication_data_type is {shown(config['communication_data_type'])}: it takes a name"
+        )
     for path, keys in known.items():
         section: Any = config
         for part in filter(None, path.split(".")):
             section = section.get(part) if isinstance(section, dict) else None
         if section is not None and not isinstance(section, dict):
-            raise UserError(f"{name}: {path} is {json.dumps(section)}: it takes a section of keys")
+            raise UserError(f"{name}: {path} is {json.dumps(section)[:80]}: it takes a section of keys")
         for key in section or ():
             if key not in keys:
                 where = f"{path}.{key}".removeprefix(".")

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 
 from isotune.compat.accelerate import allow_fsdp_on_cpu, launcher_options
@@ -28,10 +27,12 @@ from isotune.compat.deepspeed import disable_shm_transport
 from isotune.config import RunRecipe
 from isotune.distributed.deepspeed_config import INLINE, read_deepspeed_config, stage_of
 from isotune.distributed.device import choose_device
+from isotune.distributed.launch_file import read_launch_file
 from isotune.distributed.rendezvous import rendezvous
 from isotune.io import shipped
 from isotune.io.errors import Complain, UserError, did_you_mean, refuse
 from isotune.io.extras import need
+from isotune.io.reading import Unreadable
 
 COLLECTIVE_TIMEOUT_MARGIN_SECONDS = 60
 LAUNCH_MODULES = ("accelerate.commands.launch", "isotune.distributed.accelerate_launch")
@@ -180,7 +181,10 @@ def launch_arguments(command: list[str]) -> list[str] | None:
 
 
 def request_of(arguments: Sequence[str]) -> Request | None:
-    """Parse the arguments after `accelerate launch`; None where accelerate does not accept them."""
+    """Parse the arguments after `accelerate launch`; None where accelerate does not accept them.
+
+    UserError for a configuration file that cannot be read, or whose value is none that its key takes.
+    """
     from accelerate.commands.config.config_args import default_config_file
     from accelerate.commands.launch import launch_command_parser
 
@@ -191,10 +195,12 @@ def request_of(arguments: Sequence[str]) -> Request | None:
     file = args.config_file
     if file is None and os.path.isfile(default_config_file) and not args.cpu:
         file = default_config_file
-    file_keys: Any = {}
-    with suppress(OSError, yaml.YAMLError):  # accelerate itself reports an unreadable file
-        file_keys = yaml.safe_load(Path(file).read_text(encoding="utf-8")) if file else {}
-    file_keys = file_keys if isinstance(file_keys, dict) else {}
+    file_keys: dict[str, Any] = {}
+    with suppress(FileNotFoundError):  # accelerate itself says so
+        try:
+            file_keys = read_launch_file(Path(file)) if file else {}
+        except Unreadable as reason:
+            raise UserError(reason.of(file)) from reason
     kind = str(file_keys.get("distributed_type", "NO"))
     engine = "plain"
     if args.use_deepspeed or kind == "DEEPSPEED":

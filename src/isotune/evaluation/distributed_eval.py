@@ -6,7 +6,6 @@ a language model: each rank holds a part of the weights, every forward gathers t
 the same number of forwards, and a rank without a batch runs an empty one.
 """
 
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,9 @@ from accelerate.utils import gather_object
 
 from isotune.compat.deepspeed import disable_shm_transport
 from isotune.distributed.device import choose_device
-from isotune.io.errors import RunFault, UserError, first_line
+from isotune.io.errors import RunFault, UserError, shown
+from isotune.io.reading import read_json_object
+from isotune.io.run_files import or_refuse
 from isotune.io.shipped import ROOT
 from isotune.models.log_control import quiet_libraries
 
@@ -147,11 +148,11 @@ def read_shards() -> Shards | None:
         file = next((candidate for candidate in candidates if candidate.is_file()), None)
         if file is None:
             raise UserError(f"deepspeed_config_file '{config_file}' does not exist")
-        try:
-            zero = dict(json.loads(file.read_text(encoding="utf-8")).get("zero_optimization", {}))
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            raise UserError(f"deepspeed_config_file {file} cannot be read: {first_line(error)}") from error
-    if int(zero.get("stage", 0)) != 3:
+        config = or_refuse(read_json_object, file, f"deepspeed_config_file {file} cannot be read")
+        zero = config.get("zero_optimization") or {}
+        if not isinstance(zero, dict):
+            raise UserError(f"{file}: zero_optimization is {shown(zero)}: it takes a section of keys")
+    if zero.get("stage", 0) != 3:
         return None
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported, which otherwise searches for one and warns

@@ -218,7 +218,7 @@ def _labels_and_probabilities(result: Result) -> tuple[np.ndarray, np.ndarray]:
     try:
         probabilities = np.array([row["probabilities"] for row in result.predictions], np.float64)
         labels = np.array([row["label"] for row in result.predictions])
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, OverflowError):
         raise UserError(f"{where}: a row has no label, or not as many probabilities as others") from None
     classes = probabilities.shape[1] if probabilities.ndim == 2 else 0
     if labels.dtype.kind != "i" or not 0 <= labels.min() <= labels.max() < classes:
@@ -243,7 +243,7 @@ def _labels_and_outputs(result: Result, task_type: str) -> tuple[np.ndarray, np.
         for number, row in enumerate(rows):
             labels[number, row["label"]] = 1
         return labels, outputs
-    except (KeyError, ValueError, TypeError, IndexError):
+    except (KeyError, ValueError, TypeError, IndexError, OverflowError):
         raise UserError(f"{where}: a row has no label or prediction, or other labels than its probabilities") from None
 
 

@@ -10,23 +10,46 @@ A result is a folder with two files:
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired
+
+from pydantic import ConfigDict, TypeAdapter
+from typing_extensions import TypedDict
 
 from isotune.data.documents import digest
 from isotune.evaluation.statistics.resampling import Scores
 from isotune.io.errors import UserError
 from isotune.io.files import replace_file
+from isotune.io.reading import Unreadable, checked, parse_json, read_json_object, read_text
+from isotune.io.run_files import LARGEST, MAX_LINES_BYTES, PREDICTION_SCHEMA, Whole, or_empty, or_refuse
 
 METRICS = "metrics.json"
 PREDICTIONS = "predictions.jsonl"
 CLAIM = ".evaluation.json"  # what decides the result in a folder, written before the result
 FACTS = ("kind", "model", "dataset_name", "dataset_split", "rows", "rows_sha256")
 CLASSIFICATION, GENERATION = "classification", "generation"
+
+
+class _Facts(TypedDict):
+    """The facts of metrics.json that its readers rely on."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]  (pydantic's place for it)
+    kind: str
+    model: str
+    dataset_name: str
+    dataset_split: str | None
+    rows: Whole
+    rows_sha256: str
+    task_type: NotRequired[Literal["single_label", "multi_label", "regression"]]
+    label_names: NotRequired[list[Any] | None]
+    verdict: NotRequired[str]
+    alarm: NotRequired[str | None]
+
+
+_FACTS_SCHEMA = TypeAdapter(_Facts)
 
 
 @dataclass(frozen=True)
@@ -70,10 +93,7 @@ def _claimed(folder: Path, claim: dict[str, Any], write: bool) -> dict[str, Any]
         with suppress(FileExistsError), (folder / CLAIM).open("x", encoding="utf-8") as file:
             json.dump(claim, file, indent=2)
             return claim
-    try:
-        return dict(json.loads((folder / CLAIM).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}  # of an earlier version, or being written
+    return or_empty(read_json_object, folder / CLAIM)  # empty of an earlier version, or while it is being written
 
 
 def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
@@ -131,16 +151,15 @@ def read_result(folder: Path) -> Result:
     """The result in `folder`; UserError where a file is missing or broken, an id not unique, or a number NaN or Inf."""
     if not (folder / METRICS).is_file():
         raise UserError(f"{folder}: no {METRICS}: this folder holds no finished evaluation")
-    try:
-        content = json.loads(_read(folder / METRICS))
-    except ValueError as error:
-        raise UserError(f"{folder / METRICS}: cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{folder / METRICS}: holds no JSON object")
+    content = or_refuse(read_json_object, folder / METRICS, f"{folder / METRICS}: cannot be read")
     missing = [name for name in FACTS if name not in content]
     if missing:
         raise UserError(f"{folder / METRICS}: it does not say {', '.join(missing)}: evaluate again with this version")
-    predictions = _read_predictions(folder / PREDICTIONS)
+    try:
+        checked(content, _FACTS_SCHEMA)
+    except Unreadable as reason:
+        raise UserError(f"{folder / METRICS}: {reason}") from None
+    predictions = read_predictions(folder / PREDICTIONS)
     if content.get("rows") != len(predictions):
         raise UserError(f"{folder / PREDICTIONS}: {len(predictions)} rows, {METRICS} says {content.get('rows')}")
     intervals = content.pop("intervals", {})
@@ -148,7 +167,11 @@ def read_result(folder: Path) -> Result:
         isinstance(pair, list) and len(pair) == 2 and _are_numbers(pair) for pair in intervals.values()
     ):
         raise UserError(f"{folder / METRICS}: intervals: not each of them is a pair of numbers")
-    metrics = {n: float(v) for n, v in content.items() if n not in FACTS and type(v) in (int, float)}
+    numbers = {n: v for n, v in content.items() if n not in FACTS and type(v) in (int, float)}
+    if not _are_numbers(numbers.values()):
+        name = next(name for name, value in numbers.items() if not _are_numbers([value]))
+        raise UserError(f"{folder / METRICS}: {name} is not a finite number")
+    metrics = {name: float(value) for name, value in numbers.items()}
     return Result(
         folder=folder,
         facts={name: value for name, value in content.items() if name not in metrics},
@@ -163,26 +186,26 @@ def find_results(run: Path) -> list[Path]:
     return sorted(file.parent for file in run.glob(f"eval/*/{METRICS}"))
 
 
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from None
-
-
-def _read_predictions(file: Path) -> list[dict[str, Any]]:
+def read_predictions(file: Path) -> list[dict[str, Any]]:
+    """The rows of predictions.jsonl; UserError names the line that is wrong."""
     rows: list[dict[str, Any]] = []
     seen: set[Any] = set()
-    for number, line in enumerate(_read(file).splitlines(), start=1):
+    text = or_refuse(lambda each: read_text(each, MAX_LINES_BYTES), file, f"{file}: cannot be read")
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else (), start=1):
         try:
-            row = json.loads(line)
-        except ValueError:
+            row = parse_json(line)
+        except Unreadable:
             raise UserError(f"{file}: line {number} is not JSON: the file is truncated or broken") from None
         if not isinstance(row, dict) or "id" not in row:
             raise UserError(f"{file}: line {number} has no id")
+        try:
+            checked(row, PREDICTION_SCHEMA)
+        except Unreadable as reason:
+            raise UserError(f"{file}: line {number}: {reason}") from None
         if row["id"] in seen:
             raise UserError(f"{file}: line {number}: id {row['id']!r} is not unique")
-        if not _are_numbers(row.get("probabilities") or ()):
+        probabilities = row.get("probabilities") or ()
+        if not isinstance(probabilities, list | tuple) or not _are_numbers(probabilities):
             raise UserError(f"{file}: line {number}: a probability is not a finite number")
         seen.add(row["id"])
         rows.append(row)
@@ -190,4 +213,4 @@ def _read_predictions(file: Path) -> list[dict[str, Any]]:
 
 
 def _are_numbers(values: Iterable[Any]) -> bool:
-    return all(type(value) in (int, float) and math.isfinite(value) for value in values)
+    return all(type(value) in (int, float) and -LARGEST <= value <= LARGEST for value in values)

@@ -12,8 +12,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-import yaml
-
 from isotune.data.classification.classes import NameIndex, label_of, place_of
 from isotune.data.documents import check_left_out, digest
 from isotune.data.mixture import open_mixture
@@ -24,8 +22,9 @@ from isotune.data.sources.source import Row, Source, read_rows
 from isotune.evaluation.metrics.modules import TEXTS, Column, MetricModule, read_metrics
 from isotune.evaluation.metrics.of_type import ALL_COLUMNS, ALL_METRICS
 from isotune.evaluation.metrics.text import TEXT_METRICS
-from isotune.io.errors import UserError, did_you_mean, first_line
+from isotune.io.errors import UserError, did_you_mean
 from isotune.io.formats import base_name
+from isotune.io.reading import MAX_YAML_BYTES, Unreadable, parse_yaml, read_text
 
 DEFAULT_MAX_NEW_TOKENS = 256
 PAIR = "dataset_text_pair_field"
@@ -343,9 +342,11 @@ def read_task(kind: type[T], file: str | Path | None, flags: Mapping[str, Any]) 
 
 def _read_keys(kind: type[Task], file: Path) -> dict[str, Any]:
     try:
-        keys = yaml.safe_load(file.read_text("utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"the task file {file} cannot be read: {first_line(error)}") from error
+        keys = parse_yaml(read_text(file, MAX_YAML_BYTES))
+    except FileNotFoundError:
+        raise UserError(f"the task file {file} cannot be read: there is no such file") from None
+    except Unreadable as reason:
+        raise UserError(f"the task file {file} cannot be read: {reason}") from None
     if not isinstance(keys, dict):
         raise UserError(f"the task file {file} holds no keys")
     known = [field.name for field in fields(kind)]

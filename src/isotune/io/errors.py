@@ -8,6 +8,7 @@ the script runs) and `message`; a training run adds the keys of its status.json 
 
 import argparse
 import difflib
+import errno
 import json
 import os
 import signal
@@ -16,12 +17,19 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 from isotune.io.files import replace_file
 
 EXIT_FAULT, EXIT_USER_ERROR, EXIT_PREEMPTED = 1, 2, 75
 JOB_STATUS_FILE = "ISOTUNE_VERDICT"  # the environment variable
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# errors of the file system that say what the user can do, by their number
+MENDABLE = {
+    **dict.fromkeys(NO_ROOM, "there is no room on the disk: free some space and run again"),
+    errno.EROFS: "the file system is read-only",
+    errno.ENAMETOOLONG: "the name is too long for the file system",
+}
 
 
 class OneSentence(Exception):
@@ -106,9 +114,18 @@ class AlreadyDone(OneSentence):
     """The requested result exists: one sentence that says where. The script succeeds."""
 
 
+def as_user_error(error: BaseException) -> UserError | None:
+    """The sentence of an OSError that the user can mend, whoever ran into it; None for every other error."""
+    if not isinstance(error, OSError) or error.errno not in MENDABLE:
+        return None
+    place = f"{shown(os.fsdecode(error.filename), 200)}: " if isinstance(error.filename, str | bytes) else ""
+    return UserError(f"{place}{MENDABLE[error.errno]}")
+
+
 def outcome_of(error: BaseException) -> tuple[str, int]:
     """What status.json and the job status file say of a run that ended with this error: `status` and exit status."""
     statuses = {UserError: EXIT_USER_ERROR, Preempted: EXIT_PREEMPTED}
+    error = as_user_error(error) or error
     status = next((number for kind, number in statuses.items() if isinstance(error, kind)), EXIT_FAULT)
     return {Preempted: "preempted", Superseded: "superseded"}.get(type(error), "failed"), status
 
@@ -127,8 +144,16 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), _stop_early)
     is_local_main = os.environ.get("LOCAL_RANK", "0") == "0"
+    from isotune.io.variables import check_numbers  # imports this module
+
     try:
-        status = main() or 0
+        check_numbers(os.environ)
+        try:
+            status = main() or 0
+        except OSError as error:
+            if (mistake := as_user_error(error)) is None:
+                raise
+            raise mistake from error
     except (UserError, RunFault, Preempted) as error:
         word, status = outcome_of(error)
         write_job_status(status=word, exit_status=status, message=str(error))
@@ -186,11 +211,12 @@ def write_job_status(**content: Any) -> None:
 
 def read_job_status(file: Path) -> dict[str, Any]:
     """The content of a job status file; empty where the file is absent or not a JSON object."""
+    from isotune.io.reading import Unreadable, read_json_object  # imports YAML, and every command imports this module
+
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json_object(file)
+    except (FileNotFoundError, Unreadable):
         return {}
-    return cast(dict[str, Any], content) if isinstance(content, dict) else {}
 
 
 def _stop_early(number: int, frame: FrameType | None) -> None:

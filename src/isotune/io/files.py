@@ -6,6 +6,7 @@ A file is written beside its place and renamed into it, so a reader never finds 
 import contextlib
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,15 @@ def replacing(path: Path, staging: Path | None = None) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             staging.unlink()
         raise
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a folder, where there is one, so that another can take its name; returns where it is then."""
+    before = folder.with_name(f"{folder.name}.before")
+    if folder.exists():
+        shutil.rmtree(before, ignore_errors=True)
+        folder.rename(before)
+    return before
 
 
 def write_synced(path: Path, text: str) -> None:

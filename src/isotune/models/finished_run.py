@@ -3,14 +3,12 @@
 What cannot be found, read or loaded completely is a UserError of one sentence.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -20,7 +18,9 @@ from isotune.data.sft.chat_format import GUANACO, ChatFormat
 from isotune.data.sft.conversations import render_prompt
 from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.data.sources.hub import is_hub_id
-from isotune.io.errors import UserError
+from isotune.io.errors import UserError, shown
+from isotune.io.reading import read_json_object
+from isotune.io.run_files import or_refuse, read_recipe_values
 from isotune.io.shipped import script
 from isotune.models.base.folder import ADAPTER_CONFIG
 from isotune.models.base.head import set_names
@@ -87,10 +87,7 @@ def read_run(run_dir: str | Path) -> FinishedRun:
         return FinishedRun(folder, {"tune": "lora"}, folder, _find_base(folder, folder, {})[0], False)
     if not recipe.is_file():
         raise UserError(f"{folder} is not a run directory: it has no recipe.yaml")
-    with loading(f"{recipe} is not readable as YAML", (yaml.YAMLError, UnicodeDecodeError)):
-        settings = yaml.safe_load(recipe.read_text("utf-8"))
-    if not isinstance(settings, dict):
-        raise UserError(f"{recipe} is not a recipe: it has no keys")
+    settings = or_refuse(read_recipe_values, folder, f"{recipe} is not a recipe")
     model = folder / "model"
     if not model.is_dir():
         checkpoints = sorted(path.name for path in folder.glob("checkpoints/step-*"))
@@ -112,6 +109,8 @@ def _find_base(folder: Path, model: Path, settings: dict[str, Any]) -> tuple[str
     if own.is_dir():
         return str(own), True
     named = _read_json(model / ADAPTER_CONFIG).get("base_model_name_or_path") or settings.get("model_name_or_path")
+    if named and not isinstance(named, str):
+        raise UserError(f"{model / ADAPTER_CONFIG}: base_model_name_or_path is {shown(named)}, not a text")
     if not named:
         raise UserError(f"{model / ADAPTER_CONFIG} names no base model, and neither does {folder / 'recipe.yaml'}")
     candidates = [Path(named).expanduser(), folder / named, model / named]
@@ -122,11 +121,7 @@ def _find_base(folder: Path, model: Path, settings: dict[str, Any]) -> tuple[str
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    with loading(f"{file} cannot be read as JSON", (OSError, ValueError)):
-        content = json.loads(file.read_text("utf-8"))
-    if not isinstance(content, dict):
-        raise UserError(f"{file} cannot be read as JSON: it holds no keys")
-    return content
+    return or_refuse(read_json_object, file, f"{file} cannot be read as JSON")
 
 
 def is_classifier(run: FinishedRun) -> bool:
@@ -134,7 +129,8 @@ def is_classifier(run: FinishedRun) -> bool:
     config = _read_json(run.model / (ADAPTER_CONFIG if run.is_adapter else "config.json"))
     if run.is_adapter:
         return config.get("task_type") == "SEQ_CLS"
-    return any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+    named = config.get("architectures") or ()
+    return isinstance(named, list) and any(str(name).endswith("ForSequenceClassification") for name in named)
 
 
 def load_run_tokenizer(run: FinishedRun) -> Any:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from isotune.config import RunRecipe
@@ -18,8 +17,10 @@ from isotune.config.command_line import CommandLine
 from isotune.config.recipes import TASKS, project_of, task_of
 from isotune.distributed.deepspeed_config import offloaded, read_deepspeed_config, stage_of
 from isotune.distributed.launch import check_keys, check_precision, request_of
+from isotune.distributed.launch_file import MAX_PROCESSES, read_launch_file
 from isotune.io import shipped
 from isotune.io.errors import Complain, UserError, did_you_mean
+from isotune.io.reading import Unreadable
 from isotune.models.opening import load_config
 
 PLAIN, DDP, DEEPSPEED, FSDP = "plain", "DDP", "DeepSpeed", "FSDP"
@@ -100,8 +101,8 @@ def read_preflight_request(
     over the file. Raises UserError for a file that cannot be read as what it is, flags with too few or too many words,
     an unknown task, or no process.
     """
-    if world_size is not None and world_size < 1:
-        raise UserError(f"--world_size is {world_size}: a launch has at least one process")
+    if world_size is not None and not 1 <= world_size <= MAX_PROCESSES:
+        raise UserError(f"--world_size is {world_size}: a launch has from 1 to {MAX_PROCESSES:,} processes")
     problems: list[str] = []
     recipe, guess = _read_recipe(CommandLine.parse(flags, config), problems)
     launch = _read_launch(accelerate_config, world_size, recipe, problems.append)
@@ -151,8 +152,8 @@ def _read_launch(file: str | None, world_size: int | None, recipe: RunRecipe, co
     for key in keys:
         if key not in known:
             complain(f"{file}: accelerate has no key '{key}'{did_you_mean(key, known)}")
-    request = request_of(["--config_file", file, "script.py"])
-    if not keys or request is None:
+    request = request_of(["--config_file", file, "script.py"]) if keys else None
+    if request is None:
         return replace(shipped_launch("ddp", world_size or 1), name=file)
     check_keys(request, complain)
     check_precision(file, recipe, str(keys.get("mixed_precision") or "no").lower(), complain)
@@ -178,12 +179,9 @@ def _read_launch(file: str | None, world_size: int | None, recipe: RunRecipe, co
 
 def _read_keys(file: str, complain: Complain) -> dict[str, Any]:
     try:
-        keys = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        if isinstance(keys, dict):
-            return keys
-        complain(f"{file} has no keys of accelerate's")
-    except OSError as error:
-        complain(f"--accelerate_config {file} cannot be read: {error.strerror}")
-    except yaml.YAMLError as error:
-        complain(f"{file} is not YAML: {str(error).splitlines()[0]}")
+        return read_launch_file(Path(file))
+    except FileNotFoundError:
+        complain(f"--accelerate_config {file} cannot be read: there is no such file")
+    except Unreadable as reason:
+        complain(reason.of(file))
     return {}

@@ -7,13 +7,13 @@ import dataclasses
 from typing import Any
 
 import torch
-import yaml
 
 from isotune.config.run_recipe import RESUME_NEVER
 from isotune.distributed.deepspeed_config import offloaded
 from isotune.distributed.launch import Process
 from isotune.distributed.ranks import least_of_ranks
 from isotune.io.errors import UserError
+from isotune.io.run_files import or_empty, read_recipe_values
 from isotune.preflight.microbatch_size import choose_microbatch_tokens, launch_that_decides
 from isotune.preflight.preflight_report import Estimator, run_preflight
 from isotune.preflight.render import render_report
@@ -21,7 +21,7 @@ from isotune.preflight.request import DDP, DEEPSPEED, FSDP, PLAIN, Launch, Prefl
 from isotune.preflight.resources.activation_memory import MicrobatchMemory
 from isotune.preflight.resources.memory import estimate_memory, format_bytes
 from isotune.preflight.resources.sharding import Sharding
-from isotune.run.run_dir import RECIPE, RunDir
+from isotune.run.run_dir import RunDir
 from isotune.training.failures.out_of_memory import MemoryPlan
 from isotune.training.from_recipe import Start
 
@@ -82,10 +82,9 @@ def startup_check(start: Start, data: Any) -> Start | None:
 
 def recorded_tokens(run: RunDir) -> int | None:
     """The microbatch of an earlier attempt of the run, which this one goes on with; None where it begins."""
-    file = run.path / RECIPE
-    if run.recipe.resume == RESUME_NEVER or not file.is_file():
+    if run.recipe.resume == RESUME_NEVER:
         return None
-    recorded = yaml.safe_load(file.read_text(encoding="utf-8")).get("microbatch_tokens")
+    recorded = or_empty(read_recipe_values, run.path).get("microbatch_tokens")
     return recorded if isinstance(recorded, int) else None
 
 

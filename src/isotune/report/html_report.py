@@ -1,7 +1,6 @@
 """RUN/report.html: one self-contained and accessible file with the settings, curves and results of a run."""
 
 import base64
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from isotune.evaluation.results import CLASSIFICATION, GENERATION, Result
 from isotune.evaluation.statistics.resampling import without_class
 from isotune.io.errors import UserError
 from isotune.io.files import replace_file
+from isotune.io.reading import Unreadable, open_file, parse_json, read_text
 from isotune.report import charts, formatting
 from isotune.report.run_record import RunRecord, changed_tables, differ, read_record, run_summary, run_tables
 
@@ -132,11 +132,11 @@ def _plots(run: str, result: Result, notes: list[str]) -> list[dict[str, Any]]:
     """Each PNG as a data URI, with the lines of the text file beside it: a sentence first, which its name may give."""
     plots = []
     for file in sorted(result.folder.glob("*.png")):
-        content = file.read_bytes()
+        content = _content(file)
         if content.startswith(_PNG_SIGNATURE):
             uri = "data:image/png;base64," + base64.b64encode(content).decode()
             words = file.with_suffix(".txt")
-            text = words.read_text(encoding="utf-8", errors="replace") if words.is_file() else ""
+            text = _content(words).decode("utf-8", errors="replace")
             name = file.stem.replace("_", " ").replace("-", " ")
             lines = [line.strip() for line in text.splitlines() if line.strip()]
             description, *details = lines or [f"{name}, of the evaluation {result.folder.name}"]
@@ -144,6 +144,15 @@ def _plots(run: str, result: Result, notes: list[str]) -> list[dict[str, Any]]:
         else:
             notes.append(f"{file} is left out: it is not a PNG file.")
     return plots
+
+
+def _content(file: Path) -> bytes:
+    """The content of a picture, or of the text beside it; empty where it is no file."""
+    try:
+        with open_file(file) as opened:
+            return opened.read()
+    except (OSError, Unreadable):
+        return b""
 
 
 def _examples(results: dict[str, Result]) -> tuple[str, list[dict[str, Any]]]:
@@ -161,11 +170,11 @@ def _examples(results: dict[str, Result]) -> tuple[str, list[dict[str, Any]]]:
 
 def _written_examples(run: str, result: Result) -> list[dict[str, Any]]:
     """The first errors that the evaluation wrote down in words."""
-    try:
-        lines = (result.folder / EXAMPLES_FILE).read_text(encoding="utf-8").splitlines()
-        rows = [row for row in map(json.loads, lines) if row["actual"] != row["predicted"]]
-    except (OSError, ValueError, TypeError, KeyError):
-        return []
+    rows = [
+        row
+        for row in _example_rows(result.folder / EXAMPLES_FILE, "id", "text", "actual", "predicted")
+        if row["actual"] != row["predicted"]
+    ]
     return [
         {"id": row["id"], "input": row["text"], "reference": row["actual"],
          "answers": [{"run": run, "text": row["predicted"], "is_right": False}]}
@@ -194,11 +203,16 @@ def _confident_errors(run: str, result: Result) -> list[dict[str, Any]]:
 
 def _example_texts(file: Path) -> dict[Any, str]:
     """The texts of the rows that the evaluation kept as examples, by id; predictions.jsonl has no texts."""
+    return {row["id"]: row["text"] for row in _example_rows(file, "id", "text")}
+
+
+def _example_rows(file: Path, *keys: str) -> list[dict[str, Any]]:
+    """The lines of examples.jsonl that have all of these keys; none where the file is missing or broken."""
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        return {row["id"]: row["text"] for row in rows}
-    except (OSError, ValueError, TypeError, KeyError):
-        return {}
+        rows = [parse_json(line) for line in read_text(file).splitlines()]
+    except (FileNotFoundError, Unreadable):
+        return []
+    return [row for row in rows if isinstance(row, dict) and {*keys} <= row.keys() and isinstance(row["id"], int | str)]
 
 
 def _class_name(label: Any, result: Result) -> str:

@@ -3,7 +3,6 @@
 python -m isotune.report.job RUN
 """
 
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from isotune.io.errors import UserError, run_script
+from isotune.io.reading import Unreadable
+from isotune.io.run_files import read_attempt, read_environment, read_status
 from isotune.run.metrics_file import METRICS, read_metrics
 from isotune.run.run_lease import ATTEMPT_RECORD, ATTEMPTS_DIR, last_heartbeat
 
@@ -21,16 +22,19 @@ def job_report(run: Path) -> str:
     The cost counts each attempt from its start to its end, or to its last heartbeat if it was killed, times processes.
     """
     try:
-        environment = json.loads((run / "environment.json").read_text("utf-8"))
-        status = json.loads((run / "status.json").read_text("utf-8"))
+        environment, status = read_environment(run), read_status(run)
         steps = list(read_metrics(run / METRICS).steps.values())
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, Unreadable) as error:
         raise UserError(f"{run} holds no run that has begun: {error}") from error
+    lacks = [name for name in ("in_effect", "world_size", "device", "device_name") if name not in environment]
+    if lacks or "engine" not in environment["in_effect"] or "status" not in status:
+        missing = lacks[0] if lacks else "in_effect.engine" if "status" in status else "status of status.json"
+        raise UserError(f"{run} holds no run that has begun: it does not say {missing}")
     in_effect = environment["in_effect"]
     stage = in_effect.get("zero_stage")
     engine = in_effect["engine"] + (f", ZeRO-{stage}" if stage is not None else "")
-    seconds = sum(line["step_seconds"] for line in steps)
-    tokens = sum(line["input_tokens"] for line in steps)
+    seconds = sum(line.get("step_seconds") or 0 for line in steps)
+    tokens = sum(line.get("input_tokens") or 0 for line in steps)
     attempts = list(_attempts(run))
     hours = sum(seconds * (record.get("processes") or environment["world_size"]) for record, seconds in attempts) / 3600
     hosts = f" (led by {', '.join(record['host'] for record, _ in attempts)})" if len(attempts) > 1 else ""
@@ -51,8 +55,10 @@ def _attempts(run: Path) -> Iterator[tuple[dict[str, Any], float]]:
     """The record and the seconds of every attempt of the run, the first one first."""
     for folder in sorted((run / ATTEMPTS_DIR).glob("[0-9]*")):
         try:
-            record = json.loads((folder / ATTEMPT_RECORD).read_text("utf-8"))
-        except (OSError, ValueError):
+            record = read_attempt(folder / ATTEMPT_RECORD)
+        except (FileNotFoundError, Unreadable):
+            continue
+        if "began" not in record:
             continue
         ended = record.get("ended") or last_heartbeat(folder) or record["began"]
         yield record, max(min(ended, time.time()) - record["began"], 0.0)

@@ -10,6 +10,7 @@ import numpy as np
 
 from isotune.io.errors import UserError
 from isotune.io.files import replacing
+from isotune.io.reading import Unreadable
 from isotune.run.metrics_file import METRICS, read_metrics
 
 PICTURE = "loss_curve.png"
@@ -52,8 +53,10 @@ def read_curves(metrics: Path) -> dict[str, Curve]:
     """Curves by name: `loss`, `learning_rate`, a classifier's `accuracy` or its like; UserError without a loss."""
     try:
         lines = read_metrics(metrics)
-    except OSError as error:
-        raise UserError(f"{metrics} cannot be read: {error.strerror}; give the folder of a run") from error
+    except FileNotFoundError:
+        raise UserError(f"{metrics} cannot be read: there is no such file; give the folder of a run") from None
+    except Unreadable as reason:
+        raise UserError(f"{metrics} cannot be read: {reason}; give the folder of a run") from None
     steps, evaluations = list(lines.steps.values()), list(lines.evaluations.values())
     if not steps and not evaluations:
         raise UserError(f"{metrics} has no line with a step and a loss: the run has not made a step yet")

@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from isotune.config import RunRecipe
 from isotune.config.mixture import mixture_name
 from isotune.config.task_types import HIGHER_IS_BETTER, MULTI_LABEL
 from isotune.data.sources.hub import is_hub_id
@@ -18,7 +17,6 @@ from isotune.io.files import replace_file
 from isotune.models.class_loss import PROBLEM_TYPES
 from isotune.report.formatting import format_number
 from isotune.report.run_record import RunRecord, read_record, run_tables
-from isotune.run.hub import upload_model
 from isotune.run.identity import MIXTURES
 
 CARD, TEMPLATE = "README.md", Path(__file__).with_name("model_card.md.jinja")
@@ -39,18 +37,6 @@ PATH_KEYS = ("model_name_or_path", "tokenizer_name_or_path", "dataset_name", "ev
 OMITTED_GROUP = "Output and logging"
 OMITTED_DATA_ROWS = ("source", "fingerprint", "mixture")
 _TUNED = {"full": "all weights", "lora": "LoRA adapters", "qlora": "LoRA adapters on 4-bit weights"}
-
-
-def share(recipe: RunRecipe) -> None:
-    """Write the model card of a finished run, upload RUN/model with `push_to_hub`, and print where they are.
-
-    Call it on the main process only. Raises UserError if the upload failed: the run is finished and saved, and the same
-    command repeats the upload alone.
-    """
-    card = write_model_card(recipe.output_dir, recipe.hub_model_id if recipe.push_to_hub else None)
-    print(f"model card  {card}", flush=True)
-    if recipe.push_to_hub:
-        print(f"uploaded    {upload_model(recipe)['url']}", flush=True)
 
 
 def write_model_card(run: str | Path, repository: str | None = None) -> Path:
@@ -196,16 +182,16 @@ def _training(record: RunRecord) -> str:
     environment, lines = record.environment, list(record.steps.values())
     in_effect, versions = environment.get("in_effect", {}), environment.get("versions", {})
     facts: dict[str, Any] = {}
-    if in_effect.get("all_parameters"):
+    if in_effect.get("all_parameters") and "trained_parameters" in in_effect:
         facts["trained parameters"] = f"{in_effect['trained_parameters']:,} of {in_effect['all_parameters']:,}"
     if lines:
         facts["steps"] = f"{len(lines):,}"
-        facts["loss, first step"] = format_number(lines[0]["loss"])
-        facts["loss, last step"] = format_number(lines[-1]["loss"])
-        facts["input tokens"] = f"{sum(line['input_tokens'] for line in lines):,}"
-        facts["documents"] = f"{sum(line['documents'] for line in lines):,}"
-        facts["seconds in steps"] = format_number(float(sum(line["step_seconds"] for line in lines)))
-        facts["peak memory, GB"] = format_number(max(line["peak_memory_bytes"] for line in lines) / 1e9)
+        for which, line in (("first", lines[0]), ("last", lines[-1])):
+            facts[f"loss, {which} step"] = "not finite" if line["loss"] is None else format_number(line["loss"])
+        sums = {key: sum(line.get(key) or 0 for line in lines) for key in ("input_tokens", "documents", "step_seconds")}
+        facts["input tokens"], facts["documents"] = f"{sums['input_tokens']:,}", f"{sums['documents']:,}"
+        facts["seconds in steps"] = format_number(float(sums["step_seconds"]))
+        facts["peak memory, GB"] = format_number(max(line.get("peak_memory_bytes") or 0 for line in lines) / 1e9)
     facts["engine"], facts["processes"] = in_effect.get("engine"), environment.get("world_size")
     facts["device"] = environment.get("device_name") or environment.get("device")
     facts["precision"], facts["attention kernel"] = in_effect.get("precision"), in_effect.get("attention_kernel")

@@ -1,17 +1,16 @@
 """Read a run folder in any state, and show its recipe, data, engine, machine and versions as tables."""
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from isotune.config.mixture import mixture_name
 from isotune.evaluation.results import Result, find_results, read_result
 from isotune.io.errors import UserError
+from isotune.io.reading import MAX_YAML_BYTES, Unreadable, read_text
+from isotune.io.run_files import ENVIRONMENT, RECIPE, STATUS, read_environment, read_status, recipe_values
 from isotune.report.formatting import format_number
 from isotune.run.metrics_file import METRICS, Metrics, read_metrics
 
@@ -71,8 +70,9 @@ def read_record(run: str | Path) -> RunRecord:
             results.append(read_result(result_folder))
         except UserError as error:
             notes.append(f"An evaluation is left out: {error}.")
-    recipe = _read(folder / "recipe.yaml", _recipe_groups, notes)
-    environment, status = (_read(folder / name, json.loads, notes) for name in ("environment.json", "status.json"))
+    recipe = _read(folder, RECIPE, _recipe_groups, notes)
+    environment = _read(folder, ENVIRONMENT, read_environment, notes)
+    status = _read(folder, STATUS, read_status, notes)
     return RunRecord(folder, recipe, environment, status, metrics.steps, metrics.evaluations, results, notes)
 
 
@@ -139,9 +139,11 @@ def changed_tables(tables: Tables) -> Tables:
 def _read_metrics(file: Path, notes: list[str]) -> Metrics:
     metrics = Metrics({}, {}, [])
     try:
-        metrics = read_metrics(file) if file.exists() else metrics
-    except OSError as error:
-        notes.append(f"{file} cannot be read: {error.strerror}.")
+        metrics = read_metrics(file)
+    except FileNotFoundError:
+        pass
+    except Unreadable as reason:
+        notes.append(f"{file} cannot be read: {reason}.")
     if metrics.broken_lines:
         first, count = metrics.broken_lines[0], len(metrics.broken_lines)
         lines = f"line {first} cannot be read and is" if count == 1 else f"{count} lines from line {first} on are"
@@ -149,24 +151,21 @@ def _read_metrics(file: Path, notes: list[str]) -> Metrics:
     return metrics
 
 
-def _read(file: Path, parse: Callable[[str], Any], notes: list[str]) -> dict[str, Any]:
-    if not file.exists():
-        return {}
+def _read(folder: Path, name: str, read: Callable[[Path], dict[str, Any]], notes: list[str]) -> dict[str, Any]:
+    """A file of the run by its reader, which takes the run's folder."""
     try:
-        values = parse(file.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it has no keys")
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        notes.append(f"{file} cannot be read: {str(error).splitlines()[0]}.")
+        return read(folder)
+    except FileNotFoundError:
         return {}
-    return values
+    except Unreadable as reason:
+        notes.append(f"{folder / name} cannot be read: {reason}.")
+        return {}
 
 
-def _recipe_groups(text: str) -> dict[str, dict[str, Any]]:
+def _recipe_groups(run: Path) -> dict[str, dict[str, Any]]:
     """The values of a recipe by the comment line above them."""
-    values = yaml.safe_load(text)
-    if not isinstance(values, dict):
-        raise ValueError("it has no keys")
+    text = read_text(run / RECIPE, MAX_YAML_BYTES)
+    values = recipe_values(text)
     groups: dict[str, dict[str, Any]] = {}
     title, ungrouped = "Recipe", dict(values)
     for line in text.splitlines():

@@ -13,12 +13,11 @@ from isotune.config.run_recipe import RESUME_NEVER
 from isotune.data.sources.hub import is_hub_id, open_as_recorded, open_at, open_repository, opened_repositories
 from isotune.data.sources.hub_access import Kind, go_offline, hub_answers, is_offline
 from isotune.data.sources.source import PREFIX
-from isotune.io.errors import UserError, first_line, read_job_status
+from isotune.io.errors import UserError, first_line
 from isotune.io.files import replace_file
 from isotune.io.formats import format_of
+from isotune.io.run_files import UPLOAD, or_empty, read_environment
 from isotune.run.identity import MIXTURES
-
-UPLOAD = "upload.json"
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def keep_commits(recipe: RunRecipe, run: Path) -> None:
     keys = ("model_name_or_path", "tokenizer_name_or_path", "dataset_name", "eval_dataset_name")
     names = {recipe.values[key]: None for key in keys if recipe.values[key]}
     names |= {entry["dataset_name"]: None for mixture in MIXTURES for entry in recipe.values[mixture] or ()}
-    open_as_recorded(read_job_status(run / "environment.json"), names)
+    open_as_recorded(or_empty(read_environment, run), names)
 
 
 def _is_on_hub(name: str) -> bool:

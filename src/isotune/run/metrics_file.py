@@ -2,14 +2,25 @@
 
 import json
 import math
+import sys
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from isotune.io.reading import Unreadable, open_file, parse_json
+from isotune.io.run_files import LARGEST, MAX_LINES_BYTES
 from isotune.run.run_lease import RunLease
 
 METRICS = "metrics.jsonl"
+# keys whose values are numbers, beside those that begin with PREFIXES; a value that is not finite is null
+NUMBERS = frozenset({
+    "epoch", "loss", "grad_norm", "learning_rate", "supervised_tokens", "input_tokens", "documents", "step_seconds",
+    "tokens_per_second", "peak_memory_bytes", "peak_reserved_bytes", "accuracy", "f1_micro", "exact_match", "pearson",
+    "skipped_steps", "out_of_memory_retries",
+})  # fmt: skip
+PREFIXES = ("eval_", "train_")
 
 
 class MetricsFile:
@@ -48,21 +59,47 @@ def read_metrics(file: Path) -> Metrics:
     """Read the file; a line that is not a JSON object with a step is skipped.
 
     A killed run may leave an incomplete last line, and one broken line must not cost the others. Of a step that was
-    written twice, because the run resumed from an earlier checkpoint, the last line counts.
+    written twice, because the run resumed from an earlier checkpoint, the last line counts. FileNotFoundError, or
+    Unreadable where it is no regular file.
     """
     steps: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, dict[str, Any]] = {}
     broken_lines = []
-    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            entry = None
-        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-            broken_lines.append(number)
-            continue
-        if "loss" in entry:
-            steps[entry["step"]] = entry
-        if "eval_loss" in entry:
-            evaluations[entry["step"]] = entry
+    with open_file(file, MAX_LINES_BYTES) as lines:
+        for number, line in enumerate(lines, start=1):
+            entry = read_line(line)
+            if entry is None:
+                broken_lines.append(number)
+                continue
+            if "loss" in entry:
+                steps[entry["step"]] = entry
+            if "eval_loss" in entry:
+                evaluations[entry["step"]] = entry
     return Metrics(dict(sorted(steps.items())), dict(sorted(evaluations.items())), broken_lines)
+
+
+def read_progress(file: Path) -> tuple[int, dict[int, dict[str, Any]]]:
+    """The last step and the evaluations, without parsing every line; raises as `read_metrics`."""
+    evaluations: dict[int, dict[str, Any]] = {}
+    last_lines: deque[bytes] = deque(maxlen=8)  # some of them may be broken
+    with open_file(file, MAX_LINES_BYTES) as lines:
+        for line in lines:
+            last_lines.append(line)
+            if b'"eval_loss"' in line and (entry := read_line(line)) is not None:
+                evaluations[entry["step"]] = entry
+    return max((entry["step"] for line in last_lines if (entry := read_line(line)) is not None), default=0), evaluations
+
+
+def read_line(line: bytes) -> dict[str, Any] | None:
+    """A line of the file, with null under NUMBERS where it has no finite number; None where it is broken."""
+    try:
+        entry = parse_json(line.decode("utf-8"))
+    except (Unreadable, UnicodeDecodeError):
+        return None
+    if not isinstance(entry, dict) or type(step := entry.get("step")) is not int or not 0 <= step <= sys.maxsize:
+        return None
+    for key, value in entry.items():
+        is_number = type(value) in (int, float) and -LARGEST <= value <= LARGEST
+        if not is_number and (key in NUMBERS or key.startswith(PREFIXES)):
+            entry[key] = None
+    return entry

@@ -20,10 +20,12 @@ from isotune.distributed.launch import Process
 from isotune.distributed.ranks import call_on_main
 from isotune.io.errors import Superseded, outcome_of, write_job_status
 from isotune.io.parent_process import signal_when_parent_ends
-from isotune.run.run_dir import ENVIRONMENT, STATUS, RunDir
+from isotune.io.run_files import ENVIRONMENT, STATUS, or_empty, read_status
+from isotune.run.run_dir import RunDir
 from isotune.run.run_lease import RunLease, slurm_ids
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
+MODEL_STEP = "model"  # the first of `finishing`: RUN/model is written and verified
 SAME_KEYSTROKE_SECONDS = 1.0  # a launcher forwards the SIGINT that the terminal also sent
 
 
@@ -55,13 +57,17 @@ stop_request = StopRequest()
 class RunStatus:
     """RUN/status.json, which scheduler scripts read, because launchers turn every exit status into 1.
 
-    Keys: `status` (running, preempted, finished, failed), `step`, `exit_status`, `message`, `time`, `pid`; on SLURM
-    also `slurm`. `running` without a running process means that the run was killed.
+    Keys: `status` (running, preempted, finished, failed), `step`, `steps` (of the whole run), `exit_status`, `message`,
+    `time`, `pid`, and `finishing`, the steps after training that are done; on SLURM also `slurm`. `running` without a
+    running process means that the run was killed.
     """
 
     def __init__(self, folder: Path, *, is_main: bool, lease: RunLease | None = None) -> None:
         self.path, self.is_main, self.lease = folder / STATUS, is_main, lease or RunLease(folder)
         self.step = 0
+        self.steps: int | None = None
+        self.finishing: list[str] = []
+        self._current: tuple[str, int | None, str | None] = ("running", None, None)
         self._lock = threading.Lock()  # the checkpoint writer's thread calls `reached`
         self._ended = False
 
@@ -69,15 +75,34 @@ class RunStatus:
         """Replace the file atomically; do nothing before the run has begun, and on other ranks."""
         if not self.is_main or not (self.path.parent / ENVIRONMENT).is_file():
             return
-        content: dict[str, Any] = {"status": status, "step": self.step, "exit_status": exit_status}
+        with self._lock:
+            if self._ended:  # a checkpoint that is published late does not change how the run ended
+                return
+            self._ended, self._current = exit_status is not None, (status, exit_status, message)
+            self._replace()
+
+    def has_done(self, step: str) -> None:
+        """A step of finishing is done; nothing else of the file changes."""
+        with self._lock:
+            self.finishing.append(step)
+            self._replace()
+
+    def go_on(self) -> None:
+        """Keep what an earlier attempt recorded of a run whose training is over."""
+        recorded = or_empty(read_status, self.path.parent)
+        self.step, self.steps = recorded.get("step", 0), recorded.get("steps")
+        self.finishing = recorded.get("finishing", [])
+
+    def _replace(self) -> None:
+        status, exit_status, message = self._current
+        content: dict[str, Any] = {"status": status, "step": self.step, "steps": self.steps, "exit_status": exit_status}
         content |= {"message": message, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid()}
+        content["finishing"] = self.finishing
         if (ids := slurm_ids()) is not None:
             content["slurm"] = ids
-        with self._lock, contextlib.suppress(OSError):  # a full disk is reported by the checkpoint or model
-            if not self._ended:  # a checkpoint that is published late does not change how the run ended
-                self._ended = exit_status is not None
-                self.lease.write_file(self.path, json.dumps(content, indent=2) + "\n")
-                write_job_status(**content, run=str(self.path.parent.resolve()))
+        with contextlib.suppress(OSError):  # a full disk is reported by the checkpoint or model
+            self.lease.write_file(self.path, json.dumps(content, indent=2) + "\n")
+            write_job_status(**content, run=str(self.path.parent.resolve()))
 
     def reached(self, step: int) -> None:
         """The run goes on, and `step` is in a checkpoint."""
@@ -94,6 +119,9 @@ def supervised(run: RunDir, process: Process) -> Iterator[None]:
     """
     run.lease.folder = call_on_main(process, lambda: run.acquire_lease(process.world_size))
     status = run.status = RunStatus(run.path, is_main=process.is_main, lease=run.lease)
+    if run.is_trained:
+        status.go_on()
+        status.write("running")
     previous_handlers: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         _end_with_launcher()

@@ -8,20 +8,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from isotune.config import RunRecipe
 from isotune.config.run_recipe import RESUME_NEWEST
-from isotune.io.errors import EXIT_FAULT, AlreadyDone, RunFault, UserError, is_first_process, read_job_status
-from isotune.run.hub import UPLOAD, upload_model
+from isotune.io.errors import AlreadyDone, UserError, is_first_process
+from isotune.io.files import set_aside
+from isotune.io.reading import Unreadable
+from isotune.io.run_files import (
+    ENVIRONMENT,
+    RECIPE,
+    STATUS,
+    or_empty,
+    read_environment,
+    read_recipe_values,
+    read_status,
+    read_upload,
+)
+from isotune.run.hub import upload_model
 from isotune.run.identity import RunIdentity
 from isotune.run.metrics_file import METRICS
 from isotune.run.run_lease import RunLease, slurm_ids
 
-RECIPE = "recipe.yaml"
 FINGERPRINT_KEY, IDENTITY = "recipe_fingerprint", "identity"
-ENVIRONMENT = "environment.json"
-STATUS = "status.json"
 CHECKPOINTS = "checkpoints"
 
 
@@ -34,14 +41,15 @@ class RunDir:
         self.base_model = self.path / "base_model"  # one that exists nowhere else: its weights were drawn at random
         self.status: Any = None  # the `RunStatus` while the run is supervised
         self.lease = RunLease(self.path)
+        self.is_trained = False  # training is over, and what comes after it is not; `check` finds out
         self._has_begun = False  # by `begin`, which the main process calls
 
     def check(self) -> None:
         """Check that this recipe may run here, before any work is done.
 
-        Raises UserError where RUN holds another recipe's run or something else, cannot be written, or is in use;
-        AlreadyDone where the run is finished and `resume` does not ask for a new one; RunFault where the check at the
-        end of a finished run failed (a negative control's alarm).
+        Raises UserError where RUN holds another recipe's run or something else, cannot be written, or is in use, and
+        AlreadyDone where the run is finished and `resume` does not ask for a new one. `is_trained` is true where only
+        the steps after training are left.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output_dir '{self.path}' is a file")
@@ -57,30 +65,29 @@ class RunDir:
         if not recorded.is_file():
             raise UserError(f"output_dir '{self.path}' is not empty and holds no run: choose another --output_dir")
         try:
-            earlier = json.loads(recorded.read_text(encoding="utf-8"))
-            if not isinstance(earlier, dict):
-                raise ValueError("not a mapping")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{recorded} cannot be read: choose another --output_dir or remove the folder") from error
+            earlier = read_environment(self.path)
+        except Unreadable as reason:
+            raise UserError(
+                f"{recorded} cannot be read: {reason}; choose another --output_dir or remove the folder"
+            ) from reason
         # the others do not read what the recipe names once more: the first ends them all
         if is_first_process():
             self._check_same_run(earlier)
         if self.model.is_dir() and self.recipe.resume == RESUME_NEWEST:
-            hint = "(--resume never runs it again from the start)"
-            ended = read_job_status(self.path / STATUS)
-            if ended.get("exit_status") == EXIT_FAULT:
-                failure = f"failed at its end: {ended.get('message')}"
-                raise RunFault(f"output_dir '{self.path}' holds a run of this recipe that {failure} {hint}")
-            raise AlreadyDone(
-                f"output_dir '{self.path}' holds the finished run of this recipe: nothing is left to do {hint}"
-            )
+            status = self.path / STATUS
+            if not status.exists() or or_empty(read_status, self.path).get("status") == "finished":
+                raise AlreadyDone(
+                    f"output_dir '{self.path}' holds the finished run of this recipe: nothing is left to do "
+                    "(--resume never runs it again from the start)"
+                )
+            self.is_trained = not self.recipe.plan_only
 
     def check_or_upload(self) -> None:
         """`check`; the first process uploads a finished run whose requested upload is missing."""
         try:
             self.check()
         except AlreadyDone as done:
-            wanted, uploaded = self.recipe.hub_model_id, read_job_status(self.path / UPLOAD)
+            wanted, uploaded = self.recipe.hub_model_id, or_empty(read_upload, self.path)
             if not self.recipe.push_to_hub or not is_first_process():
                 raise
             if "url" not in uploaded or str(uploaded.get("repository")).rsplit("/", 1)[-1] != wanted.rsplit("/", 1)[-1]:
@@ -97,7 +104,7 @@ class RunDir:
         if earlier.get(FINGERPRINT_KEY) in (self.identity.fingerprint, self.recipe.fingerprint()):
             return
         recorded = earlier.get(IDENTITY)
-        if isinstance(recorded, dict):
+        if recorded is not None:
             differences = self.identity.differences(RunIdentity(**recorded))
             if not differences:
                 return  # the files of the earlier run are gone, and their names are the same
@@ -110,12 +117,9 @@ class RunDir:
 
     def _differing_key(self) -> str:
         """The first key that differs, where an earlier version recorded nothing but recipe.yaml."""
-        try:
-            earlier = yaml.safe_load((self.path / RECIPE).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError):
-            return ""
+        earlier = or_empty(read_recipe_values, self.path)
         for key, value in self.recipe.result_values().items():
-            if isinstance(earlier, dict) and key in earlier and earlier[key] != value:
+            if key in earlier and earlier[key] != value:
                 return f" ({key}: {earlier[key]} there, {value} here)"
         return ""
 
@@ -154,6 +158,7 @@ class RunDir:
             own = {FINGERPRINT_KEY: self.identity.fingerprint, IDENTITY: asdict(self.identity)}
             text = json.dumps({**own, **environment}, indent=2)
             self.lease.write_file(self.path / ENVIRONMENT, text + "\n")
+            set_aside(self.model)  # where this run replaces another; its new model removes the old one
             self.lease.write_file(self.path / RECIPE, self.recipe.as_yaml())
             if metrics is None:
                 (self.path / METRICS).unlink(missing_ok=True)

@@ -26,6 +26,7 @@ from typing import Any
 
 from isotune.io.errors import Superseded, UserError, end_process
 from isotune.io.files import replace_file, write_synced
+from isotune.io.run_files import or_empty, read_attempt
 
 # Names on disk. They are older than the word "attempt" and stay: run directories outlive versions.
 ATTEMPTS_DIR = ".lives"
@@ -64,11 +65,10 @@ class Attempt:
     @classmethod
     def read(cls, file: Path) -> "Attempt | None":
         """Read the record of an attempt; None where the file is missing or broken."""
-        try:
-            record = json.loads(file.read_text("utf-8"))
-            return cls(**{name: record[name] for name in cls.__dataclass_fields__})
-        except (OSError, ValueError, KeyError, TypeError):
+        record = or_empty(read_attempt, file)
+        if not cls.__dataclass_fields__.keys() <= record.keys():
             return None
+        return cls(**{name: record[name] for name in cls.__dataclass_fields__})
 
     def is_of_same_job(self, other: "Attempt") -> bool:
         """Whether both are attempts of one SLURM job, before and after a requeue."""
@@ -108,7 +108,7 @@ class RunLease:
 
         UserError names another attempt that is running; Superseded where it is a later one of the same job.
         """
-        for folder in self._active():
+        for folder in self.active():
             if folder.name not in self._known_stale and folder != self.folder:
                 self._check_stale(folder, Attempt.read(folder / ATTEMPT_RECORD))
                 self._known_stale.add(folder.name)
@@ -121,7 +121,7 @@ class RunLease:
         self.check_available()
         try:
             self.folder = self._register({**asdict(Attempt.current()), "began": time.time(), **record})
-            for other in self._active():
+            for other in self.active():
                 if other.name > self.folder.name:
                     self.release()
                     raise self._superseded()
@@ -137,12 +137,12 @@ class RunLease:
         self._released.set()
         if self.folder is None:
             return
-        with contextlib.suppress(OSError, ValueError):
-            record = json.loads((self.folder / ATTEMPT_RECORD).read_text("utf-8"))
+        with contextlib.suppress(OSError):
+            record = or_empty(read_attempt, self.folder / ATTEMPT_RECORD)
             replace_file(self.folder / ATTEMPT_RECORD, json.dumps({**record, "ended": time.time()}, indent=2) + "\n")
         with contextlib.suppress(OSError):
             self.folder.rename(f"{self.folder}{ENDED_SUFFIX}")
-            if [path.name for path in self.run.iterdir()] == [ATTEMPTS_DIR] and not self._active():
+            if [path.name for path in self.run.iterdir()] == [ATTEMPTS_DIR] and not self.active():
                 shutil.rmtree(self.run)
         self.folder = None
 
@@ -162,7 +162,7 @@ class RunLease:
             self.check()
             raise
 
-    def _active(self) -> list[Path]:
+    def active(self) -> list[Path]:
         """Directories of attempts that have not recorded their end, the oldest first."""
         try:
             folders = [path for path in self.attempts.iterdir() if not path.name.endswith(ENDED_SUFFIX)]
@@ -204,7 +204,7 @@ class RunLease:
         return UserError(f"output_dir '{self.run}' is in use by {holder}: wait for it, stop it, or choose another")
 
     def _superseded(self) -> Superseded:
-        active = self._active()
+        active = self.active()
         newest = active and Attempt.read(active[-1] / ATTEMPT_RECORD)
         return Superseded(
             f"{self.run} was taken over by {newest or 'another attempt'}: a stale attempt can no longer write, "
@@ -250,6 +250,23 @@ def last_heartbeat(folder: Path) -> float | None:
         return float(_read_heartbeat(folder).split()[1])
     except (ValueError, IndexError):
         return None
+
+
+def holder_is_alive(run: Path) -> bool:
+    """Whether an attempt at the run goes on, without waiting: its process on this machine, its heartbeat on another.
+
+    A heartbeat counts for `WATCH_SECONDS`, by the clock of the file system's own times.
+    """
+    for folder in RunLease(run).active():
+        holder = Attempt.read(folder / ATTEMPT_RECORD)
+        if holder is not None and holder.is_local:
+            if holder.is_running:
+                return True
+        else:
+            with contextlib.suppress(OSError):
+                if time.time() - (folder / HEARTBEAT).stat().st_mtime < WATCH_SECONDS:
+                    return True
+    return False
 
 
 def slurm_ids() -> dict[str, Any] | None:

@@ -72,6 +72,8 @@ class PreTrainChecks(TrainerCallback):
         if example is not None:
             record["example"] = {"row": example.row, "segments": example.segments}
         resumption = trainer.checkpointer.resumption
+        if self.run.status is not None:
+            self.run.status.steps = state.max_steps
         self.run.begin(record, metrics=resumption and resumption.metrics)
         trainer.recorder.open(self.run.path / METRICS, self.run.lease)
         self._print(record, without_effect)

@@ -2,17 +2,16 @@
 
 start = start_run(recipe)       processes, run folder, configuration, tokenizer
 data = ...                      the script's own: documents with their targets or classes
-saved = train_run(start, data)  model, trainer, steps, RUN/model
+train_run(start, data, ...)     model, trainer, steps, RUN/model, and what finishes the run
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-import yaml
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -34,6 +33,7 @@ from isotune.distributed.launch import Process, start_process
 from isotune.distributed.precision import check_same_precision, with_precision
 from isotune.distributed.ranks import call_on_main
 from isotune.io.errors import UserError
+from isotune.io.run_files import or_empty, read_recipe_values
 from isotune.models.adapters.lora import add_adapters
 from isotune.models.base.head import BaseHead, set_names
 from isotune.models.base.vocabulary import grow_embeddings, new_rows
@@ -44,9 +44,10 @@ from isotune.models.cpu.layers import enable_speedups
 from isotune.models.layouts.layout import ALONE, PADDED
 from isotune.models.opening import is_made_here, load_base_model, load_config, load_tokenizer
 from isotune.models.packed_attention import PACKED
+from isotune.run.finishing import FinishingStep, finish
 from isotune.run.hub import open_hub
-from isotune.run.preemption import supervised
-from isotune.run.run_dir import RECIPE, RunDir
+from isotune.run.preemption import MODEL_STEP, supervised
+from isotune.run.run_dir import RunDir
 from isotune.training.arguments import sft_arguments, training_arguments, uses_exact_gradients
 from isotune.training.callbacks import EarlyStop, PreTrainChecks
 from isotune.training.checkpointer import Checkpointer
@@ -109,21 +110,18 @@ def _recorded_values(recipe: RunRecipe) -> dict[str, Any]:
     """What the run that this one goes on with recorded, such as what `auto` meant; empty where there is none."""
     if recipe.resume == RESUME_NEVER:
         return {}
-    try:
-        earlier = recipe.output_dir if recipe.resume == RESUME_NEWEST else Path(recipe.resume).resolve().parents[1]
-        recorded = yaml.safe_load((Path(earlier) / RECIPE).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, IndexError):
-        return {}
-    return recorded if isinstance(recorded, dict) else {}
+    earlier = Path(recipe.output_dir)
+    if recipe.resume != RESUME_NEWEST:
+        parents = Path(recipe.resume).resolve().parents  # of RUN/checkpoints/STEP
+        earlier = parents[min(1, len(parents) - 1)]
+    return or_empty(read_recipe_values, earlier)
 
 
-def train_run(
-    start: Start, data: RunData, before_finishing: Callable[[], None] | None = None
-) -> FinalModelReport | None:
-    """Build, train and save; the main process says where the model is, and returns the report. Every rank must call it.
+def train_run(start: Start, data: RunData, finishing: Sequence[FinishingStep] = ()) -> None:
+    """Build, train and save, and do what finishes the run; every rank must call it.
 
-    `before_finishing` is what the main process does with the saved model before the run counts as finished; a RunFault
-    of it is the run's. RUN/status.json says which error ended a run.
+    The main process does the `finishing` with the saved model, before the run counts as finished; a RunFault of it is
+    the run's. RUN/status.json says which error ended a run.
     """
     trainer = build_trainer(start, build_model(start, data), data)
     with supervised(start.run, start.process):
@@ -131,9 +129,9 @@ def train_run(
         saved = save(start, trainer)
         if saved is not None:
             print(f"model       {start.run.model}: {saved}")
-            if before_finishing is not None:
-                before_finishing()
-    return saved
+            start.run.status.step = trainer.state.global_step
+            start.run.status.has_done(MODEL_STEP)
+            finish(start.run, finishing)
 
 
 def build_model(start: Start, data: RunData) -> nn.Module:

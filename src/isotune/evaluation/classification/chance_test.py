@@ -5,7 +5,6 @@ at most 5% of runs: each text counts once, because its rows share their label, a
 tested. The best of several would be selected by the labels that it is tested on.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 
 from isotune.config import ClassificationRecipe
 from isotune.data.documents import PreparedData
-from isotune.evaluation.results import CLASSIFICATION, PREDICTIONS, write_result
+from isotune.evaluation.results import CLASSIFICATION, PREDICTIONS, read_predictions, write_result
 from isotune.evaluation.statistics.resampling import LEVEL, Scores
 from isotune.io.errors import RunFault, UserError
 
@@ -72,9 +71,10 @@ def write_chance_test(run: Path, recipe: ClassificationRecipe, evaluation: Prepa
     folders = sorted(run.glob(f"eval/step-*/{PREDICTIONS}"))
     if not folders:
         raise UserError(f"{run} has no evaluation to test: eval_strategy is no, or it was removed")
-    predictions: list[dict[str, Any]] = [json.loads(line) for line in folders[-1].read_text("utf-8").splitlines()]
+    predictions = read_predictions(folders[-1])
     documents: Any = evaluation.documents
-    assert [row["id"] for row in predictions] == documents.ids.tolist(), "predictions are in the order of the documents"
+    if [row["id"] for row in predictions] != documents.ids.tolist():
+        raise UserError(f"{folders[-1]} has other rows than the evaluation data, or in another order")
     labels, predicted = (np.array([row[key] for row in predictions]) for key in ("label", "prediction"))
     is_control = recipe.label_source == "random"
     chance = 0.5 if is_control else float(np.bincount(labels).max() / len(labels))

@@ -5,7 +5,6 @@ supervised positions only, and a second forward with gradient checkpointing. `--
 device's peak that a run reaches, the model FLOPs utilization (MFU), from a finished run.
 """
 
-import json
 import math
 import statistics
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from isotune.config import Recipe, RunRecipe
 from isotune.config.effects import count_events
 from isotune.data.batch_schedule import StepSchedule, assign_to_ranks
 from isotune.io.errors import UserError
+from isotune.io.reading import Unreadable
+from isotune.io.run_files import read_environment
 from isotune.preflight.resources.devices import Device
 from isotune.preflight.resources.sharding import ModelStats
 from isotune.run.metrics_file import METRICS, read_metrics
@@ -118,8 +119,8 @@ def measured_mfu(run: Path, recipe: RunRecipe, model: ModelStats, work: Work, de
     """The MFU of a finished run of this recipe: the median over its steps, on one process; UserError without steps."""
     try:
         steps = read_metrics(run / METRICS).steps.values()
-        processes = int(json.loads((run / "environment.json").read_text(encoding="utf-8"))["in_effect"]["world_size"])
-    except (OSError, ValueError, KeyError) as error:
+        processes = read_environment(run)["in_effect"]["world_size"]
+    except (FileNotFoundError, Unreadable, KeyError) as error:
         raise UserError(f"--measured {run}: no metrics.jsonl and environment.json of a run: {error}") from None
     rates = [line["tokens_per_second"] for line in steps if line.get("tokens_per_second")]
     if not rates:

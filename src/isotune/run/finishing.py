@@ -1,0 +1,67 @@
+"""What is left to do once training is over, as steps that status.json records: a start does those that are missing.
+
+A run can be killed between the appearance of RUN/model and its end. A step done again gives the same, so the next start
+does what is not recorded, without training.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from isotune.distributed.launch import Process
+from isotune.io.errors import RunFault, UserError
+from isotune.models.finished_run import read_run
+from isotune.run.preemption import MODEL_STEP, supervised
+from isotune.run.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class FinishingStep:
+    """A part of finishing a run, which the main process does alone.
+
+    Attributes:
+        name: as status.json lists it under `finishing`.
+        do: does it, and says so in a line; done twice it gives the same.
+        is_outside: what it makes is not in RUN, so the run counts as finished before it.
+    """
+
+    name: str
+    do: Callable[[], object]
+    is_outside: bool = False
+
+
+def finish(run: RunDir, steps: Sequence[FinishingStep]) -> None:
+    """Do the steps that are not recorded yet, in their order; the main process calls it, while it is supervised."""
+    for step in steps:
+        if step.name in run.status.finishing:
+            continue
+        if step.is_outside:
+            run.status.write("finished", 0)
+        step.do()
+        run.status.has_done(step.name)
+
+
+def finish_trained(run: RunDir, process: Process, steps: Sequence[FinishingStep]) -> None:
+    """Finish a run whose training was over when its last attempt ended; every rank calls it.
+
+    Raises UserError where RUN/model is broken, and RunFault where a step finds a fault of the run (the alarm of a
+    negative control), as the attempt that trained it did.
+    """
+    with supervised(run, process):
+        if not process.is_main:
+            return
+        print(f"trained     {run.model} is there: what is missing of the run is done now", flush=True)
+        try:
+            finish(run, [FinishingStep(MODEL_STEP, lambda: _check_model(run)), *steps])
+        except RunFault as fault:
+            raise RunFault(
+                f"output_dir '{run.path}' holds a run of this recipe that failed at its end: {fault} "
+                "(--resume never runs it again from the start)"
+            ) from fault
+
+
+def _check_model(run: RunDir) -> None:
+    """Check that the weight files are complete; they were compared with memory before they got their name."""
+    try:
+        read_run(run.path)
+    except UserError as error:
+        raise UserError(f"{error}; without {run.model} the run goes on from its last checkpoint") from error
