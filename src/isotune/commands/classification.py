@@ -24,9 +24,12 @@ def train_classifier(recipe: ClassificationRecipe, *, tests_chance: bool = False
     """
     before_torch()
     # the engine takes seconds to import: a mistake in the recipe has been answered by now
+    import torch
+
     from isotune.data.classification.split import prepare_labelled
     from isotune.evaluation.classification.chance_test import write_chance_test
     from isotune.evaluation.classification.sentences import show_sentences
+    from isotune.evaluation.models import load_run_classifier
     from isotune.preflight.startup_check import startup_check
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.report.model_card import share
@@ -40,7 +43,8 @@ def train_classifier(recipe: ClassificationRecipe, *, tests_chance: bool = False
 
     def before_finishing() -> None:
         if recipe.sentences:
-            show_sentences(start.run.path, recipe.sentences, start.process.device)
+            classifier = load_run_classifier(start.run.path, start.process.device, torch.float32)
+            show_sentences(classifier, recipe.sentences)
         evaluation: Any = data.evaluation
         if tests_chance and evaluation is not None:
             print(f"verdict     {write_chance_test(start.run.path, recipe, evaluation)}")
