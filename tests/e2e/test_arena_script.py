@@ -12,6 +12,7 @@ from tests.launching import start, write_recipe
 
 import isotune
 from isotune.cli import main
+from isotune.evaluation.ensemble import build_ensemble
 from isotune.evaluation.results import read_result
 from isotune.io.errors import AlreadyDone, UserError
 from isotune.projects.arena.baselines.run import run_baselines
@@ -228,3 +229,41 @@ def test_a_model_file_that_holds_more_than_a_baseline_is_refused_and_runs_nothin
     (folder / "blend.json").unlink()
     with pytest.raises(UserError, match=r"holds no blend\.json"):
         FittedModels.load(folder)
+
+
+def test_the_encoder_joins_the_baselines_in_a_blend_of_the_same_rows(baselines, encoder, tmp_path):
+    runs = [baselines.run, encoder.run]
+    made = build_ensemble(runs, tmp_path / "blend", name="arena_test", weights="fitted", folds=3, resamples=200)
+    found = read_result(made.folder)
+    members = [{row["id"]: row for row in read_result(run / "eval" / "arena_test").predictions} for run in runs]
+    for row in found.predictions:
+        one, other = (np.array(member[row["id"]]["probabilities"]) for member in members)
+        low, high = np.minimum(one, other) - 1e-9, np.maximum(one, other) + 1e-9
+        assert ((low <= row["probabilities"]) & (row["probabilities"] <= high)).all()
+        assert row["label"] == members[0][row["id"]]["label"] and row["group"] == members[0][row["id"]]["group"]
+    with pytest.raises(UserError, match="cannot be compared"):  # the encoder kept other rows than all of the folds
+        build_ensemble(runs, tmp_path / "none", name="arena")
+
+
+@pytest.mark.slow
+def test_the_blend_of_encoder_and_baselines_is_at_least_as_good_as_the_member_that_cross_validation_chooses(
+    shared_data_folder, tmp_path
+):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, count in (("train", 800), ("test", 674), ("sample_submission", 674), ("test_labels", 674)):
+        first_rows(shared_data_folder / "arena" / f"{name}.csv", folder / f"{name}.csv", count)
+    answers = {"dataset_name": str(folder), "test_labels": str(folder / "test_labels.csv")}
+    grids = {"linear": {"logistic_regression": {"C": [0.001, 0.003]}},
+             "trees": {"gradient_boosting": {"max_iter": [60], "max_leaf_nodes": [4]}}}  # fmt: skip
+    for name, grid in grids.items():
+        recipe = {"method": "baselines", "folds": 3, "grids": grid, **answers}
+        run_baselines(read("--config", str(write_recipe(tmp_path / name, recipe))))
+    recipe = {**ENCODER, **answers, "tune": "full", "num_train_epochs": 1, "train_orders": "one"}
+    start(tmp_path / "encoder", recipe, script=SCRIPT)
+    runs = [tmp_path / name / "run" for name in (*grids, "encoder")]
+    chosen = min(runs, key=lambda run: read_result(run / "eval" / "arena").metrics["log_loss"])
+    made = build_ensemble(runs, tmp_path / "blend", name="arena_test", weights="fitted", resamples=500)
+    low, high = made.scores.intervals["log_loss"]
+    best = read_result(chosen / "eval" / "arena_test").metrics["log_loss"]
+    assert made.scores.metrics["log_loss"] <= best and low < made.scores.metrics["log_loss"] < high
