@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,15 @@ WARM_UP = 4  # reviews that are not counted
 TOLERANCE = 1e-5
 
 
-def measure(given: Namespace) -> dict[str, Any]:
-    """Rounds of both sides over the same documents; the ratio is the median over rounds."""
+Side = Callable[[Classifier, list[dict[str, Any]]], np.ndarray]  # probabilities of rows, [rows, classes]
+
+
+def measure(given: Namespace, by_isotune: Side | None = None) -> dict[str, Any]:
+    """Rounds of both sides over the same documents; the ratio is the median over rounds.
+
+    `by_isotune` is by default the way of an evaluation.
+    """
+    by_isotune = by_isotune or by_evaluation
     tokenizer = AutoTokenizer.from_pretrained(given.data / "tokenizers" / "bert-base-uncased")
     geometry: dict[str, Any] = GEOMETRIES[given.geometry]
     config = BertConfig(vocab_size=len(tokenizer), **geometry)
@@ -58,21 +66,23 @@ def measure(given: Namespace) -> dict[str, Any]:
         sys.exit(f"{len(lines)} reviews are not enough for {given.rounds} rounds of {given.documents}: ask for fewer")
     order = iter(np.random.default_rng(0).permutation(len(lines)).tolist())
     warm = [json.loads(lines[next(order)]) for _ in range(WARM_UP)]
-    _by_isotune(classifier, warm)
+    by_isotune(classifier, warm)
     _by_pipeline(pipe, warm, 1)
     rates: dict[str, list[float]] = {}
+    cpu: dict[str, list[float]] = {}  # seconds of all threads, which other work on the machine changes little
     apart, floors = 0.0, []
     for number in range(given.rounds):
         rows = [json.loads(lines[next(order)]) for _ in range(given.documents)]
         sides = ["isotune", *(f"pipeline {size}" for size in given.batch_sizes)]
         found: dict[str, np.ndarray] = {}
         for side in sides if number % 2 == 0 else sides[::-1]:
-            started = time.perf_counter()
+            started, spent = time.perf_counter(), time.process_time()
             if side == "isotune":
-                found[side] = _by_isotune(classifier, rows)
+                found[side] = by_isotune(classifier, rows)
             else:
                 found[side] = _by_pipeline(pipe, rows, int(side.split()[1]))
             rates.setdefault(side, []).append(len(rows) / (time.perf_counter() - started))
+            cpu.setdefault(side, []).append(time.process_time() - spent)
             print(f"round {number}: {side:<12} {rates[side][-1]:.1f} documents/s", flush=True)
         apart = max(apart, *(float(np.abs(one - found["isotune"]).max()) for one in found.values()))
         assert apart < TOLERANCE, f"the sides differ by {apart}"
@@ -80,11 +90,13 @@ def measure(given: Namespace) -> dict[str, Any]:
     middle = {side: statistics.median(of_rounds) for side, of_rounds in rates.items()}
     best = max((side for side in middle if side != "isotune"), key=lambda side: middle[side])
     ratio = statistics.median(a / b for a, b in zip(rates["isotune"], rates[best], strict=True))
+    cpu_of_best = (cpu["isotune"], cpu[min(cpu.keys() - {"isotune"}, key=lambda side: statistics.median(cpu[side]))])
     ours_alone, torchs_alone = (statistics.median(seconds) / given.documents for seconds in zip(*floors, strict=True))
     return {
         "geometry": given.geometry,
         "documents": given.documents,
         "threads": torch.get_num_threads(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "documents_per_second": {side: round(rate, 2) for side, rate in middle.items()},
         "pipeline_best": best,
         "largest_difference": apart,
@@ -93,6 +105,7 @@ def measure(given: Namespace) -> dict[str, Any]:
             "pipeline_share": round(torchs_alone * middle[best], 3),
         },
         "ratio": round(ratio, 3),
+        "ratio_of_cpu_seconds": round(statistics.median(b / a for a, b in zip(*cpu_of_best, strict=True)), 3),
         "reached": ratio >= TO_REACH,
     }
 
@@ -123,7 +136,8 @@ def _timed(layers: list[list[torch.nn.Linear]], passes: list[int]) -> float:
     return time.perf_counter() - started
 
 
-def _by_isotune(classifier: Classifier, rows: list[dict[str, Any]]) -> np.ndarray:
+def by_evaluation(classifier: Classifier, rows: list[dict[str, Any]]) -> np.ndarray:
+    """From a file of rows to probabilities, as an evaluation prepares and classifies them."""
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["ISOTUNE_CACHE"] = scratch  # what was prepared in another round is not taken from there
         file = Path(scratch) / "rows.jsonl"

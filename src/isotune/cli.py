@@ -20,6 +20,7 @@ OWN_WORDS = {
     "arena": "train on the Chatbot Arena: isotune arena RECIPE [FLAGS]",
     "eval": "evaluate: isotune eval RUN | MODEL [FLAGS]",
     "chat": "talk with a model: isotune chat RUN | MODEL [FLAGS]",
+    "predict": "predict texts, or rows: isotune predict RUN | MODEL TEXT ... | --input DATA --output FILE",
     "slurm": "submit to a cluster: isotune slurm sft|classify|arena|eval WHAT [FLAGS]",
 }
 TRAINING = ("sft", "classify", "arena")
@@ -56,6 +57,10 @@ def _run_own_words(command: str, words: Sequence[str]) -> int | None:
         from isotune.commands import slurm
 
         return slurm.run(words)
+    if command == "predict":
+        from isotune.commands import predict
+
+        return predict.run_predict(words)
     from isotune.commands import evaluate
 
     return evaluate.run_eval(words) if command == "eval" else evaluate.run_chat(words)
@@ -163,6 +168,29 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, finished or not")
     report.add_argument("--output", metavar="FILE", help="the file to write (report.html in the first RUN)")
 
+    ensemble = command(
+        "ensemble",
+        _ensemble,
+        help="blend the predictions of classifiers and baselines on the same rows",
+        description=(
+            "Blend what several runs predicted of the same evaluated rows, by equal weights or by weights that\n"
+            "minimize the log loss; each row is then blended with weights that were fitted without it. The blend is\n"
+            "an evaluation like any other: isotune compare and isotune report take its folder."
+        ),
+        epilog="examples:\n  isotune ensemble runs/arena_bert runs/arena_baselines --weights fitted --name arena_test",
+    )
+    ensemble.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, or of results: RUN/eval/NAME")
+    ensemble.add_argument("--weights", default="equal", help="equal or fitted (%(default)s)")
+    ensemble.add_argument("--name", help="name of the evaluation, where the runs have several in common")
+    place = "the blend goes to DIR/eval/NAME (%(default)s)"
+    ensemble.add_argument("--output_dir", default="runs/ensemble", metavar="DIR", help=place)
+    for name, default, meaning in (
+        ("--folds", 5, "of the cross-validation of fitted weights (%(default)s)"),
+        ("--seed", 0, "of the folds and the intervals (%(default)s)"),
+        ("--resamples", 2000, "of the bootstrap intervals (%(default)s)"),
+    ):
+        ensemble.add_argument(name, type=int, default=default, metavar="N", help=meaning)
+
     validate = command(
         "validate-submission",
         _validate_submission,
@@ -240,6 +268,13 @@ def _compare(chosen: argparse.Namespace) -> None:
     options = ("name", "metrics", "all_pairs", "resamples", "seed", "examples")
     comparison = compare_runs(chosen.runs, **{name: getattr(chosen, name) for name in options})
     print(json.dumps(comparison.as_dict(), indent=2) if chosen.json else comparison_text(comparison))
+
+
+def _ensemble(chosen: argparse.Namespace) -> None:
+    from isotune.evaluation.ensemble import build_ensemble
+
+    options = ("weights", "name", "folds", "seed", "resamples")
+    print(build_ensemble(chosen.runs, chosen.output_dir, **{name: getattr(chosen, name) for name in options}).table())
 
 
 def _report(chosen: argparse.Namespace) -> None:

@@ -10,6 +10,9 @@ import pytest
 from tests.battles import swapped
 from tests.launching import start, write_recipe
 
+import isotune
+from isotune.cli import main
+from isotune.evaluation.ensemble import build_ensemble
 from isotune.evaluation.results import read_result
 from isotune.io.errors import AlreadyDone, UserError
 from isotune.projects.arena.baselines.run import run_baselines
@@ -129,8 +132,8 @@ def test_an_encoders_prediction_is_equivariant_to_the_bit(encoder, competition):
 
     classifier = load_run_classifier(encoder.run, torch.device("cpu"), torch.float32)
     rows = read_battles(competition / "train.csv", labelled=True)
-    given = predict_battles(classifier, rows, 64)
-    exchanged = predict_battles(classifier, type(rows)("swapped", tuple(map(swapped, rows.battles)), 0, 0), 64)
+    given = predict_battles(classifier, rows.battles, 64)
+    exchanged = predict_battles(classifier, [swapped(battle) for battle in rows.battles], 64)
     assert given[:, [1, 0, 2]].tobytes() == exchanged.tobytes()
     assert np.ptp(given[:, 0]) > 0
 
@@ -163,3 +166,104 @@ def test_keys_that_mean_nothing_here_and_grids_of_no_model_are_refused(competiti
 
 def read(*argv):
     return read_arena_recipe(argv, default_config=Path("train/configs/arena_bert.yaml"), prog="train/arena.py")
+
+
+def predict(capsys, *words, expect=0):
+    with pytest.raises(SystemExit) as leaving:
+        main(["predict", *map(str, words)])
+    said = capsys.readouterr()
+    assert (leaving.value.code or 0) == expect, said
+    return said
+
+
+@pytest.mark.parametrize(("which", "digits"), [("baselines", None), ("encoder", 1e-6)])
+def test_a_finished_run_predicts_new_rows_as_its_submission_does(competition, which, digits, request, tmp_path, capsys):
+    run = request.getfixturevalue(which).run
+    rows = (competition / "test.csv", tmp_path / "p.csv", tmp_path / "p.jsonl")
+    for output in rows[1:]:
+        predict(capsys, run, "--input", rows[0], "--output", output, "--part_rows", 4)
+    assert check_submission(rows[1], competition / "sample_submission.csv") == ([], TEST_ROWS)
+    tables = []
+    for file in (run / "submission.csv", rows[1]):
+        with file.open(newline="") as lines:
+            tables.append([[float(cell) for cell in row] for row in list(csv.reader(lines))[1:]])
+    if digits is None:
+        assert tables[0] == tables[1]
+    np.testing.assert_allclose(tables[1], tables[0], atol=digits or 0)
+    lines = [json.loads(line) for line in rows[2].read_text().splitlines()]
+    for line, (own_id, *probabilities) in zip(lines, tables[1], strict=True):
+        assert (int(line["id"]), line["probabilities"]) == (int(own_id), probabilities)
+        assert line["prediction_name"] == ("a", "b", "tie")[int(np.argmax(probabilities))]
+    refused = predict(capsys, run, "a text", expect=2)
+    assert "reads battles, a prompt with two answers" in refused.err
+    with pytest.raises(UserError, match="reads battles and no texts"):
+        isotune.load(run).predict("a text")
+
+
+def test_a_model_file_that_holds_more_than_a_baseline_is_refused_and_runs_nothing(baselines, tmp_path):
+    import functools
+    import os
+
+    import skops.io
+
+    from isotune.projects.arena.baselines.fitted import FittedModels
+
+    folder = tmp_path / "model"
+    shutil.copytree(baselines.run / "model", folder)
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "blend.json", "features.skops", "gradient_boosting.skops", "logistic_regression.skops"]  # fmt: skip
+    trap = tmp_path / "trap"
+    skops.io.dump(functools.partial(os.mkdir, str(trap)), folder / "gradient_boosting.skops")
+    with pytest.raises(UserError, match=r"gradient_boosting.skops holds .*mkdir.*nothing of it was loaded"):
+        FittedModels.load(folder)
+    assert not trap.exists()
+    shutil.copy(folder / "features.skops", folder / "gradient_boosting.skops")
+    with pytest.raises(UserError, match=r"gradient_boosting.skops holds dict, which no baseline is made of"):
+        FittedModels.load(folder)
+    (folder / "gradient_boosting.skops").write_bytes(b"PK broken")
+    with pytest.raises(UserError, match=r"gradient_boosting.skops cannot be read"):
+        FittedModels.load(folder)
+    (folder / "gradient_boosting.skops").unlink()
+    with pytest.raises(UserError, match=r"there is no file .*gradient_boosting.skops"):
+        FittedModels.load(folder)
+    (folder / "blend.json").unlink()
+    with pytest.raises(UserError, match=r"holds no blend\.json"):
+        FittedModels.load(folder)
+
+
+def test_the_encoder_joins_the_baselines_in_a_blend_of_the_same_rows(baselines, encoder, tmp_path):
+    runs = [baselines.run, encoder.run]
+    made = build_ensemble(runs, tmp_path / "blend", name="arena_test", weights="fitted", folds=3, resamples=200)
+    found = read_result(made.folder)
+    members = [{row["id"]: row for row in read_result(run / "eval" / "arena_test").predictions} for run in runs]
+    for row in found.predictions:
+        one, other = (np.array(member[row["id"]]["probabilities"]) for member in members)
+        low, high = np.minimum(one, other) - 1e-9, np.maximum(one, other) + 1e-9
+        assert ((low <= row["probabilities"]) & (row["probabilities"] <= high)).all()
+        assert row["label"] == members[0][row["id"]]["label"] and row["group"] == members[0][row["id"]]["group"]
+    with pytest.raises(UserError, match="cannot be compared"):  # the encoder kept other rows than all of the folds
+        build_ensemble(runs, tmp_path / "none", name="arena")
+
+
+@pytest.mark.slow
+def test_the_blend_of_encoder_and_baselines_is_at_least_as_good_as_the_member_that_cross_validation_chooses(
+    shared_data_folder, tmp_path
+):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, count in (("train", 800), ("test", 674), ("sample_submission", 674), ("test_labels", 674)):
+        first_rows(shared_data_folder / "arena" / f"{name}.csv", folder / f"{name}.csv", count)
+    answers = {"dataset_name": str(folder), "test_labels": str(folder / "test_labels.csv")}
+    grids = {"linear": {"logistic_regression": {"C": [0.001, 0.003]}},
+             "trees": {"gradient_boosting": {"max_iter": [60], "max_leaf_nodes": [4]}}}  # fmt: skip
+    for name, grid in grids.items():
+        recipe = {"method": "baselines", "folds": 3, "grids": grid, **answers}
+        run_baselines(read("--config", str(write_recipe(tmp_path / name, recipe))))
+    recipe = {**ENCODER, **answers, "tune": "full", "num_train_epochs": 1, "train_orders": "one"}
+    start(tmp_path / "encoder", recipe, script=SCRIPT)
+    runs = [tmp_path / name / "run" for name in (*grids, "encoder")]
+    chosen = min(runs, key=lambda run: read_result(run / "eval" / "arena").metrics["log_loss"])
+    made = build_ensemble(runs, tmp_path / "blend", name="arena_test", weights="fitted", resamples=500)
+    low, high = made.scores.intervals["log_loss"]
+    best = read_result(chosen / "eval" / "arena_test").metrics["log_loss"]
+    assert made.scores.metrics["log_loss"] <= best and low < made.scores.metrics["log_loss"] < high

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.battles import swapped
 
+from isotune.evaluation.statistics.blending import blend, blend_weights, held_out_blend
 from isotune.io.errors import UserError
 from isotune.projects.arena.baselines.estimators import MEMBERS, check_grids
 from isotune.projects.arena.baselines.features import (
@@ -17,7 +18,8 @@ from isotune.projects.arena.baselines.features import (
     pair_features,
     prompt_features,
 )
-from isotune.projects.arena.baselines.run import BLEND, blend, blend_weights, fit_baselines, held_out_blend
+from isotune.projects.arena.baselines.fitted import BLEND, FittedModels
+from isotune.projects.arena.baselines.run import fit_baselines
 from isotune.projects.arena.battles import Battle, read_battles
 from isotune.projects.arena.preference import score_preferences
 
@@ -181,3 +183,13 @@ def test_intervals_resample_prompts_so_that_copies_of_rows_do_not_make_them_narr
     once = score_preferences(one_a_prompt, {"m": chance}, main="m").intervals["log_loss"]
     copied = score_preferences(four, {"m": np.tile(chance, (4, 1))}, main="m").intervals["log_loss"]
     assert copied == pytest.approx(once, rel=1e-5)
+
+
+def test_models_that_were_kept_predict_as_those_that_were_fitted_bit_for_bit(fitted, rows, tmp_path):
+    fitted.save(tmp_path / "model")
+    kept = FittedModels.load(tmp_path / "model")
+    assert kept.weights == fitted.weights
+    given, again = (models.predict(rows.battles) for models in (fitted, kept))
+    assert list(again) == list(given)
+    for name, found in given.items():
+        assert found.tobytes() == again[name].tobytes(), name

@@ -15,8 +15,8 @@ def train_arena(recipe: ArenaRecipe | BaselinesRecipe) -> None:
     """The recipe says by which method."""
     before_torch()
     if isinstance(recipe, BaselinesRecipe):
-        need("simplemma", "method: baselines")
-        need("nltk", "method: baselines")
+        for package in ("simplemma", "nltk", "skops"):
+            need(package, "method: baselines")
         from isotune.projects.arena.baselines.run import run_baselines
 
         run_baselines(recipe)

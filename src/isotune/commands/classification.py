@@ -25,10 +25,13 @@ def train_classifier(recipe: ClassificationRecipe, *, tests_chance: bool = False
     """
     before_torch()
     # the engine takes seconds to import: a mistake in the recipe has been answered by now
+    import torch
+
     from isotune.data.classification.split import prepare_labelled
     from isotune.evaluation.classification.chance_test import write_chance_test
     from isotune.evaluation.classification.sentences import show_sentences
     from isotune.evaluation.classification.thresholds import keep_thresholds
+    from isotune.evaluation.models import load_run_classifier
     from isotune.preflight.startup_check import startup_check
     from isotune.report.finishing import last_steps
     from isotune.run.finishing import FinishingStep, finish_trained
@@ -46,7 +49,8 @@ def train_classifier(recipe: ClassificationRecipe, *, tests_chance: bool = False
         print(f"thresholds  {keep_thresholds(start.run.path, recipe, prepared(), start.process.device)}")
 
     def classify_sentences() -> None:
-        show_sentences(start.run.path, recipe.sentences or [], start.process.device)
+        classifier = load_run_classifier(start.run.path, start.process.device, torch.float32)
+        show_sentences(classifier, recipe.sentences or [])
 
     finishing = [
         *([FinishingStep("thresholds", say_thresholds)] if recipe.label_thresholds is not None else ()),

@@ -24,8 +24,8 @@ A conversation, or with --prompt the answer to one question."""
 def run_eval(argv: Sequence[str]) -> int | None:
     """`isotune eval ARGV`, here or on the processes of a launch."""
     launch, rest = start.read_launch(argv)
-    source, flags = _source("eval", rest, EVAL)
-    classifies = _is_classifier(source)
+    source, flags = read_source("eval", rest, EVAL)
+    classifies = is_classifier(source)
     if not classifies:
         flags += _own_data(source, flags)
     given = _arguments(classifies, [*source, *flags], "isotune eval", EVAL)
@@ -44,8 +44,8 @@ def run_eval(argv: Sequence[str]) -> int | None:
 
 def run_chat(argv: Sequence[str]) -> None:
     """`isotune chat ARGV`, in this process."""
-    source, flags = _source("chat", argv, CHAT)
-    if source[0] == "--run_dir" and _is_classifier(source):
+    source, flags = read_source("chat", argv, CHAT)
+    if source[0] == "--run_dir" and is_classifier(source):
         raise UserError(f"{source[1]} is the run of a classifier, which answers nothing: isotune eval evaluates it")
     asks = any(flag.partition("=")[0] in ("--prompt", "--interactive") for flag in flags)
     from isotune.commands.generate import generate
@@ -61,7 +61,7 @@ def _arguments(classifies: bool, words: Sequence[str], prog: str, description: s
     return read_arguments(words, prog=prog, description=description)
 
 
-def _source(command: str, argv: Sequence[str], usage: str) -> tuple[list[str], list[str]]:
+def read_source(command: str, argv: Sequence[str], usage: str) -> tuple[list[str], list[str]]:
     """The run or model as the scripts' flag for it, and the flags after it."""
     words = list(argv)
     if {"-h", "--help"} & set(words) and (not words or words[0].startswith("-")):
@@ -77,7 +77,8 @@ def _source(command: str, argv: Sequence[str], usage: str) -> tuple[list[str], l
     return ["--model", what], words
 
 
-def _is_classifier(source: Sequence[str]) -> bool:
+def is_classifier(source: Sequence[str]) -> bool:
+    """Whether the run or model of `read_source` is a classifier, and no language model."""
     flag, name = source
     if flag == "--run_dir":
         return task_of(read_file(Path(name, RECIPE)).given) == "classification"

@@ -146,7 +146,7 @@ def measure_rows(result: Result, groups: np.ndarray | None) -> MeasuredRows:
     kind = result.facts["kind"]
     task_type = task_type_of(result)
     if kind == CLASSIFICATION and task_type != SINGLE_LABEL:
-        labels, outputs = _labels_and_outputs(result, task_type)
+        labels, outputs = labels_and_outputs(result, task_type)
         thresholds: Thresholds = result.facts.get("label_thresholds") or THRESHOLD  # earlier results name none
         statistics = statistics_of(task_type, labels, outputs, names=class_names(result), thresholds=thresholds)
         scores = -np.abs(outputs - labels).reshape(len(labels), -1).sum(axis=1)
@@ -156,9 +156,10 @@ def measure_rows(result: Result, groups: np.ndarray | None) -> MeasuredRows:
         right = (chosen == labels).all(axis=1) if several else np.zeros(len(labels), np.bool_)
         right_means = "exact_match" if several else ""
     elif kind == CLASSIFICATION:
-        labels, probabilities = _labels_and_probabilities(result)
-        ordinal = "quadratic_kappa" in result.metrics or "mean_absolute_error" in result.metrics
-        statistics = classification_statistics(labels, probabilities, ordinal=ordinal, names=class_names(result))
+        labels, probabilities = labels_and_outputs(result, task_type)
+        statistics = classification_statistics(
+            labels, probabilities, ordinal=ordinal_classes(result), names=class_names(result)
+        )
         scores, classes = probabilities[np.arange(len(labels)), labels], probabilities.shape[1]
         right_means, right = "accuracy", probabilities.argmax(axis=1) == labels
     elif kind == GENERATION:
@@ -226,13 +227,20 @@ def _labels_and_probabilities(result: Result) -> tuple[np.ndarray, np.ndarray]:
     return labels, probabilities
 
 
+def ordinal_classes(result: Result) -> bool:
+    """Whether the classes are ordered, by the metrics that were computed."""
+    return "quadratic_kappa" in result.metrics or "mean_absolute_error" in result.metrics
+
+
 def task_type_of(result: Result) -> str:
     """What kind of labels a classifier's result is of."""
     return result.facts.get("task_type", SINGLE_LABEL)
 
 
-def _labels_and_outputs(result: Result, task_type: str) -> tuple[np.ndarray, np.ndarray]:
-    """Of several labels a row int64 and float64 [rows, labels], of numbers float64 [rows] each."""
+def labels_and_outputs(result: Result, task_type: str) -> tuple[np.ndarray, np.ndarray]:
+    """Of classes int64 [rows] and float64 [rows, classes]; of several labels both [rows, labels]; of numbers [rows]."""
+    if task_type == SINGLE_LABEL:
+        return _labels_and_probabilities(result)
     rows, where = result.predictions, result.folder / PREDICTIONS
     try:
         if task_type != MULTI_LABEL:

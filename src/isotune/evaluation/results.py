@@ -124,9 +124,16 @@ def write_result(
 
     The number of `predictions` and the digest of their input `texts` are added to the facts.
     """
-    ids = [row["id"] for row in predictions]
-    rows_sha256 = rows_digest(zip(ids, texts, strict=True))
-    content = {**{name: facts[name] for name in FACTS[:4]}, "rows": len(ids), "rows_sha256": rows_sha256, **facts}
+    ids = (row["id"] for row in predictions)
+    write_aligned_result(folder, facts, scores, predictions, rows_digest(zip(ids, texts, strict=True)))
+
+
+def write_aligned_result(
+    folder: Path, facts: dict[str, Any], scores: Scores, predictions: Sequence[dict[str, Any]], rows_sha256: str
+) -> None:
+    """As `write_result`, of rows whose digest is known: they are those of another result, in its order."""
+    known = {"rows": len(predictions), "rows_sha256": rows_sha256}
+    content = {**{name: facts[name] for name in FACTS[:4]}, **known, **facts}
     content |= {"metric_modules": scores.modules} if scores.modules else {}
     if duplicates := sorted(content.keys() & scores.metrics):
         raise ValueError(f"names of both a fact and a metric: {duplicates}")

@@ -14,6 +14,7 @@ EXTRAS = {
     "lm_eval": "lm-eval",
     "nltk": "arena",
     "simplemma": "arena",
+    "skops": "arena",
     "flash_attn": "flash-attn",
 }
 

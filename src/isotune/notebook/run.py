@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from isotune.commands import train
-from isotune.config.recipes import task_of
+from isotune.config.recipes import project_of, task_of
 from isotune.evaluation.results import Result, find_results, read_result
 from isotune.io.errors import UserError, did_you_mean
 from isotune.notebook.launching import as_flags, run_command
@@ -80,27 +80,29 @@ class Run:
             raise UserError(f"the evaluation wrote no result in {self.path / 'eval'}")
         return Evaluated(read_result(max(written, key=lambda folder: (folder / "metrics.json").stat().st_mtime_ns)))
 
-    def predict(self, texts: str | Sequence[str | Messages], **decoding: Any) -> list[Any]:
-        """The class and the probability of each text, or the answer to each question or list of messages.
+    def predict(self, texts: str | Sequence[str | tuple[str, str] | Messages], **decoding: Any) -> list[Any]:
+        """The class and the probability of each text or pair, or the answer to each question or list of messages.
 
         The model is loaded into this process at the first call, and stays. `decoding` is of answers: max_new_tokens,
         temperature, top_p, seed.
         """
-        asked = [texts] if isinstance(texts, str) else list(texts)
+        asked: list[Any] = [texts] if isinstance(texts, str) else list(texts)
         if self.is_classifier:
             if decoding:
                 raise UserError(f"{next(iter(decoding))} is of answers, and {self.path} classifies")
             from isotune.evaluation.classification.sentences import predict_texts
 
-            return predict_texts(self._model, [str(text) for text in asked])
-        from isotune.evaluation.generation.chat import answer
+            if project_of(self.record.keys) is not None:
+                raise UserError(f"{self.path} reads battles and no texts: isotune predict takes a file of them")
+            return predict_texts(self._model, asked)
+        from isotune.evaluation.generation.chat import answers
         from isotune.evaluation.generation.completion import Decoding
 
         known = [own.name for own in fields(Decoding)]
         if unknown := [name for name in decoding if name not in known]:
             raise UserError(f"{unknown[0]} is nothing of an answer{did_you_mean(unknown[0], known)}")
         how = Decoding(**decoding)
-        return [answer(self._model, question, how) for question in asked]
+        return answers(self._model, asked, how)
 
     @cached_property
     def _model(self) -> Any:

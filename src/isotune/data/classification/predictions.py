@@ -1,4 +1,4 @@
-"""The lines of predictions.jsonl, of the evaluations of a training run and of eval/classify.py.
+"""The lines of predictions: of the evaluations of a training run, of eval/classify.py and of `isotune predict`.
 
 single_label   label and prediction are classes, and there is a probability for each class
 multi_label    they are lists of the labels of a text, and there is a probability for each label
@@ -27,18 +27,20 @@ def predicted(task_type: str, outputs: np.ndarray, thresholds: Thresholds = THRE
 def prediction_lines(
     task_type: str,
     ids: Sequence[Any],
-    labels: np.ndarray,
+    labels: np.ndarray | None,
     outputs: np.ndarray,
     names: Sequence[str] | None,
     thresholds: Thresholds = THRESHOLD,
 ) -> list[dict[str, Any]]:
-    """A line for each row; `names` are those of classes or labels, where they have any."""
+    """A line for each row; `names` are those of classes or labels, where they have any, and `labels` where known."""
     columns: dict[str, list[Any]] = {"id": list(ids)}
     for key, values in (("label", labels), ("prediction", predicted(task_type, outputs, thresholds))):
+        if values is None:
+            continue
         columns[key] = [np.flatnonzero(row).tolist() for row in values] if task_type == MULTI_LABEL else values.tolist()
     if task_type != REGRESSION:
         columns["probabilities"] = outputs.tolist()
-        for key in ("label", "prediction") if names else ():
+        for key in [key for key in ("label", "prediction") if names and key in columns]:
             columns |= _named(task_type, key, columns[key], names or ())
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 

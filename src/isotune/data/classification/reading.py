@@ -83,14 +83,22 @@ class _RowReader:
             yield _Texts(of_each, of_rules)
 
 
+def encode_texts(
+    encoder: TextEncoder,
+    settings: ClassificationSettings,
+    of_each: Sequence[Sequence[str]],
+    labels: np.ndarray | None = None,
+) -> Documents:
+    """Texts as the model reads them: one column of texts, or the two of pairs; `labels` are of single texts only."""
+    if len(of_each) == 1:
+        return encoder.encode(of_each[0], settings.max_seq_length, settings.overlong, labels)
+    return encoder.encode_pairs(of_each[0], of_each[1], settings.max_seq_length, settings.overlong)
+
+
 def _encode(encoder: TextEncoder, settings: ClassificationSettings, batch: _Texts) -> Documents:
     texts = joined(*batch.of_each)
     cleaned = [[clean(text) for text in column] for column in batch.of_each]
-    chosen = cleaned if settings.clean_text else batch.of_each
-    if len(chosen) == 1:
-        part = encoder.encode(chosen[0], settings.max_seq_length, settings.overlong, batch.labels)
-    else:
-        part = encoder.encode_pairs(chosen[0], chosen[1], settings.max_seq_length, settings.overlong)
+    part = encode_texts(encoder, settings, cleaned if settings.clean_text else batch.of_each, batch.labels)
     marked = np.array([text != raw for text, raw in zip(joined(*cleaned), texts, strict=True)])
     return replace(part, columns={"contents": contents_of(texts), **part.columns, "marked": marked})
 

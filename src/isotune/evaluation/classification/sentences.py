@@ -1,36 +1,53 @@
-"""Texts that a recipe names, or a program asks about, classified with the model that a run has saved."""
+"""Texts that a recipe names, or that a program or `isotune predict` asks about, classified as training read them."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from isotune.config.task_types import MULTI_LABEL, REGRESSION
 from isotune.data.classification.labels import labels_of
+from isotune.data.classification.pairs import joined
 from isotune.data.classification.predictions import in_words, predicted
+from isotune.data.classification.reading import encode_texts
 from isotune.data.contents import clean
+from isotune.data.documents import Documents
 from isotune.data.sources.source import surrogate_fault
 from isotune.data.tokenizer import TextEncoder
 from isotune.evaluation.classification.evaluate import classify, outputs_of
 from isotune.evaluation.distributed_eval import Ranks
-from isotune.evaluation.models import Classifier, load_run_classifier
+from isotune.evaluation.models import Classifier
 from isotune.io.errors import UserError
 
 SHOWN_CHARACTERS = 60  # of a sentence
+Asked = str | tuple[str, str]  # a text, or the two of a pair
 
 
-def show_sentences(run: Path, texts: Sequence[str], device: torch.device) -> None:
-    """Classify texts with the model that a run saved, with the cleaning, truncation and class names of its recipe.
+class TextReader:
+    """Makes the documents that a classifier reads of texts: cleaned, cut and unpadded as in its training."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        self.settings = classifier.settings
+        self.encoder = TextEncoder(classifier.tokenizer)
+
+    def documents(self, of_each: Sequence[Sequence[str]]) -> Documents:
+        """One column of texts, or the two of pairs, as documents in their order, of no class."""
+        if self.settings.clean_text:
+            of_each = [[clean(text) for text in column] for column in of_each]
+        return encode_texts(self.encoder, self.settings, of_each)
+
+
+def show_sentences(classifier: Classifier, asked: Sequence[Asked]) -> None:
+    """Classify texts, or pairs of texts, and print them.
 
     A line of the printed table has the class of a text where the recipe's labels come from the text (`label_source:
     rules` or `random`), the predicted one, a mark where they differ, and the start of the text.
     """
-    classifier = load_run_classifier(run, device, torch.float32)
     settings, task_type = classifier.settings, classifier.task_type
+    of_each = _columns(classifier, asked)
+    texts = joined(*of_each)
     truth = None if settings.label_source == "column" else labels_of(texts, settings)
-    outputs = _outputs(classifier, texts)
+    outputs = _outputs(classifier, of_each)
     names = classifier.label_names or tuple(map(str, range(classifier.num_labels)))
     actual = [None if truth is None else names[truth[row]] for row in range(len(texts))]
     guesses = [in_words(task_type, guess, names) for guess in predicted(task_type, outputs, classifier.thresholds)]
@@ -45,12 +62,12 @@ def show_sentences(run: Path, texts: Sequence[str], device: torch.device) -> Non
         print(f"{mark} {own or '?':<{width}}  {guess:<{width}}  {certainty}{shown}")
 
 
-def predict_texts(classifier: Classifier, texts: Sequence[str]) -> list[Any]:
-    """The class of each text and its probability; the labels, each with its own; or the number of a regression.
+def predict_texts(classifier: Classifier, asked: Sequence[Asked]) -> list[Any]:
+    """The class of each text or pair and its probability; the labels, each with its own; or the number of a regression.
 
-    UserError for a model that reads pairs of texts.
+    UserError for single texts where the model reads pairs, or the other way round.
     """
-    outputs, task_type = _outputs(classifier, texts), classifier.task_type
+    outputs, task_type = _outputs(classifier, _columns(classifier, asked)), classifier.task_type
     names = classifier.label_names or tuple(range(classifier.num_labels))
     found = predicted(task_type, outputs, classifier.thresholds)
     if task_type == REGRESSION:
@@ -63,16 +80,23 @@ def predict_texts(classifier: Classifier, texts: Sequence[str]) -> list[Any]:
     return [(names[label], float(row[label])) for label, row in zip(found.tolist(), outputs, strict=True)]
 
 
-def _outputs(classifier: Classifier, texts: Sequence[str]) -> np.ndarray:
-    """What the model predicts for texts, which are cleaned and cut as in its training."""
-    settings = classifier.settings
-    if settings.dataset_text_pair_field is not None:
-        raise UserError(f"{classifier.name} reads two texts, and a sentence is one: evaluate a file with both columns")
-    for text in texts:
+def _columns(classifier: Classifier, asked: Sequence[Asked]) -> list[list[str]]:
+    """The texts as columns, as many as the model reads; UserError where they are not of its kind, or no UTF-8."""
+    is_pair = classifier.settings.dataset_text_pair_field is not None
+    for one in asked:
+        if isinstance(one, str) == is_pair:
+            how = "two texts, and a sentence is one" if is_pair else "one text, and a pair is two"
+            raise UserError(f"{classifier.name} reads {how}")
+    rows = [(one,) if isinstance(one, str) else one for one in asked]
+    of_each = [[row[place] for row in rows] for place in range(1 + is_pair)]
+    for text in (text for column in of_each for text in column):
         if surrogate_fault(text):
             raise UserError(f"sentences: {text!r} is not UTF-8")
-    cleaned = [clean(text) for text in texts] if settings.clean_text else list(texts)
-    documents = TextEncoder(classifier.tokenizer).encode(cleaned, settings.max_seq_length, settings.overlong)
+    return of_each
+
+
+def _outputs(classifier: Classifier, of_each: Sequence[Sequence[str]]) -> np.ndarray:
+    documents = TextReader(classifier).documents(of_each)
     return outputs_of(classifier.task_type, classify(classifier, documents, Ranks(0, 1, classifier.device)))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from isotune.data.sft.messages import USER, Message, read_message
-from isotune.evaluation.generation.completion import Decoding, Prompt, complete
+from isotune.evaluation.generation.completion import BATCH_SIZE, Decoding, Prompt, complete
 from isotune.evaluation.models import GenerationModel, generation_model_of_run
 from isotune.io.errors import UserError
 
@@ -24,8 +24,20 @@ def answer(lm: GenerationModel, question: str | Messages, decoding: Decoding | N
     the model, the messages and `decoding` (by default greedy) alone; torch's random state does not change. Messages
     have `role` and `content`, a user's last.
     """
-    (completion,) = complete(lm, [Prompt(0, prompt_of(lm, question))], decoding or Decoding()).values()
-    return lm.encoder.answer_in(completion.text)
+    return answers(lm, [question], decoding)[0]
+
+
+def answers(
+    lm: GenerationModel,
+    questions: Sequence[str | Messages],
+    decoding: Decoding | None = None,
+    *,
+    batch_size: int = BATCH_SIZE,
+) -> list[str]:
+    """The answer to each question as `answer` gives it; sampled ones are drawn by the number of the question."""
+    prompts = [Prompt(number, prompt_of(lm, question)) for number, question in enumerate(questions)]
+    completions = complete(lm, prompts, decoding or Decoding(), batch_size=batch_size)
+    return [lm.encoder.answer_in(completions[prompt.row].text) for prompt in prompts]
 
 
 def prompt_of(lm: GenerationModel, question: str | Messages) -> str:

@@ -9,7 +9,7 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ import numpy as np
 
 from isotune.data.sources.csv_rows import read_cells
 from isotune.data.sources.text_files import undecoded
-from isotune.io.errors import UserError
+from isotune.io.errors import UserError, shown
 
 ID = "id"
 TEXTS = ("prompt", "response_a", "response_b")
+REPAIRS: tuple[str, ...] = ("null_turns", "lone_surrogates")
 CLASSES = ("winner_model_a", "winner_model_b", "winner_tie")
 WINS_A, WINS_B, TIE = range(3)
 SWAPPED_CLASSES = (WINS_B, WINS_A, TIE)
@@ -110,7 +111,7 @@ def read_battles(file: Path, *, labelled: bool) -> Battles:
     """
     battles: list[Battle] = []
     first_row: dict[str, int] = {}
-    counts = {"null_turns": 0, "lone_surrogates": 0}
+    counts = dict.fromkeys(REPAIRS, 0)
     for number, row in read_table(file, (ID, *TEXTS, *(CLASSES if labelled else ()))):
         where = f"{file}, row {number} (id {row['id']})"
         if not row["id"]:
@@ -118,16 +119,24 @@ def read_battles(file: Path, *, labelled: bool) -> Battles:
         if row["id"] in first_row:
             raise UserError(f"{where}: the id stands in row {first_row[row['id']]} too")
         first_row[row["id"]] = number
-        prompt, answer_a, answer_b = (_turns(row[column], f"{where}, column {column}", counts) for column in TEXTS)
-        if not len(prompt) == len(answer_a) == len(answer_b):
-            raise UserError(
-                f"{where}: {len(prompt)} turns of prompt, {len(answer_a)} of response_a, {len(answer_b)} of response_b"
-            )
-        label = label_of(row, where) if labelled else None
-        battles.append(Battle(row["id"], prompt, answer_a, answer_b, label))
+        battle = battle_of(row["id"], row, where, counts)
+        battles.append(replace(battle, label=label_of(row, where)) if labelled else battle)
     if not battles:
         raise UserError(f"{file} holds no rows")
     return Battles(str(file), tuple(battles), **counts)
+
+
+def battle_of(own_id: str, row: Mapping[str, Any], where: str, counts: dict[str, int]) -> Battle:
+    """The battle of a row that has the columns TEXTS; `counts` takes the repairs by their names in REPAIRS.
+
+    UserError names the row by `where` if a cell is no list of texts, or they differ in their turns.
+    """
+    prompt, answer_a, answer_b = (_turns(row[column], f"{where}, column {column}", counts) for column in TEXTS)
+    if not len(prompt) == len(answer_a) == len(answer_b):
+        raise UserError(
+            f"{where}: {len(prompt)} turns of prompt, {len(answer_a)} of response_a, {len(answer_b)} of response_b"
+        )
+    return Battle(own_id, prompt, answer_a, answer_b)
 
 
 def read_table(file: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -157,14 +166,14 @@ def read_rows(file: Path) -> Iterator[tuple[int, list[str], int]]:
         raise UserError(f"{file}, row {number + 1}, is not CSV: {error}") from None
 
 
-def _turns(cell: str, where: str, counts: dict[str, int]) -> tuple[str, ...]:
-    """The texts of a cell: a JSON list of strings and nulls."""
+def _turns(cell: Any, where: str, counts: dict[str, int]) -> tuple[str, ...]:
+    """The texts of a cell: a list of strings and nulls, as JSON in a file of CSV."""
     try:
-        turns: Any = json.loads(cell)
+        turns: Any = json.loads(cell) if isinstance(cell, str) else cell
     except (ValueError, RecursionError):
         turns = None
     if not isinstance(turns, list) or not turns or not all(turn is None or isinstance(turn, str) for turn in turns):
-        raise UserError(f"{where}: no JSON list of texts: {cell if len(cell) <= 40 else cell[:37] + '...'!r}")
+        raise UserError(f"{where}: no JSON list of texts: {shown(cell, 40)}")
     counts["null_turns"] += sum(turn is None for turn in turns)
     texts = []
     for turn in turns:
@@ -181,11 +190,6 @@ def label_of(row: dict[str, str], where: str) -> int:
         given = ", ".join(f"{column} {flag!r}" for column, flag in zip(CLASSES, flags, strict=True))
         raise UserError(f"{where}: one winner is 1 and the others are 0, but here {given}")
     return flags.index("1")
-
-
-def normalize(weights: np.ndarray) -> np.ndarray:
-    """Rows scaled to sum 1, [rows, 3]; a and b are added first, so exchanging them changes no bit."""
-    return weights / ((weights[:, 0] + weights[:, 1]) + weights[:, 2])[:, None]
 
 
 def _normal(texts: tuple[str, ...]) -> str:

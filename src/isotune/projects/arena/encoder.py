@@ -21,8 +21,9 @@ from isotune.data.tokenizer import TextEncoder
 from isotune.evaluation.classification.evaluate import classify
 from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.models import Classifier, load_run_classifier
+from isotune.evaluation.statistics.blending import normalize
 from isotune.io.errors import UserError
-from isotune.projects.arena.battles import CLASSES, SWAPPED_CLASSES, Battle, Battles, Competition, normalize
+from isotune.projects.arena.battles import CLASSES, SWAPPED_CLASSES, Battle, Battles, Competition
 from isotune.projects.arena.preference import read_answers, write_preferences
 from isotune.projects.arena.recipes import ArenaRecipe
 from isotune.projects.arena.submission import write_submission
@@ -134,11 +135,15 @@ def prepare_competition(files: Competition, recipe: ArenaRecipe, tokenizer: Any)
     return RunData(train, evaluation), kept
 
 
-def predict_battles(classifier: Classifier, battles: Battles, max_seq_length: int) -> np.ndarray:
-    """Mean probabilities of a, b and tie over both orders: float64 [rows, 3]; UserError if a logit is not finite."""
-    both = in_both_orders(battles.battles, TextEncoder(classifier.tokenizer), max_seq_length)
-    device = next(classifier.model.parameters()).device
-    logits = classify(classifier, both.documents, Ranks(0, 1, device), progress=True)
+def predict_battles(
+    classifier: Classifier, battles: Sequence[Battle], max_seq_length: int, ranks: Ranks | None = None
+) -> np.ndarray:
+    """Mean probabilities of a, b and tie over both orders: float64 [rows, 3]; UserError if a logit is not finite.
+
+    With `ranks` each process predicts its share, and gets all.
+    """
+    both = in_both_orders(battles, TextEncoder(classifier.tokenizer), max_seq_length)
+    logits = classify(classifier, both.documents, ranks or Ranks(0, 1, classifier.device), progress=ranks is None)
     return both.swap_average(softmax(logits, axis=1))
 
 
@@ -147,7 +152,7 @@ def evaluate_encoder(
 ) -> None:
     """Write RUN/submission.csv with the saved model, and score `held_out` and, with their labels, the test rows."""
     classifier = load_run_classifier(run, device, torch.float32)
-    test_probabilities = predict_battles(classifier, files.test, recipe.max_seq_length)
+    test_probabilities = predict_battles(classifier, files.test.battles, recipe.max_seq_length)
     write_submission(run / SUBMISSION, [battle.id for battle in files.test.battles], test_probabilities, files.sample)
     print(f"submission  {run / SUBMISSION}: {len(files.test):,} rows")
     parts = [("arena", "train, kept for evaluation", held_out)] if len(held_out) else []
@@ -155,7 +160,9 @@ def evaluate_encoder(
         parts.append(("arena_test", "test", read_answers(Path(recipe.test_labels), files.test)))
     for folder, split, battles in parts:
         is_test = split == "test"
-        probabilities = test_probabilities if is_test else predict_battles(classifier, battles, recipe.max_seq_length)
+        probabilities = (
+            test_probabilities if is_test else predict_battles(classifier, battles.battles, recipe.max_seq_length)
+        )
         facts = {"main": ENCODER, "model": str(run), "split": split}
         scores = write_preferences(run / "eval" / folder, battles, {ENCODER: probabilities}, **facts)
         print(f"{battles.name} ({split}): {len(battles):,} rows\n{scores.table()}")

@@ -26,9 +26,10 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
 from isotune.compat.scikit_learn import check_parameters
+from isotune.evaluation.statistics.blending import normalize
 from isotune.io.errors import UserError
 from isotune.projects.arena.baselines.features import Text, features
-from isotune.projects.arena.battles import SWAPPED_CLASSES, Battle, normalize
+from isotune.projects.arena.battles import SWAPPED_CLASSES, Battle
 
 MAX_STANDARD_SCORE = 2.0  # linear models clip there: heavy tails would otherwise dominate
 TFIDF_SCALE = 8.0  # a TF-IDF row has norm 1, a row of scaled features about 10
@@ -76,6 +77,18 @@ class FeatureMatrix:
         self.tfidf = TfidfVectorizer(analyzer=tokens, min_df=MIN_DOCUMENT_COUNT, sublinear_tf=True)
         self.svd = TruncatedSVD(SVD_COMPONENTS, random_state=seed)
         self.scale = StandardScaler()
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The transformers by name."""
+        return {"tfidf": self.tfidf, "svd": self.svd, "scale": self.scale}
+
+    @classmethod
+    def of_parts(cls, parts: dict[str, Any]) -> Self:
+        """The matrix of fitted transformers."""
+        made = cls(seed=0)
+        made.tfidf, made.svd, made.scale = parts["tfidf"], parts["svd"], parts["scale"]
+        return made
 
     def fit(self, rows: BattleFeatures) -> Self:
         """Fit on training rows in both orders."""
@@ -178,6 +191,13 @@ class SwapAveraged:
         self.inputs = MEMBERS[name].inputs
         self.model: Any = MEMBERS[name].create(seed, **parameters)
         self.is_calibrated = name in CALIBRATED
+
+    @classmethod
+    def of_fitted(cls, name: str, model: Any) -> "SwapAveraged":
+        """That of a fitted estimator, with its calibration where it has one."""
+        made = cls(name, {}, seed=0)
+        made.model = model
+        return made
 
     def fit(self, given: ModelInputs, swapped: ModelInputs, labels: np.ndarray, groups: np.ndarray) -> "SwapAveraged":
         """Fit on both orders; rows of one of `groups`, [rows], are never on both sides of a calibration split."""

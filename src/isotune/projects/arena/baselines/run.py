@@ -14,6 +14,7 @@ from sklearn.model_selection import GroupKFold, ParameterGrid
 from threadpoolctl import threadpool_limits
 
 from isotune.config.layers import Layer
+from isotune.evaluation.statistics.blending import Splits, blend_weights, held_out_blend
 from isotune.io.errors import AlreadyDone, UserError
 from isotune.projects.arena.baselines.estimators import (
     BattleFeatures,
@@ -23,7 +24,8 @@ from isotune.projects.arena.baselines.estimators import (
     battle_features,
     check_grids,
 )
-from isotune.projects.arena.battles import CLASSES, Battle, Battles, normalize, read_competition
+from isotune.projects.arena.baselines.fitted import BLEND, PRIOR, FittedModels
+from isotune.projects.arena.battles import CLASSES, Battle, Battles, read_competition
 from isotune.projects.arena.preference import read_answers, write_preferences
 from isotune.projects.arena.recipes import BaselinesRecipe
 from isotune.projects.arena.submission import write_submission
@@ -32,12 +34,8 @@ RECIPE, SUBMISSION, CHOSEN = "recipe.yaml", "submission.csv", "chosen.json"
 MIN_PROMPTS_PER_FOLD = 3  # for the calibration inside a fold
 MIN_PARALLEL_ROWS = 500  # each process takes seconds to import its libraries
 HELD_OUT, TEST = "arena", "arena_test"
-BLEND, PRIOR = "blend", "class_prior"
-MAX_ITERATIONS = 2_000
-TOLERANCE_NATS = 1e-10  # iterations of the blend's weights end when the loss falls by less
 
 Log = Callable[[str], None]
-Splits = Sequence[tuple[np.ndarray, np.ndarray]]  # indices of the rows to fit on and of those held out, for each fold
 
 
 @dataclass(frozen=True)
@@ -50,24 +48,12 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Baselines:
-    """Fitted models, their best candidates and their weights in the blend, by name."""
+class Baselines(FittedModels):
+    """Fitted models, with what chose them."""
 
-    matrix: FeatureMatrix
-    models: dict[str, SwapAveraged]
-    selected: dict[str, Candidate]
-    weights: dict[str, float]
-    prior: np.ndarray
+    selected: dict[str, Candidate]  # the best one of each model
     # of BLEND and PRIOR, too: what models and weights that were fitted without its prompt predict for each training row
     held_out: dict[str, np.ndarray]  # float64 [rows, 3]
-
-    def predict(self, battles: Sequence[Battle]) -> dict[str, np.ndarray]:
-        """Probabilities by model, with PRIOR and BLEND: float64 [rows, 3] each; a row's do not depend on other rows."""
-        inputs = self.matrix.transform(battle_features(battles))
-        with threadpool_limits(1):
-            predictions = {name: model.predict(*inputs) for name, model in self.models.items()}
-        mixed = blend(list(predictions.values()), np.array([self.weights[name] for name in predictions]))
-        return {PRIOR: np.tile(self.prior, (len(battles), 1)), **predictions, BLEND: mixed}
 
 
 def run_baselines(recipe: BaselinesRecipe) -> None:
@@ -96,6 +82,8 @@ def run_baselines(recipe: BaselinesRecipe) -> None:
 
     run.mkdir(parents=True, exist_ok=True)
     recipe.write(run / RECIPE)
+    fitted.save(run / "model")
+    log(f"wrote the {len(fitted.models)} models to {run / 'model'}")
     chosen, remarks = {}, {}
     for name, candidate in fitted.selected.items():
         weight, parameters = fitted.weights[name], candidate.parameters
@@ -160,43 +148,6 @@ def class_prior(labels: np.ndarray) -> np.ndarray:
     frequencies = (np.bincount(labels, minlength=3) + 1) / (len(labels) + 3)
     either = (frequencies[0] + frequencies[1]) / 2
     return np.array([either, either, frequencies[2]])
-
-
-def blend(predictions: Sequence[np.ndarray], weights: np.ndarray) -> np.ndarray:
-    """The weighted mean of predictions, each float64 [rows, 3]."""
-    # in their order: exchanging a and b in all of them exchanges a and b in the blend, to the bit
-    mixed = np.zeros_like(predictions[0])
-    for prediction, weight in zip(predictions, weights, strict=True):
-        mixed = mixed + weight * prediction
-    return normalize(mixed)
-
-
-def blend_weights(held_out: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
-    """The weights, float64 [models] with sum 1, that minimize the log loss of blended predictions, each [rows, 3].
-
-    The loss is convex in the weights and each iteration of expectation maximization lowers it, so the minimum is global
-    (Dempster, Laird and Rubin 1977, for a mixture with fixed components).
-    """
-    of_label = np.stack([prediction[np.arange(len(labels)), labels] for prediction in held_out])
-    weights = np.full(len(of_label), 1 / len(of_label))
-    loss = np.inf
-    for _ in range(MAX_ITERATIONS):
-        mixed = weights @ of_label
-        before, loss = loss, float(-np.log(mixed).mean())
-        if before - loss < TOLERANCE_NATS:
-            break
-        weights = weights * (of_label / mixed).mean(axis=1)
-        weights /= weights.sum()
-    return weights
-
-
-def held_out_blend(held_out: Sequence[np.ndarray], labels: np.ndarray, splits: Splits) -> np.ndarray:
-    """The blend's prediction of each row with weights of the other folds: float64 [rows, 3]."""
-    mixed = np.empty_like(held_out[0])
-    for train, test in splits:
-        weights = blend_weights([prediction[train] for prediction in held_out], labels[train])
-        mixed[test] = blend([prediction[test] for prediction in held_out], weights)
-    return mixed
 
 
 def _search(

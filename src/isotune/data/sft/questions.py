@@ -1,0 +1,57 @@
+"""What a row asks a language model, whether or not an answer stands beside it.
+
+The columns are those of training rows without their answer: `dataset_prompt_field` where it is named, else a list of
+messages, a question under one of its usual names, or a text. Of a whole conversation all that stands before its last
+answer is asked.
+"""
+
+from typing import Any, cast
+
+from isotune.data.sft.conversations import header_start
+from isotune.data.sft.forms import MESSAGES_COLUMNS, QUESTIONS, TEXT_FIELD, NamedColumns
+from isotune.data.sft.messages import SYSTEM, TOOL, USER, Message, example_of, read_tools
+from isotune.data.sft.reading import example_of_text
+from isotune.data.sources.source import Row, kind_of_value
+
+NO_QUESTION, NULL = "without a question", "a null instead of a question"
+INSTRUCTION, MORE = "instruction", ("input", "context")  # Alpaca's form, and Dolly's
+Question = tuple[tuple[Message, ...], tuple[Any, ...] | None]  # messages, the last one a user's or a tool's; tools
+
+
+def question_column(row: Row, named: NamedColumns) -> str | None:
+    """The column that holds a row's question; None where no form is known by its columns."""
+    if wanted := named.prompt or (named.text if named.text != TEXT_FIELD else None):
+        return wanted if wanted in row else None
+    candidates = (*MESSAGES_COLUMNS, INSTRUCTION, *QUESTIONS, TEXT_FIELD)
+    return next((name for name in candidates if name in row), None)
+
+
+def question_of(row: Row, column: str) -> Question | str:
+    """The messages that a row asks to be answered, and its tools; or why there are none to ask.
+
+    ValueError says what is wrong with a cell.
+    """
+    cell, beside = row[column], row.get("system")
+    if cell is None:
+        return NULL
+    if isinstance(cell, list):
+        messages = example_of(cast(list[Any], cell), beside, row.get("tools")).messages
+    elif not isinstance(cell, str):
+        raise ValueError(f"column {column!r}: holds {kind_of_value(cell)}, neither a text nor a list of messages")
+    elif header_start(cell) is not None:
+        messages = example_of_text(cell).messages
+    else:
+        added = [row[name] for name in MORE if row.get(name)] if column == INSTRUCTION else []
+        if wrong := next((value for value in added if not isinstance(value, str)), None):
+            raise ValueError(f"an {' or '.join(MORE)} is {kind_of_value(wrong)}, not a text")
+        messages = example_of([{"role": USER, "content": "\n\n".join([cell, *added])}], beside).messages
+    asked = _before_last_answer(messages)
+    if not any(message["content"].strip() for message in asked if message["role"] != SYSTEM):
+        return NO_QUESTION
+    return asked, read_tools(row.get("tools"))
+
+
+def _before_last_answer(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The messages until the last that somebody else than the assistant wrote."""
+    last = max((at for at, message in enumerate(messages) if message["role"] in (USER, TOOL)), default=-1)
+    return messages[: last + 1]

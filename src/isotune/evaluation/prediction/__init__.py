@@ -1,0 +1,1 @@
+"""New rows predicted by a model, in their order, on any number of processes, and kept as they come."""

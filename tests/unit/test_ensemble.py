@@ -1,0 +1,161 @@
+"""A blend of evaluations: rows and classes are aligned, or refused; weights are fitted without the row they blend."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from sklearn.metrics import log_loss
+from sklearn.model_selection import GroupKFold
+
+from isotune.cli import main
+from isotune.data.classification.predictions import prediction_lines
+from isotune.evaluation.comparison import compare_runs
+from isotune.evaluation.ensemble import build_ensemble
+from isotune.evaluation.results import read_result, write_result
+from isotune.evaluation.statistics.resampling import Scores
+from isotune.io.errors import UserError
+from isotune.report.html_report import write_report
+
+ROWS, NAMES = 240, ["bad", "fair", "good"]
+
+
+def member(folder: Path, labels: np.ndarray, outputs: np.ndarray, **values) -> Path:
+    """An evaluation in `folder`/eval/test, of rows in a seeded order of their own."""
+    given = SimpleNamespace(**{"task_type": "single_label", "names": NAMES, "groups": None, "texts": None} | values)
+    lines = prediction_lines(given.task_type, list(range(len(labels))), labels, outputs, given.names)
+    if given.groups is not None:
+        lines = [{**line, "group": f"g{group}"} for line, group in zip(lines, given.groups, strict=True)]
+    facts = {"kind": "classification", "model": folder.name, "dataset_name": "d", "dataset_split": "test"}
+    facts |= {"label_names": given.names, "task_type": given.task_type}
+    texts = given.texts or [f"text {row}" for row in range(len(labels))]
+    write_result(folder / "eval" / "test", facts, Scores({}, {}), lines, texts)
+    return folder
+
+
+def noisy(labels: np.ndarray, sharp: float, seed: int) -> np.ndarray:
+    """Probabilities that know the class by so much."""
+    made = np.random.default_rng(seed).dirichlet(np.ones(3), len(labels)) + sharp * np.eye(3)[labels]
+    return made / made.sum(axis=1, keepdims=True)
+
+
+@pytest.fixture
+def labels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 3, ROWS)
+
+
+@pytest.fixture
+def outputs(labels) -> list[np.ndarray]:
+    return [noisy(labels, sharp, seed) for seed, sharp in enumerate((0.2, 0.6, 0.8))]
+
+
+@pytest.fixture
+def runs(tmp_path, labels, outputs) -> list[Path]:
+    return [member(tmp_path / f"run{n}", labels, one) for n, one in enumerate(outputs)]
+
+
+def test_equal_weights_give_the_mean_and_the_scores_of_scikit_learn(runs, labels, outputs, tmp_path):
+    made = build_ensemble(runs, tmp_path / "both", resamples=200)
+    found = read_result(made.folder)
+    mean = np.mean(outputs, axis=0)
+    np.testing.assert_allclose([row["probabilities"] for row in found.predictions], mean, rtol=1e-12)
+    assert found.metrics["log_loss"] == pytest.approx(log_loss(labels, mean), rel=1e-9)
+    assert found.metrics["accuracy"] == (mean.argmax(1) == labels).mean()
+    low, high = found.intervals["accuracy"]
+    assert low < found.metrics["accuracy"] < high
+    assert [one["weight"] for one in found.facts["ensemble"]["members"]] == pytest.approx([1 / 3] * 3)
+    losses = [one["log_loss"] for one in found.facts["ensemble"]["members"]]
+    assert losses == pytest.approx([log_loss(labels, one) for one in outputs], rel=1e-9)
+
+
+def test_fitted_weights_of_a_row_do_not_see_it_or_its_group(tmp_path, labels, outputs):
+    groups = np.arange(ROWS) // 4
+    runs = [member(tmp_path / f"g{n}", labels, one, groups=groups) for n, one in enumerate(outputs)]
+    made = build_ensemble(runs, tmp_path / "fitted", weights="fitted", folds=3, seed=5, resamples=200)
+    rows = read_result(made.folder).predictions
+    found = np.array([row["probabilities"] for row in rows])
+    assert [row["group"] for row in rows] == [f"g{group}" for group in groups]
+    changed = labels.copy()
+    changed[:4] = (changed[:4] + 1) % 3  # the labels of one group
+    others = [member(tmp_path / f"c{n}", changed, one, groups=groups) for n, one in enumerate(outputs)]
+    again = build_ensemble(others, tmp_path / "again", weights="fitted", folds=3, seed=5, resamples=200)
+    moved = np.array([row["probabilities"] for row in read_result(again.folder).predictions])
+    numbered = np.unique([f"g{group}" for group in groups], return_inverse=True)[1]
+    folds = GroupKFold(3, shuffle=True, random_state=5).split(groups, groups=numbered)
+    own = next(test for _, test in folds if 0 in test)
+    others_of = np.setdiff1d(np.arange(ROWS), own)
+    assert (moved[own] == found[own]).all() and (moved[others_of] != found[others_of]).any(axis=1).all()
+    weights = np.array([one.weight for one in made.members])
+    assert weights.sum() == pytest.approx(1) and weights.argmax() == 2
+    assert made.loss == pytest.approx(log_loss(labels, found), rel=1e-9)
+
+
+def test_rows_and_classes_are_aligned_by_content_and_name(tmp_path, labels, outputs, runs):
+    order = [2, 0, 1]
+    turned = member(tmp_path / "turned", np.argsort(order)[labels], outputs[1][:, order],
+                    names=[NAMES[k] for k in order])  # fmt: skip
+    made, plain = (
+        build_ensemble(both, tmp_path / name, resamples=200)
+        for name, both in (("a", [runs[0], turned]), ("b", [runs[0], runs[1]]))
+    )
+    assert [row["probabilities"] for row in read_result(made.folder).predictions] == [
+        row["probabilities"] for row in read_result(plain.folder).predictions
+    ]
+
+
+def test_what_is_not_of_the_same_rows_or_classes_is_refused(tmp_path, labels, outputs, runs):
+    other_texts = member(tmp_path / "texts", labels, outputs[0], texts=[f"other {row}" for row in range(ROWS)])
+    fewer = member(tmp_path / "fewer", labels[:-1], outputs[0][:-1])
+    others = member(tmp_path / "others", labels, outputs[0], names=["x", "y", "z"])
+    numbered = labels[:ROWS].copy()
+    numbered[7] = (numbered[7] + 1) % 3
+    wrong = member(tmp_path / "wrong", numbered, outputs[0])
+    cases = {"not the texts of the rows": other_texts, "1 row only in": fewer, "row 7 has the label": wrong}
+    cases["the classes are bad, fair, good"] = others
+    for sentence, run in cases.items():
+        with pytest.raises(UserError, match=sentence):
+            build_ensemble([runs[0], run], tmp_path / "none")
+    with pytest.raises(UserError, match="needs two runs"):
+        build_ensemble(runs[:1], tmp_path / "none")
+    with pytest.raises(UserError, match="--folds is 300, and there are 240 rows"):
+        build_ensemble(runs, tmp_path / "none", weights="fitted", folds=300)
+    assert not (tmp_path / "none").exists()
+
+
+def test_several_labels_and_numbers_are_blended_too(tmp_path):
+    draw = np.random.default_rng(3)
+    labels = draw.integers(0, 2, (90, 2))
+    several = [np.clip(draw.uniform(0.2, 0.6, (90, 2)) + s * (labels - 0.5), 0.01, 0.99) for s in (0.1, 0.7)]
+    kind = {"task_type": "multi_label", "names": ["a", "b"]}
+    runs = [member(tmp_path / f"m{n}", labels, one, **kind) for n, one in enumerate(several)]
+    made = build_ensemble(runs, tmp_path / "several", weights="fitted", resamples=200)
+    assert made.members[1].weight > 0.9
+    assert made.loss is not None and made.members[0].loss is not None and made.loss < made.members[0].loss
+    numbers = draw.normal(size=90)
+    guesses = [numbers + draw.normal(size=90) for _ in range(2)]
+    kind = {"task_type": "regression", "names": None}
+    runs = [member(tmp_path / f"r{n}", numbers, one, **kind) for n, one in enumerate(guesses)]
+    found = read_result(build_ensemble(runs, tmp_path / "numbers", resamples=200).folder)
+    np.testing.assert_allclose([row["prediction"] for row in found.predictions], np.mean(guesses, axis=0), rtol=1e-12)
+    with pytest.raises(UserError, match="these are numbers"):
+        build_ensemble(runs, tmp_path / "none", weights="fitted")
+
+
+def test_a_blend_is_compared_and_reported_like_a_run_and_another_one_takes_another_folder(runs, tmp_path, capsys):
+    words = ["ensemble", *map(str, runs), "--weights", "fitted", "--resamples", "200"]
+    with pytest.raises(SystemExit) as leaving:
+        main([*words, "--output_dir", str(tmp_path / "blend")])
+    said = capsys.readouterr().out
+    assert not leaving.value.code and "below the best member's" in said and "log_loss" in said
+    compared = compare_runs([runs[2], tmp_path / "blend"], resamples=200)
+    assert compared.rows == ROWS
+    page = write_report([runs[2], tmp_path / "blend"], tmp_path / "page.html").read_text()
+    assert "blend" in page
+    again = build_ensemble(runs[:2], tmp_path / "blend", resamples=200)
+    assert again.folder.name.startswith("test-")  # beside the first one, which stays
+    kept = json.loads((tmp_path / "blend" / "eval" / "test" / "metrics.json").read_text())
+    assert len(kept["ensemble"]["members"]) == 3
+    with pytest.raises(SystemExit) as leaving:
+        main([*words, "--weights", "median"])
+    assert leaving.value.code == 2 and "--weights is median" in capsys.readouterr().err
