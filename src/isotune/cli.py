@@ -20,6 +20,7 @@ OWN_WORDS = {
     "arena": "train on the Chatbot Arena: isotune arena RECIPE [FLAGS]",
     "eval": "evaluate: isotune eval RUN | MODEL [FLAGS]",
     "chat": "talk with a model: isotune chat RUN | MODEL [FLAGS]",
+    "serve": "a page and an API of a run on this machine: isotune serve RUN [FLAGS]",
     "slurm": "submit to a cluster: isotune slurm sft|classify|arena|eval WHAT [FLAGS]",
 }
 TRAINING = ("sft", "classify", "arena")
@@ -56,6 +57,10 @@ def _run_own_words(command: str, words: Sequence[str]) -> int | None:
         from isotune.commands import slurm
 
         return slurm.run(words)
+    if command == "serve":
+        from isotune.commands import serve
+
+        return serve.run(words)
     from isotune.commands import evaluate
 
     return evaluate.run_eval(words) if command == "eval" else evaluate.run_chat(words)

@@ -15,6 +15,8 @@ EXTRAS = {
     "nltk": "arena",
     "simplemma": "arena",
     "flash_attn": "flash-attn",
+    "starlette": "serve",
+    "uvicorn": "serve",
 }
 
 

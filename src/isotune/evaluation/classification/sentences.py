@@ -11,6 +11,7 @@ from isotune.config.task_types import MULTI_LABEL, REGRESSION
 from isotune.data.classification.labels import labels_of
 from isotune.data.classification.predictions import in_words, predicted
 from isotune.data.contents import clean
+from isotune.data.documents import Documents
 from isotune.data.sources.source import surrogate_fault
 from isotune.data.tokenizer import TextEncoder
 from isotune.evaluation.classification.evaluate import classify, outputs_of
@@ -65,15 +66,29 @@ def predict_texts(classifier: Classifier, texts: Sequence[str]) -> list[Any]:
 
 def _outputs(classifier: Classifier, texts: Sequence[str]) -> np.ndarray:
     """What the model predicts for texts, which are cleaned and cut as in its training."""
-    settings = classifier.settings
-    if settings.dataset_text_pair_field is not None:
+    if classifier.settings.dataset_text_pair_field is not None:
         raise UserError(f"{classifier.name} reads two texts, and a sentence is one: evaluate a file with both columns")
-    for text in texts:
+    documents = encode_texts(classifier, TextEncoder(classifier.tokenizer), texts)
+    return outputs_of(classifier.task_type, classify(classifier, documents, Ranks(0, 1, classifier.device)))
+
+
+def encode_texts(
+    classifier: Classifier, encoder: TextEncoder, texts: Sequence[str], others: Sequence[str] | None = None
+) -> Documents:
+    """Texts, or with `others` pairs, cleaned and cut as in the model's training; UserError for one that is not UTF-8.
+
+    `encoder` is of the classifier's tokenizer.
+    """
+    settings = classifier.settings
+    for text in (*texts, *(others or ())):
         if surrogate_fault(text):
             raise UserError(f"sentences: {text!r} is not UTF-8")
-    cleaned = [clean(text) for text in texts] if settings.clean_text else list(texts)
-    documents = TextEncoder(classifier.tokenizer).encode(cleaned, settings.max_seq_length, settings.overlong)
-    return outputs_of(classifier.task_type, classify(classifier, documents, Ranks(0, 1, classifier.device)))
+    one, two = (
+        [clean(text) for text in column] if settings.clean_text else list(column) for column in (texts, others or ())
+    )
+    if others is None:
+        return encoder.encode(one, settings.max_seq_length, settings.overlong)
+    return encoder.encode_pairs(one, two, settings.max_seq_length, settings.overlong)
 
 
 def _certainty(task_type: str, probabilities: np.ndarray) -> float:

@@ -1,0 +1,94 @@
+"""Runs to serve, and `isotune serve` as a process: how the tests start it, ask it and stop it."""
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from tests.launching import TINY, TINY_CLASSIFIER, run_command, start, start_command
+
+CLI = [sys.executable, "-m", "isotune.cli"]
+
+
+@dataclass
+class Served:
+    """A server that runs: its address, a client of it, and its process."""
+
+    url: str
+    client: httpx2.Client
+    process: Any
+
+    def printed(self) -> tuple[str, str]:
+        """What it has printed so far on stdout and stderr, of a fork."""
+        return self.process.printed(self.process._stdout), self.process.printed(self.process._stderr)
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx2.Response:
+        """A request with a JSON body."""
+        return self.client.post(path, json=body, **options)
+
+    def stop(self, number: int = signal.SIGTERM, timeout: float = 60) -> int:
+        """Send a signal; the exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(timeout)
+
+
+@contextmanager
+def served(run: Path, *flags: str, timeout: float = 120) -> Iterator[Served]:
+    """`isotune serve RUN` on a free port of loopback, until the block ends."""
+    process = start_command([*CLI, "serve", str(run), "--port", "0", *flags])
+    try:
+        with httpx2.Client(base_url=address_of(process, timeout), timeout=timeout) as client:
+            yield Served(str(client.base_url), client, process)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            process.wait(30)
+
+
+def address_of(process: Any, timeout: float) -> str:
+    """The address that a server prints once it answers; it must begin to within `timeout` seconds."""
+    ends = time.monotonic() + timeout
+    while time.monotonic() < ends:
+        out = process.printed(process._stdout)
+        for line in out.splitlines():
+            if line.startswith("serving "):
+                return next(word for word in line.split() if word.startswith("http://"))
+        if process.poll() is not None:
+            break
+        time.sleep(0.05)
+    raise AssertionError(f"the server did not begin:\n{process.communicate(timeout)}")
+
+
+def classifier_run(folder: Path, **keys: Any) -> Path:
+    """A classifier of opinions that is right most of the time, with its evaluation."""
+    recipe = {**TINY_CLASSIFIER, "global_batch_size": 16, "microbatch_tokens": 1024, "max_steps": 60}
+    run = start(folder, {**recipe, "learning_rate": 2e-3, **keys}, script="train/yelp.py").run
+    evaluate(run, "--resamples", "20", "--no_pictures")
+    return run
+
+
+def generator_run(folder: Path, **keys: Any) -> Path:
+    """A small model of greetings, with its evaluation."""
+    recipe = {**TINY, "max_steps": 40, "global_batch_size": 8, "eval_dataset_name": "builtin:greetings"}
+    run = start(folder, {**recipe, "learning_rate": 2e-3, **keys}).run
+    evaluate(run, "--max_new_tokens", "12", "--limit", "40")
+    return run
+
+
+def evaluate(run: Path, *flags: str) -> None:
+    """`isotune eval RUN`."""
+    done = run_command([*CLI, "eval", str(run), *flags])
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+
+
+def predictions_of(run: Path) -> list[dict[str, Any]]:
+    """The stored predictions of a run's only evaluation by `isotune eval`."""
+    (file,) = run.glob("eval/*/.evaluation.json")
+    return [json.loads(line) for line in (file.parent / "predictions.jsonl").read_text().splitlines()]
