@@ -8,11 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import httpx2
+from accelerate.state import AcceleratorState
 
-from tests.launching import TINY, TINY_CLASSIFIER, run_command, start, start_command
+from isotune.commands import evaluate_classifier, generate
+from isotune.training.from_recipe import save
+from tests.building import Built, build, build_classifier
+from tests.launching import start_command
 
 CLI = [sys.executable, "-m", "isotune.cli"]
 
@@ -67,25 +72,35 @@ def address_of(process: Any, timeout: float) -> str:
 
 
 def classifier_run(folder: Path, **keys: Any) -> Path:
-    """A classifier of opinions that is right most of the time, with its evaluation."""
-    recipe = {**TINY_CLASSIFIER, "global_batch_size": 16, "microbatch_tokens": 1024, "max_steps": 60}
-    run = start(folder, {**recipe, "learning_rate": 2e-3, **keys}, script="train/yelp.py").run
-    evaluate(run, "--resamples", "20", "--no_pictures")
-    return run
+    """A small classifier of opinions with its evaluation, trained in this process."""
+    recipe = {
+        "global_batch_size": 16,
+        "microbatch_tokens": 1024,
+        "max_steps": 20,
+        "eval_steps": 20,
+        "learning_rate": 2e-3,
+    }
+    built = build_classifier(folder, **{**recipe, **keys})
+    return finished(built, evaluate_classifier, "--resamples", "20", "--no_pictures")
 
 
 def generator_run(folder: Path, **keys: Any) -> Path:
-    """A small model of greetings, with its evaluation."""
-    recipe = {**TINY, "max_steps": 40, "global_batch_size": 8, "eval_dataset_name": "builtin:greetings"}
-    run = start(folder, {**recipe, "learning_rate": 2e-3, **keys}).run
-    evaluate(run, "--max_new_tokens", "12", "--limit", "40")
+    """A small model of greetings with its evaluation, trained in this process."""
+    recipe = {"max_steps": 24, "eval_steps": 24, "global_batch_size": 8, "learning_rate": 3e-3}
+    built = build(folder, **{**recipe, "eval_dataset_name": "builtin:greetings", **keys})
+    given = ("--dataset_name", "builtin:greetings", "--max_new_tokens", "12")
+    return finished(built, generate, *given)
+
+
+def finished(built: Built, evaluation: ModuleType, *flags: str) -> Path:
+    """The folder of a run that has been trained, saved and evaluated."""
+    built.train()
+    save(built.start, built.trainer)
+    run = built.run.path
+    AcceleratorState._reset_state(reset_partial_state=True)
+    given = evaluation.read_arguments(["--run_dir", str(run), *flags], prog="eval", description="")
+    getattr(evaluation, evaluation.__name__.rpartition(".")[2])(given)
     return run
-
-
-def evaluate(run: Path, *flags: str) -> None:
-    """`isotune eval RUN`."""
-    done = run_command([*CLI, "eval", str(run), *flags])
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
 
 def predictions_of(run: Path) -> list[dict[str, Any]]:
