@@ -53,7 +53,7 @@ def started_browser() -> Iterator[Any]:
 def opened(
     browser: Any, what: Path | str, width: int = DESK, height: int = 900, dark: bool = False
 ) -> Iterator[Opened]:
-    """A file or an address in a window of `width` CSS pixels, with every word of the console and every request noted."""
+    """A file or an address in a window of `width` CSS pixels; every word of the console and every request is noted."""
     context = browser.new_context(
         viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light", reduced_motion="reduce"
     )

@@ -31,6 +31,10 @@ class Routes(Protocol):
         """What the page must know; `kind` names its file."""
         ...
 
+    def counts(self) -> dict[str, int]:
+        """What the model has done so far, beside the number of requests."""
+        ...
+
     def routes(self) -> list[Route]:
         """The endpoints."""
         ...
@@ -50,7 +54,7 @@ def make_app(routes: Routes, replayed: str | None, names: Collection[str]) -> St
         return JSONResponse({"model": routes.model_id, **facts, "replayed": replayed, "limits": most})
 
     async def health(request: Request) -> Response:
-        counts = {"waiting": worker.waiting, "done": worker.jobs_done, "batches": worker.batches}
+        counts = {"waiting": worker.waiting, "done": worker.jobs_done, "batches": worker.batches, **routes.counts()}
         return JSONResponse({"status": "ok", "version": __version__, "model": routes.model_id, "requests": counts})
 
     @contextlib.asynccontextmanager

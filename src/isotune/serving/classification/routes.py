@@ -36,6 +36,10 @@ class ClassifierRoutes:
             "errors": len(self.errors.errors),
         }
 
+    def counts(self) -> dict[str, int]:
+        """What the model has done beside requests: nothing that is counted."""
+        return {}
+
     def routes(self) -> list[Route]:
         """The endpoints."""
         limits = self.worker.limits

@@ -35,6 +35,10 @@ class GeneratorRoutes:
         form = "Guanaco's form" if self.service.lm.encoder.template is None else "the run's chat template"
         return {"kind": "generator", "form": form, "positions": self.service.lm.positions}
 
+    def counts(self) -> dict[str, int]:
+        """What the model has done so far."""
+        return {"tokens": self.service.tokens, "alone": self.service.alone}
+
     def routes(self) -> list[Route]:
         """The endpoints."""
         limits = self.worker.limits

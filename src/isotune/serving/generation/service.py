@@ -56,7 +56,7 @@ class GeneratorService:
 
     def __init__(self, lm: GenerationModel) -> None:
         self.lm = lm
-        self.alone = 0  # answers that left their batch
+        self.tokens = self.alone = 0  # tokens generated so far, and answers that left their batch
         self._nearly = NEARLY.get(lm.model.dtype, NEARLY[torch.bfloat16])
 
     def prepare_chat(
@@ -112,6 +112,7 @@ class GeneratorService:
             limits=limits,
             watcher=batch,
         )
+        self.tokens += batch.tokens
         return batch.undecided
 
 
@@ -124,6 +125,11 @@ class _Batch:
         self._counts = [0] * len(jobs)
         self._stopped = [False] * len(jobs)
         self._close = [False] * len(jobs)
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens that were handed on."""
+        return sum(self._counts)
 
     def choose(self, scores: torch.Tensor) -> None:
         """Note the rows whose two best scores are nearly the same."""
