@@ -1,4 +1,4 @@
-"""A real browser for the tests of the report, and for the picture of it in the README.
+"""A real browser for the tests of the report and of served pages, and for the picture of the report in the README.
 
 python -m tests.browser REPORT.html PICTURE.png    a picture of its beginning
 """
@@ -50,8 +50,10 @@ def started_browser() -> Iterator[Any]:
 
 
 @contextmanager
-def opened(browser: Any, file: Path, width: int = DESK, height: int = 900, dark: bool = False) -> Iterator[Opened]:
-    """The file in a window of `width` CSS pixels, with every word of the console and every request noted."""
+def opened(
+    browser: Any, what: Path | str, width: int = DESK, height: int = 900, dark: bool = False
+) -> Iterator[Opened]:
+    """A file or an address in a window of `width` CSS pixels; every word of the console and every request is noted."""
     context = browser.new_context(
         viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light", reduced_motion="reduce"
     )
@@ -60,7 +62,7 @@ def opened(browser: Any, file: Path, width: int = DESK, height: int = 900, dark:
     found.page.on("pageerror", lambda error: found.said.append(f"error: {error}"))
     found.page.on("request", lambda request: found.requested.append(request.url))
     try:
-        found.page.goto(file.resolve().as_uri(), wait_until="load")
+        found.page.goto(what if isinstance(what, str) else what.resolve().as_uri(), wait_until="load")
         yield found
     finally:
         context.close()

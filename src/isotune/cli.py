@@ -21,6 +21,7 @@ OWN_WORDS = {
     "eval": "evaluate: isotune eval RUN | MODEL [FLAGS]",
     "chat": "talk with a model: isotune chat RUN | MODEL [FLAGS]",
     "predict": "predict texts, or rows: isotune predict RUN | MODEL TEXT ... | --input DATA --output FILE",
+    "serve": "a page and an API of a run on this machine: isotune serve RUN [FLAGS]",
     "slurm": "submit to a cluster: isotune slurm sft|classify|arena|eval WHAT [FLAGS]",
 }
 TRAINING = ("sft", "classify", "arena")
@@ -61,6 +62,10 @@ def _run_own_words(command: str, words: Sequence[str]) -> int | None:
         from isotune.commands import predict
 
         return predict.run_predict(words)
+    if command == "serve":
+        from isotune.commands import serve
+
+        return serve.run(words)
     from isotune.commands import evaluate
 
     return evaluate.run_eval(words) if command == "eval" else evaluate.run_chat(words)

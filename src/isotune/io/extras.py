@@ -16,6 +16,8 @@ EXTRAS = {
     "simplemma": "arena",
     "skops": "arena",
     "flash_attn": "flash-attn",
+    "starlette": "serve",
+    "uvicorn": "serve",
 }
 
 

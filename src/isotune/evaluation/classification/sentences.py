@@ -89,10 +89,15 @@ def _columns(classifier: Classifier, asked: Sequence[Asked]) -> list[list[str]]:
             raise UserError(f"{classifier.name} reads {how}")
     rows = [(one,) if isinstance(one, str) else one for one in asked]
     of_each = [[row[place] for row in rows] for place in range(1 + is_pair)]
+    check_utf8(of_each)
+    return of_each
+
+
+def check_utf8(of_each: Sequence[Sequence[str]]) -> None:
+    """UserError for the first text of the columns that is not UTF-8."""
     for text in (text for column in of_each for text in column):
         if surrogate_fault(text):
             raise UserError(f"sentences: {text!r} is not UTF-8")
-    return of_each
 
 
 def _outputs(classifier: Classifier, of_each: Sequence[Sequence[str]]) -> np.ndarray:

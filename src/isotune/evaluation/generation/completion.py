@@ -8,7 +8,7 @@ number of processes. Rules of the base's generation_config.json are not in effec
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -91,10 +91,7 @@ def complete(
     prompts of one forward, changes no completion. With `turns` a completion also ends where another turn begins, in
     Guanaco's form, where no special token says so.
     """
-    encoded = [lm.encoder.prompt_tokens(prompt.text) for prompt in prompts]
-    for prompt, tokens in zip(prompts, encoded, strict=True):
-        if (count := len(tokens)) >= lm.positions:
-            raise UserError(f"{prompt.where} has {count} tokens, and the model {lm.positions} positions: shorten it")
+    encoded = [prompt_tokens(lm, prompt.text, prompt.where) for prompt in prompts]
     # of similar lengths, the longest first; the same on every rank
     order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]), i))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -104,10 +101,18 @@ def complete(
     with quiet_libraries(), bar, without_base_rules(lm.model):
         for batch in own_batches(lm, batches, costs, ranks):
             rows = [prompts[i].row for i in batch]
-            generated = _complete_batch(lm, rows, [encoded[i] for i in batch], decoding, turns)
+            generated = complete_batch(lm, rows, [encoded[i] for i in batch], decoding, turns=turns)
             completions |= zip(rows, generated, strict=True)
             bar.update(len(batch))
     return ranks.gather(completions) if ranks else completions
+
+
+def prompt_tokens(lm: GenerationModel, text: str, where: str) -> list[int]:
+    """The tokens of a prompt; UserError, in which it is called `where`, if it leaves the model no position."""
+    tokens = lm.encoder.prompt_tokens(text)
+    if (count := len(tokens)) >= lm.positions:
+        raise UserError(f"{where} has {count} tokens, and the model {lm.positions} positions: shorten it")
+    return tokens
 
 
 def own_batches(
@@ -123,21 +128,49 @@ def own_batches(
     yield from ([] for _ in range(forwards - len(mine)))
 
 
-def _complete_batch(
-    lm: GenerationModel, rows: list[int], encoded: list[list[int]], decoding: Decoding, turns: bool
+class Watcher(Protocol):
+    """Is told of each row of a batch as it grows; rows are counted within the batch."""
+
+    def choose(self, scores: torch.Tensor) -> None:
+        """Look at the scores, [rows, vocabulary], from which the next token of each row is chosen."""
+        ...
+
+    def token(self, row: int, token: int) -> bool:
+        """A new token of a row, which is no eos; false ends the row."""
+        ...
+
+    def end(self, row: int, by_model: bool) -> None:
+        """A row has ended, by the model or otherwise."""
+        ...
+
+
+def complete_batch(
+    lm: GenerationModel,
+    rows: list[int],
+    encoded: list[list[int]],
+    decoding: Decoding,
+    *,
+    turns: bool = True,
+    limits: Sequence[int] | None = None,
+    watcher: Watcher | None = None,
 ) -> list[Completion]:
-    """One call of `generate`; without rows it only serves the ranks that have some."""
+    """The completions of prompts that are tokens already, by one call of `generate`.
+
+    `limits` are the most new tokens of each row, by default those of `decoding`. Without rows it only serves the ranks
+    that have some. Call it within `without_base_rules`.
+    """
     eos_ids = lm.eos_ids
     pad = lm.tokenizer.pad_token_id
     filler = pad if pad is not None else min(eos_ids)
-    limits = [min(decoding.max_new_tokens, lm.positions - len(tokens)) for tokens in encoded] or [1]
+    most = [decoding.max_new_tokens] * len(encoded) if limits is None else limits
+    limits = [min(limit, lm.positions - len(tokens)) for limit, tokens in zip(most, encoded, strict=True)] or [1]
     tokens = encoded or [[filler]]
     left: dict[str, Any] = {"batch_first": True, "padding_side": "left"}
     input_ids = pad_sequence([torch.tensor(ids) for ids in tokens], padding_value=filler, **left)
     mask = pad_sequence([torch.ones(len(ids), dtype=torch.long) for ids in tokens], **left)
     width = input_ids.shape[1]
-    endings = _Endings(lm.tokenizer, eos_ids, width, limits, turns and lm.encoder.template is None)
-    processors = LogitsProcessorList()
+    endings = _Endings(lm, width, limits, turns and lm.encoder.template is None, watcher)
+    processors = LogitsProcessorList([] if watcher is None else [_Shown(watcher)])
     if decoding.temperature > 0:
         processors.append(TemperatureLogitsWarper(decoding.temperature))
         processors += [TopPLogitsWarper(decoding.top_p)] if decoding.top_p < 1 else []
@@ -202,13 +235,16 @@ class CountedDraw(LogitsProcessor):
 class _Endings(StoppingCriteria):
     """Where each completion of a batch ends: at an eos, at the header of another turn, or at its token limit."""
 
-    def __init__(self, tokenizer: Any, eos_ids: set[int], width: int, limits: Sequence[int], turns: bool) -> None:
+    def __init__(
+        self, lm: GenerationModel, width: int, limits: Sequence[int], turns: bool, watcher: Watcher | None
+    ) -> None:
         """Watch rows whose padded prompts are `width` wide; `turns`: end before the header of another turn too."""
-        self.tokenizer = tokenizer
-        self.eos_ids = eos_ids
+        self.tokenizer = lm.tokenizer
+        self.eos_ids = lm.eos_ids
         self.width = width
         self.limits = limits
         self.turns = turns
+        self.watcher = watcher
         self.tokens: list[int | None] = [None] * len(limits)  # of each completion without its eos, once it has ended
         self.ended_by_model = [False] * len(limits)  # by an eos or a header
 
@@ -226,4 +262,25 @@ class _Endings(StoppingCriteria):
                 self.tokens[row], self.ended_by_model[row] = count, True
             elif count >= limit:
                 self.tokens[row] = count
+            if self.watcher is not None:
+                self._tell(self.watcher, row, count, newest[row][-1])
         return torch.tensor([ended is not None for ended in self.tokens], device=input_ids.device)
+
+    def _tell(self, watcher: Watcher, row: int, count: int, token: int) -> None:
+        """Tell of the newest token of a row, which is its number `count`, and of its end."""
+        if token not in self.eos_ids and not watcher.token(row, token) and self.tokens[row] is None:
+            self.tokens[row] = count
+        if self.tokens[row] is not None:
+            watcher.end(row, self.ended_by_model[row])
+
+
+class _Shown(LogitsProcessor):
+    """Shows the scores to a watcher, and leaves them as they are."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self.watcher = watcher
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The scores, [rows, vocabulary]."""
+        self.watcher.choose(scores)
+        return scores

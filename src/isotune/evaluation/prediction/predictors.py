@@ -13,6 +13,7 @@ import numpy as np
 
 from isotune.config.task_types import MULTI_LABEL, REGRESSION
 from isotune.data.classification.predictions import prediction_lines
+from isotune.data.classification.thresholds import THRESHOLD, Thresholds
 from isotune.data.documents import Documents
 from isotune.data.sft.forms import TEXT_FIELD, NamedColumns
 from isotune.data.sft.questions import Question, question_column, question_of
@@ -132,7 +133,8 @@ class TextPredictor:
         """Classes and probabilities, labels with theirs, or numbers."""
         logits = classify(self.classifier, prepared, ranks, batch_tokens=self.batch_tokens, batch_size=self.batch_size)
         task_type, names = self.classifier.task_type, self.classifier.label_names
-        return Part(lines_of_outputs(task_type, outputs_of(task_type, logits), names), self._cut(prepared))
+        lines = lines_of_outputs(task_type, outputs_of(task_type, logits), names, self.classifier.thresholds)
+        return Part(lines, self._cut(prepared))
 
     def flat(self, line: Line) -> Line:
         """A column for the prediction, for its name, and for the probability of each class."""
@@ -144,9 +146,11 @@ class TextPredictor:
         return Counter({f"cut to {longest:,} tokens ({self.settings.overlong})": count} if count else {})
 
 
-def lines_of_outputs(task_type: str, outputs: np.ndarray, names: Sequence[str] | None) -> list[Line]:
+def lines_of_outputs(
+    task_type: str, outputs: np.ndarray, names: Sequence[str] | None, thresholds: Thresholds = THRESHOLD
+) -> list[Line]:
     """The lines of what a classifier says, as those of an evaluation, but without labels and ids."""
-    lines = prediction_lines(task_type, range(len(outputs)), None, outputs, names)
+    lines = prediction_lines(task_type, range(len(outputs)), None, outputs, names, thresholds)
     return [{key: value for key, value in line.items() if key != "id"} for line in lines]
 
 

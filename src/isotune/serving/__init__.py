@@ -1,0 +1,1 @@
+"""A finished run as a page and an API on this machine: what `isotune serve` starts."""

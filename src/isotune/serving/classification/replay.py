@@ -1,0 +1,97 @@
+"""A classifier's stored predictions made again: the same class, and no probability that differs by more than 1e-6."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from isotune.config.task_types import MULTI_LABEL, REGRESSION
+from isotune.data.classification.predictions import predicted
+from isotune.evaluation.classification.evaluate import Rows, read_task_rows
+from isotune.evaluation.classification.examples import EXAMPLES, examples_of
+from isotune.evaluation.distributed_eval import Ranks
+from isotune.evaluation.models import Classifier, task_of_run
+from isotune.evaluation.results import find_results
+from isotune.evaluation.tasks import ClassificationTask, read_task
+from isotune.io.errors import UserError
+from isotune.serving.classification.service import ClassifierService
+from isotune.serving.replay import Evaluated, Replayed, spread
+
+TOLERANCE = 1e-6  # of a probability; of a number relative to the largest stored one, where that is above 1
+
+
+def why_not(evaluated: Evaluated) -> str | None:
+    """Why a result cannot be compared with what is served; None where it can."""
+    dtype = evaluated.claim.get("dtype")
+    return None if dtype == "float32" else f"its dtype is {dtype}, and a classifier is served in float32"
+
+
+def rows_of(evaluated: Evaluated, classifier: Classifier) -> Rows:
+    """The rows of an evaluation, known by their digest; UserError where the data are others now."""
+    keys = evaluated.task_keys(ClassificationTask)
+    own = {"max_seq_length": keys.get("max_seq_length")}
+    ranks, limit, why = Ranks(0, 1, classifier.device), evaluated.claim.get("limit"), "their content has changed"
+    for of_recipe in (True, False):  # of the recipe they may be the share that was held out of training
+        try:
+            task, held_out = task_of_run(classifier, own) if of_recipe else (None, None)
+            if task is None or task.dataset_name != keys["dataset_name"]:
+                task, held_out = read_task(ClassificationTask, None, keys), None
+            with contextlib.redirect_stdout(io.StringIO()):  # their evaluation printed the table of the data
+                rows = read_task_rows(task, classifier, ranks, limit, held_out)
+            if rows.fingerprint == evaluated.claim.get("data"):
+                return rows
+        except UserError as error:
+            why = str(error)
+    raise evaluated.no_rows(why)
+
+
+def replay(evaluated: Evaluated, service: ClassifierService, rows: Rows, count: int) -> Replayed:
+    """Predict `count` rows from all over an evaluation again; UserError where it is of other classes."""
+    task_type, stored = service.classifier.task_type, evaluated.result.predictions
+    chosen = spread(len(stored), count)
+    outputs = service.outputs(rows.documents.select(np.array(chosen)))
+    identical, largest, first = 0, 0.0, None
+    for row, output, guess in zip(
+        chosen, outputs, predicted(task_type, outputs, service.classifier.thresholds), strict=True
+    ):
+        line = stored[row]
+        before = np.asarray(line["prediction" if task_type == REGRESSION else "probabilities"])
+        if before.shape != np.shape(output):
+            raise evaluated.no_rows(f"it has {before.size} outputs, and the model {np.size(output)}")
+        difference = float(np.abs(before - output).max())
+        allowed = TOLERANCE * (max(1.0, float(np.abs(before))) if task_type == REGRESSION else 1.0)
+        now = np.flatnonzero(guess).tolist() if task_type == MULTI_LABEL else guess.tolist()
+        if difference <= allowed and (task_type == REGRESSION or now == line["prediction"]):
+            identical += 1
+        elif first is None:
+            first = line["id"]
+        largest = max(largest, difference)
+    return Replayed(evaluated.result.folder, identical, len(chosen), first, largest)
+
+
+def errors_among(evaluated: Evaluated, rows: Rows) -> list[dict[str, Any]]:
+    """All rows that the model got wrong, with their texts; of a regression those that the evaluation kept."""
+    stored = evaluated.result.predictions
+    if rows.task_type == REGRESSION:
+        return kept_errors(evaluated.result.folder)
+    wrong = [number for number, line in enumerate(stored) if line["prediction"] != line["label"]]
+    outputs = np.array([line["probabilities"] for line in stored])
+    return examples_of(rows.task_type, wrong, rows.ids, rows.labels, outputs, rows.names, rows.texts)
+
+
+def newest_errors(run: Path) -> list[dict[str, Any]]:
+    """The errors that the newest evaluation of a run kept with their texts; none where there is no such file."""
+    files = [folder / EXAMPLES for folder in find_results(run) if (folder / EXAMPLES).is_file()]
+    return kept_errors(max(files, key=lambda file: file.stat().st_mtime_ns).parent) if files else []
+
+
+def kept_errors(folder: Path) -> list[dict[str, Any]]:
+    """The errors among the examples that an evaluation kept; none where it kept no such file."""
+    try:
+        lines = [json.loads(line) for line in (folder / EXAMPLES).read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return []
+    return [line for line in lines if line.get("actual") != line.get("predicted")]

@@ -1,0 +1,1 @@
+"""Chats and texts to go on with, in the form of OpenAI's API."""
