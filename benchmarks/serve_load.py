@@ -41,7 +41,12 @@ def make_run(kind: str, folder: Path, layers: int) -> Path:
         model: Any = DistilBertForSequenceClassification(config)
     else:
         tokenizer, keys = builtin_tokenizer("builtin:opt-tiny"), {"task": "sft"}
-        size = {"hidden_size": 512, "word_embed_proj_dim": 512, "ffn_dim": 2048, "num_attention_heads": 8}
+        size: dict[str, Any] = {
+            "hidden_size": 512,
+            "word_embed_proj_dim": 512,
+            "ffn_dim": 2048,
+            "num_attention_heads": 8,
+        }
         config = OPTConfig(vocab_size=len(tokenizer), num_hidden_layers=layers, init_std=0.2, **size)
         model = OPTForCausalLM(config)
     folder.mkdir(parents=True)
