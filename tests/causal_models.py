@@ -44,6 +44,21 @@ OWN: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": {"head_dim": 4, "num_key_value_heads": 4, "n_group": 2, "topk_group": 1},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
+    "axk1": {"head_dim": 4, "num_key_value_heads": 4, "n_group": 2, "topk_group": 1},
+    "axk2": {"head_dim": 4, "num_key_value_heads": 4, "n_group": 2, "topk_group": 1},
+    "youtu": {"head_dim": 4, "num_key_value_heads": 4},
+    "deepseek_v32": {"head_dim": 4, "num_key_value_heads": 4, "n_group": 2, "topk_group": 1},
+    "glm_moe_dsa": {"head_dim": 4, "num_key_value_heads": 4},
+    "esm": {"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1, "position_embedding_type": "rotary"},
+    "luke": {"entity_vocab_size": 10, "entity_emb_size": 8},
+    "roc_bert": {"pronunciation_vocab_size": 20, "shape_vocab_size": 20},
+    "squeezebert": {"embedding_size": 32},
+    "xmod": {"default_language": "en_XX"},
+    "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
+    "ministral": {"head_dim": 8, "num_key_value_heads": 2},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "expand": 2, "n_groups": 1, "state_size": 8},
+    "layoutlmv3": {"coordinate_size": 4, "shape_size": 8},
+    "lilt": {"hidden_size": 48},
     "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2, "mamba_n_groups": 1, "mamba_d_state": 8},
 }
 
@@ -74,7 +89,7 @@ class NotSmall(Exception):
 def small_model(kind: str) -> Any:
     """A model of random weights, norms and biases, and sinks included; NotSmall where there is none."""
     try:
-        config = _small_config(kind)
+        config = small_config(kind)
         with torch.device("meta"):
             numel = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
         if numel > LARGEST:
@@ -94,9 +109,13 @@ def small_model(kind: str) -> Any:
     return model
 
 
-def _small_config(kind: str) -> Any:
+def small_config(kind: str, **more: Any) -> Any:
+    """A configuration of this type with few and narrow layers, and `more` keys."""
     stock = AutoConfig.for_model(kind)
-    keys = {key: value for key, value in SMALL.items() if getattr(stock, key, None) is not None} | OWN.get(kind, {})
+    keys = {key: value for key, value in SMALL.items() if getattr(stock, key, None) not in (None, -1)} | OWN.get(
+        kind, {}
+    )
+    keys |= more
     for _ in range(len(keys)):
         try:
             return AutoConfig.for_model(kind, **keys)
@@ -174,7 +193,7 @@ def page() -> str:
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
-    text = PAGE.read_text()
     with contextlib.redirect_stdout(sys.stderr):
         written = page()
-    PAGE.write_text(re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: written, text, flags=re.DOTALL))
+    table = f"{re.escape(BEGIN)}.*?{re.escape(END)}"
+    PAGE.write_text(re.sub(table, lambda _: written, PAGE.read_text(), flags=re.DOTALL))

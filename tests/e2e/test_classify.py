@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sklearn import metrics as theirs
-from tests.building import build_classifier, small_encoder
+from tests.building import build_classifier, small_encoder, small_opt
 
 from isotune.evaluation.results import read_result
 from isotune.io.errors import run_script
@@ -23,14 +23,16 @@ ROWS = 41  # neither 2, 3, 7 nor 64 divide it
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
-    """Finished runs: full and LoRA, a few steps on builtin:opinions."""
+    """Finished runs: full, LoRA and LoRA on a decoder, a few steps on builtin:opinions."""
     found = {}
-    for tune in ("full", "lora"):
-        folder = tmp_path_factory.mktemp(tune)
-        built = build_classifier(folder, tune=tune, max_steps=12, learning_rate=4e-3, num_labels=3, eval_steps=12)
+    for name in ("full", "lora", "decoder"):
+        folder = tmp_path_factory.mktemp(name)
+        more = {"model_name_or_path": small_opt(folder / "opt")} if name == "decoder" else {}
+        more |= {"tune": "full" if name == "full" else "lora"}
+        built = build_classifier(folder, **more, max_steps=12, learning_rate=4e-3, num_labels=3, eval_steps=12)
         built.trainer.train()
         save(built.start, built.trainer)
-        found[tune] = folder / "run"
+        found[name] = folder / "run"
     return found
 
 
@@ -70,7 +72,7 @@ def one_by_one(model, folder: Path, texts: list[str]) -> np.ndarray:
     return torch.stack(logits).double().softmax(dim=1).numpy()
 
 
-@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize("tune", ["full", "lora", "decoder"])
 def test_a_runs_metrics_are_those_of_a_plain_loop_over_its_saved_model(runs, classify, tmp_path, tune):
     from peft import AutoPeftModelForSequenceClassification
     from transformers import AutoModelForSequenceClassification
@@ -78,6 +80,7 @@ def test_a_runs_metrics_are_those_of_a_plain_loop_over_its_saved_model(runs, cla
     folder = runs[tune] / "model"
     auto = AutoModelForSequenceClassification if tune == "full" else AutoPeftModelForSequenceClassification
     model = auto.from_pretrained(folder, num_labels=3)
+    assert model.config.model_type == ("opt" if tune == "decoder" else "bert")
     rows = opinions()
     labels = [row["label"] for row in rows]
     expected = one_by_one(model, folder, [row["text"] for row in rows])

@@ -69,8 +69,8 @@ NAMES_BY_ANSWER: dict[str, tuple[str, ...]] = {
         "dtype", "torch_dtype", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"),
     "say tune: lora": ("use_peft",),
     "say tune: qlora": ("load_in_4bit",),
-    "bitsandbytes rounds activations to 8 bits by the largest of all tokens of a microbatch, so that the result would "
-    "depend on its size: tune: qlora has 4-bit weights": ("load_in_8bit",),
+    "on a GPU bitsandbytes chooses by all tokens of a microbatch which columns it rounds to 8 bits, so the result "
+    "would depend on its size: tune: qlora has 4-bit weights": ("load_in_8bit",),
     "say warmup_steps: a number below 1 is a share of the run": ("warmup_ratio",),
     "metrics.jsonl has input_tokens and peak_memory_bytes of every step": (
         "include_num_input_tokens_seen", "skip_memory_metrics"),

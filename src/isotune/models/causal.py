@@ -26,7 +26,7 @@ from isotune.models.supervised_loss import install_supervised_loss, use_stock_lo
 KNOWN = frozenset(
     {
         "gpt2", "gpt_neox", "gemma", "llama", "mistral", "olmo", "olmo2", "opt", "phi", "qwen2", "qwen3", "smollm3",
-        "stablelm", "starcoder2",
+        "starcoder2",
     }
 )  # fmt: skip
 PROBE_LENGTHS = (9, 17, 12)

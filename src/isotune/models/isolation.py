@@ -5,12 +5,14 @@ layer that draws random numbers for a row instead of for its documents. So a run
 about to train, in evaluation and in training mode, and does not start where there is a leak.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from isotune.compat.torch import TorchDispatchMode
 from isotune.config.task_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from isotune.io.errors import RunFault
 from isotune.models.document_dropout import training_microbatch
@@ -18,6 +20,7 @@ from isotune.models.document_keys import MicrobatchDocuments
 from isotune.models.layouts.layout import restore_attention_type
 
 LENGTHS = (9, 17, 12)
+DRAWS = frozenset({"exponential_", "uniform_", "normal_", "rand", "randn", "rand_like", "randn_like", "bernoulli"})
 ALONE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 # A mixture of experts multiplies the tokens of all documents that chose an expert at once, in a product whose shape,
 # and so whose rounding, depends on the neighbours: relative to the largest logit.
@@ -75,7 +78,9 @@ def check_isolation(
     try:
         # the supervised loss last: ZeRO-3 records the order of the modules, and training runs that forward too
         model.train()
-        dropout_leak, dropout_error, _ = measure()
+        drawing = RowDraws() if has_experts else contextlib.nullcontext()
+        with drawing:
+            dropout_leak, dropout_error, _ = measure()
         model.eval()
         leak, packing_error, together = measure()
         loss, reference = _losses(model, documents, together, device, task_type if classifier else None)
@@ -93,6 +98,11 @@ def check_isolation(
             f"a packed document is not the same as the document alone (relative difference {packing_error:.3g}, "
             f"loss {loss_error:.3g}); nothing was trained. Report this model type"
         )
+    if isinstance(drawing, RowDraws) and drawing.operator is not None:
+        raise RunFault(
+            f"in training this model's routers draw random numbers for a whole row ({drawing.operator}), so a document "
+            "would depend on its neighbours; nothing was trained. Choose a model of another type"
+        )
     if not (dropout_leak == 0.0 and dropout_error <= ALONE_TOLERANCE[dtype]):
         raise RunFault(
             f"with dropout, a document depends on its neighbours (leak {dropout_leak:.3g}, relative difference to the "
@@ -105,6 +115,24 @@ def check_isolation(
         "with_dropout": dropout_error,
         "loss_against_logits": loss_error,
     }
+
+
+class RowDraws(TorchDispatchMode):
+    """Within it `operator` is the first of torch's that draws more than one number: which no document's dropout calls.
+
+    Routers that jitter or sample do; a few documents rarely show it, because few tokens are near a choice.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operator: str | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in DRAWS and found.ndim and self.operator is None:
+            self.operator = name
+        return found
 
 
 def packed_inputs(documents: Sequence[torch.Tensor], device: torch.device, *, positions: bool) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from isotune.compat.torch import unpatch_forward
-from isotune.io.errors import RunFault
+from isotune.io.errors import RunFault, UserError
 from isotune.models.document_dropout import training_microbatch
 from isotune.models.document_keys import MicrobatchDocuments
 from isotune.models.layouts.heads import head_modules, is_of_head
@@ -120,6 +120,8 @@ def _integers(value: Any) -> list[int]:
 
 def _ordinary_tokens(config: Any) -> torch.Tensor:
     """Token ids without those that configurations give a meaning, int64."""
+    if getattr(config, "vocab_size", None) is None:
+        raise UserError(f"model type '{config.model_type}' has no vocabulary: choose one that reads tokens")
     special = chain.from_iterable(
         _integers(value) for name, value in config.to_dict().items() if name.endswith("_token_id")
     )
@@ -128,12 +130,17 @@ def _ordinary_tokens(config: Any) -> torch.Tensor:
     return allowed.nonzero()[:, 0]
 
 
+def is_small(model: Any) -> bool:
+    """Whether a model may have hardly any signal, because it is new."""
+    return sum(tensor.numel() for tensor in chain(model.parameters(), model.buffers())) <= SMALL
+
+
 @contextlib.contextmanager
-def as_measured(model: Any) -> Iterator[None]:
+def as_measured(model: Any, *, noise: bool) -> Iterator[None]:
     """Within it the weights are such that differences show; then they are the model's own again, to the bit.
 
-    In fp32 where they fit, without matrices of zeros in the head, and in a small model, which has hardly any signal
-    when it is new, with noise that keeps the size of states from layer to layer.
+    In fp32 where they fit, without matrices of zeros in the head, and where asked for with noise that keeps the size of
+    states from layer to layer.
     """
     tensors = list(chain(model.parameters(), model.buffers()))
     own = [(tensor, tensor.data) for tensor in tensors if type(tensor) in (torch.Tensor, nn.Parameter)]
@@ -147,7 +154,7 @@ def as_measured(model: Any) -> Iterator[None]:
             if len(own) == len(tensors) and count <= MEASURED_IN_FP32 and data.element_size() < 4:
                 tensor.data = data.float()
             is_matrix = isinstance(tensor, nn.Parameter) and tensor.ndim > 1
-            if is_matrix and (count <= SMALL or (id(tensor) in head and not data.any())):
+            if is_matrix and (noise or (id(tensor) in head and not data.any())):
                 tensor.data = tensor.data + torch.randn_like(tensor.data) * data.shape[-1] ** -0.5
         yield
     finally:

@@ -1,0 +1,36 @@
+"""Every classifier of the installed transformers trains exactly, or is refused in one sentence."""
+
+import re
+
+import pytest
+import transformers
+from tests.classifier_models import KINDS, NotSmall, measure
+from tests.models_table import PAGE
+
+from isotune.io.errors import RunFault, UserError
+
+TABLE = re.search(r"<!-- any classifier:.*?<!-- end -->", PAGE.read_text(), re.DOTALL)
+FORMS = dict(re.findall(r"^\| `([\w.-]+)` \| (packed|padded|alone) ", TABLE[0], re.MULTILINE)) if TABLE else {}
+# among them: neighbours in a token's embedding, sampled routers, an encoder with a decoder, characters
+FAST = {"bert", "mobilebert", "phimoe", "bart", "canine", "xlnet", "stablelm"}
+
+
+def test_the_table_has_the_classifiers_that_people_start_from():
+    assert len(FORMS) >= 90
+    common = {"bert", "roberta", "distilbert", "electra", "modernbert", "llama", "qwen3", "gpt2"}
+    assert {kind: FORMS.get(kind) for kind in common} == dict.fromkeys(common, "packed")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=() if kind in FAST else pytest.mark.slow) for kind in KINDS])
+def test_each_type_agrees_with_its_stock_model_or_is_refused_in_one_sentence(kind: str):
+    transformers.logging.set_verbosity_error()
+    try:
+        found = measure(kind)
+    except NotSmall as reason:
+        assert kind not in FAST
+        pytest.skip(f"no small model: {reason}")
+    except (UserError, RunFault) as refusal:
+        assert "\n" not in str(refusal) and kind not in FORMS
+        return
+    assert FORMS.get(kind, found.form) == found.form
+    assert max(found.logits, found.loss, found.gradient) <= 1e-5
