@@ -12,6 +12,7 @@ from isotune.config.task_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from isotune.data.classification.classes import MOST_CLASSES, label_of
 from isotune.data.classification.pairs import known_pairs
 from isotune.data.classification.targets import are_numbers, is_bit, type_of
+from isotune.data.sources.class_labels import fold
 from isotune.data.sources.csv_rows import looks_like_row
 from isotune.data.sources.source import Source
 from isotune.io.errors import UserError
@@ -53,6 +54,8 @@ def find_columns(source: Source, recipe: ClassificationRecipe) -> dict[str, Any]
     for key in wanted:
         if len(fits[key]) == 1:
             found[key] = fits[key][0]
+            if key == LABEL and source.names_by_line and _is_value(found[key], columns[found[key]]):
+                raise source.unnamed(list(rows[0]))
             continue
         if not fits[key]:
             raise source.lacks(0, rows[0], getattr(recipe, key), key)
@@ -101,6 +104,11 @@ def _has_label_columns(row: dict[str, Any], recipe: ClassificationRecipe) -> boo
 
 def _are_of_one_text(columns: int, task_type: str) -> bool:
     return task_type == MULTI_LABEL or (task_type == AUTO and columns >= LABEL_COLUMNS)
+
+
+def _is_value(name: str, cells: list[Any]) -> bool:
+    """Whether the name of a column of classes is one of these, so that the line of names is a row."""
+    return fold(name) in {fold(cell) for cell in cells}
 
 
 def _are_texts(cells: list[Any]) -> bool:
