@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from isotune.data.sources.class_labels import fold
+from isotune.data.sources.source import is_null
 from isotune.io.errors import UserError
 
 Label = int | bool | str  # a cell as it is meant, before it is known which class that is
@@ -74,7 +75,7 @@ def label_of(cell: Any, names: Sequence[str] = ()) -> Label:
             return word
         raise ValueError("an empty text")
     if not isinstance(cell, int) or abs(cell) >= 2**31:
-        raise ValueError("null" if cell is None or cell != cell else repr(cell)[:40])
+        raise ValueError("null" if is_null(cell) else repr(cell)[:40])
     if not names:
         return cell
     if not 0 <= cell < len(names):

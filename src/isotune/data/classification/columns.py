@@ -54,8 +54,6 @@ def find_columns(source: Source, recipe: ClassificationRecipe) -> dict[str, Any]
     for key in wanted:
         if len(fits[key]) == 1:
             found[key] = fits[key][0]
-            if key == LABEL and source.names_by_line and _is_value(found[key], columns[found[key]]):
-                raise source.unnamed(list(rows[0]))
             continue
         if not fits[key]:
             raise source.lacks(0, rows[0], getattr(recipe, key), key)
@@ -69,6 +67,9 @@ def find_columns(source: Source, recipe: ClassificationRecipe) -> dict[str, Any]
             f"{source.name} has no column {getattr(recipe, key)!r}, and {several} could hold its {MEANING[key]}: say "
             f"which by --{key}{both}"
         )
+    label, text = found.get(LABEL), found.get(TEXT)
+    if source.names_by_line and label is not None and text is not None and _is_row(label, columns[label], text):
+        raise source.unnamed(list(rows[0]))
     return found
 
 
@@ -106,9 +107,9 @@ def _are_of_one_text(columns: int, task_type: str) -> bool:
     return task_type == MULTI_LABEL or (task_type == AUTO and columns >= LABEL_COLUMNS)
 
 
-def _is_value(name: str, cells: list[Any]) -> bool:
-    """Whether the name of a column of classes is one of these, so that the line of names is a row."""
-    return fold(name) in {fold(cell) for cell in cells}
+def _is_row(label: str, cells: list[Any], text: str) -> bool:
+    """Whether the line of names is a row: one of the classes where their column is named, and a text."""
+    return fold(label) in {fold(cell) for cell in cells} and len(text.split()) >= WORDS_OF_A_TEXT
 
 
 def _are_texts(cells: list[Any]) -> bool:
