@@ -65,7 +65,7 @@ def test_evaluation_and_prediction_use_the_thresholds_of_the_run(runs, name):
     assert np.atleast_1d(facts["label_thresholds"]).tolist() == (values if name != "plain" else [0.5])
     assert [line["prediction"] for line in lines] == [np.flatnonzero(row).tolist() for row in chosen]
     truth = np.array([[k in line["label"] for k in range(4)] for line in lines])
-    assert facts["metrics"]["f1_micro"] == pytest.approx(f1_score(truth, chosen, average="micro"))
+    assert facts["f1_micro"] == pytest.approx(f1_score(truth, chosen, average="micro"))
     last = lines_of(max(run.glob("eval/step-*/predictions.jsonl")))
     in_training = np.array(values if name == "given" else [0.5] * 4)  # chosen ones are not known yet
     assert [line["prediction"] for line in last] == [

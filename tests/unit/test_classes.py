@@ -1,6 +1,7 @@
 """Which class a cell holds, in every form that labels are written in, and how lists of names are aligned."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -221,6 +222,18 @@ def test_a_number_beyond_every_class_is_a_word_or_refused():
 def test_evaluation_rows_without_the_first_class_keep_their_numbers():
     assert resolve([1, 2, 3], where=str, count=4).names is None
     assert resolve([1, 2, 3], where=str, count=3).names == ("1", "2", "3")
+
+
+@pytest.mark.parametrize("word", ["NA", "nan", "None", "null", "N/A", "?"])
+def test_what_programs_write_for_a_missing_number_is_no_class_of_its_own(word):
+    with pytest.raises(UserError, match=f"row 3 .*holds '{re.escape(word)}', and other rows numbers"):
+        found("0", "1", word, "2.0")
+    assert found("calm", word, "storm")[1] is not None  # among words it may be one
+    assert found("0", word, known=("0", word))[0] == [0, 1]
+
+
+def test_two_forms_of_one_word_in_unicode_are_one_class():
+    assert found("caf\u00e9", "cafe\u0301", "tea", "\ufefftea", "\uff34\uff25\uff21")[0] == [0, 0, 1, 1, 1]
 
 
 def test_numbers_beside_the_same_numbers_in_quotes_are_one_kind():

@@ -43,6 +43,22 @@ def texts(found, tokenizer=None):
         {"question": "q", "answer": "a", "id": 7},
         {"query": "q", "response": "a"},
         {"input": "q", "output": "a"},
+        {"messages": [{"role": "User", "content": "q"}, {"role": "ASSISTANT", "content": "a"}]},
+        {"messages": [{"role": "prompter", "content": "q"}, {"role": " ai ", "content": "a"}]},
+        {"conversations": [{"from": "Human", "value": "q"}, {"from": "GPT", "value": "a"}]},
+        {"messages": [{"role": "user", "from": "human", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        {"messages": '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]'},
+        {"text": "[{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a'}]"},
+        {"messages": {"role": ["user", "assistant"], "content": ["q", "a"]}},
+        {"conversations": {"from": ["human", "gpt"], "value": ["q", "a"], "weight": None}},
+        {"messages": [{"role": "user", "content": {"type": "text", "text": "q"}},
+                      {"role": "assistant", "content": [{"type": "output_text", "text": "a"}]}]},
+        {"instruction": "q", "input": float("nan"), "output": "a"},
+        {"text": float("nan"), "question": "q", "answer": "a"},
+        {"Instruction": "q", "Input": "", "Output": "a"},
+        {" Question ": "q", "ANSWER": "a"},
+        {"Text": EXCHANGE},
+        {"Messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
     ],
 )  # fmt: skip
 def test_every_form_of_one_exchange_is_the_same_document(tmp_path, row):
@@ -107,6 +123,11 @@ def test_tool_calls_are_learnt_and_their_results_are_not(tmp_path):
         "### Assistant: At 17:42.<eos>"
     )
     assert learnt == f" {call} At 17:42.<eos>"
+    for own in ({"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"a": 1}'}},
+                {"role": "tool_call", "content": '{"name": "f", "arguments": {"a": 1}}'},
+                {"role": "function_call", "content": {"name": "f", "arguments": {"a": 1}}}):  # fmt: skip
+        spelled = [{**rows[0], "messages": [CALLS[0], own, {**CALLS[2], "role": "function"}, *CALLS[3:]]}]
+        assert texts(prepared(tmp_path, spelled)) == [(text, learnt)]
     chatml = byte_chat_tokenizer("chatml")
     ((_, learnt),) = texts(prepared(tmp_path, rows, chatml), chatml)
     call = '<call>{"name": "f", "arguments": {"a": 1}}</call>'
@@ -122,6 +143,9 @@ def test_tool_calls_are_learnt_and_their_results_are_not(tmp_path):
         ({"messages": MARKED}, "opens_thinking", "message 4: the chat template asks for this answer with another text"),
         ({"messages": [{"role": "user", "content": "q", "train": True}]}, None, "message 1 is by the user"),
         ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, None, "message 1 has weight 0.5"),
+        ({"messages": [{"role": "user", "content": "q", "value": "other"}]}, None,
+         "message 1 has content 'q' and value 'other': leave one of them out"),
+        ({"messages": [{"role": "user", "from": "gpt", "content": "q"}]}, None, "has role 'user' and from 'gpt'"),
         ({"input_ids": [5, 6], "labels": [5, 7]}, None, "token 2 is 7, and input_ids has 6 there"),
         ({"input_ids": [5, 99999]}, None, "a token outside the tokenizer's"),
         ({"input_ids": [5, 6], "attention_mask": [1]}, None, "has 1 numbers, and input_ids 2"),

@@ -32,6 +32,15 @@ def test_the_only_columns_that_fit_are_used_said_and_recorded(prepare):
     assert "the texts from the column 'review' and the classes from the column 'sentiment'" in str(data.train.table)
 
 
+@pytest.mark.parametrize("label_first", [True, False])
+def test_a_file_whose_first_line_is_a_row_does_not_lose_it(prepare, label_first):
+    rows = [(label, text) if label_first else (text, label) for text, label, _ in REVIEWS]
+    header, names = ("neg,not my kind", "label text") if label_first else ("not my kind,neg", "text label")
+    with pytest.raises(UserError, match=f"line 1 does not name the columns but holds a row .* {names}"):
+        prepare(header, rows)
+    assert prepare("neg,remark" if label_first else "remark,neg", rows).found["dataset_label_field"] == "neg"
+
+
 def test_the_order_of_the_columns_means_nothing_and_whole_numbers_are_classes(prepare):
     data = prepare("stars,id,review", [(n % 2, 100 + n, f"text number {n}") for n in range(8)])
     assert data.found == {"dataset_text_field": "review", "dataset_label_field": "stars"}

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from isotune.config import Recipe
-from isotune.config.engine_keys import ALIASES, ENGINE_KEYS, SCHEDULE_ARGUMENTS, Schedule, Tracker
+from isotune.config.engine_keys import ENGINE_KEYS, SCHEDULE_ARGUMENTS, Schedule, Tracker
+from isotune.config.layers import ALIASES
 from isotune.config.schema import parse
 from isotune.config.unsupported_keys import UNSUPPORTED
 
@@ -87,7 +88,7 @@ def test_the_engine_makes_a_schedule_from_the_least_that_a_recipe_must_say(sched
 
 
 def test_every_engine_key_is_an_argument_of_the_engine_and_its_choices_are_the_engines(engine_fields):
-    assert set(ENGINE_KEYS) | set(ALIASES) - {"text_pair"} <= set(engine_fields)
+    assert set(ENGINE_KEYS) | set(ALIASES) - {"text_pair", "datasets"} <= set(engine_fields)
     for name, key in ENGINE_KEYS.items():
         members = typing.get_args(engine_fields[name].type) or (engine_fields[name].type,)
         known = {item.value for kind in members if isinstance(kind, enum.EnumMeta) for item in kind}

@@ -1,6 +1,7 @@
 """Every way that rows can be named, and every way in which that can go wrong."""
 
 import csv
+import gzip
 import json
 import os
 import socket
@@ -153,6 +154,59 @@ def test_a_line_that_is_no_row_is_named(tmp_path, content, sentence):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     assert sentence in mistake(path)
+
+
+TABLES = {
+    "columns of pandas": {"text": {"0": "a", "1": "b"}, "label": {"0": 1, "1": 0}},
+    "columns": {"text": ["a", "b"], "label": [1, 0]},
+    "rows under a name": {"version": "1", "data": [{"text": "a", "label": 1}, {"text": "b", "label": 0}]},
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_table_that_is_one_object_of_json_is_read_as_its_rows_and_it_is_said(tmp_path, table, indent):
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(TABLES[table], indent=indent))
+    source = read_rows(str(file))
+    assert list(source.rows()) == [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
+    assert len(source.notes) == 1 and source.notes[0].startswith("rows.json: ")
+
+
+SINGLE_ROWS = [
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    {"prompt": [{"role": "user", "content": "a"}, {"role": "user", "content": "a"}],
+     "completion": [{"role": "assistant", "content": "b"}, {"role": "assistant", "content": "b"}]},
+    {"input_ids": [1, 2], "labels": [1, 2]},
+    {"text": "a", "label": ["x", "y"]},
+    {"text": ["a", "b"]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", SINGLE_ROWS)
+def test_a_single_row_stays_one(tmp_path, row):
+    assert list(read_rows(str(write_jsonl(tmp_path / "a.jsonl", [row]))).rows()) == [row]
+
+
+def test_splits_in_one_object_are_refused_by_their_names(tmp_path):
+    (tmp_path / "all.json").write_text(json.dumps({"train": ROWS, "test": ROWS}))
+    assert "one object with the splits train, test: write each" in mistake(tmp_path / "all.json")
+
+
+@pytest.mark.parametrize("name", ["a.ndjson", "a.jsonlines", "a.ndjson.gz"])
+def test_other_ends_of_json_lines_are_known(tmp_path, name):
+    content = write_jsonl(tmp_path / "rows.jsonl").read_bytes()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert list(read_rows(str(tmp_path / name)).rows()) == ROWS
+
+
+def test_a_file_with_the_end_of_another_kind_is_named_as_what_it_is(tmp_path):
+    for name, content, kind in (
+        ("a.jsonl", gzip.compress(b"{}"), "compressed by gzip (.gz)"), ("b.csv", b"PK\x03\x04xx", "a zip archive"),
+        ("c.json", write_parquet(tmp_path / "x.parquet").read_bytes(), "Parquet (.parquet)"),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        assert f"{name} is no text but {kind}" in mistake(tmp_path / name)
 
 
 def test_a_byte_order_mark_and_blank_lines_are_no_mistake(tmp_path):

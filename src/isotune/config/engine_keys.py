@@ -9,9 +9,6 @@ from typing import Any, Literal
 
 from isotune.config.schema import MEMORY, OPTIMISER, OUTPUT, POSITIVE, SCHEDULE, SHARE, Key, Range, Requirement, Values
 
-# The library's newer name of the same thing; the recipe keeps the one that every tutorial uses.
-ALIASES = {"activation_checkpointing": "gradient_checkpointing", "text_pair": "dataset_text_pair_field"}
-
 # Schedules that follow evaluation metrics are left out: how often one evaluates would then change the weights.
 # By schedule, what it takes in lr_scheduler_kwargs, which the engine would say only after minutes: names of which
 # exactly one must be given, and names that may be given.

@@ -11,13 +11,17 @@ from typing import Any, cast
 
 import yaml
 
-from isotune.config.engine_keys import ALIASES as ENGINE_ALIASES
 from isotune.config.schema import Contradiction, Key, Values, parse
 from isotune.config.unsupported_keys import UNSUPPORTED
 from isotune.io.errors import Complain, UserError, nearest, refuse, shown
 from isotune.io.reading import MAX_YAML_BYTES, Unreadable, compose_yaml, read_text
 
-ALIASES = {**ENGINE_ALIASES, "datasets": "dataset_mixture"}  # the second is TRL's
+# Other names of keys: transformers' newer one, for which the recipe keeps that of every tutorial; a short one; TRL's.
+ALIASES = {
+    "activation_checkpointing": "gradient_checkpointing",
+    "text_pair": "dataset_text_pair_field",
+    "datasets": "dataset_mixture",
+}
 _EMPTY = frozenset({"", "~", "null", "Null", "NULL"})
 # Only one key of each pair may be given; given in a later layer, it replaces the other of an earlier layer.
 ALTERNATIVES = (

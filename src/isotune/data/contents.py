@@ -5,11 +5,14 @@ Rows may be shuffled, added or removed, and no other row changes its side of a s
 the same text always share theirs.
 """
 
+import ast
 import hashlib
 import html
+import json
 import re
 import unicodedata
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 
@@ -36,6 +39,22 @@ def _meaning(mark: str) -> str:
     if mark[0] == "<":
         return "\n"
     return html.unescape(mark) if mark[0] == "&" else _ESCAPES[mark[1]]
+
+
+def written_list(text: Any) -> list[Any] | None:
+    """The list that a text writes out, as JSON or as Python does; None where it writes none, or is no text."""
+    if not isinstance(text, str) or not (text.lstrip()[:1] == "[" and text.rstrip()[-1:] == "]"):
+        return None
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        return None
+    except ValueError:
+        try:
+            found = ast.literal_eval(text.strip())
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            return None
+    return cast("list[Any]", found) if isinstance(found, list) else None
 
 
 def normalised(text: str) -> str:

@@ -6,6 +6,7 @@ What a classifier reads is made here too: the tokenizer's own special tokens aro
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,6 @@ class FastTokenizer:
         self.prefix = np.array(probe.ids[: own[0]], np.int32)  # what the tokenizer puts before a text
         self.suffix = np.array(probe.ids[own[-1] + 1 :], np.int32)
         self.definition = str(self.backend.to_str())  # for fingerprints
-        self.pair = PairForm.of(self.backend.encode("a", "a", add_special_tokens=True), tokenizer)
         self.backend.post_processor = None  # which would trim offsets of their leading space
         self.backend.encode_special_tokens = True
 
@@ -113,6 +113,7 @@ class TextEncoder(FastTokenizer):
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer)
+        self._tokenizer = tokenizer
         if not len(self.prefix):
             raise UserError(
                 f"the tokenizer {self.name} puts no special token before a text, and a classifier reads that one: "
@@ -155,20 +156,27 @@ class TextEncoder(FastTokenizer):
             columns={"whole_lengths": own + self.special_tokens},
         )
 
+    @cached_property
+    def _pair(self) -> PairForm | None:
+        backend = copy.deepcopy(self._tokenizer.backend_tokenizer)
+        backend.no_truncation()
+        backend.no_padding()
+        return PairForm.of(backend.encode("a", "a", add_special_tokens=True), self._tokenizer)
+
     def pair_form(self) -> PairForm:
         """How two texts stand in one document; UserError where the tokenizer cannot say so."""
-        if self.pair is None or not len(self.pair.prefix):
+        if self._pair is None or not len(self._pair.prefix):
             raise UserError(
                 f"the tokenizer {self.name} has no form for two texts, such as [CLS] A [SEP] B [SEP], so "
                 "dataset_text_pair_field needs another one"
             )
-        if self.pair.types is not None and not _in_two(self.pair.types):
-            types = ", ".join(map(str, self.pair.types))
+        if self._pair.types is not None and not _in_two(self._pair.types):
+            types = ", ".join(map(str, self._pair.types))
             raise UserError(
                 f"the tokenizer {self.name} gives two texts the token types {types}: only 0 for the first and 1 for "
                 "the second are known here"
             )
-        return self.pair
+        return self._pair
 
     def encode_pairs(
         self, texts: Sequence[str], others: Sequence[str], max_seq_length: int, overlong: OverlongText

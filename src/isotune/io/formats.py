@@ -3,13 +3,15 @@
 from pathlib import PurePath
 
 DATA_FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+OTHER_ENDS = {".ndjson": ".jsonl", ".jsonlines": ".jsonl", ".pq": ".parquet"}  # that mean one of these
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}  # by Arrow's names
 FORMAT_WORDS = f"{', '.join(DATA_FORMATS)} (also {' or '.join(COMPRESSIONS)})"
 
 
 def format_of(name: str | PurePath) -> str | None:
-    """The one of DATA_FORMATS that a file name ends in, before an end that names a compression; None for another."""
+    """The one of DATA_FORMATS that a file name ends in, whatever compresses it; None for another."""
     suffix = PurePath(base_name(name)).suffix.lower()
+    suffix = OTHER_ENDS.get(suffix, suffix)
     return suffix if suffix in DATA_FORMATS else None
 
 

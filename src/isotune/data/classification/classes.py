@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 
 from isotune.data.sources.class_labels import fold
+from isotune.data.sources.source import is_null
 from isotune.io.errors import UserError
 
 Label = int | bool | str  # a cell as it is meant, before it is known which class that is
 
 SHOWN_NAMES = 12
 MOST_CLASSES = 1_000  # of words: more are texts that somebody took for classes
+
+MISSING = frozenset(("na", "n/a", "nan", "null", "none", "nil", "-", "?", "#n/a", "<na>"))
 
 _WHOLE = re.compile(r"[+-]?\d{1,18}(?:\.0*)?", re.A)
 
@@ -72,7 +75,7 @@ def label_of(cell: Any, names: Sequence[str] = ()) -> Label:
             return word
         raise ValueError("an empty text")
     if not isinstance(cell, int) or abs(cell) >= 2**31:
-        raise ValueError("null" if cell is None or cell != cell else repr(cell)[:40])
+        raise ValueError("null" if is_null(cell) else repr(cell)[:40])
     if not names:
         return cell
     if not 0 <= cell < len(names):
@@ -101,6 +104,7 @@ def resolve(
     if known is not None:
         return ClassColumn(_aligned(labels, NameIndex(known), own, where), tuple(known))
     kinds = [bool if isinstance(label, bool) else type(label) for label in labels]
+    _check_missing(labels, where)
     if own:
         return ClassColumn(_aligned(labels, NameIndex(own[0]), own[:1], where), tuple(own[0]))
     rarest = min(dict.fromkeys(kinds), key=kinds.count)
@@ -133,6 +137,18 @@ def _as_numbers(labels: Sequence[Label]) -> Sequence[Label]:
         return labels
     numbers = [int(str(label).partition(".")[0]) for label in labels]
     return numbers if max(map(abs, numbers)) < 2**31 else labels
+
+
+def _check_missing(labels: Sequence[Label], where: Callable[[int], str]) -> None:
+    """Raise UserError for what programs write for a missing number, in a column whose other texts are numbers."""
+    distinct = {label for label in labels if isinstance(label, str)}
+    missing = {label for label in distinct if label.casefold() in MISSING}
+    if missing and len(missing) < len(distinct) and all(map(_WHOLE.fullmatch, distinct - missing)):
+        row = next(row for row, label in enumerate(labels) if label in missing)
+        raise UserError(
+            f"{where(row)} holds {labels[row]!r}, and other rows numbers: a row without a class is left out by whoever "
+            "writes the file (label_names says which classes there are, if it is one)"
+        )
 
 
 def _counted_from_elsewhere(numbers: Sequence[Any]) -> ClassColumn | None:

@@ -12,6 +12,7 @@ from isotune.config.task_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from isotune.data.classification.classes import MOST_CLASSES, label_of
 from isotune.data.classification.pairs import known_pairs
 from isotune.data.classification.targets import are_numbers, is_bit, type_of
+from isotune.data.sources.class_labels import fold
 from isotune.data.sources.csv_rows import looks_like_row
 from isotune.data.sources.source import Source
 from isotune.io.errors import UserError
@@ -66,6 +67,9 @@ def find_columns(source: Source, recipe: ClassificationRecipe) -> dict[str, Any]
             f"{source.name} has no column {getattr(recipe, key)!r}, and {several} could hold its {MEANING[key]}: say "
             f"which by --{key}{both}"
         )
+    label, text = found.get(LABEL), found.get(TEXT)
+    if source.names_by_line and label is not None and text is not None and _is_row(label, columns[label], text):
+        raise source.unnamed(list(rows[0]))
     return found
 
 
@@ -101,6 +105,11 @@ def _has_label_columns(row: dict[str, Any], recipe: ClassificationRecipe) -> boo
 
 def _are_of_one_text(columns: int, task_type: str) -> bool:
     return task_type == MULTI_LABEL or (task_type == AUTO and columns >= LABEL_COLUMNS)
+
+
+def _is_row(label: str, cells: list[Any], text: str) -> bool:
+    """Whether the line of names is a row: one of the classes where their column is named, and a text."""
+    return fold(label) in {fold(cell) for cell in cells} and len(text.split()) >= WORDS_OF_A_TEXT
 
 
 def _are_texts(cells: list[Any]) -> bool:

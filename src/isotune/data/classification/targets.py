@@ -4,8 +4,6 @@ Which of the three is seen by the cells where nobody says it: lists are sets of 
 are those of a regression.
 """
 
-import ast
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -16,6 +14,8 @@ import numpy as np
 
 from isotune.config.task_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from isotune.data.classification.classes import MOST_CLASSES, ClassColumn, NameIndex, label_of, resolve
+from isotune.data.contents import written_list
+from isotune.data.sources.source import told
 from isotune.io.errors import UserError, shown
 
 Where = Callable[[int], str]  # how a message names a row, counted from 0
@@ -48,7 +48,7 @@ class Targets:
 
 def type_of(cells: Sequence[Any]) -> str:
     """The kind of labels that cells show."""
-    if any(map(_is_list, cells)) or all(_written_list(cell) is not None for cell in cells):
+    if any(map(_is_list, cells)) or all(written_list(cell) is not None for cell in cells):
         return MULTI_LABEL
     fractions: list[float] = []
     for cell in cells:
@@ -67,9 +67,8 @@ def numbers_of(cells: Sequence[Any], where: Where, column: str) -> Targets:
     for row, cell in enumerate(cells):
         number = _number_in(cell)
         if number is None:
-            found = "null" if cell is None or cell != cell else shown(cell)
             raise UserError(
-                f"{where(row)}, column {column!r}, holds {found}: task_type regression takes a finite number"
+                f"{where(row)}, column {column!r}, holds {told(cell)}: task_type regression takes a finite number"
             )
         values[row] = number
     return Targets(REGRESSION, values)
@@ -172,34 +171,19 @@ def _is_list(cell: Any) -> bool:
     return isinstance(cell, list | tuple | np.ndarray)
 
 
-def _written_list(cell: Any) -> list[Any] | None:
-    """The list that a text writes out, as JSON or as Python does; None where it writes none."""
-    if not isinstance(cell, str) or not (cell.lstrip()[:1] == "[" and cell.rstrip()[-1:] == "]"):
-        return None
-    try:
-        found = json.loads(cell)
-    except RecursionError:
-        return None
-    except ValueError:
-        try:
-            found = ast.literal_eval(cell.strip())
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            return None
-    return cast("list[Any]", found) if isinstance(found, list) else None
-
-
 def _as_lists(
     cells: Sequence[Any], where: Where, column: str, known: Sequence[str] | None, notes: list[str]
 ) -> list[list[Any]]:
     """The labels that each cell lists, not yet known by number; `notes` gets what was guessed."""
-    written = [_written_list(cell) for cell in cells]
+    written = [written_list(cell) for cell in cells]
     if not any(_is_list(cell) for cell in cells) and all(found is None for found in written):
         return _separated(cells, where, column, known, notes)
     lists: list[list[Any]] = []
     for row, (cell, found) in enumerate(zip(cells, written, strict=True)):
         if found is None and not _is_list(cell):
-            what = "null" if cell is None or cell != cell else shown(cell)
-            raise UserError(f"{where(row)}, column {column!r}, holds {what}, and other rows a list: [] is of no label")
+            raise UserError(
+                f"{where(row)}, column {column!r}, holds {told(cell)}, and other rows a list: [] is of no label"
+            )
         lists.append(list(cell) if found is None else found)
     return lists
 
@@ -210,7 +194,7 @@ def _separated(
     """The labels of texts such as `a|b`: by the separator with which all are known, else by the only one there is."""
     for row, cell in enumerate(cells):
         if not isinstance(cell, str) or not cell.strip():
-            what = "an empty text" if isinstance(cell, str) else "null" if cell is None or cell != cell else shown(cell)
+            what = "an empty text" if isinstance(cell, str) else told(cell)
             raise UserError(
                 f"{where(row)}, column {column!r}, holds {what}: task_type multi_label needs a list of labels in each "
                 "row, and [] is of no label"

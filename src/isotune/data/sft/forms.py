@@ -19,8 +19,9 @@ from typing import Any, cast
 
 import numpy as np
 
+from isotune.data.contents import written_list
 from isotune.data.sft.conversations import header_start
-from isotune.data.sft.messages import ASSISTANT, USER, Example, example_of, exchange
+from isotune.data.sft.messages import ASSISTANT, ROLE_FIELDS, USER, Example, example_of, exchange
 from isotune.data.sources.source import Row, kind_of_value
 
 TEXT_FIELD = "text"
@@ -87,7 +88,20 @@ def form_of(names: tuple[str, ...], named: NamedColumns) -> Form | None:
         return Form(_text_or_messages(found[0]), (found[0],), note)
     if INPUT_IDS in names:
         return Form(_tokens, (INPUT_IDS,))
-    return _guessed(names)
+    return _guessed(names) or _in_other_case(names, named)
+
+
+def _in_other_case(names: tuple[str, ...], named: NamedColumns) -> Form | None:
+    """The form by the names in lower case and without blanks around them, where they are others and still differ."""
+    own = {name.strip().lower(): name for name in names}
+    if len(own) < len(names) or tuple(own) == names:
+        return None
+    form = form_of(tuple(own), named)
+    if form is None:
+        return None
+    columns = tuple(own[name] for name in form.columns)
+    read = lambda row: form.read({name: row[column] for name, column in own.items()})  # noqa: E731
+    return Form(read, columns, form.note or f"rows are read from the column {' and '.join(map(repr, columns))}")
 
 
 def _guessed(names: tuple[str, ...]) -> Form | None:
@@ -138,7 +152,7 @@ def _text(row: Row, name: str) -> str:
 
 def _text_or_messages(name: str) -> Reader:
     def read(row: Row) -> Content:
-        value = row[name]
+        value = _as_messages(row[name])
         if isinstance(value, str):
             return value
         if not isinstance(value, list):
@@ -146,6 +160,20 @@ def _text_or_messages(name: str) -> Reader:
         return _named(name, lambda: example_of(cast(list[Any], value), row.get("system"), row.get("tools")))
 
     return read
+
+
+def _as_messages(value: Any) -> Any:
+    """Messages that a text writes out, or that are columns of one object, as a list; everything else as it is."""
+    written = written_list(value)
+    if written and all(isinstance(each, dict) and any(own in each for own in ROLE_FIELDS) for each in written):
+        return written
+    if not isinstance(value, dict) or not any(name in value for name in ROLE_FIELDS):
+        return value
+    columns = {str(name): own for name, own in cast(dict[Any, Any], value).items() if own is not None}
+    lengths = {len(cast(list[Any], own)) if isinstance(own, list) else -1 for own in columns.values()}
+    if len(lengths) != 1 or -1 in lengths:
+        return value
+    return [dict(zip(columns, each, strict=True)) for each in zip(*columns.values(), strict=True)]
 
 
 def _instruction(asked: str, more: Sequence[str], answered: str) -> Reader:

@@ -9,21 +9,25 @@ template may read it, and whoever renders the message names what was not read.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
+
+from isotune.io.errors import shown
 
 SYSTEM, USER, ASSISTANT, TOOL = "system", "user", "assistant", "tool"
 # what stands before the first header of a text in Guanaco's form, and belongs to no turn; no role of a data set
 PREAMBLE = "preamble"
 ROLES = {
     **dict.fromkeys(("system", "developer"), SYSTEM),
-    **dict.fromkeys(("user", "human"), USER),
-    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt"), ASSISTANT),
-    **dict.fromkeys(("tool", "function", "observation", "ipython", "function_response"), TOOL),
+    **dict.fromkeys(("user", "human", "prompter"), USER),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "ai"), ASSISTANT),
+    **dict.fromkeys(("tool", "function", "observation", "ipython", "function_response", "tool_response"), TOOL),
 }
-FUNCTION_CALL = "function_call"  # a role of its own in ShareGPT's form: an assistant that calls a tool
+# roles of their own in ShareGPT's form: an assistant that calls a tool; the first is also a field, OpenAI's old one
+FUNCTION_CALL, TOOL_CALL = "function_call", "tool_call"
 ROLE_FIELDS, CONTENT_FIELDS = ("role", "from"), ("content", "value")
+TEXT_PARTS = ("text", "input_text", "output_text")  # types of parts of a content
 LEARN_FIELDS = ("weight", "train", "loss")
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # the first that is there, as transformers reads them
 # read by every form, or names that change nothing of what is said
@@ -78,19 +82,20 @@ def read_message(message: Any, number: int) -> tuple[Message, bool]:
     if not isinstance(message, Mapping):
         raise ValueError(f"message {number} is a {type(message).__name__}, not an object with role and content")
     fields = {str(name): value for name, value in cast(Mapping[Any, Any], message).items() if value is not None}
-    role = next((fields.pop(name) for name in ROLE_FIELDS if name in fields), None)
-    content = next((fields.pop(name) for name in CONTENT_FIELDS if name in fields), None)
-    for name in (*ROLE_FIELDS, *CONTENT_FIELDS):
-        fields.pop(name, None)
-    if role == FUNCTION_CALL and isinstance(content, str):
-        role, fields["tool_calls"], content = ASSISTANT, [content], None
-    if not isinstance(role, str) or role not in ROLES:
+    role = _one_value(fields, ROLE_FIELDS, number, ROLES.get)
+    content = _one_value(fields, CONTENT_FIELDS, number, lambda text: text)
+    called = role.strip().lower() if isinstance(role, str) else ""
+    if called in (FUNCTION_CALL, TOOL_CALL) and isinstance(content, str | dict):
+        called, fields["tool_calls"], content = ASSISTANT, [content], None
+    if called not in ROLES:
         raise ValueError(f"message {number} has the role {role!r}; known are {', '.join(ROLES)}")
-    learn = _may_be_learnt(fields, ROLES[role], number)
+    learn = _may_be_learnt(fields, ROLES[called], number)
     calls = fields.pop("tool_calls", None)
+    if (call := fields.pop(FUNCTION_CALL, None)) and not calls:
+        calls = [call]
     if content is None and calls:
         content = ""
-    kept: Message = {"role": ROLES[role], "content": _text_of(content, number)}
+    kept: Message = {"role": ROLES[called], "content": _text_of(content, number)}
     if calls:
         if kept["role"] != ASSISTANT:
             raise ValueError(f"message {number} is by the {kept['role']} and has tool_calls, which only answers have")
@@ -103,17 +108,32 @@ def read_message(message: Any, number: int) -> tuple[Message, bool]:
     return kept | fields, learn
 
 
+def _one_value(fields: dict[str, Any], names: Sequence[str], number: int, meaning: Callable[[str], Any]) -> Any:
+    """Take out what stands under any of some names of one field; ValueError where two of them mean different things."""
+    found = {name: fields.pop(name) for name in names if name in fields}
+    one, *others = list(found.values()) or [None]
+    for name, other in zip(list(found)[1:], others, strict=True):
+        same = one == other or (isinstance(one, str) and isinstance(other, str) and meaning(one) == meaning(other))
+        if not same:
+            raise ValueError(
+                f"message {number} has {names[0]} {shown(one, 30)} and {name} {shown(other, 30)}: leave one of them out"
+            )
+    return one
+
+
 def _text_of(content: Any, number: int) -> str:
     """The content of a message: a text, or the texts of its parts."""
     if isinstance(content, str):
         return content
+    if isinstance(content, dict) and "text" in content:
+        content = [content]
     if not isinstance(content, list):
         raise ValueError(f"message {number} has a {type(content).__name__} for its content, not a text")
     texts: list[str] = []
     for part in cast(list[Any], content):
         fields = cast(Mapping[str, Any], part) if isinstance(part, Mapping) else {"type": type(part).__name__}
         text = part if isinstance(part, str) else fields.get("text")
-        if not isinstance(text, str) or (fields.get("type", "text") != "text" and not isinstance(part, str)):
+        if not isinstance(text, str) or (fields.get("type", "text") not in TEXT_PARTS and not isinstance(part, str)):
             raise ValueError(
                 f"message {number} has a part of type {fields.get('type')!r}; only texts can be trained on"
             )

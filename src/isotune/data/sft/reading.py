@@ -10,7 +10,7 @@ from isotune.data.sft.conversations import Conversation, everything, header_star
 from isotune.data.sft.forms import MESSAGES_COLUMNS, TEXT_FIELD, Content, NamedColumns, TokenRow, form_of
 from isotune.data.sft.messages import Example
 from isotune.data.sft.tokenization import ConversationEncoder
-from isotune.data.sources.source import Row, Source, surrogate_fault
+from isotune.data.sources.source import Row, Source, is_null, surrogate_fault
 from isotune.io.errors import UserError
 
 SHOWN_CHARACTERS = 60
@@ -36,7 +36,7 @@ def read_contents(
     for rows in source.batches():
         contents: list[tuple[int, Content]] = []
         for number, row in rows:
-            given = {name: value for name, value in row.items() if value is not None}
+            given = {name: value for name, value in row.items() if not is_null(value)}
             form = form_of(tuple(given), named)
             if form is None:
                 raise _unknown_form(source, number, row, named)

@@ -1,11 +1,13 @@
 """The names of classes that a data set's own features have: `datasets` keeps them in what it saves, and in Parquet."""
 
 import json
+import unicodedata
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+_UNSEEN = dict.fromkeys(map(ord, "\ufeff\u200b\u2060"))  # byte order marks and blanks without width
 ClassNames = dict[str, tuple[tuple[str, ...], ...]]  # by column, as `Source.class_names`
 
 
@@ -45,5 +47,8 @@ def file_class_names(path: Path) -> ClassNames:
 
 
 def fold(name: object) -> str:
-    """A name of a class as it is compared: without case, its white space single blanks."""
-    return " ".join(str(name).casefold().split())
+    """A name of a class as it is compared: without case, in Unicode's form NFKC, its white space single blanks."""
+    text = str(name)
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text.translate(_UNSEEN).casefold())
+    return " ".join(text.casefold().split())

@@ -200,6 +200,8 @@ def unnamed_columns(where: str, names: Sequence[str]) -> str:
     guesses = [f"column{n + 1}" for n in range(len(names))]
     guesses[longest] = "text"
     number = next((n for n, name in enumerate(names) if n != longest and name.strip().isdigit()), None)
+    if number is None and len(names) == 2:
+        number = 1 - longest
     if number is not None:
         guesses[number] = "label"
     cells = ", ".join(shown(name, 24) for name in names[:3]) + (", ..." if len(names) > 3 else "")

@@ -3,9 +3,11 @@
 import json
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+from isotune.data.sources.layout import SPLIT_WORDS
 from isotune.data.sources.text_files import open_text, undecoded
 from isotune.io.errors import UserError, first_line, shown
 from isotune.io.formats import format_of
@@ -14,12 +16,60 @@ Row = dict[str, Any]
 
 CHUNK = 2**20  # characters read at once where a row has no line of its own
 TAIL = 32  # a parser that stops so near to the end of a chunk has seen an unfinished value
+TABLE_NAMES = ("data", "rows", "examples", "instances", "records", "items")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
 
 
 def read_json(path: Path, notes: list[str]) -> Iterator[Row]:
-    """The rows of a file, whatever its name says of arrays and lines; UserError names the line of a broken one."""
+    """The rows of a file, whatever its name says of arrays and lines; UserError names the line of a broken one.
+
+    One object alone may be a table: columns, as pandas writes them, or rows under a name such as `data`.
+    """
+    rows = _read(path, notes)
+    start = list(islice(rows, 2))
+    if len(start) == 1:
+        yield from _rows_within(start[0], path, notes)
+    else:
+        yield from start
+        yield from rows
+
+
+def _rows_within(row: Row, path: Path, notes: list[str]) -> Iterator[Row]:
+    """The rows of a table that is one object; that object where it is a row itself."""
+    lists = {
+        name: cast(list[Row], value)
+        for name, value in row.items()
+        if isinstance(value, list) and value and all(isinstance(each, dict) for each in cast(list[Any], value))
+    }
+    if len(lists) > 1 and all(name.lower() in SPLIT_WORDS for name in lists):
+        raise UserError(f"{path} is one object with the splits {', '.join(lists)}: write each to a file of its own")
+    names = [name for name in lists if name.lower() in TABLE_NAMES]
+    if len(lists) == 1 and names:
+        notes.append(f"{path.name}: rows are the list under {names[0]!r}")
+        yield from lists[names[0]]
+        return
+    columns = [_cells(value) for value in row.values()]
+    of_each = {tuple(cells) for cells in columns if cells is not None}
+    if len(columns) > 1 and None not in columns and len(of_each) == 1 and "input_ids" not in row:
+        notes.append(f"{path.name}: one object of columns, read as its rows")
+        tables = [cells for cells in columns if cells is not None]
+        yield from (dict(zip(row, each, strict=True)) for each in zip(*(own.values() for own in tables), strict=True))
+        return
+    yield row
+
+
+def _cells(value: Any) -> dict[Any, Any] | None:
+    """The cells of a column by the number or name of their row; None where a value is no column."""
+    cells = dict(enumerate(cast(list[Any], value))) if isinstance(value, list) else value
+    if not isinstance(cells, dict) or len(cast(dict[Any, Any], cells)) < 2:
+        return None
+    found = cast(dict[Any, Any], cells)
+    is_numbered = isinstance(value, list) or all(str(name).isdigit() for name in found)
+    return found if is_numbered and not any(isinstance(cell, dict) for cell in found.values()) else None
+
+
+def _read(path: Path, notes: list[str]) -> Iterator[Row]:
     with open_text(path) as file:
         empty = 0
         while (line := file.readline(CHUNK)).isspace():

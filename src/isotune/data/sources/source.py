@@ -24,7 +24,7 @@ from isotune.data.sources.files import CSV_FORMATS, Row, digest_of, is_lfs_point
 from isotune.data.sources.hub import is_hub_id
 from isotune.data.sources.hub_datasets import load_prepared, open_hub_split
 from isotune.data.sources.layout import find_split
-from isotune.io.errors import UserError, first_line, nearest
+from isotune.io.errors import UserError, first_line, nearest, shown
 from isotune.io.formats import FORMAT_WORDS, format_of
 
 PREFIX = "builtin:"
@@ -70,12 +70,16 @@ class Source:
             return f"row {row - first + 1} of {path}"
         return f"row {row + 1} of {self.name}"
 
+    def unnamed(self, cells: Sequence[str]) -> UserError:
+        """The error of a file whose first line, with these cells, is a row and names no columns."""
+        file = self.starts[0][1] if self.starts else self.name
+        return UserError(unnamed_columns(f"{file} line 1", cells))
+
     def lacks(self, number: int, row: Row, column: str, key: str) -> UserError:
         """The error of a row that lacks a column, which the recipe names by `key`."""
         names = list(row)
         if self.names_by_line and looks_like_row(names):
-            file = self.starts[0][1] if self.starts else self.name
-            return UserError(unnamed_columns(f"{file} line 1", names))
+            return self.unnamed(names)
         present = ", ".join(names) or "none"
         if len(present) > SHOWN_CHARACTERS:
             present = f"{present[:SHOWN_CHARACTERS]}... ({len(names)} in all)"
@@ -83,9 +87,19 @@ class Source:
         return UserError(f"{self.where(number)} lacks the column '{column}'; it has {present}: {way}")
 
 
+def is_null(value: Any) -> bool:
+    """Whether a cell holds nothing: null, or the NaN that programs write for it."""
+    return value is None or (isinstance(value, float) and value != value)
+
+
 def kind_of_value(value: Any) -> str:
     """How an error sentence names what stands in a cell instead of what is expected."""
-    return "null" if value is None else f"a {type(value).__name__}"
+    return "null" if is_null(value) else f"a {type(value).__name__}"
+
+
+def told(value: Any) -> str:
+    """A cell as an error sentence shows it: null, or what it holds, shortened."""
+    return "null" if is_null(value) else shown(value)
 
 
 def surrogate_fault(text: str) -> str | None:

@@ -22,6 +22,13 @@ BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+# how files begin that somebody has renamed
+OTHER_CONTENT = {
+    b"\x1f\x8b": "compressed by gzip (.gz)",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd (.zst)",
+    b"PK\x03\x04": "a zip archive, such as a spreadsheet's",
+    b"PAR1": "Parquet (.parquet)",
+}
 _UNDECODED = re.compile("[\udc80-\udcff]")
 
 
@@ -64,6 +71,8 @@ def open_text(path: Path) -> Generator[TextIO]:
     with open_bytes(path) as file:
         buffered = cast(io.BufferedReader, file if isinstance(file, io.BufferedReader) else io.BufferedReader(file))  # type: ignore[type-var]
         start = buffered.peek(4)[:4]
+        if kind := next((kind for mark, kind in OTHER_CONTENT.items() if start.startswith(mark)), None):
+            raise UserError(f"{path} is no text but {kind}: its name has to end as that does")
         encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)), "utf-8")
         if encoding == "utf-8" and b"\0" in start:
             raise UserError(f"{path} is not UTF-8: it is binary, or UTF-16 without a byte order mark; save it as UTF-8")
