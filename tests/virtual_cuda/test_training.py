@@ -34,6 +34,7 @@ def make(
         return build_classifier(folder, model_name_or_path=small_encoder(models, kind, **config), **values)
     if kind == "opt":
         config = {"dropout": 0.1, "attention_dropout": values.pop("attention_dropout", 0.0)}
+        config |= {name: values.pop(name) for name in ("num_hidden_layers",) if name in values}
         values["model_name_or_path"] = small_opt(models, **OPT, **config)
     if tune != "full":
         values |= {"lora_dropout": 0.1}

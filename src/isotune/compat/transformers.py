@@ -47,6 +47,27 @@ def let_trainer_skip_steps() -> None:
     library.skip_first_batches = skip  # type: ignore[attr-defined]  (not exported)
 
 
+def keep_loss_on_host(trainer: Any) -> None:
+    """Let a Trainer add up losses on the host: those of ours are there, and are the same on every rank.
+
+    5.23 adds them on the device, and to log one it gathers it over the ranks and waits for the device, each step. The
+    sum is a private attribute, made anew by each `train`.
+    """
+    import transformers.trainer as library
+
+    trainer._tr_loss = trainer._tr_loss.cpu()
+    if getattr(library.nested_gather, "isotune", False):
+        return
+    stock = library.nested_gather
+
+    def gather(tensors: Any, *options: Any, **more: Any) -> Any:
+        on_host = isinstance(tensors, torch.Tensor) and tensors.device.type == "cpu" and tensors.dim() == 0
+        return tensors if on_host else stock(tensors, *options, **more)
+
+    gather.isotune = True  # type: ignore[attr-defined]  (a mark: it is wrapped once)
+    library.nested_gather = gather
+
+
 @contextmanager
 def bf16_without_gpu() -> Iterator[None]:
     """Hold it around TrainingArguments with bf16.
