@@ -45,11 +45,11 @@ in_place_changes: Callable[[Tensor], int] = operator.attrgetter("_version")
 
 
 @contextlib.contextmanager
-def kept_casts() -> Iterator[None]:
+def autocast_casts_kept() -> Iterator[None]:
     """Within it autocast casts each fp32 weight once, not once a forward; the casts belong to every forward's graph.
 
-    Autocast forgets its casts where its outermost context ends. torch counts these contexts by two functions that have
-    no documentation. Not for forwards without a graph whose casts a forward with one would take over.
+    Autocast forgets its casts where its outermost context ends; torch counts these contexts by two functions that its
+    documentation leaves out.
     """
     torch.autocast_increment_nesting()
     try:

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from isotune.compat.torch import kept_casts
 from isotune.data.batch_schedule import Step, to_device_together
 from isotune.distributed.ranks import Watchdog, add_vectors, least_of_ranks, ordered_sum, several_ranks
+from isotune.models.cuda.casts import kept_casts
 from isotune.models.document_dropout import training_microbatch
 from isotune.models.document_keys import MicrobatchDocuments
 from isotune.run.preemption import stop_request
@@ -88,7 +88,7 @@ class OptimizerUpdate:
             assert summed is not None, "an engine that reads late says what to read"
             values = torch.cat([told, summed]).tolist()
             some_lack = self._learn(values[: len(told)])
-            if not self.result.out_of_memory:
+            if not (self.result.out_of_memory or self.result.skipped):
                 self.sync.take(model, values[len(told) :], some_lack=some_lack)
         if self.result.out_of_memory:
             self.sync.drop(model)
