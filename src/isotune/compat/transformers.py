@@ -1,6 +1,6 @@
 """transformers 5.23: what has no public accessor, and what its Trainer cannot be told otherwise."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +45,18 @@ def let_trainer_skip_steps() -> None:
         return loader.skipping(count) if hasattr(loader, "skipping") else skip_first_batches(loader, count)
 
     library.skip_first_batches = skip  # type: ignore[attr-defined]  (not exported)
+
+
+def look_for_no_documents(known: Callable[[], bool]) -> None:
+    """Let models look for the documents of a packed row in its position ids only where `known` is false.
+
+    5.23 looks once a forward and waits for the device to know what it found, for a mask that `packed` does not make.
+    """
+    from transformers import masking_utils
+
+    library: Any = masking_utils
+    stock = library.find_packed_sequence_indices
+    library.find_packed_sequence_indices = lambda position_ids: None if known() else stock(position_ids)
 
 
 def keep_loss_on_host(trainer: Any) -> None:

@@ -101,7 +101,7 @@ class GradientSync:
         return None
 
     def _sum_and_norm(self, model: Any) -> torch.Tensor:
-        scaled, found = self.accelerator.scaler is not None, [torch.zeros(0, dtype=torch.float64)]
+        scaled, device, found = self.accelerator.scaler is not None, self.accelerator.device, []
         if self.exact is not None:
             found = [self.exact.add_ranks()]
             if not scaled:
@@ -114,9 +114,9 @@ class GradientSync:
                 norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
                 self._norm = math.nan, norm
                 found = [norm.reshape(1)]
-        device = self.accelerator.device
-        where = "cpu" if device.type == "mps" else device  # which has no float64
-        return torch.cat([values.to(where).double() for values in found])
+        where = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        nothing = torch.zeros(0, dtype=torch.float64, device=where)
+        return torch.cat([nothing, *(values.to(where).double() for values in found)])
 
     def take(self, model: Any, values: list[float], *, some_lack: bool) -> None:
         """What `finish` returned, read; `some_lack`, as voted: a rank had parameters without gradient."""
