@@ -278,10 +278,11 @@ def report(cases: Sequence[Case], others: Sequence[tuple[Row, str]], fit_on: Seq
     lines += ["", *curve(timed, parameters), ""]
     compared = [case for case in cases if case.memory_bytes]
     errors = [(case.memory_bytes or 0) / GIB / float(case.row["peak_memory_gib"]) - 1 for case in compared]
-    lines += ["| peak memory | error |", "|---|---|"]
-    notes = (case.row["notes"].split(";")[0].split(", packed")[0] for case in compared)
-    for case, note, error in zip(compared, notes, errors, strict=True):
-        lines.append(f"| {case.name}: {note} | {error:+.0%} |")
+    lines += ["| peak memory, planned against printed | error |", "|---|---|"]
+    for case, error in zip(compared, errors, strict=True):
+        note = case.row["notes"].split(";")[0]
+        technique = f", {note.split(': ')[1]}" if note.startswith("cumulative") else ""
+        lines.append(f"| {case.name}{technique} | {error:+.0%} |")
     median = statistics.median(map(abs, errors))
     lines += [f"| **median of {len(errors)}** | {median:.1%} |", "", "Rows that cannot be planned:", ""]
     reasons = [(repository(row), why) for row, why in others]

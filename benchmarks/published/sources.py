@@ -42,7 +42,7 @@ def settings_of(row: Row) -> Settings:
     if re.search("fp8|float8", row["precision"], re.IGNORECASE):
         raise Unexplained("8-bit products: isotune trains in 16 bits")
     if re.search(r"tp ?=?[2-9]|pp [2-9]", row["engine"], re.IGNORECASE):
-        raise Unexplained("tensor or pipeline parallelism, which isotune has not")
+        raise Unexplained("tensor or pipeline parallelism, which isotune does not have")
     if not row["device"]:
         raise Unexplained("the device is not stated")
     for name, read in _SOURCES.items():
@@ -73,7 +73,7 @@ def _kempner(row: Row) -> Settings:
 def _torchtitan(row: Row) -> Settings:
     rows = int(re.findall(r"local batch (\d)", row["notes"])[0])
     recompute = 1.0 if "full AC" in row["notes"] else 0.5  # selective: every second product is computed again
-    why = "selective recomputation and all logits at once, which isotune has not"
+    why = "selective recomputation and all logits at once, which isotune does not have"
     return Settings(8192, rows, 1, recompute, "compile" in row["notes"].split("MFU")[0], no_memory=why)
 
 
@@ -108,11 +108,11 @@ def _torchtune(row: Row) -> Settings:
         state = (2.0, 0.0, 4.0 if done < 6 else _EIGHT_BIT)
     settings = replace(base, fused=done >= 1, recompute=float(done >= 3), state_bytes=state)
     if done < 2:
-        return replace(settings, state_bytes=None, no_memory="all logits at once, which isotune has not")
+        return replace(settings, state_bytes=None, no_memory="all logits at once, which isotune does not have")
     if done == 2:
         return replace(settings, state_bytes=None, no_memory=_COMPILED)
     if done >= 5:
-        return replace(settings, state_bytes=None, no_memory="activations in host memory, which isotune has not")
+        return replace(settings, state_bytes=None, no_memory="activations in host memory, which isotune does not have")
     return settings
 
 
@@ -131,7 +131,7 @@ def _llama_factory(row: Row) -> Settings:
 
 def _prime_rl(row: Row) -> Settings:
     # benchmarks/scripts/run_single_benchmark.py: --model.compile, --model.ac, two microbatches of a row
-    why = "all logits at once, which isotune has not"
+    why = "all logits at once, which isotune does not have"
     return Settings(int(row["seq_len"]), 1, 2, 1.0, fused=True, no_memory=why)
 
 

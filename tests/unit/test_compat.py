@@ -1,5 +1,7 @@
 """Each patch on a library is still needed by the version at hand, and does what it is for."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers.trainer
@@ -9,7 +11,7 @@ from transformers import TrainingArguments
 
 from isotune.compat.accelerate import let_scaler_check_before_step, run_fp16_on_cpu
 from isotune.compat.deepspeed import forget_coalesced_reduction
-from isotune.compat.transformers import bf16_without_gpu, let_trainer_skip_steps
+from isotune.compat.transformers import bf16_without_gpu, keep_loss_on_host, let_trainer_skip_steps
 from isotune.compat.trl import trained_parameters_kept
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="bf16 is refused only where there is no GPU")
@@ -31,6 +33,19 @@ def test_trainer_skips_steps_of_a_loader_that_can_skip_and_torchs_loaders_as_bef
     assert skip(CountingLoader(), 3).skipped == 3
     loader = torch.utils.data.DataLoader(list(range(6)), batch_size=2)
     assert [batch.tolist() for batch in skip(loader, 1)] == [batch.tolist() for batch in skip_first_batches(loader, 1)]
+
+
+def test_a_trainers_sum_of_losses_is_on_the_host_and_is_not_gathered_again(monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(transformers.trainer, "nested_gather", lambda *given: asked.append(given) or torch.zeros(2))
+    trainer = SimpleNamespace(_tr_loss=torch.zeros(()))
+    keep_loss_on_host(trainer)
+    keep_loss_on_host(trainer)  # wrapped once
+    loss = torch.tensor(2.5)
+    assert trainer._tr_loss.device.type == "cpu" and transformers.trainer.nested_gather(loss, None) is loss
+    assert not asked
+    transformers.trainer.nested_gather(torch.ones(2), None)
+    assert len(asked) == 1
 
 
 @NO_GPU

@@ -20,6 +20,7 @@ from torch import nn
 
 from isotune.data.batch_schedule import Step, to_device_together
 from isotune.distributed.ranks import Watchdog, add_vectors, least_of_ranks, ordered_sum, several_ranks
+from isotune.models.cuda.casts import kept_casts
 from isotune.models.document_dropout import training_microbatch
 from isotune.models.document_keys import MicrobatchDocuments
 from isotune.run.preemption import stop_request
@@ -54,6 +55,7 @@ class OptimizerUpdate:
     watchdog: Watchdog  # told of every microbatch
     seed: int  # of dropout
     checkpointer: Checkpointer | None = None  # whose writer may fail
+    keeps_casts: bool = field(default=True, init=False)  # false where a forward without a graph comes before its own
     result: UpdateResult | None = field(default=None, init=False)
     microbatches: Sequence[dict[str, Any]] = field(default=(), init=False)
     stop_agreed: bool = field(default=False, init=False)  # any rank was told to stop
@@ -86,7 +88,7 @@ class OptimizerUpdate:
             assert summed is not None, "an engine that reads late says what to read"
             values = torch.cat([told, summed]).tolist()
             some_lack = self._learn(values[: len(told)])
-            if not self.result.out_of_memory:
+            if not (self.result.out_of_memory or self.result.skipped):
                 self.sync.take(model, values[len(told) :], some_lack=some_lack)
         if self.result.out_of_memory:
             self.sync.drop(model)
@@ -105,7 +107,7 @@ class OptimizerUpdate:
 
     def _add_up(self, model: nn.Module, microbatches: Sequence[dict[str, Any]], outputs: dict) -> bool:
         """Forward and backward of each; false where ranks vote and this one's memory did not suffice."""
-        with self.sync.update(model):
+        with self.sync.update(model), self._casts():
             try:
                 for position, microbatch in enumerate(microbatches):
                     self.microbatch(model, microbatch, outputs, last=position == len(microbatches) - 1)
@@ -118,6 +120,11 @@ class OptimizerUpdate:
         self.sync.drop(model)
         release_memory()
         return False
+
+    def _casts(self) -> contextlib.AbstractContextManager[None]:
+        """On a GPU the 16-bit copies of the weights are made once an update: the weights do not change within it."""
+        once = self.keeps_casts and self.sync.reads_late and self.sync.accelerator.device.type == "cuda"
+        return kept_casts() if once else contextlib.nullcontext()
 
     def microbatch(self, model: nn.Module, microbatch: dict[str, Any], outputs: dict, *, last: bool) -> None:
         """One forward and backward.

@@ -25,6 +25,7 @@ from isotune.models.cpu import document_attention
 from isotune.models.cpu import functional as cpu_functional
 from isotune.models.cpu import layers as cpu_layers
 from isotune.models.cpu.layers import enable_speedups
+from isotune.models.cuda.casts import kept_casts
 from isotune.models.document_dropout import training_microbatch
 from isotune.models.layouts import layout
 from isotune.preflight.resources.traffic import Traffic, TrafficCounter
@@ -77,7 +78,8 @@ def trace_microbatch(
             products = torch.autocast("cpu", dtype=autocast) if autocast else contextlib.nullcontext()
             padded = attention_of(model.config) != packed_attention.PACKED
             documents = document_keys.MicrobatchDocuments(range(len(lengths)), lengths, padded)
-            with live, traffic, products, training_microbatch(documents) if on_cpu else contextlib.nullcontext():
+            casts = contextlib.nullcontext() if on_cpu or not autocast else kept_casts()
+            with live, traffic, products, casts, training_microbatch(documents) if on_cpu else contextlib.nullcontext():
                 model(**inputs, use_cache=False).loss.backward()
         return (live.activation_peak, *live.peaks), traffic.counted
 

@@ -24,7 +24,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from isotune.compat.deepspeed import add_up_in_fp32, forget_coalesced_reduction
@@ -32,8 +31,7 @@ from isotune.distributed.ranks import several_ranks
 from isotune.io.errors import RunFault
 from isotune.training.gradients.exact_gradients import ExactGradients, digit_sums, exact_norm, scale_to
 from isotune.training.gradients.exact_shards import Fsdp2ExactGradients, Zero3ExactGradients
-
-BUCKET = 2**22  # elements of small gradients that are summed together
+from isotune.training.gradients.rank_sums import drop_gaps, sum_over_ranks
 
 
 class GradientSync:
@@ -103,7 +101,7 @@ class GradientSync:
         return None
 
     def _sum_and_norm(self, model: Any) -> torch.Tensor:
-        scaled, found = self.accelerator.scaler is not None, [torch.zeros(0, dtype=torch.float64)]
+        scaled, device, found = self.accelerator.scaler is not None, self.accelerator.device, []
         if self.exact is not None:
             found = [self.exact.add_ranks()]
             if not scaled:
@@ -116,9 +114,9 @@ class GradientSync:
                 norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
                 self._norm = math.nan, norm
                 found = [norm.reshape(1)]
-        device = self.accelerator.device
-        where = "cpu" if device.type == "mps" else device  # which has no float64
-        return torch.cat([values.to(where).double() for values in found])
+        where = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        nothing = torch.zeros(0, dtype=torch.float64, device=where)
+        return torch.cat([nothing, *(values.to(where).double() for values in found)])
 
     def take(self, model: Any, values: list[float], *, some_lack: bool) -> None:
         """What `finish` returned, read; `some_lack`, as voted: a rank had parameters without gradient."""
@@ -149,7 +147,6 @@ class GradientSync:
     def drop(self, model: nn.Module) -> None:
         """Forget the gradients of this update, whole or half done, and leave the optimizer as it is."""
         self.forget()
-        self._norm, self._gaps = None, []
         model.zero_grad()
 
     def clip(self, model: nn.Module, max_norm: float) -> float:
@@ -173,10 +170,12 @@ class GradientSync:
         self.forget()
 
     def forget(self) -> None:
-        """Forget the integers of this update."""
-        self._norm = None
+        """Forget the integers of this update, and what was made of them."""
+        self._norm, self._gaps = None, []
         if self.exact is not None:
             self.exact.clear()
+            for parameter in self.exact.sums if self.reads_late else ():
+                parameter.grad = None
 
     def is_finite(self, model: nn.Module) -> bool:
         """Whether the gradient summed on this rank since the last update has neither NaN nor Inf."""
@@ -291,57 +290,3 @@ class ZeroGradientSync(GradientSync):
         if hasattr(model.optimizer, "overflow"):
             model.optimizer.overflow = False
         self.forget()
-
-
-@torch.no_grad()
-def drop_gaps(parameters: list[Any], gaps: list[Any]) -> None:
-    """After `sum_over_ranks`: where no rank had a gradient it is None again, and the optimizer leaves it alone."""
-    own = set(map(id, gaps))
-    found = torch.tensor([float(id(p) not in own) for p in parameters], device=parameters[0].device)
-    dist.all_reduce(found)
-    for p, count in zip(parameters, found.tolist(), strict=True):
-        p.grad = p.grad if count else None
-
-
-@torch.no_grad()
-def sum_over_ranks(parameters: list[Any]) -> list[Any]:
-    """Sum the gradients of `parameters` over the ranks, in place; returns those that have none on this rank.
-
-    They count as zero there, for `drop_gaps` to look at.
-    """
-    gaps = [p for p in parameters if p.grad is None]
-    for p in gaps:
-        p.grad = torch.zeros_like(p)
-    waiting: tuple[list[torch.Tensor], torch.Tensor, Any] | None = None
-    for bucket in _buckets([p.grad for p in parameters]):
-        # a large one travels where it lies
-        alone = len(bucket) == 1 and bucket[0].is_contiguous()
-        whole = bucket[0] if alone else torch.cat([gradient.flatten() for gradient in bucket])
-        sent = dist.all_reduce(whole, async_op=True)
-        if waiting is not None:
-            _take_back(*waiting)
-        waiting = bucket, whole, sent
-    if waiting is not None:
-        _take_back(*waiting)
-    return gaps
-
-
-def _buckets(gradients: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Neighbours of one type, together as large as BUCKET allows."""
-    bucket: list[torch.Tensor] = []
-    size = 0
-    for gradient in gradients:
-        if bucket and (size + gradient.numel() > BUCKET or gradient.dtype != bucket[0].dtype):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(gradient)
-        size += gradient.numel()
-    if bucket:
-        yield bucket
-
-
-def _take_back(bucket: list[torch.Tensor], whole: torch.Tensor, sent: Any) -> None:
-    sent.wait()
-    if whole is not bucket[0]:
-        for gradient, part in zip(bucket, whole.split([gradient.numel() for gradient in bucket]), strict=True):
-            gradient.copy_(part.view(gradient.shape))
