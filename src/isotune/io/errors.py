@@ -114,12 +114,14 @@ class AlreadyDone(OneSentence):
     """The requested result exists: one sentence that says where. The script succeeds."""
 
 
-def as_user_error(error: BaseException) -> UserError | None:
+def as_user_error(error: BaseException, file: Path | None = None) -> UserError | None:
     """The sentence of an OSError that the user can mend, whoever ran into it; None for every other error."""
     if not isinstance(error, OSError) or error.errno not in MENDABLE:
         return None
-    place = f"{shown(os.fsdecode(error.filename), 200)}: " if isinstance(error.filename, str | bytes) else ""
-    return UserError(f"{place}{MENDABLE[error.errno]}")
+    named = file or (error.filename if isinstance(error.filename, str | bytes | os.PathLike) else None)
+    if named is None:
+        return UserError(MENDABLE[error.errno])
+    return UserError(f"{shown(os.fsdecode(named), 200)} cannot be written or opened: {MENDABLE[error.errno]}")
 
 
 def outcome_of(error: BaseException) -> tuple[str, int]:
@@ -177,12 +179,12 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(status)
 
 
-def end_process(sentence: str, status: str | None = None) -> NoReturn:
-    """End this process from any of its threads: one line, exit status 1, and `status` in the job status file."""
+def end_process(sentence: str, status: str | None = None, exit_status: int = EXIT_FAULT) -> NoReturn:
+    """End this process from any of its threads: one line, the exit status, and `status` in the job status file."""
     os.write(2, f"error: {sentence}\n".encode())
     if status is not None:
-        write_job_status(status=status, exit_status=EXIT_FAULT, message=sentence)
-    os._exit(EXIT_FAULT)
+        write_job_status(status=status, exit_status=exit_status, message=sentence)
+    os._exit(exit_status)
 
 
 def write_job_status(**content: Any) -> None:
