@@ -173,7 +173,8 @@ def any_of(*keys: str) -> st.SearchStrategy[str]:
 SFT, CLASSIFIER = sorted(Recipe.keys()), sorted(ClassificationRecipe.keys())
 LAUNCH = (
     "distributed_type: DEEPSPEED", "distributed_type: FSDP", "num_processes", "num_machines", "mixed_precision",
-    "use_cpu", "deepspeed_config", "fsdp_config", "machine_rank", "rdzv_backend", "same_network", "main_process_port", "odd",
+    "use_cpu", "deepspeed_config", "fsdp_config", "machine_rank", "rdzv_backend", "same_network",
+    "main_process_port", "odd",
 )  # fmt: skip
 
 
@@ -210,7 +211,8 @@ def fuzz_deepspeed(text: str) -> None:
 
 DEEPSPEED = (
     "zero_optimization", "bf16", "fp16", "amp", "torch_autocast", "data_types", "communication_data_type",
-    "gradient_clipping", "gradient_accumulation_steps", "train_batch_size", "managed_gradient_accumulation", "pipeline", "optimizer", "odd",
+    "gradient_clipping", "gradient_accumulation_steps", "train_batch_size", "managed_gradient_accumulation", "pipeline",
+    "optimizer", "odd",
 )  # fmt: skip
 
 
@@ -223,6 +225,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(any_of(*SFT, *CLASSIFIER))
 def test_any_value_of_any_key_of_a_recipe_is_taken_or_refused(place, text):
     fuzz_recipe(place, text)
+
+
+def test_a_key_that_needs_a_missing_one_says_so(place):
+    for key in ("dataset_split: test", "eval_dataset_split: x", "lora_alpha: 4", "dataset_config: x"):
+        fuzz_recipe(place, key)
+        assert "missing" in str(tried(lambda: recipe_of(place / "recipe.yaml"), key))
 
 
 @settings(max_examples=40, derandomize=True, **EASY)
