@@ -16,6 +16,7 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from isotune.cli import main
 from isotune.config import ClassificationRecipe, Recipe, read_recipe
 from isotune.config.layers import read_file
 from isotune.data.sources.source import read_rows
@@ -161,6 +162,39 @@ def test_a_variable_that_holds_no_number_is_named():
         check_numbers({name: "1"})
         check_numbers({name: ""})
     assert "WORLD_SIZE" in str(tried(lambda: check_numbers({"WORLD_SIZE": "0"}), "0"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plan", "--world_size", "1000000000000"],
+        ["plan", "--world_sizes", "1,1000000000000"],
+        ["plan", "--world_sizes", "x" * 5000],
+        ["plan", "--price_per_hour", "nan"],
+        ["compare", "a", "b", "--resamples", "1000000000000"],
+        ["compare", "a", "b", "--seed", "9" * 5000],
+        ["sft", "builtin:greetings", "--num_processes", "1000000000000"],
+        ["sft", "x" * 300],
+        ["sft", "--config", "x" * 300],
+        ["sft", "--config", "/dev/zero"],
+        ["eval", "x" * 5000],
+        ["runs", "x" * 300],
+        ["report", "x" * 300],
+        ["report", "a\0b"],
+        ["export", "x" * 5000],
+        ["ls", "runs", "--output_dir", "x" * 300],
+    ],
+    ids=lambda words: " ".join(words)[:50],
+)
+def test_an_absurd_word_of_a_command_line_is_one_sentence(words, capsys):
+    started = time.process_time()
+    with pytest.raises(SystemExit) as leaving:
+        main(words)
+    err = capsys.readouterr().err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert leaving.value.code == 2 and len(errors) == 1, err
+    assert "Traceback" not in err and len(err) < 6000
+    assert time.process_time() - started < 2 * SECONDS  # the first of them imports the libraries
 
 
 def any_of(*keys: str) -> st.SearchStrategy[str]:

@@ -24,6 +24,7 @@ from isotune.io.files import replace_file
 EXIT_FAULT, EXIT_USER_ERROR, EXIT_PREEMPTED = 1, 2, 75
 JOB_STATUS_FILE = "ISOTUNE_VERDICT"  # the environment variable
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MOST = 2**32  # of a number on the command line
 # errors of the file system that say what the user can do, by their number
 MENDABLE = {
     **dict.fromkeys(NO_ROOM, "there is no room on the disk: free some space and run again"),
@@ -87,7 +88,17 @@ class OneSentenceParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise argparse's message with the command that shows the help."""
-        raise UserError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
+        sentence = message.removeprefix("argument ")
+        sentence = sentence if len(sentence) <= 400 else f"{sentence[:400]}..."
+        raise UserError(f"{sentence} (see {self.prog} --help)")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]  (argparse overloads it by its namespace)
+        """As argparse's; a number that is not finite, or beyond MOST, is a mistake."""
+        parsed, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(parsed).items():
+            if type(value) in (int, float) and not -MOST <= value <= MOST:
+                self.error(f"--{name} is {shown(value)}: it takes a number of at most {MOST:,}")
+        return parsed, rest
 
 
 class RankError(UserError):
