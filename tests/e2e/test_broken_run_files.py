@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import constants
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tests.launching import TINY_CLASSIFIER, start
 
@@ -120,7 +120,7 @@ def check_all(runs: list[Path], what: object, names: str, *, timed: bool = True)
         case = f"{name} of {what}: {status}\n{out}\n{err}"
         errors = [line for line in err.splitlines() if line.startswith("error: ")]
         assert status in (0, 2) and "Traceback" not in err, case
-        assert len(errors) == (status == 2) and (status == 0) <= bool(out), case
+        assert len(errors) == (status == 2) and (bool(out) or status == 2 or name == "start"), case
 
 
 @pytest.fixture(autouse=True)
@@ -183,6 +183,11 @@ HARM = st.tuples(
 )
 
 
+# the smallest case would say little more, and takes minutes
+PHASES = [Phase.explicit, Phase.generate]
+HYPOTHESIS: Any = {"deadline": None, "suppress_health_check": list(HealthCheck), "phases": PHASES}
+
+
 def harm(runs: list[Path], case: tuple[str, str, float, int]) -> None:
     name, how, at, byte = case
     file = the(runs[0], name)
@@ -194,14 +199,14 @@ def harm(runs: list[Path], case: tuple[str, str, float, int]) -> None:
         file.write_bytes(whole)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=40, derandomize=True, **HYPOTHESIS)
 @given(HARM)
 def test_a_byte_of_any_file_may_be_another_one(runs, case):
     harm(runs, case)
 
 
 @pytest.mark.slow
-@settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3000, **HYPOTHESIS)
 @given(HARM)
 def test_any_byte_of_any_file_may_be_another_one(runs, case):
     harm(runs, case)
@@ -245,9 +250,8 @@ class TestManifests:
         chance = random.Random(0)
         for _ in range(100):
             place = chance.randrange(len(whole))
-            manifest.write_bytes(
-                whole[:place] + bytes([whole[place] ^ (1 << chance.randrange(8))]) + whole[place + 1 :]
-            )
+            byte = whole[place] ^ (1 << chance.randrange(8))
+            manifest.write_bytes(whole[:place] + bytes([byte]) + whole[place + 1 :])
             newest = store.newest_valid()
             if newest.folder == store.folders()[-1]:  # one white space for another
                 assert json.loads(manifest.read_bytes()) == json.loads(whole)

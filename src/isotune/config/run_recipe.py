@@ -52,7 +52,7 @@ _ONE_SOURCE = Requirement(
 _SPLIT = Requirement(
     lambda values: (
         values["dataset_mixture"] is None
-        and (values["dataset_split"] == "train" or format_of(values["dataset_name"]) is None)
+        and (values["dataset_split"] == "train" or format_of(values["dataset_name"] or "") is None)
     ),
     "dataset_name is one file, which is one split, and each data set of dataset_mixture says its own",
 )

@@ -5,6 +5,7 @@ accepted in the same spellings from a file, a flag and Python; one that is not a
 takes, in words.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -18,7 +19,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
 from isotune.io.errors import nearest
-from isotune.io.reading import parse_json
+from isotune.io.reading import kind_of_file, parse_json
 
 GROUPS = (
     "Model", "Data", "Batch and schedule", "Optimiser", "Adapter", "Precision and memory", "Output and logging",
@@ -144,7 +145,7 @@ def parse(key: Key, value: Any) -> Any:
         check_name(value)
     try:
         parsed = _validator(key.takes, key.allowed, key.step_count).validate_python(value)
-    except ValidationError:
+    except (ValidationError, OverflowError):  # the second of a whole number that no float holds
         if (ceiling := _exceeded(key, value)) is not None:
             raise ValueError(f"it takes {describe(key)}, and at most {ceiling:,.0f}") from None
         near = nearest(value, choices) if isinstance(value, str) else None
@@ -157,6 +158,10 @@ def check_name(name: str) -> None:
     _check_text(name)
     if len(name.encode()) >= MAX_PATH_BYTES or any(len(part.encode()) > MAX_NAME_BYTES for part in name.split("/")):
         raise ValueError(f"a name has at most {MAX_NAME_BYTES} bytes, and a path {MAX_PATH_BYTES - 1:,}")
+    with contextlib.suppress(OSError):  # nothing is there, or nothing that this user may see
+        kind = kind_of_file(os.stat(name).st_mode)
+        if kind not in ("a file", "a folder"):
+            raise ValueError(f"it is {kind}, not a file or a folder")
 
 
 def _check_text(text: str) -> None:

@@ -150,6 +150,12 @@ def _number(key: str, value: str, kind: type[int] | type[float]) -> float:
         raise UserError(f"{INLINE}: deepspeed_config.{key} is {shown(value)}: it takes a number") from None
 
 
+def _cut(value: Any) -> str:
+    """A value as its file has it, in a sentence."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def _contradictions(config: Mapping[str, Any], recipe: RunRecipe) -> Iterator[str]:
     by_recipe = {
         "optimizer": "optim, learning_rate and weight_decay",
@@ -165,25 +171,27 @@ def _contradictions(config: Mapping[str, Any], recipe: RunRecipe) -> Iterator[st
         yield "says managed_gradient_accumulation: false, and the step schedule accumulates: take it out"
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
         if config.get(key, AUTO) != AUTO:
-            yield f'says {key}: {config[key]}, and a step sees global_batch_size rows on any hardware: say "auto"'
+            says = f"says {key}: {shown(config[key])}"
+            yield f'{says}, and a step sees global_batch_size rows on any hardware: say "auto"'
     accumulation = config.get("gradient_accumulation_steps", AUTO)
     if accumulation not in (AUTO, 1):
         why = 'the step schedule lays out the microbatches of a step: say "auto"'
-        yield f"says gradient_accumulation_steps: {accumulation}, and {why}"
+        yield f"says gradient_accumulation_steps: {shown(accumulation)}, and {why}"
     clipping, ours = config.get("gradient_clipping", AUTO), recipe.training_arguments["max_grad_norm"]
     if clipping not in (AUTO, ours):
-        yield f'says gradient_clipping: {clipping}, and the recipe max_grad_norm: {ours:g}: say "auto" in the first'
+        both = f"gradient_clipping: {shown(clipping)}, and the recipe max_grad_norm: {ours:g}"
+        yield f'says {both}: say "auto" in the first'
     for key, on in (("bf16", recipe.bf16), ("fp16", recipe.fp16)):
         theirs = (config.get(key) or {}).get("enabled", AUTO)
         if theirs not in (AUTO, on):
-            both = f"{key}.enabled: {json.dumps(theirs)}, and the recipe {key}: {json.dumps(on)}"
+            both = f"{key}.enabled: {_cut(theirs)}, and the recipe {key}: {json.dumps(on)}"
             yield f'says {both}: say "auto" in the first'
         if (config.get(key) or {}).get(f"{key}_master_weights_and_grads"):
             yield f"says {key}.{key}_master_weights_and_grads, and what is trained stays in fp32: take it out"
     sums = {"data_types.grad_accum_dtype": (config.get("data_types") or {}).get("grad_accum_dtype")}
     for key, value in {**sums, "communication_data_type": config.get("communication_data_type")}.items():
         if value is not None and value not in DTYPES:
-            yield f"says {key}: {json.dumps(value)}: it takes {', '.join(DTYPES)}"
+            yield f"says {key}: {_cut(value)}: it takes {', '.join(DTYPES)}"
     for key in ("amp", "torch_autocast"):
         if (config.get(key) or {}).get("enabled"):
             yield f"enables {key}, and the recipe says the precision by bf16 and fp16: take it out"
@@ -225,18 +233,18 @@ def _check_sections(config: Mapping[str, Any], name: str, complain: Complain) ->
         for part in filter(None, path.split(".")):
             section = section.get(part) if isinstance(section, dict) else None
         if section is not None and not isinstance(section, dict):
-            raise UserError(f"{name}: {path} is {json.dumps(section)[:80]}: it takes a section of keys")
+            raise UserError(f"{name}: {path} is {_cut(section)}: it takes a section of keys")
         for key in section or ():
             if key not in keys:
                 where = f"{path}.{key}".removeprefix(".")
-                complain(f"{name}: '{where}' is not a key of DeepSpeed's{did_you_mean(key, sorted(keys))}")
+                complain(f"{name}: {shown(where)} is not a key of DeepSpeed's{did_you_mean(key, sorted(keys))}")
     zero = {key: value for key, value in (config.get("zero_optimization") or {}).items() if value != AUTO}
     try:
         DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in ("zero_optimization", *first["loc"]))
-        sentence = f"{name}: {where} is {json.dumps(first.get('input'), default=str)}: {first['msg']}"
+        sentence = f"{name}: {where} is {_cut(first.get('input'))}: {first['msg']}"
         if first["type"] != "extra_forbidden":  # nothing can be planned with a value that is not one
             raise UserError(sentence) from error
         complain(sentence)

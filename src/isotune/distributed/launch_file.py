@@ -8,7 +8,7 @@ from typing_extensions import TypedDict
 
 from isotune.io.reading import checked, read_yaml_object
 
-MAX_PROCESSES = 1_000_000
+MAX_PROCESSES = 100_000
 Processes = Annotated[int, Field(ge=1, le=MAX_PROCESSES)]
 
 

@@ -24,6 +24,7 @@ from isotune.io.files import replace_file
 EXIT_FAULT, EXIT_USER_ERROR, EXIT_PREEMPTED = 1, 2, 75
 JOB_STATUS_FILE = "ISOTUNE_VERDICT"  # the environment variable
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MOST = 2**32  # of a number on the command line
 # errors of the file system that say what the user can do, by their number
 MENDABLE = {
     **dict.fromkeys(NO_ROOM, "there is no room on the disk: free some space and run again"),
@@ -87,7 +88,17 @@ class OneSentenceParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise argparse's message with the command that shows the help."""
-        raise UserError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
+        sentence = message.removeprefix("argument ")
+        sentence = sentence if len(sentence) <= 400 else f"{sentence[:400]}..."
+        raise UserError(f"{sentence} (see {self.prog} --help)")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]  (argparse overloads it by its namespace)
+        """As argparse's; a number that is not finite, or beyond MOST, is a mistake."""
+        parsed, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(parsed).items():
+            if type(value) in (int, float) and not -MOST <= value <= MOST:
+                self.error(f"--{name} is {shown(value)}: it takes a number of at most {MOST:,}")
+        return parsed, rest
 
 
 class RankError(UserError):
@@ -114,12 +125,14 @@ class AlreadyDone(OneSentence):
     """The requested result exists: one sentence that says where. The script succeeds."""
 
 
-def as_user_error(error: BaseException) -> UserError | None:
+def as_user_error(error: BaseException, file: Path | None = None) -> UserError | None:
     """The sentence of an OSError that the user can mend, whoever ran into it; None for every other error."""
     if not isinstance(error, OSError) or error.errno not in MENDABLE:
         return None
-    place = f"{shown(os.fsdecode(error.filename), 200)}: " if isinstance(error.filename, str | bytes) else ""
-    return UserError(f"{place}{MENDABLE[error.errno]}")
+    named = file or (error.filename if isinstance(error.filename, str | bytes | os.PathLike) else None)
+    if named is None:
+        return UserError(MENDABLE[error.errno])
+    return UserError(f"{shown(os.fsdecode(named), 200)} cannot be written or opened: {MENDABLE[error.errno]}")
 
 
 def outcome_of(error: BaseException) -> tuple[str, int]:
@@ -177,12 +190,12 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(status)
 
 
-def end_process(sentence: str, status: str | None = None) -> NoReturn:
-    """End this process from any of its threads: one line, exit status 1, and `status` in the job status file."""
+def end_process(sentence: str, status: str | None = None, exit_status: int = EXIT_FAULT) -> NoReturn:
+    """End this process from any of its threads: one line, the exit status, and `status` in the job status file."""
     os.write(2, f"error: {sentence}\n".encode())
     if status is not None:
-        write_job_status(status=status, exit_status=EXIT_FAULT, message=sentence)
-    os._exit(EXIT_FAULT)
+        write_job_status(status=status, exit_status=exit_status, message=sentence)
+    os._exit(exit_status)
 
 
 def write_job_status(**content: Any) -> None:

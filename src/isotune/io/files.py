@@ -34,7 +34,9 @@ def replacing(path: Path, staging: Path | None = None) -> Iterator[Path]:
     try:
         yield staging
         staging.replace(path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename = str(path)  # what the user knows; a write alone names no file at all
         with contextlib.suppress(OSError):
             staging.unlink()
         raise

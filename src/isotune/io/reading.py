@@ -23,7 +23,12 @@ MAX_BYTES = 2**26  # of JSON; a checkpoint's manifest of thousands of ranks has 
 MAX_YAML_BYTES = 2**20  # PyYAML reads a megabyte in seconds
 MAX_DEPTH = 64
 MAX_YAML_VALUES = 200_000  # after every alias has been replaced by what it stands for
-KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+KINDS = (
+    (stat.S_ISREG, "a file"),
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+)
 T = TypeVar("T")
 
 
@@ -41,6 +46,11 @@ class Unreadable(ValueError):
         return f"{where} {reason.removeprefix('it ')}" if reason.startswith("it ") else f"{where}: {reason}"
 
 
+def kind_of_file(mode: int) -> str:
+    """What a mode of `os.stat` stands for: a file, a folder, a pipe, a socket, or a device."""
+    return next((word for is_kind, word in KINDS if is_kind(mode)), "a device")
+
+
 def open_file(file: Path, limit_bytes: int = MAX_BYTES) -> BinaryIO:
     """A regular file, opened to read bytes; Unreadable where it is none or is too large."""
     try:
@@ -54,8 +64,7 @@ def open_file(file: Path, limit_bytes: int = MAX_BYTES) -> BinaryIO:
         raise FileNotFoundError(str(file)) from None
     status = os.fstat(descriptor)
     reason = None
-    if not stat.S_ISREG(status.st_mode):
-        kind = next((word for is_kind, word in KINDS if is_kind(status.st_mode)), "a device")
+    if (kind := kind_of_file(status.st_mode)) != "a file":
         reason = f"it is {kind}, not a file"
     elif status.st_size > limit_bytes:
         reason = f"it has {status.st_size:,} bytes, and at most {limit_bytes:,} are read"

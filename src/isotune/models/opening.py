@@ -42,7 +42,11 @@ from isotune.models.packed_attention import max_positions
 
 SayNew = Callable[[Sequence[str]], None]
 ALIGNMENT = 64  # bytes: torch allocates so on a CPU
-LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError)
+# what libraries raise over a configuration or weights that are not what they say
+LOADING_ERRORS = (
+    OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError,
+    SafetensorError, UnpicklingError,
+)  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from isotune.distributed.launch_file import MAX_PROCESSES
 from isotune.io import shipped
-from isotune.io.errors import EXIT_USER_ERROR, UserError
+from isotune.io.errors import EXIT_USER_ERROR, UserError, shown
 
 EXAMPLES = """examples:
   isotune plan --config opt350m_lora                       a shipped recipe (`isotune ls`), or a file
@@ -112,7 +113,9 @@ def _import_peft() -> None:
 
 
 def _numbers(text: str, key: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",") if word]
-    except ValueError:
-        raise UserError(f"{key} is '{text}': say whole numbers with commas, such as 1,2,4,8") from None
+    words = [word.strip() for word in text.split(",") if word]
+    if all(word.isascii() and word.isdecimal() and len(word) < 10 for word in words):
+        numbers = [int(word) for word in words]
+        if all(1 <= number <= MAX_PROCESSES for number in numbers):
+            return numbers
+    raise UserError(f"{key} is {shown(text)}: say whole numbers from 1 on with commas, such as 1,2,4,8")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from isotune.io.errors import UserError, as_user_error
 from isotune.io.reading import Unreadable, open_file, parse_json
 from isotune.io.run_files import LARGEST, MAX_LINES_BYTES
 from isotune.run.run_lease import RunLease
@@ -31,15 +32,22 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, lease: RunLease) -> None:
-        self._lease, self._file = lease, path.open("a", encoding="utf-8")
+        self._lease, self._path = lease, path
+        self._file = path.open("ab", buffering=0)  # nothing is left to write when a full disk has ended the run
         lease.check()
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Write one line; NaN and infinity, which JSON does not have, become null."""
+        """Write one line; NaN and infinity, which JSON does not have, become null. UserError where it cannot be."""
         line = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
         self._lease.check()
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        left = memoryview((json.dumps(line) + "\n").encode())
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise as_user_error(error, self._path) or UserError(
+                f"{self._path} cannot be written: {error.strerror}"
+            ) from error
 
     def close(self) -> None:
         """Close the file; further lines are a bug."""

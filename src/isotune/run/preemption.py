@@ -18,7 +18,7 @@ from typing import Any
 
 from isotune.distributed.launch import Process
 from isotune.distributed.ranks import call_on_main
-from isotune.io.errors import Superseded, outcome_of, write_job_status
+from isotune.io.errors import NO_ROOM, Superseded, UserError, as_user_error, outcome_of, write_job_status
 from isotune.io.parent_process import signal_when_parent_ends
 from isotune.io.run_files import ENVIRONMENT, STATUS, or_empty, read_status
 from isotune.run.run_dir import RunDir
@@ -100,9 +100,16 @@ class RunStatus:
         content["finishing"] = self.finishing
         if (ids := slurm_ids()) is not None:
             content["slurm"] = ids
-        with contextlib.suppress(OSError):  # a full disk is reported by the checkpoint or model
-            self.lease.write_file(self.path, json.dumps(content, indent=2) + "\n")
-            write_job_status(**content, run=str(self.path.parent.resolve()))
+        text = json.dumps(content, indent=2) + "\n"
+        # what else cannot be written is reported by the one that needs it
+        with contextlib.suppress(OSError, UserError):
+            try:
+                self.lease.write_file(self.path, text)
+            except OSError as error:
+                if error.errno not in NO_ROOM or not self.lease.free_reserve():
+                    raise
+                self.lease.write_file(self.path, text)
+        write_job_status(**content, run=str(self.path.parent.resolve()))
 
     def reached(self, step: int) -> None:
         """The run goes on, and `step` is in a checkpoint."""
@@ -131,10 +138,11 @@ def supervised(run: RunDir, process: Process) -> Iterator[None]:
     except Superseded:
         raise
     except BaseException as error:
+        error = as_user_error(error) or error
         word, number = outcome_of(error)
         if isinstance(error, SystemExit) and isinstance(error.code, int):
             number = error.code
-        with contextlib.suppress(Superseded):
+        with contextlib.suppress(Superseded, UserError):
             status.write(word, number, str(error) or type(error).__name__)
         raise
     else:

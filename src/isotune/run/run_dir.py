@@ -165,6 +165,7 @@ class RunDir:
             else:
                 self.lease.write_file(self.path / METRICS, metrics)
             self._has_begun = True
+            self.lease.reserve()
             if self.status is not None:
                 self.status.reached(self.status.step)
         except OSError as error:

@@ -20,11 +20,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from isotune.io.errors import Superseded, UserError, end_process
+from isotune.io.errors import Superseded, UserError, end_process, outcome_of
 from isotune.io.files import replace_file, write_synced
 from isotune.io.run_files import or_empty, read_attempt
 
@@ -32,6 +31,7 @@ from isotune.io.run_files import or_empty, read_attempt
 ATTEMPTS_DIR = ".lives"
 ATTEMPT_RECORD, HEARTBEAT = "life.json", "heartbeat"
 ENDED_SUFFIX = ".over"
+RESERVE, RESERVED_BYTES = "reserve", 2**16
 BEAT_SECONDS = 5.0
 WATCH_SECONDS = 30.0  # six heartbeats, and longer than a network file system shows an old file
 SLURM_VARIABLES = {
@@ -92,14 +92,15 @@ class Attempt:
 class RunLease:
     """The right to write to a run directory, as one process sees it.
 
-    `run` need not exist. `end` is called with a message when another attempt has taken the lease; by default it prints
-    it and exits the process. `folder` is the directory of this attempt, None while it does not hold the lease.
+    `run` need not exist. `end` is called with a message when another attempt has taken the lease or RUN is gone; by
+    default it prints it and exits the process. `folder` is the directory of this attempt, None while it does not hold
+    the lease.
     """
 
     def __init__(self, run: Path, end: Callable[[str], object] | None = None) -> None:
         self.run, self.attempts = run, run / ATTEMPTS_DIR
         self.folder: Path | None = None
-        self._end = end or partial(end_process, status="superseded")
+        self._end = end
         self._known_stale: set[str] = set()
         self._released = threading.Event()
 
@@ -137,6 +138,7 @@ class RunLease:
         self._released.set()
         if self.folder is None:
             return
+        self.free_reserve()
         with contextlib.suppress(OSError):
             record = or_empty(read_attempt, self.folder / ATTEMPT_RECORD)
             replace_file(self.folder / ATTEMPT_RECORD, json.dumps({**record, "ended": time.time()}, indent=2) + "\n")
@@ -147,12 +149,25 @@ class RunLease:
         self.folder = None
 
     def check(self) -> None:
-        """Raise Superseded where a later attempt has revoked this lease."""
+        """Raise Superseded where a later attempt has revoked this lease, and UserError where RUN is gone."""
         if self.folder is not None and not self.folder.is_dir():
-            raise self._superseded()
+            raise self._lost()
+
+    def reserve(self) -> None:
+        """Take room on the disk that `free_reserve` gives back, for the last words of a run whose disk is full."""
+        if self.folder is not None:
+            write_synced(self.folder / RESERVE, "." * RESERVED_BYTES)
+
+    def free_reserve(self) -> bool:
+        """Give the reserved room back; whether there was any."""
+        try:
+            (self.folder or self.run).joinpath(RESERVE).unlink()
+        except OSError:
+            return False
+        return True
 
     def write_file(self, path: Path, text: str) -> None:
-        """`replace_file`, for the newest attempt only; Superseded where this one is stale."""
+        """`replace_file`, for the newest attempt only; raises as `check` where this one cannot write any more."""
         if self.folder is None:
             replace_file(path, text)
             return
@@ -166,7 +181,7 @@ class RunLease:
         """Directories of attempts that have not recorded their end, the oldest first."""
         try:
             folders = [path for path in self.attempts.iterdir() if not path.name.endswith(ENDED_SUFFIX)]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(path for path in folders if path.name[0] != ".")
 
@@ -175,7 +190,8 @@ class RunLease:
         staging = self.attempts / f".{secrets.token_hex(8)}"
         staging.mkdir()
         write_synced(staging / ATTEMPT_RECORD, json.dumps(record, indent=2) + "\n")
-        newest = max((int(path.name[:8]) for path in self.attempts.iterdir() if path.name[0] != "."), default=0)
+        names = [path.name[:8] for path in self.attempts.iterdir()]
+        newest = max((int(name) for name in names if name.isascii() and name.isdecimal()), default=0)
         folder = self.attempts / f"{newest + 1:08d}-{secrets.token_hex(4)}"  # unique: no name is ever used twice
         staging.rename(folder)
         return folder
@@ -203,6 +219,12 @@ class RunLease:
     def _in_use(self, holder: Attempt | None) -> UserError:
         return UserError(f"output_dir '{self.run}' is in use by {holder}: wait for it, stop it, or choose another")
 
+    def _lost(self) -> Superseded | UserError:
+        """Why this attempt has no lease any more."""
+        if not self.run.is_dir():
+            return UserError(f"output_dir '{self.run}' is gone: it was removed, or its disk went away, during the run")
+        return self._superseded()
+
     def _superseded(self) -> Superseded:
         active = self.active()
         newest = active and Attempt.read(active[-1] / ATTEMPT_RECORD)
@@ -221,7 +243,10 @@ class RunLease:
                     file.write(f"{beats} {time.time()}\n")
             except FileNotFoundError:
                 if not self._released.is_set() and not folder.is_dir():
-                    self._end(str(self._superseded()))
+                    lost = self._lost()
+                    if self._end is None:
+                        end_process(str(lost), *outcome_of(lost))
+                    self._end(str(lost))
                     return
             except OSError:  # a full disk or a file system out of reach: whoever needs to write reports it
                 continue

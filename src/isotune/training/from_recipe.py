@@ -309,6 +309,7 @@ def _classification_task(start: Start, model: nn.Module, train: Any) -> Classifi
 
     def write_predictions(step: int, lines: str) -> None:
         folder = run.path / "eval" / f"step-{step:08d}"
+        run.lease.check()  # no folder of a run that is gone or another's
         folder.mkdir(parents=True, exist_ok=True)
         run.lease.write_file(folder / "predictions.jsonl", lines)
 
