@@ -21,6 +21,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import isotune
 from isotune.cli import main
 from isotune.data.sources.source import find_corpus
+from isotune.evaluation.prediction.files import PredictionFile
+from isotune.evaluation.prediction.predictors import Part
+from isotune.io.errors import UserError
 from isotune.training.from_recipe import save
 
 ISOTUNE = [sys.executable, "-m", "isotune.cli", "predict"]
@@ -140,10 +143,13 @@ def test_predictions_that_were_killed_go_on_and_never_leave_half_a_file(run, opi
     kept = len(list(parts.glob("part-*.json")))
     assert 3 <= kept < len(opinions) * 16 / 32 and not output.exists()
     (parts / ".part-999.json.tmp").write_text('{"rows": 6')  # as a kill within a write leaves it
+    first = parts / "part-000000000000.json"
+    first.write_text(first.read_text().replace('"id": 0,', '"id": "kept",', 1))  # a row that is not predicted again
     again = predict(capsys, *words, output)
     assert f"goes on     behind the {kept * 32:,} rows of {len(opinions) * 16:,}" in again.out
     predict(capsys, *words, tmp_path / "undisturbed.csv")
-    assert output.read_bytes() == (tmp_path / "undisturbed.csv").read_bytes() and not parts.exists()
+    undisturbed = (tmp_path / "undisturbed.csv").read_text().replace("\n0,", "\nkept,", 1)
+    assert output.read_text() == undisturbed and not parts.exists()
     assert "nothing is left to do" in predict(capsys, *words, output).out
 
 
@@ -312,3 +318,29 @@ def continued(run: Path, question: str, tokens: int) -> str:
             break
         ids = torch.cat([ids, nearest.reshape(1, 1)], dim=1)
     return tokenizer.decode(ids[0, start:], skip_special_tokens=True).split("### Human")[0].strip()
+
+
+def test_a_file_that_could_not_be_finished_is_not_there_and_is_finished_by_the_next_attempt(tmp_path):
+    lines = [{"id": row, "prediction": row, "probabilities": [0.5, 0.5]} for row in range(4)]
+    output = tmp_path / "p.csv"
+
+    def fails_late(line):
+        assert not output.exists()
+        if line["prediction"] == 3:
+            raise OSError("the disk is gone")
+        return {"prediction": line["prediction"]}
+
+    file = PredictionFile(output, {"data": "d"}, "id")
+    assert file.start() == 0
+    file.add(0, Part(lines[:2]))
+    file.add(2, Part(lines[2:]))
+    with pytest.raises(OSError, match="the disk is gone"):
+        file.finish(fails_late)
+    file.close()
+    assert [path.name for path in tmp_path.iterdir()] == [".p.csv.parts"]
+    again = PredictionFile(output, {"data": "d"}, "id")
+    assert again.start() == 4
+    with pytest.raises(UserError, match="another process writes"):
+        PredictionFile(output, {"data": "d"}, "id").start()
+    assert again.finish(lambda line: {"prediction": line["prediction"]}).rows == 4
+    assert output.read_text() == "id,prediction\n0,0\n1,1\n2,2\n3,3\n"
