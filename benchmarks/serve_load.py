@@ -106,6 +106,13 @@ async def ask_all(url: str, path: str, bodies: list[dict[str, Any]], clients: in
     return figures | {"p99_seconds": round(float(p99), 4), "errors": errors, "answers": answers}
 
 
+def batches_of(url: str) -> int:
+    """The number of batches that a server has run, once it rests."""
+    while (counts := httpx2.get(f"{url}/health").json()["requests"])["running"] or counts["waiting"]:
+        time.sleep(0.01)
+    return counts["batches"]
+
+
 def is_same(kind: str, one: Any, other: Any) -> bool:
     """Whether two answers are the same."""
     if kind == GENERATOR:
@@ -122,17 +129,17 @@ def measure(kind: str, run: Path, given: argparse.Namespace) -> dict[str, Any]:
     path, bodies = requests_of(kind, given.clients * given.requests, given.new_tokens)
     with served(run) as url:
         asyncio.run(ask_all(url, path, bodies[:8], 1))  # what is set up at the first request
-        before = httpx2.get(f"{url}/health").json()["requests"]
+        before = batches_of(url)
         alone = asyncio.run(ask_all(url, path, bodies, 1))
-        between = httpx2.get(f"{url}/health").json()["requests"]
+        between = batches_of(url)
         together = asyncio.run(ask_all(url, path, bodies, given.clients))
-        after = httpx2.get(f"{url}/health").json()["requests"]
-    assert between["batches"] - before["batches"] == len(bodies)
+        after = batches_of(url)
+    assert between - before == len(bodies)
     pairs = list(zip(alone.pop("answers"), together.pop("answers"), strict=True))
     same = sum(is_same(kind, one, other) for one, other in pairs)
     faster = together["requests_per_second"] / alone["requests_per_second"]
     result = {"one_by_one": alone, "together": together, "faster": round(faster, 2)}
-    result |= {"requests": len(bodies), "same_answers": same, "batches": after["batches"] - between["batches"]}
+    result |= {"requests": len(bodies), "same_answers": same, "batches": after - between}
     print(f"{kind}: {result}", flush=True)
     return result
 

@@ -71,6 +71,15 @@ def address_of(process: Any, timeout: float) -> str:
     raise AssertionError(f"the server did not begin:\n{process.communicate(timeout)}")
 
 
+def counts_at_rest(server: Served) -> dict[str, int]:
+    """The counts of requests once none waits or runs."""
+    ends = time.monotonic() + 60
+    while (counts := server.client.get("/health").json()["requests"])["running"] or counts["waiting"]:
+        assert time.monotonic() < ends, counts
+        time.sleep(0.02)
+    return counts
+
+
 def classifier_run(folder: Path, **keys: Any) -> Path:
     """A small classifier of opinions with its evaluation, trained in this process."""
     recipe = {

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from tests.launching import run_command
-from tests.serving import CLI, classifier_run, predictions_of, served
+from tests.serving import CLI, classifier_run, counts_at_rest, predictions_of, served
 
 import isotune
 from isotune.io.extras import install_command
@@ -64,7 +64,7 @@ def test_a_text_has_the_probabilities_of_the_evaluation(server, run, texts):
 
 def test_sixty_four_clients_at_once_are_answered_in_few_forwards_as_each_alone(server, texts):
     alone = [server.post("/predict", {"text": text}).json()["predictions"][0] for text in texts[:64]]
-    before = server.client.get("/health").json()["requests"]
+    before = counts_at_rest(server)
     gate = threading.Barrier(64)
 
     def ask(text):
@@ -76,7 +76,7 @@ def test_sixty_four_clients_at_once_are_answered_in_few_forwards_as_each_alone(s
     assert [answer.status_code for answer in answers] == [200] * 64
     for one, answer in zip(alone, answers, strict=True):
         assert probabilities(answer.json()["predictions"][0]) == pytest.approx(probabilities(one), abs=1e-6)
-    after = server.client.get("/health").json()["requests"]
+    after = counts_at_rest(server)
     assert after["done"] - before["done"] == 64 and after["batches"] - before["batches"] < 40
 
 

@@ -54,7 +54,8 @@ def make_app(routes: Routes, replayed: str | None, names: Collection[str]) -> St
         return JSONResponse({"model": routes.model_id, **facts, "replayed": replayed, "limits": most})
 
     async def health(request: Request) -> Response:
-        counts = {"waiting": worker.waiting, "done": worker.jobs_done, "batches": worker.batches, **routes.counts()}
+        counts = {"waiting": worker.waiting, "running": worker.running}
+        counts |= {"done": worker.jobs_done, "batches": worker.batches, **routes.counts()}
         return JSONResponse({"status": "ok", "version": __version__, "model": routes.model_id, "requests": counts})
 
     @contextlib.asynccontextmanager

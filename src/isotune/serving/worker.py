@@ -55,6 +55,7 @@ class Worker:
 
     def __init__(self, service: Service, limits: Limits) -> None:
         self.service, self.limits = service, limits
+        self.running = 0  # jobs of the batch that runs
         self.jobs_done = self.batches = 0  # so far
         self._waiting: list[Job] = []
         self._changed = threading.Condition()
@@ -101,9 +102,11 @@ class Worker:
         while (jobs := self._next()) is not None:
             jobs = [job for job in jobs if job.result.set_running_or_notify_cancel()]
             if jobs:
+                self.running = len(jobs)
                 self._run(jobs)
                 self.batches += 1
                 self.jobs_done += len(jobs)
+                self.running = 0  # last: who reads this reads the counts of the batch
 
     def _next(self) -> list[Job] | None:
         """The jobs to run now; None when the worker is closed and the queue is empty."""
