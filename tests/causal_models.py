@@ -166,34 +166,45 @@ def _gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def page() -> str:
+def entry(kind: str) -> str:
+    """What the page says of a type: a row of the table, a refusal, or its name where no small model is built."""
+    try:
+        return measure(kind).line()
+    except (UserError, RunFault) as error:
+        return f"- `{kind}`: {error}"
+    except NotSmall:
+        return f"`{kind}`"
+
+
+def table_of(page: str) -> dict[str, str]:
+    """The entries of the page's table by type."""
+    block = page[page.index(BEGIN) : page.index(END, page.index(BEGIN))]
+    lines = re.findall(r"^(?:\| |- )`[^`]+`.*$", block, re.MULTILINE)
+    return {re.split("`", text)[1]: text for text in [*lines, *re.findall(r"`[^`]+`", block.splitlines()[-1])]}
+
+
+def table(entries: dict[str, str]) -> str:
     """The causal part of docs/models.md."""
-    rows: list[Row] = []
-    refused: list[str] = []
-    not_small: list[str] = []
-    for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        try:
-            rows.append(measure(kind))
-        except (UserError, RunFault) as error:
-            refused.append(f"- `{kind}`: {error}")
-        except NotSmall:
-            not_small.append(f"`{kind}`")
-        print(kind, rows[-1].line() if rows and rows[-1].kind == kind else "", file=sys.stderr, flush=True)
-    packed = sum(row.form == "packed" for row in rows)
+    ordered = [entries[kind] for kind in sorted(entries)]
+    rows, refused, not_small = ([text for text in ordered if text[0] == first] for first in "|-`")
+    packed = sum(row.split(" | ")[1] == "packed" for row in rows)
     head = (
         f"transformers {transformers.__version__}: {len(rows)} types train, {packed} of them packed and "
         f"{len(rows) - packed} padded; {len(refused)} are refused; {len(not_small)} do not build from a small "
         "configuration."
     )
     titles = ["| type | runs | leak | logits | loss | gradient | why padded |", "|---|---|---|---|---|---|---|"]
-    table = [*titles, *(row.line() for row in rows)]
     last = f"Not built from a small configuration: {', '.join(not_small)}."
-    return "\n".join([BEGIN, head, "", *table, "", "Refused:", "", *refused, "", last, END])
+    return "\n".join([BEGIN, head, "", *titles, *rows, "", "Refused:", "", *refused, "", last, END])
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # with names of types, these alone are measured again
     transformers.logging.set_verbosity_error()
+    entries = table_of(PAGE.read_text()) if sys.argv[1:] else {}
     with contextlib.redirect_stdout(sys.stderr):
-        written = page()
-    table = f"{re.escape(BEGIN)}.*?{re.escape(END)}"
-    PAGE.write_text(re.sub(table, lambda _: written, PAGE.read_text(), flags=re.DOTALL))
+        for kind in sys.argv[1:] or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+            entries[kind] = entry(kind)
+            print(entries[kind], file=sys.stderr, flush=True)
+    page = PAGE.read_text()
+    block = page[page.index(BEGIN) : page.index(END, page.index(BEGIN)) + len(END)]
+    PAGE.write_text(page.replace(block, table(entries)))
