@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
+from tests.label_sets import pair_encoder
 from tests.launching import REPOSITORY, TINY, TINY_CLASSIFIER, Finished, start_together
 
 from isotune.config import Recipe
@@ -106,6 +107,34 @@ def labelled_recipes(folder: Path) -> dict[str, dict]:
     return recipes
 
 
+# ---- other tasks, with content of their own: the recipe and the rows of each ----
+
+EVERYTHING = {"train_on": "everything", "packing": False}
+FURTHER = {
+    "plain texts": (EVERYTHING, lambda t, k: {"text": t}),
+    "pairs of texts": ({}, lambda t, k: {"sentence1": t, "sentence2": "it is calm", "label": k}),
+    "lists of labels": ({}, lambda t, k: {"text": t, "label": ["day", NAMES[k]]}),
+    "a column of 0 and 1 for each label": (
+        {"task_type": "multi_label", "label_names": ["calm", "day", "storm"]},
+        lambda t, k: {"text": t, "calm": 1 - k, "day": 1, "storm": k},
+    ),
+    "numbers that are not whole": ({}, lambda t, k: {"text": t, "label": k + len(t) / 7}),
+}
+SAME = ("lists of labels", "a column of 0 and 1 for each label")  # the same texts and labels
+
+
+def further_recipes(folder: Path) -> dict[str, dict]:
+    recipes: dict[str, dict] = {}
+    for number, (form, (values, row_of)) in enumerate(FURTHER.items()):
+        file = write(folder / f"further{number}", [row_of(*each) for each in TEXTS], ".jsonl")
+        own = {**(TINY if form == "plain texts" else TINY_CLASSIFIER), **values, "dataset_name": file}
+        own |= {"eval_dataset_name": file, "max_steps": -1, "num_train_epochs": 2, "global_batch_size": 12}
+        if "pairs" in form:
+            own |= {"model_name_or_path": pair_encoder(folder / "bert", "bert")}
+        recipes[f"further{number}"] = own
+    return recipes
+
+
 def write(place: Path, rows: list[dict], suffix: str, *, header: bool = True) -> str:
     file = place.with_suffix(suffix)
     with file.open("w", encoding="utf-8", newline="") as out:
@@ -130,6 +159,16 @@ def trained(tmp_path_factory) -> dict[str, Finished]:
     return {forms[name]: run for name, run in found.items()}
 
 
+@pytest.fixture(scope="module")
+def further(tmp_path_factory) -> dict[str, Finished]:
+    """The same of the other tasks."""
+    folder = tmp_path_factory.mktemp("further")
+    recipes = further_recipes(folder)
+    plain = {"further0": recipes.pop("further0")}
+    found = start_together(folder, plain) | start_together(folder, recipes, script="train/yelp.py")
+    return {form: found[f"further{n}"] for n, form in enumerate(FURTHER)}
+
+
 def table() -> dict[str, tuple[str, str]]:
     """The table of docs/data.md: task and what is printed, by form."""
     page = (REPOSITORY / "docs" / "data.md").read_text()
@@ -139,6 +178,7 @@ def table() -> dict[str, tuple[str, str]]:
 
 def test_the_table_of_the_docs_names_the_forms_that_are_tested_here():
     task_of = dict.fromkeys(CONVERSATIONS, "instruction tuning") | dict.fromkeys(LABELLED, "classification")
+    task_of |= dict.fromkeys(FURTHER, "classification") | {"plain texts": "instruction tuning"}
     assert {form: task for form, (task, _) in table().items()} == task_of
 
 
@@ -154,6 +194,17 @@ def test_every_form_trains_and_evaluates_to_the_same_numbers(trained, form):
     names = json.loads((run.run / "model" / "config.json").read_text()).get("id2label", {})
     if form in LABELLED and ("words" in form or "ClassLabel" in form or "found" in form):
         assert names == {"0": "calm", "1": "storm"}
+
+
+@pytest.mark.parametrize("form", FURTHER)
+def test_every_further_form_trains_and_evaluates(further, form):
+    run = further[form]
+    assert len(run.steps) == 2 and len(run.evaluations) == 2 and table()[form][1] in run.stdout
+    other = further[SAME[0]] if form == SAME[1] else run
+    for lines, others, key in ((run.steps, other.steps, "loss"), (run.evaluations, other.evaluations, "eval_loss")):
+        for line, own in zip(lines, others, strict=True):
+            assert math.isfinite(line[key])
+            assert form not in SAME or line[key] == pytest.approx(own[key], rel=1e-5)
 
 
 def test_rows_that_are_tokenised_already_train_as_the_texts_that_they_are(tmp_path, trained):

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import logit
 
 from isotune.config.task_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from isotune.data.classification.predictions import predicted
@@ -61,7 +60,7 @@ class ManyLabels(LabelKind):
 
     def count(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Documents of which each label is right."""
-        least = logits.new_tensor(logit(np.asarray(self.thresholds, np.float64)))
+        least = torch.logit(torch.as_tensor(np.asarray(self.thresholds, np.float64))).to(logits)
         return ((logits >= least) == targets.bool()).all(dim=1).sum()
 
     def outputs(self, logits: torch.Tensor) -> np.ndarray:
