@@ -71,21 +71,25 @@ def look_for_no_documents(known: Callable[[], bool]) -> None:
     from transformers import masking_utils
 
     library: Any = masking_utils
-    stock = library.find_packed_sequence_indices
+    stock = getattr(library, "find_packed_sequence_indices", None)
+    if stock is None:  # another version, which may look elsewhere
+        return
     library.find_packed_sequence_indices = lambda position_ids: None if known() else stock(position_ids)
 
 
-def keep_loss_on_host(trainer: Any) -> None:
-    """Let a Trainer add up losses on the host: those of ours are there, and are the same on every rank.
+def loss_device(trainer: Any) -> torch.device:
+    """Where a Trainer adds up the losses of its steps: on the host from now on, where ours are, the same on every rank.
 
     5.23 adds them on the device, and to log one it gathers it over the ranks and waits for the device, each step. The
-    sum is a private attribute, made anew by each `train`.
+    sum is a private attribute, made anew by each `train`; where there is none the losses stay on the device.
     """
     import transformers.trainer as library
 
+    if not hasattr(trainer, "_tr_loss"):
+        return trainer.args.device
     trainer._tr_loss = trainer._tr_loss.cpu()
     if getattr(library.nested_gather, "isotune", False):
-        return
+        return trainer._tr_loss.device
     stock = library.nested_gather
 
     def gather(tensors: Any, *options: Any, **more: Any) -> Any:
@@ -94,6 +98,7 @@ def keep_loss_on_host(trainer: Any) -> None:
 
     gather.isotune = True  # type: ignore[attr-defined]  (a mark: it is wrapped once)
     library.nested_gather = gather
+    return trainer._tr_loss.device
 
 
 @contextmanager
