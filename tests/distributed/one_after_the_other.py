@@ -42,7 +42,7 @@ def count_collectives(step: int) -> None:
             return stock(self, model, inputs, *rest, **more)
         sync = self.update.sync
         held, finish = (now := Held()), sync.finish
-        sync.finish = lambda engine, **more: (now.look(self.update, model), finish(engine, **more))
+        sync.finish = lambda engine, **more: (now.look(self.update, model), finish(engine, **more))[1]
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
             loss = stock(self, model, inputs, *rest, **more)
         sync.finish = finish

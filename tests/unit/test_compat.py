@@ -1,16 +1,20 @@
 """Each patch on a library is still needed by the version at hand, and does what it is for."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers.trainer
 from accelerate import Accelerator, skip_first_batches
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainingArguments, masking_utils
 
 from isotune.compat.accelerate import let_scaler_check_before_step, run_fp16_on_cpu
 from isotune.compat.deepspeed import forget_coalesced_reduction
-from isotune.compat.transformers import bf16_without_gpu, let_trainer_skip_steps
+from isotune.compat.transformers import bf16_without_gpu, let_trainer_skip_steps, loss_device
 from isotune.compat.trl import trained_parameters_kept
+from isotune.models import packed_attention  # noqa: F401  (patches transformers at its import)
+from isotune.models.document_keys import MicrobatchDocuments, known_documents
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="bf16 is refused only where there is no GPU")
 
@@ -31,6 +35,28 @@ def test_trainer_skips_steps_of_a_loader_that_can_skip_and_torchs_loaders_as_bef
     assert skip(CountingLoader(), 3).skipped == 3
     loader = torch.utils.data.DataLoader(list(range(6)), batch_size=2)
     assert [batch.tolist() for batch in skip(loader, 1)] == [batch.tolist() for batch in skip_first_batches(loader, 1)]
+
+
+def test_the_documents_of_a_packed_microbatch_are_not_looked_for_in_its_positions() -> None:
+    find, restarting = masking_utils.find_packed_sequence_indices, torch.tensor([[0, 1, 0, 1]])
+    assert find(restarting) is not None  # where nobody said which documents there are
+    with known_documents(MicrobatchDocuments([4, 7], [2, 2])):
+        assert find(restarting) is None
+    with known_documents(MicrobatchDocuments([4, 7], [2, 2], padded=True)):
+        assert find(restarting) is not None
+
+
+def test_a_trainers_sum_of_losses_is_on_the_host_and_is_not_gathered_again(monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(transformers.trainer, "nested_gather", lambda *given: asked.append(given) or torch.zeros(2))
+    trainer = SimpleNamespace(_tr_loss=torch.zeros(()))
+    assert loss_device(SimpleNamespace(args=SimpleNamespace(device="where it was"))) == "where it was"
+    assert loss_device(trainer) == loss_device(trainer) == torch.device("cpu")  # wrapped once
+    loss = torch.tensor(2.5)
+    assert trainer._tr_loss.device.type == "cpu" and transformers.trainer.nested_gather(loss, None) is loss
+    assert not asked
+    transformers.trainer.nested_gather(torch.ones(2), None)
+    assert len(asked) == 1
 
 
 @NO_GPU

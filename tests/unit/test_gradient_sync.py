@@ -9,10 +9,10 @@ from tests.launching import start_command
 PROGRAM = """
 import sys, torch, torch.distributed as dist
 from torch import nn
-from isotune.training.gradients import gradient_sync
+from isotune.training.gradients import rank_sums
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-gradient_sync.BUCKET = 50
+rank_sums.BUCKET = 50
 torch.manual_seed(rank)
 shapes = [(3, 4), (60,), (5,), (7, 6), (2,), (), (4,), (4,)]
 parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
@@ -25,12 +25,12 @@ if rank == 0:
     parameters[6].grad = None  # the other has one
 parameters[7].grad = None  # nobody has
 before = [None if p.grad is None else p.grad.clone() for p in parameters]
-gradient_sync.sum_over_ranks(parameters, gaps=True)
+rank_sums.drop_gaps(parameters, rank_sums.sum_over_ranks(parameters))
 torch.save((before, [p.grad for p in parameters]), f"{folder}/gaps-{rank}.pt")
 whole = parameters[:6]
 for p, gradient in zip(whole, before):
     p.grad = gradient.clone()
-gradient_sync.sum_over_ranks(whole, gaps=False)
+assert rank_sums.sum_over_ranks(whole) == []
 torch.save([p.grad for p in whole], f"{folder}/whole-{rank}.pt")
 dist.barrier()
 dist.destroy_process_group()

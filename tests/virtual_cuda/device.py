@@ -148,6 +148,17 @@ def note(kind: str, name: str) -> None:
         ] += 1
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Count nothing within it: what one kernel of a GPU does in one launch takes several operators here."""
+    global _counts
+    before, _counts = _counts, None
+    try:
+        yield
+    finally:
+        _counts = before
+
+
 def _line() -> str:
     """The innermost line of the project, and of any library below it, on this thread's stack."""
     frames = [frame for frame in traceback.extract_stack() if "virtual_cuda" not in frame.filename]

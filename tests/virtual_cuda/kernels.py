@@ -58,20 +58,31 @@ def _forward(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, i
     _check(query, key, value, cum_seq_q)
     device.note("launch", "flash_forward")
     assert dropout_p == 0.0, "the virtual kernel has no dropout"
-    group, out = query.shape[1] // key.shape[1], torch.empty_like(query)
-    for part in _documents(cum_seq_q):
-        q, k, v = (t[part].transpose(0, 1).float() for t in (query, key, value))
-        k, v = (t.repeat_interleave(group, 0) for t in (k, v))
-        out[part] = (_probabilities(q, k, is_causal, options["scale"]) @ v).transpose(0, 1).to(out.dtype)
+    with device.quiet():
+        out = _attended(query, key, value, cum_seq_q, is_causal, options["scale"])
     lse = torch.zeros(query.shape[1], query.shape[0], device=query.device)
     unused = torch.zeros(2, dtype=torch.uint64, device=query.device)
     return out, lse, unused, unused.clone(), torch.empty(0, device=query.device)
+
+
+def _attended(query, key, value, bounds, causal, scale):
+    group, out = query.shape[1] // key.shape[1], torch.empty_like(query)
+    for part in _documents(bounds):
+        q, k, v = (t[part].transpose(0, 1).float() for t in (query, key, value))
+        k, v = (t.repeat_interleave(group, 0) for t in (k, v))
+        out[part] = (_probabilities(q, k, causal, scale) @ v).transpose(0, 1).to(out.dtype)
+    return out
 
 
 def _backward(grad, query, key, value, out, lse, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, rng, unused,
               *, scale=None, window_size_left=None, window_size_right=None):  # fmt: skip
     device.note("launch", "flash_backward")
     _deterministic.append(torch.are_deterministic_algorithms_enabled())
+    with device.quiet():
+        return _attended_backward(grad, query, key, value, cum_seq_q, is_causal, scale)
+
+
+def _attended_backward(grad, query, key, value, cum_seq_q, is_causal, scale):
     group, grads = query.shape[1] // key.shape[1], [torch.zeros_like(t) for t in (query, key, value)]
     for part in _documents(cum_seq_q):
         q, k, v, g = (t[part].transpose(0, 1).float() for t in (query, key, value, grad))
@@ -84,3 +95,17 @@ def _backward(grad, query, key, value, out, lse, cum_seq_q, cum_seq_k, max_q, ma
             heads = total if place is grads[0] else total.unflatten(0, (-1, group)).sum(1)
             place[part] = heads.transpose(0, 1).to(place.dtype)
     return tuple(grads)
+
+
+def dropped(input, numbers, positions, call, threshold, scale):
+    """`run` of dropout's Triton kernel, which is one launch: the torch form of the same hash, by line."""
+    from isotune.models.cuda import dropout
+    from isotune.models.document_keys import ELEMENTS_PER_WORD, RESOLUTION
+
+    device.note("launch", "triton_dropout")
+    with device.quiet():
+        keys = dropout._next_keys(dropout._next_keys(call, numbers), positions)
+        features = input.shape[-1]
+        words = dropout._mixed(keys.view(-1, 1), torch.arange(-(-features // ELEMENTS_PER_WORD), device=input.device))
+        kept = words.view(torch.int16)[:, :features].int() >= threshold - RESOLUTION // 2
+        return torch.where(kept.view(input.shape), input * scale, 0.0)

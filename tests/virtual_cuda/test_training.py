@@ -34,6 +34,7 @@ def make(
         return build_classifier(folder, model_name_or_path=small_encoder(models, kind, **config), **values)
     if kind == "opt":
         config = {"dropout": 0.1, "attention_dropout": values.pop("attention_dropout", 0.0)}
+        config |= {name: values.pop(name) for name in ("num_hidden_layers",) if name in values}
         values["model_name_or_path"] = small_opt(models, **OPT, **config)
     if tune != "full":
         values |= {"lora_dropout": 0.1}
@@ -77,31 +78,31 @@ def close(found: list[float], expected: list[float], tolerance: float) -> bool:
     return len(found) == len(expected) > 0 and found == pytest.approx(expected, rel=tolerance)
 
 
-# kind, precision, tune; the kernel; waits a step, as counted; copies to the device a microbatch, one more a step
+# kind, precision, tune; the kernel; waits a step, as counted: fp16's scaler looks at the gradient first
 CASES = {
-    "OPT full fp32": ("opt", "fp32", "full", DOCUMENT_SDPA, 3, 2),
-    "OPT full bf16": ("opt", "bf16", "full", TORCH_VARLEN, 3, 2),
-    "OPT LoRA bf16": ("opt", "bf16", "lora", TORCH_VARLEN, 4, 2),
-    "OPT full fp16": ("opt", "fp16", "full", TORCH_VARLEN, 4, 2),
-    "BERT full bf16": ("bert", "bf16", "full", TORCH_VARLEN, 3, 3),
-    "DistilBERT full fp32": ("distilbert", "fp32", "full", DOCUMENT_SDPA, 3, 3),
+    "OPT full fp32": ("opt", "fp32", "full", DOCUMENT_SDPA, 1),
+    "OPT full bf16": ("opt", "bf16", "full", TORCH_VARLEN, 1),
+    "OPT LoRA bf16": ("opt", "bf16", "lora", TORCH_VARLEN, 1),
+    "OPT full fp16": ("opt", "fp16", "full", TORCH_VARLEN, 3),
+    "BERT full bf16": ("bert", "bf16", "full", TORCH_VARLEN, 1),
+    "DistilBERT full fp32": ("distilbert", "fp32", "full", DOCUMENT_SDPA, 1),
 }
 SLOW = {
-    "OPT LoRA fp32": ("opt", "fp32", "lora", DOCUMENT_SDPA, 4, 2),
-    "OPT QLoRA bf16": ("opt", "bf16", "qlora", TORCH_VARLEN, 4, 2),
-    "OPT LoRA fp16": ("opt", "fp16", "lora", TORCH_VARLEN, 6, 2),
-    "BERT full fp32": ("bert", "fp32", "full", DOCUMENT_SDPA, 3, 3),
-    "BERT LoRA bf16": ("bert", "bf16", "lora", TORCH_VARLEN, 4, 3),
-    "DistilBERT full bf16": ("distilbert", "bf16", "full", TORCH_VARLEN, 3, 3),
-    "DistilBERT full fp16": ("distilbert", "fp16", "full", TORCH_VARLEN, 4, 3),
+    "OPT LoRA fp32": ("opt", "fp32", "lora", DOCUMENT_SDPA, 1),
+    "OPT QLoRA bf16": ("opt", "bf16", "qlora", TORCH_VARLEN, 1),
+    "OPT LoRA fp16": ("opt", "fp16", "lora", TORCH_VARLEN, 4),
+    "BERT full fp32": ("bert", "fp32", "full", DOCUMENT_SDPA, 1),
+    "BERT LoRA bf16": ("bert", "bf16", "lora", TORCH_VARLEN, 1),
+    "DistilBERT full bf16": ("distilbert", "bf16", "full", TORCH_VARLEN, 1),
+    "DistilBERT full fp16": ("distilbert", "fp16", "full", TORCH_VARLEN, 3),
 }
 
 
 @pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_a_run_is_that_of_the_cpu_and_waits_seldom(virtual, tmp_path, name: str):
-    kind, precision, tune, kernel, waits, copies = {**CASES, **SLOW}[name]
+    kind, precision, tune, kernel, waits = {**CASES, **SLOW}[name]
     case = {"kind": kind, "precision": precision, "tune": tune}
-    check(virtual, tmp_path, case, kernel, waits, copies)
+    check(virtual, tmp_path, case, kernel, waits)
 
 
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
@@ -110,15 +111,12 @@ def test_a_llama_with_grouped_heads_keeps_to_the_varlen_kernel_under_autocast(
 ):
     model = str(shared_data / "checkpoints" / "stories260K")
     kernel, case = TORCH_VARLEN if precision == "bf16" else DOCUMENT_SDPA, {"kind": "llama", "precision": precision}
-    # transformers looks at position_ids for a mask once a forward, and waits for what it finds
     # a learning rate at which rounding is not made larger than it is
     case |= {"model_name_or_path": model, "learning_rate": 1e-4}
-    check(virtual, tmp_path, case, kernel, waits=3, copies=1, waits_a_microbatch=1)
+    check(virtual, tmp_path, case, kernel, waits=1)
 
 
-def check(
-    virtual: Any, folder: Path, case: dict[str, Any], kernel: str, waits: int, copies: int, waits_a_microbatch: int = 0
-) -> None:
+def check(virtual: Any, folder: Path, case: dict[str, Any], kernel: str, waits: int) -> None:
     found, expected = virtual(outcome, folder=str(folder / "gpu"), **case), outcome(str(folder / "cpu"), **case)
     assert found["environment"]["device"] == "cuda" and expected["environment"]["device"] == "cpu"
     precision, counts, microbatches = case["precision"], found["counts"], found["microbatches"]
@@ -128,7 +126,7 @@ def check(
     assert found["environment"]["in_effect"]["attention_kernel"] == kernel
     assert all((calls > 0) == (kernel == TORCH_VARLEN) for calls in found["flash_backward"])
     assert microbatches > 1
-    assert sum(counts["waits"].values()) <= waits + waits_a_microbatch * microbatches, counts["waits"]
-    assert sum(counts["to_device"].values()) <= 1 + copies * microbatches, counts["to_device"]
-    # what is copied for each microbatch runs beside the computation
-    assert sum(number for place, number in counts["to_device"].items() if "pageable" in place) <= 1
+    assert sum(counts["waits"].values()) <= waits, counts["waits"]
+    # one copy of all microbatches, beside the computation
+    assert sum(counts["to_device"].values()) <= 1, counts["to_device"]
+    assert not any("pageable" in place for place in counts["to_device"]), counts["to_device"]

@@ -44,6 +44,21 @@ softmax_backward: Callable[[Tensor, Tensor, int, torch.dtype], Tensor] = torch.o
 in_place_changes: Callable[[Tensor], int] = operator.attrgetter("_version")
 
 
+@contextlib.contextmanager
+def autocast_casts_kept() -> Iterator[None]:
+    """Within it autocast casts each fp32 weight once, not once a forward; the casts belong to every forward's graph.
+
+    Autocast forgets its casts where its outermost context ends; torch counts these contexts by two functions that its
+    documentation leaves out.
+    """
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
+
+
 def patch_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     """Make `forward(module, ...)` the module's forward method; the one before it is `module.stock_forward`.
 

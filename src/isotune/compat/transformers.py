@@ -1,6 +1,6 @@
 """transformers 5.23: what has no public accessor, and what its Trainer cannot be told otherwise."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +45,44 @@ def let_trainer_skip_steps() -> None:
         return loader.skipping(count) if hasattr(loader, "skipping") else skip_first_batches(loader, count)
 
     library.skip_first_batches = skip  # type: ignore[attr-defined]  (not exported)
+
+
+def look_for_no_documents(known: Callable[[], bool]) -> None:
+    """Let models look for the documents of a packed row in its position ids only where `known` is false.
+
+    5.23 looks once a forward and waits for the device to know what it found, for a mask that `packed` does not make.
+    """
+    from transformers import masking_utils
+
+    library: Any = masking_utils
+    stock = getattr(library, "find_packed_sequence_indices", None)
+    if stock is None:  # another version, which may look elsewhere
+        return
+    library.find_packed_sequence_indices = lambda position_ids: None if known() else stock(position_ids)
+
+
+def loss_device(trainer: Any) -> torch.device:
+    """Where a Trainer adds up the losses of its steps: on the host from now on, where ours are, the same on every rank.
+
+    5.23 adds them on the device, and to log one it gathers it over the ranks and waits for the device, each step. The
+    sum is a private attribute, made anew by each `train`; where there is none the losses stay on the device.
+    """
+    import transformers.trainer as library
+
+    if not hasattr(trainer, "_tr_loss"):
+        return trainer.args.device
+    trainer._tr_loss = trainer._tr_loss.cpu()
+    if getattr(library.nested_gather, "isotune", False):
+        return trainer._tr_loss.device
+    stock = library.nested_gather
+
+    def gather(tensors: Any, *options: Any, **more: Any) -> Any:
+        on_host = isinstance(tensors, torch.Tensor) and tensors.device.type == "cpu" and tensors.dim() == 0
+        return tensors if on_host else stock(tensors, *options, **more)
+
+    gather.isotune = True  # type: ignore[attr-defined]  (a mark: it is wrapped once)
+    library.nested_gather = gather
+    return trainer._tr_loss.device
 
 
 @contextmanager

@@ -11,6 +11,7 @@ For a model that pads, the documents of a step are, each by itself, and those of
 `collate` makes the tensors of a microbatch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NotRequired, TypedDict, cast
@@ -261,19 +262,27 @@ def collate(documents: Documents, microbatch: Microbatch) -> PackedInputs:
 
 def to_device(inputs: PackedInputs, device: torch.device) -> PackedInputs:
     """The inputs on a device: on a GPU by one copy from pinned memory, for which the computation does not wait."""
-    tensors = {name: v for name, v in inputs.items() if isinstance(v, Tensor) and name != "cu_seq_lens_k"}
-    if device.type == "cuda":
-        flat = torch.cat([_as_integers(tensor).reshape(-1) for tensor in tensors.values()]).pin_memory()
-        parts: list[Tensor] = list(
-            torch.split(flat.to(device, non_blocking=True), [tensor.numel() for tensor in tensors.values()])
-        )
+    return to_device_together([inputs], device)[0]
+
+
+def to_device_together(several: Sequence[PackedInputs], device: torch.device) -> list[PackedInputs]:
+    """The inputs of several microbatches on a device, by one copy for all of them."""
+    own = [
+        {name: v for name, v in inputs.items() if isinstance(v, Tensor) and name != "cu_seq_lens_k"}
+        for inputs in several
+    ]
+    tensors = [tensor for named in own for tensor in named.values()]
+    if device.type == "cuda" and tensors:
+        flat = torch.cat([_as_integers(tensor).reshape(-1) for tensor in tensors]).pin_memory()
+        split = torch.split(flat.to(device, non_blocking=True), [tensor.numel() for tensor in tensors])
     else:
-        parts = [tensor.to(device) for tensor in tensors.values()]
-    moved = {
-        name: _of_integers(part.view(tensor.shape), tensor.dtype)
-        for (name, tensor), part in zip(tensors.items(), parts, strict=True)
-    }
-    return cast(PackedInputs, {**inputs, **moved, "cu_seq_lens_k": moved["cu_seq_lens_q"]})
+        split = [tensor.to(device) for tensor in tensors]
+    parts = iter([_of_integers(p.view(t.shape), t.dtype) for t, p in zip(tensors, split, strict=True)])
+    moved = [{name: next(parts) for name in named} for named in own]
+    return [
+        cast(PackedInputs, {**inputs, **named, "cu_seq_lens_k": named["cu_seq_lens_q"]})
+        for inputs, named in zip(several, moved, strict=True)
+    ]
 
 
 def _as_integers(tensor: Tensor) -> Tensor:

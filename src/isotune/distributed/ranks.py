@@ -53,15 +53,19 @@ def gather_vectors(values: dict[int, torch.Tensor], count: int, size: int, devic
 
     `values` are this rank's vectors, [size] each, by row. No row is on two ranks; a row on none is zero.
     """
+    return add_vectors(values, count, size, device).cpu()
+
+
+def add_vectors(values: dict[int, torch.Tensor], count: int, size: int, device: torch.device) -> torch.Tensor:
+    """`gather_vectors` without waiting for the device, where the result stays."""
     if device.type == "mps":  # which has no float64, and is one process
         device = torch.device("cpu")
-    table = torch.zeros(count, size, dtype=torch.float64, device=device)
-    if values:
-        rows = torch.tensor(list(values), device=device)
-        table[rows] = torch.stack([value.detach().double() for value in values.values()]).to(device)
+    nothing = torch.zeros(size, dtype=torch.float64, device=device)
+    rows = [values[row].detach().to(device).double() if row in values else nothing for row in range(count)]
+    table = torch.stack(rows) if rows else nothing.new_zeros(0, size)
     if several_ranks():
         dist.all_reduce(table)
-    return table.cpu()
+    return table
 
 
 def gather_parts(own: dict[int, torch.Tensor], lengths: list[int], device: torch.device) -> list[torch.Tensor]:

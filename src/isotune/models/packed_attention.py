@@ -35,7 +35,7 @@ from transformers.masking_utils import sdpa_mask
 
 from isotune.compat.peft import base_model_of
 from isotune.compat.torch import flash_varlen, has_flash_varlen
-from isotune.compat.transformers import attention_of, lets_attention_be_replaced
+from isotune.compat.transformers import attention_of, lets_attention_be_replaced, look_for_no_documents
 from isotune.io.errors import UserError
 from isotune.models.attention_form import AttentionForm, whole_attention
 from isotune.models.cpu.document_attention import document_attention
@@ -196,6 +196,7 @@ def packed_mask(*, q_length: int, kv_length: int, attention_mask: torch.Tensor |
 
 AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, packed_mask)
+look_for_no_documents(lambda: (documents := current_documents()) is not None and not documents.padded)
 
 
 def set_packed_attention(model: nn.Module) -> None:

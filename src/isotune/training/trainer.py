@@ -35,7 +35,7 @@ from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
 
 from isotune.compat.accelerate import let_scaler_check_before_step, reduce_fsdp_in_fp32, run_fp16_on_cpu
 from isotune.compat.deepspeed import unrounded_masters
-from isotune.compat.transformers import let_trainer_skip_steps
+from isotune.compat.transformers import let_trainer_skip_steps, loss_device
 from isotune.compat.trl import has_router_loss, padding_token_kept, router_coefficient_kept, trained_parameters_kept
 from isotune.distributed.ranks import Watchdog
 from isotune.models.cuda.determinism import explained, use_deterministic_kernels
@@ -110,6 +110,8 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
             votes = self.memory.halves and not self.is_fsdp_enabled
             sync = GradientSync(self.accelerator, exact=exact, votes=votes)
         self.update = OptimizerUpdate(plan.task, sync, nonfinite, self.watchdog, args.seed, self.checkpointer)
+        checkpointing: Any = getattr(args, "activation_checkpointing_kwargs", None) or {}
+        self.update.keeps_casts = not checkpointing.get("use_reentrant", False)
 
     # ---- what is seen ----
 
@@ -152,7 +154,7 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
                 inputs |= self.get_train_dataloader().item(result.step.number)
                 result = self.update.run(model, inputs["step"], inputs["microbatches"])
                 result.started_at = started_at
-        return torch.full((), result.loss, device=self.args.device)
+        return torch.full((), result.loss, device=loss_device(self))
 
     def try_costliest_microbatch(self) -> None:
         """Before the first step, on a GPU, where the size of a microbatch may still be another."""

@@ -101,10 +101,20 @@ def _signed(number: int) -> int:
     return number - 2**64 if number >= 2**63 else number
 
 
-@functools.lru_cache(maxsize=4)  # the kinds of one microbatch: a copy to the device each, once
+@functools.lru_cache(maxsize=4)  # the kinds of one microbatch, once each
 def _places(
     documents: MicrobatchDocuments, by_token: bool, per_document: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """`MicrobatchDocuments.places` on a device: computed there of what it has already, or copied to it."""
+    if documents.on_device is not None and documents.on_device[0].device == device:
+        numbers, lengths = documents.on_device
+        if not by_token:
+            positions = torch.arange(per_document, device=device).repeat(len(numbers))
+            return numbers.repeat_interleave(per_document), positions
+        total = sum(documents.lengths)
+        starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths, output_size=total)
+        positions = torch.arange(total, device=device) - starts
+        return numbers.repeat_interleave(lengths, output_size=total), positions
     places = torch.from_numpy(np.stack(documents.places(by_token, per_document)))
     if device.type == "cuda":
         places = places.pin_memory()  # the copy then waits for nothing

@@ -76,26 +76,34 @@ class ExactGradients:
     def end_microbatch(self) -> None:
         """After a microbatch's backward pass, on every rank."""
 
-    @torch.no_grad()
     def reduce(self) -> None:
         """Sum over the ranks into the gradient; RunFault where one left the range of the grid, on any rank."""
+        self.check(self.add_ranks().tolist())
+
+    @torch.no_grad()
+    def add_ranks(self) -> torch.Tensor:
+        """Sum over the ranks into the gradient without waiting for the device; the bounds for `check`, float64."""
         bounds = torch.stack(list(self.largest.values()))
         if several_ranks():
             dist.all_reduce(bounds)
-        for (parameter, total), bound in zip(self.sums.items(), bounds.tolist(), strict=True):
+        for parameter, total in self.sums.items():
+            if several_ranks() and not self.shards:
+                dist.all_reduce(total)
+            self.assign(parameter, total.double() * (self.loss_scale / 2.0**SCALE_BITS))
+        self.clear()
+        return bounds
+
+    @torch.no_grad()
+    def check(self, bounds: list[float]) -> None:
+        """RunFault where a sum left the range of the grid; NaN in the place of a gradient that was no number."""
+        for parameter, bound in zip(self.sums, bounds, strict=True):
             if math.isfinite(bound) and bound >= LARGEST:
                 raise RunFault(
                     f"the gradient of {self.names[parameter]} reached {bound:.3g}, beyond the {LARGEST:.0f} that "
                     "exact_gradients can add up: lower the learning rate, or say exact_gradients: false"
                 )
-            if several_ranks() and not self.shards:
-                dist.all_reduce(total)
-            if math.isfinite(bound):
-                gradient = total.double() * (self.loss_scale / 2.0**SCALE_BITS)
-            else:  # there is no such integer: the check of the gradient norm shall see it
-                gradient = torch.full_like(total, math.nan, dtype=torch.float64)
-            self.assign(parameter, gradient)
-        self.clear()
+            if not math.isfinite(bound):  # there is no such integer: the check of the gradient norm shall see it
+                self.assign(parameter, torch.full_like(self.sums[parameter], math.nan, dtype=torch.float64))
 
     def assign(self, parameter: Any, gradient: torch.Tensor) -> None:
         """Put this rank's summed gradient, float64 of `share_shape`, where the optimizer looks for it."""
@@ -131,20 +139,30 @@ def clip_exactly(gradients: list[torch.Tensor], max_norm: float, *, add_ranks: b
     `add_ranks`: each rank gives its own share, and the norm is that of all shares; collective. NaN, and nothing is
     scaled, where an element of any rank is NaN or Inf.
     """
-    norm = exact_norm(gradients, add_ranks=add_ranks)
+    norm = exact_norm(digit_sums(gradients).tolist(), gradients[0].device, add_ranks=add_ranks)
+    scale_to(gradients, norm, max_norm)
+    return norm
+
+
+@torch.no_grad()
+def scale_to(gradients: list[torch.Tensor], norm: float, max_norm: float) -> None:
+    """Scale `gradients` of this norm in place, so that it is at most `max_norm`."""
     factor = max_norm / (norm + 1e-6)
     if factor < 1.0:
         for gradient in gradients:
             gradient.mul_(factor)
-    return norm
 
 
-def exact_norm(gradients: list[torch.Tensor], *, add_ranks: bool) -> float:
-    """The norm, from an exact sum of squares; see `clip_exactly`."""
+@torch.no_grad()
+def digit_sums(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """The sums of which `exact_norm` is made, flat float64, without waiting for the device."""
     device = gradients[0].device
-    size = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
-    sums = [_digit_sums(chunk) for chunk in _chunks(gradients, size)]
-    digits = torch.stack(sums).flatten().tolist() if sums else []
+    sums = [_digit_sums(chunk) for chunk in _chunks(gradients, CPU_CHUNK if device.type == "cpu" else GPU_CHUNK)]
+    return torch.cat(sums) if sums else torch.zeros(0, dtype=torch.float64, device=device)
+
+
+def exact_norm(digits: list[float], device: torch.device, *, add_ranks: bool) -> float:
+    """The norm, from an exact sum of squares; see `clip_exactly`."""
     broken = not all(map(math.isfinite, digits))
     total = 0 if broken else sum(int(math.ldexp(digit, SQUARE_BITS)) for digit in digits)
     if add_ranks and several_ranks():

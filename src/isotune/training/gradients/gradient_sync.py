@@ -13,8 +13,9 @@ share, for more communication. With exact gradients integers are all-reduced at 
 and 2 the engine's own sum then adds zeros to the result. FSDP2 and ZeRO-3 keep shares of integers only, so they
 reduce-scatter after each microbatch (exact_shards.py).
 
-Where ranks vote (plain and DDP), none needs another before all of them have said that their last backward fitted into
-memory. An update that did not can then be repeated (failures/out_of_memory.py).
+Where ranks vote (plain and DDP), none needs another within its microbatches. One that ran out of memory adds zeros to
+the sum, and the update is repeated (failures/out_of_memory.py). Under plain and DDP the host waits for the device once
+an update: losses, votes and norm are read together after the sum. Only fp16's scaler has to look at the gradient first.
 """
 
 import contextlib
@@ -23,16 +24,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from isotune.compat.deepspeed import add_up_in_fp32, forget_coalesced_reduction
 from isotune.distributed.ranks import several_ranks
 from isotune.io.errors import RunFault
-from isotune.training.gradients.exact_gradients import ExactGradients
+from isotune.training.gradients.exact_gradients import ExactGradients, digit_sums, exact_norm, scale_to
 from isotune.training.gradients.exact_shards import Fsdp2ExactGradients, Zero3ExactGradients
-
-BUCKET = 2**22  # elements of small gradients that are summed together
+from isotune.training.gradients.rank_sums import drop_gaps, sum_over_ranks
 
 
 class GradientSync:
@@ -41,7 +40,8 @@ class GradientSync:
     def __init__(self, accelerator: Any, *, exact: bool = False, votes: bool = False) -> None:
         self.accelerator = accelerator
         self.votes = votes  # no rank needs another between the beginning of an update and the vote at its end
-        self.some_lack_gradients = False  # as voted: a rank has parameters that its microbatches left without gradient
+        self._gaps: list[Any] = []  # parameters that this rank's microbatches left without gradient
+        self._norm: tuple[float, torch.Tensor] | None = None  # of the summed gradient, on the host and on the device
         self.exact: ExactGradients | None = None  # from `prepare` on
         self._is_exact = exact
         # whether no rank holds a whole gradient after the update
@@ -80,14 +80,63 @@ class GradientSync:
         """Add the gradient of `loss`, whose shares of all ranks are averaged."""
         self.accelerator.backward(loss)
 
-    def finish(self, model: Any, *, skipped: bool) -> None:
-        """After the last microbatch: the gradient of the global batch is where the optimizer looks for it."""
+    @property
+    def reads_late(self) -> bool:
+        """Whether losses, votes and norm are read together, after the last backward: `finish` gives what to read."""
+        return not self.shards_gradients
+
+    def finish(self, model: Any, *, skipped: bool = False) -> torch.Tensor | None:
+        """After the last microbatch: the gradient of the global batch is where the optimizer looks for it.
+
+        Under plain and DDP the device is not waited for, and `take` must be told the values of what this returns,
+        float64, the same on every rank.
+        """
         if skipped:
             self.discard(model)
-        elif self.exact is not None:
-            self.exact.reduce()
-        elif self.votes and several_ranks():
-            sum_over_ranks([p for p in model.parameters() if p.requires_grad], gaps=self.some_lack_gradients)
+        elif not self.reads_late:
+            if self.exact is not None:
+                self.exact.reduce()
+        else:
+            return self._sum_and_norm(model)
+        return None
+
+    def _sum_and_norm(self, model: Any) -> torch.Tensor:
+        scaled, device, found = self.accelerator.scaler is not None, self.accelerator.device, []
+        if self.exact is not None:
+            found = [self.exact.add_ranks()]
+            if not scaled:
+                found.append(digit_sums(self.exact.gradients()))
+        else:
+            trained = [p for p in model.parameters() if p.requires_grad]
+            if self.votes and several_ranks():
+                self._gaps = sum_over_ranks(trained)
+            if not scaled:
+                norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+                self._norm = math.nan, norm
+                found = [norm.reshape(1)]
+        where = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        nothing = torch.zeros(0, dtype=torch.float64, device=where)
+        return torch.cat([nothing, *(values.to(where).double() for values in found)])
+
+    def take(self, model: Any, values: list[float], *, some_lack: bool) -> None:
+        """What `finish` returned, read; `some_lack`, as voted: a rank had parameters without gradient."""
+        scaled = self.accelerator.scaler is not None
+        if self.exact is not None:
+            count = len(self.exact.sums)
+            bounds, digits = values[:count], values[count:]
+            self.exact.check(bounds)
+            if not scaled:
+                broken = not all(map(math.isfinite, bounds))
+                device = self.accelerator.device
+                norm = math.nan if broken else exact_norm(digits, device, add_ranks=False)
+                self._norm = norm, torch.empty(0)
+            return
+        if some_lack and several_ranks():
+            drop_gaps([p for p in model.parameters() if p.requires_grad], self._gaps)
+            self._norm = None  # without their zeros, as they were added up before
+        elif self._norm is not None:
+            self._norm = values[0], self._norm[1]
+        self._gaps = []
 
     def lacks_gradients(self, model: nn.Module) -> bool:
         """Whether this rank has trained parameters without a gradient, of which the others must know."""
@@ -102,9 +151,16 @@ class GradientSync:
 
     def clip(self, model: nn.Module, max_norm: float) -> float:
         """Clip the gradient to `max_norm` (0: not at all); returns its norm before, the same on every rank."""
+        known, self._norm = self._norm, None
         if self.exact is not None:
+            if known is not None:
+                scale_to(self.exact.gradients(), known[0], max_norm or math.inf)
+                return known[0]
             self.accelerator.unscale_gradients()
             return self.exact.clip(max_norm)
+        if known is not None:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm or math.inf, known[1])
+            return known[0]
         return float(self.accelerator.clip_grad_norm_(model.parameters(), max_norm or math.inf))
 
     def discard(self, model: Any) -> None:
@@ -114,9 +170,12 @@ class GradientSync:
         self.forget()
 
     def forget(self) -> None:
-        """Forget the integers of this update."""
+        """Forget the integers of this update, and what was made of them."""
+        self._norm, self._gaps = None, []
         if self.exact is not None:
             self.exact.clear()
+            for parameter in self.exact.sums if self.reads_late else ():
+                parameter.grad = None
 
     def is_finite(self, model: nn.Module) -> bool:
         """Whether the gradient summed on this rank since the last update has neither NaN nor Inf."""
@@ -190,7 +249,7 @@ class ZeroGradientSync(GradientSync):
         """The engine's own: accelerate's would step right after the last microbatch."""
         model.backward(loss)
 
-    def finish(self, model: Any, *, skipped: bool) -> None:
+    def finish(self, model: Any, *, skipped: bool = False) -> None:
         """Clip and step here, and not where Trainer calls the optimizer.
 
         An update whose gradient is NaN or Inf is left out and forgotten, in fp32 too: DeepSpeed's own optimizers see
@@ -231,50 +290,3 @@ class ZeroGradientSync(GradientSync):
         if hasattr(model.optimizer, "overflow"):
             model.optimizer.overflow = False
         self.forget()
-
-
-@torch.no_grad()
-def sum_over_ranks(parameters: list[Any], *, gaps: bool) -> None:
-    """Sum the gradients of `parameters` over the ranks, in place.
-
-    `gaps`: some rank has none of some parameter. It counts as zero there, and stays None where no rank has one: the
-    optimizer leaves such a parameter alone.
-    """
-    if gaps:
-        found = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
-        dist.all_reduce(found)
-        parameters = [p for p, count in zip(parameters, found.tolist(), strict=True) if count]
-        for p in parameters:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    waiting: tuple[list[torch.Tensor], torch.Tensor, Any] | None = None
-    for bucket in _buckets([p.grad for p in parameters]):
-        # a large one travels where it lies
-        alone = len(bucket) == 1 and bucket[0].is_contiguous()
-        whole = bucket[0] if alone else torch.cat([gradient.flatten() for gradient in bucket])
-        sent = dist.all_reduce(whole, async_op=True)
-        if waiting is not None:
-            _take_back(*waiting)
-        waiting = bucket, whole, sent
-    if waiting is not None:
-        _take_back(*waiting)
-
-
-def _buckets(gradients: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Neighbours of one type, together as large as BUCKET allows."""
-    bucket: list[torch.Tensor] = []
-    size = 0
-    for gradient in gradients:
-        if bucket and (size + gradient.numel() > BUCKET or gradient.dtype != bucket[0].dtype):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(gradient)
-        size += gradient.numel()
-    if bucket:
-        yield bucket
-
-
-def _take_back(bucket: list[torch.Tensor], whole: torch.Tensor, sent: Any) -> None:
-    sent.wait()
-    if whole is not bucket[0]:
-        for gradient, part in zip(bucket, whole.split([gradient.numel() for gradient in bucket]), strict=True):
-            gradient.copy_(part.view(gradient.shape))
