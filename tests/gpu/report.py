@@ -256,7 +256,7 @@ def plan(tiny: bool) -> Iterator[dict[str, Any]]:
 
     from isotune.preflight.preflight_report import run_preflight
     from isotune.preflight.request import PLAIN, Launch, PreflightRequest
-    from isotune.preflight.resources.compute import DEVICES
+    from isotune.preflight.resources.devices import DEVICES
 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     device = next((device for device in DEVICES if device.name.lower() in name.lower().replace(" ", "")), DEVICES[0])

@@ -18,7 +18,8 @@ from isotune.preflight.preflight_report import run_preflight
 from isotune.preflight.render import as_json, render_report
 from isotune.preflight.request import read_preflight_request
 from isotune.preflight.resources.activation_memory import trace_microbatch
-from isotune.preflight.resources.compute import find_device, flops_per_step
+from isotune.preflight.resources.compute import flops_per_step
+from isotune.preflight.resources.devices import find_device
 from isotune.preflight.resources.memory import parse_bytes
 from isotune.preflight.resources.sharding import Sharding
 

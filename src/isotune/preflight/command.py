@@ -44,7 +44,7 @@ def run(chosen: argparse.Namespace, flags: list[str]) -> int:
     from isotune.preflight.preflight_report import run_preflight
     from isotune.preflight.render import as_json, draw_scaling, render_report
     from isotune.preflight.request import read_preflight_request
-    from isotune.preflight.resources.compute import find_device
+    from isotune.preflight.resources.devices import find_device
     from isotune.preflight.resources.memory import parse_bytes
 
     sizes = _numbers(chosen.world_sizes, "--world_sizes")

@@ -19,9 +19,11 @@ from isotune.models.opening import compute_dtype, load_config, load_tokenizer
 from isotune.preflight.microbatch_size import choose_microbatch_tokens, launch_that_decides
 from isotune.preflight.request import DDP, FSDP, PLAIN, SHIPPED, Launch, PreflightRequest, shipped_launch
 from isotune.preflight.resources.activation_memory import MicrobatchMemory, trace_microbatch
-from isotune.preflight.resources.compute import DEFAULT_MFU, Device, StepTime, Work, count_work, measured_mfu, step_time
+from isotune.preflight.resources.compute import Work, count_work, measured_mfu
+from isotune.preflight.resources.devices import Device
 from isotune.preflight.resources.memory import Memory, estimate_memory, state_bytes
 from isotune.preflight.resources.sharding import ModelStats, Sharding, model_builder, model_stats
+from isotune.preflight.resources.step_time import StepTime, predict_step, step_load
 
 IMBALANCE_TO_MENTION = 0.03
 
@@ -62,8 +64,6 @@ class PreflightReport:
     work: Work | None
     no_work_reason: str | None  # why the data could not be counted
     device: Device | None
-    mfu: float  # the assumed or measured share of the device's peak
-    mfu_is_measured: bool
     time: StepTime | None
     limit: int | None  # bytes of memory of a process, where it is known
     suggestions: tuple[Suggestion, ...]
@@ -115,7 +115,7 @@ def run_preflight(
         recipe = recipe.with_values(microbatch_tokens=chosen)
         request = replace(request, recipe=recipe)
     stats, work, memory = estimator.stats, estimator.work(recipe, launch), estimator.memory(recipe, launch)
-    mfu = DEFAULT_MFU
+    mfu = None
     if measured is not None and device is not None and work is not None:
         mfu = measured_mfu(measured, recipe, stats, work, device)
 
@@ -123,7 +123,10 @@ def run_preflight(
         counts = estimator.work(recipe, other)
         if counts is None or device is None:
             return None
-        return step_time(Sharding(recipe, stats, other), counts, device, mfu, processes_per_node)
+        sharding, traffic = Sharding(recipe, stats, other), estimator.trace(recipe, other).traffic
+        load = step_load(sharding, counts, traffic)
+        found = predict_step(sharding, counts.microbatches_per_rank, load, device, processes_per_node)
+        return found if mfu is None else replace(found, measured=found.floor / mfu)
 
     suggestions = ()
     if limit is not None and memory.total > limit:
@@ -138,8 +141,6 @@ def run_preflight(
         work=work,
         no_work_reason=no_work_reason,
         device=device,
-        mfu=mfu,
-        mfu_is_measured=measured is not None,
         time=time(launch),
         limit=limit,
         suggestions=suggestions,
@@ -177,13 +178,18 @@ class Estimator:
         """The memory of a variant under a launch."""
         stats = self.stats if recipe is self.recipe else model_stats(recipe, self.config, self.num_labels)
         work = self.work(recipe, launch)
+        count = 2 if work is None else work.microbatches_per_rank
+        return estimate_memory(Sharding(recipe, stats, launch), self.trace(recipe, launch), count, on_cpu=self.on_cpu)
+
+    def trace(self, recipe: RunRecipe, launch: Launch) -> MicrobatchMemory:
+        """The costliest microbatch of a variant under a launch, traced."""
+        work = self.work(recipe, launch)
         if work is not None:
-            count, microbatch = work.microbatches_per_rank, work.costliest_microbatch
+            microbatch = work.costliest_microbatch
         else:  # a full microbatch of the longest documents
             rows = recipe.forward_tokens("microbatch_tokens") // recipe.max_seq_length
             lengths = (recipe.max_seq_length,) * max(1, rows)
-            targets = len(lengths) if isinstance(recipe, ClassificationRecipe) else sum(lengths)
-            count, microbatch = 2, (lengths, targets)
+            microbatch = (lengths, len(lengths) if isinstance(recipe, ClassificationRecipe) else sum(lengths))
         dtype, casts_weights = compute_dtype(recipe), launch.casts_weights(recipe)
         checkpointing = bool(recipe.training_arguments.get("gradient_checkpointing"))
         key = (microbatch, recipe.tune, checkpointing, casts_weights)
@@ -198,7 +204,7 @@ class Estimator:
                 on_cpu=self.on_cpu,
                 checkpointing=checkpointing,
             )
-        return estimate_memory(Sharding(recipe, stats, launch), self._traces[key], count, on_cpu=self.on_cpu)
+        return self._traces[key]
 
 
 def _find_less_waiting(

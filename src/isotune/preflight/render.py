@@ -61,9 +61,12 @@ def as_json(report: PreflightReport, price_per_hour: float | None) -> dict[str, 
         values["collectives_per_step"] = sharding.collectives(work.microbatches_per_rank)
     if report.time is not None and report.device is not None:
         values["device"] = report.device.name
-        values["step_seconds"] = {**asdict(report.time), "expected": report.time.expected}
+        time = report.time
+        values["step_seconds"] = {**asdict(time), "compute": time.compute, "expected": time.expected}
         values["hours"] = report.hours
-        values["share_of_peak"] = report.mfu
+        values["share_of_peak"] = time.mfu
+        assert work is not None, "a time is that of counted work"
+        values["tokens_per_second"] = work.tokens_per_step / time.expected
         if price_per_hour is not None and report.hours is not None:
             values["price"] = report.hours * launch.world_size * price_per_hour
     return values
@@ -187,11 +190,18 @@ def _time_lines(report: PreflightReport, price_per_hour: float | None) -> Iterat
     if report.time is None or report.device is None or report.hours is None:
         yield "time        say --device NAME for seconds and hours"
         return
-    origin = "as measured" if report.mfu_is_measured else "assumed: --measured RUN takes it from a finished run"
+    time, rate = report.time, work.tokens_per_step / report.time.expected
     yield (
-        f"time        {report.time.floor:.4g} s a step at {report.device.name}'s peak; {report.time.expected:.4g} s "
-        f"expected at {report.mfu:.0%} of it ({origin}), {report.time.communication:.2g} s of them for communication"
+        f"time        {time.expected:.4g} s a step, {rate:,.0f} tokens/s, {time.mfu:.0%} of "
+        f"{report.device.name}'s peak, at which it would take {time.floor:.4g} s"
     )
+    if time.measured is not None:
+        parts = {"computation as measured": time.measured}
+    else:
+        parts = {"products": time.products, "attention": time.attention, "element-wise": time.elementwise}
+        parts |= {"waiting for launches": time.launches, "optimizer": time.optimizer}
+    parts["communication not hidden"] = time.communication
+    yield "  of them   " + ", ".join(f"{name} {seconds:.2g} s" for name, seconds in parts.items() if seconds)
     device_hours = report.hours * launch.world_size
     price = ""
     if price_per_hour is not None:

@@ -1,4 +1,4 @@
-"""Activation memory of a microbatch, traced by running the training code on fake tensors.
+"""Activation memory and traffic of a microbatch, traced by running the training code on fake tensors.
 
 A formula for activations becomes wrong as soon as a model or a kernel changes. Here the model is built on the meta
 device, a microbatch runs forward and backward under torch's FakeTensorMode, and every storage is counted while it
@@ -8,7 +8,7 @@ lives. The blocks of a model are alike, so models of two and three blocks give t
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from itertools import accumulate
 from typing import Any
@@ -25,18 +25,21 @@ from isotune.models.cpu import document_attention
 from isotune.models.cpu import functional as cpu_functional
 from isotune.models.cpu import layers as cpu_layers
 from isotune.models.cpu.layers import enable_speedups
+from isotune.models.cuda.casts import kept_casts
 from isotune.models.document_dropout import training_microbatch
 from isotune.models.layouts import layout
+from isotune.preflight.resources.traffic import Traffic, TrafficCounter
 
 TRACED_BLOCKS = (2, 3)
 
 
 @dataclass(frozen=True)
 class MicrobatchMemory:
-    """Peak bytes of a microbatch on a process."""
+    """Peak bytes of a microbatch on a process, and what its kernels move."""
 
     activations: int  # without gradients, as in a later microbatch of a step
     with_gradients: int  # activations and gradients together, as in the first microbatch
+    traffic: Traffic = field(default_factory=Traffic)
 
 
 def trace_microbatch(
@@ -57,8 +60,8 @@ def trace_microbatch(
     kernels; otherwise attention and dropout save what a GPU's kernels save.
     """
 
-    def trace(blocks: int) -> tuple[int, ...]:
-        """Peak bytes without gradients, and with gradients before and after half of them exist.
+    def trace(blocks: int) -> tuple[tuple[int, ...], Traffic]:
+        """Peak bytes without gradients, and with gradients before and after half of them exist; and the traffic.
 
         Activations are freed while gradients appear, so the peak is at the start or at the end of backward, which
         depends on the blocks.
@@ -71,21 +74,23 @@ def trace_microbatch(
             if on_cpu:
                 enable_speedups(model)
             model.train()
-            live = _LiveBytes(model, on_cpu)
+            live, traffic = _LiveBytes(model, on_cpu), TrafficCounter()
             products = torch.autocast("cpu", dtype=autocast) if autocast else contextlib.nullcontext()
             padded = attention_of(model.config) != packed_attention.PACKED
             documents = document_keys.MicrobatchDocuments(range(len(lengths)), lengths, padded)
-            with live, products, training_microbatch(documents) if on_cpu else contextlib.nullcontext():
+            casts = contextlib.nullcontext() if on_cpu or not autocast else kept_casts()
+            with live, traffic, products, casts, training_microbatch(documents) if on_cpu else contextlib.nullcontext():
                 model(**inputs, use_cache=False).loss.backward()
-        return live.activation_peak, *live.peaks
+        return (live.activation_peak, *live.peaks), traffic.counted
 
     few, more = TRACED_BLOCKS
     if layers <= more:
-        activations, early, late = trace(layers)
+        (activations, early, late), moved = trace(layers)
     else:
-        pairs = zip(trace(few), trace(more), strict=True)
-        activations, early, late = (low + (layers - few) * (high - low) for low, high in pairs)
-    return MicrobatchMemory(activations, max(early, late))
+        (lows, moved), (highs, moved_more) = trace(few), trace(more)
+        moved = moved.extrapolate(moved_more, layers - few)
+        activations, early, late = (low + (layers - few) * (high - low) for low, high in zip(lows, highs, strict=True))
+    return MicrobatchMemory(activations, max(early, late), moved)
 
 
 def _inputs(lengths: Sequence[int], targets: int, is_classifier: bool) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""The work of a run, counted from the prepared data and the schedule that training follows, and the time of a step.
+"""The work of a run, counted from the prepared data and the schedule that training follows.
 
 FLOPs are counted as they are computed: attention within documents, half of it where it is causal, the head at
-supervised positions only, and a second forward with gradient checkpointing. The floor is FLOPs over the data sheet's
-peak. A run reaches a share of the peak, the model FLOPs utilization (MFU): `--measured RUN` takes it from a finished
-run, otherwise it is assumed to be `DEFAULT_MFU`, and the report says so.
+supervised positions only, and a second forward with gradient checkpointing. `--measured RUN` takes the share of the
+device's peak that a run reaches, the model FLOPs utilization (MFU), from a finished run.
 """
 
 import json
@@ -19,57 +18,11 @@ from isotune.config import Recipe, RunRecipe
 from isotune.config.effects import count_events
 from isotune.data.batch_schedule import StepSchedule, assign_to_ranks
 from isotune.io.errors import UserError
-from isotune.preflight.resources.sharding import ModelStats, Sharding
+from isotune.preflight.resources.devices import Device
+from isotune.preflight.resources.sharding import ModelStats
 from isotune.run.metrics_file import METRICS, read_metrics
 
-DEFAULT_MFU = 0.4
 _MAX_COUNTED_STEPS = 200
-
-
-@dataclass(frozen=True)
-class Device:
-    """The data sheet of a device: dense peak FLOPs a second, memory, and link speed within and between nodes."""
-
-    name: str
-    flops_16_bit: float
-    flops_32_bit: float
-    memory_bytes: int
-    link_bytes_per_second: float
-    network_bytes_per_second: float = 25e9
-
-    def peak_flops(self, recipe: RunRecipe) -> float:
-        """The peak in the recipe's precision."""
-        return self.flops_16_bit if recipe.bf16 or recipe.fp16 else self.flops_32_bit
-
-
-_GB = 10**9
-DEVICES = (
-    Device("H200", 989e12, 67e12, 141 * _GB, 450e9, 50e9),
-    Device("H100", 989e12, 67e12, 80 * _GB, 450e9, 50e9),
-    Device("A100-80", 312e12, 19.5e12, 80 * _GB, 300e9),
-    Device("A100-40", 312e12, 19.5e12, 40 * _GB, 300e9),
-    Device("L40S", 362e12, 91.6e12, 48 * _GB, 32e9),
-    Device("L4", 121e12, 30.3e12, 24 * _GB, 32e9),
-    Device("A10", 125e12, 31.2e12, 24 * _GB, 32e9),
-    Device("V100", 125e12, 15.7e12, 32 * _GB, 150e9),
-    Device("T4", 65e12, 8.1e12, 16 * _GB, 16e9),
-    Device("RTX4090", 165e12, 82.6e12, 24 * _GB, 32e9),
-    Device("RTX3090", 71e12, 35.6e12, 24 * _GB, 32e9),
-)
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """Seconds of one step on the slowest process: `floor` is computation at the device's peak."""
-
-    floor: float
-    compute: float
-    communication: float  # at the links' speed
-
-    @property
-    def expected(self) -> float:
-        """Computation plus communication: an upper bound if they overlap."""
-        return self.compute + self.communication
 
 
 @dataclass(frozen=True)
@@ -141,35 +94,24 @@ def count_work(recipe: RunRecipe, data: Any, world_size: int, *, exact: bool) ->
     )
 
 
-def find_device(name: str) -> Device:
-    """The device of a name, in any case of its letters; UserError if it is not in the table."""
-    devices = {device.name.lower(): device for device in DEVICES}
-    if name.lower() not in devices:
-        names = ", ".join(device.name for device in DEVICES)
-        raise UserError(f"--device {name} is not known: choose among {names}, or say --measured RUN")
-    return devices[name.lower()]
-
-
 def flops_per_step(recipe: RunRecipe, model: ModelStats, work: Work) -> float:
     """FLOPs of the matrix products of a step, over all processes."""
+    return sum(count_flops(recipe, model, work.tokens_per_step, work.targets_per_step, work.attention_squares_per_step))
+
+
+def count_flops(
+    recipe: RunRecipe, model: ModelStats, tokens: float, targets: float, attention_squares: float
+) -> tuple[float, float]:
+    """FLOPs of the linear layers and of attention for so many tokens, targets and squared tokens of documents."""
     # 2 for forward, 2 for the gradient of the input, 2 for the gradient of a trained weight
     times = 6 if recipe.tune == "full" else 4
     again = 2 if recipe.training_arguments.get("gradient_checkpointing") else 0
-    linear = (times + again) * model.linear_numel * work.tokens_per_step
-    head = times * model.head_numel * work.targets_per_step
-    adapters = (6 + again) * model.adapter_numel * work.tokens_per_step
+    linear = (times + again) * model.linear_numel * tokens
+    head = times * model.head_numel * targets
+    adapters = (6 + again) * model.adapter_numel * tokens
     products = 2 if isinstance(recipe, Recipe) else 4  # causal attention needs half of them
-    square = products * work.attention_squares_per_step * model.hidden_size * model.layers
-    return linear + head + adapters + square * (3 + again / 2)
-
-
-def step_time(sharding: Sharding, work: Work, device: Device, mfu: float, per_node: int) -> StepTime:
-    """The time of one step; with more than `per_node` processes the network between the nodes is the link."""
-    recipe, launch = sharding.recipe, sharding.launch
-    all_flops = flops_per_step(recipe, sharding.model, work)
-    floor = all_flops / launch.world_size * (1 + work.imbalance) / device.peak_flops(recipe)
-    link = device.link_bytes_per_second if launch.world_size <= per_node else device.network_bytes_per_second
-    return StepTime(floor, floor / mfu, sharding.bytes_sent(work.microbatches_per_rank) / link)
+    square = products * attention_squares * model.attention_size * model.layers
+    return linear + head + adapters, square * (3 + again / 2)
 
 
 def measured_mfu(run: Path, recipe: RunRecipe, model: ModelStats, work: Work, device: Device) -> float:

@@ -41,6 +41,7 @@ from isotune.training.gradients.exact_shards import BUCKET
 # bitsandbytes' block sizes: an fp32 scale for 64 weights; with double quantization a byte, and fp32 for 256 scales
 _WEIGHTS_PER_SCALE, _SCALES_PER_BLOCK = 64, 256
 EXACT_BYTES = 8
+DDP_BUCKET_BYTES = 25 * 2**20  # DistributedDataParallel's bucket_cap_mb
 ALIGNMENT = 2  # DeepSpeed pads each flat group to a multiple of twice the number of processes
 # DeepSpeed's defaults
 _PERSISTENCE_THRESHOLD, _REUSE_DISTANCE = 10**5, 10**9
@@ -69,7 +70,7 @@ class ModelStats:
     block_numel: int  # of all blocks together
     block_bytes: int
     layers: int
-    hidden_size: int
+    attention_size: int  # heads times elements of a head
     linear_numel: int  # weights of all linear layers except the output head
     head_numel: int  # of the output head
     adapter_numel: int  # of LoRA
@@ -129,12 +130,17 @@ def model_stats(recipe: RunRecipe, config: PreTrainedConfig, num_labels: int | N
         block_numel=sum(p.numel for p in of_blocks),
         block_bytes=sum(p.bytes for p in of_blocks),
         layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
+        attention_size=_attention_size(config),
         linear_numel=sum(weight.numel() for weight in linear),
         head_numel=0 if head is None else head.weight.numel(),
         adapter_numel=adapter_numel,
         largest_block_bytes=block,
     )
+
+
+def _attention_size(config: PreTrainedConfig) -> int:
+    head = getattr(config, "head_dim", None)
+    return config.num_attention_heads * head if head else config.hidden_size
 
 
 def _four_bit_bytes(recipe: RunRecipe, numel: int) -> int:
@@ -241,6 +247,22 @@ class Sharding:
             sent += self.reduced_bytes * model.trained_numel * reductions
         gathered = self.gradient_bytes * launch.world_size * self.optimized_numel
         return {"all_reduce": sent, "all_gather": gathered} if zero else {"all_reduce": sent}
+
+    def rings(self, microbatches: int) -> int:
+        """How many rings of reduce-scatters and all-gathers a step starts; an all-reduce is two.
+
+        FSDP2 and ZeRO-3 communicate block by block, DDP and the other stages in buckets.
+        """
+        sent, groups = self.collectives(microbatches), self.model.layers + 1
+        if self.launch.engine == FSDP:
+            return groups * (2 * microbatches + (microbatches if self.exact_gradients else 1))
+        if self.launch.zero_stage == 3:
+            gathers = microbatches * (1 if self._kept_share == 1 else 2)
+            return groups * (gathers + (microbatches if self.recipe.gradient_reduction == "pass" else 1))
+        bucket = DDP_BUCKET_BYTES
+        if self.launch.engine == DEEPSPEED:
+            bucket = self.reduced_bytes * int(self.launch.zero_optimization.get("reduce_bucket_size", 5e8))
+        return sum((2 if name == "all_reduce" else 1) * -(-size // bucket) for name, size in sent.items())
 
     def bytes_sent(self, microbatches: int) -> float:
         """Bytes that a process sends, and also receives, in a step with ring collectives.

@@ -1,0 +1,1 @@
+"""What is known of published throughput and memory figures beside the figures themselves."""
