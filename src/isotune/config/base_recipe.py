@@ -11,7 +11,7 @@ import yaml
 
 from isotune.config.layers import Layer, merge_layers
 from isotune.config.schema import GROUPS, Contradiction, Key
-from isotune.io.errors import Complain, UserError, refuse
+from isotune.io.errors import Complain, UserError, refuse, shown
 from isotune.io.files import replace_file
 
 
@@ -50,7 +50,7 @@ class BaseRecipe:
         for layer in layers:  # before the keys of another task are called unknown one by one
             other = layer.given.get("task", task)
             if other != task:
-                complain(f"{layer.name_of('task')} is {other!r}: this command runs recipes of task: {task}")
+                complain(f"{layer.name_of('task')} is {shown(other)}: this command runs recipes of task: {task}")
         values, given = merge_layers(keys, layers, cls.contradictions, complain)
         own = {own.name: values[own.name] for own in fields(cls) if own.name in values}
         return cls(**own, values=values, given=given)

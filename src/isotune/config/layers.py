@@ -175,8 +175,10 @@ def _is_set(keys: Mapping[str, Key], values: Values, name: str) -> bool:
 
 def _shown(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(map(str, cast("list[Any]", value)))
-    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+        text = ", ".join(map(str, cast("list[Any]", value)))
+    else:
+        text = str(value).lower() if isinstance(value, bool) or value is None else str(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _why_not_a_key(keys: Mapping[str, Key], written: str, layer: Layer) -> str:

@@ -19,7 +19,7 @@ from isotune.distributed.deepspeed_config import offloaded, read_deepspeed_confi
 from isotune.distributed.launch import check_keys, check_precision, request_of
 from isotune.distributed.launch_file import MAX_PROCESSES, read_launch_file
 from isotune.io import shipped
-from isotune.io.errors import Complain, UserError, did_you_mean
+from isotune.io.errors import Complain, UserError, did_you_mean, shown
 from isotune.io.reading import Unreadable
 from isotune.models.opening import load_config
 
@@ -122,8 +122,8 @@ def _read_recipe(command: CommandLine, problems: list[str]) -> tuple[RunRecipe, 
             task, guess = _guess_task(command)
             if guess is None:
                 problems.append("task is missing: add task: sft or task: classification to the recipe")
-        elif task not in TASKS:
-            raise UserError(f"task is {task!r}{did_you_mean(task, TASKS)}")
+        elif not isinstance(task, str) or task not in TASKS:
+            raise UserError(f"task is {shown(task)}{did_you_mean(task, TASKS)}")
         kind = TASKS[task]
     return kind.from_layers(command.layers(kind.keys()), problems.append), guess
 
