@@ -267,3 +267,31 @@ def test_the_blend_of_encoder_and_baselines_is_at_least_as_good_as_the_member_th
     low, high = made.scores.intervals["log_loss"]
     best = read_result(chosen / "eval" / "arena_test").metrics["log_loss"]
     assert made.scores.metrics["log_loss"] <= best and low < made.scores.metrics["log_loss"] < high
+
+
+def test_an_encoder_is_evaluated_like_any_classifier_on_the_rows_that_it_kept_or_on_a_file(
+    encoder, baselines, competition, tmp_path, capsys
+):
+    def evaluate(run, *words, expect=0):
+        with pytest.raises(SystemExit) as leaving:
+            main(["eval", str(run), *map(str, words)])
+        assert (leaving.value.code or 0) == expect, capsys.readouterr()
+        return capsys.readouterr()
+
+    evaluate(encoder.run, "--resamples", 100, "--output_dir", tmp_path / "kept")
+    found, own = read_result(tmp_path / "kept"), read_result(encoder.run / "eval" / "arena")
+    assert found.facts["rows_sha256"] == own.facts["rows_sha256"]
+    for row, other in zip(found.predictions, own.predictions, strict=True):
+        assert (row["id"], row["label"], row["group"]) == (other["id"], other["label"], other["group"])
+        np.testing.assert_allclose(row["probabilities"], other["probabilities"], atol=1e-6)
+    for name in ("log_loss", "accuracy", "expected_calibration_error"):
+        assert found.metrics[name] == pytest.approx(own.metrics.get(name, own.metrics.get(f"{name}_encoder")), abs=1e-6)
+    assert {"brier", "roc_auc", "precision[a]"} <= found.metrics.keys()
+    for picture in ("reliability.png", "confusion_matrix.png", "precision_recall.png"):
+        assert (tmp_path / "kept" / picture).is_file(), picture
+    evaluate(encoder.run, "--dataset_name", competition / "train.csv", "--limit", 9, "--no_pictures",
+             "--resamples", 100)  # fmt: skip
+    assert len(read_result(encoder.run / "eval" / "train").predictions) == 9
+    assert "is a run of baselines" in evaluate(baselines.run, expect=2).err
+    assert "--max_seq_length has no effect" in evaluate(encoder.run, "--max_seq_length", 9, expect=2).err
+    assert "is no file" in evaluate(encoder.run, "--dataset_name", competition, expect=2).err

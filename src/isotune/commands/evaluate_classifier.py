@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from isotune.commands.before_torch import before_torch
+from isotune.config.layers import read_file
+from isotune.config.recipes import project_of
 from isotune.io import shipped
 from isotune.io.errors import OneSentenceParser, UserError
+
+RECIPE = "recipe.yaml"  # of a run folder
 
 
 def read_arguments(argv: Sequence[str], *, prog: str, description: str) -> argparse.Namespace:
@@ -69,6 +73,7 @@ def evaluate_classifier(given: argparse.Namespace) -> None:
     from isotune.evaluation.tasks import FLAGS, ClassificationTask, read_task
 
     flags = {name: getattr(given, name) for name in FLAGS}
+    is_project = bool(given.run_dir) and _is_project(Path(given.run_dir), given)
     task = read_task(ClassificationTask, given.task, flags) if given.task or given.dataset_name or given.model else None
     # torch takes seconds to import, so mistakes on the command line are answered before
     import torch
@@ -90,11 +95,18 @@ def evaluate_classifier(given: argparse.Namespace) -> None:
     dtype = torch.bfloat16 if given.bf16 else torch.float32
     load, name = (load_run_classifier, given.run_dir) if given.run_dir else (load_model_classifier, given.model)
     classifier = load(name, ranks.device, dtype)
-    held_out = None
-    if task is None:
-        task, held_out = task_of_run(classifier, flags)
+    battles = None
+    if is_project:
+        from isotune.projects.arena.evaluate import battle_rows
+
+        battles = battle_rows(classifier, given.dataset_name, given.limit)
+        task, rows = battles.task, battles.rows
+    else:
+        held_out = None
+        if task is None:
+            task, held_out = task_of_run(classifier, flags)
+        rows = read_task_rows(task, classifier, ranks, given.limit, held_out)
     home = Path(given.run_dir or Path("runs") / Path(given.model).name)
-    rows = read_task_rows(task, classifier, ranks, given.limit, held_out)
     settings: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "resamples": given.resamples}
     evaluation_of = {
         **task.decisive(),
@@ -105,19 +117,15 @@ def evaluate_classifier(given: argparse.Namespace) -> None:
         "model": given.model and model_identity(given.model),
         **({"run_dir": str(Path(given.run_dir).resolve())} if given.output_dir and given.run_dir else {}),
     }
-    wanted = Path(given.output_dir or home / "eval" / task.name)
+    wanted = Path(given.output_dir or home / "eval" / (battles.name if battles else task.name))
     claim_folder(wanted, evaluation_of, is_named=bool(given.output_dir), write=False)  # refused before the work
     attention_rows = None if given.attention_ids is None else rows.find(given.attention_ids)
-    evaluation = evaluate_rows(
-        classifier,
-        rows,
-        task,
-        ranks,
-        batch_tokens=given.batch_tokens,
-        batch_size=given.batch_size,
-        resamples=given.resamples,
-        seed=given.seed,
-    )
+    draws: dict[str, int] = {"resamples": given.resamples, "seed": given.seed}
+    if battles is not None:
+        evaluation = battles.evaluate(classifier, ranks, **draws)
+    else:
+        sizes = {"batch_tokens": given.batch_tokens, "batch_size": given.batch_size}
+        evaluation = evaluate_rows(classifier, rows, task, ranks, **sizes, **draws)
     if evaluation is None:
         return
     folder = claim_folder(wanted, evaluation_of, is_named=bool(given.output_dir))
@@ -130,3 +138,20 @@ def evaluate_classifier(given: argparse.Namespace) -> None:
     print_examples(evaluation.task_type, evaluation.examples)
     print("\n".join(score_lines(evaluation.scores)))
     print(f"written to {folder}")
+
+
+def _is_project(run: Path, given: argparse.Namespace) -> bool:
+    """Whether it is a run of the Arena; UserError for what cannot be evaluated of one."""
+    keys = read_file(run / RECIPE).given if (run / RECIPE).is_file() else {}
+    if project_of(keys) is None:
+        return False
+    if keys["method"] != "encoder":
+        raise UserError(
+            f"{run} is a run of baselines, which {run / 'eval'} has the evaluations of: isotune predict predicts others"
+        )
+    from isotune.evaluation.tasks import FLAGS
+
+    unused = [name for name in (*FLAGS, "task", "batch_size", "batch_tokens") if name != "dataset_name"]
+    if named := next((name for name in unused if getattr(given, name) is not None), None):
+        raise UserError(f"--{named} has no effect: the Arena's files have their own columns, classes and lengths")
+    return True

@@ -279,6 +279,8 @@ def write_evaluation(
     rows, scores = evaluation.rows, evaluation.scores
     names = rows.names if rows.named else None
     predictions = prediction_lines(rows.task_type, rows.ids, rows.labels, evaluation.outputs, names, rows.thresholds)
+    if (groups := rows.documents.columns.get("group")) is not None:
+        predictions = [{**line, "group": own} for line, own in zip(predictions, groups.tolist(), strict=True)]
     facts = {
         "kind": CLASSIFICATION,
         "model": classifier.name,

@@ -123,7 +123,7 @@ def prepare_competition(files: Competition, recipe: ArenaRecipe, tokenizer: Any)
     texts, or nothing is left on one side of the split.
     """
     encoder = TextEncoder(tokenizer)
-    is_kept = hash_uniform(HELD_OUT, recipe.seed, _contents(files.train)) < recipe.eval_split_share
+    is_kept = kept_for_evaluation(files.train, recipe.seed, recipe.eval_split_share)
     if is_kept.all() or (recipe.eval_split_share and not is_kept.any()):
         side = "train on" if is_kept.all() else "evaluate on"
         raise UserError(
@@ -133,6 +133,11 @@ def prepare_competition(files: Competition, recipe: ArenaRecipe, tokenizer: Any)
     evaluation = _prepare(kept, encoder, recipe, "both", {}) if len(kept) else None
     train = _prepare(learned, encoder, recipe, recipe.train_orders, {"held_out": len(kept)})
     return RunData(train, evaluation), kept
+
+
+def kept_for_evaluation(battles: Battles, seed: int, share: float) -> np.ndarray:
+    """Which battles a run does not train on, by their prompts: bool [battles]."""
+    return hash_uniform(HELD_OUT, seed, _contents(battles)) < share
 
 
 def predict_battles(
