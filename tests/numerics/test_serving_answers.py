@@ -145,7 +145,7 @@ def test_what_a_batch_rounds_otherwise_changes_no_answer(speaker, monkeypatch):
     finally:
         hook.remove()
     alone = [answer(speaker, question, Decoding(max_new_tokens=24)) for question in QUESTIONS]
-    assert 0 < service.alone and [result.text for result in results] == pieces == alone
+    assert service.alone > 0 and [result.text for result in results] == pieces == alone
 
 
 def test_a_batch_changes_scores_by_a_tenth_of_what_is_nearly_the_same_at_most(speaker):
