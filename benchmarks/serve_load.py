@@ -66,11 +66,12 @@ def served(run: Path) -> Iterator[str]:
         for line in process.stdout:
             if line.startswith("serving "):
                 yield next(word for word in line.split() if word.startswith("http://"))
+                process.terminate()
+                assert process.wait(60) == 0
                 return
         raise SystemExit(f"the server of {run} did not begin")
     finally:
-        process.terminate()
-        assert process.wait(60) == 0
+        process.kill()
 
 
 def requests_of(kind: str, count: int, new_tokens: int) -> tuple[str, list[dict[str, Any]]]:

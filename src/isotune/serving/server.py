@@ -80,7 +80,6 @@ def serve(run: Path, address: Address, limits: Limits, replayed_rows: int | None
         )  # fmt: skip
         signals.serving = True
         uvicorn.Server(config).run(sockets=[listening])
-    print("stopped", flush=True)
 
 
 class _Signals:
