@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 from tests.building import small_experts, small_opt
-from tests.launching import TINY, Finished, start_together
+from tests.launching import TINY, Finished, start, start_together
 
 EXACT = {**TINY, "exact_gradients": True, "save_strategy": "no", "learning_rate": 1e-2, "max_steps": 4}
 
@@ -50,3 +50,18 @@ def test_they_have_the_same_bits_on_any_number_of_processes(tmp_path, recipes, o
         assert figures(several) == figures(one_process[name]), name
         assert weights_hash(several) == weights_hash(one_process[name]), name
     assert all(line["router_loss"] >= 1.0 for line in one_process["routers"].steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["fsdp2.yaml"])
+def test_an_engine_that_shards_saves_the_adapter_over_the_published_base(tmp_path, recipes, one_process, config):
+    recipe = recipes["pissa"] | {"optim": "adamw_torch"}
+    sharded = start(tmp_path, recipe, processes=2, config=config)
+    for line, other in zip(sharded.steps, one_process["pissa"].steps, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    saved, expected = (load_file(run.run / "model" / "adapter_model.safetensors") for run in
+                       (sharded, one_process["pissa"]))  # fmt: skip
+    assert saved.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert saved[name].shape == tensor.shape
+        assert (saved[name] - tensor).norm() <= 2e-2 * tensor.norm(), name
