@@ -85,7 +85,7 @@ def test_thresholds_of_the_command_line_win_and_go_along_with_an_export(runs, tm
     assert (out / THRESHOLDS_FILE).read_text() == (run / "model" / THRESHOLDS_FILE).read_text()
     for flags, expected in (([], [0.05, 0.3, 0.5, 0.95]), (["--label_thresholds", "0.2"], [0.2] * 4)):
         folder = tmp_path / f"out{len(flags)}"
-        test = str(run.parent / "test.jsonl")
+        test = str(run.parents[1] / "test.jsonl")
         done = classify("--model", str(out), "--dataset_name", test, "--output_dir", str(folder), *flags)
         assert done.returncode == 0, done.stderr
         assert json.loads((folder / "metrics.json").read_text())["label_thresholds"] == expected

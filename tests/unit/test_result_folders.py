@@ -75,12 +75,14 @@ def test_a_process_that_writes_nothing_finds_the_same_folder(tmp_path):
     assert beside == claim_folder(tmp_path / "test", OTHERS[0], is_named=False)
 
 
-@pytest.mark.parametrize(("kind", "keys"), [(ClassificationTask, {PAIR: "second"}), (GenerationTask, {})])
+@pytest.mark.parametrize(
+    ("kind", "keys"), [(ClassificationTask, {PAIR: "second", "label_thresholds": (0.3,)}), (GenerationTask, {})]
+)
 def test_every_key_of_a_task_but_the_word_that_lets_it_run_tells_evaluations_apart(kind, keys):
     told_by_content = {"dataset_mixture", "mixture_seed"}
     given = {name: "x" for name in ("dataset_name", *ROW_COLUMNS) if name in {own.name for own in fields(kind)}}
     decisive = kind(**given, **keys).decisive()
-    assert PAIR not in kind(dataset_name="x").decisive()  # as before there were pairs
+    assert not {PAIR, "label_thresholds"} & kind(dataset_name="x").decisive().keys()  # as before there were these
     assert decisive.keys() == {own.name for own in fields(kind)} - {"allow_dropped"} - told_by_content
     json.dumps(decisive)
     if kind is GenerationTask:  # a key that nobody gives leaves the folders of earlier versions as they are

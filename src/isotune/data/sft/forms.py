@@ -100,7 +100,7 @@ def _in_other_case(names: tuple[str, ...], named: NamedColumns) -> Form | None:
     if form is None:
         return None
     columns = tuple(own[name] for name in form.columns)
-    read = lambda row: form.read({name: row[column] for name, column in own.items()})  # noqa: E731
+    read: Reader = lambda row: form.read({name: row[column] for name, column in own.items()})  # noqa: E731
     return Form(read, columns, form.note or f"rows are read from the column {' and '.join(map(repr, columns))}")
 
 
@@ -167,12 +167,11 @@ def _as_messages(value: Any) -> Any:
     written = written_list(value)
     if written and all(isinstance(each, dict) and any(own in each for own in ROLE_FIELDS) for each in written):
         return written
-    if not isinstance(value, dict) or not any(name in value for name in ROLE_FIELDS):
-        return value
-    columns = {str(name): own for name, own in cast(dict[Any, Any], value).items() if own is not None}
+    table = cast(dict[Any, Any], value) if isinstance(value, dict) else {}
+    columns = {str(name): own for name, own in table.items() if own is not None}
     lengths = {len(cast(list[Any], own)) if isinstance(own, list) else -1 for own in columns.values()}
-    if len(lengths) != 1 or -1 in lengths:
-        return value
+    if len(lengths) != 1 or -1 in lengths or not any(name in columns for name in ROLE_FIELDS):
+        return cast(Any, value)
     return [dict(zip(columns, each, strict=True)) for each in zip(*columns.values(), strict=True)]
 
 
