@@ -8,7 +8,7 @@ accelerate launch eval/classify.py --model textattack/bert-base-uncased-imdb --t
 
 import sys
 
-from isotune.commands.evaluate_classifier import evaluate_classifier, read_arguments
+from isotune.commands.trained.evaluate_classifier import evaluate_classifier, read_arguments
 from isotune.io.errors import run_script
 
 

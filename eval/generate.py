@@ -10,7 +10,7 @@ python eval/generate.py --run_dir runs/opt350m_lora --lm_eval_tasks arc_easy,my_
 
 import sys
 
-from isotune.commands.generate import generate, read_arguments
+from isotune.commands.trained.generate import generate, read_arguments
 from isotune.io.errors import run_script
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import httpx2
 from accelerate.state import AcceleratorState
 
-from isotune.commands import evaluate_classifier, generate
+from isotune.commands.trained import evaluate_classifier, generate
 from isotune.training.from_recipe import save
 from tests.building import Built, build, build_classifier
 from tests.launching import start_command

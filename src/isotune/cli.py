@@ -59,14 +59,14 @@ def _run_own_words(command: str, words: Sequence[str]) -> int | None:
 
         return slurm.run(words)
     if command == "predict":
-        from isotune.commands import predict
+        from isotune.commands.trained import predict
 
         return predict.run_predict(words)
     if command == "serve":
-        from isotune.commands import serve
+        from isotune.commands.trained import serve
 
         return serve.run(words)
-    from isotune.commands import evaluate
+    from isotune.commands.trained import evaluate
 
     return evaluate.run_eval(words) if command == "eval" else evaluate.run_chat(words)
 

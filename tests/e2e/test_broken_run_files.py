@@ -206,7 +206,7 @@ def test_a_byte_of_any_file_may_be_another_one(runs, case):
 
 
 @pytest.mark.slow
-@settings(max_examples=3000, **HYPOTHESIS)
+@settings(max_examples=600, **HYPOTHESIS)
 @given(HARM)
 def test_any_byte_of_any_file_may_be_another_one(runs, case):
     harm(runs, case)

@@ -214,7 +214,7 @@ def test_a_port_that_is_taken_is_named_before_the_model_is_opened(run):
 
 
 def test_a_missing_extra_is_one_sentence(run, monkeypatch):
-    from isotune.commands import serve as command
+    from isotune.commands.trained import serve as command
     from isotune.io.errors import UserError
 
     monkeypatch.setitem(sys.modules, "uvicorn", None)

@@ -10,9 +10,9 @@ import yaml
 
 from isotune.cli import main
 from isotune.commands import start
-from isotune.commands.evaluate import _own_data
 from isotune.commands.start import Launch, count_gpus, exit_status, read_launch
 from isotune.commands.train import recipe_words
+from isotune.commands.trained.evaluate import _own_data
 from isotune.io import extras, shipped
 from isotune.io.errors import UserError
 

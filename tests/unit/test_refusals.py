@@ -87,8 +87,8 @@ def tried(call: Callable[[], Any], what: object, seconds: float = SECONDS) -> st
     return sentence
 
 
-def recipe_of(file: Path, kind: Any = Recipe) -> Any:
-    flags = ["--config", str(file), "--output_dir", "runs/x"]
+def recipe_of(file: Path, kind: Any = Recipe, *more: str) -> Any:
+    flags = ["--config", str(file), "--output_dir", "runs/x", *more]
     return read_recipe(flags, default_config=None, prog="x", description="x", kind=kind)
 
 
@@ -215,8 +215,9 @@ LAUNCH = (
 def fuzz_recipe(folder: Path, text: str) -> None:
     file = folder / "recipe.yaml"
     file.write_bytes(text.encode("utf-8", "surrogatepass"))
+    needed = [f"--{key}=x" for key in ("model_name_or_path", "dataset_name") if key not in text]
     for kind in (Recipe, ClassificationRecipe):
-        tried(lambda kind=kind: recipe_of(file, kind), text)
+        tried(lambda kind=kind: recipe_of(file, kind, *needed), text)
 
 
 def fuzz_launch(folder: Path, text: str) -> None:
@@ -259,6 +260,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(any_of(*SFT, *CLASSIFIER))
 def test_any_value_of_any_key_of_a_recipe_is_taken_or_refused(place, text):
     fuzz_recipe(place, text)
+
+
+def test_a_value_of_several_lines_is_shown_in_one(place):
+    fuzz_recipe(place, 'dataset_prompt_field: "a\\nb"')
 
 
 def test_a_key_that_needs_a_missing_one_says_so(place):

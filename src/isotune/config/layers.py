@@ -178,6 +178,7 @@ def _shown(value: Any) -> str:
         text = ", ".join(map(str, cast("list[Any]", value)))
     else:
         text = str(value).lower() if isinstance(value, bool) or value is None else str(value)
+    text = text if text.isprintable() else repr(text)[1:-1]  # a message is one line
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 

@@ -32,11 +32,11 @@ def run_eval(argv: Sequence[str]) -> int | None:
     if launch.file is not None:
         return start.run_launched(["eval", source[1], *flags], launch)
     if classifies:
-        from isotune.commands.evaluate_classifier import evaluate_classifier
+        from isotune.commands.trained.evaluate_classifier import evaluate_classifier
 
         evaluate_classifier(given)
     else:
-        from isotune.commands.generate import generate
+        from isotune.commands.trained.generate import generate
 
         generate(given)
     return None
@@ -48,16 +48,16 @@ def run_chat(argv: Sequence[str]) -> None:
     if source[0] == "--run_dir" and is_classifier(source):
         raise UserError(f"{source[1]} is the run of a classifier, which answers nothing: isotune eval evaluates it")
     asks = any(flag.partition("=")[0] in ("--prompt", "--interactive") for flag in flags)
-    from isotune.commands.generate import generate
+    from isotune.commands.trained.generate import generate
 
     generate(_arguments(False, [*source, *flags, *([] if asks else ["--interactive"])], "isotune chat", CHAT))
 
 
 def _arguments(classifies: bool, words: Sequence[str], prog: str, description: str) -> argparse.Namespace:
     if classifies:
-        from isotune.commands.evaluate_classifier import read_arguments
+        from isotune.commands.trained.evaluate_classifier import read_arguments
     else:
-        from isotune.commands.generate import read_arguments
+        from isotune.commands.trained.generate import read_arguments
     return read_arguments(words, prog=prog, description=description)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from isotune.commands import start
 from isotune.commands.before_torch import before_torch
-from isotune.commands.evaluate import RECIPE, is_classifier, read_source
+from isotune.commands.trained.evaluate import RECIPE, is_classifier, read_source
 from isotune.config.layers import read_file
 from isotune.config.recipes import project_of
 from isotune.io.errors import OneSentenceParser, UserError
