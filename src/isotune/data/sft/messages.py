@@ -127,7 +127,7 @@ def _text_of(content: Any, number: int) -> str:
         return content
     is_part = isinstance(content, Mapping) and "text" in content
     if not is_part and not isinstance(content, list):
-        raise ValueError(f"message {number} has a {type(content).__name__} for its content, not a text")
+        raise ValueError(f"message {number} has a {type(cast(Any, content)).__name__} for its content, not a text")
     texts: list[str] = []
     for part in cast(list[Any], [content] if is_part else content):
         fields = cast(Mapping[str, Any], part) if isinstance(part, Mapping) else {"type": type(part).__name__}
