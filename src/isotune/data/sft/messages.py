@@ -125,12 +125,11 @@ def _text_of(content: Any, number: int) -> str:
     """The content of a message: a text, or the texts of its parts."""
     if isinstance(content, str):
         return content
-    parts: Any = [cast(Any, content)] if isinstance(content, dict) and "text" in content else content
-    if not isinstance(parts, list):
-        kind = type(cast(Any, content)).__name__
-        raise ValueError(f"message {number} has a {kind} for its content, not a text")
+    is_part = isinstance(content, Mapping) and "text" in content
+    if not is_part and not isinstance(content, list):
+        raise ValueError(f"message {number} has a {type(cast(Any, content)).__name__} for its content, not a text")
     texts: list[str] = []
-    for part in cast(list[Any], parts):
+    for part in cast(list[Any], [content] if is_part else content):
         fields = cast(Mapping[str, Any], part) if isinstance(part, Mapping) else {"type": type(part).__name__}
         text = part if isinstance(part, str) else fields.get("text")
         if not isinstance(text, str) or (fields.get("type", "text") not in TEXT_PARTS and not isinstance(part, str)):
