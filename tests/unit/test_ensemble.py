@@ -23,12 +23,14 @@ ROWS, NAMES = 240, ["bad", "fair", "good"]
 
 def member(folder: Path, labels: np.ndarray, outputs: np.ndarray, **values) -> Path:
     """An evaluation in `folder`/eval/test, of rows in a seeded order of their own."""
-    given = SimpleNamespace(**{"task_type": "single_label", "names": NAMES, "groups": None, "texts": None} | values)
+    unsaid = {"task_type": "single_label", "names": NAMES, "groups": None, "texts": None, "thresholds": None}
+    given = SimpleNamespace(**unsaid | values)
     lines = prediction_lines(given.task_type, list(range(len(labels))), labels, outputs, given.names)
     if given.groups is not None:
         lines = [{**line, "group": f"g{group}"} for line, group in zip(lines, given.groups, strict=True)]
     facts = {"kind": "classification", "model": folder.name, "dataset_name": "d", "dataset_split": "test"}
     facts |= {"label_names": given.names, "task_type": given.task_type}
+    facts |= {"label_thresholds": given.thresholds} if given.thresholds else {}
     texts = given.texts or [f"text {row}" for row in range(len(labels))]
     write_result(folder / "eval" / "test", facts, Scores({}, {}), lines, texts)
     return folder
@@ -140,6 +142,19 @@ def test_several_labels_and_numbers_are_blended_too(tmp_path):
     np.testing.assert_allclose([row["prediction"] for row in found.predictions], np.mean(guesses, axis=0), rtol=1e-12)
     with pytest.raises(UserError, match="these are numbers"):
         build_ensemble(runs, tmp_path / "none", weights="fitted")
+
+
+def test_label_thresholds_of_the_members_decide_and_other_ones_are_refused(tmp_path):
+    labels = np.array([[1, 0], [0, 1], [1, 1], [0, 0]] * 3)
+    outputs = [np.where(labels == 1, 0.35, 0.25), np.where(labels == 1, 0.45, 0.15)]
+    kind = {"task_type": "multi_label", "names": ["a", "b"]}
+    runs = [member(tmp_path / f"m{n}", labels, one, **kind, thresholds=[0.3, 0.3]) for n, one in enumerate(outputs)]
+    found = read_result(build_ensemble(runs, tmp_path / "both", resamples=200).folder)
+    assert [row["prediction"] for row in found.predictions] == [np.flatnonzero(row).tolist() for row in labels]
+    assert found.facts["label_thresholds"] == [0.3, 0.3]
+    other = member(tmp_path / "other", labels, outputs[0], **kind)
+    with pytest.raises(UserError, match="other label thresholds"):
+        build_ensemble([runs[0], other], tmp_path / "none")
 
 
 def test_a_blend_is_compared_and_reported_like_a_run_and_another_one_takes_another_folder(runs, tmp_path, capsys):

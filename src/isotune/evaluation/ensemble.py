@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from sklearn.model_selection import GroupKFold
 
-from isotune.config.task_types import REGRESSION, SINGLE_LABEL
+from isotune.config.task_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from isotune.data.classification.predictions import prediction_lines
+from isotune.data.classification.thresholds import THRESHOLD, Thresholds
 from isotune.data.documents import digest
 from isotune.evaluation.metrics.of_type import statistics_of
 from isotune.evaluation.paired_results import (
@@ -117,7 +118,10 @@ def build_ensemble(
     else:
         blended = blend(outputs, fitted) if task_type == SINGLE_LABEL else weighted_sum(outputs, fitted)
     names = class_names(first)
-    statistics = statistics_of(task_type, labels, blended, ordinal=ordinal_classes(first), names=names)
+    thresholds = _common_thresholds(results)
+    statistics = statistics_of(
+        task_type, labels, blended, ordinal=ordinal_classes(first), names=names, thresholds=thresholds
+    )
     units = len(labels) if groups is None else int(groups.max()) + 1
     if groups is not None:
         statistics = [by_group(statistic, groups) for statistic in statistics]
@@ -128,7 +132,7 @@ def build_ensemble(
     ]
     how = {"weights": weights, **({"folds": folds, "seed": seed} if weights == FITTED else {})}
     folder = _claimed(Path(output_dir), results, {**how, "resamples": resamples})
-    lines = prediction_lines(task_type, [row["id"] for row in first.predictions], labels, blended, names)
+    lines = prediction_lines(task_type, [row["id"] for row in first.predictions], labels, blended, names, thresholds)
     if groups is not None:
         lines = [{**line, "group": row["group"]} for line, row in zip(lines, _grouped(results), strict=True)]
     facts = {
@@ -138,6 +142,7 @@ def build_ensemble(
         "task_type": task_type,
         "label_names": first.facts.get("label_names"),
         "ordinal": ordinal_classes(first),
+        **({"label_thresholds": np.atleast_1d(thresholds).tolist()} if task_type == MULTI_LABEL else {}),
         "undefined": scores.undefined,
         "ensemble": {
             **how,
@@ -146,6 +151,20 @@ def build_ensemble(
     }
     write_aligned_result(folder, facts, scores, lines, first.facts["rows_sha256"])
     return Ensemble(folder, weights, members, scores, _loss(blended, labels, task_type))
+
+
+def _common_thresholds(results: Sequence[Result]) -> Thresholds:
+    """From which probabilities the members say that a row has a label; UserError where they differ."""
+    own = [result.facts.get("label_thresholds") or [THRESHOLD] for result in results]
+    size = max(map(len, own))
+    filled = [np.broadcast_to(one, size).tolist() for one in own]
+    for result, one in zip(results, filled, strict=True):
+        if one != filled[0]:
+            raise UserError(
+                f"{results[0].folder} and {result.folder} have other label thresholds ({filled[0]} and {one}): "
+                "evaluate both with the same --label_thresholds"
+            )
+    return own[0] if len(own[0]) > 1 else own[0][0]
 
 
 def _aligned(results: Sequence[Result], task_type: str) -> tuple[np.ndarray, list[np.ndarray]]:
