@@ -26,9 +26,11 @@ def test_with_a_gpu_nothing_is_set(monkeypatch, tmp_path: Path):
     assert environment == {}
 
 
-@pytest.mark.parametrize("script", ["sft", "classification", "arena", "generate", "evaluate_classifier"])
+@pytest.mark.parametrize(
+    "script", ["sft", "classification", "arena", "trained/generate", "trained/evaluate_classifier"]
+)
 def test_every_command_that_imports_torch_does_so_first(script: str):
-    source = Path(module.__file__).with_name(f"{script}.py").read_text()
+    source = Path(module.__file__).parent.joinpath(f"{script}.py").read_text()
     call = source.index("    before_torch(")
     assert not any(line.startswith(("import torch", "from torch")) for line in source.splitlines())
     assert "import" in source[call:]

@@ -5,6 +5,7 @@ does not is `Unreadable`, whose message is the reason without the file's name, s
 sentence. A missing file stays a FileNotFoundError.
 """
 
+import functools
 import json
 import os
 import stat
@@ -150,14 +151,30 @@ def compose_yaml(
     MAX_YAML_VALUES values once its aliases are replaced.
     """
     try:
-        node: yaml.Node | None = loader(text).get_single_node()
+        node: yaml.Node | None = _shallow(loader)(text).get_single_node()
     except yaml.YAMLError as error:
         raise _not_yaml(error) from None
-    except RecursionError:
-        raise Unreadable(f"it is nested deeper than {MAX_DEPTH}") from None
     if node is not None:
         _check_nodes(node)
     return node
+
+
+@functools.cache
+def _shallow(loader: type[Any]) -> type[Any]:
+    """The loader, which gives up at the first value that is too deep: PyYAML takes a time of the depth squared."""
+
+    class Shallow(loader):
+        depth = 0
+
+        def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+            self.depth += 1
+            if self.depth > MAX_DEPTH:
+                raise Unreadable(f"it is nested deeper than {MAX_DEPTH}", self.peek_event().start_mark.line + 1)
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+    return Shallow
 
 
 def _not_yaml(error: yaml.YAMLError) -> Unreadable:
