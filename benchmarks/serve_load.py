@@ -37,7 +37,8 @@ def make_run(kind: str, folder: Path, layers: int) -> Path:
     torch.manual_seed(0)
     if kind == CLASSIFIER:
         tokenizer, keys = builtin_tokenizer("builtin:bert-tiny"), {"task": "classification", "max_seq_length": 256}
-        config: Any = DistilBertConfig(vocab_size=len(tokenizer), n_layers=layers, num_labels=3, pad_token_id=1)
+        labels: dict[str, Any] = {"num_labels": 3}
+        config: Any = DistilBertConfig(vocab_size=len(tokenizer), n_layers=layers, pad_token_id=1, **labels)
         model: Any = DistilBertForSequenceClassification(config)
     else:
         tokenizer, keys = builtin_tokenizer("builtin:opt-tiny"), {"task": "sft"}

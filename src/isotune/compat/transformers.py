@@ -1,5 +1,6 @@
 """transformers 5.23: what has no public accessor, and what its Trainer cannot be told otherwise."""
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -83,8 +84,7 @@ def loss_device(trainer: Any) -> torch.device:
     5.23 adds them on the device, and to log one it gathers it over the ranks and waits for the device, each step. The
     sum is a private attribute, made anew by each `train`; where there is none the losses stay on the device.
     """
-    import transformers.trainer as library
-
+    library: Any = importlib.import_module("transformers.trainer")
     if not hasattr(trainer, "_tr_loss"):
         return trainer.args.device
     trainer._tr_loss = trainer._tr_loss.cpu()
