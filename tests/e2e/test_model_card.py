@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -80,6 +81,19 @@ def test_the_three_lines_of_the_card_load_the_trained_model(runs, kind):
         in_memory = trained(input_ids=ids).logits
     assert loaded.shape == in_memory.shape
     assert torch.allclose(loaded, in_memory, atol=1e-5)
+
+
+def test_the_card_of_a_qlora_run_loads_the_base_in_four_bits(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs["causal_lora"].built.run.path, run)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "tune": "qlora", "bf16": True}))
+    (code,) = re.findall(r"```python\n(.*?)```", write_model_card(run).read_text(), re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    kept = names["model"].get_base_model().config.quantization_config
+    assert (kept.load_in_4bit, kept.bnb_4bit_quant_type, kept.bnb_4bit_use_double_quant) == (True, "nf4", True)
+    assert kept.bnb_4bit_compute_dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,7 +11,7 @@ from transformers import TrainingArguments, masking_utils
 
 from isotune.compat.accelerate import let_scaler_check_before_step, run_fp16_on_cpu
 from isotune.compat.deepspeed import forget_coalesced_reduction
-from isotune.compat.transformers import bf16_without_gpu, let_trainer_skip_steps, loss_device
+from isotune.compat.transformers import bf16_without_gpu, checkpoints_reentrantly, let_trainer_skip_steps, loss_device
 from isotune.compat.trl import trained_parameters_kept
 from isotune.models import packed_attention  # noqa: F401  (patches transformers at its import)
 from isotune.models.document_keys import MicrobatchDocuments, known_documents
@@ -52,11 +52,31 @@ def test_a_trainers_sum_of_losses_is_on_the_host_and_is_not_gathered_again(monke
     trainer = SimpleNamespace(_tr_loss=torch.zeros(()))
     assert loss_device(SimpleNamespace(args=SimpleNamespace(device="where it was"))) == "where it was"
     assert loss_device(trainer) == loss_device(trainer) == torch.device("cpu")  # wrapped once
-    loss = torch.tensor(2.5)
-    assert trainer._tr_loss.device.type == "cpu" and transformers.trainer.nested_gather(loss, None) is loss
+    trainer._tr_loss += torch.tensor(2.5)
+    loss = trainer._tr_loss
+    assert loss.device.type == "cpu" and transformers.trainer.nested_gather(loss, None) is loss
     assert not asked
-    transformers.trainer.nested_gather(torch.ones(2), None)
+    transformers.trainer.nested_gather(torch.tensor(2.5), None)  # of another trainer in this process
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "enabled", "expected"),
+    [
+        (None, None, False),
+        ({"use_reentrant": False}, None, False),
+        ({"preserve_rng_state": False}, None, True),
+        (None, {"use_reentrant": True}, True),
+        (None, {"use_reentrant": False}, False),
+    ],
+)
+def test_reentrant_checkpoints_are_seen_in_arguments_and_in_the_model(asked, enabled, expected) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32, **sizes))
+    if enabled is not None:
+        model.gradient_checkpointing_enable(enabled)
+    args = SimpleNamespace(activation_checkpointing_kwargs=asked)
+    assert checkpoints_reentrantly(args, model) is expected
 
 
 @NO_GPU

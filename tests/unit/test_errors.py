@@ -31,6 +31,17 @@ def test_only_the_first_process_of_a_machine_prints_it(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("rank", ["-1", "x", "", " "])
+def test_a_local_rank_that_is_none_hides_no_error(capsys, monkeypatch, rank):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+
+    def main() -> None:
+        raise UserError("no")
+
+    assert leave(main) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
 @pytest.mark.parametrize(("returned", "status"), [(None, 0), (0, 0), (75, 75)])
 def test_what_main_returns_is_the_status(returned, status):
     assert leave(lambda: returned) == status

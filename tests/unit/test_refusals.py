@@ -138,7 +138,7 @@ def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path):
         ("max_seq_length", "99999999999", "at most 1,000,000,000"),
         ("num_train_epochs", 1e20, "at most 1,000,000,000"),
         ("warmup_steps", 1e15, "at most 1,000,000,000"),
-        ("ddp_timeout", 10**9, "at most 1e+07"),
+        ("ddp_timeout", 10**10, "at most 1,000,000,000"),
         ("weight_decay", "1e300", "at most 1,000,000,000"),
         ("run_name", "a\0b", "a text holds no NUL"),
         ("run_name", "\ud800", "it is not UTF-8"),

@@ -119,6 +119,12 @@ def test_runs_are_found_at_any_depth_and_a_run_holds_no_other(tmp_path):
     assert find_runs([two, tmp_path]) == [two, one]
 
 
+def test_a_recipe_of_the_users_own_hides_no_run_below_it(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("seed: 1\n")
+    run = written(tmp_path / "runs" / "a", {"status": "finished", "step": 1})
+    assert run in find_runs([tmp_path])
+
+
 def test_the_table_fits_a_terminal_of_80_columns(tmp_path, capsys):
     lines = [{"step": 1_234_567, "eval_loss": 0.123456, "loss": 1.0}]
     for number, status in enumerate(("finished", "running", "preempted")):

@@ -29,8 +29,9 @@ def train_sft(recipe: Recipe) -> None:
     from isotune.training.from_recipe import start_run, train_run
 
     start, finishing = start_run(recipe), last_steps(recipe)
-    if prompt := recipe.sample_prompt:
-        finishing.insert(0, FinishingStep("sample_answer", lambda: print_sample_answer(start.run.path, prompt)))
+    if prompt := recipe.sample_prompt:  # last: nothing of the run depends on it
+        answer = lambda: print_sample_answer(start.run.path, prompt)  # noqa: E731
+        finishing.append(FinishingStep("sample_answer", answer, is_outside=True))
     if start.run.is_trained:
         finish_trained(start.run, start.process, finishing)
         return

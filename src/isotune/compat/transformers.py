@@ -88,17 +88,29 @@ def loss_device(trainer: Any) -> torch.device:
     if not hasattr(trainer, "_tr_loss"):
         return trainer.args.device
     trainer._tr_loss = trainer._tr_loss.cpu()
+    trainer._tr_loss.isotune = True  # a mark: the sums of other trainers of this process are gathered
     if getattr(library.nested_gather, "isotune", False):
         return trainer._tr_loss.device
     stock = library.nested_gather
 
     def gather(tensors: Any, *options: Any, **more: Any) -> Any:
-        on_host = isinstance(tensors, torch.Tensor) and tensors.device.type == "cpu" and tensors.dim() == 0
-        return tensors if on_host else stock(tensors, *options, **more)
+        return tensors if getattr(tensors, "isotune", False) else stock(tensors, *options, **more)
 
     gather.isotune = True  # type: ignore[attr-defined]  (a mark: it is wrapped once)
     library.nested_gather = gather
     return trainer._tr_loss.device
+
+
+def checkpoints_reentrantly(args: Any, model: torch.nn.Module) -> bool:
+    """Whether activations are computed again by torch's reentrant checkpoint, whose first forward has no graph.
+
+    5.23 hands a model's arguments to torch in a private attribute of its layers; torch's own default is reentrant.
+    """
+    asked = getattr(args, "activation_checkpointing_kwargs", None)
+    if asked is not None and asked.get("use_reentrant", True):
+        return True
+    enabled = (getattr(module, "_gradient_checkpointing_func", None) for module in model.modules())
+    return any(found is not None and getattr(found, "keywords", {}).get("use_reentrant", True) for found in enabled)
 
 
 @contextmanager

@@ -121,6 +121,9 @@ _SPARSE_LOGGING = Requirement(
 
 _key, _rare = Key, functools.partial(Key, common=False)
 
+_NEVER = 1e12  # by a number that no run reaches, recipes say never
+_INTERVAL = Range(0, _NEVER, low_open=True)
+
 _KEYS = (
     _key("lr_scheduler_type", Schedule, "linear", SCHEDULE, "how the learning rate falls"),
     _key("warmup_steps", float, 0, SCHEDULE, "steps of linear warm-up; below 1, a share of the run",
@@ -134,7 +137,8 @@ _KEYS = (
     _key("adam_beta1", float, 0.9, OPTIMISER, "decay of the first moment", allowed=SHARE, needs=_BETAS),
     _key("adam_beta2", float, 0.999, OPTIMISER, "decay of the second moment", allowed=SHARE, needs=_BETAS),
     _key("adam_epsilon", float, 1e-8, OPTIMISER, "Adam's epsilon", allowed=POSITIVE, needs=_EPSILON),
-    _key("max_grad_norm", float, 1.0, OPTIMISER, "clip gradients to this norm; 0 clips nothing", allowed=Range(0)),
+    _key("max_grad_norm", float, 1.0, OPTIMISER, "clip gradients to this norm; 0 clips nothing",
+         allowed=Range(0, _NEVER)),
     _rare("optim_args", str | None, None, OPTIMISER, "further arguments of the optimiser, as name=value,name=value"),
     _key("gradient_checkpointing", bool, False, MEMORY, "recompute activations in backward: less memory, slower",
          changes_result=False),
@@ -142,7 +146,7 @@ _KEYS = (
     _rare("ddp_bucket_cap_mb", int | None, None, MEMORY, "megabytes that DDP sends at once", allowed=Range(1),
           changes_result=False),
     _rare("ddp_timeout", int, 1800, MEMORY, "seconds without progress after which the processes stop",
-          allowed=Range(1, 10_000_000), changes_result=False),
+          allowed=Range(1), changes_result=False),
     _rare("ddp_broadcast_buffers", bool | None, None, MEMORY, "DDP copies buffers from rank 0", changes_result=False),
     _key("eval_strategy", Literal["no", "steps", "epoch"] | None, None, OUTPUT, "when to evaluate",
          needs=_EVAL_STRATEGY, changes_result=False,
@@ -150,7 +154,7 @@ _KEYS = (
              "no" if not _has_evaluation_data(values) else "epoch" if values["eval_steps"] is None else "steps"),
          default_text="steps with eval_steps, else epoch; no without eval_dataset_name"),
     _key("eval_steps", float | None, None, OUTPUT, "steps between evaluations; below 1, a share of the run",
-         allowed=POSITIVE, step_count=True, needs=_EVAL_STEPS, changes_result=False),
+         allowed=_INTERVAL, step_count=True, needs=_EVAL_STEPS, changes_result=False),
     _rare("eval_delay", float, 0.0, OUTPUT, "epochs or steps before the first evaluation", allowed=Range(0),
           needs=WITH_EVALUATION, changes_result=False),
     _rare("eval_on_start", bool, False, OUTPUT, "evaluate before the first step", needs=WITH_EVALUATION,
@@ -158,7 +162,7 @@ _KEYS = (
     _key("save_strategy", Literal["no", "steps", "epoch"], "steps", OUTPUT, "when to write a checkpoint",
          changes_result=False),
     _key("save_steps", float, 500, OUTPUT, "steps between checkpoints; below 1, a share of the run; the last step too",
-         allowed=POSITIVE, step_count=True, needs=_SAVES_BY_STEPS, changes_result=False),
+         allowed=_INTERVAL, step_count=True, needs=_SAVES_BY_STEPS, changes_result=False),
     _key("save_total_limit", int, 2, OUTPUT, "checkpoints to keep, the best among them",
          allowed=Range(1), needs=_SAVES, changes_result=False),
     _key("load_best_model_at_end", bool, False, OUTPUT, "the final model is that of the best evaluation",
@@ -168,7 +172,7 @@ _KEYS = (
           default_from=lambda values: (
               "eval_loss" if values["load_best_model_at_end"] or values["early_stopping_patience"] else None),
           default_text="eval_loss with load_best_model_at_end or early_stopping_patience"),
-    _key("logging_steps", float, 1, OUTPUT, "steps between two reports to the trackers", allowed=POSITIVE,
+    _key("logging_steps", float, 1, OUTPUT, "steps between two reports to the trackers", allowed=_INTERVAL,
          step_count=True, needs=_BY_STEPS, changes_result=False),
     _rare("logging_strategy", Literal["no", "steps", "epoch"], "steps", OUTPUT, "when to report to the trackers",
           changes_result=False),

@@ -168,6 +168,9 @@ def _first_types(types: np.ndarray, starts: np.ndarray) -> np.ndarray:
 def _flat(dataset: Any, column: str) -> tuple[np.ndarray, np.ndarray]:
     """All values of a column of lists, end to end, and where each row begins and the last one ends."""
     values = [np.asarray(row[column]).reshape(-1) for row in _rows(dataset, column)]
+    odd = next((n for n, value in enumerate(values) if value.dtype == object), None)
+    if odd is not None:
+        raise UserError(f"row {odd + 1} of the dataset has no whole numbers in {column!r}")
     return np.concatenate(values).astype(np.int32), starts_of(np.array([len(value) for value in values], np.int64))
 
 

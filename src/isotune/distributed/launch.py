@@ -35,6 +35,7 @@ from isotune.io.extras import need
 from isotune.io.reading import Unreadable
 
 COLLECTIVE_TIMEOUT_MARGIN_SECONDS = 60
+MAX_COLLECTIVE_TIMEOUT_SECONDS = 10_000_000  # four months: nobody waits longer, and libraries count in milliseconds
 LAUNCH_MODULES = ("accelerate.commands.launch", "isotune.distributed.accelerate_launch")
 FLAGS_ONLY = {"rdzv_backend": "static", "same_network": False}  # accelerate 1.15 reads these from its flags alone
 
@@ -124,7 +125,8 @@ def check_extras(recipe: RunRecipe, engine: str) -> None:
 
 def _make_state(recipe: RunRecipe, world_size: int, engine: str, on_cpu: bool) -> PartialState:
     # longer than the watchdog's, which can name the rank that hangs
-    seconds = recipe.training_arguments["ddp_timeout"] + COLLECTIVE_TIMEOUT_MARGIN_SECONDS
+    given = min(recipe.training_arguments["ddp_timeout"], MAX_COLLECTIVE_TIMEOUT_SECONDS)
+    seconds = given + COLLECTIVE_TIMEOUT_MARGIN_SECONDS
     timeout: dict[str, Any] = {"timeout": timedelta(seconds=seconds)}
     if not on_cpu:
         return PartialState(**timeout) if "LOCAL_RANK" in os.environ else PartialState()

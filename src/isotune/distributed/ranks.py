@@ -53,11 +53,19 @@ def gather_vectors(values: dict[int, torch.Tensor], count: int, size: int, devic
 
     `values` are this rank's vectors, [size] each, by row. No row is on two ranks; a row on none is zero.
     """
-    return add_vectors(values, count, size, device).cpu()
+    if device.type == "mps":  # which has no float64, and is one process
+        device = torch.device("cpu")
+    table = torch.zeros(count, size, dtype=torch.float64, device=device)
+    if values:
+        rows = torch.tensor(list(values), device=device)
+        table[rows] = torch.stack([value.detach().to(device).double() for value in values.values()])
+    if several_ranks():
+        dist.all_reduce(table)
+    return table.cpu()
 
 
 def add_vectors(values: dict[int, torch.Tensor], count: int, size: int, device: torch.device) -> torch.Tensor:
-    """`gather_vectors` without waiting for the device, where the result stays."""
+    """`gather_vectors` of few rows without waiting for the device, where the result stays."""
     if device.type == "mps":  # which has no float64, and is one process
         device = torch.device("cpu")
     nothing = torch.zeros(size, dtype=torch.float64, device=device)

@@ -156,7 +156,8 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         for name in ("SIGTERM", "SIGINT", "SIGUSR1"):  # Windows has no SIGUSR1
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), _stop_early)
-    is_local_main = os.environ.get("LOCAL_RANK", "0") == "0"
+    # one that is no rank is everybody's mistake
+    is_local_main = not (os.environ.get("LOCAL_RANK") or "0").strip().lstrip("0").isdecimal()
     from isotune.io.variables import check_numbers  # imports this module
 
     try:

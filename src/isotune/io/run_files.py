@@ -119,6 +119,7 @@ class RecordedRecipe(TypedDict, total=False):
     dataset_name: str
     dataset_split: str
     dataset_mixture: list[Mixed]
+    eval_dataset_mixture: list[Mixed]
     eval_dataset_name: str | None
     eval_dataset_split: str
     chat_format: str

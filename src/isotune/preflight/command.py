@@ -4,7 +4,6 @@ import argparse
 import gc
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,6 @@ def run(chosen: argparse.Namespace, flags: list[str]) -> int:
     # imported libraries live to the end: garbage collection over their objects took a tenth of the command's time
     gc.set_threshold(200_000, 20, 100)
 
-    from isotune.distributed.precision import with_precision
     from isotune.preflight.preflight_report import run_preflight
     from isotune.preflight.render import as_json, draw_scaling, render_report
     from isotune.preflight.request import read_preflight_request
@@ -64,10 +62,8 @@ def run(chosen: argparse.Namespace, flags: list[str]) -> int:
     if launch is not None:
         launch = str(shipped.find(shipped.ENGINES, launch) or launch)
     request = read_preflight_request(config, flags, launch, chosen.world_size)
-    if request.recipe.precision is not None:
-        if device is not None:
-            raise UserError("precision: auto is chosen where the run starts: say bf16: true or fp16: true to plan it")
-        request = replace(request, recipe=with_precision(request.recipe, {}))
+    if request.chose_precision and device is not None:
+        raise UserError("precision: auto is chosen where the run starts: say bf16: true or fp16: true to plan it")
     if request.guess:
         print(f"note        {request.guess}", file=sys.stderr)
     if request.recipe.tune != "full":

@@ -18,6 +18,7 @@ from isotune.config.recipes import TASKS, project_of, task_of
 from isotune.distributed.deepspeed_config import offloaded, read_deepspeed_config, stage_of
 from isotune.distributed.launch import check_keys, check_precision, request_of
 from isotune.distributed.launch_file import MAX_PROCESSES, read_launch_file
+from isotune.distributed.precision import with_precision
 from isotune.io import shipped
 from isotune.io.errors import Complain, UserError, did_you_mean, shown
 from isotune.io.reading import Unreadable
@@ -90,6 +91,7 @@ class PreflightRequest:
     launch: Launch
     problems: tuple[str, ...]  # each a sentence
     guess: str | None = None  # the sentence that names the task where only the model suggests it
+    chose_precision: bool = False  # by `precision: auto` for this machine
 
 
 def read_preflight_request(
@@ -105,8 +107,9 @@ def read_preflight_request(
         raise UserError(f"--world_size is {world_size}: a launch has from 1 to {MAX_PROCESSES:,} processes")
     problems: list[str] = []
     recipe, guess = _read_recipe(CommandLine.parse(flags, config), problems)
+    chose_precision, recipe = recipe.precision is not None, with_precision(recipe, {})
     launch = _read_launch(accelerate_config, world_size, recipe, problems.append)
-    return PreflightRequest(recipe, launch, tuple(problems), guess)
+    return PreflightRequest(recipe, launch, tuple(problems), guess, chose_precision)
 
 
 def _read_recipe(command: CommandLine, problems: list[str]) -> tuple[RunRecipe, str | None]:

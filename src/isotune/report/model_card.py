@@ -64,6 +64,7 @@ def write_model_card(run: str | Path, repository: str | None = None) -> Path:
         path=repository or str(model),
         # the base model's configuration does not have the number of classes of the adapter's head
         num_labels=_head_arguments(record) if is_adapter and is_classifier else "",
+        four_bit=_four_bit(keys) if is_adapter and keys.get("tune") == "qlora" else "",
         class_names=keys.get("label_names") or [],
         has_base_model=is_adapter and (record.folder / "base_model").is_dir(),
         results=_results(record),
@@ -138,6 +139,16 @@ def _head_arguments(record: RunRecord) -> str:
     several = record.keys.get("task_type") == MULTI_LABEL
     problem = f", problem_type={PROBLEM_TYPES[MULTI_LABEL]!r}" if several else ""
     return f"{classes}{problem}, ignore_mismatched_sizes=True"
+
+
+def _four_bit(keys: dict[str, Any]) -> str:
+    """The base in 4 bits, as the adapter was trained on it."""
+    compute = "bfloat16" if keys.get("bf16") else "float16" if keys.get("fp16") else "float32"
+    kind, doubled = keys.get("bnb_4bit_quant_type", "nf4"), bool(keys.get("bnb_4bit_use_double_quant", True))
+    return (
+        f", quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type={kind!r}, "
+        f'bnb_4bit_use_double_quant={doubled}, bnb_4bit_compute_dtype="{compute}")'
+    )
 
 
 def _classes(record: RunRecord) -> int:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from isotune.distributed.launch import Process
-from isotune.io.errors import RunFault, UserError
+from isotune.io.errors import Preempted, RunFault, UserError
 from isotune.models.finished_run import read_run
-from isotune.run.preemption import MODEL_STEP, supervised
+from isotune.run.preemption import MODEL_STEP, signals_end_at_once, stop_request, supervised
 from isotune.run.run_dir import RunDir
 
 
@@ -36,7 +36,12 @@ def finish(run: RunDir, steps: Sequence[FinishingStep]) -> None:
             continue
         if step.is_outside:
             run.status.write("finished", 0)
-        step.do()
+            with signals_end_at_once():
+                step.do()
+        elif stop_request.by is not None:
+            raise Preempted(f"stopped by {stop_request.by} while it finished: the same command does the rest")
+        else:
+            step.do()
         run.status.has_done(step.name)
 
 

@@ -154,6 +154,23 @@ def supervised(run: RunDir, process: Process) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def signals_end_at_once() -> Iterator[None]:
+    """Within it a signal ends the process, as it does without a handler: nothing is left to save."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    own = {
+        number: signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        for number in SIGNALS
+    }
+    try:
+        yield
+    finally:
+        for number, handler in own.items():
+            signal.signal(number, handler)
+
+
 def _end_with_launcher() -> None:
     """Ask the kernel to send SIGTERM when the launcher dies, so that no rank outlives it."""
     launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ

@@ -257,6 +257,7 @@ def _revoke(folder: Path) -> None:
     ended = folder.with_name(f"{folder.name}{ENDED_SUFFIX}")
     with contextlib.suppress(FileNotFoundError):  # that attempt ended at this very moment
         folder.rename(ended)
+    (ended / RESERVE).unlink(missing_ok=True)
     for path in ended.glob("*") if ended.is_dir() else ():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

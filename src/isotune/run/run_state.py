@@ -61,7 +61,8 @@ def _runs_below(folder: Path) -> Iterator[Path]:
     for place, names, files in os.walk(folder):
         if RECIPE in files or ENVIRONMENT in files:
             yield Path(place)
-            names.clear()  # a run holds no other
+            if {ENVIRONMENT, STATUS} & set(files) or ATTEMPTS_DIR in names:  # else a recipe beside its runs
+                names.clear()  # a run holds no other
         names[:] = sorted(name for name in names if not name.startswith("."))
 
 

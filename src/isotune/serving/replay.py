@@ -5,7 +5,6 @@ requests go through. How rows of each kind are compared is in `classification/re
 """
 
 import contextlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from isotune.evaluation.results import CLAIM, METRICS, Result, find_results, read_result
 from isotune.io.errors import UserError
+from isotune.io.reading import read_json_object
 
 PASS_OVER = "--no_replay serves without"
 
@@ -65,7 +65,7 @@ def newest_evaluation(run: Path, kind: str, why_not: Callable[[Evaluated], str |
     why = ""
     for folder in sorted(find_results(run), key=lambda own: (own / METRICS).stat().st_mtime_ns, reverse=True):
         with contextlib.suppress(OSError, ValueError):  # without a claim it is of an earlier version or a training run
-            claim = json.loads((folder / CLAIM).read_text(encoding="utf-8"))
+            claim = read_json_object(folder / CLAIM)
             evaluated = Evaluated(read_result(folder), claim)
             if evaluated.result.facts["kind"] != kind:
                 continue

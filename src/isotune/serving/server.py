@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import uvicorn
 
+from isotune.config.recipes import project_of
 from isotune.distributed.device import choose_device
 from isotune.evaluation.models import generation_model_of_run, load_run_classifier
 from isotune.evaluation.results import CLASSIFICATION, GENERATION
@@ -110,7 +111,7 @@ class _Signals:
 
 @contextlib.contextmanager
 def _bound(address: Address) -> Iterator[socket.socket]:
-    """A socket at the address, taken before the model is opened; it listens once the server runs."""
+    """A socket at the address, taken before the model is opened; what asks by then waits for the server."""
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(
             address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -123,6 +124,7 @@ def _bound(address: Address) -> Iterator[socket.socket]:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind(where)
+            listening.listen()  # two servers can bind one port, and one can listen
         except OSError as error:
             what = f"{address.host} port {address.port} cannot be had: {error.strerror}"
             raise UserError(f"{what}: choose another --port") from error
@@ -132,6 +134,8 @@ def _bound(address: Address) -> Iterator[socket.socket]:
 def open_run(run: Path, limits: Limits, replayed_rows: int | None) -> tuple[Routes, str | None]:
     """The endpoints of a run's kind, and what was replayed; None where that is passed over."""
     finished = read_run(run)
+    if project_of(finished.settings) is not None:
+        raise UserError(f"{run} reads battles, a prompt with two answers: isotune predict takes files of them")
     classifies = is_classifier(finished)
     kind = CLASSIFICATION if classifies else GENERATION
     count = REPLAYED_ROWS[kind] if replayed_rows is None else replayed_rows

@@ -52,7 +52,7 @@ from isotune.training.arguments import sft_arguments, training_arguments, uses_e
 from isotune.training.callbacks import EarlyStop, PreTrainChecks
 from isotune.training.checkpointer import Checkpointer
 from isotune.training.failures.nonfinite import NonFinitePolicy
-from isotune.training.failures.out_of_memory import MemoryPlan, OutOfMemoryPolicy
+from isotune.training.failures.out_of_memory import MemoryPlan, OutOfMemoryPolicy, release_memory
 from isotune.training.recorder import EpochAverages, MetricsRecorder, ProgressBar
 from isotune.training.router_balance import RouterBalance
 from isotune.training.router_loss import RouterLoss
@@ -112,8 +112,7 @@ def _recorded_values(recipe: RunRecipe) -> dict[str, Any]:
         return {}
     earlier = Path(recipe.output_dir)
     if recipe.resume != RESUME_NEWEST:
-        parents = Path(recipe.resume).resolve().parents  # of RUN/checkpoints/STEP
-        earlier = parents[min(1, len(parents) - 1)]
+        earlier = Path(recipe.resume).resolve().parent.parent  # of RUN/checkpoints/STEP
     return or_empty(read_recipe_values, earlier)
 
 
@@ -131,6 +130,9 @@ def train_run(start: Start, data: RunData, finishing: Sequence[FinishingStep] = 
             print(f"model       {start.run.model}: {saved}")
             start.run.status.step = trainer.state.global_step
             start.run.status.has_done(MODEL_STEP)
+        del trainer
+        release_memory()  # for the saved model, which some steps open
+        if saved is not None:
             finish(start.run, finishing)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isotune.compat.torch import in_float64
 from isotune.data.batch_schedule import Step
 from isotune.distributed.ranks import gather_vectors
 from isotune.training.router_balance import RouterBalance
@@ -24,7 +25,7 @@ class RouterLoss:
     coefficient: float
     balance: RouterBalance
     value: float = field(default=0.0, init=False)  # of the global batch, before the coefficient
-    _choices: Tensor | None = field(default=None, init=False)  # float64 [experts], of the global batch
+    _choices: Tensor | None = field(default=None, init=False)  # fp32 [experts], of the global batch
     _tokens: float = field(default=1.0, init=False)  # of the global batch, once a layer
 
     def look_ahead(
@@ -37,12 +38,12 @@ class RouterLoss:
             choices, probabilities, tokens = self.balance.sums(outputs(microbatch).router_logits)
             device = choices.device
             if microbatch["weight"]:
-                parts = [choices.double(), probabilities.double(), choices.new_full((1,), tokens).double()]
+                parts = [in_float64(part) for part in (choices, probabilities, choices.new_full((1,), tokens))]
                 own[microbatch["number"]] = torch.cat(parts)
         # each number comes from one rank and whole ones are exact in float64, so no launch changes the sums
         table = gather_vectors(own, len(step.microbatches), 2 * experts + 1, device)
         total = table.sum(dim=0)
-        self._choices, self._tokens = total[:experts].to(device), float(total[-1])
+        self._choices, self._tokens = total[:experts].float().to(device), float(total[-1])
         self.value = float(self.balance.loss(total[:experts], total[experts:-1], self._tokens))
 
     def part(self, router_logits: tuple[Tensor, ...]) -> Tensor:
@@ -50,4 +51,4 @@ class RouterLoss:
         _, probabilities, _ = self.balance.sums(router_logits)
         if self._choices is None:  # a microbatch that is tried before the first step
             return 0.0 * probabilities.sum()
-        return self.coefficient * self.balance.loss(self._choices.float(), probabilities, self._tokens)
+        return self.coefficient * self.balance.loss(self._choices, probabilities, self._tokens)

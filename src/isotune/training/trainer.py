@@ -35,7 +35,7 @@ from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
 
 from isotune.compat.accelerate import let_scaler_check_before_step, reduce_fsdp_in_fp32, run_fp16_on_cpu
 from isotune.compat.deepspeed import unrounded_masters
-from isotune.compat.transformers import let_trainer_skip_steps, loss_device
+from isotune.compat.transformers import checkpoints_reentrantly, let_trainer_skip_steps, loss_device
 from isotune.compat.trl import has_router_loss, padding_token_kept, router_coefficient_kept, trained_parameters_kept
 from isotune.distributed.ranks import Watchdog
 from isotune.models.cuda.determinism import explained, use_deterministic_kernels
@@ -111,8 +111,7 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
             votes = self.memory.halves and not self.is_fsdp_enabled
             sync = GradientSync(self.accelerator, exact=exact, votes=votes)
         self.update = OptimizerUpdate(plan.task, sync, nonfinite, self.watchdog, args.seed, self.checkpointer)
-        checkpointing: Any = getattr(args, "activation_checkpointing_kwargs", None) or {}
-        self.update.keeps_casts = not checkpointing.get("use_reentrant", False)
+        self.update.keeps_casts = not checkpoints_reentrantly(args, cast(nn.Module, self.model))
 
     # ---- what is seen ----
 

@@ -73,6 +73,9 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
         raise UserError("isotune predict: give texts, or rows by --input" + (", not both" if given.texts else ""))
     if given.input and not given.output:
         raise UserError("isotune predict: --output says where the predictions of --input go: a .csv or .jsonl file")
+    for name in ("limit", "part_rows", "dataset_columns"):
+        if given.texts and getattr(given, name) is not None:
+            raise UserError(f"--{name} is for the rows of --input, and these are texts")
     if given.text_pair and len(given.text_pair) != len(given.texts):
         raise UserError(f"--text_pair has {len(given.text_pair)} texts beside {len(given.texts)}: one for each")
     for name in ("limit", "batch_tokens", "batch_size", "part_rows"):
@@ -117,7 +120,10 @@ def _predict_classes(flag: str, name: str, given: argparse.Namespace, ranks: Any
     load = load_run_classifier if flag == "--run_dir" else load_model_classifier
     classifier = load(name, ranks.device, torch.bfloat16 if given.bf16 else torch.float32)
     columns = {key: getattr(given, key) for key in ("dataset_text_field", "dataset_text_pair_field")}
-    if given.text_pair and not classifier.settings.dataset_text_pair_field:
+    own_pair = classifier.settings.dataset_text_pair_field
+    if classifier.run is not None and own_pair is None and (given.text_pair or columns["dataset_text_pair_field"]):
+        raise UserError(f"{name} was trained on one text a row: leave out the second ones")
+    if given.text_pair and not own_pair:
         columns["dataset_text_pair_field"] = columns["dataset_text_pair_field"] or "text_pair"
     named = {key: column for key, column in columns.items() if column is not None}
     classifier = replace(classifier, settings=replace(classifier.settings, **named))
@@ -160,6 +166,9 @@ def _answer(flag: str, name: str, given: argparse.Namespace, ranks: Any, shards:
 def _predict_battles(run: Path, given: argparse.Namespace, ranks: Any) -> None:
     from isotune.projects.arena.predict import battle_predictor
 
+    for own in ("bf16", "batch_tokens", "batch_size"):
+        if getattr(given, own) is not None:
+            raise UserError(f"--{own} is of other classifiers: leave it out for {run}")
     if given.texts or given.dataset_text_field or given.dataset_text_pair_field:
         raise UserError(
             f"{run} reads battles, a prompt with two answers: --input names a file with the columns prompt, response_a "
@@ -189,8 +198,9 @@ def _write(
     else:
         source = Source("the command line", digest(*rows), lambda: iter(rows))
     output = Path(given.output).expanduser()
-    if given.input and Path(given.input).exists() and output.exists() and output.samefile(given.input):
-        raise UserError(f"--output {output} is the file of --input")
+    for made in (output, output.with_name(f"{output.name}.json")):  # what the predictions were made of
+        if given.input and Path(given.input).exists() and made.exists() and made.samefile(given.input):
+            raise UserError(f"--output {output} would take the place of --input {given.input}")
     output.parent.mkdir(parents=True, exist_ok=True)
     written = predict_source(
         source,

@@ -12,6 +12,7 @@ import numpy as np
 
 from isotune.data.classification.classes import NameIndex, listed
 from isotune.io.errors import UserError, first_line
+from isotune.io.reading import read_json_object
 
 THRESHOLD = 0.5  # where nobody says otherwise
 Thresholds = float | Sequence[float] | np.ndarray  # of all labels, or of each
@@ -66,7 +67,7 @@ def read_thresholds(model: Path, names: Sequence[str]) -> np.ndarray | float:
     if not path.is_file():
         return THRESHOLD
     try:
-        read: Any = json.loads(path.read_text("utf-8"))
+        read: Any = read_json_object(path)
         values = {str(name): float(value) for name, value in cast(dict[str, Any], read["label_thresholds"]).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not hold label_thresholds: {first_line(error)}") from error

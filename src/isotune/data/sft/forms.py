@@ -152,7 +152,7 @@ def _text(row: Row, name: str) -> str:
 
 def _text_or_messages(name: str) -> Reader:
     def read(row: Row) -> Content:
-        value = _as_messages(row[name])
+        value = as_messages(row[name])
         if isinstance(value, str):
             return value
         if not isinstance(value, list):
@@ -162,7 +162,7 @@ def _text_or_messages(name: str) -> Reader:
     return read
 
 
-def _as_messages(value: Any) -> Any:
+def as_messages(value: Any) -> Any:
     """Messages that a text writes out, or that are columns of one object, as a list; everything else as it is."""
     written = written_list(value)
     if written and all(isinstance(each, dict) and any(own in each for own in ROLE_FIELDS) for each in written):

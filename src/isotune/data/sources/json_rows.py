@@ -35,6 +35,10 @@ def read_json(path: Path, notes: list[str]) -> Iterator[Row]:
         yield from rows
 
 
+# beside one of these a list is a part of a row
+_TEXT_COLUMNS = {"text", "prompt", "completion", "instruction", "question", "answer", "messages", "conversations"}
+
+
 def _rows_within(row: Row, path: Path, notes: list[str]) -> Iterator[Row]:
     """The rows of a table that is one object; that object where it is a row itself."""
     lists = {
@@ -45,7 +49,7 @@ def _rows_within(row: Row, path: Path, notes: list[str]) -> Iterator[Row]:
     if len(lists) > 1 and all(name.lower() in SPLIT_WORDS for name in lists):
         raise UserError(f"{path} is one object with the splits {', '.join(lists)}: write each to a file of its own")
     names = [name for name in lists if name.lower() in TABLE_NAMES]
-    if len(lists) == 1 and names:
+    if len(lists) == 1 and names and not _TEXT_COLUMNS & {name.lower() for name in row}:
         notes.append(f"{path.name}: rows are the list under {names[0]!r}")
         yield from lists[names[0]]
         return

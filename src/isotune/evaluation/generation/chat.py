@@ -9,7 +9,7 @@ from typing import Any
 from isotune.data.sft.messages import USER, Message, read_message
 from isotune.evaluation.generation.completion import BATCH_SIZE, Decoding, Prompt, complete
 from isotune.evaluation.models import GenerationModel, generation_model_of_run
-from isotune.io.errors import UserError
+from isotune.io.errors import UserError, first_line
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -66,8 +66,12 @@ def fit_history(lm: GenerationModel, messages: Messages, max_new_tokens: int) ->
 
 def print_sample_answer(run_dir: str | Path, question: str, max_new_tokens: int = 128) -> None:
     """Print the greedy answer of a finished run's model, loaded from the run's folder as its user will load it."""
-    lm = generation_model_of_run(run_dir)
-    text = answer(lm, question, Decoding(max_new_tokens=max_new_tokens))
+    try:
+        lm = generation_model_of_run(run_dir)
+        text = answer(lm, question, Decoding(max_new_tokens=max_new_tokens))
+    except (UserError, RuntimeError) as error:  # of a model that takes several devices, say: the run is finished
+        print(f"note        no sample answer of the saved model: {first_line(error)}", flush=True)
+        return
     print(f"{prompt_of(lm, question)}{' ' if lm.encoder.template is None else ''}{text}", flush=True)
 
 

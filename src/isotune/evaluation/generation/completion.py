@@ -20,6 +20,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopP
 
 from isotune.compat.torch import in_float64
 from isotune.data.sft.conversations import HUMAN_HEADER, header_start
+from isotune.data.sources.source import surrogate_fault
 from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.generation.base_rules import without_base_rules
 from isotune.evaluation.models import GenerationModel
@@ -108,7 +109,9 @@ def complete(
 
 
 def prompt_tokens(lm: GenerationModel, text: str, where: str) -> list[int]:
-    """The tokens of a prompt; UserError, in which it is called `where`, if it leaves the model no position."""
+    """The tokens of a prompt; UserError, which calls it `where`, if it is not UTF-8 or leaves the model no position."""
+    if fault := surrogate_fault(text):
+        raise UserError(f"{where} {fault}")
     tokens = lm.encoder.prompt_tokens(text)
     if (count := len(tokens)) >= lm.positions:
         raise UserError(f"{where} has {count} tokens, and the model {lm.positions} positions: shorten it")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TextIO
 
 from filelock import FileLock, Timeout
 
@@ -66,6 +66,9 @@ class PredictionFile:
             self._open.enter_context(FileLock(self.parts / "lock", timeout=0))
         except Timeout:
             raise UserError(f"another process writes {self.output}: wait for it, or choose another --output") from None
+        if not kept:  # parts whose facts are gone may be of anything
+            for part in self.parts.glob("part-*.json"):
+                part.unlink()
         replace_file(self.parts / FACTS, json.dumps(self.facts, indent=2) + "\n")
         return sum(int(part["rows"]) for part in self._whole_parts())
 
@@ -89,7 +92,7 @@ class PredictionFile:
         lines = (line for part in self._whole_parts() for line in part["lines"])
         with replacing(self.output) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as file:
             if self.output.suffix == CSV:
-                table = csv.DictWriter(file, list(columns), lineterminator="\n")
+                table = csv.DictWriter(_Lines(file), list(columns), lineterminator=_Lines.END)
                 table.writeheader()
                 for line in lines:
                     cells = {} if LEFT_OUT in line else flat(line)
@@ -99,8 +102,8 @@ class PredictionFile:
         written = Written(rows, dict(counts), dict(left_out))
         about = {"made_of": self.facts, "rows": rows, "left_out": written.left_out, "counts": written.counts}
         replace_file(self.about, json.dumps(about, indent=2) + "\n")
-        self.close()
         shutil.rmtree(self.parts)
+        self.close()
         return written
 
     def close(self) -> None:
@@ -125,6 +128,18 @@ class PredictionFile:
         return (
             f"{differs}: {json.dumps(there.get(differs))[:60]} there, {json.dumps(self.facts.get(differs))[:60]} here"
         )
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """A text file whose CSV lines end in a line feed. A cell with a part of END is quoted, and csv needs both."""
+
+    END: ClassVar[str] = "\r\n"
+    file: TextIO
+
+    def write(self, line: str) -> None:
+        """One line of the table."""
+        self.file.write(line.removesuffix(self.END) + "\n")
 
 
 def check_output(output: Path) -> Path:

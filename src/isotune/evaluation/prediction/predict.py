@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from isotune.data.documents import digest, with_share
 from isotune.data.pieces import in_threads
+from isotune.data.sources.hub import opened_repositories
 from isotune.data.sources.source import Row, Source, surrogate_fault
 from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.prediction.files import PredictionFile, Written
@@ -23,10 +24,10 @@ from isotune.io.files import digest_of_file
 T = TypeVar("T")
 ID = "id"  # the column that is kept where the user names none; the rows are numbered from 0 where there is none
 TAKEN = ("prediction", "prediction_name", "prediction_names", "probabilities", "text", "tokens", "ended", LEFT_OUT)
-WEIGHTS = (".safetensors", ".json", ".model", ".txt", ".skops", ".jinja")  # files that decide what a model says
+# files that decide what a model says
+WEIGHTS = (".safetensors", ".bin", ".json", ".model", ".txt", ".tiktoken", ".skops", ".jinja")
 
 
-@dataclass(frozen=True)
 class _Taken:
     """Rows with the same part, from number `first` on."""
 
@@ -151,12 +152,12 @@ def agreed(ranks: Ranks, work: Callable[[], T]) -> T:
 
 
 def digest_of_model(places: Sequence[str | Path]) -> str:
-    """SHA-256 over the files of a model's folders, and over the names of what is on the Hub."""
+    """SHA-256 over the files of a model's folders, and over the names and commits of what is on the Hub."""
     parts: list[Any] = []
     for place in places:
         folder = Path(place)
         if not folder.is_dir():
-            parts.append(str(place))
+            parts.append([str(place), *(commit for _, own, *_, commit in opened_repositories() if own == str(place))])
             continue
         files = sorted(file for file in folder.iterdir() if file.suffix in WEIGHTS)
         parts += [[file.name, digest_of_file(file).hex()] for file in files]

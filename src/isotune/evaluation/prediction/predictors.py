@@ -17,7 +17,7 @@ from isotune.data.classification.thresholds import THRESHOLD, Thresholds
 from isotune.data.documents import Documents
 from isotune.data.sft.forms import TEXT_FIELD, NamedColumns
 from isotune.data.sft.questions import Question, question_column, question_of
-from isotune.data.sources.source import Row, Source, kind_of_value, surrogate_fault
+from isotune.data.sources.source import Row, Source, is_null, kind_of_value, surrogate_fault
 from isotune.evaluation.classification.evaluate import classify, outputs_of
 from isotune.evaluation.classification.sentences import TextReader
 from isotune.evaluation.distributed_eval import Ranks
@@ -116,7 +116,7 @@ class TextPredictor:
             if column not in row:
                 raise source.lacks(number, row, column, key)
             text, where = row[column], f"{source.where(number)}, column {column!r},"
-            if text is None:
+            if is_null(text):
                 return LeftOut(f"a null in the column {column!r}")
             if not isinstance(text, str):
                 raise UserError(f"{where} holds {kind_of_value(text)}, not a text")

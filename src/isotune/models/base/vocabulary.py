@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-from isotune.compat.torch import one_thread
+from isotune.compat.torch import in_float64, one_thread
 from isotune.config import RunRecipe
 from isotune.io.errors import UserError
 
@@ -70,11 +71,11 @@ def grow_embeddings(model: Any, rows: Sequence[int]) -> None:
         model.resize_token_embeddings(rows[-1] + 1, mean_resizing=False)
     layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
     tensors = [tensor for layer in layers for tensor in (layer.weight, getattr(layer, "bias", None))]
-    index = torch.tensor([row for row in range(before) if row not in set(rows)])
+    index = torch.from_numpy(np.setdiff1d(np.arange(before), rows))
     for tensor in {id(tensor): tensor for tensor in tensors if tensor is not None and not tensor.is_meta}.values():
         known = index.to(tensor.device)
         with one_thread():
-            total = torch.zeros(tensor.shape[1:], dtype=torch.float64, device=tensor.device)
+            total = in_float64(torch.zeros(tensor.shape[1:], device=tensor.device))
             for start in range(0, len(known), ROWS_AT_ONCE):
-                total += tensor[known[start : start + ROWS_AT_ONCE]].double().sum(dim=0)
-        tensor[list(rows)] = (total / len(known)).to(tensor.dtype)
+                total += in_float64(tensor[known[start : start + ROWS_AT_ONCE]]).sum(dim=0)
+        tensor[list(rows)] = (total / len(known)).to(tensor.dtype).to(tensor.device)

@@ -32,7 +32,7 @@ def kept_casts() -> Iterator[None]:
 
 def cast_once(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`weight.to(dtype)` without a graph: within `kept_casts` the same copy at every call."""
-    if _kept is None or weight.dtype == dtype:
+    if _kept is None or weight.dtype == dtype or not weight.is_leaf:  # another tensor at each call
         return weight.to(dtype)
     key = id(weight), dtype
     if key not in _kept:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from isotune.config.task_types import SINGLE_LABEL
 from isotune.data.sources.source import Row, Source
@@ -15,6 +14,7 @@ from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.models import load_run_classifier
 from isotune.evaluation.prediction.predictors import LeftOut, Line, Part, lines_of_outputs
 from isotune.io.extras import need
+from isotune.io.run_files import RECIPE, or_refuse, read_recipe_values
 from isotune.projects.arena.battles import CLASSES, ID, REPAIRS, TEXTS, Battle, battle_of
 from isotune.projects.arena.encoder import predict_battles
 from isotune.projects.arena.preference import NAMES
@@ -58,8 +58,8 @@ class BattlePredictor:
 
 def battle_predictor(run: Path, device: torch.device) -> BattlePredictor:
     """That of a finished run, by its recipe's method; UserError where its models cannot be read."""
-    recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
-    if recipe["method"] == "baselines":
+    recipe = or_refuse(read_recipe_values, run, f"{run / RECIPE} is not a recipe")
+    if recipe.get("method") == "baselines":
         for package in ("skops", "nltk", "simplemma"):
             need(package, "method: baselines")
         from isotune.projects.arena.baselines.fitted import BLEND, FittedModels

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from isotune.data.sources.source import surrogate_fault
 from isotune.evaluation.generation.base_rules import without_base_rules
 from isotune.evaluation.generation.chat import prompt_of
 from isotune.evaluation.generation.completion import BATCH_SIZE, Decoding, complete_batch, prompt_tokens
@@ -76,7 +77,8 @@ class GeneratorService:
         try:
             tokens = prompt_tokens(self.lm, prompt, f"the {field}")
         except UserError as error:
-            raise Refused(BAD_REQUEST, "context_length_exceeded", str(error), field) from error
+            code = "not_utf8" if surrogate_fault(prompt) else "context_length_exceeded"
+            raise Refused(BAD_REQUEST, code, str(error), field) from error
         if not tokens:
             raise Refused(BAD_REQUEST, "empty_prompt", f"the {field} is of no token", field)
         return ToAnswer(tuple(tokens), decoding, AnswerText(self.lm, stop, prompt if is_chat else None))

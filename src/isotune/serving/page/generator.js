@@ -50,6 +50,7 @@ async function send(event) {
   showError(null);
   at("question").value = "";
   history.push({ role: "user", content: question, said: turn("user", question) });
+  const own = history;
   running = new AbortController();
   at("send").disabled = true;
   at("stop").disabled = false;
@@ -65,17 +66,16 @@ async function send(event) {
     }
     if (!ended) throw new Error("the answer broke off");
   } catch (error) {
-    showError(error);
+    if (own === history) showError(error);
   }
+  if (own !== history) return;  // another conversation has begun
   if (ended || answer.content) history.push(answer);
   else {  // the question is asked anew
     answer.said.parentElement.remove();
     history.pop().said.parentElement.remove();
     at("question").value = at("question").value || question;
   }
-  running = undefined;
-  at("send").disabled = false;
-  at("stop").disabled = true;
+  restart();
   at("question").focus();
 }
 
@@ -83,10 +83,17 @@ function stop() {
   if (running) running.abort();
 }
 
+function restart() {
+  running = undefined;
+  at("send").disabled = false;
+  at("stop").disabled = true;
+}
+
 at("form").addEventListener("submit", send);
 at("stop").addEventListener("click", stop);
 at("new").addEventListener("click", () => {
   stop();
+  restart();
   history = [];
   at("log").replaceChildren();
   showError(null);

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from joblib import Parallel, delayed
 from sklearn.model_selection import GroupKFold, ParameterGrid
 from threadpoolctl import threadpool_limits
@@ -16,6 +15,7 @@ from threadpoolctl import threadpool_limits
 from isotune.config.layers import Layer
 from isotune.evaluation.statistics.blending import Splits, blend_weights, held_out_blend
 from isotune.io.errors import AlreadyDone, UserError
+from isotune.io.run_files import or_empty, read_recipe_values
 from isotune.projects.arena.baselines.estimators import (
     BattleFeatures,
     FeatureMatrix,
@@ -205,11 +205,8 @@ def _check_folder(run: Path, recipe: BaselinesRecipe) -> None:
         raise UserError(f"output_dir '{run}' is a file")
     if not run.is_dir() or not any(run.iterdir()):
         return
-    try:
-        earlier = yaml.safe_load((run / RECIPE).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        earlier = None
-    if not isinstance(earlier, dict) or earlier.get("method") != recipe.method:
+    earlier = or_empty(read_recipe_values, run)
+    if earlier.get("method") != recipe.method:
         raise UserError(f"output_dir '{run}' is not empty and is not a run of baselines: choose another --output_dir")
     if BaselinesRecipe.from_layers([Layer(earlier)]).fingerprint() != recipe.fingerprint():
         raise UserError(f"output_dir '{run}' holds the run of another recipe: choose another --output_dir")

@@ -1,0 +1,40 @@
+"""A file of predictions holds those of one model, and a cell what the model said."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from isotune.evaluation.prediction.files import FACTS, PredictionFile
+from isotune.evaluation.prediction.predictors import Part
+from isotune.io.errors import UserError
+
+
+def begun(output: Path, model: str, text: str) -> PredictionFile:
+    """Predictions whose first row is there."""
+    file = PredictionFile(output, {"model_sha256": model}, "id")
+    assert file.start() == 0
+    file.add(0, Part([{"id": 0, "text": text}]))
+    return file
+
+
+def test_parts_whose_facts_are_gone_are_of_nobody(tmp_path: Path):
+    output = tmp_path / "out.csv"
+    first = begun(output, "a", "of the first model")
+    first.close()
+    with pytest.raises(UserError, match="of other weights"):
+        PredictionFile(output, {"model_sha256": "b"}, "id").start()
+    (first.parts / FACTS).unlink()  # as a folder is that was half removed
+    second = begun(output, "b", "of the second")
+    second.finish(lambda line: {"text": line["text"]})
+    assert [row["text"] for row in csv.DictReader(output.open(newline=""))] == ["of the second"]
+    assert not second.parts.exists()
+
+
+@pytest.mark.parametrize("text", ["a\rb", "a\nb", "a\r\nb", 'say "x", then', "plain"])
+def test_a_cell_of_any_text_is_read_back(tmp_path: Path, text: str):
+    output = tmp_path / "out.csv"
+    begun(output, "a", text).finish(lambda line: {"text": line["text"]})
+    content = output.read_bytes().decode()
+    assert [row["text"] for row in csv.DictReader(output.open(newline=""))] == [text]
+    assert content.startswith("id,text\n") and content.endswith("\n") and not content.endswith("\r\n")
