@@ -68,7 +68,7 @@ def test_a_run_that_was_killed_after_its_model_appeared_is_finished_by_the_next_
 
 def test_a_run_says_which_steps_of_finishing_are_done(tmp_path):
     done = start(tmp_path, TINY | {"max_steps": 1, "sample_prompt": "Hello?"})
-    assert status_of(done.run)["finishing"] == ["model", "sample_answer", "loss_curve", "model_card"]
+    assert status_of(done.run)["finishing"] == ["model", "loss_curve", "model_card", "sample_answer"]
     assert done.stdout.index("model       ") < done.stdout.index("loss curve") < done.stdout.index("model card")
 
 

@@ -185,7 +185,7 @@ MISTAKES = {
     "a flag of answers": (("a text", "--max_new_tokens", "4"), "--max_new_tokens is of answers"),
     "an id in the way": (
         ("--input", "ROWS", "--output", "p.csv", "--dataset_id_field", "prediction"), "a column of their own"),
-    "the input itself": (("--input", "ROWS", "--output", "ROWS"), "is the file of --input"),
+    "the input itself": (("--input", "ROWS", "--output", "ROWS"), "would take the place of --input"),
     "a limit of 0": (("--input", "ROWS", "--output", "p.csv", "--limit", "0"), "--limit is 0"),
     "a second text for one": (("a text", "--text_pair", "b", "c"), "--text_pair has 2 texts beside 1"),
     "processes for a text": (("a text", "--num_processes", "2"), "are for the rows of a file"),

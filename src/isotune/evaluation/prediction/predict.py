@@ -28,6 +28,7 @@ TAKEN = ("prediction", "prediction_name", "prediction_names", "probabilities", "
 WEIGHTS = (".safetensors", ".bin", ".json", ".model", ".txt", ".tiktoken", ".skops", ".jinja")
 
 
+@dataclass(frozen=True)
 class _Taken:
     """Rows with the same part, from number `first` on."""
 
