@@ -40,7 +40,7 @@ LOOKS_AHEAD = {
     "{% endfor %}{{ 'assistant' if add_generation_prompt else eos_token }}",
 }
 STEADY = {"another list", "the one before"}
-TEMPLATE_TEXTS = {path.stem: path.read_text() for path in TEMPLATES.glob("*.jinja")} | LOOKS_AHEAD
+TEMPLATE_TEXTS = {path.stem: path.read_text() for path in sorted(TEMPLATES.glob("*.jinja"))} | LOOKS_AHEAD
 ROLES = st.lists(st.sampled_from(["user", "assistant", "tool"]), min_size=2, max_size=9)
 
 
@@ -69,7 +69,7 @@ def test_a_known_length_is_that_of_the_beginning_rendered_by_itself(name, roles)
             assert template.render(messages[:count], prompt=prompt) == whole[: lengths[count]] + ending, (count, prompt)
 
 
-@pytest.mark.parametrize("name", ["chatml", "chatml_generation", "phi", "gemma", "opens_thinking", *STEADY])
+@pytest.mark.parametrize("name", ["chatml", "chatml_generation", "phi", "gemma", "opens_thinking", *sorted(STEADY)])
 def test_every_beginning_is_known_of_a_template_that_looks_at_nothing_ahead(name):
     messages = [{"role": ("user", "assistant")[n % 2], "content": f"{n}"} for n in range(12)]
     found = template_of(TEMPLATE_TEXTS[name]).prefix_lengths(messages)
