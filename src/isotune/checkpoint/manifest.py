@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NotRequired
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from isotune.io.errors import shown
@@ -63,10 +63,10 @@ class _File(TypedDict):
     sha256: str
 
 
+@with_config(ConfigDict(extra="forbid"))
 class _Content(TypedDict):
     """What MANIFEST.json holds: every field of Manifest."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]  (pydantic's place for it)
     step: Whole
     world_size: Whole
     engine: str

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from isotune.io.reading import checked, read_yaml_object
@@ -12,10 +12,10 @@ MAX_PROCESSES = 100_000
 Processes = Annotated[int, Field(ge=1, le=MAX_PROCESSES)]
 
 
+@with_config(ConfigDict(extra="allow"))
 class LaunchFile(TypedDict, total=False):
     """The keys that decide a launch; its other keys are accelerate's own."""
 
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]  (pydantic's place for it)
     compute_environment: str | None
     distributed_type: str | bool | None  # YAML reads NO as false
     num_processes: Processes | None

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NotRequired
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from isotune.data.documents import digest
@@ -33,10 +33,10 @@ FACTS = ("kind", "model", "dataset_name", "dataset_split", "rows", "rows_sha256"
 CLASSIFICATION, GENERATION = "classification", "generation"
 
 
+@with_config(ConfigDict(extra="allow"))
 class _Facts(TypedDict):
     """The facts of metrics.json that its readers rely on."""
 
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]  (pydantic's place for it)
     kind: str
     model: str
     dataset_name: str

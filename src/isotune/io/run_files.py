@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from isotune.io.errors import UserError
@@ -22,14 +22,12 @@ LARGEST = 1e300  # a number beyond it overflows in the first product
 Whole = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
 Section = dict[str, Any]
-_OPEN = ConfigDict(extra="allow")
 T = TypeVar("T")
 
 
 class Status(TypedDict, total=False):
     """RUN/status.json, and a job status file."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]  (pydantic's place for it, which TypedDict does not know)
     status: str
     step: Whole
     steps: Whole | None
@@ -44,7 +42,6 @@ class Status(TypedDict, total=False):
 class InEffect(TypedDict, total=False):
     """Section `in_effect` of environment.json."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
     engine: str
     zero_stage: Whole | None
     world_size: Whole
@@ -56,7 +53,6 @@ class InEffect(TypedDict, total=False):
 class HubEntry(TypedDict):
     """A repository of the Hub that the run has read."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
     repository: str
     kind: str
     revision: str
@@ -73,7 +69,6 @@ class Identity(TypedDict):
 class Environment(TypedDict, total=False):
     """RUN/environment.json."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
     recipe_fingerprint: str
     identity: Identity
     versions: dict[str, str]
@@ -102,14 +97,12 @@ class Upload(TypedDict, total=False):
 class Mixed(TypedDict):
     """A data set of a mixture."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
     dataset_name: str
 
 
 class RecordedRecipe(TypedDict, total=False):
     """The keys of RUN/recipe.yaml that are read without the recipe's own classes."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
     task: str
     model_name_or_path: str
     model_revision: str | None
@@ -140,7 +133,6 @@ class RecordedRecipe(TypedDict, total=False):
 class AttemptRecord(TypedDict):
     """RUN/.lives/NUMBER/life.json."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
     host: str
     began: NotRequired[Number]
     ended: NotRequired[Number]
@@ -155,7 +147,6 @@ class AttemptRecord(TypedDict):
 class Prediction(TypedDict):
     """A line of predictions.jsonl."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
     id: int | str | Number
     group: NotRequired[int | str | Number | None]
     label: NotRequired[int | Number | list[int] | None]
