@@ -137,6 +137,12 @@ def send(seen, question=QUESTION):
     seen.page.wait_for_selector("#send:not([disabled])")
 
 
+def choose(seen, name, value):
+    """Set one of the settings of answers."""
+    seen.page.locator("summary").click()
+    seen.page.locator(f"#{name}").fill(value)
+
+
 @pytest.mark.parametrize(("width", "dark"), SIZES)
 def test_the_chat_fits_is_accessible_and_asks_this_server_alone(browser, generator, width, dark):
     server, _ = generator
@@ -169,8 +175,7 @@ def test_a_chat_by_keyboard_has_the_answers_of_the_model_and_remembers_what_was_
 def test_an_answer_appears_while_it_grows_and_escape_stops_it(browser, generator):
     server, _ = generator
     with opened(browser, server.url) as seen:
-        seen.page.locator("summary").click()
-        seen.page.locator("#temperature").fill("2")
+        choose(seen, "temperature", "2")
         seen.page.evaluate("""() => {
           window.seen = [];
           new MutationObserver(() => window.seen.push(document.querySelector('.assistant .said')?.textContent.length))
@@ -190,8 +195,7 @@ def test_an_answer_appears_while_it_grows_and_escape_stops_it(browser, generator
 def test_a_conversation_longer_than_the_model_goes_on_without_its_oldest_messages(browser, generator):
     server, _ = generator
     with opened(browser, server.url) as seen:
-        seen.page.locator("summary").click()
-        seen.page.locator("#max-tokens").fill("2")
+        choose(seen, "max-tokens", "2")
         for _ in range(5):
             seen.page.locator("#question").fill("Greet Ada and Ben and Cleo. " * 20)
             seen.page.keyboard.press("Enter")

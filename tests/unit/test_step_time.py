@@ -1,7 +1,6 @@
 """The predicted time of a step: its parts by hand, and published figures that the model was not fitted on."""
 
 import csv
-import sys
 from dataclasses import replace
 
 import pytest
@@ -104,11 +103,9 @@ def test_every_parameter_says_where_it_comes_from_and_is_a_share_or_seconds():
 def benchmark(shared_data):
     if not (shared_data / "published_throughput.csv").is_file():
         pytest.skip(f"{shared_data} has no published_throughput.csv")
-    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(REPOSITORY / "benchmarks")
         import plan_against_published
-    finally:
-        sys.path.pop(0)
     with (shared_data / "published_throughput.csv").open(newline="") as file:
         return plan_against_published, list(csv.DictReader(file))
 

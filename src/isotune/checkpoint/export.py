@@ -25,6 +25,7 @@ from isotune.config.task_types import SINGLE_LABEL
 from isotune.data.classification.thresholds import THRESHOLDS_FILE
 from isotune.data.sft.chat_format import GUANACO
 from isotune.io.errors import RunFault, UserError
+from isotune.io.run_files import RECIPE
 from isotune.models.adapters.from_base import starts_from_base
 from isotune.models.adapters.lora import add_adapters
 from isotune.models.base.head import set_names
@@ -212,7 +213,7 @@ def _run_of(checkpoint: Path, beside: Path) -> Generator[Path]:
                 base = str(made)
             model.peft_config["default"].base_model_name_or_path = base
         save_and_verify(model, tokenizer, run / "model")
-        recipe.write(run / "recipe.yaml")
+        recipe.write(run / RECIPE)
         yield run
 
 

@@ -27,6 +27,7 @@ from isotune.io.errors import (
     read_job_status,
 )
 from isotune.io.extras import need
+from isotune.io.parent_process import is_launched
 from isotune.io.reading import Unreadable
 from isotune.run.malloc_tuning import VARIABLE, malloc_tunables
 
@@ -46,11 +47,6 @@ class Launch:
     def in_words(self) -> str:
         """`zero2 on 4 processes`."""
         return f"{self.file.stem if self.file else 'one process'} on {self.processes} processes"
-
-
-def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether a launcher started this process, and with it the others of the run."""
-    return "LOCAL_RANK" in environment or "ACCELERATE_MIXED_PRECISION" in environment
 
 
 def read_launch(argv: Sequence[str]) -> tuple[Launch, list[str]]:

@@ -10,8 +10,9 @@ from isotune.commands.sft import read_sft_recipe, train_sft
 from isotune.io import shipped
 from isotune.io.errors import UserError, nearest
 from isotune.io.formats import FORMAT_WORDS, base_name, format_of
+from isotune.io.parent_process import is_launched
+from isotune.io.run_files import RECIPE
 
-RECIPE = "recipe.yaml"  # of a run folder
 RECIPE_ENDS = (".yaml", ".yml")
 USAGE = """usage: isotune {command} RECIPE | RUN | DATA [--num_processes N] [--engine NAME] [--KEY VALUE ...]
 
@@ -80,9 +81,9 @@ KINDS = {
 def run(command: str, argv: Sequence[str]) -> int | None:
     """`isotune COMMAND ARGV`: read the recipe, then run it here or on the processes of a launch."""
     launch, rest = start.read_launch(argv)
-    if {"-h", "--help", "--help-all", "--help_all"} & set(argv) and not start.is_launched():
+    if {"-h", "--help", "--help-all", "--help_all"} & set(argv) and not is_launched():
         print(USAGE.format(command=command))
-    words = recipe_words(command, rest, show=not start.is_launched())
+    words = recipe_words(command, rest, show=not is_launched())
     recipe = KINDS[command].read(words, default_config=None, prog=f"isotune {command}")
     if launch.file is not None:
         return start.run_launched([command, *words], launch)

@@ -8,6 +8,11 @@ import sys
 PR_SET_PDEATHSIG = 1
 
 
+def is_launched() -> bool:
+    """Whether a launcher started this process, and with it the others of the run."""
+    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
 def signal_when_parent_ends() -> bool:
     """Ask for SIGTERM when the parent process ends, on Linux; whether it ended before the kernel was asked."""
     if not sys.platform.startswith("linux"):

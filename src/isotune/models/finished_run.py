@@ -20,7 +20,7 @@ from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.data.sources.hub import is_hub_id
 from isotune.io.errors import UserError, shown
 from isotune.io.reading import read_json_object
-from isotune.io.run_files import or_refuse, read_recipe_values
+from isotune.io.run_files import RECIPE, or_refuse, read_recipe_values
 from isotune.io.shipped import script
 from isotune.models.base.folder import ADAPTER_CONFIG
 from isotune.models.base.head import set_names
@@ -77,10 +77,10 @@ class FinishedRun:
 def read_run(run_dir: str | Path) -> FinishedRun:
     """Find the parts of a finished run and check that its weight files are complete."""
     folder = Path(run_dir).expanduser()
-    recipe = folder / "recipe.yaml"
+    recipe = folder / RECIPE
     if not folder.is_dir():
         raise UserError(f"there is no run directory {folder}")
-    if not recipe.is_file() and (folder.parent / "recipe.yaml").is_file() and folder.name == "model":
+    if not recipe.is_file() and (folder.parent / RECIPE).is_file() and folder.name == "model":
         return read_run(folder.parent)
     if not recipe.is_file() and (folder / ADAPTER_CONFIG).is_file():  # of another program: its base as it is stored
         check_weights(folder, ADAPTER_WEIGHTS)

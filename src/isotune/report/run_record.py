@@ -60,7 +60,7 @@ def read_record(run: str | Path) -> RunRecord:
     if not folder.is_dir():
         raise UserError(f"there is no run folder {folder}")
     result_folders = find_results(folder)
-    if not ((folder / "recipe.yaml").is_file() or (folder / METRICS).is_file() or result_folders):
+    if not ((folder / RECIPE).is_file() or (folder / METRICS).is_file() or result_folders):
         raise UserError(f"{folder} is no run folder: it has no recipe.yaml, no {METRICS} and no eval/NAME/metrics.json")
     notes: list[str] = []
     metrics = _read_metrics(folder / METRICS, notes)

@@ -19,7 +19,7 @@ from typing import Any
 from isotune.distributed.launch import Process
 from isotune.distributed.ranks import call_on_main
 from isotune.io.errors import NO_ROOM, Superseded, UserError, as_user_error, outcome_of, write_job_status
-from isotune.io.parent_process import signal_when_parent_ends
+from isotune.io.parent_process import is_launched, signal_when_parent_ends
 from isotune.io.run_files import ENVIRONMENT, STATUS, or_empty, read_status
 from isotune.run.run_dir import RunDir
 from isotune.run.run_lease import RunLease, slurm_ids
@@ -173,6 +173,5 @@ def signals_end_at_once() -> Iterator[None]:
 
 def _end_with_launcher() -> None:
     """Ask the kernel to send SIGTERM when the launcher dies, so that no rank outlives it."""
-    launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
-    if launched and signal_when_parent_ends():
+    if is_launched() and signal_when_parent_ends():
         stop_request.on_signal(signal.SIGTERM)

@@ -3,13 +3,14 @@
 import contextlib
 from collections.abc import AsyncIterator, Collection
 from pathlib import Path
+from string import Template
 from typing import Any, Protocol
 
 import anyio.to_thread
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
@@ -28,7 +29,7 @@ class Routes(Protocol):
     worker: Worker
 
     def facts(self) -> dict[str, Any]:
-        """What the page must know; `kind` names its file."""
+        """What the page must know; `kind` names its main part and its script."""
         ...
 
     def counts(self) -> dict[str, int]:
@@ -45,8 +46,11 @@ def make_app(routes: Routes, replayed: str | None, names: Collection[str]) -> St
     worker, facts = routes.worker, routes.facts()
     limits = worker.limits
 
+    main = (PAGE / f"{facts['kind']}.html").read_text("utf-8")
+    whole = Template((PAGE / "frame.html").read_text("utf-8")).substitute(kind=facts["kind"], main=main)
+
     async def page(request: Request) -> Response:
-        return FileResponse(PAGE / f"{facts['kind']}.html", media_type="text/html")
+        return HTMLResponse(whole)
 
     async def info(request: Request) -> Response:
         most = {"texts": limits.texts, "new_tokens": limits.new_tokens, "body_bytes": limits.body_bytes}

@@ -11,8 +11,8 @@ from isotune.commands.before_torch import before_torch
 from isotune.config.layers import read_file
 from isotune.config.recipes import task_of
 from isotune.io.errors import UserError
+from isotune.io.run_files import RECIPE
 
-RECIPE = "recipe.yaml"  # of a run folder
 EVAL = """isotune eval RUN | MODEL [--num_processes N] [--engine NAME] [FLAGS]
 
 A run is evaluated on its own evaluation data unless the flags name others; a model needs --task or --dataset_name."""

@@ -6,20 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from isotune.commands.before_torch import before_torch
+from isotune.commands.trained.flags import check_counts, find_task, model_parser
 from isotune.config.layers import read_file
 from isotune.config.recipes import project_of
-from isotune.io import shipped
-from isotune.io.errors import OneSentenceParser, UserError
-
-RECIPE = "recipe.yaml"  # of a run folder
+from isotune.io.errors import UserError
+from isotune.io.run_files import RECIPE
 
 
 def read_arguments(argv: Sequence[str], *, prog: str, description: str) -> argparse.Namespace:
     """A command line of the flags below; UserError says what is wrong with it."""
-    parser = OneSentenceParser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run_dir", metavar="RUN", help="the folder of a finished run")
-    source.add_argument("--model", metavar="NAME", help="or any classifier: a folder or a Hub id")
+    parser = model_parser(prog, description, "classifier")
     data = parser.add_argument_group("data (by default the evaluation data of the run)")
     data.add_argument("--task", metavar="FILE", help="a task file or the name of a shipped one; flags win over it")
     data.add_argument("--dataset_name", metavar="NAME", help="a Hub id, folder, file or builtin:NAME")
@@ -56,11 +52,8 @@ def read_arguments(argv: Sequence[str], *, prog: str, description: str) -> argpa
     )
     out.add_argument("--no_pictures", action="store_true", help="no plots")
     given = parser.parse_args(argv)
-    if given.task:
-        given.task = str(shipped.find(shipped.TASKS, given.task) or given.task)
-    for name in ("limit", "batch_tokens", "batch_size", "resamples", "max_seq_length"):
-        if getattr(given, name) is not None and getattr(given, name) < 1:
-            raise UserError(f"--{name} is {getattr(given, name)}: it is at least 1")
+    find_task(given)
+    check_counts(given, ("limit", "batch_tokens", "batch_size", "resamples", "max_seq_length"))
     for threshold in given.label_thresholds or ():
         if not 0 < threshold < 1:
             raise UserError(f"--label_thresholds holds {threshold:g}: a threshold is between 0 and 1")

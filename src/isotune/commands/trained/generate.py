@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from isotune.commands.before_torch import before_torch
-from isotune.io import shipped
-from isotune.io.errors import OneSentenceParser, UserError, is_first_process
+from isotune.commands.trained.flags import check_counts, find_task, model_parser
+from isotune.io.errors import UserError, is_first_process
 from isotune.io.extras import need
 
 
 def read_arguments(argv: Sequence[str], *, prog: str, description: str) -> argparse.Namespace:
     """A command line of the flags below; UserError says what is wrong with it."""
-    parser = OneSentenceParser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run_dir", metavar="RUN", help="the folder of a finished run")
-    source.add_argument("--model", metavar="NAME", help="or any model: a folder or a Hub id")
+    parser = model_parser(prog, description, "model")
     parser.add_argument(
         "--dataset_name", metavar="NAME", help="evaluate on the first question of each of its conversations"
     )
@@ -45,16 +42,13 @@ def read_arguments(argv: Sequence[str], *, prog: str, description: str) -> argpa
     parser.add_argument("--top_p", type=float, default=1.0, metavar="P", help="nucleus sampling (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling and intervals (%(default)s)")
     given = parser.parse_args(argv)
-    if given.task:
-        given.task = str(shipped.find(shipped.TASKS, given.task) or given.task)
+    find_task(given)
     given.evaluates = given.dataset_name or given.task
     modes = {"--prompt": given.prompt is not None, "--task" if given.task else "--dataset_name": given.evaluates}
     modes |= {"--interactive": given.interactive, "--lm_eval_tasks": given.lm_eval_tasks}
     if sum(map(bool, modes.values())) > 1:
         raise UserError(f"{' and '.join(name for name, on in modes.items() if on)} exclude each other")
-    for name in ("batch_size", "limit"):
-        if getattr(given, name) is not None and getattr(given, name) < 1:
-            raise UserError(f"--{name} is {getattr(given, name)}: it is at least 1")
+    check_counts(given, ("batch_size", "limit"))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not given.evaluates and given.prompt is None:
         what = "--lm_eval_tasks takes" if given.lm_eval_tasks else "a chat takes"
         raise UserError(f"{what} one process: start it with python and without a launcher")

@@ -8,10 +8,12 @@ from typing import Any
 
 from isotune.commands import start
 from isotune.commands.before_torch import before_torch
-from isotune.commands.trained.evaluate import RECIPE, is_classifier, read_source
+from isotune.commands.trained.evaluate import is_classifier, read_source
+from isotune.commands.trained.flags import check_counts
 from isotune.config.layers import read_file
 from isotune.config.recipes import project_of
 from isotune.io.errors import OneSentenceParser, UserError
+from isotune.io.run_files import RECIPE
 
 USAGE = """isotune predict RUN | MODEL TEXT ...
 isotune predict RUN | MODEL --input DATA --output FILE [--num_processes N] [FLAGS]
@@ -78,9 +80,7 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
             raise UserError(f"--{name} is for the rows of --input, and these are texts")
     if given.text_pair and len(given.text_pair) != len(given.texts):
         raise UserError(f"--text_pair has {len(given.text_pair)} texts beside {len(given.texts)}: one for each")
-    for name in ("limit", "batch_tokens", "batch_size", "part_rows"):
-        if getattr(given, name) is not None and getattr(given, name) < 1:
-            raise UserError(f"--{name} is {getattr(given, name)}: it is at least 1")
+    check_counts(given, ("limit", "batch_tokens", "batch_size", "part_rows"))
     return given
 
 

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from isotune.commands import start
 from isotune.commands.before_torch import before_torch
 from isotune.io.errors import OneSentenceParser, UserError
 from isotune.io.extras import need
+from isotune.io.parent_process import is_launched
 
 PORTS = 65_535
 
@@ -31,7 +31,7 @@ def run(argv: Sequence[str]) -> None:
     longest = "tokens of the longest answer (%(default)s)"
     limits.add_argument("--max_new_tokens", type=int, default=512, metavar="N", help=longest)
     given = parser.parse_args(argv)
-    if start.is_launched():
+    if is_launched():
         raise UserError("isotune serve is one process: start it without a launcher")
     if not 0 <= given.port <= PORTS:
         raise UserError(f"--port is {given.port}: it is 0 to {PORTS}")

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from isotune.io.run_files import RECIPE
+
 ADAPTER_CONFIG = "adapter_config.json"
 MODEL_CONFIG = "config.json"
-_RECIPE = "recipe.yaml"
 
 
 def why_no_model(name: str) -> str | None:
@@ -39,4 +40,4 @@ def why_no_model(name: str) -> str | None:
 def _run_of(folder: Path) -> Path | None:
     """The run that a folder is or belongs to."""
     candidates = (folder, folder.parent, folder.parent.parent)
-    return next((candidate for candidate in candidates if (candidate / _RECIPE).is_file()), None)
+    return next((candidate for candidate in candidates if (candidate / RECIPE).is_file()), None)

@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 from isotune.config.layers import Layer
 from isotune.evaluation.statistics.blending import Splits, blend_weights, held_out_blend
 from isotune.io.errors import AlreadyDone, UserError
-from isotune.io.run_files import or_empty, read_recipe_values
+from isotune.io.run_files import RECIPE, or_empty, read_recipe_values
 from isotune.projects.arena.baselines.estimators import (
     BattleFeatures,
     FeatureMatrix,
@@ -30,7 +30,7 @@ from isotune.projects.arena.preference import read_answers, write_preferences
 from isotune.projects.arena.recipes import BaselinesRecipe
 from isotune.projects.arena.submission import write_submission
 
-RECIPE, SUBMISSION, CHOSEN = "recipe.yaml", "submission.csv", "chosen.json"
+SUBMISSION, CHOSEN = "submission.csv", "chosen.json"
 MIN_PROMPTS_PER_FOLD = 3  # for the calibration inside a fold
 MIN_PARALLEL_ROWS = 500  # each process takes seconds to import its libraries
 HELD_OUT, TEST = "arena", "arena_test"
