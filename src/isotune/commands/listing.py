@@ -6,11 +6,9 @@ from pathlib import Path
 
 from isotune.commands.runs import best_metric, progress
 from isotune.config.layers import read_file
-from isotune.config.recipes import task_of
 from isotune.io import shipped
 from isotune.io.errors import UserError, did_you_mean
 from isotune.io.files import replace_file
-from isotune.io.run_files import RECIPE
 from isotune.run.run_state import find_runs, state_of_run
 
 KINDS = ("recipes", "tasks", "engines", "models", "runs")
@@ -94,11 +92,4 @@ def _runs(folder: Path) -> Iterator[tuple[str, str]]:
     for run in find_runs([folder]) if folder.is_dir() else ():
         state = state_of_run(run)
         ended = f"{state.state} at step {progress(state)}"
-        yield str(run), f"{_task(run):<14}  {ended:<26}  {best_metric(state)}"
-
-
-def _task(run: Path) -> str:
-    try:
-        return task_of(read_file(run / RECIPE).given) or "?"
-    except UserError:
-        return "?"
+        yield str(run), f"{state.task or '?':<14}  {ended:<26}  {best_metric(state)}"

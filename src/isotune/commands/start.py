@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from isotune.distributed.launch_file import MAX_PROCESSES, read_launch_file
+from isotune.distributed.launch_file import read_launch_file
 from isotune.io import shipped
 from isotune.io.errors import (
     EXIT_FAULT,
@@ -29,6 +29,7 @@ from isotune.io.errors import (
 from isotune.io.extras import need
 from isotune.io.parent_process import is_launched
 from isotune.io.reading import Unreadable
+from isotune.io.variables import MAX_PROCESSES
 from isotune.run.malloc_tuning import VARIABLE, malloc_tunables
 
 LAUNCHER = "isotune.distributed.accelerate_launch"

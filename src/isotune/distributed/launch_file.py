@@ -7,8 +7,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from isotune.io.reading import checked, read_yaml_object
+from isotune.io.variables import MAX_PROCESSES
 
-MAX_PROCESSES = 100_000
 Processes = Annotated[int, Field(ge=1, le=MAX_PROCESSES)]
 
 

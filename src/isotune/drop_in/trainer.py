@@ -222,9 +222,9 @@ class DropIn(DropInEvaluation):
         if positions is not None and (longest := int(documents.lengths.max())) > positions:
             row = int(documents.ids[documents.lengths.argmax()]) + 1
             raise UserError(f"row {row} of the dataset has {longest} tokens, and the model positions for {positions}")
-        packed = len(np.unique(documents.source_rows)) < len(documents)
+        starts = np.flatnonzero(np.diff(documents.source_rows, prepend=-1))
+        packed = len(starts) < len(documents)
         if packed:  # as the dataset is
-            starts = np.flatnonzero(np.diff(documents.source_rows, prepend=-1))
             rows = Rows(np.arange(len(documents)), np.append(starts, len(documents)))
         elif row_tokens:
             rows = pack(documents.lengths, row_tokens, seed=self._data_seed)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from isotune.io.errors import UserError, shown
 
 MOST = 1_000_000_000
+MAX_PROCESSES = 100_000  # of a launch
 # the smallest number that each may hold; a variable that is empty or absent is none
 NUMBERS = {
     **dict.fromkeys(("RANK", "LOCAL_RANK", "GROUP_RANK", "MASTER_PORT", "SLURM_RESTART_COUNT", "SLURM_PROCID"), 0),

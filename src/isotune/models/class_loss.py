@@ -7,6 +7,7 @@ They are those of transformers, split so that a global batch may be divided into
     regression     squared error / documents
 """
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,6 +53,13 @@ class DocumentLoss(ABC):
         """What the sum over documents with these labels, [documents, ...], is divided by."""
 
 
+@functools.lru_cache(maxsize=8)
+def constant_on(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """The values on a device, float32 [values]: copied there once, and not in each microbatch."""
+    with torch.inference_mode(False):  # what is kept may be part of a graph later
+        return torch.tensor(values, device=device)
+
+
 @dataclass(frozen=True)
 class ClassLoss(DocumentLoss):
     """Cross-entropy with weights by class (None: all 1) and the share e of each target that is spread over all classes.
@@ -75,7 +83,7 @@ class ClassLoss(DocumentLoss):
     def summed(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Of targets int64 [documents]."""
         scores, given = logits.float(), self.class_weights
-        weights = None if given is None else scores.new_tensor(given)
+        weights = None if given is None else constant_on(given, scores.device)
         smoothing = self.label_smoothing
         return functional.cross_entropy(scores, targets, weights, reduction="sum", label_smoothing=smoothing)
 
@@ -122,7 +130,7 @@ class LabelLoss(DocumentLoss):
     def summed(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Of targets float32 [documents, labels]."""
         scores = logits.float()
-        weights = None if self.class_weights is None else scores.new_tensor(self.class_weights)
+        weights = None if self.class_weights is None else constant_on(self.class_weights, scores.device)
         return functional.binary_cross_entropy_with_logits(scores, targets, pos_weight=weights, reduction="sum")
 
     def denominator(self, labels: np.ndarray) -> float:

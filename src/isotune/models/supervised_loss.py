@@ -23,7 +23,7 @@ from isotune.compat.peft import base_model_of, without_new_rows
 from isotune.compat.torch import AutogradFunction, patch_forward
 from isotune.io.errors import UserError
 from isotune.models.cpu.functional import Workspace
-from isotune.models.cuda.casts import cast_once
+from isotune.models.cuda.casts import kept_cast
 
 # Measured on 2 cores with a 512 x 50,272 head in bf16: below 256 positions the products slow down, and the fp32 softmax
 # is four times as fast while its slice stays in the cache. A weight gradient is faster with wider products.
@@ -113,7 +113,7 @@ def _loss_and_gradients(
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     """The loss in fp32, and the gradients of hidden, weight and bias in the accumulation dtype where needed."""
     accumulate = torch.float64 if compute == torch.float64 else torch.float32
-    states, head = hidden.to(compute), cast_once(weight, compute)
+    states, head = hidden.to(compute), kept_cast(weight, compute)
     scale = FP16_SCALE if compute == torch.float16 else 1.0
     loss = torch.zeros((), dtype=accumulate, device=hidden.device)
     hidden_gradient = torch.empty_like(hidden, dtype=accumulate) if needed[0] else None

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from isotune.distributed.launch_file import MAX_PROCESSES
 from isotune.io import shipped
 from isotune.io.errors import EXIT_USER_ERROR, UserError, shown
+from isotune.io.variables import MAX_PROCESSES
 
 EXAMPLES = """examples:
   isotune plan --config opt350m_lora                       a shipped recipe (`isotune ls`), or a file

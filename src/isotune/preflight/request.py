@@ -17,11 +17,12 @@ from isotune.config.command_line import CommandLine
 from isotune.config.recipes import TASKS, project_of, task_of
 from isotune.distributed.deepspeed_config import offloaded, read_deepspeed_config, stage_of
 from isotune.distributed.launch import check_keys, check_precision, request_of
-from isotune.distributed.launch_file import MAX_PROCESSES, read_launch_file
+from isotune.distributed.launch_file import read_launch_file
 from isotune.distributed.precision import with_precision
 from isotune.io import shipped
 from isotune.io.errors import Complain, UserError, did_you_mean, shown
 from isotune.io.reading import Unreadable
+from isotune.io.variables import MAX_PROCESSES
 from isotune.models.opening import load_config
 
 PLAIN, DDP, DEEPSPEED, FSDP = "plain", "DDP", "DeepSpeed", "FSDP"

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from isotune.config.recipes import task_of
 from isotune.config.task_types import HIGHER_IS_BETTER
 from isotune.io.errors import UserError
 from isotune.io.reading import Unreadable
@@ -86,7 +87,7 @@ def state_of_run(run: Path, now_seconds: float | None = None) -> RunState:
     return RunState(
         run=str(run),
         state=_state(run, status),
-        task=recipe.get("task"),
+        task=task_of(recipe),
         step=step,
         steps=steps,
         metric=metric if best is not None else None,

@@ -9,6 +9,7 @@ import torch
 from isotune.config.task_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from isotune.data.classification.predictions import predicted
 from isotune.data.classification.thresholds import THRESHOLD, Thresholds
+from isotune.models.class_loss import constant_on
 
 
 class LabelKind(ABC):
@@ -57,10 +58,11 @@ class ManyLabels(LabelKind):
 
     def __init__(self, thresholds: Thresholds = THRESHOLD) -> None:
         self.thresholds = thresholds
+        self._least = tuple(torch.logit(torch.as_tensor(np.atleast_1d(np.asarray(thresholds, np.float64)))).tolist())
 
     def count(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Documents of which each label is right."""
-        least = torch.logit(torch.as_tensor(np.asarray(self.thresholds, np.float64))).to(logits)
+        least = constant_on(self._least, logits.device).to(logits.dtype)
         return ((logits >= least) == targets.bool()).all(dim=1).sum()
 
     def outputs(self, logits: torch.Tensor) -> np.ndarray:

@@ -27,24 +27,33 @@ class RouterBalance:
     experts: int
     chosen: int
 
-    def sums(self, router_logits: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, int]:
-        """Choices and probabilities by expert, int64 and fp32 [experts], and tokens times layers, of one forward.
+    def choices(self, router_logits: tuple[Tensor, ...]) -> Tensor:
+        """How often each expert was chosen, int64 [experts], in one forward: [tokens, experts] of each layer."""
+        every = torch.arange(self.experts, device=router_logits[0].device)
+        chosen = [self._probabilities(logits).detach().topk(self.chosen, dim=-1).indices for logits in router_logits]
+        return torch.stack([(own[..., None] == every).sum(dim=(0, 1)) for own in chosen]).sum(dim=0)
 
-        `router_logits` are [tokens, experts] of each layer; the probabilities carry the gradient.
-        """
-        device = router_logits[0].device
-        choices = torch.zeros(self.experts, dtype=torch.int64, device=device)
-        probabilities = torch.zeros(self.experts, device=device)
+    def probabilities(self, router_logits: tuple[Tensor, ...]) -> Tensor:
+        """The sum of each expert's probabilities, fp32 [experts], which carries the gradient."""
+        total = torch.zeros(self.experts, device=router_logits[0].device)
         for logits in router_logits:
-            own = torch.softmax(logits.reshape(-1, self.experts).float(), dim=-1)
-            _, chosen = own.detach().topk(self.chosen, dim=-1)
-            choices += (chosen[..., None] == torch.arange(self.experts, device=device)).sum(dim=(0, 1))
-            probabilities = probabilities + own.sum(dim=0)
-        return choices, probabilities, sum(logits.numel() // self.experts for logits in router_logits)
+            total = total + self._probabilities(logits).sum(dim=0)
+        return total
+
+    def tokens(self, router_logits: tuple[Tensor, ...]) -> int:
+        """Tokens times layers."""
+        return sum(logits.numel() // self.experts for logits in router_logits)
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        return torch.softmax(logits.reshape(-1, self.experts).float(), dim=-1)
 
     def loss(self, choices: Tensor, probabilities: Tensor, tokens: float) -> Tensor:
         """The loss of such sums, or with the choices and tokens of a whole batch the part that `probabilities` add."""
         return self.experts * (choices / tokens * probabilities).sum() / tokens
+
+    def of_forward(self, router_logits: tuple[Tensor, ...]) -> Tensor:
+        """The loss of one forward alone, as transformers has it."""
+        return self.loss(self.choices(router_logits), self.probabilities(router_logits), self.tokens(router_logits))
 
     @classmethod
     def of(cls, model: Any) -> "RouterBalance":
@@ -66,7 +75,7 @@ class RouterBalance:
             with torch.no_grad():
                 inputs = packed_inputs([document], base.device, positions=True)
                 outputs = base(**inputs, output_router_logits=True)
-                ours, stock = float(found.loss(*found.sums(outputs.router_logits))), float(outputs.aux_loss)
+                ours, stock = float(found.of_forward(outputs.router_logits)), float(outputs.aux_loss)
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
                 f"router_aux_loss_coef: model type '{kind}' does not return what its routers do: {first_line(error)}"

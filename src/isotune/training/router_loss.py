@@ -35,7 +35,9 @@ class RouterLoss:
         experts = self.balance.experts
         own, device = dict[int, Tensor](), torch.device("cpu")
         for microbatch in microbatches:
-            choices, probabilities, tokens = self.balance.sums(outputs(microbatch).router_logits)
+            made = outputs(microbatch).router_logits
+            choices, tokens = self.balance.choices(made), self.balance.tokens(made)
+            probabilities = self.balance.probabilities(made)
             device = choices.device
             if microbatch["weight"]:
                 parts = [in_float64(part) for part in (choices, probabilities, choices.new_full((1,), tokens))]
@@ -48,7 +50,7 @@ class RouterLoss:
 
     def part(self, router_logits: tuple[Tensor, ...]) -> Tensor:
         """What a microbatch adds to the coefficient times the loss, fp32 []; before a look ahead it is zero."""
-        _, probabilities, _ = self.balance.sums(router_logits)
+        probabilities = self.balance.probabilities(router_logits)
         if self._choices is None:  # a microbatch that is tried before the first step
             return 0.0 * probabilities.sum()
         return self.coefficient * self.balance.loss(self._choices, probabilities, self._tokens)

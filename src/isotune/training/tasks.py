@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -167,7 +168,7 @@ class ClassificationTask(Task):
     task_type: str = SINGLE_LABEL  # what the documents are labelled with
     thresholds: Thresholds = THRESHOLD  # from which a document has a label, where it has any number of them
 
-    @property
+    @cached_property
     def kind(self) -> LabelKind:
         """What is measured of such labels."""
         return ManyLabels(self.thresholds) if self.task_type == MULTI_LABEL else KINDS[self.task_type]

@@ -32,11 +32,8 @@ def run_predict(argv: Sequence[str]) -> int | None:
         if given.num_processes is not None or given.engine is not None:
             raise UserError("--num_processes and --engine are for the rows of a file: name it by --input")
         return _predict(source, given)
-    flags = [word for name in ("num_processes", "engine") if (own := getattr(given, name)) is not None
-             for word in (f"--{name}", str(own))]  # fmt: skip
-    launch, _ = start.read_launch(flags)
+    launch, rest = start.read_launch(words)
     if launch.file is not None:
-        _, rest = start.read_launch(words)
         return start.run_launched(["predict", source[1], *rest], launch)
     return _predict(source, given)
 

@@ -28,6 +28,7 @@ TEXT_FIELD = "text"
 MESSAGES_COLUMNS = ("messages", "conversations", "conversation")
 QUESTIONS = ("question", "query", "prompt")
 ANSWERS = ("answer", "response", "chosen_answer")
+MORE = ("input", "context")  # stands below an instruction, in Alpaca's form and in Dolly's
 INPUT_IDS = "input_ids"
 MASKS = ("assistant_masks", "completion_mask", "loss_mask")
 BESIDE = ("system", "tools")  # are read with every form
@@ -125,7 +126,7 @@ def _exchange_columns(names: Sequence[str]) -> tuple[str | None, tuple[str, ...]
     if "prompt" in names and "completion" in names:
         return "prompt", (), "completion"
     if "instruction" in names and (answer := next((name for name in ("output", *ANSWERS) if name in names), None)):
-        return "instruction", tuple(name for name in ("input", "context") if name in names), answer
+        return "instruction", tuple(name for name in MORE if name in names), answer
     question = next((name for name in QUESTIONS if name in names), None)
     answer = next((name for name in ANSWERS if name in names), None)
     if question is None and "input" in names and "output" in names:

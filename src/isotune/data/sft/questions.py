@@ -8,13 +8,13 @@ answer is asked.
 from typing import Any, cast
 
 from isotune.data.sft.conversations import header_start
-from isotune.data.sft.forms import MESSAGES_COLUMNS, QUESTIONS, TEXT_FIELD, NamedColumns, as_messages
+from isotune.data.sft.forms import MESSAGES_COLUMNS, MORE, QUESTIONS, TEXT_FIELD, NamedColumns, as_messages
 from isotune.data.sft.messages import SYSTEM, TOOL, USER, Message, example_of, read_tools
 from isotune.data.sft.reading import example_of_text
 from isotune.data.sources.source import Row, is_null, kind_of_value
 
 NO_QUESTION, NULL = "without a question", "a null instead of a question"
-INSTRUCTION, MORE = "instruction", ("input", "context")  # Alpaca's form, and Dolly's
+INSTRUCTION = "instruction"
 Question = tuple[tuple[Message, ...], tuple[Any, ...] | None]  # messages, the last one a user's or a tool's; tools
 
 
@@ -23,8 +23,7 @@ def question_column(row: Row, named: NamedColumns) -> str | None:
     if wanted := named.prompt or (named.text if named.text != TEXT_FIELD else None):
         return wanted if wanted in row else None
     candidates = (*MESSAGES_COLUMNS, INSTRUCTION, *QUESTIONS, TEXT_FIELD)
-    own = {name.lower(): name for name in row}  # in any spelling, as in training
-    own |= {name: name for name in row}
+    own = {name.strip().lower(): name for name in row} | {name: name for name in row}  # in any spelling, as in training
     found = [own[name] for name in candidates if name in own]
     return next((name for name in found if not is_null(row[name])), found[0] if found else None)
 
@@ -34,10 +33,11 @@ def question_of(row: Row, column: str) -> Question | str:
 
     ValueError says what is wrong with a cell.
     """
-    row = {name: cell for name, cell in row.items() if not is_null(cell)}
-    if column not in row:
+    if is_null(row[column]):
         return NULL
-    cell, beside = as_messages(row[column]), row.get("system")
+    cell = as_messages(row[column])
+    row = {name.strip().lower(): own for name, own in row.items() if not is_null(own)}
+    beside = row.get("system")
     if isinstance(cell, list):
         messages = example_of(cast(list[Any], cell), beside, row.get("tools")).messages
     elif not isinstance(cell, str):
@@ -45,7 +45,7 @@ def question_of(row: Row, column: str) -> Question | str:
     elif header_start(cell) is not None:
         messages = example_of_text(cell).messages
     else:
-        added = [row[name] for name in MORE if row.get(name)] if column.lower() == INSTRUCTION else []
+        added = [row[name] for name in MORE if row.get(name)] if column.strip().lower() == INSTRUCTION else []
         if wrong := next((value for value in added if not isinstance(value, str)), None):
             raise ValueError(f"an {' or '.join(MORE)} is {kind_of_value(wrong)}, not a text")
         messages = example_of([{"role": USER, "content": "\n\n".join([cell, *added])}], beside).messages

@@ -16,7 +16,7 @@ from isotune.data.classification.predictions import prediction_lines
 from isotune.data.classification.thresholds import THRESHOLD, Thresholds
 from isotune.data.documents import Documents
 from isotune.data.sft.forms import TEXT_FIELD, NamedColumns
-from isotune.data.sft.questions import Question, question_column, question_of
+from isotune.data.sft.questions import question_column, question_of
 from isotune.data.sources.source import Row, Source, is_null, kind_of_value, surrogate_fault
 from isotune.evaluation.classification.evaluate import classify, outputs_of
 from isotune.evaluation.classification.sentences import TextReader
@@ -182,8 +182,8 @@ class AnswerPredictor:
         named = {"dataset_prompt_field": self.named.prompt, "dataset_text_field": self.named.text}
         return {"decoding": asdict(self.decoding), "columns": named}
 
-    def take(self, row: Row, source: Source, number: int) -> Question | LeftOut:
-        """The messages that a row asks; one without a question, or with a longer one than the model reads, is left."""
+    def take(self, row: Row, source: Source, number: int) -> str | LeftOut:
+        """The prompt of what a row asks; one without a question, or with a longer one than the model reads, is left."""
         column = question_column(row, self.named)
         if column is None:
             key = "dataset_prompt_field" if self.named.prompt or self.named.text == TEXT_FIELD else "dataset_text_field"
@@ -199,11 +199,11 @@ class AnswerPredictor:
             raise UserError(f"{source.where(number)}, column {column!r}, {fault}")
         if self.lm.token_count(prompt) >= self.lm.positions:
             return LeftOut(f"longer than the model's {self.lm.positions:,} positions")
-        return question
+        return prompt
 
-    def prepare(self, rows: Sequence[tuple[int, Question]]) -> list[Prompt]:
+    def prepare(self, rows: Sequence[tuple[int, str]]) -> list[Prompt]:
         """The prompts; the number of a row seeds what is drawn for it."""
-        return [Prompt(number, self.lm.encoder.prompt(*question)) for number, question in rows]
+        return [Prompt(number, prompt) for number, prompt in rows]
 
     def predict(self, prepared: Sequence[Prompt], ranks: Ranks) -> Part:
         """Each answer, its number of tokens, and whether the model ended it."""

@@ -16,7 +16,7 @@ _kept: dict[tuple[int, torch.dtype], tuple[torch.Tensor, torch.Tensor]] | None =
 
 @contextlib.contextmanager
 def kept_casts() -> Iterator[None]:
-    """Within it autocast and `cast_once` cast each weight once. No weight changes, or moves to other memory, within it.
+    """Within it autocast and `kept_cast` cast each weight once. No weight changes, or moves to other memory, within it.
 
     A forward without a graph leaves copies without one, which a later forward would take over: run none within it
     before that.
@@ -30,7 +30,7 @@ def kept_casts() -> Iterator[None]:
         _kept = before
 
 
-def cast_once(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def kept_cast(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`weight.to(dtype)` without a graph: within `kept_casts` the same copy at every call."""
     if _kept is None or weight.dtype == dtype or not weight.is_leaf:  # another tensor at each call
         return weight.to(dtype)

@@ -43,7 +43,8 @@ def integrated_gradients(classifier: Classifier, documents: Documents, output: i
     """
     model, tokenizer = base_model_of(classifier.model), classifier.tokenizer
     ids = torch.from_numpy(documents.input_ids.astype(np.int64)).to(classifier.device)
-    special = torch.tensor([token in set(tokenizer.all_special_ids) for token in ids.tolist()], device=ids.device)
+    special_ids = set(tokenizer.all_special_ids)
+    special = torch.tensor([token in special_ids for token in ids.tolist()], device=ids.device)
     blank = torch.where(special, ids, _blank_token(tokenizer))
     inputs = {"attention_mask": torch.ones_like(ids)}
     if FIRST_TYPE in documents.columns and takes_token_types(model):

@@ -32,7 +32,7 @@ def why_not(evaluated: Evaluated) -> str | None:
 def rows_of(evaluated: Evaluated, classifier: Classifier) -> Rows:
     """The rows of an evaluation, known by their digest; UserError where the data are others now."""
     keys = evaluated.task_keys(ClassificationTask)
-    own = {"max_seq_length": keys.get("max_seq_length")}
+    own = {key: keys.get(key) for key in ("max_seq_length", "label_thresholds")}
     ranks, limit, why = Ranks(0, 1, classifier.device), evaluated.claim.get("limit"), "their content has changed"
     for of_recipe in (True, False):  # of the recipe they may be the share that was held out of training
         try:
@@ -54,9 +54,7 @@ def replay(evaluated: Evaluated, service: ClassifierService, rows: Rows, count: 
     chosen = spread(len(stored), count)
     outputs = service.outputs(rows.documents.select(np.array(chosen)))
     identical, largest, first = 0, 0.0, None
-    for row, output, guess in zip(
-        chosen, outputs, predicted(task_type, outputs, service.classifier.thresholds), strict=True
-    ):
+    for row, output, guess in zip(chosen, outputs, predicted(task_type, outputs, rows.thresholds), strict=True):
         line = stored[row]
         before = np.asarray(line["prediction" if task_type == REGRESSION else "probabilities"])
         if before.shape != np.shape(output):
@@ -79,7 +77,7 @@ def errors_among(evaluated: Evaluated, rows: Rows) -> list[dict[str, Any]]:
         return kept_errors(evaluated.result.folder)
     wrong = [number for number, line in enumerate(stored) if line["prediction"] != line["label"]]
     outputs = np.array([line["probabilities"] for line in stored])
-    return examples_of(rows.task_type, wrong, rows.ids, rows.labels, outputs, rows.names, rows.texts)
+    return examples_of(rows.task_type, wrong, rows.ids, rows.labels, outputs, rows.names, rows.texts, rows.thresholds)
 
 
 def newest_errors(run: Path) -> list[dict[str, Any]]:

@@ -26,9 +26,13 @@ class AnswerText:
         """Begin again with the first token; what has been handed on stays so."""
         self._tokens = []
 
+    def keep(self, token: int) -> None:
+        """Take a token whose text nobody waits for."""
+        self._tokens.append(token)
+
     def add(self, token: int) -> tuple[str, bool]:
         """The text that is certain now and was not before, and whether a stop word has come."""
-        self._tokens.append(token)
+        self.keep(token)
         whole, stopped = self._stopped(self._certain(self._decoded()))
         held = max((n for word in self.stop for n in range(1, len(word)) if whole.endswith(word[:n])), default=0)
         certain = whole if stopped else whole[: len(whole) - held]

@@ -138,8 +138,9 @@ class _Batch:
         if bool(scores.isnan().any()):
             raise Refused(FAILED, "not_finite", "the model's scores are NaN: its weights are broken")
         if self.nearly is not None:
-            best = scores.float().topk(2, dim=-1).values
-            self._close = (best[:, 0] - best[:, 1] <= self.nearly * scores.float().abs().amax(-1)).tolist()
+            scores = scores.float()
+            best = scores.topk(2, dim=-1).values
+            self._close = (best[:, 0] - best[:, 1] <= self.nearly * scores.abs().amax(-1)).tolist()
 
     def token(self, row: int, token: int) -> bool:
         """Hand on what the token makes certain; false where the row is not to go on."""
@@ -147,6 +148,9 @@ class _Batch:
         if self._close[row] or not job.is_wanted:
             return False
         self._counts[row] += 1
+        if job.on_piece is None and not job.work.text.stop:  # the text of all tokens is made once, at the end
+            job.work.text.keep(token)
+            return True
         piece, self._stopped[row] = job.work.text.add(token)
         if piece and job.on_piece is not None:
             job.on_piece(piece)
