@@ -1,5 +1,6 @@
 """Where the tests find real public data, and how they skip where it is absent."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = Path(os.environ.get("ISOTUNE_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+
+
+def pytest_collection_finish() -> None:
+    """Pass over the objects of the imported libraries in every later collection: a training run makes several."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

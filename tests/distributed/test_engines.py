@@ -9,7 +9,9 @@ from tests.launching import Finished, start_together
 
 RELATIVE = 1e-5  # of a loss, and of a gradient norm in the first steps
 WEIGHTS = 1e-3  # of what training moved a tensor by: AdamW makes whole steps of gradients that are only rounding
-COMPACT = (pytest.param("ZeRO-3 on 2", marks=pytest.mark.slow), "FSDP2 on 2")
+COMPACT = ("ZeRO-3 on 2", "FSDP2 on 2")
+# in short: FSDP2 in test_world_sizes.py, ZeRO in test_resume.py and test_drop_in_engines.py
+pytestmark = pytest.mark.slow
 REDUCTIONS = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "_reduce_scatter_base")
 
 
@@ -88,7 +90,6 @@ def test_the_first_lines_say_what_is_in_effect(runs: Runs, name):
     assert "numbers in AdamW" in finished.stdout
 
 
-@pytest.mark.slow
 def test_the_whole_matrix_and_its_table(runs: Runs):
     table: dict[str, dict] = {}
     for one in ENGINES:

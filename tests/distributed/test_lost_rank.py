@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.launching import TINY, launcher, start_command, write_recipe
 
-ENDLESS = {**TINY, "max_steps": 100_000, "save_strategy": "no", "tune": "lora"}
+ENDLESS = {**TINY, "max_steps": 100_000, "save_strategy": "no", "tune": "lora", "global_batch_size": 2}
 
 
 def rank_of(recipe: Path, rank: int) -> int:

@@ -135,6 +135,7 @@ def test_without_them_ddp_agrees_with_one_process_to_rounding(tmp_path: Path):
         assert a["eval_loss"] == pytest.approx(b["eval_loss"], rel=1e-5)
 
 
+@pytest.mark.slow  # in short: the sizes in tests/numerics/test_document_dropout.py, the processes above
 def test_microbatches_of_another_size_on_each_number_of_processes_agree_to_rounding_with_dropout_on(tmp_path: Path):
     model = small_opt(tmp_path / "opt", dropout=0.1, attention_dropout=0.1)
     shared = {**TINY, "model_name_or_path": model, "global_batch_size": 7, "exact_gradients": False, "max_steps": 8}

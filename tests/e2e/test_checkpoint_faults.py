@@ -63,6 +63,7 @@ def unfinished(folder: Path, source: Path, steps: int) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow  # from one step: test_a_harmed_checkpoint_... and tests/distributed/test_resume.py
 def test_a_run_goes_on_from_every_one_of_its_steps_with_the_same_bits(tmp_path, recipe):
     whole = build(tmp_path / "whole", **recipe)
     whole.train()
@@ -229,7 +230,7 @@ def test_a_folder_that_becomes_read_only_ends_the_run_with_one_sentence(tmp_path
         subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize("tune", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_a_checkpoint_is_exported_as_the_model_that_was_trained_to_that_step(tmp_path, recipe, tune):
     from transformers import AutoModelForCausalLM
 

@@ -76,6 +76,7 @@ def test_a_classifier_learns_on_4_bit_weights_and_loads_again_with_its_trained_h
         assert shares.tolist() == pytest.approx(line["probabilities"], abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_classifier_learns_in_bf16_and_is_saved_in_fp32(tmp_path):
     model = small_encoder(tmp_path / "bert", "bert", **GEOMETRY)
     rows = sixteen_opinions(tmp_path)

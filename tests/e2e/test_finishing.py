@@ -47,8 +47,10 @@ def killed_when_the_model_appears(folder: Path, recipe: dict[str, Any], script: 
 
 @pytest.mark.parametrize(
     ("recipe", "script"),
-    [(TINY, "train/sft_opt.py"), (TINY_CLASSIFIER, "train/imdb.py")],
-    ids=["sft", "classification"],
+    [
+        pytest.param(TINY, "train/sft_opt.py", id="sft", marks=pytest.mark.slow),
+        pytest.param(TINY_CLASSIFIER, "train/imdb.py", id="classification"),
+    ],
 )
 def test_a_run_that_was_killed_after_its_model_appeared_is_finished_by_the_next_start(tmp_path, recipe, script):
     recipe = recipe | {"max_steps": 3}

@@ -40,6 +40,7 @@ def without_rates(progress: str) -> str:
     return re.sub(r"\[.*?\]", "", progress)
 
 
+@pytest.mark.slow
 def test_one_process_computes_prints_and_records_the_same(tmp_path: Path):
     forked, fresh = both(tmp_path)
     assert result(forked) == result(fresh)

@@ -30,8 +30,15 @@ def fine_tune(folder: Path, **values) -> Built:
     return build(folder, model_name_or_path=small_opt(folder / "opt"), max_steps=8, **values)
 
 
-@pytest.mark.parametrize("tune", ["full", "lora"])
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("precision", "tune"),
+    [
+        ("bf16", "lora"),
+        ("fp16", "full"),
+        pytest.param("bf16", "full", marks=pytest.mark.slow),
+        pytest.param("fp16", "lora", marks=pytest.mark.slow),
+    ],
+)
 def test_half_precision_is_really_computed_and_stays_close_to_fp32(tmp_path, precision, tune):
     reference = fine_tune(tmp_path / "fp32", tune=tune)
     expected = [line["loss"] for line in reference.train()]
@@ -63,7 +70,9 @@ def test_without_half_precision_everything_is_fp32(tmp_path):
     assert built.trainer.accelerator.scaler is None
 
 
-@pytest.mark.parametrize("exact", [True, False], ids=["exact_gradients", "float_sums"])
+@pytest.mark.parametrize(
+    "exact", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["exact_gradients", "float_sums"]
+)
 def test_an_fp16_overflow_is_skipped_and_counted_and_the_schedule_waits(tmp_path, exact):
     # a step holds the whole epoch, so that losses of different steps can be compared
     built = fine_tune(tmp_path, fp16=True, exact_gradients=exact, global_batch_size=80)

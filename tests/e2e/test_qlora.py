@@ -70,6 +70,7 @@ def test_it_learns_quietly_and_the_adapter_loads_again_on_the_same_base(built, c
     assert total / targets == pytest.approx(lines[-1]["eval_loss"], rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [{}, {"fp16": True}], ids=["fp32", "fp16"])
 def test_it_learns_in_the_other_precisions(tmp_path, precision):
     model = small_opt(tmp_path / "opt", **GEOMETRY)

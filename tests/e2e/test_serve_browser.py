@@ -12,7 +12,8 @@ from isotune.evaluation.generation.chat import answer
 from isotune.evaluation.generation.completion import Decoding
 from isotune.evaluation.models import generation_model_of_run
 
-SIZES = [(PHONE, False), (PHONE, True), (DESK, False), (DESK, True)]
+SIZES = [(PHONE, False), (DESK, True)]
+SIZES += [pytest.param(PHONE, True, marks=pytest.mark.slow), pytest.param(DESK, False, marks=pytest.mark.slow)]
 TEXT = "I came across a film in 1999. To me the film was simply brilliant."
 QUESTION = "Greet Ada in German."
 

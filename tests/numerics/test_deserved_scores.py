@@ -48,7 +48,10 @@ def numbers_of(found) -> tuple[np.ndarray, np.ndarray]:
     return found.rows.labels, found.outputs
 
 
-@pytest.mark.parametrize("task_type", ["single_label", "multi_label", "regression"])
+@pytest.mark.parametrize(
+    "task_type",
+    ["single_label", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("multi_label", "regression"))],
+)
 def test_random_labels_are_not_predicted(tmp_path, task_type):
     train, test = (shuffled(rows_of(task_type, 80, seed), seed) for seed in (0, 1))
     pair = {"dataset_text_field": "sentence1", "dataset_text_pair_field": "sentence2"}

@@ -59,12 +59,12 @@ def encoder(kind: str, **config: Any) -> Callable[..., Built]:
 ADAPTERS = {"tune": "lora", "lora_dropout": 0.1, "learning_rate": 1e-2, "adam_epsilon": 1e-5}
 RUNS: dict[str, tuple[Callable[..., Built], dict[str, Any], list[int]]] = {
     "OPT, full": (opt, {}, [256, 512, 1024, 2048]),
-    "OPT, LoRA": (opt, ADAPTERS, [256, 512, 1024, 2048]),
+    "OPT, LoRA": (opt, ADAPTERS, [256, 2048]),
     "Llama, full": (llama, {}, [256, 2048]),
     "Llama, LoRA": (llama, ADAPTERS, [256, 2048]),
-    "BERT": (encoder("bert", **ON), {}, [64, 128, 256, 1600]),
-    "ALBERT": (encoder("albert", **ALBERT), {}, [64, 256, 1600]),
-    "ELECTRA, padded": (encoder("electra", **ON), {}, [64, 128, 256, 1600]),
+    "BERT": (encoder("bert", **ON), {}, [64, 1600]),
+    "ALBERT": (encoder("albert", **ALBERT), {}, [64, 128, 256, 1600]),
+    "ELECTRA, padded": (encoder("electra", **ON), {}, [64, 1600]),
 }
 
 

@@ -89,7 +89,12 @@ KINDS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", KINDS)
+IN_SHORT = ("class weights in compute_loss", "a contrastive loss", "regression")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in IN_SHORT else pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
+)
 def test_a_loss_of_logits_is_that_of_one_whole_batch_on_any_split(name: str, tmp_path):
     ours, stock, make, data, options = KINDS[name]
     whole = trainer_of(ours, tmp_path, (8, 1), make(), data, eval_dataset=data, **options)
@@ -154,7 +159,7 @@ def test_label_smoothing_over_tokens_is_that_of_one_whole_batch(tmp_path):
     assert found[0] == pytest.approx(losses_of(theirs), rel=1e-5)
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("packing", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_dft_and_neftune_do_not_depend_on_the_split(packing: bool, tmp_path):
     for args in ({"loss_type": "dft"}, {"neftune_noise_alpha": 5.0}):
         found = [losses_of(sft(tmp_path, *split, packing=packing, args=args)) for split in SPLITS[::2]]

@@ -29,8 +29,17 @@ class Gradients(TrainerCallback):
         self.by_name = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+@pytest.mark.parametrize(
+    ("bias", "precision"),
+    [
+        ("lora_only", "fp32"),
+        ("all", "bf16"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("none", "fp32"), ("none", "bf16"), ("lora_only", "bf16"), ("all", "fp32"))
+        ),
+    ],
+)
 def test_the_biases_that_peft_trains_get_the_gradients_of_a_loop_over_documents(tmp_path, bias: str, precision: str):
     model = small_opt(tmp_path / "opt")
     adapter: dict[str, Any] = {"tune": "lora", "bias": bias, "target_modules": TARGETS, "r": 4, "lora_alpha": 8}

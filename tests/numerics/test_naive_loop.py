@@ -104,7 +104,12 @@ def run_and_judge(tmp_path, kind: str, train: list[dict], judge: dict[str, Any],
     return built, found
 
 
-@pytest.mark.parametrize("kind", NO_DROPOUT)
+IN_SHORT = ("bert", "distilbert", "mpnet")  # the last is padded
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in IN_SHORT else pytest.param(kind, marks=pytest.mark.slow) for kind in NO_DROPOUT]
+)
 def test_an_unpadded_run_is_the_plain_padded_loop(tmp_path, capsys, kind):
     built, _ = run_and_judge(tmp_path, kind, find_corpus("builtin:opinions").rows("train"), {})
     padded = "texts are padded, as model type 'mpnet' cannot be packed" in capsys.readouterr().out

@@ -41,11 +41,11 @@ def planned(file: Path) -> int:
     ("kind", "tune", "checkpointing", "passes"),
     [
         ("opt", "full", False, PASSES),
-        ("opt", "full", True, 1),
+        pytest.param("opt", "full", True, 1, marks=pytest.mark.slow),
         ("opt", "lora", True, PASSES),
-        ("bert", "full", True, PASSES),
+        pytest.param("bert", "full", True, PASSES, marks=pytest.mark.slow),
         ("bert", "full", False, 1),
-        ("bert", "lora", False, PASSES),
+        pytest.param("bert", "lora", False, PASSES, marks=pytest.mark.slow),
     ],
 )
 def test_a_small_models_step_holds_what_its_plan_says(tmp_path, kind, tune, checkpointing, passes):

@@ -21,7 +21,7 @@ SAID = re.compile(r"rank (\d+) of (\d+) on port (\d+)")
 def submit(cluster: Site, tmp_path: Path) -> Callable[..., Job]:
     """Submit say_rank.py by a copy of slurm/ in which words were replaced: (file, right, wrong)."""
 
-    def submit(*wrong: tuple[str, str, str], name: str = "one", stay: int = 0) -> Job:
+    def submit(*wrong: tuple[str, str, str], name: str = "one", stay: int = 0, gpus: int = 2) -> Job:
         home = tmp_path / name
         home.mkdir()
         for part in ("accelerate_configs", "ds_configs", "tests", ".venv"):
@@ -33,7 +33,8 @@ def submit(cluster: Site, tmp_path: Path) -> Callable[..., Job]:
             (home / "slurm" / file).write_text(text.replace(right, instead))
         (home / "batch").write_text(BATCH)
         variables = {"ISOTUNE_HOME": str(home), "STAY_SECONDS": str(stay)}
-        return cluster.submit(home, str(home / "batch"), nodes=2, environment=variables)
+        options = (f"--gpus-per-node={gpus}",)
+        return cluster.submit(home, str(home / "batch"), nodes=2, options=options, environment=variables)
 
     return submit
 
@@ -44,10 +45,10 @@ def ranks(job: Job) -> list[tuple[int, int]]:
 
 
 def test_as_shipped_every_rank_is_there_once_and_two_jobs_of_the_same_nodes_have_ports_of_their_own(submit):
-    jobs = [submit(name=name, stay=10) for name in ("one", "two")]
-    for job in jobs:
+    jobs = [submit(name=name, stay=10, gpus=gpus) for name, gpus in (("one", 2), ("two", 1))]
+    for job, size in zip(jobs, (4, 2), strict=True):
         assert job.wait().status == 0, job.text
-        assert ranks(job) == [(0, 4), (1, 4), (2, 4), (3, 4)], job.text
+        assert ranks(job) == [(rank, size) for rank in range(size)], job.text
     ports = [{port for _, _, port in SAID.findall(job.text)} for job in jobs]
     assert len(ports[0]) == len(ports[1]) == 1 and ports[0] != ports[1]
 

@@ -62,8 +62,15 @@ def test_a_row_to_spare_is_taken_and_begins_anew(tmp_path):
     assert torch.equal(model.lm_head.weight[ROWS + 1 :], old[ROWS + 1 :])
 
 
-@pytest.mark.parametrize("make", [small_opt, llama], ids=["tied", "untied"])
-@pytest.mark.parametrize("tune", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("tune", "make"),
+    [
+        pytest.param("lora", small_opt, id="lora-tied"),
+        pytest.param("full", llama, id="full-untied"),
+        pytest.param("lora", llama, id="lora-untied", marks=pytest.mark.slow),
+        pytest.param("full", small_opt, id="full-tied", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_trains_them_saves_them_merges_them_and_generates_with_them(tmp_path, capsys, make, tune):
     base = make(tmp_path / "base")
     values = {"model_name_or_path": base, "dataset_name": rows_file(tmp_path), "tune": tune, "learning_rate": 1e-2}

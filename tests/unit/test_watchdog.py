@@ -12,13 +12,17 @@ TIMEOUT_SECONDS = 1.0
 
 
 def watched(world_size: int, drive: Callable[[list[Watchdog]], None]) -> list[list[str]]:
-    """What each of `world_size` watchdogs in this process says after `drive` moved them and the time is over."""
+    """What each of `world_size` watchdogs in this process says after `drive` moved them, once those that run spoke."""
     store, said = dist.HashStore(), [[] for _ in range(world_size)]
     dogs = [Watchdog(TIMEOUT_SECONDS, on_timeout=said[rank].append) for rank in range(world_size)]
     for rank, dog in enumerate(dogs):
         dog.watch(store, rank, world_size)
     drive(dogs)
-    time.sleep(2.5 * TIMEOUT_SECONDS)
+    deadline = time.monotonic() + 20 * TIMEOUT_SECONDS
+    while time.monotonic() < deadline and any(
+        not spoken and not dog._stopped.is_set() for dog, spoken in zip(dogs, said, strict=True)
+    ):
+        time.sleep(0.05)
     for dog in dogs:
         dog.stop()
     return said

@@ -4,6 +4,7 @@ python -m tests.virtual_cuda.worker FOLDER_OF_THE_BUILT_DEVICE
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -34,6 +35,9 @@ def main() -> None:
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)
         device.install(Path(sys.argv[1]))
+        importlib.import_module("tests.building")
+        gc.collect()
+        gc.freeze()  # the libraries, which no later collection has to pass through
         for line in sys.stdin:
             answer: dict[str, Any] = {}
             try:
