@@ -43,6 +43,8 @@ LIBRARIES = (
     "deepspeed",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
+    "sklearn.metrics",
+    "torch.distributed.algorithms.ddp_comm_hooks.default_hooks",
     "torch.distributed.run",
     "transformers.models.bert.modeling_bert",
     "transformers.models.distilbert.modeling_distilbert",
@@ -91,6 +93,7 @@ def _import() -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would look for a GPU, and warn
     for library in LIBRARIES:
         importlib.import_module(library)
+    sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("opt")  # compiles its patterns
     del os.environ["DS_ACCELERATOR"]
     gc.collect()
     gc.freeze()  # a collection in a child passes over the million objects of the libraries, whose pages stay shared

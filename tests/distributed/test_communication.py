@@ -29,8 +29,9 @@ def launch(folder: Path, one: Engine, **values: Any) -> Launched:
     for recipe in many.values():
         del recipe["eval_dataset_name"]
     lora = many["lora"] | {"exact_gradients": False}
-    runs = {"few": lora | {"global_batch_size": FEW_ROWS}, "many": lora}
-    runs |= {"full": many["full"], "bf16": many["full"] | {"bf16": True}, "lora_bf16": lora | {"bf16": True}}
+    runs = {"few": lora | {"global_batch_size": FEW_ROWS}, "many": lora, "full": many["full"]}
+    if one.kind != "DDP":  # whose sums and moments are fp32 whatever the products are
+        runs |= {"bf16": many["full"] | {"bf16": True}, "lora_bf16": lora | {"bf16": True}}
     if one.kind in ("DDP", "FSDP") or one.zero_stage == 3:
         runs["exact"] = many["lora"] | {"exact_gradients": True, "optim": "adamw_torch"}
     place = folder / one.name.replace(" ", "_")

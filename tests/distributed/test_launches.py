@@ -32,7 +32,7 @@ def refused(command: list[str], run: Path, *, fresh: bool = False) -> str:
 def test_two_processes_on_the_cpu_that_would_be_one_are_refused(tmp_path: Path):
     recipe = write_recipe(tmp_path, TINY)
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    said = refused([*accelerate, "train/sft_opt.py", "--config", str(recipe)], tmp_path / "run", fresh=True)
+    said = refused([*accelerate, "train/sft_opt.py", "--config", str(recipe)], tmp_path / "run")
     assert "2 processes were asked (num_processes) and 1 started" in said
 
 

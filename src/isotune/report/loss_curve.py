@@ -122,9 +122,14 @@ def _figure(curves: dict[str, Curve], title: str) -> Any:
     finite = {name: np.isfinite([*curve.values, *curve.eval_values]).any() for name, curve in curves.items()}
     names = [name for name in curves if name == "loss" or finite[name]]
     heights = [_INCHES[name] for name in names]
-    figure = Figure(figsize=(8.0, sum(heights) + 0.8), layout="constrained")
+    height = sum(heights) + 0.8
+    figure = Figure(figsize=(8.0, height))  # margins in inches: a layout engine draws everything twice to find them
     FigureCanvasAgg(figure)
-    column = figure.subplots(len(names), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    column = figure.subplots(
+        len(names), 1, sharex=True, squeeze=False, height_ratios=heights,
+        gridspec_kw={"left": 0.1, "right": 0.93, "bottom": 0.55 / height, "top": 1 - 0.35 / height, "hspace": 0.12},
+    )[:, 0]  # fmt: skip
+    figure.align_ylabels(column)
     panels = dict(zip(names, column, strict=True))
     _draw(panels["loss"], curves["loss"], "loss", "{:.3f}")
     second = next((name for name in _SECOND if name in curves), None)
