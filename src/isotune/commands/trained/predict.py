@@ -179,7 +179,7 @@ def _places(run: Any, name: str) -> list[str | Path]:
     """Where what decides a model's weights is: its folder, and the base of an adapter."""
     if run is None:
         return [name]
-    return [run.model, *([run.base, f"{run.base_commit}"] if run.base is not None else [])]
+    return [place for place in (run.model, run.base, run.base_commit) if place is not None]
 
 
 def _write(
@@ -188,7 +188,8 @@ def _write(
     """Predict the rows of --input, or the given ones, into --output, and say what became of them."""
     from isotune.data.documents import digest
     from isotune.data.sources.source import Source, read_rows
-    from isotune.evaluation.prediction.predict import digest_of_model, predict_source, summary_lines
+    from isotune.distributed.ranks import call_on_main
+    from isotune.evaluation.prediction.predict import digest_of_models, predict_source, summary_lines
 
     if given.input:
         source = read_rows(given.input, given.dataset_split, name="--input", columns=given.dataset_columns)
@@ -205,7 +206,7 @@ def _write(
         output,
         ranks,
         model=model,
-        model_sha256=digest_of_model(places),
+        model_sha256=call_on_main(ranks, lambda: digest_of_models(places)),
         id_field=given.dataset_id_field,
         limit=given.limit,
         part_rows=given.part_rows,
