@@ -35,7 +35,7 @@ from isotune.io.extras import need
 from isotune.models.base.builtin import builtin_config, builtin_tokenizer
 from isotune.models.base.head import BaseHead, draw_head, is_classifier, reorder
 from isotune.models.base.hub import locate
-from isotune.models.base.vocabulary import add_tokens
+from isotune.models.base.vocabulary import add_tokens, grow_embeddings
 from isotune.models.layouts.heads import head_of, is_of_head
 from isotune.models.log_control import quiet_libraries
 from isotune.models.packed_attention import max_positions
@@ -208,13 +208,33 @@ def load_base_model(
     device: torch.device,
     head: BaseHead | None = None,
     say_new: SayNew | None = None,
+    new_rows: Sequence[int] = (),
 ) -> PreTrainedModel:
     """The base model of a recipe, before adapters, on `device`: a causal LM or a classifier, by the recipe's type.
 
     `config` is what `load_config` returned. A classifier has a head for its `num_labels` classes; a head that is in no
     file is drawn from the recipe's seed, and so is one that `head` says is not the task's. 4-bit weights are quantized
-    on `device`. `say_new` is told the parameters that no file has.
+    on `device`. `say_new` is told the parameters that no file has; `new_rows` are those of `vocabulary.new_rows`.
     """
+    model = _load_base_model(recipe, config, device, head, say_new)
+    grow_embeddings(model, new_rows)
+    return model
+
+
+def empty_base_model(
+    recipe: RunRecipe, config: PreTrainedConfig, new_rows: Sequence[int] = (), dtype: torch.dtype | None = None
+) -> Any:
+    """The same without weights, on torch's default device, with values that mean nothing."""
+    is_classifier = isinstance(recipe, ClassificationRecipe)
+    auto: Any = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+    model = auto.from_config(config, **({} if dtype is None else {"dtype": dtype}))
+    grow_embeddings(model, new_rows)
+    return model
+
+
+def _load_base_model(
+    recipe: RunRecipe, config: PreTrainedConfig, device: torch.device, head: BaseHead | None, say_new: SayNew | None
+) -> PreTrainedModel:
     auto: Any = AutoModelForCausalLM
     new_modules = list[str]()
     if isinstance(recipe, ClassificationRecipe):
