@@ -1,14 +1,15 @@
-"""What a training script does before it loads the model: the memory check, and `microbatch_tokens: auto`.
+"""What a training script does once its run has started: data, memory check, `microbatch_tokens: auto`, then training.
 
-With `--plan_only` the whole preflight report instead.
+With `--plan_only` the whole preflight report instead of training.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 
 from isotune.config.run_recipe import RESUME_NEVER
+from isotune.data.documents import RunData
 from isotune.distributed.deepspeed_config import offloaded
 from isotune.distributed.launch import Process
 from isotune.distributed.ranks import least_of_ranks
@@ -21,12 +22,27 @@ from isotune.preflight.request import DDP, DEEPSPEED, FSDP, PLAIN, Launch, Prefl
 from isotune.preflight.resources.activation_memory import MicrobatchMemory
 from isotune.preflight.resources.memory import estimate_memory, format_bytes
 from isotune.preflight.resources.sharding import Sharding
+from isotune.run.finishing import FinishingStep, finish_trained
 from isotune.run.run_dir import RunDir
 from isotune.training.failures.out_of_memory import MemoryPlan
-from isotune.training.from_recipe import Start
+from isotune.training.from_recipe import Start, train_run
 
 
-def startup_check(start: Start, data: Any) -> Start | None:
+def train_checked(start: Start, prepare: Callable[[], RunData], finishing: Sequence[FinishingStep]) -> None:
+    """Prepare the data, check the memory, train and finish; a run that is trained is only finished.
+
+    Every rank calls it.
+    """
+    if start.run.is_trained:
+        finish_trained(start.run, start.process, finishing)
+        return
+    data = prepare()
+    checked = startup_check(start, data)
+    if checked is not None:
+        train_run(checked, data, finishing)
+
+
+def startup_check(start: Start, data: RunData) -> Start | None:
     """Print the memory of weights, gradients and optimizer; None where `--plan_only` stops the script now.
 
     Returns the start with what the data decided, and with the number of tokens in place of `microbatch_tokens: auto`.
