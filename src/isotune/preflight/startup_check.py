@@ -56,7 +56,9 @@ def startup_check(start: Start, data: RunData) -> Start | None:
     limit = torch.cuda.get_device_properties(process.device).total_memory if cuda else None
     if recipe.plan_only:
         if process.is_main:
-            report = run_preflight(PreflightRequest(recipe, launch, ()), limit=limit, prepared=data)
+            report = run_preflight(
+                PreflightRequest(recipe, launch, ()), limit=limit, prepared=data, rows=start.new_rows
+            )
             print(render_report(report, None), flush=True)
         return None
     estimator = Estimator(recipe, start.config, data, on_cpu=limit is None, new_rows=start.new_rows)
