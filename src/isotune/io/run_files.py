@@ -12,7 +12,7 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from isotune.io.errors import UserError
-from isotune.io.reading import Unreadable, checked, parse_yaml, read_yaml_object
+from isotune.io.reading import MAX_YAML_BYTES, Unreadable, checked, parse_yaml_object, read_text
 from isotune.io.reading import read_json as read_json_as
 
 RECIPE, ENVIRONMENT, STATUS, UPLOAD = "recipe.yaml", "environment.json", "status.json", "upload.json"
@@ -195,15 +195,12 @@ def read_attempt(file: Path) -> Section:
 
 def read_recipe_values(run: Path) -> Section:
     """RUN/recipe.yaml, with YAML's own types."""
-    return dict(checked(read_yaml_object(run / RECIPE), RECIPE_SCHEMA))
+    return recipe_values(read_text(run / RECIPE, MAX_YAML_BYTES))
 
 
 def recipe_values(text: str) -> Section:
     """The same of its text."""
-    values = parse_yaml(text)
-    if not isinstance(values, dict):
-        raise Unreadable("it has no keys")
-    return dict(checked(values, RECIPE_SCHEMA))
+    return dict(checked(parse_yaml_object(text), RECIPE_SCHEMA))
 
 
 def or_empty(read: Callable[[Path], Section], place: Path) -> Section:
