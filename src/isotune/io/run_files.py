@@ -164,13 +164,23 @@ class Prediction(TypedDict):
     bits_per_byte: NotRequired[Number | None]
 
 
+class Example(TypedDict):
+    """A line of examples.jsonl."""
+
+    id: int | str | Number
+    actual: str
+    predicted: str
+    text: str
+    probability: NotRequired[Number]
+
+
 STATUS_SCHEMA, ENVIRONMENT_SCHEMA = TypeAdapter(Status), TypeAdapter(Environment)
 UPLOAD_SCHEMA, ATTEMPT_SCHEMA, RECIPE_SCHEMA = (
     TypeAdapter(Upload),
     TypeAdapter(AttemptRecord),
     TypeAdapter(RecordedRecipe),
 )
-PREDICTION_SCHEMA = TypeAdapter(Prediction)
+PREDICTION_SCHEMA, EXAMPLE_SCHEMA = TypeAdapter(Prediction), TypeAdapter(Example)
 
 
 def read_status(run: Path) -> Section:
