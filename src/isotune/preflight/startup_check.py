@@ -8,13 +8,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from isotune.config.run_recipe import RESUME_NEVER
 from isotune.data.documents import RunData
 from isotune.distributed.deepspeed_config import offloaded
 from isotune.distributed.launch import Process
 from isotune.distributed.ranks import least_of_ranks
 from isotune.io.errors import UserError
-from isotune.io.run_files import or_empty, read_recipe_values
 from isotune.preflight.microbatch_size import choose_microbatch_tokens, launch_that_decides
 from isotune.preflight.preflight_report import Estimator, run_preflight
 from isotune.preflight.render import render_report
@@ -23,7 +21,6 @@ from isotune.preflight.resources.activation_memory import MicrobatchMemory
 from isotune.preflight.resources.memory import estimate_memory, format_bytes
 from isotune.preflight.resources.sharding import Sharding
 from isotune.run.finishing import FinishingStep, finish_trained
-from isotune.run.run_dir import RunDir
 from isotune.training.failures.out_of_memory import MemoryPlan
 from isotune.training.from_recipe import Start, train_run
 
@@ -87,8 +84,8 @@ def startup_check(start: Start, data: RunData) -> Start | None:
     if recipe.microbatch_tokens != "auto":
         return start
     decides = launch_that_decides(recipe, launch)
-    tokens, why = recorded_tokens(start.run), "as this run began"
-    if tokens is None:
+    tokens, why = start.recorded.get("microbatch_tokens"), "as this run began"
+    if not isinstance(tokens, int):
         if limit is not None and decides is launch:  # bits are promised for a kind of device, not for what is free now
             limit = least_of_ranks(torch.cuda.mem_get_info(process.device)[0], process.device)
         tokens, found = choose_microbatch_tokens(recipe, decides, limit, estimator.memory)
@@ -96,14 +93,6 @@ def startup_check(start: Start, data: RunData) -> Start | None:
     if process.is_main:
         print(f"microbatch  {tokens:,} tokens, by microbatch_tokens: auto ({why})", flush=True)
     return start.with_values(microbatch_tokens=tokens)
-
-
-def recorded_tokens(run: RunDir) -> int | None:
-    """The microbatch of an earlier attempt of the run, which this one goes on with; None where it begins."""
-    if run.recipe.resume == RESUME_NEVER:
-        return None
-    recorded = or_empty(read_recipe_values, run.path).get("microbatch_tokens")
-    return recorded if isinstance(recorded, int) else None
 
 
 def _launch_of(process: Process) -> Launch:

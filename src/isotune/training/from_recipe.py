@@ -6,7 +6,7 @@ train_run(start, data, ...)     model, trainer, steps, RUN/model, and what finis
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,6 +70,7 @@ class Start:
     run: RunDir
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    recorded: dict[str, Any] = field(default_factory=dict[str, Any])  # by the run that this one goes on with
     chooses_tokens: bool = False  # nobody gave microbatch_tokens, so another size may be tried
     memory: MemoryPlan | None = None  # what was planned of a process's memory
     new_rows: tuple[int, ...] = ()  # of the embedding, which begin anew and are trained
@@ -103,7 +104,7 @@ def start_run(recipe: RunRecipe) -> Start:
     if rows and recipe.tune != "full" and (process.fsdp or process.zero_stage == 3):
         raise UserError("rows of new tokens are trained in a whole embedding: use ddp or ZeRO 0 to 2, or tune: full")
     chooses = recipe.microbatch_tokens == "auto"
-    return Start(recipe, process, run, config, tokenizer, chooses_tokens=chooses, new_rows=rows)
+    return Start(recipe, process, run, config, tokenizer, recorded, chooses_tokens=chooses, new_rows=rows)
 
 
 def _recorded_values(recipe: RunRecipe) -> dict[str, Any]:
