@@ -164,6 +164,12 @@ class Prediction(TypedDict):
     bits_per_byte: NotRequired[Number | None]
 
 
+class SavedThresholds(TypedDict):
+    """RUN/model/label_thresholds.json."""
+
+    label_thresholds: dict[str, Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]]
+
+
 class Example(TypedDict):
     """A line of examples.jsonl."""
 
@@ -180,6 +186,7 @@ UPLOAD_SCHEMA, ATTEMPT_SCHEMA, RECIPE_SCHEMA = (
     TypeAdapter(AttemptRecord),
     TypeAdapter(RecordedRecipe),
 )
+THRESHOLDS_SCHEMA = TypeAdapter(SavedThresholds)
 PREDICTION_SCHEMA, EXAMPLE_SCHEMA = TypeAdapter(Prediction), TypeAdapter(Example)
 
 
@@ -196,6 +203,11 @@ def read_environment(run: Path) -> Section:
 def read_upload(run: Path) -> Section:
     """RUN/upload.json."""
     return dict(read_json_as(run / UPLOAD, UPLOAD_SCHEMA))
+
+
+def read_label_thresholds(file: Path) -> Section:
+    """The threshold of each label, by its name."""
+    return dict(read_json_as(file, THRESHOLDS_SCHEMA)["label_thresholds"])
 
 
 def read_attempt(file: Path) -> Section:
