@@ -97,10 +97,12 @@ def test_guanacos_form_has_the_fingerprint_of_earlier_versions_and_stays_out_of_
 
 def test_what_a_completion_answers_is_without_reasoning_and_without_another_turn():
     guanaco, chatml = (ConversationEncoder(byte_chat_tokenizer(template)) for template in (None, "chatml"))
-    assert guanaco.answer_in(" Yes.\n### Human: And?") == "Yes."
-    assert (
-        chatml.answer_in("<think>\nhm\n</think>\n\nYes. ### Human: no header here") == "Yes. ### Human: no header here"
-    )
+    asked = "<|im_start|>assistant\n"
+    assert guanaco.answer_in(" Yes.\n### Human: And?", "### Assistant:") == "Yes."
+    said = "<think>\nhm\n</think>\n\nYes. ### Human: no header here"
+    assert chatml.answer_in(said, asked) == "Yes. ### Human: no header here"
+    assert chatml.answer_in("hm\n</think>\n\nYes.", f"{asked}<think>\n") == "Yes."
+    assert chatml.answer_in("It ends by </think>.", asked) == "It ends by </think>."
 
 
 def test_one_example_is_shown_with_what_is_learnt_in_brackets_or_in_colour():

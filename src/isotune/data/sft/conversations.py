@@ -20,6 +20,7 @@ ROLE_HEADERS = {
     ASSISTANT: ASSISTANT_HEADER,
     TOOL: "### Tool:",  # what a tool answered
 }
+REASONING_OPENS, REASONING_CLOSES = "<think>", "</think>"
 # Real data has headers after a line end, after a space and directly after text, with and without the space.
 HEADER = re.compile(r"### ?(Human|Assistant):")
 
@@ -157,7 +158,9 @@ def _parts(example: Example) -> Iterator[tuple[str, str, bool]]:
 def body_of(message: Message) -> str:
     """What a message says, with its reasoning and its tool calls."""
     reasoning = message.get("reasoning_content")
-    body = f"<think>\n{reasoning}\n</think>\n\n{message['content']}" if reasoning else message["content"]
+    body = message["content"]
+    if reasoning:
+        body = f"{REASONING_OPENS}\n{reasoning}\n{REASONING_CLOSES}\n\n{body}"
     calls = [f"<tool_call>\n{_call_text(call['function'])}\n</tool_call>" for call in message.get("tool_calls", ())]
     return "\n".join([*([body] if body or not calls else []), *calls])
 

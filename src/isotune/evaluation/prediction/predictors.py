@@ -208,12 +208,12 @@ class AnswerPredictor:
     def predict(self, prepared: Sequence[Prompt], ranks: Ranks) -> Part:
         """Each answer, its number of tokens, and whether the model ended it."""
         done = complete(self.lm, prepared, self.decoding, batch_size=self.batch_size, ranks=ranks)
-        answers = [done[prompt.row] for prompt in prepared]
-        lines = [
-            {"text": self.lm.encoder.answer_in(one.text), "tokens": len(one.tokens), "ended": one.ended}
-            for one in answers
-        ]
-        cut = sum(not one.ended for one in answers)
+        lines = []
+        for prompt in prepared:
+            one = done[prompt.row]
+            text = self.lm.encoder.answer_in(one.text, prompt.text)
+            lines.append({"text": text, "tokens": len(one.tokens), "ended": one.ended})
+        cut = sum(not line["ended"] for line in lines)
         limit = self.decoding.max_new_tokens
         return Part(lines, Counter({f"not ended by the model within {limit:,} tokens": cut} if cut else {}))
 
