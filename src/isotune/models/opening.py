@@ -42,6 +42,7 @@ from isotune.models.packed_attention import max_positions
 
 SayNew = Callable[[Sequence[str]], None]
 ALIGNMENT = 64  # bytes: torch allocates so on a CPU
+LIBRARY_CODE: dict[str, Any] = {"trust_remote_code": False}  # None would ask on the terminal whether a model's own runs
 # what libraries raise over a configuration or weights that are not what they say
 LOADING_ERRORS = (
     OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError,
@@ -81,7 +82,9 @@ def load_pretrained(
     if located.pickles:
         _say_pickled(name, located.pickles[0])
     with loading(f"the weights of '{name}' cannot be loaded"):
-        model, loaded = auto.from_pretrained(located.name, output_loading_info=True, **located.arguments, **kwargs)
+        model, loaded = auto.from_pretrained(
+            located.name, output_loading_info=True, **located.arguments, **LIBRARY_CODE, **kwargs
+        )
     other_size = [str(key[0] if isinstance(key, tuple) else key) for key in loaded.get("mismatched_keys", ())]
     if wrong := sorted(key for key in other_size if not is_of_head(key, may_lack)):
         raise UserError(f"the weights of '{name}' have another size of {wrong[0]} than {type(model).__name__}")
@@ -107,14 +110,14 @@ def load_pretrained_config(name: str, key: str = "the model", revision: str | No
     """The configuration of a folder or Hub id, which a message calls `key`; `revision` as in `load_pretrained`."""
     located = locate(name, "model", revision)
     with loading(f"{key} '{name}' cannot be loaded"):
-        return AutoConfig.from_pretrained(located.name, **located.arguments)
+        return AutoConfig.from_pretrained(located.name, **located.arguments, **LIBRARY_CODE)
 
 
 def load_pretrained_tokenizer(name: str, revision: str | None = None, **kwargs: Any) -> Any:
     """The tokenizer of a folder or Hub id; `kwargs` are of `from_pretrained`, `revision` as in `load_pretrained`."""
     located = locate(name, "tokenizer", revision)
     with loading(f"the tokenizer of '{name}' cannot be loaded"):
-        return AutoTokenizer.from_pretrained(located.name, **{**located.arguments, **kwargs})
+        return AutoTokenizer.from_pretrained(located.name, **{**located.arguments, **LIBRARY_CODE, **kwargs})
 
 
 def check_weights(folder: Path, needed: str | None = None) -> None:
@@ -227,7 +230,7 @@ def empty_base_model(
     """The same without weights, on torch's default device, with values that mean nothing."""
     is_classifier = isinstance(recipe, ClassificationRecipe)
     auto: Any = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
-    model = auto.from_config(config, **({} if dtype is None else {"dtype": dtype}))
+    model = auto.from_config(config, **LIBRARY_CODE, **({} if dtype is None else {"dtype": dtype}))
     grow_embeddings(model, new_rows)
     return model
 
@@ -244,7 +247,7 @@ def _load_base_model(
     if is_made_here(recipe):
         torch.manual_seed(recipe.seed)
         with whole_models():
-            model: Any = auto.from_config(config, dtype=torch.float32)
+            model: Any = auto.from_config(config, **LIBRARY_CODE, dtype=torch.float32)
         return model.to(device=device, dtype=weights_dtype(recipe))
     if auto is AutoModelForSequenceClassification:
         new_modules = head_of(config)
