@@ -105,6 +105,14 @@ def test_what_a_completion_answers_is_without_reasoning_and_without_another_turn
     assert chatml.answer_in("It ends by </think>.", asked) == "It ends by </think>."
 
 
+def test_a_template_reaches_nothing_beside_what_it_is_given():
+    tokenizer = byte_chat_tokenizer("chatml")
+    assert isinstance(tokenizer.chat_template, str)
+    tokenizer.chat_template += "{{ messages.__class__.__base__.__subclasses__() | length }}"
+    with pytest.raises((ValueError, UserError), match=r"'__class__' .* is unsafe"):
+        ConversationEncoder(tokenizer).prompt([{"role": "user", "content": "q"}])
+
+
 def test_one_example_is_shown_with_what_is_learnt_in_brackets_or_in_colour():
     tokenizer = byte_chat_tokenizer("chatml")
     encoder = ConversationEncoder(tokenizer)
