@@ -10,7 +10,6 @@ from tests.launching import Finished, start_together
 RELATIVE = 1e-5  # of a loss, and of a gradient norm in the first steps
 WEIGHTS = 1e-3  # of what training moved a tensor by: AdamW makes whole steps of gradients that are only rounding
 COMPACT = (pytest.param("ZeRO-3 on 2", marks=pytest.mark.slow), "FSDP2 on 2")
-REDUCTIONS = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "_reduce_scatter_base")
 
 
 class Runs:

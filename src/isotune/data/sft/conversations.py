@@ -92,11 +92,6 @@ def turns_of(text: str) -> list[Message]:
     return turns
 
 
-def render_messages(messages: Sequence[Mapping[str, Any]], train_on: TrainOn = "all") -> Conversation:
-    """Write messages, in any spelling that `messages.py` knows, in Guanaco's form: see `render_example`."""
-    return render_example(example_of(messages), train_on)
-
-
 def render_example(example: Example, train_on: TrainOn = "all") -> Conversation:
     """Write a conversation in Guanaco's form, with the answers known from construction.
 
@@ -129,7 +124,7 @@ def everything(text: str) -> Conversation:
 def render_prompt(question: str | Sequence[Mapping[str, Any]], tools: Any = None) -> str:
     """The text that a model trained on these conversations continues with an answer to `question`.
 
-    That is one question, or the messages so far in the form of `render_messages`. The text ends in `### Assistant:`
+    That is one question, or the messages so far in the form of `render_example`. The text ends in `### Assistant:`
     without a space, because the space belongs to the first token of the answer.
     """
     messages = [{"role": USER, "content": question}] if isinstance(question, str) else question
