@@ -17,7 +17,8 @@ from isotune.serving.bodies import read_body
 from isotune.serving.limits import BAD_REQUEST, BUSY, FAILED, TOO_LARGE, Limits, Refused, too_late
 from isotune.serving.worker import Job, Worker
 
-B, T = TypeVar("B"), TypeVar("T")
+B = TypeVar("B")
+T = TypeVar("T")
 GRACE_SECONDS = 1.0  # the worker's own answer to a late job comes first
 
 
