@@ -12,30 +12,23 @@ a second of the pipeline one prompt at a time, on mixed prompts; 10,000 resample
 
 import argparse
 import json
-import os
-from pathlib import Path
 from typing import Any
 
-DATA = Path(os.environ.get("ISOTUNE_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+from evaluation_sides.flags import parser_of_reviews, set_environment
+
 PARTS = ("classification", "generation", "bootstrap")
 
 
 def main() -> None:
     """Measure the parts that were asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of_reviews(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--documents", type=int, default=96, help="reviews a round")
-    parser.add_argument("--geometry", choices=("minilm", "bert-base"), default="minilm")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="of the pipeline")
     parser.add_argument("--prompts", type=int, default=24, help="questions of generation")
     parser.add_argument("--new_tokens", type=int, default=32, help="of each answer")
     parser.add_argument("--batch_size", type=int, default=16, help="of generation")
     parser.add_argument("--layers", type=int, default=12, help="of generation's model; fewer for a quick look")
-    parser.add_argument("--data", type=Path, default=DATA, help="the folder of real data")
     given = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    set_environment()
     result: dict[str, Any] = {"benchmark": "evaluation_throughput"}
     for part in given.parts:
         result[part] = measure(part, given)

@@ -40,11 +40,10 @@ from isotune.preflight.resources.step_time import (
     PARAMETERS,
     Elsewhere,
     StepLoad,
-    dequantised_bytes,
+    load_of,
     load_parameters,
-    optimizer_bytes,
     predict_step,
-)  # fmt: skip
+)
 from isotune.preflight.resources.traffic import Traffic
 
 ROOT = Path(__file__).parents[1]
@@ -143,9 +142,8 @@ def _case(row: Row) -> Case:
         traced.append(_trace(row["model"], row["tune"], repeated, settings.seq_len, settings.rows))
     moved = traced[0].traffic.extrapolate(traced[-1].traffic, settings.recompute if len(traced) > 1 else 0)
     n = settings.accumulation
-    moved = Traffic(n * moved.product_bytes, n * (moved.elementwise_bytes + dequantised_bytes(sharding)),
-                    n * moved.launches)  # fmt: skip
-    load = StepLoad(n * flops[0], n * flops[1], moved, optimizer_bytes(sharding))
+    moved = Traffic(n * moved.product_bytes, n * moved.elementwise_bytes, n * moved.launches)
+    load = load_of(sharding, n * flops[0], n * flops[1], moved, n)
     memory = None
     if row["peak_memory_gib"] and settings.state_bytes:
         memory = _memory(sharding, settings.state_bytes, traced[-1])

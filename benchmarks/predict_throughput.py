@@ -9,27 +9,18 @@ of batch counts. Both classify the same reviews of up to 512 tokens in fp32, tur
 times the pipeline's documents a second. The last line is JSON.
 """
 
-import argparse
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
-DATA = Path(os.environ.get("ISOTUNE_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+from evaluation_sides.flags import parser_of_reviews, set_environment
 
 
 def main() -> None:
     """Rounds of both sides, and the ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--documents", type=int, default=96, help="reviews a round")
-    parser.add_argument("--geometry", choices=("minilm", "bert-base"), default="minilm")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="of the pipeline")
-    parser.add_argument("--data", type=Path, default=DATA, help="the folder of real data")
-    given = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    given = parser_of_reviews(__doc__).parse_args()
+    set_environment()
     from evaluation_sides import classification
 
     print(json.dumps({"benchmark": "predict_throughput", **classification.measure(given, by_predict)}))

@@ -1,1 +1,1 @@
-"""The parts of benchmarks/evaluation_throughput.py; each has `measure(given)`, which returns its figures."""
+"""The parts of benchmarks/evaluation_throughput.py, each with a `measure` that returns its figures; and their flags."""

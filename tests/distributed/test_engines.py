@@ -12,7 +12,6 @@ WEIGHTS = 1e-3  # of what training moved a tensor by: AdamW makes whole steps of
 COMPACT = ("ZeRO-3 on 2", "FSDP2 on 2")
 # in short: FSDP2 in test_world_sizes.py, ZeRO in test_resume.py and test_drop_in_engines.py
 pytestmark = pytest.mark.slow
-REDUCTIONS = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "_reduce_scatter_base")
 
 
 class Runs:

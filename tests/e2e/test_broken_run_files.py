@@ -59,7 +59,9 @@ def evaluated(run: Path, right: int) -> None:
     facts |= {"label_names": ["bad", "good"], "task_type": "single_label"}
     scores = Scores({"accuracy": right / ROWS}, {"accuracy": (0.1, 0.9)})
     write_result(run / "eval" / "test", facts, scores, rows, ["text"] * ROWS)
-    (run / "eval" / "test" / "examples.jsonl").write_text('{"id": 0, "text": "fine"}\n')
+    (run / "eval" / "test" / "examples.jsonl").write_text(
+        '{"id": 0, "actual": "bad", "predicted": "good", "text": "fine"}\n'
+    )
 
 
 @pytest.fixture(scope="module")

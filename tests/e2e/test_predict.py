@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from tests.building import build, build_classifier
 from tests.label_sets import TOPICS, pair_encoder, rows_of, write_rows
 from tests.launching import run_command, start_command
@@ -303,6 +305,20 @@ def test_questions_are_answered_as_the_stock_model_continues_them_alone(language
     assert one.out.splitlines()[-1:] == lines[0]["text"].splitlines()[-1:]
     refused = predict(capsys, language_model, "a", "--bf16", expect=2)
     assert "--bf16 is of classifiers" in refused.err
+
+
+def test_a_question_is_read_from_the_column_of_training_where_a_row_has_it(language_model, tmp_path, capsys):
+    run = tmp_path / "named"
+    shutil.copytree(language_model, run)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe |= {"dataset_prompt_field": "frage", "dataset_completion_field": "antwort"}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    here, other = "Greet Ada in German.", "Say good night to Alan, and take your time about it."
+    questions = written(tmp_path, [{"frage": here, "prompt": other}, {"prompt": other}])
+    for flags, asked in (((), [here, other]), (("--dataset_prompt_field", "prompt"), [other, other])):
+        output = tmp_path / f"{len(flags)}.jsonl"
+        predict(capsys, run, "--input", questions, "--output", output, "--max_new_tokens", 8, *flags)
+        assert [line["text"] for line in lines_of(output)] == [continued(run, text, 8) for text in asked]
 
 
 def continued(run: Path, question: str, tokens: int) -> str:

@@ -5,6 +5,7 @@ import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx2
 import openai
 import pytest
 from tests.serving import counts_at_rest, generator_run, predictions_of, served
@@ -137,17 +138,34 @@ def test_what_it_cannot_do_is_an_error_of_the_client_package(client, changed, st
     assert (refused.value.status_code, refused.value.code) == (status, code)
 
 
-def test_a_client_that_leaves_does_not_keep_the_model_busy(server):
-    def tokens_of(seed):
-        return server.post(path, {**body, "seed": seed}).json()["usage"]["completion_tokens"]
+@pytest.fixture(scope="module")
+def long(server):
+    """What is gone on with by 200 tokens, as no eos ends it."""
+    body = {"prompt": "Greet", "max_tokens": 200, "temperature": 2.0}
+    for seed in range(50):
+        if server.post("/v1/completions", {**body, "seed": seed}).json()["usage"]["completion_tokens"] == 200:
+            return {**body, "seed": seed}
+    raise AssertionError("an eos ends each of them")
 
-    path, body = "/v1/completions", {"prompt": "Greet", "max_tokens": 200, "temperature": 2.0}
-    seed = next(seed for seed in range(50) if tokens_of(seed) == 200)  # which no eos ends
+
+def test_a_client_that_leaves_does_not_keep_the_model_busy(server, long):
     before = counts_at_rest(server)
-    with server.client.stream("POST", path, json={**body, "seed": seed, "stream": True}) as response:
+    with server.client.stream("POST", "/v1/completions", json={**long, "stream": True}) as response:
         next(response.iter_lines())
     after = counts_at_rest(server)
     assert after["done"] - before["done"] == 1 and 0 < after["tokens"] - before["tokens"] < 200
+
+
+def test_a_client_that_leaves_a_stream_before_its_first_word_is_not_answered(server, long):
+    before, others = counts_at_rest(server), 4
+    with ThreadPoolExecutor(others) as pool:
+        busy = [pool.submit(server.post, "/v1/completions", long) for _ in range(others)]
+        while (counts := server.client.get("/health").json()["requests"])["running"] + counts["waiting"] < others:
+            assert not all(each.done() for each in busy)
+        asked = {"json": {**long, "stream": True}, "timeout": httpx2.Timeout(60, read=0.05)}
+        with pytest.raises(httpx2.ReadTimeout), server.client.stream("POST", "/v1/completions", **asked):
+            pass
+    assert counts_at_rest(server)["done"] - before["done"] == others
 
 
 def test_nothing_that_was_asked_or_said_as_a_password_is_printed(server, client):

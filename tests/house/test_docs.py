@@ -16,7 +16,7 @@ from isotune.config import ClassificationRecipe, Recipe
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")), *sorted(DOCS.glob("*.md"))]
 # A path of the repository, in backticks. Paths with a placeholder or of a run are not of the repository.
 PATH = re.compile(r"`((?:src|tests|train|eval|slurm|docs|benchmarks|accelerate_configs|ds_configs)/[\w./-]*)`")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")

@@ -12,7 +12,6 @@ from isotune.data.sft.messages import example_of
 from isotune.data.sft.tokenization import ConversationEncoder
 
 FAMILIES = ["chatml", "llama3", "mistral", "gemma", "phi", "qwen_thinking", "trims_earlier", "chatml_generation"]
-IN_TURN = {"mistral", "gemma"}  # families that insist on roles in turn
 
 PIECES = st.sampled_from(
     [

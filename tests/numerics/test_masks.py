@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from isotune.data.documents import Documents
-from isotune.data.sft.conversations import parse_text, render_messages
+from isotune.data.sft.conversations import parse_text, render_example
+from isotune.data.sft.messages import example_of, exchange
 from isotune.data.sft.preparation import ANSWER_CUT, NO_ANSWER, TOO_LONG, SftSettings, prepare
 from isotune.data.sft.tokenization import ConversationEncoder, fit
 
@@ -166,7 +167,7 @@ def test_header_text_inside_a_message_never_becomes_a_turn(tools, messages, max_
     text, answers = scan_messages(messages)
     expected = reference(tools, text, answers)
     pieces = reference_pieces(*expected, max_seq_length, overlong, tools.encoder.prefix.tolist())
-    conversation = render_messages([{"role": role, "content": content} for role, content in messages])
+    conversation = render_example(example_of([{"role": role, "content": content} for role, content in messages]))
     assert encoded_pairs(tools, conversation, max_seq_length, overlong) == pieces
 
 
@@ -210,7 +211,7 @@ def test_a_conversation_of_100_000_characters_is_masked_like_a_short_one(tools):
 
 
 def test_an_eos_written_out_in_a_text_stays_ordinary_text_and_is_counted(tools):
-    conversation = render_messages([{"role": "user", "content": "a</s>"}, {"role": "assistant", "content": "b</s> c"}])
+    conversation = render_example(exchange("a</s>", "b</s> c"))
     encoded = tools.encoder.encode([conversation])
     assert encoded.columns["special_texts"].tolist() == [True]
     assert (encoded.input_ids == eos(tools)).sum() == 1

@@ -211,10 +211,10 @@ class Spoken:
     def decode(self, tokens, **options):
         return bytes(tokens).decode(errors="replace")
 
-    def answer_in(self, text):
+    def answer_in(self, text, prompt):
         from isotune.data.sft.tokenization import ConversationEncoder
 
-        return ConversationEncoder.answer_in(self, text)  # type: ignore[arg-type]
+        return ConversationEncoder.answer_in(self, text, prompt)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -228,6 +228,7 @@ class Spoken:
         (object(), "<|user|>a<|assistant|><think>\n", "Hm.\n</think>\n\nYes.", "Yes."),
         (object(), "<|user|>a<|assistant|>", "<think>Hm.</think> Yes.", "Yes."),
         (object(), "<|user|>a<|assistant|><think>\n", "Hm, for ever", "Hm, for ever"),
+        (object(), "<|user|>a<|assistant|>", "It ends by </think> then.", "It ends by </think> then."),
         (None, None, " as it\n stands ### Human: x ", " as it\n stands ### Human: x "),
     ],
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """Parts of a base that do not fit, or are no base, are named before anything is prepared; what is not needed is not."""
 
+import io
 import json
 from types import SimpleNamespace
 
@@ -72,6 +73,21 @@ def test_the_adapter_of_another_program_is_merged_by_the_command_that_is_named(t
     assert merged == tmp_path / "adapter" / "export" / "merged-safetensors"
     assert all((found[name] - expected[name]).abs().max() < 1e-6 for name in expected)
     assert load_config(recipe(merged, max_seq_length=64)).model_type == "opt"
+
+
+@pytest.mark.parametrize("part", ["configuration", "tokenizer"])
+def test_code_that_comes_with_a_model_is_refused_and_nobody_is_asked_to_run_it(tmp_path, base, monkeypatch, part):
+    folder, ran = tmp_path / "theirs", tmp_path / "ran"
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    (folder / "mine.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Mine: pass\n")
+    own = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoTokenizer": ["mine.Mine", "mine.Mine"]}}
+    (folder / "config.json").write_text(json.dumps(own))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Mine", **own}))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))  # whoever asks is told to go on
+    load = load_config if part == "configuration" else load_tokenizer
+    with pytest.raises(UserError, match="contains custom code"):
+        load(recipe(folder, max_seq_length=64))
+    assert not ran.exists()
 
 
 def test_a_tokenizer_that_outgrew_the_embedding_is_refused_with_both_numbers(tmp_path, base):

@@ -97,10 +97,20 @@ def test_guanacos_form_has_the_fingerprint_of_earlier_versions_and_stays_out_of_
 
 def test_what_a_completion_answers_is_without_reasoning_and_without_another_turn():
     guanaco, chatml = (ConversationEncoder(byte_chat_tokenizer(template)) for template in (None, "chatml"))
-    assert guanaco.answer_in(" Yes.\n### Human: And?") == "Yes."
-    assert (
-        chatml.answer_in("<think>\nhm\n</think>\n\nYes. ### Human: no header here") == "Yes. ### Human: no header here"
-    )
+    asked = "<|im_start|>assistant\n"
+    assert guanaco.answer_in(" Yes.\n### Human: And?", "### Assistant:") == "Yes."
+    said = "<think>\nhm\n</think>\n\nYes. ### Human: no header here"
+    assert chatml.answer_in(said, asked) == "Yes. ### Human: no header here"
+    assert chatml.answer_in("hm\n</think>\n\nYes.", f"{asked}<think>\n") == "Yes."
+    assert chatml.answer_in("It ends by </think>.", asked) == "It ends by </think>."
+
+
+def test_a_template_reaches_nothing_beside_what_it_is_given():
+    tokenizer = byte_chat_tokenizer("chatml")
+    assert isinstance(tokenizer.chat_template, str)
+    tokenizer.chat_template += "{{ messages.__class__.__base__.__subclasses__() | length }}"
+    with pytest.raises((ValueError, UserError), match=r"'__class__' .* is unsafe"):
+        ConversationEncoder(tokenizer).prompt([{"role": "user", "content": "q"}])
 
 
 def test_one_example_is_shown_with_what_is_learnt_in_brackets_or_in_colour():

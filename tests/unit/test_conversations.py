@@ -2,7 +2,8 @@
 
 import pytest
 
-from isotune.data.sft.conversations import parse_text, render_messages, render_prompt
+from isotune.data.sft.conversations import parse_text, render_example, render_prompt
+from isotune.data.sft.messages import example_of
 
 
 def answers(conversation) -> list[str]:
@@ -56,13 +57,15 @@ def test_training_on_the_last_keeps_the_text_and_marks_one_answer():
 
 
 def test_messages_are_written_in_the_text_form():
-    conversation = render_messages(
-        [
-            {"role": "system", "content": "Be brief."},
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": "b"},
-            {"role": "user", "content": "c"},
-        ]
+    conversation = render_example(
+        example_of(
+            [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b"},
+                {"role": "user", "content": "c"},
+            ]
+        )
     )
     assert conversation.text == "### System: Be brief.\n### Human: a\n### Assistant: b"
     assert answers(conversation) == [" b"]
@@ -72,12 +75,12 @@ def test_messages_are_written_in_the_text_form():
 def test_the_other_spelling_of_messages_means_the_same():
     usual = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     other = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
-    assert render_messages(usual) == render_messages(other)
+    assert render_example(example_of(usual)) == render_example(example_of(other))
 
 
 def test_both_forms_of_one_conversation_agree():
     messages = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b")) * 2]
-    rendered = render_messages(messages)
+    rendered = render_example(example_of(messages))
     assert parse_text(rendered.text) == rendered
 
 
@@ -93,16 +96,16 @@ def test_both_forms_of_one_conversation_agree():
 )
 def test_a_message_that_is_none_is_named(messages, sentence):
     with pytest.raises(ValueError, match=sentence):
-        render_messages(messages)
+        render_example(example_of(messages))
 
 
 def test_a_prompt_is_the_trained_text_up_to_its_answer():
     question = [{"role": "user", "content": "a"}]
-    trained = render_messages([*question, {"role": "assistant", "content": "b"}])
+    trained = render_example(example_of([*question, {"role": "assistant", "content": "b"}]))
     assert render_prompt("a") == render_prompt(question) == trained.text[: trained.answers[0][0]]
 
 
 def test_a_prompt_of_several_turns_is_the_trained_text_up_to_its_last_answer():
     so_far = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
-    trained = render_messages([*so_far, {"role": "assistant", "content": "d"}], "last")
+    trained = render_example(example_of([*so_far, {"role": "assistant", "content": "d"}]), "last")
     assert render_prompt(so_far) == trained.text[: trained.answers[0][0]]

@@ -50,9 +50,15 @@ def test_the_thresholds_of_a_model_are_found_by_the_names_of_its_labels(tmp_path
     with pytest.raises(UserError, match="is of the labels sea, rain, and the model has fog, rain"):
         read_thresholds(tmp_path, ["fog", "rain"])
     assert read_thresholds(tmp_path / "other", ["a", "b"]) == 0.5
-    (tmp_path / THRESHOLDS_FILE).write_text("[]")
-    with pytest.raises(UserError, match="does not hold label_thresholds"):
-        read_thresholds(tmp_path, ["sea", "rain"])
+    for broken in (
+        "[]",
+        "{",
+        '{"label_thresholds": {"sea": "0.2"}}',
+        '{"label_thresholds": {"sea": NaN, "rain": 0.5}}',
+    ):
+        (tmp_path / THRESHOLDS_FILE).write_text(broken)
+        with pytest.raises(UserError, match="does not hold label_thresholds"):
+            read_thresholds(tmp_path, ["sea", "rain"])
     assert np.array_equal(thresholds_of([0.3], 2), [0.3, 0.3])
 
 

@@ -83,4 +83,7 @@ def test_a_run_says_and_records_its_choice_and_a_resumed_one_keeps_it(tmp_path):
         folder.rename(tmp_path / f"away-{folder.name}")
     again = start(larger, recipe)
     assert "microbatch  512 tokens, by microbatch_tokens: auto (as this run began)" in again.stdout
+    began = larger / "run/checkpoints/step-00000001"
+    elsewhere = start(tmp_path / "elsewhere", recipe, "--resume", str(began))
+    assert "microbatch  512 tokens, by microbatch_tokens: auto (as this run began)" in elsewhere.stdout
     assert yaml.safe_load(recorded.read_text())["microbatch_tokens"] == 512

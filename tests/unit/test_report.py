@@ -157,7 +157,8 @@ def test_a_report_says_what_the_files_say(run):
 
 
 def test_confident_errors_come_first_with_their_texts(run):
-    (run / "eval/test/examples.jsonl").write_text(json.dumps({"id": 59, "text": "the surest of all"}) + "\n")
+    example = {"id": 59, "actual": "good", "predicted": "bad", "text": "the surest of all"}
+    (run / "eval/test/examples.jsonl").write_text(json.dumps(example) + "\n")
     page = Page(render_report([run]))
     examples = [text for text in page.text("li") if "probability" in text]
     assert len(examples) == 10
@@ -220,7 +221,8 @@ def test_nothing_in_the_files_becomes_markup(tmp_path):
     first = write_run(tmp_path / "runs" / "<b>one", model_name_or_path=HOSTILE.replace("\x00", ""), steps=3)
     generate(first, [HOSTILE, "Yes."], prompt=HOSTILE, reference=HOSTILE)
     where = classify(first, 20, name="<i>name")
-    (where / "examples.jsonl").write_text(json.dumps({"id": 59, "text": HOSTILE}) + "\n")
+    example = {"id": 59, "actual": HOSTILE, "predicted": HOSTILE, "text": HOSTILE}
+    (where / "examples.jsonl").write_text(json.dumps(example) + "\n")
     (where / "picture.png").write_bytes(PNG)
     (where / "picture.txt").write_text("<script>alert(3)</script>\n" + HOSTILE.replace("\ud800", ""))
     (first / "metrics.jsonl").open("a").write("<script>")

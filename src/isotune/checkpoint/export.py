@@ -30,7 +30,7 @@ from isotune.models.adapters.from_base import starts_from_base
 from isotune.models.adapters.lora import add_adapters
 from isotune.models.base.head import set_names
 from isotune.models.base.hub import locate
-from isotune.models.base.vocabulary import grow_embeddings, new_rows
+from isotune.models.base.vocabulary import new_rows
 from isotune.models.class_loss import PROBLEM_TYPES
 from isotune.models.finished_run import (
     ADAPTER_CONFIG,
@@ -44,7 +44,14 @@ from isotune.models.finished_run import (
 )
 from isotune.models.layouts.heads import head_of, head_rows
 from isotune.models.log_control import quiet_libraries
-from isotune.models.opening import check_weights, is_made_here, load_base_model, load_config, load_tokenizer
+from isotune.models.opening import (
+    check_weights,
+    empty_base_model,
+    is_made_here,
+    load_base_model,
+    load_config,
+    load_tokenizer,
+)
 from isotune.run.hub import keep_commits
 
 Format = Literal["safetensors", "pt"]
@@ -244,13 +251,11 @@ def _model_at(recipe: RunRecipe, config: PreTrainedConfig, tensors: Path, rows: 
     A frozen base is loaded where the adapter's start was taken out of it.
     """
     if starts_from_base(recipe.init_lora_weights):
-        model: Any = load_base_model(recipe, config, torch.device("cpu"))
-        grow_embeddings(model, rows)
+        model: Any = load_base_model(recipe, config, torch.device("cpu"), new_rows=rows)
         model = add_adapters(model, recipe, rows)
     else:
         with torch.device("meta"), quiet_libraries():
-            model = _empty_model(recipe, config)
-            grow_embeddings(model, rows)
+            model = _empty_model(recipe, config, rows)
             if recipe.tune != "full":
                 model = add_adapters(model, recipe, rows)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -271,14 +276,12 @@ def _model_at(recipe: RunRecipe, config: PreTrainedConfig, tensors: Path, rows: 
     return model
 
 
-def _empty_model(recipe: RunRecipe, config: PreTrainedConfig) -> Any:
+def _empty_model(recipe: RunRecipe, config: PreTrainedConfig, rows: Sequence[int]) -> Any:
     """The base model of a recipe without weights, with the settings of generation that its files have."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
+    from transformers import GenerationConfig
 
-    is_classifier = isinstance(recipe, ClassificationRecipe)
-    auto: Any = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
-    model = auto.from_config(config)
-    if not is_classifier and not is_made_here(recipe):
+    model = empty_base_model(recipe, config, rows)
+    if not isinstance(recipe, ClassificationRecipe) and not is_made_here(recipe):
         with contextlib.suppress(OSError):  # most models have no file of it
             located = locate(recipe.model_name_or_path, "model", recipe.model_revision)
             model.generation_config = cast(Any, GenerationConfig).from_pretrained(located.name, **located.arguments)

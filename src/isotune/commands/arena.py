@@ -27,12 +27,12 @@ def train_arena(recipe: ArenaRecipe | BaselinesRecipe) -> None:
 def train_encoder(recipe: ArenaRecipe) -> None:
     """Processes, data; model, trainer, steps; submission, scores, picture."""
     # the engine takes seconds to import: a mistake in the recipe has been answered by now
-    from isotune.preflight.startup_check import startup_check
+    from isotune.preflight.startup_check import train_checked
     from isotune.projects.arena.battles import read_competition
     from isotune.projects.arena.encoder import evaluate_encoder, prepare_competition
     from isotune.report.finishing import last_steps
-    from isotune.run.finishing import FinishingStep, finish_trained
-    from isotune.training.from_recipe import start_run, train_run
+    from isotune.run.finishing import FinishingStep
+    from isotune.training.from_recipe import start_run
 
     start = start_run(recipe)
 
@@ -45,12 +45,8 @@ def train_encoder(recipe: ArenaRecipe) -> None:
         files, _, kept = prepared()
         evaluate_encoder(start.run.path, recipe, files, kept, start.process.device)
 
-    finishing = [FinishingStep("submission", evaluate), *last_steps(recipe)]
-    if start.run.is_trained:
-        finish_trained(start.run, start.process, finishing)
-        return
-    data = prepared()[1]
-    data.shown(start.process.is_main)
-    checked = startup_check(start, data)
-    if checked is not None:
-        train_run(checked, data, finishing)
+    train_checked(
+        start,
+        lambda: prepared()[1].shown(start.process.is_main),
+        [FinishingStep("submission", evaluate), *last_steps(recipe)],
+    )

@@ -32,10 +32,10 @@ def train_classifier(recipe: ClassificationRecipe, *, tests_chance: bool = False
     from isotune.evaluation.classification.sentences import show_sentences
     from isotune.evaluation.classification.thresholds import keep_thresholds
     from isotune.evaluation.models import load_run_classifier
-    from isotune.preflight.startup_check import startup_check
+    from isotune.preflight.startup_check import train_checked
     from isotune.report.finishing import last_steps
-    from isotune.run.finishing import FinishingStep, finish_trained
-    from isotune.training.from_recipe import start_run, train_run
+    from isotune.run.finishing import FinishingStep
+    from isotune.training.from_recipe import start_run
 
     start = start_run(recipe)
     prepared = functools.cache(lambda: prepare_labelled(recipe, start.tokenizer, show=start.process.is_main))
@@ -58,10 +58,4 @@ def train_classifier(recipe: ClassificationRecipe, *, tests_chance: bool = False
         *([FinishingStep("chance_test", test_chance)] if tests_chance else ()),
         *last_steps(recipe),
     ]
-    if start.run.is_trained:
-        finish_trained(start.run, start.process, finishing)
-        return
-    data = prepared()
-    checked = startup_check(start, data)
-    if checked is not None:
-        train_run(checked, data, finishing)
+    train_checked(start, prepared, finishing)

@@ -23,19 +23,13 @@ def train_sft(recipe: Recipe) -> None:
     # the engine takes seconds to import: a mistake in the recipe has been answered by now
     from isotune.data.sft.preparation import prepare_conversations
     from isotune.evaluation.generation.chat import print_sample_answer
-    from isotune.preflight.startup_check import startup_check
+    from isotune.preflight.startup_check import train_checked
     from isotune.report.finishing import last_steps
-    from isotune.run.finishing import FinishingStep, finish_trained
-    from isotune.training.from_recipe import start_run, train_run
+    from isotune.run.finishing import FinishingStep
+    from isotune.training.from_recipe import start_run
 
     start, finishing = start_run(recipe), last_steps(recipe)
     if prompt := recipe.sample_prompt:  # last: nothing of the run depends on it
         answer = lambda: print_sample_answer(start.run.path, prompt)  # noqa: E731
         finishing.append(FinishingStep("sample_answer", answer, is_outside=True))
-    if start.run.is_trained:
-        finish_trained(start.run, start.process, finishing)
-        return
-    data = prepare_conversations(recipe, start.tokenizer, show=start.process.is_main)
-    checked = startup_check(start, data)
-    if checked is not None:
-        train_run(checked, data, finishing)
+    train_checked(start, lambda: prepare_conversations(recipe, start.tokenizer, show=start.process.is_main), finishing)

@@ -6,7 +6,6 @@ What a classifier reads is made here too: the tokenizer's own special tokens aro
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -78,6 +77,7 @@ class FastTokenizer:
         self.backend.no_truncation()
         self.backend.no_padding()
         probe = self.backend.encode("a", add_special_tokens=True)
+        self._pair = PairForm.of(self.backend.encode("a", "a", add_special_tokens=True), tokenizer)
         own = np.flatnonzero(np.array(probe.special_tokens_mask) == 0)
         self.prefix = np.array(probe.ids[: own[0]], np.int32)  # what the tokenizer puts before a text
         self.suffix = np.array(probe.ids[own[-1] + 1 :], np.int32)
@@ -113,7 +113,6 @@ class TextEncoder(FastTokenizer):
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer)
-        self._tokenizer = tokenizer
         if not len(self.prefix):
             raise UserError(
                 f"the tokenizer {self.name} puts no special token before a text, and a classifier reads that one: "
@@ -155,13 +154,6 @@ class TextEncoder(FastTokenizer):
             source_rows=np.arange(len(texts)),
             columns={"whole_lengths": own + self.special_tokens},
         )
-
-    @cached_property
-    def _pair(self) -> PairForm | None:
-        backend = copy.deepcopy(self._tokenizer.backend_tokenizer)
-        backend.no_truncation()
-        backend.no_padding()
-        return PairForm.of(backend.encode("a", "a", add_special_tokens=True), self._tokenizer)
 
     def pair_form(self) -> PairForm:
         """How two texts stand in one document; UserError where the tokenizer cannot say so."""

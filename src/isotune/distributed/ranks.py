@@ -5,15 +5,14 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from isotune.compat.torch import clone_default_store
-from isotune.distributed.launch import Process
-from isotune.io.errors import RunFault, UserError, end_process
+from isotune.io.errors import OneSentence, end_process
 
 T = TypeVar("T")
 _CHECKS_PER_TIMEOUT = 10
@@ -122,16 +121,30 @@ def sentence_of_ranks() -> str | None:
         return None
 
 
-def call_on_main(process: Process, call: Callable[[], T]) -> T:
-    """Call on the main process only; every rank returns its result, or raises its UserError or RunFault."""
+class Rank(Protocol):
+    """A process of a launch that trains or evaluates."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints and writes."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Which its collectives take."""
+        ...
+
+
+def call_on_main(rank: Rank, call: Callable[[], T]) -> T:
+    """Call on the main process only; every rank returns its result, or raises its error of one sentence."""
     outcome: list[Any] = [None]
-    if process.is_main:
+    if rank.is_main:
         try:
             outcome = [call()]
-        except (UserError, RunFault) as error:
+        except OneSentence as error:
             outcome = [error]
-    if process.world_size > 1:
-        dist.broadcast_object_list(outcome, src=0, device=process.device)
+    if several_ranks():
+        dist.broadcast_object_list(outcome, src=0, device=rank.device)
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0]

@@ -111,7 +111,12 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
 def read_yaml_object(file: Path) -> dict[str, Any]:
     """The keys of a YAML file, with YAML's own types; Unreadable where it has none."""
-    return _with_keys(parse_yaml(read_text(file, MAX_YAML_BYTES)))
+    return parse_yaml_object(read_text(file, MAX_YAML_BYTES))
+
+
+def parse_yaml_object(text: str) -> dict[str, Any]:
+    """The keys of a YAML text, with YAML's own types; Unreadable where it has none."""
+    return _with_keys(parse_yaml(text))
 
 
 def checked(value: Any, schema: "TypeAdapter[T]") -> T:

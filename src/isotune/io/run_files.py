@@ -12,7 +12,7 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from isotune.io.errors import UserError
-from isotune.io.reading import Unreadable, checked, parse_yaml, read_yaml_object
+from isotune.io.reading import MAX_YAML_BYTES, Unreadable, checked, parse_yaml_object, read_text
 from isotune.io.reading import read_json as read_json_as
 
 RECIPE, ENVIRONMENT, STATUS, UPLOAD = "recipe.yaml", "environment.json", "status.json", "upload.json"
@@ -164,13 +164,30 @@ class Prediction(TypedDict):
     bits_per_byte: NotRequired[Number | None]
 
 
+class SavedThresholds(TypedDict):
+    """RUN/model/label_thresholds.json."""
+
+    label_thresholds: dict[str, Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]]
+
+
+class Example(TypedDict):
+    """A line of examples.jsonl."""
+
+    id: int | str | Number
+    actual: str
+    predicted: str
+    text: str
+    probability: NotRequired[Number]
+
+
 STATUS_SCHEMA, ENVIRONMENT_SCHEMA = TypeAdapter(Status), TypeAdapter(Environment)
 UPLOAD_SCHEMA, ATTEMPT_SCHEMA, RECIPE_SCHEMA = (
     TypeAdapter(Upload),
     TypeAdapter(AttemptRecord),
     TypeAdapter(RecordedRecipe),
 )
-PREDICTION_SCHEMA = TypeAdapter(Prediction)
+THRESHOLDS_SCHEMA = TypeAdapter(SavedThresholds)
+PREDICTION_SCHEMA, EXAMPLE_SCHEMA = TypeAdapter(Prediction), TypeAdapter(Example)
 
 
 def read_status(run: Path) -> Section:
@@ -188,6 +205,11 @@ def read_upload(run: Path) -> Section:
     return dict(read_json_as(run / UPLOAD, UPLOAD_SCHEMA))
 
 
+def read_label_thresholds(file: Path) -> Section:
+    """The threshold of each label, by its name."""
+    return dict(read_json_as(file, THRESHOLDS_SCHEMA)["label_thresholds"])
+
+
 def read_attempt(file: Path) -> Section:
     """The record of an attempt."""
     return dict(read_json_as(file, ATTEMPT_SCHEMA))
@@ -195,15 +217,12 @@ def read_attempt(file: Path) -> Section:
 
 def read_recipe_values(run: Path) -> Section:
     """RUN/recipe.yaml, with YAML's own types."""
-    return dict(checked(read_yaml_object(run / RECIPE), RECIPE_SCHEMA))
+    return recipe_values(read_text(run / RECIPE, MAX_YAML_BYTES))
 
 
 def recipe_values(text: str) -> Section:
     """The same of its text."""
-    values = parse_yaml(text)
-    if not isinstance(values, dict):
-        raise Unreadable("it has no keys")
-    return dict(checked(values, RECIPE_SCHEMA))
+    return dict(checked(parse_yaml_object(text), RECIPE_SCHEMA))
 
 
 def or_empty(read: Callable[[Path], Section], place: Path) -> Section:

@@ -44,8 +44,8 @@ class MicrobatchDocuments:
     numbers: Sequence[int]  # of the documents in the data
     lengths: Sequence[int]  # their tokens
     padded: bool = False  # a line of a batch each, filled up to the longest; otherwise end to end in one row
-    # the numbers and the lengths on the device, int64 [documents] each, where they have been moved there already
-    on_device: tuple[torch.Tensor, torch.Tensor] | None = None
+    # the numbers and the lengths on the device, int64 [2, documents], where they have been moved there already
+    on_device: torch.Tensor | None = None
 
     def axes(self, shape: Sequence[int]) -> tuple[bool, list[int]]:
         """Where the documents are in a tensor of this shape, and its axes below them without the last.

@@ -35,13 +35,14 @@ from isotune.io.extras import need
 from isotune.models.base.builtin import builtin_config, builtin_tokenizer
 from isotune.models.base.head import BaseHead, draw_head, is_classifier, reorder
 from isotune.models.base.hub import locate
-from isotune.models.base.vocabulary import add_tokens
+from isotune.models.base.vocabulary import add_tokens, grow_embeddings
 from isotune.models.layouts.heads import head_of, is_of_head
 from isotune.models.log_control import quiet_libraries
 from isotune.models.packed_attention import max_positions
 
 SayNew = Callable[[Sequence[str]], None]
 ALIGNMENT = 64  # bytes: torch allocates so on a CPU
+LIBRARY_CODE: dict[str, Any] = {"trust_remote_code": False}  # None would ask on the terminal whether a model's own runs
 # what libraries raise over a configuration or weights that are not what they say
 LOADING_ERRORS = (
     OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError,
@@ -81,7 +82,9 @@ def load_pretrained(
     if located.pickles:
         _say_pickled(name, located.pickles[0])
     with loading(f"the weights of '{name}' cannot be loaded"):
-        model, loaded = auto.from_pretrained(located.name, output_loading_info=True, **located.arguments, **kwargs)
+        model, loaded = auto.from_pretrained(
+            located.name, output_loading_info=True, **located.arguments, **LIBRARY_CODE, **kwargs
+        )
     other_size = [str(key[0] if isinstance(key, tuple) else key) for key in loaded.get("mismatched_keys", ())]
     if wrong := sorted(key for key in other_size if not is_of_head(key, may_lack)):
         raise UserError(f"the weights of '{name}' have another size of {wrong[0]} than {type(model).__name__}")
@@ -107,14 +110,14 @@ def load_pretrained_config(name: str, key: str = "the model", revision: str | No
     """The configuration of a folder or Hub id, which a message calls `key`; `revision` as in `load_pretrained`."""
     located = locate(name, "model", revision)
     with loading(f"{key} '{name}' cannot be loaded"):
-        return AutoConfig.from_pretrained(located.name, **located.arguments)
+        return AutoConfig.from_pretrained(located.name, **located.arguments, **LIBRARY_CODE)
 
 
 def load_pretrained_tokenizer(name: str, revision: str | None = None, **kwargs: Any) -> Any:
     """The tokenizer of a folder or Hub id; `kwargs` are of `from_pretrained`, `revision` as in `load_pretrained`."""
     located = locate(name, "tokenizer", revision)
     with loading(f"the tokenizer of '{name}' cannot be loaded"):
-        return AutoTokenizer.from_pretrained(located.name, **{**located.arguments, **kwargs})
+        return AutoTokenizer.from_pretrained(located.name, **{**located.arguments, **LIBRARY_CODE, **kwargs})
 
 
 def check_weights(folder: Path, needed: str | None = None) -> None:
@@ -208,13 +211,33 @@ def load_base_model(
     device: torch.device,
     head: BaseHead | None = None,
     say_new: SayNew | None = None,
+    new_rows: Sequence[int] = (),
 ) -> PreTrainedModel:
     """The base model of a recipe, before adapters, on `device`: a causal LM or a classifier, by the recipe's type.
 
     `config` is what `load_config` returned. A classifier has a head for its `num_labels` classes; a head that is in no
     file is drawn from the recipe's seed, and so is one that `head` says is not the task's. 4-bit weights are quantized
-    on `device`. `say_new` is told the parameters that no file has.
+    on `device`. `say_new` is told the parameters that no file has; `new_rows` are those of `vocabulary.new_rows`.
     """
+    model = _load_base_model(recipe, config, device, head, say_new)
+    grow_embeddings(model, new_rows)
+    return model
+
+
+def empty_base_model(
+    recipe: RunRecipe, config: PreTrainedConfig, new_rows: Sequence[int] = (), dtype: torch.dtype | None = None
+) -> Any:
+    """The same without weights, on torch's default device, with values that mean nothing."""
+    is_classifier = isinstance(recipe, ClassificationRecipe)
+    auto: Any = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+    model = auto.from_config(config, **LIBRARY_CODE, **({} if dtype is None else {"dtype": dtype}))
+    grow_embeddings(model, new_rows)
+    return model
+
+
+def _load_base_model(
+    recipe: RunRecipe, config: PreTrainedConfig, device: torch.device, head: BaseHead | None, say_new: SayNew | None
+) -> PreTrainedModel:
     auto: Any = AutoModelForCausalLM
     new_modules = list[str]()
     if isinstance(recipe, ClassificationRecipe):
@@ -224,7 +247,7 @@ def load_base_model(
     if is_made_here(recipe):
         torch.manual_seed(recipe.seed)
         with whole_models():
-            model: Any = auto.from_config(config, dtype=torch.float32)
+            model: Any = auto.from_config(config, **LIBRARY_CODE, dtype=torch.float32)
         return model.to(device=device, dtype=weights_dtype(recipe))
     if auto is AutoModelForSequenceClassification:
         new_modules = head_of(config)

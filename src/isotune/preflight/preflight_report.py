@@ -96,8 +96,11 @@ def run_preflight(
     world_sizes: Sequence[int] = (),
     show_progress: bool = True,
     prepared: Any = None,
+    rows: Sequence[int] = (),
 ) -> PreflightReport:
     """Estimate a run whose recipe names at least a model and data, which may be `prepared` already.
+
+    The embedding's new rows are then `rows`.
 
     `limit`, bytes of memory of a process, is by default the device's, which is needed for times; the MFU is taken from
     `measured`, a finished run; the engines `compare` and the numbers of processes `world_sizes` are compared. Raises
@@ -105,10 +108,9 @@ def run_preflight(
     """
     recipe, launch = request.recipe, request.launch
     config = load_config(recipe)
-    data, no_work_reason = (prepared, None) if prepared is not None else _prepare_data(recipe, config, show_progress)
-    rows = ()
-    if recipe.add_tokens or recipe.resize_embeddings:
-        rows = new_rows(config, load_tokenizer(recipe), recipe)
+    data, no_work_reason = prepared, None
+    if prepared is None:
+        data, rows, no_work_reason = _prepare_data(recipe, config, show_progress)
     estimator = Estimator(recipe, config, data, on_cpu=device is None and limit is None, new_rows=rows)
     if limit is None and device is not None:
         limit = device.memory_bytes
@@ -281,22 +283,27 @@ def _changes(recipe: RunRecipe, launch: Launch) -> Iterator[tuple[Launch, dict[s
         yield launch, {"tune": "qlora", "gradient_checkpointing": True}
 
 
-def _prepare_data(recipe: RunRecipe, config: Any, show_progress: bool) -> tuple[Any, str | None]:
-    """The prepared data, or the reason why there are none; UserError where the tokenizer does not fit the model."""
+def _prepare_data(recipe: RunRecipe, config: Any, show_progress: bool) -> tuple[Any, Sequence[int], str | None]:
+    """The prepared data, the embedding's new rows, and the reason where there are no data.
+
+    UserError where the tokenizer does not fit the model, or new rows need one that cannot be read.
+    """
     try:
         tokenizer = load_tokenizer(recipe)
     except UserError as error:
-        return None, str(error)
-    new_rows(config, tokenizer, recipe)
+        if recipe.add_tokens or recipe.resize_embeddings:
+            raise
+        return None, (), str(error)
+    rows = new_rows(config, tokenizer, recipe)
     try:
         if project := project_of(recipe.keys()):
-            return project.prepare(recipe, tokenizer), None
+            return project.prepare(recipe, tokenizer), rows, None
         if isinstance(recipe, ClassificationRecipe):
-            return prepare_labelled(recipe, tokenizer, show=show_progress), None
+            return prepare_labelled(recipe, tokenizer, show=show_progress), rows, None
         assert isinstance(recipe, Recipe)
-        return prepare_conversations(recipe, tokenizer, show=show_progress), None
+        return prepare_conversations(recipe, tokenizer, show=show_progress), rows, None
     except UserError as error:
-        return None, str(error)
+        return None, rows, str(error)
 
 
 def _compared_launches(launch: Launch, engines: Sequence[str], world_sizes: Sequence[int]) -> list[Launch]:

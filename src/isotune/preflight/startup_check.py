@@ -1,19 +1,18 @@
-"""What a training script does before it loads the model: the memory check, and `microbatch_tokens: auto`.
+"""What a training script does once its run has started: data, memory check, `microbatch_tokens: auto`, then training.
 
-With `--plan_only` the whole preflight report instead.
+With `--plan_only` the whole preflight report instead of training.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 
-from isotune.config.run_recipe import RESUME_NEVER
+from isotune.data.documents import RunData
 from isotune.distributed.deepspeed_config import offloaded
 from isotune.distributed.launch import Process
 from isotune.distributed.ranks import least_of_ranks
 from isotune.io.errors import UserError
-from isotune.io.run_files import or_empty, read_recipe_values
 from isotune.preflight.microbatch_size import choose_microbatch_tokens, launch_that_decides
 from isotune.preflight.preflight_report import Estimator, run_preflight
 from isotune.preflight.render import render_report
@@ -21,12 +20,26 @@ from isotune.preflight.request import DDP, DEEPSPEED, FSDP, PLAIN, Launch, Prefl
 from isotune.preflight.resources.activation_memory import MicrobatchMemory
 from isotune.preflight.resources.memory import estimate_memory, format_bytes
 from isotune.preflight.resources.sharding import Sharding
-from isotune.run.run_dir import RunDir
+from isotune.run.finishing import FinishingStep, finish_trained
 from isotune.training.failures.out_of_memory import MemoryPlan
-from isotune.training.from_recipe import Start
+from isotune.training.from_recipe import Start, train_run
 
 
-def startup_check(start: Start, data: Any) -> Start | None:
+def train_checked(start: Start, prepare: Callable[[], RunData], finishing: Sequence[FinishingStep]) -> None:
+    """Prepare the data, check the memory, train and finish; a run that is trained is only finished.
+
+    Every rank calls it.
+    """
+    if start.run.is_trained:
+        finish_trained(start.run, start.process, finishing)
+        return
+    data = prepare()
+    checked = startup_check(start, data)
+    if checked is not None:
+        train_run(checked, data, finishing)
+
+
+def startup_check(start: Start, data: RunData) -> Start | None:
     """Print the memory of weights, gradients and optimizer; None where `--plan_only` stops the script now.
 
     Returns the start with what the data decided, and with the number of tokens in place of `microbatch_tokens: auto`.
@@ -40,7 +53,9 @@ def startup_check(start: Start, data: Any) -> Start | None:
     limit = torch.cuda.get_device_properties(process.device).total_memory if cuda else None
     if recipe.plan_only:
         if process.is_main:
-            report = run_preflight(PreflightRequest(recipe, launch, ()), limit=limit, prepared=data)
+            report = run_preflight(
+                PreflightRequest(recipe, launch, ()), limit=limit, prepared=data, rows=start.new_rows
+            )
             print(render_report(report, None), flush=True)
         return None
     estimator = Estimator(recipe, start.config, data, on_cpu=limit is None, new_rows=start.new_rows)
@@ -69,8 +84,8 @@ def startup_check(start: Start, data: Any) -> Start | None:
     if recipe.microbatch_tokens != "auto":
         return start
     decides = launch_that_decides(recipe, launch)
-    tokens, why = recorded_tokens(start.run), "as this run began"
-    if tokens is None:
+    tokens, why = start.recorded.get("microbatch_tokens"), "as this run began"
+    if not isinstance(tokens, int):
         if limit is not None and decides is launch:  # bits are promised for a kind of device, not for what is free now
             limit = least_of_ranks(torch.cuda.mem_get_info(process.device)[0], process.device)
         tokens, found = choose_microbatch_tokens(recipe, decides, limit, estimator.memory)
@@ -78,14 +93,6 @@ def startup_check(start: Start, data: Any) -> Start | None:
     if process.is_main:
         print(f"microbatch  {tokens:,} tokens, by microbatch_tokens: auto ({why})", flush=True)
     return start.with_values(microbatch_tokens=tokens)
-
-
-def recorded_tokens(run: RunDir) -> int | None:
-    """The microbatch of an earlier attempt of the run, which this one goes on with; None where it begins."""
-    if run.recipe.resume == RESUME_NEVER:
-        return None
-    recorded = or_empty(read_recipe_values, run.path).get("microbatch_tokens")
-    return recorded if isinstance(recorded, int) else None
 
 
 def _launch_of(process: Process) -> Launch:

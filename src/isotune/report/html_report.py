@@ -11,18 +11,18 @@ from markupsafe import Markup
 
 from isotune import __version__
 from isotune.config.task_types import MULTI_LABEL, SINGLE_LABEL
+from isotune.evaluation.classification.examples import kept_errors, read_examples
 from isotune.evaluation.comparison import compare_runs
 from isotune.evaluation.results import CLASSIFICATION, GENERATION, Result
 from isotune.evaluation.statistics.resampling import without_class
 from isotune.io.errors import UserError
 from isotune.io.files import replace_file
-from isotune.io.reading import Unreadable, open_file, parse_json, read_text
+from isotune.io.reading import Unreadable, open_file
 from isotune.report import charts, formatting
 from isotune.report.run_record import RunRecord, changed_tables, differ, read_record, run_summary, run_tables
 
 REPORT = "report.html"
 HERE = Path(__file__).parent
-EXAMPLES_FILE = "examples.jsonl"
 MAX_EXAMPLES = 10
 MAX_TEXT_CHARACTERS = 2_000
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -170,21 +170,16 @@ def _examples(results: dict[str, Result]) -> tuple[str, list[dict[str, Any]]]:
 
 def _written_examples(run: str, result: Result) -> list[dict[str, Any]]:
     """The first errors that the evaluation wrote down in words."""
-    rows = [
-        row
-        for row in _example_rows(result.folder / EXAMPLES_FILE, "id", "text", "actual", "predicted")
-        if row["actual"] != row["predicted"]
-    ]
     return [
         {"id": row["id"], "input": row["text"], "reference": row["actual"],
          "answers": [{"run": run, "text": row["predicted"], "is_right": False}]}
-        for row in rows[:MAX_EXAMPLES]
+        for row in kept_errors(result.folder)[:MAX_EXAMPLES]
     ]  # fmt: skip
 
 
 def _confident_errors(run: str, result: Result) -> list[dict[str, Any]]:
     """The misclassified rows with the highest probability of the predicted class, the highest first."""
-    texts = _example_texts(result.folder / EXAMPLES_FILE)
+    texts = {row["id"]: row["text"] for row in read_examples(result.folder)}  # predictions.jsonl has none
     errors = []
     for row in result.predictions:
         probabilities = row.get("probabilities") or []
@@ -199,20 +194,6 @@ def _confident_errors(run: str, result: Result) -> list[dict[str, Any]]:
         reference = _class_name(row.get("label"), result)
         examples.append({"id": row["id"], "input": texts.get(row["id"]), "reference": reference, "answers": [answer]})
     return examples
-
-
-def _example_texts(file: Path) -> dict[Any, str]:
-    """The texts of the rows that the evaluation kept as examples, by id; predictions.jsonl has no texts."""
-    return {row["id"]: row["text"] for row in _example_rows(file, "id", "text")}
-
-
-def _example_rows(file: Path, *keys: str) -> list[dict[str, Any]]:
-    """The lines of examples.jsonl that have all of these keys; none where the file is missing or broken."""
-    try:
-        rows = [parse_json(line) for line in read_text(file).splitlines()]
-    except (FileNotFoundError, Unreadable):
-        return []
-    return [row for row in rows if isinstance(row, dict) and {*keys} <= row.keys() and isinstance(row["id"], int | str)]
 
 
 def _class_name(label: Any, result: Result) -> str:

@@ -12,13 +12,11 @@ from isotune.config.mixture import mixture_name
 from isotune.data.mixture import EVALUATED
 from isotune.data.sources.source import PREFIX, read_rows
 from isotune.io.errors import UserError
-from isotune.io.files import digest_of_file
+from isotune.models.base.folder import digest_of_model
 
 MODELS = ("model_name_or_path", "tokenizer_name_or_path")
 MIXTURES = {"dataset_mixture": "train", "eval_dataset_mixture": EVALUATED}  # with the split of an entry without one
 DATA = {"dataset_name": "dataset_split", "eval_dataset_name": "eval_dataset_split"}
-MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja")  # of weights, configuration and tokenizer
-PASSED_OVER = ("checkpoints",)  # folders beside a model that are no part of it
 
 
 @dataclass(frozen=True)
@@ -88,14 +86,3 @@ def _content_of_entry(entry: dict[str, Any], split: str) -> dict[str, Any]:
             config = entry.get("dataset_config")
             return entry | {"dataset_name": read_rows(name, split, columns=columns, config=config).fingerprint}
     return entry
-
-
-def digest_of_model(folder: Path) -> str:
-    """SHA-256, in hexadecimal, of the names and contents of a model's and a tokenizer's files."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        place = path.relative_to(folder)
-        is_part = not any(part.startswith(".") or part in PASSED_OVER for part in place.parts)
-        if is_part and path.suffix in MODEL_FILES and path.is_file():
-            digest.update(json.dumps(place.as_posix()).encode() + digest_of_file(path))
-    return digest.hexdigest()

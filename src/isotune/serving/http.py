@@ -18,6 +18,7 @@ from isotune.serving.limits import BAD_REQUEST, BUSY, FAILED, TOO_LARGE, Limits,
 from isotune.serving.worker import Job, Worker
 
 B = TypeVar("B")
+T = TypeVar("T")
 GRACE_SECONDS = 1.0  # the worker's own answer to a late job comes first
 
 
@@ -63,17 +64,23 @@ async def _read_json(request: Request, limits: Limits) -> Any:
 async def results_of(asked: Asked, worker: Worker, works: Sequence[Any]) -> list[Any]:
     """The results of a request's jobs; they are given up where the client goes away or the time is up."""
     jobs = worker.submit(works, asked.ends)
-    results = asyncio.gather(*(asyncio.wrap_future(job.result) for job in jobs))
-    gone = asyncio.ensure_future(_disconnected(asked.request))
     try:
-        left = asked.ends - time.monotonic() + GRACE_SECONDS
-        await asyncio.wait({results, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-        if not results.done():
-            raise ClientDisconnect if gone.done() else too_late()
-        return results.result()
+        return await in_time(asked, asyncio.gather(*(asyncio.wrap_future(job.result) for job in jobs)))
     finally:
         leave(jobs)
-        for task in (gone, results):
+
+
+async def in_time(asked: Asked, awaited: Awaitable[T]) -> T:
+    """What is awaited for a request; it is given up where the client goes away or the time is up."""
+    found, gone = asyncio.ensure_future(awaited), asyncio.ensure_future(_disconnected(asked.request))
+    try:
+        left = asked.ends - time.monotonic() + GRACE_SECONDS
+        await asyncio.wait({found, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        if not found.done():
+            raise ClientDisconnect if gone.done() else too_late()
+        return found.result()
+    finally:
+        for task in (gone, found):
             task.cancel()
             with suppress(asyncio.CancelledError, Refused):
                 await task

@@ -6,7 +6,7 @@ train_run(start, data, ...)     model, trainer, steps, RUN/model, and what finis
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +36,7 @@ from isotune.io.errors import UserError
 from isotune.io.run_files import or_empty, read_recipe_values
 from isotune.models.adapters.lora import add_adapters
 from isotune.models.base.head import BaseHead, set_names
-from isotune.models.base.vocabulary import grow_embeddings, new_rows
+from isotune.models.base.vocabulary import new_rows
 from isotune.models.causal import CausalForm, install_causal
 from isotune.models.class_loss import PROBLEM_TYPES, ClassLoss, DocumentLoss, LabelLoss, choose_weights, loss_of
 from isotune.models.classifier import install_classification, pad_like_tokenizer, takes_token_types
@@ -70,6 +70,7 @@ class Start:
     run: RunDir
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    recorded: dict[str, Any] = field(default_factory=dict[str, Any])  # by the run that this one goes on with
     chooses_tokens: bool = False  # nobody gave microbatch_tokens, so another size may be tried
     memory: MemoryPlan | None = None  # what was planned of a process's memory
     new_rows: tuple[int, ...] = ()  # of the embedding, which begin anew and are trained
@@ -103,7 +104,7 @@ def start_run(recipe: RunRecipe) -> Start:
     if rows and recipe.tune != "full" and (process.fsdp or process.zero_stage == 3):
         raise UserError("rows of new tokens are trained in a whole embedding: use ddp or ZeRO 0 to 2, or tune: full")
     chooses = recipe.microbatch_tokens == "auto"
-    return Start(recipe, process, run, config, tokenizer, chooses_tokens=chooses, new_rows=rows)
+    return Start(recipe, process, run, config, tokenizer, recorded, chooses_tokens=chooses, new_rows=rows)
 
 
 def _recorded_values(recipe: RunRecipe) -> dict[str, Any]:
@@ -143,6 +144,7 @@ def build_model(start: Start, data: RunData) -> nn.Module:
     `load_base_model` does, or where class_weights does not fit the classes.
     """
     recipe, config, process = start.recipe, start.config, start.process
+    device = process.loading_device(recipe)
     if isinstance(recipe, ClassificationRecipe):
         class_loss = _class_loss(recipe, data.train)
         if class_loss.class_weights is not None and process.is_main:
@@ -153,8 +155,7 @@ def build_model(start: Start, data: RunData) -> nn.Module:
         if head.line is not None and not is_made_here(recipe) and process.is_main:
             print(f"head        {head.line}")
         say_new = _say_new if process.is_main else None
-        base = load_base_model(recipe, config, process.loading_device(recipe), head, say_new)
-        grow_embeddings(base, start.new_rows)
+        base = load_base_model(recipe, config, device, head, say_new, start.new_rows)
         layout = install_classification(base, class_loss, recipe.max_seq_length)
         if layout.name == ALONE and (process.fsdp or process.zero_stage == 3):
             raise UserError(
@@ -172,8 +173,7 @@ def build_model(start: Start, data: RunData) -> nn.Module:
         if padding is not None and process.is_main:
             print(f"note        {padding}")
     else:
-        base = load_base_model(recipe, config, process.loading_device(recipe))
-        grow_embeddings(base, start.new_rows)
+        base = load_base_model(recipe, config, device, new_rows=start.new_rows)
         form = install_causal(base, recipe.max_seq_length)
         if process.is_main:
             _say_form(form)

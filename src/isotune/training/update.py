@@ -151,8 +151,7 @@ class OptimizerUpdate:
         assert self.result is not None
         torch.manual_seed(step_seed(self.seed, self.result.step.number))  # alike for all microbatches of the step
         lengths = microbatch["inputs"]["cu_seq_lens_q"].diff().tolist()
-        numbers, inputs = self._on_device(microbatch)
-        on_device = None if numbers is None else (numbers, inputs["cu_seq_lens_q"].diff().long())
+        on_device, _ = self._on_device(microbatch)
         return training_microbatch(MicrobatchDocuments(microbatch["documents"], lengths, self.task.pads, on_device))
 
     def _inputs(self, microbatch: dict[str, Any]) -> dict[str, Any]:
@@ -164,13 +163,14 @@ class OptimizerUpdate:
         inputs: list[Any] = [dict(microbatch["inputs"]) for microbatch in microbatches]
         if device.type == "cuda":
             for microbatch, own in zip(microbatches, inputs, strict=True):
-                own["numbers"] = torch.tensor(microbatch["documents"], dtype=torch.int64)  # for dropout
+                numbers = torch.tensor(microbatch["documents"], dtype=torch.int64)
+                own["for_dropout"] = torch.stack([numbers, own["cu_seq_lens_q"].diff().long()])
         moved: list[Any] = to_device_together(inputs, device)
         pairs = zip(microbatches, moved, strict=True)
-        self._moved = {id(m): (own.pop("numbers", None), own, m) for m, own in pairs}  # an id is that of what is kept
+        self._moved = {id(m): (own.pop("for_dropout", None), own, m) for m, own in pairs}  # kept with its id
 
     def _on_device(self, microbatch: dict[str, Any]) -> Any:
-        """The numbers of its documents, where dropout takes them from the device, and its inputs."""
+        """Its documents' numbers and lengths, int64 [2, documents], where dropout takes them from there; its inputs."""
         if id(microbatch) not in self._moved:
             self._move([microbatch])
         return self._moved[id(microbatch)][:2]

@@ -52,7 +52,11 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
     data.add_argument("--dataset_columns", nargs="+", metavar="NAME", help="of a CSV file whose first line is a row")
     data.add_argument("--dataset_text_field", metavar="COLUMN", help="holds the texts (as the run's recipe says)")
     data.add_argument("--dataset_text_pair_field", metavar="COLUMN", help="holds the second texts of pairs")
-    data.add_argument("--dataset_prompt_field", metavar="COLUMN", help="holds the questions (found by its name)")
+    data.add_argument(
+        "--dataset_prompt_field",
+        metavar="COLUMN",
+        help="holds the questions (the recipe's, or by name)",
+    )
     data.add_argument("--dataset_id_field", metavar="COLUMN", help="is kept beside each prediction (id)")
     data.add_argument("--limit", type=int, metavar="N", help="the first N rows only")
     how = parser.add_argument_group("computation (changes predictions by rounding only)")
@@ -153,10 +157,13 @@ def _answer(flag: str, name: str, given: argparse.Namespace, ranks: Any, shards:
         for question, text in zip(given.texts, texts, strict=True):
             print(text if len(texts) == 1 else f"> {question}\n{text}\n", flush=True)
         return
-    named = NamedColumns(given.dataset_text_field or TEXT_FIELD, given.dataset_prompt_field)
-    rows = [{named.prompt or "prompt": text} for text in given.texts]
-    predictor = AnswerPredictor(lm, named, decoding, batch_size)
     run = read_run(name) if flag == "--run_dir" else None
+    rows = [{given.dataset_prompt_field or "prompt": text} for text in given.texts]
+    columns = [NamedColumns(given.dataset_text_field or TEXT_FIELD, given.dataset_prompt_field)]
+    if run is not None and columns == [NamedColumns()]:  # no flag names one, so those of training where rows have them
+        text, prompt = (run.settings.get(key) for key in ("dataset_text_field", "dataset_prompt_field"))
+        columns.insert(0, NamedColumns(text or TEXT_FIELD, prompt))
+    predictor = AnswerPredictor(lm, columns, decoding, batch_size)
     _write(rows, predictor, given, ranks, name, _places(run, name))
 
 
@@ -179,7 +186,7 @@ def _places(run: Any, name: str) -> list[str | Path]:
     """Where what decides a model's weights is: its folder, and the base of an adapter."""
     if run is None:
         return [name]
-    return [run.model, *([run.base, f"{run.base_commit}"] if run.base is not None else [])]
+    return [place for place in (run.model, run.base, run.base_commit) if place is not None]
 
 
 def _write(
@@ -188,7 +195,8 @@ def _write(
     """Predict the rows of --input, or the given ones, into --output, and say what became of them."""
     from isotune.data.documents import digest
     from isotune.data.sources.source import Source, read_rows
-    from isotune.evaluation.prediction.predict import digest_of_model, predict_source, summary_lines
+    from isotune.distributed.ranks import call_on_main
+    from isotune.evaluation.prediction.predict import digest_of_models, predict_source, summary_lines
 
     if given.input:
         source = read_rows(given.input, given.dataset_split, name="--input", columns=given.dataset_columns)
@@ -205,7 +213,7 @@ def _write(
         output,
         ranks,
         model=model,
-        model_sha256=digest_of_model(places),
+        model_sha256=call_on_main(ranks, lambda: digest_of_models(places)),
         id_field=given.dataset_id_field,
         limit=given.limit,
         part_rows=given.part_rows,

@@ -6,13 +6,12 @@ RUN/model/label_thresholds.json keeps them beside the weights, so that whoever e
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 
 from isotune.data.classification.classes import NameIndex, listed
-from isotune.io.errors import UserError, first_line
-from isotune.io.reading import read_json_object
+from isotune.io.errors import UserError
+from isotune.io.run_files import or_refuse, read_label_thresholds
 
 THRESHOLD = 0.5  # where nobody says otherwise
 Thresholds = float | Sequence[float] | np.ndarray  # of all labels, or of each
@@ -66,12 +65,8 @@ def read_thresholds(model: Path, names: Sequence[str]) -> np.ndarray | float:
     path = model / THRESHOLDS_FILE
     if not path.is_file():
         return THRESHOLD
-    try:
-        read: Any = read_json_object(path)
-        values = {str(name): float(value) for name, value in cast(dict[str, Any], read["label_thresholds"]).items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} does not hold label_thresholds: {first_line(error)}") from error
+    values = or_refuse(read_label_thresholds, path, f"{path} does not hold label_thresholds")
     order = NameIndex(list(values)).order_of(names)
     if order is None:
         raise UserError(f"{path} is of the labels {listed(values)}, and the model has {listed(names)}")
-    return np.array(list(values.values()))[order]
+    return np.array(list(values.values()), np.float64)[order]

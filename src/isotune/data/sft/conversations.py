@@ -20,6 +20,7 @@ ROLE_HEADERS = {
     ASSISTANT: ASSISTANT_HEADER,
     TOOL: "### Tool:",  # what a tool answered
 }
+REASONING_OPENS, REASONING_CLOSES = "<think>", "</think>"
 # Real data has headers after a line end, after a space and directly after text, with and without the space.
 HEADER = re.compile(r"### ?(Human|Assistant):")
 
@@ -91,11 +92,6 @@ def turns_of(text: str) -> list[Message]:
     return turns
 
 
-def render_messages(messages: Sequence[Mapping[str, Any]], train_on: TrainOn = "all") -> Conversation:
-    """Write messages, in any spelling that `messages.py` knows, in Guanaco's form: see `render_example`."""
-    return render_example(example_of(messages), train_on)
-
-
 def render_example(example: Example, train_on: TrainOn = "all") -> Conversation:
     """Write a conversation in Guanaco's form, with the answers known from construction.
 
@@ -128,7 +124,7 @@ def everything(text: str) -> Conversation:
 def render_prompt(question: str | Sequence[Mapping[str, Any]], tools: Any = None) -> str:
     """The text that a model trained on these conversations continues with an answer to `question`.
 
-    That is one question, or the messages so far in the form of `render_messages`. The text ends in `### Assistant:`
+    That is one question, or the messages so far in the form of `render_example`. The text ends in `### Assistant:`
     without a space, because the space belongs to the first token of the answer.
     """
     messages = [{"role": USER, "content": question}] if isinstance(question, str) else question
@@ -157,7 +153,9 @@ def _parts(example: Example) -> Iterator[tuple[str, str, bool]]:
 def body_of(message: Message) -> str:
     """What a message says, with its reasoning and its tool calls."""
     reasoning = message.get("reasoning_content")
-    body = f"<think>\n{reasoning}\n</think>\n\n{message['content']}" if reasoning else message["content"]
+    body = message["content"]
+    if reasoning:
+        body = f"{REASONING_OPENS}\n{reasoning}\n{REASONING_CLOSES}\n\n{body}"
     calls = [f"<tool_call>\n{_call_text(call['function'])}\n</tool_call>" for call in message.get("tool_calls", ())]
     return "\n".join([*([body] if body or not calls else []), *calls])
 

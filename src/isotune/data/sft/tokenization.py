@@ -23,7 +23,14 @@ from isotune.config.recipes import Overlong, TrainOn
 from isotune.data.documents import Documents, digest, starts_of, sums_of
 from isotune.data.sft.chat_format import AUTO, GUANACO, ChatFormat
 from isotune.data.sft.chat_template import ChatTemplate
-from isotune.data.sft.conversations import Conversation, first_turn, render_example, render_prompt
+from isotune.data.sft.conversations import (
+    REASONING_CLOSES,
+    REASONING_OPENS,
+    Conversation,
+    first_turn,
+    render_example,
+    render_prompt,
+)
 from isotune.data.sft.messages import Example, Message
 from isotune.data.tokenizer import FastTokenizer, add_special_tokens
 from isotune.io.errors import UserError
@@ -125,12 +132,14 @@ class ConversationEncoder(FastTokenizer):
             return f"{render_prompt(messages, tools)} {answer}"
         return self.template.answered(messages, answer, tools)
 
-    def answer_in(self, completion: str) -> str:
-        """The answer in a text that a model went on with: without reasoning, and the header of another turn."""
+    def answer_in(self, completion: str, prompt: str) -> str:
+        """The answer in a text that a model went on with: without reasoning, and the header of another turn.
+
+        Reasoning is opened at the end of `prompt`, as some templates do, or at the beginning of the text.
+        """
         turn = first_turn(completion) if self.template is None else completion.strip()
-        # a template may have opened the reasoning in the prompt; Guanaco's form opens it in the answer
-        opened = self.template is not None or turn.startswith("<think>")
-        return turn.split("</think>", 1)[-1].strip() if opened else turn
+        opened = prompt.rstrip().endswith(REASONING_OPENS) or turn.startswith(REASONING_OPENS)
+        return turn.split(REASONING_CLOSES, 1)[-1].strip() if opened else turn
 
     def prompt_tokens(self, prompt: str) -> list[int]:
         """The tokens of what `prompt` returned, as they stand before the answer in training."""

@@ -1,6 +1,7 @@
 """The rows of an evaluation that show most: errors first, each with what it is, what was predicted, and its text."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,8 @@ import numpy as np
 from isotune.config.task_types import MULTI_LABEL, REGRESSION
 from isotune.data.classification.predictions import in_words, predicted
 from isotune.data.classification.thresholds import THRESHOLD, Thresholds
+from isotune.io.reading import Unreadable, checked, parse_json, read_text
+from isotune.io.run_files import EXAMPLE_SCHEMA
 
 EXAMPLES = "examples.jsonl"
 SHOWN, WRITTEN, LINE = 5, 100, 160
@@ -52,6 +55,19 @@ def examples_of(
             example["probability"] = float(outputs[row, found[row]])
         examples.append(example | {"text": texts[row]})
     return examples
+
+
+def read_examples(folder: Path) -> list[dict[str, Any]]:
+    """The examples that the evaluation in a folder kept; none where it kept no such file, or the file is broken."""
+    try:
+        return [dict(checked(parse_json(line), EXAMPLE_SCHEMA)) for line in read_text(folder / EXAMPLES).splitlines()]
+    except (FileNotFoundError, Unreadable):
+        return []
+
+
+def kept_errors(folder: Path) -> list[dict[str, Any]]:
+    """The errors among them."""
+    return [example for example in read_examples(folder) if example["actual"] != example["predicted"]]
 
 
 def print_examples(task_type: str, examples: Sequence[dict[str, Any]]) -> None:

@@ -37,7 +37,7 @@ def answers(
     """The answer to each question as `answer` gives it; sampled ones are drawn by the number of the question."""
     prompts = [Prompt(number, prompt_of(lm, question)) for number, question in enumerate(questions)]
     completions = complete(lm, prompts, decoding or Decoding(), batch_size=batch_size)
-    return [lm.encoder.answer_in(completions[prompt.row].text) for prompt in prompts]
+    return [lm.encoder.answer_in(completions[prompt.row].text, prompt.text) for prompt in prompts]
 
 
 def prompt_of(lm: GenerationModel, question: str | Messages) -> str:

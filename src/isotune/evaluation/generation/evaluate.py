@@ -67,7 +67,7 @@ def evaluate_generation(
     likelihood_of = score_references(lm, scored_references, ranks)
     completions = [completed[sample.id] for sample in samples]
     likelihoods = [likelihood_of[sample.id] for sample in samples]
-    texts = [lm.encoder.answer_in(completion.text) for completion in completions]
+    texts = [lm.encoder.answer_in(one.text, prompt.text) for one, prompt in zip(completions, prompts, strict=True)]
     references = [sample.reference for sample in samples]
     measured = measure_texts(texts, references, [completion.ended for completion in completions])
     measured |= measure_likelihoods(likelihoods)

@@ -1,12 +1,12 @@
 """All rows of a source, predicted part by part on the processes of a launch."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
@@ -14,18 +14,16 @@ from isotune.data.documents import digest, with_share
 from isotune.data.pieces import in_threads
 from isotune.data.sources.hub import opened_repositories
 from isotune.data.sources.source import Row, Source, surrogate_fault
+from isotune.distributed.ranks import call_on_main
 from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.prediction.files import PredictionFile, Written
 from isotune.evaluation.prediction.predictors import LEFT_OUT, LeftOut, Part, Predictor
 from isotune.io.cache_root import disk_errors_named
-from isotune.io.errors import AlreadyDone, UserError
-from isotune.io.files import digest_of_file
+from isotune.io.errors import UserError
+from isotune.models.base.folder import digest_of_model
 
-T = TypeVar("T")
 ID = "id"  # the column that is kept where the user names none; the rows are numbered from 0 where there is none
 TAKEN = ("prediction", "prediction_name", "prediction_names", "probabilities", "text", "tokens", "ended", LEFT_OUT)
-# files that decide what a model says
-WEIGHTS = (".safetensors", ".bin", ".json", ".model", ".txt", ".tiktoken", ".skops", ".jinja")
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def predict_source(
     }
     file = PredictionFile(output, facts, rows.column_of(next(source.rows())) or ID)
     with closing(file), disk_errors_named(output.parent):
-        done = agreed(ranks, file.start)
+        done = call_on_main(ranks, file.start)
         if done and ranks.is_main:
             print(f"goes on     behind the {done:,} rows of {total:,} that are predicted already", flush=True)
         size = part_rows or predictor.part_rows
@@ -138,30 +136,14 @@ def _whole(taken: _Taken, predicted: Part, id_column: str) -> Part:
     )
 
 
-def agreed(ranks: Ranks, work: Callable[[], T]) -> T:
-    """What the main process finds, or the error that it meets, on every process."""
-    outcome: Any = None
-    if ranks.is_main:
-        try:
-            outcome = work(), None
-        except (UserError, AlreadyDone) as error:
-            outcome = None, error
-    found, error = ranks.gather({ranks.rank: outcome})[0]
-    if error is not None:
-        raise error
-    return found
-
-
-def digest_of_model(places: Sequence[str | Path]) -> str:
-    """SHA-256 over the files of a model's folders, and over the names and commits of what is on the Hub."""
+def digest_of_models(places: Sequence[str | Path]) -> str:
+    """SHA-256, in hexadecimal, of the models in these folders, and of the names and commits of those on the Hub."""
     parts: list[Any] = []
     for place in places:
-        folder = Path(place)
-        if not folder.is_dir():
+        if Path(place).is_dir():
+            parts.append(digest_of_model(Path(place)))
+        else:
             parts.append([str(place), *(commit for _, own, *_, commit in opened_repositories() if own == str(place))])
-            continue
-        files = sorted(file for file in folder.iterdir() if file.suffix in WEIGHTS)
-        parts += [[file.name, digest_of_file(file).hex()] for file in files]
     return digest(*parts)
 
 

@@ -166,10 +166,15 @@ def flat_prediction(line: Line, task_type: str, names: Sequence[str] | None) -> 
 
 
 class AnswerPredictor:
-    """A language model that answers questions, each as if it were asked alone."""
+    """A language model that answers questions, each as if it were asked alone.
 
-    def __init__(self, lm: GenerationModel, named: NamedColumns, decoding: Decoding, batch_size: int) -> None:
-        self.lm, self.named, self.decoding, self.batch_size = lm, named, decoding, batch_size
+    A row is read by the first of `columns` that it has.
+    """
+
+    def __init__(
+        self, lm: GenerationModel, columns: Sequence[NamedColumns], decoding: Decoding, batch_size: int
+    ) -> None:
+        self.lm, self.columns, self.decoding, self.batch_size = lm, columns, decoding, batch_size
 
     @property
     def part_rows(self) -> int:
@@ -179,15 +184,16 @@ class AnswerPredictor:
     @property
     def facts(self) -> dict[str, Any]:
         """How answers are chosen, and the columns of questions that were named."""
-        named = {"dataset_prompt_field": self.named.prompt, "dataset_text_field": self.named.text}
+        named = [{"dataset_prompt_field": one.prompt, "dataset_text_field": one.text} for one in self.columns]
         return {"decoding": asdict(self.decoding), "columns": named}
 
     def take(self, row: Row, source: Source, number: int) -> str | LeftOut:
         """The prompt of what a row asks; one without a question, or with a longer one than the model reads, is left."""
-        column = question_column(row, self.named)
+        column = next((found for named in self.columns if (found := question_column(row, named))), None)
         if column is None:
-            key = "dataset_prompt_field" if self.named.prompt or self.named.text == TEXT_FIELD else "dataset_text_field"
-            raise source.lacks(number, row, self.named.prompt or self.named.text, key)
+            named = self.columns[-1]
+            key = "dataset_prompt_field" if named.prompt or named.text == TEXT_FIELD else "dataset_text_field"
+            raise source.lacks(number, row, named.prompt or named.text, key)
         try:
             question = question_of(row, column)
             if isinstance(question, str):
@@ -208,12 +214,12 @@ class AnswerPredictor:
     def predict(self, prepared: Sequence[Prompt], ranks: Ranks) -> Part:
         """Each answer, its number of tokens, and whether the model ended it."""
         done = complete(self.lm, prepared, self.decoding, batch_size=self.batch_size, ranks=ranks)
-        answers = [done[prompt.row] for prompt in prepared]
-        lines = [
-            {"text": self.lm.encoder.answer_in(one.text), "tokens": len(one.tokens), "ended": one.ended}
-            for one in answers
-        ]
-        cut = sum(not one.ended for one in answers)
+        lines = []
+        for prompt in prepared:
+            one = done[prompt.row]
+            text = self.lm.encoder.answer_in(one.text, prompt.text)
+            lines.append({"text": text, "tokens": len(one.tokens), "ended": one.ended})
+        cut = sum(not line["ended"] for line in lines)
         limit = self.decoding.max_new_tokens
         return Part(lines, Counter({f"not ended by the model within {limit:,} tokens": cut} if cut else {}))
 

@@ -1,11 +1,20 @@
-"""What a folder that was given as a model really is: the project's own output given as its input is named as such."""
+"""What a folder that was given as a model really is, and whether it is the same one as before.
 
+The project's own output given as its input is named as such.
+"""
+
+import hashlib
+import json
 from pathlib import Path
 
+from isotune.io.files import digest_of_file
 from isotune.io.run_files import RECIPE
 
 ADAPTER_CONFIG = "adapter_config.json"
 MODEL_CONFIG = "config.json"
+# files of weights, configuration and tokenizer
+MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model", ".tiktoken", ".jinja", ".skops")
+PASSED_OVER = ("checkpoints", "export")  # folders beside a model that are no part of it
 
 
 def why_no_model(name: str) -> str | None:
@@ -41,3 +50,14 @@ def _run_of(folder: Path) -> Path | None:
     """The run that a folder is or belongs to."""
     candidates = (folder, folder.parent, folder.parent.parent)
     return next((candidate for candidate in candidates if (candidate / RECIPE).is_file()), None)
+
+
+def digest_of_model(folder: Path) -> str:
+    """SHA-256, in hexadecimal, of the names and contents of a model's and a tokenizer's files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        place = path.relative_to(folder)
+        is_part = not any(part.startswith(".") or part in PASSED_OVER for part in place.parts)
+        if is_part and path.suffix in MODEL_FILES and path.is_file():
+            digest.update(json.dumps(place.as_posix()).encode() + digest_of_file(path))
+    return digest.hexdigest()

@@ -106,7 +106,7 @@ def _places(
     documents: MicrobatchDocuments, by_token: bool, per_document: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`MicrobatchDocuments.places` on a device: computed there of what it has already, or copied to it."""
-    if documents.on_device is not None and documents.on_device[0].device == device:
+    if documents.on_device is not None and documents.on_device.device == device:
         numbers, lengths = documents.on_device
         if not by_token:
             positions = torch.arange(per_document, device=device).repeat(len(numbers))

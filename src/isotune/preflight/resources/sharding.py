@@ -20,22 +20,20 @@ real steps.
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.trainer_pt_utils import get_parameter_names
 
 from isotune.compat.deepspeed import whole_models
 from isotune.compat.peft import base_model_of
 from isotune.config import ClassificationRecipe, Recipe, RunRecipe
 from isotune.models.adapters.lora import add_adapters
-from isotune.models.base.vocabulary import grow_embeddings
 from isotune.models.causal import install_causal
 from isotune.models.class_loss import PLAIN_LOSS
 from isotune.models.classifier import install_classification
-from isotune.models.opening import weights_dtype
+from isotune.models.opening import empty_base_model, weights_dtype
 from isotune.preflight.request import DDP, DEEPSPEED, FSDP, PLAIN, Launch
 from isotune.training.gradients.exact_shards import BUCKET
 
@@ -89,16 +87,14 @@ def model_builder(
         setattr(smaller, layers_key, layers)
         if getattr(smaller, "layer_types", None):
             smaller.layer_types = smaller.layer_types[:layers]
+        if isinstance(recipe, ClassificationRecipe):
+            smaller.num_labels = num_labels or recipe.num_labels or 2
         # under ZeRO-3 transformers would shard the weights at loading, and meta tensors cannot be sharded
         with whole_models(), torch.device("meta"):
+            base = empty_base_model(recipe, smaller, new_rows, weights_dtype(recipe))
             if isinstance(recipe, ClassificationRecipe):
-                smaller.num_labels = num_labels or recipe.num_labels or 2
-                base: Any = AutoModelForSequenceClassification.from_config(smaller, dtype=weights_dtype(recipe))
-                grow_embeddings(base, new_rows)
                 install_classification(base, PLAIN_LOSS)  # others take no more memory
             else:
-                base = AutoModelForCausalLM.from_config(smaller, dtype=weights_dtype(recipe))
-                grow_embeddings(base, new_rows)
                 install_causal(base, recipe.max_seq_length)
             return base if recipe.tune == "full" else add_adapters(base, recipe, new_rows)
 

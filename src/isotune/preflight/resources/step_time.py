@@ -14,7 +14,7 @@ time_parameters.yaml, with how they were found; docs/plan.md compares the predic
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -97,13 +97,19 @@ def step_load(sharding: Sharding, work: Work, traffic: Traffic) -> StepLoad:
     bytes_of_traffic = share * work.tokens_per_step / max(sum(work.costliest_microbatch[0]), 1)
     moved = Traffic(
         traffic.product_bytes * bytes_of_traffic,
-        traffic.elementwise_bytes * bytes_of_traffic + dequantised_bytes(sharding) * work.microbatches_per_rank,
+        traffic.elementwise_bytes * bytes_of_traffic,
         traffic.launches * work.microbatches_per_rank,
     )
-    return StepLoad(products, attention, moved, optimizer_bytes(sharding))
+    return load_of(sharding, products, attention, moved, work.microbatches_per_rank)
 
 
-def dequantised_bytes(sharding: Sharding) -> float:
+def load_of(sharding: Sharding, products: float, attention: float, traffic: Traffic, microbatches: int) -> StepLoad:
+    """The load of FLOPs and traffic in a process's microbatches, with what 4-bit weights and the optimizer move."""
+    moved = replace(traffic, elementwise_bytes=traffic.elementwise_bytes + _dequantised_bytes(sharding) * microbatches)
+    return StepLoad(products, attention, moved, _optimizer_bytes(sharding))
+
+
+def _dequantised_bytes(sharding: Sharding) -> float:
     """Bytes that a microbatch moves to have 4-bit weights in 16 bits: in forward, backward and where it is repeated."""
     if sharding.recipe.tune != "qlora":
         return 0.0
@@ -111,7 +117,7 @@ def dequantised_bytes(sharding: Sharding) -> float:
     return passes * _FOUR_BIT_READ_AND_WRITTEN * sharding.model.linear_numel
 
 
-def optimizer_bytes(sharding: Sharding) -> float:
+def _optimizer_bytes(sharding: Sharding) -> float:
     """Bytes that the norm, clipping and the optimizer move."""
     return (_OPTIMIZER_BYTES + 2 * state_bytes(sharding.recipe)) * sharding.optimized_numel
 

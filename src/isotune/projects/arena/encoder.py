@@ -143,11 +143,17 @@ def kept_for_evaluation(battles: Battles, seed: int, share: float) -> np.ndarray
 def predict_battles(
     classifier: Classifier, battles: Sequence[Battle], max_seq_length: int, ranks: Ranks | None = None
 ) -> np.ndarray:
-    """Mean probabilities of a, b and tie over both orders: float64 [rows, 3]; UserError if a logit is not finite.
+    """Tokenize battles, and predict them as `predict_both_orders`."""
+    return predict_both_orders(
+        classifier, in_both_orders(battles, TextEncoder(classifier.tokenizer), max_seq_length), ranks
+    )
+
+
+def predict_both_orders(classifier: Classifier, both: BothOrders, ranks: Ranks | None = None) -> np.ndarray:
+    """Mean probabilities of a, b and tie over both orders: float64 [battles, 3]; UserError if a logit is not finite.
 
     With `ranks` each process predicts its share, and gets all.
     """
-    both = in_both_orders(battles, TextEncoder(classifier.tokenizer), max_seq_length)
     logits = classify(classifier, both.documents, ranks or Ranks(0, 1, classifier.device), progress=ranks is None)
     return both.swap_average(softmax(logits, axis=1))
 

@@ -16,7 +16,7 @@ from isotune.evaluation.statistics.resampling import by_group, score
 from isotune.evaluation.tasks import ClassificationTask
 from isotune.io.errors import UserError
 from isotune.projects.arena.battles import Battles, read_battles, read_competition
-from isotune.projects.arena.encoder import in_both_orders, kept_for_evaluation, predict_battles
+from isotune.projects.arena.encoder import BothOrders, in_both_orders, kept_for_evaluation, predict_both_orders
 from isotune.projects.arena.preference import GROUP_DIGITS, NAMES
 
 
@@ -24,15 +24,14 @@ from isotune.projects.arena.preference import GROUP_DIGITS, NAMES
 class BattleRows:
     """Labelled battles, and what of them a document, a result and its folder need."""
 
-    battles: Battles
+    both: BothOrders
     task: ClassificationTask
     name: str  # of the result's folder
     rows: Rows  # the document of each battle is that of the order in which it stands
-    max_seq_length: int
 
     def evaluate(self, classifier: Classifier, ranks: Ranks, *, resamples: int, seed: int) -> Evaluation | None:
         """Predict all battles, and score them on the main process; intervals resample prompts. None on the others."""
-        outputs = predict_battles(classifier, self.battles.battles, self.max_seq_length, ranks)
+        outputs = predict_both_orders(classifier, self.both, ranks)
         if not ranks.is_main:
             return None
         groups = np.unique(self.rows.documents.columns["group"], return_inverse=True)[1]
@@ -78,7 +77,7 @@ def battle_rows(classifier: Classifier, dataset_name: str | None, limit: int | N
         fingerprint=digest("battles", longest, documents.ids.tolist(), documents.labels.tolist(), texts),
         left_out={"rows_read": len(battles), "reasons": {}},
     )
-    return BattleRows(battles, ClassificationTask(dataset_name=battles.name, dataset_split=split), name, rows, longest)
+    return BattleRows(both, ClassificationTask(dataset_name=battles.name, dataset_split=split), name, rows)
 
 
 def _of_battles(documents: Documents, battles: Battles) -> Documents:

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from isotune.config.task_types import MULTI_LABEL, REGRESSION
 from isotune.data.classification.predictions import predicted
 from isotune.evaluation.classification.evaluate import Rows, read_task_rows
-from isotune.evaluation.classification.examples import EXAMPLES, examples_of
+from isotune.evaluation.classification.examples import EXAMPLES, examples_of, kept_errors
 from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.models import Classifier, task_of_run
 from isotune.evaluation.results import find_results
@@ -84,12 +83,3 @@ def newest_errors(run: Path) -> list[dict[str, Any]]:
     """The errors that the newest evaluation of a run kept with their texts; none where there is no such file."""
     files = [folder / EXAMPLES for folder in find_results(run) if (folder / EXAMPLES).is_file()]
     return kept_errors(max(files, key=lambda file: file.stat().st_mtime_ns).parent) if files else []
-
-
-def kept_errors(folder: Path) -> list[dict[str, Any]]:
-    """The errors among the examples that an evaluation kept; none where it kept no such file."""
-    try:
-        lines = [json.loads(line) for line in (folder / EXAMPLES).read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError):
-        return []
-    return [line for line in lines if line.get("actual") != line.get("predicted")]

@@ -62,9 +62,8 @@ class ClassifierRoutes:
     async def _attributions(self, asked: Asked) -> Response:
         others = None if asked.body.text_pair is None else [asked.body.text_pair]
         documents = await anyio.to_thread.run_sync(self.service.prepare, [asked.body.text], others)
-        (outputs,) = await results_of(asked, self.worker, [ToPredict(documents)])
-        output = self.service.output_of(asked.body.label, outputs)
-        (found,) = await results_of(asked, self.worker, [ToExplain(documents, output)])
+        work = ToExplain(documents, self.service.output_of(asked.body.label))
+        ((output, found),) = await results_of(asked, self.worker, [work])
         label = None if self.service.classifier.task_type == REGRESSION else self.service.names[output]
         return JSONResponse({"method": attribution.METHOD, "label": label, **asdict(found)})
 

@@ -31,10 +31,10 @@ class ToPredict:
 
 @dataclass(frozen=True)
 class ToExplain:
-    """One document; the result is the share of each of its words in the output `output`."""
+    """One document; the result is the number of an output, and the share of each of its words in that."""
 
     documents: Documents
-    output: int
+    output: int | None  # None for the likeliest
 
 
 class ClassifierService:
@@ -79,7 +79,8 @@ class ClassifierService:
         """One forward for all predictions, or one explanation."""
         work = jobs[0].work
         if isinstance(work, ToExplain):
-            jobs[0].result.set_result(integrated_gradients(self.classifier, work.documents, work.output))
+            output = work.output if work.output is not None else int(self.outputs(work.documents)[0].argmax())
+            jobs[0].result.set_result((output, integrated_gradients(self.classifier, work.documents, output)))
             return
         documents = Documents.concat([job.work.documents for job in jobs])
         outputs = self.outputs(documents)
@@ -109,12 +110,12 @@ class ClassifierService:
             answers.append(answer | {"tokens": whole[row], "tokens_read": read[row]})
         return answers
 
-    def output_of(self, label: str | None, outputs: np.ndarray) -> int:
-        """The number of the output to explain: that of a label, or the likeliest; Refused for an unknown label."""
+    def output_of(self, label: str | None) -> int | None:
+        """The number of a label's output, or of a regression's; None without a label. Refused for an unknown one."""
         if self.classifier.task_type == REGRESSION:
             return 0
         if label is None:
-            return int(outputs[0].argmax())
+            return None
         if label not in self.names:
             raise Refused(BAD_REQUEST, "no_such_label", f"this model has no label {label[:60]!r}", "label")
         return self.names.index(label)

@@ -6,11 +6,10 @@ or a stop word, and reasoning, which belongs to no answer. So the pieces add up 
 
 import re
 
-from isotune.data.sft.conversations import header_start
+from isotune.data.sft.conversations import REASONING_CLOSES, REASONING_OPENS, header_start
 from isotune.evaluation.models import GenerationModel
 
 _MAY_BE_HEADER = re.compile(r"#+ ?[A-Za-z]{0,9}$")
-_OPEN, _CLOSE = "<think>", "</think>"
 _UNFINISHED = "\ufffd"  # what an unfinished character is decoded as
 
 
@@ -41,7 +40,7 @@ class AnswerText:
     def finish(self) -> tuple[str, str]:
         """The rest of the answer, and the whole of it."""
         text = self._decoded()
-        whole, _ = self._stopped(text if self.prompt is None else self.lm.encoder.answer_in(text))
+        whole, _ = self._stopped(text if self.prompt is None else self.lm.encoder.answer_in(text, self.prompt))
         whole = whole if self.prompt is None else whole.rstrip()
         return self._new(whole), whole
 
@@ -70,9 +69,8 @@ class AnswerText:
             header = header_start(text)
             text = _MAY_BE_HEADER.sub("", text) if header is None else text[:header]
         text = text.lstrip()
-        begun = text[: len(_OPEN)]
-        reasons = self.prompt.rstrip().endswith(_OPEN) or (begun == _OPEN[: len(begun)])
-        if reasons and text:
-            _, closed, text = text.partition(_CLOSE)
+        may_open = REASONING_OPENS.startswith(text[: len(REASONING_OPENS)])
+        if text and (may_open or self.prompt.rstrip().endswith(REASONING_OPENS)):
+            _, closed, text = text.partition(REASONING_CLOSES)
             return text.lstrip() if closed else ""
         return text

@@ -10,13 +10,14 @@ import anyio.to_thread
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from isotune.evaluation.generation.completion import Decoding
 from isotune.evaluation.tasks import DEFAULT_MAX_NEW_TOKENS
 from isotune.serving.bodies import Chat, Completion, Generation, check_count
 from isotune.serving.generation.openai_form import DONE, Form, failure
 from isotune.serving.generation.service import Answer, GeneratorService, ToAnswer
-from isotune.serving.http import Asked, leave, post, results_of
+from isotune.serving.http import Asked, in_time, leave, post, results_of
 from isotune.serving.limits import BAD_REQUEST, FAILED, Refused
 from isotune.serving.worker import Job, Worker
 
@@ -103,14 +104,13 @@ class GeneratorRoutes:
         told: asyncio.Queue[Told] = asyncio.Queue()
         jobs = self._submit(asked, works, told)
         try:
-            first = await told.get()
+            first = await in_time(asked, told.get())
             if isinstance(first[1], BaseException):  # before the first word: an error like any other
                 raise first[1]
         except BaseException:
             leave(jobs)
             raise
-        events = _events(form, jobs, told, first, wants_usage=asked.body.wants_usage)
-        return StreamingResponse(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+        return _Stream(jobs, _events(form, len(jobs), told, first, wants_usage=asked.body.wants_usage))
 
     def _submit(self, asked: Asked, works: Sequence[ToAnswer], told: "asyncio.Queue[Told]") -> list[Job]:
         """Jobs whose pieces and results go to the queue `told`."""
@@ -129,29 +129,41 @@ class GeneratorRoutes:
         return jobs
 
 
+class _Stream(StreamingResponse):
+    """Events about jobs, which nobody waits for once the stream ends, or before its first event was sent."""
+
+    def __init__(self, jobs: Sequence[Job], events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+        self.jobs = jobs
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            leave(self.jobs)
+
+
 async def _events(
-    form: Form, jobs: list[Job], told: "asyncio.Queue[Told]", first: Told, *, wants_usage: bool
+    form: Form, count: int, told: "asyncio.Queue[Told]", first: Told, *, wants_usage: bool
 ) -> AsyncIterator[str]:
-    """The stream of the answers; an error ends it with an event that says so."""
+    """The stream of `count` answers; an error ends it with an event that says so."""
     answers: dict[int, Answer] = {}
     number, what = first
-    try:
-        if form.is_chat:
-            yield form.begin()
-        while True:
-            if isinstance(what, str):
-                yield form.piece(number, what)
-            elif isinstance(what, Answer):
-                answers[number] = what
-                yield form.end(number, what)
-            else:
-                yield failure(what if isinstance(what, Refused) else Refused(FAILED, "failed", "the model failed"))
-                return
-            if len(answers) == len(jobs):
-                break
-            number, what = await told.get()
-        if wants_usage:
-            yield form.usage([answers[number] for number in sorted(answers)])
-        yield DONE
-    finally:
-        leave(jobs)
+    if form.is_chat:
+        yield form.begin()
+    while True:
+        if isinstance(what, str):
+            yield form.piece(number, what)
+        elif isinstance(what, Answer):
+            answers[number] = what
+            yield form.end(number, what)
+        else:
+            yield failure(what if isinstance(what, Refused) else Refused(FAILED, "failed", "the model failed"))
+            return
+        if len(answers) == count:
+            break
+        number, what = await told.get()
+    if wants_usage:
+        yield form.usage([answers[number] for number in sorted(answers)])
+    yield DONE
