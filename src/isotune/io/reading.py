@@ -81,7 +81,8 @@ def read_text(file: Path, limit_bytes: int = MAX_BYTES) -> str:
         try:
             return opened.read(limit_bytes).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise Unreadable(f"it is not UTF-8 from byte {error.start} on") from None
+            line, byte = error.object.count(b"\n", 0, error.start) + 1, error.object[error.start]
+            raise Unreadable(f"line {line} holds the byte 0x{byte:02x}, which is not UTF-8: save it as UTF-8") from None
         except OSError as error:
             raise Unreadable(error.strerror or first_line(error)) from None
 

@@ -94,6 +94,8 @@ def is_null(value: Any) -> bool:
 
 def kind_of_value(value: Any) -> str:
     """How an error sentence names what stands in a cell instead of what is expected."""
+    if isinstance(value, bytes):
+        return "bytes that are not UTF-8"
     return "null" if is_null(value) else f"a {type(value).__name__}"
 
 
