@@ -1,6 +1,6 @@
 """The classes of a data set: which class a cell holds, however it is written, and how two lists of names are aligned.
 
-A cell may hold a whole number (`1`, `1.0`, `"1"`), a word, or true and false. A code with a zero in front, such as `01`,
+A cell may hold a whole number (`1`, `1.0`, `"1"`), a word, or true and false. A code with a zero in front, as in `01`,
 is a word. Names are compared without regard to case and to spaces, numbers only where one side has no names.
 """
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from isotune.data.sources.source import is_null, kind_of_value
 from isotune.io.errors import shown
 
 SYSTEM, USER, ASSISTANT, TOOL = "system", "user", "assistant", "tool"
@@ -32,6 +33,8 @@ LEARN_FIELDS = ("weight", "train", "loss")
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # the first that is there, as transformers reads them
 # read by every form, or names that change nothing of what is said
 KNOWN_FIELDS = {"role", "content", "tool_calls", "tool_call_id", "name", "id", *REASONING_FIELDS}
+
+NO_TOOLS = ("", "null", "None")  # as texts
 
 Message = dict[str, Any]
 
@@ -81,7 +84,7 @@ def read_message(message: Any, number: int) -> tuple[Message, bool]:
             return {"role": role, "content": content}, True
     if not isinstance(message, Mapping):
         raise ValueError(f"message {number} is a {type(message).__name__}, not an object with role and content")
-    fields = {str(name): value for name, value in cast(Mapping[Any, Any], message).items() if value is not None}
+    fields = {str(name): value for name, value in cast(Mapping[Any, Any], message).items() if not is_null(value)}
     role = _one_value(fields, ROLE_FIELDS, number, ROLES.get)
     content = _one_value(fields, CONTENT_FIELDS, number, lambda text: text)
     called = role.strip().lower() if isinstance(role, str) else ""
@@ -90,7 +93,7 @@ def read_message(message: Any, number: int) -> tuple[Message, bool]:
     if called not in ROLES:
         raise ValueError(f"message {number} has the role {role!r}; known are {', '.join(ROLES)}")
     learn = _may_be_learnt(fields, ROLES[called], number)
-    calls = fields.pop("tool_calls", None)
+    calls = _listed_in(fields.pop("tool_calls", None))
     if (call := fields.pop(FUNCTION_CALL, None)) and not calls:
         calls = [call]
     if content is None and calls:
@@ -127,7 +130,7 @@ def _text_of(content: Any, number: int) -> str:
         return content
     is_part = isinstance(content, Mapping) and "text" in content
     if not is_part and not isinstance(content, list):
-        raise ValueError(f"message {number} has a {type(cast(Any, content)).__name__} for its content, not a text")
+        raise ValueError(f"message {number} has {kind_of_value(content)} for its content, not a text")
     texts: list[str] = []
     for part in cast(list[Any], [content] if is_part else content):
         fields = cast(Mapping[str, Any], part) if isinstance(part, Mapping) else {"type": type(part).__name__}
@@ -178,8 +181,7 @@ def _fields_of(value: Any) -> Mapping[str, Any]:
 
 def read_tools(tools: Any) -> tuple[Any, ...] | None:
     """The `tools` column: a list of JSON schemas, or such a list as JSON text; None where there are none."""
-    read = _from_json(tools)
-    if read is None or read == "" or read == []:
+    if not (read := _listed_in(tools)):
         return None
     if not isinstance(read, list):
         raise ValueError(f"the tools column holds a {type(tools).__name__} that is no list of tools")
@@ -187,6 +189,12 @@ def read_tools(tools: Any) -> tuple[Any, ...] | None:
     if not all(isinstance(tool, Mapping) for tool in listed):
         raise ValueError("the tools column holds something that is no JSON schema of a tool")
     return tuple(listed)
+
+
+def _listed_in(value: Any) -> Any:
+    """What a cell of tools or of their calls lists, also as JSON; None where it says in any way that there are none."""
+    read = _from_json(value)
+    return None if is_null(read) or (isinstance(read, str) and read.strip() in NO_TOOLS) else read
 
 
 def _from_json(value: Any) -> Any:
