@@ -106,6 +106,11 @@ class GenerationModel:
         """Every eos token: the tokenizer's and those of the model's generation_config.json."""
         named = self.model.generation_config.eos_token_id
         ids = {*(named if isinstance(named, list) else [named]), self.tokenizer.eos_token_id} - {None}
+        if other := [token for token in ids if type(token) is not int]:
+            raise UserError(
+                f"eos_token_id of {self.model.name_or_path}/generation_config.json holds {other[0]!r}: write the "
+                "numbers of tokens"
+            )
         ids |= self.encoder.end_ids
         if not ids:
             raise UserError(f"the tokenizer {self.tokenizer.name_or_path} has no eos token: generation could not end")
