@@ -73,7 +73,7 @@ def test_a_generation_config_that_cannot_be_read_is_named_and_not_the_weights(tm
 
 def test_an_end_that_is_no_token_is_named(tmp_path):
     lm = opened(with_keys(small_opt(tmp_path / "base"), "generation_config.json", eos_token_id=["</s>"]))
-    with pytest.raises(UserError, match="eos_token_id of .*/generation_config.json holds '</s>': write the numbers"):
+    with pytest.raises(UserError, match=r"eos_token_id of .*/generation_config.json holds '</s>': write the numbers"):
         answers(lm)
 
 

@@ -258,5 +258,5 @@ def test_a_code_keeps_its_zeros(labels, names, classes):
 def test_a_zero_in_front_is_another_spelling_of_a_number_that_stands_there_too():
     assert resolve(["0", "1", "01", "00"], where=str).labels.tolist() == [0, 1, 1, 0]
     assert resolve(["01", "02"], where=str, known=("2", "1")).labels.tolist() == [1, 0]
-    with pytest.raises(UserError, match="row 1 is of class '1'.*01, 02"):  # a number does not say which code it is
+    with pytest.raises(UserError, match=r"row 1 is of class '1'.*01, 02"):  # a number does not say which code it is
         resolve([1, 2], where=where, known=("01", "02"))

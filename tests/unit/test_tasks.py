@@ -128,5 +128,5 @@ def test_a_task_file_asks_for_no_ids_as_a_recipe_does(tmp_path, word):
 def test_a_missing_number_is_no_text_of_a_template(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"size": 1.5, "label": 0}\n{"size": NaN, "label": 1}\n')
-    with pytest.raises(UserError, match="row 2 of .*column 'size', is null: the template has no text for it"):
+    with pytest.raises(UserError, match=r"row 2 of .*column 'size', is null: the template has no text for it"):
         list(ClassificationTask(dataset_name=str(file), template="{size}").source().rows())

@@ -2,9 +2,9 @@
 
 RFC 4180 says how cells are quoted. Real files have a blank before a quoted cell (`"Buddha", "I want ..."`), which makes
 the quotes text and every comma inside a new cell; semicolons, where a spreadsheet uses the comma for decimals, also
-below a first line `sep=;`; empty columns behind the last; and TSV without quoting, in which a quote is text. A file is read
-once before its rows are: the first way in which every row has as many cells as the first is its way, and one that is
-not the usual one is noted.
+below a first line `sep=;`; empty columns behind the last; and TSV without quoting, in which a quote is text. A file is
+read once before its rows are: the first way in which every row has as many cells as the first is its way, and one that
+is not the usual one is noted.
 """
 
 import csv
