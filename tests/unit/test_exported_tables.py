@@ -1,6 +1,7 @@
 """Tables as spreadsheets, warehouses and Windows programs export them: what is read, and which place is named."""
 
 import gzip
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,6 +10,8 @@ import pytest
 import yaml
 
 from isotune.config.layers import read_file
+from isotune.data.classification.classes import label_of
+from isotune.data.classification.targets import numbers_of
 from isotune.data.sources.source import read_rows
 from isotune.io.errors import UserError
 
@@ -61,6 +64,17 @@ def test_texts_in_a_column_that_is_not_marked_as_text_are_texts(tmp_path, kind):
         with pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
     assert [row["text"] for row in read_rows(str(tmp_path / "t.arrow")).rows()] == ["café", None, "b"]
+
+
+def test_decimals_are_numbers(tmp_path):
+    labels = pa.array([Decimal(1), Decimal(0), None], pa.decimal128(10, 0))
+    scores = pa.array([Decimal("1.50"), Decimal("2.00"), None], pa.decimal128(10, 2))
+    pq.write_table(pa.table({"label": labels, "score": scores}), tmp_path / "t.parquet")
+    rows = list(read_rows(str(tmp_path / "t.parquet")).rows())
+    assert [str(row["score"]) for row in rows] == ["1.50", "2.00", "None"]
+    assert [(row["label"], type(row["label"])) for row in rows[:2]] == [(1, int), (0, int)]
+    assert numbers_of([row["score"] for row in rows[:2]], str, "score").values.tolist() == [1.5, 2.0]
+    assert [label_of(row["label"]) for row in rows[:2]] == [1, 0] and label_of(Decimal("2.00")) == 2
 
 
 def test_a_binary_cell_that_is_no_text_stays_bytes(tmp_path):

@@ -81,7 +81,7 @@ def load_pretrained(
         kwargs["use_safetensors"] = True
     if located.pickles:
         _say_pickled(name, located.pickles[0])
-    if auto is AutoModelForCausalLM:
+    if str(auto.__name__) == AutoModelForCausalLM.__name__:
         _check_generation_config(name, located)
     if "config" not in kwargs:
         kwargs["config"] = load_pretrained_config(name, revision=revision)

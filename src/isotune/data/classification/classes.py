@@ -7,6 +7,7 @@ is a word. Names are compared without regard to case and to spaces, numbers only
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,8 @@ def label_of(cell: Any, names: Sequence[str] = ()) -> Label:
 
     `names` are those of a ClassLabel column, whose cells hold the numbers of its names.
     """
+    if isinstance(cell, Decimal):
+        cell = float(cell)
     if isinstance(cell, float) and cell.is_integer():
         cell = int(cell)
     if isinstance(cell, str):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from decimal import Decimal
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -67,8 +68,11 @@ class _NotUtf8(UserError):
 
 
 def _rows(batches: Iterator[Any]) -> Iterator[Row]:
-    """Rows of batches. Binary cells are texts where they are UTF-8: not every program marks a column as such."""
-    types: Any = import_module("pyarrow.types")
+    """Rows of batches, with texts and numbers as every other format has them.
+
+    Binary cells are texts where they are UTF-8: not every program marks a column as such. Decimals without
+    a fraction are whole numbers; others keep their digits.
+    """
     count = 0
     for batch in batches:
         try:
@@ -76,9 +80,9 @@ def _rows(batches: Iterator[Any]) -> Iterator[Row]:
         except UnicodeDecodeError as error:
             raise _not_utf8(batch, count) from error
         count += len(rows)
-        for name in (field.name for field in batch.schema if any(is_it(field.type) for is_it in _binary(types))):
+        for name in (field.name for field in batch.schema if _is_written_otherwise(field.type)):
             for row in rows:
-                row[name] = _text_in(row[name])
+                row[name] = _plain(row[name])
         if any(_has_fields(field.type) for field in batch.schema):
             for row in rows:
                 yield {name: without_nulls(value) for name, value in row.items()}
@@ -86,12 +90,16 @@ def _rows(batches: Iterator[Any]) -> Iterator[Row]:
             yield from rows
 
 
-def _binary(types: Any) -> tuple[Callable[[Any], bool], ...]:
-    return types.is_binary, types.is_large_binary, types.is_binary_view
+def _is_written_otherwise(kind: Any) -> bool:
+    types: Any = import_module("pyarrow.types")
+    is_binary = types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+    return is_binary or (types.is_decimal(kind) and kind.scale <= 0)
 
 
-def _text_in(cell: Any) -> Any:
-    """The text of a binary cell; the cell as it is where it holds none."""
+def _plain(cell: Any) -> Any:
+    """The text in a binary cell, or the whole number in a decimal one; the cell as it is where it holds none."""
+    if isinstance(cell, Decimal):
+        return int(cell)
     try:
         return cell.decode() if isinstance(cell, bytes) else cell
     except UnicodeDecodeError:

@@ -98,9 +98,9 @@ def _names_in_card(features: list[dict[str, Any]]) -> ClassNames:
         kinds = [_mapping(feature.get(key)) for key in ("dtype", "sequence", "list")]
         label = next((kind["class_label"] for kind in kinds if "class_label" in kind), None)
         if label is not None:
-            names = label["names"]  # by number, as texts, or a list
-            in_order = [names[k] for k in sorted(names, key=int)] if isinstance(names, Mapping) else names
-            found[feature["name"]] = (tuple(map(str, in_order)),)
+            names: Any = label["names"]  # by number, as texts, or a list
+            by_number = cast("Mapping[str, str]", names if isinstance(names, Mapping) else dict(enumerate(names)))
+            found[feature["name"]] = (tuple(str(by_number[number]) for number in sorted(by_number, key=int)),)
     return found
 
 
