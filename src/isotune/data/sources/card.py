@@ -99,7 +99,8 @@ def _names_in_card(features: list[dict[str, Any]]) -> ClassNames:
         label = next((kind["class_label"] for kind in kinds if "class_label" in kind), None)
         if label is not None:
             names: Any = label["names"]  # by number, as texts, or a list
-            by_number = cast("Mapping[str, str]", names if isinstance(names, Mapping) else dict(enumerate(names)))
+            is_list = isinstance(names, list)
+            by_number = dict(enumerate(cast(list[str], names))) if is_list else cast(dict[Any, str], names)
             found[feature["name"]] = (tuple(str(by_number[number]) for number in sorted(by_number, key=int)),)
     return found
 
