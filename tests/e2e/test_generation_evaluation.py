@@ -80,6 +80,20 @@ def test_answers_metrics_and_examples_are_printed_and_kept(run, say):
     assert "1 &#124; 2<br>3 &lt;b&gt;" in table[2]
 
 
+def test_data_of_the_recipe_are_read_as_the_recipe_says(run, say, tmp_path):
+    data, other = tmp_path / "data", tmp_path / "run"
+    for language, question in (("de", "Wer?"), ("fr", "Qui?")):
+        (data / language).mkdir(parents=True)
+        row = {"text": f"### Human: {question}\n### Assistant: Ada"}
+        (data / language / "test.jsonl").write_text(json.dumps(row) + "\n")
+    (other / "model").parent.mkdir()
+    (other / "model").symlink_to(run / "model")
+    (other / "recipe.yaml").write_text(f"tune: full\neval_dataset_name: {data}\neval_dataset_config: fr\n")
+    assert say("--run_dir", other, "--dataset_name", data, "--max_new_tokens", 1)[0] == 0
+    (folder,) = find_results(other)
+    assert [row["prompt"] for row in read_result(folder).predictions] == ["Qui?"]
+
+
 def test_a_prompt_too_long_for_the_model_is_named_by_its_row_and_nothing_is_written(run, say, tmp_path):
     rows = [ROWS[0], {"text": "### Human: " + "word " * 900 + "\n### Assistant: no"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

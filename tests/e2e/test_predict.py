@@ -117,6 +117,16 @@ def test_a_table_has_a_column_for_each_class_and_says_why_a_row_has_no_predictio
         assert found == line["probabilities"] and row["prediction_name"] == line["prediction_name"]
 
 
+def test_a_column_of_ids_that_nobody_asked_for_can_be_switched_off(run, opinions, tmp_path, capsys):
+    source = written(tmp_path, [{"text": opinions[0], "id": 7}, {"text": opinions[1]}])
+    said = predict(capsys, run, "--input", source, "--output", tmp_path / "p.jsonl", expect=2).err
+    assert (
+        "row 2 of" in said and "lacks the column 'id'" in said and "dataset_id_field, which none switches off" in said
+    )
+    predict(capsys, run, "--input", source, "--output", tmp_path / "p.jsonl", "--dataset_id_field", "none")
+    assert [line["id"] for line in lines_of(tmp_path / "p.jsonl")] == [0, 1]
+
+
 def test_two_processes_and_smaller_parts_write_what_one_does(run, opinions, tmp_path, capsys):
     source = written(tmp_path, [{"text": text} for text in opinions])
     parts = ("--part_rows", 16)

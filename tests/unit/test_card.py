@@ -137,3 +137,46 @@ def test_a_clone_that_moved_is_the_same_data_and_another_configuration_is_not(tm
         return RunIdentity.of(Recipe.from_values(**values)).fingerprint
 
     assert identity(folder, "en") == identity(str(tmp_path / "moved"), "en") != identity(folder, "fr")
+
+
+FEATURES = """
+  features:
+  - name: text
+    dtype: string
+  - name: label
+    dtype:
+      class_label:
+        names:
+          '0': negative
+          '10': last
+          '2': positive
+  - name: topics
+    sequence:
+      class_label:
+        names: [sea, land]
+"""
+
+
+def test_names_of_classes_in_a_card_without_configurations_are_those_of_the_data(tmp_path):
+    folder = clone(tmp_path, f"dataset_info:{FEATURES}", "train.jsonl")
+    names = {"label": (("negative", "positive", "last"),), "topics": (("sea", "land"),)}
+    assert read_rows(folder).class_names == names
+    of_two = "".join(f"- config_name: {own}{FEATURES}" for own in ("en", "fr"))
+    folder = clone(tmp_path / "two", f"dataset_info:\n{of_two}", "en/train.jsonl", "fr/train.jsonl")
+    assert read_rows(folder, config="fr").class_names == names
+
+
+def test_names_of_classes_that_an_older_data_set_lists_beside_itself_are_those_of_the_data(tmp_path):
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    folder = clone(tmp_path, "", "train.jsonl")
+    infos = {"default": {"features": features.to_dict()}}
+    Path(folder, "dataset_infos.json").write_text(json.dumps(infos))
+    assert read_rows(folder).class_names == {"label": (("no", "yes"),)}
+    Path(folder, "dataset_infos.json").write_text(json.dumps({**infos, "other": infos["default"]}))
+    assert read_rows(folder).class_names == {}  # nobody says which
+
+
+@pytest.mark.parametrize("card", ["dataset_info: 3\n", "dataset_info:\n- features: [1]\n", "a: [\n"])
+def test_a_card_that_says_nothing_of_use_is_passed_over(tmp_path, card):
+    folder = clone(tmp_path, card, "train.jsonl")
+    assert read_rows(folder).class_names == {} and texts(folder) == ["train.jsonl"]

@@ -238,3 +238,25 @@ def test_two_forms_of_one_word_in_unicode_are_one_class():
 
 def test_numbers_beside_the_same_numbers_in_quotes_are_one_kind():
     assert resolve(["0", 1, "1"], where=str).labels.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "classes"),
+    [
+        (["007", "042", "007"], ("007", "042"), [0, 1, 0]),
+        (["02", "01", "10"], ("01", "02", "10"), [1, 0, 2]),
+        (["001", "002", "003"], ("001", "002", "003"), [0, 1, 2]),
+        (["00", "01"], ("00", "01"), [0, 1]),
+    ],
+)
+def test_a_code_keeps_its_zeros(labels, names, classes):
+    alone = resolve(labels, where=str)
+    assert (alone.names, alone.labels.tolist(), alone.numbered) == (names, classes, False)
+    assert resolve(labels, where=str, known=names[::-1]).labels.tolist() == [len(names) - 1 - own for own in classes]
+
+
+def test_a_zero_in_front_is_another_spelling_of_a_number_that_stands_there_too():
+    assert resolve(["0", "1", "01", "00"], where=str).labels.tolist() == [0, 1, 1, 0]
+    assert resolve(["01", "02"], where=str, known=("2", "1")).labels.tolist() == [1, 0]
+    with pytest.raises(UserError, match=r"row 1 is of class '1'.*01, 02"):  # a number does not say which code it is
+        resolve([1, 2], where=where, known=("01", "02"))

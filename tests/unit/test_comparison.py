@@ -234,6 +234,10 @@ def test_json_holds_what_the_table_says(runs, capsys):
 @pytest.mark.parametrize(
     ("other", "says"),
     [
+        (
+            {"ids": [str(row) for row in range(ROWS)]},
+            "the ids are numbers in one and texts in the other, as those of a CSV",
+        ),
         ({"ids": [*range(ROWS - 2), 777, 778]}, "2 rows only in {a}/eval/test (id 198, 199); 2 rows only in {b}"),
         ({"labels": (LABELS + (np.arange(ROWS) == 7)) % 3}, "row 7 has the label"),
         ({"text": "other"}, "the ids are the same, but not the texts of the rows"),

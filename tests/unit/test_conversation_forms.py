@@ -1,6 +1,7 @@
 """Rows in the forms that are found in the wild, their marks, and what is said of those that cannot be read."""
 
 import json
+import math
 
 import pytest
 from tests.chat_tokenizers import byte_chat_tokenizer
@@ -146,6 +147,12 @@ def test_tool_calls_are_learnt_and_their_results_are_not(tmp_path):
         ({"messages": [{"role": "user", "content": "q", "value": "other"}]}, None,
          "message 1 has content 'q' and value 'other': leave one of them out"),
         ({"messages": [{"role": "user", "from": "gpt", "content": "q"}]}, None, "has role 'user' and from 'gpt'"),
+        ({"messages": [{"role": "assistant", "text": "a"}]}, None, "message 1 has no content; it has role, text"),
+        ({"messages": [{"speaker": "gpt", "value": "a"}]}, None, "message 1 has no role; it has speaker, value"),
+        *(({"messages": [{"role": "assistant", "content": "a", mark: 0}]}, None, f"message 1 has {mark} 0, which may")
+          for mark in ("mask", "loss_mask", "Trainable", "ignore", "train_on_turn", "weights", "no_train")),
+        ({"messages": [{"role": "system", "content": "s"}, *MARKED], "system": "t"}, None,
+         "the system column says something else than the system message"),
         ({"input_ids": [5, 6], "labels": [5, 7]}, None, "token 2 is 7, and input_ids has 6 there"),
         ({"input_ids": [5, 99999]}, None, "a token outside the tokenizer's"),
         ({"input_ids": [5, 6], "attention_mask": [1]}, None, "has 1 numbers, and input_ids 2"),
@@ -283,3 +290,40 @@ def test_an_evaluation_asks_from_the_columns_that_are_named(tmp_path):
     assert (asked.prompt, asked.reference) == ("q", "a")
     (asked,) = read_task(GenerationTask, None, {"dataset_name": str(file)}).samples()
     assert (asked.prompt, asked.reference) == ("x", "y")
+
+
+@pytest.mark.parametrize("nothing", [None, math.nan])
+def test_a_field_without_a_value_is_as_good_as_none(tmp_path, nothing):
+    plain = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
+    empty = dict.fromkeys(("from", "value", "weight", "train", "tool_calls", "reasoning", "mood"), nothing)
+    rows = [{"messages": [{**message, **empty} for message in plain[0]["messages"]], "system": nothing}]
+    assert texts(prepared(tmp_path, rows)) == texts(prepared(tmp_path, plain))
+    assert prepared(tmp_path, rows).table.counts["fields_not_read"] == []
+
+
+@pytest.mark.parametrize(("fields", "learnt"), [({"Weight": 0}, " b<eos>"), ({"WEIGHT": 1}, " a b<eos>")])
+def test_fields_of_messages_are_known_in_any_case(tmp_path, fields, learnt):
+    messages = [{"Role": "user", "Content": "q"}, {"ROLE": "Assistant", "content": "a", **fields}]
+    messages += [{"role": "user", "content": "r"}, {"role": "assistant", "content": "b"}]
+    assert [own for _, own in texts(prepared(tmp_path, [{"messages": messages}]))] == [learnt]
+
+
+ASKED = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    "form", [{"question": "q", "response": "a"}, {"instruction": "q", "output": "a"}, {"messages": ASKED}]
+)
+def test_a_system_prompt_stands_before_what_is_asked_under_either_name(tmp_path, form):
+    expected = [("<bos>### System: Be brief.\n### Human: q\n### Assistant: a<eos>", " a<eos>")]
+    for name in ("system", "system_prompt"):
+        assert texts(prepared(tmp_path, [{**form, name: "Be brief."}])) == expected
+    twice = {"messages": [{"role": "system", "content": "Be brief."}, *ASKED], "system": " Be brief. "}
+    assert texts(prepared(tmp_path, [twice])) == expected
+
+
+@pytest.mark.parametrize("nothing", [None, math.nan, [], "", "[]", "null", "None"])
+def test_no_tools_are_none_however_they_are_written(tmp_path, nothing):
+    asked, answered = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    rows = [{"messages": [asked, {**answered, "tool_calls": nothing}], "tools": nothing}]
+    assert texts(prepared(tmp_path, rows)) == texts(prepared(tmp_path, [{"messages": [asked, answered]}]))

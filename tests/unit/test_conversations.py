@@ -88,10 +88,10 @@ def test_both_forms_of_one_conversation_agree():
     ("messages", "sentence"),
     [
         ([{"role": "user", "content": "a"}, {"role": "narrator", "content": "b"}], "message 2 has the role 'narrator'"),
-        ([{"role": "user", "content": None}], "message 1 has a NoneType for its content"),
+        ([{"role": "user", "content": None}], "message 1 has no content; it has role"),
         ([{"role": "user", "content": [{"type": "image"}]}], "message 1 has a part of type 'image'"),
         (["hello"], "message 1 is a str"),
-        ([{"content": "a"}], "message 1 has the role None"),
+        ([{"content": "a"}], "message 1 has no role; it has content"),
     ],
 )
 def test_a_message_that_is_none_is_named(messages, sentence):

@@ -66,6 +66,10 @@ def test_the_files_of_a_split_are_found_in_order(tmp_path, names, split, expecte
          "lacks 1 of the 3 shards of 'train', first train-00001-of-00003.jsonl: fetch it"),
         ([f"train-00000-of-00001-{HASH}.jsonl", f"train-00000-of-00001-{HASH[::-1]}.jsonl"], "train", "two tables"),
         (["train-00000-of-00002.jsonl", "train-00001-of-00003.jsonl"], "train", "two tables 'train'"),
+        (["train_fold0.jsonl", "train_fold1.jsonl"], "train", "more than once (train_fold0.jsonl, train_fold1.jsonl)"),
+        (["train-v1.0.jsonl", "train-v1.1.jsonl"], "train", "more than once"),
+        (["train_10k.jsonl", "train_100k.jsonl"], "train", "more than once (train_100k.jsonl, train_10k.jsonl)"),
+        (["seed1/train.jsonl", "seed2/train.jsonl"], "train", "more than once"),
         (["train/a-00001-of-00002.jsonl"], "train", "lacks 1 of the 2 shards of 'a', first a-00000-of-00002.jsonl"),
     ],
 )  # fmt: skip
@@ -80,6 +84,13 @@ def test_files_of_the_split_that_are_not_read_are_noted(tmp_path):
     source = read_rows(folder)
     assert len(list(source.rows())) == 1
     assert source.notes == ["not read as 'train': train_extra.jsonl"]
+
+
+def test_files_that_are_numbered_without_their_count_are_said(tmp_path):
+    parts = ["train/part-00002-ab.jsonl", "train/part-00010-ab.jsonl"]
+    source = read_rows(folder_of(tmp_path, [*parts[::-1], "train/_SUCCESS"]))
+    assert [row["file"] for row in source.rows()] == parts
+    assert source.notes == ["read together as 'train': train/part-00002-ab.jsonl, train/part-00010-ab.jsonl"]
 
 
 def test_an_evaluation_set_is_asked_for_by_its_own_key(tmp_path):

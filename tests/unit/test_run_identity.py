@@ -68,6 +68,21 @@ def test_one_other_bit_is_another_run_under_either_name(places, what, keys):
     assert after.fingerprint not in (before.fingerprint, elsewhere.fingerprint)
 
 
+def test_a_chat_template_in_a_file_is_told_by_its_content(places):
+    for where in ("here", "there"):
+        (places / where / "chat.jinja").write_text("{{ messages[0].content }}")
+    files = {where: str(places / where / "chat.jinja") for where in ("here", "there")}
+    own, moved = (RunIdentity.of(recipe(places, where, chat_format=file)) for where, file in files.items())
+    assert own.fingerprint == moved.fingerprint and not own.differences(moved)
+    (places / "there" / "chat.jinja").write_text("{{ messages[-1].content }}")
+    changed = RunIdentity.of(recipe(places, "there", chat_format=files["there"]))
+    assert list(changed.differences(moved)) == ["chat_format"] and changed.fingerprint != moved.fingerprint
+    assert "have changed since" in changed.differences(moved)["chat_format"]
+    assert RunIdentity.of(recipe(places, "here", chat_format="guanaco")).contents.keys() == (
+        own.contents.keys() - {"chat_format"}
+    )
+
+
 def test_files_that_are_no_part_of_a_model_do_not_count(places):
     before = RunIdentity.of(recipe(places, "here"))
     (places / "here" / "model" / "README.md").write_text("a card")

@@ -85,3 +85,48 @@ def test_a_row_that_the_task_does_not_fit_is_named(rows, task, said):
         return
     with pytest.raises(UserError, match=said):
         list(source.rows())
+
+
+@pytest.mark.parametrize(
+    ("written", "names"),
+    [
+        ("[no, yes]", ("no", "yes")),
+        ("[true, false]", ("true", "false")),
+        ("[010, 011]", ("010", "011")),
+        ("[1.10, 1.20]", ("1.10", "1.20")),
+        ("[1_000, 12:30, 0x1F, 1e5]", ("1_000", "12:30", "0x1F", "1e5")),
+        ("[2020-01-01, 'null']", ("2020-01-01", "null")),
+        ("[1, 2]", (1, 2)),
+    ],
+)
+def test_words_of_a_task_file_stay_what_stands_there(tmp_path, written, names):
+    file = tmp_path / "task.yaml"
+    file.write_text(f"dataset_name: 2024\ndataset_label_field: on\ndataset_columns: [01, on, 2]\nlabels: {written}\n")
+    task = read_task(ClassificationTask, file, {})
+    assert (task.dataset_name, task.dataset_label_field, task.labels) == ("2024", "on", names)
+    assert task.dataset_columns == ("01", "on", "2")
+    data = tmp_path / "rows.csv"
+    data.write_text("".join(f"a,{name},b\n" for name in names))
+    rows = list(read_task(ClassificationTask, file, {"dataset_name": str(data)}).source().rows())
+    assert [row["on"] for row in rows] == list(map(str, names))
+
+
+def test_types_of_other_keys_are_yamls(tmp_path):
+    file = tmp_path / "task.yaml"
+    file.write_text("dataset_name: a\nordinal: yes\nmax_seq_length: 12\nlabel_thresholds: [0.25]\ntemplate: '{no}'\n")
+    task = read_task(ClassificationTask, file, {})
+    assert (task.ordinal, task.max_seq_length, task.label_thresholds, task.template) == (True, 12, (0.25,), "{no}")
+
+
+@pytest.mark.parametrize("word", ["none", "null", "~", ""])
+def test_a_task_file_asks_for_no_ids_as_a_recipe_does(tmp_path, word):
+    file = tmp_path / "task.yaml"
+    file.write_text(f"dataset_name: a\ndataset_id_field: {word}\n")
+    assert read_task(ClassificationTask, file, {}).dataset_id_field == "none"
+
+
+def test_a_missing_number_is_no_text_of_a_template(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"size": 1.5, "label": 0}\n{"size": NaN, "label": 1}\n')
+    with pytest.raises(UserError, match=r"row 2 of .*column 'size', is null: the template has no text for it"):
+        list(ClassificationTask(dataset_name=str(file), template="{size}").source().rows())

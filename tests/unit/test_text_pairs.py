@@ -103,6 +103,19 @@ def test_columns_that_could_be_two_texts_or_two_pairs_are_asked_for(prepare):
         ClassificationRecipe.from_values(**keys, text_pair="hypothesis")
 
 
+@pytest.mark.parametrize("word", [None, "none", "null", ""])
+def test_a_row_is_one_text_where_the_recipe_says_that_there_is_no_second(prepare, word):
+    rows = rows_with("text", "text_pair")
+    one = prepare(rows, dataset_text_pair_field=word)
+    assert one.found == {} and FIRST_TYPE not in one.train.documents.columns
+    assert list(one.train.texts())[2] == "first text 2"
+    with pytest.raises(UserError, match=r"'premise' and 'hypothesis' could hold its texts"):
+        prepare(rows_with("premise", "hypothesis"), dataset_text_pair_field=word)
+    keys = {"model_name_or_path": "x", "dataset_name": "x", "output_dir": "x", "label_source": "random"}
+    recipe = ClassificationRecipe.from_values(**keys, dataset_text_pair_field=word)  # has no effect, and no harm
+    assert recipe.fingerprint() == ClassificationRecipe.from_values(**keys).fingerprint()
+
+
 def test_a_pair_is_the_same_as_another_where_both_texts_are_in_their_order(prepare):
     same = [("a b", "c", 0), ("A  b", "c", 0), ("a b", "c", 1)]
     others = [("a", "b c", 1), ("c", "a b", 1), ("", "", 0)]

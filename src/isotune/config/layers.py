@@ -122,7 +122,7 @@ def merge_layers(
     values = _with_defaults(keys, given)
     for name in [name for name in given if not keys[name].in_effect(values)]:
         requirement = keys[name].needs
-        if requirement and (origin[name] is layers[-1] or name not in effective_before):
+        if requirement and given[name] is not None and (origin[name] is layers[-1] or name not in effective_before):
             complain(f"{origin[name].name_of(name)} has no effect: {requirement.otherwise}")
         del given[name]
     values = _with_defaults(keys, given)

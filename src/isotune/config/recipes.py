@@ -20,6 +20,7 @@ from isotune.config.schema import (
     MODEL,
     OUTPUT,
     POSITIVE,
+    REQUIRED,
     SCHEDULE,
     SHARE,
     Contradiction,
@@ -118,7 +119,8 @@ class ClassificationRecipe(RunRecipe):
         "number", needs=_LABEL_COLUMN, unset=AUTO, default_text="what the labels show")
     dataset_text_field: str = key("text", DATA, "column that holds the text")
     dataset_text_pair_field: str | None = key(
-        None, DATA, "column that holds the second text of a pair", needs=_LABEL_COLUMN, default_text="none")
+        None, DATA, "column that holds the second text of a pair; none: a row is one text", needs=_LABEL_COLUMN,
+        unset=REQUIRED, default_text="found by its name")
     dataset_label_field: str = key(
         "label", DATA, "column that holds the class: a whole number from 0, a word, or true or false; by task_type a "
         "list of labels, or a number", needs=_LABEL_COLUMN)

@@ -106,6 +106,11 @@ class GenerationModel:
         """Every eos token: the tokenizer's and those of the model's generation_config.json."""
         named = self.model.generation_config.eos_token_id
         ids = {*(named if isinstance(named, list) else [named]), self.tokenizer.eos_token_id} - {None}
+        if other := [token for token in ids if type(token) is not int]:
+            raise UserError(
+                f"eos_token_id of {self.model.name_or_path}/generation_config.json holds {other[0]!r}: write the "
+                "numbers of tokens"
+            )
         ids |= self.encoder.end_ids
         if not ids:
             raise UserError(f"the tokenizer {self.tokenizer.name_or_path} has no eos token: generation could not end")
@@ -208,12 +213,17 @@ def task_of_run(
     return read_task(ClassificationTask, None, {**own, **given}), held_out
 
 
-def columns_of_run(run_dir: str, dataset_name: str | None) -> dict[str, Any]:
-    """The columns of conversations that a run's recipe names, where `dataset_name` is data of that recipe."""
+def data_of_run(run_dir: str, dataset_name: str | None) -> dict[str, Any]:
+    """What else a run's recipe says of the data `dataset_name`, where it is of that recipe.
+
+    That are the columns of its conversations, the configuration and the revision.
+    """
     recipe = read_run(run_dir).settings
-    if dataset_name not in (recipe.get("dataset_name"), recipe.get("eval_dataset_name")):
+    prefix = next((own for own in ("eval_dataset", "dataset") if recipe.get(f"{own}_name") == dataset_name), None)
+    if prefix is None:
         return {}
-    return {key: recipe.get(key) for key in ROW_COLUMNS}
+    columns = {key: recipe.get(key) for key in (*ROW_COLUMNS, "dataset_columns")}
+    return columns | {f"dataset_{key}": recipe.get(f"{prefix}_{key}") for key in ("config", "revision")}
 
 
 def generation_model_of_run(

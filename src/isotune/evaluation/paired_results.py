@@ -96,6 +96,11 @@ def _in_order(first: Result, other: Result) -> Result:
     ours, theirs = ({row["id"]: row for row in result.predictions} for result in (first, other))
     if task_type_of(first) != task_type_of(other):
         raise UserError(f"{pair}: one is of {task_type_of(first)}, the other of {task_type_of(other)}")
+    if ours.keys() != theirs.keys() and {*map(str, ours)} == {*map(str, theirs)}:
+        raise UserError(
+            f"{pair}: the ids are numbers in one and texts in the other, as those of a CSV are: evaluate both on one "
+            "file"
+        )
     differences = []
     for result, own, others in ((first, ours, theirs), (other, theirs, ours)):
         if only := [str(row_id) for row_id in own if row_id not in others]:

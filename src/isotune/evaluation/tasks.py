@@ -10,15 +10,16 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
+from isotune.config.recipes import NO_IDS
 from isotune.data.classification.classes import NameIndex, label_of, place_of
 from isotune.data.documents import check_left_out, digest
 from isotune.data.mixture import open_mixture
 from isotune.data.sft.forms import TEXT_FIELD, Content, NamedColumns
 from isotune.data.sft.messages import ASSISTANT, USER, Example, Message
 from isotune.data.sft.reading import example_of_text, read_contents
-from isotune.data.sources.source import Row, Source, read_rows
+from isotune.data.sources.source import Row, Source, is_null, read_rows
 from isotune.evaluation.metrics.modules import TEXTS, Column, MetricModule, read_metrics
 from isotune.evaluation.metrics.of_type import ALL_COLUMNS, ALL_METRICS
 from isotune.evaluation.metrics.text import TEXT_METRICS
@@ -36,6 +37,7 @@ FLAGS = (
     "dataset_text_field",
     PAIR,
     "dataset_label_field",
+    "dataset_id_field",
     "ordinal",
     "label_thresholds",
     "max_seq_length",
@@ -44,6 +46,7 @@ FLAGS = (
 # keys of rows of conversations, which earlier versions did not have
 ROW_COLUMNS = ("dataset_text_field", "dataset_prompt_field", "dataset_completion_field")
 
+TEXT_LISTS = ("labels", "dataset_columns")
 NUMBER = (lambda value: type(value) is int, "a whole number")
 TRUTH = (lambda value: isinstance(value, bool), "true or false")
 LIST = "a list without doubles"
@@ -115,7 +118,7 @@ class ClassificationTask(Task):
     dataset_text_field: str = "text"
     dataset_text_pair_field: str | None = None  # the second text of a pair
     dataset_label_field: str = "label"
-    dataset_id_field: str | None = None  # as in a recipe
+    dataset_id_field: str | None = None  # as in a recipe: none, or null in a file, for the numbers of the rows
     # the names of the classes, in the order of the numbers where the rows hold numbers; among the model's classes they
     # are found by these names
     labels: tuple[str | int, ...] | None = None
@@ -342,7 +345,7 @@ def read_task(kind: type[T], file: str | Path | None, flags: Mapping[str, Any]) 
 
 def _read_keys(kind: type[Task], file: Path) -> dict[str, Any]:
     try:
-        keys = parse_yaml(read_text(file, MAX_YAML_BYTES))
+        keys = parse_yaml(read_text(file, MAX_YAML_BYTES), lambda key: key not in KINDS or key in TEXT_LISTS)
     except FileNotFoundError:
         raise UserError(f"the task file {file} cannot be read: there is no such file") from None
     except Unreadable as reason:
@@ -350,9 +353,15 @@ def _read_keys(kind: type[Task], file: Path) -> dict[str, Any]:
     if not isinstance(keys, dict):
         raise UserError(f"the task file {file} holds no keys")
     known = [field.name for field in fields(kind)]
-    for key, value in keys.items():
+    for key, value in list(keys.items()):
         if key not in known:
             raise UserError(f"{file}: there is no key {key!r}{did_you_mean(key, known)}")
+        if key not in KINDS and type(value) is int:
+            value = keys[key] = str(value)
+        elif key == "dataset_columns" and isinstance(value, list):
+            value = keys[key] = [str(name) if type(name) is int else name for name in cast("list[Any]", value)]
+        elif key == "dataset_id_field" and value is None:  # as in a recipe
+            value = keys[key] = NO_IDS
         fits, name = KINDS.get(key, (lambda value: isinstance(value, str), "a text"))
         if value is not None and not fits(value):
             raise UserError(f"{file}: {key} is {str(value)[:40]!r}: it is {name}")
@@ -375,6 +384,6 @@ def _fill_template(template: str, row: Row, source: Source, number: int) -> str:
     for column in _template_columns(template):
         if column not in row:
             raise source.lacks(number, row, column, "the template")
-        if row[column] is None:
+        if is_null(row[column]):
             raise UserError(f"{source.where(number)}, column {column!r}, is null: the template has no text for it")
     return template.format_map(row)

@@ -8,6 +8,7 @@ sentence. A missing file stays a FileNotFoundError.
 import functools
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ KINDS = (
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISSOCK, "a socket"),
 )
+_YAML_TAG = "tag:yaml.org,2002:"
 T = TypeVar("T")
 
 
@@ -81,7 +83,8 @@ def read_text(file: Path, limit_bytes: int = MAX_BYTES) -> str:
         try:
             return opened.read(limit_bytes).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise Unreadable(f"it is not UTF-8 from byte {error.start} on") from None
+            line, byte = error.object.count(b"\n", 0, error.start) + 1, error.object[error.start]
+            raise Unreadable(f"line {line} holds the byte 0x{byte:02x}, which is not UTF-8: save it as UTF-8") from None
         except OSError as error:
             raise Unreadable(error.strerror or first_line(error)) from None
 
@@ -135,16 +138,32 @@ def checked(value: Any, schema: "TypeAdapter[T]") -> T:
     return cast("T", value)  # as it was written: no number becomes one of another type
 
 
-def parse_yaml(text: str) -> Any:
-    """The value of a YAML text, by YAML's own types; Unreadable as `compose_yaml`."""
+def parse_yaml(text: str, texts: Callable[[str], bool] | None = None) -> Any:
+    """The value of a YAML text, by YAML's own types; Unreadable as `compose_yaml`.
+
+    The words of a key for which `texts` is true, also those in a list, stay the texts that stand there: YAML 1.1 takes
+    `no` for false, 010 for 8, 1:30 for 90 and 2.30 for 2.3. Only null and whole numbers without a zero in front have
+    their types.
+    """
     loader = yaml.SafeLoader("")
     node = compose_yaml(text)
+    if texts is not None and isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if texts(str(key.value)):
+                for scalar in [value, *_children(value)]:
+                    _keep_text(scalar)
     try:
         return None if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         raise _not_yaml(error) from None
     except (ValueError, OverflowError, TypeError) as error:  # a date that is none, a number of no base
         raise Unreadable(f"it is not YAML: {first_line(error)}") from None
+
+
+def _keep_text(node: yaml.Node) -> None:
+    if isinstance(node, yaml.ScalarNode) and node.tag != _YAML_TAG + "null":
+        is_number = node.tag == _YAML_TAG + "int" and (node.value == "0" or re.fullmatch(r"[1-9][0-9]*", node.value))
+        node.tag = node.tag if is_number else _YAML_TAG + "str"
 
 
 def compose_yaml(

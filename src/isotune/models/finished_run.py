@@ -116,7 +116,10 @@ def _find_base(folder: Path, model: Path, settings: dict[str, Any]) -> tuple[str
     candidates = [Path(named).expanduser(), folder / named, model / named]
     existing = next((path for path in candidates if path.is_dir()), None)
     if existing is None and not is_hub_id(named):
-        raise UserError(f"the base model of the adapter in {model} is not where it was: there is no folder {named}")
+        raise UserError(
+            f"the base model of the adapter in {model} is not where it was: there is no folder {named}; put it there, "
+            f"or say in {model / ADAPTER_CONFIG} where it is (base_model_name_or_path)"
+        )
     return str(existing or named), False
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,7 +35,7 @@ from isotune.io.errors import UserError, first_line, is_first_process
 from isotune.io.extras import need
 from isotune.models.base.builtin import builtin_config, builtin_tokenizer
 from isotune.models.base.head import BaseHead, draw_head, is_classifier, reorder
-from isotune.models.base.hub import locate
+from isotune.models.base.hub import Located, locate
 from isotune.models.base.vocabulary import add_tokens, grow_embeddings
 from isotune.models.layouts.heads import head_of, is_of_head
 from isotune.models.log_control import quiet_libraries
@@ -81,6 +82,10 @@ def load_pretrained(
         kwargs["use_safetensors"] = True
     if located.pickles:
         _say_pickled(name, located.pickles[0])
+    if str(auto.__name__) == AutoModelForCausalLM.__name__:
+        _check_generation_config(name, located)
+    if "config" not in kwargs:
+        kwargs["config"] = load_pretrained_config(name, revision=revision)
     with loading(f"the weights of '{name}' cannot be loaded"):
         model, loaded = auto.from_pretrained(
             located.name, output_loading_info=True, **located.arguments, **LIBRARY_CODE, **kwargs
@@ -99,6 +104,21 @@ def load_pretrained(
     return model
 
 
+def _check_generation_config(name: str, located: Located) -> None:
+    """Refuse a generation_config.json that cannot be read, which says where answers end, by its name.
+
+    transformers passes one over that is no JSON, and calls the weights wrong where a value is.
+    """
+    file = "generation_config.json"
+    try:
+        with quiet_libraries():
+            cast(Any, GenerationConfig).from_pretrained(located.name, **located.arguments)
+    except LOADING_ERRORS as error:
+        is_absent = isinstance(error, OSError) and "not a valid JSON" not in str(error)
+        if not is_absent:
+            raise UserError(f"{file} of '{name}' cannot be read: {first_line(error)}") from error
+
+
 @cache
 def _say_pickled(name: str, file: str) -> None:
     if is_first_process():
@@ -110,7 +130,10 @@ def load_pretrained_config(name: str, key: str = "the model", revision: str | No
     """The configuration of a folder or Hub id, which a message calls `key`; `revision` as in `load_pretrained`."""
     located = locate(name, "model", revision)
     with loading(f"{key} '{name}' cannot be loaded"):
-        return AutoConfig.from_pretrained(located.name, **located.arguments, **LIBRARY_CODE)
+        config = AutoConfig.from_pretrained(located.name, **located.arguments, **LIBRARY_CODE)
+    # what some files ask for beside the logits, which nobody here reads, and which no packed attention returns
+    config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
+    return config
 
 
 def load_pretrained_tokenizer(name: str, revision: str | None = None, **kwargs: Any) -> Any:

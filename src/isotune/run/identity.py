@@ -10,8 +10,10 @@ from typing import Any, Self
 from isotune.config import ClassificationRecipe, RunRecipe
 from isotune.config.mixture import mixture_name
 from isotune.data.mixture import EVALUATED
+from isotune.data.sft.chat_format import WORDS as CHAT_WORDS
 from isotune.data.sources.source import PREFIX, read_rows
 from isotune.io.errors import UserError
+from isotune.io.files import digest_of_file
 from isotune.models.base.folder import digest_of_model
 
 MODELS = ("model_name_or_path", "tokenizer_name_or_path")
@@ -64,6 +66,9 @@ def contents_of(recipe: RunRecipe) -> dict[str, str]:
     for key in MODELS:
         if values[key] and not values[key].startswith(PREFIX) and Path(values[key]).is_dir():
             found[key] = digest_of_model(Path(values[key]))
+    chat_format = values.get("chat_format")
+    if chat_format and chat_format not in CHAT_WORDS and Path(chat_format).is_file():
+        found["chat_format"] = digest_of_file(Path(chat_format)).hex()
     for key, split in DATA.items():
         name = None if values.get(key.replace("_name", "_mixture")) else values[key]
         if name and not name.startswith(PREFIX) and Path(name).expanduser().exists():

@@ -26,6 +26,7 @@ def read_arguments(argv: Sequence[str], *, prog: str, description: str) -> argpa
     data.add_argument("--dataset_text_field", metavar="COLUMN", help="holds the texts (text)")
     data.add_argument("--dataset_text_pair_field", metavar="COLUMN", help="holds the second texts of pairs (none)")
     data.add_argument("--dataset_label_field", metavar="COLUMN", help="holds the classes (label)")
+    data.add_argument("--dataset_id_field", metavar="COLUMN", help="names each row; none: row numbers do (id)")
     data.add_argument(
         "--ordinal", action="store_true", default=None, help="the classes are ordered: metrics of distance too"
     )

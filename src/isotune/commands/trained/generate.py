@@ -70,14 +70,16 @@ def generate(given: argparse.Namespace) -> None:
         write_generation_result,
     )
     from isotune.evaluation.generation.lm_eval_bridge import check_tasks, content_of_task, run_tasks, write_harness
-    from isotune.evaluation.models import columns_of_run, generation_model_named, generation_model_of_run
+    from isotune.evaluation.models import data_of_run, generation_model_named, generation_model_of_run
     from isotune.evaluation.results import score_lines
     from isotune.evaluation.tasks import DEFAULT_MAX_NEW_TOKENS, ROW_COLUMNS, GenerationTask, read_task
 
     keys = ("dataset_name", "dataset_split", "dataset_columns", "allow_dropped", "max_new_tokens")
     flags = {key: getattr(given, key) for key in (*keys, *ROW_COLUMNS)}
-    if given.run_dir and given.dataset_name and not any(flags[key] for key in ROW_COLUMNS):
-        flags |= columns_of_run(given.run_dir, given.dataset_name)
+    if given.run_dir and given.dataset_name:
+        own = data_of_run(given.run_dir, given.dataset_name)
+        names_columns = any(flags[key] for key in ROW_COLUMNS)  # which replace all of the run's
+        flags |= {k: v for k, v in own.items() if flags.get(k) is None and not (names_columns and k in ROW_COLUMNS)}
     if given.evaluates:
         need("sacrebleu", "an evaluation of answers")
         need("rouge_score", "an evaluation of answers")

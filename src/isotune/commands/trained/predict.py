@@ -57,7 +57,7 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
         metavar="COLUMN",
         help="holds the questions (the recipe's, or by name)",
     )
-    data.add_argument("--dataset_id_field", metavar="COLUMN", help="is kept beside each prediction (id)")
+    data.add_argument("--dataset_id_field", metavar="COLUMN", help="is kept beside each prediction, or none (id)")
     data.add_argument("--limit", type=int, metavar="N", help="the first N rows only")
     how = parser.add_argument_group("computation (changes predictions by rounding only)")
     how.add_argument("--num_processes", "--num-processes", type=int, metavar="N", help="one for each GPU, or one")

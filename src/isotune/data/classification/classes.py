@@ -1,12 +1,13 @@
 """The classes of a data set: which class a cell holds, however it is written, and how two lists of names are aligned.
 
-A cell may hold a whole number (`1`, `1.0`, `"1"`), a word, or true and false. Names are compared without regard to case
-and to spaces, numbers only where one side has no names.
+A cell may hold a whole number (`1`, `1.0`, `"1"`), a word, or true and false. A code with a zero in front, as in `01`,
+is a word. Names are compared without regard to case and to spaces, numbers only where one side has no names.
 """
 
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ MOST_CLASSES = 1_000  # of words: more are texts that somebody took for classes
 MISSING = frozenset(("na", "n/a", "nan", "null", "none", "nil", "-", "?", "#n/a", "<na>"))
 
 _WHOLE = re.compile(r"[+-]?\d{1,18}(?:\.0*)?", re.A)
+_PADDED = re.compile(r"0\d+", re.A)  # a code such as 007
 
 
 def listed(names: Iterable[object]) -> str:
@@ -68,6 +70,8 @@ def label_of(cell: Any, names: Sequence[str] = ()) -> Label:
 
     `names` are those of a ClassLabel column, whose cells hold the numbers of its names.
     """
+    if isinstance(cell, Decimal):
+        cell = float(cell)
     if isinstance(cell, float) and cell.is_integer():
         cell = int(cell)
     if isinstance(cell, str):
@@ -132,11 +136,19 @@ def resolve(
 
 
 def _as_numbers(labels: Sequence[Label]) -> Sequence[Label]:
-    """Texts that are whole numbers of a column of classes, as numbers, also beside numbers."""
+    """Texts that are whole numbers of a column of classes, as numbers, also beside numbers.
+
+    Codes such as 01 and 10 keep their zeros, unless they are only another spelling of numbers that stand there too.
+    """
     if not all(type(label) is int or (isinstance(label, str) and _WHOLE.fullmatch(label)) for label in labels):
         return labels
-    numbers = [int(str(label).partition(".")[0]) for label in labels]
-    return numbers if max(map(abs, numbers)) < 2**31 else labels
+    number_of = {label: int(str(label).partition(".")[0]) for label in set(labels)}
+    if max(map(abs, number_of.values())) >= 2**31:
+        return labels
+    are_codes = any(isinstance(label, str) and _PADDED.fullmatch(label) for label in number_of)
+    if are_codes and len(set(number_of.values())) == len(number_of):
+        return labels
+    return [number_of[label] for label in labels]
 
 
 def _check_missing(labels: Sequence[Label], where: Callable[[int], str]) -> None:

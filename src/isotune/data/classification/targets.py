@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, cast
 
 import numpy as np
@@ -163,7 +164,8 @@ def _number_in(cell: Any) -> float | None:
         text = cell.strip()
         number = float(text) if _NUMBER.fullmatch(text) else math.nan
     else:
-        number = float(cell) if isinstance(cell, float) or (isinstance(cell, int) and abs(cell) < 2**1023) else math.nan
+        is_number = isinstance(cell, float | Decimal) or (isinstance(cell, int) and abs(cell) < 2**1023)
+        number = float(cell) if is_number else math.nan
     return number if math.isfinite(number) else None
 
 

@@ -20,7 +20,7 @@ from transformers.utils import chat_template_utils
 from isotune.data.tokenizer import tokenizer_name
 from isotune.io.errors import UserError, first_line, nearest
 
-AUTO, GUANACO, TEMPLATE = "auto", "guanaco", "template"
+AUTO, GUANACO, TEMPLATE = WORDS = ("auto", "guanaco", "template")
 GUANACO_MARK = "{#- isotune: Guanaco's form -#}"
 # What `strftime_now` writes while the data are prepared, and in RUN/model: a template that asks for the date would
 # give other documents every day. It is the day that Llama's templates fall back to.
@@ -98,7 +98,7 @@ class ChatFormat:
         try:
             text = path.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            near = nearest(asked, (AUTO, GUANACO, TEMPLATE))
+            near = nearest(asked, WORDS)
             hint = f"did you mean {near}?" if near else "it takes auto, guanaco, template, or a file"
             raise UserError(f"chat_format: {asked!r} cannot be read ({first_line(error)}): {hint}") from error
         if text.startswith(GUANACO_MARK):

@@ -31,7 +31,8 @@ ANSWERS = ("answer", "response", "chosen_answer")
 MORE = ("input", "context")  # stands below an instruction, in Alpaca's form and in Dolly's
 INPUT_IDS = "input_ids"
 MASKS = ("assistant_masks", "completion_mask", "loss_mask")
-BESIDE = ("system", "tools")  # are read with every form
+SYSTEM_COLUMNS = ("system", "system_prompt")
+BESIDE = (*SYSTEM_COLUMNS, "tools")  # are read with every form
 IGNORED_LABEL = -100
 
 
@@ -138,6 +139,11 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join(map(repr, names))
 
 
+def system_in(row: Row) -> Any:
+    """What stands before the messages of a row without nulls, in a column of its own; None where it has none."""
+    return next((row[name] for name in SYSTEM_COLUMNS if name in row), None)
+
+
 def _named(name: str, read: Any) -> Any:
     try:
         return read()
@@ -158,7 +164,7 @@ def _text_or_messages(name: str) -> Reader:
             return value
         if not isinstance(value, list):
             raise ValueError(f"column {name!r}: holds {kind_of_value(value)}, neither a text nor a list of messages")
-        return _named(name, lambda: example_of(cast(list[Any], value), row.get("system"), row.get("tools")))
+        return _named(name, lambda: example_of(cast(list[Any], value), system_in(row), row.get("tools")))
 
     return read
 
@@ -181,7 +187,7 @@ def _instruction(asked: str, more: Sequence[str], answered: str) -> Reader:
 
     def read(row: Row) -> Content:
         parts = [_text(row, asked), *(_text(row, name) for name in more if row.get(name))]
-        return exchange("\n\n".join(parts), _text(row, answered), row.get("system"))
+        return exchange("\n\n".join(parts), _text(row, answered), system_in(row))
 
     return read
 
@@ -196,7 +202,7 @@ def _asked_and_answered(row: Row, prompt_column: str, completion_column: str) ->
     if isinstance(prompt, str) and isinstance(completion, str):
         if header_start(prompt) is not None:  # the prompt is laid out already
             return prompt + completion
-        return exchange(prompt, completion, row.get("system"))
+        return exchange(prompt, completion, system_in(row))
     asked = [{"role": USER, "content": prompt}] if isinstance(prompt, str) else prompt
     answered = [{"role": ASSISTANT, "content": completion}] if isinstance(completion, str) else completion
     if not isinstance(asked, list) or not isinstance(answered, list):
@@ -204,7 +210,7 @@ def _asked_and_answered(row: Row, prompt_column: str, completion_column: str) ->
         raise ValueError(
             f"it and {completion_column!r} are texts or lists of messages, and one of them is {kind_of_value(wrong)}"
         )
-    whole = example_of([*asked, *answered], row.get("system"), row.get("tools"))
+    whole = example_of([*asked, *answered], system_in(row), row.get("tools"))
     before = len(whole.messages) - len(cast(list[Any], answered))  # an answer within the prompt is not learnt
     learn = tuple(may_be_learnt and number >= before for number, may_be_learnt in enumerate(whole.learn))
     return Example(whole.messages, learn, whole.tools)

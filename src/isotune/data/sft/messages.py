@@ -9,10 +9,12 @@ template may read it, and whoever renders the message names what was not read.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from isotune.data.sources.source import is_null, kind_of_value
 from isotune.io.errors import shown
 
 SYSTEM, USER, ASSISTANT, TOOL = "system", "user", "assistant", "tool"
@@ -29,9 +31,21 @@ FUNCTION_CALL, TOOL_CALL = "function_call", "tool_call"
 ROLE_FIELDS, CONTENT_FIELDS = ("role", "from"), ("content", "value")
 TEXT_PARTS = ("text", "input_text", "output_text")  # types of parts of a content
 LEARN_FIELDS = ("weight", "train", "loss")
+# other names under which somebody may have said what is learnt: each means one thing here and another there
+OTHER_MARKS = re.compile(
+    r"(?:(?:is|no|do|use|skip|train|loss|calculate|compute)_)*"
+    r"(?:train(?:able|ing|ed)?|train_on(?:_turn)?|train_detail|learn(?:able|t|ed)?|mask(?:ed|ing)?|weights?|loss|"
+    r"ignored?|supervised?)",
+    re.I,
+)
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # the first that is there, as transformers reads them
 # read by every form, or names that change nothing of what is said
 KNOWN_FIELDS = {"role", "content", "tool_calls", "tool_call_id", "name", "id", *REASONING_FIELDS}
+
+NO_TOOLS = ("", "null", "None")  # as texts
+
+# the fields that are known in any case
+_IN_ANY_CASE = {*ROLE_FIELDS, *CONTENT_FIELDS, *LEARN_FIELDS, "tool_calls", FUNCTION_CALL, "name", *REASONING_FIELDS}
 
 Message = dict[str, Any]
 
@@ -62,7 +76,10 @@ def example_of(messages: Sequence[Any], system: Any = None, tools: Any = None) -
     if system is not None:
         if not isinstance(system, str):
             raise ValueError(f"the system column holds a {type(system).__name__}, not a text")
-        if system.strip() and read and read[0][0]["role"] != SYSTEM:
+        own = read[0][0] if read and read[0][0]["role"] == SYSTEM else None
+        if own and system.strip() and own["content"].strip() != system.strip():
+            raise ValueError("the system column says something else than the system message: leave one of them out")
+        if system.strip() and read and not own:
             read.insert(0, ({"role": SYSTEM, "content": system}, True))
     return Example(tuple(message for message, _ in read), tuple(learn for _, learn in read), read_tools(tools))
 
@@ -81,20 +98,24 @@ def read_message(message: Any, number: int) -> tuple[Message, bool]:
             return {"role": role, "content": content}, True
     if not isinstance(message, Mapping):
         raise ValueError(f"message {number} is a {type(message).__name__}, not an object with role and content")
-    fields = {str(name): value for name, value in cast(Mapping[Any, Any], message).items() if value is not None}
+    fields = _fields_with_values(cast(Mapping[Any, Any], message))
+    names = ", ".join(fields) or "nothing"
     role = _one_value(fields, ROLE_FIELDS, number, ROLES.get)
     content = _one_value(fields, CONTENT_FIELDS, number, lambda text: text)
     called = role.strip().lower() if isinstance(role, str) else ""
     if called in (FUNCTION_CALL, TOOL_CALL) and isinstance(content, str | dict):
         called, fields["tool_calls"], content = ASSISTANT, [content], None
+    if role is None:
+        raise ValueError(f"message {number} has no role; it has {names}")
     if called not in ROLES:
         raise ValueError(f"message {number} has the role {role!r}; known are {', '.join(ROLES)}")
     learn = _may_be_learnt(fields, ROLES[called], number)
-    calls = fields.pop("tool_calls", None)
-    if (call := fields.pop(FUNCTION_CALL, None)) and not calls:
+    calls = _listed_in(fields.pop("tool_calls", None))
+    if (call := _listed_in(fields.pop(FUNCTION_CALL, None))) and not calls:
         calls = [call]
-    if content is None and calls:
-        content = ""
+    if content is None and not calls:
+        raise ValueError(f"message {number} has no content; it has {names}")
+    content = "" if content is None else content
     kept: Message = {"role": ROLES[called], "content": _text_of(content, number)}
     if calls:
         if kept["role"] != ASSISTANT:
@@ -106,6 +127,16 @@ def read_message(message: Any, number: int) -> tuple[Message, bool]:
             raise ValueError(f"message {number} has a {type(reasoning[0]).__name__} for its reasoning, not a text")
         kept["reasoning_content"] = reasoning[0]
     return kept | fields, learn
+
+
+def _fields_with_values(message: Mapping[Any, Any]) -> dict[str, Any]:
+    """The fields of a message without nulls, those that are known under their own names."""
+    given = {str(name): value for name, value in message.items() if not is_null(value)}
+    fields: dict[str, Any] = {}
+    for name, value in given.items():
+        known = name.strip().lower()
+        fields[known if known in _IN_ANY_CASE and known not in given else name] = value
+    return fields
 
 
 def _one_value(fields: dict[str, Any], names: Sequence[str], number: int, meaning: Callable[[str], Any]) -> Any:
@@ -127,7 +158,7 @@ def _text_of(content: Any, number: int) -> str:
         return content
     is_part = isinstance(content, Mapping) and "text" in content
     if not is_part and not isinstance(content, list):
-        raise ValueError(f"message {number} has a {type(cast(Any, content)).__name__} for its content, not a text")
+        raise ValueError(f"message {number} has {kind_of_value(content)} for its content, not a text")
     texts: list[str] = []
     for part in cast(list[Any], [content] if is_part else content):
         fields = cast(Mapping[str, Any], part) if isinstance(part, Mapping) else {"type": type(part).__name__}
@@ -142,6 +173,11 @@ def _text_of(content: Any, number: int) -> str:
 
 def _may_be_learnt(fields: dict[str, Any], role: str, number: int) -> bool:
     """Take the marks out of a message's fields; false where one of them says not to learn it."""
+    if unclear := next((name for name in fields if name not in LEARN_FIELDS and OTHER_MARKS.fullmatch(name)), None):
+        raise ValueError(
+            f"message {number} has {unclear} {shown(fields[unclear], 30)}, which may say whether to learn it: call it "
+            f"train, true or false, if it does, else leave it out"
+        )
     marks = {name: fields.pop(name) for name in LEARN_FIELDS if name in fields}
     for name, mark in marks.items():
         if mark not in (0, 1) or isinstance(mark, str):
@@ -178,8 +214,7 @@ def _fields_of(value: Any) -> Mapping[str, Any]:
 
 def read_tools(tools: Any) -> tuple[Any, ...] | None:
     """The `tools` column: a list of JSON schemas, or such a list as JSON text; None where there are none."""
-    read = _from_json(tools)
-    if read is None or read == "" or read == []:
+    if not (read := _listed_in(tools)):
         return None
     if not isinstance(read, list):
         raise ValueError(f"the tools column holds a {type(tools).__name__} that is no list of tools")
@@ -187,6 +222,12 @@ def read_tools(tools: Any) -> tuple[Any, ...] | None:
     if not all(isinstance(tool, Mapping) for tool in listed):
         raise ValueError("the tools column holds something that is no JSON schema of a tool")
     return tuple(listed)
+
+
+def _listed_in(value: Any) -> Any:
+    """What a cell of tools or of their calls lists, also as JSON; None where it says in any way that there are none."""
+    read = _from_json(value)
+    return None if is_null(read) or (isinstance(read, str) and read.strip() in NO_TOOLS) else read
 
 
 def _from_json(value: Any) -> Any:

@@ -37,7 +37,7 @@ from isotune.data.sources.source import Source, read_rows
 from isotune.io.errors import UserError
 
 FORMAT_VERSION = 1  # raised when the same input gives other documents
-CACHE_VERSION = 3  # raised when an entry of the cache holds more than it did, or rows are read that were refused
+CACHE_VERSION = 4  # raised when an entry of the cache holds more than it did, or rows are read that were refused
 
 NO_ANSWER = "no assistant answer"
 ANSWER_CUT = "no answer within max_seq_length"

@@ -8,7 +8,7 @@ answer is asked.
 from typing import Any, cast
 
 from isotune.data.sft.conversations import header_start
-from isotune.data.sft.forms import MESSAGES_COLUMNS, MORE, QUESTIONS, TEXT_FIELD, NamedColumns, as_messages
+from isotune.data.sft.forms import MESSAGES_COLUMNS, MORE, QUESTIONS, TEXT_FIELD, NamedColumns, as_messages, system_in
 from isotune.data.sft.messages import SYSTEM, TOOL, USER, Message, example_of, read_tools
 from isotune.data.sft.reading import example_of_text
 from isotune.data.sources.source import Row, is_null, kind_of_value
@@ -37,7 +37,7 @@ def question_of(row: Row, column: str) -> Question | str:
         return NULL
     cell = as_messages(row[column])
     row = {name.strip().lower(): own for name, own in row.items() if not is_null(own)}
-    beside = row.get("system")
+    beside = system_in(row)
     if isinstance(cell, list):
         messages = example_of(cast(list[Any], cell), beside, row.get("tools")).messages
     elif not isinstance(cell, str):

@@ -50,10 +50,10 @@ def read_contents(
 
 
 def _unknown_form(source: Source, number: int, row: Row, named: NamedColumns) -> UserError:
-    absent = next(((key, column) for key, column in named.wanted.items() if row.get(column) is None), None)
+    absent = next(((key, column) for key, column in named.wanted.items() if is_null(row.get(column))), None)
     key, column = absent or ("dataset_text_field", TEXT_FIELD)
     candidates = (column,) if absent else (TEXT_FIELD, *MESSAGES_COLUMNS[:2])
-    nulls = [name for name in row if row[name] is None and name in candidates]
+    nulls = [name for name in row if is_null(row[name]) and name in candidates]
     if nulls:
         where = f"{source.where(number)}, column {nulls[0]!r}"
         return UserError(f"{where}: holds null, neither a text nor a list of messages")

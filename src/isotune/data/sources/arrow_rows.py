@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from decimal import Decimal
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
-from isotune.data.sources.text_files import open_seekable
+from isotune.data.sources.text_files import byte_fault, open_seekable
 from isotune.io.errors import UserError, first_line
 
 Row = dict[str, Any]
@@ -58,18 +59,63 @@ def _read(path: Path, kind: str, batches: Callable[[Any], Iterator[Any]]) -> Ite
             yield from _rows(batches(file))
         except (arrow.ArrowException, OSError) as error:
             raise UserError(f"{path} is not readable as {kind}: {first_line(error)}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} holds a text that is not UTF-8: {error.reason}") from error
+        except _NotUtf8 as fault:
+            raise UserError(f"{path} {fault}") from fault.__cause__
+
+
+class _NotUtf8(UserError):
+    """A text that is none: the sentence, without the file's name."""
 
 
 def _rows(batches: Iterator[Any]) -> Iterator[Row]:
+    """Rows of batches, with texts and numbers as every other format has them.
+
+    Binary cells are texts where they are UTF-8: not every program marks a column as such. Decimals without
+    a fraction are whole numbers; others keep their digits.
+    """
+    count = 0
     for batch in batches:
-        rows: list[Row] = batch.to_pylist()
+        try:
+            rows: list[Row] = batch.to_pylist()
+        except UnicodeDecodeError as error:
+            raise _not_utf8(batch, count) from error
+        count += len(rows)
+        for name in (field.name for field in batch.schema if _is_written_otherwise(field.type)):
+            for row in rows:
+                row[name] = _plain(row[name])
         if any(_has_fields(field.type) for field in batch.schema):
             for row in rows:
                 yield {name: without_nulls(value) for name, value in row.items()}
         else:
             yield from rows
+
+
+def _is_written_otherwise(kind: Any) -> bool:
+    types: Any = import_module("pyarrow.types")
+    is_binary = types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+    return is_binary or (types.is_decimal(kind) and kind.scale <= 0)
+
+
+def _plain(cell: Any) -> Any:
+    """The text in a binary cell, or the whole number in a decimal one; the cell as it is where it holds none."""
+    if isinstance(cell, Decimal):
+        return int(cell)
+    try:
+        return cell.decode() if isinstance(cell, bytes) else cell
+    except UnicodeDecodeError:
+        return cell
+
+
+def _not_utf8(batch: Any, rows_before: int) -> _NotUtf8:
+    """The error of a batch that holds a text which is none, by its row and column."""
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        for number, value in enumerate(column):
+            try:
+                value.as_py()
+            except UnicodeDecodeError as error:
+                byte = error.object[error.start]
+                return _NotUtf8(f"row {rows_before + number + 1}, column {name!r}, {byte_fault(byte)}")
+    raise AssertionError("a batch cannot be read though each of its cells can")
 
 
 def _has_fields(kind: Any) -> bool:

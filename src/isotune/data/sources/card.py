@@ -19,10 +19,10 @@ from typing import Any, cast
 
 import yaml
 
-from isotune.data.sources.class_labels import ClassNames, class_names_of
+from isotune.data.sources.class_labels import ClassNames, class_names_of, features_class_names
 from isotune.io.errors import UserError, first_line
 
-CARD = "README.md"
+CARD, INFOS = "README.md", "dataset_infos.json"
 _FRONT = re.compile(r"\s*---[ \t]*\r?\n(.*?\n)---[ \t]*(?:\r?\n|$)", re.S)
 _PART_OF_SPLIT = re.compile(r"\w+(\[.*\]|\+.*)")  # as `datasets` writes it: train[:10%], train+test
 _OF_EVERY_CONFIG = ("name", "version", "data_dir", "data_files", "description", "features")
@@ -61,12 +61,48 @@ def has_configs(folder: Path) -> bool:
     """Whether the card in a folder names configurations; UserError where it does so in lines that are no YAML."""
     path = folder / CARD
     try:
-        front = _FRONT.match(path.read_text("utf-8-sig", "replace")) if path.is_file() else None
-        if front is None or "configs" not in front[1]:
-            return False
-        return bool(_mapping(yaml.safe_load(front[1])).get("configs"))
+        text = _front_of(path)
+        return "configs" in text and bool(_mapping(yaml.safe_load(text)).get("configs"))
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{path} begins with lines that are not YAML: {first_line(error)}") from error
+
+
+def _front_of(card: Path) -> str:
+    """The first lines of a card, which are YAML; empty where there are none."""
+    front = _FRONT.match(card.read_text("utf-8-sig", "replace")) if card.is_file() else None
+    return front[1] if front else ""
+
+
+def class_names_beside(folder: Path, config: str | None) -> ClassNames:
+    """The names of classes that the card in a folder gives, or the dataset_infos.json of earlier ones.
+
+    They are those of `config`, or of the only configuration; nothing where the files are none of `datasets`.
+    """
+    with suppress(OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        infos = _mapping(yaml.safe_load(_front_of(folder / CARD)) if (folder / CARD).is_file() else {})
+        listed: Any = infos.get("dataset_info") or []
+        listed = [listed] if isinstance(listed, Mapping) else listed
+        if own := [info for info in listed if config in (None, info.get("config_name"))]:
+            return _names_in_card(own[0]["features"]) if len(own) == 1 else {}
+        if (folder / INFOS).is_file():
+            of_configs: dict[str, Any] = json.loads((folder / INFOS).read_text("utf-8"))
+            chosen = list(of_configs.values()) if config is None else [of_configs[config]]
+            return features_class_names(chosen[0]["features"]) if len(chosen) == 1 else {}
+    return {}
+
+
+def _names_in_card(features: list[dict[str, Any]]) -> ClassNames:
+    """The names of ClassLabels, or of lists of them, as a card writes features."""
+    found: ClassNames = {}
+    for feature in features:
+        kinds = [_mapping(feature.get(key)) for key in ("dtype", "sequence", "list")]
+        label = next((kind["class_label"] for kind in kinds if "class_label" in kind), None)
+        if label is not None:
+            names: Any = label["names"]  # by number, as texts, or a list
+            is_list = isinstance(names, list)
+            by_number = dict(enumerate(cast(list[str], names))) if is_list else cast(dict[Any, str], names)
+            found[feature["name"]] = (tuple(str(by_number[number]) for number in sorted(by_number, key=int)),)
+    return found
 
 
 def open_card_split(folder: Path, split: str, *, config: str | None, key: str) -> ListedSplit:

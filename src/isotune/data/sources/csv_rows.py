@@ -1,9 +1,10 @@
 """Reads rows from CSV and TSV files: every cell is the text that stands in the file.
 
 RFC 4180 says how cells are quoted. Real files have a blank before a quoted cell (`"Buddha", "I want ..."`), which makes
-the quotes text and every comma inside a new cell; semicolons, where a spreadsheet uses the comma for decimals; and TSV
-without quoting, in which a quote is text. A file is therefore read once before its rows are: the first way in which
-every row has as many cells as the first is its way, and one that is not the usual one is noted.
+the quotes text and every comma inside a new cell; semicolons, where a spreadsheet uses the comma for decimals, also
+below a first line `sep=;`; empty columns behind the last; and TSV without quoting, in which a quote is text. A file is
+read once before its rows are: the first way in which every row has as many cells as the first is its way, and one that
+is not the usual one is noted.
 """
 
 import csv
@@ -23,6 +24,7 @@ CELL_CHARACTERS = 2**28  # an unclosed quote reads to the end of the file, which
 OTHER_DELIMITERS = (";", "\t", "|")
 LONGEST_NAME = 40  # characters of a column's name; a text is longer
 _NUMBERS = re.compile(r"[\d\s.,:/+-]+")
+_DELIMITER_LINE = re.compile(r'"?sep=(.)"?\s*', re.I)
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,10 @@ class Dialect:
     delimiter: str = ","
     has_quotes: bool = True  # else a quote is a character like any other
     skips_blanks: bool = False  # blanks at the start of a cell are no part of it
+    is_declared: bool = False  # by line 1, which is no row and names no columns
 
     def __str__(self) -> str:
-        parts = [f"cells end at {self.delimiter!r}"]
+        parts = [f"cells end at {self.delimiter!r}" + (", as line 1 says" if self.is_declared else "")]
         parts += ["blanks at the start of cells are left out"] if self.skips_blanks else []
         parts += [] if self.has_quotes else ["quotes are text"]
         return ", ".join(parts)
@@ -48,6 +51,7 @@ class Survey:
     names: tuple[str, ...]  # of the columns
     rows: int
     empty_lines: int
+    empty_columns: int  # behind these, without a name and without any cell
 
 
 class _Unfit(Exception):
@@ -68,14 +72,16 @@ class CsvFile:
             notes.append(f"{self.path.name}: {survey.dialect}")
         if survey.empty_lines:
             notes.append(f"{self.path.name}: {survey.empty_lines} empty lines")
+        if survey.empty_columns:
+            notes.append(f"{self.path.name}: {survey.empty_columns} empty columns at the end")
         names, skipped = survey.names, 0 if self.columns else 1
         for cells, _ in read_cells(self.path, survey.dialect):
-            if _is_empty(cells, len(names)):
+            if _is_empty(cells, len(names) + survey.empty_columns):
                 continue
             if skipped:
                 skipped = 0
                 continue
-            yield dict(zip(names, cells, strict=True))
+            yield dict(zip(names, cells[: len(names)], strict=True))
 
     @cached_property
     def survey(self) -> Survey:
@@ -96,10 +102,15 @@ class CsvFile:
         if format_of(self.path) == ".tsv":
             yield from (Dialect("\t"), Dialect("\t", has_quotes=False), Dialect("\t", skips_blanks=True))
             return
+        with open_text(self.path) as file:
+            declared = _DELIMITER_LINE.fullmatch(file.readline(CELL_CHARACTERS))
+        if declared:
+            yield Dialect(declared[1], is_declared=True)
+            return
         first = self._first_cells(Dialect())
         if len(first) == 1:
             for delimiter in OTHER_DELIMITERS:
-                names = self._first_cells(Dialect(delimiter))
+                names = _named(self._first_cells(Dialect(delimiter)))
                 if len(names) > 1 and all(0 < len(name) <= LONGEST_NAME for name in names):
                     yield Dialect(delimiter)
         blanks = Dialect(skips_blanks=True)
@@ -125,28 +136,36 @@ class CsvFile:
         return plain if plain.rows > quoted.rows else quoted
 
     def _try(self, dialect: Dialect) -> Survey:
-        names, count, empty_lines, line = self.columns, 0, 0, 1  # `line` is where the row begins
+        names, count, empty_lines = self.columns, 0, 0
+        width = used = len(names or ())  # cells of a row; those up to the last that is not empty in some row
+        line = first = 2 if dialect.is_declared else 1  # where the row begins, and the names of the columns
         try:
             for cells, last_line in read_cells(self.path, dialect):
-                if _is_empty(cells, len(names or ())):
+                if _is_empty(cells, width):
                     empty_lines += 1
                 elif names is None:
                     self._check_text(cells, cells, f"line {line}")
-                    names = tuple(cells)
-                    self._check_names(names)
+                    names, width, used, first = tuple(cells), len(cells), len(_named(cells)), line
+                    self._check_names(names[:used], first)
                 else:
                     count += 1
                     self._check_text(cells, names, f"line {line} (row {count})")
-                    if len(cells) != len(names):
+                    if len(cells) != width:
                         start = shown(dialect.delimiter.join(cells))
-                        who = "dataset_columns names" if self.columns else "line 1 names"
+                        who = "dataset_columns names" if self.columns else f"line {first} names"
                         raise _Unfit(
-                            f"line {line} (row {count}) has {len(cells)} cells, and {who} {len(names)} columns: {start}"
+                            f"line {line} (row {count}) has {len(cells)} cells, and {who} {width} columns: {start}"
                         )
+                    if "".join(cells[used:]).strip():
+                        if used < width - 1 and not looks_like_row(names[:used]):
+                            stray = shown("".join(cells[used:]).strip())
+                            raise _Unfit(f"line {line} (row {count}) has {stray} in a column without a name")
+                        used = width
+                        self._check_names(names, first)
                 line = last_line + 1
         except csv.Error as error:
             raise _Unfit(f"line {line} is not readable as CSV: {error}") from error
-        return Survey(dialect, names or (), count, empty_lines)
+        return Survey(dialect, (names or ())[:used], count, empty_lines, width - used)
 
     def _check_text(self, cells: list[str], names: Sequence[str], where: str) -> None:
         if undecoded("".join(cells)):
@@ -154,12 +173,12 @@ class CsvFile:
             column = f"column {shown(names[number], 24)}" if cells is not names and number < len(names) else "a cell"
             raise UserError(f"{self.path} {where}, {column}, {undecoded(cells[number])}")
 
-    def _check_names(self, names: Sequence[str]) -> None:
+    def _check_names(self, names: Sequence[str], line: int) -> None:
         duplicates = [name for number, name in enumerate(names) if name in names[:number]]
         if duplicates and not looks_like_row(names):
-            raise UserError(f"{self.path} line 1 names the column {shown(duplicates[0])} twice")
+            raise UserError(f"{self.path} line {line} names the column {shown(duplicates[0])} twice")
         if duplicates:
-            raise UserError(unnamed_columns(f"{self.path} line 1", names))
+            raise UserError(unnamed_columns(f"{self.path} line {line}", names))
 
 
 def read_cells(path: Path, dialect: Dialect | None = None) -> Iterator[tuple[list[str], int]]:
@@ -171,11 +190,23 @@ def read_cells(path: Path, dialect: Dialect | None = None) -> Iterator[tuple[lis
     dialect = dialect or Dialect()
     quoting: Any = csv.QUOTE_MINIMAL if dialect.has_quotes else csv.QUOTE_NONE
     with open_text(path) as file:
+        before = 0
+        if dialect.is_declared:
+            file.readline()
+            before = 1
         rows = csv.reader(
             file, delimiter=dialect.delimiter, quoting=quoting, skipinitialspace=dialect.skips_blanks, strict=True
         )
         for cells in rows:
-            yield cells, rows.line_num
+            yield cells, rows.line_num + before
+
+
+def _named(cells: Sequence[str]) -> Sequence[str]:
+    """The cells of a line of names without the empty ones at its end."""
+    used = len(cells)
+    while used and not cells[used - 1].strip():
+        used -= 1
+    return cells[:used]
 
 
 def _is_empty(cells: list[str], columns: int) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from isotune.data.sources.layout import SPLIT_WORDS
-from isotune.data.sources.text_files import open_text, undecoded
+from isotune.data.sources.text_files import open_text, undecoded, undecoded_at
 from isotune.io.errors import UserError, first_line, shown
 from isotune.io.formats import format_of
 
@@ -170,7 +170,7 @@ class _Stream:
         if not isinstance(row, dict):
             raise self._broken(self.at, f"it is a JSON {type(row).__name__}, not an object with columns")
         if fault := undecoded(self.text[self.at : end]):
-            raise self._broken(self.at, f"it {fault}")
+            raise self._broken(self.at + (undecoded_at(self.text[self.at : end]) or 0), f"it {fault}")
         self.at, self.count = end, self.count + 1
         return cast(Row, row)
 

@@ -31,6 +31,10 @@ NOT_DATA = frozenset(
 SHOWN_FILES = 6
 _SHARD = re.compile(r"(?P<base>.+?)-(?P<number>\d+)-of-(?P<count>\d+)(?:-[0-9a-fA-F]{8,})?")
 _NO_WORD = re.compile(r"[^a-zA-Z]+")
+# a number beside one of these words tells tables apart, and not the parts of one: fold0, v1.1, 10k
+_OWN_TABLE = re.compile(
+    r"(?<![a-z])(?:fold|cv|seed|version|ver|v|k|top|first|sample|subset)[ _-]?\d|\d(?:k|m|pct|percent)(?![a-z])", re.I
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ class DataFile:
     @cached_property
     def table(self) -> tuple[str, ...]:
         """What the shards of one table share: folder, name but for numbers, and format."""
-        return (str(self.place.parent), re.sub(r"\d+", "0", self.base), self.path.name[len(self.stem) :])
+        name = self.base if _OWN_TABLE.search(self.base) else re.sub(r"\d+", "0", self.base)
+        return (str(self.place.parent), name, self.path.name[len(self.stem) :])
 
     @cached_property
     def names(self) -> tuple[str | None, ...]:
@@ -108,9 +113,16 @@ def find_split(folder: Path, split: str, *, key: str, split_key: str, notes: lis
     chosen, *weaker = by_rank
     _check_one_table(chosen, folder, split, key)
     _check_shards(chosen, key)
+    if len(chosen) > 1 and not all(file.shard for file in chosen):
+        notes.append(f"read together as {split!r}: {_listed([file.place for file in _in_order(chosen)])}")
     if left := [file.place for others in weaker for file in others]:
         notes.append(f"not read as {split!r}: {_listed(left)}")
-    return [file.path for file in sorted(chosen, key=lambda file: _natural(str(file.place)))]
+    return [file.path for file in _in_order(chosen)]
+
+
+def _in_order(files: list[DataFile]) -> list[DataFile]:
+    """The files of a table by their numbers."""
+    return sorted(files, key=lambda file: _natural(str(file.place)))
 
 
 def _files_in(folder: Path) -> Iterator[Path]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from isotune.compat.datasets import fingerprint_of
 from isotune.data.sources.arrow_rows import read_dataset
-from isotune.data.sources.card import ListedSplit, has_configs, open_card_split
+from isotune.data.sources.card import ListedSplit, class_names_beside, has_configs, open_card_split
 from isotune.data.sources.class_labels import class_names_of, features_class_names, file_class_names
 from isotune.data.sources.csv_rows import SHOWN_CHARACTERS, looks_like_row, unnamed_columns
 from isotune.data.sources.files import CSV_FORMATS, Row, digest_of, is_lfs_pointer, reader_of
@@ -94,6 +94,8 @@ def is_null(value: Any) -> bool:
 
 def kind_of_value(value: Any) -> str:
     """How an error sentence names what stands in a cell instead of what is expected."""
+    if isinstance(value, bytes):
+        return "bytes that are not UTF-8"
     return "null" if is_null(value) else f"a {type(value).__name__}"
 
 
@@ -219,6 +221,7 @@ def _folder_source(folder: Path, split: str, key: str, columns: Sequence[str] | 
         found = open_card_split(folder, split, config=config, key=key)
         of_config = f", {config}" if config else ""
         return _listed_source(f"{folder} ({split}{of_config})", found, columns)
+    names = class_names_beside(folder, config)
     if config is not None:
         if not (folder / config).is_dir():
             raise UserError(
@@ -232,7 +235,8 @@ def _folder_source(folder: Path, split: str, key: str, columns: Sequence[str] | 
     notes: list[str] = []
     split_key = key.replace("_name", "_split")
     files = find_split(folder, split, key=key, split_key=split_key, notes=notes)
-    return _files_source(f"{folder} ({split})", files, columns, notes)
+    source = _files_source(f"{folder} ({split})", files, columns, notes)
+    return replace(source, class_names={**names, **source.class_names})
 
 
 def _saved_source(folder: Path, split: str, key: str) -> Source:

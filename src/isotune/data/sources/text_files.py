@@ -85,6 +85,16 @@ def open_text(path: Path) -> Generator[TextIO]:
 
 def undecoded(text: str) -> str | None:
     """What is wrong with a text that holds bytes that are not UTF-8, as the end of a sentence; None where none is."""
-    if text.isascii() or not (found := _UNDECODED.search(text)):
-        return None
-    return f"holds the byte 0x{ord(found[0]) - 0xDC00:02x}, which is not UTF-8: save the file as UTF-8"
+    place = undecoded_at(text)
+    return None if place is None else byte_fault(ord(text[place]) - 0xDC00)
+
+
+def undecoded_at(text: str) -> int | None:
+    """The first character of a text that stands for a byte that is not UTF-8; None where there is none."""
+    found = None if text.isascii() else _UNDECODED.search(text)
+    return found and found.start()
+
+
+def byte_fault(byte: int) -> str:
+    """The end of a sentence about a text that holds a byte that is not UTF-8."""
+    return f"holds the byte 0x{byte:02x}, which is not UTF-8: save the file as UTF-8"

@@ -5,6 +5,7 @@ length). transformers applies them to every call of `generate` that does not nam
 evaluation would be of something else, and beams would make rows out of rows. Here a token is chosen as `Decoding` says.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,8 +22,8 @@ _NO_RULES = frozenset(
 
 
 def rules_of_base(model: Any) -> dict[str, Any]:
-    """The settings of the model's generation_config that would change which tokens are chosen, by name."""
-    own = model.generation_config.to_diff_dict()
+    """The settings of the model's generation_config that would change which tokens are chosen, as JSON has them."""
+    own = json.loads(model.generation_config.to_json_string(use_diff=True))
     return {name: own[name] for name in sorted(own) if name not in _NO_RULES and not name.startswith("_")}
 
 

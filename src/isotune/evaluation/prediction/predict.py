@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from isotune.config.recipes import NO_IDS
 from isotune.data.documents import digest, with_share
 from isotune.data.pieces import in_threads
 from isotune.data.sources.hub import opened_repositories
@@ -58,13 +59,15 @@ class _Rows:
 
     def column_of(self, first: Row) -> str | None:
         """The column of ids by the first row; None where rows are numbered."""
+        if self.id_field == NO_IDS:
+            return None
         return self.id_field or (ID if ID in first else None)
 
     def _id(self, row: Row, number: int, column: str | None) -> Any:
         if column is None:
             return number
         if column not in row:
-            raise self.source.lacks(number, row, column, "dataset_id_field")
+            raise self.source.lacks(number, row, column, f"dataset_id_field, which {NO_IDS} switches off")
         own = row[column]
         if isinstance(own, str) and (fault := surrogate_fault(own)):
             raise UserError(f"{self.source.where(number)}, column {column!r}, {fault}")
