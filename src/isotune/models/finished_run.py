@@ -22,11 +22,12 @@ from isotune.io.errors import UserError, shown
 from isotune.io.reading import read_json_object
 from isotune.io.run_files import RECIPE, or_refuse, read_recipe_values
 from isotune.io.shipped import script
+from isotune.models.base.ending import end_generation
 from isotune.models.base.folder import ADAPTER_CONFIG
 from isotune.models.base.head import set_names
 from isotune.models.base.vocabulary import grow_embeddings
 from isotune.models.class_loss import PROBLEM_TYPES
-from isotune.models.layouts.heads import head_of
+from isotune.models.layouts.heads import head_of, pad_like_tokenizer, reads_last_token
 from isotune.models.log_control import quiet_libraries
 from isotune.models.opening import (
     LOADING_ERRORS,
@@ -258,6 +259,7 @@ def merge_run(run: FinishedRun, dtype: torch.dtype | None = None) -> tuple[Any, 
     assert run.is_adapter, "only an adapter can be merged"
     tokenizer = load_run_tokenizer(run)
     base = load_run_base(run, torch.device("cpu"), dequantize=True)
+    settle(base, tokenizer)
     file_dtype = dtype or base.dtype
     adapted = add_run_adapter(run, base.float()).eval()
     probe = _probe_tokens(_probe_conversation(run, tokenizer), base.config.vocab_size)
@@ -274,6 +276,17 @@ def merge_run(run: FinishedRun, dtype: torch.dtype | None = None) -> tuple[Any, 
             f"{'its weights are not finite' if expected.isnan().any() else 'try --dtype float32'}"
         )
     return merged, tokenizer, parity
+
+
+def settle(model: Any, tokenizer: Any) -> None:
+    """Write into a stock model's configuration what training would have: how its tokenizer pads, where an answer ends.
+
+    Neither is in an adapter's files nor in a checkpoint's.
+    """
+    if model.can_generate():
+        end_generation(model, tokenizer)
+    elif reads_last_token(model):
+        pad_like_tokenizer(model, tokenizer.pad_token_id)
 
 
 def _probe_conversation(run: FinishedRun, tokenizer: Any) -> list[int]:
@@ -298,8 +311,9 @@ def _probe_logits(model: Any, probe: Tensor) -> Tensor:
     """Logits of the fixed input: float32 [2, tokens, vocabulary], or [2, classes] of a classifier, on the CPU."""
     positions = getattr(model.config, "max_position_embeddings", None) or probe.shape[1]
     tokens = probe[:, :positions].to(model.device)
-    with torch.no_grad():
-        return model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits.float().cpu()
+    with torch.no_grad():  # one by one: heads that read the last token take no batch where nothing pads
+        logits = [model(input_ids=row, attention_mask=torch.ones_like(row)).logits for row in tokens.split(1)]
+    return torch.cat(logits).float().cpu()
 
 
 def compare_logits(expected: Tensor, actual: Tensor, relative_tolerance: float) -> Parity:
