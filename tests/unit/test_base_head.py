@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, DistilBertConfig, RobertaConfig
+from transformers import (
+    BertConfig,
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    DistilBertConfig,
+    DistilBertForTokenClassification,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    RobertaConfig,
+)
 from transformers import DistilBertForSequenceClassification as DistilBert
 from transformers import RobertaForSequenceClassification as Roberta
 
@@ -104,6 +115,43 @@ def test_a_base_that_is_no_classifier_gets_a_head_without_a_word(base, tmp_path)
     head, found = opened(recipe, ("neg", "pos"), 2)
     assert head.is_new and head.line is None
     assert torch.equal(body_and_logits(found)[0], body_and_logits(model)[0])
+
+
+OTHER_TASKS = {
+    "tokens, as many classes": (BertForTokenClassification, {"num_labels": 2}, ("neg", "pos"), SINGLE),
+    "tokens, other classes": (BertForTokenClassification, {"num_labels": 9}, ("neg", "pos"), SINGLE),
+    "one of several choices, one output": (BertForMultipleChoice, {}, None, "regression"),
+    "spans": (BertForQuestionAnswering, {"num_labels": 2}, ("neg", "pos"), SINGLE),
+    "tokens of another type": (DistilBertForTokenClassification, {"num_labels": 2}, ("neg", "pos"), SINGLE),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_TASKS)
+def test_the_head_of_another_kind_of_task_is_no_start(base, tmp_path, case):
+    model_class, more, names, kind = OTHER_TASKS[case]
+    recipe, _ = base()
+    sizes = DISTIL if "Distil" in model_class.__name__ else SMALL
+    model = model_class(model_class.config_class(**sizes, **more))
+    model.save_pretrained(tmp_path / "base")
+    classes = len(names or [0])
+    head, found = opened(recipe, names, classes, kind)
+    assert head.is_new and head.line == f"new: the base is a {model_class.__name__}"
+    ids = torch.arange(5, 15).view(2, 5)
+    with torch.no_grad():
+        states = [each.eval().base_model(ids).last_hidden_state for each in (model, found)]
+    assert torch.equal(*states) and found.classifier.weight.shape[0] == found.config.num_labels == classes
+    if hasattr(model, "classifier") and model.classifier.weight.shape == found.classifier.weight.shape:
+        assert not torch.isclose(model.classifier.weight, found.classifier.weight).any()
+    assert found.config.problem_type == kind and names_of(found.config) == names
+
+
+def test_what_pretraining_left_of_a_head_goes_on(base, tmp_path):
+    ids = {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
+    recipe, _ = base()
+    model = ModernBertForMaskedLM(ModernBertConfig(**SMALL, **ids))
+    model.save_pretrained(tmp_path / "base")
+    head, found = opened(recipe, ("neg", "pos"), 2)
+    assert head.line is None and torch.equal(found.head.dense.weight, model.head.dense.weight)
 
 
 def test_weights_of_a_file_stand_where_torch_puts_its_own(base):

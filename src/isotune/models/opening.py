@@ -33,7 +33,7 @@ from isotune.data.sources.source import PREFIX
 from isotune.io.errors import UserError, first_line, is_first_process
 from isotune.io.extras import need
 from isotune.models.base.builtin import builtin_config, builtin_tokenizer
-from isotune.models.base.head import BaseHead, draw_head, is_classifier, reorder
+from isotune.models.base.head import BaseHead, draw_head, reorder
 from isotune.models.base.hub import locate
 from isotune.models.base.vocabulary import add_tokens
 from isotune.models.layouts.heads import head_of, is_of_head
@@ -230,7 +230,7 @@ def load_base_model(
         new_modules = head_of(config)
     name = recipe.model_name_or_path
     kwargs: dict[str, Any] = {"config": config, "dtype": weights_dtype(recipe), "revision": recipe.model_revision}
-    replaced = head is not None and head.is_new and is_classifier(config)
+    replaced = head is not None and head.replaces
     if replaced:  # the old head may have another size
         kwargs["ignore_mismatched_sizes"] = True
     if recipe.tune == "qlora":
