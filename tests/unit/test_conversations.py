@@ -85,7 +85,7 @@ def test_both_forms_of_one_conversation_agree():
     ("messages", "sentence"),
     [
         ([{"role": "user", "content": "a"}, {"role": "narrator", "content": "b"}], "message 2 has the role 'narrator'"),
-        ([{"role": "user", "content": None}], "message 1 has a NoneType for its content"),
+        ([{"role": "user", "content": None}], "message 1 has nothing for its content"),
         ([{"role": "user", "content": [{"type": "image"}]}], "message 1 has a part of type 'image'"),
         (["hello"], "message 1 is a str"),
         ([{"content": "a"}], "message 1 has the role None"),

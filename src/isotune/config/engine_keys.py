@@ -65,13 +65,21 @@ def wrong_schedule_call(values: Values) -> str | None:
     needed, optional = SCHEDULE_ARGUMENTS[schedule]
     options: dict[str, Any] = values["lr_scheduler_kwargs"] or {}
     given = set(options)
-    if schedule == "polynomial" and values["learning_rate"] and options.get("lr_end", 1e-7) >= values["learning_rate"]:
-        return "polynomial takes an lr_end below learning_rate"
+    rate = values["learning_rate"]
+    lowest = {"lr_end": rate, "min_lr": rate, "min_lr_rate": 1, "min_lr_ratio": 1}  # as numbers, or shares of the rate
+    given_ends = {**({"lr_end": 1e-7} if schedule == "polynomial" else {}), **options}
+    for name in lowest.keys() & given_ends.keys() if rate else ():
+        if not isinstance(given_ends[name], int | float) or not 0 <= given_ends[name] < lowest[name]:
+            return f"{schedule} takes {'an' if name == 'lr_end' else 'a'} {name} {_below(name)}"
     if given <= {*needed, *optional} and (not needed or len(given & set(needed)) == 1):
         return None
     parts = [f"needs {'one of ' if len(needed) > 1 else ''}{', '.join(needed)}"] if needed else []
     parts.append(f"takes {', '.join(optional)}" if optional else "takes no arguments")
     return f"{schedule} {' and '.join(parts)}"
+
+
+def _below(name: str) -> str:
+    return "from 0 and below learning_rate" if name in ("lr_end", "min_lr") else "from 0 and below 1"
 
 
 def wrong_optimiser_arguments(values: Values) -> str | None:

@@ -5,11 +5,12 @@ messages, a question under one of its usual names, or a text. Of a whole convers
 answer is asked.
 """
 
+from itertools import takewhile
 from typing import Any, cast
 
 from isotune.data.sft.conversations import header_start
 from isotune.data.sft.forms import MESSAGES_COLUMNS, MORE, QUESTIONS, TEXT_FIELD, NamedColumns, as_messages
-from isotune.data.sft.messages import SYSTEM, TOOL, USER, Message, example_of, read_tools
+from isotune.data.sft.messages import ASSISTANT, SYSTEM, TOOL, USER, Message, example_of, read_tools
 from isotune.data.sft.reading import example_of_text
 from isotune.data.sources.source import Row, is_null, kind_of_value
 
@@ -56,6 +57,7 @@ def question_of(row: Row, column: str) -> Question | str:
 
 
 def _before_last_answer(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The messages until the last that somebody else than the assistant wrote."""
+    """The messages until the last that somebody else than the assistant wrote, with what the system adds to it."""
     last = max((at for at, message in enumerate(messages) if message["role"] in (USER, TOOL)), default=-1)
-    return messages[: last + 1]
+    more = takewhile(lambda message: message["role"] != ASSISTANT, messages[last + 1 :])
+    return (*messages[: last + 1], *more) if last >= 0 else ()
