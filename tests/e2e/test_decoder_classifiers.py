@@ -39,7 +39,9 @@ def tokenizer(form: str) -> PreTrainedTokenizerFast:
     around = "$A </s>" if form == "closed" else "$A"
     backend.post_processor = processors.TemplateProcessing(single=around, special_tokens=[("</s>", 2)])
     pad = {"pad_token": "</s>"} if form == "closed" else {}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", **pad)
+    words = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", padding_side="left", **pad)
+    words.chat_template = "{{ messages[0].content }}"  # as instruct models bring one, beside padding on the left
+    return words
 
 
 def base(folder: Path, kind: str, form: str) -> str:
@@ -86,6 +88,7 @@ def test_what_is_saved_evaluated_and_exported_reads_the_token_that_training_read
         folder = export_run(source, merge=True, output=tmp_path / f"out-{source.name}").folder
         model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
         words = AutoTokenizer.from_pretrained(folder)
+        assert words.padding_side == "right" and words.chat_template is None
         if form == "closed":  # plain transformers takes a batch
             assert model.config.pad_token_id == 2
             batch = words(TEXTS, padding=True, return_tensors="pt")

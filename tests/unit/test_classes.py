@@ -52,6 +52,10 @@ NAMED = {
     "numbers below zero by their names": ((-1, 0, 1), ("-1", "0", "1"), [0, 1, 2]),
     "true and false by number": ((True, False), ("no", "yes"), [1, 0]),
     "true and false by name": ((True, False), ("true", "false"), [0, 1]),
+    "underscores for blanks": (("very good", "not_good"), ("not good", "Very_Good"), [1, 0]),
+    "names that differ in an underscore alone": (("a_b", "a b"), ("a b", "a_b"), [1, 0]),
+    "signs are part of a name": (("A-", "A"), ("A", "A-"), [1, 0]),
+    "wide letters and odd blanks": (("ＧＯＯＤ", "very\u00a0bad"), ("very bad", "good"), [1, 0]),
     "names that differ in their case alone": (("a", "A"), ("A", "a"), [1, 0]),
 }
 

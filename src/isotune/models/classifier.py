@@ -25,7 +25,7 @@ from isotune.models.cpu.functional import onednn_products
 from isotune.models.cpu.layers import keep_freed_memory
 from isotune.models.layouts.choose import choose_layout
 from isotune.models.layouts.heads import pad_like_tokenizer
-from isotune.models.layouts.layout import FIRST, LAST, Layout, Logits, install_layout
+from isotune.models.layouts.layout import ALONE, FIRST, LAST, Layout, Logits, install_layout
 from isotune.models.packed_attention import PACKED
 
 # the layout of each installed model, and its logits in it
@@ -93,8 +93,13 @@ def check_first_token(model: PreTrainedModel, layout: Layout, tokenizer: Any) ->
 
 
 def fit_tokenizer(model: PreTrainedModel, layout: Layout, tokenizer: Any) -> str | None:
-    """Let a head that is trained read what its tokenizer writes; a sentence where the configuration changes."""
+    """Let a head that is trained read what its tokenizer writes; a sentence where the configuration changes.
+
+    The tokenizer, which is saved beside the head, fills batches up on the right, where that changes no logit.
+    """
     check_first_token(model, layout, tokenizer)
+    if layout.name != ALONE:
+        tokenizer.padding_side = "right"
     return pad_like_tokenizer(model, tokenizer.pad_token_id) if layout.reads == LAST else None
 
 

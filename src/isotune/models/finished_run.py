@@ -19,11 +19,11 @@ from isotune.data.sft.conversations import render_prompt
 from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.data.sources.hub import is_hub_id
 from isotune.io.errors import UserError, shown
+from isotune.io.folders import ADAPTER_CONFIG, described
 from isotune.io.reading import read_json_object
 from isotune.io.run_files import RECIPE, or_refuse, read_recipe_values
 from isotune.io.shipped import script
 from isotune.models.base.ending import end_generation
-from isotune.models.base.folder import ADAPTER_CONFIG
 from isotune.models.base.head import set_names
 from isotune.models.base.vocabulary import grow_embeddings
 from isotune.models.class_loss import PROBLEM_TYPES
@@ -80,14 +80,18 @@ def read_run(run_dir: str | Path) -> FinishedRun:
     folder = Path(run_dir).expanduser()
     recipe = folder / RECIPE
     if not folder.is_dir():
-        raise UserError(f"there is no run directory {folder}")
+        none = f"there is no run directory {folder}"
+        raise UserError(f"{folder} is a file, and no run directory" if folder.is_file() else none)
     if not recipe.is_file() and (folder.parent / RECIPE).is_file() and folder.name == "model":
         return read_run(folder.parent)
     if not recipe.is_file() and (folder / ADAPTER_CONFIG).is_file():  # of another program: its base as it is stored
         check_weights(folder, ADAPTER_WEIGHTS)
         return FinishedRun(folder, {"tune": "lora"}, folder, _find_base(folder, folder, {})[0], False)
     if not recipe.is_file():
-        raise UserError(f"{folder} is not a run directory: it has no recipe.yaml")
+        what = described(folder)
+        raise UserError(
+            f"{folder} is not a run directory: it has no {RECIPE}" + (f", and is {what}" if what is not None else "")
+        )
     settings = or_refuse(read_recipe_values, folder, f"{recipe} is not a recipe")
     model = folder / "model"
     if not model.is_dir():
@@ -287,6 +291,7 @@ def settle(model: Any, tokenizer: Any) -> None:
         end_generation(model, tokenizer)
     elif reads_last_token(model):
         pad_like_tokenizer(model, tokenizer.pad_token_id)
+        tokenizer.padding_side = "right"
 
 
 def _probe_conversation(run: FinishedRun, tokenizer: Any) -> list[int]:

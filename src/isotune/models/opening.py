@@ -154,12 +154,14 @@ def load_tokenizer(recipe: RunRecipe, needed: Sequence[str] = ()) -> PreTrainedT
     """The tokenizer that the recipe names, or else its model's; it must have the `needed` special tokens.
 
     It has the tokens that the recipe adds. For conversations it carries the chat template of the recipe's
-    `chat_format`, whatever it came with.
+    `chat_format`, whatever it came with, and for texts to classify none, because they are read as they stand.
     """
     tokenizer = _load_tokenizer(recipe, needed)
     add_tokens(tokenizer, recipe.add_tokens or ())
     if isinstance(recipe, Recipe):
         ChatFormat.of(recipe.chat_format, tokenizer).apply(tokenizer)
+    elif getattr(tokenizer, "chat_template", None):
+        tokenizer.chat_template = None
     return tokenizer
 
 

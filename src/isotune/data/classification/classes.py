@@ -1,7 +1,7 @@
 """The classes of a data set: which class a cell holds, however it is written, and how two lists of names are aligned.
 
 A cell may hold a whole number (`1`, `1.0`, `"1"`), a word, or true and false. Names are compared without regard to case
-and to spaces, numbers only where one side has no names.
+and to spaces, for which underscores may stand, numbers only where one side has no names.
 """
 
 import re
@@ -37,7 +37,8 @@ class NameIndex:
 
     def __init__(self, names: Sequence[object]) -> None:
         self.names = tuple(str(name) for name in names)
-        self._key: Callable[[object], str] = fold if len(set(map(fold, self.names))) == len(self.names) else str
+        keys: tuple[Callable[[object], str], ...] = (_without_underscores, fold)
+        self._key = next((key for key in keys if len(set(map(key, self.names))) == len(self.names)), str)
         self._number = {self._key(name): number for number, name in enumerate(self.names)}
         self.are_numbers = all(_WHOLE.fullmatch(name.strip()) for name in self.names)
 
@@ -50,6 +51,10 @@ class NameIndex:
         found = [self.find(name) for name in others]
         places = [place for place in found if place is not None]
         return places if len(others) == len(self.names) and sorted(places) == list(range(len(self.names))) else None
+
+
+def _without_underscores(name: object) -> str:
+    return fold(str(name).replace("_", " "))
 
 
 @dataclass(frozen=True)
