@@ -141,6 +141,14 @@ def test_an_end_above_the_rate_is_refused(name, options, says):
         sentences(5, lr_scheduler_type=name, learning_rate=1e-3, lr_scheduler_kwargs=options)
 
 
+@pytest.mark.parametrize("kind", [Recipe, ClassificationRecipe])
+def test_a_batch_larger_than_the_data_is_named(kind):
+    given = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "run", "global_batch_size": 16}
+    recipe = kind.from_values(**given)
+    says = ["global_batch_size is 16, and a step sees all 15 rows"]
+    assert settings_without_effect(recipe, 3, 1, 15) == says and settings_without_effect(recipe, 3, 1, 16) == []
+
+
 def test_defaults_are_not_blamed():
     assert sentences(1) == []
     assert sentences(3, ClassificationRecipe, eval_dataset_name="builtin:capitals") == []

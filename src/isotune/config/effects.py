@@ -16,12 +16,14 @@ FEW_STEPS = 2  # after the warm-up, which show no schedule
 _SAMPLED_STEPS = 2_000  # of a schedule, evenly spaced, beside its corners
 
 
-def settings_without_effect(recipe: RunRecipe, steps: int, steps_per_epoch: int) -> list[str]:
-    """A sentence for each setting that a run of that many steps leaves without its effect.
+def settings_without_effect(recipe: RunRecipe, steps: int, steps_per_epoch: int, rows: int | None = None) -> list[str]:
+    """A sentence for each setting that a run of that many steps, over `rows` rows, leaves without its effect.
 
     UserError for one with which transformers' schedule would fail at the end of the run.
     """
+    few = rows is not None and rows < recipe.global_batch_size
     return [
+        *([f"global_batch_size is {recipe.global_batch_size:,}, and a step sees all {rows:,} rows"] if few else ()),
         *_of_the_rate(recipe, steps),
         *_of_evaluations(recipe, steps, steps_per_epoch),
         *_of_reports(recipe, steps),
@@ -69,7 +71,7 @@ def _of_the_rate(recipe: RunRecipe, steps: int) -> Iterator[str]:
             f"warmup_steps is {warmup:,} and the run has {steps:,} steps: the learning rate comes to {peak * rate:.3g} "
             f"at most and never reaches learning_rate {rate:g}"
         )
-    options = recipe.training_arguments.get("lr_scheduler_kwargs") or {}
+    options: dict[str, Any] = recipe.training_arguments.get("lr_scheduler_kwargs") or {}
     of_warmup = next((key for key in ("warmup_lr_rate", "warmup_type") if key in options), None)
     if of_warmup is not None and not warmup:
         yield f"lr_scheduler_kwargs has {of_warmup}, and without warmup_steps there is no warm-up"
