@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import AutoPeftModelForSequenceClassification
 from tests.building import build_classifier, small_encoder
 from tokenizers import processors
 from transformers import (
@@ -25,6 +24,7 @@ from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.models import load_run_classifier
 from isotune.io.errors import UserError
 from isotune.models.base.builtin import builtin_tokenizer
+from isotune.report.model_card import write_model_card
 from isotune.training.from_recipe import save
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -74,11 +74,14 @@ def test_what_is_saved_evaluated_and_exported_reads_the_token_that_training_read
     built.trainer.train()
     save(built.start, built.trainer)
     run = built.run.path
+    card = write_model_card(run).read_text()
+    scope: dict = {}
+    exec(card.split("```python\n")[1].split("```")[0], scope)  # what its reader would run
+    trained = scope["model"].eval()
     if tune == "lora":
-        trained = AutoPeftModelForSequenceClassification.from_pretrained(run / "model", num_labels=3).merge_and_unload()
-    else:
-        trained = AutoModelForSequenceClassification.from_pretrained(run / "model")
-    expected = alone(trained.eval(), built.tokenizer)
+        assert trained.get_base_model().config.pad_token_id == (2 if form == "closed" else None)
+        trained = trained.merge_and_unload()
+    expected = alone(trained, scope["tokenizer"])
     classifier = load_run_classifier(run, torch.device("cpu"), torch.float32)
     documents = TextReader(classifier).documents([TEXTS])
     for model in (classifier.model, built.trainer.model.eval()):

@@ -262,11 +262,6 @@ def _stored_dtype(name: str | Path) -> torch.dtype:
     return stored or torch.float32
 
 
-def model_identity(name: str) -> str:
-    """What tells the model of --model from others: the whole path of a folder, or the Hub id."""
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
-
-
 def _check_named_model(name: str) -> None:
     """Refuse what --model cannot open: an adapter without its base, or neither a folder nor a Hub id."""
     if why := why_no_model(name):

@@ -36,7 +36,7 @@ from isotune.io.run_files import or_empty, read_recipe_values
 from isotune.models.adapters.lora import add_adapters
 from isotune.models.base.ending import end_generation
 from isotune.models.base.head import BaseHead, set_names
-from isotune.models.base.vocabulary import grow_embeddings, new_rows
+from isotune.models.base.vocabulary import grow_embeddings, new_rows, without_text
 from isotune.models.causal import CausalForm, install_causal
 from isotune.models.class_loss import PROBLEM_TYPES, ClassLoss, DocumentLoss, LabelLoss, choose_weights, loss_of
 from isotune.models.classifier import fit_tokenizer, install_classification, takes_token_types
@@ -181,6 +181,8 @@ def build_model(start: Start, data: RunData) -> nn.Module:
     if start.new_rows and process.is_main:
         count, whose = len(start.new_rows), "their rows of the embedding begin as the mean of the others"
         print(f"tokens      {count:,} new: {whose}, and are trained")
+        if unseen := without_text(start.tokenizer, recipe.add_tokens or (), data.train.documents.input_ids):
+            print(f"no effect   no document has {', '.join(map(repr, unseen))} of add_tokens: nothing is learnt of it")
     model = base if recipe.tune == "full" else add_adapters(base, recipe, start.new_rows)
     enable_speedups(model, zero3=process.zero_stage == 3)
     return model
