@@ -135,7 +135,7 @@ def _build(
     tally: Counter[str] = Counter()
     seen: list[str] = []
     guesses: list[str] = []
-    tokenised = False
+    tokenised = rendered = False
     batches = read_batches(source, settings.columns, settings.train_on, encoder, seen=seen, guesses=guesses)
     with closing(made), tqdm(desc="preparing", unit=" documents", disable=not show_progress) as bar:
         for batch, whole in in_threads(batches, partial(_encode, encoder)):
@@ -151,11 +151,17 @@ def _build(
             whole_lengths.append(whole.lengths + len(prefix))
             bar.update(batch.read)
             tokenised = tokenised or bool(batch.tokenised)
+            rendered = rendered or any(conversation.rendered for conversation in batch.conversations)
         documents = made.documents()
     if tokenised and settings.train_on != "all":
         guesses.append(
             f"rows are tokenised already, and train_on: {settings.train_on} is not in effect: their own labels or "
             "masks say what is learnt"
+        )
+    if rendered and encoder.template is not None and encoder.template.end_token is None:
+        guesses.append(
+            f"the chat template ends an answer with {encoder.template.ending!r}, which is no token: "
+            "generation goes on to its limit (add_tokens makes a token of a text)"
         )
     dropped = {NO_ANSWER: tally["no_answer"], ANSWER_CUT: tally["answer_cut"], TOO_LONG: tally["too_long"]}
     if not len(documents):

@@ -103,7 +103,7 @@ class ConversationEncoder(FastTokenizer):
 
     @property
     def end_ids(self) -> set[int]:
-        """The special token that ends an answer in a chat template's form; none in Guanaco's, which ends by eos."""
+        """The token that ends an answer in a chat template's form; none in Guanaco's, which ends by eos."""
         token = self.template.end_token if self.template is not None else None
         return set() if token is None else {int(self._of_template.token_to_id(token))}
 

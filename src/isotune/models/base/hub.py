@@ -41,12 +41,12 @@ def locate(name: str, what: str, revision: str | None = None, *, weights: bool =
     are fetched by `weights`.
     """
     if os.path.exists(name):
+        if revision is not None and os.path.isdir(name):
+            raise UserError(f"model_revision is for Hub ids, and {name} is a folder")
         has_tokenizer = what == "tokenizer" and any(Path(name).glob("*token*.json"))
         if not has_tokenizer and (why := why_no_model(name)):
             is_unknown = what == "tokenizer" and described(name) is None
             raise UserError(f"'{name}' has no tokenizer.json, so it is no tokenizer" if is_unknown else why)
-        if revision is not None:
-            raise UserError(f"model_revision is for Hub ids, and {name} is a folder")
         return Located(name, {}, _pickles_in(Path(name)) if weights else [])
     if not is_hub_id(name):
         raise UserError(f"the {what} folder '{name}' does not exist")
