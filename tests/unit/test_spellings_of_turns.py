@@ -136,3 +136,17 @@ def test_what_is_learnt_of_tokenised_rows_is_theirs_and_said(tmp_path, train_on)
     assert found.documents.supervised.tolist() == [False, True, True, False]
     notes = [note for note in found.table.as_dict()["notes"] if f"train_on: {train_on} is not in effect" in note]
     assert len(notes) == (train_on != "all")
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_the_tools_of_a_row_may_be_called_functions(tmp_path, as_text):
+    schema = {"name": "add", "parameters": {"type": "object"}}
+    wrapped = [{"type": "function", "function": schema}]
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    functions = json.dumps([schema]) if as_text else [schema]
+    found = [texts(prepared(tmp_path, [{"messages": messages, **row}])) for row in (
+        {"tools": wrapped}, {"functions": functions}, {"tools": None, "functions": functions},
+    )]  # fmt: skip
+    assert found[0] == found[1] == found[2] and "### Tools: {" in found[0][0][0]
+    assert question_of({"messages": messages, "functions": functions}, "messages")[1] == tuple(wrapped)
+    assert "### Tools" not in texts(prepared(tmp_path, [{"messages": messages, "functions": []}]))[0][0]

@@ -190,6 +190,16 @@ def _fields_of(value: Any) -> Mapping[str, Any]:
     return cast(Mapping[str, Any], value) if isinstance(value, Mapping) else {}
 
 
+def tools_of(row: Mapping[str, Any]) -> Any:
+    """What stands in a row's `tools` column, or in OpenAI's old `functions`; None where there is neither."""
+    if (tools := row.get("tools")) is not None:
+        return tools
+    functions = _from_json(row.get("functions"))
+    if not isinstance(functions, list):
+        return functions
+    return [{"type": "function", "function": _from_json(own)} for own in cast(list[Any], functions)]
+
+
 def read_tools(tools: Any) -> tuple[Any, ...] | None:
     """The `tools` column: a list of JSON schemas, or such a list as JSON text; None where there are none."""
     read = _from_json(tools)

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from isotune.data.sft.conversations import header_start
 from isotune.data.sft.forms import MESSAGES_COLUMNS, MORE, QUESTIONS, TEXT_FIELD, NamedColumns, as_messages
-from isotune.data.sft.messages import ASSISTANT, SYSTEM, TOOL, USER, Message, example_of, read_tools
+from isotune.data.sft.messages import ASSISTANT, SYSTEM, TOOL, USER, Message, example_of, read_tools, tools_of
 from isotune.data.sft.reading import example_of_text
 from isotune.data.sources.source import Row, is_null, kind_of_value
 
@@ -40,7 +40,7 @@ def question_of(row: Row, column: str) -> Question | str:
     row = {name.strip().lower(): own for name, own in row.items() if not is_null(own)}
     beside = row.get("system")
     if isinstance(cell, list):
-        messages = example_of(cast(list[Any], cell), beside, row.get("tools")).messages
+        messages = example_of(cast(list[Any], cell), beside, tools_of(row)).messages
     elif not isinstance(cell, str):
         raise ValueError(f"column {column!r}: holds {kind_of_value(cell)}, neither a text nor a list of messages")
     elif header_start(cell) is not None:
@@ -53,7 +53,7 @@ def question_of(row: Row, column: str) -> Question | str:
     asked = _before_last_answer(messages)
     if not any(message["content"].strip() for message in asked if message["role"] != SYSTEM):
         return NO_QUESTION
-    return asked, read_tools(row.get("tools"))
+    return asked, read_tools(tools_of(row))
 
 
 def _before_last_answer(messages: tuple[Message, ...]) -> tuple[Message, ...]:
