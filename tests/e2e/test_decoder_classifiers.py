@@ -25,6 +25,7 @@ from isotune.evaluation.models import load_run_classifier
 from isotune.io.errors import UserError
 from isotune.models.base.builtin import builtin_tokenizer
 from isotune.report.model_card import write_model_card
+from isotune.serving.classification.attribution import integrated_gradients
 from isotune.training.from_recipe import save
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -87,6 +88,8 @@ def test_what_is_saved_evaluated_and_exported_reads_the_token_that_training_read
     for model in (classifier.model, built.trainer.model.eval()):
         logits = classify(replace(classifier, model=model), documents, Ranks(0, 1, torch.device("cpu")))
         assert np.allclose(logits, expected, atol=1e-5)
+    shown = integrated_gradients(classifier, TextReader(classifier).documents([TEXTS[:1]]), 1)  # what a server explains
+    assert shown.words and abs(shown.output - float(expected.softmax(-1)[0, 1])) < 1e-5
     for source in (run, run / "checkpoints" / "step-00000002"):
         folder = export_run(source, merge=True, output=tmp_path / f"out-{source.name}").folder
         model = AutoModelForSequenceClassification.from_pretrained(folder).eval()

@@ -1,5 +1,7 @@
 """A base that is a classifier already: its head goes on where it tells the same classes apart, and is new elsewhere."""
 
+import json
+
 import pytest
 import torch
 from transformers import (
@@ -12,12 +14,14 @@ from transformers import (
     DistilBertForTokenClassification,
     ModernBertConfig,
     ModernBertForMaskedLM,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
     RobertaConfig,
 )
 from transformers import DistilBertForSequenceClassification as DistilBert
 from transformers import RobertaForSequenceClassification as Roberta
 
-from isotune.config import ClassificationRecipe
+from isotune.config import ClassificationRecipe, Recipe
 from isotune.models.base.head import BaseHead, names_of, set_names
 from isotune.models.opening import load_base_model, load_config
 
@@ -160,3 +164,18 @@ def test_weights_of_a_file_stand_where_torch_puts_its_own(base):
     assert {tensor.data_ptr() % 64 for tensor in [*found.parameters(), *found.buffers()]} == {0}
     for (name, own), other in zip(found.state_dict().items(), model.state_dict().values(), strict=True):
         assert torch.equal(own, other), name
+
+
+def test_a_language_model_of_a_classifier_knows_no_classes(tmp_path):
+    names = {"id2label": {0: "POSITIVE", 1: "NEGATIVE"}, "label2id": {"POSITIVE": 0, "NEGATIVE": 1}}
+    sizes = {**SMALL, "num_key_value_heads": 1, "max_position_embeddings": 64, "tie_word_embeddings": True}
+    config = Qwen2Config(**sizes, **names, problem_type="multi_label_classification", pad_token_id=0)
+    Qwen2ForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    recipe = Recipe.from_values(
+        model_name_or_path=str(tmp_path / "base"), dataset_name="x", output_dir="run", max_seq_length=16, tune="full"
+    )
+    model = load_base_model(recipe, load_config(recipe), torch.device("cpu"))
+    model.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert saved["architectures"] == ["Qwen2ForCausalLM"] and saved.get("problem_type") is None
+    assert not {"id2label", "label2id"} & {key for key, value in saved.items() if value}

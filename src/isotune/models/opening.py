@@ -33,7 +33,7 @@ from isotune.data.sources.source import PREFIX
 from isotune.io.errors import UserError, first_line, is_first_process
 from isotune.io.extras import need
 from isotune.models.base.builtin import builtin_config, builtin_tokenizer
-from isotune.models.base.head import BaseHead, draw_head, reorder
+from isotune.models.base.head import BaseHead, draw_head, is_classifier, reorder, set_names
 from isotune.models.base.hub import locate
 from isotune.models.base.vocabulary import add_tokens
 from isotune.models.layouts.heads import head_of, is_of_head
@@ -41,6 +41,7 @@ from isotune.models.log_control import quiet_libraries
 from isotune.models.packed_attention import max_positions
 
 SayNew = Callable[[Sequence[str]], None]
+NO_CLASSES = 2  # as in a configuration that says nothing of classes
 ALIGNMENT = 64  # bytes: torch allocates so on a CPU
 # what libraries raise over a configuration or weights that are not what they say
 LOADING_ERRORS = (
@@ -190,6 +191,8 @@ def load_config(recipe: RunRecipe) -> PreTrainedConfig:
         if name.startswith(PREFIX)
         else load_pretrained_config(name, "model_name_or_path", recipe.model_revision)
     )
+    if isinstance(recipe, Recipe) and is_classifier(config):  # whose classes are none of a language model
+        set_names(config, NO_CLASSES, None, None)
     positions = max_positions(config)
     if positions is not None and recipe.max_seq_length > positions:
         raise UserError(

@@ -28,7 +28,9 @@ def names_of(config: Any) -> tuple[str, ...] | None:
     return None if all(name == f"LABEL_{k}" for k, name in enumerate(names)) else tuple(names)
 
 
-def set_names(config: Any, num_labels: int, names: tuple[str, ...] | list[str] | None, problem_type: str) -> None:
+def set_names(
+    config: Any, num_labels: int, names: tuple[str, ...] | list[str] | None, problem_type: str | None
+) -> None:
     """Write the classes of a task into a model's configuration, over whatever the base was for."""
     config.num_labels = num_labels
     labels = list(names) if names else [f"LABEL_{k}" for k in range(num_labels)]
