@@ -64,7 +64,7 @@ def test_a_rate_that_is_never_reached_is_named_with_the_highest_one(name, option
 
 
 def test_a_polynomial_that_would_not_fall_is_refused():
-    with pytest.raises(UserError, match="polynomial takes an lr_end from 0 and below learning_rate"):
+    with pytest.raises(UserError, match="polynomial takes a number from 0 and below learning_rate for lr_end"):
         sentences(5, lr_scheduler_type="polynomial", learning_rate=1e-3, lr_scheduler_kwargs={"lr_end": 0.01})
 
 
@@ -129,14 +129,22 @@ def test_schedules_that_fall_are_not_blamed(name, options):
 @pytest.mark.parametrize(
     ("name", "options", "says"),
     [
-        ("cosine_with_min_lr", {"min_lr": 1e-2}, "takes a min_lr from 0 and below learning_rate"),
-        ("cosine_with_min_lr", {"min_lr": 1e-3}, "takes a min_lr from 0 and below learning_rate"),
-        ("cosine_warmup_with_min_lr", {"min_lr_rate": 1}, "takes a min_lr_rate from 0 and below 1"),
-        ("warmup_stable_decay", {"num_decay_steps": 3, "min_lr_ratio": 2}, "takes a min_lr_ratio from 0 and below 1"),
-        ("cosine_with_min_lr", {"min_lr_rate": -0.1}, "takes a min_lr_rate from 0 and below 1"),
+        ("cosine_with_min_lr", {"min_lr": 1e-2}, "takes a number from 0 and below learning_rate for min_lr"),
+        ("cosine_with_min_lr", {"min_lr": 1e-3}, "takes a number from 0 and below learning_rate for min_lr"),
+        ("polynomial", {"lr_end": 1e-3}, "takes a number from 0 and below learning_rate for lr_end"),
+        ("cosine_warmup_with_min_lr", {"min_lr_rate": 1}, "takes a share of learning_rate, from 0 and below 1, for"),
+        ("warmup_stable_decay", {"num_decay_steps": 3, "min_lr_ratio": 2}, "from 0 and below 1, for min_lr_ratio"),
+        ("cosine_with_min_lr", {"min_lr_rate": -0.1}, "from 0 and below 1, for min_lr_rate"),
+        ("cosine", {"num_cycles": "many"}, "cosine takes a number of at least 0 for num_cycles"),
+        ("cosine", {"num_cycles": -1}, "cosine takes a number of at least 0 for num_cycles"),
+        ("cosine", {"num_cycles": True}, "cosine takes a number of at least 0 for num_cycles"),
+        ("polynomial", {"power": -1}, "takes a number of at least 0 for power"),  # the rate would rise
+        ("inverse_sqrt", {"timescale": 0}, "takes a number above 0 for timescale"),
+        ("warmup_stable_decay", {"num_decay_steps": "x"}, "takes a number of steps for num_decay_steps"),
+        ("warmup_stable_decay", {"num_decay_steps": 3, "decay_type": "exp"}, "linear, cosine or 1-sqrt for decay_type"),
     ],
 )
-def test_an_end_above_the_rate_is_refused(name, options, says):
+def test_an_option_that_the_schedule_would_fail_or_rise_with_is_refused(name, options, says):
     with pytest.raises(UserError, match=says):
         sentences(5, lr_scheduler_type=name, learning_rate=1e-3, lr_scheduler_kwargs=options)
 
