@@ -171,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="examples:\n  isotune report runs/demo\n  isotune report runs/demo-base runs/demo --output two.html",
     )
     report.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, finished or not")
-    report.add_argument("--output", metavar="FILE", help="the file to write (report.html in the first RUN)")
+    report.add_argument("--output", metavar="FILE", help="the file to write (in the first RUN)")
 
     ensemble = command(
         "ensemble",

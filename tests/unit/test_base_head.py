@@ -1,12 +1,27 @@
 """A base that is a classifier already: its head goes on where it tells the same classes apart, and is new elsewhere."""
 
+import json
+
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, DistilBertConfig, RobertaConfig
+from transformers import (
+    BertConfig,
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    DistilBertConfig,
+    DistilBertForTokenClassification,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+    RobertaConfig,
+)
 from transformers import DistilBertForSequenceClassification as DistilBert
 from transformers import RobertaForSequenceClassification as Roberta
 
-from isotune.config import ClassificationRecipe
+from isotune.config import ClassificationRecipe, Recipe
 from isotune.models.base.head import BaseHead, names_of, set_names
 from isotune.models.opening import load_base_model, load_config
 
@@ -106,9 +121,61 @@ def test_a_base_that_is_no_classifier_gets_a_head_without_a_word(base, tmp_path)
     assert torch.equal(body_and_logits(found)[0], body_and_logits(model)[0])
 
 
+OTHER_TASKS = {
+    "tokens, as many classes": (BertForTokenClassification, {"num_labels": 2}, ("neg", "pos"), SINGLE),
+    "tokens, other classes": (BertForTokenClassification, {"num_labels": 9}, ("neg", "pos"), SINGLE),
+    "one of several choices, one output": (BertForMultipleChoice, {}, None, "regression"),
+    "spans": (BertForQuestionAnswering, {"num_labels": 2}, ("neg", "pos"), SINGLE),
+    "tokens of another type": (DistilBertForTokenClassification, {"num_labels": 2}, ("neg", "pos"), SINGLE),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_TASKS)
+def test_the_head_of_another_kind_of_task_is_no_start(base, tmp_path, case):
+    model_class, more, names, kind = OTHER_TASKS[case]
+    recipe, _ = base()
+    sizes = DISTIL if "Distil" in model_class.__name__ else SMALL
+    model = model_class(model_class.config_class(**sizes, **more))
+    model.save_pretrained(tmp_path / "base")
+    classes = len(names or [0])
+    head, found = opened(recipe, names, classes, kind)
+    assert head.is_new and head.line == f"new: the base is a {model_class.__name__}"
+    ids = torch.arange(5, 15).view(2, 5)
+    with torch.no_grad():
+        states = [each.eval().base_model(ids).last_hidden_state for each in (model, found)]
+    assert torch.equal(*states) and found.classifier.weight.shape[0] == found.config.num_labels == classes
+    if hasattr(model, "classifier") and model.classifier.weight.shape == found.classifier.weight.shape:
+        assert not torch.isclose(model.classifier.weight, found.classifier.weight).any()
+    assert found.config.problem_type == kind and names_of(found.config) == names
+
+
+def test_what_pretraining_left_of_a_head_goes_on(base, tmp_path):
+    ids = {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
+    recipe, _ = base()
+    model = ModernBertForMaskedLM(ModernBertConfig(**SMALL, **ids))
+    model.save_pretrained(tmp_path / "base")
+    head, found = opened(recipe, ("neg", "pos"), 2)
+    assert head.line is None and torch.equal(found.head.dense.weight, model.head.dense.weight)
+
+
 def test_weights_of_a_file_stand_where_torch_puts_its_own(base):
     recipe, model = base()
     found = load_base_model(recipe, load_config(recipe), torch.device("cpu"))
     assert {tensor.data_ptr() % 64 for tensor in [*found.parameters(), *found.buffers()]} == {0}
     for (name, own), other in zip(found.state_dict().items(), model.state_dict().values(), strict=True):
         assert torch.equal(own, other), name
+
+
+def test_a_language_model_of_a_classifier_knows_no_classes(tmp_path):
+    names = {"id2label": {0: "POSITIVE", 1: "NEGATIVE"}, "label2id": {"POSITIVE": 0, "NEGATIVE": 1}}
+    sizes = {**SMALL, "num_key_value_heads": 1, "max_position_embeddings": 64, "tie_word_embeddings": True}
+    config = Qwen2Config(**sizes, **names, problem_type="multi_label_classification", pad_token_id=0)
+    Qwen2ForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    recipe = Recipe.from_values(
+        model_name_or_path=str(tmp_path / "base"), dataset_name="x", output_dir="run", max_seq_length=16, tune="full"
+    )
+    model = load_base_model(recipe, load_config(recipe), torch.device("cpu"))
+    model.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert saved["architectures"] == ["Qwen2ForCausalLM"] and saved.get("problem_type") is None
+    assert not {"id2label", "label2id"} & {key for key, value in saved.items() if value}

@@ -51,9 +51,38 @@ NAMED = {
     "names that are numbers are names": ((1, 5, 3), ("5", "4", "3", "2", "1"), [4, 0, 2]),
     "numbers below zero by their names": ((-1, 0, 1), ("-1", "0", "1"), [0, 1, 2]),
     "true and false by number": ((True, False), ("no", "yes"), [1, 0]),
+    "true and false as words by number": (("True", "FALSE"), ("ham", "spam"), [1, 0]),
+    "true and false by words of the same meaning": ((True, False), ("Yes", "no"), [0, 1]),
+    "true and false of another order": ((False, True), ("POSITIVE", "NEGATIVE"), [1, 0]),
+    "true and false by numbers": ((True, False), ("1", "0"), [0, 1]),
+    "numbers that the names have": ((1, 5, 3), ("1 star", "2 stars", "3 stars", "4 stars", "5 stars"), [0, 4, 2]),
+    "digits that the names have": (("2", "1"), ("grade 1", "grade 2"), [1, 0]),
+    "numbers from 0 beside names that have others": ((0, 1), ("gpt2", "gpt3"), [0, 1]),
+    "numbers from 0 that the names have": ((0, 1), ("class 0", "class 1"), [0, 1]),
     "true and false by name": ((True, False), ("true", "false"), [0, 1]),
+    "underscores for blanks": (("very good", "not_good"), ("not good", "Very_Good"), [1, 0]),
+    "names that differ in an underscore alone": (("a_b", "a b"), ("a b", "a_b"), [1, 0]),
+    "signs are part of a name": (("A-", "A"), ("A", "A-"), [1, 0]),
+    "wide letters and odd blanks": (("ＧＯＯＤ", "very\u00a0bad"), ("very bad", "good"), [1, 0]),
     "names that differ in their case alone": (("a", "A"), ("A", "a"), [1, 0]),
 }
+
+
+@pytest.mark.parametrize(
+    ("cells", "names", "says"),
+    [
+        (
+            (1, 4, 2),
+            ("1 star", "2 stars", "3 stars", "4 stars", "5 stars"),
+            "row 1 is of class 1, which may be '1 star'",
+        ),
+        ((0, 1), ("LABEL_1", "LABEL_0"), "row 1 is of class 0, which may be 'LABEL_0' or, counted from 0, 'LABEL_1'"),
+        ((True, False), ("a", "b", "c"), "row 1 is of class 'True'"),
+    ],
+)
+def test_what_may_be_one_class_or_another_is_refused(cells, names, says):
+    with pytest.raises(UserError, match=re.escape(says)):
+        found(*cells, known=names)
 
 
 @pytest.mark.parametrize("case", NAMED)

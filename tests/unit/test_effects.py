@@ -64,7 +64,7 @@ def test_a_rate_that_is_never_reached_is_named_with_the_highest_one(name, option
 
 
 def test_a_polynomial_that_would_not_fall_is_refused():
-    with pytest.raises(UserError, match="polynomial takes an lr_end below learning_rate"):
+    with pytest.raises(UserError, match="polynomial takes a number from 0 and below learning_rate for lr_end"):
         sentences(5, lr_scheduler_type="polynomial", learning_rate=1e-3, lr_scheduler_kwargs={"lr_end": 0.01})
 
 
@@ -95,6 +95,66 @@ def test_what_the_run_is_too_short_for_is_named(values, steps, says):
         values = {"eval_dataset_name": "builtin:capitals", **values}
     assert any(says in sentence for sentence in sentences(steps, **values)), sentences(steps, **values)
     assert sentences(1000, **{**values, "learning_rate": 1e-3}) == []  # which is long enough for all of them
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        (
+            "cosine",
+            {"num_cycles": 0},
+            "with lr_scheduler_kwargs {'num_cycles': 0} lr_scheduler_type cosine never lowers",
+        ),
+        ("polynomial", {"power": 0}, "never lowers the learning rate"),
+        ("warmup_stable_decay", {"num_decay_steps": 0}, "never lowers the learning rate"),
+        ("warmup_stable_decay", {"num_decay_steps": 4, "warmup_type": "cosine"}, "has warmup_type, and without"),
+        ("cosine_warmup_with_min_lr", {"min_lr_rate": 0.1, "warmup_lr_rate": 0.2}, "has warmup_lr_rate, and without"),
+    ],
+)
+def test_options_of_a_schedule_that_change_nothing_are_named(name, options, says):
+    values = {"learning_rate": 1e-3, "lr_scheduler_type": name, "lr_scheduler_kwargs": options, "warmup_steps": 0}
+    said = sentences(12, **values)
+    assert len(said) == 1 and says in said[0]
+    if "never" in says:
+        assert len(set(rates(12, **values))) == 1
+    assert sentences(12, **{**values, "warmup_steps": 3}) == ([] if "without" in says else said)
+
+
+@pytest.mark.parametrize(("name", "options"), SCHEDULES, ids=[name for name, _ in SCHEDULES])
+def test_schedules_that_fall_are_not_blamed(name, options):
+    values = {"learning_rate": 1e-3, "lr_scheduler_type": name, "warmup_steps": 2}
+    assert sentences(20, **values, **({"lr_scheduler_kwargs": options} if options else {})) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("cosine_with_min_lr", {"min_lr": 1e-2}, "takes a number from 0 and below learning_rate for min_lr"),
+        ("cosine_with_min_lr", {"min_lr": 1e-3}, "takes a number from 0 and below learning_rate for min_lr"),
+        ("polynomial", {"lr_end": 1e-3}, "takes a number from 0 and below learning_rate for lr_end"),
+        ("cosine_warmup_with_min_lr", {"min_lr_rate": 1}, "takes a share of learning_rate, from 0 and below 1, for"),
+        ("warmup_stable_decay", {"num_decay_steps": 3, "min_lr_ratio": 2}, "from 0 and below 1, for min_lr_ratio"),
+        ("cosine_with_min_lr", {"min_lr_rate": -0.1}, "from 0 and below 1, for min_lr_rate"),
+        ("cosine", {"num_cycles": "many"}, "cosine takes a number of at least 0 for num_cycles"),
+        ("cosine", {"num_cycles": -1}, "cosine takes a number of at least 0 for num_cycles"),
+        ("cosine", {"num_cycles": True}, "cosine takes a number of at least 0 for num_cycles"),
+        ("polynomial", {"power": -1}, "takes a number of at least 0 for power"),  # the rate would rise
+        ("inverse_sqrt", {"timescale": 0}, "takes a number above 0 for timescale"),
+        ("warmup_stable_decay", {"num_decay_steps": "x"}, "takes a number of steps for num_decay_steps"),
+        ("warmup_stable_decay", {"num_decay_steps": 3, "decay_type": "exp"}, "linear, cosine or 1-sqrt for decay_type"),
+    ],
+)
+def test_an_option_that_the_schedule_would_fail_or_rise_with_is_refused(name, options, says):
+    with pytest.raises(UserError, match=says):
+        sentences(5, lr_scheduler_type=name, learning_rate=1e-3, lr_scheduler_kwargs=options)
+
+
+@pytest.mark.parametrize("kind", [Recipe, ClassificationRecipe])
+def test_a_batch_larger_than_the_data_is_named(kind):
+    given = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "run", "global_batch_size": 16}
+    recipe = kind.from_values(**given)
+    says = ["global_batch_size is 16, and a step sees all 15 rows"]
+    assert settings_without_effect(recipe, 3, 1, 15) == says and settings_without_effect(recipe, 3, 1, 16) == []
 
 
 def test_defaults_are_not_blamed():

@@ -204,9 +204,10 @@ def test_a_broken_row_of_a_csv_is_named(tmp_path):
         quietly(str(path))
 
 
-def test_a_tokenizer_without_a_token_before_the_text_is_refused(write):
-    with pytest.raises(UserError, match="puts no special token before a text"):
-        quietly(write(*rows(("1", 0), ("2", 1))), word_tokenizer(special=False))
+def test_a_tokenizer_without_a_token_around_the_text_gives_the_tokens_of_the_text_alone(write):
+    documents = quietly(write(*rows(("1 2", 0), ("3", 1))), word_tokenizer(special=False)).documents
+    assert documents.input_ids.tolist() == word_tokenizer(special=False).convert_tokens_to_ids(["1", "2", "3"])
+    assert documents.lengths.tolist() == [2, 1]
 
 
 def test_a_folder_without_a_tokenizers_files_is_refused(tmp_path):

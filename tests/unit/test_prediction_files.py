@@ -38,3 +38,10 @@ def test_a_cell_of_any_text_is_read_back(tmp_path: Path, text: str):
     content = output.read_bytes().decode()
     assert [row["text"] for row in csv.DictReader(output.open(newline=""))] == [text]
     assert content.startswith("id,text\n") and content.endswith("\n") and not content.endswith("\r\n")
+
+
+def test_a_file_under_the_name_of_the_facts_is_left_alone(tmp_path: Path):
+    (tmp_path / "out.csv.json").write_text('{"mine": 1}')
+    with pytest.raises(UserError, match=r"out\.csv would take the place of .*out\.csv\.json too"):
+        PredictionFile(tmp_path / "out.csv", {"model_sha256": "a"}, "id").start()
+    assert (tmp_path / "out.csv.json").read_text() == '{"mine": 1}'

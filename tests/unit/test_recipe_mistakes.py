@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from isotune.config import Recipe, read_recipe
+from isotune.config import ClassificationRecipe, Recipe, read_recipe
 from isotune.io.errors import UserError
 
 REQUIRED = {"model_name_or_path": "a/model", "dataset_name": "a/dataset", "output_dir": "runs/x"}
@@ -33,6 +33,7 @@ def refusal_of_file(folder: Path, text: str, *argv: str) -> str:
     [
         ("learning_rat: 1e-4", "line 4: learning_rat is not a key: did you mean learning_rate?"),
         ("zzz: 1", "zzz is not a key: --help-all"),
+        ("class_weights: balanced", "class_weights is not a key here: it is of the task classification alone"),
         ("per_device_train_batchsize: 8", "nor is per_device_train_batch_size: the batch of a step is global_batch"),
         ("learning_rate: fast", "learning_rate is 'fast': it takes a number of at least 0"),
         ("learning_rate: .nan", "it takes a number"),
@@ -194,3 +195,9 @@ def test_a_place_that_cannot_be_written_is_the_users_mistake_and_leaves_nothing(
     with pytest.raises(UserError, match="cannot be written"):
         Recipe.from_values(**REQUIRED).write(tmp_path / "file" / "recipe.yaml")
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("key", ["packing", "train_on", "sample_prompt"])
+def test_a_key_of_language_models_is_named_as_such_for_a_classifier(key):
+    with pytest.raises(UserError, match=f"{key} is not a key here: it is of the task sft alone"):
+        ClassificationRecipe.from_values(**REQUIRED, **{key: "last"})

@@ -343,6 +343,20 @@ def test_the_same_files_give_the_same_report(run):
     assert render_report([run]) == render_report([run])
 
 
+def test_a_report_of_several_runs_takes_no_place_of_anything_else(tmp_path):
+    runs = [write_run(tmp_path / name) for name in ("one", "two", "three")]
+    own = write_report(runs[:1])
+    kept = own.read_bytes()
+    beside = [write_report(runs[:2]), write_report(runs), write_report(runs[:2])]
+    names = ["report-with-two.html", "report-with-two-three.html", "report-with-two.html"]
+    assert [file.name for file in beside] == names and own.read_bytes() == kept
+    data = tmp_path / "data.jsonl"
+    data.write_text("{}\n")
+    with pytest.raises(UserError, match=r"--output .*data\.jsonl is there and is no report"):
+        write_report(runs[:1], data)
+    assert data.read_text() == "{}\n"
+
+
 def test_a_report_is_never_half_written(run, monkeypatch):
     file = write_report([run])
     assert file == run / "report.html"

@@ -3,9 +3,10 @@
 import json
 from dataclasses import fields
 
+import numpy as np
 import pytest
 
-from isotune.evaluation.results import CLAIM, METRICS, claim_folder
+from isotune.evaluation.results import CLAIM, METRICS, claim_folder, named_identity
 from isotune.evaluation.tasks import PAIR, ROW_COLUMNS, ClassificationTask, GenerationTask
 from isotune.io.errors import UserError
 
@@ -87,3 +88,34 @@ def test_every_key_of_a_task_but_the_word_that_lets_it_run_tells_evaluations_apa
     json.dumps(decisive)
     if kind is GenerationTask:  # a key that nobody gives leaves the folders of earlier versions as they are
         assert not kind(dataset_name="x").decisive().keys() & set(ROW_COLUMNS)
+
+
+def test_a_folder_with_predictions_that_nobody_claims_is_left_alone(tmp_path):
+    own = tmp_path / "eval" / "step-00000002"
+    own.mkdir(parents=True)
+    (own / "predictions.jsonl").write_text("{}\n")  # of a training run
+    assert claim_folder(own, NORTH, is_named=False).name.startswith("step-00000002-")
+    with pytest.raises(UserError, match="holds another evaluation"):
+        claim_folder(own, NORTH, is_named=True)
+
+
+def test_a_model_whose_weights_were_replaced_is_another_one(tmp_path):
+    model, run = tmp_path / "model", tmp_path / "run"
+    weights = np.random.default_rng(0).random(300_000, np.float32)
+    for folder in (model, run / "model"):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(weights.tobytes())
+        (folder / "config.json").write_text("{}")
+    first = {**NORTH, **named_identity(None, str(model), "out")}
+    of_run = named_identity(str(run), None, "out")
+    assert of_run["weights"] == first["weights"] and of_run["run_dir"] == str(run)
+    claim_folder(tmp_path / "out", first, is_named=True)
+    (model / "config.json").write_text("{ }")  # and whatever else lies beside the weights
+    assert {**NORTH, **named_identity(None, str(model), "out")} == first
+    for changed in (weights + np.float32(1e-6), weights[:-1]):
+        (model / "model.safetensors").write_bytes(changed.tobytes())
+        with pytest.raises(UserError, match=r"out holds another evaluation \(of a model with other weights\)"):
+            claim_folder(tmp_path / "out", {**NORTH, **named_identity(None, str(model), "out")}, is_named=True)
+    # in the run's own folder its results go with it, and are what they were in earlier versions
+    assert named_identity(str(run), None, None) == {"model": None}
+    assert named_identity(None, "someone/model", None) == {"model": "someone/model"}

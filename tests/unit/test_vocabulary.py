@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, LlamaC
 from isotune.checkpoint.export import export_run
 from isotune.evaluation.models import generation_model_of_run
 from isotune.io.errors import UserError
+from isotune.models.base import vocabulary
 from isotune.models.base.builtin import builtin_tokenizer
 from isotune.models.base.vocabulary import grow_embeddings, new_rows
 from isotune.preflight.preflight_report import run_preflight
@@ -196,3 +197,11 @@ def test_the_ids_of_new_rows(tmp_path):
         new_rows(OPTConfig(vocab_size=ROWS - 1), tokenizer, Asked)
     Asked.resize_embeddings = True
     assert new_rows(OPTConfig(vocab_size=ROWS - 1), tokenizer, Asked) == (ROWS - 1, ROWS)
+
+
+def test_new_tokens_that_no_document_has_are_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(vocabulary, "TOKENS_AT_ONCE", 7)
+    values = {"tune": "lora", "dataset_name": rows_file(tmp_path), "max_steps": 1}
+    build(tmp_path, **values, model_name_or_path=small_opt(tmp_path / "base"), add_tokens=[*NEW, "<|never|>"])
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no effect")]
+    assert said == ["no effect   no document has '<|never|>' of add_tokens: nothing is learnt of it"]

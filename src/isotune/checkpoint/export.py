@@ -41,6 +41,7 @@ from isotune.models.finished_run import (
     load_whole_model,
     merge_run,
     read_run,
+    settle,
 )
 from isotune.models.layouts.heads import head_of, head_rows
 from isotune.models.log_control import quiet_libraries
@@ -123,6 +124,8 @@ def export_run(
             model, tokenizer, parity = merge_run(finished, DTYPES[dtype] if dtype else None)
         else:
             model, tokenizer = load_whole_model(finished), load_run_tokenizer(finished)
+            if of_checkpoint:
+                settle(model, tokenizer)
         if format == "safetensors":
             save_and_verify(model, tokenizer, folder)
         else:

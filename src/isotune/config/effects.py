@@ -12,15 +12,18 @@ from isotune.config.engine_keys import evaluates
 from isotune.config.run_recipe import RunRecipe
 from isotune.io.errors import UserError
 
+FEW_STEPS = 2  # after the warm-up, which show no schedule
 _SAMPLED_STEPS = 2_000  # of a schedule, evenly spaced, beside its corners
 
 
-def settings_without_effect(recipe: RunRecipe, steps: int, steps_per_epoch: int) -> list[str]:
-    """A sentence for each setting that a run of that many steps leaves without its effect.
+def settings_without_effect(recipe: RunRecipe, steps: int, steps_per_epoch: int, rows: int | None = None) -> list[str]:
+    """A sentence for each setting that a run of that many steps, over `rows` rows, leaves without its effect.
 
     UserError for one with which transformers' schedule would fail at the end of the run.
     """
+    few = rows is not None and rows < recipe.global_batch_size
     return [
+        *([f"global_batch_size is {recipe.global_batch_size:,}, and a step sees all {rows:,} rows"] if few else ()),
         *_of_the_rate(recipe, steps),
         *_of_evaluations(recipe, steps, steps_per_epoch),
         *_of_reports(recipe, steps),
@@ -61,19 +64,25 @@ def _of_the_rate(recipe: RunRecipe, steps: int) -> Iterator[str]:
         )
     factor = _rate_factor(recipe, steps, warmup)
     corners = {0, steps - 1, *(step for step in (warmup - 1, warmup, warmup + 1) if 0 <= step < steps)}
-    peak = max(map(factor, corners | set(range(0, steps, math.ceil(steps / _SAMPLED_STEPS)))))
+    sampled = sorted(corners | set(range(0, steps, math.ceil(steps / _SAMPLED_STEPS))))
+    peak = max(map(factor, sampled))
     if warmup and peak < 1 - 1e-9:
         yield (
             f"warmup_steps is {warmup:,} and the run has {steps:,} steps: the learning rate comes to {peak * rate:.3g} "
             f"at most and never reaches learning_rate {rate:g}"
         )
-    if name == "warmup_stable_decay":
-        options = recipe.training_arguments["lr_scheduler_kwargs"]
-        decay = int(options["num_decay_steps"])
-        before = warmup + int(options.get("num_stable_steps", max(0, steps - warmup - decay)))
-        if before + decay > steps:
-            end = f"begins after {before:,} steps" if before >= steps else f"ends after {before + decay:,} steps"
-            yield f"the decay of lr_scheduler_type {name} {end}, and the run has {steps:,}"
+    options: dict[str, Any] = recipe.training_arguments.get("lr_scheduler_kwargs") or {}
+    of_warmup = next((key for key in ("warmup_lr_rate", "warmup_type") if key in options), None)
+    if of_warmup is not None and not warmup:
+        yield f"lr_scheduler_kwargs has {of_warmup}, and without warmup_steps there is no warm-up"
+    decay = int(options.get("num_decay_steps", 0))
+    before = warmup + int(options.get("num_stable_steps", max(0, steps - warmup - decay)))
+    after_warmup = {round(factor(step), 9) for step in sampled if step >= warmup}
+    if decay and before + decay > steps:
+        end = f"begins after {before:,} steps" if before >= steps else f"ends after {before + decay:,} steps"
+        yield f"the decay of lr_scheduler_type {name} {end}, and the run has {steps:,}"
+    elif options and steps - warmup > FEW_STEPS and len(after_warmup) == 1:
+        yield f"with lr_scheduler_kwargs {options} lr_scheduler_type {name} never lowers the learning rate"
 
 
 def _rate_factor(recipe: RunRecipe, steps: int, warmup: int) -> Callable[[int], float]:

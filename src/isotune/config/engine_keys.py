@@ -27,6 +27,21 @@ SCHEDULE_ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles"),
     ),
 }
+# What each of these takes, and how a message says it; those of ENDS stay below learning_rate, which only falls.
+_SHARE_BELOW_1: tuple[Range, str] = (Range(0, 1, high_open=True), "a share of learning_rate, from 0 and below 1,")
+_STEPS: tuple[Range, str] = (Range(0, 1e12), "a number of steps")
+_FORM: tuple[tuple[str, ...], str] = (("linear", "cosine", "1-sqrt"), "linear, cosine or 1-sqrt")
+ENDS = ("lr_end", "min_lr")
+SCHEDULE_VALUES: dict[str, tuple[Range | tuple[str, ...], str]] = {
+    **dict.fromkeys(ENDS, (Range(0, 1000), "a number from 0 and below learning_rate")),
+    **dict.fromkeys(("min_lr_rate", "min_lr_ratio"), _SHARE_BELOW_1),
+    **dict.fromkeys(("num_decay_steps", "num_stable_steps"), _STEPS),
+    **dict.fromkeys(("warmup_type", "decay_type"), _FORM),
+    "warmup_lr_rate": (Range(0, 1), "a share of learning_rate, from 0 to 1,"),
+    "num_cycles": (Range(0, 1e9), "a number of at least 0"),
+    "power": (Range(0, 1e3), "a number of at least 0"),
+    "timescale": (Range(0, 1e12, low_open=True), "a number above 0"),
+}
 Schedule: Any = Literal[tuple(SCHEDULE_ARGUMENTS)]
 # Optimisers that update inside backward, or hold other weights in training than in evaluation, are left out.
 Optimiser = Literal[
@@ -65,8 +80,16 @@ def wrong_schedule_call(values: Values) -> str | None:
     needed, optional = SCHEDULE_ARGUMENTS[schedule]
     options: dict[str, Any] = values["lr_scheduler_kwargs"] or {}
     given = set(options)
-    if schedule == "polynomial" and values["learning_rate"] and options.get("lr_end", 1e-7) >= values["learning_rate"]:
-        return "polynomial takes an lr_end below learning_rate"
+    rate = values["learning_rate"]
+    for name, value in {**({"lr_end": 1e-7} if schedule == "polynomial" else {}), **options}.items():
+        takes, words = SCHEDULE_VALUES.get(name, ((), ""))
+        if isinstance(takes, Range):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            fits = is_number and value in takes and (name not in ENDS or not rate or value < rate)
+        else:
+            fits = value in takes
+        if name in {*needed, *optional} and not fits:
+            return f"{schedule} takes {words} for {name}"
     if given <= {*needed, *optional} and (not needed or len(given & set(needed)) == 1):
         return None
     parts = [f"needs {'one of ' if len(needed) > 1 else ''}{', '.join(needed)}"] if needed else []

@@ -6,6 +6,7 @@ A recipe file is flat YAML whose values are read as text; the key decides the ty
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -185,6 +186,9 @@ def _shown(value: Any) -> str:
 def _why_not_a_key(keys: Mapping[str, Key], written: str, layer: Layer) -> str:
     if written in UNSUPPORTED:
         return f"is not a key here: {UNSUPPORTED[written]}"
+    tasks: dict[str, Any] = import_module("isotune.config.recipes").TASKS  # whose recipes are made of layers
+    if task := next((task for task, kind in tasks.items() if written in {*kind.keys()}), None):
+        return f"is not a key here: it is of the task {task} alone"
     near = nearest(written, [*keys, *ALIASES, *UNSUPPORTED])
     if not near:
         return "is not a key: --help-all lists them"

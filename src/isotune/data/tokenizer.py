@@ -6,6 +6,7 @@ What a classifier reads is made here too: the tokenizer's own special tokens aro
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,12 @@ class PairForm:
         return [self.prefix.tolist(), self.middle.tolist(), self.suffix.tolist(), self.types]
 
 
+def prefix_of(tokenizer: Any) -> list[int]:
+    """The tokens that a tokenizer puts before a text."""
+    probe = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True)
+    return probe.ids[: probe.special_tokens_mask.index(0)]
+
+
 class FastTokenizer:
     """A private copy of a tokenizer's Rust backend that neither cuts nor pads.
 
@@ -108,16 +115,13 @@ def add_special_tokens(
 class TextEncoder(FastTokenizer):
     """A tokenizer made ready to turn texts into `[CLS] ... [SEP]`, or whatever it puts around a text.
 
-    An empty text becomes the special tokens alone. `fingerprint` is a digest of everything that decides the tokens.
+    An empty text becomes the special tokens alone; where the tokenizer puts none around a text, as those of many
+    decoders, its eos token. `fingerprint` is a digest of everything that decides the tokens.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer)
-        if not len(self.prefix):
-            raise UserError(
-                f"the tokenizer {self.name} puts no special token before a text, and a classifier reads that one: "
-                "choose an encoder's, such as BERT's"
-            )
+        self._tokenizer = tokenizer
         self.fingerprint = digest(self.definition, self.prefix.tolist(), self.suffix.tolist())
         self.special_tokens = len(self.prefix) + len(self.suffix)  # that every text gets beside its own
 
@@ -139,6 +143,9 @@ class TextEncoder(FastTokenizer):
         `whole_lengths`, the tokens of each before anything was cut, int64.
         """
         tokens = self.tokens(texts)
+        whole_lengths = np.array([len(ids) for ids in tokens], np.int64) + self.special_tokens
+        if not self.special_tokens:
+            tokens = [ids if len(ids) else self._nothing for ids in tokens]
         own = np.array([len(ids) for ids in tokens], np.int64)
         room = max_seq_length - self.special_tokens
         first = {"head": room, "tail": 0, "head_tail": room // HEAD_SHARE}[overlong]
@@ -152,8 +159,19 @@ class TextEncoder(FastTokenizer):
             targets=np.zeros(len(texts), np.int32) if labels is None else labels,
             starts=starts,
             source_rows=np.arange(len(texts)),
-            columns={"whole_lengths": own + self.special_tokens},
+            columns={"whole_lengths": whole_lengths},
         )
+
+    @cached_property
+    def _nothing(self) -> np.ndarray:
+        """What stands for an empty text that gets no special token: a model reads one token at least."""
+        eos = getattr(self._tokenizer, "eos_token_id", None)
+        if eos is None:
+            raise UserError(
+                f"a text is empty, and the tokenizer {self.name} has neither special tokens around a text nor an eos "
+                "token that could stand for it: leave such rows out"
+            )
+        return np.array([eos], np.int32)
 
     def pair_form(self) -> PairForm:
         """How two texts stand in one document; UserError where the tokenizer cannot say so."""

@@ -190,7 +190,7 @@ def _contradictions(config: Mapping[str, Any], recipe: RunRecipe) -> Iterator[st
             yield f"says {key}.{key}_master_weights_and_grads, and what is trained stays in fp32: take it out"
     sums = {"data_types.grad_accum_dtype": (config.get("data_types") or {}).get("grad_accum_dtype")}
     for key, value in {**sums, "communication_data_type": config.get("communication_data_type")}.items():
-        if value is not None and value not in DTYPES:
+        if value is not None and (not isinstance(value, str) or value not in DTYPES):
             yield f"says {key}: {_cut(value)}: it takes {', '.join(DTYPES)}"
     for key in ("amp", "torch_autocast"):
         if (config.get(key) or {}).get("enabled"):

@@ -24,11 +24,12 @@ from isotune.evaluation.distributed_eval import Shards
 from isotune.evaluation.tasks import ROW_COLUMNS, ClassificationTask, read_task
 from isotune.io.errors import UserError
 from isotune.io.shipped import script
+from isotune.models.base.ending import eos_ids_of
 from isotune.models.base.folder import why_no_model
 from isotune.models.base.head import names_of
 from isotune.models.base.vocabulary import check_tokens
 from isotune.models.class_loss import task_type_of
-from isotune.models.classifier import install_classification
+from isotune.models.classifier import check_first_token, fit_tokenizer, install_classification
 from isotune.models.finished_run import (
     FinishedRun,
     add_run_adapter,
@@ -104,14 +105,7 @@ class GenerationModel:
     @property
     def eos_ids(self) -> set[int]:
         """Every eos token: the tokenizer's and those of the model's generation_config.json."""
-        named = self.model.generation_config.eos_token_id
-        ids = {*(named if isinstance(named, list) else [named]), self.tokenizer.eos_token_id} - {None}
-        if other := [token for token in ids if type(token) is not int]:
-            raise UserError(
-                f"eos_token_id of {self.model.name_or_path}/generation_config.json holds {other[0]!r}: write the "
-                "numbers of tokens"
-            )
-        ids |= self.encoder.end_ids
+        ids = eos_ids_of(self.model, self.encoder)
         if not ids:
             raise UserError(f"the tokenizer {self.tokenizer.name_or_path} has no eos token: generation could not end")
         return ids
@@ -124,13 +118,14 @@ class GenerationModel:
 def load_run_classifier(run_dir: str | Path, device: torch.device, dtype: torch.dtype) -> Classifier:
     """The classifier of a finished run, full or an adapter on its base, with the settings of its training."""
     run = read_run(run_dir)
+    tokenizer = load_run_tokenizer(run)
     if run.is_adapter:
         if not is_classifier(run):
             raise UserError(
                 f"{run.folder} is no run of a classifier: {script('eval/generate.py')} evaluates a language model"
             )
         base = load_run_base(run, device, dequantize=True)
-        install_classification(base.to(dtype))
+        fit_tokenizer(base, install_classification(base.to(dtype)), tokenizer)
         model = add_run_adapter(run, base).to(dtype)
     else:
         _check_kind(run.model, str(run.folder))
@@ -143,7 +138,7 @@ def load_run_classifier(run_dir: str | Path, device: torch.device, dtype: torch.
     settings = _of_model(settings, model.config, settings.known_names or names_of(model.config))
     names = settings.label_names
     thresholds = _thresholds(run.model, settings)
-    return Classifier(str(run_dir), model.eval(), load_run_tokenizer(run), settings, names, run, thresholds)
+    return Classifier(str(run_dir), model.eval(), tokenizer, settings, names, run, thresholds)
 
 
 def load_model_classifier(name: str, device: torch.device, dtype: torch.dtype) -> Classifier:
@@ -154,7 +149,7 @@ def load_model_classifier(name: str, device: torch.device, dtype: torch.dtype) -
     model = load_pretrained(name, auto=AutoModelForSequenceClassification, dtype=dtype).to(device).eval()
     tokenizer = load_pretrained_tokenizer(name)
     check_tokens(model.config, tokenizer, name)
-    install_classification(model)
+    check_first_token(model, install_classification(model), tokenizer)
     positions = max_positions(model.config) or DEFAULT_MAX_SEQ_LENGTH
     longest = min(DEFAULT_MAX_SEQ_LENGTH, positions, tokenizer.model_max_length)
     settings = _of_model(ClassificationSettings(max_seq_length=longest), model.config, names_of(model.config))
@@ -270,11 +265,6 @@ def _stored_dtype(name: str | Path) -> torch.dtype:
     """The dtype of a model's weights, from its configuration."""
     stored: Any = load_pretrained_config(str(name)).dtype
     return stored or torch.float32
-
-
-def model_identity(name: str) -> str:
-    """What tells the model of --model from others: the whole path of a folder, or the Hub id."""
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def _check_named_model(name: str) -> None:

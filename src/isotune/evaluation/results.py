@@ -10,7 +10,7 @@ A result is a folder with two files:
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,9 +84,36 @@ def claim_folder(folder: Path, evaluation: dict[str, Any], *, is_named: bool, wr
     return beside
 
 
+def named_identity(run_dir: str | None, model: str | None, output_dir: str | None) -> dict[str, Any]:
+    """What tells the model of a result from others, where the result's folder is not the run's own: paths and weights.
+
+    The weights of a folder are told by their sizes and by blocks of their content, evenly spaced.
+    """
+    folder = Path(model or run_dir or "")
+    found: dict[str, Any] = {"model": str(folder.resolve()) if model and folder.is_dir() else model}
+    if output_dir and run_dir:  # a folder of the user's may be asked to take the results of two runs
+        found["run_dir"] = str(folder.resolve())
+    if not model and (folder / "model").is_dir():
+        folder = folder / "model"
+    if (model or output_dir) and folder.is_dir():
+        files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+        found["weights"] = digest(*([file.name, *_blocks(file)] for file in files))
+    return found
+
+
+def _blocks(file: Path, count: int = 16, size: int = 65_536) -> Iterator[Any]:
+    """The size of a file in bytes, and the digest of so many blocks of it."""
+    whole = file.stat().st_size
+    yield whole
+    with file.open("rb") as content:
+        for number in range(count):
+            content.seek(max(0, whole - size) * number // (count - 1))
+            yield hashlib.sha256(content.read(size)).hexdigest()
+
+
 def _claimed(folder: Path, claim: dict[str, Any], write: bool) -> dict[str, Any]:
     """Whose folder it is: `claim` is written where it is nobody's, by one of two that come at once."""
-    if not (folder / METRICS).is_file() and not (folder / CLAIM).is_file():
+    if not any((folder / name).exists() for name in (METRICS, CLAIM, PREDICTIONS)):
         if not write:
             return claim
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,6 +133,8 @@ def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
     if not there or not different:
         return ""
     key = different[0]
+    if key == "weights":
+        return " (of a model with other weights)"
     return f" ({key}: {json.dumps(there.get(key))[:80]} there, {json.dumps(here[key])[:80]} here)"
 
 

@@ -18,7 +18,7 @@ from isotune.data.documents import check_left_out, digest
 from isotune.data.mixture import open_mixture
 from isotune.data.sft.forms import TEXT_FIELD, Content, NamedColumns
 from isotune.data.sft.messages import ASSISTANT, USER, Example, Message
-from isotune.data.sft.reading import example_of_text, read_contents
+from isotune.data.sft.reading import example_of_text, read_contents, without_header
 from isotune.data.sources.source import Row, Source, is_null, read_rows
 from isotune.evaluation.metrics.modules import TEXTS, Column, MetricModule, read_metrics
 from isotune.evaluation.metrics.of_type import ALL_COLUMNS, ALL_METRICS
@@ -198,9 +198,15 @@ class EvalSamples(list[EvalSample]):
     """The prompts of an evaluation, and what became of the rows that were read for them."""
 
     def __init__(
-        self, samples: Iterable[EvalSample], fingerprint: str, rows_read: int, left_out: Mapping[str, int]
+        self,
+        samples: Iterable[EvalSample],
+        fingerprint: str,
+        rows_read: int,
+        left_out: Mapping[str, int],
+        unlike: str | None = None,
     ) -> None:
         super().__init__(samples)
+        self.unlike = unlike  # how the first text without a header begins
         self.fingerprint = fingerprint  # of the source's content
         self.rows_read, self.left_out = rows_read, left_out  # rows by the reason for which they are no sample
 
@@ -267,7 +273,8 @@ def eval_samples_of(
     if not samples:
         reasons = ", ".join(f"{count} {reason}" for reason, count in samples.left_out.items())
         what = "has no conversation with a question and an answer: there is no reference to compare with"
-        raise UserError(f"dataset_name: {source.name} {what}; rows: {reasons}")
+        unlike = f"; {samples.unlike}: give the conversations as messages, or templates in a --task file"
+        raise UserError(f"dataset_name: {source.name} {what}; rows: {reasons}{unlike if samples.unlike else ''}")
     check_left_out(source.name, samples.rows_read, samples.left_out, allowed=allow_dropped, show=show)
     return samples
 
@@ -276,18 +283,19 @@ def _first_exchanges(source: Source, limit: int | None, named: NamedColumns) -> 
     """The first question and answer of each conversation, in the first rows that have `limit` of them."""
     samples: list[EvalSample] = []
     left_out: Counter[str] = Counter()
-    read = 0
+    read, unlike = 0, None
     for row, content in chain.from_iterable(read_contents(source, named)):
         if len(samples) == limit:
             break
         read += 1
+        unlike = unlike or without_header(row, content)
         found = _first_exchange(content)
         if isinstance(found, str):
             left_out[found] += 1
         else:
             messages, reference, tools = found
             samples.append(EvalSample(row, messages, reference, source.where(row), tools))
-    return EvalSamples(samples, source.fingerprint, read, dict(left_out))
+    return EvalSamples(samples, source.fingerprint, read, dict(left_out), unlike)
 
 
 def _first_exchange(content: Content) -> tuple[tuple[Message, ...], str, tuple[Any, ...] | None] | str:

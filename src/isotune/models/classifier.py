@@ -17,12 +17,15 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from isotune.compat.peft import base_model_of, given_arguments
 from isotune.compat.torch import patch_forward, unpatch_forward
 from isotune.compat.transformers import set_sharded_classes
+from isotune.data.tokenizer import prefix_of, tokenizer_name
+from isotune.io.errors import UserError
 from isotune.models.class_loss import DocumentLoss, loss_of, task_type_of
 from isotune.models.cpu.cls_only import cls_states_only
 from isotune.models.cpu.functional import onednn_products
 from isotune.models.cpu.layers import keep_freed_memory
 from isotune.models.layouts.choose import choose_layout
-from isotune.models.layouts.layout import FIRST, LAST, Layout, Logits, install_layout
+from isotune.models.layouts.heads import pad_like_tokenizer
+from isotune.models.layouts.layout import ALONE, FIRST, LAST, Layout, Logits, install_layout
 from isotune.models.packed_attention import PACKED
 
 # the layout of each installed model, and its logits in it
@@ -80,18 +83,25 @@ def takes_token_types(model: Any) -> bool:
     return types != 1 and "token_type_ids" in inspect.signature(model.base_model.forward).parameters
 
 
-def pad_like_tokenizer(model: PreTrainedModel, layout: Layout, pad: int | None) -> str | None:
-    """Let a head that reads the last token that does not pad know which token its tokenizer pads with.
+def check_first_token(model: PreTrainedModel, layout: Layout, tokenizer: Any) -> None:
+    """UserError where the head reads the special token before a text, and the tokenizer puts none there."""
+    is_measured = not next(model.parameters()).is_meta  # on one process at least
+    if is_measured and layout.reads == FIRST and not prefix_of(tokenizer):
+        raise UserError(
+            f"the tokenizer {tokenizer_name(tokenizer)} puts no special token before a text, and the head of "
+            f"model type '{model.config.model_type}' reads that one: take the model's own tokenizer"
+        )
 
-    Otherwise plain transformers refuses batches of the saved model, or reads a padding token. Returns a sentence where
-    the configuration changes.
+
+def fit_tokenizer(model: PreTrainedModel, layout: Layout, tokenizer: Any) -> str | None:
+    """Let a head that is trained read what its tokenizer writes; a sentence where the configuration changes.
+
+    The tokenizer, which is saved beside the head, fills batches up on the right, where that changes no logit.
     """
-    config = model.config.get_text_config()
-    before = config.pad_token_id
-    if layout.reads != LAST or pad is None or before == pad:
-        return None
-    config.pad_token_id = pad
-    return f"the head reads the last token other than {pad}, with which the tokenizer pads; the base said {before}"
+    check_first_token(model, layout, tokenizer)
+    if layout.name != ALONE:
+        tokenizer.padding_side = "right"
+    return pad_like_tokenizer(model, tokenizer.pad_token_id) if layout.reads == LAST else None
 
 
 def _block_classes(model: PreTrainedModel) -> list[str]:

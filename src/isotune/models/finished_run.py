@@ -19,14 +19,15 @@ from isotune.data.sft.conversations import render_prompt
 from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.data.sources.hub import is_hub_id
 from isotune.io.errors import UserError, shown
+from isotune.io.folders import ADAPTER_CONFIG, described
 from isotune.io.reading import read_json_object
 from isotune.io.run_files import RECIPE, or_refuse, read_recipe_values
 from isotune.io.shipped import script
-from isotune.models.base.folder import ADAPTER_CONFIG
+from isotune.models.base.ending import end_generation
 from isotune.models.base.head import set_names
 from isotune.models.base.vocabulary import grow_embeddings
 from isotune.models.class_loss import PROBLEM_TYPES
-from isotune.models.layouts.heads import head_of
+from isotune.models.layouts.heads import head_of, pad_like_tokenizer, reads_last_token
 from isotune.models.log_control import quiet_libraries
 from isotune.models.opening import (
     LOADING_ERRORS,
@@ -79,14 +80,18 @@ def read_run(run_dir: str | Path) -> FinishedRun:
     folder = Path(run_dir).expanduser()
     recipe = folder / RECIPE
     if not folder.is_dir():
-        raise UserError(f"there is no run directory {folder}")
+        none = f"there is no run directory {folder}"
+        raise UserError(f"{folder} is a file, and no run directory" if folder.is_file() else none)
     if not recipe.is_file() and (folder.parent / RECIPE).is_file() and folder.name == "model":
         return read_run(folder.parent)
     if not recipe.is_file() and (folder / ADAPTER_CONFIG).is_file():  # of another program: its base as it is stored
         check_weights(folder, ADAPTER_WEIGHTS)
         return FinishedRun(folder, {"tune": "lora"}, folder, _find_base(folder, folder, {})[0], False)
     if not recipe.is_file():
-        raise UserError(f"{folder} is not a run directory: it has no recipe.yaml")
+        what = described(folder)
+        raise UserError(
+            f"{folder} is not a run directory: it has no {RECIPE}" + (f", and is {what}" if what is not None else "")
+        )
     settings = or_refuse(read_recipe_values, folder, f"{recipe} is not a recipe")
     model = folder / "model"
     if not model.is_dir():
@@ -261,6 +266,7 @@ def merge_run(run: FinishedRun, dtype: torch.dtype | None = None) -> tuple[Any, 
     assert run.is_adapter, "only an adapter can be merged"
     tokenizer = load_run_tokenizer(run)
     base = load_run_base(run, torch.device("cpu"), dequantize=True)
+    settle(base, tokenizer)
     file_dtype = dtype or base.dtype
     adapted = add_run_adapter(run, base.float()).eval()
     probe = _probe_tokens(_probe_conversation(run, tokenizer), base.config.vocab_size)
@@ -277,6 +283,18 @@ def merge_run(run: FinishedRun, dtype: torch.dtype | None = None) -> tuple[Any, 
             f"{'its weights are not finite' if expected.isnan().any() else 'try --dtype float32'}"
         )
     return merged, tokenizer, parity
+
+
+def settle(model: Any, tokenizer: Any) -> None:
+    """Write into a stock model's configuration what training would have: how its tokenizer pads, where an answer ends.
+
+    Neither is in an adapter's files nor in a checkpoint's.
+    """
+    if model.can_generate():
+        end_generation(model, tokenizer)
+    elif reads_last_token(model):
+        pad_like_tokenizer(model, tokenizer.pad_token_id)
+        tokenizer.padding_side = "right"
 
 
 def _probe_conversation(run: FinishedRun, tokenizer: Any) -> list[int]:
@@ -301,8 +319,9 @@ def _probe_logits(model: Any, probe: Tensor) -> Tensor:
     """Logits of the fixed input: float32 [2, tokens, vocabulary], or [2, classes] of a classifier, on the CPU."""
     positions = getattr(model.config, "max_position_embeddings", None) or probe.shape[1]
     tokens = probe[:, :positions].to(model.device)
-    with torch.no_grad():
-        return model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits.float().cpu()
+    with torch.no_grad():  # one by one: heads that read the last token take no batch where nothing pads
+        logits = [model(input_ids=row, attention_mask=torch.ones_like(row)).logits for row in tokens.split(1)]
+    return torch.cat(logits).float().cpu()
 
 
 def compare_logits(expected: Tensor, actual: Tensor, relative_tolerance: float) -> Parity:

@@ -34,7 +34,7 @@ from isotune.data.sources.source import PREFIX
 from isotune.io.errors import UserError, first_line, is_first_process
 from isotune.io.extras import need
 from isotune.models.base.builtin import builtin_config, builtin_tokenizer
-from isotune.models.base.head import BaseHead, draw_head, is_classifier, reorder
+from isotune.models.base.head import BaseHead, draw_head, is_classifier, reorder, set_names
 from isotune.models.base.hub import Located, locate
 from isotune.models.base.vocabulary import add_tokens, grow_embeddings
 from isotune.models.layouts.heads import head_of, is_of_head
@@ -42,6 +42,7 @@ from isotune.models.log_control import quiet_libraries
 from isotune.models.packed_attention import max_positions
 
 SayNew = Callable[[Sequence[str]], None]
+NO_CLASSES = 2  # as in a configuration that says nothing of classes
 ALIGNMENT = 64  # bytes: torch allocates so on a CPU
 LIBRARY_CODE: dict[str, Any] = {"trust_remote_code": False}  # None would ask on the terminal whether a model's own runs
 # what libraries raise over a configuration or weights that are not what they say
@@ -180,12 +181,14 @@ def load_tokenizer(recipe: RunRecipe, needed: Sequence[str] = ()) -> PreTrainedT
     """The tokenizer that the recipe names, or else its model's; it must have the `needed` special tokens.
 
     It has the tokens that the recipe adds. For conversations it carries the chat template of the recipe's
-    `chat_format`, whatever it came with.
+    `chat_format`, whatever it came with, and for texts to classify none, because they are read as they stand.
     """
     tokenizer = _load_tokenizer(recipe, needed)
     add_tokens(tokenizer, recipe.add_tokens or ())
     if isinstance(recipe, Recipe):
         ChatFormat.of(recipe.chat_format, tokenizer).apply(tokenizer)
+    elif getattr(tokenizer, "chat_template", None):
+        tokenizer.chat_template = None
     return tokenizer
 
 
@@ -214,6 +217,8 @@ def load_config(recipe: RunRecipe) -> PreTrainedConfig:
         if name.startswith(PREFIX)
         else load_pretrained_config(name, "model_name_or_path", recipe.model_revision)
     )
+    if isinstance(recipe, Recipe) and is_classifier(config):  # whose classes are none of a language model
+        set_names(config, NO_CLASSES, None, None)
     positions = max_positions(config)
     if positions is not None and recipe.max_seq_length > positions:
         raise UserError(
@@ -276,7 +281,7 @@ def _load_base_model(
         new_modules = head_of(config)
     name = recipe.model_name_or_path
     kwargs: dict[str, Any] = {"config": config, "dtype": weights_dtype(recipe), "revision": recipe.model_revision}
-    replaced = head is not None and head.is_new and is_classifier(config)
+    replaced = head is not None and head.replaces
     if replaced:  # the old head may have another size
         kwargs["ignore_mismatched_sizes"] = True
     if recipe.tune == "qlora":

@@ -152,7 +152,9 @@ def run_preflight(
         chosen_tokens=chosen,
         less_waiting=_find_less_waiting(recipe, launch, work, estimator.work),
         checkpoint_bytes=checkpoint_bytes,
-        without_effect=tuple(settings_without_effect(recipe, work.steps, work.steps_per_epoch) if work else ()),
+        without_effect=tuple(
+            settings_without_effect(recipe, work.steps, work.steps_per_epoch, work.rows) if work else ()
+        ),
         disk_bytes=checkpoint_bytes * min(work.checkpoints if work else 3, kept + 1),
         rows=tuple(
             ComparedLaunch(other, estimator.memory(recipe, other), time(other))

@@ -22,6 +22,8 @@ from isotune.report import charts, formatting
 from isotune.report.run_record import RunRecord, changed_tables, differ, read_record, run_summary, run_tables
 
 REPORT = "report.html"
+MARK, HEAD_BYTES = b": isotune report</title>", 16_384  # by which a report is known, near its beginning
+LONGEST_NAME = 100  # characters of the names of other runs in a file's name
 HERE = Path(__file__).parent
 MAX_EXAMPLES = 10
 MAX_TEXT_CHARACTERS = 2_000
@@ -33,12 +35,17 @@ _FORBIDDEN = dict.fromkeys(
 
 
 def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -> Path:
-    """Write the report of one run, or of several side by side, atomically: by default report.html of the first run.
+    """Write the report of one run, or of several side by side, atomically: by default report.html of the run.
 
-    The file loads nothing, by its security policy. UserError if a folder is no run, or the file cannot be written.
+    Beside other runs it is report-with-OTHERS.html of the first, whose own report stays. The file loads nothing, by its
+    security policy. UserError if a folder is no run, or the file cannot be written or is there and no report.
     """
     html = render_report(runs)
-    file = Path(output) if output is not None else Path(runs[0]) / REPORT
+    others = [Path(run).expanduser().resolve() for run in runs[1:]]
+    own = f"report-with-{'-'.join(other.name for other in others)[:LONGEST_NAME]}.html" if others else REPORT
+    file = Path(output) if output is not None else Path(runs[0]) / own
+    if file.is_file() and MARK not in file.read_bytes()[:HEAD_BYTES]:
+        raise UserError(f"--output {file} is there and is no report: choose another file")
     try:
         replace_file(file, html)
     except OSError as error:

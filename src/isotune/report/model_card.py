@@ -138,7 +138,9 @@ def _head_arguments(record: RunRecord) -> str:
     classes = f", id2label={dict(enumerate(names))!r}" if names else f", num_labels={_classes(record)}"
     several = record.keys.get("task_type") == MULTI_LABEL
     problem = f", problem_type={PROBLEM_TYPES[MULTI_LABEL]!r}" if several else ""
-    return f"{classes}{problem}, ignore_mismatched_sizes=True"
+    # a decoder's head, which reads the last token that does not pad, as its tokenizer padded in training
+    padding = ", pad_token_id=tokenizer.pad_token_id" if any(".score." in name for name in _head_sizes(record)) else ""
+    return f"{classes}{problem}{padding}, ignore_mismatched_sizes=True"
 
 
 def _four_bit(keys: dict[str, Any]) -> str:
@@ -152,13 +154,16 @@ def _four_bit(keys: dict[str, Any]) -> str:
 
 
 def _classes(record: RunRecord) -> int:
+    return int(record.keys.get("num_labels") or min(_head_sizes(record).values()))
+
+
+def _head_sizes(record: RunRecord) -> dict[str, int]:
+    """The rows of each matrix of an adapter's head, by its name."""
     from safetensors import safe_open
 
-    if record.keys.get("num_labels"):
-        return int(record.keys["num_labels"])
     with safe_open(str(record.folder / "model" / "adapter_model.safetensors"), framework="pt") as tensors:
         heads = [name for name in tensors.keys() if "lora_" not in name and name.endswith(".weight")]  # noqa: SIM118
-        return min(tensors.get_slice(name).get_shape()[0] for name in heads)
+        return {name: int(tensors.get_slice(name).get_shape()[0]) for name in heads}
 
 
 def _results(record: RunRecord) -> str:

@@ -33,8 +33,9 @@ class PreTrainChecks(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The last moment at which nothing has been trained or written."""
         trainer, task = self.trainer, self.trainer.plan.task
-        steps_per_epoch = trainer.plan.schedule.steps_per_epoch
-        without_effect = settings_without_effect(self.run.recipe, state.max_steps, steps_per_epoch)
+        schedule = trainer.plan.schedule
+        counts = state.max_steps, schedule.steps_per_epoch, len(schedule.rows)
+        without_effect = settings_without_effect(self.run.recipe, *counts)
         engine = read_back(trainer)
         check_engine(engine, trainer, self.run.recipe, self.process)
         found = environment.in_effect(trainer, engine)

@@ -8,7 +8,7 @@ train_run(start, data, ...)     model, trainer, steps, RUN/model, and what finis
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,18 +28,18 @@ from isotune.data.batch_schedule import Step, StepSchedule
 from isotune.data.classification.thresholds import CHOSEN, Thresholds, thresholds_of
 from isotune.data.documents import FIRST_TYPE, RunData
 from isotune.data.sft.chat_format import AUTO, GUANACO, ChatFormat
-from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.distributed.launch import Process, start_process
 from isotune.distributed.precision import check_same_precision, with_precision
 from isotune.distributed.ranks import call_on_main
 from isotune.io.errors import UserError
 from isotune.io.run_files import or_empty, read_recipe_values
 from isotune.models.adapters.lora import add_adapters
+from isotune.models.base.ending import end_generation
 from isotune.models.base.head import BaseHead, set_names
-from isotune.models.base.vocabulary import new_rows
+from isotune.models.base.vocabulary import new_rows, without_text
 from isotune.models.causal import CausalForm, install_causal
 from isotune.models.class_loss import PROBLEM_TYPES, ClassLoss, DocumentLoss, LabelLoss, choose_weights, loss_of
-from isotune.models.classifier import install_classification, pad_like_tokenizer, takes_token_types
+from isotune.models.classifier import fit_tokenizer, install_classification, takes_token_types
 from isotune.models.cpu.layers import enable_speedups
 from isotune.models.layouts.layout import ALONE, PADDED
 from isotune.models.opening import is_made_here, load_base_model, load_config, load_tokenizer
@@ -169,7 +169,7 @@ def build_model(start: Start, data: RunData) -> nn.Module:
             print(
                 f"note        model type '{config.model_type}' has no token types: its two texts differ by place alone"
             )
-        padding = pad_like_tokenizer(base, layout, cast(int | None, start.tokenizer.pad_token_id))
+        padding = fit_tokenizer(base, layout, start.tokenizer)
         if padding is not None and process.is_main:
             print(f"note        {padding}")
     else:
@@ -177,10 +177,12 @@ def build_model(start: Start, data: RunData) -> nn.Module:
         form = install_causal(base, recipe.max_seq_length)
         if process.is_main:
             _say_form(form)
-        _end_generation_at(base, ConversationEncoder(start.tokenizer).end_ids)
+        end_generation(base, start.tokenizer)
     if start.new_rows and process.is_main:
         count, whose = len(start.new_rows), "their rows of the embedding begin as the mean of the others"
         print(f"tokens      {count:,} new: {whose}, and are trained")
+        if unseen := without_text(start.tokenizer, recipe.add_tokens or (), data.train.documents.input_ids):
+            print(f"no effect   no document has {', '.join(map(repr, unseen))} of add_tokens: nothing is learnt of it")
     model = base if recipe.tune == "full" else add_adapters(base, recipe, start.new_rows)
     enable_speedups(model, zero3=process.zero_stage == 3)
     return model
@@ -196,15 +198,6 @@ def _say_form(form: CausalForm) -> None:
         print(f"note        documents are padded, one a line: packed in a row, {form.why_padded}")
     if form.stock_logits:
         print("note        the loss needs all logits of a microbatch at once: the model does more than apply its head")
-
-
-def _end_generation_at(model: Any, end_ids: set[int]) -> None:
-    """Let whoever generates with the saved model stop where an answer of the chat template ends."""
-    settings = model.generation_config
-    named = settings.eos_token_id
-    known = named if isinstance(named, list) else [] if named is None else [named]
-    if end_ids - set(known):
-        settings.eos_token_id = [*known, *sorted(end_ids - set(known))]
 
 
 def make_plan(recipe: RunRecipe, process: Process, data: RunData, task: Task) -> TrainingPlan:

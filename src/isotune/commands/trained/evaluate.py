@@ -72,6 +72,8 @@ def read_source(command: str, argv: Sequence[str], usage: str) -> tuple[list[str
     what = words.pop(0)
     if (Path(what) / RECIPE).is_file():
         return ["--run_dir", what], words
+    if Path(what).name == "model" and (Path(what).parent / RECIPE).is_file():  # with all that its run says of it
+        return ["--run_dir", str(Path(what).parent)], words
     if not Path(what).exists() and what.startswith((".", "/", "~", "runs/")):
         raise UserError(f"{what}: there is no such run or model (`isotune ls` lists the runs)")
     return ["--model", what], words

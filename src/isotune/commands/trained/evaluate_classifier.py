@@ -80,8 +80,8 @@ def evaluate_classifier(given: argparse.Namespace) -> None:
     from isotune.evaluation.classification.examples import print_examples
     from isotune.evaluation.classification.plots import draw_attention, draw_plots
     from isotune.evaluation.distributed_eval import start_ranks
-    from isotune.evaluation.models import load_model_classifier, load_run_classifier, model_identity, task_of_run
-    from isotune.evaluation.results import claim_folder, score_lines
+    from isotune.evaluation.models import load_model_classifier, load_run_classifier, task_of_run
+    from isotune.evaluation.results import claim_folder, named_identity, score_lines
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.run.metrics_file import METRICS
 
@@ -108,8 +108,7 @@ def evaluate_classifier(given: argparse.Namespace) -> None:
         "data": rows.fingerprint,
         "limit": given.limit,
         "seed": given.seed,
-        "model": given.model and model_identity(given.model),
-        **({"run_dir": str(Path(given.run_dir).resolve())} if given.output_dir and given.run_dir else {}),
+        **named_identity(given.run_dir, given.model, given.output_dir),
     }
     wanted = Path(given.output_dir or home / "eval" / (battles.name if battles else task.name))
     claim_folder(wanted, evaluation_of, is_named=bool(given.output_dir), write=False)  # refused before the work

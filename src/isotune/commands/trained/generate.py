@@ -128,13 +128,11 @@ def result_folder(
     given: argparse.Namespace, name: str, evaluation: dict[str, Any], *, write: bool = True
 ) -> Path | None:
     """Where the result goes; None for a model without a run, unless --output_dir names it."""
-    from isotune.evaluation.models import model_identity
-    from isotune.evaluation.results import claim_folder
+    from isotune.evaluation.results import claim_folder, named_identity
 
     if not given.output_dir and not given.run_dir:
         return None
-    evaluation = evaluation | {"limit": given.limit, "model": given.model and model_identity(given.model)}
-    if given.output_dir and given.run_dir:  # a folder of the user's may be asked to take the results of two runs
-        evaluation |= {"run_dir": str(Path(given.run_dir).resolve())}
+    identity = named_identity(given.run_dir, given.model, given.output_dir)
+    evaluation = evaluation | {"limit": given.limit, **identity}
     folder = Path(given.output_dir or Path(given.run_dir) / "eval" / name)
     return claim_folder(folder, evaluation, is_named=bool(given.output_dir), write=write)

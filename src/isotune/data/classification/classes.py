@@ -1,7 +1,8 @@
 """The classes of a data set: which class a cell holds, however it is written, and how two lists of names are aligned.
 
 A cell may hold a whole number (`1`, `1.0`, `"1"`), a word, or true and false. A code with a zero in front, as in `01`,
-is a word. Names are compared without regard to case and to spaces, numbers only where one side has no names.
+is a word. Names are compared without regard to case and to spaces, for which underscores may stand, numbers only where
+one side has no names.
 """
 
 import re
@@ -23,6 +24,10 @@ MOST_CLASSES = 1_000  # of words: more are texts that somebody took for classes
 
 MISSING = frozenset(("na", "n/a", "nan", "null", "none", "nil", "-", "?", "#n/a", "<na>"))
 
+_TRUTH = {
+    **dict.fromkeys(("true", "yes", "y", "positive", "pos"), True),
+    **dict.fromkeys(("false", "no", "n", "negative", "neg"), False),
+}
 _WHOLE = re.compile(r"[+-]?\d{1,18}(?:\.0*)?", re.A)
 _PADDED = re.compile(r"0\d+", re.A)  # a code such as 007
 
@@ -39,19 +44,38 @@ class NameIndex:
 
     def __init__(self, names: Sequence[object]) -> None:
         self.names = tuple(str(name) for name in names)
-        self._key: Callable[[object], str] = fold if len(set(map(fold, self.names))) == len(self.names) else str
+        keys: tuple[Callable[[object], str], ...] = (_without_underscores, fold)
+        self._key = next((key for key in keys if len(set(map(key, self.names))) == len(self.names)), str)
         self._number = {self._key(name): number for number, name in enumerate(self.names)}
         self.are_numbers = all(_WHOLE.fullmatch(name.strip()) for name in self.names)
+        found = [re.findall(r"\d+", name) for name in self.names]
+        # by the one number in each name, its place: `1 star`, `2 stars`; none where names have none, or the same
+        self.numbers = {int(each[0]): place for place, each in enumerate(found) if len(each) == 1}
+        if self.are_numbers or len(self.numbers) < len(self.names):
+            self.numbers = {}
 
     def find(self, name: object) -> int | None:
         """The number of a name in the list; None where it is not there."""
         return self._number.get(self._key(name))
+
+    def of_truth(self, truth: bool) -> int | None:
+        """The class that means true or false: of two by their words where these say it (yes, no), else by place."""
+        if self.are_numbers:
+            return self.find(int(truth))
+        meant = [_TRUTH.get(fold(name)) for name in self.names]
+        if sorted(map(str, meant)) == ["False", "True"]:
+            return meant.index(truth)
+        return int(truth) if len(self.names) == 2 else None
 
     def order_of(self, others: Sequence[object]) -> list[int] | None:
         """Where each of the other names stands here; None where the two lists are not the same names."""
         found = [self.find(name) for name in others]
         places = [place for place in found if place is not None]
         return places if len(others) == len(self.names) and sorted(places) == list(range(len(self.names))) else None
+
+
+def _without_underscores(name: object) -> str:
+    return fold(str(name).replace("_", " "))
 
 
 @dataclass(frozen=True)
@@ -206,6 +230,8 @@ def _aligned(
     else:
         tables = [{key: place_of(label, known) for key, label in distinct.items()}]
     table = next((each for each in tables if None not in each.values()), tables[0])
+    if not own and known.numbers:
+        table = _by_numbers_in_names(labels, distinct, table, known, where)
     classes = [table[_key(label)] for label in labels]
     if None in classes:
         row = classes.index(None)
@@ -217,6 +243,28 @@ def _aligned(
     return np.array(classes, np.int32)
 
 
+def _by_numbers_in_names(
+    labels: Sequence[Label], distinct: dict[Any, Label], table: dict[Any, int | None], known: NameIndex, where: Any
+) -> dict[Any, int | None]:
+    """The table of places where numbers are those that the names have, such as 5 of `5 stars`.
+
+    UserError where they may be these, or the places of the classes counted from 0, and that is not the same.
+    """
+    if not all(type(label) is int or (isinstance(label, str) and _WHOLE.fullmatch(label)) for label in labels):
+        return table
+    meant = {key: known.numbers.get(int(float(label))) for key, label in distinct.items()}
+    if None in meant.values() or meant == table:
+        return table
+    if None not in table.values():
+        row = next(row for row, label in enumerate(labels) if meant[_key(label)] != table[_key(label)])
+        one, other = (known.names[each[_key(labels[row])] or 0] for each in (meant, table))
+        raise UserError(
+            f"{where(row)} is of class {labels[row]}, which may be {one!r} or, counted from 0, {other!r}: write the "
+            "names of the classes in the data"
+        )
+    return meant
+
+
 def _key(label: Label) -> Any:
     return (type(label), label)  # True == 1 in Python
 
@@ -226,6 +274,8 @@ def place_of(label: Label, known: NameIndex) -> int | None:
     name = str(label).lower() if isinstance(label, bool) else label
     if (place := known.find(name)) is not None:
         return place
+    if isinstance(name, str) and name.lower() in ("true", "false"):
+        return known.of_truth(name.lower() == "true")
     if isinstance(label, str):
         return place_of(int(float(label)), known) if _WHOLE.fullmatch(label) else None
     return int(label) if not known.are_numbers and 0 <= label < len(known.names) else None

@@ -167,9 +167,9 @@ def tokenize(source: Source, tokenizer: Any, settings: ClassificationSettings, *
         facts |= {"notes": [*source.notes, *found.notes], "task_type": found.targets.task_type}
         return found.documents.as_arrays(), facts | count_parts(source, found.documents)
 
-    # not under the fingerprint itself: entries of earlier versions have no facts, or classes without their names
+    # not under the fingerprint itself: entries of earlier versions have no facts, or other classes of codes and truths
     arrays, facts = load_or_build(
-        digest(fingerprint, "with named codes", settings.task_type, settings.num_labels), build
+        digest(fingerprint, "with named codes and truth", settings.task_type, settings.num_labels), build
     )
     names, task_type = facts["class_names"], facts["task_type"]
     if task_type != SINGLE_LABEL:

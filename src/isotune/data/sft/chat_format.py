@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers.utils import chat_template_utils
 
-from isotune.data.tokenizer import tokenizer_name
+from isotune.data.tokenizer import prefix_of, tokenizer_name
 from isotune.io.errors import UserError, first_line, nearest
 
 AUTO, GUANACO, TEMPLATE = WORDS = ("auto", "guanaco", "template")
@@ -127,12 +127,6 @@ def guanaco_template(tokenizer: Any) -> str:
     before = "".join(tokenizer.convert_ids_to_tokens(prefix_of(tokenizer)))
     first = f"{{{{- {before!r} -}}}}" if before else ""
     return GUANACO_MARK + "\n" + first + _GUANACO_BODY
-
-
-def prefix_of(tokenizer: Any) -> list[int]:
-    """The tokens that a tokenizer puts before a text."""
-    probe = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True)
-    return probe.ids[: probe.special_tokens_mask.index(0)]
 
 
 def _checked(template: str | dict[str, str], where: str) -> str | dict[str, str]:

@@ -48,6 +48,9 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, boundaries: Boundaries) -> None:
         self.tokenizer, self.boundaries = tokenizer, boundaries
         self.special_tokens: list[str] = [str(token) for token in tokenizer.all_special_tokens]
+        added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+        # tokens that are never split: a turn may end with one that nobody called special, such as those of add_tokens
+        self._own_tokens = [str(token.content) for token in added if token.content.strip()]
         self.unread_fields: set[str] = set()  # of messages, that no template reads: named once
 
     def render(self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False) -> str:
@@ -168,11 +171,12 @@ class ChatTemplate:
 
     @property
     def end_token(self) -> str | None:
-        """The special token that ends an answer, where the template writes one."""
-        places = [
-            (self.ending.index(token), -len(token), token) for token in self.special_tokens if token in self.ending
-        ]
-        return min(places)[2] if places else None
+        """The token that ends an answer, where the template writes one: a special token, else one that is added."""
+        for tokens in (self.special_tokens, self._own_tokens):
+            places = [(self.ending.index(token), -len(token), token) for token in tokens if token in self.ending]
+            if places:
+                return min(places)[2]
+        return None
 
 
 class _Turns:

@@ -23,6 +23,9 @@ ROLE_HEADERS = {
 REASONING_OPENS, REASONING_CLOSES = "<think>", "</think>"
 # Real data has headers after a line end, after a space and directly after text, with and without the space.
 HEADER = re.compile(r"### ?(Human|Assistant):")
+SYSTEM_HEADER = re.compile(r"### ?System:")  # of what stands before the first turn
+# what other programs, and the messages here, call those who speak: no headers in a text
+_OTHER_HEADER = re.compile(r"### ?(?:user|system|tools?|instruction|response|bot|gpt|ai|human|assistant) ?:", re.I)
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,18 @@ def header_start(text: str) -> int | None:
     return next((header.start() for header in _headers(text)), None)
 
 
+def unknown_header(text: str) -> str | None:
+    """A header of another name in a text, such as `### User:`, which belongs to the turn before it; None without."""
+    first = header_start(text)
+    if first is None:
+        return None
+    for found in _OTHER_HEADER.finditer(text):
+        is_system = found.start() < first and SYSTEM_HEADER.match(found[0])
+        if not is_system and not HEADER.match(found[0]) and text[found.start() - 1 : found.start()] != "#":
+            return found[0]
+    return None
+
+
 def first_turn(text: str) -> str:
     """The text before the header of another turn, stripped."""
     return text[: header_start(text)].strip()
@@ -78,13 +93,15 @@ def first_turn(text: str) -> str:
 def turns_of(text: str) -> list[Message]:
     """The turns of a text in Guanaco's form as messages, their contents stripped.
 
-    What stands before the first header is a message of the role PREAMBLE.
+    What stands before the first header is a system message behind `### System:`, else a message of the role PREAMBLE.
     """
     headers = list(_headers(text))
     if not headers:
         return []
     before = text[: headers[0].start()].strip()
     turns: list[Message] = [{"role": PREAMBLE, "content": before}] if before else []
+    if system := SYSTEM_HEADER.match(before):
+        turns = [{"role": SYSTEM, "content": before[system.end() :].strip()}]
     borders = [*(header.start() for header in headers[1:]), len(text)]
     for header, end in zip(headers, borders, strict=True):
         role = USER if header.group(1) == "Human" else ASSISTANT

@@ -21,7 +21,7 @@ import numpy as np
 
 from isotune.data.contents import written_list
 from isotune.data.sft.conversations import header_start
-from isotune.data.sft.messages import ASSISTANT, ROLE_FIELDS, USER, Example, example_of, exchange
+from isotune.data.sft.messages import ASSISTANT, ROLE_FIELDS, USER, Example, example_of, exchange, tools_of
 from isotune.data.sources.source import Row, kind_of_value
 
 TEXT_FIELD = "text"
@@ -32,7 +32,7 @@ MORE = ("input", "context")  # stands below an instruction, in Alpaca's form and
 INPUT_IDS = "input_ids"
 MASKS = ("assistant_masks", "completion_mask", "loss_mask")
 SYSTEM_COLUMNS = ("system", "system_prompt")
-BESIDE = (*SYSTEM_COLUMNS, "tools")  # are read with every form
+BESIDE = (*SYSTEM_COLUMNS, "tools", "functions")  # are read with every form
 IGNORED_LABEL = -100
 
 
@@ -112,7 +112,7 @@ def _guessed(names: tuple[str, ...]) -> Form | None:
     if not asked or not answered:
         return None
     columns = (asked, *more, answered)
-    beside = BESIDE if asked == "prompt" else [name for name in BESIDE if name != "tools"]  # texts have no tools
+    beside = BESIDE if asked == "prompt" else ["system"]  # texts have no tools
     left = [name for name in names if name not in (*columns, *beside)]
     note = (
         f"a row is a question, from {_listed(columns[:-1])}, and its answer, from {answered!r}"
@@ -164,7 +164,7 @@ def _text_or_messages(name: str) -> Reader:
             return value
         if not isinstance(value, list):
             raise ValueError(f"column {name!r}: holds {kind_of_value(value)}, neither a text nor a list of messages")
-        return _named(name, lambda: example_of(cast(list[Any], value), system_in(row), row.get("tools")))
+        return _named(name, lambda: example_of(cast(list[Any], value), system_in(row), tools_of(row)))
 
     return read
 
@@ -210,7 +210,7 @@ def _asked_and_answered(row: Row, prompt_column: str, completion_column: str) ->
         raise ValueError(
             f"it and {completion_column!r} are texts or lists of messages, and one of them is {kind_of_value(wrong)}"
         )
-    whole = example_of([*asked, *answered], system_in(row), row.get("tools"))
+    whole = example_of([*asked, *answered], system_in(row), tools_of(row))
     before = len(whole.messages) - len(cast(list[Any], answered))  # an answer within the prompt is not learnt
     learn = tuple(may_be_learnt and number >= before for number, may_be_learnt in enumerate(whole.learn))
     return Example(whole.messages, learn, whole.tools)

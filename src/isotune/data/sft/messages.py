@@ -24,7 +24,8 @@ ROLES = {
     **dict.fromkeys(("system", "developer"), SYSTEM),
     **dict.fromkeys(("user", "human", "prompter"), USER),
     **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "ai"), ASSISTANT),
-    **dict.fromkeys(("tool", "function", "observation", "ipython", "function_response", "tool_response"), TOOL),
+    **dict.fromkeys(("tool", "function", "observation", "ipython"), TOOL),
+    **dict.fromkeys(("tool_response", "function_response", "tool_result", "function_result"), TOOL),
 }
 # roles of their own in ShareGPT's form: an assistant that calls a tool; the first is also a field, OpenAI's old one
 FUNCTION_CALL, TOOL_CALL = "function_call", "tool_call"
@@ -113,10 +114,11 @@ def read_message(message: Any, number: int) -> tuple[Message, bool]:
     calls = _listed_in(fields.pop("tool_calls", None))
     if (call := _listed_in(fields.pop(FUNCTION_CALL, None))) and not calls:
         calls = [call]
-    if content is None and not calls:
+    if content is None and (calls or (ROLES[called] == ASSISTANT and fields.keys() <= KNOWN_FIELDS)):
+        content = ""  # an answer of nothing, which nobody learns
+    if content is None:
         raise ValueError(f"message {number} has no content; it has {names}")
-    content = "" if content is None else content
-    kept: Message = {"role": ROLES[called], "content": _text_of(content, number)}
+    kept: Message = {"role": ROLES[called], "content": _text_of(content, number, ROLES[called])}
     if calls:
         if kept["role"] != ASSISTANT:
             raise ValueError(f"message {number} is by the {kept['role']} and has tool_calls, which only answers have")
@@ -152,11 +154,13 @@ def _one_value(fields: dict[str, Any], names: Sequence[str], number: int, meanin
     return one
 
 
-def _text_of(content: Any, number: int) -> str:
-    """The content of a message: a text, or the texts of its parts."""
+def _text_of(content: Any, number: int, role: str) -> str:
+    """The content of a message: a text, or the texts of its parts; of a tool that answered with data, their JSON."""
     if isinstance(content, str):
         return content
     is_part = isinstance(content, Mapping) and "text" in content
+    if role == TOOL and not is_part and not _are_parts(content) and isinstance(content, Mapping | list | int | float):
+        return as_json(content)
     if not is_part and not isinstance(content, list):
         raise ValueError(f"message {number} has {kind_of_value(content)} for its content, not a text")
     texts: list[str] = []
@@ -169,6 +173,14 @@ def _text_of(content: Any, number: int) -> str:
             )
         texts.append(text)
     return "".join(texts)
+
+
+def _are_parts(content: Any) -> bool:
+    """Whether a content is a list of parts: of texts, or of objects that say what they are."""
+    parts = cast(list[Any], content) if isinstance(content, list) else []
+    return bool(parts) and all(
+        isinstance(part, str) or (isinstance(part, Mapping) and "type" in part) for part in parts
+    )
 
 
 def _may_be_learnt(fields: dict[str, Any], role: str, number: int) -> bool:
@@ -192,6 +204,8 @@ def _may_be_learnt(fields: dict[str, Any], role: str, number: int) -> bool:
 
 def _read_calls(calls: Any, number: int) -> list[dict[str, Any]]:
     """Tool calls as transformers' templates expect them: the function's name, and its arguments as a mapping."""
+    calls = _from_json(calls)
+    calls = [calls] if isinstance(calls, Mapping) else calls
     if not isinstance(calls, list):
         raise ValueError(f"message {number} has a {type(calls).__name__} for its tool_calls, not a list")
     read: list[dict[str, Any]] = []
@@ -210,6 +224,16 @@ def _read_calls(calls: Any, number: int) -> list[dict[str, Any]]:
 def _fields_of(value: Any) -> Mapping[str, Any]:
     """An object of JSON; an empty one where the value is something else."""
     return cast(Mapping[str, Any], value) if isinstance(value, Mapping) else {}
+
+
+def tools_of(row: Mapping[str, Any]) -> Any:
+    """What stands in a row's `tools` column, or in OpenAI's old `functions`; None where there is neither."""
+    if (tools := row.get("tools")) is not None:
+        return tools
+    functions = _from_json(row.get("functions"))
+    if not isinstance(functions, list):
+        return functions
+    return [{"type": "function", "function": _from_json(own)} for own in cast(list[Any], functions)]
 
 
 def read_tools(tools: Any) -> tuple[Any, ...] | None:

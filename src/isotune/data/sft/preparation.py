@@ -29,7 +29,6 @@ from isotune.data.mixture import count_parts, evaluation_source, mixture_lines, 
 from isotune.data.packing import one_document_per_row, pack
 from isotune.data.pieces import DocumentFiles, in_threads
 from isotune.data.sft.chat_format import AUTO
-from isotune.data.sft.conversations import ASSISTANT_HEADER, HUMAN_HEADER
 from isotune.data.sft.forms import TEXT_FIELD, NamedColumns
 from isotune.data.sft.reading import Batch, read_batches
 from isotune.data.sft.tokenization import ConversationEncoder, fit
@@ -136,6 +135,7 @@ def _build(
     tally: Counter[str] = Counter()
     seen: list[str] = []
     guesses: list[str] = []
+    tokenised = rendered = False
     batches = read_batches(source, settings.columns, settings.train_on, encoder, seen=seen, guesses=guesses)
     with closing(made), tqdm(desc="preparing", unit=" documents", disable=not show_progress) as bar:
         for batch, whole in in_threads(batches, partial(_encode, encoder)):
@@ -150,7 +150,19 @@ def _build(
             made.add(fitted)
             whole_lengths.append(whole.lengths + len(prefix))
             bar.update(batch.read)
+            tokenised = tokenised or bool(batch.tokenised)
+            rendered = rendered or any(conversation.rendered for conversation in batch.conversations)
         documents = made.documents()
+    if tokenised and settings.train_on != "all":
+        guesses.append(
+            f"rows are tokenised already, and train_on: {settings.train_on} is not in effect: their own labels or "
+            "masks say what is learnt"
+        )
+    if rendered and encoder.template is not None and encoder.template.end_token is None:
+        guesses.append(
+            f"the chat template ends an answer with {encoder.template.ending!r}, which is no token: "
+            "generation goes on to its limit (add_tokens makes a token of a text)"
+        )
     dropped = {NO_ANSWER: tally["no_answer"], ANSWER_CUT: tally["answer_cut"], TOO_LONG: tally["too_long"]}
     if not len(documents):
         reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items() if number)
@@ -176,7 +188,7 @@ def _build(
         "supervised_tokens": int(documents.supervised.sum()),
         "straddling_tokens": tally["straddling_tokens"],  # that also cover a character outside their answer
         "asked_otherwise": tally["asked_otherwise"],  # answers whose prompt alone has other tokens than in training
-        "special_texts": tally["special_texts"],  # in which the eos token is written out, encoded as ordinary text
+        "special_texts": tally["special_texts"],  # in which a special token is written out, encoded as ordinary text
         "whole_lengths": CountsTable.quantiles(np.concatenate(whole_lengths)),  # tokens before anything was cut
         **count_parts(source, documents),
     }
@@ -187,8 +199,8 @@ def _expected_form(seen: list[str]) -> str:
     if not seen:
         return ""
     return (
-        f"; a text has the headers {HUMAN_HEADER} and {ASSISTANT_HEADER}, and {seen[0]}: give the conversations as "
-        "messages with chat_format, or learn the texts as they stand by train_on: everything"
+        f"; {seen[0]}: give the conversations as messages with chat_format, or learn the texts as they stand, "
+        "markers of turns as characters and not as special tokens, by train_on: everything"
     )
 
 

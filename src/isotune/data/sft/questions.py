@@ -5,11 +5,12 @@ messages, a question under one of its usual names, or a text. Of a whole convers
 answer is asked.
 """
 
+from itertools import takewhile
 from typing import Any, cast
 
 from isotune.data.sft.conversations import header_start
 from isotune.data.sft.forms import MESSAGES_COLUMNS, MORE, QUESTIONS, TEXT_FIELD, NamedColumns, as_messages, system_in
-from isotune.data.sft.messages import SYSTEM, TOOL, USER, Message, example_of, read_tools
+from isotune.data.sft.messages import ASSISTANT, SYSTEM, TOOL, USER, Message, example_of, read_tools, tools_of
 from isotune.data.sft.reading import example_of_text
 from isotune.data.sources.source import Row, is_null, kind_of_value
 
@@ -39,7 +40,7 @@ def question_of(row: Row, column: str) -> Question | str:
     row = {name.strip().lower(): own for name, own in row.items() if not is_null(own)}
     beside = system_in(row)
     if isinstance(cell, list):
-        messages = example_of(cast(list[Any], cell), beside, row.get("tools")).messages
+        messages = example_of(cast(list[Any], cell), beside, tools_of(row)).messages
     elif not isinstance(cell, str):
         raise ValueError(f"column {column!r}: holds {kind_of_value(cell)}, neither a text nor a list of messages")
     elif header_start(cell) is not None:
@@ -52,10 +53,11 @@ def question_of(row: Row, column: str) -> Question | str:
     asked = _before_last_answer(messages)
     if not any(message["content"].strip() for message in asked if message["role"] != SYSTEM):
         return NO_QUESTION
-    return asked, read_tools(row.get("tools"))
+    return asked, read_tools(tools_of(row))
 
 
 def _before_last_answer(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The messages until the last that somebody else than the assistant wrote."""
+    """The messages until the last that somebody else than the assistant wrote, with what the system adds to it."""
     last = max((at for at, message in enumerate(messages) if message["role"] in (USER, TOOL)), default=-1)
-    return messages[: last + 1]
+    more = takewhile(lambda message: message["role"] != ASSISTANT, messages[last + 1 :])
+    return (*messages[: last + 1], *more) if last >= 0 else ()

@@ -6,14 +6,21 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from isotune.config.recipes import TrainOn
-from isotune.data.sft.conversations import Conversation, everything, header_start, parse_text, turns_of
+from isotune.data.sft.conversations import (
+    ASSISTANT_HEADER,
+    HUMAN_HEADER,
+    Conversation,
+    everything,
+    header_start,
+    parse_text,
+    turns_of,
+    unknown_header,
+)
 from isotune.data.sft.forms import MESSAGES_COLUMNS, TEXT_FIELD, Content, NamedColumns, TokenRow, form_of
 from isotune.data.sft.messages import Example
 from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.data.sources.source import Row, Source, is_null, surrogate_fault
-from isotune.io.errors import UserError
-
-SHOWN_CHARACTERS = 60
+from isotune.io.errors import UserError, shown
 
 
 @dataclass(frozen=True)
@@ -97,8 +104,10 @@ def read_batches(
                     numbers.append(number)
                     tokenised.append(content)
                 continue
-            if seen is not None and not seen and isinstance(content, str) and header_start(content) is None:
-                seen.append(f"row {number + 1} begins {content[:SHOWN_CHARACTERS]!r}")
+            if seen is not None and not seen and (unlike := without_header(number, content)):
+                seen.append(unlike)
+            if guesses is not None and isinstance(content, str) and train_on != "everything":
+                _note_header(guesses, source, number, content)
             try:
                 found = _conversations(content, train_on, encoder)
                 fault = next(filter(None, (surrogate_fault(conversation.text) for conversation in found)), None)
@@ -109,6 +118,23 @@ def read_batches(
             numbers += [number] * len(found)
             conversations += found
         yield Batch(len(contents), np.array(numbers, np.int64), conversations, tokenised)
+
+
+def without_header(number: int, content: Content) -> str | None:
+    """How a text without a header begins; None for any other content of a row, counted from 0."""
+    if not isinstance(content, str) or header_start(content) is not None:
+        return None
+    return f"a text has the headers {HUMAN_HEADER} and {ASSISTANT_HEADER}, and row {number + 1} begins {shown(content)}"
+
+
+def _note_header(notes: list[str], source: Source, number: int, text: str) -> None:
+    """Note a header of another name, each once: the answer before it goes on behind it."""
+    header = unknown_header(text)
+    if header is not None and not any(f" {header!r} " in note for note in notes):
+        notes.append(
+            f"{source.where(number)} has {header!r} in its text, which is no header and belongs to the turn before it: "
+            f"those of a text are {HUMAN_HEADER} and {ASSISTANT_HEADER}"
+        )
 
 
 def _column_of(content: Content, text_field: str) -> str:

@@ -85,7 +85,9 @@ class ConversationEncoder(FastTokenizer):
         self.fields_not_read: set[str] = set()  # of the messages that `conversations` wrote, in either form
         eos = getattr(tokenizer, "eos_token_id", None)
         self.eos_token_id = None if eos is None else int(eos)
-        self._eos_token = str(tokenizer.eos_token)
+        added = self.backend.get_added_tokens_decoder().values()
+        self._special_tokens = [str(token.content) for token in added if token.special and token.content]
+        self._beginnings = {token[:2] for token in self._special_tokens}
         if self.format.kind == GUANACO:
             if eos is None:
                 raise UserError(
@@ -108,7 +110,7 @@ class ConversationEncoder(FastTokenizer):
 
     @property
     def end_ids(self) -> set[int]:
-        """The special token that ends an answer in a chat template's form; none in Guanaco's, which ends by eos."""
+        """The token that ends an answer in a chat template's form; none in Guanaco's, which ends by eos."""
         token = self.template.end_token if self.template is not None else None
         return set() if token is None else {int(self._of_template.token_to_id(token))}
 
@@ -155,9 +157,8 @@ class ConversationEncoder(FastTokenizer):
         """Tokenize conversations that have an answer each, of these source rows, int64 [conversations], or numbered.
 
         The documents are whole, without the prefix. Their columns are `straddling_tokens`, the supervised tokens that
-        also cover characters outside an answer; `special_texts`, whether somebody wrote out a special token: the eos in
-        Guanaco's form, any in a template's; and `asked_otherwise`, the answers of a template whose prompt alone has
-        other tokens than stand before them here.
+        also cover characters outside an answer; `special_texts`, whether somebody wrote out a special token; and
+        `asked_otherwise`, the answers of a template whose prompt alone has other tokens than stand before them here.
         """
         rows = np.arange(len(conversations)) if source_rows is None else source_rows
         rendered = np.array([conversation.rendered for conversation in conversations], bool)
@@ -189,7 +190,7 @@ class ConversationEncoder(FastTokenizer):
             lengths = lengths + len(self._tokenizer_prefix)
         no_prompts = np.zeros(len(texts), np.int64)
         written_out = [
-            self._eos_token in conversation.text if conversation.special_text is None else conversation.special_text
+            self._writes_special(conversation.text) if conversation.special_text is None else conversation.special_text
             for conversation in conversations
         ]
         return Documents(
@@ -203,6 +204,10 @@ class ConversationEncoder(FastTokenizer):
                 "asked_otherwise": self._asked_otherwise(conversations, tokens) if rendered else no_prompts,
             },
         )
+
+    def _writes_special(self, text: str) -> bool:
+        """Whether a text has a special token written out, of which models may have hundreds."""
+        return any(start in text for start in self._beginnings) and any(token in text for token in self._special_tokens)
 
     def _asked_otherwise(self, conversations: Sequence[Conversation], tokens: LocatedTokens) -> np.ndarray:
         """Answers of each conversation whose prompt has other tokens than stand before the answer, int64.

@@ -25,6 +25,7 @@ from isotune.data.sources.hub import is_hub_id
 from isotune.data.sources.hub_datasets import load_prepared, open_hub_split
 from isotune.data.sources.layout import find_split
 from isotune.io.errors import UserError, first_line, nearest, shown
+from isotune.io.folders import described
 from isotune.io.formats import FORMAT_WORDS, format_of
 
 PREFIX = "builtin:"
@@ -146,6 +147,8 @@ def read_rows(
         content = "\n".join(json.dumps(row, sort_keys=True) for row in rows)
         return Source(f"{dataset_name} ({split})", hashlib.sha256(content.encode()).hexdigest(), lambda: iter(rows))
     if path.is_dir():
+        if (what := described(path)) is not None and not what.startswith("a folder"):
+            raise UserError(f"{name}: {path} is {what}, and no data set")
         return _folder_source(path, split, name, columns, config)
     if path.is_file():
         if format_of(path) is None:

@@ -52,6 +52,8 @@ class PredictionFile:
         there = _read(self.about).get("made_of")
         if self.output.exists() and there is not None and not self._difference(there):
             raise AlreadyDone(f"{self.output} holds these predictions: nothing is left to do")
+        if self.about.exists() and there is None and not self.output.exists():
+            raise UserError(f"--output {self.output} would take the place of {self.about} too: choose another file")
         kept = _read(self.parts / FACTS)
         if self.output.exists() and not (kept and not self._difference(kept)):
             what = f"other predictions ({self._difference(there)})" if there else "something else"

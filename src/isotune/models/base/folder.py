@@ -8,24 +8,24 @@ import json
 from pathlib import Path
 
 from isotune.io.files import digest_of_file
-from isotune.io.run_files import RECIPE
+from isotune.io.folders import ADAPTER_CONFIG, MODEL_CONFIG, described, is_run, run_of
 
-ADAPTER_CONFIG = "adapter_config.json"
-MODEL_CONFIG = "config.json"
 # files of weights, configuration and tokenizer
 MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model", ".tiktoken", ".jinja", ".skops")
 PASSED_OVER = ("checkpoints", "export")  # folders beside a model that are no part of it
 
 
 def why_no_model(name: str) -> str | None:
-    """The sentence that says what the folder is and how to get a model out of it; None for a model or no folder.
+    """The sentence that says what the path holds and how to get a model out of it; None for a model, or nothing.
 
-    It may be a run, a checkpoint of one, or an adapter: of a run, or of any other program.
+    It may be a run, a checkpoint of one or another part, an adapter, of a run or of any other program, or a file.
     """
     folder = Path(name)
+    if folder.is_file():
+        return f"'{name}' is a file, and a model is a folder with {MODEL_CONFIG}"
     if not folder.is_dir() or (folder / MODEL_CONFIG).is_file():
         return None
-    run = _run_of(folder)
+    run = run_of(folder)
     if run is not None and folder != run and folder.parent.name == "checkpoints":
         merged = run / "export" / f"{folder.name}-merged-safetensors"
         return f"'{name}' is a checkpoint of a run: `isotune export {folder} --merge` writes its model to {merged}"
@@ -39,17 +39,15 @@ def why_no_model(name: str) -> str | None:
             f"'{name}' is an adapter, not a model: `isotune export {folder} --merge` merges it into its base, and "
             f"{merged} is a model"
         )
-    if run is not None and folder == run:
-        if (run / "model").is_dir():
-            return f"'{name}' is a run: its model is {run / 'model'}"
+    if is_run(folder):
+        if (folder / "model").is_dir():
+            return f"'{name}' is a run: its model is {folder / 'model'}"
         return f"'{name}' is a run that has no model yet: its training has not finished"
-    return None
-
-
-def _run_of(folder: Path) -> Path | None:
-    """The run that a folder is or belongs to."""
-    candidates = (folder, folder.parent, folder.parent.parent)
-    return next((candidate for candidate in candidates if (candidate / RECIPE).is_file()), None)
+    what = described(folder)
+    if what is None:
+        return f"'{name}' has no {MODEL_CONFIG}, so it is no model"
+    model = f": its model is {run / 'model'}" if run is not None and (run / "model" / MODEL_CONFIG).is_file() else ""
+    return f"'{name}' is {what}, and no model{model}"
 
 
 def digest_of_model(folder: Path) -> str:

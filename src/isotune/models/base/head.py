@@ -1,9 +1,13 @@
-"""Whether a base model that is a classifier already keeps its head: only where it tells the same classes apart.
+"""Whether a base model that has a head already keeps it: only where it tells the same classes of texts apart.
+
+The head of another task, such as that of token classification, may have the name and the size of the new one, and is
+drawn anew all the same; what pretraining left, such as a pooler or ModernBERT's prediction head, goes on.
 
 The classes of base and data are aligned by name. Numbers alone say nothing of what the old head was for, so a base with
 names and data without, or the other way round, gets a new head.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +18,9 @@ from transformers import PreTrainedConfig
 from isotune.data.classification.classes import NameIndex, listed
 from isotune.models.class_loss import PROBLEM_TYPES, task_type_of
 
+# classes of models as pretraining leaves them; what others have beside the body was made for one task
+_PRETRAINED = re.compile(r"Model$|LMHead|For(MaskedLM|PreTraining|CausalLM|ConditionalGeneration)$").search
+
 
 def names_of(config: Any) -> tuple[str, ...] | None:
     """The names of a model's classes by number; None where it has no names of its own."""
@@ -21,7 +28,9 @@ def names_of(config: Any) -> tuple[str, ...] | None:
     return None if all(name == f"LABEL_{k}" for k, name in enumerate(names)) else tuple(names)
 
 
-def set_names(config: Any, num_labels: int, names: tuple[str, ...] | list[str] | None, problem_type: str) -> None:
+def set_names(
+    config: Any, num_labels: int, names: tuple[str, ...] | list[str] | None, problem_type: str | None
+) -> None:
     """Write the classes of a task into a model's configuration, over whatever the base was for."""
     config.num_labels = num_labels
     labels = list(names) if names else [f"LABEL_{k}" for k in range(num_labels)]
@@ -34,19 +43,33 @@ def is_classifier(config: PreTrainedConfig) -> bool:
     return any(str(name).endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
+def other_task(config: PreTrainedConfig) -> str | None:
+    """The class of a base whose files hold the head of a task that is not sequence classification; None for others."""
+    named = [str(name) for name in config.architectures or ()]
+    return next(
+        (name for name in named if not name.endswith("ForSequenceClassification") and not _PRETRAINED(name)), None
+    )
+
+
 @dataclass(frozen=True)
 class BaseHead:
     """What becomes of the head of a base model."""
 
-    is_new: bool
+    is_new: bool  # where a line says so too, whatever the files of the base hold of it
     order: list[int] | None = None  # by new class, the class of the base, where the head is kept in another order
-    line: str | None = None  # for the user, where the base is a classifier
+    line: str | None = None  # for the user, where the base has a head
+
+    @property
+    def replaces(self) -> bool:
+        """Whether the files of the base may hold weights under the names of the new head."""
+        return self.is_new and self.line is not None
 
     @classmethod
     def of(cls, config: PreTrainedConfig, num_labels: int, names: Any, problem_type: str) -> "BaseHead":
         """Decide it by the configuration of the base, and the classes and kind of the new task."""
         if not is_classifier(config):
-            return cls(is_new=True)
+            task = other_task(config)
+            return cls(True, None, None if task is None else f"new: the base is a {task}")
         theirs, kind = names_of(config), PROBLEM_TYPES[task_type_of(config)]
         was = f"the base tells {config.num_labels} classes without names apart"
         if kind == "regression":

@@ -17,6 +17,7 @@ from isotune.data.sources.hub import Repository, fetch, files_of, is_hub_id, ope
 from isotune.data.sources.hub_access import hub_errors_named
 from isotune.data.sources.source import PREFIX
 from isotune.io.errors import UserError
+from isotune.io.folders import described
 from isotune.models.base.folder import why_no_model
 
 TEXT_SUFFIXES = (".json", ".txt", ".jinja", ".model", ".tiktoken")  # of configurations and tokenizers
@@ -39,12 +40,13 @@ def locate(name: str, what: str, revision: str | None = None, *, weights: bool =
     it is a run or an adapter, the Hub and its cache are out of reach, or a file that is needed is not there. Weights
     are fetched by `weights`.
     """
-    if os.path.isdir(name):
+    if os.path.exists(name):
+        if revision is not None and os.path.isdir(name):
+            raise UserError(f"model_revision is for Hub ids, and {name} is a folder")
         has_tokenizer = what == "tokenizer" and any(Path(name).glob("*token*.json"))
         if not has_tokenizer and (why := why_no_model(name)):
-            raise UserError(why)
-        if revision is not None:
-            raise UserError(f"model_revision is for Hub ids, and {name} is a folder")
+            is_unknown = what == "tokenizer" and described(name) is None
+            raise UserError(f"'{name}' has no tokenizer.json, so it is no tokenizer" if is_unknown else why)
         return Located(name, {}, _pickles_in(Path(name)) if weights else [])
     if not is_hub_id(name):
         raise UserError(f"the {what} folder '{name}' does not exist")

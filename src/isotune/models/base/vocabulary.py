@@ -11,6 +11,7 @@ from isotune.config import RunRecipe
 from isotune.io.errors import UserError
 
 ROWS_AT_ONCE = 4096
+TOKENS_AT_ONCE = 2**24
 
 
 def token_count(tokenizer: Any) -> int:
@@ -56,6 +57,16 @@ def new_rows(config: Any, tokenizer: Any, recipe: RunRecipe) -> tuple[int, ...]:
         advice = "take the model's own tokenizer, or say resize_embeddings: true, which adds rows and trains them"
         check_tokens(config, tokenizer, recipe.model_name_or_path, advice)
     return tuple(sorted(added.union(missing)))
+
+
+def without_text(tokenizer: Any, texts: Sequence[str], input_ids: np.ndarray) -> list[str]:
+    """The texts that are a token each and stand in no document: `input_ids` are int32 [tokens]."""
+    ids, seen = {text: int(tokenizer.convert_tokens_to_ids(text)) for text in texts}, set[int]()
+    for start in range(0, len(input_ids), TOKENS_AT_ONCE):
+        if seen.issuperset(ids.values()):
+            break
+        seen.update(np.unique(input_ids[start : start + TOKENS_AT_ONCE]).tolist())
+    return [text for text, own in ids.items() if own not in seen]
 
 
 @torch.no_grad()

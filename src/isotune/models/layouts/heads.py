@@ -57,6 +57,36 @@ def head_rows(config: PreTrainedConfig) -> dict[str, int]:
     return {name + end: size for name, size in linear.items() for end in ends}
 
 
+def pad_like_tokenizer(model: Any, pad: int | None) -> str | None:
+    """Let a head that reads the last token that does not pad know which token its tokenizer pads with.
+
+    Otherwise plain transformers refuses batches of the saved model, or reads a padding token. Returns a sentence where
+    the configuration changes.
+    """
+    config = model.config.get_text_config()
+    before = config.pad_token_id
+    if pad is None or before == pad:
+        return None
+    config.pad_token_id = pad
+    return f"the head reads the last token other than {pad}, with which the tokenizer pads; the base said {before}"
+
+
+@torch.no_grad()
+def reads_last_token(model: Any) -> bool:
+    """Whether the head of a stock classifier looks for the last token that does not pad: only then it asks for a pad
+    token where a batch has two texts."""
+    config = model.config.get_text_config()
+    before = config.pad_token_id
+    config.pad_token_id = None
+    try:
+        model(input_ids=torch.ones(2, 1, dtype=torch.long, device=model.device))
+    except Exception as error:  # whatever a model of transformers raises of so short a text
+        return "padding token" in str(error)
+    finally:
+        config.pad_token_id = before
+    return False
+
+
 def _on_meta(config: PreTrainedConfig) -> Any:
     with quiet_libraries(), whole_models(), torch.device("meta"):  # nothing to share out
         return AutoModelForSequenceClassification.from_config(copy.deepcopy(config))

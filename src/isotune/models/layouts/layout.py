@@ -78,7 +78,7 @@ def packed_logits(model: Any, layout: Layout) -> tuple[Logits, Callable[[], Any]
         head, pick = _head_inputs(layout.reads, ids, bounds, config.pad_token_id)
         running.append(_Row(row, pick))
         try:
-            with _padding_token(config):
+            with padding_token(config):
                 return _stock(model, **head)
         finally:
             running.pop()
@@ -109,7 +109,7 @@ def padded_logits(model: Any, ids: torch.Tensor, bounds: torch.Tensor, inputs: I
     batch = {"input_ids": texts, "attention_mask": mask}
     batch |= {name: _filled(values, bounds) for name, values in inputs.items() if _is_by_token(values, ids)}
     _set_attention_type(model, texts.shape[1])
-    with _padding_token(config), _embeddable(model.base_model) if pad is None else contextlib.nullcontext():
+    with padding_token(config), _embeddable(model.base_model) if pad is None else contextlib.nullcontext():
         return _stock(model, **batch)
 
 
@@ -228,8 +228,8 @@ def _with_states(output: Any, pick: Callable[[torch.Tensor], torch.Tensor]) -> A
 
 
 @contextlib.contextmanager
-def _padding_token(config: Any) -> Iterator[None]:
-    """Within it a configuration without a pad token has one that no document contains: stock heads ask for one."""
+def padding_token(config: Any) -> Iterator[None]:
+    """Within it a configuration of texts without a pad token has one that no document contains: heads ask for one."""
     before = config.pad_token_id
     if before is None:
         config.pad_token_id = NO_TOKEN

@@ -83,6 +83,11 @@ def in_both_orders(battles: Sequence[Battle], encoder: TextEncoder, max_seq_leng
     """Two documents a battle, of class 0 without a label; UserError if max_seq_length has no room for three texts."""
     # between two texts stands the token that ends a text, or else the one that starts a text
     separator = encoder.suffix[-1:] if len(encoder.suffix) else encoder.prefix[:1]
+    if not len(separator):
+        raise UserError(
+            f"the tokenizer {encoder.name} puts no special token around a text, and one has to stand between the "
+            "prompt and the answers: choose an encoder's, such as BERT's"
+        )
     special = encoder.special_tokens + 2 * len(separator)
     if max_seq_length < special + SMALLEST_ROOM:
         raise UserError(

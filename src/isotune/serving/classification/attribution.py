@@ -18,6 +18,7 @@ from isotune.data.documents import FIRST_TYPE, Documents
 from isotune.evaluation.classification.plots import words_of
 from isotune.evaluation.models import Classifier
 from isotune.models.classifier import takes_token_types
+from isotune.models.layouts.layout import padding_token
 from isotune.serving.limits import FAILED, Refused
 
 METHOD = "integrated gradients"
@@ -97,7 +98,8 @@ def _output(
     hook = embedding.register_forward_hook(lambda module, arguments, found: points)
     try:
         repeated = {name: values.expand(count, -1) for name, values in inputs.items()}
-        logits = model.stock_forward(input_ids=ids.expand(count, -1), **repeated).logits.float()
+        with padding_token(model.config.get_text_config()):  # a decoder's head takes no batch without one
+            logits = model.stock_forward(input_ids=ids.expand(count, -1), **repeated).logits.float()
     finally:
         hook.remove()
     if classifier.task_type == REGRESSION:
