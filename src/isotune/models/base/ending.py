@@ -12,7 +12,8 @@ def eos_ids_of(model: Any, encoder: ConversationEncoder) -> set[int]:
     ids = ({*(named if isinstance(named, list) else [named]), encoder.eos_token_id} | encoder.end_ids) - {None}
     if other := [token for token in ids if type(token) is not int]:
         raise UserError(
-            f"eos_token_id of {model.name_or_path}/generation_config.json holds {other[0]!r}: write the numbers of tokens"
+            f"eos_token_id of {model.name_or_path}/generation_config.json holds {other[0]!r}: write the numbers of "
+            "tokens"
         )
     return ids
 
