@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+from torch.distributed.fsdp import FSDPModule
 from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize
 
@@ -53,7 +54,7 @@ class DropInEvaluation(PlannedTraining):
         laid = self._lay_out(test_dataset, keep_all=True)
         step = self._schedule(laid, self.plan.task, len(laid.rows), shuffle=False).step(0)
         model: Any = self.model_wrapped
-        if model is self.model:  # before training
+        if model is self.model and not isinstance(model, FSDPModule):  # before training; FSDP2 wraps in place
             if self.is_deepspeed_enabled or self.is_fsdp_enabled:
                 raise UserError("evaluate and predict come after train() under an engine that shards the model")
             model = model.to(self.args.device)
