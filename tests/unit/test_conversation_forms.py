@@ -327,3 +327,10 @@ def test_no_tools_are_none_however_they_are_written(tmp_path, nothing):
     asked, answered = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
     rows = [{"messages": [asked, {**answered, "tool_calls": nothing}], "tools": nothing}]
     assert texts(prepared(tmp_path, rows)) == texts(prepared(tmp_path, [{"messages": [asked, answered]}]))
+
+
+def test_a_table_of_questions_whose_first_line_is_a_row_says_what_its_columns_are(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("What is the height of the tower in metres?,330\nAnd its weight?,10100 t\n")
+    with pytest.raises(UserError, match=r"line 1 does not name .* such as --dataset_columns prompt completion$"):
+        prepare(str(file), "train", byte_chat_tokenizer(None), SftSettings(max_seq_length=64), show_progress=False)

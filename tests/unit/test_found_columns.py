@@ -41,6 +41,13 @@ def test_a_file_whose_first_line_is_a_row_does_not_lose_it(prepare, label_first)
     assert prepare("neg,remark" if label_first else "remark,neg", rows).found["dataset_label_field"] == "neg"
 
 
+@pytest.mark.parametrize("first", ["Loved it", "Great!", "so so"])
+def test_a_short_first_row_before_long_ones_is_not_lost_either(prepare, first):
+    rows = [(f"{text} and so it went on and on for many words more", label) for text, label, _ in REVIEWS]
+    with pytest.raises(UserError, match=r"line 1 does not name the columns but holds a row .* text label"):
+        prepare(f"{first},pos", rows)
+
+
 def test_the_order_of_the_columns_means_nothing_and_whole_numbers_are_classes(prepare):
     data = prepare("stars,id,review", [(n % 2, 100 + n, f"text number {n}") for n in range(8)])
     assert data.found == {"dataset_text_field": "review", "dataset_label_field": "stars"}

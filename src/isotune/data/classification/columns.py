@@ -23,7 +23,7 @@ MEANING = {TEXT: "texts", PAIR: "second texts", LABEL: "classes"}
 LABEL_COLUMNS = 3  # of 0 and 1 are labels of one text where nobody says so; two could be two different questions
 ROWS_LOOKED_AT = 1_000
 LONGEST_NAME = 60  # characters of a class
-WORDS_OF_A_NAME = 3  # a column is called by fewer
+SENTENCE_ENDS = tuple(".!?")
 WORDS_OF_A_TEXT = 2  # on average
 
 
@@ -69,12 +69,7 @@ def find_columns(source: Source, recipe: ClassificationRecipe) -> dict[str, Any]
             f"which by --{key}{both}"
         )
     label, text = found.get(LABEL), found.get(TEXT)
-    if (
-        source.names_by_line
-        and label is not None
-        and text is not None
-        and _is_row(label, columns[label], text, columns[text])
-    ):
+    if source.names_by_line and label is not None and text is not None and _is_row(label, columns[label], text):
         raise source.unnamed(list(rows[0]))
     return found
 
@@ -113,10 +108,10 @@ def _are_of_one_text(columns: int, task_type: str) -> bool:
     return task_type == MULTI_LABEL or (task_type == AUTO and columns >= LABEL_COLUMNS)
 
 
-def _is_row(label: str, cells: list[Any], text: str, texts: list[Any]) -> bool:
-    """Whether the line of names is a row: a class where their column is named, and a text like the others."""
-    mean = sum(len(str(own).split()) for own in texts) / len(texts)
-    return fold(label) in {fold(cell) for cell in cells} and len(text.split()) >= max(WORDS_OF_A_NAME, mean / 2)
+def _is_row(label: str, cells: list[Any], text: str) -> bool:
+    """Whether the line of names is a row: a class where their column is named, and words where texts are."""
+    is_text = len(text.split()) > 1 or text.strip()[-1:] in SENTENCE_ENDS
+    return is_text and fold(label) in {fold(cell) for cell in cells}
 
 
 def _are_texts(cells: list[Any]) -> bool:

@@ -225,7 +225,7 @@ def looks_like_row(names: Sequence[str]) -> bool:
     return is_text or "" in names[1:]
 
 
-def unnamed_columns(where: str, names: Sequence[str]) -> str:
+def unnamed_columns(where: str, names: Sequence[str], *, are_conversations: bool = False) -> str:
     """The sentence that says that cells which stand in place of the columns' names are a row."""
     longest = max(range(len(names)), key=lambda column: len(names[column]))
     guesses = [f"column{n + 1}" for n in range(len(names))]
@@ -233,7 +233,9 @@ def unnamed_columns(where: str, names: Sequence[str]) -> str:
     number = next((n for n, name in enumerate(names) if n != longest and name.strip().isdigit()), None)
     if number is None and len(names) == 2:
         number = 1 - longest
-    if number is not None:
+    if are_conversations:
+        guesses = ["prompt", "completion"] if len(names) == 2 else guesses
+    elif number is not None:
         guesses[number] = "label"
     cells = ", ".join(shown(name, 24) for name in names[:3]) + (", ..." if len(names) > 3 else "")
     return (

@@ -71,16 +71,16 @@ class Source:
             return f"row {row - first + 1} of {path}"
         return f"row {row + 1} of {self.name}"
 
-    def unnamed(self, cells: Sequence[str]) -> UserError:
+    def unnamed(self, cells: Sequence[str], *, are_conversations: bool = False) -> UserError:
         """The error of a file whose first line, with these cells, is a row and names no columns."""
         file = self.starts[0][1] if self.starts else self.name
-        return UserError(unnamed_columns(f"{file} line 1", cells))
+        return UserError(unnamed_columns(f"{file} line 1", cells, are_conversations=are_conversations))
 
     def lacks(self, number: int, row: Row, column: str, key: str) -> UserError:
         """The error of a row that lacks a column, which the recipe names by `key`."""
         names = list(row)
         if self.names_by_line and looks_like_row(names):
-            return self.unnamed(names)
+            return self.unnamed(names, are_conversations="prompt" in key)
         present = ", ".join(names) or "none"
         if len(present) > SHOWN_CHARACTERS:
             present = f"{present[:SHOWN_CHARACTERS]}... ({len(names)} in all)"
