@@ -150,3 +150,15 @@ def test_the_tools_of_a_row_may_be_called_functions(tmp_path, as_text):
     assert found[0] == found[1] == found[2] and "### Tools: {" in found[0][0][0]
     assert question_of({"messages": messages, "functions": functions}, "messages")[1] == tuple(wrapped)
     assert "### Tools" not in texts(prepared(tmp_path, [{"messages": messages, "functions": []}]))[0][0]
+
+
+@pytest.mark.parametrize(("template", "unasked", "learnt"), [("phi", 1, "a"), ("chatml", 0, "wa"), (None, 0, "wa")])
+def test_an_opening_answer_that_no_prompt_asks_for_is_counted(tmp_path, template, unasked, learnt):
+    tokenizer = byte_chat_tokenizer(template)
+    opening = {"role": "assistant", "content": "w"}
+    messages = [opening, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    found = prepared(tmp_path, [{"messages": messages}], tokenizer)
+    ((_, supervised),) = texts(found, tokenizer)
+    assert found.table.as_dict()["unasked"] == unasked
+    assert "".join(letter for letter in supervised if letter in "wqa") == learnt
+    assert ("asks for by nothing, left out" in str(found.table)) == bool(unasked)

@@ -126,6 +126,8 @@ class ChatTemplate:
             wanted = [number for number in wanted if number not in spans]
             if answers := sorted({span for of_answer in spans.values() for span in of_answer}):
                 found.append(Conversation(text, tuple(answers), prompts=tuple(prompts)))
+            elif found and spans == {0: []}:
+                found[0] = replace(found[0], unasked=1)
         return found
 
     def _settled(self, example: Example, work: Callable[[Example], T]) -> T:

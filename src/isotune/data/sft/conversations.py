@@ -43,6 +43,7 @@ class Conversation:
     rendered: bool = False
     special_text: bool | None = None  # whether somebody wrote out a special token; None: it is looked for in the text
     marked: int = 0  # answers that the data ask not to learn
+    unasked: int = 0  # answers that open it, for which the template has no prompt: they are not learnt
     prompts: tuple[int, ...] = ()  # where what asks for each answer ends, where a template wrote the text
 
 

@@ -36,7 +36,8 @@ from isotune.data.sources.source import Source, read_rows
 from isotune.io.errors import UserError
 
 FORMAT_VERSION = 1  # raised when the same input gives other documents
-CACHE_VERSION = 4  # raised when an entry of the cache holds more than it did, or rows are read that were refused
+CACHE_VERSION = 5  # raised when an entry of the cache holds more than it did, or rows are read that were refused
+OF_CONVERSATIONS = ("turns_cut", "marked", "unasked")  # what is counted of each
 
 NO_ANSWER = "no assistant answer"
 ANSWER_CUT = "no answer within max_seq_length"
@@ -145,7 +146,7 @@ def _build(
             with_something = len(np.unique(batch.rows))
             tally.update({"read": batch.read, "no_answer": batch.read - with_something})
             tally.update({"rewritten": len(batch.rows) - with_something})
-            tally.update({name: sum(getattr(c, name) for c in batch.conversations) for name in ("turns_cut", "marked")})
+            tally.update({name: sum(getattr(c, name) for c in batch.conversations) for name in OF_CONVERSATIONS})
             tally.update({name: int(values.sum()) for name, values in whole.columns.items()})
             made.add(fitted)
             whole_lengths.append(whole.lengths + len(prefix))
@@ -182,6 +183,7 @@ def _build(
         "pieces_dropped": tally["pieces_dropped"],  # pieces of split rows that held no supervised token
         "turns_cut": tally["turns_cut"],  # after the last answer of a conversation
         "marked": tally["marked"],  # answers that the data ask not to learn
+        "unasked": tally["unasked"],  # answers that open a conversation, for which the template has no prompt
         "rewritten": tally["rewritten"],  # documents beside the first of a row: the template rewrites earlier turns
         "fields_not_read": sorted(encoder.fields_not_read),  # of messages, beside those that mean something here
         "tokens": len(documents.input_ids),
@@ -220,6 +222,7 @@ def _table(source: str, counts: dict[str, Any], rows: int, settings: SftSettings
                 "  dropped: no supervised token": counts["pieces_dropped"],
                 "turns after the last answer, left out": counts["turns_cut"],
                 "answers marked not to be learnt": counts["marked"],
+                "answers that the template asks for by nothing, left out": counts["unasked"],
                 "answers in documents of their own": counts["rewritten"],
                 "tokens across an answer's edge": counts["straddling_tokens"],
                 "answers whose prompt alone has other tokens": counts["asked_otherwise"],
