@@ -13,16 +13,14 @@ from isotune.report.html_report import render_report
 
 RATES = {"augment_word_dropout": 0.2, "augment_word_swap": 0.2, "augment_synonym_rate": 0.5}
 TOLD = ("step", "loss", "grad_norm", "accuracy", "input_tokens")
-WORDS = "good bad fine poor film plot cast scene slow quick warm cold long short loud quiet".split()
+WORDS = ["good", "bad", "fine", "poor", "film", "plot", "cast", "scene", "slow", "quick", "warm", "cold"]
 
 
 @pytest.fixture(scope="module")
 def values(tmp_path_factory) -> dict:
     """A recipe of two epochs of four steps, the second of which begins in the middle of nothing."""
     folder, generator = tmp_path_factory.mktemp("data"), random.Random(3)
-    rows = [
-        {"text": " ".join(generator.choices(WORDS, k=4 + number % 9)), "label": number % 3} for number in range(26)
-    ]
+    rows = [{"text": " ".join(generator.choices(WORDS, k=4 + number % 9)), "label": number % 3} for number in range(26)]
     for name, part in (("train", rows), ("test", rows[:9])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     (folder / "table.json").write_text(json.dumps({"good": ["great", "nice"], "film": ["movie"]}))

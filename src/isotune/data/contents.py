@@ -16,7 +16,8 @@ from typing import Any, cast
 
 import numpy as np
 
-HELD_OUT, COIN, AUGMENTED = "held out", "coin", "augmented"  # purposes; the random numbers of one are independent of the other's
+# purposes; the random numbers of one are independent of the others'
+HELD_OUT, COIN, AUGMENTED = "held out", "coin", "augmented"
 
 _MARKS = re.compile(
     r"""(?i:<br\s*/?>)

@@ -29,7 +29,7 @@ from isotune.io.reading import Unreadable, parse_json, read_text
 
 AUGMENTED_FORMAT_VERSION = 1  # raised when the same text becomes another one
 TEXTS_AT_ONCE = 1_000
-DRAWS = 4  # for each word: whether a synonym takes its place, which one, whether it changes places, whether it is left out
+DRAWS = 4  # for each word: whether a synonym takes its place, and which; whether it changes places, or is left out
 SHOWN_CHARACTERS = 400  # of an example; a longer text is none
 
 _WORD = re.compile(r"(\S+)(\s*)")
@@ -68,7 +68,8 @@ class Augmentation:
     @classmethod
     def of(cls, recipe: ClassificationRecipe) -> "Augmentation | None":
         """That of a recipe; None where it asks for none. UserError for a table that cannot be read."""
-        synonyms = read_synonyms(recipe.augment_synonyms) if recipe.augment_synonyms is not None else {}
+        file = recipe.augment_synonyms
+        synonyms: Synonyms = {} if file is None else read_synonyms(file)
         rate = recipe.augment_synonym_rate if synonyms else 0.0
         if not (recipe.augment_word_dropout or recipe.augment_word_swap or rate):
             return None
@@ -157,11 +158,10 @@ def _of_json(text: str) -> Iterator[tuple[str, Sequence[str]]]:
     if not isinstance(value, dict):
         raise Unreadable("it has no keys: a table is an object of words, each with a list of synonyms")
     for word, synonyms in cast("dict[str, Any]", value).items():
-        own = [synonyms] if isinstance(synonyms, str) else synonyms
-        is_list = isinstance(own, list) and own and all(isinstance(each, str) and each.strip() for each in own)
-        if len(word.split()) != 1 or not is_list:
+        own: list[Any] = cast("list[Any]", synonyms) if isinstance(synonyms, list) else [synonyms]
+        if len(word.split()) != 1 or not own or not all(isinstance(each, str) and each.strip() for each in own):
             raise Unreadable(f"it has not a word and its synonyms, a list of texts, at {word!r}")
-        yield word.strip(), [each.strip() for each in own]
+        yield word.strip(), [str(each).strip() for each in own]
 
 
 def epochs_of(recipe: ClassificationRecipe, documents: int) -> int:
@@ -241,8 +241,8 @@ def _with_counts(table: CountsTable, counts: Mapping[str, Any]) -> CountsTable:
     lines = [
         ("augmented", f"{epochs:,} epoch{'s' if epochs > 1 else ''}, each with texts of its own"),
         ("  texts changed", with_share(counts["changed"], counts["texts"])),
-        ("  words in the place of which stands a synonym", with_share(counts["replaced"], words)),
-        ("  pairs of neighbouring words that changed places", f"{counts['swapped']:,}"),
+        ("  words replaced by a synonym", with_share(counts["replaced"], words)),
+        ("  neighbouring words swapped, pairs", f"{counts['swapped']:,}"),
         ("  words left out", with_share(counts["dropped"], words)),
     ]
     return CountsTable(table.source, {**table.counts, "augmented": dict(counts)}, (*table.lines, *lines))
