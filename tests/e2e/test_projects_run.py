@@ -1,4 +1,4 @@
-"""docs/projects.md, row by row: each command runs on a few rows of the data and leaves the files that the page names."""
+"""docs/projects.md, row by row: each command runs on a few rows of the data and leaves what the page names."""
 
 import json
 import sys
