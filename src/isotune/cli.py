@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _run(arguments: Sequence[str]) -> int | None:
     if arguments and arguments[0] in OWN_WORDS:
         return _run_own_words(arguments[0], arguments[1:])
-    parser = _parser()
+    parser = command_parser()
     if not arguments:
         parser.print_help()
         raise UserError("a command is missing")
@@ -71,7 +71,7 @@ def _run_own_words(command: str, words: Sequence[str]) -> int | None:
     return evaluate.run_eval(words) if command == "eval" else evaluate.run_chat(words)
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
     """The command line. What a command calls imports its libraries when it runs."""
     parser = OneSentenceParser(
         prog="isotune",

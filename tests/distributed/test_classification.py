@@ -12,12 +12,13 @@ from tests.launching import TINY_CLASSIFIER, Finished, start_together
 COMMON = {**TINY_CLASSIFIER, "exact_gradients": True, "optim": "adamw_torch", "eval_steps": 3, "save_strategy": "no"}
 LORA = {"tune": "lora", "learning_rate": 1e-2, "lora_dropout": 0.1}
 WEIGHTED = {"class_weights": [0.5, 3.0, 1.0], "label_smoothing_factor": 0.1}
-RUNS = {"full": COMMON, "lora": {**COMMON, **LORA, **WEIGHTED}}
+AUGMENTED = {"augment_word_dropout": 0.2, "augment_word_swap": 0.2}
+RUNS = {"full": COMMON, "lora": {**COMMON, **LORA, **WEIGHTED}, "augmented": {**COMMON, **AUGMENTED}}
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory) -> dict[str, Finished]:
-    """Full and LoRA on one plain process."""
+    """Full, LoRA and full with augmented texts on one plain process."""
     return start_together(tmp_path_factory.mktemp("one"), RUNS, script="train/imdb.py")
 
 

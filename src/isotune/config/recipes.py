@@ -16,6 +16,7 @@ from isotune.config.command_line import CommandLine
 from isotune.config.engine_keys import WITH_EVALUATION
 from isotune.config.run_recipe import EVALUATION_ON, RunRecipe
 from isotune.config.schema import (
+    ANY_SHARE,
     DATA,
     MODEL,
     OUTPUT,
@@ -42,6 +43,7 @@ _NO_PAIR = Requirement(
     lambda values: values["dataset_prompt_field"] is None, "dataset_prompt_field and dataset_completion_field say it"
 )
 _LABEL_COLUMN = Requirement(lambda values: values["label_source"] == "column", "label_source is not column")
+_SYNONYMS = Requirement(lambda values: values["augment_synonyms"] is not None, "it needs augment_synonyms")
 
 
 def _wrong_names(names: Sequence[str]) -> str | None:
@@ -139,6 +141,18 @@ class ClassificationRecipe(RunRecipe):
     drop_leaked: bool = key(
         False, DATA, "remove training texts that are duplicates or near duplicates of evaluation texts",
         needs=WITH_EVALUATION)
+    augment_word_dropout: float = key(
+        0.0, DATA, "share of the words of a training text that are left out, others in each epoch", allowed=ANY_SHARE,
+        unset=0.0, default_text="none", common=False)
+    augment_word_swap: float = key(
+        0.0, DATA, "share of the words of a training text that change places with the next one, the same",
+        allowed=ANY_SHARE, unset=0.0, default_text="none", common=False)
+    augment_synonyms: str | None = key(
+        None, DATA, "table of synonyms for words of training texts, .tsv or .json: a word and what may stand for it",
+        default_text="none", is_path=True, common=False)
+    augment_synonym_rate: float = key(
+        0.1, DATA, "share of the words with synonyms that one of them takes the place of", allowed=ANY_SHARE,
+        needs=_SYNONYMS, common=False)
     num_labels: int | None = key(
         None, DATA, "classes; data with another number is refused", allowed=Range(2), default_text="those of the data")
     overlong: OverlongText = key(
@@ -187,6 +201,14 @@ class ClassificationRecipe(RunRecipe):
                 "a column is one thing alone: a text that holds its own label has nothing to learn",
             )
             for keys in combinations(("dataset_text_field", "dataset_text_pair_field", "dataset_label_field"), 2)
+        ),
+        *(
+            Contradiction(
+                (name, "dataset_text_pair_field"),
+                lambda values, name=name: bool(values[name] and values["dataset_text_pair_field"]),
+                "only texts that stand alone are augmented",
+            )
+            for name in ("augment_word_dropout", "augment_word_swap", "augment_synonyms")
         ),
         Contradiction(
             ("sentences", "dataset_text_pair_field"),

@@ -69,7 +69,7 @@ class Range:
 
 CEILING = 1e9  # of a number whose range has no end: what is larger is a slip of the pen
 POSITIVE = Range(0, low_open=True)
-SHARE = Range(0, 1, high_open=True)
+SHARE, ANY_SHARE = Range(0, 1, high_open=True), Range(0, 1)
 
 
 @dataclass(frozen=True)

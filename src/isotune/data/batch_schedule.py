@@ -108,9 +108,10 @@ class StepSchedule:
         return -(-len(self.rows) // self.global_batch_size)
 
     def _shuffled_rows(self, epoch: int) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(len(self.rows))
-        return np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
+        rows = np.arange(len(self.rows))
+        if self.shuffle:
+            rows = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
+        return rows + self.rows.of_epoch(epoch)
 
     def step(self, number: int) -> Step:
         """Step `number`, counted from 0 over the whole run."""
@@ -123,8 +124,8 @@ class StepSchedule:
         return Step(number, epoch, tuple(self._microbatch(i, *group) for i, group in enumerate(groups)))
 
     def costliest(self, steps: int) -> tuple[Step, Microbatch]:
-        """Of the first `steps`, which are all that a run has, or of an epoch: what takes most memory, and its step."""
-        counted = map(self.step, range(min(steps, self.steps_per_epoch)))
+        """Of the first `steps`, which are all that a run has, or of its rows: what takes most memory, and its step."""
+        counted = map(self.step, range(min(steps, self.steps_per_epoch * self.rows.epochs)))
         return max(
             ((step, microbatch) for step in counted for microbatch in step.microbatches),
             key=lambda pair: (0 if self.padded else pair[1].tokens, pair[1].cost),

@@ -16,7 +16,8 @@ from typing import Any, cast
 
 import numpy as np
 
-HELD_OUT, COIN = "held out", "coin"  # purposes; the random numbers of one are independent of the other's
+# purposes; the random numbers of one are independent of the others'
+HELD_OUT, COIN, AUGMENTED = "held out", "coin", "augmented"
 
 _MARKS = re.compile(
     r"""(?i:<br\s*/?>)
@@ -83,6 +84,15 @@ def hash_uniform(purpose: str, seed: int, contents: np.ndarray) -> np.ndarray:
     words = (content.to_bytes(8, "little") for content in contents.tolist())
     digests = b"".join(hashlib.blake2b(key + word, digest_size=8).digest() for word in words)
     return (np.frombuffer(digests, "<u8") >> np.uint64(11)) * 2.0**-53
+
+
+def uniform_stream(purpose: str, seed: int, epoch: int, content: int, count: int) -> np.ndarray:
+    """`count` numbers from 0 to below 1 of one content in one epoch: float64 [count], uniform and independent.
+
+    The first of them are the same however many are asked for.
+    """
+    key = f"{purpose} {seed} {epoch} ".encode() + content.to_bytes(8, "little")
+    return (np.frombuffer(hashlib.shake_256(key).digest(8 * count), "<u8") >> np.uint64(11)) * 2.0**-53
 
 
 def random_labels(seed: int, contents: np.ndarray) -> np.ndarray:

@@ -146,20 +146,26 @@ class Documents:
 
 @dataclass(frozen=True)
 class Rows:
-    """Which documents share a row."""
+    """Which documents share a row, in every epoch or, where these have texts of their own, in one after the other."""
 
     documents: np.ndarray  # int64 [documents]; document numbers, row after row
-    starts: np.ndarray  # int64 [rows + 1]
+    starts: np.ndarray  # int64 [epochs * rows + 1]
+    epochs: int = 1  # that have rows of their own; the rows of epoch 0 first, then as many of epoch 1, ...
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        """Rows of an epoch."""
+        return (len(self.starts) - 1) // self.epochs
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """The numbers of the documents in a row: int64 [documents in the row]."""
+        """The numbers of the documents in a row, counted over all epochs: int64 [documents in the row]."""
         return self.documents[self.starts[row] : self.starts[row + 1]]
 
+    def of_epoch(self, epoch: int) -> int:
+        """The number of the first row of an epoch; where no epoch has rows of its own, or after the last, from 0 on."""
+        return epoch % self.epochs * len(self)
+
     def lengths(self, document_lengths: np.ndarray) -> np.ndarray:
-        """Tokens of each row, int64 [rows], given the tokens of each document, [documents]."""
+        """Tokens of each row, int64 [epochs * rows], given the tokens of each document, [documents]."""
         return sums_of(document_lengths[self.documents], self.starts)
 
 

@@ -51,9 +51,9 @@ def pack(lengths: np.ndarray, capacity: int, seed: int) -> Rows:
     return Rows(order[by_row], starts_of(np.bincount(row_of, minlength=open_rows.count)))
 
 
-def one_document_per_row(documents: int) -> Rows:
-    """The rows of an unpacked run: each document is its own row, in the order of the documents."""
-    return Rows(np.arange(documents, dtype=np.int64), np.arange(documents + 1, dtype=np.int64))
+def one_document_per_row(documents: int, epochs: int = 1) -> Rows:
+    """The rows of an unpacked run: each document is its own row, in the order of the documents, of all `epochs`."""
+    return Rows(np.arange(documents, dtype=np.int64), np.arange(documents + 1, dtype=np.int64), epochs)
 
 
 class _OpenRows:

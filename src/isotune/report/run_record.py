@@ -53,6 +53,12 @@ class RunRecord:
             (str(segment[0]), bool(segment[1])) for segment in found if isinstance(segment, list) and len(segment) == 2
         ]
 
+    @property
+    def augmented(self) -> dict[str, str]:
+        """A training text before and after it was augmented, `text` and `augmented`; empty where none was."""
+        example = _section(_section(_counts(self.environment, "train"), "augmented"), "example")
+        return {name: str(example[name]) for name in ("text", "augmented") if {"text", "augmented"} <= example.keys()}
+
 
 def read_record(run: str | Path) -> RunRecord:
     """Read a run in any state, or a folder that has evaluations only; UserError if it is neither."""
@@ -179,9 +185,16 @@ def _recipe_groups(run: Path) -> dict[str, dict[str, Any]]:
 
 
 def _data(environment: dict[str, Any], role: str) -> dict[str, Any]:
-    counts = _section(_section(environment, "data"), role)
+    counts = _counts(environment, role)
+    if made := _section(counts, "augmented"):
+        counts = {**counts, "augmented": {name: value for name, value in made.items() if name != "example"}}
     fingerprint = _section(environment, "data_fingerprints").get(role)
     return {**counts, "fingerprint": str(fingerprint)[:16]} if fingerprint else counts
+
+
+def _counts(environment: dict[str, Any], role: str) -> dict[str, Any]:
+    """What preparation counted of the training or evaluation data."""
+    return _section(_section(environment, "data"), role)
 
 
 def _section(mapping: dict[str, Any], name: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`isotune serve`: a finished run as a page and an API on this machine."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from isotune.io.parent_process import is_launched
 PORTS = 65_535
 
 
-def run(argv: Sequence[str]) -> None:
-    """`isotune serve ARGV`, until SIGINT or SIGTERM."""
+def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The words behind `isotune serve`; UserError says what is wrong with them."""
     parser = OneSentenceParser(
         prog="isotune serve",
         description="A finished run as a page and an API, for this machine alone unless --host says otherwise.",
@@ -31,8 +32,6 @@ def run(argv: Sequence[str]) -> None:
     longest = "tokens of the longest answer (%(default)s)"
     limits.add_argument("--max_new_tokens", type=int, default=512, metavar="N", help=longest)
     given = parser.parse_args(argv)
-    if is_launched():
-        raise UserError("isotune serve is one process: start it without a launcher")
     if not 0 <= given.port <= PORTS:
         raise UserError(f"--port is {given.port}: it is 0 to {PORTS}")
     for name in ("queue", "max_new_tokens", "replay"):
@@ -42,6 +41,14 @@ def run(argv: Sequence[str]) -> None:
         raise UserError(f"--timeout is {given.timeout}: it is a number of seconds above 0")
     if given.no_replay and given.replay is not None:
         raise UserError("--replay and --no_replay exclude each other")
+    return given
+
+
+def run(argv: Sequence[str]) -> None:
+    """`isotune serve ARGV`, until SIGINT or SIGTERM."""
+    if is_launched():
+        raise UserError("isotune serve is one process: start it without a launcher")
+    given = read_arguments(argv)
     for package in ("starlette", "uvicorn"):
         need(package, "isotune serve")
     before_torch()

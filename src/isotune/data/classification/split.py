@@ -18,6 +18,7 @@ from isotune.config import ClassificationRecipe
 from isotune.config.recipes import AUTO
 from isotune.config.task_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, wrong_for_type
 from isotune.data.cache import load_or_build
+from isotune.data.classification.augmentation import Augmentation, augmented
 from isotune.data.classification.classes import listed
 from isotune.data.classification.columns import find_columns, said
 from isotune.data.classification.labels import ClassificationSettings
@@ -48,6 +49,7 @@ def prepare_labelled(recipe: ClassificationRecipe, tokenizer: Any, *, show: bool
 
     `show` asks for progress on stderr and a table of each set on stdout; one process of a launch should.
     """
+    augmentation = Augmentation.of(recipe)  # a table that cannot be read is said before the work
     source = training_source(recipe)
     found: dict[str, Any] = dict(find_columns(source, recipe))
     guess = (said(found),) if found else ()
@@ -75,7 +77,8 @@ def prepare_labelled(recipe: ClassificationRecipe, tokenizer: Any, *, show: bool
         remarks = {"held_out": len(evaluation.documents)}
     else:
         train, to_choose_on = _hold_out_to_choose(train, recipe)
-        return RunData(train.prepared(), None, found, to_choose_on).shown(show)
+        to_train = augmented(train.prepared(), train.contents, augmentation, recipe, tokenizer, show_progress=show)
+        return RunData(to_train, None, found, to_choose_on).shown(show)
     pair = digest("overlap", DUPLICATES_FORMAT_VERSION, train.fingerprint, evaluation.fingerprint)
     in_the_other, _ = load_or_build(pair, lambda _: (find_overlap(train, evaluation, show_progress=show), {}))
     if recipe.drop_leaked and in_the_other["train"].any():
@@ -95,7 +98,9 @@ def prepare_labelled(recipe: ClassificationRecipe, tokenizer: Any, *, show: bool
         train.check_classes(evaluation=False, left_by="drop_leaked" if "dropped" in remarks else "eval_split_share")
     train, to_choose_on = _hold_out_to_choose(train, recipe)
     to_evaluate = evaluation.prepared(classes, in_the_other=_counted(in_the_other["evaluation"]))
-    return RunData(train.prepared(classes, **remarks), to_evaluate, found, to_choose_on).shown(show)
+    prepared = train.prepared(classes, **remarks)
+    to_train = augmented(prepared, train.contents, augmentation, recipe, tokenizer, show_progress=show)
+    return RunData(to_train, to_evaluate, found, to_choose_on).shown(show)
 
 
 def _hold_out_to_choose(

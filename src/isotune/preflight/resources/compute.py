@@ -74,9 +74,9 @@ def count_work(recipe: RunRecipe, data: Any, world_size: int, *, exact: bool) ->
         per_rank = max(per_rank, len(shares[0]))
         imbalances.append(max(costs) / (sum(costs) / world_size) - 1)
         squares.append(sum(float(lengths[d]) ** 2 for m in step.microbatches for d in m.documents))
-    tokens, capacity = int(lengths.sum()), len(rows) * recipe.max_seq_length
+    tokens, capacity = int(lengths.sum()) // rows.epochs, len(rows) * recipe.max_seq_length
     return Work(
-        documents=len(documents),
+        documents=len(documents) // rows.epochs,
         rows=len(rows),
         tokens=tokens,
         packing_efficiency=tokens / capacity if isinstance(recipe, Recipe) else None,
