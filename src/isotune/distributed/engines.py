@@ -22,6 +22,11 @@ from isotune.io.errors import RunFault
 PRECISIONS = {None: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
+def is_wrapped_in_place(model: Any) -> bool:
+    """Whether an engine has made the model its own without putting another around it, as FSDP2 does."""
+    return isinstance(model, FSDPModule)
+
+
 def read_back(trainer: Any) -> dict[str, Any]:
     """The engine in effect, after `trainer` has prepared its model and optimizer, as environment.json names it.
 

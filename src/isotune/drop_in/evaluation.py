@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from torch.distributed.fsdp import FSDPModule
 from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize
 
 from isotune.data.batch_schedule import StepSchedule
 from isotune.data.documents import Documents, Rows
+from isotune.distributed.engines import is_wrapped_in_place
 from isotune.drop_in.own_loss import OwnLoss
 from isotune.drop_in.predictions import predictions_of, rows_of, tokens_of
 from isotune.io.errors import UserError
@@ -54,7 +54,7 @@ class DropInEvaluation(PlannedTraining):
         laid = self._lay_out(test_dataset, keep_all=True)
         step = self._schedule(laid, self.plan.task, len(laid.rows), shuffle=False).step(0)
         model: Any = self.model_wrapped
-        if model is self.model and not isinstance(model, FSDPModule):  # before training; FSDP2 wraps in place
+        if model is self.model and not is_wrapped_in_place(model):  # before training
             if self.is_deepspeed_enabled or self.is_fsdp_enabled:
                 raise UserError("evaluate and predict come after train() under an engine that shards the model")
             model = model.to(self.args.device)
