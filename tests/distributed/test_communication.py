@@ -18,7 +18,7 @@ from isotune.preflight.resources.sharding import Sharding
 
 GRADIENT_COLLECTIVES = ("all_reduce", "reduce", "reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor")
 FEW_ROWS, MANY_ROWS = 2, 8  # of a step: one and four passes a rank, on two of them
-SMALL_TALK_BYTES = 64  # losses and norms of a step
+SMALL_TALK_BYTES = 200  # losses and norms of a step and its microbatches
 BYTES_OF_A_MAXIMUM = 8  # the largest gradient of each trained tensor, where integers are summed
 
 Launched = dict[str, Finished]
