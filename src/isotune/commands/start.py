@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -120,15 +120,20 @@ def run_command(words: Sequence[str]) -> tuple[int, str | None]:
     with tempfile.TemporaryDirectory(prefix="isotune-", ignore_cleanup_errors=True) as folder:
         file = Path(folder) / "status.json"
         command = [sys.executable, "-m", PROGRAM, *words]
-        status = _run_watched(command, file, {}, preexec_fn=signal_when_parent_ends if os.name == "posix" else None)
+        status = _run_watched(command, file, {}, signal_when_parent_ends if os.name == "posix" else None)
         return status, read_job_status(file).get("message")
 
 
-def _run_watched(command: Sequence[str], file: Path, variables: Mapping[str, str], **options: Any) -> int:
-    """Run a command whose ranks write a job status file, and pass signals on to it; the run's own exit status."""
+def _run_watched(
+    command: Sequence[str], file: Path, variables: Mapping[str, str], first: Callable[[], Any] | None = None
+) -> int:
+    """Run a command whose ranks write a job status file, and pass signals on to it; the run's own exit status.
+
+    The new process calls `first` before the command begins.
+    """
     file.unlink(missing_ok=True)
     environment = {**os.environ, JOB_STATUS_FILE: str(file), **variables}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, **options)
+    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=first)
     previous = _forward_signals(process)
     try:
         return exit_status(process.wait(), read_job_status(file))

@@ -47,6 +47,8 @@ def _sweep(plan: Plan) -> None:
     from isotune.commands.sweep.picture import draw_ranking
     from isotune.commands.sweep.study import Tried, search
 
+    if plan.recipe.values.get("drop_leaked"):
+        print("note        drop_leaked is about the rows to choose by: texts of the test rows may stand in training")
     trials: list[found.Trial] = []
 
     def try_values(number: int, values: Values) -> float | None:
@@ -86,22 +88,22 @@ def _sweep(plan: Plan) -> None:
     if tried < plan.trials:
         print(f"note        {tried} trials and not {plan.trials}: there are no more values to try")
     if examined.winners_so_far > 1:
-        print(f"note        these last rows have judged {examined.winners_so_far} winners: they are no longer unseen")
+        print(f"note        the test rows have judged {examined.winners_so_far} winners: they are no longer unseen")
     print(f"picture     {picture}\nresult      {plan.folder / RESULT}\n{sentence}")
 
 
 def _examine(plan: Plan, ranking: Any) -> Any:
-    """The winner and the default on the rows that are left for the end."""
+    """The winner and the default on the test rows."""
     from isotune.commands.sweep import ranking as found
     from isotune.commands.sweep import runs
 
     numbers = list(dict.fromkeys((ranking.winner.number, 0)))
     print(f"sweep       the winner, {ranking.winner.name}, on {plan.test.in_words}", flush=True)
-    results = {number: [runs.test(plan, number, seed) for seed in plan.seeds] for number in numbers}
+    results = {number: [runs.examine(plan, number, seed) for seed in plan.seeds] for number in numbers}
     first = results[ranking.winner.number][0]
-    metric = found.tested_metric(plan.metric, list(first.metrics))
+    metric = found.metric_in_result(plan.metric, list(first.metrics))
     if metric is None:
-        raise UserError(f"{first.folder} has no {plan.metric.removeprefix('eval_')}: it is undefined on the last rows")
+        raise UserError(f"{first.folder} has no {plan.metric.removeprefix('eval_')}: it is undefined on the test rows")
     values = {number: tuple(one.metrics[metric] for one in own) for number, own in results.items()}
     winner, default = values[ranking.winner.number], values[0]
     return found.Examined(

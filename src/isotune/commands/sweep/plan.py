@@ -35,7 +35,7 @@ MOST_TRIALS, MOST_SEEDS = 10_000, 1_000
 
 
 @dataclass(frozen=True)
-class TestRows:
+class HeldOutRows:
     """Rows that the search never sees, as keys of an evaluation task."""
 
     keys: dict[str, Any]
@@ -63,7 +63,7 @@ class Plan:
     axes: list[Axis]
     trials: int
     seeds: list[int]
-    test: TestRows
+    test: HeldOutRows
     launch: list[str]
 
     @property
@@ -179,7 +179,7 @@ def parser() -> OneSentenceParser:
     for name, what in (
         ("engine", "of each run, as of `isotune sft`"),
         ("output_dir", "folder of the sweep (that of the recipe, and _sweep)"),
-        ("test_dataset_name", "rows for the winner alone (the recipe's evaluation data, of a classifier)"),
+        ("test_dataset_name", "test rows, for the winner alone (of a classifier the recipe's evaluation data)"),
         ("test_dataset_split", "split of it (test)"),
     ):
         own.add_argument(*_spellings(name), metavar="NAME", help=what)
@@ -202,8 +202,8 @@ def _own_flags(argv: Sequence[str]) -> tuple[Any, list[str]]:
 
 def _rows(
     what: str, kind: type[RunRecipe], of_file: Layer, flags: CommandLine, given: Any
-) -> tuple[RunRecipe, TestRows]:
-    """The recipe of the trials, which evaluates on rows to choose by, and the rows that are left for the end."""
+) -> tuple[RunRecipe, HeldOutRows]:
+    """The recipe of the trials, which evaluates on rows to choose by, and the test rows."""
     recipe = kind.from_layers([of_file, *flags.layers(kind.keys())])
     if not evaluates(recipe.values):
         raise UserError(
@@ -217,19 +217,19 @@ def _rows(
     own = kind.from_layers([of_file, *CommandLine(None, words).layers(kind.keys())])
     name = own.values["eval_dataset_name"]
     if kind is not ClassificationRecipe or name is None or own.values["eval_dataset_mixture"] is not None:
-        raise UserError(f"{what}: no rows are left that the search does not see: name some by --test_dataset_name")
+        raise UserError(f"{what}: no rows are left that the search does not see: name test rows by --test_dataset_name")
     test = {"dataset_name": name, "dataset_split": own.values["eval_dataset_split"], **_of_hub(own.values, "eval_")}
-    return own.with_values(eval_split_share=share[0]), TestRows(test)
+    return own.with_values(eval_split_share=share[0]), HeldOutRows(test)
 
 
-def _named_test(name: str, split: str, values: Values) -> TestRows:
+def _named_test(name: str, split: str, values: Values) -> HeldOutRows:
     """The rows that the command line names; UserError where the search sees them."""
     for prefix, role in (("", "trains on"), ("eval_", "chooses by")):
         is_same = name == values[f"{prefix}dataset_name"]
         if is_same and (split == values[f"{prefix}dataset_split"] or format_of(name) is not None):
             raise UserError(f"--test_dataset_name {name}: the search {role} these rows, and the test needs others")
     of_hub = _of_hub(values, "") if name == values["dataset_name"] else {}
-    return TestRows({"dataset_name": name, "dataset_split": split, **of_hub})
+    return HeldOutRows({"dataset_name": name, "dataset_split": split, **of_hub})
 
 
 def _of_hub(values: Values, prefix: str) -> dict[str, Any]:

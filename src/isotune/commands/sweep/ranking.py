@@ -109,7 +109,7 @@ def rank(plan: Plan, trials: Sequence[Trial]) -> Ranking:
     return Ranking(plan.metric, plan.higher_is_better, plan.seeds, [*complete, *failed])
 
 
-def tested_metric(metric: str, metrics: Sequence[str]) -> str | None:
+def metric_in_result(metric: str, metrics: Sequence[str]) -> str | None:
     """The name that a metric of training has in the result of an evaluation; None where it has none."""
     names = TESTED_AS.get(metric, (metric.removeprefix("eval_"),))
     return next((name for name in names if name in metrics), None)

@@ -51,7 +51,7 @@ def train(plan: Plan, trial: int, values: Values, seed: int) -> float:
     return _kept_value(plan, run)
 
 
-def test(plan: Plan, trial: int, seed: int) -> Result:
+def examine(plan: Plan, trial: int, seed: int) -> Result:
     """The evaluation of a run's model on the rows that the search did not see, made where it is not there."""
     run = folder_of(plan, trial, seed)
     result = run / "eval" / TEST_NAME
@@ -65,7 +65,7 @@ def test(plan: Plan, trial: int, seed: int) -> Result:
 
 
 def tested_trials(plan: Plan) -> list[int]:
-    """The trials that were examined on the last rows, by this and earlier calls."""
+    """The trials that were examined on the test rows, by this and earlier calls."""
     tested = plan.folder.glob(f"trial-*/seed-*/eval/{TEST_NAME}/{RESULT}")
     return sorted({int(file.parents[3].name.removeprefix("trial-")) for file in tested})
 
