@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.launching import TINY_CLASSIFIER, run_command, start_command
+from tests.launching import TINY, TINY_CLASSIFIER, run_command, start_command
 
 from isotune.run.run_state import state_of_run
 
@@ -79,3 +79,28 @@ def test_a_sweep_that_was_stopped_and_killed_ends_as_the_whole_one(tmp_path):
     other = json.loads((sweep / "sweep.json").read_text())
     assert {**other, "examined": None} == {**found, "examined": None}
     assert other["examined"] == found["examined"]
+
+
+@pytest.mark.slow
+def test_a_language_model_is_searched_and_tested_on_rows_that_are_named(tmp_path):
+    turns = [("Greet Ada in Dutch.", "Goedemorgen, Ada!"), ("Greet Ken in French.", "Bonjour, Ken!")]
+    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in turns]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"eval_dataset_name": "builtin:greetings", "eval_strategy": "epoch", "num_train_epochs": 1}
+    recipe = {**{key: value for key, value in TINY.items() if key != "max_steps"}, **data, "task": "sft"}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    words = [str(tmp_path / "mine.yaml"), "--learning_rate", "1e-5,1e-3", "--seeds", "1"]
+    words += ["--test_dataset_name", str(tmp_path / "held.jsonl"), "--output_dir", str(tmp_path / "sweep")]
+    done = run_command([sys.executable, "-m", "isotune.cli", "sweep", *words], fresh=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "sweep/sweep.json").read_text())
+    # the recipe has 1e-3 itself, so one value is left to try, at which nothing is learnt
+    assert {trial["number"]: trial["values"] for trial in found["trials"]} == {
+        0: {"learning_rate": 1e-3},
+        1: {"learning_rate": 1e-5},
+    }
+    assert found["winner"] == "trial-000" and found["trials"][0]["mean"] < found["trials"][1]["mean"]
+    examined = json.loads((tmp_path / "sweep/trial-000/seed-42/eval/sweep_test/metrics.json").read_text())
+    assert examined["rows"] == 2 and found["examined"]["winner"] == [examined["perplexity"]]
+    assert "1 of 20 trials: there are no more values to try" in done.stdout
+    assert "No trial has a better loss than the default" in done.stdout

@@ -117,6 +117,11 @@ class TestSearchedKeys:
         assert says in complaint and complaint.count("\n") == 1
         assert [file.name for file in Path(recipe).parent.iterdir()] == ["mine.yaml"]
 
+    def test_a_launcher_is_refused(self, recipe, monkeypatch):
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        with pytest.raises(UserError, match="start it without a launcher"):
+            read_plan([recipe, "--learning_rate", "1e-5..1e-4"])
+
     def test_the_help_names_the_sweeps_own_flags(self, capsys):
         with pytest.raises(SystemExit) as leaving:
             main(["sweep", "--help"])
@@ -145,8 +150,12 @@ class TestRows:
         ("changes", "flags", "says"),
         [
             ({"eval_split_share": 0.2}, "", "no rows are left that the search does not see"),
-            ({"eval_dataset_name": "builtin:opinions"}, "builtin:opinions", "the search chooses by these rows"),
-            ({"eval_split_share": 0.2}, "builtin:opinions --test_dataset_split train", "the search trains on these"),
+            ({"eval_dataset_name": "builtin:opinions"}, "builtin:opinions", "the search chooses by builtin:opinions"),
+            (
+                {"eval_split_share": 0.2},
+                "builtin:opinions --test_dataset_split train",
+                "the search trains on builtin",
+            ),
             ({}, "builtin:opinions", "there is no evaluation data"),
         ],
     )
@@ -361,6 +370,7 @@ class TestRanking:
         assert metric_in_result("eval_f1_macro", ["accuracy", "f1_macro"]) == "f1_macro"
         assert metric_in_result("eval_loss", ["accuracy", "log_loss"]) == "log_loss"
         assert metric_in_result("eval_loss", ["rmse", "mean_squared_error"]) == "mean_squared_error"
+        assert metric_in_result("eval_loss", ["chrf", "nll", "perplexity"]) == "perplexity"
         assert metric_in_result("eval_pearson", ["accuracy"]) is None
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from isotune.commands.sweep.plan import Plan, parser, read_plan
+from isotune.commands.sweep.flags import parser
+from isotune.commands.sweep.plan import Plan, read_plan
 from isotune.commands.sweep.space import Values
 from isotune.io.errors import RunFault, UserError
 from isotune.io.extras import need
@@ -86,7 +87,7 @@ def _sweep(plan: Plan) -> None:
     picture = draw_ranking(ranking, plan.folder)
     print("\n" + "\n".join(lines))
     if tried < plan.trials:
-        print(f"note        {tried} trials and not {plan.trials}: there are no more values to try")
+        print(f"note        {tried} of {plan.trials} trials: there are no more values to try")
     if examined.winners_so_far > 1:
         print(f"note        the test rows have judged {examined.winners_so_far} winners: they are no longer unseen")
     print(f"picture     {picture}\nresult      {plan.folder / RESULT}\n{sentence}")
@@ -101,7 +102,8 @@ def _examine(plan: Plan, ranking: Any) -> Any:
     print(f"sweep       the winner, {ranking.winner.name}, on {plan.test.in_words}", flush=True)
     results = {number: [runs.examine(plan, number, seed) for seed in plan.seeds] for number in numbers}
     first = results[ranking.winner.number][0]
-    metric = found.metric_in_result(plan.metric, list(first.metrics))
+    common = set.intersection(*({*one.metrics} for own in results.values() for one in own))
+    metric = found.metric_in_result(plan.metric, common)
     if metric is None:
         raise UserError(f"{first.folder} has no {plan.metric.removeprefix('eval_')}: it is undefined on the test rows")
     values = {number: tuple(one.metrics[metric] for one in own) for number, own in results.items()}

@@ -1,6 +1,6 @@
-"""From the words of `isotune sweep` to its plan: the recipe of every trial, what is searched, and three sets of rows.
+"""From the words of `isotune sweep` to its plan: the recipe of every trial, what is searched, and the test rows.
 
-A trial trains on some rows, is chosen by others, and the winner is examined on a third set that neither has seen.
+The plan is written into the sweep's folder before the first run, and holds for every call that goes on there.
 """
 
 import json
@@ -12,38 +12,25 @@ from typing import Any
 import yaml
 
 from isotune.commands import start
+from isotune.commands.sweep.flags import launch_words, read_flags
+from isotune.commands.sweep.rows import HeldOutRows, choose_rows
 from isotune.commands.sweep.space import Axis, split_flags
 from isotune.commands.train import recipe_file
 from isotune.config import RunRecipe, kind_of
 from isotune.config.command_line import CommandLine
-from isotune.config.engine_keys import evaluates
 from isotune.config.layers import Layer, read_file
-from isotune.config.recipes import ClassificationRecipe, project_of, task_of
+from isotune.config.recipes import project_of, task_of
 from isotune.config.schema import Values
 from isotune.config.task_types import HIGHER_IS_BETTER
 from isotune.io import shipped
-from isotune.io.errors import OneSentenceParser, UserError, nearest
+from isotune.io.errors import UserError, nearest
 from isotune.io.files import replace_file
-from isotune.io.formats import format_of
+from isotune.io.parent_process import is_launched
 from isotune.io.reading import read_json_object
 from isotune.io.run_files import or_refuse
 
 COMMANDS = {"sft": "sft", "classification": "classify"}
 RECIPE_FILE, SEARCH_FILE = "sweep.yaml", "search.json"
-SELECTION_SHARE = 0.1  # of the training rows, where the recipe's evaluation data are kept for the end
-MOST_TRIALS, MOST_SEEDS = 10_000, 1_000
-
-
-@dataclass(frozen=True)
-class HeldOutRows:
-    """Rows that the search never sees, as keys of an evaluation task."""
-
-    keys: dict[str, Any]
-
-    @property
-    def in_words(self) -> str:
-        """`builtin:opinions (test)`."""
-        return f"{self.keys['dataset_name']} ({self.keys['dataset_split']})"
 
 
 @dataclass(frozen=True)
@@ -127,21 +114,17 @@ class Plan:
 
 def read_plan(argv: Sequence[str]) -> Plan:
     """The plan of a command line; UserError says what is wrong with it."""
+    if is_launched():
+        raise UserError("isotune sweep starts the processes of its runs itself: start it without a launcher")
     if not argv or argv[0].startswith("-"):
         raise UserError("isotune sweep: name a recipe first (`isotune ls` lists those that are shipped)")
     what, file = argv[0], recipe_file(argv[0])
     if file is None:
         near = nearest(what.removesuffix(".yaml"), shipped.names(shipped.RECIPES))
-        raise UserError(
-            f"{what} is no recipe and no run: {f'did you mean {near}?' if near else '`isotune ls` lists recipes'}"
-        )
-    given, rest = _own_flags(argv[1:])
-    launch = [
-        word
-        for name in ("num_processes", "engine")
-        if (value := getattr(given, name)) is not None
-        for word in (f"--{name}", str(value))
-    ]
+        hint = f"did you mean {near}?" if near else "`isotune ls` lists the recipes"
+        raise UserError(f"{what} is no recipe and no run: {hint}")
+    given, rest = read_flags(argv[1:])
+    launch = launch_words(given)
     start.read_launch(launch)  # its mistakes before anything is written
     of_file, line = read_file(file), CommandLine.parse(rest)
     if line.config is not None:
@@ -155,7 +138,9 @@ def read_plan(argv: Sequence[str]) -> Plan:
     keys = kind.keys()
     axes, fixed = split_flags(line.flags, keys)
     folder = Path(given.output_dir or f"{of_file.given.get('output_dir') or f'runs/{file.stem}'}_sweep").expanduser()
-    recipe, test = _rows(what, kind, of_file, CommandLine(None, {**fixed, "output_dir": [str(folder)]}), given)
+    flags = CommandLine(None, {**fixed, "output_dir": [str(folder)]})
+    named = given.test_dataset_name and (given.test_dataset_name, given.test_dataset_split or "test")
+    recipe, test = choose_rows(what, kind, of_file, flags, named or None)
     for axis in axes:  # keys without an effect, and values that the recipe contradicts
         for value in axis.choices or (axis.low, axis.high):
             recipe.from_layers([Layer(recipe.given), Layer({axis.key: value}, flags=True)])
@@ -165,77 +150,6 @@ def read_plan(argv: Sequence[str]) -> Plan:
         recipe = recipe.with_values(push_to_hub=False)
     seeds = [recipe.seed + number for number in range(given.seeds)]
     return Plan(COMMANDS[task], folder, recipe, axes, given.trials, seeds, test, launch)
-
-
-def parser() -> OneSentenceParser:
-    """The flags of a sweep itself."""
-    own = OneSentenceParser(prog="isotune sweep", allow_abbrev=False, add_help=False)
-    for name, default, what in (
-        ("trials", 20, "values to try, beside the recipe's own (%(default)s)"),
-        ("seeds", 3, "runs of each trial (%(default)s)"),
-        ("num_processes", None, "processes of each run, as of `isotune sft`"),
-    ):
-        own.add_argument(*_spellings(name), type=int, default=default, metavar="N", help=what)
-    for name, what in (
-        ("engine", "of each run, as of `isotune sft`"),
-        ("output_dir", "folder of the sweep (that of the recipe, and _sweep)"),
-        ("test_dataset_name", "test rows, for the winner alone (of a classifier the recipe's evaluation data)"),
-        ("test_dataset_split", "split of it (test)"),
-    ):
-        own.add_argument(*_spellings(name), metavar="NAME", help=what)
-    return own
-
-
-def _spellings(name: str) -> list[str]:
-    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
-
-
-def _own_flags(argv: Sequence[str]) -> tuple[Any, list[str]]:
-    given, rest = parser().parse_known_args(list(argv))
-    for name, most in (("trials", MOST_TRIALS), ("seeds", MOST_SEEDS)):
-        if not 1 <= getattr(given, name) <= most:
-            raise UserError(f"--{name} is {getattr(given, name)}: it is from 1 to {most:,}")
-    if given.test_dataset_split is not None and given.test_dataset_name is None:
-        raise UserError("--test_dataset_split has no effect without --test_dataset_name")
-    return given, rest
-
-
-def _rows(
-    what: str, kind: type[RunRecipe], of_file: Layer, flags: CommandLine, given: Any
-) -> tuple[RunRecipe, HeldOutRows]:
-    """The recipe of the trials, which evaluates on rows to choose by, and the test rows."""
-    recipe = kind.from_layers([of_file, *flags.layers(kind.keys())])
-    if not evaluates(recipe.values):
-        raise UserError(
-            f"{what}: there is no evaluation data to choose by: say --eval_dataset_name"
-            f"{', or --eval_split_share' if kind is ClassificationRecipe else ''}, and no --eval_strategy no"
-        )
-    if given.test_dataset_name is not None:
-        return recipe, _named_test(given.test_dataset_name, given.test_dataset_split or "test", recipe.values)
-    words = dict(flags.flags)
-    share = words.pop("eval_split_share", [str(SELECTION_SHARE)])
-    own = kind.from_layers([of_file, *CommandLine(None, words).layers(kind.keys())])
-    name = own.values["eval_dataset_name"]
-    if kind is not ClassificationRecipe or name is None or own.values["eval_dataset_mixture"] is not None:
-        raise UserError(f"{what}: no rows are left that the search does not see: name test rows by --test_dataset_name")
-    test = {"dataset_name": name, "dataset_split": own.values["eval_dataset_split"], **_of_hub(own.values, "eval_")}
-    return own.with_values(eval_split_share=share[0]), HeldOutRows(test)
-
-
-def _named_test(name: str, split: str, values: Values) -> HeldOutRows:
-    """The rows that the command line names; UserError where the search sees them."""
-    for prefix, role in (("", "trains on"), ("eval_", "chooses by")):
-        is_same = name == values[f"{prefix}dataset_name"]
-        if is_same and (split == values[f"{prefix}dataset_split"] or format_of(name) is not None):
-            raise UserError(f"--test_dataset_name {name}: the search {role} these rows, and the test needs others")
-    of_hub = _of_hub(values, "") if name == values["dataset_name"] else {}
-    return HeldOutRows({"dataset_name": name, "dataset_split": split, **of_hub})
-
-
-def _of_hub(values: Values, prefix: str) -> dict[str, Any]:
-    """Configuration and revision of a data set of the recipe, as keys of a task."""
-    names = ("config", "revision")
-    return {f"dataset_{name}": value for name in names if (value := values[f"{prefix}dataset_{name}"]) is not None}
 
 
 def _first_difference(there: dict[str, Any], here: dict[str, Any], name: str) -> str:

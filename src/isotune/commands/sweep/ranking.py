@@ -4,7 +4,7 @@ Every trial is compared with trial 0 over the same seeds, and p-values are corre
 The winner of many is the luckiest of them too, so only its metric on rows that the search never saw is unbiased.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from isotune.evaluation.statistics.paired_tests import holm
 from isotune.evaluation.statistics.seeds import SeedDifference, compare_seeds
 
 # of a metric in training, its names in the result of an evaluation: the first one that the result has
-TESTED_AS = {"eval_loss": ("log_loss", "mean_squared_error", "nll"), "eval_perplexity": ("perplexity",)}
+TESTED_AS = {"eval_loss": ("log_loss", "mean_squared_error", "perplexity"), "eval_perplexity": ("perplexity",)}
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def rank(plan: Plan, trials: Sequence[Trial]) -> Ranking:
     return Ranking(plan.metric, plan.higher_is_better, plan.seeds, [*complete, *failed])
 
 
-def metric_in_result(metric: str, metrics: Sequence[str]) -> str | None:
+def metric_in_result(metric: str, metrics: Collection[str]) -> str | None:
     """The name that a metric of training has in the result of an evaluation; None where it has none."""
     names = TESTED_AS.get(metric, (metric.removeprefix("eval_"),))
     return next((name for name in names if name in metrics), None)

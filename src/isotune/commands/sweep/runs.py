@@ -97,7 +97,7 @@ def _do(run: Path, words: list[str]) -> None:
 
 def _kept_value(plan: Plan, run: Path) -> float:
     """The metric of the evaluation whose model the run keeps: the best, with load_best_model_at_end, else the last."""
-    _, evaluations = or_refuse(lambda file: read_progress(file), run / METRICS, f"{run / METRICS}: cannot be read")
+    _, evaluations = or_refuse(read_progress, run / METRICS, f"{run / METRICS}: cannot be read")
     values = [line.get(plan.metric) for _, line in sorted(evaluations.items())]
     if not values:
         raise UserError(f"{run} has ended without an evaluation: let it evaluate at its end, by eval_steps")
