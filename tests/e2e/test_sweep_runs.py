@@ -48,7 +48,7 @@ def stop_in(run: Path, words: list[str], number: int) -> int:
 
 @pytest.mark.slow
 def test_a_sweep_that_was_stopped_and_killed_ends_as_the_whole_one(tmp_path):
-    whole = run_command(command(tmp_path / "whole"), fresh=True)
+    whole = run_command(command(tmp_path / "whole"), fresh=True, timeout_seconds=1800)
     assert whole.returncode == 0, whole.stderr
     found = json.loads((tmp_path / "whole/sweep/sweep.json").read_text())
     first, second = sorted(found["trials"], key=lambda trial: trial["number"])
@@ -73,7 +73,7 @@ def test_a_sweep_that_was_stopped_and_killed_ends_as_the_whole_one(tmp_path):
     assert stop_in(sweep / "trial-001/seed-42", words, signal.SIGKILL) == -signal.SIGKILL
     assert state_of_run(sweep / "trial-001/seed-42").state == "preempted"
     before = (sweep / "trial-000/seed-42/metrics.jsonl").stat().st_mtime_ns
-    again = run_command(words, fresh=True)
+    again = run_command(words, fresh=True, timeout_seconds=1800)
     assert again.returncode == 0, again.stderr
     assert (sweep / "trial-000/seed-42/metrics.jsonl").stat().st_mtime_ns == before
     other = json.loads((sweep / "sweep.json").read_text())
@@ -91,7 +91,7 @@ def test_a_language_model_is_searched_and_tested_on_rows_that_are_named(tmp_path
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
     words = [str(tmp_path / "mine.yaml"), "--learning_rate", "1e-5,1e-3", "--seeds", "1"]
     words += ["--test_dataset_name", str(tmp_path / "held.jsonl"), "--output_dir", str(tmp_path / "sweep")]
-    done = run_command([sys.executable, "-m", "isotune.cli", "sweep", *words], fresh=True)
+    done = run_command([sys.executable, "-m", "isotune.cli", "sweep", *words], fresh=True, timeout_seconds=1800)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "sweep/sweep.json").read_text())
     # the recipe has 1e-3 itself, so one value is left to try, at which nothing is learnt
