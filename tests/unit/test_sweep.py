@@ -2,10 +2,13 @@
 
 import json
 import math
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 from scipy.stats import binomtest
@@ -407,3 +410,15 @@ class TestRuns:
         code = "from isotune.commands.start import run_command; print(run_command(['classify', 'nowhere.yaml']))"
         done = run_command([sys.executable, "-c", code], fresh=True)
         assert done.stdout.strip().startswith("(2, 'nowhere.yaml is no recipe, no run, and no data"), done.stderr
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+    def test_what_a_killed_sweep_was_running_is_told_to_stop(self):
+        code = "from isotune.commands import start; start.PROGRAM = 'http.server'; start.run_command(['0'])"
+        sweep = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        end = time.monotonic() + 60
+        while not (running := psutil.Process(sweep.pid).children()) or "http.server" not in running[0].cmdline():
+            assert sweep.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+        sweep.kill()
+        sweep.wait()
+        assert not psutil.wait_procs(running, timeout=60)[1]
