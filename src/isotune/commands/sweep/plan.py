@@ -78,11 +78,9 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """What decides the trials, as JSON has it; their number is left out, which may grow."""
-        keys = type(self.recipe).keys()
-        given = {name: value for name, value in self.recipe.given.items() if not keys[name].secret}
         content = {
             "command": self.command,
-            "recipe": {name: value for name, value in given.items() if name != "output_dir"},
+            "recipe": {name: value for name, value in self.recipe.given.items() if name != "output_dir"},
             "search": {axis.key: axis.as_dict() for axis in self.axes},
             "seeds": self.seeds,
             "test": self.test.keys,
@@ -146,7 +144,7 @@ def read_plan(argv: Sequence[str]) -> Plan:
             recipe.from_layers([Layer(recipe.given), Layer({axis.key: value}, flags=True)])
     if not axes:
         raise UserError("isotune sweep: nothing is searched: give a key a range (1e-5..1e-4) or a list (0,100)")
-    if recipe.values["push_to_hub"]:
+    if recipe.values["push_to_hub"]:  # trials are not uploaded, and a token is not written
         recipe = recipe.with_values(push_to_hub=False)
     seeds = [recipe.seed + number for number in range(given.seeds)]
     return Plan(COMMANDS[task], folder, recipe, axes, given.trials, seeds, test, launch)
