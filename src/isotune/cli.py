@@ -22,6 +22,7 @@ OWN_WORDS = {
     "chat": "talk with a model: isotune chat RUN | MODEL [FLAGS]",
     "predict": "predict texts, or rows: isotune predict RUN | MODEL TEXT ... | --input DATA --output FILE",
     "serve": "a page and an API of a run on this machine: isotune serve RUN [FLAGS]",
+    "sweep": "search keys of a recipe: isotune sweep RECIPE --KEY LOW..HIGH | A,B,C ... [FLAGS]",
     "slurm": "submit to a cluster: isotune slurm sft|classify|arena|eval WHAT [FLAGS]",
 }
 TRAINING = ("sft", "classify", "arena")
@@ -58,6 +59,10 @@ def _run_own_words(command: str, words: Sequence[str]) -> int | None:
         from isotune.commands import slurm
 
         return slurm.run(words)
+    if command == "sweep":
+        from isotune.commands.sweep import command as sweep
+
+        return sweep.run(words)
     if command == "predict":
         from isotune.commands.trained import predict
 

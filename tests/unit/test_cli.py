@@ -35,6 +35,7 @@ def test_help_names_every_command_with_what_it_is_for(capsys):
         "chat": "talk with a model: isotune chat RUN | MODEL [FLAGS]",
         "predict": "predict texts, or rows: isotune predict RUN | MODEL TEXT ... | --input DATA --output FILE",
         "serve": "a page and an API of a run on this machine: isotune serve RUN [FLAGS]",
+        "sweep": "search keys of a recipe: isotune sweep RECIPE --KEY LOW..HIGH | A,B,C ... [FLAGS]",
         "slurm": "submit to a cluster: isotune slurm sft|classify|arena|eval WHAT [FLAGS]",
         "ls": "list shipped recipes, tasks and engines, models, and the runs here",
         "cp": "copy a shipped recipe, task or engine to a file of your own",

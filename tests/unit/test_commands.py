@@ -278,7 +278,7 @@ class TestFiles:
                 package, package
             )
             assert any(line.startswith(name) for line in declared[extra]), package
-        whole = {"deepspeed", "qlora", "eval", "arena", "serve"}
+        whole = {"deepspeed", "qlora", "eval", "arena", "serve", "sweep"}
         assert declared["all"] == [f"isotune[{','.join(name for name in declared if name in whole)}]"]
 
 

@@ -6,8 +6,9 @@ import pytest
 from tests.chat_tokenizers import byte_chat_tokenizer
 from tests.unit.test_conversation_forms import EXCHANGE, prepared, texts
 
-from isotune.data.sft.conversations import render_messages, turns_of, unknown_header
+from isotune.data.sft.conversations import render_example, turns_of, unknown_header
 from isotune.data.sft.forms import NamedColumns
+from isotune.data.sft.messages import example_of
 from isotune.data.sft.questions import question_of
 from isotune.data.sources.source import read_rows
 from isotune.evaluation.tasks import eval_samples_of
@@ -41,7 +42,7 @@ def test_calls_and_answers_of_tools_are_read_in_every_spelling(tmp_path, calls, 
     ]
     called = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
     whole = f"### Human: q\n### Assistant: {called}\n### Tool: {written}\n### Assistant: a"
-    assert render_messages(messages).text == whole
+    assert render_example(example_of(messages)).text == whole
     assert texts(prepared(tmp_path, [{"messages": messages}])) == [(f"<bos>{whole}<eos>", f" {called} a<eos>")]
 
 

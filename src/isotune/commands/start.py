@@ -6,12 +6,11 @@ A recipe's mistakes are answered before any process starts. Every process of a l
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -27,7 +26,7 @@ from isotune.io.errors import (
     read_job_status,
 )
 from isotune.io.extras import need
-from isotune.io.parent_process import is_launched
+from isotune.io.parent_process import is_launched, signal_when_parent_ends
 from isotune.io.reading import Unreadable
 from isotune.io.variables import MAX_PROCESSES
 from isotune.run.malloc_tuning import VARIABLE, malloc_tunables
@@ -108,18 +107,39 @@ def run_launched(words: Sequence[str], launch: Launch) -> int:
     command = [sys.executable, "-m", LAUNCHER, "--config_file", str(launch.file)]
     command += ["--num_processes", str(launch.processes), "--main_process_port", "0", "-m", PROGRAM, *words]
     print(f"launching   {launch.in_words}", flush=True)
-    folder = Path(tempfile.mkdtemp(prefix="isotune-"))
-    file = Path(os.environ.get(JOB_STATUS_FILE) or folder / "status.json")
+    with tempfile.TemporaryDirectory(prefix="isotune-", ignore_cleanup_errors=True) as folder:
+        file = Path(os.environ.get(JOB_STATUS_FILE) or Path(folder) / "status.json")
+        return _run_watched(command, file, _shares(launch.processes))
+
+
+def run_command(words: Sequence[str]) -> tuple[int, str | None]:
+    """Run `isotune WORDS` in a process of its own, which is told to stop when this one ends.
+
+    Its exit status, and the sentence that it ended with, where there is one.
+    """
+    with tempfile.TemporaryDirectory(prefix="isotune-", ignore_cleanup_errors=True) as folder:
+        file = Path(folder) / "status.json"
+        command = [sys.executable, "-m", PROGRAM, *words]
+        status = _run_watched(command, file, {}, signal_when_parent_ends if os.name == "posix" else None)
+        return status, read_job_status(file).get("message")
+
+
+def _run_watched(
+    command: Sequence[str], file: Path, variables: Mapping[str, str], first: Callable[[], Any] | None = None
+) -> int:
+    """Run a command whose ranks write a job status file, and pass signals on to it; the run's own exit status.
+
+    The new process calls `first` before the command begins.
+    """
     file.unlink(missing_ok=True)
-    environment = {**os.environ, JOB_STATUS_FILE: str(file), **_shares(launch.processes)}
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    environment = {**os.environ, JOB_STATUS_FILE: str(file), **variables}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=first)
     previous = _forward_signals(process)
     try:
         return exit_status(process.wait(), read_job_status(file))
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def exit_status(code: int, job_status: Mapping[str, Any]) -> int:

@@ -16,6 +16,7 @@ EXTRAS = {
     "simplemma": "arena",
     "skops": "arena",
     "flash_attn": "flash-attn",
+    "optuna": "sweep",
     "starlette": "serve",
     "uvicorn": "serve",
 }

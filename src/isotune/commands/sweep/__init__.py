@@ -1,0 +1,1 @@
+"""`isotune sweep`: a search over keys of a recipe, whose trials are ordinary runs."""
