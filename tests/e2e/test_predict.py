@@ -226,11 +226,13 @@ def test_texts_are_classified_on_the_terminal_as_a_notebook_and_the_stock_model_
         assert probability == pytest.approx(probabilities.max(), abs=1e-6)
 
 
-def test_a_plain_model_folder_is_predicted_with_too(run, opinions, tmp_path, capsys):
+def test_a_plain_model_folder_reads_what_fits_and_the_model_of_a_run_what_its_run_read(run, opinions, tmp_path, capsys):
     source = written(tmp_path, [{"text": text} for text in opinions[:5]])
-    predict(capsys, run / "model", "--input", source, "--output", tmp_path / "p.jsonl")
-    found = [line["probabilities"] for line in lines_of(tmp_path / "p.jsonl")]
-    np.testing.assert_allclose(found, alone(run, opinions[:5], 512), atol=1e-6)
+    plain = shutil.copytree(run / "model", tmp_path / "plain")
+    for name, folder, longest in (("plain", plain, 512), ("of_run", run / "model", 64)):
+        predict(capsys, folder, "--input", source, "--output", tmp_path / f"{name}.jsonl")
+        found = [line["probabilities"] for line in lines_of(tmp_path / f"{name}.jsonl")]
+        np.testing.assert_allclose(found, alone(run, opinions[:5], longest), atol=1e-6)
 
 
 @pytest.mark.parametrize("task_type", ["single_label", "multi_label", "regression"])
