@@ -10,7 +10,7 @@ from tests.launching import Finished, start_together
 RELATIVE = 1e-5  # of a loss, and of a gradient norm in the first steps
 WEIGHTS = 1e-3  # of what training moved a tensor by: AdamW makes whole steps of gradients that are only rounding
 COMPACT = ("ZeRO-3 on 2", "FSDP2 on 2")
-# in short: FSDP2 in test_world_sizes.py, ZeRO in test_resume.py and test_drop_in_engines.py
+# in short: FSDP2 in test_world_sizes.py, ZeRO in test_resume.py
 pytestmark = pytest.mark.slow
 
 

@@ -33,7 +33,7 @@ def slow(*values: Any) -> Any:
 @pytest.mark.parametrize(
     ("config", "processes", "values"),
     [
-        slow("zero2.yaml", 3, {"bf16": True}),
+        ("zero2.yaml", 3, {"bf16": True}),
         slow("ddp.yaml", 2, {}),
         slow("ddp.yaml", 2, {"tune": "lora"}),
         slow("zero1.yaml", 3, {}),

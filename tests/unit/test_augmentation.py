@@ -20,6 +20,7 @@ from isotune.data.contents import content_digest, contents_of, normalised
 from isotune.data.documents import Documents, PreparedData, RunData
 from isotune.io.errors import UserError
 from isotune.preflight.resources.compute import count_work
+from isotune.run.identity import RunIdentity
 
 TABLE = {"the": ("this",), "good": ("fine", "great", "nice"), "food": ("meal", "dish")}
 RATES = st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0])
@@ -141,7 +142,7 @@ def test_keys_without_meaning_are_refused(tmp_path, keys, sentence):
 
 
 def test_conversations_are_not_augmented_and_a_sentence_says_so():
-    with pytest.raises(UserError, match="augment_word_dropout is not a key here: texts are augmented where classes"):
+    with pytest.raises(UserError, match="augment_word_dropout is not a key here: it is of the task class"):
         Recipe.from_values(model_name_or_path="x", dataset_name="x", output_dir="x", augment_word_dropout=0.1)
 
 
@@ -269,3 +270,23 @@ def test_as_many_epochs_are_prepared_as_the_run_begins(tmp_path):
     for keys, epochs in (({"num_train_epochs": 0.5}, 1), ({"num_train_epochs": 3.0}, 3), ({"max_steps": 6}, 1),
                          ({"max_steps": 7}, 2)):  # fmt: skip
         assert epochs_of(recipe_of(tmp_path, [], **keys), 40) == epochs
+
+
+def test_a_table_of_synonyms_counts_by_its_content(tmp_path):
+    rows = rows_of(8)
+    first, moved = tmp_path / "first.tsv", tmp_path / "moved.tsv"
+    for file in (first, moved):
+        file.write_text("good\tfine\n")
+    one, other = (RunIdentity.of(recipe_of(tmp_path, rows, augment_synonyms=str(file))) for file in (first, moved))
+    assert not other.differences(one)
+    moved.write_text("good\tnice\n")
+    changed = RunIdentity.of(recipe_of(tmp_path, rows, augment_synonyms=str(moved)))
+    assert changed.differences(one).keys() == {"augment_synonyms"}
+
+
+def test_a_word_of_many_marks_is_read_in_time_that_grows_with_it():
+    word = "a" + "-" * 200_000 + "b"
+    augmentation = Augmentation(7, synonym_rate=1.0, synonyms=TABLE)
+    text = f"{word} (Good!)"
+    made = augmentation.augment(text, content_digest(normalised(text)), 0, Counts())
+    assert made in {f"{word} ({other}!)" for other in ("Fine", "Great", "Nice")}

@@ -92,6 +92,13 @@ def test_a_recipe_beside_data_makes_no_run_of_it_and_files_of_a_run_are_data_whe
     assert [row["text"] for row in lines.rows()] == ["a"]
 
 
+def test_data_beside_a_file_that_this_program_writes_too_are_data(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    for name in ("MANIFEST.json", "recipe.yaml", "status.json"):
+        (tmp_path / name).write_text("{}")
+    assert [row["text"] for row in read_rows(str(tmp_path), "train").read()] == ["a"]
+
+
 def test_the_model_folder_of_a_run_is_evaluated_as_the_run(home):
     assert read_source("eval", [str(home / "run" / "model"), "--limit", "3"], "")[0] == ["--run_dir", str(home / "run")]
     export = str(home / "run" / "export" / "merged-safetensors")

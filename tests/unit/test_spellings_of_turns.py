@@ -8,7 +8,7 @@ from tests.unit.test_conversation_forms import EXCHANGE, prepared, texts
 
 from isotune.data.sft.conversations import render_example, turns_of, unknown_header
 from isotune.data.sft.forms import NamedColumns
-from isotune.data.sft.messages import example_of
+from isotune.data.sft.messages import example_of, tools_of
 from isotune.data.sft.questions import question_of
 from isotune.data.sources.source import read_rows
 from isotune.evaluation.tasks import eval_samples_of
@@ -149,6 +149,9 @@ def test_the_tools_of_a_row_may_be_called_functions(tmp_path, as_text):
         {"tools": wrapped}, {"functions": functions}, {"tools": None, "functions": functions},
     )]  # fmt: skip
     assert found[0] == found[1] == found[2] and "### Tools: {" in found[0][0][0]
+    assert tools_of({"functions": wrapped, "tools": "[]"}) == wrapped
+    for other in ("about sums", {"name": "add"}, ["add"], 3):  # a column of another meaning
+        assert tools_of({"functions": other}) is None
     assert question_of({"messages": messages, "functions": functions}, "messages")[1] == tuple(wrapped)
     assert "### Tools" not in texts(prepared(tmp_path, [{"messages": messages, "functions": []}]))[0][0]
 
@@ -163,3 +166,12 @@ def test_an_opening_answer_that_no_prompt_asks_for_is_counted(tmp_path, template
     assert found.table.as_dict()["unasked"] == unasked
     assert "".join(letter for letter in supervised if letter in "wqa") == learnt
     assert ("asks for by nothing, left out" in str(found.table)) == bool(unasked)
+
+
+def test_two_system_columns_say_one_thing_or_are_refused(tmp_path):
+    row = {"question": "q", "answer": "a"}
+    one = texts(prepared(tmp_path, [row | {"system": " ", "system_prompt": "Be kind."}]))
+    assert one == texts(prepared(tmp_path, [row | {"system": "Be kind.", "system_prompt": "Be kind."}]))
+    assert "Be kind." in one[0][0]
+    with pytest.raises(UserError, match="'system' and 'system_prompt' say different things"):
+        prepared(tmp_path, [row | {"system": "Be kind.", "system_prompt": "Be rude."}])

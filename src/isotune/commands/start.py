@@ -6,11 +6,13 @@ A recipe's mistakes are answered before any process starts. Every process of a l
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -107,21 +109,31 @@ def run_launched(words: Sequence[str], launch: Launch) -> int:
     command = [sys.executable, "-m", LAUNCHER, "--config_file", str(launch.file)]
     command += ["--num_processes", str(launch.processes), "--main_process_port", "0", "-m", PROGRAM, *words]
     print(f"launching   {launch.in_words}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="isotune-", ignore_cleanup_errors=True) as folder:
-        file = Path(os.environ.get(JOB_STATUS_FILE) or Path(folder) / "status.json")
+    with _temporary_folder() as folder:
+        file = Path(os.environ.get(JOB_STATUS_FILE) or folder / "status.json")
         return _run_watched(command, file, _shares(launch.processes))
 
 
 def run_command(words: Sequence[str]) -> tuple[int, str | None]:
-    """Run `isotune WORDS` in a process of its own, which is told to stop when this one ends.
+    """Run `isotune WORDS` in a process of its own, which on Linux is told to stop when this one ends.
 
     Its exit status, and the sentence that it ended with, where there is one.
     """
-    with tempfile.TemporaryDirectory(prefix="isotune-", ignore_cleanup_errors=True) as folder:
-        file = Path(folder) / "status.json"
+    with _temporary_folder() as folder:
+        file = folder / "status.json"
         command = [sys.executable, "-m", PROGRAM, *words]
-        status = _run_watched(command, file, {}, signal_when_parent_ends if os.name == "posix" else None)
+        status = _run_watched(command, file, {}, signal_when_parent_ends if sys.platform == "linux" else None)
         return status, read_job_status(file).get("message")
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """A folder of this process; a TemporaryDirectory would be removed by the end of any fork of it too."""
+    folder = Path(tempfile.mkdtemp(prefix="isotune-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run_watched(

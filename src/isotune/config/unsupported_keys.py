@@ -98,8 +98,6 @@ NAMES_BY_ANSWER: dict[str, tuple[str, ...]] = {
     "say dataset_completion_field": (
         "completion_column", "completion_field", "response_column", "answer_column", "output_column"),
     "code from the Hub is never run": ("trust_remote_code",),
-    "texts are augmented where classes are learnt, not conversations": (
-        "augment_word_dropout", "augment_word_swap", "augment_synonyms", "augment_synonym_rate"),
     "say augment_word_dropout, augment_word_swap or augment_synonyms": ("augment", "augmentation"),
 }  # fmt: skip
 

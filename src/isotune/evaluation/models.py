@@ -104,7 +104,7 @@ class GenerationModel:
 
     @property
     def eos_ids(self) -> set[int]:
-        """Every eos token: the tokenizer's and those of the model's generation_config.json."""
+        """Every token that ends an answer: see `models/base/ending.py`."""
         ids = eos_ids_of(self.model, self.encoder)
         if not ids:
             raise UserError(f"the tokenizer {self.tokenizer.name_or_path} has no eos token: generation could not end")

@@ -134,7 +134,7 @@ def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
         return ""
     key = different[0]
     if key == "weights":
-        return " (of a model with other weights)"
+        return " (of a model with other weights)" if key in there else " (by an earlier version)"
     return f" ({key}: {json.dumps(there.get(key))[:80]} there, {json.dumps(here[key])[:80]} here)"
 
 

@@ -17,6 +17,7 @@ from isotune.io.files import digest_of_file
 from isotune.models.base.folder import digest_of_model
 
 MODELS = ("model_name_or_path", "tokenizer_name_or_path")
+FILES = ("chat_format", "augment_synonyms")  # keys that may name one
 MIXTURES = {"dataset_mixture": "train", "eval_dataset_mixture": EVALUATED}  # with the split of an entry without one
 DATA = {"dataset_name": "dataset_split", "eval_dataset_name": "eval_dataset_split"}
 
@@ -66,9 +67,10 @@ def contents_of(recipe: RunRecipe) -> dict[str, str]:
     for key in MODELS:
         if values[key] and not values[key].startswith(PREFIX) and Path(values[key]).is_dir():
             found[key] = digest_of_model(Path(values[key]))
-    chat_format = values.get("chat_format")
-    if chat_format and chat_format not in CHAT_WORDS and Path(chat_format).is_file():
-        found["chat_format"] = digest_of_file(Path(chat_format)).hex()
+    for key in FILES:
+        name = values.get(key)
+        if name and name not in CHAT_WORDS and Path(name).is_file():
+            found[key] = digest_of_file(Path(name)).hex()
     for key, split in DATA.items():
         name = None if values.get(key.replace("_name", "_mixture")) else values[key]
         if name and not name.startswith(PREFIX) and Path(name).expanduser().exists():

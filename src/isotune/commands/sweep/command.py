@@ -58,8 +58,10 @@ def _sweep(plan: Plan) -> None:
             for seed in plan.seeds if failure is None else ():
                 print(f"sweep       trial {number} of {plan.trials}, seed {seed}: {_said(values)}", flush=True)
                 scores.append(runs.train(plan, number, values, seed))
-        except runs.TrialFailed as error:
-            failure, scores = str(error), []
+        except (runs.TrialFailed, UserError) as error:
+            if number == 0 and isinstance(error, UserError):
+                raise
+            failure, scores = str(error), []  # as values that the memory is too small for
         if failure is not None:
             print(f"sweep       trial {number} has failed: {failure}", flush=True)
         trials.append(found.Trial(number, values, tuple(scores), failure))
@@ -68,6 +70,8 @@ def _sweep(plan: Plan) -> None:
     score = try_values(0, plan.default)
     if score is None:
         raise RunFault(f"the recipe itself fails, and there is nothing to compare with: {trials[0].failure}")
+    for seed in plan.seeds:  # a mistake in the test rows ends the sweep before hours of trials
+        runs.examine(plan, 0, seed)
     searched = search(
         plan.folder,
         plan.axes,
@@ -79,13 +83,12 @@ def _sweep(plan: Plan) -> None:
     )
     tried = sum(1 for _ in searched)
     ranking = found.rank(plan, trials)
+    print("\n" + "\n".join(found.table(ranking)), flush=True)
     examined = _examine(plan, ranking)
     sentence = found.verdict(ranking, examined)
-    lines = found.table(ranking)
     content = found.as_dict(plan, ranking, examined, sentence)
     replace_file(plan.folder / RESULT, json.dumps(content, indent=2) + "\n")
     picture = draw_ranking(ranking, plan.folder)
-    print("\n" + "\n".join(lines))
     if tried < plan.trials:
         print(f"note        {tried} of {plan.trials} trials: there are no more values to try")
     if examined.winners_so_far > 1:

@@ -18,7 +18,13 @@ LOG_RATIO = 10.0
 ALWAYS_LOG = "learning_rate"
 # keys that decide which rows are learnt or evaluated, or what they mean: values under two of them cannot be compared
 DECIDE_ROWS = ("dataset_", "eval_")
-DECIDE_LABELS = frozenset({"task_type", "label_source", "label_names", "num_labels", "label_thresholds", "clean_text"})
+DECIDE_LABELS = frozenset(
+    ("task_type", "label_source", "label_names", "num_labels", "label_thresholds", "clean_text", "drop_leaked")
+)
+# of a language model, and the tokens that its loss is a mean of
+DECIDE_TOKENS = frozenset({"train_on", "overlong", "chat_format", "max_seq_length", "add_tokens"})
+DECIDE_TOKENS |= {"model_name_or_path", "tokenizer_name_or_path"}
+SETTINGS_IN_ONE_TEXT = frozenset(("optim_args",))  # NAME=VALUE,NAME=VALUE
 
 Values = dict[str, Any]
 
@@ -81,7 +87,7 @@ def split_flags(
             continue
         if any(axis.key == name for axis in axes):
             raise UserError(f"--{written} is another name of --{name}: keep one of them")
-        _check_key(key, written)
+        _check_key(key, written, of_tokens="train_on" in keys)
         axes.append(_range(key, written, text) if TO in text else _list(key, written, text))
     return axes, fixed
 
@@ -98,16 +104,20 @@ def grid(axes: Sequence[Axis], most: int) -> list[Values] | None:
 
 def _is_searched(key: Key, text: str) -> bool:
     """Whether a text is a range or a list of values, and no value of the key itself."""
-    if takes(key, list, tuple, dict):
+    if takes(key, list, tuple, dict) or key.name in SETTINGS_IN_ONE_TEXT:
+        return False
+    if takes(key, str) and not key.changes_result:
         return False
     return (TO in text and takes(key, int, float)) or "," in text
 
 
-def _check_key(key: Key, written: str) -> None:
+def _check_key(key: Key, written: str, *, of_tokens: bool) -> None:
     if key.name == "seed":
         raise UserError("--seed is not searched: --seeds says how many seeds each trial has")
     if key.name.startswith(DECIDE_ROWS) or key.name in DECIDE_LABELS:
         raise UserError(f"--{written} is not searched: it decides the rows or labels, and trials are compared on them")
+    if of_tokens and key.name in DECIDE_TOKENS:
+        raise UserError(f"--{written} is not searched: it decides the tokens that the loss of a trial is a mean of")
     if not key.changes_result:
         raise UserError(f"--{written} is not searched: the result does not depend on it")
 

@@ -33,7 +33,7 @@ DRAWS = 4  # for each word: whether a synonym takes its place, and which; whethe
 SHOWN_CHARACTERS = 400  # of an example; a longer text is none
 
 _WORD = re.compile(r"(\S+)(\s*)")
-_CORE = re.compile(r"(\W*)(.*?)(\W*)", re.DOTALL)  # a word without the marks around it
+_LETTER = re.compile(r"\w")
 
 Synonyms = Mapping[str, tuple[str, ...]]  # by the word, without case
 
@@ -114,12 +114,16 @@ class Augmentation:
 
     def _synonym(self, word: str, draw: float) -> str | None:
         """A synonym in the place of a word, with its marks and its capital; None where the table has none."""
-        before, core, after = cast("re.Match[str]", _CORE.fullmatch(word)).groups()
+        first, last = _LETTER.search(word), _LETTER.search(word[::-1])
+        if first is None or last is None:
+            return None
+        begin, end = first.start(), len(word) - last.start()
+        core = word[begin:end]
         others = self.synonyms.get(core.casefold(), ())
         if not others:
             return None
         chosen = others[int(draw * len(others))]
-        return before + (chosen[:1].upper() + chosen[1:] if core[:1].isupper() else chosen) + after
+        return word[:begin] + (chosen[:1].upper() + chosen[1:] if core[:1].isupper() else chosen) + word[end:]
 
 
 def read_synonyms(file: str) -> Synonyms:

@@ -112,7 +112,7 @@ def _guessed(names: tuple[str, ...]) -> Form | None:
     if not asked or not answered:
         return None
     columns = (asked, *more, answered)
-    beside = BESIDE if asked == "prompt" else ["system"]  # texts have no tools
+    beside = BESIDE if asked == "prompt" else SYSTEM_COLUMNS  # texts have no tools
     left = [name for name in names if name not in (*columns, *beside)]
     note = (
         f"a row is a question, from {_listed(columns[:-1])}, and its answer, from {answered!r}"
@@ -141,7 +141,11 @@ def _listed(names: Sequence[str]) -> str:
 
 def system_in(row: Row) -> Any:
     """What stands before the messages of a row without nulls, in a column of its own; None where it has none."""
-    return next((row[name] for name in SYSTEM_COLUMNS if name in row), None)
+    own = {name: row[name] for name in SYSTEM_COLUMNS if name in row}
+    told = {name: value for name, value in own.items() if not isinstance(value, str) or value.strip()} or own
+    if len({str(value).strip() for value in told.values()}) > 1:
+        raise ValueError(f"the columns {_listed(tuple(told))} say different things: leave one of them out")
+    return next(iter(told.values()), None)
 
 
 def _named(name: str, read: Any) -> Any:

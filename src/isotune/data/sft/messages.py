@@ -227,13 +227,14 @@ def _fields_of(value: Any) -> Mapping[str, Any]:
 
 
 def tools_of(row: Mapping[str, Any]) -> Any:
-    """What stands in a row's `tools` column, or in OpenAI's old `functions`; None where there is neither."""
-    if (tools := row.get("tools")) is not None:
+    """What stands in a row's `tools` column, or else in OpenAI's old `functions`, where that lists objects."""
+    if _listed_in(tools := row.get("tools")):
         return tools
-    functions = _from_json(row.get("functions"))
-    if not isinstance(functions, list):
-        return functions
-    return [{"type": "function", "function": _from_json(own)} for own in cast(list[Any], functions)]
+    functions = _listed_in(row.get("functions"))
+    listed = [_from_json(own) for own in cast(list[Any], functions)] if isinstance(functions, list) else []
+    if not listed or not all(isinstance(own, Mapping) for own in listed):
+        return tools
+    return [own if "function" in own else {"type": "function", "function": own} for own in listed]
 
 
 def read_tools(tools: Any) -> tuple[Any, ...] | None:

@@ -147,9 +147,12 @@ def read_rows(
         content = "\n".join(json.dumps(row, sort_keys=True) for row in rows)
         return Source(f"{dataset_name} ({split})", hashlib.sha256(content.encode()).hexdigest(), lambda: iter(rows))
     if path.is_dir():
-        if (what := described(path)) is not None and not what.startswith("a folder"):
-            raise UserError(f"{name}: {path} is {what}, and no data set")
-        return _folder_source(path, split, name, columns, config)
+        try:
+            return _folder_source(path, split, name, columns, config)
+        except UserError:
+            if (what := described(path)) is not None and not what.startswith("a folder"):
+                raise UserError(f"{name}: {path} is {what}, and no data set") from None
+            raise
     if path.is_file():
         if format_of(path) is None:
             raise UserError(f"{name}: {path} is none of {FORMAT_WORDS}")

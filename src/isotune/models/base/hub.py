@@ -40,7 +40,7 @@ def locate(name: str, what: str, revision: str | None = None, *, weights: bool =
     it is a run or an adapter, the Hub and its cache are out of reach, or a file that is needed is not there. Weights
     are fetched by `weights`.
     """
-    if os.path.exists(name):
+    if os.path.isdir(name) or (os.path.exists(name) and not is_hub_id(name)):
         if revision is not None and os.path.isdir(name):
             raise UserError(f"model_revision is for Hub ids, and {name} is a folder")
         has_tokenizer = what == "tokenizer" and any(Path(name).glob("*token*.json"))
