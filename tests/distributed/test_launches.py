@@ -19,9 +19,9 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def refused(command: list[str], run: Path, *, fresh: bool = False) -> str:
+def refused(command: list[str], run: Path) -> str:
     """The one sentence of a launch that is refused before anything is written."""
-    done = run_command(command, fresh=fresh)
+    done = run_command(command)
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr

@@ -41,7 +41,7 @@ def losses(arguments: list[str], output: Path, *own: str, processes: int = 0) ->
     return [line["loss"] for line in state["log_history"] if "loss" in line]
 
 
-@pytest.mark.parametrize("tune", [[], LORA], ids=["full", "LoRA"])
+@pytest.mark.parametrize("tune", [pytest.param([], marks=pytest.mark.slow), LORA], ids=["full", "LoRA"])
 def test_trls_script_has_the_same_losses_on_two_processes_and_saves_a_model_that_loads(
     tune: list[str], arguments: list[str], tmp_path
 ):

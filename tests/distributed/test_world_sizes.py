@@ -157,6 +157,7 @@ def test_microbatches_of_another_size_on_each_number_of_processes_agree_to_round
             assert [step["grad_norm"] for step in several] == pytest.approx([s["grad_norm"] for s in one], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_more_processes_than_microbatches_run_and_say_who_idles(tmp_path: Path):
     recipe = {**LORA, "global_batch_size": 1, "max_steps": 3}
     one = start(tmp_path / "1", recipe)

@@ -158,7 +158,9 @@ def test_such_a_gradient_is_skipped_as_a_whole_update(tmp_path, exact):
     assert_only_one_update_changed_nothing(seen, step)
 
 
-@pytest.mark.parametrize("exact", [True, False], ids=["exact_gradients", "float_sums"])
+@pytest.mark.parametrize(
+    "exact", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["exact_gradients", "float_sums"]
+)
 def test_two_processes_stop_together_with_one_sentence(tmp_path, exact):
     values = recipe(tmp_path, exact_gradients=exact)
     step, microbatch, rows = broken_place(build(tmp_path / "plan", **values))

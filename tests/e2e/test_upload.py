@@ -100,7 +100,7 @@ def offline(tmp_path_factory):
     folder = tmp_path_factory.mktemp("offline")
     return start(
         folder, {**TINY_CLASSIFIER, **ASKED, "max_steps": 2}, "--hub_token", TOKEN, script="train/imdb.py", expect=2,
-        fresh=True, environment={"HF_ENDPOINT": "http://127.0.0.1:9"},
+        environment={"HF_ENDPOINT": "http://127.0.0.1:9"},
     )  # fmt: skip
 
 

@@ -155,7 +155,7 @@ def real_lengths(shared_data) -> dict[str, np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize("world_size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (4, 8)), 16, 64])
+@pytest.mark.parametrize("world_size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (4, 8, 16)), 64])
 @pytest.mark.parametrize("name, row_tokens, tokens", [("guanaco", 1024, 1024), ("guanaco", 1024, 32_768),
                                                       ("imdb", None, 512), ("imdb", None, 8192)])  # fmt: skip
 def test_ranks_wait_3_percent_at_most_over_an_epoch_of_real_data(real_lengths, name, row_tokens, tokens, world_size):

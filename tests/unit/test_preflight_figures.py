@@ -102,7 +102,7 @@ def test_shares_shrink_with_processes_and_what_is_sent_follows_the_rings():
 
 
 def test_what_does_not_fit_is_told_with_changes_that_do():
-    many = {"tune": "full", "bf16": True, "dataset_name": "builtin:capitals", "global_batch_size": 16}
+    many = {"tune": "full", "bf16": True, "dataset_name": "builtin:greetings", "global_batch_size": 16}
     roomy = plan(**many, microbatch_tokens=2048, limit=10**12)
     assert roomy.fits and not roomy.suggestions
     limit = plan(**many, microbatch_tokens=512, limit=10**12).memory.total
