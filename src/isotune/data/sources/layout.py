@@ -25,8 +25,12 @@ SPLIT_WORDS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 # what stands beside the data and is none
-NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
-NOT_DATA |= {"metadata.json", "MANIFEST.json", "status.json"}  # the last two of a checkpoint and a run
+NOT_DATA = frozenset(
+    (
+        *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"),
+        *("metadata.json", "MANIFEST.json", "status.json"),  # the last two of a checkpoint and a run
+    )
+)
 SHOWN_FILES = 6
 _SHARD = re.compile(r"(?P<base>.+?)-(?P<number>\d+)-of-(?P<count>\d+)(?:-[0-9a-fA-F]{8,})?")
 _NO_WORD = re.compile(r"[^a-zA-Z]+")
