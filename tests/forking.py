@@ -17,16 +17,10 @@ from isotune.run.malloc_tuning import GPU_DRIVERS, VARIABLE, malloc_tunables
 SERVER = Path(__file__).with_name("fork_server.py")
 PADDING = "-" * 16384  # room for the longest command line, and environment, that a child shows in /proc
 # how variables begin that nothing reads while it is imported, or that a fork reads again (HF_); a server is started for
-# each set of the others' values
-READ_LATE = ("ACCELERATE_", "FSDP_", "HF_", "ISOTUNE_", "MASTER_", "MEETING_SECONDS", "PYTEST_", "PYTHONPATH", "RANK")
-READ_LATE += (
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "SLURM_",
-    "TOKENIZERS_PARALLELISM",
-    "TORCH_EXTENSIONS_DIR",
-    "WORLD_SIZE",
-)
+# each set of the others' values; DeepSpeed is imported for the CPU whatever DS_ACCELERATOR says
+READ_LATE = ("ACCELERATE_", "DS_ACCELERATOR", "FSDP_", "HF_", "ISOTUNE_", "MASTER_", "MEETING_SECONDS", "PYTEST_")
+READ_LATE += ("PYTHONPATH", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_", "TOKENIZERS_PARALLELISM")
+READ_LATE += ("TORCH_EXTENSIONS_DIR", "WORLD_SIZE")
 
 _servers: dict[frozenset, "ForkServer"] = {}
 

@@ -68,7 +68,7 @@ def assert_work(plan: PreflightReport, run: Finished) -> None:
     assert work.targets_per_step == pytest.approx(sum(line[targets] for line in seen) / len(seen), rel=1e-12)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_real_conversations_are_counted_as_the_plan_of_training_counts_them(shared_data, tmp_path, processes):
     """An independent count: the documents' own lengths, packed by hand into passes."""
     model = tmp_path / "model"  # whose embedding has a row for every token

@@ -60,7 +60,7 @@ def test_training_ends_after_so_many_evaluations_without_a_better_one_and_the_be
     assert f"best        step {best}:" in said.out
 
 
-@pytest.mark.parametrize("step", [10, 12])
+@pytest.mark.parametrize("step", [pytest.param(10, marks=pytest.mark.slow), 12])
 def test_a_resumed_run_counts_on_where_it_was(tmp_path, step):
     first = build(tmp_path / "first", **STOPS)
     first.train()

@@ -51,7 +51,9 @@ def naive_gradients(built: Built) -> tuple[float, dict[str, torch.Tensor]]:
     return total, gradients(plain)
 
 
-@pytest.mark.parametrize("exact", [True, False], ids=["exact_gradients", "float_sums"])
+@pytest.mark.parametrize(
+    "exact", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["exact_gradients", "float_sums"]
+)
 @pytest.mark.parametrize("tune", ["full", "lora"])
 @pytest.mark.parametrize("geometry", [opt, llama], ids=lambda g: g.__name__)
 def test_a_packed_steps_gradients_equal_a_naive_loop_over_documents(tmp_path, request, geometry, tune, exact):

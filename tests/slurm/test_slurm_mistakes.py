@@ -45,7 +45,7 @@ def ranks(job: Job) -> list[tuple[int, int]]:
 
 
 def test_as_shipped_every_rank_is_there_once_and_two_jobs_of_the_same_nodes_have_ports_of_their_own(submit):
-    jobs = [submit(name=name, stay=10, gpus=gpus) for name, gpus in (("one", 2), ("two", 1))]
+    jobs = [submit(name=name, stay=7, gpus=gpus) for name, gpus in (("one", 2), ("two", 1))]
     for job, size in zip(jobs, (4, 2), strict=True):
         assert job.wait().status == 0, job.text
         assert ranks(job) == [(rank, size) for rank in range(size)], job.text
