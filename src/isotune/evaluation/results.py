@@ -87,7 +87,8 @@ def claim_folder(folder: Path, evaluation: dict[str, Any], *, is_named: bool, wr
 def named_identity(run_dir: str | None, model: str | None, output_dir: str | None) -> dict[str, Any]:
     """What tells the model of a result from others, where the result's folder is not the run's own: paths and weights.
 
-    The weights of a folder are told by their sizes and by blocks of their content, evenly spaced.
+    The weights of a folder are told by their sizes and by blocks of their content, evenly spaced: to read those of a
+    large model whole takes longer than a short evaluation.
     """
     folder = Path(model or run_dir or "")
     found: dict[str, Any] = {"model": str(folder.resolve()) if model and folder.is_dir() else model}

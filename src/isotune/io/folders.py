@@ -12,7 +12,7 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 def run_of(folder: Path) -> Path | None:
     """The run that a folder is or belongs to."""
     candidates = (folder, folder.parent, folder.parent.parent)
-    return next((candidate for candidate in candidates if (candidate / RECIPE).is_file()), None)
+    return next((candidate for candidate in candidates if is_run(candidate)), None)
 
 
 def is_run(folder: Path) -> bool:

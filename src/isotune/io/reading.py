@@ -84,9 +84,14 @@ def read_text(file: Path, limit_bytes: int = MAX_BYTES) -> str:
             return opened.read(limit_bytes).decode("utf-8")
         except UnicodeDecodeError as error:
             line, byte = error.object.count(b"\n", 0, error.start) + 1, error.object[error.start]
-            raise Unreadable(f"line {line} holds the byte 0x{byte:02x}, which is not UTF-8: save it as UTF-8") from None
+            raise Unreadable(f"line {line} {byte_fault(byte)}") from None
         except OSError as error:
             raise Unreadable(error.strerror or first_line(error)) from None
+
+
+def byte_fault(byte: int) -> str:
+    """The end of a sentence about a text that holds a byte that is not UTF-8."""
+    return f"holds the byte 0x{byte:02x}, which is not UTF-8: save the file as UTF-8"
 
 
 def parse_json(text: str, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:

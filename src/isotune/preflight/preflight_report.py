@@ -14,7 +14,7 @@ from isotune.config.recipes import project_of
 from isotune.data.classification.split import prepare_labelled
 from isotune.data.sft.preparation import prepare_conversations
 from isotune.io.errors import UserError
-from isotune.models.base.vocabulary import new_rows
+from isotune.models.base import vocabulary
 from isotune.models.opening import compute_dtype, load_config, load_tokenizer
 from isotune.preflight.microbatch_size import choose_microbatch_tokens, launch_that_decides
 from isotune.preflight.request import DDP, FSDP, PLAIN, SHIPPED, Launch, PreflightRequest, shipped_launch
@@ -96,11 +96,10 @@ def run_preflight(
     world_sizes: Sequence[int] = (),
     show_progress: bool = True,
     prepared: Any = None,
-    rows: Sequence[int] = (),
+    new_rows: Sequence[int] = (),
 ) -> PreflightReport:
-    """Estimate a run whose recipe names at least a model and data, which may be `prepared` already.
-
-    The embedding's new rows are then `rows`.
+    """Estimate a run whose recipe names at least a model and data, which may be `prepared` already, with the `new_rows`
+    of the embedding.
 
     `limit`, bytes of memory of a process, is by default the device's, which is needed for times; the MFU is taken from
     `measured`, a finished run; the engines `compare` and the numbers of processes `world_sizes` are compared. Raises
@@ -110,8 +109,8 @@ def run_preflight(
     config = load_config(recipe)
     data, no_work_reason = prepared, None
     if prepared is None:
-        data, rows, no_work_reason = _prepare_data(recipe, config, show_progress)
-    estimator = Estimator(recipe, config, data, on_cpu=device is None and limit is None, new_rows=rows)
+        data, new_rows, no_work_reason = _prepare_data(recipe, config, show_progress)
+    estimator = Estimator(recipe, config, data, on_cpu=device is None and limit is None, new_rows=new_rows)
     if limit is None and device is not None:
         limit = device.memory_bytes
     chosen = None
@@ -296,16 +295,16 @@ def _prepare_data(recipe: RunRecipe, config: Any, show_progress: bool) -> tuple[
         if recipe.add_tokens or recipe.resize_embeddings:
             raise
         return None, (), str(error)
-    rows = new_rows(config, tokenizer, recipe)
+    new_rows = vocabulary.new_rows(config, tokenizer, recipe)
     try:
         if project := project_of(recipe.keys()):
-            return project.prepare(recipe, tokenizer), rows, None
+            return project.prepare(recipe, tokenizer), new_rows, None
         if isinstance(recipe, ClassificationRecipe):
-            return prepare_labelled(recipe, tokenizer, show=show_progress), rows, None
+            return prepare_labelled(recipe, tokenizer, show=show_progress), new_rows, None
         assert isinstance(recipe, Recipe)
-        return prepare_conversations(recipe, tokenizer, show=show_progress), rows, None
+        return prepare_conversations(recipe, tokenizer, show=show_progress), new_rows, None
     except UserError as error:
-        return None, rows, str(error)
+        return None, new_rows, str(error)
 
 
 def _compared_launches(launch: Launch, engines: Sequence[str], world_sizes: Sequence[int]) -> list[Launch]:

@@ -54,7 +54,7 @@ def startup_check(start: Start, data: RunData) -> Start | None:
     if recipe.plan_only:
         if process.is_main:
             report = run_preflight(
-                PreflightRequest(recipe, launch, ()), limit=limit, prepared=data, rows=start.new_rows
+                PreflightRequest(recipe, launch, ()), limit=limit, prepared=data, new_rows=start.new_rows
             )
             print(render_report(report, None), flush=True)
         return None

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
@@ -12,6 +12,9 @@ from isotune.commands.sweep.space import Values
 from isotune.io.errors import RunFault, UserError
 from isotune.io.extras import need
 from isotune.io.files import replace_file
+
+if TYPE_CHECKING:
+    from isotune.commands.sweep.ranking import Examined, Ranking
 
 LOCK, RESULT = ".sweep.lock", "sweep.json"
 USAGE = """isotune sweep RECIPE --KEY LOW..HIGH | A,B,C ... [--trials N] [--seeds N] [--KEY VALUE ...]
@@ -96,7 +99,7 @@ def _sweep(plan: Plan) -> None:
     print(f"picture     {picture}\nresult      {plan.folder / RESULT}\n{sentence}")
 
 
-def _examine(plan: Plan, ranking: Any) -> Any:
+def _examine(plan: Plan, ranking: "Ranking") -> "Examined":
     """The winner and the default on the test rows."""
     from isotune.commands.sweep import ranking as found
     from isotune.commands.sweep import runs

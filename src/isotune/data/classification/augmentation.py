@@ -191,7 +191,8 @@ def augmented(
     """
     if augmentation is None:
         return train
-    encoder, epochs, count = TextEncoder(tokenizer), epochs_of(recipe, len(train.documents)), len(train.documents)
+    encoder = TextEncoder(tokenizer)
+    epochs = epochs_of(recipe, len(train.documents))
     fingerprint = digest(train.fingerprint, "augmented", epochs, *augmentation.facts())
 
     def texts() -> Iterator[tuple[int, slice, list[str]]]:
@@ -217,7 +218,7 @@ def augmented(
 
     def build(folder: Path) -> Content:
         files, counts, example = DocumentFiles(folder), Counts(), None
-        total = epochs * count
+        total = epochs * len(train.documents)
         with closing(files), tqdm(desc="augmenting", total=total, unit=" texts", disable=not show_progress) as bar:
             for _, (documents, own, shown) in in_threads(texts(), make):
                 files.add(documents)
@@ -226,9 +227,9 @@ def augmented(
                 bar.update(len(documents))
             return files.documents().as_arrays(), {"epochs": epochs, **asdict(counts), "example": example}
 
-    arrays, counts = load_or_build(fingerprint, build)
+    arrays, done = load_or_build(fingerprint, build)
     documents = Documents.from_arrays(arrays)
-    rows, table = one_document_per_row(len(documents), epochs), _with_counts(train.table, counts)
+    rows, table = one_document_per_row(len(documents), epochs), _with_counts(train.table, done)
     return replace(train, documents=documents, rows=rows, table=table, fingerprint=fingerprint)
 
 

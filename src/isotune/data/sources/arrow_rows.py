@@ -7,8 +7,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
-from isotune.data.sources.text_files import byte_fault, open_seekable
+from isotune.data.sources.text_files import open_seekable
 from isotune.io.errors import UserError, first_line
+from isotune.io.reading import byte_fault
 
 Row = dict[str, Any]
 

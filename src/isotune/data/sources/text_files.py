@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, TextIO, cast
 
 from isotune.io.errors import UserError, first_line
 from isotune.io.formats import compression_of
+from isotune.io.reading import byte_fault
 
 # The longest mark first: that of UTF-32 begins as that of UTF-16 does.
 BYTE_ORDER_MARKS = {
@@ -93,8 +94,3 @@ def undecoded_at(text: str) -> int | None:
     """The first character of a text that stands for a byte that is not UTF-8; None where there is none."""
     found = None if text.isascii() else _UNDECODED.search(text)
     return found and found.start()
-
-
-def byte_fault(byte: int) -> str:
-    """The end of a sentence about a text that holds a byte that is not UTF-8."""
-    return f"holds the byte 0x{byte:02x}, which is not UTF-8: save the file as UTF-8"
