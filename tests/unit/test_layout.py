@@ -86,6 +86,13 @@ def test_files_of_the_split_that_are_not_read_are_noted(tmp_path):
     assert source.notes == ["not read as 'train': train_extra.jsonl"]
 
 
+@pytest.mark.parametrize(
+    "parts", [["train_v2_part0.jsonl", "train_v2_part1.jsonl"], ["train-10k-0.jsonl", "train-10k-1.jsonl"],
+              ["train_sample_00.jsonl", "train_sample_01.jsonl"]])  # fmt: skip
+def test_a_number_that_tells_tables_apart_hides_none_that_numbers_their_parts(tmp_path, parts):
+    assert files_of(folder_of(tmp_path, parts), "train") == parts
+
+
 def test_files_that_are_numbered_without_their_count_are_said(tmp_path):
     parts = ["train/part-00002-ab.jsonl", "train/part-00010-ab.jsonl"]
     source = read_rows(folder_of(tmp_path, [*parts[::-1], "train/_SUCCESS"]))

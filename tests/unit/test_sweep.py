@@ -169,6 +169,13 @@ class TestRows:
         with pytest.raises(UserError, match=says):
             read_plan([file, "--learning_rate", "1e-5..1e-4", *words])
 
+    def test_rows_that_the_search_sees_are_refused_under_another_path_too(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "held.csv").write_text("text,label\na,0\n")
+        file = write(tmp_path, {**TINY_CLASSIFIER, "task": "classification", "eval_dataset_name": "held.csv"})
+        with pytest.raises(UserError, match=r"the search chooses by \./held.csv"):
+            read_plan([file, "--learning_rate", "1e-5..1e-4", "--test_dataset_name", "./held.csv"])
+
     def test_a_language_model_needs_rows_of_its_own_for_the_end(self, tmp_path):
         file = write(tmp_path, {**TINY, "task": "sft", "eval_dataset_name": "builtin:greetings"})
         with pytest.raises(UserError, match="no rows are left that the search does not see"):

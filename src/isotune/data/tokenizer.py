@@ -122,8 +122,10 @@ class TextEncoder(FastTokenizer):
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer)
         self._tokenizer = tokenizer
-        self.fingerprint = digest(self.definition, self.prefix.tolist(), self.suffix.tolist())
         self.special_tokens = len(self.prefix) + len(self.suffix)  # that every text gets beside its own
+        around = [self.prefix.tolist(), self.suffix.tolist()]
+        empty = [] if self.special_tokens else [getattr(tokenizer, "eos_token_id", None)]
+        self.fingerprint = digest(self.definition, *around, *empty)
 
     def tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The tokens of each text alone, int32, whole and without special tokens; on all cores at once."""

@@ -4,6 +4,7 @@ The winner of many trials is the luckiest of them too. Only rows that no trial h
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from isotune.config import RunRecipe
@@ -60,9 +61,17 @@ def choose_rows(
         of_hub = _of_hub(own.values, "eval_")
         recipe = own.with_values(eval_split_share=share[0])
     for prefix, role in (("", "trains on"), ("eval_", "chooses by")):
-        if any(name == seen and (split == part or format_of(name)) for seen, part in _seen(recipe.values, prefix)):
+        if any(_same(name, seen) and (split == part or format_of(name)) for seen, part in _seen(recipe.values, prefix)):
             raise UserError(f"the search {role} {name} ({split}), and the test needs other rows: --test_dataset_name")
     return recipe, HeldOutRows({"dataset_name": name, "dataset_split": split, **of_hub})
+
+
+def _same(name: str, seen: str | None) -> bool:
+    """Whether two names are one file, folder or Hub id."""
+    if seen is None or name == seen:
+        return name == seen
+    places = [Path(each).expanduser() for each in (name, seen)]
+    return all(place.exists() for place in places) and places[0].samefile(places[1])
 
 
 def _seen(values: Values, prefix: str) -> list[tuple[str | None, str]]:

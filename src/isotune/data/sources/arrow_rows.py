@@ -19,7 +19,11 @@ IPC_FILE = b"ARROW1"  # how an IPC file begins; a stream begins otherwise
 
 def read_dataset(dataset: Any) -> Iterator[Row]:
     """The rows of a `datasets.Dataset`."""
-    yield from _rows(dataset.with_format("arrow").iter(ROWS_AT_ONCE))
+    try:
+        yield from _rows(dataset.with_format("arrow").iter(ROWS_AT_ONCE))
+    except _NotUtf8 as fault:
+        files = ", ".join(str(file["filename"]) for file in dataset.cache_files) or "the data set"
+        raise UserError(f"{files}: {fault}") from fault.__cause__
 
 
 def read_parquet(path: Path, notes: list[str]) -> Iterator[Row]:

@@ -36,7 +36,7 @@ _SHARD = re.compile(r"(?P<base>.+?)-(?P<number>\d+)-of-(?P<count>\d+)(?:-[0-9a-f
 _NO_WORD = re.compile(r"[^a-zA-Z]+")
 # a number beside one of these words tells tables apart, and not the parts of one: fold0, v1.1, 10k
 _OWN_TABLE = re.compile(
-    r"(?<![a-z])(?:fold|cv|seed|version|ver|v|k|top|first|sample|subset)[ _-]?\d|\d(?:k|m|pct|percent)(?![a-z])", re.I
+    r"(?<![a-z])(?:fold|cv|seed|version|ver|v|k)[ _-]?\d+(?:\.\d+)*|\d+(?:k|m|pct|percent)(?![a-z])", re.I
 )
 
 
@@ -72,7 +72,12 @@ class DataFile:
     @cached_property
     def table(self) -> tuple[str, ...]:
         """What the shards of one table share: folder, name but for numbers, and format."""
-        name = self.base if _OWN_TABLE.search(self.base) else re.sub(r"\d+", "0", self.base)
+        kept = [match.span() for match in _OWN_TABLE.finditer(self.base)]
+
+        def shard_number(match: re.Match[str]) -> str:
+            return match[0] if any(begin <= match.start() < end for begin, end in kept) else "0"
+
+        name = re.sub(r"\d+", shard_number, self.base)
         return (str(self.place.parent), name, self.path.name[len(self.stem) :])
 
     @cached_property
