@@ -11,6 +11,7 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 def run_of(folder: Path) -> Path | None:
     """The run that a folder is or belongs to."""
+    folder = Path(os.path.normpath(folder))  # whose parents are its own, where it goes up and down again
     candidates = (folder, folder.parent, folder.parent.parent)
     return next((candidate for candidate in candidates if is_run(candidate)), None)
 
