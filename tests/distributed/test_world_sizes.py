@@ -121,6 +121,7 @@ def test_in_bf16_an_engine_that_shards_gives_the_same_bits_on_any_number_of_proc
         assert weights_hash(several) == weights_hash(first[tune])
 
 
+@pytest.mark.slow  # in short: the packed kind of test_drop_in_engines.py
 def test_without_them_ddp_agrees_with_one_process_to_rounding(tmp_path: Path):
     recipe = {**TINY, "exact_gradients": False, "eval_dataset_name": "builtin:greetings", "eval_steps": 3}
     one = start(tmp_path / "1", recipe)

@@ -229,7 +229,7 @@ def test_tokens_across_an_answers_edge_are_supervised_and_counted(shared_data):
 
 
 @pytest.mark.parametrize("split", ["test", pytest.param("train", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("overlong", ["truncate", "split", "drop"])
+@pytest.mark.parametrize("overlong", ["truncate", "split", pytest.param("drop", marks=pytest.mark.slow)])
 def test_every_row_of_real_guanaco_has_the_reference_mask_and_counts(shared_data, split, overlong):
     tokenizer = AutoTokenizer.from_pretrained(shared_data / TOKENIZERS["opt"])
     tools = Tools(tokenizer, ConversationEncoder(tokenizer))

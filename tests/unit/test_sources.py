@@ -113,7 +113,7 @@ def in_new_process(dataset_name: str, **environment: str) -> subprocess.Complete
     )
 
 
-@pytest.mark.parametrize("hub", ["refuses", "is silent", "is switched off"])
+@pytest.mark.parametrize("hub", ["refuses", "is silent", pytest.param("is switched off", marks=pytest.mark.slow)])
 def test_a_hub_id_without_the_hub_fails_at_once_and_names_the_offline_ways(tmp_path, hub):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
