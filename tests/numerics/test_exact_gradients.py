@@ -7,10 +7,21 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from isotune.io.errors import RunFault
-from isotune.training.gradients.exact_gradients import CPU_CHUNK, LARGEST, SCALE_BITS, ExactGradients, clip_exactly
+from isotune.training.gradients.exact_gradients import (
+    CPU_CHUNK,
+    LARGEST,
+    SCALE_BITS,
+    SQUARE_BITS,
+    ExactGradients,
+    clip_exactly,
+    digit_sums,
+    exact_norm,
+)
 
 NUMBERS = 257
 
@@ -182,3 +193,59 @@ def test_a_norm_without_a_number_is_nan_and_scales_nothing(value):
     gradients = [torch.tensor([1e3, 1e3]), torch.tensor([1.0, value])]
     assert math.isnan(clip_exactly(gradients, 1.0, add_ranks=False))
     assert gradients[0].tolist() == [1e3, 1e3]
+
+
+@pytest.mark.parametrize("value", [2.0**-SCALE_BITS, 2.0**-20, 1.0, 3.7, math.nextafter(LARGEST, 0) / 2])
+def test_the_digits_of_a_square_add_up_to_it_and_each_has_32_bits(value: float):
+    value = on_the_grid(torch.tensor([value]))
+    digits = digit_sums([value])
+    assert digits.shape == (4,) and digits.dtype == torch.float64
+    assert sum(Fraction(digit) for digit in digits.tolist()) == Fraction(value.item()) ** 2
+    for digit, unit in zip(digits.tolist(), (2.0**-8, 2.0**-40, 2.0**-72, 2.0**-SQUARE_BITS), strict=True):
+        assert digit % unit == 0.0 and abs(digit) <= 2.0**32 * unit
+
+
+@pytest.fixture
+def two_ranks():
+    """This process is the first of two ranks, of which the other is not there: a sum is what this one gives."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("exponent", [-SQUARE_BITS, -40, -8, 0, 24, 55, 80])
+def test_ranks_add_up_the_whole_sum_of_squares(two_ranks, exponent: int):
+    """Sums of any size survive being cut into the words that ranks add; test_world_sizes.py has real ranks."""
+    digits = [2.0**exponent, 2.0**-SQUARE_BITS]
+    alone = exact_norm(digits, torch.device("cpu"), add_ranks=False)
+    assert alone == math.sqrt(Fraction(digits[0]) + Fraction(digits[1])) > 0
+    assert exact_norm(digits, torch.device("cpu"), add_ranks=True) == alone
+    assert math.isnan(exact_norm([1.0, math.nan], torch.device("cpu"), add_ranks=True))
+
+
+def test_nothing_has_the_norm_zero():
+    empty = [torch.zeros(0)]
+    assert digit_sums(empty).tolist() == [] and clip_exactly(empty, 1.0, add_ranks=False) == 0.0
+
+
+def test_the_sums_of_an_update_are_forgotten_with_it():
+    model = one_parameter()
+    exact = ExactGradients(model)
+    found = []
+    for _ in range(2):
+        add(model, torch.full((NUMBERS,), 3.0))
+        exact.reduce()
+        assert model.weight.grad is not None
+        found.append(model.weight.grad.clone())
+        model.weight.grad = None
+    assert torch.equal(*found) and torch.equal(found[0], torch.full((1, NUMBERS), 3.0))
+
+
+def test_the_bound_is_the_sum_of_the_largest_of_each_microbatch():
+    model = one_parameter(3)
+    exact = ExactGradients(model)
+    exact.loss_scale = 4.0
+    for gradient in ([8.0, -20.0, 1.0], [12.0, 4.0, 0.0]):
+        add(model, torch.tensor(gradient))
+    assert exact.add_ranks().tolist() == [(20.0 + 12.0) / 4.0]
+    assert exact.gradients()[0].tolist() == [[20.0, -16.0, 1.0]]

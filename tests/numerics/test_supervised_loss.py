@@ -8,13 +8,26 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from isotune.io.errors import UserError
 from isotune.models import supervised_loss as module
 from isotune.models.causal import KNOWN
 from isotune.models.packed_attention import document_position_ids, set_packed_attention
-from isotune.models.supervised_loss import install_supervised_loss, supervised_loss
+from isotune.models.supervised_loss import (
+    LogitsTransform,
+    forget_workspaces,
+    install_supervised_loss,
+    supervised_loss,
+    use_stock_logits,
+)
 
 VOCABULARY = 211
 LENGTHS = (40, 3, 150)
@@ -128,6 +141,112 @@ def test_pieces_of_any_size_give_the_gradient_of_the_closed_form(positions: int)
     pairs = zip(torch.autograd.grad(3.0 * loss, tensors), torch.autograd.grad(3.0 * reference, tensors), strict=True)
     for one, other in pairs:
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, LogitsTransform(1.0, None)),
+        ({"logits_scaling": 8.0}, LogitsTransform(0.125)),  # Granite divides
+        ({"logit_scale": 0.25}, LogitsTransform(0.25)),  # Cohere multiplies
+        ({"lm_head_multiplier": 3}, LogitsTransform(3.0)),
+        ({"logits_scaling": 4.0, "logit_scale": 0.5, "lm_head_multiplier": 3.0}, LogitsTransform(0.375)),
+        ({"final_logit_softcapping": 30}, LogitsTransform(1.0, 30.0)),
+        ({"logits_soft_cap": 20.0, "logit_scale": 2.0}, LogitsTransform(2.0, 20.0)),
+        (
+            {"final_logit_softcapping": None, "output_logit_soft_cap": 5.0, "logits_scaling": 0},
+            LogitsTransform(1.0, 5.0),
+        ),
+    ],
+)
+def test_what_is_done_to_logits_is_read_from_every_name_of_it(keys: dict[str, Any], expected: LogitsTransform):
+    found = LogitsTransform.of(PreTrainedConfig(**keys))
+    assert found == expected and type(found.scale) is float
+    assert type(found.cap) is (float if expected.cap else type(None))
+    assert hash(found) == hash(expected), "a value, which nothing changes"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("transform", [LogitsTransform(0.3), LogitsTransform(cap=2.0), LogitsTransform(1.7, 3.0)])
+def test_scaled_and_capped_logits_give_the_loss_and_gradients_of_autograd(
+    transform: LogitsTransform, bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "SOFTMAX_ELEMENTS", 100 * VOCABULARY)  # several chunks, the last one shorter
+    tensors, targets = _head(dtype, 300, bias), _targets()
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    logits = exact[0] @ exact[1].t() + (exact[2] if bias else 0.0)
+    logits = logits * transform.scale
+    if transform.cap is not None:
+        logits = transform.cap * torch.tanh(logits / transform.cap)
+    expected = cross_entropy(logits, targets, reduction="sum")
+    loss = supervised_loss(tensors[0], tensors[1], tensors[2] if bias else None, targets, transform)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    assert loss.dtype == dtype and loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    pairs = zip(torch.autograd.grad(loss, tensors), torch.autograd.grad(expected, exact), strict=True)
+    for one, other in pairs:
+        assert one.dtype == dtype
+        torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance * other.abs().max().item())
+
+
+@pytest.mark.parametrize("trained", [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_only_what_is_trained_gets_a_gradient_and_the_same_one(trained: tuple[int, ...]):
+    tensors, targets = _head(torch.float64), _targets()
+    every = torch.autograd.grad(supervised_loss(*tensors, targets), tensors)
+    some = [t.detach().requires_grad_(i in trained) for i, t in enumerate(tensors)]
+    supervised_loss(*some, targets).backward()
+    for i, (tensor, gradient) in enumerate(zip(some, every, strict=True)):
+        if i in trained:
+            torch.testing.assert_close(tensor.grad, gradient, rtol=1e-12, atol=1e-12)
+        else:
+            assert tensor.grad is None
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_the_loss_of_a_models_own_logits_is_the_same(name: str):
+    model = _build(name)
+    inputs, positions, targets = _batch(model.config)
+    set_packed_attention(model)
+    ours = _gradients(model, first := model(**inputs, supervised_positions=positions, targets=targets).loss)
+    use_stock_logits(model)
+    rows: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda head, given, out: rows.append(out.shape[:-1].numel()))
+    second = model(**inputs, supervised_positions=positions, targets=targets).loss
+    assert rows == [len(positions)], "the head ran on the supervised positions alone"
+    assert second.item() == pytest.approx(first.item(), rel=1e-6)
+    theirs = _gradients(model, second)
+    assert ours.keys() == theirs.keys()
+    for parameter, gradient in theirs.items():
+        if "k_proj.bias" not in parameter:  # zero on paper
+            torch.testing.assert_close(ours[parameter], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_labels_beside_supervised_positions_are_a_bug_of_the_caller():
+    model = _build("llama")
+    inputs, positions, targets = _batch(model.config)
+    for wrong in ({"targets": targets, "labels": inputs["input_ids"]}, {}):
+        with pytest.raises(AssertionError, match="with targets and without labels"):
+            model(**inputs, supervised_positions=positions, **wrong)
+
+
+def test_a_head_that_was_replaced_afterwards_is_noticed():
+    model = _build("llama")
+    inputs, positions, targets = _batch(model.config)
+    model.set_output_embeddings(nn.Linear(64, VOCABULARY, bias=False))
+    with pytest.raises(AssertionError, match="the head was replaced"):
+        model(**inputs, supervised_positions=positions, targets=targets)
+
+
+def test_memory_that_is_kept_between_calls_is_used_again_and_can_be_freed():
+    tensors, targets = _head(), _targets()
+    forget_workspaces()
+    supervised_loss(*tensors, targets)
+    kept = {name: space.buffer.data_ptr() for name, space in module._workspaces.items()}
+    assert len(kept) == 3
+    supervised_loss(*tensors, targets)
+    assert {name: space.buffer.data_ptr() for name, space in module._workspaces.items()} == kept
+    forget_workspaces()
+    assert not module._workspaces
 
 
 def test_a_second_backward_pass_is_refused_rather_than_wrong():

@@ -1,6 +1,7 @@
 """A checkpoint is taken only if every byte is what its manifest says, and goes only when a later one is valid."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -93,7 +94,8 @@ def _edit_manifest(folder: Path) -> None:
 
 def _add_shard(folder: Path) -> None:
     file = next((folder / "tensors").iterdir())
-    shutil.copy(file, file.with_name("shard-00002-model-00001-of-00001.safetensors"))
+    for number in (2, 3):  # the first is named
+        shutil.copy(file, file.with_name(f"shard-0000{number}-model-00001-of-00001.safetensors"))
 
 
 FAULTS = [
@@ -104,7 +106,7 @@ FAULTS = [
     (_lose_manifest, "has no MANIFEST.json"),
     (_half_manifest, "MANIFEST.json is broken"),
     (_edit_manifest, "MANIFEST.json was changed"),
-    (_add_shard, "does not belong to it"),
+    (_add_shard, "shard-00002-model-00001-of-00001.safetensors does not belong to it"),
 ]
 
 
@@ -195,8 +197,20 @@ def test_a_file_is_replaced_at_one_stroke(tmp_path):
     assert file.read_text() == "two" and names(CheckpointStore(tmp_path)) == ["status.json"]
 
 
-def test_a_manifest_of_another_format_is_refused(store):
+@pytest.mark.parametrize("other", [0, 2, 99, 2**40])
+def test_a_manifest_of_another_format_is_refused(store, other):
     folder = store.path / "step-00000002"
-    dataclasses.replace(verify(folder), format=99).write(folder)
-    with pytest.raises(InvalidCheckpoint, match="its format is 99"):
+    assert verify(folder).format == 1, "a change of the format is a promise broken to those who have checkpoints"
+    dataclasses.replace(verify(folder), format=other).write(folder)
+    with pytest.raises(InvalidCheckpoint, match=f"its format is {other}"):
+        verify(folder)
+
+
+def test_a_field_that_this_version_does_not_know_is_a_broken_manifest(store):
+    folder = store.path / "step-00000002"
+    content = json.loads((folder / MANIFEST).read_text()) | {"later": 1}
+    del content["digest"]
+    content["digest"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(InvalidCheckpoint, match="is broken: .*later"):
         verify(folder)
