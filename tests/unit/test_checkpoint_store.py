@@ -212,5 +212,5 @@ def test_a_field_that_this_version_does_not_know_is_a_broken_manifest(store):
     del content["digest"]
     content["digest"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     (folder / MANIFEST).write_text(json.dumps(content))
-    with pytest.raises(InvalidCheckpoint, match="is broken: .*later"):
+    with pytest.raises(InvalidCheckpoint, match=r"is broken: .*later"):
         verify(folder)
