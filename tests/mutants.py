@@ -7,7 +7,8 @@ from the common ancestor with `--base` (origin/main, or main where there is no r
 every line. `--sample N` tests N of each module's mutants, always the same ones: all of them take hours. The mutants
 are cosmic-ray's. Each is tested in a fork of this process, which has imported the libraries, and in memory alone: no
 file is touched. A mutant that computes the same as the code is listed in docs/mutants.md with the reason, and is not
-reported; nor is one that takes `frozen` or `strict` away. The exit status is 1 where a mutant survives.
+reported; nor is one that takes `frozen`, `strict` or the `*` before named parameters away. The exit status is 1 where a
+mutant survives.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from cosmic_ray.plugins import get_operator, operator_names
 REPOSITORY = Path(__file__).resolve().parents[1]
 EQUIVALENT = REPOSITORY / "docs" / "mutants.md"
 # guards against a bug of whoever calls: where there is none, the code computes the same without them
-GUARD = re.compile(r"\b(frozen|strict)= ?(True|False)\b")
+GUARD = re.compile(r"\b(frozen|strict)= ?(True|False)\b|(?<![\w)\]] )[*/](?=,)")
 LIBRARIES = ("numpy", "torch", "scipy.stats", "safetensors.torch", "transformers", "pytest", "hypothesis")
 # replacements that fail in any test that runs the line, and two that change nothing by design
 LEFT_OUT = re.compile(r"NoOp|Insert|VariableReplacer|ReplaceBinaryOperator_.*_(Pow|LShift|RShift|BitOr|BitAnd|BitXor)$")

@@ -3,7 +3,7 @@
 The arguments are those of train/sft_opt.py. `microbatch_tokens: auto` chooses CHOSEN tokens. The folder of the recipe
 says what happens in its run, such as `rank1-backward-last-lora`: from the second step on, on rank 1, microbatches of
 more than LIMIT tokens run out of memory in their backward, if they are the last of their step (or `earlier` ones).
-Another name leaves the run alone.
+`rank1-evaluation` is short of memory in evaluations. Another name leaves the run alone.
 """
 
 import os
@@ -31,11 +31,14 @@ class LittleMemory:
         """A microbatch is computed next."""
         assert update.result is not None
         tokens = microbatch["inputs"]["input_ids"].shape[1]
-        self.is_short = update.result.step.number > 0 and last is self.is_last and tokens > LIMIT
+        here = self.place != "evaluation" and last is self.is_last
+        self.is_short = here and update.result.step.number > 0 and tokens > LIMIT
 
     def look(self, module: Any, inputs: Any, output: torch.Tensor) -> None:
         """A block within the model is computed: gradients of the later ones exist when its backward begins."""
-        if self.is_short and output.requires_grad:
+        if self.place == "evaluation" and not module.training and output.shape[:-1].numel() > LIMIT:
+            self.run_out()
+        elif self.is_short and output.requires_grad:
             if self.place == "forward":
                 self.run_out()
             output.register_hook(lambda gradient: self.run_out())

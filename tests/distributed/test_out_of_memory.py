@@ -21,6 +21,9 @@ def runs(tmp_path_factory) -> dict[str, Finished]:
     recipe = {**TINY, "model_name_or_path": model, "global_batch_size": 8, "max_steps": 3, "save_strategy": "no"}
     names = [*CASES, "undisturbed", "undisturbed-exact"]
     recipes = {name: {**recipe, "exact_gradients": name.endswith("exact")} for name in names}
+    evaluated = {"eval_dataset_name": "builtin:greetings", "eval_steps": 3}
+    for name in ("undisturbed", "rank1-evaluation"):
+        recipes[name] = recipes["undisturbed"] | evaluated
     return start_together(folder, recipes, processes=2, script=SCRIPT)
 
 
@@ -41,6 +44,17 @@ def test_a_line_says_it(runs):
     assert len(said) == len(CASES)
     assert said[0].endswith(place + "it changes rounding only")
     assert said[2].endswith(place + "its bits are those of 256 tokens from here on, to rounding those of 512")
+
+
+def test_an_evaluation_goes_on_in_halves_on_the_rank_that_is_short_and_has_the_same_loss(runs):
+    short, whole = runs["rank1-evaluation"], runs["undisturbed"]
+    assert [line.get("out_of_memory_retries") for line in short.steps] == [None] * 3
+    assert [line["loss"] for line in short.steps] == [line["loss"] for line in whole.steps]
+    (found,), (expected,) = short.evaluations, whole.evaluations
+    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-6)
+    assert found["eval_supervised_tokens"] == expected["eval_supervised_tokens"]
+    said = [line for line in short.stderr.splitlines() if "memory      a batch of " in line]
+    assert said and "batches have " in said[0]
 
 
 def slow(*values: object) -> object:

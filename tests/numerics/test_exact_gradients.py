@@ -164,9 +164,9 @@ def test_any_split_gives_the_same_norm_where_torchs_differs():
     assert len({float(nn.utils.get_total_norm(split)) for split in splits}) > 1
 
 
-@pytest.mark.parametrize("max_norm", [0.5, 1e6])
-def test_clipping_is_torchs(max_norm):
-    gradients = [on_the_grid(torch.randn(n, generator=torch.Generator().manual_seed(n))) for n in (3, 1000)]
+@pytest.mark.parametrize(("max_norm", "size"), [(0.5, 1.0), (1e6, 1.0), (2e-6, 1e-6)])
+def test_clipping_is_torchs(max_norm, size):
+    gradients = [on_the_grid(size * torch.randn(n, generator=torch.Generator().manual_seed(n))) for n in (3, 1000)]
     clipped = [gradient.clone() for gradient in gradients]
     parameters = [nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -201,8 +201,11 @@ def test_the_digits_of_a_square_add_up_to_it_and_each_has_32_bits(value: float):
     digits = digit_sums([value])
     assert digits.shape == (4,) and digits.dtype == torch.float64
     assert sum(Fraction(digit) for digit in digits.tolist()) == Fraction(value.item()) ** 2
+    rest = Fraction(value.item()) ** 2
     for digit, unit in zip(digits.tolist(), (2.0**-8, 2.0**-40, 2.0**-72, 2.0**-SQUARE_BITS), strict=True):
         assert digit % unit == 0.0 and abs(digit) <= 2.0**32 * unit
+        rest -= Fraction(digit)
+        assert abs(rest) <= Fraction(unit) / 2
 
 
 @pytest.fixture

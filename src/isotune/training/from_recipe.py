@@ -41,6 +41,7 @@ from isotune.models.causal import CausalForm, install_causal
 from isotune.models.class_loss import PROBLEM_TYPES, ClassLoss, DocumentLoss, LabelLoss, choose_weights, loss_of
 from isotune.models.classifier import fit_tokenizer, install_classification, takes_token_types
 from isotune.models.cpu.layers import enable_speedups
+from isotune.models.fitting import release_memory
 from isotune.models.layouts.layout import ALONE, PADDED
 from isotune.models.opening import is_made_here, load_base_model, load_config, load_tokenizer
 from isotune.models.packed_attention import PACKED
@@ -52,7 +53,7 @@ from isotune.training.arguments import sft_arguments, training_arguments, uses_e
 from isotune.training.callbacks import EarlyStop, PreTrainChecks
 from isotune.training.checkpointer import Checkpointer
 from isotune.training.failures.nonfinite import NonFinitePolicy
-from isotune.training.failures.out_of_memory import MemoryPlan, OutOfMemoryPolicy, release_memory
+from isotune.training.failures.out_of_memory import MemoryPlan, OutOfMemoryPolicy
 from isotune.training.recorder import EpochAverages, MetricsRecorder, ProgressBar
 from isotune.training.router_balance import RouterBalance
 from isotune.training.router_loss import RouterLoss
@@ -266,7 +267,8 @@ def build_trainer(start: Start, model: nn.Module, data: RunData) -> PlannedTrain
 def _out_of_memory(start: Start, plan: TrainingPlan) -> OutOfMemoryPolicy:
     """Another size is tried where nobody gave one and ranks can tell each other before they need each other."""
     recipe, process, schedules = start.recipe, start.process, [plan.schedule]
-    if plan.eval_schedule is not None and "eval_microbatch_tokens" not in recipe.given:
+    same_size = "eval_microbatch_tokens" not in recipe.given
+    if plan.eval_schedule is not None and same_size:
         schedules.append(plan.eval_schedule)
     may_try = start.chooses_tokens and not (process.deepspeed or process.fsdp)
     return OutOfMemoryPolicy(
@@ -275,6 +277,7 @@ def _out_of_memory(start: Start, plan: TrainingPlan) -> OutOfMemoryPolicy:
         start.memory,
         lambda tokens: start.run.record(microbatch_tokens=tokens),
         process.is_main,
+        halves_evaluation=may_try and same_size,
     )
 
 

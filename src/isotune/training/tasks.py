@@ -5,8 +5,8 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from isotune.data.classification.thresholds import THRESHOLD, Thresholds
 from isotune.data.documents import Documents
 from isotune.distributed.ranks import Watchdog, gather_by_number, gather_vectors, ordered_sum
 from isotune.models.class_loss import DocumentLoss
+from isotune.models.fitting import FittingBatches
 from isotune.models.packed_attention import PACKED
 from isotune.training.label_kinds import KINDS, LabelKind, ManyLabels
 from isotune.training.router_loss import RouterLoss
@@ -36,23 +37,39 @@ class EvaluationRun:
     accelerator: Any
     watchdog: Watchdog  # told of every microbatch
     global_step: int  # optimizer updates done
+    fitting: FittingBatches = field(default_factory=lambda: FittingBatches(halves=False))
 
     @torch.no_grad()
     def outputs(self, *, targets: bool = True) -> Iterator[tuple[Microbatch, Any]]:
         """Each microbatch of this rank with what the model returns for it, in evaluation mode.
 
-        Without `targets` that is the logits of every token or document, and no loss.
+        Without `targets` that is the logits of every token or document, and no loss. A microbatch that the device has
+        no memory for may come in parts of one number.
 
         A microbatch of weight 0 keeps a rank in step with the others: its outputs count nowhere.
         """
         was_training = self.model.training
         self.model.eval()
-        for microbatch in assign_to_ranks(self.step, self.accelerator.num_processes)[self.accelerator.process_index]:
-            inputs: Any = to_device(collate(self.documents, microbatch), self.accelerator.device)
+        # DDP's forward copies buffers between ranks, of which one may run more forwards than another
+        model = self.accelerator.unwrap_model(self.model) if self.fitting.halves else self.model
+        lengths = self.documents.lengths
+
+        def forward(part: Microbatch) -> Any:
+            inputs: Any = to_device(collate(self.documents, part), self.accelerator.device)
             if not targets:
                 inputs = {name: v for name, v in inputs.items() if name not in ("targets", "supervised_positions")}
-            yield microbatch, self.model(**inputs, use_cache=False)
-            self.watchdog.progress(f"the evaluation after step {self.global_step}")
+            return model(**inputs, use_cache=False)
+
+        for microbatch in assign_to_ranks(self.step, self.accelerator.num_processes)[self.accelerator.process_index]:
+            of = partial(replace, microbatch)
+            parts = self.fitting.run(
+                microbatch.documents,
+                lambda documents: int(lengths[list(documents)].sum()),
+                lambda documents, of=of: forward(of(documents=documents)),
+            )
+            for documents, outputs in parts:
+                yield of(documents=documents), outputs
+                self.watchdog.progress(f"the evaluation after step {self.global_step}")
         self.model.train(was_training)
         reshard(self.model)
 
@@ -143,7 +160,10 @@ class SftTask(Task):
         One exact number, not a mean of batches' means, whatever the microbatches and the number of ranks.
         """
         started = time.perf_counter()
-        losses = {microbatch.number: outputs.loss for microbatch, outputs in run.outputs() if microbatch.weight}
+        losses: dict[int, torch.Tensor] = {}
+        for microbatch, outputs in run.outputs():
+            if microbatch.weight:
+                losses[microbatch.number] = losses.get(microbatch.number, 0.0) + outputs.loss
         loss = ordered_sum(run.gather(losses)) / run.step.supervised_tokens
         return {
             "eval_loss": loss,
@@ -196,7 +216,7 @@ class ClassificationTask(Task):
         own_logits: dict[int, torch.Tensor] = {}
         for microbatch, outputs in run.outputs():
             if microbatch.weight:
-                losses[microbatch.number] = outputs.loss
+                losses[microbatch.number] = losses.get(microbatch.number, 0.0) + outputs.loss
                 own_logits.update(zip(microbatch.documents, outputs.logits, strict=True))
         documents: Any = run.documents
         logits = gather_vectors(own_logits, len(documents), self.num_labels, run.accelerator.device)

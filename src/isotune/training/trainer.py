@@ -126,7 +126,8 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
         if plan.eval_schedule is None:
             raise ValueError("this run has no evaluation documents")
         step, documents = plan.eval_schedule.step(0), plan.evaluation.documents
-        return EvaluationRun(model, step, documents, self.accelerator, self.watchdog, self.state.global_step)
+        fitting, number = self.memory.evaluation, self.state.global_step
+        return EvaluationRun(model, step, documents, self.accelerator, self.watchdog, number, fitting)
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """Rows of one update over all ranks."""

@@ -23,10 +23,10 @@ from isotune.distributed.ranks import Watchdog, add_vectors, least_of_ranks, ord
 from isotune.models.cuda.casts import kept_casts
 from isotune.models.document_dropout import training_microbatch
 from isotune.models.document_keys import MicrobatchDocuments
+from isotune.models.fitting import is_out_of_memory, release_memory
 from isotune.run.preemption import stop_request
 from isotune.training.checkpointer import Checkpointer
 from isotune.training.failures.nonfinite import NonFinitePolicy
-from isotune.training.failures.out_of_memory import is_out_of_memory, release_memory
 from isotune.training.gradients.gradient_sync import GradientSync
 from isotune.training.tasks import Task
 

@@ -35,10 +35,12 @@ from isotune.evaluation.tasks import ClassificationTask
 from isotune.io.errors import UserError
 from isotune.io.files import replace_file
 from isotune.models.classifier import fast_evaluation
+from isotune.models.fitting import FittingBatches, memory_in_one_sentence
 from isotune.models.packed_attention import max_positions
 
 # tokens of one forward: more exceed a CPU's caches, and fewer leave a GPU idle
 BATCH_TOKENS = {"cpu": 4_096, "cuda": 65_536}
+REMEDY = "a smaller max_seq_length or 16-bit weights take less"
 
 
 @dataclass(frozen=True)
@@ -198,17 +200,23 @@ def classify(
     batches = list(_batches(lengths, limit, batch_size or len(documents)))
     costs = [microbatch_cost(lengths[rows]) for rows in batches]
     logits_of: dict[int, np.ndarray] = {}
-    own = ranks.share(costs)
+
+    def tokens(rows: Sequence[int]) -> int:
+        return int(lengths[list(rows)].sum())
+
+    def forward(rows: Sequence[int]) -> np.ndarray:
+        inputs: Any = collate(documents, Microbatch(0, tuple(rows), tokens(rows), len(rows), 0.0))
+        del inputs["targets"]
+        moved = {key: value.to(device) if torch.is_tensor(value) else value for key, value in inputs.items()}
+        return classifier.model(**moved).logits.cpu().double().numpy()
+
+    own, fitting = ranks.share(costs), FittingBatches()
     bar = tqdm(total=sum(len(batches[number]) for number in own), unit=" documents", disable=not progress)
-    with bar, fast_evaluation(classifier.model):
+    with bar, fast_evaluation(classifier.model), memory_in_one_sentence(REMEDY):
         for number in own:
-            rows = tuple(batches[number].tolist())
-            tokens = int(lengths[batches[number]].sum())
-            inputs: Any = collate(documents, Microbatch(number, rows, tokens, len(rows), costs[number]))
-            del inputs["targets"]
-            moved = {key: value.to(device) if torch.is_tensor(value) else value for key, value in inputs.items()}
-            logits_of.update(zip(rows, classifier.model(**moved).logits.cpu().double().numpy(), strict=True))
-            bar.update(len(rows))
+            for rows, logits in fitting.run(batches[number].tolist(), tokens, forward):
+                logits_of.update(zip(rows, logits, strict=True))
+                bar.update(len(rows))
     logits = np.stack(list(ranks.gather(logits_of, count=len(documents)).values()))
     broken = np.flatnonzero(~np.isfinite(logits).all(axis=1))
     if len(broken):

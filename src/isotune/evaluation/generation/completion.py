@@ -25,9 +25,11 @@ from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.generation.base_rules import without_base_rules
 from isotune.evaluation.models import GenerationModel
 from isotune.io.errors import UserError
+from isotune.models.fitting import FittingBatches, memory_in_one_sentence
 from isotune.models.log_control import quiet_libraries
 
 BATCH_SIZE = 16
+REMEDY = "shorter texts or max_new_tokens, a smaller --batch_size or 16-bit weights take less"
 # A byte-level tokenizer without merges needs one token for each character of the header, and a few before it.
 HEADER_TOKENS = len(HUMAN_HEADER) + 6
 
@@ -99,12 +101,20 @@ def complete(
     costs = [len(batch) * len(encoded[batch[0]]) for batch in batches]
     completions: dict[int, Completion] = {}
     bar = tqdm(total=len(prompts), unit="completion", disable=not progress, dynamic_ncols=True)
-    with quiet_libraries(), bar, without_base_rules(lm.model):
+
+    def tokens(batch: Sequence[int]) -> int:
+        return len(batch) * (max((len(encoded[i]) for i in batch), default=0) + decoding.max_new_tokens)
+
+    def generate(batch: Sequence[int]) -> list[Completion]:
+        rows = [prompts[i].row for i in batch]
+        return complete_batch(lm, rows, [encoded[i] for i in batch], decoding, turns=turns)
+
+    fitting = FittingBatches(halves=not lm.is_sharded)
+    with quiet_libraries(), bar, without_base_rules(lm.model), memory_in_one_sentence(REMEDY):
         for batch in own_batches(lm, batches, costs, ranks):
-            rows = [prompts[i].row for i in batch]
-            generated = complete_batch(lm, rows, [encoded[i] for i in batch], decoding, turns=turns)
-            completions |= zip(rows, generated, strict=True)
-            bar.update(len(batch))
+            for part, generated in fitting.run(batch, tokens, generate):
+                completions |= zip((prompts[i].row for i in part), generated, strict=True)
+                bar.update(len(part))
     return ranks.gather(completions) if ranks else completions
 
 

@@ -20,7 +20,7 @@ from isotune.compat.torch import in_float64
 from isotune.data.documents import with_share
 from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.generation.base_rules import rules_of_base
-from isotune.evaluation.generation.completion import Decoding, Prompt, complete, own_batches
+from isotune.evaluation.generation.completion import REMEDY, Decoding, Prompt, complete, own_batches
 from isotune.evaluation.metrics.modules import MetricModule, score_modules, split_metrics, text_columns
 from isotune.evaluation.metrics.text import Likelihood, measure_likelihoods, measure_texts, signatures
 from isotune.evaluation.models import GenerationModel
@@ -29,6 +29,7 @@ from isotune.evaluation.statistics.resampling import Scores, score
 from isotune.evaluation.tasks import EvalSample, EvalSamples, GenerationTask
 from isotune.io.errors import UserError
 from isotune.io.files import replace_file
+from isotune.models.fitting import FittingBatches, memory_in_one_sentence
 
 EXAMPLES = "examples.md"
 SHOWN_ON_TERMINAL, SHOWN_IN_FILE = 3, 50
@@ -132,9 +133,16 @@ def score_references(
     batches = _batches(lengths)
     costs = [sum(lengths[i] for i in batch) for batch in batches]
     own: dict[int, Likelihood] = {}
-    for batch in own_batches(lm, batches, costs, ranks):
-        for i, nll in zip(batch, _score_batch(lm, [encoded[i] for i in batch]), strict=True):
-            own[references[i].row] = replace(encoded[i][1], nll=nll)
+    fitting = FittingBatches(halves=not lm.is_sharded)
+    with memory_in_one_sentence(REMEDY):
+        for batch in own_batches(lm, batches, costs, ranks):
+            parts = fitting.run(
+                batch,
+                lambda some: len(some) * max((lengths[i] for i in some), default=0),
+                lambda some: _score_batch(lm, [encoded[i] for i in some]),
+            )
+            for i, nll in ((i, nll) for some, nats in parts for i, nll in zip(some, nats, strict=True)):
+                own[references[i].row] = replace(encoded[i][1], nll=nll)
     likelihoods = ranks.gather(own) if ranks else own
     broken = sorted(row for row, likelihood in likelihoods.items() if not math.isfinite(likelihood.nll))
     if broken:

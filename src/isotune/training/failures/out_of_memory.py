@@ -4,10 +4,10 @@ Which rows share a microbatch changes rounding only. So where `microbatch_tokens
 needs another before the sum of gradients (plain and DDP), the size is halved on all ranks and the update is repeated,
 with the same dropout masks: they belong to documents. Before the first step of a run on a GPU its costliest microbatch
 is tried. A size that the user gave is kept, and an engine that communicates within a microbatch cannot repeat one.
+An evaluation's microbatch that does not fit is run in halves instead, which leaves the size for training as it is.
 """
 
 import contextlib
-import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,25 +20,11 @@ from tqdm import tqdm
 from isotune.data.batch_schedule import StepSchedule
 from isotune.distributed.ranks import sentence_of_ranks, tell_ranks
 from isotune.io.errors import RankError, UserError
+from isotune.models.fitting import FittingBatches, is_out_of_memory, release_memory
 
 if TYPE_CHECKING:
     from isotune.training.training_plan import StepLoader
     from isotune.training.update import OptimizerUpdate
-
-# of cuBLAS, of the driver and of the allocator of CPUs, which have no class of their own
-MESSAGES = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "DefaultCPUAllocator: can't allocate memory")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or a CPU's allocator, had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in MESSAGES)
-
-
-def release_memory() -> None:
-    """Give back what nothing refers to any more, so that larger blocks are free."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)
@@ -58,7 +44,12 @@ class OutOfMemoryPolicy:
     plan: MemoryPlan | None = None
     record: Callable[[int], None] | None = None  # what else learns of another size: the run's records
     is_main: bool = True  # this rank prints
+    halves_evaluation: bool = False  # whether an evaluation's microbatch is run in halves where it does not fit
     retries: int = field(default=0, init=False)  # updates repeated so far, over all attempts of the run
+    evaluation: FittingBatches = field(init=False)  # of every evaluation of this attempt
+
+    def __post_init__(self) -> None:
+        self.evaluation = FittingBatches(self.halves_evaluation)
 
     @property
     def halves(self) -> bool:
