@@ -17,15 +17,18 @@ Next, after `source .venv/bin/activate`:
 endef
 export DEMO_ENDS
 
-.PHONY: help install demo test test-all gpu mutants lint docs bench report-picture clean
+.PHONY: help install demo test test-all gpu mutants lock lint docs bench report-picture clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
+# LOCKED=1: every package but torch, which each machine has a build of, by the hashes of requirements.lock
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(if $(LOCKED),$(BIN)/pip install --quiet --require-hashes --no-deps -r requirements.lock)
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[all,dev]'
+	$(if $(LOCKED),$(BIN)/pip install --quiet --no-deps -e . && $(BIN)/pip check, \
+	  $(BIN)/pip install --quiet -c constraints.txt -e '.[all,dev]')
 	@touch $@
 
 $(DOCS_STAMP): $(STAMP)
@@ -62,6 +65,13 @@ gpu: ## on a CUDA machine with its own packages: tests, bits, speed and memory i
 
 mutants: $(STAMP) ## change the code and see a test fail: changed lines (BASE=origin/main), or every line (ALL=1)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(if $(ALL),--all) $(if $(BASE),--base $(BASE))
+
+lock: $(STAMP) ## write requirements.lock: the versions of .venv with the hashes of their files
+	$(BIN)/pip install --quiet 'uv>=0.9'
+	$(BIN)/pip freeze --exclude-editable | sed 's/+.*//' > $(VENV)/versions.txt
+	$(BIN)/uv pip compile pyproject.toml --extra all --extra dev -c constraints.txt -c $(VENV)/versions.txt \
+	  --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --quiet -o $(VENV)/all.lock
+	awk '/^[a-z]/ { kept = !/^(torch|triton|(cuda|nvidia)-[a-z0-9-]+)==/ } kept' $(VENV)/all.lock > requirements.lock
 
 lint: $(STAMP) ## style, types and the import order of the layers
 	$(BIN)/ruff check .
