@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := .venv-lowest
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 
@@ -17,7 +18,7 @@ Next, after `source .venv/bin/activate`:
 endef
 export DEMO_ENDS
 
-.PHONY: help install demo test test-all gpu mutants lock lint docs bench report-picture clean
+.PHONY: help install demo test test-all test-lowest gpu mutants lock lint docs bench report-picture clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -59,6 +60,16 @@ test: $(STAMP) ## every test that this machine can run, without the slow ones
 test-all: $(STAMP) ## the slow tests too
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slurm"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slurm tests/slurm
+
+test-lowest: $(STAMP) ## unit and numerics tests with the lowest versions that pyproject.toml allows; torch's is the tested one
+	$(BIN)/pip install --quiet 'uv>=0.9'
+	$(PYTHON) -m venv $(LOWEST)
+	grep '^torch==' constraints.txt > $(LOWEST)/torch.txt
+	$(BIN)/uv pip compile pyproject.toml --extra all --resolution lowest-direct -c $(LOWEST)/torch.txt \
+	  --python $(LOWEST)/bin/python --no-annotate --no-header --quiet -o $(LOWEST)/versions.txt
+	$(LOWEST)/bin/pip install --quiet -c $(LOWEST)/versions.txt torch
+	$(LOWEST)/bin/pip install --quiet -c $(LOWEST)/versions.txt -e '.[all,dev]'
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/pytest -n 2 --dist loadfile -m "not slow" tests/unit tests/numerics
 
 gpu: ## on a CUDA machine with its own packages: tests, bits, speed and memory in eight minutes, into gpu-report/
 	PYTHONPATH=src $(PYTHON) -m tests.gpu.report $(if $(STAGES),--stages $(STAGES))

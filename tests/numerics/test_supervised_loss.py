@@ -168,7 +168,9 @@ def test_what_is_done_to_logits_is_read_from_every_name_of_it(keys: dict[str, An
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("transform", [LogitsTransform(0.3), LogitsTransform(cap=2.0), LogitsTransform(1.7, 3.0)])
+@pytest.mark.parametrize(
+    "transform", [LogitsTransform(0.3), LogitsTransform(2.0), LogitsTransform(cap=2.0), LogitsTransform(1.7, 3.0)]
+)
 def test_scaled_and_capped_logits_give_the_loss_and_gradients_of_autograd(
     transform: LogitsTransform, bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):
@@ -219,6 +221,35 @@ def test_the_loss_of_a_models_own_logits_is_the_same(name: str):
     for parameter, gradient in theirs.items():
         if "k_proj.bias" not in parameter:  # zero on paper
             torch.testing.assert_close(ours[parameter], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_a_forward_that_makes_all_logits_has_the_same_loss_of_the_supervised_ones():
+    model: Any = _build("llama")
+    inputs, positions, targets = _batch(model.config)
+    set_packed_attention(model)
+    expected = model(**inputs, supervised_positions=positions, targets=targets).loss
+    use_stock_logits(model)
+    stock = model.stock_forward
+    model.stock_forward = lambda input_ids, labels=None, **more: stock(input_ids=input_ids, **more)
+    found = model(**inputs, supervised_positions=positions, targets=targets).loss
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_rows_of_the_head_that_are_trained_beside_it_are_in_the_loss():
+    model = _build("llama")
+    inputs, positions, targets = _batch(model.config)
+    set_packed_attention(model)
+    rows = targets[:3].tolist()
+    adapted = _with_lora(model, trainable_token_indices={"lm_head": rows})
+    delta = next(p for n, p in adapted.named_parameters() if "trainable_tokens_delta" in n)
+    nn.init.normal_(delta)
+    found = adapted(**inputs, supervised_positions=positions, targets=targets).loss
+    logits = adapted(**inputs).logits[0, positions]
+    expected = cross_entropy(logits, targets, reduction="sum")
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    gradients = [torch.autograd.grad(loss, delta, retain_graph=True)[0] for loss in (found, expected)]
+    assert gradients[0].any()
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 def test_labels_beside_supervised_positions_are_a_bug_of_the_caller():
