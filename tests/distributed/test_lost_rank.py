@@ -1,13 +1,15 @@
 """A rank that dies or hangs takes the launch down, within a bound and with a status that is not zero."""
 
+import json
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from tests.launching import TINY, launcher, start_command, write_recipe
+from tests.launching import TINY, launcher, start, start_command, write_recipe
 
 ENDLESS = {**TINY, "max_steps": 100_000, "save_strategy": "no", "tune": "lora", "global_batch_size": 2}
 
@@ -57,6 +59,23 @@ def test_a_rank_that_dies_ends_the_launch_and_is_named(tmp_path: Path):
     assert status != 0
     assert "rank      : 1" in said and "SIGKILL" in said
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_an_unexpected_error_of_one_rank_is_one_sentence_and_its_traceback_is_in_its_log(tmp_path: Path):
+    recipe = {**TINY, "save_strategy": "no", "tune": "lora"}
+    done = start(tmp_path, recipe, processes=2, script="tests/distributed/failing_rank.py", expect=1)
+    host = socket.gethostname()
+    sentence = f'rank 1 on {host} failed with KeyError: "a bug of nobody\'s input"; its traceback is in '
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert said == f"error: {sentence}{done.run / 'logs/rank-1.log'}"
+    assert "nobody's input" not in done.stderr.replace(said, ""), "the terminal has no traceback of it"
+    logs = [(done.run / f"logs/rank-{rank}.log").read_text() for rank in range(2)]
+    for rank, log in enumerate(logs):
+        assert f" rank {rank} of 2 on {host}, process " in log.splitlines()[0]
+    assert "Traceback (most recent call last):" in logs[1] and "failing_rank.py" in logs[1]
+    assert "KeyError" in logs[1] and "KeyError" not in logs[0]
+    ended = json.loads((done.run / "status.json").read_text())
+    assert (ended["status"], ended["exit_status"]) == ("failed", 1) and ended["message"].startswith(sentence)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from isotune.compat.torch import clone_default_store
-from isotune.io.errors import OneSentence, end_process
+from isotune.io.errors import OneSentence, RankError, RankFault, end_process
 
 T = TypeVar("T")
 _CHECKS_PER_TIMEOUT = 10
@@ -99,26 +99,29 @@ def ordered_sum(values: list[float]) -> float:
     return math.fsum(values) if all(math.isfinite(v) for v in values) else sum(values)
 
 
-def tell_ranks(sentence: str) -> bool:
-    """Leave the others the sentence of this rank, which ends alone; whether it is the first of the launch to do so."""
+def tell_ranks(error: RankError | RankFault) -> bool:
+    """Leave the others the error of this rank, which ends alone; whether it is the first of the launch to do so."""
     if not several_ranks():
         return True
     store = clone_default_store("isotune/told")
     first = store.add("ranks", 1) == 1
     if first:
-        store.set("sentence", sentence)
+        store.set("error", f"{type(error).__name__} {error}")
     return first
 
 
-def sentence_of_ranks() -> str | None:
+def told_by_ranks() -> RankError | RankFault | None:
     """What another rank has told before it ended, for the rank whose communication breaks; None where none has."""
     if not several_ranks():
         return None
     try:
         store = clone_default_store("isotune/told")
-        return store.get("sentence").decode() if store.check(["sentence"]) else None
+        if not store.check(["error"]):
+            return None
+        kind, sentence = store.get("error").decode().split(" ", 1)
     except RuntimeError:  # the store is gone with the launcher
         return None
+    return (RankError if kind == RankError.__name__ else RankFault)(sentence, prints=False)
 
 
 class Rank(Protocol):

@@ -113,6 +113,14 @@ class RunFault(OneSentence):
     """The run cannot go on, and no input is at fault: one sentence that says what was observed."""
 
 
+class RankFault(RunFault):
+    """What one rank ran into, or what it was told by the rank that failed first, which alone prints it."""
+
+    def __init__(self, sentence: str, *, prints: bool) -> None:
+        super().__init__(sentence)
+        self.prints = prints
+
+
 class Superseded(RunFault):
     """Another process has taken over the run folder: one sentence that names it. This process writes nothing more."""
 
@@ -147,8 +155,8 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's `main` and exit with the status of the contract.
 
     A `UserError` prints one line on stderr and exits with 2, a `RunFault` one line and 1, `Preempted` one line and 75.
-    All ranks raise the same error, so only local rank 0 prints it; a `RankError` says whether its rank does. The job
-    status file records the end too.
+    All ranks raise the same error, so only local rank 0 prints it; a `RankError` or `RankFault` says whether its rank
+    does. The job status file records the end too.
     """
     if os.environ.get(JOB_STATUS_FILE):
         # Until training installs its own handlers. Nothing is lost at that point, and the job may run again; without
@@ -171,7 +179,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     except (UserError, RunFault, Preempted) as error:
         word, status = outcome_of(error)
         write_job_status(status=word, exit_status=status, message=str(error))
-        if error.prints if isinstance(error, RankError) else is_local_main:
+        if error.prints if isinstance(error, RankError | RankFault) else is_local_main:
             print(error if status == EXIT_PREEMPTED else f"error: {error}", file=sys.stderr, flush=True)
         if status == EXIT_PREEMPTED and os.environ.get(JOB_STATUS_FILE) and "LOCAL_RANK" in os.environ:
             # A launcher answers 75 with a page of tracebacks on every node, and srun then ends the other nodes.

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from isotune.data.batch_schedule import StepSchedule
-from isotune.distributed.ranks import sentence_of_ranks, tell_ranks
+from isotune.distributed.ranks import tell_ranks, told_by_ranks
 from isotune.io.errors import RankError, UserError
 from isotune.models.fitting import FittingBatches, is_out_of_memory, release_memory
 
@@ -112,11 +112,11 @@ class OutOfMemoryPolicy:
             yield
             return
         except RuntimeError as error:
-            own = is_out_of_memory(error)
-            sentence = self._sentence("training") if own else sentence_of_ranks()
-            if sentence is None:
+            told = RankError(self._sentence("training"), prints=True) if is_out_of_memory(error) else told_by_ranks()
+            if told is None:
                 raise
-        raise RankError(sentence, prints=own and tell_ranks(sentence))
+        told.prints = told.prints and tell_ranks(told)
+        raise told
 
     def _halve(self, number: int, where: str) -> None:
         """Until the microbatches of step `number` cost less, which a smaller size alone may not bring about."""
