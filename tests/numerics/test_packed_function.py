@@ -6,12 +6,21 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, LlamaConfig, LlamaModel, PreTrainedConfig, RobertaConfig
+from transformers import (
+    BertConfig,
+    CamembertConfig,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedConfig,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from isotune.io.errors import UserError
 from isotune.models import packed_attention as module
 from isotune.models.attention_form import AttentionForm
+from isotune.models.document_keys import MicrobatchDocuments, known_documents
 from isotune.models.packed_attention import (
     DOCUMENT_PRODUCTS,
     DOCUMENT_SDPA,
@@ -222,6 +231,38 @@ def test_flash_attention_is_told_the_whole_form(form: AttentionForm, window, mon
         assert told == expected | ({} if form.softcap is None else {"softcap": form.softcap})
 
 
+def test_the_kernel_is_chosen_by_what_is_attended(monkeypatch: pytest.MonkeyPatch):
+    asked: list[tuple] = []
+    monkeypatch.setattr(module, "kernel_in_effect", lambda *given: asked.append(given) or DOCUMENT_PRODUCTS)
+    bounds = torch.tensor(BOUNDS, dtype=torch.int32)
+    query, key, value = tensors()
+    wide = torch.cat([value, value], dim=-1)
+    for v, more in (
+        (value, {}),
+        (wide, {"dropout": 0.1}),
+        (value, {"softcap": 2.0}),
+        (value, {"s_aux": torch.zeros(HEADS)}),
+    ):
+        packed_attention(attention_module(True), query, key, v, None, cu_seq_lens_q=bounds, **more)
+    cpu = torch.device("cpu")
+    assert asked == [
+        (cpu, torch.float32, 0.0, SIZE, None, False),
+        (cpu, torch.float32, 0.1, 0, None, False),
+        (cpu, torch.float32, 0.0, SIZE, 2.0, False),
+        (cpu, torch.float32, 0.0, SIZE, None, True),
+    ]
+
+
+def test_a_device_is_not_waited_for_where_the_documents_are_known():
+    """A tensor of the device `meta` has no numbers that could be read."""
+    elsewhere = torch.empty(4, dtype=torch.int32, device="meta")
+    with known_documents(MicrobatchDocuments([7, 8, 9], [3, 0, 2])):
+        assert lengths_of(elsewhere) == [3, 0, 2]
+        assert lengths_of(torch.tensor([0, 1, 5], dtype=torch.int32)) == [1, 4], "those of the host are read"
+    with pytest.raises(NotImplementedError):
+        lengths_of(elsewhere)
+
+
 def test_positions_restart_where_the_model_type_begins_to_count():
     bounds = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
     for config, first in ((BertConfig(), 0), (RobertaConfig(pad_token_id=1), 2), (RobertaConfig(pad_token_id=5), 6)):
@@ -240,6 +281,8 @@ def test_positions_restart_where_the_model_type_begins_to_count():
         (BertConfig(max_position_embeddings=1), 1),
         (BertConfig(max_position_embeddings=512), 512),
         (RobertaConfig(max_position_embeddings=514, pad_token_id=1), 512),
+        (XLMRobertaConfig(max_position_embeddings=514, pad_token_id=1), 512),
+        (CamembertConfig(max_position_embeddings=514, pad_token_id=1), 512),
     ],
 )
 def test_the_longest_document_has_as_many_tokens_as_there_are_positions(config: PreTrainedConfig, expected):
