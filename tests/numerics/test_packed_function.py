@@ -158,11 +158,31 @@ def test_what_packed_attention_does_not_know_is_refused():
             )
 
 
+def test_a_varlen_kernel_gets_tokens_first_and_the_longest_document(monkeypatch: pytest.MonkeyPatch):
+    """Both kernels are of GPUs; what stands in their place computes in loops what they are given."""
+    for name, function in ((FLASH_ATTENTION, "_run_flash_attention"), (TORCH_VARLEN, "flash_varlen")):
+        for given, longest in (({}, 13), ({"max_length_q": 17}, 17)):
+
+            def run(q, k, v, bounds, most, form, expected=longest):
+                assert most == expected
+                rows = [t.transpose(0, 1)[None] for t in (q, k, v)]
+                return in_loops(rows, bounds.tolist(), scale=form.scale, causal=form.causal)[0]
+
+            with monkeypatch.context() as patched:
+                patched.setattr(module, "kernel_in_effect", lambda *_, it=name: it)
+                patched.setattr(module, function, run)
+                bounds = torch.tensor(BOUNDS, dtype=torch.int32)
+                found, _ = packed_attention(attention_module(True), *tensors(), None, cu_seq_lens_q=bounds, **given)
+            assert last_kernel() == name
+            assert torch.equal(found, in_loops(tensors(), BOUNDS, scale=SIZE**-0.5, causal=True))
+
+
 def test_positions_that_restart_need_bounds_and_a_mask_or_one_token_does_not():
     restarted = torch.tensor([[*range(9), *range(10)]])
     with pytest.raises(AssertionError, match="positions restart"):
         packed_attention(attention_module(True), *tensors(), None, position_ids=restarted)
-    packed_attention(attention_module(True), *tensors(), None, position_ids=torch.full((1, 19), 7))  # of no order
+    for one_document in (torch.full((1, 19), 7), torch.arange(19)[None]):
+        packed_attention(attention_module(True), *tensors(), None, position_ids=one_document)
     mask = torch.ones(1, 1, 19, 19, dtype=torch.bool).tril()
     packed_attention(attention_module(True), *tensors(), mask, position_ids=restarted)
     packed_attention(attention_module(True), *tensors(1), None, position_ids=torch.tensor([[4]]))

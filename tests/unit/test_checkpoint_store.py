@@ -80,6 +80,11 @@ def _lose_shard(folder: Path) -> None:
     next((folder / "tensors").iterdir()).unlink()
 
 
+def _lose_all(folder: Path) -> None:
+    for file in (folder / "state.json", *(folder / "tensors").iterdir()):  # the first by its name is named
+        file.unlink()
+
+
 def _lose_manifest(folder: Path) -> None:
     (folder / MANIFEST).unlink()
 
@@ -103,6 +108,7 @@ FAULTS = [
     (_flip, "is not what was written"),
     (_flip_state, "state.json is not what was written"),
     (_lose_shard, "is missing"),
+    (_lose_all, r"^state\.json is missing"),
     (_lose_manifest, "has no MANIFEST.json"),
     (_half_manifest, "MANIFEST.json is broken"),
     (_edit_manifest, "MANIFEST.json was changed"),
@@ -213,4 +219,19 @@ def test_a_field_that_this_version_does_not_know_is_a_broken_manifest(store):
     content["digest"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     (folder / MANIFEST).write_text(json.dumps(content))
     with pytest.raises(InvalidCheckpoint, match=r"is broken: .*later"):
+        verify(folder)
+
+
+@pytest.mark.parametrize("harm", range(8))
+def test_a_hash_that_is_larger_and_one_that_is_smaller_both_differ(store, harm):
+    """Each of these has a chance of one half to be larger than the one before."""
+    folder = store.path / "step-00000002"
+    manifest = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(manifest.replace('"seed": 1', f'"seed": {harm + 2}'))
+    with pytest.raises(InvalidCheckpoint, match=r"MANIFEST\.json was changed"):
+        verify(folder)
+    (folder / MANIFEST).write_text(manifest)
+    state = (folder / "state.json").read_bytes()
+    (folder / "state.json").write_bytes(bytes([state[0] ^ (harm + 1)]) + state[1:])
+    with pytest.raises(InvalidCheckpoint, match=r"state\.json is not what was written"):
         verify(folder)
