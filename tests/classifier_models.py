@@ -65,9 +65,9 @@ def stock(model: Any, text: torch.Tensor) -> torch.Tensor:
     return model(input_ids=text[None], attention_mask=torch.ones_like(text)[None], **kept).logits[0]
 
 
-def measure(kind: str) -> Measured:
+def measure(kind: str, dtype: torch.dtype = torch.float32) -> Measured:
     """Train on four texts in one row, and on each text alone; UserError or RunFault where the type is refused."""
-    model = small_classifier(kind).train()
+    model = small_classifier(kind).to(dtype).train()
     draw = torch.Generator().manual_seed(5)
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", SMALL["vocab_size"]))
     texts = [torch.randint(4, vocabulary, (length,), generator=draw) for length in LENGTHS]
@@ -89,7 +89,7 @@ def measure(kind: str) -> Measured:
     expected = torch.stack(logits)
     layout = install_classification(model)
     padded = layout.name != PACKED
-    check_isolation(model, vocabulary, torch.device("cpu"), torch.float32, classifier=True, padded=padded)
+    check_isolation(model, vocabulary, torch.device("cpu"), dtype, classifier=True, padded=padded)
     bounds = torch.tensor([0, *accumulate(LENGTHS)], dtype=torch.int32)
     row: dict[str, Any] = {"input_ids": torch.cat(texts)[None], "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
     found = model(**row, max_length_q=max(LENGTHS), max_length_k=max(LENGTHS), targets=targets)

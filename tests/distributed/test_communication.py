@@ -20,6 +20,7 @@ GRADIENT_COLLECTIVES = ("all_reduce", "reduce", "reduce_scatter", "_reduce_scatt
 FEW_ROWS, MANY_ROWS = 2, 8  # of a step: one and four passes a rank, on two of them
 SMALL_TALK_BYTES = 200  # losses and norms of a step and its microbatches
 BYTES_OF_A_MAXIMUM = 8  # the largest gradient of each trained tensor, where integers are summed
+BYTES_OF_A_NORM = 7 * 8  # six words of the sum of squares and whether it is a number, where ranks hold shares of it
 
 Launched = dict[str, Finished]
 

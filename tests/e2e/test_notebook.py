@@ -63,7 +63,7 @@ def test_mistakes_are_one_sentence_before_anything_starts(tmp_path: Path):
 
 @pytest.mark.slow
 def test_an_interrupt_ends_in_a_checkpoint_from_which_the_same_call_goes_on(tmp_path: Path):
-    call = f"isotune.sft('builtin:greetings', output_dir={str(tmp_path / 'run')!r}, **{KEYS | {'max_steps': 400}!r})"
+    call = f"isotune.sft('builtin:greetings', output_dir={str(tmp_path / 'run')!r}, **{KEYS | {'max_steps': 3000}!r})"
     code = "import isotune\nfrom isotune.io.errors import Preempted\n"
     code += f"try:\n    {call}\nexcept Preempted as error:\n    print('kept', error)"
     process = subprocess.Popen(
@@ -77,9 +77,9 @@ def test_an_interrupt_ends_in_a_checkpoint_from_which_the_same_call_goes_on(tmp_
     said, _ = process.communicate(timeout=120)
     assert "kept stopped after step" in said and "the same command goes on from" in said.splitlines()[-1]
     stopped = len(isotune.load(tmp_path / "run").record.steps)
-    assert 2 < stopped < 400
-    again = isotune.sft("builtin:greetings", output_dir=str(tmp_path / "run"), **KEYS | {"max_steps": 400})
-    assert len(again.record.steps) == 400
+    assert 2 < stopped < 3000
+    again = isotune.sft("builtin:greetings", output_dir=str(tmp_path / "run"), **KEYS | {"max_steps": 3000})
+    assert len(again.record.steps) == 3000
 
 
 def test_python_values_become_the_words_of_flags():

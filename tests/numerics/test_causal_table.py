@@ -9,7 +9,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from isotune.io.errors import RunFault, UserError
 
-TABLE = re.search(f"{re.escape(BEGIN)}(.*){re.escape(END)}", PAGE.read_text(), re.DOTALL)
+TABLE = re.search(f"{re.escape(BEGIN)}(.*?){re.escape(END)}", PAGE.read_text(), re.DOTALL)
 FORMS = dict(re.findall(r"^\| `([\w.-]+)` \| (packed|padded) ", TABLE[1], re.MULTILINE)) if TABLE else {}
 
 

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 import transformers
 from tests.classifier_models import KINDS, NotSmall, measure
 from tests.models_table import PAGE
@@ -13,6 +14,8 @@ TABLE = re.search(r"<!-- any classifier:.*?<!-- end -->", PAGE.read_text(), re.D
 FORMS = dict(re.findall(r"^\| `([\w.-]+)` \| (packed|padded|alone) ", TABLE[0], re.MULTILINE)) if TABLE else {}
 # among them: neighbours in a token's embedding, sampled routers, an encoder with a decoder, characters
 FAST = {"bert", "mobilebert", "phimoe", "bart", "canine", "xlnet", "stablelm"}
+# whose scan of a padded text is cut elsewhere: 1.4e-5 of the gradient in fp32, all of it rounding
+ROUNDED = {"zamba2"}
 
 
 def test_the_table_has_the_classifiers_that_people_start_from():
@@ -33,4 +36,8 @@ def test_each_type_agrees_with_its_stock_model_or_is_refused_in_one_sentence(kin
         assert "\n" not in str(refusal) and kind not in FORMS
         return
     assert FORMS.get(kind, found.form) == found.form
-    assert max(found.logits, found.loss, found.gradient) <= 1e-5
+    if kind in ROUNDED:
+        found = measure(kind, torch.float64)
+        assert max(found.logits, found.loss, found.gradient) <= 1e-6
+    else:
+        assert max(found.logits, found.loss, found.gradient) <= 1e-5
