@@ -160,7 +160,12 @@ def start_tests(tests: Sequence[str], mutant: Mutant | None) -> int:
     os.dup2(silent, 1)
     os.dup2(silent, 2)
     if mutant is not None:
-        sys.meta_path.insert(0, MutatedModule(mutant))
+        changed = MutatedModule(mutant)
+        sys.meta_path.insert(0, changed)
+        try:
+            importlib.import_module(changed.name)  # before pytest, which reads modules named *_test.py by itself
+        except BaseException:
+            os._exit(1)
     from hypothesis import HealthCheck, Phase, settings
 
     phases = (Phase.explicit, Phase.generate)  # what fails need not be made small

@@ -61,6 +61,21 @@ def test_the_swap_test_is_the_full_enumeration_that_it_draws_from():
     assert found["perplexity"] == pytest.approx(every.pvalue, abs=4 * deviation)
 
 
+@pytest.mark.parametrize("unit", [1.0, 0.1])
+def test_every_row_is_exchanged_and_sums_in_another_order_are_equal(unit: float):
+    """17 rows, whose exchanges do not end with a byte, the last one the heaviest; in tenths their sums round."""
+    values = unit * np.array([*range(1, 17), 40])
+    signs = np.array(list(product((1, -1), repeat=17)))
+    exact = (np.abs(signs @ values) >= np.abs(values[0::2].sum() - values[1::2].sum()) - 1e-9).mean()
+    a = np.where(np.arange(17) % 2, values, 0.0)
+    found = swap_test(mean("m", a), mean("m", values - a), seed=3, resamples=20_000)["m"]
+    assert found == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 20_000))
+
+
+def test_a_single_row_says_nothing():
+    assert swap_test(mean("m", np.array([1.0, 0.5])), mean("m", np.array([0.0, 0.5])), resamples=99)["m"] == 1.0
+
+
 def test_for_ones_and_zeros_the_swap_test_is_mcnemars():
     a, b = np.repeat([1.0, 0.0, 1.0], [9, 21, 50]), np.repeat([0.0, 1.0, 1.0], [9, 21, 50])
     found = swap_test(mean("accuracy", a), mean("accuracy", b), resamples=40_000)["accuracy"]

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from isotune.checkpoint import store as store_module
 from isotune.checkpoint.flat_tensors import FlatTensor
 from isotune.checkpoint.manifest import MANIFEST, InvalidCheckpoint, Manifest, verify
-from isotune.checkpoint.store import CheckpointStore
+from isotune.checkpoint.store import CheckpointStore, is_checkpoint
 from isotune.checkpoint.writer import CheckpointWriter, Snapshot
 from isotune.io.files import replace_file
 
@@ -163,13 +164,48 @@ def test_a_step_that_is_written_again_takes_the_place_of_the_first(store):
 
 
 @pytest.mark.parametrize(
-    ("limit", "best", "kept"), [(1, None, [4]), (2, None, [3, 4]), (2, 1, [1, 4]), (3, 1, [1, 3, 4]), (1, 1, [1, 4])]
+    ("limit", "best", "kept"),
+    [
+        (1, None, [4]),
+        (2, None, [3, 4]),
+        (2, 1, [1, 4]),
+        (3, 1, [1, 3, 4]),
+        (1, 1, [1, 4]),
+        *((limit, None, [1, 2, 3, 4]) for limit in (4, 5, 6, 9, None)),
+    ],
 )
 def test_the_newest_and_the_best_are_kept_under_the_limit(tmp_path, limit, best, kept):
     store = CheckpointStore(tmp_path, limit)
     for step in (1, 2, 3, 4):
         write(store, step, best)
     assert names(store) == [f"step-{step:08d}" for step in kept]
+
+
+def test_every_folder_of_a_checkpoint_is_synced_and_the_one_that_names_it(tmp_path, monkeypatch):
+    synced: list[str] = []
+    monkeypatch.setattr(store_module, "sync_path", lambda path: synced.append(path.name))
+    write(CheckpointStore(tmp_path / "not/yet/there"), 7)
+    *within, last = synced
+    assert sorted(within) == sorted(["tensors", within[-1]]) and within[-1].startswith(".step-00000007.tmp-")
+    assert last == "there", "after its new name"
+
+
+def test_a_checkpoint_that_is_gone_already_is_removed_without_a_word(store):
+    folder = store.path / "step-00000002"
+    shutil.rmtree(folder)
+    store._remove(folder)
+    assert names(store) == ["step-00000001"]
+
+
+def test_a_checkpoint_is_told_by_its_manifest_or_its_name(store, tmp_path):
+    folder = store.path / "step-00000002"
+    assert is_checkpoint(folder)
+    renamed = folder.rename(tmp_path / "moved")
+    assert is_checkpoint(renamed), "by its manifest"
+    (renamed / MANIFEST).unlink()
+    assert not is_checkpoint(renamed)
+    assert is_checkpoint(renamed.rename(tmp_path / "step-00000002")), "by its name"
+    assert not is_checkpoint(tmp_path)
 
 
 def test_no_checkpoint_is_removed_before_the_next_one_is_valid(tmp_path, monkeypatch):

@@ -53,6 +53,13 @@ def test_three_thousand_guanaco_like_lengths_need_the_rows_of_the_sequential_alg
     assert len(pack(lengths, 1_024, seed=1)) == len(best_fit_decreasing(lengths.tolist(), 1_024))
 
 
+@pytest.mark.parametrize("capacity", [2**16 - 1, 2**16, 2**17, 10**6])
+def test_lengths_beyond_16_bits_are_packed_as_others(capacity):
+    lengths = np.random.default_rng(capacity).integers(1, capacity + 1, 200)
+    rooms = capacity - pack(lengths, capacity, seed=1).lengths(lengths)
+    assert sorted(rooms.tolist()) == sorted(best_fit_decreasing(lengths.tolist(), capacity))
+
+
 def test_equal_input_packs_equally_and_another_seed_mixes_documents_of_one_length_otherwise():
     lengths = np.array([300, 300, 300, 300, 724, 724, 724, 724, 10, 10])
     first, again, other = (pack(lengths, 1_024, seed) for seed in (5, 5, 6))

@@ -21,7 +21,7 @@ from isotune.models.layouts.layout import restore_attention_type
 
 LENGTHS = (9, 17, 12)
 DRAWS = frozenset({"exponential_", "uniform_", "normal_", "rand", "randn", "rand_like", "randn_like", "bernoulli"})
-ALONE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+ALONE_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 # A mixture of experts multiplies the tokens of all documents that chose an expert at once, in a product whose shape,
 # and so whose rounding, depends on the neighbours: relative to the largest logit.
 EXPERTS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 2e-3}

@@ -22,7 +22,7 @@ LONGEST_PROBE = 800  # tokens: no longer document is run to see what a window do
 BEYOND_WINDOW = 9  # tokens
 WINDOWS = ("sliding_window", "local_attention", "attention_window", "window_size")  # of configurations, in tokens
 # Of the spread of the logits over the documents, or of a fifth of the largest logit where that is more.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5, torch.float16: 0.1}
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 0.5, torch.float16: 0.1}
 MEASURED_IN_FP32 = 10**9  # parameters: larger models are measured in their own 16 bits
 SMALL = 10**7  # parameters: what is larger has a signal of its own
 
