@@ -3,16 +3,25 @@
 import itertools
 import json
 import math
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from isotune.data.balance import share_out
-from isotune.data.batch_schedule import Microbatch, Step, StepSchedule, assign_to_ranks, collate
+from isotune.data.batch_schedule import (
+    Microbatch,
+    Step,
+    StepSchedule,
+    assign_to_ranks,
+    collate,
+    to_device,
+    to_device_together,
+)
 from isotune.data.documents import Documents, Rows
 from isotune.data.packing import one_document_per_row, pack
 
@@ -250,6 +259,86 @@ def test_a_step_cannot_be_changed_and_empty_data_has_none():
         step.microbatches[0].weight = 2.0
     with pytest.raises(AssertionError, match="empty data"):
         made_plan(made_documents([]), one_document_per_row(0))
+
+
+@pytest.mark.parametrize(
+    "lengths", [[15, 9, 5, 13, 15, 5], [22, 15, 6, 6, 12, 9, 19, 3], [7, 15, 21, 4, 27, 11, 10, 14, 17]]
+)
+@pytest.mark.parametrize("ranks", [None, 1])
+def test_where_equal_cost_needs_more_microbatches_than_best_fit_the_fewest_hold_every_document(lengths, ranks):
+    """Sharing these out by cost leaves a group of more than 32 tokens, in as many groups as best-fit needs."""
+    documents = made_documents(lengths)
+    plan = made_plan(documents, one_document_per_row(len(lengths)), batch=len(lengths), ranks=ranks)
+    found = [m.documents for m in plan.step(0).microbatches]
+    assert sorted(d for group in found for d in group) == list(range(len(lengths)))
+    assert len(found) == math.ceil(sum(lengths) / ROW_TOKENS)
+    assert all(list(group) == sorted(group, key=list(plan._order(0)).index) for group in found), "in the step's order"
+
+
+def test_an_epoch_with_texts_of_its_own_has_its_own_rows():
+    """Four documents a row each in epoch 0, and others in epoch 1; epoch 2 begins anew."""
+    documents = made_documents([5] * 8)
+    rows = Rows(np.arange(8), np.arange(9), epochs=2)
+    plan = made_plan(documents, rows, batch=4, tokens=4 * ROW_TOKENS)
+    assert plan.steps_per_epoch == 1
+    seen = [sorted(d for m in plan.step(epoch).microbatches for d in m.documents) for epoch in range(4)]
+    assert seen == [[0, 1, 2, 3], [4, 5, 6, 7]] * 2
+
+
+@pytest.mark.parametrize(
+    ("labels", "dtype"),
+    [
+        (np.array([2, 0, 1]), torch.int64),
+        (np.array([2, 0, 1], np.int32), torch.int64),
+        (np.array([0.5, -1.25, 3.0]), torch.float32),
+        (np.array([[1, 0], [0, 0], [1, 1]], np.float32), torch.float32),
+    ],
+)
+def test_labels_are_the_targets_of_their_documents(labels, dtype):
+    documents = replace(made_documents([3, 2, 4]), targets=labels)
+    inputs = collate(documents, Microbatch(0, (2, 0), 7, 2, 7.0))
+    assert inputs["targets"].dtype == dtype
+    assert inputs["targets"].tolist() == labels[[2, 0]].tolist()
+    assert "supervised_positions" not in inputs
+
+
+class Gpu:
+    """What stands for a device that is not here: tensors are moved to it as they are, and counted."""
+
+    type = "cuda"
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.copies = 0
+        stock = torch.Tensor.to
+
+        def to(tensor, *where, **how):
+            if where[:1] != (self,):
+                return stock(tensor, *where, **how)
+            self.copies += 1
+            assert how == {"non_blocking": True}
+            return tensor.clone()
+
+        monkeypatch.setattr(torch.Tensor, "to", to)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_inputs_come_to_a_device_as_they_are_and_to_a_gpu_by_one_copy(on_gpu, monkeypatch):
+    documents = made_documents([3, 2, 4])
+    numbers = replace(documents, targets=np.array([0.1, -2.5, float("inf")], np.float32))
+    several = [collate(which, Microbatch(0, (2, 0, 1), 9, 3, 9.0)) for which in (documents, numbers)]
+    device = Gpu(monkeypatch) if on_gpu else torch.device("cpu")
+    for moved in (to_device_together(several, device), [to_device(inputs, device) for inputs in several]):
+        for before, after in zip(several, moved, strict=True):
+            assert list(after) == list(before)
+            assert after["cu_seq_lens_k"] is after["cu_seq_lens_q"]
+            for name, value in before.items():
+                if isinstance(value, torch.Tensor):
+                    assert after[name].dtype == value.dtype and torch.equal(after[name], value), name
+                else:
+                    assert after[name] == value
+    assert not on_gpu or device.copies == 1 + 2
+    assert to_device_together([], device) == []
 
 
 def test_ranks_are_balanced_by_cost():
