@@ -124,6 +124,30 @@ def test_changed_rows_are_shown_both_ways_the_clearest_first(runs):
     assert pair.gained[0].b["probabilities"] == b[pair.gained[0].id].tolist()
 
 
+def test_where_the_same_rows_are_right_those_whose_probabilities_changed_are_shown(tmp_path):
+    a = shares(2, 1.0)
+    sharper = a**1.3 / (a**1.3).sum(axis=1, keepdims=True)
+    runs = [write_classifier(tmp_path / name, one) for name, one in (("a", a), ("b", sharper))]
+    (pair,) = compare_runs(runs, resamples=100, examples=1_000).pairs
+    gain = (sharper - a)[np.arange(ROWS), LABELS]
+    assert (pair.only_a, pair.only_b) == (0, 0)
+    assert [row.id for row in pair.gained] == sorted(np.flatnonzero(gain > 0), key=lambda i: -gain[i])
+    assert [row.id for row in pair.lost] == sorted(np.flatnonzero(gain < 0), key=lambda i: gain[i])
+    assert pair.gained and pair.lost
+
+
+def test_a_metric_that_is_no_number_is_left_out_and_one_that_is_zero_is_not(tmp_path):
+    one_class = np.zeros(ROWS, int)
+    wrong = np.roll(np.eye(3)[one_class], 1, axis=1) * 0.8 + 0.1 * np.ones(3)
+    runs = [
+        write_classifier(tmp_path / "wrong", wrong / wrong.sum(1, keepdims=True), labels=one_class),
+        write_classifier(tmp_path / "b", shares(3, 1.0), labels=one_class),
+    ]
+    for pair in compare_runs([*runs, runs[0]], metrics=["roc_auc", "accuracy"], resamples=100, all_pairs=True).pairs:
+        (found,) = pair.differences
+        assert found.metric == "accuracy" and 0.0 in (found.a, found.b)
+
+
 def test_a_metric_of_ranks_is_tested_by_the_bootstrap(runs):
     (pair,) = compare_runs([runs[0], runs[2]], metrics=["roc_auc", "f1_class_2"], resamples=300).pairs
     assert {one.metric: one.test for one in pair.differences} == {
@@ -261,8 +285,8 @@ def test_a_classifier_is_not_compared_with_a_generator_or_with_other_classes(run
     with pytest.raises(UserError, match="a label is not a class"):
         compare_runs([runs[0], fewer])
     more = write_classifier(tmp_path / "four", np.hstack([shares(2, 1.0), np.zeros((ROWS, 1))]))
-    with pytest.raises(UserError, match="3 and 4 classes"):
-        compare_runs([runs[0], more])
+    with pytest.raises(UserError, match=r"/a/eval/test and \S+/four/eval/test cannot be compared: 3 and 4 classes"):
+        compare_runs([runs[0], runs[1], more])
 
 
 def test_the_evaluation_in_common_is_found_or_named(tmp_path):
