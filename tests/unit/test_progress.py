@@ -15,7 +15,8 @@ def begun(quiet: bool = False, main: bool = True) -> tuple[ProgressBar, TrainerS
     return progress, state
 
 
-def test_the_bar_counts_from_where_the_run_goes_on_and_shows_loss_and_speed(capsys):
+def test_the_bar_counts_from_where_the_run_goes_on_and_shows_loss_and_speed(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # of the terminal: the bar's own speed may be long
     progress, state = begun()
     progress.show({"loss": 1.23456, "accuracy": 0.5}, {"supervised_tokens_per_s": 7890.4}, skipped=0)
     assert progress.bar is not None and (progress.bar.n, progress.bar.total) == (5, 10)
