@@ -254,6 +254,8 @@ def labels_and_outputs(result: Result, task_type: str) -> tuple[np.ndarray, np.n
         outputs = np.array([row["probabilities"] for row in rows], np.float64)
         labels = np.zeros(outputs.shape, np.int64)
         for number, row in enumerate(rows):
+            if outputs.ndim != 2 or not isinstance(row["label"], list):  # numpy would take None for every label
+                raise TypeError
             labels[number, row["label"]] = 1
         return labels, outputs
     except (KeyError, ValueError, TypeError, IndexError, OverflowError):
