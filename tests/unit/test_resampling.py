@@ -1,5 +1,7 @@
 """The bootstrap draws exactly what a bootstrap draws, whatever the number of rows, and the same for the same seed."""
 
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -8,15 +10,22 @@ from isotune.evaluation.metrics.classification import classification_statistics
 from isotune.evaluation.statistics.resampling import (
     OfSums,
     OfWeights,
+    _corrected,
     bootstrap_draws,
     bootstrap_intervals,
     by_group,
     draw_weights,
     mean,
     ratio,
+    score,
+    select_names,
     share,
     values,
 )
+from isotune.io.errors import UserError
+
+RECORDED = [16, 12, 20, 34, 28]  # sums of the rows 0 to 6 in the first resamples of seed 0
+RECORDED_OF_300 = [43593, 45531, 43817]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 24, 25, 26, 100, 997])
@@ -140,3 +149,66 @@ def test_groups_are_drawn_as_wholes_whatever_the_statistic():
     found = bootstrap_draws([by_group(one, groups) for one in rows], 3, 400, seed=7)
     assert np.allclose(found["sums"], drawn @ sums / (drawn @ counts), rtol=1e-6)
     assert np.allclose(found["weights"], found["sums"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [2.0, 1.0, 0.7, 3.0])
+def test_percentiles_move_by_the_share_of_resamples_below_the_value(value):
+    """Efron's formula, by another library's normal, of draws whose value is not their median; ties count as halves."""
+    draws = np.concatenate([np.random.default_rng(0).gamma(2.0, size=500), np.full(30, 2.0)])
+    below = (np.sum(draws < value) + np.sum(draws == value) / 2) / len(draws)
+    normal = NormalDist()
+    moved = [normal.cdf(2 * normal.inv_cdf(below) + normal.inv_cdf(end)) for end in (0.05, 0.95)]
+    expected = np.quantile(draws, moved)
+    found = _corrected(draws, value, 0.9)
+    assert found == pytest.approx((min(expected[0], value), max(expected[1], value)), rel=1e-9)
+
+
+def test_sums_that_differ_by_the_rounding_of_fp32_are_ties():
+    draws = np.tile([1.0, 1.0 + 4e-7, 1.0 - 4e-7, 2.0, 0.5], 40)
+    assert _corrected(draws, 1.0, 0.9) == _corrected(np.tile([1.0, 1.0, 1.0, 2.0, 0.5], 40), 1.0, 0.9)
+
+
+@pytest.mark.parametrize("value", [-5.0, 50.0])
+def test_a_value_beyond_every_resample_is_in_its_interval(value):
+    draws = np.random.default_rng(1).gamma(2.0, size=100)
+    share, normal = (0.5 if value < 0 else 99.5) / 100, NormalDist()
+    moved = [normal.cdf(2 * normal.inv_cdf(share) + normal.inv_cdf(end)) for end in (0.025, 0.975)]
+    low, high = np.quantile(draws, moved)
+    assert _corrected(draws, value, 0.95) == pytest.approx((min(low, value), max(high, value)), rel=1e-6)
+
+
+def test_metrics_are_chosen_by_their_name_with_or_without_a_class():
+    statistics = [mean("accuracy", np.ones(3)), mean("f1_class_0", np.ones(3)), mean("f1_class_1", np.zeros(3))]
+    for only, expected in (
+        (None, {"accuracy", "f1_class_0", "f1_class_1"}),
+        ([], {"accuracy", "f1_class_0", "f1_class_1"}),
+        (["f1"], {"f1_class_0", "f1_class_1"}),
+        (["f1_class_1", "accuracy"], {"f1_class_1", "accuracy"}),
+    ):
+        assert select_names(statistics, only) == expected
+    with pytest.raises(UserError, match=r"metrics: there is no 'f2' here; there are accuracy, f1$"):
+        select_names(statistics, ["accuracy", "f2"])
+
+
+def test_scores_have_the_metrics_that_exist_and_name_the_others():
+    statistics = [
+        mean("m", np.array([0.0, 1.0, 1.0])),
+        ratio("none", np.ones(3), np.zeros(3)),
+        mean("other", np.ones(3)),
+    ]
+    found = score(statistics, 3, only=["m", "none"], resamples=50)
+    assert found.metrics == {"m": 2 / 3} and found.intervals.keys() == {"m"} and found.undefined == ["none"]
+    both = found | score(statistics, 3, only=["other"], resamples=50)
+    assert both.metrics == {"m": 2 / 3, "other": 1.0} and both.intervals.keys() == {"m", "other"}
+    assert both.undefined == ["none"]
+
+
+def test_the_draws_of_seed_0_are_the_default_and_are_these():
+    """Recorded once: another machine or NumPy draws the same, so published intervals can be computed again."""
+    whole = mean("m", np.arange(7.0))
+    default, zero, one = (bootstrap_draws([whole], 7, 5, *seed)["m"] for seed in ((), (0,), (1,)))
+    assert default.tolist() == zero.tolist() != one.tolist()
+    assert [round(7 * draw) for draw in default] == RECORDED
+    many = bootstrap_draws([mean("m", np.arange(300.0))], 300, 3)["m"]
+    assert [round(300 * draw) for draw in many] == RECORDED_OF_300
+    assert next(draw_weights(3, 2, 0)).sum(axis=1).tolist() == [3, 3]
