@@ -305,29 +305,27 @@ def test_labels_are_the_targets_of_their_documents(labels, dtype):
 class Gpu:
     """What stands for a device that is not here: tensors are moved to it as they are, and counted."""
 
-    type = "cuda"
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.copies = 0
+    def __init__(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.type, self.copies = kind, 0
         stock = torch.Tensor.to
 
         def to(tensor, *where, **how):
             if where[:1] != (self,):
                 return stock(tensor, *where, **how)
             self.copies += 1
-            assert how == {"non_blocking": True}
+            assert how == ({"non_blocking": True} if kind == "cuda" else {})
             return tensor.clone()
 
         monkeypatch.setattr(torch.Tensor, "to", to)
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
 
 
-@pytest.mark.parametrize("on_gpu", [False, True])
-def test_inputs_come_to_a_device_as_they_are_and_to_a_gpu_by_one_copy(on_gpu, monkeypatch):
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "mps"])
+def test_inputs_come_to_a_device_as_they_are_and_to_a_gpu_by_one_copy(kind, monkeypatch):
     documents = made_documents([3, 2, 4])
     numbers = replace(documents, targets=np.array([0.1, -2.5, float("inf")], np.float32))
     several = [collate(which, Microbatch(0, (2, 0, 1), 9, 3, 9.0)) for which in (documents, numbers)]
-    device = Gpu(monkeypatch) if on_gpu else torch.device("cpu")
+    device = torch.device("cpu") if kind == "cpu" else Gpu(kind, monkeypatch)
     for moved in (to_device_together(several, device), [to_device(inputs, device) for inputs in several]):
         for before, after in zip(several, moved, strict=True):
             assert list(after) == list(before)
@@ -337,7 +335,8 @@ def test_inputs_come_to_a_device_as_they_are_and_to_a_gpu_by_one_copy(on_gpu, mo
                     assert after[name].dtype == value.dtype and torch.equal(after[name], value), name
                 else:
                     assert after[name] == value
-    assert not on_gpu or device.copies == 1 + 2
+    tensors = sum(isinstance(v, torch.Tensor) for inputs in several for v in inputs.values()) - len(several)
+    assert kind == "cpu" or device.copies == {"cuda": 1 + 2, "mps": 2 * tensors}[kind]
     assert to_device_together([], device) == []
 
 

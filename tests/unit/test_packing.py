@@ -53,9 +53,9 @@ def test_three_thousand_guanaco_like_lengths_need_the_rows_of_the_sequential_alg
     assert len(pack(lengths, 1_024, seed=1)) == len(best_fit_decreasing(lengths.tolist(), 1_024))
 
 
-@pytest.mark.parametrize("capacity", [2**16 - 1, 2**16, 2**17, 10**6])
+@pytest.mark.parametrize("capacity", [2**16 - 1, 2**16, 100_000, 2**17, 10**6])
 def test_lengths_beyond_16_bits_are_packed_as_others(capacity):
-    lengths = np.random.default_rng(capacity).integers(1, capacity + 1, 200)
+    lengths = np.append(np.random.default_rng(capacity).integers(1, capacity + 1, 200), capacity)
     rooms = capacity - pack(lengths, capacity, seed=1).lengths(lengths)
     assert sorted(rooms.tolist()) == sorted(best_fit_decreasing(lengths.tolist(), capacity))
 
