@@ -104,6 +104,12 @@ def test_a_run_compared_with_itself_shows_no_difference(runs, capsys):
     assert not pair.gained and not pair.lost
 
 
+def test_a_difference_within_chance_has_no_better_side(runs):
+    (pair,) = compare_runs(runs[:2], resamples=200).pairs
+    assert [(one.shown, one.better) for one in pair.differences] == [(False, None)] * 4
+    assert all(one.p_holm > 0.05 and one.difference != 0 for one in pair.differences)
+
+
 def test_p_values_are_adjusted_for_all_tests_of_all_pairs(runs):
     comparison = compare_runs(runs, all_pairs=True, resamples=300)
     assert [(pair.a, pair.b) for pair in comparison.pairs] == [(0, 1), (0, 2), (1, 2)]
