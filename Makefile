@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
-STAMP := $(VENV)/.installed
+STAMP := $(VENV)/.installed$(if $(LOCKED),-locked)
 DOCS_STAMP := $(VENV)/.installed-docs
 
 define DEMO_ENDS
@@ -24,13 +24,13 @@ help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 # LOCKED=1: every package but torch, which each machine has a build of, by the hashes of requirements.lock
-$(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+$(STAMP): pyproject.toml constraints.txt $(if $(LOCKED),requirements.lock)
+	$(PYTHON) -m venv $(if $(LOCKED),--clear) $(VENV)
 	$(if $(LOCKED),$(BIN)/pip install --quiet --require-hashes --no-deps -r requirements.lock)
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	$(if $(LOCKED),$(BIN)/pip install --quiet --no-deps -e . && $(BIN)/pip check, \
 	  $(BIN)/pip install --quiet -c constraints.txt -e '.[all,dev]')
-	@touch $@
+	@touch $@ $(VENV)/.installed
 
 $(DOCS_STAMP): $(STAMP)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
@@ -104,4 +104,4 @@ report-picture: $(STAMP) ## take docs/report.png again, from the runs of the dem
 	$(BIN)/python -m tests.browser runs/demo/report.html docs/report.png
 
 clean: ## remove .venv, runs and the site
-	rm -rf $(VENV) runs site
+	rm -rf $(VENV) $(LOWEST) runs site

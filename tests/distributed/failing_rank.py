@@ -1,8 +1,14 @@
-"""Runs train/sft_opt.py, whose rank 1 has a bug in its third update; the arguments are the script's."""
+"""Runs train/sft_opt.py, whose rank 1 has a bug in its third update; the arguments are the script's.
+
+In a folder `at-the-start` every rank has it in the checks before the first step.
+"""
 
 import os
 import runpy
+import sys
+from pathlib import Path
 
+from isotune.training.callbacks import PreTrainChecks
 from isotune.training.update import OptimizerUpdate
 
 
@@ -16,11 +22,19 @@ def main() -> None:
             raise KeyError("a bug of nobody's input")
         stock(self, model, microbatch, outputs, last=last)
 
-    OptimizerUpdate.microbatch = microbatch
+    stock_checks = PreTrainChecks.on_train_begin
+
+    def on_train_begin(self, *given, **more):
+        raise KeyError("a bug of nobody's input")
+
+    if Path(sys.argv[-1]).parent.name == "at-the-start":
+        PreTrainChecks.on_train_begin = on_train_begin
+    else:
+        OptimizerUpdate.microbatch = microbatch
     try:
         runpy.run_path("train/sft_opt.py", run_name="__main__")
     finally:
-        OptimizerUpdate.microbatch = stock
+        OptimizerUpdate.microbatch, PreTrainChecks.on_train_begin = stock, stock_checks
 
 
 main()

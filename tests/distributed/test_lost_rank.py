@@ -73,9 +73,21 @@ def test_an_unexpected_error_of_one_rank_is_one_sentence_and_its_traceback_is_in
     for rank, log in enumerate(logs):
         assert f" rank {rank} of 2 on {host}, process " in log.splitlines()[0]
     assert "Traceback (most recent call last):" in logs[1] and "failing_rank.py" in logs[1]
-    assert "KeyError" in logs[1] and "KeyError" not in logs[0]
+    assert "KeyError" in logs[1] and "failing_rank.py" not in logs[0]
     ended = json.loads((done.run / "status.json").read_text())
     assert (ended["status"], ended["exit_status"]) == ("failed", 1) and ended["message"].startswith(sentence)
+
+
+def test_a_launch_that_failed_before_its_first_step_can_be_started_again(tmp_path: Path):
+    """All that it left is the log of its ranks."""
+    recipe = {**TINY, "save_strategy": "no", "max_steps": 1}
+    folder = tmp_path / "at-the-start"
+    first = start(folder, recipe, processes=2, script="tests/distributed/failing_rank.py", expect=1)
+    (said,) = [line for line in first.stderr.splitlines() if line.startswith("error: rank ")]
+    assert f"on {socket.gethostname()} failed with KeyError" in said, "one of the ranks says it"
+    assert [path.name for path in first.run.iterdir() if not path.name.startswith(".")] == ["logs"]
+    again = start(folder, recipe, processes=2)
+    assert len(again.steps) == 1 and (again.run / "logs").is_dir()
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.generation.completion import Decoding, Prompt, complete
 from isotune.evaluation.generation.evaluate import Reference, score_references
 from isotune.evaluation.models import Classifier, generation_model_named, load_run_classifier
-from isotune.io.errors import UserError
+from isotune.io.errors import RankError, UserError
 from isotune.models.fitting import FittingBatches
 from isotune.training.from_recipe import save
 
@@ -143,7 +143,7 @@ def test_the_harness_and_predictions_go_on_in_smaller_batches(classifier, tmp_pa
     assert max(seen) > max(documents.lengths) + 40
     np.testing.assert_allclose(found, whole, rtol=1e-5, atol=1e-6)
     short_of_memory(layer, limit=1)
-    with pytest.raises(UserError, match="out of memory in the smallest batch: a smaller max_seq_length or 16-bit"):
+    with pytest.raises(UserError, match="out of memory with one text at a time: a smaller max_seq_length or 16-bit"):
         classify(classifier, documents, ALONE)
 
 
@@ -164,6 +164,14 @@ def test_answers_and_likelihoods_are_those_of_larger_batches(tmp_path):
     for row, likelihood in nats.items():
         assert found[row].nll == pytest.approx(likelihood.nll, rel=1e-5)
     short_of_memory(lm.model.get_submodule("model.decoder.layers.0.fc2"), limit=0)
-    for ask in (lambda: complete(lm, prompts, decodings[0]), lambda: score_references(lm, references)):
-        with pytest.raises(UserError, match="out of memory in the smallest batch: shorter texts or max_new_tokens"):
+    asked = {
+        "shorter texts, a smaller max_new_tokens or": lambda: complete(lm, prompts, decodings[0]),
+        "shorter texts or 16-bit": lambda: score_references(lm, references),
+    }
+    for remedy, ask in asked.items():
+        with pytest.raises(UserError, match=f"out of memory with one text at a time: {remedy}"):
             ask()
+    sharded = FittingBatches(halves=False)
+    with pytest.raises(RankError, match="in a batch, of which a smaller --batch_size makes less") as said:
+        complete(lm, prompts, decodings[0], fitting=sharded)
+    assert said.value.prints, "whichever rank it is"

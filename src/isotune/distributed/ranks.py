@@ -103,10 +103,13 @@ def tell_ranks(error: RankError | RankFault) -> bool:
     """Leave the others the error of this rank, which ends alone; whether it is the first of the launch to do so."""
     if not several_ranks():
         return True
-    store = clone_default_store("isotune/told")
-    first = store.add("ranks", 1) == 1
-    if first:
-        store.set("error", f"{type(error).__name__} {error}")
+    try:
+        store = clone_default_store("isotune/told")
+        first = store.add("ranks", 1) == 1
+        if first:
+            store.set("error", f"{type(error).__name__} {error}")
+    except RuntimeError:  # the store is gone with the launcher
+        return True
     return first
 
 

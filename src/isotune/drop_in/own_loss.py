@@ -139,8 +139,7 @@ class OwnLoss(Task):
             if self.adds_up:  # of every microbatch: the ranks may talk in there
                 own = sorted(logits)
                 loss, _ = self._loss(run.documents, own, [logits[row] for row in own], items)
-                if microbatch.weight:
-                    losses[microbatch.number] = losses.get(microbatch.number, 0.0) + loss
+                losses |= {microbatch.number: loss} if microbatch.weight else {}
             elif microbatch.weight:
                 found |= logits
         if self.adds_up:

@@ -254,8 +254,9 @@ def labels_and_outputs(result: Result, task_type: str) -> tuple[np.ndarray, np.n
         outputs = np.array([row["probabilities"] for row in rows], np.float64)
         labels = np.zeros(outputs.shape, np.int64)
         for number, row in enumerate(rows):
-            if outputs.ndim != 2 or not isinstance(row["label"], list):  # numpy would take None for every label
-                raise TypeError
+            # numpy would take None for every label, -1 for the last and truth values for a mask
+            if not all(type(label) is int and 0 <= label < outputs.shape[1] for label in row["label"]):
+                raise ValueError
             labels[number, row["label"]] = 1
         return labels, outputs
     except (KeyError, ValueError, TypeError, IndexError, OverflowError):

@@ -1,7 +1,7 @@
 """Forward passes without gradients that a device has memory for: a batch that is too large is run in halves.
 
 What shares a batch changes rounding only, and no rank waits for another within such a batch unless its model is
-sharded. So a rank decides alone, and tries no larger batch again.
+sharded. So a rank decides alone, and tries no larger batch again with the same `FittingBatches`.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from tqdm import tqdm
 
-from isotune.io.errors import UserError
+from isotune.io.errors import RankError
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -88,11 +88,14 @@ class FittingBatches:
 
 
 @contextlib.contextmanager
-def memory_in_one_sentence(remedy: str) -> Iterator[None]:
-    """Hold it around batches that are not part of training: what halves did not answer becomes a UserError."""
+def memory_in_one_sentence(fitting: FittingBatches, remedy: str) -> Iterator[None]:
+    """Hold it around batches that are not part of training: what halves did not answer becomes a RankError."""
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(f"the device ran out of memory in the smallest batch: {remedy}") from error
+        where = (
+            "with one text at a time" if fitting.halves else "in a batch, of which a smaller --batch_size makes less"
+        )
+        raise RankError(f"the device ran out of memory {where}: {remedy}", prints=True) from error

@@ -15,6 +15,7 @@ from isotune.io.files import set_aside
 from isotune.io.reading import Unreadable
 from isotune.io.run_files import (
     ENVIRONMENT,
+    LOGS_DIR,
     RECIPE,
     STATUS,
     or_empty,
@@ -58,8 +59,8 @@ class RunDir:
             raise UserError(f"output_dir '{self.path}' cannot be written: no permission in {existing}")
         if is_first_process():  # the others may come after it has acquired the lease
             self.lease.check_available()
-        # names with a dot: files that an attempt was still writing when it was killed
-        if not self.path.is_dir() or all(path.name.startswith(".") for path in self.path.iterdir()):
+        # names with a dot: files that an attempt was still writing when it was killed; its log may be all that it left
+        if not self.path.is_dir() or all(p.name.startswith(".") or p.name == LOGS_DIR for p in self.path.iterdir()):
             return
         recorded = self.path / ENVIRONMENT
         if not recorded.is_file():

@@ -189,11 +189,13 @@ def classify(
     batch_tokens: int | None = None,
     batch_size: int | None = None,
     progress: bool = False,
+    fitting: FittingBatches | None = None,
 ) -> np.ndarray:
     """The logits of every document, float64 [documents, classes], the same on every rank; UserError for NaN or Inf.
 
     Documents are packed without padding into batches of up to `batch_tokens` tokens and `batch_size` documents; none
-    attends to another, so the batches change a logit by no more than the rounding of its matrix products.
+    attends to another, so the batches change a logit by no more than the rounding of its matrix products. `fitting`
+    remembers between calls which batches the device has memory for.
     """
     lengths, device = documents.lengths, classifier.device
     limit = batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
@@ -210,9 +212,9 @@ def classify(
         moved = {key: value.to(device) if torch.is_tensor(value) else value for key, value in inputs.items()}
         return classifier.model(**moved).logits.cpu().double().numpy()
 
-    own, fitting = ranks.share(costs), FittingBatches()
+    own, fitting = ranks.share(costs), fitting or FittingBatches()
     bar = tqdm(total=sum(len(batches[number]) for number in own), unit=" documents", disable=not progress)
-    with bar, fast_evaluation(classifier.model), memory_in_one_sentence(REMEDY):
+    with bar, fast_evaluation(classifier.model), memory_in_one_sentence(fitting, REMEDY):
         for number in own:
             for rows, logits in fitting.run(batches[number].tolist(), tokens, forward):
                 logits_of.update(zip(rows, logits, strict=True))

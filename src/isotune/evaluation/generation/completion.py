@@ -29,7 +29,7 @@ from isotune.models.fitting import FittingBatches, memory_in_one_sentence
 from isotune.models.log_control import quiet_libraries
 
 BATCH_SIZE = 16
-REMEDY = "shorter texts or max_new_tokens, a smaller --batch_size or 16-bit weights take less"
+REMEDY = "shorter texts, a smaller max_new_tokens or 16-bit weights take less"
 # A byte-level tokenizer without merges needs one token for each character of the header, and a few before it.
 HEADER_TOKENS = len(HUMAN_HEADER) + 6
 
@@ -87,12 +87,14 @@ def complete(
     turns: bool = True,
     ranks: Ranks | None = None,
     progress: bool = False,
+    fitting: FittingBatches | None = None,
 ) -> dict[int, Completion]:
     """The completion of each prompt, by its row; with `ranks` each process generates its share and gets them all.
 
     The prompts are the same on every rank; one that leaves the model no position is a UserError. `batch_size`, the
-    prompts of one forward, changes no completion. With `turns` a completion also ends where another turn begins, in
-    Guanaco's form, where no special token says so.
+    prompts of one forward, changes no completion; `fitting` remembers between calls which batches the device has memory
+    for. With `turns` a completion also ends where another turn begins, in Guanaco's form, where no special token says
+    so.
     """
     encoded = [prompt_tokens(lm, prompt.text, prompt.where) for prompt in prompts]
     # of similar lengths, the longest first; the same on every rank
@@ -109,8 +111,8 @@ def complete(
         rows = [prompts[i].row for i in batch]
         return complete_batch(lm, rows, [encoded[i] for i in batch], decoding, turns=turns)
 
-    fitting = FittingBatches(halves=not lm.is_sharded)
-    with quiet_libraries(), bar, without_base_rules(lm.model), memory_in_one_sentence(REMEDY):
+    fitting = fitting or FittingBatches(halves=not lm.is_sharded)
+    with quiet_libraries(), bar, without_base_rules(lm.model), memory_in_one_sentence(fitting, REMEDY):
         for batch in own_batches(lm, batches, costs, ranks):
             for part, generated in fitting.run(batch, tokens, generate):
                 completions |= zip((prompts[i].row for i in part), generated, strict=True)

@@ -20,7 +20,7 @@ from isotune.compat.torch import in_float64
 from isotune.data.documents import with_share
 from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.generation.base_rules import rules_of_base
-from isotune.evaluation.generation.completion import REMEDY, Decoding, Prompt, complete, own_batches
+from isotune.evaluation.generation.completion import Decoding, Prompt, complete, own_batches
 from isotune.evaluation.metrics.modules import MetricModule, score_modules, split_metrics, text_columns
 from isotune.evaluation.metrics.text import Likelihood, measure_likelihoods, measure_texts, signatures
 from isotune.evaluation.models import GenerationModel
@@ -134,7 +134,7 @@ def score_references(
     costs = [sum(lengths[i] for i in batch) for batch in batches]
     own: dict[int, Likelihood] = {}
     fitting = FittingBatches(halves=not lm.is_sharded)
-    with memory_in_one_sentence(REMEDY):
+    with memory_in_one_sentence(fitting, "shorter texts or 16-bit weights take less"):
         for batch in own_batches(lm, batches, costs, ranks):
             parts = fitting.run(
                 batch,

@@ -24,6 +24,7 @@ from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.generation.completion import Decoding, Prompt, complete
 from isotune.evaluation.models import Classifier, GenerationModel
 from isotune.io.errors import UserError
+from isotune.models.fitting import FittingBatches
 
 Line = dict[str, Any]
 LEFT_OUT = "left_out"  # the key of a line that says why its row has no prediction
@@ -83,7 +84,7 @@ class TextPredictor:
 
     def __init__(self, classifier: Classifier, *, batch_tokens: int | None = None, batch_size: int | None = None):
         self.classifier, self.settings = classifier, classifier.settings
-        self.batch_tokens, self.batch_size = batch_tokens, batch_size
+        self.batch_tokens, self.batch_size, self.fitting = batch_tokens, batch_size, FittingBatches()
         self.reader = TextReader(classifier)
         columns = {key: getattr(self.settings, key) for key in ("dataset_text_field", "dataset_text_pair_field")}
         self.columns = {key: column for key, column in columns.items() if column is not None}
@@ -131,7 +132,8 @@ class TextPredictor:
 
     def predict(self, prepared: Documents, ranks: Ranks) -> Part:
         """Classes and probabilities, labels with theirs, or numbers."""
-        logits = classify(self.classifier, prepared, ranks, batch_tokens=self.batch_tokens, batch_size=self.batch_size)
+        sizes: Any = {"batch_tokens": self.batch_tokens, "batch_size": self.batch_size}
+        logits = classify(self.classifier, prepared, ranks, **sizes, fitting=self.fitting)
         task_type, names = self.classifier.task_type, self.classifier.label_names
         lines = lines_of_outputs(task_type, outputs_of(task_type, logits), names, self.classifier.thresholds)
         return Part(lines, self._cut(prepared))
@@ -175,6 +177,7 @@ class AnswerPredictor:
         self, lm: GenerationModel, columns: Sequence[NamedColumns], decoding: Decoding, batch_size: int
     ) -> None:
         self.lm, self.columns, self.decoding, self.batch_size = lm, columns, decoding, batch_size
+        self.fitting = FittingBatches(halves=not lm.is_sharded)
 
     @property
     def part_rows(self) -> int:
@@ -213,7 +216,8 @@ class AnswerPredictor:
 
     def predict(self, prepared: Sequence[Prompt], ranks: Ranks) -> Part:
         """Each answer, its number of tokens, and whether the model ended it."""
-        done = complete(self.lm, prepared, self.decoding, batch_size=self.batch_size, ranks=ranks)
+        how: Any = {"batch_size": self.batch_size, "fitting": self.fitting}
+        done = complete(self.lm, prepared, self.decoding, ranks=ranks, **how)
         lines = []
         for prompt in prepared:
             one = done[prompt.row]

@@ -17,6 +17,7 @@ from isotune.evaluation.classification.sentences import TextReader, check_utf8
 from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.models import Classifier
 from isotune.io.errors import UserError
+from isotune.models.fitting import FittingBatches
 from isotune.serving.classification.attribution import integrated_gradients
 from isotune.serving.limits import BAD_REQUEST, Refused
 from isotune.serving.worker import Job
@@ -47,7 +48,7 @@ class ClassifierService:
         self.is_pair = classifier.settings.dataset_text_pair_field is not None
         device = classifier.device
         self.batch_tokens = BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
-        self._ranks = Ranks(0, 1, device)
+        self._ranks, self._fitting = Ranks(0, 1, device), FittingBatches()
 
     def prepare(self, texts: Sequence[str], others: Sequence[str] | None) -> Documents:
         """The documents of a request; Refused where this model reads pairs and these are texts, or the reverse."""
@@ -90,7 +91,9 @@ class ClassifierService:
 
     def outputs(self, documents: Documents) -> np.ndarray:
         """Probabilities, float64 [documents, classes or labels], or the numbers [documents] of a regression."""
-        return outputs_of(self.classifier.task_type, classify(self.classifier, documents, self._ranks))
+        return outputs_of(
+            self.classifier.task_type, classify(self.classifier, documents, self._ranks, fitting=self._fitting)
+        )
 
     def as_json(self, documents: Documents, outputs: np.ndarray) -> list[dict[str, Any]]:
         """What is answered for each document, with how many of its tokens were read where it was too long."""
