@@ -195,7 +195,7 @@ def test_a_norm_without_a_number_is_nan_and_scales_nothing(value):
     assert gradients[0].tolist() == [1e3, 1e3]
 
 
-@pytest.mark.parametrize("value", [2.0**-SCALE_BITS, 2.0**-20, 1.0, 3.7, math.nextafter(LARGEST, 0) / 2])
+@pytest.mark.parametrize("value", [2.0**-SCALE_BITS, (2**24 - 1) * 2.0**-SCALE_BITS, 2.0**-20, 1.0, 3.7, LARGEST / 2.5])
 def test_the_digits_of_a_square_add_up_to_it_and_each_has_32_bits(value: float):
     value = on_the_grid(torch.tensor([value]))
     digits = digit_sums([value])
@@ -219,11 +219,36 @@ def two_ranks():
 @pytest.mark.parametrize("exponent", [-SQUARE_BITS, -40, -8, 0, 24, 55, 80])
 def test_ranks_add_up_the_whole_sum_of_squares(two_ranks, exponent: int):
     """Sums of any size survive being cut into the words that ranks add; test_world_sizes.py has real ranks."""
-    digits = [2.0**exponent, 2.0**-SQUARE_BITS]
+    digits = [2.0**exponent, 0.0 if exponent == -SQUARE_BITS else 2.0**-SQUARE_BITS]
     alone = exact_norm(digits, torch.device("cpu"), add_ranks=False)
     assert alone == math.sqrt(Fraction(digits[0]) + Fraction(digits[1])) > 0
     assert exact_norm(digits, torch.device("cpu"), add_ranks=True) == alone
     assert math.isnan(exact_norm([1.0, math.nan], torch.device("cpu"), add_ranks=True))
+
+
+def test_ranks_add_what_each_of_them_has_and_nothing_where_all_have_everything(two_ranks, monkeypatch):
+    """The other rank is one that has the same: a sum over the ranks is twice what this one gives."""
+    asked: list[torch.Tensor] = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: asked.append(tensor.mul_(2)))
+    model = one_parameter(3)
+    exact = ExactGradients(model)
+    add(model, torch.tensor([1.0, -2.0, 0.5]))
+    assert exact.add_ranks().tolist() == [2 * 2.0]
+    assert exact.gradients()[0].tolist() == [[2.0, -4.0, 1.0]] and len(asked) == 2
+    model.weight.grad = None
+    exact.shards = True  # an engine has added them up already
+    add(model, torch.tensor([1.0, -2.0, 0.5]))
+    exact.add_ranks()
+    assert exact.gradients()[0].tolist() == [[1.0, -2.0, 0.5]] and len(asked) == 3
+    assert exact_norm([4.0], torch.device("cpu"), add_ranks=False) == 2.0 and len(asked) == 3
+    assert exact_norm([4.0], torch.device("cpu"), add_ranks=True) == math.sqrt(8.0) and len(asked) == 4
+
+
+@pytest.mark.parametrize("max_norm", [5.0, 5.1, 7.5, 9.9])
+def test_a_gradient_below_the_bound_is_left_as_it_is(max_norm: float):
+    gradient = torch.tensor([3.0, 4.0])
+    assert clip_exactly([gradient], max_norm + 1e-5, add_ranks=False) == 5.0
+    assert gradient.tolist() == [3.0, 4.0]
 
 
 def test_nothing_has_the_norm_zero():

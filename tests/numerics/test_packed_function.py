@@ -181,6 +181,9 @@ def test_positions_that_restart_need_bounds_and_a_mask_or_one_token_does_not():
     restarted = torch.tensor([[*range(9), *range(10)]])
     with pytest.raises(AssertionError, match="positions restart"):
         packed_attention(attention_module(True), *tensors(), None, position_ids=restarted)
+    back_by_one = torch.tensor([[0, 1, 2, 1, 2, 3, *range(3, 16)]])
+    with pytest.raises(AssertionError, match="positions restart"):
+        packed_attention(attention_module(True), *tensors(), None, position_ids=back_by_one)
     for one_document in (torch.full((1, 19), 7), torch.arange(19)[None]):
         packed_attention(attention_module(True), *tensors(), None, position_ids=one_document)
     mask = torch.ones(1, 1, 19, 19, dtype=torch.bool).tril()
