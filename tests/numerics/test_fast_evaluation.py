@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from isotune.models.classifier import fast_evaluation, install_classification
 from isotune.models.cpu.cls_only import BLOCKS
-from isotune.models.cpu.functional import onednn_products
+from isotune.models.cpu.functional import Workspace, onednn_products
 
 LENGTHS = (1, 40, 3, 90, 17)
 TARGETS = r".*\.(query|value|q_lin|v_lin|lin1)"
@@ -111,3 +111,35 @@ def test_a_product_is_that_of_float64_however_it_lies_in_memory(transposed):
         half = functional.linear(x.bfloat16(), weight.bfloat16())
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
     assert empty.shape == (0, 2, 48) and half.dtype == torch.bfloat16
+
+
+def test_a_workspace_is_the_same_memory_for_tensors_of_one_type_that_fit_into_it():
+    space = Workspace()
+    first = space.empty((4, 6), torch.float32)
+    assert (first.shape, first.dtype) == ((4, 6), torch.float32)
+    for shape in ((4, 6), (2, 3), (24,), (3, 8)):
+        again = space.empty(shape, torch.float32)
+        assert again.shape == shape and again.data_ptr() == first.data_ptr()
+    larger = space.empty((5, 5), torch.float32)
+    assert larger.shape == (5, 5) and space.buffer.numel() == 25
+    other = space.empty((2, 2), torch.int64)
+    assert (other.shape, other.dtype) == ((2, 2), torch.int64)
+    assert space.empty((2, 2), torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8), (0, 8), (8,)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_that_onednn_does_not_take_are_torchs_own(dtype: torch.dtype, shape: tuple[int, ...], bias: bool):
+    draw = torch.Generator().manual_seed(1)
+    rows, weight = torch.randn(shape, generator=draw).to(dtype), torch.randn(6, 8, generator=draw).to(dtype)
+    offset = torch.randn(6, generator=draw).to(dtype) if bias else None
+    weights = (weight, torch.nn.Parameter(weight), weight.t().contiguous().t())
+    cases: list[tuple] = [(rows, one, offset) for one in weights]
+    cases += [] if bias else [(rows, weight[0].contiguous(), None)]  # a weight of one output has one axis
+    for given in cases:
+        expected = torch.nn.functional.linear(*given)
+        with torch.no_grad(), onednn_products():
+            found = torch.nn.functional.linear(*given)
+        assert found.dtype == dtype and found.shape == expected.shape
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
