@@ -15,7 +15,7 @@ from isotune.evaluation.generation.completion import Decoding, Prompt, complete
 from isotune.evaluation.generation.evaluate import Reference, score_references
 from isotune.evaluation.models import Classifier, generation_model_named, load_run_classifier
 from isotune.io.errors import RankError, UserError
-from isotune.models.fitting import FittingBatches
+from isotune.models.layouts.fitting import FittingBatches
 from isotune.training.from_recipe import save
 
 LIMIT = 300

@@ -41,7 +41,7 @@ from isotune.models.causal import CausalForm, install_causal
 from isotune.models.class_loss import PROBLEM_TYPES, ClassLoss, DocumentLoss, LabelLoss, choose_weights, loss_of
 from isotune.models.classifier import fit_tokenizer, install_classification, takes_token_types
 from isotune.models.cpu.layers import enable_speedups
-from isotune.models.fitting import release_memory
+from isotune.models.layouts.fitting import release_memory
 from isotune.models.layouts.layout import ALONE, PADDED
 from isotune.models.opening import is_made_here, load_base_model, load_config, load_tokenizer
 from isotune.models.packed_attention import PACKED

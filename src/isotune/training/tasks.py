@@ -21,7 +21,7 @@ from isotune.data.classification.thresholds import THRESHOLD, Thresholds
 from isotune.data.documents import Documents
 from isotune.distributed.ranks import Watchdog, gather_by_number, gather_vectors, ordered_sum
 from isotune.models.class_loss import DocumentLoss
-from isotune.models.fitting import FittingBatches
+from isotune.models.layouts.fitting import FittingBatches
 from isotune.models.packed_attention import PACKED
 from isotune.training.label_kinds import KINDS, LabelKind, ManyLabels
 from isotune.training.router_loss import RouterLoss

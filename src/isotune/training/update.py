@@ -23,7 +23,7 @@ from isotune.distributed.ranks import Watchdog, add_vectors, least_of_ranks, ord
 from isotune.models.cuda.casts import kept_casts
 from isotune.models.document_dropout import training_microbatch
 from isotune.models.document_keys import MicrobatchDocuments
-from isotune.models.fitting import is_out_of_memory, release_memory
+from isotune.models.layouts.fitting import is_out_of_memory, release_memory
 from isotune.run.preemption import stop_request
 from isotune.training.checkpointer import Checkpointer
 from isotune.training.failures.nonfinite import NonFinitePolicy

@@ -35,7 +35,7 @@ from isotune.evaluation.tasks import ClassificationTask
 from isotune.io.errors import UserError
 from isotune.io.files import replace_file
 from isotune.models.classifier import fast_evaluation
-from isotune.models.fitting import FittingBatches, memory_in_one_sentence
+from isotune.models.layouts.fitting import FittingBatches, memory_in_one_sentence
 from isotune.models.packed_attention import max_positions
 
 # tokens of one forward: more exceed a CPU's caches, and fewer leave a GPU idle

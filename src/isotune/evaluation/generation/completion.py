@@ -25,7 +25,7 @@ from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.generation.base_rules import without_base_rules
 from isotune.evaluation.models import GenerationModel
 from isotune.io.errors import UserError
-from isotune.models.fitting import FittingBatches, memory_in_one_sentence
+from isotune.models.layouts.fitting import FittingBatches, memory_in_one_sentence
 from isotune.models.log_control import quiet_libraries
 
 BATCH_SIZE = 16

@@ -29,7 +29,7 @@ from isotune.evaluation.statistics.resampling import Scores, score
 from isotune.evaluation.tasks import EvalSample, EvalSamples, GenerationTask
 from isotune.io.errors import UserError
 from isotune.io.files import replace_file
-from isotune.models.fitting import FittingBatches, memory_in_one_sentence
+from isotune.models.layouts.fitting import FittingBatches, memory_in_one_sentence
 
 EXAMPLES = "examples.md"
 SHOWN_ON_TERMINAL, SHOWN_IN_FILE = 3, 50

@@ -24,7 +24,7 @@ from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.generation.completion import Decoding, Prompt, complete
 from isotune.evaluation.models import Classifier, GenerationModel
 from isotune.io.errors import UserError
-from isotune.models.fitting import FittingBatches
+from isotune.models.layouts.fitting import FittingBatches
 
 Line = dict[str, Any]
 LEFT_OUT = "left_out"  # the key of a line that says why its row has no prediction

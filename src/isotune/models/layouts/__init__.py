@@ -1,1 +1,1 @@
-"""How a classifier of transformers is given the documents of a microbatch, and which parts of it are its head."""
+"""How a model is given the documents of a microbatch, which parts of it are its head, and which batches fit."""

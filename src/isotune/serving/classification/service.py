@@ -17,7 +17,7 @@ from isotune.evaluation.classification.sentences import TextReader, check_utf8
 from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.models import Classifier
 from isotune.io.errors import UserError
-from isotune.models.fitting import FittingBatches
+from isotune.models.layouts.fitting import FittingBatches
 from isotune.serving.classification.attribution import integrated_gradients
 from isotune.serving.limits import BAD_REQUEST, Refused
 from isotune.serving.worker import Job

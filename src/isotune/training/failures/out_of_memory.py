@@ -20,7 +20,7 @@ from tqdm import tqdm
 from isotune.data.batch_schedule import StepSchedule
 from isotune.distributed.ranks import tell_ranks, told_by_ranks
 from isotune.io.errors import RankError, UserError
-from isotune.models.fitting import FittingBatches, is_out_of_memory, release_memory
+from isotune.models.layouts.fitting import FittingBatches, is_out_of_memory, release_memory
 
 if TYPE_CHECKING:
     from isotune.training.training_plan import StepLoader
