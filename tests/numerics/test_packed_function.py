@@ -112,7 +112,9 @@ def test_every_path_gives_what_loops_over_documents_heads_and_tokens_give(name: 
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("name", ["scaled", "in a window", "capped", "with sinks"])
+@pytest.mark.parametrize(
+    "name", ["scaled", "in a window", "in a window as long as the longest document", "capped", "with sinks"]
+)
 def test_without_bounds_the_row_is_one_document(name: str, is_causal: bool):
     given, how = HOW[name]
     whole = [0, BOUNDS[-1]]
@@ -280,7 +282,7 @@ def test_a_device_is_not_waited_for_where_the_documents_are_known():
     """A tensor of the device `meta` has no numbers that could be read."""
     elsewhere = torch.empty(4, dtype=torch.int32, device="meta")
     with known_documents(MicrobatchDocuments([7, 8, 9], [3, 0, 2])):
-        assert lengths_of(elsewhere) == [3, 0, 2]
+        assert lengths_of(elsewhere) == [3, 0, 2] and module._on_host(elsewhere) == [0, 3, 3, 5]
         assert lengths_of(torch.tensor([0, 1, 5], dtype=torch.int32)) == [1, 4], "those of the host are read"
     with pytest.raises(NotImplementedError):
         lengths_of(elsewhere)
