@@ -1,6 +1,9 @@
-"""A checkpoint that an earlier version wrote goes on as that version would have gone on, to the same bits."""
+"""A checkpoint that an earlier version wrote goes on as that version would have gone on, to rounding.
 
-import hashlib
+It was to the bit until the rows of a step were shared out by cost: they share other microbatches since then, whose sums
+round otherwise.
+"""
+
 import json
 import math
 from pathlib import Path
@@ -28,16 +31,8 @@ def processor() -> dict[str, str]:
     }
 
 
-def digest(tensors: dict[str, torch.Tensor]) -> str:
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        total.update(name.encode())
-        total.update(tensors[name].contiguous().numpy().tobytes())
-    return total.hexdigest()
-
-
 @pytest.mark.parametrize("kind", SCRIPTS)
-def test_a_checkpoint_of_an_earlier_version_goes_on_to_the_same_bits(kind: str, tmp_path: Path) -> None:
+def test_a_checkpoint_of_an_earlier_version_goes_on_to_the_same_figures(kind: str, tmp_path: Path) -> None:
     expected = json.loads((REPOSITORY / EARLIER / "expected.json").read_text())
     recipe: dict[str, Any] = yaml.safe_load((REPOSITORY / EARLIER / kind / "recipe.yaml").read_text())
     checkpoint = EARLIER / kind / "step-00000003"
@@ -46,11 +41,8 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_to_the_same_bits(kind: str, 
     wanted = expected[kind]
     found = [{key: line[key] for key in want} for want, line in zip(wanted["lines"], done.lines[-5:], strict=True)]
     tensors = load_file(next((done.run / "model").glob("*.safetensors")))
-    if processor() == expected["processor"]:
-        assert found == wanted["lines"]
-        assert digest(tensors) == wanted["sha256"]
-    else:  # another processor rounds otherwise
-        for got, want in zip(found, wanted["lines"], strict=True):
-            assert got == pytest.approx(want, rel=1e-5)
-        norm = math.sqrt(sum(float(tensor.double().pow(2).sum()) for tensor in tensors.values()))
-        assert norm == pytest.approx(wanted["norm"], rel=1e-5)
+    tolerance = 1e-6 if processor() == expected["processor"] else 1e-5  # another processor rounds otherwise
+    for got, want in zip(found, wanted["lines"], strict=True):
+        assert got == pytest.approx(want, rel=tolerance)
+    norm = math.sqrt(sum(float(tensor.double().pow(2).sum()) for tensor in tensors.values()))
+    assert norm == pytest.approx(wanted["norm"], rel=tolerance)
