@@ -38,7 +38,7 @@ def run(metronome: Metronome, side: str, mode: str, given: Namespace, scratch: s
         first, documents = trainer.plan.schedule.step(0), data.train.documents
         model: Any = trainer.model_wrapped
         model.eval()
-        passes: list[Any] = [collate(documents, microbatch) for microbatch in first.microbatches]
+        passes: list[Any] = [collate(documents, microbatch.documents) for microbatch in first.microbatches]
         loss = sum(float(model(**send_to_device(one, trainer.args.device), use_cache=False).loss) for one in passes)
         tokens = int(documents.lengths[shared.mixed].sum())
         return facts_of_training(loss / DOCUMENTS_PER_STEP, len(shared.mixed), tokens, tokens, 0.0)

@@ -7,12 +7,12 @@ import torch
 from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 
-from isotune.data.batch_schedule import Microbatch, collate
+from isotune.data.batch_schedule import collate
 from isotune.data.documents import Documents, RunData
 from isotune.distributed.launch import start_process
 from isotune.run.run_dir import RunDir
 from isotune.training.from_recipe import Start, build_model, build_trainer
-from sft_sides.material import ROW_TOKENS, facts_of_training, geometry, rows_of_a_round, shipped_recipe
+from sft_sides.material import facts_of_training, geometry, rows_of_a_round, shipped_recipe
 from sft_sides.process import Metronome
 
 
@@ -32,7 +32,7 @@ def hold(trainer: Any, metronome: Metronome, documents: Documents, alone: int, g
 
     @torch.no_grad()
     def facts() -> dict[str, Any]:
-        one = collate(documents, Microbatch(0, (alone,), ROW_TOKENS, 0, 0.0))
+        one = collate(documents, (alone,))
         inputs = send_to_device(one, trainer.args.device)
         model: Any = trainer.model_wrapped
         loss = model.eval()(**inputs, use_cache=False).loss.item() / len(one["targets"])

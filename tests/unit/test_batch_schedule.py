@@ -296,7 +296,7 @@ def test_an_epoch_with_texts_of_its_own_has_its_own_rows():
 )
 def test_labels_are_the_targets_of_their_documents(labels, dtype):
     documents = replace(made_documents([3, 2, 4]), targets=labels)
-    inputs = collate(documents, Microbatch(0, (2, 0), 7, 2, 7.0))
+    inputs = collate(documents, (2, 0))
     assert inputs["targets"].dtype == dtype
     assert inputs["targets"].tolist() == labels[[2, 0]].tolist()
     assert "supervised_positions" not in inputs
@@ -324,7 +324,7 @@ class Gpu:
 def test_inputs_come_to_a_device_as_they_are_and_to_a_gpu_by_one_copy(kind, monkeypatch):
     documents = made_documents([3, 2, 4])
     numbers = replace(documents, targets=np.array([0.1, -2.5, float("inf")], np.float32))
-    several = [collate(which, Microbatch(0, (2, 0, 1), 9, 3, 9.0)) for which in (documents, numbers)]
+    several = [collate(which, (2, 0, 1)) for which in (documents, numbers)]
     device = torch.device("cpu") if kind == "cpu" else Gpu(kind, monkeypatch)
     for moved in (to_device_together(several, device), [to_device(inputs, device) for inputs in several]):
         for before, after in zip(several, moved, strict=True):
@@ -362,7 +362,7 @@ def test_collated_targets_are_predicted_from_the_token_before_them(lengths):
         .step(0)
         .microbatches[0]
     )
-    inputs = collate(documents, microbatch)
+    inputs = collate(documents, microbatch.documents)
     position, expected = 0, []
     for d in microbatch.documents:  # token by token
         a, b = documents.starts[d], documents.starts[d + 1]

@@ -127,7 +127,7 @@ def test_a_step_is_documents_and_its_passes_hold_each_once_with_its_label(write)
         step = plan.step(number)
         assert step.supervised_tokens == step.documents == (5 if number < 4 else 3)
         for microbatch in step.microbatches:
-            inputs = collate(prepared.documents, microbatch)
+            inputs = collate(prepared.documents, microbatch.documents)
             assert inputs["input_ids"].shape[1] <= 18
             assert inputs["targets"].tolist() == [n % 3 for n in microbatch.documents]
             starts = inputs["cu_seq_lens_q"][:-1].long()

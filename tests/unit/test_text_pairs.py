@@ -9,7 +9,7 @@ from tests.unit.test_labelled import word_tokenizer
 from tokenizers import processors
 
 from isotune.config import ClassificationRecipe
-from isotune.data.batch_schedule import Microbatch, collate
+from isotune.data.batch_schedule import collate
 from isotune.data.classification.split import prepare_labelled
 from isotune.data.datasets import documents_of
 from isotune.data.documents import FIRST_TYPE
@@ -28,7 +28,7 @@ def test_tokens_types_and_cuts_are_the_tokenizers_own(kind, room):
     documents = TextEncoder(tokenizer).encode_pairs(firsts, seconds, room, "head")
     own = tokenizer(list(firsts), list(seconds), truncation="longest_first", max_length=room)
     rows = tuple(range(len(PAIRS)))
-    inputs = collate(documents, Microbatch(0, rows, len(documents.input_ids), len(rows), 0.0))
+    inputs = collate(documents, rows)
     assert inputs["input_ids"][0].tolist() == [token for ids in own["input_ids"] for token in ids]
     assert documents.lengths.tolist() == list(map(len, own["input_ids"]))
     assert ("token_type_ids" in inputs) == (kind == "bert") == ("token_type_ids" in own)
@@ -129,7 +129,7 @@ def test_a_pair_is_held_out_as_a_whole_and_token_types_follow_their_document(pre
     both = [*data.train.texts(), *data.evaluation.texts()]
     assert sorted(both) == [f"first text {n} ||| second text {n}" for n in range(6)]
     documents = data.evaluation.documents
-    inputs = collate(documents, Microbatch(0, tuple(range(len(documents))), 0, 0, 0.0))
+    inputs = collate(documents, range(len(documents)))
     types = np.split(inputs["token_type_ids"][0].numpy(), documents.starts[1:-1])
     assert all(of[0] == 0 and of[-1] == 1 and np.diff(of).min() >= 0 for of in types)
 
@@ -139,7 +139,7 @@ def test_a_tokenised_dataset_keeps_its_token_types_without_padding_and_others_th
     two = {"input_ids": [5, 6, 0, 0, 0], "token_type_ids": [0, 1, 0, 0, 0], "attention_mask": [1, 1, 0, 0, 0]}
     rows = [one, two]
     documents, _, _ = documents_of([{**row, "label": 1} for row in rows], causal=False)
-    inputs = collate(documents, Microbatch(0, (1, 0), 6, 2, 0.0))
+    inputs = collate(documents, (1, 0))
     assert inputs["token_type_ids"].tolist() == [[0, 1, 0, 0, 1, 1]]
     for types in ([0, 1, 0, 1, 0], [0, 2, 2, 2, 0]):
         with pytest.raises(UserError, match="token_type_ids are 0 for the first text"):

@@ -226,19 +226,19 @@ class PackedInputs(TypedDict):
     token_type_ids: NotRequired[torch.Tensor]  # int64 [1, tokens]; 0 in the first text of a pair, 1 in the second
 
 
-def collate(documents: Documents, microbatch: Microbatch) -> PackedInputs:
-    """Lay the documents of a microbatch end to end, with their targets.
+def collate(documents: Documents, numbers: Sequence[int]) -> PackedInputs:
+    """Lay the documents of these numbers end to end, with their targets.
 
     The token at position p is predicted from position p - 1, so `supervised_positions` are the places before the
     supervised tokens. A document's first token is never supervised, hence no position reaches into a neighbour.
     """
-    numbers = np.array(microbatch.documents)
-    starts, tokens = documents.locate(numbers)
+    chosen = np.array(numbers)
+    starts, tokens = documents.locate(chosen)
     lengths = np.diff(starts)
     input_ids = torch.tensor(documents.input_ids[tokens], dtype=torch.int64)
     bounds = torch.tensor(starts, dtype=torch.int32)
     if documents.has_labels:
-        own = np.asarray(documents.labels[numbers])
+        own = np.asarray(documents.labels[chosen])
         targets = torch.tensor(own, dtype=torch.int64 if own.dtype.kind == "i" else torch.float32)
         supervised = None
     else:
@@ -256,7 +256,7 @@ def collate(documents: Documents, microbatch: Microbatch) -> PackedInputs:
         inputs["supervised_positions"] = supervised - 1
         inputs["position_ids"] = torch.tensor(np.arange(len(tokens)) - np.repeat(starts[:-1], lengths))[None]
     if FIRST_TYPE in documents.columns:
-        first = np.repeat(starts[:-1] + documents.columns[FIRST_TYPE][numbers], lengths)
+        first = np.repeat(starts[:-1] + documents.columns[FIRST_TYPE][chosen], lengths)
         inputs["token_type_ids"] = torch.tensor(np.arange(len(tokens)) >= first, dtype=torch.int64)[None]
     return inputs
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from isotune.compat.torch import clone_default_store
-from isotune.io.errors import OneSentence, RankError, RankFault, end_process
+from isotune.io.errors import OfOneRank, OneSentence, RankError, RankFault, end_process
 
 T = TypeVar("T")
 _CHECKS_PER_TIMEOUT = 10
@@ -99,7 +99,7 @@ def ordered_sum(values: list[float]) -> float:
     return math.fsum(values) if all(math.isfinite(v) for v in values) else sum(values)
 
 
-def tell_ranks(error: RankError | RankFault) -> bool:
+def tell_ranks(error: OfOneRank) -> bool:
     """Leave the others the error of this rank, which ends alone; whether it is the first of the launch to do so."""
     if not several_ranks():
         return True
@@ -113,7 +113,7 @@ def tell_ranks(error: RankError | RankFault) -> bool:
     return first
 
 
-def told_by_ranks() -> RankError | RankFault | None:
+def told_by_ranks() -> OfOneRank | None:
     """What another rank has told before it ended, for the rank whose communication breaks; None where none has."""
     if not several_ranks():
         return None

@@ -101,24 +101,24 @@ class OneSentenceParser(argparse.ArgumentParser):
         return parsed, rest
 
 
-class RankError(UserError):
-    """What one rank ran into alone, so that it prints it itself, or what it was told by such a rank."""
+class OfOneRank(OneSentence):
+    """What one rank ran into alone, and prints itself, or what it was told by the rank that failed first."""
 
     def __init__(self, sentence: str, *, prints: bool) -> None:
         super().__init__(sentence)
         self.prints = prints
+
+
+class RankError(OfOneRank, UserError):
+    """A mistake that the user can correct, and that one rank alone ran into."""
 
 
 class RunFault(OneSentence):
     """The run cannot go on, and no input is at fault: one sentence that says what was observed."""
 
 
-class RankFault(RunFault):
-    """What one rank ran into, or what it was told by the rank that failed first, which alone prints it."""
-
-    def __init__(self, sentence: str, *, prints: bool) -> None:
-        super().__init__(sentence)
-        self.prints = prints
+class RankFault(OfOneRank, RunFault):
+    """What one rank ran into, and no input is at fault."""
 
 
 class Superseded(RunFault):
@@ -179,7 +179,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     except (UserError, RunFault, Preempted) as error:
         word, status = outcome_of(error)
         write_job_status(status=word, exit_status=status, message=str(error))
-        if error.prints if isinstance(error, RankError | RankFault) else is_local_main:
+        if error.prints if isinstance(error, OfOneRank) else is_local_main:
             print(error if status == EXIT_PREEMPTED else f"error: {error}", file=sys.stderr, flush=True)
         if status == EXIT_PREEMPTED and os.environ.get(JOB_STATUS_FILE) and "LOCAL_RANK" in os.environ:
             # A launcher answers 75 with a page of tracebacks on every node, and srun then ends the other nodes.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 from isotune.distributed.ranks import tell_ranks, told_by_ranks
-from isotune.io.errors import OneSentence, RankError, RankFault, as_user_error, first_line
+from isotune.io.errors import OfOneRank, OneSentence, RankFault, as_user_error, first_line
 from isotune.io.run_files import LOGS_DIR
 
 LOGGERS = ("accelerate", "datasets", "DeepSpeed", "peft", "torch", "transformers", "trl")
@@ -82,7 +82,7 @@ def _opened(file: Path) -> TextIO | None:
         return None
 
 
-def _fault(error: Exception, rank: int, file: Path) -> RankError | RankFault:
+def _fault(error: Exception, rank: int, file: Path) -> OfOneRank:
     """What the launch says of it: the first rank that failed tells the others."""
     line = first_line(error)
     what = f"failed with {type(error).__name__}: {line}"

@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -44,9 +44,8 @@ class EvaluationRun:
         """Each microbatch of this rank with what the model returns for it, in evaluation mode.
 
         Without `targets` that is the logits of every token or document, and no loss. A microbatch that the device has
-        no memory for may come in parts of one number.
-
-        A microbatch of weight 0 keeps a rank in step with the others: its outputs count nowhere.
+        no memory for may come in parts, which have its number. One of weight 0 keeps a rank in step with the others:
+        its outputs count nowhere.
         """
         was_training = self.model.training
         self.model.eval()
@@ -54,21 +53,18 @@ class EvaluationRun:
         model = self.accelerator.unwrap_model(self.model) if self.fitting.halves else self.model
         lengths = self.documents.lengths
 
-        def forward(part: Microbatch) -> Any:
-            inputs: Any = to_device(collate(self.documents, part), self.accelerator.device)
+        def tokens(documents: Sequence[int]) -> int:
+            return int(lengths[list(documents)].sum())
+
+        def forward(documents: Sequence[int]) -> Any:
+            inputs: Any = to_device(collate(self.documents, documents), self.accelerator.device)
             if not targets:
                 inputs = {name: v for name, v in inputs.items() if name not in ("targets", "supervised_positions")}
             return model(**inputs, use_cache=False)
 
         for microbatch in assign_to_ranks(self.step, self.accelerator.num_processes)[self.accelerator.process_index]:
-            of = partial(replace, microbatch)
-            parts = self.fitting.run(
-                microbatch.documents,
-                lambda documents: int(lengths[list(documents)].sum()),
-                lambda documents, of=of: forward(of(documents=documents)),
-            )
-            for documents, outputs in parts:
-                yield of(documents=documents), outputs
+            for documents, outputs in self.fitting.run(microbatch.documents, tokens, forward):
+                yield replace(microbatch, documents=documents), outputs
                 self.watchdog.progress(f"the evaluation after step {self.global_step}")
         self.model.train(was_training)
         reshard(self.model)

@@ -87,5 +87,5 @@ class StepLoader:
             "number": of.number,
             "weight": of.weight,
             "documents": of.documents,
-            "inputs": collate(self.documents, of),
+            "inputs": collate(self.documents, of.documents),
         }

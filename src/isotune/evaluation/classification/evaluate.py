@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from isotune.config.recipes import AUTO
 from isotune.config.task_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
-from isotune.data.batch_schedule import Microbatch, collate, microbatch_cost
+from isotune.data.batch_schedule import collate, microbatch_cost
 from isotune.data.classification.classes import NameIndex, listed
 from isotune.data.classification.predictions import prediction_lines
 from isotune.data.classification.preparation import LabelledSplit, tokenize
@@ -207,7 +207,7 @@ def classify(
         return int(lengths[list(rows)].sum())
 
     def forward(rows: Sequence[int]) -> np.ndarray:
-        inputs: Any = collate(documents, Microbatch(0, tuple(rows), tokens(rows), len(rows), 0.0))
+        inputs: Any = collate(documents, rows)
         del inputs["targets"]
         moved = {key: value.to(device) if torch.is_tensor(value) else value for key, value in inputs.items()}
         return classifier.model(**moved).logits.cpu().double().numpy()

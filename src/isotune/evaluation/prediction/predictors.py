@@ -132,8 +132,14 @@ class TextPredictor:
 
     def predict(self, prepared: Documents, ranks: Ranks) -> Part:
         """Classes and probabilities, labels with theirs, or numbers."""
-        sizes: Any = {"batch_tokens": self.batch_tokens, "batch_size": self.batch_size}
-        logits = classify(self.classifier, prepared, ranks, **sizes, fitting=self.fitting)
+        logits = classify(
+            self.classifier,
+            prepared,
+            ranks,
+            batch_tokens=self.batch_tokens,
+            batch_size=self.batch_size,
+            fitting=self.fitting,
+        )
         task_type, names = self.classifier.task_type, self.classifier.label_names
         lines = lines_of_outputs(task_type, outputs_of(task_type, logits), names, self.classifier.thresholds)
         return Part(lines, self._cut(prepared))
@@ -216,8 +222,7 @@ class AnswerPredictor:
 
     def predict(self, prepared: Sequence[Prompt], ranks: Ranks) -> Part:
         """Each answer, its number of tokens, and whether the model ended it."""
-        how: Any = {"batch_size": self.batch_size, "fitting": self.fitting}
-        done = complete(self.lm, prepared, self.decoding, ranks=ranks, **how)
+        done = complete(self.lm, prepared, self.decoding, batch_size=self.batch_size, ranks=ranks, fitting=self.fitting)
         lines = []
         for prompt in prepared:
             one = done[prompt.row]

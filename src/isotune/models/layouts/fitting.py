@@ -57,34 +57,26 @@ class FittingBatches:
         while waiting:
             part = waiting.pop()
             if len(part) < 2 or tokens(part) <= self.largest_tokens:
-                found = self._try(part, tokens, forward)
-                if found:
-                    yield part, found[0]
+                try:
+                    found = forward(part)
+                except RuntimeError as error:
+                    if not is_out_of_memory(error) or not self.halves or len(part) < 2:
+                        raise
+                else:
+                    yield part, found
                     continue
+                self._shrink(tokens(part))
                 release_memory()  # here, where the error no longer refers to what the forward had made
             middle = -(-len(part) // 2)
             waiting += [part[middle:], part[:middle]]
 
-    def _try(
-        self,
-        part: Sequence[Item],
-        tokens: Callable[[Sequence[Item]], int],
-        forward: Callable[[Sequence[Item]], Found],
-    ) -> list[Found]:
-        """What `forward` returns, as the only one of a list; an empty list where smaller parts are to be tried."""
-        try:
-            return [forward(part)]
-        except RuntimeError as error:
-            if not is_out_of_memory(error) or not self.halves or len(part) < 2:
-                raise
-        size = tokens(part)
+    def _shrink(self, size: int) -> None:
         self.largest_tokens = size // 2
         tqdm.write(
             f"memory      a batch of {size:,} tokens ran out of memory: batches have {size // 2:,} at most from here "
             "on, which changes rounding only",
             file=sys.stderr,
         )
-        return []
 
 
 @contextlib.contextmanager

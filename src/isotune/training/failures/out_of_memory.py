@@ -4,7 +4,7 @@ Which rows share a microbatch changes rounding only. So where `microbatch_tokens
 needs another before the sum of gradients (plain and DDP), the size is halved on all ranks and the update is repeated,
 with the same dropout masks: they belong to documents. Before the first step of a run on a GPU its costliest microbatch
 is tried. A size that the user gave is kept, and an engine that communicates within a microbatch cannot repeat one.
-There an evaluation's microbatch that does not fit is run in halves, which leaves the size for training as it is.
+Where the size may be halved, an evaluation's microbatch that does not fit is run in halves, and training keeps its own.
 """
 
 import contextlib
