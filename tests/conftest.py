@@ -17,10 +17,16 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = Path(os.environ.get("ISOTUNE_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
 
 
+def pytest_configure() -> None:
+    """No collection of garbage while tests are collected: a million objects come, which stay."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """Pass over the objects of the imported libraries in every later collection: a training run makes several."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

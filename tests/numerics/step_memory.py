@@ -47,7 +47,7 @@ def measure(values: dict[str, Any]) -> dict[str, int]:
         def step_is_over(*rest: Any, **more: Any) -> None:
             if trainer.state.global_step == MEASURED_STEP and "rise" not in found:  # it is called once more at the end
                 seen.stop()
-                found["rise"] = _rise(seen)
+                found["rise"] = rise_of(seen)
             type(trainer)._maybe_log_save_evaluate(trainer, *rest, **more)
 
         trainer.training_step = training_step
@@ -61,7 +61,8 @@ def measure(values: dict[str, Any]) -> dict[str, int]:
     return found
 
 
-def _rise(seen: profile) -> int:
+def rise_of(seen: profile) -> int:
+    """The bytes by which a profile with `profile_memory` rose at most above what was there when it began."""
     events: list[Any] = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.building import OPT_350M, small_encoder, small_opt
 from tests.launching import TINY, TINY_CLASSIFIER, run_command, write_recipe
-from tests.numerics.step_memory import measure
+from tests.numerics.step_memory import measure, rise_of
+from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, OPTConfig
 
+from isotune.models.cpu.functional import Workspace
 from isotune.preflight.preflight_report import run_preflight
 from isotune.preflight.request import read_preflight_request
 
@@ -74,6 +77,14 @@ def of_geometry(name: str, folder: Path, data: Path, tune: str, length: int, che
         return recipe | {"microbatch_tokens": tokens, "global_batch_size": 4 * PASSES * tokens // length}
     recipe |= {"dataset_name": str(data / "guanaco"), "tokenizer_name_or_path": str(data / "tokenizers" / "opt")}
     return recipe | {"global_batch_size": PASSES, "microbatch_tokens": length, "sample_prompt": ""}
+
+
+def test_a_workspace_that_grows_never_holds_both_blocks():
+    workspace = Workspace()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        workspace.empty([1000], torch.float32)
+        workspace.empty([3000], torch.float32)
+    assert rise_of(seen) == 3000 * 4
 
 
 @pytest.mark.slow

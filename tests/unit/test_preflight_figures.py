@@ -103,14 +103,14 @@ def test_shares_shrink_with_processes_and_what_is_sent_follows_the_rings():
 
 def test_what_does_not_fit_is_told_with_changes_that_do():
     many = {"tune": "full", "bf16": True, "dataset_name": "builtin:greetings", "global_batch_size": 16}
-    roomy = plan(**many, microbatch_tokens=2048, limit=10**12)
+    roomy = plan(**many, microbatch_tokens=512, limit=10**12)
     assert roomy.fits and not roomy.suggestions
-    limit = plan(**many, microbatch_tokens=512, limit=10**12).memory.total
+    limit = plan(**many, microbatch_tokens=128, limit=10**12).memory.total
     assert limit < roomy.memory.total
-    tight = plan(**many, microbatch_tokens=2048, limit=limit)
+    tight = plan(**many, microbatch_tokens=512, limit=limit)
     assert tight.fits is False
     assert all(suggestion.total <= limit for suggestion in tight.suggestions)
-    assert {"--microbatch_tokens 512": limit}.items() <= {r.change: r.total for r in tight.suggestions}.items()
+    assert {"--microbatch_tokens 128": limit}.items() <= {r.change: r.total for r in tight.suggestions}.items()
     assert [r.same_result for r in tight.suggestions] == sorted(
         (r.same_result for r in tight.suggestions), reverse=True
     )
@@ -139,9 +139,9 @@ def test_the_work_is_counted_once_for_each_number_of_processes(monkeypatch):
 
 
 def test_where_exact_gradients_make_processes_wait_a_size_of_the_microbatch_is_named_that_does_not():
-    values = {"tune": "lora", "global_batch_size": 16, "microbatch_tokens": 2048, "max_steps": 2}
+    values = {"tune": "lora", "global_batch_size": 8, "microbatch_tokens": 1024, "max_steps": 2}
     found = plan(launch="ddp", world_size=4, **values)
-    # 16 rows of one or two greetings are one microbatch, which one process runs while three wait
+    # 8 rows of one or two greetings are one microbatch, which one process runs while three wait
     assert found.work is not None and found.work.imbalance == pytest.approx(3.0)
     assert found.less_waiting is not None and found.less_waiting.imbalance < 0.1
     tokens = found.less_waiting.microbatch_tokens

@@ -121,6 +121,7 @@ class Workspace:
         """An uninitialised tensor; it overwrites the previous one."""
         elements = math.prod(shape)
         if self.buffer.dtype != dtype or self.buffer.numel() < elements:
+            self.buffer = torch.empty(0)  # freed before the larger one is made: both are tens of megabytes
             self.buffer = torch.empty(elements, dtype=dtype)
         return self.buffer[:elements].view(*shape)
 
