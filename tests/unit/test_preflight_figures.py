@@ -139,9 +139,9 @@ def test_the_work_is_counted_once_for_each_number_of_processes(monkeypatch):
 
 
 def test_where_exact_gradients_make_processes_wait_a_size_of_the_microbatch_is_named_that_does_not():
-    values = {"tune": "lora", "global_batch_size": 8, "microbatch_tokens": 1024, "max_steps": 2}
+    values = {"tune": "lora", "global_batch_size": 16, "microbatch_tokens": 2048, "max_steps": 2}
     found = plan(launch="ddp", world_size=4, **values)
-    # 8 rows of one or two greetings are one microbatch, which one process runs while three wait
+    # 16 rows of one or two greetings are one microbatch, which one process runs while three wait
     assert found.work is not None and found.work.imbalance == pytest.approx(3.0)
     assert found.less_waiting is not None and found.less_waiting.imbalance < 0.1
     tokens = found.less_waiting.microbatch_tokens
