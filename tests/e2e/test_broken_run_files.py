@@ -101,7 +101,7 @@ READERS = {
 def check_all(runs: list[Path], what: object, names: str, *, timed: bool = True) -> None:
     """These commands on the first of the runs: an answer, or one sentence and status 2."""
     run, other = map(str, runs)
-    recipe = ClassificationRecipe.from_values(**{**RECIPE, "output_dir": run, "push_to_hub": True, "hub_token": "none"})
+    recipe = ClassificationRecipe.from_values(**{**RECIPE, "output_dir": run, "push_to_hub": True})
     commands: dict[str, Callable[[], Any]] = {
         "report": lambda: main(["report", run, "--output", f"{run}/../page.html"]),
         "reports": lambda: main(["report", run, other, "--output", f"{run}/../page.html"]),

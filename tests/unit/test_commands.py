@@ -210,12 +210,21 @@ class TestSlurm:
             (["classify", "yelp_bert", "--processes_per_node", "2"], "say --gpus_per_node 0"),
             (["plan", "yelp_bert"], "invalid choice: 'plan'"),
             (["eval"], "name a run first"),
+            (
+                ["sft", "demo_base", "--hub_token", "hf_private", "--dry-run"],
+                "--hub_token is not a key here: others",
+            ),
+            (["eval", "runs/mine", "--hub-token=hf_private", "--dry-run"], "--hub_token is not a flag here: others on"),
+            (["sft", "demo_base", "--batch_file", "/bin/ls"], "--batch_file /bin/ls: line 1 holds the byte 0x"),
+            (["sft", "demo_base", "--batch_file", "/tmp"], "--batch_file /tmp is a folder, not a file; name another"),
+            (["sft", "demo_base", "--batch_file", "/dev/null"], "--batch_file /dev/null is a device, not a file"),
         ],
     )
     def test_a_mistake_is_answered_before_the_queue(self, tmp_path, monkeypatch, capsys, words, says):
         monkeypatch.chdir(tmp_path)
-        status, _, complaint = run(capsys, "slurm", *words)
+        status, printed, complaint = run(capsys, "slurm", *words)
         assert status == 2 and says in complaint and list(tmp_path.iterdir()) == []
+        assert "hf_private" not in printed + complaint and complaint.count("\n") == 1
 
     def test_a_changed_batch_file_is_left_alone(self, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)

@@ -102,6 +102,17 @@ def test_a_wrong_flag_is_named_with_what_would_be_right(flags, said):
     assert said in refusal(*FLAGS, *flags.split())
 
 
+@pytest.mark.parametrize("name", ["hub_token", "hub-token", "hub_tokn", "token", "use_auth_token"])
+def test_a_token_is_no_flag_and_no_key_and_its_value_is_not_repeated(tmp_path, name):
+    ways = ("HF_TOKEN", "HF_TOKEN_PATH", "`hf auth login`")
+    said = refusal(*FLAGS, "--push_to_hub", "true", f"--{name}", "hf_private")
+    in_file = refusal_of_file(tmp_path, yaml.safe_dump({**REQUIRED, name.replace("-", "_"): "hf_private"}))
+    with pytest.raises(UserError) as of_python:
+        Recipe.from_values(**REQUIRED, **{name.replace("-", "_"): "hf_private"})
+    for sentence in (said, in_file, str(of_python.value)):
+        assert all(way in sentence for way in ways) and "hf_private" not in sentence
+
+
 @pytest.mark.parametrize(
     ("key", "instead"),
     [

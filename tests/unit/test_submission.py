@@ -1,6 +1,7 @@
 """A submission that is right passes, and each kind of fault is named by a sentence of its own and by no other."""
 
 import csv
+import os
 
 import numpy as np
 import pytest
@@ -180,3 +181,11 @@ def test_a_file_that_is_no_table_is_one_sentence(capsys, tmp_path, content, says
         (tmp_path / "file.csv").write_bytes(content)
     status, _, wrong = run(capsys, "validate-submission", str(tmp_path / "file.csv"), "--sample", str(sample))
     assert status == 2 and len(wrong.splitlines()) == 1 and says in wrong
+
+
+def test_a_pipe_is_refused_and_not_waited_for(capsys, tmp_path):
+    os.mkfifo(tmp_path / "pipe.csv")
+    status, _, complaint = run(
+        capsys, "validate-submission", str(tmp_path / "pipe.csv"), "--sample", str(tmp_path / "pipe.csv")
+    )
+    assert status == 2 and "pipe.csv is a pipe, not a file" in complaint

@@ -16,10 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from isotune.commands import train
+from isotune.config.unsupported_keys import TOKEN_NAMES, UNSUPPORTED
 from isotune.io import shipped
 from isotune.io.errors import OneSentenceParser, RunFault, UserError
 from isotune.io.extras import need
 from isotune.io.files import replace_file
+from isotune.io.reading import Unreadable, read_text
 
 TEMPLATES = {"sft": "sft_opt.sbatch", "classify": "yelp.sbatch", "arena": "yelp.sbatch", "eval": "eval.sbatch"}
 PROGRAM = "isotune.cli"
@@ -68,11 +70,14 @@ def run(argv: Sequence[str]) -> None:
     if given.dry_run:
         print(text, end="")
         return
-    if file.exists() and file.read_text(encoding="utf-8") != text:
+    if _holds_another(file, text):
         raise UserError(f"{file} exists and differs: submit it by `sbatch {file}`, or name another --batch_file")
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not found: run this on a login node of the cluster, or say --dry-run")
-    replace_file(file, text)
+    try:
+        replace_file(file, text)
+    except OSError as error:
+        raise UserError(f"--batch_file {file} cannot be written: {error.strerror}") from error
     print(f"batch file  {file}", flush=True)
     done = subprocess.run(["sbatch", str(file)], check=False, capture_output=True, text=True)
     if done.returncode != 0:
@@ -80,11 +85,24 @@ def run(argv: Sequence[str]) -> None:
     print(done.stdout.strip())
 
 
+def _holds_another(file: Path, text: str) -> bool:
+    """Whether there is a text file of that name with another text; UserError where it is none."""
+    try:
+        return read_text(file) != text
+    except FileNotFoundError:
+        return False
+    except Unreadable as reason:
+        raise UserError(f"{reason.of(f'--batch_file {file}')}; name another file") from None
+
+
 def _checked_words(command: str, argv: Sequence[str]) -> tuple[list[str], str]:
     """The words after `isotune COMMAND` that the job runs, read once here, and the job's name."""
     if command == "eval":
         if not argv or argv[0].startswith("-"):
             raise UserError("isotune slurm eval: name a run first")
+        for flag in (word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")):
+            if flag in TOKEN_NAMES:  # which the job alone would refuse, when the batch file holds it
+                raise UserError(f"--{flag} is not a flag here: {UNSUPPORTED[flag]}")
         return list(argv), Path(argv[0]).name
     with contextlib.redirect_stdout(sys.stderr):  # stdout may be the batch file
         words = train.recipe_words(command, argv, show=True)

@@ -65,12 +65,12 @@ class BaseRecipe:
         return self.from_layers([Layer(self.given), Layer(changes)])
 
     def resolved(self) -> dict[str, Any]:
-        """Every value in effect, given or default, by its key, without secrets; they give the same run again."""
+        """Every value in effect, given or default, by its key; they give the same run again."""
         return {
             name: value
             for name, key in self.keys().items()
             if (value := self.values[name]) is not None and value != key.unset
-            if key.in_effect(self.values) and not key.secret
+            if key.in_effect(self.values)
         }
 
     def result_values(self) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def _parse_layer(keys: Mapping[str, Key], layer: Layer, complain: Complain) -> d
         try:
             values[name] = parse(keys[name], value)
         except ValueError as error:
-            given = "empty" if value is None else "a secret" if keys[name].secret else shown(value, 80)
+            given = "empty" if value is None else shown(value, 80)
             complain(f"{layer.name_of(written)} is {given}: {error}")
     for name, alternative in ALTERNATIVES:
         if _is_set(keys, values, name) and _is_set(keys, values, alternative):

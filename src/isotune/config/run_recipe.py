@@ -229,9 +229,6 @@ class RunRecipe(BaseRecipe):
     hub_private_repo: bool | None = key(
         None, OUTPUT, "whether a new repository is private", needs=_UPLOADS, default_text="as the owner's are",
         changes_result=False, common=False)
-    hub_token: str | None = key(
-        None, OUTPUT, "token of the Hub; never shown nor written", needs=_UPLOADS, changes_result=False, common=False,
-        secret=True, default_text="that of `hf auth login` or HF_TOKEN")
     plan_only: bool = key(False, OUTPUT, "prepare the data, print the plan and stop", unset=False, changes_result=False)
     # fmt: on
 

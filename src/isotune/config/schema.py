@@ -99,7 +99,6 @@ class Key:
     common: bool = True  # shown by --help; the other keys are shown by --help-all only
     changes_result: bool = True  # whether runs that differ in this key are different experiments
     is_path: bool = False  # a leading ~ is the home folder
-    secret: bool = False  # never shown and never written
     read: Callable[[Any], Any] | None = None  # the value from any spelling of it, where no type says enough
 
     @property
@@ -115,7 +114,7 @@ class Key:
 def key(default: Any, group: str, help: str, **more: Any) -> Any:
     """A dataclass field that is a key of the recipe; `more` are further attributes of `Key`."""
     metadata = {"key": {"default": default, "group": group, "help": help, **more}}
-    return dataclasses.field(default=default, metadata=metadata, repr=not more.get("secret", False))
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,11 @@ _DEVICE = "the script chooses the device and the backend; an empty CUDA_VISIBLE_
 _COMPILE = "rows of many lengths would each be compiled anew, and packed attention is not compiled"
 _LOSS = "the loss is the exact cross-entropy over the supervised tokens of a step"
 _HUB = "push_to_hub: true uploads OUTPUT_DIR/model once, after it is saved"
+_TOKEN = (
+    "others on this machine can see a command line, and a recipe is copied: set HF_TOKEN, name a file that holds the "
+    "token by HF_TOKEN_PATH, or log in with `hf auth login`"
+)
+TOKEN_NAMES = ("hub_token", "hf_token", "token", "use_auth_token")  # of other tools, whose values are never shown
 _LIGER = "the packed attention and the chunked loss take the place of Liger's kernels"
 
 NAMES_BY_ANSWER: dict[str, tuple[str, ...]] = {
@@ -60,6 +65,7 @@ NAMES_BY_ANSWER: dict[str, tuple[str, ...]] = {
     "a run that is told to stop always writes a checkpoint": ("enable_jit_checkpoint",),
     "it follows from metric_for_best_model": ("greater_is_better",),
     "choose another output_dir, or remove the folder": ("overwrite_output_dir",),
+    _TOKEN: TOKEN_NAMES,
     _HUB: ("hub_strategy", "hub_always_push", "hub_revision"),
     _COMPILE: ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
     _LIGER: ("use_liger_kernel", "liger_kernel_config"),

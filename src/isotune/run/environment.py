@@ -6,13 +6,13 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Collection
 from typing import Any
 
 import torch
 
 from isotune.compat.peft import base_model_of
 from isotune.compat.transformers import attention_of
+from isotune.config.unsupported_keys import TOKEN_NAMES
 from isotune.distributed.engines import whole_numel
 from isotune.distributed.launch import Process
 from isotune.run.malloc_tuning import VARIABLE
@@ -68,12 +68,12 @@ def in_effect(trainer: Any, engine: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def command(secrets: Collection[str]) -> list[str]:
-    """The command line of this process, with *** for the value of every flag in `secrets`."""
+def command() -> list[str]:
+    """The command line of this process, with *** for a token: a script of one's own may have a flag for it."""
     words, hide_next = [os.path.basename(sys.executable)], False
     for word in sys.argv:
         flag = word.removeprefix("--").split("=", 1)[0].replace("-", "_")
-        is_secret = word.startswith("--") and flag in secrets
+        is_secret = word.startswith("--") and flag in TOKEN_NAMES
         words.append("***" if hide_next else f"--{flag}=***" if is_secret and "=" in word else word)
         hide_next = is_secret and "=" not in word
     return words

@@ -77,15 +77,15 @@ def _is_on_hub(name: str) -> bool:
 def upload_model(recipe: RunRecipe) -> dict[str, str]:
     """Upload RUN/model to `OWNER/NAME`, or `NAME` of the token's owner; the repository is created where there is none.
 
-    The owner's default decides whether it is private where the recipe does not say so, and the token may be that of
-    `hf auth login` or HF_TOKEN. Returns the record. Without token or network, or where the Hub refuses, it raises
-    UserError, and the run does not change.
+    The owner's default decides whether it is private where the recipe does not say so, and the token is that of
+    HF_TOKEN, of the file HF_TOKEN_PATH, or of `hf auth login`. Returns the record. Without token or network, or where
+    the Hub refuses, it raises UserError, and the run does not change.
     """
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import HFValidationError
 
     run, repository = Path(recipe.output_dir), recipe.hub_model_id
-    token = recipe.hub_token or get_token()
+    token = get_token()
     again = f"the model is saved in {run / 'model'}, and the same command tries the upload alone again"
     if not token:
         raise UserError(f"push_to_hub has no token: log in with `hf auth login` or set HF_TOKEN; {again}")

@@ -60,7 +60,7 @@ class PreTrainChecks(TrainerCallback):
         record = {
             "versions": environment.versions(),
             "git_commit": environment.git_commit(),
-            "command": environment.command([name for name, key in self.run.recipe.keys().items() if key.secret]),
+            "command": environment.command(),
             **environment.devices(self.process),
             "slurm": slurm_ids(),
             "in_effect": found,

@@ -19,6 +19,7 @@ from transformers.utils import chat_template_utils
 
 from isotune.data.tokenizer import prefix_of, tokenizer_name
 from isotune.io.errors import UserError, first_line, nearest
+from isotune.io.reading import Unreadable, read_text
 
 AUTO, GUANACO, TEMPLATE = WORDS = ("auto", "guanaco", "template")
 GUANACO_MARK = "{#- isotune: Guanaco's form -#}"
@@ -96,8 +97,8 @@ class ChatFormat:
     def _of_file(cls, asked: str) -> "ChatFormat":
         path = Path(asked).expanduser()
         try:
-            text = path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(path)
+        except (FileNotFoundError, Unreadable) as error:
             near = nearest(asked, WORDS)
             hint = f"did you mean {near}?" if near else "it takes auto, guanaco, template, or a file"
             raise UserError(f"chat_format: {asked!r} cannot be read ({first_line(error)}): {hint}") from error

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, TextIO, cast
 
 from isotune.io.errors import UserError, first_line
 from isotune.io.formats import compression_of
-from isotune.io.reading import byte_fault
+from isotune.io.reading import byte_fault, kind_of_file
 
 # The longest mark first: that of UTF-32 begins as that of UTF-16 does.
 BYTE_ORDER_MARKS = {
@@ -38,6 +38,8 @@ def open_bytes(path: Path) -> Generator[BinaryIO]:
     """The content of a file, decompressed as it is read; UserError where it cannot be read."""
     compression = compression_of(path)
     try:
+        if (kind := kind_of_file(path.stat().st_mode)) != "a file":  # a pipe would wait for its other end
+            raise UserError(f"{path} is {kind}, not a file")
         if compression is None:
             with path.open("rb") as file:
                 yield file
