@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from isotune.cli import main
+from isotune.evaluation.comparison import compare_runs
 from isotune.evaluation.results import write_result
 from isotune.evaluation.statistics.resampling import Scores
 from isotune.io.errors import UserError
@@ -299,6 +300,40 @@ def test_a_long_run_keeps_its_peaks_and_a_lost_loss_leaves_a_gap(tmp_path):
     assert 50 < sum(path.count(",") for path in raw.paths) < 700
     assert min(float(pair.split(",")[1]) for path in raw.paths for pair in path[1:].split(" L")) < TOP + 30
     assert "highest 9.0000 at step 777" in loss.summary
+
+
+def test_what_a_link_leads_out_of_the_run_is_left_out_and_said(tmp_path, run):
+    """A run of somebody else's may have a link to a file of the reader's, whose report would then hold it."""
+    private, own = tmp_path / "private", run / "eval" / "test"
+    classify(private, 20, name="of_mine")
+    outside = {
+        own / "matrix.png": PNG, own / "words.txt": b"private text",
+        own / "examples.jsonl": b'{"id": 0, "actual": "a", "predicted": "b", "text": "private text"}\n',
+        run / "environment.json": b'{"device": "private text"}', run / "status.json": b'{"status": "private text"}',
+    }  # fmt: skip
+    (own / "kept.png").write_bytes(PNG)
+    (own / "kept.txt").symlink_to("inside.txt")  # within the run a link is what it is elsewhere
+    (own / "inside.txt").write_text("A sentence about it.")
+    (own / "words.png").write_bytes(PNG)
+    (run / "eval" / "of_mine").symlink_to(private / "eval" / "of_mine")
+    for place, content in outside.items():
+        (private / place.name).write_bytes(content)
+        place.unlink(missing_ok=True)
+        place.symlink_to(private / place.name)
+    html, record = render_report([run]), read_record(run)
+    assert "A sentence about it." in html and "private text" not in html and html.count("data:image/png") == 2
+    for place in (*outside, run / "eval" / "of_mine"):
+        assert any(str(place) in note and "a link that leads out" in note for note in Page(html).text("li")), place
+    assert (record.environment, record.status) == ({}, {})
+    with pytest.raises(UserError, match="has no evaluation 'of_mine'"):
+        compare_runs([run, private], name="of_mine")
+    for name in ("test", "asked"):
+        (run / "eval" / name).rename(tmp_path / name)
+    with pytest.raises(UserError, match="of_mine: it is a link that leads out of the run"):
+        compare_runs([run, private])
+    linked = tmp_path / "linked"  # the run itself may be anywhere
+    linked.symlink_to(run)
+    assert read_record(linked).steps == record.steps != {}
 
 
 def test_a_cut_last_line_costs_no_other_and_is_said(run):

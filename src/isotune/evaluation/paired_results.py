@@ -24,6 +24,7 @@ from isotune.evaluation.results import (
     Result,
     find_results,
     read_result,
+    stray_results,
 )
 from isotune.evaluation.statistics.resampling import Statistic, by_group
 from isotune.io import shipped
@@ -81,6 +82,8 @@ def _evaluations(run: Path) -> dict[str, Path]:
     if not run.is_dir():
         raise UserError(f"there is no folder {run}")
     folders = [run] if (run / METRICS).is_file() else find_results(run)
+    if not folders and (strays := stray_results(run)):
+        raise UserError(strays[0])
     if not folders:
         scripts = " or ".join(dict.fromkeys(shipped.script(f"eval/{name}.py") for name in ("classify", "generate")))
         how = f"{scripts} with --run_dir {run}" if shipped.IS_CHECKOUT else f"{scripts} {run}"

@@ -23,7 +23,7 @@ from isotune.data.documents import digest
 from isotune.evaluation.statistics.resampling import Scores
 from isotune.io.errors import UserError
 from isotune.io.files import replace_file
-from isotune.io.reading import Unreadable, checked, parse_json, read_json_object, read_text
+from isotune.io.reading import Unreadable, checked, leads_out, parse_json, read_json_object, read_text
 from isotune.io.run_files import LARGEST, MAX_LINES_BYTES, PREDICTION_SCHEMA, Whole, or_empty, or_refuse
 
 METRICS = "metrics.json"
@@ -188,7 +188,9 @@ def read_result(folder: Path) -> Result:
     """The result in `folder`; UserError where a file is missing or broken, an id not unique, or a number NaN or Inf."""
     if not (folder / METRICS).is_file():
         raise UserError(f"{folder}: no {METRICS}: this folder holds no finished evaluation")
-    content = or_refuse(read_json_object, folder / METRICS, f"{folder / METRICS}: cannot be read")
+    content = or_refuse(
+        lambda file: read_json_object(file, folder), folder / METRICS, f"{folder / METRICS}: cannot be read"
+    )
     missing = [name for name in FACTS if name not in content]
     if missing:
         raise UserError(f"{folder / METRICS}: it does not say {', '.join(missing)}: evaluate again with this version")
@@ -219,7 +221,17 @@ def read_result(folder: Path) -> Result:
 
 
 def find_results(run: Path) -> list[Path]:
-    """The folders RUN/eval/NAME that hold a result, by name."""
+    """The folders RUN/eval/NAME that hold a result, by name, without those that a link leads out of the run."""
+    return [folder for folder in _result_folders(run) if not leads_out(folder, run)]
+
+
+def stray_results(run: Path) -> list[str]:
+    """A sentence, without its period, for each folder RUN/eval/NAME that is left out because of a link."""
+    strays = (folder for folder in _result_folders(run) if leads_out(folder, run))
+    return [f"{folder}: it is a link that leads out of the run, and such are not read" for folder in strays]
+
+
+def _result_folders(run: Path) -> list[Path]:
     return sorted(file.parent for file in run.glob(f"eval/*/{METRICS}"))
 
 
@@ -227,7 +239,7 @@ def read_predictions(file: Path) -> list[dict[str, Any]]:
     """The rows of predictions.jsonl; UserError names the line that is wrong."""
     rows: list[dict[str, Any]] = []
     seen: set[Any] = set()
-    text = or_refuse(lambda each: read_text(each, MAX_LINES_BYTES), file, f"{file}: cannot be read")
+    text = or_refuse(lambda each: read_text(each, MAX_LINES_BYTES, each.parent), file, f"{file}: cannot be read")
     for number, line in enumerate(text.removesuffix("\n").split("\n") if text else (), start=1):
         try:
             row = parse_json(line)

@@ -54,8 +54,19 @@ def kind_of_file(mode: int) -> str:
     return next((word for is_kind, word in KINDS if is_kind(mode)), "a device")
 
 
-def open_file(file: Path, limit_bytes: int = MAX_BYTES) -> BinaryIO:
-    """A regular file, opened to read bytes; Unreadable where it is none or is too large."""
+def leads_out(place: Path, root: Path) -> bool:
+    """Whether symbolic links lead from a place below `root` out of it; `root` itself may be reached by links."""
+    return not Path(os.path.realpath(place)).is_relative_to(os.path.realpath(root))
+
+
+def open_file(file: Path, limit_bytes: int = MAX_BYTES, root: Path | None = None) -> BinaryIO:
+    """A regular file, opened to read bytes; Unreadable where it is none or is too large.
+
+    With `root`, also where a link leads out of that folder: what is read may be shown to others, and the run that has
+    the link may be somebody else's.
+    """
+    if root is not None and "\0" not in str(file) and leads_out(file, root):
+        raise Unreadable("it is a link that leads out of its folder, and such are not read")
     try:
         # neither waits for a pipe's other end nor reads a device
         descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -77,16 +88,22 @@ def open_file(file: Path, limit_bytes: int = MAX_BYTES) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def read_text(file: Path, limit_bytes: int = MAX_BYTES) -> str:
-    """The text of a regular file; Unreadable where it is none, is too large, or is not UTF-8."""
-    with open_file(file, limit_bytes) as opened:
+def read_bytes(file: Path, limit_bytes: int = MAX_BYTES, root: Path | None = None) -> bytes:
+    """The bytes of a regular file; Unreadable as `open_file`, or where the disk fails."""
+    with open_file(file, limit_bytes, root) as opened:
         try:
-            return opened.read(limit_bytes).decode("utf-8")
-        except UnicodeDecodeError as error:
-            line, byte = error.object.count(b"\n", 0, error.start) + 1, error.object[error.start]
-            raise Unreadable(f"line {line} {byte_fault(byte)}") from None
+            return opened.read(limit_bytes)
         except OSError as error:
             raise Unreadable(error.strerror or first_line(error)) from None
+
+
+def read_text(file: Path, limit_bytes: int = MAX_BYTES, root: Path | None = None) -> str:
+    """The text of a regular file; Unreadable as `read_bytes`, or where it is not UTF-8."""
+    try:
+        return read_bytes(file, limit_bytes, root).decode("utf-8")
+    except UnicodeDecodeError as error:
+        line, byte = error.object.count(b"\n", 0, error.start) + 1, error.object[error.start]
+        raise Unreadable(f"line {line} {byte_fault(byte)}") from None
 
 
 def byte_fault(byte: int) -> str:
@@ -107,14 +124,14 @@ def parse_json(text: str, object_pairs_hook: Callable[[list[tuple[str, Any]]], A
     return value
 
 
-def read_json(file: Path, schema: "TypeAdapter[T]") -> T:
-    """The content of a JSON file as its schema has it; Unreadable where it is not so."""
-    return checked(parse_json(read_text(file)), schema)
+def read_json(file: Path, schema: "TypeAdapter[T]", root: Path | None = None) -> T:
+    """The content of a JSON file as its schema has it; Unreadable where it is not so, or as `open_file` with `root`."""
+    return checked(parse_json(read_text(file, root=root)), schema)
 
 
-def read_json_object(file: Path) -> dict[str, Any]:
-    """The keys of a JSON file, whose values are for its reader to check; Unreadable where it has none."""
-    return _with_keys(parse_json(read_text(file)))
+def read_json_object(file: Path, root: Path | None = None) -> dict[str, Any]:
+    """The keys of a JSON file, whose values are for its reader to check; Unreadable as `read_json`."""
+    return _with_keys(parse_json(read_text(file, root=root)))
 
 
 def read_yaml_object(file: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The small files that a run leaves, each with the schema of what its readers rely on: there is one way to read them.
 
 Keys that no reader relies on may hold anything. A file that does not fit is `Unreadable`, with the first key that does
-not; a missing one is a FileNotFoundError.
+not, and so is one that a symbolic link leads out of the run; a missing one is a FileNotFoundError.
 """
 
 from collections.abc import Callable
@@ -193,17 +193,17 @@ PREDICTION_SCHEMA, EXAMPLE_SCHEMA = TypeAdapter(Prediction), TypeAdapter(Example
 
 def read_status(run: Path) -> Section:
     """RUN/status.json."""
-    return dict(read_json_as(run / STATUS, STATUS_SCHEMA))
+    return dict(read_json_as(run / STATUS, STATUS_SCHEMA, root=run))
 
 
 def read_environment(run: Path) -> Section:
     """RUN/environment.json."""
-    return dict(read_json_as(run / ENVIRONMENT, ENVIRONMENT_SCHEMA))
+    return dict(read_json_as(run / ENVIRONMENT, ENVIRONMENT_SCHEMA, root=run))
 
 
 def read_upload(run: Path) -> Section:
     """RUN/upload.json."""
-    return dict(read_json_as(run / UPLOAD, UPLOAD_SCHEMA))
+    return dict(read_json_as(run / UPLOAD, UPLOAD_SCHEMA, root=run))
 
 
 def read_label_thresholds(file: Path) -> Section:
@@ -213,12 +213,12 @@ def read_label_thresholds(file: Path) -> Section:
 
 def read_attempt(file: Path) -> Section:
     """The record of an attempt."""
-    return dict(read_json_as(file, ATTEMPT_SCHEMA))
+    return dict(read_json_as(file, ATTEMPT_SCHEMA, root=file.parent))
 
 
 def read_recipe_values(run: Path) -> Section:
     """RUN/recipe.yaml, with YAML's own types."""
-    return recipe_values(read_text(run / RECIPE, MAX_YAML_BYTES))
+    return recipe_values(read_text(run / RECIPE, MAX_YAML_BYTES, root=run))
 
 
 def recipe_values(text: str) -> Section:

@@ -1,6 +1,7 @@
 """A run as an object: what it is, how it went, and what can be asked of it."""
 
 import base64
+import contextlib
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -12,6 +13,7 @@ from isotune.commands import train
 from isotune.config.recipes import project_of, task_of
 from isotune.evaluation.results import Result, find_results, read_result
 from isotune.io.errors import UserError, did_you_mean
+from isotune.io.reading import Unreadable, read_bytes
 from isotune.notebook.launching import as_flags, run_command
 from isotune.report.formatting import comparison_text, format_number
 from isotune.report.run_record import RunRecord, read_record, run_summary
@@ -135,8 +137,8 @@ class Run:
         rows = "".join(_row(name, value) for name, value in run_summary(record))
         picture, name = self.path / "loss_curve.png", html.escape(record.name)
         curve = ""
-        if picture.is_file():
-            data = base64.b64encode(picture.read_bytes()).decode()
+        with contextlib.suppress(FileNotFoundError, Unreadable):
+            data = base64.b64encode(read_bytes(picture, root=self.path)).decode()
             curve = (
                 f'<img alt="loss curve of {html.escape(record.name)}" src="data:image/png;base64,{data}" width="480">'
             )

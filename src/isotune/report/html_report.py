@@ -17,7 +17,7 @@ from isotune.evaluation.results import CLASSIFICATION, GENERATION, Result
 from isotune.evaluation.statistics.resampling import without_class
 from isotune.io.errors import UserError
 from isotune.io.files import replace_file
-from isotune.io.reading import Unreadable, open_file
+from isotune.io.reading import Unreadable, read_bytes
 from isotune.report import charts, formatting
 from isotune.report.run_record import RunRecord, changed_tables, differ, read_record, run_summary, run_tables
 
@@ -101,7 +101,7 @@ def _evaluation(name: str, records: Sequence[RunRecord], runs: Sequence[str], no
     first = next(iter(results.values()))
     facts = first.facts
     metrics = dict.fromkeys(metric for result in results.values() for metric in result.metrics)
-    title, examples = _examples(results)
+    title, examples = _examples(results, notes)
     comparison, not_compared = None, ""
     try:
         if len(results) > 1:
@@ -139,11 +139,12 @@ def _plots(run: str, result: Result, notes: list[str]) -> list[dict[str, Any]]:
     """Each PNG as a data URI, with the lines of the text file beside it: a sentence first, which its name may give."""
     plots = []
     for file in sorted(result.folder.glob("*.png")):
-        content = _content(file)
+        content = _content(file, notes)
+        if content is None:
+            continue
         if content.startswith(_PNG_SIGNATURE):
             uri = "data:image/png;base64," + base64.b64encode(content).decode()
-            words = file.with_suffix(".txt")
-            text = _content(words).decode("utf-8", errors="replace")
+            text = (_content(file.with_suffix(".txt"), notes) or b"").decode("utf-8", errors="replace")
             name = file.stem.replace("_", " ").replace("-", " ")
             lines = [line.strip() for line in text.splitlines() if line.strip()]
             description, *details = lines or [f"{name}, of the evaluation {result.folder.name}"]
@@ -153,40 +154,43 @@ def _plots(run: str, result: Result, notes: list[str]) -> list[dict[str, Any]]:
     return plots
 
 
-def _content(file: Path) -> bytes:
-    """The content of a picture, or of the text beside it; empty where it is no file."""
+def _content(file: Path, notes: list[str]) -> bytes | None:
+    """The content of a picture, or of the text beside it; None where there is none, or `notes` say why not."""
     try:
-        with open_file(file) as opened:
-            return opened.read()
-    except (OSError, Unreadable):
-        return b""
+        return read_bytes(file, root=file.parent)
+    except FileNotFoundError:
+        return None
+    except Unreadable as reason:
+        notes.append(f"{file} is left out: {reason}.")
+        return None
 
 
-def _examples(results: dict[str, Result]) -> tuple[str, list[dict[str, Any]]]:
+def _examples(results: dict[str, Result], notes: list[str]) -> tuple[str, list[dict[str, Any]]]:
     """A title, and rows with their predictions; `is_right` is None where the evaluation does not say."""
     first = next(iter(results.values()))
     task_type = first.facts.get("task_type", SINGLE_LABEL)
     if first.facts["kind"] == CLASSIFICATION and task_type != SINGLE_LABEL:
-        written = [example for run, result in results.items() for example in _written_examples(run, result)]
+        written = [example for run, result in results.items() for example in _written_examples(run, result, notes)]
         return "Most wrong labels" if task_type == MULTI_LABEL else "Largest errors", written
     if first.facts["kind"] == CLASSIFICATION:
-        errors = [example for run, result in results.items() for example in _confident_errors(run, result)]
+        errors = [example for run, result in results.items() for example in _confident_errors(run, result, notes)]
         return "Most confident errors", errors
     return "Answers beside their references", _answers(results) if first.facts["kind"] == GENERATION else []
 
 
-def _written_examples(run: str, result: Result) -> list[dict[str, Any]]:
+def _written_examples(run: str, result: Result, notes: list[str]) -> list[dict[str, Any]]:
     """The first errors that the evaluation wrote down in words."""
     return [
         {"id": row["id"], "input": row["text"], "reference": row["actual"],
          "answers": [{"run": run, "text": row["predicted"], "is_right": False}]}
-        for row in kept_errors(result.folder)[:MAX_EXAMPLES]
+        for row in kept_errors(result.folder, notes)[:MAX_EXAMPLES]
     ]  # fmt: skip
 
 
-def _confident_errors(run: str, result: Result) -> list[dict[str, Any]]:
+def _confident_errors(run: str, result: Result, notes: list[str]) -> list[dict[str, Any]]:
     """The misclassified rows with the highest probability of the predicted class, the highest first."""
-    texts = {row["id"]: row["text"] for row in read_examples(result.folder)}  # predictions.jsonl has none
+    # predictions.jsonl has none
+    texts = {row["id"]: row["text"] for row in read_examples(result.folder, notes)}
     errors = []
     for row in result.predictions:
         probabilities = row.get("probabilities") or []

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from isotune.config.mixture import mixture_name
-from isotune.evaluation.results import Result, find_results, read_result
+from isotune.evaluation.results import Result, find_results, read_result, stray_results
 from isotune.io.errors import UserError
 from isotune.io.reading import MAX_YAML_BYTES, Unreadable, read_text
 from isotune.io.run_files import ENVIRONMENT, RECIPE, STATUS, read_environment, read_status, recipe_values
@@ -68,7 +68,7 @@ def read_record(run: str | Path) -> RunRecord:
     result_folders = find_results(folder)
     if not ((folder / RECIPE).is_file() or (folder / METRICS).is_file() or result_folders):
         raise UserError(f"{folder} is no run folder: it has no recipe.yaml, no {METRICS} and no eval/NAME/metrics.json")
-    notes: list[str] = []
+    notes = [f"An evaluation is left out: {sentence}." for sentence in stray_results(folder)]
     metrics = _read_metrics(folder / METRICS, notes)
     results = []
     for result_folder in result_folders:
@@ -170,7 +170,7 @@ def _read(folder: Path, name: str, read: Callable[[Path], dict[str, Any]], notes
 
 def _recipe_groups(run: Path) -> dict[str, dict[str, Any]]:
     """The values of a recipe by the comment line above them."""
-    text = read_text(run / RECIPE, MAX_YAML_BYTES)
+    text = read_text(run / RECIPE, MAX_YAML_BYTES, root=run)
     values = recipe_values(text)
     groups: dict[str, dict[str, Any]] = {}
     title, ungrouped = "Recipe", dict(values)

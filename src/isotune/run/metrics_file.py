@@ -73,7 +73,7 @@ def read_metrics(file: Path) -> Metrics:
     steps: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, dict[str, Any]] = {}
     broken_lines = []
-    with open_file(file, MAX_LINES_BYTES) as lines:
+    with open_file(file, MAX_LINES_BYTES, file.parent) as lines:
         for number, line in enumerate(lines, start=1):
             entry = read_line(line)
             if entry is None:
@@ -90,7 +90,7 @@ def read_progress(file: Path) -> tuple[int, dict[int, dict[str, Any]]]:
     """The last step and the evaluations, without parsing every line; raises as `read_metrics`."""
     evaluations: dict[int, dict[str, Any]] = {}
     last_lines: deque[bytes] = deque(maxlen=8)  # some of them may be broken
-    with open_file(file, MAX_LINES_BYTES) as lines:
+    with open_file(file, MAX_LINES_BYTES, file.parent) as lines:
         for line in lines:
             last_lines.append(line)
             if b'"eval_loss"' in line and (entry := read_line(line)) is not None:

@@ -57,17 +57,25 @@ def examples_of(
     return examples
 
 
-def read_examples(folder: Path) -> list[dict[str, Any]]:
-    """The examples that the evaluation in a folder kept; none where it kept no such file, or the file is broken."""
+def read_examples(folder: Path, notes: list[str] | None = None) -> list[dict[str, Any]]:
+    """The examples that the evaluation in a folder kept; none where it kept no such file, or it cannot be read.
+
+    `notes` get the sentence about one that cannot.
+    """
     try:
-        return [dict(checked(parse_json(line), EXAMPLE_SCHEMA)) for line in read_text(folder / EXAMPLES).splitlines()]
-    except (FileNotFoundError, Unreadable):
+        text = read_text(folder / EXAMPLES, root=folder)
+        return [dict(checked(parse_json(line), EXAMPLE_SCHEMA)) for line in text.splitlines()]
+    except FileNotFoundError:
+        return []
+    except Unreadable as reason:
+        if notes is not None:
+            notes.append(f"{folder / EXAMPLES} is left out: {reason}.")
         return []
 
 
-def kept_errors(folder: Path) -> list[dict[str, Any]]:
+def kept_errors(folder: Path, notes: list[str] | None = None) -> list[dict[str, Any]]:
     """The errors among them."""
-    return [example for example in read_examples(folder) if example["actual"] != example["predicted"]]
+    return [example for example in read_examples(folder, notes) if example["actual"] != example["predicted"]]
 
 
 def print_examples(task_type: str, examples: Sequence[dict[str, Any]]) -> None:
