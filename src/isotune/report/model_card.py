@@ -16,6 +16,7 @@ from isotune.data.sources.hub import is_hub_id
 from isotune.io.files import replace_file
 from isotune.models.class_loss import PROBLEM_TYPES
 from isotune.report.formatting import format_number
+from isotune.report.markdown import fenced, inline, python_text, table
 from isotune.report.run_record import RunRecord, read_record, run_tables
 from isotune.run.identity import MIXTURES
 
@@ -52,28 +53,28 @@ def write_model_card(run: str | Path, repository: str | None = None) -> Path:
     card = ModelCard.from_template(
         _metadata(keys, name, evaluation, is_classifier, is_adapter),
         template_path=str(TEMPLATE),
-        name=name,
+        name=inline(name),
         is_classifier=is_classifier,
         is_adapter=is_adapter,
-        base=_public_name(keys.get("model_name_or_path", "a model")),
+        base=inline(_public_name(keys.get("model_name_or_path", "a model"))),
         is_random=keys.get("model_init") == "random",
-        tuned=_TUNED.get(keys.get("tune", ""), keys.get("tune")),
-        trained_on=trained_on or "its data",
-        version=record.environment.get("versions", {}).get("isotune", ""),
+        tuned=inline(_TUNED.get(keys.get("tune", ""), keys.get("tune"))),
+        trained_on=inline(trained_on or "its data"),
+        version=inline(record.environment.get("versions", {}).get("isotune", "")),
         task="SequenceClassification" if is_classifier else "CausalLM",
-        path=repository or str(model),
+        path=python_text(repository or str(model)),
         # the base model's configuration does not have the number of classes of the adapter's head
         num_labels=_head_arguments(record) if is_adapter and is_classifier else "",
         four_bit=_four_bit(keys) if is_adapter and keys.get("tune") == "qlora" else "",
-        class_names=keys.get("label_names") or [],
+        class_names=[inline(each) for each in keys.get("label_names") or []],
         has_base_model=is_adapter and (record.folder / "base_model").is_dir(),
         results=_results(record),
-        evaluated_on=_evaluated_on(keys) or f"a share of {trained_on}",
+        evaluated_on=inline(_evaluated_on(keys) or f"a share of {trained_on}"),
         evaluated_documents=next(counts, None),
         saved_step=step,
         data=_data(record),
         training=_training(record),
-        recipe=_recipe(record),
+        recipe=fenced(_recipe(record), "yaml"),
     )
     replace_file(model / CARD, str(card))
     return model / CARD
@@ -173,7 +174,7 @@ def _results(record: RunRecord) -> str:
     for step, line in record.evaluations.items():
         values = ("" if line.get(key) is None else format_number(line[key]) for key in names)
         rows.append([f"{step:,}", f"{line.get('epoch') or 0:.2f}", *values])
-    return _table(rows) if record.evaluations else ""
+    return table(rows) if record.evaluations else ""
 
 
 def _data(record: RunRecord) -> str:
@@ -191,7 +192,7 @@ def _data(record: RunRecord) -> str:
         columns.append({"source": source + (f", {split}" if split else "")} | counts)
     names = dict.fromkeys(name for column in columns for name in column)
     rows = [[name.replace("_", " "), *(column.get(name, "") for column in columns)] for name in names]
-    return _table([["", *sources], *rows])
+    return table([["", *sources], *rows])
 
 
 def _training(record: RunRecord) -> str:
@@ -215,7 +216,7 @@ def _training(record: RunRecord) -> str:
         facts["exact gradients"] = "yes" if in_effect["exact_gradients"] else "no"
     libraries = [f"{name} {versions[name]}" for name in ("torch", "transformers", "peft") if name in versions]
     facts["versions"] = ", ".join(libraries)
-    return _table([["", ""], *([name, str(value)] for name, value in facts.items() if value not in (None, ""))])
+    return table([["", ""], *([name, str(value)] for name, value in facts.items() if value not in (None, ""))])
 
 
 def _recipe(record: RunRecord) -> str:
@@ -253,9 +254,3 @@ def _on_the_hub(name: str) -> bool:
 def _public_name(name: str) -> str:
     """A Hub id or builtin:NAME unchanged; the last part of a local path."""
     return name if _on_the_hub(name) or name.startswith("builtin:") else Path(name).name or name
-
-
-def _table(rows: list[list[str]]) -> str:
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    lines = [f"| {' | '.join(row)} |" for row in cells]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
