@@ -40,6 +40,22 @@ def test_a_cell_of_any_text_is_read_back(tmp_path: Path, text: str):
     assert content.startswith("id,text\n") and content.endswith("\n") and not content.endswith("\r\n")
 
 
+FORMULAS = ("=cmd|'/c calc'!A1", "+1+1", "-x", "@SUM(A1)", "\t=1", "\r=1", "\uff1d1", "'=1", "''-x")
+
+
+@pytest.mark.parametrize("text", [*FORMULAS, "-5", "+3.5e2", "- ", "'", "'quoted'", "a=b", "'5"])
+def test_a_spreadsheet_computes_no_text_and_one_apostrophe_less_is_the_text(tmp_path: Path, text: str):
+    file = PredictionFile(tmp_path / "out.csv", {"model_sha256": "a"}, "id")
+    file.start()
+    file.add(0, Part([{"id": text, "text": text, "probabilities": [-0.5]}]))
+    file.finish(lambda line: {"text": line["text"], f"p[{text}]": line["probabilities"][0], text: text})
+    header, row = csv.reader((tmp_path / "out.csv").open(newline=""))
+    is_marked = text in (*FORMULAS, "- ")
+    assert row == [own := f"'{text}" if is_marked else text, own, "-0.5", own]
+    assert header == ["id", "text", f"p[{text}]", own]
+    assert (own[1:] if is_marked else own) == text
+
+
 def test_a_file_under_the_name_of_the_facts_is_left_alone(tmp_path: Path):
     (tmp_path / "out.csv.json").write_text('{"mine": 1}')
     with pytest.raises(UserError, match=r"out\.csv would take the place of .*out\.csv\.json too"):

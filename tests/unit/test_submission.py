@@ -189,3 +189,9 @@ def test_a_pipe_is_refused_and_not_waited_for(capsys, tmp_path):
         capsys, "validate-submission", str(tmp_path / "pipe.csv"), "--sample", str(tmp_path / "pipe.csv")
     )
     assert status == 2 and "pipe.csv is a pipe, not a file" in complaint
+
+
+def test_an_id_that_a_spreadsheet_would_compute_is_not_written(folder):
+    with pytest.raises(UserError, match="the id '=1\\+1' begins a formula"):
+        write_submission(folder / "s.csv", ["-5", "=1+1"], np.full((2, 3), 1 / 3), None)
+    assert not (folder / "s.csv").exists()

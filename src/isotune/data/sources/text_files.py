@@ -30,6 +30,18 @@ OTHER_CONTENT = {
     b"PK\x03\x04": "a zip archive, such as a spreadsheet's",
     b"PAR1": "Parquet (.parquet)",
 }
+FORMULA_STARTS = (
+    "=",
+    "+",
+    "-",
+    "@",
+    "\t",
+    "\r",
+    "\uff1d",
+    "\uff0b",
+    "\uff0d",
+    "\uff20",
+)  # the last four are wide
 _UNDECODED = re.compile("[\udc80-\udcff]")
 
 
@@ -84,6 +96,17 @@ def open_text(path: Path) -> Generator[TextIO]:
             yield io.TextIOWrapper(buffered, encoding, errors, newline="")
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not readable as {encoding.upper()}: {error.reason}") from error
+
+
+def is_formula(cell: str) -> bool:
+    """Whether a spreadsheet would compute a text of a CSV file rather than show it; a number is what it is."""
+    if not cell.startswith(FORMULA_STARTS):
+        return False
+    try:
+        float(cell)
+    except ValueError:
+        return True
+    return False
 
 
 def undecoded(text: str) -> str | None:

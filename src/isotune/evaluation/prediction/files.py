@@ -20,6 +20,7 @@ from typing import Any, ClassVar, TextIO
 
 from filelock import FileLock, Timeout
 
+from isotune.data.sources.text_files import is_formula
 from isotune.evaluation.prediction.predictors import LEFT_OUT, Line, Part
 from isotune.io.errors import AlreadyDone, UserError
 from isotune.io.files import replace_file, replacing
@@ -94,11 +95,11 @@ class PredictionFile:
         lines = (line for part in self._whole_parts() for line in part["lines"])
         with replacing(self.output) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as file:
             if self.output.suffix == CSV:
-                table = csv.DictWriter(_Lines(file), list(columns), lineterminator=_Lines.END)
-                table.writeheader()
+                table = csv.writer(_Lines(file), lineterminator=_Lines.END)
+                table.writerow(map(_cell, columns))
                 for line in lines:
-                    cells = {} if LEFT_OUT in line else flat(line)
-                    table.writerow({name: _cell(value) for name, value in {**line, **cells}.items() if name in columns})
+                    cells = line | ({} if LEFT_OUT in line else flat(line))
+                    table.writerow(_cell(cells.get(name)) for name in columns)
             else:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
         written = Written(rows, dict(counts), dict(left_out))
@@ -167,5 +168,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _cell(value: Any) -> Any:
-    """Numbers with all digits, lists and truths as JSON writes them."""
+    """Numbers with all digits, lists and truths as JSON writes them, texts so that no spreadsheet computes them."""
+    if isinstance(value, str):
+        return f"'{value}" if is_formula(value.lstrip("'")) else value
     return json.dumps(value) if isinstance(value, list | bool | float) else value

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from isotune.io.errors import UserError
+from isotune.data.sources.text_files import is_formula
+from isotune.io.errors import UserError, shown
 from isotune.io.files import replace_file
 from isotune.projects.arena.battles import CLASSES, ID, read_rows
 
@@ -38,6 +39,8 @@ def write_submission(file: Path, ids: Sequence[str], probabilities: np.ndarray, 
 
     The header and the order of the ids are those of `sample`, if given; raises UserError if it is not for these ids.
     """
+    if formula := next(filter(is_formula, ids), None):
+        raise UserError(f"the id {shown(formula)} begins a formula, which a spreadsheet would compute: give other ids")
     header, order = [ID, *CLASSES], list(range(len(ids)))
     if sample is not None:
         table = _read(sample)
