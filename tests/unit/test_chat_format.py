@@ -3,10 +3,13 @@
 import pytest
 from tests.chat_tokenizers import TEMPLATES, byte_chat_tokenizer
 from transformers import AutoTokenizer
+from transformers.utils import chat_template_utils
 
+from isotune.compat import chat_templates
 from isotune.config import Recipe
 from isotune.data.sft.chat_format import DAY, GUANACO_MARK, ChatFormat
 from isotune.data.sft.messages import exchange
+from isotune.data.sft.prefixes import prefix_lengths
 from isotune.data.sft.shown_example import ShownExample
 from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.io.errors import UserError
@@ -111,6 +114,75 @@ def test_a_template_reaches_nothing_beside_what_it_is_given():
     tokenizer.chat_template += "{{ messages.__class__.__base__.__subclasses__() | length }}"
     with pytest.raises((ValueError, UserError), match=r"'__class__' .* is unsafe"):
         ConversationEncoder(tokenizer).prompt([{"role": "user", "content": "q"}])
+
+
+_GROWS = (
+    "{{% set n = namespace(s={first}) %}}{{% for i in range(60) %}}{{% set n.s = {then} %}}{{% endfor %}}{{{{ n.s }}}}"
+)
+_LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+ENDLESS = {
+    "loops": _LOOPS,
+    "loops that leave all out": _LOOPS.replace("b in range(99999)", "b in range(99999) if false"),
+    "a counter of its own": "{% macro isotune_spend() %}{% endmacro %}" + _LOOPS,
+    "macros": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "many times": "{{ 'x' * 10 ** 10 }}",
+    "times many": "{{ 10000000000 * 'x' }}",
+    "a list many times": "{{ ([0] * 10 ** 9) | length }}",
+    "a power": "{{ 10 ** (10 ** 10) }}",
+    "twice by +": _GROWS.format(first="'xxxx'", then="n.s + n.s"),
+    "twice by ~": _GROWS.format(first="'xxxx'", then="n.s ~ n.s"),
+    "lists of lists": _GROWS.format(first="[1]", then="[n.s, n.s]"),
+    "mappings of mappings": _GROWS.format(first="{}", then="dict(a=n.s, b=n.s)"),
+    "replace": _GROWS.format(first="'xxxx'", then="n.s.replace('x', n.s)"),
+    "the filter replace": _GROWS.format(first="'xxxx'", then="n.s | replace('x', n.s)"),
+    "join": _GROWS.format(first="'xxxx'", then="n.s | join(n.s)"),
+    "a width": "{{ 'x' | center(10 ** 10) }}{{ 'x'.ljust(10000000000) }}",
+    "a format's width": "{{ '%10000000000d' % 1 }}",
+    "another format's width": "{{ '{:10000000000}'.format(1) }}",
+    "a width that is given": "{{ '{:{w}}'.format(1, w=10 ** 10) }}",
+    "an indent": "{{ range(99999) | list | tojson(indent=9999) }}",
+    "words": "{{ lipsum(n=1000000000) }}",
+}  # fmt: skip
+REFUSES = {
+    "a division by zero": "{{ 1 // 0 }}",
+    "a long range": "{{ range(200000) }}",
+    "a loop without an end": "{% for a in [[1]] recursive %}{{ loop([[1]]) }}{% endfor %}",
+    "a macro without an end": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+}
+QUESTION = [{"role": "user", "content": "q"}]
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_template_without_end_is_one_sentence(name, monkeypatch, tmp_path):
+    monkeypatch.setattr(chat_templates, "MAX_UNITS", 20_000)
+    tokenizer = byte_chat_tokenizer()
+    for template in (ENDLESS[name], "{% if messages | length > 1 %}" + ENDLESS[name] + "{% endif %}"):
+        (tmp_path / "own.jinja").write_text(template)
+        with pytest.raises(UserError, match="chat template goes on without end: for one conversation it may take"):
+            encoder = ConversationEncoder(tokenizer, str(tmp_path / "own.jinja"))
+            encoder.prompt([*QUESTION, {"role": "assistant", "content": "a"}, *QUESTION])
+
+
+@pytest.mark.parametrize("name", REFUSES)
+def test_a_template_that_fails_refuses_the_messages(name, tmp_path):
+    (tmp_path / "own.jinja").write_text(REFUSES[name] + "{% for m in messages %}{{ m.content }}{% endfor %}")
+    encoder = ConversationEncoder(byte_chat_tokenizer(), str(tmp_path / "own.jinja"))
+    with pytest.raises(ValueError, match="the chat template refuses it: "):
+        encoder.prompt(QUESTION)
+    assert prefix_lengths((tmp_path / "own.jinja").read_text(), QUESTION * 9, None, {}) is None
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
+def test_a_bounded_template_writes_what_transformers_writes(name):
+    template = (TEMPLATES / f"{name}.jinja").read_text()
+    messages = [{"role": role, "content": f" {role} {i}\n"} for i in range(3) for role in ("user", "assistant")]
+    given = {"chat_template": template, "add_generation_prompt": True, "eos_token": "</s>", "bos_token": "<s>"}
+    given["return_assistant_tokens_mask"] = "{% generation %}" in template
+    stock = chat_template_utils.render_jinja_template([messages], **given)
+    for _ in range(2):
+        with chat_templates.bounded():
+            assert chat_template_utils.render_jinja_template([messages], **given) == stock
+    assert chat_template_utils.render_jinja_template([messages], **given) == stock
 
 
 def test_one_example_is_shown_with_what_is_learnt_in_brackets_or_in_colour():

@@ -34,14 +34,6 @@ def ignored_on_save(model: Any) -> set[str]:
     return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
 
 
-def chat_template_environment(template: str) -> Any:
-    """The sandbox that a chat template is compiled in, with its filters and functions; there is no public way to it."""
-    from transformers.utils import chat_template_utils
-
-    library: Any = chat_template_utils
-    return library._compile_jinja_template(template).environment
-
-
 def messages_for_template(messages: Sequence[Any]) -> list[Any]:
     """Messages as `apply_chat_template` hands them to a template: since 5.21 with every name of their reasoning."""
     from transformers.utils import chat_template_utils

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from jinja2.exceptions import TemplateSyntaxError
 from transformers.utils import chat_template_utils
 
+from isotune.compat.chat_templates import RENDERING_ERRORS, bounded
 from isotune.data.tokenizer import prefix_of, tokenizer_name
 from isotune.io.errors import UserError, first_line, nearest
 from isotune.io.reading import Unreadable, read_text
@@ -135,12 +136,13 @@ def _checked(template: str | dict[str, str], where: str) -> str | dict[str, str]
     if isinstance(template, dict):
         return {name: str(_checked(text, where)) for name, text in template.items()}
     try:
-        cast(Any, chat_template_utils).render_jinja_template(
-            [[{"role": "user", "content": "a"}]], chat_template=template
-        )
+        with bounded():
+            cast(Any, chat_template_utils).render_jinja_template(
+                [[{"role": "user", "content": "a"}]], chat_template=template
+            )
     except TemplateSyntaxError as error:
         raise UserError(f"{where} is not a Jinja template: line {error.lineno}: {first_line(error)}") from error
-    except (TemplateError, TypeError, ValueError):
+    except RENDERING_ERRORS:
         pass  # what it thinks of a message is said when there is one
     return _with_fixed_day(template)
 

@@ -23,9 +23,9 @@ from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Any, TypeVar, cast
 
-from jinja2.exceptions import TemplateError
 from transformers.utils import chat_template_utils
 
+from isotune.compat.chat_templates import RENDERING_ERRORS, bounded
 from isotune.config.recipes import TrainOn
 from isotune.data.sft.conversations import Conversation, everything
 from isotune.data.sft.messages import ASSISTANT, PREAMBLE, REASONING_FIELDS, SYSTEM, USER, Example, Message
@@ -33,7 +33,6 @@ from isotune.data.sft.prefixes import prefix_lengths
 from isotune.io.errors import first_line
 
 _GENERATION = re.compile(r"\{\%[-+]?\s*generation\s*[-+]?\%\}")
-_RENDERING_ERRORS = (TemplateError, TypeError, ValueError, AttributeError, LookupError)
 FEW_MESSAGES = 6  # which are rendered one beginning after the other: to look closer would not be worth it
 T = TypeVar("T")
 Boundaries = Callable[[str], Sequence[int]]  # where the tokens of a text begin and end, in characters
@@ -66,15 +65,16 @@ class ChatTemplate:
         """
         try:
             template = self.tokenizer.get_chat_template(None, tools)
-            texts, spans = cast(Any, chat_template_utils).render_jinja_template(
-                [[message | {"role": SYSTEM} if message["role"] == PREAMBLE else message for message in messages]],
-                tools=list(tools) if tools else None,
-                chat_template=template,
-                return_assistant_tokens_mask=marked and bool(_GENERATION.search(template)),
-                add_generation_prompt=prompt,
-                **self.tokenizer.special_tokens_map,
-            )
-        except _RENDERING_ERRORS as error:
+            with bounded():
+                texts, spans = cast(Any, chat_template_utils).render_jinja_template(
+                    [[message | {"role": SYSTEM} if message["role"] == PREAMBLE else message for message in messages]],
+                    tools=list(tools) if tools else None,
+                    chat_template=template,
+                    return_assistant_tokens_mask=marked and bool(_GENERATION.search(template)),
+                    add_generation_prompt=prompt,
+                    **self.tokenizer.special_tokens_map,
+                )
+        except RENDERING_ERRORS as error:
             raise ValueError(f"the chat template refuses it: {first_line(error)}") from error
         return texts[0], spans[0] if spans else []
 

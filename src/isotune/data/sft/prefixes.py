@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
-from jinja2 import Environment, nodes
-from jinja2.exceptions import TemplateError
+from jinja2 import nodes
 
-from isotune.compat.transformers import chat_template_environment, messages_for_template
+from isotune.compat.chat_templates import RENDERING_ERRORS, bounded, bounded_environment
+from isotune.compat.transformers import messages_for_template
 
 MARK = "\ue000isotune turn\ue000"  # characters for private use: where a text has them all the same, the count is off
 BEGINS, ENDS, LAST_ENDS = "isotune_turn_begins", "isotune_turn_ends", "isotune_last_turn_ends"
@@ -98,11 +98,12 @@ def prefix_lengths(
 
     watched = _Watched(messages_for_template(messages), watch)
     try:
-        text: str = marked.render(
-            messages=watched, tools=tools, documents=None, add_generation_prompt=False,
-            **{BEGINS: begins, ENDS: ends, LAST_ENDS: lambda: MARK}, **variables,
-        )  # fmt: skip
-    except (TemplateError, TypeError, ValueError, AttributeError, LookupError):
+        with bounded():
+            text: str = marked.render(
+                messages=watched, tools=tools, documents=None, add_generation_prompt=False,
+                **{BEGINS: begins, ENDS: ends, LAST_ENDS: lambda: MARK}, **variables,
+            )  # fmt: skip
+    except RENDERING_ERRORS:
         return None
     *turns, after = text.split(MARK)
     if len(turns) != len(known) + 1 or watch.first + len(known) != len(messages):
@@ -122,7 +123,7 @@ def _marked(template: str) -> Any:
 
     It is where one loop goes through the messages and what follows it depends on nothing but the generation prompt.
     """
-    environment: Environment = chat_template_environment(template)
+    environment = bounded_environment()
     tree = environment.parse(template)
     lists, loops = {MESSAGES}, list[int]()
     for place, node in enumerate(tree.body):
