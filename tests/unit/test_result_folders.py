@@ -77,13 +77,19 @@ def test_a_process_that_writes_nothing_finds_the_same_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "keys"), [(ClassificationTask, {PAIR: "second", "label_thresholds": (0.3,)}), (GenerationTask, {})]
+    ("kind", "keys"),
+    [
+        (ClassificationTask, {PAIR: "second", "label_thresholds": (0.3,), "label_source": "rules"}),
+        (GenerationTask, {}),
+    ],
 )
 def test_every_key_of_a_task_but_the_word_that_lets_it_run_tells_evaluations_apart(kind, keys):
     told_by_content = {"dataset_mixture", "mixture_seed"}
     given = {name: "x" for name in ("dataset_name", *ROW_COLUMNS) if name in {own.name for own in fields(kind)}}
     decisive = kind(**given, **keys).decisive()
-    assert not {PAIR, "label_thresholds"} & kind(dataset_name="x").decisive().keys()  # as before there were these
+    assert (
+        not {PAIR, "label_thresholds", "label_source"} & kind(dataset_name="x").decisive().keys()
+    )  # as before there were these
     assert decisive.keys() == {own.name for own in fields(kind)} - {"allow_dropped"} - told_by_content
     json.dumps(decisive)
     if kind is GenerationTask:  # a key that nobody gives leaves the folders of earlier versions as they are

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -428,3 +429,10 @@ class TestRuns:
         sweep.kill()
         sweep.wait()
         assert not psutil.wait_procs(running, timeout=60)[1]
+
+
+def test_a_run_by_rules_is_tested_by_its_rules(tmp_path):
+    plan = SimpleNamespace(command="classify", folder=tmp_path, test=SimpleNamespace(keys={"dataset_name": "x.csv"}))
+    runs._test_flags(plan, {"label_source": "rules", "dataset_text_field": "prompt", "dataset_label_field": "label"})
+    written = yaml.safe_load((tmp_path / runs.TEST_TASK).read_text())
+    assert written == {"dataset_name": "x.csv", "dataset_text_field": "prompt", "label_source": "rules"}

@@ -1,12 +1,22 @@
 """A task file says what is evaluated on; a template, names of classes and flags do what they say, or are refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import BertConfig
 
+from isotune.data.classification.labels import ClassificationSettings
+from isotune.evaluation.classification.evaluate import read_task_rows
+from isotune.evaluation.classification.task_columns import with_columns
+from isotune.evaluation.distributed_eval import Ranks
+from isotune.evaluation.models import Classifier
 from isotune.evaluation.tasks import ClassificationTask, read_task
 from isotune.io.errors import UserError
+from isotune.models.base.builtin import builtin_tokenizer
 
+KINDS = ("command", "statement", "question")
 ROWS = [{"title": "One", "body": "first {curly}", "label": "good"}, {"title": "Two", "body": "second", "label": 0}]
 
 
@@ -130,3 +140,70 @@ def test_a_missing_number_is_no_text_of_a_template(tmp_path):
     file.write_text('{"size": 1.5, "label": 0}\n{"size": NaN, "label": 1}\n')
     with pytest.raises(UserError, match=r"row 2 of .*column 'size', is null: the template has no text for it"):
         list(ClassificationTask(dataset_name=str(file), template="{size}").source().rows())
+
+
+def classifier_of(num_labels: int = 2, names=None, **settings) -> Classifier:
+    """A classifier of a run on own.csv; nothing here computes with it."""
+    run = SimpleNamespace(settings={"dataset_name": "own.csv", "eval_dataset_name": None})
+    model = SimpleNamespace(config=BertConfig(num_labels=num_labels))
+    own = ClassificationSettings(
+        max_seq_length=64, task_type="single_label", num_labels=num_labels, label_names=names, **settings
+    )
+    return Classifier("run", model, builtin_tokenizer("builtin:bert-tiny"), own, names, run)  # type: ignore[arg-type]
+
+
+def labels_read(task: ClassificationTask, classifier: Classifier) -> tuple[list[str], list[str]]:
+    """The texts, and the names of their classes, as an evaluation reads them."""
+    task, notes = with_columns(task, classifier)
+    rows = read_task_rows(task, classifier, Ranks(0, 1, torch.device("cpu")), notes=notes)
+    assert set(notes) <= set(rows.notes)
+    return rows.texts, [rows.names[label] for label in rows.labels]
+
+
+def test_a_run_by_rules_is_scored_by_the_column_of_other_data(tmp_path, capsys):
+    file = tmp_path / "hand.csv"
+    file.write_text("text,kind\nGo home now.,question\nIs it late?,command\n")  # neither is what the rules say
+    by_rules = classifier_of(3, KINDS, label_source="rules")
+    task = ClassificationTask(dataset_name=str(file), dataset_label_field="kind")
+    assert labels_read(task, by_rules)[1] == ["question", "command"]
+    assert "run was trained on those of label_source: rules" in capsys.readouterr().out
+    again = ClassificationTask(dataset_name=str(file), label_source="rules")
+    assert labels_read(again, by_rules)[1] == ["command", "question"]
+    with pytest.raises(
+        UserError, match=r"has no column 'label' of classes.*name the column by dataset_label_field, or"
+    ):
+        with_columns(ClassificationTask(dataset_name=str(file)), by_rules)
+
+
+@pytest.mark.parametrize(
+    ("named", "source"),
+    [({}, "rules"), ({"dataset_label_field": "kind"}, "column"), ({"labels": KINDS}, "column")],
+)
+def test_rules_stay_for_the_runs_own_data_unless_classes_are_named(tmp_path, monkeypatch, named, source):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.csv").write_text("text,label,kind\nGo.,question,statement\n")
+    task, _ = with_columns(ClassificationTask(dataset_name="own.csv", **named), classifier_of(3, label_source="rules"))
+    assert (task.label_source or "rules") == source
+    assert "label_source" not in task.decisive() or source == "column"  # earlier results stay what they are
+
+
+@pytest.mark.parametrize(
+    ("columns", "texts", "said"),
+    [
+        (
+            "text,review,label,stars",
+            ["b"],
+            "the texts from the column 'review' and the classes from the column 'stars'",
+        ),
+        ("text,other,label,stars", ["a"], "the texts from the column 'text' and the classes from the column 'stars'"),
+        ("text,other,label,x", ["a"], "the texts from the column 'text' and the classes from the column 'label'"),
+    ],
+)
+def test_a_runs_columns_are_read_where_other_data_have_them(tmp_path, columns, texts, said):
+    (tmp_path / "t.csv").write_text(f"{columns}\na,b,0,1\n")
+    classifier = classifier_of(dataset_text_field="review", dataset_label_field="stars")
+    task = ClassificationTask(dataset_name=str(tmp_path / "t.csv"))
+    assert labels_read(task, classifier) == (texts, ["0" if "'label'" in said else "1"])
+    assert said in with_columns(task, classifier)[1][0]
+    named = ClassificationTask(dataset_name=task.dataset_name, dataset_text_field="label", dataset_label_field="label")
+    assert with_columns(named, classifier) == (named, [])

@@ -188,6 +188,8 @@ def task_of_run(
             "dataset_columns",
         )
     }
+    if recipe.get("label_source", "column") != "column":  # a column of classes that flags name is one to read
+        columns["dataset_label_field"] = None
     name, split, held_out = recipe.get("eval_dataset_name"), recipe.get("eval_dataset_split"), None
     mixture, mixture_split = recipe.get("eval_dataset_mixture"), EVALUATED
     if name is None and recipe.get("eval_split_share"):

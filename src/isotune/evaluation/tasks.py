@@ -10,9 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast, get_args
 
-from isotune.config.recipes import NO_IDS
+from isotune.config.recipes import NO_IDS, LabelSource
 from isotune.data.classification.classes import NameIndex, label_of, place_of
 from isotune.data.documents import check_left_out, digest
 from isotune.data.mixture import open_mixture
@@ -33,11 +33,14 @@ PAIR = "dataset_text_pair_field"
 FLAGS = (
     "dataset_name",
     "dataset_split",
+    "dataset_config",
+    "dataset_revision",
     "dataset_columns",
     "dataset_text_field",
     PAIR,
     "dataset_label_field",
     "dataset_id_field",
+    "label_source",
     "ordinal",
     "label_thresholds",
     "max_seq_length",
@@ -49,6 +52,7 @@ ROW_COLUMNS = ("dataset_text_field", "dataset_prompt_field", "dataset_completion
 TEXT_LISTS = ("labels", "dataset_columns")
 NUMBER = (lambda value: type(value) is int, "a whole number")
 TRUTH = (lambda value: isinstance(value, bool), "true or false")
+LABEL_SOURCES = get_args(LabelSource)
 LIST = "a list without doubles"
 # what a key holds that is no text: how to check it, and how to call it in a message
 KINDS: dict[str, tuple[Any, str]] = {
@@ -61,6 +65,7 @@ KINDS: dict[str, tuple[Any, str]] = {
     ),
     "ordinal": TRUTH,
     "allow_dropped": TRUTH,
+    "label_source": (lambda value: value in LABEL_SOURCES, f"one of {', '.join(LABEL_SOURCES)}"),
     "max_seq_length": NUMBER,
     "max_new_tokens": NUMBER,
 }
@@ -94,7 +99,7 @@ class Task:
         apart = ("allow_dropped", "dataset_mixture", "mixture_seed")
         values = {own.name: getattr(self, own.name) for own in fields(self) if own.name not in apart}
         values = {key: value for key, value in values.items() if value is not None or key not in ROW_COLUMNS}
-        for key in (PAIR, "label_thresholds"):  # results of earlier versions knew neither
+        for key in (PAIR, "label_thresholds", "label_source"):  # results of earlier versions knew none of these
             if values.get(key, "") is None:
                 del values[key]
         return {**values, "metrics": [str(metric) for metric in self.metrics]}
@@ -115,9 +120,10 @@ class ClassificationTask(Task):
     COLUMNS = ALL_COLUMNS
 
     template: str | None = None  # "{title}. {text}": the text that the model reads, from the row's columns; else one
-    dataset_text_field: str = "text"
+    # what is left out is the run's own column where the rows have it, else `text` and `label`
+    dataset_text_field: str | None = None
     dataset_text_pair_field: str | None = None  # the second text of a pair
-    dataset_label_field: str = "label"
+    dataset_label_field: str | None = None
     dataset_id_field: str | None = None  # as in a recipe: none, or null in a file, for the numbers of the rows
     # the names of the classes, in the order of the numbers where the rows hold numbers; among the model's classes they
     # are found by these names
@@ -127,6 +133,17 @@ class ClassificationTask(Task):
     label_thresholds: tuple[float, ...] | None = None
     max_seq_length: int | None = None  # with `overlong` as in a recipe; the run's own where left out
     overlong: str | None = None
+    label_source: LabelSource | None = None  # as in a recipe; left out, the run's own for its own data, else column
+
+    @property
+    def text_column(self) -> str:
+        """The column of the texts."""
+        return self.dataset_text_field or "text"
+
+    @property
+    def label_column(self) -> str:
+        """The column of the classes."""
+        return self.dataset_label_field or "label"
 
     @property
     def name(self) -> str:
@@ -142,17 +159,17 @@ class ClassificationTask(Task):
         fingerprint = digest("task", plain.fingerprint, self.template, self.labels, limit)
         names = dict(plain.class_names)
         if self.labels is not None:
-            others = [one for one in names.get(self.dataset_label_field, ()) if len(one) == len(self.labels)]
-            names[self.dataset_label_field] = (tuple(map(str, self.labels)), *others)
+            others = [one for one in names.get(self.label_column, ()) if len(one) == len(self.labels)]
+            names[self.label_column] = (tuple(map(str, self.labels)), *others)
         return replace(plain, fingerprint=fingerprint, read=lambda: self._rows(plain, limit), class_names=names)
 
     def _rows(self, plain: Source, limit: int | None) -> Iterator[Row]:
-        column, listed = self.dataset_label_field, plain.class_names.get(self.dataset_label_field, ())
+        column, listed = self.label_column, plain.class_names.get(self.label_column, ())
         known, own = NameIndex(self.labels or ()), NameIndex(listed[0]) if listed else None
         for number, row in enumerate(islice(plain.rows(), limit)):
             made = dict(row)
             if self.template is not None:
-                made[self.dataset_text_field] = _fill_template(self.template, row, plain, number)
+                made[self.text_column] = _fill_template(self.template, row, plain, number)
             if self.labels is not None and column in row:
                 made[column] = self._class_name(row[column], known, own)
                 if made[column] is None:

@@ -76,6 +76,9 @@ def _test_flags(plan: Plan, recipe: Mapping[str, Any]) -> list[str]:
         keys = {"dataset_name": plan.test.keys["dataset_name"], "dataset_split": plan.test.keys["dataset_split"]}
         return [word for name, value in {**keys, **columns}.items() for word in (f"--{name}", str(value))]
     columns = {name: recipe[name] for name in (*COLUMNS, "dataset_columns") if recipe.get(name) is not None}
+    if recipe.get("label_source", "column") != "column":  # of the rows that the search did not see too
+        columns = {name: own for name, own in columns.items() if name != "dataset_label_field"}
+        columns["label_source"] = recipe["label_source"]
     file = plan.folder / TEST_TASK
     replace_file(file, yaml.safe_dump({**plan.test.keys, **columns}, sort_keys=False, allow_unicode=True))
     return ["--task", str(file), "--no_pictures"]

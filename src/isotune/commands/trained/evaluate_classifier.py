@@ -3,12 +3,12 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from isotune.commands.before_torch import before_torch
 from isotune.commands.trained.flags import check_counts, find_task, model_parser
 from isotune.config.layers import read_file
-from isotune.config.recipes import project_of
+from isotune.config.recipes import LabelSource, project_of
 from isotune.io.errors import UserError
 from isotune.io.run_files import RECIPE
 
@@ -20,13 +20,20 @@ def read_arguments(argv: Sequence[str], *, prog: str, description: str) -> argpa
     data.add_argument("--task", metavar="FILE", help="a task file or the name of a shipped one; flags win over it")
     data.add_argument("--dataset_name", metavar="NAME", help="a Hub id, folder, file or builtin:NAME")
     data.add_argument("--dataset_split", metavar="SPLIT", help="of that data set (test)")
+    data.add_argument("--dataset_config", metavar="NAME", help="of a Hub id or folder that has several configurations")
+    data.add_argument("--dataset_revision", metavar="NAME", help="branch, tag or commit of a Hub id")
     data.add_argument(
         "--dataset_columns", nargs="+", metavar="NAME", help="its columns, of a CSV file whose first line is a row"
     )
-    data.add_argument("--dataset_text_field", metavar="COLUMN", help="holds the texts (text)")
+    data.add_argument("--dataset_text_field", metavar="COLUMN", help="holds the texts (the run's, else text)")
     data.add_argument("--dataset_text_pair_field", metavar="COLUMN", help="holds the second texts of pairs (none)")
-    data.add_argument("--dataset_label_field", metavar="COLUMN", help="holds the classes (label)")
+    data.add_argument("--dataset_label_field", metavar="COLUMN", help="holds the classes (the run's, else label)")
     data.add_argument("--dataset_id_field", metavar="COLUMN", help="names each row; none: row numbers do (id)")
+    data.add_argument(
+        "--label_source",
+        choices=get_args(LabelSource),
+        help="where the classes come from (the run's own for its own data, else column)",
+    )
     data.add_argument(
         "--ordinal", action="store_true", default=None, help="the classes are ordered: metrics of distance too"
     )
@@ -79,6 +86,7 @@ def evaluate_classifier(given: argparse.Namespace) -> None:
     )
     from isotune.evaluation.classification.examples import print_examples
     from isotune.evaluation.classification.plots import draw_attention, draw_plots
+    from isotune.evaluation.classification.task_columns import with_columns
     from isotune.evaluation.distributed_eval import start_ranks
     from isotune.evaluation.models import load_model_classifier, load_run_classifier, task_of_run
     from isotune.evaluation.results import claim_folder, named_identity, score_lines
@@ -99,7 +107,8 @@ def evaluate_classifier(given: argparse.Namespace) -> None:
         held_out = None
         if task is None:
             task, held_out = task_of_run(classifier, flags)
-        rows = read_task_rows(task, classifier, ranks, given.limit, held_out)
+        task, notes = with_columns(task, classifier)
+        rows = read_task_rows(task, classifier, ranks, given.limit, held_out, notes)
     home = Path(given.run_dir or Path("runs") / Path(given.model).name)
     settings: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "resamples": given.resamples}
     evaluation_of = {

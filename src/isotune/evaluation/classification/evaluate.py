@@ -58,6 +58,7 @@ class Rows:
     named: bool = False  # whether the classes have names of their own, and not their numbers
     task_type: str = SINGLE_LABEL
     thresholds: Thresholds = THRESHOLD  # from which a row has a label, of multi_label
+    notes: tuple[str, ...] = ()  # what reading guessed, or passed over
 
     @property
     def metric_names(self) -> list[str] | None:
@@ -117,10 +118,12 @@ def read_task_rows(
     ranks: Ranks,
     limit: int | None = None,
     held_out: tuple[float, int] | None = None,
+    notes: Sequence[str] = (),
 ) -> Rows:
     """The first `limit` rows of a task, tokenised for the classifier; the main process shows progress and the table.
 
-    With `held_out` (share and seed) they are only those that a run held out of its training data. UserError where there
+    With `held_out` (share and seed) they are only those that a run held out of its training data. `notes` say what was
+    guessed of the task, and are printed with what reading notes. UserError where there
     is no such data, a class is unknown, or max_seq_length is beyond the model's positions.
     """
     classes, is_single = classifier.num_labels, classifier.task_type == SINGLE_LABEL
@@ -132,22 +135,18 @@ def read_task_rows(
     if task.labels is not None and len(task.labels) != classes:
         raise UserError(f"the task has {len(task.labels)} labels, and {classifier.name} has {classes} classes")
     source, names = task.source(limit), classifier.label_names
-    lists = source.class_names.get(task.dataset_label_field, ())
+    lists = source.class_names.get(task.label_column, ())
     if task.labels is not None and names and all(NameIndex(names).order_of(one) is None for one in lists):
         raise UserError(
             f"the task has the labels {listed(task.labels)}, and {classifier.name} has the classes {listed(names)}: "
             "give the labels the names of the model's classes, in the order of the numbers in the data"
         )
-    columns = ("dataset_text_field", "dataset_text_pair_field", "dataset_label_field")
-    own = {key: getattr(task, key) for key in columns}
+    own: dict[str, Any] = {"dataset_text_field": task.text_column, "dataset_label_field": task.label_column}
+    own |= {"dataset_text_pair_field": task.dataset_text_pair_field}
     if classifier.settings.dataset_text_pair_field is not None and task.dataset_text_pair_field is None:
-        if task.dataset_text_field not in ("text", classifier.settings.dataset_text_field):
-            raise UserError(
-                f"{classifier.name} reads pairs of texts: say dataset_text_pair_field beside dataset_text_field"
-            )
-        own |= {key: getattr(classifier.settings, key) for key in columns[:2]}
+        own |= {key: getattr(classifier.settings, key) for key in ("dataset_text_field", "dataset_text_pair_field")}
     own |= {"dataset_id_field": task.dataset_id_field or AUTO}
-    own |= {key: value for key in ("max_seq_length", "overlong") if (value := getattr(task, key))}
+    own |= {key: value for key in ("max_seq_length", "overlong", "label_source") if (value := getattr(task, key))}
     settings = replace(classifier.settings, **own)
     positions = max_positions(classifier.model.config)
     if positions is not None and settings.max_seq_length > positions:
@@ -163,6 +162,7 @@ def read_task_rows(
             "without names: list them by `labels` in a task file, in the order of the model's outputs"
         )
     labelled.check_classes(evaluation=True)
+    labelled = replace(labelled, notes=(*notes, *labelled.notes))
     if ranks.is_main:
         print(labelled.prepared().table, flush=True)
     order = np.argsort(labelled.documents.ids, kind="stable")
@@ -177,6 +177,7 @@ def read_task_rows(
         left_out={"rows_read": rows_read, "reasons": reasons},
         task_type=classifier.task_type,
         thresholds=thresholds_of(task.label_thresholds, classes) if task.label_thresholds else classifier.thresholds,
+        notes=labelled.notes,
     )
 
 
@@ -302,6 +303,7 @@ def write_evaluation(
         **({"label_thresholds": np.atleast_1d(rows.thresholds).tolist()} if rows.task_type == MULTI_LABEL else {}),
         "undefined": scores.undefined,
         "left_out": rows.left_out,
+        **({"notes": list(rows.notes)} if rows.notes else {}),
         "settings": {**settings, "rows_cut": rows.truncated},
     }
     folder.mkdir(parents=True, exist_ok=True)
