@@ -180,3 +180,31 @@ def test_names_of_classes_that_an_older_data_set_lists_beside_itself_are_those_o
 def test_a_card_that_says_nothing_of_use_is_passed_over(tmp_path, card):
     folder = clone(tmp_path, card, "train.jsonl")
     assert read_rows(folder).class_names == {} and texts(folder) == ["train.jsonl"]
+
+
+SHARDS = [f"data/train-{number:05d}-of-00003.jsonl" for number in range(3)]
+GLOB = "configs:\n- config_name: default\n  data_files:\n  - {split: train, path: data/train-*}\n"
+
+
+def test_a_missing_shard_of_a_clone_is_refused_and_one_that_the_card_leaves_out_is_not(tmp_path):
+    folder = clone(tmp_path, GLOB, *SHARDS)
+    assert texts(folder) == SHARDS
+    Path(folder, SHARDS[1]).unlink()
+    with pytest.raises(UserError, match=r"lacks 1 of the 3 shards of 'train', first train-00001-of-00003.jsonl: fetch"):
+        texts(folder)
+    chosen = clone(tmp_path / "sample", GLOB.replace("data/train-*", "'data/train-0000[02]*'"), *SHARDS)
+    assert texts(chosen) == [SHARDS[0], SHARDS[2]]
+    one = clone(tmp_path / "one", GLOB.replace("data/train-*", SHARDS[0]), SHARDS[0])
+    assert texts(one) == SHARDS[:1]
+
+
+def test_rows_that_are_not_as_many_as_the_card_counts_are_said(tmp_path):
+    counted = "dataset_info:\n  features:\n  - {name: text, dtype: string}\n  splits:\n"
+    counted += "  - {name: train, num_bytes: 9, num_examples: 4}\n  download_size: 9\n  dataset_size: 9\n"
+    source = read_rows(clone(tmp_path, GLOB + counted, *SHARDS))
+    for _ in range(2):
+        assert len(list(source.rows())) == 3
+        assert [note for note in source.notes if "has 3 rows, and its card counts 4" in note] == source.notes != []
+    Path(tmp_path, "clone", "README.md").write_text(f"---\n{GLOB}{counted.replace('examples: 4', 'examples: 3')}---\n")
+    right = read_rows(str(tmp_path / "clone"))
+    assert len(list(right.rows())) == 3 and not right.notes

@@ -429,6 +429,17 @@ def test_processes_that_begin_together_fetch_a_file_once(hub):
     assert set(hub.downloads().values()) == {1} and len(repositories) == 1
 
 
+def test_a_part_of_the_shards_that_was_downloaded_by_hand_is_refused_offline(hub, again):
+    from huggingface_hub import snapshot_download
+
+    shards = {f"data/train-{number:05d}-of-00002.jsonl": b'{"text": "a"}\n' for number in range(2)}
+    hub.add(Repository("dataset", "lab/shards")).commit(shards)
+    snapshot_download("lab/shards", repo_type="dataset", allow_patterns="*-00001-of-*")
+    again(HF_HUB_OFFLINE="1")
+    with pytest.raises(UserError, match=r"^dataset_name: 'lab/shards' lacks 1 of the 2 shards of 'train', first"):
+        read_rows("lab/shards")
+
+
 def test_what_was_downloaded_by_hand_is_read_offline(hub, again):
     from huggingface_hub import snapshot_download
 

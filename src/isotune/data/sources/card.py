@@ -20,6 +20,7 @@ from typing import Any, cast
 import yaml
 
 from isotune.data.sources.class_labels import ClassNames, class_names_of, features_class_names
+from isotune.data.sources.layout import lacking_shards
 from isotune.io.errors import UserError, first_line
 
 CARD, INFOS = "README.md", "dataset_infos.json"
@@ -27,7 +28,9 @@ _FRONT = re.compile(r"\s*---[ \t]*\r?\n(.*?\n)---[ \t]*(?:\r?\n|$)", re.S)
 _PART_OF_SPLIT = re.compile(r"\w+(\[.*\]|\+.*)")  # as `datasets` writes it: train[:10%], train+test
 _OF_EVERY_CONFIG = ("name", "version", "data_dir", "data_files", "description", "features")
 
-Layout = dict[str, Any]  # `splits`, the files of each by its name; `files`, all; `reader`; `options`; `class_names`
+# `splits`, the files of each by its name; `files`, all; `reader`; `options`; `class_names`; `num_examples`, the rows of
+# each split that the card counts; `named`, the files that the card names itself, None where the Hub listed all files
+Layout = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class ListedSplit:
     options: dict[str, Any]  # of that reader, where the card sets any
     part_of: dict[str, list[str]] | None  # the files of every split, where `split` is a part or a sum of splits
     class_names: ClassNames  # that the card gives
+    num_examples: int | None = None  # rows that the card counts
 
     @property
     def is_whole_files(self) -> bool:
@@ -141,11 +145,32 @@ def read_layout(place: str, config: str | None, prefix: str, name: str, **revisi
         "reader": type(builder).__module__.split(".")[2],  # datasets.packaged_modules.READER.READER
         "options": _options_of(builder.config),
         "class_names": class_names_of(builder.info.features or {}),
+        "num_examples": {str(own): each.num_examples for own, each in (builder.info.splits or {}).items()},
+        "named": None if revision else sorted(_named_files(Path(place) / CARD)),
     }
 
 
+def _named_files(card: Path) -> set[str]:
+    """The paths and patterns of files in the configurations of a card."""
+    found: set[str] = set()
+
+    def collect(value: Any) -> None:
+        if isinstance(value, str):
+            found.add(value.removeprefix("./"))
+        elif isinstance(value, Mapping | list):
+            for each in cast(Any, value).values() if isinstance(value, Mapping) else cast(list[Any], value):
+                collect(each)
+
+    with suppress(OSError, yaml.YAMLError):
+        collect(_mapping(yaml.safe_load(_front_of(card))).get("configs"))
+    return found
+
+
 def split_of(layout: Layout, split: str, root: Path, what: str) -> ListedSplit:
-    """A split of a layout, or a part or sum of splits; UserError, which begins with `what`, where there is none."""
+    """A split of a layout, or a part or sum of splits.
+
+    UserError, which begins with `what`, where there is none, or a pattern of the card finds some of its shards alone.
+    """
     splits: dict[str, list[str]] = layout["splits"]
     if split in splits:
         chosen, part_of = splits[split], None
@@ -156,8 +181,13 @@ def split_of(layout: Layout, split: str, root: Path, what: str) -> ListedSplit:
         raise UserError(f"{what} has no split {split!r}; it has {', '.join(splits)}")
     named: dict[str, Any] = layout.get("class_names", {})  # layouts that earlier versions kept have none
     names = {column: tuple(tuple(each) for each in lists) for column, lists in named.items()}
+    own = layout.get("named")  # the Hub itself has no shard but those that it lists
+    found_by_pattern = [root / file for file in chosen if own is not None and file not in own]
+    if lacks := lacking_shards(found_by_pattern, root):
+        raise UserError(f"{what} {lacks}")
     paths = [root / file for file in chosen]
-    return ListedSplit(paths, split, layout["reader"], layout["options"], part_of, names)
+    counted = layout.get("num_examples", {}).get(split) or None
+    return ListedSplit(paths, split, layout["reader"], layout["options"], part_of, names, counted)
 
 
 def why_no_layout(place: str, config: str | None, key: str, name: str, error: Exception, **revision: str) -> str:

@@ -11,7 +11,7 @@ together where they are the shards of one table; else the user is asked for one 
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -186,12 +186,35 @@ def _check_shards(chosen: list[DataFile], key: str) -> None:
                 f"{key}: {folder} holds shards of two tables {base!r} ({_listed([f.place for f in files])}): keep one"
             )
         (count,) = counts
-        first = 1 if numbers[-1] == count else 0
-        if missing := sorted(set(range(first, first + count)) - set(numbers)):
-            name = re.sub(r"-\d+-of-", f"-{missing[0]:05d}-of-", files[0].path.name, count=1)
-            raise UserError(
-                f"{key}: {folder} lacks {len(missing)} of the {count} shards of {base!r}, first {name}: fetch it"
-            )
+        if lacks := _lacks(base, count, numbers, files[0]):
+            raise UserError(f"{key}: {folder} {lacks}")
+
+
+def lacking_shards(paths: Sequence[Path], root: Path) -> str | None:
+    """What files that somebody else chose lack by their names, as the end of a sentence; None where it is nothing.
+
+    Shards that lie beside them were left out on purpose.
+    """
+    tables: dict[tuple[Path, str, int], list[DataFile]] = defaultdict(list)
+    for file in (DataFile(path, root) for path in paths):
+        if file.shard:
+            tables[file.path.parent, file.base, file.shard[1]].append(file)
+    for (folder, base, count), files in tables.items():
+        beside = [DataFile(path, root) for path in folder.iterdir()] if folder.is_dir() else []
+        there = [file for file in (*files, *beside) if file.base == base and file.shard and file.shard[1] == count]
+        if lacks := _lacks(base, count, sorted({file.shard[0] for file in there if file.shard}), files[0]):
+            return lacks
+    return None
+
+
+def _lacks(base: str, count: int, numbers: list[int], example: DataFile) -> str | None:
+    """Which of the shards of a table are not among these, which are numbered from 0 or from 1, in their order."""
+    first = 1 if numbers[-1] == count else 0
+    missing = sorted(set(range(first, first + count)) - set(numbers))
+    if not missing:
+        return None
+    name = re.sub(r"-\d+-of-", f"-{missing[0]:05d}-of-", example.path.name, count=1)
+    return f"lacks {len(missing)} of the {count} shards of {base!r}, first {name}: fetch it"
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

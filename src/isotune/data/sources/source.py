@@ -178,6 +178,24 @@ def _hub_source(
 
 
 def _listed_source(name: str, found: ListedSplit, columns: Sequence[str] | None) -> Source:
+    """The rows of a split that a card lists, with a note where they are not as many as the card counts."""
+    source = _rows_of_listed(name, found, columns)
+    if found.num_examples is None:
+        return source
+
+    def read() -> Iterator[Row]:
+        count = 0
+        for row in source.read():
+            count += 1
+            yield row
+        note = f"{name} has {count:,} rows, and its card counts {found.num_examples:,}: the card is older, or rows lack"
+        if count != found.num_examples and note not in source.notes:
+            source.notes.append(note)
+
+    return replace(source, read=read)
+
+
+def _rows_of_listed(name: str, found: ListedSplit, columns: Sequence[str] | None) -> Source:
     if found.is_whole_files and all(format_of(path) for path in found.files):
         source = _files_source(name, found.files, columns, [])
         return replace(source, class_names={**found.class_names, **source.class_names})
