@@ -8,7 +8,8 @@ import pytest
 from tests.unit.test_labelled import quietly, word_tokenizer
 
 from isotune.config import ClassificationRecipe
-from isotune.data.classification.classes import label_of, resolve
+from isotune.data.class_index import label_of
+from isotune.data.classification.classes import resolve
 from isotune.data.classification.split import prepare_labelled
 from isotune.data.sources.source import read_rows
 from isotune.io.errors import UserError

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from isotune.config.layers import read_file
-from isotune.data.classification.classes import label_of
+from isotune.data.class_index import label_of
 from isotune.data.classification.targets import numbers_of
 from isotune.data.sources.source import read_rows
 from isotune.io.errors import UserError

@@ -242,6 +242,19 @@ def test_lists_of_classes_are_aligned_by_name_too(tmp_path, monkeypatch):
     assert [row["label"] for row in mixture.rows()] == [["joy"], ["anger"]]
 
 
+@pytest.mark.parametrize("form", ["{}", "{}.0", "'{}'"])
+def test_numbers_of_classes_are_names_however_a_table_writes_them(tmp_path, form):
+    for name, order in {"a": ["neg", "pos"], "b": ["pos", "neg"]}.items():
+        (tmp_path / name).mkdir()
+        quoted = form.replace("'", '"')
+        (tmp_path / name / "train.csv").write_text(f"text,label\nx,{quoted.format(0)}\ny,{quoted.format(1)}\nz,POS\n")
+        feature = {"name": "label", "dtype": {"class_label": {"names": dict(enumerate(order))}}}
+        card = yaml.safe_dump({"dataset_info": {"features": [feature]}})
+        (tmp_path / name / "README.md").write_text(f"---\n{card}---\n")
+    mixture = open_mixture([{"dataset_name": str(tmp_path / name), "weight": 1.0} for name in "ab"], 1)
+    assert [row["label"] for row in mixture.rows()] == ["neg", "pos", "pos", "pos", "neg", "pos"]
+
+
 def test_a_source_named_twice_by_fraction_is_refused(three):
     with pytest.raises(UserError, match=r"has the rows of a.jsonl twice: add the fractions"):
         texts_of([{"path": "a.jsonl", "fraction": 0.5}, {"path": "a.jsonl", "fraction": 0.5}])

@@ -11,6 +11,7 @@ read once.
 import hashlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from isotune.config import RunRecipe
 from isotune.config.mixture import FRACTION, NAME, WEIGHT, mixture_name
+from isotune.data.class_index import NameIndex, label_of, place_of
 from isotune.data.documents import Documents, digest, with_share
 from isotune.data.sources.class_labels import ClassNames, fold
 from isotune.data.sources.source import Row, Source, read_rows
@@ -42,14 +44,15 @@ class Part:
         return self.fraction is not None or not float(self.weight or 0).is_integer()
 
     def rows(self, names: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[int, Row]]:
-        """Its rows, each with its number; numbers of classes become their names in the columns of `names`."""
+        """Its rows, each with its number; what stands for a class becomes its name in the columns of `names`."""
+        classes = {column: NameIndex(own) for column, own in names.items()}
         for number, row in enumerate(self.source.rows()):
             if self.columns is not None:
                 for column in self.columns:
                     if column not in row:
                         raise self.source.lacks(number, row, column, "columns")
                 row = {column: row[column] for column in self.columns}
-            yield number, row | {name: _named(row[name], own) for name, own in names.items() if name in row}
+            yield number, row | {name: _named(row[name], own) for name, own in classes.items() if name in row}
 
 
 @dataclass(frozen=True)
@@ -210,12 +213,15 @@ def _class_names(parts: Sequence[Part]) -> tuple[ClassNames, list[dict[str, tupl
     return names, by_part
 
 
-def _named(cell: Any, names: tuple[str, ...]) -> Any:
+def _named(cell: Any, classes: NameIndex) -> Any:
+    """The name of the class in a cell, or in each item of a list, however it is written; else the cell as it is."""
     if isinstance(cell, list | tuple):
-        return [_named(one, names) for one in cast("Sequence[Any]", cell)]
-    if isinstance(cell, bool) or not isinstance(cell, int) or not 0 <= cell < len(names):
-        return cell
-    return names[cell]
+        return [_named(one, classes) for one in cast("Sequence[Any]", cell)]
+    with suppress(ValueError):
+        place = place_of(label_of(cell, classes.names), classes)
+        if place is not None and place < len(classes.names):
+            return classes.names[place]
+    return cell
 
 
 def training_source(recipe: RunRecipe) -> Source:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from isotune.config.task_types import MULTI_LABEL, SINGLE_LABEL
-from isotune.data.classification.classes import NameIndex, listed
+from isotune.data.class_index import NameIndex, listed
 from isotune.data.classification.predictions import predicted
 from isotune.data.classification.thresholds import THRESHOLD, Thresholds
 from isotune.evaluation.metrics.classification import classification_statistics

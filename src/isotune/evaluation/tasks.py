@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast, get_args
 
 from isotune.config.recipes import NO_IDS, LabelSource
-from isotune.data.classification.classes import NameIndex, label_of, place_of
+from isotune.data.class_index import NameIndex, label_of, place_of
 from isotune.data.documents import check_left_out, digest
 from isotune.data.mixture import open_mixture
 from isotune.data.sft.forms import TEXT_FIELD, Content, NamedColumns

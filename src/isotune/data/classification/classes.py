@@ -6,76 +6,21 @@ one side has no names.
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Any
 
 import numpy as np
 
+from isotune.data.class_index import WHOLE, Label, NameIndex, listed, place_of
 from isotune.data.sources.class_labels import fold
-from isotune.data.sources.source import is_null
 from isotune.io.errors import UserError
 
-Label = int | bool | str  # a cell as it is meant, before it is known which class that is
-
-SHOWN_NAMES = 12
 MOST_CLASSES = 1_000  # of words: more are texts that somebody took for classes
 
 MISSING = frozenset(("na", "n/a", "nan", "null", "none", "nil", "-", "?", "#n/a", "<na>"))
 
-_TRUTH = {
-    **dict.fromkeys(("true", "yes", "y", "positive", "pos"), True),
-    **dict.fromkeys(("false", "no", "n", "negative", "neg"), False),
-}
-_WHOLE = re.compile(r"[+-]?\d{1,18}(?:\.0*)?", re.A)
 _PADDED = re.compile(r"0\d+", re.A)  # a code such as 007
-
-
-def listed(names: Iterable[object]) -> str:
-    """Names as a sentence lists them."""
-    every = [str(name) for name in names]
-    shown = ", ".join(every[:SHOWN_NAMES])
-    return shown if len(every) <= SHOWN_NAMES else f"{shown} and {len(every) - SHOWN_NAMES:,} more"
-
-
-class NameIndex:
-    """Finds names in a list of class names: folded, or as they are written where two differ in that alone."""
-
-    def __init__(self, names: Sequence[object]) -> None:
-        self.names = tuple(str(name) for name in names)
-        keys: tuple[Callable[[object], str], ...] = (_without_underscores, fold)
-        self._key = next((key for key in keys if len(set(map(key, self.names))) == len(self.names)), str)
-        self._number = {self._key(name): number for number, name in enumerate(self.names)}
-        self.are_numbers = all(_WHOLE.fullmatch(name.strip()) for name in self.names)
-        found = [re.findall(r"\d+", name) for name in self.names]
-        # by the one number in each name, its place: `1 star`, `2 stars`; none where names have none, or the same
-        self.numbers = {int(each[0]): place for place, each in enumerate(found) if len(each) == 1}
-        if self.are_numbers or len(self.numbers) < len(self.names):
-            self.numbers = {}
-
-    def find(self, name: object) -> int | None:
-        """The number of a name in the list; None where it is not there."""
-        return self._number.get(self._key(name))
-
-    def of_truth(self, truth: bool) -> int | None:
-        """The class that means true or false: of two by their words where these say it (yes, no), else by place."""
-        if self.are_numbers:
-            return self.find(int(truth))
-        meant = [_TRUTH.get(fold(name)) for name in self.names]
-        if sorted(map(str, meant)) == ["False", "True"]:
-            return meant.index(truth)
-        return int(truth) if len(self.names) == 2 else None
-
-    def order_of(self, others: Sequence[object]) -> list[int] | None:
-        """Where each of the other names stands here; None where the two lists are not the same names."""
-        found = [self.find(name) for name in others]
-        places = [place for place in found if place is not None]
-        return places if len(others) == len(self.names) and sorted(places) == list(range(len(self.names))) else None
-
-
-def _without_underscores(name: object) -> str:
-    return fold(str(name).replace("_", " "))
 
 
 @dataclass(frozen=True)
@@ -87,28 +32,6 @@ class ClassColumn:
     # whether the numbers are the data's own: those of words, in the order of the alphabet, are not
     numbered: bool = True
     spellings: int = 0  # words that were counted with another one, because they differ in case or spaces
-
-
-def label_of(cell: Any, names: Sequence[str] = ()) -> Label:
-    """The label in a cell; ValueError says what it holds where that is none.
-
-    `names` are those of a ClassLabel column, whose cells hold the numbers of its names.
-    """
-    if isinstance(cell, Decimal):
-        cell = float(cell)
-    if isinstance(cell, float) and cell.is_integer():
-        cell = int(cell)
-    if isinstance(cell, str):
-        if word := cell.strip():
-            return word
-        raise ValueError("an empty text")
-    if not isinstance(cell, int) or abs(cell) >= 2**31:
-        raise ValueError("null" if is_null(cell) else repr(cell)[:40])
-    if not names:
-        return cell
-    if not 0 <= cell < len(names):
-        raise ValueError(f"{cell}, and its column has the classes 0 to {len(names) - 1}: {listed(names)}")
-    return names[cell]
 
 
 def resolve(
@@ -164,7 +87,7 @@ def _as_numbers(labels: Sequence[Label]) -> Sequence[Label]:
 
     Codes such as 01 and 10 keep their zeros, unless they are only another spelling of numbers that stand there too.
     """
-    if not all(type(label) is int or (isinstance(label, str) and _WHOLE.fullmatch(label)) for label in labels):
+    if not all(type(label) is int or (isinstance(label, str) and WHOLE.fullmatch(label)) for label in labels):
         return labels
     number_of = {label: int(str(label).partition(".")[0]) for label in set(labels)}
     if max(map(abs, number_of.values())) >= 2**31:
@@ -179,7 +102,7 @@ def _check_missing(labels: Sequence[Label], where: Callable[[int], str]) -> None
     """Raise UserError for what programs write for a missing number, in a column whose other texts are numbers."""
     distinct = {label for label in labels if isinstance(label, str)}
     missing = {label for label in distinct if label.casefold() in MISSING}
-    if missing and len(missing) < len(distinct) and all(map(_WHOLE.fullmatch, distinct - missing)):
+    if missing and len(missing) < len(distinct) and all(map(WHOLE.fullmatch, distinct - missing)):
         row = next(row for row, label in enumerate(labels) if label in missing)
         raise UserError(
             f"{where(row)} holds {labels[row]!r}, and other rows numbers: a row without a class is left out by whoever "
@@ -250,7 +173,7 @@ def _by_numbers_in_names(
 
     UserError where they may be these, or the places of the classes counted from 0, and that is not the same.
     """
-    if not all(type(label) is int or (isinstance(label, str) and _WHOLE.fullmatch(label)) for label in labels):
+    if not all(type(label) is int or (isinstance(label, str) and WHOLE.fullmatch(label)) for label in labels):
         return table
     meant = {key: known.numbers.get(int(float(label))) for key, label in distinct.items()}
     if None in meant.values() or meant == table:
@@ -267,15 +190,3 @@ def _by_numbers_in_names(
 
 def _key(label: Label) -> Any:
     return (type(label), label)  # True == 1 in Python
-
-
-def place_of(label: Label, known: NameIndex) -> int | None:
-    """The class of a label: by its name, else by its number where the names are no numbers; None where it has none."""
-    name = str(label).lower() if isinstance(label, bool) else label
-    if (place := known.find(name)) is not None:
-        return place
-    if isinstance(name, str) and name.lower() in ("true", "false"):
-        return known.of_truth(name.lower() == "true")
-    if isinstance(label, str):
-        return place_of(int(float(label)), known) if _WHOLE.fullmatch(label) else None
-    return int(label) if not known.are_numbers and 0 <= label < len(known.names) else None

@@ -9,7 +9,8 @@ from typing import Any
 from isotune.config import ClassificationRecipe
 from isotune.config.recipes import AUTO
 from isotune.config.task_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
-from isotune.data.classification.classes import MOST_CLASSES, label_of
+from isotune.data.class_index import label_of
+from isotune.data.classification.classes import MOST_CLASSES
 from isotune.data.classification.pairs import known_pairs
 from isotune.data.classification.targets import are_numbers, is_bit, type_of
 from isotune.data.sources.class_labels import fold

@@ -10,13 +10,13 @@ import numpy as np
 from isotune.config.recipes import AUTO
 from isotune.config.task_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from isotune.data.cache import Content, load_or_build
-from isotune.data.classification.classes import listed
+from isotune.data.class_index import listed
 from isotune.data.classification.labels import ClassificationSettings
 from isotune.data.classification.pairs import text_of
 from isotune.data.classification.reading import read_documents
 from isotune.data.contents import EMPTY
 from isotune.data.documents import CountsTable, Documents, PreparedData, count_lines, digest, note_lines, with_share
-from isotune.data.mixture import count_parts, mixture_lines, name_parts
+from isotune.data.mixture import Mixture, count_parts, mixture_lines, name_parts
 from isotune.data.packing import one_document_per_row
 from isotune.data.sources.source import Source
 from isotune.data.tokenizer import TextEncoder
@@ -167,9 +167,11 @@ def tokenize(source: Source, tokenizer: Any, settings: ClassificationSettings, *
         facts |= {"notes": [*source.notes, *found.notes], "task_type": found.targets.task_type}
         return found.documents.as_arrays(), facts | count_parts(source, found.documents)
 
-    # not under the fingerprint itself: entries of earlier versions have no facts, or other classes of codes and truths
+    # not under the fingerprint itself: entries of earlier versions have no facts, or other classes of codes and truths,
+    # or, of mixtures, of numbers that are texts
+    of_mixture = ["numbers in texts"] if isinstance(source, Mixture) else []
     arrays, facts = load_or_build(
-        digest(fingerprint, "with named codes and truth", settings.task_type, settings.num_labels), build
+        digest(fingerprint, "with named codes and truth", settings.task_type, settings.num_labels, *of_mixture), build
     )
     names, task_type = facts["class_names"], facts["task_type"]
     if task_type != SINGLE_LABEL:

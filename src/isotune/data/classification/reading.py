@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from isotune.config.recipes import AUTO, NO_IDS
 from isotune.config.task_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
-from isotune.data.classification.classes import ClassColumn, Label, label_of, resolve
+from isotune.data.class_index import Label, label_of
+from isotune.data.classification.classes import ClassColumn, resolve
 from isotune.data.classification.ids import ids_in, ids_of_all
 from isotune.data.classification.labels import ClassificationSettings, labels_of
 from isotune.data.classification.pairs import joined

@@ -18,8 +18,8 @@ from isotune.config import ClassificationRecipe
 from isotune.config.recipes import AUTO
 from isotune.config.task_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, wrong_for_type
 from isotune.data.cache import load_or_build
+from isotune.data.class_index import listed
 from isotune.data.classification.augmentation import Augmentation, augmented
-from isotune.data.classification.classes import listed
 from isotune.data.classification.columns import find_columns, said
 from isotune.data.classification.labels import ClassificationSettings
 from isotune.data.classification.preparation import LabelledSplit, tokenize

@@ -14,7 +14,8 @@ from typing import Any, cast
 import numpy as np
 
 from isotune.config.task_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
-from isotune.data.classification.classes import MOST_CLASSES, ClassColumn, NameIndex, label_of, resolve
+from isotune.data.class_index import NameIndex, label_of
+from isotune.data.classification.classes import MOST_CLASSES, ClassColumn, resolve
 from isotune.data.contents import written_list
 from isotune.data.sources.source import told
 from isotune.io.errors import UserError, shown

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from isotune.data.classification.classes import NameIndex, listed
+from isotune.data.class_index import NameIndex, listed
 from isotune.io.errors import UserError
 from isotune.io.run_files import or_refuse, read_label_thresholds
 

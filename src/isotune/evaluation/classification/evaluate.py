@@ -18,7 +18,7 @@ from tqdm import tqdm
 from isotune.config.recipes import AUTO
 from isotune.config.task_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from isotune.data.batch_schedule import collate, microbatch_cost
-from isotune.data.classification.classes import NameIndex, listed
+from isotune.data.class_index import NameIndex, listed
 from isotune.data.classification.predictions import prediction_lines
 from isotune.data.classification.preparation import LabelledSplit, tokenize
 from isotune.data.classification.split import split_by_content

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from isotune.data.classification.classes import NameIndex, listed
+from isotune.data.class_index import NameIndex, listed
 from isotune.models.class_loss import PROBLEM_TYPES, task_type_of
 
 # classes of models as pretraining leaves them; what others have beside the body was made for one task
