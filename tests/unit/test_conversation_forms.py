@@ -97,6 +97,33 @@ def test_a_marked_answer_is_text_and_is_counted_and_is_not_learnt(tmp_path, mark
     assert "answers marked not to be learnt 1" in " ".join(str(found.table).split())
 
 
+@pytest.mark.parametrize("template", [None, "chatml", "phi"])
+@pytest.mark.parametrize("marked", ["WRONG", "right"])
+def test_a_marked_answer_is_not_learnt_with_everything_either(tmp_path, template, marked):
+    tokenizer = byte_chat_tokenizer(template)
+    rows = [{"messages": [message | ({"train": False} if message["content"] == marked else {}) for message in MARKED]}]
+    plain = prepared(tmp_path, [{"messages": MARKED}], tokenizer, train_on="everything")
+    found = prepared(tmp_path, rows, tokenizer, train_on="everything")
+    ((text, learnt),), ((same, whole),) = texts(found, tokenizer), texts(plain, tokenizer)
+    assert text == same and marked in whole and whole in text
+    end = {None: "", "chatml": "<|im_end|>\n", "phi": "<|end|>\n"}[template]
+    answer = f" {marked}" if template is None else f"{marked}{end}"
+    if template == "phi" and marked == "right":
+        answer += "<eos>"  # which ends the whole text, and the answer with it
+    assert learnt == whole.replace(answer, "") != whole
+    assert found.table.counts["marked"] == 1
+
+
+@pytest.mark.parametrize("template", [None, "chatml"])
+def test_an_answer_within_a_prompt_is_learnt_with_everything_alone(tmp_path, template):
+    tokenizer = byte_chat_tokenizer(template)
+    rows = [{"prompt": MARKED[:3], "completion": MARKED[3:]}]
+    ((_, learnt),) = texts(prepared(tmp_path, rows, tokenizer), tokenizer)
+    found = prepared(tmp_path, rows, tokenizer, train_on="everything")
+    ((_, whole),) = texts(found, tokenizer)
+    assert "WRONG" not in learnt and "WRONG" in whole and found.table.counts["marked"] == 0
+
+
 def test_a_field_that_nothing_reads_is_named_once_and_one_that_the_template_reads_is_not(tmp_path):
     rows = [{"messages": [{"role": "user", "content": "q", "mood": "sad"}, {"role": "assistant", "content": "a"}]}] * 3
     found = prepared(tmp_path, rows)

@@ -325,12 +325,12 @@ def _first_exchange(content: Content) -> tuple[tuple[Message, ...], str, tuple[A
         return NOT_WORDS
     example = content if isinstance(content, Example) else example_of_text(content)
     why = NO_ANSWER
-    for number, (message, learn) in enumerate(zip(example.messages, example.learn, strict=True)):
+    for number, message in enumerate(example.messages[example.asked :], start=example.asked):
         if message["role"] != ASSISTANT or not message["content"].strip() or message.get("tool_calls"):
             continue
         if not any(earlier["role"] == USER for earlier in example.messages[:number]):
             why = NO_QUESTION
-        elif not learn:
+        elif not example.learn[number]:
             why = ALL_MARKED
         else:
             turn = _turn_from(example, number)

@@ -107,7 +107,7 @@ class ChatTemplate:
         last = len(example.messages) - 1 if train_on == "everything" else max(wanted, default=-1)
         if last < 0:
             return []
-        kept = Example(example.messages[: last + 1], example.learn[: last + 1], example.tools)
+        kept = replace(example, messages=example.messages[: last + 1], learn=example.learn[: last + 1])
         found = self._settled(kept, lambda settled: self._documents(settled, train_on))
         facts = {"turns_cut": len(example.messages) - last - 1, "marked": example.marked}
         return [
@@ -116,11 +116,15 @@ class ChatTemplate:
         ]
 
     def _documents(self, example: Example, train_on: TrainOn) -> list[Conversation]:
+        turns, found = _Turns(self, example), list[Conversation]()
         if train_on == "everything":
-            return [everything(self.render(example.messages, example.tools))]
+            text = self.render(example.messages, example.tools)
+            marked = [
+                turns.marked(text, number) for number in range(len(example.messages)) if example.is_marked(number)
+            ]
+            return [everything(text, marked)]
         wanted = [number for number in range(len(example.messages)) if _is_answer(example, number)]
         wanted = wanted[-1:] if train_on == "last" else wanted
-        turns, found = _Turns(self, example), list[Conversation]()
         while wanted:  # the last of them is always found in the text that ends with it
             text, spans, prompts = turns.document(wanted)
             wanted = [number for number in wanted if number not in spans]
@@ -235,6 +239,16 @@ class _Turns:
             )
         return text, spans, prompts
 
+    def marked(self, text: str, number: int) -> tuple[int, int]:
+        """Where an answer that the data ask not to learn stands in the text of all messages."""
+        span = self._span(text, number, is_last=number == len(self.messages) - 1)
+        if span is None:
+            raise ValueError(
+                f"message {number + 1} is marked not to be learnt, and the chat template writes it otherwise here than "
+                "where it ends the text: train_on: all leaves it out"
+            )
+        return span
+
     def _span(self, text: str, number: int, *, is_last: bool) -> tuple[int, int] | None:
         """Where an answer stands in `text` as it would be given there; None where the template wrote it otherwise."""
         before = self.until(number, True) if number else self._opening(text)
@@ -284,18 +298,21 @@ class _Turns:
 def _is_answer(example: Example, number: int) -> bool:
     message = example.messages[number]
     says = message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content")
-    return message["role"] == ASSISTANT and example.learn[number] and bool(says)
+    return example.is_answer(number) and bool(says)
 
 
 def _joined(example: Example) -> Example:
     """The conversation with neighbouring messages of one role, of texts alone, as one message."""
     messages: list[Message] = []
     learn: list[bool] = []
-    for message, may_be_learnt in zip(example.messages, example.learn, strict=True):
+    asked = 0
+    for number, (message, may_be_learnt) in enumerate(zip(example.messages, example.learn, strict=True)):
         same = messages and {*messages[-1], *message} == {"role", "content"} and messages[-1]["role"] == message["role"]
-        if same and learn[-1] == may_be_learnt:
+        begins = number == example.asked and message["role"] == ASSISTANT  # an answer behind one that is asked with
+        if same and learn[-1] == may_be_learnt and not begins:
             messages[-1] = messages[-1] | {"content": f"{messages[-1]['content']}\n{message['content']}"}
         else:
             messages.append(message)
             learn.append(may_be_learnt)
-    return Example(tuple(messages), tuple(learn), example.tools)
+        asked = len(messages) if number < example.asked else asked
+    return Example(tuple(messages), tuple(learn), example.tools, asked)

@@ -5,7 +5,7 @@ Here is Guanaco's form, `### Human: ... ### Assistant: ...`; a chat template's i
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from isotune.config.recipes import TrainOn
@@ -116,27 +116,32 @@ def render_example(example: Example, train_on: TrainOn = "all") -> Conversation:
     Each message becomes its header, a space and its content as it stands; the messages are joined by line ends. A
     header inside a content is text like any other. Reasoning stands before its answer in `<think>`, tool calls after
     it as JSON in `<tool_call>`, both as in Qwen's templates and both part of the answer. An answer that the data ask
-    not to learn is text like a question.
+    not to learn is text like a question, and not learnt by train_on: everything either.
     """
     parts: list[str] = []
     turns: list[tuple[int, int, bool]] = []
+    marked: list[tuple[int, int]] = []
     position = 0
-    for header, body, learn in _parts(example):
+    for header, body, number in _parts(example):
         part = f"{header} {body}" if header else body
         parts.append(part)
-        is_answer = learn and header == ASSISTANT_HEADER
-        turns.append((position + len(header), position + len(part), is_answer))
+        span = position + len(header), position + len(part)
+        turns.append((*span, number is not None and example.is_answer(number)))
+        if number is not None and example.is_marked(number):
+            marked.append(span)
         position += len(part) + 1
     text = "\n".join(parts)
     if train_on == "everything":
-        return everything(text)
+        return replace(everything(text, marked), marked=example.marked)
     ended = _end_at_last_answer(text, turns, train_on)
     return Conversation(ended.text, ended.answers, ended.turns_cut, marked=example.marked)
 
 
-def everything(text: str) -> Conversation:
-    """A text that is learnt as a whole, as it stands; one of white space alone holds nothing to learn."""
-    return Conversation(text, ((0, len(text)),)) if text.strip() else Conversation("", ())
+def everything(text: str, left_out: Sequence[tuple[int, int]] = ()) -> Conversation:
+    """A text that is learnt as a whole, but for some spans in their order; white space alone is nothing to learn."""
+    starts, ends = [0, *(end for _, end in left_out)], [*(start for start, _ in left_out), len(text)]
+    learnt = tuple((start, end) for start, end in zip(starts, ends, strict=True) if text[start:end].strip())
+    return Conversation(text, learnt) if learnt else Conversation("", ())
 
 
 def render_prompt(question: str | Sequence[Mapping[str, Any]], tools: Any = None) -> str:
@@ -156,16 +161,16 @@ def _with_preamble(messages: Sequence[Mapping[str, Any]], tools: Any) -> Example
     return Example((*before, *rest.messages), (*(True for _ in before), *rest.learn), rest.tools)
 
 
-def _parts(example: Example) -> Iterator[tuple[str, str, bool]]:
-    """Each message's header, what follows it, and whether it may be learnt; the tools have a part of their own."""
+def _parts(example: Example) -> Iterator[tuple[str, str, int | None]]:
+    """Each message's header, what follows it, and its number; the tools have a part of their own, without a number."""
     tools = "\n".join(map(as_json, example.tools)) if example.tools else None
     after_system = bool(example.messages) and example.messages[0]["role"] == SYSTEM
     if tools and not after_system:
-        yield TOOLS_HEADER, tools, False
-    for number, (message, learn) in enumerate(zip(example.messages, example.learn, strict=True)):
-        yield ROLE_HEADERS.get(message["role"], ""), body_of(message), learn
+        yield TOOLS_HEADER, tools, None
+    for number, message in enumerate(example.messages):
+        yield ROLE_HEADERS.get(message["role"], ""), body_of(message), number
         if tools and after_system and number == 0:
-            yield TOOLS_HEADER, tools, False
+            yield TOOLS_HEADER, tools, None
 
 
 def body_of(message: Message) -> str:

@@ -13,7 +13,7 @@ guessed by the names of its columns is said.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, cast
 
@@ -215,9 +215,7 @@ def _asked_and_answered(row: Row, prompt_column: str, completion_column: str) ->
             f"it and {completion_column!r} are texts or lists of messages, and one of them is {kind_of_value(wrong)}"
         )
     whole = example_of([*asked, *answered], system_in(row), tools_of(row))
-    before = len(whole.messages) - len(cast(list[Any], answered))  # an answer within the prompt is not learnt
-    learn = tuple(may_be_learnt and number >= before for number, may_be_learnt in enumerate(whole.learn))
-    return Example(whole.messages, learn, whole.tools)
+    return replace(whole, asked=len(whole.messages) - len(cast(list[Any], answered)))
 
 
 def _tokens(row: Row) -> TokenRow:

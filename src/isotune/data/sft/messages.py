@@ -58,13 +58,20 @@ class Example:
     messages: tuple[Message, ...]
     learn: tuple[bool, ...]
     tools: tuple[Any, ...] | None = None  # JSON schemas of the tools that the assistant may call
+    asked: int = 0  # the first of the messages, which are the question of a pair: no answer among them is to be learnt
 
     @property
     def marked(self) -> int:
         """Answers that the data ask not to learn."""
-        return sum(
-            message["role"] == ASSISTANT and not learn for message, learn in zip(self.messages, self.learn, strict=True)
-        )
+        return sum(map(self.is_marked, range(len(self.messages))))
+
+    def is_marked(self, number: int) -> bool:
+        """Whether a message is an answer that the data ask not to learn."""
+        return self.messages[number]["role"] == ASSISTANT and not self.learn[number]
+
+    def is_answer(self, number: int) -> bool:
+        """Whether a message is an answer to be learnt, should it say anything."""
+        return self.messages[number]["role"] == ASSISTANT and self.learn[number] and number >= self.asked
 
     def fields_beside(self, read: str) -> set[str]:
         """Fields of the messages that are neither known here nor named in the text `read`, such as a template."""

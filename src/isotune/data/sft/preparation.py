@@ -36,7 +36,9 @@ from isotune.data.sources.source import Source, read_rows
 from isotune.io.errors import UserError
 
 FORMAT_VERSION = 1  # raised when the same input gives other documents
-CACHE_VERSION = 5  # raised when an entry of the cache holds more than it did, or rows are read that were refused
+# raised when an entry of the cache holds more than it did, or rows are read that were refused, or of which a part was
+# lost: under FORMAT_VERSION no run of any other rows could go on
+CACHE_VERSION = 6
 OF_CONVERSATIONS = ("turns_cut", "marked", "unasked")  # what is counted of each
 
 NO_ANSWER = "no assistant answer"
