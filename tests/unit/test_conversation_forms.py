@@ -7,6 +7,7 @@ import pytest
 from tests.chat_tokenizers import byte_chat_tokenizer
 
 from isotune.config import Recipe
+from isotune.data.sft.messages import read_message
 from isotune.data.sft.preparation import SftSettings, prepare
 from isotune.evaluation.tasks import GenerationTask, read_task
 from isotune.io.errors import UserError
@@ -298,6 +299,32 @@ def test_a_form_that_is_guessed_is_said_once(tmp_path, row, said):
     (note,) = found.table.counts["notes"]
     assert said in note and note in str(found.table)
     assert prepared(tmp_path, [{"text": EXCHANGE}]).table.counts["notes"] == []
+
+
+@pytest.mark.parametrize("row", [{"text": EXCHANGE}, {"prompt": "### Human: q\n### Assistant:", "completion": " a"}])
+def test_what_stands_beside_a_text_that_is_laid_out_is_named_as_not_read(tmp_path, row):
+    found = prepared(tmp_path, [row | {"System": "s", "tools": [{"name": "f"}], "functions": " "}] * 2)
+    assert texts(found) == texts(prepared(tmp_path, [row] * 2))
+    said = "not read beside a text, which stands for itself: 'System' and 'tools' (messages have a place for them)"
+    assert found.table.counts["notes"][-1] == said
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({"reasoning_content": "", "thinking": "why"}, "why"),
+        ({"reasoning": "why", "thinking": " why "}, " why "),
+        ({"thinking": "", "reasoning": ""}, None),
+    ],
+)
+def test_reasoning_is_found_under_whatever_name_it_has(fields, kept):
+    message, _ = read_message({"role": "assistant", "content": "a", **fields}, 1)
+    assert message.get("reasoning_content") == kept and not {"thinking", "reasoning"} & message.keys()
+
+
+def test_two_reasonings_of_one_answer_are_refused():
+    with pytest.raises(ValueError, match="message 1 has thinking 'one' and reasoning 'two': leave one of them out"):
+        read_message({"role": "assistant", "content": "a", "thinking": "one", "reasoning": "two"}, 1)
 
 
 def test_both_columns_are_named_or_none():

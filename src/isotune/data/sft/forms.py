@@ -32,7 +32,7 @@ MORE = ("input", "context")  # stands below an instruction, in Alpaca's form and
 INPUT_IDS = "input_ids"
 MASKS = ("assistant_masks", "completion_mask", "loss_mask")
 SYSTEM_COLUMNS = ("system", "system_prompt")
-BESIDE = (*SYSTEM_COLUMNS, "tools", "functions")  # are read with every form
+BESIDE = (*SYSTEM_COLUMNS, "tools", "functions")  # are read with every form but a text that is laid out already
 IGNORED_LABEL = -100
 
 
@@ -112,8 +112,7 @@ def _guessed(names: tuple[str, ...]) -> Form | None:
     if not asked or not answered:
         return None
     columns = (asked, *more, answered)
-    beside = BESIDE if asked == "prompt" else SYSTEM_COLUMNS  # texts have no tools
-    left = [name for name in names if name not in (*columns, *beside)]
+    left = [name for name in names if name not in (*columns, *BESIDE)]
     note = (
         f"a row is a question, from {_listed(columns[:-1])}, and its answer, from {answered!r}"
         f"{f'; not read: {_listed(left)}' if left else ''} (dataset_prompt_field, dataset_completion_field name others)"
@@ -146,6 +145,15 @@ def system_in(row: Row) -> Any:
     if len({str(value).strip() for value in told.values()}) > 1:
         raise ValueError(f"the columns {_listed(tuple(told))} say different things: leave one of them out")
     return next(iter(told.values()), None)
+
+
+def left_beside(row: Row, content: Content) -> str | None:
+    """The sentence about what stands beside a text that is laid out already, and is not part of it; None without."""
+    own = {name: value for name, value in row.items() if name.strip().lower() in BESIDE}
+    told = tuple(name for name, value in own.items() if value != [] and (not isinstance(value, str) or value.strip()))
+    if not isinstance(content, str) or not told:
+        return None
+    return f"not read beside a text, which stands for itself: {_listed(told)} (messages have a place for them)"
 
 
 def _named(name: str, read: Any) -> Any:
@@ -191,7 +199,7 @@ def _instruction(asked: str, more: Sequence[str], answered: str) -> Reader:
 
     def read(row: Row) -> Content:
         parts = [_text(row, asked), *(_text(row, name) for name in more if row.get(name))]
-        return exchange("\n\n".join(parts), _text(row, answered), system_in(row))
+        return exchange("\n\n".join(parts), _text(row, answered), system_in(row), tools_of(row))
 
     return read
 
@@ -206,7 +214,7 @@ def _asked_and_answered(row: Row, prompt_column: str, completion_column: str) ->
     if isinstance(prompt, str) and isinstance(completion, str):
         if header_start(prompt) is not None:  # the prompt is laid out already
             return prompt + completion
-        return exchange(prompt, completion, system_in(row))
+        return exchange(prompt, completion, system_in(row), tools_of(row))
     asked = [{"role": USER, "content": prompt}] if isinstance(prompt, str) else prompt
     answered = [{"role": ASSISTANT, "content": completion}] if isinstance(completion, str) else completion
     if not isinstance(asked, list) or not isinstance(answered, list):

@@ -39,7 +39,7 @@ OTHER_MARKS = re.compile(
     r"ignored?|supervised?)",
     re.I,
 )
-REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # the first that is there, as transformers reads them
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # of one text; the first is what templates read
 # read by every form, or names that change nothing of what is said
 KNOWN_FIELDS = {"role", "content", "tool_calls", "tool_call_id", "name", "id", *REASONING_FIELDS}
 
@@ -92,9 +92,9 @@ def example_of(messages: Sequence[Any], system: Any = None, tools: Any = None) -
     return Example(tuple(message for message, _ in read), tuple(learn for _, learn in read), read_tools(tools))
 
 
-def exchange(question: str, answer: str, system: Any = None) -> Example:
+def exchange(question: str, answer: str, system: Any = None, tools: Any = None) -> Example:
     """One question and its answer."""
-    return example_of(({"role": USER, "content": question}, {"role": ASSISTANT, "content": answer}), system)
+    return example_of(({"role": USER, "content": question}, {"role": ASSISTANT, "content": answer}), system, tools)
 
 
 def read_message(message: Any, number: int) -> tuple[Message, bool]:
@@ -130,11 +130,11 @@ def read_message(message: Any, number: int) -> tuple[Message, bool]:
         if kept["role"] != ASSISTANT:
             raise ValueError(f"message {number} is by the {kept['role']} and has tool_calls, which only answers have")
         kept["tool_calls"] = _read_calls(calls, number)
-    reasoning = [fields.pop(name) for name in REASONING_FIELDS if name in fields]
-    if reasoning and reasoning[0] != "":
-        if not isinstance(reasoning[0], str):
-            raise ValueError(f"message {number} has a {type(reasoning[0]).__name__} for its reasoning, not a text")
-        kept["reasoning_content"] = reasoning[0]
+    fields = {name: own for name, own in fields.items() if name not in REASONING_FIELDS or own != ""}
+    if (reasoning := _one_value(fields, REASONING_FIELDS, number, str.strip)) is not None:
+        if not isinstance(reasoning, str):
+            raise ValueError(f"message {number} has a {type(reasoning).__name__} for its reasoning, not a text")
+        kept["reasoning_content"] = reasoning
     return kept | fields, learn
 
 
@@ -151,12 +151,12 @@ def _fields_with_values(message: Mapping[Any, Any]) -> dict[str, Any]:
 def _one_value(fields: dict[str, Any], names: Sequence[str], number: int, meaning: Callable[[str], Any]) -> Any:
     """Take out what stands under any of some names of one field; ValueError where two of them mean different things."""
     found = {name: fields.pop(name) for name in names if name in fields}
-    one, *others = list(found.values()) or [None]
-    for name, other in zip(list(found)[1:], others, strict=True):
+    (first, one), *others = list(found.items()) or [("", None)]
+    for name, other in others:
         same = one == other or (isinstance(one, str) and isinstance(other, str) and meaning(one) == meaning(other))
         if not same:
             raise ValueError(
-                f"message {number} has {names[0]} {shown(one, 30)} and {name} {shown(other, 30)}: leave one of them out"
+                f"message {number} has {first} {shown(one, 30)} and {name} {shown(other, 30)}: leave one of them out"
             )
     return one
 

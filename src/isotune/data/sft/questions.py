@@ -29,31 +29,33 @@ def question_column(row: Row, named: NamedColumns) -> str | None:
     return next((name for name in found if not is_null(row[name])), found[0] if found else None)
 
 
-def question_of(row: Row, column: str) -> Question | str:
+def question_of(row: Row, column: str, *, is_named: bool = False) -> Question | str:
     """The messages that a row asks to be answered, and its tools; or why there are none to ask.
 
-    ValueError says what is wrong with a cell.
+    What stands beside an instruction is asked with it unless the column `is_named`, as in training. ValueError says what
+    is wrong with a cell.
     """
     if is_null(row[column]):
         return NULL
     cell = as_messages(row[column])
     row = {name.strip().lower(): own for name, own in row.items() if not is_null(own)}
-    beside = system_in(row)
+    beside, tools = system_in(row), tools_of(row)
     if isinstance(cell, list):
-        messages = example_of(cast(list[Any], cell), beside, tools_of(row)).messages
+        messages = example_of(cast(list[Any], cell), beside, tools).messages
     elif not isinstance(cell, str):
         raise ValueError(f"column {column!r}: holds {kind_of_value(cell)}, neither a text nor a list of messages")
     elif header_start(cell) is not None:
-        messages = example_of_text(cell).messages
+        messages, tools = example_of_text(cell).messages, None  # a text that is laid out stands for itself
     else:
-        added = [row[name] for name in MORE if row.get(name)] if column.strip().lower() == INSTRUCTION else []
+        has_more = not is_named and column.strip().lower() == INSTRUCTION
+        added = [row[name] for name in MORE if row.get(name)] if has_more else []
         if wrong := next((value for value in added if not isinstance(value, str)), None):
             raise ValueError(f"an {' or '.join(MORE)} is {kind_of_value(wrong)}, not a text")
         messages = example_of([{"role": USER, "content": "\n\n".join([cell, *added])}], beside).messages
     asked = _before_last_answer(messages)
     if not any(message["content"].strip() for message in asked if message["role"] != SYSTEM):
         return NO_QUESTION
-    return asked, read_tools(tools_of(row))
+    return asked, read_tools(tools)
 
 
 def _before_last_answer(messages: tuple[Message, ...]) -> tuple[Message, ...]:

@@ -16,7 +16,7 @@ from isotune.data.sft.conversations import (
     turns_of,
     unknown_header,
 )
-from isotune.data.sft.forms import MESSAGES_COLUMNS, TEXT_FIELD, Content, NamedColumns, TokenRow, form_of
+from isotune.data.sft.forms import MESSAGES_COLUMNS, TEXT_FIELD, Content, NamedColumns, TokenRow, form_of, left_beside
 from isotune.data.sft.messages import Example
 from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.data.sources.source import Row, Source, is_null, surrogate_fault
@@ -38,7 +38,7 @@ def read_contents(
 ) -> Iterator[list[tuple[int, Content]]]:
     """What the rows of a source hold, in batches, each row with its number counted from 0; UserError names a bad row.
 
-    `guesses` takes the sentences about forms that nobody named, each once.
+    `guesses` takes the sentences about forms that nobody named, and about what is not read beside them, each once.
     """
     for rows in source.batches():
         contents: list[tuple[int, Content]] = []
@@ -48,11 +48,13 @@ def read_contents(
             if form is None:
                 raise _unknown_form(source, number, row, named)
             try:
-                contents.append((number, form.read(given)))
+                content = form.read(given)
             except ValueError as error:
                 raise UserError(f"{source.where(number)}, {error}") from error
-            if form.note is not None and guesses is not None and form.note not in guesses:
-                guesses.append(form.note)
+            contents.append((number, content))
+            for note in (form.note, left_beside(given, content)):
+                if note is not None and guesses is not None and note not in guesses:
+                    guesses.append(note)
         yield contents
 
 

@@ -198,13 +198,13 @@ class AnswerPredictor:
 
     def take(self, row: Row, source: Source, number: int) -> str | LeftOut:
         """The prompt of what a row asks; one without a question, or with a longer one than the model reads, is left."""
-        column = next((found for named in self.columns if (found := question_column(row, named))), None)
+        found = ((own, named) for named in self.columns if (own := question_column(row, named)))
+        column, named = next(found, (None, self.columns[-1]))
         if column is None:
-            named = self.columns[-1]
             key = "dataset_prompt_field" if named.prompt or named.text == TEXT_FIELD else "dataset_text_field"
             raise source.lacks(number, row, named.prompt or named.text, key)
         try:
-            question = question_of(row, column)
+            question = question_of(row, column, is_named=named != NamedColumns())
             if isinstance(question, str):
                 return LeftOut(question)
             prompt = self.lm.encoder.prompt(*question)
