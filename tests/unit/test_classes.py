@@ -1,9 +1,12 @@
 """Which class a cell holds, in every form that labels are written in, and how lists of names are aligned."""
 
+import io
 import json
 import re
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tests.unit.test_labelled import quietly, word_tokenizer
 
@@ -290,3 +293,22 @@ def test_a_zero_in_front_is_another_spelling_of_a_number_that_stands_there_too()
     assert resolve(["01", "02"], where=str, known=("2", "1")).labels.tolist() == [1, 0]
     with pytest.raises(UserError, match=r"row 1 is of class '1'.*01, 02"):  # a number does not say which code it is
         resolve([1, 2], where=where, known=("01", "02"))
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.pq", "a.PARQUET", "a.parquet.gz", "a.arrow", "a.arrow.zst"])
+def test_names_of_classes_are_kept_whatever_compresses_the_table(tmp_path, name):
+    features = {"label": {"names": ["storm", "calm"], "_type": "ClassLabel"}}
+    told = {"huggingface": json.dumps({"info": {"features": features}})}
+    table = pa.table({"text": ["a", "b"], "label": [0, 1]}).replace_schema_metadata(told)
+    file = io.BytesIO()
+    if ".arrow" in name:
+        with pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+    else:
+        pq.write_table(table, file)
+    kind = {"gz": "gzip", "zst": "zstd"}.get(name.rpartition(".")[2])
+    content = pa.compress(file.getvalue(), codec=kind, asbytes=True) if kind else file.getvalue()
+    (tmp_path / name).write_bytes(content)
+    source = read_rows(str(tmp_path / name))
+    assert source.class_names == {"label": (("storm", "calm"),)}
+    assert [row["label"] for row in source.rows()] == [0, 1]

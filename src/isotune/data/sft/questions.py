@@ -32,8 +32,8 @@ def question_column(row: Row, named: NamedColumns) -> str | None:
 def question_of(row: Row, column: str, *, is_named: bool = False) -> Question | str:
     """The messages that a row asks to be answered, and its tools; or why there are none to ask.
 
-    What stands beside an instruction is asked with it unless the column `is_named`, as in training. ValueError says what
-    is wrong with a cell.
+    What stands beside an instruction is asked with it unless the column `is_named`, as in training. ValueError says
+    what is wrong with a cell.
     """
     if is_null(row[column]):
         return NULL

@@ -7,6 +7,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from isotune.data.sources.arrow_rows import IPC_FILE
+from isotune.data.sources.text_files import open_seekable
+from isotune.io.errors import UserError
+from isotune.io.formats import format_of
+
 _UNSEEN = dict.fromkeys(map(ord, "\ufeff\u200b\u2060"))  # byte order marks and blanks without width
 ClassNames = dict[str, tuple[tuple[str, ...], ...]]  # by column, as `Source.class_names`
 
@@ -28,22 +33,23 @@ def features_class_names(features: Mapping[str, Any]) -> ClassNames:
 
 def file_class_names(path: Path) -> ClassNames:
     """The same of a Parquet or Arrow file that `datasets` wrote; nothing where another program did, or it is broken."""
+    kind = format_of(path)
+    if kind not in (".parquet", ".arrow"):
+        return {}
     arrow: Any = import_module("pyarrow")
     try:
-        if path.suffix == ".parquet":
-            schema = import_module("pyarrow.parquet").read_schema(path)
-        elif path.suffix == ".arrow":
-            ipc = import_module("pyarrow.ipc")
-            with path.open("rb") as file:
-                is_file = file.read(6) == b"ARROW1"
+        with open_seekable(path) as file:
+            if kind == ".parquet":
+                schema = import_module("pyarrow.parquet").read_schema(file)
+            else:
+                ipc = import_module("pyarrow.ipc")
+                is_file = file.read(len(IPC_FILE)) == IPC_FILE
                 file.seek(0)
                 schema = (ipc.open_file if is_file else ipc.open_stream)(file).schema
-        else:
-            return {}
         metadata: dict[bytes, bytes] = schema.metadata or {}
         return features_class_names(json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"])
-    except (arrow.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError):  # its reader says more
-        return {}
+    except (arrow.ArrowException, UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # its reader says more
 
 
 def fold(name: object) -> str:
