@@ -8,8 +8,10 @@ import datasets
 import pytest
 from tests.launching import TINY_CLASSIFIER, start
 
+from isotune.commands.trained import evaluate_classifier, generate, predict
 from isotune.config import Recipe
 from isotune.data.sources.source import read_rows
+from isotune.evaluation.tasks import FLAGS
 from isotune.io.errors import UserError
 from isotune.run.identity import RunIdentity
 
@@ -208,3 +210,26 @@ def test_rows_that_are_not_as_many_as_the_card_counts_are_said(tmp_path):
     Path(tmp_path, "clone", "README.md").write_text(f"---\n{GLOB}{counted.replace('examples: 4', 'examples: 3')}---\n")
     right = read_rows(str(tmp_path / "clone"))
     assert len(list(right.rows())) == 3 and not right.notes
+
+
+def test_several_configurations_are_chosen_by_the_key_or_flag_beside_the_one_that_names_the_data(tmp_path):
+    folder = clone(tmp_path, TWO, "en/a.jsonl", "fr/a.jsonl")
+    beside = {"eval_dataset_name": "eval_dataset_config", "--input": "--dataset_config"}
+    for key, flag in beside.items():
+        with pytest.raises(UserError, match=f"has several configurations: choose one by {flag}: en, fr$"):
+            read_rows(folder, name=key)
+    with pytest.raises(UserError, match=f"^--dataset_revision is for Hub ids, and {folder} is none$"):
+        read_rows(folder, name="--input", revision="main")
+
+
+def test_every_command_on_a_model_takes_the_configuration_and_the_revision():
+    words = ["--dataset_config", "fr", "--dataset_revision", "v2"]
+    data = {"prog": "x", "description": "x"}
+    on_run = ["--run_dir", "r", "--dataset_name", "d", *words]
+    given = [
+        evaluate_classifier.read_arguments(on_run, **data),
+        generate.read_arguments(on_run, **data),
+        predict.read_arguments(["--input", "d", "--output", "o.csv", *words]),
+    ]
+    assert {(one.dataset_config, one.dataset_revision) for one in given} == {("fr", "v2")}
+    assert {"dataset_config", "dataset_revision"} <= {*FLAGS}

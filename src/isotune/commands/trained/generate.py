@@ -22,6 +22,10 @@ def read_arguments(argv: Sequence[str], *, prog: str, description: str) -> argpa
     )
     parser.add_argument("--dataset_split", metavar="SPLIT", help="of that data set (test)")
     parser.add_argument(
+        "--dataset_config", metavar="NAME", help="of a Hub id or folder that has several configurations"
+    )
+    parser.add_argument("--dataset_revision", metavar="NAME", help="branch, tag or commit of a Hub id")
+    parser.add_argument(
         "--dataset_columns", nargs="+", metavar="NAME", help="its columns, of a CSV file whose first line is a row"
     )
     parser.add_argument("--dataset_text_field", metavar="COLUMN", help="holds the conversations (found by its name)")
@@ -74,8 +78,8 @@ def generate(given: argparse.Namespace) -> None:
     from isotune.evaluation.results import score_lines
     from isotune.evaluation.tasks import DEFAULT_MAX_NEW_TOKENS, ROW_COLUMNS, GenerationTask, read_task
 
-    keys = ("dataset_name", "dataset_split", "dataset_columns", "allow_dropped", "max_new_tokens")
-    flags = {key: getattr(given, key) for key in (*keys, *ROW_COLUMNS)}
+    keys = ("dataset_name", "dataset_split", "dataset_config", "dataset_revision", "dataset_columns")
+    flags = {key: getattr(given, key) for key in (*keys, "allow_dropped", "max_new_tokens", *ROW_COLUMNS)}
     if given.run_dir and given.dataset_name:
         own = data_of_run(given.run_dir, given.dataset_name)
         names_columns = any(flags[key] for key in ROW_COLUMNS)  # which replace all of the run's

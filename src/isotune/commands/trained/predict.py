@@ -49,6 +49,8 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
     data.add_argument("--input", metavar="DATA", help="a file, a folder, a Hub id or builtin:NAME")
     data.add_argument("--output", metavar="FILE", help="where the predictions go: .csv or .jsonl")
     data.add_argument("--dataset_split", default="test", metavar="SPLIT", help="of a folder or a Hub id (%(default)s)")
+    data.add_argument("--dataset_config", metavar="NAME", help="of a Hub id or folder that has several configurations")
+    data.add_argument("--dataset_revision", metavar="NAME", help="branch, tag or commit of a Hub id")
     data.add_argument("--dataset_columns", nargs="+", metavar="NAME", help="of a CSV file whose first line is a row")
     data.add_argument("--dataset_text_field", metavar="COLUMN", help="holds the texts (as the run's recipe says)")
     data.add_argument("--dataset_text_pair_field", metavar="COLUMN", help="holds the second texts of pairs")
@@ -76,7 +78,7 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
         raise UserError("isotune predict: give texts, or rows by --input" + (", not both" if given.texts else ""))
     if given.input and not given.output:
         raise UserError("isotune predict: --output says where the predictions of --input go: a .csv or .jsonl file")
-    for name in ("limit", "part_rows", "dataset_columns"):
+    for name in ("limit", "part_rows", "dataset_config", "dataset_revision", "dataset_columns"):
         if given.texts and getattr(given, name) is not None:
             raise UserError(f"--{name} is for the rows of --input, and these are texts")
     if given.text_pair and len(given.text_pair) != len(given.texts):
@@ -199,7 +201,14 @@ def _write(
     from isotune.evaluation.prediction.predict import digest_of_models, predict_source, summary_lines
 
     if given.input:
-        source = read_rows(given.input, given.dataset_split, name="--input", columns=given.dataset_columns)
+        source = read_rows(
+            given.input,
+            given.dataset_split,
+            name="--input",
+            columns=given.dataset_columns,
+            config=given.dataset_config,
+            revision=given.dataset_revision,
+        )
     else:
         source = Source("the command line", digest(*rows), lambda: iter(rows))
     output = Path(given.output).expanduser()

@@ -61,6 +61,11 @@ class ListedSplit:
             raise UserError(f"{names} cannot be read as {self.reader}: {first_line(error)}") from error
 
 
+def key_beside(key: str, what: str) -> str:
+    """What says the config, revision or split of the data that a recipe's key, or a flag, names."""
+    return f"--dataset_{what}" if key.startswith("--") else key.replace("_name", f"_{what}")
+
+
 def has_configs(folder: Path) -> bool:
     """Whether the card in a folder names configurations; UserError where it does so in lines that are no YAML."""
     path = folder / CARD
@@ -199,9 +204,7 @@ def why_no_layout(place: str, config: str | None, key: str, name: str, error: Ex
     if config is not None and names and config not in names:
         return f"{name!r} has no configuration {config!r}; it has {', '.join(names)}"
     if config is None and len(names) > 1:
-        return (
-            f"{name!r} has several configurations: choose one by {key.replace('_name', '_config')}: {', '.join(names)}"
-        )
+        return f"{name!r} has several configurations: choose one by {key_beside(key, 'config')}: {', '.join(names)}"
     return f"{name!r} cannot be read: {first_line(error)}"
 
 

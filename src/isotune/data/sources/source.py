@@ -17,7 +17,7 @@ from typing import Any
 
 from isotune.compat.datasets import fingerprint_of
 from isotune.data.sources.arrow_rows import read_dataset
-from isotune.data.sources.card import ListedSplit, class_names_beside, has_configs, open_card_split
+from isotune.data.sources.card import ListedSplit, class_names_beside, has_configs, key_beside, open_card_split
 from isotune.data.sources.class_labels import class_names_of, features_class_names, file_class_names
 from isotune.data.sources.csv_rows import SHOWN_CHARACTERS, looks_like_row, unnamed_columns
 from isotune.data.sources.files import CSV_FORMATS, Row, digest_of, is_lfs_pointer, reader_of
@@ -138,9 +138,9 @@ def read_rows(
     path = Path(dataset_name).expanduser()
     if dataset_name.startswith(PREFIX) or path.exists():
         if revision is not None:
-            raise UserError(f"{name.replace('_name', '_revision')} is for Hub ids, and {dataset_name} is none")
+            raise UserError(f"{key_beside(name, 'revision')} is for Hub ids, and {dataset_name} is none")
         if config is not None and not path.is_dir():
-            raise UserError(f"{name.replace('_name', '_config')} is for Hub ids and folders; {dataset_name} is none")
+            raise UserError(f"{key_beside(name, 'config')} is for Hub ids and folders; {dataset_name} is none")
     if dataset_name.startswith(PREFIX):
         _check_columns(columns, None, dataset_name)
         rows = find_corpus(dataset_name).rows(split)
@@ -249,7 +249,7 @@ def _folder_source(folder: Path, split: str, key: str, columns: Sequence[str] | 
     if config is not None:
         if not (folder / config).is_dir():
             raise UserError(
-                f"{key.replace('_name', '_config')}: {folder} has no folder {config!r}, and no README.md that names "
+                f"{key_beside(key, 'config')}: {folder} has no folder {config!r}, and no README.md that names "
                 "configurations"
             )
         folder = folder / config
@@ -257,7 +257,7 @@ def _folder_source(folder: Path, split: str, key: str, columns: Sequence[str] | 
         _check_columns(columns, None, str(folder))
         return _saved_source(folder, split, key)
     notes: list[str] = []
-    split_key = key.replace("_name", "_split")
+    split_key = key_beside(key, "split")
     files = find_split(folder, split, key=key, split_key=split_key, notes=notes)
     source = _files_source(f"{folder} ({split})", files, columns, notes)
     return replace(source, class_names={**names, **source.class_names})
