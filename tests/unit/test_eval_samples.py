@@ -5,7 +5,14 @@ import json
 import pytest
 
 from isotune.data.sources.source import find_corpus, read_rows
-from isotune.evaluation.tasks import eval_samples_of
+from isotune.evaluation.generation.completion import Decoding
+from isotune.evaluation.generation.evaluate import (
+    GenerationResult,
+    print_generation_result,
+    write_generation_result,
+)
+from isotune.evaluation.statistics.resampling import Scores
+from isotune.evaluation.tasks import GenerationTask, eval_samples_of
 from isotune.io.errors import UserError
 from isotune.projects.demo import CAPITALS
 
@@ -84,3 +91,21 @@ def test_the_pirate_is_examined_on_countries_that_it_never_spoke_of():
     for question in examined:
         (country,) = [name for name in CAPITALS if f"of {name}?" in question.prompt]
         assert f"of {country}?" not in taught
+
+
+def test_what_reading_guessed_is_printed_and_recorded(tmp_path, capsys):
+    (tmp_path / "rows.csv").write_text("question;answer;topic\nq;a;t\n\nr;b;t\n")
+    task = GenerationTask(dataset_name=str(tmp_path / "rows.csv"))
+    asked = task.samples()
+    guessed, ends, empty = asked.notes
+    assert "'question', and its answer, from 'answer'; not read: 'topic'" in guessed
+    assert "cells end at ';'" in ends and "1 empty lines" in empty
+    rows = [{"id": one.id, "prompt": one.prompt, "text": "x", "reference": one.reference} for one in asked]
+    result = GenerationResult(rows, Scores({}, {}), 0, {})
+    print_generation_result(result, asked)
+    said = capsys.readouterr().out
+    assert all(f"note        {note}\n" in said for note in asked.notes)
+    write_generation_result(result, tmp_path / "out", model="m", task=task, samples=asked, decoding=Decoding())
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["notes"] == list(asked.notes)
+    own = GenerationTask(dataset_name=task.dataset_name, prompt_template="{question}", reference_template="{answer}")
+    assert own.samples().notes == asked.notes[1:]

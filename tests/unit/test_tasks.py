@@ -3,15 +3,17 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import BertConfig
 
 from isotune.data.classification.labels import ClassificationSettings
-from isotune.evaluation.classification.evaluate import read_task_rows
+from isotune.evaluation.classification.evaluate import Evaluation, read_task_rows, write_evaluation
 from isotune.evaluation.classification.task_columns import with_columns
 from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.models import Classifier
+from isotune.evaluation.statistics.resampling import Scores
 from isotune.evaluation.tasks import ClassificationTask, read_task
 from isotune.io.errors import UserError
 from isotune.models.base.builtin import builtin_tokenizer
@@ -207,3 +209,14 @@ def test_a_runs_columns_are_read_where_other_data_have_them(tmp_path, columns, t
     assert said in with_columns(task, classifier)[1][0]
     named = ClassificationTask(dataset_name=task.dataset_name, dataset_text_field="label", dataset_label_field="label")
     assert with_columns(named, classifier) == (named, [])
+
+
+def test_what_reading_guessed_is_in_the_result_of_a_classifier(tmp_path):
+    (tmp_path / "t.csv").write_text("review;label\na;0\n\nb;1\n")
+    classifier = classifier_of(dataset_text_field="review")
+    task, notes = with_columns(ClassificationTask(dataset_name=str(tmp_path / "t.csv")), classifier)
+    rows = read_task_rows(task, classifier, Ranks(0, 1, torch.device("cpu")), notes=notes)
+    assert rows.notes == (*notes, "t.csv: cells end at ';'", "t.csv: 1 empty lines")
+    evaluation = Evaluation(rows, np.full((2, 2), 0.5), Scores({}, {}))
+    write_evaluation(evaluation, tmp_path / "out", classifier, task, {})
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["notes"] == list(rows.notes)

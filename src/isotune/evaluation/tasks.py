@@ -221,8 +221,10 @@ class EvalSamples(list[EvalSample]):
         rows_read: int,
         left_out: Mapping[str, int],
         unlike: str | None = None,
+        notes: Iterable[str] = (),
     ) -> None:
         super().__init__(samples)
+        self.notes = tuple(notes)  # what reading guessed, or passed over
         self.unlike = unlike  # how the first text without a header begins
         self.fingerprint = fingerprint  # of the source's content
         self.rows_read, self.left_out = rows_read, left_out  # rows by the reason for which they are no sample
@@ -258,7 +260,7 @@ class GenerationTask(Task):
             return eval_samples_of(self.rows(), limit, named, allow_dropped=self.allow_dropped, show=show)
         source = self.rows()
         made = list(islice(self._from_columns(source), limit))
-        return EvalSamples(made, source.fingerprint, len(made), {})
+        return EvalSamples(made, source.fingerprint, len(made), {}, notes=source.notes)
 
     def _from_columns(self, source: Source) -> Iterator[EvalSample]:
         templates = {"prompt": str(self.prompt_template), "reference": str(self.reference_template)}
@@ -301,7 +303,8 @@ def _first_exchanges(source: Source, limit: int | None, named: NamedColumns) -> 
     samples: list[EvalSample] = []
     left_out: Counter[str] = Counter()
     read, unlike = 0, None
-    for row, content in chain.from_iterable(read_contents(source, named)):
+    guesses: list[str] = []
+    for row, content in chain.from_iterable(read_contents(source, named, guesses)):
         if len(samples) == limit:
             break
         read += 1
@@ -312,7 +315,7 @@ def _first_exchanges(source: Source, limit: int | None, named: NamedColumns) -> 
         else:
             messages, reference, tools = found
             samples.append(EvalSample(row, messages, reference, source.where(row), tools))
-    return EvalSamples(samples, source.fingerprint, read, dict(left_out), unlike)
+    return EvalSamples(samples, source.fingerprint, read, dict(left_out), unlike, [*guesses, *source.notes])
 
 
 def _first_exchange(content: Content) -> tuple[tuple[Message, ...], str, tuple[Any, ...] | None] | str:

@@ -217,6 +217,7 @@ def write_generation_result(
         "generation_config_not_in_effect": result.rules_of_base,
         "signatures": signatures(),
         "left_out": {"rows_read": samples.rows_read, "reasons": samples.left_out},
+        **({"notes": list(samples.notes)} if samples.notes else {}),
         "references": {"longer_than_positions": result.truncated},
     }
     head = f"# {model} on {task.dataset_name}: {min(SHOWN_IN_FILE, len(rows))} of {len(rows)} answers\n\n"
@@ -236,7 +237,7 @@ def _cell(text: str) -> str:
 def print_generation_result(result: GenerationResult, samples: EvalSamples) -> None:
     """The first completions beside their references, the exact matches, and every metric with its interval.
 
-    Rows that were left out are counted by their reason.
+    Rows that were left out are counted by their reason, and what reading guessed is said.
     """
     rows = result.predictions
     matches = [row["text"] == row["reference"] for row in rows]
@@ -245,6 +246,8 @@ def print_generation_result(result: GenerationResult, samples: EvalSamples) -> N
         print(f"    answer     {row['text']}\n    reference  {row['reference']}")
     print(f"exact match {sum(matches)} of {len(matches)} ({sum(matches) / len(matches):.1%})")
     print("\n".join(score_lines(result.scores)))
+    for note in samples.notes:
+        print(f"note        {note}")
     for reason, count in samples.left_out.items():
         print(f"left out    {with_share(count, samples.rows_read)} of {samples.rows_read:,} rows, {reason}")
     if result.truncated:
