@@ -246,10 +246,35 @@ class NoLogits(isotune.Trainer):
         return torch.zeros(())
 
 
+class AnotherModel(isotune.Trainer):
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+        return self.model(**inputs).loss
+
+
+class Penalty(isotune.Trainer):
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+        return model(**inputs).loss + 0.01 * sum(p.square().sum() for p in model.parameters())
+
+
 @pytest.mark.parametrize(
     ("kind", "sentence"),
-    [(CallsTwice, "calls the model twice"), (LooksInside, "from the logits alone"), (NoLogits, "no use of the logits")],
+    [
+        (CallsTwice, "calls the model twice"),
+        (LooksInside, "from the logits alone"),
+        (NoLogits, "no use of the logits"),
+        (AnotherModel, "no use of the logits"),
+        (Penalty, r"reads weights of the model beside its logits \(bert\.embeddings\.word_embeddings\.weight\)"),
+    ],
 )
 def test_a_loss_of_something_else_is_refused_before_training(kind: Any, sentence: str, tmp_path):
     with pytest.raises(UserError, match=sentence):
         trainer_of(kind, tmp_path, (8, 1), bert(), texts())
+
+
+def test_a_loss_of_nothing_on_the_first_rows_is_not_taken_for_a_sum(tmp_path):
+    def beyond(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        """A mean over the rows whose logits are large, which random ones are not."""
+        return functional.relu(outputs.logits - 100).mean()
+
+    trainer = trainer_of(isotune.Trainer, tmp_path, (8, 1), bert(), texts(), compute_loss_func=beyond)
+    assert not trainer.own_loss.adds_up

@@ -69,15 +69,30 @@ class OwnLoss(Task):
 
     def _measure(self, documents: Documents, rows: list[int], logits: list[torch.Tensor]) -> None:
         whole, items = self._loss(documents, rows, logits)
-        if not whole.requires_grad:
-            raise UserError("compute_loss makes no use of the logits of the model that it is given")
+        self._check_sources(whole, logits[0])
         if items is None or len(rows) < 2:
             return
         parts = [self._loss(documents, [row], [one], items)[0] for row, one in zip(rows, logits, strict=True)]
         halved, _ = self._loss(documents, rows, logits, 2 * items)
         value, added = float(whole.detach()), sum(float(part.detach()) for part in parts)
         error = max(abs(added - value), abs(2 * float(halved.detach()) - value))
-        self.adds_up = error <= TOLERANCE * abs(value)
+        self.adds_up = value != 0 and error <= TOLERANCE * abs(value)  # a loss of 0 says nothing of its parts
+
+    def _check_sources(self, loss: torch.Tensor, logits: torch.Tensor) -> None:
+        """Refuse what an update would not differentiate: it knows the gradient to the logits alone."""
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        of_logits, *of_weights = (
+            torch.autograd.grad(loss, [logits, *trained.values()], allow_unused=True) if loss.requires_grad else [None]
+        )
+        if of_logits is None:
+            raise UserError("compute_loss makes no use of the logits of the model that it is given")
+        read = next((name for name, one in zip(trained, of_weights, strict=True) if one is not None), None)
+        if read is not None:
+            raise UserError(
+                f"compute_loss reads weights of the model beside its logits ({read}), which no update would "
+                "differentiate: for a penalty on weights say weight_decay"
+            )
 
     # ---- of an update ----
 
@@ -159,8 +174,9 @@ class OwnLoss(Task):
         self, documents: Documents, rows: Sequence[int], own: dict[int, torch.Tensor]
     ) -> Sequence[torch.Tensor]:
         """The logits of these documents from whichever rank has them."""
+        place = {row: number for number, row in enumerate(rows)}
         return gather_parts(
-            {rows.index(row): logits if self.causal else logits[None] for row, logits in own.items()},
+            {place[row]: logits if self.causal else logits[None] for row, logits in own.items()},
             [int(documents.lengths[row]) if self.causal else 1 for row in rows],
             self.trainer.args.device,
         )
