@@ -34,8 +34,7 @@ def trainer_of(kind: Any, folder: Any, split: tuple[int, int], model: Any, data:
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
         per_device_eval_batch_size=64,
-        seed=3,
-        **{**QUIET, **STEPS, **more.pop("args", {})},
+        **{"seed": 3, **QUIET, **STEPS, **more.pop("args", {})},
     )
     collator = more.pop("data_collator", None) or DataCollatorWithPadding(builtin_tokenizer("builtin:bert-tiny"))
     return kind(model=model, args=args, train_dataset=data, data_collator=collator, **more)
@@ -203,6 +202,43 @@ def test_a_model_of_model_init_is_made_anew_for_each_training(tmp_path):
     once.train()
     again = [line["loss"] for line in once.state.log_history if "loss" in line]
     assert first == again == losses_of(trainer_of(isotune.Trainer, tmp_path, (8, 1), bert(3, 0.1), texts()))
+
+
+def test_a_search_trains_each_trial_with_its_own_arguments(tmp_path):
+    trainer = trainer_of(
+        isotune.Trainer, tmp_path, (2, 2), None, texts(), model_init=lambda: bert(), eval_dataset=texts(6)
+    )
+    trials = [(4, 1, 7), (2, 3, 8), (8, 2, 9)]
+    seen: list[tuple[int, int, list[float]]] = []
+
+    class Notes(transformers.TrainerCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            assert args.gradient_accumulation_steps == 1  # the loop's: an item is a whole update
+            schedule, losses = trainer.plan.schedule, [line["loss"] for line in state.log_history if "loss" in line]
+            seen.append((schedule.global_batch_size, trainer.update.seed, losses))
+
+    def space(trial: Any) -> dict[str, Any]:
+        batch, accumulation, seed = trials[trial.number]
+        trial.suggest_float("learning_rate", 1e-2, 1e-2)
+        return {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "seed": seed}
+
+    trainer.add_callback(Notes())
+    found = trainer.hyperparameter_search(space, n_trials=3, backend="optuna")
+    assert found.run_id in ("0", "1", "2")
+    assert [(batch, seed) for batch, seed, _ in seen] == [(4, 7), (6, 8), (16, 9)]
+    for (batch, accumulation, seed), (_, _, losses) in zip(trials, seen, strict=True):
+        options = {"args": {"seed": seed}}
+        assert losses_of(
+            trainer_of(isotune.Trainer, tmp_path, (batch, accumulation), bert(), texts(), **options)
+        ) == pytest.approx(losses, rel=1e-6)
+
+
+def test_another_train_dataset_before_training_is_trained_on(tmp_path):
+    trainer = trainer_of(isotune.Trainer, tmp_path, (8, 1), bert(), texts())
+    trainer.train_dataset = texts(16, seed=4)
+    found = losses_of(trainer)
+    assert len(trainer.plan.documents.documents) == 16
+    assert found == losses_of(trainer_of(isotune.Trainer, tmp_path, (8, 1), bert(), texts(16, seed=4)))
 
 
 def test_a_second_trainer_of_the_same_model_goes_on_with_its_own_loss(tmp_path):

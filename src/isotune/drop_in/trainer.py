@@ -71,7 +71,7 @@ class DropIn(DropInEvaluation):
         self.microbatch_tokens, self._exact = microbatch_tokens, exact_gradients
         self._pinned, self.global_batch_size = global_batch_size is not None, global_batch_size
         self._noise = getattr(args, "neftune_noise_alpha", None)
-        self._accumulation = 1
+        self._accumulation, self._planned = 1, None
         if args is not None:
             args = given["args"] = copy.copy(args)
             if getattr(args, "packing", False):
@@ -98,7 +98,7 @@ class DropIn(DropInEvaluation):
     def _make_plan(self) -> TrainingPlan:
         args, model = self.args, cast(nn.Module, self.model)
         use_one_gpu(args)
-        self._take_accumulation(args)  # a search, and accelerator_config, set it late
+        self._take_accumulation(args)  # accelerator_config sets it late
         if (launched := world_size()) != args.world_size:
             raise UserError(
                 f"{launched} processes were launched, and TrainingArguments knows of {args.world_size}: without GPUs "
@@ -116,6 +116,7 @@ class DropIn(DropInEvaluation):
             train = self._lay_out(dataset)
         else:
             train = self._lay_out(dataset, self._row_tokens)
+            self._planned = dataset
             self._library_loader(dataset)  # remembers which columns the model's own forward takes
             if not train.labelled:
                 raise UserError(f"the train_dataset has none of the columns {', '.join(self._label_columns)}")
@@ -265,14 +266,15 @@ class DropIn(DropInEvaluation):
             **{"shuffle": self.args.train_sampling_strategy != "sequential", **options},
         )
 
-    def call_model_init(self, trial: Any = None) -> Any:
-        """A fresh model for a training, and a schedule of the arguments that a search has set."""
-        model = super().call_model_init(trial)
-        if hasattr(self, "plan"):
-            self.model, self.own_loss = model, None
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Plan this training: with what a search has set by now, a fresh model, or another train_dataset."""
+        self.args.gradient_accumulation_steps, self._accumulation = self._accumulation, 1
+        super()._hp_search_setup(trial)
+        self._take_accumulation(self.args)
+        if trial is not None or self.model_init is not None or self.train_dataset is not self._planned:
+            self.own_loss = None
             self.plan = self._make_plan()
             self.make_update()
-        return model
 
 
 class _SelfTest(TrainerCallback):

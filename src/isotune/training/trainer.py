@@ -73,10 +73,6 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
             super().__init__(**options)
         plan = plan if isinstance(plan, TrainingPlan) else plan()
         self.plan, self.recorder, self.checkpointer = plan, recorder, checkpointer
-        if self.args.fp16 and self.accelerator.device.type == "cpu" and not self.is_deepspeed_enabled:
-            run_fp16_on_cpu(self.accelerator)
-        if self.is_fsdp_enabled:
-            reduce_fsdp_in_fp32(self.accelerator)
         is_main = self.args.process_index == 0
         balanced = isinstance(plan.task, SftTask) and plan.task.router_loss is not None
         if is_main and isinstance(self, TrlSFTTrainer) and has_router_loss(self.model) and not balanced:
@@ -99,8 +95,12 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
             self.add_callback(checkpointer)
 
     def make_update(self) -> None:
-        """Make what runs the plan's updates: anew for another plan or model."""
+        """Make what runs the plan's updates: anew for another plan, model or accelerator."""
         plan, args = self.plan, self.args
+        if args.fp16 and self.accelerator.device.type == "cpu" and not self.is_deepspeed_enabled:
+            run_fp16_on_cpu(self.accelerator)
+        if self.is_fsdp_enabled:
+            reduce_fsdp_in_fp32(self.accelerator)
         nonfinite = plan.nonfinite or NonFinitePolicy(fp16=args.fp16, is_main=args.process_index == 0)
         self.memory = plan.out_of_memory or OutOfMemoryPolicy([plan.schedule], is_main=args.process_index == 0)
         exact = plan.exact_gradients
