@@ -49,6 +49,7 @@ from isotune.run.finishing import FinishingStep, finish
 from isotune.run.hub import open_hub
 from isotune.run.preemption import MODEL_STEP, supervised
 from isotune.run.run_dir import RunDir
+from isotune.run.trackers import check_trackers
 from isotune.training.arguments import sft_arguments, training_arguments, uses_exact_gradients
 from isotune.training.callbacks import EarlyStop, PreTrainChecks
 from isotune.training.checkpointer import Checkpointer
@@ -97,6 +98,7 @@ def start_run(recipe: RunRecipe) -> Start:
     if isinstance(recipe, Recipe) and recipe.chat_format == AUTO and recorded:
         recipe = recipe.with_values(chat_format=recorded.get("chat_format", GUANACO))  # earlier versions knew one form
     run = open_run(recipe)
+    call_on_main(process, lambda: check_trackers(recipe.training_arguments.get("report_to") or ()))
     call_on_main(process, lambda: open_hub(recipe)).adopt()
     config, tokenizer = load_config(recipe), load_tokenizer(recipe)
     if isinstance(recipe, Recipe) and recipe.chat_format == AUTO:  # the run records what it meant
