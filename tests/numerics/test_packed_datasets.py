@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import TrainingArguments
 
 import isotune
+from isotune.data.datasets import documents_of
 from isotune.io.errors import UserError
 from isotune.models.base.builtin import builtin_tokenizer
 
@@ -68,6 +69,22 @@ def test_lengths_and_positions_of_other_documents_are_refused(columns: dict[str,
     dataset = Dataset.from_dict({"input_ids": [[5, 6, 7, 8, 9]] * 2, **columns})
     with pytest.raises(UserError, match=said):
         trainer_of(tmp_path, dataset)
+
+
+def test_rows_that_a_transform_makes_are_read_and_those_that_chance_makes_refused():
+    def tokens(batch: dict[str, Any]) -> dict[str, Any]:
+        return {"input_ids": [[len(text), 7] for text in batch["text"]], "label": [1] * len(batch["text"])}
+
+    def by_chance(batch: dict[str, Any]) -> dict[str, Any]:
+        return {"input_ids": np.random.default_rng().integers(0, 2**31 - 1, (len(batch["text"]), 3)).tolist()}
+
+    texts = Dataset.from_dict({"text": ["a", "bcd"]})
+    documents, targets, labelled = documents_of(texts.with_transform(tokens), causal=False)
+    assert (
+        documents.input_ids.tolist() == [1, 7, 3, 7] and labelled and targets is not None and targets.tolist() == [1, 1]
+    )
+    with pytest.raises(UserError, match="transform makes another row 1 each time"):
+        documents_of(texts.with_transform(by_chance), causal=True)
 
 
 def test_predictions_of_packed_rows_are_refused_and_their_loss_is_not(tmp_path):

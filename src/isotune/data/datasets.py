@@ -11,6 +11,7 @@ from isotune.io.errors import UserError
 IGNORED = -100  # the label of a token that is not supervised
 COMPARED_ROWS = 4
 LABEL_COLUMNS = ("labels", "label", "label_ids")
+CARRIED_COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "seq_lengths", "position_ids")  # beside labels
 
 
 def documents_of(
@@ -33,6 +34,7 @@ def documents_of(
         raise UserError("a streaming dataset has no lengths to make a schedule of: take(n) of its rows into a Dataset")
     if len(dataset) == 0:
         raise UserError("the dataset holds no rows")
+    dataset = _transformed(dataset)
     names = tuple(dataset[0])
     if "input_ids" not in names:
         raise UserError(
@@ -91,6 +93,19 @@ def collated(dataset: Any, collator: Callable[[list[Any]], Any]) -> list[dict[st
                 "prepare the rows in the dataset"
             )
     return [_unpadded(collator([dataset[number]]))[0] for number in range(len(dataset))]
+
+
+def _transformed(dataset: Any) -> Any:
+    """The rows as the function of `with_transform` makes them, each once; UserError where chance does."""
+    if (getattr(dataset, "format", None) or {}).get("type") != "custom":
+        return dataset
+    rows = [dataset[number] for number in range(len(dataset))]
+    for number, row in enumerate(rows[:COMPARED_ROWS]):
+        if str(dataset[number]) != str(row):
+            raise UserError(
+                f"the dataset's transform makes another row {number + 1} each time: prepare the rows in the dataset"
+            )
+    return rows
 
 
 def _targets(dataset: Any, key: str) -> np.ndarray:
