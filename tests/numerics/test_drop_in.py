@@ -8,12 +8,13 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from torch.nn.functional import cross_entropy
 from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    DataCollatorForLanguageModeling,
     DataCollatorWithPadding,
     LlamaConfig,
     LlamaForCausalLM,
@@ -158,8 +159,11 @@ def test_evaluation_and_predictions_are_those_of_the_stock_trainer_in_the_order_
     expected = float(cross_entropy(logits, torch.tensor(theirs.label_ids).long()))
     assert mine.metrics["test_loss"] == pytest.approx(expected, rel=1e-6)
     assert ours.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    seen: list[Any] = []
+    ours.preprocess_logits_for_metrics = lambda logits, labels: seen.append(labels) or logits
     unlabelled = ours.predict(texts(21, seed=1).remove_columns("label"))
     np.testing.assert_array_equal(unlabelled.predictions, mine.predictions)
+    assert seen == [None] * 21  # as stock
     assert unlabelled.label_ids is None and "test_loss" not in unlabelled.metrics
 
 
@@ -203,6 +207,11 @@ def test_a_run_that_is_resumed_from_the_librarys_checkpoint_goes_on_to_the_same_
         ({}, {"bf16_full_eval": True}, "bf16_full_eval"),
         ({}, {"metric_for_best_model": "mean_token_accuracy"}, "metric_for_best_model"),
         ({"train_dataset": texts().remove_columns("label")}, {}, "none of the columns labels, label, label_ids"),
+        (
+            {"train_dataset": texts(2).add_column("inputs_embeds", [[1.0], [2.0]])},
+            {},
+            "BertForSequenceClassification.forward would be given the column 'inputs_embeds'",
+        ),
     ],
 )
 def test_what_cannot_be_exact_is_refused_in_one_sentence(options: Any, args: Any, sentence: str, tmp_path):
@@ -225,18 +234,100 @@ def test_a_mixture_of_experts_keeps_its_coefficient_and_says_what_is_not_trained
         sft(tmp_path, 8, 1, model=model, args={"router_aux_loss_coef": 0.01})
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_librarys_trainer_balances_routers_where_their_logits_are_asked_for(asked: bool, tmp_path, capsys):
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "output_router_logits": asked}
+    config = Qwen3MoeConfig(vocab_size=VOCABULARY, num_key_value_heads=2, **SMALL, **experts)
+    args = TrainingArguments(str(tmp_path), **QUIET)
+    isotune.Trainer(Qwen3MoeForCausalLM(config), args, train_dataset=texts().remove_columns("label"))
+    assert ("balancing loss (router_aux_loss_coef) is not trained" in capsys.readouterr().out) == asked
+
+
 class OwnSampler(isotune.Trainer):
     def _get_train_sampler(self, *_: Any) -> Any:
         return None
 
 
+class OwnLoader(isotune.Trainer):
+    def get_eval_dataloader(self, *_: Any) -> Any:
+        return None
+
+
+class OwnPredictions(isotune.Trainer):
+    def prediction_step(self, *_: Any, **__: Any) -> Any:
+        raise AssertionError("it is not called")
+
+
 def test_a_sampler_of_ones_own_is_refused_and_a_sequential_one_honoured(tmp_path):
     with pytest.raises(UserError, match=r"OwnSampler._get_train_sampler decides what an update sees"):
         OwnSampler(model=bert(), args=TrainingArguments(str(tmp_path), **QUIET), train_dataset=texts())
+    with pytest.raises(UserError, match=r"OwnLoader.get_eval_dataloader decides what an evaluation sees"):
+        OwnLoader(model=bert(), args=TrainingArguments(str(tmp_path), **QUIET), train_dataset=texts())
     args = TrainingArguments(str(tmp_path), train_sampling_strategy="sequential", **QUIET)
     trainer = isotune.Trainer(model=bert(), args=args, train_dataset=texts())
     rows = sorted(d for m in trainer.plan.schedule.step(1).microbatches for d in m.documents)
     assert rows == list(range(8, 16))
+
+
+def test_a_method_that_is_not_called_is_named_once_when_the_trainer_is_made(tmp_path, capsys):
+    trainer = OwnPredictions(model=bert(), args=TrainingArguments(str(tmp_path), **QUIET), train_dataset=texts())
+    assert len(trainer.predict(texts(3)).predictions) == 3
+    said = capsys.readouterr().out
+    assert said.count("not exact: prediction_step is your own, and is not called") == 1
+    assert "not exact   prediction_step" in isotune.describe(trainer)
+    assert "not exact" not in isotune.describe(isotune.Trainer(model=bert(), args=trainer.args, train_dataset=texts()))
+
+
+def test_what_sft_cannot_train_exactly_is_refused_in_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="packing_strategy: bfd_split: rows would be cut off at max_length"):
+        sft(tmp_path, 4, 2, args={"packing_strategy": "bfd_split"})
+    for adapter in (PromptTuningConfig(num_virtual_tokens=4), PrefixTuningConfig(num_virtual_tokens=4)):
+        with pytest.raises(UserError, match=f"{type(adapter).__name__}: virtual tokens"):
+            sft(tmp_path, 4, 2, peft_config=adapter)
+    args = SFTConfig(
+        str(tmp_path), max_length=8, packing=True, bf16=False, dataset_kwargs={"skip_prepare_dataset": True}
+    )
+    rows = Dataset.from_dict({"input_ids": [[5] * 8, [5] * 9]})
+    with pytest.raises(UserError, match="row 2 of the dataset has 9 tokens, and max_length is 8"):
+        isotune.SFTTrainer(llama(), args, train_dataset=rows, processing_class=builtin_tokenizer("builtin:opt-tiny"))
+
+
+def test_a_trainer_without_a_dataset_predicts_and_does_not_train(tmp_path):
+    args = TrainingArguments(str(tmp_path), **QUIET)
+    trainer = isotune.Trainer(bert(), args)
+    expected = isotune.Trainer(bert(), args, train_dataset=texts()).predict(texts(5, seed=1))
+    found = trainer.predict(texts(5, seed=1))
+    np.testing.assert_array_equal(found.predictions, expected.predictions)
+    assert found.metrics["test_loss"] == pytest.approx(expected.metrics["test_loss"], rel=1e-6)
+    with pytest.raises(UserError, match="there is no train_dataset"):
+        trainer.train()
+
+
+def test_the_checkpoint_of_a_run_is_refused_in_one_sentence(tmp_path):
+    trainer = isotune.Trainer(bert(), TrainingArguments(str(tmp_path), **QUIET), train_dataset=texts())
+    with pytest.raises(UserError, match="step-00000008 is a checkpoint of a run of isotune"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "step-00000008"))
+
+
+def test_no_arguments_are_the_librarys(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = isotune.Trainer(bert(), train_dataset=texts())
+    assert trainer.args.output_dir == "tmp_trainer" and trainer.plan.schedule.global_batch_size == 8
+    assert not trainer.args.average_tokens_across_devices  # a schedule knows the global batch
+
+
+def test_the_labels_that_a_collator_would_change_are_named(tmp_path, capsys):
+    tokenizer = builtin_tokenizer("builtin:opt-tiny")
+    tokenizer.pad_token = tokenizer.eos_token
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    rows = texts().remove_columns("label")
+    for data, said in (
+        (rows, f"every {tokenizer.eos_token} is learnt"),
+        (rows.add_column("labels", rows["input_ids"]), "labels of the dataset are learnt"),
+    ):
+        args = TrainingArguments(str(tmp_path), **QUIET)
+        isotune.Trainer(llama(), args, train_dataset=data, data_collator=collator)
+        assert said in capsys.readouterr().out
 
 
 def test_true_and_false_are_classes_and_another_column_of_labels_is_honoured(tmp_path):

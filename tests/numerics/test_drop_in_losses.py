@@ -267,6 +267,48 @@ def test_a_row_without_a_supervised_token_is_predicted_in_its_place(tmp_path):
             np.testing.assert_allclose(found.predictions[row, : len(expected)], expected, atol=1e-5)
 
 
+def focal(logits: torch.Tensor, labels: torch.Tensor, **_: Any) -> torch.Tensor:
+    """The mean over next tokens of (1 - p)^2 times the cross-entropy."""
+    scores, targets = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+    each = functional.cross_entropy(scores, targets, reduction="none", ignore_index=-100)
+    return ((1 - torch.exp(-each)).square() * each).sum() / (targets != -100).sum()
+
+
+class HalvedForSequenceClassification(BertForSequenceClassification):
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        outputs = super().forward(*arguments, **options)
+        outputs.loss = None if outputs.loss is None else outputs.loss / 2
+        return outputs
+
+
+def test_a_loss_function_of_the_model_is_trained_on_any_split(tmp_path):
+    rows = sft(tmp_path, 8, 1, packing=False).train_dataset.select_columns(["input_ids", "labels"])
+
+    def trainer(split: tuple[int, int]) -> Any:
+        model = llama()
+        model.loss_function = focal
+        collator = transformers.DataCollatorForSeq2Seq(builtin_tokenizer("builtin:opt-tiny"))
+        return trainer_of(isotune.Trainer, tmp_path, split, model, rows, data_collator=collator)
+
+    whole = trainer((8, 1))
+    found = losses_of(whole)
+    assert losses_of(trainer((2, 4))) == pytest.approx(found, rel=1e-6)
+    batch = whole.data_collator([rows[d] for m in whole.plan.schedule.step(0).microbatches for d in m.documents])
+    with torch.no_grad():
+        logits = llama().eval()(batch["input_ids"], batch["attention_mask"]).logits
+    assert found[0] == pytest.approx(float(focal(logits, batch["labels"])), rel=1e-5)
+
+
+def test_a_loss_of_the_models_forward_alone_is_refused_before_the_first_step(tmp_path):
+    torch.manual_seed(0)
+    model = HalvedForSequenceClassification(bert().config)
+    said = r"HalvedForSequenceClassification\.forward returns a loss .* give it as compute_loss_func"
+    with pytest.raises(UserError, match=said):
+        trainer_of(isotune.Trainer, tmp_path, (8, 1), model, texts()).train()
+    by_logits = trainer_of(isotune.Trainer, tmp_path, (8, 1), model, texts(), compute_loss_func=weighted)
+    assert len(losses_of(by_logits)) == 3  # no loss of the model's is asked for
+
+
 class CallsTwice(isotune.Trainer):
     def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
         return (model(**inputs).logits - model(**inputs).logits).square().mean()

@@ -9,6 +9,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from isotune.compat.peft import base_model_of
+
 
 @contextmanager
 def trained_parameters_kept(model: nn.Module | None) -> Iterator[None]:
@@ -47,10 +49,16 @@ def metrics_kept(trainer: Any) -> Iterator[None]:
             trainer._metrics, trainer._total_train_tokens = metrics, tokens
 
 
-def has_router_loss(model: Any) -> bool:
-    """Whether TRL would add the balancing loss of a mixture of experts, by the coefficient of the model."""
+def has_router_loss(model: Any, *, of_trl: bool) -> bool:
+    """Whether the library adds the balancing loss of a mixture of experts, by the coefficient of the model.
+
+    TRL does wherever there is one, transformers' Trainer where the configuration asks for the routers' logits.
+    """
     config = model.config.get_text_config()
-    return hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", 0.0) != 0.0
+    asked = of_trl or getattr(config, "output_router_logits", False)
+    if type(base_model_of(model)).__name__.endswith("ForSequenceClassification"):
+        return False  # their loss has none
+    return asked and hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", 0.0) != 0.0
 
 
 @contextmanager

@@ -2,12 +2,14 @@
 
 from typing import Any
 
-import transformers
-from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
-
-from isotune.training.trainer import PlannedTraining
-
-LIBRARY_PREDICTIONS = (transformers.Trainer.prediction_step, TrlSFTTrainer.prediction_step)
+# methods of the libraries that a subclass may have of its own
+OWN_METHODS = {
+    "training_step": "training_step is your own: nothing is known of its updates",
+    "evaluation_loop": "evaluation_loop is your own: nothing is known of its numbers",
+    "prediction_step": "prediction_step is your own, and is not called: predict() has one prediction a row",
+    "_prepare_inputs": "_prepare_inputs is your own, and is not called: the schedule lays out what the model is given",
+    "compute_loss_context_manager": "compute_loss_context_manager is your own, and is not called",
+}
 
 
 def describe(trainer: Any) -> str:
@@ -32,15 +34,17 @@ def describe(trainer: Any) -> str:
 
 
 def not_exact(trainer: Any) -> list[str]:
-    """What is honoured, and is not the same on every launch."""
-    args, found = trainer.args, list[str]()
-    own_step = type(trainer).training_step is not PlannedTraining.training_step
-    if own_step:
-        found.append("training_step is your own: nothing is known of its updates")
-    if type(trainer).prediction_step not in LIBRARY_PREDICTIONS:
-        found.append("prediction_step is your own, and is not called: predict() has one prediction a row")
+    """What is honoured, and is not the same on every launch; and what is not called."""
+    args = trainer.args
+    found = [line for name, line in OWN_METHODS.items() if _is_own(type(trainer), name)]
     if args.train_sampling_strategy not in ("random", "sequential"):
         found.append(f"train_sampling_strategy: {args.train_sampling_strategy}: rows are shuffled; none is padded")
     if getattr(args, "torch_compile", False):
         found.append("torch_compile: kernels are chosen by shapes, which differ between launches")
     return found
+
+
+def _is_own(kind: type, name: str) -> bool:
+    """Whether a method is neither the libraries' nor ours."""
+    owner = next(parent for parent in kind.__mro__ if name in vars(parent))
+    return not owner.__module__.startswith(("transformers.", "trl.", "isotune."))

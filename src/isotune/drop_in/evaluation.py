@@ -90,7 +90,7 @@ class DropInEvaluation(PlannedTraining):
             make = self._label_of(run.documents)
             with self.accelerator.autocast():
                 predictions = predictions_of(run, make, self.preprocess_logits_for_metrics, causal=self.causal)
-            labels = rows_of(make, range(len(run.documents))) if labelled else None
+            labels = rows_of(make, range(len(run.documents))) if labelled and make is not None else None
             if self.compute_metrics is not None and labels is not None:
                 inputs = {}
                 if "inputs" in self.args.include_for_metrics:
@@ -104,8 +104,10 @@ class DropInEvaluation(PlannedTraining):
         return EvalLoopOutput(predictions=predictions, label_ids=labels, metrics=named, num_samples=len(run.documents))  # type: ignore[arg-type]  (as stock, None where there are none)
 
     def _label_of(self, documents: Documents) -> Any:
-        """The labels of a row as the library's collators make them: its class, or tokens with -100."""
+        """The labels of a row as the library's collators make them: its class, or tokens with -100; None without."""
         targets = self._targets
         if targets is not None:
             return lambda row: targets[row]
+        if not self.causal:
+            return None
         return lambda row: tokens_of(documents, row, supervised_only=True)

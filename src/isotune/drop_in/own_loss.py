@@ -26,6 +26,7 @@ from isotune.data.batch_schedule import Step
 from isotune.data.datasets import IGNORED
 from isotune.data.documents import Documents
 from isotune.distributed.ranks import gather_parts, ordered_sum
+from isotune.drop_in.model_loss import loss_of_logits
 from isotune.io.errors import UserError, first_line
 from isotune.training.tasks import EvaluationRun, Task
 
@@ -44,6 +45,7 @@ class OwnLoss(Task):
     causal: bool
     batches: dict[int, MakeBatch] = field(default_factory=dict[int, MakeBatch])  # by the identity of the documents
     adds_up: bool = False  # whether the loss of a microbatch, given the items of the update, is its share
+    of_model: bool = False  # whether it asks the model for a loss
     documents: Documents | None = None  # of training
     _items: Any = field(default=None, init=False)  # of the update
     _value: float = field(default=0.0, init=False)  # the loss of the update
@@ -202,6 +204,7 @@ class OwnLoss(Task):
             raise UserError(f"compute_loss cannot be computed from the logits alone: {first_line(error)}") from error
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             raise UserError("compute_loss returns no single number")
+        self.of_model = answer.was_asked_for_loss
         return loss.reshape(()).float(), items
 
     def _filled(self, batch: Batch, logits: Sequence[torch.Tensor], lengths: Sequence[int]) -> torch.Tensor:
@@ -220,7 +223,8 @@ class LogitsOnly:
     """Stands for a model in `compute_loss`: called once, it returns logits that are known already, and their loss."""
 
     def __init__(self, model: Any, logits: torch.Tensor, causal: bool) -> None:
-        self.model, self.logits, self.causal, self.was_called = model, logits, causal, False
+        self.model, self.logits, self.causal = model, logits, causal
+        self.was_called = self.was_asked_for_loss = False
 
     def __call__(
         self, *_: Any, labels: Any = None, num_items_in_batch: Any = None, fused_lm_head: bool = False, **__: Any
@@ -233,12 +237,8 @@ class LogitsOnly:
             return _of_each_token(self.logits, labels)
         loss = None
         if labels is not None:
-            base = cast(Any, self.model)
-            options: dict[str, Any] = {"config": base.config, "pooled_logits": self.logits}
-            if self.causal:
-                vocabulary = self.logits.shape[-1]
-                options = {"vocab_size": vocabulary, "num_items_in_batch": num_items_in_batch}
-            loss = base.loss_function(logits=self.logits, labels=labels, **options)
+            self.was_asked_for_loss = True
+            loss = loss_of_logits(self.model, self.logits, labels, num_items_in_batch, causal=self.causal)
         return SequenceClassifierOutput(loss=loss, logits=self.logits)  # type: ignore[arg-type]  (a FloatTensor)
 
     def __getattr__(self, name: str) -> Any:

@@ -15,12 +15,12 @@ from isotune.training.tasks import EvaluationRun
 
 @torch.no_grad()
 def predictions_of(
-    run: EvaluationRun, labels: Callable[[int], np.ndarray], prepare: Callable[..., Any] | None, *, causal: bool
+    run: EvaluationRun, labels: Callable[[int], np.ndarray] | None, prepare: Callable[..., Any] | None, *, causal: bool
 ) -> Any:
     """What the model says of each row, [rows, ...] in their order, filled up with -100 where rows differ in length.
 
-    `prepare` is the user's `preprocess_logits_for_metrics`, called with the logits of one row and its labels; it may
-    return several tensors, of which then each is an array.
+    `prepare` is the user's `preprocess_logits_for_metrics`, called with the logits of one row and its labels, or None;
+    it may return several tensors, of which then each is an array.
     """
     own: list[tuple[int, list[np.ndarray], bool]] = []
     for microbatch, found in run.outputs(targets=False):
@@ -31,7 +31,8 @@ def predictions_of(
         for document, of_row in zip(microbatch.documents, logits, strict=True):
             made = of_row[None]
             if prepare is not None:
-                made = prepare(made, torch.from_numpy(labels(document)[None]).to(made.device))
+                own_labels = None if labels is None else torch.from_numpy(labels(document)[None]).to(made.device)
+                made = prepare(made, own_labels)
             parts = made if isinstance(made, (tuple, list)) else (made,)
             if any(part.ndim == 0 for part in parts):
                 raise UserError("preprocess_logits_for_metrics returns a single number: it keeps the axis of the rows")

@@ -21,26 +21,34 @@ REFUSED_FIELDS: dict[str, tuple[Any, str]] = {
     "bf16_full_eval": (True, "an evaluation has the precision of training"),
     "fp16_full_eval": (True, "an evaluation has the precision of training"),
     "activation_offloading": (True, "it wraps a step of the library, which is not run"),
-    "packing_strategy": ("wrapped", "rows see each other: say bfd"),
+}
+REFUSED_STRATEGIES = {
+    "wrapped": "rows see each other: say bfd",
+    "bfd_split": "rows would be cut off at max_length and not be split: split them in the dataset, and say bfd",
 }
 OWN_LOOP = ("schedule_free", "lomo", "adalomo")  # optimizers
 OF_LIBRARY_STEP = ("mean_token_accuracy", "entropy", "num_tokens", "aux_loss")
-# methods by which a subclass would decide what an update sees
-OF_SCHEDULE = ("get_train_dataloader", "_get_train_sampler", "get_batch_samples", "_get_dataloader")
+# methods by which a subclass would decide what an update, or an evaluation, sees
+OF_UPDATES = ("get_train_dataloader", "_get_train_sampler", "get_batch_samples", "_get_dataloader")
+OF_EVALUATIONS = ("get_eval_dataloader", "get_test_dataloader", "_get_eval_sampler")
 
 
 def refuse_overrides(kind: type, base: type) -> None:
     """Stop for a subclass whose own methods would not be called, or would decide what an update sees."""
-    for name in OF_SCHEDULE:
+    for name in (*OF_UPDATES, *OF_EVALUATIONS):
         if getattr(kind, name, None) is not getattr(base, name, None):
-            raise UserError(f"{kind.__name__}.{name} decides what an update sees, which the schedule does: take it out")
+            what = "an update" if name in OF_UPDATES else "an evaluation"
+            raise UserError(f"{kind.__name__}.{name} decides what {what} sees, which the schedule does: take it out")
 
 
 def refuse(args: Any, given: dict[str, Any]) -> None:
     """Stop where the result would depend on the launch, or an argument has no meaning in a schedule."""
     for name, (value, reason) in REFUSED_FIELDS.items():
-        if getattr(args, name, None) == value and (name != "packing_strategy" or getattr(args, "packing", False)):
+        if getattr(args, name, None) == value:
             raise UserError(f"{name}: {value}: {reason}")
+    strategy = getattr(args, "packing_strategy", "")
+    if strategy in REFUSED_STRATEGIES and (args.packing or args.eval_packing):
+        raise UserError(f"packing_strategy: {strategy}: {REFUSED_STRATEGIES[strategy]}")
     if getattr(args, "packing", False) and getattr(args, "max_length", None) is None:
         raise UserError("packing needs max_length")
     if getattr(args, "router_aux_loss_coef", None):
@@ -55,7 +63,12 @@ def refuse(args: Any, given: dict[str, Any]) -> None:
         raise UserError("include_for_metrics: loss: there is one loss of all rows, eval_loss, and none of a batch")
     if getattr(given.get("data_collator"), "mlm", False):
         raise UserError("masked language modelling draws its masks in the collator, where no schedule sees them")
-    if isinstance(model := given.get("model"), nn.Module):
+    model = given.get("model")
+    for adapter in (given.get("peft_config"), *dict(getattr(model, "peft_config", {})).values()):
+        if getattr(adapter, "is_prompt_learning", False):
+            kind = type(adapter).__name__
+            raise UserError(f"{kind}: virtual tokens stand before padded rows, and nothing is padded: say LoraConfig")
+    if isinstance(model, nn.Module):
         check_model(model)
 
 

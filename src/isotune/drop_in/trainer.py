@@ -2,16 +2,21 @@
 
 import copy
 import inspect
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
+from trl import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
+from trl.trainer.utils import get_config_model_id
 
+from isotune.checkpoint.store import is_checkpoint
 from isotune.compat.peft import base_model_of
 from isotune.compat.transformers import attention_of, use_one_gpu
 from isotune.data.batch_schedule import Step, StepSchedule
@@ -19,9 +24,13 @@ from isotune.data.datasets import LABEL_COLUMNS, collated, documents_of
 from isotune.data.documents import Documents, Rows
 from isotune.data.packing import one_document_per_row, pack
 from isotune.distributed.ranks import world_size
+from isotune.drop_in.columns import check_columns, collator_note
+from isotune.drop_in.describe import not_exact
 from isotune.drop_in.embedding_noise import set_noise
 from isotune.drop_in.evaluation import DropInEvaluation, Laid
+from isotune.drop_in.model_loss import check_model_loss, has_other_loss
 from isotune.drop_in.own_loss import Batch, OwnLoss
+from isotune.drop_in.predictions import tokens_of
 from isotune.drop_in.refusals import check_model, refuse, refuse_overrides
 from isotune.io.errors import UserError, first_line
 from isotune.models.causal import install_causal
@@ -61,7 +70,7 @@ class DropIn(DropInEvaluation):
     ) -> None:
         library = super(PlannedTraining, self).__init__
         given = dict(inspect.signature(library).bind(*arguments, **options).arguments)
-        args = given.get("args")
+        args = given.get("args") or self._default_args(given.get("model"))
         refuse(args, given)
         refuse_overrides(type(self), SFTTrainer if isinstance(self, SFTTrainer) else Trainer)
         self._row_tokens: int | None = None
@@ -72,17 +81,25 @@ class DropIn(DropInEvaluation):
         self._pinned, self.global_batch_size = global_batch_size is not None, global_batch_size
         self._noise = getattr(args, "neftune_noise_alpha", None)
         self._accumulation, self._planned = 1, None
-        if args is not None:
-            args = given["args"] = copy.copy(args)
-            if getattr(args, "packing", False):
-                self._row_tokens = args.max_length
-            if hasattr(args, "packing"):  # TRL prepares the rows, and packs none
-                args.packing = args.eval_packing = args.padding_free = False
-                args.router_aux_loss_coef = 0.0
-            self._take_accumulation(args)
-            args.average_tokens_across_devices, args.neftune_noise_alpha = False, None
+        args = given["args"] = copy.copy(args)
+        if getattr(args, "packing", False):
+            self._row_tokens = args.max_length
+        if hasattr(args, "packing"):  # TRL prepares the rows, and packs none
+            args.packing = args.eval_packing = args.padding_free = False
+            args.router_aux_loss_coef = 0.0
+        self._take_accumulation(args)
+        args.average_tokens_across_devices, args.neftune_noise_alpha = False, None
         super().__init__(plan=self._make_plan, **given)
+        for line in not_exact(self):
+            self._say(f"not exact: {line}")
         self.add_callback(_SelfTest(self))
+
+    def _default_args(self, model: Any) -> Any:
+        """What the library takes where it is given no arguments."""
+        if not isinstance(self, SFTTrainer):
+            return TrainingArguments("tmp_trainer")
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        return SFTConfig(f"{name.split('/')[-1]}-SFT")
 
     def _take_accumulation(self, args: Any) -> None:
         """An item of our loader is a whole update: microbatches that its user accumulates are rows of that."""
@@ -113,11 +130,12 @@ class DropIn(DropInEvaluation):
         if dataset is None:  # a trainer that only evaluates
             evaluated = self.eval_dataset
             dataset = next(iter(evaluated.values())) if isinstance(evaluated, dict) else evaluated
-            train = self._lay_out(dataset)
+            train = self._lay_out(dataset) if dataset is not None else self._nothing()
         else:
             train = self._lay_out(dataset, self._row_tokens)
             self._planned = dataset
             self._library_loader(dataset)  # remembers which columns the model's own forward takes
+            self._say(collator_note(self.data_collator, dataset[0]) if self.causal else None)
             if not train.labelled:
                 raise UserError(f"the train_dataset has none of the columns {', '.join(self._label_columns)}")
         task = self._install(base, train, dataset)
@@ -173,11 +191,22 @@ class DropIn(DropInEvaluation):
         numbers = targets is not None and (targets.ndim > 1 or targets.dtype.kind == "f")
         own = type(self).compute_loss not in LIBRARY_LOSSES or self.compute_loss_func is not None
         own = own or getattr(self.args, "loss_type", "nll") not in (None, "nll")
+        own = own or has_other_loss(base, causal=self.causal)
         smooths_tokens = self.causal and self.args.label_smoothing_factor > 0
         other_kind = not self.causal and (
             base.config.num_labels < 2 or base.config.problem_type not in PREPARED_CLASSES
         )
         return own or smooths_tokens or other_kind or numbers
+
+    def labelled_row(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens and labels of the shortest row of training, [1, tokens] and [1, ...], on the device."""
+        laid: Laid = self.plan.documents
+        row, device = int(laid.documents.lengths.argmin()), self.args.device
+        ids = tokens_of(laid.documents, row)
+        labels = laid.targets[row] if laid.targets is not None else tokens_of(laid.documents, row, supervised_only=True)
+        label = torch.as_tensor(labels, device=device)
+        label = label.float() if label.is_floating_point() else label
+        return torch.from_numpy(ids)[None].to(device), label[None]
 
     @property
     def _is_zero3(self) -> bool:
@@ -219,7 +248,10 @@ class DropIn(DropInEvaluation):
         documents, targets, labelled = documents_of(
             rows_only, causal=self.causal, label_columns=self._label_columns, is_main=is_main, keep_all=keep_all
         )
-        positions = max_positions(base_model_of(cast(nn.Module, self.model)).config)
+        base = base_model_of(cast(nn.Module, self.model))
+        if not isinstance(self, SFTTrainer):  # TRL hands no such column on either
+            check_columns(base, rows_only[0], self._label_columns)
+        positions = max_positions(base.config)
         if positions is not None and (longest := int(documents.lengths.max())) > positions:
             row = int(documents.ids[documents.lengths.argmax()]) + 1
             raise UserError(f"row {row} of the dataset has {longest} tokens, and the model positions for {positions}")
@@ -228,12 +260,20 @@ class DropIn(DropInEvaluation):
         if packed:  # as the dataset is
             rows = Rows(np.arange(len(documents)), np.append(starts, len(documents)))
         elif row_tokens:
+            if (longest := int(documents.lengths.max())) > row_tokens:
+                row = int(documents.ids[documents.lengths.argmax()]) + 1
+                raise UserError(f"row {row} of the dataset has {longest} tokens, and max_length is {row_tokens}")
             rows = pack(documents.lengths, row_tokens, seed=self._data_seed)
         else:
             rows = one_document_per_row(len(documents))
         laid = Laid(documents, rows, targets, labelled, packed)
         self._laid[id(dataset), keep_all] = dataset, laid
         return laid
+
+    def _nothing(self) -> Laid:
+        """Two tokens, to plan a trainer by that is given its datasets later, to evaluate and to predict."""
+        documents, _, _ = documents_of([{"input_ids": [0, 0]}], causal=self.causal)
+        return Laid(documents, one_document_per_row(1), None, labelled=False)
 
     def _rows_for(self, dataset: Any) -> Any:
         """The rows of a dataset as its collator leaves them, which is as they are where it only pads."""
@@ -266,6 +306,18 @@ class DropIn(DropInEvaluation):
             **{"shuffle": self.args.train_sampling_strategy != "sequential", **options},
         )
 
+    def train(self, resume_from_checkpoint: Any = None, *options: Any, **more: Any) -> Any:
+        """The library's; UserError without rows, or where the checkpoint is of a run of `isotune`."""
+        if self.train_dataset is None:
+            raise UserError("there is no train_dataset to train on")
+        folder = resume_from_checkpoint
+        if isinstance(folder, str | os.PathLike) and is_checkpoint(Path(folder)):
+            raise UserError(
+                f"{folder} is a checkpoint of a run of isotune, which goes on with --resume: "
+                "this trainer goes on from a checkpoint that it saved itself"
+            )
+        return super().train(resume_from_checkpoint, *options, **more)
+
     def _hp_search_setup(self, trial: Any) -> None:
         """Plan this training: with what a search has set by now, a fresh model, or another train_dataset."""
         self.args.gradient_accumulation_steps, self._accumulation = self._accumulation, 1
@@ -286,6 +338,9 @@ class _SelfTest(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """On the prepared model, in the precision of its products."""
         of = self.trainer
+        if of.own_loss is None or of.own_loss.of_model:
+            inputs, labels = of.labelled_row()
+            check_model_loss(of.model_wrapped, inputs, labels, causal=of.causal)
         stored = next((p.dtype for p in of.model.parameters() if p.is_floating_point()), torch.float32)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(of.accelerator.mixed_precision, stored)
         vocabulary = base_model_of(of.model).config.get_text_config().vocab_size

@@ -75,7 +75,7 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
         self.plan, self.recorder, self.checkpointer = plan, recorder, checkpointer
         is_main = self.args.process_index == 0
         balanced = isinstance(plan.task, SftTask) and plan.task.router_loss is not None
-        if is_main and isinstance(self, TrlSFTTrainer) and has_router_loss(self.model) and not balanced:
+        if is_main and has_router_loss(self.model, of_trl=isinstance(self, TrlSFTTrainer)) and not balanced:
             print(
                 "note        the routers' balancing loss (router_aux_loss_coef) is not trained, only the answers' loss"
             )
