@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -139,16 +140,17 @@ def open_run(run: Path, limits: Limits, replayed_rows: int | None) -> tuple[Rout
     classifies = is_classifier(finished)
     kind = CLASSIFICATION if classifies else GENERATION
     count = REPLAYED_ROWS[kind] if replayed_rows is None else replayed_rows
-    why_not = classifier_replay.why_not if classifies else generator_replay.why_not
-    evaluated = newest_evaluation(finished.folder, kind, why_not) if count else None
     name, device, replayed = finished.folder.resolve().name, torch.device(choose_device()), None
     if not classifies:
+        evaluated = newest_evaluation(finished.folder, kind, generator_replay.why_not) if count else None
         service = GeneratorService(generation_model_of_run(run, device))
         if evaluated is not None:
             replayed = generator_replay.replay(evaluated, service, generator_replay.samples_of(evaluated), count)
         routes: Any = GeneratorRoutes(name, Worker(service, limits), service, int(time.time()))
     else:
         classifier = load_run_classifier(run, device, torch.float32)
+        why_not = partial(classifier_replay.why_not, classifier=classifier)
+        evaluated = newest_evaluation(finished.folder, kind, why_not) if count else None
         service, errors = ClassifierService(classifier), classifier_replay.newest_errors(finished.folder)
         if evaluated is not None:
             rows = classifier_replay.rows_of(evaluated, classifier)

@@ -15,17 +15,36 @@ from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.models import Classifier, task_of_run
 from isotune.evaluation.results import find_results
 from isotune.evaluation.tasks import ClassificationTask, read_task
-from isotune.io.errors import UserError
+from isotune.io.errors import UserError, shown
 from isotune.serving.classification.service import ClassifierService
 from isotune.serving.replay import Evaluated, Replayed, spread
 
 TOLERANCE = 1e-6  # of a probability; of a number relative to the largest stored one, where that is above 1
 
 
-def why_not(evaluated: Evaluated) -> str | None:
-    """Why a result cannot be compared with what is served; None where it can."""
+def why_not(evaluated: Evaluated, classifier: Classifier) -> str | None:
+    """Why a result cannot be compared with what is served; None where it can.
+
+    Requests have the length and label thresholds of the run, and an evaluation may have had others.
+    """
     dtype = evaluated.claim.get("dtype")
-    return None if dtype == "float32" else f"its dtype is {dtype}, and a classifier is served in float32"
+    if dtype != "float32":
+        return f"its dtype is {dtype}, and a classifier is served in float32"
+    for key in ("max_seq_length", "overlong"):
+        served = getattr(classifier.settings, key)
+        if (own := evaluated.claim.get(key) or served) != served:
+            return f"its {key} is {own}, and {served} is served"
+    own = evaluated.result.facts.get("label_thresholds")
+    if own is not None and not _same_thresholds(own, classifier):
+        served = np.atleast_1d(classifier.thresholds).tolist()
+        return f"its label_thresholds are {shown(own)}, and {shown(served)} are served"
+    return None
+
+
+def _same_thresholds(own: list[float], classifier: Classifier) -> bool:
+    labels = classifier.num_labels
+    served = np.broadcast_to(np.asarray(classifier.thresholds, np.float64), labels)
+    return len(own) in (1, labels) and bool((served == own).all())
 
 
 def rows_of(evaluated: Evaluated, classifier: Classifier) -> Rows:
@@ -52,8 +71,8 @@ def replay(evaluated: Evaluated, service: ClassifierService, rows: Rows, count: 
     task_type, stored = service.classifier.task_type, evaluated.result.predictions
     chosen = spread(len(stored), count)
     outputs = service.outputs(rows.documents.select(np.array(chosen)))
-    identical, largest, first = 0, 0.0, None
-    for row, output, guess in zip(chosen, outputs, predicted(task_type, outputs, rows.thresholds), strict=True):
+    identical, largest, first, thresholds = 0, 0.0, None, service.classifier.thresholds
+    for row, output, guess in zip(chosen, outputs, predicted(task_type, outputs, thresholds), strict=True):
         line = stored[row]
         before = np.asarray(line["prediction" if task_type == REGRESSION else "probabilities"])
         if before.shape != np.shape(output):
