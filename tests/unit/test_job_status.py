@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from isotune.io.errors import AlreadyDone, Preempted, RunFault, Superseded, UserError, run_script, write_job_status
+from isotune.io.errors import (
+    MEMORY,
+    AlreadyDone,
+    Preempted,
+    RunFault,
+    Superseded,
+    UserError,
+    run_script,
+    write_job_status,
+)
 
 STARTING = """
 import time
@@ -63,6 +72,15 @@ def test_every_end_has_its_word_and_number(file, error, verdict):
     with pytest.raises((SystemExit, KeyError)):
         run_script(main)
     assert told(file) == verdict
+
+
+def test_the_reason_of_a_mistake_that_other_values_do_not_make_is_written(file):
+    def main() -> None:
+        raise UserError("too large", reason=MEMORY)
+
+    with pytest.raises(SystemExit):
+        run_script(main)
+    assert json.loads(file.read_text())["reason"] == MEMORY
 
 
 @pytest.mark.parametrize(("launched", "status"), [(False, 75), (True, 0)])

@@ -19,14 +19,14 @@ from tests.launching import TINY, TINY_CLASSIFIER, run_command
 
 from isotune.cli import main
 from isotune.commands import start
-from isotune.commands.sweep import runs
+from isotune.commands.sweep import command, runs
 from isotune.commands.sweep.picture import draw_ranking
 from isotune.commands.sweep.plan import read_plan
 from isotune.commands.sweep.ranking import Examined, Trial, metric_in_result, rank, table, verdict
 from isotune.commands.sweep.space import Axis, grid
 from isotune.commands.sweep.study import Tried, search
 from isotune.evaluation.statistics.seeds import compare_seeds
-from isotune.io.errors import UserError
+from isotune.io.errors import MEMORY, VALUES, UserError
 
 RATES = Axis("learning_rate", low=1e-5, high=1e-3, log=True)
 WARMUP = Axis("warmup_steps", choices=(0, 100))
@@ -416,7 +416,58 @@ class TestRuns:
     def test_a_command_in_a_process_of_its_own_answers_with_status_and_sentence(self):
         code = "from isotune.commands.start import run_command; print(run_command(['classify', 'nowhere.yaml']))"
         done = run_command([sys.executable, "-c", code], fresh=True)
-        assert done.stdout.strip().startswith("(2, 'nowhere.yaml is no recipe, no run, and no data"), done.stderr
+        says = "Ended(exit_status=2, message='nowhere.yaml is no recipe, no run, and no data"
+        assert done.stdout.strip().startswith(says), done.stderr
+
+    @pytest.fixture
+    def ends(self, recipe, monkeypatch):
+        """A function that trains a trial whose process ends in these ways, one after the other, and gives its calls."""
+
+        def train(trial: int, *ended: start.Ended) -> int:
+            calls: list[list[str]] = []
+
+            def run_command(words):
+                calls.append(words)
+                return ended[len(calls) - 1]
+
+            monkeypatch.setattr(start, "run_command", run_command)
+            monkeypatch.setattr(runs, "_kept_value", lambda *_: 0.5)
+            plan = read_plan([recipe, "--learning_rate", "1e-5..1e-4"])
+            assert runs.train(plan, trial, {"learning_rate": 1e-5}, 42) == 0.5
+            return len(calls)
+
+        return train
+
+    @pytest.mark.parametrize("reason", [MEMORY, VALUES])
+    def test_values_that_a_model_or_the_memory_does_not_take_fail_a_trial_and_no_default(self, ends, reason):
+        ended = start.Ended(2, "what is wrong", reason)
+        with pytest.raises(runs.TrialFailed, match="what is wrong"):
+            ends(1, ended)
+        with pytest.raises(UserError, match="what is wrong"):
+            ends(0, ended)
+
+    def test_a_full_disk_is_no_fault_of_a_trial(self, ends):
+        with pytest.raises(UserError, match="no room on the disk"):
+            ends(1, start.Ended(2, "there is no room on the disk"))
+
+    def test_a_killed_run_goes_on_once_and_fails_when_it_is_killed_again(self, ends):
+        killed = start.Ended(1)
+        assert ends(1, killed, start.Ended(0)) == 2
+        with pytest.raises(runs.TrialFailed, match="was ended twice with status 1"):
+            ends(1, killed, killed)
+
+    def test_a_mistake_of_one_trial_s_run_is_no_failed_trial(self, recipe, monkeypatch, capsys):
+        def train(_, trial, values, seed):
+            if trial:
+                raise UserError("the folder is in use")
+            return 0.5
+
+        monkeypatch.setattr(runs, "train", train)
+        monkeypatch.setattr(runs, "examine", lambda *_: None)
+        with pytest.raises(UserError, match="in use"):
+            command.run([recipe, "--learning_rate", "1e-5..1e-4", "--seeds", "1", "--trials", "2"])
+        shown = capsys.readouterr().out
+        assert "trial 1 of 2" in shown and "has failed" not in shown
 
     @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
     def test_what_a_killed_sweep_was_running_is_told_to_stop(self):

@@ -114,16 +114,23 @@ def run_launched(words: Sequence[str], launch: Launch) -> int:
         return _run_watched(command, file, _shares(launch.processes))
 
 
-def run_command(words: Sequence[str]) -> tuple[int, str | None]:
-    """Run `isotune WORDS` in a process of its own, which on Linux is told to stop when this one ends.
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: its exit status, and where there are any its sentence and reason (isotune.io.errors)."""
 
-    Its exit status, and the sentence that it ended with, where there is one.
-    """
+    exit_status: int
+    message: str | None = None
+    reason: str | None = None
+
+
+def run_command(words: Sequence[str]) -> Ended:
+    """Run `isotune WORDS` in a process of its own, which on Linux is told to stop when this one ends."""
     with _temporary_folder() as folder:
         file = folder / "status.json"
         command = [sys.executable, "-m", PROGRAM, *words]
         status = _run_watched(command, file, {}, signal_when_parent_ends if sys.platform == "linux" else None)
-        return status, read_job_status(file).get("message")
+        said = read_job_status(file)
+        return Ended(status, said.get("message"), said.get("reason"))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_
 import numpy as np
 
 from isotune.config.task_types import SINGLE_LABEL
-from isotune.io.errors import UserError
+from isotune.io.errors import VALUES, UserError
 
 # A column of documents of two texts each: how many of a document's tokens, from its start, are of token type 0; the
 # others are of type 1
@@ -248,7 +248,8 @@ class DataSettings:
         """Raise UserError for a value that no data could be prepared with."""
         least = special_tokens + self.MIN_OWN_TOKENS
         if self.max_seq_length < least:
-            raise UserError(f"max_seq_length is {self.max_seq_length}: a document needs at least {least} tokens")
+            says = f"max_seq_length is {self.max_seq_length}: a document needs at least {least} tokens"
+            raise UserError(says, reason=VALUES)
         for key, kind in get_type_hints(type(self)).items():
             if get_origin(kind) is Literal and getattr(self, key) not in get_args(kind):
                 raise UserError(f"{key} is {getattr(self, key)!r}; it may be {', '.join(get_args(kind))}")

@@ -107,7 +107,7 @@ def tell_ranks(error: OfOneRank) -> bool:
         store = clone_default_store("isotune/told")
         first = store.add("ranks", 1) == 1
         if first:
-            store.set("error", f"{type(error).__name__} {error}")
+            store.set("error", f"{type(error).__name__} {error.reason or '-'} {error}")
     except RuntimeError:  # the store is gone with the launcher
         return True
     return first
@@ -121,10 +121,11 @@ def told_by_ranks() -> OfOneRank | None:
         store = clone_default_store("isotune/told")
         if not store.check(["error"]):
             return None
-        kind, sentence = store.get("error").decode().split(" ", 1)
+        kind, reason, sentence = store.get("error").decode().split(" ", 2)
     except RuntimeError:  # the store is gone with the launcher
         return None
-    return (RankError if kind == RankError.__name__ else RankFault)(sentence, prints=False)
+    reason = None if reason == "-" else reason
+    return (RankError if kind == RankError.__name__ else RankFault)(sentence, prints=False, reason=reason)
 
 
 class Rank(Protocol):

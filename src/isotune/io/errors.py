@@ -3,7 +3,8 @@
 Launchers replace every exit status but 0 by 1, and srun may lose it. A batch script therefore names a job status file
 in the environment variable ISOTUNE_VERDICT and reads it when the processes are gone; without the variable none is
 written. It is JSON with the keys `status` (running, preempted, finished, failed, superseded), `exit_status` (null while
-the script runs) and `message`; a training run adds the keys of its status.json and `run`, its folder.
+the script runs) and `message`, and `reason` where other values of the recipe may do better: memory or values; a
+training run adds the keys of its status.json and `run`, its folder.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from isotune.io.files import replace_file
 EXIT_FAULT, EXIT_USER_ERROR, EXIT_PREEMPTED = 1, 2, 75
 JOB_STATUS_FILE = "ISOTUNE_VERDICT"  # the environment variable
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MEMORY, VALUES = "memory", "values"  # why a run failed by its recipe: too large, or values that exclude each other
 MOST = 2**32  # of a number on the command line
 # errors of the file system that say what the user can do, by their number
 MENDABLE = {
@@ -34,7 +36,14 @@ MENDABLE = {
 
 
 class OneSentence(Exception):
-    """An error that is one sentence, in a notebook too, where everything else comes with a traceback."""
+    """An error that is one sentence, in a notebook too, where everything else comes with a traceback.
+
+    `reason` is MEMORY or VALUES where other values of the same recipe may do better, and None elsewhere.
+    """
+
+    def __init__(self, *said: object, reason: str | None = None) -> None:
+        super().__init__(*said)
+        self.reason = reason
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows."""
@@ -104,8 +113,8 @@ class OneSentenceParser(argparse.ArgumentParser):
 class OfOneRank(OneSentence):
     """What one rank ran into alone, and prints itself, or what it was told by the rank that failed first."""
 
-    def __init__(self, sentence: str, *, prints: bool) -> None:
-        super().__init__(sentence)
+    def __init__(self, sentence: str, *, prints: bool, reason: str | None = None) -> None:
+        super().__init__(sentence, reason=reason)
         self.prints = prints
 
 
@@ -151,6 +160,11 @@ def outcome_of(error: BaseException) -> tuple[str, int]:
     return {Preempted: "preempted", Superseded: "superseded"}.get(type(error), "failed"), status
 
 
+def reason_of(error: BaseException) -> dict[str, str]:
+    """The key `reason` of status.json and the job status file, for an error that has one."""
+    return {"reason": error.reason} if isinstance(error, OneSentence) and error.reason else {}
+
+
 def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's `main` and exit with the status of the contract.
 
@@ -178,7 +192,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
             raise mistake from error
     except (UserError, RunFault, Preempted) as error:
         word, status = outcome_of(error)
-        write_job_status(status=word, exit_status=status, message=str(error))
+        write_job_status(status=word, exit_status=status, message=str(error), **reason_of(error))
         if error.prints if isinstance(error, OfOneRank) else is_local_main:
             print(error if status == EXIT_PREEMPTED else f"error: {error}", file=sys.stderr, flush=True)
         if status == EXIT_PREEMPTED and os.environ.get(JOB_STATUS_FILE) and "LOCAL_RANK" in os.environ:

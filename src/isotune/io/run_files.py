@@ -38,6 +38,7 @@ class Status(TypedDict, total=False):
     pid: Whole
     finishing: list[str]
     run: str
+    reason: str
 
 
 class InEffect(TypedDict, total=False):

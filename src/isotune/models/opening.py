@@ -31,7 +31,7 @@ from isotune.compat.deepspeed import whole_models
 from isotune.config import ClassificationRecipe, Recipe, RunRecipe
 from isotune.data.sft.chat_format import ChatFormat
 from isotune.data.sources.source import PREFIX
-from isotune.io.errors import UserError, first_line, is_first_process
+from isotune.io.errors import VALUES, UserError, first_line, is_first_process
 from isotune.io.extras import need
 from isotune.models.base.builtin import builtin_config, builtin_tokenizer
 from isotune.models.base.head import BaseHead, draw_head, is_classifier, reorder, set_names
@@ -223,7 +223,8 @@ def load_config(recipe: RunRecipe) -> PreTrainedConfig:
     if positions is not None and recipe.max_seq_length > positions:
         raise UserError(
             f"max_seq_length {recipe.max_seq_length} is beyond the {positions} positions of '{name}': "
-            f"lower max_seq_length to {positions} or less"
+            f"lower max_seq_length to {positions} or less",
+            reason=VALUES,
         )
     return config
 

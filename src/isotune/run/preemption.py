@@ -18,7 +18,7 @@ from typing import Any
 
 from isotune.distributed.launch import Process
 from isotune.distributed.ranks import call_on_main
-from isotune.io.errors import NO_ROOM, Superseded, UserError, as_user_error, outcome_of, write_job_status
+from isotune.io.errors import NO_ROOM, Superseded, UserError, as_user_error, outcome_of, reason_of, write_job_status
 from isotune.io.parent_process import is_launched, signal_when_parent_ends
 from isotune.io.run_files import ENVIRONMENT, STATUS, or_empty, read_status
 from isotune.run.rank_log import rank_log
@@ -68,18 +68,21 @@ class RunStatus:
         self.step = 0
         self.steps: int | None = None
         self.finishing: list[str] = []
-        self._current: tuple[str, int | None, str | None] = ("running", None, None)
+        self._current: tuple[str, int | None, str | None, dict[str, str]] = ("running", None, None, {})
         self._lock = threading.Lock()  # the checkpoint writer's thread calls `reached`
         self._ended = False
 
-    def write(self, status: str, exit_status: int | None = None, message: str | None = None) -> None:
-        """Replace the file atomically; do nothing before the run has begun, and on other ranks."""
+    def write(self, status: str, exit_status: int | None = None, message: str | None = None, **reason: str) -> None:
+        """Replace the file atomically; do nothing before the run has begun, and on other ranks.
+
+        `reason` is that of the error that the run ended with (`reason_of`).
+        """
         if not self.is_main or not (self.path.parent / ENVIRONMENT).is_file():
             return
         with self._lock:
             if self._ended:  # a checkpoint that is published late does not change how the run ended
                 return
-            self._ended, self._current = exit_status is not None, (status, exit_status, message)
+            self._ended, self._current = exit_status is not None, (status, exit_status, message, reason)
             self._replace()
 
     def has_done(self, step: str) -> None:
@@ -95,10 +98,10 @@ class RunStatus:
         self.finishing = recorded.get("finishing", [])
 
     def _replace(self) -> None:
-        status, exit_status, message = self._current
+        status, exit_status, message, reason = self._current
         content: dict[str, Any] = {"status": status, "step": self.step, "steps": self.steps, "exit_status": exit_status}
         content |= {"message": message, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid()}
-        content["finishing"] = self.finishing
+        content |= {"finishing": self.finishing, **reason}
         if (ids := slurm_ids()) is not None:
             content["slurm"] = ids
         text = json.dumps(content, indent=2) + "\n"
@@ -145,7 +148,7 @@ def supervised(run: RunDir, process: Process) -> Iterator[None]:
         if isinstance(error, SystemExit) and isinstance(error.code, int):
             number = error.code
         with contextlib.suppress(Superseded, UserError):
-            status.write(word, number, str(error) or type(error).__name__)
+            status.write(word, number, str(error) or type(error).__name__, **reason_of(error))
         raise
     else:
         status.write("finished", 0)

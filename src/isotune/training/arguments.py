@@ -11,7 +11,7 @@ from isotune.compat.transformers import bf16_without_gpu, use_one_gpu
 from isotune.config import RunRecipe
 from isotune.config.task_types import HIGHER_IS_BETTER
 from isotune.distributed.launch import Process
-from isotune.io.errors import UserError
+from isotune.io.errors import VALUES, UserError
 
 # torch 2.13's fused AdamW rounds the last few numbers of a tensor otherwise on CPU (44 of 14,000 in ten steps, on
 # tensors of 7), 8-bit optimizers quantize blocks, Adafactor factors matrices: to them a shard is another tensor.
@@ -85,21 +85,28 @@ def uses_exact_gradients(recipe: RunRecipe, process: Process) -> bool:
         return False
     if recipe.exact_gradients is True and (process.fsdp or process.deepspeed):
         if stage == 0:
-            raise UserError("exact_gradients: true cannot hold under ZeRO-0: use DDP, FSDP2, ZeRO-1, ZeRO-2 or ZeRO-3")
+            raise UserError(
+                "exact_gradients: true cannot hold under ZeRO-0: use DDP, FSDP2, ZeRO-1, ZeRO-2 or ZeRO-3",
+                reason=VALUES,
+            )
         if recipe.bf16 and stage in (1, 2):
             raise UserError(
                 f"exact_gradients: true cannot hold under {engine} in bf16, which rounds gradients itself: use DDP, "
-                "FSDP2 or ZeRO-3"
+                "FSDP2 or ZeRO-3",
+                reason=VALUES,
             )
         if recipe.fp16:
-            raise UserError(f"exact_gradients: true cannot hold under {engine} in fp16: use DDP, or bf16: true")
+            raise UserError(
+                f"exact_gradients: true cannot hold under {engine} in fp16: use DDP, or bf16: true", reason=VALUES
+            )
         for key, why in _unexact_zero3_keys(process):
             raise UserError(f"exact_gradients: true cannot hold with zero_optimization.{key}, {why}: take it out")
         optimizer = recipe.training_arguments["optim"]
         if optimizer not in POSITION_FREE_OPTIMIZERS:
             raise UserError(
                 f"exact_gradients: true under {engine} needs optim: {' or '.join(POSITION_FREE_OPTIMIZERS)}, because "
-                f"{optimizer} rounds a number by where it lies in a share: say so on every number of processes"
+                f"{optimizer} rounds a number by where it lies in a share: say so on every number of processes",
+                reason=VALUES,
             )
     return recipe.sums_exactly(plain_or_ddp=not (process.deepspeed or process.fsdp))
 

@@ -61,9 +61,7 @@ def _sweep(plan: Plan) -> None:
             for seed in plan.seeds if failure is None else ():
                 print(f"sweep       trial {number} of {plan.trials}, seed {seed}: {_said(values)}", flush=True)
                 scores.append(runs.train(plan, number, values, seed))
-        except (runs.TrialFailed, UserError) as error:
-            if number == 0 and isinstance(error, UserError):
-                raise
+        except runs.TrialFailed as error:
             failure, scores = str(error), []  # as values that the memory is too small for
         if failure is not None:
             print(f"sweep       trial {number} has failed: {failure}", flush=True)

@@ -4,7 +4,7 @@ A run that has finished is not repeated, and one that was stopped goes on from i
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from isotune.commands.sweep.plan import RECIPE_FILE, Plan
 from isotune.commands.sweep.space import Values
 from isotune.evaluation.results import METRICS as RESULT
 from isotune.evaluation.results import Result, read_result
-from isotune.io.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, Preempted, RunFault, UserError
+from isotune.io.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, MEMORY, VALUES, Preempted, RunFault, UserError
 from isotune.io.files import replace_file
 from isotune.io.run_files import or_refuse, read_recipe_values
 from isotune.run.metrics_file import METRICS, read_progress
@@ -24,6 +24,7 @@ from isotune.run.run_state import state_of_run
 TEST_TASK, TEST_NAME = "test.yaml", "sweep_test"
 MOST_WAITED_SECONDS = 60  # for a run of a killed sweep, which stops with a checkpoint
 COLUMNS = ("dataset_text_field", "dataset_text_pair_field", "dataset_label_field", "dataset_id_field")
+FAILING = (MEMORY, VALUES)  # mistakes of a trial's values alone; others would meet every trial
 CONVERSATION_COLUMNS = ("dataset_text_field", "dataset_prompt_field", "dataset_completion_field")
 
 
@@ -39,15 +40,19 @@ def folder_of(plan: Plan, trial: int, seed: int) -> Path:
 def train(plan: Plan, trial: int, values: Values, seed: int) -> float:
     """The metric of the model that one run keeps, after the run where it is not there.
 
-    TrialFailed where the run ended by a fault of its own, as a loss that is not finite. UserError, Preempted or
-    RunFault where the sweep cannot go on either.
+    TrialFailed where the run ended by a fault of its own, as a loss that is not finite, too little memory for its
+    values, or being killed twice. UserError or Preempted where the sweep cannot go on either.
     """
     run = folder_of(plan, trial, seed)
     _wait_for(run)
     if state_of_run(run).state != "finished":
         flags = {**(values if trial else {}), "seed": seed, "output_dir": str(run)}  # trial 0 is the recipe itself
         words = [f"--{name}={_word(value)}" for name, value in flags.items()]
-        _do(run, [plan.command, "--config", str(plan.folder / RECIPE_FILE), *words, *plan.launch])
+        _do(
+            run,
+            [plan.command, "--config", str(plan.folder / RECIPE_FILE), *words, *plan.launch],
+            FAILING if trial else (),
+        )
     return _kept_value(plan, run)
 
 
@@ -84,17 +89,24 @@ def _test_flags(plan: Plan, recipe: Mapping[str, Any]) -> list[str]:
     return ["--task", str(file), "--no_pictures"]
 
 
-def _do(run: Path, words: list[str]) -> None:
-    """Run a command of this sweep; raises what its end means for the trial and the sweep."""
-    status, message = start.run_command(words)
-    said = f"{run}: {message}"
-    if status == EXIT_USER_ERROR:
-        raise UserError(said)
-    if status == EXIT_PREEMPTED:
+def _do(run: Path, words: list[str], failing: Sequence[str] = ()) -> None:
+    """Run a command of this sweep; raises what its end means for the trial and the sweep.
+
+    A mistake stops the sweep, but for one whose reason is among `failing`.
+    A process that ends without a word was killed, often by the kernel for its memory: it goes on once.
+    """
+    ended = start.run_command(words)
+    if ended.exit_status and ended.message is None:
+        print(f"sweep       {run} was ended with status {ended.exit_status} and said nothing: it goes on", flush=True)
+        ended = start.run_command(words)
+        if ended.exit_status and ended.message is None:
+            raise TrialFailed(f"{run}: it was ended twice with status {ended.exit_status} and said nothing")
+    said = f"{run}: {ended.message}"
+    if ended.exit_status == EXIT_USER_ERROR:
+        raise TrialFailed(said) if ended.reason in failing else UserError(said)
+    if ended.exit_status == EXIT_PREEMPTED:
         raise Preempted(f"{said}; the same sweep goes on from there")
-    if status and message is None:
-        raise RunFault(f"{run}: it was ended with status {status} and said nothing; the same sweep goes on from there")
-    if status:
+    if ended.exit_status:
         raise TrialFailed(said)
 
 

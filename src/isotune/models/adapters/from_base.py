@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from isotune.compat.torch import one_thread
-from isotune.io.errors import UserError
+from isotune.io.errors import VALUES, UserError
 from isotune.models.cpu.layers import is_whole
 
 Factors = dict[str, tuple[Tensor, Tensor, float]]  # by layer: its first A and B on the CPU, and its scale
@@ -56,15 +56,22 @@ def start_from_base(model: Any, start: str, seed: int) -> None:
         if not base.weight.is_floating_point() or type(base).__module__.startswith("bitsandbytes."):
             raise UserError(
                 f"init_lora_weights: {start} changes the base, and rounding it to 4 bits again would change it more: "
-                "say tune: lora, or init_lora_weights: true"
+                "say tune: lora, or init_lora_weights: true",
+                reason=VALUES,
             )
         if not is_whole(base.weight):
-            raise UserError(f"init_lora_weights: {start} reads whole weights, which ZeRO-3 keeps in shards: use ZeRO-2")
+            raise UserError(
+                f"init_lora_weights: {start} reads whole weights, which ZeRO-3 keeps in shards: use ZeRO-2",
+                reason=VALUES,
+            )
         if start == "olora" and isinstance(base, Conv1D):
-            raise UserError("init_lora_weights: olora has no form for Conv1D layers, such as GPT-2's: say pissa")
+            raise UserError(
+                "init_lora_weights: olora has no form for Conv1D layers, such as GPT-2's: say pissa", reason=VALUES
+            )
         if layer.r[adapter] > min(base.weight.shape):
             short = f"{name.removeprefix('base_model.model.')} has a side of {min(base.weight.shape)}"
-            raise UserError(f"init_lora_weights: {start} has no rank of {layer.r[adapter]} where {short}: lower r")
+            says = f"init_lora_weights: {start} has no rank of {layer.r[adapter]} where {short}: lower r"
+            raise UserError(says, reason=VALUES)
         device = base.weight.device
         layer.to("cpu")
         with one_thread():

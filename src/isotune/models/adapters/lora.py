@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from isotune.compat.torch import one_thread
 from isotune.config import ClassificationRecipe, RunRecipe
-from isotune.io.errors import UserError, first_line, nearest
+from isotune.io.errors import VALUES, UserError, first_line, nearest
 from isotune.models.adapters.from_base import start_from_base, starts_from_base
 from isotune.models.adapters.targets import Targets, check_patterns, choose_targets
 from isotune.models.base.hub import commit_of_base
@@ -69,7 +69,7 @@ def add_adapters(model: PreTrainedModel, recipe: RunRecipe, new_rows: Sequence[i
         with quiet_libraries(), one_thread():  # peft 0.21 uses a deprecated name of transformers 5.23
             adapted = get_peft_model(model, config)
     except ValueError as error:  # of options that peft does not combine
-        raise UserError(f"peft cannot add these adapters: {first_line(error)}") from error
+        raise UserError(f"peft cannot add these adapters: {first_line(error)}", reason=VALUES) from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from tqdm import tqdm
 
-from isotune.io.errors import RankError
+from isotune.io.errors import MEMORY, RankError
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -90,4 +90,4 @@ def memory_in_one_sentence(fitting: FittingBatches, remedy: str) -> Iterator[Non
         where = (
             "with one text at a time" if fitting.halves else "in a batch, of which a smaller --batch_size makes less"
         )
-        raise RankError(f"the device ran out of memory {where}: {remedy}", prints=True) from error
+        raise RankError(f"the device ran out of memory {where}: {remedy}", prints=True, reason=MEMORY) from error

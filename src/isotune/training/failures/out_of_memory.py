@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from isotune.data.batch_schedule import StepSchedule
 from isotune.distributed.ranks import tell_ranks, told_by_ranks
-from isotune.io.errors import RankError, UserError
+from isotune.io.errors import MEMORY, RankError, UserError
 from isotune.models.layouts.fitting import FittingBatches, is_out_of_memory, release_memory
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ class OutOfMemoryPolicy:
             yield
             return
         except RuntimeError as error:
-            told = RankError(self._sentence("training"), prints=True) if is_out_of_memory(error) else told_by_ranks()
+            own = is_out_of_memory(error)
+            told = RankError(self._sentence("training"), prints=True, reason=MEMORY) if own else told_by_ranks()
             if told is None:
                 raise
         told.prints = told.prints and tell_ranks(told)
@@ -128,7 +129,7 @@ class OutOfMemoryPolicy:
             if self._largest_cost(number) < costs:
                 self._resize(tokens)
                 return
-        raise UserError(self._sentence(where))
+        raise UserError(self._sentence(where), reason=MEMORY)
 
     def _largest_cost(self, number: int) -> float:
         return max(microbatch.cost for microbatch in self.schedules[0].step(number).microbatches)
