@@ -83,15 +83,28 @@ def test_the_three_lines_of_the_card_load_the_trained_model(runs, kind):
     assert torch.allclose(loaded, in_memory, atol=1e-5)
 
 
-def test_the_card_of_a_qlora_run_loads_the_base_in_four_bits(runs, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(runs["causal_lora"].built.run.path, run)
+def loaded_by_the_card_of_qlora(of, run) -> torch.nn.Module:
+    """The model that the card of a run with LoRA would load, had the run been one with QLoRA."""
+    shutil.copytree(of.built.run.path, run)
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "tune": "qlora", "bf16": True}))
     (code,) = re.findall(r"```python\n(.*?)```", write_model_card(run).read_text(), re.DOTALL)
     names: dict = {}
     exec(code, names)
-    kept = names["model"].get_base_model().config.quantization_config
+    return names["model"]
+
+
+def test_the_card_of_a_qlora_classifier_leaves_its_head_whole_as_training_does(runs, tmp_path):
+    from bitsandbytes.nn import Linear4bit
+
+    model = loaded_by_the_card_of_qlora(runs["classifier_lora"], tmp_path / "run")
+    four_bit = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+    assert four_bit and not [name for name in four_bit if "pooler" in name or "classifier" in name]
+
+
+def test_the_card_of_a_qlora_run_loads_the_base_in_four_bits(runs, tmp_path):
+    model = loaded_by_the_card_of_qlora(runs["causal_lora"], tmp_path / "run")
+    kept = model.get_base_model().config.quantization_config
     assert (kept.load_in_4bit, kept.bnb_4bit_quant_type, kept.bnb_4bit_use_double_quant) == (True, "nf4", True)
     assert kept.bnb_4bit_compute_dtype == torch.bfloat16
 

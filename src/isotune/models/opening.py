@@ -336,6 +336,11 @@ def _four_bit(recipe: RunRecipe, device: torch.device, whole_modules: Sequence[s
     )
 
 
+def skip_patterns(whole_modules: Sequence[str]) -> list[str]:
+    """The regular expressions by which transformers leaves modules out of quantization, wherever they are."""
+    return [rf"(.*\.)?{name}" for name in whole_modules]
+
+
 def four_bit_config(
     quant_type: str,
     double_quant: bool,
@@ -354,5 +359,5 @@ def four_bit_config(
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_quant_storage=storage_dtype,
-        llm_int8_skip_modules=[rf"(.*\.)?{name}" for name in whole_modules] or None,  # for 4 bits too, despite its name
+        llm_int8_skip_modules=skip_patterns(whole_modules) or None,  # for 4 bits too, despite its name
     )

@@ -15,6 +15,9 @@ from isotune.config.task_types import HIGHER_IS_BETTER, MULTI_LABEL
 from isotune.data.sources.hub import is_hub_id
 from isotune.io.files import replace_file
 from isotune.models.class_loss import PROBLEM_TYPES
+from isotune.models.finished_run import read_run
+from isotune.models.layouts.heads import head_of
+from isotune.models.opening import load_pretrained_config, skip_patterns
 from isotune.report.formatting import format_number
 from isotune.report.markdown import fenced, inline, python_text, table
 from isotune.report.run_record import RunRecord, read_record, run_tables
@@ -65,7 +68,7 @@ def write_model_card(run: str | Path, repository: str | None = None) -> Path:
         path=python_text(repository or str(model)),
         # the base model's configuration does not have the number of classes of the adapter's head
         num_labels=_head_arguments(record) if is_adapter and is_classifier else "",
-        four_bit=_four_bit(keys) if is_adapter and keys.get("tune") == "qlora" else "",
+        four_bit=_four_bit(record, is_classifier) if is_adapter and keys.get("tune") == "qlora" else "",
         class_names=[inline(each) for each in keys.get("label_names") or []],
         has_base_model=is_adapter and (record.folder / "base_model").is_dir(),
         results=_results(record),
@@ -144,13 +147,19 @@ def _head_arguments(record: RunRecord) -> str:
     return f"{classes}{problem}{padding}, ignore_mismatched_sizes=True"
 
 
-def _four_bit(keys: dict[str, Any]) -> str:
-    """The base in 4 bits, as the adapter was trained on it."""
+def _four_bit(record: RunRecord, is_classifier: bool) -> str:
+    """The base in 4 bits, as the adapter was trained on it: a classifier's head was whole."""
+    keys = record.keys
     compute = "bfloat16" if keys.get("bf16") else "float16" if keys.get("fp16") else "float32"
     kind, doubled = keys.get("bnb_4bit_quant_type", "nf4"), bool(keys.get("bnb_4bit_use_double_quant", True))
+    whole = ""
+    if is_classifier:
+        run = read_run(record.folder)
+        head = head_of(load_pretrained_config(str(run.base), "the base model", run.base_commit))
+        whole = f", llm_int8_skip_modules={skip_patterns(head)!r}"
     return (
         f", quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type={kind!r}, "
-        f'bnb_4bit_use_double_quant={doubled}, bnb_4bit_compute_dtype="{compute}")'
+        f'bnb_4bit_use_double_quant={doubled}, bnb_4bit_compute_dtype="{compute}"{whole})'
     )
 
 
