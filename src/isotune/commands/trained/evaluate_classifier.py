@@ -79,13 +79,14 @@ def evaluate_classifier(given: argparse.Namespace) -> None:
     # torch takes seconds to import, so mistakes on the command line are answered before
     import torch
 
+    from isotune.evaluation.classification.attention_plots import draw_attention
     from isotune.evaluation.classification.evaluate import (
         evaluate_rows,
         read_task_rows,
         write_evaluation,
     )
     from isotune.evaluation.classification.examples import print_examples
-    from isotune.evaluation.classification.plots import draw_attention, draw_plots
+    from isotune.evaluation.classification.plots import draw_plots
     from isotune.evaluation.classification.task_columns import with_columns
     from isotune.evaluation.distributed_eval import start_ranks
     from isotune.evaluation.models import load_model_classifier, load_run_classifier, task_of_run

@@ -106,7 +106,11 @@ class Evaluation:
     @cached_property
     def examples(self) -> list[dict[str, Any]]:
         """The first WRITTEN rows in that order."""
-        rows, chosen = self.rows, self.errors_first[:WRITTEN].tolist()
+        return self.examples_of(self.errors_first[:WRITTEN].tolist())
+
+    def examples_of(self, chosen: Sequence[int]) -> list[dict[str, Any]]:
+        """These rows with what they are, what was predicted, and their texts."""
+        rows = self.rows
         return examples_of(
             self.task_type, chosen, rows.ids, rows.labels, self.outputs, rows.names, rows.texts, rows.thresholds
         )

@@ -43,7 +43,7 @@ def examples_of(
     outputs: np.ndarray,
     names: Sequence[str],
     texts: Sequence[str],
-    thresholds: Thresholds = THRESHOLD,
+    thresholds: Thresholds,
 ) -> list[dict[str, Any]]:
     """Each of `rows`: its id, in words what it is and what was predicted, its class's probability, and its text."""
     found = predicted(task_type, outputs, thresholds)

@@ -15,7 +15,7 @@ from torch import nn
 from isotune.compat.peft import base_model_of
 from isotune.config.task_types import MULTI_LABEL, REGRESSION
 from isotune.data.documents import FIRST_TYPE, Documents
-from isotune.evaluation.classification.plots import words_of
+from isotune.evaluation.classification.attention_plots import words_of
 from isotune.evaluation.models import Classifier
 from isotune.models.classifier import takes_token_types
 from isotune.models.layouts.layout import padding_token
