@@ -58,6 +58,7 @@ def test_a_rank_that_dies_ends_the_launch_and_is_named(tmp_path: Path):
     status, said = lose_rank_1(tmp_path, signal.SIGKILL, [], limit_seconds=45)
     assert status != 0
     assert "rank      : 1" in said and "SIGKILL" in said
+    assert f"error: rank 1 on {socket.gethostname()} is gone, killed or cut off: last in step " in said
     assert not (tmp_path / "run" / "model").exists()
 
 
@@ -96,4 +97,7 @@ def test_a_rank_that_hangs_is_named_and_everybody_ends_within_the_bound(tmp_path
     # the launcher gives a stopped process another 30 s before it kills it
     status, said = lose_rank_1(tmp_path, signal.SIGSTOP, ["--ddp_timeout", "8"], limit_seconds=8 + 30 + 20)
     assert status != 0
-    assert "error: no rank has made progress for 8 s (ddp_timeout): rank 1 hangs in step" in said
+    assert (
+        f"error: no rank has made progress for 8 s (ddp_timeout): rank 1 on {socket.gethostname()} hangs in step"
+        in said
+    )

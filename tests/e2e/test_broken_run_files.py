@@ -12,21 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import constants
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tests.launching import TINY_CLASSIFIER, start
 
 from isotune.checkpoint.manifest import MANIFEST, _digest
+from isotune.checkpoint.resume import open_run
 from isotune.checkpoint.store import CheckpointStore
 from isotune.cli import main
 from isotune.config import ClassificationRecipe
+from isotune.distributed.launch import Process
 from isotune.evaluation.results import write_result
 from isotune.evaluation.statistics.resampling import Scores
 from isotune.io.errors import run_script
 from isotune.report.job import job_report
 from isotune.report.model_card import write_model_card
-from isotune.run.run_dir import RunDir
+
+ALONE = Process(0, 1, torch.device("cpu"))
 
 RECIPE = TINY_CLASSIFIER | {"max_steps": 2, "save_steps": 1}
 ROWS = 12
@@ -109,7 +113,7 @@ def check_all(runs: list[Path], what: object, names: str, *, timed: bool = True)
         "job": lambda: run_script(lambda: print(job_report(runs[0]))),
         "runs": lambda: main(["runs", run]),
         "ls": lambda: main(["ls", "runs", "--output_dir", f"{run}/.."]),
-        "start": lambda: run_script(RunDir(recipe).check_or_upload),
+        "start": lambda: run_script(lambda: open_run(recipe, ALONE)),
         "card": lambda: run_script(lambda: print(write_model_card(run))),
     }
     exported = runs[0].parent / "exported"

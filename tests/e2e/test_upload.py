@@ -8,14 +8,18 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 import yaml
 from huggingface_hub import constants
 from tests.launching import TINY_CLASSIFIER, start
 
+from isotune.checkpoint.resume import open_run
 from isotune.config import ClassificationRecipe
+from isotune.distributed.launch import Process
 from isotune.io.errors import AlreadyDone, UserError
 from isotune.run.hub import upload_model
-from isotune.run.run_dir import RunDir
+
+ALONE = Process(0, 1, torch.device("cpu"))
 
 TOKEN = "hf_VeryPrivateTokenOfATest"
 ASKED = {"push_to_hub": True, "hub_model_id": "someone/tiny", "hub_private_repo": True}
@@ -134,11 +138,11 @@ def test_the_same_command_uploads_what_was_saved_and_then_has_nothing_left_to_do
     recipe = recipe_of(offline.run)
     hub.refuses = True
     with pytest.raises(UserError, match=r"push_to_hub to someone/tiny failed: .*upload alone again") as refused:
-        RunDir(recipe).check_or_upload()
+        open_run(recipe, ALONE)
     assert TOKEN not in str(refused.value) and "\n" not in str(refused.value)
     hub.refuses = False
     with pytest.raises(AlreadyDone, match=r"it is uploaded to .*someone/tiny"):
-        RunDir(recipe).check_or_upload()
+        open_run(recipe, ALONE)
     files = {p.relative_to(offline.run / "model").as_posix(): p for p in (offline.run / "model").rglob("*")}
     assert hub.files == {name: path.read_bytes() for name, path in files.items()}
     assert hub.created[0]["name"] == "tiny" and hub.created[0]["organization"] == "someone"
@@ -147,7 +151,7 @@ def test_the_same_command_uploads_what_was_saved_and_then_has_nothing_left_to_do
     assert everything(offline.run / "model") == before and TOKEN.encode() not in everything(offline.run)
     hub.files.clear()
     with pytest.raises(AlreadyDone, match=r"it is uploaded to .*someone/tiny"):
-        RunDir(recipe).check_or_upload()
+        open_run(recipe, ALONE)
     assert not hub.files
 
 

@@ -14,7 +14,7 @@ from transformers import OPTForCausalLM
 
 from isotune.config import Recipe
 from isotune.data.sft.preparation import prepare_conversations
-from isotune.distributed.ranks import Watchdog
+from isotune.distributed.watchdog import Watchdog
 from isotune.io.errors import RunFault
 from isotune.training.arguments import sft_arguments, training_arguments
 from isotune.training.failures.nonfinite import NonFinitePolicy

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from isotune.distributed.ranks import Watchdog
+from isotune.distributed.watchdog import Watchdog
 from isotune.training.failures.nonfinite import NonFinitePolicy
 from isotune.training.gradients.gradient_sync import GradientSync
 from isotune.training.tasks import SftTask

@@ -3,13 +3,17 @@
 import shutil
 
 import pytest
+import torch
 from tests.launching import TINY
 
 from isotune.checkpoint.manifest import Manifest
 from isotune.checkpoint.resume import open_run
 from isotune.config import Recipe
+from isotune.distributed.launch import Process
 from isotune.io.errors import UserError
 from isotune.run.run_dir import RunDir
+
+ALONE = Process(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -39,25 +43,25 @@ def write_manifest(run: RunDir, folder, **changes) -> None:
 def test_the_same_bytes_elsewhere_go_on_and_others_are_refused(made, tmp_path):
     write_manifest(RunDir(made("here")), tmp_path / "step")
     for where in ("here", "there"):
-        open_run(made(where))
+        open_run(made(where), ALONE)
     shutil.rmtree(tmp_path / "here")
-    open_run(made("there"))
+    open_run(made("there"), ALONE)
     with pytest.raises(UserError, match=r"dataset_name: the contents of .*/here/rows.jsonl there, of .*/other/"):
-        open_run(made("other"))
+        open_run(made("other"), ALONE)
     with pytest.raises(UserError, match=r"another recipe \(seed: 42 there, 3 here\)"):
-        open_run(made("there", seed=3))
+        open_run(made("there", seed=3), ALONE)
 
 
 def test_other_bytes_under_the_same_path_are_refused(made, tmp_path):
     write_manifest(RunDir(made("here")), tmp_path / "step")
     (tmp_path / "here" / "rows.jsonl").write_text('{"text": "c"}\n')
     with pytest.raises(UserError, match=r"dataset_name: the contents of .*/here/rows.jsonl have changed since"):
-        open_run(made("here"))
+        open_run(made("here"), ALONE)
 
 
 def test_a_checkpoint_of_an_earlier_version_is_told_by_names(made, tmp_path):
     recipe = made("here")
     write_manifest(RunDir(recipe), tmp_path / "step", contents={}, recipe_fingerprint=recipe.fingerprint())
-    open_run(recipe)
+    open_run(recipe, ALONE)
     with pytest.raises(UserError, match=r"dataset_name: .*/here/rows.jsonl there, .*/there/rows.jsonl here"):
-        open_run(made("there"))
+        open_run(made("there"), ALONE)

@@ -1,14 +1,16 @@
 """The watchdog names the rank that hangs, by what each rank did and by whose thread fell silent."""
 
+import socket
 import time
 from collections.abc import Callable
 
 import pytest
 import torch.distributed as dist
 
-from isotune.distributed.ranks import Watchdog
+from isotune.distributed.watchdog import Place, Watchdog
 
 TIMEOUT_SECONDS = 1.0
+HOST = socket.gethostname()
 
 
 def watched(world_size: int, drive: Callable[[list[Watchdog]], None]) -> list[list[str]]:
@@ -38,7 +40,7 @@ def test_the_rank_that_did_least_is_named_by_every_rank():
     for sentences in watched(3, drive):
         (sentence,) = sentences
         assert sentence == (
-            "no rank has made progress for 1 s (ddp_timeout): rank 1 hangs in step 1, and the others wait"
+            f"no rank has made progress for 1 s (ddp_timeout): rank 1 on {HOST} hangs in step 1, and the others wait"
         )
 
 
@@ -51,7 +53,9 @@ def test_a_rank_whose_thread_fell_silent_is_named_though_all_did_the_same():
 
     said = watched(2, drive)
     assert said[0] == []
-    assert said[1] == ["no rank has made progress for 1 s (ddp_timeout): rank 0 hangs in step 7, and the others wait"]
+    assert said[1] == [
+        f"no rank has made progress for 1 s (ddp_timeout): rank 0 on {HOST} hangs in step 7, and the others wait"
+    ]
 
 
 def test_where_nothing_tells_them_apart_it_says_so():
@@ -71,3 +75,94 @@ def test_one_rank_that_moves_is_progress(slow_rank):
             dog.stop()
 
     assert watched(2, drive) == [[], []]
+
+
+class Counting:
+    """A store that counts what is read from it."""
+
+    def __init__(self, store) -> None:
+        self.store, self.read = store, 0
+
+    def __getattr__(self, name: str):
+        return getattr(self.store, name)
+
+    def multi_get(self, names):
+        """As the store's."""
+        self.read += len(names)
+        return self.store.multi_get(names)
+
+
+def watch(store, rank: int, world_size: int) -> tuple[Watchdog, list[str]]:
+    said = []
+    dog = Watchdog(TIMEOUT_SECONDS, on_timeout=said.append)
+    dog.watch(store, rank, world_size)
+    return dog, said
+
+
+def beat(store, rank: int, seconds: float) -> None:
+    """The life signs of a rank that prepares its data, for so long."""
+    other = Watchdog(TIMEOUT_SECONDS)
+    other._store, other._rank, other._own = store, rank, Place("far", "the preparation of the data")
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        other._write()
+        time.sleep(0.1)
+
+
+def wait_for(said: list[str], seconds: float) -> list[str]:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not said:
+        time.sleep(0.05)
+    return said
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_phase_without_steps_takes_as_long_as_it_takes_and_a_rank_that_falls_silent_in_it_is_named(rank):
+    store = dist.HashStore()
+    dog, said = watch(store, rank, 2)
+    dog.enter("the preparation of the data")
+    beat(store, 1 - rank, 2 * TIMEOUT_SECONDS)
+    assert said == []
+    (sentence,) = wait_for(said, 20 * TIMEOUT_SECONDS)
+    assert sentence == (
+        f"a rank shows no sign of life for 1 s (ddp_timeout): rank {1 - rank} on far hangs in the preparation of the "
+        "data, and the others wait"
+    )
+    dog.stop()
+
+
+def test_a_rank_whose_work_is_over_may_be_silent_and_one_that_waits_for_the_main_rank_goes_on_at_its_end():
+    store = dist.HashStore()
+    (main, said), (other, _) = watch(store, 0, 2), watch(store, 1, 2)
+    other.stop()
+    time.sleep(2 * TIMEOUT_SECONDS)
+    assert said == []
+    late, _ = watch(store, 1, 2)
+    asked = []
+    late.wait_for_main(lambda: len(asked) == 3 or bool(asked.append("not yet")))
+    main.stop()
+    late.wait_for_main(lambda: False)
+    late.stop()
+    assert len(asked) == 3
+
+
+def test_a_rank_that_was_killed_is_named_by_host_and_place():
+    store = dist.HashStore()
+    dog, _ = watch(store, 0, 3)
+    alive, _ = watch(store, 2, 3)
+    beat(store, 1, 0.3)
+    assert dog.find_gone() == "rank 1 on far is gone, killed or cut off: last in the preparation of the data"
+    dog.stop()
+    alive.stop()
+
+
+def test_the_main_rank_reads_every_rank_and_the_others_read_the_main_one():
+    store, ranks = dist.HashStore(), 50
+    for rank in range(ranks):
+        store.set(str(rank), "{}")
+    main, other = Counting(store), Counting(store)
+    dogs = [watch(main, 0, ranks)[0], watch(other, 7, ranks)[0]]
+    time.sleep(3 * dogs[0]._pause)
+    for dog in dogs:
+        dog.stop()
+    assert main.read >= ranks and 0 < other.read < ranks / 2

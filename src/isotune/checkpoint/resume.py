@@ -12,7 +12,7 @@ from isotune.config import RunRecipe
 from isotune.config.run_recipe import RESUME_NEVER, RESUME_NEWEST
 from isotune.distributed.launch import Process
 from isotune.distributed.ranks import call_on_main
-from isotune.io.errors import UserError, is_first_process
+from isotune.io.errors import AlreadyDone, UserError
 from isotune.run.identity import RunIdentity
 from isotune.run.metrics_file import METRICS
 from isotune.run.run_dir import CHECKPOINTS, RunDir
@@ -35,23 +35,34 @@ class Resumption:
         return self.state["step"]
 
 
-def open_run(recipe: RunRecipe) -> RunDir:
-    """The run directory of a recipe, once it and the checkpoint that `resume` names are checked by its manifest.
+def open_run(recipe: RunRecipe, process: Process) -> RunDir:
+    """The run directory of a recipe, once the main process has checked it and the checkpoint that `resume` names.
 
-    Raises UserError where that is no checkpoint or one of another recipe, and what `RunDir.check_or_upload` does.
+    Every rank calls it, and raises the same: UserError where that is no checkpoint or one of another recipe, and what
+    `RunDir.check` does. The main process uploads a finished run whose requested upload is missing.
     """
     run = RunDir(recipe)
+    try:
+        run.is_trained = call_on_main(process, lambda: _check(run))
+    except AlreadyDone as done:
+        if process.is_main:
+            run.upload_missing(done)
+        raise
+    return run
+
+
+def _check(run: RunDir) -> bool:
+    """Check RUN and the checkpoint that its recipe names; whether its training is over."""
+    recipe = run.recipe
     if recipe.resume not in (RESUME_NEWEST, RESUME_NEVER):
         folder = Path(recipe.resume)
         if (folder / CHECKPOINTS).is_dir():
             raise UserError(f"resume: {folder} is a run: name one of the folders in {folder / CHECKPOINTS}")
         if not folder.is_dir():
             raise UserError(f"resume: there is no folder {folder}; it takes auto, never or the folder of a checkpoint")
-        manifest = _manifest_of(folder, read_manifest)
-        if is_first_process():
-            _check_same_recipe(folder, manifest, run)
-    run.check_or_upload()
-    return run
+        _check_same_recipe(folder, _manifest_of(folder, read_manifest), run)
+    run.check()
+    return run.is_trained
 
 
 def find_resumption(

@@ -29,6 +29,7 @@ from isotune.distributed.deepspeed_config import INLINE, read_deepspeed_config, 
 from isotune.distributed.device import choose_device
 from isotune.distributed.launch_file import read_launch_file
 from isotune.distributed.rendezvous import rendezvous
+from isotune.distributed.watchdog import Watchdog
 from isotune.io import shipped
 from isotune.io.errors import Complain, UserError, did_you_mean, refuse
 from isotune.io.extras import need
@@ -51,6 +52,7 @@ class Process:
     deepspeed_config: dict[str, Any] | None = None  # complete, without `auto`; None under every other engine
     # HfDeepSpeedConfig, which transformers holds weakly and needs while a model loads
     keep_alive: Any = field(default=None, repr=False, compare=False)
+    watchdog: Watchdog = field(default_factory=Watchdog, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -105,6 +107,8 @@ def start_process(recipe: RunRecipe) -> Process:
         config = read_deepspeed_config(recipe, world_size, name=request.name if request else INLINE)
     with rendezvous():
         state = _make_state(recipe, world_size, engine, on_cpu)
+    watchdog = Watchdog(_timeout_seconds(recipe))
+    watchdog.start()
     if stage_of(config) == 3:
         from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
@@ -112,7 +116,7 @@ def start_process(recipe: RunRecipe) -> Process:
         as_loaded = {} if recipe.tune != "full" else {key: {"enabled": False} for key in ("bf16", "fp16")}
         keep_alive = HfDeepSpeedConfig({**(config or {}), **as_loaded})
     device = torch.device(state.device)  # type: ignore[arg-type]  (declared as a device, a string or None)
-    return Process(state.process_index, state.num_processes, device, engine == "FSDP", config, keep_alive)
+    return Process(state.process_index, state.num_processes, device, engine == "FSDP", config, keep_alive, watchdog)
 
 
 def check_extras(recipe: RunRecipe, engine: str) -> None:
@@ -123,10 +127,13 @@ def check_extras(recipe: RunRecipe, engine: str) -> None:
         need("bitsandbytes", "tune: qlora")
 
 
+def _timeout_seconds(recipe: RunRecipe) -> int:
+    return min(recipe.training_arguments["ddp_timeout"], MAX_COLLECTIVE_TIMEOUT_SECONDS)
+
+
 def _make_state(recipe: RunRecipe, world_size: int, engine: str, on_cpu: bool) -> PartialState:
     # longer than the watchdog's, which can name the rank that hangs
-    given = min(recipe.training_arguments["ddp_timeout"], MAX_COLLECTIVE_TIMEOUT_SECONDS)
-    seconds = given + COLLECTIVE_TIMEOUT_MARGIN_SECONDS
+    seconds = _timeout_seconds(recipe) + COLLECTIVE_TIMEOUT_MARGIN_SECONDS
     timeout: dict[str, Any] = {"timeout": timedelta(seconds=seconds)}
     if not on_cpu:
         return PartialState(**timeout) if "LOCAL_RANK" in os.environ else PartialState()

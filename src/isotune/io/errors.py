@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from isotune.io.files import replace_file
 
@@ -39,7 +39,10 @@ class OneSentence(Exception):
     """An error that is one sentence, in a notebook too, where everything else comes with a traceback.
 
     `reason` is MEMORY or VALUES where other values of the same recipe may do better, and None elsewhere.
+    `prints`: whether this process prints it; None leaves it to local rank 0, where all ranks raise the same.
     """
+
+    prints: bool | None = None
 
     def __init__(self, *said: object, reason: str | None = None) -> None:
         super().__init__(*said)
@@ -113,9 +116,9 @@ class OneSentenceParser(argparse.ArgumentParser):
 class OfOneRank(OneSentence):
     """What one rank ran into alone, and prints itself, or what it was told by the rank that failed first."""
 
-    def __init__(self, sentence: str, *, prints: bool, reason: str | None = None) -> None:
+    def __init__(self, sentence: str, *, prints: bool = False, reason: str | None = None) -> None:
         super().__init__(sentence, reason=reason)
-        self.prints = prints
+        self.prints: bool | None = prints
 
 
 class RankError(OfOneRank, UserError):
@@ -140,6 +143,27 @@ class Preempted(OneSentence):
 
 class AlreadyDone(OneSentence):
     """The requested result exists: one sentence that says where. The script succeeds."""
+
+
+class Explain(Protocol):
+    """Makes of an error what a rank of a launch raises in its place, the others knowing of it; `where` ends a fault."""
+
+    def __call__(self, error: Exception, *, where: str = "") -> Exception: ...
+
+
+_explain: Explain | None = None  # while this process belongs to a launch of several ranks
+
+
+def explain_by(explain: Explain | None) -> None:
+    """From now on `explain` is this."""
+    global _explain
+    _explain = explain
+
+
+def explain(error: Exception, *, where: str = "") -> Exception:
+    """What this process raises in the place of an error: of a disk's one sentence, of a launch's what its ranks say."""
+    error = as_user_error(error) or error
+    return error if _explain is None else _explain(error, where=where)
 
 
 def as_user_error(error: BaseException, file: Path | None = None) -> UserError | None:
@@ -169,7 +193,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's `main` and exit with the status of the contract.
 
     A `UserError` prints one line on stderr and exits with 2, a `RunFault` one line and 1, `Preempted` one line and 75.
-    All ranks raise the same error, so only local rank 0 prints it; a `RankError` or `RankFault` says whether its rank
+    Where all ranks raise the same error, only local rank 0 prints it; else the error says by `prints` whether its rank
     does. The job status file records the end too.
     """
     if os.environ.get(JOB_STATUS_FILE):
@@ -186,14 +210,15 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         check_numbers(os.environ)
         try:
             status = main() or 0
-        except OSError as error:
-            if (mistake := as_user_error(error)) is None:
+        except Exception as error:
+            said = explain(error)
+            if said is error:
                 raise
-            raise mistake from error
+            raise said from error
     except (UserError, RunFault, Preempted) as error:
         word, status = outcome_of(error)
         write_job_status(status=word, exit_status=status, message=str(error), **reason_of(error))
-        if error.prints if isinstance(error, OfOneRank) else is_local_main:
+        if is_local_main if error.prints is None else error.prints:
             print(error if status == EXIT_PREEMPTED else f"error: {error}", file=sys.stderr, flush=True)
         if status == EXIT_PREEMPTED and os.environ.get(JOB_STATUS_FILE) and "LOCAL_RANK" in os.environ:
             # A launcher answers 75 with a page of tracebacks on every node, and srun then ends the other nodes.
@@ -214,8 +239,13 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
 
 
 def end_process(sentence: str, status: str | None = None, exit_status: int = EXIT_FAULT) -> NoReturn:
-    """End this process from any of its threads: one line, the exit status, and `status` in the job status file."""
-    os.write(2, f"error: {sentence}\n".encode())
+    """End this process from any of its threads: one line, the exit status, and `status` in the job status file.
+
+    In a launch of several ranks the first one that ends so prints the line.
+    """
+    error = explain(UserError(sentence) if exit_status == EXIT_USER_ERROR else RunFault(sentence))
+    if not isinstance(error, OneSentence) or error.prints is not False:
+        os.write(2, f"error: {sentence}\n".encode())
     if status is not None:
         write_job_status(status=status, exit_status=exit_status, message=sentence)
     os._exit(exit_status)

@@ -33,6 +33,7 @@ def train_checked(start: Start, prepare: Callable[[], RunData], finishing: Seque
     if start.run.is_trained:
         finish_trained(start.run, start.process, finishing)
         return
+    start.process.watchdog.enter("the preparation of the data")
     data = prepare()
     checked = startup_check(start, data)
     if checked is not None:

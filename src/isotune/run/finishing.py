@@ -54,6 +54,7 @@ def finish_trained(run: RunDir, process: Process, steps: Sequence[FinishingStep]
     with supervised(run, process):
         if not process.is_main:
             return
+        process.watchdog.enter("the finishing of the run")
         print(f"trained     {run.model} is there: what is missing of the run is done now", flush=True)
         try:
             finish(run, [FinishingStep(MODEL_STEP, lambda: _check_model(run)), *steps])

@@ -151,8 +151,10 @@ def supervised(run: RunDir, process: Process) -> Iterator[None]:
             status.write(word, number, str(error) or type(error).__name__, **reason_of(error))
         raise
     else:
+        process.watchdog.wait_for_main(lambda: stop_request.by is not None)
         status.write("finished", 0)
     finally:
+        process.watchdog.stop()
         if process.is_main:
             run.lease.release()
         for number, handler in previous_handlers.items():

@@ -16,26 +16,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from isotune.distributed.ranks import tell_ranks, told_by_ranks
-from isotune.io.errors import OfOneRank, OneSentence, RankFault, as_user_error, first_line
+from isotune.io.errors import OneSentence, explain
 from isotune.io.run_files import LOGS_DIR
 
 LOGGERS = ("accelerate", "datasets", "DeepSpeed", "peft", "torch", "transformers", "trl")
-# how gloo and NCCL say that a process is gone
-LOST = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "remote process exited",
-    "ncclRemoteError",
-)
 
 
 @contextlib.contextmanager
 def rank_log(run: Path, rank: int, world_size: int) -> Iterator[None]:
     """Keep the log of a rank while the body runs; nothing where there is one process, or where RUN is not seen.
 
-    Raises RankFault in the place of an error that is not one sentence yet.
+    Raises what the launch agrees on in the place of an error: see `isotune.distributed.telling`.
     """
     file = run / LOGS_DIR / f"rank-{rank}.log"
     stream = _opened(file) if world_size > 1 else None
@@ -57,15 +48,16 @@ def rank_log(run: Path, rank: int, world_size: int) -> Iterator[None]:
             stream.flush()
         yield
     except Exception as error:
-        expected = isinstance(error, OneSentence) or as_user_error(error) is not None
         with contextlib.suppress(OSError):
-            if expected:
+            if isinstance(error, OneSentence):
                 stream.write(f"{type(error).__name__}: {error}\n")
             else:
                 traceback.print_exc(file=stream)
-        if expected:
+            stream.flush()
+        said = explain(error, where=f"; its traceback is in {file}")
+        if said is error:
             raise
-        raise _fault(error, rank, file) from error
+        raise said from error
     finally:
         faulthandler.enable() if elsewhere else faulthandler.disable()
         for logger in loggers:
@@ -80,15 +72,3 @@ def _opened(file: Path) -> TextIO | None:
         return file.open("a", encoding="utf-8", errors="backslashreplace")
     except OSError:  # a machine that does not see RUN
         return None
-
-
-def _fault(error: Exception, rank: int, file: Path) -> OfOneRank:
-    """What the launch says of it: the first rank that failed tells the others."""
-    line = first_line(error)
-    what = f"failed with {type(error).__name__}: {line}"
-    if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST):
-        what = f"lost another rank, which its launcher names ({line})"
-    own = RankFault(f"rank {rank} on {socket.gethostname()} {what}; its traceback is in {file}", prints=True)
-    told = told_by_ranks() or own
-    own.prints = told is own and tell_ranks(own)
-    return told

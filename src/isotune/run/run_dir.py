@@ -10,7 +10,7 @@ from typing import Any
 
 from isotune.config import RunRecipe
 from isotune.config.run_recipe import RESUME_NEWEST
-from isotune.io.errors import AlreadyDone, UserError, is_first_process
+from isotune.io.errors import AlreadyDone, UserError
 from isotune.io.files import set_aside
 from isotune.io.reading import Unreadable
 from isotune.io.run_files import (
@@ -46,7 +46,7 @@ class RunDir:
         self._has_begun = False  # by `begin`, which the main process calls
 
     def check(self) -> None:
-        """Check that this recipe may run here, before any work is done.
+        """Check that this recipe may run here, before any work is done; the main process calls it.
 
         Raises UserError where RUN holds another recipe's run or something else, cannot be written, or is in use, and
         AlreadyDone where the run is finished and `resume` does not ask for a new one. `is_trained` is true where only
@@ -57,8 +57,7 @@ class RunDir:
         existing = self._existing_parent()
         if not os.access(existing, os.W_OK | os.X_OK):
             raise UserError(f"output_dir '{self.path}' cannot be written: no permission in {existing}")
-        if is_first_process():  # the others may come after it has acquired the lease
-            self.lease.check_available()
+        self.lease.check_available()
         # names with a dot: files that an attempt was still writing when it was killed; its log may be all that it left
         if not self.path.is_dir() or all(p.name.startswith(".") or p.name == LOGS_DIR for p in self.path.iterdir()):
             return
@@ -71,9 +70,7 @@ class RunDir:
             raise UserError(
                 f"{recorded} cannot be read: {reason}; choose another --output_dir or remove the folder"
             ) from reason
-        # the others do not read what the recipe names once more: the first ends them all
-        if is_first_process():
-            self._check_same_run(earlier)
+        self._check_same_run(earlier)
         if self.model.is_dir() and self.recipe.resume == RESUME_NEWEST:
             status = self.path / STATUS
             if not status.exists() or or_empty(read_status, self.path).get("status") == "finished":
@@ -83,17 +80,14 @@ class RunDir:
                 )
             self.is_trained = not self.recipe.plan_only
 
-    def check_or_upload(self) -> None:
-        """`check`; the first process uploads a finished run whose requested upload is missing."""
-        try:
-            self.check()
-        except AlreadyDone as done:
-            wanted, uploaded = self.recipe.hub_model_id, or_empty(read_upload, self.path)
-            if not self.recipe.push_to_hub or not is_first_process():
-                raise
-            if "url" not in uploaded or str(uploaded.get("repository")).rsplit("/", 1)[-1] != wanted.rsplit("/", 1)[-1]:
-                uploaded = upload_model(self.recipe)
-            raise AlreadyDone(f"{done}; it is uploaded to {uploaded['url']}") from None
+    def upload_missing(self, done: AlreadyDone) -> None:
+        """Where the recipe asks for an upload, upload a finished run that was not; raises `done` with its place."""
+        if not self.recipe.push_to_hub:
+            return
+        wanted, uploaded = self.recipe.hub_model_id, or_empty(read_upload, self.path)
+        if "url" not in uploaded or str(uploaded.get("repository")).rsplit("/", 1)[-1] != wanted.rsplit("/", 1)[-1]:
+            uploaded = upload_model(self.recipe)
+        raise AlreadyDone(f"{done}; it is uploaded to {uploaded['url']}") from None
 
     @cached_property
     def identity(self) -> RunIdentity:
@@ -143,8 +137,12 @@ class RunDir:
         """
         folder = self.lease.acquire(processes=processes, slurm=slurm_ids())
         metrics = self.path / METRICS
-        if metrics.is_file():
-            self.lease.write_file(metrics, metrics.read_text("utf-8", errors="replace"))
+        try:
+            if metrics.is_file():
+                self.lease.write_file(metrics, metrics.read_text("utf-8", errors="replace"))
+        except BaseException:
+            self.lease.release()
+            raise
         return folder
 
     def begin(self, environment: dict[str, Any], metrics: str | None = None) -> None:

@@ -54,7 +54,7 @@ class PreTrainChecks(TrainerCallback):
         )
         trainer.try_costliest_microbatch()
         found["attention_kernel"] = last_kernel() if task.attention == PACKED else found["attention"]
-        trainer.watchdog.start()
+        trainer.watchdog.progress("its first step")
         if not self.process.is_main:
             return
         record = {

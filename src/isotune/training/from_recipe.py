@@ -97,7 +97,7 @@ def start_run(recipe: RunRecipe) -> Start:
             print(f"precision   {recipe.mixed_precision.replace('no', 'fp32')}, by precision: auto")
     if isinstance(recipe, Recipe) and recipe.chat_format == AUTO and recorded:
         recipe = recipe.with_values(chat_format=recorded.get("chat_format", GUANACO))  # earlier versions knew one form
-    run = open_run(recipe)
+    run = open_run(recipe, process)
     call_on_main(process, lambda: check_trackers(recipe.training_arguments.get("report_to") or ()))
     call_on_main(process, lambda: open_hub(recipe)).adopt()
     config, tokenizer = load_config(recipe), load_tokenizer(recipe)
@@ -126,6 +126,7 @@ def train_run(start: Start, data: RunData, finishing: Sequence[FinishingStep] = 
     The main process does the `finishing` with the saved model, before the run counts as finished; a RunFault of it is
     the run's. RUN/status.json says which error ended a run.
     """
+    start.process.watchdog.enter("the loading of the model")
     trainer = build_trainer(start, build_model(start, data), data)
     with supervised(start.run, start.process):
         trainer.train()
@@ -136,6 +137,7 @@ def train_run(start: Start, data: RunData, finishing: Sequence[FinishingStep] = 
             start.run.status.has_done(MODEL_STEP)
         del trainer
         release_memory()  # for the saved model, which some steps open
+        start.process.watchdog.enter("the finishing of the run")
         if saved is not None:
             finish(start.run, finishing)
 
@@ -342,7 +344,7 @@ def save(start: Start, trainer: PlannedTraining) -> FinalModelReport | None:
     """
     recipe, run, accelerator = start.recipe, start.run, trainer.accelerator
     accelerator.wait_for_everyone()
-    trainer.watchdog.stop()
+    trainer.watchdog.enter("the saving of the model")
     run.lease.check()
     report = None
     inner: Any = accelerator.unwrap_model(trainer.model_wrapped)

@@ -19,7 +19,8 @@ from isotune.data.batch_schedule import Microbatch, Step, assign_to_ranks, colla
 from isotune.data.classification.predictions import prediction_lines
 from isotune.data.classification.thresholds import THRESHOLD, Thresholds
 from isotune.data.documents import Documents
-from isotune.distributed.ranks import Watchdog, gather_by_number, gather_vectors, ordered_sum
+from isotune.distributed.ranks import gather_by_number, gather_vectors, ordered_sum
+from isotune.distributed.watchdog import Watchdog
 from isotune.models.class_loss import DocumentLoss
 from isotune.models.layouts.fitting import FittingBatches
 from isotune.models.packed_attention import PACKED

@@ -37,7 +37,7 @@ from isotune.compat.accelerate import let_scaler_check_before_step, reduce_fsdp_
 from isotune.compat.deepspeed import unrounded_masters
 from isotune.compat.transformers import checkpoints_reentrantly, let_trainer_skip_steps, loss_device
 from isotune.compat.trl import has_router_loss, padding_token_kept, router_coefficient_kept, trained_parameters_kept
-from isotune.distributed.ranks import Watchdog
+from isotune.distributed.watchdog import Watchdog
 from isotune.models.cuda.determinism import explained, use_deterministic_kernels
 from isotune.training.checkpointer import Checkpointer
 from isotune.training.failures.nonfinite import NonFinitePolicy
@@ -83,7 +83,8 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
         if plan.exact_gradients or resumes:
             promise = "exact_gradients" if plan.exact_gradients else "resume"
             use_deterministic_kernels(self.args.device, promised_by=promise, is_main=is_main)
-        self.watchdog = Watchdog(self.args.ddp_timeout)
+        timeout = self.args.ddp_timeout
+        self.watchdog = checkpointer.process.watchdog if checkpointer is not None else Watchdog(timeout)
         self.make_update()
         if recorder is not None:
             for stock in (PrinterCallback, ProgressCallback):

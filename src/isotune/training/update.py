@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from isotune.data.batch_schedule import Step, to_device_together
-from isotune.distributed.ranks import Watchdog, add_vectors, least_of_ranks, ordered_sum, several_ranks
+from isotune.distributed.ranks import add_vectors, least_of_ranks, ordered_sum, several_ranks
+from isotune.distributed.watchdog import Watchdog
 from isotune.models.cuda.casts import kept_casts
 from isotune.models.document_dropout import training_microbatch
 from isotune.models.document_keys import MicrobatchDocuments

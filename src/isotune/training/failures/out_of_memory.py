@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from isotune.data.batch_schedule import StepSchedule
-from isotune.distributed.ranks import tell_ranks, told_by_ranks
+from isotune.distributed.telling import tell_ranks, told_by_ranks
 from isotune.io.errors import MEMORY, RankError, UserError
 from isotune.models.layouts.fitting import FittingBatches, is_out_of_memory, release_memory
 

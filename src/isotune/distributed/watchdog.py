@@ -1,0 +1,236 @@
+"""Names the rank that hangs or is gone, by its host and by what it did last, from the start of a launch to its end.
+
+A collective waits for a lost rank as long as its backend allows, and its error does not say which rank is lost. So a
+thread of every rank writes what the rank does into the launch's store, with a heartbeat. Rank 0 reads all of them, and
+the others read rank 0's: a launch of N ranks costs O(N) reads.
+"""
+
+import atexit
+import contextlib
+import functools
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+
+from isotune.compat.torch import clone_default_store
+from isotune.distributed.ranks import several_ranks
+from isotune.distributed.telling import of_launch, told_by_ranks
+from isotune.io.errors import end_process, explain_by
+
+DEFAULT_TIMEOUT_SECONDS = 1800.0  # of a launch without a recipe, whose `ddp_timeout` it is otherwise
+_CHECKS_PER_TIMEOUT = 10
+_MAX_PAUSE_SECONDS = 2.0
+_VERDICT, _SEARCH = "verdict", "search"
+
+
+@dataclass
+class Place:
+    """What a rank does, as the store has it."""
+
+    host: str = ""
+    phase: str = "its start"
+    is_timed: bool = False  # a phase in which every rank makes progress, such as the steps
+    has_ended: bool = False
+    count: int = 0  # of its progress
+    heartbeat: int = 0
+
+    def named(self, rank: int) -> str:
+        """As a sentence names the rank."""
+        return f"rank {rank} on {self.host}" if self.host else f"rank {rank}"
+
+
+@dataclass(eq=False)
+class Watchdog:
+    """Ends the launch when no rank makes progress, or one shows no sign of life, for `timeout_seconds`.
+
+    The steps are timed: when no count has changed for the whole timeout, the rank with the lowest count hangs. If all
+    counts are equal, a rank hangs whose own thread has stopped writing, as that of a stopped process does. Other
+    phases, such as the preparation of the data, take as long as they take, and only that thread is watched. Nothing is
+    watched on a single rank.
+    """
+
+    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
+    on_timeout: Callable[[str], Any] = end_process  # takes the sentence
+    _own: Place = field(default_factory=lambda: Place(socket.gethostname()), init=False)
+    _rank: int = field(default=0, init=False)
+    _world_size: int = field(default=1, init=False)
+    _store: Store | None = field(default=None, init=False)
+    _stopped: threading.Event = field(default_factory=threading.Event, init=False)
+    _thread: threading.Thread | None = field(default=None, init=False)
+
+    def start(self) -> None:
+        """Start watching through the launch's store, until `stop` or the end of this process.
+
+        From now on an error of this rank is told to the others, and where the communication breaks the lost rank named.
+        """
+        if several_ranks():
+            explain_by(functools.partial(of_launch, find_gone=self.find_gone))
+            self.watch(clone_default_store("isotune/progress"), dist.get_rank(), dist.get_world_size())
+            atexit.register(self.stop)
+
+    def watch(self, store: Store, rank: int, world_size: int) -> None:
+        """Start watching `world_size` ranks, as `rank`, through a store that all of them reach."""
+        self._store, self._rank, self._world_size = store, rank, world_size
+        self._write()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def progress(self, phase: str) -> None:
+        """Report progress in a timed phase; `phase` is what this rank does next, such as `step 7`."""
+        self._own.count += 1
+        self._own.phase, self._own.is_timed = phase, True
+
+    def enter(self, phase: str) -> None:
+        """Begin a phase that takes as long as it takes."""
+        self._own.count += 1
+        self._own.phase, self._own.is_timed = phase, False
+
+    def stop(self) -> None:
+        """This rank's work is over: stop watching, and let the others know that it will be silent."""
+        if self._stopped.is_set() or self._thread is None:
+            return
+        self._stopped.set()
+        self._thread.join(timeout=2 * _MAX_PAUSE_SECONDS)
+        if not self._thread.is_alive():
+            self._own.has_ended = True
+            with contextlib.suppress(Exception):  # the store ends with the launcher
+                self._write()
+
+    def wait_for_main(self, until: Callable[[], bool]) -> None:
+        """Wait on another rank for the end of rank 0, which works alone; or until `until` says so."""
+        while self._store is not None and self._rank and not until() and not self._stopped.wait(0.1):
+            try:
+                if self._read([0])[0].has_ended:
+                    return
+            except Exception:  # the store ends with the launcher
+                return
+
+    def find_gone(self) -> str | None:
+        """The sentence for ranks whose heartbeat is gone, on the rank that lost them; None where none is missing.
+
+        One rank looks, which takes two heartbeats; the others wait for what it tells.
+        """
+        if self._store is None:
+            return None
+        try:
+            patience = 2 * self._pause + 0.5
+            if self._store.add(_SEARCH, 1) > 1:
+                deadline = time.monotonic() + 2 * patience
+                while time.monotonic() < deadline and told_by_ranks() is None:
+                    time.sleep(self._pause / 10)
+                return None
+            before = self._read(range(self._world_size))
+            time.sleep(patience)
+            after = self._read(range(self._world_size))
+        except Exception:  # the store ends with the launcher
+            return None
+        gone = [
+            place.named(rank)
+            for rank, place in after.items()
+            if not place.has_ended and place.heartbeat == before[rank].heartbeat and rank != self._rank
+        ]
+        if not gone:
+            return None
+        phase = next(place.phase for rank, place in after.items() if place.named(rank) == gone[0])
+        return f"{_listed(gone)} {'is' if len(gone) == 1 else 'are'} gone, killed or cut off: last in {phase}"
+
+    @property
+    def _pause(self) -> float:
+        """Seconds between two heartbeats."""
+        return min(self.timeout_seconds / _CHECKS_PER_TIMEOUT, _MAX_PAUSE_SECONDS)
+
+    def _write(self) -> None:
+        assert self._store is not None
+        self._own.heartbeat += 1
+        self._store.set(str(self._rank), json.dumps(asdict(self._own)))
+
+    def _read(self, ranks: Iterable[int]) -> dict[int, Place]:
+        assert self._store is not None
+        names = [str(rank) for rank in ranks]
+        if self._store.check(names) and self._store.has_extended_api():  # two requests, however many ranks
+            texts: list[Any] = list(self._store.multi_get(names))
+        else:
+            texts = [self._store.get(name) if self._store.check([name]) else b"{}" for name in names]
+        return {int(name): Place(**json.loads(text)) for name, text in zip(names, texts, strict=True)}
+
+    def _watch(self) -> None:
+        watched = [*range(self._world_size)] if self._rank == 0 else [0, self._rank]
+        ranks = {rank: _Watched(Place()) for rank in watched}
+        checked_at = time.monotonic()
+        assert self._store is not None
+        while True:
+            try:
+                self._write()
+                if self._rank and self._store.check([_VERDICT]):
+                    self.on_timeout(self._store.get(_VERDICT).decode())
+                    return
+                places = self._read(watched)
+            except Exception:  # the store ends with the launcher, which ends this process too
+                return
+            now = time.monotonic()
+            if (slept := now - checked_at - self._pause) > 3 * self._pause:  # this process itself was stopped
+                for watching in ranks.values():
+                    watching.forgive(slept)
+            checked_at = now
+            for rank, place in places.items():
+                ranks[rank].update(place, now)
+            if sentence := self._diagnosis(ranks, now):
+                with contextlib.suppress(Exception):
+                    self._store.set(_VERDICT, sentence)
+                self.on_timeout(sentence)
+                return
+            if self._stopped.wait(self._pause):
+                return
+
+    def _diagnosis(self, ranks: "dict[int, _Watched]", now: float) -> str | None:
+        """The sentence for a launch that hangs, as this rank sees it; None while it does not."""
+        ranks = {rank: watching for rank, watching in ranks.items() if not watching.place.has_ended}
+        limit = f"for {self.timeout_seconds:g} s (ddp_timeout)"
+        stands = bool(ranks) and all(
+            watching.place.is_timed and now - watching.advanced_at > self.timeout_seconds for watching in ranks.values()
+        )
+        max_silence = max(3 * self._pause, self.timeout_seconds / 2) if stands else self.timeout_seconds
+        suspects = [rank for rank, watching in ranks.items() if now - watching.heartbeat_at > max_silence]
+        if not suspects and (self._rank or not stands):  # what is no silence is for rank 0, which sees all
+            return None
+        if not suspects:
+            lowest = min(watching.place.count for watching in ranks.values())
+            suspects = [rank for rank, watching in ranks.items() if watching.place.count == lowest]
+        what = f"no rank has made progress {limit}" if stands else f"a rank shows no sign of life {limit}"
+        phase = ranks[suspects[0]].place.phase
+        if len(suspects) == len(ranks):
+            return f"{what}: all {len(ranks)} wait in {phase}, and nothing tells which of them hangs"
+        names = _listed([ranks[rank].place.named(rank) for rank in suspects])
+        return f"{what}: {names} hangs in {phase}, and the others wait"
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    more = [f"{len(names) - most} more"] if len(names) > most else []
+    return " and ".join([*names[:most], *more])
+
+
+class _Watched:
+    """A rank's last place, and when its progress count and its heartbeat last changed."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.advanced_at = self.heartbeat_at = time.monotonic()
+
+    def update(self, place: Place, now: float) -> None:
+        if place.heartbeat != self.place.heartbeat:
+            self.heartbeat_at = now
+        if place.count != self.place.count:
+            self.advanced_at = now
+        self.place = place
+
+    def forgive(self, seconds: float) -> None:
+        """Leave time out in which nobody looked."""
+        self.advanced_at += seconds
+        self.heartbeat_at += seconds
