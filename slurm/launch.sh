@@ -9,7 +9,7 @@
 #   MAX_RESTARTS        how often a job may be requeued (100)
 #   LOGS                folder for logs by job, attempt and node (slurm-logs)
 #   NODE_CACHE          folder on each node's local disk for prepared data and downloads
-#   MEETING_SECONDS     rendezvous timeout: after it a missing rank is named (60)
+#   MEETING_SECONDS     rendezvous timeout where the recipe has none: the ranks join within it, or end (120)
 #   ISOTUNE_SRUN        further flags for srun
 #   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, NCCL_*, HF_HUB_OFFLINE, ... are passed to every rank
 cd "${ISOTUNE_HOME:-$SLURM_SUBMIT_DIR}" || exit 2
@@ -22,7 +22,7 @@ stop='' ranks_signaled='' ended='' step='' launches=0
 
 log() { printf '[slurm %(%F %T)T] %s\n' -1 "$*"; }
 
-export NODES=$SLURM_JOB_NUM_NODES PROCESSES HOST PORT ENGINE LOGS ISOTUNE_VERDICT MEETING_SECONDS=${MEETING_SECONDS:-60}
+export NODES=$SLURM_JOB_NUM_NODES PROCESSES HOST PORT ENGINE LOGS ISOTUNE_VERDICT MEETING_SECONDS=${MEETING_SECONDS:-}
 PROCESSES=${SLURM_NTASKS_PER_NODE:-1}
 if [ "${SLURM_GPUS_ON_NODE:-0}" -gt 0 ]; then PROCESSES=$SLURM_GPUS_ON_NODE; fi
 PROCESSES=${PROCESSES_PER_NODE:-$PROCESSES}

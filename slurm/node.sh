@@ -36,7 +36,7 @@ fi
 
 # A launcher that cannot connect to the first node would wait ten minutes without naming it.
 reach_first_node() {
-    local error deadline=$((SECONDS + ${MEETING_SECONDS:-60}))
+    local error deadline=$((SECONDS + ${MEETING_SECONDS:-120}))
     while [ "$SECONDS" -lt "$deadline" ]; do
         error=$(timeout 5 bash -c ": </dev/tcp/$HOST/$PORT" 2>&1) && return
         [[ $error == *refused* ]] && return # the host is reachable, and its launcher still starts

@@ -84,6 +84,21 @@ class Run:
         self.status = RunStatus(folder, is_main=True)
 
 
+def test_a_step_whose_file_is_gone_is_done_again(tmp_path):
+    run: Any = Run(tmp_path / "run")
+    picture, done = run.path / "picture.png", []
+    steps = [
+        FinishingStep("table", lambda: done.append("table")),
+        FinishingStep("picture", lambda: (done.append("picture"), picture.write_bytes(b"12")), picture),
+    ]
+    finish(run, steps)
+    finish(run, steps)
+    assert status_of(run.path)["made"] == {"picture.png": 2} and done == ["table", "picture"]
+    picture.unlink()
+    finish(run, steps)
+    assert done == ["table", "picture", "picture"] and status_of(run.path)["finishing"] == ["table", "picture"]
+
+
 def test_a_step_that_failed_and_those_after_it_are_done_by_the_next_start(tmp_path):
     done: list[str] = []
     broken = [True]

@@ -143,6 +143,7 @@ def test_the_same_command_uploads_what_was_saved_and_then_has_nothing_left_to_do
     hub.refuses = False
     with pytest.raises(AlreadyDone, match=r"it is uploaded to .*someone/tiny"):
         open_run(recipe, ALONE)
+    assert json.loads((offline.run / "status.json").read_text())["finishing"][-1] == "upload"
     files = {p.relative_to(offline.run / "model").as_posix(): p for p in (offline.run / "model").rglob("*")}
     assert hub.files == {name: path.read_bytes() for name, path in files.items()}
     assert hub.created[0]["name"] == "tiny" and hub.created[0]["organization"] == "someone"

@@ -1,8 +1,12 @@
 """Exit statuses are a contract: 0 done, 2 the user's input, 1 a run that cannot go on; one line each."""
 
+import errno
+import os
+
 import pytest
 
-from isotune.io.errors import RunFault, UserError, run_script
+from isotune.io.errors import RunFault, UserError, as_user_error, run_script
+from isotune.io.variables import check_numbers
 
 
 def leave(main) -> int:
@@ -53,3 +57,30 @@ def test_a_fault_in_the_program_keeps_its_traceback():
 
     with pytest.raises(KeyError):
         run_script(main)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EACCES, errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_takes_no_file_is_the_users_to_mend(number):
+    said = as_user_error(OSError(number, os.strerror(number), "RUN/model/README.md"))
+    assert said is not None and str(said).startswith("'RUN/model/README.md' cannot be written or opened: ")
+
+
+@pytest.mark.parametrize(("number", "is_a_disks"), [(errno.EIO, True), (errno.ENOTCONN, False), (errno.EACCES, False)])
+def test_an_error_that_connections_have_too_is_a_disks_where_it_comes_with_a_file(number, is_a_disks):
+    assert (as_user_error(OSError(number, os.strerror(number))) is not None) == is_a_disks
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "takes"),
+    [
+        ("MEETING_SECONDS", "x", "a number of seconds above 0"),
+        ("MEETING_SECONDS", "0", "a number of seconds above 0"),
+        ("MEETING_SECONDS", "nan", "a number of seconds above 0"),
+        ("MASTER_PORT", "70000", "a whole number from 0 to 65,535"),
+        ("RANK", "-1", "a whole number from 0 on"),
+    ],
+)
+def test_a_variable_that_is_no_number_in_its_range_is_named(name, value, takes):
+    with pytest.raises(UserError, match=f"variable {name} is {value!r}: it takes {takes}"):
+        check_numbers({name: value})
+    check_numbers({"MEETING_SECONDS": "0.3", "MASTER_PORT": "29500", "RANK": " ", "WORLD_SIZE": "2"})

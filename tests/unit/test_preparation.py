@@ -311,9 +311,14 @@ def test_a_cache_folder_that_is_a_file_is_named(talks, tmp_path, monkeypatch):
         quietly(talks)
 
 
-def test_another_fault_of_the_disk_is_not_hidden(tmp_path):
-    with pytest.raises(OSError, match="Input/output"), disk_errors_named(tmp_path):
+def test_a_disk_that_fails_is_named_and_a_fault_of_the_program_is_not_hidden(tmp_path):
+    with (
+        pytest.raises(UserError, match=f"{tmp_path} cannot be written .Input/output error"),
+        disk_errors_named(tmp_path),
+    ):
         raise OSError(errno.EIO, "Input/output error")
+    with pytest.raises(OSError, match="Bad file"), disk_errors_named(tmp_path):
+        raise OSError(errno.EBADF, "Bad file descriptor")
 
 
 def refusal(tmp_path, rows, settings=PLAIN) -> str:

@@ -1,13 +1,17 @@
 """A run's folder belongs to one recipe: what is there already is looked at before anything is touched."""
 
+import errno
 import json
 import os
 
 import pytest
+import torch
 import yaml
 from tests.launching import TINY
 
 from isotune.config import Recipe
+from isotune.distributed.launch import Process
+from isotune.distributed.ranks import call_on_main
 from isotune.io.errors import AlreadyDone, UserError
 from isotune.run.run_dir import RunDir
 
@@ -62,9 +66,55 @@ def test_a_finished_run_has_nothing_left_to_do_unless_it_shall_never_resume(tmp_
     run = RunDir(recipe(tmp_path / "run"))
     run.begin({})
     run.model.mkdir()
+    finished(run)
     with pytest.raises(AlreadyDone, match=r"holds the finished run.*--resume never"):
         run.check()
     RunDir(recipe(tmp_path / "run", resume="never")).check()
+
+
+def finished(run: RunDir, **made: int) -> None:
+    (run.path / "status.json").write_text(json.dumps({"status": "finished", "made": made}))
+
+
+def test_a_run_is_finished_where_it_says_so_and_all_that_it_made_is_there(tmp_path):
+    run = RunDir(recipe(tmp_path / "run"))
+    run.begin({})
+    run.model.mkdir()
+    run.check()
+    assert run.is_trained, "nobody says that the steps after training are done"
+    card, weights = run.model / "README.md", run.model / "model.safetensors"
+    card.write_text("edited since")
+    weights.write_bytes(b"1234")
+    made = {"model/README.md": 3, "model/model.safetensors": 4}
+    finished(run, **made)
+    with pytest.raises(AlreadyDone):
+        run.check()
+    weights.write_bytes(b"123")
+    run.check()
+    weights.write_bytes(b"1234")
+    card.unlink()
+    run.check()
+
+
+def test_room_for_the_last_words_is_taken_with_the_lease_also_where_training_is_over(tmp_path):
+    run = RunDir(recipe(tmp_path / "run"))
+    folder = run.acquire_lease(1)
+    assert (folder / "reserve").stat().st_size > 10_000
+    assert run.lease.free_reserve()
+    run.lease.release()
+
+
+def test_a_lease_that_cannot_be_used_is_given_back(tmp_path, monkeypatch):
+    run = RunDir(recipe(tmp_path / "run"))
+    run.begin({}, metrics='{"step": 1}\n')
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(run.lease, "write_file", full)
+    with pytest.raises(UserError, match=r"metrics.jsonl' cannot be written or opened: there is no room"):
+        call_on_main(Process(0, 1, torch.device("cpu")), lambda: run.acquire_lease(1))
+    assert run.lease.folder is None and not run.lease.active()
 
 
 @pytest.mark.parametrize("content", ["{broken", "[]", ""])

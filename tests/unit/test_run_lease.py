@@ -1,5 +1,6 @@
 """Of several lives that take a run folder for theirs only the newest writes, and a folder in use is refused."""
 
+import errno
 import json
 import os
 import subprocess
@@ -13,9 +14,11 @@ from typing import Any
 import pytest
 
 from isotune.checkpoint.store import CheckpointStore
+from isotune.io import files
 from isotune.io.errors import Superseded, UserError
 from isotune.run import run_lease as fences
 from isotune.run.metrics_file import MetricsFile
+from isotune.run.preemption import RunStatus
 from isotune.run.run_lease import RunLease
 
 HOLDER = """
@@ -227,3 +230,24 @@ def test_a_run_that_was_let_go_is_free_and_one_that_never_began_leaves_nothing(r
     (run / "environment.json").unlink()
     two.release()
     assert not run.exists()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOTCONN, errno.ESTALE])
+def test_a_disk_that_went_away_is_one_sentence(run, monkeypatch, number):
+    holder = taken(run)
+    stock = os.stat
+
+    def stat(path, *given, **more):
+        if str(path).startswith(str(run)):
+            raise OSError(number, os.strerror(number), str(path))
+        return stock(path, *given, **more)
+
+    def open_nothing(path, text):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "stat", stat)
+    monkeypatch.setattr(files, "write_synced", open_nothing)
+    for use in (holder.check, lambda: holder.write_file(run / "status.json", "{}")):
+        with pytest.raises(UserError, match="is gone: it was removed, or its disk went away"):
+            use()
+    RunStatus(run, is_main=True, lease=holder).write("failed", 2, "what ended it is not hidden")

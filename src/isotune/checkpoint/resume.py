@@ -13,6 +13,7 @@ from isotune.config.run_recipe import RESUME_NEVER, RESUME_NEWEST
 from isotune.distributed.launch import Process
 from isotune.distributed.ranks import call_on_main
 from isotune.io.errors import AlreadyDone, UserError
+from isotune.run.finishing import upload_missing
 from isotune.run.identity import RunIdentity
 from isotune.run.metrics_file import METRICS
 from isotune.run.run_dir import CHECKPOINTS, RunDir
@@ -46,7 +47,7 @@ def open_run(recipe: RunRecipe, process: Process) -> RunDir:
         run.is_trained = call_on_main(process, lambda: _check(run))
     except AlreadyDone as done:
         if process.is_main:
-            run.upload_missing(done)
+            upload_missing(run, done)
         raise
     return run
 

@@ -199,6 +199,9 @@ class RunRecipe(BaseRecipe):
     device: Literal["auto", "cuda", "mps", "cpu"] = key(
         "auto", MEMORY, "what computes; auto: a GPU where there is one, else MPS on a Mac, else the CPU",
         changes_result=False, common=False)
+    rendezvous_timeout: float | None = key(
+        None, MEMORY, "seconds in which all processes of a launch have to find each other", changes_result=False,
+        allowed=POSITIVE, common=False, default_text="120")
     bf16: bool = key(False, MEMORY, "compute in bfloat16")
     fp16: bool = key(False, MEMORY, "compute in float16, with a scaled loss")
     precision: Literal["auto"] | None = key(

@@ -105,7 +105,7 @@ def start_process(recipe: RunRecipe) -> Process:
     config = keep_alive = None
     if engine == "DeepSpeed":
         config = read_deepspeed_config(recipe, world_size, name=request.name if request else INLINE)
-    with rendezvous():
+    with rendezvous(recipe.rendezvous_timeout):
         state = _make_state(recipe, world_size, engine, on_cpu)
     watchdog = Watchdog(_timeout_seconds(recipe))
     watchdog.start()

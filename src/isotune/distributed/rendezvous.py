@@ -1,9 +1,9 @@
 """Create the process group, and name the ranks that are missing or unreachable instead of waiting without a message.
 
 Before the process group is created, every rank publishes its host, address and port in the launch's store and listens
-there. A rank that has not joined after MEETING_SECONDS is named; the others keep waiting for it, because starting can
-be slow. Once all ranks have joined, the first all-reduce has MEETING_SECONDS to finish. If it does not, each rank tries
-to connect to the others, and the process ends with one sentence that names the unreachable ranks.
+there. A rank that has not joined after half of `rendezvous_timeout` is named, and after all of it the others end. Once
+all ranks have joined, the first all-reduce has the same time to finish. If it does not, each rank tries to connect to
+the others, and the process ends with one sentence that names the unreachable ranks.
 
 `torch.distributed.monitored_barrier` cannot replace this: it needs a finished process group of gloo, which a missing or
 unreachable rank prevents, and names ranks without hosts or addresses, on rank 0 only.
@@ -30,8 +30,7 @@ from torch.distributed.rendezvous import TCPStore  # type: ignore[attr-defined] 
 from isotune.io.errors import RunFault, UserError, end_process
 
 TIMEOUT_VARIABLE = "MEETING_SECONDS"
-DEFAULT_TIMEOUT_SECONDS = 60.0
-JOIN_TIMEOUTS = 10  # a missing rank is waited for this many times as long as the first all-reduce
+DEFAULT_TIMEOUT_SECONDS = 120.0
 CONNECT_TIMEOUT_SECONDS = 3.0
 
 
@@ -61,11 +60,11 @@ class NetworkInterface:
 
 
 @contextmanager
-def rendezvous(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
+def rendezvous(timeout_seconds: float | None = None, environment: Mapping[str, str] = os.environ) -> Iterator[None]:
     """Create the process group in the body of this context; one all-reduce after it shows that all ranks are connected.
 
-    Does nothing for a single rank or where the launcher provides no store. UserError where another program uses the
-    port on which this rank must serve the store; RunFault where ranks are unreachable or the all-reduce is wrong. On a
+    `timeout_seconds` is the recipe's; without it MEETING_SECONDS counts, else DEFAULT_TIMEOUT_SECONDS. Does nothing
+    for a single rank or where the launcher provides no store. UserError where another program uses the port on which this rank must serve the store; RunFault where ranks are unreachable or the all-reduce is wrong. On a
     timeout the process prints the same sentence and exits with status 1.
     """
     world_size = int(environment.get("WORLD_SIZE", "1"))
@@ -73,12 +72,13 @@ def rendezvous(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
         yield
         return
     variable = "NCCL_SOCKET_IFNAME" if torch.cuda.is_available() else "GLOO_SOCKET_IFNAME"
-    address, patience = environment["MASTER_ADDR"], timedelta(seconds=DEFAULT_TIMEOUT_SECONDS)
+    seconds = timeout_seconds or float(environment.get(TIMEOUT_VARIABLE) or DEFAULT_TIMEOUT_SECONDS)
+    address, patience = environment["MASTER_ADDR"], timedelta(seconds=seconds)
     meeting = Rendezvous(
         lambda: TCPStore(address, int(environment["MASTER_PORT"]), is_master=False, timeout=patience),
         rank=int(environment["RANK"]),
         world_size=world_size,
-        timeout_seconds=float(environment.get(TIMEOUT_VARIABLE) or DEFAULT_TIMEOUT_SECONDS),
+        timeout_seconds=seconds,
         interface=NetworkInterface(variable, environment.get(variable, "")),
     )
     with meeting:
@@ -108,7 +108,7 @@ class Rendezvous:
     _: KW_ONLY
     rank: int
     world_size: int
-    timeout_seconds: float  # for the first all-reduce, once all ranks have joined
+    timeout_seconds: float  # to join, and once more for the first all-reduce
     interface: NetworkInterface  # of the backend
     on_timeout: Callable[[str], Any] = field(default=partial(end_process, status="failed"))  # takes the diagnosis
     _connected: threading.Event = field(default_factory=threading.Event, init=False)
@@ -129,13 +129,14 @@ class Rendezvous:
             port = self._listener.getsockname()[1]
             endpoint = {"host": socket.gethostname(), "address": self.interface.address, "port": port}
             store.set(_key(self.rank), json.dumps(endpoint))
+            store.add(_JOINED, 1)
             self._store = store
         started = time.monotonic()
         all_joined_at = None
-        notes = 0
+        is_noted = False
         while not self._connected.wait(min(1.0, self.timeout_seconds / 10)):
             now = time.monotonic()
-            if all_joined_at is None and self._store is not None and not self._missing_ranks():
+            if all_joined_at is None and self._store is not None and self._store.add(_JOINED, 0) >= self.world_size:
                 all_joined_at = now
             if all_joined_at is not None:
                 if now - all_joined_at > self.timeout_seconds:
@@ -144,12 +145,14 @@ class Rendezvous:
                     return
                 continue
             waited = now - started
-            if waited > JOIN_TIMEOUTS * self.timeout_seconds:
-                self.on_timeout(f"not all ranks have joined after {waited:.0f} s: {self.diagnosis()}")
+            if waited > self.timeout_seconds:
+                limit = f"{self.timeout_seconds:g} s (rendezvous_timeout)"
+                self.on_timeout(f"not all ranks have joined within {limit}: {self.diagnosis()}")
                 return
-            if waited > (notes + 1) * self.timeout_seconds:
-                notes += 1
-                print(f"note        not all ranks have joined after {waited:.0f} s: {self.diagnosis()}", flush=True)
+            if waited > self.timeout_seconds / 2 and not is_noted:
+                is_noted = True
+                if self._store is None or self._store.add(_NOTED, 1) == 1:  # one of them says it
+                    print(f"note        not all ranks have joined after {waited:.0f} s: {self.diagnosis()}", flush=True)
 
     def _missing_ranks(self) -> list[int]:
         return [rank for rank in range(self.world_size) if self._store and not self._store.check([_key(rank)])]
@@ -182,6 +185,10 @@ class Rendezvous:
                 if not _accepts_connections(endpoint):
                     unreachable.append(f"rank {rank} on {endpoint['host']} ({endpoint['address']})")
         return unreachable
+
+
+# how many ranks have joined, and how many have noted that some have not: asked instead of every rank's endpoint
+_JOINED, _NOTED = "isotune/joined", "isotune/noted"
 
 
 def _key(rank: int) -> str:

@@ -20,6 +20,8 @@ from accelerate.utils import gather_object
 
 from isotune.compat.deepspeed import disable_shm_transport
 from isotune.distributed.device import choose_device
+from isotune.distributed.rendezvous import rendezvous
+from isotune.distributed.watchdog import Watchdog
 from isotune.io.errors import RunFault, UserError, shown
 from isotune.io.reading import read_json_object
 from isotune.io.run_files import or_refuse
@@ -84,7 +86,8 @@ class Ranks:
 def start_ranks() -> Ranks:
     """Join the processes of the launch, on the GPU where there is one, else on the CPU over gloo.
 
-    Call it before a model is loaded. The launcher's DeepSpeed or FSDP configuration is ignored.
+    Call it before a model is loaded. The launcher's DeepSpeed or FSDP configuration is ignored. From then on a rank
+    that falls silent or is gone is named.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "WORLD_SIZE" not in os.environ:
@@ -97,7 +100,9 @@ def start_ranks() -> Ranks:
     if choose_device(processes=world_size) == "cpu":
         # accelerate 1.15 otherwise looks for NCCL, or starts each process as the only one
         options |= {"cpu": True, **({"backend": "gloo"} if launched else {})}
-    state = PartialState(**options)
+    with rendezvous():
+        state = PartialState(**options)
+    Watchdog().start()
     if state.num_processes != world_size:
         raise RunFault(f"the launcher started {world_size} processes, and accelerate sees {state.num_processes}")
     device: Any = state.device

@@ -6,9 +6,9 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from isotune.io.errors import UserError
+from isotune.io.errors import UserError, as_user_error
 
-NO_ROOM = {
+DISKS = {
     errno.ENOSPC: "is full",
     errno.EDQUOT: "has reached your quota",
     errno.EROFS: "is read-only",
@@ -27,9 +27,9 @@ def disk_errors_named(folder: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in NO_ROOM:
-            reason = f"the disk of {folder} {NO_ROOM[error.errno]}"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in DISKS:
+            reason = f"the disk of {folder} {DISKS[error.errno]}"
+        elif error.errno in (errno.ENOTDIR, errno.EEXIST) or as_user_error(error, folder) is not None:
             reason = f"the folder {folder} cannot be written ({error.strerror})"
         else:
             raise

@@ -27,11 +27,18 @@ JOB_STATUS_FILE = "ISOTUNE_VERDICT"  # the environment variable
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MEMORY, VALUES = "memory", "values"  # why a run failed by its recipe: too large, or values that exclude each other
 MOST = 2**32  # of a number on the command line
+_AWAY = "its disk went away or fails: look after it and run again"
 # errors of the file system that say what the user can do, by their number
 MENDABLE = {
     **dict.fromkeys(NO_ROOM, "there is no room on the disk: free some space and run again"),
     errno.EROFS: "the file system is read-only",
     errno.ENAMETOOLONG: "the name is too long for the file system",
+    **dict.fromkeys((errno.EIO, errno.ESTALE), _AWAY),
+}
+# those that other things than files have too: they are the file system's where they come with a file
+OF_FILES = {
+    **dict.fromkeys((errno.ENOTCONN, errno.ESHUTDOWN, errno.ENODEV, errno.ENXIO, errno.EHOSTDOWN), _AWAY),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "no permission"),
 }
 
 
@@ -168,12 +175,15 @@ def explain(error: Exception, *, where: str = "") -> Exception:
 
 def as_user_error(error: BaseException, file: Path | None = None) -> UserError | None:
     """The sentence of an OSError that the user can mend, whoever ran into it; None for every other error."""
-    if not isinstance(error, OSError) or error.errno not in MENDABLE:
+    if not isinstance(error, OSError):
         return None
     named = file or (error.filename if isinstance(error.filename, str | bytes | os.PathLike) else None)
+    known = MENDABLE if named is None else MENDABLE | OF_FILES
+    if error.errno not in known:
+        return None
     if named is None:
-        return UserError(MENDABLE[error.errno])
-    return UserError(f"{shown(os.fsdecode(named), 200)} cannot be written or opened: {MENDABLE[error.errno]}")
+        return UserError(known[error.errno])
+    return UserError(f"{shown(os.fsdecode(named), 200)} cannot be written or opened: {known[error.errno]}")
 
 
 def outcome_of(error: BaseException) -> tuple[str, int]:

@@ -37,6 +37,7 @@ class Status(TypedDict, total=False):
     time: str
     pid: Whole
     finishing: list[str]
+    made: dict[str, Whole]
     run: str
     reason: str
 

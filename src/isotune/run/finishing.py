@@ -6,12 +6,17 @@ does what is not recorded, without training.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from isotune.distributed.launch import Process
-from isotune.io.errors import Preempted, RunFault, UserError
+from isotune.io.errors import AlreadyDone, Preempted, RunFault, UserError
+from isotune.io.run_files import or_empty, read_upload
 from isotune.models.finished_run import read_run
-from isotune.run.preemption import MODEL_STEP, signals_end_at_once, stop_request, supervised
-from isotune.run.run_dir import RunDir
+from isotune.run.hub import upload_model
+from isotune.run.preemption import MODEL_STEP, RunStatus, signals_end_at_once, stop_request, supervised
+from isotune.run.run_dir import WEIGHTS_SUFFIX, RunDir
+
+UPLOAD_STEP = "upload"
 
 
 @dataclass(frozen=True)
@@ -21,18 +26,20 @@ class FinishingStep:
     Attributes:
         name: as status.json lists it under `finishing`.
         do: does it, and says so in a line; done twice it gives the same.
+        makes: the file in RUN that it makes, without which it is done again.
         is_outside: what it makes is not in RUN, so the run counts as finished before it.
     """
 
     name: str
     do: Callable[[], object]
+    makes: Path | None = None
     is_outside: bool = False
 
 
 def finish(run: RunDir, steps: Sequence[FinishingStep]) -> None:
     """Do the steps that are not recorded yet, in their order; the main process calls it, while it is supervised."""
     for step in steps:
-        if step.name in run.status.finishing:
+        if step.name in run.status.finishing and (step.makes is None or step.makes.is_file()):
             continue
         if step.is_outside:
             run.status.write("finished", 0)
@@ -42,7 +49,7 @@ def finish(run: RunDir, steps: Sequence[FinishingStep]) -> None:
             raise Preempted(f"stopped by {stop_request.by} while it finished: the same command does the rest")
         else:
             step.do()
-        run.status.has_done(step.name)
+        run.status.has_done(step.name, [step.makes] if step.makes is not None else [])
 
 
 def finish_trained(run: RunDir, process: Process, steps: Sequence[FinishingStep]) -> None:
@@ -57,12 +64,34 @@ def finish_trained(run: RunDir, process: Process, steps: Sequence[FinishingStep]
         process.watchdog.enter("the finishing of the run")
         print(f"trained     {run.model} is there: what is missing of the run is done now", flush=True)
         try:
-            finish(run, [FinishingStep(MODEL_STEP, lambda: _check_model(run)), *steps])
+            _check_model(run)
+            run.status.has_done(MODEL_STEP, weights_of(run))
+            finish(run, steps)
         except RunFault as fault:
             raise RunFault(
                 f"output_dir '{run.path}' holds a run of this recipe that failed at its end: {fault} "
                 "(--resume never runs it again from the start)"
             ) from fault
+
+
+def weights_of(run: RunDir) -> list[Path]:
+    """The files of RUN/model that hold weights."""
+    return sorted(run.model.glob(f"*{WEIGHTS_SUFFIX}"))
+
+
+def upload_missing(run: RunDir, done: AlreadyDone) -> None:
+    """Where the recipe asks for an upload, upload a finished run that was not; raises `done` with its place."""
+    if not run.recipe.push_to_hub:
+        return
+    wanted, uploaded = run.recipe.hub_model_id, or_empty(read_upload, run.path)
+    if "url" not in uploaded or str(uploaded.get("repository")).rsplit("/", 1)[-1] != wanted.rsplit("/", 1)[-1]:
+        uploaded = upload_model(run.recipe)
+    status = RunStatus(run.path, is_main=True)
+    status.go_on()
+    if UPLOAD_STEP not in status.finishing:
+        status.write("finished", 0)
+        status.has_done(UPLOAD_STEP)
+    raise AlreadyDone(f"{done}; it is uploaded to {uploaded['url']}") from None
 
 
 def _check_model(run: RunDir) -> None:

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -59,8 +59,8 @@ class RunStatus:
     """RUN/status.json, which scheduler scripts read, because launchers turn every exit status into 1.
 
     Keys: `status` (running, preempted, finished, failed), `step`, `steps` (of the whole run), `exit_status`, `message`,
-    `time`, `pid`, and `finishing`, the steps after training that are done; on SLURM also `slurm`. `running` without a
-    running process means that the run was killed.
+    `time`, `pid`, `finishing`, the steps after training that are done, and `made`, the bytes of the files that they
+    made; on SLURM also `slurm`. `running` without a running process means that the run was killed.
     """
 
     def __init__(self, folder: Path, *, is_main: bool, lease: RunLease | None = None) -> None:
@@ -68,6 +68,7 @@ class RunStatus:
         self.step = 0
         self.steps: int | None = None
         self.finishing: list[str] = []
+        self.made: dict[str, int] = {}
         self._current: tuple[str, int | None, str | None, dict[str, str]] = ("running", None, None, {})
         self._lock = threading.Lock()  # the checkpoint writer's thread calls `reached`
         self._ended = False
@@ -77,7 +78,7 @@ class RunStatus:
 
         `reason` is that of the error that the run ended with (`reason_of`).
         """
-        if not self.is_main or not (self.path.parent / ENVIRONMENT).is_file():
+        if not self.is_main or not os.path.isfile(self.path.parent / ENVIRONMENT):  # false on a disk out of reach
             return
         with self._lock:
             if self._ended:  # a checkpoint that is published late does not change how the run ended
@@ -85,23 +86,24 @@ class RunStatus:
             self._ended, self._current = exit_status is not None, (status, exit_status, message, reason)
             self._replace()
 
-    def has_done(self, step: str) -> None:
-        """A step of finishing is done; nothing else of the file changes."""
+    def has_done(self, step: str, made: Iterable[Path] = ()) -> None:
+        """A step of finishing is done, and `made` are files of the run by it; nothing else of the file changes."""
         with self._lock:
-            self.finishing.append(step)
+            self.finishing = [*dict.fromkeys([*self.finishing, step])]
+            self.made |= {file.relative_to(self.path.parent).as_posix(): file.stat().st_size for file in made}
             self._replace()
 
     def go_on(self) -> None:
         """Keep what an earlier attempt recorded of a run whose training is over."""
         recorded = or_empty(read_status, self.path.parent)
         self.step, self.steps = recorded.get("step", 0), recorded.get("steps")
-        self.finishing = recorded.get("finishing", [])
+        self.finishing, self.made = recorded.get("finishing", []), recorded.get("made", {})
 
     def _replace(self) -> None:
         status, exit_status, message, reason = self._current
         content: dict[str, Any] = {"status": status, "step": self.step, "steps": self.steps, "exit_status": exit_status}
         content |= {"message": message, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid()}
-        content |= {"finishing": self.finishing, **reason}
+        content |= {"finishing": self.finishing, "made": self.made, **reason}
         if (ids := slurm_ids()) is not None:
             content["slurm"] = ids
         text = json.dumps(content, indent=2) + "\n"

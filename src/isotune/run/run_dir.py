@@ -17,20 +17,18 @@ from isotune.io.run_files import (
     ENVIRONMENT,
     LOGS_DIR,
     RECIPE,
-    STATUS,
     or_empty,
     read_environment,
     read_recipe_values,
     read_status,
-    read_upload,
 )
-from isotune.run.hub import upload_model
 from isotune.run.identity import RunIdentity
 from isotune.run.metrics_file import METRICS
 from isotune.run.run_lease import RunLease, slurm_ids
 
 FINGERPRINT_KEY, IDENTITY = "recipe_fingerprint", "identity"
 CHECKPOINTS = "checkpoints"
+WEIGHTS_SUFFIX = ".safetensors"
 
 
 class RunDir:
@@ -49,8 +47,8 @@ class RunDir:
         """Check that this recipe may run here, before any work is done; the main process calls it.
 
         Raises UserError where RUN holds another recipe's run or something else, cannot be written, or is in use, and
-        AlreadyDone where the run is finished and `resume` does not ask for a new one. `is_trained` is true where only
-        the steps after training are left.
+        AlreadyDone where the run is finished, all that it made is there, and `resume` does not ask for a new one.
+        `is_trained` is true where only steps after training are left.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output_dir '{self.path}' is a file")
@@ -72,22 +70,21 @@ class RunDir:
             ) from reason
         self._check_same_run(earlier)
         if self.model.is_dir() and self.recipe.resume == RESUME_NEWEST:
-            status = self.path / STATUS
-            if not status.exists() or or_empty(read_status, self.path).get("status") == "finished":
+            status = or_empty(read_status, self.path)
+            if status.get("status") == "finished" and self._has(status.get("made", {})):
                 raise AlreadyDone(
                     f"output_dir '{self.path}' holds the finished run of this recipe: nothing is left to do "
                     "(--resume never runs it again from the start)"
                 )
             self.is_trained = not self.recipe.plan_only
 
-    def upload_missing(self, done: AlreadyDone) -> None:
-        """Where the recipe asks for an upload, upload a finished run that was not; raises `done` with its place."""
-        if not self.recipe.push_to_hub:
-            return
-        wanted, uploaded = self.recipe.hub_model_id, or_empty(read_upload, self.path)
-        if "url" not in uploaded or str(uploaded.get("repository")).rsplit("/", 1)[-1] != wanted.rsplit("/", 1)[-1]:
-            uploaded = upload_model(self.recipe)
-        raise AlreadyDone(f"{done}; it is uploaded to {uploaded['url']}") from None
+    def _has(self, made: dict[str, int]) -> bool:
+        """Whether the files are there that the end of the run made, weights with all their bytes."""
+        for name, size in made.items():
+            file = self.path / name
+            if not file.is_file() or (file.suffix == WEIGHTS_SUFFIX and file.stat().st_size != size):
+                return False
+        return True
 
     @cached_property
     def identity(self) -> RunIdentity:
@@ -140,6 +137,7 @@ class RunDir:
         try:
             if metrics.is_file():
                 self.lease.write_file(metrics, metrics.read_text("utf-8", errors="replace"))
+            self.lease.reserve()
         except BaseException:
             self.lease.release()
             raise
@@ -164,7 +162,6 @@ class RunDir:
             else:
                 self.lease.write_file(self.path / METRICS, metrics)
             self._has_begun = True
-            self.lease.reserve()
             if self.status is not None:
                 self.status.reached(self.status.step)
         except OSError as error:

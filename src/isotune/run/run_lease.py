@@ -150,7 +150,7 @@ class RunLease:
 
     def check(self) -> None:
         """Raise Superseded where a later attempt has revoked this lease, and UserError where RUN is gone."""
-        if self.folder is not None and not self.folder.is_dir():
+        if self.folder is not None and not os.path.isdir(self.folder):  # false too where the disk is out of reach
             raise self._lost()
 
     def reserve(self) -> None:
@@ -173,7 +173,7 @@ class RunLease:
             return
         try:
             replace_file(path, text, self.folder / path.name)
-        except FileNotFoundError:
+        except OSError:
             self.check()
             raise
 
@@ -221,7 +221,7 @@ class RunLease:
 
     def _lost(self) -> Superseded | UserError:
         """Why this attempt has no lease any more."""
-        if not self.run.is_dir():
+        if not os.path.isdir(self.run):
             return UserError(f"output_dir '{self.run}' is gone: it was removed, or its disk went away, during the run")
         return self._superseded()
 
@@ -242,7 +242,7 @@ class RunLease:
                 with (folder / HEARTBEAT).open("w") as file:
                     file.write(f"{beats} {time.time()}\n")
             except FileNotFoundError:
-                if not self._released.is_set() and not folder.is_dir():
+                if not self._released.is_set() and not os.path.isdir(folder):
                     lost = self._lost()
                     if self._end is None:
                         end_process(str(lost), *outcome_of(lost))

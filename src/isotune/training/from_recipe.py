@@ -45,7 +45,7 @@ from isotune.models.layouts.fitting import release_memory
 from isotune.models.layouts.layout import ALONE, PADDED
 from isotune.models.opening import is_made_here, load_base_model, load_config, load_tokenizer
 from isotune.models.packed_attention import PACKED
-from isotune.run.finishing import FinishingStep, finish
+from isotune.run.finishing import FinishingStep, finish, weights_of
 from isotune.run.hub import open_hub
 from isotune.run.preemption import MODEL_STEP, supervised
 from isotune.run.run_dir import RunDir
@@ -134,7 +134,7 @@ def train_run(start: Start, data: RunData, finishing: Sequence[FinishingStep] = 
         if saved is not None:
             print(f"model       {start.run.model}: {saved}")
             start.run.status.step = trainer.state.global_step
-            start.run.status.has_done(MODEL_STEP)
+            start.run.status.has_done(MODEL_STEP, weights_of(start.run))
         del trainer
         release_memory()  # for the saved model, which some steps open
         start.process.watchdog.enter("the finishing of the run")
