@@ -64,8 +64,9 @@ def rendezvous(timeout_seconds: float | None = None, environment: Mapping[str, s
     """Create the process group in the body of this context; one all-reduce after it shows that all ranks are connected.
 
     `timeout_seconds` is the recipe's; without it MEETING_SECONDS counts, else DEFAULT_TIMEOUT_SECONDS. Does nothing
-    for a single rank or where the launcher provides no store. UserError where another program uses the port on which this rank must serve the store; RunFault where ranks are unreachable or the all-reduce is wrong. On a
-    timeout the process prints the same sentence and exits with status 1.
+    for a single rank or where the launcher provides no store. UserError where another program uses the port on which
+    this rank must serve the store; RunFault where ranks are unreachable or the all-reduce is wrong. On a timeout the
+    process prints the same sentence and exits with status 1.
     """
     world_size = int(environment.get("WORLD_SIZE", "1"))
     if world_size == 1 or "MASTER_ADDR" not in environment:
