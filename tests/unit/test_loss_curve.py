@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from isotune.io.errors import UserError
+from isotune.report import loss_curve
 from isotune.report.loss_curve import _figure, draw_loss_curve, read_curves, smoothed
 
 
@@ -95,18 +96,18 @@ def test_a_run_whose_every_loss_is_lost_is_drawn(tmp_path):
 
 def test_a_last_line_that_a_killed_run_cut_off_is_passed_over(tmp_path):
     write_metrics(tmp_path, [training_line(1, 2.0), training_line(2, 1.5)], tail='{"step": 3, "lo')
-    assert read_curves(tmp_path / "metrics.jsonl")["loss"].steps == [1, 2]
+    assert read_curves(tmp_path / "metrics.jsonl")["loss"].steps.tolist() == [1, 2]
 
 
 def test_lines_that_are_no_objects_are_passed_over(tmp_path):
     write_metrics(tmp_path, [training_line(1, 2.0), 7, [], {"note": "resumed"}, {"step": "2", "loss": 1.0}])
-    assert read_curves(tmp_path / "metrics.jsonl")["loss"].values == [2.0]
+    assert read_curves(tmp_path / "metrics.jsonl")["loss"].values.tolist() == [2.0]
 
 
 def test_a_step_that_a_resumed_run_repeated_counts_as_it_was_written_last(tmp_path):
     write_metrics(tmp_path, [training_line(1, 3.0), training_line(2, 2.0), training_line(2, 1.9)])
     curve = read_curves(tmp_path / "metrics.jsonl")["loss"]
-    assert (curve.steps, curve.values) == ([1, 2], [3.0, 1.9])
+    assert (curve.steps.tolist(), curve.values.tolist()) == ([1, 2], [3.0, 1.9])
 
 
 def test_smoothing_is_the_weighted_mean_of_the_window():
@@ -134,3 +135,19 @@ def test_a_folder_without_losses_is_named_in_one_sentence(tmp_path, content, say
         draw_loss_curve(tmp_path)
     assert str(tmp_path / "metrics.jsonl") in str(mistake.value)
     assert not (tmp_path / "loss_curve.png").exists()
+
+
+def test_a_long_curve_is_smoothed_by_transforms_to_the_same_values(monkeypatch):
+    values = np.random.default_rng(0).normal(2.0, 0.5, 3001)
+    values[[7, 1500]] = math.nan
+    plain = smoothed(values, width=300.0)
+    monkeypatch.setattr(loss_curve, "MAX_PRODUCTS", 0)
+    np.testing.assert_allclose(smoothed(values, width=300.0), plain, rtol=1e-12)
+
+
+def test_a_million_steps_are_drawn_as_some_thousand_points_without_losing_a_peak(tmp_path):
+    values = np.ones(1_000_000)
+    values[[123_456, 654_321]] = 9.0, -9.0
+    steps, kept = loss_curve.downsample(np.arange(len(values)), values, loss_curve.MAX_POINTS)
+    assert len(steps) < 3 * loss_curve.MAX_POINTS and {123_456, 654_321} <= set(steps.tolist())
+    assert (kept.max(), kept.min()) == (9.0, -9.0)

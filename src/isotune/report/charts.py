@@ -8,14 +8,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 
 from isotune.config.task_types import REGRESSION
 from isotune.report.formatting import format_number, run_letter
-from isotune.report.loss_curve import MARKED_STEPS, MIN_SMOOTHED_VALUES, finite_values, smoothed, smoothing_window
+from isotune.report.loss_curve import MARKED_STEPS, MIN_SMOOTHED_VALUES, downsample, smoothed, smoothing_window
 from isotune.report.run_record import RunRecord
+from isotune.run.step_lines import StepLines
 
 WIDTH, HEIGHT = 420, 250
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 40
@@ -44,7 +44,7 @@ class Line:
 
     label: str
     style: str  # its CSS class
-    steps: list[int]
+    steps: np.ndarray
     values: np.ndarray
     has_dots: bool = False
     summary: str = ""
@@ -83,7 +83,7 @@ def draw_charts(records: Sequence[RunRecord]) -> list[Chart]:
 def _series(record: RunRecord, run: str, color: str, train_key: str | None, eval_key: str | None) -> Iterator[Line]:
     """The lines of a run; `run` begins their labels, and is empty, as `color` is, for a single run."""
     steps, values = _column(record.steps, train_key)
-    if steps:
+    if len(steps):
         label = f"{run}training"
         line = Line(label, color or "main", steps, values, len(steps) < MARKED_STEPS, _summary(label, steps, values))
         if train_key == "loss" and np.isfinite(values).sum() >= MIN_SMOOTHED_VALUES:
@@ -94,19 +94,19 @@ def _series(record: RunRecord, run: str, color: str, train_key: str | None, eval
             line.values = smoothed(values, window)
         yield line
     steps, values = _column(record.evaluations, eval_key)
-    if steps:
+    if len(steps):
         label = f"{run}evaluation"
         yield Line(label, f"{color} evaluation".strip(), steps, values, True, _summary(label, steps, values))
 
 
-def _column(lines: dict[int, dict[str, Any]], key: str | None) -> tuple[list[int], np.ndarray]:
+def _column(lines: StepLines, key: str | None) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of a key, NaN where a value is not finite; both empty without any finite value."""
-    column = {step: line[key] for step, line in lines.items() if key in line}
-    values = finite_values(column.values()) * _SCALE.get(key or "", 1.0)
-    return (list(column), values) if np.isfinite(values).any() else ([], values)
+    has_key = lines.has(key or "")
+    steps, values = lines.steps[has_key], lines.column(key or "")[has_key] * _SCALE.get(key or "", 1.0)
+    return (steps, values) if np.isfinite(values).any() else (steps[:0], values[:0])
 
 
-def _summary(label: str, steps: Sequence[int], values: np.ndarray) -> str:
+def _summary(label: str, steps: np.ndarray, values: np.ndarray) -> str:
     finite = np.flatnonzero(np.isfinite(values))
     ends = finite[0], finite[-1], finite[np.argmin(values[finite])], finite[np.argmax(values[finite])]
     first, last, lowest, highest = (f"{format_number(values[index])} at step {steps[index]}" for index in ends)
@@ -128,7 +128,7 @@ def _chart(title: str, unit: str, lines: list[Line]) -> Chart:
         return round(HEIGHT - BOTTOM - (value - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM), 1)
 
     for line in lines:
-        steps, values = _downsample(np.array(line.steps), line.values)
+        steps, values = downsample(line.steps, line.values, MAX_POINTS)
         points = [(x(s), y(v)) if math.isfinite(v) else None for s, v in zip(steps, values, strict=True)]
         pieces = [[point for point in piece if point] for _, piece in groupby(points, bool)]
         line.paths += ["M" + " L".join(f"{x:g},{y:g}" for x, y in piece) for piece in pieces if len(piece) > 1]
@@ -159,17 +159,3 @@ def _tick_text(tick: float, distance: float) -> str:
     # a distance of 2.5 or 0.25 needs one more digit
     decimals += not math.isclose(distance * 10**decimals, round(distance * 10**decimals))
     return f"{tick:,.{decimals}f}"
-
-
-def _downsample(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """About MAX_POINTS points: the lowest and the highest of each bucket of steps, so no peak is lost."""
-    if len(steps) <= MAX_POINTS:
-        return steps, values
-    keep = {0, len(steps) - 1}
-    for bucket in np.array_split(np.arange(len(steps)), MAX_POINTS // 2):
-        is_finite = np.isfinite(values[bucket])
-        keep |= set(bucket[~is_finite][:1].tolist())
-        if is_finite.any():
-            keep |= {int(bucket[np.nanargmin(values[bucket])]), int(bucket[np.nanargmax(values[bucket])])}
-    indices = sorted(keep)
-    return steps[indices], values[indices]

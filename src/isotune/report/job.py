@@ -23,7 +23,7 @@ def job_report(run: Path) -> str:
     """
     try:
         environment, status = read_environment(run), read_status(run)
-        steps = list(read_metrics(run / METRICS).steps.values())
+        steps = read_metrics(run / METRICS).steps
     except (FileNotFoundError, Unreadable) as error:
         raise UserError(f"{run} holds no run that has begun: {error}") from error
     lacks = [name for name in ("in_effect", "world_size", "device", "device_name") if name not in environment]
@@ -33,8 +33,7 @@ def job_report(run: Path) -> str:
     in_effect = environment["in_effect"]
     stage = in_effect.get("zero_stage")
     engine = in_effect["engine"] + (f", ZeRO-{stage}" if stage is not None else "")
-    seconds = sum(line.get("step_seconds") or 0 for line in steps)
-    tokens = sum(line.get("input_tokens") or 0 for line in steps)
+    seconds, tokens = steps.total("step_seconds"), steps.total("input_tokens")
     attempts = list(_attempts(run))
     hours = sum(seconds * (record.get("processes") or environment["world_size"]) for record, seconds in attempts) / 3600
     hosts = f" (led by {', '.join(record['host'] for record, _ in attempts)})" if len(attempts) > 1 else ""

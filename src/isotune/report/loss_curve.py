@@ -1,7 +1,7 @@
 """RUN/loss_curve.png from metrics.jsonl: loss and accuracy in training and evaluation, and the learning rate."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,12 @@ from isotune.io.errors import UserError
 from isotune.io.files import replacing
 from isotune.io.reading import Unreadable
 from isotune.run.metrics_file import METRICS, read_metrics
+from isotune.run.step_lines import StepLines
 
 PICTURE = "loss_curve.png"
 MIN_SMOOTHED_VALUES = 10  # fewer points need no smoothed curve
+MAX_POINTS = 4000  # of a line; more are indistinguishable at this size
+MAX_PRODUCTS = 10_000_000  # of a smoothed curve by plain sums
 MARKED_STEPS = 30  # a line through fewer steps gets a dot at each: it would otherwise show little or nothing
 _WINDOW_SHARE = 0.1  # of the steps of a run, for one value of the smoothed curve
 # The palette of Okabe and Ito (2008): distinguishable with any common color blindness, and by lightness in gray.
@@ -28,10 +31,10 @@ _SECOND = {"accuracy": "nats per document", "exact_match": "nats per label", "pe
 class Curve:
     """One metric of a run; steps and values have the same length, and a missing or non-finite value is NaN."""
 
-    steps: list[int]
-    values: list[float]
-    eval_steps: list[int]
-    eval_values: list[float]
+    steps: np.ndarray
+    values: np.ndarray
+    eval_steps: np.ndarray
+    eval_values: np.ndarray
     epoch_steps: list[int] = field(default_factory=list)  # the last step of each complete epoch
     epoch_values: list[float] = field(default_factory=list)  # mean over its steps, weighted by the number of targets
 
@@ -57,19 +60,12 @@ def read_curves(metrics: Path) -> dict[str, Curve]:
         raise UserError(f"{metrics} cannot be read: there is no such file; give the folder of a run") from None
     except Unreadable as reason:
         raise UserError(f"{metrics} cannot be read: {reason}; give the folder of a run") from None
-    steps, evaluations = list(lines.steps.values()), list(lines.evaluations.values())
+    steps, evaluations = lines.steps, lines.evaluations
     if not steps and not evaluations:
         raise UserError(f"{metrics} has no line with a step and a loss: the run has not made a step yet")
-    keys = {key.removeprefix("eval_") for line in [*steps, *evaluations] for key in line}
+    keys = {key.removeprefix("eval_") for key in steps.keys_of_lines | evaluations.keys_of_lines}
     names = ("loss", *[name for name in _SECOND if name in keys][:1], "learning_rate")
-    return {name: _curve(steps, [] if name == "learning_rate" else evaluations, name) for name in names}
-
-
-def finite_values(values: Iterable[Any]) -> np.ndarray:
-    """Values as float64, NaN for each that is not a finite number."""
-    numbers = [v if isinstance(v, int | float) and not isinstance(v, bool) else math.nan for v in values]
-    array = np.array(numbers, dtype=float)
-    return np.where(np.isfinite(array), array, np.nan)
+    return {name: _curve(steps, StepLines() if name == "learning_rate" else evaluations, name) for name in names}
 
 
 def smoothing_window(steps: int) -> float:
@@ -88,19 +84,40 @@ def smoothed(values: Sequence[float] | np.ndarray, width: float) -> np.ndarray:
     reach = min(math.ceil(width / 2), len(array) - 1)
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / (width / 4)) ** 2)
     inside = slice(reach, reach + len(array))
-    sums = np.convolve(np.where(is_finite, array, 0.0), kernel)[inside]
-    weights = np.convolve(is_finite.astype(float), kernel)[inside]
+    sums = _convolved(np.where(is_finite, array, 0.0), kernel)[inside]
+    weights = _convolved(is_finite.astype(float), kernel)[inside]
     return np.where(is_finite, sums / np.where(is_finite, weights, 1.0), np.nan)
 
 
-def _curve(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], key: str) -> Curve:
-    values = finite_values(line.get(key) for line in steps)
-    eval_values = finite_values(line.get(f"eval_{key}") for line in evaluations)
-    curve = Curve(
-        [line["step"] for line in steps], values.tolist(), [line["step"] for line in evaluations], eval_values.tolist()
-    )
-    weights = np.array([line.get("supervised_tokens", line.get("documents", 1)) for line in steps], float)
-    epochs = finite_values(line.get("epoch") for line in steps)
+def _convolved(values: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """`np.convolve`, by Fourier transforms where its time would grow as the square of the steps."""
+    if len(values) * len(kernel) <= MAX_PRODUCTS:
+        return np.convolve(values, kernel)
+    size = len(values) + len(kernel) - 1
+    padded = 2 ** math.ceil(math.log2(size))
+    return np.fft.irfft(np.fft.rfft(values, padded) * np.fft.rfft(kernel, padded), padded)[:size]
+
+
+def downsample(steps: np.ndarray, values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """About `most` points: the lowest and the highest of each bucket of steps, so no peak is lost."""
+    if len(steps) <= most:
+        return steps, values
+    keep = {0, len(steps) - 1}
+    for bucket in np.array_split(np.arange(len(steps)), most // 2):
+        is_finite = np.isfinite(values[bucket])
+        keep |= set(bucket[~is_finite][:1].tolist())
+        if is_finite.any():
+            keep |= {int(bucket[np.nanargmin(values[bucket])]), int(bucket[np.nanargmax(values[bucket])])}
+    indices = sorted(keep)
+    return steps[indices], values[indices]
+
+
+def _curve(steps: StepLines, evaluations: StepLines, key: str) -> Curve:
+    values = steps.column(key)
+    curve = Curve(steps.steps, values, evaluations.steps, evaluations.column(f"eval_{key}"))
+    documents = np.where(steps.has("documents"), steps.column("documents"), 1.0)
+    weights = np.where(steps.has("supervised_tokens"), steps.column("supervised_tokens"), documents)
+    epochs = steps.column("epoch")
     start = 0
     for end in np.flatnonzero(np.abs(epochs - np.round(epochs)) < 1e-9).tolist():
         part = slice(start, end + 1)
@@ -108,7 +125,7 @@ def _curve(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], key: 
         is_finite = np.isfinite(values[part])
         if is_finite.any():
             finite, shares = values[part][is_finite], weights[part][is_finite]
-            curve.epoch_steps.append(curve.steps[end])
+            curve.epoch_steps.append(int(curve.steps[end]))
             curve.epoch_values.append(float(finite @ shares / shares.sum()))
     return curve
 
@@ -145,7 +162,8 @@ def _figure(curves: dict[str, Curve], title: str) -> Any:
             panels[second].yaxis.set_major_formatter(PercentFormatter(1.0))
     if "learning_rate" in panels:
         panel, rates = panels["learning_rate"], curves["learning_rate"]
-        panel.plot(rates.steps, rates.values, color=_RATE, linewidth=1.2, marker=_marker(rates.steps))
+        drawn = downsample(rates.steps, rates.values, MAX_POINTS)
+        panel.plot(*drawn, color=_RATE, linewidth=1.2, marker=_marker(rates.steps))
         panel.set_ylabel("learning rate")
         formatter = ScalarFormatter(useMathText=True)
         formatter.set_powerlimits((-2, 3))
@@ -162,21 +180,25 @@ def _figure(curves: dict[str, Curve], title: str) -> Any:
 
 def _draw(panel: Any, curve: Curve, name: str, value_format: str) -> None:
     """Draw training by step, smoothed and by epoch, and the evaluations with their last value as text."""
-    steps, values = curve.steps, np.array(curve.values, dtype=float)
+    steps, values = curve.steps, curve.values
     finite = np.isfinite(values)
     if finite.any():
         marker = _marker(steps)
-        panel.plot(steps, values, color=_RAW, linewidth=0.9, alpha=0.8, marker=marker, markersize=4, label="training")
+        style = {"color": _RAW, "linewidth": 0.9, "alpha": 0.8, "marker": marker, "markersize": 4}
+        panel.plot(*downsample(steps, values, MAX_POINTS), label="training", **style)
         if finite.sum() >= MIN_SMOOTHED_VALUES:
             window = smoothing_window(len(steps))
             label = f"training, averaged over {window:.0f} steps"
-            panel.plot(steps, smoothed(values, window), color=_SMOOTH, linewidth=2.0, label=label)
+            panel.plot(
+                *downsample(steps, smoothed(values, window), MAX_POINTS), color=_SMOOTH, linewidth=2.0, label=label
+            )
     if curve.epoch_steps:
         points = {"color": _SMOOTH, "markersize": 7, "markeredgecolor": "white", "label": "training, mean of the epoch"}
         panel.plot(curve.epoch_steps, curve.epoch_values, "o", zorder=4, **points)
-    not_finite = np.array(steps)[~finite]
+    not_finite = steps[~finite]
     if len(not_finite):
         label = f"{name} not finite ({len(not_finite)} step{'s' if len(not_finite) > 1 else ''})"
+        not_finite = not_finite[:: -(-len(not_finite) // MAX_POINTS)]
         heights = np.full(len(not_finite), 0.02)
         panel.plot(not_finite, heights, "x", color="black", transform=panel.get_xaxis_transform(), label=label)
     evaluated = [(s, v) for s, v in zip(curve.eval_steps, curve.eval_values, strict=True) if math.isfinite(v)]
@@ -188,5 +210,5 @@ def _draw(panel: Any, curve: Curve, name: str, value_format: str) -> None:
         panel.annotate(value_format.format(value), (step, value), color=_EVALUATION, **placement)
 
 
-def _marker(steps: list[int]) -> str:
+def _marker(steps: np.ndarray) -> str:
     return "o" if len(steps) < MARKED_STEPS else ""

@@ -4,9 +4,11 @@ The metadata are huggingface_hub's ModelCardData, from which the Hub shows base 
 describes the run and how to load the model. Of local paths only the last part appears: the card may be uploaded.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -205,19 +207,20 @@ def _data(record: RunRecord) -> str:
 
 
 def _training(record: RunRecord) -> str:
-    environment, lines = record.environment, list(record.steps.values())
+    environment, lines = record.environment, record.steps
     in_effect, versions = environment.get("in_effect", {}), environment.get("versions", {})
     facts: dict[str, Any] = {}
     if in_effect.get("all_parameters") and "trained_parameters" in in_effect:
         facts["trained parameters"] = f"{in_effect['trained_parameters']:,} of {in_effect['all_parameters']:,}"
     if lines:
         facts["steps"] = f"{len(lines):,}"
-        for which, line in (("first", lines[0]), ("last", lines[-1])):
-            facts[f"loss, {which} step"] = "not finite" if line["loss"] is None else format_number(line["loss"])
-        sums = {key: sum(line.get(key) or 0 for line in lines) for key in ("input_tokens", "documents", "step_seconds")}
+        losses = lines.column("loss")
+        for which, loss in (("first", float(losses[0])), ("last", float(losses[-1]))):
+            facts[f"loss, {which} step"] = format_number(loss) if math.isfinite(loss) else "not finite"
+        sums = {key: lines.total(key) for key in ("input_tokens", "documents", "step_seconds")}
         facts["input tokens"], facts["documents"] = f"{sums['input_tokens']:,}", f"{sums['documents']:,}"
         facts["seconds in steps"] = format_number(float(sums["step_seconds"]))
-        facts["peak memory, GB"] = format_number(max(line.get("peak_memory_bytes") or 0 for line in lines) / 1e9)
+        facts["peak memory, GB"] = format_number(float(np.nan_to_num(lines.column("peak_memory_bytes")).max()) / 1e9)
     facts["engine"], facts["processes"] = in_effect.get("engine"), environment.get("world_size")
     facts["device"] = environment.get("device_name") or environment.get("device")
     facts["precision"], facts["attention kernel"] = in_effect.get("precision"), in_effect.get("attention_kernel")

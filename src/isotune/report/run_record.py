@@ -1,5 +1,6 @@
 """Read a run folder in any state, and show its recipe, data, engine, machine and versions as tables."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from isotune.io.reading import MAX_YAML_BYTES, Unreadable, read_text
 from isotune.io.run_files import ENVIRONMENT, RECIPE, STATUS, read_environment, read_status, recipe_values
 from isotune.report.formatting import format_number
 from isotune.run.metrics_file import METRICS, Metrics, read_metrics
+from isotune.run.step_lines import StepLines
 
 ABSENT = "–"
 SELF_TEST = "Self-test before the first step"
@@ -29,8 +31,8 @@ class RunRecord:
     recipe: dict[str, dict[str, Any]]  # the values by key, in the groups of recipe.yaml by title
     environment: dict[str, Any]
     status: dict[str, Any]
-    steps: dict[int, dict[str, Any]]  # lines of metrics.jsonl by step
-    evaluations: dict[int, dict[str, Any]]
+    steps: StepLines  # lines of metrics.jsonl by step
+    evaluations: StepLines
     results: list[Result]  # the evaluations in RUN/eval
     notes: list[str]  # a sentence for each file that cannot be read
 
@@ -92,16 +94,14 @@ def run_summary(record: RunRecord) -> list[tuple[str, str]]:
     if total:
         facts["Trained"] = f"{keys.get('tune', '')}: {trained:,} of {total:,} parameters ({trained / total:.1%})"
     if record.steps:
-        last, line = next(reversed(record.steps.items()))
+        last, loss = int(record.steps.steps[-1]), float(record.steps.column("loss")[-1])
         facts["Steps"] = f"{last:,}"
-        facts["Loss of the last step"] = format_number(line["loss"]) if line["loss"] is not None else "not finite"
+        facts["Loss of the last step"] = format_number(loss) if math.isfinite(loss) else "not finite"
     losses = {step: value for step, line in record.evaluations.items() if (value := _number(line, "eval_loss"))}
     if losses:
         best = min(losses, key=losses.__getitem__)
         facts["Lowest evaluation loss"] = f"{format_number(losses[best])} at step {best:,}"
-    seconds, tokens = (
-        sum(_number(line, key) for line in record.steps.values()) for key in ("step_seconds", "input_tokens")
-    )
+    seconds, tokens = (record.steps.total(key) for key in ("step_seconds", "input_tokens"))
     facts |= {"Time in steps": _duration(seconds) if seconds else "", "Tokens seen": f"{tokens:,}" if tokens else ""}
     return [(name, str(value)) for name, value in facts.items() if value]
 
@@ -143,7 +143,7 @@ def changed_tables(tables: Tables) -> Tables:
 
 
 def _read_metrics(file: Path, notes: list[str]) -> Metrics:
-    metrics = Metrics({}, {}, [])
+    metrics = Metrics()
     try:
         metrics = read_metrics(file)
     except FileNotFoundError:

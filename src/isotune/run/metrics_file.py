@@ -1,11 +1,13 @@
 """metrics.jsonl: one line per optimizer update and one per evaluation; written, and read also while a run goes on."""
 
+import contextlib
 import json
 import math
 import sys
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ from isotune.io.errors import UserError, as_user_error
 from isotune.io.reading import Unreadable, open_file, parse_json
 from isotune.io.run_files import LARGEST, MAX_LINES_BYTES
 from isotune.run.run_lease import RunLease
+from isotune.run.step_lines import StepLines
 
 METRICS = "metrics.jsonl"
+CHUNK_LINES = 4096
 # keys whose values are numbers, beside those that begin with PREFIXES; a value that is not finite is null
 NUMBERS = frozenset({
     "epoch", "loss", "grad_norm", "learning_rate", "supervised_tokens", "input_tokens", "documents", "step_seconds",
@@ -58,9 +62,9 @@ class MetricsFile:
 class Metrics:
     """Training and evaluation lines by step, in the order of the steps; `broken_lines` are line numbers from 1."""
 
-    steps: dict[int, dict[str, Any]]
-    evaluations: dict[int, dict[str, Any]]
-    broken_lines: list[int]
+    steps: StepLines = field(default_factory=StepLines)
+    evaluations: StepLines = field(default_factory=StepLines)
+    broken_lines: list[int] = field(default_factory=list[int])
 
 
 def read_metrics(file: Path) -> Metrics:
@@ -70,20 +74,40 @@ def read_metrics(file: Path) -> Metrics:
     written twice, because the run resumed from an earlier checkpoint, the last line counts. FileNotFoundError, or
     Unreadable where it is no regular file.
     """
-    steps: dict[int, dict[str, Any]] = {}
-    evaluations: dict[int, dict[str, Any]] = {}
-    broken_lines = []
-    with open_file(file, MAX_LINES_BYTES, file.parent) as lines:
-        for number, line in enumerate(lines, start=1):
-            entry = read_line(line)
+    broken_lines: list[int] = []
+    evaluations: list[dict[str, Any]] = []
+
+    def training_lines(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+        for number, entry in enumerate(_entries(lines), start=1):
             if entry is None:
                 broken_lines.append(number)
                 continue
-            if "loss" in entry:
-                steps[entry["step"]] = entry
             if "eval_loss" in entry:
-                evaluations[entry["step"]] = entry
-    return Metrics(dict(sorted(steps.items())), dict(sorted(evaluations.items())), broken_lines)
+                evaluations.append(entry)
+            if "loss" in entry:
+                yield entry
+
+    with open_file(file, MAX_LINES_BYTES, file.parent) as lines:
+        return Metrics(StepLines(training_lines(lines)), StepLines(evaluations), broken_lines)
+
+
+def _entries(lines: Iterable[bytes]) -> Iterator[dict[str, Any] | None]:
+    """`read_line` of each line, some thousand at once where they are as this program writes them."""
+    lines = iter(lines)
+    while chunk := list(islice(lines, CHUNK_LINES)):
+        entries: Any = None
+        if all(map(_is_flat, chunk)):
+            with contextlib.suppress(ValueError, RecursionError):
+                entries = json.loads(b"[" + b",".join(chunk) + b"]")
+        if entries is None or len(entries) != len(chunk):
+            yield from map(read_line, chunk)
+        else:
+            yield from map(_checked, entries)
+
+
+def _is_flat(line: bytes) -> bool:
+    """Whether it looks like one object of plain values: where it is not, several are no longer as many values."""
+    return line.startswith(b"{") and line.endswith(b"}\n") and line.count(b"{") == 1 == line.count(b"}")
 
 
 def read_progress(file: Path) -> tuple[int, dict[int, dict[str, Any]]]:
@@ -101,13 +125,17 @@ def read_progress(file: Path) -> tuple[int, dict[int, dict[str, Any]]]:
 def read_line(line: bytes) -> dict[str, Any] | None:
     """A line of the file, with null under NUMBERS where it has no finite number; None where it is broken."""
     try:
-        entry = parse_json(line.decode("utf-8"))
+        return _checked(parse_json(line.decode("utf-8")))
     except (Unreadable, UnicodeDecodeError):
         return None
+
+
+def _checked(entry: Any) -> dict[str, Any] | None:
     if not isinstance(entry, dict) or type(step := entry.get("step")) is not int or not 0 <= step <= sys.maxsize:
         return None
     for key, value in entry.items():
-        is_number = type(value) in (int, float) and -LARGEST <= value <= LARGEST
-        if not is_number and (key in NUMBERS or key.startswith(PREFIXES)):
+        if type(value) in (int, float) and -LARGEST <= value <= LARGEST:
+            continue
+        if key in NUMBERS or key.startswith(PREFIXES):
             entry[key] = None
     return entry

@@ -118,11 +118,11 @@ def count_flops(
 def measured_mfu(run: Path, recipe: RunRecipe, model: ModelStats, work: Work, device: Device) -> float:
     """The MFU of a finished run of this recipe: the median over its steps, on one process; UserError without steps."""
     try:
-        steps = read_metrics(run / METRICS).steps.values()
+        steps = read_metrics(run / METRICS).steps
         processes = read_environment(run)["in_effect"]["world_size"]
     except (FileNotFoundError, Unreadable, KeyError) as error:
         raise UserError(f"--measured {run}: no metrics.jsonl and environment.json of a run: {error}") from None
-    rates = [line["tokens_per_second"] for line in steps if line.get("tokens_per_second")]
+    rates = [rate for rate in steps.column("tokens_per_second").tolist() if rate > 0]
     if not rates:
         raise UserError(f"--measured {run}: metrics.jsonl has no step")
     flops_per_token = flops_per_step(recipe, model, work) / work.tokens_per_step
