@@ -13,9 +13,9 @@ from typing import Any
 
 from isotune.io.errors import UserError, as_user_error
 from isotune.io.reading import Unreadable, open_file, parse_json
-from isotune.io.run_files import LARGEST, MAX_LINES_BYTES
+from isotune.io.run_files import MAX_LINES_BYTES
 from isotune.run.run_lease import RunLease
-from isotune.run.step_lines import StepLines
+from isotune.run.step_lines import StepLines, is_finite_number
 
 METRICS = "metrics.jsonl"
 CHUNK_LINES = 4096
@@ -83,16 +83,16 @@ def read_metrics(file: Path) -> Metrics:
                 broken_lines.append(number)
                 continue
             if "eval_loss" in entry:
-                evaluations.append(entry)
+                evaluations.append(_with_nulls(entry))
             if "loss" in entry:
                 yield entry
 
     with open_file(file, MAX_LINES_BYTES, file.parent) as lines:
-        return Metrics(StepLines(training_lines(lines)), StepLines(evaluations), broken_lines)
+        return Metrics(StepLines(training_lines(lines), _is_number), StepLines(evaluations), broken_lines)
 
 
 def _entries(lines: Iterable[bytes]) -> Iterator[dict[str, Any] | None]:
-    """`read_line` of each line, some thousand at once where they are as this program writes them."""
+    """`read_line` of each line, some thousand at once where they are as this program writes them, without nulls."""
     lines = iter(lines)
     while chunk := list(islice(lines, CHUNK_LINES)):
         entries: Any = None
@@ -102,7 +102,7 @@ def _entries(lines: Iterable[bytes]) -> Iterator[dict[str, Any] | None]:
         if entries is None or len(entries) != len(chunk):
             yield from map(read_line, chunk)
         else:
-            yield from map(_checked, entries)
+            yield from map(_with_step, entries)
 
 
 def _is_flat(line: bytes) -> bool:
@@ -125,17 +125,26 @@ def read_progress(file: Path) -> tuple[int, dict[int, dict[str, Any]]]:
 def read_line(line: bytes) -> dict[str, Any] | None:
     """A line of the file, with null under NUMBERS where it has no finite number; None where it is broken."""
     try:
-        return _checked(parse_json(line.decode("utf-8")))
+        entry = _with_step(parse_json(line.decode("utf-8")))
     except (Unreadable, UnicodeDecodeError):
         return None
+    return entry and _with_nulls(entry)
 
 
-def _checked(entry: Any) -> dict[str, Any] | None:
-    if not isinstance(entry, dict) or type(step := entry.get("step")) is not int or not 0 <= step <= sys.maxsize:
-        return None
+def _with_step(entry: Any) -> dict[str, Any] | None:
+    """A line's value, where it is an object with a step."""
+    if type(entry) is dict and type(step := entry.get("step")) is int and 0 <= step <= sys.maxsize:
+        return entry
+    return None
+
+
+def _is_number(key: str) -> bool:
+    """Whether the values of a key are numbers, and null where they are not."""
+    return key in NUMBERS or key.startswith(PREFIXES)
+
+
+def _with_nulls(entry: dict[str, Any]) -> dict[str, Any]:
     for key, value in entry.items():
-        if type(value) in (int, float) and -LARGEST <= value <= LARGEST:
-            continue
-        if key in NUMBERS or key.startswith(PREFIXES):
+        if not is_finite_number(value) and _is_number(key):
             entry[key] = None
     return entry

@@ -1,23 +1,33 @@
 """Lines of metrics.jsonl as columns: a million of them take a hundred megabytes, and a sum over one key no time."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from isotune.io.run_files import LARGEST
 
 _CHUNK_LINES = 16_384
 _ABSENT, _NULL, _WHOLE, _REAL, _OTHER = range(5)  # what a line has under a key
 _MAX_WHOLE = 2**53  # larger ones are no float64, and are kept beside the columns
 
 
+def is_finite_number(value: object) -> bool:
+    """Whether a value of a line is a number that later products may hold."""
+    return type(value) in (int, float) and -LARGEST <= value <= LARGEST  # type: ignore[operator]  (by its type)
+
+
 class StepLines(Mapping[int, dict[str, Any]]):
     """The lines by step, in the order of the steps; of a step that has several lines the last one.
 
-    `steps` are int64 [lines]. A line is made anew each time that it is asked for: ask for a `column` instead.
+    Under a key of which `is_number` is true, what is no finite number becomes null. `steps` are int64 [lines]. A line
+    is made anew each time that it is asked for: ask for a `column` instead.
     """
 
-    def __init__(self, lines: Iterable[dict[str, Any]] = ()) -> None:
-        chunks = _Chunks()
+    def __init__(
+        self, lines: Iterable[dict[str, Any]] = (), is_number: Callable[[str], bool] = lambda key: False
+    ) -> None:
+        chunks = _Chunks(is_number)
         for line in lines:
             chunks.add(line)
         chunks.close()
@@ -86,7 +96,8 @@ class StepLines(Mapping[int, dict[str, Any]]):
 class _Chunks:
     """Columns that grow by chunks of lines; a key that comes late is absent from the lines before it."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_number: Callable[[str], bool]) -> None:
+        self.is_number = is_number
         self.steps: list[np.ndarray] = []
         self.numbers: dict[str, list[np.ndarray]] = {}
         self.kinds: dict[str, list[np.ndarray]] = {}
@@ -117,15 +128,16 @@ class _Chunks:
     def _column(self, key: str, lines: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
         values = [line.get(key, self) for line in lines]
         types = set(map(type, values))
-        if types == {float}:
-            return np.array(values), np.full(len(values), _REAL, np.uint8)
+        if types == {float} and np.abs(numbers := np.array(values)).max() <= LARGEST:  # false of NaN too
+            return numbers, np.full(len(values), _REAL, np.uint8)
+        is_number = self.is_number(key)
         if types == {int} and min(values) >= -_MAX_WHOLE and max(values) <= _MAX_WHOLE:
             return np.array(values, float), np.full(len(values), _WHOLE, np.uint8)
         numbers, kinds = np.zeros(len(values)), np.zeros(len(values), np.uint8)
         for place, value in enumerate(values):
             if value is self:
                 continue
-            if value is None:
+            if value is None or (is_number and not is_finite_number(value)):
                 kinds[place] = _NULL
             elif type(value) is float:
                 numbers[place], kinds[place] = value, _REAL
