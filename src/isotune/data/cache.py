@@ -8,6 +8,7 @@ An entry appears by one rename. meta.json holds a digest of every array, so an e
 cut kept from reaching the disk, is noticed and written again.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -17,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from isotune.io.cache_root import cache_root, disk_errors_named
+from isotune.io.locks import held
 
 Content = tuple[dict[str, np.ndarray], dict[str, Any]]  # arrays by name, and counts that JSON can hold
 Build = Callable[[Path], Content]  # given the folder that becomes the entry
@@ -34,17 +35,16 @@ def load_or_build(fingerprint: str, build: Build) -> Content:
     """The entry of this fingerprint, built by exactly one of the processes that ask for it; arrays mapped from disk.
 
     An array that `build` has written to the folder, as NAME.npy, is taken as it lies there. UserError where the folder
-    cannot be written, or the disk has no room.
+    cannot be written, the disk has no room, or the process that builds the entry hangs.
     """
     folder = cache_folder()
     entry = folder / fingerprint
     if content := _load(entry):
         return content
-    lock = FileLock(folder / f"{fingerprint}.lock")
-    with disk_errors_named(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    try:
+    with contextlib.ExitStack() as holding:
+        with disk_errors_named(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            holding.enter_context(held(folder / f"{fingerprint}.lock"))
         content = _load(entry)
         if content is None:
             # Nobody else writes while the lock is held: a partial entry here is of a process that was killed.
@@ -52,8 +52,6 @@ def load_or_build(fingerprint: str, build: Build) -> Content:
                 shutil.rmtree(leftover, ignore_errors=True)
             _build(entry, build)
             content = _load(entry)
-    finally:
-        lock.release()
     assert content is not None, f"{entry} cannot be read back"
     return content
 

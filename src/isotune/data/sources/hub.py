@@ -7,6 +7,7 @@ are is decided once too, under a lock that all processes of a machine share (`fe
     $ISOTUNE_CACHE/hub/models--OWNER--NAME/COMMIT/PART.json      the files of a part that are in the Hub's cache
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ from isotune.data.sources.hub_access import (
 from isotune.io.cache_root import cache_root, disk_errors_named
 from isotune.io.errors import UserError, is_first_process
 from isotune.io.files import replace_file
+from isotune.io.locks import held
 
 _CACHED = "or set HF_HUB_OFFLINE=1 where an earlier run has cached it"
 OFFLINE_WAYS = {
@@ -116,13 +118,10 @@ def fetch(
     if found is None and (is_offline(repository.kind) or not hub_reached()):
         found = choose(False)
     elif found is None:
-        from filelock import FileLock
-
-        with disk_errors_named(memo.parent):
-            memo.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(memo.with_suffix(".lock"))
-            lock.acquire()
-        try:
+        with contextlib.ExitStack() as holding:
+            with disk_errors_named(memo.parent):
+                memo.parent.mkdir(parents=True, exist_ok=True)
+                holding.enter_context(held(memo.with_suffix(".lock")))
             found = _remembered(memo, repository)
             if found is None:
                 found = wait_if_told(lambda: choose(True))
@@ -130,8 +129,6 @@ def fetch(
                     download(repository, file)
                 with disk_errors_named(memo.parent):
                     replace_file(memo, json.dumps(found, indent=1) + "\n")
-        finally:
-            lock.release()
     if read:
         repository.mark_read(found["files"])
     return found
