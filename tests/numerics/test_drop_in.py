@@ -1,6 +1,7 @@
 """`from isotune import Trainer, SFTTrainer`: the library's constructor, losses that no split of a batch changes."""
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from transformers import (
 from trl import SFTConfig
 
 import isotune
+from isotune.drop_in.refusals import uses_exact_gradients
 from isotune.io.errors import RunFault, UserError
 from isotune.models.base.builtin import builtin_tokenizer
 
@@ -218,6 +220,65 @@ def test_what_cannot_be_exact_is_refused_in_one_sentence(options: Any, args: Any
     arguments = TrainingArguments(output_dir=str(tmp_path), **QUIET, **args)
     with pytest.raises(UserError, match=sentence):
         isotune.Trainer(**{"model": bert(), "args": arguments, "train_dataset": texts(), **options})
+
+
+def under(precision: str = "no", optim: str = "adamw_torch", device: str = "cpu", **engine: Any) -> Any:
+    """What a trainer knows of its engine, before its plan is made."""
+    plugin = SimpleNamespace(deepspeed_config=engine["deepspeed"]) if "deepspeed" in engine else None
+    return SimpleNamespace(
+        args=SimpleNamespace(optim=optim, device=torch.device(device)),
+        optimizer=engine.get("optimizer"),
+        optimizer_cls_and_kwargs=None,
+        accelerator=SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), mixed_precision=precision),
+        is_deepspeed_enabled=plugin is not None,
+        is_fsdp_enabled=engine.get("fsdp", False),
+    )
+
+
+def zero(stage: int, **config: Any) -> dict[str, Any]:
+    return {"deepspeed": {"zero_optimization": {"stage": stage}, **config}}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "sentence"),
+    [
+        (under(optim="adamw_torch_fused", fsdp=True), "under FSDP needs optim: adamw_torch or sgd"),
+        (under(optim="adamw_torch_fused", **zero(1)), "under ZeRO-1 needs optim: adamw_torch or sgd"),
+        (under(**zero(3, optimizer={"type": "AdamW"})), "because the optimizer of the DeepSpeed configuration rounds"),
+        (
+            under(fsdp=True, optimizer=torch.optim.Adagrad([torch.zeros(1)])),
+            "under FSDP needs optim.* because your Adagrad",
+        ),
+        (under(**zero(0)), "cannot hold under ZeRO-0"),
+        (under("bf16", **zero(2)), "cannot hold under ZeRO-2 in bf16"),
+        (under("fp16", fsdp=True), "cannot hold under FSDP in fp16"),
+        (under(device="mps"), "cannot hold on MPS"),
+    ],
+)
+def test_exact_gradients_are_refused_where_an_engine_cannot_keep_them(trainer: Any, sentence: str):
+    with pytest.raises(UserError, match=f"^exact_gradients: true .*{sentence}"):
+        uses_exact_gradients(trainer, True, few_trained=True)
+    assert not uses_exact_gradients(trainer, "auto", few_trained=True)
+
+
+def test_exact_gradients_where_an_engine_keeps_them():
+    own = torch.optim.AdamW([torch.zeros(1)])
+    for trainer in (under(fsdp=True), under("bf16", **zero(3)), under(optim="adafactor", optimizer=own, **zero(1))):
+        assert uses_exact_gradients(trainer, True, few_trained=False)
+        assert not uses_exact_gradients(trainer, "auto", few_trained=True)
+    assert uses_exact_gradients(under(optim="adafactor"), "auto", few_trained=True)
+
+
+def test_a_trainer_under_fsdp_refuses_what_its_optimizer_rounds_by_place(tmp_path, monkeypatch):
+    stock = transformers.Trainer.create_accelerator_and_postprocess
+
+    def sharded(self: Any) -> None:
+        stock(self)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", sharded)
+    with pytest.raises(UserError, match="exact_gradients: true under FSDP needs optim"):
+        sft(tmp_path, 4, 2, exact_gradients=True)
 
 
 def test_a_mixture_of_experts_keeps_its_coefficient_and_says_what_is_not_trained(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -10,6 +11,7 @@ from transformers.models.auto.modeling_auto import (
 
 from isotune.compat.peft import base_model_of
 from isotune.io.errors import UserError
+from isotune.training.gradients.exact_support import UpdateSetting, check_exact
 
 # an argument of TrainingArguments or SFTConfig, by the value that is refused: anything true, or one value
 REFUSED_FIELDS: dict[str, tuple[Any, str]] = {
@@ -78,3 +80,33 @@ def check_model(model: nn.Module) -> None:
     known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()}
     if kind not in known and not kind.endswith(("ForCausalLM", "LMHeadModel", "ForSequenceClassification")):
         raise UserError(f"{kind} is neither a causal language model nor a sequence classifier: use the library's own")
+
+
+def uses_exact_gradients(trainer: Any, asked: bool | str, *, few_trained: bool) -> bool:
+    """Whether a trainer sums gradients as integers: `auto` does where few are trained, under plain and DDP.
+
+    UserError where they are asked for and cannot be kept.
+    """
+    setting = update_setting(trainer)
+    if asked == "auto":
+        return few_trained and not setting.shards and setting.holds_integers
+    if asked:
+        check_exact(setting)
+    return bool(asked)
+
+
+def update_setting(trainer: Any) -> UpdateSetting:
+    """What the bits of a trainer's updates depend on; an optimizer of its user is known by its class."""
+    args, own = trainer.args, trainer.optimizer
+    plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
+    config = None if plugin is None else plugin.deepspeed_config
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if own is not None:
+        kept = {torch.optim.AdamW: "adamw_torch", torch.optim.SGD: "sgd"}.get(type(own))
+        optimizer = kept if kept and not own.defaults.get("fused") else f"your {type(own).__name__}"
+    elif trainer.optimizer_cls_and_kwargs is not None:
+        optimizer = f"your {trainer.optimizer_cls_and_kwargs[0].__name__}"
+    elif config is not None and "optimizer" in config:
+        optimizer = "the optimizer of the DeepSpeed configuration"
+    precision = str(trainer.accelerator.mixed_precision)
+    return UpdateSetting(args.device.type, optimizer, precision, trainer.is_fsdp_enabled, config)

@@ -31,7 +31,7 @@ from isotune.drop_in.evaluation import DropInEvaluation, Laid
 from isotune.drop_in.model_loss import check_model_loss, has_other_loss
 from isotune.drop_in.own_loss import Batch, OwnLoss
 from isotune.drop_in.predictions import tokens_of
-from isotune.drop_in.refusals import check_model, refuse, refuse_overrides
+from isotune.drop_in.refusals import check_model, refuse, refuse_overrides, uses_exact_gradients
 from isotune.io.errors import UserError, first_line
 from isotune.models.causal import install_causal
 from isotune.models.class_loss import ClassLoss
@@ -141,8 +141,7 @@ class DropIn(DropInEvaluation):
         task = self._install(base, train, dataset)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         few = 2 * trained < sum(p.numel() for p in model.parameters())
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        exact = bool(self._exact) if self._exact != "auto" else few and not sharded
+        exact = uses_exact_gradients(self, self._exact, few_trained=few)
         schedule = self._schedule(train, task, self.global_batch_size, ranks=None if exact else args.world_size)
         if args.process_index == 0:
             print(

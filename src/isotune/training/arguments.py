@@ -1,6 +1,5 @@
 """What a recipe asks of transformers' and TRL's trainers, and whether its gradients can be summed exactly."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,11 +10,7 @@ from isotune.compat.transformers import bf16_without_gpu, use_one_gpu
 from isotune.config import RunRecipe
 from isotune.config.task_types import HIGHER_IS_BETTER
 from isotune.distributed.launch import Process
-from isotune.io.errors import VALUES, UserError
-
-# torch 2.13's fused AdamW rounds the last few numbers of a tensor otherwise on CPU (44 of 14,000 in ten steps, on
-# tensors of 7), 8-bit optimizers quantize blocks, Adafactor factors matrices: to them a shard is another tensor.
-POSITION_FREE_OPTIMIZERS = ("adamw_torch", "sgd")
+from isotune.training.gradients.exact_support import UpdateSetting, check_exact
 
 
 def sft_arguments(recipe: RunRecipe, process: Process) -> TrainingArguments:
@@ -76,49 +71,10 @@ def training_arguments(
 def uses_exact_gradients(recipe: RunRecipe, process: Process) -> bool:
     """`auto` is on where few parameters are trained, under plain and DDP; an engine that shards is asked for it.
 
-    Raises UserError where it is asked for under an engine that cannot keep it.
+    Raises UserError where it is asked for and cannot be kept.
     """
-    stage, engine = process.zero_stage, "FSDP" if process.fsdp else f"ZeRO-{process.zero_stage}"
-    if process.device.type == "mps":  # which has no float64
-        if recipe.exact_gradients is True:
-            raise UserError("exact_gradients: true cannot hold on MPS, which has no float64: say device: cpu")
-        return False
-    if recipe.exact_gradients is True and (process.fsdp or process.deepspeed):
-        if stage == 0:
-            raise UserError(
-                "exact_gradients: true cannot hold under ZeRO-0: use DDP, FSDP2, ZeRO-1, ZeRO-2 or ZeRO-3",
-                reason=VALUES,
-            )
-        if recipe.bf16 and stage in (1, 2):
-            raise UserError(
-                f"exact_gradients: true cannot hold under {engine} in bf16, which rounds gradients itself: use DDP, "
-                "FSDP2 or ZeRO-3",
-                reason=VALUES,
-            )
-        if recipe.fp16:
-            raise UserError(
-                f"exact_gradients: true cannot hold under {engine} in fp16: use DDP, or bf16: true", reason=VALUES
-            )
-        for key, why in _unexact_zero3_keys(process):
-            raise UserError(f"exact_gradients: true cannot hold with zero_optimization.{key}, {why}: take it out")
-        optimizer = recipe.training_arguments["optim"]
-        if optimizer not in POSITION_FREE_OPTIMIZERS:
-            raise UserError(
-                f"exact_gradients: true under {engine} needs optim: {' or '.join(POSITION_FREE_OPTIMIZERS)}, because "
-                f"{optimizer} rounds a number by where it lies in a share: say so on every number of processes",
-                reason=VALUES,
-            )
-    return recipe.sums_exactly(plain_or_ddp=not (process.deepspeed or process.fsdp))
-
-
-def _unexact_zero3_keys(process: Process) -> Iterator[tuple[str, str]]:
-    """Keys of ZeRO-3 that would change what is added up, and why."""
-    zero = (process.deepspeed_config or {}).get("zero_optimization") or {}
-    if process.zero_stage != 3:
-        return
-    if zero.get("zero_quantized_gradients"):
-        yield "zero_quantized_gradients", "which rounds what travels"
-    if zero.get("mics_shard_size", -1) > 0:
-        yield "mics_shard_size", "whose shares are of a part of the processes"
-    if (zero.get("offload_optimizer") or {}).get("device") == "nvme":
-        yield "offload_optimizer.device: nvme", "which would be read and written once for each parameter"
+    config, optimizer = process.deepspeed_config, recipe.training_arguments["optim"]
+    setting = UpdateSetting(process.device.type, optimizer, recipe.mixed_precision, process.fsdp, config)
+    if recipe.exact_gradients is True:
+        check_exact(setting)
+    return recipe.sums_exactly(plain_or_ddp=not setting.shards) and setting.holds_integers
