@@ -1,6 +1,7 @@
 """The mixin over both libraries' trainers, and its parts without a trainer."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,20 +11,27 @@ from accelerate.state import AcceleratorState, GradientState
 from tests.building import build, each_document, loss_of_document, small_opt
 from tests.launching import TINY
 from torch import nn
-from transformers import OPTForCausalLM
+from transformers import AutoModelForSequenceClassification, BertConfig, OPTConfig, OPTForCausalLM, XLNetConfig
 
 from isotune.config import Recipe
 from isotune.data.sft.preparation import prepare_conversations
 from isotune.distributed.watchdog import Watchdog
-from isotune.io.errors import RunFault
+from isotune.io.errors import RunFault, UserError
+from isotune.models.causal import install_causal
+from isotune.models.class_loss import ClassLoss
+from isotune.models.classifier import install_classification
+from isotune.models.packed_attention import PACKED
 from isotune.training.arguments import sft_arguments, training_arguments
 from isotune.training.failures.nonfinite import NonFinitePolicy
 from isotune.training.from_recipe import build_model, make_plan, start_run
+from isotune.training.gradients.gradient_gaps import leaves_gaps, refuse_left_out_layers
 from isotune.training.gradients.gradient_sync import GradientSync
 from isotune.training.tasks import SftTask
 from isotune.training.trainer import SFTTrainer, Trainer
 from isotune.training.training_plan import StepLoader
 from isotune.training.update import OptimizerUpdate
+
+SMALL: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "num_attention_heads": 2, "pad_token_id": 1}
 
 
 def parts(folder: Path, **values: Any) -> tuple[Recipe, Any, Any, nn.Module, Any]:
@@ -116,3 +124,48 @@ def test_the_order_of_a_steps_microbatches_changes_nothing(tmp_path, exact) -> N
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     for name, gradient in gradients.items():
         assert (others[name] - gradient).norm() <= (0 if exact else 1e-6 * norm), name
+
+
+def test_a_layer_that_is_left_out_has_no_gradient_exact_or_not(tmp_path) -> None:
+    without: list[list[str]] = []
+    _, _, plan, model, _ = parts(tmp_path, model_name_or_path=small_opt(tmp_path / "opt", layerdrop=0.5))
+    for exact in (False, True):
+        sync = GradientSync(Accelerator(cpu=True), exact=exact)
+        sync.prepare(model)
+        update = OptimizerUpdate(SftTask(), sync, NonFinitePolicy(), Watchdog(60.0), seed=1)
+        for item, _ in zip(StepLoader(plan.schedule, plan.documents.documents, 0, 1), range(3), strict=False):
+            update.run(model, item["step"], item["microbatches"])
+            without.append([name for name, p in model.named_parameters() if p.grad is None])
+            update.sync.drop(model)
+    assert any(without) and without[:3] == without[3:]
+
+
+def test_zero_refuses_layers_that_are_left_out(tmp_path) -> None:
+    refuse_left_out_layers(OPTForCausalLM.from_pretrained(small_opt(tmp_path / "none")))
+    model = OPTForCausalLM.from_pretrained(small_opt(tmp_path / "some", layerdrop=0.1))
+    with pytest.raises(UserError, match=r"^layerdrop: DeepSpeed gives a layer"):
+        refuse_left_out_layers(model)
+
+
+@pytest.mark.parametrize(
+    ("config", "gaps"),
+    [
+        (BertConfig(num_hidden_layers=1, **SMALL), False),
+        (XLNetConfig(n_layer=1, d_model=16, n_head=2, d_inner=16), True),
+        (OPTConfig(num_hidden_layers=1, ffn_dim=16, word_embed_proj_dim=16, dropout=0.1, **SMALL), False),
+        (OPTConfig(num_hidden_layers=1, ffn_dim=16, word_embed_proj_dim=16, layerdrop=0.1, **SMALL), True),
+    ],
+)
+def test_a_parameter_that_no_microbatch_uses_is_found_before_training(config, gaps) -> None:
+    if isinstance(config, OPTConfig):
+        model: Any = OPTForCausalLM(config)
+        install_causal(model, 64)
+        task = SimpleNamespace(pads=False, item="rows")
+    else:
+        model = AutoModelForSequenceClassification.from_config(config)
+        layout = install_classification(model, ClassLoss(None, 0.0), 64)
+        task = SimpleNamespace(pads=layout.name != PACKED, item="documents")
+    before = [p.clone() for p in model.parameters()]
+    assert leaves_gaps(model, task, torch.device("cpu")) is gaps
+    after = list(model.parameters())
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, after, strict=True))

@@ -3,11 +3,13 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from tests.launching import start_command
 
 PROGRAM = """
 import sys, torch, torch.distributed as dist
+from types import SimpleNamespace
 from torch import nn
 from isotune.training.gradients import rank_sums
 rank, folder = int(sys.argv[1]), sys.argv[2]
@@ -32,17 +34,69 @@ for p, gradient in zip(whole, before):
     p.grad = gradient.clone()
 assert rank_sums.sum_over_ranks(whole) == []
 torch.save([p.grad for p in whole], f"{folder}/whole-{rank}.pt")
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.of_rank_0, self.unused = (nn.Parameter(torch.full((2,), 3.0)) for _ in range(3))
+
+    def forward(self, x):
+        return (x * self.used).sum() + ((x * self.of_rank_0).sum() if rank == 0 else 0.0)
+
+
+from isotune.training.gradients.gradient_sync import GradientSync
+
+model = nn.parallel.DistributedDataParallel(Model())
+accelerator = SimpleNamespace(
+    distributed_type=SimpleNamespace(value="MULTI_CPU"), num_processes=2, scaler=None, device=torch.device("cpu"),
+    no_sync=lambda model: model.no_sync(), unwrap_model=lambda model: model.module,
+    backward=lambda loss: loss.backward(),
+)
+found = []
+for exact in (False, True):
+    sync = GradientSync(accelerator, exact=exact)
+    sync.prepare(model)
+    for update in range(2):
+        model.zero_grad()
+        with sync.update(model), sync.microbatch(model, last=True):
+            sync.backward(model, model(torch.full((2,), 1.0 + rank + update)) * sync.loss_scale)
+        lacks = torch.tensor(float(sync.lacks_gradients(model)))
+        dist.all_reduce(lacks)
+        values = sync.finish(model).tolist()
+        sync.take(model, values, some_lack=bool(lacks))
+        found.append([p.grad for p in model.module.parameters()])
+    if exact:
+        sync.exact.remove()
+torch.save(found, f"{folder}/ddp-{rank}.pt")
 dist.barrier()
 dist.destroy_process_group()
 """
 
 
-def test_the_sum_of_every_shape_and_type_is_that_of_the_ranks_and_nobodys_gradient_stays_none(tmp_path: Path):
-    ranks = [start_command([sys.executable, "-c", PROGRAM, str(rank), str(tmp_path)]) for rank in range(2)]
+@pytest.fixture(scope="module")
+def summed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks of PROGRAM have found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    ranks = [start_command([sys.executable, "-c", PROGRAM, str(rank), str(folder)]) for rank in range(2)]
     assert [rank.wait(120) for rank in ranks] == [0, 0]
-    given, found = zip(*(torch.load(tmp_path / f"gaps-{rank}.pt") for rank in range(2)), strict=True)
-    whole = [torch.load(tmp_path / f"whole-{rank}.pt") for rank in range(2)]
+    return folder
+
+
+def test_the_sum_of_every_shape_and_type_is_that_of_the_ranks_and_nobodys_gradient_stays_none(summed: Path):
+    given, found = zip(*(torch.load(summed / f"gaps-{rank}.pt") for rank in range(2)), strict=True)
+    whole = [torch.load(summed / f"whole-{rank}.pt") for rank in range(2)]
     for i, (one, other) in enumerate(zip(*given, strict=True)):
         expected = other if one is None else one + other
         for sums in (*found, *([] if i > 5 else whole)):
             assert (sums[i] is None) if expected is None else torch.equal(sums[i], expected), i
+
+
+def test_ddp_sums_what_a_rank_has_no_gradient_for_and_leaves_none_what_nobody_has(summed: Path):
+    for rank in range(2):
+        updates = torch.load(summed / f"ddp-{rank}.pt")
+        assert len(updates) == 4, "two updates, to rounding and exact"
+        for number, (used, of_rank_0, unused) in enumerate(updates):
+            assert used.tolist() == [3.0 + 2 * (number % 2)] * 2
+            assert of_rank_0.tolist() == [1.0 + number % 2] * 2
+            assert unused is None

@@ -140,6 +140,15 @@ def reduce_scatter(whole: Tensor, group: Any) -> Tensor:
     return part
 
 
+def ddp_has_reduced(model: Any) -> bool:
+    """Whether DDP has summed the gradients of the last backward; it waits, in silence, for one that never comes."""
+    try:
+        model._check_reducer_finalized()
+    except RuntimeError:
+        return False
+    return True
+
+
 def fsdp2_offloads(model: FSDPModule) -> bool:
     """Whether `fully_shard` was given a CPUOffloadPolicy; the module has no getter for its policy."""
     group = model._get_fsdp_state()._fsdp_param_group

@@ -55,7 +55,7 @@ def training_arguments(
             greater_is_better=engine.get("metric_for_best_model") in HIGHER_IS_BETTER,
             logging_nan_inf_filter=False,
             remove_unused_columns=False,
-            # every parameter that is trained takes part in every microbatch
+            # where a microbatch may leave a parameter without a gradient, DDP's own sum is not used
             ddp_find_unused_parameters=False,
             dataloader_pin_memory=process.device.type == "cuda",
             # TF32 would make fp32 another number on other hardware

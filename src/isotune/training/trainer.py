@@ -42,6 +42,7 @@ from isotune.models.cuda.determinism import explained, use_deterministic_kernels
 from isotune.training.checkpointer import Checkpointer
 from isotune.training.failures.nonfinite import NonFinitePolicy
 from isotune.training.failures.out_of_memory import OutOfMemoryPolicy
+from isotune.training.gradients.gradient_gaps import leaves_gaps, refuse_left_out_layers
 from isotune.training.gradients.gradient_sync import GradientSync, ZeroGradientSync
 from isotune.training.recorder import MetricsRecorder
 from isotune.training.tasks import EvaluationRun, SftTask
@@ -106,6 +107,7 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
         self.memory = plan.out_of_memory or OutOfMemoryPolicy([plan.schedule], is_main=args.process_index == 0)
         exact = plan.exact_gradients
         if self.is_deepspeed_enabled:
+            refuse_left_out_layers(cast(nn.Module, self.model))
             clipping = args.max_grad_norm
             sync = ZeroGradientSync(self.accelerator, once=plan.reduce_once, exact=exact, max_grad_norm=clipping)
         else:
@@ -217,7 +219,10 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
             prepared = super()._prepare_for_training(
                 max_steps, train_dataloader, None if ours else resume_from_checkpoint
             )
-        self.update.sync.prepare(self.model_wrapped)
+        sync = self.update.sync
+        sync.prepare(self.model_wrapped)
+        if sync.may_overlap:
+            sync.sums_late = leaves_gaps(self.model_wrapped, self.plan.task, self.args.device)
         if self.args.fp16 and not self.is_deepspeed_enabled:
             wrapped: Any = self.optimizer
             let_scaler_check_before_step(wrapped.optimizer)

@@ -46,6 +46,8 @@ class ExactGradients:
         trained = [p for p in model.parameters() if p.requires_grad]
         self.sums = {p: torch.zeros(self.share_shape(p), dtype=torch.int64, device=p.device) for p in trained}
         self.largest = {p: torch.zeros((), dtype=torch.float64, device=p.device) for p in self.sums}
+        self.seen: set[Any] = set()  # parameters with a gradient on this rank since the last update
+        self.lacking: list[Any] = []  # those without one in the last sum, to which they added zeros
         self.loss_scale = 1.0  # fp16's, a power of two: divided out on the way in, multiplied on the way out
         self._hooks = [p.register_post_accumulate_grad_hook(self._absorb) for p in trained]
 
@@ -62,7 +64,11 @@ class ExactGradients:
         parameter.grad = None
 
     def note_largest(self, parameter: Any, gradient: torch.Tensor) -> None:
-        """Add the largest absolute value of a microbatch's whole gradient, any shape, to the bound of the sum."""
+        """Add the largest absolute value of a microbatch's whole gradient, any shape, to the bound of the sum.
+
+        The parameter counts as `seen` from here on.
+        """
+        self.seen.add(parameter)
         if gradient.numel():
             lowest, highest = gradient.aminmax()  # a NaN makes both NaN
             bound = self.largest[parameter]
@@ -90,6 +96,7 @@ class ExactGradients:
             if several_ranks() and not self.shards:
                 dist.all_reduce(total)
             self.assign(parameter, total.double() * (self.loss_scale / 2.0**SCALE_BITS))
+        self.lacking = [parameter for parameter in self.sums if parameter not in self.seen]
         self.clear()
         return bounds
 
@@ -125,6 +132,7 @@ class ExactGradients:
         """Forget what was added since the last update."""
         for sums in (*self.sums.values(), *self.largest.values()):
             sums.zero_()
+        self.seen.clear()
 
     def remove(self) -> None:
         """Give the parameters back to ordinary accumulation."""

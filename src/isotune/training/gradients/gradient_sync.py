@@ -3,7 +3,7 @@
 | engine | within an update | at its end |
 |---|---|---|
 | plain | | |
-| DDP | `no_sync` | one all-reduce, overlapped with the last backward; after it where ranks vote |
+| DDP | `no_sync` | one all-reduce, overlapped with the last backward; after it where ranks vote or gradients may lack |
 | FSDP2 | `set_requires_gradient_sync(False)` | one reduce-scatter, in the last backward |
 | ZeRO 0, 1 | no accumulation boundary | one reduction |
 | ZeRO 2, 3 | `coalesce_grad_reduction` | one reduction (`gradient_reduction: pass`: one a microbatch) |
@@ -16,6 +16,9 @@ reduce-scatter after each microbatch (exact_shards.py).
 Where ranks vote (plain and DDP), none needs another within its microbatches. One that ran out of memory adds zeros to
 the sum, and the update is repeated (failures/out_of_memory.py). Under plain and DDP the host waits for the device once
 an update: losses, votes and norm are read together after the sum. Only fp16's scaler has to look at the gradient first.
+
+A parameter that no microbatch of the update used has no gradient, exact or not, and the optimizer leaves it alone.
+DDP's own sum would wait for it, so it is not used where that may happen (gradient_gaps.py).
 """
 
 import contextlib
@@ -27,6 +30,7 @@ import torch
 from torch import nn
 
 from isotune.compat.deepspeed import add_up_in_fp32, forget_coalesced_reduction
+from isotune.compat.torch import ddp_has_reduced
 from isotune.distributed.ranks import several_ranks
 from isotune.io.errors import RunFault
 from isotune.training.gradients.exact_gradients import ExactGradients, digit_sums, exact_norm, scale_to
@@ -46,8 +50,18 @@ class GradientSync:
         self._is_exact = exact
         # whether no rank holds a whole gradient after the update
         self.shards_gradients = accelerator.distributed_type.value == "FSDP"
-        # of a microbatch's loss: engines average gradients over the ranks, integers are added up
-        self.loss_scale: int = 1 if exact or votes else accelerator.num_processes
+        # DDP's ranks sum after the last backward and not within it, unless `may_overlap` and no gradient may lack
+        self.sums_late = not (exact or self.shards_gradients)
+
+    @property
+    def may_overlap(self) -> bool:
+        """Whether DDP may sum within the last backward, where every parameter has a gradient in every microbatch."""
+        return self.sums_late and not self.votes and several_ranks()
+
+    @property
+    def loss_scale(self) -> int:
+        """Of a microbatch's loss: engines average gradients over the ranks; integers, and late sums, are added up."""
+        return 1 if self._is_exact or self.sums_late else self.accelerator.num_processes
 
     def prepare(self, model: Any) -> None:
         """Called once, with the model as the engine has prepared it: its parameters may be shards."""
@@ -70,7 +84,7 @@ class GradientSync:
         """Hold it around the forward and backward of one microbatch."""
         self.accelerator.sync_gradients = last  # accelerate itself sets it in its own data loaders only
         try:
-            silent = (self.votes or not last) if self.exact is None else not self.exact.shards
+            silent = (self.sums_late or not last) if self.exact is None else not self.exact.shards
             with self.accelerator.no_sync(model) if silent else contextlib.nullcontext():
                 yield
         finally:
@@ -96,6 +110,8 @@ class GradientSync:
         elif not self.reads_late:
             if self.exact is not None:
                 self.exact.reduce()
+                for parameter in self.exact.lacking:  # the same on every rank, as all of them run the same modules
+                    parameter.grad = None
         else:
             return self._sum_and_norm(model)
         return None
@@ -108,8 +124,14 @@ class GradientSync:
                 found.append(digit_sums(self.exact.gradients()))
         else:
             trained = [p for p in model.parameters() if p.requires_grad]
-            if self.votes and several_ranks():
-                self._gaps = sum_over_ranks(trained)
+            if several_ranks():
+                if self.sums_late:
+                    self._gaps = sum_over_ranks(trained)
+                elif not ddp_has_reduced(model):
+                    raise RunFault(
+                        "a parameter had no gradient in a microbatch, though the test before training gave it one, so "
+                        "gradients were not summed; nothing of this update was kept. Report this model type"
+                    )
             if not scaled:
                 norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
                 self._norm = math.nan, norm
@@ -125,6 +147,8 @@ class GradientSync:
             count = len(self.exact.sums)
             bounds, digits = values[:count], values[count:]
             self.exact.check(bounds)
+            if some_lack:
+                drop_gaps(list(self.exact.sums), self.exact.lacking)
             if not scaled:
                 broken = not all(map(math.isfinite, bounds))
                 device = self.accelerator.device
@@ -140,7 +164,9 @@ class GradientSync:
 
     def lacks_gradients(self, model: nn.Module) -> bool:
         """Whether this rank has trained parameters without a gradient, of which the others must know."""
-        if not self.votes or self.exact is not None or not several_ranks():
+        if self.exact is not None:
+            return len(self.exact.seen) < len(self.exact.sums)
+        if not (self.sums_late and several_ranks()):
             return False
         return any(p.grad is None for p in model.parameters() if p.requires_grad)
 
@@ -197,7 +223,7 @@ class ZeroGradientSync(GradientSync):
         self.stage = accelerator.state.deepspeed_plugin.zero_stage
         self.coalesces = exact or (once and self.stage >= 2)
         self.max_grad_norm, self.norm = max_grad_norm, math.nan
-        self.shards_gradients = True
+        self.shards_gradients, self.sums_late = True, False
 
     def prepare(self, model: Any) -> None:
         """Microbatches whose sum waits on this rank add up as exactly as those that are reduced one by one."""

@@ -9,15 +9,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from isotune.distributed.ranks import several_ranks
+
 BUCKET = 2**22  # elements of small gradients that are summed together
 
 
 @torch.no_grad()
 def drop_gaps(parameters: list[Any], gaps: list[Any]) -> None:
-    """After `sum_over_ranks`: where no rank had a gradient it is None again, and the optimizer leaves it alone."""
+    """After a sum to which `gaps`, of this rank, added zeros: where no rank had a gradient it is None again.
+
+    So the optimizer leaves the parameter alone.
+    """
     own = set(map(id, gaps))
     found = torch.tensor([float(id(p) not in own) for p in parameters], device=parameters[0].device)
-    dist.all_reduce(found)
+    if several_ranks():
+        dist.all_reduce(found)
     for p, count in zip(parameters, found.tolist(), strict=True):
         p.grad = p.grad if count else None
 
