@@ -57,6 +57,29 @@ def test_where_bits_are_promised_the_number_of_processes_has_no_say(values: dict
     assert len({(launch.engine, launch.world_size) for launch in launches}) == (1 if same else 3)
 
 
+def in_shares(recipe: RunRecipe, launch: Launch) -> Any:
+    """An estimate in which every process has its share of 8 GiB of weights."""
+    return SimpleNamespace(total=8 * GIB // launch.world_size + 2**20 * recipe.forward_tokens("microbatch_tokens"))
+
+
+SHARDING = [
+    *(Launch(FSDP, n) for n in (1, 2, 4)),
+    Launch(DEEPSPEED, 2, deepspeed_config={"zero_optimization": {"stage": 3}}),
+]
+
+
+@pytest.mark.parametrize(("exact", "tokens"), [(True, [4096] * 4), ("auto", [4096, 8192, 8192, 8192])])
+def test_exact_gradients_in_shares_have_the_size_of_a_plain_process(exact: bool | str, tokens: list[int]):
+    recipe = Recipe.from_values(**{**TINY, "output_dir": "runs/a", "max_seq_length": 1024, "exact_gradients": exact})
+    limit = int(13 * GIB / 0.9)
+    assert [choose_microbatch_tokens(recipe, launch, limit, in_shares)[0] for launch in SHARDING] == tokens
+    # a plain process has no room for its weights: a row, of which the memory is that of the launch
+    limit = int(7 * GIB / 0.9)
+    for launch in SHARDING[1:]:
+        size, memory = choose_microbatch_tokens(recipe, launch, limit, in_shares)
+        assert memory.total <= 7 * GIB and (size == 1024) is (exact is True)
+
+
 def test_the_plan_of_a_device_names_what_auto_would_choose():
     recipe = Recipe.from_values(**{**TINY, "output_dir": "runs/a"})
     request = PreflightRequest(recipe, Launch(PLAIN, 1), ())

@@ -16,7 +16,7 @@ from isotune.data.sft.preparation import prepare_conversations
 from isotune.io.errors import UserError
 from isotune.models.base import vocabulary
 from isotune.models.opening import compute_dtype, load_config, load_tokenizer
-from isotune.preflight.microbatch_size import choose_microbatch_tokens, launch_that_decides
+from isotune.preflight.microbatch_size import choose_microbatch_tokens
 from isotune.preflight.request import DDP, FSDP, PLAIN, SHIPPED, Launch, PreflightRequest, shipped_launch
 from isotune.preflight.resources.activation_memory import MicrobatchMemory, trace_microbatch
 from isotune.preflight.resources.compute import Work, count_work, measured_mfu
@@ -115,7 +115,7 @@ def run_preflight(
         limit = device.memory_bytes
     chosen = None
     if recipe.microbatch_tokens == "auto":
-        chosen, _ = choose_microbatch_tokens(recipe, launch_that_decides(recipe, launch), limit, estimator.memory)
+        chosen, _ = choose_microbatch_tokens(recipe, launch, limit, estimator.memory)
         recipe = recipe.with_values(microbatch_tokens=chosen)
         request = replace(request, recipe=recipe)
     stats, work, memory = estimator.stats, estimator.work(recipe, launch), estimator.memory(recipe, launch)

@@ -89,8 +89,10 @@ def startup_check(start: Start, data: RunData) -> Start | None:
     if not isinstance(tokens, int):
         if limit is not None and decides is launch:  # bits are promised for a kind of device, not for what is free now
             limit = least_of_ranks(torch.cuda.mem_get_info(process.device)[0], process.device)
-        tokens, found = choose_microbatch_tokens(recipe, decides, limit, estimator.memory)
+        tokens, found = choose_microbatch_tokens(recipe, launch, limit, estimator.memory)
         why = f"{format_bytes(found.total)} of {format_bytes(limit or 0)} on a process" if found else "one row"
+        if found and decides is not launch and launch.engine != PLAIN:
+            why += "; by a plain process's memory, as exact_gradients has the same bits on any launch"
     if process.is_main:
         print(f"microbatch  {tokens:,} tokens, by microbatch_tokens: auto ({why})", flush=True)
     return start.with_values(microbatch_tokens=tokens)
