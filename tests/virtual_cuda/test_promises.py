@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from isotune.io.errors import RunFault
-from isotune.models.document_keys import MicrobatchDocuments, known_documents
+from isotune.models.document_dropout import training_microbatch
+from isotune.models.document_keys import MicrobatchDocuments
 from isotune.models.packed_attention import DOCUMENT_SDPA, last_kernel, packed_attention
 from tests.virtual_cuda.test_training import close, make, outcome
 
@@ -22,7 +23,9 @@ from tests.virtual_cuda.test_training import close, make, outcome
 LENGTHS = {4: 5, 9: 12, 2: 1, 7: 8}  # tokens of a document by its number
 
 
-def attend(numbers: list[int], seed: int = 3, known: bool = True, autocast: bool = False) -> dict[str, Any]:
+def attend(
+    numbers: list[int], seed: int = 3, known: bool = True, autocast: bool = False, **form: Any
+) -> dict[str, Any]:
     """Output and gradient of the query, by document, of a row of these documents in packed attention with dropout."""
     inputs = {n: torch.randn(3, 4, LENGTHS[n], 8, generator=torch.Generator().manual_seed(n)) for n in numbers}
     row = torch.cat([inputs[n] for n in numbers], dim=2).to("cuda").requires_grad_()
@@ -30,12 +33,17 @@ def attend(numbers: list[int], seed: int = 3, known: bool = True, autocast: bool
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device="cuda")
     torch.manual_seed(seed)
     torch.cuda.manual_seed(len(numbers))  # which must not matter
+    if form.pop("sinks", False):
+        form["s_aux"] = torch.linspace(-1, 2, 4).to("cuda")
     documents = MicrobatchDocuments(numbers, lengths)
-    with known_documents(documents) if known else contextlib.nullcontext(), torch.autocast("cuda", enabled=autocast):
+    with (
+        training_microbatch(documents) if known else contextlib.nullcontext(),
+        torch.autocast("cuda", enabled=autocast),
+    ):
         query, key, value = row.unsqueeze(1)
         out, _ = packed_attention(
             nn.Module(), query, key, value, None, dropout=0.3, is_causal=True,
-            cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=max(lengths), max_length_k=max(lengths),
+            cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=max(lengths), max_length_k=max(lengths), **form,
         )  # fmt: skip
     assert last_kernel() == DOCUMENT_SDPA
     gradient = torch.autograd.grad(out.float().square().sum(), row)[0]
@@ -52,6 +60,12 @@ def test_which_attention_weights_are_dropped_depends_on_the_document_and_the_cal
     assert virtual(attend, numbers=[9], seed=4)["9"] != alone["9"]
     unknown = virtual(attend, numbers=[9, 7], known=False)  # then documents are numbered by their place
     assert unknown["9"] != alone["9"] and unknown["7"] != alone["7"]
+
+
+@pytest.mark.parametrize("form", [{"sliding_window": 3}, {"softcap": 0.7}, {"sinks": True}])
+def test_the_same_holds_for_what_torchs_kernel_cannot_compute(virtual, form: dict[str, Any]):
+    alone, together = (virtual(attend, numbers=n, **form) for n in ([9], [4, 9, 2, 7]))
+    assert together["9"] == alone["9"] != virtual(attend, numbers=[9], seed=4, **form)["9"]
 
 
 def test_the_same_holds_under_autocast_and_weights_are_dropped_at_their_rate(virtual):

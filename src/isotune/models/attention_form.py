@@ -51,13 +51,16 @@ def whole_attention(
     sinks: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     dropout: float = 0.0,
+    drops_by_device: bool = False,
 ) -> torch.Tensor:
     """Attention of texts of one length each, with all scores in memory, for what torch's kernel cannot compute.
 
     `query` is [texts, heads, queries, size], `key` and `value` [texts, key_heads, keys, size]; the last query is at the
     last key. `mask` [texts, 1, queries, keys] is true where a key is seen, or is added to the scores; without one, the
     form's direction and window decide. `sinks` [heads] are one more score of every query, whose weight goes to no value
-    (Xiao et al. 2023, arXiv:2309.17453). Scores and softmax are fp32. Returns [texts, heads, queries, size].
+    (Xiao et al. 2023, arXiv:2309.17453). Scores and softmax are fp32. With `drops_by_device` the device's generator
+    decides which weights are dropped, as in torch's kernel, also where dropout is patched. Returns
+    [texts, heads, queries, size].
     """
     key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
     scores = query @ key.transpose(-2, -1)
@@ -77,4 +80,5 @@ def whole_attention(
     else:
         column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
-    return functional.dropout(weights.to(value.dtype), dropout, training=dropout > 0) @ value
+    drop = torch.dropout if drops_by_device else functional.dropout
+    return drop(weights.to(value.dtype), dropout, dropout > 0) @ value

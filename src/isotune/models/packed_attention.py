@@ -135,7 +135,7 @@ def packed_attention(
         query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
     size = query.shape[-1] if value.shape[-1] == query.shape[-1] else 0  # the varlen kernels have one for both
     kernel = kernel_in_effect(query.device, query.dtype, dropout, size, softcap, s_aux is not None)
-    _note_kernel(kernel)
+    _note_kernel(kernel, module.training)
     if kernel in (FLASH_ATTENTION, TORCH_VARLEN):
         longest = int(cu_seq_lens_q.diff().max()) if max_length_q is None else int(max_length_q)
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
@@ -180,7 +180,7 @@ def _document_by_document(
             )
         else:
             q, k, v = document
-            output = whole_attention(q, k, v, form, sinks=sinks, dropout=dropout)
+            output = whole_attention(q, k, v, form, sinks=sinks, dropout=dropout, drops_by_device=True)
         outputs.append(output)
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
@@ -296,16 +296,20 @@ def noted_windows() -> Iterator[Windows]:
 
 
 _last_kernel: str | None = None
+_last_in_training: str | None = None
 
 
-def _note_kernel(name: str) -> None:
-    global _last_kernel
-    _last_kernel = name
+def _note_kernel(name: str, training: bool) -> None:
+    global _last_kernel, _last_in_training
+    _last_kernel, _last_in_training = name, name if training else _last_in_training
 
 
-def last_kernel() -> str | None:
-    """Name of the kernel that the last call of `packed` with boundaries ran; None before the first."""
-    return _last_kernel
+def last_kernel(*, in_training: bool = False) -> str | None:
+    """Name of the kernel that the last call of `packed` with boundaries ran; None before the first.
+
+    `in_training`: the last call of a module in training mode, which may drop attention weights.
+    """
+    return _last_in_training if in_training else _last_kernel
 
 
 def lengths_of(bounds: torch.Tensor) -> list[int]:
