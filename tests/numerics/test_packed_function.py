@@ -179,6 +179,16 @@ def test_a_varlen_kernel_gets_tokens_first_and_the_longest_document(monkeypatch:
             assert torch.equal(found, in_loops(tensors(), BOUNDS, scale=SIZE**-0.5, causal=True))
 
 
+def test_the_kernel_of_training_is_known_after_an_evaluation(monkeypatch: pytest.MonkeyPatch):
+    kernels = {True: DOCUMENT_PRODUCTS, False: DOCUMENT_SDPA}  # as on a GPU: another where weights are dropped
+    monkeypatch.setattr(module, "kernel_in_effect", lambda device, dtype, dropout, *_: kernels[dropout > 0])
+    bounds, attention = torch.tensor(BOUNDS, dtype=torch.int32), attention_module(True)
+    for training in (True, False):
+        dropout = 0.5 if training else 0.0
+        packed_attention(attention.train(training), *tensors(), None, dropout=dropout, cu_seq_lens_q=bounds)
+    assert last_kernel() == DOCUMENT_SDPA and last_kernel(in_training=True) == DOCUMENT_PRODUCTS
+
+
 def test_positions_that_restart_need_bounds_and_a_mask_or_one_token_does_not():
     restarted = torch.tensor([[*range(9), *range(10)]])
     with pytest.raises(AssertionError, match="positions restart"):

@@ -53,7 +53,8 @@ class PreTrainChecks(TrainerCallback):
             task_type=getattr(task, "task_type", SINGLE_LABEL),
         )
         trainer.try_costliest_microbatch()
-        found["attention_kernel"] = last_kernel() if task.attention == PACKED else found["attention"]
+        kernel = last_kernel(in_training=True)  # an evaluation drops no weights, and may run another
+        found["attention_kernel"] = kernel if task.attention == PACKED else found["attention"]
         trainer.watchdog.progress("its first step")
         if not self.process.is_main:
             return
