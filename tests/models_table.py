@@ -27,6 +27,12 @@ def replaced_table(page: str, name: str, text: str) -> str:
     return found
 
 
+def trained_classifiers(page: str) -> dict[str, str]:
+    """The types of the page's table of any classifier that train, with how their texts run."""
+    table = re.search(r"<!-- any classifier:.*?<!-- end -->", page, re.DOTALL)
+    return dict(re.findall(r"^\| `([\w.-]+)` \| (packed|padded|alone) ", table[0], re.MULTILINE)) if table else {}
+
+
 def classifiers() -> str:
     """Every family of tests/classifier_families.py, with the layout that its tiny random model is measured right in."""
     from isotune.models.classifier import install_classification

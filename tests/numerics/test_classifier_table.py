@@ -1,17 +1,14 @@
 """Every classifier of the installed transformers trains exactly, or is refused in one sentence."""
 
-import re
-
 import pytest
 import torch
 import transformers
 from tests.classifier_models import KINDS, NotSmall, measure
-from tests.models_table import PAGE
+from tests.models_table import PAGE, trained_classifiers
 
 from isotune.io.errors import RunFault, UserError
 
-TABLE = re.search(r"<!-- any classifier:.*?<!-- end -->", PAGE.read_text(), re.DOTALL)
-FORMS = dict(re.findall(r"^\| `([\w.-]+)` \| (packed|padded|alone) ", TABLE[0], re.MULTILINE)) if TABLE else {}
+FORMS = trained_classifiers(PAGE.read_text())
 # among them: neighbours in a token's embedding, sampled routers, an encoder with a decoder, characters
 FAST = {"bert", "mobilebert", "phimoe", "bart", "canine", "xlnet", "stablelm"}
 # whose scan of a padded text is cut elsewhere: 1.4e-5 of the gradient in fp32, all of it rounding

@@ -23,7 +23,7 @@ from isotune.models.class_loss import DocumentLoss, loss_of, task_type_of
 from isotune.models.cpu.cls_only import cls_states_only
 from isotune.models.cpu.functional import onednn_products
 from isotune.models.cpu.layers import keep_freed_memory
-from isotune.models.layouts.choose import choose_layout
+from isotune.models.layouts.choose import choose_layout, is_empty
 from isotune.models.layouts.heads import pad_like_tokenizer
 from isotune.models.layouts.layout import ALONE, FIRST, LAST, Layout, Logits, install_layout
 from isotune.models.packed_attention import PACKED
@@ -85,7 +85,7 @@ def takes_token_types(model: Any) -> bool:
 
 def check_first_token(model: PreTrainedModel, layout: Layout, tokenizer: Any) -> None:
     """UserError where the head reads the special token before a text, and the tokenizer puts none there."""
-    is_measured = not next(model.parameters()).is_meta  # on one process at least
+    is_measured = not is_empty(model)  # on one process at least
     if is_measured and layout.reads == FIRST and not prefix_of(tokenizer):
         raise UserError(
             f"the tokenizer {tokenizer_name(tokenizer)} puts no special token before a text, and the head of "

@@ -269,7 +269,7 @@ def merge_run(run: FinishedRun, dtype: torch.dtype | None = None) -> tuple[Any, 
     settle(base, tokenizer)
     file_dtype = dtype or base.dtype
     adapted = add_run_adapter(run, base.float()).eval()
-    probe = _probe_tokens(_probe_conversation(run, tokenizer), base.config.vocab_size)
+    probe = _probe_tokens(_probe_conversation(run, tokenizer), base.config.get_text_config().vocab_size)
     expected = _probe_logits(adapted, probe)
     with loading(f"the adapter in {run.model} cannot be merged", (ValueError,)):
         merged = adapted.merge_and_unload(safe_merge=True)
@@ -317,7 +317,7 @@ def _probe_tokens(conversation: list[int], vocabulary: int) -> Tensor:
 
 def _probe_logits(model: Any, probe: Tensor) -> Tensor:
     """Logits of the fixed input: float32 [2, tokens, vocabulary], or [2, classes] of a classifier, on the CPU."""
-    positions = getattr(model.config, "max_position_embeddings", None) or probe.shape[1]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or probe.shape[1]
     tokens = probe[:, :positions].to(model.device)
     with torch.no_grad():  # one by one: heads that read the last token take no batch where nothing pads
         logits = [model(input_ids=row, attention_mask=torch.ones_like(row)).logits for row in tokens.split(1)]

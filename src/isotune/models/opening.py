@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -217,6 +218,7 @@ def load_config(recipe: RunRecipe) -> PreTrainedConfig:
         if name.startswith(PREFIX)
         else load_pretrained_config(name, "model_name_or_path", recipe.model_revision)
     )
+    check_kind(recipe, config)
     if isinstance(recipe, Recipe) and is_classifier(config):  # whose classes are none of a language model
         set_names(config, NO_CLASSES, None, None)
     positions = max_positions(config)
@@ -227,6 +229,19 @@ def load_config(recipe: RunRecipe) -> PreTrainedConfig:
             reason=VALUES,
         )
     return config
+
+
+def check_kind(recipe: RunRecipe, config: PreTrainedConfig) -> None:
+    """UserError where transformers has no classifier, or no causal language model, of this type."""
+    if isinstance(recipe, ClassificationRecipe):
+        if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            raise UserError(f"model type '{config.model_type}' has no classifier in transformers: choose an encoder")
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"model type '{config.model_type}' has no causal language model in transformers: choose a decoder"
+        )
+    with loading(f"model type '{config.model_type}' cannot be trained"):  # some hold several language models
+        config.get_text_config()
 
 
 def is_made_here(recipe: RunRecipe) -> bool:
@@ -259,7 +274,8 @@ def empty_base_model(
     """The same without weights, on torch's default device, with values that mean nothing."""
     is_classifier = isinstance(recipe, ClassificationRecipe)
     auto: Any = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
-    model = auto.from_config(config, **LIBRARY_CODE, **({} if dtype is None else {"dtype": dtype}))
+    with loading(f"no model of type '{config.model_type}' can be built from its configuration"):
+        model = auto.from_config(config, **LIBRARY_CODE, **({} if dtype is None else {"dtype": dtype}))
     grow_embeddings(model, new_rows)
     return model
 
@@ -270,12 +286,10 @@ def _load_base_model(
     auto: Any = AutoModelForCausalLM
     new_modules = list[str]()
     if isinstance(recipe, ClassificationRecipe):
-        if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-            raise UserError(f"model type '{config.model_type}' has no classifier in transformers: choose an encoder")
         auto = AutoModelForSequenceClassification
     if is_made_here(recipe):
         torch.manual_seed(recipe.seed)
-        with whole_models():
+        with whole_models(), loading(f"no model of type '{config.model_type}' can be built from its configuration"):
             model: Any = auto.from_config(config, **LIBRARY_CODE, dtype=torch.float32)
         return model.to(device=device, dtype=weights_dtype(recipe))
     if auto is AutoModelForSequenceClassification:

@@ -227,11 +227,12 @@ def document_position_ids(
 
 def max_positions(config: PreTrainedConfig) -> int | None:
     """The longest document that a model has position embeddings for, in tokens; None where there is no limit."""
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return None if positions is None or positions < 1 else positions - _first_position(config)  # XLNet says -1
 
 
 def _first_position(config: PreTrainedConfig) -> int:
+    config = config.get_text_config()
     return config.pad_token_id + 1 if config.model_type in POSITIONS_AFTER_PADDING else 0
 
 

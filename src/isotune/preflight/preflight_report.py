@@ -13,12 +13,13 @@ from isotune.config.effects import settings_without_effect
 from isotune.config.recipes import project_of
 from isotune.data.classification.split import prepare_labelled
 from isotune.data.sft.preparation import prepare_conversations
-from isotune.io.errors import UserError
+from isotune.io.errors import UserError, first_line
 from isotune.models.base import vocabulary
 from isotune.models.opening import compute_dtype, load_config, load_tokenizer
 from isotune.preflight.microbatch_size import choose_microbatch_tokens
 from isotune.preflight.request import DDP, FSDP, PLAIN, SHIPPED, Launch, PreflightRequest, shipped_launch
-from isotune.preflight.resources.activation_memory import MicrobatchMemory, trace_microbatch
+from isotune.preflight.resources.activation_memory import TRACED_BLOCKS, MicrobatchMemory, trace_microbatch
+from isotune.preflight.resources.blocks import with_layers
 from isotune.preflight.resources.compute import Work, count_work, measured_mfu
 from isotune.preflight.resources.devices import Device
 from isotune.preflight.resources.memory import Memory, estimate_memory, state_bytes
@@ -162,6 +163,10 @@ def run_preflight(
     )
 
 
+class NotTraced(UserError):
+    """A model whose activations are not known before it trains."""
+
+
 class Estimator:
     """Work and memory of a recipe, its variants and launches; what several of them share is computed once."""
 
@@ -193,7 +198,7 @@ class Estimator:
         return estimate_memory(Sharding(recipe, stats, launch), self.trace(recipe, launch), count, on_cpu=self.on_cpu)
 
     def trace(self, recipe: RunRecipe, launch: Launch) -> MicrobatchMemory:
-        """The costliest microbatch of a variant under a launch, traced."""
+        """The costliest microbatch of a variant under a launch, traced; NotTraced where the model needs values."""
         work = self.work(recipe, launch)
         if work is not None:
             microbatch = work.costliest_microbatch
@@ -206,15 +211,23 @@ class Estimator:
         key = (microbatch, recipe.tune, checkpointing, casts_weights)
         if key not in self._traces:
             build = model_builder(recipe, self.config, self.num_labels, self.new_rows)
-            self._traces[key] = trace_microbatch(
-                (lambda layers: build(layers).to(dtype)) if casts_weights else build,  # instead of autocast
-                self.stats.layers,
-                *microbatch,
-                is_classifier=isinstance(recipe, ClassificationRecipe),
-                autocast=None if casts_weights or dtype == torch.float32 else dtype,
-                on_cpu=self.on_cpu,
-                checkpointing=checkpointing,
-            )
+            try:
+                self._traces[key] = trace_microbatch(
+                    (lambda layers: build(layers).to(dtype)) if casts_weights else build,  # instead of autocast
+                    None if with_layers(self.config, TRACED_BLOCKS[0]) is None else self.stats.layers,
+                    *microbatch,
+                    is_classifier=isinstance(recipe, ClassificationRecipe),
+                    autocast=None if casts_weights or dtype == torch.float32 else dtype,
+                    on_cpu=self.on_cpu,
+                    checkpointing=checkpointing,
+                )
+            except UserError:
+                raise
+            except Exception as error:  # of whatever a model does with tensors that have no values
+                kind = self.config.model_type
+                raise NotTraced(
+                    f"the activations of model type '{kind}' cannot be estimated ({first_line(error)})"
+                ) from error
         return self._traces[key]
 
 

@@ -14,7 +14,7 @@ from isotune.distributed.launch import Process
 from isotune.distributed.ranks import least_of_ranks
 from isotune.io.errors import UserError
 from isotune.preflight.microbatch_size import choose_microbatch_tokens, launch_that_decides
-from isotune.preflight.preflight_report import Estimator, run_preflight
+from isotune.preflight.preflight_report import Estimator, NotTraced, run_preflight
 from isotune.preflight.render import render_report
 from isotune.preflight.request import DDP, DEEPSPEED, FSDP, PLAIN, Launch, PreflightRequest
 from isotune.preflight.resources.activation_memory import MicrobatchMemory
@@ -78,7 +78,10 @@ def startup_check(start: Start, data: RunData) -> Start | None:
     has = f" of {format_bytes(limit)}" if limit is not None else ""
 
     def says(tokens: int) -> str:
-        planned = estimator.memory(recipe.with_values(microbatch_tokens=tokens), launch).total
+        try:
+            planned = estimator.memory(recipe.with_values(microbatch_tokens=tokens), launch).total
+        except NotTraced as error:
+            return str(error)
         return f"the plan is {format_bytes(planned)}{has} on a process"
 
     start = dataclasses.replace(start, memory=MemoryPlan(says, memory.optimizer))
@@ -89,10 +92,13 @@ def startup_check(start: Start, data: RunData) -> Start | None:
     if not isinstance(tokens, int):
         if limit is not None and decides is launch:  # bits are promised for a kind of device, not for what is free now
             limit = least_of_ranks(torch.cuda.mem_get_info(process.device)[0], process.device)
-        tokens, found = choose_microbatch_tokens(recipe, launch, limit, estimator.memory)
-        why = f"{format_bytes(found.total)} of {format_bytes(limit or 0)} on a process" if found else "one row"
-        if found and decides is not launch and launch.engine != PLAIN:
-            why += "; by a plain process's memory, as exact_gradients has the same bits on any launch"
+        try:
+            tokens, found = choose_microbatch_tokens(recipe, launch, limit, estimator.memory)
+            why = f"{format_bytes(found.total)} of {format_bytes(limit or 0)} on a process" if found else "one row"
+            if found and decides is not launch and launch.engine != PLAIN:
+                why += "; by a plain process's memory, as exact_gradients has the same bits on any launch"
+        except NotTraced as error:
+            tokens, why = recipe.max_seq_length, f"one row: {error}"
     if process.is_main:
         print(f"microbatch  {tokens:,} tokens, by microbatch_tokens: auto ({why})", flush=True)
     return start.with_values(microbatch_tokens=tokens)

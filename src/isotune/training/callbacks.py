@@ -45,7 +45,7 @@ class PreTrainChecks(TrainerCallback):
             raise RunFault("no parameter of the prepared model is trained; nothing was done")
         isolation = check_isolation(
             trainer.model_wrapped,
-            trainer.accelerator.unwrap_model(trainer.model_wrapped).config.vocab_size,
+            trainer.accelerator.unwrap_model(trainer.model_wrapped).config.get_text_config().vocab_size,
             args.device,
             compute_dtype(self.run.recipe),
             classifier=task.item == "documents",

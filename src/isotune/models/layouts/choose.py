@@ -46,12 +46,17 @@ def choose_layout(model: Any, longest: int | None = None) -> Layout:
         key = (type(model), model.config.to_json_string(), longest)
         layout = _known.get(key)
         if layout is None:
-            is_meta = next(model.parameters()).is_meta
+            is_meta = is_empty(model)
             layout = _offered(model) if is_meta else _measured(model, longest)
             if not is_meta:
                 _known[key] = layout
         model.set_attn_implementation(PACKED if layout.name == PACKED else before)
         return layout
+
+
+def is_empty(model: nn.Module) -> bool:
+    """Whether a model has no values to measure; some types draw a tensor of their own on the CPU all the same."""
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 def _measured(model: Any, longest: int | None) -> Layout:

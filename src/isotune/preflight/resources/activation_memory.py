@@ -43,8 +43,8 @@ class MicrobatchMemory:
 
 
 def trace_microbatch(
-    build: Callable[[int], Any],
-    layers: int,
+    build: Callable[[int | None], Any],
+    layers: int | None,
     lengths: Sequence[int],
     targets: int,
     *,
@@ -55,12 +55,12 @@ def trace_microbatch(
 ) -> MicrobatchMemory:
     """The memory of forward and backward over a microbatch of documents of so many tokens (`lengths`).
 
-    `build` makes the model with a number of blocks on the meta device, without the CPU's speedups; the real one has
-    `layers`. `targets` is the number of supervised tokens, or of documents in classification. `on_cpu` uses the CPU's
-    kernels; otherwise attention and dropout save what a GPU's kernels save.
+    `build` makes the model with a number of blocks, or all, on the meta device, without the CPU's speedups; the real
+    one has `layers`, None where it is traced whole. `targets` is the number of supervised tokens, or of documents in
+    classification. `on_cpu` uses the CPU's kernels; otherwise attention and dropout save what a GPU's save.
     """
 
-    def trace(blocks: int) -> tuple[tuple[int, ...], Traffic]:
+    def trace(blocks: int | None) -> tuple[tuple[int, ...], Traffic]:
         """Peak bytes without gradients, and with gradients before and after half of them exist; and the traffic.
 
         Activations are freed while gradients appear, so the peak is at the start or at the end of backward, which
@@ -84,7 +84,7 @@ def trace_microbatch(
         return (live.activation_peak, *live.peaks), traffic.counted
 
     few, more = TRACED_BLOCKS
-    if layers <= more:
+    if layers is None or layers <= more:
         (activations, early, late), moved = trace(layers)
     else:
         (lows, moved), (highs, moved_more) = trace(few), trace(more)

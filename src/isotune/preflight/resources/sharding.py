@@ -17,9 +17,9 @@ bytes, are left out. docs/plan.md has the reasons, and `tests/distributed/test_c
 real steps.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,6 +35,7 @@ from isotune.models.class_loss import PLAIN_LOSS
 from isotune.models.classifier import install_classification
 from isotune.models.opening import empty_base_model, weights_dtype
 from isotune.preflight.request import DDP, DEEPSPEED, FSDP, PLAIN, Launch
+from isotune.preflight.resources.blocks import attention_size_of, layers_of, with_layers
 from isotune.training.gradients.exact_shards import BUCKET
 
 # bitsandbytes' block sizes: an fp32 scale for 64 weights; with double quantization a byte, and fp32 for 256 scales
@@ -78,15 +79,12 @@ class ModelStats:
 
 def model_builder(
     recipe: RunRecipe, config: PreTrainedConfig, num_labels: int | None = None, new_rows: Sequence[int] = ()
-) -> Callable[[int], nn.Module]:
-    """A function that builds the recipe's model, with adapters, with a number of blocks on the meta device."""
-    layers_key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+) -> Callable[[int | None], nn.Module]:
+    """A function that builds the recipe's model, with adapters, with a number of blocks, or all, on the meta device."""
 
-    def build(layers: int) -> nn.Module:
-        smaller = copy.deepcopy(config)
-        setattr(smaller, layers_key, layers)
-        if getattr(smaller, "layer_types", None):
-            smaller.layer_types = smaller.layer_types[:layers]
+    def build(layers: int | None) -> nn.Module:
+        smaller: Any = with_layers(config, layers)
+        assert smaller is not None, "a type that can have fewer blocks"
         if isinstance(recipe, ClassificationRecipe):
             smaller.num_labels = num_labels or recipe.num_labels or 2
         # under ZeRO-3 transformers would shard the weights at loading, and meta tensors cannot be sharded
@@ -105,13 +103,13 @@ def model_stats(
     recipe: RunRecipe, config: PreTrainedConfig, num_labels: int | None = None, new_rows: Sequence[int] = ()
 ) -> ModelStats:
     """Build the recipe's model and count its parameters."""
-    model = model_builder(recipe, config, num_labels, new_rows)(config.num_hidden_layers)
+    model, layers = model_builder(recipe, config, num_labels, new_rows)(None), layers_of(config)
     head = base_model_of(model).get_output_embeddings() if isinstance(recipe, Recipe) else None
     decayed = set(get_parameter_names(model, [nn.LayerNorm], ["bias", "layernorm", "rmsnorm"]))
     modules = model.named_modules()  # the linear layers are counted without the output head and adapters
     linear = [m.weight for name, m in modules if isinstance(m, nn.Linear) and m is not head and "lora_" not in name]
     four_bit = {id(weight) for weight in linear if recipe.tune == "qlora" and not weight.requires_grad}
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers]
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     blocks = list(lists[0]) if lists else []
     block = max((sum(p.numel() * p.element_size() for p in b.parameters()) for b in blocks), default=0)
     in_blocks = {id(p) for b in blocks for p in b.parameters()}
@@ -130,18 +128,13 @@ def model_stats(
         trained_numel=sum(p.numel for p in parameters if p.trained),
         block_numel=sum(p.numel for p in of_blocks),
         block_bytes=sum(p.bytes for p in of_blocks),
-        layers=config.num_hidden_layers,
-        attention_size=_attention_size(config),
+        layers=layers,
+        attention_size=attention_size_of(config),
         linear_numel=sum(weight.numel() for weight in linear),
         head_numel=0 if head is None else head.weight.numel(),
         adapter_numel=adapter_numel,
         largest_block_bytes=block,
     )
-
-
-def _attention_size(config: PreTrainedConfig) -> int:
-    head = getattr(config, "head_dim", None)
-    return config.num_attention_heads * head if head else config.hidden_size
 
 
 def _four_bit_bytes(recipe: RunRecipe, numel: int) -> int:
