@@ -1,8 +1,11 @@
 """The bar shows what a person waits for: loss, supervised tokens a second, steps left; results stay as lines."""
 
+import io
 import math
 from types import SimpleNamespace
 
+import pytest
+from tqdm import tqdm
 from transformers import TrainerControl, TrainerState
 
 from isotune.training.recorder import ProgressBar
@@ -33,6 +36,19 @@ def test_the_bar_counts_from_where_the_run_goes_on_and_shows_loss_and_speed(caps
     assert "skipped_steps=2" in capsys.readouterr().err
     progress.on_train_end(SimpleNamespace(), state, TrainerControl())
     assert progress.bar is None
+
+
+@pytest.mark.parametrize("columns", [200, 100, 80, 66])
+def test_a_field_that_a_terminal_has_no_room_for_is_left_out_whole(columns: int):
+    progress = ProgressBar(quiet=False)
+    progress.bar = tqdm(total=400, initial=12, unit="step", ncols=columns, file=io.StringIO())
+    progress.show({"loss": 1.23456, "accuracy": 0.5}, {"supervised_tokens_per_s": 7890.4}, skipped=2)
+    fields = ["loss=1.2346", "accuracy=0.5000", "skipped_steps=2", "supervised_tokens_per_s=7890"]
+    line = str(progress.bar)
+    shown = line.removesuffix("]").split(", ")[2:]
+    assert len(line) <= columns and line.endswith("]")
+    assert shown and shown == fields[: len(shown)]
+    assert (len(shown) == len(fields)) == (columns == 200)
 
 
 def test_an_evaluation_is_a_line_of_its_own(capsys):

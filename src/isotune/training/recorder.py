@@ -22,6 +22,7 @@ from isotune.training.update import OptimizerUpdate
 SHARES = tuple(kind.share for kind in KINDS.values() if kind.share)  # of a step's documents that are right
 TRAINING = ("loss", *SHARES)
 SHOWN = ("accuracy", "f1_micro", "exact_match", "pearson", "spearman")  # of an evaluation
+BAR_COLUMNS = 8  # of a terminal's line, at least
 LIBRARY_METRICS = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
 
 
@@ -43,11 +44,23 @@ class ProgressBar(TrainerCallback):
         if self.bar is None:
             return
         facts = {name: f"{value:.4f}" for name, value in figures.items()}
-        facts |= {name: f"{rate:.0f}" for name, rate in speed.items()}
         if skipped:
             facts["skipped_steps"] = str(skipped)
-        self.bar.set_postfix(facts, refresh=False)
+        facts |= {name: f"{rate:.0f}" for name, rate in speed.items()}
+        self._set_fields(self.bar, facts)
         self.bar.update(1)
+
+    @staticmethod
+    def _set_fields(bar: tqdm, fields: dict[str, str]) -> None:
+        """Leave out fields, the last ones first, until the line has room: tqdm would cut it off within a number."""
+        names = list(fields)
+        while True:
+            bar.set_postfix({name: fields[name] for name in names}, refresh=False)
+            columns = bar.format_dict["ncols"]  # None where nothing limits a line
+            needed = len(bar.format_meter(**{**bar.format_dict, "ncols": 0})) + BAR_COLUMNS  # 0: without the bar itself
+            if len(names) < 2 or columns is None or needed <= columns:
+                return
+            names.pop()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Print the metrics of an evaluation."""
