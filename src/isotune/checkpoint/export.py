@@ -28,6 +28,7 @@ from isotune.io.errors import RunFault, UserError
 from isotune.io.run_files import RECIPE
 from isotune.models.adapters.from_base import starts_from_base
 from isotune.models.adapters.lora import add_adapters
+from isotune.models.adapters.stored import read_adapter_config
 from isotune.models.base.head import set_names
 from isotune.models.base.hub import locate
 from isotune.models.base.vocabulary import new_rows
@@ -148,7 +149,7 @@ def _copy_adapter(run: FinishedRun, folder: Path) -> None:
         shutil.copytree(run.model, staging)
         if os.path.isdir(str(run.base)):
             path = staging / ADAPTER_CONFIG
-            settings = json.loads(path.read_text("utf-8"))
+            settings = read_adapter_config(staging)
             settings["base_model_name_or_path"] = str(Path(str(run.base)).resolve())
             path.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
         check_weights(staging, ADAPTER_WEIGHTS)

@@ -13,19 +13,21 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from isotune.config.recipes import kind_of
+from isotune.config.schema import DATA, MODEL, parse
 from isotune.config.task_types import SINGLE_LABEL
 from isotune.data.sft.chat_format import GUANACO, ChatFormat
 from isotune.data.sft.conversations import render_prompt
 from isotune.data.sft.tokenization import ConversationEncoder
-from isotune.data.sources.hub import is_hub_id
 from isotune.io.errors import UserError, shown
-from isotune.io.folders import ADAPTER_CONFIG, described
+from isotune.io.folders import ADAPTER_CONFIG, MODEL_CONFIG, described
 from isotune.io.reading import read_json_object
 from isotune.io.run_files import RECIPE, or_refuse, read_recipe_values
 from isotune.io.shipped import script
+from isotune.models.adapters.stored import brought_rows, find_base, read_adapter_config
 from isotune.models.base.ending import end_generation
 from isotune.models.base.head import set_names
-from isotune.models.base.vocabulary import grow_embeddings
+from isotune.models.base.vocabulary import embedding_rows, grow_embeddings, token_count
 from isotune.models.class_loss import PROBLEM_TYPES
 from isotune.models.layouts.heads import head_of, pad_like_tokenizer, reads_last_token
 from isotune.models.log_control import quiet_libraries
@@ -39,6 +41,7 @@ from isotune.models.opening import (
     loading,
 )
 
+PRECISION_KEYS = ("bf16", "fp16", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "seed")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 # Relative to the largest logit. Merging rounds in fp32; the merged weights are then rounded to the dtype of the file,
@@ -86,57 +89,48 @@ def read_run(run_dir: str | Path) -> FinishedRun:
         return read_run(folder.parent)
     if not recipe.is_file() and (folder / ADAPTER_CONFIG).is_file():  # of another program: its base as it is stored
         check_weights(folder, ADAPTER_WEIGHTS)
-        return FinishedRun(folder, {"tune": "lora"}, folder, _find_base(folder, folder, {})[0], False)
+        return FinishedRun(folder, {"tune": "lora"}, folder, find_base(folder, folder, {})[0], False)
     if not recipe.is_file():
         what = described(folder)
         raise UserError(
             f"{folder} is not a run directory: it has no {RECIPE}" + (f", and is {what}" if what is not None else "")
         )
     settings = or_refuse(read_recipe_values, folder, f"{recipe} is not a recipe")
+    _check_settings(settings, recipe)
     model = folder / "model"
     if not model.is_dir():
         checkpoints = sorted(path.name for path in folder.glob("checkpoints/step-*"))
         hint = f"; {folder / 'checkpoints' / checkpoints[-1]} is its last checkpoint" if checkpoints else ""
         raise UserError(f"the run {folder} has no model: {model} is missing, so its training has not finished{hint}")
-    base, made_here = _find_base(folder, model, settings) if (model / ADAPTER_CONFIG).is_file() else (None, False)
+    base, made_here = find_base(folder, model, settings) if (model / ADAPTER_CONFIG).is_file() else (None, False)
     check_weights(model, ADAPTER_WEIGHTS if base is not None else None)
     if made_here:
         check_weights(Path(str(base)))
     commit = None
     if base is not None and not made_here and not Path(base).is_dir():
-        commit = _read_json(model / ADAPTER_CONFIG).get("revision") or settings.get("model_revision")
+        commit = read_adapter_config(model).get("revision") or settings.get("model_revision")
     return FinishedRun(folder, settings, model, base, made_here, commit)
 
 
-def _find_base(folder: Path, model: Path, settings: dict[str, Any]) -> tuple[str, bool]:
-    """Base of an adapter (RUN/base_model, or as its configuration or the recipe names it); whether the run wrote it."""
-    own = folder / "base_model"
-    if own.is_dir():
-        return str(own), True
-    named = _read_json(model / ADAPTER_CONFIG).get("base_model_name_or_path") or settings.get("model_name_or_path")
-    if named and not isinstance(named, str):
-        raise UserError(f"{model / ADAPTER_CONFIG}: base_model_name_or_path is {shown(named)}, not a text")
-    if not named:
-        raise UserError(f"{model / ADAPTER_CONFIG} names no base model, and neither does {folder / 'recipe.yaml'}")
-    candidates = [Path(named).expanduser(), folder / named, model / named]
-    existing = next((path for path in candidates if path.is_dir()), None)
-    if existing is None and not is_hub_id(named):
-        raise UserError(
-            f"the base model of the adapter in {model} is not where it was: there is no folder {named}; put it there, "
-            f"or say in {model / ADAPTER_CONFIG} where it is (base_model_name_or_path)"
-        )
-    return str(existing or named), False
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    return or_refuse(read_json_object, file, f"{file} cannot be read as JSON")
+def _check_settings(settings: dict[str, Any], file: Path) -> None:
+    """UserError for a value that no recipe has, of the keys that say what the model is and how it reads data."""
+    keys = kind_of(settings).keys()
+    for name, value in settings.items():
+        key = keys.get(name)
+        if key is None or value is None or not (key.group in (MODEL, DATA) or name in PRECISION_KEYS):
+            continue
+        try:
+            parse(key, value)
+        except ValueError as error:
+            raise UserError(f"{file}: {name} is {shown(value)}: {error}") from None
 
 
 def is_classifier(run: FinishedRun) -> bool:
     """Whether RUN/model classifies sequences, by its own configuration."""
-    config = _read_json(run.model / (ADAPTER_CONFIG if run.is_adapter else "config.json"))
     if run.is_adapter:
-        return config.get("task_type") == "SEQ_CLS"
+        return read_adapter_config(run.model).get("task_type") == "SEQ_CLS"
+    file = run.model / MODEL_CONFIG
+    config = or_refuse(read_json_object, file, f"{file} cannot be read as JSON")
     named = config.get("architectures") or ()
     return isinstance(named, list) and any(str(name).endswith("ForSequenceClassification") for name in named)
 
@@ -211,8 +205,13 @@ def load_run_base(run: FinishedRun, device: torch.device, *, dequantize: bool) -
 
 def _grown(run: FinishedRun, base: Any) -> Any:
     """The base with a row for each new token whose rows the adapter brings."""
-    rows = _read_json(run.model / ADAPTER_CONFIG).get("trainable_token_indices") or {}
-    grow_embeddings(base, sorted({row for own in (rows.values() if isinstance(rows, dict) else [rows]) for row in own}))
+    rows = brought_rows(read_adapter_config(run.model))
+    if rows and rows[-1] >= max(embedding_rows(base.config) or 0, token_count(load_run_tokenizer(run))):
+        raise UserError(
+            f"{run.model / ADAPTER_CONFIG}: trainable_token_indices names the row {rows[-1]:,}, and neither the base "
+            "nor the tokenizer has so many"
+        )
+    grow_embeddings(base, rows)
     return base
 
 
