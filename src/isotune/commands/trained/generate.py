@@ -38,6 +38,15 @@ def read_arguments(argv: Sequence[str], *, prog: str, description: str) -> argpa
     parser.add_argument("--limit", type=int, metavar="N", help="the first N samples only")
     parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="prompts of one forward (%(default)s)")
     parser.add_argument("--output_dir", metavar="DIR", help="where the result goes (RUN/eval/NAME of the data set)")
+    parser.add_argument(
+        "--judge", metavar="WHO", help="prefers one of two answers: a run, a model, a server's address or a command"
+    )
+    parser.add_argument(
+        "--judge_against",
+        metavar="WHAT",
+        help="what the answers are judged beside: a run with stored answers (reference)",
+    )
+    parser.add_argument("--judge_model", metavar="NAME", help="of a judge that is a server (its first one)")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this one question")
     parser.add_argument("--interactive", action="store_true", help="a chat, as without --prompt and --dataset_name")
     parser.add_argument("--lm_eval_tasks", metavar="A,B", help="tasks of lm-evaluation-harness: YAML files or names")
@@ -53,6 +62,11 @@ def read_arguments(argv: Sequence[str], *, prog: str, description: str) -> argpa
     if sum(map(bool, modes.values())) > 1:
         raise UserError(f"{' and '.join(name for name, on in modes.items() if on)} exclude each other")
     check_counts(given, ("batch_size", "limit"))
+    if given.judge and not given.evaluates:
+        raise UserError("--judge judges the answers of an evaluation: give --dataset_name or --task too")
+    for flag in ("judge_against", "judge_model"):
+        if getattr(given, flag) and not given.judge:
+            raise UserError(f"--{flag} has no effect without --judge")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not given.evaluates and given.prompt is None:
         what = "--lm_eval_tasks takes" if given.lm_eval_tasks else "a chat takes"
         raise UserError(f"{what} one process: start it with python and without a launcher")
@@ -74,6 +88,7 @@ def generate(given: argparse.Namespace) -> None:
         write_generation_result,
     )
     from isotune.evaluation.generation.lm_eval_bridge import check_tasks, content_of_task, run_tasks, write_harness
+    from isotune.evaluation.judging.judgement import judge_answers, plan_judging
     from isotune.evaluation.models import data_of_run, generation_model_named, generation_model_of_run
     from isotune.evaluation.results import score_lines
     from isotune.evaluation.tasks import DEFAULT_MAX_NEW_TOKENS, ROW_COLUMNS, GenerationTask, read_task
@@ -92,9 +107,13 @@ def generate(given: argparse.Namespace) -> None:
     decoding = Decoding(task.max_new_tokens if task else longest, given.temperature, given.top_p, given.seed)
     tasks = check_tasks(given.lm_eval_tasks) if given.lm_eval_tasks else []
     samples = task.samples(given.limit, show=is_first_process()) if task else None
+    judging = (
+        plan_judging(given.judge, given.judge_model, given.judge_against, samples) if given.judge and samples else None
+    )
     name, evaluation = "lm_eval", dict[str, Any]()  # what decides the result
     if task and samples:
         name, evaluation = task.name, {**task.decisive(), "data": samples.fingerprint, "decoding": asdict(decoding)}
+        evaluation |= judging.decisive() if judging else {}
     elif tasks:
         evaluation = {"dataset_name": ",".join(tasks), "data": [content_of_task(one) for one in tasks]}
     if evaluation:
@@ -108,6 +127,10 @@ def generate(given: argparse.Namespace) -> None:
         print(f"note: not in effect, of the model's generation_config.json: {ruled}", file=sys.stderr)
     if task and samples:
         result = evaluate_generation(lm, samples, decoding, ranks, batch_size=given.batch_size, metrics=task.metrics)
+        del lm  # a judge may be as large
+        judgement = judge_answers(judging, result.predictions, ranks, decoding.seed) if judging else None
+        if judgement:
+            result = result.with_judgement(judgement.scores, judgement.of_rows, judgement.facts)
         if ranks.is_main:
             print_generation_result(result, samples)
             if folder := result_folder(given, name, evaluation):

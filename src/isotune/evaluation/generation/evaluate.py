@@ -8,9 +8,9 @@ the sums are the same everywhere.
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -46,6 +46,12 @@ class GenerationResult:
     scores: Scores  # of the built-in metrics and the modules
     truncated: int  # references longer than the model's positions; the rest is not scored
     rules_of_base: dict[str, Any]  # of the model's generation_config, which were not in effect
+    judge: dict[str, Any] = field(default_factory=dict)  # who judged, beside what, and verdicts that could not be read
+
+    def with_judgement(self, scores: Scores, of_rows: Sequence[dict[str, Any]], judge: dict[str, Any]) -> Self:
+        """This, and what a judge said of it: further metrics, and keys of each prediction."""
+        predictions = [row | judged for row, judged in zip(self.predictions, of_rows, strict=True)]
+        return replace(self, predictions=predictions, scores=self.scores | scores, judge=judge)
 
 
 def evaluate_generation(
@@ -62,9 +68,9 @@ def evaluate_generation(
     `batch_size` is the prompts of one forward and changes no result. A prompt that leaves the model no position for a
     completion, or a module that cannot be computed, is a UserError.
     """
-    prompts = [_prompt(lm, sample) for sample in samples]
+    prompts = [prompt_of(lm, sample) for sample in samples]
     completed = complete(lm, prompts, decoding, batch_size=batch_size, ranks=ranks, progress=ranks.is_main)
-    scored_references = [_reference(lm, sample, prompt.text) for sample, prompt in zip(samples, prompts, strict=True)]
+    scored_references = [reference_of(lm, sample, prompt.text) for sample, prompt in zip(samples, prompts, strict=True)]
     likelihood_of = score_references(lm, scored_references, ranks)
     completions = [completed[sample.id] for sample in samples]
     likelihoods = [likelihood_of[sample.id] for sample in samples]
@@ -92,7 +98,8 @@ def evaluate_generation(
     return GenerationResult(predictions, scores, truncated, rules_of_base(lm.model))
 
 
-def _prompt(lm: GenerationModel, sample: EvalSample) -> Prompt:
+def prompt_of(lm: GenerationModel, sample: EvalSample) -> Prompt:
+    """A sample's question as the model is asked; UserError where its form has no place for it."""
     try:
         text = lm.encoder.prompt(sample.messages, sample.tools)
     except ValueError as error:
@@ -100,7 +107,7 @@ def _prompt(lm: GenerationModel, sample: EvalSample) -> Prompt:
     return Prompt(sample.id, text, f"the question in {sample.where}")
 
 
-def _reference(lm: GenerationModel, sample: EvalSample, prompt: str) -> "Reference":
+def reference_of(lm: GenerationModel, sample: EvalSample, prompt: str) -> "Reference":
     """The reference as it stands behind its prompt in training, without what ends it."""
     try:
         text = lm.encoder.answered(sample.messages, sample.reference, sample.tools)
@@ -219,6 +226,7 @@ def write_generation_result(
         "left_out": {"rows_read": samples.rows_read, "reasons": samples.left_out},
         **({"notes": list(samples.notes)} if samples.notes else {}),
         "references": {"longer_than_positions": result.truncated},
+        **({"judge": result.judge} if result.judge else {}),
     }
     head = f"# {model} on {task.dataset_name}: {min(SHOWN_IN_FILE, len(rows))} of {len(rows)} answers\n\n"
     lines = ["| row | question | answer | reference |", "|---|---|---|---|"]
@@ -246,6 +254,10 @@ def print_generation_result(result: GenerationResult, samples: EvalSamples) -> N
         print(f"    answer     {row['text']}\n    reference  {row['reference']}")
     print(f"exact match {sum(matches)} of {len(matches)} ({sum(matches) / len(matches):.1%})")
     print("\n".join(score_lines(result.scores)))
+    if judge := result.judge:
+        of_model = f" ({judge['model']})" if "model" in judge else ""
+        unread = f"; {judge['unreadable']} of {2 * len(rows)} verdicts could not be read" if judge["unreadable"] else ""
+        print(f"judge       {judge['name']}{of_model}, against {judge['against']}, each pair in both orders{unread}")
     for note in samples.notes:
         print(f"note        {note}")
     for reason, count in samples.left_out.items():
