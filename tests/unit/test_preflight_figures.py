@@ -8,9 +8,13 @@ import pytest
 import torch
 from tests.building import OPT_350M
 from tests.launching import REPOSITORY, run_command
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import BloomConfig, OPTConfig, OPTForCausalLM
 
+from isotune.config import Recipe
+from isotune.data.batch_schedule import StepSchedule
+from isotune.data.sft.preparation import prepare_conversations
 from isotune.io.errors import UserError
+from isotune.models.base.builtin import builtin_tokenizer
 from isotune.models.packed_attention import set_packed_attention
 from isotune.models.supervised_loss import install_supervised_loss
 from isotune.preflight import preflight_report
@@ -136,6 +140,25 @@ def test_the_work_is_counted_once_for_each_number_of_processes(monkeypatch):
     found = plan(tune="full", device=find_device("A100-80"), compare=["ddp", "zero2", "zero3"], world_sizes=[1, 4, 16])
     assert len(found.rows) == 9
     assert sorted(counted) == [1, 4, 16]
+
+
+def test_a_model_that_pads_is_planned_in_the_microbatches_that_it_runs(tmp_path):
+    tokenizer = builtin_tokenizer("builtin:opt-tiny")
+    BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4).save_pretrained(tmp_path / "bloom")
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    values = {"model_name_or_path": str(tmp_path / "bloom"), "global_batch_size": 16, "microbatch_tokens": 256}
+    found = plan(**values)
+    recipe = Recipe.from_values(**TINY | values)
+    data = prepare_conversations(recipe, tokenizer, show=False).train
+    longest, steps = {}, {}
+    for padded in (True, False):
+        options = {"global_batch_size": 16, "microbatch_tokens": 256, "seed": recipe.seed}
+        schedule = StepSchedule(data.documents, data.rows, ranks=1, padded=padded, **options)
+        steps[padded] = max(len(schedule.step(number).microbatches) for number in range(3))
+        longest[padded] = tuple(data.documents.lengths[list(schedule.costliest(3)[1].documents)].tolist())
+    assert longest[True] != longest[False]
+    assert found.model.pads and not plan().model.pads
+    assert found.work.microbatches_per_step == steps[True] and found.work.costliest_microbatch[0] == longest[True]
 
 
 def test_where_exact_gradients_make_processes_wait_a_size_of_the_microbatch_is_named_that_does_not():

@@ -128,8 +128,12 @@ class StepSchedule:
         counted = map(self.step, range(min(steps, self.steps_per_epoch * self.rows.epochs)))
         return max(
             ((step, microbatch) for step in counted for microbatch in step.microbatches),
-            key=lambda pair: (0 if self.padded else pair[1].tokens, pair[1].cost),
+            key=lambda pair: self.memory_order(pair[1]),
         )
+
+    def memory_order(self, microbatch: Microbatch) -> tuple[int, float]:
+        """Larger for a microbatch that takes more memory; where the model pads, tokens alone do not tell."""
+        return 0 if self.padded else microbatch.tokens, microbatch.cost
 
     def _cut(self, shares: list[np.ndarray]) -> list[list[np.ndarray]]:
         """Each share of rows in groups of near-equal cost that the memory allows, as few and as many as in the others.

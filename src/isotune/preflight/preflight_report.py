@@ -185,7 +185,7 @@ class Estimator:
         exact = Sharding(recipe, self.stats, launch).exact_gradients
         key = recipe.forward_tokens("microbatch_tokens"), launch.world_size, exact
         if self.data is not None and key not in self._works:
-            self._works[key] = count_work(recipe, self.data, launch.world_size, exact=exact)
+            self._works[key] = count_work(recipe, self.data, launch.world_size, exact=exact, padded=self.stats.pads)
         return self._works.get(key)
 
     def memory(self, recipe: RunRecipe, launch: Launch) -> Memory:

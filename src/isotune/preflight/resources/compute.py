@@ -48,10 +48,11 @@ class Work:
     costliest_microbatch: tuple[tuple[int, ...], int]  # tokens of each of its documents, and its number of targets
 
 
-def count_work(recipe: RunRecipe, data: Any, world_size: int, *, exact: bool) -> Work:
+def count_work(recipe: RunRecipe, data: Any, world_size: int, *, exact: bool, padded: bool = False) -> Work:
     """Count what training does with prepared `data` (`isotune.data.documents.RunData`) on that many processes.
 
-    `exact`: it sums gradients as integers, so its microbatches do not depend on the processes.
+    `exact`: it sums gradients as integers, so its microbatches do not depend on the processes. `padded`: the
+    model fills the documents of a microbatch up to the longest.
     """
     documents, rows = data.train.documents, data.train.rows
     schedule = StepSchedule(
@@ -60,13 +61,14 @@ def count_work(recipe: RunRecipe, data: Any, world_size: int, *, exact: bool) ->
         global_batch_size=recipe.global_batch_size,
         microbatch_tokens=recipe.forward_tokens("microbatch_tokens"),
         ranks=None if exact else world_size,
+        padded=padded,
         seed=recipe.seed,
     )
     epoch = schedule.steps_per_epoch
     steps = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * epoch)
     counted = [schedule.step(number) for number in range(min(epoch, steps, _MAX_COUNTED_STEPS))]
     lengths = documents.lengths
-    costliest = max((m for step in counted for m in step.microbatches), key=lambda m: (m.tokens, m.cost))
+    costliest = max((m for step in counted for m in step.microbatches), key=schedule.memory_order)
     imbalances, squares, per_rank = [], [], 0
     for step in counted:
         shares = assign_to_ranks(step, world_size)

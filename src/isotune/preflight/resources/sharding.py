@@ -28,12 +28,14 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from isotune.compat.deepspeed import whole_models
 from isotune.compat.peft import base_model_of
+from isotune.compat.transformers import attention_of
 from isotune.config import ClassificationRecipe, Recipe, RunRecipe
 from isotune.models.adapters.lora import add_adapters
 from isotune.models.causal import install_causal
 from isotune.models.class_loss import PLAIN_LOSS
 from isotune.models.classifier import install_classification
 from isotune.models.opening import empty_base_model, weights_dtype
+from isotune.models.packed_attention import PACKED
 from isotune.preflight.request import DDP, DEEPSPEED, FSDP, PLAIN, Launch
 from isotune.preflight.resources.blocks import attention_size_of, layers_of, with_layers
 from isotune.training.gradients.exact_shards import BUCKET
@@ -75,6 +77,9 @@ class ModelStats:
     head_numel: int  # of the output head
     adapter_numel: int  # of LoRA
     largest_block_bytes: int  # weights of the largest block, which a sharding engine gathers
+    # whether the run fills the documents of a microbatch up to the longest: what the architecture offers, as only a run
+    # measures it with the model's weights
+    pads: bool = False
 
 
 def model_builder(
@@ -134,6 +139,7 @@ def model_stats(
         head_numel=0 if head is None else head.weight.numel(),
         adapter_numel=adapter_numel,
         largest_block_bytes=block,
+        pads=attention_of(base_model_of(model).config) != PACKED,
     )
 
 
