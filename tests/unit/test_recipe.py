@@ -146,6 +146,11 @@ def test_the_memory_knob_follows_the_length_of_a_row_until_it_is_given():
     assert wider.forward_tokens("eval_microbatch_tokens") == 8192
     given = recipe.with_values(microbatch_tokens=4096)
     assert (given.microbatch_tokens, given.eval_microbatch_tokens) == (4096, 4096)
+    for auto in ("auto", None, "none"):  # as not given
+        asked = Recipe.from_values(**REQUIRED, max_seq_length=512, eval_dataset_name="d", eval_microbatch_tokens=auto)
+        assert asked.with_values(microbatch_tokens=4096).forward_tokens("eval_microbatch_tokens") == 4096
+        assert "eval_microbatch_tokens" not in asked.given
+        assert given.with_values(eval_microbatch_tokens=auto).forward_tokens("eval_microbatch_tokens") == 4096
 
 
 def test_the_learning_rate_follows_what_is_trained_until_it_is_given():

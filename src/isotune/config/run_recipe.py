@@ -212,7 +212,8 @@ class RunRecipe(BaseRecipe):
         allowed=Range(1), changes_result=False)
     eval_microbatch_tokens: int | Literal["auto"] = key(
         None, MEMORY, "the same in evaluation", allowed=Range(1), needs=WITH_EVALUATION,
-        default_from=itemgetter("microbatch_tokens"), default_text="microbatch_tokens", changes_result=False)
+        default_from=itemgetter("microbatch_tokens"), default_text="microbatch_tokens", changes_result=False,
+        unset="auto", if_empty="auto")
     exact_gradients: bool | Literal["auto"] = key(
         "auto", MEMORY, "sum gradients as integers: the same bits on any number of processes")
     gradient_reduction: Literal["step", "pass"] = key(
