@@ -1,8 +1,15 @@
 """Which form a recipe's chat_format means, and what the saved tokenizer says of it."""
 
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
+import torch
+from tests.building import build, small_opt
 from tests.chat_tokenizers import TEMPLATES, byte_chat_tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, pipeline
+from transformers.pipelines.text_generation import Chat
 from transformers.utils import chat_template_utils
 
 from isotune.compat import chat_templates
@@ -10,9 +17,14 @@ from isotune.config import Recipe
 from isotune.data.sft.chat_format import DAY, GUANACO_MARK, ChatFormat
 from isotune.data.sft.messages import exchange
 from isotune.data.sft.prefixes import prefix_lengths
+from isotune.data.sft.preparation import prepare_conversations
 from isotune.data.sft.shown_example import ShownExample
 from isotune.data.sft.tokenization import ConversationEncoder
+from isotune.evaluation.distributed_eval import Ranks
+from isotune.evaluation.generation.completion import Decoding, Prompt, complete
+from isotune.evaluation.models import generation_model_of_run
 from isotune.io.errors import UserError
+from isotune.training.from_recipe import save
 
 CHATML = TEMPLATES / "chatml.jinja"
 
@@ -193,3 +205,40 @@ def test_one_example_is_shown_with_what_is_learnt_in_brackets_or_in_colour():
     assert shown.text(colour=False) == f"{before}[a<|im_end|>\n]"
     assert shown.text(colour=True) == f"{before}\x1b[32ma<|im_end|>\n\x1b[0m"
     assert shown.lines(colour=False).startswith("example     row 1;")
+
+
+@pytest.mark.parametrize(("chat_format", "template"), [("template", "qwen_thinking"), (str(CHATML), "llama3")])
+def test_a_run_on_a_base_with_a_template_is_asked_by_a_stock_pipeline_as_it_was_trained(
+    tmp_path, chat_format, template
+):
+    tokenizer = byte_chat_tokenizer(template, merges=True)
+    base = small_opt(tmp_path / "base", vocab_size=len(tokenizer), bos_token_id=2, eos_token_id=1, pad_token_id=0)
+    tokenizer.save_pretrained(base)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Is a tide a wave?"}]
+    row = {"messages": [*messages, {"role": "assistant", "content": "Yes."}]}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    data = {"model_name_or_path": base, "dataset_name": str(tmp_path / "rows.jsonl"), "chat_format": chat_format}
+    built = build(tmp_path, **data, max_steps=1, global_batch_size=2)
+    built.trainer.train()
+    save(built.start, built.trainer)
+
+    model = built.run.path / "model"
+    saved = AutoTokenizer.from_pretrained(model)
+    name = template if chat_format == "template" else "chatml"
+    assert saved.chat_template == (TEMPLATES / f"{name}.jinja").read_text("utf-8")
+    stock = pipeline("text-generation", model=str(model), device="cpu")
+    asked = stock.preprocess(Chat(messages))["input_ids"][0].tolist()
+    trained = prepare_conversations(built.recipe, tokenizer, show=False).train.documents
+    first = int(np.flatnonzero(trained.supervised)[0])
+    assert trained.input_ids[:first].tolist() == asked and "Yes." in tokenizer.decode(trained.input_ids[first:])
+    (said,) = stock(messages, max_new_tokens=8, do_sample=False, return_full_text=False)
+    assert said["generated_text"].strip() == answer_of_run(built.run.path, row["messages"][:2])
+
+
+def answer_of_run(run: Path, messages: list[dict]) -> str:
+    """The greedy answer that isotune gives, before what is no part of it is taken off."""
+    lm = generation_model_of_run(run, torch.device("cpu"))
+    prompt = Prompt(0, lm.encoder.prompt(messages))
+    return complete(lm, [prompt], Decoding(max_new_tokens=8), batch_size=1, ranks=Ranks(0, 1, lm.device))[
+        0
+    ].text.strip()
