@@ -1,11 +1,14 @@
 """The answers of a chat template against a slow reference that renders every prefix by transformers' own call."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
+import trl
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tests.chat_tokenizers import TEMPLATES, byte_chat_tokenizer
+from tokenizers.normalizers import NFKD, Lowercase, Replace, Sequence
 
 from isotune.data.sft.chat_format import ChatFormat
 from isotune.data.sft.messages import example_of
@@ -70,13 +73,13 @@ def rendered(tokenizer, messages, **how):
     return tokenizer.apply_chat_template(messages, **how)["input_ids"]
 
 
-def reference(tokenizer, messages):
+def reference(tokenizer, messages, **how):
     """What asks for each answer, and the tokens that the template writes for it, each prefix rendered alone."""
     expected = []
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
-            asked = rendered(tokenizer, messages[:number], add_generation_prompt=True)
-            answered = rendered(tokenizer, messages[: number + 1])
+            asked = rendered(tokenizer, messages[:number], add_generation_prompt=True, **how)
+            answered = rendered(tokenizer, messages[: number + 1], **how)
             assert answered[: len(asked)] == asked
             expected.append((tuple(asked), tuple(answered[len(asked) :])))
     return expected
@@ -182,6 +185,69 @@ def test_guanacos_form_as_a_template_makes_the_tokens_of_training(conversation, 
     asked = rendered(tokenizer, messages[:-1], add_generation_prompt=True)
     first_of_answer = before + max(at for at in range(len(mask)) if mask[at] and not (at and mask[at - 1]))
     assert asked == tokens[:first_of_answer] == encoder.prompt_tokens(encoder.prompt(messages[:-1]))
+
+
+PARAMETERS = {"type": "object", "properties": {"at": {"type": "string", "description": "the place"}}}
+TOOLS = [{"type": "function", "function": {"name": "tide", "description": "hours", "parameters": PARAMETERS}}]
+# templates of models that call tools: ours, and some that TRL ships
+OF_TOOLS = ["chatml", "qwen2_5", "qwen3", "qwen3_instruct_2507", "llama3_1", "glm4moe", "lfm2_v2"]
+CALL = st.tuples(st.one_of(st.none(), ANSWER), TEXT, TEXT)  # reasoning, an argument, what the tool answers
+ERRAND = st.tuples(TEXT, st.lists(CALL, max_size=2), ANSWER, st.one_of(st.none(), ANSWER))
+ERRANDS = st.tuples(st.one_of(st.none(), TEXT), st.lists(ERRAND, min_size=1, max_size=3))
+
+
+def errands_of(system, errands):
+    messages = [{"role": "system", "content": system}] if system else []
+    for question, calls, answer, reasoning in errands:
+        messages.append({"role": "user", "content": question})
+        for thought, argument, said in calls:
+            call = {"type": "function", "function": {"name": "tide", "arguments": {"at": argument}}}
+            asks = {"role": "assistant", "content": "", "tool_calls": [call]}
+            asks |= {"reasoning_content": thought} if thought else {}
+            messages += [asks, {"role": "tool", "content": said}]
+        own = {"reasoning_content": reasoning} if reasoning else {}
+        messages.append({"role": "assistant", "content": answer} | own)
+    return messages
+
+
+@pytest.fixture(scope="module", params=OF_TOOLS)
+def of_tools(request):
+    tokenizer = byte_chat_tokenizer(merges=True)
+    folder = TEMPLATES if request.param == "chatml" else Path(trl.__file__).parent / "chat_templates"
+    tokenizer.chat_template = (folder / f"{request.param}.jinja").read_text("utf-8")
+    encoder = ConversationEncoder(tokenizer)
+    encoder.format.apply(tokenizer)
+    return tokenizer, encoder
+
+
+@many
+@given(conversation=ERRANDS, with_tools=st.booleans())
+@example(
+    conversation=("a", [("b", [("a", "x", "1"), (None, "y", "2")], "ba", "b"), ("a", [], "b", None)]), with_tools=1
+)
+def test_calls_reasoning_and_answers_are_learnt_once_behind_what_asks_for_them(of_tools, conversation, with_tools):
+    tokenizer, encoder = of_tools
+    found = example_of(errands_of(*conversation), tools=TOOLS if with_tools else None)
+    messages, tools = list(found.messages), list(found.tools or ()) or None
+    documents = documents_of(encoder, encoder.conversations(found))
+    assert Counter(answers_in(documents)) == Counter(reference(tokenizer, messages, tools=tools))
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    whole = [rendered(tokenizer, messages[: number + 1], tools=tools) for number in answers]
+    assert all(tokens in whole for tokens, _ in documents) and documents[0][0] == whole[-1]
+
+
+@many
+@given(conversation=TURNS)
+@example(conversation=("É", [("né", "éa ﬁ", None), ("ﬁ", "é", None)]))
+def test_a_tokenizer_that_rewrites_texts_learns_the_same_answers(conversation):
+    tokenizer = byte_chat_tokenizer("chatml", merges=True)
+    # one character becomes several, or several one, so that only the tokenizer's own offsets are right
+    tokenizer.backend_tokenizer.normalizer = Sequence([NFKD(), Lowercase(), Replace("aa", "b")])
+    encoder = ConversationEncoder(tokenizer)
+    found = example_of(messages_of(*conversation, "chatml"))
+    documents = documents_of(encoder, encoder.conversations(found))
+    assert not encoder.locate(["a"], rendered=True).in_bytes
+    assert Counter(answers_in(documents)) == Counter(reference(tokenizer, list(found.messages)))
 
 
 def test_every_fixture_is_tried():
