@@ -3,19 +3,24 @@
 The reference is a loop over the documents with the stock model and its own attention: nothing of ours is in it.
 """
 
+import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.causal_models import small_model
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from isotune.io.errors import UserError
+from isotune.config import Recipe
+from isotune.io.errors import RunFault, UserError
 from isotune.models.causal import CausalForm, install_causal
 from isotune.models.document_dropout import training_microbatch
 from isotune.models.document_keys import MicrobatchDocuments
 from isotune.models.isolation import check_isolation, packed_inputs
+from isotune.models.opening import load_base_model, load_config
 
 VOCABULARY = 97
 LENGTHS = (9, 30, 17)
@@ -122,6 +127,57 @@ def test_a_window_that_no_attention_is_given_pads_documents_that_are_longer(monk
         for layer in model.model.layers:
             layer.self_attn.sliding_window = None
         assert install_causal(model, max_seq_length=longest).why_padded == reason
+
+
+def test_one_layer_without_its_window_pads_documents_too():
+    model = _build("gemma3_text", sliding_window=2_000, layer_types=["sliding_attention"] * 2)
+    model.model.layers[0].self_attn.sliding_window = None
+    assert install_causal(model, max_seq_length=2_001).why_padded == "only its mask knows its window of 2000 tokens"
+
+
+def test_a_window_that_is_switched_off_is_none():
+    """Qwen1.5-MoE as published: its masks of a window of 0 tokens belong to no layer."""
+    keys = LIKE_LLAMA | EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 16, "use_sliding_window": False}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2_moe", **keys))
+    assert install_causal(model, max_seq_length=64) == CausalForm()
+
+
+def test_the_self_test_finds_later_tokens_and_other_logits_than_the_stock_models():
+    """Where a model was not measured as it was loaded, as in shares."""
+    model = _build("granite")
+    install_causal(model, max_seq_length=64)
+    check = functools.partial(check_isolation, model, VOCABULARY, torch.device("cpu"), torch.float32)
+    assert check()["against_stock"] <= 1e-5
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    with pytest.raises(RunFault, match="a token sees the ones after it"):
+        check()
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = True
+    model.register_forward_pre_hook(lambda _, args, given: (args, given | _doubled(given)), with_kwargs=True)
+    with pytest.raises(RunFault, match="logits differ from those of the model's own forward"):
+        check()
+
+
+def _doubled(given: dict[str, Any]) -> dict[str, Any]:
+    """Positions of a stock forward that are not those of a row."""
+    if given.get("attention_mask") is None:
+        return {}
+    return {"position_ids": 2 * torch.arange(given["input_ids"].shape[1])[None]}
+
+
+@pytest.mark.parametrize("kind", ["nemotron", "llama4_text", "qwen3_moe"])
+def test_a_base_in_4_bits_is_measured_as_a_whole_one_is(kind: str, tmp_path: Path):
+    pytest.importorskip("bitsandbytes")
+    small_model(kind).save_pretrained(tmp_path)
+    values = {"tune": "qlora", "max_seq_length": 64, "bf16": False, "output_dir": "runs/none"}
+    asked = Recipe.from_values(model_name_or_path=str(tmp_path), dataset_name="builtin:greetings", **values)
+    model = load_base_model(asked, load_config(asked), torch.device("cpu"))
+    assert any(hasattr(parameter, "quant_state") for parameter in model.parameters())
+    padded = install_causal(model, max_seq_length=64).why_padded is not None
+    assert padded == (install_causal(small_model(kind), max_seq_length=64).why_padded is not None)
+    found = check_isolation(model, VOCABULARY, torch.device("cpu"), torch.float32, padded=padded)
+    assert found["leak"] == 0.0 and found["against_stock"] <= 1e-4
 
 
 @pytest.mark.parametrize("kind", ["bloom", "granite"])

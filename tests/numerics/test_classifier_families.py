@@ -5,14 +5,20 @@ import inspect
 import math
 from collections.abc import Iterator
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
+from tests.causal_models import small_config
 from tests.classifier_families import FAMILIES, VOCABULARY, Family
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 from isotune.models.classifier import install_classification
 from isotune.models.isolation import check_isolation
+from isotune.models.layouts.choose import choose_layout
+from isotune.models.layouts.layout import PADDED
+from isotune.models.packed_attention import PACKED
 
 LENGTHS = (23, 6, 40, 11)
 TARGETS = torch.tensor([2, 0, 1, 2])
@@ -80,3 +86,17 @@ def test_dropout_of_a_text_does_not_depend_on_its_neighbours_and_the_attention_t
     )
     assert found["leak"] == 0 and found["with_dropout"] < 1e-4
     assert types == [module.attention_type for module in model.modules() if hasattr(module, "attention_type")]
+
+
+def test_a_window_that_only_masks_know_pads_texts_that_are_longer():
+    """A window of 2,000 tokens is not reached by the measurement, so what the masks ask for is compared."""
+    for longest, name in ((2_000, PACKED), (2_001, PADDED)):
+        kinds = ["sliding_attention"] * 2
+        config = small_config("qwen2", num_labels=3, use_sliding_window=True, sliding_window=2_000, layer_types=kinds)
+        config.max_position_embeddings = 4_096
+        torch.manual_seed(0)
+        model: Any = AutoModelForSequenceClassification.from_config(config)
+        model.model.layers[1].self_attn.sliding_window = None
+        layout = choose_layout(model, longest)
+        assert layout.name == name
+        assert not layout.reason or layout.reason == "only its mask knows its window of 2000 tokens"

@@ -26,6 +26,7 @@ from isotune.models.packed_attention import (
     DOCUMENT_SDPA,
     FLASH_ATTENTION,
     TORCH_VARLEN,
+    Windows,
     document_position_ids,
     kernel_in_effect,
     last_kernel,
@@ -343,10 +344,30 @@ def test_windows_that_masks_ask_for_and_attention_is_given_are_noted_for_one_for
         with noted_windows() as inner:
             packed_mask(**sizes)
             packed_attention(attention_module(True), *tensors(), None)
-        assert (inner.asked, inner.given) == (set(), False)
-        packed_attention(attention_module(True), *tensors(), None, sliding_window=7)
+        assert (inner.asked, inner.given) == (set(), {})
+        module = attention_module(True)
+        packed_attention(module, *tensors(), None, sliding_window=7)
         packed_attention(attention_module(True), *tensors(), None)
-    assert (outer.asked, outer.given) == ({7}, True)
+        packed_mask(**sizes, local_size=0)
+    assert (outer.asked, outer.given) == ({7}, {id(module): {7}})
+
+
+@pytest.mark.parametrize(("kinds", "given", "lost"), [
+    (None, [{7}, {7}], None),
+    (None, [], 7),
+    (["full_attention"] * 2, [], None),
+    (["full_attention", "sliding_attention"], [{7}], None),
+    (["sliding_attention", "sliding_attention"], [{7}], 7),
+    (["sliding_attention", "chunked_attention"], [{7}, {7}], 20),
+    (["sliding_attention", "chunked_attention"], [{7}, {21}], None),
+])  # fmt: skip
+def test_a_window_is_lost_where_a_layer_of_its_kind_was_given_none(kinds: Any, given: list[set[int]], lost: int | None):
+    asked = {7} if kinds is None or "chunked_attention" not in kinds else {7, 20}
+    windows = Windows(asked, dict(enumerate(given)))
+    config = LlamaConfig()
+    config.layer_types = kinds
+    assert windows.lost(config, 1_000) == lost
+    assert windows.lost(config, 7) is None
 
 
 def test_a_model_whose_attention_cannot_be_replaced_is_refused(monkeypatch: pytest.MonkeyPatch):

@@ -1,5 +1,8 @@
 """Each private member of a library that a launch or a preflight report needs still does what its patch expects."""
 
+import copy
+import importlib
+
 import deepspeed
 import pytest
 import torch
@@ -7,6 +10,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from sklearn.svm import LinearSVC
+from tests.causal_models import small_model
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -15,6 +19,8 @@ from isotune.compat.accelerate import allow_fsdp_on_cpu, launcher_options
 from isotune.compat.deepspeed import disable_shm_transport
 from isotune.compat.scikit_learn import check_parameters
 from isotune.compat.torch import ReduceScatter, clone_default_store, fsdp2_offloads, is_in_backward, reduce_scatter
+from isotune.io.errors import UserError
+from isotune.models.causal import install_causal
 
 
 @pytest.fixture
@@ -39,6 +45,35 @@ def test_the_offload_policy_of_a_sharded_module_is_read_back(one_rank, offloads)
     model = fully_shard(nn.Linear(2, 2), mesh=mesh, **policy)
     assert isinstance(model, FSDPModule)
     assert fsdp2_offloads(model) is offloads
+
+
+@pytest.fixture
+def in_shares(one_rank, monkeypatch):
+    """Puts a model into DeepSpeed's shares, of one rank, before any engine takes it over."""
+    disable_shm_transport()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    communication = importlib.import_module("deepspeed.comm.comm")
+    monkeypatch.setattr(communication, "cdb", communication.cdb)
+    deepspeed.init_distributed("gloo")
+    config = {"train_batch_size": 1, "zero_optimization": {"stage": 3}}
+    return lambda model: deepspeed.zero.Init(module=model, config_dict_or_path=config)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "granite", "llama4_text"])
+def test_a_model_in_shares_is_measured_as_a_whole_one_is(kind, in_shares):
+    model = small_model(kind)
+    expected = install_causal(copy.deepcopy(model), 64)
+    in_shares(model)
+    assert not sum(parameter.numel() for parameter in model.parameters())
+    assert install_causal(model, 64) == expected
+    assert not sum(parameter.numel() for parameter in model.parameters()), "the shares are let go again"
+
+
+def test_a_model_in_shares_whose_tokens_see_later_ones_is_refused(in_shares):
+    model = small_model("bert")
+    in_shares(model)
+    with pytest.raises(UserError, match="'bert' lets a token see the ones after it"):
+        install_causal(model, 64)
 
 
 def test_a_reduce_scatter_has_either_name_and_takes_integers(one_rank):

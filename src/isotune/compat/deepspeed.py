@@ -41,6 +41,41 @@ def is_partitioned(parameter: Any) -> bool:
     return hasattr(parameter, "ds_tensor")
 
 
+@contextmanager
+def gathered_by_block(model: torch.nn.Module) -> Iterator[None]:
+    """Within it a model that was loaded in shares runs before DeepSpeed takes it over; every rank does the same.
+
+    A block is gathered while it runs, all else at once.
+    """
+    parameters = [parameter for parameter in model.parameters() if is_partitioned(parameter)]
+    if not parameters:
+        yield
+        return
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    inner = {id(child) for module in lists for block in module for child in block.modules()}
+    blocks = [block for module in lists if id(module) not in inner for block in module]
+    in_blocks = {id(parameter) for block in blocks for parameter in block.parameters()}
+    running = list[Any]()
+
+    def gather(block: Any, *_: Any) -> None:
+        running.append(GatheredParameters([p for p in block.parameters() if is_partitioned(p)]))
+        running[-1].__enter__()
+
+    def release(*_: Any) -> None:
+        running.pop().__exit__(None, None, None)
+
+    hooks = [block.register_forward_pre_hook(gather) for block in blocks]
+    hooks += [block.register_forward_hook(release, always_call=True) for block in blocks]
+    try:
+        with GatheredParameters([p for p in parameters if id(p) not in in_blocks]):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def gather_with(module: torch.nn.Module, parameters: list[torch.nn.Parameter]) -> None:
     """Let ZeRO-3 gather `parameters` of other modules too wherever `module` runs, forward and backward."""
     from deepspeed.runtime.zero.partition_parameters import register_external_parameter

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from isotune.compat.deepspeed import gathered_by_block
 from isotune.compat.transformers import attention_of, set_attention_of
 from isotune.io.errors import UserError, first_line
-from isotune.models.cpu.layers import is_whole
 from isotune.models.isolation import ALONE_TOLERANCE, packed_inputs
 from isotune.models.layouts.padding import pad_documents
 from isotune.models.packed_attention import noted_windows, set_packed_attention
@@ -57,6 +57,13 @@ def install_causal(model: Any, max_seq_length: int) -> CausalForm:
         return CausalForm()
     if model in _forms:  # of an earlier trainer
         return _forms[model]
+    with gathered_by_block(model):
+        _forms[model] = _measured(model, config, max_seq_length)
+    return _forms[model]
+
+
+def _measured(model: Any, config: Any, max_seq_length: int) -> CausalForm:
+    """Install the form that the model is measured right in; on the meta device, the one that its type offers."""
     mode, before = model.training, attention_of(model.config)
     model.eval()
     documents = _documents(config) if _can_run(model) else []
@@ -78,12 +85,12 @@ def install_causal(model: Any, max_seq_length: int) -> CausalForm:
             if not _loss_agrees(model, documents, alone):
                 raise UserError(f"model type '{config.model_type}' returns other logits for a part of the positions")
     model.train(mode)
-    _forms[model] = CausalForm(why_padded, stock_logits)
-    return _forms[model]
+    return CausalForm(why_padded, stock_logits)
 
 
 def _can_run(model: nn.Module) -> bool:
-    return all(is_whole(parameter) and parameter.device.type != "meta" for parameter in model.parameters())
+    """Whether the weights have values, in 4 bits too, and are whole, or are within `gathered_by_block`."""
+    return not any(parameter.is_meta or hasattr(parameter, "placements") for parameter in model.parameters())
 
 
 def _documents(config: Any) -> list[torch.Tensor]:
@@ -119,9 +126,8 @@ def _try_packed(
         difference = _difference(model, documents, alone)
     if difference is not None:
         return difference
-    if not windows.given and any(window < max_seq_length for window in windows.asked):
-        return f"only its mask knows its window of {min(windows.asked)} tokens"
-    return None
+    lost = windows.lost(model.config, max_seq_length)
+    return None if lost is None else f"only its mask knows its window of {lost} tokens"
 
 
 def _difference(model: Any, documents: Sequence[torch.Tensor], alone: Sequence[torch.Tensor]) -> str | None:

@@ -6,7 +6,7 @@ about to train, in evaluation and in training mode, and does not start where the
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,8 +46,9 @@ def check_isolation(
 
     Returns for environment.json the largest change of a logit in a document whose neighbour was replaced, 0 (beyond the
     rounding of experts); the largest difference from the same document in a row of its own, relative to the largest
-    logit, and the same with dropout; and the relative difference of the supervised loss from the cross-entropy of the
-    plain logits. RunFault where a document depends on its neighbour, or the loss is not that of the logits.
+    logit, and the same with dropout, and to a causal model's stock forward; and the relative difference of the
+    supervised loss from the cross-entropy of the plain logits. RunFault where a document depends on its neighbour, a
+    token on the ones after it, or the loss is not that of the logits.
     """
 
     def logits_of(documents: list[torch.Tensor], first: int = 0) -> list[torch.Tensor]:
@@ -83,6 +84,7 @@ def check_isolation(
             dropout_leak, dropout_error, _ = measure()
         model.eval()
         leak, packing_error, together = measure()
+        seen, stock_error = (0.0, 0.0) if classifier else _against_stock(model, documents, together, logits_of)
         loss, reference = _losses(model, documents, together, device, task_type if classifier else None)
     finally:
         model.train(mode)
@@ -97,6 +99,16 @@ def check_isolation(
         raise RunFault(
             f"a packed document is not the same as the document alone (relative difference {packing_error:.3g}, "
             f"loss {loss_error:.3g}); nothing was trained. Report this model type"
+        )
+    if not seen <= ALONE_TOLERANCE[dtype]:
+        raise RunFault(
+            f"a token sees the ones after it (they change its logits by {seen:.3g} of the largest), so this is no "
+            "causal language model as it is configured (is_decoder); nothing was trained. Choose a decoder"
+        )
+    if not stock_error <= ALONE_TOLERANCE[dtype]:
+        raise RunFault(
+            f"a document's logits differ from those of the model's own forward by {stock_error:.3g} of the largest; "
+            "nothing was trained. Report this model type"
         )
     if isinstance(drawing, RowDraws) and drawing.operator is not None:
         raise RunFault(
@@ -113,8 +125,30 @@ def check_isolation(
         "leak": leak,
         "packed_against_alone": packing_error,
         "with_dropout": dropout_error,
+        "against_stock": stock_error,
         "loss_against_logits": loss_error,
     }
+
+
+def _against_stock(
+    model: nn.Module,
+    documents: Sequence[torch.Tensor],
+    together: Sequence[torch.Tensor],
+    logits_of: Callable[[list[torch.Tensor]], list[torch.Tensor]],
+) -> tuple[float, float]:
+    """How much a document's last token changes the logits before it, and its logits differ from those of a stock batch.
+
+    Both relative to the largest logit. The mask of such a batch has the model's own direction.
+    """
+    largest = max(max(logits.abs().max().item() for logits in together), 1e-6)
+    *others, last = documents
+    changed = last.clone()
+    changed[-1] = changed[0] if changed[0] != changed[-1] else changed[1]
+    before = logits_of([*others, changed])[-1][:-1]
+    seen = (before - together[-1][:-1]).abs().max().item() / largest
+    ids = last[None].to(together[-1].device)
+    stock: Any = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return seen, (stock.logits[0].float() - together[-1]).abs().max().item() / largest
 
 
 class RowDraws(TorchDispatchMode):

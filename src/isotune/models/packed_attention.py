@@ -117,7 +117,8 @@ def packed_attention(
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     form = AttentionForm(scale, causal, sliding_window, softcap)
-    _windows.given |= sliding_window is not None
+    if sliding_window is not None:
+        _windows.given.setdefault(id(module), set()).add(sliding_window)
     if cu_seq_lens_q is None:
         positions = kwargs.get("position_ids")
         if positions is not None and attention_mask is None and positions.shape[-1] > 1:  # else it would leak
@@ -187,7 +188,7 @@ def _document_by_document(
 
 def packed_mask(*, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
     """The mask function: None for a packed row, the mask of transformers' sdpa where there is padding or a cache."""
-    if kwargs.get("local_size") is not None:
+    if kwargs.get("local_size"):  # 0 is no window, in configurations that switch theirs off
         _windows.asked.add(kwargs["local_size"])
     if attention_mask is None and q_length == kv_length:
         return None
@@ -276,10 +277,28 @@ def _run_flash_attention(
 
 @dataclass
 class Windows:
-    """The windows, in tokens, of a model's masks, and whether its attention functions were given one."""
+    """The windows, in tokens, of a model's masks, and those that its attention modules were given."""
 
     asked: set[int] = field(default_factory=set[int])
-    given: bool = False
+    given: dict[int, set[int]] = field(default_factory=dict[int, set[int]])  # by id of the module
+
+    def lost(self, config: PreTrainedConfig, longest: float) -> int | None:
+        """The smallest window below `longest` tokens that a mask has and a layer's attention lacks; None if none is.
+
+        Masks are made for kinds of layers too that a model has none of.
+        """
+        kinds = getattr(config.get_text_config(), "layer_types", None)
+        layers = len(self.given) if kinds is None else sum(map(_has_window, kinds))
+        asked = {window for window in self.asked if window < longest}
+        given = set[int]().union(*self.given.values())
+        unknown = {window for window in asked if not given & {window, window + 1}}
+        if kinds is not None and not layers:
+            return None
+        return min(asked if len(self.given) < layers else unknown, default=None)
+
+
+def _has_window(kind: str) -> bool:
+    return any(word in kind for word in ("sliding", "chunked", "local", "compressed"))
 
 
 _windows = Windows()

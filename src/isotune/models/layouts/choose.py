@@ -30,7 +30,7 @@ from isotune.models.layouts.layout import (
 )
 from isotune.models.layouts.probe import Probe, as_measured, is_small
 from isotune.models.log_control import quiet_libraries
-from isotune.models.packed_attention import PACKED, set_packed_attention
+from isotune.models.packed_attention import PACKED, noted_windows, set_packed_attention
 
 _known: dict[tuple, Layout] = {}  # by class, configuration and longest document, in this process
 
@@ -97,7 +97,11 @@ def _first_right(model: Any, probe: Probe) -> Layout:
             set_packed_attention(model)
             logits, remove = packed_logits(model, layout)
             try:
-                reason = probe.difference(logits)
+                with noted_windows() as windows:
+                    reason = probe.difference(logits)
+                lost = windows.lost(model.config, probe.longest)
+                if not reason and lost is not None:
+                    reason = f"only its mask knows its window of {lost} tokens"
             finally:
                 remove()
         except Exception as error:

@@ -32,7 +32,9 @@ class Probe:
 
     def __init__(self, model: Any, longest: int | None) -> None:
         self.model, config = model, model.config.get_text_config()
-        limit = min(n for n in (longest, max_positions(model.config), LONGEST_PROBE) if n is not None)
+        # of any document, in tokens
+        self.longest = min((n for n in (longest, max_positions(model.config)) if n is not None), default=float("inf"))
+        limit = int(min(self.longest, LONGEST_PROBE))
         windows = [window for name in WINDOWS for window in _integers(getattr(config, name, None))]
         windows += _integers(sparse_beyond(config))
         beyond = {w + BEYOND_WINDOW for w in windows if max(LENGTHS) < w + BEYOND_WINDOW <= LONGEST_PROBE}
