@@ -13,6 +13,7 @@ from transformers import Trainer as LibraryTrainer
 from trl import SFTTrainer as TrlTrainer
 
 from isotune.config import ClassificationRecipe, Recipe
+from isotune.drop_in.refusals import REFUSED_FIELDS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -111,3 +112,11 @@ def test_the_page_of_ones_own_script_has_every_argument_of_both_constructors():
     assert {name for name, of in rows if of == "both"} == of_both
     assert {name for name, of in rows if of == "Trainer"} == names[LibraryTrainer] - of_both
     assert {name for name, of in rows if of == "SFTTrainer"} == names[TrlTrainer] - of_both
+
+
+def test_the_page_of_ones_own_script_names_every_field_that_is_refused_and_no_other_librarys(installed):
+    page = (DOCS / "drop-in.md").read_text()
+    rows = re.findall(r"^\| (`.*?`) \| fields of `args` \|", page, re.M)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert named <= set(installed)
+    assert {*REFUSED_FIELDS, "parallelism_config", "packing_strategy", "router_aux_loss_coef"} <= named

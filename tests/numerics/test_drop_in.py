@@ -21,6 +21,7 @@ from transformers import (
     LlamaForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    TrainerCallback,
     TrainingArguments,
 )
 from trl import SFTConfig
@@ -76,9 +77,8 @@ def sft(folder: Any, batch: int, accumulation: int, packing: bool = True, **more
     return isotune.SFTTrainer(
         model=more.pop("model", None) or llama(attention_dropout=0.1),
         args=args,
-        train_dataset=conversations(),
         processing_class=tokenizer,
-        **more,
+        **{"train_dataset": conversations(), **more},
     )
 
 
@@ -408,3 +408,45 @@ def test_a_loss_that_is_no_number_stops_and_names_the_rows_and_no_recipes_key(tm
     trainer.remove_callback(tests[0])
     with pytest.raises(RunFault, match=r"the loss of step 1, microbatch 0, documents of row [\d, ]+ is not finite$"):
         trainer.train()
+
+
+def test_a_formatting_function_makes_the_texts_that_are_learnt(tmp_path):
+    rows = Dataset.from_dict({"q": ["one", "two"], "a": ["red", "green blue"]})
+    trainer = sft(tmp_path, 2, 1, train_dataset=rows, formatting_func=lambda row: f"{row['q']} is {row['a']}")
+    documents, tokenizer = trainer.plan.documents.documents, trainer.processing_class
+    found = [tokenizer.decode(ids) for ids in np.split(documents.input_ids, documents.starts[1:-1])]
+    assert [text.replace(tokenizer.eos_token, "") for text in found] == ["one is red", "two is green blue"]
+
+
+class Counted(TrainerCallback):
+    steps = 0
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.steps += 1
+
+
+def test_the_best_model_by_one_of_several_evaluation_sets_is_loaded_and_callbacks_are_called(tmp_path):
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_second_loss"}
+    args = TrainingArguments(str(tmp_path), **{**QUIET, **STEPS, **every, **best})
+    sets, counted = {"first": texts(6, seed=1), "second": texts(7, seed=2)}, Counted()
+    trainer = isotune.Trainer(bert(), args, train_dataset=texts(), eval_dataset=sets, callbacks=[counted])
+    trainer.train()
+    names = ("eval_first_loss", "eval_second_loss")
+    seen = {name: [line[name] for line in trainer.state.log_history if name in line] for name in names}
+    assert counted.steps == 3 and [len(losses) for losses in seen.values()] == [3, 3]
+    assert trainer.state.best_metric == min(seen["eval_second_loss"]) != seen["eval_second_loss"][-1]
+    assert trainer.evaluate(sets["second"])["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
+
+
+@pytest.mark.parametrize("given", ["optimizers", "optimizer_cls_and_kwargs"])
+def test_an_optimizer_of_ones_own_makes_the_updates(given: str, tmp_path):
+    model = bert()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    own: Any = (torch.optim.SGD([model.classifier.bias], lr=0.1), None)
+    if given == "optimizer_cls_and_kwargs":
+        own = (torch.optim.SGD, {"lr": 0.0})
+    args = TrainingArguments(str(tmp_path), **{**QUIET, **STEPS, "max_steps": 1})
+    isotune.Trainer(model, args, train_dataset=texts(), **{given: own}).train()
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == ({"classifier.bias"} if given == "optimizers" else set())
