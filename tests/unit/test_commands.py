@@ -1,6 +1,7 @@
 """`isotune sft mine.yaml --num_processes 4 --engine zero2`: what a user types is read as it is meant, or refused."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from isotune.commands.train import recipe_words
 from isotune.commands.trained.evaluate import _own_data
 from isotune.io import extras, shipped
 from isotune.io.errors import UserError
+from isotune.io.parent_process import pass_on
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -332,3 +334,24 @@ def test_a_module_started_by_its_name_is_the_program(tmp_path):
             [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
         )
         assert done.stdout == f"{is_program}\n"
+
+
+@pytest.mark.parametrize(("platform", "calls"), [("linux", ["SIGINT", "SIGTERM"]), ("win32", ["end"])])
+def test_signals_are_passed_on_where_there_are_any(platform: str, calls: list[str], monkeypatch):
+    class Process:
+        def __init__(self) -> None:
+            self.calls: list[str] = []
+
+        def send_signal(self, number: int) -> None:
+            if platform == "win32":
+                raise ValueError(f"Unsupported signal: {number}")
+            self.calls.append(signal.Signals(number).name)
+
+        def terminate(self) -> None:
+            self.calls.append("end")
+
+    monkeypatch.setattr(sys, "platform", platform)
+    process = Process()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        pass_on(process, number)
+    assert process.calls == calls

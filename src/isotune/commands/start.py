@@ -28,7 +28,7 @@ from isotune.io.errors import (
     read_job_status,
 )
 from isotune.io.extras import need
-from isotune.io.parent_process import is_launched, signal_when_parent_ends
+from isotune.io.parent_process import is_launched, pass_on, signal_when_parent_ends
 from isotune.io.reading import Unreadable
 from isotune.io.variables import MAX_PROCESSES
 from isotune.run.malloc_tuning import VARIABLE, malloc_tunables
@@ -185,7 +185,7 @@ def _forward_signals(process: "subprocess.Popen[bytes]") -> dict[int, Any]:
 
     def forward(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        process.send_signal(signal.SIGTERM if name == "SIGUSR1" else number)
+        pass_on(process, signal.SIGTERM if name == "SIGUSR1" else number)
 
     numbers = [getattr(signal, name) for name in FORWARDED if hasattr(signal, name)]
     return {number: signal.signal(number, forward) for number in numbers}

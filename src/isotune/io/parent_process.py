@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 
 PR_SET_PDEATHSIG = 1
@@ -20,3 +21,11 @@ def signal_when_parent_ends() -> bool:
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
     return os.getppid() != parent
+
+
+def pass_on(process: "subprocess.Popen[bytes]", number: int) -> None:
+    """Send a signal to a process; Windows can only end one, and its Ctrl+C reaches all processes of a console."""
+    if sys.platform != "win32":
+        process.send_signal(number)
+    elif number != signal.SIGINT:
+        process.terminate()

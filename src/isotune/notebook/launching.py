@@ -68,7 +68,7 @@ def _show(process: "subprocess.Popen[bytes]") -> None:
             sys.stdout.write(decode(read))
             sys.stdout.flush()
         except KeyboardInterrupt:
-            if interrupted:
+            if interrupted or sys.platform == "win32":  # which has no signal that asks, only an end
                 raise
             interrupted = True
             process.send_signal(signal.SIGINT)
