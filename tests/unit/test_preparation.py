@@ -72,7 +72,7 @@ def same(one: PreparedData, other: PreparedData) -> bool:
 
 def entries() -> list[Path]:
     """What the cache holds beside the locks."""
-    return sorted(path for path in cache_folder().glob("*") if path.suffix != ".lock")
+    return sorted(path for path in cache_folder().glob("*") if path.suffix not in (".lock", ".holder"))
 
 
 def test_a_document_is_bos_text_eos_with_the_answer_and_the_eos_supervised(talks):
