@@ -78,10 +78,20 @@ def test_the_default_of_several_is_read_where_the_card_names_one(tmp_path, said)
     assert texts(clone(tmp_path, card, "en/x.jsonl", "fr/y.jsonl")) == ["fr/y.jsonl"]
 
 
+# merge keys that would stand for ten to the power of ten pairs
+BOMB = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}\n" for n in range(1, 11)
+) + "configs: 1\n"  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("card", "said"),
     [
         ("configs: [\n", "README.md begins with lines that are not YAML"),
+        ("configs: 1\ndate: 2024-13-45\n", "README.md begins with lines that are not YAML: month must be in 1..12"),
+        ("configs: " + "[" * 5_000 + "\n", "README.md begins with lines that are not YAML: it is nested deeper"),
+        ("configs: &a {<<: *a}\n", "README.md begins with lines that are not YAML: a value holds itself"),
+        (BOMB, "README.md begins with lines that are not YAML: its aliases stand for more than"),
         ("configs:\n- config_name: a\n  data_files: none/*.jsonl\n", "dataset_name: '.*clone' cannot be read: "),
         ("configs:\n- config_name: a\n  data_files: {train: x}\n", "dataset_name: '.*clone' cannot be read: "),
         ("configs:\n- config_name: a\n  data_files: ../outside.jsonl\n", "lie outside it, at .*outside.jsonl"),
@@ -174,11 +184,17 @@ def test_names_of_classes_that_an_older_data_set_lists_beside_itself_are_those_o
     infos = {"default": {"features": features.to_dict()}}
     Path(folder, "dataset_infos.json").write_text(json.dumps(infos))
     assert read_rows(folder).class_names == {"label": (("no", "yes"),)}
+    Path(folder, "dataset_infos.json").write_text("[" * 100_000)
+    assert read_rows(folder).class_names == {}
     Path(folder, "dataset_infos.json").write_text(json.dumps({**infos, "other": infos["default"]}))
     assert read_rows(folder).class_names == {}  # nobody says which
 
 
-@pytest.mark.parametrize("card", ["dataset_info: 3\n", "dataset_info:\n- features: [1]\n", "a: [\n"])
+@pytest.mark.parametrize(
+    "card",
+    ["dataset_info: 3\n", "dataset_info:\n- features: [1]\n", "a: [\n", "a: " + "[" * 5_000, "date: 2024-13-45\n",
+     "dataset_info: {features: [{name: a, dtype: {class_label: {names: {.inf: x}}}}]}\n"],
+)  # fmt: skip
 def test_a_card_that_says_nothing_of_use_is_passed_over(tmp_path, card):
     folder = clone(tmp_path, card, "train.jsonl")
     assert read_rows(folder).class_names == {} and texts(folder) == ["train.jsonl"]

@@ -83,6 +83,47 @@ def test_a_saved_data_set_gives_its_rows(tmp_path):
     assert "no split 'test'; it has train" in mistake(tmp_path / "several", "test")
 
 
+SHARD = "data-00000-of-00001.arrow"
+DEEP = "[" * 100_000
+SAVED = {
+    "state.json: a list": ("state.json", "[1]", "state.json cannot be read: it has no keys"),
+    "state.json: no name": ("state.json", '{"_data_files": [{}]}', "_data_files.0.filename is .*: field required"),
+    "state.json: depth": ("state.json", DEEP, "state.json cannot be read: it is nested deeper than"),
+    "state.json: nothing": ("state.json", "", "state.json cannot be read: it is not JSON"),
+    "state.json: another key": ("state.json", json.dumps({"_data_files": [{"filename": SHARD}]}), "be read as what"),
+    "another folder": ("state.json", '{"_data_files": [{"filename": "../x.arrow"}]}', "names the file '../x.arrow'"),
+    "an absolute path": ("state.json", '{"_data_files": [{"filename": "/x.arrow"}]}', "lies outside the folder"),
+    "indices elsewhere": ("state.json", '{"_data_files": [], "_indices_data_files": [{"filename": "../x"}]}', "'../x'"),
+    "dataset_info.json: a list": ("dataset_info.json", "[1]", "dataset_info.json cannot be read: it has no keys"),
+    "dataset_info.json: features": ("dataset_info.json", '{"features": 5}', "features is 5: input should be a valid"),
+    "dataset_info.json: a type": (
+        "dataset_info.json", '{"features": {"text": {"dtype": "string", "_type": "Nothing"}}}', "be read as what"),
+    "splits": ("dataset_dict.json", '{"splits": 5}', "dataset_dict.json cannot be read: splits is 5"),
+    "a split elsewhere": ("dataset_dict.json", '{"splits": ["train", "../train"]}', "'../train' is no name"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_saved_data_set_whose_description_is_broken_or_leaves_its_folder_is_one_sentence(tmp_path, name):
+    file, content, said = SAVED[name]
+    datasets.Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(str(tmp_path / "d"))
+    (tmp_path / "x.arrow").write_bytes((tmp_path / "d" / SHARD).read_bytes())
+    (tmp_path / "d" / file).write_text(content)
+    with pytest.raises(UserError, match=said) as refused:
+        list(read_rows(str(tmp_path / "d")).rows())
+    assert "\n" not in str(refused.value) and "dataset_name: " in str(refused.value)
+
+
+def test_a_saved_data_set_that_is_cut_off_anywhere_is_one_sentence(tmp_path):
+    datasets.Dataset.from_dict({"text": ["a" * 900, "b" * 900]}).save_to_disk(str(tmp_path / "d"))
+    whole = (tmp_path / "d" / SHARD).read_bytes()
+    for size in (0, 4, 100, len(whole) // 2, len(whole) - 1_000):
+        (tmp_path / "d" / SHARD).write_bytes(whole[:size])
+        with pytest.raises(UserError) as refused:
+            list(read_rows(str(tmp_path / "d")).rows())
+        assert str(tmp_path / "d") in str(refused.value) and "\n" not in str(refused.value)
+
+
 def test_a_cached_hub_data_set_is_read_offline(tmp_path):
     cache = tmp_path / "cache"
     place = cache / "someone___talks" / "default" / "0.0.0" / "0123456789abcdef"

@@ -18,11 +18,14 @@ IPC_FILE = b"ARROW1"  # how an IPC file begins; a stream begins otherwise
 
 
 def read_dataset(dataset: Any) -> Iterator[Row]:
-    """The rows of a `datasets.Dataset`."""
+    """The rows of a `datasets.Dataset`; UserError where its files are broken."""
+    arrow: Any = import_module("pyarrow")
+    files = ", ".join(str(file["filename"]) for file in dataset.cache_files) or "the data set"
     try:
         yield from _rows(dataset.with_format("arrow").iter(ROWS_AT_ONCE))
+    except (arrow.ArrowException, OSError) as error:
+        raise UserError(f"{files} is not readable as Arrow: {first_line(error)}") from error
     except _NotUtf8 as fault:
-        files = ", ".join(str(file["filename"]) for file in dataset.cache_files) or "the data set"
         raise UserError(f"{files}: {fault}") from fault.__cause__
 
 

@@ -17,11 +17,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
 from isotune.data.sources.class_labels import ClassNames, class_names_of, features_class_names
 from isotune.data.sources.layout import lacking_shards
 from isotune.io.errors import UserError, first_line
+from isotune.io.reading import Unreadable, parse_yaml, read_bytes, read_json_object
 
 CARD, INFOS = "README.md", "dataset_infos.json"
 _FRONT = re.compile(r"\s*---[ \t]*\r?\n(.*?\n)---[ \t]*(?:\r?\n|$)", re.S)
@@ -71,14 +70,15 @@ def has_configs(folder: Path) -> bool:
     path = folder / CARD
     try:
         text = _front_of(path)
-        return "configs" in text and bool(_mapping(yaml.safe_load(text)).get("configs"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path} begins with lines that are not YAML: {first_line(error)}") from error
+        return "configs" in text and bool(_mapping(parse_yaml(text)).get("configs"))
+    except Unreadable as reason:
+        told = str(reason).removeprefix("it is not YAML: ")
+        raise UserError(f"{path} begins with lines that are not YAML: {told}") from None
 
 
 def _front_of(card: Path) -> str:
-    """The first lines of a card, which are YAML; empty where there are none."""
-    front = _FRONT.match(card.read_text("utf-8-sig", "replace")) if card.is_file() else None
+    """The first lines of a card, which are YAML; empty where there are none. Unreadable where the file is."""
+    front = _FRONT.match(read_bytes(card).decode("utf-8-sig", "replace")) if card.is_file() else None
     return front[1] if front else ""
 
 
@@ -87,14 +87,14 @@ def class_names_beside(folder: Path, config: str | None) -> ClassNames:
 
     They are those of `config`, or of the only configuration; nothing where the files are none of `datasets`.
     """
-    with suppress(OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
-        infos = _mapping(yaml.safe_load(_front_of(folder / CARD)) if (folder / CARD).is_file() else {})
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        infos = _mapping(parse_yaml(_front_of(folder / CARD)))
         listed: Any = infos.get("dataset_info") or []
         listed = [listed] if isinstance(listed, Mapping) else listed
         if own := [info for info in listed if config in (None, info.get("config_name"))]:
             return _names_in_card(own[0]["features"]) if len(own) == 1 else {}
         if (folder / INFOS).is_file():
-            of_configs: dict[str, Any] = json.loads((folder / INFOS).read_text("utf-8"))
+            of_configs = read_json_object(folder / INFOS)
             chosen = list(of_configs.values()) if config is None else [of_configs[config]]
             return features_class_names(chosen[0]["features"]) if len(chosen) == 1 else {}
     return {}

@@ -1,6 +1,5 @@
 """The names of classes that a data set's own features have: `datasets` keeps them in what it saves, and in Parquet."""
 
-import json
 import unicodedata
 from collections.abc import Mapping
 from importlib import import_module
@@ -11,6 +10,7 @@ from isotune.data.sources.arrow_rows import IPC_FILE
 from isotune.data.sources.text_files import open_seekable
 from isotune.io.errors import UserError
 from isotune.io.formats import format_of
+from isotune.io.reading import parse_json
 
 _UNSEEN = dict.fromkeys(map(ord, "\ufeff\u200b\u2060"))  # byte order marks and blanks without width
 ClassNames = dict[str, tuple[tuple[str, ...], ...]]  # by column, as `Source.class_names`
@@ -47,7 +47,7 @@ def file_class_names(path: Path) -> ClassNames:
                 file.seek(0)
                 schema = (ipc.open_file if is_file else ipc.open_stream)(file).schema
         metadata: dict[bytes, bytes] = schema.metadata or {}
-        return features_class_names(json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"])
+        return features_class_names(parse_json(metadata.get(b"huggingface", b"{}").decode())["info"]["features"])
     except (arrow.ArrowException, UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}  # its reader says more
 

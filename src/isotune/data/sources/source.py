@@ -15,6 +15,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
 from isotune.compat.datasets import fingerprint_of
 from isotune.data.sources.arrow_rows import read_dataset
 from isotune.data.sources.card import ListedSplit, class_names_beside, has_configs, key_beside, open_card_split
@@ -27,6 +30,8 @@ from isotune.data.sources.layout import find_split
 from isotune.io.errors import UserError, first_line, nearest, shown
 from isotune.io.folders import described
 from isotune.io.formats import FORMAT_WORDS, format_of
+from isotune.io.reading import Unreadable, read_json
+from isotune.io.run_files import or_refuse
 
 PREFIX = "builtin:"
 SEED = 20_240_607
@@ -266,25 +271,59 @@ def _folder_source(folder: Path, split: str, key: str, columns: Sequence[str] | 
 def _saved_source(folder: Path, split: str, key: str) -> Source:
     """A folder of `datasets.save_to_disk`: one split, or a folder a split."""
     if (folder / "dataset_dict.json").is_file():
-        splits = _read_json_file(folder / "dataset_dict.json").get("splits", [])
+        splits = or_refuse(
+            _read_splits, folder / "dataset_dict.json", f"{key}: {folder}/dataset_dict.json cannot be read"
+        )
         if split not in splits:
             raise UserError(f"{key}: {folder} has no split {split!r}; it has {', '.join(splits)}")
         folder = folder / split
-    shards = [folder / shard["filename"] for shard in _read_json_file(folder / "state.json").get("_data_files", [])]
+    told = f"{key}: {folder}"
+    state = or_refuse(_read_saved, folder / "state.json", f"{told}/state.json cannot be read")
+    files = [each["filename"] for name in ("_data_files", "_indices_data_files") for each in state.get(name) or ()]
+    if outside := next((name for name in files if Path(name).name != name), None):
+        raise UserError(f"{told}/state.json names the file {shown(outside)}, which lies outside the folder")
+    shards = [folder / name for name in files]
     for shard in shards:
         if not shard.is_file():
             raise UserError(f"{key}: {folder} names the file {shard.name}, which is not there")
     content = digest_of([folder / "state.json", *shards])
-    names = features_class_names(_read_json_file(folder / "dataset_info.json").get("features") or {})
-    load: Callable[[], Any] = lambda: import_module("datasets").load_from_disk(folder)  # noqa: E731
+    info = or_refuse(_read_saved, folder / "dataset_info.json", f"{told}/dataset_info.json cannot be read")
+
+    def load() -> Any:
+        try:
+            return import_module("datasets").load_from_disk(folder)
+        except Exception as error:  # what the files hold decides what `datasets` raises
+            raise UserError(f"{told} cannot be read as what save_to_disk wrote: {first_line(error)}") from error
+
+    names = features_class_names(info.get("features") or {})
     return Source(f"{folder} ({split})", content, lambda: read_dataset(load()), class_names=names)
 
 
-def _read_json_file(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable as JSON ({first_line(error)})") from error
+class _Shard(TypedDict):
+    filename: str
+
+
+class _Saved(TypedDict, total=False):
+    """The keys that are read of the files of `datasets.save_to_disk`."""
+
+    splits: list[str]
+    _data_files: list[_Shard]
+    _indices_data_files: list[_Shard] | None
+    features: dict[str, Any] | None
+
+
+_SAVED = TypeAdapter(_Saved)
+
+
+def _read_saved(file: Path) -> dict[str, Any]:
+    return dict(read_json(file, _SAVED))
+
+
+def _read_splits(file: Path) -> list[str]:
+    splits: list[str] = _read_saved(file).get("splits", [])
+    if outside := next((name for name in splits if Path(name).name != name), None):
+        raise Unreadable(f"the split {shown(outside)} is no name of a folder")
+    return splits
 
 
 Generator = Callable[[random.Random, int], Iterator[Row]]
