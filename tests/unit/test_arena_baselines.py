@@ -193,3 +193,11 @@ def test_models_that_were_kept_predict_as_those_that_were_fitted_bit_for_bit(fit
     assert list(again) == list(given)
     for name, found in given.items():
         assert found.tobytes() == again[name].tobytes(), name
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[1]", '{"weights": {"a": 1e999}}', '{"weights": 5}', ""])
+def test_weights_of_a_blend_that_are_none_are_one_sentence(tmp_path, content):
+    (tmp_path / "blend.json").write_text(content)
+    with pytest.raises(UserError, match=r"blend\.json") as refused:
+        FittedModels.load(tmp_path)
+    assert "\n" not in str(refused.value)

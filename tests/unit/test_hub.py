@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -19,6 +20,7 @@ from tests.hub_stand_in.server import HubStandIn, Repository
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from isotune.config import Recipe
+from isotune.data.sources import hub as hub_module
 from isotune.data.sources import hub_access
 from isotune.data.sources.hub import hub_record, open_repository
 from isotune.data.sources.source import read_rows
@@ -452,3 +454,11 @@ def test_what_was_downloaded_by_hand_is_read_offline(hub, again):
     assert not hub.requests
     with pytest.raises(UserError, match=f"^dataset_name: the data set '{real.IMDB}' is not in the local cache and HF_"):
         read_rows(real.IMDB)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[1]", '{"now": 5, "files": 5}', '{"now": "../x"}', ""])
+def test_notes_about_a_repository_that_are_none_are_passed_over(tmp_path, monkeypatch, content):
+    (tmp_path / "note.json").write_text(content)
+    monkeypatch.setattr(hub_module, "_moved_file", lambda kind, name: tmp_path / "note.json")
+    assert hub_module._moved("dataset", "a/b") == "a/b"
+    assert hub_module._remembered(tmp_path / "note.json", SimpleNamespace(folder=tmp_path)) is None

@@ -56,6 +56,22 @@ def test_a_spreadsheet_computes_no_text_and_one_apostrophe_less_is_the_text(tmp_
     assert (own[1:] if is_marked else own) == text
 
 
+@pytest.mark.parametrize("content", ["[" * 100_000, "[1]", '{"made_of": 5}', "\xff", ""])
+def test_facts_and_parts_that_are_none_are_nobodys(tmp_path: Path, content: str):
+    output = tmp_path / "out.csv"
+    begun(output, "a", "x").close()
+    part = tmp_path / ".out.csv.parts" / "part-000000000000.json"
+    for text in (content, '{"rows": 0, "counts": {}, "lines": []}', '{"rows": 1}'):
+        part.write_text(text, "latin-1")
+        again = PredictionFile(output, {"model_sha256": "a"}, "id")
+        assert again.start() == 0  # begins with the first row
+        again.close()
+    output.write_text("mine")
+    (tmp_path / "out.csv.json").write_text(content, "latin-1")
+    with pytest.raises(UserError, match=r"--output .*out\.csv holds something else: choose another file"):
+        PredictionFile(output, {"model_sha256": "b"}, "id").start()
+
+
 def test_a_file_under_the_name_of_the_facts_is_left_alone(tmp_path: Path):
     (tmp_path / "out.csv.json").write_text('{"mine": 1}')
     with pytest.raises(UserError, match=r"out\.csv would take the place of .*out\.csv\.json too"):

@@ -172,7 +172,7 @@ def test_each_setting_that_decides_the_documents_makes_an_entry_and_the_others_d
 
 
 @pytest.mark.parametrize(
-    "damage", ["a flipped byte", "a cut file", "a lost file", "no meta.json", "an empty meta.json"]
+    "damage", ["a flipped byte", "a cut file", "a lost file", "no meta.json", "an empty meta.json", "a deep one"]
 )
 def test_a_damaged_entry_is_noticed_and_made_anew(talks, damage):
     made = quietly(talks)
@@ -187,7 +187,9 @@ def test_a_damaged_entry_is_noticed_and_made_anew(talks, damage):
         array.write_bytes(content[:-8])
     elif damage != "a lost file":
         array.write_bytes(content)
-        meta.unlink() if damage == "no meta.json" else meta.write_text("{}")
+        meta.write_text({"an empty meta.json": "{}", "a deep one": "[" * 100_000}.get(damage, ""))
+        if damage == "no meta.json":
+            meta.unlink()
     assert np.array_equal(quietly(talks).documents.input_ids, expected)
     assert array.read_bytes() == content
     assert len(entries()) == 1

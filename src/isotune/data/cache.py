@@ -21,6 +21,8 @@ import numpy as np
 
 from isotune.io.cache_root import cache_root, disk_errors_named
 from isotune.io.locks import held
+from isotune.io.reading import parse_json, read_text
+from isotune.io.run_files import MAX_LINES_BYTES
 
 Content = tuple[dict[str, np.ndarray], dict[str, Any]]  # arrays by name, and counts that JSON can hold
 Build = Callable[[Path], Content]  # given the folder that becomes the entry
@@ -79,7 +81,7 @@ def _build(entry: Path, build: Build) -> None:
 def _load(entry: Path) -> Content | None:
     """An entry's content with the arrays mapped from disk, or None where it is absent or damaged."""
     try:
-        meta = json.loads((entry / "meta.json").read_text("utf-8"))
+        meta = parse_json(read_text(entry / "meta.json", MAX_LINES_BYTES))
         if any(_digest(entry / f"{name}.npy") != expected for name, expected in meta["sha256"].items()):
             return None
         arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in meta["sha256"]}

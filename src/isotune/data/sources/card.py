@@ -166,8 +166,8 @@ def _named_files(card: Path) -> set[str]:
             for each in cast(Any, value).values() if isinstance(value, Mapping) else cast(list[Any], value):
                 collect(each)
 
-    with suppress(OSError, yaml.YAMLError):
-        collect(_mapping(yaml.safe_load(_front_of(card))).get("configs"))
+    with suppress(Unreadable):
+        collect(_mapping(parse_yaml(_front_of(card))).get("configs"))
     return found
 
 

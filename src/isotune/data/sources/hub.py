@@ -31,6 +31,7 @@ from isotune.io.cache_root import cache_root, disk_errors_named
 from isotune.io.errors import UserError, is_first_process
 from isotune.io.files import replace_file
 from isotune.io.locks import held
+from isotune.io.reading import Unreadable, read_json_object
 
 _CACHED = "or set HF_HUB_OFFLINE=1 where an earlier run has cached it"
 OFFLINE_WAYS = {
@@ -212,9 +213,10 @@ def _present_name(kind: Kind, name: str) -> str:
 def _moved(kind: Kind, name: str) -> str:
     """The name that a repository is known to have now."""
     try:
-        return json.loads(_moved_file(kind, name).read_text("utf-8"))["now"]
-    except (OSError, ValueError, KeyError, TypeError):
+        now = read_json_object(_moved_file(kind, name)).get("now")
+    except (FileNotFoundError, Unreadable):
         return name
+    return now if isinstance(now, str) and is_hub_id(now) else name
 
 
 def _moved_file(kind: Kind, name: str) -> Path:
@@ -272,7 +274,7 @@ def _place(kind: Kind, name: str, revision: str | None) -> tuple[str, ...]:
 def _remembered(memo: Path, repository: Repository) -> dict[str, Any] | None:
     """What was chosen before, where all of its files are still in the Hub's cache."""
     try:
-        found = json.loads(memo.read_text("utf-8"))
+        found = read_json_object(memo)
         return found if all((repository.folder / file).is_file() for file in found["files"]) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

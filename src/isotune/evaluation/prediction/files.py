@@ -16,18 +16,33 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TextIO
+from typing import Annotated, Any, ClassVar, TextIO
 
 from filelock import FileLock, Timeout
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from isotune.data.sources.text_files import is_formula
 from isotune.evaluation.prediction.predictors import LEFT_OUT, Line, Part
 from isotune.io.errors import AlreadyDone, UserError
 from isotune.io.files import replace_file, replacing
+from isotune.io.reading import Unreadable, checked, parse_json, read_text
+from isotune.io.run_files import MAX_LINES_BYTES
 
 CSV, JSONL = ".csv", ".jsonl"
 FACTS = "facts.json"
 NAMES = ("dataset_name", "model")  # are recorded, and decide nothing: contents do
+
+
+class _KeptPart(TypedDict):
+    """A file of the lines of some rows."""
+
+    rows: Annotated[int, Field(ge=1)]
+    counts: dict[str, int]
+    lines: list[dict[str, Any]]
+
+
+_PART_SCHEMA = TypeAdapter(_KeptPart)
 
 
 @dataclass(frozen=True)
@@ -50,7 +65,7 @@ class PredictionFile:
 
     def start(self) -> int:
         """How many rows are predicted already; AlreadyDone where all are, UserError for what is not of these facts."""
-        there = _read(self.about).get("made_of")
+        there = _made_of(self.about)
         if self.output.exists() and there is not None and not self._difference(there):
             raise AlreadyDone(f"{self.output} holds these predictions: nothing is left to do")
         if self.about.exists() and there is None and not self.output.exists():
@@ -114,9 +129,13 @@ class PredictionFile:
         self._open.close()
 
     def _whole_parts(self) -> Iterator[dict[str, Any]]:
-        """The parts from the first row on, without a gap."""
+        """The parts from the first row on, without a gap; one that is none is a gap."""
         first = 0
         while part := _read(self.parts / _name(first)):
+            try:
+                checked(part, _PART_SCHEMA)
+            except Unreadable:
+                return
             yield part
             first += int(part["rows"])
 
@@ -161,10 +180,16 @@ def _name(first: int) -> str:
 def _read(file: Path) -> dict[str, Any]:
     """A JSON object of a file; an empty one where there is no such file, or it is of something else."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = parse_json(read_text(file, MAX_LINES_BYTES))
+    except (FileNotFoundError, Unreadable):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _made_of(file: Path) -> dict[str, Any] | None:
+    """What made the predictions that a file of facts stands beside; None where it does not say so."""
+    there = _read(file).get("made_of")
+    return there if isinstance(there, dict) else None
 
 
 def _cell(value: Any) -> Any:

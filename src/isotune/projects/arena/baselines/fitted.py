@@ -21,6 +21,7 @@ from threadpoolctl import threadpool_limits
 from isotune.evaluation.statistics.blending import blend
 from isotune.io.errors import UserError, first_line
 from isotune.io.files import replace_file, replacing
+from isotune.io.reading import read_json_object
 from isotune.projects.arena.baselines.estimators import MEMBERS, FeatureMatrix, SwapAveraged, battle_features
 from isotune.projects.arena.battles import Battle
 
@@ -64,13 +65,13 @@ class FittedModels:
     def load(cls, folder: Path) -> Self:
         """What `save` wrote; UserError where a file is missing, broken, or holds what is not trusted."""
         try:
-            facts = json.loads((folder / WEIGHTS).read_text(encoding="utf-8"))
+            facts = read_json_object(folder / WEIGHTS)
             weights, prior = {str(name): float(w) for name, w in facts["weights"].items()}, np.array(facts["prior"])
         except FileNotFoundError:
             raise UserError(
                 f"{folder} holds no {WEIGHTS}: the run has not finished, or is of a version that kept no models"
             ) from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise UserError(f"{folder / WEIGHTS} cannot be read: {first_line(error)}") from None
         if unknown := next((name for name in weights if name not in MEMBERS), None):
             raise UserError(f"{folder / WEIGHTS} names the model {unknown!r}; there are {', '.join(MEMBERS)}")
