@@ -17,6 +17,7 @@ from isotune.checkpoint.resume import open_run
 from isotune.config import ClassificationRecipe
 from isotune.distributed.launch import Process
 from isotune.io.errors import AlreadyDone, UserError
+from isotune.report.model_card import write_model_card
 from isotune.run.hub import upload_model
 
 ALONE = Process(0, 1, torch.device("cpu"))
@@ -164,6 +165,19 @@ def test_without_a_token_one_sentence_says_where_to_get_one(hub, tmp_path, monke
     with pytest.raises(UserError, match="push_to_hub has no token: log in with `hf auth login` or set HF_TOKEN"):
         upload_model(recipe)
     assert not hub.created
+
+
+def test_the_card_that_is_uploaded_loads_from_the_owner_whom_the_hub_names(hub, tmp_path):
+    recipe = ClassificationRecipe.from_values(
+        **TINY_CLASSIFIER, output_dir=str(tmp_path), push_to_hub=True, hub_model_id="tiny"
+    )
+    recipe.write(tmp_path / "recipe.yaml")
+    (tmp_path / "model").mkdir()
+    write_model_card(tmp_path, recipe.hub_model_id)
+    upload_model(recipe)
+    card = hub.files["README.md"].decode()
+    assert card.count('from_pretrained("someone/tiny"') == 2 and 'from_pretrained("tiny"' not in card
+    assert (tmp_path / "model" / "README.md").read_text() == card
 
 
 def test_the_keys_of_an_upload_need_push_to_hub():

@@ -19,8 +19,6 @@ from jinja2.compiler import CodeGenerator
 from jinja2.exceptions import TemplateError
 from jinja2.visitor import NodeTransformer
 
-from isotune.io.errors import UserError
-
 MAX_UNITS = 5_000_000
 MAX_SECONDS = 30.0  # of this thread on a processor: a unit may be a search in a long text
 UNIT_CHARACTERS = 20
@@ -35,13 +33,13 @@ _SIZED = (str, list, tuple, dict, set, frozenset, range)  # of others, to ask fo
 _SPEND, _CHARGED = "isotune_spend", "isotune_charged"
 
 
-class TemplateTooCostly(UserError):
-    """A template that would go on without end, or fill the memory."""
+class TemplateTooCostly(Exception):
+    """A template that would go on without end, or fill the memory; the message says what is allowed."""
 
     def __init__(self) -> None:
         super().__init__(
-            f"chat_format: the chat template goes on without end: for one conversation it may take {MAX_UNITS:,} turns "
-            f"of its loops, make {MAX_UNITS * UNIT_CHARACTERS:,} characters, and compute for {MAX_SECONDS:.0f} seconds"
+            f"for one conversation it may take {MAX_UNITS:,} turns of its loops, make {MAX_UNITS * UNIT_CHARACTERS:,} "
+            f"characters, and compute for {MAX_SECONDS:.0f} seconds"
         )
 
 

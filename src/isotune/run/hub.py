@@ -16,8 +16,11 @@ from isotune.data.sources.source import PREFIX
 from isotune.io.errors import UserError, first_line
 from isotune.io.files import replace_file
 from isotune.io.formats import format_of
+from isotune.io.reading import read_text
 from isotune.io.run_files import UPLOAD, or_empty, read_environment
 from isotune.run.identity import MIXTURES
+
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ def upload_model(recipe: RunRecipe) -> dict[str, str]:
 
     try:
         created = api.create_repo(repository, private=recipe.hub_private_repo, exist_ok=True)
+        _name_in_card(run / "model" / CARD, repository, created.repo_id)
         commit = api.upload_folder(
             repo_id=created.repo_id, folder_path=run / "model", commit_message="The final model of an isotune run"
         )
@@ -110,3 +114,13 @@ def upload_model(recipe: RunRecipe) -> dict[str, str]:
     record = {"repository": created.repo_id, "url": str(created), "commit": commit.oid}
     replace_file(run / UPLOAD, json.dumps(record, indent=2) + "\n")
     return record
+
+
+def _name_in_card(card: Path, asked: str, created: str) -> None:
+    """Let the card's code load OWNER/NAME where the run asked for NAME: the Hub alone knows the token's owner."""
+    if asked == created or not card.is_file():
+        return
+    text = read_text(card)
+    named = text.replace(f'from_pretrained("{asked}"', f'from_pretrained("{created}"')
+    if named != text:
+        replace_file(card, named)

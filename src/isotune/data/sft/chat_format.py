@@ -17,7 +17,8 @@ from typing import Any, Literal, cast
 from jinja2.exceptions import TemplateSyntaxError
 from transformers.utils import chat_template_utils
 
-from isotune.compat.chat_templates import RENDERING_ERRORS, bounded
+from isotune.compat.chat_templates import RENDERING_ERRORS
+from isotune.data.sft.prefixes import bounded_rendering
 from isotune.data.tokenizer import prefix_of, tokenizer_name
 from isotune.io.errors import UserError, first_line, nearest
 from isotune.io.reading import Unreadable, read_text
@@ -136,7 +137,7 @@ def _checked(template: str | dict[str, str], where: str) -> str | dict[str, str]
     if isinstance(template, dict):
         return {name: str(_checked(text, where)) for name, text in template.items()}
     try:
-        with bounded():
+        with bounded_rendering():
             cast(Any, chat_template_utils).render_jinja_template(
                 [[{"role": "user", "content": "a"}]], chat_template=template
             )

@@ -25,11 +25,11 @@ from typing import Any, TypeVar, cast
 
 from transformers.utils import chat_template_utils
 
-from isotune.compat.chat_templates import RENDERING_ERRORS, bounded
+from isotune.compat.chat_templates import RENDERING_ERRORS
 from isotune.config.recipes import TrainOn
 from isotune.data.sft.conversations import Conversation, everything
 from isotune.data.sft.messages import ASSISTANT, PREAMBLE, REASONING_FIELDS, SYSTEM, USER, Example, Message
-from isotune.data.sft.prefixes import prefix_lengths
+from isotune.data.sft.prefixes import bounded_rendering, prefix_lengths
 from isotune.io.errors import first_line
 
 _GENERATION = re.compile(r"\{\%[-+]?\s*generation\s*[-+]?\%\}")
@@ -65,7 +65,7 @@ class ChatTemplate:
         """
         try:
             template = self.tokenizer.get_chat_template(None, tools)
-            with bounded():
+            with bounded_rendering():
                 texts, spans = cast(Any, chat_template_utils).render_jinja_template(
                     [[message | {"role": SYSTEM} if message["role"] == PREAMBLE else message for message in messages]],
                     tools=list(tools) if tools else None,

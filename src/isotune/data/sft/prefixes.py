@@ -7,14 +7,16 @@ where each turn begins, and what stands behind the loop is the same for every co
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
 from jinja2 import nodes
 
-from isotune.compat.chat_templates import RENDERING_ERRORS, bounded, bounded_environment
+from isotune.compat.chat_templates import RENDERING_ERRORS, TemplateTooCostly, bounded, bounded_environment
 from isotune.compat.transformers import messages_for_template
+from isotune.io.errors import UserError
 
 MARK = "\ue000isotune turn\ue000"  # characters for private use: where a text has them all the same, the count is off
 BEGINS, ENDS, LAST_ENDS = "isotune_turn_begins", "isotune_turn_ends", "isotune_last_turn_ends"
@@ -72,6 +74,16 @@ class _Watched(Sequence[Any]):
                 yield self._messages[number]
 
 
+@contextmanager
+def bounded_rendering() -> Iterator[None]:
+    """Within it a chat template's work is bounded; UserError where it exceeds that."""
+    try:
+        with bounded():
+            yield
+    except TemplateTooCostly as error:
+        raise UserError(f"chat_format: the chat template goes on without end: {error}") from error
+
+
 def prefix_lengths(
     template: str, messages: Sequence[dict[str, Any]], tools: Any, variables: dict[str, Any]
 ) -> tuple[str, dict[int, int]] | None:
@@ -98,7 +110,7 @@ def prefix_lengths(
 
     watched = _Watched(messages_for_template(messages), watch)
     try:
-        with bounded():
+        with bounded_rendering():
             text: str = marked.render(
                 messages=watched, tools=tools, documents=None, add_generation_prompt=False,
                 **{BEGINS: begins, ENDS: ends, LAST_ENDS: lambda: MARK}, **variables,
