@@ -144,7 +144,12 @@ def staging_for(folder: Path) -> Generator[Path]:
             folder.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(staging, ignore_errors=True)
             yield staging
+            shared = (
+                staging.stat().st_mode & 0o666
+            )  # by the user's umask; safetensors makes its files the owner's alone
             for path in (*staging.rglob("*"), staging):
+                if path.is_file():
+                    path.chmod(shared)
                 sync_path(path)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
