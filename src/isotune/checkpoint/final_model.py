@@ -146,7 +146,7 @@ def staging_for(folder: Path) -> Generator[Path]:
             yield staging
             shared = (
                 staging.stat().st_mode & 0o666
-            )  # by the user's umask; safetensors makes its files the owner's alone
+            )  # the umask's; safetensors makes its files the owner's alone
             for path in (*staging.rglob("*"), staging):
                 if path.is_file():
                     path.chmod(shared)
