@@ -115,6 +115,30 @@ def test_the_classifier_s_page_works_by_keyboard_alone(browser, classifier):
         assert "identical" in seen.page.inner_text("#facts")
 
 
+def test_an_answer_about_a_text_that_has_changed_since_is_not_shown(browser, classifier):
+    with opened(browser, classifier.url) as seen:
+        type_text(seen)
+        seen.page.evaluate("""() => {
+          const stock = window.fetch;
+          window.answered = [];
+          window.fetch = async (path, ...more) => {
+            const answer = await stock(path, ...more);
+            if (path === "attributions" || path === "similar") {
+              const field = document.getElementById("text");
+              field.value += " More.";
+              field.dispatchEvent(new Event("input"));
+              window.answered.push(path);
+            }
+            return answer;
+          };
+        }""")
+        for button, path in (("Show which words decide", "attributions"), ("Show similar errors", "similar")):
+            seen.page.get_by_role("button", name=button).click()
+            wait_until(seen, f"window.answered.includes('{path}') && !document.getElementById('explain').disabled")
+        assert not seen.page.locator("#words-section").is_visible()
+        assert not seen.page.locator("#errors-section").is_visible() and seen.said == []
+
+
 def test_a_text_with_markup_is_shown_as_text(browser, classifier):
     with opened(browser, classifier.url) as seen:
         type_text(seen, "<img src=x onerror=alert(1)> brilliant")

@@ -52,6 +52,14 @@ def test_what_openai_s_clients_send_of_their_own_is_taken():
     assert (body.temperature, body.wants_usage, body.stop_words) == (1.0, True, ("\n",))
 
 
+@pytest.mark.parametrize("kind", [Chat, Completion])
+def test_null_is_the_default_of_every_key_that_may_be_left_out(kind):
+    needed = HI if kind is Chat else {"prompt": "a"}
+    nothing = {name: None for name, key in kind.model_fields.items() if not key.is_required()}
+    assert read_body(kind, needed | nothing) == read_body(kind, needed)
+    assert not read_body(kind, needed | {"stream_options": {"include_usage": None}}).wants_usage
+
+
 @pytest.mark.parametrize(
     ("body", "columns"),
     [

@@ -75,6 +75,13 @@ def test_a_full_queue_refuses_a_request_whole_and_takes_it_later(doubling):
     assert worker.submit([5, 5, 5], later())[0].result.result(SOON) == 10
 
 
+def test_a_request_that_the_queue_never_has_room_for_is_a_mistake_of_its_own(doubling):
+    _, worker = doubling
+    with pytest.raises(Refused, match="at most 8 may wait: send fewer, or serve with a larger --queue") as refused:
+        worker.submit([1] * 9, later())
+    assert refused.value.status == 400 and worker.waiting == 0
+
+
 def test_one_that_fails_does_not_fail_the_others_of_its_batch(doubling, capsys):
     service, worker = doubling
     held = hold(service, worker)

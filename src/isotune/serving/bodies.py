@@ -6,7 +6,7 @@ only say who asks are taken and passed over.
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from isotune.serving.limits import BAD_REQUEST, Limits, Refused
 
@@ -15,6 +15,14 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else [] if value is None else value
 
 
+def _or_default(value: Any, info: ValidationInfo) -> Any:
+    """Null is what clients send for what they leave open."""
+    if value is not None or info.field_name is None:
+        return value
+    return Generation.model_fields[info.field_name].default
+
+
+Open = BeforeValidator(_or_default)
 Texts = Annotated[list[str], Field(min_length=1)]
 B = TypeVar("B", bound=BaseModel)
 
@@ -58,7 +66,7 @@ class OneText(_Body):
 class StreamOptions(_Body):
     """What a stream ends with."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
@@ -69,20 +77,20 @@ class ResponseFormat(_Body):
 
 
 class Generation(_Body):
-    """How to go on from a prompt; the defaults are greedy."""
+    """How to go on from a prompt; the defaults are greedy, and null is the default."""
 
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    temperature: Annotated[float, Field(ge=0, le=2), Open] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1), Open] = 1.0
     seed: Annotated[int, Field(ge=0)] | None = None
     stop: Annotated[list[str], BeforeValidator(_listed), Field(max_length=4)] = []
-    stream: bool = False
+    stream: Annotated[bool, Open] = False
     stream_options: StreamOptions | None = None
     # in the one form that changes nothing
-    n: Literal[1] = 1
-    presence_penalty: Literal[0] = 0
-    frequency_penalty: Literal[0] = 0
+    n: Annotated[Literal[1], Open] = 1
+    presence_penalty: Annotated[Literal[0], Open] = 0
+    frequency_penalty: Annotated[Literal[0], Open] = 0
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     # who asks, and how others would be charged for it
     user: Any = None
@@ -100,7 +108,7 @@ class Generation(_Body):
     @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with the numbers of tokens."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 class Chat(Generation):
@@ -118,8 +126,8 @@ class Completion(Generation):
     """POST /v1/completions."""
 
     prompt: Annotated[Texts, BeforeValidator(_listed)]  # each is a choice of the answer
-    best_of: Literal[1] = 1
-    echo: Literal[False] = False
+    best_of: Literal[1] | None = None
+    echo: Literal[False] | None = None
     logprobs: None = None
     suffix: None = None
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from isotune.io.errors import first_line
-from isotune.serving.limits import BUSY, FAILED, Limits, Refused, too_late
+from isotune.serving.limits import BAD_REQUEST, BUSY, FAILED, Limits, Refused, too_late
 
 
 @dataclass(eq=False)
@@ -83,12 +83,15 @@ class Worker:
     def submit(
         self, works: Sequence[Any], ends: float, on_piece: Callable[[int, str], None] | None = None
     ) -> list[Job]:
-        """The jobs of one request, all in the queue or none; Refused where it is full or the server stops.
+        """The jobs of one request, all in the queue or none; Refused where it is full, or shorter than the request.
 
         `on_piece` takes the number of a job among these, and text as it is generated, in the worker's thread.
         """
         tellers = [None if on_piece is None else partial(on_piece, number) for number in range(len(works))]
         jobs = [Job(work, ends, tell) for work, tell in zip(works, tellers, strict=True)]
+        if len(jobs) > self.limits.waiting:  # later too
+            what = f"the request is {len(jobs)} of the model at once, and at most {self.limits.waiting} may wait"
+            raise Refused(BAD_REQUEST, "too_many", f"{what}: send fewer, or serve with a larger --queue")
         with self._changed:
             if self._closing:
                 raise Refused(BUSY, "stopping", "the server is stopping")

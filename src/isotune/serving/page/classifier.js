@@ -78,31 +78,42 @@ function bar(name, isShare) {
   return item;
 }
 
+// the answer about the text as it stands; null where that has changed by the time the answer comes
+async function askNow(path) {
+  const asked = body();
+  const found = await (await ask(path, asked)).json();
+  return JSON.stringify(asked) === JSON.stringify(body()) ? found : null;
+}
+
 async function explain(event) {
   event.preventDefault();
   if (isEmpty()) return;
   at("explain").disabled = true;
   try {
-    const found = await (await ask("attributions", body())).json();
-    const of = found.label === null ? "the value" : `the probability of ${found.label}`;
-    at("method").textContent =
-      `By ${found.method}: what each word adds to ${of}, from ${found.blank_output.toFixed(3)} for a blank text to ` +
-      `${found.output.toFixed(3)}. Underlined words add to it, words with a dashed line take from it. ` +
-      `Special tokens and rounding make up the rest.`;
-    const largest = Math.max(1e-9, ...found.shares.map(Math.abs));
-    const words = found.words.flatMap((word, i) => [shaded(word, found.shares[i], largest), " "]);
-    at("words").replaceChildren(...words);
-    const order = found.words.map((_, i) => i).sort((a, b) => Math.abs(found.shares[b]) - Math.abs(found.shares[a]));
-    at("shares").replaceChildren(...order.map((i) => {
-      const line = element("tr");
-      line.append(element("td", found.words[i]), element("td", signed(found.shares[i]), "share"));
-      return line;
-    }));
-    reveal("words-section", "words-title");
+    const found = await askNow("attributions");
+    if (found) showWords(found);
   } catch (error) {
     showError(error);
   }
   at("explain").disabled = isEmpty();
+}
+
+function showWords(found) {
+  const of = found.label === null ? "the value" : `the probability of ${found.label}`;
+  at("method").textContent =
+    `By ${found.method}: what each word adds to ${of}, from ${found.blank_output.toFixed(3)} for a blank text to ` +
+    `${found.output.toFixed(3)}. Underlined words add to it, words with a dashed line take from it. ` +
+    `Special tokens and rounding make up the rest.`;
+  const largest = Math.max(1e-9, ...found.shares.map(Math.abs));
+  const words = found.words.flatMap((word, i) => [shaded(word, found.shares[i], largest), " "]);
+  at("words").replaceChildren(...words);
+  const order = found.words.map((_, i) => i).sort((a, b) => Math.abs(found.shares[b]) - Math.abs(found.shares[a]));
+  at("shares").replaceChildren(...order.map((i) => {
+    const line = element("tr");
+    line.append(element("td", found.words[i]), element("td", signed(found.shares[i]), "share"));
+    return line;
+  }));
+  reveal("words-section", "words-title");
 }
 
 function shaded(word, share, largest) {
@@ -116,22 +127,26 @@ function shaded(word, share, largest) {
 async function find() {
   at("find").disabled = true;
   try {
-    const found = await (await ask("similar", body())).json();
-    at("errors-method").textContent = found.errors.length
-      ? `Of ${info.errors} errors of the evaluation, by ${found.method}.`
-      : `None of the ${info.errors} errors of the evaluation has a word of this text.`;
-    at("errors").replaceChildren(...found.errors.map((error) => {
-      const item = element("li");
-      const sure = error.probability === undefined ? "" : ` (${percent(error.probability)})`;
-      item.append(element("p", error.text, "quote"));
-      item.append(element("p", `is ${error.actual}, was predicted ${error.predicted}${sure}`, "soft"));
-      return item;
-    }));
-    reveal("errors-section", "errors-title");
+    const found = await askNow("similar");
+    if (found) showErrors(found);
   } catch (error) {
     showError(error);
   }
   at("find").disabled = isEmpty() || !info.errors;
+}
+
+function showErrors(found) {
+  at("errors-method").textContent = found.errors.length
+    ? `Of ${info.errors} errors of the evaluation, by ${found.method}.`
+    : `None of the ${info.errors} errors of the evaluation has a word of this text.`;
+  at("errors").replaceChildren(...found.errors.map((error) => {
+    const item = element("li");
+    const sure = error.probability === undefined ? "" : ` (${percent(error.probability)})`;
+    item.append(element("p", error.text, "quote"));
+    item.append(element("p", `is ${error.actual}, was predicted ${error.predicted}${sure}`, "soft"));
+    return item;
+  }));
+  reveal("errors-section", "errors-title");
 }
 
 function reveal(section, title) {
