@@ -38,9 +38,9 @@ def of_sklearn(labels, probabilities):
         three = theirs.precision_recall_fscore_support(labels, chosen, average=average, zero_division=0)
         found |= {f"{kind}_{average}": value for kind, value in zip(("precision", "recall", "f1"), three, strict=False)}
     present = set(labels) | set(chosen)
-    three = theirs.precision_recall_fscore_support(labels, chosen, labels=every, average=None, zero_division=0)
+    three = theirs.precision_recall_fscore_support(labels, chosen, labels=every, average=None, zero_division=np.nan)
     for kind, of_classes in zip(("precision", "recall", "f1"), three, strict=False):
-        found |= {f"{kind}_class_{k}": of_classes[k] for k in every if k in present}
+        found |= {f"{kind}_class_{k}": of_classes[k] for k in every}
     found["log_loss"] = theirs.log_loss(labels, probabilities, labels=every)
     given = probabilities[:, 1] if classes == 2 else probabilities
     found["brier"] = theirs.brier_score_loss(labels, given, labels=every)
@@ -73,6 +73,14 @@ def test_every_metric_is_scikit_learns_and_one_that_cannot_be_has_no_value(made)
         calibration_by_hand(labels, probabilities), abs=1e-12
     )
     assert known == pytest.approx({n: v for n, v in expected.items() if np.isfinite(v)}, rel=1e-6, abs=1e-9)
+
+
+def test_the_precision_of_a_class_that_is_never_predicted_is_undefined_and_0_in_the_mean():
+    labels, sure = np.array([0, 0, 1, 2]), np.array([[0.8, 0.1, 0.1]] * 3 + [[0.1, 0.8, 0.1]])
+    found = score(classification_statistics(labels, sure, names=["a", "b", "c"]), 4, resamples=100)
+    assert found.undefined == ["precision[c]"] and "precision[c]" not in found.intervals
+    assert found.metrics["recall[c]"] == found.metrics["f1[c]"] == 0
+    assert found.metrics["precision_macro"] == pytest.approx((2 / 3 + 0 + 0) / 3)
 
 
 def calibration_by_hand(labels, probabilities):
@@ -128,6 +136,6 @@ def test_every_value_lies_in_its_interval_and_what_cannot_be_is_named():
     generator = np.random.default_rng(5)
     labels = np.zeros(60, int)
     found = score(classification_statistics(labels, generator.dirichlet([9, 9], 60), ordinal=True), 60)
-    assert found.undefined == ["pr_auc", "roc_auc"]
+    assert found.undefined == ["pr_auc", "recall_class_1", "roc_auc"]
     assert all(low <= found.metrics[name] <= high for name, (low, high) in found.intervals.items())
     assert found.intervals.keys() == found.metrics.keys()

@@ -66,9 +66,9 @@ def of_labels(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]
     found = {f"{kind}_{average}": function(labels, chosen, average=average, zero_division=0)
              for kind, function in scores.items() for average in ("micro", "macro")}  # fmt: skip
     for k in range(labels.shape[1]):
-        if labels[:, k].any() or chosen[:, k].any():
-            found |= {f"{kind}_class_{k}": function(labels[:, k], chosen[:, k], zero_division=0)
-                      for kind, function in scores.items()}  # fmt: skip
+        own = {f"{kind}_class_{k}": function(labels[:, k], chosen[:, k], zero_division=np.nan)
+               for kind, function in scores.items()}  # fmt: skip
+        found |= {name: value for name, value in own.items() if np.isfinite(value)}
     found["exact_match"] = metrics.accuracy_score(labels, chosen)
     found["hamming_loss"] = metrics.hamming_loss(labels, chosen)
     found["log_loss"] = np.mean([metrics.log_loss(labels[:, k], probabilities[:, k], labels=[0, 1])
@@ -140,5 +140,5 @@ def test_plots_say_in_words_what_they_show(tmp_path):
     draw_labels(labels, np.array([[0.9, 0.1], [0.2, 0.1], [0.6, 0.2]]), ["sea", "rain"], tmp_path / "labels.png")
     text = (tmp_path / "labels.txt").read_text().splitlines()
     assert text[1] == "sea: 2 texts, predicted for 2; precision 0.500, recall 0.500, f1 0.500."
-    assert text[2] == "rain: 0 texts, predicted for 0; precision nan, recall nan, f1 nan."
+    assert text[2] == "rain: 0 texts, predicted for 0; precision undefined, recall undefined, f1 undefined."
     assert (tmp_path / "labels.png").read_bytes()[:4] == b"\x89PNG"

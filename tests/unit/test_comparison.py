@@ -149,7 +149,9 @@ def test_a_metric_that_is_no_number_is_left_out_and_one_that_is_zero_is_not(tmp_
         write_classifier(tmp_path / "wrong", wrong / wrong.sum(1, keepdims=True), labels=one_class),
         write_classifier(tmp_path / "b", shares(3, 1.0), labels=one_class),
     ]
-    for pair in compare_runs([*runs, runs[0]], metrics=["roc_auc", "accuracy"], resamples=100, all_pairs=True).pairs:
+    compared = compare_runs([*runs, runs[0]], metrics=["roc_auc", "accuracy"], resamples=100, all_pairs=True)
+    assert compared.notes[0] == f"roc_auc is undefined in {runs[0] / 'eval' / 'test'}, and is not compared"
+    for pair in compared.pairs:
         (found,) = pair.differences
         assert found.metric == "accuracy" and 0.0 in (found.a, found.b)
 

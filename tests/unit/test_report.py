@@ -157,6 +157,14 @@ def test_a_report_says_what_the_files_say(run):
     assert facts["Trained"] == "full: 5 of 10 parameters (50.0%)"
 
 
+def test_a_metric_that_the_rows_do_not_define_is_said_to_be_undefined(tmp_path):
+    where, undefined = tmp_path / "run" / "eval" / "test", ["precision_class_1"]
+    row = {"id": 0, "label": 0, "probabilities": [0.9, 0.1]}
+    given = facts("classification", label_names=["bad", "good"], undefined=undefined)
+    write_result(where, given, Scores({"accuracy": 1.0}, {}, undefined), [row], ["text"])
+    assert ["precision_class_1", "undefined", ""] in Page(render_report([tmp_path / "run"])).rows()
+
+
 def test_confident_errors_come_first_with_their_texts(run):
     example = {"id": 59, "actual": "good", "predicted": "bad", "text": "the surest of all"}
     (run / "eval/test/examples.jsonl").write_text(json.dumps(example) + "\n")

@@ -156,7 +156,10 @@ def compare_runs(
         tests=sum(len(pair.differences) for pair in pairs),
         groups=None if groups is None else units,
         pairs=_corrected(pairs),
-        notes=[note for result in results[1:] for note in _other_decoding(results[0], result)],
+        notes=[
+            *(note for result in results[1:] for note in _other_decoding(results[0], result)),
+            *(note for result, side in zip(results, sides, strict=True) for note in _undefined(result, side, chosen)),
+        ],
     )
 
 
@@ -166,6 +169,13 @@ def _other_decoding(first: Result, other: Result) -> list[str]:
     names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     differing = ", ".join(f"{name} {theirs.get(name)} instead of {ours.get(name)}" for name in names)
     return [f"{other.folder} was decoded otherwise than {first.folder}: {differing}"] if names else []
+
+
+def _undefined(result: Result, side: MeasuredRows, metrics: Sequence[str]) -> list[str]:
+    """A sentence for each metric that the rows of a result do not define, so that it cannot be compared."""
+    found = values([side.statistics[name] for name in metrics])
+    absent = [name for name in metrics if not np.isfinite(found[name])]
+    return [f"{name} is undefined in {result.folder}, and is not compared" for name in absent]
 
 
 def _choose_metrics(kind: str, sides: Sequence[MeasuredRows], names: Sequence[str]) -> list[str]:

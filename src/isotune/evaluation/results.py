@@ -3,7 +3,8 @@
 A result is a folder with two files:
 
     metrics.json        flat: the facts (kind, model, dataset_name, dataset_split, rows, rows_sha256), every metric by
-                        its name as a number, and `intervals`: its 95% interval [low, high] by the same name
+                        its name as a number, or null where these rows do not define it, and `intervals`: its 95%
+                        interval [low, high] by the same name
     predictions.jsonl   one line for each row, in the order of the data set: id, then the keys of this kind of
                         evaluation; rows of one `group` (such as the answers to one prompt) are not independent
 """
@@ -47,6 +48,7 @@ class _Facts(TypedDict):
     label_names: NotRequired[list[Any] | None]
     verdict: NotRequired[str]
     alarm: NotRequired[str | None]
+    undefined: NotRequired[list[str]]
 
 
 _FACTS_SCHEMA = TypeAdapter(_Facts)
@@ -61,6 +63,11 @@ class Result:
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     predictions: list[dict[str, Any]]
+
+    @property
+    def undefined(self) -> list[str]:
+        """The names of the metrics that these rows do not define."""
+        return self.facts.get("undefined", [])
 
 
 def claim_folder(folder: Path, evaluation: dict[str, Any], *, is_named: bool, write: bool = True) -> Path:
@@ -165,11 +172,12 @@ def write_aligned_result(
     known = {"rows": len(predictions), "rows_sha256": rows_sha256}
     content = {**{name: facts[name] for name in FACTS[:4]}, **known, **facts}
     content |= {"metric_modules": scores.modules} if scores.modules else {}
-    if duplicates := sorted(content.keys() & scores.metrics):
+    undefined = dict.fromkeys(scores.undefined)
+    if duplicates := sorted(content.keys() & {**scores.metrics, **undefined}):
         raise ValueError(f"names of both a fact and a metric: {duplicates}")
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / PREDICTIONS, "".join(json.dumps(row) + "\n" for row in predictions))
-    content |= {**scores.metrics, "intervals": scores.intervals}
+    content |= {**scores.metrics, **undefined, "intervals": scores.intervals}
     replace_file(folder / METRICS, json.dumps(content, indent=2) + "\n")
 
 
@@ -213,7 +221,7 @@ def read_result(folder: Path) -> Result:
     metrics = {name: float(value) for name, value in numbers.items()}
     return Result(
         folder=folder,
-        facts={name: value for name, value in content.items() if name not in metrics},
+        facts={name: content[name] for name in content if name not in {*metrics, *content.get("undefined", ())}},
         metrics=metrics,
         intervals={name: (pair[0], pair[1]) for name, pair in intervals.items()},
         predictions=predictions,

@@ -100,7 +100,8 @@ def _evaluation(name: str, records: Sequence[RunRecord], runs: Sequence[str], no
     results = {runs[index]: result for index, result in found}
     first = next(iter(results.values()))
     facts = first.facts
-    metrics = dict.fromkeys(metric for result in results.values() for metric in result.metrics)
+    named = (metric for result in results.values() for metric in (*result.metrics, *result.undefined))
+    metrics = dict.fromkeys(named)
     title, examples = _examples(results, notes)
     comparison, not_compared = None, ""
     try:

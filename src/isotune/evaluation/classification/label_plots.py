@@ -69,6 +69,7 @@ def draw_labels(
         f"exact match {exact:.3f}, micro F1 {micro:.3f}, macro F1 {macro:.3f}."
     ]
     for k, name in enumerate(names):
-        scores = ", ".join(f"{kind} {found[f'{kind}[{name}]']:.3f}" for kind in kinds)
+        own = {kind: found[f"{kind}[{name}]"] for kind in kinds}
+        scores = ", ".join(f"{k} {value:.3f}" if np.isfinite(value) else f"{k} undefined" for k, value in own.items())
         lines.append(f"{name}: {labels[:, k].sum():,} texts, predicted for {chosen[:, k].sum():,}; {scores}.")
     save_plot(figure, file, lines)

@@ -2,8 +2,9 @@
 
 Those of predicted classes, log loss, Brier score and calibration error are functions of sums over rows; the areas under
 the ROC and the precision-recall curve need the order of all rows, so they are functions of the resamples' weights. A
-class that is neither among the labels nor among the predictions is left out of the means, as in scikit-learn; a
-precision or recall of 0 / 0 is 0 where the class is on the other side.
+class that is neither among the labels nor among the predictions is left out of the means, as in scikit-learn. A
+precision or recall of 0 / 0 is undefined, as nothing was observed; in the means it counts as 0 where the class is on
+the other side.
 """
 
 from collections.abc import Callable, Sequence
@@ -66,16 +67,26 @@ def ordinal_statistics(labels: np.ndarray, predictions: np.ndarray) -> list[Stat
     return [mean("mean_absolute_error", np.abs(y - p)), OfSums(("quadratic_kappa",), columns, _kappa)]
 
 
-def _from_counts(sums: np.ndarray) -> np.ndarray:
-    """[block, 3 K] counts of hits, labels and predictions of each class -> [block, 1 + 9 + 3 K] statistics."""
-    hits, labels, predictions = np.split(sums, 3, axis=1)
-    present = labels + predictions > 0
+def class_scores(hits: np.ndarray, labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
+    """Precision, recall and F1 of counts [block, K]: [block, 3, K]; 0 where there is nothing to divide by."""
     precision, recall, half_f1 = (
         np.divide(hits, whole, out=np.zeros_like(hits), where=whole > 0)
         for whole in (predictions, labels, labels + predictions)
     )
-    known = np.stack([precision, recall, 2 * half_f1], axis=1)  # 0 where the class is absent
-    scores = np.where(present[:, None], known, np.nan)
+    return np.stack([precision, recall, 2 * half_f1], axis=1)
+
+
+def observed(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
+    """Whether there is something to divide by, bool [block, 3, K]."""
+    return np.stack([predictions > 0, labels > 0, labels + predictions > 0], axis=1)
+
+
+def _from_counts(sums: np.ndarray) -> np.ndarray:
+    """[block, 3 K] counts of hits, labels and predictions of each class -> [block, 1 + 9 + 3 K] statistics."""
+    hits, labels, predictions = np.split(sums, 3, axis=1)
+    present = labels + predictions > 0
+    known = class_scores(hits, labels, predictions)
+    scores = np.where(observed(labels, predictions), known, np.nan)
     rows = labels.sum(axis=1)
     accuracy = hits.sum(axis=1) / rows
     macro = known.sum(axis=2) / present.sum(axis=1)[:, None]

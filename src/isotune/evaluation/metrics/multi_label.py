@@ -1,6 +1,7 @@
 """The metrics of texts with any number of labels, each as a statistic of weighted rows.
 
-A label that no row has and none is given counts as 0 in the macro means, as with `zero_division=0` in scikit-learn.
+A label that no row has and none is given counts as 0 in the macro means, as with `zero_division=0` in scikit-learn; its
+own precision of 0 / 0, where none is given, and recall, where no row has it, are undefined.
 """
 
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from isotune.data.classification.thresholds import THRESHOLD, Thresholds
-from isotune.evaluation.metrics.classification import KINDS, SMALLEST, class_suffixes
+from isotune.evaluation.metrics.classification import KINDS, SMALLEST, class_scores, class_suffixes, observed
 from isotune.evaluation.statistics.resampling import OfSums, Statistic, mean, share
 
 AVERAGES = ("micro", "macro")
@@ -49,18 +50,8 @@ def multi_label_statistics(
 def _from_counts(sums: np.ndarray) -> np.ndarray:
     """[block, 3 K] counts of hits, labels and predictions of each label -> [block, 6 + 3 K] statistics."""
     hits, labels, predictions = np.split(sums, 3, axis=1)
-    of_label = _scores(hits, labels, predictions)  # [block, 3, K]
-    present = labels + predictions > 0
-    micro = _scores(*(counts.sum(axis=1, keepdims=True) for counts in (hits, labels, predictions)))
+    of_label = class_scores(hits, labels, predictions)  # [block, 3, K]
+    micro = class_scores(*(counts.sum(axis=1, keepdims=True) for counts in (hits, labels, predictions)))
     means = np.concatenate([micro, of_label.mean(axis=2, keepdims=True)], axis=2).reshape(len(sums), -1)
-    known = np.where(present[:, None], of_label, np.nan)  # a label of no row has no score of its own
+    known = np.where(observed(labels, predictions), of_label, np.nan)
     return np.hstack([means, known.reshape(len(sums), -1)])
-
-
-def _scores(hits: np.ndarray, labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
-    """Precision, recall and F1, [block, 3, K]; 0 where there is nothing to divide by."""
-    precision, recall, half_f1 = (
-        np.divide(hits, whole, out=np.zeros_like(hits), where=whole > 0)
-        for whole in (predictions, labels, labels + predictions)
-    )
-    return np.stack([precision, recall, 2 * half_f1], axis=1)
