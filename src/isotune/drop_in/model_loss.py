@@ -26,19 +26,21 @@ def loss_of_logits(base: Any, logits: torch.Tensor, labels: torch.Tensor, items:
 
 
 @torch.no_grad()
-def check_model_loss(model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, *, causal: bool) -> None:
-    """UserError where the forward of a model, wrapped or not, makes another loss of `labels` than its loss_function.
+def check_model_loss(
+    model: nn.Module, wrapped: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, *, causal: bool
+) -> None:
+    """UserError where the forward of a model makes another loss of `labels` than its loss_function.
 
-    `input_ids` is [1, tokens], `labels` [1, tokens] or [1, ...] of a classifier. The routers' loss is left out.
+    `wrapped` is what the engine runs. `input_ids` is [1, tokens], `labels` [1, tokens] or [1, ...] of a classifier. The routers' loss is left out.
     """
     base: Any = base_model_of(model)
     options = {"output_router_logits": False} if hasattr(base.config.get_text_config(), "output_router_logits") else {}
-    was_training = model.training
-    model.eval()
+    was_training = wrapped.training
+    wrapped.eval()
     try:
-        outputs: Any = model(input_ids=input_ids, labels=labels, **options)
+        outputs: Any = wrapped(input_ids=input_ids, labels=labels, **options)
     finally:
-        model.train(was_training)
+        wrapped.train(was_training)
     if outputs.loss is None:
         return
     own, expected = float(outputs.loss), float(loss_of_logits(base, outputs.logits, labels, None, causal=causal))

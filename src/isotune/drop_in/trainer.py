@@ -339,7 +339,7 @@ class _SelfTest(TrainerCallback):
         of = self.trainer
         if of.own_loss is None or of.own_loss.of_model:
             inputs, labels = of.labelled_row()
-            check_model_loss(of.model_wrapped, inputs, labels, causal=of.causal)
+            check_model_loss(of.model, of.model_wrapped, inputs, labels, causal=of.causal)
         stored = next((p.dtype for p in of.model.parameters() if p.is_floating_point()), torch.float32)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(of.accelerator.mixed_precision, stored)
         vocabulary = base_model_of(of.model).config.get_text_config().vocab_size
