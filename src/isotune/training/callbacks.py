@@ -55,6 +55,7 @@ class PreTrainChecks(TrainerCallback):
         trainer.try_costliest_microbatch()
         kernel = last_kernel(in_training=True)  # an evaluation drops no weights, and may run another
         found["attention_kernel"] = kernel if task.attention == PACKED else found["attention"]
+        trainer.recorder.forget_peak(args.device)
         trainer.watchdog.progress("its first step")
         if not self.process.is_main:
             return

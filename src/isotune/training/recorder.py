@@ -152,9 +152,13 @@ class MetricsRecorder(TrainerCallback):
             self.file.close()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Forget the peak of what came before: loading, quantizing and the self-tests."""
-        if args.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(args.device)
+        """Forget the peak of memory of what came before: loading and quantizing."""
+        self.forget_peak(args.device)
+
+    def forget_peak(self, device: torch.device) -> None:
+        """Peaks count from here on; also called after the self-tests and what tries memory, which train nothing."""
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
