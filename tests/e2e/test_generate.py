@@ -14,6 +14,7 @@ from isotune.data.sft.conversations import first_turn, render_prompt
 from isotune.evaluation.generation.chat import answer, fit_history, print_sample_answer
 from isotune.evaluation.generation.completion import Decoding
 from isotune.evaluation.models import generation_model_named, generation_model_of_run
+from isotune.evaluation.samples import read_samples
 from isotune.io.errors import UserError
 
 POSITIONS = 96
@@ -236,6 +237,7 @@ def test_the_sample_answer_of_a_run_is_printed_with_its_prompt(full_run, capsys)
     printed = capsys.readouterr()
     assert printed.out == "### Human: What is 2 + 2?\n### Assistant: It is 4.\n"
     assert printed.err == ""
+    assert read_samples(Path(full_run)) == [{"input": "What is 2 + 2?", "output": "It is 4."}]
 
 
 def test_the_command_prints_the_answer_and_nothing_else(lora_run):

@@ -11,6 +11,7 @@ from tests.launching import TINY_CLASSIFIER, Finished, start
 
 from isotune.evaluation.classification.chance_test import write_chance_test
 from isotune.evaluation.results import read_result
+from isotune.evaluation.samples import read_samples
 from isotune.io.errors import RunFault
 from isotune.projects.prompts import KINDS
 from isotune.report.html_report import render_report
@@ -62,6 +63,8 @@ def test_given_sentences_are_shown_true_against_predicted(by_rules):
         said, predicted, probability = line.lstrip("x ").split()[:3]
         assert said == true and predicted in KINDS and 1 / 3 <= float(probability) <= 1
         assert line.startswith("x") == (said != predicted)
+        kept = {"input": sentence, "output": predicted, "probability": probability, "true": true}
+        assert kept in read_samples(by_rules.run)
     assert not any(SENTENCES[2] in line for line in lines)  # the flag wins over the recipe
 
 

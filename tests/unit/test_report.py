@@ -11,6 +11,7 @@ import pytest
 from isotune.cli import main
 from isotune.evaluation.comparison import compare_runs
 from isotune.evaluation.results import write_result
+from isotune.evaluation.samples import write_samples
 from isotune.evaluation.statistics.resampling import Scores
 from isotune.io.errors import UserError
 from isotune.report import html_report
@@ -142,7 +143,7 @@ def test_a_report_says_what_the_files_say(run):
         ["zero_stage", "2"],
         ["torch", "2.13.0"],
         ["read", "1,234"],
-        ["dropped", "empty 3"],
+        ["dropped: empty", "3"],
         ["learning_rate", "0.001"],
         ["command", "python train/sft_opt.py"],
         ["accuracy", "0.6667", "0.2500 to 0.5000"],
@@ -295,6 +296,26 @@ def test_a_curve_runs_through_the_values_of_the_metrics(run):
     losses = low + (points[:, 1] - y0) / (y1 - y0) * (high - low)
     np.testing.assert_allclose(steps, np.arange(1, 13), atol=0.01)
     np.testing.assert_allclose(losses, 4.0 / np.arange(1, 13), atol=0.005)
+
+
+def test_all_curves_are_over_the_same_steps(run):
+    loss, *others = draw_charts([read_record(run)])
+    assert {"Perplexity of the evaluation", "Speed", "Gradient norm"} & {chart.title for chart in others}
+    assert all(chart.x_ticks == loss.x_ticks for chart in others)
+
+
+def test_the_texts_of_the_recipe_and_how_to_serve_the_run_are_shown(tmp_path):
+    folder = write_run(tmp_path / "my runs" / "one")
+    assert "Page and API" not in Page(render_report([folder])).text("dt")
+    (folder / "model").mkdir()
+    write_samples(folder, [{"input": "A fine meal <b>", "output": "good", "probability": "0.912", "true": "bad"}])
+    page = Page(render_report([folder]))
+    found = list(zip(page.text("dt"), page.text("dd"), strict=True))
+    assert ("Page and API", f"isotune serve '{folder}'") in found
+    assert found[-3:] == [("output", "good"), ("probability", "0.912"), ("true", "bad")]
+    assert "A fine meal <b>" in page.text("p")
+    (folder / "samples.json").write_text('{"samples": [3, {"input": "a"}]}')
+    assert "A fine meal" not in render_report([folder])
 
 
 def test_a_long_run_keeps_its_peaks_and_a_lost_loss_leaves_a_gap(tmp_path):

@@ -144,9 +144,7 @@ def staging_for(folder: Path) -> Generator[Path]:
             folder.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(staging, ignore_errors=True)
             yield staging
-            shared = (
-                staging.stat().st_mode & 0o666
-            )  # the umask's; safetensors makes its files the owner's alone
+            shared = staging.stat().st_mode & 0o666  # the umask's; safetensors makes its files the owner's alone
             for path in (*staging.rglob("*"), staging):
                 if path.is_file():
                     path.chmod(shared)

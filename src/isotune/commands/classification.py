@@ -32,6 +32,7 @@ def train_classifier(recipe: ClassificationRecipe, *, tests_chance: bool = False
     from isotune.evaluation.classification.sentences import show_sentences
     from isotune.evaluation.classification.thresholds import keep_thresholds
     from isotune.evaluation.models import load_run_classifier
+    from isotune.evaluation.samples import write_samples
     from isotune.preflight.startup_check import train_checked
     from isotune.report.finishing import last_steps
     from isotune.run.finishing import FinishingStep
@@ -50,7 +51,7 @@ def train_classifier(recipe: ClassificationRecipe, *, tests_chance: bool = False
 
     def classify_sentences() -> None:
         classifier = load_run_classifier(start.run.path, start.process.device, torch.float32)
-        show_sentences(classifier, recipe.sentences or [])
+        write_samples(start.run.path, show_sentences(classifier, recipe.sentences or []))
 
     finishing = [
         *([FinishingStep("thresholds", say_thresholds)] if recipe.label_thresholds is not None else ()),

@@ -31,7 +31,8 @@ def check_model_loss(
 ) -> None:
     """UserError where the forward of a model makes another loss of `labels` than its loss_function.
 
-    `wrapped` is what the engine runs. `input_ids` is [1, tokens], `labels` [1, tokens] or [1, ...] of a classifier. The routers' loss is left out.
+    `wrapped` is what the engine runs. `input_ids` is [1, tokens], `labels` [1, tokens] or [1, ...] of a classifier. The
+    routers' loss is left out.
     """
     base: Any = base_model_of(model)
     options = {"output_router_logits": False} if hasattr(base.config.get_text_config(), "output_router_logits") else {}

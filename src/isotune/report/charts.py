@@ -65,9 +65,9 @@ class Chart:
 
 
 def draw_charts(records: Sequence[RunRecord]) -> list[Chart]:
-    """One chart for each metric that any of the runs has."""
+    """One chart for each metric that any of the runs has, all over the same steps."""
     runs = [f"{run_letter(index)} " for index in range(len(records))] if len(records) > 1 else [""]
-    charts = []
+    drawn: list[tuple[str, str, list[Line]]] = []
     for *keys, title, unit in CURVES:
         lines = [
             line
@@ -76,8 +76,12 @@ def draw_charts(records: Sequence[RunRecord]) -> list[Chart]:
         ]
         if lines:
             squared = keys[0] == "loss" and all(record.keys.get("task_type") == REGRESSION for record in records)
-            charts.append(_chart(title, "squared error" if squared else unit, lines))
-    return charts
+            drawn.append((title, "squared error" if squared else unit, lines))
+    if not drawn:
+        return []
+    steps = [line.steps for *_, lines in drawn for line in lines]
+    x_ticks = _ticks(min(own[0] for own in steps), max(own[-1] for own in steps), integer=True)
+    return [_chart(title, unit, lines, x_ticks) for title, unit, lines in drawn]
 
 
 def _series(record: RunRecord, run: str, color: str, train_key: str | None, eval_key: str | None) -> Iterator[Line]:
@@ -115,10 +119,9 @@ def _summary(label: str, steps: np.ndarray, values: np.ndarray) -> str:
     return f"{label}: {first}, {last}, lowest {lowest}, highest {highest}."
 
 
-def _chart(title: str, unit: str, lines: list[Line]) -> Chart:
+def _chart(title: str, unit: str, lines: list[Line], x_ticks: list[float]) -> Chart:
     values = np.concatenate([line.values for line in lines])
     y_ticks = _ticks(float(np.nanmin(values)), float(np.nanmax(values)))
-    x_ticks = _ticks(min(line.steps[0] for line in lines), max(line.steps[-1] for line in lines), integer=True)
     x_low, x_high, y_low, y_high = x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1]
 
     def x(step: float) -> float:

@@ -14,6 +14,7 @@ from isotune.config.task_types import MULTI_LABEL, SINGLE_LABEL
 from isotune.evaluation.classification.examples import kept_errors, read_examples
 from isotune.evaluation.comparison import compare_runs
 from isotune.evaluation.results import CLASSIFICATION, GENERATION, Result
+from isotune.evaluation.samples import read_samples
 from isotune.evaluation.statistics.resampling import without_class
 from isotune.io.errors import UserError
 from isotune.io.files import replace_file
@@ -81,6 +82,9 @@ def render_report(runs: Sequence[str | Path]) -> str:
         version=__version__,
         style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
         runs=[(name, record, run_summary(record)) for name, record in zip(names, records, strict=True)],
+        samples=[
+            (name, own) for name, record in zip(names, records, strict=True) if (own := read_samples(record.folder))
+        ],
         names=names,
         several=several,
         charts=charts.draw_charts(records),

@@ -2,12 +2,14 @@
 
 import math
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from isotune.config.mixture import mixture_name
+from isotune.config.recipes import project_of
 from isotune.evaluation.results import Result, find_results, read_result, stray_results
 from isotune.io.errors import UserError
 from isotune.io.reading import MAX_YAML_BYTES, Unreadable, read_text
@@ -103,6 +105,8 @@ def run_summary(record: RunRecord) -> list[tuple[str, str]]:
         facts["Lowest evaluation loss"] = f"{format_number(losses[best])} at step {best:,}"
     seconds, tokens = (record.steps.total(key) for key in ("step_seconds", "input_tokens"))
     facts |= {"Time in steps": _duration(seconds) if seconds else "", "Tokens seen": f"{tokens:,}" if tokens else ""}
+    if (record.folder / "model").is_dir() and project_of(keys) is None:  # a project's runs read files of their own
+        facts["Page and API"] = f"isotune serve {shlex.quote(str(record.folder))}"
     return [(name, str(value)) for name, value in facts.items() if value]
 
 
@@ -189,7 +193,19 @@ def _data(environment: dict[str, Any], role: str) -> dict[str, Any]:
     if made := _section(counts, "augmented"):
         counts = {**counts, "augmented": {name: value for name, value in made.items() if name != "example"}}
     fingerprint = _section(environment, "data_fingerprints").get(role)
-    return {**counts, "fingerprint": str(fingerprint)[:16]} if fingerprint else counts
+    rows = {name.replace("_", " "): value for name, value in _by_reason(counts).items()}
+    return {**rows, "fingerprint": str(fingerprint)[:16]} if fingerprint else rows
+
+
+def _by_reason(counts: dict[str, Any]) -> dict[str, Any]:
+    """The counts with a row for each of those that one key holds, such as rows left out by reason, or classes."""
+    rows: dict[str, Any] = {}
+    for name, value in counts.items():
+        if isinstance(value, dict) and value and all(type(count) in (int, float) for count in value.values()):
+            rows |= {f"{name}: {reason}": count for reason, count in value.items()}
+        else:
+            rows[name] = value
+    return rows
 
 
 def _counts(environment: dict[str, Any], role: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class FinishingStep:
         name: as status.json lists it under `finishing`.
         do: does it, and says so in a line; done twice it gives the same.
         makes: the file in RUN that it makes, without which it is done again.
-        is_outside: what it makes is not in RUN, so the run counts as finished before it.
+        is_outside: what it makes is not in RUN, or nothing depends on it: the run counts as finished before it.
     """
 
     name: str

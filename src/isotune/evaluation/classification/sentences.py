@@ -17,6 +17,7 @@ from isotune.data.tokenizer import TextEncoder
 from isotune.evaluation.classification.evaluate import classify, outputs_of
 from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.models import Classifier
+from isotune.evaluation.samples import Sample
 from isotune.io.errors import UserError
 
 SHOWN_CHARACTERS = 60  # of a sentence
@@ -37,8 +38,8 @@ class TextReader:
         return encode_texts(self.encoder, self.settings, of_each)
 
 
-def show_sentences(classifier: Classifier, asked: Sequence[Asked]) -> None:
-    """Classify texts, or pairs of texts, and print them.
+def show_sentences(classifier: Classifier, asked: Sequence[Asked]) -> list[Sample]:
+    """Classify texts, or pairs of texts, print them, and return what was said of each.
 
     A line of the printed table has the class of a text where the recipe's labels come from the text (`label_source:
     rules` or `random`), the predicted one, a mark where they differ, and the start of the text.
@@ -54,12 +55,17 @@ def show_sentences(classifier: Classifier, asked: Sequence[Asked]) -> None:
     width = max(len(name or "") for name in [*actual, *guesses, "predicted"])
     sure = "" if task_type == REGRESSION else "probability  "
     print(f"  {'true':<{width}}  {'predicted':<{width}}  {sure}text")
+    samples: list[Sample] = []
     for text, own, guess, row in zip(texts, actual, guesses, outputs, strict=True):
         line = " ".join(text.split())
         shown = line if len(line) <= SHOWN_CHARACTERS else f"{line[: SHOWN_CHARACTERS - 3]}..."
         mark = " " if own in (None, guess) else "x"
         certainty = f"{_certainty(task_type, row):<11.3f}  " if sure else ""
         print(f"{mark} {own or '?':<{width}}  {guess:<{width}}  {certainty}{shown}")
+        samples.append({"input": text, "output": guess})
+        samples[-1] |= {"probability": certainty.strip()} if sure else {}
+        samples[-1] |= {"true": own} if own is not None else {}
+    return samples
 
 
 def predict_texts(classifier: Classifier, asked: Sequence[Asked]) -> list[Any]:

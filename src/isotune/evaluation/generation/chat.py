@@ -9,6 +9,7 @@ from typing import Any
 from isotune.data.sft.messages import USER, Message, read_message
 from isotune.evaluation.generation.completion import BATCH_SIZE, Decoding, Prompt, complete
 from isotune.evaluation.models import GenerationModel, generation_model_of_run
+from isotune.evaluation.samples import write_samples
 from isotune.io.errors import UserError, first_line
 
 Messages = Sequence[Mapping[str, Any]]
@@ -65,7 +66,10 @@ def fit_history(lm: GenerationModel, messages: Messages, max_new_tokens: int) ->
 
 
 def print_sample_answer(run_dir: str | Path, question: str, max_new_tokens: int = 128) -> None:
-    """Print the greedy answer of a finished run's model, loaded from the run's folder as its user will load it."""
+    """Print the greedy answer of a finished run's model, loaded from the run's folder as its user will load it.
+
+    It is kept in RUN/samples.json too.
+    """
     try:
         lm = generation_model_of_run(run_dir)
         text = answer(lm, question, Decoding(max_new_tokens=max_new_tokens))
@@ -73,6 +77,7 @@ def print_sample_answer(run_dir: str | Path, question: str, max_new_tokens: int 
         print(f"note        no sample answer of the saved model: {first_line(error)}", flush=True)
         return
     print(f"{prompt_of(lm, question)}{' ' if lm.encoder.template is None else ''}{text}", flush=True)
+    write_samples(Path(run_dir), [{"input": question, "output": text}])
 
 
 def run_chat(lm: GenerationModel, decoding: Decoding, name: str) -> None:
