@@ -47,7 +47,7 @@ def on_one(run, tmp_path_factory):
 @pytest.mark.parametrize(
     ("processes", "config", "ways"),
     [
-        (3, "ddp.yaml", ("all", "b7", "two")),
+        (3, "ddp.yaml", ("b7", "two")),
         pytest.param(3, "ddp.yaml", tuple(WAYS), marks=pytest.mark.slow),
         pytest.param(2, "zero3.yaml", tuple(WAYS), marks=pytest.mark.slow),
     ],

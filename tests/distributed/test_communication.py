@@ -3,6 +3,7 @@
 Counted in real steps, at the backend and in the tensors that the engine keeps.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,11 @@ def sent(finished: Finished) -> list[int]:
 
 def planned(finished: Finished, one: Engine) -> PreflightReport:
     """The plan of a run of `launch`."""
-    folder = finished.run.parent
+    return _planned(finished.run.parent, one)
+
+
+@functools.cache
+def _planned(folder: Path, one: Engine) -> PreflightReport:
     config = str(REPOSITORY / "accelerate_configs" / config_of(one, folder))
     asked = read_preflight_request(folder / "recipe.yaml", [], config, one.processes)
     assert asked.problems == ()

@@ -56,7 +56,7 @@ def run(tmp_path_factory) -> Path:
 
 def commands(run: Path, folder: Path) -> dict[str, list[str]]:
     """The command lines of one launch, by name."""
-    ask = ["--run_dir", str(run), "--dataset_name", str(run.parent / "rows.jsonl"), "--max_new_tokens", "40"]
+    ask = ["--run_dir", str(run), "--dataset_name", str(run.parent / "rows.jsonl"), "--max_new_tokens", "20"]
     drawn = [*ask, "--temperature", "0.8", "--top_p", "0.9", "--seed", "3"]
     named = {
         "greedy, batches of 1": [*ask, "--batch_size", "1"],

@@ -53,6 +53,7 @@ def lose_rank_1(folder: Path, how: signal.Signals, flags: list[str], limit_secon
     return launch.returncode, printed
 
 
+@pytest.mark.slow  # in short: TestEnds of tests/e2e/test_command_runs.py
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the rank in /proc")
 def test_a_rank_that_dies_ends_the_launch_and_is_named(tmp_path: Path):
     status, said = lose_rank_1(tmp_path, signal.SIGKILL, [], limit_seconds=45)

@@ -1,7 +1,9 @@
 """What a run adds to its base is the same on any number of processes: first matrices, rows of tokens, routers' loss."""
 
+import functools
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,29 +40,39 @@ def recipes(tmp_path_factory) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory, recipes) -> dict[str, Finished]:
-    """Each on one plain process."""
-    return start_together(tmp_path_factory.mktemp("one"), recipes)
+def one_process(tmp_path_factory, recipes) -> Callable[[Sequence[str]], dict[str, Finished]]:
+    """The recipes of these names on one plain process."""
+
+    def runs(names: Sequence[str]) -> dict[str, Finished]:
+        return start_together(tmp_path_factory.mktemp("one"), {name: recipes[name] for name in names})
+
+    return functools.cache(runs)
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_they_have_the_same_bits_on_any_number_of_processes(tmp_path, recipes, one_process, processes):
-    for name, several in start_together(tmp_path, recipes, processes=processes).items():
+ALL = ("pissa", "pissa_niter", "tokens", "routers")
+
+
+@pytest.mark.parametrize(
+    ("names", "processes"), [(ALL[2:], 2), *(pytest.param(ALL, n, marks=pytest.mark.slow) for n in (2, 3))]
+)
+def test_they_have_the_same_bits_on_any_number_of_processes(tmp_path, recipes, one_process, names, processes):
+    alone = one_process(names)
+    some = {name: recipes[name] for name in names}
+    for name, several in start_together(tmp_path, some, processes=processes).items():
         assert several.environment["world_size"] == processes
-        assert figures(several) == figures(one_process[name]), name
-        assert weights_hash(several) == weights_hash(one_process[name]), name
-    assert all(line["router_loss"] >= 1.0 for line in one_process["routers"].steps)
+        assert figures(several) == figures(alone[name]), name
+        assert weights_hash(several) == weights_hash(alone[name]), name
+    assert all(line["router_loss"] >= 1.0 for line in alone["routers"].steps)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["fsdp2.yaml"])
 def test_an_engine_that_shards_saves_the_adapter_over_the_published_base(tmp_path, recipes, one_process, config):
     recipe = recipes["pissa"] | {"optim": "adamw_torch"}
-    sharded = start(tmp_path, recipe, processes=2, config=config)
-    for line, other in zip(sharded.steps, one_process["pissa"].steps, strict=True):
+    sharded, alone = start(tmp_path, recipe, processes=2, config=config), one_process(ALL)["pissa"]
+    for line, other in zip(sharded.steps, alone.steps, strict=True):
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
-    saved, expected = (load_file(run.run / "model" / "adapter_model.safetensors") for run in
-                       (sharded, one_process["pissa"]))  # fmt: skip
+    saved, expected = (load_file(run.run / "model/adapter_model.safetensors") for run in (sharded, alone))
     assert saved.keys() == expected.keys()
     for name, tensor in expected.items():
         assert saved[name].shape == tensor.shape

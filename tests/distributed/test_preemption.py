@@ -169,14 +169,14 @@ def figures(finished: Finished) -> list[tuple]:
 
 
 def test_the_next_life_ends_as_if_there_had_been_one(tmp_path):
-    short = LONG | {"max_steps": 60, "global_batch_size": 1}
+    short = LONG | {"max_steps": 40, "global_batch_size": 1}
     whole = start(tmp_path / "whole", short)
     running = begin(tmp_path / "stopped", short, processes=0)
     running.wait_for_step(5)
     running.process.send_signal(signal.SIGTERM)
     returned, errors = running.end()
     step = json.loads((running.run / "status.json").read_text())["step"]
-    assert returned == 75 and 5 <= step < 60
+    assert returned == 75 and 5 <= step < 40
     assert f"stopped after step {step}: the same command goes on from" in errors
     resumed = start(tmp_path / "stopped", short)
     assert f"resumed     after step {step}" in resumed.stdout

@@ -72,7 +72,8 @@ def test_the_same_number_of_processes_goes_on_with_the_same_bits(ddp, folder):
 
 
 ENGINES = {"ddp.yaml": 2, "zero1.yaml": 2, "zero2.yaml": 2, "zero3.yaml": 2, "fsdp2.yaml": 2, "single.yaml": 1}
-CHAIN = [("zero2.yaml", 1), ("zero3.yaml", 2), ("fsdp2.yaml", 3), ("single.yaml", 4)]
+WHOLE_CHAIN = [("zero2.yaml", 1), ("zero3.yaml", 2), ("fsdp2.yaml", 3), ("single.yaml", 4)]
+CHAIN = [("zero3.yaml", 2), ("fsdp2.yaml", 4)]
 
 
 def go_on(folder: Path, recipe: dict[str, Any], config: str, before: Finished, step: int, **more: Any) -> Finished:
@@ -83,18 +84,20 @@ def go_on(folder: Path, recipe: dict[str, Any], config: str, before: Finished, s
     return after
 
 
-def test_every_engine_reads_the_checkpoint_of_the_one_before_it(ddp, folder):
+@pytest.mark.parametrize("chain", [CHAIN, pytest.param(WHOLE_CHAIN, marks=pytest.mark.slow)], ids=len)
+def test_every_engine_reads_the_checkpoint_of_the_one_before_it(ddp, tmp_path, chain):
     before = ddp
-    for config, step in CHAIN:
-        before = go_on(folder / config, EVERY_STEP, config, before, step)
+    for config, step in chain:
+        before = go_on(tmp_path / config, EVERY_STEP, config, before, step)
         assert_same_figures(before, ddp)
 
 
-def test_exact_gradients_on_three_processes_gone_on_with_on_two_is_one_run(folder):
+@pytest.mark.parametrize(("many", "few"), [(2, 1), pytest.param(3, 2, marks=pytest.mark.slow)])
+def test_exact_gradients_on_many_processes_gone_on_with_on_fewer_is_one_run(tmp_path, many, few):
     recipe = EVERY_STEP | {"tune": "lora", "lora_dropout": 0.1, "bf16": False, "exact_gradients": True}
-    three = start(folder / "three", recipe, processes=3)
-    two = go_on(folder / "two", recipe, "ddp.yaml", three, 3)
-    assert_same_run(two, three)
+    whole = start(tmp_path / "many", recipe, processes=many)
+    config = "single.yaml" if few == 1 else "ddp.yaml"
+    assert_same_run(go_on(tmp_path / "few", recipe, config, whole, 3, processes=few), whole)
 
 
 @pytest.mark.slow
