@@ -69,10 +69,10 @@ def count(folder: str, **case: Any) -> dict[str, Any]:
 
 CASES = {
     "OPT full bf16": {"kind": "opt", "precision": "bf16", "tune": "full"},
-    "OPT LoRA bf16": {"kind": "opt", "precision": "bf16", "tune": "lora"},
     "BERT full bf16": {"kind": "bert", "precision": "bf16", "tune": "full"},
 }
 MORE = {
+    "OPT LoRA bf16": {"kind": "opt", "precision": "bf16", "tune": "lora"},
     "OPT full fp32": {"kind": "opt", "precision": "fp32", "tune": "full"},
     "OPT QLoRA bf16": {"kind": "opt", "precision": "bf16", "tune": "qlora"},
     "BERT LoRA bf16": {"kind": "bert", "precision": "bf16", "tune": "lora"},
@@ -99,8 +99,8 @@ LAUNCHES = 96
 
 def test_a_layer_launches_no_more_kernels_in_a_microbatch_than_it_did(virtual, tmp_path):
     case = {"kind": "opt", "precision": "bf16", "tune": "full"}
-    few, more = (virtual(count, folder=str(tmp_path / str(n)), **case, num_hidden_layers=n) for n in (2, 4))
+    few, more = (virtual(count, folder=str(tmp_path / str(n)), **case, num_hidden_layers=n) for n in (1, 2))
     assert few["microbatches"] == more["microbatches"]
     totals = [sum(found["launches"].values()) for found in (few, more)]
-    a_layer = (totals[1] - totals[0]) / 2 / few["microbatches"]
+    a_layer = (totals[1] - totals[0]) / few["microbatches"]
     assert a_layer <= LAUNCHES, a_layer

@@ -77,7 +77,7 @@ def test_the_same_holds_under_autocast_and_weights_are_dropped_at_their_rate(vir
     assert any(value == 0.0 for value in alone["9"][0])  # the first token sees itself alone, and may be dropped whole
 
 
-@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+@pytest.mark.parametrize("kind", ["bert", pytest.param("distilbert", marks=pytest.mark.slow)])
 def test_a_classifier_that_drops_attention_weights_trains_document_by_document(virtual, tmp_path, kind: str):
     case = {"kind": kind, "attention_dropout": 0.1}
     found = virtual(outcome, folder=str(tmp_path / "one"), **case)
