@@ -7,15 +7,16 @@ import pytest
 from tests.launching import TINY, TINY_CLASSIFIER, Finished, start, write_recipe
 from tests.slurm.jobs import EXACT, Site, bits, verdicts
 
-# fewer processes to start; several a node are in test_slurm_mistakes.py and in the slow tests
+# fewer processes to start; several nodes, and several GPUs a node, are in test_slurm_mistakes.py and the slow tests
 ONE_GPU_A_NODE = ("--gpus-per-node=1",)
 
 
-def test_a_job_on_two_nodes_that_an_urgent_one_pushed_out_ends_with_the_bits_of_a_plain_run(
-    cluster: Site, plain: Finished, tmp_path
+@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_job_that_an_urgent_one_pushed_out_ends_with_the_bits_of_a_plain_run(
+    cluster: Site, plain: Finished, tmp_path, nodes
 ):
     recipe = write_recipe(tmp_path, EXACT)
-    job = cluster.submit(tmp_path, "slurm/yelp.sbatch", "--config", str(recipe), nodes=2, options=ONE_GPU_A_NODE)
+    job = cluster.submit(tmp_path, "slurm/yelp.sbatch", "--config", str(recipe), nodes=nodes, options=ONE_GPU_A_NODE)
     job.wait_for_step(3)
     cluster.ask("sbatch", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     done = job.wait()
@@ -25,7 +26,7 @@ def test_a_job_on_two_nodes_that_an_urgent_one_pushed_out_ends_with_the_bits_of_
     assert 3 <= stopped < EXACT["max_steps"]
     assert f"resumed     after step {stopped}, from " in done.stdout
     assert bits(done.run) == bits(plain.run)
-    assert done.environment["world_size"] == 2
+    assert done.environment["world_size"] == nodes
     assert done.environment["slurm"] == {
         "job_id": job.number,
         "job_name": "isotune-yelp",
@@ -34,11 +35,10 @@ def test_a_job_on_two_nodes_that_an_urgent_one_pushed_out_ends_with_the_bits_of_
         "restart": 1,
     }
     assert "restarts    1 (led by node" in done.stdout
-    assert "engine      DistributedDataParallel on 2 x" in done.stdout
-    assert {file.name for file in job.lives[0].parent.glob("attempt-1-*.log")} == {
-        "attempt-1-node1.log",
-        "attempt-1-node2.log",
-    }
+    engine = "BertForSequenceClassification" if nodes == 1 else "DistributedDataParallel"
+    assert f"engine      {engine} on {nodes} x" in done.stdout
+    logs = sorted(file.stem for file in job.lives[0].parent.glob("attempt-1-*.log"))
+    assert len(logs) == nodes and {name.rstrip("123") for name in logs} == {"attempt-1-node"}
 
 
 def test_a_recipe_that_is_wrong_fails_once_with_its_sentence_and_is_not_requeued(cluster: Site, tmp_path):
