@@ -175,17 +175,19 @@ def run_command(
     )
 
 
-def start_command(command: list[str], *, fresh: bool = False) -> subprocess.Popen[str] | ForkedProcess:
+def start_command(
+    command: list[str], environment: dict[str, str] | None = None, *, fresh: bool = False
+) -> subprocess.Popen[str] | ForkedProcess:
     """Start a command in the checkout, in a session of its own, as a terminal would, and do not wait for it.
 
     `fresh`: see `run_command`.
     """
     if not fresh and can_fork(command):
-        return start_forked(command, surroundings_of(), REPOSITORY)
+        return start_forked(command, surroundings_of(environment), REPOSITORY)
     return subprocess.Popen(
         command,
         cwd=REPOSITORY,
-        env=surroundings_of(),
+        env=surroundings_of(environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -77,7 +77,9 @@ def test_an_end_that_is_no_token_is_named(tmp_path):
         answers(lm)
 
 
-@pytest.mark.parametrize("asked", OUTPUTS)
+@pytest.mark.parametrize(
+    "asked", [*(pytest.param(asked, marks=pytest.mark.slow) for asked in OUTPUTS[:-1]), OUTPUTS[-1]]
+)
 def test_what_a_configuration_asks_for_beside_the_logits_changes_no_run_and_no_evaluation(tmp_path, asked):
     plain, other = small_opt(tmp_path / "plain"), with_keys(small_opt(tmp_path / "other"), "config.json", **asked)
     assert answers(opened(other)) == answers(opened(plain))

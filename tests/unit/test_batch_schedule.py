@@ -164,9 +164,16 @@ def real_lengths(shared_data) -> dict[str, np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize("world_size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (4, 8, 16)), 64])
-@pytest.mark.parametrize("name, row_tokens, tokens", [("guanaco", 1024, 1024), ("guanaco", 1024, 32_768),
-                                                      ("imdb", None, 512), ("imdb", None, 8192)])  # fmt: skip
+@pytest.mark.parametrize("world_size", [*(pytest.param(size, marks=pytest.mark.slow) for size in (2, 4, 8, 16)), 64])
+@pytest.mark.parametrize(
+    ("name", "row_tokens", "tokens"),
+    [
+        ("guanaco", 1024, 1024),
+        pytest.param("guanaco", 1024, 32_768, marks=pytest.mark.slow),
+        pytest.param("imdb", None, 512, marks=pytest.mark.slow),
+        ("imdb", None, 8192),
+    ],
+)
 def test_ranks_wait_3_percent_at_most_over_an_epoch_of_real_data(real_lengths, name, row_tokens, tokens, world_size):
     documents = made_documents(real_lengths[name].tolist())
     rows = pack(documents.lengths, row_tokens, seed=1) if row_tokens else one_document_per_row(len(documents))

@@ -95,7 +95,13 @@ def test_a_saved_adapter_loads_by_peft_with_the_same_logits(tmp_path, tokenizer)
 
 
 @pytest.mark.parametrize(
-    "more", [{"bias": "lora_only"}, {"bias": "all", "modules_to_save": ["project_out"]}, {"use_dora": True}], ids=str
+    "more",
+    [
+        pytest.param({"bias": "lora_only"}, marks=pytest.mark.slow),
+        {"bias": "all", "modules_to_save": ["project_out"]},
+        {"use_dora": True},
+    ],
+    ids=str,
 )
 def test_an_adapter_with_more_than_low_rank_matrices_is_saved_whole(tmp_path, tokenizer, more):
     config = LoraConfig(r=2, target_modules=["q_proj", "fc2"], task_type="CAUSAL_LM", **more)

@@ -25,7 +25,7 @@ ROWS = st.lists(st.tuples(st.booleans(), st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.
 CHOSEN = {"task_type": "multi_label", "label_thresholds": "chosen"}
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(rows=ROWS)
 def test_no_threshold_has_a_better_f1_than_the_chosen_one(rows):
     truth, sure = np.array([own for own, _ in rows])[:, None].astype(int), np.array([p for _, p in rows])[:, None]

@@ -36,6 +36,8 @@ TINY = {
     "max_steps": 3,
 }
 
+LAYERS = 4
+
 
 def words(**values) -> list[str]:
     return [word for key, value in (TINY | values).items() for word in (f"--{key}", str(value))]
@@ -51,8 +53,8 @@ def plan(*, launch: str | None = None, world_size: int | None = None, limit: int
 
 @pytest.fixture
 def opt_350m(tmp_path):
-    """OPT-350M's configuration in a folder, without weights; returns what transformers itself counts, too."""
-    config = OPTConfig(**OPT_350M, vocab_size=50272, max_position_embeddings=2048)
+    """OPT-350M with fewer blocks, as a folder without weights; returns what transformers itself counts, too."""
+    config = OPTConfig(**{**OPT_350M, "num_hidden_layers": LAYERS}, vocab_size=50272, max_position_embeddings=2048)
     config.save_pretrained(tmp_path / "opt")
     with torch.device("meta"):
         numbers = sum(p.numel() for p in OPTForCausalLM(config).parameters())
@@ -72,13 +74,13 @@ def test_a_config_is_enough_and_data_that_are_not_there_cost_the_work_alone(opt_
 def test_lora_and_four_bit_weights_weigh_what_their_formats_say(opt_350m):
     folder, numbers = opt_350m
     lora = plan(model_name_or_path=folder, tune="lora", r=16, bf16=True)
-    # A and B of six targets in each of 24 blocks
-    adapters = 24 * 16 * (4 * (1024 + 1024) + 2 * (1024 + 4096))
+    # A and B of six targets in each block
+    adapters = LAYERS * 16 * (4 * (1024 + 1024) + 2 * (1024 + 4096))
     assert lora.model.trained_numel == adapters
     assert lora.memory.weights == 2 * numbers + 4 * adapters
     assert lora.memory.gradients == (4 + 8) * adapters, "exact_gradients: auto is on for LoRA"
     qlora = plan(model_name_or_path=folder, tune="qlora", r=16, bf16=True)
-    linear = 24 * (4 * 1024**2 + 2 * 1024 * 4096) + 2 * 512 * 1024  # blocks, project_in and project_out
+    linear = LAYERS * (4 * 1024**2 + 2 * 1024 * 4096) + 2 * 512 * 1024  # blocks, project_in and project_out
     four_bits = linear // 2 + linear // 64 + 4 * linear // 64 // 256
     assert qlora.memory.weights == pytest.approx(2 * (numbers - linear) + four_bits + 4 * adapters, rel=1e-6)
 
@@ -87,9 +89,11 @@ def test_the_products_of_a_step_are_those_of_the_formula(opt_350m):
     folder, _ = opt_350m
     found = plan(model_name_or_path=folder, tune="full", tokenizer_name_or_path="builtin:opt-tiny")
     work = found.work
-    linear = 24 * (4 * 1024**2 + 2 * 1024 * 4096) + 2 * 512 * 1024
+    linear = LAYERS * (4 * 1024**2 + 2 * 1024 * 4096) + 2 * 512 * 1024
     by_hand = 6 * linear * work.tokens_per_step + 6 * 50272 * 512 * work.targets_per_step
-    by_hand += 3 * 2 * work.attention_squares_per_step * 1024 * 24  # causal: half of 4 n^2 d, and twice that backward
+    by_hand += (
+        3 * 2 * work.attention_squares_per_step * 1024 * LAYERS
+    )  # causal: half of 4 n^2 d, and twice that backward
     assert flops_per_step(found.request.recipe, found.model, work) == pytest.approx(by_hand, rel=1e-12)
 
 
@@ -107,11 +111,11 @@ def test_shares_shrink_with_processes_and_what_is_sent_follows_the_rings():
 
 def test_what_does_not_fit_is_told_with_changes_that_do():
     many = {"tune": "full", "bf16": True, "dataset_name": "builtin:greetings", "global_batch_size": 16}
-    roomy = plan(**many, microbatch_tokens=512, limit=10**12)
+    roomy = plan(**many, microbatch_tokens=256, limit=10**12)
     assert roomy.fits and not roomy.suggestions
     limit = plan(**many, microbatch_tokens=128, limit=10**12).memory.total
     assert limit < roomy.memory.total
-    tight = plan(**many, microbatch_tokens=512, limit=limit)
+    tight = plan(**many, microbatch_tokens=256, limit=limit)
     assert tight.fits is False
     assert all(suggestion.total <= limit for suggestion in tight.suggestions)
     assert {"--microbatch_tokens 128": limit}.items() <= {r.change: r.total for r in tight.suggestions}.items()
@@ -215,16 +219,34 @@ def test_a_gpus_loss_is_planned_in_the_steps_that_it_takes():
     assert held(on_cpu=True) == pytest.approx(chunk + 2 * head + 2 * piece, rel=0.02)
 
 
+ONLY_TRAINING = ("transformers.trainer", "deepspeed", "trl", "torch._inductor.lowering")
+NOT_INSTALLED = f"""
+import sys, transformers
+for name in [name for name in sys.modules if name.partition(".")[0] in ("isotune", "deepspeed", "trl")]:
+    del sys.modules[name]
+vars(transformers).pop("Trainer", None)
+sys.modules.update(dict.fromkeys({ONLY_TRAINING}))
+"""
+PLAN = "plan --model_name_or_path builtin:opt-tiny --dataset_name builtin:greetings --max_seq_length 256 --tune lora"
+
+
+def test_a_plan_needs_no_library_that_only_training_needs():
+    plan = f"from isotune.cli import main; main({[*PLAN.split(), '--output_dir', 'x']})"
+    for code, status in ((plan, 0), ("from transformers import Trainer", 1)):
+        result = run_command([sys.executable, "-c", NOT_INSTALLED + code])
+        assert result.returncode == status, result.stderr
+
+
+@pytest.mark.slow
 def test_a_plan_imports_no_library_that_only_training_needs():
-    recipe = "--model_name_or_path builtin:opt-tiny --dataset_name builtin:greetings --max_seq_length 256 --tune lora"
-    words = ["plan", *recipe.split(), "--output_dir", "x"]
+    words = [*PLAN.split(), "--output_dir", "x"]
     show = "import atexit, sys; atexit.register(lambda: print(*sys.modules))"
     code = f"{show}; from isotune.cli import main; main({words})"
     result = run_command([sys.executable, "-c", code], fresh=True)
     assert result.returncode == 0, result.stderr
     loaded = set(result.stdout.splitlines()[-1].split())
     assert "isotune.preflight.preflight_report" in loaded
-    assert loaded.isdisjoint({"transformers.trainer", "deepspeed", "trl", "torch._inductor.lowering"})
+    assert loaded.isdisjoint(ONLY_TRAINING)
 
 
 @pytest.mark.parametrize(("text", "bytes_"), [("24GiB", 24 * 2**30), ("80 GB", 80 * 10**9), ("512mib", 2**29)])

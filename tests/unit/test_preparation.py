@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.launching import start_command
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -196,12 +197,14 @@ def test_a_damaged_entry_is_noticed_and_made_anew(talks, damage):
 
 
 PREPARE = """
-import sys
+import sys, time
+from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 from isotune.data.sft.preparation import SftSettings, prepare
 tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[1])
-print("ready", flush=True)
-sys.stdin.readline()
+Path(sys.argv[3]).touch()
+while not Path(sys.argv[4]).exists():
+    time.sleep(0.001)
 prepared = prepare(sys.argv[2], "train", tokenizer, SftSettings())
 print(prepared.fingerprint, prepared.documents.input_ids.sum(), len(prepared.rows), flush=True)
 """
@@ -220,13 +223,15 @@ def start(program: str, *arguments: object) -> subprocess.Popen:
 def test_four_processes_at_once_prepare_once_and_agree(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
     source = tmp_path / "many.jsonl"
-    rows = ({"text": f"### Human: {number}\n### Assistant: {'word ' * 60}{number}"} for number in range(6_000))
+    rows = ({"text": f"### Human: {number}\n### Assistant: {'word ' * 60}{number}"} for number in range(3_000))
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    processes = [start(PREPARE, tmp_path / "tokenizer", source) for _ in range(4)]
-    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 4
-    for process in processes:
-        process.stdin.write("go\n")
-        process.stdin.flush()
+    ready, go = [tmp_path / f"ready-{number}" for number in range(4)], tmp_path / "go"
+    words = [sys.executable, "-c", PREPARE, str(tmp_path / "tokenizer"), str(source)]
+    processes = [start_command([*words, str(file), str(go)]) for file in ready]
+    while not all(file.exists() for file in ready):
+        assert all(process.poll() is None for process in processes), processes[0].communicate(timeout=1)
+        time.sleep(0.01)
+    go.touch()
     outputs = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0] * 4, outputs
     assert len({stdout for stdout, _ in outputs}) == 1
@@ -249,7 +254,7 @@ print("done", flush=True)
 """
 
 
-@pytest.mark.parametrize("written", ["input_ids.npy", "supervised.npy"])
+@pytest.mark.parametrize("written", [pytest.param("input_ids.npy", marks=pytest.mark.slow), "supervised.npy"])
 def test_a_preparation_killed_while_writing_leaves_nothing_that_is_picked_up(written):
     tokens = 60_000_000
     process = start(BUILD, tokens)

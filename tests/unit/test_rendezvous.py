@@ -1,25 +1,28 @@
 """Ranks that do not find each other are named, with the address at which they were looked for."""
 
+import contextlib
 import json
 import os
 import re
+import signal
 import socket
-import subprocess
 import sys
 import threading
 from datetime import timedelta
 
 import pytest
+from tests.launching import start_command
 from torch.distributed import HashStore, TCPStore
 
 from isotune.distributed.rendezvous import NetworkInterface, Rendezvous
 
 PAIR = """
-import sys, torch.distributed as dist
+import os, sys, torch.distributed as dist
 from isotune.distributed.rendezvous import rendezvous
 from datetime import timedelta
 if sys.argv[1] == "late":
     import time; time.sleep(300)
+os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
 with rendezvous():
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 print("met", dist.get_world_size(), flush=True)
@@ -112,15 +115,8 @@ def test_two_processes_meet_or_the_one_that_waits_ends_within_its_time(second):
         "WORLD_SIZE": "2",
         "MEETING_SECONDS": "60" if second == "punctual" else "3",
     }
-    shared["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", PAIR, how],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        start_command([sys.executable, "-c", PAIR, how], shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank, how in enumerate(("punctual", second))
     ]
     try:
@@ -133,5 +129,6 @@ def test_two_processes_meet_or_the_one_that_waits_ends_within_its_time(second):
             assert "error: not all ranks have joined within 3 s (rendezvous_timeout): rank 1 did not join" in errors
     finally:
         for rank in ranks:
-            rank.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(rank.pid, signal.SIGKILL)
             rank.communicate()

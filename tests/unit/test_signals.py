@@ -2,13 +2,13 @@
 
 import json
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.launching import start_command
 
 from isotune.distributed.launch import Process
 from isotune.io.errors import Preempted, RunFault, UserError
@@ -20,12 +20,13 @@ import signal, sys, time
 from isotune.run.preemption import SIGNALS, stop_request
 for number in SIGNALS:
     signal.signal(number, stop_request.on_signal)
-print("ready", flush=True)
+said = open(sys.argv[1], "w", buffering=1)
+print("ready", file=said)
 while True:
     time.sleep(0.01)
     if stop_request.by:
         heard, stop_request.by = stop_request.by, None
-        print(heard, flush=True)
+        print(heard, file=said)
 """
 
 
@@ -49,14 +50,23 @@ def process(rank: int = 0) -> Process:
     return Process(rank, 1, torch.device("cpu"))
 
 
-def test_an_interrupt_and_its_echo_are_one_and_a_second_one_ends_the_process():
-    listener = subprocess.Popen([sys.executable, "-c", LISTENER], stdout=subprocess.PIPE, text=True)
-    assert listener.stdout is not None and listener.stdout.readline() == "ready\n"
+def test_an_interrupt_and_its_echo_are_one_and_a_second_one_ends_the_process(tmp_path):
+    file, expected = tmp_path / "said", []
+    listener = start_command([sys.executable, "-c", LISTENER, str(file)])
+
+    def expect(line: str) -> None:
+        expected.append(line)
+        ends = time.monotonic() + 60
+        while (said := file.read_text().split() if file.exists() else []) != expected:
+            assert listener.poll() is None and time.monotonic() < ends, (said, expected)
+            time.sleep(0.01)
+
+    expect("ready")
     for _ in range(2):  # the terminal's, and the launcher's echo
         listener.send_signal(signal.SIGINT)
-        assert listener.stdout.readline() == "SIGINT\n"
+        expect("SIGINT")
     listener.send_signal(signal.SIGTERM)
-    assert listener.stdout.readline() == "SIGTERM\n"
+    expect("SIGTERM")
     time.sleep(SAME_KEYSTROKE_SECONDS + 0.1)
     listener.send_signal(signal.SIGINT)
     assert listener.wait(10) == -signal.SIGINT

@@ -3,7 +3,6 @@
 import csv
 import gzip
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.launching import run_command
 
 from isotune.data.sources.source import CORPORA, read_rows
 from isotune.io.errors import UserError
@@ -138,20 +138,14 @@ def test_a_cached_hub_data_set_is_read_offline(tmp_path):
     assert json.loads(report.stdout) == ROWS, report.stderr
 
 
-def in_new_process(dataset_name: str, **environment: str) -> subprocess.CompletedProcess:
+def in_new_process(dataset_name: str, before: str = "", **environment: str) -> subprocess.CompletedProcess:
     """Read in a process of its own: the Hub's libraries read their environment when they are imported."""
     program = (
         "import json, sys\n"
-        "from isotune.data.sources.source import read_rows\nfrom isotune.io.errors import run_script\n"
+        f"from isotune.data.sources.source import read_rows\nfrom isotune.io.errors import run_script\n{before}\n"
         "run_script(lambda: print(json.dumps(list(read_rows(sys.argv[1]).rows()))))"
     )
-    return subprocess.run(
-        [sys.executable, "-c", program, dataset_name],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    return run_command([sys.executable, "-c", program, dataset_name], environment, timeout_seconds=60)
 
 
 @pytest.mark.parametrize("hub", ["refuses", "is silent", pytest.param("is switched off", marks=pytest.mark.slow)])
@@ -163,7 +157,9 @@ def test_a_hub_id_without_the_hub_fails_at_once_and_names_the_offline_ways(tmp_p
         environment = {"HF_HUB_OFFLINE": "1"} if hub == "is switched off" else {}
         endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
         started = time.monotonic()
-        report = in_new_process("someone/talks", HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path), **environment)
+        impatient = "from isotune.data.sources import hub_access\nhub_access.REACH_SECONDS = 0.5"
+        environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path)}
+        report = in_new_process("someone/talks", impatient, **environment)
         seconds = time.monotonic() - started
     assert report.returncode == 2
     assert report.stdout == ""

@@ -65,7 +65,7 @@ def test_where_nothing_tells_them_apart_it_says_so():
         assert sentence.endswith("all 2 wait in step 7, and nothing tells which of them hangs")
 
 
-@pytest.mark.parametrize("slow_rank", [0, 1])
+@pytest.mark.parametrize("slow_rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_one_rank_that_moves_is_progress(slow_rank):
     def drive(dogs: list[Watchdog]) -> None:
         for step in range(8):  # twice the time in which a rank must move
