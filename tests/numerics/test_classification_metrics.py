@@ -60,7 +60,7 @@ def of_sklearn(labels, probabilities):
     return found
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(predictions())
 def test_every_metric_is_scikit_learns_and_one_that_cannot_be_has_no_value(made):
     labels, probabilities = made

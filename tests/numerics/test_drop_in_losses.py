@@ -137,7 +137,7 @@ def summed(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -
 @pytest.mark.filterwarnings("ignore:.*compute_loss_func.*")
 def test_a_token_loss_that_adds_up_needs_no_second_forward_and_is_the_plain_one(tmp_path):
     plain = losses_of(sft(tmp_path, 4, 2, packing=False))
-    for split in SPLITS:
+    for split in SPLITS[::2]:
         trainer = sft(tmp_path, *split, packing=False, compute_loss_func=summed)
         assert trainer.own_loss.adds_up and "a sum over rows" in isotune.describe(trainer)
         assert losses_of(trainer) == pytest.approx(plain, rel=1e-6)
@@ -148,7 +148,7 @@ def test_label_smoothing_over_tokens_is_that_of_one_whole_batch(tmp_path):
     tokenizer = builtin_tokenizer("builtin:opt-tiny")
     collator = transformers.DataCollatorForSeq2Seq(tokenizer)
     options = {"data_collator": collator, "args": {"label_smoothing_factor": 0.2}}
-    found = [losses_of(trainer_of(isotune.Trainer, tmp_path, split, llama(), rows, **options)) for split in SPLITS]
+    found = [losses_of(trainer_of(isotune.Trainer, tmp_path, split, llama(), rows, **options)) for split in SPLITS[::2]]
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-6)
     whole = trainer_of(isotune.Trainer, tmp_path, (8, 1), llama(), rows, **options)
@@ -160,11 +160,12 @@ def test_label_smoothing_over_tokens_is_that_of_one_whole_batch(tmp_path):
 
 @pytest.mark.parametrize("packing", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_dft_and_neftune_do_not_depend_on_the_split(packing: bool, tmp_path):
+    plain = losses_of(sft(tmp_path, 8, 1, packing=packing))
     for args in ({"loss_type": "dft"}, {"neftune_noise_alpha": 5.0}):
         found = [losses_of(sft(tmp_path, *split, packing=packing, args=args)) for split in SPLITS[::2]]
         for other in found[1:]:
             assert other == pytest.approx(found[0], rel=1e-6)
-        assert found[0] != pytest.approx(losses_of(sft(tmp_path, 8, 1, packing=packing)), rel=1e-3)
+        assert found[0] != pytest.approx(plain, rel=1e-3)
 
 
 def masks_every_label_but_the_last(rows: Any) -> Any:
@@ -183,7 +184,7 @@ def drops_tokens(rows: Any) -> Any:
 def test_a_collator_that_masks_labels_row_by_row_is_honoured_and_one_by_chance_refused(tmp_path):
     rows = sft(tmp_path, 8, 1, packing=False).train_dataset
     found = []
-    for split in SPLITS:
+    for split in SPLITS[::2]:
         trainer = trainer_of(
             isotune.Trainer, tmp_path, split, llama(), rows, data_collator=masks_every_label_but_the_last
         )

@@ -90,11 +90,11 @@ def test_dropout_is_applied_to_the_adapters_input_alone_and_gradients_follow_its
     layer = model.base_model.model.up
     with training_microbatch(MicrobatchDocuments([5, 3], [2, 4])):
         assert torch.autograd.gradcheck(run, (x, *trained))
-        outs = torch.stack([model(x).detach() for _ in range(4000)])
-        ups = torch.stack([layer(x).detach() for _ in range(4000)])
+        outs = torch.stack([model(x).detach() for _ in range(1000)])
+        ups = torch.stack([layer(x).detach() for _ in range(1000)])
     plain = layer.base_layer(x) + layer.lora_B["default"](layer.lora_A["default"](x)) * layer.scaling["default"]
     assert outs.std(0).min() > 0
-    assert ((ups.mean(0) - plain).abs() / (ups.std(0) / 4000**0.5)).max() < 6.0
+    assert ((ups.mean(0) - plain).abs() / (ups.std(0) / 1000**0.5)).max() < 6.0
     assert quantised_drop(0.5)[1] == 2.0
 
 

@@ -26,7 +26,7 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["opt", "llama", "stories260K"])
+@pytest.fixture(scope="module", params=["opt", pytest.param("llama", marks=pytest.mark.slow), "stories260K"])
 def speaker(request, tmp_path_factory) -> GenerationModel:
     """A model in fp32 with few positions, one prompt of TEXTS nearly as long as those."""
     if request.param == "stories260K":

@@ -81,7 +81,7 @@ def test_a_packed_steps_gradients_equal_a_naive_loop_over_documents(tmp_path, re
         assert zero_on_paper or gradient.norm() > 0, name
 
 
-@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize("tune", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_with_counted_randomness_a_step_repeats_to_the_bit_and_another_step_draws_anew(tmp_path, tune):
     model = small_opt(tmp_path / "opt", **LIKE_OPT_350M, dropout=0.1, attention_dropout=0.1)
     adapter = {"tune": "lora", "lora_dropout": 0.1} if tune == "lora" else {"tune": "full"}

@@ -104,7 +104,7 @@ def expected_metrics(task_type: str, labels: np.ndarray, logits: np.ndarray) -> 
 
 CASES = [
     ("bert", "single_label", True, "packed"),
-    ("roberta", "regression", True, "packed"),
+    pytest.param("roberta", "regression", True, "packed", marks=pytest.mark.slow),
     ("roformer", "multi_label", True, "eager"),
     ("distilbert", "regression", False, "packed"),
 ]
@@ -136,7 +136,7 @@ def test_every_step_and_the_evaluation_are_those_of_the_plain_loop(tmp_path, kin
     assert cut > 0 or not pairs, "some pairs are longer than the room"
 
 
-@pytest.mark.parametrize("weights", ["balanced", [0.5, 3.0, 1.0, 7.0]], ids=str)
+@pytest.mark.parametrize("weights", [pytest.param("balanced", marks=pytest.mark.slow), [0.5, 3.0, 1.0, 7.0]], ids=str)
 def test_weights_of_labels_are_torchs_pos_weight_over_the_whole_global_batch(tmp_path, capsys, weights):
     built, folder, train, test = built_for(tmp_path, "bert", "multi_label", pairs=False, class_weights=weights)
     expected = weights

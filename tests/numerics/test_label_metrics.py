@@ -76,7 +76,7 @@ def of_labels(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 25), st.integers(2, 4), st.integers(0, 10**6), st.sampled_from([0.0, 0.3, 1.0]))
 def test_several_labels_are_measured_as_elsewhere(rows, count, seed, share):
     draw = np.random.default_rng(seed)

@@ -24,7 +24,7 @@ def references(shared_data) -> list[Reference]:
     asked = eval_samples_of(read_rows(str(shared_data / "guanaco" / "test.jsonl"), "train"))
     short = [q for q in asked if len(q.prompt) + len(q.reference) < 400]
     assert len(short) > 10
-    return [Reference(q.id, render_prompt(q.prompt), " " + q.reference) for q in short[:10]]
+    return [Reference(q.id, render_prompt(q.prompt), " " + q.reference) for q in short[:6]]
 
 
 @pytest.fixture(scope="module")

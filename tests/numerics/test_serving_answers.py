@@ -45,7 +45,7 @@ def served_together(service, works):
 # classification
 
 
-@pytest.fixture(scope="module", params=["bert", "distilbert", "modernbert"])
+@pytest.fixture(scope="module", params=["bert", pytest.param("distilbert", marks=pytest.mark.slow), "modernbert"])
 def classifier(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     small_encoder(folder, request.param)

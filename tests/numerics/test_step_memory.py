@@ -43,11 +43,11 @@ def planned(file: Path) -> int:
 @pytest.mark.parametrize(
     ("kind", "tune", "checkpointing", "passes"),
     [
-        ("opt", "full", False, PASSES),
+        pytest.param("opt", "full", False, PASSES, marks=pytest.mark.slow),
         pytest.param("opt", "full", True, 1, marks=pytest.mark.slow),
         ("opt", "lora", True, PASSES),
         pytest.param("bert", "full", True, PASSES, marks=pytest.mark.slow),
-        ("bert", "full", False, 1),
+        pytest.param("bert", "full", False, 1, marks=pytest.mark.slow),
         pytest.param("bert", "lora", False, PASSES, marks=pytest.mark.slow),
     ],
 )
