@@ -205,7 +205,7 @@ def harm(runs: list[Path], case: tuple[str, str, float, int]) -> None:
         file.write_bytes(whole)
 
 
-@settings(max_examples=40, derandomize=True, **HYPOTHESIS)
+@settings(max_examples=20, derandomize=True, **HYPOTHESIS)
 @given(HARM)
 def test_a_byte_of_any_file_may_be_another_one(runs, case):
     harm(runs, case)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.building import build, small_opt
+from tests.building import Built, build, small_opt
 from tests.launching import TINY, start
 
 from isotune.checkpoint.export import export_run
@@ -37,7 +37,7 @@ def model(tmp_path_factory) -> str:
     return small_opt(tmp_path_factory.mktemp("model"), dropout=0.1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def recipe(model) -> dict[str, Any]:
     """Six steps over two epochs of three, an evaluation at each epoch's end, a checkpoint of every step."""
     return {
@@ -49,6 +49,14 @@ def recipe(model) -> dict[str, Any]:
         "save_total_limit": 100,
         "eval_dataset_name": "builtin:greetings",
     }
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory) -> Built:
+    """The run of `recipe`, which no test changes."""
+    built = build(tmp_path_factory.mktemp("whole"), **recipe)
+    built.train()
+    return built
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -64,9 +72,7 @@ def unfinished(folder: Path, source: Path, steps: int) -> Path:
 
 
 @pytest.mark.slow  # from one step: test_a_harmed_checkpoint_... and tests/distributed/test_resume.py
-def test_a_run_goes_on_from_every_one_of_its_steps_with_the_same_bits(tmp_path, recipe):
-    whole = build(tmp_path / "whole", **recipe)
-    whole.train()
+def test_a_run_goes_on_from_every_one_of_its_steps_with_the_same_bits(tmp_path, recipe, whole):
     expected = weights(whole.model)
     assert len(checkpoints(whole.run.path)) == 6
     assert [line["step"] for line in lines(whole.run.path)] == [1, 2, 3, 3, 4, 5, 6, 6]  # with the evaluations
@@ -87,12 +93,13 @@ LONGER = [pytest.param(own, marks=pytest.mark.slow) for own in ({"fp16": True}, 
 
 @pytest.mark.parametrize("values", [{"bf16": True, "tune": "lora"}, *LONGER], ids=str)
 def test_loss_scale_adapters_and_other_optimizers_go_on_with_the_same_bits(tmp_path, recipe, values):
-    whole = build(tmp_path / "whole", **recipe, **values)
+    values = recipe | values | {"max_steps": 4}
+    whole = build(tmp_path / "whole", **values)
     whole.train()
-    run = unfinished(tmp_path / "again", whole.run.path, 4)
-    again = build(tmp_path / "again", **recipe, **values)
+    run = unfinished(tmp_path / "again", whole.run.path, 2)
+    again = build(tmp_path / "again", **values)
     again.train()
-    assert again.trainer.checkpointer.resumption is not None and again.trainer.checkpointer.resumption.step == 4
+    assert again.trainer.checkpointer.resumption is not None and again.trainer.checkpointer.resumption.step == 2
     assert lines(run) == lines(whole.run.path)
     assert same(weights(again.model), weights(whole.model))
     scalers = [built.trainer.accelerator.scaler for built in (whole, again)]
@@ -100,9 +107,7 @@ def test_loss_scale_adapters_and_other_optimizers_go_on_with_the_same_bits(tmp_p
     assert scalers[0] is None or scalers[0].state_dict() == scalers[1].state_dict()
 
 
-def test_a_harmed_checkpoint_is_passed_over_and_the_run_ends_with_the_same_bits(tmp_path, recipe, capsys):
-    whole = build(tmp_path / "whole", **recipe)
-    whole.train()
+def test_a_harmed_checkpoint_is_passed_over_and_the_run_ends_with_the_same_bits(tmp_path, recipe, whole, capsys):
     run = unfinished(tmp_path / "again", whole.run.path, 5)
     third, fourth, fifth = checkpoints(run)[2:]
     (fifth / "MANIFEST.json").unlink()
@@ -122,16 +127,17 @@ def test_a_harmed_checkpoint_is_passed_over_and_the_run_ends_with_the_same_bits(
         verify(folder)
 
 
-def test_another_recipe_is_refused_with_the_keys_that_differ_and_a_named_checkpoint_must_be_whole(tmp_path, recipe):
-    first = build(tmp_path, **recipe)
-    first.train()
-    third = checkpoints(first.run.path)[2]
+def test_another_recipe_is_refused_with_the_keys_that_differ_and_a_named_checkpoint_must_be_whole(
+    tmp_path, recipe, whole
+):
+    run = unfinished(tmp_path, whole.run.path, 6)
+    third = checkpoints(run)[2]
     with pytest.raises(UserError, match=r"another recipe \(learning_rate: 0.001 there, 0.5 here, seed: 42 there, 1"):
         build(tmp_path / "b", **recipe | {"resume": str(third), "seed": 1, "learning_rate": 0.5})
     with pytest.raises(UserError, match=r"no folder .*step-9"):
         build(tmp_path / "b", **recipe | {"resume": str(tmp_path / "step-9")})
     with pytest.raises(UserError, match="is a run: name one of the folders in"):
-        build(tmp_path / "b", **recipe | {"resume": str(first.run.path)})
+        build(tmp_path / "b", **recipe | {"resume": str(run)})
     (third / "state.json").unlink()
     broken = build(tmp_path / "b", **recipe | {"resume": str(third)})
     with pytest.raises(UserError, match=r"is not a valid checkpoint: state\.json is missing"):
@@ -139,13 +145,11 @@ def test_another_recipe_is_refused_with_the_keys_that_differ_and_a_named_checkpo
     assert not list((tmp_path / "b" / "run").iterdir())
 
 
-def test_a_checkpoint_of_another_run_is_gone_on_from_with_its_metrics(tmp_path, recipe):
-    first = build(tmp_path, **recipe)
-    first.train()
-    other = build(tmp_path / "b", **recipe | {"resume": str(checkpoints(first.run.path)[3])})
+def test_a_checkpoint_of_another_run_is_gone_on_from_with_its_metrics(tmp_path, recipe, whole):
+    other = build(tmp_path / "b", **recipe | {"resume": str(checkpoints(whole.run.path)[3])})
     other.train()
-    assert lines(other.run.path) == lines(first.run.path)
-    assert same(weights(other.model), weights(first.model))
+    assert lines(other.run.path) == lines(whole.run.path)
+    assert same(weights(other.model), weights(whole.model))
     assert [folder.name for folder in checkpoints(other.run.path)] == ["step-00000005", "step-00000006"]
 
 
@@ -162,13 +166,12 @@ def test_other_data_under_the_same_name_is_refused(tmp_path, recipe):
         build(tmp_path, **values)
 
 
-def test_never_begins_anew_and_a_finished_run_has_nothing_left_to_do(tmp_path, recipe):
-    first = build(tmp_path, **recipe)
-    first.train()
+def test_never_begins_anew_and_a_finished_run_has_nothing_left_to_do(tmp_path, recipe, whole):
+    unfinished(tmp_path, whole.run.path, 6)
     anew = build(tmp_path, **recipe | {"resume": "never"})
     anew.train()
     assert anew.trainer.checkpointer.resumption is None
-    assert lines(anew.run.path) == lines(first.run.path)
+    assert lines(anew.run.path) == lines(whole.run.path)
     anew.run.model.mkdir()
     with pytest.raises(AlreadyDone, match="nothing is left to do"):
         build(tmp_path, **recipe)
@@ -252,12 +255,11 @@ def test_a_checkpoint_is_exported_as_the_model_that_was_trained_to_that_step(tmp
     assert not list(built.run.path.glob("export/.*"))
 
 
-def test_a_broken_checkpoint_is_not_exported(tmp_path, recipe):
-    built = build(tmp_path, **recipe)
-    built.train()
-    last = checkpoints(built.run.path)[-1]
+def test_a_broken_checkpoint_is_not_exported(tmp_path, whole):
+    run = unfinished(tmp_path, whole.run.path, 6)
+    last = checkpoints(run)[-1]
     next((last / "tensors").iterdir()).unlink()
     with pytest.raises(UserError, match=r"is not a valid checkpoint: tensors/.* is missing"):
         export_run(last, merge=False)
     with pytest.raises(UserError, match=r"has no model.*step-00000006 is its last checkpoint"):
-        export_run(built.run.path, merge=False)
+        export_run(run, merge=False)

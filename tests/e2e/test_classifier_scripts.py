@@ -48,7 +48,7 @@ def test_data_that_does_not_fit_the_recipe_is_one_sentence_and_nothing_is_writte
     assert "Traceback" not in mistaken.stderr and not mistaken.run.exists()
 
 
-@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize("tune", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_a_run_goes_on_from_a_checkpoint_with_the_same_steps_and_the_same_predictions(tmp_path, tune):
     values = {"tune": tune, "save_steps": 3, "eval_steps": 3, "exact_gradients": True}
     whole = build_classifier(tmp_path / "whole", **values)

@@ -28,8 +28,8 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     for name in ("full", "lora", "decoder"):
         folder = tmp_path_factory.mktemp(name)
         more = {"model_name_or_path": small_opt(folder / "opt")} if name == "decoder" else {}
-        more |= {"tune": "full" if name == "full" else "lora"}
-        built = build_classifier(folder, **more, max_steps=12, learning_rate=4e-3, num_labels=3, eval_steps=12)
+        more |= {"tune": "full" if name == "full" else "lora", "microbatch_tokens": 1024}
+        built = build_classifier(folder, **more, max_steps=8, learning_rate=4e-3, num_labels=3, eval_steps=8)
         built.trainer.train()
         save(built.start, built.trainer)
         found[name] = folder / "run"

@@ -31,7 +31,9 @@ def processor() -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("kind", SCRIPTS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind == "full" else kind for kind in SCRIPTS]
+)
 def test_a_checkpoint_of_an_earlier_version_goes_on_to_the_same_figures(kind: str, tmp_path: Path) -> None:
     expected = json.loads((REPOSITORY / EARLIER / "expected.json").read_text())
     recipe: dict[str, Any] = yaml.safe_load((REPOSITORY / EARLIER / kind / "recipe.yaml").read_text())

@@ -15,7 +15,7 @@ from isotune.io.errors import UserError
 LOSSES = (1.0, 0.9, 0.89, 0.8, 0.85, 0.81, 0.3, 0.2, 0.1, 0.0)
 ACCURACIES = (0.3, 0.2, 0.5, 0.6, 0.7, 0.71, 0.68, 0.9, 0.95, 1.0)
 STOP = {"eval_loss": (12, 8), "eval_accuracy": (14, 12)}  # counted by hand: the last step, and the best up to there
-RUN = {"max_steps": 20, "eval_steps": 2, "save_steps": 2, "save_total_limit": 50}
+RUN = {"max_steps": 20, "eval_steps": 2, "save_steps": 2, "save_total_limit": 50, "microbatch_tokens": 1024}
 STOPS = {"early_stopping_patience": 2, "early_stopping_threshold": 0.02}
 
 

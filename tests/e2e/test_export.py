@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from isotune.checkpoint.export import export_run
 from isotune.cli import main
 from isotune.io.errors import UserError
+from isotune.models.base.builtin import builtin_tokenizer
 from isotune.models.finished_run import compare_logits, read_run
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -29,8 +30,8 @@ RANK, ALPHA = 4, 12
 
 
 @pytest.fixture(scope="module")
-def tokenizer(shared_data):
-    return AutoTokenizer.from_pretrained(str(shared_data / "tokenizers" / "opt"))
+def tokenizer():
+    return builtin_tokenizer("builtin:opt-tiny")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,12 @@ def base(tokenizer, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "base"
     torch.manual_seed(0)
     geometry = {"hidden_size": 128, "word_embed_proj_dim": 64, "ffn_dim": 128, "num_hidden_layers": 2}
-    model = OPTForCausalLM(OPTConfig(num_attention_heads=4, max_position_embeddings=80, init_std=0.1, **geometry))
+    geometry |= {"vocab_size": len(tokenizer)}
+    model = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=len(tokenizer), num_attention_heads=4, max_position_embeddings=80, init_std=0.1, **geometry
+        )
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -267,7 +273,9 @@ def test_an_adapter_with_nan_is_refused(base, tokenizer, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("format", "file"), [("pt", "model.pt"), ("safetensors", "")])
+@pytest.mark.parametrize(
+    ("format", "file"), [pytest.param("pt", "model.pt", marks=pytest.mark.slow), ("safetensors", "")]
+)
 def test_the_command_prints_the_parity_figure_and_where_the_model_lies(lora_run, tmp_path, format, file):
     done = isotune("export", lora_run, "--merge", "--format", format, "--output", tmp_path / "out")
     assert (done.returncode, done.stderr) == (0, "")
@@ -382,9 +390,9 @@ def test_a_truncated_file_is_one_sentence_and_exit_status_2(lora_run, tmp_path):
 
 @contextlib.contextmanager
 def small_files() -> Iterator[None]:
-    """This process can write no file above 5 MB, as on a disk without room; Python ignores the signal for it."""
+    """This process can write no file above 0.5 MB, as on a disk without room; Python ignores the signal for it."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, before[1]))
     try:
         yield
     finally:

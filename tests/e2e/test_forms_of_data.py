@@ -149,7 +149,7 @@ def write(place: Path, rows: list[dict], suffix: str, *, header: bool = True) ->
     return str(file)
 
 
-IN_SHORT = ("text in Guanaco's form", "messages", "a CSV of questions and answers", "a mixture of two of them")
+IN_SHORT = ("text in Guanaco's form", "a CSV of questions and answers", "a mixture of two of them")
 IN_SHORT += ("whole numbers", "words", "a ClassLabel of datasets", "a CSV without a line of names")
 
 

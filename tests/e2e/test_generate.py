@@ -16,6 +16,7 @@ from isotune.evaluation.generation.completion import Decoding
 from isotune.evaluation.models import generation_model_named, generation_model_of_run
 from isotune.evaluation.samples import read_samples
 from isotune.io.errors import UserError
+from isotune.models.base.builtin import builtin_tokenizer
 
 POSITIONS = 96
 TAUGHT = "### Human: What is 2 + 2?\n### Assistant: It is 4.\n### Human: Thanks\n### Assistant: You are welcome 🙂."
@@ -37,8 +38,8 @@ def teach(model, tokenizer, text, learning_rate, wanted_loss=0.02):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(shared_data):
-    return AutoTokenizer.from_pretrained(str(shared_data / "tokenizers" / "opt"))
+def tokenizer():
+    return builtin_tokenizer("builtin:opt-tiny")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,9 @@ def full_run(tokenizer, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "full"
     torch.manual_seed(0)
     geometry = {"hidden_size": 64, "word_embed_proj_dim": 32, "ffn_dim": 128, "num_hidden_layers": 2}
-    config = OPTConfig(num_attention_heads=4, max_position_embeddings=POSITIONS, dropout=0.0, **geometry)
+    config = OPTConfig(
+        vocab_size=len(tokenizer), num_attention_heads=4, max_position_embeddings=POSITIONS, dropout=0.0, **geometry
+    )
     model = OPTForCausalLM(config)
     teach(model, tokenizer, TAUGHT, learning_rate=1e-2)
     write_run(run, {"tune": "full", "model_name_or_path": "facebook/opt-350m", "model_init": "random"})
@@ -201,7 +204,7 @@ def test_history_drops_the_oldest_exchanges_until_the_answer_has_room(speaker, t
 
 
 def test_an_answer_never_runs_past_the_positions_of_the_model(speaker):
-    question = "word " * 70
+    question = "word " * 16
     assert isinstance(answer(speaker, question, Decoding(max_new_tokens=500)), str)
     with pytest.raises(UserError, match=rf"the model {POSITIONS} positions"):
         answer(speaker, "word " * 200)
@@ -240,8 +243,9 @@ def test_the_sample_answer_of_a_run_is_printed_with_its_prompt(full_run, capsys)
     assert read_samples(Path(full_run)) == [{"input": "What is 2 + 2?", "output": "It is 4."}]
 
 
-def test_the_command_prints_the_answer_and_nothing_else(lora_run):
-    done = generate("--run_dir", lora_run, "--prompt", "What is 2 + 2?", fresh=True)
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["fork", "fresh"])
+def test_the_command_prints_the_answer_and_nothing_else(lora_run, fresh):
+    done = generate("--run_dir", lora_run, "--prompt", "What is 2 + 2?", fresh=fresh)
     assert (done.returncode, done.stdout, done.stderr) == (0, "You are 4.\n", "")
 
 

@@ -1,19 +1,17 @@
 """`make gpu` works where there is no GPU too, so that it works the first time where there is one."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tests.launching import run_command
 
 
 @pytest.mark.parametrize("stages", [["packages", "masks"], pytest.param(["bitwise", "plan"], marks=pytest.mark.slow)])
-def test_the_report_of_a_gpu_machine_runs_its_stages_and_names_what_failed(
-    tmp_path: Path, repository: Path, stages: list[str]
-):
+def test_the_report_of_a_gpu_machine_runs_its_stages_and_names_what_failed(tmp_path: Path, stages: list[str]):
     command = [sys.executable, "-m", "tests.gpu.report", "--tiny", "--output", str(tmp_path)]
-    done = subprocess.run([*command, "--stages", *stages], cwd=repository, capture_output=True, text=True, check=False)
+    done = run_command([*command, "--stages", *stages])
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line.split()[:2] for line in done.stdout.splitlines()[: len(stages)]] == [
         [stage, "done"] for stage in stages
@@ -27,11 +25,9 @@ def test_the_report_of_a_gpu_machine_runs_its_stages_and_names_what_failed(
     assert all(100 <= result["longest_document"] <= 128 for result in twice)
     assert (tmp_path / "table.md").read_text() in done.stdout
 
-    again = subprocess.run([*command, "--stages", stages[0]], cwd=repository, capture_output=True, check=False)
+    again = run_command([*command, "--stages", stages[0]])
     repeated = [json.loads(line)["stage"] for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert again.returncode == 0 and sorted(repeated) == sorted(result["stage"] for result in results)
 
-    late = subprocess.run(
-        [*command, "--stages", "bitwise", "--seconds", "1"], cwd=repository, capture_output=True, text=True, check=False
-    )
+    late = run_command([*command, "--stages", "bitwise", "--seconds", "1"])
     assert late.returncode == 1 and "stopped after 1 s" in late.stdout

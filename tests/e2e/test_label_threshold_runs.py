@@ -24,7 +24,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     files = [write_rows(folder / f"{name}.jsonl", rows_of("multi_label", count, seed, pairs=False))
              for name, count, seed in (("train", 200, 0), ("test", 60, 1))]  # fmt: skip
     own = {**TINY_CLASSIFIER, "model_name_or_path": pair_encoder(folder / "model", "bert"), "max_seq_length": 40,
-           "dataset_name": files[0], "eval_dataset_name": files[1], "max_steps": 25, "global_batch_size": 16,
+           "dataset_name": files[0], "eval_dataset_name": files[1], "max_steps": 12, "global_batch_size": 16,
            "learning_rate": 2e-3, "task_type": "multi_label", "sentences": ["the sea and the rain"]}  # fmt: skip
     recipes = {
         "chosen": own | {"label_thresholds": "chosen"},

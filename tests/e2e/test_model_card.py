@@ -27,7 +27,7 @@ def runs(tmp_path_factory):
         patch.setenv("ISOTUNE_CACHE", str(folder / "cache"))
         for kind in KINDS:
             tune = "lora" if kind.endswith("lora") else "full"
-            values = {"tune": tune, "max_steps": 4, "eval_steps": 2, "save_strategy": "no"}
+            values = {"tune": tune, "max_steps": 2, "eval_steps": 1, "save_strategy": "no"}
             if kind.startswith("classifier"):
                 built = build_classifier(folder / kind, **values)
                 built.trainer.train()
@@ -45,7 +45,7 @@ def runs(tmp_path_factory):
 def test_the_results_of_the_card_are_the_last_evaluation_of_metrics_jsonl(runs, kind):
     run = runs[kind]
     line = [line for line in run.built.lines if "eval_loss" in line][-1]
-    assert line["step"] == 4
+    assert line["step"] == 2
     results = {result.metric_type: result for result in run.card.data.eval_results}
     assert {"loss", "accuracy" if kind.startswith("classifier") else "perplexity"} <= set(results)
     for name, result in results.items():
@@ -116,7 +116,7 @@ def test_the_figures_of_the_text_are_those_of_the_files(runs, kind):
     facts = dict(re.findall(r"^\| ([^|]+) \| ([^|]*) \|$", run.text, re.MULTILINE))
     assert facts["input tokens"] == f"{sum(step['input_tokens'] for step in steps):,}"
     assert facts["documents"] == f"{sum(step['documents'] for step in steps):,}"
-    assert facts["steps"] == "4"
+    assert facts["steps"] == "2"
     assert float(facts["loss, last step"]) == pytest.approx(steps[-1]["loss"], abs=1e-4)
     environment = json.loads((run.built.run.path / "environment.json").read_text())
     assert facts["engine"] == environment["in_effect"]["engine"]

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,20 +13,30 @@ from tests.launching import run_command
 
 import isotune
 from isotune.io.errors import UserError
+from isotune.notebook import launching
 from isotune.notebook.launching import as_flags
 
 KEYS = {"model": "builtin:opt-tiny", "tune": "full", "max_steps": 4, "max_seq_length": 128, "global_batch_size": 8}
 KEYS |= {"eval_dataset_name": "builtin:greetings", "sample_prompt": "", "disable_tqdm": True}
 
 
+def run_forked(words: Sequence[str]) -> None:
+    """What `launching.run_command` does where nothing fails, by a fork."""
+    done = run_command([sys.executable, "-m", "isotune.cli", *words])
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> isotune.Run:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    return isotune.sft("builtin:greetings", output_dir=str(tmp_path_factory.mktemp("sft") / "run"), **KEYS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("isotune.notebook.run.run_command", run_forked)
+        return isotune.sft("builtin:greetings", output_dir=str(tmp_path_factory.mktemp("sft") / "run"), **KEYS)
 
 
 @pytest.mark.slow
-def test_a_run_is_that_of_the_command_bit_for_bit(run: isotune.Run, tmp_path: Path):
+def test_a_run_is_that_of_the_command_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run = isotune.sft("builtin:greetings", output_dir=str(tmp_path / "python"), **KEYS)
     words = ["sft", "builtin:greetings", "--model_name_or_path", KEYS["model"], "--output_dir", str(tmp_path / "run")]
     flags = as_flags({name: value for name, value in KEYS.items() if name != "model"})
     done = run_command([sys.executable, "-m", "isotune.cli", *words, *flags])
@@ -36,7 +47,15 @@ def test_a_run_is_that_of_the_command_bit_for_bit(run: isotune.Run, tmp_path: Pa
     assert [line["loss"] for line in run.record.steps.values()] == [line["loss"] for line in steps.values()]
 
 
-def test_it_evaluates_answers_compares_and_reports(run: isotune.Run):
+def test_a_command_runs_in_a_process_of_its_own_and_its_mistake_is_raised(capsys: pytest.CaptureFixture[str]):
+    launching.run_command(["ls", "engines"])
+    assert "fsdp2" in capsys.readouterr().out
+    with pytest.raises(UserError, match="there is no run folder"):
+        launching.run_command(["report", "/nowhere/run"])
+
+
+def test_it_evaluates_answers_compares_and_reports(run: isotune.Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("isotune.notebook.run.run_command", run_forked)
     evaluated = run.evaluate(max_new_tokens=4, limit=6)
     assert evaluated.metrics["exact_match"] == run.results["greetings"].metrics["exact_match"]
     low, high = evaluated.intervals["chrf"]

@@ -235,7 +235,9 @@ def test_a_plain_model_folder_reads_what_fits_and_the_model_of_a_run_what_its_ru
         np.testing.assert_allclose(found, alone(run, opinions[:5], longest), atol=1e-6)
 
 
-@pytest.mark.parametrize("task_type", ["single_label", "multi_label", "regression"])
+@pytest.mark.parametrize(
+    "task_type", [pytest.param("single_label", marks=pytest.mark.slow), "multi_label", "regression"]
+)
 def test_pairs_are_read_by_both_columns_for_every_kind_of_labels(tmp_path, capsys, task_type):
     rows = rows_of(task_type, 40)
     names = {"label_names": sorted(TOPICS)} if task_type == "multi_label" else {}
@@ -291,7 +293,7 @@ def stock_pairs(built: Any, asked: list[tuple[str, str]]) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def language_model(tmp_path_factory) -> Path:
-    built = build(tmp_path_factory.mktemp("causal"), max_steps=20, learning_rate=3e-3, save_strategy="no")
+    built = build(tmp_path_factory.mktemp("causal"), max_steps=8, learning_rate=3e-3, save_strategy="no")
     built.trainer.train()
     save(built.start, built.trainer)
     return built.run.path

@@ -43,6 +43,7 @@ def leaking(tmp_path_factory, shared_data) -> Finished:
     (folder / "some.csv").write_text("\n".join(rows), "utf-8")
     some = {"dataset_name": str(folder / "some.csv"), "eval_dataset_name": str(folder / "some.csv")}
     long = {"num_train_epochs": 40, "learning_rate": 3e-3, "lr_scheduler_type": "constant", "save_strategy": "no"}
+    long |= {"eval_strategy": "steps", "eval_steps": 60}  # 3 steps an epoch
     recipe = prompts_recipe(shared_data, label_source="random", **some, **long)
     for name in ("eval_split_share", "save_total_limit", "load_best_model_at_end"):
         del recipe[name]

@@ -11,7 +11,8 @@ from tests.unit.test_report import HOSTILE, PNG, classify, generate, write_run
 
 from isotune.report.html_report import write_report
 
-SIZES = [(PHONE, False), (PHONE, True), (DESK, False), (DESK, True)]
+SIZES = [(PHONE, False), (DESK, True)]
+SIZES += [pytest.param(PHONE, True, marks=pytest.mark.slow), pytest.param(DESK, False, marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")

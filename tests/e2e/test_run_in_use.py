@@ -10,6 +10,7 @@ from pathlib import Path
 from tests.distributed.test_preemption import LONG, begin
 from tests.launching import TINY, start
 
+SHORT = LONG | {"save_steps": 4, "max_steps": 16}
 HOLDER = """
 import sys
 from pathlib import Path
@@ -42,13 +43,13 @@ def contents(run: Path) -> dict[str, str]:
 
 def test_a_life_that_wakes_up_after_the_next_one_has_begun_writes_nothing_and_ends(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    asleep = begin(tmp_path, LONG | {"save_steps": 2, "max_steps": 30}, processes=0)
+    asleep = begin(tmp_path, SHORT, processes=0)
     asleep.wait_for_step(3)
     asleep.process.send_signal(signal.SIGSTOP)
     try:
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-        next_life = start(tmp_path, LONG | {"save_steps": 2, "max_steps": 30})
-        assert [line["step"] for line in next_life.steps] == list(range(1, 31))
+        next_life = start(tmp_path, SHORT)
+        assert [line["step"] for line in next_life.steps] == list(range(1, SHORT["max_steps"] + 1))
         assert next_life.environment["slurm"] == {"job_id": "77", "restart": 1}
         before = contents(asleep.run)
     finally:

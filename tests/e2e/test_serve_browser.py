@@ -25,8 +25,13 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def classifier(browser, tmp_path_factory):
-    with served(classifier_run(tmp_path_factory.mktemp("classifier"))) as server:
+def classifier_folder(browser, tmp_path_factory):
+    return classifier_run(tmp_path_factory.mktemp("classifier"))
+
+
+@pytest.fixture(scope="module")
+def classifier(classifier_folder):
+    with served(classifier_folder) as server:
         yield server
 
 
@@ -147,8 +152,8 @@ def test_a_text_with_markup_is_shown_as_text(browser, classifier):
         assert seen.page.locator("main img").count() == 0 and seen.said == []
 
 
-def test_a_server_that_has_gone_is_said(browser, tmp_path):
-    with served(classifier_run(tmp_path, max_steps=1, eval_steps=1)) as server, opened(browser, server.url) as seen:
+def test_a_server_that_has_gone_is_said(browser, classifier_folder):
+    with served(classifier_folder, "--no_replay") as server, opened(browser, server.url) as seen:
         type_text(seen)
         assert server.stop() == 0
         seen.page.keyboard.type("!")

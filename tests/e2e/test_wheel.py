@@ -128,6 +128,7 @@ def test_a_mistake_is_one_sentence_that_names_what_this_user_has(installed, word
     assert says in done.stderr
 
 
+@pytest.mark.slow  # in short: what this user has is listed, copied and named above
 def test_a_classifier_is_trained_without_any_extra(installed):
     done = installed.run("classify", "opinions_tiny", "--max_steps", "2", "--eval_strategy", "no")
     assert done.stdout.startswith("loading ")
