@@ -1,10 +1,13 @@
 """`make gpu` works where there is no GPU too, so that it works the first time where there is one."""
 
+import contextlib
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from tests.gpu import report
 from tests.launching import run_command
 
 
@@ -31,3 +34,27 @@ def test_the_report_of_a_gpu_machine_runs_its_stages_and_names_what_failed(tmp_p
 
     late = run_command([*command, "--stages", "bitwise", "--seconds", "1"])
     assert late.returncode == 1 and "stopped after 1 s" in late.stdout
+    stopped = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {"stage": "bitwise", "failed": "stopped after 1 s"} in stopped
+
+
+def test_a_stage_that_takes_too_long_ends_with_what_it_started_and_keeps_its_log(tmp_path: Path):
+    started = time.monotonic()
+    ended = report.run_within(2, ["sh", "-c", "sleep 60 & echo $!; wait"], tmp_path / "log.txt")
+    assert ended == "stopped after 2 s" and time.monotonic() - started < 30
+    child = Path("/proc") / (tmp_path / "log.txt").read_text().strip() / "cmdline"  # empty from its end on
+    while time.monotonic() - started < 30:
+        with contextlib.suppress(FileNotFoundError):
+            if child.read_text():
+                time.sleep(0.05)
+                continue
+        break
+    else:
+        pytest.fail("what the stage started is still there")
+    assert report.run_within(60, ["sh", "-c", "echo all; exit 3"], tmp_path / "log.txt") == "failed with status 3"
+    assert (tmp_path / "log.txt").read_text() == "all\n"
+
+
+def test_every_stage_has_a_limit_and_together_they_leave_a_machine_its_time():
+    assert report.SECONDS.keys() == report.STAGES.keys()
+    assert sum(report.SECONDS.values()) <= 8.5 * 60
