@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from isotune.data import balance
 from isotune.data.balance import share_out
 from isotune.data.batch_schedule import (
     Microbatch,
@@ -146,6 +147,20 @@ def test_things_are_shared_out_nearly_as_evenly_as_can_be(costs, shares):
 
 def test_exchanges_find_what_the_costliest_first_misses():
     assert sorted(sum([3, 3, 2, 2, 2][n] for n in share) for share in share_out(np.array([3, 3, 2, 2, 2]), 2)) == [6, 6]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 9) | st.floats(0.5, 90.0), max_size=24), st.integers(1, 9))
+def test_the_costliest_thing_left_goes_where_least_is(costs, shares):
+    loads, expected = [0.0] * shares, [[] for _ in range(shares)]
+    for thing in sorted(range(len(costs)), key=lambda thing: -costs[thing]):
+        share = loads.index(min(loads))
+        expected[share].append(thing)
+        loads[share] += costs[thing]
+    with pytest.MonkeyPatch.context() as before_exchanges:
+        before_exchanges.setattr(balance, "MAX_SWAPS_PER_SHARE", 0)
+        found = share_out(np.array(costs, float), shares)
+    assert [share.tolist() for share in found] == [sorted(things) for things in expected]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ up to a third of the mean, so swaps follow: as long as the costliest share gets 
 exchanging it for one of another share, it does.
 """
 
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,14 +19,19 @@ def share_out(costs: Sequence[float] | np.ndarray, shares: int) -> list[np.ndarr
     `costs` are positive, [things]. Returns ascending int64 arrays, the same for the same costs on every machine.
     """
     costs = np.asarray(costs, np.float64)
+    if shares == 1:
+        return [np.arange(len(costs))]
     share_of, loads = np.zeros(len(costs), np.int64), np.zeros(shares)
-    for thing in np.argsort(-costs, kind="stable"):
-        share_of[thing] = int(loads.argmin())
-        loads[share_of[thing]] += costs[thing]
-    for _ in range(MAX_SWAPS_PER_SHARE * shares if shares > 1 and len(costs) else 0):
+    lightest = [(0.0, share) for share in range(shares)]  # a heap
+    for thing in np.argsort(-costs, kind="stable").tolist():
+        load, share = lightest[0]
+        share_of[thing], loads[share] = share, load + costs[thing]
+        heapq.heapreplace(lightest, (float(loads[share]), share))
+    for _ in range(MAX_SWAPS_PER_SHARE * shares if len(costs) else 0):
         if not _improve(costs, share_of, loads):
             break
-    return [np.flatnonzero(share_of == share) for share in range(shares)]
+    ends = np.cumsum(np.bincount(share_of, minlength=shares))
+    return np.split(np.argsort(share_of, kind="stable"), ends[:-1])
 
 
 def _improve(costs: np.ndarray, share_of: np.ndarray, loads: np.ndarray) -> bool:

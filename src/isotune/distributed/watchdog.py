@@ -153,11 +153,12 @@ class Watchdog:
 
     def _read(self, ranks: Iterable[int]) -> dict[int, Place]:
         assert self._store is not None
+        store: Any = self._store  # the stubs lack has_extended_api
         names = [str(rank) for rank in ranks]
-        if self._store.check(names) and self._store.has_extended_api():  # two requests, however many ranks
-            texts: list[Any] = list(self._store.multi_get(names))
+        if store.check(names) and store.has_extended_api():  # two requests, however many ranks
+            texts = list(store.multi_get(names))
         else:
-            texts = [self._store.get(name) if self._store.check([name]) else b"{}" for name in names]
+            texts = [store.get(name) if store.check([name]) else b"{}" for name in names]
         return {int(name): Place(**json.loads(text)) for name, text in zip(names, texts, strict=True)}
 
     def _watch(self) -> None:

@@ -95,7 +95,7 @@ def final_evaluation(record: RunRecord) -> tuple[int, dict[str, Any]] | None:
         step = min(values, key=lambda step: (sign * values[step], step), default=None)
     else:
         step = max(record.steps, default=None)
-    return (step, record.evaluations[step]) if step in record.evaluations else None
+    return (step, record.evaluations[step]) if step is not None and step in record.evaluations else None
 
 
 def _metadata(
