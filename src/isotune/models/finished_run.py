@@ -39,6 +39,7 @@ from isotune.models.opening import (
     load_pretrained_config,
     load_pretrained_tokenizer,
     loading,
+    making,
 )
 
 PRECISION_KEYS = ("bf16", "fp16", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "seed")
@@ -184,7 +185,8 @@ def load_run_base(run: FinishedRun, device: torch.device, *, dequantize: bool) -
             AutoModelForSequenceClassification,
             load_pretrained_config(name, "the base model", run.base_commit),
         )
-        head = head_of(config)
+        with making(name):
+            head = head_of(config)
         kwargs["ignore_mismatched_sizes"] = True  # the base may be a classifier of other classes
         classes, names = _adapter_classes(run.model / ADAPTER_WEIGHTS, head), run.settings.get("label_names")
         set_names(config, classes, names, PROBLEM_TYPES[run.settings.get("task_type", SINGLE_LABEL)])

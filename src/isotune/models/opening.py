@@ -6,12 +6,14 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -47,10 +49,10 @@ NO_CLASSES = 2  # as in a configuration that says nothing of classes
 ALIGNMENT = 64  # bytes: torch allocates so on a CPU
 LIBRARY_CODE: dict[str, Any] = {"trust_remote_code": False}  # None would ask on the terminal whether a model's own runs
 # what libraries raise over a configuration or weights that are not what they say
-LOADING_ERRORS = (
-    OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError,
-    SafetensorError, UnpicklingError,
+CONFIGURATION_ERRORS = (
+    ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, StrictDataclassError,
 )  # fmt: skip
+LOADING_ERRORS = (OSError, *CONFIGURATION_ERRORS, RuntimeError, SafetensorError, UnpicklingError)
 
 
 @contextlib.contextmanager
@@ -63,6 +65,11 @@ def loading(failure: str, errors: tuple[type[Exception], ...] = LOADING_ERRORS) 
         refused = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, UnpicklingError) else None
         why = f"their pickle calls {refused[1]}, and code in a file is never run" if refused else first_line(error)
         raise UserError(f"{failure}: {why}") from error
+
+
+def making(name: str) -> AbstractContextManager[None]:
+    """`loading` for a model that is made of a configuration alone; a device without room is no mistake in it."""
+    return loading(f"the configuration of '{name}' makes no model", CONFIGURATION_ERRORS)
 
 
 def load_pretrained(
@@ -274,7 +281,7 @@ def empty_base_model(
     """The same without weights, on torch's default device, with values that mean nothing."""
     is_classifier = isinstance(recipe, ClassificationRecipe)
     auto: Any = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
-    with loading(f"no model of type '{config.model_type}' can be built from its configuration"):
+    with making(recipe.model_name_or_path):
         model = auto.from_config(config, **LIBRARY_CODE, **({} if dtype is None else {"dtype": dtype}))
     grow_embeddings(model, new_rows)
     return model
@@ -289,11 +296,12 @@ def _load_base_model(
         auto = AutoModelForSequenceClassification
     if is_made_here(recipe):
         torch.manual_seed(recipe.seed)
-        with whole_models(), loading(f"no model of type '{config.model_type}' can be built from its configuration"):
+        with whole_models(), making(recipe.model_name_or_path):
             model: Any = auto.from_config(config, **LIBRARY_CODE, dtype=torch.float32)
         return model.to(device=device, dtype=weights_dtype(recipe))
     if auto is AutoModelForSequenceClassification:
-        new_modules = head_of(config)
+        with making(recipe.model_name_or_path):
+            new_modules = head_of(config)
     name = recipe.model_name_or_path
     kwargs: dict[str, Any] = {"config": config, "dtype": weights_dtype(recipe), "revision": recipe.model_revision}
     replaced = head is not None and head.replaces

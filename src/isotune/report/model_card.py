@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from isotune.config.mixture import mixture_name
 from isotune.config.task_types import HIGHER_IS_BETTER, MULTI_LABEL
 from isotune.data.sources.hub import is_hub_id
+from isotune.io.errors import UserError, first_line
 from isotune.io.files import replace_file
 from isotune.models.class_loss import PROBLEM_TYPES
 from isotune.models.finished_run import read_run
@@ -171,11 +172,19 @@ def _classes(record: RunRecord) -> int:
 
 def _head_sizes(record: RunRecord) -> dict[str, int]:
     """The rows of each matrix of an adapter's head, by its name."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(str(record.folder / "model" / "adapter_model.safetensors"), framework="pt") as tensors:
-        heads = [name for name in tensors.keys() if "lora_" not in name and name.endswith(".weight")]  # noqa: SIM118
-        return {name: int(tensors.get_slice(name).get_shape()[0]) for name in heads}
+    file = record.folder / "model" / "adapter_model.safetensors"
+    try:
+        with safe_open(str(file), framework="pt") as tensors:
+            heads = [name for name in tensors.keys() if "lora_" not in name and name.endswith(".weight")]  # noqa: SIM118
+            shapes = {name: tensors.get_slice(name).get_shape() for name in heads}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read: {first_line(error)}") from error
+    sizes = {name: int(shape[0]) for name, shape in shapes.items() if shape}
+    if not sizes:
+        raise UserError(f"{file} has no head, whose rows are the classes")
+    return sizes
 
 
 def _results(record: RunRecord) -> str:
