@@ -97,7 +97,8 @@ def collated(dataset: Any, collator: Callable[[list[Any]], Any]) -> list[dict[st
 
 def _transformed(dataset: Any) -> Any:
     """The rows as the function of `with_transform` makes them, each once; UserError where chance does."""
-    if (getattr(dataset, "format", None) or {}).get("type") != "custom":
+    of_format: Any = getattr(dataset, "format", None) or {}
+    if of_format.get("type") != "custom":
         return dataset
     rows = [dataset[number] for number in range(len(dataset))]
     for number, row in enumerate(rows[:COMPARED_ROWS]):

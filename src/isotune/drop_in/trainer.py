@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
-from trl import SFTConfig
+from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
 from trl.trainer.utils import get_config_model_id
 

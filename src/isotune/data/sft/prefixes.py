@@ -6,7 +6,7 @@ where each turn begins, and what stands behind the loop is the same for every co
 (`loop.last`, the number of messages, a later turn) the beginnings concerned are rendered by themselves.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -75,7 +75,7 @@ class _Watched(Sequence[Any]):
 
 
 @contextmanager
-def bounded_rendering() -> Iterator[None]:
+def bounded_rendering() -> Generator[None]:
     """Within it a chat template's work is bounded; UserError where it exceeds that."""
     try:
         with bounded():

@@ -143,6 +143,7 @@ def read_layout(place: str, config: str | None, prefix: str, name: str, **revisi
     outside = [file for file in every if not file.startswith(prefix) or ".." in file.removeprefix(prefix).split("/")]
     if outside:
         raise UserError(f"the data of {name!r} lie outside it, at {outside[0]}")
+    sizes: Any = builder.info.splits or {}
     splits = {split: [file.removeprefix(prefix) for file in files] for split, files in splits.items()}
     return {
         "splits": splits,
@@ -150,7 +151,7 @@ def read_layout(place: str, config: str | None, prefix: str, name: str, **revisi
         "reader": type(builder).__module__.split(".")[2],  # datasets.packaged_modules.READER.READER
         "options": _options_of(builder.config),
         "class_names": class_names_of(builder.info.features or {}),
-        "num_examples": {str(own): each.num_examples for own, each in (builder.info.splits or {}).items()},
+        "num_examples": {str(own): each.num_examples for own, each in sizes.items()},
         "named": None if revision else sorted(_named_files(Path(place) / CARD)),
     }
 

@@ -50,8 +50,9 @@ def draw_attention(
     rows, order = evaluation.rows, evaluation.errors_first
     lengths = rows.documents.lengths
     if chosen is None:
-        chosen = order[lengths[order] <= READABLE_TOKENS][:EXAMPLES].tolist()
-        if not chosen:
+        readable: list[int] = order[lengths[order] <= READABLE_TOKENS][:EXAMPLES].tolist()
+        chosen = readable
+        if not readable:
             print(f"note        no attention is drawn: every text has over {READABLE_TOKENS} tokens (--attention_ids)")
     for row in chosen:
         attention = attention_of(classifier, rows, row)
