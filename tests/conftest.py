@@ -1,6 +1,7 @@
 """Where the tests find real public data, and how they skip where it is absent."""
 
 import gc
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,10 +56,18 @@ def hub() -> Iterator["HubStandIn"]:
     server.shutdown()
 
 
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory) -> Iterator[Path]:
+    """Folders without end for the caches: pytest's own numbering would list all of them for each."""
+    folder = tmp_path_factory.mktemp("caches")
+    return (folder / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def private_cache(tmp_path_factory, monkeypatch) -> Path:
+def private_cache(caches, monkeypatch) -> Path:
     """Prepared data of a test goes to a folder of its own, never to the user's cache."""
-    folder = tmp_path_factory.mktemp("cache")
+    folder = next(caches)
+    folder.mkdir()
     monkeypatch.setenv("ISOTUNE_CACHE", str(folder))
     return folder
 

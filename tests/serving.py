@@ -95,7 +95,8 @@ def classifier_run(folder: Path, **keys: Any) -> Path:
 
 def generator_run(folder: Path, **keys: Any) -> Path:
     """A small model of greetings with its evaluation, trained in this process."""
-    recipe = {"max_steps": 12, "eval_steps": 12, "global_batch_size": 4, "learning_rate": 3e-3}
+    recipe = {"max_steps": 24, "eval_steps": 24, "global_batch_size": 8, "learning_rate": 3e-3}
+    recipe |= {"microbatch_tokens": 1024}
     built = build(folder, **{**recipe, "eval_dataset_name": "builtin:greetings", **keys})
     given = ("--dataset_name", "builtin:greetings", "--max_new_tokens", "12")
     return finished(built, generate, *given)

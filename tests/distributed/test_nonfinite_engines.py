@@ -8,8 +8,8 @@ from tests.distributed.engines import relative, saved
 from tests.e2e.test_nonfinite import recipe
 from tests.launching import TINY, start
 
-ENGINES = [
-    pytest.param("zero2.yaml"),
+ENGINES = [  # in short: DDP in tests/e2e/test_nonfinite.py
+    pytest.param("zero2.yaml", marks=pytest.mark.slow),
     pytest.param("fsdp2.yaml", marks=pytest.mark.slow),
     pytest.param("zero3.yaml", marks=pytest.mark.slow),
 ]

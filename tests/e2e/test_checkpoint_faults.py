@@ -44,6 +44,7 @@ def recipe(model) -> dict[str, Any]:
         "model_name_or_path": model,
         "max_seq_length": 128,
         "global_batch_size": 24,
+        "microbatch_tokens": 1024,
         "max_steps": 6,
         "save_steps": 1,
         "save_total_limit": 100,

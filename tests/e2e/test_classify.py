@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +22,30 @@ from isotune.training.from_recipe import save
 ROWS = 41  # neither 2, 3, 7 nor 64 divide it
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[str, Path]:
-    """Finished runs: full, LoRA and LoRA on a decoder, a few steps on builtin:opinions."""
-    found = {}
-    for name in ("full", "lora", "decoder"):
-        folder = tmp_path_factory.mktemp(name)
+class Runs(dict[str, Path]):
+    """Finished runs: full, LoRA and LoRA on a decoder, a few steps on builtin:opinions, made where they are asked for.
+
+    `folder` makes one by a name.
+    """
+
+    def __init__(self, folder: Callable[[str], Path]) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, name: str) -> Path:
+        folder = self.folder(name)
         more = {"model_name_or_path": small_opt(folder / "opt")} if name == "decoder" else {}
         more |= {"tune": "full" if name == "full" else "lora", "microbatch_tokens": 1024}
         built = build_classifier(folder, **more, max_steps=8, learning_rate=4e-3, num_labels=3, eval_steps=8)
         built.trainer.train()
         save(built.start, built.trainer)
-        found[name] = folder / "run"
-    return found
+        self[name] = folder / "run"
+        return self[name]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    return Runs(tmp_path_factory.mktemp)
 
 
 @pytest.fixture
@@ -72,7 +84,7 @@ def one_by_one(model, folder: Path, texts: list[str]) -> np.ndarray:
     return torch.stack(logits).double().softmax(dim=1).numpy()
 
 
-@pytest.mark.parametrize("tune", ["full", "lora", "decoder"])
+@pytest.mark.parametrize("tune", ["full", "lora", pytest.param("decoder", marks=pytest.mark.slow)])
 def test_a_runs_metrics_are_those_of_a_plain_loop_over_its_saved_model(runs, classify, tmp_path, tune):
     from peft import AutoPeftModelForSequenceClassification
     from transformers import AutoModelForSequenceClassification

@@ -66,7 +66,7 @@ def lora_run(full_run, tokenizer) -> Path:
     torch.manual_seed(1)
     base = AutoModelForCausalLM.from_pretrained(full_run / "model")
     targets = ["q_proj", "v_proj", "out_proj", "fc1", "fc2"]
-    model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"))
+    model = get_peft_model(base, LoraConfig(r=32, lora_alpha=64, target_modules=targets, task_type="CAUSAL_LM"))
     teach(model, tokenizer, RETAUGHT, learning_rate=1e-2)
     write_run(run, {"tune": "lora", "model_name_or_path": str(full_run / "model"), "model_init": "pretrained"})
     model.save_pretrained(run / "model")

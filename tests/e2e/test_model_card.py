@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,30 +16,35 @@ from isotune.report.model_card import final_evaluation, write_model_card
 from isotune.report.run_record import read_record
 from isotune.training.from_recipe import save
 
-KINDS = ("classifier", "classifier_lora", "causal", "causal_lora")
+KINDS = ("classifier", "causal_lora")
+KINDS += tuple(pytest.param(kind, marks=pytest.mark.slow) for kind in ("classifier_lora", "causal"))
 METRICS = {"accuracy": "eval_accuracy", "loss": "eval_loss", "perplexity": "eval_perplexity", "f1": "eval_f1_macro"}
 
 
+class Runs(dict[str, SimpleNamespace]):
+    """A run of each kind with its card, trained where it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, kind: str) -> SimpleNamespace:
+        tune = "lora" if kind.endswith("lora") else "full"
+        values = {"tune": tune, "max_steps": 2, "eval_steps": 1, "save_strategy": "no"}
+        if kind.startswith("classifier"):
+            built = build_classifier(self.folder / kind, **values)
+        else:
+            built = build(self.folder / kind, eval_dataset_name="builtin:greetings", **values)
+        built.trainer.train()
+        save(built.start, built.trainer)
+        card = write_model_card(built.run.path)
+        self[kind] = SimpleNamespace(built=built, card=ModelCard.load(card), text=card.read_text())
+        return self[kind]
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cards")
-    found = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ISOTUNE_CACHE", str(folder / "cache"))
-        for kind in KINDS:
-            tune = "lora" if kind.endswith("lora") else "full"
-            values = {"tune": tune, "max_steps": 2, "eval_steps": 1, "save_strategy": "no"}
-            if kind.startswith("classifier"):
-                built = build_classifier(folder / kind, **values)
-                built.trainer.train()
-                save(built.start, built.trainer)
-            else:
-                built = build(folder / kind, eval_dataset_name="builtin:greetings", **values)
-                built.trainer.train()
-                save(built.start, built.trainer)
-            card = write_model_card(built.run.path)
-            found[kind] = SimpleNamespace(built=built, card=ModelCard.load(card), text=card.read_text())
-    return found
+def runs(tmp_path_factory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("cards"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

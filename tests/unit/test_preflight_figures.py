@@ -36,8 +36,6 @@ TINY = {
     "max_steps": 3,
 }
 
-LAYERS = 4
-
 
 def words(**values) -> list[str]:
     return [word for key, value in (TINY | values).items() for word in (f"--{key}", str(value))]
@@ -53,8 +51,8 @@ def plan(*, launch: str | None = None, world_size: int | None = None, limit: int
 
 @pytest.fixture
 def opt_350m(tmp_path):
-    """OPT-350M with fewer blocks, as a folder without weights; returns what transformers itself counts, too."""
-    config = OPTConfig(**{**OPT_350M, "num_hidden_layers": LAYERS}, vocab_size=50272, max_position_embeddings=2048)
+    """OPT-350M's configuration in a folder, without weights; returns what transformers itself counts, too."""
+    config = OPTConfig(**OPT_350M, vocab_size=50272, max_position_embeddings=2048)
     config.save_pretrained(tmp_path / "opt")
     with torch.device("meta"):
         numbers = sum(p.numel() for p in OPTForCausalLM(config).parameters())
@@ -74,13 +72,13 @@ def test_a_config_is_enough_and_data_that_are_not_there_cost_the_work_alone(opt_
 def test_lora_and_four_bit_weights_weigh_what_their_formats_say(opt_350m):
     folder, numbers = opt_350m
     lora = plan(model_name_or_path=folder, tune="lora", r=16, bf16=True)
-    # A and B of six targets in each block
-    adapters = LAYERS * 16 * (4 * (1024 + 1024) + 2 * (1024 + 4096))
+    # A and B of six targets in each of 24 blocks
+    adapters = 24 * 16 * (4 * (1024 + 1024) + 2 * (1024 + 4096))
     assert lora.model.trained_numel == adapters
     assert lora.memory.weights == 2 * numbers + 4 * adapters
     assert lora.memory.gradients == (4 + 8) * adapters, "exact_gradients: auto is on for LoRA"
     qlora = plan(model_name_or_path=folder, tune="qlora", r=16, bf16=True)
-    linear = LAYERS * (4 * 1024**2 + 2 * 1024 * 4096) + 2 * 512 * 1024  # blocks, project_in and project_out
+    linear = 24 * (4 * 1024**2 + 2 * 1024 * 4096) + 2 * 512 * 1024  # blocks, project_in and project_out
     four_bits = linear // 2 + linear // 64 + 4 * linear // 64 // 256
     assert qlora.memory.weights == pytest.approx(2 * (numbers - linear) + four_bits + 4 * adapters, rel=1e-6)
 
@@ -89,10 +87,10 @@ def test_the_products_of_a_step_are_those_of_the_formula(opt_350m):
     folder, _ = opt_350m
     found = plan(model_name_or_path=folder, tune="full", tokenizer_name_or_path="builtin:opt-tiny")
     work = found.work
-    linear = LAYERS * (4 * 1024**2 + 2 * 1024 * 4096) + 2 * 512 * 1024
+    linear = 24 * (4 * 1024**2 + 2 * 1024 * 4096) + 2 * 512 * 1024
     by_hand = 6 * linear * work.tokens_per_step + 6 * 50272 * 512 * work.targets_per_step
     by_hand += (
-        3 * 2 * work.attention_squares_per_step * 1024 * LAYERS
+        3 * 2 * work.attention_squares_per_step * 1024 * 24  # causal: half of 4 n^2 d, and twice that backward
     )  # causal: half of 4 n^2 d, and twice that backward
     assert flops_per_step(found.request.recipe, found.model, work) == pytest.approx(by_hand, rel=1e-12)
 
