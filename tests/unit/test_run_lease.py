@@ -34,7 +34,7 @@ sys.stdin.read()
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
     monkeypatch.setattr(fences, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(fences, "WATCH_SECONDS", 2.0)
+    monkeypatch.setattr(fences, "WATCH_SECONDS", 1.0)
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_a_holder_on_another_machine_is_refused_while_its_heart_beats_and_taken_
     beating._released.set()
     time.sleep(0.2)
     taken(run)
-    assert "was held by process 7 on far: watching its heartbeat for 2 s" in capsys.readouterr().out
+    assert "was held by process 7 on far: watching its heartbeat for 1 s" in capsys.readouterr().out
 
 
 def test_the_next_life_of_a_job_takes_over_and_an_earlier_one_that_comes_late_ends(run, monkeypatch):
