@@ -94,3 +94,22 @@ def test_without_the_key_nothing_is_balanced_and_a_line_says_so(tmp_path, capsys
     assert "(router_aux_loss_coef) is not trained" in capsys.readouterr().out
     assert built.trainer.plan.task.router_loss is None
     assert "router_loss" not in built.train()[0]
+
+
+def test_a_look_ahead_that_runs_out_of_memory_makes_microbatches_smaller(tmp_path, capsys):
+    values = {"model_name_or_path": small_experts(tmp_path / "model"), "router_aux_loss_coef": COEFFICIENT}
+    losses, refused = [], []
+    for tokens in (256, 512):
+        built = build(tmp_path / str(tokens), **values, chosen_tokens=tokens)
+
+        def look(module: Any, inputs: Any, output: torch.Tensor) -> None:
+            if not torch.is_grad_enabled() and output.shape[-2] > 256:
+                refused.append(output.shape[-2])
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+        built.model.get_submodule("model.embed_tokens").register_forward_hook(look)
+        built.trainer.update.sync.prepare(built.model)
+        step = next(iter(built.trainer.get_train_dataloader()))
+        losses.append(built.trainer.training_step(built.model, step).item())
+    assert len(refused) == 1 and built.trainer.memory.retries == 1 and built.trainer.memory.tokens == 256
+    assert losses[0] == losses[1]

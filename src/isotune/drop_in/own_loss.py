@@ -102,7 +102,9 @@ class OwnLoss(Task):
         """The loss is divided by itself."""
         return 1.0
 
-    def begin(self, step: Step, microbatches: Sequence[Any], outputs: Callable[[Any], Any]) -> None:
+    def begin(
+        self, step: Step, microbatches: Sequence[Any], outputs: Callable[[Any], Any], device: torch.device
+    ) -> None:
         """The items of the update, or its loss and the gradient to every logit of this rank."""
         assert self.documents is not None
         rows = sorted(document for microbatch in step.microbatches for document in microbatch.documents)

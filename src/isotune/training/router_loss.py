@@ -29,16 +29,21 @@ class RouterLoss:
     _tokens: float = field(default=1.0, init=False)  # of the global batch, once a layer
 
     def look_ahead(
-        self, step: Step, microbatches: Sequence[dict[str, Any]], outputs: Callable[[dict[str, Any]], Any]
+        self,
+        step: Step,
+        microbatches: Sequence[dict[str, Any]],
+        outputs: Callable[[dict[str, Any]], Any],
+        device: torch.device,
     ) -> None:
-        """Count over all ranks, before the update; every rank must call it, with as many microbatches."""
-        experts = self.balance.experts
-        own, device = dict[int, Tensor](), torch.device("cpu")
+        """Count over all ranks, before the update; every rank must call it, as `Task.begin`."""
+        experts, own = self.balance.experts, dict[int, Tensor]()
         for microbatch in microbatches:
-            made = outputs(microbatch).router_logits
+            found = outputs(microbatch)
+            if found is None:
+                continue
+            made = found.router_logits
             choices, tokens = self.balance.choices(made), self.balance.tokens(made)
             probabilities = self.balance.probabilities(made)
-            device = choices.device
             if microbatch["weight"]:
                 parts = [in_float64(part) for part in (choices, probabilities, choices.new_full((1,), tokens))]
                 own[microbatch["number"]] = torch.cat(parts)

@@ -92,9 +92,17 @@ class Task(ABC):
         """What the summed loss of the global batch is divided by."""
 
     def begin(  # noqa: B027  (most tasks need no look ahead)
-        self, step: Step, microbatches: Sequence[dict[str, Any]], outputs: Callable[[dict[str, Any]], Any]
+        self,
+        step: Step,
+        microbatches: Sequence[dict[str, Any]],
+        outputs: Callable[[dict[str, Any]], Any],
+        device: torch.device,
     ) -> None:
-        """Before an update: this rank's `microbatches`, and `outputs`, what the model returns for one of them."""
+        """Before an update: this rank's `microbatches`, and `outputs`, what the model returns for one, on `device`.
+
+        `outputs` returns None where the device ran out of memory; the update is then repeated in smaller microbatches,
+        and only what the ranks tell each other here is still to be done.
+        """
 
     def inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the model is called with, of what `collate` made."""
@@ -130,12 +138,16 @@ class SftTask(Task):
         return step.supervised_tokens
 
     def begin(
-        self, step: Step, microbatches: Sequence[dict[str, Any]], outputs: Callable[[dict[str, Any]], Any]
+        self,
+        step: Step,
+        microbatches: Sequence[dict[str, Any]],
+        outputs: Callable[[dict[str, Any]], Any],
+        device: torch.device,
     ) -> None:
         """Count what the routers choose in the whole global batch, where they are balanced."""
         if self.router_loss is not None:
             self._denominator = self.denominator(step)
-            self.router_loss.look_ahead(step, microbatches, outputs)
+            self.router_loss.look_ahead(step, microbatches, outputs, device)
 
     def inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """With the routers' logits asked for, where they are balanced."""

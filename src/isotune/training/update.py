@@ -68,14 +68,33 @@ class OptimizerUpdate:
         self.result, self.microbatches = UpdateResult(step, self.task.denominator(step)), microbatches
         self._move(microbatches)
         model.train()
-        self.task.begin(step, microbatches, lambda microbatch: self._look_ahead(model, microbatch))
         outputs: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
-        fitted = self._add_up(model, microbatches, outputs)
+        fitted = self._begin(model, step, microbatches) and self._add_up(model, microbatches, outputs)
         if self.sync.reads_late:
             self._conclude(model, outputs, out_of_memory=not fitted)
         else:
             self.sync.finish(model, skipped=self.result.skipped)
         return self.result
+
+    def _begin(self, model: nn.Module, step: Step, microbatches: Sequence[dict[str, Any]]) -> bool:
+        """What the task has to know before the first backward; false where ranks vote and memory did not suffice."""
+        fitted = True
+
+        def outputs(microbatch: dict[str, Any]) -> Any:
+            nonlocal fitted
+            if not fitted:
+                return None
+            try:
+                return self._look_ahead(model, microbatch)
+            except RuntimeError as error:
+                if not (self.sync.votes and is_out_of_memory(error)):
+                    raise
+            fitted = False
+            release_memory()
+            return None
+
+        self.task.begin(step, microbatches, outputs, self.sync.accelerator.device)
+        return fitted
 
     def _conclude(self, model: nn.Module, outputs: dict, *, out_of_memory: bool) -> None:
         """The sum over the ranks, its norm, and all that is to be known of the update: the host waits once."""
