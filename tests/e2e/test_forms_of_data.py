@@ -1,6 +1,7 @@
 """Every form of data in the table of docs/data.md is trained and evaluated on, to the same numbers as every other."""
 
 import csv
+import io
 import json
 import math
 import re
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pytest
 import yaml
 from tests.label_sets import pair_encoder
@@ -36,16 +38,24 @@ CONVERSATIONS = {
     "question, answer": lambda q, a: {"question": q, "answer": a},
     "columns that are named": lambda q, a: {"frage": q, "antwort": a},
     "a CSV of questions and answers": lambda q, a: {"question": q, "answer": a},
+    "a TSV of questions and answers": lambda q, a: {"question": q, "answer": a},
+    "messages in one JSON array": lambda q, a: {"messages": messages(q, a)},
+    "messages in an Arrow file": lambda q, a: {"messages": messages(q, a)},
+    "messages in a file of gzip": lambda q, a: {"messages": messages(q, a)},
+    "messages in a file of zstd": lambda q, a: {"messages": messages(q, a)},
     "a mixture of two of them": lambda q, a: {"messages": messages(q, a)},
 }
 NAMED = {"dataset_prompt_field": "frage", "dataset_completion_field": "antwort"}
+ENDS = {"CSV": ".csv", "TSV": ".tsv", "JSON": ".json", "Arrow": ".arrow", "gzip": ".jsonl.gz", "zstd": ".jsonl.zst"}
+TOKENISED = "input_ids, labels (tokenised already)"
 
 
 def conversation_recipes(folder: Path) -> dict[str, dict]:
     recipes: dict[str, dict] = {}
     for number, (form, row_of) in enumerate(CONVERSATIONS.items()):
         rows = [row_of(*exchange) for exchange in EXCHANGES]
-        file = write(folder / f"sft{number}", rows, ".csv" if "CSV" in form else ".jsonl")
+        suffix = next((end for word, end in ENDS.items() if word in form), ".jsonl")
+        file = write(folder / f"sft{number}", rows, suffix)
         own = {**TINY, "dataset_name": file, "eval_dataset_name": file, "max_steps": 2, "packing": False}
         own |= NAMED if "named" in form else {}
         if "mixture" in form:
@@ -111,8 +121,13 @@ def labelled_recipes(folder: Path) -> dict[str, dict]:
 # ---- other tasks, with content of their own: the recipe and the rows of each ----
 
 EVERYTHING = {"train_on": "everything", "packing": False}
+TOOL = {"type": "function", "function": {"name": "look_outside"}}
 FURTHER = {
     "plain texts": (EVERYTHING, lambda t, k: {"text": t}),
+    "messages with the columns system and tools": (
+        {"packing": False},
+        lambda t, k: {"messages": messages(t, NAMES[k]), "system": "Say how it is.", "tools": [TOOL]},
+    ),
     "pairs of texts": ({}, lambda t, k: {"sentence1": t, "sentence2": "it is calm", "label": k}),
     "lists of labels": ({}, lambda t, k: {"text": t, "label": ["day", NAMES[k]]}),
     "a column of 0 and 1 for each label": (
@@ -121,6 +136,7 @@ FURTHER = {
     ),
     "numbers that are not whole": ({}, lambda t, k: {"text": t, "label": k + len(t) / 7}),
 }
+INSTRUCTIONS = tuple(FURTHER)[:2]
 SAME = ("lists of labels", "a column of 0 and 1 for each label")  # the same texts and labels
 
 
@@ -128,7 +144,7 @@ def further_recipes(folder: Path) -> dict[str, dict]:
     recipes: dict[str, dict] = {}
     for number, (form, (values, row_of)) in enumerate(FURTHER.items()):
         file = write(folder / f"further{number}", [row_of(*each) for each in TEXTS], ".jsonl")
-        own = {**(TINY if form == "plain texts" else TINY_CLASSIFIER), **values, "dataset_name": file}
+        own = {**(TINY if form in INSTRUCTIONS else TINY_CLASSIFIER), **values, "dataset_name": file}
         own |= {"eval_dataset_name": file, "max_steps": -1, "num_train_epochs": 2, "global_batch_size": 12}
         if "pairs" in form:
             own |= {"model_name_or_path": pair_encoder(folder / "bert", "bert")}
@@ -137,15 +153,23 @@ def further_recipes(folder: Path) -> dict[str, dict]:
 
 
 def write(place: Path, rows: list[dict], suffix: str, *, header: bool = True) -> str:
-    file = place.with_suffix(suffix)
-    with file.open("w", encoding="utf-8", newline="") as out:
-        if suffix == ".jsonl":
-            out.writelines(json.dumps(row) + "\n" for row in rows)
-        else:
-            table = csv.DictWriter(out, list(rows[0]))
-            if header:
-                table.writeheader()
-            table.writerows(rows)
+    file = place.with_name(f"{place.name}{suffix}")
+    if suffix == ".arrow":
+        table = pa.Table.from_pylist(rows)
+        with pa.ipc.new_file(file, table.schema) as whole:
+            whole.write_table(table)
+        return str(file)
+    out = io.StringIO(newline="")
+    if ".json" in suffix:
+        out.write(json.dumps(rows) if suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        lines = csv.DictWriter(out, list(rows[0]), delimiter="\t" if suffix == ".tsv" else ",")
+        if header:
+            lines.writeheader()
+        lines.writerows(rows)
+    kind = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix)
+    content = out.getvalue().encode()
+    file.write_bytes(pa.compress(content, codec=kind, asbytes=True) if kind else content)
     return str(file)
 
 
@@ -179,8 +203,8 @@ def further(tmp_path_factory) -> dict[str, Finished]:
     """The same of the other tasks."""
     folder = tmp_path_factory.mktemp("further")
     recipes = further_recipes(folder)
-    plain = {"further0": recipes.pop("further0")}
-    found = start_together(folder, plain) | start_together(folder, recipes, script="train/yelp.py")
+    texts = {name: recipes.pop(name) for name in ("further0", "further1")}
+    found = start_together(folder, texts) | start_together(folder, recipes, script="train/yelp.py")
     return {form: found[f"further{n}"] for n, form in enumerate(FURTHER)}
 
 
@@ -193,7 +217,8 @@ def table() -> dict[str, tuple[str, str]]:
 
 def test_the_table_of_the_docs_names_the_forms_that_are_tested_here():
     task_of = dict.fromkeys(CONVERSATIONS, "instruction tuning") | dict.fromkeys(LABELLED, "classification")
-    task_of |= dict.fromkeys(FURTHER, "classification") | {"plain texts": "instruction tuning"}
+    task_of |= dict.fromkeys(FURTHER, "classification")
+    task_of |= dict.fromkeys((*INSTRUCTIONS, TOKENISED), "instruction tuning")
     assert {form: task for form, (task, _) in table().items()} == task_of
 
 
@@ -236,4 +261,5 @@ def test_rows_that_are_tokenised_already_train_as_the_texts_that_they_are(tmp_pa
     file = write(tmp_path / "tokens", rows, ".jsonl")
     found = start_together(tmp_path, {"tokens": recipe | {"dataset_name": file, "eval_dataset_name": file}})["tokens"]
     expected = trained(next(iter(CONVERSATIONS)))
+    assert table()[TOKENISED][1] in found.stdout
     assert [line["loss"] for line in found.steps] == pytest.approx([line["loss"] for line in expected.steps], rel=1e-5)
