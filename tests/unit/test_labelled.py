@@ -14,6 +14,7 @@ from isotune.data.classification.labels import ClassificationSettings
 from isotune.data.classification.preparation import tokenize
 from isotune.data.documents import PreparedData
 from isotune.data.sources.source import read_rows
+from isotune.data.tokenizer import TextEncoder
 from isotune.io.errors import UserError
 from isotune.models.opening import load_tokenizer
 
@@ -215,3 +216,20 @@ def test_a_folder_without_a_tokenizers_files_is_refused(tmp_path):
     values = TINY_CLASSIFIER | {"model_name_or_path": str(tmp_path / "roberta"), "output_dir": str(tmp_path / "run")}
     with pytest.raises(UserError, match=r"roberta' encodes a letter to no token: is its tokenizer\.json there"):
         load_tokenizer(ClassificationRecipe.from_values(**values), needed=("pad",))
+
+
+def test_a_text_of_two_megabytes_is_tokenised_once_and_its_length_is_known():
+    encoder, handed = TextEncoder(word_tokenizer()), list[int]()  # characters of each call
+    inner = encoder.backend
+
+    class Counted:
+        def encode_batch_fast(self, texts, **how):
+            handed.append(sum(map(len, texts)))
+            return inner.encode_batch_fast(texts, **how)
+
+    encoder.backend = Counted()
+    text = "calm storm " * 182_000
+    documents = encoder.encode([text], 16, "head_tail")
+    assert handed == [len(text)] and len(text) > 2_000_000
+    assert documents.columns["whole_lengths"].tolist() == [2 * 182_000 + encoder.special_tokens]
+    assert documents.lengths.tolist() == [16]
