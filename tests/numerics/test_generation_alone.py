@@ -1,10 +1,14 @@
 """An answer is the one that its prompt alone would get: greedy as the stock pipeline, drawn as its row counts out."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from tests.building import small_opt
+from tests.causal_models import small_config
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, pipeline
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from isotune.evaluation.generation.base_rules import rules_of_base
 from isotune.evaluation.generation.completion import CountedDraw, Decoding, Prompt, complete
@@ -145,3 +149,33 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
     first, second = (draw(torch.zeros(rows, n, dtype=torch.long), scores.expand(rows, -1)).argmax(-1) for n in (1, 2))
     together = ((first == 0) & (second == 0)).float().mean().item()
     assert abs(together - 0.25) <= 4 * (0.25 * 0.75 / rows) ** 0.5, "the places of a row depend on each other"
+
+
+@pytest.mark.parametrize(("kind", "says"), [
+    ("rwkv", "each prompt is generated from alone: rows of a batch"),
+    ("recurrent_gemma", "prompts of one length are a batch: rows of a batch"),
+    ("mamba", ""),
+])  # fmt: skip
+def test_prompts_are_no_batch_where_a_model_lets_them_change_each_other(kind, says, capfd):
+    """All but RWKV have no limit of positions either, and no number of the tokenizer's stands for one."""
+    tokenizer = builtin_tokenizer("builtin:opt-tiny")
+    tokenizer.model_max_length = VERY_LARGE_INTEGER
+    torch.manual_seed(4)
+    layers = {"num_hidden_layers": 3} if kind == "recurrent_gemma" else {}  # its third has attention
+    config = small_config(kind, vocab_size=len(tokenizer), pad_token_id=1, bos_token_id=2, eos_token_id=2, **layers)
+    model: Any = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    lm = GenerationModel(model, tokenizer)
+    assert (lm.last_position is None) == (kind != "rwkv")
+    prompts = [Prompt(number, text) for number, text in enumerate(["The", "A cat", "Lily", "One day, a girl", "Two"])]
+    alone = {}
+    for prompt in prompts:
+        alone |= complete(lm, [prompt], Decoding(6), turns=False)
+    assert "note " not in capfd.readouterr().err
+    assert complete(lm, prompts, Decoding(6), turns=False) == alone
+    said = capfd.readouterr().err
+    assert said.count("note ") == bool(says) and says in said
+    assert complete(lm, prompts, Decoding(6), turns=False) == alone
+    assert "note " not in capfd.readouterr().err

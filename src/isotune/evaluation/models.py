@@ -100,7 +100,13 @@ class GenerationModel:
     @property
     def positions(self) -> int:
         """The longest sequence of the model in tokens; the tokenizer's limit where the model has none."""
-        return getattr(self.model.config, "max_position_embeddings", None) or self.tokenizer.model_max_length
+        return self.tokenizer.model_max_length if self.last_position is None else self.last_position + 1
+
+    @property
+    def last_position(self) -> int | None:
+        """The last position that the model has an embedding for; None where there is no limit."""
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return positions - 1 if positions is not None and positions > 0 else None
 
     @property
     def eos_ids(self) -> set[int]:

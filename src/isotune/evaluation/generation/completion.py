@@ -1,19 +1,22 @@
 """Completions of many prompts at once; each is the one that the model generates for its prompt alone.
 
-Prompts are sorted by length and padded on the left. Positions follow the attention mask, so padding shifts none. A row
-may use every position of the model, however long its neighbours are. The random number of token t of row r is number t
-of a stream that is seeded with (seed, r), so a sampled completion is the same in any batch, in any order and on any
-number of processes. Rules of the base's generation_config.json are not in effect.
+Prompts are sorted by length and padded on the left; fewer are a batch where a model lets rows change each other
+(together.py). Positions follow the attention mask, so padding shifts none. A row may use every position of the
+model, however long its neighbours are. The random number of token t of row r is number t of a stream that is seeded
+with (seed, r), so a sampled completion is the same in any batch, in any order and on any number of processes. Rules of
+the base's generation_config.json are not in effect.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
@@ -23,6 +26,7 @@ from isotune.data.sft.conversations import HUMAN_HEADER, header_start
 from isotune.data.sources.source import surrogate_fault
 from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.generation.base_rules import without_base_rules
+from isotune.evaluation.generation.together import together
 from isotune.evaluation.models import GenerationModel
 from isotune.io.errors import UserError
 from isotune.models.layouts.fitting import FittingBatches, memory_in_one_sentence
@@ -99,8 +103,6 @@ def complete(
     encoded = [prompt_tokens(lm, prompt.text, prompt.where) for prompt in prompts]
     # of similar lengths, the longest first; the same on every rank
     order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]), i))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    costs = [len(batch) * len(encoded[batch[0]]) for batch in batches]
     completions: dict[int, Completion] = {}
     bar = tqdm(total=len(prompts), unit="completion", disable=not progress, dynamic_ncols=True)
 
@@ -113,6 +115,10 @@ def complete(
 
     fitting = fitting or FittingBatches(halves=not lm.is_sharded)
     with quiet_libraries(), bar, without_base_rules(lm.model), memory_in_one_sentence(fitting, REMEDY):
+        numbers = together(lm, list(map(len, encoded)))
+        groups = [list(group) for _, group in groupby(order, numbers.__getitem__)]
+        batches = [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
+        costs = [len(batch) * len(encoded[batch[0]]) for batch in batches]
         for batch in own_batches(lm, batches, costs, ranks):
             for part, generated in fitting.run(batch, tokens, generate):
                 completions |= zip((prompts[i].row for i in part), generated, strict=True)
@@ -210,16 +216,20 @@ def complete_batch(
     return completions
 
 
-def _within_positions(lm: GenerationModel) -> RemovableHandle:
-    """A hook that keeps the positions of rows that have ended within the model's position table.
+def _within_positions(lm: GenerationModel) -> AbstractContextManager[Any]:
+    """A hook that keeps the positions of rows that have ended within the model's position table, where it has one.
 
     transformers 5.23 keeps counting positions for a row that has ended, until the last row of its batch and, under
     ZeRO-3, of all ranks ends; learned positions such as OPT's then overflow their table.
     """
 
+    if lm.last_position is None:
+        return contextlib.nullcontext()
+    last = lm.last_position
+
     def clamp(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if kwargs.get("position_ids") is not None:
-            kwargs["position_ids"] = kwargs["position_ids"].clamp(max=lm.positions - 1)
+            kwargs["position_ids"] = kwargs["position_ids"].clamp(max=last)
         return args, kwargs
 
     return lm.model.register_forward_pre_hook(clamp, with_kwargs=True)

@@ -15,6 +15,7 @@ from isotune.data.sources.source import surrogate_fault
 from isotune.evaluation.generation.base_rules import without_base_rules
 from isotune.evaluation.generation.chat import prompt_of
 from isotune.evaluation.generation.completion import BATCH_SIZE, Decoding, complete_batch, prompt_tokens
+from isotune.evaluation.generation.together import together
 from isotune.evaluation.models import GenerationModel
 from isotune.io.errors import UserError
 from isotune.models.log_control import quiet_libraries
@@ -84,12 +85,15 @@ class GeneratorService:
         return ToAnswer(tuple(tokens), decoding, AnswerText(self.lm, stop, prompt if is_chat else None))
 
     def group(self, waiting: Sequence[Job]) -> list[Job]:
-        """The first job and further greedy ones of its kind."""
+        """The first job and further greedy ones of its kind; fewer where rows would change each other."""
         first = waiting[0].work
         if first.decoding.temperature > 0:
             return [waiting[0]]
         fitting = (job for job in waiting if job.work.decoding.temperature == 0 and job.work.is_chat == first.is_chat)
-        return [job for job, _ in zip(fitting, range(BATCH_SIZE), strict=False)]
+        chosen = [job for job, _ in zip(fitting, range(BATCH_SIZE), strict=False)]
+        with quiet_libraries(), without_base_rules(self.lm.model):
+            numbers = together(self.lm, [len(job.work.tokens) for job in chosen])
+        return [job for job, number in zip(chosen, numbers, strict=True) if number == numbers[0]]
 
     def run(self, jobs: list[Job]) -> None:
         """Generate the answers of one batch, and then those that must be generated alone."""
