@@ -19,7 +19,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from isotune.io.errors import UserError
 from isotune.models import packed_attention as module
-from isotune.models.attention_form import AttentionForm
+from isotune.models.attention_form import AttentionForm, whole_attention
 from isotune.models.document_keys import MicrobatchDocuments, known_documents
 from isotune.models.packed_attention import (
     DOCUMENT_PRODUCTS,
@@ -380,3 +380,36 @@ def test_a_model_whose_attention_cannot_be_replaced_is_refused(monkeypatch: pyte
             patched.setattr(module, name, lambda _, it=answer: it)
             with pytest.raises(UserError, match="'llama' does not let its attention be replaced"):
                 set_packed_attention(model)
+
+
+@pytest.mark.parametrize("window", [None, 700, 5])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_window_takes_blocks_of_queries_where_no_kernel_knows_it(causal: bool, window: int | None, monkeypatch):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 1_300, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    form, sinks = AttentionForm(0.3, causal, window, softcap=4.0), torch.randn(4, dtype=torch.float64)
+    expected, sizes = whole_attention(query, key, value, form, sinks=sinks), list[int]()
+
+    def noted(q: torch.Tensor, k: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+        sizes.append(k.shape[2])
+        return whole_attention(q, k, *rest, **more)
+
+    monkeypatch.setattr(module, "whole_attention", noted)
+    found = module._by_blocks(query, key, value, form, sinks, 0.0)
+    assert (found - expected).abs().max() <= 1e-12
+    reach = 1_300 if window is None else window - 1
+    assert max(sizes) <= min(1_300, module.QUERIES_AT_ONCE + reach * (1 if causal else 2))
+
+
+def test_no_score_beyond_a_window_is_computed_in_evaluation(monkeypatch):
+    """Without gradients and in fp32 torch's kernel is used, which knows no window."""
+    monkeypatch.setattr(module, "whole_attention", None)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 60, 8) for _ in range(3))
+    bounds = torch.tensor([0, 50, 60], dtype=torch.int32)
+    with torch.inference_mode():
+        given = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "sliding_window": 16, "is_causal": False}
+        found, _ = packed_attention(attention_module(False), query, key, value, None, **given)
+    form = AttentionForm(8**-0.5, False, 16)
+    parts = [whole_attention(*(t[:, :, a:b] for t in (query, key, value)), form) for a, b in ((0, 50), (50, 60))]
+    assert (found - torch.cat(parts, dim=2).transpose(1, 2)).abs().max() <= 1e-6

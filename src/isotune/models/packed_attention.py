@@ -46,6 +46,7 @@ FLASH_ATTENTION = "flash_attn_varlen"
 TORCH_VARLEN = "torch_varlen"
 DOCUMENT_SDPA = "per_document_sdpa"
 DOCUMENT_PRODUCTS = "per_document_products"
+QUERIES_AT_ONCE = 512  # of a window, where no kernel knows windows
 KEEP_WEIGHTS = "keep_attention_weights"  # true on an attention module: more memory for less time on CPU
 
 # Tensors that models pass to their attention function and that change nothing there.
@@ -179,11 +180,31 @@ def _document_by_document(
             output = functional.scaled_dot_product_attention(
                 *document, dropout_p=dropout, scale=form.scale, is_causal=form.causal, enable_gqa=grouped
             )
+        elif query.device.type == "cpu" and not dropout:
+            output = document_attention(*document, [0, lengths[i]], form, sinks=sinks).transpose(1, 2)
         else:
-            q, k, v = document
-            output = whole_attention(q, k, v, form, sinks=sinks, dropout=dropout, drops_by_device=True)
+            output = _by_blocks(*document, form, sinks, dropout)
         outputs.append(output)
     return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _by_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    form: AttentionForm,
+    sinks: torch.Tensor | None,
+    dropout: float,
+) -> torch.Tensor:
+    """`whole_attention` of a document, [1, heads, tokens, size], a block of queries at a time, with the keys it sees."""
+    outputs = []
+    for rows, keys in form.blocks(query.shape[2], QUERIES_AT_ONCE):
+        hidden = form.hidden(rows, keys, query.device)
+        seen = query.new_ones(rows.stop - rows.start, keys.stop - keys.start, dtype=torch.bool)
+        mask = seen if hidden is None else ~hidden
+        block = query[:, :, rows], key[:, :, keys], value[:, :, keys]
+        outputs.append(whole_attention(*block, form, sinks=sinks, mask=mask, dropout=dropout, drops_by_device=True))
+    return torch.cat(outputs, dim=2)
 
 
 def packed_mask(*, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
