@@ -196,7 +196,7 @@ def _by_blocks(
     sinks: torch.Tensor | None,
     dropout: float,
 ) -> torch.Tensor:
-    """`whole_attention` of a document, [1, heads, tokens, size], a block of queries at a time, with the keys it sees."""
+    """`whole_attention` of a document, [1, heads, tokens, size], in blocks of queries, with the keys they see."""
     outputs = []
     for rows, keys in form.blocks(query.shape[2], QUERIES_AT_ONCE):
         hidden = form.hidden(rows, keys, query.device)
