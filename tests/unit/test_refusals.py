@@ -8,18 +8,27 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from tests.chat_tokenizers import byte_chat_tokenizer
 
 from isotune.cli import main
+from isotune.commands.start import read_launch
 from isotune.config import ClassificationRecipe, Recipe, read_recipe
 from isotune.config.layers import read_file
+from isotune.data.sft.messages import example_of
+from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.data.sources.source import read_rows
+from isotune.distributed.accelerate_launch import check_config_file
 from isotune.distributed.deepspeed_config import complete
 from isotune.distributed.launch import check_keys, request_of
 from isotune.distributed.launch_file import read_launch_file
@@ -207,8 +216,8 @@ def any_of(*keys: str) -> st.SearchStrategy[str]:
 SFT, CLASSIFIER = sorted(Recipe.keys()), sorted(ClassificationRecipe.keys())
 LAUNCH = (
     "distributed_type: DEEPSPEED", "distributed_type: FSDP", "num_processes", "num_machines", "mixed_precision",
-    "use_cpu", "deepspeed_config", "fsdp_config", "machine_rank", "rdzv_backend", "same_network",
-    "main_process_port", "odd",
+    "distributed_type: MULTI_CPU", "use_cpu", "deepspeed_config", "fsdp_config", "machine_rank", "rdzv_backend",
+    "same_network", "main_process_port", "odd", "distributed_type",
 )  # fmt: skip
 
 
@@ -222,10 +231,15 @@ def fuzz_recipe(folder: Path, text: str) -> None:
 
 def fuzz_launch(folder: Path, text: str) -> None:
     file = folder / "launch.yaml"
-    lines = [line.split(": ", 1)[0] + ": " + line.split(": ")[-1] for line in text.splitlines()]
+    lines = ["debug: false", *text.splitlines()]
+    for number, line in enumerate(lines):  # of those that name an engine, the value is the first
+        kind = next((each for each in LAUNCH if ": " in each and line.startswith(each)), None)
+        lines[number] = kind or line
     file.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
 
-    def read() -> None:
+    def read() -> None:  # the command, then the launcher, then each rank
+        read_launch(["--engine", str(file), "--num_processes", "2"])
+        check_config_file(str(file))
         request = request_of(["--config_file", str(file), "script.py"])
         if request is not None:
             check_keys(request)
@@ -309,21 +323,131 @@ def test_any_bytes_in_a_data_file_are_rows_or_one_sentence(place, change):
     fuzz_rows(place, change)
 
 
+def made_of_arrow(folder: Path) -> dict[str, bytes]:
+    """The files of a data set in Arrow's formats, and as `datasets` saves it, by their names."""
+    when = [datetime(2020, 1, 1), None]
+    table = pa.table({"text": ["one", "two" * 40], "label": [0, 1], "of": [{"a": [1.5]}, None], "when": when})
+    pq.write_table(table, folder / "rows.parquet")
+    with pa.OSFile(str(folder / "file.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    with pa.OSFile(str(folder / "stream.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    datasets.Dataset.from_dict({"text": ["one", "two"], "label": [0, 1]}).save_to_disk(str(folder / "saved"))
+    saved = {f"saved/{path.name}": path for path in (folder / "saved").iterdir()}
+    files = {name: folder / name for name in ("rows.parquet", "file.arrow", "stream.arrow")} | saved
+    return {name: path.read_bytes() for name, path in files.items()}
+
+
+@pytest.fixture(scope="module")
+def arrow(place: Path) -> tuple[Path, dict[str, bytes]]:
+    (place / "arrow").mkdir()
+    return place / "arrow", made_of_arrow(place / "arrow")
+
+
+BYTES = st.tuples(st.integers(0, 99), st.floats(0, 1, exclude_max=True), st.binary(max_size=6), st.integers(0, 9))
+
+
+def fuzz_arrow(arrow: tuple[Path, dict[str, bytes]], change: tuple[int, float, bytes, int]) -> None:
+    (folder, files), (number, at, put, gone) = arrow, change
+    name = sorted(files)[number % len(files)]
+    content, position = files[name], int(at * len(files[name]))
+    (folder / name).write_bytes(content[:position] + put + content[position + gone :])
+    what = folder / "saved" if name.startswith("saved/") else folder / name
+    try:
+        tried(lambda: list(read_rows(str(what)).rows()), (name, change))
+    finally:
+        (folder / name).write_bytes(content)
+
+
+CARD_LINES = (
+    "configs", "configs: [{config_name: a, data_files: rows.jsonl}]", "dataset_info", "license",
+    "configs:\n- config_name",
+    "dataset_info: {features: [{name: text, dtype: string}]}", "dataset_info:\n  features", "dataset_info:\n- features",
+    "dataset_info: {features: [{name: label, dtype: {class_label: {names: [a, b]}}}]}",
+)  # fmt: skip
+
+
+def fuzz_card(folder: Path, text: str) -> None:
+    (folder / "card").mkdir(exist_ok=True)
+    (folder / "card" / "rows.jsonl").write_bytes(ROWS["rows.jsonl"])
+    (folder / "card" / "README.md").write_bytes(f"---\n{text}\n---\n# Rows\n".encode("utf-8", "surrogatepass"))
+    tried(lambda: list(read_rows(str(folder / "card")).rows()), text)
+
+
+# what a template is made of: hypothesis puts it together
+PIECES = (
+    "{% for m in messages %}", "{% for a in range(99999) %}", "{% endfor %}", "{% if m %}", "{% else %}", "{% endif %}",
+    "{{ m.content }}", "{{ m['role'] }}", "{{ messages[0] }}", "{{ messages[9].x.y }}", "{{ 1 / 0 }}",
+    "{{ 'x' * 99999 }}", "{% set n = namespace(s='ab') %}", "{% set n.s = n.s ~ n.s %}", "{% set n.s = n.s * 9 %}",
+    "{{ n.s | length }}", "{{ ''.__class__.__mro__ }}", "{{ cycler.__init__.__globals__ }}", "{{", "%}", "{#",
+    "{{ messages | tojson(indent=9) }}", "{% macro f(x) %}", "{% endmacro %}", "{{ f(f) }}", "{% generation %}",
+    "{{ raise_exception('no') }}", "{% endgeneration %}", "{{ eos_token }}", "{{ m | map('upper') | list }}",
+    "{{ '%s' % m }}", "{{ '{}'.format(m) }}", "{% include 'x' %}", "{% import 'x' as y %}", "{% extends 'x' %}",
+    "{% block b %}", "{% endblock %}", "{{ 9 ** 9 ** 9 }}", "{{ messages.append(1) }}", "{{ strftime_now('%Y') }}",
+    "{{ [messages] * 99 }}", "{% break %}", "{% continue %}",
+)  # fmt: skip
+TEMPLATES = st.lists(st.sampled_from(PIECES) | st.text(max_size=3), min_size=1, max_size=9).map("".join)
+QUESTION, TOKENIZER = [{"role": "user", "content": "q"}], byte_chat_tokenizer()
+
+
+def fuzz_template(folder: Path, text: str) -> None:
+    (folder / "own.jinja").write_bytes(text.encode("utf-8", "surrogatepass"))
+
+    def ask() -> None:
+        encoder = ConversationEncoder(TOKENIZER, str(folder / "own.jinja"))
+        asked = [*QUESTION, {"role": "assistant", "content": "a"}] * 4 + QUESTION
+        try:
+            encoder.prompt(asked)
+            encoder.encode(encoder.conversations(example_of(tuple(asked[:-1]))))
+        except ValueError as refused:  # a row that the template refuses, which a reader of rows names
+            raise UserError(str(refused)) from refused
+
+    tried(ask, text, 40.0)
+
+
+@settings(max_examples=150, derandomize=True, **EASY)
+@given(BYTES)
+def test_any_bytes_in_a_file_of_arrows_or_of_a_saved_data_set_are_rows_or_one_sentence(arrow, change):
+    fuzz_arrow(arrow, change)
+
+
+@settings(max_examples=60, derandomize=True, **EASY)
+@given(any_of(*CARD_LINES))
+def test_any_lines_of_a_card_are_followed_or_refused(place, text):
+    fuzz_card(place, text)
+
+
+@settings(max_examples=150, derandomize=True, **EASY)
+@given(TEMPLATES)
+def test_any_template_is_rendered_or_refused(place, text):
+    fuzz_template(place, text)
+
+
 @pytest.mark.slow
-def test_minutes_of_any_values_give_answers_and_sentences_alone(place):
-    """Recipes, launch files, DeepSpeed's files and data files; the counts are printed."""
+def test_minutes_of_any_values_give_answers_and_sentences_alone(place, arrow):
+    """Every kind of file above, more often; the counts are printed."""
+    counted: dict[str, dict[str, int]] = {}
+
+    def count(what: str, given_by: st.SearchStrategy[Any], fuzz: Callable[[Any], None], examples: int) -> None:
+        COUNTS.clear()
+        settings(**EASY | {"max_examples": examples})(given(given_by)(fuzz))()
+        counted[what] = dict(COUNTS)
+
+    count("recipes", any_of(*SFT, *CLASSIFIER), lambda text: fuzz_recipe(place, text), 3000)
+    count("launch files", any_of(*LAUNCH), lambda text: fuzz_launch(place, text), 1000)
+    count("DeepSpeed's files", any_of(*DEEPSPEED), fuzz_deepspeed, 1000)
+    count("JSON, CSV and TSV", CHANGE, lambda change: fuzz_rows(place, change), 3000)
+    count("Parquet, Arrow and saved data sets", BYTES, lambda change: fuzz_arrow(arrow, change), 3000)
+    count("cards", any_of(*CARD_LINES), lambda text: fuzz_card(place, text), 1000)
+    count("chat templates", TEMPLATES, lambda text: fuzz_template(place, text), 3000)
     COUNTS.clear()
-    many: Any = EASY | {"max_examples": 3000}
-    settings(**many)(given(any_of(*SFT, *CLASSIFIER))(lambda text: fuzz_recipe(place, text)))()
-    settings(**many)(given(CHANGE)(lambda change: fuzz_rows(place, change)))()
-    few: Any = EASY | {"max_examples": 1000}
-    settings(**few)(given(any_of(*LAUNCH))(lambda text: fuzz_launch(place, text)))()
-    settings(**few)(given(any_of(*DEEPSPEED))(lambda text: fuzz_deepspeed(text)))()
     for key in SFT:  # each value at each key once
         for value in VALUES:
             fuzz_recipe(place, f"{key}: {value}")
-    print(dict(COUNTS))
-    assert COUNTS["refused"] > 1000 and COUNTS["accepted"] > 100
+    counted["each value at each key"] = dict(COUNTS)
+    for what, counts in counted.items():
+        print(what, counts)
+    assert all(counts["refused"] > 100 and counts["accepted"] > 10 for counts in counted.values()), counted
 
 
 def test_the_corpus_is_what_it_says():

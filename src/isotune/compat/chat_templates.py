@@ -27,6 +27,7 @@ MAX_BITS = 4_096  # of a power
 # what a template may raise that it refuses messages with, or that is broken
 RENDERING_ERRORS = (
     TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError, MemoryError,
+    SyntaxError,
 )  # fmt: skip
 _WIDTH = re.compile(r"\d{5,}|\*")  # in a format
 _SIZED = (str, list, tuple, dict, set, frozenset, range)  # of others, to ask for the length may do something

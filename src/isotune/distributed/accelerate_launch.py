@@ -9,10 +9,20 @@ import signal
 import subprocess
 import sys
 
-from isotune.io.errors import EXIT_FAULT
+from isotune.io.errors import EXIT_FAULT, EXIT_USER_ERROR, UserError, first_line, write_job_status
 from isotune.io.parent_process import signal_when_parent_ends
 
 STOPPED_BY_LAUNCHER = (signal.SIGTERM, signal.SIGINT)  # what it sends to the ranks that are left
+
+
+def check_config_file(file: str) -> None:
+    """UserError for a configuration file that accelerate itself does not take; it would say so in a traceback."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    try:
+        load_config_from_file(file)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(f"--engine {file} is refused by accelerate: {first_line(error)}") from error
 
 
 def main() -> None:
@@ -26,8 +36,15 @@ def main() -> None:
 
     for name in ("multiprocessing.api", "agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
+    given = launch_command_parser().parse_args()
     try:
-        launch_command(launch_command_parser().parse_args())
+        check_config_file(given.config_file)
+    except UserError as mistake:
+        write_job_status(status="failed", exit_status=EXIT_USER_ERROR, message=str(mistake))
+        print(f"error: {mistake}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER_ERROR)
+    try:
+        launch_command(given)
     except (SignalException, subprocess.CalledProcessError):
         sys.exit(EXIT_FAULT)
     except ChildFailedError as error:

@@ -26,6 +26,7 @@ EXIT_FAULT, EXIT_USER_ERROR, EXIT_PREEMPTED = 1, 2, 75
 JOB_STATUS_FILE = "ISOTUNE_VERDICT"  # the environment variable
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MEMORY, VALUES = "memory", "values"  # why a run failed by its recipe: too large, or values that exclude each other
+LONGEST_LINE = 1_000  # characters of what a library says; it may repeat a whole file
 MOST = 2**32  # of a number on the command line
 _AWAY = "its disk went away or fails: look after it and run again"
 # errors of the file system that say what the user can do, by their number
@@ -78,8 +79,9 @@ def is_first_process() -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for a message that must stay one sentence."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """The first line of an error's text, cut to LONGEST_LINE, for a message that must stay one sentence."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..."
 
 
 def shown(value: object, characters: int = 60) -> str:

@@ -143,6 +143,8 @@ def _checked(template: str | dict[str, str], where: str) -> str | dict[str, str]
             )
     except TemplateSyntaxError as error:
         raise UserError(f"{where} is not a Jinja template: line {error.lineno}: {first_line(error)}") from error
+    except SyntaxError as error:  # of a `break` outside a loop, say, which Jinja hands on to Python
+        raise UserError(f"{where} is not a Jinja template: {first_line(error)}") from error
     except RENDERING_ERRORS:
         pass  # what it thinks of a message is said when there is one
     return _with_fixed_day(template)

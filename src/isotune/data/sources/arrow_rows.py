@@ -14,6 +14,7 @@ from isotune.io.reading import byte_fault
 Row = dict[str, Any]
 
 ROWS_AT_ONCE = 1_000
+CELL_ERRORS = (OSError, ValueError, OverflowError)  # the last two of a date that Python does not have
 IPC_FILE = b"ARROW1"  # how an IPC file begins; a stream begins otherwise
 
 
@@ -23,7 +24,7 @@ def read_dataset(dataset: Any) -> Iterator[Row]:
     files = ", ".join(str(file["filename"]) for file in dataset.cache_files) or "the data set"
     try:
         yield from _rows(dataset.with_format("arrow").iter(ROWS_AT_ONCE))
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, *CELL_ERRORS) as error:
         raise UserError(f"{files} is not readable as Arrow: {first_line(error)}") from error
     except _NotUtf8 as fault:
         raise UserError(f"{files}: {fault}") from fault.__cause__
@@ -65,7 +66,7 @@ def _read(path: Path, kind: str, batches: Callable[[Any], Iterator[Any]]) -> Ite
     with opened as file:
         try:
             yield from _rows(batches(file))
-        except (arrow.ArrowException, OSError) as error:
+        except (arrow.ArrowException, *CELL_ERRORS) as error:
             raise UserError(f"{path} is not readable as {kind}: {first_line(error)}") from error
         except _NotUtf8 as fault:
             raise UserError(f"{path} {fault}") from fault.__cause__
@@ -83,6 +84,7 @@ def _rows(batches: Iterator[Any]) -> Iterator[Row]:
     """
     count = 0
     for batch in batches:
+        _check_offsets(batch)
         try:
             rows: list[Row] = batch.to_pylist()
         except UnicodeDecodeError as error:
@@ -96,6 +98,18 @@ def _rows(batches: Iterator[Any]) -> Iterator[Row]:
                 yield {name: without_nulls(value) for name, value in row.items()}
         else:
             yield from rows
+
+
+def _check_offsets(batch: Any) -> None:
+    """ArrowInvalid where a column says that its texts or lists lie outside the data: Arrow would read there."""
+    arrow: Any = import_module("pyarrow")
+    for column in batch.columns:
+        for array in getattr(column, "chunks", [column]):  # of a table; a batch has arrays
+            try:
+                array.validate(full=True)
+            except arrow.ArrowInvalid as error:
+                if "UTF8" not in str(error):  # a text that is none is named by its row
+                    raise
 
 
 def _is_written_otherwise(kind: Any) -> bool:
