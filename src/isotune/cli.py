@@ -192,7 +192,9 @@ def command_parser() -> argparse.ArgumentParser:
     ensemble.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, or of results: RUN/eval/NAME")
     ensemble.add_argument("--weights", default="equal", help="equal or fitted (%(default)s)")
     ensemble.add_argument("--name", help="name of the evaluation, where the runs have several in common")
-    place = "the blend goes to DIR/eval/NAME (%(default)s)"
+    other = "another evaluation of the runs, whose labels the weights are fitted to in place of these rows'"
+    ensemble.add_argument("--fit_on", metavar="NAME", help=other)
+    place = "the blend goes to DIR/eval/NAME, and what predicts with it to DIR/ensemble.json (%(default)s)"
     ensemble.add_argument("--output_dir", default="runs/ensemble", metavar="DIR", help=place)
     for name, default, meaning in (
         ("--folds", 5, "of the cross-validation of fitted weights (%(default)s)"),
@@ -283,7 +285,7 @@ def _compare(chosen: argparse.Namespace) -> None:
 def _ensemble(chosen: argparse.Namespace) -> None:
     from isotune.evaluation.ensemble import build_ensemble
 
-    options = ("weights", "name", "folds", "seed", "resamples")
+    options = ("weights", "name", "fit_on", "folds", "seed", "resamples")
     print(build_ensemble(chosen.runs, chosen.output_dir, **{name: getattr(chosen, name) for name in options}).table())
 
 

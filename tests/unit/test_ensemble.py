@@ -1,19 +1,28 @@
 """A blend of evaluations: rows and classes are aligned, or refused; weights are fitted without the row they blend."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import log_loss
 from sklearn.model_selection import GroupKFold
+from tests.building import small_encoder
+from transformers import AutoModelForSequenceClassification
 
 from isotune.cli import main
 from isotune.data.classification.predictions import prediction_lines
+from isotune.data.sources.source import Source
 from isotune.evaluation.comparison import compare_runs
+from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.ensemble import build_ensemble
+from isotune.evaluation.models import load_model_classifier
+from isotune.evaluation.prediction.ensembles import EnsemblePredictor, SavedEnsemble, open_ensemble, read_ensemble
 from isotune.evaluation.results import read_result, write_result
+from isotune.evaluation.statistics.blending import blend, blend_weights
 from isotune.evaluation.statistics.resampling import Scores
 from isotune.io.errors import UserError
 from isotune.report.html_report import write_report
@@ -174,3 +183,83 @@ def test_a_blend_is_compared_and_reported_like_a_run_and_another_one_takes_anoth
     with pytest.raises(SystemExit) as leaving:
         main([*words, "--weights", "median"])
     assert leaving.value.code == 2 and "--weights is median" in capsys.readouterr().err
+
+
+def as_runs(folders: list[Path]) -> list[Path]:
+    """These folders as finished runs of classifiers, as far as an ensemble looks."""
+    for folder in folders:
+        (folder / "recipe.yaml").write_text("task: classification\n")
+        (folder / "model").mkdir()
+    return folders
+
+
+def test_what_predicts_with_the_blend_is_written_where_all_members_are_runs_of_classifiers(runs, tmp_path):
+    out = tmp_path / "both"
+    made = build_ensemble(as_runs(runs), out, resamples=100)
+    saved = read_ensemble(out)
+    assert saved.runs == [str(run) for run in runs] and saved.weights == pytest.approx([1 / 3] * 3)
+    assert (saved.task_type, saved.label_names) == ("single_label", NAMES)
+    assert f"isotune predict {out} TEXT" in made.table() and "fitted to" not in made.table()
+    (runs[0] / "recipe.yaml").unlink()
+    again = build_ensemble(runs, out, resamples=100)
+    assert again.predicts_with is None and not (out / "ensemble.json").exists()
+    (out / "ensemble.json").write_text('{"members": [{"run": "a"}]}')
+    with pytest.raises(UserError, match=r"ensemble\.json: it holds no ensemble of runs"):
+        read_ensemble(out)
+
+
+def test_weights_are_fitted_to_the_labels_of_the_other_evaluation_that_is_named(tmp_path, labels, outputs):
+    runs = [member(tmp_path / f"run{n}", labels, one) for n, one in enumerate(outputs)]
+    others = np.random.default_rng(9).integers(0, 3, 90)
+    seen = [noisy(others, sharp, 20 + seed) for seed, sharp in enumerate((0.8, 0.1, 0.3))]
+    for run, one in zip(runs, seen, strict=True):
+        texts = [f"other {row}" for row in range(90)]
+        (member(run / "made", others, one, texts=texts) / "eval" / "test").rename(run / "eval" / "dev")
+    made = build_ensemble(runs, tmp_path / "out", weights="fitted", name="test", fit_on="dev", resamples=100)
+    weights = blend_weights(seen, others)
+    assert [one.weight for one in made.members] == pytest.approx(weights.tolist())
+    found = np.array([row["probabilities"] for row in read_result(made.folder).predictions])
+    np.testing.assert_allclose(found, blend(outputs, weights), rtol=1e-9)
+    assert "were fitted to the labels of dev" in made.table()
+    fitted = build_ensemble(runs, tmp_path / "own", weights="fitted", name="test", folds=3, resamples=100)
+    assert "to the labels of these rows; each row is blended by weights of the other 2 of 3 folds" in fitted.table()
+    for fit_on, how, says in (("dev", "equal", "has no effect"), ("test", "fitted", "has the rows that are blended")):
+        with pytest.raises(UserError, match=says):
+            build_ensemble(runs, tmp_path / "none", weights=how, name="test", fit_on=fit_on, resamples=100)
+
+
+def test_an_ensemble_predicts_the_weighted_mean_by_the_names_of_the_classes(tmp_path):
+    folders = []
+    for number, names in enumerate((["bad", "good"], ["good", "bad"])):
+        folder = small_encoder(tmp_path / f"encoder{number}", "bert")
+        config = {"id2label": dict(enumerate(names)), "label2id": {name: k for k, name in enumerate(names)}}
+        torch.manual_seed(number)
+        AutoModelForSequenceClassification.from_pretrained(folder, **config).save_pretrained(folder)
+        folders.append(folder)
+    saved = SavedEnsemble(tmp_path, folders, np.array([0.25, 0.75]), "single_label", ["bad", "good"])
+    device = torch.device("cpu")
+    predictor = open_ensemble(saved, lambda run: load_model_classifier(run, device, torch.float32))
+    texts, ranks = ["A fine meal.", "A slow waiter, and a long evening."], Ranks(0, 1, device)
+    source = Source("rows", "", lambda: iter(()))
+    taken = [(number, predictor.take({"text": text}, source, number)) for number, text in enumerate(texts)]
+    lines = predictor.predict(predictor.prepare(taken), ranks).lines
+    alone = [dict_of(load_model_classifier(folder, device, torch.float32), texts) for folder in folders]
+    for row, line in enumerate(lines):
+        expected = [0.25 * alone[0][row][name] + 0.75 * alone[1][row][name] for name in ("bad", "good")]
+        assert line["probabilities"] == pytest.approx(expected, abs=1e-6)
+        assert line["prediction_name"] == ("good" if expected[1] > expected[0] else "bad")
+    other = replace(saved, label_names=["bad", "fair"])
+    with pytest.raises(UserError, match="has the classes"):
+        EnsemblePredictor(other, predictor.members)
+
+
+def dict_of(classifier, texts: list[str]) -> list[dict[str, float]]:
+    """The probability of each class by its name, by the stock model."""
+    found = []
+    for text in texts:
+        ids = torch.tensor([classifier.tokenizer(text)["input_ids"]])
+        stock = AutoModelForSequenceClassification.from_pretrained(classifier.name).eval()
+        with torch.no_grad():
+            shares = stock(ids).logits.softmax(-1)[0].tolist()
+        found.append(dict(zip(classifier.label_names, shares, strict=True)))
+    return found

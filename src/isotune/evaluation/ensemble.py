@@ -5,6 +5,8 @@ predictions: each row of the written evaluation is blended with weights that wer
 other rows of its group.
 """
 
+import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 from sklearn.model_selection import GroupKFold
 
+from isotune.config.recipes import project_of, task_of
 from isotune.config.task_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from isotune.data.classification.predictions import prediction_lines
 from isotune.data.classification.thresholds import THRESHOLD, Thresholds
@@ -25,6 +28,7 @@ from isotune.evaluation.paired_results import (
     labels_and_outputs,
     ordinal_classes,
     task_type_of,
+    with_classes_of,
 )
 from isotune.evaluation.results import CLASSIFICATION, Result, claim_folder, write_aligned_result
 from isotune.evaluation.statistics.blending import (
@@ -37,6 +41,8 @@ from isotune.evaluation.statistics.blending import (
 )
 from isotune.evaluation.statistics.resampling import RESAMPLES, Scores, by_group, score
 from isotune.io.errors import UserError
+from isotune.io.files import replace_file
+from isotune.io.run_files import ENSEMBLE, or_empty, read_recipe_values
 
 EQUAL, FITTED = "equal", "fitted"
 SHOWN = ("log_loss", "accuracy", "mean_squared_error")  # of the table, as far as the kind of labels has them
@@ -60,6 +66,8 @@ class Ensemble:
     members: list[Member]
     scores: Scores
     loss: float | None
+    fitted_on: str | None  # the evaluation whose labels fitted the weights; None of equal ones
+    predicts_with: Path | None  # OUT/ensemble.json; None where a member is no run of a classifier
 
     def table(self) -> str:
         """A line for each member, and the metrics of the blend with their intervals."""
@@ -76,6 +84,10 @@ class Ensemble:
             if name in self.scores.metrics:
                 low, high = self.scores.intervals[name]
                 lines.append(f"{name:<10}  {self.scores.metrics[name]:.4f}  95% interval {low:.4f} to {high:.4f}")
+        if self.fitted_on is not None:
+            lines.append(f"note        the weights were fitted to the labels of {self.fitted_on}")
+        if self.predicts_with is not None:
+            lines.append(f"predicts    isotune predict {shlex.quote(str(self.predicts_with.parent))} TEXT ...")
         return "\n".join([*lines, f"written to {self.folder}"])
 
 
@@ -85,11 +97,15 @@ def build_ensemble(
     *,
     weights: str = EQUAL,
     name: str | None = None,
+    fit_on: str | None = None,
     folds: int = 5,
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Ensemble:
-    """Blend the evaluations of runs on the same rows, and write OUTPUT_DIR/eval/NAME.
+    """Blend the evaluations of runs on the same rows, and write OUTPUT_DIR/eval/NAME and OUTPUT_DIR/ensemble.json.
+
+    Weights are fitted to the same rows, each row blended by weights that were fitted without it; with `fit_on`, the
+    name of another evaluation of the runs, to the rows of that, and no label of the blended rows is seen.
 
     Rows are aligned by their ids and contents and classes by their names, as in a comparison, which also says how
     `name` chooses among several evaluations. UserError where there are fewer than two, rows or classes differ, one is
@@ -109,12 +125,18 @@ def build_ensemble(
     task_type = task_type_of(first)
     if task_type == REGRESSION and weights == FITTED:
         raise UserError("--weights fitted is for probabilities, and these are numbers: their mean is --weights equal")
+    if fit_on is not None and weights != FITTED:
+        raise UserError("--fit_on has no effect on equal weights: say --weights fitted")
     labels, outputs = _aligned(results, task_type)
     groups = groups_of(results)
-    fitted = np.full(len(results), 1 / len(results))
+    fitted, fitted_on = np.full(len(results), 1 / len(results)), None
     if weights == FITTED:
-        fitted = blend_weights(outputs, labels)
+        others = results if fit_on is None else _to_fit_on(runs, fit_on, results)
+        labels_seen, outputs_seen = _aligned(others, task_type)
+        fitted, fitted_on = blend_weights(outputs_seen, labels_seen), others[0].folder.name
+    if weights == FITTED and fit_on is None:
         blended = held_out_blend(outputs, labels, _splits(len(labels), groups, folds, seed))
+        fitted_on = f"these rows; each row is blended by weights of the other {folds - 1} of {folds} folds"
     else:
         blended = blend(outputs, fitted) if task_type == SINGLE_LABEL else weighted_sum(outputs, fitted)
     names = class_names(first)
@@ -130,7 +152,9 @@ def build_ensemble(
         Member(result, float(weight), _loss(own, labels, task_type))
         for result, weight, own in zip(results, fitted, outputs, strict=True)
     ]
-    how = {"weights": weights, **({"folds": folds, "seed": seed} if weights == FITTED else {})}
+    how: dict[str, Any] = {"weights": weights}
+    if weights == FITTED:
+        how |= {"folds": folds, "seed": seed} if fit_on is None else {"fit_on": fit_on}
     folder = _claimed(Path(output_dir), results, {**how, "resamples": resamples})
     lines = prediction_lines(task_type, [row["id"] for row in first.predictions], labels, blended, names, thresholds)
     if groups is not None:
@@ -150,7 +174,40 @@ def build_ensemble(
         },
     }
     write_aligned_result(folder, facts, scores, lines, first.facts["rows_sha256"])
-    return Ensemble(folder, weights, members, scores, _loss(blended, labels, task_type))
+    saved = _write_members(Path(output_dir), members, task_type, names, thresholds)
+    return Ensemble(folder, weights, members, scores, _loss(blended, labels, task_type), fitted_on, saved)
+
+
+def _to_fit_on(runs: Sequence[str | Path], name: str, results: Sequence[Result]) -> list[Result]:
+    """The evaluation `name` of the runs, with classes in the order of the blended one; UserError for the same rows."""
+    found = choose_results(runs, name)
+    if found[0].facts["rows_sha256"] == results[0].facts["rows_sha256"]:
+        raise UserError(f"--fit_on {name} has the rows that are blended: leave it out, or name other rows")
+    return [with_classes_of(results[0], one) for one in found]
+
+
+def _write_members(
+    output_dir: Path, members: Sequence[Member], task_type: str, names: list[str] | None, thresholds: Thresholds
+) -> Path | None:
+    """What predicts new rows; None, and no such file, where a member is no run that `isotune predict` opens."""
+    file, runs = output_dir / ENSEMBLE, [member.result.folder.resolve().parents[1] for member in members]
+    if not all(_classifies(run) for run in runs):
+        file.unlink(missing_ok=True)
+        return None
+    content = {
+        "members": [{"run": str(run), "weight": one.weight} for run, one in zip(runs, members, strict=True)],
+        "task_type": task_type,
+        "label_names": names,
+        "label_thresholds": np.atleast_1d(thresholds).tolist() if task_type == MULTI_LABEL else None,
+    }
+    replace_file(file, json.dumps(content, indent=2) + "\n")
+    return file
+
+
+def _classifies(run: Path) -> bool:
+    """Whether a folder is a finished run of a classifier of texts."""
+    recipe = or_empty(read_recipe_values, run)
+    return (run / "model").is_dir() and task_of(recipe) == "classification" and project_of(recipe) is None
 
 
 def _common_thresholds(results: Sequence[Result]) -> Thresholds:

@@ -16,6 +16,7 @@ from isotune.io.reading import MAX_YAML_BYTES, Unreadable, checked, parse_yaml_o
 from isotune.io.reading import read_json as read_json_as
 
 RECIPE, ENVIRONMENT, STATUS, UPLOAD = "recipe.yaml", "environment.json", "status.json", "upload.json"
+ENSEMBLE = "ensemble.json"  # of a folder of `isotune ensemble`: the members, and how they are blended
 LOGS_DIR = "logs"  # of the processes of a launch
 MAX_LINES_BYTES = 2**31  # of metrics.jsonl and predictions.jsonl
 LARGEST = 1e300  # a number beyond it overflows in the first product

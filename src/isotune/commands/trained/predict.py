@@ -13,7 +13,7 @@ from isotune.commands.trained.flags import check_counts
 from isotune.config.layers import read_file
 from isotune.config.recipes import project_of
 from isotune.io.errors import OneSentenceParser, UserError
-from isotune.io.run_files import RECIPE
+from isotune.io.run_files import ENSEMBLE, RECIPE
 
 USAGE = """isotune predict RUN | MODEL TEXT ...
 isotune predict RUN | MODEL --input DATA --output FILE [--num_processes N] [FLAGS]
@@ -91,7 +91,8 @@ def _predict(source: Sequence[str], given: argparse.Namespace) -> None:
     """The model of its kind; texts, or rows."""
     flag, name = source
     keys = read_file(Path(name, RECIPE)).given if flag == "--run_dir" else {}
-    is_project, classifies = project_of(keys) is not None, is_classifier(source)
+    is_ensemble = Path(name, ENSEMBLE).is_file()
+    is_project, classifies = project_of(keys) is not None, is_ensemble or is_classifier(source)
     for own in OF_ANSWERS if classifies else OF_CLASSES:
         if getattr(given, own) is not None:
             kind = "answers, and" if classifies else "classifiers, and"
@@ -107,6 +108,8 @@ def _predict(source: Sequence[str], given: argparse.Namespace) -> None:
     ranks = start_ranks()
     if is_project:
         _predict_battles(Path(name), given, ranks)
+    elif is_ensemble:
+        _predict_together(Path(name), given, ranks)
     elif classifies:
         _predict_classes(flag, name, given, ranks)
     else:
@@ -122,14 +125,7 @@ def _predict_classes(flag: str, name: str, given: argparse.Namespace, ranks: Any
 
     load = load_run_classifier if flag == "--run_dir" else load_model_classifier
     classifier = load(name, ranks.device, torch.bfloat16 if given.bf16 else torch.float32)
-    columns = {key: getattr(given, key) for key in ("dataset_text_field", "dataset_text_pair_field")}
-    own_pair = classifier.settings.dataset_text_pair_field
-    if classifier.run is not None and own_pair is None and (given.text_pair or columns["dataset_text_pair_field"]):
-        raise UserError(f"{name} was trained on one text a row: leave out the second ones")
-    if given.text_pair and not own_pair:
-        columns["dataset_text_pair_field"] = columns["dataset_text_pair_field"] or "text_pair"
-    named = {key: column for key, column in columns.items() if column is not None}
-    classifier = replace(classifier, settings=replace(classifier.settings, **named))
+    classifier = _with_columns(classifier, given)
     asked = list(zip(given.texts, given.text_pair, strict=True)) if given.text_pair else given.texts
     if not given.output:
         show_sentences(classifier, asked)
@@ -140,6 +136,57 @@ def _predict_classes(flag: str, name: str, given: argparse.Namespace, ranks: Any
     texts = ([one] if isinstance(one, str) else one for one in asked)
     rows = [dict(zip(predictor.columns.values(), each, strict=True)) for each in texts]
     _write(rows, predictor, given, ranks, name, _places(classifier.run, name))
+
+
+def _with_columns(classifier: Any, given: argparse.Namespace) -> Any:
+    """The classifier with the columns that the flags name; UserError for second texts that its run does not read."""
+    columns = {key: getattr(given, key) for key in ("dataset_text_field", "dataset_text_pair_field")}
+    own_pair = classifier.settings.dataset_text_pair_field
+    if classifier.run is not None and own_pair is None and (given.text_pair or columns["dataset_text_pair_field"]):
+        raise UserError(f"{classifier.name} was trained on one text a row: leave out the second ones")
+    if given.text_pair and not own_pair:
+        columns["dataset_text_pair_field"] = columns["dataset_text_pair_field"] or "text_pair"
+    named = {key: column for key, column in columns.items() if column is not None}
+    return replace(classifier, settings=replace(classifier.settings, **named))
+
+
+def _predict_together(folder: Path, given: argparse.Namespace, ranks: Any) -> None:
+    """The blend of an ensemble's members, each read as its run reads texts."""
+    import torch
+
+    from isotune.data.classification.pairs import joined
+    from isotune.data.sources.source import Source
+    from isotune.evaluation.classification.sentences import print_predictions
+    from isotune.evaluation.models import load_run_classifier
+    from isotune.evaluation.prediction.ensembles import open_ensemble, read_ensemble
+
+    saved, dtype = read_ensemble(folder), torch.bfloat16 if given.bf16 else torch.float32
+    sizes = {"batch_tokens": given.batch_tokens, "batch_size": given.batch_size}
+    predictor = open_ensemble(
+        saved, lambda run: _with_columns(load_run_classifier(run, ranks.device, dtype), given), **sizes
+    )
+    places = [place for member in predictor.members for place in _places(member.classifier.run, str(folder))]
+    for member in predictor.members if given.texts else ():
+        if len(member.columns) != (2 if given.text_pair else 1):
+            raise UserError(f"{member.classifier.name} reads two texts: give the second ones by --text_pair")
+    # a row of given texts has them under the columns of every member
+    rows = [
+        {
+            column: text
+            for member in predictor.members
+            for column, text in zip(member.columns.values(), [one, *second], strict=True)
+        }
+        for one, *second in zip(given.texts, *([given.text_pair] if given.text_pair else []), strict=True)
+    ]
+    if given.output:
+        _write(rows, predictor, given, ranks, str(folder), places)
+        return
+    source = Source("the command line", "", lambda: iter(rows))
+    taken = [(number, predictor.take(row, source, number)) for number, row in enumerate(rows)]
+    outputs = predictor.outputs(predictor.prepare(taken), ranks)
+    names = saved.label_names or [str(k) for k in range(outputs.shape[-1])]
+    texts = joined(given.texts, given.text_pair) if given.text_pair else given.texts
+    print_predictions(saved.task_type, texts, outputs, names, saved.thresholds, [None] * len(texts))
 
 
 def _answer(flag: str, name: str, given: argparse.Namespace, ranks: Any, shards: Any) -> None:

@@ -10,6 +10,7 @@ from isotune.data.classification.labels import labels_of
 from isotune.data.classification.pairs import joined
 from isotune.data.classification.predictions import in_words, predicted
 from isotune.data.classification.reading import encode_texts
+from isotune.data.classification.thresholds import Thresholds
 from isotune.data.contents import clean
 from isotune.data.documents import Documents
 from isotune.data.sources.source import surrogate_fault
@@ -44,14 +45,26 @@ def show_sentences(classifier: Classifier, asked: Sequence[Asked]) -> list[Sampl
     A line of the printed table has the class of a text where the recipe's labels come from the text (`label_source:
     rules` or `random`), the predicted one, a mark where they differ, and the start of the text.
     """
-    settings, task_type = classifier.settings, classifier.task_type
+    settings = classifier.settings
     of_each = _columns(classifier, asked)
     texts = joined(*of_each)
     truth = None if settings.label_source == "column" else labels_of(texts, settings)
-    outputs = _outputs(classifier, of_each)
     names = classifier.label_names or tuple(map(str, range(classifier.num_labels)))
     actual = [None if truth is None else names[truth[row]] for row in range(len(texts))]
-    guesses = [in_words(task_type, guess, names) for guess in predicted(task_type, outputs, classifier.thresholds)]
+    outputs = _outputs(classifier, of_each)
+    return print_predictions(classifier.task_type, texts, outputs, names, classifier.thresholds, actual)
+
+
+def print_predictions(
+    task_type: str,
+    texts: Sequence[str],
+    outputs: np.ndarray,
+    names: Sequence[str],
+    thresholds: Thresholds,
+    actual: Sequence[str | None],
+) -> list[Sample]:
+    """A line for each text with what is predicted of it; `actual` is its class, None where that is not known."""
+    guesses = [in_words(task_type, guess, names) for guess in predicted(task_type, outputs, thresholds)]
     width = max(len(name or "") for name in [*actual, *guesses, "predicted"])
     sure = "" if task_type == REGRESSION else "probability  "
     print(f"  {'true':<{width}}  {'predicted':<{width}}  {sure}text")

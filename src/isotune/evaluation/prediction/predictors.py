@@ -132,23 +132,22 @@ class TextPredictor:
 
     def predict(self, prepared: Documents, ranks: Ranks) -> Part:
         """Classes and probabilities, labels with theirs, or numbers."""
-        logits = classify(
-            self.classifier,
-            prepared,
-            ranks,
-            batch_tokens=self.batch_tokens,
-            batch_size=self.batch_size,
-            fitting=self.fitting,
-        )
         task_type, names = self.classifier.task_type, self.classifier.label_names
-        lines = lines_of_outputs(task_type, outputs_of(task_type, logits), names, self.classifier.thresholds)
-        return Part(lines, self._cut(prepared))
+        lines = lines_of_outputs(task_type, self.outputs(prepared, ranks), names, self.classifier.thresholds)
+        return Part(lines, self.cut(prepared))
+
+    def outputs(self, prepared: Documents, ranks: Ranks) -> np.ndarray:
+        """Probabilities, float64 [documents, classes or labels], or numbers [documents]; the same on every process."""
+        sizes: dict[str, int | None] = {"batch_tokens": self.batch_tokens, "batch_size": self.batch_size}
+        logits = classify(self.classifier, prepared, ranks, **sizes, fitting=self.fitting)
+        return outputs_of(self.classifier.task_type, logits)
 
     def flat(self, line: Line) -> Line:
         """A column for the prediction, for its name, and for the probability of each class."""
         return flat_prediction(line, self.classifier.task_type, self.classifier.label_names)
 
-    def _cut(self, documents: Documents) -> Counter[str]:
+    def cut(self, documents: Documents) -> Counter[str]:
+        """How many of the documents were too long, by what was done to them."""
         longest = self.settings.max_seq_length
         count = int((documents.columns["whole_lengths"] > longest).sum())
         return Counter({f"cut to {longest:,} tokens ({self.settings.overlong})": count} if count else {})
