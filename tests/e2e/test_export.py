@@ -256,6 +256,9 @@ def test_parity_is_the_largest_absolute_difference_and_never_holds_with_nan():
     wanted, found = torch.tensor([[1.0, -8.0]]), torch.tensor([[1.25, -7.5]])
     parity = compare_logits(wanted, found, relative_tolerance=0.1)
     assert (parity.largest_difference, parity.largest_logit) == (0.5, 8.0)
+    moved = compare_logits(torch.tensor([[1.0, 3.0], [2.0, 0.0]]), torch.tensor([[3.0, 1.0], [2.0, 1.0]]), 1.0)
+    assert (moved.equal, moved.compared) == (1, 2)
+    assert str(moved).endswith("; the likeliest token or class is the same at 1 of 2 places")
     assert parity.tolerance == pytest.approx(0.8)
     assert parity.holds
     assert not compare_logits(wanted, torch.tensor([[1.0, -7.0]]), relative_tolerance=0.1).holds

@@ -243,6 +243,8 @@ class Parity:
     largest_difference: float
     largest_logit: float  # of the adapter's model
     tolerance: float  # upper bound of `largest_difference`, for the dtype of the file
+    equal: int  # places of the input with the same likeliest class, or the same greedy token
+    compared: int  # of so many
 
     @property
     def holds(self) -> bool:
@@ -252,7 +254,8 @@ class Parity:
     def __str__(self) -> str:
         return (
             f"parity: largest absolute logit difference {self.largest_difference:.3g} "
-            f"(tolerance {self.tolerance:.3g}, largest logit {self.largest_logit:.3g})"
+            f"(tolerance {self.tolerance:.3g}, largest logit {self.largest_logit:.3g}); the likeliest "
+            f"token or class is the same at {self.equal} of {self.compared} places"
         )
 
 
@@ -327,5 +330,6 @@ def _probe_logits(model: Any, probe: Tensor) -> Tensor:
 
 def compare_logits(expected: Tensor, actual: Tensor, relative_tolerance: float) -> Parity:
     """The parity of two models' logits; the tolerance is relative to the largest expected logit."""
-    largest = float(expected.abs().max())
-    return Parity(float((expected - actual).abs().max()), largest, relative_tolerance * largest)
+    largest, same = float(expected.abs().max()), expected.argmax(-1) == actual.argmax(-1)
+    difference = float((expected - actual).abs().max())
+    return Parity(difference, largest, relative_tolerance * largest, int(same.sum()), same.numel())
