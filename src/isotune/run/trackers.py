@@ -39,7 +39,8 @@ def check_trackers(names: Sequence[str]) -> None:
     """UserError where a tracker is not installed, has no key, or cannot be written to; `none` and `all` are neither."""
     for name in names:
         module, package = PACKAGES.get(name, (None, None))
-        if module is not None and find_spec(module) is None:
+        found = module is None or find_spec(module) or (name == "tensorboard" and find_spec("tensorboardX"))
+        if not found:
             raise UserError(f"report_to: {name} is not installed: pip install {package}")
     if "wandb" in names:
         _check_wandb()
