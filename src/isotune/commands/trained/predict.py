@@ -182,7 +182,7 @@ def _predict_together(folder: Path, given: argparse.Namespace, ranks: Any) -> No
         _write(rows, predictor, given, ranks, str(folder), places)
         return
     source = Source("the command line", "", lambda: iter(rows))
-    taken = [(number, predictor.take(row, source, number)) for number, row in enumerate(rows)]
+    taken: list[Any] = [(number, predictor.take(row, source, number)) for number, row in enumerate(rows)]
     outputs = predictor.outputs(predictor.prepare(taken), ranks)
     names = saved.label_names or [str(k) for k in range(outputs.shape[-1])]
     texts = joined(given.texts, given.text_pair) if given.text_pair else given.texts

@@ -49,12 +49,10 @@ def draw_attention(
     """
     rows, order = evaluation.rows, evaluation.errors_first
     lengths = rows.documents.lengths
-    if chosen is None:
-        readable: list[int] = order[lengths[order] <= READABLE_TOKENS][:EXAMPLES].tolist()
-        chosen = readable
-        if not readable:
-            print(f"note        no attention is drawn: every text has over {READABLE_TOKENS} tokens (--attention_ids)")
-    for row in chosen:
+    readable: list[int] = order[lengths[order] <= READABLE_TOKENS][:EXAMPLES].tolist()
+    if chosen is None and not readable:
+        print(f"note        no attention is drawn: every text has over {READABLE_TOKENS} tokens (--attention_ids)")
+    for row in readable if chosen is None else chosen:
         attention = attention_of(classifier, rows, row)
         if isinstance(attention, str):
             print(f"note        the attention of {classifier.name} is not drawn: {attention}")

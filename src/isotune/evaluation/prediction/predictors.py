@@ -138,7 +138,7 @@ class TextPredictor:
 
     def outputs(self, prepared: Documents, ranks: Ranks) -> np.ndarray:
         """Probabilities, float64 [documents, classes or labels], or numbers [documents]; the same on every process."""
-        sizes: dict[str, int | None] = {"batch_tokens": self.batch_tokens, "batch_size": self.batch_size}
+        sizes: dict[str, Any] = {"batch_tokens": self.batch_tokens, "batch_size": self.batch_size}
         logits = classify(self.classifier, prepared, ranks, **sizes, fitting=self.fitting)
         return outputs_of(self.classifier.task_type, logits)
 
