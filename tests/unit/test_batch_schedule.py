@@ -207,6 +207,28 @@ def test_ranks_wait_3_percent_at_most_over_an_epoch_of_real_data(real_lengths, n
     assert sum(imbalances) / len(imbalances) <= 0.03
 
 
+@pytest.mark.parametrize("world_size", [2, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("padded", "exact"), [(True, False), (False, True), (True, True)])
+def test_so_they_do_where_a_model_pads_and_in_many_exact_microbatches(real_lengths, padded, exact, world_size):
+    """Rows of a microbatch each, 16 a rank; exact ones do not know the ranks, so a few cannot be shared out evenly."""
+    documents = made_documents(real_lengths["guanaco"].tolist())
+    rows, ranks = pack(documents.lengths, 1024, seed=1), None if exact else world_size
+    options = {"global_batch_size": 16 * world_size, "microbatch_tokens": 1024, "seed": 7}
+    schedule = StepSchedule(documents, rows, ranks=ranks, padded=padded, **options)
+    imbalances = []
+    for number in range(min(schedule.steps_per_epoch - 1, 20)):
+        shares = assign_to_ranks(schedule.step(number), world_size)
+        # a model that pads computes each text as long as the longest of its microbatch
+        filled = [[m for m in share if m.weight] for share in shares]
+        loads = []
+        for share in filled:
+            lengths = [documents.lengths[list(m.documents)] for m in share]
+            lengths = [np.full_like(own, own.max()) if padded else own for own in lengths]
+            loads.append(sum(float((own * (1 + own / 12_288)).sum()) for own in lengths))
+        imbalances.append(max(loads) / (sum(loads) / world_size) - 1)
+    assert sum(imbalances) / len(imbalances) <= 0.03
+
+
 def test_two_plans_of_one_seed_are_equal_and_of_two_seeds_are_not():
     documents = made_documents(list(range(2, 30)))
     rows = pack(documents.lengths, ROW_TOKENS, seed=1)
