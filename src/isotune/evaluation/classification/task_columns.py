@@ -62,7 +62,7 @@ def with_columns(task: ClassificationTask, classifier: Classifier) -> tuple[Clas
         notes.append(f"label_source: {label_source}, as in training: no column of classes is read")
     if label_source != COLUMN and task.dataset_label_field is None:
         found[LABEL] = settings.dataset_label_field  # is not read
-    own_source = None if label_source == settings.label_source else label_source
+    own_source: Any = None if label_source == settings.label_source else label_source
     return replace(task, **found, label_source=own_source), notes
 
 
