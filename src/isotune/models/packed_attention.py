@@ -175,15 +175,16 @@ def _document_by_document(
             continue
         if seeds is not None:
             torch.cuda.manual_seed(seeds[i])
+        q, k, v = document
         if sinks is None and form.is_plain(lengths[i]):
             grouped = key.shape[1] != query.shape[1]
             output = functional.scaled_dot_product_attention(
-                *document, dropout_p=dropout, scale=form.scale, is_causal=form.causal, enable_gqa=grouped
+                q, k, v, dropout_p=dropout, scale=form.scale, is_causal=form.causal, enable_gqa=grouped
             )
         elif query.device.type == "cpu" and not dropout:
-            output = document_attention(*document, [0, lengths[i]], form, sinks=sinks).transpose(1, 2)
+            output = document_attention(q, k, v, [0, lengths[i]], form, sinks=sinks).transpose(1, 2)
         else:
-            output = _by_blocks(*document, form, sinks, dropout)
+            output = _by_blocks(q, k, v, form, sinks, dropout)
         outputs.append(output)
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
