@@ -28,7 +28,7 @@ def blocks(text: str) -> list[tuple[str, str]]:
     """The headings, texts and blocks of code of a page, in order; an assertion fails where a text has markup."""
     tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text)
     found = []
-    for before, token in zip([None, *tokens], tokens, strict=False):
+    for before, token in zip(tokens[:1] + tokens, tokens, strict=False):
         assert token.type not in MARKED
         if token.type == "inline":
             assert not MARKED & {child.type.removesuffix("_open") for child in token.children or ()}, token.content
@@ -66,7 +66,7 @@ def test_a_card_of_hostile_names_has_the_sections_and_the_code_of_any_other(tmp_
         )
         for repository in (None, "someone/tiny"):
             card = write_model_card(run, repository).read_text()
-            front, text = re.match(r"---\n(.*?)\n---\n(.*)", card, re.DOTALL).groups()
+            ((front, text),) = re.findall(r"\A---\n(.*?)\n---\n(.*)", card, re.DOTALL)
             assert yaml.safe_load(front)["model_name"] == ("tiny" if repository else run.name)
             assert "license" not in yaml.safe_load(front)
             found = blocks(text)

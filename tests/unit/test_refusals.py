@@ -447,7 +447,8 @@ def test_minutes_of_any_values_give_answers_and_sentences_alone(place, arrow):
     counted["each value at each key"] = dict(COUNTS)
     for what, counts in counted.items():
         print(what, counts)
-    assert all(counts["refused"] > 100 and counts["accepted"] > 10 for counts in counted.values()), counted
+    assert all(counts["refused"] > 100 and counts["accepted"] > 0 for counts in counted.values()), counted
+    assert sum(counts["accepted"] for counts in counted.values()) > 2_000
 
 
 def test_the_corpus_is_what_it_says():

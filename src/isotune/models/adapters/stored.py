@@ -40,7 +40,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """The configuration of the adapter in a folder; UserError where it cannot be read, or asks for code of others."""
     file = folder / ADAPTER_CONFIG
     config: dict[str, Any] = dict(or_refuse(lambda each: read_json(each, _SCHEMA), file, f"{file} cannot be used"))
-    library = (config.get("auto_mapping") or {}).get("parent_library")
+    mapping: dict[str, Any] = config.get("auto_mapping") or {}
+    library = mapping.get("parent_library")
     if library and library.partition(".")[0] not in LIBRARIES:
         raise UserError(f"{file} names the class of its base in {library!r}: code that comes with a model is never run")
     return config
