@@ -114,7 +114,7 @@ def test_a_command_that_takes_too_long_is_ended_with_what_it_started(tmp_path: P
     )
     process = start_forked([sys.executable, str(script)], surroundings_of(), tmp_path)
     with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(1)
+        process.wait(2)
     process.kill_group()
     assert process.wait(10) == -signal.SIGKILL
     with pytest.raises(ProcessLookupError):
