@@ -180,6 +180,7 @@ def test_the_chat_fits_is_accessible_and_asks_this_server_alone(browser, generat
         seen.page.locator("summary").click()
         seen.page.locator("#question").focus()
         send(seen)
+        seen.page.locator(".assistant .said").last.evaluate("said => said.append('a'.repeat(600))")
         check_page(seen, server.url, width)
 
 
