@@ -113,7 +113,7 @@ def check_all(runs: list[Path], what: object, names: str, *, timed: bool = True)
         "job": lambda: run_script(lambda: print(job_report(runs[0]))),
         "runs": lambda: main(["runs", run]),
         "ls": lambda: main(["ls", "runs", "--output_dir", f"{run}/.."]),
-        "start": lambda: run_script(lambda: open_run(recipe, ALONE)),
+        "start": lambda: run_script(lambda: open_run(recipe, ALONE) and None),
         "card": lambda: run_script(lambda: print(write_model_card(run))),
     }
     exported = runs[0].parent / "exported"

@@ -15,6 +15,7 @@ from tests.launching import TINY, start
 from isotune.checkpoint.export import export_run
 from isotune.checkpoint.manifest import verify
 from isotune.io.errors import AlreadyDone, UserError
+from isotune.run.preemption import RunStatus
 
 TIMED = {"step_seconds", "tokens_per_second", "peak_memory_bytes", "eval_seconds"}
 
@@ -174,6 +175,7 @@ def test_never_begins_anew_and_a_finished_run_has_nothing_left_to_do(tmp_path, r
     assert anew.trainer.checkpointer.resumption is None
     assert lines(anew.run.path) == lines(whole.run.path)
     anew.run.model.mkdir()
+    RunStatus(anew.run.path, is_main=True).write("finished", 0)
     with pytest.raises(AlreadyDone, match="nothing is left to do"):
         build(tmp_path, **recipe)
 

@@ -40,7 +40,6 @@ def base(tokenizer, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "base"
     torch.manual_seed(0)
     geometry = {"hidden_size": 128, "word_embed_proj_dim": 64, "ffn_dim": 128, "num_hidden_layers": 2}
-    geometry |= {"vocab_size": len(tokenizer)}
     model = OPTForCausalLM(
         OPTConfig(
             vocab_size=len(tokenizer), num_attention_heads=4, max_position_embeddings=80, init_std=0.1, **geometry

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from tests.building import build, build_classifier
 
 from isotune.report.model_card import final_evaluation, write_model_card
 from isotune.report.run_record import read_record
+from isotune.run.step_lines import StepLines
 from isotune.training.from_recipe import save
 
 KINDS = ("classifier", "causal_lora")
@@ -165,13 +167,12 @@ def test_the_figures_belong_to_the_model_that_was_saved(runs, keys, step):
     record = read_record(runs["classifier"].built.run.path)
     record.recipe.clear()
     record.recipe["Recipe"] = keys
-    record.steps.clear()
-    record.steps.update({n: {"step": n, "loss": 1.0} for n in range(1, 10)})
-    record.evaluations.clear()
-    for n, loss, accuracy in ((3, 0.2, 0.7), (6, 0.3, 0.9), (9, 0.4, 0.8)):
-        record.evaluations[n] = {"step": n, "eval_loss": loss, "eval_accuracy": accuracy}
+    steps = [{"step": n, "loss": 1.0} for n in range(1, 10)]
+    figures = ((3, 0.2, 0.7), (6, 0.3, 0.9), (9, 0.4, 0.8))
+    evaluations = [{"step": n, "eval_loss": loss, "eval_accuracy": accuracy} for n, loss, accuracy in figures]
+    record = replace(record, steps=StepLines(steps), evaluations=StepLines(evaluations))
     found = final_evaluation(record)
     assert found is not None and found[0] == step
-    record.steps[10] = {"step": 10, "loss": 1.0}
+    record = replace(record, steps=StepLines([*steps, {"step": 10, "loss": 1.0}]))
     if not keys:
         assert final_evaluation(record) is None

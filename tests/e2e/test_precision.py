@@ -75,9 +75,7 @@ def test_without_half_precision_everything_is_fp32(tmp_path):
 )
 def test_an_fp16_overflow_is_skipped_and_counted_and_the_schedule_waits(tmp_path, exact):
     # a step holds the whole epoch, so that losses of different steps can be compared
-    built = fine_tune(
-        tmp_path, fp16=True, exact_gradients=exact, global_batch_size=80, microbatch_tokens=1024, max_steps=8
-    )
+    built = fine_tune(tmp_path, fp16=True, exact_gradients=exact, global_batch_size=80, max_steps=8)
     # scaled by this, every gradient overflows; each skipped step halves it
     too_large = 2.0**25
     built.trainer.accelerator.scaler = built.trainer.accelerator.scaler.__class__(

@@ -52,7 +52,7 @@ def test_the_run_folder_holds_what_is_promised(llama):
     found = {p.name for p in llama.run.iterdir()}
     trackers = {"runs"}
     of_a_run = {"recipe.yaml", "environment.json", "metrics.jsonl", "status.json", "checkpoints"}
-    assert found - trackers == {*of_a_run, "model", "loss_curve.png", ".lives"}
+    assert found - trackers == {*of_a_run, "model", "loss_curve.png", "samples.json", ".lives"}
     for number, line in enumerate(llama.steps, start=1):
         assert list(line) == STEP_KEYS
         assert line["step"] == number

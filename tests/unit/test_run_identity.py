@@ -9,6 +9,7 @@ from tests.launching import TINY
 from isotune.config import Recipe
 from isotune.io.errors import AlreadyDone, UserError
 from isotune.run.identity import RunIdentity
+from isotune.run.preemption import RunStatus
 from isotune.run.run_dir import RunDir
 
 ROWS = '{"text": "### Human: a\\n### Assistant: b"}\n'
@@ -95,6 +96,10 @@ def test_a_run_directory_is_that_of_the_same_content(places):
     RunDir(recipe(places, "here")).begin({})
     RunDir(recipe(places, "there")).check()
     (places / "run" / "model").mkdir()
+    trained = RunDir(recipe(places, "there"))
+    trained.check()
+    assert trained.is_trained, "nothing says that it is finished"
+    RunStatus(places / "run", is_main=True).write("finished", 0)
     with pytest.raises(AlreadyDone):
         RunDir(recipe(places, "there")).check()
     with pytest.raises(UserError, match=r"another recipe \(seed: 42 there, 7 here\)"):
