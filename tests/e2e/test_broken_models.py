@@ -111,7 +111,7 @@ def harm(runs: dict[str, Path], case: tuple[str, int, str, float, int], names: s
     use(runs[kind], kind, file, content, names, case)
 
 
-@settings(max_examples=25, derandomize=True, **HYPOTHESIS)
+@settings(max_examples=12, derandomize=True, **HYPOTHESIS)
 @given(USED)
 def test_a_byte_of_a_model_may_be_another_one(runs, case):
     harm(runs, case, "ask serve card")

@@ -163,7 +163,7 @@ def test_a_client_that_leaves_a_stream_before_its_first_word_is_not_answered(ser
         counts = server.client.get("/health").json()["requests"]
         return counts["done"] + counts["running"] + counts["waiting"]
 
-    before, others, ends = counts_at_rest(server)["done"], 8, time.monotonic() + 60
+    before, others, ends = counts_at_rest(server)["done"], 4, time.monotonic() + 60
     leaving = http.client.HTTPConnection(urlsplit(server.url).netloc)
     with ThreadPoolExecutor(others) as pool:
         for _ in range(others):

@@ -78,7 +78,7 @@ def train(name: str, folder: Path, microbatch_tokens: int, **values: Any) -> tup
     return [line["loss"] for line in built.steps], [line["grad_norm"] for line in built.steps], microbatches
 
 
-IN_SHORT = ("OPT, LoRA", "BERT", "ELECTRA, padded")
+IN_SHORT = ("OPT, LoRA", "ELECTRA, padded")
 
 
 def short_and_slow(*names: str, quick: tuple[str, ...] = IN_SHORT) -> list[Any]:

@@ -116,7 +116,7 @@ def wait_for(said: list[str], seconds: float) -> list[str]:
     return said
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_phase_without_steps_takes_as_long_as_it_takes_and_a_rank_that_falls_silent_in_it_is_named(rank):
     store = dist.HashStore()
     dog, said = watch(store, rank, 2)
