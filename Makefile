@@ -53,8 +53,9 @@ demo: $(STAMP) ## train and evaluate offline, in a few minutes on two cores
 	@$(BIN)/isotune report runs/demo-base runs/demo --output runs/demo/report.html
 	@echo "$$DEMO_ENDS"
 
+# three workers for two cores: one computes while another waits for a server or a clock
 test: $(STAMP) ## every test that this machine can run, without the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow and not slurm"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slurm and not slow" tests/slurm  # alone: the cluster needs the whole machine
 
 test-all: $(STAMP) ## the slow tests too
