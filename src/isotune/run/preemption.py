@@ -17,11 +17,11 @@ from types import FrameType
 from typing import Any
 
 from isotune.distributed.launch import Process
+from isotune.distributed.rank_log import rank_log
 from isotune.distributed.ranks import call_on_main
 from isotune.io.errors import NO_ROOM, Superseded, UserError, as_user_error, outcome_of, reason_of, write_job_status
 from isotune.io.parent_process import is_launched, signal_when_parent_ends
 from isotune.io.run_files import ENVIRONMENT, STATUS, or_empty, read_status
-from isotune.run.rank_log import rank_log
 from isotune.run.run_dir import RunDir
 from isotune.run.run_lease import RunLease, slurm_ids
 
