@@ -100,7 +100,7 @@ def checkpoints(share: float, scratch: Path) -> Callable[[], dict[str, Any]]:
 
 
 def plan(share: float, scratch: Path) -> Callable[[], dict[str, Any]]:
-    """`isotune plan` for ZeRO-3 on 4,096 processes."""
+    """`isotune plan` for DDP on 4,096 processes."""
     from isotune.config import Recipe
     from isotune.preflight.preflight_report import run_preflight
     from isotune.preflight.request import PreflightRequest, shipped_launch
