@@ -200,6 +200,8 @@ def test_the_length_of_answers_is_taken_out_of_the_win_rate():
     ("judge", "names"),
     [
         ("http://127.0.0.1:1/v1", "http://127.0.0.1:1/v1/models cannot be asked"),
+        ("http://127.0.0.1:port/v1", "http://127.0.0.1:port/v1/models cannot be asked: nonnumeric port"),
+        ("it's", "is no command: No closing quotation"),
         (f"{sys.executable} -c 'print(1)'", "wrote 1 lines for 8 pairs"),
         (f"{sys.executable} -c 'import sys; sys.exit(\"no such tin\")'", "ended with 1: 'no such tin'"),
     ],
@@ -237,4 +239,7 @@ def test_an_evaluation_with_a_judge_writes_its_verdicts_beside_another_models_an
     assert facts["win_rate"] == 0.5 and facts["judged_tie"] == 1.0, "the same answers"
     other = evaluate("third", "--judge", command, "--judge_against", str(tmp_path / "first"), "--limit", "2")
     assert other.returncode == 2 and "no evaluation of these 2 questions" in other.stderr
+    early = evaluate("early", "--judge", "http://127.0.0.1:port/v1")
+    assert early.returncode == 2 and "cannot be asked" in early.stderr
+    assert "completion" not in early.stderr, "before anything is generated"
     assert evaluate("fourth", "--judge_model", "x").stderr == "error: --judge_model has no effect without --judge\n"

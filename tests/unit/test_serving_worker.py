@@ -19,6 +19,8 @@ class Doubling:
         self.gate.set()
 
     def group(self, waiting):
+        if waiting[0].work == 17:
+            raise ValueError("17 belongs nowhere")
         return [job for job in waiting if job.work % 2 == waiting[0].work % 2][:4]
 
     def run(self, jobs):
@@ -92,6 +94,16 @@ def test_one_that_fails_does_not_fail_the_others_of_its_batch(doubling, capsys):
         jobs[1].result.result(SOON)
     assert refused.value.status == 500
     assert capsys.readouterr().err == "error: a request failed: ValueError\n"
+
+
+def test_one_that_belongs_nowhere_fails_alone_and_the_worker_goes_on(doubling):
+    service, worker = doubling
+    service.gate.set()
+    (lost,) = worker.submit([17], later())
+    (other,) = worker.submit([3], later())
+    with pytest.raises(ValueError, match="17 belongs nowhere"):
+        lost.result.result(SOON)
+    assert other.result.result(SOON) == 6
 
 
 def test_one_whose_time_is_up_or_whose_client_left_does_not_run(doubling):

@@ -8,7 +8,6 @@ An entry appears by one rename. meta.json holds a digest of every array, so an e
 cut kept from reaching the disk, is noticed and written again.
 """
 
-import contextlib
 import hashlib
 import json
 import shutil
@@ -43,10 +42,7 @@ def load_or_build(fingerprint: str, build: Build) -> Content:
     entry = folder / fingerprint
     if content := _load(entry):
         return content
-    with contextlib.ExitStack() as holding:
-        with disk_errors_named(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            holding.enter_context(held(folder / f"{fingerprint}.lock"))
+    with held(folder / f"{fingerprint}.lock"):
         content = _load(entry)
         if content is None:
             # Nobody else writes while the lock is held: a partial entry here is of a process that was killed.

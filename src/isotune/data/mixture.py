@@ -219,7 +219,7 @@ def _named(cell: Any, classes: NameIndex) -> Any:
         return [_named(one, classes) for one in cast("Sequence[Any]", cell)]
     with suppress(ValueError):
         place = place_of(label_of(cell, classes.names), classes)
-        if place is not None and place < len(classes.names):
+        if place is not None:
             return classes.names[place]
     return cell
 

@@ -104,8 +104,16 @@ class Watchdog:
                 self._write()
 
     def wait_for_main(self, until: Callable[[], bool]) -> None:
-        """Wait on another rank for the end of rank 0, which works alone; or until `until` says so."""
+        """Wait on another rank for the end of rank 0, which works alone; or until `until` says so.
+
+        The store is asked less and less often, down to once a heartbeat: all other ranks wait at once.
+        """
+        pause, ask_at = 0.1, time.monotonic()
         while self._store is not None and self._rank and not until() and not self._stopped.wait(0.1):
+            if time.monotonic() < ask_at:
+                continue
+            pause = min(2 * pause, self._pause)
+            ask_at = time.monotonic() + pause
             try:
                 if self._read([0])[0].has_ended:
                     return
@@ -132,14 +140,14 @@ class Watchdog:
         except Exception:  # the store ends with the launcher
             return None
         gone = [
-            place.named(rank)
+            rank
             for rank, place in after.items()
             if not place.has_ended and place.heartbeat == before[rank].heartbeat and rank != self._rank
         ]
         if not gone:
             return None
-        phase = next(place.phase for rank, place in after.items() if place.named(rank) == gone[0])
-        return f"{_listed(gone)} {'is' if len(gone) == 1 else 'are'} gone, killed or cut off: last in {phase}"
+        names, are = _listed([after[rank].named(rank) for rank in gone]), "is" if len(gone) == 1 else "are"
+        return f"{names} {are} gone, killed or cut off: last in {after[gone[0]].phase}"
 
     @property
     def _pause(self) -> float:

@@ -87,7 +87,7 @@ class DropInEvaluation(PlannedTraining):
                     "predictions are one a document: give the dataset before it is packed, or say "
                     "prediction_loss_only=True"
                 )
-            make = self._label_of(run.documents)
+            make = self.label_of(run.documents, self._targets)
             with self.accelerator.autocast():
                 predictions = predictions_of(run, make, self.preprocess_logits_for_metrics, causal=self.causal)
             labels = rows_of(make, range(len(run.documents))) if labelled and make is not None else None
@@ -103,9 +103,8 @@ class DropInEvaluation(PlannedTraining):
         named = {prefix + name.removeprefix("eval_"): value for name, value in plain.items()}
         return EvalLoopOutput(predictions=predictions, label_ids=labels, metrics=named, num_samples=len(run.documents))  # type: ignore[arg-type]  (as stock, None where there are none)
 
-    def _label_of(self, documents: Documents) -> Any:
+    def label_of(self, documents: Documents, targets: np.ndarray | None) -> Any:
         """The labels of a row as the library's collators make them: its class, or tokens with -100; None without."""
-        targets = self._targets
         if targets is not None:
             return lambda row: targets[row]
         if not self.causal:

@@ -202,8 +202,7 @@ class DropIn(DropInEvaluation):
         laid: Laid = self.plan.documents
         row, device = int(laid.documents.lengths.argmin()), self.args.device
         ids = tokens_of(laid.documents, row)
-        labels = laid.targets[row] if laid.targets is not None else tokens_of(laid.documents, row, supervised_only=True)
-        label = torch.as_tensor(labels, device=device)
+        label = torch.as_tensor(self.label_of(laid.documents, laid.targets)(row), device=device)
         label = label.float() if label.is_floating_point() else label
         return torch.from_numpy(ids)[None].to(device), label[None]
 
@@ -250,18 +249,14 @@ class DropIn(DropInEvaluation):
         base = base_model_of(cast(nn.Module, self.model))
         if not isinstance(self, SFTTrainer):  # TRL hands no such column on either
             check_columns(base, rows_only[0], self._label_columns)
-        positions = max_positions(base.config)
-        if positions is not None and (longest := int(documents.lengths.max())) > positions:
-            row = int(documents.ids[documents.lengths.argmax()]) + 1
-            raise UserError(f"row {row} of the dataset has {longest} tokens, and the model positions for {positions}")
+        if (positions := max_positions(base.config)) is not None:
+            _check_longest(documents, positions, "the model has positions for")
         starts = np.flatnonzero(np.diff(documents.source_rows, prepend=-1))
         packed = len(starts) < len(documents)
         if packed:  # as the dataset is
             rows = Rows(np.arange(len(documents)), np.append(starts, len(documents)))
         elif row_tokens:
-            if (longest := int(documents.lengths.max())) > row_tokens:
-                row = int(documents.ids[documents.lengths.argmax()]) + 1
-                raise UserError(f"row {row} of the dataset has {longest} tokens, and max_length is {row_tokens}")
+            _check_longest(documents, row_tokens, "max_length is")
             rows = pack(documents.lengths, row_tokens, seed=self._data_seed)
         else:
             rows = one_document_per_row(len(documents))
@@ -326,6 +321,12 @@ class DropIn(DropInEvaluation):
             self.own_loss = None
             self.plan = self._make_plan()
             self.make_update()
+
+
+def _check_longest(documents: Documents, limit: int, what: str) -> None:
+    if (longest := int(documents.lengths.max())) > limit:
+        row = int(documents.ids[documents.lengths.argmax()]) + 1
+        raise UserError(f"row {row} of the dataset has {longest} tokens, and {what} {limit}")
 
 
 class _SelfTest(TrainerCallback):

@@ -130,14 +130,15 @@ def build_ensemble(
     labels, outputs = _aligned(results, task_type)
     groups = groups_of(results)
     fitted, fitted_on = np.full(len(results), 1 / len(results)), None
-    if weights == FITTED:
-        others = results if fit_on is None else _to_fit_on(runs, fit_on, results)
-        labels_seen, outputs_seen = _aligned(others, task_type)
-        fitted, fitted_on = blend_weights(outputs_seen, labels_seen), others[0].folder.name
     if weights == FITTED and fit_on is None:
-        blended = held_out_blend(outputs, labels, _splits(len(labels), groups, folds, seed))
+        fitted = blend_weights(outputs, labels)
         fitted_on = f"these rows; each row is blended by weights of the other {folds - 1} of {folds} folds"
+        blended = held_out_blend(outputs, labels, _splits(len(labels), groups, folds, seed))
     else:
+        if fit_on is not None:
+            others = _to_fit_on(runs, fit_on, results)
+            labels_seen, outputs_seen = _aligned(others, task_type)
+            fitted, fitted_on = blend_weights(outputs_seen, labels_seen), others[0].folder.name
         blended = blend(outputs, fitted) if task_type == SINGLE_LABEL else weighted_sum(outputs, fitted)
     names = class_names(first)
     thresholds = _common_thresholds(results)
@@ -167,7 +168,6 @@ def build_ensemble(
         "label_names": first.facts.get("label_names"),
         "ordinal": ordinal_classes(first),
         **({"label_thresholds": np.atleast_1d(thresholds).tolist()} if task_type == MULTI_LABEL else {}),
-        "undefined": scores.undefined,
         "ensemble": {
             **how,
             "members": [{"result": str(m.result.folder), "weight": m.weight, "log_loss": m.loss} for m in members],

@@ -173,6 +173,7 @@ def write_aligned_result(
     content = {**{name: facts[name] for name in FACTS[:4]}, **known, **facts}
     content |= {"metric_modules": scores.modules} if scores.modules else {}
     undefined = dict.fromkeys(scores.undefined)
+    content["undefined"] = scores.undefined
     if duplicates := sorted(content.keys() & {**scores.metrics, **undefined}):
         raise ValueError(f"names of both a fact and a metric: {duplicates}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -219,9 +220,10 @@ def read_result(folder: Path) -> Result:
         name = next(name for name, value in numbers.items() if not _are_numbers([value]))
         raise UserError(f"{folder / METRICS}: {name} is not a finite number")
     metrics = {name: float(value) for name, value in numbers.items()}
+    scored = {*metrics, *content.get("undefined", ())}
     return Result(
         folder=folder,
-        facts={name: content[name] for name in content if name not in {*metrics, *content.get("undefined", ())}},
+        facts={name: content[name] for name in content if name not in scored},
         metrics=metrics,
         intervals={name: (pair[0], pair[1]) for name, pair in intervals.items()},
         predictions=predictions,

@@ -20,7 +20,7 @@ def write_samples(run: Path, samples: Sequence[Sample]) -> None:
 def read_samples(run: Path) -> list[Sample]:
     """The samples of a run; none where it has no such file, or the file is broken."""
     try:
-        samples = read_json_object(run / SAMPLES).get("samples")
+        samples = read_json_object(run / SAMPLES, run).get("samples")
     except (FileNotFoundError, Unreadable):
         return []
     rows = samples if isinstance(samples, list) else []

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from isotune.io.cache_root import disk_errors_named
 from isotune.io.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,12 +30,14 @@ SILENT_SECONDS = 120.0  # without a beat, after which the wait ends: a stopped p
 def held(lock: Path) -> Iterator[None]:
     """Hold a lock while the body runs; waits for another holder as long as that one shows signs of life.
 
-    UserError names a holder that shows none. OSError where the file cannot be written.
+    Its folder, one of the cache, is made. UserError names a holder that shows none, or a disk that takes no file.
     """
     from filelock import FileLock  # every command imports this package
 
     file, record, ended = FileLock(lock), lock.with_name(f"{lock.name}.holder"), threading.Event()
-    _acquire(file, lock, record)
+    with disk_errors_named(lock.parent):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        _acquire(file, lock, record)
 
     def beat() -> None:
         while not ended.wait(BEAT_SECONDS):

@@ -17,7 +17,7 @@ from torch.nn import functional
 from isotune.compat.deepspeed import gathered_by_block
 from isotune.compat.transformers import attention_of, set_attention_of
 from isotune.io.errors import UserError, first_line
-from isotune.models.isolation import ALONE_TOLERANCE, packed_inputs
+from isotune.models.isolation import ALONE_TOLERANCE, packed_inputs, random_documents
 from isotune.models.layouts.padding import pad_documents
 from isotune.models.packed_attention import noted_windows, set_packed_attention
 from isotune.models.supervised_loss import install_supervised_loss, use_stock_logits
@@ -98,8 +98,7 @@ def _documents(config: Any) -> list[torch.Tensor]:
     generator, vocabulary = torch.Generator().manual_seed(0), config.vocab_size
     windows = [getattr(config, name, None) or 0 for name in ("sliding_window", "attention_chunk_size")]
     longest = max((window for window in windows if window < LONGEST_PROBE), default=0) + PROBE_LENGTHS[0]
-    lengths = (*PROBE_LENGTHS, longest)
-    return [torch.randint(min(8, vocabulary // 2), vocabulary, (n,), generator=generator) for n in lengths]
+    return random_documents(vocabulary, (*PROBE_LENGTHS, longest), generator)
 
 
 def _check_causal(model: Any, document: torch.Tensor, logits: torch.Tensor) -> None:
@@ -126,8 +125,7 @@ def _try_packed(
         difference = _difference(model, documents, alone)
     if difference is not None:
         return difference
-    lost = windows.lost(model.config, max_seq_length)
-    return None if lost is None else f"only its mask knows its window of {lost} tokens"
+    return windows.lost(model.config, max_seq_length)
 
 
 def _difference(model: Any, documents: Sequence[torch.Tensor], alone: Sequence[torch.Tensor]) -> str | None:

@@ -41,6 +41,7 @@ from isotune.models.opening import (
     loading,
     making,
 )
+from isotune.models.packed_attention import max_positions
 
 PRECISION_KEYS = ("bf16", "fp16", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "seed")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -321,7 +322,7 @@ def _probe_tokens(conversation: list[int], vocabulary: int) -> Tensor:
 
 def _probe_logits(model: Any, probe: Tensor) -> Tensor:
     """Logits of the fixed input: float32 [2, tokens, vocabulary], or [2, classes] of a classifier, on the CPU."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or probe.shape[1]
+    positions = max_positions(model.config) or probe.shape[1]
     tokens = probe[:, :positions].to(model.device)
     with torch.no_grad():  # one by one: heads that read the last token take no batch where nothing pads
         logits = [model(input_ids=row, attention_mask=torch.ones_like(row)).logits for row in tokens.split(1)]

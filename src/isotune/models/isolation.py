@@ -72,9 +72,8 @@ def check_isolation(
     has_experts = any(name.endswith("experts") for name, _ in model.named_modules())
     rounding = EXPERTS_TOLERANCE[dtype] if has_experts else 0.0
     generator = torch.Generator().manual_seed(0)
-    draw = lambda n: torch.randint(min(8, vocabulary // 2), vocabulary, (n,), generator=generator)  # noqa: E731
-    documents = [draw(n) for n in LENGTHS]
-    replaced = [documents[0], draw(LENGTHS[1]), documents[2]]
+    documents = random_documents(vocabulary, LENGTHS, generator)
+    replaced = [documents[0], *random_documents(vocabulary, LENGTHS[1:2], generator), documents[2]]
     mode = model.training
     try:
         # the supervised loss last: ZeRO-3 records the order of the modules, and training runs that forward too
@@ -167,6 +166,11 @@ class RowDraws(TorchDispatchMode):
         if name in DRAWS and found.ndim and self.operator is None:
             self.operator = name
         return found
+
+
+def random_documents(vocabulary: int, lengths: Sequence[int], generator: torch.Generator) -> list[torch.Tensor]:
+    """Token ids of documents of so many tokens, int64 [tokens] each, without the first ids, which may be special."""
+    return [torch.randint(min(8, vocabulary // 2), vocabulary, (n,), generator=generator) for n in lengths]
 
 
 def packed_inputs(documents: Sequence[torch.Tensor], device: torch.device, *, positions: bool) -> dict[str, Any]:

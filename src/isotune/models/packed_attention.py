@@ -201,8 +201,10 @@ def _by_blocks(
     outputs = []
     for rows, keys in form.blocks(query.shape[2], QUERIES_AT_ONCE):
         hidden = form.hidden(rows, keys, query.device)
-        seen = query.new_ones(rows.stop - rows.start, keys.stop - keys.start, dtype=torch.bool)
-        mask = seen if hidden is None else ~hidden
+        if hidden is None:  # of this block: without a mask, the form would decide again
+            mask = query.new_ones(rows.stop - rows.start, keys.stop - keys.start, dtype=torch.bool)
+        else:
+            mask = ~hidden
         block = query[:, :, rows], key[:, :, keys], value[:, :, keys]
         outputs.append(whole_attention(*block, form, sinks=sinks, mask=mask, dropout=dropout, drops_by_device=True))
     return torch.cat(outputs, dim=2)
@@ -304,8 +306,8 @@ class Windows:
     asked: set[int] = field(default_factory=set[int])
     given: dict[int, set[int]] = field(default_factory=dict[int, set[int]])  # by id of the module
 
-    def lost(self, config: PreTrainedConfig, longest: float) -> int | None:
-        """The smallest window below `longest` tokens that a mask has and a layer's attention lacks; None if none is.
+    def lost(self, config: PreTrainedConfig, longest: float) -> str | None:
+        """The reason why a model cannot be packed: a mask has a window below `longest` tokens, and a layer lacks it.
 
         Masks are made for kinds of layers too that a model has none of.
         """
@@ -316,7 +318,8 @@ class Windows:
         unknown = {window for window in asked if not given & {window, window + 1}}
         if kinds is not None and not layers:
             return None
-        return min(asked if len(self.given) < layers else unknown, default=None)
+        lost = asked if len(self.given) < layers else unknown
+        return f"only its mask knows its window of {min(lost)} tokens" if lost else None
 
 
 def _has_window(kind: str) -> bool:

@@ -68,9 +68,14 @@ class StepLines(Mapping[int, dict[str, Any]]):
         """Every key of any line."""
         return {"step", *self._kinds}
 
-    def __getitem__(self, step: int) -> dict[str, Any]:
+    def _place(self, step: object) -> int | None:
+        if not isinstance(step, int):
+            return None
         place = int(np.searchsorted(self.steps, step))
-        if place == len(self.steps) or self.steps[place] != step:
+        return place if place < len(self.steps) and self.steps[place] == step else None
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        if (place := self._place(step)) is None:
             raise KeyError(step)
         row = int(self._order[place])
         line: dict[str, Any] = {"step": int(step)}
@@ -84,7 +89,7 @@ class StepLines(Mapping[int, dict[str, Any]]):
         return line | self._others.get(row, {})
 
     def __contains__(self, step: object) -> bool:
-        return isinstance(step, int) and bool(np.isin(step, self.steps))
+        return self._place(step) is not None
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.steps.tolist())

@@ -113,6 +113,22 @@ class Worker:
 
     def _next(self) -> list[Job] | None:
         """The jobs to run now; None when the worker is closed and the queue is empty."""
+        while (waiting := self._wait()) is not None:
+            fault = None
+            try:  # without the lock, which requests need: to choose may ask the model
+                jobs = self.service.group(waiting)
+            except Exception as error:
+                jobs, fault = [waiting[0]], error
+            with self._changed:
+                self._waiting = [job for job in self._waiting if job not in jobs]
+            if fault is None:
+                return jobs
+            if jobs[0].result.set_running_or_notify_cancel():
+                jobs[0].result.set_exception(fault)
+        return None
+
+    def _wait(self) -> tuple[Job, ...] | None:
+        """Those that wait, once there is one, without those that nobody wants any more; None as `_next`."""
         with self._changed:
             while True:
                 for job in [job for job in self._waiting if not job.is_wanted]:
@@ -120,13 +136,10 @@ class Worker:
                     if job.result.set_running_or_notify_cancel():
                         job.result.set_exception(too_late())
                 if self._waiting:
-                    break
+                    return tuple(self._waiting)
                 if self._closing:
                     return None
                 self._changed.wait()
-            jobs = self.service.group(tuple(self._waiting))
-            self._waiting = [job for job in self._waiting if job not in jobs]
-            return jobs
 
     def _run(self, jobs: list[Job]) -> None:
         try:

@@ -84,8 +84,8 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
         if plan.exact_gradients or resumes:
             promise = "exact_gradients" if plan.exact_gradients else "resume"
             use_deterministic_kernels(self.args.device, promised_by=promise, is_main=is_main)
-        timeout = self.args.ddp_timeout
-        self.watchdog = checkpointer.process.watchdog if checkpointer is not None else Watchdog(timeout)
+        # without a process of ours nothing watches, and progress is noted for nobody
+        self.watchdog = checkpointer.process.watchdog if checkpointer is not None else Watchdog()
         self.make_update()
         if recorder is not None:
             for stock in (PrinterCallback, ProgressCallback):

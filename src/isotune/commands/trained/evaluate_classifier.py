@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from isotune.commands.before_torch import before_torch
-from isotune.commands.trained.flags import check_counts, find_task, model_parser
+from isotune.commands.trained.flags import add_data_flags, check_counts, find_task, model_parser
 from isotune.config.layers import read_file
 from isotune.config.recipes import LabelSource, project_of
 from isotune.io.errors import UserError
@@ -20,11 +20,7 @@ def read_arguments(argv: Sequence[str], *, prog: str, description: str) -> argpa
     data.add_argument("--task", metavar="FILE", help="a task file or the name of a shipped one; flags win over it")
     data.add_argument("--dataset_name", metavar="NAME", help="a Hub id, folder, file or builtin:NAME")
     data.add_argument("--dataset_split", metavar="SPLIT", help="of that data set (test)")
-    data.add_argument("--dataset_config", metavar="NAME", help="of a Hub id or folder that has several configurations")
-    data.add_argument("--dataset_revision", metavar="NAME", help="branch, tag or commit of a Hub id")
-    data.add_argument(
-        "--dataset_columns", nargs="+", metavar="NAME", help="its columns, of a CSV file whose first line is a row"
-    )
+    add_data_flags(data)
     data.add_argument("--dataset_text_field", metavar="COLUMN", help="holds the texts (the run's, else text)")
     data.add_argument("--dataset_text_pair_field", metavar="COLUMN", help="holds the second texts of pairs (none)")
     data.add_argument("--dataset_label_field", metavar="COLUMN", help="holds the classes (the run's, else label)")

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from isotune.io import shipped
 from isotune.io.errors import OneSentenceParser, UserError
@@ -14,6 +15,17 @@ def model_parser(prog: str, description: str, kind: str) -> OneSentenceParser:
     source.add_argument("--run_dir", metavar="RUN", help="the folder of a finished run")
     source.add_argument("--model", metavar="NAME", help=f"or any {kind}: a folder or a Hub id")
     return parser
+
+
+def add_data_flags(parser: Any) -> None:
+    """Which part of a data set is read, of a parser or a group of one."""
+    parser.add_argument(
+        "--dataset_config", metavar="NAME", help="of a Hub id or folder that has several configurations"
+    )
+    parser.add_argument("--dataset_revision", metavar="NAME", help="branch, tag or commit of a Hub id")
+    parser.add_argument(
+        "--dataset_columns", nargs="+", metavar="NAME", help="its columns, of a CSV file whose first line is a row"
+    )
 
 
 def find_task(given: argparse.Namespace) -> None:

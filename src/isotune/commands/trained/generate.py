@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from isotune.commands.before_torch import before_torch
-from isotune.commands.trained.flags import check_counts, find_task, model_parser
+from isotune.commands.trained.flags import add_data_flags, check_counts, find_task, model_parser
 from isotune.io.errors import UserError, is_first_process
 from isotune.io.extras import need
 
@@ -21,13 +21,7 @@ def read_arguments(argv: Sequence[str], *, prog: str, description: str) -> argpa
         "--dataset_name", metavar="NAME", help="evaluate on the first question of each of its conversations"
     )
     parser.add_argument("--dataset_split", metavar="SPLIT", help="of that data set (test)")
-    parser.add_argument(
-        "--dataset_config", metavar="NAME", help="of a Hub id or folder that has several configurations"
-    )
-    parser.add_argument("--dataset_revision", metavar="NAME", help="branch, tag or commit of a Hub id")
-    parser.add_argument(
-        "--dataset_columns", nargs="+", metavar="NAME", help="its columns, of a CSV file whose first line is a row"
-    )
+    add_data_flags(parser)
     parser.add_argument("--dataset_text_field", metavar="COLUMN", help="holds the conversations (found by its name)")
     parser.add_argument("--dataset_prompt_field", metavar="COLUMN", help="or holds the questions, and ...")
     parser.add_argument("--dataset_completion_field", metavar="COLUMN", help="... this one their answers")
@@ -89,6 +83,7 @@ def generate(given: argparse.Namespace) -> None:
     )
     from isotune.evaluation.generation.lm_eval_bridge import check_tasks, content_of_task, run_tasks, write_harness
     from isotune.evaluation.judging.judgement import judge_answers, plan_judging
+    from isotune.evaluation.judging.judges import check_judge
     from isotune.evaluation.models import data_of_run, generation_model_named, generation_model_of_run
     from isotune.evaluation.results import score_lines
     from isotune.evaluation.tasks import DEFAULT_MAX_NEW_TOKENS, ROW_COLUMNS, GenerationTask, read_task
@@ -110,6 +105,8 @@ def generate(given: argparse.Namespace) -> None:
     judging = (
         plan_judging(given.judge, given.judge_model, given.judge_against, samples) if given.judge and samples else None
     )
+    if judging and is_first_process():
+        check_judge(given.judge, given.judge_model)
     name, evaluation = "lm_eval", dict[str, Any]()  # what decides the result
     if task and samples:
         name, evaluation = task.name, {**task.decisive(), "data": samples.fingerprint, "decoding": asdict(decoding)}

@@ -9,7 +9,7 @@ from typing import Any
 from isotune.commands import start
 from isotune.commands.before_torch import before_torch
 from isotune.commands.trained.evaluate import is_classifier, read_source
-from isotune.commands.trained.flags import check_counts
+from isotune.commands.trained.flags import add_data_flags, check_counts
 from isotune.config.layers import read_file
 from isotune.config.recipes import project_of
 from isotune.io.errors import OneSentenceParser, UserError
@@ -49,9 +49,7 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
     data.add_argument("--input", metavar="DATA", help="a file, a folder, a Hub id or builtin:NAME")
     data.add_argument("--output", metavar="FILE", help="where the predictions go: .csv or .jsonl")
     data.add_argument("--dataset_split", default="test", metavar="SPLIT", help="of a folder or a Hub id (%(default)s)")
-    data.add_argument("--dataset_config", metavar="NAME", help="of a Hub id or folder that has several configurations")
-    data.add_argument("--dataset_revision", metavar="NAME", help="branch, tag or commit of a Hub id")
-    data.add_argument("--dataset_columns", nargs="+", metavar="NAME", help="of a CSV file whose first line is a row")
+    add_data_flags(data)
     data.add_argument("--dataset_text_field", metavar="COLUMN", help="holds the texts (as the run's recipe says)")
     data.add_argument("--dataset_text_pair_field", metavar="COLUMN", help="holds the second texts of pairs")
     data.add_argument(

@@ -149,9 +149,11 @@ def system_in(row: Row) -> Any:
 
 def left_beside(row: Row, content: Content) -> str | None:
     """The sentence about what stands beside a text that is laid out already, and is not part of it; None without."""
+    if not isinstance(content, str):
+        return None
     own = {name: value for name, value in row.items() if name.strip().lower() in BESIDE}
     told = tuple(name for name, value in own.items() if value != [] and (not isinstance(value, str) or value.strip()))
-    if not isinstance(content, str) or not told:
+    if not told:
         return None
     return f"not read beside a text, which stands for itself: {_listed(told)} (messages have a place for them)"
 

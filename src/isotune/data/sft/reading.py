@@ -52,9 +52,10 @@ def read_contents(
             except ValueError as error:
                 raise UserError(f"{source.where(number)}, {error}") from error
             contents.append((number, content))
-            for note in (form.note, left_beside(given, content)):
-                if note is not None and guesses is not None and note not in guesses:
-                    guesses.append(note)
+            if guesses is not None:
+                for note in (form.note, left_beside(given, content)):
+                    if note is not None and note not in guesses:
+                        guesses.append(note)
         yield contents
 
 

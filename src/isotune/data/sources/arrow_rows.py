@@ -23,7 +23,7 @@ def read_dataset(dataset: Any) -> Iterator[Row]:
     arrow: Any = import_module("pyarrow")
     files = ", ".join(str(file["filename"]) for file in dataset.cache_files) or "the data set"
     try:
-        yield from _rows(dataset.with_format("arrow").iter(ROWS_AT_ONCE))
+        yield from _rows(map(_checked, dataset.with_format("arrow").iter(ROWS_AT_ONCE)))
     except (arrow.ArrowException, *CELL_ERRORS) as error:
         raise UserError(f"{files} is not readable as Arrow: {first_line(error)}") from error
     except _NotUtf8 as fault:
@@ -36,7 +36,7 @@ def read_parquet(path: Path, notes: list[str]) -> Iterator[Row]:
 
     def batches(file: Any) -> Iterator[Any]:
         with parquet.ParquetFile(file) as table:
-            yield from table.iter_batches(ROWS_AT_ONCE)
+            yield from map(_checked, table.iter_batches(ROWS_AT_ONCE))
 
     return _read(path, "Parquet", batches)
 
@@ -53,7 +53,7 @@ def read_arrow(path: Path, notes: list[str]) -> Iterator[Row]:
             found = (table.get_batch(number) for number in range(table.num_record_batches))
         else:
             found = iter(ipc.open_stream(file))
-        for batch in found:
+        for batch in map(_checked, found):  # once: the check of a slice passes over all that its batch holds
             for first in range(0, batch.num_rows, ROWS_AT_ONCE):
                 yield batch.slice(first, ROWS_AT_ONCE)
 
@@ -84,7 +84,6 @@ def _rows(batches: Iterator[Any]) -> Iterator[Row]:
     """
     count = 0
     for batch in batches:
-        _check_offsets(batch)
         try:
             rows: list[Row] = batch.to_pylist()
         except UnicodeDecodeError as error:
@@ -100,8 +99,8 @@ def _rows(batches: Iterator[Any]) -> Iterator[Row]:
             yield from rows
 
 
-def _check_offsets(batch: Any) -> None:
-    """ArrowInvalid where a column says that its texts or lists lie outside the data: Arrow would read there."""
+def _checked(batch: Any) -> Any:
+    """The batch; ArrowInvalid where its texts or lists are said to lie outside the data, where Arrow would read."""
     arrow: Any = import_module("pyarrow")
     for column in batch.columns:
         for array in getattr(column, "chunks", [column]):  # of a table; a batch has arrays
@@ -110,6 +109,7 @@ def _check_offsets(batch: Any) -> None:
             except arrow.ArrowInvalid as error:
                 if "UTF8" not in str(error):  # a text that is none is named by its row
                     raise
+    return batch
 
 
 def _is_written_otherwise(kind: Any) -> bool:

@@ -7,7 +7,6 @@ are is decided once too, under a lock that all processes of a machine share (`fe
     $ISOTUNE_CACHE/hub/models--OWNER--NAME/COMMIT/PART.json      the files of a part that are in the Hub's cache
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -119,10 +118,7 @@ def fetch(
     if found is None and (is_offline(repository.kind) or not hub_reached()):
         found = choose(False)
     elif found is None:
-        with contextlib.ExitStack() as holding:
-            with disk_errors_named(memo.parent):
-                memo.parent.mkdir(parents=True, exist_ok=True)
-                holding.enter_context(held(memo.with_suffix(".lock")))
+        with held(memo.with_suffix(".lock")):
             found = _remembered(memo, repository)
             if found is None:
                 found = wait_if_told(lambda: choose(True))

@@ -34,7 +34,6 @@ class Attention:
 
     tokens: list[str]
     words: list[str]
-    word_of: np.ndarray  # int [tokens]; the word of each token
     weights: np.ndarray  # float32 [layers, heads, queries, keys]
     rolled: np.ndarray  # float64 [words]; the rollout from the first token, in all 1
     special: np.ndarray  # bool [words]; those that are special tokens
@@ -87,7 +86,7 @@ def attention_of(classifier: Classifier, rows: Rows, row: int) -> Attention | st
     special = np.isin(ids, classifier.tokenizer.all_special_ids)
     of_words = np.bincount(word_of, special, len(words)) > 0  # a special token is a word by itself
     names = classifier.tokenizer.convert_ids_to_tokens(ids.tolist())
-    return Attention(names, words, word_of, weights, rolled, of_words)
+    return Attention(names, words, weights, rolled, of_words)
 
 
 def _weights_of(model: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor] | str:

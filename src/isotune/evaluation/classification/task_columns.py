@@ -30,9 +30,10 @@ def with_columns(task: ClassificationTask, classifier: Classifier) -> tuple[Clas
     notes: list[str] = []
     if task.dataset_text_field is None and task.template is None:
         pair = settings.dataset_text_pair_field
-        found[TEXT] = _column(TEXT, settings.dataset_text_field, row)
         if pair is not None and task.dataset_text_pair_field is None:
             found |= {TEXT: settings.dataset_text_field, PAIR: pair}
+        else:
+            found[TEXT] = _column(TEXT, settings.dataset_text_field, row)
     elif settings.dataset_text_pair_field is not None and task.dataset_text_pair_field is None:
         if task.text_column != settings.dataset_text_field:
             raise UserError(

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from isotune.evaluation.generation.base_rules import without_base_rules
 from isotune.evaluation.models import GenerationModel
 from isotune.io.errors import is_first_process
-from isotune.models.isolation import ALONE_TOLERANCE
+from isotune.models.isolation import ALONE_TOLERANCE, random_documents
+from isotune.models.log_control import quiet_libraries
 
 ANY, ONE_LENGTH, ALONE = "any", "of one length", "alone"
 SHORT, LONG = 4, 11  # tokens; few beside those that fill, so that a trace of these shows
@@ -24,12 +26,13 @@ _measured: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 def together(lm: GenerationModel, lengths: Sequence[int]) -> list[int]:
     """A number for each prompt, of so many tokens: those of one number may be a batch. A line where not all may.
 
-    Every rank of a sharded model calls it with the same lengths. Call it within `without_base_rules`.
+    Every rank of a sharded model calls it with the same lengths.
     """
     if len(lengths) < 2:
         return [0] * len(lengths)
     if lm.model not in _measured:
-        _measured[lm.model] = found = _measure(lm)
+        with quiet_libraries(), without_base_rules(lm.model):
+            _measured[lm.model] = found = _measure(lm)
         if found != ANY and is_first_process():
             which = (
                 "prompts of one length are a batch" if found == ONE_LENGTH else "each prompt is generated from alone"
@@ -43,9 +46,7 @@ def together(lm: GenerationModel, lengths: Sequence[int]) -> list[int]:
 def _measure(lm: GenerationModel) -> str:
     vocabulary, filler = lm.model.config.get_text_config().vocab_size, min(lm.eos_ids)
     draw = torch.Generator().manual_seed(0)
-    own, other, longer = (
-        torch.randint(min(8, vocabulary // 2), vocabulary, (n,), generator=draw) for n in (SHORT, SHORT, LONG)
-    )
+    own, other, longer = random_documents(vocabulary, (SHORT, SHORT, LONG), draw)
     filled = torch.cat([torch.full((LONG - SHORT,), filler), own])
     expected = _logits(lm, [own], SHORT, filler)
     for rows, found in (([filled, longer], ANY), ([own, other], ONE_LENGTH)):

@@ -9,7 +9,7 @@ import numpy as np
 
 from isotune.data.documents import with_share
 from isotune.evaluation.distributed_eval import Ranks
-from isotune.evaluation.judging.judges import open_judge
+from isotune.evaluation.judging.judges import kind_of, open_judge
 from isotune.evaluation.judging.verdicts import TIE, Pair
 from isotune.evaluation.judging.win_rates import scores_of, win_rates
 from isotune.evaluation.results import GENERATION, METRICS, find_results, read_result, rows_digest
@@ -41,7 +41,6 @@ class Judgement:
     scores: Scores
     of_rows: list[dict[str, Any]]  # for predictions.jsonl
     facts: dict[str, Any]  # for metrics.json
-    unreadable: int  # verdicts, of two a row
 
 
 def plan_judging(judge: str, model: str | None, against: str | None, samples: Sequence[EvalSample]) -> Judging:
@@ -70,7 +69,7 @@ def judge_answers(judging: Judging, rows: Sequence[Mapping[str, Any]], ranks: Ra
     `rows` are those of predictions.jsonl, the same on every rank. A verdict that cannot be read counts as a tie;
     UserError where most are such.
     """
-    judge, kind = open_judge(judging.judge, ranks, judging.model)
+    judge, kind = open_judge(judging.judge, ranks, judging.model), kind_of(judging.judge, judging.model)
     if judge is None:
         return None
     others = [judging.others[row["id"]] for row in rows]
@@ -98,5 +97,4 @@ def judge_answers(judging: Judging, rows: Sequence[Mapping[str, Any]], ranks: Ra
             for value, *orders in zip(values.tolist(), first, second, strict=True)
         ],
         facts | ({"model": model} if model else {}),
-        unreadable,
     )

@@ -10,7 +10,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from http.client import HTTPException, InvalidURL
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,31 +25,56 @@ from isotune.evaluation.judging.verdicts import MARKS, TIE, Judge, Pair, read_ve
 from isotune.evaluation.models import GenerationModel, generation_model_named, generation_model_of_run
 from isotune.evaluation.tasks import EvalSample
 from isotune.io.errors import UserError, first_line, shown
+from isotune.io.run_files import RECIPE
 
 TOKEN_VARIABLE = "OPENAI_API_KEY"  # the name that every client of this interface reads
 CLIENTS = 8  # requests that a server is asked at once
 TRIES, FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 5, 1.0, 60.0
 ANSWER_SECONDS = 300.0
 ANSWER_TOKENS = 2_048  # a judge may think before its verdict
+SERVER, COMMAND, RUN, MODEL = "server", "command", "run", "model"
 AGAIN = (408, 409, 429, 500, 502, 503, 504)
 
 
-def open_judge(name: str, ranks: Ranks, model: str | None = None) -> tuple[Judge | None, str]:
-    """The judge that `name` means, and what it is in a word; None on a rank that has nothing to ask it.
+def kind_of(name: str, model: str | None = None) -> str:
+    """What the name of a judge means in a word; UserError where it, and `model` beside it, mean nothing.
 
     An address with http:// or https:// is a server, whose model `model` names; a folder with a run, a folder with a
-    model and a Hub id are models, which every rank loads; any other name that can be executed is a command.
+    model and a Hub id are models; any other name that can be executed is a command.
     """
     if urlsplit(name).scheme in ("http", "https"):
-        return (ServerJudge(name, model) if ranks.is_main else None), "server"
+        return SERVER
     if model:
         raise UserError(f"--judge_model names the model of a server, and --judge {shown(name)} is no address")
-    words = shlex.split(name)
-    if words and not Path(name).is_dir() and shutil.which(words[0]):
-        return (CommandJudge(words) if ranks.is_main else None), "command"
-    is_run = (Path(name) / "recipe.yaml").is_file()
-    load = generation_model_of_run if is_run else generation_model_named
-    return ModelJudge(name, load(name, ranks.device), ranks), "run" if is_run else "model"
+    if (Path(name) / RECIPE).is_file():
+        return RUN
+    return COMMAND if not Path(name).is_dir() and shutil.which(_words(name)[0]) else MODEL
+
+
+def check_judge(name: str, model: str | None = None) -> None:
+    """UserError where a judge means nothing, or a server does not answer: asked before anything is generated."""
+    if kind_of(name, model) == SERVER:
+        ServerJudge(name, model)  # asks for its first model
+
+
+def open_judge(name: str, ranks: Ranks, model: str | None = None) -> Judge | None:
+    """The judge that a name means; None on a rank that has nothing to ask it. Every rank loads a model."""
+    kind = kind_of(name, model)
+    if kind in (SERVER, COMMAND) and not ranks.is_main:
+        return None
+    if kind == SERVER:
+        return ServerJudge(name, model)
+    if kind == COMMAND:
+        return CommandJudge(_words(name))
+    load = generation_model_of_run if kind == RUN else generation_model_named
+    return ModelJudge(name, load(name, ranks.device), ranks)
+
+
+def _words(name: str) -> list[str]:
+    try:
+        return shlex.split(name) or [name]
+    except ValueError as error:
+        raise UserError(f"--judge {shown(name)} is no command: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -65,11 +91,11 @@ class ModelJudge:
         references = []
         for pair in pairs:
             where = f"{pair.where}, of which {self.name} is to judge"
+            sample = EvalSample(0, ({"role": "user", "content": pair.text},), "", where)
+            prompt = prompt_of(self.lm, sample).text
             for mark in marks:
-                question = {"role": "user", "content": pair.text}
-                sample = EvalSample(len(references), (question,), mark, where)
-                prompt = prompt_of(self.lm, sample).text
-                references.append(reference_of(self.lm, sample, prompt))
+                marked = replace(sample, id=len(references), reference=mark)
+                references.append(reference_of(self.lm, marked, prompt))
                 prompt_tokens(self.lm, prompt + references[-1].text, where)
         nats = score_references(self.lm, references, self.ranks)
         found: list[float | None] = []
@@ -171,8 +197,8 @@ class ServerJudge:
                     raise UserError(f"{self.address}/{path} answered {error.code} {error.reason}") from None
                 asked_wait = _seconds(error.headers.get("Retry-After"))
                 wait = wait if asked_wait is None else asked_wait
-            except (OSError, ValueError) as error:
-                if isinstance(error, ValueError) or not left:
+            except (OSError, ValueError, HTTPException) as error:
+                if isinstance(error, ValueError | InvalidURL) or not left:
                     raise UserError(f"{self.address}/{path} cannot be asked: {first_line(error)}") from None
             time.sleep(min(wait, LONGEST_WAIT_SECONDS))
             wait = max(2 * wait, FIRST_WAIT_SECONDS)

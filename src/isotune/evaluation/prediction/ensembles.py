@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from isotune.config.task_types import SINGLE_LABEL
-from isotune.data.classification.classes import NameIndex, listed
+from isotune.data.class_index import NameIndex, listed
 from isotune.data.classification.thresholds import THRESHOLD, Thresholds
 from isotune.data.documents import Documents
 from isotune.data.sources.source import Row, Source

@@ -99,9 +99,7 @@ def _first_right(model: Any, probe: Probe) -> Layout:
             try:
                 with noted_windows() as windows:
                     reason = probe.difference(logits)
-                lost = windows.lost(model.config, probe.longest)
-                if not reason and lost is not None:
-                    reason = f"only its mask knows its window of {lost} tokens"
+                reason = reason or windows.lost(model.config, probe.longest)
             finally:
                 remove()
         except Exception as error:

@@ -91,8 +91,7 @@ class GeneratorService:
             return [waiting[0]]
         fitting = (job for job in waiting if job.work.decoding.temperature == 0 and job.work.is_chat == first.is_chat)
         chosen = [job for job, _ in zip(fitting, range(BATCH_SIZE), strict=False)]
-        with quiet_libraries(), without_base_rules(self.lm.model):
-            numbers = together(self.lm, [len(job.work.tokens) for job in chosen])
+        numbers = together(self.lm, [len(job.work.tokens) for job in chosen])
         return [job for job, number in zip(chosen, numbers, strict=True) if number == numbers[0]]
 
     def run(self, jobs: list[Job]) -> None:

@@ -55,7 +55,8 @@ def check_exact(setting: UpdateSetting) -> None:
         raise UserError(
             f"exact_gradients: true cannot hold under {engine} in fp16: use DDP, or bf16: true", reason=VALUES
         )
-    for key, why in _unexact_zero3_keys(setting):
+    zero = (setting.deepspeed_config or {}).get("zero_optimization") or {}
+    for key, why in _unexact_zero3_keys(zero) if stage == 3 else ():
         raise UserError(f"exact_gradients: true cannot hold with zero_optimization.{key}, {why}: take it out")
     if setting.optimizer not in POSITION_FREE_OPTIMIZERS:
         raise UserError(
@@ -65,11 +66,8 @@ def check_exact(setting: UpdateSetting) -> None:
         )
 
 
-def _unexact_zero3_keys(setting: UpdateSetting) -> Iterator[tuple[str, str]]:
-    """Keys of ZeRO-3 that would change what is added up, and why."""
-    zero = (setting.deepspeed_config or {}).get("zero_optimization") or {}
-    if stage_of(setting.deepspeed_config) != 3:
-        return
+def _unexact_zero3_keys(zero: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Keys of ZeRO-3's section that would change what is added up, and why."""
     if zero.get("zero_quantized_gradients"):
         yield "zero_quantized_gradients", "which rounds what travels"
     if zero.get("mics_shard_size", -1) > 0:

@@ -15,7 +15,7 @@ from isotune.compat.peft import base_model_of
 from isotune.io.errors import UserError
 from isotune.models.document_dropout import training_microbatch
 from isotune.models.document_keys import MicrobatchDocuments
-from isotune.models.isolation import LENGTHS, packed_inputs
+from isotune.models.isolation import LENGTHS, packed_inputs, random_documents
 from isotune.models.layouts.layout import restore_attention_type
 from isotune.training.tasks import Task
 
@@ -44,15 +44,16 @@ def leaves_gaps(model: Any, task: Task, device: torch.device) -> bool:
         return True
     vocabulary = base_model_of(cast(nn.Module, getattr(model, "module", model))).config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
-    documents = [torch.randint(min(8, vocabulary // 2), vocabulary, (n,), generator=generator) for n in LENGTHS]
+    documents = random_documents(vocabulary, LENGTHS, generator)
     mode, silent = model.training, getattr(model, "no_sync", contextlib.nullcontext)
     model.train()
     torch.manual_seed(0)  # of dropout
-    with silent(), training_microbatch(MicrobatchDocuments(range(len(LENGTHS)), LENGTHS, task.pads)):
-        logits = model(**packed_inputs(documents, device, positions=task.item == "rows")).logits
-        logits.float().sum().backward()
-    found = any(p.grad is None for p in model.parameters() if p.requires_grad)
-    model.zero_grad()
-    model.train(mode)
-    restore_attention_type(model)
-    return found
+    try:
+        with silent(), training_microbatch(MicrobatchDocuments(range(len(LENGTHS)), LENGTHS, task.pads)):
+            logits = model(**packed_inputs(documents, device, positions=task.item == "rows")).logits
+            logits.float().sum().backward()
+        return any(p.grad is None for p in model.parameters() if p.requires_grad)
+    finally:
+        model.zero_grad()
+        model.train(mode)
+        restore_attention_type(model)
