@@ -142,7 +142,7 @@ def test_verdicts_that_cannot_be_read_are_ties_that_are_counted_and_most_of_them
     mumbled = [*ROWS, {"id": 4, "prompt": "mumble", "text": "gold", "reference": "tin"}]
     others = {row["id"]: row["reference"] for row in mumbled}
     judged = judge_answers(Judging(command, None, "reference", others), mumbled, ALONE, seed=0)
-    assert judged is not None and judged.unreadable == judged.facts["unreadable"] == 2
+    assert judged is not None and judged.facts["unreadable"] == 2
     assert judged.of_rows[-1] == {"judge": 0.5, "judge_orders": [0.5, 0.5]}
     with pytest.raises(UserError, match=r"2 \(100.0%\) of its 2 verdicts cannot be read"):
         judge_answers(Judging(command, None, "reference", others), mumbled[-1:], ALONE, seed=0)

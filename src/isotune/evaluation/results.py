@@ -173,7 +173,7 @@ def write_aligned_result(
     content = {**{name: facts[name] for name in FACTS[:4]}, **known, **facts}
     content |= {"metric_modules": scores.modules} if scores.modules else {}
     undefined = dict.fromkeys(scores.undefined)
-    content["undefined"] = scores.undefined
+    content |= {"undefined": scores.undefined} if scores.undefined else {}
     if duplicates := sorted(content.keys() & {**scores.metrics, **undefined}):
         raise ValueError(f"names of both a fact and a metric: {duplicates}")
     folder.mkdir(parents=True, exist_ok=True)
