@@ -48,7 +48,9 @@ def test_weights_are_those_of_stock_eager_attention_and_the_model_is_left_as_it_
         expected = stock(ids, attention_mask=torch.ones_like(ids), output_attentions=True).attentions
     np.testing.assert_allclose(attention.weights, torch.cat(expected).numpy(), atol=1e-6)
     assert attention.rolled.sum() == pytest.approx(1)
-    assert len(attention.words) == len(attention.rolled) == attention.word_of.max() + 1
+    words, word_of = words_of(classifier.tokenizer, ids[0].tolist())
+    assert attention.words == words and len(attention.rolled) == word_of.max() + 1
+    assert attention.special.tolist() == [word in classifier.tokenizer.all_special_tokens for word in words]
 
 
 def test_rolled_out_attention_is_the_sum_over_all_paths():
@@ -133,7 +135,7 @@ def of_attention(count: int, heads: int) -> Attention:
     weights = np.random.default_rng(0).dirichlet(np.ones(count), size=(1, heads, count)).astype(np.float32)
     tokens, special = ["[CLS]", *[f"t{k}" for k in range(count - 2)], "[SEP]"], np.zeros(count, bool)
     special[[0, -1]] = True
-    return Attention(tokens, tokens, np.arange(count), weights, rollout(weights)[0], special)
+    return Attention(tokens, tokens, weights, rollout(weights)[0], special)
 
 
 def test_the_title_of_a_drawing_says_what_is_predicted_by_the_label_thresholds(figures, tmp_path, monkeypatch):

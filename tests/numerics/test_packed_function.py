@@ -366,7 +366,8 @@ def test_a_window_is_lost_where_a_layer_of_its_kind_was_given_none(kinds: Any, g
     windows = Windows(asked, dict(enumerate(given)))
     config = LlamaConfig()
     config.layer_types = kinds
-    assert windows.lost(config, 1_000) == lost
+    reason = windows.lost(config, 1_000)
+    assert reason == (lost and f"only its mask knows its window of {lost} tokens")
     assert windows.lost(config, 7) is None
 
 
