@@ -1,8 +1,9 @@
-"""Runs the shipped script with gradients that are counted: their sum is known, and bf16 cannot hold it.
+"""Runs the shipped script with gradients that are counted: their sum is known, and 16 bits cannot hold it.
 
-The arguments are those of train/sft_opt.py. In each step the first microbatch of rank 0 has the gradient 256 in one
-element of the head's weight and every other microbatch 1; all other elements have 0. The loss stays what it is, and is
-not divided by tokens. With STOCK_POLICY in the environment FSDP2 gets accelerate's own precision.
+The arguments are those of train/sft_opt.py. In each step the first microbatch of rank 0 has the first whole number
+after which the precision leaves one out (bf16: 256, fp16: 2,048) as the gradient of one element of the head's weight,
+and every other microbatch 1; all other elements have 0. The loss stays what it is, and is not divided by tokens. With
+STOCK_POLICY in the environment FSDP2 gets accelerate's own precision.
 """
 
 import os
@@ -13,9 +14,6 @@ import torch
 from isotune.training import from_recipe, trainer
 from isotune.training.tasks import SftTask
 from isotune.training.update import OptimizerUpdate
-
-LARGE, SMALL = 256.0, 1.0
-
 
 def main() -> None:
     """Train."""
@@ -31,7 +29,8 @@ def main() -> None:
         nonlocal passes
         if not (module.training and output.requires_grad and output.ndim == 0):
             return output
-        value = LARGE if passes == 0 and os.environ.get("RANK", "0") == "0" else SMALL
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else module.weight.dtype
+        value = 2 / torch.finfo(dtype).eps if passes == 0 and os.environ.get("RANK", "0") == "0" else 1.0
         passes += 1
         counted = module.weight.flatten()[0].float() * value
         return output.detach() + 0 * output + counted - counted.detach()

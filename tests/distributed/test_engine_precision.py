@@ -1,4 +1,4 @@
-"""bf16 under every engine: 16 bits are for products, not for losses, sums of gradients or the weights that are trained.
+"""bf16 and fp16 under every engine: 16 bits are for products, not for losses, sums of gradients or the weights that are trained.
 
 `pytest tests/distributed/test_engine_precision.py -m slow -s` prints how far bf16 is from bf16 in one plain process.
 """
@@ -15,7 +15,11 @@ LOSS = 1e-3  # relative, of any step and of the evaluation
 ROWS = 8  # of a step: as many microbatches
 ON_CPU_IN_FP16 = ("DDP on 2", "FSDP2 on 2")  # DeepSpeed's needs a GPU
 NAMES = ("DDP on 2", "ZeRO-1 on 2", "ZeRO-2 on 2", "ZeRO-3 on 2", "ZeRO-3 + offload on 2", "FSDP2 on 2")
-ONE_LAUNCH = [name if name == "FSDP2 on 2" else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+ONE_LAUNCH = [
+    pytest.param(name, precision, marks=[] if (name, precision) == ("FSDP2 on 2", "bf16") else pytest.mark.slow)
+    for precision, names in (("bf16", NAMES), ("fp16", ON_CPU_IN_FP16))
+    for name in names
+]
 COUNTED = {"script": "tests/distributed/counted_gradients.py"}
 PRECISIONS = ("precision", "accumulation_dtype", "reduction_dtype", "output_dtype")
 
@@ -24,27 +28,29 @@ def effective(finished: Finished) -> tuple:
     return tuple(finished.environment["in_effect"][key] for key in PRECISIONS)
 
 
-def is_bf16(number: float) -> bool:
-    """Whether bf16 holds the number, but for the rounding of fp32."""
-    return number == pytest.approx(torch.tensor(number).bfloat16().item(), rel=1e-7)
+def fits(number: float, precision: str) -> bool:
+    """Whether 16 bits hold the number, but for the rounding of fp32."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return number == pytest.approx(torch.tensor(number).to(dtype).item(), rel=1e-7)
 
 
 def launch(folder: Path, one: Engine, runs: dict[str, dict], **more) -> dict[str, Finished]:
     return start_together(folder, runs, processes=one.processes, config=config_of(one, folder.parent), **more)
 
 
-@pytest.mark.parametrize("name", ONE_LAUNCH)
-def test_losses_and_sums_of_gradients_are_fp32(tmp_path: Path, name):
-    recipe = TINY | {"bf16": True, "save_strategy": "no", "max_steps": 2, "global_batch_size": ROWS}
+@pytest.mark.parametrize(("name", "precision"), ONE_LAUNCH)
+def test_losses_and_sums_of_gradients_are_fp32(tmp_path: Path, name, precision):
+    recipe = TINY | {precision: True, "save_strategy": "no", "max_steps": 2, "global_batch_size": ROWS}
     runs = {"many": recipe, "one": recipe | {"global_batch_size": 1, "max_steps": 4}}
     done = launch(tmp_path / "runs", engine(name), runs, **COUNTED)
-    # 256 + 7, of two ranks with four microbatches each: bf16 holds every second number beyond 256
-    assert [step["grad_norm"] for step in done["many"].steps] == [256 + ROWS - 1] * 2
+    # of two ranks with four microbatches each; beyond the large one 16 bits hold every second number
+    large = {"bf16": 256, "fp16": 2048}[precision]
+    assert [step["grad_norm"] for step in done["many"].steps] == [large + ROWS - 1] * 2
     # one microbatch a step: the loss of the step is the sum that the engine returned
     losses = [step["loss"] for step in done["one"].steps]
-    assert len(losses) == 4 and not all(map(is_bf16, losses)), losses
+    assert len(losses) == 4 and not all(fits(loss, precision) for loss in losses), losses
     for finished in done.values():
-        assert effective(finished) == ("bf16", "float32", "float32", None)
+        assert effective(finished) == (precision, "float32", "float32", None)
         assert "note        gradients" not in finished.stdout
 
 

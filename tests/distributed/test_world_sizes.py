@@ -100,6 +100,7 @@ def zero3_without_persistent_weights(folder: Path) -> str:
         slow("fsdp2.yaml", 4, BOTH),
         slow("zero3.yaml", 2, BOTH),
         slow("zero3.yaml", 3, BOTH),
+        slow("zero3.yaml", 4, BOTH),
         slow(zero3_without_persistent_weights, 2, BOTH),
         slow("zero3_offload.yaml", 2, BOTH),
     ],
