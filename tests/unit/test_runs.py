@@ -57,6 +57,11 @@ def test_a_run_is_running_while_its_process_lives_and_killed_afterwards(tmp_path
         holder.kill()
         holder.wait()
     assert state_of_run(run).state == "killed"
+    for status in ("preempted", "failed"):
+        (run / "status.json").write_text(json.dumps({"status": status, "pid": holder.pid + 1}))
+        assert state_of_run(run).state == "killed", "the attempt before says it, and the last one was killed since"
+        (run / "status.json").write_text(json.dumps({"status": status, "pid": holder.pid}))
+        assert state_of_run(run).state == status
 
 
 def test_a_run_on_another_machine_runs_as_long_as_its_heart_beats(tmp_path):

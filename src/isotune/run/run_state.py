@@ -14,7 +14,7 @@ from isotune.io.errors import UserError
 from isotune.io.reading import Unreadable
 from isotune.io.run_files import ENVIRONMENT, RECIPE, STATUS, or_empty, read_recipe_values, read_status
 from isotune.run.metrics_file import METRICS, read_progress
-from isotune.run.run_lease import ATTEMPTS_DIR, holder_is_alive
+from isotune.run.run_lease import ATTEMPT_RECORD, ATTEMPTS_DIR, Attempt, RunLease, holder_is_alive
 
 FILES = (RECIPE, ENVIRONMENT, STATUS, METRICS)  # whose times tell when a run did something last
 
@@ -104,7 +104,16 @@ def _state(run: Path, status: dict[str, Any]) -> str:
     said = status.get("status")
     if said == "running" or (said is None and ((run / ATTEMPTS_DIR).is_dir() or (run / STATUS).exists())):
         return "killed"
+    if said in ("preempted", "failed") and _is_of_earlier_attempt(run, status):
+        return "killed"
     return said or "not started"
+
+
+def _is_of_earlier_attempt(run: Path, status: dict[str, Any]) -> bool:
+    """Whether the last attempt took the lease and then neither ended nor said anything: it was killed before a step."""
+    unended = RunLease(run).active()
+    last = Attempt.read(unended[-1] / ATTEMPT_RECORD) if unended else None
+    return last is not None and status.get("pid", last.pid) != last.pid
 
 
 def _last_change(run: Path) -> float:
