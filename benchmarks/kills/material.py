@@ -41,7 +41,7 @@ def write_recipe(folder: Path, model: Path) -> Path:
         "save_steps": 2,
         "eval_steps": 4,
         "metric_for_best_model": "eval_loss",
-        "ddp_timeout": 20,  # a rank that hangs ends the attempt within a minute
+        "ddp_timeout": 60,  # a rank that hangs ends the attempt within two minutes
         "sample_prompt": "",
         "disable_tqdm": True,
     }
