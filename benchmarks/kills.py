@@ -37,7 +37,7 @@ from pathlib import Path
 
 from kills import forks
 from kills.attempts import Attempts, KilledRun, make_reference
-from kills.drawing import ENGINES, draw_run
+from kills.drawing import draw_run
 from kills.harm import small_disk
 from kills.material import make_model
 from kills.record import Record, table, write_table
@@ -91,7 +91,6 @@ def kill_runs(given: argparse.Namespace, record: Record, output: Path, disk: Pat
     model, began = output / "model", time.monotonic()
     if not model.is_dir():
         forks.run_alone(lambda: make_model(model), output / "model.log")
-    references = {engine: make_reference(engine, output / "reference" / engine, model) for engine in ENGINES}
     if disk is None:
         print("no disk is ever full: only root can mount a small one", flush=True)
     number = given.repeat if given.repeat is not None else len(record.runs)
@@ -99,10 +98,11 @@ def kill_runs(given: argparse.Namespace, record: Record, output: Path, disk: Pat
         if given.stop_after_seconds and time.monotonic() - began > given.stop_after_seconds:
             return
         plan, key, started = draw_run(given.seed, number), {"seed": given.seed, "run": number}, time.monotonic()
+        reference = make_reference(plan.engine, output / "reference" / plan.engine, model)
         attempts = Attempts(plan.engine, (disk or output / "runs") / f"run-{number}", output / f"logs-{number}", model)
         add: Callable[..., object] = print if given.repeat is not None else record.add
         tell = functools.partial(_add, add, key)
-        ended = KilledRun(plan, attempts, references[plan.engine], disk, tell).carry_out()
+        ended = KilledRun(plan, attempts, reference, disk, tell).carry_out()
         line = {**key, **ended, "seconds": round(time.monotonic() - started, 1)}
         add(line)
         show(line, attempts, output)

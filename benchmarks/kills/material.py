@@ -37,6 +37,7 @@ def write_recipe(folder: Path, model: Path) -> Path:
         "learning_rate": 1e-3,
         "max_seq_length": 64,
         "global_batch_size": 3,
+        "microbatch_tokens": 128,  # two rows: each of two ranks has a microbatch in a step
         "max_steps": STEPS,
         "save_steps": 2,
         "eval_steps": 4,
