@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
+
 from isotune.checkpoint.store import CheckpointStore
 from isotune.commands.runs import list_runs
 from kills.drawing import ALL, LAUNCHER, ONE, STOPPED, TERM, Kill
@@ -17,15 +19,20 @@ CARD = "README.md"
 
 
 def result_of(run: Path) -> dict[str, str]:
-    """What must be the same whatever happened to a run, by name: its model, its lines, its last training state."""
-    found = {f"model/{path.name}": _digest(path) for path in sorted((run / "model").iterdir())}
-    found["loss_curve.png"] = _digest(run / "loss_curve.png")
+    """What must be the same whatever happened to a run, by name: its model, its lines, its last training state.
+
+    The model card is left out: it names the run's folder, and times.
+    """
+    found = {"loss_curve.png": _digest(run / "loss_curve.png")}
+    for path in sorted((run / "model").iterdir()):
+        if path.name != CARD:
+            found |= _digests(f"model/{path.name}", path)
     for number, line in enumerate((run / "metrics.jsonl").read_text().splitlines(), start=1):
         values = {key: value for key, value in json.loads(line).items() if key not in TIMED}
         found[f"metrics.jsonl, line {number}"] = json.dumps(values, sort_keys=True)
     last = CheckpointStore(run / "checkpoints").folders()[-1]
     for path in [*sorted((last / "tensors").iterdir()), last / "state.json"]:
-        found[f"{last.name}/{path.relative_to(last)}"] = _digest(path)
+        found |= _digests(f"{last.name}/{path.relative_to(last)}", path)
     return found
 
 
@@ -152,6 +159,17 @@ def _parsed(line: str) -> dict[str, Any]:
 
 def _is_trained(run: Path) -> bool:
     return (run / "model").is_dir()
+
+
+def _digests(name: str, path: Path) -> dict[str, str]:
+    """The digest of a file, or of each tensor in it: the order of the words in a header is no result."""
+    if path.suffix != ".safetensors":
+        return {name: _digest(path)}
+    found = {}
+    for tensor, content in safetensors.deserialize(path.read_bytes()):
+        of_form = f"{content['dtype']} {content['shape']} ".encode()
+        found[f"{name}: {tensor}"] = hashlib.sha256(of_form + bytes(content["data"])).hexdigest()
+    return found
 
 
 def _digest(path: Path) -> str:

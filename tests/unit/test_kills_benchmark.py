@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 from tests.conftest import REPOSITORY
 
 from isotune.checkpoint.manifest import Manifest, record_file
@@ -38,8 +40,9 @@ def run(tmp_path: Path) -> Path:
         folder.mkdir(parents=True)
     for name in ("recipe.yaml", "environment.json", "loss_curve.png", "model/config.json", "model/README.md"):
         (run / name).write_text("{}")
-    (run / "model" / "model.safetensors").write_bytes(bytes(range(200)))
-    (checkpoint / "tensors" / "shard-00001.safetensors").write_bytes(bytes(range(100)))
+    weight, moment = np.arange(20, dtype=np.float32), np.arange(30, dtype=np.float32)
+    (run / "model" / "model.safetensors").write_bytes(save({"weight": weight}))
+    (checkpoint / "tensors" / "shard-00001.safetensors").write_bytes(save({"weight": weight, "z moment": moment}))
     (checkpoint / "state.json").write_text('{"step": 3}')
     lines = [{"step": step, "loss": 2.0 - 0.1 * step, "step_seconds": 0.5} for step in (1, 2, 3)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -67,10 +70,10 @@ def next_number(file: Path) -> None:
 
 
 CHANGES: dict[str, tuple[str, Callable[[Path], None]]] = {
-    "model/model.safetensors": ("model/model.safetensors", lambda file: flip(file, 150)),
-    "step-00000003/tensors/shard-00001.safetensors": (
+    "model/model.safetensors: weight": ("model/model.safetensors", lambda file: flip(file, -1)),
+    "step-00000003/tensors/shard-00001.safetensors: z moment": (
         "checkpoints/step-00000003/tensors/shard-00001.safetensors",
-        lambda file: flip(file, 0),
+        lambda file: flip(file, -120),
     ),
     "step-00000003/state.json": ("checkpoints/step-00000003/state.json", lambda file: flip(file, 9)),
     "metrics.jsonl, line 2": ("metrics.jsonl", next_number),
@@ -81,9 +84,10 @@ CHANGES: dict[str, tuple[str, Callable[[Path], None]]] = {
 def test_one_bit_is_a_difference_and_its_name_is_said(kills, run, tmp_path, name):
     other = tmp_path / "other"
     shutil.copytree(run, other)
+    (other / "model" / "README.md").write_text("made elsewhere")
     (other / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().replace("0.5", "0.7"))
     expected = kills.checks.result_of(run)
-    assert kills.checks.differences(kills.checks.result_of(other), expected) == [], "times may differ"
+    assert kills.checks.differences(kills.checks.result_of(other), expected) == [], "times and the card may differ"
     file, change = CHANGES[name]
     change(other / file)
     assert kills.checks.differences(kills.checks.result_of(other), expected) == [name]
