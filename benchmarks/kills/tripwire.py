@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -47,7 +47,7 @@ class Tripwire:
         self.run, self.kill, self.number, self.delay_seconds = str(run), kill, number, delay_seconds
         self.report, self.rank, self.phase, self.said = report, 0, "start", "its start"
         self.counts: Counter[str] = Counter()
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._entered = time.monotonic()
         self._tripped = False
         self._removing: str | None = None
