@@ -15,6 +15,7 @@ from isotune.commands.runs import list_runs
 from kills.drawing import ALL, LAUNCHER, ONE, STOPPED, TERM, Kill
 
 TIMED = {"step_seconds", "tokens_per_second", "peak_memory_bytes", "eval_seconds"}
+PLACE = {"evaluation_due", "epoch_end_done"}  # of a checkpoint within its step, where a stop was asked for
 CARD = "README.md"
 
 
@@ -31,9 +32,10 @@ def result_of(run: Path) -> dict[str, str]:
         values = {key: value for key, value in json.loads(line).items() if key not in TIMED}
         found[f"metrics.jsonl, line {number}"] = json.dumps(values, sort_keys=True)
     last = CheckpointStore(run / "checkpoints").folders()[-1]
-    for path in [*sorted((last / "tensors").iterdir()), last / "state.json"]:
-        found |= _digests(f"{last.name}/{path.relative_to(last)}", path)
-    return found
+    for path in sorted((last / "tensors").iterdir()):
+        found |= _digests(f"{last.name}/tensors/{path.name}", path)
+    state = json.loads((last / "state.json").read_text())
+    return found | {f"{last.name}/state.json: {key}": json.dumps(state[key]) for key in state if key not in PLACE}
 
 
 def files_of(folder: Path) -> dict[str, str]:

@@ -43,7 +43,7 @@ def run(tmp_path: Path) -> Path:
     weight, moment = np.arange(20, dtype=np.float32), np.arange(30, dtype=np.float32)
     (run / "model" / "model.safetensors").write_bytes(save({"weight": weight}))
     (checkpoint / "tensors" / "shard-00001.safetensors").write_bytes(save({"weight": weight, "z moment": moment}))
-    (checkpoint / "state.json").write_text('{"step": 3}')
+    (checkpoint / "state.json").write_text('{"step": 3, "evaluation_due": false}')
     lines = [{"step": step, "loss": 2.0 - 0.1 * step, "step_seconds": 0.5} for step in (1, 2, 3)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     files = tuple(record_file(checkpoint, path) for path in sorted(checkpoint.rglob("*")) if path.is_file())
@@ -75,7 +75,7 @@ CHANGES: dict[str, tuple[str, Callable[[Path], None]]] = {
         "checkpoints/step-00000003/tensors/shard-00001.safetensors",
         lambda file: flip(file, -120),
     ),
-    "step-00000003/state.json": ("checkpoints/step-00000003/state.json", lambda file: flip(file, 9)),
+    "step-00000003/state.json: step": ("checkpoints/step-00000003/state.json", lambda file: flip(file, 9)),
     "metrics.jsonl, line 2": ("metrics.jsonl", next_number),
 }
 
@@ -85,9 +85,12 @@ def test_one_bit_is_a_difference_and_its_name_is_said(kills, run, tmp_path, name
     other = tmp_path / "other"
     shutil.copytree(run, other)
     (other / "model" / "README.md").write_text("made elsewhere")
+    (other / "checkpoints/step-00000003/state.json").write_text('{"step": 3, "evaluation_due": true}')
     (other / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().replace("0.5", "0.7"))
     expected = kills.checks.result_of(run)
-    assert kills.checks.differences(kills.checks.result_of(other), expected) == [], "times and the card may differ"
+    assert kills.checks.differences(kills.checks.result_of(other), expected) == [], (
+        "times, the card and whether an evaluation came after the checkpoint may differ"
+    )
     file, change = CHANGES[name]
     change(other / file)
     assert kills.checks.differences(kills.checks.result_of(other), expected) == [name]
