@@ -19,7 +19,7 @@ from kills.harm import full_but_for, harm_newest
 from kills.material import STEPS, write_recipe
 from kills.tripwire import Tripwire
 
-ATTEMPT_SECONDS = 900.0
+ATTEMPT_SECONDS = 200.0  # twice what ddp_timeout and the launcher allow
 LAST_ATTEMPTS = 3  # that are left alone, before a run counts as one that cannot be finished
 REACH = 0.3  # of the events of a phase of training, within which a kill is drawn: later kills need steps too
 STEP_SPREAD = 1.5  # of the room that a run needs, what a full disk leaves at most

@@ -61,7 +61,8 @@ def _row(name: str, kills: Sequence[dict[str, Any]], record: Record) -> str:
     runs = {kill["run"] for kill in kills}
     equal = sum(record.runs[run]["result"] == "equal" for run in runs)
     true = sum(not kill["untruths"] for kill in kills)
-    failures = sum(record.runs[run]["result"] != "equal" for run in runs) + len(kills) - true
+    hung = sum(kill["exit_status"] is None for kill in kills)
+    failures = sum(record.runs[run]["result"] != "equal" for run in runs) + len(kills) - true + hung
     cells = [name, *(str(kinds[kind]) for kind in KINDS), str(len(runs)), str(equal), str(true), str(failures)]
     return f"| {' | '.join(cells)} |"
 

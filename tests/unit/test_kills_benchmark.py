@@ -179,6 +179,7 @@ def test_a_kill_inside_a_write_leaves_half_of_it(kills, tmp_path):
 def test_a_run_without_its_end_is_not_counted_and_the_table_counts_the_others(kills, tmp_path):
     record = kills.record.Record(tmp_path / "kills-0.jsonl")
     line = {"engine": "ddp", "phase": "step", "kind": "SIGTERM", "reached": {}, "untruths": [], "harm_done": None}
+    line["exit_status"] = 1
     for run, attempt in ((0, 1), (0, 2), (1, 1)):
         record.add({**line, "run": run, "attempt": attempt})
     record.add({"run": 0, "result": "equal", "problems": []})
@@ -187,6 +188,8 @@ def test_a_run_without_its_end_is_not_counted_and_the_table_counts_the_others(ki
     assert "| step | 0 | 0 | 2 | 0 | 0 | 1 | 1 | 2 | 0 |" in kills.record.table(again)
     again.add({"run": 1, "result": "different", "problems": ["differs"]})
     assert "| all | 0 | 0 | 3 | 0 | 0 | 2 | 1 | 3 | 1 |" in kills.record.table(again)
+    again.add({**line, "run": 1, "attempt": 1, "exit_status": None})
+    assert "| step | 0 | 0 | 3 | 0 | 0 | 2 | 1 | 3 | 2 |" in kills.record.table(again), "one hung"
     page = tmp_path / "page.md"
     page.write_text(f"before\n{kills.record.BEGIN}old\n{kills.record.END}after\n")
     kills.record.write_table(page, "new\n")
