@@ -136,7 +136,7 @@ def packing(share: float, scratch: Path) -> Callable[[], dict[str, Any]]:
 
 def schedule(share: float, scratch: Path) -> Callable[[], dict[str, Any]]:
     """Steps of four rows a rank, as every rank lays them out."""
-    from isotune.data.batch_schedule import StepSchedule
+    from isotune.data.batch_schedule import StepSchedule, share_of_rank
     from isotune.data.packing import one_document_per_row
 
     lengths = _lengths(round(100_000_000 * share))
@@ -151,10 +151,11 @@ def schedule(share: float, scratch: Path) -> Callable[[], dict[str, Any]]:
         laid.step(0)
         started = time.process_time()
         steps = [laid.step(number) for number in range(1, 1 + STEPS_MEASURED)]
+        own = [share_of_rank(step, RANKS, RANKS // 2) for step in steps]
         milliseconds = (time.process_time() - started) / STEPS_MEASURED * 1e3
-        loads = np.zeros(RANKS)
-        for microbatch in steps[0].microbatches:
-            loads[microbatch.rank or 0] += microbatch.cost
+        assert all(own), "every rank has its four rows"
+        microbatches = steps[0].microbatches
+        loads = np.bincount(np.asarray(microbatches.ranks), microbatches.costs, RANKS)
         found = {"documents": len(lengths), "ranks": RANKS, "rows_per_step": batch}
         found |= {"milliseconds_per_step_and_rank": milliseconds, "imbalance": float(loads.max() / loads.mean())}
         return found | {"bytes_per_document": sum(a.nbytes for a in vars(laid).values() if isinstance(a, np.ndarray))

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from isotune.data import balance
 from isotune.data.balance import share_out
 from isotune.data.batch_schedule import (
-    Microbatch,
+    LaidMicrobatches,
     Step,
     StepSchedule,
     assign_to_ranks,
@@ -263,7 +263,9 @@ def test_a_bigger_microbatch_changes_neither_documents_nor_denominator_of_a_step
 
 
 def made_step(costs: list[float]) -> Step:
-    return Step(0, 0, tuple(Microbatch(i, (i,), 10, 5, cost) for i, cost in enumerate(costs)))
+    each = np.arange(len(costs) + 1)
+    laid = LaidMicrobatches(each[:-1], each, np.full(len(costs), 10), np.full(len(costs), 5), np.array(costs))
+    return Step(0, 0, laid)
 
 
 @settings(deadline=None, max_examples=60)

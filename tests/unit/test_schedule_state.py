@@ -3,13 +3,16 @@
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_linear_schedule_with_warmup
 
+from isotune.data.batch_schedule import LAYOUT, StepSchedule
+from isotune.data.packing import one_document_per_row
 from isotune.io.errors import RunFault
-from isotune.training.checkpointer import restore_schedule, schedule_state
+from isotune.training.checkpointer import is_laid_out_otherwise, restore_schedule, schedule_state
 
 STEPS = 10
 
@@ -57,3 +60,17 @@ def test_another_kind_of_schedule_is_refused():
     assert isinstance(first.lr_scheduler, LambdaLR)
     with pytest.raises(RunFault, match="does not fit StepLR"):
         restore_schedule(second, schedule_state(first))
+
+
+@pytest.mark.parametrize(
+    ("batch", "ranks", "is_large"),
+    [(1_024, 256, False), (1_032, 256, True), (1_032, None, False), (16_384, 4_096, True), (7, 3, False)],
+)
+def test_a_run_does_not_go_on_in_silence_with_steps_that_are_shared_out_otherwise(batch, ranks, is_large):
+    lengths = np.full(20_000, 5)
+    schedule = StepSchedule(
+        SimpleNamespace(lengths=lengths, supervised_counts=lengths), one_document_per_row(20_000),
+        global_batch_size=batch, microbatch_tokens=64, ranks=ranks, seed=0,
+    )  # fmt: skip
+    assert is_laid_out_otherwise({"step": 3}, schedule) == is_large
+    assert not is_laid_out_otherwise({"step": 3, "layout": LAYOUT}, schedule)

@@ -11,7 +11,8 @@ For a model that pads, the documents of a step are, each by itself, and those of
 `collate` makes the tensors of a microbatch.
 """
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NotRequired, TypedDict, cast
@@ -20,13 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isotune.data.balance import share_out
-from isotune.data.documents import FIRST_TYPE, Documents, Rows
+from isotune.data.balance import MANY, deal, share_out
+from isotune.data.documents import FIRST_TYPE, Documents, Rows, starts_of, sums_of
 from isotune.data.packing import pack
 
 # Attention costs as much as all matrix products together at about 12 x hidden size tokens (24 d^2 multiplications a
 # token and layer against 2 d a causal neighbour); 12,288 is that length for a hidden size of 1,024.
 ATTENTION_PARITY_TOKENS = 12_288
+LAYOUT = 2  # raised where steps are laid out otherwise: since 2 the large ones (`StepSchedule.is_large`) are
 
 
 @dataclass(frozen=True)
@@ -42,28 +44,63 @@ class Microbatch:
     weight: float = 1.0  # 0 where a rank runs the forward only because the other ranks still communicate
 
 
+@dataclass(frozen=True, eq=False)
+class LaidMicrobatches:
+    """The microbatches of a step as arrays; each is made when it is asked for.
+
+    A launch of thousands of ranks has thousands a step. Every rank lays all of them out, and runs a few.
+    """
+
+    documents: np.ndarray  # int64, those of microbatch 0 first
+    starts: np.ndarray  # int64 [microbatches + 1], places in `documents`; no microbatch is empty
+    tokens: np.ndarray  # int64 [microbatches]
+    supervised_tokens: np.ndarray  # int64 [microbatches]
+    costs: np.ndarray  # float64 [microbatches]
+    ranks: np.ndarray | None = None  # int64 [microbatches]; None where `assign_to_ranks` decides
+
+    def __len__(self) -> int:
+        return len(self.costs)
+
+    def __getitem__(self, number: int) -> Microbatch:
+        number = range(len(self))[number]
+        return Microbatch(
+            number=number,
+            documents=tuple(self.documents[self.starts[number] : self.starts[number + 1]].tolist()),
+            tokens=int(self.tokens[number]),
+            supervised_tokens=int(self.supervised_tokens[number]),
+            cost=float(self.costs[number]),
+            rank=None if self.ranks is None else int(self.ranks[number]),
+        )
+
+    def __iter__(self) -> Iterator[Microbatch]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LaidMicrobatches) and tuple(self) == tuple(other)
+
+
 @dataclass(frozen=True)
 class Step:
     """One optimizer update: its microbatches and the global counts that its loss is divided by."""
 
     number: int
     epoch: int
-    microbatches: tuple[Microbatch, ...]
+    microbatches: LaidMicrobatches
 
     @property
     def supervised_tokens(self) -> int:
         """The denominator of the loss: targets in the whole global batch, over all ranks; a label is one target."""
-        return sum(m.supervised_tokens for m in self.microbatches)
+        return int(self.microbatches.supervised_tokens.sum())
 
     @property
     def input_tokens(self) -> int:
         """Tokens in the global batch, over all ranks."""
-        return sum(m.tokens for m in self.microbatches)
+        return int(self.microbatches.tokens.sum())
 
     @property
     def documents(self) -> int:
         """Documents in the global batch."""
-        return sum(len(m.documents) for m in self.microbatches)
+        return len(self.microbatches.documents)
 
 
 class StepSchedule:
@@ -107,6 +144,12 @@ class StepSchedule:
         """Optimizer updates that see every row once."""
         return -(-len(self.rows) // self.global_batch_size)
 
+    @property
+    def is_large(self) -> bool:
+        """Whether `deal` is quick for a step: its rows, or documents that are padded, times the ranks are many."""
+        documents = -(-len(self._lengths) // (len(self.rows) * self.rows.epochs)) if self.padded else 1
+        return self.global_batch_size * documents * (self.ranks or 0) > MANY
+
     def _shuffled_rows(self, epoch: int) -> np.ndarray:
         rows = np.arange(len(self.rows))
         if self.shuffle:
@@ -117,11 +160,39 @@ class StepSchedule:
         """Step `number`, counted from 0 over the whole run."""
         epoch, within = divmod(number, self.steps_per_epoch)
         rows = self._order(epoch)[within * self.global_batch_size : (within + 1) * self.global_batch_size]
-        items = self._documents(rows) if self.padded else rows
-        shares = [items] if self.ranks is None else [items[m] for m in share_out(self._costs[items], self.ranks)]
-        cut = [self._of_similar_length(share) for share in shares] if self.padded else self._cut(shares)
-        groups = [(None if self.ranks is None else rank, group) for rank, share in enumerate(cut) for group in share]
-        return Step(number, epoch, tuple(self._microbatch(i, *group) for i, group in enumerate(groups)))
+        items, bounds = self._shared_out(self.rows.locate(rows)[1] if self.padded else rows)
+        if not self.padded and sums_of(self._tokens[items], bounds).max() <= self.microbatch_tokens:
+            ranks = np.flatnonzero(np.diff(bounds))  # a forward for each share that is not empty
+            bounds = np.append(bounds[ranks], len(items))
+        else:
+            shares = np.split(items, bounds[1:-1])
+            cut = [self._of_similar_length(share) for share in shares] if self.padded else self._cut(shares)
+            ranks = np.repeat(np.arange(len(cut)), list(map(len, cut)))
+            groups = [group for share in cut for group in share]
+            items, bounds = np.concatenate(groups), starts_of(np.array(list(map(len, groups))))
+        return Step(number, epoch, self._laid(items, bounds, None if self.ranks is None else ranks))
+
+    def _shared_out(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows or documents, those of the first share first, and where each share starts: int64 [shares + 1]."""
+        if self.ranks is None:
+            return items, np.array([0, len(items)])
+        share_of = deal(self._costs[items], self.ranks, quick=True)
+        return items[np.argsort(share_of, kind="stable")], starts_of(np.bincount(share_of, minlength=self.ranks))
+
+    def _laid(self, items: np.ndarray, bounds: np.ndarray, ranks: np.ndarray | None) -> LaidMicrobatches:
+        """Groups of rows or documents, which start at `bounds`, as microbatches."""
+        documents = items
+        if not self.padded:
+            starts, documents = self.rows.locate(items)
+            bounds = starts[bounds]
+        lengths = filled = self._lengths[documents]
+        if self.padded:
+            filled = np.repeat(np.maximum.reduceat(lengths, bounds[:-1]), np.diff(bounds))
+        tokens, supervised, costs = (
+            np.add.reduceat(values, bounds[:-1])
+            for values in (lengths, self._supervised[documents], document_costs(filled))
+        )
+        return LaidMicrobatches(documents, bounds, tokens, supervised, costs, ranks)
 
     def costliest(self, steps: int) -> tuple[Step, Microbatch]:
         """Of the first `steps`, which are all that a run has, or of its rows: what takes most memory, and its step."""
@@ -167,21 +238,6 @@ class StepSchedule:
             ordered = ordered[count:]
         return groups
 
-    def _documents(self, rows: np.ndarray) -> np.ndarray:
-        return np.concatenate([self.rows[row] for row in rows.tolist()])
-
-    def _microbatch(self, number: int, rank: int | None, items: np.ndarray) -> Microbatch:
-        documents = items if self.padded else self._documents(items)
-        lengths = self._lengths[documents]
-        return Microbatch(
-            number=number,
-            documents=tuple(int(d) for d in documents),
-            tokens=int(lengths.sum()),
-            supervised_tokens=int(self._supervised[documents].sum()),
-            cost=microbatch_cost(np.full_like(lengths, lengths.max()) if self.padded else lengths),
-            rank=rank,
-        )
-
 
 def document_costs(lengths: np.ndarray) -> np.ndarray:
     """What the forward of each document of these lengths, int64 [documents], costs: in tokens of matrix products."""
@@ -200,18 +256,38 @@ def assign_to_ranks(step: Step, world_size: int) -> list[list[Microbatch]]:
     rank. A rank with fewer than others also gets the step's cheapest microbatch with weight zero, because sharded
     engines communicate within every forward.
     """
-    shares: list[list[Microbatch]] = [[] for _ in range(world_size)]
-    load, room = [0.0] * world_size, -(-len(step.microbatches) // world_size)
-    for microbatch in sorted(step.microbatches, key=lambda m: (-m.cost, m.number)):
-        rank = microbatch.rank
-        if rank is None:
-            rank = min((r for r in range(world_size) if len(shares[r]) < room), key=lambda r: (load[r], r))
-        shares[rank].append(microbatch)
-        load[rank] += microbatch.cost
-    per_rank = max(map(len, shares))
-    cheapest = min(step.microbatches, key=lambda m: (m.cost, m.number))
-    idle = replace(cheapest, supervised_tokens=0, weight=0.0)
-    return [sorted(share, key=lambda m: m.number) + [idle] * (per_rank - len(share)) for share in shares]
+    rank_of = _rank_of(step.microbatches, world_size)
+    return [_share(step.microbatches, rank_of, rank) for rank in range(world_size)]
+
+
+def share_of_rank(step: Step, world_size: int, rank: int) -> list[Microbatch]:
+    """The share of one rank, which `assign_to_ranks` gives it."""
+    return _share(step.microbatches, _rank_of(step.microbatches, world_size), rank)
+
+
+def _rank_of(laid: LaidMicrobatches, world_size: int) -> np.ndarray:
+    """The rank of each microbatch, int64 [microbatches]."""
+    if laid.ranks is not None:
+        return laid.ranks
+    rank_of, room = np.zeros(len(laid), np.int64), -(-len(laid) // world_size)
+    taken = [0] * world_size
+    by_load = [(0.0, rank) for rank in range(world_size)]  # a heap of the ranks with room
+    for number in np.argsort(-laid.costs, kind="stable").tolist():
+        load, rank = by_load[0]
+        rank_of[number] = rank
+        taken[rank] += 1
+        if taken[rank] < room:
+            heapq.heapreplace(by_load, (load + float(laid.costs[number]), rank))
+        else:
+            heapq.heappop(by_load)
+    return rank_of
+
+
+def _share(laid: LaidMicrobatches, rank_of: np.ndarray, rank: int) -> list[Microbatch]:
+    own = np.flatnonzero(rank_of == rank).tolist()
+    idle = int(np.bincount(rank_of).max()) - len(own)
+    cheapest = laid[int(laid.costs.argmin())]
+    return [laid[number] for number in own] + [replace(cheapest, supervised_tokens=0, weight=0.0)] * idle
 
 
 class PackedInputs(TypedDict):

@@ -160,6 +160,12 @@ class Rows:
         """The numbers of the documents in a row, counted over all epochs: int64 [documents in the row]."""
         return self.documents[self.starts[row] : self.starts[row + 1]]
 
+    def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where each of some rows starts when they lie end to end, [rows + 1], and their documents: both int64."""
+        first = self.starts[rows]
+        starts = starts_of(self.starts[rows + 1] - first)
+        return starts, self.documents[np.arange(int(starts[-1])) + np.repeat(first - starts[:-1], np.diff(starts))]
+
     def of_epoch(self, epoch: int) -> int:
         """The number of the first row of an epoch; where no epoch has rows of its own, or after the last, from 0 on."""
         return epoch % self.epochs * len(self)

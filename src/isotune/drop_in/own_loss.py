@@ -107,7 +107,7 @@ class OwnLoss(Task):
     ) -> None:
         """The items of the update, or its loss and the gradient to every logit of this rank."""
         assert self.documents is not None
-        rows = sorted(document for microbatch in step.microbatches for document in microbatch.documents)
+        rows = sorted(step.microbatches.documents.tolist())
         if self.adds_up:
             self._items = items_in_batch(self.trainer, self._batch(self.documents, rows))
             return

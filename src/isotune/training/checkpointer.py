@@ -27,6 +27,7 @@ from isotune.checkpoint.writer import TENSORS, CheckpointWriter, Snapshot
 from isotune.compat.transformers import note_best_metric
 from isotune.config import RunRecipe
 from isotune.config.run_recipe import RESUME_NEVER
+from isotune.data.batch_schedule import LAYOUT, StepSchedule
 from isotune.distributed.launch import Process
 from isotune.io.errors import Preempted, RunFault, UserError
 from isotune.run.environment import versions
@@ -35,6 +36,10 @@ from isotune.run.metrics_file import METRICS
 from isotune.run.run_dir import CHECKPOINTS, RunDir
 from isotune.training.callbacks import EarlyStop
 
+OTHER_LAYOUT = (
+    "the rows of a step are shared out to the processes otherwise than by the version that wrote the checkpoint: the "
+    "run goes on to rounding, not to the bit"
+)
 SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed 0.19
 
 
@@ -132,6 +137,7 @@ class Checkpointer(TrainerCallback):
         )
         record = {
             "step": state.global_step,
+            "layout": LAYOUT,
             "epoch_end_done": self._epoch_end_done,
             "evaluation_due": self._evaluation_due,
             "skipped_steps": trainer.update.nonfinite.skipped_steps,
@@ -168,6 +174,8 @@ class Checkpointer(TrainerCallback):
         if trainer.recorder is not None:
             trainer.recorder.go_on(self.resumption.metrics)
         trainer.args.eval_on_start = False
+        if self.process.is_main and is_laid_out_otherwise(state, trainer.plan.schedule):
+            print(f"note        {OTHER_LAYOUT}", flush=True)
 
     def load_best(self) -> None:
         """Take the weights of the best evaluation into the model that is about to be saved."""
@@ -244,6 +252,11 @@ def _read(folder: Path, engine: EngineState, *, with_optimizer: bool) -> None:
     except RuntimeError as error:
         raise RunFault(f"the checkpoint does not fit what was built from its own recipe: {error}") from error
     engine.after_reading()
+
+
+def is_laid_out_otherwise(state: dict[str, Any], schedule: StepSchedule) -> bool:
+    """Whether the version that wrote a checkpoint shares the rows of this run's steps out in another way."""
+    return state.get("layout", 1) != LAYOUT and schedule.is_large
 
 
 def schedule_state(trainer: Any) -> dict[str, Any]:

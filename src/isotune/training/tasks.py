@@ -15,7 +15,7 @@ from torch import nn
 
 from isotune.checkpoint.engine_state import reshard
 from isotune.config.task_types import MULTI_LABEL, SINGLE_LABEL
-from isotune.data.batch_schedule import Microbatch, Step, assign_to_ranks, collate, to_device
+from isotune.data.batch_schedule import Microbatch, Step, collate, share_of_rank, to_device
 from isotune.data.classification.predictions import prediction_lines
 from isotune.data.classification.thresholds import THRESHOLD, Thresholds
 from isotune.data.documents import Documents
@@ -63,7 +63,8 @@ class EvaluationRun:
                 inputs = {name: v for name, v in inputs.items() if name not in ("targets", "supervised_positions")}
             return model(**inputs, use_cache=False)
 
-        for microbatch in assign_to_ranks(self.step, self.accelerator.num_processes)[self.accelerator.process_index]:
+        state = self.accelerator
+        for microbatch in share_of_rank(self.step, state.num_processes, state.process_index):
             for documents, outputs in self.fitting.run(microbatch.documents, tokens, forward):
                 yield replace(microbatch, documents=documents), outputs
                 self.watchdog.progress(f"the evaluation after step {self.global_step}")
@@ -204,8 +205,7 @@ class ClassificationTask(Task):
 
     def denominator(self, step: Step) -> float:
         """What the loss of the global batch is divided by: its documents, for a start."""
-        documents = [document for microbatch in step.microbatches for document in microbatch.documents]
-        return self.class_loss.denominator(self.documents.labels[documents])
+        return self.class_loss.denominator(self.documents.labels[step.microbatches.documents])
 
     def count(self, outputs: Any, inputs: dict[str, Any]) -> torch.Tensor | None:
         """Documents that are right, with dropout on."""

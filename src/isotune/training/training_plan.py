@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from isotune.data.batch_schedule import Microbatch, StepSchedule, assign_to_ranks, collate
+from isotune.data.batch_schedule import Microbatch, StepSchedule, collate, share_of_rank
 from isotune.data.documents import Documents
 from isotune.training.failures.nonfinite import NonFinitePolicy
 from isotune.training.failures.out_of_memory import OutOfMemoryPolicy
@@ -76,7 +76,7 @@ class StepLoader:
     def item(self, number: int) -> dict[str, Any]:
         """Step `number` of the run, laid out by the schedule as it is now."""
         step = self.schedule.step(number)
-        microbatches = [self.microbatch(m) for m in assign_to_ranks(step, self.world_size)[self.rank]]
+        microbatches = [self.microbatch(m) for m in share_of_rank(step, self.world_size, self.rank)]
         own = [m["inputs"]["input_ids"] for m in microbatches if m["weight"]]
         tokens = torch.cat(own, dim=1) if own else torch.zeros(1, 0, dtype=torch.int64)
         return {"step": step, "microbatches": microbatches, "input_ids": tokens}

@@ -132,7 +132,7 @@ class OutOfMemoryPolicy:
         raise UserError(self._sentence(where), reason=MEMORY)
 
     def _largest_cost(self, number: int) -> float:
-        return max(microbatch.cost for microbatch in self.schedules[0].step(number).microbatches)
+        return float(self.schedules[0].step(number).microbatches.costs.max())
 
     def _resize(self, tokens: int) -> None:
         for schedule in self.schedules:
