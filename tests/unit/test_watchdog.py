@@ -156,6 +156,17 @@ def test_a_rank_that_was_killed_is_named_by_host_and_place():
     alive.stop()
 
 
+def test_nobody_is_gone_where_the_others_live_or_have_ended_and_those_who_ask_too_wait_for_no_timeout():
+    store = dist.HashStore()
+    dogs = [watch(store, rank, 3)[0] for rank in range(3)]
+    dogs[2].stop()
+    began = time.monotonic()
+    assert [dog.find_gone() for dog in dogs[:2]] == [None, None]
+    assert time.monotonic() - began < 5 * dogs[0]._pause, "a heartbeat, and what the first one found"
+    for dog in dogs[:2]:
+        dog.stop()
+
+
 def test_the_main_rank_reads_every_rank_and_the_others_read_the_main_one():
     store, ranks = dist.HashStore(), 50
     for rank in range(ranks):

@@ -1,8 +1,8 @@
-"""RUN/logs/rank-N.log: what one process of a launch of several has to say, apart from the others.
+"""logs/rank-N.log: what one process of a launch of several has to say, apart from the others.
 
-While a run trains and saves, it has what libraries log as warnings, the stack of a crash, and the traceback of an error
-that nobody expected. The terminal has one sentence instead, of the rank that failed first: what the others run into
-then follows from it.
+While a run trains and saves, or rows are evaluated or predicted, it has what libraries log as warnings, the stack of a
+crash, and the traceback of an error that nobody expected. The terminal has one sentence instead, of the rank that
+failed first: what the others run into then follows from it.
 """
 
 import contextlib
@@ -17,18 +17,17 @@ from pathlib import Path
 from typing import TextIO
 
 from isotune.io.errors import OneSentence, explain
-from isotune.io.run_files import LOGS_DIR
+from isotune.io.reading import leads_out
 
 LOGGERS = ("accelerate", "datasets", "DeepSpeed", "peft", "torch", "transformers", "trl")
 
 
 @contextlib.contextmanager
-def rank_log(run: Path, rank: int, world_size: int) -> Iterator[None]:
-    """Keep the log of a rank while the body runs; nothing where there is one process, or where RUN is not seen.
+def rank_log(file: Path, rank: int, world_size: int) -> Iterator[None]:
+    """Keep the log of a rank while the body runs; nothing for one process, or where the folder's parent is not seen.
 
     Raises what the launch agrees on in the place of an error: see `isotune.distributed.telling`.
     """
-    file = run / LOGS_DIR / f"rank-{rank}.log"
     stream = _opened(file) if world_size > 1 else None
     if stream is None:
         yield
@@ -67,6 +66,8 @@ def rank_log(run: Path, rank: int, world_size: int) -> Iterator[None]:
 
 
 def _opened(file: Path) -> TextIO | None:
+    if leads_out(file, file.parent.parent):  # a run of somebody else's may have a link to a file of the user's
+        return None
     try:
         file.parent.mkdir(exist_ok=True)
         return file.open("a", encoding="utf-8", errors="backslashreplace")

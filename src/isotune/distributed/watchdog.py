@@ -9,10 +9,12 @@ import atexit
 import contextlib
 import functools
 import json
+import os
+import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,12 +24,12 @@ from torch.distributed.distributed_c10d import Store
 from isotune.compat.torch import clone_default_store
 from isotune.distributed.ranks import several_ranks
 from isotune.distributed.telling import of_launch, told_by_ranks
-from isotune.io.errors import end_process, explain_by
+from isotune.io.errors import RankFault, end_process, explain_by, outcome_of
 
 DEFAULT_TIMEOUT_SECONDS = 1800.0  # of a launch without a recipe, whose `ddp_timeout` it is otherwise
 _CHECKS_PER_TIMEOUT = 10
 _MAX_PAUSE_SECONDS = 2.0
-_VERDICT, _SEARCH = "verdict", "search"
+_VERDICT, _SEARCH, _SEARCHED = "verdict", "search", "searched"
 
 
 @dataclass
@@ -64,6 +66,7 @@ class Watchdog:
     _store: Store | None = field(default=None, init=False)
     _stopped: threading.Event = field(default_factory=threading.Event, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
+    _is_ending: bool = field(default=False, init=False)  # this process, with a sentence
 
     def start(self) -> None:
         """Start watching through the launch's store, until `stop` or the end of this process.
@@ -71,7 +74,7 @@ class Watchdog:
         From now on an error of this rank is told to the others, and where the communication breaks the lost rank named.
         """
         if several_ranks():
-            explain_by(functools.partial(of_launch, find_gone=self.find_gone))
+            explain_by(self._explain)
             self.watch(clone_default_store("isotune/progress"), dist.get_rank(), dist.get_world_size())
             atexit.register(self.stop)
 
@@ -82,10 +85,10 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def progress(self, phase: str) -> None:
-        """Report progress in a timed phase; `phase` is what this rank does next, such as `step 7`."""
+    def progress(self, phase: str | None = None) -> None:
+        """Report progress in a timed phase; `phase` is what this rank does next, such as `step 7`; None: the same."""
         self._own.count += 1
-        self._own.phase, self._own.is_timed = phase, True
+        self._own.phase, self._own.is_timed = phase or self._own.phase, True
 
     def enter(self, phase: str) -> None:
         """Begin a phase that takes as long as it takes."""
@@ -127,27 +130,77 @@ class Watchdog:
         """
         if self._store is None:
             return None
+        patience = 2 * self._pause + 0.5
         try:
-            patience = 2 * self._pause + 0.5
-            if self._store.add(_SEARCH, 1) > 1:
-                deadline = time.monotonic() + 2 * patience
-                while time.monotonic() < deadline and told_by_ranks() is None:
-                    time.sleep(self._pause / 10)
-                return None
-            before = self._read(range(self._world_size))
-            time.sleep(patience)
-            after = self._read(range(self._world_size))
+            if self._store.add(_SEARCH, 1) == 1:
+                gone = self._without_heartbeat(patience)
+                self._store.set(_SEARCHED, "")
+            else:
+                gone = {}
+                self._wait(2 * patience, lambda: self._has(_SEARCHED) or told_by_ranks() is not None)
         except Exception:  # the store ends with the launcher
             return None
-        gone = [
-            rank
-            for rank, place in after.items()
-            if not place.has_ended and place.heartbeat == before[rank].heartbeat and rank != self._rank
-        ]
         if not gone:
             return None
-        names, are = _listed([after[rank].named(rank) for rank in gone]), "is" if len(gone) == 1 else "are"
-        return f"{names} {are} gone, killed or cut off: last in {after[gone[0]].phase}"
+        names, are = _listed([place.named(rank) for rank, place in gone.items()]), "is" if len(gone) == 1 else "are"
+        return f"{names} {are} gone, killed or cut off: last in {next(iter(gone.values())).phase}"
+
+    @contextlib.contextmanager
+    def explaining_stops(self) -> Iterator[None]:
+        """Within it SIGTERM, by which a launcher also ends the ranks that are left, first asks whether one is gone.
+
+        Then this process ends with the sentence that names it, or with the one that another rank has told. Else the
+        signal does what it did before.
+        """
+        before = signal.getsignal(signal.SIGTERM)
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        if self._thread is None or not is_main_thread or before in (None, signal.SIG_IGN):
+            yield
+            return
+        signal.signal(signal.SIGTERM, functools.partial(self._on_stop, before))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _on_stop(self, before: Any, number: int, frame: Any) -> None:
+        if self._is_ending:
+            return
+        self._is_ending = True
+        self.stop()  # first: a rank that was told to stop is not gone
+        gone = self.find_gone() if told_by_ranks() is None else None
+        if (error := told_by_ranks() or (RankFault(gone) if gone else None)) is not None:
+            end_process(str(error), *outcome_of(error))
+        signal.signal(number, before)
+        os.kill(os.getpid(), number)
+
+    def _explain(self, error: Exception, *, where: str = "") -> Exception:
+        self._is_ending = True
+        return of_launch(error, find_gone=self.find_gone, where=where)
+
+    def _without_heartbeat(self, seconds: float) -> dict[int, Place]:
+        """The other ranks that neither end nor show a sign of life within this time, by number."""
+        before = self._read(range(self._world_size))
+        silent = {rank: place for rank, place in before.items() if rank != self._rank}
+
+        def none_is_silent() -> bool:
+            for rank, place in self._read(list(silent)).items():
+                if place.has_ended or place.heartbeat != before[rank].heartbeat:
+                    del silent[rank]
+            return not silent
+
+        self._wait(seconds, none_is_silent)
+        return silent
+
+    def _wait(self, seconds: float, until: Callable[[], bool]) -> None:
+        """Ask several times a heartbeat, and once at the end."""
+        deadline = time.monotonic() + seconds
+        while not until() and time.monotonic() < deadline:
+            time.sleep(min(self._pause / 10, 0.1))
+
+    def _has(self, name: str) -> bool:
+        assert self._store is not None
+        return self._store.check([name])
 
     @property
     def _pause(self) -> float:
@@ -177,7 +230,7 @@ class Watchdog:
         while True:
             try:
                 self._write()
-                if self._rank and self._store.check([_VERDICT]):
+                if self._rank and self._has(_VERDICT):
                     self.on_timeout(self._store.get(_VERDICT).decode())
                     return
                 places = self._read(watched)

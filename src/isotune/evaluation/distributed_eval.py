@@ -4,12 +4,16 @@ An evaluation needs no engine: every process holds the whole model and evaluates
 any accelerate configuration (DDP, ZeRO-1 and 2, FSDP2). A process without rows waits for the others. Only ZeRO-3 shards
 a language model: each rank holds a part of the weights, every forward gathers them from all ranks, so all of them run
 the same number of forwards, and a rank without a batch runs an empty one.
+
+As in training a rank that hangs, falls silent or is gone is named with its host and what it did last, and each of
+several ranks has a log.
 """
 
+import contextlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,8 +24,9 @@ from accelerate.utils import gather_object
 
 from isotune.compat.deepspeed import disable_shm_transport
 from isotune.distributed.device import choose_device
+from isotune.distributed.rank_log import rank_log
 from isotune.distributed.rendezvous import rendezvous
-from isotune.distributed.watchdog import Watchdog
+from isotune.distributed.watchdog import DEFAULT_TIMEOUT_SECONDS, Watchdog
 from isotune.io.errors import RunFault, UserError, shown
 from isotune.io.reading import read_json_object
 from isotune.io.run_files import or_refuse
@@ -31,7 +36,16 @@ from isotune.models.log_control import quiet_libraries
 T = TypeVar("T")
 
 ENGINES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
-GATHER_TIMEOUT = timedelta(hours=12)  # for the slowest rank; the launcher ends the other ranks when one dies
+# Ranks wait for the slowest one, which may have much more to do. One that hangs is the watchdog's, after ddp_timeout.
+GATHER_TIMEOUT = timedelta(hours=12)
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """After how many seconds the ranks of a launch end, with one sentence."""
+
+    ddp_timeout: float = DEFAULT_TIMEOUT_SECONDS  # without progress of any, or without a sign of life of one
+    rendezvous_timeout: float | None = None  # to reach each other; None: see `isotune.distributed.rendezvous`
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,7 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    watchdog: Watchdog = field(default_factory=Watchdog, repr=False, compare=False)  # told of every batch
 
     @property
     def is_main(self) -> bool:
@@ -67,7 +82,9 @@ class Ranks:
         They are pickled between the processes; one may have none. `count` is the number of rows, numbered from 0. A row
         from two processes, or from none, is a RunFault.
         """
+        self.watchdog.progress("the gathering of the rows")
         shares = gather_object([dict(values)]) if self.world_size > 1 else [dict(values)]
+        self.watchdog.enter("the work on the gathered rows")
         if len(shares) != self.world_size:
             raise RunFault(f"{len(shares)} processes of {self.world_size} sent their rows")
         gathered: dict[int, T] = {}
@@ -82,8 +99,25 @@ class Ranks:
             raise RunFault(f"{len(gathered)} rows of {count} were evaluated: {fault}")
         return dict(sorted(gathered.items()))
 
+    @contextlib.contextmanager
+    def supervised(self, log: Path | None) -> Iterator[None]:
+        """Hold it around the work: errors and stops are explained, and `log`-N.log is the log of rank N of several.
 
-def start_ranks() -> Ranks:
+        None where nothing is written.
+        """
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(self.watchdog.explaining_stops())
+                if log is not None and self.world_size > 1:
+                    with contextlib.suppress(OSError):  # a log ends no evaluation
+                        log.parent.parent.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(rank_log(Path(f"{log}-{self.rank}.log"), self.rank, self.world_size))
+                yield
+        finally:
+            self.watchdog.stop()
+
+
+def start_ranks(timeouts: Timeouts | None = None) -> Ranks:
     """Join the processes of the launch, on the GPU where there is one, else on the CPU over gloo.
 
     Call it before a model is loaded. The launcher's DeepSpeed or FSDP configuration is ignored. From then on a rank
@@ -100,13 +134,16 @@ def start_ranks() -> Ranks:
     if choose_device(processes=world_size) == "cpu":
         # accelerate 1.15 otherwise looks for NCCL, or starts each process as the only one
         options |= {"cpu": True, **({"backend": "gloo"} if launched else {})}
-    with rendezvous():
+    timeouts = timeouts or Timeouts()
+    with rendezvous(timeouts.rendezvous_timeout):
         state = PartialState(**options)
-    Watchdog().start()
+    watchdog = Watchdog(timeouts.ddp_timeout)
+    watchdog.start()
+    watchdog.enter("the loading of the model and the data")
     if state.num_processes != world_size:
         raise RunFault(f"the launcher started {world_size} processes, and accelerate sees {state.num_processes}")
     device: Any = state.device
-    return Ranks(state.process_index, state.num_processes, torch.device(device))
+    return Ranks(state.process_index, state.num_processes, torch.device(device), watchdog)
 
 
 @dataclass(frozen=True)

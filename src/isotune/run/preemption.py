@@ -21,7 +21,7 @@ from isotune.distributed.rank_log import rank_log
 from isotune.distributed.ranks import call_on_main
 from isotune.io.errors import NO_ROOM, Superseded, UserError, as_user_error, outcome_of, reason_of, write_job_status
 from isotune.io.parent_process import is_launched, signal_when_parent_ends
-from isotune.io.run_files import ENVIRONMENT, STATUS, or_empty, read_status
+from isotune.io.run_files import ENVIRONMENT, LOGS_DIR, STATUS, or_empty, read_status
 from isotune.run.run_dir import RunDir
 from isotune.run.run_lease import RunLease, slurm_ids
 
@@ -140,7 +140,7 @@ def supervised(run: RunDir, process: Process) -> Iterator[None]:
         _end_with_launcher()
         previous_handlers = {number: signal.signal(number, stop_request.on_signal) for number in SIGNALS}
     try:
-        with rank_log(run.path, process.rank, process.world_size):
+        with rank_log(run.path / LOGS_DIR / f"rank-{process.rank}.log", process.rank, process.world_size):
             yield
     except Superseded:
         raise

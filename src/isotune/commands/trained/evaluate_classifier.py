@@ -6,11 +6,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 from isotune.commands.before_torch import before_torch
-from isotune.commands.trained.flags import add_data_flags, check_counts, find_task, model_parser
+from isotune.commands.trained.flags import (
+    add_data_flags,
+    add_launch_flags,
+    check_counts,
+    find_task,
+    model_parser,
+    timeouts_of,
+)
 from isotune.config.layers import read_file
 from isotune.config.recipes import LabelSource, project_of
 from isotune.io.errors import UserError
-from isotune.io.run_files import RECIPE
+from isotune.io.run_files import LOGS_DIR, RECIPE
 
 
 def read_arguments(argv: Sequence[str], *, prog: str, description: str) -> argparse.Namespace:
@@ -49,6 +56,7 @@ def read_arguments(argv: Sequence[str], *, prog: str, description: str) -> argpa
     draws = "of the bootstrap intervals; a share of rows that is 0 or 1 has an exact one (%(default)s)"
     how.add_argument("--resamples", type=int, default=2000, metavar="N", help=draws)
     how.add_argument("--seed", type=int, default=0, metavar="N", help="of the bootstrap (%(default)s)")
+    add_launch_flags(parser)
     out = parser.add_argument_group("output")
     out.add_argument("--output_dir", metavar="DIR", help="where the files go (RUN/eval/NAME; runs/MODEL/eval/NAME)")
     out.add_argument(
@@ -61,6 +69,7 @@ def read_arguments(argv: Sequence[str], *, prog: str, description: str) -> argpa
     for threshold in given.label_thresholds or ():
         if not 0 < threshold < 1:
             raise UserError(f"--label_thresholds holds {threshold:g}: a threshold is between 0 and 1")
+    given.timeouts = timeouts_of(given, given.run_dir)
     return given
 
 
@@ -73,6 +82,18 @@ def evaluate_classifier(given: argparse.Namespace) -> None:
     is_project = bool(given.run_dir) and _is_project(Path(given.run_dir), given)
     task = read_task(ClassificationTask, given.task, flags) if given.task or given.dataset_name or given.model else None
     # torch takes seconds to import, so mistakes on the command line are answered before
+    from isotune.evaluation.distributed_eval import Timeouts, start_ranks
+
+    ranks = start_ranks(Timeouts(**given.timeouts))
+    with ranks.supervised(Path(given.output_dir or _home(given)) / LOGS_DIR / "eval-rank"):
+        _evaluate(given, ranks, task, flags, is_project=is_project)
+
+
+def _home(given: argparse.Namespace) -> Path:
+    return Path(given.run_dir or Path("runs") / Path(given.model).name)
+
+
+def _evaluate(given: argparse.Namespace, ranks: Any, task: Any, flags: dict[str, Any], *, is_project: bool) -> None:
     import torch
 
     from isotune.evaluation.classification.attention_plots import draw_attention
@@ -84,13 +105,11 @@ def evaluate_classifier(given: argparse.Namespace) -> None:
     from isotune.evaluation.classification.examples import print_examples
     from isotune.evaluation.classification.plots import draw_plots
     from isotune.evaluation.classification.task_columns import with_columns
-    from isotune.evaluation.distributed_eval import start_ranks
     from isotune.evaluation.models import load_model_classifier, load_run_classifier, task_of_run
     from isotune.evaluation.results import claim_folder, named_identity, score_lines
     from isotune.report.loss_curve import draw_loss_curve
     from isotune.run.metrics_file import METRICS
 
-    ranks = start_ranks()
     dtype = torch.bfloat16 if given.bf16 else torch.float32
     load, name = (load_run_classifier, given.run_dir) if given.run_dir else (load_model_classifier, given.model)
     classifier = load(name, ranks.device, dtype)
@@ -106,7 +125,7 @@ def evaluate_classifier(given: argparse.Namespace) -> None:
             task, held_out = task_of_run(classifier, flags)
         task, notes = with_columns(task, classifier)
         rows = read_task_rows(task, classifier, ranks, given.limit, held_out, notes)
-    home = Path(given.run_dir or Path("runs") / Path(given.model).name)
+    home = _home(given)
     settings: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "resamples": given.resamples}
     evaluation_of = {
         **task.decisive(),

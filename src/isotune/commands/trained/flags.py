@@ -2,10 +2,12 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from isotune.io import shipped
-from isotune.io.errors import OneSentenceParser, UserError
+from isotune.io.errors import OneSentenceParser, UserError, shown
+from isotune.io.run_files import or_empty, read_recipe_values
 
 
 def model_parser(prog: str, description: str, kind: str) -> OneSentenceParser:
@@ -26,6 +28,26 @@ def add_data_flags(parser: Any) -> None:
     parser.add_argument(
         "--dataset_columns", nargs="+", metavar="NAME", help="its columns, of a CSV file whose first line is a row"
     )
+
+
+def add_launch_flags(parser: Any) -> None:
+    """How long the processes of a launch wait for each other."""
+    group = parser.add_argument_group("several processes")
+    silence = "after so long without progress, or without a process's sign of life, all end (the run's own, or 1800)"
+    group.add_argument("--ddp_timeout", type=int, metavar="SECONDS", help=silence)
+    meeting = "they have so long to reach each other (the run's own, or 120)"
+    group.add_argument("--rendezvous_timeout", type=float, metavar="SECONDS", help=meeting)
+
+
+def timeouts_of(given: argparse.Namespace, run: str | None) -> dict[str, float]:
+    """Those of the flags, else of the run's recipe; for `Timeouts`, which torch is imported with."""
+    names = ("ddp_timeout", "rendezvous_timeout")
+    recipe = or_empty(read_recipe_values, Path(run)) if run else {}
+    values = {name: getattr(given, name) if getattr(given, name) is not None else recipe.get(name) for name in names}
+    for name, value in values.items():
+        if value is not None and (type(value) not in (int, float) or not value > 0):
+            raise UserError(f"{name} is {shown(value)}: it takes seconds above 0")
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def find_task(given: argparse.Namespace) -> None:

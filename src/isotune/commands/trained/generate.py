@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from isotune.commands.before_torch import before_torch
-from isotune.commands.trained.flags import add_data_flags, check_counts, find_task, model_parser
+from isotune.commands.trained.flags import (
+    add_data_flags,
+    add_launch_flags,
+    check_counts,
+    find_task,
+    model_parser,
+    timeouts_of,
+)
 from isotune.io.errors import UserError, is_first_process
 from isotune.io.extras import need
+from isotune.io.run_files import LOGS_DIR
 
 
 def read_arguments(argv: Sequence[str], *, prog: str, description: str) -> argparse.Namespace:
@@ -48,6 +56,7 @@ def read_arguments(argv: Sequence[str], *, prog: str, description: str) -> argpa
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (%(default)s)")
     parser.add_argument("--top_p", type=float, default=1.0, metavar="P", help="nucleus sampling (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling and intervals (%(default)s)")
+    add_launch_flags(parser)
     given = parser.parse_args(argv)
     find_task(given)
     given.evaluates = given.dataset_name or given.task
@@ -64,7 +73,7 @@ def read_arguments(argv: Sequence[str], *, prog: str, description: str) -> argpa
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not given.evaluates and given.prompt is None:
         what = "--lm_eval_tasks takes" if given.lm_eval_tasks else "a chat takes"
         raise UserError(f"{what} one process: start it with python and without a launcher")
-    given.name = given.run_dir or given.model
+    given.name, given.timeouts = given.run_dir or given.model, timeouts_of(given, given.run_dir)
     return given
 
 
@@ -72,7 +81,7 @@ def generate(given: argparse.Namespace) -> None:
     """Load the model; evaluate, answer or chat."""
     before_torch(quiet=given.prompt is not None)  # the answer is all that is printed
     # torch takes seconds to import, so mistakes on the command line are answered before
-    from isotune.evaluation.distributed_eval import read_shards, start_ranks
+    from isotune.evaluation.distributed_eval import Timeouts, read_shards, start_ranks
     from isotune.evaluation.generation.base_rules import rules_of_base
     from isotune.evaluation.generation.chat import answer, run_chat
     from isotune.evaluation.generation.completion import Decoding
@@ -116,36 +125,42 @@ def generate(given: argparse.Namespace) -> None:
     if evaluation:
         result_folder(given, name, evaluation, write=False)  # refused before the work
     shards = read_shards()
-    ranks = start_ranks()
-    load = generation_model_of_run if given.run_dir else generation_model_named
-    lm = load(given.name, ranks.device, shards)
-    if (rules := rules_of_base(lm.model)) and ranks.is_main:
-        ruled = ", ".join(f"{name} {value}" for name, value in rules.items())
-        print(f"note: not in effect, of the model's generation_config.json: {ruled}", file=sys.stderr)
-    if task and samples:
-        result = evaluate_generation(lm, samples, decoding, ranks, batch_size=given.batch_size, metrics=task.metrics)
-        del lm  # a judge may be as large
-        judgement = judge_answers(judging, result.predictions, ranks, decoding.seed) if judging else None
-        if judgement:
-            result = result.with_judgement(judgement.scores, judgement.of_rows, judgement.facts)
-        if ranks.is_main:
-            print_generation_result(result, samples)
+    ranks = start_ranks(Timeouts(**given.timeouts))
+    home = given.output_dir or given.run_dir
+    with ranks.supervised(Path(home, LOGS_DIR, "eval-rank") if home and given.evaluates else None):
+        load = generation_model_of_run if given.run_dir else generation_model_named
+        lm = load(given.name, ranks.device, shards)
+        if (rules := rules_of_base(lm.model)) and ranks.is_main:
+            ruled = ", ".join(f"{name} {value}" for name, value in rules.items())
+            print(f"note: not in effect, of the model's generation_config.json: {ruled}", file=sys.stderr)
+        if task and samples:
+            result = evaluate_generation(
+                lm, samples, decoding, ranks, batch_size=given.batch_size, metrics=task.metrics
+            )
+            del lm  # a judge may be as large
+            judgement = judge_answers(judging, result.predictions, ranks, decoding.seed) if judging else None
+            if judgement:
+                result = result.with_judgement(judgement.scores, judgement.of_rows, judgement.facts)
+            if ranks.is_main:
+                print_generation_result(result, samples)
+                if folder := result_folder(given, name, evaluation):
+                    write_generation_result(
+                        result, folder, model=given.name, task=task, samples=samples, decoding=decoding
+                    )
+                    print(f"written to {folder}")
+        elif tasks:
+            scores, predictions = run_tasks(lm, tasks, limit=given.limit, batch_size=given.batch_size)
+            print("\n".join(score_lines(scores)))
             if folder := result_folder(given, name, evaluation):
-                write_generation_result(result, folder, model=given.name, task=task, samples=samples, decoding=decoding)
+                write_harness(scores, predictions, folder, model=given.name, tasks=tasks)
                 print(f"written to {folder}")
-    elif tasks:
-        scores, predictions = run_tasks(lm, tasks, limit=given.limit, batch_size=given.batch_size)
-        print("\n".join(score_lines(scores)))
-        if folder := result_folder(given, name, evaluation):
-            write_harness(scores, predictions, folder, model=given.name, tasks=tasks)
-            print(f"written to {folder}")
-    elif given.prompt is not None:
-        text = answer(lm, given.prompt, decoding)
-        if ranks.is_main:
-            print(text)
-    else:
-        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  (a TextIOWrapper)
-        run_chat(lm, decoding, name=given.name)
+        elif given.prompt is not None:
+            text = answer(lm, given.prompt, decoding)
+            if ranks.is_main:
+                print(text)
+        else:
+            sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  (a TextIOWrapper)
+            run_chat(lm, decoding, name=given.name)
 
 
 def result_folder(

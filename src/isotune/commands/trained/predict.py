@@ -9,11 +9,11 @@ from typing import Any
 from isotune.commands import start
 from isotune.commands.before_torch import before_torch
 from isotune.commands.trained.evaluate import is_classifier, read_source
-from isotune.commands.trained.flags import add_data_flags, check_counts
+from isotune.commands.trained.flags import add_data_flags, add_launch_flags, check_counts, timeouts_of
 from isotune.config.layers import read_file
 from isotune.config.recipes import project_of
 from isotune.io.errors import OneSentenceParser, UserError
-from isotune.io.run_files import ENSEMBLE, RECIPE
+from isotune.io.run_files import ENSEMBLE, LOGS_DIR, RECIPE
 
 USAGE = """isotune predict RUN | MODEL TEXT ...
 isotune predict RUN | MODEL --input DATA --output FILE [--num_processes N] [FLAGS]
@@ -28,6 +28,7 @@ def run_predict(argv: Sequence[str]) -> int | None:
     """`isotune predict ARGV`, here or on the processes of a launch."""
     source, words = read_source("predict", argv, USAGE)
     given = read_arguments(words)
+    given.timeouts = timeouts_of(given, source[1] if source[0] == "--run_dir" else None)
     if given.input is None:
         if given.num_processes is not None or given.engine is not None:
             raise UserError("--num_processes and --engine are for the rows of a file: name it by --input")
@@ -66,6 +67,7 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
     how.add_argument("--batch_size", type=int, metavar="N", help="texts of one forward at most, or prompts (16)")
     how.add_argument("--bf16", action="store_true", default=None, help="bf16 instead of fp32, of a classifier")
     how.add_argument("--part_rows", type=int, metavar="N", help="rows that are kept together if it is stopped")
+    add_launch_flags(parser)
     answers = parser.add_argument_group("answers")
     answers.add_argument("--max_new_tokens", type=int, metavar="N", help="longest answer (256)")
     answers.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (0)")
@@ -97,21 +99,22 @@ def _predict(source: Sequence[str], given: argparse.Namespace) -> None:
             raise UserError(f"--{own} is of {kind} {name} {'classifies' if classifies else 'answers'}")
     before_torch(quiet=given.input is None)
     # torch takes seconds to import, so mistakes on the command line are answered before
-    from isotune.evaluation.distributed_eval import read_shards, start_ranks
+    from isotune.evaluation.distributed_eval import Timeouts, read_shards, start_ranks
     from isotune.evaluation.prediction.files import check_output
 
     if given.output:
         check_output(Path(given.output))
     shards = None if classifies else read_shards()
-    ranks = start_ranks()
-    if is_project:
-        _predict_battles(Path(name), given, ranks)
-    elif is_ensemble:
-        _predict_together(Path(name), given, ranks)
-    elif classifies:
-        _predict_classes(flag, name, given, ranks)
-    else:
-        _answer(flag, name, given, ranks, shards)
+    ranks = start_ranks(Timeouts(**given.timeouts))
+    with ranks.supervised(Path(f"{given.output}.{LOGS_DIR}").expanduser() / "rank" if given.output else None):
+        if is_project:
+            _predict_battles(Path(name), given, ranks)
+        elif is_ensemble:
+            _predict_together(Path(name), given, ranks)
+        elif classifies:
+            _predict_classes(flag, name, given, ranks)
+        else:
+            _answer(flag, name, given, ranks, shards)
 
 
 def _predict_classes(flag: str, name: str, given: argparse.Namespace, ranks: Any) -> None:

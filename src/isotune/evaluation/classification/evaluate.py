@@ -220,7 +220,8 @@ def classify(
     own, fitting = ranks.share(costs), fitting or FittingBatches()
     bar = tqdm(total=sum(len(batches[number]) for number in own), unit=" documents", disable=not progress)
     with bar, fast_evaluation(classifier.model), memory_in_one_sentence(fitting, REMEDY):
-        for number in own:
+        for place, number in enumerate(own, start=1):
+            ranks.watchdog.progress(f"batch {place} of its {len(own)}")
             for rows, logits in fitting.run(batches[number].tolist(), tokens, forward):
                 logits_of.update(zip(rows, logits, strict=True))
                 bar.update(len(rows))

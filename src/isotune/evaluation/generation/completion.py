@@ -8,7 +8,7 @@ the base's generation_config.json are not in effect.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby
@@ -109,9 +109,13 @@ def complete(
     def tokens(batch: Sequence[int]) -> int:
         return len(batch) * (max((len(encoded[i]) for i in batch), default=0) + decoding.max_new_tokens)
 
+    def on_token() -> None:  # a batch may take longer than a rank may be without progress
+        if ranks:
+            ranks.watchdog.progress()
+
     def generate(batch: Sequence[int]) -> list[Completion]:
         rows = [prompts[i].row for i in batch]
-        return complete_batch(lm, rows, [encoded[i] for i in batch], decoding, turns=turns)
+        return complete_batch(lm, rows, [encoded[i] for i in batch], decoding, turns=turns, on_token=on_token)
 
     fitting = fitting or FittingBatches(halves=not lm.is_sharded)
     with quiet_libraries(), bar, without_base_rules(lm.model), memory_in_one_sentence(fitting, REMEDY):
@@ -145,8 +149,10 @@ def own_batches(
     """
     mine = ranks.share(costs) if ranks else range(len(costs))
     forwards = max(ranks.gather({ranks.rank: len(mine)}).values()) if ranks and lm.is_sharded else len(mine)
-    yield from (batches[number] for number in mine)
-    yield from ([] for _ in range(forwards - len(mine)))
+    for place in range(forwards):
+        if ranks:
+            ranks.watchdog.progress(f"batch {place + 1} of its {forwards}")
+        yield batches[mine[place]] if place < len(mine) else []
 
 
 class Watcher(Protocol):
@@ -174,11 +180,12 @@ def complete_batch(
     turns: bool = True,
     limits: Sequence[int] | None = None,
     watcher: Watcher | None = None,
+    on_token: Callable[[], None] = lambda: None,
 ) -> list[Completion]:
     """The completions of prompts that are tokens already, by one call of `generate`.
 
-    `limits` are the most new tokens of each row, by default those of `decoding`. Without rows it only serves the ranks
-    that have some. Call it within `without_base_rules`.
+    `limits` are the most new tokens of each row, by default those of `decoding`; `on_token` is called when the rows
+    have got one more. Without rows it only serves the ranks that have some. Call it within `without_base_rules`.
     """
     eos_ids = lm.eos_ids
     pad = lm.tokenizer.pad_token_id
@@ -191,7 +198,7 @@ def complete_batch(
     mask = pad_sequence([torch.ones(len(ids), dtype=torch.long) for ids in tokens], **left)
     width = input_ids.shape[1]
     endings = _Endings(lm, width, limits, turns and lm.encoder.template is None, watcher)
-    processors = LogitsProcessorList([] if watcher is None else [_Shown(watcher)])
+    processors = LogitsProcessorList([_Counting(on_token), *([] if watcher is None else [_Shown(watcher)])])
     if decoding.temperature > 0:
         processors.append(TemperatureLogitsWarper(decoding.temperature))
         processors += [TopPLogitsWarper(decoding.top_p)] if decoding.top_p < 1 else []
@@ -297,6 +304,18 @@ class _Endings(StoppingCriteria):
             self.tokens[row] = count
         if self.tokens[row] is not None:
             watcher.end(row, self.ended_by_model[row])
+
+
+class _Counting(LogitsProcessor):
+    """Calls before every new token, and leaves the scores as they are."""
+
+    def __init__(self, on_token: Callable[[], None]) -> None:
+        self.on_token = on_token
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The scores, [rows, vocabulary]."""
+        self.on_token()
+        return scores
 
 
 class _Shown(LogitsProcessor):

@@ -1,0 +1,33 @@
+"""Runs a script whose rank 1 sends a signal at its second batch: `losing_rank.py SIGNAL PROCESS SCRIPT ARGUMENT...`.
+
+PROCESS is `self`, or `launcher`, which a user would stop.
+"""
+
+import os
+import runpy
+import signal
+import sys
+
+from isotune.models.layouts.fitting import FittingBatches
+
+
+def main() -> None:
+    """Run the script."""
+    number, process, script, *arguments = sys.argv[1:]
+    stock, batches = FittingBatches.run, []
+
+    def run(self, items, tokens, forward):
+        batches.append(items)
+        if os.environ.get("RANK") == "1" and len(batches) == 2:
+            os.kill(os.getpid() if process == "self" else os.getppid(), signal.Signals[number])
+        yield from stock(self, items, tokens, forward)
+
+    FittingBatches.run = run
+    sys.argv = [script, *arguments]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        FittingBatches.run = stock
+
+
+main()
