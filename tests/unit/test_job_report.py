@@ -50,6 +50,14 @@ def test_hours_are_those_of_every_life_whether_it_said_its_end_or_only_beat_unti
     ]
 
 
+def test_steps_are_counted_where_a_line_is_of_several(tmp_path):
+    run = written(tmp_path / "run")
+    lines = [{"step": n, "loss": 1.0, "step_seconds": 25.0, "input_tokens": 6000, "steps": 50} for n in (50, 100)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = job_report(run)
+    assert "finished after step 100\n" in said and "240 tokens/s over 50 s of steps" in said
+
+
 def test_off_slurm_and_on_a_cpu_it_says_so(tmp_path):
     life = {"host": "here", "began": 0.0, "processes": 1, "ended": 3600.0}
     said = job_report(written(tmp_path / "run", life, slurm=None))

@@ -60,6 +60,19 @@ def test_a_classifier_has_its_accuracy_beside_its_loss_by_step_by_epoch_and_in_e
     assert "nats per document" in panels["loss"].get_ylabel() and panels["accuracy"].get_ylabel() == "accuracy"
 
 
+def test_lines_of_several_steps_have_an_epochs_mean_where_they_end_with_it_and_its_window_in_steps(tmp_path):
+    """Lines of four steps, first in epochs of six: what ends with a line is never one whole epoch."""
+    lines = [training_line(4 * n, float(n)) | {"steps": 4, "epoch": 4 * n / 6, "documents": 28} for n in range(1, 13)]
+    write_metrics(tmp_path, lines)
+    curve = read_curves(tmp_path / "metrics.jsonl")["loss"]
+    assert (curve.epoch_steps, curve.epoch_values) == ([], [])
+    axes = _figure({"loss": curve, "learning_rate": curve}, "run").axes[0]
+    assert "training, averaged over 16 steps" in axes.get_legend_handles_labels()[1]  # four lines
+    write_metrics(tmp_path, [line | {"epoch": line["step"] / 8} for line in lines])
+    curve = read_curves(tmp_path / "metrics.jsonl")["loss"]
+    assert (curve.epoch_steps[:2], curve.epoch_values[:2]) == ([8, 16], [1.5, 3.5])
+
+
 def test_the_picture_is_a_png_that_is_not_blank(tmp_path):
     write_metrics(tmp_path, [training_line(step, 3.0 / step) for step in range(1, 40)])
 

@@ -158,6 +158,20 @@ def test_a_report_says_what_the_files_say(run):
     assert facts["Trained"] == "full: 5 of 10 parameters (50.0%)"
 
 
+def test_lines_of_several_steps_are_called_so(tmp_path):
+    run = write_run(tmp_path / "run")
+    lines = [
+        {"step": 50 * n, "loss": 4.0 / n, "step_seconds": 25.0, "input_tokens": 5000, "steps": 50} for n in range(1, 13)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Page(render_report([run]))
+    facts = dict(zip(page.text("dt"), page.text("dd"), strict=True))
+    assert (facts["Steps"], facts["Loss of the last 50 steps"], facts["Tokens seen"]) == ("600", "0.3333", "60,000")
+    assert facts["Time in steps"] == "5 min"
+    text = render_report([run])
+    assert "training, each 50 steps" in text and "training, averaged over 200 steps" in text
+
+
 def test_a_metric_that_the_rows_do_not_define_is_said_to_be_undefined(tmp_path):
     where, undefined = tmp_path / "run" / "eval" / "test", ["precision_class_1"]
     row = {"id": 0, "label": 0, "probabilities": [0.9, 0.1]}

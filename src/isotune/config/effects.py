@@ -128,7 +128,7 @@ def _of_reports(recipe: RunRecipe, steps: int) -> Iterator[str]:
     arguments = recipe.training_arguments
     for what, name, ending in (
         ("save", "save_steps", "the only checkpoint is that of the last step"),
-        ("logging", "logging_steps", "trackers get no training loss before the end"),
+        ("logging", "logging_steps", "metrics.jsonl and trackers get no training loss before the end"),
     ):
         given = name in recipe.given and arguments.get(f"{what}_strategy") == "steps"
         if given and step_count(arguments[name], steps) > steps:

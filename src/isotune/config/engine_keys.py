@@ -195,8 +195,8 @@ _KEYS = (
           default_from=lambda values: (
               "eval_loss" if values["load_best_model_at_end"] or values["early_stopping_patience"] else None),
           default_text="eval_loss with load_best_model_at_end or early_stopping_patience"),
-    _key("logging_steps", float, 1, OUTPUT, "steps between two reports to the trackers", allowed=_INTERVAL,
-         step_count=True, needs=_BY_STEPS, changes_result=False),
+    _key("logging_steps", float, 1, OUTPUT, "steps of a line of metrics.jsonl, and between two reports to the trackers",
+         allowed=_INTERVAL, step_count=True, needs=_BY_STEPS, changes_result=False),
     _rare("logging_strategy", Literal["no", "steps", "epoch"], "steps", OUTPUT, "when to report to the trackers",
           changes_result=False),
     _rare("logging_first_step", bool, False, OUTPUT, "report the first step too", needs=_SPARSE_LOGGING,

@@ -78,7 +78,7 @@ NAMES_BY_ANSWER: dict[str, tuple[str, ...]] = {
     "on a GPU bitsandbytes chooses by all tokens of a microbatch which columns it rounds to 8 bits, so the result "
     "would depend on its size: tune: qlora has 4-bit weights": ("load_in_8bit",),
     "say warmup_steps: a number below 1 is a share of the run": ("warmup_ratio",),
-    "metrics.jsonl has input_tokens and peak_memory_bytes of every step": (
+    "metrics.jsonl has input_tokens and peak_memory_bytes": (
         "include_num_input_tokens_seen", "skip_memory_metrics"),
     "a tracker keeps its files where its own environment variables say": ("logging_dir",),
     "training never keeps a cache of keys and values": ("use_cache",),

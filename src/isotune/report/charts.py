@@ -13,9 +13,16 @@ import numpy as np
 
 from isotune.config.task_types import REGRESSION
 from isotune.report.formatting import format_number, run_letter
-from isotune.report.loss_curve import MARKED_STEPS, MIN_SMOOTHED_VALUES, downsample, smoothed, smoothing_window
+from isotune.report.loss_curve import (
+    MARKED_STEPS,
+    MIN_SMOOTHED_VALUES,
+    downsample,
+    smoothed,
+    smoothing_window,
+    window_in_steps,
+)
 from isotune.report.run_record import RunRecord
-from isotune.run.step_lines import StepLines
+from isotune.run.step_lines import StepLines, steps_in_words
 
 WIDTH, HEIGHT = 420, 250
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 40
@@ -91,11 +98,11 @@ def _series(record: RunRecord, run: str, color: str, train_key: str | None, eval
         label = f"{run}training"
         line = Line(label, color or "main", steps, values, len(steps) < MARKED_STEPS, _summary(label, steps, values))
         if train_key == "loss" and np.isfinite(values).sum() >= MIN_SMOOTHED_VALUES:
-            window = smoothing_window(len(steps))
             if not run:
-                yield Line("training, each step", "raw", steps, values, line.has_dots)
-            line.label, line.has_dots = f"{run}training, averaged over {window:.0f} steps", False
-            line.values = smoothed(values, window)
+                each = f"training, each {steps_in_words(record.steps, 0)}"
+                yield Line(each, "raw", steps, values, line.has_dots)
+            line.label, line.has_dots = f"{run}training, averaged over {window_in_steps(steps):.0f} steps", False
+            line.values = smoothed(values, smoothing_window(len(steps)))
         yield line
     steps, values = _column(record.evaluations, eval_key)
     if len(steps):

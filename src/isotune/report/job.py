@@ -40,7 +40,7 @@ def job_report(run: Path) -> str:
     hours_of = "GPU" if environment["device"] == "cuda" else "process"
     rows = {
         "run": run.resolve(),
-        "ended": f"{status['status']} after step {len(steps)}",
+        "ended": f"{status['status']} after step {max(steps, default=0)}",
         "nodes": (environment.get("slurm") or {}).get("nodes", "this machine"),
         "engine": f"{engine} on {environment['world_size']} x {environment['device_name']}",
         "speed": f"{tokens / seconds:,.0f} tokens/s over {seconds:,.0f} s of steps" if seconds else "no step",

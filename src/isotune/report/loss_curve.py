@@ -19,7 +19,7 @@ MIN_SMOOTHED_VALUES = 10  # fewer points need no smoothed curve
 MAX_POINTS = 4000  # of a line; more are indistinguishable at this size
 MAX_PRODUCTS = 10_000_000  # of a smoothed curve by plain sums
 MARKED_STEPS = 30  # a line through fewer steps gets a dot at each: it would otherwise show little or nothing
-_WINDOW_SHARE = 0.1  # of the steps of a run, for one value of the smoothed curve
+_WINDOW_SHARE = 0.1  # of the points of a curve, for one value of the smoothed curve
 # The palette of Okabe and Ito (2008): distinguishable with any common color blindness, and by lightness in gray.
 _RAW, _SMOOTH, _EVALUATION, _RATE = "#56B4E9", "#0072B2", "#D55E00", "#444444"
 _INCHES = {"loss": 3.6, "accuracy": 2.6, "exact_match": 2.6, "pearson": 2.6, "learning_rate": 1.2}
@@ -68,9 +68,14 @@ def read_curves(metrics: Path) -> dict[str, Curve]:
     return {name: _curve(steps, StepLines() if name == "learning_rate" else evaluations, name) for name in names}
 
 
-def smoothing_window(steps: int) -> float:
-    """Width of the smoothing window of a curve with this many steps, in steps."""
-    return max(_WINDOW_SHARE * steps, 4.0)
+def smoothing_window(points: int) -> float:
+    """Width of the smoothing window of a curve with this many points, in points."""
+    return max(_WINDOW_SHARE * points, 4.0)
+
+
+def window_in_steps(steps: np.ndarray) -> float:
+    """The same window in optimizer updates, where lines are of several steps: `steps` are the last one of each."""
+    return smoothing_window(len(steps)) * float(steps[-1] - steps[0]) / max(len(steps) - 1, 1)
 
 
 def smoothed(values: Sequence[float] | np.ndarray, width: float) -> np.ndarray:
@@ -118,12 +123,14 @@ def _curve(steps: StepLines, evaluations: StepLines, key: str) -> Curve:
     documents = np.where(steps.has("documents"), steps.column("documents"), 1.0)
     weights = np.where(steps.has("supervised_tokens"), steps.column("supervised_tokens"), documents)
     epochs = steps.column("epoch")
-    start = 0
+    start = previous = 0
     for end in np.flatnonzero(np.abs(epochs - np.round(epochs)) < 1e-9).tolist():
-        part = slice(start, end + 1)
-        start = end + 1
+        part, epoch = slice(start, end + 1), round(epochs[end])
+        # lines of several steps may begin in one epoch and end in the next
+        is_one_epoch = previous == epoch - 1
+        start, previous = end + 1, epoch
         is_finite = np.isfinite(values[part])
-        if is_finite.any():
+        if is_one_epoch and is_finite.any():
             finite, shares = values[part][is_finite], weights[part][is_finite]
             curve.epoch_steps.append(int(curve.steps[end]))
             curve.epoch_values.append(float(finite @ shares / shares.sum()))
@@ -188,7 +195,7 @@ def _draw(panel: Any, curve: Curve, name: str, value_format: str) -> None:
         panel.plot(*downsample(steps, values, MAX_POINTS), label="training", **style)
         if finite.sum() >= MIN_SMOOTHED_VALUES:
             window = smoothing_window(len(steps))
-            label = f"training, averaged over {window:.0f} steps"
+            label = f"training, averaged over {window_in_steps(steps):.0f} steps"
             panel.plot(
                 *downsample(steps, smoothed(values, window), MAX_POINTS), color=_SMOOTH, linewidth=2.0, label=label
             )

@@ -25,6 +25,7 @@ from isotune.report.formatting import format_number
 from isotune.report.markdown import fenced, inline, python_text, table
 from isotune.report.run_record import RunRecord, read_record, run_tables
 from isotune.run.identity import MIXTURES
+from isotune.run.step_lines import steps_in_words
 
 CARD, TEMPLATE = "README.md", Path(__file__).with_name("model_card.md.jinja")
 # the Hub's name of each metric of an evaluation line
@@ -222,10 +223,13 @@ def _training(record: RunRecord) -> str:
     if in_effect.get("all_parameters") and "trained_parameters" in in_effect:
         facts["trained parameters"] = f"{in_effect['trained_parameters']:,} of {in_effect['all_parameters']:,}"
     if lines:
-        facts["steps"] = f"{len(lines):,}"
+        facts["steps"] = f"{lines.steps[-1]:,}"
         losses = lines.column("loss")
-        for which, loss in (("first", float(losses[0])), ("last", float(losses[-1]))):
-            facts[f"loss, {which} step"] = format_number(loss) if math.isfinite(loss) else "not finite"
+        for which, place in (("first", 0), ("last", -1)):
+            loss = float(losses[place])
+            facts[f"loss, {which} {steps_in_words(lines, place)}"] = (
+                format_number(loss) if math.isfinite(loss) else "not finite"
+            )
         sums = {key: lines.total(key) for key in ("input_tokens", "documents", "step_seconds")}
         facts["input tokens"], facts["documents"] = f"{sums['input_tokens']:,}", f"{sums['documents']:,}"
         facts["seconds in steps"] = format_number(float(sums["step_seconds"]))

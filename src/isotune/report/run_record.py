@@ -16,7 +16,7 @@ from isotune.io.reading import MAX_YAML_BYTES, Unreadable, read_text
 from isotune.io.run_files import ENVIRONMENT, RECIPE, STATUS, read_environment, read_status, recipe_values
 from isotune.report.formatting import format_number
 from isotune.run.metrics_file import METRICS, Metrics, read_metrics
-from isotune.run.step_lines import StepLines
+from isotune.run.step_lines import StepLines, steps_in_words
 
 ABSENT = "–"
 SELF_TEST = "Self-test before the first step"
@@ -98,7 +98,9 @@ def run_summary(record: RunRecord) -> list[tuple[str, str]]:
     if record.steps:
         last, loss = int(record.steps.steps[-1]), float(record.steps.column("loss")[-1])
         facts["Steps"] = f"{last:,}"
-        facts["Loss of the last step"] = format_number(loss) if math.isfinite(loss) else "not finite"
+        facts[f"Loss of the last {steps_in_words(record.steps, -1)}"] = (
+            format_number(loss) if math.isfinite(loss) else "not finite"
+        )
     losses = {step: value for step, line in record.evaluations.items() if (value := _number(line, "eval_loss"))}
     if losses:
         best = min(losses, key=losses.__getitem__)

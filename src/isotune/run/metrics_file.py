@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line per optimizer update and one per evaluation; written, and read also while a run goes on."""
+"""metrics.jsonl: a line per `logging_steps` optimizer updates and one per evaluation; read while a run goes on, too."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ CHUNK_LINES = 4096
 NUMBERS = frozenset({
     "epoch", "loss", "grad_norm", "learning_rate", "supervised_tokens", "input_tokens", "documents", "step_seconds",
     "tokens_per_second", "peak_memory_bytes", "peak_reserved_bytes", "accuracy", "f1_micro", "exact_match", "pearson",
-    "skipped_steps", "out_of_memory_retries",
+    "skipped_steps", "out_of_memory_retries", "steps",
 })  # fmt: skip
 PREFIXES = ("eval_", "train_")
 
@@ -42,9 +42,8 @@ class MetricsFile:
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Write one line; NaN and infinity, which JSON does not have, become null. UserError where it cannot be."""
-        line = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
         self._lease.check()
-        left = memoryview((json.dumps(line) + "\n").encode())
+        left = memoryview((json.dumps(with_nulls(values)) + "\n").encode())
         try:
             while left:
                 left = left[self._file.write(left) :]
@@ -56,6 +55,11 @@ class MetricsFile:
     def close(self) -> None:
         """Close the file; further lines are a bug."""
         self._file.close()
+
+
+def with_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with null for NaN and infinity, which JSON does not have."""
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def read_metrics(file: Path) -> Metrics:
                 broken_lines.append(number)
                 continue
             if "eval_loss" in entry:
-                evaluations.append(_with_nulls(entry))
+                evaluations.append(_numbers_or_null(entry))
             if "loss" in entry:
                 yield entry
 
@@ -128,7 +132,7 @@ def read_line(line: bytes) -> dict[str, Any] | None:
         entry = _with_step(parse_json(line.decode("utf-8")))
     except (Unreadable, UnicodeDecodeError):
         return None
-    return entry and _with_nulls(entry)
+    return entry and _numbers_or_null(entry)
 
 
 def _with_step(entry: Any) -> dict[str, Any] | None:
@@ -143,7 +147,7 @@ def _is_number(key: str) -> bool:
     return key in NUMBERS or key.startswith(PREFIXES)
 
 
-def _with_nulls(entry: dict[str, Any]) -> dict[str, Any]:
+def _numbers_or_null(entry: dict[str, Any]) -> dict[str, Any]:
     for key, value in entry.items():
         if not is_finite_number(value) and _is_number(key):
             entry[key] = None

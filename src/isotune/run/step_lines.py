@@ -64,6 +64,11 @@ class StepLines(Mapping[int, dict[str, Any]]):
         return int(total) if total.is_integer() else total
 
     @property
+    def steps_of_lines(self) -> np.ndarray:
+        """How many steps each line is of, int64 [lines]: `logging_steps` in the middle of a run."""
+        return np.clip(np.nan_to_num(self.column("steps"), nan=1.0), 1, _MAX_WHOLE).astype(np.int64)
+
+    @property
     def keys_of_lines(self) -> set[str]:
         """Every key of any line."""
         return {"step", *self._kinds}
@@ -96,6 +101,12 @@ class StepLines(Mapping[int, dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self.steps)
+
+
+def steps_in_words(lines: StepLines, place: int) -> str:
+    """What a line is of: `step`, or `50 steps`."""
+    count = int(lines.steps_of_lines[place])
+    return "step" if count == 1 else f"{count:,} steps"
 
 
 class _Chunks:

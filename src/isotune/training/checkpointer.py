@@ -146,6 +146,7 @@ class Checkpointer(TrainerCallback):
             "evaluations_without_better": self.early_stop.early_stopping_patience_counter if self.early_stop else 0,
             "optimizer": dataclasses.asdict(engine.optimizer_state()),
             **schedule_state(trainer),
+            **({"metrics": trainer.recorder.state()} if trainer.recorder is not None else {}),
         }
         texts = {
             STATE: json.dumps(record, indent=1) + "\n",
@@ -172,7 +173,7 @@ class Checkpointer(TrainerCallback):
         if "microbatch_tokens" in state:  # earlier versions kept it in recipe.yaml alone
             trainer.memory.go_on(state["microbatch_tokens"], state["out_of_memory_retries"])
         if trainer.recorder is not None:
-            trainer.recorder.go_on(self.resumption.metrics)
+            trainer.recorder.go_on(self.resumption.metrics, state.get("metrics"))
         trainer.args.eval_on_start = False
         if self.process.is_main and is_laid_out_otherwise(state, trainer.plan.schedule):
             print(f"note        {OTHER_LAYOUT}", flush=True)

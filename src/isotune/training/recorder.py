@@ -5,14 +5,16 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
-from isotune.run.metrics_file import MetricsFile
+from isotune.run.metrics_file import MetricsFile, with_nulls
 from isotune.run.run_lease import RunLease
 from isotune.training.failures.out_of_memory import OutOfMemoryPolicy
 from isotune.training.label_kinds import KINDS
@@ -21,6 +23,9 @@ from isotune.training.update import OptimizerUpdate
 
 SHARES = tuple(kind.share for kind in KINDS.values() if kind.share)  # of a step's documents that are right
 TRAINING = ("loss", *SHARES)
+# what a line of several steps has of all of them: sums, and means of the steps' values; the rest is the last step's
+SUMMED = ("supervised_tokens", "input_tokens", "documents", "step_seconds")
+AVERAGED = ("loss", "router_loss")
 SHOWN = ("accuracy", "f1_micro", "exact_match", "pearson", "spearman")  # of an evaluation
 BAR_COLUMNS = 8  # of a terminal's line, at least
 LIBRARY_METRICS = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
@@ -87,41 +92,101 @@ class ProgressBar(TrainerCallback):
 class EpochAverages:
     """Exact means over the documents of the steps since the last evaluation, so that its line compares the two.
 
-    Nothing is kept for a run that goes on: the sums are made from `lines`, metrics.jsonl so far.
+    A run that goes on has them from `state`, which a checkpoint of an earlier version lacks; then from `lines`,
+    metrics.jsonl so far, which has every step of such a run.
     """
 
-    def __init__(self, lines: str = "") -> None:
-        self._steps: list[tuple[int, float, int]] = []
+    def __init__(self, lines: str = "", state: Mapping[str, Any] | None = None) -> None:
         self._share: str | None = None  # what the lines call the share of right documents, where they have one
+        self._documents, self._loss, self._right = 0, Fraction(), 0  # of steps with a finite loss
+        if state is not None:
+            self._share, self._documents, self._right = state["share"], state["documents"], state["right"]
+            self._loss = Fraction(state["loss"])
+            return
         for line in map(json.loads, lines.splitlines()):
             if "eval_loss" in line:
-                self._steps.clear()
+                self.take()
             elif "loss" in line:
                 self.add(line)
 
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "share": self._share, "documents": self._documents, "right": self._right, "loss": str(self._loss),
+        }  # fmt: skip
+
     def add(self, line: Mapping[str, Any]) -> None:
         """A step's line of metrics.jsonl: its documents, loss and share of right ones."""
-        loss = math.nan if line["loss"] is None else line["loss"]
         self._share = next((name for name in SHARES if name in line), None)
-        # a whole number again: the share is its correctly rounded quotient
-        right = 0 if self._share is None else round(line[self._share] * line["documents"])
-        self._steps.append((line["documents"], loss, right))
+        if line["loss"] is None or not math.isfinite(line["loss"]):
+            return
+        self._documents += line["documents"]
+        self._loss += Fraction(line["documents"] * line["loss"])
+        self._right += 0 if self._share is None else _right(line, self._share)
 
     def take(self) -> dict[str, float]:
         """train_loss and the share of right documents, of the steps since the last call that have a finite loss."""
-        steps = [step for step in self._steps if math.isfinite(step[1])]
-        self._steps.clear()
-        if not steps:
+        documents, loss, right = self._documents, self._loss, self._right
+        self._documents, self._loss, self._right = 0, Fraction(), 0
+        if not documents:
             return {}
-        documents = sum(count for count, _, _ in steps)
-        means = {"train_loss": math.fsum(count * loss for count, loss, _ in steps) / documents}
+        means = {"train_loss": float(loss) / documents}
         if self._share is not None:
-            means[f"train_{self._share}"] = sum(right for _, _, right in steps) / documents
+            means[f"train_{self._share}"] = right / documents
         return means
 
 
+def _right(line: Mapping[str, Any], share: str) -> int:
+    """How many documents of a step were right: a whole number again, of which the share is the rounded quotient."""
+    return round(line[share] * line["documents"])
+
+
+class StepSums:
+    """The steps since the last line of metrics.jsonl, and the line that they make together.
+
+    Sums are exact, so the line is the same wherever the run was stopped between these steps and went on from `state`.
+    """
+
+    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
+        state = state or {"steps": 0, "last": {}, "sums": {}, "finite": {}}
+        self.steps: int = state["steps"]
+        self._last: dict[str, Any] = dict(state["last"])
+        self._sums = {key: Fraction(total) for key, total in state["sums"].items()}
+        self._finite: dict[str, int] = dict(state["finite"])  # steps that have a finite number under the key
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        sums = {key: str(total) for key, total in self._sums.items()}
+        return {"steps": self.steps, "last": with_nulls(self._last), "sums": sums, "finite": self._finite}
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """The line of one step."""
+        self.steps, self._last = self.steps + 1, dict(line)
+        for key in (*SUMMED, *AVERAGED, *SHARES):
+            value = line.get(key)
+            if value is None or not math.isfinite(value):
+                continue
+            self._sums[key] = self._sums.get(key, Fraction()) + Fraction(_right(line, key) if key in SHARES else value)
+            self._finite[key] = self._finite.get(key, 0) + 1
+
+    def take(self) -> dict[str, Any]:
+        """The line of all steps since the last call: that of one step is its own."""
+        steps, line, sums, finite = self.steps, self._last, self._sums, self._finite
+        self.steps, self._last, self._sums, self._finite = 0, {}, {}, {}
+        if steps == 1:
+            return line
+        for key in [key for key in line if key in (*SUMMED, *AVERAGED, *SHARES)]:
+            if key in SUMMED:
+                line[key] = float(sums[key]) if key == "step_seconds" else int(sums[key])
+            elif key in SHARES:
+                line[key] = float(sums[key] / int(sums["documents"]))
+            else:
+                line[key] = float(sums[key] / finite[key]) if key in finite else math.nan
+        return {**line, "tokens_per_second": line["input_tokens"] / line["step_seconds"], "steps": steps}
+
+
 class MetricsRecorder(TrainerCallback):
-    """Writes a line an update and a line an evaluation, and shows each update on the bar where there is one.
+    """Writes a line every `logging_steps` updates and one an evaluation, and shows each update on the bar.
 
     `task` names the targets, and says what a line has beside the loss.
     """
@@ -131,6 +196,7 @@ class MetricsRecorder(TrainerCallback):
         self.update: OptimizerUpdate | None = None
         self.memory: OutOfMemoryPolicy | None = None
         self.file: MetricsFile | None = None
+        self.sums = StepSums()
         self._learning_rate = 0.0
 
     def watch(self, update: OptimizerUpdate, memory: OutOfMemoryPolicy) -> None:
@@ -141,10 +207,15 @@ class MetricsRecorder(TrainerCallback):
         """Append to `path` from now on; the main process calls it when training begins."""
         self.file = MetricsFile(path, lease)
 
-    def go_on(self, lines: str) -> None:
-        """Take up the averages where an earlier attempt left them; `lines` of metrics.jsonl so far."""
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the sums of the steps that no line has yet, and the averages."""
+        return {"line": self.sums.state(), "averages": self.averages and self.averages.state()}
+
+    def go_on(self, lines: str, state: Mapping[str, Any] | None) -> None:
+        """Go on where an earlier attempt ended: `lines` of metrics.jsonl so far, `state` where its version kept it."""
+        self.sums = StepSums(state and state["line"])
         if self.averages is not None:
-            self.averages = EpochAverages(lines)
+            self.averages = EpochAverages(lines, state and state["averages"])
 
     def close(self) -> None:
         """Close metrics.jsonl."""
@@ -167,7 +238,7 @@ class MetricsRecorder(TrainerCallback):
         self._learning_rate = float(kwargs["optimizer"].param_groups[0]["lr"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Write the update's line."""
+        """Write the update's line, or add it to those of the updates since the last one."""
         assert self.update is not None and self.update.result is not None and self.memory is not None
         result, nonfinite = self.update.result, self.update.nonfinite
         nonfinite.count_overflow(result, self.update.sync.accelerator)
@@ -193,13 +264,24 @@ class MetricsRecorder(TrainerCallback):
             line["skipped_steps"] = nonfinite.skipped_steps
         if self.memory.retries:
             line["out_of_memory_retries"] = self.memory.retries
-        if self.file is not None:
-            self.file.write(line)
+        self.sums.add(line)
         if self.averages is not None:
             self.averages.add(line)
+        if is_due(args, state):
+            self._write_steps()
         if self.progress is not None:
             rate = {f"{self.task.target}_per_s": step.supervised_tokens / seconds}
             self.progress.show({"loss": result.loss, **metrics}, rate, nonfinite.skipped_steps)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Write the line of the last steps, where training ends early."""
+        self._write_steps()
+
+    def _write_steps(self) -> None:
+        if self.sums.steps:
+            line = self.sums.take()
+            if self.file is not None:
+                self.file.write(line)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the evaluation's line; Trainer's own figures of its speed go to its trackers only."""
@@ -207,6 +289,14 @@ class MetricsRecorder(TrainerCallback):
         own = {name: value for name, value in found.items() if not name.endswith(LIBRARY_METRICS) and name != "epoch"}
         if self.file is not None:
             self.file.write({"step": state.global_step, "epoch": state.epoch, **own})
+
+
+def is_due(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether a line ends with this step, as a report to the trackers does, and at the last step of all."""
+    step = state.global_step
+    if args.logging_strategy != IntervalStrategy.STEPS or step >= state.max_steps:
+        return True
+    return step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
