@@ -48,6 +48,35 @@ def test_a_life_that_goes_on_begins_with_the_metrics_of_its_checkpoint(tmp_path)
     assert (run.path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
+@pytest.mark.parametrize("made", [os.symlink, lambda _, file: os.mkfifo(file)])
+def test_metrics_that_are_no_file_of_this_run_are_refused_and_not_copied(tmp_path, made):
+    """A run of somebody else's may have a link to a file of the user's, which the next attempt would copy."""
+    run = RunDir(recipe(tmp_path / "run"))
+    run.begin({})
+    (tmp_path / "private.txt").write_text("a secret\n")
+    made(tmp_path / "private.txt", run.path / "metrics.jsonl")
+    before = sorted(path.name for path in run.path.iterdir())
+    for refused in (RunDir(run.recipe).check, lambda: RunDir(run.recipe).acquire_lease(1)):
+        with pytest.raises(
+            UserError, match=r"run/metrics.jsonl is a (link that leads out|pipe).*: put the file itself"
+        ):
+            refused()
+    assert (tmp_path / "private.txt").read_text() == "a secret\n"
+    assert sorted(path.name for path in run.path.iterdir() if path.name != ".lives") == before
+
+
+def test_metrics_that_a_link_within_the_run_leads_to_become_a_file(tmp_path):
+    run = RunDir(recipe(tmp_path / "run"))
+    run.begin({})
+    (run.path / "earlier.jsonl").write_text('{"step": 1}\n')
+    (run.path / "metrics.jsonl").symlink_to("earlier.jsonl")
+    run.check()
+    run.acquire_lease(1)
+    run.lease.release()
+    assert not (run.path / "metrics.jsonl").is_symlink()
+    assert (run.path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
 def test_a_life_that_was_killed_before_its_first_file_was_whole_leaves_a_folder_to_begin_in(tmp_path):
     run = RunDir(recipe(tmp_path / "run"))
     run.path.mkdir()

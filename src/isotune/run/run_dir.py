@@ -3,16 +3,17 @@
 import json
 import os
 import shutil
+import sys
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from isotune.config import RunRecipe
 from isotune.config.run_recipe import RESUME_NEWEST
 from isotune.io.errors import AlreadyDone, UserError
 from isotune.io.files import set_aside
-from isotune.io.reading import Unreadable
+from isotune.io.reading import Unreadable, open_file
 from isotune.io.run_files import (
     ENVIRONMENT,
     LOGS_DIR,
@@ -69,6 +70,8 @@ class RunDir:
                 f"{recorded} cannot be read: {reason}; choose another --output_dir or remove the folder"
             ) from reason
         self._check_same_run(earlier)
+        if (metrics := self._open_metrics()) is not None:
+            metrics.close()
         if self.model.is_dir() and self.recipe.resume == RESUME_NEWEST:
             status = or_empty(read_status, self.path)
             if status.get("status") == "finished" and self._has(status.get("made", {})):
@@ -77,6 +80,19 @@ class RunDir:
                     "(--resume never runs it again from the start)"
                 )
             self.is_trained = not self.recipe.plan_only
+
+    def _open_metrics(self) -> BinaryIO | None:
+        """metrics.jsonl to read, None where there is none; UserError for a pipe, or a link that leads out of RUN.
+
+        An attempt copies the file into RUN and adds lines to it, so whoever made such a link would get another file.
+        """
+        file = self.path / METRICS
+        try:
+            return open_file(file, sys.maxsize, self.path)
+        except FileNotFoundError:
+            return None
+        except Unreadable as reason:
+            raise UserError(f"{reason.of(file)}: put the file itself there, or remove it") from None
 
     def _has(self, made: dict[str, int]) -> bool:
         """Whether the files are there that the end of the run made, weights with all their bytes."""
@@ -133,10 +149,10 @@ class RunDir:
         A copy replaces metrics.jsonl, so that a stale attempt, which has the file open, no longer appends to it.
         """
         folder = self.lease.acquire(processes=processes, slurm=slurm_ids())
-        metrics = self.path / METRICS
         try:
-            if metrics.is_file():
-                self.lease.write_file(metrics, metrics.read_text("utf-8", errors="replace"))
+            if (metrics := self._open_metrics()) is not None:
+                with metrics:
+                    self.lease.write_file(self.path / METRICS, metrics.read().decode("utf-8", "replace"))
             self.lease.reserve()
         except BaseException:
             self.lease.release()
