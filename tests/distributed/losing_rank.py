@@ -7,8 +7,11 @@ import os
 import runpy
 import signal
 import sys
+import time
 
 from isotune.models.layouts.fitting import FittingBatches
+
+HEARTBEATS_SECONDS = 1.3  # two of --ddp_timeout 6: the others know of the batch
 
 
 def main() -> None:
@@ -19,6 +22,7 @@ def main() -> None:
     def run(self, items, tokens, forward):
         batches.append(items)
         if os.environ.get("RANK") == "1" and len(batches) == 2:
+            time.sleep(HEARTBEATS_SECONDS)
             os.kill(os.getpid() if process == "self" else os.getppid(), signal.Signals[number])
         yield from stock(self, items, tokens, forward)
 

@@ -17,7 +17,7 @@ from isotune.training.from_recipe import save
 
 HOST = re.escape(socket.gethostname())
 RUNNER = "tests/distributed/losing_rank.py"
-BOUND_SECONDS = 5
+BOUND_SECONDS = 6
 BOUND = ["--ddp_timeout", str(BOUND_SECONDS)]
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="stops processes as Linux does")
