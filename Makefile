@@ -83,7 +83,7 @@ lock: $(STAMP) ## write requirements.lock: the versions of .venv with the hashes
 	$(BIN)/pip freeze --exclude-editable | sed 's/+.*//' > $(VENV)/versions.txt
 	$(BIN)/uv pip compile pyproject.toml --extra all --extra dev -c constraints.txt -c $(VENV)/versions.txt \
 	  --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --quiet -o $(VENV)/all.lock
-	awk '/^[a-z]/ { kept = !/^(torch|triton|(cuda|nvidia)-[a-z0-9-]+)==/ } kept' $(VENV)/all.lock > requirements.lock
+	awk '/^[a-z]/ { kept = !/^(torch|(cuda|nvidia)-[a-z0-9-]+)==/ } kept' $(VENV)/all.lock > requirements.lock
 
 lint: $(STAMP) ## style, types and the import order of the layers
 	$(BIN)/ruff check .
