@@ -1,6 +1,5 @@
 """Dropout by document: which numbers an element gets, on CPU and in the operators of a GPU, and what follows."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -156,32 +155,6 @@ def test_neighbours_and_order_change_no_documents_mask(documents: list[tuple[int
 def test_a_tensor_whose_documents_cannot_be_told_stops_the_run(documents: MicrobatchDocuments, shape: tuple[int, ...]):
     with training_microbatch(documents), pytest.raises(RunFault, match="documents cannot be told"):
         functional.dropout(torch.ones(shape), 0.1)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_the_triton_kernel_has_the_same_masks():
-    script = """
-import torch
-from isotune.models.cuda import dropout as on_cuda, triton_dropout
-from tests.numerics.test_dropout import ROW
-eps = {torch.float32: 1e-7, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-for shape, by_token in (((1, 109, 600), True), ((109, 7), True), ((4, 33), False)):
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for call, p in ((12345, 0.1), (-77, 0.9)):
-            x = (torch.randn(shape).sign() * torch.rand(shape).add(0.5)).to(dtype)
-            threshold, scale = on_cuda.quantised_drop(p)
-            numbers, positions = on_cuda._places(ROW, by_token, 1, x.device)
-            out = triton_dropout.run(x, numbers, positions, call, threshold, scale)
-            kept = on_cuda.kept_elements(shape, ROW, call, threshold, x.device)
-            assert out.dtype == dtype and 0 < kept.sum() < kept.numel()
-            assert torch.equal(out != 0, kept), (shape, dtype)
-            # triton's interpreter cuts off the bits that bf16 lacks
-            torch.testing.assert_close(out.float(), torch.where(kept, x.float() * scale, 0.0), rtol=eps[dtype], atol=0)
-print("same")
-"""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout == "same\n", done.stderr
 
 
 # ---- statistics: 64 documents x 64 positions x 256 features, in deviations of the exact distribution ----

@@ -196,7 +196,7 @@ def test_zero3_gathers_again_what_it_could_not_keep():
 
 
 def test_a_gpus_loss_is_planned_in_the_steps_that_it_takes():
-    """512 positions at once on a GPU, in fp32: logits, their copy, probabilities; a CPU has pieces of the last two."""
+    """A GPU has the logits of a chunk of positions once; a CPU those of 512, and pieces of a copy and probabilities."""
     small = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_attention_heads": 4}
 
     def build(layers):
@@ -206,15 +206,18 @@ def test_a_gpus_loss_is_planned_in_the_steps_that_it_takes():
         install_supervised_loss(model)
         return model
 
-    def held(on_cpu):
+    def held(documents, on_cpu):
+        lengths = (600,) * documents
         traced = trace_microbatch(
-            build, 1, (600,), 600, is_classifier=False, autocast=None, on_cpu=on_cpu, checkpointing=False
+            build, 1, lengths, sum(lengths), is_classifier=False, autocast=None, on_cpu=on_cpu, checkpointing=False
         )
         return traced.activations
 
-    chunk, head, piece = 512 * 50_000 * 4, 32 * 50_000 * 4, 2**20 * 4
-    assert held(on_cpu=False) == pytest.approx(3 * chunk, rel=0.1)
-    assert held(on_cpu=True) == pytest.approx(chunk + 2 * head + 2 * piece, rel=0.02)
+    logits, head, piece = 50_000 * 4, 32 * 50_000 * 4, 2**20 * 4
+    assert held(1, on_cpu=False) == pytest.approx(600 * logits + head, rel=0.02)
+    chunk = 2**29 // logits // 256 * 256  # positions: 512 MiB, in whole tiles
+    assert held(8, on_cpu=False) == pytest.approx(chunk * logits + head, rel=0.05) and chunk < 8 * 600
+    assert held(1, on_cpu=True) == pytest.approx(512 * logits + 2 * head + 2 * piece, rel=0.02)
 
 
 ONLY_TRAINING = ("transformers.trainer", "deepspeed", "trl", "torch._inductor.lowering")

@@ -1,7 +1,10 @@
-"""torch's flash attention on the virtual device: the same function in fp32, and the checks of its arguments."""
+"""Kernels that a CPU lacks, on the virtual device: the same functions in fp32, and the checks of their arguments."""
 
+import contextlib
 import ctypes
+from collections.abc import Iterator
 from itertools import pairwise
+from unittest import mock
 
 import torch
 
@@ -12,10 +15,11 @@ _registered: list[torch.library.Library] = []
 
 
 def register() -> None:
-    """Give the virtual device `aten::_flash_attention_forward` and its backward."""
+    """Give the virtual device `aten::_flash_attention_forward`, its backward, and sums of 16-bit products in fp32."""
     library = torch.library.Library("aten", "IMPL")
     library.impl("_flash_attention_forward", _forward, "CUDA")
     library.impl("_flash_attention_backward", _backward, "CUDA")
+    library.impl("addmm.dtype_out", _product_added, "CUDA")
     _registered.append(library)
 
 
@@ -95,6 +99,40 @@ def _attended_backward(grad, query, key, value, cum_seq_q, is_causal, scale):
             heads = total if place is grads[0] else total.unflatten(0, (-1, group)).sum(1)
             place[part] = heads.transpose(0, 1).to(place.dtype)
     return tuple(grads)
+
+
+def _product_added(total, one, other, out_dtype, *, beta=1, alpha=1, out):
+    if not (one.dtype == other.dtype != out_dtype == out.dtype == total.dtype == torch.float32):
+        raise RuntimeError("out_dtype must be fp32 for fp16/bf16 inputs, and the sum's")
+    device.note("launch", "aten::addmm")
+    with device.quiet():
+        product = one.float() @ other.float() * alpha
+        return out.copy_(product + total * beta if beta else product)
+
+
+@contextlib.contextmanager
+def of_triton() -> Iterator[None]:
+    """Within it dropout and the loss head have their kernels, as on a GPU with triton: here the functions below."""
+    from isotune.models.cuda import dropout, loss_head
+
+    with (
+        mock.patch.object(dropout, "_triton_kernel", lambda device: dropped if device.type == "cuda" else None),
+        mock.patch.object(loss_head, "triton_kernel", lambda d: loss_into_gradient if d.type == "cuda" else None),
+    ):
+        yield
+
+
+def loss_into_gradient(logits, targets, bias, losses, factor, cap, scale, with_gradient):
+    """`run` of the loss head's Triton kernel, which is one launch, by autograd."""
+    device.note("launch", "triton_loss")
+    with device.quiet(), torch.enable_grad():
+        given = logits.float() if bias is None else logits.float() + bias
+        given = given.detach().requires_grad_()
+        changed = given * factor if cap is None else cap * torch.tanh(given * factor / cap)
+        lost = torch.nn.functional.cross_entropy(changed, targets, reduction="none")
+        losses.copy_(lost.detach())
+        if with_gradient:
+            logits.copy_(torch.autograd.grad(lost.sum(), given)[0] * scale)
 
 
 def dropped(input, numbers, positions, call, threshold, scale):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from isotune.models.supervised_loss import supervised_loss
 from tests.virtual_cuda.test_training import make
 
 
@@ -30,39 +31,34 @@ class WeightCasts(TorchDispatchMode):
 
 def count(folder: str, **case: Any) -> dict[str, Any]:
     """The second update of a run: what it asked, what it had waited for before its last backward ended, its casts."""
-    from isotune.models.cuda import dropout
     from tests.virtual_cuda import device, kernels
 
-    run, dropout._triton_kernel = dropout._triton_kernel, lambda: kernels.dropped  # as on a GPU, where triton is
     found: dict[str, Any] = {}
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            built = make(Path(folder), **case)
-            stock, sync, seen = built.trainer.training_step, built.trainer.update.sync, []
-            backward = sync.backward
+    with kernels.of_triton(), contextlib.redirect_stdout(io.StringIO()):
+        built = make(Path(folder), **case)
+        stock, sync, seen = built.trainer.training_step, built.trainer.update.sync, []
+        backward = sync.backward
 
-            def step(*given: Any) -> torch.Tensor:
-                seen.append(given)
-                if len(seen) == 3:
-                    within.close()
-                    found["counts"] = counts[0].as_dict()
-                    found["casts"] = dict(casts[0].counts)
-                if len(seen) == 2:
-                    counts.append(within.enter_context(device.counting()))
-                    casts.append(within.enter_context(WeightCasts(built.model)))
-                return stock(*given)
+        def step(*given: Any) -> torch.Tensor:
+            seen.append(given)
+            if len(seen) == 3:
+                within.close()
+                found["counts"] = counts[0].as_dict()
+                found["casts"] = dict(casts[0].counts)
+            if len(seen) == 2:
+                counts.append(within.enter_context(device.counting()))
+                casts.append(within.enter_context(WeightCasts(built.model)))
+            return stock(*given)
 
-            def noted(*given: Any) -> None:
-                backward(*given)
-                if len(seen) == 2:
-                    found["waits_before_the_last_backward"] = sum(counts[0].waits.values())
-                    found["launches"] = dict(counts[0].launches)  # without the sum, the norm and the optimizer's step
+        def noted(*given: Any) -> None:
+            backward(*given)
+            if len(seen) == 2:
+                found["waits_before_the_last_backward"] = sum(counts[0].waits.values())
+                found["launches"] = dict(counts[0].launches)  # without the sum, the norm and the optimizer's step
 
-            within, counts, casts = contextlib.ExitStack(), [], []
-            built.trainer.training_step, sync.backward = step, noted
-            built.train()
-    finally:
-        dropout._triton_kernel = run
+        within, counts, casts = contextlib.ExitStack(), [], []
+        built.trainer.training_step, sync.backward = step, noted
+        built.train()
     found["microbatches"] = len(built.trainer.plan.schedule.step(1).microbatches)
     return found
 
@@ -104,3 +100,27 @@ def test_a_layer_launches_no_more_kernels_in_a_microbatch_than_it_did(virtual, t
     totals = [sum(found["launches"].values()) for found in (few, more)]
     a_layer = (totals[1] - totals[0]) / few["microbatches"]
     assert a_layer <= LAUNCHES, a_layer
+
+
+# of the loss head of a microbatch of 5,000 supervised tokens, forward and backward, in two chunks
+HEAD = 18
+
+
+def head(dtype: str, trains_head: bool, triton: bool) -> dict[str, Any]:
+    """What a loss head launches, and the largest number of bytes that it has at once."""
+    from tests.virtual_cuda import device, kernels
+
+    states = torch.randn(5_000, 16, device="cuda", dtype=getattr(torch, dtype), requires_grad=True)
+    weight = torch.randn(50_000, 16, device="cuda", dtype=getattr(torch, dtype), requires_grad=trains_head)
+    targets = torch.zeros(5_000, dtype=torch.int64, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with kernels.of_triton() if triton else contextlib.nullcontext(), device.counting() as counts:
+        supervised_loss(states, weight, None, targets).backward()
+    return {"launches": dict(counts.launches), "bytes": torch.cuda.max_memory_allocated() - before}
+
+
+def test_a_loss_head_launches_a_few_kernels_for_thousands_of_positions(virtual):
+    with_kernel, without = (virtual(head, dtype="bfloat16", trains_head=True, triton=t) for t in (True, False))
+    assert sum(with_kernel["launches"].values()) <= HEAD < sum(without["launches"].values()) / 10
+    assert with_kernel["launches"]["triton_loss"] == 2

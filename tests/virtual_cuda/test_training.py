@@ -6,6 +6,7 @@ The device refuses what a GPU refuses: a CPU tensor beside one of its own, fp32 
 import contextlib
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,10 @@ def test_a_llama_with_grouped_heads_keeps_to_the_varlen_kernel_under_autocast(
     check(virtual, tmp_path, case, kernel, waits=1)
 
 
-def check(virtual: Any, folder: Path, case: dict[str, Any], kernel: str, waits: int) -> None:
-    found, expected = virtual(outcome, folder=str(folder / "gpu"), **case), outcome(str(folder / "cpu"), **case)
+def check(
+    virtual: Any, folder: Path, case: dict[str, Any], kernel: str, waits: int, run: Callable[..., Any] = outcome
+) -> None:
+    found, expected = virtual(run, folder=str(folder / "gpu"), **case), outcome(str(folder / "cpu"), **case)
     assert found["environment"]["device"] == "cuda" and expected["environment"]["device"] == "cpu"
     precision, counts, microbatches = case["precision"], found["counts"], found["microbatches"]
     if not close(found["losses"], expected["losses"], LOSS[precision]):

@@ -201,6 +201,40 @@ def flash_varlen(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, long
     return operator(query, key, value, bounds, bounds, longest, longest, 0.0, form.causal, False, **more)[0]
 
 
+@functools.cache
+def adds_products_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `addmm` adds products of this 16-bit type to a sum in fp32, in place.
+
+    Tried once: only CUDA has it, and the first versions of torch that did wanted the sum in 16 bits too.
+    """
+    total, factor = (torch.ones(16, 16, dtype=of, device=device) for of in (torch.float32, dtype))
+    try:
+        torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
+    except (TypeError, RuntimeError):
+        return False
+    return bool((total == 17.0).all())
+
+
+def product_into(total: Tensor, one: Tensor, other: Tensor, *, add: bool) -> None:
+    """Write `one @ other` over `total`, or add it; of 16-bit factors to fp32 without rounding where torch has that."""
+    if total.dtype == one.dtype:
+        torch.addmm(total, one, other, beta=int(add), out=total)
+    elif adds_products_in_fp32(total.device, one.dtype):
+        torch.addmm(total, one, other, beta=int(add), out_dtype=torch.float32, out=total)
+    elif add:
+        total += one @ other
+    else:
+        total.copy_(one @ other)
+
+
+@contextlib.contextmanager
+def fake_products_in_fp32() -> Iterator[None]:
+    """Within it fake tensors have the operator that `product_into` uses on CUDA; torch 2.13 has it there alone."""
+    with torch.library._scoped_library("aten", "IMPL", "Meta") as library:
+        library.impl("addmm.dtype_out", lambda *given, out, **more: out)
+        yield
+
+
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """Within it torch computes on one thread of the CPU: how threads share a sum decides its last bits."""

@@ -3,7 +3,8 @@
 Full-vocabulary fp32 logits are most of a small model's peak memory, and most of them are of prompts, which are not
 supervised. Here the head runs on the supervised positions only, a few hundred at a time. The gradient of the sum is
 known as soon as the logits are, so the forward pass keeps it (one fp32 row of the hidden size per position) and the
-backward pass only scales it: no logits are kept, and none are computed twice.
+backward pass only scales it: no logits are kept, and none are computed twice. On a GPU with Triton cuda/loss_head.py
+does the same with a kernel of its own.
 """
 
 import inspect
@@ -23,6 +24,7 @@ from isotune.compat.peft import base_model_of, without_new_rows
 from isotune.compat.torch import AutogradFunction, patch_forward
 from isotune.io.errors import UserError
 from isotune.models.cpu.functional import Workspace
+from isotune.models.cuda import loss_head
 from isotune.models.cuda.casts import kept_cast
 
 # Measured on 2 cores with a 512 x 50,272 head in bf16: below 256 positions the products slow down, and the fp32 softmax
@@ -60,7 +62,7 @@ PLAIN_LOGITS = LogitsTransform()
 
 
 def is_cpu(device: torch.device) -> bool:
-    """Whether to use chunks that fit a CPU's caches; the memory estimate for a GPU replaces this function."""
+    """Whether to use chunks that fit a CPU's caches."""
     return device.type == "cpu"
 
 
@@ -115,6 +117,9 @@ def _loss_and_gradients(
     accumulate = torch.float64 if compute == torch.float64 else torch.float32
     states, head = hidden.to(compute), kept_cast(weight, compute)
     scale = FP16_SCALE if compute == torch.float16 else 1.0
+    kernel = loss_head.triton_kernel(hidden.device) if accumulate == torch.float32 else None
+    if kernel is not None:
+        return loss_head.loss_and_gradients(kernel, states, head, bias, targets, transform, scale, needed)
     loss = torch.zeros((), dtype=accumulate, device=hidden.device)
     hidden_gradient = torch.empty_like(hidden, dtype=accumulate) if needed[0] else None
     weight_gradient = None

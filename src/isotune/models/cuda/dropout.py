@@ -1,8 +1,7 @@
 """Dropout on a GPU: the masks of document_keys.py, computed where they are used, forward and backward, never stored."""
 
 import functools
-import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from isotune.compat.torch import AutogradFunction
+from isotune.models.cuda.triton_driver import triton_runs
 from isotune.models.document_keys import (
     ELEMENTS_PER_WORD,
     HALF,
@@ -54,7 +54,7 @@ def _dropped(
     input: torch.Tensor, documents: MicrobatchDocuments, call: int, threshold: int, scale: float
 ) -> torch.Tensor:
     by_token, inner = documents.axes(input.shape)
-    run = _triton_kernel() if input.device.type == "cuda" else None
+    run = _triton_kernel(input.device)
     if run is not None and len(inner) == (0 if by_token else 1):
         numbers, positions = _places(documents, by_token, inner[0] if inner else 0, input.device)
         return run(input.contiguous(), numbers, positions, call, threshold, scale)
@@ -122,17 +122,9 @@ def _places(
     return numbers, positions
 
 
-@functools.cache
-def _triton_kernel() -> Any:
-    """`run` of the Triton kernel; None where triton is not installed or cannot launch anything here."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from triton.runtime import driver  # type: ignore[import-not-found]  (not on CPU)
-
-    try:
-        active: Any = driver.active
-        active.get_current_device()  # builds triton's launcher, which needs the driver's library and a compiler
-    except Exception:
+def _triton_kernel(device: torch.device) -> Callable[..., torch.Tensor] | None:
+    """`run` of the Triton kernel; None on another device, or where Triton cannot run."""
+    if device.type != "cuda" or not triton_runs():
         return None
     from isotune.models.cuda.triton_dropout import run
 

@@ -3,8 +3,8 @@
 from typing import Any
 
 import torch
-import triton  # type: ignore[import-not-found]  (not on CPU)
-import triton.language as tl  # type: ignore[import-not-found]
+import triton
+import triton.language as tl
 
 from isotune.models.document_keys import INCREMENT
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from isotune.compat import torch as compat
 from isotune.compat.torch import FakeTensorMode, TorchDispatchMode, is_in_backward, tree_iter
 from isotune.compat.transformers import attention_of
 from isotune.models import document_keys, packed_attention, supervised_loss
@@ -25,6 +26,7 @@ from isotune.models.cpu import document_attention
 from isotune.models.cpu import functional as cpu_functional
 from isotune.models.cpu import layers as cpu_layers
 from isotune.models.cpu.layers import enable_speedups
+from isotune.models.cuda import loss_head
 from isotune.models.cuda.casts import kept_casts
 from isotune.models.document_dropout import training_microbatch
 from isotune.models.layouts import layout
@@ -185,7 +187,7 @@ def _fake_kernels(tokens: int, on_cpu: bool) -> Iterator[None]:
     """Within it no code reads a value of a tensor, and stand-ins replace a GPU's kernels.
 
     A GPU's attention saves query, key, value, output and a number for each row, as torch's SDPA does on CPU; its
-    dropout saves a byte for each element.
+    dropout saves a byte for each element; its loss head has Triton's kernel.
     """
     with contextlib.ExitStack() as stack:
 
@@ -205,7 +207,9 @@ def _fake_kernels(tokens: int, on_cpu: bool) -> Iterator[None]:
         if not on_cpu:
             replace(packed_attention, "kernel_in_effect", lambda *_, **__: packed_attention.DOCUMENT_SDPA)
             replace(functional, "dropout", _dropout_as_on_gpu)
-            replace(supervised_loss, "is_cpu", lambda _: False)
+            replace(loss_head, "triton_kernel", lambda _: _loss_kernel_as_on_gpu)
+            replace(compat, "adds_products_in_fp32", lambda *_: True)
+            stack.enter_context(compat.fake_products_in_fp32())
         supervised_loss.forget_workspaces()
         stack.callback(supervised_loss.forget_workspaces)
         yield
@@ -213,3 +217,8 @@ def _fake_kernels(tokens: int, on_cpu: bool) -> Iterator[None]:
 
 def _dropout_as_on_gpu(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
+
+
+def _loss_kernel_as_on_gpu(logits: torch.Tensor, *given: Any) -> None:
+    logits.amax(1)  # reads them once, and then again as it writes over them
+    logits.neg_()
