@@ -106,21 +106,19 @@ def test_a_layer_launches_no_more_kernels_in_a_microbatch_than_it_did(virtual, t
 HEAD = 18
 
 
-def head(dtype: str, trains_head: bool, triton: bool) -> dict[str, Any]:
-    """What a loss head launches, and the largest number of bytes that it has at once."""
+def head(dtype: str, trains_head: bool, triton: bool) -> dict[str, int]:
+    """What a loss head launches."""
     from tests.virtual_cuda import device, kernels
 
     states = torch.randn(5_000, 16, device="cuda", dtype=getattr(torch, dtype), requires_grad=True)
-    weight = torch.randn(50_000, 16, device="cuda", dtype=getattr(torch, dtype), requires_grad=trains_head)
+    weight = torch.randn(500, 16, device="cuda", dtype=getattr(torch, dtype), requires_grad=trains_head)
     targets = torch.zeros(5_000, dtype=torch.int64, device="cuda")
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
     with kernels.of_triton() if triton else contextlib.nullcontext(), device.counting() as counts:
         supervised_loss(states, weight, None, targets).backward()
-    return {"launches": dict(counts.launches), "bytes": torch.cuda.max_memory_allocated() - before}
+    return dict(counts.launches)
 
 
 def test_a_loss_head_launches_a_few_kernels_for_thousands_of_positions(virtual):
     with_kernel, without = (virtual(head, dtype="bfloat16", trains_head=True, triton=t) for t in (True, False))
-    assert sum(with_kernel["launches"].values()) <= HEAD < sum(without["launches"].values()) / 10
-    assert with_kernel["launches"]["triton_loss"] == 2
+    assert sum(with_kernel.values()) <= HEAD < sum(without.values()) / 10
+    assert with_kernel["triton_loss"] == 2

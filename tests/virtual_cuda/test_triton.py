@@ -6,6 +6,7 @@ tests/gpu/test_kernels_cuda.py asks the same of the compiled kernels.
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -22,8 +23,17 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 VALUES = {"float32": 0.0, "bfloat16": 2**-7, "float16": 0.0}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", DROPOUTS)
+def cases(names: Iterable[str], *fast: tuple[str, str]) -> list[Any]:
+    """Every name with every type; the ones that are not named are slow."""
+    every = [(name, dtype) for name in names for dtype in DTYPES]
+    assert set(fast) <= set(every)
+    return [case if case in fast else pytest.param(*case, marks=pytest.mark.slow) for case in every]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    cases(DROPOUTS, ("packed", "float32"), ("packed", "bfloat16"), ("odd sizes", "float16"), ("padded", "float32")),
+)
 def test_dropouts_kernel_drops_what_the_cpu_drops_forward_and_backward(virtual, name: str, dtype: str):
     check_dropout(virtual(triton_cases.dropout, device="cuda", name=name, dtype=dtype), dtype, VALUES[dtype])
 
@@ -39,8 +49,12 @@ def check_dropout(found: dict, dtype: str, tolerance: float) -> None:
 LOSS = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", LOSSES)
+BLOCKS = [("blocks and a bit", dtype) for dtype in DTYPES]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), cases(LOSSES, *BLOCKS, ("scaled and capped", "float32"), ("no targets", "bfloat16"))
+)
 def test_the_loss_heads_kernel_gives_the_loss_and_gradients_of_fp64(virtual, name: str, dtype: str):
     check_loss(virtual(triton_cases.loss, device="cuda", name=name, dtype=dtype), name, dtype)
 
@@ -51,8 +65,9 @@ def check_loss(found: dict, name: str, dtype: str) -> None:
     assert found["calls"] == ["loss_head"] * -(-positions // CHUNK)
     assert found["zeros"] == (positions == 0)
     assert found["errors"].keys() == {"loss", "hidden", "weight", *(["bias"] if case["bias"] else [])}
-    for sides in ("errors", "difference"):
-        assert all(error <= LOSS[dtype] for error in found[sides].values()), (sides, found)
+    assert all(difference <= LOSS[dtype] for difference in found["difference"].values()), found
+    for part, error in found["errors"].items():  # torch's operators round logits to the same type
+        assert error <= max(LOSS[dtype], 1.1 * found["torch"][part]), (part, found)
 
 
 def test_predictions_at_the_edges_have_an_exact_finite_loss(virtual):
