@@ -103,7 +103,7 @@ def test_a_layer_launches_no_more_kernels_in_a_microbatch_than_it_did(virtual, t
 
 
 # of the loss head of a microbatch of 5,000 supervised tokens, forward and backward, in two chunks
-HEAD = 18
+HEAD = 15
 
 
 def head(dtype: str, trains_head: bool, triton: bool) -> dict[str, int]:
@@ -113,8 +113,10 @@ def head(dtype: str, trains_head: bool, triton: bool) -> dict[str, int]:
     states = torch.randn(5_000, 16, device="cuda", dtype=getattr(torch, dtype), requires_grad=True)
     weight = torch.randn(500, 16, device="cuda", dtype=getattr(torch, dtype), requires_grad=trains_head)
     targets = torch.zeros(5_000, dtype=torch.int64, device="cuda")
-    with kernels.of_triton() if triton else contextlib.nullcontext(), device.counting() as counts:
-        supervised_loss(states, weight, None, targets).backward()
+    with kernels.of_triton() if triton else contextlib.nullcontext():
+        supervised_loss(states[:2], weight, None, targets[:2])  # torch's products are tried once
+        with device.counting() as counts:
+            supervised_loss(states, weight, None, targets).backward()
     return dict(counts.launches)
 
 
