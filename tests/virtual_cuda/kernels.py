@@ -64,9 +64,9 @@ def _forward(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, i
     assert dropout_p == 0.0, "the virtual kernel has no dropout"
     with device.quiet():
         out = _attended(query, key, value, cum_seq_q, is_causal, options["scale"])
-    lse = torch.zeros(query.shape[1], query.shape[0], device=query.device)
-    unused = torch.zeros(2, dtype=torch.uint64, device=query.device)
-    return out, lse, unused, unused.clone(), torch.empty(0, device=query.device)
+        lse = torch.zeros(query.shape[1], query.shape[0], device=query.device)
+        unused = torch.zeros(2, dtype=torch.uint64, device=query.device)
+        return out, lse, unused, unused.clone(), torch.empty(0, device=query.device)
 
 
 def _attended(query, key, value, bounds, causal, scale):
