@@ -8,7 +8,7 @@ lives. The blocks of a model are alike, so models of two and three blocks give t
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import accumulate
 from typing import Any
@@ -33,6 +33,9 @@ from isotune.models.layouts import layout
 from isotune.preflight.resources.traffic import Traffic, TrafficCounter
 
 TRACED_BLOCKS = (2, 3)
+# Bytes of a logit that torch's operators move and the loss kernel does not: the parameters of the time model were
+# fitted with them, and keep them until they are fitted anew.
+FITTED_LOGIT_BYTES = 40
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,11 @@ def trace_microbatch(
             casts = contextlib.nullcontext() if on_cpu or not autocast else kept_casts()
             with live, traffic, products, casts, training_microbatch(documents) if on_cpu else contextlib.nullcontext():
                 model(**inputs, use_cache=False).loss.backward()
-        return (live.activation_peak, *live.peaks), traffic.counted
+        counted = traffic.counted
+        if not on_cpu and not is_classifier:
+            logits = targets * model.config.get_text_config().vocab_size
+            counted = replace(counted, elementwise_bytes=counted.elementwise_bytes + FITTED_LOGIT_BYTES * logits)
+        return (live.activation_peak, *live.peaks), counted
 
     few, more = TRACED_BLOCKS
     if layers is None or layers <= more:
