@@ -4,8 +4,10 @@
 """
 
 import contextlib
+import copy
 import re
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,20 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from isotune.io.errors import RunFault, UserError
 from isotune.models.causal import install_causal
 from isotune.models.isolation import check_isolation, packed_inputs
+from tests.models_table import PAGE, entries_of
+from tests.small_adapters import (
+    PROMPTS,
+    Adapted,
+    LoraCheck,
+    answered_alike,
+    difference_of_logits,
+    each_alone,
+    gradients,
+    largest_difference,
+    power_of_ten,
+    recipe_in,
+)
 
-PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- causal models: written by python -m tests.causal_models -->", "<!-- end -->"
 LENGTHS = (9, 30, 17)
 LARGEST = 6_000_000  # parameters; a configuration that stays larger is not small
@@ -36,11 +50,21 @@ SMALL: dict[str, Any] = {
     "decoder_ffn_dim": 48, "num_layers": 2, "num_heads": 4, "rotary_dim": 4, "q_lora_rank": 8, "kv_lora_rank": 8,
     "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "sliding_window": 16, "attention_chunk_size": 16,
 }  # fmt: skip
+# The parts of a model of pictures and texts.
+TEXT: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2,
+    "max_position_embeddings": 512, "sliding_window": 16,
+}  # fmt: skip
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+PATCHES = {"image_size": 32, "patch_size": 16}
+WINDOWED = ["sliding_attention", "full_attention"]
+PER_LAYER = {"vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8}
 # Where these keys alone make no model.
 OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 16},
     "deepseek_v2": {"head_dim": 4, "topk_method": "greedy", "num_experts_per_tok": 2, "num_key_value_heads": 4},
-    "deepseek_v3": {"head_dim": 4, "num_key_value_heads": 4, "n_group": 2, "topk_group": 1},
+    "deepseek_v3": {"head_dim": 4, "num_key_value_heads": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
     "glm4_moe_lite": {"head_dim": 4, "num_key_value_heads": 4, "n_group": 2, "topk_group": 1},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
@@ -59,6 +83,36 @@ OWN: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 16, "expand": 2, "n_groups": 1, "state_size": 8},
     "layoutlmv3": {"coordinate_size": 4, "shape_size": 8},
     "lilt": {"hidden_size": 48},
+    "dbrx": {"n_layers": 2, "n_heads": 4, "attn_config": {"kv_n_heads": 2}, "ffn_config": {"ffn_hidden_size": 48}},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "longcat_flash": {"ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "moe_topk": 2, "zero_expert_num": 2}
+    | {"head_dim": 4, "num_key_value_heads": 4},
+    "gemma3n_text": PER_LAYER | {"laurel_rank": 8, "num_kv_shared_layers": 0, "layer_types": WINDOWED},
+    "gemma4_text": PER_LAYER | {"global_head_dim": 8, "layer_types": WINDOWED},
+    "gemma4_unified_text": {"global_head_dim": 8, "layer_types": WINDOWED},
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_state": 8, "shared_intermediate_size": 48}
+    | {"layer_types": ["linear_attention", "full_attention"]},
+    "gemma3": {"text_config": TEXT | {"layer_types": WINDOWED}, "vision_config": VISION | PATCHES}
+    | {"mm_tokens_per_image": 4},
+    "gemma4": {"text_config": TEXT | PER_LAYER | {"global_head_dim": 8, "layer_types": WINDOWED}},
+    "gemma4_unified": {"text_config": TEXT | {"global_head_dim": 8, "layer_types": WINDOWED}},
+    "qwen3_5": {"text_config": TEXT, "vision_config": VISION | {"out_hidden_size": 32}},
+    "qwen3_5_moe": {"text_config": TEXT | {"num_experts": 4}, "vision_config": VISION | {"out_hidden_size": 32}},
+    "qwen4_exp": {"text_config": TEXT, "vision_config": VISION | {"out_hidden_size": 32}},
+    "llama4": {"text_config": TEXT | {"num_local_experts": 4}, "vision_config": VISION | PATCHES},
+    "fuyu": {"text_config": TEXT, "image_size": 32, "patch_size": 16},
+    "got_ocr2": {"text_config": TEXT, "vision_config": VISION | PATCHES | {"mlp_dim": 48, "output_channels": 8}},
+    "emu3": {"text_config": TEXT, "vq_config": {"base_channels": 8, "hidden_size": 8, "codebook_size": 16}},
+    "mllama": {"text_config": TEXT | {"cross_attention_layers": [1]}, "vision_config": VISION | PATCHES},
+    "git": {"vision_config": VISION | PATCHES},
+    "moss_transcribe_diarize": {"text_config": TEXT, "audio_config": VISION},
+    "phi4_multimodal": {"vision_config": VISION | PATCHES | {"crop_size": 32}}
+    | {"audio_config": {"hidden_size": 32, "intermediate_size": 48, "num_blocks": 1, "num_attention_heads": 4}},
+    "esmc": {"vocab_size": 33, "mask_token_id": 32, "num_key_value_heads": 4},
+    "modernvbert": {"text_config": TEXT | {"num_hidden_layers": 3}, "vision_config": VISION | PATCHES},
+    "ultravbert": {"text_config": TEXT, "vision_config": VISION | PATCHES},
+    "t5gemma": {"encoder": TEXT, "decoder": TEXT},
     "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2, "mamba_n_groups": 1, "mamba_d_state": 8},
 }
 
@@ -69,17 +123,20 @@ class Row:
 
     kind: str
     form: str  # packed or padded
-    why: str  # it is padded
+    notes: str  # why it is padded, and what is refused
     leak: float
     logits: float  # relative to the largest
     loss: float  # relative
     gradient: float  # of the parameter that differs most, relative to its norm
+    lora: Adapted
+    answers: int | None  # of PROMPTS, in a batch as alone; None where generation is refused
 
     def line(self) -> str:
         """The line of the table; figures as powers of ten, which other machines reach too."""
-        figures = (self.leak, self.logits, self.loss, self.gradient)
-        shown = (f"{figure:.0e}" if figure else "0" for figure in figures)
-        return f"| `{self.kind}` | {self.form} | {' | '.join(shown)} | {self.why} |"
+        figures = map(power_of_ten, (self.leak, self.logits, self.loss, self.gradient))
+        answers = "refused" if self.answers is None else f"{self.answers} of {len(PROMPTS)}"
+        cells = (self.form, *figures, *self.lora.cells, "yes" if self.answers == len(PROMPTS) else answers, self.notes)
+        return f"| `{self.kind}` | {' | '.join(cells)} |"
 
 
 class NotSmall(Exception):
@@ -127,19 +184,30 @@ def small_config(kind: str, **more: Any) -> Any:
     return stock
 
 
-def measure(kind: str) -> Row:
-    """Run a packed row of three documents, and each document alone; UserError where the type is refused."""
+def measure(kind: str, **adapter: Any) -> Row:
+    """Run a packed row of three documents, and each document alone; UserError where the type is refused.
+
+    `adapter` are keys of the recipe by which LoRA is added.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        return _measure(kind, recipe_in(Path(folder), **adapter))
+
+
+def _measure(kind: str, recipe: Any) -> Row:
     model = small_model(kind)
     device, vocabulary = torch.device("cpu"), model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(1)
     documents = [torch.randint(4, vocabulary, (n,), generator=generator) for n in LENGTHS]
-    alone = [model(input_ids=document[None], use_cache=False).logits[0] for document in documents]
-    expected = sum(
-        cross_entropy(logits[:-1].float(), document[1:], reduction="sum")
-        for logits, document in zip(alone, documents, strict=True)
-    )
-    assert isinstance(expected, torch.Tensor)
-    reference = _gradients(model, expected)
+
+    def logits_of(stock: Any, document: torch.Tensor) -> torch.Tensor:
+        return stock(input_ids=document[None], use_cache=False).logits[0]
+
+    def loss_of(logits: torch.Tensor, number: int) -> torch.Tensor:
+        return cross_entropy(logits[:-1].float(), documents[number][1:], reduction="sum")
+
+    alone = each_alone(model, documents, logits_of, loss_of)
+    answering = copy.deepcopy(model)
+    adapters = LoraCheck(copy.deepcopy(model), recipe, documents, logits_of, loss_of)
     form = install_causal(model, max_seq_length=64)
     padded = form.why_padded is not None
     found = check_isolation(model, vocabulary, device, torch.float32, padded=padded)
@@ -148,22 +216,26 @@ def measure(kind: str) -> Row:
     supervised = torch.ones_like(row, dtype=torch.bool)
     supervised[inputs["cu_seq_lens_q"][:-1].long()] = False
     places = supervised.nonzero()[:, 0]
+
+    def loss_of_row(trained: Any) -> torch.Tensor:
+        return trained(**inputs, supervised_positions=places - 1, targets=row[places]).loss
+
     with torch.no_grad():
         together = model(**inputs).logits[0].split(list(LENGTHS))
-    largest = max(float(logits.abs().max()) for logits in alone)
-    logits = max(float((a - b).abs().max()) for a, b in zip(together, alone, strict=True)) / largest
-    loss = model(**inputs, supervised_positions=places - 1, targets=row[places]).loss
-    ours = _gradients(model, loss)
-    whole = torch.stack([gradient.norm() for gradient in reference.values()]).norm()
-    gradient = max(float((ours[name] - g).norm() / max(g.norm(), 1e-2 * whole)) for name, g in reference.items())
-    error = abs(float(loss) - float(expected)) / float(expected)
-    return Row(kind, "padded" if padded else "packed", form.why_padded or "", found["leak"], logits, error, gradient)
-
-
-def _gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    model.zero_grad()
+    loss = loss_of_row(model)
     loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    gradient = largest_difference(gradients(model), alone.gradients)
+    error = abs(float(loss.detach()) - alone.loss) / alone.loss
+    lora = adapters.of(model, loss_of_row)
+    try:
+        alike, why = answered_alike(answering), ""
+    except (UserError, RunFault) as refusal:
+        alike, why = None, f"generation: {refusal}"
+    notes = "; ".join(note for note in (form.why_padded, lora.why, why) if note)
+    return Row(
+        kind, "padded" if padded else "packed", notes, found["leak"],
+        difference_of_logits(together, alone.logits), error, gradient, lora, alike,
+    )  # fmt: skip
 
 
 def entry(kind: str) -> str:
@@ -178,9 +250,7 @@ def entry(kind: str) -> str:
 
 def table_of(page: str) -> dict[str, str]:
     """The entries of the page's table by type."""
-    block = page[page.index(BEGIN) : page.index(END, page.index(BEGIN))]
-    lines = re.findall(r"^(?:\| |- )`[^`]+`.*$", block, re.MULTILINE)
-    return {re.split("`", text)[1]: text for text in [*lines, *re.findall(r"`[^`]+`", block.splitlines()[-1])]}
+    return entries_of(page[page.index(BEGIN) : page.index(END, page.index(BEGIN))])
 
 
 def table(entries: dict[str, str]) -> str:
@@ -193,7 +263,8 @@ def table(entries: dict[str, str]) -> str:
         f"{len(rows) - packed} padded; {len(refused)} are refused; {len(not_small)} do not build from a small "
         "configuration."
     )
-    titles = ["| type | runs | leak | logits | loss | gradient | why padded |", "|---|---|---|---|---|---|---|"]
+    columns = ("type", "runs", "leak", "logits", "loss", "gradient", "LoRA", "export", "answers", "notes")
+    titles = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     last = f"Not built from a small configuration: {', '.join(not_small)}."
     return "\n".join([BEGIN, head, "", *titles, *rows, "", "Refused:", "", *refused, "", last, END])
 

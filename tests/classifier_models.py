@@ -6,8 +6,10 @@
 import copy
 import inspect
 import math
+import tempfile
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from isotune.models.classifier import install_classification
 from isotune.models.isolation import check_isolation
 from isotune.models.packed_attention import PACKED
 from tests.causal_models import LARGEST, SMALL, NotSmall, small_config
+from tests.small_adapters import Adapted, LoraCheck, each_alone, gradients, recipe_in
 
 KINDS = tuple(sorted(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES))
 LENGTHS, TARGETS = (23, 6, 40, 11), (2, 0, 1, 2)
@@ -32,9 +35,11 @@ class Measured:
     form: str  # packed, padded or alone
     reads: str  # which states of a text its head reads
     why: str  # it is not packed
+    leak: float  # into a text whose neighbour is replaced, relative to the largest logit
     logits: float  # relative to the largest
     loss: float  # relative
     gradient: float  # of all parameters, relative to its norm
+    lora: Adapted | None
 
 
 def small_classifier(kind: str) -> Any:
@@ -65,44 +70,59 @@ def stock(model: Any, text: torch.Tensor) -> torch.Tensor:
     return model(input_ids=text[None], attention_mask=torch.ones_like(text)[None], **kept).logits[0]
 
 
-def measure(kind: str, dtype: torch.dtype = torch.float32) -> Measured:
+def measure(kind: str, dtype: torch.dtype = torch.float32, *, with_lora: bool = True) -> Measured:
     """Train on four texts in one row, and on each text alone; UserError or RunFault where the type is refused."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _measure(kind, dtype, Path(folder) if with_lora else None)
+
+
+def _measure(kind: str, dtype: torch.dtype, folder: Path | None) -> Measured:
     model = small_classifier(kind).to(dtype).train()
     draw = torch.Generator().manual_seed(5)
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", SMALL["vocab_size"]))
-    texts = [torch.randint(4, vocabulary, (length,), generator=draw) for length in LENGTHS]
-    targets, logits, total = torch.tensor(TARGETS), list[torch.Tensor](), dict[str, torch.Tensor]()
+    texts = [torch.randint(4, vocabulary, (length,), generator=draw) for length in (*LENGTHS, LENGTHS[1])]
+    texts, other = texts[:-1], texts[-1]
+    targets = torch.tensor(TARGETS)
     try:
         stock(copy.deepcopy(model), texts[0])
     except Exception as error:
         if getattr(model.config, "is_encoder_decoder", False):
             install_classification(model)  # which has its own reason
         raise NotSmall(f"its own forward: {type(error).__name__}: {error}") from error
-    for text, target in zip(texts, targets, strict=True):
-        fresh = copy.deepcopy(model)  # some remember the texts before
-        own = stock(fresh, text)
-        cross_entropy(own, target).backward()
-        logits.append(own.detach())
-        for name, parameter in fresh.named_parameters():
-            if parameter.grad is not None:
-                total[name] = total.get(name, torch.zeros(())) + parameter.grad
-    expected = torch.stack(logits)
+
+    def loss_of(logits: torch.Tensor, number: int) -> torch.Tensor:
+        return cross_entropy(logits, targets[number])
+
+    alone = each_alone(model, texts, stock, loss_of)
+    expected = torch.stack(alone.logits)
+    before = copy.deepcopy(model)
     layout = install_classification(model)
     padded = layout.name != PACKED
     check_isolation(model, vocabulary, torch.device("cpu"), dtype, classifier=True, padded=padded)
-    bounds = torch.tensor([0, *accumulate(LENGTHS)], dtype=torch.int32)
-    row: dict[str, Any] = {"input_ids": torch.cat(texts)[None], "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
-    found = model(**row, max_length_q=max(LENGTHS), max_length_k=max(LENGTHS), targets=targets)
+
+    def run(trained: Any, documents: list[torch.Tensor]) -> Any:
+        bounds = torch.tensor([0, *accumulate(LENGTHS)], dtype=torch.int32)
+        row: Any = {"input_ids": torch.cat(documents)[None], "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+        return trained(**row, max_length_q=max(LENGTHS), max_length_k=max(LENGTHS), targets=targets)
+
+    found = run(model, texts)
     found.loss.backward()
-    wanted = float(cross_entropy(expected, targets, reduction="sum"))
-    ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    error = math.hypot(*(float((ours.get(n, torch.zeros(())) - g).norm()) for n, g in total.items()), 0.0)
+    ours, zero = gradients(model), torch.zeros(())
+    error = math.hypot(*(float((ours.get(n, zero) - g).norm()) for n, g in alone.gradients.items()), 0.0)
+    with torch.no_grad():
+        change = (run(model, [texts[0], other, *texts[2:]]).logits - found.logits).abs()
+    lora = None
+    if folder is not None:
+        adapters = LoraCheck(before, recipe_in(folder, classifies=True), texts, stock, loss_of)
+        lora = adapters.of(model, lambda trained: run(trained, texts).loss)
     return Measured(
         kind,
         layout.name,
         layout.reads,
         layout.reason,
+        float(change[[0, *range(2, len(texts))]].max() / expected.abs().max()),
         float((found.logits.detach() - expected).abs().max() / expected.abs().max()),
-        abs(float(found.loss.detach()) - wanted) / wanted,
-        error / math.hypot(*(float(g.norm()) for g in total.values()), 0.0),
+        abs(float(found.loss.detach()) - alone.loss) / alone.loss,
+        error / math.hypot(*(float(g.norm()) for g in alone.gradients.values()), 0.0),
+        lora,
     )

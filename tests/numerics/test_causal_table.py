@@ -1,16 +1,18 @@
 """Every causal type of the installed transformers trains exactly, or is refused in one sentence."""
 
-import re
-
 import pytest
 import transformers
-from tests.causal_models import BEGIN, END, PAGE, NotSmall, measure
+from tests.causal_models import PAGE, NotSmall, measure, table_of
+from tests.small_adapters import NOT_MEASURED, PROMPTS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from isotune.io.errors import RunFault, UserError
 
-TABLE = re.search(f"{re.escape(BEGIN)}(.*?){re.escape(END)}", PAGE.read_text(), re.DOTALL)
-FORMS = dict(re.findall(r"^\| `([\w.-]+)` \| (packed|padded) ", TABLE[1], re.MULTILINE)) if TABLE else {}
+KINDS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+ENTRIES = table_of(PAGE.read_text())
+ROWS = {kind: [cell.strip() for cell in line.split("|")[2:-1]] for kind, line in ENTRIES.items() if line[0] == "|"}
+FORMS = {kind: cells[0] for kind, cells in ROWS.items()}
+FAST = {"llama", "deepseek_v3"}  # one whose experts have names of its other layers
 
 
 def test_the_table_has_the_architectures_that_people_start_from():
@@ -19,13 +21,13 @@ def test_the_table_has_the_architectures_that_people_start_from():
     assert {kind: FORMS.get(kind) for kind in common} == dict.fromkeys(common, "packed")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=() if kind in FAST else pytest.mark.slow) for kind in KINDS])
 def test_each_type_agrees_with_its_stock_model_or_is_refused_in_one_sentence(kind: str):
     transformers.logging.set_verbosity_error()
     try:
         row = measure(kind)
     except NotSmall as reason:
+        assert kind not in FAST
         pytest.skip(f"no small model: {reason}")
     except (UserError, RunFault) as refusal:
         assert "\n" not in str(refusal) and kind not in FORMS
@@ -34,3 +36,7 @@ def test_each_type_agrees_with_its_stock_model_or_is_refused_in_one_sentence(kin
     assert row.leak == 0.0
     assert max(row.logits, row.loss) <= 1e-5
     assert row.gradient <= 1e-4
+    lora, export, answers = ROWS[kind][5:8] if kind in ROWS else [NOT_MEASURED] * 3
+    row.lora.check(lora, export)
+    assert "\n" not in row.notes and row.answers in (None, len(PROMPTS))
+    assert answers in (NOT_MEASURED, "refused" if row.answers is None else "yes")

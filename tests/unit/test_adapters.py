@@ -105,6 +105,29 @@ def test_the_layers_that_the_keys_name_get_an_adapter(values, expected):
     assert set(choose_targets(opt(), recipe(**values)).names) == wanted
 
 
+def test_layers_with_the_names_of_experts_are_left_out_or_refused_and_never_others_in_their_place():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        "glm4_moe", **SMALL, num_key_value_heads=1, intermediate_size=32, moe_intermediate_size=8, n_routed_experts=4,
+        num_experts_per_tok=2, first_k_dense_replace=1))  # fmt: skip
+    targets, experts = choose_targets(model, recipe()), {"gate_proj", "up_proj", "down_proj"}
+    assert {name.rsplit(".", 2)[1] for name in targets.left_out} == {"mlp", "shared_experts"}
+    assert {name.rsplit(".", 1)[-1] for name in targets.left_out} == experts
+    assert len(targets.left_out) == 3 * len(experts)
+    for values in ({"target_modules": ["q_proj", "up_proj"]}, {"target_modules": r".*(q|up)_proj"}):
+        with pytest.raises(UserError, match=r"mlp\.up_proj, and peft takes 'up_proj' for the experts"):
+            choose_targets(model, recipe(**values))
+    mamba = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        "mamba", vocab_size=96, hidden_size=16, num_hidden_layers=2, state_size=4))  # fmt: skip
+    reached = choose_targets(mamba, recipe())
+    assert {name.rsplit(".", 1)[-1] for name in reached.left_out} == {"out_proj"}
+    with pytest.raises(UserError, match="out_proj, and peft refuses 'out_proj' in model type 'mamba': leave it out"):
+        choose_targets(mamba, recipe(target_modules="out_proj"))
+    assert adapted_layers(add_adapters(mamba, recipe())) == set(reached.names)
+    scaled = choose_targets(model, recipe(peft_type="ia3"))
+    assert not scaled.left_out and any(name.endswith("shared_experts.up_proj") for name in scaled.names)
+    assert adapted_layers(add_adapters(model, recipe())) == set(targets.names)
+
+
 def test_patterns_give_layers_their_own_rank_and_scale():
     values = {"rank_pattern": {"q_proj": 2, "layers.0.fc1": 3}, "alpha_pattern": '{"q_proj": 7}', "r": 4}
     model = add_adapters(opt(), recipe(lora_alpha=8, **values))

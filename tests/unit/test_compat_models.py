@@ -1,6 +1,7 @@
 """Every private member of a library that models and checkpoints use does in the installed version what they need."""
 
 import re
+from typing import Any
 
 import peft
 import pytest
@@ -10,7 +11,7 @@ from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, OPTConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForSequenceClassification, OPTConfig
 from transformers.integrations import deepspeed as deepspeed_integration
 
 from isotune.compat import bitsandbytes as bitsandbytes_compat
@@ -164,3 +165,28 @@ def test_attention_and_head_of_a_model_type_are_known_without_its_weights():
     assert model._no_split_modules == ["BertLayer"]
     model._keys_to_ignore_on_save = {"a"}
     assert transformers_compat.ignored_on_save(model) == {"a"}
+
+
+def test_peft_gives_experts_what_was_asked_for_layers_of_their_names():
+    config = AutoConfig.for_model(
+        "glm4_moe", vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=8, moe_intermediate_size=8, n_routed_experts=2, num_experts_per_tok=1,
+        first_k_dense_replace=0,
+    )  # fmt: skip
+    names = peft_compat.names_of_experts("glm4_moe")
+    asked = peft.LoraConfig(r=2, target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"])
+    adapted: Any = peft.get_peft_model(AutoModelForCausalLM.from_config(config), asked)
+    modules = {name.rsplit(".", 1)[-1] for name, module in adapted.named_modules() if hasattr(module, "base_layer")}
+    assert names >= {"gate_proj", "up_proj", "down_proj"} and not names & {"q_proj", "o_proj"}
+    assert "q_proj" in modules and not modules & names, "peft no longer does so: names_of_experts can go"
+    assert peft_compat.names_of_experts("llama") == frozenset()
+
+
+def test_peft_refuses_lora_on_layers_that_mambas_kernels_read():
+    mamba, other = (AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        kind, vocab_size=32, hidden_size=8, num_hidden_layers=1)) for kind in ("mamba", "mamba"))  # fmt: skip
+    assert peft_compat.refused_in_mamba(mamba, "out_proj") and not peft_compat.refused_in_mamba(mamba, "in_proj")
+    with pytest.raises(ValueError, match="incompatible with Mamba"):
+        peft.get_peft_model(mamba, peft.LoraConfig(target_modules=["out_proj"]))
+    peft.get_peft_model(other, peft.LoraConfig(target_modules=["in_proj"]))
+    assert not peft_compat.refused_in_mamba(opt(), "out_proj")

@@ -24,6 +24,36 @@ def name_in_adapter_file(name: str) -> str:
     return name.removesuffix(".weight") if name.endswith("lora_magnitude_vector.weight") else name
 
 
+def names_of_experts(model_type: str) -> frozenset[str]:
+    """Names of layers that peft's LoRA takes for the experts of a type: 0.21 turns them into parameters of these.
+
+    It does so for adapters that were made before transformers 5 put the experts' matrices together, also where layers
+    beside the experts have these names, which then get no adapter.
+    """
+    try:
+        from peft.utils import transformers_weight_conversion as library
+    except ImportError:  # of another version
+        return frozenset()
+    pattern = getattr(library, "_MODEL_TO_CONVERSION_PATTERN", {}).get(model_type)
+    if not getattr(library, "_MOE_FUSED_TARGETS", {}).get(pattern):
+        return frozenset()
+    return frozenset(getattr(library, "_MOE_TARGET_MODULE_MAPPING", {}).get(pattern, ()))
+
+
+def refused_in_mamba(model: Any, layer: str) -> bool:
+    """Whether peft's LoRA takes no layer of this name in the model's type: kernels of Mamba read some weights alone."""
+    from peft import LoraConfig
+    from peft.tuners import tuners_utils as library
+
+    check = getattr(library, "_check_lora_target_modules_mamba", None)
+    try:
+        if check is not None:
+            check(LoraConfig(), model, layer)
+    except ValueError:
+        return True
+    return False
+
+
 def given_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments that the caller gave: PeftModelForSequenceClassification passes its whole signature on, as None."""
     return {name: value for name, value in kwargs.items() if value is not None and name != "return_dict"}

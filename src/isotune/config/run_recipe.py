@@ -44,6 +44,9 @@ _LORA = Requirement(
 )
 # values that stand for what earlier versions did, which knew nothing else
 UNSAID_BEFORE = {"chat_format": "guanaco", "peft_type": "lora", "task_type": "single_label"}
+_LORA_ONLY = Requirement(
+    lambda values: values["tune"] == "lora" and values["peft_type"] == "lora", "it needs tune: lora and peft_type: lora"
+)
 _FOUR_BIT = Requirement(lambda values: values["tune"] == "qlora", "it needs tune: qlora")
 _NO_LIMIT = Requirement(lambda values: values["max_steps"] < 1, "max_steps says where the run ends")
 _ONE_SOURCE = Requirement(
@@ -178,6 +181,9 @@ class RunRecipe(BaseRecipe):
     layers_to_transform: list[int] | None = key(
         None, ADAPTER, "numbers of the blocks whose layers get LoRA", allowed=Range(0), needs=_LORA, common=False,
         default_text="all")
+    target_parameters: list[str] | None = key(
+        None, ADAPTER, "weights of experts, which are no layers, that get LoRA too: ends of their names, such as "
+        "experts.down_proj", needs=_LORA_ONLY, common=False)
     rank_pattern: dict[str, Any] | None = key(
         None, ADAPTER, "rank of layers by the end of their names, instead of r", needs=_LORA, common=False)
     alpha_pattern: dict[str, Any] | None = key(

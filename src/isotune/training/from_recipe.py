@@ -5,6 +5,7 @@ data = ...                      the script's own: documents with their targets o
 train_run(start, data, ...)     model, trainer, steps, RUN/model, and what finishes the run
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from isotune.distributed.ranks import call_on_main
 from isotune.io.errors import UserError
 from isotune.io.run_files import or_empty, read_recipe_values
 from isotune.models.adapters.lora import add_adapters
+from isotune.models.adapters.targets import choose_targets
 from isotune.models.base.ending import end_generation
 from isotune.models.base.head import BaseHead, set_names
 from isotune.models.base.vocabulary import new_rows, without_text
@@ -106,6 +108,8 @@ def start_run(recipe: RunRecipe) -> Start:
     rows = new_rows(config, tokenizer, recipe)
     if rows and recipe.tune != "full" and (process.fsdp or process.zero_stage == 3):
         raise UserError("rows of new tokens are trained in a whole embedding: use ddp or ZeRO 0 to 2, or tune: full")
+    if recipe.target_parameters and (process.fsdp or process.zero_stage == 3):
+        raise UserError("target_parameters trains LoRA on whole weights of experts: use ddp or ZeRO 0 to 2")
     chooses = recipe.microbatch_tokens == "auto"
     return Start(recipe, process, run, config, tokenizer, recorded, chooses_tokens=chooses, new_rows=rows)
 
@@ -188,6 +192,8 @@ def build_model(start: Start, data: RunData) -> nn.Module:
         print(f"tokens      {count:,} new: {whose}, and are trained")
         if unseen := without_text(start.tokenizer, recipe.add_tokens or (), data.train.documents.input_ids):
             print(f"no effect   no document has {', '.join(map(repr, unseen))} of add_tokens: nothing is learnt of it")
+    if recipe.tune != "full" and process.is_main:
+        _say_left_out(base, recipe)
     model = base if recipe.tune == "full" else add_adapters(base, recipe, start.new_rows)
     enable_speedups(model, zero3=process.zero_stage == 3)
     return model
@@ -196,6 +202,11 @@ def build_model(start: Start, data: RunData) -> nn.Module:
 def _say_new(names: Sequence[str]) -> None:
     modules = dict.fromkeys(name.rsplit(".", 1)[0] for name in names)
     print(f"new         {', '.join(modules)}: in no file of the base, drawn from the seed and trained whole")
+
+
+def _say_left_out(base: Any, recipe: RunRecipe) -> None:
+    if left := sorted({re.sub(r".*\.\d+\.", "", name) for name in choose_targets(base, recipe).left_out}):
+        print(f"note        {', '.join(left)} get no adapter: peft's LoRA does not reach them in this model type")
 
 
 def _say_form(form: CausalForm) -> None:

@@ -12,7 +12,7 @@ from isotune.compat.torch import one_thread
 from isotune.config import ClassificationRecipe, RunRecipe
 from isotune.io.errors import VALUES, UserError, first_line, nearest
 from isotune.models.adapters.from_base import start_from_base, starts_from_base
-from isotune.models.adapters.targets import Targets, check_patterns, choose_targets
+from isotune.models.adapters.targets import Targets, check_parameters, check_patterns, choose_targets
 from isotune.models.base.hub import commit_of_base
 from isotune.models.layouts.heads import head_modules
 from isotune.models.log_control import quiet_libraries
@@ -55,6 +55,7 @@ def add_adapters(model: PreTrainedModel, recipe: RunRecipe, new_rows: Sequence[i
         config: Any = IA3Config(**common, feedforward_modules=second)
     else:
         check_patterns(recipe, targets)
+        check_parameters(model, recipe)
         keys = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora")
         start: Any = recipe.init_lora_weights
         config = LoraConfig(
@@ -63,6 +64,7 @@ def add_adapters(model: PreTrainedModel, recipe: RunRecipe, new_rows: Sequence[i
             init_lora_weights=True if starts_from_base(start) else start,
             rank_pattern=dict(recipe.rank_pattern or {}),
             alpha_pattern=dict(recipe.alpha_pattern or {}),
+            target_parameters=list(recipe.target_parameters or ()) or None,
             trainable_token_indices=_rows_by_module(model, recipe, new_rows) if new_rows else None,
         )
     try:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from isotune.compat.peft import names_of_experts, refused_in_mamba
 from isotune.io.errors import UserError, nearest
 
 ALL_LINEAR = "all-linear"
@@ -36,6 +37,7 @@ class Targets:
     pattern: list[str] | str  # ends of names, or a regular expression of whole names
     excluded: list[str] | str | None
     names: tuple[str, ...]  # of the layers, whole
+    left_out: tuple[str, ...] = ()  # layers of the rule `all-linear` that peft's LoRA does not reach
 
 
 def choose_targets(model: PreTrainedModel, recipe: Any) -> Targets:
@@ -43,11 +45,14 @@ def choose_targets(model: PreTrainedModel, recipe: Any) -> Targets:
 
     UserError where a name matches no linear layer of the model, or nothing is left.
     """
-    output = model.get_output_embeddings()
+    output, kind = model.get_output_embeddings(), model.config.model_type
     layers = {name: layer for name, layer in linear_layers(model).items() if layer is not output}
-    asked = recipe.target_modules or DEFAULT_TARGETS.get(model.config.model_type) or [ALL_LINEAR]
+    unreached = _unreached(model, layers) if recipe.peft_type == "lora" else {}
+    asked, left_out = recipe.target_modules or DEFAULT_TARGETS.get(kind) or [ALL_LINEAR], ()
     if asked == [ALL_LINEAR]:
-        pattern = _ends_of(names_of_blocks(model), layers)
+        blocks = names_of_blocks(model)
+        left_out = tuple(name for name in blocks if name in unreached)
+        pattern = _ends_of([name for name in blocks if name not in unreached], layers)
         if not pattern:
             raise UserError(
                 f"{type(model).__name__} has no linear layers in blocks, so target_modules has to name some: "
@@ -57,6 +62,8 @@ def choose_targets(model: PreTrainedModel, recipe: Any) -> Targets:
         pattern = _as_pattern("target_modules", asked)
         _check("target_modules", pattern, layers, model)
     names = [name for name in layers if _matches(pattern, name)]
+    if wrong := [name for name in names if name in unreached]:
+        raise UserError(f"target_modules names {wrong[0]}, and {unreached[wrong[0]]}: leave it out")
     excluded = None
     if recipe.exclude_modules:
         excluded = _as_pattern("exclude_modules", recipe.exclude_modules)
@@ -72,10 +79,21 @@ def choose_targets(model: PreTrainedModel, recipe: Any) -> Targets:
                 f"{_ranges(numbers)}"
             )
         names = [name for name in names if block_of(name) in set(chosen)] or names
-        return Targets(names, None, tuple(names))  # peft has no numbers beside a regular expression
+        return Targets(names, None, tuple(names), left_out)  # peft has no numbers beside a regular expression
     if not names:
         raise UserError("exclude_modules leaves no layer of target_modules: take a name out of it")
-    return Targets(pattern, excluded, tuple(names))
+    return Targets(pattern, excluded, tuple(names), left_out)
+
+
+def _unreached(model: PreTrainedModel, layers: Iterable[str]) -> dict[str, str]:
+    """The layers that peft gives no LoRA, whole names, and why."""
+    kind = model.config.model_type
+    ends = {name: name.rsplit(".", 1)[-1] for name in layers}
+    experts = names_of_experts(kind)
+    mamba = {end for end in set(ends.values()) if refused_in_mamba(model, end)}
+    found = {name: f"peft refuses '{end}' in model type '{kind}'" for name, end in ends.items() if end in mamba}
+    taken = f"for the experts of model type '{kind}', whose weights target_parameters names"
+    return found | {name: f"peft takes '{end}' {taken}" for name, end in ends.items() if end in experts}
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -90,6 +108,26 @@ def names_of_blocks(model: PreTrainedModel) -> list[str]:
     within = tuple(f"{name}." for name in stacks)
     inside = {id(module) for name, module in linear_layers(body).items() if name.startswith(within)}
     return [name for name, module in linear_layers(model).items() if id(module) in inside]
+
+
+def check_parameters(model: nn.Module, recipe: Any) -> None:
+    """UserError for a name in target_parameters that is no matrix of the model, or where peft cannot adapt it."""
+    names = [name for name, parameter in model.named_parameters() if parameter.dim() in (2, 3)]
+    for item in recipe.target_parameters or ():
+        if not any(name == item or name.endswith(f".{item}") for name in names):
+            stacked = {name for name, parameter in model.named_parameters() if parameter.dim() == 3}
+            ends = sorted({".".join(name.split(".")[-2:]) for name in stacked})
+            hint = f"did you mean '{near}'? " if (near := nearest(item, ends)) else ""
+            has = f"it has {', '.join(ends)}" if ends else "it has no experts whose matrices are one weight"
+            raise UserError(
+                f"target_parameters names '{item}', which {type(model).__name__} does not have: {hint}{has}"
+            )
+    if recipe.target_parameters and isinstance(recipe.init_lora_weights, str):
+        raise UserError(f"init_lora_weights: {recipe.init_lora_weights} is for layers, and target_parameters are none")
+    if recipe.target_parameters and recipe.lora_dropout:
+        raise UserError(
+            "target_parameters is LoRA on a weight and not on its input, which dropout needs: say lora_dropout: 0"
+        )
 
 
 def check_patterns(recipe: Any, targets: Targets) -> None:
