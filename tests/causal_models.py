@@ -58,6 +58,7 @@ TEXT: dict[str, Any] = {
 }  # fmt: skip
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 PATCHES = {"image_size": 32, "patch_size": 16}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 WINDOWED = ["sliding_attention", "full_attention"]
 PER_LAYER = {"vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8}
 # Where these keys alone make no model.
@@ -83,7 +84,12 @@ OWN: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 16, "expand": 2, "n_groups": 1, "state_size": 8},
     "layoutlmv3": {"coordinate_size": 4, "shape_size": 8},
     "lilt": {"hidden_size": 48},
-    "dbrx": {"n_layers": 2, "n_heads": 4, "attn_config": {"kv_n_heads": 2}, "ffn_config": {"ffn_hidden_size": 48}},
+    "dbrx": {
+        "n_layers": 2,
+        "n_heads": 4,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 48},
+    },
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "longcat_flash": {"ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "moe_topk": 2, "zero_expert_num": 2}
@@ -97,9 +103,13 @@ OWN: dict[str, dict[str, Any]] = {
     | {"mm_tokens_per_image": 4},
     "gemma4": {"text_config": TEXT | PER_LAYER | {"global_head_dim": 8, "layer_types": WINDOWED}},
     "gemma4_unified": {"text_config": TEXT | {"global_head_dim": 8, "layer_types": WINDOWED}},
-    "qwen3_5": {"text_config": TEXT, "vision_config": VISION | {"out_hidden_size": 32}},
-    "qwen3_5_moe": {"text_config": TEXT | {"num_experts": 4}, "vision_config": VISION | {"out_hidden_size": 32}},
-    "qwen4_exp": {"text_config": TEXT, "vision_config": VISION | {"out_hidden_size": 32}},
+    "qwen3_5": {"text_config": TEXT | {"layer_types": ["linear_attention", "full_attention"]}, "vision_config": VISION},
+    "qwen3_5_moe": {"text_config": TEXT | EXPERTS, "vision_config": VISION},
+    "qwen4_exp": {"text_config": TEXT | EXPERTS, "vision_config": VISION},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local"], "attention_head_size": 8},
+    "perceiver": {"num_latents": 4, "d_latents": 32, "num_self_attends_per_block": 1}
+    | {"num_self_attention_heads": 4, "num_cross_attention_heads": 4},
+    "t5gemma2": {"encoder": {"text_config": TEXT, "vision_config": VISION | PATCHES}, "decoder": TEXT},
     "llama4": {"text_config": TEXT | {"num_local_experts": 4}, "vision_config": VISION | PATCHES},
     "fuyu": {"text_config": TEXT, "image_size": 32, "patch_size": 16},
     "got_ocr2": {"text_config": TEXT, "vision_config": VISION | PATCHES | {"mlp_dim": 48, "output_channels": 8}},
@@ -169,9 +179,7 @@ def small_model(kind: str) -> Any:
 def small_config(kind: str, **more: Any) -> Any:
     """A configuration of this type with few and narrow layers, and `more` keys."""
     stock = AutoConfig.for_model(kind)
-    keys = {key: value for key, value in SMALL.items() if getattr(stock, key, None) not in (None, -1)} | OWN.get(
-        kind, {}
-    )
+    keys = {key: value for key, value in SMALL.items() if _has(stock, key)} | OWN.get(kind, {})
     keys |= more
     for _ in range(len(keys)):
         try:
@@ -182,6 +190,13 @@ def small_config(kind: str, **more: Any) -> Any:
                 raise
             del keys[refused[0]]
     return stock
+
+
+def _has(config: Any, key: str) -> bool:
+    try:
+        return getattr(config, key, None) not in (None, -1)
+    except Exception:  # a key of which each layer has its own
+        return True
 
 
 def measure(kind: str, **adapter: Any) -> Row:
