@@ -200,3 +200,9 @@ def test_dropout_belongs_to_the_document_in_a_padded_model_too(kind: str):
             targets = inputs["input_ids"][0, where]
             losses.append(float(model(**inputs, supervised_positions=where - 1, targets=targets).loss.detach()))
     assert losses[0] == pytest.approx(losses[1] + losses[2], rel=1e-6)
+
+
+def test_a_type_whose_documents_change_each_other_by_a_trace_is_padded():
+    """A short convolution over new weights moves logits by less than rounding may."""
+    form = install_causal(small_model("lfm2_moe"), max_seq_length=64)
+    assert form.why_padded == "documents change each other"

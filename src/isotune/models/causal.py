@@ -17,7 +17,7 @@ from torch.nn import functional
 from isotune.compat.deepspeed import gathered_by_block
 from isotune.compat.transformers import attention_of, set_attention_of
 from isotune.io.errors import UserError, first_line
-from isotune.models.isolation import ALONE_TOLERANCE, packed_inputs, random_documents
+from isotune.models.isolation import ALONE_TOLERANCE, packed_inputs, random_documents, rounding_of_neighbours
 from isotune.models.layouts.padding import pad_documents
 from isotune.models.packed_attention import noted_windows, set_packed_attention
 from isotune.models.supervised_loss import install_supervised_loss, use_stock_logits
@@ -125,7 +125,7 @@ def _try_packed(
         difference = _difference(model, documents, alone)
     if difference is not None:
         return difference
-    return windows.lost(model.config, max_seq_length)
+    return windows.lost(model.config, max_seq_length) or _leak(model, documents)
 
 
 def _difference(model: Any, documents: Sequence[torch.Tensor], alone: Sequence[torch.Tensor]) -> str | None:
@@ -142,6 +142,22 @@ def _difference(model: Any, documents: Sequence[torch.Tensor], alone: Sequence[t
     if error <= ALONE_TOLERANCE.get(alone[0].dtype, 1e-4):
         return None
     return f"its logits differ from those of each document alone by {error:.2g} of the largest"
+
+
+def _leak(model: Any, documents: Sequence[torch.Tensor]) -> str | None:
+    """Whether a document of a row is changed by its neighbour, by less than `_difference` sees of new weights."""
+    if not documents:
+        return None
+    lengths = [len(document) for document in documents]
+    rows = documents, [documents[0], documents[1].flip(0), *documents[2:]]
+    own, other = (
+        model(**packed_inputs(row, model.device, positions=True)).logits[0].float().split(lengths) for row in rows
+    )
+    change = max(float((a - b).abs().max()) for i, (a, b) in enumerate(zip(own, other, strict=True)) if i != 1)
+    largest = max(float(logits.abs().max()) for logits in own)
+    if change <= rounding_of_neighbours(model, model.dtype) * largest:
+        return None
+    return "documents change each other"
 
 
 def _loss_agrees(model: Any, documents: Sequence[torch.Tensor], alone: Sequence[torch.Tensor]) -> bool:

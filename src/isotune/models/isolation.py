@@ -24,7 +24,7 @@ DRAWS = frozenset({"exponential_", "uniform_", "normal_", "rand", "randn", "rand
 ALONE_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 # A mixture of experts multiplies the tokens of all documents that chose an expert at once, in a product whose shape,
 # and so whose rounding, depends on the neighbours: relative to the largest logit.
-EXPERTS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 2e-3}
+EXPERTS_TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 2e-3}
 
 
 @torch.no_grad()
@@ -69,8 +69,7 @@ def check_isolation(
         error = max((a - b).abs().max().item() for a, b in zip(together, alone, strict=True)) / largest
         return leak, error, together
 
-    has_experts = any(name.endswith("experts") for name, _ in model.named_modules())
-    rounding = EXPERTS_TOLERANCE[dtype] if has_experts else 0.0
+    rounding = rounding_of_neighbours(model, dtype)
     generator = torch.Generator().manual_seed(0)
     documents = random_documents(vocabulary, LENGTHS, generator)
     replaced = [documents[0], *random_documents(vocabulary, LENGTHS[1:2], generator), documents[2]]
@@ -78,7 +77,7 @@ def check_isolation(
     try:
         # the supervised loss last: ZeRO-3 records the order of the modules, and training runs that forward too
         model.train()
-        drawing = RowDraws() if has_experts else contextlib.nullcontext()
+        drawing = RowDraws() if rounding else contextlib.nullcontext()
         with drawing:
             dropout_leak, dropout_error, _ = measure()
         model.eval()
@@ -127,6 +126,12 @@ def check_isolation(
         "against_stock": stock_error,
         "loss_against_logits": loss_error,
     }
+
+
+def rounding_of_neighbours(model: nn.Module, dtype: torch.dtype) -> float:
+    """How much a neighbour may change a document's logits, relative to the largest: by the rounding of experts."""
+    has_experts = any(name.endswith("experts") for name, _ in model.named_modules())
+    return EXPERTS_TOLERANCE[dtype] if has_experts else 0.0
 
 
 def _against_stock(

@@ -52,7 +52,8 @@ def choose_targets(model: PreTrainedModel, recipe: Any) -> Targets:
     if asked == [ALL_LINEAR]:
         blocks = names_of_blocks(model)
         left_out = tuple(name for name in blocks if name in unreached)
-        pattern = _ends_of([name for name in blocks if name not in unreached], layers)
+        modules = [name for name, _ in model.named_modules()]  # peft looks at all of them
+        pattern = _ends_of([name for name in blocks if name not in unreached], modules)
         if not pattern:
             raise UserError(
                 f"{type(model).__name__} has no linear layers in blocks, so target_modules has to name some: "
@@ -92,13 +93,20 @@ def _unreached(model: PreTrainedModel, layers: Iterable[str]) -> dict[str, str]:
     experts = names_of_experts(kind)
     mamba = {end for end in set(ends.values()) if refused_in_mamba(model, end)}
     found = {name: f"peft refuses '{end}' in model type '{kind}'" for name, end in ends.items() if end in mamba}
+    states = {name for name, module in model.named_modules() if hasattr(module, "A_log")}
+    steps = {name for name in layers if name.endswith(".dt_proj") and name.rpartition(".")[0] in states}
+    found |= dict.fromkeys(steps, f"model type '{kind}' reads the weight of 'dt_proj' past its adapter")
     taken = f"for the experts of model type '{kind}', whose weights target_parameters names"
     return found | {name: f"peft takes '{end}' {taken}" for name, end in ends.items() if end in experts}
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that are a matrix product, GPT-2's Conv1D among them, by their whole names."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    """The layers that are a matrix product, GPT-2's Conv1D among them, by their whole names.
+
+    Llama 4's router is a linear layer too, and returns its choice beside the product.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    return {name: layer for name, layer in layers.items() if not type(layer).__name__.endswith("Router")}
 
 
 def names_of_blocks(model: PreTrainedModel) -> list[str]:
