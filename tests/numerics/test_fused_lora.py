@@ -50,6 +50,24 @@ def _input(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
+def test_a_model_may_change_its_output_in_place():
+    """As Llama 4 does, which adds the experts' output to the shared expert's."""
+    model = _adapted()
+    layer, x = model.get_submodule("base_model.model.up"), _input(1, 30, 24)
+    found = []
+    for fused in (False, True):
+        assert not fused or fuse_lora(model) == 2
+        model.zero_grad()
+        own = x.clone().requires_grad_()
+        out = layer(own)
+        out.mul_(2).add_(own.sum(dim=-1, keepdim=True))
+        out.square().sum().backward()
+        grads = [p.grad for name, p in layer.named_parameters() if "lora_" in name]
+        found.append([out.detach(), own.grad, *grads])
+    for expected, actual in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("shape", [(1, 30, 24), (30, 24)])
 def test_outputs_and_gradients_are_pefts_in_fp32(shape: tuple[int, ...], use_rslora: bool):

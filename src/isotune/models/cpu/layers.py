@@ -187,13 +187,15 @@ def _lora_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torc
     p = drop.p if isinstance(drop, nn.Dropout) and self.training else 0.0
     if p and current_documents() is None:
         return self.stock_forward(x)
-    return _LoraLinear.apply(x, base.weight, base.bias, down, up, self.scaling[name], p, compute)
+    result = _LoraLinear.apply(x, base.weight, base.bias, down, up, self.scaling[name], p, compute)
+    return result.view(*x.shape[:-1], -1)  # here, for models that add to it in place: a function may return no view
 
 
 class _LoraLinear(AutogradFunction):
     """x @ weight.T + bias + scaling * dropout(x) @ down.T @ up.T, with weight [out, in], down [r, in] and up [out, r].
 
-    The weight is frozen and gets no gradient; the bias gets one where `bias: lora_only` or `all` trains it.
+    The result is [tokens, out]. The weight is frozen and gets no gradient; the bias gets one where `bias: lora_only` or
+    `all` trains it.
     """
 
     @staticmethod
@@ -210,7 +212,8 @@ class _LoraLinear(AutogradFunction):
         inner = masked(rows, None if kept is None else as_mask(kept)) @ down.to(compute).t()
         result.addmm_(inner, up.to(compute).t(), alpha=ctx.factor)
         ctx.save_for_backward(rows, inner, weight, down, up)
-        return result.view(*x.shape[:-1], -1)
+        ctx.input_shape = x.shape
+        return result
 
     @staticmethod
     @once_differentiable
@@ -218,16 +221,15 @@ class _LoraLinear(AutogradFunction):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         rows, inner, weight, down, up = ctx.saved_tensors
         mask = None if ctx.packed is None else unpack_mask(ctx.packed, rows.shape)
-        upstream = grad.reshape(-1, grad.shape[-1])
-        inner_grad = (upstream @ up.to(ctx.compute)).mul_(ctx.factor)
-        up_grad = (inner.t() @ upstream).t().to(up.dtype) * ctx.factor
+        inner_grad = (grad @ up.to(ctx.compute)).mul_(ctx.factor)
+        up_grad = (inner.t() @ grad).t().to(up.dtype) * ctx.factor
         down_grad = (inner_grad.t() @ masked(rows, mask)).to(down.dtype)
         x_grad = bias_grad = None
         if ctx.needs_input_grad[2]:
-            bias_grad = upstream.sum(dim=0, dtype=ctx.bias_dtype)
+            bias_grad = grad.sum(dim=0, dtype=ctx.bias_dtype)
         if ctx.needs_input_grad[0]:
-            x_grad = masked(inner_grad @ down.to(ctx.compute), mask).addmm_(upstream, weight.to(ctx.compute))
-            x_grad = x_grad.to(ctx.input_dtype).view(*grad.shape[:-1], -1)
+            x_grad = masked(inner_grad @ down.to(ctx.compute), mask).addmm_(grad, weight.to(ctx.compute))
+            x_grad = x_grad.to(ctx.input_dtype).view(ctx.input_shape)
         return x_grad, None, bias_grad, down_grad, up_grad, None, None, None
 
 
