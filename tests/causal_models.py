@@ -59,6 +59,7 @@ TEXT: dict[str, Any] = {
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 PATCHES = {"image_size": 32, "patch_size": 16}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 WINDOWED = ["sliding_attention", "full_attention"]
 PER_LAYER = {"vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8}
 # Where these keys alone make no model.
@@ -103,8 +104,8 @@ OWN: dict[str, dict[str, Any]] = {
     | {"mm_tokens_per_image": 4},
     "gemma4": {"text_config": TEXT | PER_LAYER | {"global_head_dim": 8, "layer_types": WINDOWED}},
     "gemma4_unified": {"text_config": TEXT | {"global_head_dim": 8, "layer_types": WINDOWED}},
-    "qwen3_5": {"text_config": TEXT | {"layer_types": ["linear_attention", "full_attention"]}, "vision_config": VISION},
-    "qwen3_5_moe": {"text_config": TEXT | EXPERTS, "vision_config": VISION},
+    "qwen3_5": {"text_config": TEXT | HYBRID, "vision_config": VISION},
+    "qwen3_5_moe": {"text_config": TEXT | HYBRID | EXPERTS, "vision_config": VISION},
     "qwen4_exp": {"text_config": TEXT | EXPERTS, "vision_config": VISION},
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local"], "attention_head_size": 8},
     "perceiver": {"num_latents": 4, "d_latents": 32, "num_self_attends_per_block": 1}
@@ -220,7 +221,10 @@ def _measure(kind: str, recipe: Any) -> Row:
     def loss_of(logits: torch.Tensor, number: int) -> torch.Tensor:
         return cross_entropy(logits[:-1].float(), documents[number][1:], reduction="sum")
 
-    alone = each_alone(model, documents, logits_of, loss_of)
+    try:
+        alone = each_alone(model, documents, logits_of, loss_of)
+    except Exception as error:
+        raise NotSmall(f"its own backward: {type(error).__name__}: {error}") from error
     answering = copy.deepcopy(model)
     adapters = LoraCheck(copy.deepcopy(model), recipe, documents, logits_of, loss_of)
     form = install_causal(model, max_seq_length=64)
