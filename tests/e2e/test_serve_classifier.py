@@ -231,3 +231,78 @@ def test_it_is_the_model_that_python_predicts_with(server, run):
     (prediction,) = server.post("/predict", {"text": TEXT}).json()["predictions"]
     assert str(label) == prediction["label"]
     assert max(probabilities(prediction)) == pytest.approx(probability, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def ensembles(run, tmp_path_factory):
+    """The run and one with other weights, blended by equal weights, and by weights fitted to the same rows."""
+    import shutil
+
+    from accelerate.state import AcceleratorState
+    from safetensors.torch import load_file, save_file
+
+    from isotune.commands.trained import evaluate_classifier
+    from isotune.evaluation.ensemble import build_ensemble
+
+    folder = tmp_path_factory.mktemp("ensembles")
+    other = folder / "other"
+    shutil.copytree(run, other)
+    shutil.rmtree(other / "eval")
+    weights = load_file(other / "model" / "model.safetensors")
+    weights["classifier.weight"] *= -0.5
+    save_file(weights, other / "model" / "model.safetensors", metadata={"format": "pt"})
+    AcceleratorState._reset_state(reset_partial_state=True)
+    flags = ["--run_dir", str(other), "--resamples", "20", "--no_pictures"]
+    evaluate_classifier.evaluate_classifier(evaluate_classifier.read_arguments(flags, prog="eval", description=""))
+    (name,) = (file.parent.name for file in other.glob("eval/*/.evaluation.json"))
+    build_ensemble([run, other], folder / "equal", name=name, resamples=100)
+    build_ensemble([run, other], folder / "fitted", name=name, weights="fitted", folds=3, resamples=100)
+    return folder
+
+
+def test_an_ensemble_is_served_like_a_run_with_the_mean_of_what_its_members_say(ensembles, run, texts):
+    members = [predictions_of(run), predictions_of(ensembles / "other")]
+    with served(ensembles / "equal", "--queue", "80") as server:
+        assert "replayed    120 of 120 identical (" in server.printed()[0]
+        info = server.client.get("/info").json()
+        assert (info["model"], info["kind"], info["replayed"]) == ("equal", "classifier", "120 of 120 identical")
+        predictions = server.post("/predict", {"texts": texts}).json()["predictions"]
+        wrong = 0
+        for one, two, prediction in zip(*members, predictions, strict=True):
+            mean = (np.array(one["probabilities"]) + np.array(two["probabilities"])) / 2
+            assert np.abs(mean - probabilities(prediction)).max() < 1e-6
+            assert prediction["label"] == str(mean.argmax())
+            wrong += mean.argmax() != one["label"]
+        assert info["errors"] == wrong > 0
+        cut = server.post("/predict", {"text": TEXT * 40}).json()["predictions"][0]
+        assert cut["tokens_read"] == 64 < cut["tokens"]
+        found = server.post("/attributions", {"text": TEXT, "label": "2"}).json()
+        (prediction,) = server.post("/predict", {"text": TEXT}).json()["predictions"]
+        assert found["output"] == pytest.approx(prediction["probabilities"]["2"], abs=1e-5)
+        total = sum(found["shares"]) + found["rest"]
+        assert abs(total - (found["output"] - found["blank_output"])) < 1e-2 and abs(found["rest"]) < 1e-4
+        assert server.post("/similar", {"text": texts[0]}).status_code == 200
+        assert server.client.get("/").status_code == 200
+        assert server.stop() == 0
+
+
+def test_weights_that_were_fitted_by_folds_are_replayed_with_those_that_are_served(ensembles):
+    import torch
+
+    from isotune.evaluation.models import load_run_classifier
+    from isotune.evaluation.prediction.ensembles import read_ensemble
+    from isotune.io.errors import UserError
+    from isotune.serving.classification.ensemble import open_service
+    from isotune.serving.classification.ensemble_replay import BY_FOLDS, replay_ensemble
+
+    saved = read_ensemble(ensembles / "fitted")
+    service = open_service(saved, lambda run: load_run_classifier(run, torch.device("cpu"), torch.float32))
+    replayed, errors = replay_ensemble(service, 50)
+    assert (replayed.identical, replayed.of, replayed.note) == (50, 50, BY_FOLDS)
+    assert errors and {"id", "actual", "predicted", "text"} <= errors[0].keys()
+    service.members[1].model.classifier.bias.data[1] += 1e-3
+    with pytest.raises(UserError, match=r"^50 of 50 predictions in .* are not what the model says now"):
+        replay_ensemble(service, 50)[0].check()
+    saved.weights[:] = saved.weights[::-1].copy()
+    with pytest.raises(UserError, match=r"it blends other runs than ensemble\.json, or with other weights"):
+        replay_ensemble(service, 50)

@@ -26,6 +26,7 @@ class Replayed:
     of: int
     first: Any = None  # id of the first row that differs
     largest: float | None = None  # difference of a probability or number, where there are any
+    note: str = ""  # what was compared, where it is not the stored predictions themselves
 
     def check(self) -> None:
         """Raise UserError where a prediction differs."""
@@ -57,10 +58,12 @@ class Evaluated:
         return UserError(f"the rows of {self.result.folder} cannot be replayed ({why}): {PASS_OVER}")
 
 
-def newest_evaluation(run: Path, kind: str, why_not: Callable[[Evaluated], str | None]) -> Evaluated:
-    """The newest result of `isotune eval` in a run that can be replayed; UserError without one.
+def newest_evaluation(
+    run: Path, kind: str, why_not: Callable[[Evaluated], str | None], made_by: str | None = None
+) -> Evaluated:
+    """The newest result in a run that can be replayed; UserError without one.
 
-    `why_not` says of a result of this kind why it cannot be.
+    `why_not` says of a result of this kind why it cannot be; `made_by` is the command that makes one (isotune eval).
     """
     why = ""
     for folder in sorted(find_results(run), key=lambda own: (own / METRICS).stat().st_mtime_ns, reverse=True):
@@ -72,7 +75,8 @@ def newest_evaluation(run: Path, kind: str, why_not: Callable[[Evaluated], str |
             if (reason := why_not(evaluated)) is None:
                 return evaluated
             why = why or f" ({folder.name}: {reason})"
-    raise UserError(f"{run} has no evaluation to replay{why}: isotune eval {run} makes one, or {PASS_OVER}")
+    made_by = made_by or f"isotune eval {run}"
+    raise UserError(f"{run} has no evaluation to replay{why}: {made_by} makes one, or {PASS_OVER}")
 
 
 def spread(of: int, count: int) -> list[int]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 import uvicorn
@@ -18,11 +17,15 @@ import uvicorn
 from isotune.config.recipes import project_of
 from isotune.distributed.device import choose_device
 from isotune.evaluation.models import generation_model_of_run, load_run_classifier
+from isotune.evaluation.prediction.ensembles import read_ensemble
 from isotune.evaluation.results import CLASSIFICATION, GENERATION
 from isotune.io.errors import UserError
-from isotune.models.finished_run import is_classifier, read_run
+from isotune.io.run_files import ENSEMBLE
+from isotune.models.finished_run import FinishedRun, is_classifier, read_run
 from isotune.serving.app import Routes, make_app
 from isotune.serving.classification import replay as classifier_replay
+from isotune.serving.classification.ensemble import open_service
+from isotune.serving.classification.ensemble_replay import replay_ensemble
 from isotune.serving.classification.routes import ClassifierRoutes
 from isotune.serving.classification.service import ClassifierService
 from isotune.serving.classification.similar import SimilarErrors
@@ -31,7 +34,7 @@ from isotune.serving.generation.routes import GeneratorRoutes
 from isotune.serving.generation.service import GeneratorService
 from isotune.serving.guard import LOOPBACK
 from isotune.serving.limits import Limits
-from isotune.serving.replay import newest_evaluation
+from isotune.serving.replay import Replayed, newest_evaluation
 from isotune.serving.worker import Worker
 
 REPLAYED_ROWS = {CLASSIFICATION: 512, GENERATION: 64}  # of an evaluation
@@ -62,7 +65,9 @@ class Address:
 
 
 def serve(run: Path, address: Address, limits: Limits, replayed_rows: int | None = None) -> None:
-    """Open a run's model, replay its evaluation and answer requests until a signal; `replayed_rows` 0 passes it over.
+    """Open a run or an ensemble, replay its evaluation and answer requests until a signal.
+
+    `replayed_rows` 0 passes the replay over.
 
     UserError where the address is taken, the run is not finished, or its evaluation cannot be replayed.
     """
@@ -133,31 +138,53 @@ def _bound(address: Address) -> Iterator[socket.socket]:
 
 
 def open_run(run: Path, limits: Limits, replayed_rows: int | None) -> tuple[Routes, str | None]:
-    """The endpoints of a run's kind, and what was replayed; None where that is passed over."""
-    finished = read_run(run)
-    if project_of(finished.settings) is not None:
-        raise UserError(f"{run} reads battles, a prompt with two answers: isotune predict takes files of them")
-    classifies = is_classifier(finished)
-    kind = CLASSIFICATION if classifies else GENERATION
-    count = REPLAYED_ROWS[kind] if replayed_rows is None else replayed_rows
-    name, device, replayed = finished.folder.resolve().name, torch.device(choose_device()), None
-    if not classifies:
-        evaluated = newest_evaluation(finished.folder, kind, generator_replay.why_not) if count else None
-        service = GeneratorService(generation_model_of_run(run, device))
-        if evaluated is not None:
-            replayed = generator_replay.replay(evaluated, service, generator_replay.samples_of(evaluated), count)
-        routes: Any = GeneratorRoutes(name, Worker(service, limits), service, int(time.time()))
+    """The endpoints of a run's kind, or of an ensemble, and what was replayed; None where that is passed over."""
+    if (run / ENSEMBLE).is_file():
+        routes, replayed = _open_ensemble(run, limits, replayed_rows)
     else:
-        classifier = load_run_classifier(run, device, torch.float32)
-        why_not = partial(classifier_replay.why_not, classifier=classifier)
-        evaluated = newest_evaluation(finished.folder, kind, why_not) if count else None
-        service, errors = ClassifierService(classifier), classifier_replay.newest_errors(finished.folder)
-        if evaluated is not None:
-            rows = classifier_replay.rows_of(evaluated, classifier)
-            replayed = classifier_replay.replay(evaluated, service, rows, count)
-            errors = classifier_replay.errors_among(evaluated, rows)
-        routes = ClassifierRoutes(name, Worker(service, limits), service, SimilarErrors(errors))
+        finished = read_run(run)
+        if project_of(finished.settings) is not None:
+            raise UserError(f"{run} reads battles, a prompt with two answers: isotune predict takes files of them")
+        opens = _open_classifier if is_classifier(finished) else _open_generator
+        routes, replayed = opens(finished, limits, replayed_rows)
     if replayed is not None:
         replayed.check()
         print(f"replayed    {replayed} ({replayed.folder})", flush=True)
+        if replayed.note:
+            print(f"note        {replayed.note}", flush=True)
     return routes, None if replayed is None else str(replayed)
+
+
+def _open_generator(run: FinishedRun, limits: Limits, rows: int | None) -> tuple[Routes, Replayed | None]:
+    count = REPLAYED_ROWS[GENERATION] if rows is None else rows
+    evaluated = newest_evaluation(run.folder, GENERATION, generator_replay.why_not) if count else None
+    service = GeneratorService(generation_model_of_run(run.folder, torch.device(choose_device())))
+    replayed = None
+    if evaluated is not None:
+        replayed = generator_replay.replay(evaluated, service, generator_replay.samples_of(evaluated), count)
+    return GeneratorRoutes(_name(run.folder), Worker(service, limits), service, int(time.time())), replayed
+
+
+def _open_classifier(run: FinishedRun, limits: Limits, rows: int | None) -> tuple[Routes, Replayed | None]:
+    count = REPLAYED_ROWS[CLASSIFICATION] if rows is None else rows
+    classifier = load_run_classifier(run.folder, torch.device(choose_device()), torch.float32)
+    why_not = partial(classifier_replay.why_not, classifier=classifier)
+    evaluated = newest_evaluation(run.folder, CLASSIFICATION, why_not) if count else None
+    service, errors, replayed = ClassifierService(classifier), classifier_replay.newest_errors(run.folder), None
+    if evaluated is not None:
+        read = classifier_replay.rows_of(evaluated, classifier)
+        replayed = classifier_replay.replay(evaluated, service, read, count)
+        errors = classifier_replay.errors_among(evaluated, read)
+    return ClassifierRoutes(_name(run.folder), Worker(service, limits), service, SimilarErrors(errors)), replayed
+
+
+def _open_ensemble(folder: Path, limits: Limits, rows: int | None) -> tuple[Routes, Replayed | None]:
+    count = REPLAYED_ROWS[CLASSIFICATION] if rows is None else rows
+    device = torch.device(choose_device())
+    service = open_service(read_ensemble(folder), lambda run: load_run_classifier(run, device, torch.float32))
+    replayed, errors = replay_ensemble(service, count) if count else (None, [])
+    return ClassifierRoutes(_name(folder), Worker(service, limits), service, SimilarErrors(errors)), replayed
+
+
+def _name(folder: Path) -> str:
+    return folder.resolve().name

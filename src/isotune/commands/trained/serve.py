@@ -16,9 +16,9 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The words behind `isotune serve`; UserError says what is wrong with them."""
     parser = OneSentenceParser(
         prog="isotune serve",
-        description="A finished run as a page and an API, for this machine alone unless --host says otherwise.",
+        description="A finished run or an ensemble as a page and an API, for this machine unless --host says other.",
     )
-    parser.add_argument("run", metavar="RUN", help="the folder of a finished run")
+    parser.add_argument("run", metavar="RUN", help="the folder of a finished run, or of an ensemble")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="(%(default)s; 0 takes a free one)")
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen at (%(default)s)")
     names = "further names under which it may be asked, such as that of the machine"

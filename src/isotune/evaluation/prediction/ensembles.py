@@ -107,13 +107,15 @@ class EnsemblePredictor:
 
     def outputs(self, prepared: Sequence[Documents], ranks: Ranks) -> np.ndarray:
         """Blended probabilities, float64 [documents, classes], in the order of the ensemble's names; or numbers."""
-        of_members = [
-            own if order is None else own[:, order]
-            for member, documents, order in zip(self.members, prepared, self.orders, strict=True)
-            for own in (member.outputs(documents, ranks),)
-        ]
+        pairs = zip(self.members, prepared, strict=True)
+        return self.blended([member.outputs(documents, ranks) for member, documents in pairs])
+
+    def blended(self, of_members: Sequence[np.ndarray]) -> np.ndarray:
+        """The blend of what the members say of the same rows, each in the order of its own classes."""
+        pairs = zip(of_members, self.orders, strict=True)
+        ordered = [own if order is None else own[:, order] for own, order in pairs]
         mixed = blend if self.saved.task_type == SINGLE_LABEL else weighted_sum
-        return mixed(of_members, self.saved.weights)
+        return mixed(ordered, self.saved.weights)
 
     def flat(self, line: Line) -> Line:
         """As of one classifier."""

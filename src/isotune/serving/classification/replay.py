@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from isotune.evaluation.models import Classifier, task_of_run
 from isotune.evaluation.results import find_results
 from isotune.evaluation.tasks import ClassificationTask, read_task
 from isotune.io.errors import UserError, shown
-from isotune.serving.classification.service import ClassifierService
+from isotune.serving.classification.service import ClassifierService, Outputs
 from isotune.serving.replay import Evaluated, Replayed, spread
 
 TOLERANCE = 1e-6  # of a probability; of a number relative to the largest stored one, where that is above 1
@@ -68,12 +69,18 @@ def rows_of(evaluated: Evaluated, classifier: Classifier) -> Rows:
 
 def replay(evaluated: Evaluated, service: ClassifierService, rows: Rows, count: int) -> Replayed:
     """Predict `count` rows from all over an evaluation again; UserError where it is of other classes."""
-    task_type, stored = service.classifier.task_type, evaluated.result.predictions
+    stored = evaluated.result.predictions
     chosen = spread(len(stored), count)
-    outputs = service.outputs(rows.documents.select(np.array(chosen)))
-    identical, largest, first, thresholds = 0, 0.0, None, service.classifier.thresholds
-    for row, output, guess in zip(chosen, outputs, predicted(task_type, outputs, thresholds), strict=True):
-        line = stored[row]
+    outputs = service.outputs((rows.documents.select(np.array(chosen)),))
+    return compare(evaluated, [stored[row] for row in chosen], outputs, service.says)
+
+
+def compare(
+    evaluated: Evaluated, lines: Sequence[dict[str, Any]], outputs: np.ndarray, says: Outputs, note: str = ""
+) -> Replayed:
+    """Compare stored lines of an evaluation with what is predicted of the same rows now."""
+    task_type, identical, largest, first = says.task_type, 0, 0.0, None
+    for line, output, guess in zip(lines, outputs, predicted(task_type, outputs, says.thresholds), strict=True):
         before = np.asarray(line["prediction" if task_type == REGRESSION else "probabilities"])
         if before.shape != np.shape(output):
             raise evaluated.no_rows(f"it has {before.size} outputs, and the model {np.size(output)}")
@@ -85,7 +92,7 @@ def replay(evaluated: Evaluated, service: ClassifierService, rows: Rows, count: 
         elif first is None:
             first = line["id"]
         largest = max(largest, difference)
-    return Replayed(evaluated.result.folder, identical, len(chosen), first, largest)
+    return Replayed(evaluated.result.folder, identical, len(lines), first, largest, note)
 
 
 def errors_among(evaluated: Evaluated, rows: Rows) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The endpoints of a classifier."""
+"""The endpoints of a classifier, or of an ensemble of them."""
 
 from dataclasses import asdict
 from typing import Any
@@ -11,7 +11,7 @@ from isotune.config.task_types import REGRESSION
 from isotune.data.classification.pairs import joined
 from isotune.serving.bodies import OneText, ToClassify, check_count
 from isotune.serving.classification import attribution, similar
-from isotune.serving.classification.service import ClassifierService, ToExplain, ToPredict
+from isotune.serving.classification.service import TextService, ToExplain, ToPredict
 from isotune.serving.http import Asked, post, results_of
 from isotune.serving.worker import Worker
 
@@ -19,7 +19,7 @@ from isotune.serving.worker import Worker
 class ClassifierRoutes:
     """POST /predict, /attributions and /similar."""
 
-    def __init__(self, model_id: str, worker: Worker, service: ClassifierService, errors: similar.SimilarErrors):
+    def __init__(self, model_id: str, worker: Worker, service: TextService, errors: similar.SimilarErrors):
         self.model_id, self.worker, self.service, self.errors = model_id, worker, service, errors
 
     def facts(self) -> dict[str, Any]:
@@ -27,10 +27,10 @@ class ClassifierRoutes:
         service = self.service
         return {
             "kind": "classifier",
-            "task_type": service.classifier.task_type,
-            "labels": [] if service.classifier.task_type == REGRESSION else service.names,
+            "task_type": service.says.task_type,
+            "labels": [] if service.says.task_type == REGRESSION else service.says.names,
             "pair": service.is_pair,
-            "max_seq_length": service.classifier.settings.max_seq_length,
+            "max_seq_length": service.max_seq_length,
             "attribution": attribution.METHOD,
             "similar": similar.METHOD,
             "errors": len(self.errors.errors),
@@ -56,7 +56,7 @@ class ClassifierRoutes:
         (outputs,) = await results_of(asked, self.worker, [ToPredict(documents)])
         predictions = self.service.as_json(documents, outputs)
         return JSONResponse(
-            {"model": self.model_id, "task_type": self.service.classifier.task_type, "predictions": predictions}
+            {"model": self.model_id, "task_type": self.service.says.task_type, "predictions": predictions}
         )
 
     async def _attributions(self, asked: Asked) -> Response:
@@ -64,7 +64,8 @@ class ClassifierRoutes:
         documents = await anyio.to_thread.run_sync(self.service.prepare, [asked.body.text], others)
         work = ToExplain(documents, self.service.output_of(asked.body.label))
         ((output, found),) = await results_of(asked, self.worker, [work])
-        label = None if self.service.classifier.task_type == REGRESSION else self.service.names[output]
+        says = self.service.says
+        label = None if says.task_type == REGRESSION else says.names[output]
         return JSONResponse({"method": attribution.METHOD, "label": label, **asdict(found)})
 
     async def _similar(self, asked: Asked) -> Response:
