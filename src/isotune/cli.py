@@ -118,19 +118,24 @@ def command_parser() -> argparse.ArgumentParser:
         "export",
         _export,
         help="write a run's model for use elsewhere, an adapter merged into its base",
-        description="Write a run's model for use elsewhere. What was written is read back and compared.",
+        description=(
+            "Write a run's model for use elsewhere. What was written is read back and compared, and run on rows of\n"
+            "the run's evaluation data: the largest difference of a logit, how many classes or greedy tokens are equal."
+        ),
         epilog=(
             "examples:\n"
             "  isotune export runs/opt350m_lora                        the adapter, for peft\n"
             "  isotune export runs/opt350m_lora --merge                a Hugging Face folder\n"
             "  isotune export runs/opt350m_lora --merge --format pt    model.pt, for load_state_dict\n"
+            "  isotune export runs/yelp_bert --format onnx             model.onnx, for ONNX Runtime\n"
+            "  isotune export runs/chats --format gguf                 model.gguf, for llama.cpp and Ollama\n"
             "  isotune export runs/opt350m_lora/checkpoints/step-00000500    a checkpoint, whichever engine wrote it"
         ),
     )
     export.add_argument("run_dir", metavar="RUN", help="the folder of a finished run, or of a checkpoint")
     merge = "merge the adapter into its base model, and print the difference"
     export.add_argument("--merge", action="store_true", help=merge)
-    export.add_argument("--format", default="safetensors", help="safetensors (default) or pt")
+    export.add_argument("--format", default="safetensors", help="safetensors (default), pt, onnx or gguf")
     export.add_argument("--output", metavar="DIR", help="a folder that is absent or empty (default: in RUN/export)")
     dtype = "data type of merged weights: float32, float16 or bfloat16 (default: as trained)"
     export.add_argument("--dtype", help=dtype)
@@ -262,7 +267,7 @@ def _runs(chosen: argparse.Namespace) -> None:
 
 
 def _export(chosen: argparse.Namespace) -> None:
-    from isotune.checkpoint.export import STATE_DICT, export_run
+    from isotune.checkpoint.export import export_run
 
     options = {name: getattr(chosen, name) for name in ("merge", "format", "output", "dtype")}
     done = export_run(chosen.run_dir, **options)
@@ -270,7 +275,9 @@ def _export(chosen: argparse.Namespace) -> None:
         print(done.parity)
     elif chosen.merge:
         print(f"{chosen.run_dir} trained the whole model: there is nothing to merge")
-    print(f"wrote the {done.kind} to {done.folder / STATE_DICT if done.format == 'pt' else done.folder}")
+    print(done.measured)
+    print("\n".join(done.servers), end="\n" if done.servers else "")
+    print(f"wrote the {done.kind} to {done.place}")
 
 
 def _compare(chosen: argparse.Namespace) -> None:

@@ -370,7 +370,7 @@ def test_what_cannot_be_exported_is_named_and_nothing_is_written(lora_run, base,
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
-        ({"merge": True, "format": "gguf"}, "--format gguf"),
+        ({"merge": True, "format": "tflite"}, "--format tflite"),
         ({"merge": False, "format": "pt"}, "add --merge"),
         ({"merge": True, "dtype": "int8"}, "--dtype int8"),
         ({"merge": False, "dtype": "float16"}, "--dtype is for merged weights"),

@@ -289,7 +289,7 @@ class TestFiles:
                 package, package
             )
             assert any(line.startswith(name) for line in declared[extra]), package
-        whole = {"deepspeed", "qlora", "eval", "arena", "serve", "sweep"}
+        whole = {"deepspeed", "qlora", "eval", "arena", "serve", "sweep", "export"}
         assert declared["all"] == [f"isotune[{','.join(name for name in declared if name in whole)}]"]
 
 

@@ -4,60 +4,43 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
-from transformers import PreTrainedConfig
 
-from isotune.checkpoint.engine_state import MODEL, plain_model
-from isotune.checkpoint.final_model import no_room_is_an_error, replace_folder, save_and_verify, staging_for
-from isotune.checkpoint.flat_tensors import read_whole, stored
-from isotune.checkpoint.manifest import InvalidCheckpoint, verify
+from isotune.checkpoint.final_model import replace_folder, save_and_verify, staging_for
+from isotune.checkpoint.formats.gguf_file import FILE as GGUF
+from isotune.checkpoint.formats.gguf_file import load_gguf, need_gguf, refusal, save_gguf
+from isotune.checkpoint.formats.gguf_tokenizer import NotWritten
+from isotune.checkpoint.formats.onnx_graph import GRAPH, need_onnx, run_graph, save_graph
+from isotune.checkpoint.formats.parity import FileParity, compare_file, logits_of, trained_model
+from isotune.checkpoint.formats.rows import ComparedRows, Row, compared_rows
+from isotune.checkpoint.formats.serving import write_modelfile, write_vllm
+from isotune.checkpoint.formats.state_dict import STATE_DICT, load_state_dict_file, save_state_dict
+from isotune.checkpoint.run_of_checkpoint import run_of
 from isotune.checkpoint.store import is_checkpoint
-from isotune.checkpoint.writer import TENSORS
-from isotune.config import ClassificationRecipe, Recipe, RunRecipe, kind_of
-from isotune.config.recipes import AUTO
-from isotune.config.task_types import SINGLE_LABEL
 from isotune.data.classification.thresholds import THRESHOLDS_FILE
-from isotune.data.sft.chat_format import GUANACO
 from isotune.io.errors import RunFault, UserError
-from isotune.io.run_files import RECIPE
-from isotune.models.adapters.from_base import starts_from_base
-from isotune.models.adapters.lora import add_adapters
 from isotune.models.adapters.stored import read_adapter_config
-from isotune.models.base.head import set_names
-from isotune.models.base.hub import locate
-from isotune.models.base.vocabulary import new_rows
-from isotune.models.class_loss import PROBLEM_TYPES
 from isotune.models.finished_run import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     FinishedRun,
     Parity,
+    is_classifier,
     load_run_tokenizer,
     load_whole_model,
     merge_run,
     read_run,
     settle,
 )
-from isotune.models.layouts.heads import head_of, head_rows
-from isotune.models.log_control import quiet_libraries
-from isotune.models.opening import (
-    check_weights,
-    empty_base_model,
-    is_made_here,
-    load_base_model,
-    load_config,
-    load_tokenizer,
-)
-from isotune.run.hub import keep_commits
+from isotune.models.opening import check_weights
 
-Format = Literal["safetensors", "pt"]
-STATE_DICT = "model.pt"
+Format = Literal["safetensors", "pt", "onnx", "gguf"]
+FILES: dict[Format, str] = {"pt": STATE_DICT, "onnx": GRAPH, "gguf": GGUF}  # beside the configuration
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -69,6 +52,13 @@ class Export:
     kind: Literal["adapter", "model"]
     format: Format
     parity: Parity | None
+    measured: FileParity  # of the files, run by what will run them, and the model as it was trained
+    servers: tuple[str, ...]  # a line for each server: the command, or why there is none
+
+    @property
+    def place(self) -> Path:
+        """The file that holds the model, or the folder of files."""
+        return self.folder / FILES[self.format] if self.format in FILES else self.folder
 
 
 def export_run(
@@ -82,8 +72,11 @@ def export_run(
     """Write a run's model to a folder of its own.
 
     `safetensors` is a Hugging Face folder: the model, or without `merge` the adapter as it is. `pt` is `model.pt`, a
-    state dict for `torch.load(weights_only=True)` and `load_state_dict`, with the configuration and tokenizer of the
-    model. A run without an adapter has nothing to merge and is written as it is.
+    state dict for `torch.load(weights_only=True)` and `load_state_dict`; `onnx` is `model.onnx`, the model's graph with
+    float32 weights. Both have the configuration and tokenizer of the model beside them. A run without an adapter has
+    nothing to merge and is written as it is. What was written is then run by what will run it, on rows of the run's
+    evaluation data, and its logits are compared with those of the model as it was trained. A language model in
+    safetensors gets a script for vLLM and a Modelfile for Ollama, which ask it by the run's chat template.
 
     Args:
         run_dir: RUN, or a checkpoint in RUN/checkpoints, whichever engine wrote it.
@@ -91,13 +84,20 @@ def export_run(
         output: an empty or absent folder; None is RUN/export/KIND-FORMAT, or RUN/export/STEP-KIND-FORMAT.
         dtype: of merged weights, `float32`, `float16` or `bfloat16`; None is that of the base in training.
 
-    Raises UserError where there is no run or no model, a file is broken, `output` is not empty, the format is unknown,
-    or a merged model's logits are not those of the adapter, and RunFault where the files do not read back equal.
+    Raises UserError where there is no run or no model, a file is broken, `output` is not empty, the format is unknown
+    or cannot hold the model, or a merged model's logits are not those of the adapter, and RunFault where the files do
+    not read back equal or give other logits.
     """
     if format not in get_args(Format):
         raise UserError(f"--format {format} is unknown: it may be {' or '.join(get_args(Format))}")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype} is unknown: it may be {', '.join(DTYPES)}")
+    if format == "onnx":
+        need_onnx()
+        if dtype not in (None, "float32"):
+            raise UserError(f"--dtype {dtype} is for other formats: the weights of an ONNX graph are float32 here")
+    if format == "gguf":
+        need_gguf()
     source, given = Path(run_dir).expanduser(), Path(output).expanduser() if output else None
     if given is not None:
         _check_output(given)
@@ -106,34 +106,108 @@ def export_run(
     with contextlib.ExitStack() as stack:
         run = source
         if of_checkpoint:
-            run = stack.enter_context(_run_of(source, beside=given.parent if given else exports))
+            run = stack.enter_context(run_of(source, beside=given.parent if given else exports))
         finished = read_run(run)
         merges = finished.is_adapter and merge
-        if finished.is_adapter and not merge and format == "pt":
-            raise UserError(f"{finished.model} is an adapter, which no model loads as a state dict: add --merge")
+        if finished.is_adapter and not merge and format in FILES:
+            raise UserError(f"{finished.model} is an adapter, which --format {format} cannot hold: add --merge")
+        if format == "gguf" and is_classifier(finished):
+            raise UserError(f"{finished.folder} is the run of a classifier: --format gguf is for language models here")
         if dtype is not None and not merges:
             raise UserError("--dtype is for merged weights: without an adapter to merge they are copied as they are")
         kind = "adapter" if finished.is_adapter and not merge else "model"
         name = f"{source.name}-" if of_checkpoint else ""
         folder = given or exports / f"{name}{'merged' if merges else kind}-{format}"
         _check_output(folder)
-        parity = None
-        if kind == "adapter":
-            _copy_adapter(finished, folder)
-            return Export(folder, kind, "safetensors", parity)
-        if merges:
-            model, tokenizer, parity = merge_run(finished, DTYPES[dtype] if dtype else None)
-        else:
-            model, tokenizer = load_whole_model(finished), load_run_tokenizer(finished)
-            if of_checkpoint:
-                settle(model, tokenizer)
-        if format == "safetensors":
-            save_and_verify(model, tokenizer, folder)
-        else:
-            _save_state_dict(model, tokenizer, folder)
-        if (finished.model / THRESHOLDS_FILE).is_file():
-            shutil.copy(finished.model / THRESHOLDS_FILE, folder)
-        return Export(folder, kind, cast(Format, format), parity)
+        chosen, served = cast(Format, format), exports.resolve().parent.name
+        rows, expected = _expected(finished)
+        try:
+            if kind == "adapter":
+                done = _write_adapter(finished, folder, served)
+            else:
+                done = _write_model(finished, folder, chosen, dtype, served, settles=of_checkpoint)
+            found, runtime = _run_file(done.run, folder, chosen, rows.rows)
+        except NotWritten as why:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise refusal(why, merges, source) from why
+        measured = compare_file(done.run, rows, expected, found, dtype=done.dtype, runtime=runtime)
+        if not measured.parity.holds:
+            shutil.rmtree(folder)
+            raise RunFault(f"what was written to {folder} is not the model of {finished.folder} ({measured})")
+        return Export(folder, kind, chosen, done.parity, measured, done.servers)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What has been written to a folder."""
+
+    run: FinishedRun  # without a base where it is a whole model
+    dtype: torch.dtype  # of the weights in the file
+    parity: Parity | None  # of merging
+    servers: tuple[str, ...]
+
+
+def _write_adapter(run: FinishedRun, folder: Path, served: str) -> _Written:
+    _copy_adapter(run, folder)
+    return _Written(run, torch.float32, None, () if is_classifier(run) else (write_vllm(run, folder, served),))
+
+
+def _write_model(
+    run: FinishedRun, folder: Path, format: Format, dtype: str | None, served: str, *, settles: bool
+) -> _Written:
+    """Write the whole model of a run, its adapter merged; `served` is what others call it.
+
+    `settles` says that the model is that of a checkpoint, whose configuration training has not settled yet.
+    """
+    parity, whole = None, replace(run, base=None)
+    if run.is_adapter:
+        merged_dtype = torch.float32 if format == "onnx" else DTYPES[dtype] if dtype else None
+        model, tokenizer, parity = merge_run(run, merged_dtype)
+    else:
+        model, tokenizer = load_whole_model(run), load_run_tokenizer(run)
+        if settles:
+            settle(model, tokenizer)
+    dtype_of_file = _save(model, tokenizer, folder, format)
+    if (run.model / THRESHOLDS_FILE).is_file():
+        shutil.copy(run.model / THRESHOLDS_FILE, folder)
+    servers = list[str]()
+    if model.can_generate() and format == "safetensors":
+        servers.append(write_vllm(whole, folder, served))
+    if model.can_generate() and format in ("safetensors", "gguf"):
+        servers.append(write_modelfile(model, tokenizer, folder, f"./{GGUF}" if format == "gguf" else ".", served))
+    return _Written(whole, dtype_of_file, parity, tuple(servers))
+
+
+def _save(model: Any, tokenizer: Any, folder: Path, format: Format) -> torch.dtype:
+    """Write a whole model; returns the dtype of the weights in the file."""
+    dtype: torch.dtype = torch.float32 if format == "onnx" else model.dtype
+    if format == "onnx":
+        save_graph(model.float(), tokenizer, folder)
+    elif format == "gguf":
+        save_gguf(model, tokenizer, folder)
+    elif format == "pt":
+        save_state_dict(model, tokenizer, folder)
+    else:
+        save_and_verify(model, tokenizer, folder)
+    return dtype
+
+
+def _expected(run: FinishedRun) -> tuple[ComparedRows, list[torch.Tensor]]:
+    """Rows, and what the model as it was trained says of them."""
+    model = trained_model(run)
+    rows = compared_rows(run, load_run_tokenizer(run), model.config)
+    return rows, logits_of(model, rows.rows)
+
+
+def _run_file(run: FinishedRun, folder: Path, format: Format, rows: Sequence[Row]) -> tuple[list[torch.Tensor], str]:
+    """The logits that what was written gives of rows, and the name of what ran it; no `base`: it is a whole model."""
+    if format == "onnx":
+        return run_graph(folder, rows), "onnxruntime"
+    if format == "gguf":
+        return logits_of(load_gguf(folder), rows), "transformers' GGUF reader"
+    if format == "pt":
+        return logits_of(load_state_dict_file(folder, is_classifier=is_classifier(run)), rows), "torch"
+    return logits_of(trained_model(replace(run, model=folder)), rows), "peft" if run.is_adapter else "transformers"
 
 
 def _check_output(folder: Path) -> None:
@@ -154,139 +228,3 @@ def _copy_adapter(run: FinishedRun, folder: Path) -> None:
             path.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
         check_weights(staging, ADAPTER_WEIGHTS)
     replace_folder(staging, folder)
-
-
-def _save_state_dict(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write `model.pt`, load it as its user will into a new model, compare, and rename the folder into place."""
-    state: dict[str, torch.Tensor] = dict(model.state_dict())
-    with staging_for(folder) as staging:
-        staging.mkdir()
-        if getattr(model.config, "use_cache", None) is not None:
-            model.config.use_cache = True
-        model.config.architectures = [type(model).__name__]
-        model.config.dtype = model.dtype
-        model.config.save_pretrained(str(staging))
-        if model.can_generate():
-            model.generation_config.to_json_file(str(staging / "generation_config.json"), use_diff=True)  # valid or not
-        tokenizer.save_pretrained(str(staging))
-        # Tied tensors share one storage in the file and keep both names: `load_state_dict` needs both.
-        # A file opened by Python, because torch's own hides why a write failed.
-        written = staging / STATE_DICT
-        with written.open("wb") as file:
-            torch.save(state, file)
-        read = torch.load(written, weights_only=True, map_location="cpu")
-        with torch.device("meta"):
-            fresh = type(model)(model.config)
-        try:
-            fresh.load_state_dict(read, strict=True, assign=True)
-        except RuntimeError as error:
-            raise RunFault(f"{written} does not load into {type(model).__name__}: {error}") from error
-        for name, tensor in state.items():
-            if read[name].dtype != tensor.dtype or not torch.equal(read[name], tensor.cpu()):
-                raise RunFault(f"{name} read back from {written} is not the one in memory")
-    replace_folder(staging, folder)
-
-
-# ---- a run out of a checkpoint ----
-
-
-@contextlib.contextmanager
-def _run_of(checkpoint: Path, beside: Path) -> Generator[Path]:
-    """A temporary folder in `beside` with recipe.yaml and model/, as if the run had ended at the checkpoint.
-
-    One process makes it, whatever the engine and the number of ranks that wrote the checkpoint. A base of an adapter
-    that was drawn at random is written to RUN/base_model, as the run itself would do. Raises UserError for a checkpoint
-    that is not valid, or whose model cannot be loaded.
-    """
-    with no_room_is_an_error(beside):
-        beside.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=beside, prefix=".checkpoint-")
-    with scratch as folder:
-        run = Path(folder)
-        try:
-            manifest = verify(checkpoint)
-        except InvalidCheckpoint as why:
-            raise UserError(f"{checkpoint} is not a valid checkpoint: {why}") from why
-        kind = kind_of(manifest.recipe)
-        form = {"chat_format": GUANACO} if kind is Recipe else {}  # of a checkpoint that names none
-        recipe = kind.from_values(**{**form, **manifest.recipe}, output_dir=folder)
-        keep_commits(recipe, checkpoint.resolve().parents[1])
-        tokenizer = load_tokenizer(recipe)
-        config = _config_at(recipe, checkpoint / TENSORS)
-        rows = new_rows(config, tokenizer, recipe)
-        model: Any = plain_model(_model_at(recipe, config, checkpoint / TENSORS, rows), keep=True)
-        if recipe.tune != "full":
-            base = recipe.model_name_or_path
-            if is_made_here(recipe):
-                made = checkpoint.resolve().parents[1] / "base_model"
-                if not made.is_dir():
-                    save_and_verify(load_base_model(recipe, config, torch.device("cpu")), tokenizer, made)
-                base = str(made)
-            model.peft_config["default"].base_model_name_or_path = base
-        save_and_verify(model, tokenizer, run / "model")
-        recipe.write(run / RECIPE)
-        yield run
-
-
-def _config_at(recipe: RunRecipe, tensors: Path) -> PreTrainedConfig:
-    """The model's configuration; a classifier has as many classes as its head's last bias has elements."""
-    config = load_config(recipe)
-    if isinstance(recipe, ClassificationRecipe):
-        heads = set(head_of(config))
-        lengths = [
-            length
-            for name, (length, _) in stored(tensors).items()
-            if name.startswith(MODEL) and name.endswith(".bias") and heads & set(name.removeprefix(MODEL).split("."))
-        ]
-        if not lengths:  # a decoder's `score` has no bias: its weights are as many rows as there are classes
-            rows = head_rows(config)
-            sizes = {name: length for name, (length, _) in stored(tensors).items() if name.endswith(tuple(rows))}
-            lengths = [sizes[name] // size for name in sizes for end, size in rows.items() if name.endswith(end)]
-        if not lengths:
-            raise RunFault(f"the checkpoint holds no classification head ({' or '.join(sorted(heads))})")
-        task_type = SINGLE_LABEL if recipe.task_type == AUTO else recipe.task_type
-        set_names(config, min(lengths), recipe.label_names, PROBLEM_TYPES[task_type])
-    return config
-
-
-def _model_at(recipe: RunRecipe, config: PreTrainedConfig, tensors: Path, rows: Sequence[int]) -> Any:
-    """The model of a recipe with the trained tensors of a checkpoint; what is frozen stays on the meta device.
-
-    A frozen base is loaded where the adapter's start was taken out of it.
-    """
-    if starts_from_base(recipe.init_lora_weights):
-        model: Any = load_base_model(recipe, config, torch.device("cpu"), new_rows=rows)
-        model = add_adapters(model, recipe, rows)
-    else:
-        with torch.device("meta"), quiet_libraries():
-            model = _empty_model(recipe, config, rows)
-            if recipe.tune != "full":
-                model = add_adapters(model, recipe, rows)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    names = [name.removeprefix(MODEL) for name in stored(tensors) if name.startswith(MODEL)]
-    unknown = [name for name in names if name not in shapes]
-    if unknown:
-        raise RunFault(f"{unknown[0]} of the checkpoint has no place in the model of its recipe")
-    whole = read_whole(tensors, {MODEL + name: shapes[name] for name in names})
-    trained = {name.removeprefix(MODEL): tensor for name, tensor in whole.items()}
-    model.load_state_dict(trained, strict=False, assign=True)
-    if recipe.tune == "full":
-        model.tie_weights()
-        absent = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
-        if absent:
-            raise RunFault(f"{absent[0]} of the model is not in the checkpoint")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
-    return model
-
-
-def _empty_model(recipe: RunRecipe, config: PreTrainedConfig, rows: Sequence[int]) -> Any:
-    """The base model of a recipe without weights, with the settings of generation that its files have."""
-    from transformers import GenerationConfig
-
-    model = empty_base_model(recipe, config, rows)
-    if not isinstance(recipe, ClassificationRecipe) and not is_made_here(recipe):
-        with contextlib.suppress(OSError):  # most models have no file of it
-            located = locate(recipe.model_name_or_path, "model", recipe.model_revision)
-            model.generation_config = cast(Any, GenerationConfig).from_pretrained(located.name, **located.arguments)
-    return model

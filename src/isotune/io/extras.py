@@ -19,6 +19,9 @@ EXTRAS = {
     "optuna": "sweep",
     "starlette": "serve",
     "uvicorn": "serve",
+    "onnxscript": "export",
+    "onnxruntime": "export",
+    "gguf": "export",
 }
 
 

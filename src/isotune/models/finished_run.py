@@ -274,7 +274,7 @@ def merge_run(run: FinishedRun, dtype: torch.dtype | None = None) -> tuple[Any, 
     settle(base, tokenizer)
     file_dtype = dtype or base.dtype
     adapted = add_run_adapter(run, base.float()).eval()
-    probe = _probe_tokens(_probe_conversation(run, tokenizer), base.config.get_text_config().vocab_size)
+    probe = probe_tokens(run, tokenizer, base.config)
     expected = _probe_logits(adapted, probe)
     with loading(f"the adapter in {run.model} cannot be merged", (ValueError,)):
         merged = adapted.merge_and_unload(safe_merge=True)
@@ -302,28 +302,27 @@ def settle(model: Any, tokenizer: Any) -> None:
         tokenizer.padding_side = "right"
 
 
-def _probe_conversation(run: FinishedRun, tokenizer: Any) -> list[int]:
-    """The tokens of a question and its answer, as in training; a classifier reads them as a text."""
-    if is_classifier(run):
-        return tokenizer(render_prompt(PROBE_QUESTION) + PROBE_ANSWER)["input_ids"]
-    encoder = ConversationEncoder(tokenizer)
-    return encoder.prompt_tokens(encoder.prompt([{"role": "user", "content": PROBE_QUESTION}]) + PROBE_ANSWER)
+def probe_tokens(run: FinishedRun, tokenizer: Any, config: Any) -> Tensor:
+    """A fixed input for a run's model, int64 [2, tokens]: a conversation, and tokens from all over the vocabulary.
 
-
-def _probe_tokens(conversation: list[int], vocabulary: int) -> Tensor:
-    """The fixed input, int64 [2, 64]: a conversation as in training, and tokens from all over the vocabulary.
-
-    The conversation is truncated or repeated to fill its row.
+    The conversation stands as in training, and a classifier reads it as a text; it is truncated or repeated to fill its
+    row of 64 tokens, or as many as the model has positions.
     """
+    if is_classifier(run):
+        conversation = tokenizer(render_prompt(PROBE_QUESTION) + PROBE_ANSWER)["input_ids"]
+    else:
+        encoder = ConversationEncoder(tokenizer)
+        prompt = encoder.prompt([{"role": "user", "content": PROBE_QUESTION}])
+        conversation = encoder.prompt_tokens(prompt + PROBE_ANSWER)
+    vocabulary: int = config.get_text_config().vocab_size
     repeated = (conversation * (PROBE_TOKENS // len(conversation) + 1))[:PROBE_TOKENS]
     spread = [(i * vocabulary) // PROBE_TOKENS for i in range(PROBE_TOKENS)]
-    return torch.tensor([repeated, spread])
+    return torch.tensor([repeated, spread])[:, : max_positions(config) or PROBE_TOKENS]
 
 
 def _probe_logits(model: Any, probe: Tensor) -> Tensor:
     """Logits of the fixed input: float32 [2, tokens, vocabulary], or [2, classes] of a classifier, on the CPU."""
-    positions = max_positions(model.config) or probe.shape[1]
-    tokens = probe[:, :positions].to(model.device)
+    tokens = probe.to(model.device)
     with torch.no_grad():  # one by one: heads that read the last token take no batch where nothing pads
         logits = [model(input_ids=row, attention_mask=torch.ones_like(row)).logits for row in tokens.split(1)]
     return torch.cat(logits).float().cpu()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from isotune.config.mixture import mixture_name
-from isotune.config.recipes import project_of
+from isotune.config.recipes import project_of, task_of
 from isotune.evaluation.results import Result, find_results, read_result, stray_results
 from isotune.io.errors import UserError
 from isotune.io.reading import MAX_YAML_BYTES, Unreadable, read_text
@@ -108,7 +108,11 @@ def run_summary(record: RunRecord) -> list[tuple[str, str]]:
     seconds, tokens = (record.steps.total(key) for key in ("step_seconds", "input_tokens"))
     facts |= {"Time in steps": _duration(seconds) if seconds else "", "Tokens seen": f"{tokens:,}" if tokens else ""}
     if (record.folder / "model").is_dir() and project_of(keys) is None:  # a project's runs read files of their own
-        facts["Page and API"] = f"isotune serve {shlex.quote(str(record.folder))}"
+        run = shlex.quote(str(record.folder))
+        facts["Page and API"] = f"isotune serve {run}"
+        if task_of(keys) == "sft":
+            merge = "" if keys.get("tune", "full") == "full" else " --merge"
+            facts["Files for vLLM and Ollama"] = f"isotune export {run}{merge}"
     return [(name, str(value)) for name, value in facts.items() if value]
 
 
