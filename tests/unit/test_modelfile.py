@@ -131,6 +131,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
 
 def test_it_ends_and_draws_as_the_run_was_evaluated():
     tokenizer = byte_chat_tokenizer()
+    ChatFormat.of("guanaco", tokenizer).apply(tokenizer)
     text = modelfile(model(), tokenizer, "./model.gguf")
     assert text.startswith("FROM ./model.gguf\n")
     lines = [line for line in text.splitlines() if line.startswith("PARAMETER")]

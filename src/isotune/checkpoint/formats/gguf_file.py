@@ -6,6 +6,8 @@ others wrote: the logits must be those of the model, and the tokens of a text th
 written so is refused, with the way to llama.cpp's converter, which knows all of its models.
 """
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,7 +45,7 @@ def save_gguf(model: Any, tokenizer: Any, folder: Path) -> None:
 
 def load_gguf(folder: Path) -> Any:
     """The model of a folder with `model.gguf`, by transformers' reader, in fp32; NotWritten where it cannot read it."""
-    with quiet_libraries():
+    with quiet_libraries(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar asks nobody
         try:
             auto = cast(Any, AutoModelForCausalLM)
             return auto.from_pretrained(str(folder), gguf_file=FILE, dtype=torch.float32).eval()

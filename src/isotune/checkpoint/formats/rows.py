@@ -47,13 +47,10 @@ def compared_rows(run: FinishedRun, tokenizer: Any, config: Any) -> ComparedRows
     all over the vocabulary stand in, which `source` says.
     """
     try:
-        found = _texts(run, tokenizer) if is_classifier(run) else _conversations(run, tokenizer, config)
-    except UserError:  # data that have moved, or a network that is gone, are no reason against an export
-        found = None
-    if found is not None and found.rows:
-        return found
-    rows = [Row(ids) for ids in probe_tokens(run, tokenizer, config).tolist()]
-    return ComparedRows(rows, "tokens of its own, as the run's data cannot be read here")
+        return _texts(run, tokenizer) if is_classifier(run) else _conversations(run, tokenizer, config)
+    except UserError as error:  # data that have moved, or a network that is gone, are no reason against an export
+        rows = [Row(ids) for ids in probe_tokens(run, tokenizer, config).tolist()]
+        return ComparedRows(rows, f"the program's own, as the run's data cannot be read ({error})")
 
 
 def _source(recipe: Recipe | ClassificationRecipe) -> Source:
@@ -74,19 +71,21 @@ def _conversations(run: FinishedRun, tokenizer: Any, config: Any) -> ComparedRow
         rows += [Row(ids[:longest]) for ids in own]
         if len(rows) >= CONVERSATIONS:
             break
+    if not rows:
+        raise UserError(f"{source.name} has no row to train on")
     return ComparedRows(rows[:CONVERSATIONS], source.name)
 
 
-def _texts(run: FinishedRun, tokenizer: Any) -> ComparedRows | None:
+def _texts(run: FinishedRun, tokenizer: Any) -> ComparedRows:
     if project_of(run.settings) is not None:
-        return None
+        raise UserError("they are of a project's own form")
     recipe = ClassificationRecipe.from_values(**run.settings)
     settings, source = ClassificationSettings.of(recipe), _source(recipe)
     columns = [column for key in TEXTS if (column := getattr(settings, key)) is not None]
     first = next(source.batches(), [])[:TEXT_ROWS]
     cells = [[row.get(column) for _, row in first] for column in columns]
     if not first or not all(isinstance(cell, str) for column in cells for cell in column):
-        return None
+        raise UserError(f"a row of {source.name} has no text")
     of_each = [[clean(text) if settings.clean_text else text for text in column] for column in cells]
     documents = encode_texts(TextEncoder(tokenizer), settings, of_each)
     return ComparedRows([Row(ids, first_type) for ids, first_type in _documents(documents)], source.name)
