@@ -8,6 +8,7 @@ written so is refused, with the way to llama.cpp's converter, which knows all of
 
 import contextlib
 import io
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -76,9 +77,8 @@ def _checked_architecture(config: Any) -> str:
 
 
 def _write(model: Any, tokenizer: Any, architecture: str, file: Path) -> None:
-    import gguf
-
-    library, config = cast(Any, gguf), model.config
+    library: Any = import_module("gguf")
+    config = model.config
     dtypes = {torch.float16: ("F16", "MOSTLY_F16"), torch.bfloat16: ("BF16", "MOSTLY_BF16")}
     name, file_type = dtypes.get(model.dtype, ("F32", "ALL_F32"))
     writer = library.GGUFWriter(str(file), architecture)

@@ -7,8 +7,9 @@ keeps no cache between calls. Weights are float32, in `model.onnx.data`.
 import contextlib
 import io
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,8 @@ def save_graph(model: Any, tokenizer: Any, folder: Path) -> None:
     settings = OnnxConfig(dynamic=True, dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True)
     with quiet_libraries(), contextlib.redirect_stdout(io.StringIO()):  # torch tells its steps
         try:
-            program: Any = OnnxExporter().export(model, sample, settings).program
+            exporter: Any = OnnxExporter()
+            program = exporter.export(model, sample, settings).program
         except Exception as error:  # whatever the model's own code raises when it is traced
             raise UserError(
                 f"{type(model).__name__} cannot be traced for ONNX by these versions of torch and transformers "
@@ -66,16 +68,14 @@ def save_graph(model: Any, tokenizer: Any, folder: Path) -> None:
             raise RunFault(f"the input {given.name} of the ONNX graph has a fixed shape: {given.shape}")
     with staging_for(folder) as staging:
         staging.mkdir()
-        OnnxExporter.save_program(program, staging / GRAPH)
+        exporter.save_program(program, staging / GRAPH)
         save_settings(model, tokenizer, staging)
     replace_folder(staging, folder)
 
 
 def run_graph(folder: Path, rows: Sequence[Row]) -> list[Tensor]:
     """The logits of each row by ONNX Runtime on the CPU, some rows a call: as `logits_of` gives them."""
-    import onnxruntime
-
-    runtime = cast(Any, onnxruntime)
+    runtime: Any = import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors

@@ -49,8 +49,8 @@ def compared_rows(run: FinishedRun, tokenizer: Any, config: Any) -> ComparedRows
     try:
         return _texts(run, tokenizer) if is_classifier(run) else _conversations(run, tokenizer, config)
     except UserError as error:  # data that have moved, or a network that is gone, are no reason against an export
-        rows = [Row(ids) for ids in probe_tokens(run, tokenizer, config).tolist()]
-        return ComparedRows(rows, f"the program's own, as the run's data cannot be read ({error})")
+        own: list[list[int]] = probe_tokens(run, tokenizer, config).tolist()
+        return ComparedRows([Row(ids) for ids in own], f"the program's own, as the run's data cannot be read ({error})")
 
 
 def _source(recipe: Recipe | ClassificationRecipe) -> Source:
