@@ -280,7 +280,7 @@ def test_a_gguf_file_has_the_weights_in_llama_cpp_s_order_and_reads_back_as_the_
         tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         == own.backend_tokenizer.encode(text, add_special_tokens=False).ids
     )
-    assert tokenizer.chat_template == own.chat_template
+    assert reader.get_field("tokenizer.chat_template").contents() == own.chat_template
     assert (done.folder / "Modelfile").read_text().startswith("FROM ./model.gguf\n")
 
 

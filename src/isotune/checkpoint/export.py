@@ -126,7 +126,7 @@ def export_run(
                 done = _write_adapter(finished, folder, served)
             else:
                 done = _write_model(finished, folder, chosen, dtype, served, settles=of_checkpoint)
-            found, runtime = _run_file(done.run, folder, chosen, rows.rows)
+            found, runtime = _run_file(done.run, chosen, rows.rows)
         except NotWritten as why:
             shutil.rmtree(folder, ignore_errors=True)
             raise refusal(why, merges, source) from why
@@ -141,7 +141,7 @@ def export_run(
 class _Written:
     """What has been written to a folder."""
 
-    run: FinishedRun  # without a base where it is a whole model
+    run: FinishedRun  # with the folder as its model, and without a base where that is whole
     dtype: torch.dtype  # of the weights in the file
     parity: Parity | None  # of merging
     servers: tuple[str, ...]
@@ -149,7 +149,8 @@ class _Written:
 
 def _write_adapter(run: FinishedRun, folder: Path, served: str) -> _Written:
     _copy_adapter(run, folder)
-    return _Written(run, torch.float32, None, () if is_classifier(run) else (write_vllm(run, folder, served),))
+    servers = () if is_classifier(run) else (write_vllm(run, folder, served),)
+    return _Written(replace(run, model=folder), torch.float32, None, servers)
 
 
 def _write_model(
@@ -159,7 +160,7 @@ def _write_model(
 
     `settles` says that the model is that of a checkpoint, whose configuration training has not settled yet.
     """
-    parity, whole = None, replace(run, base=None)
+    parity, whole = None, replace(run, base=None, model=folder)
     if run.is_adapter:
         merged_dtype = torch.float32 if format == "onnx" else DTYPES[dtype] if dtype else None
         model, tokenizer, parity = merge_run(run, merged_dtype)
@@ -199,15 +200,15 @@ def _expected(run: FinishedRun) -> tuple[ComparedRows, list[torch.Tensor]]:
     return rows, logits_of(model, rows.rows)
 
 
-def _run_file(run: FinishedRun, folder: Path, format: Format, rows: Sequence[Row]) -> tuple[list[torch.Tensor], str]:
-    """The logits that what was written gives of rows, and the name of what ran it; no `base`: it is a whole model."""
+def _run_file(run: FinishedRun, format: Format, rows: Sequence[Row]) -> tuple[list[torch.Tensor], str]:
+    """The logits that what was written gives of rows, and the name of what ran it."""
     if format == "onnx":
-        return run_graph(folder, rows), "onnxruntime"
+        return run_graph(run.model, rows), "onnxruntime"
     if format == "gguf":
-        return logits_of(load_gguf(folder), rows), "transformers' GGUF reader"
+        return logits_of(load_gguf(run.model), rows), "transformers' GGUF reader"
     if format == "pt":
-        return logits_of(load_state_dict_file(folder, is_classifier=is_classifier(run)), rows), "torch"
-    return logits_of(trained_model(replace(run, model=folder)), rows), "peft" if run.is_adapter else "transformers"
+        return logits_of(load_state_dict_file(run.model, is_classifier=is_classifier(run)), rows), "torch"
+    return logits_of(trained_model(run), rows), "peft" if run.is_adapter else "transformers"
 
 
 def _check_output(folder: Path) -> None:
