@@ -23,7 +23,8 @@ def vllm_script(run: FinishedRun, folder: Path, name: str) -> str:
     """
     words = ['"$here"', "--served-model-name", shlex.quote(name)] if run.base is None else _adapter(run, folder, name)
     if not (folder / CHAT_TEMPLATE).is_file():  # an adapter that an earlier version or another program wrote
-        raise NotServed(f"its files have no {CHAT_TEMPLATE}, so its base's would ask it: export it with --merge")
+        how = "" if run.base is None else ", so its base's would ask it: export it with --merge"
+        raise NotServed(f"its files have no {CHAT_TEMPLATE}{how}")
     words += ["--chat-template", f'"$here"/{CHAT_TEMPLATE}']
     return "\n".join(
         [
