@@ -71,7 +71,7 @@ def test_texts_of_many_requests_in_one_forward_have_the_probabilities_that_the_s
 
 def test_shares_of_words_are_what_a_fine_sum_of_the_stock_model_s_slopes_gives(classifier):
     service = ClassifierService(classifier)
-    documents = service.prepare(["The staff was wonderful, the rest was dull."], None)
+    (documents,) = service.prepare(["The staff was wonderful, the rest was dull."], None)
     found = integrated_gradients(classifier, documents, 1)
     stock = AutoModelForSequenceClassification.from_pretrained(classifier.name).eval()
     ids = torch.tensor(documents.input_ids.astype(np.int64))
