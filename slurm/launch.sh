@@ -27,7 +27,9 @@ PROCESSES=${SLURM_NTASKS_PER_NODE:-1}
 if [ "${SLURM_GPUS_ON_NODE:-0}" -gt 0 ]; then PROCESSES=$SLURM_GPUS_ON_NODE; fi
 PROCESSES=${PROCESSES_PER_NODE:-$PROCESSES}
 HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-LOGS=$(realpath -m "${LOGS:-slurm-logs}")/$SLURM_JOB_NAME-$SLURM_JOB_ID
+# As sbatch's %A_%a. The last job of an array has the array's own number, which scontrol takes for all of its jobs.
+job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+LOGS=$(realpath -m "${LOGS:-slurm-logs}")/$SLURM_JOB_NAME-$job
 if [ -z "${ENGINE:-}" ]; then
     if [ $((NODES * PROCESSES)) -eq 1 ]; then ENGINE=single; else ENGINE=ddp; fi
 fi
@@ -92,6 +94,7 @@ conclude() {
         if [ -f "$run/metrics.jsonl" ]; then ISOTUNE_VERDICT='' in_environment python -m isotune.report.job "$run"; fi
         return 0 # the batch script continues
         ;;
+    paused:0) return 0 ;;
     preempted:75) requeue "it stopped for a preemption or the time limit" 75 ;;
     superseded:*) log "$message" && exit 1 ;;
     failed:2) log "$message: not requeued" && exit 2 ;;
@@ -109,11 +112,11 @@ nodes_answer() {
 
 # Requeue this job unless Slurm has ended or restarted it already: requeue REASON STATUS
 requeue() {
-    if [ -n "$ended" ] || ! scontrol -o show job "$SLURM_JOB_ID" | grep -q "JobState=RUNNING .* Restarts=$attempt "; then
+    if [ -n "$ended" ] || ! scontrol -o show job "$job" | grep -q "JobState=RUNNING .* Restarts=$attempt "; then
         log "$1, and Slurm has ended this attempt: not requeued"
     elif [ "$attempt" -ge "${MAX_RESTARTS:-100}" ]; then
         log "$1; the limit of $attempt restarts is reached (MAX_RESTARTS): submit it again to resume"
-    elif scontrol requeue "$SLURM_JOB_ID"; then
+    elif scontrol requeue "$job"; then
         log "$1: requeued"
         exit 0
     else

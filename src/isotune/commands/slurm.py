@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from isotune.commands import train
@@ -72,17 +72,33 @@ def run(argv: Sequence[str]) -> None:
         return
     if _holds_another(file, text):
         raise UserError(f"{file} exists and differs: submit it by `sbatch {file}`, or name another --batch_file")
-    if shutil.which("sbatch") is None:
-        raise UserError("sbatch is not found: run this on a login node of the cluster, or say --dry-run")
+    require_sbatch(", or say --dry-run")
     try:
         replace_file(file, text)
     except OSError as error:
         raise UserError(f"--batch_file {file} cannot be written: {error.strerror}") from error
     print(f"batch file  {file}", flush=True)
-    done = subprocess.run(["sbatch", str(file)], check=False, capture_output=True, text=True)
+    print(submit([str(file)]))
+
+
+def require_sbatch(otherwise: str = "") -> None:
+    """UserError where there is no sbatch; `otherwise` says what else there is to do."""
+    if shutil.which("sbatch") is None:
+        raise UserError(f"sbatch is not found: run this on a login node of the cluster{otherwise}")
+
+
+def submit(words: Sequence[str], variables: Mapping[str, str] | None = None) -> str:
+    """What `sbatch WORDS` prints, with these variables beside those of this process; RunFault where it fails.
+
+    The job inherits nothing of a job that this process may be in, such as how often that was restarted.
+    """
+    kept = {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or name[:6] != "SLURM_"}
+    environment = {**kept, **(variables or {})}
+    done = subprocess.run(["sbatch", *words], check=False, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
-        raise RunFault(f"sbatch {file} failed: {done.stderr.strip() or f'exit status {done.returncode}'}")
-    print(done.stdout.strip())
+        said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
+        raise RunFault(f"sbatch {shlex.join(words)} failed: {said}")
+    return done.stdout.strip()
 
 
 def _holds_another(file: Path, text: str) -> bool:
@@ -155,8 +171,14 @@ def _option(line: str) -> str:
 def _environment() -> list[str]:
     """The line that names the environment that this command runs in, unless the user names one at submission."""
     named = '[ -n "${ISOTUNE_VENV:-}${ISOTUNE_CONDA:-}${ISOTUNE_CONTAINER:-}" ] || '
+    return [f"{named}export {name}={shlex.quote(value)}" for name, value in python_environment({}).items()]
+
+
+def python_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variable that names this command's Python to a job, where `environment` names none (slurm/environment.sh)."""
+    if any(environment.get(name) for name in ("ISOTUNE_VENV", "ISOTUNE_CONDA", "ISOTUNE_CONTAINER")):
+        return {}
     if sys.prefix != sys.base_prefix and Path(sys.prefix, "bin", "activate").is_file():
-        return [f"{named}export ISOTUNE_VENV={shlex.quote(sys.prefix)}"]
-    if conda := os.environ.get("CONDA_PREFIX"):
-        return [f"{named}export ISOTUNE_CONDA={shlex.quote(conda)}"]
-    return []
+        return {"ISOTUNE_VENV": sys.prefix}
+    conda = os.environ.get("CONDA_PREFIX")
+    return {"ISOTUNE_CONDA": conda} if conda else {}
