@@ -2,9 +2,9 @@
 
 Launchers replace every exit status but 0 by 1, and srun may lose it. A batch script therefore names a job status file
 in the environment variable ISOTUNE_VERDICT and reads it when the processes are gone; without the variable none is
-written. It is JSON with the keys `status` (running, preempted, finished, failed, superseded), `exit_status` (null while
-the script runs) and `message`, and `reason` where other values of the recipe may do better: memory or values; a
-training run adds the keys of its status.json and `run`, its folder.
+written. It is JSON with the keys `status` (running, preempted, paused, finished, failed, superseded), `exit_status`
+(null while the script runs) and `message`, and `reason` where other values of the recipe may do better: memory or
+values; a training run adds the keys of its status.json and `run`, its folder.
 """
 
 import argparse
@@ -150,6 +150,10 @@ class Preempted(OneSentence):
     """The run was told to stop and has written a checkpoint: one sentence that says how to resume."""
 
 
+class Paused(Preempted):
+    """The run has come to the evaluation at which it was to pause, and has written a checkpoint: no failure."""
+
+
 class AlreadyDone(OneSentence):
     """The requested result exists: one sentence that says where. The script succeeds."""
 
@@ -190,10 +194,11 @@ def as_user_error(error: BaseException, file: Path | None = None) -> UserError |
 
 def outcome_of(error: BaseException) -> tuple[str, int]:
     """What status.json and the job status file say of a run that ended with this error: `status` and exit status."""
-    statuses = {UserError: EXIT_USER_ERROR, Preempted: EXIT_PREEMPTED}
+    statuses = {UserError: EXIT_USER_ERROR, Paused: 0, Preempted: EXIT_PREEMPTED}
     error = as_user_error(error) or error
     status = next((number for kind, number in statuses.items() if isinstance(error, kind)), EXIT_FAULT)
-    return {Preempted: "preempted", Superseded: "superseded"}.get(type(error), "failed"), status
+    words = {Paused: "paused", Preempted: "preempted", Superseded: "superseded"}
+    return words.get(type(error), "failed"), status
 
 
 def reason_of(error: BaseException) -> dict[str, str]:
@@ -204,7 +209,8 @@ def reason_of(error: BaseException) -> dict[str, str]:
 def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's `main` and exit with the status of the contract.
 
-    A `UserError` prints one line on stderr and exits with 2, a `RunFault` one line and 1, `Preempted` one line and 75.
+    A `UserError` prints one line on stderr and exits with 2, a `RunFault` one line and 1, `Preempted` one line and 75,
+    `Paused` one line and 0.
     Where all ranks raise the same error, only local rank 0 prints it; else the error says by `prints` whether its rank
     does. The job status file records the end too.
     """
@@ -231,7 +237,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         word, status = outcome_of(error)
         write_job_status(status=word, exit_status=status, message=str(error), **reason_of(error))
         if is_local_main if error.prints is None else error.prints:
-            print(error if status == EXIT_PREEMPTED else f"error: {error}", file=sys.stderr, flush=True)
+            print(error if isinstance(error, Preempted) else f"error: {error}", file=sys.stderr, flush=True)
         if status == EXIT_PREEMPTED and os.environ.get(JOB_STATUS_FILE) and "LOCAL_RANK" in os.environ:
             # A launcher answers 75 with a page of tracebacks on every node, and srun then ends the other nodes.
             status = 0  # the batch script reads the preemption in the file

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from isotune.io.errors import UserError, shown
 
 MOST = 1_000_000_000
+PAUSE = "ISOTUNE_PAUSE_AT_EVALUATION"  # the evaluation of a run, from 1, after which it writes a checkpoint and ends
 MAX_PROCESSES = 100_000  # of a launch
 MOST_SECONDS = 10_000_000
 # the smallest and the largest number that each may hold; a variable that is empty or absent is none
@@ -15,6 +16,7 @@ NUMBERS = {
     **dict.fromkeys(("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"), (0, MOST)),
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": (0, 3),
     "MASTER_PORT": (0, 65_535),
+    PAUSE: (1, MOST),
 }
 SECONDS = ("MEETING_SECONDS",)  # which need not be whole
 

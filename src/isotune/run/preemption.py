@@ -58,9 +58,9 @@ stop_request = StopRequest()
 class RunStatus:
     """RUN/status.json, which scheduler scripts read, because launchers turn every exit status into 1.
 
-    Keys: `status` (running, preempted, finished, failed), `step`, `steps` (of the whole run), `exit_status`, `message`,
-    `time`, `pid`, `finishing`, the steps after training that are done, and `made`, the bytes of the files that they
-    made; on SLURM also `slurm`. `running` without a running process means that the run was killed.
+    Keys: `status` (running, preempted, paused, finished, failed), `step`, `steps` (of the whole run), `exit_status`,
+    `message`, `time`, `pid`, `finishing`, the steps after training that are done, and `made`, the bytes of the files
+    that they made; on SLURM also `slurm`. `running` without a running process means that the run was killed.
     """
 
     def __init__(self, folder: Path, *, is_main: bool, lease: RunLease | None = None) -> None:

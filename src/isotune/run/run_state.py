@@ -24,7 +24,7 @@ class RunState:
     """A run as `isotune runs` lists it.
 
     Attributes:
-        state: running, killed, preempted, finished or failed; not started where there is a recipe alone.
+        state: running, killed, preempted, paused, finished or failed; not started where there is a recipe alone.
         step: the last step that metrics.jsonl or a checkpoint has.
         steps: of the whole run; None where no file says it.
         metric: the name of the metric that chooses the best model, or eval_loss; None without an evaluation.

@@ -2,13 +2,14 @@
 
 Nothing random is saved, because nothing random is carried: a microbatch draws from its place in the schedule. A run
 that is told to stop saves after the current step, on all ranks together, and ends; an evaluation that was due then is
-made when the run goes on, so that metrics.jsonl lacks nothing.
+made when the run goes on, so that metrics.jsonl lacks nothing. One that is to pause at an evaluation saves after it.
 """
 
 import contextlib
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from isotune.config import RunRecipe
 from isotune.config.run_recipe import RESUME_NEVER
 from isotune.data.batch_schedule import LAYOUT, StepSchedule
 from isotune.distributed.launch import Process
-from isotune.io.errors import Preempted, RunFault, UserError
+from isotune.io.errors import Paused, Preempted, RunFault, UserError
+from isotune.io.variables import PAUSE
 from isotune.run.environment import versions
 from isotune.run.identity import RunIdentity
 from isotune.run.metrics_file import METRICS
@@ -65,6 +67,7 @@ class Checkpointer(TrainerCallback):
         self.writer: CheckpointWriter | None = None  # from the beginning of training
         self._trainer: Any = None
         self._epoch_end_done = self._evaluation_due = self._catching_up = False
+        self._pause_at = int(os.environ.get(PAUSE) or 0)  # evaluations; 0: it goes on to the end
 
     def attach(self, trainer: Any) -> None:
         """Save and restore this trainer from now on; it says so itself."""
@@ -226,7 +229,15 @@ class Checkpointer(TrainerCallback):
         self._epoch_end_done = True
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The best so far is saved whenever it comes."""
+        """The best so far is saved whenever it comes; end by Paused at the evaluation that is the last for now."""
+        evaluations = {line["step"] for line in state.log_history if "eval_loss" in line and line["step"]}
+        goes_on = state.global_step < state.max_steps and not control.should_training_stop
+        if 0 < self._pause_at <= len(evaluations) and goes_on:
+            note_best_metric(self._trainer, kwargs["metrics"])
+            if not self._catching_up:  # else the checkpoint of this step is there, and lacks the evaluation alone
+                self.save()
+            self.wait()
+            raise Paused(f"paused after step {state.global_step}, at evaluation {len(evaluations)}")
         if self._catching_up or args.metric_for_best_model is None or args.save_strategy == SaveStrategy.NO:
             return
         value = kwargs["metrics"][f"eval_{args.metric_for_best_model.removeprefix('eval_')}"]
