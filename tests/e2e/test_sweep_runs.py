@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.launching import TINY, TINY_CLASSIFIER, run_command, start_command
+from tests.launching import TINY, TINY_CLASSIFIER, run_command, start, start_command
+from tests.slurm.jobs import bits
 
+from isotune.io.variables import PAUSE
 from isotune.run.run_state import state_of_run
 
 RECIPE: dict[str, Any] = {
@@ -79,6 +81,88 @@ def test_a_sweep_that_was_stopped_and_killed_ends_as_the_whole_one(tmp_path):
     other = json.loads((sweep / "sweep.json").read_text())
     assert {**other, "examined": None} == {**found, "examined": None}
     assert other["examined"] == found["examined"]
+
+
+@pytest.mark.slow
+def test_trials_that_run_at_once_and_were_stopped_end_as_those_that_were_not(tmp_path):
+    more = ["--trials", "2", "--parallel", "2"]
+    whole = run_command([*command(tmp_path / "whole"), *more], fresh=True, timeout_seconds=1800)
+    assert whole.returncode == 0, whole.stderr
+    words, sweep = [*command(tmp_path / "broken"), *more], tmp_path / "broken/sweep"
+    assert stop_in(sweep / "trial-002/seed-42", words, signal.SIGTERM) == 75
+    states = {state_of_run(sweep / f"trial-00{number}/seed-42").state for number in (1, 2)}
+    assert "preempted" in states and states <= {"preempted", "finished"}
+    again = run_command(words, fresh=True, timeout_seconds=1800)
+    assert again.returncode == 0, again.stderr
+    found, other = (json.loads((tmp_path / name / "sweep/sweep.json").read_text()) for name in ("whole", "broken"))
+    assert found == other
+    assert "resumed     after step" in "".join(file.read_text() for file in (sweep / "logs").iterdir())
+
+
+EPOCHS = {"num_train_epochs": 4, "eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "processes"),
+    [
+        ({"max_steps": 20, "eval_strategy": "steps", "eval_steps": 5}, 0),
+        ({"max_steps": 20, "eval_strategy": "steps", "eval_steps": 5}, 2),
+        ({"max_steps": -1, **EPOCHS}, 0),
+        ({"max_steps": -1, **EPOCHS, "save_strategy": "best"}, 0),
+        ({"max_steps": -1, **EPOCHS, "early_stopping_patience": 1, "learning_rate": 0.1}, 0),
+    ],
+)
+def test_a_run_that_pauses_at_evaluations_has_the_bits_of_one_that_does_not(tmp_path, changes, processes):
+    recipe = {**TINY_CLASSIFIER, "exact_gradients": True, "global_batch_size": 60, **changes}
+    recipe = {key: value for key, value in recipe.items() if (key, value) != ("max_steps", -1)}
+    whole = start(tmp_path / "whole", recipe, script="train/yelp.py")
+    for number in (1, 3):
+        part = start(
+            tmp_path / "parts", recipe, script="train/yelp.py", processes=processes, environment={PAUSE: str(number)}
+        )
+        steps = [line["step"] for line in part.evaluations]
+        if len(whole.evaluations) <= number:  # it stops early
+            break
+        assert len(steps) == number and state_of_run(part.run).state == "paused"
+        assert part.lines[-1]["step"] == steps[-1] and not (part.run / "model").exists()
+    last = start(tmp_path / "parts", recipe, script="train/yelp.py", processes=processes)
+    assert state_of_run(last.run).state == "finished" and bits(last.run) == bits(whole.run)
+
+
+@pytest.mark.slow
+def test_a_sweep_with_pruning_trains_the_better_trial_alone_to_its_end(tmp_path):
+    (tmp_path / "run").mkdir()
+    recipe = {
+        **RECIPE,
+        "max_steps": 40,
+        "eval_strategy": "steps",
+        "eval_steps": 10,
+        "output_dir": str(tmp_path / "run"),
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    words = [
+        str(tmp_path / "mine.yaml"),
+        "--learning_rate",
+        "1e-7,1e-2",
+        "--seeds",
+        "2",
+        "--parallel",
+        "2",
+        "--pruning",
+    ]
+    words = [sys.executable, "-m", "isotune.cli", "sweep", *words, "--output_dir", str(tmp_path / "sweep")]
+    done = run_command(words, fresh=True, timeout_seconds=1800)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "sweep/sweep.json").read_text())
+    trials = {trial["values"]["learning_rate"]: trial for trial in found["trials"]}
+    run = tmp_path / "sweep" / trials[1e-7]["folder"] / "seed-42"
+    (line,) = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines() if "eval_loss" in text]
+    assert trials[1e-7]["pruned"] == {"step": 10, "value": line["eval_loss"]} and found["trials"][-1] == trials[1e-7]
+    assert state_of_run(run).state == "paused" and not run.with_name("seed-43").exists()
+    assert trials[1e-2]["pruned"] is None and len(trials[1e-2]["scores"]) == 2
+    again = run_command(words, fresh=True, timeout_seconds=1800)
+    assert again.returncode == 0 and json.loads((tmp_path / "sweep/sweep.json").read_text()) == found
 
 
 @pytest.mark.slow

@@ -108,11 +108,15 @@ class Site:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of the user's shell."""
+        environment = {**os.environ, **self.cluster.environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+        return environment | {"PATH": f"{environment['PATH']}:{SYSTEM_PATH}"}
+
     def ask(self, *command: str, check: bool = True, variables: dict[str, str] | None = None) -> str:
         """Run one of Slurm's commands; what it printed."""
-        environment = {**os.environ, **self.cluster.environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-        environment |= variables or {}
-        environment["PATH"] = f"{environment['PATH']}:{SYSTEM_PATH}"
+        environment = self.environment | (variables or {})
         done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
         assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stdout} {done.stderr}"
         return done.stdout

@@ -2,31 +2,30 @@
 
 import json
 import math
-import subprocess
-import sys
-import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import psutil
+import optuna
 import pytest
 import yaml
 from scipy.stats import binomtest
 from scipy.stats import t as student
 from statsmodels.stats.multitest import multipletests
-from tests.launching import TINY, TINY_CLASSIFIER, run_command
+from tests.launching import TINY, TINY_CLASSIFIER
 
 from isotune.cli import main
 from isotune.commands import start
 from isotune.commands.sweep import command, runs
 from isotune.commands.sweep.picture import draw_ranking
 from isotune.commands.sweep.plan import read_plan
+from isotune.commands.sweep.processes import Command
 from isotune.commands.sweep.ranking import Examined, Trial, metric_in_result, rank, table, verdict
 from isotune.commands.sweep.space import Axis, grid
-from isotune.commands.sweep.study import Tried, search
+from isotune.commands.sweep.study import Search, Tried, search
 from isotune.evaluation.statistics.seeds import compare_seeds
-from isotune.io.errors import MEMORY, VALUES, UserError
+from isotune.io.errors import MEMORY, VALUES, Preempted, UserError
 
 RATES = Axis("learning_rate", low=1e-5, high=1e-3, log=True)
 WARMUP = Axis("warmup_steps", choices=(0, 100))
@@ -37,13 +36,28 @@ def no_launcher(monkeypatch):
     """The tests themselves may run under one."""
     for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(start, "count_gpus", lambda: 0)
+    monkeypatch.setattr(start, "gpu_names", lambda *_: [])
 
 
 @pytest.fixture
 def recipe(tmp_path) -> str:
     """A recipe's file, whose evaluation data are the split test of its own data set."""
     return write(tmp_path, {**TINY_CLASSIFIER, "task": "classification", "metric_for_best_model": "eval_accuracy"})
+
+
+class Scripted:
+    """A machine on which commands end in these ways, one after the other, and then well."""
+
+    def __init__(self, *ended: start.Ended) -> None:
+        self.ended, self.commands = list(ended), list[Command]()
+
+    def wait_for(self, run: Path) -> None:
+        """Nothing is at work."""
+
+    def run(self, commands):
+        while commands:
+            self.commands.append(commands.popleft())
+            yield self.commands[-1], self.ended.pop(0) if self.ended else start.Ended(0)
 
 
 def write(folder: Path, values: dict) -> str:
@@ -111,6 +125,15 @@ class TestSearchedKeys:
             ("--learning_rate 1e-5..1e-4 --num_processes 0", "--num_processes is 0"),
             ("--learning_rate 1e-5..1e-4 --eval_strategy no", "there is no evaluation data to choose by"),
             ("--learning_rate 1e-5..1e-4 --test_dataset_split x", "--test_dataset_split has no effect"),
+            ("--learning_rate 1e-5..1e-4 --parallel 0", "--parallel is 0"),
+            ("--learning_rate 1e-5..1e-4 --pruning", "proposed together: say --parallel too"),
+            ("--learning_rate 1e-5..1e-4 --sbatch=-N1", "--sbatch has no effect without --slurm"),
+            ("--learning_rate 1e-5..1e-4 --slurm --num_processes 2", "a job has a process a GPU"),
+            (
+                "--learning_rate 1e-5..1e-4 --slurm --engine accelerate_configs/ddp.yaml",
+                "ddp.yaml: a job takes ddp, fsdp2",
+            ),
+            ('--learning_rate 1e-5..1e-4 --slurm --sbatch="', "No closing quotation"),
         ],
     )
     def test_a_mistake_is_one_sentence_and_nothing_is_written(self, recipe, capsys, flags, says):
@@ -194,11 +217,25 @@ class TestFolder:
         read_plan([*words[:-1], "9"]).claim()
         for more, key in (
             (["--seeds", "5"], "seeds"),
+            (["--parallel", "2"], "parallel"),
+            (["--parallel", "2", "--pruning"], "parallel"),
             (["--max_steps", "7"], r"max_steps \(recipe\)"),
             (["--warmup_steps", "0,1"], r"warmup_steps \(search\)"),
         ):
             with pytest.raises(UserError, match=f"holds another sweep, with another {key}"):
                 read_plan([*words, *more]).claim()
+
+    def test_a_sweep_that_knew_no_parallel_trials_goes_on_with_one_at_a_time(self, recipe):
+        words = [recipe, "--learning_rate", "1e-5..1e-4"]
+        plan = read_plan(words)
+        plan.claim()
+        file = plan.folder / "search.json"
+        file.write_text(
+            json.dumps({name: of for name, of in json.loads(file.read_text()).items() if name != "parallel"})
+        )
+        read_plan(words).claim()
+        with pytest.raises(UserError, match="with another parallel"):
+            read_plan([*words, "--parallel", "2"]).claim()
 
     def test_the_trials_recipe_is_the_plans_without_uploads(self, recipe):
         plan = read_plan([recipe, "--learning_rate", "1e-5..1e-4", "--push_to_hub", "true"])
@@ -222,41 +259,69 @@ class Killed(Exception):
 class Scores:
     """A made-up metric, best at a learning rate of 1e-4 and without warm-up; asking for trial `killed_in` dies."""
 
-    def __init__(self, killed_in: int = 0) -> None:
+    def __init__(self, killed_in: int = 0, lucky: int = 0) -> None:
         self.seen: list[tuple[int, dict]] = []
-        self._killed_in = killed_in
+        self._killed_in, self._lucky = killed_in, lucky
 
-    def __call__(self, number: int, values: dict) -> float | None:
+    def __call__(self, generation: Mapping[int, dict]) -> list[float | None]:
+        return [self._of(number, values) for number, values in generation.items()]
+
+    def _of(self, number: int, values: dict) -> float | None:
         self.seen.append((number, values))
         if number == self._killed_in:
             raise Killed
+        if number == self._lucky:
+            return 9.0
         rate = values.get("learning_rate", 1e-4)
         return None if number == 3 else -abs(math.log10(rate) + 4) - values.get("warmup_steps", 0) / 1000
 
 
-def searched(folder: Path, score: Scores, trials: int, axes=(RATES, WARMUP), default=None) -> list[Tried]:
+def searched(
+    folder: Path, score: Scores, trials: int, axes=(RATES, WARMUP), default=None, parallel: int = 1
+) -> list[Tried]:
     folder.mkdir(exist_ok=True)
     first = Tried(default or {"learning_rate": 2e-5, "warmup_steps": 0}, -0.7)
-    options = {"seed": 42, "higher_is_better": True, "default": first, "score": score}
-    return list(search(folder, list(axes), trials, **options))
+    what = Search(list(axes), trials, seed=42, higher_is_better=True, parallel=parallel)
+    return list(search(folder, what, first, score))
 
 
 class TestStudy:
     """Which values are tried next."""
 
-    def test_a_sweep_that_is_killed_tries_what_the_whole_one_tries(self, tmp_path):
-        whole = searched(tmp_path / "whole", Scores(), 14)
-        killed = Scores(killed_in=6)
+    @pytest.mark.parametrize("parallel", [1, 4])
+    def test_a_sweep_that_is_killed_tries_what_the_whole_one_tries(self, tmp_path, parallel):
+        whole = searched(tmp_path / "whole", Scores(), 22, parallel=parallel)
+        killed = Scores(killed_in=14)
         with pytest.raises(Killed):
-            searched(tmp_path / "killed", killed, 14)
+            searched(tmp_path / "killed", killed, 22, parallel=parallel)
         again = Scores()
-        assert searched(tmp_path / "killed", again, 14) == whole
-        assert killed.seen == again.seen[:6]
-        assert [number for number, _ in again.seen] == list(range(1, 15))
+        assert searched(tmp_path / "killed", again, 22, parallel=parallel) == whole
+        assert killed.seen == again.seen[:14]
+        assert [number for number, _ in again.seen] == list(range(1, 23))
 
-    def test_more_trials_begin_with_those_that_were_there(self, tmp_path):
-        first = searched(tmp_path, Scores(), 4)
-        assert searched(tmp_path, Scores(), 12)[:4] == first
+    @pytest.mark.parametrize("parallel", [1, 4])
+    def test_more_trials_are_those_of_a_sweep_that_had_as_many_from_the_beginning(self, tmp_path, parallel):
+        first = searched(tmp_path / "one", Scores(), 14, parallel=parallel)
+        later = searched(tmp_path / "one", Scores(), 18, parallel=parallel)
+        assert later[:14] == first
+        assert later == searched(tmp_path / "whole", Scores(), 18, parallel=parallel)
+
+    def test_one_after_the_other_are_the_proposals_of_optunas_own_study(self, tmp_path):
+        tried = searched(tmp_path, Scores(), 16)
+        study = optuna.create_study(direction="maximize")
+        for number, one in enumerate(tried):
+            seed = int(np.random.SeedSequence((42, number)).generate_state(1)[0])
+            study.sampler = optuna.samplers.TPESampler(seed=seed)
+            trial = study.ask({axis.key: axis.distribution() for axis in (RATES, WARMUP)})
+            assert trial.params == one.values
+            failed = optuna.trial.TrialState.FAIL if one.score is None else None
+            study.tell(trial, one.score, failed)
+
+    def test_a_generation_is_proposed_by_the_scores_of_those_before_it_alone(self, tmp_path):
+        plain = [one.values for one in searched(tmp_path / "plain", Scores(), 24, parallel=4)]
+        lucky = [one.values for one in searched(tmp_path / "lucky", Scores(lucky=13), 24, parallel=4)]
+        assert plain[:16] == lucky[:16] and plain[16:20] != lucky[16:20]  # the fourth generation is 13 to 16
+        assert len({repr(values) for values in plain}) == 24
 
     def test_the_search_comes_closer_than_chance(self, tmp_path):
         later = searched(tmp_path, Scores(), 50)[10:]  # the first ten are drawn at random
@@ -389,60 +454,55 @@ class TestRuns:
 
     @pytest.fixture
     def finished(self, recipe):
-        """A function that leaves a finished run with these evaluations, and gives its value."""
+        """A function that leaves a finished run with these evaluations, and gives its trial."""
 
-        def value(accuracies: list, *flags: str) -> float:
-            plan = read_plan([recipe, "--learning_rate", "1e-5..1e-4", *flags])
+        def value(accuracies: list, *flags: str) -> Trial:
+            plan = read_plan([recipe, "--learning_rate", "1e-5..1e-4", "--seeds", "1", *flags])
             run = runs.folder_of(plan, 1, 42)
             run.mkdir(parents=True, exist_ok=True)
             (run / "recipe.yaml").write_text("task: classification\n")
             (run / "status.json").write_text(json.dumps({"status": "finished"}))
             lines = [{"step": n, "eval_loss": 1.0, "eval_accuracy": a} for n, a in enumerate(accuracies, 1)]
             (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-            return runs.train(plan, 1, {"learning_rate": 1e-5}, 42)
+            machine = Scripted()
+            (trial,) = runs.train(plan, machine, {1: {"learning_rate": 1e-5}})
+            assert machine.commands == []
+            return trial
 
         return value
 
     def test_a_finished_run_is_not_repeated_and_counts_with_the_model_that_it_keeps(self, finished):
-        assert finished([0.5, 0.9, 0.7]) == 0.7
-        assert finished([0.5, 0.9, 0.7], "--load_best_model_at_end", "true") == 0.9
+        assert finished([0.5, 0.9, 0.7]).scores == (0.7,)
+        assert finished([0.5, 0.9, 0.7], "--load_best_model_at_end", "true").scores == (0.9,)
 
     def test_a_metric_that_is_no_number_fails_the_trial_and_no_evaluation_stops_the_sweep(self, finished):
-        with pytest.raises(runs.TrialFailed, match="eval_accuracy is not a finite number"):
-            finished([0.5, None])
+        assert "eval_accuracy is not a finite number" in str(finished([0.5, None]).failure)
         with pytest.raises(UserError, match="has ended without an evaluation"):
             finished([])
 
-    def test_a_command_in_a_process_of_its_own_answers_with_status_and_sentence(self):
-        code = "from isotune.commands.start import run_command; print(run_command(['classify', 'nowhere.yaml']))"
-        done = run_command([sys.executable, "-c", code], fresh=True)
-        says = "Ended(exit_status=2, message='nowhere.yaml is no recipe, no run, and no data"
-        assert done.stdout.strip().startswith(says), done.stderr
-
     @pytest.fixture
     def ends(self, recipe, monkeypatch):
-        """A function that trains a trial whose process ends in these ways, one after the other, and gives its calls."""
+        """A function that trains a trial whose commands end in these ways, and gives it with the seeds that began."""
 
-        def train(trial: int, *ended: start.Ended) -> int:
-            calls: list[list[str]] = []
-
-            def run_command(words):
-                calls.append(words)
-                return ended[len(calls) - 1]
-
-            monkeypatch.setattr(start, "run_command", run_command)
+        def train(number: int, *ended: start.Ended) -> tuple[Trial, list[str]]:
+            machine = Scripted(*ended)
             monkeypatch.setattr(runs, "_kept_value", lambda *_: 0.5)
             plan = read_plan([recipe, "--learning_rate", "1e-5..1e-4"])
-            assert runs.train(plan, trial, {"learning_rate": 1e-5}, 42) == 0.5
-            return len(calls)
+            (trial,) = runs.train(plan, machine, {number: {"learning_rate": 1e-5}})
+            return trial, [command.folder.name for command in machine.commands]
 
         return train
+
+    def test_a_trial_is_its_three_seeds(self, ends):
+        trial, begun = ends(1)
+        assert trial.scores == (0.5, 0.5, 0.5) and begun == ["seed-42", "seed-43", "seed-44"]
 
     @pytest.mark.parametrize("reason", [MEMORY, VALUES])
     def test_values_that_a_model_or_the_memory_does_not_take_fail_a_trial_and_no_default(self, ends, reason):
         ended = start.Ended(2, "what is wrong", reason)
-        with pytest.raises(runs.TrialFailed, match="what is wrong"):
-            ends(1, ended)
+        trial, begun = ends(1, ended)
+        assert "what is wrong" in str(trial.failure) and trial.scores == ()
+        assert begun == ["seed-42"], "its other seeds are not trained"
         with pytest.raises(UserError, match="what is wrong"):
             ends(0, ended)
 
@@ -452,34 +512,21 @@ class TestRuns:
 
     def test_a_killed_run_goes_on_once_and_fails_when_it_is_killed_again(self, ends):
         killed = start.Ended(1)
-        assert ends(1, killed, start.Ended(0)) == 2
-        with pytest.raises(runs.TrialFailed, match="was ended twice with status 1"):
-            ends(1, killed, killed)
+        assert ends(1, killed)[1] == ["seed-42", "seed-42", "seed-43", "seed-44"]
+        assert "was ended twice with status 1" in str(ends(1, killed, killed)[0].failure)
+
+    def test_a_run_that_was_stopped_stops_the_sweep(self, ends):
+        with pytest.raises(Preempted, match="stopped after step 7; the same sweep goes on from there"):
+            ends(1, start.Ended(75, "stopped after step 7"))
 
     def test_a_mistake_of_one_trial_s_run_is_no_failed_trial(self, recipe, monkeypatch, capsys):
-        def train(_, trial, values, seed):
-            if trial:
-                raise UserError("the folder is in use")
-            return 0.5
-
-        monkeypatch.setattr(runs, "train", train)
+        ended = [start.Ended(0), start.Ended(2, "the folder is in use")]
+        monkeypatch.setattr(command, "_machine", lambda _: Scripted(*ended))
+        monkeypatch.setattr(runs, "_kept_value", lambda *_: 0.5)
         monkeypatch.setattr(runs, "examine", lambda *_: None)
-        with pytest.raises(UserError, match="in use"):
+        with pytest.raises(UserError, match="trial-001/seed-42: the folder is in use"):
             command.run([recipe, "--learning_rate", "1e-5..1e-4", "--seeds", "1", "--trials", "2"])
-        shown = capsys.readouterr().out
-        assert "trial 1 of 2" in shown and "has failed" not in shown
-
-    @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
-    def test_what_a_killed_sweep_was_running_is_told_to_stop(self):
-        code = "from isotune.commands import start; start.PROGRAM = 'http.server'; start.run_command(['0'])"
-        sweep = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        end = time.monotonic() + 60
-        while not (running := psutil.Process(sweep.pid).children()) or "http.server" not in running[0].cmdline():
-            assert sweep.poll() is None and time.monotonic() < end
-            time.sleep(0.05)
-        sweep.kill()
-        sweep.wait()
-        assert not psutil.wait_procs(running, timeout=60)[1]
+        assert "has failed" not in capsys.readouterr().out
 
 
 def test_a_run_by_rules_is_tested_by_its_rules(tmp_path):

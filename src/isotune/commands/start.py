@@ -4,6 +4,7 @@ A recipe's mistakes are answered before any process starts. Every process of a l
 `python -m isotune.cli`, knows from its environment that it was launched, and then does the work.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -51,11 +52,12 @@ class Launch:
         return f"{self.file.stem if self.file else 'one process'} on {self.processes} processes"
 
 
-def read_launch(argv: Sequence[str]) -> tuple[Launch, list[str]]:
+def read_launch(argv: Sequence[str], gpus: int | None = None) -> tuple[Launch, list[str]]:
     """The launch that the flags `--num_processes` and `--engine` ask for, and the other words in their order.
 
-    Without them: one process for each GPU, or one on the CPU; DDP where there are several. UserError: no such engine,
-    an engine that needs other numbers of processes, or one that a launcher has chosen already.
+    Without them: one process for each of `gpus` (None: those that this process sees), or one on the CPU; DDP where
+    there are several. UserError: no such engine, an engine that needs other numbers of processes, or one that a
+    launcher has chosen already.
     """
     parser = OneSentenceParser(prog="isotune", add_help=False, allow_abbrev=False)
     parser.add_argument("--num_processes", "--num-processes", type=int)
@@ -68,11 +70,10 @@ def read_launch(argv: Sequence[str]) -> tuple[Launch, list[str]]:
     if given.num_processes is not None and not 1 <= given.num_processes <= MAX_PROCESSES:
         least = "a run has at least one process" if given.num_processes < 1 else f"at most {MAX_PROCESSES:,} start"
         raise UserError(f"--num_processes is {given.num_processes}: {least}")
-    return _launch(given.engine, given.num_processes), rest
+    return _launch(given.engine, given.num_processes, count_gpus() if gpus is None else gpus), rest
 
 
-def _launch(engine: str | None, processes: int | None) -> Launch:
-    gpus = count_gpus()
+def _launch(engine: str | None, processes: int | None, gpus: int) -> Launch:
     if engine is None:
         processes = processes or max(1, gpus)
         engine = "single" if processes == 1 else "ddp"
@@ -91,13 +92,21 @@ def _launch(engine: str | None, processes: int | None) -> Launch:
     return Launch(file, processes or gpus or keys.get("num_processes") or 1)
 
 
-def count_gpus(environment: Mapping[str, str] = os.environ) -> int:
-    """The NVIDIA GPUs that a process sees, told by CUDA_VISIBLE_DEVICES, else by the driver's files: torch is slow."""
+def gpu_names(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """The NVIDIA GPUs that a process sees, as CUDA_VISIBLE_DEVICES names them, else by the driver's files.
+
+    torch would say it too, and is slow to import.
+    """
     files = [file for file in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", file.name)]
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None or not files:
-        return len(files)
-    return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+        return [str(number) for number in range(len(files))]
+    return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+
+
+def count_gpus(environment: Mapping[str, str] = os.environ) -> int:
+    """How many there are of `gpu_names`."""
+    return len(gpu_names(environment))
 
 
 def run_launched(words: Sequence[str], launch: Launch) -> int:
@@ -123,14 +132,41 @@ class Ended:
     reason: str | None = None
 
 
-def run_command(words: Sequence[str]) -> Ended:
-    """Run `isotune WORDS` in a process of its own, which on Linux is told to stop when this one ends."""
-    with _temporary_folder() as folder:
-        file = folder / "status.json"
-        command = [sys.executable, "-m", PROGRAM, *words]
-        status = _run_watched(command, file, {}, signal_when_parent_ends if sys.platform == "linux" else None)
-        said = read_job_status(file)
-        return Ended(status, said.get("message"), said.get("reason"))
+class Command:
+    """`isotune WORDS` in a process of its own, which has begun; on Linux it is told to stop when this one ends.
+
+    Args:
+        variables: of its environment, beside those of this process.
+        log: the file that its output is appended to; None: it goes where that of this process goes.
+    """
+
+    def __init__(self, words: Sequence[str], variables: Mapping[str, str] | None = None, log: Path | None = None):
+        self._folder = Path(tempfile.mkdtemp(prefix="isotune-"))
+        first = signal_when_parent_ends if sys.platform == "linux" else None
+        environment = {**os.environ, JOB_STATUS_FILE: str(self._status_file), **(variables or {})}
+        with contextlib.ExitStack() as files:
+            output = None if log is None else files.enter_context(log.open("ab"))
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", PROGRAM, *words],
+                env=environment,
+                start_new_session=True,
+                preexec_fn=first,
+                stdout=output,
+                stderr=None if output is None else subprocess.STDOUT,
+            )
+
+    @property
+    def _status_file(self) -> Path:
+        return self._folder / "status.json"
+
+    def poll(self) -> Ended | None:
+        """How it ended; None while it runs."""
+        code = self.process.poll()
+        if code is None:
+            return None
+        said = read_job_status(self._status_file)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return Ended(exit_status(code, said), said.get("message"), said.get("reason"))
 
 
 @contextmanager
@@ -143,22 +179,13 @@ def _temporary_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run_watched(
-    command: Sequence[str], file: Path, variables: Mapping[str, str], first: Callable[[], Any] | None = None
-) -> int:
-    """Run a command whose ranks write a job status file, and pass signals on to it; the run's own exit status.
-
-    The new process calls `first` before the command begins.
-    """
+def _run_watched(command: Sequence[str], file: Path, variables: Mapping[str, str]) -> int:
+    """Run a command whose ranks write a job status file, and pass signals on to it; the run's own exit status."""
     file.unlink(missing_ok=True)
     environment = {**os.environ, JOB_STATUS_FILE: str(file), **variables}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=first)
-    previous = _forward_signals(process)
-    try:
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    with stop_signals_to(lambda number: pass_on(process, number)):
         return exit_status(process.wait(), read_job_status(file))
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def exit_status(code: int, job_status: Mapping[str, Any]) -> int:
@@ -177,15 +204,20 @@ def _shares(processes: int) -> dict[str, str]:
     return shares
 
 
-def _forward_signals(process: "subprocess.Popen[bytes]") -> dict[int, Any]:
-    """Pass what should stop this process on to the launcher, and return the handlers that did so before.
+@contextmanager
+def stop_signals_to(told: Callable[[int], None]) -> Iterator[None]:
+    """Within it `told` is called with each signal that should stop this process, which goes on.
 
-    SIGUSR1 would end a launcher at once; it reaches the ranks as SIGTERM, which asks for the same.
+    SIGUSR1 would end a launcher at once; it comes as SIGTERM, which asks for the same.
     """
 
     def forward(number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        pass_on(process, signal.SIGTERM if name == "SIGUSR1" else number)
+        told(signal.SIGTERM if signal.Signals(number).name == "SIGUSR1" else number)
 
     numbers = [getattr(signal, name) for name in FORWARDED if hasattr(signal, name)]
-    return {number: signal.signal(number, forward) for number in numbers}
+    previous: dict[int, Any] = {number: signal.signal(number, forward) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,13 +1,15 @@
 """`isotune sweep RECIPE --learning_rate 1e-5..1e-4 --trials 20 --seeds 3`: search, rank, and examine the winner."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from isotune.commands.sweep.flags import parser
+from isotune.commands.sweep.jobs import Jobs
 from isotune.commands.sweep.plan import Plan, read_plan
+from isotune.commands.sweep.processes import Processes, shares_of
 from isotune.commands.sweep.space import Values
 from isotune.io.errors import RunFault, UserError
 from isotune.io.extras import need
@@ -15,6 +17,7 @@ from isotune.io.files import replace_file
 
 if TYPE_CHECKING:
     from isotune.commands.sweep.ranking import Examined, Ranking
+    from isotune.commands.sweep.runs import Machine
 
 LOCK, RESULT = ".sweep.lock", "sweep.json"
 USAGE = """isotune sweep RECIPE --KEY LOW..HIGH | A,B,C ... [--trials N] [--seeds N] [--KEY VALUE ...]
@@ -37,55 +40,39 @@ def run(argv: Sequence[str]) -> None:
             return
     plan = read_plan(argv)
     need("optuna", "isotune sweep")
+    machine = _machine(plan)
     plan.claim()
     try:
         with FileLock(plan.folder / LOCK, timeout=0):
-            _sweep(plan)
+            _sweep(plan, machine)
     except Timeout:
         raise UserError(f"{plan.folder}: another sweep is at work there") from None
 
 
-def _sweep(plan: Plan) -> None:
+def _sweep(plan: Plan, machine: "Machine") -> None:
+    from isotune.commands.sweep import pruning, runs
     from isotune.commands.sweep import ranking as found
-    from isotune.commands.sweep import runs
     from isotune.commands.sweep.picture import draw_ranking
-    from isotune.commands.sweep.study import Tried, search
+    from isotune.commands.sweep.study import Score, Search, Tried
+    from isotune.commands.sweep.study import search as try_values
 
     if plan.recipe.values.get("drop_leaked"):
         print("note        drop_leaked is about the rows to choose by: texts of the test rows may stand in training")
-    trials: list[found.Trial] = []
+    trials = runs.train(plan, machine, {0: plan.default})
+    if (failure := trials[0].failure) is not None:
+        raise RunFault(f"the recipe itself fails, and there is nothing to compare with: {failure}")
+    runs.examine(plan, machine, [0])  # a mistake in the test rows ends the sweep before hours of trials
 
-    def try_values(number: int, values: Values) -> float | None:
-        failure, scores = plan.contradiction(values) if number else None, list[float]()
-        try:
-            for seed in plan.seeds if failure is None else ():
-                print(f"sweep       trial {number} of {plan.trials}, seed {seed}: {_said(values)}", flush=True)
-                scores.append(runs.train(plan, number, values, seed))
-        except runs.TrialFailed as error:
-            failure, scores = str(error), []  # as values that the memory is too small for
-        if failure is not None:
-            print(f"sweep       trial {number} has failed: {failure}", flush=True)
-        trials.append(found.Trial(number, values, tuple(scores), failure))
-        return trials[-1].mean if scores else None
+    def score(generation: Mapping[int, Values]) -> list[Score]:
+        trained = (pruning.train if plan.pruning else runs.train)(plan, machine, generation)
+        trials.extend(trained)
+        return [trial.score for trial in trained]
 
-    score = try_values(0, plan.default)
-    if score is None:
-        raise RunFault(f"the recipe itself fails, and there is nothing to compare with: {trials[0].failure}")
-    for seed in plan.seeds:  # a mistake in the test rows ends the sweep before hours of trials
-        runs.examine(plan, 0, seed)
-    searched = search(
-        plan.folder,
-        plan.axes,
-        plan.trials,
-        seed=plan.seeds[0],
-        higher_is_better=plan.higher_is_better,
-        default=Tried(plan.default, score),
-        score=try_values,
-    )
-    tried = sum(1 for _ in searched)
+    search = Search(plan.axes, plan.trials, plan.seeds[0], plan.higher_is_better, plan.parallel)
+    tried = sum(1 for _ in try_values(plan.folder, search, Tried(plan.default, trials[0].mean), score))
     ranking = found.rank(plan, trials)
     print("\n" + "\n".join(found.table(ranking)), flush=True)
-    examined = _examine(plan, ranking)
+    examined = _examine(plan, machine, ranking)
     sentence = found.verdict(ranking, examined)
     content = found.as_dict(plan, ranking, examined, sentence)
     replace_file(plan.folder / RESULT, json.dumps(content, indent=2) + "\n")
@@ -97,14 +84,20 @@ def _sweep(plan: Plan) -> None:
     print(f"picture     {picture}\nresult      {plan.folder / RESULT}\n{sentence}")
 
 
-def _examine(plan: Plan, ranking: "Ranking") -> "Examined":
+def _machine(plan: Plan) -> "Machine":
+    """What runs the trials; UserError where it is not to be had."""
+    if plan.jobs is None:
+        return Processes(shares_of(plan.parallel, plan.launch), plan.launch)
+    return Jobs(plan.folder, plan.logs, plan.jobs)
+
+
+def _examine(plan: Plan, machine: "Machine", ranking: "Ranking") -> "Examined":
     """The winner and the default on the test rows."""
     from isotune.commands.sweep import ranking as found
     from isotune.commands.sweep import runs
 
     numbers = list(dict.fromkeys((ranking.winner.number, 0)))
-    print(f"sweep       the winner, {ranking.winner.name}, on {plan.test.in_words}", flush=True)
-    results = {number: [runs.examine(plan, number, seed) for seed in plan.seeds] for number in numbers}
+    results = runs.examine(plan, machine, numbers)
     first = results[ranking.winner.number][0]
     common = set.intersection(*({*one.metrics} for own in results.values() for one in own))
     metric = found.metric_in_result(plan.metric, common)
@@ -121,8 +114,3 @@ def _examine(plan: Plan, ranking: "Ranking") -> "Examined":
         difference=found.compare_seeds(default, winner) if ranking.winner.number else None,
         winners_so_far=len([number for number in runs.tested_trials(plan) if number]),
     )
-
-
-def _said(values: Values) -> str:
-    shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items()}
-    return ", ".join(f"{key} {value}" for key, value in shown.items())

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from isotune.commands import start
-from isotune.commands.sweep.flags import launch_words, read_flags
+from isotune.commands.sweep.flags import JobOptions, job_options, launch_words, read_flags
+from isotune.commands.sweep.processes import shares_of
 from isotune.commands.sweep.rows import HeldOutRows, choose_rows
 from isotune.commands.sweep.space import Axis, split_flags
 from isotune.commands.train import recipe_file
@@ -42,6 +43,9 @@ class Plan:
         recipe: that of trial 0, where nothing is searched.
         trials: how many are searched beside trial 0.
         launch: words of each run about its processes.
+        parallel: trials of a generation, which are proposed together; so many runs at once on this machine.
+        pruning: whether the worse half of a generation ends at an evaluation.
+        jobs: how runs are submitted to a cluster; None where they are processes of this machine.
     """
 
     command: str
@@ -52,6 +56,9 @@ class Plan:
     seeds: list[int]
     test: HeldOutRows
     launch: list[str]
+    parallel: int = 1
+    pruning: bool = False
+    jobs: JobOptions | None = None
 
     @property
     def metric(self) -> str:
@@ -62,6 +69,11 @@ class Plan:
     def higher_is_better(self) -> bool:
         """Its direction."""
         return self.metric in HIGHER_IS_BETTER
+
+    @property
+    def logs(self) -> Path:
+        """The folder for what runs print that have no terminal."""
+        return self.folder / "logs"
 
     @property
     def default(self) -> dict[str, Any]:
@@ -83,6 +95,8 @@ class Plan:
             "recipe": {name: value for name, value in self.recipe.given.items() if name != "output_dir"},
             "search": {axis.key: axis.as_dict() for axis in self.axes},
             "seeds": self.seeds,
+            "parallel": self.parallel,
+            "pruning": self.pruning,
             "test": self.test.keys,
         }
         return json.loads(json.dumps(content))
@@ -91,7 +105,7 @@ class Plan:
         """Write the plan into its folder, or find it there; UserError where another one, or something else, is."""
         file, content = self.folder / SEARCH_FILE, self.as_dict()
         if file.exists():
-            there = or_refuse(read_json_object, file, f"{file}: cannot be read")
+            there = {"parallel": 1, "pruning": False} | or_refuse(read_json_object, file, f"{file}: cannot be read")
             if different := [name for name, value in content.items() if there.get(name) != value]:
                 raise UserError(
                     f"{self.folder} holds another sweep, with another {_first_difference(there, content, different[0])}"
@@ -124,6 +138,9 @@ def read_plan(argv: Sequence[str]) -> Plan:
     given, rest = read_flags(argv[1:])
     launch = launch_words(given)
     start.read_launch(launch)  # its mistakes before anything is written
+    jobs = job_options(given)
+    if jobs is None:
+        shares_of(given.parallel, launch)
     of_file, line = read_file(file), CommandLine.parse(rest)
     if line.config is not None:
         raise UserError(f"--config {line.config}: the recipe is named already, {what}")
@@ -148,7 +165,8 @@ def read_plan(argv: Sequence[str]) -> Plan:
     if recipe.values["push_to_hub"]:  # trials are not uploaded, and a token is not written
         recipe = recipe.with_values(push_to_hub=False)
     seeds = [recipe.seed + number for number in range(given.seeds)]
-    return Plan(COMMANDS[task], folder, recipe, axes, given.trials, seeds, test, launch)
+    more = {"parallel": given.parallel, "pruning": given.pruning, "jobs": jobs}
+    return Plan(COMMANDS[task], folder, recipe, axes, given.trials, seeds, test, launch, **more)
 
 
 def _first_difference(there: dict[str, Any], here: dict[str, Any], name: str) -> str:

@@ -4,6 +4,7 @@ Every trial is compared with trial 0 over the same seeds, and p-values are corre
 The winner of many is the luckiest of them too, so only its metric on rows that the search never saw is unbiased.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 
 from isotune.commands.sweep.plan import Plan
 from isotune.commands.sweep.space import Values
+from isotune.commands.sweep.study import Pruned, Score
 from isotune.evaluation.comparison import LEVEL
 from isotune.evaluation.statistics.paired_tests import holm
 from isotune.evaluation.statistics.seeds import SeedDifference, compare_seeds
@@ -25,7 +27,7 @@ class Trial:
     """Values that were tried.
 
     Attributes:
-        scores: the metric of each seed; empty where a run failed, as `failure` says.
+        scores: the metric of each seed; empty where a run failed, as `failure` says, or the trial was pruned.
         against_default: its difference from trial 0; None of trial 0 itself.
         p_holm: p of that difference, corrected for all trials; None where there is none.
     """
@@ -36,6 +38,12 @@ class Trial:
     failure: str | None = None
     against_default: SeedDifference | None = None
     p_holm: float | None = None
+    pruned: Pruned | None = None
+
+    @property
+    def score(self) -> Score:
+        """As the study is told it."""
+        return self.mean if self.scores else self.pruned
 
     @property
     def mean(self) -> float:
@@ -73,7 +81,7 @@ class Examined:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Trials, the best first; those that failed last."""
+    """Trials, the best first; behind them those that were pruned, the later ones first, and those that failed."""
 
     metric: str
     higher_is_better: bool
@@ -105,8 +113,10 @@ def rank(plan: Plan, trials: Sequence[Trial]) -> Ranking:
     ]
     sign = -1 if plan.higher_is_better else 1
     complete.sort(key=lambda trial: (sign * trial.mean, trial.number))
-    failed = [trial for trial in trials if not trial.scores]
-    return Ranking(plan.metric, plan.higher_is_better, plan.seeds, [*complete, *failed])
+    pruned = [trial for trial in trials if trial.pruned is not None]
+    pruned.sort(key=lambda trial: _pruned_place(trial, sign))
+    failed = [trial for trial in trials if trial.score is None]
+    return Ranking(plan.metric, plan.higher_is_better, plan.seeds, [*complete, *pruned, *failed])
 
 
 def metric_in_result(metric: str, metrics: Collection[str]) -> str | None:
@@ -161,8 +171,17 @@ def as_dict(plan: Plan, ranking: Ranking, examined: Examined, sentence: str) -> 
     }
 
 
+def _pruned_place(trial: Trial, sign: int) -> tuple[float, ...]:
+    assert trial.pruned is not None
+    value = trial.pruned.value
+    return -trial.pruned.step, math.inf if value is None else sign * value, trial.number
+
+
 def _cells(trial: Trial, keys: Sequence[str]) -> list[str]:
     values = [_short(trial.values[key]) for key in keys]
+    if trial.pruned is not None:
+        last = "" if trial.pruned.value is None else f"{trial.pruned.value:.4f}"
+        return [trial.name, *values, last, "", f"pruned at step {trial.pruned.step}", "", ""]
     if not trial.scores:
         return [trial.name, *values, "failed", "", "", "", ""]
     deviation = "" if trial.deviation is None else f"{trial.deviation:.4f}"

@@ -1,28 +1,33 @@
-"""The runs of a sweep, one after the other: each is an ordinary run that `isotune sft` or `classify` does in a process.
+"""The runs of a sweep: each is an ordinary run that `isotune sft` or `classify` does in a process or a job of its own.
 
 A run that has finished is not repeated, and one that was stopped goes on from its newest checkpoint.
 """
 
-import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
-from isotune.commands import start
+from isotune.commands.start import Ended
 from isotune.commands.sweep.plan import RECIPE_FILE, Plan
+from isotune.commands.sweep.processes import Command, Ends
+from isotune.commands.sweep.ranking import Trial
 from isotune.commands.sweep.space import Values
 from isotune.evaluation.results import METRICS as RESULT
 from isotune.evaluation.results import Result, read_result
 from isotune.io.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, MEMORY, VALUES, Preempted, RunFault, UserError
 from isotune.io.files import replace_file
+from isotune.io.reading import Unreadable
 from isotune.io.run_files import or_refuse, read_recipe_values
+from isotune.io.variables import PAUSE
 from isotune.run.metrics_file import METRICS, read_progress
 from isotune.run.run_state import state_of_run
 
 TEST_TASK, TEST_NAME = "test.yaml", "sweep_test"
-MOST_WAITED_SECONDS = 60  # for a run of a killed sweep, which stops with a checkpoint
 COLUMNS = ("dataset_text_field", "dataset_text_pair_field", "dataset_label_field", "dataset_id_field")
 FAILING = (MEMORY, VALUES)  # mistakes of a trial's values alone; others would meet every trial
 CONVERSATION_COLUMNS = ("dataset_text_field", "dataset_prompt_field", "dataset_completion_field")
@@ -32,41 +37,216 @@ class TrialFailed(Exception):
     """A run of a trial ended with a fault, which its message says; other trials may do better."""
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """Of a run: after which step, with which value, None where undefined, and whether the run is over with it."""
+
+    step: int
+    value: float | None
+    is_last: bool
+
+
+class Machine(Protocol):
+    """What runs the commands: the processes of this machine, or the jobs of a cluster."""
+
+    def wait_for(self, run: Path) -> None:
+        """Until a run that an earlier call has left is no longer at work."""
+        ...
+
+    def run(self, commands: deque[Command]) -> Ends:
+        """Run them, and yield each with its end; one that is put into the queue meanwhile is run too."""
+        ...
+
+
 def folder_of(plan: Plan, trial: int, seed: int) -> Path:
     """SWEEP/trial-003/seed-42."""
     return plan.folder / f"trial-{trial:03}" / f"seed-{seed}"
 
 
-def train(plan: Plan, trial: int, values: Values, seed: int) -> float:
-    """The metric of the model that one run keeps, after the run where it is not there.
+def train(plan: Plan, machine: Machine, values: Mapping[int, Values]) -> list[Trial]:
+    """Trials by their numbers, each with the metric of the models that its runs keep, trained where they are not there.
 
-    TrialFailed where the run ended by a fault of its own, as a loss that is not finite, too little memory for its
-    values, or being killed twice. UserError or Preempted where the sweep cannot go on either.
+    A trial has failed where one of its runs ended by a fault of its own, as a loss that is not finite, too little
+    memory for its values, or being killed twice; the first seed's fault is told. UserError or Preempted where the sweep
+    cannot go on either.
     """
-    run = folder_of(plan, trial, seed)
-    _wait_for(run)
-    if state_of_run(run).state != "finished":
-        flags = {**(values if trial else {}), "seed": seed, "output_dir": str(run)}  # trial 0 is the recipe itself
-        words = [f"--{name}={_word(value)}" for name, value in flags.items()]
-        _do(
-            run,
-            [plan.command, "--config", str(plan.folder / RECIPE_FILE), *words, *plan.launch],
-            FAILING if trial else (),
-        )
-    return _kept_value(plan, run)
+    failures = train_runs(plan, machine, values, plan.seeds)
+    trials: list[Trial] = []
+    for number, tried in values.items():
+        if (failure := failures.get(number)) is not None:
+            trials.append(failed(number, tried, failure))
+        else:
+            scores = tuple(_kept_value(plan, folder_of(plan, number, seed)) for seed in plan.seeds)
+            trials.append(Trial(number, tried, scores))
+    return trials
 
 
-def examine(plan: Plan, trial: int, seed: int) -> Result:
-    """The evaluation of a run's model on the rows that the search did not see, made where it is not there."""
-    run = folder_of(plan, trial, seed)
-    result = run / "eval" / TEST_NAME
-    if not (result / RESULT).is_file():
-        flags = _test_flags(plan, or_refuse(read_recipe_values, run, f"{run}: its recipe cannot be read"))
+def failed(number: int, values: Values, failure: str) -> Trial:
+    """A trial that has failed, which is said."""
+    print(f"sweep       trial {number} has failed: {failure}", flush=True)
+    return Trial(number, values, failure=failure)
+
+
+def train_runs(
+    plan: Plan, machine: Machine, values: Mapping[int, Values], seeds: Sequence[int], evaluations: int = 0
+) -> dict[int, str]:
+    """Train the runs of trials with these seeds where they are not done; what is wrong with the trials that failed.
+
+    A run is done where it has finished, or has so many evaluations, at which it pauses; 0: it goes on to its end.
+    """
+    failures = {number: {0: wrong} for number in values if number and (wrong := plan.contradiction(values[number]))}
+    runs = {folder_of(plan, n, seed): (n, seed) for n in values if n not in failures for seed in seeds}
+    queue: deque[Command] = deque()
+
+    def has_ended(run: Path, ended: Ended) -> None:
+        number, seed = runs[run]
         try:
-            _do(run, ["eval", str(run), *flags, "--output_dir", str(result), *plan.launch])
+            _check(run, ended, FAILING if number else ())
+            if not evaluations:
+                _kept_value(plan, run)
+        except TrialFailed as error:
+            failures.setdefault(number, {})[seed] = str(error)
+
+    for run in runs:
+        machine.wait_for(run)
+        if _is_done(run, evaluations):
+            has_ended(run, Ended(0))
+        else:
+            number, seed = runs[run]
+            queue.append(_training(plan, number, seed, values[number], evaluations))
+    _drop(queue, failures)
+
+    def on_end(command: Command, ended: Ended) -> None:
+        if ended.exit_status == 0 and _state(command.folder) == "paused" and not _is_done(command.folder, evaluations):
+            queue.append(command)  # it was a job of an earlier call, which was to come to an earlier evaluation
+            return
+        has_ended(command.folder, ended)
+        _drop(queue, failures)
+
+    _run(machine, queue, on_end)
+    return {number: of_seeds[min(of_seeds)] for number, of_seeds in failures.items()}
+
+
+def _drop(queue: deque[Command], failures: Mapping[int, object]) -> None:
+    """Take out of the queue what is of trials that have failed."""
+    for command in [command for command in queue if command.trial in failures]:
+        queue.remove(command)
+
+
+def evaluation_of(plan: Plan, trial: int, number: int) -> Evaluation:
+    """An evaluation of the first seed's run, which has that many or has finished with fewer: then its last."""
+    run = folder_of(plan, trial, plan.seeds[0])
+    last_step, evaluations = or_refuse(read_progress, run / METRICS, f"{run / METRICS}: cannot be read")
+    steps = _steps(evaluations)[:number]
+    if not steps:
+        raise UserError(f"{run} has ended without an evaluation: let it evaluate, by eval_steps")
+    is_last = len(steps) < number or (steps[-1] == last_step and _state(run) == "finished")
+    return Evaluation(steps[-1], evaluations[steps[-1]].get(plan.metric), is_last)
+
+
+def _is_done(run: Path, evaluations: int) -> bool:
+    """Whether a run has finished, has paused at that evaluation, or is behind it; not one that was killed there."""
+    state = _state(run)
+    if state == "finished" or not evaluations:
+        return state == "finished"
+    try:
+        last_step, found = read_progress(run / METRICS)
+    except (FileNotFoundError, Unreadable):
+        return False
+    steps = _steps(found)
+    return len(steps) >= evaluations and (state == "paused" or steps[evaluations - 1] < last_step)
+
+
+def _steps(evaluations: Mapping[int, object]) -> list[int]:
+    """Of the evaluations that count: not of the one before the first step."""
+    return sorted(step for step in evaluations if step)
+
+
+def _state(run: Path) -> str:
+    return state_of_run(run).state
+
+
+def examine(plan: Plan, machine: Machine, trials: Sequence[int]) -> dict[int, list[Result]]:
+    """The evaluations of trials' models on the rows that the search did not see, made where they are not there."""
+    results = {number: [folder_of(plan, number, seed) / "eval" / TEST_NAME for seed in plan.seeds] for number in trials}
+    queue = deque(
+        _evaluation(plan, number, seed)
+        for number, folders in results.items()
+        for seed, result in zip(plan.seeds, folders, strict=True)
+        if not (result / RESULT).is_file()
+    )
+
+    def on_end(command: Command, ended: Ended) -> None:
+        try:
+            _check(command.folder, ended)
         except TrialFailed as error:
             raise RunFault(str(error)) from None
-    return read_result(result)
+
+    _run(machine, queue, on_end)
+    return {number: [read_result(folder) for folder in folders] for number, folders in results.items()}
+
+
+def _run(machine: Machine, queue: deque[Command], on_end: Callable[[Command, Ended], None]) -> None:
+    """Run all, and call `on_end` for each; where that raises, the others are stopped.
+
+    A process that ends without a word was killed, often by the kernel for its memory: it goes on once.
+    """
+    if not queue:
+        return
+    killed: set[Path] = set()
+    with closing(machine.run(queue)) as ends:
+        for command, ended in ends:
+            if ended.exit_status and ended.message is None and command.folder not in killed:
+                killed.add(command.folder)
+                said = f"was ended with status {ended.exit_status} and said nothing: it goes on"
+                print(f"sweep       {command.folder} {said}", flush=True)
+                queue.appendleft(command)
+            else:
+                on_end(command, ended)
+
+
+def _check(folder: Path, ended: Ended, failing: Sequence[str] = ()) -> None:
+    """Raise what a command's end means for its trial and the sweep.
+
+    A mistake stops the sweep, but for one whose reason is among `failing`.
+    """
+    if ended.exit_status and ended.message is None:
+        raise TrialFailed(f"{folder}: it was ended twice with status {ended.exit_status} and said nothing")
+    said = f"{folder}: {ended.message}"
+    if ended.exit_status == EXIT_USER_ERROR:
+        raise TrialFailed(said) if ended.reason in failing else UserError(said)
+    if ended.exit_status == EXIT_PREEMPTED:
+        raise Preempted(f"{said}; the same sweep goes on from there")
+    if ended.exit_status:
+        raise TrialFailed(said)
+
+
+def _training(plan: Plan, trial: int, seed: int, values: Values, evaluations: int) -> Command:
+    flags = {**(values if trial else {}), "seed": seed}  # trial 0 is the recipe itself
+    words = [f"--{name}={_word(value)}" for name, value in flags.items()]
+    shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items()}
+    said = ", ".join(f"{key} {value}" for key, value in shown.items())
+    return Command(
+        folder_of(plan, trial, seed),
+        [plan.command, "--config", str(plan.folder / RECIPE_FILE), *words],
+        trial,
+        f"trial {trial} of {plan.trials}, seed {seed}: {said}"
+        + (f", to evaluation {evaluations}" if evaluations else ""),
+        plan.logs / f"trial-{trial:03}_seed-{seed}.log",
+        {PAUSE: str(evaluations)} if evaluations else {},
+    )
+
+
+def _evaluation(plan: Plan, trial: int, seed: int) -> Command:
+    run = folder_of(plan, trial, seed)
+    flags = _test_flags(plan, or_refuse(read_recipe_values, run, f"{run}: its recipe cannot be read"))
+    return Command(
+        run / "eval" / TEST_NAME,
+        ["eval", str(run), *flags],
+        trial,
+        f"trial {trial}, seed {seed}, on {plan.test.in_words}",
+        plan.logs / f"trial-{trial:03}_seed-{seed}_test.log",
+    )
 
 
 def tested_trials(plan: Plan) -> list[int]:
@@ -89,27 +269,6 @@ def _test_flags(plan: Plan, recipe: Mapping[str, Any]) -> list[str]:
     return ["--task", str(file), "--no_pictures"]
 
 
-def _do(run: Path, words: list[str], failing: Sequence[str] = ()) -> None:
-    """Run a command of this sweep; raises what its end means for the trial and the sweep.
-
-    A mistake stops the sweep, but for one whose reason is among `failing`.
-    A process that ends without a word was killed, often by the kernel for its memory: it goes on once.
-    """
-    ended = start.run_command(words)
-    if ended.exit_status and ended.message is None:
-        print(f"sweep       {run} was ended with status {ended.exit_status} and said nothing: it goes on", flush=True)
-        ended = start.run_command(words)
-        if ended.exit_status and ended.message is None:
-            raise TrialFailed(f"{run}: it was ended twice with status {ended.exit_status} and said nothing")
-    said = f"{run}: {ended.message}"
-    if ended.exit_status == EXIT_USER_ERROR:
-        raise TrialFailed(said) if ended.reason in failing else UserError(said)
-    if ended.exit_status == EXIT_PREEMPTED:
-        raise Preempted(f"{said}; the same sweep goes on from there")
-    if ended.exit_status:
-        raise TrialFailed(said)
-
-
 def _kept_value(plan: Plan, run: Path) -> float:
     """The metric of the evaluation whose model the run keeps: the best, with load_best_model_at_end, else the last."""
     _, evaluations = or_refuse(read_progress, run / METRICS, f"{run / METRICS}: cannot be read")
@@ -122,13 +281,6 @@ def _kept_value(plan: Plan, run: Path) -> float:
     if plan.recipe.values["load_best_model_at_end"]:
         return (max if plan.higher_is_better else min)(finite)
     return finite[-1]
-
-
-def _wait_for(run: Path) -> None:
-    """Let a run that a killed sweep has left come to its checkpoint."""
-    end = time.monotonic() + MOST_WAITED_SECONDS
-    while state_of_run(run).state == "running" and time.monotonic() < end:
-        time.sleep(0.2)
 
 
 def _word(value: Any) -> str:
