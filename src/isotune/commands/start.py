@@ -140,7 +140,9 @@ class Command:
         log: the file that its output is appended to; None: it goes where that of this process goes.
     """
 
-    def __init__(self, words: Sequence[str], variables: Mapping[str, str] | None = None, log: Path | None = None):
+    def __init__(
+        self, words: Sequence[str], variables: Mapping[str, str] | None = None, log: Path | None = None
+    ) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="isotune-"))
         first = signal_when_parent_ends if sys.platform == "linux" else None
         environment = {**os.environ, JOB_STATUS_FILE: str(self._status_file), **(variables or {})}

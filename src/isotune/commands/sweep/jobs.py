@@ -126,7 +126,7 @@ class Jobs:
         """Those commands that are in the cluster's queue, which are taken out of ours."""
         wanted = {str(command.folder.relative_to(self.folder)): command for command in commands}
         found: dict[Task, Command] = {}
-        tasks = None if any(self.logs.glob(f"{NAME}-*.txt")) else {}
+        tasks: dict[Task, str] | None = None if any(self.logs.glob(f"{NAME}-*.txt")) else {}
         while tasks is None and (tasks := self._states()) is None:
             self._sleep(LONGEST_POLL_SECONDS)
         for (name, line), state in tasks.items():

@@ -165,8 +165,8 @@ def read_plan(argv: Sequence[str]) -> Plan:
     if recipe.values["push_to_hub"]:  # trials are not uploaded, and a token is not written
         recipe = recipe.with_values(push_to_hub=False)
     seeds = [recipe.seed + number for number in range(given.seeds)]
-    more = {"parallel": given.parallel, "pruning": given.pruning, "jobs": jobs}
-    return Plan(COMMANDS[task], folder, recipe, axes, given.trials, seeds, test, launch, **more)
+    shared = COMMANDS[task], folder, recipe, axes, given.trials, seeds, test, launch
+    return Plan(*shared, parallel=given.parallel, pruning=given.pruning, jobs=jobs)
 
 
 def _first_difference(there: dict[str, Any], here: dict[str, Any], name: str) -> str:

@@ -4,11 +4,10 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from isotune.commands import start
 from isotune.io.errors import Preempted, UserError
@@ -37,7 +36,7 @@ class Command:
     trial: int
     title: str
     log: Path
-    variables: Mapping[str, str] = field(default_factory=dict)
+    variables: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 Ends = Generator[tuple[Command, start.Ended], None, None]
@@ -94,7 +93,7 @@ class Processes:
                 yield command, ended
 
     @contextmanager
-    def _stopping(self) -> Any:
+    def _stopping(self) -> Iterator[None]:
         """However the body is left, no process is."""
         with start.stop_signals_to(self._stop):
             try:

@@ -133,11 +133,18 @@ class _Journal:
             name = _name(values)
             score = scores.get(name)
             state = _state(score) if name in scores else TrialState.RUNNING
-            value, steps = score if isinstance(score, float) else None, {}
+            steps: dict[int, float] = {}
             if isinstance(score, Pruned):
-                steps = {score.step: math.nan if score.value is None else score.value}
-            known = {"params": values, "distributions": self.distributions, "intermediate_values": steps}
-            study.add_trial(create_trial(state=state, value=value, **known))
+                steps[score.step] = math.nan if score.value is None else score.value
+            value = score if isinstance(score, float) else None
+            known = create_trial(
+                state=state,
+                value=value,
+                params=values,
+                distributions=self.distributions,
+                intermediate_values=steps,
+            )
+            study.add_trial(known)
         return study.ask(self.distributions).params
 
     def _add(self, values: Values) -> None:
