@@ -23,7 +23,7 @@ from isotune.commands.sweep.plan import read_plan
 from isotune.commands.sweep.processes import Command
 from isotune.commands.sweep.ranking import Examined, Trial, metric_in_result, rank, table, verdict
 from isotune.commands.sweep.space import Axis, grid
-from isotune.commands.sweep.study import Search, Tried, search
+from isotune.commands.sweep.study import Pruned, Search, Tried, search
 from isotune.evaluation.statistics.seeds import compare_seeds
 from isotune.io.errors import MEMORY, VALUES, Preempted, UserError
 
@@ -314,6 +314,7 @@ class TestStudy:
             study.sampler = optuna.samplers.TPESampler(seed=seed)
             trial = study.ask({axis.key: axis.distribution() for axis in (RATES, WARMUP)})
             assert trial.params == one.values
+            assert not isinstance(one.score, Pruned)
             failed = optuna.trial.TrialState.FAIL if one.score is None else None
             study.tell(trial, one.score, failed)
 

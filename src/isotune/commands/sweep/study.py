@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -180,7 +180,7 @@ def _state(score: Score) -> Any:
     return TrialState.PRUNED if isinstance(score, Pruned) else TrialState.COMPLETE
 
 
-def _direction(*, higher_is_better: bool) -> str:
+def _direction(*, higher_is_better: bool) -> Literal["maximize", "minimize"]:
     return "maximize" if higher_is_better else "minimize"
 
 
