@@ -14,7 +14,7 @@ from isotune.io.run_files import or_empty, read_upload
 from isotune.models.finished_run import read_run
 from isotune.run.hub import upload_model
 from isotune.run.preemption import MODEL_STEP, RunStatus, signals_end_at_once, stop_request, supervised
-from isotune.run.run_dir import WEIGHTS_SUFFIX, RunDir
+from isotune.run.run_dir import WEIGHTS_SUFFIX, LeasedDir, RunDir
 
 UPLOAD_STEP = "upload"
 
@@ -36,7 +36,7 @@ class FinishingStep:
     is_outside: bool = False
 
 
-def finish(run: RunDir, steps: Sequence[FinishingStep]) -> None:
+def finish(run: LeasedDir, steps: Sequence[FinishingStep]) -> None:
     """Do the steps that are not recorded yet, in their order; the main process calls it, while it is supervised."""
     for step in steps:
         if step.name in run.status.finishing and (step.makes is None or step.makes.is_file()):
@@ -74,7 +74,7 @@ def finish_trained(run: RunDir, process: Process, steps: Sequence[FinishingStep]
             ) from fault
 
 
-def weights_of(run: RunDir) -> list[Path]:
+def weights_of(run: LeasedDir) -> list[Path]:
     """The files of RUN/model that hold weights."""
     return sorted(run.model.glob(f"*{WEIGHTS_SUFFIX}"))
 

@@ -22,7 +22,7 @@ from isotune.distributed.ranks import call_on_main
 from isotune.io.errors import NO_ROOM, Superseded, UserError, as_user_error, outcome_of, reason_of, write_job_status
 from isotune.io.parent_process import is_launched, signal_when_parent_ends
 from isotune.io.run_files import ENVIRONMENT, LOGS_DIR, STATUS, or_empty, read_status
-from isotune.run.run_dir import RunDir
+from isotune.run.run_dir import LeasedDir
 from isotune.run.run_lease import RunLease, slurm_ids
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
@@ -124,9 +124,10 @@ class RunStatus:
 
 
 @contextlib.contextmanager
-def supervised(run: RunDir, process: Process) -> Iterator[None]:
+def supervised(run: LeasedDir, process: Process, *, catches_signals: bool = True) -> Iterator[None]:
     """Hold the lease on RUN, handle signals while the body trains and saves, and record how it ends.
 
+    Without `catches_signals` they do what they did before: nothing in the body would stop for one.
     UserError on every rank where another process holds the lease; Superseded where another attempt has taken it over:
     status.json belongs to that one and is left alone.
     """
@@ -136,7 +137,7 @@ def supervised(run: RunDir, process: Process) -> Iterator[None]:
         status.go_on()
         status.write("running")
     previous_handlers: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
+    if catches_signals and threading.current_thread() is threading.main_thread():
         _end_with_launcher()
         previous_handlers = {number: signal.signal(number, stop_request.on_signal) for number in SIGNALS}
     try:

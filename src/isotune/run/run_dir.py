@@ -32,16 +32,75 @@ CHECKPOINTS = "checkpoints"
 WEIGHTS_SUFFIX = ".safetensors"
 
 
-class RunDir:
+class LeasedDir:
+    """A run directory that one attempt writes to at a time: its place, its lease and its status."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.model = path, path / "model"  # or adapter
+        self.status: Any = None  # the `RunStatus` while the run is supervised
+        self.lease = RunLease(path)
+        self.is_trained = False  # training is over, and what comes after it is not
+
+    def acquire_lease(self, processes: int) -> Path:
+        """Acquire the lease, on the main process; returns the directory of this attempt.
+
+        A copy replaces metrics.jsonl, so that a stale attempt, which has the file open, no longer appends to it.
+        """
+        folder = self.lease.acquire(processes=processes, slurm=slurm_ids())
+        try:
+            if (metrics := self._open_metrics()) is not None:
+                with metrics:
+                    self.lease.write_file(self.path / METRICS, metrics.read().decode("utf-8", "replace"))
+            self.lease.reserve()
+        except BaseException:
+            self.lease.release()
+            raise
+        return folder
+
+    def _open_metrics(self) -> BinaryIO | None:
+        """metrics.jsonl to read, None where there is none; UserError for a pipe, or a link that leads out of RUN.
+
+        An attempt copies the file into RUN and adds lines to it, so whoever made such a link would get another file.
+        """
+        file = self.path / METRICS
+        try:
+            return open_file(file, sys.maxsize, self.path)
+        except FileNotFoundError:
+            return None
+        except Unreadable as reason:
+            raise UserError(f"{reason.of(file)}: put the file itself there, or remove it") from None
+
+    def write_first_files(self, environment: dict[str, Any], recipe: str, metrics: str | None) -> None:
+        """Write environment.json and recipe.yaml, each atomically, and begin metrics.jsonl.
+
+        `metrics` are its first lines; None removes those of an earlier run. UserError where RUN cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            # environment.json first: it identifies the run, should the process be killed before recipe.yaml
+            self.lease.write_file(self.path / ENVIRONMENT, json.dumps(environment, indent=2) + "\n")
+            self._make_way()
+            self.lease.write_file(self.path / RECIPE, recipe)
+            if metrics is None:
+                (self.path / METRICS).unlink(missing_ok=True)
+            else:
+                self.lease.write_file(self.path / METRICS, metrics)
+            if self.status is not None:
+                self.status.reached(self.status.step)
+        except OSError as error:
+            raise UserError(f"output_dir '{self.path}' cannot be written: {error.strerror}") from error
+
+    def _make_way(self) -> None:
+        """What else is of an earlier run and must not be taken for this one's."""
+
+
+class RunDir(LeasedDir):
     """RUN of a recipe: `check` changes nothing, `begin` writes the first files."""
 
     def __init__(self, recipe: RunRecipe) -> None:
-        self.recipe, self.path = recipe, Path(recipe.output_dir)
-        self.model = self.path / "model"  # or adapter
+        super().__init__(Path(recipe.output_dir))
+        self.recipe = recipe
         self.base_model = self.path / "base_model"  # one that exists nowhere else: its weights were drawn at random
-        self.status: Any = None  # the `RunStatus` while the run is supervised
-        self.lease = RunLease(self.path)
-        self.is_trained = False  # training is over, and what comes after it is not; `check` finds out
         self._has_begun = False  # by `begin`, which the main process calls
 
     def check(self) -> None:
@@ -80,19 +139,6 @@ class RunDir:
                     "(--resume never runs it again from the start)"
                 )
             self.is_trained = not self.recipe.plan_only
-
-    def _open_metrics(self) -> BinaryIO | None:
-        """metrics.jsonl to read, None where there is none; UserError for a pipe, or a link that leads out of RUN.
-
-        An attempt copies the file into RUN and adds lines to it, so whoever made such a link would get another file.
-        """
-        file = self.path / METRICS
-        try:
-            return open_file(file, sys.maxsize, self.path)
-        except FileNotFoundError:
-            return None
-        except Unreadable as reason:
-            raise UserError(f"{reason.of(file)}: put the file itself there, or remove it") from None
 
     def _has(self, made: dict[str, int]) -> bool:
         """Whether the files are there that the end of the run made, weights with all their bytes."""
@@ -143,45 +189,18 @@ class RunDir:
                 f"needs {needed_bytes / 1e6:.0f} MB"
             )
 
-    def acquire_lease(self, processes: int) -> Path:
-        """Acquire the lease, on the main process; returns the directory of this attempt.
-
-        A copy replaces metrics.jsonl, so that a stale attempt, which has the file open, no longer appends to it.
-        """
-        folder = self.lease.acquire(processes=processes, slurm=slurm_ids())
-        try:
-            if (metrics := self._open_metrics()) is not None:
-                with metrics:
-                    self.lease.write_file(self.path / METRICS, metrics.read().decode("utf-8", "replace"))
-            self.lease.reserve()
-        except BaseException:
-            self.lease.release()
-            raise
-        return folder
-
     def begin(self, environment: dict[str, Any], metrics: str | None = None) -> None:
-        """Write environment.json and recipe.yaml, each atomically, and begin metrics.jsonl.
+        """Write the first files of the run, with its identity.
 
         `metrics` are the lines of the checkpoint that this attempt resumes from; None removes those of an earlier one.
         Raises UserError where RUN cannot be written.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            # environment.json first: it identifies the run, should the process be killed before recipe.yaml
-            own = {FINGERPRINT_KEY: self.identity.fingerprint, IDENTITY: asdict(self.identity)}
-            text = json.dumps({**own, **environment}, indent=2)
-            self.lease.write_file(self.path / ENVIRONMENT, text + "\n")
-            set_aside(self.model)  # where this run replaces another; its new model removes the old one
-            self.lease.write_file(self.path / RECIPE, self.recipe.as_yaml())
-            if metrics is None:
-                (self.path / METRICS).unlink(missing_ok=True)
-            else:
-                self.lease.write_file(self.path / METRICS, metrics)
-            self._has_begun = True
-            if self.status is not None:
-                self.status.reached(self.status.step)
-        except OSError as error:
-            raise UserError(f"output_dir '{self.path}' cannot be written: {error.strerror}") from error
+        own = {FINGERPRINT_KEY: self.identity.fingerprint, IDENTITY: asdict(self.identity)}
+        self.write_first_files({**own, **environment}, self.recipe.as_yaml(), metrics)
+        self._has_begun = True
+
+    def _make_way(self) -> None:
+        set_aside(self.model)  # where this run replaces another; its new model removes the old one
 
     def record(self, **found: Any) -> None:
         """Values of the recipe that were found on the way, and that nobody gave; on every rank."""
