@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from isotune.drop_in.fields import FIELDS, without_effect
+
 # methods of the libraries that a subclass may have of its own
 OWN_METHODS = {
     "training_step": "training_step is your own: nothing is known of its updates",
@@ -30,6 +32,8 @@ def describe(trainer: Any) -> str:
         f"attention   {plan.task.attention}: {packed}",
         *(f"not exact   {line}" for line in not_exact(trainer)),
     ]
+    if nothing := without_effect(trainer.given_args):
+        lines.append(f"no effect   {', '.join(nothing)}")
     return "\n".join(lines)
 
 
@@ -40,7 +44,7 @@ def not_exact(trainer: Any) -> list[str]:
     if args.train_sampling_strategy not in ("random", "sequential"):
         found.append(f"train_sampling_strategy: {args.train_sampling_strategy}: rows are shuffled; none is padded")
     if getattr(args, "torch_compile", False):
-        found.append("torch_compile: kernels are chosen by shapes, which differ between launches")
+        found.append(f"torch_compile: {FIELDS['torch_compile'].note}")
     return found
 
 

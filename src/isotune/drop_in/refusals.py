@@ -10,25 +10,16 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from isotune.compat.peft import base_model_of
+from isotune.drop_in.fields import FIELDS, REFUSED
 from isotune.io.errors import UserError
 from isotune.training.gradients.exact_support import UpdateSetting, check_exact
 
-# an argument of TrainingArguments or SFTConfig, by the value that is refused: anything true, or one value
-REFUSED_FIELDS: dict[str, tuple[Any, str]] = {
-    "auto_find_batch_size": (True, "changes what a device holds: say microbatch_tokens"),
-    "dataloader_drop_last": (True, "nothing is dropped, the last update of an epoch is smaller"),
-    "batch_eval_metrics": (True, "metrics are computed once, of all predictions"),
-    "eval_do_concat_batches": (False, "there is one table of predictions, with one line a row"),
-    "use_liger_kernel": (True, "its loss and layers replace those that keep documents apart"),
-    "bf16_full_eval": (True, "an evaluation has the precision of training"),
-    "fp16_full_eval": (True, "an evaluation has the precision of training"),
-    "activation_offloading": (True, "it wraps a step of the library, which is not run"),
-}
 REFUSED_STRATEGIES = {
     "wrapped": "rows see each other: say bfd",
     "bfd_split": "rows would be cut off at max_length and not be split: split them in the dataset, and say bfd",
 }
 OWN_LOOP = ("schedule_free", "lomo", "adalomo")  # optimizers
+LAYERWISE = "_layerwise"  # ones whose hooks update a parameter in the backward of a microbatch, and let its gradient go
 OF_LIBRARY_STEP = ("mean_token_accuracy", "entropy", "num_tokens", "aux_loss")
 # methods by which a subclass would decide what an update, or an evaluation, sees
 OF_UPDATES = ("get_train_dataloader", "_get_train_sampler", "get_batch_samples", "_get_dataloader")
@@ -43,35 +34,50 @@ def refuse_overrides(kind: type, base: type) -> None:
             raise UserError(f"{kind.__name__}.{name} decides what {what} sees, which the schedule does: take it out")
 
 
-def refuse(args: Any, given: dict[str, Any]) -> None:
+def refuse(args: Any, options: dict[str, Any]) -> None:
     """Stop where the result would depend on the launch, or an argument has no meaning in a schedule."""
-    for name, (value, reason) in REFUSED_FIELDS.items():
-        if getattr(args, name, None) == value:
-            raise UserError(f"{name}: {value}: {reason}")
+    for name, verdict in FIELDS.items():
+        given = getattr(args, name, None)
+        if verdict.here == REFUSED and (bool(given) if verdict.value is True else given == verdict.value):
+            raise UserError(f"{name}: {given}: {verdict.note}")
     strategy = getattr(args, "packing_strategy", "")
     if strategy in REFUSED_STRATEGIES and (args.packing or args.eval_packing):
         raise UserError(f"packing_strategy: {strategy}: {REFUSED_STRATEGIES[strategy]}")
     if getattr(args, "packing", False) and getattr(args, "max_length", None) is None:
         raise UserError("packing needs max_length")
-    if getattr(args, "router_aux_loss_coef", None):
-        raise UserError("router_aux_loss_coef: the routers' balancing loss is a mean of microbatches: say 0.0")
-    if getattr(args, "parallelism_config", None) is not None:
-        raise UserError("parallelism_config: every process has documents of its own, and no part of the same ones")
-    if (name := str(getattr(args, "optim", ""))).removeprefix("OptimizerNames.").lower().startswith(OWN_LOOP):
+    name = str(getattr(args, "optim", "")).removeprefix("OptimizerNames.").lower()
+    if name.startswith(OWN_LOOP):
         raise UserError(f"optim: {name}: it needs a training loop that calls it")
+    if name.endswith(LAYERWISE):
+        raise UserError(
+            f"optim: {name}: it updates in the backward of each microbatch, and an update has several: say "
+            f"{name.removesuffix(LAYERWISE)}"
+        )
     if str(getattr(args, "metric_for_best_model", None)).removeprefix("eval_") in OF_LIBRARY_STEP:
         raise UserError("metric_for_best_model: TRL computes it in its own step: say eval_loss or one of your own")
     if "loss" in (getattr(args, "include_for_metrics", None) or ()):
         raise UserError("include_for_metrics: loss: there is one loss of all rows, eval_loss, and none of a batch")
-    if getattr(given.get("data_collator"), "mlm", False):
+    if getattr(options.get("data_collator"), "mlm", False):
         raise UserError("masked language modelling draws its masks in the collator, where no schedule sees them")
-    model = given.get("model")
-    for adapter in (given.get("peft_config"), *dict(getattr(model, "peft_config", {})).values()):
+    model = options.get("model")
+    for adapter in (options.get("peft_config"), *dict(getattr(model, "peft_config", {})).values()):
         if getattr(adapter, "is_prompt_learning", False):
             kind = type(adapter).__name__
             raise UserError(f"{kind}: virtual tokens stand before padded rows, and nothing is padded: say LoraConfig")
     if isinstance(model, nn.Module):
         check_model(model)
+        if getattr(model, "is_distributed_loading_by_transformers", False):
+            raise UserError(
+                "the model is split over the processes as it was loaded, and every process has documents of its own: "
+                "load it whole, and let FSDP2 or ZeRO shard it"
+            )
+
+
+def refuse_engine(trainer: Any) -> None:
+    """Stop for an engine whose sums of gradients nobody has looked at."""
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise UserError(f"FSDP of version {plugin.fsdp_version}: say fsdp_version: 2, as fsdp_config does by itself")
 
 
 def check_model(model: nn.Module) -> None:

@@ -28,10 +28,13 @@ from isotune.drop_in.columns import check_columns, collator_note
 from isotune.drop_in.describe import not_exact
 from isotune.drop_in.embedding_noise import set_noise
 from isotune.drop_in.evaluation import DropInEvaluation, Laid
+from isotune.drop_in.fields import unknown, without_effect
 from isotune.drop_in.model_loss import check_model_loss, has_other_loss
 from isotune.drop_in.own_loss import Batch, OwnLoss
 from isotune.drop_in.predictions import tokens_of
-from isotune.drop_in.refusals import check_model, refuse, refuse_overrides, uses_exact_gradients
+from isotune.drop_in.refusals import check_model, refuse, refuse_engine, refuse_overrides, uses_exact_gradients
+from isotune.drop_in.resuming import SeenUpdates, go_on
+from isotune.drop_in.sessions import sessions_of
 from isotune.io.errors import UserError, first_line
 from isotune.models.causal import install_causal
 from isotune.models.class_loss import ClassLoss
@@ -44,6 +47,11 @@ from isotune.training.tasks import ClassificationTask, SftTask, Task
 from isotune.training.trainer import PlannedTraining
 from isotune.training.training_plan import TrainingPlan
 
+# arguments that the library is given otherwise, beside gradient_accumulation_steps
+CHANGED = (
+    *("average_tokens_across_devices", "neftune_noise_alpha", "packing", "eval_packing", "padding_free"),
+    "router_aux_loss_coef",
+)
 LIBRARY_LOSSES = (transformers.Trainer.compute_loss, TrlSFTTrainer.compute_loss)
 PREPARED_CLASSES = (None, "single_label_classification")  # problem types with a summed loss of their own
 
@@ -70,7 +78,7 @@ class DropIn(DropInEvaluation):
     ) -> None:
         library = super(PlannedTraining, self).__init__
         given = dict(inspect.signature(library).bind(*arguments, **options).arguments)
-        args = given.get("args") or self._default_args(given.get("model"))
+        args = self.given_args = given.get("args") or self._default_args(given.get("model"))
         refuse(args, given)
         refuse_overrides(type(self), SFTTrainer if isinstance(self, SFTTrainer) else Trainer)
         self._row_tokens: int | None = None
@@ -91,8 +99,14 @@ class DropIn(DropInEvaluation):
         args.average_tokens_across_devices, args.neftune_noise_alpha = False, None
         super().__init__(plan=self._make_plan, **given)
         for line in not_exact(self):
-            self._say(f"not exact: {line}")
+            self.say(f"not exact: {line}")
+        for names, what in (
+            (without_effect(self.given_args), "no effect here"),
+            (unknown(self.given_args), "of a later release of the library, and not known here"),
+        ):
+            self.say(f"{', '.join(names)}: {what}" if names else None)
         self.add_callback(_SelfTest(self))
+        self.add_callback(SeenUpdates())
 
     def _default_args(self, model: Any) -> Any:
         """What the library takes where it is given no arguments."""
@@ -114,6 +128,7 @@ class DropIn(DropInEvaluation):
 
     def _make_plan(self) -> TrainingPlan:
         args, model = self.args, cast(nn.Module, self.model)
+        refuse_engine(self)
         use_one_gpu(args)
         self._take_accumulation(args)  # accelerator_config sets it late
         if (launched := world_size()) != args.world_size:
@@ -124,7 +139,8 @@ class DropIn(DropInEvaluation):
         base = base_model_of(model)
         self.causal = not type(base).__name__.endswith("ForSequenceClassification")
         if not self._pinned:
-            self.global_batch_size = args.per_device_train_batch_size * self._accumulation * args.world_size
+            sharing = 1 if args.accelerator_config.split_batches else args.world_size
+            self.global_batch_size = args.per_device_train_batch_size * self._accumulation * sharing
         assert self.global_batch_size is not None
         dataset: Any = self.train_dataset
         if dataset is None:  # a trainer that only evaluates
@@ -135,7 +151,7 @@ class DropIn(DropInEvaluation):
             train = self._lay_out(dataset, self._row_tokens)
             self._planned = dataset
             self._library_loader(dataset)  # remembers which columns the model's own forward takes
-            self._say(collator_note(self.data_collator, dataset[0]) if self.causal else None)
+            self.say(collator_note(self.data_collator, dataset[0]) if self.causal else None)
             if not train.labelled:
                 raise UserError(f"the train_dataset has none of the columns {', '.join(self._label_columns)}")
         task = self._install(base, train, dataset)
@@ -165,12 +181,12 @@ class DropIn(DropInEvaluation):
         longest = max(int(train.documents.lengths.max()), max_positions(base.config) or 0)
         if self.causal:
             form = install_causal(base, longest)
-            self._say(form.why_padded and f"documents are padded, one a line: packed in a row, {form.why_padded}")
+            self.say(form.why_padded and f"documents are padded, one a line: packed in a row, {form.why_padded}")
             task: Task = SftTask(str(attention_of(base.config)))
         else:
             class_loss = ClassLoss(None, self.args.label_smoothing_factor)
             layout = install_classification(base, class_loss, longest)
-            self._say(layout.reason and f"documents are {layout.name}: packed, {layout.reason}")
+            self.say(layout.reason and f"documents are {layout.name}: packed, {layout.reason}")
             attention = str(attention_of(base.config))
             task = ClassificationTask(train.documents, base.config.num_labels, class_loss, attention)
         set_noise(base.get_input_embeddings(), self._noise)
@@ -214,7 +230,8 @@ class DropIn(DropInEvaluation):
     def _library_loader(self, dataset: Any) -> Any:
         return super(PlannedTraining, self).get_test_dataloader(dataset)
 
-    def _say(self, note: str | None) -> None:
+    def say(self, note: str | None) -> None:
+        """Print a note, on the main process; nothing where it is empty."""
         if note and self.args.process_index == 0:
             print(f"note        {note}")
 
@@ -310,7 +327,21 @@ class DropIn(DropInEvaluation):
                 f"{folder} is a checkpoint of a run of isotune, which goes on with --resume: "
                 "this trainer goes on from a checkpoint that it saved itself"
             )
-        return super().train(resume_from_checkpoint, *options, **more)
+        with sessions_of(self):
+            return super().train(resume_from_checkpoint, *options, **more)
+
+    def save_model(self, *options: Any, **more: Any) -> None:
+        """The library's; training_args.bin has the arguments as they were given."""
+        own = self.args
+        self.args = copy.copy(own)
+        self.args.gradient_accumulation_steps = self._accumulation
+        for name in CHANGED:
+            if hasattr(self.given_args, name):
+                setattr(self.args, name, getattr(self.given_args, name))
+        try:
+            super().save_model(*options, **more)
+        finally:
+            self.args = own
 
     def _hp_search_setup(self, trial: Any) -> None:
         """Plan this training: with what a search has set by now, a fresh model, or another train_dataset."""
@@ -338,6 +369,8 @@ class _SelfTest(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """On the prepared model, in the precision of its products."""
         of = self.trainer
+        seen = next(own for own in of.callback_handler.callbacks if isinstance(own, SeenUpdates))
+        of.say(go_on(state, of.plan, seen))
         if of.own_loss is None or of.own_loss.of_model:
             inputs, labels = of.labelled_row()
             check_model_loss(of.model, of.model_wrapped, inputs, labels, causal=of.causal)

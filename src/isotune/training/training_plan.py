@@ -38,7 +38,8 @@ class StepLoader:
 
     - `step`: the Step;
     - `microbatches`: of this rank, each a dict of `number`, `weight`, `documents` and the model's `inputs`;
-    - `input_ids`: int64 [1, tokens] of this rank, by which Trainer counts tokens and floating-point operations.
+    - `input_ids` and `attention_mask`: int64 [1, tokens] of this rank, by which Trainer counts tokens, of which none is
+      padding, and floating-point operations.
     """
 
     schedule: StepSchedule
@@ -79,7 +80,8 @@ class StepLoader:
         microbatches = [self.microbatch(m) for m in share_of_rank(step, self.world_size, self.rank)]
         own = [m["inputs"]["input_ids"] for m in microbatches if m["weight"]]
         tokens = torch.cat(own, dim=1) if own else torch.zeros(1, 0, dtype=torch.int64)
-        return {"step": step, "microbatches": microbatches, "input_ids": tokens}
+        counted = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        return {"step": step, "microbatches": microbatches, **counted}
 
     def microbatch(self, of: Microbatch) -> dict[str, Any]:
         """One of the `microbatches` of an item."""
