@@ -16,6 +16,7 @@ from isotune.config.schema import Contradiction, Key, Values, parse
 from isotune.config.unsupported_keys import UNSUPPORTED
 from isotune.io.errors import Complain, UserError, nearest, refuse, shown
 from isotune.io.reading import MAX_YAML_BYTES, Unreadable, compose_yaml, read_text
+from isotune.io.run_files import SCRIPT
 
 # Other names of keys: transformers' newer one, for which the recipe keeps that of every tutorial; a short one; TRL's.
 ALIASES = {
@@ -70,6 +71,8 @@ def read_file(path: Path) -> Layer:
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{name} holds no keys: a recipe is lines of `key: value`")
     lines = {str(key.value): key.start_mark.line + 1 for key, _ in root.value}
+    if SCRIPT in lines:
+        raise UserError(f"{name} is the record of a script of its own, and no recipe: run the script again")
     return Layer(_value(root, name), file=name, lines=lines)
 
 

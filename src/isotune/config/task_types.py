@@ -18,6 +18,12 @@ HIGHER_IS_BETTER = frozenset(ALL_EVAL_METRICS) - {"eval_loss", "eval_mean_absolu
 WITHOUT_CLASSES = ("label_names", "num_labels")
 
 
+def is_higher_better(metric: str, keys: Mapping[str, Any]) -> bool:
+    """Whether a metric is better where it is higher, by a run's recipe: that of a script says it, of any metric."""
+    said = keys.get("greater_is_better")
+    return metric in HIGHER_IS_BETTER if said is None else bool(said)
+
+
 def wrong_for_type(values: Mapping[str, Any], task_type: str) -> str | None:
     """What is wrong among a recipe's values where its labels are of this kind."""
     metric = values["metric_for_best_model"]

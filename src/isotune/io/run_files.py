@@ -16,6 +16,7 @@ from isotune.io.reading import MAX_YAML_BYTES, Unreadable, checked, parse_yaml_o
 from isotune.io.reading import read_json as read_json_as
 
 RECIPE, ENVIRONMENT, STATUS, UPLOAD = "recipe.yaml", "environment.json", "status.json", "upload.json"
+SCRIPT = "script"  # the key of a recipe.yaml that a script of one's own has left: a record, and no recipe to run
 ENSEMBLE = "ensemble.json"  # of a folder of `isotune ensemble`: the members, and how they are blended
 LOGS_DIR = "logs"  # of the processes of a launch
 MAX_LINES_BYTES = 2**31  # of metrics.jsonl and predictions.jsonl
@@ -107,6 +108,7 @@ class Mixed(TypedDict):
 class RecordedRecipe(TypedDict, total=False):
     """The keys of RUN/recipe.yaml that are read without the recipe's own classes."""
 
+    script: str
     task: str
     model_name_or_path: str
     model_revision: str | None
@@ -130,6 +132,7 @@ class RecordedRecipe(TypedDict, total=False):
     bnb_4bit_use_double_quant: bool
     load_best_model_at_end: bool
     metric_for_best_model: str | None
+    greater_is_better: bool | None
     max_steps: int
     microbatch_tokens: Whole | str
 

@@ -22,7 +22,7 @@ from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.io.errors import UserError, shown
 from isotune.io.folders import ADAPTER_CONFIG, MODEL_CONFIG, described
 from isotune.io.reading import read_json_object
-from isotune.io.run_files import RECIPE, or_refuse, read_recipe_values
+from isotune.io.run_files import RECIPE, SCRIPT, or_refuse, read_recipe_values
 from isotune.io.shipped import script
 from isotune.models.adapters.stored import brought_rows, find_base, read_adapter_config
 from isotune.models.base.ending import end_generation
@@ -98,8 +98,13 @@ def read_run(run_dir: str | Path) -> FinishedRun:
             f"{folder} is not a run directory: it has no {RECIPE}" + (f", and is {what}" if what is not None else "")
         )
     settings = or_refuse(read_recipe_values, folder, f"{recipe} is not a recipe")
-    _check_settings(settings, recipe)
     model = folder / "model"
+    if SCRIPT in settings:
+        raise UserError(
+            f"{folder} is the run of a script of its own ({settings[SCRIPT]}), and how that makes tokens of texts is "
+            f"not recorded: load {model} with transformers"
+        )
+    _check_settings(settings, recipe)
     if not model.is_dir():
         checkpoints = sorted(path.name for path in folder.glob("checkpoints/step-*"))
         hint = f"; {folder / 'checkpoints' / checkpoints[-1]} is its last checkpoint" if checkpoints else ""

@@ -13,17 +13,19 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from isotune.config.mixture import mixture_name
-from isotune.config.task_types import HIGHER_IS_BETTER, MULTI_LABEL
+from isotune.config.recipes import task_of
+from isotune.config.task_types import MULTI_LABEL, is_higher_better
 from isotune.data.sources.hub import is_hub_id
 from isotune.io.errors import UserError, first_line
 from isotune.io.files import replace_file
+from isotune.io.run_files import SCRIPT
 from isotune.models.class_loss import PROBLEM_TYPES
 from isotune.models.finished_run import read_run
 from isotune.models.layouts.heads import head_of
 from isotune.models.opening import load_pretrained_config, skip_patterns
 from isotune.report.formatting import format_number
 from isotune.report.markdown import fenced, inline, python_text, table
-from isotune.report.run_record import RunRecord, read_record, run_tables
+from isotune.report.run_record import BY_DEFAULT, RunRecord, read_record, run_tables
 from isotune.run.identity import MIXTURES
 from isotune.run.step_lines import steps_in_words
 
@@ -42,7 +44,7 @@ METRICS = {
     "eval_perplexity": "perplexity",
 }
 PATH_KEYS = ("model_name_or_path", "tokenizer_name_or_path", "dataset_name", "eval_dataset_name")
-OMITTED_GROUP = "Output and logging"
+OMITTED_GROUPS = ("Output and logging", BY_DEFAULT)
 OMITTED_DATA_ROWS = ("source", "fingerprint", "mixture")
 _TUNED = {"full": "all weights", "lora": "LoRA adapters", "qlora": "LoRA adapters on 4-bit weights"}
 
@@ -52,7 +54,7 @@ def write_model_card(run: str | Path, repository: str | None = None) -> Path:
     record = read_record(run)
     keys, model = record.keys, record.folder / "model"
     name = (repository or record.name).rsplit("/", 1)[-1]
-    is_classifier = keys.get("overlong") in ("head", "tail", "head_tail")
+    is_classifier = task_of(keys) == "classification"
     is_adapter = (model / "adapter_config.json").is_file()
     trained_on = _trained_on(keys)
     step, evaluation = final_evaluation(record) or (None, {})
@@ -81,6 +83,7 @@ def write_model_card(run: str | Path, repository: str | None = None) -> Path:
         saved_step=step,
         data=_data(record),
         training=_training(record),
+        is_script=SCRIPT in keys,
         recipe=fenced(_recipe(record), "yaml"),
     )
     replace_file(model / CARD, str(card))
@@ -92,7 +95,7 @@ def final_evaluation(record: RunRecord) -> tuple[int, dict[str, Any]] | None:
     keys = record.keys
     if keys.get("load_best_model_at_end"):
         metric = str(keys.get("metric_for_best_model", "eval_loss"))
-        sign = -1 if metric in HIGHER_IS_BETTER else 1
+        sign = -1 if is_higher_better(metric, keys) else 1
         values = {step: line[metric] for step, line in record.evaluations.items() if line.get(metric) is not None}
         step = min(values, key=lambda step: (sign * values[step], step), default=None)
     else:
@@ -245,7 +248,7 @@ def _training(record: RunRecord) -> str:
 
 
 def _recipe(record: RunRecord) -> str:
-    groups = (group for title, group in record.recipe.items() if title != OMITTED_GROUP)
+    groups = (group for title, group in record.recipe.items() if title not in OMITTED_GROUPS)
     values = {key: value for group in groups for key, value in group.items()}
     for key, value in values.items():
         if key in PATH_KEYS or (isinstance(value, str) and Path(value).is_absolute()):

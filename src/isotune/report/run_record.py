@@ -13,12 +13,13 @@ from isotune.config.recipes import project_of, task_of
 from isotune.evaluation.results import Result, find_results, read_result, stray_results
 from isotune.io.errors import UserError
 from isotune.io.reading import MAX_YAML_BYTES, Unreadable, read_text
-from isotune.io.run_files import ENVIRONMENT, RECIPE, STATUS, read_environment, read_status, recipe_values
+from isotune.io.run_files import ENVIRONMENT, RECIPE, SCRIPT, STATUS, read_environment, read_status, recipe_values
 from isotune.report.formatting import format_number
 from isotune.run.metrics_file import METRICS, Metrics, read_metrics
 from isotune.run.step_lines import StepLines, steps_in_words
 
 ABSENT = "–"
+BY_DEFAULT = "Arguments by default"  # of a script: a group of its recipe.yaml
 SELF_TEST = "Self-test before the first step"
 _KEY = re.compile(r"([A-Za-z_][\w.]*):")
 
@@ -107,7 +108,8 @@ def run_summary(record: RunRecord) -> list[tuple[str, str]]:
         facts["Lowest evaluation loss"] = f"{format_number(losses[best])} at step {best:,}"
     seconds, tokens = (record.steps.total(key) for key in ("step_seconds", "input_tokens"))
     facts |= {"Time in steps": _duration(seconds) if seconds else "", "Tokens seen": f"{tokens:,}" if tokens else ""}
-    if (record.folder / "model").is_dir() and project_of(keys) is None:  # a project's runs read files of their own
+    # a project's runs, and those of scripts, read data in ways of their own
+    if (record.folder / "model").is_dir() and SCRIPT not in keys and project_of(keys) is None:
         run = shlex.quote(str(record.folder))
         facts["Page and API"] = f"isotune serve {run}"
         if task_of(keys) == "sft":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from isotune.config.recipes import task_of
-from isotune.config.task_types import HIGHER_IS_BETTER
+from isotune.config.task_types import is_higher_better
 from isotune.io.errors import UserError
 from isotune.io.reading import Unreadable
 from isotune.io.run_files import ENVIRONMENT, RECIPE, STATUS, or_empty, read_recipe_values, read_status
@@ -80,7 +80,7 @@ def state_of_run(run: Path, now_seconds: float | None = None) -> RunState:
         metric = recipe.get("metric_for_best_model") or "eval_loss"
         values = {at: line[metric] for at, line in evaluations.items() if line.get(metric) is not None}
         if values:
-            choose = max if metric in HIGHER_IS_BETTER else min
+            choose = max if is_higher_better(metric, recipe) else min
             best_step = choose(values, key=values.__getitem__)
             best = values[best_step]
     age = (time.time() if now_seconds is None else now_seconds) - _last_change(run)
