@@ -1,6 +1,8 @@
 """Trains and evaluates every kind of drop-in trainer, in any launch, and writes what it found: KIND -> numbers.
 
-python tests/distributed/drop_in_matrix.py FILE BATCH ACCUMULATION KIND...
+python tests/distributed/drop_in_matrix.py FILE isotune BATCH ACCUMULATION KIND...     24 rows, dropout on
+python tests/distributed/drop_in_matrix.py FILE few BATCH ACCUMULATION KIND...         8 rows, all of them in an update
+python tests/distributed/drop_in_matrix.py FILE stock BATCH ACCUMULATION KIND...       those by the library's trainers
 """
 
 import json
@@ -11,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+import trl
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
@@ -49,8 +53,7 @@ def weighted(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None)
     return functional.cross_entropy(outputs.logits, labels, outputs.logits.new_tensor([1.0, 5.0, 0.2]))
 
 
-def chats() -> Dataset:
-    rows = conversations()
+def chats(rows: Dataset) -> Dataset:
     turns = [
         [{"role": "user", "content": a}, {"role": "assistant", "content": b}, {"role": "user", "content": "more"}]
         for a, b in zip(rows["prompt"], rows["completion"], strict=True)
@@ -58,29 +61,50 @@ def chats() -> Dataset:
     return Dataset.from_dict({"messages": turns})
 
 
-def sft(kind: str, shared: dict[str, Any], **more: Any) -> Any:
-    tokenizer = builtin_tokenizer("builtin:opt-tiny")
-    tokenizer.chat_template = TURNS if kind == "chat" else None
-    args = SFTConfig(**shared, max_length=64, packing=kind != "padded", bf16=False, assistant_only_loss=kind == "chat")
-    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1) if kind == "lora" else None
-    return isotune.SFTTrainer(
-        model=llama(attention_dropout=0.1),
-        args=args,
-        train_dataset=chats() if kind == "chat" else conversations(),
-        eval_dataset=chats() if kind == "chat" else conversations(7),
-        processing_class=tokenizer,
-        peft_config=adapter,
-        **more,
+def spoken(rows: Dataset) -> Dataset:
+    """Prompts and completions as messages."""
+    return Dataset.from_dict(
+        {
+            "prompt": [[{"role": "user", "content": text}] for text in rows["prompt"]],
+            "completion": [[{"role": "assistant", "content": text}] for text in rows["completion"]],
+        }
     )
 
 
-def classifier(kind: str, shared: dict[str, Any]) -> Any:
+def written(rows: Dataset) -> Dataset:
+    """Texts of which every token is learnt."""
+    return Dataset.from_dict({"text": [a + b for a, b in zip(rows["prompt"], rows["completion"], strict=True)]})
+
+
+FORMS = {"chat": chats, "messages": spoken, "text": written}
+
+
+def sft(which: str, kind: str, shared: dict[str, Any]) -> Any:
+    tokenizer = builtin_tokenizer("builtin:opt-tiny")
+    tokenizer.chat_template = TURNS if kind in ("chat", "messages") else None
+    # TRL keeps packed documents apart with FlashAttention alone, so the library gets each in a row of its own
+    packing = kind != "padded" and which != "stock"
+    args = SFTConfig(**shared, max_length=64, packing=packing, bf16=False, assistant_only_loss=kind == "chat")
+    dropout, form = (0.1 if which == "isotune" else 0.0), FORMS.get(kind, lambda rows: rows)
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=dropout) if kind == "lora" else None
+    return (trl.SFTTrainer if which == "stock" else isotune.SFTTrainer)(
+        model=llama(attention_dropout=dropout),
+        args=args,
+        train_dataset=form(conversations(24 if which == "isotune" else 8)),
+        eval_dataset=form(conversations(7)),
+        processing_class=tokenizer,
+        peft_config=adapter,
+    )
+
+
+def classifier(which: str, kind: str, shared: dict[str, Any]) -> Any:
     data = {"regression": REGRESSION, "pairs": pairs()}.get(kind) or texts()
-    return isotune.Trainer(
-        model=bert(1 if kind == "regression" else 3, 0.1),
+    data, held_out = data.select(range(24 if which == "isotune" else 8)), data.select(range(13))
+    return (transformers.Trainer if which == "stock" else isotune.Trainer)(
+        model=bert(1 if kind == "regression" else 3, 0.1 if which == "isotune" else 0.0),
         args=TrainingArguments(**shared, seed=3),
         train_dataset=data,
-        eval_dataset=data.select(range(13)),
+        eval_dataset=held_out,
         data_collator=DataCollatorWithPadding(builtin_tokenizer("builtin:bert-tiny")),
         compute_loss_func=weighted if kind == "own loss" else None,
     )
@@ -88,18 +112,19 @@ def classifier(kind: str, shared: dict[str, Any]) -> Any:
 
 def main() -> None:
     """One after the other, in the processes of one launch."""
-    file, batch, accumulation, *kinds = sys.argv[1:]
+    file, which, batch, accumulation, *kinds = sys.argv[1:]
     found = {}
     for kind in kinds:
         shared = {
             "output_dir": tempfile.mkdtemp(),
             "per_device_train_batch_size": int(batch),
             "gradient_accumulation_steps": int(accumulation),
+            "per_device_eval_batch_size": 64,
             **QUIET,
             **STEPS,
             **placed(),
         }
-        trainer = (classifier if kind in ("classes", "pairs", "regression", "own loss") else sft)(kind, shared)
+        trainer = (classifier if kind in ("classes", "pairs", "regression", "own loss") else sft)(which, kind, shared)
         trainer.train()
         losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
         norms = [line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line]
@@ -109,7 +134,7 @@ def main() -> None:
             "norms": [float(norm) for norm in norms],
             "eval_loss": predictions.metrics["test_loss"],
             "predictions": torch.as_tensor(predictions.predictions)[:, :2].flatten(1)[:, :4].tolist(),
-            "exact": trainer.plan.exact_gradients,
+            "exact": which != "stock" and trainer.plan.exact_gradients,
         }
         is_main = trainer.args.process_index == 0
         trainer.accelerator.free_memory()

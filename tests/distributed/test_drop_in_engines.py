@@ -11,17 +11,24 @@ import pytest
 from tests.launching import launcher, run_command
 
 SCRIPT = "tests/distributed/drop_in_matrix.py"
-KINDS = ("packed", "padded", "chat", "lora", "classes", "pairs", "regression", "own loss")
+SFT = ("packed", "padded", "chat", "messages", "text", "lora")
+KINDS = (*SFT, "classes", "pairs", "regression", "own loss")
 IN_SHORT = ("packed", "lora", "own loss")  # the last of a classifier
 ROUNDING = 1e-6  # relative, of losses in fp32; predictions after three updates 1e-5
 
 
 def run(
-    folder: Path, split: tuple[int, int], *, processes: int = 0, config: str = "ddp.yaml", kinds: Sequence[str] = KINDS
+    folder: Path,
+    split: tuple[int, int],
+    *,
+    processes: int = 0,
+    config: str = "ddp.yaml",
+    kinds: Sequence[str] = KINDS,
+    which: str = "isotune",
 ) -> dict[str, Any]:
-    file = folder / f"{config}-{processes}-{split[0]}.json"
+    file = folder / f"{which}-{config}-{processes}-{split[0]}.json"
     start = launcher(config, processes) if processes else [sys.executable]
-    done = run_command([*start, SCRIPT, str(file), *map(str, split), *kinds], {"PYTHONPATH": "."})
+    done = run_command([*start, SCRIPT, str(file), which, *map(str, split), *kinds], {"PYTHONPATH": "."})
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     found = json.loads(file.read_text())
     assert list(found) == list(kinds)
@@ -64,3 +71,39 @@ def test_two_processes_of_an_engine_that_shards_train_and_evaluate_as_one(
     config: str, split: tuple[int, int], alone, tmp_path
 ):
     assert_same(run(tmp_path, split, processes=2, config=config), alone(KINDS), bits=False)
+
+
+@pytest.mark.slow
+def test_one_process_trains_and_evaluates_the_same_in_small_parts(alone, tmp_path):
+    assert_same(run(tmp_path, (2, 4)), alone(KINDS), bits=True)
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The library's trainers on one process, with all rows of the data in one batch: where they are right."""
+    return run(tmp_path_factory.mktemp("stock"), (8, 1), which="stock")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "config", "split"),
+    [(0, "ddp.yaml", (2, 4)), (2, "ddp.yaml", (2, 2)), (2, "zero2.yaml", (4, 1)), (2, "fsdp2.yaml", (1, 4))],
+)
+def test_every_launch_has_the_losses_of_the_library_on_one_process(
+    processes: int, config: str, split: tuple[int, int], stock: dict[str, Any], tmp_path
+):
+    found = run(tmp_path, split, processes=processes, config=config, which="few")
+    for kind, one in found.items():
+        assert one["losses"] == pytest.approx(stock[kind]["losses"], rel=1e-5), kind
+        assert one["eval_loss"] == pytest.approx(stock[kind]["eval_loss"], rel=1e-4), kind
+        for row, other in zip(one["predictions"], stock[kind]["predictions"], strict=True):
+            assert row == pytest.approx(other, abs=1e-4), kind
+
+
+@pytest.mark.slow
+def test_the_library_itself_has_another_loss_of_ones_own_in_parts(stock: dict[str, Any], tmp_path):
+    """Class weights are divided by their sum in a batch: the mean of the parts' losses is another number."""
+    parts = run(tmp_path, (2, 4), which="stock", kinds=["own loss", "classes"])
+    assert parts["classes"]["losses"][0] == pytest.approx(stock["classes"]["losses"][0], rel=1e-5)
+    difference = abs(parts["own loss"]["losses"][0] / stock["own loss"]["losses"][0] - 1)
+    assert difference > 0.01
