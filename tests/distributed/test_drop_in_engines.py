@@ -101,9 +101,10 @@ def test_every_launch_has_the_losses_of_the_library_on_one_process(
 
 
 @pytest.mark.slow
-def test_the_library_itself_has_another_loss_of_ones_own_in_parts(stock: dict[str, Any], tmp_path):
-    """Class weights are divided by their sum in a batch: the mean of the parts' losses is another number."""
+def test_the_library_itself_has_other_losses_in_parts(stock: dict[str, Any], tmp_path):
+    """It adds up the means of a classifier's four parts, and class weights are divided by their sum in each."""
     parts = run(tmp_path, (2, 4), which="stock", kinds=["own loss", "classes"])
-    assert parts["classes"]["losses"][0] == pytest.approx(stock["classes"]["losses"][0], rel=1e-5)
-    difference = abs(parts["own loss"]["losses"][0] / stock["own loss"]["losses"][0] - 1)
-    assert difference > 0.01
+    first, whole = ({kind: found[kind]["losses"][0] for kind in parts} for found in (parts, stock))
+    assert first["classes"] == pytest.approx(4 * whole["classes"], rel=1e-5)
+    assert first["own loss"] != pytest.approx(4 * whole["own loss"], rel=1e-4)
+    assert parts["classes"]["norms"][0] == pytest.approx(4 * stock["classes"]["norms"][0], rel=1e-4)
