@@ -15,6 +15,7 @@ from isotune.training import from_recipe, trainer
 from isotune.training.tasks import SftTask
 from isotune.training.update import OptimizerUpdate
 
+
 def main() -> None:
     """Train."""
     build_model, run = from_recipe.build_model, OptimizerUpdate.run

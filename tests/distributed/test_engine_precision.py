@@ -1,4 +1,4 @@
-"""bf16 and fp16 under every engine: 16 bits are for products, not for losses, sums of gradients or the weights that are trained.
+"""bf16 and fp16 under every engine: 16 bits are for products, not for losses, sums of gradients or trained weights.
 
 `pytest tests/distributed/test_engine_precision.py -m slow -s` prints how far bf16 is from bf16 in one plain process.
 """
