@@ -83,6 +83,7 @@ def _write(model: Any, tokenizer: Any, architecture: str, file: Path) -> None:
     name, file_type = dtypes.get(model.dtype, ("F32", "ALL_F32"))
     writer = library.GGUFWriter(str(file), architecture)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    rope: dict[str, Any] = config.rope_parameters or {}
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     writer.add_file_type(library.LlamaFileType[file_type])
     writer.add_vocab_size(config.vocab_size)
@@ -95,7 +96,7 @@ def _write(model: Any, tokenizer: Any, architecture: str, file: Path) -> None:
     writer.add_key_length(head_size)
     writer.add_value_length(head_size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(float((config.rope_parameters or {}).get("rope_theta", 10_000.0)))
+    writer.add_rope_freq_base(float(rope.get("rope_theta", 10_000.0)))
     writer.add_rope_dimension_count(head_size)
     add_tokenizer(writer, tokenizer, config.vocab_size)
     names = library.get_tensor_name_map(library.MODEL_ARCH[architecture.upper()], config.num_hidden_layers)

@@ -42,7 +42,8 @@ def save_graph(model: Any, tokenizer: Any, folder: Path) -> None:
 
     UserError where its code cannot be traced, and RunFault where an axis of the graph has got a fixed length.
     """
-    from transformers.exporters import OnnxConfig, OnnxExporter
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
 
     model = model.eval().requires_grad_(False)
     traced = [Row([5] * TRACED_TOKENS), Row([5] * (TRACED_TOKENS - 1))]
@@ -86,7 +87,7 @@ def run_graph(folder: Path, rows: Sequence[Row]) -> list[Tensor]:
         batch = rows[start : start + BATCH_ROWS]
         given = {name: values.numpy() for name, values in _padded(batch, pad).items() if name in names}
         (logits,) = session.run(["logits"], given)
-        for row, own in zip(batch, torch.from_numpy(logits), strict=True):
+        for row, own in zip(batch, torch.tensor(logits), strict=True):
             found.append(own[: len(row.ids)] if own.ndim == 2 else own[None])
     return found
 

@@ -49,8 +49,8 @@ def compared_rows(run: FinishedRun, tokenizer: Any, config: Any) -> ComparedRows
     try:
         return _texts(run, tokenizer) if is_classifier(run) else _conversations(run, tokenizer, config)
     except UserError as error:  # data that have moved, or a network that is gone, are no reason against an export
-        own: list[list[int]] = probe_tokens(run, tokenizer, config).tolist()
-        return ComparedRows([Row(ids) for ids in own], f"the program's own, as the run's data cannot be read ({error})")
+        rows = [Row([int(token) for token in tokens]) for tokens in probe_tokens(run, tokenizer, config)]
+        return ComparedRows(rows, f"the program's own, as the run's data cannot be read ({error})")
 
 
 def _source(recipe: Recipe | ClassificationRecipe) -> Source:
@@ -82,8 +82,8 @@ def _texts(run: FinishedRun, tokenizer: Any) -> ComparedRows:
     recipe = ClassificationRecipe.from_values(**run.settings)
     settings, source = ClassificationSettings.of(recipe), _source(recipe)
     columns = [column for key in TEXTS if (column := getattr(settings, key)) is not None]
-    first = next(source.batches(), [])[:TEXT_ROWS]
-    cells = [[row.get(column) for _, row in first] for column in columns]
+    first = next(source.batches(), list[tuple[int, dict[str, Any]]]())[:TEXT_ROWS]
+    cells: list[list[Any]] = [[row.get(column) for _, row in first] for column in columns]
     if not first or not all(isinstance(cell, str) for column in cells for cell in column):
         raise UserError(f"a row of {source.name} has no text")
     of_each = [[clean(text) if settings.clean_text else text for text in column] for column in cells]

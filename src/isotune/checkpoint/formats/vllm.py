@@ -41,7 +41,8 @@ def vllm_script(run: FinishedRun, folder: Path, name: str) -> str:
 def _adapter(run: FinishedRun, folder: Path, name: str) -> list[str]:
     """The words that load an adapter on its base; requests that name `name` get it."""
     config, settings = read_adapter_config(folder), run.settings
-    rank = max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())])
+    ranks: dict[str, int] = config.get("rank_pattern") or {}
+    rank = max([int(config.get("r") or 0), *ranks.values()])
     refused = {
         "DoRA": config.get("use_dora"),
         "trained biases": config.get("bias", "none") != "none",
