@@ -139,7 +139,8 @@ class DropIn(DropInEvaluation):
         base = base_model_of(model)
         self.causal = not type(base).__name__.endswith("ForSequenceClassification")
         if not self._pinned:
-            sharing = 1 if args.accelerator_config.split_batches else args.world_size
+            loaders: Any = args.accelerator_config
+            sharing = 1 if loaders.split_batches else args.world_size
             self.global_batch_size = args.per_device_train_batch_size * self._accumulation * sharing
         assert self.global_batch_size is not None
         dataset: Any = self.train_dataset
