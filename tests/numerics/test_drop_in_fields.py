@@ -60,7 +60,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], bool]] = {
         {"eval_strategy": "epoch", "logging_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}, True
     ),
 }  # fmt: skip
-IN_SHORT = ("warmup, decay and betas", "logging and evaluation")
+IN_SHORT = ("logging and evaluation",)
 COMPARED = ("loss", "grad_norm", "learning_rate", "eval_loss", "epoch", "step", "num_input_tokens_seen")
 
 

@@ -104,6 +104,7 @@ def test_a_scripts_run_is_listed_reported_and_loaded(tmp_path, capsys):
             refused()
 
 
+@pytest.mark.slow
 def test_a_failed_training_says_why_and_one_that_goes_on_keeps_the_lines_before_its_checkpoint(tmp_path):
     def fail() -> None:
         raise ValueError("the disk of the script is gone")
