@@ -131,8 +131,8 @@ class Adapted:
         assert "\n" not in self.why
         assert self.gradient is None or self.gradient <= 1e-4
         assert self.export is None or self.export <= 1e-5
-        refused = [cell in ("", "refused") for cell in self.cells]
-        assert lora == NOT_MEASURED or [cell in ("", "refused") for cell in (lora, export)] == refused
+        for cell, own in zip((lora, export), self.cells, strict=True):
+            assert cell == NOT_MEASURED or (cell in ("", "refused")) == (own in ("", "refused"))
 
 
 def power_of_ten(figure: float) -> str:
