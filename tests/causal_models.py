@@ -124,6 +124,10 @@ OWN: dict[str, dict[str, Any]] = {
     "modernvbert": {"text_config": TEXT | {"num_hidden_layers": 3}, "vision_config": VISION | PATCHES},
     "ultravbert": {"text_config": TEXT, "vision_config": VISION | PATCHES},
     "t5gemma": {"encoder": TEXT, "decoder": TEXT},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "qwen3_next": HYBRID,
+    "qwen3_5_text": HYBRID,
+    "qwen3_5_moe_text": HYBRID,
     "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2, "mamba_n_groups": 1, "mamba_d_state": 8},
 }
 
