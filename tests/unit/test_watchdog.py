@@ -1,12 +1,16 @@
 """The watchdog names the rank that hangs, by what each rank did and by whose thread fell silent."""
 
+import os
+import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch.distributed as dist
 
+from isotune.distributed import rendezvous, watchdog
+from isotune.distributed.rendezvous import NetworkInterface, Rendezvous
 from isotune.distributed.watchdog import Place, Watchdog
 
 TIMEOUT_SECONDS = 1.0
@@ -177,3 +181,56 @@ def test_the_main_rank_reads_every_rank_and_the_others_read_the_main_one():
     for dog in dogs:
         dog.stop()
     assert main.read >= ranks and 0 < other.read < ranks / 2
+
+
+@pytest.fixture
+def launcher(monkeypatch) -> Iterator[tuple[int, int]]:
+    """A process that holds the store of a launch, as its launcher does, and the port of that store."""
+    for module in (rendezvous, watchdog):
+        monkeypatch.setattr(module, "LAUNCHER_SECONDS", 0.5)
+    reads, writes = os.pipe()
+    launcher = os.fork()
+    if launcher == 0:
+        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        os.write(writes, f"{store.port}\n".encode())
+        signal.pause()
+    yield launcher, int(os.read(reads, 20))
+    os.kill(launcher, signal.SIGKILL)
+    os.waitpid(launcher, 0)
+
+
+def until(said: list[str], seconds: float) -> list[str]:
+    """What is said, once something is or this time is over."""
+    deadline = time.monotonic() + seconds
+    while not said and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return said
+
+
+def test_a_rank_whose_launcher_was_killed_before_the_first_step_ends_by_itself(launcher):
+    process, port = launcher
+    said: list[list[str]] = [[], []]
+    dogs = [Watchdog(TIMEOUT_SECONDS, on_timeout=own.append) for own in said]
+    for rank, dog in enumerate(dogs):
+        dog.watch(dist.TCPStore("localhost", port, is_master=False), rank, 2)
+    dogs[0].enter("the preparation of the data")
+    dogs[1].progress("step 1")  # which saves what there is to save when the launcher's end reaches it
+    os.kill(process, signal.SIGKILL)
+    assert until(said[0], 20) == [
+        f"rank 0 on {HOST} lost its launch in the preparation of the data: the launcher was killed or is cut off"
+    ]
+    assert until(said[1], 1.0) == []
+
+
+def test_a_rank_whose_launcher_was_killed_while_the_others_come_ends_by_itself(launcher):
+    process, port = launcher
+    said: list[str] = []
+    settings = {"rank": 0, "world_size": 2, "timeout_seconds": 60.0, "interface": NetworkInterface()}
+    connect = lambda: dist.TCPStore("localhost", port, is_master=False)  # noqa: E731
+    with Rendezvous(connect, **settings, on_timeout=said.append) as meeting:
+        while meeting._store is None:
+            time.sleep(0.02)
+        os.kill(process, signal.SIGKILL)
+        assert until(said, 20) == [
+            f"rank 0 on {HOST} lost its launch before all ranks met: the launcher was killed or is cut off"
+        ]

@@ -32,6 +32,7 @@ from isotune.io.errors import RunFault, UserError, end_process
 TIMEOUT_VARIABLE = "MEETING_SECONDS"
 DEFAULT_TIMEOUT_SECONDS = 120.0
 CONNECT_TIMEOUT_SECONDS = 3.0
+LAUNCHER_SECONDS = 30.0  # in which a launcher that ends has ended its ranks
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,14 @@ class Rendezvous:
             store.set(_key(self.rank), json.dumps(endpoint))
             store.add(_JOINED, 1)
             self._store = store
+        try:
+            self._wait_for_ranks()
+        except RuntimeError:  # the store has gone with the launcher, which ends this process too, unless it was killed
+            if not self._connected.wait(LAUNCHER_SECONDS):
+                here = f"rank {self.rank} on {socket.gethostname()}"
+                self.on_timeout(f"{here} lost its launch before all ranks met: the launcher was killed or is cut off")
+
+    def _wait_for_ranks(self) -> None:
         started = time.monotonic()
         all_joined_at = None
         is_noted = False

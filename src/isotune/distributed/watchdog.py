@@ -23,6 +23,7 @@ from torch.distributed.distributed_c10d import Store
 
 from isotune.compat.torch import clone_default_store
 from isotune.distributed.ranks import several_ranks
+from isotune.distributed.rendezvous import LAUNCHER_SECONDS
 from isotune.distributed.telling import of_launch, told_by_ranks
 from isotune.io.errors import RankFault, end_process, explain_by, outcome_of
 
@@ -67,6 +68,7 @@ class Watchdog:
     _stopped: threading.Event = field(default_factory=threading.Event, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
     _is_ending: bool = field(default=False, init=False)  # this process, with a sentence
+    _has_progressed: bool = field(default=False, init=False)
 
     def start(self) -> None:
         """Start watching through the launch's store, until `stop` or the end of this process.
@@ -89,6 +91,7 @@ class Watchdog:
         """Report progress in a timed phase; `phase` is what this rank does next, such as `step 7`; None: the same."""
         self._own.count += 1
         self._own.phase, self._own.is_timed = phase or self._own.phase, True
+        self._has_progressed = True
 
     def enter(self, phase: str) -> None:
         """Begin a phase that takes as long as it takes."""
@@ -234,7 +237,8 @@ class Watchdog:
                     self.on_timeout(self._store.get(_VERDICT).decode())
                     return
                 places = self._read(watched)
-            except Exception:  # the store ends with the launcher, which ends this process too
+            except Exception:
+                self._lost_store()
                 return
             now = time.monotonic()
             if (slept := now - checked_at - self._pause) > 3 * self._pause:  # this process itself was stopped
@@ -250,6 +254,17 @@ class Watchdog:
                 return
             if self._stopped.wait(self._pause):
                 return
+
+    def _lost_store(self) -> None:
+        """The store has gone with the launcher, which ends this process too, unless somebody killed it.
+
+        Before its first step a process may be making process groups. It then asks the dead store again and again, for
+        longer than `ddp_timeout`, in a call that no signal ends; so this thread ends it.
+        """
+        if not self._has_progressed and not self._stopped.wait(LAUNCHER_SECONDS):
+            explain_by(None)  # which would ask the store too
+            here = self._own.named(self._rank)
+            self.on_timeout(f"{here} lost its launch in {self._own.phase}: the launcher was killed or is cut off")
 
     def _diagnosis(self, ranks: "dict[int, _Watched]", now: float) -> str | None:
         """The sentence for a launch that hangs, as this rank sees it; None while it does not."""
