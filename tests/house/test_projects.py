@@ -13,7 +13,7 @@ ASKED = {  # of each project, by the commands that answer it
     "Yelp with BERT, Guanaco with OPT-350M": {
         "classify", "sft", "eval", "predict", "compare", "chat", "serve", "export", "sbatch"},
     "IMDb with DistilBERT": {"classify", "eval", "predict", "export", "serve"},
-    "IMDb with BERT": {"classify", "eval", "predict", "compare", "ensemble", "report"},
+    "IMDb with BERT": {"classify", "eval", "predict", "compare", "ensemble", "report", "serve"},
     "Preferences of the Chatbot Arena": {
         "arena", "eval", "predict", "compare", "ensemble", "validate-submission"},
 }  # fmt: skip

@@ -65,7 +65,7 @@ def test_the_help_of_export_shows_the_formats_and_an_example(capsys):
         (["export", "run", "--format"], "--format: expected one argument (see isotune export --help)"),
         (["export", "run", "--formt", "pt"], "--formt"),
         (["export", "/nowhere/run"], "/nowhere/run"),
-        (["export", "/nowhere/run", "--format", "gguf"], "--format gguf is unknown: it may be safetensors or pt"),
+        (["export", "/nowhere/run", "--format", "gptq"], "--format gptq is unknown: it may be safetensors or pt"),
         ([], "a command is missing"),
     ],
 )

@@ -120,7 +120,7 @@ def export_run(
         folder = given or exports / f"{name}{'merged' if merges else kind}-{format}"
         _check_output(folder)
         chosen, served = cast(Format, format), exports.resolve().parent.name
-        rows, expected = _expected(finished)
+        rows, expected = _expected(finished, settles=of_checkpoint)
         try:
             if kind == "adapter":
                 done = _write_adapter(finished, folder, served)
@@ -193,9 +193,9 @@ def _save(model: Any, tokenizer: Any, folder: Path, format: Format) -> torch.dty
     return dtype
 
 
-def _expected(run: FinishedRun) -> tuple[ComparedRows, list[torch.Tensor]]:
+def _expected(run: FinishedRun, *, settles: bool) -> tuple[ComparedRows, list[torch.Tensor]]:
     """Rows, and what the model as it was trained says of them."""
-    model = trained_model(run)
+    model = trained_model(run, settles=settles)
     rows = compared_rows(run, load_run_tokenizer(run), model.config)
     return rows, logits_of(model, rows.rows)
 

@@ -75,7 +75,7 @@ def refuse(args: Any, options: dict[str, Any]) -> None:
 
 def refuse_engine(trainer: Any) -> None:
     """Stop for an engine whose sums of gradients nobody has looked at."""
-    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)  # without FSDP the state has none
     if plugin is not None and plugin.fsdp_version != 2:
         raise UserError(f"FSDP of version {plugin.fsdp_version}: say fsdp_version: 2, as fsdp_config does by itself")
 

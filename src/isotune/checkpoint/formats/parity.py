@@ -17,7 +17,9 @@ from isotune.models.finished_run import (
     compare_logits,
     is_classifier,
     load_run_base,
+    load_run_tokenizer,
     load_whole_model,
+    settle,
 )
 
 
@@ -41,11 +43,19 @@ class FileParity:
         )
 
 
-def trained_model(run: FinishedRun) -> Any:
-    """The model as it was trained, an adapter on its base, with all weights in fp32 on the CPU."""
-    if not run.is_adapter:
-        return load_whole_model(run, torch.float32).eval()
-    return add_run_adapter(run, load_run_base(run, torch.device("cpu"), dequantize=True).float()).eval()
+def trained_model(run: FinishedRun, *, settles: bool = False) -> Any:
+    """The model as it was trained, an adapter on its base, with all weights in fp32 on the CPU.
+
+    `settles`: it is that of a checkpoint, whose configuration training has not settled yet; an adapter's base never is.
+    """
+    if run.is_adapter:
+        base = load_run_base(run, torch.device("cpu"), dequantize=True)
+        settle(base, load_run_tokenizer(run))
+        return add_run_adapter(run, base.float()).eval()
+    model = load_whole_model(run, torch.float32).eval()
+    if settles:
+        settle(model, load_run_tokenizer(run))
+    return model
 
 
 @torch.no_grad()
