@@ -59,7 +59,8 @@ def check_logs(folder: Path, name: str) -> None:
         assert re.fullmatch(rf".* rank {rank} of 2 on {HOST}, process \d+", first)
 
 
-@pytest.mark.parametrize("what", ["classify", pytest.param("generate", marks=pytest.mark.slow)])
+@pytest.mark.slow  # in short: test_watchdog.py
+@pytest.mark.parametrize("what", ["classify", "generate"])
 def test_a_rank_that_is_killed_is_named_by_one_sentence(request, tmp_path, what):
     run, words = ("classifier", classify) if what == "classify" else ("language_model", generate)
     command = words(request.getfixturevalue(run), tmp_path / "result")

@@ -63,7 +63,8 @@ def test_a_line_of_several_steps_has_their_sums_and_the_mean_of_their_losses(eac
         assert line["tokens_per_second"] == line["input_tokens"] / line["step_seconds"]
 
 
-@pytest.mark.parametrize("step", [6, pytest.param(9, marks=pytest.mark.slow)])
+@pytest.mark.slow  # in short: test_step_sums.py
+@pytest.mark.parametrize("step", [6, 9])
 def test_a_run_that_goes_on_between_two_lines_writes_those_of_the_run_that_never_stopped(tmp_path, sparse, step):
     second = build_classifier(tmp_path, **RUN, logging_steps=4, resume=str(checkpoint_of(sparse, step)))
     assert told(second.train()) == told(sparse.lines)

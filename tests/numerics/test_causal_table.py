@@ -12,7 +12,7 @@ KINDS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 ENTRIES = table_of(PAGE.read_text())
 ROWS = {kind: [cell.strip() for cell in line.split("|")[2:-1]] for kind, line in ENTRIES.items() if line[0] == "|"}
 FORMS = {kind: cells[0] for kind, cells in ROWS.items()}
-FAST = {"llama", "deepseek_v3"}  # one whose experts have names of its other layers
+FAST = {"llama"}
 
 
 def test_the_table_has_the_architectures_that_people_start_from():

@@ -12,7 +12,8 @@ EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 OTHERS = ("mixtral", "gpt_oss", "deepseek_v3", "olmoe")
 
 
-@pytest.mark.parametrize("kind", ["qwen2_moe", *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen2_moe", *OTHERS])
 def test_a_packed_row_has_the_gradients_of_stock_peft_and_the_merged_model_its_logits(tmp_path, kind):
     transformers.logging.set_verbosity_error()
     (tmp_path / "base").mkdir()

@@ -25,7 +25,7 @@ from isotune.evaluation.statistics.resampling import Scores
 from isotune.io.errors import UserError
 from isotune.io.files import replace_file
 from isotune.io.reading import Unreadable, checked, leads_out, parse_json, read_json_object, read_text
-from isotune.io.run_files import LARGEST, MAX_LINES_BYTES, PREDICTION_SCHEMA, Whole, or_empty, or_refuse
+from isotune.io.run_files import MAX_LINES_BYTES, PREDICTION_SCHEMA, Whole, is_finite_number, or_empty, or_refuse
 
 METRICS = "metrics.json"
 PREDICTIONS = "predictions.jsonl"
@@ -272,4 +272,4 @@ def read_predictions(file: Path) -> list[dict[str, Any]]:
 
 
 def _are_numbers(values: Iterable[Any]) -> bool:
-    return all(type(value) in (int, float) and -LARGEST <= value <= LARGEST for value in values)
+    return all(map(is_finite_number, values))

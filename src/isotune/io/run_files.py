@@ -197,6 +197,11 @@ THRESHOLDS_SCHEMA = TypeAdapter(SavedThresholds)
 PREDICTION_SCHEMA, EXAMPLE_SCHEMA = TypeAdapter(Prediction), TypeAdapter(Example)
 
 
+def is_finite_number(value: object) -> bool:
+    """Whether a value is a number that later products may hold."""
+    return type(value) in (int, float) and -LARGEST <= value <= LARGEST  # type: ignore[operator]  (by its type)
+
+
 def read_status(run: Path) -> Section:
     """RUN/status.json."""
     return dict(read_json_as(run / STATUS, STATUS_SCHEMA, root=run))

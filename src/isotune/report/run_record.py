@@ -155,7 +155,7 @@ def changed_tables(tables: Tables) -> Tables:
 
 
 def _read_metrics(file: Path, notes: list[str]) -> Metrics:
-    metrics = Metrics()
+    metrics = Metrics(StepLines(), StepLines(), [])
     try:
         metrics = read_metrics(file)
     except FileNotFoundError:

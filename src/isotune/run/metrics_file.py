@@ -6,16 +6,18 @@ import math
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from isotune.io.errors import UserError, as_user_error
 from isotune.io.reading import Unreadable, open_file, parse_json
-from isotune.io.run_files import MAX_LINES_BYTES
+from isotune.io.run_files import MAX_LINES_BYTES, is_finite_number
 from isotune.run.run_lease import RunLease
-from isotune.run.step_lines import StepLines, is_finite_number
+
+if TYPE_CHECKING:
+    from isotune.run.step_lines import StepLines
 
 METRICS = "metrics.jsonl"
 CHUNK_LINES = 4096
@@ -66,9 +68,9 @@ def with_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
 class Metrics:
     """Training and evaluation lines by step, in the order of the steps; `broken_lines` are line numbers from 1."""
 
-    steps: StepLines = field(default_factory=StepLines)
-    evaluations: StepLines = field(default_factory=StepLines)
-    broken_lines: list[int] = field(default_factory=list[int])
+    steps: "StepLines"
+    evaluations: "StepLines"
+    broken_lines: list[int]
 
 
 def read_metrics(file: Path) -> Metrics:
@@ -90,6 +92,8 @@ def read_metrics(file: Path) -> Metrics:
                 evaluations.append(_numbers_or_null(entry))
             if "loss" in entry:
                 yield entry
+
+    from isotune.run.step_lines import StepLines  # numpy, without which runs are listed at once
 
     with open_file(file, MAX_LINES_BYTES, file.parent) as lines:
         return Metrics(StepLines(training_lines(lines), _is_number), StepLines(evaluations), broken_lines)

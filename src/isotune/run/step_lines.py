@@ -5,16 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from isotune.io.run_files import LARGEST
+from isotune.io.run_files import LARGEST, is_finite_number
 
 _CHUNK_LINES = 16_384
 _ABSENT, _NULL, _WHOLE, _REAL, _OTHER = range(5)  # what a line has under a key
 _MAX_WHOLE = 2**53  # larger ones are no float64, and are kept beside the columns
-
-
-def is_finite_number(value: object) -> bool:
-    """Whether a value of a line is a number that later products may hold."""
-    return type(value) in (int, float) and -LARGEST <= value <= LARGEST  # type: ignore[operator]  (by its type)
 
 
 class StepLines(Mapping[int, dict[str, Any]]):
