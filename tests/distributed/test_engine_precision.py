@@ -44,8 +44,8 @@ def test_losses_and_sums_of_gradients_are_fp32(tmp_path: Path, name, precision):
     runs = {"many": recipe, "one": recipe | {"global_batch_size": 1, "max_steps": 4}}
     done = launch(tmp_path / "runs", engine(name), runs, **COUNTED)
     # of two ranks with four microbatches each; beyond the large one 16 bits hold every second number
-    large = {"bf16": 256, "fp16": 2048}[precision]
-    assert [step["grad_norm"] for step in done["many"].steps] == [large + ROWS - 1] * 2
+    large, loss_scale = {"bf16": (256, 1.0), "fp16": (2048, 2.0**16)}[precision]
+    assert [step["grad_norm"] * loss_scale for step in done["many"].steps] == [large + ROWS - 1] * 2
     # one microbatch a step: the loss of the step is the sum that the engine returned
     losses = [step["loss"] for step in done["one"].steps]
     assert len(losses) == 4 and not all(fits(loss, precision) for loss in losses), losses
