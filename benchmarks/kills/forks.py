@@ -97,8 +97,10 @@ def wait_for_all(main: int, deadline: float, look: Callable[[], None]) -> int | 
     except ChildProcessError:
         return status
     finally:
-        for process in psutil.Process().children(recursive=True):
+        children = psutil.Process().children(recursive=True)
+        for process in children:
             process.kill()
+        psutil.wait_procs(children, timeout=10)  # what is said of the run is looked at next
 
 
 class ForkedRank:

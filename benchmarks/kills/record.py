@@ -69,6 +69,6 @@ def _row(name: str, kills: Sequence[dict[str, Any]], record: Record) -> str:
 
 def write_table(page: Path, text: str) -> None:
     """Replace what is between the marks of a page."""
-    before, _, rest = page.read_text("utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
+    before, rest = page.read_text("utf-8").split(BEGIN)
+    _, after = rest.split(END)
     page.write_text(f"{before}{BEGIN}{text}{END}{after}", "utf-8")

@@ -73,10 +73,10 @@ class Tripwire:
             self.report.with_suffix(f".{self.rank}.json").write_text(json.dumps(counts))
 
     def _telling(self, stock: Any) -> Any:
-        def tell(watchdog: Any, phase: str) -> None:
+        def tell(watchdog: Any, phase: str | None = None) -> None:
             stock(watchdog, phase)
             for beginning, own in PHASES_OF_WATCHDOG:
-                if phase.startswith(beginning):
+                if phase and phase.startswith(beginning):
                     self._enter(own, phase)
                     self._event(own, phase)
 

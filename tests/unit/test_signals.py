@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 from tests.launching import start_command
+from torch.distributed import DistNetworkError
 
 from isotune.distributed.launch import Process
 from isotune.io.errors import Preempted, RunFault, UserError
-from isotune.run.preemption import SAME_KEYSTROKE_SECONDS, RunStatus, StopRequest, supervised
+from isotune.run.preemption import SAME_KEYSTROKE_SECONDS, RunStatus, StopRequest, stop_request, supervised
 from isotune.run.run_lease import RunLease
 
 LISTENER = """
@@ -110,6 +111,17 @@ def test_status_json_says_how_a_run_ended(tmp_path, error, status, number):
     assert (found["status"], found["exit_status"], found["step"]) == (status, number, 3)
     assert found["message"] == (str(error) if error else None)
     assert signal.getsignal(signal.SIGUSR1) is not None and "on_signal" not in repr(signal.getsignal(signal.SIGUSR1))
+
+
+def test_a_rank_that_its_launcher_left_was_preempted_and_one_that_lost_the_store_has_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(stop_request, "by", None)
+    (tmp_path / "environment.json").write_text("{}")
+    for signals, ends, word in ((False, DistNetworkError, "failed"), (True, Preempted, "preempted")):
+        with pytest.raises(ends), supervised(Run(tmp_path), process()):
+            if signals:
+                signal.raise_signal(signal.SIGTERM)
+            raise DistNetworkError("Failed to recv, got 0 bytes")
+        assert json.loads((tmp_path / "status.json").read_text())["status"] == word
 
 
 def test_other_ranks_and_folders_that_are_not_there_are_left_alone(tmp_path):

@@ -39,11 +39,13 @@ class Launch:
 @pytest.fixture
 def launch(monkeypatch):
     launch = Launch()
+    telling.connect.cache_clear()
     monkeypatch.setattr(telling, "several_ranks", lambda: True)
     monkeypatch.setattr(telling, "clone_default_store", lambda prefix: dist.PrefixStore(prefix, launch.store))
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_rank", lambda: launch.rank)
-    return launch
+    yield launch
+    telling.connect.cache_clear()
 
 
 @pytest.mark.parametrize("error", [UserError("the disk is full"), RunFault("it leaks"), Superseded("taken over")])

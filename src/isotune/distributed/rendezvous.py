@@ -28,6 +28,7 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import TCPStore  # type: ignore[attr-defined]  (not exported)
 
 from isotune.io.errors import RunFault, UserError, end_process
+from isotune.io.parent_process import is_launched, signal_when_parent_ends
 
 TIMEOUT_VARIABLE = "MEETING_SECONDS"
 DEFAULT_TIMEOUT_SECONDS = 120.0
@@ -73,6 +74,8 @@ def rendezvous(timeout_seconds: float | None = None, environment: Mapping[str, s
     if world_size == 1 or "MASTER_ADDR" not in environment:
         yield
         return
+    if is_launched() and signal_when_parent_ends():  # nothing is to be saved yet: the signal ends it in any call
+        raise RunFault("the launcher ended before this rank had begun")
     variable = "NCCL_SOCKET_IFNAME" if torch.cuda.is_available() else "GLOO_SOCKET_IFNAME"
     seconds = timeout_seconds or float(environment.get(TIMEOUT_VARIABLE) or DEFAULT_TIMEOUT_SECONDS)
     address, patience = environment["MASTER_ADDR"], timedelta(seconds=seconds)
@@ -83,6 +86,7 @@ def rendezvous(timeout_seconds: float | None = None, environment: Mapping[str, s
         timeout_seconds=seconds,
         interface=NetworkInterface(variable, environment.get(variable, "")),
     )
+    _require_store(environment)
     with meeting:
         try:
             yield
@@ -100,6 +104,24 @@ def rendezvous(timeout_seconds: float | None = None, environment: Mapping[str, s
             raise RunFault(f"{meeting.diagnosis()} [{str(error).splitlines()[0]}]") from error
     if summed_ranks != world_size:
         raise RunFault(f"the first all-reduce summed {summed_ranks} ranks, and the launch has {world_size}")
+
+
+def _require_store(environment: Mapping[str, str]) -> None:
+    """RunFault where the launcher that serves the store was killed while this rank was imported.
+
+    Such a launcher serves it before it starts a rank, and to connect to a dead one takes minutes. Only a refused
+    connection counts: thousands of ranks that come at once may wait for theirs.
+    """
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    address = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    try:
+        socket.create_connection(address, timeout=CONNECT_TIMEOUT_SECONDS).close()
+    except ConnectionRefusedError:
+        here = f"rank {environment['RANK']} on {socket.gethostname()}"
+        raise RunFault(f"{here}: nothing serves the launch's store: its launcher was killed") from None
+    except OSError:  # for the rendezvous to say
+        return
 
 
 @dataclass(eq=False)
@@ -126,6 +148,7 @@ class Rendezvous:
         self._listener.close()
 
     def _watch(self) -> None:
+        started = time.monotonic()
         with suppress(Exception):  # without a store the diagnosis says that it is unreachable
             store = self.open_store()
             port = self._listener.getsockname()[1]
@@ -134,14 +157,13 @@ class Rendezvous:
             store.add(_JOINED, 1)
             self._store = store
         try:
-            self._wait_for_ranks()
+            self._wait_for_ranks(started)
         except RuntimeError:  # the store has gone with the launcher, which ends this process too, unless it was killed
             if not self._connected.wait(LAUNCHER_SECONDS):
                 here = f"rank {self.rank} on {socket.gethostname()}"
                 self.on_timeout(f"{here} lost its launch before all ranks met: the launcher was killed or is cut off")
 
-    def _wait_for_ranks(self) -> None:
-        started = time.monotonic()
+    def _wait_for_ranks(self, started: float) -> None:
         all_joined_at = None
         is_noted = False
         while not self._connected.wait(min(1.0, self.timeout_seconds / 10)):

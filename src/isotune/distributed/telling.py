@@ -4,6 +4,7 @@ What the others run into then follows from it, such as a connection that broke: 
 silently.
 """
 
+import functools
 import socket
 from collections.abc import Callable
 
@@ -34,12 +35,22 @@ LOST = (
 _TOLD = "error"
 
 
+@functools.cache
+def connect() -> Store:
+    """The store of what is told; `Watchdog.start` connects to it, because later the launcher may be gone.
+
+    An operation on a store that is gone fails at once. To connect to it takes longer than the timeout of the process
+    group, in a call that no signal ends.
+    """
+    return clone_default_store("isotune/told")
+
+
 def tell_ranks(error: Exception) -> bool:
     """Leave the others the error of this rank, which ends; whether it is the first of the launch to do so."""
     if not several_ranks():
         return True
     try:
-        return tell(clone_default_store("isotune/told"), dist.get_rank(), error)
+        return tell(connect(), dist.get_rank(), error)
     except RuntimeError:  # the store is gone with the launcher
         return True
 
@@ -58,7 +69,7 @@ def told_by_ranks() -> OfOneRank | None:
     if not several_ranks():
         return None
     try:
-        return told(clone_default_store("isotune/told"))
+        return told(connect())
     except RuntimeError:  # the store is gone with the launcher
         return None
 

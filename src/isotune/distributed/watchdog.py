@@ -24,7 +24,7 @@ from torch.distributed.distributed_c10d import Store
 from isotune.compat.torch import clone_default_store
 from isotune.distributed.ranks import several_ranks
 from isotune.distributed.rendezvous import LAUNCHER_SECONDS
-from isotune.distributed.telling import of_launch, told_by_ranks
+from isotune.distributed.telling import connect, of_launch, told_by_ranks
 from isotune.io.errors import RankFault, end_process, explain_by, outcome_of
 
 DEFAULT_TIMEOUT_SECONDS = 1800.0  # of a launch without a recipe, whose `ddp_timeout` it is otherwise
@@ -76,6 +76,7 @@ class Watchdog:
         From now on an error of this rank is told to the others, and where the communication breaks the lost rank named.
         """
         if several_ranks():
+            connect()
             explain_by(self._explain)
             self.watch(clone_default_store("isotune/progress"), dist.get_rank(), dist.get_world_size())
             atexit.register(self.stop)
@@ -259,10 +260,10 @@ class Watchdog:
         """The store has gone with the launcher, which ends this process too, unless somebody killed it.
 
         Before its first step a process may be making process groups. It then asks the dead store again and again, for
-        longer than `ddp_timeout`, in a call that no signal ends; so this thread ends it.
+        longer than `ddp_timeout`, in a call that no signal ends; so this thread ends it. A step that came meanwhile is
+        saved first.
         """
-        if not self._has_progressed and not self._stopped.wait(LAUNCHER_SECONDS):
-            explain_by(None)  # which would ask the store too
+        if not self._stopped.wait(LAUNCHER_SECONDS) and not self._has_progressed:
             here = self._own.named(self._rank)
             self.on_timeout(f"{here} lost its launch in {self._own.phase}: the launcher was killed or is cut off")
 

@@ -16,10 +16,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from torch.distributed import DistNetworkError
+
 from isotune.distributed.launch import Process
 from isotune.distributed.rank_log import rank_log
 from isotune.distributed.ranks import call_on_main
-from isotune.io.errors import NO_ROOM, Superseded, UserError, as_user_error, outcome_of, reason_of, write_job_status
+from isotune.io.errors import (
+    NO_ROOM,
+    Preempted,
+    Superseded,
+    UserError,
+    as_user_error,
+    outcome_of,
+    reason_of,
+    write_job_status,
+)
 from isotune.io.parent_process import is_launched, signal_when_parent_ends
 from isotune.io.run_files import ENVIRONMENT, LOGS_DIR, STATUS, or_empty, read_status
 from isotune.run.run_dir import LeasedDir
@@ -141,7 +152,8 @@ def supervised(run: LeasedDir, process: Process, *, catches_signals: bool = True
         _end_with_launcher()
         previous_handlers = {number: signal.signal(number, stop_request.on_signal) for number in SIGNALS}
     try:
-        with rank_log(run.path / LOGS_DIR / f"rank-{process.rank}.log", process.rank, process.world_size):
+        log = run.path / LOGS_DIR / f"rank-{process.rank}.log"
+        with rank_log(log, process.rank, process.world_size), _preempted_with_launcher():
             yield
     except Superseded:
         raise
@@ -162,6 +174,20 @@ def supervised(run: LeasedDir, process: Process, *, catches_signals: bool = True
             run.lease.release()
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _preempted_with_launcher() -> Iterator[None]:
+    """Preempted where this rank was told to stop and the launch's store is gone: its launcher was killed.
+
+    Where another rank fails, the launcher tells this one to stop too, and serves the store until it has ended.
+    """
+    try:
+        yield
+    except DistNetworkError as error:
+        if stop_request.by is None:
+            raise
+        raise Preempted(f"stopped by {stop_request.by}: its launcher was killed; the same command goes on") from error
 
 
 @contextlib.contextmanager
