@@ -8,7 +8,7 @@ Whatever the decision, the self-test (isolation.py) measures the prepared model 
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -75,7 +75,7 @@ def _measured(model: Any, config: Any, max_seq_length: int) -> CausalForm:
         if why_padded is not None:
             _restore_attention(model, before)
             pad_documents(model, _padding_id(config))
-            if (difference := _difference(model, documents, alone)) is not None:
+            if (difference := _difference(_together(model, documents), alone)) is not None:
                 kind = config.model_type
                 raise UserError(f"model type '{kind}' cannot be trained: packed, {why_padded}; padded, {difference}")
         install_supervised_loss(model)
@@ -122,38 +122,48 @@ def _try_packed(
     except UserError:
         return "its attention cannot be replaced"
     with noted_windows() as windows:
-        difference = _difference(model, documents, alone)
-    if difference is not None:
+        together = _together(model, documents)
+    if (difference := _difference(together, alone)) is not None:
         return difference
-    return windows.lost(model.config, max_seq_length) or _leak(model, documents)
+    return windows.lost(model.config, max_seq_length) or _leak(model, documents, cast(list[torch.Tensor], together))
 
 
-def _difference(model: Any, documents: Sequence[torch.Tensor], alone: Sequence[torch.Tensor]) -> str | None:
-    """How the documents together differ from each alone; None where they do not."""
+def _together(model: Any, documents: Sequence[torch.Tensor]) -> list[torch.Tensor] | str:
+    """The logits of each document of a row, [tokens, vocabulary], or why there are none."""
     if not documents:
-        return None
+        return []
     try:
         logits = model(**packed_inputs(documents, model.device, positions=True)).logits[0]
     except Exception as error:  # of whatever the model does with a row
         return f"it stops ({first_line(error)})"
+    return list(logits.split([len(document) for document in documents]))
+
+
+def _difference(together: Sequence[torch.Tensor] | str, alone: Sequence[torch.Tensor]) -> str | None:
+    """How the documents together differ from each alone; None where they do not."""
+    if isinstance(together, str):
+        return together
+    if not together:
+        return None
     largest = max(float(expected.abs().max()) for expected in alone)
-    together = logits.split([len(document) for document in documents])
     error = max(float((a.float() - b.float()).abs().max()) for a, b in zip(together, alone, strict=True)) / largest
     if error <= ALONE_TOLERANCE.get(alone[0].dtype, 1e-4):
         return None
     return f"its logits differ from those of each document alone by {error:.2g} of the largest"
 
 
-def _leak(model: Any, documents: Sequence[torch.Tensor]) -> str | None:
-    """Whether a document of a row is changed by its neighbour, by less than `_difference` sees of new weights."""
+def _leak(model: Any, documents: Sequence[torch.Tensor], own: Sequence[torch.Tensor]) -> str | None:
+    """Whether a document of a row is changed by its neighbour, by less than `_difference` sees of new weights.
+
+    `own` are the logits of each document of the row.
+    """
     if not documents:
         return None
-    lengths = [len(document) for document in documents]
-    rows = documents, [documents[0], documents[1].flip(0), *documents[2:]]
-    own, other = (
-        model(**packed_inputs(row, model.device, positions=True)).logits[0].float().split(lengths) for row in rows
-    )
-    change = max(float((a - b).abs().max()) for i, (a, b) in enumerate(zip(own, other, strict=True)) if i != 1)
+    other = _together(model, [documents[0], documents[1].flip(0), *documents[2:]])
+    if isinstance(other, str):
+        return other
+    pairs = enumerate(zip(own, other, strict=True))
+    change = max(float((a.float() - b.float()).abs().max()) for i, (a, b) in pairs if i != 1)
     largest = max(float(logits.abs().max()) for logits in own)
     if change <= rounding_of_neighbours(model, model.dtype) * largest:
         return None

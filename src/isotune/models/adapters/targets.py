@@ -83,6 +83,8 @@ def choose_targets(model: PreTrainedModel, recipe: Any) -> Targets:
         return Targets(names, None, tuple(names), left_out)  # peft has no numbers beside a regular expression
     if not names:
         raise UserError("exclude_modules leaves no layer of target_modules: take a name out of it")
+    if isinstance(pattern, str) and recipe.peft_type == "lora" and names_of_experts(kind):
+        pattern, excluded = names, None  # there peft takes the ends of the names that an expression matches
     return Targets(pattern, excluded, tuple(names), left_out)
 
 
@@ -118,11 +120,12 @@ def names_of_blocks(model: PreTrainedModel) -> list[str]:
     return [name for name, module in linear_layers(model).items() if id(module) in inside]
 
 
-def check_parameters(model: nn.Module, recipe: Any) -> None:
+def check_parameters(model: PreTrainedModel, recipe: Any) -> None:
     """UserError for a name in target_parameters that is no matrix of the model, or where peft cannot adapt it."""
     names = [name for name, parameter in model.named_parameters() if parameter.dim() in (2, 3)]
+    is_estimate = model.device.type == "meta"  # which may build fewer blocks
     for item in recipe.target_parameters or ():
-        if not any(name == item or name.endswith(f".{item}") for name in names):
+        if not is_estimate and not any(_matches([item], name) for name in names):
             stacked = {name for name, parameter in model.named_parameters() if parameter.dim() == 3}
             ends = sorted({".".join(name.split(".")[-2:]) for name in stacked})
             hint = f"did you mean '{near}'? " if (near := nearest(item, ends)) else ""
@@ -132,6 +135,10 @@ def check_parameters(model: nn.Module, recipe: Any) -> None:
             )
     if recipe.target_parameters and isinstance(recipe.init_lora_weights, str):
         raise UserError(f"init_lora_weights: {recipe.init_lora_weights} is for layers, and target_parameters are none")
+    if recipe.target_parameters and recipe.layers_to_transform is not None:
+        raise UserError(
+            "layers_to_transform is for layers: name the blocks in target_parameters, as layers.0.mlp.experts.down_proj"
+        )
     if recipe.target_parameters and recipe.lora_dropout:
         raise UserError(
             "target_parameters is LoRA on a weight and not on its input, which dropout needs: say lora_dropout: 0"
@@ -189,14 +196,14 @@ def _no_such(key: str, item: str, names: Iterable[str], whose: str) -> UserError
     return UserError(f"{key} names '{item}', which {whose} does not have: {hint}it has {', '.join(ends)}")
 
 
-def _ends_of(chosen: Sequence[str], layers: Iterable[str]) -> list[str]:
-    """The shortest list of ends of names that matches the chosen layers and no other."""
+def _ends_of(chosen: Sequence[str], modules: Iterable[str]) -> list[str]:
+    """The shortest list of ends of names that matches the chosen layers and no other module."""
     wanted, ends = set(chosen), set[str]()
     for name in chosen:
         parts = name.split(".")
         for start in range(len(parts) - 1, -1, -1):
             end = ".".join(parts[start:])
-            if all(other in wanted for other in layers if _matches([end], other)):
+            if end in ends or all(other in wanted for other in modules if _matches([end], other)):
                 ends.add(end)
                 break
     return sorted(ends)

@@ -188,7 +188,8 @@ def _lora_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torc
     if p and current_documents() is None:
         return self.stock_forward(x)
     result = _LoraLinear.apply(x, base.weight, base.bias, down, up, self.scaling[name], p, compute)
-    return result.view(*x.shape[:-1], -1)  # here, for models that add to it in place: a function may return no view
+    # here, for models that add to it in place: a function may return no view
+    return result.view(*x.shape[:-1], result.shape[-1])
 
 
 class _LoraLinear(AutogradFunction):

@@ -49,7 +49,8 @@ def loss_and_gradients(
     """
     losses = states.new_empty(len(targets), dtype=torch.float32)
     of_states = torch.empty_like(states, dtype=torch.float32) if needed[0] else None
-    of_head = torch.zeros_like(head, dtype=torch.float32) if needed[1] else None
+    like_head = torch.empty_like if len(targets) else torch.zeros_like  # the first product writes all of it
+    of_head = like_head(head, dtype=torch.float32) if needed[1] else None
     of_bias = torch.zeros_like(bias, dtype=torch.float32) if needed[2] and bias is not None else None
     step = positions_per_chunk(len(head), states.dtype)
     buffer = states.new_empty(min(step, len(targets)), len(head))
@@ -60,7 +61,7 @@ def loss_and_gradients(
         if of_states is not None:
             product_into(of_states[rows], logits, head, add=False)
         if of_head is not None:
-            product_into(of_head, logits.t(), states[rows], add=True)
+            product_into(of_head, logits.t(), states[rows], add=start > 0)
         if of_bias is not None:  # of the same rounded numbers as the head's
             of_bias += logits.sum(0, dtype=torch.float32)
     gradients = [of_states, of_head, of_bias]
