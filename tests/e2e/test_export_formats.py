@@ -160,7 +160,6 @@ def test_a_merged_adapter_in_bf16_becomes_a_graph_in_float32(tmp_path):
     with pytest.raises(UserError, match="an adapter, which --format onnx cannot hold: add --merge"):
         export_run(run, merge=False, format="onnx")
     done = export_run(run, merge=True, format="onnx", output=tmp_path / "out")
-    print(done.parity, done.measured, sep="\n")
     assert done.measured.parity.largest_difference < 1e-4 * done.measured.parity.largest_logit
     assert session_of(tmp_path / "out").get_outputs()[0].type == "tensor(float)"
 
@@ -241,7 +240,8 @@ def test_the_script_for_vllm_loads_an_adapter_on_its_base_as_it_was_trained(tmp_
 
     (tmp_path / "chat_template.jinja").write_text("x")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, **settings}))
-    run = FinishedRun(tmp_path, {"tune": "lora", **recipe}, tmp_path, "some/base", False, "abc123")
+    recipe = {"tune": "lora", "chat_format": "guanaco", **recipe}
+    run = FinishedRun(tmp_path, recipe, tmp_path, "some/base", False, "abc123")
     try:
         said = " ".join(shlex.split(vllm_script(run, tmp_path, "run").splitlines()[-1]))
         assert said.startswith("exec vllm serve some/base --revision abc123 --tokenizer $here --enable-lora")

@@ -111,13 +111,14 @@ EPOCHS = {"num_train_epochs": 4, "eval_strategy": "epoch", "save_strategy": "epo
         ({"max_steps": -1, **EPOCHS}, 0),
         ({"max_steps": -1, **EPOCHS, "save_strategy": "best"}, 0),
         ({"max_steps": -1, **EPOCHS, "early_stopping_patience": 1, "learning_rate": 0.1}, 0),
+        ({"max_steps": -1, **EPOCHS, "early_stopping_patience": 2, "learning_rate": 0.03}, 0),
     ],
 )
 def test_a_run_that_pauses_at_evaluations_has_the_bits_of_one_that_does_not(tmp_path, changes, processes):
     recipe = {**TINY_CLASSIFIER, "exact_gradients": True, "global_batch_size": 60, **changes}
     recipe = {key: value for key, value in recipe.items() if (key, value) != ("max_steps", -1)}
     whole = start(tmp_path / "whole", recipe, script="train/yelp.py")
-    for number in (1, 3):
+    for number in (1, 2, 3):
         part = start(
             tmp_path / "parts", recipe, script="train/yelp.py", processes=processes, environment={PAUSE: str(number)}
         )

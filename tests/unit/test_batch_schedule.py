@@ -150,8 +150,8 @@ def test_exchanges_find_what_the_costliest_first_misses():
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.integers(1, 9) | st.floats(0.5, 90.0), max_size=24), st.integers(1, 9))
-def test_the_costliest_thing_left_goes_where_least_is(costs, shares):
+@given(st.lists(st.integers(1, 9) | st.floats(0.5, 90.0), max_size=60), st.integers(1, 20), st.integers(1, 5))
+def test_the_costliest_thing_left_goes_where_least_is(costs, shares, at_once):
     loads, expected = [0.0] * shares, [[] for _ in range(shares)]
     for thing in sorted(range(len(costs)), key=lambda thing: -costs[thing]):
         share = loads.index(min(loads))
@@ -159,6 +159,7 @@ def test_the_costliest_thing_left_goes_where_least_is(costs, shares):
         loads[share] += costs[thing]
     with pytest.MonkeyPatch.context() as before_exchanges:
         before_exchanges.setattr(balance, "MAX_SWAPS_PER_SHARE", 0)
+        before_exchanges.setattr(balance, "SHARES_AT_ONCE", at_once)
         found = share_out(np.array(costs, float), shares)
     assert [share.tolist() for share in found] == [sorted(things) for things in expected]
 

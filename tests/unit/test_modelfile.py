@@ -144,3 +144,4 @@ def test_it_ends_and_draws_as_the_run_was_evaluated():
     ]
     with pytest.raises(NotExpressible, match="Ollama imports no model of the type 'opt'"):
         modelfile(model("opt"), tokenizer, ".")
+    assert modelfile(model("opt"), tokenizer, "./model.gguf").startswith("FROM ./model.gguf\n"), "nothing is imported"

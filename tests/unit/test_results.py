@@ -75,7 +75,7 @@ def test_an_interval_that_is_none_is_refused(folder, intervals):
 
 def test_an_undefined_metric_is_null_in_the_file_and_no_number_to_its_readers(tmp_path):
     scores = Scores({"accuracy": 0.5}, {"accuracy": (0.0, 1.0)}, ["precision[c]"])
-    write_result(tmp_path, FACTS | {"undefined": scores.undefined}, scores, PREDICTIONS, ["good", "bad"])
+    write_result(tmp_path, FACTS, scores, PREDICTIONS, ["good", "bad"])
     assert json.loads((tmp_path / "metrics.json").read_text())["precision[c]"] is None
     found = read_result(tmp_path)
     assert found.undefined == ["precision[c]"] and found.metrics == {"accuracy": 0.5}

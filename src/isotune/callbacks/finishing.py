@@ -1,6 +1,7 @@
 """What a script's run leaves when it has trained: the verified model, and loss curve, model card and report."""
 
 import contextlib
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ class RunRecording(TrainingSession):
     """Records a training, and lets each FinishingCallback do its part."""
 
 
-class FinishingCallback(TrainingSession):
+class FinishingCallback(TrainingSession, ABC):
     """Does its part at the end of a training that a RunFolder records, and says before it where it could not."""
 
     order = 0  # of those that finish a run
@@ -36,9 +37,9 @@ class FinishingCallback(TrainingSession):
     def check(self, trainer: Any, run: LeasedDir) -> None:
         """UserError where it could not do its part; before anything is trained, on the main process."""
 
+    @abstractmethod
     def finish(self, trainer: Any, run: LeasedDir) -> None:
         """Do it; every rank calls it."""
-        raise NotImplementedError
 
 
 class FinalModel(FinishingCallback):
@@ -61,6 +62,7 @@ class FinalModel(FinishingCallback):
         """Save it; every rank calls it."""
         accelerator = trainer.accelerator
         accelerator.wait_for_everyone()
+        run.lease.check()  # a later attempt's model is not replaced
         model: Any = plain_model(accelerator.unwrap_model(trainer.model_wrapped), keep=accelerator.process_index == 0)
         if trainer.is_deepspeed_enabled:
             load_whole_models()  # to be reopened

@@ -11,11 +11,12 @@ from typing import Any
 import yaml
 
 from isotune.compat.peft import base_model_of
-from isotune.config.task_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from isotune.config.task_types import MULTI_LABEL
 from isotune.drop_in import describe
 from isotune.drop_in.evaluation import Laid
 from isotune.drop_in.fields import given_fields
 from isotune.io.run_files import SCRIPT
+from isotune.models.class_loss import task_type_of
 from isotune.report.run_record import BY_DEFAULT
 
 HEAD = "# Written by a script of its own: a record of its arguments, and no recipe that could be run"
@@ -84,11 +85,9 @@ def guarantees(trainer: Any) -> list[str]:
 
 def _task_type(config: Any, targets: Any) -> str:
     """What a classifier learns: as its configuration says, else by the form of its targets, as the library does."""
-    if config.problem_type is not None:
-        return config.problem_type.removesuffix("_classification")
-    if config.num_labels == 1:
-        return REGRESSION
-    return MULTI_LABEL if targets is not None and targets.ndim > 1 else SINGLE_LABEL
+    if config.problem_type is None and config.num_labels > 1 and targets is not None and targets.ndim > 1:
+        return MULTI_LABEL
+    return task_type_of(config)
 
 
 def _tuned(model: Any) -> str:

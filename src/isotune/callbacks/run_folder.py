@@ -13,6 +13,7 @@ from isotune.distributed.engines import read_back
 from isotune.distributed.launch import Process
 from isotune.distributed.ranks import call_on_main
 from isotune.io.errors import UserError
+from isotune.io.files import set_aside
 from isotune.io.run_files import (
     ENVIRONMENT,
     RECIPE,
@@ -73,6 +74,7 @@ class RunFolder(RunRecording):
             trainer.add_callback(callback)
         try:
             with supervised(run, process, catches_signals=False):
+                run.status.made = or_empty(read_status, run.path).get("made", {})  # which a new model replaces
                 yield
                 run.status.step = trainer.state.global_step
                 for callback in sorted(last, key=lambda own: own.order):
@@ -111,12 +113,13 @@ class RunFolder(RunRecording):
         self.run.status.steps, self.run.status.step = state.max_steps, state.global_step
         kept = _lines_up_to(self.run.path / METRICS, state.global_step)
         earlier = or_empty(read_status, self.run.path)
-        self.run.status.made = earlier.get("made", {})  # which a new model replaces
         if earlier and not state.global_step:
             ended = f"{earlier.get('status')} after step {earlier.get('step')}"
             print(
                 f"note        {self.run.path} held the record of a run ({ended}), which this one replaces", flush=True
             )
+        if not state.global_step and any(name.startswith(f"{self.run.model.name}/") for name in self.run.status.made):
+            set_aside(self.run.model)  # of an earlier training; its new model removes it
         self.run.write_first_files(record, recipe_text(trainer, self.names), kept)
         self._recorder.open(self.run.path / METRICS, self.run.lease)
 

@@ -15,6 +15,7 @@ from isotune.checkpoint.final_model import replace_folder, save_and_verify, stag
 from isotune.checkpoint.formats.gguf_file import FILE as GGUF
 from isotune.checkpoint.formats.gguf_file import load_gguf, need_gguf, refusal, save_gguf
 from isotune.checkpoint.formats.gguf_tokenizer import NotWritten
+from isotune.checkpoint.formats.ollama import FOLDER
 from isotune.checkpoint.formats.onnx_graph import GRAPH, need_onnx, run_graph, save_graph
 from isotune.checkpoint.formats.parity import FileParity, compare_file, logits_of, trained_model
 from isotune.checkpoint.formats.rows import ComparedRows, Row, compared_rows
@@ -127,13 +128,14 @@ def export_run(
             else:
                 done = _write_model(finished, folder, chosen, dtype, served, settles=of_checkpoint)
             found, runtime = _run_file(done.run, chosen, rows.rows)
-        except NotWritten as why:
+            measured = compare_file(done.run, rows, expected, found, dtype=done.dtype, runtime=runtime)
+            if not measured.parity.holds:
+                raise RunFault(f"what was written to {folder} is not the model of {finished.folder} ({measured})")
+        except BaseException as error:  # nothing stays that has not been run and compared
             shutil.rmtree(folder, ignore_errors=True)
-            raise refusal(why, merges, source) from why
-        measured = compare_file(done.run, rows, expected, found, dtype=done.dtype, runtime=runtime)
-        if not measured.parity.holds:
-            shutil.rmtree(folder)
-            raise RunFault(f"what was written to {folder} is not the model of {finished.folder} ({measured})")
+            if isinstance(error, NotWritten):
+                raise refusal(error, merges, source) from error
+            raise
         return Export(folder, kind, chosen, done.parity, measured, done.servers)
 
 
@@ -175,7 +177,8 @@ def _write_model(
     if model.can_generate() and format == "safetensors":
         servers.append(write_vllm(whole, folder, served))
     if model.can_generate() and format in ("safetensors", "gguf"):
-        servers.append(write_modelfile(model, tokenizer, folder, f"./{GGUF}" if format == "gguf" else ".", served))
+        weights = f"./{GGUF}" if format == "gguf" else FOLDER
+        servers.append(write_modelfile(model, tokenizer, folder, weights, served))
     return _Written(whole, dtype_of_file, parity, tuple(servers))
 
 

@@ -25,6 +25,7 @@ from isotune.io.reading import Unreadable, read_text
 
 TEMPLATES = {"sft": "sft_opt.sbatch", "classify": "yelp.sbatch", "arena": "yelp.sbatch", "eval": "eval.sbatch"}
 PROGRAM = "isotune.cli"
+OF_CLUSTER = ("SLURM_CONF", "SLURM_JWT")  # how the commands of Slurm find it and say who asks
 
 
 def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -92,9 +93,13 @@ def submit(words: Sequence[str], variables: Mapping[str, str] | None = None) -> 
 
     The job inherits nothing of a job that this process may be in, such as how often that was restarted.
     """
-    kept = {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or name[:6] != "SLURM_"}
+    in_job = "SLURM_JOB_ID" in os.environ
+    kept = {k: v for k, v in os.environ.items() if not (in_job and k.startswith("SLURM_")) or k in OF_CLUSTER}
     environment = {**kept, **(variables or {})}
-    done = subprocess.run(["sbatch", *words], check=False, capture_output=True, text=True, env=environment)
+    # in a session of its own: a Ctrl-C that ended it could leave a job that nobody knows
+    done = subprocess.run(
+        ["sbatch", *words], check=False, capture_output=True, text=True, env=environment, start_new_session=True
+    )
     if done.returncode != 0:
         said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
         raise RunFault(f"sbatch {shlex.join(words)} failed: {said}")

@@ -32,6 +32,16 @@ def starts_of(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
+def located(starts: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each of some items starts when they lie end to end, int64 [items + 1], and the places of their parts.
+
+    Item k has the places from `starts[k]` to `starts[k + 1]`.
+    """
+    first = starts[items]
+    own = starts_of(starts[items + 1] - first)
+    return own, np.arange(int(own[-1])) + np.repeat(first - own[:-1], np.diff(own))
+
+
 def sums_of(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """The sum of each item's values: int64 [items]."""
     return np.diff(starts_of(values)[starts])
@@ -95,10 +105,7 @@ class Documents:
 
     def locate(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The `starts` of some documents when they lie end to end, and the positions of their tokens in `input_ids`."""
-        first = self.starts[documents]
-        lengths = self.starts[documents + 1] - first
-        starts = starts_of(lengths)
-        return starts, np.arange(int(starts[-1])) + np.repeat(first - starts[:-1], lengths)
+        return located(self.starts, documents)
 
     def select(self, chosen: np.ndarray) -> Self:
         """Some of the documents: a mask, bool [documents], or document numbers in the order wanted."""
@@ -162,9 +169,8 @@ class Rows:
 
     def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where each of some rows starts when they lie end to end, [rows + 1], and their documents: both int64."""
-        first = self.starts[rows]
-        starts = starts_of(self.starts[rows + 1] - first)
-        return starts, self.documents[np.arange(int(starts[-1])) + np.repeat(first - starts[:-1], np.diff(starts))]
+        starts, places = located(self.starts, rows)
+        return starts, self.documents[places]
 
     def of_epoch(self, epoch: int) -> int:
         """The number of the first row of an epoch; where no epoch has rows of its own, or after the last, from 0 on."""

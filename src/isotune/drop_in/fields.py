@@ -3,6 +3,7 @@
 docs/drop-in.md has the table of it, which `python -m tests.drop_in_table` writes.
 """
 
+from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any
 
@@ -170,10 +171,21 @@ def _is_default(own: Field, value: Any, args: Any) -> bool:
     default = own.default if own.default_factory is MISSING else own.default_factory()
     if value == default:
         return True
-    made = {
-        "accelerator_config": isinstance(value, AcceleratorConfig) and value == AcceleratorConfig(),
-        "dataloader_pin_memory": args.use_cpu and not value,
-        "pad_to_multiple_of": value is None,
-        "bf16": default is None and value and not args.fp16,
-    }
-    return made.get(own.name, default in (None, "", "none") and (value is False or value == []))
+    if own.name in _MADE:
+        return bool(_MADE[own.name](value, args))
+    return default in (None, "", "none") and (value is False or value == [])
+
+
+# whether a value that is not the default is what the library makes of the other fields
+_MADE: dict[str, Callable[[Any, Any], Any]] = {
+    "accelerator_config": lambda value, _: isinstance(value, AcceleratorConfig) and value == AcceleratorConfig(),
+    "activation_checkpointing": lambda value, args: value == type(args).gradient_checkpointing,
+    "bf16": lambda value, args: value and not args.fp16 and isinstance(args, SFTConfig),
+    "dataloader_pin_memory": lambda value, args: args.use_cpu and not value,
+    "do_eval": lambda value, args: value and args.eval_strategy != "no",
+    "eval_steps": lambda value, args: args.eval_strategy == "steps" and value == args.logging_steps,
+    "greater_is_better": lambda value, args: value == (not str(args.metric_for_best_model).endswith("loss")),
+    "metric_for_best_model": lambda value, args: args.load_best_model_at_end and value == "loss",
+    "pad_to_multiple_of": lambda value, _: value is None,
+    "torch_compile_backend": lambda value, args: args.torch_compile and value == "inductor",
+}

@@ -41,14 +41,6 @@ GATHER_TIMEOUT = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
-class Timeouts:
-    """After how many seconds the ranks of a launch end, with one sentence."""
-
-    ddp_timeout: float = DEFAULT_TIMEOUT_SECONDS  # without progress of any, or without a sign of life of one
-    rendezvous_timeout: float | None = None  # to reach each other; None: see `isotune.distributed.rendezvous`
-
-
-@dataclass(frozen=True)
 class Ranks:
     """The rank of this process in the launch."""
 
@@ -117,11 +109,12 @@ class Ranks:
             self.watchdog.stop()
 
 
-def start_ranks(timeouts: Timeouts | None = None) -> Ranks:
+def start_ranks(*, ddp_timeout: float = DEFAULT_TIMEOUT_SECONDS, rendezvous_timeout: float | None = None) -> Ranks:
     """Join the processes of the launch, on the GPU where there is one, else on the CPU over gloo.
 
     Call it before a model is loaded. The launcher's DeepSpeed or FSDP configuration is ignored. From then on a rank
-    that falls silent or is gone is named.
+    that falls silent or is gone is named, and all end, after `ddp_timeout` seconds. They have `rendezvous_timeout`
+    seconds to reach each other; None: see `isotune.distributed.rendezvous`.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "WORLD_SIZE" not in os.environ:
@@ -134,10 +127,9 @@ def start_ranks(timeouts: Timeouts | None = None) -> Ranks:
     if choose_device(processes=world_size) == "cpu":
         # accelerate 1.15 otherwise looks for NCCL, or starts each process as the only one
         options |= {"cpu": True, **({"backend": "gloo"} if launched else {})}
-    timeouts = timeouts or Timeouts()
-    with rendezvous(timeouts.rendezvous_timeout):
+    with rendezvous(rendezvous_timeout):
         state = PartialState(**options)
-    watchdog = Watchdog(timeouts.ddp_timeout)
+    watchdog = Watchdog(ddp_timeout)
     watchdog.start()
     watchdog.enter("the loading of the model and the data")
     if state.num_processes != world_size:

@@ -168,7 +168,6 @@ def build_ensemble(
         "label_names": first.facts.get("label_names"),
         "ordinal": ordinal_classes(first),
         **({"label_thresholds": np.atleast_1d(thresholds).tolist()} if task_type == MULTI_LABEL else {}),
-        "undefined": scores.undefined,
         "ensemble": {
             **how,
             "members": [{"result": str(m.result.folder), "weight": m.weight, "log_loss": m.loss} for m in members],

@@ -275,7 +275,9 @@ def build_trainer(start: Start, model: nn.Module, data: RunData) -> PlannedTrain
     trainer.add_callback(PreTrainChecks(trainer, counts))
     trainer.add_callback(progress)  # after the checks, so that what they print stands above the bar
     if early_stop is not None:
+        trainer.remove_callback(checkpointer)  # to stand after it: a pause at an evaluation keeps its count
         trainer.add_callback(early_stop)
+        trainer.add_callback(checkpointer)
     return trainer
 
 

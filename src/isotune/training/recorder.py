@@ -267,7 +267,9 @@ class MetricsRecorder(TrainerCallback):
         self.sums.add(line)
         if self.averages is not None:
             self.averages.add(line)
-        if is_due(args, state):
+        # a line ends where the library reports to the trackers, and at the last step of all
+        is_last = state.global_step >= state.max_steps
+        if control.should_log or is_last or args.logging_strategy != IntervalStrategy.STEPS:
             self._write_steps()
         if self.progress is not None:
             rate = {f"{self.task.target}_per_s": step.supervised_tokens / seconds}
@@ -289,14 +291,6 @@ class MetricsRecorder(TrainerCallback):
         own = {name: value for name, value in found.items() if not name.endswith(LIBRARY_METRICS) and name != "epoch"}
         if self.file is not None:
             self.file.write({"step": state.global_step, "epoch": state.epoch, **own})
-
-
-def is_due(args: TrainingArguments, state: TrainerState) -> bool:
-    """Whether a line ends with this step, as a report to the trackers does, and at the last step of all."""
-    step = state.global_step
-    if args.logging_strategy != IntervalStrategy.STEPS or step >= state.max_steps:
-        return True
-    return step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -13,14 +13,15 @@ from typing import Any
 from isotune.data.sft.chat_format import GUANACO
 from isotune.data.sft.chat_template import ChatTemplate
 from isotune.data.sft.conversations import HUMAN_HEADER
+from isotune.data.sft.messages import ASSISTANT, SYSTEM, USER
 from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.data.tokenizer import prefix_of
 from isotune.models.base.ending import eos_ids_of
 from isotune.models.packed_attention import max_positions
 
 MODELFILE = "Modelfile"
-ARCHITECTURES = ("gemma", "gemma2", "llama", "mistral", "mixtral", "phi3", "qwen2")  # that Ollama imports
-SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+FOLDER = "."  # as FROM names safetensors beside the Modelfile
+ARCHITECTURES = ("gemma", "gemma2", "llama", "mistral", "mixtral", "phi3", "qwen2")  # that Ollama imports from those
 Turns = Sequence[tuple[str, str]]  # role and content
 
 # Words that no template writes: what stands around them is the template's.
@@ -114,7 +115,7 @@ class Layout:
 def modelfile(model: Any, tokenizer: Any, source: str) -> str:
     """The Modelfile of a language model whose weights are `source`, as FROM names them; NotExpressible says why not."""
     kind = model.config.model_type
-    if kind not in ARCHITECTURES:
+    if source == FOLDER and kind not in ARCHITECTURES:
         raise NotExpressible(f"Ollama imports no model of the type {kind!r} (but {', '.join(ARCHITECTURES)})")
     encoder = ConversationEncoder(tokenizer)
     try:

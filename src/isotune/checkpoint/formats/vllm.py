@@ -41,6 +41,8 @@ def vllm_script(run: FinishedRun, folder: Path, name: str) -> str:
 def _adapter(run: FinishedRun, folder: Path, name: str) -> list[str]:
     """The words that load an adapter on its base; requests that name `name` get it."""
     config, settings = read_adapter_config(folder), run.settings
+    if "chat_format" not in settings:
+        raise NotServed("it may carry its base's chat template, and not the form that it was trained in: --merge")
     ranks: dict[str, int] = config.get("rank_pattern") or {}
     rank = max([int(config.get("r") or 0), *ranks.values()])
     refused = {
@@ -52,12 +54,13 @@ def _adapter(run: FinishedRun, folder: Path, name: str) -> list[str]:
     }
     if why := next((what for what, is_there in refused.items() if is_there), None):
         raise NotServed(f"vLLM serves no adapter with {why}: export it with --merge")
-    words = [shlex.quote(str(run.base)), "--tokenizer", '"$here"', "--enable-lora"]
+    base = Path(str(run.base))  # as the adapter's configuration names it
+    words = [shlex.quote(str(base.resolve() if base.is_dir() else run.base)), "--tokenizer", '"$here"', "--enable-lora"]
     words += ["--lora-modules", f'{shlex.quote(name)}="$here"']
     words += ["--max-lora-rank", str(next(size for size in RANKS if size >= rank))]
     if run.base_commit is not None:
         words[1:1] = ["--revision", run.base_commit]
-    if settings.get("tune") == "qlora":
+    if settings.get("tune") == "qlora" and not run.base_made_here:  # such a base was never in 4 bits
         if settings.get("bnb_4bit_quant_type", "nf4") != "nf4" or not settings.get("bnb_4bit_use_double_quant", True):
             raise NotServed("vLLM's own 4 bits are nf4 with double quantization, and others were trained on: --merge")
         words += ["--quantization", "bitsandbytes"]

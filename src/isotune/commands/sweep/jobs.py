@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from isotune.io.files import replace_file
 
 NAME, BATCH_FILE = "isotune-sweep", "sweep.sbatch"
 LONGEST_POLL_SECONDS = 15.0
+MOST_IN_ARRAY = 1_000  # Slurm's own default of MaxArraySize, less its index 0
 VISIBLE_SECONDS = 60.0  # within which a file that a node wrote is seen here: NFS keeps what it knows of a folder
 # states in which a job stays; one that Slurm has forgotten has none
 OVER = frozenset({"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"})
@@ -83,7 +85,7 @@ class Jobs:
     # ---- submitting ----
 
     def _submit(self, commands: deque[Command]) -> None:
-        array = list(commands)
+        array = list(islice(commands, MOST_IN_ARRAY))
         lines = [self._line(command) for command in array]
         name = f"{NAME}-{secrets.token_hex(4)}"
         table = self._table(name)
@@ -96,7 +98,8 @@ class Jobs:
         except BaseException:
             table.unlink(missing_ok=True)
             raise
-        commands.clear()
+        for _ in array:
+            commands.popleft()
         number = said.partition(";")[0].strip()  # with the name of the cluster, where there are several
         for line, command in enumerate(array, start=1):
             print(f"sweep       {command.title} (job {number}_{line}, {self.logs / name}-{line}.log)", flush=True)
@@ -143,7 +146,7 @@ class Jobs:
     def _states(self) -> dict[Task, str] | None:
         """The state of each of this user's tasks of arrays; None where the controller does not answer."""
         words = ["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%K|%T|%j"]
-        done = subprocess.run(words, check=False, capture_output=True, text=True)
+        done = subprocess.run(words, check=False, capture_output=True, text=True, start_new_session=True)
         if done.returncode:
             print(f"note        squeue failed and is asked again: {' '.join(done.stderr.split())}", flush=True)
             return None

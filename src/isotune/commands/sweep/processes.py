@@ -12,7 +12,7 @@ from pathlib import Path
 from isotune.commands import start
 from isotune.io.errors import Preempted, UserError
 from isotune.io.parent_process import pass_on
-from isotune.run.run_state import state_of_run
+from isotune.run.run_state import word_of_run
 
 POLL_SECONDS = 0.05
 MOST_WAITED_SECONDS = 60  # for a run of a killed sweep, which stops with a checkpoint
@@ -58,7 +58,7 @@ class Processes:
     def wait_for(self, run: Path) -> None:
         """Let a run that a killed sweep has left come to its checkpoint."""
         end = time.monotonic() + MOST_WAITED_SECONDS
-        while state_of_run(run).state == "running" and time.monotonic() < end:
+        while word_of_run(run) == "running" and time.monotonic() < end:
             time.sleep(0.2)
 
     def run(self, commands: deque[Command]) -> Ends:
@@ -83,6 +83,8 @@ class Processes:
             log.parent.mkdir(parents=True, exist_ok=True)
         print(f"sweep       {command.title}" + (f" ({log})" if log else ""), flush=True)
         self._running[share] = command, start.Command(words, {**self.shares[share], **command.variables}, log)
+        if self._signalled is not None:  # it came while the process began, and nobody passed it on
+            pass_on(self._running[share][1].process, self._signalled)
 
     def _ended(self) -> Ends:
         """Those that have ended since the last look."""

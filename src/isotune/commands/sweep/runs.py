@@ -25,7 +25,7 @@ from isotune.io.reading import Unreadable
 from isotune.io.run_files import or_refuse, read_recipe_values
 from isotune.io.variables import PAUSE
 from isotune.run.metrics_file import METRICS, read_progress
-from isotune.run.run_state import state_of_run
+from isotune.run.run_state import word_of_run
 
 TEST_TASK, TEST_NAME = "test.yaml", "sweep_test"
 COLUMNS = ("dataset_text_field", "dataset_text_pair_field", "dataset_label_field", "dataset_id_field")
@@ -117,7 +117,11 @@ def train_runs(
     _drop(queue, failures)
 
     def on_end(command: Command, ended: Ended) -> None:
-        if ended.exit_status == 0 and _state(command.folder) == "paused" and not _is_done(command.folder, evaluations):
+        if (
+            ended.exit_status == 0
+            and word_of_run(command.folder) == "paused"
+            and not _is_done(command.folder, evaluations)
+        ):
             queue.append(command)  # it was a job of an earlier call, which was to come to an earlier evaluation
             return
         has_ended(command.folder, ended)
@@ -140,13 +144,13 @@ def evaluation_of(plan: Plan, trial: int, number: int) -> Evaluation:
     steps = _steps(evaluations)[:number]
     if not steps:
         raise UserError(f"{run} has ended without an evaluation: let it evaluate, by eval_steps")
-    is_last = len(steps) < number or (steps[-1] == last_step and _state(run) == "finished")
+    is_last = len(steps) < number or (steps[-1] == last_step and word_of_run(run) == "finished")
     return Evaluation(steps[-1], evaluations[steps[-1]].get(plan.metric), is_last)
 
 
 def _is_done(run: Path, evaluations: int) -> bool:
     """Whether a run has finished, has paused at that evaluation, or is behind it; not one that was killed there."""
-    state = _state(run)
+    state = word_of_run(run)
     if state == "finished" or not evaluations:
         return state == "finished"
     try:
@@ -160,10 +164,6 @@ def _is_done(run: Path, evaluations: int) -> bool:
 def _steps(evaluations: Mapping[int, object]) -> list[int]:
     """Of the evaluations that count: not of the one before the first step."""
     return sorted(step for step in evaluations if step)
-
-
-def _state(run: Path) -> str:
-    return state_of_run(run).state
 
 
 def examine(plan: Plan, machine: Machine, trials: Sequence[int]) -> dict[int, list[Result]]:

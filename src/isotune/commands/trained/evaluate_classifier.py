@@ -82,9 +82,9 @@ def evaluate_classifier(given: argparse.Namespace) -> None:
     is_project = bool(given.run_dir) and _is_project(Path(given.run_dir), given)
     task = read_task(ClassificationTask, given.task, flags) if given.task or given.dataset_name or given.model else None
     # torch takes seconds to import, so mistakes on the command line are answered before
-    from isotune.evaluation.distributed_eval import Timeouts, start_ranks
+    from isotune.evaluation.distributed_eval import start_ranks
 
-    ranks = start_ranks(Timeouts(**given.timeouts))
+    ranks = start_ranks(**given.timeouts)
     with ranks.supervised(Path(given.output_dir or _home(given)) / LOGS_DIR / "eval-rank"):
         _evaluate(given, ranks, task, flags, is_project=is_project)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from isotune.io import shipped
 from isotune.io.errors import OneSentenceParser, UserError, shown
-from isotune.io.run_files import or_empty, read_recipe_values
+from isotune.io.run_files import is_finite_number, or_empty, read_recipe_values
 
 
 def model_parser(prog: str, description: str, kind: str) -> OneSentenceParser:
@@ -40,12 +40,12 @@ def add_launch_flags(parser: Any) -> None:
 
 
 def timeouts_of(given: argparse.Namespace, run: str | None) -> dict[str, float]:
-    """Those of the flags, else of the run's recipe; for `Timeouts`, which torch is imported with."""
+    """Those of the flags, else of the run's recipe; arguments of `start_ranks`."""
     names = ("ddp_timeout", "rendezvous_timeout")
     recipe = or_empty(read_recipe_values, Path(run)) if run else {}
     values = {name: getattr(given, name) if getattr(given, name) is not None else recipe.get(name) for name in names}
     for name, value in values.items():
-        if value is not None and (type(value) not in (int, float) or not value > 0):
+        if value is not None and not (is_finite_number(value) and value > 0):
             raise UserError(f"{name} is {shown(value)}: it takes seconds above 0")
     return {name: value for name, value in values.items() if value is not None}
 

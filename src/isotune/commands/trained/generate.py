@@ -81,7 +81,7 @@ def generate(given: argparse.Namespace) -> None:
     """Load the model; evaluate, answer or chat."""
     before_torch(quiet=given.prompt is not None)  # the answer is all that is printed
     # torch takes seconds to import, so mistakes on the command line are answered before
-    from isotune.evaluation.distributed_eval import Timeouts, read_shards, start_ranks
+    from isotune.evaluation.distributed_eval import read_shards, start_ranks
     from isotune.evaluation.generation.base_rules import rules_of_base
     from isotune.evaluation.generation.chat import answer, run_chat
     from isotune.evaluation.generation.completion import Decoding
@@ -125,7 +125,7 @@ def generate(given: argparse.Namespace) -> None:
     if evaluation:
         result_folder(given, name, evaluation, write=False)  # refused before the work
     shards = read_shards()
-    ranks = start_ranks(Timeouts(**given.timeouts))
+    ranks = start_ranks(**given.timeouts)
     home = given.output_dir or given.run_dir
     with ranks.supervised(Path(home, LOGS_DIR, "eval-rank") if home and given.evaluates else None):
         load = generation_model_of_run if given.run_dir else generation_model_named

@@ -99,13 +99,13 @@ def _predict(source: Sequence[str], given: argparse.Namespace) -> None:
             raise UserError(f"--{own} is of {kind} {name} {'classifies' if classifies else 'answers'}")
     before_torch(quiet=given.input is None)
     # torch takes seconds to import, so mistakes on the command line are answered before
-    from isotune.evaluation.distributed_eval import Timeouts, read_shards, start_ranks
+    from isotune.evaluation.distributed_eval import read_shards, start_ranks
     from isotune.evaluation.prediction.files import check_output
 
     if given.output:
         check_output(Path(given.output))
     shards = None if classifies else read_shards()
-    ranks = start_ranks(Timeouts(**given.timeouts))
+    ranks = start_ranks(**given.timeouts)
     with ranks.supervised(Path(f"{given.output}.{LOGS_DIR}").expanduser() / "rank" if given.output else None):
         if is_project:
             _predict_battles(Path(name), given, ranks)

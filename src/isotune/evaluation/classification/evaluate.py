@@ -306,7 +306,6 @@ def write_evaluation(
         "label_names": rows.names,
         "ordinal": task.ordinal,
         **({"label_thresholds": np.atleast_1d(rows.thresholds).tolist()} if rows.task_type == MULTI_LABEL else {}),
-        "undefined": scores.undefined,
         "left_out": rows.left_out,
         **({"notes": list(rows.notes)} if rows.notes else {}),
         "settings": {**settings, "rows_cut": rows.truncated},

@@ -197,8 +197,8 @@ def complete_batch(
     input_ids = pad_sequence([torch.tensor(ids) for ids in tokens], padding_value=filler, **left)
     mask = pad_sequence([torch.ones(len(ids), dtype=torch.long) for ids in tokens], **left)
     width = input_ids.shape[1]
-    endings = _Endings(lm, width, limits, turns and lm.encoder.template is None, watcher)
-    processors = LogitsProcessorList([_Counting(on_token), *([] if watcher is None else [_Shown(watcher)])])
+    endings = _Endings(lm, width, limits, turns and lm.encoder.template is None, watcher, on_token)
+    processors = LogitsProcessorList([] if watcher is None else [_Shown(watcher)])
     if decoding.temperature > 0:
         processors.append(TemperatureLogitsWarper(decoding.temperature))
         processors += [TopPLogitsWarper(decoding.top_p)] if decoding.top_p < 1 else []
@@ -268,20 +268,31 @@ class _Endings(StoppingCriteria):
     """Where each completion of a batch ends: at an eos, at the header of another turn, or at its token limit."""
 
     def __init__(
-        self, lm: GenerationModel, width: int, limits: Sequence[int], turns: bool, watcher: Watcher | None
+        self,
+        lm: GenerationModel,
+        width: int,
+        limits: Sequence[int],
+        turns: bool,
+        watcher: Watcher | None,
+        on_token: Callable[[], None],
     ) -> None:
-        """Watch rows whose padded prompts are `width` wide; `turns`: end before the header of another turn too."""
+        """Watch rows whose padded prompts are `width` wide; `turns`: end before the header of another turn too.
+
+        `on_token` is called when the rows have got another token.
+        """
         self.tokenizer = lm.tokenizer
         self.eos_ids = lm.eos_ids
         self.width = width
         self.limits = limits
         self.turns = turns
         self.watcher = watcher
+        self.on_token = on_token
         self.tokens: list[int | None] = [None] * len(limits)  # of each completion without its eos, once it has ended
         self.ended_by_model = [False] * len(limits)  # by an eos or a header
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
         """Bool [rows]: which rows have ended. `input_ids` is [rows, width + new tokens]."""
+        self.on_token()
         count = input_ids.shape[1] - self.width
         # only the last tokens can hold a header that was not there before
         newest = input_ids[:, max(self.width, input_ids.shape[1] - HEADER_TOKENS) :].tolist()
@@ -304,18 +315,6 @@ class _Endings(StoppingCriteria):
             self.tokens[row] = count
         if self.tokens[row] is not None:
             watcher.end(row, self.ended_by_model[row])
-
-
-class _Counting(LogitsProcessor):
-    """Calls before every new token, and leaves the scores as they are."""
-
-    def __init__(self, on_token: Callable[[], None]) -> None:
-        self.on_token = on_token
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """The scores, [rows, vocabulary]."""
-        self.on_token()
-        return scores
 
 
 class _Shown(LogitsProcessor):

@@ -52,9 +52,12 @@ def kind_of(name: str, model: str | None = None) -> str:
 
 
 def check_judge(name: str, model: str | None = None) -> None:
-    """UserError where a judge means nothing, or a server does not answer: asked before anything is generated."""
+    """UserError where a judge means nothing, before anything is generated.
+
+    So it is where a server that is to judge by its first model, which it is asked for, does not answer.
+    """
     if kind_of(name, model) == SERVER:
-        ServerJudge(name, model)  # asks for its first model
+        ServerJudge(name, model)
 
 
 def open_judge(name: str, ranks: Ranks, model: str | None = None) -> Judge | None:

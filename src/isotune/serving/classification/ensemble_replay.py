@@ -17,8 +17,7 @@ from isotune.evaluation.results import CLAIM, CLASSIFICATION, read_result
 from isotune.io.reading import read_json_object
 from isotune.io.run_files import or_refuse
 from isotune.serving.classification.ensemble import EnsembleService
-from isotune.serving.classification.replay import compare, errors_among, rows_of
-from isotune.serving.classification.replay import why_not as why_not_of_one
+from isotune.serving.classification.replay import compare, errors_among, rows_of, why_read_otherwise
 from isotune.serving.replay import Evaluated, Replayed, newest_evaluation, spread
 
 BY_FOLDS = (
@@ -80,7 +79,7 @@ def why_not(evaluated: Evaluated, saved: SavedEnsemble) -> str | None:
     how = evaluated.result.facts.get("ensemble")
     if not isinstance(how, dict):
         return "it is of no ensemble"
-    blended = [(Path(own["result"]).parents[1].name, own["weight"]) for own in how["members"]]
+    blended = [(Path(own["result"]).resolve().parents[1].name, own["weight"]) for own in how["members"]]
     served = [(Path(run).name, weight) for run, weight in zip(saved.runs, saved.weights.tolist(), strict=True)]
     return None if blended == served else "it blends other runs than ensemble.json, or with other weights"
 
@@ -88,7 +87,7 @@ def why_not(evaluated: Evaluated, saved: SavedEnsemble) -> str | None:
 def _member(blend: Evaluated, folder: Path, classifier: Classifier) -> _Member:
     claim = or_refuse(read_json_object, folder / CLAIM, f"{folder / CLAIM}: cannot be read")
     evaluated = Evaluated(read_result(folder), claim)
-    if (reason := why_not_of_one(evaluated, classifier)) is not None:
+    if (reason := why_read_otherwise(evaluated, classifier)) is not None:  # the blend has thresholds
         raise blend.no_rows(f"of {folder}: {reason}")
     rows = rows_of(evaluated, classifier)
     return _Member(evaluated, rows, {one: place for place, one in enumerate(rows.ids)})

@@ -28,6 +28,17 @@ def why_not(evaluated: Evaluated, classifier: Classifier) -> str | None:
 
     Requests have the length and label thresholds of the run, and an evaluation may have had others.
     """
+    if (reason := why_read_otherwise(evaluated, classifier)) is not None:
+        return reason
+    own = evaluated.result.facts.get("label_thresholds")
+    if own is not None and not _same_thresholds(own, classifier):
+        served = np.atleast_1d(classifier.thresholds).tolist()
+        return f"its label_thresholds are {shown(own)}, and {shown(served)} are served"
+    return None
+
+
+def why_read_otherwise(evaluated: Evaluated, classifier: Classifier) -> str | None:
+    """Why an evaluation has other outputs than are served, whatever its labels' thresholds; None where it has not."""
     dtype = evaluated.claim.get("dtype")
     if dtype != "float32":
         return f"its dtype is {dtype}, and a classifier is served in float32"
@@ -35,10 +46,6 @@ def why_not(evaluated: Evaluated, classifier: Classifier) -> str | None:
         served = getattr(classifier.settings, key)
         if (own := evaluated.claim.get(key) or served) != served:
             return f"its {key} is {own}, and {served} is served"
-    own = evaluated.result.facts.get("label_thresholds")
-    if own is not None and not _same_thresholds(own, classifier):
-        served = np.atleast_1d(classifier.thresholds).tolist()
-        return f"its label_thresholds are {shown(own)}, and {shown(served)} are served"
     return None
 
 

@@ -14,12 +14,12 @@ from isotune.config.task_types import MULTI_LABEL, REGRESSION
 from isotune.data.classification.predictions import predicted
 from isotune.data.classification.thresholds import Thresholds
 from isotune.data.documents import Documents
-from isotune.evaluation.classification.evaluate import BATCH_TOKENS, classify, outputs_of
-from isotune.evaluation.classification.sentences import TextReader, check_utf8
+from isotune.evaluation.classification.evaluate import BATCH_TOKENS
+from isotune.evaluation.classification.sentences import check_utf8
 from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.models import Classifier
+from isotune.evaluation.prediction.predictors import TextPredictor
 from isotune.io.errors import UserError
-from isotune.models.layouts.fitting import FittingBatches
 from isotune.serving.classification.attribution import Attribution, integrated_gradients
 from isotune.serving.limits import BAD_REQUEST, Refused
 from isotune.serving.worker import Job
@@ -35,8 +35,8 @@ class ToPredict:
 
     @property
     def tokens(self) -> int:
-        """The tokens that all models read."""
-        return sum(len(documents.input_ids) for documents in self.documents)
+        """The tokens of the model that reads most; the models run one after the other."""
+        return max(len(documents.input_ids) for documents in self.documents)
 
 
 @dataclass(frozen=True)
@@ -161,18 +161,16 @@ class ClassifierService(TextService):
             max_seq_length=settings.max_seq_length,
             device_type=classifier.device.type,
         )
-        self.classifier, self.reader = classifier, TextReader(classifier)
-        self._ranks, self._fitting = Ranks(0, 1, classifier.device), FittingBatches()
+        self.predictor, self._ranks = TextPredictor(classifier), Ranks(0, 1, classifier.device)
 
     def documents(self, of_each: Sequence[Sequence[str]]) -> OfModels:
         """The texts as it reads them."""
-        return (self.reader.documents(of_each),)
+        return (self.predictor.reader.documents(of_each),)
 
     def outputs(self, documents: OfModels) -> np.ndarray:
         """Its probabilities or numbers."""
-        logits = classify(self.classifier, documents[0], self._ranks, fitting=self._fitting)
-        return outputs_of(self.classifier.task_type, logits)
+        return self.predictor.outputs(documents[0], self._ranks)
 
     def explain(self, documents: OfModels, output: int) -> Attribution:
         """By integrated gradients."""
-        return integrated_gradients(self.classifier, documents[0], output)
+        return integrated_gradients(self.predictor.classifier, documents[0], output)
