@@ -1,6 +1,9 @@
 """transformers 5.23: what has no public accessor, and what its Trainer cannot be told otherwise."""
 
+import functools
 import importlib
+import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +25,19 @@ def set_attention_of(config: PreTrainedConfig, name: str) -> None:
 def lets_attention_be_replaced(model: Any) -> bool:
     """Whether the model class calls AttentionInterface; `set_attn_implementation` does not raise where it does not."""
     return getattr(model, "_supports_attention_backend", False)
+
+
+@functools.cache
+def weights_read_alone(kind: type[torch.nn.Module]) -> frozenset[str]:
+    """Names of the layers of a block whose weight its code reads, as `self.out_proj.weight`, beside calling the layer.
+
+    Mamba's kernels on a GPU take such weights as arguments, and so pass by what an adapter adds to the layer.
+    """
+    try:
+        code = inspect.getsource(kind)
+    except (OSError, TypeError):
+        return frozenset()
+    return frozenset(re.findall(r"\bself\.(\w+)\.weight\b(?!\.(?:device|dtype|shape)\b)", code))
 
 
 def set_sharded_classes(model: Any, names: Sequence[str]) -> None:

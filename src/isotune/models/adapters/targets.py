@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from isotune.compat.peft import names_of_experts, refused_in_mamba
+from isotune.compat.transformers import weights_read_alone
 from isotune.io.errors import UserError, nearest
 
 ALL_LINEAR = "all-linear"
@@ -95,9 +96,10 @@ def _unreached(model: PreTrainedModel, layers: Iterable[str]) -> dict[str, str]:
     experts = names_of_experts(kind)
     mamba = {end for end in set(ends.values()) if refused_in_mamba(model, end)}
     found = {name: f"peft refuses '{end}' in model type '{kind}'" for name, end in ends.items() if end in mamba}
-    states = {name for name, module in model.named_modules() if hasattr(module, "A_log")}
-    steps = {name for name in layers if name.endswith(".dt_proj") and name.rpartition(".")[0] in states}
-    found |= dict.fromkeys(steps, f"model type '{kind}' reads the weight of 'dt_proj' past its adapter")
+    for name, module in model.named_modules():
+        for end in weights_read_alone(type(module)) if hasattr(module, "A_log") else ():
+            if f"{name}.{end}" in ends:
+                found.setdefault(f"{name}.{end}", f"model type '{kind}' reads the weight of '{end}' past its adapter")
     taken = f"for the experts of model type '{kind}', whose weights target_parameters names"
     return found | {name: f"peft takes '{end}' {taken}" for name, end in ends.items() if end in experts}
 
