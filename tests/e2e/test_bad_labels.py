@@ -29,7 +29,7 @@ MISTAKES = {
     "one class only": ([{**row, "label": 1} for row in GOOD], {}, ["every row", "class 1", "nothing to tell apart"]),
     "no column of texts": (without(0, "text"), {}, ["row 1", "lacks the column 'text'", "dataset_text_field"]),
     "a row without a label": (without(4, "label"), {}, ["row 5", "lacks the column 'label'", "dataset_label_field"]),
-    "a text that is a number": (changed(2, text=7), {}, ["row 3", "holds a int, not a text"]),
+    "a text that is a number": (changed(2, text=7), {}, ["row 3", "holds a number, not a text"]),
     "half a character": (changed(2, text="a\ud800"), {}, ["row 3", "half of a surrogate pair at character 1"]),
     "a CSV row with a cell too many": (CSV + "two,1\nthree,0,0\n", {}, ["line 4", "3 cells", "2 columns", "three"]),
     "a CSV row with a cell too few": (CSV + '"two\nlines",1\n\nthree\n', {}, ["line 6", "1 cells", "three"]),

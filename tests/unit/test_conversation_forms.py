@@ -13,6 +13,7 @@ from isotune.evaluation.tasks import GenerationTask, read_task
 from isotune.io.errors import UserError
 
 EXCHANGE = "### Human: q\n### Assistant: a"
+TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
 def prepared(folder, rows, tokenizer=None, **settings):
@@ -276,12 +277,25 @@ def test_question_and_answer_are_read_from_the_columns_that_are_named(tmp_path):
     [
         ({"frage": "q", "answer": "a"}, r"row 2 of .* lacks the column 'antwort'.* by dataset_compl"),
         ({"frage": "q", "antwort": None}, r"row 2 of .*, column 'antwort': holds null"),
-        ({"frage": "q", "antwort": 3}, r"row 2 of .*, column 'frage': it and 'antwort' are texts or lists of messages"),
+        ({"frage": "q", "antwort": 3}, r"row 2 of .*, column 'antwort': holds a number, neither a text nor a list"),
+        ({"frage": {"a": 1}, "antwort": "a"}, r"row 2 of .*, column 'frage': holds an object, neither"),
     ],
 )
 def test_a_row_without_the_named_columns_is_refused_by_its_number(tmp_path, row, sentence):
     with pytest.raises(UserError, match=sentence):
         prepared(tmp_path, [{"frage": "q", "antwort": "a"}, row], **NAMED)
+
+
+def test_preferences_are_refused_with_the_flags_that_train_on_the_chosen_answers(tmp_path):
+    for row, flags in (
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt_field": "prompt", "completion_field": "chosen"}),
+        ({"chosen": TALK, "rejected": TALK[:1]}, {"text_field": "chosen"}),
+    ):
+        with pytest.raises(UserError, match=r"row 1 of .* is a preference: .* the chosen answers alone") as told:
+            prepared(tmp_path, [row])
+        assert all(f"dataset_{key}: {column}" in str(told.value) for key, column in flags.items())
+        named = {f"dataset_{key}": column for key, column in flags.items()}
+        assert texts(prepared(tmp_path, [row], **named)) == [(f"<bos>{EXCHANGE}<eos>", " a<eos>")]
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_calls_and_answers_of_tools_are_read_in_every_spelling(tmp_path, calls, 
         ({"role": "user", "content": None}, "message 1 has no content"),
         ({"role": "assistant", "content": None, "refusal": "no"}, "message 1 has no content"),
         ({"role": "assistant", "text": "a"}, "message 1 has no content"),
-        ({"role": "user", "content": {"sum": 2}}, "message 1 has a dict for its content"),
+        ({"role": "user", "content": {"sum": 2}}, "message 1 has an object for its content"),
         ({"role": "tool", "content": [{"type": "image"}]}, "message 1 has a part of type 'image'"),
     ],
 )

@@ -208,7 +208,16 @@ def _instruction(asked: str, more: Sequence[str], answered: str) -> Reader:
 
 def _pair(asked: str, answered: str) -> Reader:
     """A question and its answer as texts, or messages and those that answer them."""
-    return lambda row: _named(asked, lambda: _asked_and_answered(row, asked, answered))
+
+    def read(row: Row) -> Content:
+        for name in (asked, answered):
+            if not isinstance(row[name], str | list):
+                raise ValueError(
+                    f"column {name!r}: holds {kind_of_value(row[name])}, neither a text nor a list of messages"
+                )
+        return _named(asked, lambda: _asked_and_answered(row, asked, answered))
+
+    return read
 
 
 def _asked_and_answered(row: Row, prompt_column: str, completion_column: str) -> Content:
@@ -219,11 +228,6 @@ def _asked_and_answered(row: Row, prompt_column: str, completion_column: str) ->
         return exchange(prompt, completion, system_in(row), tools_of(row))
     asked = [{"role": USER, "content": prompt}] if isinstance(prompt, str) else prompt
     answered = [{"role": ASSISTANT, "content": completion}] if isinstance(completion, str) else completion
-    if not isinstance(asked, list) or not isinstance(answered, list):
-        wrong = prompt if not isinstance(asked, list) else completion
-        raise ValueError(
-            f"it and {completion_column!r} are texts or lists of messages, and one of them is {kind_of_value(wrong)}"
-        )
     whole = example_of([*asked, *answered], system_in(row), tools_of(row))
     return replace(whole, asked=len(whole.messages) - len(cast(list[Any], answered)))
 

@@ -67,6 +67,11 @@ def _unknown_form(source: Source, number: int, row: Row, named: NamedColumns) ->
     if nulls:
         where = f"{source.where(number)}, column {nulls[0]!r}"
         return UserError(f"{where}: holds null, neither a text nor a list of messages")
+    if not absent and {"chosen", "rejected"} <= row.keys():
+        way = "dataset_text_field: chosen"
+        if isinstance(row["chosen"], str) and "prompt" in row:
+            way = "dataset_prompt_field: prompt with dataset_completion_field: chosen"
+        return UserError(f"{source.where(number)} is a preference: {way} trains on the chosen answers alone")
     if not absent and not number:
         column, key = "' or '".join(candidates), "dataset_text_field, or by dataset_prompt_field and _completion_field"
     return source.lacks(number, row, column, key)

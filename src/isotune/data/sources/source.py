@@ -102,7 +102,8 @@ def kind_of_value(value: Any) -> str:
     """How an error sentence names what stands in a cell instead of what is expected."""
     if isinstance(value, bytes):
         return "bytes that are not UTF-8"
-    return "null" if is_null(value) else f"a {type(value).__name__}"
+    kinds = {bool: "true or false", int: "a number", float: "a number", dict: "an object"}
+    return "null" if is_null(value) else kinds.get(type(value), f"a {type(value).__name__}")
 
 
 def told(value: Any) -> str:
