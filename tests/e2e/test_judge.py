@@ -242,4 +242,7 @@ def test_an_evaluation_with_a_judge_writes_its_verdicts_beside_another_models_an
     early = evaluate("early", "--judge", "http://127.0.0.1:port/v1")
     assert early.returncode == 2 and "cannot be asked" in early.stderr
     assert "completion" not in early.stderr, "before anything is generated"
+    typed = evaluate("typed", "--judge", "runs/my_jugde/model")
+    assert typed.returncode == 2 and "is no run, no model, no command and no address" in typed.stderr
+    assert "completion" not in typed.stderr
     assert evaluate("fourth", "--judge_model", "x").stderr == "error: --judge_model has no effect without --judge\n"

@@ -171,7 +171,8 @@ def test_the_figures_belong_to_the_model_that_was_saved(runs, keys, step):
     figures = ((3, 0.2, 0.7), (6, 0.3, 0.9), (9, 0.4, 0.8))
     evaluations = [{"step": n, "eval_loss": loss, "eval_accuracy": accuracy} for n, loss, accuracy in figures]
     record = replace(record, steps=StepLines(steps), evaluations=StepLines(evaluations))
-    found = final_evaluation(record)
+    start = {"step": 0, "eval_loss": 0.1, "eval_accuracy": 1.0}  # of eval_on_start: of no model that is kept
+    found = final_evaluation(replace(record, evaluations=StepLines([start, *evaluations])))
     assert found is not None and found[0] == step
     record = replace(record, steps=StepLines([*steps, {"step": 10, "loss": 1.0}]))
     if not keys:

@@ -133,6 +133,19 @@ def test_a_metric_that_does_not_exist_has_no_p():
     assert paired_bootstrap([nothing], [nothing], 5, resamples=50) == {}
 
 
+def test_an_exchange_that_leaves_no_metric_counts_as_extreme():
+    """A predicts the class three times and is right, B three other times and is wrong: precision 1 and 0."""
+    right, asked_a, asked_b = np.repeat([1.0, 0.0], 3), np.repeat([1.0, 0.0], 3), np.repeat([0.0, 1.0], 3)
+    every = []
+    for swaps in product((False, True), repeat=6):
+        of_a, of_b = np.where(swaps, asked_b, asked_a), np.where(swaps, asked_a, asked_b)
+        known = of_a.any() and of_b.any()
+        every.append(not known or abs((right @ of_a) / of_a.sum() - (right @ of_b) / of_b.sum()) >= 1 - 1e-9)
+    a, b = ratio("precision", right * asked_a, asked_a), ratio("precision", right * asked_b, asked_b)
+    found = swap_test(a, b, seed=2, resamples=20_000)["precision"]
+    assert found == pytest.approx(np.mean(every), abs=4 * math.sqrt(np.mean(every) / 20_000))
+
+
 def rejected(p_of_data_set, data_sets: int = DATA_SETS) -> float:
     """The share of simulated data sets with p at most 0.05."""
     generator = np.random.default_rng(0)

@@ -271,6 +271,12 @@ class TestFiles:
         ]  # fmt: skip
         assert "there is no such list: did you mean 'runs'?" in run(capsys, "ls", "run")[2]
 
+    @pytest.mark.parametrize("flag", ["--dataset_n", "--dataset_na=mine.jsonl", "--tas"])
+    def test_a_shortened_flag_is_refused_and_does_not_lose_to_the_runs_own_data(self, tmp_path, capsys, flag):
+        (tmp_path / "recipe.yaml").write_text("task: sft\neval_dataset_name: held.jsonl\n")
+        status, _, complaint = run(capsys, "eval", str(tmp_path), flag, *([] if "=" in flag else ["mine.jsonl"]))
+        assert status == 2 and f"unrecognized arguments: {flag}" in complaint
+
     def test_an_evaluation_of_a_run_is_on_its_own_data(self, tmp_path):
         (tmp_path / "recipe.yaml").write_text("task: sft\neval_dataset_name: held.jsonl\neval_dataset_split: test\n")
         source = ["--run_dir", str(tmp_path)]

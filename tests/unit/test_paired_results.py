@@ -141,6 +141,14 @@ def test_likelihoods_are_put_together_from_what_each_row_says():
     assert "perplexity" not in measure_rows(result(rows, kind="generation"), None).statistics
 
 
+def test_an_answer_s_end_is_compared_only_where_every_row_says_whether_it_ended():
+    rows: list[dict[str, Any]] = [{"text": "a", "reference": "a", "ended": 1.0}, {"text": "b", "reference": "b"}]
+    assert "ended" not in measure_rows(result(rows, kind="generation"), None).statistics
+    rows[1]["ended"] = 0.0
+    statistics = measure_rows(result(rows, kind="generation"), None).statistics
+    assert values([statistics["ended"]])["ended"] == 0.5
+
+
 BROKEN = [
     {"label": 0},
     {"probabilities": [1.0, 0.0]},

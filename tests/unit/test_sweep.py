@@ -457,13 +457,13 @@ class TestRuns:
     def finished(self, recipe):
         """A function that leaves a finished run with these evaluations, and gives its trial."""
 
-        def value(accuracies: list, *flags: str) -> Trial:
+        def value(accuracies: list, *flags: str, first: int = 1) -> Trial:
             plan = read_plan([recipe, "--learning_rate", "1e-5..1e-4", "--seeds", "1", *flags])
             run = runs.folder_of(plan, 1, 42)
             run.mkdir(parents=True, exist_ok=True)
             (run / "recipe.yaml").write_text("task: classification\n")
             (run / "status.json").write_text(json.dumps({"status": "finished"}))
-            lines = [{"step": n, "eval_loss": 1.0, "eval_accuracy": a} for n, a in enumerate(accuracies, 1)]
+            lines = [{"step": n, "eval_loss": 1.0, "eval_accuracy": a} for n, a in enumerate(accuracies, first)]
             (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             machine = Scripted()
             (trial,) = runs.train(plan, machine, {1: {"learning_rate": 1e-5}})
@@ -475,6 +475,9 @@ class TestRuns:
     def test_a_finished_run_is_not_repeated_and_counts_with_the_model_that_it_keeps(self, finished):
         assert finished([0.5, 0.9, 0.7]).scores == (0.7,)
         assert finished([0.5, 0.9, 0.7], "--load_best_model_at_end", "true").scores == (0.9,)
+
+    def test_the_evaluation_before_training_is_of_no_model_that_a_run_keeps(self, finished):
+        assert finished([0.9, 0.5, 0.7], "--load_best_model_at_end", "true", first=0).scores == (0.7,)
 
     def test_a_metric_that_is_no_number_fails_the_trial_and_no_evaluation_stops_the_sweep(self, finished):
         assert "eval_accuracy is not a finite number" in str(finished([0.5, None]).failure)

@@ -177,6 +177,18 @@ def test_a_run_by_rules_is_scored_by_the_column_of_other_data(tmp_path, capsys):
         with_columns(ClassificationTask(dataset_name=str(file)), by_rules)
 
 
+def test_the_first_rows_of_a_share_are_refused_where_rules_give_the_classes(tmp_path):
+    """Which texts a run held out depends on all of them there: the first rows alone would name others."""
+    file = tmp_path / "own.csv"
+    file.write_text("text\n" + "".join(f"Is it {n}?\nGo to {n}.\nIt was {n}.\n" for n in range(40)))
+    task = ClassificationTask(dataset_name=str(file), label_source="rules")
+    by_rules, ranks = classifier_of(3, KINDS, label_source="rules"), Ranks(0, 1, torch.device("cpu"))
+    assert len(read_task_rows(task, by_rules, ranks, held_out=(0.2, 1)).texts) < 60
+    with pytest.raises(UserError, match="--limit has no sure meaning here"):
+        read_task_rows(task, by_rules, ranks, 30, held_out=(0.2, 1))
+    assert len(read_task_rows(task, by_rules, ranks, 30).texts) == 30
+
+
 @pytest.mark.parametrize(
     ("named", "source"),
     [({}, "rules"), ({"dataset_label_field": "kind"}, "column"), ({"labels": KINDS}, "column")],

@@ -206,13 +206,20 @@ def task_of_run(
     if name is None and mixture is None:
         raise UserError(f"the run {classifier.name} names no evaluation data: use --dataset_name or --task")
     own: dict[str, Any] = {"dataset_name": name, "dataset_split": split, **columns}
-    if mixture is not None and "dataset_name" not in {key for key, value in flags.items() if value is not None}:
+    given = {key: value for key, value in flags.items() if value is not None}
+    prefix = "dataset" if held_out else "eval_dataset"
+    own |= {f"dataset_{key}": recipe.get(f"{prefix}_{key}") for key in ("config", "revision")}
+    parts, whose = ("dataset_split", "dataset_config", "dataset_revision"), "several data sets"
+    if mixture is not None:
         split_of = [{"dataset_split": mixture_split, **entry} for entry in mixture]
         own |= {"dataset_name": mixture_name(mixture), "dataset_mixture": split_of, "mixture_seed": recipe["seed"]}
-    given = {key: value for key, value in flags.items() if value is not None}
-    if "dataset_name" not in given:
-        prefix = "dataset" if held_out else "eval_dataset"
-        own |= {f"dataset_{key}": recipe.get(f"{prefix}_{key}") for key in ("config", "revision")}
+        others = [key for key in (*parts, "dataset_columns") if key in given]
+    else:
+        whose = f"the share of {name} that it was not trained on"
+        others = [key for key in parts if held_out and key in given and given[key] != own[key]]
+    if others:
+        named = f"--{others[0]} {given[others[0]]}"
+        raise UserError(f"{named} needs --dataset_name: {classifier.name} is evaluated on {whose}")
     return read_task(ClassificationTask, None, {**own, **given}), held_out
 
 

@@ -272,7 +272,10 @@ def _text_statistics(result: Result) -> list[Statistic]:
         texts, references = [row["text"] for row in rows], [row["reference"] for row in rows]
     except KeyError as missing:
         raise UserError(f"{result.folder / PREDICTIONS}: a row has no {missing}") from None
-    measured = measure_texts(texts, references, [row.get("ended", 0.0) for row in rows])
+    ended = [row.get("ended") for row in rows]
+    measured = measure_texts(texts, references, [value or 0.0 for value in ended])
+    if None in ended:  # their task did not measure it
+        del measured["ended"]
     with suppress(KeyError, ValueError, ZeroDivisionError):  # not every row has a likelihood
         likelihoods = [_likelihood(row) for row in rows]
         measured |= measure_likelihoods(likelihoods)

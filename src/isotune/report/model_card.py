@@ -96,7 +96,8 @@ def final_evaluation(record: RunRecord) -> tuple[int, dict[str, Any]] | None:
     if keys.get("load_best_model_at_end"):
         metric = str(keys.get("metric_for_best_model", "eval_loss"))
         sign = -1 if is_higher_better(metric, keys) else 1
-        values = {step: line[metric] for step, line in record.evaluations.items() if line.get(metric) is not None}
+        trained = {step: line for step, line in record.evaluations.items() if step}  # 0 is of eval_on_start
+        values = {step: line[metric] for step, line in trained.items() if line.get(metric) is not None}
         step = min(values, key=lambda step: (sign * values[step], step), default=None)
     else:
         step = max(record.steps, default=None)

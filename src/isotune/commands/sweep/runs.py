@@ -272,7 +272,7 @@ def _test_flags(plan: Plan, recipe: Mapping[str, Any]) -> list[str]:
 def _kept_value(plan: Plan, run: Path) -> float:
     """The metric of the evaluation whose model the run keeps: the best, with load_best_model_at_end, else the last."""
     _, evaluations = or_refuse(read_progress, run / METRICS, f"{run / METRICS}: cannot be read")
-    values = [line.get(plan.metric) for _, line in sorted(evaluations.items())]
+    values = [line.get(plan.metric) for step, line in sorted(evaluations.items()) if step]  # 0: of eval_on_start
     if not values:
         raise UserError(f"{run} has ended without an evaluation: let it evaluate at its end, by eval_steps")
     finite = [value for value in values if value is not None]

@@ -12,7 +12,9 @@ from isotune.io.run_files import is_finite_number, or_empty, read_recipe_values
 
 def model_parser(prog: str, description: str, kind: str) -> OneSentenceParser:
     """A parser with the flags for a run, or else for a model of a kind in words."""
-    parser = OneSentenceParser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    # whole names: `isotune eval` gives a run's own data unless it finds the flags that name others
+    parser = OneSentenceParser(prog=prog, description=description, formatter_class=form, allow_abbrev=False)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run_dir", metavar="RUN", help="the folder of a finished run")
     source.add_argument("--model", metavar="NAME", help=f"or any {kind}: a folder or a Hub id")

@@ -155,6 +155,11 @@ def read_task_rows(
     positions = max_positions(classifier.model.config)
     if positions is not None and settings.max_seq_length > positions:
         raise UserError(f"max_seq_length {settings.max_seq_length} is beyond the {positions} positions of the model")
+    if held_out is not None and limit is not None and settings.label_source == "rules":
+        raise UserError(
+            "--limit has no sure meaning here: where rules give the classes, which rows a run held out of training "
+            "depends on all of them; --dataset_name evaluates on the first rows of other data"
+        )
     labelled: LabelledSplit = tokenize(source, classifier.tokenizer, settings, show_progress=ranks.is_main)
     rows_read, reasons = len(labelled.documents), {}
     if held_out is not None:

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
+from isotune.data.sources.hub import is_hub_id
 from isotune.evaluation.distributed_eval import Ranks
 from isotune.evaluation.generation.completion import prompt_tokens
 from isotune.evaluation.generation.evaluate import prompt_of, reference_of, score_references
@@ -26,6 +27,9 @@ from isotune.evaluation.models import GenerationModel, generation_model_named, g
 from isotune.evaluation.tasks import EvalSample
 from isotune.io.errors import UserError, first_line, shown
 from isotune.io.run_files import RECIPE
+from isotune.models.base.folder import why_no_model
+from isotune.models.finished_run import is_classifier, read_run
+from isotune.models.opening import load_pretrained_config
 
 TOKEN_VARIABLE = "OPENAI_API_KEY"  # the name that every client of this interface reads
 CLIENTS = 8  # requests that a server is asked at once
@@ -56,8 +60,17 @@ def check_judge(name: str, model: str | None = None) -> None:
 
     So it is where a server that is to judge by its first model, which it is asked for, does not answer.
     """
-    if kind_of(name, model) == SERVER:
+    kind = kind_of(name, model)
+    if kind == SERVER:
         ServerJudge(name, model)
+    elif kind == RUN and is_classifier(read_run(name)):
+        raise UserError(f"--judge {name} is the run of a classifier, which judges nothing")
+    elif kind == MODEL:
+        if why := why_no_model(name):
+            raise UserError(f"--judge {why}")
+        if not Path(name).is_dir() and not is_hub_id(name):
+            raise UserError(f"--judge {shown(name)} is no run, no model, no command and no address")
+        load_pretrained_config(name, "the judge")
 
 
 def open_judge(name: str, ranks: Ranks, model: str | None = None) -> Judge | None:

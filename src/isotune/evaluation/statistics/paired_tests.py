@@ -35,7 +35,7 @@ def swap_test(a: OfSums, b: OfSums, *, seed: int = 0, resamples: int = RESAMPLES
 
     Under the null the outputs of a row are exchangeable (Noreen 1989); for a mean of rows this is the sign-flip test.
     The observed difference counts as one of the resamples, so p is never 0 and the test keeps its level with any number
-    of them. A metric that is NaN for either system has p NaN.
+    of them. A metric that is NaN for either system has p NaN; where an exchange makes it so, it counts as extreme.
     """
     columns_a, columns_b = a.columns.astype(np.float64), b.columns.astype(np.float64)
     changed = (columns_b - columns_a)[np.any(columns_a != columns_b, axis=1)]
@@ -50,7 +50,8 @@ def swap_test(a: OfSums, b: OfSums, *, seed: int = 0, resamples: int = RESAMPLES
         moved = swaps.astype(np.float64) @ changed
         differences = np.abs(b.function(sums_b - moved) - a.function(sums_a + moved))
         # the tolerance is for sums of the same numbers in another order
-        at_least += (differences >= observed - 1e-9 * np.maximum(observed, 1e-3)).sum(axis=0)
+        extreme = differences >= observed - 1e-9 * np.maximum(observed, 1e-3)
+        at_least += (extreme | np.isnan(differences)).sum(axis=0)
     p_values = np.where(np.isnan(observed), np.nan, np.where(observed == 0, 1.0, (1 + at_least) / (1 + resamples)))
     return dict(zip(a.names, p_values.tolist(), strict=True))
 
