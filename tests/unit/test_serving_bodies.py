@@ -22,6 +22,7 @@ HI = {"messages": [{"role": "user", "content": "Hi"}]}
         (Chat, HI | {"tools": [{"type": "function"}]}, "tools", "at most 0 items"),
         (Chat, HI | {"response_format": {"type": "json_object"}}, "response_format.type", "should be 'text'"),
         (Chat, HI | {"stop": ["a"] * 5}, "stop", "at most 4 items"),
+        (Chat, HI | {"stop": ["a" * 1_001]}, "stop", "at most 1000 characters"),
         (Chat, {"messages": []}, "messages", "at least 1 item"),
         (Chat, {}, "messages", "Field required"),
         (Chat, [], None, "valid dictionary"),
@@ -71,3 +72,9 @@ def test_null_is_the_default_of_every_key_that_may_be_left_out(kind):
 )
 def test_texts_come_in_four_forms(body, columns):
     assert read_body(ToClassify, body).columns() == columns
+
+
+def test_a_refusal_that_quotes_half_of_a_surrogate_pair_can_be_sent():
+    error = Refused(400, "bad", "it has \ud800", "messages.\ud800").as_json()["error"]
+    assert (error["message"], error["param"]) == ("it has ?", "messages.?")
+    assert Refused(400, "bad", "it has").as_json()["error"]["param"] is None

@@ -92,7 +92,7 @@ def test_one_that_fails_does_not_fail_the_others_of_its_batch(doubling, capsys):
     assert (held.result.result(SOON), jobs[0].result.result(SOON), jobs[2].result.result(SOON)) == (4, 6, 10)
     with pytest.raises(Refused, match="the model failed") as refused:
         jobs[1].result.result(SOON)
-    assert refused.value.status == 500
+    assert refused.value.status == 500 and str(refused.value) == "the model failed (ValueError)"
     assert capsys.readouterr().err == "error: a request failed: ValueError\n"
 
 

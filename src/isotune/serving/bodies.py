@@ -84,7 +84,7 @@ class Generation(_Body):
     temperature: Annotated[float, Field(ge=0, le=2), Open] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1), Open] = 1.0
     seed: Annotated[int, Field(ge=0)] | None = None
-    stop: Annotated[list[str], BeforeValidator(_listed), Field(max_length=4)] = []
+    stop: Annotated[list[Annotated[str, Field(max_length=1_000)]], BeforeValidator(_listed), Field(max_length=4)] = []
     stream: Annotated[bool, Open] = False
     stream_options: StreamOptions | None = None
     # in the one form that changes nothing

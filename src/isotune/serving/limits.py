@@ -27,7 +27,8 @@ class Refused(Exception):
     def as_json(self) -> dict[str, Any]:
         """In OpenAI's form, which every endpoint uses."""
         kind = "invalid_request_error" if self.status < FAILED else "server_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.field, "code": self.code}}
+        message, field = (text and text.encode("utf-8", "replace").decode() for text in (str(self), self.field))
+        return {"error": {"message": message, "type": kind, "param": field, "code": self.code}}
 
 
 def too_late() -> Refused:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-from isotune.io.errors import first_line
 from isotune.serving.limits import BAD_REQUEST, BUSY, FAILED, Limits, Refused, too_late
 
 
@@ -152,9 +151,9 @@ class Worker:
                     if not job.result.done():
                         self._run([job])
                 return
-            # no line of the server quotes what somebody asked
+            # no line of the server quotes what somebody asked, and no answer says where its files are
             print(f"error: a request failed: {type(error).__name__}", file=sys.stderr, flush=True)
-            _fail(jobs, Refused(FAILED, "failed", f"the model failed ({first_line(error)[:200]})"))
+            _fail(jobs, Refused(FAILED, "failed", f"the model failed ({type(error).__name__})"))
 
 
 def _fail(jobs: Sequence[Job], why: Refused) -> None:

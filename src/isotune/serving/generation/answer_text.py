@@ -33,7 +33,8 @@ class AnswerText:
         """The text that is certain now and was not before, and whether a stop word has come."""
         self.keep(token)
         whole, stopped = self._stopped(self._certain(self._decoded()))
-        held = max((n for word in self.stop for n in range(1, len(word)) if whole.endswith(word[:n])), default=0)
+        lengths = ((word, range(1, min(len(word), len(whole) + 1))) for word in self.stop)
+        held = max((n for word, own in lengths for n in own if whole.endswith(word[:n])), default=0)
         certain = whole if stopped else whole[: len(whole) - held]
         return self._new(certain if self.prompt is None else certain.rstrip()), stopped
 
