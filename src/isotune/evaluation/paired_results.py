@@ -273,7 +273,7 @@ def _text_statistics(result: Result) -> list[Statistic]:
     except KeyError as missing:
         raise UserError(f"{result.folder / PREDICTIONS}: a row has no {missing}") from None
     ended = [row.get("ended") for row in rows]
-    measured = measure_texts(texts, references, [value or 0.0 for value in ended])
+    measured = measure_texts(texts, references, [bool(value) for value in ended])
     if None in ended:  # their task did not measure it
         del measured["ended"]
     with suppress(KeyError, ValueError, ZeroDivisionError):  # not every row has a likelihood
