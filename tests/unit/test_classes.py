@@ -164,6 +164,52 @@ def test_evaluation_data_follow_the_names_of_the_training_data(tmp_path, write):
         prepare(tmp_path, dataset_name=write("d.jsonl", 0, 1), eval_dataset_name=other)
 
 
+TOPICS = ("World", "Sports", "Business", "Sci/Tech")
+
+
+@pytest.mark.parametrize("cells", [(0, 1, 2, 3), ("0", "1", "2", "3")])
+def test_numbers_are_no_places_in_an_order_that_nobody_stated(tmp_path, write, cells):
+    train, other = write("words.jsonl", *TOPICS), write("numbers.jsonl", *cells)
+    says = (
+        r"classes of .*words.jsonl are words in .* \(Business, Sci/Tech, Sports, World\), and .*numbers.jsonl has numb"
+    )
+    for _ in range(2):  # read, and from the cache
+        with pytest.raises(UserError, match=says):
+            prepare(tmp_path, dataset_name=train, eval_dataset_name=other)
+    data = prepare(tmp_path, dataset_name=train, eval_dataset_name=other, label_names=list(TOPICS))
+    assert data.train.documents.labels.tolist() == data.evaluation.documents.labels.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("words", "cells", "classes"),
+    [
+        (("True", "False"), (1, 0), [1, 0]),
+        (("yes", "no"), (True, False), [1, 0]),
+        (("grade 2", "grade 1"), (1, 2), [0, 1]),
+        (("ham", "spam"), (True, False), None),
+        (("neg", "pos"), (0, 1), None),
+        ((["ham"], ["spam", "ham"]), ([0, 1], [1, 0]), None),
+        ((["ham"], ["spam", "ham"]), ([1], [0]), None),
+    ],
+)
+def test_numbers_whose_names_say_which_class_they_are_stay_classes(tmp_path, write, words, cells, classes):
+    keys = {"dataset_name": write("words.jsonl", *words), "eval_dataset_name": write("numbers.jsonl", *cells)}
+    if classes is None:
+        with pytest.raises(UserError, match=r"numbers.jsonl has numbers, or true and false: label_names says which is"):
+            prepare(tmp_path, **keys)
+    else:
+        assert prepare(tmp_path, **keys).evaluation.documents.labels.tolist() == classes
+
+
+def test_numbers_are_places_in_the_order_of_a_class_label(tmp_path, write):
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["storm", "calm"])})
+    Dataset.from_dict({"text": ["1", "2"], "label": [0, 1]}, features=features).to_parquet(tmp_path / "rows.parquet")
+    data = prepare(tmp_path, dataset_name=str(tmp_path / "rows.parquet"), eval_dataset_name=write("b.jsonl", 1, 0))
+    assert data.evaluation.documents.labels.tolist() == [1, 0]
+
+
 def test_a_saved_data_sets_names_are_taken_over_and_those_of_its_parquet(tmp_path):
     from datasets import ClassLabel, Dataset, Features, Value
 

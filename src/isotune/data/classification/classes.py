@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from isotune.data.class_index import WHOLE, Label, NameIndex, listed, place_of
+from isotune.data.class_index import WHOLE, Label, NameIndex, find_class, listed, place_of
 from isotune.data.sources.class_labels import fold
 from isotune.io.errors import UserError
 
@@ -32,6 +32,7 @@ class ClassColumn:
     # whether the numbers are the data's own: those of words, in the order of the alphabet, are not
     numbered: bool = True
     spellings: int = 0  # words that were counted with another one, because they differ in case or spaces
+    by_place: bool = False  # whether a label was taken for the place of a known class, which no name confirms
 
 
 def resolve(
@@ -53,11 +54,12 @@ def resolve(
     if not own:
         labels = _as_numbers(labels)
     if known is not None:
-        return ClassColumn(_aligned(labels, NameIndex(known), own, where), tuple(known))
+        classes, by_place = _aligned(labels, NameIndex(known), own, where)
+        return ClassColumn(classes, tuple(known), by_place=by_place)
     kinds = [bool if isinstance(label, bool) else type(label) for label in labels]
     _check_missing(labels, where)
     if own:
-        return ClassColumn(_aligned(labels, NameIndex(own[0]), own[:1], where), tuple(own[0]))
+        return ClassColumn(_aligned(labels, NameIndex(own[0]), own[:1], where)[0], tuple(own[0]))
     rarest = min(dict.fromkeys(kinds), key=kinds.count)
     row = kinds.index(rarest)
     other = next((other for other, kind in enumerate(kinds) if kind is not rarest), None)
@@ -141,9 +143,10 @@ def _of_words(words: list[str], where: Callable[[int], str]) -> ClassColumn:
 
 def _aligned(
     labels: Sequence[Label], known: NameIndex, own: Sequence[Sequence[str]], where: Callable[[int], str]
-) -> np.ndarray:
-    """The class of each label among known names: int32 [rows]."""
+) -> tuple[np.ndarray, bool]:
+    """The class of each label among known names, int32 [rows], and whether one was found by its place alone."""
     distinct = {_key(label): label for label in labels}
+    by_place = False
     if own:
         listed_at = NameIndex(own[0])
         places = {key: place_of(label, listed_at) for key, label in distinct.items()}
@@ -151,10 +154,13 @@ def _aligned(
             {key: None if place is None else known.find(names[place]) for key, place in places.items()} for names in own
         ]
     else:
-        tables = [{key: place_of(label, known) for key, label in distinct.items()}]
+        found = {key: find_class(label, known) for key, label in distinct.items()}
+        tables = [{key: place for key, (place, _) in found.items()}]
+        by_place = not all(named for _, named in found.values())
     table = next((each for each in tables if None not in each.values()), tables[0])
     if not own and known.numbers:
-        table = _by_numbers_in_names(labels, distinct, table, known, where)
+        meant = _by_numbers_in_names(labels, distinct, table, known, where)
+        table, by_place = meant or table, by_place and meant is None
     classes = [table[_key(label)] for label in labels]
     if None in classes:
         row = classes.index(None)
@@ -163,22 +169,22 @@ def _aligned(
             f"{where(row)} is of class {str(labels[row])[:60]!r}: the data has the classes {listed(of_data)}, and they "
             f"are to be {listed(known.names)}"
         )
-    return np.array(classes, np.int32)
+    return np.array(classes, np.int32), by_place
 
 
 def _by_numbers_in_names(
     labels: Sequence[Label], distinct: dict[Any, Label], table: dict[Any, int | None], known: NameIndex, where: Any
-) -> dict[Any, int | None]:
-    """The table of places where numbers are those that the names have, such as 5 of `5 stars`.
+) -> dict[Any, int | None] | None:
+    """The table of places where numbers are those that the names have, such as 5 of `5 stars`; None where they are not.
 
     UserError where they may be these, or the places of the classes counted from 0, and that is not the same.
     """
     if not all(type(label) is int or (isinstance(label, str) and WHOLE.fullmatch(label)) for label in labels):
-        return table
+        return None
     meant = {key: known.numbers.get(int(float(label))) for key, label in distinct.items()}
-    if None in meant.values() or meant == table:
-        return table
-    if None not in table.values():
+    if None in meant.values():
+        return None
+    if meant != table and None not in table.values():
         row = next(row for row, label in enumerate(labels) if meant[_key(label)] != table[_key(label)])
         one, other = (known.names[each[_key(labels[row])] or 0] for each in (meant, table))
         raise UserError(

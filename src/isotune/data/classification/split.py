@@ -69,6 +69,12 @@ def prepare_labelled(recipe: ClassificationRecipe, tokenizer: Any, *, show: bool
                 f"the classes of {train.source.name} are the numbers 0 to {classes - 1}, and {evaluation.source.name} "
                 f"has {listed(evaluation.class_names or ())}: label_names says which is which"
             )
+        if recipe.label_names is None and not train.numbered and evaluation.by_place:
+            raise UserError(
+                f"the classes of {train.source.name} are words in the order of the alphabet ("
+                f"{listed(train.class_names or ())}), and {evaluation.source.name} has numbers, or true and false: "
+                "label_names says which is which"
+            )
         if train.task_type != REGRESSION:
             evaluation = replace(evaluation, settings=replace(evaluation.settings, num_labels=classes))
         evaluation.check_classes(evaluation=True)

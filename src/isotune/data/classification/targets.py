@@ -36,6 +36,7 @@ class Targets:
     names: tuple[str, ...] | None = None
     numbered: bool = True  # whether the numbers of the classes are the data's own
     notes: tuple[str, ...] = ()
+    by_place: bool = False  # whether a label was taken for the place of a known class, which no name confirms
 
     @classmethod
     def of_classes(cls, column: ClassColumn) -> "Targets":
@@ -45,7 +46,7 @@ class Targets:
             if column.spellings
             else ()
         )
-        return cls(SINGLE_LABEL, column.labels, column.names, column.numbered, notes)
+        return cls(SINGLE_LABEL, column.labels, column.names, column.numbered, notes, column.by_place)
 
 
 def type_of(cells: Sequence[Any]) -> str:
@@ -126,7 +127,7 @@ def labels_of_rows(
     values[rows, classes.labels] = 1
     if classes.spellings:
         notes.append(f"{classes.spellings} names of labels differ from another one in case or spaces: they are one")
-    return Targets(MULTI_LABEL, values, classes.names, classes.numbered, tuple(notes))
+    return Targets(MULTI_LABEL, values, classes.names, classes.numbered, tuple(notes), classes.by_place)
 
 
 def labels_in_columns(rows: Sequence[dict[str, Any]], names: Sequence[str], where: Where) -> Targets:
@@ -242,4 +243,5 @@ def _of_vectors(
         if len(labels) != expected:
             others = f"there are {expected} labels" if names or count else f"{where(0)} has {expected}"
             raise UserError(f"{where(row)}, column {column!r}, has {len(labels)} numbers of 0 and 1, and {others}")
-    return Targets(MULTI_LABEL, np.array(lists, np.float64).astype(np.uint8), tuple(names) if names else None)
+    values = np.array(lists, np.float64).astype(np.uint8)
+    return Targets(MULTI_LABEL, values, tuple(names) if names else None, by_place=bool(names))
