@@ -228,6 +228,49 @@ def test_a_saved_data_sets_names_are_taken_over_and_those_of_its_parquet(tmp_pat
         quietly(str(tmp_path / "test"))
 
 
+OF_ANOTHER_KIND = {
+    "numbers": (("0", "1"), [0, 1]),
+    "true and false": (("True", "False"), [1, 0]),
+}
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+@pytest.mark.parametrize("kind", OF_ANOTHER_KIND)
+def test_sources_of_a_mixture_whose_classes_are_of_other_kinds_are_refused(tmp_path, write, form, kind):
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
+    first = tmp_path / f"first.{form}"
+    if form == "jsonl":
+        write(first.name, "pos", "neg")
+    else:
+        Dataset.from_dict({"text": ["1", "2"], "label": [1, 0]}, features=features).to_parquet(first)
+    cells, classes = OF_ANOTHER_KIND[kind]
+    (tmp_path / "more.csv").write_text(f"text,label\n3,{cells[0]}\n4,{cells[1]}\n")
+    mixture = [{"dataset_name": str(tmp_path / name)} for name in (first.name, "more.csv")]
+    with pytest.raises(
+        UserError, match=rf"row 1 of .*more.csv holds '{cells[0]}' and row 1 of .*first.* 'pos': .*mixed"
+    ):
+        prepare(tmp_path, dataset_mixture=mixture)
+    data = prepare(tmp_path, dataset_mixture=mixture, label_names=["neg", "pos"])
+    assert data.train.documents.labels.tolist() == [1, 0, *classes]
+
+
+def test_lists_of_labels_in_a_mixture_are_of_one_kind_too(tmp_path, write):
+    mixture = [{"dataset_name": write(name, *own)} for name, own in
+               {"a.jsonl": [["ham", "eggs"], ["ham"]], "b.jsonl": [["0"], ["1", "0"]]}.items()]  # fmt: skip
+    with pytest.raises(UserError, match=r"row 1 of .*b.jsonl holds '0' and row 1 of .*a.jsonl 'ham': .* not mixed"):
+        prepare(tmp_path, dataset_mixture=mixture)
+
+
+def test_digits_that_are_names_in_one_source_of_a_mixture_are_names_in_the_other(tmp_path, write):
+    mixture = [{"dataset_name": write(name, *own)} for name, own in
+               {"a.jsonl": ["1", "other", "2"], "b.jsonl": ["1", "2"]}.items()]  # fmt: skip
+    data = prepare(tmp_path, dataset_mixture=mixture)
+    assert data.train.class_names == ["1", "2", "other"]
+    assert data.train.documents.labels.tolist() == [0, 2, 1, 0, 1]
+
+
 IDS = {
     "repeated": [7, 7, 8],
     "of two kinds": [0, "x", 1],

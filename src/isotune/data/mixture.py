@@ -83,10 +83,17 @@ class Mixture(Source):
         part, own = self._place(number)
         return self.parts[part].source.lacks(own, row, column, key)
 
-    def _place(self, row: int) -> tuple[int, int]:
+    def part_of(self, row: int) -> int:
+        """Which of the parts a row is of."""
+        return self._reading(row).part
+
+    def _reading(self, row: int) -> Reading:
         if row >= self.progress.get("rows", 0):  # not read, or only in part, by whoever asks
             deque(self.rows(), maxlen=0)
-        reading = next(each for each in reversed(self.readings) if each.first <= row)
+        return next(each for each in reversed(self.readings) if each.first <= row)
+
+    def _place(self, row: int) -> tuple[int, int]:
+        reading = self._reading(row)
         own = row - reading.first
         return reading.part, own if reading.chosen is None else int(np.flatnonzero(reading.chosen)[own])
 

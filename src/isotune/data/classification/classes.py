@@ -20,6 +20,8 @@ MOST_CLASSES = 1_000  # of words: more are texts that somebody took for classes
 
 MISSING = frozenset(("na", "n/a", "nan", "null", "none", "nil", "-", "?", "#n/a", "<na>"))
 
+_TRUTHS = ("true", "false")
+
 _PADDED = re.compile(r"0\d+", re.A)  # a code such as 007
 
 
@@ -42,6 +44,7 @@ def resolve(
     known: Sequence[str] | None = None,
     own: Sequence[Sequence[str]] = (),
     count: int | None = None,
+    part_of: Callable[[int], int] = lambda _: 0,
 ) -> ClassColumn:
     """The classes of a column's labels.
 
@@ -49,7 +52,8 @@ def resolve(
     the names that the data itself lists, such as a ClassLabel's, and further lists of names of the same classes; the
     first list whose names are known counts. Without both, words become classes in the order of the alphabet. `count` is
     the number of classes, where it is known, and 0 where numbers are never names. `where`
-    names a row, counted from 0. UserError where a label is no class of these.
+    names a row, counted from 0, and `part_of` says which source of a mixture it is of. UserError where a label is no
+    class of these.
     """
     if not own:
         labels = _as_numbers(labels)
@@ -64,14 +68,14 @@ def resolve(
     row = kinds.index(rarest)
     other = next((other for other, kind in enumerate(kinds) if kind is not rarest), None)
     if other is not None:
-        raise UserError(
-            f"{where(row)} holds {labels[row]!r} and {where(other)} {labels[other]!r}: a class is a whole number, "
-            "a word, or true or false, and these are not mixed (label_names says which classes there are)"
-        )
+        raise _mixed(labels, row, other, where)
     if kinds[0] is bool:
         return ClassColumn(np.array(labels, np.int32), ("false", "true"))
     if kinds[0] is str:
-        return _of_words([str(label) for label in labels], where)
+        words = [str(label) for label in labels]
+        if pair := _of_other_kinds(words, part_of):
+            raise _mixed(labels, *pair, where)
+        return _of_words(words, where)
     counted = _counted_from_elsewhere(labels)
     if counted is not None and count in (None, len(counted.names or ())):
         return counted
@@ -82,6 +86,36 @@ def resolve(
             "label_names says what the classes are called where they are other numbers"
         )
     return ClassColumn(np.array(labels, np.int32), None)
+
+
+def _mixed(labels: Sequence[Label], row: int, other: int, where: Callable[[int], str]) -> UserError:
+    return UserError(
+        f"{where(row)} holds {labels[row]!r} and {where(other)} {labels[other]!r}: a class is a whole number, a word, "
+        "or true or false, and these are not mixed (label_names says which classes there are)"
+    )
+
+
+def _of_other_kinds(words: Sequence[str], part_of: Callable[[int], int]) -> tuple[int, int] | None:
+    """Rows of two sources of a mixture, the labels of one of which are numbers alone, or true and false alone.
+
+    In one file, digits beside words may be names. Two sources that call their classes otherwise are as many classes
+    more, unless they share one. None where there are no such sources.
+    """
+    kinds = {word: int if WHOLE.fullmatch(word) else bool if word.lower() in _TRUTHS else str for word in set(words)}
+    if len(set(kinds.values())) < 2:
+        return None
+    parts: dict[int, dict[str, int]] = {}  # the first row of each label
+    for row, word in enumerate(words):
+        parts.setdefault(part_of(row), {}).setdefault(word, row)
+    for own in parts.values():
+        kind = kinds[next(iter(own))]
+        if kind is str or any(kinds[word] is not kind for word in own):
+            continue
+        others = [other for other in parts.values() if any(kinds[word] is not kind for word in other)]
+        if others and not any(own.keys() & other.keys() for other in others):
+            word = next(word for word in others[0] if kinds[word] is not kind)
+            return next(iter(own.values())), others[0][word]
+    return None
 
 
 def _as_numbers(labels: Sequence[Label]) -> Sequence[Label]:

@@ -85,12 +85,13 @@ def labels_of_rows(
     known: Sequence[str] | None = None,
     own: Sequence[Sequence[str]] = (),
     count: int | None = None,
+    part_of: Callable[[int], int] = lambda _: 0,
 ) -> Targets:
     """The labels of each row, from lists of names or numbers; or from texts with one clear separator.
 
     Numbers are places among `known`, or `own`, names; lists of 0 and 1 of one length have a place for each label.
-    `count` is the number of labels, where numbers have no names. UserError names the row of a cell that is no such
-    list, or has a label that is not known.
+    `count` is the number of labels, where numbers have no names, and `part_of` is that of `resolve`. UserError names
+    the row of a cell that is no such list, or has a label that is not known.
     """
     notes: list[str] = []
     lists = _as_lists(cells, where, column, known or (own[0] if own else None), notes)
@@ -109,7 +110,14 @@ def labels_of_rows(
             rows.append(row)
     if not flat:
         raise UserError(f"no row of the column {column!r} has a label: there is nothing to learn")
-    classes = resolve(flat, where=lambda item: where(rows[item]), known=known, own=own, count=0)
+    classes = resolve(
+        flat,
+        where=lambda item: where(rows[item]),
+        known=known,
+        own=own,
+        count=0,
+        part_of=lambda item: part_of(rows[item]),
+    )
     if classes.names is None and count is None and classes.labels.max() >= MOST_CLASSES:
         item = int(classes.labels.argmax())
         raise UserError(

@@ -76,6 +76,10 @@ class Source:
             return f"row {row - first + 1} of {path}"
         return f"row {row + 1} of {self.name}"
 
+    def part_of(self, row: int) -> int:
+        """Which source of a mixture a row is of, which has been read; of any other source 0."""
+        return 0
+
     def unnamed(self, cells: Sequence[str], *, are_conversations: bool = False) -> UserError:
         """The error of a file whose first line, with these cells, is a row and names no columns."""
         file = self.starts[0][1] if self.starts else self.name
