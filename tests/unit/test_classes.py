@@ -210,6 +210,26 @@ def test_numbers_are_places_in_the_order_of_a_class_label(tmp_path, write):
     assert data.evaluation.documents.labels.tolist() == [1, 0]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("named.csv", "text,label\nx,1\ny,0\n"),
+        ("plain.csv", "1,x\n0,y\n"),
+        ("rows.jsonl", '{"text": "x", "label": 1}\n{"text": "y", "label": 0}\n'),
+    ],
+)
+def test_columns_of_the_training_file_are_not_those_of_an_evaluation_file_that_has_names(tmp_path, name, content):
+    (tmp_path / "train.csv").write_text("0,a\n1,b\n")
+    (tmp_path / name).write_text(content)
+    keys = {"model_name_or_path": "x", "dataset_name": str(tmp_path / "train.csv"), "output_dir": str(tmp_path / "run")}
+    keys |= {"dataset_columns": ["label", "text"], "eval_dataset_name": str(tmp_path / name), "max_seq_length": 8}
+    recipe = ClassificationRecipe.from_values(**keys)
+    data = prepare_labelled(recipe, word_tokenizer(), show=False)
+    assert data.evaluation.documents.labels.tolist() == [1, 0]
+    assert list(data.evaluation.texts()) == ["x", "y"]
+    assert RunIdentity.of(recipe).contents.keys() == {"dataset_name", "eval_dataset_name"}
+
+
 def test_a_saved_data_sets_names_are_taken_over_and_those_of_its_parquet(tmp_path):
     from datasets import ClassLabel, Dataset, Features, Value
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from isotune.data.sources.files import BorrowedColumns
 from isotune.data.sources.source import read_rows
 from isotune.io.errors import UserError
 
@@ -221,6 +222,42 @@ def test_columns_without_names_get_those_of_the_recipe(tmp_path):
     assert "line 1 (row 1) has 3 cells, and dataset_columns names 2 columns" in mistake(path, columns=["label", "text"])
     (tmp_path / "data.jsonl").write_text("{}")
     assert "data.jsonl have names: leave the key out" in mistake(tmp_path / "data.jsonl", columns=["label", "text"])
+
+
+@pytest.mark.parametrize(
+    "header", ["label,text", "Text, Label", "\n  \nlabel;text", "id,text,label", "sep=|\ntext|label"]
+)
+def test_columns_are_not_named_for_a_file_that_names_them(tmp_path, header):
+    path = tmp_path / "data.csv"
+    line = header.count("\n") + 1
+    path.write_text(f"{header}\n")
+    says = f"{path} line {line} names these columns: leave dataset_columns out"
+    assert mistake(path, columns=["label", "text"]) == says
+    borrowed = read_rows(str(path), columns=BorrowedColumns(["label", "text"]))
+    assert borrowed.fingerprint == read_rows(str(path)).fingerprint and borrowed.names_by_line
+
+
+def test_columns_that_are_borrowed_count_where_a_csv_has_none_of_its_own(tmp_path):
+    columns = BorrowedColumns(["label", "text"])
+    rows = [{"label": "1", "text": "a"}, {"label": "2", "text": "b"}]
+    for name, content in {
+        "plain.csv": "1,a\n2,b\n", "named.csv": "text,label\na,1\nb,2\n",
+        "rows.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text(content)
+        assert list(read_rows(str(tmp_path / name), columns=columns).rows()) == rows
+    plain = [read_rows(str(tmp_path / "plain.csv"), columns=own) for own in (columns, list(columns))]
+    assert plain[0].fingerprint == plain[1].fingerprint
+    assert len(list(read_rows("builtin:greetings", columns=columns).rows())) == 80
+    with pytest.raises(UserError, match="the columns of builtin:greetings have names"):
+        read_rows("builtin:greetings", columns=list(columns))
+
+
+@pytest.mark.parametrize("start", ["  \n", "\n", ""])
+def test_a_blank_line_before_the_one_name_of_a_csv_leaves_its_rows_as_they_are(tmp_path, start):
+    (tmp_path / "one.csv").write_text(f"{start}text\nhello\n  \nworld\n")
+    source = read_rows(str(tmp_path / "one.csv"))
+    assert [row["text"] for row in source.rows()] == ["hello", "  ", "world"]
 
 
 def test_a_row_is_named_by_its_file_where_there_are_several(tmp_path):

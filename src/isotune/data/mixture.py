@@ -22,6 +22,7 @@ from isotune.config.mixture import FRACTION, NAME, WEIGHT, mixture_name
 from isotune.data.class_index import NameIndex, label_of, place_of
 from isotune.data.documents import Documents, digest, with_share
 from isotune.data.sources.class_labels import ClassNames, fold
+from isotune.data.sources.files import BorrowedColumns
 from isotune.data.sources.source import Row, Source, read_rows
 from isotune.io.errors import UserError
 
@@ -244,6 +245,11 @@ def training_source(recipe: RunRecipe) -> Source:
     )
 
 
+def evaluation_columns(columns: Sequence[str] | None) -> BorrowedColumns | None:
+    """`dataset_columns` for the evaluation data, which may be a file of another form than the training data."""
+    return BorrowedColumns(columns) if columns else None
+
+
 def evaluation_source(recipe: RunRecipe) -> Source:
     """What a recipe evaluates on: its `eval_dataset_name`, or its `eval_dataset_mixture`."""
     if recipe.eval_dataset_mixture is not None:
@@ -253,7 +259,7 @@ def evaluation_source(recipe: RunRecipe) -> Source:
         recipe.eval_dataset_name,
         recipe.eval_dataset_split,
         name="eval_dataset_name",
-        columns=recipe.dataset_columns,
+        columns=evaluation_columns(recipe.dataset_columns),
         config=recipe.eval_dataset_config,
         revision=recipe.eval_dataset_revision,
     )

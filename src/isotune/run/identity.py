@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from isotune.config import ClassificationRecipe, RunRecipe
 from isotune.config.mixture import mixture_name
-from isotune.data.mixture import EVALUATED
+from isotune.data.mixture import EVALUATED, evaluation_columns
 from isotune.data.sft.chat_format import WORDS as CHAT_WORDS
 from isotune.data.sources.source import PREFIX, read_rows
 from isotune.io.errors import UserError
@@ -76,7 +76,9 @@ def contents_of(recipe: RunRecipe) -> dict[str, str]:
         if name and not name.startswith(PREFIX) and Path(name).expanduser().exists():
             config = values[key.replace("_name", "_config")]
             with suppress(UserError):  # whoever reads it says what is wrong
-                source = read_rows(name, values[split], name=key, columns=values["dataset_columns"], config=config)
+                columns = values["dataset_columns"]
+                columns = columns if key == "dataset_name" else evaluation_columns(columns)
+                source = read_rows(name, values[split], name=key, columns=columns, config=config)
                 found[key] = source.fingerprint
     for key, split in MIXTURES.items():
         if values.get(key):

@@ -23,7 +23,15 @@ from isotune.data.sources.arrow_rows import read_dataset
 from isotune.data.sources.card import ListedSplit, class_names_beside, has_configs, key_beside, open_card_split
 from isotune.data.sources.class_labels import class_names_of, features_class_names, file_class_names
 from isotune.data.sources.csv_rows import SHOWN_CHARACTERS, looks_like_row, unnamed_columns
-from isotune.data.sources.files import CSV_FORMATS, Row, digest_of, is_lfs_pointer, reader_of
+from isotune.data.sources.files import (
+    CSV_FORMATS,
+    BorrowedColumns,
+    Row,
+    columns_of,
+    digest_of,
+    is_lfs_pointer,
+    reader_of,
+)
 from isotune.data.sources.hub import is_hub_id
 from isotune.data.sources.hub_datasets import load_prepared, open_hub_split
 from isotune.data.sources.layout import find_split
@@ -142,7 +150,8 @@ def read_rows(
         a card that names any, as `find_split` finds them; or one that `datasets.save_to_disk` wrote;
       - a Hub id; `config` is one of the configurations that its card names, `revision` a branch, tag or commit.
 
-    `columns` name those of CSV files whose first line is a row. UserError, in which the recipe's key is called `name`,
+    `columns` name those of CSV files whose first line is a row; those that are borrowed say nothing of any other file.
+    UserError, in which the recipe's key is called `name`,
     where the data set is not there, the Hub is out of reach, or `columns` are given for anything but CSV.
     """
     path = Path(dataset_name).expanduser()
@@ -218,7 +227,8 @@ def _rows_of_listed(name: str, found: ListedSplit, columns: Sequence[str] | None
 
 
 def _check_columns(columns: Sequence[str] | None, path: Path | None, dataset_name: str) -> None:
-    if columns and (path is None or format_of(path) not in CSV_FORMATS):
+    is_borrowed = isinstance(columns, BorrowedColumns)
+    if columns and not is_borrowed and (path is None or format_of(path) not in CSV_FORMATS):
         raise UserError(f"dataset_columns: the columns of {path or dataset_name} have names: leave the key out")
     if columns and len(set(columns)) < len(columns):
         raise UserError(f"dataset_columns names a column twice: {', '.join(columns)}")
@@ -233,7 +243,8 @@ def _files_source(source_name: str, paths: list[Path], columns: Sequence[str] | 
             raise UserError(
                 f"{path} is a pointer of Git LFS and holds no rows: fetch the file itself by `git lfs pull`"
             )
-    readers = [(path, reader_of(path, columns)) for path in paths]
+    needed = [columns_of(path, columns) for path in paths]
+    readers = [(path, reader_of(path, own)) for path, own in zip(paths, needed, strict=True)]
     found = list(notes)
     starts: list[tuple[int, Path]] = []
 
@@ -245,9 +256,9 @@ def _files_source(source_name: str, paths: list[Path], columns: Sequence[str] | 
                 count += 1
                 yield row
 
-    by_line = columns is None and format_of(paths[0]) in CSV_FORMATS
+    by_line = needed[0] is None and format_of(paths[0]) in CSV_FORMATS
     names = file_class_names(paths[0])
-    return Source(source_name, digest_of(paths, columns), read, notes, starts, by_line, names)
+    return Source(source_name, digest_of(paths, next(filter(None, needed), None)), read, notes, starts, by_line, names)
 
 
 def _folder_source(folder: Path, split: str, key: str, columns: Sequence[str] | None, config: str | None) -> Source:
