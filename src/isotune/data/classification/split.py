@@ -98,11 +98,13 @@ def prepare_labelled(recipe: ClassificationRecipe, tokenizer: Any, *, show: bool
             )
         leaked = {"in the evaluation data too": int((~kept).sum())}
         check_left_out(train.source.name, len(kept), leaked, allowed=recipe.allow_dropped, show=show)
-    else:
-        remarks |= {"in_the_other": _counted(in_the_other["train"])}
     if "held_out" in remarks or "dropped" in remarks:
         train.check_classes(evaluation=False, left_by="drop_leaked" if "dropped" in remarks else "eval_split_share")
+    rows = train.documents.source_rows
     train, to_choose_on = _hold_out_to_choose(train, recipe)
+    if "dropped" not in remarks:  # of the documents that are left to train on
+        left = in_the_other["train"][np.isin(rows, train.documents.source_rows)]
+        remarks |= {"in_the_other": _counted(left)}
     to_evaluate = evaluation.prepared(classes, in_the_other=_counted(in_the_other["evaluation"]))
     prepared = train.prepared(classes, **remarks)
     to_train = augmented(prepared, train.contents, augmentation, recipe, tokenizer, show_progress=show)
