@@ -14,6 +14,7 @@ from isotune.data.sft.chat_format import WORDS as CHAT_WORDS
 from isotune.data.sources.source import PREFIX, read_rows
 from isotune.io.errors import UserError
 from isotune.io.files import digest_of_file
+from isotune.io.folders import expanded
 from isotune.models.base.folder import digest_of_model
 
 MODELS = ("model_name_or_path", "tokenizer_name_or_path")
@@ -73,7 +74,7 @@ def contents_of(recipe: RunRecipe) -> dict[str, str]:
             found[key] = digest_of_file(Path(name)).hex()
     for key, split in DATA.items():
         name = None if values.get(key.replace("_name", "_mixture")) else values[key]
-        if name and not name.startswith(PREFIX) and Path(name).expanduser().exists():
+        if name and not name.startswith(PREFIX) and expanded(name).exists():
             config = values[key.replace("_name", "_config")]
             with suppress(UserError):  # whoever reads it says what is wrong
                 columns = values["dataset_columns"]

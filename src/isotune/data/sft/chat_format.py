@@ -11,7 +11,6 @@ written as a template too, and known by its first line.
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, cast
 
 from jinja2 import nodes
@@ -22,6 +21,7 @@ from isotune.compat.chat_templates import RENDERING_ERRORS, bounded_environment
 from isotune.data.sft.prefixes import bounded_rendering
 from isotune.data.tokenizer import prefix_of, tokenizer_name
 from isotune.io.errors import UserError, first_line, nearest
+from isotune.io.folders import expanded
 from isotune.io.reading import Unreadable, read_text
 
 AUTO, GUANACO, TEMPLATE = WORDS = ("auto", "guanaco", "template")
@@ -106,7 +106,7 @@ class ChatFormat:
 
     @classmethod
     def _of_file(cls, asked: str) -> "ChatFormat":
-        path = Path(asked).expanduser()
+        path = expanded(asked)
         try:
             text = read_text(path)
         except (FileNotFoundError, Unreadable) as error:

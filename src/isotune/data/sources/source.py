@@ -36,7 +36,7 @@ from isotune.data.sources.hub import is_hub_id
 from isotune.data.sources.hub_datasets import load_prepared, open_hub_split
 from isotune.data.sources.layout import find_split
 from isotune.io.errors import UserError, first_line, nearest, shown
-from isotune.io.folders import described
+from isotune.io.folders import described, expanded
 from isotune.io.formats import FORMAT_WORDS, format_of
 from isotune.io.reading import Unreadable, read_json
 from isotune.io.run_files import or_refuse
@@ -154,7 +154,7 @@ def read_rows(
     UserError, in which the recipe's key is called `name`,
     where the data set is not there, the Hub is out of reach, or `columns` are given for anything but CSV.
     """
-    path = Path(dataset_name).expanduser()
+    path = expanded(dataset_name)
     if dataset_name.startswith(PREFIX) or path.exists():
         if revision is not None:
             raise UserError(f"{key_beside(name, 'revision')} is for Hub ids, and {dataset_name} is none")
