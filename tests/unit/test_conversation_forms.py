@@ -437,7 +437,7 @@ def test_a_value_of_a_tool_that_json_does_not_have_is_named_by_its_row(tmp_path,
     asked, answer = ({"role": each["role"], "value": each["content"]} for each in ASKED)  # a column has one type
     parquet.write_table(Table.from_pylist([{"messages": [asked, told, answer]}]), tmp_path / "rows.parquet")
     with pytest.raises(
-        UserError, match=r"^row 1 of .*rows.parquet.*: data of a tool holds .*, which JSON does not have"
+        UserError, match=r"^row 1 of .*rows.parquet.*: data of a tool holds .* of type \w+, which JSON does not have"
     ):
         prepare(str(tmp_path / "rows.parquet"), "train", byte_chat_tokenizer(), SftSettings(), show_progress=False)
 

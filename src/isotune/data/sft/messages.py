@@ -279,6 +279,6 @@ def as_json(value: Any) -> str:
 
 def _refuse(value: Any) -> Any:
     raise ValueError(
-        f"data of a tool holds {kind_of_value(value)}, {shown(value, 30)}, which JSON does not have: write a text or a "
-        "number"
+        f"data of a tool holds {shown(value, 30)} of type {type(value).__name__}, which JSON does not have: write "
+        "a text or a number"
     )

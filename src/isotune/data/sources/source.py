@@ -13,7 +13,7 @@ from functools import cache
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
@@ -114,8 +114,9 @@ def kind_of_value(value: Any) -> str:
     """How an error sentence names what stands in a cell instead of what is expected."""
     if isinstance(value, bytes):
         return "bytes that are not UTF-8"
-    kinds = {bool: "true or false", int: "a number", float: "a number", dict: "an object"}
-    return "null" if is_null(value) else kinds.get(type(value), f"a {type(value).__name__}")
+    kinds: dict[type[object], str] = {bool: "true or false", int: "a number", float: "a number", dict: "an object"}
+    kind = cast("type[object]", type(value))
+    return "null" if is_null(value) else kinds.get(kind, f"a {kind.__name__}")
 
 
 def told(value: Any) -> str:
