@@ -1,6 +1,7 @@
 """Which form a recipe's chat_format means, and what the saved tokenizer says of it."""
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,58 @@ def test_the_day_is_the_same_every_day_and_in_the_saved_template():
     text = tokenizer.apply_chat_template([{"role": "user", "content": "q"}], tokenize=False)
     assert "Today is 26 Jul 2024" in text
     assert ChatFormat.of("auto", tokenizer).template == form.template, "what is saved is not fixed twice"
+
+
+def day_as_written(template: str) -> str:
+    """What a template writes of the day, which is also what it writes once it is saved."""
+    tokenizer = byte_chat_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{% endfor %}" + template
+    form = ChatFormat.of("template", tokenizer)
+    form.apply(tokenizer)
+    assert ChatFormat.of("template", tokenizer).template == form.template
+    return tokenizer.apply_chat_template([{"role": "user", "content": "q"}], tokenize=False)
+
+
+PARTS = [f"%{part}" for part in "aAbBcCdDeFgGhHIjklmMnprRStTuUVwWxXyYzZ%"] + [f"%-{part}" for part in "dmHIMSjyeUWVkl"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_of_a_date_is_that_of_the_fixed_day(part):
+    expected = datetime.fromisoformat(DAY).strftime(f"<{part}>")
+    assert day_as_written(f"{{{{ '<' + strftime_now('{part}') + '>' }}}}") == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "day"),
+    [
+        ("{{ strftime_now('%-d %B %Y') }}", "26 July 2024"),
+        ('{{ strftime_now("%d/%m/%Y %H:%M") }}', "26/07/2024 00:00"),
+        ("{{ '<' + strftime_now(' %d\n') + '>' }}", "< 26\n>"),
+        ("{{ strftime_now('{%d}{{%m}}') }}", "{26}{{07}}"),
+        ("{{ strftime_now(format='%d %b %Y') }}", "26 Jul 2024"),
+        ("{{ strftime_now('%d') ~ strftime_now('%f') }}", "26000000"),
+        ("{% if strftime_now is defined and not x %}{{ strftime_now('%A') }}{% endif %}", "Friday"),
+        ("{% if strftime_now %}{{ strftime_now('%p') if strftime_now else 1 }}{% endif %}", "AM"),
+    ],
+)
+def test_the_day_is_written_in_whatever_form_a_template_asks_for(template, day):
+    assert day_as_written(template) == day
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ strftime_now('%d %Q') }}", r"of .*: strftime_now is asked for '%d %Q', and %Q is no part of a date"),
+        ("{{ strftime_now('%-B') }}", "and %-B is no part of a date"),
+        ("{{ strftime_now('100%') }}", "and % is no part of a date"),
+        ("{% set f = '%d %b' %}\n{{ strftime_now(f) }}", "line 2: strftime_now is used without a form that is written"),
+        ("{{ strftime_now('%d' ~ x) }}", "line 1: strftime_now is used without a form"),
+        ("{% set now = strftime_now %}{{ now('%d') }}", "line 1: strftime_now is used without a form"),
+    ],
+)
+def test_a_day_that_cannot_be_fixed_is_refused(template, says):
+    with pytest.raises(UserError, match=says):
+        day_as_written(template)
 
 
 def test_guanacos_form_has_the_fingerprint_of_earlier_versions_and_stays_out_of_the_recipes():

@@ -164,6 +164,72 @@ def test_evaluation_data_follow_the_names_of_the_training_data(tmp_path, write):
         prepare(tmp_path, dataset_name=write("d.jsonl", 0, 1), eval_dataset_name=other)
 
 
+TOPICS = ("World", "Sports", "Business", "Sci/Tech")
+
+
+@pytest.mark.parametrize("cells", [(0, 1, 2, 3), ("0", "1", "2", "3")])
+def test_numbers_are_no_places_in_an_order_that_nobody_stated(tmp_path, write, cells):
+    train, other = write("words.jsonl", *TOPICS), write("numbers.jsonl", *cells)
+    says = (
+        r"classes of .*words.jsonl are words in .* \(Business, Sci/Tech, Sports, World\), and .*numbers.jsonl has numb"
+    )
+    for _ in range(2):  # read, and from the cache
+        with pytest.raises(UserError, match=says):
+            prepare(tmp_path, dataset_name=train, eval_dataset_name=other)
+    data = prepare(tmp_path, dataset_name=train, eval_dataset_name=other, label_names=list(TOPICS))
+    assert data.train.documents.labels.tolist() == data.evaluation.documents.labels.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("words", "cells", "classes"),
+    [
+        (("True", "False"), (1, 0), [1, 0]),
+        (("yes", "no"), (True, False), [1, 0]),
+        (("grade 2", "grade 1"), (1, 2), [0, 1]),
+        (("ham", "spam"), (True, False), None),
+        (("neg", "pos"), (0, 1), None),
+        ((["ham"], ["spam", "ham"]), ([0, 1], [1, 0]), None),
+        ((["ham"], ["spam", "ham"]), ([1], [0]), None),
+    ],
+)
+def test_numbers_whose_names_say_which_class_they_are_stay_classes(tmp_path, write, words, cells, classes):
+    keys = {"dataset_name": write("words.jsonl", *words), "eval_dataset_name": write("numbers.jsonl", *cells)}
+    if classes is None:
+        with pytest.raises(UserError, match=r"numbers.jsonl has numbers, or true and false: label_names says which is"):
+            prepare(tmp_path, **keys)
+    else:
+        assert prepare(tmp_path, **keys).evaluation.documents.labels.tolist() == classes
+
+
+def test_numbers_are_places_in_the_order_of_a_class_label(tmp_path, write):
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["storm", "calm"])})
+    Dataset.from_dict({"text": ["1", "2"], "label": [0, 1]}, features=features).to_parquet(tmp_path / "rows.parquet")
+    data = prepare(tmp_path, dataset_name=str(tmp_path / "rows.parquet"), eval_dataset_name=write("b.jsonl", 1, 0))
+    assert data.evaluation.documents.labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("named.csv", "text,label\nx,1\ny,0\n"),
+        ("plain.csv", "1,x\n0,y\n"),
+        ("rows.jsonl", '{"text": "x", "label": 1}\n{"text": "y", "label": 0}\n'),
+    ],
+)
+def test_columns_of_the_training_file_are_not_those_of_an_evaluation_file_that_has_names(tmp_path, name, content):
+    (tmp_path / "train.csv").write_text("0,a\n1,b\n")
+    (tmp_path / name).write_text(content)
+    keys = {"model_name_or_path": "x", "dataset_name": str(tmp_path / "train.csv"), "output_dir": str(tmp_path / "run")}
+    keys |= {"dataset_columns": ["label", "text"], "eval_dataset_name": str(tmp_path / name), "max_seq_length": 8}
+    recipe = ClassificationRecipe.from_values(**keys)
+    data = prepare_labelled(recipe, word_tokenizer(), show=False)
+    assert data.evaluation.documents.labels.tolist() == [1, 0]
+    assert list(data.evaluation.texts()) == ["x", "y"]
+    assert RunIdentity.of(recipe).contents.keys() == {"dataset_name", "eval_dataset_name"}
+
+
 def test_a_saved_data_sets_names_are_taken_over_and_those_of_its_parquet(tmp_path):
     from datasets import ClassLabel, Dataset, Features, Value
 
@@ -180,6 +246,49 @@ def test_a_saved_data_sets_names_are_taken_over_and_those_of_its_parquet(tmp_pat
     unlabelled.save_to_disk(str(tmp_path / "test"))
     with pytest.raises(UserError, match=r"row 1 of .*holds -1, and its column has the classes 0 to 1: storm, calm"):
         quietly(str(tmp_path / "test"))
+
+
+OF_ANOTHER_KIND = {
+    "numbers": (("0", "1"), [0, 1]),
+    "true and false": (("True", "False"), [1, 0]),
+}
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+@pytest.mark.parametrize("kind", OF_ANOTHER_KIND)
+def test_sources_of_a_mixture_whose_classes_are_of_other_kinds_are_refused(tmp_path, write, form, kind):
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
+    first = tmp_path / f"first.{form}"
+    if form == "jsonl":
+        write(first.name, "pos", "neg")
+    else:
+        Dataset.from_dict({"text": ["1", "2"], "label": [1, 0]}, features=features).to_parquet(first)
+    cells, classes = OF_ANOTHER_KIND[kind]
+    (tmp_path / "more.csv").write_text(f"text,label\n3,{cells[0]}\n4,{cells[1]}\n")
+    mixture = [{"dataset_name": str(tmp_path / name)} for name in (first.name, "more.csv")]
+    with pytest.raises(
+        UserError, match=rf"row 1 of .*more.csv holds '{cells[0]}' and row 1 of .*first.* 'pos': .*mixed"
+    ):
+        prepare(tmp_path, dataset_mixture=mixture)
+    data = prepare(tmp_path, dataset_mixture=mixture, label_names=["neg", "pos"])
+    assert data.train.documents.labels.tolist() == [1, 0, *classes]
+
+
+def test_lists_of_labels_in_a_mixture_are_of_one_kind_too(tmp_path, write):
+    mixture = [{"dataset_name": write(name, *own)} for name, own in
+               {"a.jsonl": [["ham", "eggs"], ["ham"]], "b.jsonl": [["0"], ["1", "0"]]}.items()]  # fmt: skip
+    with pytest.raises(UserError, match=r"row 1 of .*b.jsonl holds '0' and row 1 of .*a.jsonl 'ham': .* not mixed"):
+        prepare(tmp_path, dataset_mixture=mixture)
+
+
+def test_digits_that_are_names_in_one_source_of_a_mixture_are_names_in_the_other(tmp_path, write):
+    mixture = [{"dataset_name": write(name, *own)} for name, own in
+               {"a.jsonl": ["1", "other", "2"], "b.jsonl": ["1", "2"]}.items()]  # fmt: skip
+    data = prepare(tmp_path, dataset_mixture=mixture)
+    assert data.train.class_names == ["1", "2", "other"]
+    assert data.train.documents.labels.tolist() == [0, 2, 1, 0, 1]
 
 
 IDS = {

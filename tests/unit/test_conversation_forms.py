@@ -2,13 +2,17 @@
 
 import json
 import math
+from datetime import datetime
+from decimal import Decimal
 
 import pytest
+from pyarrow import Table, parquet
 from tests.chat_tokenizers import byte_chat_tokenizer
 
 from isotune.config import Recipe
 from isotune.data.sft.messages import read_message
 from isotune.data.sft.preparation import SftSettings, prepare
+from isotune.data.sft.questions import question_of
 from isotune.evaluation.tasks import GenerationTask, read_task
 from isotune.io.errors import UserError
 
@@ -388,6 +392,54 @@ def test_a_system_prompt_stands_before_what_is_asked_under_either_name(tmp_path,
         assert texts(prepared(tmp_path, [{**form, name: "Be brief."}])) == expected
     twice = {"messages": [{"role": "system", "content": "Be brief."}, *ASKED], "system": " Be brief. "}
     assert texts(prepared(tmp_path, [twice])) == expected
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"question": "q", "response": "a"},
+        {"Instruction": "q", "Output": "a"},
+        {"prompt": "q", "completion": "a"},
+        {"messages": ASKED},
+    ],
+)
+@pytest.mark.parametrize("names", [("System", "Tools"), ("SYSTEM_PROMPT", " Functions ")])
+@pytest.mark.parametrize("is_named", [True, False])
+def test_what_stands_beside_a_question_is_read_in_any_case_as_it_is_asked(tmp_path, form, names, is_named):
+    row = {**form, names[0]: "Be brief.", names[1]: [{"name": "f"}]}
+    usual = {**form, "system": "Be brief.", "tools": [{"name": "f"}]}
+    if names[1] == " Functions ":
+        usual |= {"tools": [{"type": "function", "function": {"name": "f"}}]}
+    columns = {}
+    if is_named:
+        pair = dict(zip(("dataset_prompt_field", "dataset_completion_field"), form, strict=False))
+        columns = pair if len(pair) == 2 else {"dataset_text_field": "messages"}
+    found = prepared(tmp_path, [row], **columns)
+    assert not any("not read" in note for note in found.table.counts["notes"])
+    (learnt,) = texts(found)
+    assert [learnt] == texts(prepared(tmp_path, [usual], **columns)) and "### System: Be brief." in learnt[0]
+    assert '"name": "f"' in learnt[0]
+    messages, tools = question_of(row, next(iter(form)))
+    assert messages[0] == {"role": "system", "content": "Be brief."} and list(tools) == usual["tools"]
+
+
+def test_a_column_of_the_usual_name_counts_before_one_in_another_case(tmp_path):
+    row = {"question": "q", "response": "a", "System": "Shout.", "system": "Be brief.", "SYSTEM": "Sing."}
+    assert "### System: Be brief.\n" in texts(prepared(tmp_path, [row]))[0][0]
+    assert question_of(row, "question")[0][0]["content"] == "Be brief."
+
+
+@pytest.mark.parametrize("value", [datetime(2024, 1, 1), Decimal("1.5"), b"\xff"])
+@pytest.mark.parametrize("place", ["arguments", "answer"])
+def test_a_value_of_a_tool_that_json_does_not_have_is_named_by_its_row(tmp_path, value, place):
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": value}}}]}
+    told = call if place == "arguments" else {"role": "tool", "content": {"x": value}}
+    asked, answer = ({"role": each["role"], "value": each["content"]} for each in ASKED)  # a column has one type
+    parquet.write_table(Table.from_pylist([{"messages": [asked, told, answer]}]), tmp_path / "rows.parquet")
+    with pytest.raises(
+        UserError, match=r"^row 1 of .*rows.parquet.*: data of a tool holds .* of type \w+, which JSON does not have"
+    ):
+        prepare(str(tmp_path / "rows.parquet"), "train", byte_chat_tokenizer(), SftSettings(), show_progress=False)
 
 
 @pytest.mark.parametrize("nothing", [None, math.nan, [], "", "[]", "null", "None"])

@@ -11,8 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from isotune.config import Recipe
+from isotune.data.sft.chat_format import ChatFormat
+from isotune.data.sources.files import BorrowedColumns
 from isotune.data.sources.source import read_rows
 from isotune.io.errors import UserError
+from isotune.run.hub import _is_on_hub
+from isotune.run.identity import RunIdentity
 
 ROWS = [
     {"id": "007", "text": "NA", "when": "2023-11-01"},
@@ -221,6 +226,72 @@ def test_columns_without_names_get_those_of_the_recipe(tmp_path):
     assert "line 1 (row 1) has 3 cells, and dataset_columns names 2 columns" in mistake(path, columns=["label", "text"])
     (tmp_path / "data.jsonl").write_text("{}")
     assert "data.jsonl have names: leave the key out" in mistake(tmp_path / "data.jsonl", columns=["label", "text"])
+
+
+@pytest.mark.parametrize(
+    "header", ["label,text", "Text, Label", "\n  \nlabel;text", "id,text,label", "sep=|\ntext|label"]
+)
+def test_columns_are_not_named_for_a_file_that_names_them(tmp_path, header):
+    path = tmp_path / "data.csv"
+    line = header.count("\n") + 1
+    path.write_text(f"{header}\n")
+    says = f"{path} line {line} names these columns: leave dataset_columns out"
+    assert mistake(path, columns=["label", "text"]) == says
+    borrowed = read_rows(str(path), columns=BorrowedColumns(["label", "text"]))
+    assert borrowed.fingerprint == read_rows(str(path)).fingerprint and borrowed.names_by_line
+
+
+def test_columns_that_are_borrowed_count_where_a_csv_has_none_of_its_own(tmp_path):
+    columns = BorrowedColumns(["label", "text"])
+    rows = [{"label": "1", "text": "a"}, {"label": "2", "text": "b"}]
+    for name, content in {
+        "plain.csv": "1,a\n2,b\n", "named.csv": "text,label\na,1\nb,2\n",
+        "rows.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text(content)
+        assert list(read_rows(str(tmp_path / name), columns=columns).rows()) == rows
+    plain = [read_rows(str(tmp_path / "plain.csv"), columns=own) for own in (columns, list(columns))]
+    assert plain[0].fingerprint == plain[1].fingerprint
+    assert len(list(read_rows("builtin:greetings", columns=columns).rows())) == 80
+    with pytest.raises(UserError, match="the columns of builtin:greetings have names"):
+        read_rows("builtin:greetings", columns=list(columns))
+
+
+@pytest.mark.parametrize("start", ["  \n", "\n", ""])
+def test_a_blank_line_before_the_one_name_of_a_csv_leaves_its_rows_as_they_are(tmp_path, start):
+    (tmp_path / "one.csv").write_text(f"{start}text\nhello\n  \nworld\n")
+    source = read_rows(str(tmp_path / "one.csv"))
+    assert [row["text"] for row in source.rows()] == ["hello", "  ", "world"]
+
+
+@pytest.mark.parametrize("name", ["array.json", "lines.jsonl"])
+def test_a_number_of_more_digits_than_python_reads_is_named_by_its_row(tmp_path, name):
+    rows = ['{"a": 1}', f'{{"a": {"1" * 5_000}}}']
+    (tmp_path / name).write_text(f"[{rows[0]},\n{rows[1]}]" if name == "array.json" else "\n".join(rows))
+    assert f"{name} line 2 " in mistake(tmp_path / name) and "4300 digits" in mistake(tmp_path / name)
+
+
+def test_the_home_of_a_user_that_nobody_knows_holds_no_data():
+    for name in ("~nosuchuser/x.csv", "~nosuchuser/folder", "~nosuchuser"):
+        with pytest.raises(UserError, match=f"dataset_name: there is no file or folder {name}$"):
+            read_rows(name)
+    recipe = Recipe.from_values(model_name_or_path="m", dataset_name="~nosuchuser/x.csv", output_dir="o")
+    assert RunIdentity.of(recipe).contents == {}
+    assert not _is_on_hub("~nosuchuser/x.csv")
+    with pytest.raises(UserError, match=r"chat_format: '~nosuchuser/form.jinja' cannot be read"):
+        ChatFormat.of("~nosuchuser/form.jinja", None)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_two_columns_of_one_name_in_a_table_of_arrow_are_refused(tmp_path, kind):
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], names=["text", "more", "text"])
+    file = tmp_path / f"data.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, file)
+    else:
+        with pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+    assert mistake(file) == f"{file} has two columns of the name 'text'"
 
 
 def test_a_row_is_named_by_its_file_where_there_are_several(tmp_path):

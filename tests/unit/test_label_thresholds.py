@@ -77,6 +77,19 @@ def test_thresholds_that_have_no_meaning_are_refused(keys, sentence):
         ClassificationRecipe.from_values(**common | keys)
 
 
+def test_what_is_in_the_other_data_too_is_counted_without_the_texts_that_are_kept_back(tmp_path):
+    rows = rows_of("multi_label", 120, pairs=False)
+    keys = {"dataset_name": write_rows(tmp_path / "all.jsonl", rows), "output_dir": "run", **CHOSEN}
+    keys |= {"eval_dataset_name": write_rows(tmp_path / "test.jsonl", rows[:100])}
+    recipe = ClassificationRecipe.from_values(model_name_or_path="x", **keys)
+    found = prepare_labelled(recipe, builtin_tokenizer("builtin:bert-tiny"), show=False)
+    trained, tested = list(found.train.texts()), {row["text"] for row in rows[:100]}
+    assert found.to_choose_on is not None and tested & set(found.to_choose_on.texts())
+    counts = found.train.table.counts
+    assert counts["in_the_other"]["exactly"] == sum(text in tested for text in trained)
+    assert sum(counts["in_the_other"].values()) <= counts["documents"] == len(trained)
+
+
 def test_texts_that_thresholds_are_chosen_on_are_neither_trained_on_nor_tested(tmp_path):
     rows = rows_of("multi_label", 120, pairs=False)
     common = {"model_name_or_path": "x", "output_dir": "run", "dataset_name": write_rows(tmp_path / "all.jsonl", rows)}

@@ -12,7 +12,7 @@ from isotune.data.classification.labels import ClassificationSettings
 from isotune.evaluation.classification.evaluate import Evaluation, read_task_rows, write_evaluation
 from isotune.evaluation.classification.task_columns import with_columns
 from isotune.evaluation.distributed_eval import Ranks
-from isotune.evaluation.models import Classifier
+from isotune.evaluation.models import Classifier, task_of_run
 from isotune.evaluation.statistics.resampling import Scores
 from isotune.evaluation.tasks import ClassificationTask, read_task
 from isotune.io.errors import UserError
@@ -232,3 +232,19 @@ def test_what_reading_guessed_is_in_the_result_of_a_classifier(tmp_path):
     evaluation = Evaluation(rows, np.full((2, 2), 0.5), Scores({}, {}))
     write_evaluation(evaluation, tmp_path / "out", classifier, task, {})
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["notes"] == list(rows.notes)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "named.csv", "plain.csv"])
+def test_columns_of_a_runs_training_file_are_not_those_of_other_data_that_have_names(tmp_path, name):
+    rows = [{"label": "1", "text": "a"}, {"label": "0", "text": "b"}]
+    content = {"named.csv": "text,label\na,1\nb,0\n", "plain.csv": "1,a\n0,b\n"}
+    (tmp_path / name).write_text(content.get(name) or "".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "eval_dataset_name": str(tmp_path / name),
+        "dataset_columns": ["label", "text"],
+        "eval_dataset_split": "x",
+    }
+    recipe |= {"dataset_text_field": "text", "dataset_label_field": "label"}
+    task, held_out = task_of_run(SimpleNamespace(run=SimpleNamespace(settings=recipe), name="it"), {})
+    assert held_out is None and list(task.rows().rows()) == rows
+    json.dumps(task.decisive())  # which a result's folder is named by

@@ -48,14 +48,14 @@ class NameIndex:
         """The number of a name in the list; None where it is not there."""
         return self._number.get(self._key(name))
 
-    def of_truth(self, truth: bool) -> int | None:
-        """The class that means true or false: of two by their words where these say it (yes, no), else by place."""
+    def of_truth(self, truth: bool) -> tuple[int | None, bool]:
+        """The class that means true or false, and whether its name says so: else it is the place among two classes."""
         if self.are_numbers:
-            return self.find(int(truth))
+            return self.find(int(truth)), True
         meant = [_TRUTH.get(fold(name)) for name in self.names]
         if sorted(map(str, meant)) == ["False", "True"]:
-            return meant.index(truth)
-        return int(truth) if len(self.names) == 2 else None
+            return meant.index(truth), True
+        return int(truth) if len(self.names) == 2 else None, False
 
     def order_of(self, others: Sequence[object]) -> list[int] | None:
         """Where each of the other names stands here; None where the two lists are not the same names."""
@@ -92,11 +92,18 @@ def label_of(cell: Any, names: Sequence[str] = ()) -> Label:
 
 def place_of(label: Label, known: NameIndex) -> int | None:
     """The class of a label: by its name, else by its number where the names are no numbers; None where it has none."""
+    return find_class(label, known)[0]
+
+
+def find_class(label: Label, known: NameIndex) -> tuple[int | None, bool]:
+    """The same, and whether a name says so: else the label is the place of a class in the order of the names."""
     name = str(label).lower() if isinstance(label, bool) else label
     if (place := known.find(name)) is not None:
-        return place
+        return place, True
     if isinstance(name, str) and name.lower() in ("true", "false"):
         return known.of_truth(name.lower() == "true")
     if isinstance(label, str):
-        return place_of(int(float(label)), known) if WHOLE.fullmatch(label) else None
-    return int(label) if not known.are_numbers and 0 <= label < len(known.names) else None
+        return find_class(int(float(label)), known) if WHOLE.fullmatch(label) else (None, False)
+    if known.are_numbers or not 0 <= label < len(known.names):
+        return None, False
+    return label, label in (0, 1) and fold(known.names[label]) == str(bool(label)).lower()

@@ -22,6 +22,7 @@ from isotune.config.mixture import FRACTION, NAME, WEIGHT, mixture_name
 from isotune.data.class_index import NameIndex, label_of, place_of
 from isotune.data.documents import Documents, digest, with_share
 from isotune.data.sources.class_labels import ClassNames, fold
+from isotune.data.sources.files import BorrowedColumns
 from isotune.data.sources.source import Row, Source, read_rows
 from isotune.io.errors import UserError
 
@@ -83,10 +84,17 @@ class Mixture(Source):
         part, own = self._place(number)
         return self.parts[part].source.lacks(own, row, column, key)
 
-    def _place(self, row: int) -> tuple[int, int]:
+    def part_of(self, row: int) -> int:
+        """Which of the parts a row is of."""
+        return self._reading(row).part
+
+    def _reading(self, row: int) -> Reading:
         if row >= self.progress.get("rows", 0):  # not read, or only in part, by whoever asks
             deque(self.rows(), maxlen=0)
-        reading = next(each for each in reversed(self.readings) if each.first <= row)
+        return next(each for each in reversed(self.readings) if each.first <= row)
+
+    def _place(self, row: int) -> tuple[int, int]:
+        reading = self._reading(row)
         own = row - reading.first
         return reading.part, own if reading.chosen is None else int(np.flatnonzero(reading.chosen)[own])
 
@@ -237,6 +245,11 @@ def training_source(recipe: RunRecipe) -> Source:
     )
 
 
+def evaluation_columns(columns: Sequence[str] | None) -> BorrowedColumns | None:
+    """`dataset_columns` for the evaluation data, which may be a file of another form than the training data."""
+    return BorrowedColumns(columns) if columns else None
+
+
 def evaluation_source(recipe: RunRecipe) -> Source:
     """What a recipe evaluates on: its `eval_dataset_name`, or its `eval_dataset_mixture`."""
     if recipe.eval_dataset_mixture is not None:
@@ -246,7 +259,7 @@ def evaluation_source(recipe: RunRecipe) -> Source:
         recipe.eval_dataset_name,
         recipe.eval_dataset_split,
         name="eval_dataset_name",
-        columns=recipe.dataset_columns,
+        columns=evaluation_columns(recipe.dataset_columns),
         config=recipe.eval_dataset_config,
         revision=recipe.eval_dataset_revision,
     )

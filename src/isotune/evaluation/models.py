@@ -16,7 +16,7 @@ from isotune.config.mixture import mixture_name
 from isotune.config.task_types import MULTI_LABEL, REGRESSION
 from isotune.data.classification.labels import ClassificationSettings
 from isotune.data.classification.thresholds import THRESHOLD, Thresholds, read_thresholds
-from isotune.data.mixture import EVALUATED
+from isotune.data.mixture import EVALUATED, evaluation_columns
 from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.data.sources.hub import is_hub_id
 from isotune.distributed.device import choose_device
@@ -191,9 +191,9 @@ def task_of_run(
             "dataset_text_pair_field",
             "dataset_label_field",
             "dataset_id_field",
-            "dataset_columns",
         )
     }
+    columns["dataset_columns"] = evaluation_columns(recipe.get("dataset_columns"))
     if recipe.get("label_source", "column") != "column":  # a column of classes that flags name is one to read
         columns["dataset_label_field"] = None
     name, split, held_out = recipe.get("eval_dataset_name"), recipe.get("eval_dataset_split"), None
@@ -232,7 +232,8 @@ def data_of_run(run_dir: str, dataset_name: str | None) -> dict[str, Any]:
     prefix = next((own for own in ("eval_dataset", "dataset") if recipe.get(f"{own}_name") == dataset_name), None)
     if prefix is None:
         return {}
-    columns = {key: recipe.get(key) for key in (*ROW_COLUMNS, "dataset_columns")}
+    columns = {key: recipe.get(key) for key in ROW_COLUMNS}
+    columns["dataset_columns"] = evaluation_columns(recipe.get("dataset_columns"))
     return columns | {f"dataset_{key}": recipe.get(f"{prefix}_{key}") for key in ("config", "revision")}
 
 

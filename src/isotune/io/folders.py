@@ -9,6 +9,11 @@ ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
+def expanded(name: str | os.PathLike[str]) -> Path:
+    """A path whose `~` is a home folder; it stays where nobody knows that user, so that nothing is there."""
+    return Path(os.path.expanduser(name))
+
+
 def run_of(folder: Path) -> Path | None:
     """The run that a folder is or belongs to."""
     folder = Path(os.path.normpath(folder))  # whose parents are its own, where it goes up and down again
@@ -27,7 +32,7 @@ def described(name: str | os.PathLike[str]) -> str | None:
 
     None where there is nothing, or a folder that none of these is.
     """
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_file():
         return "a file"
     run = run_of(folder)

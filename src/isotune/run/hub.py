@@ -15,6 +15,7 @@ from isotune.data.sources.hub_access import Kind, go_offline, hub_answers, is_of
 from isotune.data.sources.source import PREFIX
 from isotune.io.errors import UserError, first_line
 from isotune.io.files import replace_file
+from isotune.io.folders import expanded
 from isotune.io.formats import format_of
 from isotune.io.reading import read_text
 from isotune.io.run_files import UPLOAD, or_empty, read_environment
@@ -73,7 +74,7 @@ def keep_commits(recipe: RunRecipe, run: Path) -> None:
 
 
 def _is_on_hub(name: str) -> bool:
-    is_elsewhere = name.startswith(PREFIX) or Path(name).expanduser().exists() or format_of(name) is not None
+    is_elsewhere = name.startswith(PREFIX) or expanded(name).exists() or format_of(name) is not None
     return not is_elsewhere and is_hub_id(name)
 
 

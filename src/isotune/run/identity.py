@@ -9,11 +9,12 @@ from typing import Any, Self
 
 from isotune.config import ClassificationRecipe, RunRecipe
 from isotune.config.mixture import mixture_name
-from isotune.data.mixture import EVALUATED
+from isotune.data.mixture import EVALUATED, evaluation_columns
 from isotune.data.sft.chat_format import WORDS as CHAT_WORDS
 from isotune.data.sources.source import PREFIX, read_rows
 from isotune.io.errors import UserError
 from isotune.io.files import digest_of_file
+from isotune.io.folders import expanded
 from isotune.models.base.folder import digest_of_model
 
 MODELS = ("model_name_or_path", "tokenizer_name_or_path")
@@ -73,10 +74,12 @@ def contents_of(recipe: RunRecipe) -> dict[str, str]:
             found[key] = digest_of_file(Path(name)).hex()
     for key, split in DATA.items():
         name = None if values.get(key.replace("_name", "_mixture")) else values[key]
-        if name and not name.startswith(PREFIX) and Path(name).expanduser().exists():
+        if name and not name.startswith(PREFIX) and expanded(name).exists():
             config = values[key.replace("_name", "_config")]
             with suppress(UserError):  # whoever reads it says what is wrong
-                source = read_rows(name, values[split], name=key, columns=values["dataset_columns"], config=config)
+                columns = values["dataset_columns"]
+                columns = columns if key == "dataset_name" else evaluation_columns(columns)
+                source = read_rows(name, values[split], name=key, columns=columns, config=config)
                 found[key] = source.fingerprint
     for key, split in MIXTURES.items():
         if values.get(key):

@@ -40,6 +40,7 @@ class LabelledSplit:
     notes: tuple[str, ...] = ()  # what reading guessed, or passed over
     task_type: str = SINGLE_LABEL
     mixture: Mapping[str, Any] = field(default_factory=dict[str, Any])  # the counts of a mixture by its parts
+    by_place: bool = False  # whether a label was taken for the place of a known class, which no name confirms
 
     @property
     def num_labels(self) -> int:
@@ -165,13 +166,15 @@ def tokenize(source: Source, tokenizer: Any, settings: ClassificationSettings, *
         found = read_documents(source, encoder, settings, folder, show_progress=show_progress)
         facts = {"class_names": found.targets.names, "numbered": found.targets.numbered}
         facts |= {"notes": [*source.notes, *found.notes], "task_type": found.targets.task_type}
+        facts |= {"by_place": found.targets.by_place}
         return found.documents.as_arrays(), facts | count_parts(source, found.documents)
 
-    # not under the fingerprint itself: entries of earlier versions have no facts, or other classes of codes and truths,
-    # or, of mixtures, of numbers that are texts
+    # not under the fingerprint itself: entries of earlier versions have no facts, or fewer, or other classes of codes
+    # and truths, or, of mixtures, of numbers that are texts
     of_mixture = ["numbers in texts"] if isinstance(source, Mixture) else []
     arrays, facts = load_or_build(
-        digest(fingerprint, "with named codes and truth", settings.task_type, settings.num_labels, *of_mixture), build
+        digest(fingerprint, "with named codes, truth and places", settings.task_type, settings.num_labels, *of_mixture),
+        build,
     )
     names, task_type = facts["class_names"], facts["task_type"]
     if task_type != SINGLE_LABEL:
@@ -187,6 +190,7 @@ def tokenize(source: Source, tokenizer: Any, settings: ClassificationSettings, *
         tuple(facts["notes"]),
         task_type,
         name_parts(source, facts),
+        facts["by_place"],
     )
 
 

@@ -145,11 +145,14 @@ def read_targets(cells: list[Any], source: Source, column: str, settings: Classi
         holds = "numbers that are not whole"
     elif task_type == MULTI_LABEL:
         count = settings.num_labels
-        targets = labels_of_rows(cells, source.where, column, known=known, own=own, count=count)
+        targets = labels_of_rows(cells, source.where, column, known=known, own=own, count=count, part_of=source.part_of)
         holds = "lists of labels"
     else:
         labels = [_label(cell, source, number, column) for number, cell in enumerate(cells)]
-        return Targets.of_classes(resolve(labels, where=source.where, known=known, own=own, count=settings.num_labels))
+        count = settings.num_labels
+        return Targets.of_classes(
+            resolve(labels, where=source.where, known=known, own=own, count=count, part_of=source.part_of)
+        )
     if settings.task_type == AUTO:
         note = f"nobody said so: the column {column!r} holds {holds}, so task_type is {task_type}"
         return replace(targets, notes=(*targets.notes, note))

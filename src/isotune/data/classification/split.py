@@ -69,6 +69,12 @@ def prepare_labelled(recipe: ClassificationRecipe, tokenizer: Any, *, show: bool
                 f"the classes of {train.source.name} are the numbers 0 to {classes - 1}, and {evaluation.source.name} "
                 f"has {listed(evaluation.class_names or ())}: label_names says which is which"
             )
+        if recipe.label_names is None and not train.numbered and evaluation.by_place:
+            raise UserError(
+                f"the classes of {train.source.name} are words in the order of the alphabet ("
+                f"{listed(train.class_names or ())}), and {evaluation.source.name} has numbers, or true and false: "
+                "label_names says which is which"
+            )
         if train.task_type != REGRESSION:
             evaluation = replace(evaluation, settings=replace(evaluation.settings, num_labels=classes))
         evaluation.check_classes(evaluation=True)
@@ -92,11 +98,13 @@ def prepare_labelled(recipe: ClassificationRecipe, tokenizer: Any, *, show: bool
             )
         leaked = {"in the evaluation data too": int((~kept).sum())}
         check_left_out(train.source.name, len(kept), leaked, allowed=recipe.allow_dropped, show=show)
-    else:
-        remarks |= {"in_the_other": _counted(in_the_other["train"])}
     if "held_out" in remarks or "dropped" in remarks:
         train.check_classes(evaluation=False, left_by="drop_leaked" if "dropped" in remarks else "eval_split_share")
+    rows = train.documents.source_rows
     train, to_choose_on = _hold_out_to_choose(train, recipe)
+    if "dropped" not in remarks:  # of the documents that are left to train on
+        left = in_the_other["train"][np.isin(rows, train.documents.source_rows)]
+        remarks |= {"in_the_other": _counted(left)}
     to_evaluate = evaluation.prepared(classes, in_the_other=_counted(in_the_other["evaluation"]))
     prepared = train.prepared(classes, **remarks)
     to_train = augmented(prepared, train.contents, augmentation, recipe, tokenizer, show_progress=show)

@@ -36,6 +36,7 @@ class Targets:
     names: tuple[str, ...] | None = None
     numbered: bool = True  # whether the numbers of the classes are the data's own
     notes: tuple[str, ...] = ()
+    by_place: bool = False  # whether a label was taken for the place of a known class, which no name confirms
 
     @classmethod
     def of_classes(cls, column: ClassColumn) -> "Targets":
@@ -45,7 +46,7 @@ class Targets:
             if column.spellings
             else ()
         )
-        return cls(SINGLE_LABEL, column.labels, column.names, column.numbered, notes)
+        return cls(SINGLE_LABEL, column.labels, column.names, column.numbered, notes, column.by_place)
 
 
 def type_of(cells: Sequence[Any]) -> str:
@@ -84,12 +85,13 @@ def labels_of_rows(
     known: Sequence[str] | None = None,
     own: Sequence[Sequence[str]] = (),
     count: int | None = None,
+    part_of: Callable[[int], int] = lambda _: 0,
 ) -> Targets:
     """The labels of each row, from lists of names or numbers; or from texts with one clear separator.
 
     Numbers are places among `known`, or `own`, names; lists of 0 and 1 of one length have a place for each label.
-    `count` is the number of labels, where numbers have no names. UserError names the row of a cell that is no such
-    list, or has a label that is not known.
+    `count` is the number of labels, where numbers have no names, and `part_of` is that of `resolve`. UserError names
+    the row of a cell that is no such list, or has a label that is not known.
     """
     notes: list[str] = []
     lists = _as_lists(cells, where, column, known or (own[0] if own else None), notes)
@@ -108,7 +110,14 @@ def labels_of_rows(
             rows.append(row)
     if not flat:
         raise UserError(f"no row of the column {column!r} has a label: there is nothing to learn")
-    classes = resolve(flat, where=lambda item: where(rows[item]), known=known, own=own, count=0)
+    classes = resolve(
+        flat,
+        where=lambda item: where(rows[item]),
+        known=known,
+        own=own,
+        count=0,
+        part_of=lambda item: part_of(rows[item]),
+    )
     if classes.names is None and count is None and classes.labels.max() >= MOST_CLASSES:
         item = int(classes.labels.argmax())
         raise UserError(
@@ -126,7 +135,7 @@ def labels_of_rows(
     values[rows, classes.labels] = 1
     if classes.spellings:
         notes.append(f"{classes.spellings} names of labels differ from another one in case or spaces: they are one")
-    return Targets(MULTI_LABEL, values, classes.names, classes.numbered, tuple(notes))
+    return Targets(MULTI_LABEL, values, classes.names, classes.numbered, tuple(notes), classes.by_place)
 
 
 def labels_in_columns(rows: Sequence[dict[str, Any]], names: Sequence[str], where: Where) -> Targets:
@@ -242,4 +251,5 @@ def _of_vectors(
         if len(labels) != expected:
             others = f"there are {expected} labels" if names or count else f"{where(0)} has {expected}"
             raise UserError(f"{where(row)}, column {column!r}, has {len(labels)} numbers of 0 and 1, and {others}")
-    return Targets(MULTI_LABEL, np.array(lists, np.float64).astype(np.uint8), tuple(names) if names else None)
+    values = np.array(lists, np.float64).astype(np.uint8)
+    return Targets(MULTI_LABEL, values, tuple(names) if names else None, by_place=bool(names))

@@ -11,16 +11,17 @@ written as a template too, and known by its first line.
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, cast
 
+from jinja2 import nodes
 from jinja2.exceptions import TemplateSyntaxError
 from transformers.utils import chat_template_utils
 
-from isotune.compat.chat_templates import RENDERING_ERRORS
+from isotune.compat.chat_templates import RENDERING_ERRORS, bounded_environment
 from isotune.data.sft.prefixes import bounded_rendering
 from isotune.data.tokenizer import prefix_of, tokenizer_name
 from isotune.io.errors import UserError, first_line, nearest
+from isotune.io.folders import expanded
 from isotune.io.reading import Unreadable, read_text
 
 AUTO, GUANACO, TEMPLATE = WORDS = ("auto", "guanaco", "template")
@@ -28,7 +29,15 @@ GUANACO_MARK = "{#- isotune: Guanaco's form -#}"
 # What `strftime_now` writes while the data are prepared, and in RUN/model: a template that asks for the date would
 # give other documents every day. It is the day that Llama's templates fall back to.
 DAY = "2024-07-26"
-_DAY_PARTS = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
+# all parts of `strftime`, as English writes them at midnight of that day
+_DAY_PARTS = {
+    "a": "Fri", "A": "Friday", "b": "Jul", "B": "July", "c": "Fri Jul 26 00:00:00 2024", "C": "20", "d": "26",
+    "D": "07/26/24", "e": "26", "f": "000000", "F": DAY, "g": "24", "G": "2024", "h": "Jul", "H": "00", "I": "12",
+    "j": "208", "k": " 0", "l": "12", "m": "07", "M": "00", "n": "\n", "p": "AM", "P": "am", "r": "12:00:00 AM",
+    "R": "00:00", "S": "00", "t": "\t", "T": "00:00:00", "u": "5", "U": "29", "V": "30", "w": "5", "W": "30",
+    "x": "07/26/24", "X": "00:00:00", "y": "24", "Y": "2024", "z": "", "Z": "", "%": "%",
+}  # fmt: skip
+_PART = re.compile("%(-?)(.?)", re.S)  # with a hyphen, a number is without zeros in front
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")
 
 _GUANACO_BODY = """
@@ -97,7 +106,7 @@ class ChatFormat:
 
     @classmethod
     def _of_file(cls, asked: str) -> "ChatFormat":
-        path = Path(asked).expanduser()
+        path = expanded(asked)
         try:
             text = read_text(path)
         except (FileNotFoundError, Unreadable) as error:
@@ -147,14 +156,64 @@ def _checked(template: str | dict[str, str], where: str) -> str | dict[str, str]
         raise UserError(f"{where} is not a Jinja template: {first_line(error)}") from error
     except RENDERING_ERRORS:
         pass  # what it thinks of a message is said when there is one
-    return _with_fixed_day(template)
+    return _with_fixed_day(template, where)
 
 
-def _with_fixed_day(template: str) -> str:
-    """A template whose calls of `strftime_now` all write `DAY`, in the form that each asks for."""
+def _with_fixed_day(template: str, where: str) -> str:
+    """A template whose calls of `strftime_now` all write `DAY`, in the form that each asks for.
+
+    UserError where a form is not known before the template is used, or `strftime` does not know a part of it.
+    """
     if "strftime_now" not in template or "macro strftime_now" in template:
         return template
-    formats = dict.fromkeys(one or other for one, other in _DATE_CALL.findall(template))
-    days = {form: re.sub("%.", lambda part: _DAY_PARTS.get(part[0], part[0]), form) for form in formats}
-    choices = "".join(f"{{%- if format == {form!r} -%}}{day}{{%- endif -%}}" for form, day in days.items())
+    try:
+        known = _date_forms(bounded_environment().parse(template), where)
+    except RENDERING_ERRORS:
+        return template  # it is broken, which is said when there is a message
+    in_order = [one or other for one, other in _DATE_CALL.findall(template)]
+    forms = dict.fromkeys([*(form for form in in_order if form in known), *known])
+    choices = "".join(
+        f"{{%- if format == {form!r} -%}}{_literal(_day_in(form, where))}{{%- endif -%}}" for form in forms
+    )
     return f"{{%- macro strftime_now(format) -%}}{choices}{{%- endmacro -%}}\n" + template
+
+
+def _date_forms(tree: nodes.Template, where: str) -> list[str]:
+    """The forms that a template's calls of `strftime_now` ask for; UserError where one is not written out."""
+    forms: list[str] = []
+    asked: set[int] = set()  # names that are called, or of which is only asked whether they are there
+    for node in tree.find_all((nodes.Call, nodes.Test, nodes.If, nodes.CondExpr, nodes.And, nodes.Or, nodes.Not)):
+        if isinstance(node, nodes.If | nodes.CondExpr):
+            asked.add(id(node.test))
+        elif not isinstance(node, nodes.Call):
+            asked.update(id(child) for child in node.iter_child_nodes())
+        elif isinstance(node.node, nodes.Name) and node.node.name == "strftime_now":
+            given = [*node.args, *(each.value for each in node.kwargs if each.key == "format")]
+            form = given[0].value if len(given) == 1 and isinstance(given[0], nodes.Const) else None
+            if isinstance(form, str):
+                asked.add(id(node.node))
+                forms.append(form)
+    names = (name for name in tree.find_all(nodes.Name) if name.name == "strftime_now" and name.ctx == "load")
+    if unclear := next((name for name in names if id(name) not in asked), None):
+        raise UserError(
+            f"{where}, line {unclear.lineno}: strftime_now is used without a form that is written out, such as "
+            f'"%d %b %Y": the day in training and in RUN/model is always {DAY}'
+        )
+    return forms
+
+
+def _day_in(form: str, where: str) -> str:
+    """`DAY` in a form of `strftime`."""
+
+    def written(part: re.Match[str]) -> str:
+        own = _DAY_PARTS.get(part[2])
+        if own is None or (part[1] and not own.strip().isdigit()):
+            raise UserError(f"{where}: strftime_now is asked for {form!r}, and {part[0]} is no part of a date")
+        return (own.lstrip("0 ") or "0") if part[1] else own
+
+    return _PART.sub(written, form)
+
+
+def _literal(text: str) -> str:
+    """A text as a template writes it, whatever stands around it."""
+    return text if text == text.strip() and "{" not in text else f"{{{{- {text!r} -}}}}"

@@ -112,7 +112,7 @@ def _guessed(names: tuple[str, ...]) -> Form | None:
     if not asked or not answered:
         return None
     columns = (asked, *more, answered)
-    left = [name for name in names if name not in (*columns, *BESIDE)]
+    left = [name for name in names if name not in columns and name.strip().lower() not in BESIDE]
     note = (
         f"a row is a question, from {_listed(columns[:-1])}, and its answer, from {answered!r}"
         f"{f'; not read: {_listed(left)}' if left else ''} (dataset_prompt_field, dataset_completion_field name others)"
@@ -145,6 +145,12 @@ def system_in(row: Row) -> Any:
     if len({str(value).strip() for value in told.values()}) > 1:
         raise ValueError(f"the columns {_listed(tuple(told))} say different things: leave one of them out")
     return next(iter(told.values()), None)
+
+
+def with_usual_names(row: Row) -> Row:
+    """A row with what stands beside its messages under the usual names too, where it has them in another case."""
+    found = {usual: value for name, value in row.items() if (usual := name.strip().lower()) in BESIDE}
+    return found | row
 
 
 def left_beside(row: Row, content: Content) -> str | None:

@@ -273,5 +273,12 @@ def _from_json(value: Any) -> Any:
 
 
 def as_json(value: Any) -> str:
-    """JSON as transformers' `tojson` writes it in a template."""
-    return json.dumps(value, ensure_ascii=False)
+    """JSON as transformers' `tojson` writes it in a template; ValueError for a value that JSON has no form for."""
+    return json.dumps(value, ensure_ascii=False, default=_refuse)
+
+
+def _refuse(value: Any) -> Any:
+    raise ValueError(
+        f"data of a tool holds {shown(value, 30)} of type {type(value).__name__}, which JSON does not have: write "
+        "a text or a number"
+    )

@@ -38,7 +38,8 @@ def question_of(row: Row, column: str, *, is_named: bool = False) -> Question | 
     if is_null(row[column]):
         return NULL
     cell = as_messages(row[column])
-    row = {name.strip().lower(): own for name, own in row.items() if not is_null(own)}
+    given = {name: own for name, own in row.items() if not is_null(own)}
+    row = {name.strip().lower(): own for name, own in given.items()} | given
     beside, tools = system_in(row), tools_of(row)
     if isinstance(cell, list):
         messages = example_of(cast(list[Any], cell), beside, tools).messages

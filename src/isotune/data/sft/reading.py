@@ -16,7 +16,16 @@ from isotune.data.sft.conversations import (
     turns_of,
     unknown_header,
 )
-from isotune.data.sft.forms import MESSAGES_COLUMNS, TEXT_FIELD, Content, NamedColumns, TokenRow, form_of, left_beside
+from isotune.data.sft.forms import (
+    MESSAGES_COLUMNS,
+    TEXT_FIELD,
+    Content,
+    NamedColumns,
+    TokenRow,
+    form_of,
+    left_beside,
+    with_usual_names,
+)
 from isotune.data.sft.messages import Example
 from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.data.sources.source import Row, Source, is_null, surrogate_fault
@@ -48,7 +57,7 @@ def read_contents(
             if form is None:
                 raise _unknown_form(source, number, row, named)
             try:
-                content = form.read(given)
+                content = form.read(with_usual_names(given))
             except ValueError as error:
                 raise UserError(f"{source.where(number)}, {error}") from error
             contents.append((number, content))

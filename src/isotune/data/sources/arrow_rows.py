@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from isotune.data.sources.text_files import open_seekable
-from isotune.io.errors import UserError, first_line
+from isotune.io.errors import UserError, first_line, shown
 from isotune.io.reading import byte_fault
 
 Row = dict[str, Any]
@@ -26,7 +26,7 @@ def read_dataset(dataset: Any) -> Iterator[Row]:
         yield from _rows(map(_checked, dataset.with_format("arrow").iter(ROWS_AT_ONCE)))
     except (arrow.ArrowException, *CELL_ERRORS) as error:
         raise UserError(f"{files} is not readable as Arrow: {first_line(error)}") from error
-    except _NotUtf8 as fault:
+    except _Fault as fault:
         raise UserError(f"{files}: {fault}") from fault.__cause__
 
 
@@ -68,12 +68,12 @@ def _read(path: Path, kind: str, batches: Callable[[Any], Iterator[Any]]) -> Ite
             yield from _rows(batches(file))
         except (arrow.ArrowException, *CELL_ERRORS) as error:
             raise UserError(f"{path} is not readable as {kind}: {first_line(error)}") from error
-        except _NotUtf8 as fault:
+        except _Fault as fault:
             raise UserError(f"{path} {fault}") from fault.__cause__
 
 
-class _NotUtf8(UserError):
-    """A text that is none: the sentence, without the file's name."""
+class _Fault(UserError):
+    """What is wrong with a table that Arrow reads: the sentence, without the file's name."""
 
 
 def _rows(batches: Iterator[Any]) -> Iterator[Row]:
@@ -84,6 +84,9 @@ def _rows(batches: Iterator[Any]) -> Iterator[Row]:
     """
     count = 0
     for batch in batches:
+        names: list[str] = batch.schema.names
+        if twice := next((name for number, name in enumerate(names) if name in names[:number]), None):
+            raise _Fault(f"has two columns of the name {shown(twice)}")
         try:
             rows: list[Row] = batch.to_pylist()
         except UnicodeDecodeError as error:
@@ -128,7 +131,7 @@ def _plain(cell: Any) -> Any:
         return cell
 
 
-def _not_utf8(batch: Any, rows_before: int) -> _NotUtf8:
+def _not_utf8(batch: Any, rows_before: int) -> _Fault:
     """The error of a batch that holds a text which is none, by its row and column."""
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         for number, value in enumerate(column):
@@ -136,7 +139,7 @@ def _not_utf8(batch: Any, rows_before: int) -> _NotUtf8:
                 value.as_py()
             except UnicodeDecodeError as error:
                 byte = error.object[error.start]
-                return _NotUtf8(f"row {rows_before + number + 1}, column {name!r}, {byte_fault(byte)}")
+                return _Fault(f"row {rows_before + number + 1}, column {name!r}, {byte_fault(byte)}")
     raise AssertionError("a batch cannot be read though each of its cells can")
 
 

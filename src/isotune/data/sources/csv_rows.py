@@ -74,12 +74,13 @@ class CsvFile:
             notes.append(f"{self.path.name}: {survey.empty_lines} empty lines")
         if survey.empty_columns:
             notes.append(f"{self.path.name}: {survey.empty_columns} empty columns at the end")
-        names, skipped = survey.names, 0 if self.columns else 1
+        names = survey.names
+        width = len(names) + survey.empty_columns if self.columns else 0  # as in `_try`: not known before the names
         for cells, _ in read_cells(self.path, survey.dialect):
-            if _is_empty(cells, len(names) + survey.empty_columns):
+            if _is_empty(cells, width):
                 continue
-            if skipped:
-                skipped = 0
+            if not width:
+                width = len(names) + survey.empty_columns
                 continue
             yield dict(zip(names, cells[: len(names)], strict=True))
 
@@ -96,6 +97,10 @@ class CsvFile:
             except _Unfit as fault:
                 first_fault = first_fault or fault
         raise UserError(f"{self.path} {first_fault}")
+
+    def has_names(self, columns: Sequence[str]) -> bool:
+        """Whether the first line names these columns, in any order and perhaps beside others."""
+        return any(are_names(self._first_cells(dialect), columns) for dialect in self._dialects())
 
     def _dialects(self) -> Iterator[Dialect]:
         """The dialects to try, the likeliest first."""
@@ -120,7 +125,8 @@ class CsvFile:
 
     def _first_cells(self, dialect: Dialect) -> list[str]:
         try:
-            return next((cells for cells, _ in read_cells(self.path, dialect) if cells), list[str]())
+            found = (cells for cells, _ in read_cells(self.path, dialect) if not _is_empty(cells, 0))
+            return next(found, list[str]())
         except csv.Error:
             return []
 
@@ -148,6 +154,8 @@ class CsvFile:
                     names, width, used, first = tuple(cells), len(cells), len(_named(cells)), line
                     self._check_names(names[:used], first)
                 else:
+                    if not count and self.columns and are_names(cells, self.columns):
+                        raise UserError(f"{self.path} line {line} names these columns: leave dataset_columns out")
                     count += 1
                     self._check_text(cells, names, f"line {line} (row {count})")
                     if len(cells) != width:
@@ -207,6 +215,11 @@ def _named(cells: Sequence[str]) -> Sequence[str]:
     while used and not cells[used - 1].strip():
         used -= 1
     return cells[:used]
+
+
+def are_names(cells: Sequence[str], columns: Sequence[str]) -> bool:
+    """Whether the names of all these columns are among the cells of a line, in any case and order."""
+    return {name.strip().casefold() for name in columns} <= {cell.strip().casefold() for cell in cells}
 
 
 def _is_empty(cells: list[str], columns: int) -> bool:

@@ -21,6 +21,18 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 CSV_VERSION = "cells are text"  # in the digest: the same file once gave numbers
 
 
+class BorrowedColumns(tuple[str, ...]):
+    """Names of columns that were given for another file: they count where a CSV file does not name its own."""
+
+
+def columns_of(path: Path, columns: Sequence[str] | None) -> Sequence[str] | None:
+    """The names among `columns` that a file needs: all, or none where they are borrowed and the file has names."""
+    if not isinstance(columns, BorrowedColumns):
+        return columns
+    is_needed = format_of(path) in CSV_FORMATS and not CsvFile(path).has_names(columns)
+    return columns if is_needed else None
+
+
 def reader_of(path: Path, columns: Sequence[str] | None) -> Reader:
     """The reader of one file; `columns` name those of a CSV file whose first line is a row."""
     suffix = format_of(path)

@@ -167,6 +167,8 @@ class _Stream:
                 size *= 2  # a long row is parsed a few times, not once a chunk
             except RecursionError as error:
                 raise self._broken(self.at, "it is nested too deep to be a row") from error
+            except ValueError as error:  # a number of more digits than Python reads
+                raise self._broken(self.at, first_line(error)) from error
         if not isinstance(row, dict):
             raise self._broken(self.at, f"it is a JSON {type(row).__name__}, not an object with columns")
         if fault := undecoded(self.text[self.at : end]):

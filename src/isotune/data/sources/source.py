@@ -13,7 +13,7 @@ from functools import cache
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
@@ -23,12 +23,20 @@ from isotune.data.sources.arrow_rows import read_dataset
 from isotune.data.sources.card import ListedSplit, class_names_beside, has_configs, key_beside, open_card_split
 from isotune.data.sources.class_labels import class_names_of, features_class_names, file_class_names
 from isotune.data.sources.csv_rows import SHOWN_CHARACTERS, looks_like_row, unnamed_columns
-from isotune.data.sources.files import CSV_FORMATS, Row, digest_of, is_lfs_pointer, reader_of
+from isotune.data.sources.files import (
+    CSV_FORMATS,
+    BorrowedColumns,
+    Row,
+    columns_of,
+    digest_of,
+    is_lfs_pointer,
+    reader_of,
+)
 from isotune.data.sources.hub import is_hub_id
 from isotune.data.sources.hub_datasets import load_prepared, open_hub_split
 from isotune.data.sources.layout import find_split
 from isotune.io.errors import UserError, first_line, nearest, shown
-from isotune.io.folders import described
+from isotune.io.folders import described, expanded
 from isotune.io.formats import FORMAT_WORDS, format_of
 from isotune.io.reading import Unreadable, read_json
 from isotune.io.run_files import or_refuse
@@ -76,6 +84,10 @@ class Source:
             return f"row {row - first + 1} of {path}"
         return f"row {row + 1} of {self.name}"
 
+    def part_of(self, row: int) -> int:
+        """Which source of a mixture a row is of, which has been read; of any other source 0."""
+        return 0
+
     def unnamed(self, cells: Sequence[str], *, are_conversations: bool = False) -> UserError:
         """The error of a file whose first line, with these cells, is a row and names no columns."""
         file = self.starts[0][1] if self.starts else self.name
@@ -102,8 +114,9 @@ def kind_of_value(value: Any) -> str:
     """How an error sentence names what stands in a cell instead of what is expected."""
     if isinstance(value, bytes):
         return "bytes that are not UTF-8"
-    kinds = {bool: "true or false", int: "a number", float: "a number", dict: "an object"}
-    return "null" if is_null(value) else kinds.get(type(value), f"a {type(value).__name__}")
+    kinds: dict[type[object], str] = {bool: "true or false", int: "a number", float: "a number", dict: "an object"}
+    kind = cast("type[object]", type(value))
+    return "null" if is_null(value) else kinds.get(kind, f"a {kind.__name__}")
 
 
 def told(value: Any) -> str:
@@ -138,10 +151,11 @@ def read_rows(
         a card that names any, as `find_split` finds them; or one that `datasets.save_to_disk` wrote;
       - a Hub id; `config` is one of the configurations that its card names, `revision` a branch, tag or commit.
 
-    `columns` name those of CSV files whose first line is a row. UserError, in which the recipe's key is called `name`,
+    `columns` name those of CSV files whose first line is a row; those that are borrowed say nothing of any other file.
+    UserError, in which the recipe's key is called `name`,
     where the data set is not there, the Hub is out of reach, or `columns` are given for anything but CSV.
     """
-    path = Path(dataset_name).expanduser()
+    path = expanded(dataset_name)
     if dataset_name.startswith(PREFIX) or path.exists():
         if revision is not None:
             raise UserError(f"{key_beside(name, 'revision')} is for Hub ids, and {dataset_name} is none")
@@ -214,7 +228,8 @@ def _rows_of_listed(name: str, found: ListedSplit, columns: Sequence[str] | None
 
 
 def _check_columns(columns: Sequence[str] | None, path: Path | None, dataset_name: str) -> None:
-    if columns and (path is None or format_of(path) not in CSV_FORMATS):
+    is_borrowed = isinstance(columns, BorrowedColumns)
+    if columns and not is_borrowed and (path is None or format_of(path) not in CSV_FORMATS):
         raise UserError(f"dataset_columns: the columns of {path or dataset_name} have names: leave the key out")
     if columns and len(set(columns)) < len(columns):
         raise UserError(f"dataset_columns names a column twice: {', '.join(columns)}")
@@ -229,7 +244,8 @@ def _files_source(source_name: str, paths: list[Path], columns: Sequence[str] | 
             raise UserError(
                 f"{path} is a pointer of Git LFS and holds no rows: fetch the file itself by `git lfs pull`"
             )
-    readers = [(path, reader_of(path, columns)) for path in paths]
+    needed = [columns_of(path, columns) for path in paths]
+    readers = [(path, reader_of(path, own)) for path, own in zip(paths, needed, strict=True)]
     found = list(notes)
     starts: list[tuple[int, Path]] = []
 
@@ -241,9 +257,9 @@ def _files_source(source_name: str, paths: list[Path], columns: Sequence[str] | 
                 count += 1
                 yield row
 
-    by_line = columns is None and format_of(paths[0]) in CSV_FORMATS
+    by_line = needed[0] is None and format_of(paths[0]) in CSV_FORMATS
     names = file_class_names(paths[0])
-    return Source(source_name, digest_of(paths, columns), read, notes, starts, by_line, names)
+    return Source(source_name, digest_of(paths, next(filter(None, needed), None)), read, notes, starts, by_line, names)
 
 
 def _folder_source(folder: Path, split: str, key: str, columns: Sequence[str] | None, config: str | None) -> Source:
