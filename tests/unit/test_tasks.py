@@ -177,6 +177,15 @@ def test_a_run_by_rules_is_scored_by_the_column_of_other_data(tmp_path, capsys):
         with_columns(ClassificationTask(dataset_name=str(file)), by_rules)
 
 
+@pytest.mark.parametrize(("cells", "are_places"), [(("0", "2"), True), (("command", "statement"), False)])
+def test_numbers_that_are_taken_for_places_of_named_classes_are_noted(tmp_path, cells, are_places):
+    file = tmp_path / "t.csv"
+    file.write_text("text,label\n" + "".join(f"some text {cell},{cell}\n" for cell in cells))
+    task, ranks = ClassificationTask(dataset_name=str(file)), Ranks(0, 1, torch.device("cpu"))
+    rows = read_task_rows(task, classifier_of(3, sorted(KINDS)), ranks)
+    assert any("numbers are taken for the places of" in note for note in rows.notes) == are_places
+
+
 def test_the_first_rows_of_a_share_are_refused_where_rules_give_the_classes(tmp_path):
     """Which texts a run held out depends on all of them there: the first rows alone would name others."""
     file = tmp_path / "own.csv"

@@ -170,6 +170,8 @@ def read_task_rows(
             f"{source.name} has the classes {listed(labelled.class_names)}, and {classifier.name} has {classes} "
             "without names: list them by `labels` in a task file, in the order of the model's outputs"
         )
+    if names is not None and task.labels is None and labelled.by_place:
+        notes = (*notes, f"numbers are taken for the places of {listed(names)} (labels in a task file name others)")
     labelled.check_classes(evaluation=True)
     labelled = replace(labelled, notes=(*notes, *labelled.notes))
     if ranks.is_main:
