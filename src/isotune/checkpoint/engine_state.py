@@ -1,7 +1,7 @@
 """The training state of an engine as flat tensors and JSON, in the same form for every engine; and its plain model.
 
     model/NAME            a trained parameter, in fp32 where the engine trains an fp32 copy of it
-    optimizer/NAME/KEY    an optimizer state as long as its parameter, e.g. exp_avg
+    optimizer/NAME/KEY    a tensor of the optimizer's state, e.g. exp_avg
     OptimizerState        JSON: the other optimizer states, e.g. step
 
 Frozen parameters are not part of it: they are loaded again by the recipe.
@@ -33,7 +33,7 @@ MODEL, OPTIMIZER = "model/", "optimizer/"
 class OptimizerState:
     """State of an optimizer by parameter name and key, without the contents of its tensors."""
 
-    # dtypes of tensors as long as their parameter
+    # dtypes of tensors of their parameter's shape
     slots: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
     # [shape, dtype] of other tensors, such as factors and quantisation tables
     others: dict[str, dict[str, list[Any]]] = field(default_factory=dict[str, dict[str, list[Any]]])
@@ -87,7 +87,7 @@ class EngineState(ABC):
                 if _is_scalar(value):
                     number = value.item() if isinstance(value, Tensor) else value
                     state.scalars.setdefault(name, {})[key] = number
-                elif value.numel() == self._stepped(parameter).numel():
+                elif value.shape == self._stepped(parameter).shape:
                     state.slots.setdefault(name, {})[key] = _dtype_name(value)
                 elif self.shards is None:
                     state.others.setdefault(name, {})[key] = [list(value.shape), _dtype_name(value)]
@@ -109,7 +109,8 @@ class EngineState(ABC):
                 continue
             state: dict[str, Any] = {}
             for key, dtype in saved.slots.get(name, {}).items():
-                state[key] = torch.zeros_like(stepped, dtype=getattr(torch, dtype), requires_grad=False)
+                slot = torch.zeros_like(stepped, dtype=getattr(torch, dtype), requires_grad=False)
+                state[key] = _as_factor(key, slot)
             for key, (shape, dtype) in saved.others.get(name, {}).items():
                 state[key] = torch.zeros(shape, dtype=getattr(torch, dtype), device=stepped.device)
             group = groups.get(id(stepped), self._optimizer.param_groups[0])
@@ -263,6 +264,15 @@ def _copy_with(model: Any, tensors: dict[str, torch.Tensor], adapter_settings: A
 
 def _is_scalar(value: Any) -> bool:
     return not isinstance(value, Tensor) or value.ndim == 0
+
+
+def _as_factor(key: str, slot: Tensor) -> Tensor:
+    """A slot as Adafactor has it: earlier versions took its factors for slots where one of two sides is 1."""
+    if key == "exp_avg_sq_row":
+        return slot.reshape(slot.shape[:-1])
+    if key == "exp_avg_sq_col":
+        return slot.reshape(*slot.shape[:-2], slot.shape[-1])
+    return slot
 
 
 def _dtype_name(tensor: Tensor) -> str:
