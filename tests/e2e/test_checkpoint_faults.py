@@ -243,19 +243,51 @@ def test_a_run_whose_best_checkpoint_is_gone_is_refused_before_it_trains(tmp_pat
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_an_evaluation_that_is_made_up_for_after_the_last_step_can_be_the_best(tmp_path, recipe, monkeypatch, capsys):
-    values = recipe | {"eval_steps": 3, "load_best_model_at_end": True}
-    first = build(tmp_path, **values)
+def stop_after(step: int, built: Built, monkeypatch) -> str:
+    """Train until a signal stops the run after this step; returns what it ends with."""
 
-    class StopAtTheEnd(TrainerCallback):
+    class Stop(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step == 5:
+            if state.global_step == step - 1:
                 monkeypatch.setattr(stop_request, "by", "SIGTERM")
 
-    first.trainer.add_callback(StopAtTheEnd())
-    with pytest.raises(Preempted, match="stopped after step 6"):
-        first.train()
+    built.trainer.add_callback(Stop())
+    with pytest.raises(Preempted, match=f"stopped after step {step}: ") as ended:
+        built.train()
     monkeypatch.setattr(stop_request, "by", None)
+    return str(ended.value)
+
+
+def test_a_requeued_job_goes_on_whatever_its_command_says_and_another_job_does_what_it_says(
+    tmp_path, recipe, whole, monkeypatch, capsys
+):
+    def attempt(job: str, number: int, resume: str) -> Built:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(number))
+        return build(tmp_path, **recipe | {"resume": resume})
+
+    begins = str(checkpoints(whole.run.path)[0])
+    said = stop_after(3, attempt("7", 0, begins), monkeypatch)
+    assert said.endswith(f": --resume auto goes on from {checkpoints(tmp_path / 'run')[-1]}")
+    requeued = attempt("7", 1, begins)
+    assert f"resume: {begins} was for this job's first attempt" in capsys.readouterr().out
+    requeued.train()
+    assert f"resumed     after step 3, from {tmp_path}" in capsys.readouterr().out
+    assert lines(requeued.run.path) == lines(whole.run.path)
+    for job, number, resume, after, end in (
+        ("8", 1, "never", None, 3),
+        ("8", 1, "never", None, 4),  # the same attempt's second command
+        ("8", 2, begins, 4, 5),
+    ):
+        built = attempt(job, number, resume)
+        stop_after(end, built, monkeypatch)
+        found = built.trainer.checkpointer.resumption
+        assert (found.step if found else None) == after
+
+
+def test_an_evaluation_that_is_made_up_for_after_the_last_step_can_be_the_best(tmp_path, recipe, monkeypatch, capsys):
+    values = recipe | {"eval_steps": 3, "load_best_model_at_end": True}
+    assert "the same command goes on from" in stop_after(6, build(tmp_path, **values), monkeypatch)
     second = build(tmp_path, **values)
     losses = {line["step"]: line["eval_loss"] for line in second.train() if "eval_loss" in line}
     assert sorted(losses) == [3, 6] and losses[6] < losses[3], "the test needs a run that gets better"

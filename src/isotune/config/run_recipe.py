@@ -305,6 +305,11 @@ class RunRecipe(BaseRecipe):
             return None
         return Path(self.output_dir) if self.resume == RESUME_NEWEST else run_of_checkpoint(Path(self.resume))
 
+    @property
+    def again(self) -> str:
+        """What goes on with a run that was stopped, in words: the same command would begin anew by another `resume`."""
+        return "the same command" if self.resume == RESUME_NEWEST else "--resume auto"
+
     def forward_tokens(self, knob: Literal["microbatch_tokens", "eval_microbatch_tokens"]) -> int:
         """The value of a knob in tokens; `auto`, where nobody has chosen yet, is one row."""
         value = self.values[knob]

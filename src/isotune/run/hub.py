@@ -88,7 +88,7 @@ def upload_model(recipe: RunRecipe) -> dict[str, str]:
 
     run, repository = Path(recipe.output_dir), recipe.hub_model_id
     token = get_token()
-    again = f"the model is saved in {run / 'model'}, and the same command tries the upload alone again"
+    again = f"the model is saved in {run / 'model'}, and {recipe.again} tries the upload alone again"
     if not token:
         raise UserError(f"push_to_hub has no token: log in with `hf auth login` or set HF_TOKEN; {again}")
     if constants.HF_HUB_OFFLINE or not hub_answers():

@@ -284,7 +284,7 @@ class Checkpointer(TrainerCallback):
         if self._trainer.update.stop_agreed:
             self.wait()
             folder = self.store.path / name_of(state.global_step)
-            raise Preempted(f"stopped after step {state.global_step}: the same command goes on from {folder}")
+            raise Preempted(f"stopped after step {state.global_step}: {self.recipe.again} goes on from {folder}")
 
 
 @torch.no_grad()

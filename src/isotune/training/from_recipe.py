@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from isotune.checkpoint.engine_state import plain_model
 from isotune.checkpoint.final_model import FinalModelReport, save_and_verify
-from isotune.checkpoint.resume import open_run
+from isotune.checkpoint.resume import as_requeued, open_run
 from isotune.compat.deepspeed import load_whole_models
 from isotune.compat.peft import base_model_of
 from isotune.compat.transformers import attention_of
@@ -88,9 +88,12 @@ def start_run(recipe: RunRecipe) -> Start:
 
     Raises AlreadyDone for a finished run, and UserError where any of these is not what the recipe says.
     """
+    asked, recipe = recipe, as_requeued(recipe)
     chooses_precision, recorded = recipe.precision is not None, _recorded_values(recipe)
     recipe = with_precision(recipe, recorded)
     process = start_process(recipe)
+    if process.is_main and recipe.resume != asked.resume:
+        print(f"note        resume: {asked.resume} was for this job's first attempt; this one goes on from the last")
     if chooses_precision:
         check_same_precision(recipe, process.device)
         if process.is_main:
