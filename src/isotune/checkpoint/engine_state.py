@@ -195,9 +195,10 @@ def plain_model(model: nn.Module, *, keep: bool) -> nn.Module | None:
 
     Under ZeRO-3 and FSDP2 no rank holds the whole weights, and in 16-bit DeepSpeed the model has rounded copies of the
     fp32 parameters that are trained. One parameter after the other is gathered on every rank. The copy of a `PeftModel`
-    has memory for its trained tensors only. An adapter that took its start out of the base is a copy too, the one that
-    fits the base as it is published. Collective: every rank must call it, and those that do not `keep` the result get
-    None.
+    has memory for its trained tensors only; that of another model has its frozen ones too, in fp32 beside fp32 copies,
+    because files of mixed dtypes are loaded in one. An adapter that took its start out of the base is a copy too, the
+    one that fits the base as it is published. Collective: every rank must call it, and those that do not `keep` the
+    result get None.
     """
     reshard(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -206,9 +207,13 @@ def plain_model(model: nn.Module, *, keep: bool) -> nn.Module | None:
         isinstance(p, DTensor) or deepspeed.is_partitioned(p) or deepspeed.has_fp32_copy(p) for p in trained.values()
     ):
         return model if keep else None
+    wanted = trained if hasattr(model, "peft_config") else dict(model.named_parameters())
+    masters = any(deepspeed.is_partitioned(p) or deepspeed.has_fp32_copy(p) for p in trained.values())
     tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in trained.items():
+    for name, parameter in wanted.items():
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else deepspeed.gather_fp32(parameter)
+        if masters and not parameter.requires_grad:
+            whole = whole.float()
         if keep:
             tensors[name] = whole.detach().to("cpu", copy=True)
         del whole
