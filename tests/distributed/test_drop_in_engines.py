@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.launching import launcher, run_command
+from tests.numerics.test_drop_in import bert
+from transformers import AutoModelForSequenceClassification
 
 SCRIPT = "tests/distributed/drop_in_matrix.py"
 SFT = ("packed", "padded", "chat", "messages", "text", "lora")
@@ -76,6 +79,22 @@ def test_two_processes_of_an_engine_that_shards_train_and_evaluate_as_one(
 @pytest.mark.slow
 def test_one_process_trains_and_evaluates_the_same_in_small_parts(alone, tmp_path):
     assert_same(run(tmp_path, (2, 4)), alone(KINDS), bits=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "precision"),
+    [("fsdp2.yaml", []), *(pytest.param(f"zero{n}.yaml", ["bf16"], marks=pytest.mark.slow) for n in (2, 3))],
+)
+def test_a_model_that_is_partly_frozen_is_saved_whole_under_an_engine_that_shards(config, precision, tmp_path):
+    words = [*launcher(config, 2), "tests/distributed/frozen_layers.py", str(tmp_path), *precision]
+    done = run_command(words, {"PYTHONPATH": "."})
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    saved, begun = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model"), bert()
+    frozen = ("bert.embeddings.", "bert.encoder.layer.0.")
+    for (name, tensor), start in zip(saved.named_parameters(), begun.parameters(), strict=True):
+        given = start.bfloat16().float() if precision else start  # of which the engine itself keeps a rounded copy
+        assert tensor.dtype == torch.float32 and tensor.equal(given) == name.startswith(frozen), name
+        assert (tensor - start).abs().max() < 0.1, name  # three updates of 1e-2 each
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,13 @@ import pytest
 import torch
 from tests.building import Built, build, small_opt
 from tests.launching import TINY, start
+from transformers import TrainerCallback
 
 from isotune.checkpoint.export import export_run
 from isotune.checkpoint.manifest import verify
-from isotune.io.errors import AlreadyDone, UserError
-from isotune.run.preemption import RunStatus
+from isotune.checkpoint.store import name_of
+from isotune.io.errors import AlreadyDone, Preempted, UserError
+from isotune.run.preemption import RunStatus, stop_request
 
 TIMED = {"step_seconds", "tokens_per_second", "peak_memory_bytes", "eval_seconds"}
 
@@ -191,6 +193,106 @@ def test_the_best_evaluation_is_kept_and_can_be_the_final_model(tmp_path, recipe
     names = [folder.name for folder in checkpoints(built.run.path)]
     assert names == [f"step-{best:08d}", "step-00000006"]
     assert built.trainer.evaluate()["eval_loss"] == losses[best]
+
+
+@pytest.fixture(scope="module")
+def worsening(recipe) -> dict[str, Any]:
+    """A run whose evaluations get worse, and whose final model is that of the best."""
+    values = recipe | {"eval_steps": 1, "learning_rate": 3.0, "lr_scheduler_type": "constant"}
+    return values | {"load_best_model_at_end": True}
+
+
+@pytest.fixture(scope="module")
+def worsened(worsening, tmp_path_factory) -> tuple[Built, int, float]:
+    """The run of `worsening`, which no test changes, with the step and the loss of its best evaluation."""
+    built = build(tmp_path_factory.mktemp("worsened"), **worsening)
+    built.train()
+    losses = {line["step"]: line["eval_loss"] for line in built.lines if "eval_loss" in line}
+    best = min(losses, key=losses.__getitem__)
+    assert best < 5, "the tests need a run that gets worse"
+    return built, best, losses[best]
+
+
+def test_the_best_before_a_resume_is_the_final_model_of_another_run_and_of_a_moved_one(
+    tmp_path, worsening, worsened, capsys
+):
+    built, best, loss = worsened
+    original = tmp_path / "original"
+    unfinished(original, built.run.path, 5)
+    other = build(tmp_path / "other", **worsening | {"resume": str(checkpoints(original / "run")[4])})
+    other.train()
+    assert f"best        step {best}: {loss:.6g}, from {original}" in capsys.readouterr().out
+    assert other.trainer.evaluate()["eval_loss"] == loss
+    moved = original.rename(tmp_path / "moved")
+    (state,) = moved.glob(f"run/checkpoints/{name_of(5)}/trainer_state.json")
+    assert str(moved) not in state.read_text(), "the state must name the place before the move"
+    again = build(moved, **worsening)
+    again.train()
+    assert f"best        step {best}: {loss:.6g}, from {moved}" in capsys.readouterr().out
+    assert again.trainer.evaluate()["eval_loss"] == loss
+
+
+def test_a_run_whose_best_checkpoint_is_gone_is_refused_before_it_trains(tmp_path, worsening, worsened):
+    built, best, _ = worsened
+    run = unfinished(tmp_path, built.run.path, 5)
+    shutil.rmtree(run / "checkpoints" / name_of(best))
+    before = (run / "metrics.jsonl").read_bytes()
+    again = build(tmp_path, **worsening)
+    with pytest.raises(UserError, match=rf"is of step {best}, and there is no {name_of(best)} in .*run/checkpoints: "):
+        again.train()
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def stop_after(step: int, built: Built, monkeypatch) -> str:
+    """Train until a signal stops the run after this step; returns what it ends with."""
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == step - 1:
+                monkeypatch.setattr(stop_request, "by", "SIGTERM")
+
+    built.trainer.add_callback(Stop())
+    with pytest.raises(Preempted, match=f"stopped after step {step}: ") as ended:
+        built.train()
+    monkeypatch.setattr(stop_request, "by", None)
+    return str(ended.value)
+
+
+def test_a_requeued_job_goes_on_whatever_its_command_says_and_another_job_does_what_it_says(
+    tmp_path, recipe, whole, monkeypatch, capsys
+):
+    def attempt(job: str, number: int, resume: str) -> Built:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(number))
+        return build(tmp_path, **recipe | {"resume": resume})
+
+    begins = str(checkpoints(whole.run.path)[0])
+    said = stop_after(3, attempt("7", 0, begins), monkeypatch)
+    assert said.endswith(f": --resume auto goes on from {checkpoints(tmp_path / 'run')[-1]}")
+    requeued = attempt("7", 1, begins)
+    assert f"resume: {begins} was for this job's first attempt" in capsys.readouterr().out
+    requeued.train()
+    assert f"resumed     after step 3, from {tmp_path}" in capsys.readouterr().out
+    assert lines(requeued.run.path) == lines(whole.run.path)
+    for job, number, resume, after, end in (
+        ("8", 1, "never", None, 3),
+        ("8", 1, "never", None, 4),  # the same attempt's second command
+        ("8", 2, begins, 4, 5),
+    ):
+        built = attempt(job, number, resume)
+        stop_after(end, built, monkeypatch)
+        found = built.trainer.checkpointer.resumption
+        assert (found.step if found else None) == after
+
+
+def test_an_evaluation_that_is_made_up_for_after_the_last_step_can_be_the_best(tmp_path, recipe, monkeypatch, capsys):
+    values = recipe | {"eval_steps": 3, "load_best_model_at_end": True}
+    assert "the same command goes on from" in stop_after(6, build(tmp_path, **values), monkeypatch)
+    second = build(tmp_path, **values)
+    losses = {line["step"]: line["eval_loss"] for line in second.train() if "eval_loss" in line}
+    assert sorted(losses) == [3, 6] and losses[6] < losses[3], "the test needs a run that gets better"
+    assert f"best        step 6: {losses[6]:.6g}, from {checkpoints(second.run.path)[-1]}" in capsys.readouterr().out
+    assert second.trainer.evaluate()["eval_loss"] == losses[6]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small disk of one's own can be mounted by root only")

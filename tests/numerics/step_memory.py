@@ -53,9 +53,7 @@ def measure(values: dict[str, Any]) -> dict[str, int]:
         trainer.training_step = training_step
         trainer._maybe_log_save_evaluate = step_is_over
         trainer.train()
-        if (
-            trainer.update.sync.exact is not None
-        ):  # each gradient is absorbed as it comes, and none is handed to the next pass
+        if trainer.plan.exact_gradients:  # each gradient is absorbed as it comes, and none is handed to the next pass
             found["gradients"] = 0
     forget_workspaces()
     return found

@@ -121,6 +121,23 @@ def test_lora_is_exact_by_itself_and_describe_says_so(tmp_path):
     assert bits[0] == bits[1]
 
 
+def test_a_model_that_was_trained_exactly_is_trained_on_by_another_trainer_and_by_a_loop(tmp_path):
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    trained: Any = sft(tmp_path, 4, 2, peft_config=adapter)
+    trained.train()
+    assert trained.plan.exact_gradients
+    fresh = sft(tmp_path, 4, 2, peft_config=adapter)
+    fresh.model.load_state_dict(trained.model.state_dict())
+    ids = torch.arange(5, 25)[None]
+    gradients = []
+    for model in (trained.model, fresh.model):  # the second was never trained by anything
+        model.eval()(input_ids=ids).logits.square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+        model.zero_grad()
+    assert gradients[0] and all(one.equal(other) for one, other in zip(*gradients, strict=True))
+    assert losses_of(sft(tmp_path, 4, 2, model=trained.model)) == losses_of(fresh)
+
+
 def classifier(folder: Any, kind: Any, batch: int, accumulation: int, model: Any = None, **more: Any) -> Any:
     split = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
     args = TrainingArguments(output_dir=str(folder), seed=3, **QUIET, **STEPS, **split)

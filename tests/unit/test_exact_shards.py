@@ -38,6 +38,17 @@ def test_the_range_is_checked_on_the_whole_gradient_and_a_rank_keeps_its_share(j
     assert all(parameter.grad is None for parameter in model.parameters()), "the engine sums nothing itself"
 
 
+def test_after_remove_fsdp2_sums_its_gradients_itself(join: Callable[[int, int], None], monkeypatch):
+    join(1, 2)
+    model = nn.Linear(2, 3)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    exact = Fsdp2ExactGradients(model)
+    exact.remove()
+    monkeypatch.setattr(exact, "integers", lambda gradient: pytest.fail("its reduce-scatter is still used"))
+    model(torch.tensor([[10.0, -20.0]])).sum().backward()
+    assert not exact.seen and all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_fsdp2_over_a_part_of_the_ranks_is_refused(join: Callable[[int, int], None]):
     join(0, 4)
     replicated = nn.Linear(2, 3)

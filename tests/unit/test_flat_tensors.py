@@ -12,7 +12,15 @@ from safetensors import safe_open
 from tests.launching import start_command
 
 from isotune.checkpoint import flat_tensors
-from isotune.checkpoint.flat_tensors import FlatTensor, read_tensors, read_whole, share_of, stored, write_tensors
+from isotune.checkpoint.flat_tensors import (
+    FlatTensor,
+    host_copy,
+    read_tensors,
+    read_whole,
+    share_of,
+    stored,
+    write_tensors,
+)
 
 # each of three ranks owns a stretch of each tensor, as the cuts of a case say; some own nothing
 WRITER = """
@@ -118,3 +126,18 @@ def test_the_files_are_ordinary_safetensors(tmp_path: Path):
     write_tensors(tmp_path, {"a": FlatTensor.whole(torch.arange(6.0).view(2, 3))}, None)
     with safe_open(next(tmp_path.glob("*.safetensors")), framework="pt") as file:
         assert file.get_tensor("a").tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_copy_that_nothing_waits_for_is_made_at_once(monkeypatch):
+    copy_to = torch.Tensor.to
+
+    def to(tensor: torch.Tensor, *where, non_blocking: bool = False, **more) -> torch.Tensor:
+        made = copy_to(tensor, *where, **more)
+        return made.zero_() if non_blocking else made  # as on MPS: what was copied is not there yet
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    weights = torch.arange(1.0, 7.0)
+    copied = host_copy({"weights": FlatTensor(weights[2:5], 2, 6)})["weights"]
+    assert copied.local.tolist() == [3.0, 4.0, 5.0] and (copied.offset, copied.numel()) == (2, 6)
+    weights.zero_()  # training goes on
+    assert copied.local.tolist() == [3.0, 4.0, 5.0]

@@ -204,6 +204,24 @@ def test_a_run_goes_on_at_the_commits_that_it_began_with_unless_it_begins_anew(h
     assert list(read_rows("someone/numbers").rows()) == [{"text": "2"}]
 
 
+def test_a_run_that_goes_on_from_anothers_checkpoint_keeps_the_commits_of_that_one(hub, again, tmp_path):
+    repository = numbered(hub)
+    keys = {"model_name_or_path": real.OPT, "dataset_name": "someone/numbers"}
+    for folder, text in (("first", b'{"text": "1"}\n'), ("other", b'{"text": "2"}\n')):
+        repository.commit({"train.jsonl": text})
+        again()
+        open_hub(Recipe.from_values(**keys, output_dir=str(tmp_path / folder), resume="never"))
+        assert list(read_rows("someone/numbers").rows()) == [json.loads(text)]
+        (tmp_path / folder / "checkpoints" / "step-00000002").mkdir(parents=True)
+        (tmp_path / folder / "environment.json").write_text(json.dumps({"hub": hub_record()}))
+    repository.commit({"train.jsonl": b'{"text": "3"}\n'})
+    for output in ("third", "other"):  # whatever a run of its own has recorded
+        again()
+        checkpoint = tmp_path / "first" / "checkpoints" / "step-00000002"
+        open_hub(Recipe.from_values(**keys, output_dir=str(tmp_path / output), resume=str(checkpoint)))
+        assert list(read_rows("someone/numbers").rows()) == [{"text": "1"}]
+
+
 def test_what_was_read_is_on_record_with_its_commit_and_digests(hub):
     import hashlib
 

@@ -122,6 +122,25 @@ def test_a_failed_training_says_why_and_one_that_goes_on_keeps_the_lines_before_
     assert state_of_run(run).state == "finished" and not (run / "report.html").exists()
 
 
+def test_a_line_of_several_steps_ends_at_a_checkpoint_so_that_going_on_from_it_loses_none(tmp_path):
+    def fail() -> None:
+        raise ValueError("the disk of the script is gone")
+
+    def lines(run: Path) -> list[dict[str, Any]]:
+        found = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        clock = ("step_seconds", "tokens_per_second", "peak_memory_bytes")
+        return [{key: value for key, value in line.items() if key not in clock} for line in found]
+
+    often = {"logging_steps": 3, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    trainer(whole, RunFolder(whole), **often).train()
+    with pytest.raises(ValueError, match="the disk of the script"):
+        trainer(parts, RunFolder(parts), Meanwhile(3, fail), **often).train()
+    trainer(parts, RunFolder(parts), **often).train(resume_from_checkpoint=str(parts / "out" / "checkpoint-2"))
+    assert [(line["step"], line["documents"]) for line in lines(parts)] == [(2, 16), (3, 8), (4, 8), (6, 16)]
+    assert lines(parts) == lines(whole)
+
+
 def test_what_a_run_folder_cannot_do_is_refused_before_anything_is_trained(tmp_path):
     with pytest.raises(UserError, match="add RunFolder"):
         trainer(tmp_path, FinalModel()).train()

@@ -35,7 +35,7 @@ class Run:
     """What `supervised` needs of a run folder."""
 
     def __init__(self, path):
-        self.path = path
+        self.path, self.again = path, "the same command"
         self.status: Any = None
         self.is_trained = False
         self.lease = RunLease(path)
@@ -116,8 +116,11 @@ def test_status_json_says_how_a_run_ended(tmp_path, error, status, number):
 def test_a_rank_that_its_launcher_left_was_preempted_and_one_that_lost_the_store_has_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(stop_request, "by", None)
     (tmp_path / "environment.json").write_text("{}")
+    run = Run(tmp_path)
+    run.again = "--resume auto"  # as of a recipe with another `resume`
     for signals, ends, word in ((False, DistNetworkError, "failed"), (True, Preempted, "preempted")):
-        with pytest.raises(ends), supervised(Run(tmp_path), process()):
+        said = "was killed; --resume auto goes on$" if signals else "got 0 bytes"
+        with pytest.raises(ends, match=said), supervised(run, process()):
             if signals:
                 signal.raise_signal(signal.SIGTERM)
             raise DistNetworkError("Failed to recv, got 0 bytes")

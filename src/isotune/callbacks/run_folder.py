@@ -124,7 +124,9 @@ class RunFolder(RunRecording):
         self._recorder.open(self.run.path / METRICS, self.run.lease)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The step is in a checkpoint."""
+        """The step is in a checkpoint; a line ends there, as the library's checkpoints keep no half of one."""
+        if self._recorder is not None:
+            self._recorder.end_line()
         if self.run is not None and self.run.status is not None:
             self.run.status.reached(state.global_step)
 

@@ -1,7 +1,7 @@
 """The training state of an engine as flat tensors and JSON, in the same form for every engine; and its plain model.
 
     model/NAME            a trained parameter, in fp32 where the engine trains an fp32 copy of it
-    optimizer/NAME/KEY    an optimizer state as long as its parameter, e.g. exp_avg
+    optimizer/NAME/KEY    a tensor of the optimizer's state, e.g. exp_avg
     OptimizerState        JSON: the other optimizer states, e.g. step
 
 Frozen parameters are not part of it: they are loaded again by the recipe.
@@ -33,7 +33,7 @@ MODEL, OPTIMIZER = "model/", "optimizer/"
 class OptimizerState:
     """State of an optimizer by parameter name and key, without the contents of its tensors."""
 
-    # dtypes of tensors as long as their parameter
+    # dtypes of tensors of their parameter's shape
     slots: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
     # [shape, dtype] of other tensors, such as factors and quantisation tables
     others: dict[str, dict[str, list[Any]]] = field(default_factory=dict[str, dict[str, list[Any]]])
@@ -87,7 +87,7 @@ class EngineState(ABC):
                 if _is_scalar(value):
                     number = value.item() if isinstance(value, Tensor) else value
                     state.scalars.setdefault(name, {})[key] = number
-                elif value.numel() == self._stepped(parameter).numel():
+                elif value.shape == self._stepped(parameter).shape:
                     state.slots.setdefault(name, {})[key] = _dtype_name(value)
                 elif self.shards is None:
                     state.others.setdefault(name, {})[key] = [list(value.shape), _dtype_name(value)]
@@ -109,7 +109,8 @@ class EngineState(ABC):
                 continue
             state: dict[str, Any] = {}
             for key, dtype in saved.slots.get(name, {}).items():
-                state[key] = torch.zeros_like(stepped, dtype=getattr(torch, dtype), requires_grad=False)
+                slot = torch.zeros_like(stepped, dtype=getattr(torch, dtype), requires_grad=False)
+                state[key] = _as_factor(key, slot)
             for key, (shape, dtype) in saved.others.get(name, {}).items():
                 state[key] = torch.zeros(shape, dtype=getattr(torch, dtype), device=stepped.device)
             group = groups.get(id(stepped), self._optimizer.param_groups[0])
@@ -194,9 +195,10 @@ def plain_model(model: nn.Module, *, keep: bool) -> nn.Module | None:
 
     Under ZeRO-3 and FSDP2 no rank holds the whole weights, and in 16-bit DeepSpeed the model has rounded copies of the
     fp32 parameters that are trained. One parameter after the other is gathered on every rank. The copy of a `PeftModel`
-    has memory for its trained tensors only. An adapter that took its start out of the base is a copy too, the one that
-    fits the base as it is published. Collective: every rank must call it, and those that do not `keep` the result get
-    None.
+    has memory for its trained tensors only; that of another model has its frozen ones too, in fp32 beside fp32 copies,
+    because files of mixed dtypes are loaded in one. An adapter that took its start out of the base is a copy too, the
+    one that fits the base as it is published. Collective: every rank must call it, and those that do not `keep` the
+    result get None.
     """
     reshard(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -205,9 +207,13 @@ def plain_model(model: nn.Module, *, keep: bool) -> nn.Module | None:
         isinstance(p, DTensor) or deepspeed.is_partitioned(p) or deepspeed.has_fp32_copy(p) for p in trained.values()
     ):
         return model if keep else None
+    wanted = trained if hasattr(model, "peft_config") else dict(model.named_parameters())
+    masters = any(deepspeed.is_partitioned(p) or deepspeed.has_fp32_copy(p) for p in trained.values())
     tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in trained.items():
+    for name, parameter in wanted.items():
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else deepspeed.gather_fp32(parameter)
+        if masters and not parameter.requires_grad:
+            whole = whole.float()
         if keep:
             tensors[name] = whole.detach().to("cpu", copy=True)
         del whole
@@ -263,6 +269,15 @@ def _copy_with(model: Any, tensors: dict[str, torch.Tensor], adapter_settings: A
 
 def _is_scalar(value: Any) -> bool:
     return not isinstance(value, Tensor) or value.ndim == 0
+
+
+def _as_factor(key: str, slot: Tensor) -> Tensor:
+    """A slot as Adafactor has it: earlier versions took its factors for slots where one of two sides is 1."""
+    if key == "exp_avg_sq_row":
+        return slot.reshape(slot.shape[:-1])
+    if key == "exp_avg_sq_col":
+        return slot.reshape(*slot.shape[:-2], slot.shape[-1])
+    return slot
 
 
 def _dtype_name(tensor: Tensor) -> str:

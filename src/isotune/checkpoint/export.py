@@ -25,6 +25,7 @@ from isotune.checkpoint.run_of_checkpoint import run_of
 from isotune.checkpoint.store import is_checkpoint
 from isotune.data.classification.thresholds import THRESHOLDS_FILE
 from isotune.io.errors import RunFault, UserError
+from isotune.io.run_files import run_of_checkpoint
 from isotune.models.adapters.stored import read_adapter_config
 from isotune.models.finished_run import (
     ADAPTER_CONFIG,
@@ -103,7 +104,7 @@ def export_run(
     if given is not None:
         _check_output(given)
     of_checkpoint = is_checkpoint(source)
-    exports = (source.resolve().parents[1] if of_checkpoint else source) / "export"
+    exports = (run_of_checkpoint(source) if of_checkpoint else source) / "export"
     with contextlib.ExitStack() as stack:
         run = source
         if of_checkpoint:

@@ -84,10 +84,11 @@ def share_of(tensor: Tensor, rank: int, world_size: int) -> FlatTensor:
 
 def host_copy(tensors: Mapping[str, FlatTensor]) -> dict[str, FlatTensor]:
     """Copy the tensors to host memory; training waits for this part of a checkpoint only."""
-    copies = {
-        name: FlatTensor(tensor.local.detach().to("cpu", copy=True, non_blocking=True), tensor.offset, tensor.numel())
-        for name, tensor in tensors.items()
-    }
+    copies: dict[str, FlatTensor] = {}
+    for name, tensor in tensors.items():
+        local = tensor.local.detach()
+        waits_later = local.is_cuda  # of other devices, such as MPS, nothing below waits for the copies
+        copies[name] = FlatTensor(local.to("cpu", copy=True, non_blocking=waits_later), tensor.offset, tensor.numel())
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return copies

@@ -13,10 +13,12 @@ from isotune.config.run_recipe import RESUME_NEVER, RESUME_NEWEST
 from isotune.distributed.launch import Process
 from isotune.distributed.ranks import call_on_main
 from isotune.io.errors import AlreadyDone, UserError
+from isotune.io.run_files import or_empty, read_environment
 from isotune.run.finishing import upload_missing
 from isotune.run.identity import RunIdentity
 from isotune.run.metrics_file import METRICS
 from isotune.run.run_dir import CHECKPOINTS, RunDir
+from isotune.run.run_lease import slurm_ids
 
 STATE = "state.json"
 TRAINER_STATE = "trainer_state.json"
@@ -34,6 +36,21 @@ class Resumption:
     def step(self) -> int:
         """Optimizer updates done."""
         return self.state["step"]
+
+
+def as_requeued(recipe: RunRecipe) -> RunRecipe:
+    """The recipe with `resume: auto` where this attempt of a SLURM job has checkpoints of an earlier one.
+
+    A requeued job gives its first command again, which says what that attempt was to begin with.
+    """
+    job, run = slurm_ids(), Path(recipe.output_dir)
+    if recipe.resume == RESUME_NEWEST or job is None or not job["restart"]:
+        return recipe
+    began: dict[str, Any] = or_empty(read_environment, run).get("slurm") or {}
+    is_earlier = began.get("job_id") == job["job_id"] and began.get("restart") != job["restart"]
+    if not (is_earlier and CheckpointStore(run / CHECKPOINTS).folders()):
+        return recipe
+    return recipe.with_values(resume=RESUME_NEWEST)
 
 
 def open_run(recipe: RunRecipe, process: Process) -> RunDir:

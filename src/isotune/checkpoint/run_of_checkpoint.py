@@ -19,7 +19,7 @@ from isotune.config.recipes import AUTO
 from isotune.config.task_types import SINGLE_LABEL
 from isotune.data.sft.chat_format import GUANACO
 from isotune.io.errors import RunFault, UserError
-from isotune.io.run_files import RECIPE
+from isotune.io.run_files import RECIPE, run_of_checkpoint
 from isotune.models.adapters.from_base import starts_from_base
 from isotune.models.adapters.lora import add_adapters
 from isotune.models.base.head import set_names
@@ -52,7 +52,7 @@ def run_of(checkpoint: Path, beside: Path) -> Generator[Path]:
         kind = kind_of(manifest.recipe)
         form = {"chat_format": GUANACO} if kind is Recipe else {}  # of a checkpoint that names none
         recipe = kind.from_values(**{**form, **manifest.recipe}, output_dir=folder)
-        keep_commits(recipe, checkpoint.resolve().parents[1])
+        keep_commits(recipe, run_of_checkpoint(checkpoint))
         tokenizer = load_tokenizer(recipe)
         config = _config_at(recipe, checkpoint / TENSORS)
         rows = new_rows(config, tokenizer, recipe)
@@ -60,7 +60,7 @@ def run_of(checkpoint: Path, beside: Path) -> Generator[Path]:
         if recipe.tune != "full":
             base = recipe.model_name_or_path
             if is_made_here(recipe):
-                made = checkpoint.resolve().parents[1] / "base_model"
+                made = run_of_checkpoint(checkpoint) / "base_model"
                 if not made.is_dir():
                     save_and_verify(load_base_model(recipe, config, torch.device("cpu")), tokenizer, made)
                 base = str(made)

@@ -95,7 +95,12 @@ def has_fp32_copy(parameter: Any) -> bool:
 
 
 def gather_fp32(parameter: Any) -> torch.Tensor:
-    """The whole parameter as it is trained, on every rank; collective."""
+    """The whole parameter as it is trained, or frozen as it is, on every rank; collective."""
+    if is_partitioned(parameter) and not parameter.requires_grad:  # of which the optimizer has nothing
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
     if is_partitioned(parameter):
         return parameter._z3_optimizer.get_full_hp_param(parameter)
     return parameter.get_full_hp_param() if has_fp32_copy(parameter) else parameter

@@ -15,14 +15,16 @@ from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-# ReduceScatter is what the public `FSDPModule.set_custom_reduce_scatter` takes; no public module exports it.
-__all__ = ["FakeTensorMode", "ReduceScatter", "TorchDispatchMode", "tree_iter"]
+# ReduceScatter is what the public `FSDPModule.set_custom_reduce_scatter` takes, DefaultReduceScatter what undoes it; no
+# public module exports them.
+__all__ = ["DefaultReduceScatter", "FakeTensorMode", "ReduceScatter", "TorchDispatchMode", "tree_iter"]
 
 if TYPE_CHECKING:
 

@@ -36,6 +36,7 @@ from isotune.config.schema import (
     key,
 )
 from isotune.io.formats import format_of
+from isotune.io.run_files import run_of_checkpoint
 
 _ADAPTER = Requirement(lambda values: values["tune"] != "full", "it needs tune: lora or tune: qlora")
 _LORA = Requirement(
@@ -296,6 +297,18 @@ class RunRecipe(BaseRecipe):
     def mixed_precision(self) -> Literal["bf16", "fp16", "no"]:
         """Precision of matrix products, by accelerate's names: `no` is fp32."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
+
+    @property
+    def run_to_go_on_with(self) -> Path | None:
+        """The folder of the run whose checkpoint `resume` leads to, there or not; None where the run begins anew."""
+        if self.resume == RESUME_NEVER:
+            return None
+        return Path(self.output_dir) if self.resume == RESUME_NEWEST else run_of_checkpoint(Path(self.resume))
+
+    @property
+    def again(self) -> str:
+        """What goes on with a run that was stopped, in words: the same command would begin anew by another `resume`."""
+        return "the same command" if self.resume == RESUME_NEWEST else "--resume auto"
 
     def forward_tokens(self, knob: Literal["microbatch_tokens", "eval_microbatch_tokens"]) -> int:
         """The value of a knob in tokens; `auto`, where nobody has chosen yet, is one row."""

@@ -237,6 +237,11 @@ def recipe_values(text: str) -> Section:
     return dict(checked(parse_yaml_object(text), RECIPE_SCHEMA))
 
 
+def run_of_checkpoint(folder: Path) -> Path:
+    """The run that has a checkpoint, RUN of RUN/checkpoints/STEP; its folder may be named by a link."""
+    return folder.resolve().parent.parent
+
+
 def or_empty(read: Callable[[Path], Section], place: Path) -> Section:
     """What `read` finds at a place; empty where it is missing or unreadable, for readers that can do without."""
     try:

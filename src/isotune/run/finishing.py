@@ -46,7 +46,7 @@ def finish(run: LeasedDir, steps: Sequence[FinishingStep]) -> None:
             with signals_end_at_once():
                 step.do()
         elif stop_request.by is not None:
-            raise Preempted(f"stopped by {stop_request.by} while it finished: the same command does the rest")
+            raise Preempted(f"stopped by {stop_request.by} while it finished: {run.again} does the rest")
         else:
             step.do()
         run.status.has_done(step.name, [step.makes] if step.makes is not None else [])

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from isotune.config import RunRecipe
-from isotune.config.run_recipe import RESUME_NEVER
 from isotune.data.sources.hub import is_hub_id, open_as_recorded, open_at, open_repository, opened_repositories
 from isotune.data.sources.hub_access import Kind, go_offline, hub_answers, is_offline
 from isotune.data.sources.source import PREFIX
@@ -41,8 +40,8 @@ class OpenedHub:
 def open_hub(recipe: RunRecipe) -> OpenedHub:
     """Open every repository that a recipe names at its commit of now; the other ranks adopt it.
 
-    A run that goes on keeps the commits that it began with, which its environment.json records. UserError where there
-    is no such repository, or it cannot be reached.
+    A run that goes on, or goes on from another one, keeps the commits that this began with, which its environment.json
+    records. UserError where there is no such repository, or it cannot be reached.
     """
     model = recipe.model_name_or_path
     named: list[tuple[Kind, str, str | None, str | None]] = [
@@ -58,8 +57,8 @@ def open_hub(recipe: RunRecipe) -> OpenedHub:
     if recipe.eval_dataset_name is not None and recipe.eval_dataset_mixture is None:
         named.append(("dataset", recipe.eval_dataset_name, recipe.eval_dataset_revision, "eval_dataset_name"))
     named = [entry for entry in named if _is_on_hub(entry[1])]
-    if recipe.resume != RESUME_NEVER:
-        keep_commits(recipe, Path(recipe.output_dir))
+    if recipe.run_to_go_on_with is not None:
+        keep_commits(recipe, recipe.run_to_go_on_with)
     for kind, name, revision, key in named:
         open_repository(kind, name, revision, key=key)
     return OpenedHub(opened_repositories(), is_offline("model"))
@@ -90,7 +89,7 @@ def upload_model(recipe: RunRecipe) -> dict[str, str]:
 
     run, repository = Path(recipe.output_dir), recipe.hub_model_id
     token = get_token()
-    again = f"the model is saved in {run / 'model'}, and the same command tries the upload alone again"
+    again = f"the model is saved in {run / 'model'}, and {recipe.again} tries the upload alone again"
     if not token:
         raise UserError(f"push_to_hub has no token: log in with `hf auth login` or set HF_TOKEN; {again}")
     if constants.HF_HUB_OFFLINE or not hub_answers():

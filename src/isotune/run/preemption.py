@@ -153,7 +153,7 @@ def supervised(run: LeasedDir, process: Process, *, catches_signals: bool = True
         previous_handlers = {number: signal.signal(number, stop_request.on_signal) for number in SIGNALS}
     try:
         log = run.path / LOGS_DIR / f"rank-{process.rank}.log"
-        with rank_log(log, process.rank, process.world_size), _preempted_with_launcher():
+        with rank_log(log, process.rank, process.world_size), _preempted_with_launcher(run.again):
             yield
     except Superseded:
         raise
@@ -177,7 +177,7 @@ def supervised(run: LeasedDir, process: Process, *, catches_signals: bool = True
 
 
 @contextlib.contextmanager
-def _preempted_with_launcher() -> Iterator[None]:
+def _preempted_with_launcher(again: str) -> Iterator[None]:
     """Preempted where this rank was told to stop and the launch's store is gone: its launcher was killed.
 
     Where another rank fails, the launcher tells this one to stop too, and serves the store until it has ended.
@@ -187,7 +187,7 @@ def _preempted_with_launcher() -> Iterator[None]:
     except DistNetworkError as error:
         if stop_request.by is None:
             raise
-        raise Preempted(f"stopped by {stop_request.by}: its launcher was killed; the same command goes on") from error
+        raise Preempted(f"stopped by {stop_request.by}: its launcher was killed; {again} goes on") from error
 
 
 @contextlib.contextmanager

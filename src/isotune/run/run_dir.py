@@ -35,6 +35,8 @@ WEIGHTS_SUFFIX = ".safetensors"
 class LeasedDir:
     """A run directory that one attempt writes to at a time: its place, its lease and its status."""
 
+    again = "the same command"  # goes on with a run that was stopped
+
     def __init__(self, path: Path) -> None:
         self.path, self.model = path, path / "model"  # or adapter
         self.status: Any = None  # the `RunStatus` while the run is supervised
@@ -99,7 +101,7 @@ class RunDir(LeasedDir):
 
     def __init__(self, recipe: RunRecipe) -> None:
         super().__init__(Path(recipe.output_dir))
-        self.recipe = recipe
+        self.recipe, self.again = recipe, recipe.again
         self.base_model = self.path / "base_model"  # one that exists nowhere else: its weights were drawn at random
         self._has_begun = False  # by `begin`, which the main process calls
 

@@ -30,6 +30,7 @@ from isotune.config import RunRecipe
 from isotune.config.run_recipe import RESUME_NEVER
 from isotune.data.batch_schedule import LAYOUT, StepSchedule
 from isotune.distributed.launch import Process
+from isotune.distributed.ranks import call_on_main
 from isotune.io.errors import Paused, Preempted, RunFault, UserError
 from isotune.io.variables import PAUSE
 from isotune.run.environment import versions
@@ -121,8 +122,7 @@ class Checkpointer(TrainerCallback):
         self.wait()
         assert self.writer is not None
         trainer, state = self._trainer, self._trainer.state
-        if state.best_global_step:
-            state.best_model_checkpoint = str(self.store.path / name_of(state.best_global_step))
+        self._point_at_best()
         engine = self._engine()
         # other ranks would read every local file once more
         identity = self.run.identity if self.process.is_main else RunIdentity({})
@@ -177,9 +177,41 @@ class Checkpointer(TrainerCallback):
             trainer.memory.go_on(state["microbatch_tokens"], state["out_of_memory_retries"])
         if trainer.recorder is not None:
             trainer.recorder.go_on(self.resumption.metrics, state.get("metrics"))
+        self._point_at_best()
+        if trainer.args.load_best_model_at_end:
+            call_on_main(self.process, self._check_best)
         trainer.args.eval_on_start = False
         if self.process.is_main and is_laid_out_otherwise(state, trainer.plan.schedule):
             print(f"note        {OTHER_LAYOUT}", flush=True)
+
+    def _point_at_best(self) -> None:
+        """Let Trainer's state name the checkpoint of the best evaluation, which it loads at the end.
+
+        Of a step that was there when the run went on, it may lie in the run that the run went on from; a run that was
+        moved has it under another path than recorded, of which Trainer makes None without a word.
+        """
+        state: TrainerState = self._trainer.state
+        if not state.best_global_step:
+            return
+        name, resumption = name_of(state.best_global_step), self.resumption
+        folder = self.store.path / name
+        if resumption is not None and state.best_global_step <= resumption.step and not folder.is_dir():
+            there = resumption.folder.parent / name
+            folder = there if there.is_dir() else folder
+        state.best_model_checkpoint = str(folder)
+
+    def _check_best(self) -> None:
+        """UserError where the best evaluation so far has no checkpoint: its weights could not be the final model."""
+        state: TrainerState = self._trainer.state
+        assert self.resumption is not None
+        if state.best_model_checkpoint is None or (best := Path(state.best_model_checkpoint)).is_dir():
+            return
+        places = " or ".join(dict.fromkeys(map(str, (self.store.path, self.resumption.folder.parent))))
+        raise UserError(
+            f"load_best_model_at_end: the best evaluation up to {self.resumption.folder} is of step "
+            f"{state.best_global_step}, and there is no {best.name} in {places}: put it back, or "
+            "choose another --output_dir and no --resume to train from the start"
+        )
 
     def load_best(self) -> None:
         """Take the weights of the best evaluation into the model that is about to be saved."""
@@ -207,6 +239,7 @@ class Checkpointer(TrainerCallback):
             self.resumption.state["evaluation_due"] = False
             self._catching_up = True
             note_best_metric(self._trainer, self._trainer.evaluate())
+            self._point_at_best()  # the checkpoint of this step is there, and none need follow
             self._catching_up = False
         stopped = self.early_stop is not None and self.early_stop.has_stopped
         if stopped:
@@ -251,7 +284,7 @@ class Checkpointer(TrainerCallback):
         if self._trainer.update.stop_agreed:
             self.wait()
             folder = self.store.path / name_of(state.global_step)
-            raise Preempted(f"stopped after step {state.global_step}: the same command goes on from {folder}")
+            raise Preempted(f"stopped after step {state.global_step}: {self.recipe.again} goes on from {folder}")
 
 
 @torch.no_grad()

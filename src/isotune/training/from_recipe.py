@@ -8,7 +8,6 @@ train_run(start, data, ...)     model, trainer, steps, RUN/model, and what finis
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,11 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from isotune.checkpoint.engine_state import plain_model
 from isotune.checkpoint.final_model import FinalModelReport, save_and_verify
-from isotune.checkpoint.resume import open_run
+from isotune.checkpoint.resume import as_requeued, open_run
 from isotune.compat.deepspeed import load_whole_models
 from isotune.compat.peft import base_model_of
 from isotune.compat.transformers import attention_of
 from isotune.config import ClassificationRecipe, Recipe, RunRecipe
-from isotune.config.run_recipe import RESUME_NEVER, RESUME_NEWEST
 from isotune.config.task_types import MULTI_LABEL, REGRESSION
 from isotune.data.batch_schedule import Step, StepSchedule
 from isotune.data.classification.thresholds import CHOSEN, Thresholds, thresholds_of
@@ -90,9 +88,12 @@ def start_run(recipe: RunRecipe) -> Start:
 
     Raises AlreadyDone for a finished run, and UserError where any of these is not what the recipe says.
     """
+    asked, recipe = recipe, as_requeued(recipe)
     chooses_precision, recorded = recipe.precision is not None, _recorded_values(recipe)
     recipe = with_precision(recipe, recorded)
     process = start_process(recipe)
+    if process.is_main and recipe.resume != asked.resume:
+        print(f"note        resume: {asked.resume} was for this job's first attempt; this one goes on from the last")
     if chooses_precision:
         check_same_precision(recipe, process.device)
         if process.is_main:
@@ -116,12 +117,8 @@ def start_run(recipe: RunRecipe) -> Start:
 
 def _recorded_values(recipe: RunRecipe) -> dict[str, Any]:
     """What the run that this one goes on with recorded, such as what `auto` meant; empty where there is none."""
-    if recipe.resume == RESUME_NEVER:
-        return {}
-    earlier = Path(recipe.output_dir)
-    if recipe.resume != RESUME_NEWEST:
-        earlier = Path(recipe.resume).resolve().parent.parent  # of RUN/checkpoints/STEP
-    return or_empty(read_recipe_values, earlier)
+    earlier = recipe.run_to_go_on_with
+    return {} if earlier is None else or_empty(read_recipe_values, earlier)
 
 
 def train_run(start: Start, data: RunData, finishing: Sequence[FinishingStep] = ()) -> None:

@@ -270,16 +270,17 @@ class MetricsRecorder(TrainerCallback):
         # a line ends where the library reports to the trackers, and at the last step of all
         is_last = state.global_step >= state.max_steps
         if control.should_log or is_last or args.logging_strategy != IntervalStrategy.STEPS:
-            self._write_steps()
+            self.end_line()
         if self.progress is not None:
             rate = {f"{self.task.target}_per_s": step.supervised_tokens / seconds}
             self.progress.show({"loss": result.loss, **metrics}, rate, nonfinite.skipped_steps)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write the line of the last steps, where training ends early."""
-        self._write_steps()
+        self.end_line()
 
-    def _write_steps(self) -> None:
+    def end_line(self) -> None:
+        """Write the line of the steps since the last one, where there are any."""
         if self.sums.steps:
             line = self.sums.take()
             if self.file is not None:

@@ -196,10 +196,13 @@ class PlannedTraining(transformers.Trainer if TYPE_CHECKING else object):
 
     def train(self, resume_from_checkpoint: Any = None, *options: Any, **more: Any) -> Any:
         """Train; with a Checkpointer from the checkpoint that the recipe's `resume` leads to."""
-        if self.checkpointer is None:
-            return super().train(resume_from_checkpoint, *options, **more)
-        with self.memory.in_one_sentence(), self.checkpointer.session() as folder:
-            return super().train(folder, *options, **more)
+        try:
+            if self.checkpointer is None:
+                return super().train(resume_from_checkpoint, *options, **more)
+            with self.memory.in_one_sentence(), self.checkpointer.session() as folder:
+                return super().train(folder, *options, **more)
+        finally:
+            self.update.sync.release()  # a script may train the model on, by whatever means
 
     def _init_training_state(self, *arguments: Any, **more: Any) -> tuple[int, int]:
         place = super()._init_training_state(*arguments, **more)

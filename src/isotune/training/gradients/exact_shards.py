@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from isotune.compat.deepspeed import set_zero3_gradient, zero3_padded_share
-from isotune.compat.torch import ReduceScatter, reduce_scatter
+from isotune.compat.torch import DefaultReduceScatter, ReduceScatter, reduce_scatter
 from isotune.io.errors import UserError
 from isotune.training.gradients.exact_gradients import ExactGradients
 
@@ -43,9 +43,15 @@ class Fsdp2ExactGradients(ExactGradients):
             )
         super().__init__(model)
         self._group = _IntegerReduceScatter(self)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.set_custom_reduce_scatter(self._group)
+        self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        for module in self._modules:
+            module.set_custom_reduce_scatter(self._group)
+
+    def remove(self) -> None:
+        """The engine sums its gradients itself again."""
+        super().remove()
+        for module in self._modules:
+            module.set_custom_reduce_scatter(DefaultReduceScatter())
 
     def share_shape(self, parameter: Any) -> torch.Size:
         """That of the local shard."""

@@ -64,9 +64,15 @@ class GradientSync:
         return 1 if self._is_exact or self.sums_late else self.accelerator.num_processes
 
     def prepare(self, model: Any) -> None:
-        """Called once, with the model as the engine has prepared it: its parameters may be shards."""
+        """Called when training begins, with the model as the engine has prepared it: its parameters may be shards."""
         if self._is_exact and self.exact is None:
             self.exact = self._exact_kind()(self.accelerator.unwrap_model(model))
+
+    def release(self) -> None:
+        """Training is over: the model's gradients are again what any other loop expects."""
+        if self.exact is not None:
+            self.exact.remove()
+            self.exact = None
 
     def _exact_kind(self) -> type[ExactGradients]:
         return Fsdp2ExactGradients if self.shards_gradients else ExactGradients
