@@ -14,6 +14,7 @@ from isotune.io.errors import UserError
 from isotune.models.base import vocabulary
 from isotune.models.base.builtin import builtin_tokenizer
 from isotune.models.base.vocabulary import grow_embeddings, new_rows
+from isotune.models.opening import load_pretrained_tokenizer
 from isotune.preflight.preflight_report import run_preflight
 from isotune.preflight.request import read_preflight_request
 from isotune.training.from_recipe import save
@@ -205,3 +206,12 @@ def test_new_tokens_that_no_document_has_are_named(tmp_path, capsys, monkeypatch
     build(tmp_path, **values, model_name_or_path=small_opt(tmp_path / "base"), add_tokens=[*NEW, "<|never|>"])
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no effect")]
     assert said == ["no effect   no document has '<|never|>' of add_tokens: nothing is learnt of it"]
+
+
+def test_a_tokenizer_file_that_is_broken_is_one_sentence(tmp_path):
+    """JSON that holds no tokenizer: the library raises Exception itself for it."""
+    builtin_tokenizer("builtin:bert-tiny").save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(file.read_text().replace('"version"', '"verzion"', 1).replace('"type"', '"tipe"', 1))
+    with pytest.raises(UserError, match=f"the tokenizer of '{tmp_path}' cannot be loaded: "):
+        load_pretrained_tokenizer(str(tmp_path))

@@ -148,7 +148,7 @@ def load_pretrained_config(name: str, key: str = "the model", revision: str | No
 def load_pretrained_tokenizer(name: str, revision: str | None = None, **kwargs: Any) -> Any:
     """The tokenizer of a folder or Hub id; `kwargs` are of `from_pretrained`, `revision` as in `load_pretrained`."""
     located = locate(name, "tokenizer", revision)
-    with loading(f"the tokenizer of '{name}' cannot be loaded"):
+    with loading(f"the tokenizer of '{name}' cannot be loaded", (Exception,)):  # tokenizers has no class of its own
         return AutoTokenizer.from_pretrained(located.name, **{**located.arguments, **LIBRARY_CODE, **kwargs})
 
 

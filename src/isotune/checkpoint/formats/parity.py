@@ -64,7 +64,9 @@ def logits_of(model: Any, rows: Sequence[Row]) -> list[Tensor]:
     found = list[Tensor]()
     for row in rows:
         ids = torch.tensor([row.ids])
-        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        given: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if hasattr(model, "can_generate") and model.can_generate():
+            given["use_cache"] = False  # of a row alone; a model whose first block has none may fail with it
         if row.first_type is not None and takes_token_types(model):
             given["token_type_ids"] = (torch.arange(len(row.ids)) >= row.first_type).long()[None]
         found.append(model(**given).logits.flatten(0, -2).float())
