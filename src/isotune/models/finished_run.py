@@ -325,11 +325,17 @@ def probe_tokens(run: FinishedRun, tokenizer: Any, config: Any) -> Tensor:
     return torch.tensor([repeated, spread])[:, : max_positions(config) or PROBE_TOKENS]
 
 
+def without_cache(model: Any) -> dict[str, bool]:
+    """What a forward of one text is given besides: hybrids whose first block has no attention fail with a cache."""
+    return {"use_cache": False} if model.can_generate() else {}
+
+
 def _probe_logits(model: Any, probe: Tensor) -> Tensor:
     """Logits of the fixed input: float32 [2, tokens, vocabulary], or [2, classes] of a classifier, on the CPU."""
     tokens = probe.to(model.device)
     with torch.no_grad():  # one by one: heads that read the last token take no batch where nothing pads
-        logits = [model(input_ids=row, attention_mask=torch.ones_like(row)).logits for row in tokens.split(1)]
+        more = without_cache(model)
+        logits = [model(input_ids=row, attention_mask=torch.ones_like(row), **more).logits for row in tokens.split(1)]
     return torch.cat(logits).float().cpu()
 
 

@@ -20,6 +20,7 @@ from isotune.models.finished_run import (
     load_run_tokenizer,
     load_whole_model,
     settle,
+    without_cache,
 )
 
 
@@ -64,9 +65,7 @@ def logits_of(model: Any, rows: Sequence[Row]) -> list[Tensor]:
     found = list[Tensor]()
     for row in rows:
         ids = torch.tensor([row.ids])
-        given: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if hasattr(model, "can_generate") and model.can_generate():
-            given["use_cache"] = False  # of a row alone; a model whose first block has none may fail with it
+        given: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **without_cache(model)}
         if row.first_type is not None and takes_token_types(model):
             given["token_type_ids"] = (torch.arange(len(row.ids)) >= row.first_type).long()[None]
         found.append(model(**given).logits.flatten(0, -2).float())
