@@ -345,7 +345,7 @@ GOOD = {"text": "### Assistant: a"}
     [
         ([{"summary": "a", "label": "b"}], "row 1 of FILE lacks the column 'text' or 'messages' or"),
         ([GOOD, {"text": None}], "row 2 of FILE, column 'text': holds null, neither a text nor a list of messages"),
-        ([GOOD, {"text": 7}], "row 2 of FILE, column 'text': holds a int,"),
+        ([GOOD, {"text": 7}], "row 2 of FILE, column 'text': holds a number,"),
         ([GOOD, {"label": 1}], "row 2 of FILE lacks the column 'text'; it has label"),
         (
             [{"messages": [{"role": "robot", "content": "a"}]}],
