@@ -32,7 +32,7 @@ def test_the_report_of_a_gpu_machine_runs_its_stages_and_names_what_failed(tmp_p
     repeated = [json.loads(line)["stage"] for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert again.returncode == 0 and sorted(repeated) == sorted(result["stage"] for result in results)
 
-    late = run_command([*command, "--stages", "bitwise", "--seconds", "1"])
+    late = run_command([*command, "--stages", "bitwise", "--seconds", "1"], fresh=True)  # a fork is done within one
     assert late.returncode == 1 and "stopped after 1 s" in late.stdout
     stopped = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert {"stage": "bitwise", "failed": "stopped after 1 s"} in stopped
