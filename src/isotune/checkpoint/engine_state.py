@@ -203,12 +203,10 @@ def plain_model(model: nn.Module, *, keep: bool) -> nn.Module | None:
     reshard(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     factors = first_factors(model)
-    if not factors and not any(
-        isinstance(p, DTensor) or deepspeed.is_partitioned(p) or deepspeed.has_fp32_copy(p) for p in trained.values()
-    ):
+    masters = any(deepspeed.is_partitioned(p) or deepspeed.has_fp32_copy(p) for p in trained.values())
+    if not (factors or masters or any(isinstance(p, DTensor) for p in trained.values())):
         return model if keep else None
     wanted = trained if hasattr(model, "peft_config") else dict(model.named_parameters())
-    masters = any(deepspeed.is_partitioned(p) or deepspeed.has_fp32_copy(p) for p in trained.values())
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in wanted.items():
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else deepspeed.gather_fp32(parameter)

@@ -19,6 +19,7 @@ _TRUTH = {
     **dict.fromkeys(("true", "yes", "y", "positive", "pos"), True),
     **dict.fromkeys(("false", "no", "n", "negative", "neg"), False),
 }
+TRUTHS = ("true", "false")  # as texts
 WHOLE = re.compile(r"[+-]?\d{1,18}(?:\.0*)?", re.A)
 
 
@@ -100,7 +101,7 @@ def find_class(label: Label, known: NameIndex) -> tuple[int | None, bool]:
     name = str(label).lower() if isinstance(label, bool) else label
     if (place := known.find(name)) is not None:
         return place, True
-    if isinstance(name, str) and name.lower() in ("true", "false"):
+    if isinstance(name, str) and name.lower() in TRUTHS:
         return known.of_truth(name.lower() == "true")
     if isinstance(label, str):
         return find_class(int(float(label)), known) if WHOLE.fullmatch(label) else (None, False)

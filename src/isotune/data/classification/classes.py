@@ -12,15 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from isotune.data.class_index import WHOLE, Label, NameIndex, find_class, listed, place_of
+from isotune.data.class_index import TRUTHS, WHOLE, Label, NameIndex, find_class, listed, place_of
 from isotune.data.sources.class_labels import fold
 from isotune.io.errors import UserError
 
 MOST_CLASSES = 1_000  # of words: more are texts that somebody took for classes
 
 MISSING = frozenset(("na", "n/a", "nan", "null", "none", "nil", "-", "?", "#n/a", "<na>"))
-
-_TRUTHS = ("true", "false")
 
 _PADDED = re.compile(r"0\d+", re.A)  # a code such as 007
 
@@ -101,7 +99,7 @@ def _of_other_kinds(words: Sequence[str], part_of: Callable[[int], int]) -> tupl
     In one file, digits beside words may be names. Two sources that call their classes otherwise are as many classes
     more, unless they share one. None where there are no such sources.
     """
-    kinds = {word: int if WHOLE.fullmatch(word) else bool if word.lower() in _TRUTHS else str for word in set(words)}
+    kinds = {word: int if WHOLE.fullmatch(word) else bool if word.lower() in TRUTHS else str for word in set(words)}
     if len(set(kinds.values())) < 2:
         return None
     parts: dict[int, dict[str, int]] = {}  # the first row of each label

@@ -150,7 +150,7 @@ def system_in(row: Row) -> Any:
 def with_usual_names(row: Row) -> Row:
     """A row with what stands beside its messages under the usual names too, where it has them in another case."""
     found = {usual: value for name, value in row.items() if (usual := name.strip().lower()) in BESIDE}
-    return found | row
+    return found | row if found else row
 
 
 def left_beside(row: Row, content: Content) -> str | None:

@@ -85,8 +85,8 @@ def _rows(batches: Iterator[Any]) -> Iterator[Row]:
     count = 0
     for batch in batches:
         names: list[str] = batch.schema.names
-        if twice := next((name for number, name in enumerate(names) if name in names[:number]), None):
-            raise _Fault(f"has two columns of the name {shown(twice)}")
+        if len(set(names)) < len(names):
+            raise _Fault(f"has two columns of the name {shown(max(names, key=names.count))}")
         try:
             rows: list[Row] = batch.to_pylist()
         except UnicodeDecodeError as error:
