@@ -60,6 +60,8 @@ VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "n
 PATCHES = {"image_size": 32, "patch_size": 16}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8}
+INDEXER |= {"indexer_compress_ratio": 2}
 WINDOWED = ["sliding_attention", "full_attention"]
 PER_LAYER = {"vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8}
 # Where these keys alone make no model.
@@ -106,7 +108,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma4_unified": {"text_config": TEXT | {"global_head_dim": 8, "layer_types": WINDOWED}},
     "qwen3_5": {"text_config": TEXT | HYBRID, "vision_config": VISION},
     "qwen3_5_moe": {"text_config": TEXT | HYBRID | EXPERTS, "vision_config": VISION},
-    "qwen4_exp": {"text_config": TEXT | EXPERTS, "vision_config": VISION},
+    "qwen4_exp": {"text_config": TEXT | EXPERTS | HYBRID | INDEXER, "vision_config": VISION},
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local"], "attention_head_size": 8},
     "perceiver": {"num_latents": 4, "d_latents": 32, "num_self_attends_per_block": 1}
     | {"num_self_attention_heads": 4, "num_cross_attention_heads": 4},
@@ -128,7 +130,13 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen3_next": HYBRID,
     "qwen3_5_text": HYBRID,
     "qwen3_5_moe_text": HYBRID,
-    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2, "mamba_n_groups": 1, "mamba_d_state": 8},
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2, "mamba_n_groups": 1, "mamba_d_state": 8}
+    | {"attn_layer_indices": [1]},
+    "bailing_hybrid": HYBRID | {"head_dim": 4, "num_key_value_heads": 4},
+    "kimi_linear": HYBRID | {"head_dim": 4, "num_key_value_heads": 4},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
+    "qwen4_exp_text": HYBRID | INDEXER,
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},  # whose cache counts on multiples of 64
 }
 
 

@@ -109,8 +109,8 @@ def _measure(kind: str, dtype: torch.dtype, folder: Path | None) -> Measured:
     found.loss.backward()
     ours, zero = gradients(model), torch.zeros(())
     error = math.hypot(*(float((ours.get(n, zero) - g).norm()) for n, g in alone.gradients.items()), 0.0)
-    with torch.no_grad():
-        change = (run(model, [texts[0], other, *texts[2:]]).logits - found.logits).abs()
+    with torch.no_grad():  # both, for a kernel may be another where gradients are wanted
+        change = (run(model, [texts[0], other, *texts[2:]]).logits - run(model, texts).logits).abs()
     lora = None
     if folder is not None:
         adapters = LoraCheck(before, recipe_in(folder, classifies=True), texts, stock, loss_of)

@@ -149,6 +149,15 @@ def test_the_default_rule_takes_layers_whose_product_an_adapter_changes(kind, wi
     assert not silent
 
 
+def test_a_product_by_groups_of_features_is_left_out_and_refused():
+    model = small_model("deepseek_v4")
+    targets = choose_targets(model, recipe())
+    assert {name.rsplit(".", 1)[-1] for name in targets.left_out} == {"o_a_proj"} and len(targets.left_out) == 2
+    assert adapted_layers(add_adapters(model, recipe())) == set(targets.names)
+    with pytest.raises(UserError, match="o_a_proj' of model type 'deepseek_v4' multiplies groups of features apart"):
+        choose_targets(model, recipe(target_modules="o_a_proj"))
+
+
 def test_patterns_give_layers_their_own_rank_and_scale():
     values = {"rank_pattern": {"q_proj": 2, "layers.0.fc1": 3}, "alpha_pattern": '{"q_proj": 7}', "r": 4}
     model = add_adapters(opt(), recipe(lora_alpha=8, **values))

@@ -89,13 +89,16 @@ def choose_targets(model: PreTrainedModel, recipe: Any) -> Targets:
     return Targets(pattern, excluded, tuple(names), left_out)
 
 
-def _unreached(model: PreTrainedModel, layers: Iterable[str]) -> dict[str, str]:
-    """The layers that peft gives no LoRA, whole names, and why."""
+def _unreached(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The layers that peft gives no LoRA, or one of another shape, by whole names, and why."""
     kind = model.config.model_type
     ends = {name: name.rsplit(".", 1)[-1] for name in layers}
     experts = names_of_experts(kind)
     mamba = {end for end in set(ends.values()) if refused_in_mamba(model, end)}
     found = {name: f"peft refuses '{end}' in model type '{kind}'" for name, end in ends.items() if end in mamba}
+    for name, layer in layers.items():
+        if type(layer).__name__.endswith("GroupedLinear"):  # a product for each group of features, as DeepSeek V4 has
+            found[name] = f"'{ends[name]}' of model type '{kind}' multiplies groups of features apart, unlike an adapter"
     for name, module in model.named_modules():
         for end in weights_read_alone(type(module)) if hasattr(module, "A_log") else ():
             if f"{name}.{end}" in ends:
