@@ -98,7 +98,7 @@ def _unreached(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> dict[
     found = {name: f"peft refuses '{end}' in model type '{kind}'" for name, end in ends.items() if end in mamba}
     for name, layer in layers.items():
         if type(layer).__name__.endswith("GroupedLinear"):  # a product for each group of features, as DeepSeek V4 has
-            found[name] = f"'{ends[name]}' of model type '{kind}' multiplies groups of features apart, unlike an adapter"
+            found[name] = f"'{ends[name]}' of model type '{kind}' multiplies groups of features apart"
     for name, module in model.named_modules():
         for end in weights_read_alone(type(module)) if hasattr(module, "A_log") else ():
             if f"{name}.{end}" in ends:

@@ -25,6 +25,7 @@ from isotune.compat.torch import (
     replaced,
 )
 from isotune.models.document_keys import (
+    ELEMENTS_PER_WORD,
     RESOLUTION,
     draw_call_key,
     mixed,
@@ -64,18 +65,19 @@ def draw_kept(line_keys: np.ndarray, features: int, threshold: int) -> torch.Ten
 
     `line_keys` are uint64 [lines].
     """
-    kept = torch.empty(len(line_keys), features, dtype=torch.bool)
-    found = kept.numpy()
     steps = word_steps(features)
+    # whole words, for lines without gaps are compared at once
+    kept = torch.empty(len(line_keys), ELEMENTS_PER_WORD * len(steps), dtype=torch.bool)
+    found = kept.numpy()
     per_block = max(1, WORDS_PER_BLOCK // max(1, len(steps)))
     words, spare = np.empty((2, min(per_block, len(kept)), len(steps)), np.uint64)
-    numbers = words.view("<i2")[:, :features]
+    numbers = words.view("<i2")
     for start in range(0, len(kept), per_block):
         keys = line_keys[start : start + per_block]
         mixed(keys, steps, words[: len(keys)], spare[: len(keys)])
         # as signed numbers, like the bound: one comparison of 16 bits
         np.greater_equal(numbers[: len(keys)], threshold - RESOLUTION // 2, out=found[start : start + per_block])
-    return kept
+    return kept[:, :features]
 
 
 def as_mask(kept: torch.Tensor) -> torch.Tensor:
