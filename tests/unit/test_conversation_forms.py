@@ -423,6 +423,15 @@ def test_what_stands_beside_a_question_is_read_in_any_case_as_it_is_asked(tmp_pa
     assert messages[0] == {"role": "system", "content": "Be brief."} and list(tools) == usual["tools"]
 
 
+@pytest.mark.parametrize("name", ["Input", " CONTEXT ", "input"])
+def test_what_an_instruction_is_about_is_read_in_any_case_as_it_is_asked(tmp_path, name):
+    row = {"instruction": "Add.", name: "1, 2", "output": "3"}
+    found = prepared(tmp_path, [row])
+    assert not any("not read" in note for note in found.table.counts["notes"])
+    assert "### Human: Add.\n\n1, 2" in texts(found)[0][0]
+    assert question_of(row, "instruction")[0][0]["content"] == "Add.\n\n1, 2"
+
+
 def test_a_column_of_the_usual_name_counts_before_one_in_another_case(tmp_path):
     row = {"question": "q", "response": "a", "System": "Shout.", "system": "Be brief.", "SYSTEM": "Sing."}
     assert "### System: Be brief.\n" in texts(prepared(tmp_path, [row]))[0][0]

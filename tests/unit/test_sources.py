@@ -237,6 +237,33 @@ def test_other_ends_of_json_lines_are_known(tmp_path, name):
     assert list(read_rows(str(tmp_path / name)).rows()) == ROWS
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_line_of_a_txt_file_is_a_row_and_it_is_said(tmp_path, encoding, end):
+    lines = ["Ünö", "", " two  ", "three"]
+    (tmp_path / "book.txt").write_bytes(end.join(lines).encode(encoding))
+    source = read_rows(str(tmp_path / "book.txt"))
+    assert list(source.rows()) == [{"text": line} for line in lines]
+    assert source.notes == ["book.txt: each line is a row, in the column 'text'"]
+
+
+def test_a_txt_file_in_a_folder_is_data_only_where_there_is_no_other(tmp_path):
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.txt").write_text(f"of {name}\n")
+    assert list(read_rows(str(tmp_path)).rows()) == [{"text": "of train"}]
+    assert list(read_rows(str(tmp_path), "validation").rows()) == [{"text": "of valid"}]
+    write_jsonl(tmp_path / "train.jsonl")
+    assert as_text(read_rows(str(tmp_path)).rows()) == as_text()
+    assert "has no file for the split 'validation'; it has train" in mistake(tmp_path, "validation")
+
+
+def test_a_byte_of_a_txt_file_that_is_not_utf8_is_named_by_its_line(tmp_path):
+    (tmp_path / "book.txt").write_bytes(b"one\ntwo \xff\n")
+    assert mistake(tmp_path / "book.txt").startswith(
+        f"{tmp_path / 'book.txt'} line 2 holds the byte 0xff, which is not UTF-8"
+    )
+
+
 def test_a_file_with_the_end_of_another_kind_is_named_as_what_it_is(tmp_path):
     for name, content, kind in (
         ("a.jsonl", gzip.compress(b"{}"), "compressed by gzip (.gz)"), ("b.csv", b"PK\x03\x04xx", "a zip archive"),
@@ -313,7 +340,8 @@ def test_a_missing_file_or_folder_is_named(tmp_path, monkeypatch, name):
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "data.pkl").write_bytes(b"\x80\x04N.")
-    assert "is none of .jsonl, .json, .csv, .tsv, .parquet, .arrow (also .gz or .zst)" in mistake(tmp_path / "data.pkl")
+    formats = ".jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt (also .gz or .zst)"
+    assert f"is none of {formats}" in mistake(tmp_path / "data.pkl")
 
 
 def test_a_folder_without_the_split_says_what_it_has(tmp_path):

@@ -2,7 +2,8 @@
 
 from pathlib import PurePath
 
-DATA_FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+PLAIN_TEXT = ".txt"  # a line a row
+DATA_FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", PLAIN_TEXT)
 OTHER_ENDS = {".ndjson": ".jsonl", ".jsonlines": ".jsonl", ".pq": ".parquet"}  # that mean one of these
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}  # by Arrow's names
 FORMAT_WORDS = f"{', '.join(DATA_FORMATS)} (also {' or '.join(COMPRESSIONS)})"

@@ -126,7 +126,9 @@ def _exchange_columns(names: Sequence[str]) -> tuple[str | None, tuple[str, ...]
     if "prompt" in names and "completion" in names:
         return "prompt", (), "completion"
     if "instruction" in names and (answer := next((name for name in ("output", *ANSWERS) if name in names), None)):
-        return "instruction", tuple(name for name in MORE if name in names), answer
+        # in any case, as evaluation asks it
+        own = {name.strip().lower(): name for name in names} | {name: name for name in names}
+        return "instruction", tuple(own[name] for name in MORE if name in own), answer
     question = next((name for name in QUESTIONS if name in names), None)
     answer = next((name for name in ANSWERS if name in names), None)
     if question is None and "input" in names and "output" in names:

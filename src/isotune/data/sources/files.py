@@ -8,14 +8,16 @@ from typing import Any
 from isotune.data.sources.arrow_rows import read_arrow, read_parquet
 from isotune.data.sources.csv_rows import CsvFile
 from isotune.data.sources.json_rows import read_json
+from isotune.data.sources.text_files import read_lines
 from isotune.io.errors import UserError
 from isotune.io.files import digest_of_file
-from isotune.io.formats import format_of
+from isotune.io.formats import PLAIN_TEXT, format_of
 
 Row = dict[str, Any]
 Reader = Callable[[list[str]], Iterator[Row]]  # given the list that takes what was guessed or left out
 
 _READERS = {".jsonl": read_json, ".json": read_json, ".parquet": read_parquet, ".arrow": read_arrow}
+_READERS |= {PLAIN_TEXT: read_lines}
 CSV_FORMATS = (".csv", ".tsv")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 CSV_VERSION = "cells are text"  # in the digest: the same file once gave numbers

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 
 from isotune.io.errors import UserError
-from isotune.io.formats import FORMAT_WORDS, base_name, format_of
+from isotune.io.formats import FORMAT_WORDS, PLAIN_TEXT, base_name, format_of
 
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -108,6 +108,8 @@ def find_split(folder: Path, split: str, *, key: str, split_key: str, notes: lis
     """
     everything = sorted(_files_in(folder))
     files = [DataFile(path, folder) for path in everything if format_of(path) and path.name not in NOT_DATA]
+    # beside data a .txt file is a licence or a description
+    files = [file for file in files if format_of(file.path) != PLAIN_TEXT] or files
     if not files:
         seen = _listed([path.relative_to(folder) for path in everything])
         raise UserError(f"{key}: the folder {folder} has no {FORMAT_WORDS} file, at any depth; it has {seen}")

@@ -5,7 +5,7 @@ import io
 import re
 import shutil
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -96,6 +96,16 @@ def open_text(path: Path) -> Generator[TextIO]:
             yield io.TextIOWrapper(buffered, encoding, errors, newline="")
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not readable as {encoding.upper()}: {error.reason}") from error
+
+
+def read_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """Each line of a file as a row with the column `text`, without its end; an empty line is a row too."""
+    notes.append(f"{path.name}: each line is a row, in the column 'text'")
+    with open_text(path) as file:
+        for number, line in enumerate(file, 1):
+            if fault := undecoded(line):
+                raise UserError(f"{path} line {number} {fault}")
+            yield {"text": line.rstrip("\r\n")}
 
 
 def is_formula(cell: str) -> bool:
