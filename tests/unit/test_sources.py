@@ -165,8 +165,9 @@ def test_a_hub_id_without_the_hub_fails_at_once_and_names_the_offline_ways(tmp_p
     assert report.stdout == ""
     (line,) = report.stderr.splitlines()
     assert "someone/talks" in line
-    for way in ("folder", ".jsonl", ".csv", ".parquet", "builtin:NAME", "HF_HUB_OFFLINE=1"):
+    for way in ("folder", ".jsonl", ".csv", ".parquet", "builtin:NAME"):
         assert way in line
+    assert ("unset it, or give" if environment.get("HF_HUB_OFFLINE") else "HF_HOME") in line
     assert seconds < 30, "imports and one short request, no retries"
 
 

@@ -32,10 +32,9 @@ from isotune.io.files import replace_file
 from isotune.io.locks import held
 from isotune.io.reading import Unreadable, read_json_object
 
-_CACHED = "or set HF_HUB_OFFLINE=1 where an earlier run has cached it"
 OFFLINE_WAYS = {
-    "model": f"give a local folder that holds it, or builtin:NAME, {_CACHED}",
-    "dataset": f"give a folder, a .jsonl, .csv or .parquet file, or builtin:NAME, {_CACHED}",
+    "model": "give a local folder that holds it, or builtin:NAME",
+    "dataset": "give a folder, a .jsonl, .csv or .parquet file, or builtin:NAME",
 }
 
 
@@ -227,14 +226,14 @@ def _find_commit(kind: Kind, name: str, revision: str | None, prefix: str) -> st
         if cached is None:
             raise UserError(
                 f"{prefix}{named(kind, name, revision)} is not in the local cache and HF_HUB_OFFLINE is set: "
-                f"{OFFLINE_WAYS[kind]}"
+                f"unset it, or {OFFLINE_WAYS[kind]}"
             )
         return cached
     if not hub_reached():
         if cached is None:
             raise UserError(
                 f"{prefix}{named(kind, name, revision)} is on the Hugging Face Hub, which is out of reach: "
-                f"{OFFLINE_WAYS[kind]}"
+                f"{OFFLINE_WAYS[kind]}, or fill the cache (HF_HOME) where it is in reach"
             )
         if is_first_process():
             out_of_reach = f"the Hugging Face Hub is out of reach: {name} is read from the cache, as of {cached[:8]}"
