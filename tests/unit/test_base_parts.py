@@ -16,9 +16,10 @@ from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.evaluation.models import generation_model_named
 from isotune.io.errors import UserError
 from isotune.models.base.vocabulary import check_tokens
-from isotune.models.opening import load_config, load_tokenizer
+from isotune.models.opening import load_config, load_tokenizer, within_positions
 from isotune.preflight.preflight_report import run_preflight
 from isotune.preflight.request import PreflightRequest, shipped_launch
+from isotune.training.from_recipe import start_run
 
 
 @pytest.fixture
@@ -123,3 +124,27 @@ def test_a_tokenizer_without_a_pad_token_is_taken_and_kept_so(tmp_path, base):
         tokenizer.pad_token = tokenizer.eos_token  # as TRL does
         model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.eos_token_id
     assert (tokenizer.pad_token, model.config.pad_token_id, model.generation_config.pad_token_id) == (None, None, 0)
+
+
+@pytest.mark.parametrize("kind", [Recipe, ClassificationRecipe])
+def test_rows_are_as_long_as_the_positions_where_nobody_says_how_long(tmp_path, kind, capsys):
+    folder = small_opt(tmp_path / "short", max_position_embeddings=48)
+    asked = recipe(folder, kind).with_values(output_dir=str(tmp_path / "run"))
+    start = start_run(asked)
+    assert start.recipe.max_seq_length == start.with_row_tokens(asked).max_seq_length == 48
+    assert start.run.identity.values["max_seq_length"] == 48
+    assert f"length      max_seq_length is 48: {folder} has no more positions\n" in capsys.readouterr().out
+    for length in (48, 47):
+        same = recipe(folder, kind, max_seq_length=length)
+        assert within_positions(same, load_config(same)) is same
+    for ask in (start_run, lambda given: run_preflight(PreflightRequest(given, shipped_launch("ddp", 1), ()), limit=1)):
+        with pytest.raises(UserError, match=f"^max_seq_length 49 is beyond the 48 positions of '{folder}': lower max_"):
+            ask(asked.with_values(max_seq_length=49))
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_keep_their_length_where_the_model_has_more_positions(tmp_path, base, capsys):
+    assert start_run(recipe(base, max_seq_length=64)).recipe.max_seq_length == 64
+    long = small_opt(tmp_path / "long", max_position_embeddings=2048)
+    assert start_run(recipe(long)).recipe.max_seq_length == 1024
+    assert "length  " not in capsys.readouterr().out

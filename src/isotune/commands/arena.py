@@ -35,6 +35,7 @@ def train_encoder(recipe: ArenaRecipe) -> None:
     from isotune.training.from_recipe import start_run
 
     start = start_run(recipe)
+    recipe = start.with_row_tokens(recipe)
 
     @functools.cache
     def prepared() -> tuple[Any, ...]:

@@ -39,6 +39,7 @@ def train_classifier(recipe: ClassificationRecipe, *, tests_chance: bool = False
     from isotune.training.from_recipe import start_run
 
     start = start_run(recipe)
+    recipe = start.with_row_tokens(recipe)
     prepared = functools.cache(lambda: prepare_labelled(recipe, start.tokenizer, show=start.process.is_main))
 
     def test_chance() -> None:

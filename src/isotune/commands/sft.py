@@ -29,6 +29,7 @@ def train_sft(recipe: Recipe) -> None:
     from isotune.training.from_recipe import start_run
 
     start, finishing = start_run(recipe), last_steps(recipe)
+    recipe = start.with_row_tokens(recipe)
     if prompt := recipe.sample_prompt:  # last: nothing of the run depends on it
         answer = lambda: print_sample_answer(start.run.path, prompt)  # noqa: E731
         finishing.append(FinishingStep("sample_answer", answer, is_outside=True))

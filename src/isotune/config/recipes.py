@@ -158,7 +158,9 @@ class ClassificationRecipe(RunRecipe):
     overlong: OverlongText = key(
         "head", DATA,
         "what is kept of a text longer than max_seq_length; head_tail: a quarter from the start, the rest from the end")
-    max_seq_length: int = key(512, DATA, "maximum length of a document, in tokens", allowed=Range(3))
+    max_seq_length: int = key(
+        512, DATA, "maximum length of a document, in tokens", allowed=Range(3),
+        default_text="512, or the model's positions where they are fewer")
     global_batch_size: int = key(32, SCHEDULE, "documents in one step, on any hardware", allowed=Range(1))
     class_weights: list[float] | Literal["balanced"] | None = key(
         None, SCHEDULE, "weight of each class in the training loss, of multi_label of each label where a text has it; "

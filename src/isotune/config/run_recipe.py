@@ -154,7 +154,9 @@ class RunRecipe(BaseRecipe):
         default_text="dataset_revision where it is the same data set", common=False)
     allow_dropped: bool = key(
         False, DATA, "go on where more than half of the rows are left out", changes_result=False)
-    max_seq_length: int = key(1024, DATA, "maximum length of a row, in tokens", allowed=Range(2))
+    max_seq_length: int = key(
+        1024, DATA, "maximum length of a row, in tokens", allowed=Range(2),
+        default_text="1024, or the model's positions where they are fewer")
 
     global_batch_size: int = key(16, SCHEDULE, "rows in one step, on any hardware", allowed=Range(1))
     num_train_epochs: float = key(3.0, SCHEDULE, "passes over the data", allowed=POSITIVE, needs=_NO_LIMIT)

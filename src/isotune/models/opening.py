@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -218,7 +218,7 @@ def _load_tokenizer(recipe: RunRecipe, needed: Sequence[str]) -> PreTrainedToken
 
 
 def load_config(recipe: RunRecipe) -> PreTrainedConfig:
-    """The model's configuration, which must have as many positions as the recipe's `max_seq_length`."""
+    """The model's configuration; UserError where it is none that this task can train."""
     name = recipe.model_name_or_path
     config = (
         builtin_config(name)
@@ -228,14 +228,27 @@ def load_config(recipe: RunRecipe) -> PreTrainedConfig:
     check_kind(recipe, config)
     if isinstance(recipe, Recipe) and is_classifier(config):  # whose classes are none of a language model
         set_names(config, NO_CLASSES, None, None)
-    positions = max_positions(config)
-    if positions is not None and recipe.max_seq_length > positions:
-        raise UserError(
-            f"max_seq_length {recipe.max_seq_length} is beyond the {positions} positions of '{name}': "
-            f"lower max_seq_length to {positions} or less",
-            reason=VALUES,
-        )
     return config
+
+
+AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
+
+
+def within_positions(recipe: AnyRecipe, config: PreTrainedConfig) -> AnyRecipe:
+    """The recipe with rows that the model has positions for: as many tokens as those, where nobody gave max_seq_length.
+
+    UserError where somebody gave more.
+    """
+    positions = max_positions(config)
+    if positions is None or recipe.max_seq_length <= positions:
+        return recipe
+    if "max_seq_length" not in recipe.given:
+        return recipe.with_values(max_seq_length=positions)
+    raise UserError(
+        f"max_seq_length {recipe.max_seq_length} is beyond the {positions} positions of "
+        f"'{recipe.model_name_or_path}': lower max_seq_length to {positions} or less",
+        reason=VALUES,
+    )
 
 
 def check_kind(recipe: RunRecipe, config: PreTrainedConfig) -> None:

@@ -15,7 +15,7 @@ from isotune.data.classification.split import prepare_labelled
 from isotune.data.sft.preparation import prepare_conversations
 from isotune.io.errors import UserError, first_line
 from isotune.models.base import vocabulary
-from isotune.models.opening import compute_dtype, load_config, load_tokenizer
+from isotune.models.opening import compute_dtype, load_config, load_tokenizer, within_positions
 from isotune.preflight.microbatch_size import choose_microbatch_tokens
 from isotune.preflight.request import DDP, FSDP, PLAIN, SHIPPED, Launch, PreflightRequest, shipped_launch
 from isotune.preflight.resources.activation_memory import TRACED_BLOCKS, MicrobatchMemory, trace_microbatch
@@ -108,6 +108,8 @@ def run_preflight(
     """
     recipe, launch = request.recipe, request.launch
     config = load_config(recipe)
+    recipe = within_positions(recipe, config)
+    request = replace(request, recipe=recipe)
     data, no_work_reason = prepared, None
     if prepared is None:
         data, new_rows, no_work_reason = _prepare_data(recipe, config, show_progress)

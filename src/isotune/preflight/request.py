@@ -136,7 +136,7 @@ def _guess_task(command: CommandLine) -> tuple[str, str | None]:
     """The task that the model's architecture suggests, and the sentence of the guess; None where no model is found."""
     unchecked = TASKS["sft"].from_layers(command.layers(TASKS["sft"].keys()), lambda sentence: None)
     try:
-        architecture = load_config(replace(unchecked, max_seq_length=1)).model_type
+        architecture = load_config(unchecked).model_type
     except UserError:
         return "sft", None
     # transformers has causal models of encoders too

@@ -43,7 +43,14 @@ from isotune.models.classifier import fit_tokenizer, install_classification, tak
 from isotune.models.cpu.layers import enable_speedups
 from isotune.models.layouts.fitting import release_memory
 from isotune.models.layouts.layout import ALONE, PADDED
-from isotune.models.opening import is_made_here, load_base_model, load_config, load_tokenizer
+from isotune.models.opening import (
+    AnyRecipe,
+    is_made_here,
+    load_base_model,
+    load_config,
+    load_tokenizer,
+    within_positions,
+)
 from isotune.models.packed_attention import PACKED
 from isotune.run.finishing import FinishingStep, finish, weights_of
 from isotune.run.hub import open_hub
@@ -82,6 +89,11 @@ class Start:
         self.run.record(**found)
         return replace(self, recipe=self.run.recipe)
 
+    def with_row_tokens(self, recipe: AnyRecipe) -> AnyRecipe:
+        """The recipe that was given, with the max_seq_length that this run has."""
+        tokens = self.recipe.max_seq_length
+        return recipe if recipe.max_seq_length == tokens else recipe.with_values(max_seq_length=tokens)
+
 
 def start_run(recipe: RunRecipe) -> Start:
     """Join this launch's processes, look at the run folder and load what reads texts.
@@ -100,10 +112,16 @@ def start_run(recipe: RunRecipe) -> Start:
             print(f"precision   {recipe.mixed_precision.replace('no', 'fp32')}, by precision: auto")
     if isinstance(recipe, Recipe) and recipe.chat_format == AUTO and recorded:
         recipe = recipe.with_values(chat_format=recorded.get("chat_format", GUANACO))  # earlier versions knew one form
+    longest = call_on_main(process, lambda: _row_tokens(recipe))
+    if longest != recipe.max_seq_length:  # before the run's identity is asked for
+        recipe = recipe.with_values(max_seq_length=longest)
+        if process.is_main:
+            print(f"length      max_seq_length is {longest}: {recipe.model_name_or_path} has no more positions")
     run = open_run(recipe, process)
     call_on_main(process, lambda: check_trackers(recipe.training_arguments.get("report_to") or ()))
     call_on_main(process, lambda: open_hub(recipe)).adopt()
     config, tokenizer = load_config(recipe), load_tokenizer(recipe)
+    within_positions(recipe, config)
     if isinstance(recipe, Recipe) and recipe.chat_format == AUTO:  # the run records what it meant
         run.recipe = recipe = recipe.with_values(chat_format=ChatFormat.of(AUTO, tokenizer).kind)
     rows = new_rows(config, tokenizer, recipe)
@@ -113,6 +131,16 @@ def start_run(recipe: RunRecipe) -> Start:
         raise UserError("target_parameters trains LoRA on whole weights of experts: use ddp or ZeRO 0 to 2")
     chooses = recipe.microbatch_tokens == "auto"
     return Start(recipe, process, run, config, tokenizer, recorded, chooses_tokens=chooses, new_rows=rows)
+
+
+def _row_tokens(recipe: RunRecipe) -> int:
+    """The recipe's max_seq_length, or the model's positions where nobody gave it and there are fewer."""
+    if "max_seq_length" in recipe.given:
+        return recipe.max_seq_length
+    try:
+        return within_positions(recipe, load_config(recipe)).max_seq_length
+    except UserError:  # is said where the run needs the model
+        return recipe.max_seq_length
 
 
 def _recorded_values(recipe: RunRecipe) -> dict[str, Any]:
