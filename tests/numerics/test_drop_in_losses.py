@@ -196,6 +196,21 @@ def test_a_collator_that_masks_labels_row_by_row_is_honoured_and_one_by_chance_r
         trainer_of(isotune.Trainer, tmp_path, (8, 1), bert(), texts(), data_collator=drops_tokens)
 
 
+@pytest.mark.parametrize("first", [None, texts(5)])
+def test_the_loss_of_labels_of_another_kind_than_was_planned_is_that_of_the_library(first: Any, tmp_path):
+    found = trainer_of(isotune.Trainer, tmp_path, (8, 1), bert(), None, eval_dataset=first).evaluate(SEVERAL)
+    stock = trainer_of(Trainer, tmp_path, (8, 1), bert(), None).evaluate(SEVERAL)
+    assert found["eval_loss"] == pytest.approx(stock["eval_loss"], rel=1e-5) and "eval_accuracy" not in found
+
+
+@pytest.mark.parametrize(("data", "there"), [(SEVERAL, r"\[\d\.0, \d\.0, \d\.0\]"), (REGRESSION, r"-?\d\.\d+")])
+def test_labels_of_another_kind_than_is_trained_are_not_evaluated(data: Dataset, there: str, tmp_path):
+    trainer = trainer_of(isotune.Trainer, tmp_path, (8, 1), bert(), texts())
+    with pytest.raises(UserError, match=rf"row 1 of the dataset has {there} in 'labels'"):
+        trainer.evaluate(data)
+    assert "test_loss" not in trainer.predict(data.remove_columns("labels")).metrics
+
+
 def test_a_model_of_model_init_is_made_anew_for_each_training(tmp_path):
     options = {"model_init": lambda: bert(3, 0.1)}
     once = trainer_of(isotune.Trainer, tmp_path, (8, 1), None, texts(), **options)

@@ -27,6 +27,11 @@ class Laid:
     labelled: bool  # whether there is a loss to compute
     packed: bool = False  # whether a row of the dataset holds several documents
 
+    @property
+    def has_classes(self) -> bool:
+        """Whether the targets are one whole number a row, or tokens."""
+        return self.targets is None or (self.targets.ndim == 1 and self.targets.dtype.kind in "iu")
+
 
 class DropInEvaluation(PlannedTraining):
     """The library's `evaluate` and `predict`, over the rows of a schedule."""
@@ -36,12 +41,15 @@ class DropInEvaluation(PlannedTraining):
     _unlabelled: bool
     _packed: bool
     _targets: np.ndarray | None
+    _evaluated: Task  # what computes the loss of the rows that are evaluated
 
     if TYPE_CHECKING:  # of DropIn, which lays rows out
 
         def _lay_out(self, dataset: Any, row_tokens: int | None = None, *, keep_all: bool = False) -> Laid: ...
         def _schedule(self, laid: Laid, task: Task, batch: int, **options: Any) -> StepSchedule: ...
-        def _batches_of(self, laid: Laid, dataset: Any) -> None: ...
+        def _batches_of(self, own: OwnLoss, laid: Laid, dataset: Any) -> None: ...
+        @property
+        def _label_columns(self) -> tuple[str, ...]: ...
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The rows of an evaluation set, by its name where there are several."""
@@ -60,9 +68,25 @@ class DropInEvaluation(PlannedTraining):
             model = model.to(self.args.device)
         run = EvaluationRun(model, step, laid.documents, self.accelerator, self.watchdog, self.state.global_step)
         self._unlabelled, self._targets, self._packed = not laid.labelled, laid.targets, laid.packed
-        if self.own_loss is not None and laid.labelled and id(laid.documents) not in self.own_loss.batches:
-            self._batches_of(laid, test_dataset)
+        self._evaluated = self._task_of(laid, test_dataset)
         return run
+
+    def _task_of(self, laid: Laid, dataset: Any) -> Task:
+        """What computes the loss of these rows; UserError where their labels are not of the kind that is trained."""
+        own = self.own_loss
+        if own is None and laid.labelled and not laid.has_classes:
+            if self.train_dataset is not None:
+                column = next((name for name in self._label_columns if name in dataset[0]), "labels")
+                there = cast(np.ndarray, laid.targets)[0].tolist()
+                raise UserError(
+                    f"row 1 of the dataset has {there} in {column!r}, and the train_dataset has classes, whole numbers"
+                )
+            own = OwnLoss(self, self.plan.task, self.causal)  # planned before these rows were known
+        if own is None:
+            return self.plan.task
+        if laid.labelled and id(laid.documents) not in own.batches:
+            self._batches_of(own, laid, dataset)
+        return own
 
     def evaluation_loop(
         self,
@@ -78,7 +102,7 @@ class DropInEvaluation(PlannedTraining):
         metrics: dict[str, Any] = {}
         if labelled:
             with self.accelerator.autocast():  # before training no engine has wrapped the model yet
-                found = self.plan.task.evaluate(run)
+                found = self._evaluated.evaluate(run)
             metrics = found if self.compute_metrics is None else {"eval_loss": found["eval_loss"]}
         predictions = labels = None
         if not loss_only:

@@ -192,19 +192,18 @@ class DropIn(DropInEvaluation):
             task = ClassificationTask(train.documents, base.config.num_labels, class_loss, attention)
         set_noise(base.get_input_embeddings(), self._noise)
         enable_speedups(cast(nn.Module, self.model), zero3=self._is_zero3)
-        if not self._has_own_loss(base, train.targets):
+        if not self._has_own_loss(base, train):
             return task
         if train.packed:
             raise UserError("a loss of your own is over rows of one document: give the dataset before it is packed")
         self.own_loss = OwnLoss(self, task, self.causal)
         if train.labelled:
-            self._batches_of(train, dataset)
+            self._batches_of(self.own_loss, train, dataset)
             self.own_loss.probe(train.documents)
         return self.own_loss
 
-    def _has_own_loss(self, base: Any, targets: np.ndarray | None) -> bool:
+    def _has_own_loss(self, base: Any, train: Laid) -> bool:
         """Whether the loss is not the one that is summed without all logits in memory."""
-        numbers = targets is not None and (targets.ndim > 1 or targets.dtype.kind == "f")
         own = type(self).compute_loss not in LIBRARY_LOSSES or self.compute_loss_func is not None
         own = own or getattr(self.args, "loss_type", "nll") not in (None, "nll")
         own = own or has_other_loss(base, causal=self.causal)
@@ -212,7 +211,7 @@ class DropIn(DropInEvaluation):
         other_kind = not self.causal and (
             base.config.num_labels < 2 or base.config.problem_type not in PREPARED_CLASSES
         )
-        return own or smooths_tokens or other_kind or numbers
+        return own or smooths_tokens or other_kind or not train.has_classes
 
     def labelled_row(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens and labels of the shortest row of training, [1, tokens] and [1, ...], on the device."""
@@ -236,7 +235,7 @@ class DropIn(DropInEvaluation):
         if note and self.args.process_index == 0:
             print(f"note        {note}")
 
-    def _batches_of(self, laid: Laid, dataset: Any) -> None:
+    def _batches_of(self, own: OwnLoss, laid: Laid, dataset: Any) -> None:
         """Let a loss of one's own have the batches that the library makes of these documents."""
         loader = self._library_loader(dataset)
         rows, collate = loader.dataset, loader.collate_fn
@@ -249,8 +248,7 @@ class DropIn(DropInEvaluation):
                     f"the data_collator makes no batch of {len(numbers)} rows: {first_line(error)}"
                 ) from error
 
-        assert self.own_loss is not None
-        self.own_loss.batches[id(laid.documents)] = batch
+        own.batches[id(laid.documents)] = batch
 
     def _lay_out(self, dataset: Any, row_tokens: int | None = None, *, keep_all: bool = False) -> Laid:
         """The documents of a dataset, and their rows; read once."""
