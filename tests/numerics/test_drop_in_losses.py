@@ -192,7 +192,7 @@ def test_a_collator_that_masks_labels_row_by_row_is_honoured_and_one_by_chance_r
         found.append(losses_of(trainer))
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-6)
-    with pytest.raises(UserError, match="data_collator makes other rows of the same ones"):
+    with pytest.raises(UserError, match="data_collator, or the dataset, makes other rows of the same ones"):
         trainer_of(isotune.Trainer, tmp_path, (8, 1), bert(), texts(), data_collator=drops_tokens)
 
 

@@ -8,10 +8,10 @@ import torch
 from datasets import Dataset
 from tests.numerics.test_drop_in import QUIET, STEPS, llama
 from torch.nn.functional import cross_entropy
-from transformers import TrainingArguments
+from transformers import TrainingArguments, default_data_collator
 
 import isotune
-from isotune.data.datasets import documents_of
+from isotune.data.datasets import collated, documents_of
 from isotune.io.errors import UserError
 from isotune.models.base.builtin import builtin_tokenizer
 
@@ -83,8 +83,51 @@ def test_rows_that_a_transform_makes_are_read_and_those_that_chance_makes_refuse
     assert (
         documents.input_ids.tolist() == [1, 7, 3, 7] and labelled and targets is not None and targets.tolist() == [1, 1]
     )
-    with pytest.raises(UserError, match="transform makes another row 1 each time"):
+    with pytest.raises(UserError, match="dataset makes another row 1 each time"):
         documents_of(texts.with_transform(by_chance), causal=True)
+
+
+class Drawn(torch.utils.data.Dataset):
+    """Rows of one token and its class, drawn at each reading; where `repeats`, the first rows always are the same."""
+
+    def __init__(self, draw: Any, repeats: bool = False) -> None:
+        self.draw, self.repeats = draw, repeats
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        drawn = 1 if self.repeats and number < 4 else self.draw()
+        return {"input_ids": torch.tensor([10 + drawn] * 2000), "labels": torch.tensor(drawn)}
+
+
+def test_columns_of_a_row_that_chance_makes_are_of_the_same_draw():
+    draw = np.random.default_rng(0)
+    documents, targets, _ = documents_of(Drawn(lambda: int(draw.integers(0, 2)), repeats=True), causal=False)
+    assert targets is not None and 0 < targets.sum() < 64
+    np.testing.assert_array_equal(documents.input_ids[documents.starts[:-1]] - 10, targets)
+
+
+class DrawnInTheMiddle(Drawn):
+    """Only one token is drawn, which the text of a tensor leaves out."""
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        ids = torch.full((2000,), 7)
+        ids[1000] = self.draw()
+        return {"input_ids": ids, "labels": 1}
+
+
+def test_rows_that_chance_makes_are_refused_however_the_dataset_makes_them():
+    draw = np.random.default_rng(0)
+    tables = [kind(lambda: int(draw.integers(0, 2**20))) for kind in (Drawn, DrawnInTheMiddle)]
+    by_chance = Dataset.from_dict({"text": ["a"] * 8}).with_transform(
+        lambda batch: {"input_ids": [[int(draw.integers(5, 2**20))] * 3 for _ in batch["text"]]}
+    )
+    for table in (*tables, by_chance, torch.utils.data.Subset(by_chance, range(8))):
+        with pytest.raises(UserError, match="dataset makes another row 1 each time"):
+            documents_of(table, causal=True)
+        with pytest.raises(UserError, match="or the dataset, makes other rows"):
+            collated(table, default_data_collator)
 
 
 def test_predictions_of_packed_rows_are_refused_and_their_loss_is_not(tmp_path):

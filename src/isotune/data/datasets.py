@@ -34,7 +34,7 @@ def documents_of(
         raise UserError("a streaming dataset has no lengths to make a schedule of: take(n) of its rows into a Dataset")
     if len(dataset) == 0:
         raise UserError("the dataset holds no rows")
-    dataset = _transformed(dataset)
+    dataset = _read_once(dataset, label_columns)
     names = tuple(dataset[0])
     if "input_ids" not in names:
         raise UserError(
@@ -84,29 +84,43 @@ def collated(dataset: Any, collator: Callable[[list[Any]], Any]) -> list[dict[st
 
     UserError where a row depends on its neighbours in the batch, or on chance.
     """
-    few = [dataset[number] for number in range(min(COMPARED_ROWS, len(dataset)))]
+    first = range(min(COMPARED_ROWS, len(dataset)))
+    few = [dataset[number] for number in first]
     together = _unpadded(collator(few))
-    for again in (_unpadded(collator(few)), [_unpadded(collator([row]))[0] for row in few]):
-        if together != again:
-            raise UserError(
-                "the data_collator makes other rows of the same ones, by chance or by their neighbours: "
-                "prepare the rows in the dataset"
-            )
+    again = _unpadded(collator([dataset[number] for number in first]))
+    if together != again or together != [_unpadded(collator([row]))[0] for row in few]:
+        raise UserError(
+            "the data_collator, or the dataset, makes other rows of the same ones, by chance or by their neighbours: "
+            "prepare the rows in the dataset"
+        )
     return [_unpadded(collator([dataset[number]]))[0] for number in range(len(dataset))]
 
 
-def _transformed(dataset: Any) -> Any:
-    """The rows as the function of `with_transform` makes them, each once; UserError where chance does."""
-    of_format: Any = getattr(dataset, "format", None) or {}
-    if of_format.get("type") != "custom":
+def _read_once(dataset: Any, label_columns: Sequence[str]) -> Any:
+    """A dataset of columns as it is; else its rows, each read once, so that its columns are of the same draw."""
+    if _has_columns(dataset):
         return dataset
     rows = [dataset[number] for number in range(len(dataset))]
+    columns = (*CARRIED_COLUMNS, *label_columns)
     for number, row in enumerate(rows[:COMPARED_ROWS]):
-        if str(dataset[number]) != str(row):
+        again = dataset[number]
+        if any(_plain(again[name]) != _plain(row[name]) for name in row if name in columns):
             raise UserError(
-                f"the dataset's transform makes another row {number + 1} each time: prepare the rows in the dataset"
+                f"the dataset makes another row {number + 1} each time it is read: prepare the rows in the dataset"
             )
     return rows
+
+
+def _has_columns(dataset: Any) -> bool:
+    """Whether columns can be read one by one: not where a function of `with_transform` makes them."""
+    of_format: Any = getattr(dataset, "format", None) or {}
+    by_column = hasattr(dataset, "select_columns") and hasattr(dataset, "with_format")
+    return by_column and of_format.get("type") != "custom"
+
+
+def _plain(value: Any) -> str:
+    """All of a value: the text of an array leaves out the middle."""
+    return str(value.tolist() if hasattr(value, "tolist") else value)
 
 
 def _targets(dataset: Any, key: str) -> np.ndarray:
@@ -192,6 +206,4 @@ def _flat(dataset: Any, column: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _rows(dataset: Any, column: str) -> Sequence[Any]:
     """The rows with this column alone where the dataset can leave out the others, which saves most of the time."""
-    if hasattr(dataset, "select_columns") and hasattr(dataset, "with_format"):
-        return dataset.select_columns([column]).with_format("numpy")
-    return [dataset[number] for number in range(len(dataset))]
+    return dataset.select_columns([column]).with_format("numpy") if _has_columns(dataset) else dataset
