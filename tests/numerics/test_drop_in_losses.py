@@ -10,7 +10,16 @@ import transformers
 from datasets import Dataset
 from tests.numerics.test_drop_in import QUIET, SMALL, SPLITS, STEPS, VOCABULARY, llama, losses_of, sft, texts
 from torch.nn import functional
-from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 import isotune
 from isotune.io.errors import UserError
@@ -194,6 +203,34 @@ def test_a_collator_that_masks_labels_row_by_row_is_honoured_and_one_by_chance_r
         assert other == pytest.approx(found[0], rel=1e-6)
     with pytest.raises(UserError, match="data_collator, or the dataset, makes other rows of the same ones"):
         trainer_of(isotune.Trainer, tmp_path, (8, 1), bert(), texts(), data_collator=drops_tokens)
+
+
+@pytest.mark.parametrize(
+    ("column", "collator"),
+    [
+        ("label_ids", default_data_collator),
+        ("label_ids", DataCollatorWithPadding(builtin_tokenizer("builtin:opt-tiny"))),
+        ("label", DataCollatorForSeq2Seq(builtin_tokenizer("builtin:opt-tiny"))),
+    ],
+)
+def test_tokens_that_any_column_of_labels_masks_are_not_learnt(column: str, collator: Any, tmp_path):
+    ids = np.random.default_rng(0).integers(5, 50, (8, 12)).tolist()
+    rows = Dataset.from_dict({"input_ids": ids, column: [[-100] * 8 + row[8:] for row in ids]})
+    logs = []
+    for kind in (isotune.Trainer, Trainer):
+        args = {"max_steps": 1}
+        trainer = trainer_of(kind, tmp_path, (8, 1), llama(), rows, args=args, data_collator=collator)
+        trainer.train()
+        logs.append([trainer.state.log_history[0][name] for name in ("loss", "grad_norm")])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-5)
+
+
+def test_a_list_in_a_column_that_the_collator_does_not_read_is_no_label(tmp_path):
+    ids = np.random.default_rng(0).integers(5, 50, (8, 12)).tolist()
+    collator = DataCollatorForLanguageModeling(builtin_tokenizer("builtin:opt-tiny"), mlm=False)
+    rows = Dataset.from_dict({"input_ids": ids, "label": [[0, 1, 0]] * 8})
+    trainer = trainer_of(isotune.Trainer, tmp_path, (8, 1), llama(), rows, data_collator=collator)
+    assert trainer.plan.documents.documents.supervised_counts.tolist() == [11] * 8
 
 
 @pytest.mark.parametrize("first", [None, texts(5)])

@@ -18,6 +18,7 @@ def documents_of(
     dataset: Any,
     *,
     causal: bool,
+    label_names: Sequence[str] = (),
     label_columns: Sequence[str] = LABEL_COLUMNS,
     is_main: bool = True,
     keep_all: bool = False,
@@ -28,13 +29,13 @@ def documents_of(
     where there are none, else the input with -100 where nothing is supervised; unless `keep_all`, a row without a
     supervised token is left out, which is said. A row that is packed already, by `seq_lengths` as TRL writes them or by
     `position_ids` that begin anew, gives several documents, whose `source_rows` say which. A classifier's target is in
-    the first of `label_columns`: the documents have it where it is a class, a whole number. UserError names the row.
+    the column of `label_column`: the documents have it where it is a class, a whole number. UserError names the row.
     """
     if not hasattr(dataset, "__len__"):
         raise UserError("a streaming dataset has no lengths to make a schedule of: take(n) of its rows into a Dataset")
     if len(dataset) == 0:
         raise UserError("the dataset holds no rows")
-    dataset = _read_once(dataset, label_columns)
+    dataset = _read_once(dataset, (*label_names, *label_columns))
     names = tuple(dataset[0])
     if "input_ids" not in names:
         raise UserError(
@@ -45,7 +46,7 @@ def documents_of(
     lengths = sums_of(kept, starts)
     if not lengths.all():
         raise UserError(f"row {int(np.flatnonzero(lengths == 0)[0]) + 1} of the dataset has no token")
-    key = next((name for name in label_columns if name in names), None)
+    key = label_column(dataset[0], label_names, label_columns, causal=causal)
     without_padding, numbers = _document_starts(dataset, names, kept, starts_of(lengths)), np.arange(len(lengths))
     if len(without_padding) - 1 > len(lengths):
         if not causal:
@@ -62,7 +63,7 @@ def documents_of(
         return Documents(ids[kept], labels, without_padding, numbers, columns), targets, key is not None
     if "token_type_ids" in names and _flat(dataset, "token_type_ids")[0].any():
         raise UserError("token_type_ids of pairs are of classifiers: leave them out for a causal model")
-    labels = _beside(dataset, key, starts)[kept] if key == "labels" else ids[kept]
+    labels = _beside(dataset, key, starts)[kept] if key is not None else ids[kept]
     supervised = labels != IGNORED
     supervised[without_padding[:-1]] = False  # nothing stands before it
     if bool((labels[supervised] != ids[kept][supervised]).any()):
@@ -77,6 +78,17 @@ def documents_of(
     if silent.any() and is_main:
         print(f"note        {int(silent.sum()):,} of {len(silent):,} {what} have no supervised token and are left out")
     return documents.select(~silent) if silent.any() else documents, None, True
+
+
+def label_column(
+    row: Any, label_names: Sequence[str] = (), label_columns: Sequence[str] = LABEL_COLUMNS, *, causal: bool
+) -> str | None:
+    """The column of a row that holds its labels; of a causal model's row a single class is no label."""
+
+    def is_label(name: str) -> bool:
+        return name in row and (not causal or name == "labels" or np.ndim(row[name]) > 0)
+
+    return next((name for name in (*label_names, *label_columns) if is_label(name)), None)
 
 
 def collated(dataset: Any, collator: Callable[[list[Any]], Any]) -> list[dict[str, Any]]:
@@ -198,7 +210,7 @@ def _first_types(types: np.ndarray, starts: np.ndarray) -> np.ndarray:
 def _flat(dataset: Any, column: str) -> tuple[np.ndarray, np.ndarray]:
     """All values of a column of lists, end to end, and where each row begins and the last one ends."""
     values = [np.asarray(row[column]).reshape(-1) for row in _rows(dataset, column)]
-    odd = next((n for n, value in enumerate(values) if value.dtype == object), None)
+    odd = next((n for n, value in enumerate(values) if value.dtype.kind not in "iubf"), None)
     if odd is not None:
         raise UserError(f"row {odd + 1} of the dataset has no whole numbers in {column!r}")
     return np.concatenate(values).astype(np.int32), starts_of(np.array([len(value) for value in values], np.int64))

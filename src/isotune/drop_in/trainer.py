@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import DataCollatorForLanguageModeling, TrainerCallback, TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
 from trl.trainer.utils import get_config_model_id
@@ -260,7 +260,12 @@ class DropIn(DropInEvaluation):
         is_main = self.args.process_index == 0
         rows_only = self._rows_for(dataset)
         documents, targets, labelled = documents_of(
-            rows_only, causal=self.causal, label_columns=self._label_columns, is_main=is_main, keep_all=keep_all
+            rows_only,
+            causal=self.causal,
+            label_names=self.args.label_names or (),
+            label_columns=self._library_columns,
+            is_main=is_main,
+            keep_all=keep_all,
         )
         base = base_model_of(cast(nn.Module, self.model))
         if not isinstance(self, SFTTrainer):  # TRL hands no such column on either
@@ -296,7 +301,13 @@ class DropIn(DropInEvaluation):
     @property
     def _label_columns(self) -> tuple[str, ...]:
         """Where labels are looked for; `label_names` of the arguments names another column."""
-        return (*(self.args.label_names or ()), *LABEL_COLUMNS)
+        return (*(self.args.label_names or ()), *self._library_columns)
+
+    @property
+    def _library_columns(self) -> tuple[str, ...]:
+        """Of the library's names of labels those that the collator makes labels of."""
+        by_itself = isinstance(self, SFTTrainer) or isinstance(self.data_collator, DataCollatorForLanguageModeling)
+        return ("labels",) if self.causal and by_itself else LABEL_COLUMNS
 
     @property
     def _data_seed(self) -> int:
