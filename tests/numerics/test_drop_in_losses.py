@@ -233,6 +233,15 @@ def test_a_list_in_a_column_that_the_collator_does_not_read_is_no_label(tmp_path
     assert trainer.plan.documents.documents.supervised_counts.tolist() == [11] * 8
 
 
+@pytest.mark.parametrize("other", ["labels", "label_ids"])
+def test_of_two_columns_of_labels_the_named_one_is_learnt_and_none_without_a_name(other: str, tmp_path):
+    rows = texts().add_column(other, [0] * 24)
+    with pytest.raises(UserError, match="the dataset has labels in "):
+        trainer_of(isotune.Trainer, tmp_path, (8, 1), bert(), rows)
+    trainer = trainer_of(isotune.Trainer, tmp_path, (8, 1), bert(), rows, args={"label_names": [other]})
+    assert not trainer.plan.documents.documents.labels.any()
+
+
 @pytest.mark.parametrize("first", [None, texts(5)])
 def test_the_loss_of_labels_of_another_kind_than_was_planned_is_that_of_the_library(first: Any, tmp_path):
     found = trainer_of(isotune.Trainer, tmp_path, (8, 1), bert(), None, eval_dataset=first).evaluate(SEVERAL)

@@ -83,12 +83,24 @@ def documents_of(
 def label_column(
     row: Any, label_names: Sequence[str] = (), label_columns: Sequence[str] = LABEL_COLUMNS, *, causal: bool
 ) -> str | None:
-    """The column of a row that holds its labels; of a causal model's row a single class is no label."""
+    """The column of a row that holds its labels: the first of `label_names`, else the only one of `label_columns`.
+
+    Of a causal model's row a single class is no label. UserError where there are several columns.
+    """
 
     def is_label(name: str) -> bool:
         return name in row and (not causal or name == "labels" or np.ndim(row[name]) > 0)
 
-    return next((name for name in (*label_names, *label_columns) if is_label(name)), None)
+    named = next((name for name in label_names if is_label(name)), None)
+    if named is not None:
+        return named
+    found = [name for name in label_columns if is_label(name)]
+    if len(found) > 1:
+        raise UserError(
+            f"the dataset has labels in {' and in '.join(found)}, and one of them is to be learnt: remove the others, "
+            "or say label_names in the arguments"
+        )
+    return found[0] if found else None
 
 
 def collated(dataset: Any, collator: Callable[[list[Any]], Any]) -> list[dict[str, Any]]:
