@@ -233,6 +233,48 @@ def test_a_list_in_a_column_that_the_collator_does_not_read_is_no_label(tmp_path
     assert trainer.plan.documents.documents.supervised_counts.tolist() == [11] * 8
 
 
+def padded_rows() -> dict[str, Any]:
+    """Tokens and mask of rows of 4 to 11 tokens, padded to 12 by the token 0 of a tokenizer whose </s> is another."""
+    ids = np.random.default_rng(0).integers(5, 50, (8, 12))
+    mask = np.arange(12) < np.arange(4, 12)[:, None]
+    tokenizer = builtin_tokenizer("builtin:opt-tiny")
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    ids[~mask] = tokenizer.pad_token_id
+    return {"input_ids": ids.tolist(), "attention_mask": mask.astype(int).tolist()}
+
+
+def test_padding_without_a_mask_is_not_learnt_where_the_collator_masks_it(tmp_path):
+    rows = Dataset.from_dict(padded_rows()).remove_columns("attention_mask")
+    collator = DataCollatorForLanguageModeling(builtin_tokenizer("builtin:opt-tiny"), mlm=False)
+    logs = []
+    for kind in (isotune.Trainer, Trainer):
+        args = {"max_steps": 1}
+        trainer = trainer_of(kind, tmp_path, (8, 1), llama(), rows, args=args, data_collator=collator)
+        before = trainer.evaluate(rows)["eval_loss"]
+        trainer.train()
+        line = next(line for line in trainer.state.log_history if "loss" in line)
+        logs.append([before, line["loss"], line["grad_norm"]])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-5)
+
+
+def copies_padding(rows: Any) -> Any:
+    batch = DataCollatorWithPadding(builtin_tokenizer("builtin:opt-tiny"))(
+        [{"input_ids": r["input_ids"]} for r in rows]
+    )
+    return {**batch, "labels": batch["input_ids"].clone()}
+
+
+def test_labels_of_padding_that_are_left_out_are_said(tmp_path, capsys):
+    rows = padded_rows()
+    count = sum(row.count(0) for row in rows["attention_mask"])
+    for data, collator, said in (
+        (Dataset.from_dict({**rows, "labels": rows["input_ids"]}), default_data_collator, f"{count} labels of padding"),
+        (texts(8).remove_columns("label"), copies_padding, "note        labels of padding"),
+    ):
+        trainer_of(isotune.Trainer, tmp_path, (8, 1), llama(), data, data_collator=collator)
+        assert f"{said} are left out, which the library would count" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("other", ["labels", "label_ids"])
 def test_of_two_columns_of_labels_the_named_one_is_learnt_and_none_without_a_name(other: str, tmp_path):
     rows = texts().add_column(other, [0] * 24)

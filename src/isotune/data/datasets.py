@@ -11,6 +11,7 @@ from isotune.io.errors import UserError
 IGNORED = -100  # the label of a token that is not supervised
 COMPARED_ROWS = 4
 LABEL_COLUMNS = ("labels", "label", "label_ids")
+PADDING_LABELS = "labels of padding are left out, which the library would count in its loss"
 CARRIED_COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "seq_lengths", "position_ids")  # beside labels
 
 
@@ -20,16 +21,18 @@ def documents_of(
     causal: bool,
     label_names: Sequence[str] = (),
     label_columns: Sequence[str] = LABEL_COLUMNS,
+    masked_token: int | None = None,
     is_main: bool = True,
     keep_all: bool = False,
 ) -> tuple[Documents, np.ndarray | None, bool]:
     """The rows as documents without padding, a classifier's targets as the data has them, and whether there are any.
 
     A row has `input_ids`; `attention_mask` 0 is padding, and is taken off. A causal model's `labels` are its input
-    where there are none, else the input with -100 where nothing is supervised; unless `keep_all`, a row without a
-    supervised token is left out, which is said. A row that is packed already, by `seq_lengths` as TRL writes them or by
-    `position_ids` that begin anew, gives several documents, whose `source_rows` say which. A classifier's target is in
-    the column of `label_column`: the documents have it where it is a class, a whole number. UserError names the row.
+    where there are none, but for `masked_token`, else the input with -100 where nothing is supervised; unless
+    `keep_all`, a row without a supervised token is left out, which is said. A row that is packed already, by
+    `seq_lengths` as TRL writes them or by `position_ids` that begin anew, gives several documents, whose `source_rows`
+    say which. A classifier's target is in the column of `label_column`: the documents have it where it is a class, a
+    whole number. UserError names the row.
     """
     if not hasattr(dataset, "__len__"):
         raise UserError("a streaming dataset has no lengths to make a schedule of: take(n) of its rows into a Dataset")
@@ -63,7 +66,10 @@ def documents_of(
         return Documents(ids[kept], labels, without_padding, numbers, columns), targets, key is not None
     if "token_type_ids" in names and _flat(dataset, "token_type_ids")[0].any():
         raise UserError("token_type_ids of pairs are of classifiers: leave them out for a causal model")
-    labels = _beside(dataset, key, starts)[kept] if key is not None else ids[kept]
+    labels = _beside(dataset, key, starts) if key is not None else np.where(ids == masked_token, IGNORED, ids)
+    if key is not None and is_main and (padding := int(((labels != IGNORED) & ~kept).sum())):
+        print(f"note        {padding:,} {PADDING_LABELS}")
+    labels = labels[kept]
     supervised = labels != IGNORED
     supervised[without_padding[:-1]] = False  # nothing stands before it
     if bool((labels[supervised] != ids[kept][supervised]).any()):
@@ -103,20 +109,23 @@ def label_column(
     return found[0] if found else None
 
 
-def collated(dataset: Any, collator: Callable[[list[Any]], Any]) -> list[dict[str, Any]]:
+def collated(dataset: Any, collator: Callable[[list[Any]], Any], *, is_main: bool = True) -> list[dict[str, Any]]:
     """Each row as a collator of the user's leaves it, which may mask labels, without the padding.
 
     UserError where a row depends on its neighbours in the batch, or on chance.
     """
     first = range(min(COMPARED_ROWS, len(dataset)))
     few = [dataset[number] for number in first]
-    together = _unpadded(collator(few))
+    batch = collator(few)
+    together = _unpadded(batch)
     again = _unpadded(collator([dataset[number] for number in first]))
     if together != again or together != [_unpadded(collator([row]))[0] for row in few]:
         raise UserError(
             "the data_collator, or the dataset, makes other rows of the same ones, by chance or by their neighbours: "
             "prepare the rows in the dataset"
         )
+    if is_main and _learns_padding(batch):
+        print(f"note        {PADDING_LABELS}")
     return [_unpadded(collator([dataset[number]]))[0] for number in range(len(dataset))]
 
 
@@ -174,6 +183,14 @@ def _unpadded(batch: Any) -> list[dict[str, Any]]:
         {name: (values[row][mask[row]] if name in by_token else values[row]).tolist() for name, values in table.items()}
         for row in range(len(mask))
     ]
+
+
+def _learns_padding(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch of tensors has labels of tokens that its attention mask leaves out."""
+    labels, mask = batch.get("labels"), batch.get("attention_mask")
+    if labels is None or mask is None or np.shape(labels) != np.shape(mask):
+        return False
+    return bool(((np.asarray(labels) != IGNORED) & (np.asarray(mask) == 0)).any())
 
 
 def _beside(dataset: Any, column: str, starts: np.ndarray) -> np.ndarray:

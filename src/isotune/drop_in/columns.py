@@ -34,3 +34,14 @@ def collator_note(collator: Any, row: Collection[str]) -> str | None:
             "by the same token"
         )
     return None
+
+
+def masked_token(collator: Any) -> int | None:
+    """The token that a causal collator of the library never learns: the one that it pads by.
+
+    Where that also ends a text it is learnt here, which `collator_note` says.
+    """
+    if not isinstance(collator, DataCollatorForLanguageModeling):
+        return None
+    tokenizer = collator.tokenizer
+    return None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id

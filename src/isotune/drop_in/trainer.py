@@ -24,7 +24,7 @@ from isotune.data.datasets import LABEL_COLUMNS, collated, documents_of
 from isotune.data.documents import Documents, Rows
 from isotune.data.packing import one_document_per_row, pack
 from isotune.distributed.ranks import world_size
-from isotune.drop_in.columns import check_columns, collator_note
+from isotune.drop_in.columns import check_columns, collator_note, masked_token
 from isotune.drop_in.describe import not_exact
 from isotune.drop_in.embedding_noise import set_noise
 from isotune.drop_in.evaluation import DropInEvaluation, Laid
@@ -264,6 +264,7 @@ class DropIn(DropInEvaluation):
             causal=self.causal,
             label_names=self.args.label_names or (),
             label_columns=self._library_columns,
+            masked_token=masked_token(self.data_collator),
             is_main=is_main,
             keep_all=keep_all,
         )
@@ -296,7 +297,7 @@ class DropIn(DropInEvaluation):
         if of_library or not hasattr(dataset, "__len__"):
             return dataset
         loader = self._library_loader(dataset)  # without the columns that it removes
-        return collated(loader.dataset, loader.collate_fn)
+        return collated(loader.dataset, loader.collate_fn, is_main=self.args.process_index == 0)
 
     @property
     def _label_columns(self) -> tuple[str, ...]:
