@@ -233,6 +233,66 @@ def test_a_list_in_a_column_that_the_collator_does_not_read_is_no_label(tmp_path
     assert trainer.plan.documents.documents.supervised_counts.tolist() == [11] * 8
 
 
+CLASSES = texts().remove_columns("label")
+
+
+@pytest.mark.parametrize(
+    ("column", "options", "said"),
+    [
+        ([0, 3] + [1] * 22, {}, "row 2 of the dataset has the class 3 in 'label', and the model has 3"),
+        ([[0], [3]] + [[1]] * 22, {}, "row 2 of the dataset has the class 3"),
+        (
+            [[1, 0, 1]] * 24,
+            {},
+            r"row 1 of the dataset has \[1, 0, 1\] in 'label': labels of several classes are floats",
+        ),
+        ([[1.0, 0.0]] * 24, {}, "one for each of the 3"),
+        ([1] * 24, {"problem_type": "multi_label_classification"}, "labels of several classes are floats"),
+        ([1.0] * 24, {}, "row 1 of the dataset has 1.0 in 'label': a class is a whole number"),
+        ([[1.0, 0.0, 1.0]] * 24, {"problem_type": "single_label_classification"}, "a class is a whole number"),
+    ],
+)
+def test_labels_that_the_model_has_no_class_for_are_refused_by_their_row(
+    column: Any, options: Any, said: str, tmp_path
+):
+    rows = CLASSES.add_column("label", column)
+    with pytest.raises(UserError, match=said):
+        trainer_of(isotune.Trainer, tmp_path, (8, 1), bert(**options), rows)
+    with pytest.raises(UserError, match=said):
+        trainer_of(isotune.Trainer, tmp_path, (8, 1), bert(**options), None).evaluate(rows)
+
+
+def test_labels_of_a_loss_of_ones_own_may_be_any(tmp_path):
+    rows = CLASSES.add_column("label", list(range(24)))
+    trainer = trainer_of(isotune.Trainer, tmp_path, (8, 1), bert(), rows, compute_loss_func=contrastive)
+    assert trainer.plan.documents.targets.tolist() == list(range(24))
+
+
+@pytest.mark.parametrize("make", [bert, llama])
+def test_tokens_without_an_embedding_are_refused_by_their_row(make: Any, tmp_path):
+    model = make()
+    size = model.get_input_embeddings().num_embeddings
+    rows = texts(3).remove_columns("input_ids").add_column("input_ids", [[5, size - 1], [6, 7, size], [8]])
+    with pytest.raises(UserError, match=f"row 2 of the dataset has the token {size}, and the model has embeddings of"):
+        trainer_of(isotune.Trainer, tmp_path, (8, 1), model, rows)
+
+
+class Streamed(torch.utils.data.IterableDataset):
+    """A stream that says how long it is."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __iter__(self) -> Any:
+        return iter([{"input_ids": [5, 6], "labels": 1}] * 16)
+
+
+@pytest.mark.parametrize("collator", [None, drops_tokens])
+def test_a_stream_with_a_length_is_refused_as_one(collator: Any, tmp_path):
+    with pytest.raises(UserError, match="a streaming dataset has no lengths"):
+        trainer_of(isotune.Trainer, tmp_path, (8, 1), bert(), Streamed(), data_collator=collator)
+
+
 def padded_rows() -> dict[str, Any]:
     """Tokens and mask of rows of 4 to 11 tokens, padded to 12 by the token 0 of a tokenizer whose </s> is another."""
     ids = np.random.default_rng(0).integers(5, 50, (8, 12))

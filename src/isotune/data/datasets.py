@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
+from torch.utils.data import IterableDataset
 
 from isotune.data.documents import FIRST_TYPE, Documents, starts_of, sums_of
 from isotune.io.errors import UserError
@@ -34,7 +35,7 @@ def documents_of(
     say which. A classifier's target is in the column of `label_column`: the documents have it where it is a class, a
     whole number. UserError names the row.
     """
-    if not hasattr(dataset, "__len__"):
+    if is_streamed(dataset):
         raise UserError("a streaming dataset has no lengths to make a schedule of: take(n) of its rows into a Dataset")
     if len(dataset) == 0:
         raise UserError("the dataset holds no rows")
@@ -84,6 +85,11 @@ def documents_of(
     if silent.any() and is_main:
         print(f"note        {int(silent.sum()):,} of {len(silent):,} {what} have no supervised token and are left out")
     return documents.select(~silent) if silent.any() else documents, None, True
+
+
+def is_streamed(dataset: Any) -> bool:
+    """Whether rows come in their own order alone; one of PyTorch's may have a length all the same."""
+    return not hasattr(dataset, "__len__") or isinstance(dataset, IterableDataset)
 
 
 def label_column(

@@ -1,12 +1,14 @@
-"""Columns of a dataset that the library's trainer would hand to the model, or change, and a schedule does not."""
+"""Columns of a dataset: what no document carries, what is no label or token of the model, what a collator changes."""
 
 import inspect
 from collections.abc import Collection
 from typing import Any
 
+import numpy as np
 from transformers import DataCollatorForLanguageModeling
 
 from isotune.data.datasets import CARRIED_COLUMNS
+from isotune.data.documents import Documents
 from isotune.io.errors import UserError
 
 
@@ -19,6 +21,44 @@ def check_columns(base: Any, row: Collection[str], label_columns: Collection[str
             f"{type(base).__name__}.forward would be given the column {lost!r} of the dataset, which no document "
             "carries: remove the column, or use the library's own trainer"
         )
+
+
+def check_targets(config: Any, targets: np.ndarray, column: str) -> None:
+    """UserError for targets of a classifier, [rows, ...], that the library's loss has no meaning for."""
+    if config.num_labels < 2 or config.problem_type == "regression":
+        return
+    several = config.problem_type == "multi_label_classification"
+    if several or (config.problem_type is None and targets[0].size > 1):
+        if targets.dtype.kind != "f" or targets.shape[1:] != (config.num_labels,):
+            raise UserError(
+                f"row 1 of the dataset has {targets[0].tolist()} in {column!r}: labels of several classes are floats, "
+                f"1.0 and 0.0, one for each of the {config.num_labels} of the model"
+            )
+        return
+    if targets.dtype.kind != "i" or targets[0].size > 1:
+        raise UserError(
+            f"row 1 of the dataset has {targets[0].tolist()} in {column!r}: a class is a whole number from 0, and "
+            "numbers are learnt by a model with num_labels=1"
+        )
+    if targets.max() >= config.num_labels:
+        row = int(targets.reshape(-1).argmax())
+        raise UserError(
+            f"row {row + 1} of the dataset has the class {targets.max()} in {column!r}, and the model has "
+            f"{config.num_labels}, counted from 0: load it with num_labels={targets.max() + 1}"
+        )
+
+
+def check_tokens(embeddings: Any, documents: Documents) -> None:
+    """UserError for a token that the model has no embedding of."""
+    size, ids = getattr(embeddings, "num_embeddings", None), documents.input_ids
+    if size is None or 0 <= ids.min() <= ids.max() < size:
+        return
+    place = int(np.argmax((ids < 0) | (ids >= size)))
+    row = documents.ids[np.searchsorted(documents.starts, place, "right") - 1]
+    raise UserError(
+        f"row {row + 1} of the dataset has the token {ids[place]}, and the model has embeddings of {size}: "
+        "model.resize_token_embeddings(len(tokenizer)) makes those of added tokens"
+    )
 
 
 def collator_note(collator: Any, row: Collection[str]) -> str | None:

@@ -20,11 +20,11 @@ from isotune.checkpoint.store import is_checkpoint
 from isotune.compat.peft import base_model_of
 from isotune.compat.transformers import attention_of, use_one_gpu
 from isotune.data.batch_schedule import Step, StepSchedule
-from isotune.data.datasets import LABEL_COLUMNS, collated, documents_of
+from isotune.data.datasets import LABEL_COLUMNS, collated, documents_of, is_streamed
 from isotune.data.documents import Documents, Rows
 from isotune.data.packing import one_document_per_row, pack
 from isotune.distributed.ranks import world_size
-from isotune.drop_in.columns import check_columns, collator_note, masked_token
+from isotune.drop_in.columns import check_columns, check_targets, check_tokens, collator_note, masked_token
 from isotune.drop_in.describe import not_exact
 from isotune.drop_in.embedding_noise import set_noise
 from isotune.drop_in.evaluation import DropInEvaluation, Laid
@@ -204,14 +204,17 @@ class DropIn(DropInEvaluation):
 
     def _has_own_loss(self, base: Any, train: Laid) -> bool:
         """Whether the loss is not the one that is summed without all logits in memory."""
-        own = type(self).compute_loss not in LIBRARY_LOSSES or self.compute_loss_func is not None
-        own = own or getattr(self.args, "loss_type", "nll") not in (None, "nll")
-        own = own or has_other_loss(base, causal=self.causal)
+        given = self._has_given_loss(base) or getattr(self.args, "loss_type", "nll") not in (None, "nll")
         smooths_tokens = self.causal and self.args.label_smoothing_factor > 0
         other_kind = not self.causal and (
             base.config.num_labels < 2 or base.config.problem_type not in PREPARED_CLASSES
         )
-        return own or smooths_tokens or other_kind or not train.has_classes
+        return given or smooths_tokens or other_kind or not train.has_classes
+
+    def _has_given_loss(self, base: Any) -> bool:
+        """Whether the loss is a function of the user's, to which targets may mean anything."""
+        own = type(self).compute_loss not in LIBRARY_LOSSES or self.compute_loss_func is not None
+        return own or has_other_loss(base, causal=self.causal)
 
     def labelled_row(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens and labels of the shortest row of training, [1, tokens] and [1, ...], on the device."""
@@ -271,6 +274,9 @@ class DropIn(DropInEvaluation):
         base = base_model_of(cast(nn.Module, self.model))
         if not isinstance(self, SFTTrainer):  # TRL hands no such column on either
             check_columns(base, rows_only[0], self._label_columns)
+        check_tokens(base.get_input_embeddings(), documents)
+        if targets is not None and not self._has_given_loss(base):
+            check_targets(base.config, targets, next(name for name in self._label_columns if name in rows_only[0]))
         if (positions := max_positions(base.config)) is not None:
             _check_longest(documents, positions, "the model has positions for")
         starts = np.flatnonzero(np.diff(documents.source_rows, prepend=-1))
@@ -294,7 +300,7 @@ class DropIn(DropInEvaluation):
     def _rows_for(self, dataset: Any) -> Any:
         """The rows of a dataset as its collator leaves them, which is as they are where it only pads."""
         of_library = str(getattr(self.data_collator, "__module__", "")).startswith(("transformers.", "trl."))
-        if of_library or not hasattr(dataset, "__len__"):
+        if of_library or is_streamed(dataset):
             return dataset
         loader = self._library_loader(dataset)  # without the columns that it removes
         return collated(loader.dataset, loader.collate_fn, is_main=self.args.process_index == 0)
