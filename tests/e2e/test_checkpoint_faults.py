@@ -243,6 +243,48 @@ def test_a_run_whose_best_checkpoint_is_gone_is_refused_before_it_trains(tmp_pat
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+def harmed(folder: Path, how: str) -> str:
+    """Harm the weights of a checkpoint; returns what is to be said of it."""
+    file = next((folder / "tensors").iterdir())
+    content = bytearray(file.read_bytes())
+    if how == "missing":
+        file.unlink()
+        why = "is missing"
+    elif how == "cut off":
+        file.write_bytes(content[:-100])
+        why = f"has {len(content) - 100} bytes and not {len(content)}"
+    else:
+        content[len(content) // 2] ^= 16
+        file.write_bytes(content)
+        why = "is not what was written: its hash differs"
+    return f"load_best_model_at_end: {folder} is not a valid checkpoint: {file.relative_to(folder)} {why}"
+
+
+@pytest.mark.parametrize("how", ["missing", "cut off", "changed"])
+def test_a_best_checkpoint_that_was_harmed_is_neither_the_final_model_nor_gone_on_beside(
+    tmp_path, worsening, worsened, how
+):
+    built, best, _ = worsened
+    run = unfinished(tmp_path, built.run.path, 5)
+    folder = run / "checkpoints" / name_of(best)
+    said = []
+
+    class Harm(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            said.append(harmed(folder, how))
+
+    again = build(tmp_path, **worsening)
+    again.trainer.add_callback(Harm())
+    with pytest.raises(UserError) as refused:
+        again.train()  # one step, and the harm after it
+    assert [str(refused.value)] == said
+    before = (run / "metrics.jsonl").read_bytes()
+    shutil.rmtree(checkpoints(run)[5])
+    with pytest.raises(UserError) as refused:
+        build(tmp_path, **worsening).train()
+    assert [str(refused.value)] == said and (run / "metrics.jsonl").read_bytes() == before
+
+
 def stop_after(step: int, built: Built, monkeypatch) -> str:
     """Train until a signal stops the run after this step; returns what it ends with."""
 

@@ -78,7 +78,7 @@ def _check(run: RunDir) -> bool:
             raise UserError(f"resume: {folder} is a run: name one of the folders in {folder / CHECKPOINTS}")
         if not folder.is_dir():
             raise UserError(f"resume: there is no folder {folder}; it takes auto, never or the folder of a checkpoint")
-        _check_same_recipe(folder, _manifest_of(folder, read_manifest), run)
+        _check_same_recipe(folder, manifest_of(folder, read_manifest), run)
     run.check()
     return run.is_trained
 
@@ -112,7 +112,7 @@ def _choose(store: CheckpointStore, run: RunDir, data_fingerprints: dict[str, st
         return None
     if recipe.resume != RESUME_NEWEST:
         folder = Path(recipe.resume)
-        manifest = _manifest_of(folder, verify)
+        manifest = manifest_of(folder, verify)
     else:
         newest = store.newest_valid()
         for broken, why in newest.skipped:
@@ -138,12 +138,12 @@ def _choose(store: CheckpointStore, run: RunDir, data_fingerprints: dict[str, st
     return folder
 
 
-def _manifest_of(folder: Path, read: Callable[[Path], Manifest]) -> Manifest:
-    """The manifest of the checkpoint that `resume` names."""
+def manifest_of(folder: Path, read: Callable[[Path], Manifest], key: str = "resume") -> Manifest:
+    """The manifest of the checkpoint that a key of the recipe asks for; UserError where it is not valid."""
     try:
         return read(folder)
     except InvalidCheckpoint as why:
-        raise UserError(f"resume: {folder} is not a valid checkpoint: {why}") from why
+        raise UserError(f"{key}: {folder} is not a valid checkpoint: {why}") from why
 
 
 def _check_same_recipe(folder: Path, manifest: Manifest, run: RunDir) -> None:

@@ -21,8 +21,8 @@ from transformers.trainer_utils import SaveStrategy
 
 from isotune.checkpoint.engine_state import EngineState, OptimizerState, reshard, state_of
 from isotune.checkpoint.flat_tensors import host_copy, read_tensors
-from isotune.checkpoint.manifest import Manifest
-from isotune.checkpoint.resume import STATE, TRAINER_STATE, Resumption, find_resumption
+from isotune.checkpoint.manifest import Manifest, verify
+from isotune.checkpoint.resume import STATE, TRAINER_STATE, Resumption, find_resumption, manifest_of
 from isotune.checkpoint.store import CheckpointStore, name_of
 from isotune.checkpoint.writer import TENSORS, CheckpointWriter, Snapshot
 from isotune.compat.transformers import note_best_metric
@@ -43,6 +43,7 @@ OTHER_LAYOUT = (
     "the rows of a step are shared out to the processes otherwise than by the version that wrote the checkpoint: the "
     "run goes on to rounding, not to the bit"
 )
+BEST = "load_best_model_at_end"
 SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed 0.19
 
 
@@ -201,14 +202,18 @@ class Checkpointer(TrainerCallback):
         state.best_model_checkpoint = str(folder)
 
     def _check_best(self) -> None:
-        """UserError where the best evaluation so far has no checkpoint: its weights could not be the final model."""
+        """UserError where the best evaluation so far has no valid checkpoint: it could not be the final model."""
         state: TrainerState = self._trainer.state
         assert self.resumption is not None
-        if state.best_model_checkpoint is None or (best := Path(state.best_model_checkpoint)).is_dir():
+        if state.best_model_checkpoint is None:
+            return
+        if (best := Path(state.best_model_checkpoint)).is_dir():
+            if best != self.resumption.folder:  # of which every byte has just been read
+                manifest_of(best, verify, BEST)
             return
         places = " or ".join(dict.fromkeys(map(str, (self.store.path, self.resumption.folder.parent))))
         raise UserError(
-            f"load_best_model_at_end: the best evaluation up to {self.resumption.folder} is of step "
+            f"{BEST}: the best evaluation up to {self.resumption.folder} is of step "
             f"{state.best_global_step}, and there is no {best.name} in {places}: put it back, or "
             "choose another --output_dir and no --resume to train from the start"
         )
@@ -218,6 +223,8 @@ class Checkpointer(TrainerCallback):
         self.wait()
         state: TrainerState = self._trainer.state
         folder = Path(str(state.best_model_checkpoint))
+        self._trainer.watchdog.enter("the loading of the best checkpoint")  # its main process reads all of it first
+        call_on_main(self.process, lambda: manifest_of(folder, verify, BEST))
         _read(folder, self._engine(), with_optimizer=False)
         if self.process.is_main:
             print(f"best        step {state.best_global_step}: {state.best_metric:.6g}, from {folder}")
