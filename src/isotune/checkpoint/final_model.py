@@ -7,7 +7,6 @@ lost, a configuration keeps settings of training. All of these show when the fol
 import copy
 import json
 import os
-import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from isotune.compat.peft import name_in_adapter_file, save_adapter
 from isotune.compat.transformers import ignored_on_save, set_attention_of
 from isotune.io.errors import NO_ROOM, RunFault, UserError
-from isotune.io.files import set_aside, sync_path
+from isotune.io.files import remove_folder, set_aside, sync_path
 from isotune.models.log_control import quiet_libraries
 
 PROBE_TEXT = "### Human: Is 2 + 2 = 4?\n### Assistant: Yes: naïve, 世界 🙂.\n"
@@ -142,7 +141,7 @@ def staging_for(folder: Path) -> Generator[Path]:
     try:
         with quiet_libraries(), no_room_is_an_error(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(staging, ignore_errors=True)
+            remove_folder(staging)
             yield staging
             shared = staging.stat().st_mode & 0o666  # the umask's; safetensors makes its files the owner's alone
             for path in (*staging.rglob("*"), staging):
@@ -150,7 +149,7 @@ def staging_for(folder: Path) -> Generator[Path]:
                     path.chmod(shared)
                 sync_path(path)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        remove_folder(staging)
         raise
 
 
@@ -159,7 +158,7 @@ def replace_folder(staging: Path, folder: Path) -> None:
     before = set_aside(folder)
     staging.rename(folder)
     sync_path(folder.parent)
-    shutil.rmtree(before, ignore_errors=True)
+    remove_folder(before)
 
 
 @contextmanager

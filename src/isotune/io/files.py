@@ -32,6 +32,8 @@ def replacing(path: Path, staging: Path | None = None) -> Iterator[Path]:
     """
     staging = staging or path.with_name(f".{path.name}.tmp")
     try:
+        with contextlib.suppress(FileNotFoundError):
+            staging.unlink()  # in a run of somebody else's it may be a link, and its target would be overwritten
         yield staging
         staging.replace(path)
     except BaseException as error:
@@ -46,9 +48,18 @@ def set_aside(folder: Path) -> Path:
     """Rename a folder, where there is one, so that another can take its name; returns where it is then."""
     before = folder.with_name(f"{folder.name}.before")
     if folder.exists():
-        shutil.rmtree(before, ignore_errors=True)
+        remove_folder(before)
         folder.rename(before)
     return before
+
+
+def remove_folder(path: Path) -> None:
+    """Remove what has a folder's name, as far as possible: of a link the link alone, which `rmtree` refuses."""
+    if path.is_symlink():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_synced(path: Path, text: str) -> None:
