@@ -1,10 +1,16 @@
 """A checkpoint is taken only if every byte is what its manifest says, and goes only when a later one is valid."""
 
 import dataclasses
+import errno
 import hashlib
+import io
 import json
+import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,8 +18,10 @@ import torch
 from isotune.checkpoint import store as store_module
 from isotune.checkpoint.flat_tensors import FlatTensor
 from isotune.checkpoint.manifest import MANIFEST, InvalidCheckpoint, Manifest, verify
+from isotune.checkpoint.resume import find_resumption
 from isotune.checkpoint.store import CheckpointStore, is_checkpoint
 from isotune.checkpoint.writer import CheckpointWriter, Snapshot
+from isotune.io.errors import UserError
 from isotune.io.files import replace_file
 
 
@@ -271,3 +279,65 @@ def test_a_hash_that_is_larger_and_one_that_is_smaller_both_differ(store, harm):
     (folder / "state.json").write_bytes(bytes([state[0] ^ (harm + 1)]) + state[1:])
     with pytest.raises(InvalidCheckpoint, match=r"state\.json is not what was written"):
         verify(folder)
+
+
+PASSING = [errno.EIO, errno.ESTALE, errno.EACCES, errno.ENOTCONN, errno.ETIMEDOUT, errno.ENOMEM]
+
+
+@pytest.mark.parametrize(
+    ("module", "call", "of"),
+    [
+        (os, "open", "step-00000002/MANIFEST.json"),
+        (os, "scandir", "step-00000002/tensors"),
+        (os, "stat", "step-00000002/tensors/shard"),
+        (os, "scandir", "checkpoints"),
+        (io, "open", "step-00000002/tensors/shard"),
+        (io, "read", "step-00000002/tensors/shard"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+@pytest.mark.parametrize("number", PASSING, ids=errno.errorcode.get)
+def test_an_error_of_the_file_system_ends_the_start_and_no_older_checkpoint_is_taken(
+    store, monkeypatch, capsys, module, call, of, number
+):
+    """It may pass, and what an older checkpoint went on with would remove the newer ones."""
+    real = getattr(module, call, io.open)
+    error = OSError(number, os.strerror(number))
+
+    def failing(path: Any, *args: Any, **options: Any) -> Any:
+        at = str(path)
+        if of not in at or (of == "checkpoints" and at != str(store.path)):
+            return real(path, *args, **options)
+        if call == "read":  # whose errors name no file
+            opened = mock.mock_open()()
+            opened.read.side_effect = error
+            return opened
+        raise OSError(number, os.strerror(number), at)
+
+    run: Any = SimpleNamespace(recipe=SimpleNamespace(resume="auto"))
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "open" if call == "read" else call, failing)
+        with pytest.raises(UserError, match=rf"{of}\S* cannot be read: {os.strerror(number)}; run again"):
+            find_resumption(store, run, {}, SimpleNamespace(is_main=True))  # type: ignore[arg-type]
+    assert "skipped" not in capsys.readouterr().out
+    assert store.newest_valid().folder == store.path / "step-00000002"
+
+
+def test_a_checkpoint_is_verified_on_a_file_system_that_syncs_nothing(store, monkeypatch):
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    assert verify(store.path / "step-00000002").step == 2
+
+
+@pytest.mark.parametrize("other", ["a folder", "a link to itself", "a link to nothing"])
+@pytest.mark.parametrize("name", ["MANIFEST.json", "state.json"])
+def test_what_is_no_file_where_one_should_be_is_damage(store, name, other):
+    file = store.path / "step-00000002" / name
+    file.unlink()
+    if other == "a folder":
+        file.mkdir()
+    else:
+        file.symlink_to(name if other == "a link to itself" else "nothing")
+    assert store.newest_valid().folder == store.path / "step-00000001"

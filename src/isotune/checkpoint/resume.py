@@ -1,12 +1,11 @@
 """Which checkpoint a run resumes from: the newest valid one, or the one that the user named, of the same recipe."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from isotune.checkpoint.manifest import InvalidCheckpoint, Manifest, read_manifest, verify
+from isotune.checkpoint.manifest import Manifest, cannot_be_read, manifest_of, read_manifest, verify
 from isotune.checkpoint.store import CheckpointStore
 from isotune.config import RunRecipe
 from isotune.config.run_recipe import RESUME_NEVER, RESUME_NEWEST
@@ -22,6 +21,7 @@ from isotune.run.run_lease import slurm_ids
 
 STATE = "state.json"
 TRAINER_STATE = "trainer_state.json"
+RESUME = "resume: "  # begins the sentences about the checkpoint that it names
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ def _check(run: RunDir) -> bool:
     if recipe.resume not in (RESUME_NEWEST, RESUME_NEVER):
         folder = Path(recipe.resume)
         if (folder / CHECKPOINTS).is_dir():
-            raise UserError(f"resume: {folder} is a run: name one of the folders in {folder / CHECKPOINTS}")
+            raise UserError(f"{RESUME}{folder} is a run: name one of the folders in {folder / CHECKPOINTS}")
         if not folder.is_dir():
-            raise UserError(f"resume: there is no folder {folder}; it takes auto, never or the folder of a checkpoint")
-        _check_same_recipe(folder, manifest_of(folder, read_manifest), run)
+            raise UserError(f"{RESUME}there is no folder {folder}; it takes auto, never or the folder of a checkpoint")
+        _check_same_recipe(folder, manifest_of(folder, read_manifest, RESUME), run)
     run.check()
     return run.is_trained
 
@@ -97,7 +97,7 @@ def find_resumption(
             store.clean()
             return _choose(store, run, data_fingerprints)
         except OSError as error:
-            raise UserError(f"{store.path} cannot be read: {error.strerror}") from error
+            raise cannot_be_read(store.path, error) from error
 
     folder = call_on_main(process, choose)
     if folder is None:
@@ -112,7 +112,7 @@ def _choose(store: CheckpointStore, run: RunDir, data_fingerprints: dict[str, st
         return None
     if recipe.resume != RESUME_NEWEST:
         folder = Path(recipe.resume)
-        manifest = manifest_of(folder, verify)
+        manifest = manifest_of(folder, verify, RESUME)
     else:
         newest = store.newest_valid()
         for broken, why in newest.skipped:
@@ -136,14 +136,6 @@ def _choose(store: CheckpointStore, run: RunDir, data_fingerprints: dict[str, st
         flush=True,
     )
     return folder
-
-
-def manifest_of(folder: Path, read: Callable[[Path], Manifest], key: str = "resume") -> Manifest:
-    """The manifest of the checkpoint that a key of the recipe asks for; UserError where it is not valid."""
-    try:
-        return read(folder)
-    except InvalidCheckpoint as why:
-        raise UserError(f"{key}: {folder} is not a valid checkpoint: {why}") from why
 
 
 def _check_same_recipe(folder: Path, manifest: Manifest, run: RunDir) -> None:

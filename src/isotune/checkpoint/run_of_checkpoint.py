@@ -12,13 +12,13 @@ from transformers import PreTrainedConfig
 from isotune.checkpoint.engine_state import MODEL, plain_model
 from isotune.checkpoint.final_model import no_room_is_an_error, save_and_verify
 from isotune.checkpoint.flat_tensors import read_whole, stored
-from isotune.checkpoint.manifest import InvalidCheckpoint, verify
+from isotune.checkpoint.manifest import manifest_of, verify
 from isotune.checkpoint.writer import TENSORS
 from isotune.config import ClassificationRecipe, Recipe, RunRecipe, kind_of
 from isotune.config.recipes import AUTO
 from isotune.config.task_types import SINGLE_LABEL
 from isotune.data.sft.chat_format import GUANACO
-from isotune.io.errors import RunFault, UserError
+from isotune.io.errors import RunFault
 from isotune.io.run_files import RECIPE, run_of_checkpoint
 from isotune.models.adapters.from_base import starts_from_base
 from isotune.models.adapters.lora import add_adapters
@@ -45,10 +45,7 @@ def run_of(checkpoint: Path, beside: Path) -> Generator[Path]:
         scratch = tempfile.TemporaryDirectory(dir=beside, prefix=".checkpoint-")
     with scratch as folder:
         run = Path(folder)
-        try:
-            manifest = verify(checkpoint)
-        except InvalidCheckpoint as why:
-            raise UserError(f"{checkpoint} is not a valid checkpoint: {why}") from why
+        manifest = manifest_of(checkpoint, verify)
         kind = kind_of(manifest.recipe)
         form = {"chat_format": GUANACO} if kind is Recipe else {}  # of a checkpoint that names none
         recipe = kind.from_values(**{**form, **manifest.recipe}, output_dir=folder)

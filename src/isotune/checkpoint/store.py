@@ -1,5 +1,6 @@
 """RUN/checkpoints: a checkpoint appears by one rename once it is complete, and is removed only after a newer one."""
 
+import os
 import re
 import secrets
 import shutil
@@ -44,13 +45,15 @@ class CheckpointStore:
 
     def folders(self) -> list[Path]:
         """Every published checkpoint, valid or not, the oldest step first."""
-        if not self.path.is_dir():
+        try:
+            with os.scandir(self.path) as entries:
+                found = [self.path / one.name for one in entries if _NAME.fullmatch(one.name) and one.is_dir()]
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        found = [path for path in self.path.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
         return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
     def newest_valid(self) -> NewestValid:
-        """The newest checkpoint of which every byte matches its manifest."""
+        """The newest checkpoint of which every byte matches its manifest; OSError where the file system fails."""
         skipped: list[tuple[Path, str]] = []
         for folder in reversed(self.folders()):
             try:

@@ -73,7 +73,7 @@ def open_file(file: Path, limit_bytes: int = MAX_BYTES, root: Path | None = None
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise Unreadable(error.strerror or first_line(error)) from None
+        raise Unreadable(error.strerror or first_line(error)) from error
     except ValueError:  # a NUL in the name
         raise FileNotFoundError(str(file)) from None
     status = os.fstat(descriptor)
@@ -94,7 +94,7 @@ def read_bytes(file: Path, limit_bytes: int = MAX_BYTES, root: Path | None = Non
         try:
             return opened.read(limit_bytes)
         except OSError as error:
-            raise Unreadable(error.strerror or first_line(error)) from None
+            raise Unreadable(error.strerror or first_line(error)) from error
 
 
 def read_text(file: Path, limit_bytes: int = MAX_BYTES, root: Path | None = None) -> str:

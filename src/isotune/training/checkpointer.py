@@ -21,8 +21,8 @@ from transformers.trainer_utils import SaveStrategy
 
 from isotune.checkpoint.engine_state import EngineState, OptimizerState, reshard, state_of
 from isotune.checkpoint.flat_tensors import host_copy, read_tensors
-from isotune.checkpoint.manifest import Manifest, verify
-from isotune.checkpoint.resume import STATE, TRAINER_STATE, Resumption, find_resumption, manifest_of
+from isotune.checkpoint.manifest import Manifest, manifest_of, verify
+from isotune.checkpoint.resume import STATE, TRAINER_STATE, Resumption, find_resumption
 from isotune.checkpoint.store import CheckpointStore, name_of
 from isotune.checkpoint.writer import TENSORS, CheckpointWriter, Snapshot
 from isotune.compat.transformers import note_best_metric
@@ -43,7 +43,7 @@ OTHER_LAYOUT = (
     "the rows of a step are shared out to the processes otherwise than by the version that wrote the checkpoint: the "
     "run goes on to rounding, not to the bit"
 )
-BEST = "load_best_model_at_end"
+BEST = "load_best_model_at_end: "  # begins the sentences about the checkpoint that it takes
 SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed 0.19
 
 
@@ -213,7 +213,7 @@ class Checkpointer(TrainerCallback):
             return
         places = " or ".join(dict.fromkeys(map(str, (self.store.path, self.resumption.folder.parent))))
         raise UserError(
-            f"{BEST}: the best evaluation up to {self.resumption.folder} is of step "
+            f"{BEST}the best evaluation up to {self.resumption.folder} is of step "
             f"{state.best_global_step}, and there is no {best.name} in {places}: put it back, or "
             "choose another --output_dir and no --resume to train from the start"
         )
