@@ -232,6 +232,25 @@ def test_a_run_that_was_let_go_is_free_and_one_that_never_began_leaves_nothing(r
     assert not run.exists()
 
 
+@pytest.mark.parametrize("ends", ["lets go", "is killed", "is taken over"])
+def test_the_next_life_removes_the_checkpoint_that_one_left_half_written(run, monkeypatch, ends):
+    life_of(monkeypatch, "5")
+    first = taken(run)
+    (run / "environment.json").write_text("{}")
+    staging = CheckpointStore(run / "checkpoints", lease=first).stage(5)
+    (staging / "shard.safetensors").write_bytes(b"0" * 1000)
+    if ends == "lets go":
+        first.release()
+    elif ends == "is killed":
+        change(run, pid=2**30)
+        first._released.set()
+    life_of(monkeypatch, "5", 1)
+    second = taken(run)
+    assert list(run.rglob("*.safetensors")) == []
+    assert [folder.name[:8] for folder in sorted((run / ".lives").iterdir())] == ["00000001", "00000002"]
+    second.check()
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOTCONN, errno.ESTALE])
 def test_a_disk_that_went_away_is_one_sentence(run, monkeypatch, number):
     holder = taken(run)

@@ -117,6 +117,8 @@ class RunLease:
     def acquire(self, **record: object) -> Path:
         """Become the newest attempt and revoke all others; returns the directory of this attempt, which has `record`.
 
+        What earlier attempts left half written is removed.
+
         Raises as `check_available` does, and UserError where the directory cannot be written.
         """
         self.check_available()
@@ -128,6 +130,8 @@ class RunLease:
                     raise self._superseded()
                 if other != self.folder:
                     _revoke(other)
+            for ended in self.attempts.glob(f"*{ENDED_SUFFIX}"):
+                _clear(ended)
         except OSError as error:
             raise UserError(f"output_dir '{self.run}' cannot be written: {error.strerror}") from error
         threading.Thread(target=self._beat, args=(self.folder,), name="heartbeat", daemon=True).start()
@@ -253,10 +257,15 @@ class RunLease:
 
 
 def _revoke(folder: Path) -> None:
-    """Take the directory of an attempt away by one rename, then delete what it had half written."""
+    """Take the directory of an attempt away by one rename; what it had half written goes too."""
     ended = folder.with_name(f"{folder.name}{ENDED_SUFFIX}")
     with contextlib.suppress(FileNotFoundError):  # that attempt ended at this very moment
         folder.rename(ended)
+    _clear(ended)
+
+
+def _clear(ended: Path) -> None:
+    """Delete what an attempt had half written: one that gave its lease up may have left a checkpoint too."""
     (ended / RESERVE).unlink(missing_ok=True)
     for path in ended.glob("*") if ended.is_dir() else ():
         if path.is_dir():
