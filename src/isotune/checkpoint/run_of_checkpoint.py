@@ -1,8 +1,12 @@
 """A run out of a checkpoint: its model and recipe in a folder, as if training had ended there."""
 
 import contextlib
+import json
+import shutil
 import tempfile
+import time
 from collections.abc import Generator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +23,7 @@ from isotune.config.recipes import AUTO
 from isotune.config.task_types import SINGLE_LABEL
 from isotune.data.sft.chat_format import GUANACO
 from isotune.io.errors import RunFault
+from isotune.io.files import write_synced
 from isotune.io.run_files import RECIPE, run_of_checkpoint
 from isotune.models.adapters.from_base import starts_from_base
 from isotune.models.adapters.lora import add_adapters
@@ -30,6 +35,10 @@ from isotune.models.layouts.heads import head_of, head_rows
 from isotune.models.log_control import quiet_libraries
 from isotune.models.opening import empty_base_model, is_made_here, load_base_model, load_config, load_tokenizer
 from isotune.run.hub import keep_commits
+from isotune.run.run_lease import ATTEMPT_RECORD, Attempt
+
+SCRATCH = ".checkpoint-"
+ABANDONED_SECONDS = 7 * 86_400.0  # longer than any export takes
 
 
 @contextlib.contextmanager
@@ -42,9 +51,11 @@ def run_of(checkpoint: Path, beside: Path) -> Generator[Path]:
     """
     with no_room_is_an_error(beside):
         beside.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=beside, prefix=".checkpoint-")
+        _remove_abandoned(beside)
+        scratch = tempfile.TemporaryDirectory(dir=beside, prefix=SCRATCH)
     with scratch as folder:
         run = Path(folder)
+        write_synced(run / ATTEMPT_RECORD, json.dumps(asdict(Attempt.current())) + "\n")
         manifest = manifest_of(checkpoint, verify)
         kind = kind_of(manifest.recipe)
         form = {"chat_format": GUANACO} if kind is Recipe else {}  # of a checkpoint that names none
@@ -65,6 +76,22 @@ def run_of(checkpoint: Path, beside: Path) -> Generator[Path]:
         save_and_verify(model, tokenizer, run / "model")
         recipe.write(run / RECIPE)
         yield run
+
+
+def _remove_abandoned(beside: Path) -> None:
+    """Remove what exports that were killed left in `beside`, each a whole model.
+
+    A process of this machine is looked up; one of another machine counts as killed after `ABANDONED_SECONDS`.
+    """
+    for folder in beside.glob(f"{SCRATCH}*"):
+        record = folder / ATTEMPT_RECORD
+        owner = Attempt.read(record)
+        if owner is None:  # it was not made here, or begins at this moment
+            continue
+        with contextlib.suppress(OSError):
+            age_seconds = time.time() - record.stat().st_mtime
+            if not owner.is_running if owner.is_local else age_seconds > ABANDONED_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _config_at(recipe: RunRecipe, tensors: Path) -> PreTrainedConfig:
