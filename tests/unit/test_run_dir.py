@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import tempfile
 
 import pytest
 import torch
@@ -38,6 +39,23 @@ def test_an_unfinished_try_of_the_same_recipe_begins_anew(tmp_path):
     RunDir(recipe(tmp_path / "run")).check()
     run.begin({})
     assert not (run.path / "metrics.jsonl").exists()
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="a second file system is needed")
+def test_checkpoints_on_another_file_system_are_refused_before_the_first_step(tmp_path):
+    """They are renamed out of the attempt's folder in RUN."""
+    run = RunDir(recipe(tmp_path / "run"))
+    run.begin({})
+    (tmp_path / "scratch").mkdir()
+    (run.path / "checkpoints").symlink_to(tmp_path / "scratch")
+    run.check()  # the same file system
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        if os.stat(elsewhere).st_dev == os.stat(tmp_path).st_dev:
+            pytest.skip("it is the same file system")
+        (run.path / "checkpoints").unlink()
+        (run.path / "checkpoints").symlink_to(elsewhere)
+        with pytest.raises(UserError, match=r"run/checkpoints is on another file system .*: put output_dir itself"):
+            RunDir(run.recipe).check()
 
 
 def test_a_life_that_goes_on_begins_with_the_metrics_of_its_checkpoint(tmp_path):

@@ -117,6 +117,12 @@ class RunDir(LeasedDir):
         existing = self._existing_parent()
         if not os.access(existing, os.W_OK | os.X_OK):
             raise UserError(f"output_dir '{self.path}' cannot be written: no permission in {existing}")
+        checkpoints = self.path / CHECKPOINTS
+        if checkpoints.exists() and checkpoints.stat().st_dev != self.path.stat().st_dev:
+            raise UserError(
+                f"{checkpoints} is on another file system than output_dir '{self.path}', and no checkpoint can be "
+                "renamed into it: put output_dir itself there"
+            )
         self.lease.check_available()
         # names with a dot: files that an attempt was still writing when it was killed; its log may be all that it left
         if not self.path.is_dir() or all(p.name.startswith(".") or p.name == LOGS_DIR for p in self.path.iterdir()):
