@@ -138,6 +138,43 @@ def test_a_model_that_was_trained_exactly_is_trained_on_by_another_trainer_and_b
     assert losses_of(sft(tmp_path, 4, 2, model=trained.model)) == losses_of(fresh)
 
 
+class Thaws(TrainerCallback):
+    """After the first update what was frozen is trained, and what was trained is frozen where it `swaps`."""
+
+    def __init__(self, swaps: bool) -> None:
+        self.swaps = swaps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if state.global_step == 1:
+            for parameter in model.parameters():
+                parameter.requires_grad_(not (parameter.requires_grad and self.swaps))
+
+
+@pytest.mark.parametrize("exact", ["auto", False])
+@pytest.mark.parametrize("swaps", [False, True])
+def test_layers_that_are_frozen_or_unfrozen_during_training_are_trained_as_by_the_library(swaps, exact, tmp_path):
+    found = []
+    for kind in (transformers.Trainer, isotune.Trainer):
+        model = bert()
+        model.bert.requires_grad_(False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        settings = {**STEPS, "max_steps": 4, "max_grad_norm": 0.05}
+        trainer = kind(
+            model=model,
+            args=TrainingArguments(str(tmp_path), per_device_train_batch_size=8, **QUIET, **settings),
+            train_dataset=texts(8),
+            data_collator=DataCollatorWithPadding(builtin_tokenizer("builtin:bert-tiny")),
+            optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)),
+            callbacks=[Thaws(swaps)],
+            **({"exact_gradients": exact, "microbatch_tokens": 30} if kind is isotune.Trainer else {}),
+        )
+        losses = losses_of(trainer)
+        found.append([losses, [line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line]])
+        assert all(parameter.grad is None for parameter in model.parameters())
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-4)
+
+
 def classifier(folder: Any, kind: Any, batch: int, accumulation: int, model: Any = None, **more: Any) -> Any:
     split = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
     args = TrainingArguments(output_dir=str(folder), seed=3, **QUIET, **STEPS, **split)

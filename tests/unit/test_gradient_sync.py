@@ -2,10 +2,16 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from tests.launching import start_command
+from torch import nn
+
+from isotune.io.errors import RunFault
+from isotune.training.gradients.gradient_sync import GradientSync
 
 PROGRAM = """
 import sys, torch, torch.distributed as dist
@@ -69,6 +75,30 @@ for exact in (False, True):
     if exact:
         sync.exact.remove()
 torch.save(found, f"{folder}/ddp-{rank}.pt")
+
+
+class Both(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.full((2,), 3.0), requires_grad=own) for own in (True, False))
+
+    def forward(self, x):
+        return (x * self.first + x * self.second).sum()
+
+
+found, model = [], nn.parallel.DistributedDataParallel(Both())
+sync = GradientSync(accelerator)
+sync.prepare(model)
+sync.sums_late = False  # within the last backward
+for update in range(2):
+    model.zero_grad()
+    sync.follow_frozen(model)
+    with sync.update(model), sync.microbatch(model, last=True):
+        sync.backward(model, model(torch.full((2,), 1.0 + rank + update)) * sync.loss_scale)
+    sync.take(model, sync.finish(model).tolist(), some_lack=False)
+    found.append([p.grad for p in model.module.parameters()])
+    model.module.second.requires_grad_(True)
+torch.save(found, f"{folder}/unfrozen-{rank}.pt")
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -100,3 +130,23 @@ def test_ddp_sums_what_a_rank_has_no_gradient_for_and_leaves_none_what_nobody_ha
             assert used.tolist() == [3.0 + 2 * (number % 2)] * 2
             assert of_rank_0.tolist() == [1.0 + number % 2] * 2
             assert unused is None
+
+
+def test_ddp_sums_a_parameter_that_was_unfrozen_during_training(summed: Path):
+    for rank in range(2):
+        (first, second), after = torch.load(summed / f"unfrozen-{rank}.pt")
+        assert first.tolist() == [3.0, 3.0] and second is None
+        assert [gradient.tolist() for gradient in after] == [[5.0, 5.0]] * 2
+
+
+def test_an_engine_that_shards_refuses_a_parameter_that_was_unfrozen_or_frozen_during_training():
+    accelerator: Any = SimpleNamespace(distributed_type=SimpleNamespace(value="FSDP"), unwrap_model=lambda model: model)
+    for was in (True, False):
+        model = nn.Linear(2, 2)
+        model.bias.requires_grad_(was)
+        sync = GradientSync(accelerator)
+        sync.prepare(model)
+        sync.follow_frozen(model)
+        model.bias.requires_grad_(not was)
+        with pytest.raises(RunFault, match="bias was frozen or unfrozen during training"):
+            sync.follow_frozen(model)

@@ -66,6 +66,7 @@ class OptimizerUpdate:
     def run(self, model: nn.Module, step: Step, microbatches: Sequence[dict[str, Any]]) -> UpdateResult:
         """Forward and backward of this rank's `microbatches` of `step`, and the sum of the ranks' gradients."""
         self.result, self.microbatches = UpdateResult(step, self.task.denominator(step)), microbatches
+        self.sync.follow_frozen(model)
         self._move(microbatches)
         model.train()
         outputs: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}

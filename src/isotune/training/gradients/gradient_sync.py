@@ -47,6 +47,7 @@ class GradientSync:
         self._gaps: list[Any] = []  # parameters that this rank's microbatches left without gradient
         self._norm: tuple[float, torch.Tensor] | None = None  # of the summed gradient, on the host and on the device
         self.exact: ExactGradients | None = None  # from `prepare` on
+        self._were_trained: list[tuple[str, Any, bool]] = []  # every parameter, and whether it was trained then
         self._is_exact = exact
         # whether no rank holds a whole gradient after the update
         self.shards_gradients = accelerator.distributed_type.value == "FSDP"
@@ -65,8 +66,29 @@ class GradientSync:
 
     def prepare(self, model: Any) -> None:
         """Called when training begins, with the model as the engine has prepared it: its parameters may be shards."""
+        whole = self.accelerator.unwrap_model(model)
+        self._were_trained = [(name, p, p.requires_grad) for name, p in whole.named_parameters()]
         if self._is_exact and self.exact is None:
-            self.exact = self._exact_kind()(self.accelerator.unwrap_model(model))
+            self.exact = self._exact_kind()(whole)
+
+    def follow_frozen(self, model: Any) -> None:
+        """Before an update: parameters that were frozen or unfrozen since are left out of its sums, or taken in.
+
+        RunFault under an engine that shards, which has laid out what it trains when training began.
+        """
+        changed = [name for name, p, was in self._were_trained if p.requires_grad != was]
+        if not changed:
+            return
+        if self.shards_gradients:
+            raise RunFault(
+                f"{changed[0]} was frozen or unfrozen during training, and FSDP2 and DeepSpeed train what is trainable "
+                "at its beginning: train on in a second run, or without an engine that shards"
+            )
+        if self.exact is not None:
+            self.release()
+        else:  # DDP's own sum is of what was trainable when it wrapped the model
+            self.sums_late = True
+        GradientSync.prepare(self, model)
 
     def release(self) -> None:
         """Training is over: the model's gradients are again what any other loop expects."""
