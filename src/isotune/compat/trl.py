@@ -40,11 +40,16 @@ def router_coefficient_kept(model: Any) -> Iterator[None]:
 
 @contextmanager
 def metrics_kept(trainer: Any) -> Iterator[None]:
-    """Hold it around a call of `compute_loss` beside the training: TRL's counts and means stay as they are."""
+    """Hold it around a call of `compute_loss` beside the training: nothing is logged, TRL's counts and means stay."""
     metrics, tokens = copy.deepcopy(getattr(trainer, "_metrics", None)), getattr(trainer, "_total_train_tokens", None)
+    log = vars(trainer).get("log")
+    trainer.log = lambda *_, **__: None
     try:
         yield
     finally:
+        del trainer.log
+        if log is not None:
+            trainer.log = log
         if metrics is not None:
             trainer._metrics, trainer._total_train_tokens = metrics, tokens
 

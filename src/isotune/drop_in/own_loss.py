@@ -161,6 +161,7 @@ class OwnLoss(Task):
                 losses |= {microbatch.number: loss} if microbatch.weight else {}
             elif microbatch.weight:
                 found |= logits
+        run.model.eval()  # as the library leaves it: by this TRL's compute_loss and log tell what they are called for
         if self.adds_up:
             return {"eval_loss": ordered_sum(run.gather(losses))}
         return {"eval_loss": float(self._loss(run.documents, rows, self._gathered(run.documents, rows, found))[0])}
