@@ -6,7 +6,7 @@ from isotune.drop_in.fields import FIELDS, without_effect
 
 # methods of the libraries that a subclass may have of its own
 OWN_METHODS = {
-    "training_step": "training_step is your own: nothing is known of its updates",
+    "training_step": "training_step is your own: nothing is known of its updates, each of which is one of its inputs",
     "evaluation_loop": "evaluation_loop is your own: nothing is known of its numbers",
     "prediction_step": "prediction_step is your own, and is not called: predict() has one prediction a row",
     "_prepare_inputs": "_prepare_inputs is your own, and is not called: the schedule lays out what the model is given",

@@ -21,6 +21,7 @@ from isotune.data.classification.thresholds import THRESHOLD, Thresholds
 from isotune.data.documents import Documents
 from isotune.distributed.ranks import gather_by_number, gather_vectors, ordered_sum
 from isotune.distributed.watchdog import Watchdog
+from isotune.io.errors import UserError
 from isotune.models.class_loss import DocumentLoss
 from isotune.models.layouts.fitting import FittingBatches
 from isotune.models.packed_attention import PACKED
@@ -39,6 +40,13 @@ class EvaluationRun:
     watchdog: Watchdog  # told of every microbatch
     global_step: int  # optimizer updates done
     fitting: FittingBatches = field(default_factory=lambda: FittingBatches(halves=False))
+
+    def __iter__(self) -> Iterator[Any]:
+        """UserError: there are no batches."""
+        raise UserError(
+            "the loader of an evaluation has no batches: evaluate() and predict() take it, and for batches of your own "
+            "make a DataLoader of the dataset"
+        )
 
     @torch.no_grad()
     def outputs(self, *, targets: bool = True) -> Iterator[tuple[Microbatch, Any]]:
