@@ -393,6 +393,37 @@ def test_a_method_that_is_not_called_is_named_once_when_the_trainer_is_made(tmp_
     assert "not exact" not in isotune.describe(isotune.Trainer(model=bert(), args=trainer.args, train_dataset=texts()))
 
 
+class OwnStep(isotune.Trainer):
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        loss: Any = self.compute_loss(model, self._prepare_inputs(inputs))
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_training_step_of_ones_own_is_told_that_an_item_is_an_update(causal: bool, tmp_path):
+    model, rows = (llama(), texts().remove_columns("label")) if causal else (bert(), texts())
+    args = TrainingArguments(str(tmp_path), **QUIET, **STEPS)
+    trainer = OwnStep(model, args, train_dataset=rows, eval_dataset=rows)
+    with pytest.raises(UserError, match="calls compute_loss, but an item is a whole update"):
+        trainer.train()
+    with pytest.raises(UserError, match="the loader of an evaluation has no batches"):
+        list(trainer.get_eval_dataloader())
+
+
+def test_sft_says_what_differs_from_trl_without_preparation_and_in_its_logs(tmp_path, capsys):
+    rows = Dataset.from_dict({"input_ids": [[5, 6, 7, 8]] * 16, "labels": [[5, 6, 7, 8]] * 16})
+    skips = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    sft(tmp_path, 2, 1, train_dataset=rows, args=skips)
+    said = capsys.readouterr().out
+    assert "packing: TRL packs nothing where the preparation is skipped; 16 rows became 1" in said
+    assert "mean_token_accuracy, entropy and num_tokens, which TRL's own step computes, are not logged" in said
+    sft(tmp_path, 2, 1, packing=False, train_dataset=rows, args=skips)
+    assert "TRL packs nothing" not in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"no input_ids, but prompt, completion: take skip_prepare_dataset out"):
+        sft(tmp_path, 2, 1, args=skips)
+
+
 def test_what_sft_cannot_train_exactly_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(UserError, match="packing_strategy: bfd_split: rows would be cut off at max_length"):
         sft(tmp_path, 4, 2, args={"packing_strategy": "bfd_split"})

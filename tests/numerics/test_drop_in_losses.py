@@ -8,7 +8,18 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from tests.numerics.test_drop_in import QUIET, SMALL, SPLITS, STEPS, VOCABULARY, llama, losses_of, sft, texts
+from tests.numerics.test_drop_in import (
+    QUIET,
+    SMALL,
+    SPLITS,
+    STEPS,
+    VOCABULARY,
+    conversations,
+    llama,
+    losses_of,
+    sft,
+    texts,
+)
 from torch.nn import functional
 from transformers import (
     BertConfig,
@@ -20,6 +31,7 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
+from trl import SFTConfig, SFTTrainer
 
 import isotune
 from isotune.io.errors import UserError
@@ -403,6 +415,97 @@ def test_another_train_dataset_before_training_is_trained_on(tmp_path):
     found = losses_of(trainer)
     assert len(trainer.plan.documents.documents) == 16
     assert found == losses_of(trainer_of(isotune.Trainer, tmp_path, (8, 1), bert(), texts(16, seed=4)))
+
+
+def four_accumulated(trainer: Any, args: Any) -> None:
+    trainer.args.gradient_accumulation_steps = 4
+
+
+def four_accumulated_by_the_script(trainer: Any, args: Any) -> None:
+    args.gradient_accumulation_steps = 4
+
+
+def five_steps_of_the_script(trainer: Any, args: Any) -> None:
+    args.max_steps, args.learning_rate = 5, 3e-2
+
+
+def loss_given_late(trainer: Any, args: Any) -> None:
+    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: 7 * weighted(outputs, labels)
+
+
+def smoothing_given_late(trainer: Any, args: Any) -> None:
+    trainer.args.label_smoothing_factor = 0.3
+
+
+@pytest.mark.parametrize(
+    ("change", "given"),
+    [
+        (four_accumulated, {"gradient_accumulation_steps": 4}),
+        (four_accumulated_by_the_script, {"gradient_accumulation_steps": 4}),
+        (five_steps_of_the_script, {"max_steps": 5, "learning_rate": 3e-2}),
+        (loss_given_late, {}),
+        (smoothing_given_late, {"label_smoothing_factor": 0.3}),
+    ],
+)
+def test_what_a_script_changes_before_training_is_trained_with(change: Any, given: dict[str, Any], tmp_path):
+    settings: dict[str, Any] = {**QUIET, **STEPS, "max_steps": 2, "per_device_train_batch_size": 2}
+    args = TrainingArguments(str(tmp_path), **settings)
+    rows: dict[str, Any] = {"train_dataset": texts(16)}
+    rows["data_collator"] = DataCollatorWithPadding(builtin_tokenizer("builtin:bert-tiny"))
+    trainer = isotune.Trainer(bert(), args, **rows)
+    change(trainer, args)
+    expected: Any = isotune.Trainer(bert(), TrainingArguments(str(tmp_path), **settings | given), **rows)
+    if change is loss_given_late:
+        with pytest.raises(UserError, match="compute_loss_func was changed"):
+            trainer.evaluate(texts(4))
+        loss: Any = trainer.compute_loss_func
+        expected = isotune.Trainer(bert(), args, compute_loss_func=loss, **rows)
+    assert losses_of(trainer) == losses_of(expected)
+    assert trainer.state.epoch == expected.state.epoch == trainer.state.global_step * trainer.global_batch_size / 16
+
+
+def test_an_argument_that_is_refused_is_refused_when_it_is_set_later(tmp_path):
+    trainer = trainer_of(isotune.Trainer, tmp_path, (8, 1), bert(), texts())
+    trainer.args.dataloader_drop_last = True
+    with pytest.raises(UserError, match="dataloader_drop_last"):
+        trainer.train()
+
+
+class Logs(Weighted):
+    def compute_loss(self, *arguments: Any, **options: Any) -> Any:
+        self.log({"own": 1.0})
+        return super().compute_loss(*arguments, **options)
+
+
+def test_a_loss_that_logs_logs_nothing_when_the_trainer_is_made(tmp_path):
+    trainer = trainer_of(Logs, tmp_path, (8, 1), bert(), texts(), args={"max_steps": 2})
+    assert not trainer.state.log_history
+    trainer.train()
+    assert [line["step"] for line in trainer.state.log_history if "own" in line] == [0, 1]
+
+
+def mean_of_tokens(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    return functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+
+
+def test_trls_metrics_beside_a_loss_of_ones_own_are_those_of_trl(tmp_path):
+    kept = ("num_tokens", "mean_token_accuracy", "entropy")
+    found = []
+    for kind in (SFTTrainer, isotune.SFTTrainer):
+        settings: dict[str, Any] = {**QUIET, **STEPS, "max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+        args = SFTConfig(str(tmp_path), max_length=64, bf16=False, per_device_train_batch_size=8, **settings)
+        rows: dict[str, Any] = {"train_dataset": conversations(8), "eval_dataset": conversations(8)}
+        tokenizer = builtin_tokenizer("builtin:opt-tiny")
+        trainer = kind(llama(), args, processing_class=tokenizer, compute_loss_func=mean_of_tokens, **rows)
+        trainer.train()
+        lines = [
+            {name: value for name, value in line.items() if name.removeprefix("eval_") in kept}
+            for line in trainer.state.log_history
+        ]
+        found.append([line for line in lines if line])
+    assert len(found[0]) == len(found[1]) == 4
+    for stock, own in zip(*found, strict=True):
+        assert own == pytest.approx(stock, rel=1e-5)
 
 
 def test_a_second_trainer_of_the_same_model_goes_on_with_its_own_loss(tmp_path):

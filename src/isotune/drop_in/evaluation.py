@@ -38,6 +38,7 @@ class DropInEvaluation(PlannedTraining):
 
     causal: bool
     own_loss: OwnLoss | None
+    _planned_loss: Any  # the compute_loss_func that the plan is made with
     _unlabelled: bool
     _packed: bool
     _targets: np.ndarray | None
@@ -98,6 +99,8 @@ class DropInEvaluation(PlannedTraining):
     ) -> EvalLoopOutput:
         """The exact loss, and where predictions are wanted one a row, in the order of the rows."""
         run, labelled = dataloader, not self._unlabelled
+        if self.compute_loss_func is not self._planned_loss:
+            raise UserError("compute_loss_func was changed since: give it to the constructor, or train() first")
         loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
         metrics: dict[str, Any] = {}
         if labelled:

@@ -2,8 +2,10 @@
 
 import copy
 import inspect
+import operator
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,6 +54,11 @@ CHANGED = (
     *("average_tokens_across_devices", "neftune_noise_alpha", "packing", "eval_packing", "padding_free"),
     "router_aux_loss_coef",
 )
+# arguments that a plan is made by, beside that one
+PLANNED_BY = (
+    *("per_device_train_batch_size", "seed", "data_seed", "train_sampling_strategy", "label_names", "loss_type"),
+    *("label_smoothing_factor", "max_grad_norm"),
+)
 LIBRARY_LOSSES = (transformers.Trainer.compute_loss, TrlSFTTrainer.compute_loss)
 PREPARED_CLASSES = (None, "single_label_classification")  # problem types with a summed loss of their own
 
@@ -88,7 +95,9 @@ class DropIn(DropInEvaluation):
         self.microbatch_tokens, self._exact = microbatch_tokens, exact_gradients
         self._pinned, self.global_batch_size = global_batch_size is not None, global_batch_size
         self._noise = getattr(args, "neftune_noise_alpha", None)
-        self._accumulation, self._planned = 1, None
+        self._accumulation = 1
+        self._planned_with: tuple[tuple[Any, ...], list[Any]] = (), []
+        self._given_values = _values_of(args)
         args = given["args"] = copy.copy(args)
         if getattr(args, "packing", False):
             self._row_tokens = args.max_length
@@ -98,6 +107,8 @@ class DropIn(DropInEvaluation):
         self._take_accumulation(args)
         args.average_tokens_across_devices, args.neftune_noise_alpha = False, None
         super().__init__(plan=self._make_plan, **given)
+        if isinstance(self, SFTTrainer) and self.own_loss is None:
+            self.say("mean_token_accuracy, entropy and num_tokens, which TRL's own step computes, are not logged")
         for line in not_exact(self):
             self.say(f"not exact: {line}")
         for names, what in (
@@ -150,7 +161,11 @@ class DropIn(DropInEvaluation):
             train = self._lay_out(dataset) if dataset is not None else self._nothing()
         else:
             train = self._lay_out(dataset, self._row_tokens)
-            self._planned = dataset
+            if self._skips_preparation and len(train.rows) < len(train.documents) and not train.packed:
+                self.say(
+                    "packing: TRL packs nothing where the preparation is skipped; "
+                    f"{len(train.documents)} rows became {len(train.rows)}"
+                )
             self._library_loader(dataset)  # remembers which columns the model's own forward takes
             self.say(collator_note(self.data_collator, dataset[0]) if self.causal else None)
             if not train.labelled:
@@ -164,7 +179,13 @@ class DropIn(DropInEvaluation):
             print(
                 f"isotune     {self.global_batch_size} rows an update, on any launch by global_batch_size=", flush=True
             )
+        self._planned_with, self._planned_loss = self._plans_with(), self.compute_loss_func
         return TrainingPlan(schedule, train, task, exact_gradients=exact, nonfinite=self._nonfinite(train.documents))
+
+    def _plans_with(self) -> tuple[tuple[Any, ...], list[Any]]:
+        """What a plan is made of, and a script may have changed when it trains: objects, and values."""
+        values = [self._accumulation, *(getattr(self.args, name, None) for name in PLANNED_BY)]
+        return (self.train_dataset, self.compute_loss_func, self.data_collator), values
 
     def _nonfinite(self, documents: Documents) -> NonFinitePolicy:
         """Stops where a loss or gradient is NaN or Inf, and names the rows of the dataset."""
@@ -213,7 +234,8 @@ class DropIn(DropInEvaluation):
 
     def _has_given_loss(self, base: Any) -> bool:
         """Whether the loss is a function of the user's, to which targets may mean anything."""
-        own = type(self).compute_loss not in LIBRARY_LOSSES or self.compute_loss_func is not None
+        own = type(self).compute_loss not in (DropIn.compute_loss, *LIBRARY_LOSSES)
+        own = own or self.compute_loss_func is not None
         return own or has_other_loss(base, causal=self.causal)
 
     def labelled_row(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -262,6 +284,8 @@ class DropIn(DropInEvaluation):
             return kept[1]
         is_main = self.args.process_index == 0
         rows_only = self._rows_for(dataset)
+        if self._skips_preparation:
+            _check_tokenised(rows_only)
         documents, targets, labelled = documents_of(
             rows_only,
             causal=self.causal,
@@ -306,6 +330,10 @@ class DropIn(DropInEvaluation):
         return collated(loader.dataset, loader.collate_fn, is_main=self.args.process_index == 0)
 
     @property
+    def _skips_preparation(self) -> bool:
+        return bool((getattr(self.args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"))
+
+    @property
     def _label_columns(self) -> tuple[str, ...]:
         """Where labels are looked for; `label_names` of the arguments names another column."""
         return (*(self.args.label_names or ()), *self._library_columns)
@@ -344,8 +372,29 @@ class DropIn(DropInEvaluation):
                 f"{folder} is a checkpoint of a run of isotune, which goes on with --resume: "
                 "this trainer goes on from a checkpoint that it saved itself"
             )
+        self._follow_given_args()
+        refuse(self.args, {})
         with sessions_of(self):
             return super().train(resume_from_checkpoint, *options, **more)
+
+    def compute_loss(self, model: Any, inputs: Any, *options: Any, **more: Any) -> Any:
+        """The library's; UserError for an item of the train loader, which is a whole update."""
+        if "microbatches" in inputs:
+            raise UserError(
+                "training_step is your own and calls compute_loss, but an item is a whole update: override "
+                "compute_loss, or call super().training_step"
+            )
+        return super().compute_loss(model, inputs, *options, **more)
+
+    def _follow_given_args(self) -> None:
+        """What the script has changed of its own arguments since, which the library has no copy of."""
+        now = _values_of(self.given_args)
+        changed = {name: value for name, value in now.items() if value != self._given_values[name]}
+        self._given_values = now
+        self._accumulation = changed.pop("gradient_accumulation_steps", self._accumulation)
+        for name, value in changed.items():
+            if name not in CHANGED:
+                setattr(self.args, name, value)
 
     def save_model(self, *options: Any, **more: Any) -> None:
         """The library's; training_args.bin has the arguments as they were given."""
@@ -362,13 +411,32 @@ class DropIn(DropInEvaluation):
 
     def _hp_search_setup(self, trial: Any) -> None:
         """Plan this training: with what a search has set by now, a fresh model, or another train_dataset."""
-        self.args.gradient_accumulation_steps, self._accumulation = self._accumulation, 1
+        if self.args.gradient_accumulation_steps == 1:  # else the script has set it since
+            self.args.gradient_accumulation_steps = self._accumulation
+        self._accumulation = 1
         super()._hp_search_setup(trial)
         self._take_accumulation(self.args)
-        if trial is not None or self.model_init is not None or self.train_dataset is not self._planned:
+        (objects, values), (planned_objects, planned_values) = self._plans_with(), self._planned_with
+        changed = values != planned_values or not all(map(operator.is_, objects, planned_objects))
+        if trial is not None or self.model_init is not None or changed:
+            if changed:  # rows too may be read or packed otherwise
+                self._laid.clear()
             self.own_loss = None
             self.plan = self._make_plan()
             self.make_update()
+
+
+def _values_of(args: Any) -> dict[str, Any]:
+    return {own.name: getattr(args, own.name) for own in fields(args)}
+
+
+def _check_tokenised(dataset: Any) -> None:
+    """UserError for rows that TRL would have tokenised, where its preparation is skipped."""
+    if hasattr(dataset, "__len__") and len(dataset) and "input_ids" not in (row := dataset[0]):
+        raise UserError(
+            f"the rows have no input_ids, but {', '.join(row)}: take skip_prepare_dataset out of dataset_kwargs, and "
+            "TRL tokenises them"
+        )
 
 
 def _check_longest(documents: Documents, limit: int, what: str) -> None:
