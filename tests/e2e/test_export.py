@@ -381,6 +381,40 @@ def test_what_makes_no_sense_is_refused(lora_run, tmp_path, asked, says):
         export_run(lora_run, output=tmp_path / "out", **asked)
 
 
+def test_a_linked_folder_is_filled_and_stays_a_link(lora_run, full_run, tmp_path):
+    disk, link = tmp_path / "disk", tmp_path / "link"
+    (disk / "empty").mkdir(parents=True)
+    link.symlink_to(disk / "empty")
+    assert export_run(lora_run, merge=False, output=link).folder == disk / "empty"
+    run, linked = tmp_path / "run", tmp_path / "run" / "export" / "model-safetensors"
+    shutil.copytree(full_run, run)
+    linked.parent.mkdir()
+    linked.symlink_to(disk / "absent")
+    export_run(run, merge=False)
+    assert link.is_symlink() and linked.is_symlink()
+    assert sorted(path.name for path in disk.iterdir()) == ["absent", "empty"]
+    assert load_file(linked / "model.safetensors").keys() == load_file(full_run / "model/model.safetensors").keys()
+    assert sorted(path.name for path in linked.parent.iterdir()) == ["model-safetensors"]
+
+
+@pytest.mark.parametrize("what", ["the folder that this command runs in", "a mount point"])
+@pytest.mark.parametrize("link", [False, True])
+def test_a_folder_that_cannot_be_replaced_is_refused_before_anything_is_read(tmp_path, monkeypatch, what, link):
+    folder = tmp_path / "here"
+    folder.mkdir()
+    if what == "a mount point":
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == folder)
+    else:
+        monkeypatch.chdir(folder)
+    output: Path | str = "." if what != "a mount point" else folder
+    if link:
+        output = tmp_path / "link"
+        output.symlink_to(folder)
+    with pytest.raises(UserError) as mistake:
+        export_run(tmp_path / "none", merge=True, output=output)
+    assert str(mistake.value) == f"--output {folder} is {what}: name a folder inside it"
+
+
 def test_a_truncated_file_is_one_sentence_and_exit_status_2(lora_run, tmp_path):
     shutil.copytree(lora_run, tmp_path / "run")
     file = tmp_path / "run" / "model" / "adapter_model.safetensors"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tests.launching import run_command
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig
 
-from isotune.checkpoint.final_model import save_and_verify
+from isotune.checkpoint.final_model import replace_folder, save_and_verify
 from isotune.io.errors import RunFault, UserError
 
 
@@ -178,3 +178,11 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, tokenizer):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot be written"):
         save_and_verify(tiny_opt(), tokenizer, tmp_path / "file" / "model")
+
+
+def test_a_folder_that_cannot_take_its_name_is_one_sentence(tmp_path):
+    staging = tmp_path / "out.unverified"
+    staging.mkdir()
+    with pytest.raises(UserError) as mistake:  # no folder can be renamed into itself
+        replace_folder(staging, staging / "out")
+    assert str(mistake.value) == f"the model cannot be written to {staging / 'out'}: Invalid argument"

@@ -100,7 +100,7 @@ def export_run(
             raise UserError(f"--dtype {dtype} is for other formats: the weights of an ONNX graph are float32 here")
     if format == "gguf":
         need_gguf()
-    source, given = Path(run_dir).expanduser(), Path(output).expanduser() if output else None
+    source, given = Path(run_dir).expanduser(), _followed(Path(output).expanduser()) if output else None
     if given is not None:
         _check_output(given)
     of_checkpoint = is_checkpoint(source)
@@ -119,7 +119,7 @@ def export_run(
             raise UserError("--dtype is for merged weights: without an adapter to merge they are copied as they are")
         kind = "adapter" if finished.is_adapter and not merge else "model"
         name = f"{source.name}-" if of_checkpoint else ""
-        folder = given or exports / f"{name}{'merged' if merges else kind}-{format}"
+        folder = given or _followed(exports / f"{name}{'merged' if merges else kind}-{format}")
         _check_output(folder)
         chosen, served = cast(Format, format), exports.resolve().parent.name
         rows, expected = _expected(finished, settles=of_checkpoint)
@@ -215,11 +215,19 @@ def _run_file(run: FinishedRun, format: Format, rows: Sequence[Row]) -> tuple[li
     return logits_of(trained_model(run), rows), "peft" if run.is_adapter else "transformers"
 
 
+def _followed(folder: Path) -> Path:
+    """A folder by its own name, since the new one is renamed to it: `.` has none, and a link would be replaced."""
+    return Path(os.path.realpath(folder)) if folder.name in ("", "..") or folder.is_symlink() else folder
+
+
 def _check_output(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder} is a file: name a folder")
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--output {folder} exists and is not empty: name another folder or remove it")
+    if folder.is_dir() and (os.path.ismount(folder) or folder.samefile(os.curdir)):  # neither can be replaced
+        what = "a mount point" if os.path.ismount(folder) else "the folder that this command runs in"
+        raise UserError(f"--output {folder} is {what}: name a folder inside it")
 
 
 def _copy_adapter(run: FinishedRun, folder: Path) -> None:

@@ -155,9 +155,10 @@ def staging_for(folder: Path) -> Generator[Path]:
 
 def replace_folder(staging: Path, folder: Path) -> None:
     """Rename `staging` to `folder`; a previous folder is removed only after that."""
-    before = set_aside(folder)
-    staging.rename(folder)
-    sync_path(folder.parent)
+    with no_room_is_an_error(folder):
+        before = set_aside(folder)
+        staging.rename(folder)
+        sync_path(folder.parent)
     remove_folder(before)
 
 
