@@ -1,6 +1,7 @@
 """`isotune sft mine.yaml --num_processes 4 --engine zero2`: what a user types is read as it is meant, or refused."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -191,6 +192,16 @@ class TestSlurm:
         assert lines[-1] == f"launch -m isotune.cli classify --config {recipe} --seed 7"
         names = [line.split("--")[1].split("=")[0] for line in lines if line.startswith("#SBATCH")]
         assert len(names) == len(set(names)), "an option stands twice"
+
+    @pytest.mark.parametrize(
+        ("name", "job"), [("my chats.sbatch", "my-chats"), ("a #b;c.sbatch", "a-b-c"), ("größe-1.sbatch", "größe-1")]
+    )
+    def test_a_name_of_any_letters_is_one_word_for_sbatch_and_for_the_shell(self, capsys, name, job):
+        _, text, _ = run(capsys, "slurm", "classify", "yelp_bert", "--batch_file", name, "--dry-run")
+        lines = text.splitlines()
+        assert f"#SBATCH --job-name=isotune-{job}" in lines
+        assert shlex.split(lines[1].partition("again with: ")[2]) == ["sbatch", name]
+        assert all(len(shlex.split(line)) == 2 for line in lines if line.startswith("#SBATCH"))
 
     def test_shellcheck_finds_nothing_in_it(self, tmp_path, capsys):
         _, text, _ = run(capsys, "slurm", "sft", "demo_base", "--partition", "cpu", "--gpus_per_node", "0",

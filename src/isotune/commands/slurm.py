@@ -72,7 +72,7 @@ def run(argv: Sequence[str]) -> None:
         print(text, end="")
         return
     if _holds_another(file, text):
-        raise UserError(f"{file} exists and differs: submit it by `sbatch {file}`, or name another --batch_file")
+        raise UserError(f"{file} exists and differs: submit it by `{_submits(file)}`, or name another --batch_file")
     require_sbatch(", or say --dry-run")
     try:
         replace_file(file, text)
@@ -144,7 +144,7 @@ def batch_file(given: argparse.Namespace, words: Sequence[str], file: Path) -> s
         need("deepspeed", f"--engine {engine}")
     template = (shipped.ROOT / shipped.BATCH_FILES / TEMPLATES[given.command]).read_text(encoding="utf-8")
     options = {
-        "job-name": f"isotune-{file.stem}",
+        "job-name": re.sub(r"[^\w.-]+", "-", f"isotune-{file.stem}"),  # sbatch ends a value at a space
         "nodes": given.nodes,
         "ntasks-per-node": given.processes_per_node,
         "gpus-per-node": given.gpus_per_node,
@@ -155,7 +155,7 @@ def batch_file(given: argparse.Namespace, words: Sequence[str], file: Path) -> s
     return "\n".join(
         [
             "#!/usr/bin/env bash",
-            f"# Written by `isotune slurm {given.command}`; submit it again with: sbatch {file}",
+            f"# Written by `isotune slurm {given.command}`; submit it again with: {_submits(file)}",
             "# It is requeued when it is stopped, and goes on from its newest checkpoint.",
             *(f"#SBATCH --{name}={value}" for name, value in options.items()),
             *kept,
@@ -167,6 +167,10 @@ def batch_file(given: argparse.Namespace, words: Sequence[str], file: Path) -> s
             "",
         ]
     )
+
+
+def _submits(file: Path) -> str:
+    return shlex.join(["sbatch", str(file)])
 
 
 def _option(line: str) -> str:
