@@ -18,7 +18,9 @@ from isotune.config import ClassificationRecipe
 from isotune.distributed.launch import Process
 from isotune.io.errors import AlreadyDone, UserError
 from isotune.report.model_card import write_model_card
+from isotune.run.finishing import upload_missing
 from isotune.run.hub import upload_model
+from isotune.run.run_dir import RunDir
 
 ALONE = Process(0, 1, torch.device("cpu"))
 
@@ -178,6 +180,26 @@ def test_the_card_that_is_uploaded_loads_from_the_owner_whom_the_hub_names(hub, 
     card = hub.files["README.md"].decode()
     assert card.count('from_pretrained("someone/tiny"') == 2 and 'from_pretrained("tiny"' not in card
     assert (tmp_path / "model" / "README.md").read_text() == card
+
+
+@pytest.mark.parametrize(
+    ("wanted", "is_there"),
+    [("tiny", True), ("me/tiny", True), ("someone/tiny", False), ("other", False), ("me/other", False)],
+)
+def test_what_is_uploaded_elsewhere_is_uploaded_again(hub, tmp_path, wanted, is_there):
+    recipe = ClassificationRecipe.from_values(
+        **TINY_CLASSIFIER, output_dir=str(tmp_path), push_to_hub=True, hub_model_id=wanted
+    )
+    recipe.write(tmp_path / "recipe.yaml")
+    (tmp_path / "model").mkdir()
+    write_model_card(tmp_path, "me/tiny")
+    record = {"repository": "me/tiny", "url": f"{hub.url}/me/tiny", "commit": "0" * 40}
+    (tmp_path / "upload.json").write_text(json.dumps(record))
+    with pytest.raises(AlreadyDone) as done:
+        upload_missing(RunDir(recipe), AlreadyDone("there"))
+    place = "me/tiny" if is_there else "someone/tiny"  # what the hub of this test calls all that it creates
+    assert str(done.value) == f"there; it is uploaded to {hub.url}/{place}" and bool(hub.files) is not is_there
+    assert (tmp_path / "model" / "README.md").read_text().count(f'from_pretrained("{place}"') == 2
 
 
 def test_the_keys_of_an_upload_need_push_to_hub():

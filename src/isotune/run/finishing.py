@@ -84,7 +84,8 @@ def upload_missing(run: RunDir, done: AlreadyDone) -> None:
     if not run.recipe.push_to_hub:
         return
     wanted, uploaded = run.recipe.hub_model_id, or_empty(read_upload, run.path)
-    if "url" not in uploaded or str(uploaded.get("repository")).rsplit("/", 1)[-1] != wanted.rsplit("/", 1)[-1]:
+    place = str(uploaded.get("repository"))
+    if "url" not in uploaded or wanted != (place if "/" in wanted else place.rsplit("/", 1)[-1]):
         uploaded = upload_model(run.recipe)
     status = RunStatus(run.path, is_main=True)
     status.go_on()

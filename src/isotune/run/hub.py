@@ -17,7 +17,7 @@ from isotune.io.files import replace_file
 from isotune.io.folders import expanded
 from isotune.io.formats import format_of
 from isotune.io.reading import read_text
-from isotune.io.run_files import UPLOAD, or_empty, read_environment
+from isotune.io.run_files import UPLOAD, or_empty, read_environment, read_upload
 from isotune.run.identity import MIXTURES
 
 CARD = "README.md"
@@ -101,7 +101,8 @@ def upload_model(recipe: RunRecipe) -> dict[str, str]:
 
     try:
         created = api.create_repo(repository, private=recipe.hub_private_repo, exist_ok=True)
-        _name_in_card(run / "model" / CARD, repository, created.repo_id)
+        for name in (repository, or_empty(read_upload, run).get("repository")):
+            _name_in_card(run / "model" / CARD, name, created.repo_id)
         commit = api.upload_folder(
             repo_id=created.repo_id, folder_path=run / "model", commit_message="The final model of an isotune run"
         )
@@ -116,11 +117,11 @@ def upload_model(recipe: RunRecipe) -> dict[str, str]:
     return record
 
 
-def _name_in_card(card: Path, asked: str, created: str) -> None:
-    """Let the card's code load OWNER/NAME where the run asked for NAME: the Hub alone knows the token's owner."""
-    if asked == created or not card.is_file():
+def _name_in_card(card: Path, before: str | None, created: str) -> None:
+    """Let the card's code load OWNER/NAME in place of NAME, whose owner the Hub alone knows, or of an earlier place."""
+    if before in (None, created) or not card.is_file():
         return
     text = read_text(card)
-    named = text.replace(f'from_pretrained("{asked}"', f'from_pretrained("{created}"')
+    named = text.replace(f'from_pretrained("{before}"', f'from_pretrained("{created}"')
     if named != text:
         replace_file(card, named)
