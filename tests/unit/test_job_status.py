@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tests.launching import REPOSITORY
 
 from isotune.io.errors import (
     MEMORY,
@@ -20,6 +22,7 @@ from isotune.io.errors import (
     write_job_status,
 )
 
+LAUNCH = REPOSITORY / "slurm" / "launch.sh"
 STARTING = """
 import time
 from isotune.io.errors import run_script
@@ -134,3 +137,25 @@ def test_without_the_variable_nothing_is_written_and_signals_are_left_alone(file
     with pytest.raises(SystemExit):
         run_script(lambda: None)
     assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGUSR1) == before
+
+
+@pytest.mark.parametrize("name", ["müller", "世界 1", "a\\b"])
+def test_the_batch_script_reads_a_path_of_any_letters(file, name):
+    write_job_status(status="finished", exit_status=0, message=None, run=f"/runs/{name}")
+    assert json.loads(file.read_text("utf-8"))["run"] == f"/runs/{name}"
+    if "\\" not in name:  # which JSON writes twice
+        assert read_by_bash(file) == f"finished:0 /runs/{name}"
+
+
+def test_a_path_that_is_not_utf_8_is_written_as_an_escape(file):
+    run = os.fsdecode(b"/runs/caf\xe9-\xc3\xa9")
+    write_job_status(status="finished", exit_status=0, message=None, run=run)
+    assert json.loads(file.read_text("utf-8"))["run"] == run and read_by_bash(file).startswith("finished:0 ")
+
+
+def read_by_bash(file: Path) -> str:
+    """What slurm/launch.sh reads."""
+    reader = re.search(r"^read_job_status\(\) \{.*?^\}", LAUNCH.read_text(), re.MULTILINE | re.DOTALL)
+    assert reader is not None
+    script = f'{reader[0]}\nISOTUNE_VERDICT=$1; read_job_status; printf "%s" "$status:$exit_status $run"'
+    return subprocess.run(["bash", "-c", script, "-", file], capture_output=True, check=True).stdout.decode()

@@ -12,6 +12,7 @@ import difflib
 import errno
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -287,8 +288,10 @@ def write_job_status(**content: Any) -> None:
         return
     # ranks of several machines may write at once
     staging = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}")
+    text = json.dumps({**current, **content}, indent=2, ensure_ascii=False)  # a batch script takes a path as it is
+    text = re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)  # of names that are not UTF-8
     try:
-        replace_file(file, json.dumps({**current, **content}, indent=2) + "\n", staging)
+        replace_file(file, text + "\n", staging)
     except OSError as error:  # a batch script that finds no file knows that the run was killed
         print(f"note        {file} cannot be written: {error.strerror}", file=sys.stderr)
 
