@@ -36,6 +36,8 @@ fi
 
 # No $(...) below: bash 5.2 loses a trapped signal, or exits, when it arrives during a command substitution.
 launch() {
+    # the stop came while the launch before ended: the next attempt finds that one finished, and does this one
+    if [ -n "$stop" ]; then requeue "it was told to stop" 75; fi
     launches=$((launches + 1))
     find_port
     ISOTUNE_VERDICT=$LOGS/attempt-$attempt-launch-$launches.json

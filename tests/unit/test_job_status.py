@@ -159,3 +159,30 @@ def read_by_bash(file: Path) -> str:
     assert reader is not None
     script = f'{reader[0]}\nISOTUNE_VERDICT=$1; read_job_status; printf "%s" "$status:$exit_status $run"'
     return subprocess.run(["bash", "-c", script, "-", file], capture_output=True, check=True).stdout.decode()
+
+
+@pytest.mark.parametrize(("restarts", "limit", "status"), [(0, 100, 0), (3, 3, 75)])
+def test_a_stop_as_the_first_launch_ends_does_not_begin_the_second(tmp_path, restarts, limit, status):
+    tools = {
+        "scontrol": 'case $1 in show) echo node1;; -o) echo "JobState=RUNNING x Restarts=$SLURM_RESTART_COUNT ";;\n'
+        "requeue) echo requeued $2;; esac\n",
+        # the ranks have finished already when the signal comes
+        "srun": 'echo "began"; printf \'{\\n "status": "finished",\\n "exit_status": 0\\n}\\n\' >"$ISOTUNE_VERDICT"\n'
+        "trap '' USR1; kill -USR1 $PPID; sleep 0.5\n",
+    }
+    for name, text in tools.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}")
+        (tmp_path / name).chmod(0o755)
+    job = '. "$ISOTUNE_FILES/slurm/launch.sh" || exit 2\nlaunch one.py\necho between\nlaunch two.py\necho after\n'
+    variables = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "ISOTUNE_HOME": str(tmp_path), "MAX_RESTARTS": str(limit),
+        "ISOTUNE_FILES": str(LAUNCH.parent.parent), "ISOTUNE_VENV": sys.prefix, "SLURM_JOB_NAME": "a",
+        "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node1",
+        "SLURM_RESTART_COUNT": str(restarts), "ENGINE": "single",
+    }  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-c", job], env={**os.environ, **variables}, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    assert done.stdout.count("began") == 1 and "between" in done.stdout and "after" not in done.stdout
+    assert ("requeued 7" in done.stdout) is (status == 0)
