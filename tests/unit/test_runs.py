@@ -13,6 +13,7 @@ import pytest
 from tests.launching import surroundings_of
 
 from isotune.cli import main
+from isotune.commands.listing import list_all
 from isotune.commands.runs import WIDTH
 from isotune.run.run_lease import ATTEMPT_RECORD, HEARTBEAT, WATCH_SECONDS, Attempt
 from isotune.run.run_state import find_runs, state_of_run
@@ -160,3 +161,25 @@ def test_no_run_and_no_folder_are_said(tmp_path, capsys):
         main(["runs", str(tmp_path / "nowhere")])
     assert leaving.value.code == 2
     assert capsys.readouterr().err == f"error: there is no folder {tmp_path / 'nowhere'}\n"
+
+
+def test_a_run_that_is_a_link_is_listed_and_a_circle_ends(tmp_path):
+    disk, runs = tmp_path / "disk", tmp_path / "runs"
+    run = written(disk / "a", {"status": "finished"})
+    (disk / "of another").mkdir()
+    (runs / "group").mkdir(parents=True)
+    links = [runs / "group" / "linked", runs / "mine"]
+    for link in links:
+        link.symlink_to(run)
+    (runs / "group" / "circle").symlink_to(runs)
+    (runs / "data").symlink_to(disk / "of another")
+    (runs / "gone").symlink_to(disk / "gone")
+    assert sorted(find_runs([runs])) == links
+    assert find_runs([links[0]]) == [links[0]]
+
+
+def test_a_name_that_is_not_utf_8_is_a_line_of_both_lists(tmp_path, capsys):
+    run = written(tmp_path / os.fsdecode(b"caf\xe9"), {"status": "finished", "step": 1})
+    assert "caf? " in listed(capsys, str(tmp_path))
+    list_all(["runs"], tmp_path)
+    assert f"  {tmp_path}/caf?  " in capsys.readouterr().out.encode().decode() and run.is_dir()

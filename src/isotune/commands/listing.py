@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from isotune.commands.runs import best_metric, progress
+from isotune.commands.runs import best_metric, printable, progress
 from isotune.config.layers import read_file
 from isotune.io import shipped
 from isotune.io.errors import UserError, did_you_mean
@@ -92,4 +92,4 @@ def _runs(folder: Path) -> Iterator[tuple[str, str]]:
     for run in find_runs([folder]) if folder.is_dir() else ():
         state = state_of_run(run)
         ended = f"{state.state} at step {progress(state)}"
-        yield str(run), f"{state.task or '?':<14}  {ended:<26}  {best_metric(state)}"
+        yield printable(str(run)), printable(f"{state.task or '?':<14}  {ended:<26}  {best_metric(state)}")

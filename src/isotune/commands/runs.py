@@ -47,7 +47,12 @@ def best_metric(state: RunState) -> str:
 
 def _row(state: RunState) -> tuple[str, ...]:
     cells = (state.run, state.state[:12], progress(state), best_metric(state), _age(state.age_seconds))
-    return tuple("".join(letter if letter.isprintable() else "?" for letter in cell) for cell in cells)
+    return tuple(map(printable, cells))
+
+
+def printable(cell: str) -> str:
+    """A cell of one line that every terminal takes: `?` for control characters, and for bytes that are not UTF-8."""
+    return "".join(letter if letter.isprintable() else "?" for letter in cell)
 
 
 def _age(seconds: float) -> str:

@@ -65,6 +65,10 @@ def _runs_below(folder: Path) -> Iterator[Path]:
             if {ENVIRONMENT, STATUS} & set(files) or ATTEMPTS_DIR in names:  # else a recipe beside its runs
                 names.clear()  # a run holds no other
         names[:] = sorted(name for name in names if not name.startswith("."))
+        for name in names:  # os.walk follows no link; a run on another disk has one
+            run = Path(place, name)
+            if run.is_symlink() and ((run / RECIPE).is_file() or (run / ENVIRONMENT).is_file()):
+                yield run
 
 
 def word_of_run(run: Path) -> str:
