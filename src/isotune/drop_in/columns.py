@@ -67,7 +67,7 @@ def collator_note(collator: Any, row: Collection[str]) -> str | None:
         return None
     if "labels" in row:
         return "the labels of the dataset are learnt, which DataCollatorForLanguageModeling would replace by input_ids"
-    tokenizer = collator.tokenizer
+    tokenizer: Any = collator.tokenizer
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
         return (
             f"every {tokenizer.eos_token} is learnt, which DataCollatorForLanguageModeling would mask, because it pads "
@@ -83,5 +83,5 @@ def masked_token(collator: Any) -> int | None:
     """
     if not isinstance(collator, DataCollatorForLanguageModeling):
         return None
-    tokenizer = collator.tokenizer
+    tokenizer: Any = collator.tokenizer
     return None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
