@@ -13,7 +13,7 @@ import yaml
 from isotune.cli import main
 from isotune.commands import start
 from isotune.commands.start import Launch, count_gpus, exit_status, read_launch
-from isotune.commands.train import recipe_words
+from isotune.commands.train import KINDS, recipe_words
 from isotune.commands.trained.evaluate import _own_data
 from isotune.io import extras, shipped
 from isotune.io.errors import UserError
@@ -47,10 +47,31 @@ class TestWhat:
         Path("runs/one").mkdir(parents=True)
         Path("runs/one/recipe.yaml").write_text("task: sft\n")
         shipped_file = str(REPOSITORY / "train/configs/yelp_bert.yaml")
-        for what, file in (("mine.yaml", "mine.yaml"), ("runs/one", "runs/one/recipe.yaml")):
-            assert recipe_words("sft", [what, "--seed", "1"], show=False) == ["--config", file, "--seed", "1"]
+        own = ["--output_dir", "runs/one", "--resume", "auto"]
+        for what, file, more in (("mine.yaml", "mine.yaml", []), ("runs/one", "runs/one/recipe.yaml", own)):
+            assert recipe_words("sft", [what, "--seed", "1"], show=False) == ["--config", file, "--seed", "1", *more]
         for what in ("yelp_bert", "yelp_bert.yaml"):
             assert recipe_words("classify", [what], show=False) == ["--config", shipped_file]
+
+    @pytest.mark.parametrize(
+        ("flags", "folder", "resume"),
+        [
+            ([], "moved/one", "auto"),
+            (["--output-dir", "new"], "new", "auto"),
+            (["--output_dir=new", "--resume", "never"], "new", "never"),
+            (["--resume=moved/one/checkpoints/step-00000001"], "moved/one", "moved/one/checkpoints/step-00000001"),
+        ],
+    )
+    @pytest.mark.parametrize("recorded", ["never", "elsewhere/checkpoints/step-00000002"])
+    def test_a_run_goes_on_in_its_folder_whatever_its_recipe_records(
+        self, tmp_path, monkeypatch, recorded, flags, folder, resume
+    ):
+        monkeypatch.chdir(tmp_path)
+        Path("moved/one").mkdir(parents=True)
+        text = "task: sft\nmodel_name_or_path: builtin:opt-tiny\ndataset_name: chats.jsonl\noutput_dir: runs/one\n"
+        Path("moved/one/recipe.yaml").write_text(f"{text}resume: {recorded}\n")
+        recipe = KINDS["sft"].read(recipe_words("sft", ["moved/one", *flags], show=False), default_config=None, prog="")
+        assert (recipe.output_dir, recipe.resume) == (folder, resume)
 
     def test_a_file_of_the_users_wins_over_a_shipped_name(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

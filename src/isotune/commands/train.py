@@ -7,6 +7,8 @@ from typing import Any
 
 from isotune.commands import start
 from isotune.commands.sft import read_sft_recipe, train_sft
+from isotune.config.command_line import CommandLine
+from isotune.config.run_recipe import RESUME_NEWEST
 from isotune.io import shipped
 from isotune.io.errors import UserError, nearest
 from isotune.io.formats import FORMAT_WORDS, base_name, format_of
@@ -94,7 +96,8 @@ def run(command: str, argv: Sequence[str]) -> int | None:
 def recipe_words(command: str, argv: Sequence[str], *, show: bool) -> list[str]:
     """The flags that `[WHAT] FLAGS` stands for: WHAT is a recipe's file or name, a run's folder, or a data set.
 
-    A data set brings the command's defaults, which are printed where `show`. UserError: WHAT is none of these.
+    A run goes on in its own folder, wherever that is now and however it began. A data set brings the command's
+    defaults, which are printed where `show`. UserError: WHAT is none of these.
     """
     if not argv and command != "arena":
         raise UserError(f"isotune {command}: name a recipe, a data file or flags (`isotune ls` lists the recipes)")
@@ -102,7 +105,9 @@ def recipe_words(command: str, argv: Sequence[str], *, show: bool) -> list[str]:
         return list(argv)
     what, flags = argv[0], list(argv[1:])
     if file := recipe_file(what):
-        return ["--config", str(file), *flags]
+        own = {"output_dir": what, "resume": RESUME_NEWEST} if Path(what).is_dir() else {}
+        given = CommandLine.parse(flags).flags
+        return ["--config", str(file), *flags, *_words({k: v for k, v in own.items() if k not in given})]
     if not _is_data(what):
         near = nearest(what.removesuffix(".yaml"), shipped.names(shipped.RECIPES))
         hint = f"did you mean {near}?" if near else "`isotune ls` lists the recipes"
@@ -127,7 +132,7 @@ def _is_data(what: str) -> bool:
 
 def _defaults(command: str, what: str, flags: Sequence[str], *, show: bool) -> list[str]:
     """The command's flags for a data set, without those that are given, and a place for the run."""
-    given = {flag.lstrip("-").partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")}
+    given = CommandLine.parse(flags).flags.keys()
     name = Path(base_name(what.removeprefix("builtin:").rstrip("/"))).stem
     wanted = {**KINDS[command].defaults, "output_dir": f"runs/{name}"}
     if given & {"eval_dataset_name", "eval_strategy"}:
@@ -138,4 +143,8 @@ def _defaults(command: str, what: str, flags: Sequence[str], *, show: bool) -> l
     if show and added:
         chosen = " ".join(f"--{key} {value}" for key, value in added.items())
         print(f"chosen      {chosen}", flush=True)
-    return [word for key, value in added.items() for word in (f"--{key}", value)]
+    return _words(added)
+
+
+def _words(values: Mapping[str, str]) -> list[str]:
+    return [word for key, value in values.items() for word in (f"--{key}", value)]
