@@ -15,6 +15,7 @@ from isotune.commands import start
 from isotune.commands.start import Launch, count_gpus, exit_status, read_launch
 from isotune.commands.train import KINDS, recipe_words
 from isotune.commands.trained.evaluate import _own_data
+from isotune.commands.trained.generate import read_arguments
 from isotune.io import extras, shipped
 from isotune.io.errors import UserError
 from isotune.io.parent_process import pass_on
@@ -313,6 +314,9 @@ class TestFiles:
         (tmp_path / "recipe.yaml").write_text("task: sft\neval_dataset_name: held.jsonl\neval_dataset_split: test\n")
         source = ["--run_dir", str(tmp_path)]
         assert _own_data(source, []) == ["--dataset_name", "held.jsonl", "--dataset_split", "test"]
+        for split in (["--dataset_split", "validation"], ["--dataset_split=validation"]):
+            flags = [*split, *_own_data(source, split)]
+            assert read_arguments([*source, *flags], prog="", description="").dataset_split == "validation"
         assert _own_data(source, ["--task", "guanaco"]) == []
         (tmp_path / "recipe.yaml").write_text("task: sft\n")
         with pytest.raises(UserError, match="trained without evaluation data: say --dataset_name or --task"):

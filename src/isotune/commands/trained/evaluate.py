@@ -103,5 +103,5 @@ def _own_data(source: Sequence[str], flags: Sequence[str]) -> list[str]:
         raise UserError(f"{source[1]} was evaluated on several data sets: say one of them by --dataset_name")
     if not (data := recipe.get("eval_dataset_name")):
         raise UserError(f"{source[1]} was trained without evaluation data: say --dataset_name or --task")
-    split = recipe.get("eval_dataset_split")
+    split = None if "--dataset_split" in named else recipe.get("eval_dataset_split")
     return ["--dataset_name", str(data), *(["--dataset_split", str(split)] if split else [])]
