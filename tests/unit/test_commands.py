@@ -1,6 +1,7 @@
 """`isotune sft mine.yaml --num_processes 4 --engine zero2`: what a user types is read as it is meant, or refused."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -92,6 +93,51 @@ class TestWhat:
         flags = ["--model-name-or-path=x", "--output_dir", "here", "--eval_dataset_name", "held.csv"]
         words = recipe_words("classify", ["reviews.csv", *flags], show=False)
         assert words == ["--dataset_name", "reviews.csv", *flags, "--tune", "full"]
+
+    @pytest.mark.parametrize(
+        ("given", "not_chosen"),
+        [
+            ({"tune": "lora", "model_name_or_path": "builtin:bert-tiny"}, {"tune", "model_name_or_path"}),
+            ({"output_dir": "here"}, {"output_dir"}),
+            ({"eval_split_share": "0.3"}, {"eval_split_share"}),
+            ({"eval_dataset_name": "held.csv"}, {"eval_split_share"}),
+            ({"eval_dataset_mixture": '[{"dataset_name": "held.csv"}]'}, {"eval_split_share"}),
+            ({"r": "4"}, {"tune"}),
+            ({"learning_rate": "1e-3"}, set()),
+        ],
+    )
+    @pytest.mark.parametrize("in_file", [False, True])
+    def test_what_flags_or_their_file_give_is_not_chosen(self, tmp_path, monkeypatch, given, not_chosen, in_file):
+        monkeypatch.chdir(tmp_path)
+        Path("mine.yaml").write_text("".join(f"{key}: {value}\n" for key, value in given.items()))
+        flags = ["--config", "mine.yaml"] if in_file else [f"--{key}={value}" for key, value in given.items()]
+        words = recipe_words("classify", ["reviews.csv", *flags], show=False)
+        chosen = {*KINDS["classify"].defaults, "output_dir"} - not_chosen
+        assert {word.removeprefix("--") for word in words[2 + len(flags) :: 2]} == chosen
+        recipe = KINDS["classify"].read(words, default_config=None, prog="")
+        told = {key: str(recipe.values[key]) for key in given if key not in ("eval_dataset_mixture", "learning_rate")}
+        assert told == {key: value for key, value in given.items() if key in told}
+
+    @pytest.mark.parametrize(
+        ("words", "says"),
+        [
+            (["yelp_bert", "--config", "other.yaml"], "--config other.yaml: the recipe is named already, yelp_bert"),
+            (
+                ["reviews.csv", "--dataset-name=b.csv"],
+                "--dataset_name b.csv: the data set is named already, reviews.csv",
+            ),
+            (["reviews.csv", "--config", "absent.yaml"], "--config absent.yaml: there is no such file"),
+        ],
+    )
+    def test_what_is_named_twice_or_absent_is_refused(self, tmp_path, monkeypatch, words, says):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(UserError, match=re.escape(says)):
+            recipe_words("classify", words, show=False)
+
+    def test_an_evaluation_takes_one_run(self, capsys):
+        for flag in ("--run_dir=runs/two", "--model=two"):
+            status, _, complaint = run(capsys, "eval", "one", flag)
+            assert status == 2 and f"{flag}: the run or model is named already, one" in complaint
 
     def test_a_misspelt_recipe_is_answered_with_the_nearest(self):
         with pytest.raises(UserError, match=r"yelp_brt is no recipe.*did you mean yelp_bert\?"):

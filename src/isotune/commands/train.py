@@ -8,7 +8,8 @@ from typing import Any
 from isotune.commands import start
 from isotune.commands.sft import read_sft_recipe, train_sft
 from isotune.config.command_line import CommandLine
-from isotune.config.run_recipe import RESUME_NEWEST
+from isotune.config.run_recipe import RESUME_NEWEST, RunRecipe
+from isotune.config.schema import ADAPTER
 from isotune.io import shipped
 from isotune.io.errors import UserError, nearest
 from isotune.io.formats import FORMAT_WORDS, base_name, format_of
@@ -104,15 +105,19 @@ def recipe_words(command: str, argv: Sequence[str], *, show: bool) -> list[str]:
     if not argv or argv[0].startswith("-"):
         return list(argv)
     what, flags = argv[0], list(argv[1:])
+    line = CommandLine.parse(flags)
     if file := recipe_file(what):
+        if line.config is not None:
+            raise UserError(f"--config {line.config}: the recipe is named already, {what}")
         own = {"output_dir": what, "resume": RESUME_NEWEST} if Path(what).is_dir() else {}
-        given = CommandLine.parse(flags).flags
-        return ["--config", str(file), *flags, *_words({k: v for k, v in own.items() if k not in given})]
+        return ["--config", str(file), *flags, *_words({k: v for k, v in own.items() if k not in line.flags})]
     if not _is_data(what):
         near = nearest(what.removesuffix(".yaml"), shipped.names(shipped.RECIPES))
         hint = f"did you mean {near}?" if near else "`isotune ls` lists the recipes"
         raise UserError(f"{what} is no recipe, no run, and no data ({FORMAT_WORDS}; a folder; a Hub id): {hint}")
-    return ["--dataset_name", what, *flags, *_defaults(command, what, flags, show=show)]
+    if (other := line.flags.get("dataset_name")) is not None:
+        raise UserError(f"--dataset_name {' '.join(other)}: the data set is named already, {what}")
+    return ["--dataset_name", what, *flags, *_defaults(command, what, line, show=show)]
 
 
 def recipe_file(what: str) -> Path | None:
@@ -130,15 +135,20 @@ def _is_data(what: str) -> bool:
     return what.startswith("builtin:") or format_of(what) is not None or Path(what).is_dir() or is_hub_id
 
 
-def _defaults(command: str, what: str, flags: Sequence[str], *, show: bool) -> list[str]:
-    """The command's flags for a data set, without those that are given, and a place for the run."""
-    given = CommandLine.parse(flags).flags.keys()
+def _defaults(command: str, what: str, line: CommandLine, *, show: bool) -> list[str]:
+    """The command's flags for a data set, without those that the flags or their --config give, and a place for the run.
+
+    UserError where that file cannot be read.
+    """
+    if {"help", "help_all"} & line.flags.keys():
+        return []
+    given = {name for name, value in line.given().items() if value is not None}
     name = Path(base_name(what.removeprefix("builtin:").rstrip("/"))).stem
     wanted = {**KINDS[command].defaults, "output_dir": f"runs/{name}"}
-    if given & {"eval_dataset_name", "eval_strategy"}:
+    if given & {"eval_dataset_name", "eval_dataset_mixture", "eval_strategy"}:
         wanted.pop("eval_split_share", None)
-    if {"help", "help_all"} & given:
-        return []
+    if given & {name for name, key in RunRecipe.keys().items() if key.group == ADAPTER}:
+        wanted.pop("tune", None)  # what is said of an adapter asks for one
     added = {key: value for key, value in wanted.items() if key not in given}
     if show and added:
         chosen = " ".join(f"--{key} {value}" for key, value in added.items())

@@ -70,6 +70,8 @@ def read_source(command: str, argv: Sequence[str], usage: str) -> tuple[list[str
     if not words or words[0].startswith("-"):
         raise UserError(f"isotune {command}: name a run or a model first (`isotune ls` lists the runs)")
     what = words.pop(0)
+    if other := next((word for word in words if word.partition("=")[0] in ("--run_dir", "--model")), None):
+        raise UserError(f"{other}: the run or model is named already, {what}")
     if (Path(what) / RECIPE).is_file():
         return ["--run_dir", what], words
     if Path(what).name == "model" and (Path(what).parent / RECIPE).is_file():  # with all that its run says of it
