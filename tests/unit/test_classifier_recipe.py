@@ -43,6 +43,30 @@ def test_class_weights_are_none_balanced_or_numbers(tmp_path, more, flags, expec
 
 
 @pytest.mark.parametrize(
+    ("more", "flags", "named"),
+    [
+        ("label_names: no yes", [], "label_names (no yes)"),
+        ("label_names: [no]", [], "label_names (no)"),
+        ("", ["--label_names", "no yes"], "--label_names (no yes)"),
+        ("", ["--label_names", "no"], "--label_names (no)"),
+    ],
+)
+def test_one_name_of_a_class_is_answered_with_how_to_say_several(tmp_path, more, flags, named):
+    with pytest.raises(UserError) as mistake:
+        read(tmp_path, more, *flags)
+    assert str(mistake.value).endswith(
+        f"{named} cannot be: classes are two or more: say them as a list: [neg, pos], or as flags --label_names neg pos"
+    )
+    assert read(tmp_path, "label_names: [neg, pos]").label_names == ("neg", "pos")
+    assert read(tmp_path, "", "--label_names", "neg", "pos").label_names == ("neg", "pos")
+
+
+def test_a_list_is_shown_without_pythons_quotes(tmp_path):
+    with pytest.raises(UserError, match=r"label_names \(neg, Neg\) cannot be: a name is empty or stands twice"):
+        read(tmp_path, "label_names: [neg, Neg]")
+
+
+@pytest.mark.parametrize(
     ("more", "says"),
     [
         ("class_weights: [1, 0]", "it takes a list of numbers above 0 or balanced"),

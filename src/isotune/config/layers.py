@@ -178,8 +178,8 @@ def _is_set(keys: Mapping[str, Key], values: Values, name: str) -> bool:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        text = ", ".join(map(str, cast("list[Any]", value)))
+    if isinstance(value, list | tuple):
+        text = ", ".join(map(str, cast("Sequence[Any]", value)))
     else:
         text = str(value).lower() if isinstance(value, bool) or value is None else str(value)
     text = text if text.isprintable() else repr(text)[1:-1]  # a message is one line

@@ -50,7 +50,7 @@ def _wrong_names(names: Sequence[str]) -> str | None:
     """What is wrong with names of classes, where anything is."""
     folded = [" ".join(name.casefold().split()) for name in names]
     if len(names) < 2:
-        return "classes are two or more: separate their names by blanks"
+        return "classes are two or more: say them as a list: [neg, pos], or as flags --label_names neg pos"
     return "a name is empty or stands twice" if "" in folded or len({*folded}) < len(folded) else None
 
 
