@@ -153,7 +153,7 @@ def command_parser() -> argparse.ArgumentParser:
             "examples:\n"
             "  isotune compare runs/demo-base runs/demo\n"
             "  isotune compare runs/bert runs/distilbert runs/albert --all_pairs --name test\n"
-            "  isotune compare runs/yelp/eval/step-100 runs/yelp/eval/step-200 --metrics accuracy log_loss --json"
+            "  isotune compare runs/yelp_bert/eval/a runs/yelp_bert/eval/b --metrics accuracy log_loss --json"
         ),
     )
     compare.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, or of results: RUN/eval/NAME")

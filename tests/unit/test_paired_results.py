@@ -57,6 +57,26 @@ def test_evaluations_of_other_names_are_chosen_by_their_rows(tmp_path):
         choose_results([a, c])
 
 
+@pytest.mark.parametrize(
+    ("name", "claimed", "says"),
+    [
+        ("step-00000100", False, "is an evaluation made in training"),
+        ("test", True, "holds no finished evaluation"),
+    ],
+)
+def test_predictions_without_metrics_are_answered_with_their_run(tmp_path, monkeypatch, name, claimed, says):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/one/eval", name)
+    folder.mkdir(parents=True)
+    (folder / "predictions.jsonl").write_text('{"id": 0, "label": 0, "probabilities": [0.9, 0.1]}\n')
+    if claimed:
+        (folder / ".evaluation.json").write_text("{}")
+    with pytest.raises(UserError) as mistake:
+        choose_results([folder, folder])
+    assert str(mistake.value).startswith(f"{folder} {says}: run ")
+    assert str(mistake.value).endswith(" with --run_dir runs/one")
+
+
 @pytest.mark.parametrize(("extra", "shown"), [(1, "5"), (3, "5, 6, 7"), (4, r"5, 6, 7, \.\.\.")])
 def test_three_ids_of_rows_that_one_side_lacks_are_named(tmp_path, extra: int, shown: str):
     a, b = write(tmp_path / "a", "t", list(range(5 + extra))), write(tmp_path / "b", "t", list(range(5)))

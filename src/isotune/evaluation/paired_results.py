@@ -17,6 +17,7 @@ from isotune.evaluation.metrics.classification import classification_statistics
 from isotune.evaluation.metrics.of_type import statistics_of
 from isotune.evaluation.metrics.text import Likelihood, measure_likelihoods, measure_texts
 from isotune.evaluation.results import (
+    CLAIM,
     CLASSIFICATION,
     GENERATION,
     METRICS,
@@ -86,8 +87,12 @@ def _evaluations(run: Path) -> dict[str, Path]:
         raise UserError(strays[0])
     if not folders:
         scripts = " or ".join(dict.fromkeys(shipped.script(f"eval/{name}.py") for name in ("classify", "generate")))
-        how = f"{scripts} with --run_dir {run}" if shipped.IS_CHECKOUT else f"{scripts} {run}"
-        raise UserError(f"{run} holds no evaluation: run {how}")
+        what, of_run = "holds no evaluation", run
+        if (run / PREDICTIONS).is_file():  # metrics.json is written last, and training writes none
+            what = "holds no finished evaluation" if (run / CLAIM).exists() else "is an evaluation made in training"
+            of_run = run.parents[1] if run.parent.name == "eval" else run
+        how = f"{scripts} with --run_dir {of_run}" if shipped.IS_CHECKOUT else f"{scripts} {of_run}"
+        raise UserError(f"{run} {what}: run {how}")
     return {folder.name: folder for folder in folders}
 
 
