@@ -2,7 +2,7 @@
 
 accelerate launch eval/classify.py --run_dir runs/imdb_distilbert
 accelerate launch eval/classify.py --run_dir runs/imdb_distilbert --task eval/configs/imdb.yaml
-accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 4 eval/classify.py --run_dir runs/yelp
+accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 4 eval/classify.py --run_dir runs/yelp_bert
 accelerate launch eval/classify.py --model textattack/bert-base-uncased-imdb --task eval/configs/imdb.yaml
 """
 

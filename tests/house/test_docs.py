@@ -90,6 +90,42 @@ def test_every_path_and_link_of_a_page_exists(page):
     assert [str(path.relative_to(ROOT)) for path in paths + links if not path.exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_symbol_that_is_placed_in_a_module_stands_there(page):
+    placed = re.findall(r"`(\w+)`(?: of [\w' ]+)?\s+in\s+`(src/[\w/]+\.py)`", page.read_text())
+    assert [(name, file) for name, file in placed if not re.search(rf"\b{name}\b", (ROOT / file).read_text())] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_of_a_section_that_train_otherwise_write_to_other_folders(page):
+    """One folder holds one run: the second command would be refused."""
+    for section in page.read_text().replace("\\\n", " ").split("\n## "):
+        runs: dict[str, str] = {}
+        for script, words in re.findall(r"^    (?!\$).*(train/\w+\.py)\b([^#\n]*)", section, re.MULTILINE):
+            flags = dict(re.findall(r"--(\w+) ([^-].*?)(?= --|\s*$)", words))
+            default = re.search(r'"(\w+\.yaml)"', (ROOT / script).read_text())
+            assert default is not None
+            config = flags.pop("config", f"train/configs/{default.group(1)}")
+            folder = flags.pop("output_dir", None) or yaml.safe_load((ROOT / config).read_text())["output_dir"]
+            flags.pop("resume", None)
+            result = f"{config} {sorted(flags.items())}"
+            assert runs.setdefault(folder, result) == result, folder
+
+
+def test_evaluations_of_yelp_are_of_the_folder_that_its_recipe_writes():
+    folder = yaml.safe_load((ROOT / "train/configs/yelp_bert.yaml").read_text())["output_dir"]
+    for file in [*PAGES, *ROOT.glob("eval/*.py"), *ROOT.glob("eval/configs/*.yaml"), ROOT / "src/isotune/cli.py"]:
+        assert {*re.findall(r"\bruns/yelp(?:_bert)?(?=[/\s`])", file.read_text())} <= {folder}, file
+
+
+def test_exact_matches_of_the_demo_are_those_that_the_readme_prints():
+    share = re.search(r"exact_match +0 +([\d.]+)", (ROOT / "README.md").read_text())
+    assert share is not None
+    right = round(float(share.group(1)) * 32)
+    assert f"exact match {right} of 32" in (ROOT / "eval/configs/pirate.yaml").read_text()
+    assert f"0 before, {right} after" in (ROOT / "train/configs/demo.yaml").read_text()
+
+
 def test_the_readme_fits_on_three_screens():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
