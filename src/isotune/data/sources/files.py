@@ -16,8 +16,9 @@ from isotune.io.formats import PLAIN_TEXT, format_of
 Row = dict[str, Any]
 Reader = Callable[[list[str]], Iterator[Row]]  # given the list that takes what was guessed or left out
 
-_READERS = {".jsonl": read_json, ".json": read_json, ".parquet": read_parquet, ".arrow": read_arrow}
-_READERS |= {PLAIN_TEXT: read_lines}
+_READERS = {
+    ".jsonl": read_json, ".json": read_json, ".parquet": read_parquet, ".arrow": read_arrow, PLAIN_TEXT: read_lines
+}  # fmt: skip
 CSV_FORMATS = (".csv", ".tsv")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 CSV_VERSION = "cells are text"  # in the digest: the same file once gave numbers
