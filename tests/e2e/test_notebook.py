@@ -7,11 +7,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.launching import run_command
 
 import isotune
+from isotune.commands.sft import read_sft_recipe
+from isotune.config import Recipe
 from isotune.io.errors import UserError
 from isotune.notebook import launching
 from isotune.notebook.launching import as_flags
@@ -102,5 +105,25 @@ def test_an_interrupt_ends_in_a_checkpoint_from_which_the_same_call_goes_on(tmp_
 
 
 def test_python_values_become_the_words_of_flags():
-    keys = {"a": None, "b": True, "c": 1e-4, "names": ["x", "y z"], "pattern": {"q": 8}}
-    assert as_flags(keys) == ["--b=true", "--c=0.0001", "--names", "x", "y z", "--pattern={q: 8}"]
+    keys = {"a": None, "b": True, "c": 1e-4, "names": ["x", "y z"], "pattern": {"q": 8}, "many": [{"q": None}, "r"]}
+    flags = ["--b=true", "--c=0.0001", "--names", "x", "y z", '--pattern={"q": 8}', '--many=[{"q": null}, "r"]']
+    assert as_flags(keys) == flags
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lr_scheduler_kwargs", {"num_cycles": 2}),
+        ("rank_pattern", {"q_proj": 8, "layers.0=.*v_proj": 16}),
+        ("dataset_mixture", {"a b.jsonl": 2, "ü.jsonl": 0.5}),
+        ("dataset_mixture", [{"dataset_name": "a.jsonl", "columns": ["text"]}, {"path": "b.jsonl", "weight": 0.5}]),
+        ("dataset_mixture", [{"dataset_name": "a.jsonl", "dataset_split": None}, "b.jsonl"]),
+        ("dataset_mixture", {Path("a.jsonl"): 1}),
+    ],
+)
+def test_a_mapping_is_read_from_its_flag_as_from_a_recipe(key: str, value: Any):
+    own: dict[str, Any] = {"model_name_or_path": "a/model", "output_dir": "runs/x", key: value}
+    own |= {"lr_scheduler_kwargs": {"lr_scheduler_type": "cosine_with_restarts"}}.get(key, {})
+    own |= {} if key == "dataset_mixture" else {"dataset_name": "a/b"}
+    values = {**own, key: {str(name): item for name, item in value.items()}} if isinstance(value, dict) else own
+    assert read_sft_recipe(as_flags(own), default_config=None, prog="sft").values == Recipe.from_values(**values).values

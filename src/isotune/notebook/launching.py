@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -9,9 +10,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, cast
 
 from isotune.io.errors import (
     EXIT_PREEMPTED,
@@ -81,7 +80,7 @@ def as_flags(keys: Mapping[str, Any]) -> list[str]:
     for name, value in keys.items():
         if value is None:
             continue
-        if isinstance(value, list | tuple):
+        if isinstance(value, list | tuple) and not any(isinstance(item, Mapping) for item in value):
             words += [f"--{name}", *map(_word, value)]
         else:
             words.append(f"--{name}={_word(value)}")
@@ -91,6 +90,15 @@ def as_flags(keys: Mapping[str, Any]) -> list[str]:
 def _word(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, Mapping):
-        return yaml.safe_dump(dict(value), default_flow_style=True, width=2**20).strip()
+    if isinstance(value, Mapping | list | tuple):
+        return json.dumps(_json_value(value), ensure_ascii=False)
     return str(value)
+
+
+def _json_value(value: Any) -> Any:
+    """A value with all that JSON has no type for, such as paths and NumPy's numbers, as its text."""
+    if isinstance(value, Mapping):
+        return {str(name): _json_value(item) for name, item in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(item) for item in cast("Sequence[Any]", value)]
+    return value if value is None or isinstance(value, str | int | float) else str(value)
