@@ -271,6 +271,16 @@ class TestSlurm:
         assert shlex.split(lines[1].partition("again with: ")[2]) == ["sbatch", name]
         assert all(len(shlex.split(line)) == 2 for line in lines if line.startswith("#SBATCH"))
 
+    @pytest.mark.parametrize("engine", ["zero2.yaml", str(REPOSITORY / "accelerate_configs/zero2.yaml")])
+    def test_an_engine_is_named_by_its_file_too(self, tmp_path, monkeypatch, capsys, engine):
+        monkeypatch.chdir(tmp_path)
+        needed = []
+        monkeypatch.setattr("isotune.commands.slurm.need", lambda package, flag: needed.append((package, flag)))
+        words = ("--nodes", "2", "--engine", engine, "--dry-run")
+        status, text, _ = run(capsys, "slurm", "classify", "yelp_bert", *words)
+        assert status == 0 and f"export ISOTUNE_FILES={REPOSITORY} ENGINE=${{ENGINE:-zero2}}" in text.splitlines()
+        assert needed == [("deepspeed", "--engine zero2")]
+
     def test_shellcheck_finds_nothing_in_it(self, tmp_path, capsys):
         _, text, _ = run(capsys, "slurm", "sft", "demo_base", "--partition", "cpu", "--gpus_per_node", "0",
                          "--processes_per_node", "2", "--sample_prompt", "What's $HOME?", "--dry-run")  # fmt: skip
@@ -288,6 +298,9 @@ class TestSlurm:
             (["classify", "yelp_bert", "--learning_rat", "1"], "did you mean --learning_rate?"),
             (["sft", "yelp_bert"], "this command runs recipes of task: sft"),
             (["classify", "yelp_bert", "--engine", "single", "--nodes", "2"], "--engine single is one process"),
+            (["classify", "yelp_bert", "--engine", "single.yaml", "--nodes", "2"], "--engine single is one process"),
+            (["classify", "yelp_bert", "--engine", "mine.yaml"], "--engine 'mine.yaml' is neither a file nor a name"),
+            (["classify", "yelp_bert", "--engine", __file__], "is a file of your own: a job takes ddp,"),
             (["classify", "yelp_bert", "--processes_per_node", "2"], "say --gpus_per_node 0"),
             (["plan", "yelp_bert"], "invalid choice: 'plan'"),
             (["eval"], "name a run first"),

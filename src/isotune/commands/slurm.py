@@ -134,10 +134,7 @@ def _checked_words(command: str, argv: Sequence[str]) -> tuple[list[str], str]:
 def batch_file(given: argparse.Namespace, words: Sequence[str], file: Path) -> str:
     """The text of the batch file: the shipped one's resources with these of the job, and the line that launches."""
     processes = given.nodes * (given.gpus_per_node or given.processes_per_node)
-    engine = given.engine or ("single" if processes == 1 else "ddp")
-    launch_file = shipped.require(shipped.ENGINES, engine, "--engine")
-    if launch_file.parent != shipped.ROOT / shipped.ENGINES:
-        raise UserError(f"--engine {engine}: a job takes {', '.join(shipped.names(shipped.ENGINES))}")
+    engine = _shipped_engine(given.engine or ("single" if processes == 1 else "ddp"))
     if engine == "single" and processes > 1:
         raise UserError(f"--engine single is one process, and the job has {processes}: say --engine ddp")
     if engine.startswith("zero"):
@@ -171,6 +168,14 @@ def batch_file(given: argparse.Namespace, words: Sequence[str], file: Path) -> s
 
 def _submits(file: Path) -> str:
     return shlex.join(["sbatch", str(file)])
+
+
+def _shipped_engine(name: str) -> str:
+    """The name of the shipped engine that a user names by it or by its file: launch.sh takes no other."""
+    file, names = shipped.require(shipped.ENGINES, name, "--engine").resolve(), shipped.names(shipped.ENGINES)
+    if file.stem not in names or file != (shipped.ROOT / shipped.ENGINES / f"{file.stem}.yaml").resolve():
+        raise UserError(f"--engine {name} is a file of your own: a job takes {', '.join(names)}")
+    return file.stem
 
 
 def _option(line: str) -> str:
