@@ -10,6 +10,7 @@ from tests.building import OPT_350M
 from tests.launching import REPOSITORY, run_command
 from transformers import BloomConfig, OPTConfig, OPTForCausalLM
 
+from isotune.cli import main
 from isotune.config import Recipe
 from isotune.data.batch_schedule import StepSchedule
 from isotune.data.sft.preparation import prepare_conversations
@@ -19,7 +20,7 @@ from isotune.models.packed_attention import set_packed_attention
 from isotune.models.supervised_loss import install_supervised_loss
 from isotune.preflight import preflight_report
 from isotune.preflight.preflight_report import run_preflight
-from isotune.preflight.render import as_json, render_report
+from isotune.preflight.render import as_json, draw_scaling, render_report
 from isotune.preflight.request import read_preflight_request
 from isotune.preflight.resources.activation_memory import trace_microbatch
 from isotune.preflight.resources.compute import flops_per_step
@@ -255,10 +256,51 @@ def test_sizes_have_units(text, bytes_):
     assert parse_bytes(text, "--gpu_memory") == bytes_
 
 
-@pytest.mark.parametrize("text", ["24", "GiB", "24 cows", "-1GiB", "24G"])
+@pytest.mark.parametrize("text", ["24", "GiB", "24 cows", "-1GiB", "24G", "infGiB", "nanGiB", "1e308TiB"])
 def test_a_size_without_a_unit_is_refused(text):
     with pytest.raises(UserError, match="--gpu_memory"):
         parse_bytes(text, "--gpu_memory")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--per_node", "0"], "--per_node is 0: a node has from 1 to"),
+        (["--per_node", "-3"], "--per_node is -3: a node has from 1 to"),
+        (["--price_per_hour", "-3"], "--price_per_hour is -3: it is 0 or a positive number"),
+        (["--picture", "x.txt"], "--picture x.txt: it is a PNG, so its name ends with .png"),
+        (["--picture", "x.pdf"], "--picture x.pdf: it is a PNG, so its name ends with .png"),
+        (["--picture", "r.yaml/x.png"], "--picture r.yaml/x.png: what should be its folder is a file"),
+        (["--picture", "."], "--picture . is a folder, not a file"),
+        (["--picture", ""], "--picture  is a folder, not a file"),
+        (["--picture", "/dev/null"], "--picture /dev/null is a device, not a file"),
+    ],
+)
+def test_a_flag_of_the_plan_itself_is_refused_before_the_work(flags, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text("seed: 1\n")
+    monkeypatch.setattr("isotune.preflight.request.read_preflight_request", None)
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--world_sizes", "1,2", *flags])
+    assert ended.value.code == 2 and says in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["r.yaml"]
+
+
+@pytest.mark.parametrize("name", ["noext", "x.PNG", "new/folder/x.png"])
+def test_the_picture_is_a_png_under_the_name_that_is_printed(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="0"):
+        main(["plan", *words(), "--world_sizes", "1,2", "--json", "--picture", name])
+    printed, noted = capsys.readouterr()
+    assert [row["world_size"] for row in json.loads(printed)["comparison"]] == [1, 2]
+    assert f"picture     {name}\n" in noted
+    assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [tmp_path / name]
+
+
+def test_a_picture_that_cannot_be_written_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"x\.png cannot be written: File name too long"):
+        draw_scaling(plan(world_sizes=[1, 2]), tmp_path / ("x" * 300) / "x.png")
 
 
 def test_names_that_are_none_are_refused():

@@ -3,12 +3,14 @@
 import argparse
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from isotune.io import shipped
 from isotune.io.errors import EXIT_USER_ERROR, UserError, shown
+from isotune.io.reading import kind_of_file
 from isotune.io.variables import MAX_PROCESSES
 
 EXAMPLES = """examples:
@@ -48,12 +50,17 @@ def run(chosen: argparse.Namespace, flags: list[str]) -> int:
     from isotune.preflight.resources.devices import find_device
     from isotune.preflight.resources.memory import parse_bytes
 
+    if not 1 <= chosen.per_node <= MAX_PROCESSES:
+        raise UserError(f"--per_node is {chosen.per_node}: a node has from 1 to {MAX_PROCESSES:,} processes")
+    if chosen.price_per_hour is not None and chosen.price_per_hour < 0:
+        raise UserError(f"--price_per_hour is {chosen.price_per_hour:g}: it is 0 or a positive number")
     sizes = _numbers(chosen.world_sizes, "--world_sizes")
     limit = parse_bytes(chosen.gpu_memory, "--gpu_memory") if chosen.gpu_memory else None
     device = find_device(chosen.device) if chosen.device else None
     if chosen.measured and device is None:
         raise UserError("--measured needs --device: the share of its peak is taken from the run")
-    if chosen.picture and not (chosen.compare or sizes):
+    picture = None if chosen.picture is None else _picture(chosen.picture)
+    if picture is not None and not (chosen.compare or sizes):
         raise UserError("--picture shows a comparison: say --compare or --world_sizes")
     config, measured = (Path(path) if path else None for path in (chosen.config, chosen.measured))
     if config is not None:
@@ -86,8 +93,8 @@ def run(chosen: argparse.Namespace, flags: list[str]) -> int:
         raise UserError("; ".join([*request.problems, str(error)])) from error
     render = (lambda *values: json.dumps(as_json(*values))) if chosen.json else render_report
     print(render(report, chosen.price_per_hour))
-    if chosen.picture:
-        print(f"picture     {draw_scaling(report, Path(chosen.picture))}")
+    if picture is not None:
+        print(f"picture     {draw_scaling(report, picture)}", file=sys.stderr if chosen.json else sys.stdout)
     return EXIT_USER_ERROR if request.problems else 0
 
 
@@ -106,6 +113,22 @@ def _import_peft() -> None:
         import peft  # noqa: F401  (a later import finds it loaded)
     finally:
         torch.compile = stock
+
+
+def _picture(name: str) -> Path:
+    """The file of `--picture`; UserError for one that can be no PNG."""
+    file = Path(name)
+    if file.suffix.lower() not in ("", ".png"):
+        raise UserError(f"--picture {name}: it is a PNG, so its name ends with .png")
+    try:
+        kind = kind_of_file(os.stat(file).st_mode)
+    except NotADirectoryError:
+        raise UserError(f"--picture {name}: what should be its folder is a file") from None
+    except OSError:  # nothing is there; what else is wrong is said when it is written
+        kind = "a file"
+    if kind != "a file":
+        raise UserError(f"--picture {name} is {kind}, not a file")
+    return file
 
 
 def _numbers(text: str, key: str) -> list[int]:

@@ -107,6 +107,7 @@ def run_preflight(
     UserError for an unknown model, engine or number of processes.
     """
     recipe, launch = request.recipe, request.launch
+    compared = _compared_launches(launch, compare, world_sizes)  # refused before the work
     config = load_config(recipe)
     recipe = within_positions(recipe, config)
     request = replace(request, recipe=recipe)
@@ -158,10 +159,7 @@ def run_preflight(
             settings_without_effect(recipe, work.steps, work.steps_per_epoch, work.rows) if work else ()
         ),
         disk_bytes=checkpoint_bytes * min(work.checkpoints if work else 3, kept + 1),
-        rows=tuple(
-            ComparedLaunch(other, estimator.memory(recipe, other), time(other))
-            for other in _compared_launches(launch, compare, world_sizes)
-        ),
+        rows=tuple(ComparedLaunch(other, estimator.memory(recipe, other), time(other)) for other in compared),
     )
 
 

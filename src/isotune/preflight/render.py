@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from isotune.io.errors import UserError
+from isotune.io.files import replacing
 from isotune.preflight.preflight_report import ComparedLaunch, PreflightReport
 from isotune.preflight.resources.compute import flops_per_step
 from isotune.preflight.resources.memory import PARTS, format_bytes
@@ -73,7 +75,7 @@ def as_json(report: PreflightReport, price_per_hour: float | None) -> dict[str, 
 
 
 def draw_scaling(report: PreflightReport, file: Path) -> Path:
-    """Draw the comparison of a report; without a device there is no panel of times."""
+    """Draw the comparison of a report as a PNG, atomically; without a device there is no panel of times."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -101,9 +103,14 @@ def draw_scaling(report: PreflightReport, file: Path) -> Path:
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     figure.tight_layout()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as staging:
+            figure.savefig(staging, format="png", dpi=120)
+    except OSError as error:
+        raise UserError(f"--picture {file} cannot be written: {error.strerror}") from error
+    finally:
+        pyplot.close(figure)
     return file
 
 

@@ -18,6 +18,7 @@ g is 4, in fp16 2, and 2 under ZeRO-0 in bf16 too. With `gradient_reduction: pas
 (Rajbhandari et al. 2020, arXiv:1910.02054; the copy of the shard exists in fp32 training too.)
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -158,6 +159,6 @@ def parse_bytes(text: str, key: str) -> int:
         number = float(stripped[: -len(unit)]) if unit else None
     except ValueError:
         number = None
-    if unit is None or number is None or not number > 0:
+    if unit is None or number is None or not 0 < number * _UNITS[unit] < math.inf:
         raise UserError(f"{key} is '{text}': say a number with a unit, {', '.join(_UNITS)}, such as 24GiB")
     return int(number * _UNITS[unit])
