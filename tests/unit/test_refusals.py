@@ -23,6 +23,7 @@ from tests.chat_tokenizers import byte_chat_tokenizer
 
 from isotune.cli import main
 from isotune.commands.start import read_launch
+from isotune.commands.trained import evaluate_classifier
 from isotune.config import ClassificationRecipe, Recipe, read_recipe
 from isotune.config.layers import read_file
 from isotune.data.sft.messages import example_of
@@ -204,6 +205,12 @@ def test_an_absurd_word_of_a_command_line_is_one_sentence(words, capsys):
     assert leaving.value.code == 2 and len(errors) == 1, err
     assert "Traceback" not in err and len(err) < 6000
     assert time.process_time() - started < 2 * SECONDS  # the first of them imports the libraries
+
+
+def test_a_seed_of_an_evaluation_below_0_is_refused_before_the_work():
+    words = ["--model", "a/b", "--dataset_name", "c/d", "--seed", "-1"]
+    with pytest.raises(UserError, match="--seed is -1: it is 0 or a positive number"):
+        evaluate_classifier.read_arguments(words, prog="eval", description="")
 
 
 def any_of(*keys: str) -> st.SearchStrategy[str]:

@@ -66,6 +66,8 @@ def read_arguments(argv: Sequence[str], *, prog: str, description: str) -> argpa
     given = parser.parse_args(argv)
     find_task(given)
     check_counts(given, ("limit", "batch_tokens", "batch_size", "resamples", "max_seq_length"))
+    if given.seed < 0:
+        raise UserError(f"--seed is {given.seed}: it is 0 or a positive number")
     for threshold in given.label_thresholds or ():
         if not 0 < threshold < 1:
             raise UserError(f"--label_thresholds holds {threshold:g}: a threshold is between 0 and 1")
