@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from isotune.models.supervised_loss import install_supervised_loss
 from isotune.preflight import preflight_report
 from isotune.preflight.preflight_report import run_preflight
 from isotune.preflight.render import as_json, draw_scaling, render_report
-from isotune.preflight.request import read_preflight_request
+from isotune.preflight.request import read_preflight_request, shipped_launch
 from isotune.preflight.resources.activation_memory import trace_microbatch
 from isotune.preflight.resources.compute import flops_per_step
 from isotune.preflight.resources.devices import find_device
@@ -122,6 +123,16 @@ def test_what_does_not_fit_is_told_with_changes_that_do():
         (r.same_result for r in tight.suggestions), reverse=True
     )
     assert "too large" in render_report(tight, None)
+
+
+@pytest.mark.parametrize(
+    ("is_checkout", "change"), [(True, "--config_file accelerate_configs/zero2.yaml"), (False, "--engine zero2")]
+)
+def test_a_suggested_engine_is_named_as_this_user_names_it(is_checkout, change, monkeypatch):
+    monkeypatch.setattr("isotune.io.shipped.IS_CHECKOUT", is_checkout)
+    recipe = Recipe.from_values(**TINY, tune="full")
+    found = preflight_report._find_suggestions(recipe, shipped_launch("ddp", 2), 1, lambda *_: SimpleNamespace(total=1))
+    assert change in [suggestion.change for suggestion in found]
 
 
 def test_engines_and_numbers_of_processes_stand_side_by_side():
@@ -304,7 +315,7 @@ def test_a_picture_that_cannot_be_written_is_one_sentence(tmp_path):
 
 
 def test_names_that_are_none_are_refused():
-    with pytest.raises(UserError, match="--device H3000 is not known"):
+    with pytest.raises(UserError, match=r"--device H3000 is not known: choose among H200, .*, T4$"):
         find_device("H3000")
     with pytest.raises(UserError, match="--compare zero9"):
         plan(compare=["zero9"])

@@ -13,6 +13,7 @@ from isotune.config.effects import settings_without_effect
 from isotune.config.recipes import project_of
 from isotune.data.classification.split import prepare_labelled
 from isotune.data.sft.preparation import prepare_conversations
+from isotune.io import shipped
 from isotune.io.errors import UserError, first_line
 from isotune.models.base import vocabulary
 from isotune.models.opening import compute_dtype, load_config, load_tokenizer, within_positions
@@ -267,7 +268,7 @@ def _find_suggestions(
         total = estimate(changed, other).total
         if total <= limit:
             flags = [f"--{key} {'true' if value is True else value}" for key, value in values.items()]
-            file = [] if other is launch else [f"--config_file {other.name}"]
+            file = [] if other is launch else [shipped.engine(Path(other.name).stem)]
             suggestions.append(Suggestion(" ".join([*file, *flags]), total, same_result="tune" not in values))
     return sorted(suggestions, key=lambda suggestion: (not suggestion.same_result, -suggestion.total))
 

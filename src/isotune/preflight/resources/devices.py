@@ -59,5 +59,5 @@ def find_device(name: str) -> Device:
     devices = {device.name.lower(): device for device in DEVICES}
     if name.lower() not in devices:
         names = ", ".join(device.name for device in DEVICES)
-        raise UserError(f"--device {name} is not known: choose among {names}, or say --measured RUN")
+        raise UserError(f"--device {name} is not known: choose among {names}")
     return devices[name.lower()]
