@@ -55,6 +55,23 @@ def test_a_weight_is_how_often_the_rows_of_a_source_are_read(three):
     assert len(more) == 10 and Counter(more.values()) == {2: 5, 3: 5}
 
 
+@pytest.mark.parametrize(
+    ("words", "same"),
+    [
+        (['{"a.jsonl": 2}', '{"b.jsonl": 0.5, "c.jsonl": 1}'], {"a.jsonl": 2, "b.jsonl": 0.5, "c.jsonl": 1}),
+        (['{"dataset_name": "a.jsonl", "weight": 2}', "b.jsonl"], {"a.jsonl": 2, "b.jsonl": 1}),
+        (['{"path": "a.jsonl", "weight": 2}'], {"a.jsonl": 2}),
+        (['[{"id": "a.jsonl"}, "b.jsonl"]'], {"a.jsonl": 1, "b.jsonl": 1}),
+        (['{"a.jsonl": 2}'], {"a.jsonl": 2}),
+        (['{"id": 2, "c.jsonl": 1}'], {"id": 2, "c.jsonl": 1}),
+    ],
+)
+def test_words_of_json_are_the_data_sets_of_a_flag(words, same):
+    others = [word for key, value in REQUIRED.items() for word in (f"--{key}", value)]
+    read = read_recipe(["--dataset_mixture", *words, *others], default_config=None, prog="sft", description="")
+    assert read.dataset_mixture == recipe_of(same).dataset_mixture
+
+
 @pytest.mark.parametrize("fractions", [(0.5, 0.3, 0.2), (1, 1, 1), (0.2, 0.2, 0.6), (9, 1, 5)])
 def test_trls_fractions_give_as_many_rows_of_each_source_as_in_trl(three, fractions):
     entries = [{"path": f"{name}.jsonl", "fraction": own} for name, own in zip("abc", fractions, strict=True)]

@@ -4,7 +4,8 @@
     - {dataset_name: OWNER/NAME, dataset_split: train}    all of its rows
 
 The list may stand under `datasets`, as TRL, open-r1 and the alignment handbook write it, with their names of the keys;
-a mapping of names to weights is a list of entries with these two.
+a mapping of names to weights is a list of entries with these two. A flag takes the same as JSON, in one word or a word
+for each entry.
 """
 
 import math
@@ -44,11 +45,13 @@ def read_mixture(value: Any) -> list[Entry]:
     """The entries of a mixture in their one form; ValueError, as the end of a sentence, says what is wrong."""
     if isinstance(value, str):
         value = _from_json(value)
+        value = [value] if _is_entry(value) else value
     if isinstance(value, Mapping):
         value = _entries_of(cast(Mapping[str, Any], value))
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ValueError("it takes a list of data sets, each with dataset_name and weight")
-    entries = [_read_entry(each, number) for number, each in enumerate(cast(Sequence[Any], value), start=1)]
+    each_alone = [one for each in cast(Sequence[Any], value) for one in _entries_of_word(each)]
+    entries = [_read_entry(each, number) for number, each in enumerate(each_alone, start=1)]
     if not entries:
         raise ValueError("it takes at least one data set")
     shares = [FRACTION in entry for entry in entries]
@@ -69,6 +72,22 @@ def _from_json(text: str) -> Any:
         return parse_json(text)
     except Unreadable:
         raise ValueError('as a flag it takes JSON, such as {"chats.jsonl": 1, "OWNER/NAME": 0.5}') from None
+
+
+def _entries_of_word(each: Any) -> list[Any]:
+    """The entries that an item of a list holds; of several words of a flag each may be JSON."""
+    if not isinstance(each, str) or not each.lstrip().startswith("{"):
+        return [each]
+    mapping: Mapping[str, Any] = _from_json(each)
+    return [mapping] if _is_entry(mapping) or "datasets" in mapping else _entries_of(mapping)
+
+
+def _is_entry(value: Any) -> bool:
+    """Whether a value of JSON is an entry by its name's key, and no mapping of names to weights, which are numbers."""
+    if not isinstance(value, Mapping):
+        return False
+    mapping = cast(Mapping[str, Any], value)
+    return any(isinstance(mapping.get(key), str) for key, own in SPELLINGS.items() if own == NAME)
 
 
 def _entries_of(mapping: Mapping[str, Any]) -> Any:
