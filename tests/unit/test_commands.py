@@ -237,6 +237,21 @@ class TestLaunch:
         assert count_gpus({"CUDA_VISIBLE_DEVICES": "0,1"}) == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (("sweep", "yelp_bert", "--help-all"), "label_source"),
+        (("sweep", "demo_base", "--help-all"), "train_on"),
+        (("plan", "--config", "yelp_bert", "--help-all"), "label_source"),
+        (("plan", "--help-all"), "train_on"),
+    ],
+)
+def test_help_all_lists_the_keys_of_the_recipe_wherever_they_are_flags(tmp_path, monkeypatch, capsys, words, key):
+    monkeypatch.chdir(tmp_path)
+    status, text, _ = run(capsys, *words)
+    assert status == 0 and f"--{key} " in text and list(tmp_path.iterdir()) == []
+
+
 class TestSlurm:
     """`isotune slurm`."""
 

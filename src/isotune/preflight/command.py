@@ -19,7 +19,7 @@ EXAMPLES = """examples:
   isotune plan --config opt6.7b_qlora_24gb --gpu_memory 24GiB
   isotune plan --config opt350m_full --device H100 --compare zero2,zero3,fsdp2 --world_sizes 1,2,4,8,16,64 \\
       --picture scaling.png
-  isotune plan --config RECIPE --learning_rate 1e-4        every key of the recipe is a flag"""
+  isotune plan --config RECIPE --learning_rate 1e-4        every key of the recipe is a flag (--help-all)"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

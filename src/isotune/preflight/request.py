@@ -129,6 +129,7 @@ def _read_recipe(command: CommandLine, problems: list[str]) -> tuple[RunRecipe, 
         elif not isinstance(task, str) or task not in TASKS:
             raise UserError(f"task is {shown(task)}{did_you_mean(task, TASKS)}")
         kind = TASKS[task]
+    command.answer_help(kind.keys(), None, "isotune plan", "Keys of the recipe; `isotune plan --help` has more flags.")
     return kind.from_layers(command.layers(kind.keys()), problems.append), guess
 
 

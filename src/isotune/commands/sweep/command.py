@@ -26,6 +26,7 @@ USAGE = """isotune sweep RECIPE --KEY LOW..HIGH | A,B,C ... [--trials N] [--seed
   --KEY LOW..HIGH a key of the recipe between two numbers: --learning_rate 1e-5..1e-4
   --KEY A,B,C     a key of the recipe from a list: --warmup_steps 0,100
   --KEY VALUE     a key that all trials share
+  --help-all      after a RECIPE: all of its keys
 
 Trial 0 is the recipe as it is. The same command goes on where a stopped sweep was.
 """

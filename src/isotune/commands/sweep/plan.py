@@ -151,6 +151,7 @@ def read_plan(argv: Sequence[str]) -> Plan:
         raise UserError(f"{what} says no task: add `task: sft` or `task: classification` to it")
     kind = kind_of({"task": task})
     keys = kind.keys()
+    line.answer_help(keys, None, f"isotune sweep {what}", "The keys of the recipe; a sweep has its own flags beside.")
     axes, fixed = split_flags(line.flags, keys)
     beside = str(of_file.given.get("output_dir") or f"runs/{file.stem}").rstrip("/")
     folder = Path(given.output_dir or f"{beside}_sweep").expanduser()
