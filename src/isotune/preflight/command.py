@@ -10,7 +10,6 @@ from typing import Any
 
 from isotune.io import shipped
 from isotune.io.errors import EXIT_USER_ERROR, UserError, shown
-from isotune.io.reading import kind_of_file
 from isotune.io.variables import MAX_PROCESSES
 
 EXAMPLES = """examples:
@@ -117,6 +116,8 @@ def _import_peft() -> None:
 
 def _picture(name: str) -> Path:
     """The file of `--picture`; UserError for one that can be no PNG."""
+    from isotune.io.reading import kind_of_file  # which imports yaml; --help is to be quick
+
     file = Path(name)
     if file.suffix.lower() not in ("", ".png"):
         raise UserError(f"--picture {name}: it is a PNG, so its name ends with .png")
