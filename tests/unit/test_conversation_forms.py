@@ -294,12 +294,27 @@ def test_preferences_are_refused_with_the_flags_that_train_on_the_chosen_answers
     for row, flags in (
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt_field": "prompt", "completion_field": "chosen"}),
         ({"chosen": TALK, "rejected": TALK[:1]}, {"text_field": "chosen"}),
+        ({"prompt": "q", "chosen": TALK, "rejected": TALK[:1]}, {"text_field": "chosen"}),
+        (
+            {"prompt": TALK[:1], "chosen": TALK[1:], "rejected": TALK[1:]},
+            {"prompt_field": "prompt", "completion_field": "chosen"},
+        ),
+        (
+            {"question": "q", "chosen": "a", "rejected": "b"},
+            {"prompt_field": "question", "completion_field": "chosen"},
+        ),
+        (
+            {"instruction": "q", "chosen": TALK[1:], "rejected": TALK[1:]},
+            {"prompt_field": "instruction", "completion_field": "chosen"},
+        ),
     ):
         with pytest.raises(UserError, match=r"row 1 of .* is a preference: .* the chosen answers alone") as told:
             prepared(tmp_path, [row])
         assert all(f"dataset_{key}: {column}" in str(told.value) for key, column in flags.items())
         named = {f"dataset_{key}": column for key, column in flags.items()}
         assert texts(prepared(tmp_path, [row], **named)) == [(f"<bos>{EXCHANGE}<eos>", " a<eos>")]
+    with pytest.raises(UserError, match="no column is known as one: name it by dataset_prompt_field, with dataset_co"):
+        prepared(tmp_path, [{"frage": "q", "chosen": TALK[1:], "rejected": TALK[1:]}])
 
 
 @pytest.mark.parametrize(

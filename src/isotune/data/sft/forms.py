@@ -26,6 +26,7 @@ from isotune.data.sources.source import Row, kind_of_value
 
 TEXT_FIELD = "text"
 MESSAGES_COLUMNS = ("messages", "conversations", "conversation")
+INSTRUCTION = "instruction"
 QUESTIONS = ("question", "query", "prompt")
 ANSWERS = ("answer", "response", "chosen_answer")
 MORE = ("input", "context")  # stands below an instruction, in Alpaca's form and in Dolly's
@@ -117,7 +118,7 @@ def _guessed(names: tuple[str, ...]) -> Form | None:
         f"a row is a question, from {_listed(columns[:-1])}, and its answer, from {answered!r}"
         f"{f'; not read: {_listed(left)}' if left else ''} (dataset_prompt_field, dataset_completion_field name others)"
     )
-    read = _instruction(asked, more, answered) if asked == "instruction" else _pair(asked, answered)
+    read = _instruction(asked, more, answered) if asked == INSTRUCTION else _pair(asked, answered)
     return Form(read, columns, note)
 
 
@@ -125,10 +126,10 @@ def _exchange_columns(names: Sequence[str]) -> tuple[str | None, tuple[str, ...]
     """The columns of a question, of what is added to it, and of its answer, as far as they are there."""
     if "prompt" in names and "completion" in names:
         return "prompt", (), "completion"
-    if "instruction" in names and (answer := next((name for name in ("output", *ANSWERS) if name in names), None)):
+    if INSTRUCTION in names and (answer := next((name for name in ("output", *ANSWERS) if name in names), None)):
         # in any case, as evaluation asks it
         own = {name.strip().lower(): name for name in names} | {name: name for name in names}
-        return "instruction", tuple(own[name] for name in MORE if name in own), answer
+        return INSTRUCTION, tuple(own[name] for name in MORE if name in own), answer
     question = next((name for name in QUESTIONS if name in names), None)
     answer = next((name for name in ANSWERS if name in names), None)
     if question is None and "input" in names and "output" in names:

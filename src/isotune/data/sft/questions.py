@@ -9,13 +9,21 @@ from itertools import takewhile
 from typing import Any, cast
 
 from isotune.data.sft.conversations import header_start
-from isotune.data.sft.forms import MESSAGES_COLUMNS, MORE, QUESTIONS, TEXT_FIELD, NamedColumns, as_messages, system_in
+from isotune.data.sft.forms import (
+    INSTRUCTION,
+    MESSAGES_COLUMNS,
+    MORE,
+    QUESTIONS,
+    TEXT_FIELD,
+    NamedColumns,
+    as_messages,
+    system_in,
+)
 from isotune.data.sft.messages import ASSISTANT, SYSTEM, TOOL, USER, Message, example_of, read_tools, tools_of
 from isotune.data.sft.reading import example_of_text
 from isotune.data.sources.source import Row, is_null, kind_of_value
 
 NO_QUESTION, NULL = "without a question", "a null instead of a question"
-INSTRUCTION = "instruction"
 Question = tuple[tuple[Message, ...], tuple[Any, ...] | None]  # messages, the last one a user's or a tool's; tools
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 
@@ -17,16 +18,19 @@ from isotune.data.sft.conversations import (
     unknown_header,
 )
 from isotune.data.sft.forms import (
+    INSTRUCTION,
     MESSAGES_COLUMNS,
+    QUESTIONS,
     TEXT_FIELD,
     Content,
     NamedColumns,
     TokenRow,
+    as_messages,
     form_of,
     left_beside,
     with_usual_names,
 )
-from isotune.data.sft.messages import Example
+from isotune.data.sft.messages import SYSTEM, USER, Example, read_message
 from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.data.sources.source import Row, Source, is_null, surrogate_fault
 from isotune.io.errors import UserError, shown
@@ -77,13 +81,30 @@ def _unknown_form(source: Source, number: int, row: Row, named: NamedColumns) ->
         where = f"{source.where(number)}, column {nulls[0]!r}"
         return UserError(f"{where}: holds null, neither a text nor a list of messages")
     if not absent and {"chosen", "rejected"} <= row.keys():
-        way = "dataset_text_field: chosen"
-        if isinstance(row["chosen"], str) and "prompt" in row:
-            way = "dataset_prompt_field: prompt with dataset_completion_field: chosen"
-        return UserError(f"{source.where(number)} is a preference: {way} trains on the chosen answers alone")
+        return UserError(f"{source.where(number)} is a preference: {_way_to_chosen(row)}")
     if not absent and not number:
         column, key = "' or '".join(candidates), "dataset_text_field, or by dataset_prompt_field and _completion_field"
     return source.lacks(number, row, column, key)
+
+
+def _way_to_chosen(row: Row) -> str:
+    """The keys that train on the chosen answers of a preference, with their questions."""
+    chosen = as_messages(row["chosen"])
+    first = cast(list[Any], chosen)[:1] if isinstance(chosen, list) else []
+    is_whole = isinstance(chosen, str) and header_start(chosen) is not None
+    if first:
+        try:
+            is_whole = read_message(first[0], 1)[0]["role"] in (SYSTEM, USER)
+        except ValueError:
+            is_whole = False
+    question = next((name for name in (*QUESTIONS, INSTRUCTION) if not is_null(row.get(name))), None)
+    if question is None and first and not is_whole:
+        return (
+            "'chosen' has no question, and no column is known as one: name it by dataset_prompt_field, with "
+            "dataset_completion_field: chosen"
+        )
+    way = f"dataset_prompt_field: {question} with dataset_completion_field: chosen"
+    return f"{'dataset_text_field: chosen' if is_whole or question is None else way} trains on the chosen answers alone"
 
 
 def read_batches(
