@@ -186,6 +186,9 @@ def test_tool_calls_are_learnt_and_their_results_are_not(tmp_path):
           for mark in ("mask", "loss_mask", "Trainable", "ignore", "train_on_turn", "weights", "no_train")),
         ({"messages": [{"role": "system", "content": "s"}, *MARKED], "system": "t"}, None,
          "the system column says something else than the system message"),
+        *(({"messages": TALK, name: held}, None, f"column '{name}': stands beside the texts, and only")
+          for name, held in (("image", "x.jpg"), ("images", [{"bytes": "x"}]), ("Video", {"path": "x"}))),
+        ({"question": "q", "answer": "a", "image": "x.jpg"}, None, "column 'image': stands beside the texts"),
         ({"input_ids": [5, 6], "labels": [5, 7]}, None, "token 2 is 7, and input_ids has 6 there"),
         ({"input_ids": [5, 99999]}, None, "a token outside the tokenizer's"),
         ({"input_ids": [5, 6], "attention_mask": [1]}, None, "has 1 numbers, and input_ids 2"),
@@ -196,6 +199,16 @@ def test_tool_calls_are_learnt_and_their_results_are_not(tmp_path):
 def test_what_cannot_be_right_is_refused_by_row(tmp_path, row, template, sentence):
     with pytest.raises(UserError, match=sentence):
         prepared(tmp_path, [row], byte_chat_tokenizer(template))
+
+
+@pytest.mark.parametrize("nothing", [None, "", [], {"bytes": None, "path": None}, [None]])
+def test_an_image_that_is_none_is_passed_over(tmp_path, nothing):
+    assert texts(prepared(tmp_path, [{"messages": TALK, "image": nothing}])) == [(f"<bos>{EXCHANGE}<eos>", " a<eos>")]
+
+
+def test_a_column_that_is_named_may_be_called_as_an_image(tmp_path):
+    found = prepared(tmp_path, [{"image": EXCHANGE}], dataset_text_field="image")
+    assert texts(found) == [(f"<bos>{EXCHANGE}<eos>", " a<eos>")]
 
 
 def test_texts_without_a_header_are_refused_with_what_they_look_like_and_the_way_out(tmp_path):

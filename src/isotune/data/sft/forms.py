@@ -22,7 +22,7 @@ import numpy as np
 from isotune.data.contents import written_list
 from isotune.data.sft.conversations import header_start
 from isotune.data.sft.messages import ASSISTANT, ROLE_FIELDS, USER, Example, example_of, exchange, tools_of
-from isotune.data.sources.source import Row, kind_of_value
+from isotune.data.sources.source import Row, is_null, kind_of_value
 
 TEXT_FIELD = "text"
 MESSAGES_COLUMNS = ("messages", "conversations", "conversation")
@@ -34,6 +34,7 @@ INPUT_IDS = "input_ids"
 MASKS = ("assistant_masks", "completion_mask", "loss_mask")
 SYSTEM_COLUMNS = ("system", "system_prompt")
 BESIDE = (*SYSTEM_COLUMNS, "tools", "functions")  # are read with every form but a text that is laid out already
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # a text beside them has placeholders for them
 IGNORED_LABEL = -100
 
 
@@ -154,6 +155,23 @@ def with_usual_names(row: Row) -> Row:
     """A row with what stands beside its messages under the usual names too, where it has them in another case."""
     found = {usual: value for name, value in row.items() if (usual := name.strip().lower()) in BESIDE}
     return found | row if found else row
+
+
+def check_media(row: Row, named: NamedColumns) -> None:
+    """Raise ValueError where something else than text stands beside the texts, in a column that no recipe names."""
+    for name, value in row.items():
+        if name.strip().lower() in MEDIA and name not in named.wanted.values() and _holds_something(value):
+            raise ValueError(
+                f"column {name!r}: stands beside the texts, and only texts can be trained on: leave the row out, or "
+                "the column where the texts need none of it"
+            )
+
+
+def _holds_something(value: Any) -> bool:
+    value = list(cast(dict[Any, Any], value).values()) if isinstance(value, dict) else value
+    if isinstance(value, list):
+        return any(map(_holds_something, cast(list[Any], value)))
+    return not is_null(value) and value not in ("", "[]")
 
 
 def left_beside(row: Row, content: Content) -> str | None:

@@ -38,7 +38,7 @@ from isotune.io.errors import UserError
 FORMAT_VERSION = 1  # raised when the same input gives other documents
 # raised when an entry of the cache holds more than it did, or rows are read that were refused, or of which a part was
 # lost: under FORMAT_VERSION no run of any other rows could go on
-CACHE_VERSION = 7
+CACHE_VERSION = 8
 OF_CONVERSATIONS = ("turns_cut", "marked", "unasked")  # what is counted of each
 
 NO_ANSWER = "no assistant answer"

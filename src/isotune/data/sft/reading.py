@@ -26,6 +26,7 @@ from isotune.data.sft.forms import (
     NamedColumns,
     TokenRow,
     as_messages,
+    check_media,
     form_of,
     left_beside,
     with_usual_names,
@@ -61,6 +62,7 @@ def read_contents(
             if form is None:
                 raise _unknown_form(source, number, row, named)
             try:
+                check_media(given, named)
                 content = form.read(with_usual_names(given))
             except ValueError as error:
                 raise UserError(f"{source.where(number)}, {error}") from error
