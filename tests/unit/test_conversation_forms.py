@@ -239,6 +239,21 @@ def test_tokenised_rows_are_learnt_as_they_stand(tmp_path):
     assert documents.supervised.tolist() == [False, False, True, True, False, True, False, False, True]
 
 
+@pytest.mark.parametrize(
+    "beside",
+    [{"messages": TALK}, {"text": EXCHANGE}, {"question": "q", "answer": "a"}, {"text": "t", "messages": TALK}],
+)
+def test_tokens_are_learnt_and_not_what_they_were_made_of(tmp_path, beside):
+    found = prepared(tmp_path, [beside | {"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}])
+    assert found.documents.input_ids.tolist() == [5, 6, 7]
+    assert found.documents.supervised.tolist() == [False, False, True]
+    said = f"rows are read from the column 'input_ids', and {' and '.join(map(repr, beside))} is left"
+    assert said in found.table.counts["notes"]
+    task = GenerationTask(dataset_name=str(tmp_path / "rows.jsonl"), dataset_split="train")
+    if beside != {"text": "t", "messages": TALK}:  # an evaluation has to show words
+        assert [sample.reference for sample in task.samples()] == ["a"]
+
+
 def test_guanacos_text_is_laid_out_by_a_template_too(tmp_path):
     tokenizer = byte_chat_tokenizer("chatml")
     ((text, learnt),) = texts(

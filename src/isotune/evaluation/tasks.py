@@ -304,7 +304,7 @@ def _first_exchanges(source: Source, limit: int | None, named: NamedColumns) -> 
     left_out: Counter[str] = Counter()
     read, unlike = 0, None
     guesses: list[str] = []
-    for row, content in chain.from_iterable(read_contents(source, named, guesses)):
+    for row, content in chain.from_iterable(read_contents(source, named, guesses, in_words=True)):
         if len(samples) == limit:
             break
         read += 1

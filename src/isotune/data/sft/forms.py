@@ -86,13 +86,16 @@ def form_of(names: tuple[str, ...], named: NamedColumns) -> Form | None:
             return None
         columns = tuple(named.wanted.values())
         return Form(_pair(*columns) if len(columns) == 2 else _text_or_messages(*columns), columns)
-    found = [name for name in (TEXT_FIELD, *MESSAGES_COLUMNS) if name in names]
+    # tokens and their labels say more than what they were made of: `map` keeps that beside them
+    found = [name for name in (INPUT_IDS, TEXT_FIELD, *MESSAGES_COLUMNS) if name in names]
+    guessed = _guessed(names)
     if found:
-        note = f"rows are read from the column {found[0]!r}, and {_listed(found[1:])} is left" if found[1:] else None
-        return Form(_text_or_messages(found[0]), (found[0],), note)
-    if INPUT_IDS in names:
-        return Form(_tokens, (INPUT_IDS,))
-    return _guessed(names) or _in_other_case(names, named)
+        left = found[1:]
+        if found[0] == INPUT_IDS and guessed:
+            left += guessed.columns
+        note = f"rows are read from the column {found[0]!r}, and {_listed(left)} is left" if left else None
+        return Form(_tokens if found[0] == INPUT_IDS else _text_or_messages(found[0]), (found[0],), note)
+    return guessed or _in_other_case(names, named)
 
 
 def _in_other_case(names: tuple[str, ...], named: NamedColumns) -> Form | None:

@@ -18,6 +18,7 @@ from isotune.data.sft.conversations import (
     unknown_header,
 )
 from isotune.data.sft.forms import (
+    INPUT_IDS,
     INSTRUCTION,
     MESSAGES_COLUMNS,
     QUESTIONS,
@@ -48,17 +49,19 @@ class Batch:
 
 
 def read_contents(
-    source: Source, named: NamedColumns, guesses: list[str] | None = None
+    source: Source, named: NamedColumns, guesses: list[str] | None = None, *, in_words: bool = False
 ) -> Iterator[list[tuple[int, Content]]]:
     """What the rows of a source hold, in batches, each row with its number counted from 0; UserError names a bad row.
 
     `guesses` takes the sentences about forms that nobody named, and about what is not read beside them, each once.
+    `in_words`: tokens are read only of a row that has nothing else.
     """
     for rows in source.batches():
         contents: list[tuple[int, Content]] = []
         for number, row in rows:
             given = {name: value for name, value in row.items() if not is_null(value)}
-            form = form_of(tuple(given), named)
+            form = form_of(tuple(name for name in given if name != INPUT_IDS), named) if in_words else None
+            form = form or form_of(tuple(given), named)
             if form is None:
                 raise _unknown_form(source, number, row, named)
             try:
