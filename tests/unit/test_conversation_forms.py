@@ -311,11 +311,24 @@ def test_question_and_answer_are_read_from_the_columns_that_are_named(tmp_path):
         ({"frage": "q", "antwort": None}, r"row 2 of .*, column 'antwort': holds null"),
         ({"frage": "q", "antwort": 3}, r"row 2 of .*, column 'antwort': holds a number, neither a text nor a list"),
         ({"frage": {"a": 1}, "antwort": "a"}, r"row 2 of .*, column 'frage': holds an object, neither"),
+        ({"frage": TALK[:1], "antwort": [{"role": "assistant"}, {}]}, r"row 2 of .*, column 'antwort': message 2 has"),
+        ({"frage": [{"content": "q"}], "antwort": "a"}, r"row 2 of .*, column 'frage': message 1 has no role"),
     ],
 )
 def test_a_row_without_the_named_columns_is_refused_by_its_number(tmp_path, row, sentence):
     with pytest.raises(UserError, match=sentence):
         prepared(tmp_path, [{"frage": "q", "antwort": "a"}, row], **NAMED)
+
+
+@pytest.mark.parametrize("write", [json.dumps, str])
+def test_a_question_and_an_answer_that_are_written_out_are_messages(tmp_path, write):
+    expected = [(f"<bos>{EXCHANGE}<eos>", " a<eos>")]
+    for asked, answered in ((TALK[:1], TALK[1:]), (TALK[:1], "a"), ("q", TALK[1:])):
+        row = {
+            "prompt": asked if isinstance(asked, str) else write(asked),
+            "completion": answered if isinstance(answered, str) else write(answered),
+        }
+        assert texts(prepared(tmp_path, [row])) == expected
 
 
 def test_preferences_are_refused_with_the_flags_that_train_on_the_chosen_answers(tmp_path):

@@ -240,26 +240,27 @@ def _pair(asked: str, answered: str) -> Reader:
     """A question and its answer as texts, or messages and those that answer them."""
 
     def read(row: Row) -> Content:
-        for name in (asked, answered):
-            if not isinstance(row[name], str | list):
+        prompt, completion = (as_messages(row[name]) for name in (asked, answered))
+        for name, value in ((asked, prompt), (answered, completion)):
+            if not isinstance(value, str | list):
                 raise ValueError(
-                    f"column {name!r}: holds {kind_of_value(row[name])}, neither a text nor a list of messages"
+                    f"column {name!r}: holds {kind_of_value(value)}, neither a text nor a list of messages"
                 )
-        return _named(asked, lambda: _asked_and_answered(row, asked, answered))
+        if isinstance(prompt, str) and isinstance(completion, str):
+            if header_start(prompt) is not None:  # the prompt is laid out already
+                return prompt + completion
+            return _named(asked, lambda: exchange(prompt, completion, system_in(row), tools_of(row)))
+        first = [{"role": USER, "content": prompt}] if isinstance(prompt, str) else prompt
+        second = [{"role": ASSISTANT, "content": completion}] if isinstance(completion, str) else completion
+        try:
+            whole = example_of([*first, *second], system_in(row), tools_of(row))
+        except ValueError:  # which of the two is at fault, and by its own numbers
+            _named(asked, lambda: example_of(first, system_in(row), tools_of(row)))
+            _named(answered, lambda: example_of(second))
+            raise
+        return replace(whole, asked=len(whole.messages) - len(second))
 
     return read
-
-
-def _asked_and_answered(row: Row, prompt_column: str, completion_column: str) -> Content:
-    prompt, completion = row[prompt_column], row[completion_column]
-    if isinstance(prompt, str) and isinstance(completion, str):
-        if header_start(prompt) is not None:  # the prompt is laid out already
-            return prompt + completion
-        return exchange(prompt, completion, system_in(row), tools_of(row))
-    asked = [{"role": USER, "content": prompt}] if isinstance(prompt, str) else prompt
-    answered = [{"role": ASSISTANT, "content": completion}] if isinstance(completion, str) else completion
-    whole = example_of([*asked, *answered], system_in(row), tools_of(row))
-    return replace(whole, asked=len(whole.messages) - len(cast(list[Any], answered)))
 
 
 def _tokens(row: Row) -> TokenRow:
