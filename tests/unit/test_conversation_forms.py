@@ -247,8 +247,8 @@ def test_tokens_are_learnt_and_not_what_they_were_made_of(tmp_path, beside):
     found = prepared(tmp_path, [beside | {"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}])
     assert found.documents.input_ids.tolist() == [5, 6, 7]
     assert found.documents.supervised.tolist() == [False, False, True]
-    said = f"rows are read from the column 'input_ids', and {' and '.join(map(repr, beside))} is left"
-    assert said in found.table.counts["notes"]
+    said = f"rows are read from the column 'input_ids', and {' and '.join(map(repr, beside))} "
+    assert any(note.startswith(said) for note in found.table.counts["notes"])
     task = GenerationTask(dataset_name=str(tmp_path / "rows.jsonl"), dataset_split="train")
     if beside != {"text": "t", "messages": TALK}:  # an evaluation has to show words
         assert [sample.reference for sample in task.samples()] == ["a"]
@@ -373,6 +373,26 @@ def test_a_form_that_is_guessed_is_said_once(tmp_path, row, said):
     (note,) = found.table.counts["notes"]
     assert said in note and note in str(found.table)
     assert prepared(tmp_path, [{"text": EXCHANGE}]).table.counts["notes"] == []
+
+
+def test_an_alpaca_row_with_a_text_beside_it_says_what_is_left(tmp_path):
+    row = {"instruction": "q", "input": "i", "output": "a", "text": "Below is an instruction"}
+    said = "from the column 'text', and 'instruction' and 'input' and 'output' are left: a question and its answer"
+    with pytest.raises(UserError, match=f"none of the 2 rows .* can be trained on: .*{said}, which are read where 'te"):
+        prepared(tmp_path, [row] * 2)
+    (note,) = prepared(tmp_path, [row], train_on="everything").table.counts["notes"]
+    assert said in note
+    del row["text"]
+    assert texts(prepared(tmp_path, [row])) == [("<bos>### Human: q\n\ni\n### Assistant: a<eos>", " a<eos>")]
+
+
+@pytest.mark.parametrize("more", ["input", "Context"])
+def test_what_stands_below_a_named_instruction_is_said_where_it_holds_something(tmp_path, more):
+    named = {"dataset_prompt_field": "instruction", "dataset_completion_field": "output"}
+    rows = [{"instruction": "q", more: held, "output": "a"} for held in ("", None)]
+    assert prepared(tmp_path, rows, **named).table.counts["notes"] == []
+    (note,) = prepared(tmp_path, [*rows, rows[0] | {more: "i"}], **named).table.counts["notes"]
+    assert note == f"not read below 'instruction', which dataset_prompt_field names alone: {more!r}"
 
 
 @pytest.mark.parametrize("row", [{"text": EXCHANGE}, {"prompt": "### Human: q\n### Assistant:", "completion": " a"}])

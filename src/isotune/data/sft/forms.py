@@ -88,14 +88,16 @@ def form_of(names: tuple[str, ...], named: NamedColumns) -> Form | None:
         return Form(_pair(*columns) if len(columns) == 2 else _text_or_messages(*columns), columns)
     # tokens and their labels say more than what they were made of: `map` keeps that beside them
     found = [name for name in (INPUT_IDS, TEXT_FIELD, *MESSAGES_COLUMNS) if name in names]
-    guessed = _guessed(names)
     if found:
-        left = found[1:]
-        if found[0] == INPUT_IDS and guessed:
-            left += guessed.columns
-        note = f"rows are read from the column {found[0]!r}, and {_listed(left)} is left" if left else None
+        left, more = found[1:], _guessed(tuple(name for name in names if name not in found))
+        note = None
+        if left or more:
+            left += more.columns if more else ()
+            note = f"rows are read from the column {found[0]!r}, and {_listed(left)} {'are' if left[1:] else 'is'} left"
+        if more and found[0] != INPUT_IDS:
+            note = f"{note}: a question and its answer, which are read where {_listed(found)} is not there"
         return Form(_tokens if found[0] == INPUT_IDS else _text_or_messages(found[0]), (found[0],), note)
-    return guessed or _in_other_case(names, named)
+    return _guessed(names) or _in_other_case(names, named)
 
 
 def _in_other_case(names: tuple[str, ...], named: NamedColumns) -> Form | None:
@@ -175,6 +177,15 @@ def _holds_something(value: Any) -> bool:
     if isinstance(value, list):
         return any(map(_holds_something, cast(list[Any], value)))
     return not is_null(value) and value not in ("", "[]")
+
+
+def left_below(row: Row, named: NamedColumns) -> str | None:
+    """The sentence about what stands below an instruction that is named, and is not read; None without."""
+    if not named.prompt or not named.completion or named.prompt.strip().lower() != INSTRUCTION:
+        return None
+    below = [name for name, value in row.items() if name.strip().lower() in MORE and value != ""]
+    left = [name for name in below if name not in named.wanted.values()]
+    return f"not read below {named.prompt!r}, which dataset_prompt_field names alone: {_listed(left)}" if left else None
 
 
 def left_beside(row: Row, content: Content) -> str | None:

@@ -156,6 +156,7 @@ def _build(
             tokenised = tokenised or bool(batch.tokenised)
             rendered = rendered or any(conversation.rendered for conversation in batch.conversations)
         documents = made.documents()
+    form_notes = guesses[:1]  # the first says how rows are read
     if tokenised and settings.train_on != "all":
         guesses.append(
             f"rows are tokenised already, and train_on: {settings.train_on} is not in effect: their own labels or "
@@ -171,7 +172,7 @@ def _build(
         reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items() if number)
         raise UserError(
             f"none of the {tally['read']} rows of {source.name} can be trained on: {reasons}"
-            + _expected_form(seen if tally["no_answer"] == tally["read"] else [])
+            + (_expected_form(seen, form_notes) if tally["no_answer"] == tally["read"] else "")
         )
     return documents.as_arrays(), {
         "source": source.name,
@@ -198,13 +199,14 @@ def _build(
     }
 
 
-def _expected_form(seen: list[str]) -> str:
-    """What to say where no text has a header, given how the first of them begins."""
+def _expected_form(seen: list[str], notes: list[str]) -> str:
+    """What to say where no text has a header, given how the first of them begins, and the notes about reading."""
     if not seen:
         return ""
     return (
         f"; {seen[0]}: give the conversations as messages with chat_format, or learn the texts as they stand, "
         "markers of turns as characters and not as special tokens, by train_on: everything"
+        + "".join(f"; {note}" for note in notes)
     )
 
 

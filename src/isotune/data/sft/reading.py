@@ -29,6 +29,7 @@ from isotune.data.sft.forms import (
     as_messages,
     check_media,
     form_of,
+    left_below,
     left_beside,
     with_usual_names,
 )
@@ -71,7 +72,7 @@ def read_contents(
                 raise UserError(f"{source.where(number)}, {error}") from error
             contents.append((number, content))
             if guesses is not None:
-                for note in (form.note, left_beside(given, content)):
+                for note in (form.note, left_beside(given, content), left_below(given, named)):
                     if note is not None and note not in guesses:
                         guesses.append(note)
         yield contents
