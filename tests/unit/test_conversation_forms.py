@@ -331,6 +331,23 @@ def test_a_question_and_an_answer_that_are_written_out_are_messages(tmp_path, wr
         assert texts(prepared(tmp_path, [row])) == expected
 
 
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"question": "q", "answer": "a"}, "answer"),
+        ({"Question": "q", "Response": "a"}, "Response"),
+        ({"prompt": "q", "completion": "a"}, "prompt"),
+        ({"instruction": "q", "input": None, "output": "a"}, "output"),
+        ({"input": "q", "output": "a"}, "input"),
+        ({"conversation": TALK}, "conversation"),
+        ({"input_ids": [5, 6]}, "input_ids"),
+    ],
+)
+def test_a_null_is_named_by_its_own_column(tmp_path, row, column):
+    with pytest.raises(UserError, match=f"row 2 of .*, column '{column}': holds null, n"):
+        prepared(tmp_path, [row, row | {column: None}])
+
+
 def test_preferences_are_refused_with_the_flags_that_train_on_the_chosen_answers(tmp_path):
     for row, flags in (
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt_field": "prompt", "completion_field": "chosen"}),

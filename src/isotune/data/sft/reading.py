@@ -82,10 +82,12 @@ def _unknown_form(source: Source, number: int, row: Row, named: NamedColumns) ->
     absent = next(((key, column) for key, column in named.wanted.items() if is_null(row.get(column))), None)
     key, column = absent or ("dataset_text_field", TEXT_FIELD)
     candidates = (column,) if absent else (TEXT_FIELD, *MESSAGES_COLUMNS[:2])
-    nulls = [name for name in row if is_null(row[name]) and name in candidates]
-    if nulls:
-        where = f"{source.where(number)}, column {nulls[0]!r}"
-        return UserError(f"{where}: holds null, neither a text nor a list of messages")
+    whole = form_of(tuple(row), named)
+    ends = (whole.columns[0], whole.columns[-1]) if whole else candidates  # what stands between may be null
+    null = next((name for name in ends if name in row and is_null(row[name])), None)
+    if null:
+        kind = "not a list of whole numbers" if null == INPUT_IDS else "neither a text nor a list of messages"
+        return UserError(f"{source.where(number)}, column {null!r}: holds null, {kind}")
     if not absent and {"chosen", "rejected"} <= row.keys():
         return UserError(f"{source.where(number)} is a preference: {_way_to_chosen(row)}")
     if not absent and not number:
