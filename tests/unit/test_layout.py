@@ -79,6 +79,21 @@ def test_what_is_no_single_table_is_refused_with_what_is_there(tmp_path, names, 
     assert said in str(caught.value)
 
 
+def test_a_folder_that_is_a_link_is_read_once(tmp_path):
+    folder = Path(folder_of(tmp_path, ["readme/notes.md"]))
+    far = tmp_path / "scratch" / "deep"
+    far.mkdir(parents=True)
+    (far / "train.jsonl").write_text('{"file": "far"}\n')
+    for link, target in (("data", far.parent), ("more", far.parent), ("loop", folder), ("again", folder / "readme")):
+        (folder / link).symlink_to(target)
+    (far / "back").symlink_to(folder)
+    assert files_of(str(folder), "train") == ["far"]
+    (folder / "readme" / "train.jsonl").write_text('{"file": "near"}\n')
+    for link in ("data", "more"):
+        (folder / link).unlink()
+    assert files_of(str(folder), "train") == ["near"], "a link beside what it leads to adds nothing"
+
+
 def test_files_of_the_split_that_are_not_read_are_noted(tmp_path):
     folder = folder_of(tmp_path, ["train.jsonl", "train_extra.jsonl"])
     source = read_rows(folder)

@@ -136,10 +136,24 @@ def _in_order(files: list[DataFile]) -> list[DataFile]:
 
 
 def _files_in(folder: Path) -> Iterator[Path]:
-    """Every file at any depth, but for hidden ones such as those of .git and .cache."""
-    for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(root, name) for name in names if not name.startswith("."))
+    """Every file at any depth, but for hidden ones such as those of .git and .cache.
+
+    A folder that is a link is entered too, unless what it leads to was read already: by its own name, or by a link.
+    """
+    seen: set[str] = set()
+    tops = [folder]
+    while tops:
+        links: list[Path] = []
+        for top in sorted(tops):
+            for root, folders, names in os.walk(top):
+                if (real := os.path.realpath(root)) in seen:
+                    folders.clear()
+                    continue
+                seen.add(real)
+                folders[:] = [name for name in folders if not name.startswith(".")]
+                links += [path for name in folders if (path := Path(root, name)).is_symlink()]  # walk enters none
+                yield from (Path(root, name) for name in names if not name.startswith("."))
+        tops = links
 
 
 def _by_rank(files: list[DataFile], split: str) -> list[list[DataFile]]:
