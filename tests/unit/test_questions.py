@@ -72,6 +72,14 @@ def test_every_form_is_asked_with_the_system_and_the_tools_of_its_training(row: 
     assert trained.messages[:-1] == asked[0] and asked[0][0] == {"role": "system", "content": "s"}
 
 
+def test_a_question_beside_an_image_is_refused_as_in_training():
+    for row in ({"conversations": ASKED, "image": "x.jpg"}, {"question": "q", "Images": [{"path": "x.jpg"}]}):
+        with pytest.raises(ValueError, match="stands beside the texts, and only texts can be read"):
+            question_of(row, str(question_column(row, NamedColumns())))
+    row = {"image": "q", "audio": None}
+    assert not isinstance(question_of(row, "image", is_named=True), str)
+
+
 def test_a_text_that_is_laid_out_is_asked_as_it_stands():
     row = {"text": "### Human: q\n### Assistant: a", "system": "s", "tools": '[{"name": "f"}]'}
     assert question_of(row, "text") == (({"role": "user", "content": "q"},), None)

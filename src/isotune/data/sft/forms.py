@@ -12,7 +12,7 @@
 guessed by the names of its columns is said.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, cast
@@ -162,12 +162,12 @@ def with_usual_names(row: Row) -> Row:
     return found | row if found else row
 
 
-def check_media(row: Row, named: NamedColumns) -> None:
-    """Raise ValueError where something else than text stands beside the texts, in a column that no recipe names."""
+def check_media(row: Row, named: Collection[str]) -> None:
+    """Raise ValueError where something else than text stands beside the texts, in a column that is not `named`."""
     for name, value in row.items():
-        if name.strip().lower() in MEDIA and name not in named.wanted.values() and _holds_something(value):
+        if name.strip().lower() in MEDIA and name not in named and _holds_something(value):
             raise ValueError(
-                f"column {name!r}: stands beside the texts, and only texts can be trained on: leave the row out, or "
+                f"column {name!r}: stands beside the texts, and only texts can be read: leave the row out, or "
                 "the column where the texts need none of it"
             )
 

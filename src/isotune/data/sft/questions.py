@@ -17,6 +17,7 @@ from isotune.data.sft.forms import (
     TEXT_FIELD,
     NamedColumns,
     as_messages,
+    check_media,
     system_in,
 )
 from isotune.data.sft.messages import ASSISTANT, SYSTEM, TOOL, USER, Message, example_of, read_tools, tools_of
@@ -45,6 +46,7 @@ def question_of(row: Row, column: str, *, is_named: bool = False) -> Question | 
     """
     if is_null(row[column]):
         return NULL
+    check_media(row, (column,))
     cell = as_messages(row[column])
     given = {name: own for name, own in row.items() if not is_null(own)}
     row = {name.strip().lower(): own for name, own in given.items()} | given

@@ -66,7 +66,7 @@ def read_contents(
             if form is None:
                 raise _unknown_form(source, number, row, named)
             try:
-                check_media(given, named)
+                check_media(given, named.wanted.values())
                 content = form.read(with_usual_names(given))
             except ValueError as error:
                 raise UserError(f"{source.where(number)}, {error}") from error
