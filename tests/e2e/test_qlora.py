@@ -70,6 +70,26 @@ def test_it_learns_quietly_and_the_adapter_loads_again_on_the_same_base(built, c
     assert total / targets == pytest.approx(lines[-1]["eval_loss"], rel=0.01)
 
 
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_learn_in_fp32_beside_matrices_that_stay_packed(tmp_path, bias):
+    """bitsandbytes 0.50 casts a bias in place to the type of its layer's input; peft's layers show packed weights."""
+    model = small_opt(tmp_path / "opt", **GEOMETRY)
+    built = build(tmp_path, model_name_or_path=model, **RECIPE, bf16=True, bias=bias, max_steps=2)
+    four_bit = {name: m for name, m in built.model.named_modules() if isinstance(m, Linear4bit)}
+    packed = {name: module.weight.detach().clone() for name, module in four_bit.items()}
+    biases = {name: p.detach().clone() for name, p in built.model.named_parameters() if name.endswith("bias")}
+    lines = built.train()
+    assert all(torch.tensor(line["loss"]).isfinite() for line in lines if line.get("loss") is not None)
+    for name, module in four_bit.items():
+        assert module.weight.dtype == torch.bfloat16, "the type of storage"
+        assert torch.equal(module.weight.view(torch.uint8), packed[name].view(torch.uint8)), name
+    trained = {name: p for name, p in built.model.named_parameters() if p.requires_grad and name.endswith("bias")}
+    assert len(trained) == {"lora_only": 2 * 6, "all": 2 * 8}[bias]
+    for name, parameter in trained.items():
+        assert parameter.dtype == torch.float32, name
+        assert name.endswith("k_proj.base_layer.bias") or not torch.equal(parameter, biases[name]), name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", [{}, {"fp16": True}], ids=["fp32", "fp16"])
 def test_it_learns_in_the_other_precisions(tmp_path, precision):

@@ -82,6 +82,16 @@ def test_all_linear_is_every_linear_layer_of_the_blocks_and_nothing_else(make):
         assert adapted_layers(add_adapters(make(), recipe(kind))) == expected
 
 
+@pytest.mark.parametrize("make", [mistral, gpt2, bert, opt], ids=lambda make: make.__name__)
+def test_frozen_matrices_keep_their_type_beside_trained_biases(make):
+    kind = ClassificationRecipe if make is bert else Recipe
+    adapted = add_adapters(make().bfloat16(), recipe(kind, tune="lora", bias="all", bf16=True))
+    for name, parameter in adapted.named_parameters():
+        is_matrix = parameter.dim() == 2 and not parameter.requires_grad
+        assert not is_matrix or parameter.dtype == torch.bfloat16, name
+        assert not parameter.requires_grad or parameter.dtype == torch.float32, name
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [

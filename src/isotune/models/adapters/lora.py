@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from isotune.compat.bitsandbytes import keep_trained_biases
 from isotune.compat.torch import one_thread
 from isotune.config import ClassificationRecipe, RunRecipe
 from isotune.io.errors import VALUES, UserError, first_line, nearest
@@ -32,6 +33,7 @@ def add_adapters(model: PreTrainedModel, recipe: RunRecipe, new_rows: Sequence[i
     they are. UserError for a name that matches nothing in the model.
     """
     from peft import IA3Config, LoraConfig, TaskType, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     targets = choose_targets(model, recipe)
     _check_modules_to_save(model, recipe, targets)
@@ -77,9 +79,11 @@ def add_adapters(model: PreTrainedModel, recipe: RunRecipe, new_rows: Sequence[i
             parameter.data = parameter.data.float()
     for module in adapted.modules():  # bias: all trains those of norms, whose kernels take one dtype for both
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-        is_norm = not isinstance(module, nn.Linear | Conv1D)
-        if isinstance(weight, nn.Parameter) and isinstance(bias, nn.Parameter) and is_norm:
+        # peft's layers show the weight of the matrix below them, which stays as it is: packed, or in 16 bits
+        is_norm = not isinstance(module, nn.Linear | Conv1D | BaseTunerLayer)
+        if isinstance(weight, nn.Parameter) and isinstance(bias, nn.Parameter) and is_norm and bias.requires_grad:
             weight.data = weight.data.to(bias.dtype)
+    keep_trained_biases(adapted)
     if starts_from_base(recipe.init_lora_weights):
         start_from_base(adapted, str(recipe.init_lora_weights), recipe.seed)
     return adapted
