@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -148,3 +149,13 @@ def test_rows_keep_their_length_where_the_model_has_more_positions(tmp_path, bas
     long = small_opt(tmp_path / "long", max_position_embeddings=2048)
     assert start_run(recipe(long)).recipe.max_seq_length == 1024
     assert "length  " not in capsys.readouterr().out
+
+
+def test_a_model_with_an_adapter_in_it_is_refused_and_an_adapter_with_a_configuration_named(tmp_path, base):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(base)
+    with pytest.raises(UserError, match="is a model with an adapter in it: merge the two, or move one away"):
+        load_config(recipe(base))
+    Path(base, "model.safetensors").unlink()
+    with pytest.raises(UserError, match=rf"is an adapter, not a model: `isotune export {base} --merge`"):
+        load_config(recipe(base))

@@ -328,6 +328,11 @@ def test_opts_tokenizer_of_two_files_gives_the_ids_of_the_whole_one(hub, shared_
     ("files", "sentence"),
     [
         ({"adapter_config.json": b"{}", "adapter_model.safetensors": b""}, "is an adapter, not a whole model"),
+        ({"config.json": b"{}", "adapter_config.json": b"{}"}, "is an adapter, not a whole model"),
+        (
+            {"config.json": b"{}", "adapter_config.json": b"{}", "model-00001-of-00002.safetensors": b""},
+            "is a model with an adapter in it: merge the two, or move one away",
+        ),
         ({"model.gguf": b""}, "has no config.json: it has model.gguf"),
         ({"config.json": b"{}", "tf_model.h5": b""}, "has neither model.safetensors nor pytorch_model.bin"),
     ],

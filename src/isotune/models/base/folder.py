@@ -12,6 +12,8 @@ from isotune.io.folders import ADAPTER_CONFIG, MODEL_CONFIG, described, is_run, 
 
 # files of weights, configuration and tokenizer
 MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model", ".tiktoken", ".jinja", ".skops")
+BASE_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # as transformers names them
+WITH_ADAPTER = "a model with an adapter in it: merge the two, or move one away"
 PASSED_OVER = ("checkpoints", "export")  # folders beside a model that are no part of it
 
 
@@ -23,8 +25,15 @@ def why_no_model(name: str) -> str | None:
     folder = Path(name)
     if folder.is_file():
         return f"'{name}' is a file, and a model is a folder with {MODEL_CONFIG}"
-    if not folder.is_dir() or (folder / MODEL_CONFIG).is_file():
+    if not folder.is_dir():
         return None
+    has_adapter = (folder / ADAPTER_CONFIG).is_file()
+    if (folder / MODEL_CONFIG).is_file():
+        if not has_adapter:
+            return None
+        if any(next(folder.glob(pattern), None) for pattern in BASE_WEIGHTS):
+            # transformers would put the adapter into the model without a word
+            return f"'{name}' is {WITH_ADAPTER}"
     run = run_of(folder)
     if run is not None and folder != run and folder.parent.name == "checkpoints":
         merged = run / "export" / f"{folder.name}-merged-safetensors"
@@ -33,7 +42,7 @@ def why_no_model(name: str) -> str | None:
         what = "a run whose model is an adapter" if folder == run else f"the adapter of the run {run}"
         merged = run / "export" / "merged-safetensors"
         return f"'{name}' is {what}: `isotune export {run} --merge` merges it into its base, and {merged} is a model"
-    if (folder / ADAPTER_CONFIG).is_file():
+    if has_adapter:
         merged = folder / "export" / "merged-safetensors"
         return (
             f"'{name}' is an adapter, not a model: `isotune export {folder} --merge` merges it into its base, and "

@@ -8,6 +8,7 @@ the files are those of one commit, fetched before transformers sees the name, wh
 import os
 import re
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from isotune.data.sources.hub_access import hub_errors_named
 from isotune.data.sources.source import PREFIX
 from isotune.io.errors import UserError
 from isotune.io.folders import described
-from isotune.models.base.folder import why_no_model
+from isotune.models.base.folder import BASE_WEIGHTS, WITH_ADAPTER, why_no_model
 
 TEXT_SUFFIXES = (".json", ".txt", ".jinja", ".model", ".tiktoken")  # of configurations and tokenizers
 WEIGHT_NAMES = (("model", "safetensors"), ("pytorch_model", "bin"))  # the first that is there is read
@@ -79,7 +80,9 @@ def _choose_texts(repository: Repository, what: str, ask_hub: bool) -> dict[str,
         and name.endswith(TEXT_SUFFIXES)
         and not name.endswith(".index.json")
     ]
-    if "config.json" not in files and "adapter_config.json" in files:
+    if "adapter_config.json" in files and (what == "model" or "config.json" not in files):
+        if "config.json" in files and any(fnmatch(name, pattern) for name in names for pattern in BASE_WEIGHTS):
+            raise UserError(f"{repository.what} is {WITH_ADAPTER}")
         raise UserError(f"{repository.what} is an adapter, not a whole model: name the base that it was trained on")
     if what == "model" and "config.json" not in files:
         raise UserError(f"{repository.what} has no config.json: {_listed(names, ask_hub)}")
