@@ -8,7 +8,14 @@ from types import SimpleNamespace
 import pytest
 from peft import LoraConfig, PeftModel, get_peft_model
 from tests.building import small_opt
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+)
 
 from isotune.checkpoint.export import export_run
 from isotune.compat.trl import padding_token_kept
@@ -17,7 +24,13 @@ from isotune.data.sft.tokenization import ConversationEncoder
 from isotune.evaluation.models import generation_model_named
 from isotune.io.errors import UserError
 from isotune.models.base.vocabulary import check_tokens
-from isotune.models.opening import load_config, load_tokenizer, within_positions
+from isotune.models.opening import (
+    load_config,
+    load_pretrained,
+    load_pretrained_config,
+    load_tokenizer,
+    within_positions,
+)
 from isotune.preflight.preflight_report import run_preflight
 from isotune.preflight.request import PreflightRequest, shipped_launch
 from isotune.training.from_recipe import start_run
@@ -159,3 +172,39 @@ def test_a_model_with_an_adapter_in_it_is_refused_and_an_adapter_with_a_configur
     Path(base, "model.safetensors").unlink()
     with pytest.raises(UserError, match=rf"is an adapter, not a model: `isotune export {base} --merge`"):
         load_config(recipe(base))
+
+
+def change_config(folder, **values):
+    place = Path(folder, "config.json")
+    place.write_text(json.dumps(json.loads(place.read_text()) | values))
+
+
+@pytest.mark.parametrize(("key", "says"), [("ffn_dim", "another size of .*fc1"), ("vocab_size", "embed_tokens.weight")])
+def test_weights_of_another_size_than_the_configuration_says_are_named(base, key, says):
+    change_config(base, **{key: 40})
+    with pytest.raises(UserError, match=says):
+        load_pretrained(base, auto=AutoModelForCausalLM)
+
+
+def test_a_head_of_other_classes_than_the_configuration_says_is_refused(tmp_path):
+    config = BertConfig(
+        vocab_size=96, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=3
+    )
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    change_config(tmp_path, id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1})
+    for may_lack in ((), ("classifier",)):
+        with pytest.raises(UserError, match=r"another size of classifier\."):
+            load_pretrained(str(tmp_path), auto=AutoModelForSequenceClassification, may_lack=may_lack)
+    change_config(tmp_path, id2label={"1": "a", "2": "b", "3": "c"}, label2id={"a": 1, "b": 2, "c": 3})
+    with pytest.raises(UserError, match=r"id2label in config.json .* must number its classes from 0 on"):
+        load_pretrained_config(str(tmp_path))
+
+
+def test_what_the_configuration_leaves_out_of_the_blocks_is_named(base, capsys):
+    load_pretrained(base, auto=AutoModelForCausalLM)
+    assert capsys.readouterr().err == ""
+    layers = json.loads(Path(base, "config.json").read_text())["num_hidden_layers"]
+    change_config(base, num_hidden_layers=layers - 1)
+    load_pretrained(base, auto=AutoModelForCausalLM)
+    said = capsys.readouterr().err
+    assert f"hold 16 tensors that its config.json leaves out, model.decoder.layers.{layers - 1}.fc1.bias first" in said

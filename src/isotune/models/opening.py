@@ -5,7 +5,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -36,6 +37,7 @@ from isotune.data.sft.chat_format import ChatFormat
 from isotune.data.sources.source import PREFIX
 from isotune.io.errors import VALUES, UserError, first_line, is_first_process
 from isotune.io.extras import need
+from isotune.io.folders import MODEL_CONFIG
 from isotune.models.base.builtin import builtin_config, builtin_tokenizer
 from isotune.models.base.head import BaseHead, draw_head, is_classifier, reorder, set_names
 from isotune.models.base.hub import Located, locate
@@ -48,6 +50,7 @@ SayNew = Callable[[Sequence[str]], None]
 NO_CLASSES = 2  # as in a configuration that says nothing of classes
 ALIGNMENT = 64  # bytes: torch allocates so on a CPU
 LIBRARY_CODE: dict[str, Any] = {"trust_remote_code": False}  # None would ask on the terminal whether a model's own runs
+_OLD_BUFFERS = ("inv_freq", "position_ids", "masked_bias", "attn.bias", "attention.bias")  # of each block, once
 # what libraries raise over a configuration or weights that are not what they say
 CONFIGURATION_ERRORS = (
     ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, StrictDataclassError,
@@ -90,17 +93,20 @@ def load_pretrained(
     if os.path.isdir(name) and check_safetensors(Path(name)):
         kwargs["use_safetensors"] = True
     if located.pickles:
-        _say_pickled(name, located.pickles[0])
+        how = "torch's restricted unpickler reads tensors from it, and no code is run"
+        _say_once(f"note        the weights of {name} are a pickle ({located.pickles[0]}): {how}")
     if str(auto.__name__) == AutoModelForCausalLM.__name__:
         _check_generation_config(name, located)
     if "config" not in kwargs:
         kwargs["config"] = load_pretrained_config(name, revision=revision)
+    may_differ = may_lack if kwargs.get("ignore_mismatched_sizes") else ()
+    kwargs["ignore_mismatched_sizes"] = True  # transformers' own error names no tensor
     with loading(f"the weights of '{name}' cannot be loaded"):
         model, loaded = auto.from_pretrained(
             located.name, output_loading_info=True, **located.arguments, **LIBRARY_CODE, **kwargs
         )
     other_size = [str(key[0] if isinstance(key, tuple) else key) for key in loaded.get("mismatched_keys", ())]
-    if wrong := sorted(key for key in other_size if not is_of_head(key, may_lack)):
+    if wrong := sorted(key for key in other_size if not is_of_head(key, may_differ)):
         raise UserError(f"the weights of '{name}' have another size of {wrong[0]} than {type(model).__name__}")
     missing = sorted(key for key in loaded["missing_keys"] if not is_of_head(key, may_lack))
     if missing:
@@ -110,7 +116,22 @@ def load_pretrained(
         )
     if loaded["missing_keys"] and say_new is not None:
         say_new(sorted(loaded["missing_keys"]))
+    _say_unused(name, model, loaded["unexpected_keys"])
     return model
+
+
+def _say_unused(name: str, model: Any, keys: Iterable[str]) -> None:
+    """Name what the weights hold of the model's blocks and the configuration leaves out, such as a layer or biases.
+
+    Heads of other tasks, and buffers that earlier versions of transformers wrote, are passed over.
+    """
+    blocks = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    unused = sorted(key for key in keys if key.startswith(blocks) and not key.endswith(_OLD_BUFFERS))
+    if unused:
+        _say_once(
+            f"note        the weights of {name} hold {len(unused)} tensors that its {MODEL_CONFIG} leaves out, "
+            f"{unused[0]} first: they are not used"
+        )
 
 
 def _check_generation_config(name: str, located: Located) -> None:
@@ -129,10 +150,9 @@ def _check_generation_config(name: str, located: Located) -> None:
 
 
 @cache
-def _say_pickled(name: str, file: str) -> None:
+def _say_once(line: str) -> None:
     if is_first_process():
-        how = "torch's restricted unpickler reads tensors from it, and no code is run"
-        print(f"note        the weights of {name} are a pickle ({file}): {how}", file=sys.stderr)
+        print(line, file=sys.stderr)
 
 
 def load_pretrained_config(name: str, key: str = "the model", revision: str | None = None) -> PreTrainedConfig:
@@ -140,6 +160,8 @@ def load_pretrained_config(name: str, key: str = "the model", revision: str | No
     located = locate(name, "model", revision)
     with loading(f"{key} '{name}' cannot be loaded"):
         config = AutoConfig.from_pretrained(located.name, **located.arguments, **LIBRARY_CODE)
+    if is_classifier(config) and config.id2label and sorted(config.id2label) != list(range(len(config.id2label))):
+        raise UserError(f"id2label in {MODEL_CONFIG} of '{name}' must number its classes from 0 on, without gaps")
     # what some files ask for beside the logits, which nobody here reads, and which no packed attention returns
     config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
     return config
