@@ -208,3 +208,42 @@ def test_what_the_configuration_leaves_out_of_the_blocks_is_named(base, capsys):
     load_pretrained(base, auto=AutoModelForCausalLM)
     said = capsys.readouterr().err
     assert f"hold 16 tensors that its config.json leaves out, model.decoder.layers.{layers - 1}.fc1.bias first" in said
+
+
+FOUR_BIT = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+@pytest.mark.parametrize(
+    ("stored", "values", "says"),
+    [
+        (FOUR_BIT, {"tune": "full"}, "tune: full trains every weight: say tune: lora"),
+        ({"quant_method": "gptq", "bits": 4}, {"tune": "qlora"}, "tune: qlora trains over 4 bits of bitsandbytes"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, {"tune": "qlora"}, "in 8 bits"),
+        (FOUR_BIT | {"bnb_4bit_quant_type": "fp4"}, {"tune": "qlora"}, "say bnb_4bit_quant_type: fp4"),
+        (FOUR_BIT, {"tune": "qlora"}, None),
+        (FOUR_BIT, {"tune": "lora"}, None),
+    ],
+)
+def test_a_quantized_base_is_trained_as_the_recipe_says_or_refused(base, stored, values, says):
+    change_config(base, quantization_config=stored)
+    given = recipe(base, max_seq_length=64, **values)
+    if says is None:
+        assert load_config(given).model_type == "opt"
+        return
+    with pytest.raises(UserError, match=says):
+        load_config(given)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"quant_method": "gptq", "bits": 4, "group_size": 128},
+        {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True},
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}},
+    ],
+    ids=lambda stored: stored["quant_method"],
+)
+def test_a_base_whose_quantization_needs_another_library_is_one_sentence(base, stored):
+    change_config(base, quantization_config=stored)
+    with pytest.raises(UserError, match=r"the weights of .* cannot be loaded: "):
+        load_pretrained(base, auto=AutoModelForCausalLM)

@@ -55,7 +55,8 @@ _OLD_BUFFERS = ("inv_freq", "position_ids", "masked_bias", "attn.bias", "attenti
 CONFIGURATION_ERRORS = (
     ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, StrictDataclassError,
 )  # fmt: skip
-LOADING_ERRORS = (OSError, *CONFIGURATION_ERRORS, RuntimeError, SafetensorError, UnpicklingError)
+# ImportError: of a library that reads weights quantized in its way
+LOADING_ERRORS = (OSError, *CONFIGURATION_ERRORS, ImportError, RuntimeError, SafetensorError, UnpicklingError)
 
 
 @contextlib.contextmanager
@@ -248,9 +249,31 @@ def load_config(recipe: RunRecipe) -> PreTrainedConfig:
         else load_pretrained_config(name, "model_name_or_path", recipe.model_revision)
     )
     check_kind(recipe, config)
+    _check_quantized(recipe, config)
     if isinstance(recipe, Recipe) and is_classifier(config):  # whose classes are none of a language model
         set_names(config, NO_CLASSES, None, None)
     return config
+
+
+def _check_quantized(recipe: RunRecipe, config: PreTrainedConfig) -> None:
+    """UserError for a base that is stored quantized, where the recipe trains all of it or another kind of 4 bits."""
+    stored: Any = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
+    if stored is None:
+        return
+    how = stored if isinstance(stored, dict) else stored.to_dict()
+    four_bit, eight_bit = how.get("load_in_4bit"), how.get("load_in_8bit")
+    method = how.get("quant_method") or ("bitsandbytes" if four_bit or eight_bit else "unknown")
+    what = f"'{recipe.model_name_or_path}' is stored quantized ({method}{', in 8 bits' if eight_bit else ''})"
+    if recipe.tune == "full" and method in ("bitsandbytes", "gptq", "awq"):
+        raise UserError(f"{what}, and tune: full trains every weight: say tune: lora")
+    if recipe.tune == "qlora":
+        if not (method == "bitsandbytes" and four_bit):
+            raise UserError(f"{what}, and tune: qlora trains over 4 bits of bitsandbytes: say tune: lora")
+        kind = how.get("bnb_4bit_quant_type", "fp4")
+        if kind != recipe.bnb_4bit_quant_type:
+            raise UserError(f"'{recipe.model_name_or_path}' is stored in {kind}: say bnb_4bit_quant_type: {kind}")
 
 
 AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
