@@ -9,6 +9,7 @@ from peft import AutoPeftModelForCausalLM, get_peft_model
 from tests.building import Built, build, each_document, loss_of_document, small_opt
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from isotune.config import Recipe
 from isotune.io.errors import UserError
 from isotune.models.opening import load_base_model, load_config
 from isotune.training.from_recipe import save
@@ -131,3 +132,20 @@ def test_a_device_that_holds_no_4_bit_weights_is_refused_by_name(built):
     config = load_config(built.recipe)
     with pytest.raises(UserError, match=r"tune: qlora cannot run on a mps device: use tune: lora"):
         load_base_model(built.recipe, config, torch.device("mps"))
+
+
+def test_a_base_stored_in_4_bits_has_gradients_beside_lora_after_an_evaluation(tmp_path):
+    model = small_opt(tmp_path / "opt", **GEOMETRY)
+    stored = AutoModelForCausalLM.from_pretrained(
+        model, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    )
+    stored.save_pretrained(model)
+    given = Recipe.from_values(
+        model_name_or_path=model, dataset_name="builtin:capitals", output_dir="run", tune="lora", max_seq_length=64
+    )
+    base = load_base_model(given, load_config(given), torch.device("cpu"))
+    packed = {name: m.weight.shape for name, m in base.named_modules() if isinstance(m, Linear4bit)}
+    with torch.no_grad():
+        base.eval()(input_ids=torch.arange(5, 12)[None])
+    assert len(packed) >= 12
+    assert packed == {name: m.weight.shape for name, m in base.named_modules() if isinstance(m, Linear4bit)}

@@ -369,7 +369,6 @@ def _load_base_model(
         kwargs |= {"quantization_config": _four_bit(recipe, device, new_modules), "device_map": {"": device}}
         with whole_models():
             model = load_pretrained(name, auto=auto, may_lack=new_modules, say_new=say_new, **kwargs)
-        keep_trainable(model)
     else:
         if new_modules:
             torch.manual_seed(recipe.seed)
@@ -377,6 +376,7 @@ def _load_base_model(
         with whole_models() if changes else contextlib.nullcontext():
             model = load_pretrained(name, auto=auto, may_lack=new_modules, say_new=say_new, **kwargs).to(device)
         align_weights(model)
+    keep_trainable(model)  # beside tune: lora too, whose base may be stored in 4 bits
     if replaced:
         draw_head(model, recipe.seed)
     if head is not None and head.order is not None:
