@@ -26,6 +26,7 @@ class Laid:
     targets: np.ndarray | None  # by document what a classifier's loss is made of, as the dataset has it
     labelled: bool  # whether there is a loss to compute
     packed: bool = False  # whether a row of the dataset holds several documents
+    column: str | None = None  # of its labels
 
     @property
     def has_classes(self) -> bool:
@@ -49,8 +50,6 @@ class DropInEvaluation(PlannedTraining):
         def _lay_out(self, dataset: Any, row_tokens: int | None = None, *, keep_all: bool = False) -> Laid: ...
         def _schedule(self, laid: Laid, task: Task, batch: int, **options: Any) -> StepSchedule: ...
         def _batches_of(self, own: OwnLoss, laid: Laid, dataset: Any) -> None: ...
-        @property
-        def _label_columns(self) -> tuple[str, ...]: ...
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The rows of an evaluation set, by its name where there are several."""
@@ -77,10 +76,10 @@ class DropInEvaluation(PlannedTraining):
         own = self.own_loss
         if own is None and laid.labelled and not laid.has_classes:
             if self.train_dataset is not None:
-                column = next((name for name in self._label_columns if name in dataset[0]), "labels")
                 there = cast(np.ndarray, laid.targets)[0].tolist()
                 raise UserError(
-                    f"row 1 of the dataset has {there} in {column!r}, and the train_dataset has classes, whole numbers"
+                    f"row 1 of the dataset has {there} in {laid.column!r}, and the train_dataset has classes, "
+                    "whole numbers"
                 )
             own = OwnLoss(self, self.plan.task, self.causal)  # planned before these rows were known
         if own is None:

@@ -22,7 +22,7 @@ from isotune.checkpoint.store import is_checkpoint
 from isotune.compat.peft import base_model_of
 from isotune.compat.transformers import attention_of, use_one_gpu
 from isotune.data.batch_schedule import Step, StepSchedule
-from isotune.data.datasets import LABEL_COLUMNS, collated, documents_of, is_streamed
+from isotune.data.datasets import LABEL_COLUMNS, collated, documents_of, is_streamed, label_column
 from isotune.data.documents import Documents, Rows
 from isotune.data.packing import one_document_per_row, pack
 from isotune.distributed.ranks import world_size
@@ -299,8 +299,9 @@ class DropIn(DropInEvaluation):
         if not isinstance(self, SFTTrainer):  # TRL hands no such column on either
             check_columns(base, rows_only[0], self._label_columns)
         check_tokens(base.get_input_embeddings(), documents)
-        if targets is not None and not self._has_given_loss(base):
-            check_targets(base.config, targets, next(name for name in self._label_columns if name in rows_only[0]))
+        column = label_column(rows_only[0], self.args.label_names or (), self._library_columns, causal=self.causal)
+        if targets is not None and column is not None and not self._has_given_loss(base):
+            check_targets(base.config, targets, column)
         if (positions := max_positions(base.config)) is not None:
             _check_longest(documents, positions, "the model has positions for")
         starts = np.flatnonzero(np.diff(documents.source_rows, prepend=-1))
@@ -312,7 +313,7 @@ class DropIn(DropInEvaluation):
             rows = pack(documents.lengths, row_tokens, seed=self._data_seed)
         else:
             rows = one_document_per_row(len(documents))
-        laid = Laid(documents, rows, targets, labelled, packed)
+        laid = Laid(documents, rows, targets, labelled, packed, column)
         self._laid[id(dataset), keep_all] = dataset, laid
         return laid
 
